@@ -1,8 +1,8 @@
-"""Compiles every Triton kernel for GPUs that are not here and lists the resources it takes.
+"""Compiles every Triton kernel for GPUs that this machine lacks, and lists its resources.
 
-The wrappers run on meta tensors of real models' shapes, with the launch replaced by a recorder:
-what is compiled is what they would launch. Needs no GPU. ``kernels/registers.json`` holds the
-results of several versions of Triton; this replaces the installed one's::
+The wrappers run on meta tensors of real models' shapes, with the launch replaced by a recorder, so
+that the compiled kernels are those that they would launch. Needs no GPU. ``kernels/registers.json``
+holds the results of several versions of Triton; this command replaces those of the installed one::
 
     python bench/aot.py --write kernels/registers.json
 """
@@ -57,7 +57,7 @@ def resources(compiled: Any, target: GPUTarget) -> dict[str, int]:
 
 
 def table(only: str, report: Callable[[str], None]) -> dict[str, Any]:
-    """Compile everything whose name contains ``only``, for all targets."""
+    """Compile every kernel with ``only`` in its name, for all targets."""
     wanted = [c for c in recorded(LAUNCHES) if only in c.name()]
     rows = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -78,9 +78,9 @@ def _row(compilation: Compilation) -> dict[str, dict[str, Any]]:
 
 
 def write(path: Path, result: dict[str, Any], only: str) -> None:
-    """Put a version's results into the file, a line per kernel and target.
+    """Put a version's results into the file, one line per kernel and target.
 
-    What is there of kernels whose name does not contain ``only`` stays as it is.
+    Results of kernels without ``only`` in their names stay unchanged.
     """
     versions = json.loads(path.read_text()) if path.exists() else {}
     known = versions.get(result["triton"], {})

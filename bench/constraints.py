@@ -1,11 +1,11 @@
-"""What constraints cost: 16 requests at once, free and each kept to what it names itself.
+"""The cost of constraints: 16 concurrent requests, without and with constraints.
 
     python bench/constraints.py [--repeats 9] [--force]
 
-One server without speculation, so that all compute a token a step; the settings take turns in every
-round. What is asked for cannot end before the last token that is timed. A counted expression
-(``x{2000}``) has a state for every count, so that no mask is found again. Constraints are compiled
-before, as for every request but a client's first.
+One server runs without speculation, so that all requests compute one token per step. Every round
+runs all settings. No answer can end before the last measured token. A counted expression
+(``x{2000}``) has a state for every count, so that no mask is reused. Constraints are compiled
+before the measurement, as for every request but a client's first.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FREE = "free"
 
 
 def make_settings() -> dict[str, list[GenerateOptions]]:
-    """Options of each request, by the name of the setting."""
+    """The options of each request, by the name of the setting."""
     schemas: list[GenerateOptions] = [
         {
             "json_schema": {
@@ -65,7 +65,7 @@ def make_settings() -> dict[str, list[GenerateOptions]]:
 
 
 def share(rates: list[float], free: list[float]) -> float:
-    """Median over the rounds of the rate against that of the same round without constraints."""
+    """The median over the rounds of the rate, relative to the same round without constraints."""
     return statistics.median(a / b for a, b in zip(rates, free, strict=True))
 
 
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--repeats", type=int, default=9, help="rounds; the median counts")
     parser.add_argument("--force", action="store_true", help="measure on a busy machine too")
-    parser.add_argument("--no-save", action="store_true", help="keep no results")
+    parser.add_argument("--no-save", action="store_true", help="do not store the results")
     args = parser.parse_args(argv)
     console = make_console()
     load = require_idle(console, args.force)

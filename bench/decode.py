@@ -2,10 +2,10 @@
 
     python bench/decode.py [--repeats 5] [--only TEXT] [--force]
 
-Every round runs every case once, so that a drift of the machine hits all cases alike; the table
-shows medians over the rounds. "of floor" is the time of a token of each over that of reading the
-bytes of a step once, at the rate measured before the server starts. Before anything is timed,
-requests in a mixed batch must give the tokens that they give alone.
+Every round runs every case once, so that a drift of the machine affects all cases alike; the table
+shows medians over the rounds. "of floor" is the time per token of all sequences, relative to the
+time for reading the bytes of a step once at the rate measured before the server starts. Before the
+measurement, requests in a mixed batch must give the same tokens as alone.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class WrongTokensError(Exception):
 
 @dataclass(slots=True)
 class Case:
-    """One scenario and its rounds."""
+    """One scenario and the results of its rounds."""
 
     name: str
     adapters: list[str | None]
@@ -70,7 +70,7 @@ class Case:
         return statistics.median(of(timing) for timing in self.timings)
 
     def values(self) -> dict[str, Any]:
-        """What a row of the results holds; rates in tokens/s, times in seconds."""
+        """The values in a row of the results; rates in tokens/s, times in seconds."""
         return {
             "decode_tokens_per_second": round(self.median(lambda t: t.decode_rate), 1),
             "decode_tokens_per_second_all": [round(t.decode_rate, 1) for t in self.timings],
@@ -84,9 +84,9 @@ class Case:
 
 
 def make_cases(loras: list[str], mixed: list[str], others: list[str], only: str = "") -> list[Case]:
-    """The cases for a batch of as many requests as there are adapters of each kind.
+    """The cases for a batch with one request per adapter of each kind.
 
-    Those whose name contains ``only``, and those of the base that they are compared with.
+    Returns the cases with ``only`` in their names, and the cases of the base for comparison.
     """
     batch, first = len(loras), loras[0]
     cases = [
@@ -119,9 +119,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         ("--repeats", 5, "rounds; the median counts"),
     ):
         parser.add_argument(flag, type=int, default=default, help=f"{text} (default: {default})")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases named so, and the base")
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="run only cases with TEXT in their names, and the base",
+    )
     parser.add_argument("--force", action="store_true", help="measure on a busy machine too")
-    parser.add_argument("--no-save", action="store_true", help="keep no results")
+    parser.add_argument("--no-save", action="store_true", help="do not store the results")
     args = parser.parse_args(argv)
     counts = (args.batch, args.rank, args.mixed_rank, args.repeats)
     if min(counts) < 1 or args.new_tokens < 2:
@@ -130,7 +135,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def decode_steps(metrics_address: str) -> tuple[float, int]:
-    """Seconds spent in pure decode steps and their number, from the server's metrics."""
+    """The seconds spent in pure decode steps and the number of steps, from the server's metrics."""
     with urllib.request.urlopen(f"http://{metrics_address}/metrics", timeout=10) as reply:
         text = reply.read().decode()
     values = {
@@ -144,10 +149,11 @@ def decode_steps(metrics_address: str) -> tuple[float, int]:
 
 
 def run_round(server: ServerProcess, source: PromptSource, case: Case, new_tokens: int) -> None:
-    """Run a case once and record what it took.
+    """Run a case once, and record its times.
 
     Raises:
-        ValueError: A prompt was found in the prefix cache, which would flatter the first token.
+        ValueError: A prompt was found in the prefix cache, which would shorten the time to the
+            first token.
     """
     prompts = source.take(len(case.adapters))
     seconds, steps = decode_steps(server.metrics_address)
@@ -166,7 +172,7 @@ def tokens_are_right(
 ) -> bool:
     """Whether requests get the same tokens in a mixed batch as alone.
 
-    Most of them must also differ from the base model's, or the adapters were never applied.
+    Most of them must also differ from the base model's tokens; otherwise, no adapter was applied.
     """
     prompts = source.take(1) * len(names)
     mixed = send_batch(server.address, prompts, names, new_tokens)
@@ -180,7 +186,7 @@ def tokens_are_right(
 
 
 def measure_start(args: argparse.Namespace, root: Path) -> tuple[ServerProcess, float]:
-    """Start the server; returns it with the seconds until its first answer."""
+    """Start the server; returns it and the seconds until its first answer."""
     # Measure the cost of a step; speculation would change the number of steps.
     flags = ["--adapter-root", str(root), "--speculation", "off"]
     flags += ["--max-num-seqs", str(max(64, args.batch))]
@@ -202,10 +208,10 @@ def measure_start(args: argparse.Namespace, root: Path) -> tuple[ServerProcess, 
 def measure(
     args: argparse.Namespace, console: Console, root: Path, cases: list[Case]
 ) -> dict[str, Any]:
-    """Run the cases; returns what concerns the server as a whole.
+    """Run the cases; returns the results for the server as a whole.
 
     Raises:
-        WrongTokensError: A mixed batch changes tokens; nothing is timed then.
+        WrongTokensError: A mixed batch changes tokens, so nothing was measured.
         ServerProcessError: The server did not start.
     """
     server, start_seconds = measure_start(args, root)
@@ -242,7 +248,7 @@ def measure(
 def floor_seconds(
     args: argparse.Namespace, arch: Arch, case: Case, bandwidth: float
 ) -> float | None:
-    """Time to read the bytes of a step with half of each answer generated; None if unknown."""
+    """The time to read the bytes of a step with half of each answer generated; None if unknown."""
     if case.loras is None:
         return None
     parts = step_bytes(

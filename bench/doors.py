@@ -1,13 +1,13 @@
-"""The same streams through both doors of one server: does HTTP keep up with gRPC?
+"""The same streams through both APIs of one server: compares the throughput of HTTP and gRPC.
 
     python bench/doors.py [--rounds 5] [--streams 16] [--tokens 64]
 
-Both doors run in every round, in alternating order, so that what else runs on the machine hits
-both alike; the ratio is what counts. Beside it stands what a token costs the server's event loop
-and the client, in processor time, which other people's load changes less. Connections are open
-before the clock starts. The HTTP client is a socket that parses nothing but the last event, since
-it shares the machine with the server: a client library takes milliseconds for a request, and 16 of
-them would reach the engine one step after another.
+Both APIs run in every round, in alternating order, so that other load on the machine affects both
+alike. The result is the ratio of the rates. The table also shows the processor time per token of
+the server's event loop and of the client, which depends less on other load. Connections are open
+before the clock starts. The HTTP client is a socket that parses only the last event, because it
+shares the machine with the server. A client library takes milliseconds per request, so 16 requests
+would reach the engine in different steps.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LEAST_RATIO = 0.97
 
 
 async def through_grpc(address: str, streams: int, tokens: int) -> float:
-    """Tokens a second of all streams together."""
+    """The tokens per second of all streams together."""
     async with grpc.aio.insecure_channel(address) as channel:
         call = channel.unary_stream(
             "/turret.v1.Inference/GenerateStream",
@@ -89,13 +89,13 @@ async def _rate(one: Callable[[], Awaitable[int]], streams: int) -> float:
 
 
 def _loop_seconds(pid: int) -> float:
-    """Processor time of the server's main thread, which runs its event loop."""
+    """The processor time of the server's main thread, which runs its event loop."""
     threads = psutil.Process(pid).threads()
     return sum(one.user_time + one.system_time for one in threads if one.id == pid)
 
 
 def main() -> int:
-    """Print the rates and their ratio; exit code 1 if HTTP stays behind."""
+    """Print the rates and their ratio; the exit code is 1 if HTTP is too slow."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streams", type=int, default=16)

@@ -1,13 +1,12 @@
 """Checks and times every Triton kernel and a whole decode step on the GPU of this machine.
 
-One command, under nine minutes, on a bare machine with Python, torch, triton and numpy
+It takes less than nine minutes on a machine with only Python, torch, triton and numpy
 (``bench/gpu.sh`` sets the paths and also runs the kernel tests). Each part first checks its result
-against float64 and is not timed if that fails; the others run all the same. Rows go to
-``bench/results/<gpu>.jsonl`` as they come::
+against float64, and is not measured if the check fails; the other parts still run. Rows are
+appended to ``bench/results/<gpu>.jsonl`` at once::
 
-    bench/gpu.sh                     everything
-    python bench/gpu.py --only step  one part
-    python bench/gpu.py --dry-run    tiny shapes in Triton's interpreter: is it ready to run?
+    bench/gpu.sh                     everything python bench/gpu.py --only step  one part python
+    bench/gpu.py --dry-run    tiny shapes in Triton's interpreter, to test the benchmark
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ PARTS: dict[str, Callable[[Setting], None]] = {
     "step": time_step,
     "switching": time_switching,
 }
-# Parts that run only if they are named.
+# Parts that run only on request.
 BY_NAME: dict[str, Callable[[Setting], None]] = {"one step": one_step}
 
 
@@ -47,7 +46,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--only", choices=sorted(PARTS | BY_NAME), help="run one part")
     parser.add_argument(
-        "--budget-seconds", type=float, default=480, help="start no part after this"
+        "--budget-seconds", type=float, default=480, help="time after which no part is started"
     )
     parser.add_argument("--tune", action="store_true", help="search launch parameters instead")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes in the interpreter")
@@ -77,10 +76,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_parts(setting: Setting, only: str | None, budget_seconds: float) -> list[str]:
-    """Run the parts, each whatever became of those before it.
+    """Run the parts, independently of failures of earlier ones.
 
     Returns:
-        Those that failed. After a fault that leaves the device unusable, no more are run.
+        The failed parts. After a fault that makes the device unusable, no more parts are run.
     """
     start, failed = time.monotonic(), []
     for name, part in PARTS.items() if only not in BY_NAME else BY_NAME.items():

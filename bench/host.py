@@ -1,11 +1,11 @@
-"""How much of a device's speed reaches clients: the whole server, with a sleep for a device.
+"""The share of a device's speed that reaches clients, measured on a server with a simulated device.
 
     python bench/host.py [--streams 16 64] [--step-ms 3 5] [--tokens 200] [--door grpc]
 
-The server's scheduler, engine thread, event loop and door are its own, on the CPU. A step computes
-nothing and sleeps, which gives the interpreter's lock up as waiting for a GPU does, after as long
-as its launches take (``--launch-ms``). Clients run in a process of their own. A line for each
-number of streams: tokens a second, and their share of the device's rows per step.
+Scheduler, engine thread, event loop and API are those of a real server, on the CPU. Instead of
+computing, a step holds the GIL for the time of its launches (``--launch-ms``), and then sleeps,
+which releases the GIL like waiting for a GPU. Clients run in a separate process. For each number of
+streams, the benchmark prints tokens per second, and their share of the device's rows per step.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ROUNDS = 3
 
 @contextlib.contextmanager
 def sleeping_device(step_seconds: float, launch_seconds: float) -> Iterator[list[float]]:
-    """Let every step take so long, and draw any tokens; yields when steps of the device ended."""
+    """Make every step take this long and draw arbitrary tokens; yields the ends of steps."""
     ended: list[float] = []
 
     def compute(runner: Runner, step: Step) -> StepResult:
@@ -50,7 +50,7 @@ def sleeping_device(step_seconds: float, launch_seconds: float) -> Iterator[list
 
 
 async def measure(streams: int, step_ms: float, args: argparse.Namespace) -> float:
-    """Tokens a second of all streams, the median of some rounds."""
+    """The tokens per second of all streams, as the median of several rounds."""
     config = Config(
         model=ModelConfig(device="cpu"),
         cache=CacheConfig(kv_cache_bytes=256 << 20),
@@ -73,7 +73,7 @@ async def measure(streams: int, step_ms: float, args: argparse.Namespace) -> flo
 
 
 def ask(args: argparse.Namespace) -> None:
-    """Ask a server for all streams at once, and print the rates."""
+    """Request all streams from a server at once, and print the rates."""
     run = doors.through_grpc if args.door == "grpc" else doors.through_http
     (streams,) = args.streams
     asyncio.run(run(args.client, streams, 20))
@@ -82,7 +82,9 @@ def ask(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="How much of a device's speed reaches clients.")
+    parser = argparse.ArgumentParser(
+        description="Measure the share of a device's speed that reaches clients."
+    )
     parser.add_argument("--streams", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--step-ms", type=float, nargs="+", default=[3.0, 5.0])
     parser.add_argument("--launch-ms", type=float, default=0.3)

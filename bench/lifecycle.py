@@ -1,12 +1,12 @@
-"""Thousands of adapters on one server: throughput, cold loads, fairness and memory, with bars.
+"""Thousands of adapters on one server: throughput, cold loads, fairness and memory, with limits.
 
     python bench/lifecycle.py [--adapters 5,10,100,1000,2000,5000] [--ranks 16,64,8,32]
 
-Starts a server per number of registered adapters (random LoRAs made by this script), plays the same
-traces in the style of S-LoRA (Gamma arrivals, power-law popularity, fixed seed) to each in turn,
-and on the largest measures what cold loads cost and whether a rare adapter is served beside a
-popular one. Writes one JSON document, prints it as tables, and ends with exit code 1 if a bar was
-missed.
+The benchmark starts one server per number of registered adapters (random LoRAs made by this
+script), and plays the same traces in the style of S-LoRA (Gamma arrivals, power-law popularity,
+fixed seed) to each in turn. On the largest server, it measures the cost of cold loads, and whether
+a rare adapter is served beside a popular one. It writes one JSON document, prints it as tables, and
+ends with exit code 1 if a limit was missed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from turret.server.models.sources.check import default_cache_dir
 from turret.server.server_process import ServerProcess
 
 EXIT_MISSED = 1
-# The bar for the price of a cold load uses this rank, on all projections, unlike the other
+# The limit for the cost of a cold load uses this rank on all projections, unlike the other
 # adapters.
 PROBED_RANK = 16
 
@@ -60,13 +60,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--ranks",
         type=lambda text: [int(number) for number in text.split(",")],
         default=",".join(map(str, RANKS)),
-        help="of the adapters, in turn (default: %(default)s)",
+        help="ranks of the adapters, in turn (default: %(default)s)",
     )
     parser.add_argument(
         "--targets",
         choices=("attention", "all"),
         default="attention",
-        help="projections the adapters are on: q, k, v and o as in S-LoRA, or all seven",
+        help="projections of the adapters: q, k, v and o as in S-LoRA, or all seven",
     )
     parser.add_argument(
         "--lengths",
@@ -88,13 +88,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         ("--device-bytes", parse_byte_size, "512MiB", "--adapter-device-bytes of the servers"),
     ):
         parser.add_argument(flag, type=kind, default=default, help=f"{text} (default: {default})")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where the JSON document goes")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="file for the JSON document")
     parser.add_argument("--force", action="store_true", help="measure on a busy machine too")
     return parser.parse_args(argv)
 
 
 class Fleet:
-    """A server per number of registered adapters; all but the one that is measured are idle."""
+    """One server per number of registered adapters; only the measured one is busy."""
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self._folder = folder
@@ -113,7 +113,7 @@ class Fleet:
         return self._folder / f"state-{count}"
 
     def start(self, count: int, stack: contextlib.ExitStack) -> ServerProcess:
-        """Start the server for ``count`` adapters; it has none yet."""
+        """Start the server for ``count`` adapters, without adapters."""
         flags = [*self._flags, "--state-dir", str(self.state(count))]
         server = stack.enter_context(ServerProcess(flags))
         server.wait()
@@ -128,7 +128,7 @@ def measure_throughput(
 ) -> list[dict[str, Any]]:
     """Requests per second by number of adapters.
 
-    In every round each server plays the same trace, but for the adapters' names; the first round
+    In every round, each server plays the same trace with different adapter names. The first round
     fills the caches and does not count.
     """
     rates: dict[int, list[float]] = {count: [] for count in args.adapters}
@@ -156,7 +156,7 @@ def measure_throughput(
     return [
         {
             "registered": count,
-            # Computed from totals, since every round has the same number of requests.
+            # Computed from totals, because every round has the same number of requests.
             "requests_per_second": round(len(rates[count]) / sum(1 / r for r in rates[count]), 3),
             "rounds": [round(rate, 3) for rate in rates[count]],
             "distinct": len({answer.adapter for answer in answers[count]}),
@@ -177,7 +177,7 @@ def measure(
     with contextlib.ExitStack() as stack:
         for count in args.adapters:
             server = fleet.start(count, stack)
-            # Register the probes before the other adapters, which push them out of memory again.
+            # Register the probes first, so that the other adapters evict them from memory.
             if count == largest:
                 register(server.address, probes)
             seconds[count] = register(server.address, names[:count])
@@ -252,7 +252,7 @@ def show(console: Console, result: dict[str, Any], bars: Sequence[Bar]) -> None:
 
 
 def write_adapters(args: argparse.Namespace, root: Path, arch: Arch, base: str) -> list[list[str]]:
-    """The adapters, and those that are probed; returns the names of both."""
+    """Write the adapters and the probes; returns the names of both."""
     targets = ATTENTION if args.targets == "attention" else ALL
     like: Any = {"arch": arch, "base_model": base}
     count = args.adapters[-1]

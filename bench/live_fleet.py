@@ -1,13 +1,12 @@
-"""A real fleet on this machine: what its ingress costs, what a killed replica, what a change.
+"""A real fleet on this machine: the cost of its ingress, of a killed replica and of a change.
 
     python bench/live_fleet.py overhead [--rounds 5] [--demo]
     python bench/live_fleet.py kill [--adapters 200]
     python bench/live_fleet.py register [--adapters 2000]
 
-``overhead`` asks one server and a fleet in turn, by default with a model so small that the rest
-shows.
-``kill`` ends a replica under load, and tells when each part of its return is done. ``register``
-loads adapters from four calls at once, on one server and on the fleet.
+``overhead`` queries one server and a fleet in turn, by default with a model so small that the
+overhead is visible. ``kill`` ends a replica under load, and prints when each part of its recovery
+is done. ``register`` loads adapters with four concurrent calls, on one server and on the fleet.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _PROMPT = "Once upon a time"
 
 
 def write_tiny_model(folder: Path) -> None:
-    """A model whose step takes well under a millisecond, with the demo model's tokenizer."""
+    """Write a model with steps well below a millisecond, and with the demo model's tokenizer."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from turret.server.models.model_source import resolve_model
@@ -55,7 +54,7 @@ def write_tiny_model(folder: Path) -> None:
 
 
 def timed(call: Callable[[], object], count: int) -> float:
-    """Median milliseconds of a call."""
+    """The median time of a call in milliseconds."""
     taken: list[float] = []
     for _ in range(count):
         start = time.perf_counter()
@@ -65,7 +64,7 @@ def timed(call: Callable[[], object], count: int) -> float:
 
 
 def token_ms(client: TurretClient, tokens: int) -> float:
-    """Milliseconds a token of one stream, once it has its first."""
+    """The milliseconds per token of one stream, after its first token."""
     chunks = client.generate_stream(_PROMPT, max_tokens=tokens, temperature=0, ignore_eos=True)
     next(chunks)
     start = time.perf_counter()
@@ -75,7 +74,7 @@ def token_ms(client: TurretClient, tokens: int) -> float:
 
 
 def overhead(args: argparse.Namespace) -> None:
-    """A request and a token, through the fleet and directly."""
+    """Measure a request and a token, through the fleet and directly."""
     with tempfile.TemporaryDirectory() as scratch:
         flags = list(_FLAGS)
         if not args.demo:
@@ -119,8 +118,8 @@ class Load(threading.Thread):
     """Sends short requests for one mix until it is stopped.
 
     Attributes:
-        answers: When each was asked for, and the seconds it took.
-        failures: What did not come.
+        answers: The start of each request, and its duration in seconds.
+        failures: The failed requests.
     """
 
     def __init__(self, address: str, name: str) -> None:
@@ -142,7 +141,7 @@ class Load(threading.Thread):
 
 
 def kill(args: argparse.Namespace) -> None:
-    """Ends one of two replicas under load."""
+    """Kill one of two replicas under load."""
     with tempfile.TemporaryDirectory() as scratch:
         flags = ["--adapter-root", str(_EXAMPLES), "--replicas", "2", *_FLAGS]
         started = time.monotonic()
@@ -166,7 +165,7 @@ def kill(args: argparse.Namespace) -> None:
 
 
 def _kill_one(fleet: FleetProcess) -> float:
-    """Kill a replica, wait for another, print the times; returns when it was killed."""
+    """Kill a replica, wait for a new one, and print the times; returns the time of the kill."""
     before = {replica.pid for replica in fleet.replicas()}
     text = len(fleet.log.read_text())
     victim = fleet.replicas()[0]
@@ -210,7 +209,7 @@ def _tell(loads: Sequence[Load], killed: float) -> None:
 
 
 def registering(args: argparse.Namespace) -> None:
-    """The same adapters on one server and on a fleet of two, one after the other."""
+    """Register the same adapters on one server and on a fleet of two, one after the other."""
     names = [f"adapter{number}" for number in range(args.adapters)]
     paths = ["sql", "json", "pirate", "language-lora"] * (args.adapters // 4 + 1)
     paths = paths[: args.adapters]
@@ -232,14 +231,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs = made.add_subparsers(required=True)
     verb = verbs.add_parser("overhead")
     verb.add_argument("--rounds", type=int, default=5)
-    verb.add_argument("--calls", type=int, default=100, help="of each kind in a round")
-    verb.add_argument("--tokens", type=int, default=500, help="of a stream")
-    verb.add_argument("--demo", action="store_true", help="the demo model, not a tiny one")
+    verb.add_argument("--calls", type=int, default=100, help="calls of each kind in a round")
+    verb.add_argument("--tokens", type=int, default=500, help="tokens of a stream")
+    verb.add_argument("--demo", action="store_true", help="use the demo model, not a tiny one")
     verb.set_defaults(func=overhead)
     verb = verbs.add_parser("kill")
-    verb.add_argument("--adapters", type=int, default=200, help="that are registered")
-    verb.add_argument("--streams", type=int, default=4, help="that ask, each a mix of its own")
-    verb.add_argument("--seconds", type=float, default=20.0, help="before and after")
+    verb.add_argument("--adapters", type=int, default=200, help="number of registered adapters")
+    verb.add_argument(
+        "--streams", type=int, default=4, help="number of streams, each with its own mix"
+    )
+    verb.add_argument(
+        "--seconds", type=float, default=20.0, help="seconds before and after the kill"
+    )
     verb.set_defaults(func=kill)
     verb = verbs.add_parser("register")
     verb.add_argument("--adapters", type=int, default=2000)

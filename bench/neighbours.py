@@ -1,10 +1,10 @@
-"""Decode speed beside something else that wants the processors, against the same server idle.
+"""Decode speed while other processes use the processors, relative to an idle machine.
 
     python bench/neighbours.py [--repeats 3] [--only TEXT]
 
-Four settings, interleaved round by round with the idle one: a busy Python loop, a second server
-under the same load, a CFS quota of three quarters of the processors (cgroup v1 or v2, where root
-allows it), and nothing. The client runs on the same processors, as it does in ``decode.py``.
+Four settings are interleaved in every round: a busy Python loop, a second server under the same
+load, a CFS quota of three quarters of the processors (cgroup v1 or v2, which needs root), and an
+idle machine. The client runs on the same processors, as in ``decode.py``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ IDLE, BUSY, SERVERS, QUOTA = "idle", "busy loop", "two servers", "quota"
 
 @dataclass(slots=True)
 class Case:
-    """Requests at once, an adapter or None each, and the rates of its rounds by setting."""
+    """Concurrent requests with an adapter or None each, and the rates of the rounds by setting."""
 
     name: str
     adapters: list[str | None]
@@ -62,7 +62,7 @@ def make_cases(loras: list[str]) -> list[Case]:
 
 @contextlib.contextmanager
 def busy_loop() -> Iterator[None]:
-    """A process that computes without end."""
+    """A process that computes endlessly."""
     process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         yield
@@ -73,7 +73,7 @@ def busy_loop() -> Iterator[None]:
 
 @contextlib.contextmanager
 def load_on(other: Served, adapters: list[str | None]) -> Iterator[None]:
-    """Send the same batch again and again to another server."""
+    """Send the same batch repeatedly to another server."""
     stopping = threading.Event()
 
     def send() -> None:
@@ -93,10 +93,10 @@ def load_on(other: Served, adapters: list[str | None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quota(pid: int) -> Iterator[None]:
-    """The server, not its client, in a control group with a quota.
+    """Put the server, but not its client, into a control group with a quota.
 
     Raises:
-        OSError: There is no controller, or no right to use it.
+        OSError: The controller is missing, or this user may not use it.
     """
     quota_us = int(_QUOTA_SHARE * (os.cpu_count() or 1) * _PERIOD_US)
     old = Path("/sys/fs/cgroup/cpu")
@@ -143,10 +143,14 @@ def run_round(case: Case, served: Served, other: Served, settings: list[str]) ->
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--repeats", type=int, default=3, help="rounds; the median counts")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases named so")
-    parser.add_argument("--setting", default="", metavar="TEXT", help="settings named so")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="run only cases with TEXT in their names"
+    )
+    parser.add_argument(
+        "--setting", default="", metavar="TEXT", help="run only settings with TEXT in their names"
+    )
     parser.add_argument("--force", action="store_true", help="measure on a busy machine too")
-    parser.add_argument("--no-save", action="store_true", help="keep no results")
+    parser.add_argument("--no-save", action="store_true", help="do not store the results")
     args = parser.parse_args(argv)
     console = make_console()
     load = require_idle(console, args.force)

@@ -1,11 +1,11 @@
-"""The rate at which prompts are read, beside the rate of this machine's own matrix products.
+"""The rate of prompt processing, compared with the rate of this machine's matrix products.
 
     python bench/prompts.py [--repeats 3] [--only TEXT] [--lengths 512 2048]
 
-Each request asks for one token, so its time is its prompt's. The products counted are those of the
-linear modules, two operations a weight and token, and of the head, once a request; attention's are
-not. The machine's rate is that of one large bf16 product of torch's on all processors, measured in
-every round. The second table is of prompts that come while others decode.
+Each request asks for one token, so its time is that of its prompt. The count of operations includes
+the linear modules (two operations per weight and token) and the head (once per request), but not
+attention. The machine's rate is that of one large bf16 product of torch on all processors, measured
+in every round. The second table covers prompts that arrive while other requests decode.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from turret.server.models.sources.check import default_cache_dir
 _BATCH = 16
 _RANK = 16
 _KV_BYTES = 1 << 30
-# Side of a square product that is large enough for the library's best rate.
+# Size of a square product that is large enough for the library's best rate.
 _SIZE = 2048
 _SHORT_TOKENS = 64
 _DECODING = _BATCH - 1
@@ -50,7 +50,7 @@ _UNTIL_STEADY = 16
 
 @dataclass(slots=True)
 class Case:
-    """Prompts of one length at once, an adapter or None each, and the seconds of its rounds."""
+    """Concurrent prompts of one length, with an adapter or None each, and the rounds' seconds."""
 
     name: str
     prompt_tokens: int
@@ -77,14 +77,14 @@ def make_cases(loras: list[str], lengths: Sequence[int]) -> list[Case]:
 
 
 def operations(arch: Arch, case: Case) -> int:
-    """Operations of the base's linear modules for every token, and of its head once per request."""
+    """The operations of the base's linear modules per token, and of its head per request."""
     weights = sum(rows * columns for group in arch.linears().values() for _, rows, columns in group)
     head = arch.vocab_size * arch.hidden_size
     return 2 * (weights * arch.num_layers * case.tokens + head * len(case.adapters))
 
 
 def product_rate() -> float:
-    """Operations per second of torch's bf16 product on all processors: the best of a few."""
+    """The operations per second of torch's bf16 product on all processors, at best."""
     left = torch.randn(_SIZE, _SIZE).bfloat16()
     right = torch.randn(_SIZE, _SIZE).bfloat16()
     best = float("inf")
@@ -98,11 +98,11 @@ def product_rate() -> float:
 async def gaps_beside_prompts(
     address: str, decoding: Sequence[Chat], arriving: Sequence[Chat], adapters: Sequence[str | None]
 ) -> tuple[float, list[float]]:
-    """Seconds between the steps of requests that decode, alone and when a prompt comes.
+    """The seconds between the steps of decoding requests, alone and when a prompt arrives.
 
     Returns:
-        The median gap while nobody comes, and for each prompt that comes the longest gap that any
-        of the others sees until its first token.
+        The median gap without arriving prompts, and for each arriving prompt the longest gap of any
+        other request until its first token.
     """
     times: list[list[float]] = [[] for _ in decoding]
     windows: list[tuple[float, float]] = []
@@ -159,7 +159,7 @@ def serving(root: Path, loras: list[str], tokens: int) -> Iterator[Served]:
 def measure(
     root: Path, loras: list[str], cases: list[Case], repeats: int
 ) -> tuple[list[float], list[tuple[str, float, list[float]]]]:
-    """Run the cases; returns the machine's rates, and the gaps of those that decode."""
+    """Run the cases; returns the machine's rates, and the gaps of decoding requests."""
     rates: list[float] = []
     for length in sorted({case.prompt_tokens for case in cases}):
         with serving(root, loras, length) as served:
@@ -185,9 +185,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--repeats", type=int, default=3, help="rounds; the median counts")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048], metavar="TOKENS")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases named so")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="run only cases with TEXT in their names"
+    )
     parser.add_argument("--force", action="store_true", help="measure on a busy machine too")
-    parser.add_argument("--no-save", action="store_true", help="keep no results")
+    parser.add_argument("--no-save", action="store_true", help="do not store the results")
     args = parser.parse_args(argv)
     console = make_console()
     load = require_idle(console, args.force)

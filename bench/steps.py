@@ -1,10 +1,10 @@
-"""Where the time of one decode step goes, and what the bytes it must read cost at least.
+"""The time of each part of a decode step, and the minimum time to read its bytes.
 
     python bench/steps.py [--batch 16] [--steps 40] [--only mixed]
 
-Runs the engine in this process, with the parts of a step wrapped in timers. A step is longer here
-than in a server by what the timers themselves take (about a microsecond a call), and shorter by
-what gRPC takes; ``bench/decode.py`` has the rate that a client sees.
+The engine runs in this process, with timers around the parts of a step. Compared with a server, a
+step takes longer because of the timers (about a microsecond per call), and less because there is no
+gRPC. ``bench/decode.py`` measures the rate for a client.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ from turret.server.models.sources.check import default_cache_dir
 
 ENGINE = "engine"
 REST = "all else"
-# The innermost part counts: a part's time excludes the parts that it calls. Of two entries with the
-# same name only one runs: the compiled or the torch formulation, the screened or the whole head.
+# The innermost part counts: a part's time excludes the parts that it calls. If two entries have the
+# same name, only one of them runs: the compiled or the torch formulation, the screened or the whole
+# head.
 PARTS = (
     Part("turret.server.models.weights.nf4:Nf4Linear.__call__", "base matmuls"),
     Part("turret.server.adapters.device.cpu.store:CpuStep.project", "adapters"),
@@ -72,7 +73,7 @@ PARTS = (
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """A batch: the adapter of each request, or None; the floor counts ``loras`` alone."""
+    """A batch, with the adapter of each request or None; the minimum time counts only ``loras``."""
 
     name: str
     adapters: list[str | None]
@@ -80,7 +81,7 @@ class Scenario:
 
 
 def scenarios(names: list[str], mixed: list[str], others: list[str], only: str) -> list[Scenario]:
-    """The scenarios whose name contains ``only``; those of a single method only if it is named."""
+    """The scenarios with ``only`` in their names; those of a single method only by its name."""
     batch = len(names)
     found = [
         Scenario("base, 1", [None]),
@@ -103,7 +104,7 @@ def scenarios(names: list[str], mixed: list[str], others: list[str], only: str) 
 async def decode(
     engine: Engine, scenario: Scenario, prompt_tokens: int, steps: int, watch: Stopwatch
 ) -> list[Recorded]:
-    """Run one batch; returns what every pure decode step of the whole batch took."""
+    """Run one batch; returns the times of all pure decode steps of the whole batch."""
     recorded: list[Recorded] = []
     original: Any = EngineLoop._step
     step = watch.timed(ENGINE, original)
@@ -113,8 +114,8 @@ async def decode(
         step(self)
         taken = watch.take()
         running = self._scheduler.running
-        # Prefill is over once every sequence of the batch has a token; the step that gave the
-        # last first token was still a prefill.
+        # Prefill is over once every sequence of the batch has a token. The step that produced the
+        # last of these first tokens was still a prefill.
         is_decode = len(running) == batch and all(s.num_generated > 1 for s in running)
         if is_decode:
             recorded.append(taken)
@@ -143,7 +144,7 @@ async def decode(
 
 
 def medians(recorded: list[Recorded]) -> Recorded:
-    """Median milliseconds per part, over steps."""
+    """The median milliseconds per part, over steps."""
     names = dict.fromkeys(name for entry in recorded for name in entry)
     return {
         name: 1e3 * statistics.median(entry.get(name, 0.0) for entry in recorded) for name in names
@@ -161,14 +162,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         ("--steps", 40),
     ):
         parser.add_argument(flag, type=int, default=default, help=f"default: {default}")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases named so, or so|or so")
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="run only cases with TEXT in their names (A|B: either)",
+    )
     parser.add_argument("--force", action="store_true", help="measure on a busy machine too")
-    parser.add_argument("--no-save", action="store_true", help="keep no results")
+    parser.add_argument("--no-save", action="store_true", help="do not store the results")
     return parser.parse_args(argv)
 
 
 async def measure(args: argparse.Namespace, root: Path, cases: list[Scenario]) -> list[Recorded]:
-    """Median milliseconds by part, for every case."""
+    """The median milliseconds by part, for every case."""
     config = Config(
         model=ModelConfig(model=args.model),
         adapters=AdapterConfig(adapter_root=root, max_rank=max(128, args.rank)),

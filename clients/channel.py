@@ -1,4 +1,4 @@
-"""How a client reaches a server: address, TLS, stubs."""
+"""The connection of a client to a server: address, TLS, channel."""
 
 from __future__ import annotations
 

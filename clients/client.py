@@ -43,7 +43,7 @@ _Made = TypeVar("_Made")
 def _then(
     finish: Callable[[_Made], _T], method: Callable[Concatenate[Any, _P], _Made]
 ) -> Callable[Concatenate[Any, _P], _T]:
-    """The method, with ``finish`` applied to what it returns."""
+    """The method, with ``finish`` applied to its result."""
 
     @functools.wraps(method)
     def run(self: Any, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:

@@ -65,7 +65,7 @@ class TurretRpcError(Exception):
 
     Attributes:
         code: The status.
-        message: The fault, in words.
+        message: The fault, for people.
         reason: Machine-readable cause in UPPER_SNAKE, such as ``ADAPTER_NOT_FOUND``. The server
             sends it; if no server did, the client sets one, such as ``NOT_REACHED``. Empty if
             neither knows more than the status.
@@ -110,7 +110,7 @@ class TurretRpcError(Exception):
         return self.described(self.hint)
 
     def described(self, hint: str, name_of: Callable[[str], str] = str) -> str:
-        """One line: status, reason, what is wrong, and what to do.
+        """The error on one line: status, reason, message, and hint.
 
         Args:
             hint: Advice; empty for none.
@@ -191,7 +191,7 @@ class InvalidArgumentError(TurretRpcError, status=grpc.StatusCode.INVALID_ARGUME
 
 
 class AuthenticationError(TurretRpcError, status=grpc.StatusCode.UNAUTHENTICATED):
-    """The server wants a token, and got none or an unknown one."""
+    """The server requires a token, and received none or an unknown one."""
 
 
 class PermissionDeniedError(TurretRpcError, status=grpc.StatusCode.PERMISSION_DENIED):

@@ -79,7 +79,7 @@ def hint_for(key: str, metadata: Mapping[str, str], hints: Mapping[str, str], **
     Args:
         key: The reason of an error, or the name of its status if it has none.
         metadata: The error's metadata.
-        hints: The table of the door.
+        hints: The table for the interface: ``HINTS`` or ``COMMAND_HINTS``.
         known: More values for the braces of a hint.
     """
     if any(name in metadata for name in _ANSWERS):

@@ -1,4 +1,4 @@
-"""Why gRPC reached no turret server, and which addresses can have none."""
+"""The reasons why gRPC reached no turret server, and the check of addresses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from turret.clients.words import Text, say
 _HOST_PORT = re.compile(
     r"(dns:(//[^/]*/)?)?(?P<host>\[[^\]]*\]|[^:\[\]]+):(?P<port>[^:]*)", re.DOTALL
 )
-# Schemes: words before a colon that are not hosts.
+# Schemes of addresses, which are not hosts.
 _SCHEMES = ("unix", "unix-abstract", "dns", "ipv4", "ipv6", "vsock", "xds", "google-c2p")
 _MAX_PORT = 65535
 _PORT_DIGITS = re.compile(r"0*([0-9]{1,5})")
@@ -29,10 +29,10 @@ _UNRESOLVED = re.compile(r"errors resolving (?P<place>\S+): \[")
 _TOO_LARGE = re.compile(
     r"(?P<end>SERVER: |CLIENT: )?Received message larger than max \((\d+) vs\. (\d+)\)"
 )
-# The caller itself ended the call.
+# Messages for calls that the caller itself ended.
 _OWN_DOING = re.compile("Locally cancelled|Channel closed|Channel is closed")
-# The other end, or a proxy in front of it, vanished without a status. The last pattern is
-# HAProxy's, when the server that it just chose is gone.
+# Messages for a server, or a proxy in front of it, that vanished without a status. The last one is
+# HAProxy's, for a server that is gone.
 _LOST = re.compile(
     "RST_STREAM|Stream removed|GOAWAY|Connection reset|Socket closed|http2 header with status: 500"
 )
@@ -43,11 +43,13 @@ _ANSWERED = {
     "WRONG_VERSION_NUMBER": "TLS_UNSUPPORTED",
     "CERTIFICATE_VERIFY_FAILED": "CERTIFICATE_UNTRUSTED",
     "Hostname Verification": "CERTIFICATE_NAME",
-    # A server with TLS does this to a client without it, or without a required certificate.
+    # A server with TLS closes the connections of clients without TLS or without a required
+    # certificate.
     "Socket closed": "CONNECTION_CLOSED",
 }
-# Reasons of calls that no turret server has taken. With ANSWERED something else listens at the
-# address. UNREACHED adds that nothing does, or that the connection or the answer broke off.
+# Reasons for calls that no turret server accepted. For those in ANSWERED, something else listens at
+# the address. UNREACHED also includes those where nothing listens, or where the connection or the
+# answer was interrupted.
 ANSWERED = frozenset(("CLIENT_CERTIFICATE", *_ANSWERED.values()))
 UNREACHED = ANSWERED | {"NOT_REACHED", "CONNECTION_LOST", "ANSWER_CUT"}
 
@@ -57,7 +59,7 @@ def cause_of(code: grpc.StatusCode, said: str) -> tuple[grpc.StatusCode, str, st
 
     Args:
         code: The code that gRPC reports.
-        said: gRPC's own words.
+        said: gRPC's own message.
     """
     status = grpc.StatusCode
     if found := _TOO_LARGE.search(said):
@@ -89,10 +91,10 @@ def cause_of(code: grpc.StatusCode, said: str) -> tuple[grpc.StatusCode, str, st
 
 
 def address_problem(address: str, *, has_tls: bool) -> Text | None:
-    """Why no server can be at an address; None if there may be one.
+    """The reason why no server can be at an address; None if one can.
 
-    Without a port gRPC takes 443, which is where servers with TLS may be. gRPC itself checks other
-    forms with a colon, such as dns:///NAME.
+    Without a port, gRPC uses 443, where servers with TLS may listen. gRPC itself checks other forms
+    with a colon, such as dns:///NAME.
     """
     scheme, colon, rest = address.partition(":")
     is_scheme = colon and scheme in _SCHEMES
@@ -128,7 +130,7 @@ def _port_problem(address: str, port: str) -> Text | None:
 
 
 def _is_service(port: str) -> bool:
-    """Whether it is the name of a port, such as ``http``; gRPC knows two without any file."""
+    """Whether a text names a port, such as ``http``. gRPC knows two names without a file."""
     if port in ("http", "https"):
         return True
     try:

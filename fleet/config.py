@@ -54,7 +54,7 @@ def as_ray_address(value: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class FleetConfig:
-    """How many replicas, and on which machines."""
+    """The number of replicas, and the machines on which they run."""
 
     replicas: Whole | None = setting(None, "replicas (default: 2)", ge=1)
     min_replicas: Whole | None = setting(None, "fewest, if the number follows the load", ge=1)

@@ -302,7 +302,7 @@ class ReplicaLink:
         return self._error is not None
 
     def report_soon(self) -> None:
-        """Makes the next report go out soon."""
+        """Triggers the next report."""
         threading.Thread(target=self._ask, args=(0.0,), name="fleet report", daemon=True).start()
 
     def _watch(self) -> None:

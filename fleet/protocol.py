@@ -181,7 +181,7 @@ class Report:
             key.
         prepared: The result of each merge's preparation, by uuid: None for ready weights, else the
             error.
-        usage: Adapters that are resident, in flight or were ever used, by name; None if nothing has
+        usage: Adapters that are resident, in use or were ever used, by name; None if nothing has
             changed since the last answered report.
         waiting, running: The numbers of waiting and of running requests.
     """
@@ -215,10 +215,10 @@ class Register:
     Attributes:
         name: A valid name.
         source: A source that every replica can read.
-        facts: The facts that reading them found.
-        pinned: Whether to pin them too.
-        replaces: The ``(uuid, generation)`` that they replace. If None, the name must be free or
-            already have the same content.
+        facts: The facts from reading the weights.
+        pinned: Whether to pin the adapter as well.
+        replaces: The ``(uuid, generation)`` that the weights replace. If None, the name must be
+            free or already have the same content.
         is_staged: Whether the source is an upload that must still be moved to its place.
     """
 

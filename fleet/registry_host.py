@@ -1,8 +1,8 @@
 """Runs the registry in a process or an actor, with a clock, a thread, and its state on disk.
 
-The state directory has what ``StateDir`` describes, and one more file:
+The state directory has the files that ``StateDir`` describes, and one more:
 
-    merge.json                 the base's generation and what is merged into it
+    merge.json                 the base's generation, and the mix that is merged into it
 
 A single server can read the same registrations; it ignores the merge.
 """
@@ -54,7 +54,7 @@ class FleetStore(StateDir):
         self._merge = self.path / "merge.json"
 
     def read_base(self) -> p.Base:
-        """The saved base; one that cannot be read is logged, and the model's own returned."""
+        """The saved base, or the model's own one if reading fails, which is logged."""
         if not self._merge.exists():
             return p.Base()
         try:

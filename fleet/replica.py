@@ -116,7 +116,7 @@ class ReplicaRegistry(AdapterRegistry):
             record = self._record(registration)
             if (record.uuid, record.generation) == (saved.uuid, saved.generation):
                 return record
-        # The name has changed again meanwhile, so return the record of what was made.
+        # The name has changed again meanwhile, so return the record of this call's change.
         return Registration(_adapter(saved)).record()
 
     def _replaced(self, proposal: p.Register, expected: int | None) -> AdapterInfo:
@@ -354,7 +354,7 @@ class ReplicaMerger(Merger):
     # Instructions of the registry
 
     def prepare(self, plan: p.MergePlan | None) -> None:
-        """Begins to prepare a plan's weights on a thread of its own; None gives them up."""
+        """Begins to prepare a plan's weights on a separate thread; None discards them."""
         before = self._preparation
         if plan is not None and before is not None and plan.uuid == before.plan.uuid:
             return

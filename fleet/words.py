@@ -8,11 +8,11 @@ TEXTS = {
     "REGISTRY_AWAY": "the fleet's registry cannot be reached; loaded adapters are still served",
     "REGISTRY_FAILED": "the fleet's registry did not {action}: {cause}",
     "REGISTRY_RESTARTED": (
-        "the fleet's registry was restarted meanwhile; check whether the change was made"
+        "the fleet's registry was restarted during the call; check whether the change was made"
     ),
     "FLEET_ELSEWHERE": "this Ray cluster already has a fleet, with --state-dir {state_dir}",
     "ADAPTER_IN_BASE": "adapter {adapter!q} is merged into the base",
-    "ADAPTER_LOADED_AGAIN": "adapter {adapter!q} was unloaded and loaded again meanwhile",
+    "ADAPTER_LOADED_AGAIN": "adapter {adapter!q} was unloaded and loaded again in the meantime",
     "COMPONENT_MISSING": (
         "the component with digest {digest} is not registered, or is being unloaded"
     ),

@@ -116,8 +116,8 @@ def clamped_swiglu_reference(gate_up: torch.Tensor, alpha: float, limit: float) 
 
 # Head norms, rotary positions and the KV write: the operations between qkv and attention.
 #
-# Rotary positions (RoFormer, arXiv 2104.09864) turn the first ``2 · pairs`` features of a head;
-# they pair ``(i, i + pairs)``, as most Hugging Face checkpoints lay them out, or neighbours.
+# Rotary positions (RoFormer, arXiv 2104.09864) turn the first ``2 · pairs`` features of a head; the
+# pairs are ``(i, i + pairs)``, as in most Hugging Face checkpoints, or neighbours.
 
 
 def rope_kv_write_reference(

@@ -1,7 +1,7 @@
 """Assigns rows to the experts of a mixture (arXiv 1701.06538) and combines the experts' results.
 
-    p = softmax(scores)        the per_token experts of the highest p, ties to the lower number
-    y = Σ_j p_j · expert_j(x)      in the order of p, divided by Σ_j p_j if the model requires it
+    p = softmax(scores)        the per_token experts of the highest p, ties to the lower number y =
+    Σ_j p_j · expert_j(x)      in the order of p, divided by Σ_j p_j if the model requires it
 
 A *pair* is a row and one of its experts. Pairs are ordered by expert, so that the rows of an expert
 are one run; within a run they keep the order of the rows. A row's result does not depend on how
@@ -38,7 +38,7 @@ class Routing:
 
     @cached_property
     def runs(self) -> tuple[tuple[int, slice], ...]:
-        """(Expert, its pairs) for experts that have any. Reads the device: not for the gpu path."""
+        """(Expert, its pairs) for experts that have pairs. Reads from the device; not for GPUs."""
         bounds = pairwise((0, *self.ends.tolist()))
         return tuple((e, slice(low, high)) for e, (low, high) in enumerate(bounds) if high > low)
 
@@ -65,7 +65,7 @@ def sort_pairs(chosen: torch.Tensor, weights: torch.Tensor, num_experts: int) ->
     Args:
         chosen: ``[rows, per_token]`` int64.
         weights: ``[rows, per_token]`` fp32.
-        num_experts: Experts of the layer.
+        num_experts: The number of experts in the layer.
     """
     per_token = chosen.shape[1]
     experts, order = chosen.flatten().sort(stable=True)
@@ -94,7 +94,7 @@ def combine_reference(y: torch.Tensor, routing: Routing) -> torch.Tensor:
 
 
 def _sum(x: torch.Tensor) -> torch.Tensor:
-    """The sum of every row, ``[rows, 1]``, by halves: a fixed order that no library chooses."""
+    """The sum of every row, ``[rows, 1]``, by halves, so that no library chooses the order."""
     while x.shape[1] > 1:
         half = x.shape[1] // 2
         rest = x[:, 2 * half :]

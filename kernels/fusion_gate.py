@@ -6,9 +6,9 @@ query ``q = Wq x`` and keys ``Wk``::
 
     α = softmax_k(q · Wk B_k v_k)
 
-``Wk B_k`` is folded once at load to ``[d_k, r_k]``, so the score costs ``d_k · r_k`` per component:
-the updates themselves are never computed twice. A router (Arrow, arXiv 2405.11157, section 3.2) has
-a prototype ``p_k`` per component, and only the ``top_k`` best share the softmax::
+``Wk B_k`` is folded to ``[d_k, r_k]`` once at load. The score then costs ``d_k · r_k`` per
+component, and the updates themselves are never computed twice. A router (Arrow, arXiv 2405.11157,
+section 3.2) has a prototype ``p_k`` per component, and only the ``top_k`` best share the softmax::
 
     α = softmax over top_k of |p_k · x| / T
 
@@ -25,7 +25,7 @@ from turret.kernels.rows.elementwise import row_exp_
 from turret.kernels.rows.linear import row_linear
 from turret.lazy_torch import torch
 
-# Sides are padded to multiples of this, so that fewer shapes need a trial.
+# Sizes are padded to multiples of this, so that fewer shapes need a trial.
 GATE_MULTIPLE = 16
 
 
@@ -57,8 +57,8 @@ def routing_gate_reference(
 
     Args:
         similarities: ``p_k · x``, ``[num_rows, K]`` fp32.
-        top_k: Components that share a row's weight, the most similar ones; of two that are equally
-            similar the first is taken. The others weigh 0.
+        top_k: The number of most similar components that share a row's weight; of equally similar
+            ones, the first counts. All others have weight 0.
         temperature: The divisor of similarities; above 0.
 
     Returns:

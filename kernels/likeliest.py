@@ -18,8 +18,7 @@ def apply_token_mask(logits: torch.Tensor, rows: torch.Tensor, words: torch.Tens
     """Exclude tokens of some rows, in place. Other rows are not touched.
 
     Semantics:
-        logits[rows[i], t] = -inf where bit t % 32 of words[i, t // 32] is 0, or where there is no
-        such bit
+        logits[rows[i], t] = -inf if bit t % 32 of words[i, t // 32] is 0 or does not exist
 
     Args:
         logits: ``[n, vocab]`` fp32, below infinity.
@@ -40,11 +39,11 @@ def apply_token_mask(logits: torch.Tensor, rows: torch.Tensor, words: torch.Tens
         )
         return
     vocab, size = logits.shape[1], 32 * words.shape[1]
-    # Unlike filling scattered places, this takes the same time whatever the mask is.
+    # Unlike filling scattered places, this takes the same time for all masks.
     codes = words.view(torch.uint8).flatten().int()
     bias = _biases(words.device).index_select(0, codes).view(words.shape[0], size)
     if size < vocab:
-        # Logits beyond the mask's last word stand for no token that it allows, so rule them out.
+        # The mask allows no token beyond its last word, so exclude those logits.
         bias = torch.nn.functional.pad(bias, (0, vocab - size), value=float("-inf"))
     logits.index_add_(0, rows, bias[:, :vocab])
 
@@ -67,9 +66,9 @@ def likeliest_tokens(
 
     Args:
         logits: ``[n, vocab]`` fp32. A NaN counts as larger than all else, as in torch's argmax.
-        rows: Rows of ``logits``, ``[rows]`` int64, on its device; None for all.
-        words: ``[rows, words]`` int32, contiguous, on the device of ``logits``: the tokens that may
-            come; None for all. If their logits are all -inf, the token is 0.
+        rows: Indices of rows of ``logits``, ``[rows]`` int64, on its device; None for all rows.
+        words: ``[rows, words]`` int32, contiguous, on the device of ``logits``: the allowed tokens;
+            None for all. If their logits are all -inf, the token is 0.
 
     Returns:
         ``[rows]`` int64.
@@ -109,7 +108,7 @@ _TILE = 32  # outputs
 _LEAST_OUTPUTS = 256
 # At most one output in this many may remain after screening.
 _MOST_SHARE = 8
-# Maximum number of calls that are skipped after one that was of no use.
+# Maximum number of calls that are skipped after a useless one.
 _MOST_PAUSE = 64
 # Longer weights are rejected, because their products with a row may overflow fp32.
 _MOST_LENGTH = 1e15
@@ -128,7 +127,7 @@ class _Screen(ctypes.Structure):
 
 @dataclass(slots=True)
 class _Patience:
-    """Skips calls after a useless one: twice as many each consecutive time."""
+    """Skips calls after a useless one, twice as many each consecutive time."""
 
     left_out: int = 0
     next_pause: int = 1
@@ -151,9 +150,9 @@ class _Patience:
 
 
 class Screen:
-    """An int8 copy of a weight, and bounds of the error of its products (``cpu/c/screen.c``).
+    """An int8 copy of a weight, and error bounds for its products (``cpu/c/screen.c``).
 
-    One thread only.
+    For use in one thread only.
 
     Args:
         weight: A weight for which ``serves`` is true.

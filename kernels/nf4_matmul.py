@@ -1,7 +1,7 @@
-"""``y = x Wᵀ`` for an NF4 weight (QLoRA, arXiv 2305.14314, section 3), packed as bitsandbytes does.
+"""``y = x Wᵀ`` for an NF4 weight (QLoRA, arXiv 2305.14314, section 3) in bitsandbytes' packing.
 
-A byte holds two codes, the first in the high nibble. 64 weights of a row share one absmax, which is
-dequantised at load if a file has it quantised as well (double quantisation)::
+A byte holds two codes, the first in the high nibble. 64 weights of a row share one absmax. If a
+file has quantised maxima (double quantisation), they are dequantised at load::
 
     W_dq[b·64 + i] = code[nibble] · absmax[b], rounded to the dtype of x
 """
@@ -29,8 +29,8 @@ class Nf4Matrix:
     Attributes:
         packed: ``[out · in / 2]`` uint8.
         absmax: ``[out · in / 64]`` fp32.
-        out_features: Rows.
-        in_features: Columns, a multiple of 64.
+        out_features: The number of rows.
+        in_features: The number of columns, a multiple of 64.
     """
 
     packed: torch.Tensor

@@ -4,9 +4,9 @@ Online softmax (FlashAttention, arXiv 2205.14135, section 3.1) over tiles of ``T
 
     m ← max(m, max_t s_t)        l ← l·α + Σ_t e^(s_t − m)        o ← o·α + Σ_t e^(s_t − m) v_t
 
-in fp32, with tiles at fixed positions: 0, TILE, 2·TILE, … A row's result then depends on its own
-query and its own keys only, not on the batch or on how a prompt was cut into chunks. Grouped query
-heads are extra query rows, so keys and values are never repeated. A head may have a
+in fp32, with tiles at fixed positions: 0, TILE, 2·TILE, … A row's result then depends only on its
+own query and keys, not on the batch or on the chunks of a prompt. Grouped query heads are extra
+query rows, so keys and values are never repeated. A head may have a
 *sink* (arXiv 2309.17453; gpt-oss has learned ones): a score without a position, with which m and l
 begin.
 """
@@ -24,8 +24,8 @@ from turret.kernels.rows.linear import prepare_products, table_product
 TILE = 128
 # Query rows are padded to a multiple of this, the smallest number of rows in one product.
 _ROW_MULTIPLE = 4
-# Finite, so that a row whose tile is fully masked (sliding window) needs no special case: the next
-# tile's rescaling by e^(MASKED − m) = 0 wipes what such a tile added.
+# The value is finite, so that a row with a fully masked tile (sliding window) needs no special
+# case: the next tile's rescaling by e^(MASKED − m) = 0 erases the terms of such a tile.
 _MASKED = -1e30
 # Columns of ones beside the values, so that the same product computes the softmax denominator.
 _ONES = 4
@@ -40,7 +40,7 @@ class SequenceSpan:
         num_new: New tokens (1 in decode).
         num_context: Tokens already in the cache before them.
         blocks: Block numbers of the sequence, in position order, for context and new tokens.
-        num_padding: Leading cache slots that hold nothing and are never seen.
+        num_padding: Leading cache slots that are empty and never seen.
     """
 
     row_start: int
@@ -59,7 +59,7 @@ class _Tile:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Sequences with equally many new tokens, longest first, so each tile takes a leading slice."""
+    """Sequences with equally many new tokens, longest first: each tile takes a leading slice."""
 
     rows: torch.Tensor  # [num_sequences * num_new] int64
     num_sequences: int
@@ -88,7 +88,7 @@ def plan_attention(
 
     Args:
         spans: The sequences of the step, in any order.
-        num_rows: Rows of the step (rows of no span get zeros).
+        num_rows: The number of rows of the step; rows without a span get zeros.
         block_size: Positions per KV block; divides ``TILE``. Block 0 is never read unmasked.
         queries_per_head: Query heads per KV head.
         window: Sliding window in tokens (a query sees the last ``window`` positions, itself
@@ -166,7 +166,7 @@ def _padded(rows: int) -> int:
 
 
 def prepare_attention(head_dim: int, device: torch.device) -> None:
-    """Try the products of attention now instead of during a request, where a trial is needed."""
+    """Run the trials of attention's products now instead of during a request, if any are needed."""
     prepare_products(head_dim, TILE, device)
     prepare_products(TILE, head_dim + _ONES, device)
 
@@ -267,7 +267,7 @@ def _sinks_of_rows(
 def _gather(
     k_cache: torch.Tensor, v_cache: torch.Tensor, tile: _Tile, head_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys ``[n·kv_heads, head_dim, TILE]`` and values with columns of ones behind, both fp32."""
+    """Keys ``[n·kv_heads, head_dim, TILE]``, and values followed by columns of ones, both fp32."""
     kv_heads = k_cache.shape[2]
     n = tile.num_sequences
     shape = (n, TILE, kv_heads, head_dim)

@@ -1,4 +1,4 @@
-"""The ``turret`` command. Imports are lazy: a verb loads only what it needs, and help nothing."""
+"""The ``turret`` command. Imports are lazy: a verb loads only its own modules, help none."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from turret.server.command.interrupts import EXIT_INTERRUPTED
 from turret.server.command.parser import EXIT_USAGE, CommandParser
 
 EXIT_FAILED = 1
-# If no other TURRET variables are set, skip loading the check for misspelt ones.
+# If only these TURRET variables are set, the check for misspelt ones need not be loaded.
 _CLIENT_VARIABLES = ("TURRET_ADDRESS", "TURRET_TOKEN", "TURRET_TLS_CA")
-# Listed in the order of the help.
+# The order is that of the help.
 _OWN_VERBS = {
     "serve": "run the server",
     "config": "show the settings of a server, and where each comes from",
@@ -239,8 +239,8 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     )
     parser.verbs_below = _verbs_below
     parser.add_argument("-V", "--version", action="version", version=f"turret {turret.__version__}")
-    # Any is needed because the type of subparsers is invariant: the verbs, which expect subparsers
-    # of ArgumentParser, do not accept those of CommandParser.
+    # The type is Any because the type of subparsers is invariant: verbs expect subparsers of
+    # ArgumentParser, and would not accept those of CommandParser.
     subparsers: Any = parser.add_subparsers(metavar="COMMAND", required=True)
     own = {
         "serve": _add_serve,
@@ -281,7 +281,7 @@ def main(argv: Sequence[str] | None = None, *, catches_interrupts: bool = False)
         catches_interrupts: Make Ctrl-C raise KeyboardInterrupt as soon as the verb can handle it.
 
     Returns:
-        Its exit code.
+        The exit code of the command.
     """
     if argv is not None:
         # Another program called this function.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-# Before torch is imported: tests run beside each other, and waiting threads would spin.
+# Set this before torch is imported: tests run in parallel, and waiting threads would spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Before triton is imported: without a GPU, kernels run in its interpreter.
+# Set this before triton is imported: without a GPU, kernels run in its interpreter.
 if not os.path.exists("/dev/nvidia0"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -29,7 +29,7 @@ _POISONED = ("turret.kernels.", "turret.server.models.decoding.decoder")
 
 
 class _PoisonedTorch:
-    """The torch module, except that memory it does not initialise is full of NaN."""
+    """The torch module, except that uninitialised memory is full of NaN."""
 
     def __init__(self, torch: Any) -> None:
         self._torch = torch
@@ -47,7 +47,7 @@ class _PoisonedTorch:
         return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
 
-# A shell's background job ignores interrupts, and so would every process that a test starts.
+# A shell's background job ignores interrupts, and its child processes would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -65,7 +65,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """The tests' modules are loaded, and with them what they run on."""
+    """Prepare torch once the tests' modules, and thus their dependencies, are loaded."""
     adapt_interpreter()
 
 
@@ -86,7 +86,7 @@ def fuzz_seconds(request: pytest.FixtureRequest) -> float:
 
 @pytest.fixture(autouse=True)
 def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel that reads an element of ``torch.empty`` it did not write gives NaN."""
+    """Make a kernel that reads an unwritten element of ``torch.empty`` return NaN."""
     torch = sys.modules.get("torch")
     if torch is None:
         return
@@ -97,7 +97,7 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:
-    """Random numbers drawn from the global generators are the same in every run."""
+    """Seed the global generators, so that every run draws the same numbers."""
     random.seed(0)
     torch = sys.modules.get("torch")
     if torch is not None:
@@ -106,7 +106,7 @@ def fixed_seeds() -> None:
 
 @pytest.fixture(autouse=True)
 def own_log() -> Iterator[None]:
-    """What a command that runs in this process makes of the log ends with its test."""
+    """Undo the log settings of commands that run in this process."""
     loggers = [logging.getLogger(), logging.getLogger("turret")]
     before = [(logger, list(logger.handlers), logger.level) for logger in loggers]
     yield
@@ -125,7 +125,10 @@ def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerUnde
 
 @pytest.fixture(scope="module")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Directory of a tiny llama; what is made of it goes beside it, where EngineHarness looks."""
+    """The directory of a tiny llama.
+
+    Derived files are written beside it, where EngineHarness looks.
+    """
     from builders.bases.tiny_models import save_tiny_model
 
     folder = tmp_path_factory.mktemp("tiny_llama")

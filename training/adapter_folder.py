@@ -1,4 +1,4 @@
-"""Writes an adapter in PEFT's layout; the same weights give the same bytes."""
+"""Writes an adapter in PEFT's layout, deterministically: the same weights give the same bytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write_adapter(
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Args:
-        folder: Exists.
+        folder: An existing directory.
         config: PEFT's keys.
         state: Tensors by PEFT's names.
         dtype: The dtype of the saved tensors; integers stay as they are.
@@ -38,7 +38,7 @@ def write_adapter(
             raise RunError(say("WEIGHT_NOT_FINITE", name=name, dtype=dtype))
     # ``save_file`` raises no OSErrors and makes files that only their owner can read.
     (folder / TENSORS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
-    # Sets have no order of their own: sorting keeps the file the same from run to run.
+    # Sets have no order: sorting keeps the file the same from run to run.
     plain = {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()}
     plain["inference_mode"] = True
     text = json.dumps(plain, indent=2, sort_keys=True) + "\n"

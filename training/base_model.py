@@ -93,9 +93,9 @@ class TrainingBase:
 
     Attributes:
         source: The quantised model that the server serves, with its digest.
-        directory: As the config names it, or an id of the hub; None is the embedded model.
+        directory: The directory as in the config, or an id of the hub; None is the embedded model.
         config: transformers' config.
-        arch: The server's reading of it.
+        arch: The server's description of the config.
         tokenizer: transformers' tokenizer.
     """
 
@@ -117,12 +117,12 @@ def find_base(
     """Find (and quantise, the first time) the base model.
 
     Args:
-        directory: As the config names it, or an id of the hub; None is the embedded model.
+        directory: The directory as in the config, or an id of the hub; None is the embedded model.
         check: Called with the modules of a model in a directory before it is quantised, which takes
             minutes; raises an error if the model cannot be used.
 
     Raises:
-        InvalidRequestError: Not a model directory, or an architecture that is not served.
+        InvalidRequestError: The directory is not a model, or its architecture is not supported.
     """
     if directory is not None and directory.is_dir():
         check_model_directory(directory)
@@ -136,7 +136,7 @@ def find_base(
 
 
 def _config_of(files: Path) -> Any:
-    """A model's config; for a model of text and images, the config of its language model.
+    """A model's config; for a multimodal model, the config of its language model.
 
     Raises:
         ConfigError: transformers has no class for the language model alone.
@@ -156,14 +156,15 @@ def load_model(base: TrainingBase, weights: Weights, dtype: torch.dtype, device:
     Args:
         base: The result of :func:`find_base`.
         weights: The value of ``base.weights`` in the config.
-        dtype: The dtype of activations and of everything that is not quantised.
+        dtype: The dtype of activations and of all weights that are not quantised.
         device: ``cpu`` or ``cuda``.
 
     Returns:
         A ``PreTrainedModel`` without gradients.
 
     Raises:
-        ConfigError: ``full`` for a checkpoint with quantised weights only, or for a mixture.
+        ConfigError: ``weights`` is ``full`` for a checkpoint that has only quantised weights, or
+            for a mixture.
     """
     logging.disable_progress_bar()
     if weights == "full":
@@ -246,7 +247,7 @@ def _load_nf4(base: TrainingBase, dtype: torch.dtype) -> Any:
 
 
 def _is_within_another(base: TrainingBase) -> bool:
-    """Whether the 4-bit checkpoint's tensors have the names of a model of text and images."""
+    """Whether the tensors of the 4-bit checkpoint have the names of a multimodal model."""
     path = base.source.weights / "config.json"
     if not path.is_file():
         return False
@@ -274,7 +275,7 @@ def _make_dense(model: Any, dtype: torch.dtype) -> None:
 
 def _load_full(base: TrainingBase, dtype: torch.dtype) -> Any:
     if base.arch.experts is not None:
-        # Only the NF4 models have experts as modules of their own.
+        # Only NF4 models have experts as separate modules.
         raise ConfigError.of("base.weights", say("EXPERTS_NEED_NF4"))
     if base.directory is None:
         found = open_gguf(find_gguf())

@@ -35,14 +35,14 @@ class Dataset:
     """The data of a run.
 
     Attributes:
-        train: Rows.
-        validation: Rows of one example each; may be empty.
+        train: The training rows.
+        validation: The validation rows, with one example each; may be empty.
         digest: SHA-256 over the files.
-        num_examples: Training examples.
-        num_tokens: Their tokens.
-        num_dropped: Examples left out for their length, of both sets.
-        num_truncated: Examples cut to length, of both sets.
-        num_shared: Held-out examples that are also training examples.
+        num_examples: The number of training examples.
+        num_tokens: The number of their tokens.
+        num_dropped: The number of examples in both sets that were left out for their length.
+        num_truncated: The number of examples in both sets that were cut to length.
+        num_shared: The number of held-out examples that are also training examples.
         labels: The classes, in the head's order; else empty.
         is_multi_label: Whether an example may have any number of labels, not exactly one.
     """
@@ -66,17 +66,17 @@ def load_dataset(
     seed: int,
     invocation: Invocation | None = None,
 ) -> Dataset:
-    """Read, split and encode.
+    """Read, split and encode the examples.
 
     Args:
-        config: Paths are relative to ``folder``.
+        config: The config; its paths are relative to ``folder``.
         folder: The directory of the config file.
-        base: Its tokenizer and context limit.
+        base: The base, for its tokenizer and context limit.
         seed: The seed of the split.
-        invocation: Where an aLoRA begins to act.
+        invocation: The tokens from which an aLoRA acts.
 
     Raises:
-        ConfigError: ``data.max_length`` is beyond the model's context.
+        ConfigError: ``data.max_length`` exceeds the model's context.
         DataError: See :func:`read_files` and :func:`encode_all`.
     """
     check_max_length(config, base.max_length)
@@ -107,7 +107,7 @@ def load_dataset(
 
 
 def make_rows(examples: tuple[Encoded, ...], config: DataConfig) -> list[Row]:
-    """Rows of one example, or packed ones."""
+    """Rows of one example each, or packed rows."""
     return pack_rows(examples, config.max_length) if config.packing else single_rows(examples)
 
 
@@ -132,14 +132,15 @@ class TrainingBatch:
 
     Attributes:
         tokens: ``[rows, longest]`` int64.
-        positions: ``[rows, longest]`` int64 where rows are packed: they start at 0 with every
-            example, from which transformers tells which tokens may attend to which. Else None.
+        positions: ``[rows, longest]`` int64 for packed rows, else None. They start at 0 with every
+            example, which shows transformers the tokens that may attend to each other.
         targets: ``[rows, longest]`` int64: the token to predict at each position, or ``IGNORED``.
-        num_tokens: Tokens without padding.
-        num_targets: Positions with a target.
-        starts: The first position of each row that an aLoRA acts on; empty if it acts everywhere.
-        labels: The right labels of each row, if there may be any number; the target is then the
-            row's own number. Else empty.
+        num_tokens: The number of tokens without padding.
+        num_targets: The number of positions with a target.
+        starts: For each row, the first position on which an aLoRA acts; empty if it acts
+            everywhere.
+        labels: The right labels of each row, if a row may have several, else empty. In this case,
+            the target is the number of the row.
     """
 
     tokens: torch.Tensor
@@ -169,7 +170,7 @@ def pack_rows(examples: Sequence[Encoded], max_length: int) -> list[Row]:
 
 
 def single_rows(examples: Sequence[Encoded]) -> list[Row]:
-    """Rows of one example each."""
+    """Rows with one example each."""
     return [(example,) for example in examples]
 
 
@@ -179,7 +180,7 @@ class BatchStream:
     Args:
         rows: The rows.
         batch_size: Rows per batch; a batch may span two epochs.
-        pad: Token id that fills the shorter rows.
+        pad: The token id that fills shorter rows.
         seed: The seed of the orders.
         is_packed: Whether to number positions per example.
     """
@@ -209,7 +210,7 @@ class BatchStream:
 
 
 def make_batch(rows: Sequence[Row], *, pad: int, is_packed: bool) -> TrainingBatch:
-    """Lay rows out as tensors; the arguments are those of :class:`BatchStream`."""
+    """Arrange rows as tensors; the arguments are those of :class:`BatchStream`."""
     lengths = [sum(len(example.tokens) for example in row) for row in rows]
     shape = (len(rows), max(lengths))
     tokens = torch.full(shape, pad)
@@ -229,7 +230,7 @@ def make_batch(rows: Sequence[Row], *, pad: int, is_packed: bool) -> TrainingBat
                 positions[number, start:end] = torch.arange(end - start)
             start = end
         if positions is not None:
-            # Number padding from 0, as a sequence of its own; otherwise it would attend to the last
+            # Number padding from 0, like a separate sequence; otherwise it would attend to the last
             # example.
             positions[number, start:] = torch.arange(shape[1] - start)
     num_targets = int((targets != IGNORED).sum())

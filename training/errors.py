@@ -1,10 +1,9 @@
 """The errors of training, as one tree; ``turret train`` prints each on one line.
 
-TrainingError
-├── ConfigError    a key of the config: unknown, out of range, or without meaning for the method
-│   └── ConfigFileError  known of the file alone, whatever the base and the machine
-├── DataError      an example: names the file, the line and the field
-└── RunError       a run directory that is finished, taken, or of another config or data set
+TrainingError ├── ConfigError    an invalid key of the config: unknown, out of range, or unsupported
+by the method │   └── ConfigFileError  an error in the file alone, independent of the base and the
+machine ├── DataError      an invalid example: names the file, the line and the field └── RunError a
+run directory that is finished, in use, or of another config or data set
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class ConfigFileError(ConfigError):
 
 
 class DataError(TrainingError):
-    """Names file, line and field, as ``train.jsonl:7: messages[2].role: …``.
+    """An invalid example; names file, line and field: ``train.jsonl:7: messages[2].role: …``.
 
     Attributes:
         problem: The fault.

@@ -6,7 +6,7 @@ A file is JSONL. A line has one of these shapes, and no other keys:
     {"prompt": "…", "completion": "…"}
     {"text": "…"}
 
-If any number of labels may hold, labels replace the answer:
+If an example may have any number of labels, labels replace the answer:
 
     {"messages": [{"role": "user", "content": "…"}], "labels": ["…", "…"]}
     {"prompt": "…", "labels": []}
@@ -37,7 +37,7 @@ class DataFiles:
 
     Attributes:
         paths: The files, the training one first.
-        train: The examples of the training file, a part of which may yet be held out.
+        train: The examples of the training file; a part of them may be held out later.
         validation: The examples of a separate validation file, or None.
         labels: The classes, in the head's order; else empty.
         is_multi_label: Whether an example may have any number of labels, not exactly one.
@@ -59,7 +59,7 @@ def read_files(config: DataConfig, folder: Path) -> DataFiles:
     """Read the files of examples.
 
     Args:
-        config: Paths are relative to ``folder``.
+        config: The config; its paths are relative to ``folder``.
         folder: The directory of the config file.
 
     Raises:
@@ -103,7 +103,7 @@ def check_compared(files: DataFiles, config: DataConfig) -> None:
         config: The config by which they were read.
 
     Raises:
-        ConfigError: There are none; the error has the number of examples, and advice.
+        ConfigError: There are no validation examples; the error names the number of examples.
     """
     fraction, there = config.validation_fraction, len(files.train)
     if files.validation is not None or num_set_aside(there, fraction):
@@ -203,8 +203,8 @@ def _example(row: Row) -> Example:
 
 
 # Examples for classification. The number of the label is the last token of a row, and the only one
-# to learn. The head gets the model's state for the token before it. If an example may have any
-# number of labels, the row's number in its batch replaces the label's number.
+# to learn. The head gets the model's state for the token before. If an example may have any number
+# of labels, the row's number in its batch replaces the label's number.
 
 
 def right_labels(example: Example) -> tuple[str, ...]:
@@ -218,8 +218,8 @@ def labels_of(examples: Sequence[Example]) -> tuple[str, ...]:
     """The labels of a training set, sorted.
 
     Raises:
-        DataError: A line has no prompt, or a label that cannot be served; or all have the same, or
-            there are too many; or only some lines have ``labels``.
+        DataError: A line has no prompt or an unsupported label, there are too few or too many
+            different labels, or only some lines have ``labels``.
     """
     is_multi_label = examples[0].labels is not None
     check_labelled(examples, is_multi_label=is_multi_label)
@@ -304,8 +304,8 @@ def _numbers(example: Example, numbers: dict[str, int]) -> tuple[int, ...]:
     return tuple(sorted(numbers[label] for label in right_labels(example)))
 
 
-# The invocation of an aLoRA, which acts from the last occurrence of its invocation before the
-# answer, as in the server (``server/engine/scheduling/sequence.py``).
+# The invocation of an aLoRA: the adapter acts from its last occurrence before the answer, as in the
+# server (``server/engine/scheduling/sequence.py``).
 
 _KEY = "method.invocation"
 
@@ -323,7 +323,7 @@ class Invocation:
     tokens: tuple[int, ...]
 
     def start_in(self, prompt: Sequence[int], example: Example, tokenizer: Any) -> int:
-        """The first position that the adapter acts on.
+        """The first position on which the adapter acts.
 
         Args:
             prompt: Tokens before the last answer.
@@ -331,7 +331,7 @@ class Invocation:
             tokenizer: The tokenizer that made the tokens.
 
         Raises:
-            DataError: The prompt does not hold these tokens.
+            DataError: The prompt does not contain these tokens.
         """
         start = last_occurrence(prompt, self.tokens)
         if start is not None:
@@ -362,7 +362,7 @@ def invocation_before_answers(tokenizer: Any) -> str:
     """The text that the chat template writes before an answer.
 
     Raises:
-        ConfigError: There is no template, or it writes nothing before an answer.
+        ConfigError: The tokenizer has no template, or the template writes nothing before an answer.
     """
     text = ""
     if tokenizer.chat_template:
@@ -389,9 +389,9 @@ class Encoded:
         tokens: Token ids.
         learned: Whether each token is learned. The first token never is, because nothing precedes
             it.
-        turns: Role and content of the turns before the first learned answer, if it is a chat.
-        start: The first position that an aLoRA acts on; None if adapters act everywhere.
-        labels: The numbers of all right labels, if there may be any number; else None.
+        turns: Role and content of the turns before the first learned answer, for a chat.
+        start: The first position on which an aLoRA acts; None if the adapter acts everywhere.
+        labels: The numbers of all right labels, if an example may have any number; else None.
     """
 
     tokens: tuple[int, ...]
@@ -420,15 +420,15 @@ def encode_all(
     """Encode a file's examples.
 
     Args:
-        tokenizer: transformers'.
+        tokenizer: transformers' tokenizer.
         examples: The examples of one file.
-        config: Template, loss, what to do with long examples.
-        max_length: Most tokens of an example.
-        invocation: Where an aLoRA begins to act; what comes before is not learned.
+        config: The config of the template, the loss and the treatment of long examples.
+        max_length: The maximum number of tokens of an example.
+        invocation: The tokens from which an aLoRA acts; tokens before them are not learned.
 
     Raises:
-        DataError: An example cannot be rendered, is too long where that is an error, lacks the
-            invocation, or has nothing to learn; or none is left.
+        DataError: An example cannot be rendered, is too long although ``config`` forbids that,
+            lacks the invocation, or has nothing to learn; or no example is left.
     """
     encoded, dropped, truncated, shortest = [], 0, 0, sys.maxsize
     path = None
@@ -466,8 +466,8 @@ def encode(
     """Encode one example.
 
     Raises:
-        DataError: No chat template, or the template refuses the messages, or it renders an
-            earlier turn differently once a later one follows; or it lacks the invocation.
+        DataError: The tokenizer has no chat template, the template rejects the messages or renders
+            a turn differently once another one follows, or the invocation is missing.
     """
     turns: Sequence[Mapping[str, str]] = ()
     if example.messages is not None:
@@ -504,11 +504,11 @@ def encode_prompt(tokenizer: Any, example: Example, config: DataConfig) -> Encod
     """Encode the part of an example before its last answer; none of it is learned.
 
     Raises:
-        DataError: No chat template, or the template refuses the messages.
+        DataError: The tokenizer has no chat template, or the template rejects the messages.
     """
     turns: Sequence[Mapping[str, str]] = ()
     if example.messages is not None:
-        # Labels are in a key of their own, whereas an answer is the last message.
+        # Labels have a separate key, whereas an answer is the last message.
         turns = example.messages if example.labels is not None else example.messages[:-1]
     elif config.template == "chat" or (config.template == "auto" and tokenizer.chat_template):
         turns = [{"role": "user", "content": example.prompt or ""}]
@@ -579,7 +579,7 @@ def _with_end(tokenizer: Any, ids: list[int]) -> list[int]:
 
 
 def _split_at_end(tokenizer: Any, ids: list[int]) -> tuple[list[int], list[int]]:
-    """An answer with its end-of-turn token, which is supplied if missing, and what follows."""
+    """An answer with its end-of-turn token, which is added if missing, and the text after it."""
     end = tokenizer.eos_token_id
     if end not in ids:
         return [*ids, end], []

@@ -73,7 +73,7 @@ def read_components(directories: Mapping[str, Path], model: nn.Module) -> list[C
 
 
 def update_of(component: Component, path: str) -> Update:
-    """A component's update of one module, in the form that the fusion layer takes."""
+    """A component's update of one module, in the form for the fusion layer."""
     operators = component.operators.modules.get(path)
     if operators is None or operators.low_rank is None:
         return None
@@ -86,7 +86,7 @@ def _read(directory: Path) -> AdapterCheckpoint:
 
 
 def _describe(model: Any) -> BaseModel:
-    """Describe the base as far as reading low-rank adapters needs it."""
+    """Describe the base, as far as this is needed for reading low-rank adapters."""
     linears = linear_modules(model)
     leaves = {name for name, module in model.named_modules() if name and not [*module.children()]}
     config = model.config
@@ -142,7 +142,7 @@ class FusionLayer(nn.Module):
     """Called like the module it wraps; the wrapped module must be frozen.
 
     The key starts at zero and the query at random, so that training starts from the mean of the
-    components (as LoRA starts from the base, and for the same reason not from two zeros).
+    components. With two zeros, neither would ever get a gradient.
 
     Args:
         base: A linear module, also a quantised one.
@@ -156,7 +156,7 @@ class FusionLayer(nn.Module):
         key: ``Wk``, ``[d_k, out]`` fp32.
         is_enabled: Whether the fusion is applied; otherwise the result is the base's.
         alone: Number of the component whose update is added without a gate, or None.
-        log_gates: List to which every call appends ``log α``, ``[…, components]``, or None.
+        log_gates: A list to which every call appends ``log α``, ``[…, components]``; or None.
     """
 
     a: torch.Tensor
@@ -179,7 +179,7 @@ class FusionLayer(nn.Module):
         held = [update for update in updates if update is not None]
         self.register_buffer("a", torch.cat([a for a, _ in held]).float(), persistent=False)
         self.register_buffer("b", torch.cat([b.T for _, b in held]).float(), persistent=False)
-        # [components, ranks]: 1 where a rank is the component's.
+        # [components, ranks]: 1 for the ranks of each component.
         ranks = [0 if update is None else update[0].shape[0] for update in updates]
         owners = [k for k, rank in enumerate(ranks) for _ in range(rank)]
         members = torch.tensor([[float(k == owner) for owner in owners] for k in range(len(ranks))])
@@ -241,7 +241,7 @@ class FusionModel(nn.Module):
         return self.model(*args, **keywords)
 
     def get_base_model(self) -> Any:
-        """The wrapped model, as PEFT's models call it."""
+        """The wrapped model, under the name that PEFT's models use."""
         return self.model
 
     @contextmanager
@@ -268,7 +268,7 @@ class FusionModel(nn.Module):
 
     @contextmanager
     def watching_gates(self) -> Iterator[list[torch.Tensor]]:
-        """A list that every layer appends ``log α`` to, within the block."""
+        """Within the block, a list to which every layer appends ``log α``."""
         log_gates: list[torch.Tensor] = []
         for layer in self.layers.values():
             layer.log_gates = log_gates
@@ -370,7 +370,7 @@ class FusionLoss(LossFunction):
     def _component_losses(
         self, batch: TrainingBatch, examples: torch.Tensor, number: int
     ) -> torch.Tensor:
-        """Cross entropy of every example by one component alone, ``[rows, examples]``."""
+        """The cross entropy of every example with one component alone, ``[rows, examples]``."""
         with self._fusion.component_alone(number):
             losses = self.of_targets(batch).cpu()
         rows, positions = (batch.targets != IGNORED).nonzero().unbind(1)

@@ -1,7 +1,7 @@
 """The loss of a batch: the head runs on positions with a target only.
 
-Over all positions of a batch, logits of a 49 152-token vocabulary cost more than the layers of a
-small model do, in time and in memory.
+Over all positions of a batch, the logits of a vocabulary of 49,152 tokens take more time and memory
+than the layers of a small model.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class LossFunction:
         if batch.positions is not None:
             keywords["position_ids"] = batch.positions.to(self._device)
         if batch.starts:
-            # Pass offsets, because PEFT would search the answer too. They count from the row's end.
+            # Pass offsets, because PEFT would also search the answer. Offsets count from the row's
+            # end.
             width = batch.tokens.shape[1]
             keywords["alora_offsets"] = [width - start for start in batch.starts]
         handle = self._head.register_forward_pre_hook(take)
@@ -102,18 +103,18 @@ class LossFunction:
 
 # The optimizer (AdamW in its variants, with LoRA+'s two rates) and the schedule of the rate.
 
-# PEFT's names of the second factor, whose rate LoRA+ raises.
+# PEFT's names of the second factor; LoRA+ raises its rate.
 _B_FACTORS = ("lora_B",)
 
 
 def make_optimizer(
     parameters: Iterable[tuple[str, torch.nn.Parameter]], config: OptimizerConfig
 ) -> torch.optim.Optimizer:
-    """Make the optimizer.
+    """Create the optimizer.
 
     Args:
         parameters: The trained parameters as (name, parameter).
-        config: The resolved config: the rate is set, and the optimizer fits the device.
+        config: The resolved config; the rate is set, and the optimizer fits the device.
 
     Returns:
         Two groups with LoRA+ (arXiv 2402.12354), else one; each holds its rate relative to

@@ -82,7 +82,7 @@ _SHAPES: Any = _config
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Has the shapes of an attention kernel that never stores the scores."""
+    """An attention with the shapes of a kernel that never stores the scores."""
 
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any) -> torch.Tensor:
@@ -101,7 +101,7 @@ def _attention(
     return _FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
 
 
-# transformers makes no mask for a name without a mask function.
+# transformers creates no mask for a name without a mask function.
 AttentionInterface.register(_ATTENTION, _attention)
 
 
@@ -152,7 +152,7 @@ def estimate_memory(resolved: Resolved) -> MemoryEstimate:
 
 
 def largest_batches(resolved: Resolved) -> tuple[TrainingBatch, TrainingBatch | None]:
-    """The training batch and the validation batch of a run that take the most room."""
+    """The training batch and the validation batch of a run that take the most memory."""
     config = resolved.config
     assert config.run.steps is not None
     stream = make_stream(resolved)
@@ -213,8 +213,8 @@ def measure_peak(resolved: Resolved, scratch: Path) -> int:
         scratch: An empty directory.
 
     Raises:
-        RunError: The process failed, perhaps because memory ran out. The message has the last line
-            that it printed.
+        RunError: The process failed, perhaps because memory ran out. The message contains the last
+            line that it printed.
     """
     config = scratch / "config.toml"
     config.write_text(render_config(resolved.config), encoding="utf-8")
@@ -227,7 +227,7 @@ def measure_peak(resolved: Resolved, scratch: Path) -> int:
 
 def _why_failed(done: subprocess.CompletedProcess[str]) -> Text:
     if done.returncode == -signal.SIGKILL:
-        # The system kills a process this way when memory runs out.
+        # SIGKILL is usually the system's reaction to a lack of memory.
         return say("REHEARSAL_KILLED")
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
     return say("REHEARSAL_FAILED", problem=last)

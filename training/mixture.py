@@ -1,9 +1,9 @@
-"""Mixtures of experts as models that can be trained: every expert's projections are linear modules.
+"""Trainable mixtures of experts, in which every expert's projections are linear modules.
 
-transformers holds the experts of a layer as parameters of three dimensions, which bitsandbytes does
-not quantise and PEFT adapts in a form of its own. Here each expert is the modules that its
-checkpoint has, in NF4, as the server has them; a LoRA on them has a module per expert, which is the
-older of the two forms that PEFT and the server read.
+transformers stores the experts of a layer as parameters of three dimensions. bitsandbytes does not
+quantise these, and PEFT adapts them in a special form. Here, as in the checkpoint and on the
+server, each expert consists of separate modules in NF4. A LoRA on them has a module per expert,
+which is the older of the two forms that PEFT and the server read.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ MakeLinear = Callable[[str, int, int], torch.nn.Module]
 
 
 class ExpertModules(torch.nn.Module):
-    """Replaces transformers' experts: the same function of the same arguments.
+    """A replacement for transformers' experts, with the same arguments and results.
 
     Args:
         arch: An architecture with experts.
-        make: Makes each linear module.
+        make: Creates each linear module.
     """
 
     def __init__(self, arch: Arch, make: MakeLinear) -> None:
@@ -54,9 +54,9 @@ class ExpertModules(torch.nn.Module):
         """The weighted sum of the outputs of each token's experts.
 
         Args:
-            hidden_states: ``[tokens, hidden]``, or with a batch before.
-            top_k_index: Experts of each token, ``[tokens, k]``.
-            top_k_weights: Their weights.
+            hidden_states: ``[tokens, hidden]``, or with a leading batch dimension.
+            top_k_index: The experts of each token, ``[tokens, k]``.
+            top_k_weights: The weights of these experts.
         """
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         total = torch.zeros_like(x)
@@ -99,7 +99,7 @@ def put_experts(model: Any, arch: Arch, make: Callable[[int], MakeLinear]) -> No
 
 @contextmanager
 def as_modules(model: Any) -> Iterator[None]:
-    """Make PEFT treat the modules of experts as modules while an adapter is attached.
+    """Make PEFT use the modules of experts while an adapter is attached.
 
     Because of ``model_type``, PEFT would otherwise map them to transformers' parameters.
     """
@@ -117,9 +117,9 @@ def load_4bit(weights: Path, arch: Arch, config: Any, dtype: torch.dtype) -> Any
     """A transformers model with its experts as modules, all its linear modules in NF4.
 
     Args:
-        weights: Directory of a bitsandbytes-4bit checkpoint; it may be that of a larger model with
-            this model in it.
-        arch: Its architecture.
+        weights: The directory of a bitsandbytes-4bit checkpoint, which may be that of a larger
+            model that contains this one.
+        arch: The architecture of the model.
         config: transformers' config.
         dtype: The dtype in which the 4-bit modules compute, and the dtype of biases.
     """

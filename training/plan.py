@@ -1,4 +1,4 @@
-"""``turret train plan``: what a run will do and cost, before it starts."""
+"""``turret train plan``: the steps and the cost of a run, before it starts."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Plan:
 
 
 def make_plan(resolved: Resolved) -> Plan:
-    """Estimate the memory of a run, and what serving its adapter costs."""
+    """Estimate the memory of a run, and the cost of serving its adapter."""
     rows = list(_extent(resolved))
     if flag := max_rank_flag(resolved):
         rows.append(("server", f"turret serve{flag} (default: {SERVED_RANK})"))

@@ -24,8 +24,8 @@ class Curve:
     """One line of a plot.
 
     Attributes:
-        name: Shown in the legend; also the CSS class of the line.
-        points: ``(x, y)``, x ascending, all finite.
+        name: The name in the legend, and the CSS class of the line.
+        points: The points ``(x, y)``, finite and with ascending x.
         has_dots: Whether each point is marked.
     """
 
@@ -45,7 +45,7 @@ def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def curves_svg(curves: Sequence[Curve], x_label: str) -> str:
-    """A plot from 0, or a smaller least value, to the greatest value; "" without points."""
+    """A plot from 0 (or a negative minimum) to the maximum; "" without points."""
     points = [point for curve in curves for point in curve.points]
     if not points:
         return ""

@@ -37,8 +37,10 @@ class ServingCost:
         host_bytes: Size of its operators in memory.
         multiply_adds: Multiply-adds that it adds to each token.
         relative_multiply_adds: The same as a share of those of the base's linear modules.
-        num_soft_tokens: Computed before each prompt that the prefix cache does not hold.
-        num_prefix_positions: Attended to by every token, and held once for all requests.
+        num_soft_tokens: The number of soft tokens, computed before each prompt that is not in the
+            prefix cache.
+        num_prefix_positions: The number of prefix positions, to which every token attends. They are
+            stored once for all requests.
         cache_bytes: Bytes of the KV cache that these positions take.
     """
 

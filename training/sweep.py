@@ -66,8 +66,8 @@ def sweep(
     All ranks are checked at once; each is trained when its result is requested.
 
     Args:
-        config: The config of the run, whose rank is replaced. It must have validation examples.
-        folder: The directory that the config's paths are relative to.
+        config: The config of the runs; its rank is replaced. It must have validation examples.
+        folder: The directory to which the config's paths are relative.
         ranks: At least one rank.
         announce: Shows the progress of each run.
 

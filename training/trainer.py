@@ -1,4 +1,4 @@
-"""The training loop. What it writes is described in ``run/folder.py``."""
+"""The training loop. ``run/folder.py`` describes the files that it writes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Result:
         folder: The directory of the run.
         validation_loss: The final loss, in nats per learned token; None without a validation set.
         seconds: Seconds of training, over all attempts.
-        memory_bytes: Peak, as in ``metrics.jsonl``.
+        memory_bytes: The peak, as in ``metrics.jsonl``.
     """
 
     folder: RunFolder

@@ -86,7 +86,7 @@ def _add(
 
 
 def _with_errors(verb: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
-    """Turn a user's mistakes into a one-line error and an exit code."""
+    """Convert a user's mistakes to a one-line error and an exit code."""
 
     def run(args: argparse.Namespace) -> int:
         from turret.server.command.interrupts import exit_code, raising_terminated
@@ -125,7 +125,7 @@ def _with_errors(verb: Callable[[argparse.Namespace], None]) -> Callable[[argpar
 
 
 def _how_to_go_on(args: argparse.Namespace) -> str:
-    """The end of a message about a verb that ends early: how to continue."""
+    """The end of a message about an interrupted verb: how to continue."""
     how: str = getattr(args, "how_to_go_on", str)()
     return how and f"; {how}"
 

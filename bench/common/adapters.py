@@ -23,8 +23,8 @@ ALL = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 # The last token of this kind in a prompt invokes the aLoRA: `<|im_start|>` of ChatML, which opens
 # the answer.
 INVOCATION = 1
-# An update is then about a fifth of the base result at rank 16: enough to change the tokens, too
-# little to make the model overflow.
+# With this spread, an update of rank 16 is about a fifth of the base result: enough to change the
+# tokens, and too little to make the model overflow.
 _SPREAD = 0.05
 _FEEDFORWARD = "down_proj"
 # PEFT's default sizes.
@@ -39,12 +39,12 @@ class Site:
     """A linear module of the base, and the adapter that is drawn for it.
 
     Attributes:
-        path: Inside the layer.
-        out, inner: The module's sides.
-        rank: The adapter's.
+        path: The path of the module in its layer.
+        out, inner: The numbers of outputs and inputs of the module.
+        rank: The rank of the adapter.
         draw: Draws from the normal distribution.
-        norms: Row norms of the module's weight.
-        circle: C3A's block.
+        norms: The row norms of the module's weight.
+        circle: The size of C3A's block.
     """
 
     path: str
@@ -82,7 +82,7 @@ def _loha(s: Site) -> Tensors:
 
 
 def _lokr(s: Site) -> Tensors:
-    """PEFT's default split: factors near the root, the second one of low rank if it is less."""
+    """PEFT's default split: factors near the root, the second of low rank if that is smaller."""
     (rows1, rows2), (columns1, columns2) = map(_split, (s.out, s.inner))
     tensors = {"lokr_w1": s.draw(rows1, columns1) / columns1**0.5}
     if s.rank < max(rows2, columns2) / 2:
@@ -94,7 +94,7 @@ def _lokr(s: Site) -> Tensors:
 
 
 def _split(size: int) -> tuple[int, int]:
-    """The two factors of a size that are nearest to each other, the smaller one first."""
+    """The two most nearly equal factors of a size, the smaller one first."""
     small = next(m for m in range(math.isqrt(size), 0, -1) if size % m == 0)
     return small, size // small
 
@@ -134,7 +134,7 @@ def _lora_keys(rank: int, **more: Any) -> Keys:
     return {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none", **more}
 
 
-# Method → the config's own entries by rank, with a scale of 1, and a module's tensors.
+# Method → its config entries by rank, with a scale of 1, and a module's tensors.
 _OF_RANK: Mapping[str, tuple[Callable[[int], Keys], Callable[[Site], Tensors]]] = {
     "lora": (_lora_keys, _low_rank),
     "rslora": (lambda r: {**_lora_keys(r, use_rslora=True), "lora_alpha": r**0.5}, _low_rank),
@@ -214,7 +214,7 @@ def _write_modules(
     norms: Mapping[str, torch.Tensor] | None = None,
     shared: Callable[[Callable[..., torch.Tensor]], Tensors] | None = None,
 ) -> None:
-    """Writes one adapter on the same projections of every layer."""
+    """Writes one adapter for the same projections of every layer."""
     draw = _drawing(seed)
     circle = keys.get("block_size", 1)
     tensors: Tensors = {}
@@ -257,7 +257,7 @@ def write_random_lora(
     seed: int,
     targets: Sequence[str] = ALL,
 ) -> None:
-    """Writes one LoRA, of scale 1, on the projections of these names in every layer."""
+    """Writes one LoRA of scale 1 for the projections of these names in every layer."""
     like = {"arch": arch, "base_model": base_model, "rank": rank, "seed": seed}
     _write_modules(folder, _lora_keys(rank), _low_rank, **like, targets=targets)
 
@@ -284,15 +284,15 @@ def write_random_methods(
     """Writes ``mixed-00-lora``, ``mixed-01-rslora``, … below ``root``, the methods in turn.
 
     Args:
-        root: Where; made if missing.
-        count: How many.
-        arch: The base's architecture.
-        base_model: What the adapters claim to be trained on.
-        rank: Of every module; soft tokens or prefix positions where there is no rank.
-        norms: Row norms of the served weights by module path (DoRA's magnitudes are near them).
+        root: The directory, created if missing.
+        count: The number of adapters.
+        arch: The architecture of the base.
+        base_model: The base model in the adapters' configs.
+        rank: The rank of every module, or the number of soft tokens or prefix positions.
+        norms: The row norms of the served weights by module path, for DoRA's magnitudes.
 
     Returns:
-        Their names.
+        The names of the adapters.
     """
     names = []
     for number, method in zip(range(count), itertools.cycle(MIXED_METHODS), strict=False):
@@ -340,10 +340,10 @@ def _prompt(
 def write_default_methods(root: Path, count: int, *, arch: Arch, base_model: str) -> list[str]:
     """Writes ``default-00-oft``, ``default-01-shira``, … below ``root``, the methods in turn.
 
-    The base's sides are multiples of 64.
+    The sizes of the base's modules are multiples of 64.
 
     Returns:
-        Their names.
+        The names of the adapters.
     """
     names = []
     for number, method in zip(range(count), itertools.cycle(DEFAULT_METHODS), strict=False):
@@ -357,14 +357,14 @@ def write_default_methods(root: Path, count: int, *, arch: Arch, base_model: str
 
 
 def _circle(arch: Arch) -> int:
-    """C3A's block, 256 by default: the largest up to that which divides every side."""
+    """The size of C3A's block: the largest number up to 256 that divides all sizes of modules."""
     sides = {side for _, *pair in _sites(arch) for side in pair}
     fits = [size for size in range(1, _LARGEST_CIRCLE + 1) if all(s % size == 0 for s in sides)]
     return fits[-1]
 
 
 def row_norms(model: ModelSource) -> dict[str, torch.Tensor]:
-    """Row norms of the weights as served, by module path."""
+    """The row norms of the served weights, by module path."""
     decoder = load_decoder(model, dtype=torch.bfloat16, device=torch.device("cpu"))
     modules = describe_base(decoder, model).modules
     return {name: module.dequantize().norm(dim=1) for name, module in modules.items()}

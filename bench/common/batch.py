@@ -1,4 +1,4 @@
-"""Sends one batch of requests and times its tokens, as a client sees them."""
+"""Sends one batch of requests, and measures when its tokens reach the client."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from turret.clients.messages.requests import GenerateOptions
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One request's tokens; ``times[i]`` is when token ``i`` arrived, seconds from the start."""
+    """One request's tokens; token ``i`` arrived ``times[i]`` seconds after the start."""
 
     token_ids: tuple[int, ...]
     times: tuple[float, ...]
@@ -24,15 +24,15 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class BatchTiming:
-    """What a batch took.
+    """The times of a batch.
 
     Attributes:
-        first_seconds: From the start until every request had its first token.
-        total_seconds: From the start until every request had its last.
-        mean_first_seconds: Mean over the requests of the time to the first token.
+        first_seconds: The time from the start until every request had its first token.
+        total_seconds: The time from the start until every request had its last token.
+        mean_first_seconds: The mean time to the first token.
         decode_rate: ``batch · (tokens − 1) / (total_seconds − first_seconds)``, tokens/s.
-        late_rate: As ``decode_rate``, counting only the tokens that did arrive after
-            ``first_seconds``: lower where some requests decode while others still prefill.
+        late_rate: Like ``decode_rate``, but counts only the tokens that arrived after
+            ``first_seconds``. It is lower if some requests decode while others still prefill.
     """
 
     first_seconds: float
@@ -64,18 +64,18 @@ def send_batch(
     new_tokens: int,
     options: Sequence[GenerateOptions] | None = None,
 ) -> list[Answer]:
-    """Send all prompts at once, one adapter (or None) each; greedy, ``new_tokens`` each.
+    """Send all prompts at once; decoding is greedy.
 
     Args:
-        address: Of the server.
-        prompts: A conversation for each request.
-        adapters: One for each.
-        new_tokens: Length of every answer.
-        options: What each asks besides.
+        address: The address of the server.
+        prompts: One conversation per request.
+        adapters: One adapter, or None, per request.
+        new_tokens: The length of every answer.
+        options: Other options of every request.
 
     Raises:
         TurretRpcError: A request failed.
-        ValueError: An answer has another length.
+        ValueError: An answer has a different length.
     """
 
     async def send() -> list[Answer]:

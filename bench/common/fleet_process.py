@@ -1,4 +1,4 @@
-"""A ``turret cluster serve`` that a benchmark starts, asks and stops."""
+"""A ``turret cluster serve`` that a benchmark starts, queries and stops."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STOP_SECONDS = 90.0
 
 
 def free_port() -> int:
-    """A port that is free now."""
+    """A currently free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -30,12 +30,9 @@ class FleetProcess:
     """A fleet on this machine, behind one gRPC and one HTTP address.
 
     Args:
-        folder: For its log and its state directory.
-        flags: Of ``turret cluster serve``.
+        folder: The directory for its log and its state directory.
+        flags: The flags of ``turret cluster serve``.
 
-    Attributes:
-        address: ``HOST:PORT`` of gRPC.
-        log: What it and its replicas write.
     """
 
     def __init__(self, folder: Path, flags: Sequence[str]) -> None:
@@ -66,7 +63,7 @@ class FleetProcess:
             self.process.wait(_STOP_SECONDS)
 
     def replicas(self) -> list[psutil.Process]:
-        """The replicas' processes, the oldest first."""
+        """The processes of the replicas, the oldest first."""
         tree = psutil.Process(self.process.pid).children(recursive=True)
         found = [one for one in tree if "ray::ServeReplica:turret" in _title(one)]
         return sorted(found, key=lambda one: one.create_time())

@@ -1,4 +1,4 @@
-"""The least that a decode step can take: reading its bytes once, at the rate that memory has."""
+"""The minimum time of a decode step: the time to read its bytes once from memory."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def _read() -> float:
 
 
 def read_bandwidth() -> float:
-    """Bytes per second that all cores together read from memory, the best of some tries.
+    """The bytes per second that all cores together read from memory; the best of several runs.
 
-    On a thread that then ends, so that it leaves no team of torch's behind.
+    This runs on a thread that then ends, so that no team of torch's threads remains.
     """
     with ThreadPoolExecutor(1) as short_lived:
         return short_lived.submit(_read).result()
@@ -36,10 +36,10 @@ def read_bandwidth() -> float:
 def step_bytes(
     arch: Arch, *, requests: int, loras: int, rank: int, context: int
 ) -> dict[str, float]:
-    """Bytes of the weights, keys and values of a decode step, by part, with ``loras`` LoRAs in it.
+    """The bytes of the weights, keys and values in a decode step with ``loras`` LoRAs, by part.
 
-    The head is the whole one. Greedy steps on a CPU read half of it (``kernels/likeliest.py``) and
-    may take less.
+    The head counts in full. Greedy steps on a CPU read half of it (``kernels/likeliest.py``), so
+    they may take less than the minimum.
     """
     slices = [entry for group in arch.linears().values() for entry in group]
     weights = arch.num_layers * sum(out * inner for _, out, inner in slices)

@@ -1,4 +1,4 @@
-"""What the numbers were measured on, and whether it was idle."""
+"""The machine of a measurement, and the check that it is idle."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PACKAGES = ("torch", "bitsandbytes", "transformers", "grpcio", "protobuf")
 
 
 def cpu_name() -> str:
-    """Model name of the processor."""
+    """The model name of the processor."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
@@ -40,7 +40,7 @@ def slug(text: str) -> str:
 
 
 def commit() -> str:
-    """Short hash of HEAD, with ``+`` behind it if files differ from it; empty outside git."""
+    """The short hash of HEAD, followed by ``+`` if files differ from it; empty outside of git."""
 
     def git(*args: str) -> str:
         command = ["git", "-C", str(ROOT), *args]
@@ -53,7 +53,7 @@ def commit() -> str:
 
 
 def describe() -> dict[str, Any]:
-    """The part of a result that describes where it was measured."""
+    """The part of a result that describes its machine."""
     return {
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -72,10 +72,10 @@ def describe() -> dict[str, Any]:
 
 
 class CpuMeter:
-    """Measures which share of the machine's cores others than these processes take.
+    """Measures the share of the machine's cores that other processes use.
 
     Args:
-        pids: Processes that do not count as others, beside this one.
+        pids: Processes that do not count as others, in addition to this one.
     """
 
     def __init__(self, *pids: int) -> None:
@@ -83,12 +83,12 @@ class CpuMeter:
         self.restart()
 
     def restart(self) -> None:
-        """Start anew."""
+        """Restart the measurement."""
         self._wall = time.perf_counter()
         self._before = self._foreign_seconds()
 
     def foreign_share(self) -> float:
-        """Core-seconds of others over all core-seconds since the start, 0 to 1."""
+        """The core-seconds of other processes over all core-seconds since the start, 0 to 1."""
         seconds = time.perf_counter() - self._wall
         foreign = self._foreign_seconds() - self._before
         return min(max(foreign / (seconds * (os.cpu_count() or 1)), 0.0), 1.0)
@@ -103,10 +103,10 @@ class CpuMeter:
 
 
 def require_idle(console: Console, is_forced: bool) -> float:
-    """Watch the machine; returns the share of it that others take.
+    """Watch the machine; returns the share of it that other processes use.
 
     Raises:
-        SystemExit: It is too large to measure anything, and nobody said to go on all the same.
+        SystemExit: The share is too large for a measurement, and --force was not passed.
     """
     load = measure_load()
     if load > BUSY_SHARE and not is_forced:
@@ -116,7 +116,7 @@ def require_idle(console: Console, is_forced: bool) -> float:
 
 
 def measure_load(seconds: float = 3.0) -> float:
-    """Watch the machine for a while; returns the share that others take, 0 to 1."""
+    """Watch the machine for a while; returns the share that other processes use, 0 to 1."""
     meter = CpuMeter()
     time.sleep(seconds)
     return meter.foreign_share()

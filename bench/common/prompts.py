@@ -1,4 +1,4 @@
-"""Chat prompts of an exact length in tokens, each unlike every other from its start on."""
+"""Chat prompts of an exact length in tokens, which all differ from their start on."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class PromptSource:
     prefix cache.
 
     Args:
-        client: Asked for the length of each prompt.
-        num_tokens: Length of every prompt, chat template included.
+        client: The client that measures the length of each prompt.
+        num_tokens: The length of every prompt, including the chat template.
     """
 
     def __init__(self, client: TurretClient, num_tokens: int) -> None:
@@ -33,7 +33,8 @@ class PromptSource:
         """The next ``count`` prompts.
 
         Raises:
-            ValueError: No prompt of this length was found: it is too short for the chat template.
+            ValueError: No prompt of this length was found, because it is too short for the chat
+                template.
         """
         return [self._make(next(self._numbers)) for _ in range(count)]
 

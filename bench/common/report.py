@@ -1,4 +1,4 @@
-"""Shows results as a table and keeps them, a line of JSON each."""
+"""Shows results as a table, and stores each as a line of JSON."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make_console() -> Console:
 
 
 def print_rows(console: Console, title: str, rows: Sequence[dict[str, str]]) -> None:
-    """Print dictionaries with the same keys; the first column is the row's name."""
+    """Print dictionaries with the same keys as rows; the first column is the row's name."""
     table = Table(title=title, title_justify="left", header_style="bold")
     for number, key in enumerate(rows[0]):
         table.add_column(key, justify="right" if number else "left", no_wrap=number == 0)

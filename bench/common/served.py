@@ -1,4 +1,4 @@
-"""A real server process with adapters loaded, and what is asked of it."""
+"""A real server process with adapters, and the requests that are sent to it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _IDLE_SECONDS = 5.0
 
 
 class Served:
-    """A server with the adapters loaded, and its prompts.
+    """A server with loaded adapters, and its prompts.
 
     Args:
-        root: Folder of the adapters.
-        adapters: Loaded under their folders' names.
-        prompt_tokens: Length of every prompt.
-        new_tokens: Tokens of an answer.
-        flags: Of ``turret serve``, besides those that every benchmark gives.
+        root: The folder of the adapters.
+        adapters: The adapters, which have the names of their folders.
+        prompt_tokens: The length of every prompt.
+        new_tokens: The length of every answer.
+        flags: Flags of ``turret serve``, in addition to those of all benchmarks.
     """
 
     def __init__(
@@ -55,18 +55,18 @@ class Served:
         new_tokens: int | None = None,
         options: Sequence[GenerateOptions] | None = None,
     ) -> BatchTiming:
-        """Time one batch with a request per adapter (None: the base)."""
+        """Measure one batch with a request per adapter (None: the base)."""
         prompts = self._prompts.take(len(adapters))
         count = self._new_tokens if new_tokens is None else new_tokens
         answers = send_batch(self.server.address, prompts, adapters, count, options)
         return BatchTiming.of(answers)
 
     def rate(self, adapters: Sequence[str | None], new_tokens: int | None = None) -> float:
-        """Tokens per second of one batch, once every request has its first."""
+        """The tokens per second of one batch, after every request has its first token."""
         return self.timing(adapters, new_tokens).decode_rate
 
     def idle_share(self) -> float:
-        """Share of one processor that the server uses without requests."""
+        """The share of one processor that the server uses without requests."""
         process = psutil.Process(self.pid)
         before, start = process.cpu_times(), time.perf_counter()
         time.sleep(_IDLE_SECONDS)

@@ -1,4 +1,4 @@
-"""Times the parts of a step inside the running process."""
+"""Measures the parts of a step in the running process."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ Recorded = dict[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A function to time: ``module:name`` or ``module:Class.method``, and its part."""
+    """A measured function, as ``module:name`` or ``module:Class.method``, and its part."""
 
     target: str
     name: str
 
     def locate(self) -> tuple[Any, str]:
-        """Find the object that holds the function, and its attribute's name there.
+        """Find the object with the function, and the name of its attribute.
 
         Raises:
-            AttributeError: There is no such function (any more).
+            AttributeError: The function does not exist.
         """
         module, _, path = self.target.partition(":")
         owner: Any = importlib.import_module(module)
@@ -36,9 +36,9 @@ class Part:
 
 @dataclass(slots=True)
 class Stopwatch:
-    """Sums the time of every part, less that of the parts inside it.
+    """Sums the time of every part, without that of the parts inside it.
 
-    For one thread, and for devices that compute before a call returns (the CPU).
+    It supports one thread, and devices that compute before a call returns (the CPU).
     """
 
     sums: Recorded = field(default_factory=dict)
@@ -68,10 +68,10 @@ class Stopwatch:
 
     @contextmanager
     def watching(self, parts: Sequence[Part]) -> Iterator[None]:
-        """Time these functions while the block runs.
+        """Measure these functions while the block runs.
 
         Raises:
-            AttributeError: One of them does not exist; none is left changed then.
+            AttributeError: A function does not exist; in this case, none stays changed.
         """
         places = [(*part.locate(), part.name) for part in parts]
         originals = [

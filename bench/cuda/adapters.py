@@ -1,4 +1,4 @@
-"""Random adapters on the device, and the tables that say which rows use them."""
+"""Random adapters on the device, and the tables that assign rows to them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from turret.kernels.gpu.tables import LongSegment, SegmentMember, SegmentTable
 
-# Ranks of the mixed scenario, dealt in turn.
+# Ranks of the mixed scenario, assigned in turn.
 MIXED_RANKS = (8, 16, 32, 64, 128)
 
 
@@ -18,7 +18,7 @@ class LowRankPack:
     """Adapters of one fused projection side by side; slot 0 is neutral.
 
     Attributes:
-        bounds: Per slot, first and last rank plus one.
+        bounds: The range of ranks of each slot.
         a: ``[pack_rank, slices, in]``.
         b: Per slice ``[pack_rank, out]``.
         slice_ranks: ``[slots, slices]`` int32.
@@ -33,7 +33,7 @@ class LowRankPack:
 
 
 def bounds_of(ranks: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Rank ranges of all slots, slot 0 without ranks first."""
+    """The ranges of ranks of all slots, beginning with slot 0, which has no ranks."""
     bounds, cursor = [(0, 0)], 0
     for rank in ranks:
         bounds.append((cursor, cursor + rank))
@@ -44,7 +44,7 @@ def bounds_of(ranks: Sequence[int]) -> tuple[tuple[int, int], ...]:
 def make_pack(
     inner: int, outs: Sequence[int], ranks: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> LowRankPack:
-    """Random adapters whose update is about as large as the base result."""
+    """Random adapters with updates about as large as the base result."""
     total, slots = sum(ranks), len(ranks) + 1
     like = {"dtype": dtype, "device": device}
     slice_ranks = torch.tensor([0, *ranks], dtype=torch.int32, device=device)
@@ -60,7 +60,7 @@ def make_pack(
 def make_table(
     bounds: Sequence[tuple[int, int]], slot_of_row: Sequence[int], device: torch.device
 ) -> SegmentTable:
-    """A decode step: one row per entry, slot 0 the base model alone."""
+    """The table of a decode step: one row per entry, where slot 0 is the base model alone."""
     widest = max(high - low for low, high in bounds)
     table = SegmentTable(
         max_rows=len(slot_of_row),

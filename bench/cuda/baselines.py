@@ -1,4 +1,4 @@
-"""What others do with many adapters in a batch, written here to be timed in the same run.
+"""Other approaches to many adapters in a batch, implemented here to be measured in the same run.
 
 - ``torch_loop``: for each adapter, its rows through two products (as PEFT does per adapter name).
 - ``gathered_bmm``: every row gathers its adapter's matrices, padded to the largest rank, and one
@@ -34,7 +34,7 @@ def torch_loop(
 
 
 class Padded:
-    """The adapters padded to the largest rank, ``a [slots, slices, rank, in]``, ``b`` alike."""
+    """The adapters, padded to the largest rank: ``a [slots, slices, rank, in]``, ``b`` likewise."""
 
     def __init__(self, pack: LowRankPack) -> None:
         self.rank = max(high - low for low, high in pack.bounds)

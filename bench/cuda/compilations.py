@@ -1,4 +1,4 @@
-"""Kernels as their wrappers would launch them, compiled for GPUs that are not here."""
+"""Kernels in the forms that their wrappers launch, compiled for GPUs that this machine lacks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-# Use the compiler, not the interpreter, whatever the caller's environment is.
+# Use the compiler instead of the interpreter, regardless of the caller's environment.
 os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
@@ -43,7 +43,7 @@ _POINTER = {
 
 @dataclass(frozen=True)
 class Compilation:
-    """One kernel with everything that the compiler specialises on."""
+    """One kernel, with all properties on which the compiler specialises."""
 
     function: Any
     signature: tuple[tuple[str, str], ...]
@@ -52,7 +52,7 @@ class Compilation:
     options: tuple[tuple[str, Any], ...]
 
     def name(self) -> str:
-        """Kernel and what distinguishes this form of it, readable."""
+        """A readable name of the kernel and this form of it."""
         shown = [f"{k}={v}" for k, v in self.constants if v is not None]
         absent = [k.removesuffix("_ptr") for k, v in self.constants if v is None]
         shown += [f"no {','.join(absent)}"] if absent else []
@@ -111,7 +111,7 @@ def record(function: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> Co
 
 
 def recorded(launches: Iterable[Callable[[], object]]) -> list[Compilation]:
-    """Every distinct compilation that the launches ask for, sorted by name."""
+    """Every distinct compilation for the launches, sorted by name."""
     found: dict[Compilation, None] = {}
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:

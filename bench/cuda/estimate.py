@@ -1,9 +1,10 @@
-"""What a kernel or a step should take, from its bytes, instructions and launches.
+"""The expected time of a kernel or a step, from its bytes, instructions and launches.
 
-Printed beside every measured row, so that the first minutes on a card show where it is off. A
-kernel takes as long as the scarcest of four: memory bandwidth, instructions issued, passes through
-the load-store units, tensor-core operations. Instructions and passes are those of the machine code
-(``kernels/registers.json``). Not in the model: latency, caches, programs that end unevenly.
+The estimate is printed beside every measured row, so that the first minutes on a card show where it
+is wrong. The scarcest of four resources determines the time of a kernel: memory bandwidth,
+instruction issue, passes through the load-store units, and tensor-core operations. Instructions and
+passes are those of the machine code (``kernels/registers.json``). The model ignores latency,
+caches, and programs that end unevenly.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 _REGISTERS = Path(__file__).resolve().parents[2] / "kernels" / "registers.json"
-# Gap between two kernels of a CUDA graph: an assumption, which a benchmark row of its own measures.
+# The assumed gap between two kernels of a CUDA graph; a separate benchmark row measures it.
 LAUNCH_MS = 1.2e-3
 # Passes over a row of logits: for rows that keep all tokens, and approximately for rows with top-k
 # or top-p.
@@ -27,14 +28,14 @@ _SCHEDULERS = 4
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A GPU as its maker describes it.
+    """The specification of a GPU.
 
     Attributes:
-        gb_s: Memory bandwidth, 10⁹ bytes a second.
-        tflops: Dense bf16 tensor-core operations, 10¹² a second.
-        sms: Streaming multiprocessors.
-        ghz: Boost clock.
-        target: What kernels are compiled for, as ``registers.json`` names it.
+        gb_s: The memory bandwidth, in 10⁹ bytes per second.
+        tflops: The dense bf16 tensor-core operations, in 10¹² per second.
+        sms: The number of streaming multiprocessors.
+        ghz: The boost clock.
+        target: The compilation target, as in ``registers.json``.
     """
 
     gb_s: float
@@ -70,7 +71,7 @@ CARDS: dict[tuple[str, ...], Card] = {
 
 
 def card_of(name: str) -> Card | None:
-    """The card of a device's name, or None if it is not known."""
+    """The card with a device's name, or None if it is unknown."""
     for words, card in CARDS.items():
         if all(word in name for word in words):
             return card
@@ -79,14 +80,14 @@ def card_of(name: str) -> Card | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What a kernel does.
+    """The work of a kernel.
 
     Attributes:
-        num_bytes: Read from and written to memory.
-        instructions: Executed by threads.
+        num_bytes: The number of bytes that are read from and written to memory.
+        instructions: The number of instructions that threads execute.
         wavefronts: Lanes times passes through the load-store units.
-        flops: Tensor-core operations.
-        launches: Kernels.
+        flops: The number of tensor-core operations.
+        launches: The number of kernel launches.
     """
 
     num_bytes: float = 0
@@ -96,7 +97,7 @@ class Work:
     launches: int = 1
 
     def kernel_ms(self, card: Card) -> float:
-        """Time by the scarcest resource, without launches."""
+        """The time by the scarcest resource, without launches."""
         lanes = card.sms * _LANES * card.ghz * 1e9
         return 1e3 * max(
             self.num_bytes / (card.gb_s * 1e9),
@@ -106,7 +107,7 @@ class Work:
         )
 
     def floor_ms(self, card: Card) -> float:
-        """Time by bytes alone."""
+        """The time by bytes alone."""
         return self.num_bytes / card.gb_s / 1e6
 
 
@@ -140,7 +141,7 @@ def _kernels() -> dict[str, Any]:
 
 
 def cost(kernel: str, target: str, *forms: str) -> tuple[float, float]:
-    """Instructions and wavefronts per unit of work, of the dearest form that has all of ``forms``.
+    """Instructions and wavefronts per unit of work, for the most expensive form with all ``forms``.
 
     Raises:
         ValueError: The table has no such form.
@@ -161,19 +162,19 @@ def bytes_work(num_bytes: float, launches: int = 1) -> Expected:
 
 
 def product_work(rows: int, inner: int, outputs: int) -> Work:
-    """A library's product of 16-bit numbers."""
+    """The work of a library's product of 16-bit numbers."""
     num_bytes = 2 * (rows * inner + inner * outputs + rows * outputs)
     return Work(num_bytes=num_bytes, flops=2 * rows * inner * outputs)
 
 
 def written_out_work(outputs: int, inner: int, rows: int) -> list[Work]:
-    """A weight written out once, and a library's product with it."""
+    """The work of writing out a weight once, and of a library's product with it."""
     weights = outputs * inner
     return [Work(num_bytes=weights * (0.5 + 4 / 64 + 2)), product_work(rows, inner, outputs)]
 
 
 def nf4_work(outputs: int, inner: int, rows: int, card: Card) -> list[Work]:
-    """``nf4_matmul``, a launch per 64 rows."""
+    """The work of ``nf4_matmul``, with a launch per 64 rows."""
     works, weights = [], outputs * inner
     for start in range(0, rows, 64):
         tiles = -(-min(64, rows - start) // 16)
@@ -191,7 +192,7 @@ def nf4_work(outputs: int, inner: int, rows: int, card: Card) -> list[Work]:
 
 
 def attention_work(rows: int, context: int, heads: tuple[int, int, int], card: Card) -> Work:
-    """Decode attention; ``heads`` is KV heads, queries per KV head and head dim."""
+    """The work of decode attention; ``heads`` is KV heads, queries per KV head and head dim."""
     kv_heads, per_head, head_dim = heads
     size = 16 if per_head <= 16 else 32
     block = max(16, 1 << (head_dim - 1).bit_length())
@@ -215,12 +216,12 @@ def low_rank_work(
     rows_of_rank: list[tuple[int, int]],
     card: Card,
 ) -> list[Work]:
-    """Shrink and expand of adapters.
+    """The work of shrink and expand of adapters.
 
     Args:
-        inner: Inputs.
-        outs: Outputs of each slice.
-        rows_of_rank: Of each adapter its rank and its rows.
+        inner: The number of inputs.
+        outs: The number of outputs of each slice.
+        rows_of_rank: The rank and the number of rows of each adapter.
         card: The device.
     """
     works: list[Work] = []
@@ -245,7 +246,7 @@ def low_rank_work(
 def hadamard_work(
     inner: int, outs: tuple[int, ...], adapters: int, rank: int, rows: int
 ) -> list[Work]:
-    """Both steps of each slice, a launch each, the second one's products of split halves."""
+    """The work of both steps of each slice: a launch per step, and split products in the second."""
     features = len(outs) * inner + sum(outs)
     return [
         Work(
@@ -257,7 +258,7 @@ def hadamard_work(
 
 
 def kronecker_work(sizes: list[tuple[int, int]], adapters: int) -> list[Work]:
-    """The work of one launch per slice over the elements of the slice's two factors."""
+    """The work of one launch per slice, over the elements of its two factors."""
     return [Work(num_bytes=2 * adapters * (small + large)) for small, large in sizes]
 
 
@@ -279,18 +280,18 @@ def step_work(
     card: Card,
     others: Callable[[int, tuple[int, ...]], list[Work]] | None = None,
 ) -> list[Work]:
-    """A decode step and the draw of its tokens.
+    """The work of a decode step and of drawing its tokens.
 
     Args:
-        groups: As ``Model.groups``.
-        num_layers: Layers.
-        rows: Sequences.
-        context: Tokens of each.
+        groups: As in ``Model.groups``.
+        num_layers: The number of layers.
+        rows: The number of sequences.
+        context: The number of tokens of each sequence.
         heads: As for ``attention_work``.
-        vocab: Logits of a row.
-        rows_of_rank: Low-rank adapters, as for ``low_rank_work``.
+        vocab: The number of logits of a row.
+        rows_of_rank: The low-rank adapters, as for ``low_rank_work``.
         card: The device.
-        others: What other adapters add to a projection of so many inputs and outputs.
+        others: Returns the work of other adapters on a projection, by its inputs and outputs.
     """
     layer: list[Work] = [attention_work(rows, context, heads, card)]
     hidden = groups["qkv"][0]
@@ -304,7 +305,7 @@ def step_work(
         if others is not None:
             layer += others(inner, outs)
     if rows_of_rank or others is not None:
-        # Behind an adapted projection, rotation and activation are launches of their own.
+        # After an adapted projection, rotation and activation need separate launches.
         layer.append(Work(launches=2))
     head = Work(num_bytes=2 * vocab * hidden + 4 * rows * vocab, flops=2 * vocab * hidden * 64)
     draw = sample_work(rows, vocab, UNFILTERED_PASSES, card)

@@ -31,7 +31,7 @@ _SLOTS = 64
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What the kernels see of a model."""
+    """The properties of a model that determine its kernels."""
 
     hidden: int
     heads: int
@@ -44,7 +44,7 @@ class Model:
 
     @property
     def groups(self) -> dict[str, tuple[int, tuple[int, ...]]]:
-        """Input width and slice widths of every fused projection."""
+        """The input width and the slice widths of every fused projection."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "qkv": (self.hidden, (q, kv, kv)),
@@ -59,7 +59,7 @@ MODELS = {
     "Qwen2.5-0.5B": Model(896, 14, 2, 64, 4864, head_norm=True, window=4096),
     "SmolLM2-135M": Model(576, 9, 3, 64, 1536),
 }
-# Models for which only some kernels need forms of their own.
+# Models for which only some kernels need separate forms.
 _GEMMA_2_9B = Model(3584, 16, 8, 256, 14336, window=4096)
 _GEMMA_3_1B = Model(1152, 4, 1, 256, 6912, head_norm=True, window=512)
 _PHI_4_MINI = Model(3072, 24, 8, 128, 8192)
@@ -72,7 +72,7 @@ def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def _low_rank(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object]]:
-    """With and without gain, biases and gates."""
+    """Launches of low-rank updates, with and without gain, biases and gates."""
     slices, width = len(outs), sum(outs)
     x, y = _empty(_ROWS, inner), _empty(_ROWS, width)
     a, b = _empty(_RANK, slices, inner), [_empty(_RANK, out) for out in outs]
@@ -121,7 +121,7 @@ def _by_slot(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object]
 
 
 def _base(inner: int, outs: tuple[int, ...], gated: bool) -> None:
-    """The base product; with the activation, as the server has it."""
+    """Launches of the base product, with the activation as in the server."""
     weight = _weight(inner, sum(outs))
     nf4_dequantize(weight, torch.bfloat16)
     for rows in (16, 32, _ROWS):
@@ -171,7 +171,7 @@ def _rotation(model: Model, pairs: int, *, is_interleaved: bool = False) -> None
 
 
 def _heads_at_once(model: Model, write: KvWrite) -> None:
-    """The projection onto heads and the heads, by one launch."""
+    """Launches that combine the projection onto heads and their rotation."""
     inner, outs = model.groups["qkv"]
     weight, bias = _weight(inner, sum(outs)), _empty(sum(outs))
     if write.divides(128):
@@ -199,7 +199,7 @@ def _weight(inner: int, width: int) -> Nf4Matrix:
 
 
 def _experts(hidden: int, inner: int, count: int, per_token: int) -> None:
-    """A mixture of experts, with an adapter on them."""
+    """Launches of a mixture of experts with an adapter."""
     routing = route_rows(_empty(_ROWS, count), per_token, normalizes=True)
     route_rows(_empty(_ROWS, count), per_token, normalizes=False)
     pairs, table = _ROWS * per_token, RowTable(_ROWS, _META)
@@ -215,7 +215,7 @@ def _experts(hidden: int, inner: int, count: int, per_token: int) -> None:
 
 
 def _between(model: Model) -> None:
-    """Attention and the small kernels around it."""
+    """Launches of attention and the small kernels around it."""
     _attention(model)
     _rotation(model, model.head_dim // 2)
     hidden = _empty(_ROWS, model.hidden)

@@ -1,4 +1,4 @@
-"""Single kernels at a model's shapes: correctness against float64, then rates against floors."""
+"""Single kernels at a model's shapes: a check against float64, then the measured rates."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _rate(num_bytes: int, milliseconds: float) -> float:
 
 
 def copy_bandwidth(setting: Setting) -> None:
-    """Bandwidth of the memory, by a large read: the floor of everything below."""
+    """The memory bandwidth, measured by a large read, which bounds all kernels."""
     words = 1 << (28 if setting.device.type == "cuda" else 10)
     source = torch.ones(words, dtype=torch.float32, device=setting.device)
     timing = setting.stopwatch.time(source.sum)
@@ -40,7 +40,7 @@ def copy_bandwidth(setting: Setting) -> None:
 
 
 def library(setting: Setting) -> None:
-    """Whether a row of a library product has the same bits in any place of a piece."""
+    """Check that a row of a library product has the same bits at every place in a piece."""
     whole = keep_sums_whole(setting.device)
     # Try the number of rows that prompts are cut into, and twice that, which reads weights half as
     # often.
@@ -64,7 +64,7 @@ def library(setting: Setting) -> None:
 
 
 def nf4(setting: Setting) -> None:
-    """The base product, ours against a dense product, the weight written out, and bitsandbytes."""
+    """The base product: turret's kernel, a dense product, a written-out weight, bitsandbytes."""
     for name, (inner, outs) in setting.model.groups.items():
         weight = random_nf4(sum(outs), inner, setting.device)
         dense = weight.dequantize(setting.dtype)
@@ -99,7 +99,7 @@ def _bitsandbytes(
     x: torch.Tensor,
     ours_ms: float,
 ) -> None:
-    """Their product of a weight and its maxima."""
+    """The product of a weight and its maxima by bitsandbytes."""
     weight, absmax = given
     try:
         import bitsandbytes.functional as bnb_functional
@@ -128,9 +128,9 @@ def _bitsandbytes(
 
 
 def attention(setting: Setting) -> None:
-    """Decode attention over every row's context, few rows and many, in other forms too."""
+    """Decode attention over every row's context, for few and many rows, also in other forms."""
     found = tuning(setting.device).attention_stages
-    # Pipeline depth and positions of a split: our own, then one of them changed.
+    # Pipeline depth and positions of a split: the defaults, then with one of them changed.
     forms = list(dict.fromkeys([(found, SPLIT), (3, SPLIT), (found, 128), (found, 512)]))
     for context in setting.contexts:
         for rows in sorted({1, 8, setting.rows} & set(range(setting.rows + 1))):
@@ -195,12 +195,12 @@ def _row_table(setting: Setting, slots: int) -> RowTable:
 
 
 def _addresses(found: list[list[torch.Tensor]], device: torch.device) -> torch.Tensor:
-    """Where the factors of each slot lie, ``[slots, factors]``."""
+    """The addresses of each slot's factors, ``[slots, factors]``."""
     return torch.tensor([[tensor.data_ptr() for tensor in own] for own in found], device=device)
 
 
 def hadamard(setting: Setting) -> None:
-    """LoHa over the q projection, every row one of 8 adapters."""
+    """LoHa on the q projection, with one of 8 adapters per row."""
     inner, (out, *_) = setting.model.groups["qkv"]
     slots, rank = 8, setting.rank
     found = [
@@ -228,7 +228,7 @@ def hadamard(setting: Setting) -> None:
 
 
 def kron(setting: Setting) -> None:
-    """LoKr over the o projection, every row one of 8 adapters."""
+    """LoKr on the o projection, with one of 8 adapters per row."""
     inner, (out,) = setting.model.groups["o"]
     slots = 8
     factor = 64 if inner % 64 == 0 and inner >= 4096 else 8

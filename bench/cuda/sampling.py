@@ -1,4 +1,4 @@
-"""Drawing tokens: ours against what a batched sampler in torch does, by what requests ask for."""
+"""Sampling: turret's kernel and a batched sampler in torch, by the options of requests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORMS = {
 
 
 def time_sampling(setting: Setting) -> None:
-    """Every form at every number of rows; the tokens are checked first."""
+    """Measure every form at every number of rows, after a check of the tokens."""
     for rows in setting.row_counts:
         logits = 3.0 * torch.randn(rows, setting.model.vocab, device=setting.device)
         tokens = torch.zeros(rows, dtype=torch.int64, device=setting.device)
@@ -68,7 +68,7 @@ def _check(
 
 
 def _by_sorting(logits: torch.Tensor, temperature: float, top_p: float, top_k: int) -> torch.Tensor:
-    """All rows at once, as samplers in torch do it."""
+    """All rows at once, like samplers in torch."""
     if temperature == 0.0:
         return logits.argmax(-1)
     scaled = logits / temperature

@@ -1,4 +1,4 @@
-"""What a compiled kernel's loops execute, counted in the machine code (SASS) of its cubin."""
+"""Instructions in a compiled kernel's loops, counted in the machine code (SASS) of its cubin."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ class Loop:
     """The instructions from a label to the branch back to it.
 
     Attributes:
-        instructions: How many a warp issues in one turn, inner loops counted once.
-        wavefronts: Passes through the load-store unit in one turn: one for 4 bytes a lane, more
-            for wider accesses; bank conflicts and scattered addresses are not seen.
-        barriers: Of the whole program.
-        products: Tensor-core instructions.
-        picks: Instructions that pick bytes of registers, of which a table of codes takes many.
+        instructions: The number of instructions that a warp issues per iteration; inner loops count
+            once.
+        wavefronts: The passes through the load-store unit per iteration: one for 4 bytes per lane,
+            more for wider accesses. Bank conflicts and scattered addresses are ignored.
+        barriers: The number of barriers in the whole program.
+        products: The number of tensor-core instructions.
+        picks: The number of instructions that select bytes of registers; a table of codes needs
+            many.
     """
 
     instructions: int
@@ -47,7 +49,7 @@ def disassemble(cubin: bytes) -> str:
 
 
 def loops(sass: str) -> list[Loop]:
-    """Every loop, in the order of their branches back: an inner one before its outer one."""
+    """All loops, in the order of their branches back: an inner one before its outer one."""
     operations: list[str] = []
     labels: dict[str, int] = {}
     found: list[Loop] = []

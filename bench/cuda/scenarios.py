@@ -1,4 +1,4 @@
-"""Many adapters in one batch: one fused projection against baselines, and whole decode steps."""
+"""Many adapters in one batch: one fused projection and its baselines, and whole decode steps."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def scenarios(setting: Setting) -> list[Scenario]:
 
 
 def time_projection(setting: Setting) -> None:
-    """Shrink and expand over qkv: ours, and three baselines."""
+    """Shrink and expand over qkv: turret's kernels and three baselines."""
     inner, outs = setting.model.groups["qkv"]
     x = setting.random(setting.rows, inner)
     for scenario in scenarios(setting):
@@ -94,7 +94,7 @@ def time_projection(setting: Setting) -> None:
 
 
 def time_low_rank(setting: Setting) -> None:
-    """Shrink and expand over qkv with other tiles and parts than those of ``Tuning``."""
+    """Shrink and expand over qkv, with tiles and parts other than those of ``Tuning``."""
     inner, outs = setting.model.groups["qkv"]
     x, tuned = setting.random(setting.rows, inner), tuning(setting.device)
     y = setting.random(setting.rows, sum(outs))
@@ -124,7 +124,7 @@ def time_low_rank(setting: Setting) -> None:
 
 
 def _rows_of_rank(scenario: Scenario) -> list[tuple[int, int]]:
-    """Rank and number of rows of every adapter in use."""
+    """The rank and the number of rows of every adapter in use."""
     counts = Counter(slot for slot in scenario.slot_of_row if slot)
     return [(scenario.ranks[slot - 1], count) for slot, count in sorted(counts.items())]
 
@@ -132,7 +132,7 @@ def _rows_of_rank(scenario: Scenario) -> list[tuple[int, int]]:
 def _expected_of(
     inner: int, outs: tuple[int, ...], scenario: Scenario
 ) -> dict[str, estimate.Expected]:
-    """Expected time of each form: ours by bytes and instructions, others by the bytes they move."""
+    """The expected time of each form: turret's by bytes and instructions, others by bytes alone."""
     used = _rows_of_rank(scenario)
     rows, slices = sum(count for _, count in used), len(outs)
     # Bytes of one rank of an adapter.
@@ -152,7 +152,7 @@ def _expected_of(
 
 
 def expected_step(setting: Setting, rows: int, scenario: Scenario | None) -> estimate.Expected:
-    """Expected time of a decode step; without a scenario, that of the base model alone."""
+    """The expected time of a decode step; without a scenario, that of the base model alone."""
 
     def works(card: estimate.Card) -> list[estimate.Work]:
         is_low_rank = scenario is not None and scenario.method in ("lora", "dora")
@@ -172,7 +172,7 @@ def expected_step(setting: Setting, rows: int, scenario: Scenario | None) -> est
 
 
 def _others(scenario: Scenario) -> Callable[[int, tuple[int, ...]], list[estimate.Work]]:
-    """Work that LoHa or LoKr adapters add to a projection."""
+    """The work that LoHa or LoKr adapters add to a projection."""
     used = _rows_of_rank(scenario)
     (rank, _), rows = used[0], sum(count for _, count in used)
     if scenario.method == "loha":
@@ -187,7 +187,7 @@ def _others(scenario: Scenario) -> Callable[[int, tuple[int, ...]], list[estimat
 
 
 def one_step(setting: Setting) -> None:
-    """A single layer's step with adapters, untimed: for ``compute-sanitizer``."""
+    """A step of a single layer with adapters, which is not measured, for ``compute-sanitizer``."""
     step = DecodeStep(setting.model, 1, setting.rows, 300, setting.dtype, setting.device)
     scenario = scenarios(setting)[min(1, len(setting.adapters) - 1)]
     adapters = step.adapters(scenario)
@@ -197,7 +197,7 @@ def one_step(setting: Setting) -> None:
 
 
 def time_step(setting: Setting) -> None:
-    """The server's decode step: base alone, then every scenario against it; drawing tokens too."""
+    """The server's decode step: the base alone, then every scenario, and sampling."""
     step = DecodeStep(
         setting.model,
         setting.num_layers,
@@ -224,7 +224,7 @@ def time_step(setting: Setting) -> None:
 
 
 def _time_few_rows(setting: Setting, step: DecodeStep) -> None:
-    """Fewer sequences: the base alone, and each with an adapter of its own."""
+    """Fewer sequences: the base alone, and a different adapter per sequence."""
     for rows in sorted({1, 8} & set(range(setting.rows))):
         own = Scenario(f"lora {rows} distinct", tuple(range(1, rows + 1)), (setting.rank,) * rows)
         shape = f"{rows} rows, {setting.num_layers} layers"

@@ -1,4 +1,4 @@
-"""Shapes, device and report that the parts of the GPU benchmark share."""
+"""The shapes, the device and the report that all parts of the GPU benchmark share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from cuda import estimate
 from cuda.kernel_launches import MODELS, Model
 from cuda.timing import Report, Stopwatch
 
-# Largest RMS of the error over RMS of the exact result: one rounding, and sums in another order.
+# Maximum RMS of the error over the RMS of the exact result: one rounding, and sums in another
+# order.
 MAX_ERROR = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 
 
@@ -18,17 +19,17 @@ class Setting:
     """Shapes, device and report of a run.
 
     Attributes:
-        model: Shapes.
-        num_layers: Layers of the decode step.
-        rows: Sequences of the decode step.
-        context: Tokens before the step.
-        dtype: Of activations and adapters.
-        adapters: How many distinct adapters the scenarios use.
-        rank: Rank of uniform scenarios.
-        row_counts: Rows of the base product.
-        stopwatch: Times on the device.
+        model: The shapes of the model.
+        num_layers: The number of layers of the decode step.
+        rows: The number of sequences of the decode step.
+        context: The number of tokens before the step.
+        dtype: The dtype of activations and adapters.
+        adapters: The number of distinct adapters in the scenarios.
+        rank: The rank of uniform scenarios.
+        row_counts: The numbers of rows of the base product.
+        stopwatch: Measures on the device.
         report: Collects rows.
-        contexts: Contexts of the attention sweep.
+        contexts: The contexts of the attention sweep.
     """
 
     model: Model
@@ -91,14 +92,14 @@ class Setting:
         return model.kv_heads, model.heads // model.kv_heads, model.head_dim
 
     def random(self, *shape: int) -> torch.Tensor:
-        """Normal values in the setting's dtype, on its device."""
+        """Normally distributed values in the setting's dtype, on its device."""
         return torch.randn(shape, dtype=self.dtype, device=self.device)
 
     def check(self, actual: torch.Tensor, exact: torch.Tensor) -> float:
-        """Error ratio of a result.
+        """The error ratio of a result.
 
         Raises:
-            AssertionError: It is over the bound, or something is not finite.
+            AssertionError: The ratio exceeds the bound, or a value is not finite.
         """
         difference = actual.double() - exact.double()
         ratio = float(difference.norm() / exact.double().norm())

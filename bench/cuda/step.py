@@ -1,8 +1,8 @@
-"""A whole decode step as the server runs it, at a model's shapes.
+"""The server's whole decode step, at a model's shapes.
 
-The server's own decoder, adapter pack and executor, CUDA graphs and the draw of tokens included,
-over random NF4 weights made in place and random adapters; what is left out is everything before the
-step, and reading the tokens.
+It runs the server's own decoder, adapter pack and executor, with CUDA graphs and sampling, over
+random NF4 weights and random adapters. Everything before the step, and reading the tokens, is left
+out.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.weights.nf4_gpu import Nf4Product
 
 KV_BLOCK = 16
-# Largest share of the memory left beside the base that adapters may take.
+# Maximum share for adapters of the memory that the base leaves.
 _ADAPTER_SHARE = 0.9
 
 
@@ -55,9 +55,9 @@ class Scenario:
     """The assignment of adapters to sequences.
 
     Attributes:
-        name: As printed.
-        slot_of_row: Slot per row, 0 for the base model alone.
-        ranks: Ranks of slots 1, 2, …
+        name: The name in the output.
+        slot_of_row: The slot of each row, 0 for the base model alone.
+        ranks: The ranks of slots 1, 2, … …
         method: ``lora``, ``dora``, ``loha`` or ``lokr``.
     """
 
@@ -107,7 +107,8 @@ class DecodeStep:
     """The model, its cache and one decode step of ``num_rows`` sequences.
 
     Attributes:
-        base_bytes: Bytes a step must read at least: weights, maxima, head, keys and values.
+        base_bytes: The minimum number of bytes that a step reads: weights, maxima, head, keys,
+            values.
         cache: The KV cache.
         spans: The sequences, as attention sees them.
     """
@@ -137,13 +138,13 @@ class DecodeStep:
         self.forget()
 
     def forget(self, adapters: SequenceOf[Adapter] = ()) -> None:
-        """Give the adapters' memory and the captured graphs back.
+        """Free the adapters' memory and the captured graphs.
 
         Args:
-            adapters: What there must be room for from now on.
+            adapters: The adapters that must fit from now on.
 
         Raises:
-            torch.OutOfMemoryError: The device is too small for them.
+            torch.OutOfMemoryError: The device is too small for the adapters.
         """
         projections = {
             name: tuple(SliceShape(path, out, inner) for path, out, inner in slices)
@@ -206,18 +207,18 @@ class DecodeStep:
         return Step(tuple(scheduled), (), 0)
 
     def run(self, step: Step) -> Computed:
-        """Compute a step, metadata to logits."""
+        """Compute a step, from the metadata to the logits."""
         assert self._executor is not None
         with torch.inference_mode():
             return self._executor.run(step)
 
     def is_near(self, adapter: Adapter) -> bool:
-        """Whether an adapter is on the device or almost; starts its copy."""
+        """Whether an adapter is on the device or being copied to it; starts the copy if needed."""
         assert self._executor is not None
         return self._executor.store.is_near(adapter)
 
     def draw(self, step: Step) -> StepResult:
-        """Compute a step and draw a token for every sequence, as the server does."""
+        """Compute a step, and draw a token for every sequence like the server."""
         if self._runner is None:
             # Steps captured so far draw into another sampler's memory.
             self.forget()
@@ -226,7 +227,7 @@ class DecodeStep:
         return self._runner.run(step)
 
     def adapters(self, scenario: Scenario) -> list[Adapter]:
-        """An adapter per slot; those of one rank share their numbers, but not their memory."""
+        """One adapter per slot. Adapters of one rank have the same numbers, but separate memory."""
         made: dict[int, AdapterOperators] = {}
         for rank in scenario.ranks:
             if rank not in made:
@@ -288,7 +289,7 @@ class DecodeStep:
 
 
 def kronecker_size(out: int, inner: int) -> int:
-    """Rows and columns of the first factor of LoKr adapters."""
+    """The numbers of rows and columns of the first factor of LoKr adapters."""
     return next(f for f in (64, 32, 16, 8, 4) if inner % f == 0 and out % f == 0)
 
 

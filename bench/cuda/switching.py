@@ -1,4 +1,4 @@
-"""What adapters that come and go cost: those that are there nothing, cold ones no other's step."""
+"""The cost of switching adapters: resident ones cost nothing, and cold ones delay no other step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COUNTS = {"cuda": (4, 30), "cpu": (1, 1)}
 
 
 def time_switching(setting: Setting) -> None:
-    """Steps that take turns with adapters on the device, and steps beside adapters that arrive."""
+    """Steps that alternate between adapters on the device, and steps while adapters arrive."""
     rows, (num_adapters, num_steps) = min(_ROWS, setting.rows), _COUNTS[setting.device.type]
     step = DecodeStep(
         setting.model, setting.num_layers, rows, setting.context, setting.dtype, setting.device
@@ -65,7 +65,7 @@ def time_switching(setting: Setting) -> None:
 
 
 def _seconds(step: DecodeStep, plan: Step) -> float:
-    """Time of a step, from the host's first work on it to the end of the device's."""
+    """The time of a step, from the start of the host's work to the end of the device's."""
     start = time.perf_counter()
     step.run(plan)
     if step.device.type == "cuda":
@@ -74,7 +74,7 @@ def _seconds(step: DecodeStep, plan: Step) -> float:
 
 
 def _on_host(adapter: Adapter, key: str) -> Adapter:
-    """The same adapter as it is in a server's host memory."""
+    """The same adapter, in the form of a server's host memory."""
     modules = {
         name: module.with_tensors(tensor.cpu() for tensor in module.tensors())
         for name, module in adapter.operators.modules.items()

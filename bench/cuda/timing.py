@@ -1,4 +1,4 @@
-"""Times functions on the device and keeps the results; needs torch and nothing else."""
+"""Measures functions on the device, and stores the results. Needs only torch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Timing:
 
 
 class Stopwatch:
-    """Times functions on one device; on the CPU (a dry run) once, by the clock."""
+    """Measures functions on one device; on the CPU (a dry run) once, by the clock."""
 
     def __init__(self, device: torch.device, repeats: int = 30) -> None:
         self.device = device
@@ -48,10 +48,10 @@ class Stopwatch:
             self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
 
     def time(self, run: Callable[[], object], *, cold: bool = True) -> Timing:
-        """Time a function.
+        """Measure a function.
 
         Args:
-            run: What to time; it launches kernels and does not synchronise.
+            run: The function, which launches kernels and does not synchronise.
             cold: Empty the L2 cache before each call.
         """
         if self._flush is None:
@@ -74,7 +74,7 @@ class Stopwatch:
         return Timing.of([begin.elapsed_time(end) for begin, end in pairs])
 
     def capture(self, run: Callable[[], object]) -> Callable[[], object]:
-        """The function as a CUDA graph (as it is on the CPU)."""
+        """The function as a CUDA graph, or unchanged on the CPU."""
         if self.device.type != "cuda":
             return run
         side = torch.cuda.Stream()
@@ -99,13 +99,13 @@ def _command(*args: str) -> str:
 
 @dataclass(slots=True)
 class Report:
-    """Prints rows and appends them to the file of this device, each as it comes.
+    """Prints rows, and appends each of them at once to the file of this device.
 
     Attributes:
-        device: What is measured.
-        card: The device as its maker describes it, or None if it is not known.
-        folder: Where the file is; None keeps the rows in memory alone.
-        rows: What was measured.
+        device: The measured device.
+        card: The specification of the device, or None if it is unknown.
+        folder: The folder of the file; None keeps the rows only in memory.
+        rows: The measurements.
     """
 
     device: torch.device
@@ -122,13 +122,14 @@ class Report:
     def add(
         self, scenario: str, shape: str, timing: Timing, expected: Expected, **found: Any
     ) -> None:
-        """Keep and print one measurement.
+        """Store and print one measurement.
 
         Args:
-            scenario: What was measured.
-            shape: How large.
-            timing: How long it took.
-            expected: What it should take: printed beside every row, where the card is known.
+            scenario: The measured scenario.
+            shape: The size of the scenario.
+            timing: The measured time.
+            expected: Returns the expected work, from which the expected time is printed for a known
+                card.
             found: Ratios, rates and errors.
         """
         shown = found | facts(expected, self.card, timing.p50)

@@ -1,4 +1,4 @@
-"""Searches launch parameters, prints the best as a row for ``kernels/gpu/common.py``."""
+"""Searches launch parameters, and prints the best ones as a row for ``kernels/gpu/common.py``."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _search(setting: Setting, start: Tuning, grid: dict, run) -> Tuning:
 
 
 def use(setting: Setting, candidate: Tuning) -> None:
-    """Make the kernels take these parameters from now on."""
+    """Make the kernels use these parameters from now on."""
     if setting.device.type == "cuda":
         tuning_module._TABLE[torch.cuda.get_device_name(setting.device)] = candidate
         tuning_module.tuning.cache_clear()

@@ -1,4 +1,4 @@
-"""What kernels execute per unit of their work, counted in the machine code of a loop."""
+"""The instructions of kernels per unit of their work, counted in the machine code of a loop."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ def work(compilation: Compilation, compiled: Any) -> dict[str, Any]:
 
     ``nf4_matmul``, ``nf4_rotate``, ``nf4_shrink``, ``nf4_experts``: per weight.
     ``segmented_shrink``: per rank and input feature.
-    ``segmented_expand``: per rank and column, the whole item of one component of 16 ranks, with
-    what follows it.
-    ``paged_attention``: per key; also how many groups of copies may be under way while the loop
-    multiplies. Empty for other kernels and targets.
+    ``segmented_expand``: per rank and column, over the whole item of one component of 16 ranks.
+    ``paged_attention``: per key; also the number of groups of copies that may run while the loop
+    multiplies. The result is empty for other kernels and targets.
 
     Args:
         compilation: The kernel's form.
-        compiled: What Triton made of it for an NVIDIA target.
+        compiled: The compiled kernel for an NVIDIA target.
     """
     unit = _unit(compilation)
     if unit is None:
@@ -46,9 +45,10 @@ def work(compilation: Compilation, compiled: Any) -> dict[str, Any]:
 
 
 def _unit(compilation: Compilation) -> tuple[str, int, str | None] | None:
-    """Name of the unit, units in a turn of its loop, and what that loop has most of, if not first.
+    """The name of the unit, the units per iteration, and the attribute that identifies the loop.
 
-    The loop over a work list has most instructions, that over weights most bytes picked.
+    The attribute is the one that is largest in the loop; None means the first loop. The loop over a
+    work list has the most instructions, and the loop over weights the most picks of bytes.
     """
     constants = dict(compilation.constants)
     kernel = compilation.function.__name__
@@ -64,9 +64,9 @@ def _unit(compilation: Compilation) -> tuple[str, int, str | None] | None:
 
 
 def copies_under_way(ptx: str) -> int:
-    """Groups of asynchronous copies that the first loop with products never waits for.
+    """The groups of asynchronous copies for which the first loop with products never waits.
 
-    Zero means that each turn waits for its own loads.
+    Zero means that each iteration waits for its own loads.
     """
     labels: dict[str, int] = {}
     lines = ptx.splitlines()

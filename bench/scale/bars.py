@@ -1,4 +1,4 @@
-"""The bars of a lifecycle result: what was measured, what it must be, and whether it is."""
+"""The requirements on a lifecycle result: measured values, their limits, and whether they pass."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Bar:
     """One requirement. ``value`` None means that it was not measured, so it does not pass.
 
     Attributes:
-        name: What is demanded.
-        value: What was measured.
-        limit: The bound.
-        is_least: Whether the bound is the least rather than the most.
-        unit: Of both.
+        name: The requirement.
+        value: The measured value.
+        limit: The bound of the value.
+        is_least: Whether the bound is a minimum instead of a maximum.
+        unit: The unit of both.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Bar:
 
 
 def bars_of(result: Mapping[str, Any]) -> list[Bar]:
-    """Judge the document that ``lifecycle.py`` writes."""
+    """The requirements on a document of ``lifecycle.py``."""
     rates = {row["registered"]: row["requests_per_second"] for row in result["throughput"]}
     registering, budgets = result["registering"], result["scenario"]
     host, device = (
@@ -98,7 +98,7 @@ def slora_share(scenario: Mapping[str, Any]) -> float | None:
 
 
 def _throughput(rates: Mapping[int, float], slora: float | None) -> list[Bar]:
-    """Demands on pairs of numbers of adapters that were measured; on the outermost if on none."""
+    """The requirements on measured pairs of numbers of adapters, or on the outermost pair."""
     demands = [(10, 1000, 0.9, "")]
     if slora is not None:
         demands += [(5, 2000, slora, f" (S-LoRA, same ranks: {slora})")]
@@ -115,9 +115,9 @@ def _throughput(rates: Mapping[int, float], slora: float | None) -> list[Bar]:
 
 
 def _memory_share(rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """Bytes by which the process with most adapters is larger, per byte of adapters it has more.
+    """The additional bytes of the process with the most adapters, per additional byte of adapters.
 
-    None where the two hold about as much, as in a trial run.
+    None if both have about as much, as in a trial run.
     """
     least = min(rows, key=lambda row: row["host_bytes_max"])
     most = max(rows, key=lambda row: row["host_bytes_max"])

@@ -1,4 +1,4 @@
-"""What a cold adapter costs its own request, and what it costs the others."""
+"""The cost of a cold adapter for its own request and for other requests."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _FIRST_TOKEN = 700
 
 
 def cold_among(address: str, names: Sequence[str]) -> list[str]:
-    """Names of the adapters that are only on disk, in the given order."""
+    """The names of the adapters that are only on disk, in the given order."""
     with TurretClient(address) as client:
         cold = {adapter.name for adapter in client.adapters.list(residency="disk", page_size=1000)}
     return [name for name in names if name in cold]
 
 
 def probe_cold(address: str, names: Sequence[str]) -> dict[str, Any]:
-    """The price that one request pays for its own cold adapter on an otherwise idle server.
+    """The cost of a cold adapter for its own request, on an otherwise idle server.
 
     Args:
-        address: Of the server.
-        names: Adapters of the rank in question; each that is cold is asked twice, one request
-            after the other, so that the second finds it there.
+        address: The address of the server.
+        names: Adapters of the probed rank. Each cold one is requested twice in sequence, so that
+            the second request finds it in memory.
     """
     penalties, loads = [], []
     for number, name in enumerate(cold_among(address, names)):
@@ -59,17 +59,17 @@ def probe_cold(address: str, names: Sequence[str]) -> dict[str, Any]:
 def measure_interference(
     address: str, resident: str, others: Sequence[str], count: int
 ) -> dict[str, Any]:
-    """Time to first token of a resident adapter while others are asked that are cold, or are not.
+    """The time to first token of a resident adapter, beside requests for cold and warm adapters.
 
-    The same requests at the same times, for the same other adapters, are played twice, a prompt
-    token apart: the first time each of these adapters is cold and read for its request, the second
-    time it is there. Nothing differs but the reads.
+    The same requests for the same other adapters are played twice at the same times, with one
+    prompt token changed. The first time, each of these adapters is cold and must be read; the
+    second time, it is in memory. Only the reads differ.
 
     Args:
-        address: Of the server.
-        resident: The adapter whose requests are timed; it is pinned meanwhile.
+        address: The address of the server.
+        resident: The measured adapter, which is pinned during the measurement.
         others: Adapters of which enough are cold.
-        count: Requests for each kind in a run.
+        count: The number of requests of each kind in a run.
     """
     first: dict[bool, list[float]] = {True: [], False: []}
     num_cold = 0
@@ -88,7 +88,7 @@ def measure_interference(
                 break
             timed = draw(replace(workload, seed=2 * pair), [resident])
             beside = draw(replace(workload, seed=2 * pair + 1), names)
-            # Use each adapter exactly once, whatever was drawn.
+            # Use each adapter exactly once, regardless of the draw.
             beside = [replace(a, adapter=n) for a, n in zip(beside, names, strict=True)]
             trace = sorted(timed + beside, key=lambda a: a.seconds)
             for are_cold in (True, False):
@@ -111,7 +111,7 @@ def measure_interference(
 
 
 def _begin_with(token: int, arrival: Arrival) -> Arrival:
-    """The same request with a prompt that has no prefix in common with any drawn one."""
+    """The same request with a prompt that shares no prefix with any drawn one."""
     return replace(arrival, prompt=(token, *arrival.prompt[1:]))
 
 

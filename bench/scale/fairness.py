@@ -1,4 +1,4 @@
-"""A rare adapter beside a popular one that alone asks for more than the server can do."""
+"""A rare adapter beside a popular one that alone overloads the server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ POPULAR_SHARE = 0.9
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """The smallest value that a share ``q`` of all values does not exceed."""
+    """The smallest value that is not exceeded by a share ``q`` of all values."""
     return sorted(values)[math.ceil(q * len(values)) - 1]
 
 
@@ -29,16 +29,16 @@ def measure_fairness(
     seed: int = 0,
     token_ids: range = TOKEN_IDS,
 ) -> dict[str, Any]:
-    """Queue times (the server's clock) of both when nine in ten requests are for one.
+    """The queue times of both adapters by the server's clock, with nine in ten requests for one.
 
     Args:
-        address: Of the server.
-        popular: Asked by nine in ten.
-        rare: Asked by the others.
-        count: Requests, both together.
-        rate: Arrivals per second; clearly more than the server answers.
-        seed: Of the trace.
-        token_ids: What prompts are made of.
+        address: The address of the server.
+        popular: The adapter of nine in ten requests.
+        rare: The adapter of the other requests.
+        count: The number of all requests.
+        rate: Arrivals per second, clearly more than the server can answer.
+        seed: The seed of the trace.
+        token_ids: The token ids for prompts.
     """
     source = random.Random(seed)
     workload = Workload(

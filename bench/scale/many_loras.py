@@ -11,9 +11,9 @@ from common.adapters import ALL, write_random_lora
 
 from turret.server.models.decoding.arch import Arch
 
-# In this order the popular adapters have about the mean rank of all: weighted by popularity, 27 for
-# five adapters, 29 for ten, 30 for more. So traces for few and for many adapters differ only in
-# their number. In ascending order, five adapters would have 19.
+# In this order, the popular adapters have about the mean rank of all: weighted by popularity, 27
+# for five adapters, 29 for ten, 30 for more. Traces for few and for many adapters then differ only
+# in the number of adapters. In ascending order, the mean rank of five adapters would be 19.
 RANKS = (16, 64, 8, 32)
 _FILES_PER_RANK = 4
 _TENSORS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -28,13 +28,13 @@ def write_many_loras(
     targets: Sequence[str] = ALL,
     ranks: Sequence[int] = RANKS,
 ) -> list[str]:
-    """Write ``count`` adapters of the ranks in turn; each has a config, and so a digest, its own.
+    """Write ``count`` adapters with the ranks in turn, each with a unique config and thus digest.
 
-    Tensor files are hard links to a few: an adapter is still read, hashed and lowered in full, but
-    from the page cache once its file has been read.
+    Tensor files are hard links to a few files. An adapter is still read, hashed and lowered in
+    full, but from the page cache once its file has been read.
 
     Returns:
-        Their names, which are their directories too.
+        The names of the adapters and of their directories.
     """
     originals = []
     for number in range(min(count, _FILES_PER_RANK * len(ranks))):

@@ -1,4 +1,4 @@
-"""Samples a server's memory while something else happens."""
+"""Samples a server's memory during a block of code."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ INTERVAL_SECONDS = 0.5
 
 
 def adapter_bytes(metrics_address: str) -> dict[str, int]:
-    """Adapter weights held, by tier.
+    """The bytes of adapter weights, by tier.
 
-    Only these lines are parsed: all others would be most of what a look costs the machine.
+    Only these lines are parsed, because parsing all others would take most of a sample's time.
     """
     with urllib.request.urlopen(f"http://{metrics_address}/metrics", timeout=10) as reply:
         lines = reply.read().decode().splitlines()
@@ -25,13 +25,13 @@ def adapter_bytes(metrics_address: str) -> dict[str, int]:
 
 
 class MemoryWatch:
-    """The most that was seen inside the ``with`` block.
+    """The maxima of all samples in the ``with`` block.
 
     Attributes:
-        host_bytes: Adapter weights in host memory.
-        device_bytes: Adapter weights on the device.
-        rss_bytes: Resident set of the process.
-        num_samples: How often it was looked at.
+        host_bytes: The size of adapter weights in host memory.
+        device_bytes: The size of adapter weights on the device.
+        rss_bytes: The resident set of the process.
+        num_samples: The number of samples.
     """
 
     def __init__(self, metrics_address: str, pid: int) -> None:

@@ -1,4 +1,4 @@
-"""What it costs to register adapters: time by RPC, time and memory at a restart."""
+"""The cost of registering adapters: the time by RPC, and the time and memory at a restart."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CALLS = 4
 
 
 def register(address: str, names: Sequence[str], paths: Sequence[str] | None = None) -> float:
-    """Load every adapter, from the directory of its name or another; returns seconds for all."""
+    """Load every adapter, from the directory of its name or another one; returns the seconds."""
     start = time.perf_counter()
     with TurretClient(address) as client, ThreadPoolExecutor(_CALLS) as pool:
         list(pool.map(client.adapters.load, names, paths or names))
@@ -36,8 +36,8 @@ class Restored:
     """The cost of a restart, in a process that does nothing else.
 
     Attributes:
-        seconds: Reading all registrations.
-        bytes_each: Python memory per adapter that stays, by ``tracemalloc``.
+        seconds: The time for reading all registrations.
+        bytes_each: The remaining Python memory per adapter, by ``tracemalloc``.
     """
 
     seconds: float
@@ -45,11 +45,11 @@ class Restored:
 
 
 def restore(state: Path, scratch: Path) -> Restored:
-    """Register everything that a server's state directory holds, without reading weights.
+    """Register all adapters of a server's state directory, without reading weights.
 
     Args:
-        state: The directory; a server may be using it.
-        scratch: Does not exist; gets a copy of the registrations.
+        state: The directory, which a server may be using.
+        scratch: A path that does not exist, for a copy of the registrations.
     """
     shutil.copytree(state / "adapters", scratch / "adapters")
     # An empty base is enough: registrations do not depend on it, and no weights are read here.

@@ -1,4 +1,4 @@
-"""Plays a trace to a server and times its answers, as a client sees them."""
+"""Plays a trace to a server, and measures its answers from the client's side."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Served:
     """One answered request.
 
     Attributes:
-        adapter: Which it named.
-        seconds_to_first: From sending it to its first token.
-        finished: When its last token came, seconds from the start of the trace.
-        is_cold: Whether its adapter had to be read for it.
-        load_seconds: How long that took; 0 if it was not cold.
-        queue_seconds: How long the server let it wait, by the server's clock.
+        adapter: The adapter of the request.
+        seconds_to_first: The time from sending the request to its first token.
+        finished: The time of the last token, in seconds from the start of the trace.
+        is_cold: Whether the adapter had to be read for this request.
+        load_seconds: The duration of that read; 0 if the adapter was not cold.
+        queue_seconds: The time in the queue, by the server's clock.
     """
 
     adapter: str
@@ -36,11 +36,11 @@ class Served:
 
 
 def replay(address: str, trace: Sequence[Arrival]) -> list[Served]:
-    """Send every request at its time, whatever became of those before.
+    """Send every request at its time, independently of earlier requests.
 
     Raises:
         TurretRpcError: A request failed.
-        ValueError: An answer has another length than was asked for.
+        ValueError: An answer does not have the requested length.
     """
 
     async def play() -> list[Served]:
@@ -87,5 +87,5 @@ async def _send(client: AsyncTurretClient, start: float, arrival: Arrival) -> Se
 
 
 def median_ms(values: Sequence[float]) -> float | None:
-    """Median of seconds, in milliseconds; None for no values."""
+    """The median of seconds, in milliseconds; None for no values."""
     return round(1e3 * statistics.median(values), 2) if values else None

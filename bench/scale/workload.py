@@ -1,4 +1,4 @@
-"""A synthetic trace in the style of S-LoRA (arXiv 2311.03285, section 7): who asks what, when."""
+"""A synthetic trace in the style of S-LoRA (arXiv 2311.03285, section 7)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Ranges of the lengths of prompts and answers: S-LoRA's own, and short ones, where costs per
-# request weigh most.
+# Ranges of the lengths of prompts and answers: those of S-LoRA, and short ones, for which the cost
+# per request dominates.
 LENGTHS = {"s-lora": ((8, 512), (8, 512)), "short": ((16, 64), (8, 32))}
 
 # Ids below these are special tokens or bytes in the vocabularies of the models served here.
@@ -16,18 +16,18 @@ TOKEN_IDS = range(1000, 20000)
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What a trace is drawn from.
+    """The parameters of a trace.
 
     Attributes:
-        num_requests: Length of the trace.
-        rate: Mean arrivals per second.
+        num_requests: The number of requests.
+        rate: The mean number of arrivals per second.
         cv: Coefficient of variation of the Gamma-distributed gaps; 1 is a Poisson process.
         exponent: Popularity of the ``i``-th most popular adapter is ``i ** -exponent``; 0 is
             uniform.
-        prompt_tokens: Shortest and longest prompt.
-        new_tokens: Fewest and most tokens generated.
-        seed: Same seed, same trace.
-        token_ids: What prompts are made of.
+        prompt_tokens: The shortest and the longest prompt.
+        new_tokens: The minimum and the maximum number of generated tokens.
+        seed: The seed of the trace.
+        token_ids: The token ids for prompts.
     """
 
     num_requests: int
@@ -51,7 +51,7 @@ class Arrival:
 
 
 def draw(workload: Workload, adapters: Sequence[str]) -> list[Arrival]:
-    """The trace; popular adapters come first in ``adapters``."""
+    """The trace; ``adapters`` lists popular adapters first."""
     source = random.Random(workload.seed)
     shape = 1.0 / workload.cv**2
     scale = 1.0 / (workload.rate * shape)

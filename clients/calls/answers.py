@@ -34,7 +34,7 @@ class StreamClosedError(Exception):
 
 @contextlib.contextmanager
 def waiting(settings: CallSettings, closed: threading.Event | None = None) -> Iterator[None]:
-    """Raise errors of their own for a client, or a stream, that is closed while it is waited for.
+    """Raise a specific error if the client or the stream is closed while a call waits.
 
     gRPC then cancels the call, which looks to asyncio as if the task were cancelled.
 
@@ -71,14 +71,14 @@ async def call(
     Args:
         connection: The client's connection.
         method: A stub's method that has one response.
-        make_request: Makes the message, or the iterator of messages, of each try.
+        make_request: Creates the message, or the iterator of messages, for each attempt.
         settings: Settings that every call of the client uses.
-        timeout: Deadline in seconds of all tries together; None means the client's.
+        timeout: Deadline in seconds for all attempts together; None means the client's.
         repeatable: Whether a second execution of the call does no harm.
 
     Raises:
-        AnswerCutError: A server that stops gave half an answer, and no other gave all of it.
-        TurretRpcError: The last try failed.
+        AnswerCutError: A stopping server cut the answer, and no other server completed it.
+        TurretRpcError: The last attempt failed.
     """
     cut: AnswerCutError | None = None
     seconds = stream_timeout(settings.timeout if timeout is None else timeout)
@@ -90,7 +90,8 @@ async def call(
                     make_request(), timeout=retries.timeout(), metadata=settings.metadata
                 )
                 answer = await connection.answer(begun)
-            # A caller that gives up gets no answer at all, so the server has ended this one early.
+            # A caller that cancels gets no answer at all, so here the server ended the answer
+            # early.
             if getattr(answer, "finish_reason", None) != _CANCELLED:
                 return answer
             failure = cut = AnswerCutError.of(Completion.from_proto(answer))

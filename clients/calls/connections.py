@@ -42,8 +42,8 @@ class Connection:
     """The channels of one client, and the stubs of both services.
 
     Args:
-        address: Where the server is.
-        admin_address: Where the ``Adapters`` service is; None means ``address``.
+        address: The address of the server.
+        admin_address: The address of the ``Adapters`` service; None means ``address``.
         tls: How to verify the server; None means a plain connection.
 
     Attributes:
@@ -110,7 +110,7 @@ class AsyncConnection(Connection):
     """The connection of the asyncio client.
 
     Raises:
-        RuntimeError: No event loop runs here.
+        RuntimeError: No event loop is running.
     """
 
     _library = grpc.aio
@@ -125,8 +125,8 @@ class AsyncConnection(Connection):
     async def close(self) -> None:
         """Cancel running calls, and make later ones raise RuntimeError.
 
-        Where a call was cut short just before, it takes up to 50 ms, so that gRPC is done with it
-        before the event loop may end.
+        If a call was cancelled just before, this takes up to 50 ms, so that gRPC has finished with
+        the call before the event loop ends.
         """
         self._close_stubs()
         for channel in self._channels:
@@ -151,12 +151,12 @@ class _LoopStub:
     """An asyncio stub bound to its event loop: in another one, gRPC fails with an obscure error.
 
     Args:
-        stub: gRPC's.
+        stub: gRPC's stub.
         loop: The event loop.
-        cuts: Told of each call.
+        cuts: Records each call that has ended.
 
     Raises:
-        RuntimeError: No event loop runs, or another one.
+        RuntimeError: No event loop is running, or a different one is.
     """
 
     def __init__(self, stub: object, loop: asyncio.AbstractEventLoop, cuts: _CutCalls) -> None:
@@ -195,7 +195,7 @@ class _CutCalls:
             self._last = time.monotonic()
 
     async def settle(self) -> None:
-        """Stay in this event loop for as long as such an event may come."""
+        """Wait in this event loop for as long as such an event may arrive."""
         left = self._last + _CUT_SECONDS - time.monotonic()
         if left > 0:
             await asyncio.sleep(left)
@@ -242,7 +242,7 @@ def _is_own(error: grpc.aio.AioRpcError) -> bool:
 
 
 def _error_of(ended: grpc.aio.Call) -> grpc.aio.AioRpcError:
-    """The error of a call as it is now; gRPC may replace it a moment later."""
+    """The call's current error, which gRPC may replace a moment later."""
     return grpc.aio.AioRpcError(
         completed(ended.code()),
         completed(ended.initial_metadata()),

@@ -40,12 +40,12 @@ _RESTART_DELAY_SECONDS = 2.0
 class RetryPolicy:
     """How often a call is retried.
 
-    A call is tried again if the server refused it with a delay to wait for (``RetryInfo``: a full
-    queue, a server that is starting or stopping), or if it reached no server and may be repeated.
+    A call is retried if the server rejected it and sent a delay (``RetryInfo``: a full queue, or a
+    server that is starting or stopping), or if it reached no server and may be repeated.
 
     Attributes:
         max_retries: Maximum number of further attempts.
-        unreached: Whether calls that reached no server are tried again.
+        unreached: Whether calls that reached no server are retried.
     """
 
     max_retries: int
@@ -62,11 +62,11 @@ class Retries:
 
     Args:
         policy: The client's policy.
-        seconds: The deadline of all tries together; None means none.
+        seconds: The deadline for all attempts together; None means no deadline.
         repeatable: Whether a second execution of the call does no harm.
 
     Attributes:
-        seconds: The deadline of all tries together; None means none.
+        seconds: The deadline for all attempts together; None means no deadline.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Retries:
         self._given_up_at = None
 
     def delay_after(self, error: TurretRpcError, *, is_broken: bool = False) -> float | None:
-        """Seconds until the next attempt; None if there is none and the error is final.
+        """Seconds until the next attempt; None if the error is final.
 
         Args:
             error: The error of the last attempt.
@@ -138,7 +138,7 @@ class CallSettings:
         metadata: Sent with each call; holds the token.
         timeout: Default deadline in seconds of calls that return one response.
         policy: Decides which failed calls are retried.
-        tls: How the server is verified; None means not at all.
+        tls: The TLS settings; None means a connection without TLS.
         closed: Set once the client is closed, even if calls are still running.
     """
 

@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure of a test set with the bounds of its 95 % interval, in the figure's own unit.
+    """A figure over a test set, with the bounds of its 95 % interval in the same unit.
 
     The bounds are None if the examples allow none; see :func:`estimate`.
     """
@@ -158,7 +158,7 @@ def label_figures(pairs: Sequence[LabelPair]) -> dict[str, LabelFigures]:
 
 
 def micro_f1_of_sets(pairs: Sequence[LabelPair]) -> float:
-    """F1 of all decisions together, in [0, 1]; 1 where no label is found and none is right."""
+    """F1 of all decisions together, in [0, 1]; 1 if no label was found and none is right."""
     both, found, right = _counts(pairs)
     total = found.total() + right.total()
     return 2 * both.total() / total if total else 1.0

@@ -47,10 +47,10 @@ METRICS = ("perplexity", "exact_match", "token_f1", "label_accuracy")
 # have several labels.
 CLASS_METRICS = ("accuracy", "macro_f1")
 LABEL_SET_METRICS = ("accuracy", "micro_f1", "macro_f1")
-# A label holds if its probability is above this.
+# A label applies if its probability is above this.
 _THRESHOLD = 0.5
 _MOST_RETRIES = 30
-# Failures that would be the same for every line.
+# Failures that do not depend on a line.
 _NOT_OF_A_LINE = (AuthenticationError, NotFoundError, PermissionDeniedError, UnavailableError)
 
 Mix = tuple[AdapterWeight, ...]
@@ -184,7 +184,7 @@ def evaluate(
             # Cancel calls that have not started. The with statement then waits only for the others.
             pool.shutdown(wait=False, cancel_futures=True)
             if isinstance(error, KeyboardInterrupt):
-                # Nobody waits for the running calls, so end them too.
+                # Nothing waits for the running calls, so end them too.
                 client.close()
             raise
     return [
@@ -221,7 +221,7 @@ def _encode(
 
 
 def _special_tokens(client: TurretClient, timeout: float | None) -> tuple[int, int]:
-    """How many tokens the tokenizer adds before and after a text: those that two texts share."""
+    """The numbers of tokens that the tokenizer adds before and after any text."""
     first, second = (client.tokenize(text, timeout=timeout).token_ids for text in ("a", "b"))
     before = next((i for i, (x, y) in enumerate(zip(first, second, strict=False)) if x != y), 0)
     reversed_pairs = zip(reversed(first), reversed(second), strict=False)

@@ -19,14 +19,14 @@ from turret.clients.words import Text, say
 from turret.v1 import adapters_pb2
 
 _CHUNK_BYTES = 256 << 10
-# Files of a chat template and, if an adapter has its own tokens, of their tokenizer.
+# Files of a chat template and, if an adapter adds tokens, of its tokenizer.
 _TEMPLATE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _TOKENIZER = ("tokenizer.json", "added_tokens.json")
 _HEADER_BYTES = 16 << 20
 # Limits on the search for adapters, newest checkpoints first, below a directory that is not one.
 _MOST_TOLD = 5
 _MOST_LEVELS = 3
-# A trainer's pickles, which do not show in which format the weights are stored.
+# A trainer's own pickle files. They do not mean that the weights are pickled.
 _TRAINERS_OWN = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 _HUB = "hub:"
 # File names only, not hidden and without directories: an export never writes outside its folder.
@@ -82,7 +82,7 @@ def _has_vocabulary(path: Path) -> bool:
 
 
 def _lacking(directory: Path) -> Text:
-    """Why a directory is not an adapter, and what to do."""
+    """The error for a directory that is not an adapter, with the next step."""
     if str(directory).startswith(_HUB) and not directory.exists():
         return say("ADAPTER_ON_HUB", path=directory)
     if not directory.exists():

@@ -1,4 +1,4 @@
-"""Plain values to fields of messages; errors name the argument."""
+"""Conversion of plain values to fields of messages; errors name the argument."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def as_json(name: str, value: object) -> str:
     """The value as JSON.
 
     Raises:
-        TypeError, ValueError: It is none; names the argument.
+        TypeError, ValueError: The value cannot be JSON; names the argument.
     """
     try:
         return json.dumps(value, ensure_ascii=False)
@@ -196,7 +196,7 @@ def as_json(name: str, value: object) -> str:
 
 # Translation of the request fields in a server's errors to the arguments that set them.
 
-# Messages within a request whose fields are arguments of their own.
+# Messages within a request; each of their fields is a separate argument.
 _GROUPS = ("sampling.", "stop.", "options.", "chat.", "header.")
 _ARGUMENTS = {
     "stop.stop_strings": "stop",
@@ -213,7 +213,7 @@ _WITHIN = re.compile(r"(inputs\[\d+\])\.(?:token_ids\.ids|chat\.messages)")
 
 
 def argument(field: str) -> str:
-    """The argument that sets a field, and what in it: ``temperature`` of ``sampling.temperature``.
+    """The argument, or its part, that sets a field: ``temperature`` for ``sampling.temperature``.
 
     Fields that have their argument's name, and those that no argument sets, stay as they are.
     """

@@ -1,4 +1,4 @@
-"""How callers name the adapters of a request."""
+"""The adapters of a request, in the forms that callers may use."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class AdapterWeight:
 
         Raises:
             TypeError: The value is not text.
-            ValueError: The text has another form; of a mix as HTTP has it (``json+sql*0.5``) it
-                says how it is written here.
+            ValueError: The text has another form. For HTTP's form of a mix (``json+sql*0.5``), the
+                error shows the form to use here.
         """
         check_text("text", text)
         head, equals, weight = text.partition("=")
@@ -91,8 +91,8 @@ def to_mix(adapters: AdaptersLike) -> list[adapters_pb2.AdapterWeight]:
 
     Raises:
         TypeError: A member has none of the accepted forms.
-        ValueError: A name holds what the command line divides names and weights by, or a generation
-            is out of range.
+        ValueError: A name contains one of the command line's separators, or a generation is out of
+            range.
     """
     match adapters:
         case str() | AdapterWeight() | adapters_pb2.AdapterWeight() | (str(), int() | float()):

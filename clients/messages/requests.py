@@ -40,7 +40,7 @@ Prompt = str | Iterable[SupportsIndex] | Iterable[MessageLike]
 class GenerateOptions(TypedDict, total=False):
     """The options of a generation.
 
-    An option that is unset or None has the server's default, which is in brackets.
+    An option that is unset or None has the server's default, shown in brackets.
 
     Attributes:
         adapters: The mix: names, ``("name", weight)``, ``AdapterWeight`` or ``{"name": weight}``
@@ -124,7 +124,7 @@ _RENDERING = (
 )
 _CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
 _PROMPTS = "text, token ids or messages"
-# Keeps durations within what a message can hold; the server checks its own limit.
+# Maximum number of seconds that fits a message; the server checks its own limit.
 _MOST_SECONDS = 1e9
 _Request = TypeVar("_Request")
 
@@ -229,7 +229,7 @@ def set_inputs(request: Any, inputs: str | Sequence[Prompt]) -> None:
     """Add an ``Input`` for each prompt; a plain text is the only one.
 
     Raises:
-        TypeError: They are token ids or turns, of which a list is wanted.
+        TypeError: The value is a single prompt of token ids or turns instead of a list of prompts.
     """
     prompts = [inputs] if isinstance(inputs, str) else _items("inputs", inputs)
     if prompts and (all(map(_is_whole, prompts)) or all(isinstance(p, Mapping) for p in prompts)):
@@ -269,7 +269,7 @@ def set_input(request: Any, prompt: Prompt, place: str = "") -> None:
 
 
 def _items(name: str, value: Any) -> list[Any]:
-    """The items of a value; rejects numpy's scalars, which look iterable but are not."""
+    """The items of a value. Rejects numpy's scalars, which look iterable but are not."""
     try:
         return list(several(name, value, _PROMPTS))
     except TypeError:
@@ -304,7 +304,7 @@ def _set_drain(request: Any, seconds: float | None) -> None:
     request.timeout.FromNanoseconds(round(float(seconds) * 1e9))
 
 
-# Arguments that are more than the value of a scalar field of the same name.
+# Arguments that are not simply the value of a scalar field of the same name.
 _CONVERSIONS: dict[str, Callable[[Any, Any], None]] = {
     "adapters": lambda request, adapters: request.adapters.extend(to_mix(adapters)),
     "prompt": set_input,

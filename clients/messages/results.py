@@ -66,7 +66,7 @@ def _converter(field: FieldDescriptor, is_optional: bool) -> Callable[[Any], Any
         names: dict[int, str | None] = {e.number: e.name for e in field.enum_type.values}
         if is_optional:
             names[0] = None
-        # A newer server may send a value that this client has no name for.
+        # A newer server may send a value for which this client has no name.
         unknown = f"{field.name.upper()}_{{}}".format
         return lambda value: names[value] if value in names else unknown(value)
     return lambda value: value
@@ -187,7 +187,7 @@ class Completion(Result):
 
 @dataclass(frozen=True, slots=True)
 class Chunk(Result):
-    """A part of an answer. Fields that are None or empty until then come with the last part.
+    """A part of an answer. Some fields are None or empty in all parts but the last.
 
     Attributes:
         text: New text of the answer; may be empty.
@@ -382,7 +382,7 @@ class Adapter(Result):
         bytes_host: Host memory in use, in bytes.
         bytes_device: Device memory in use, in bytes.
         residency: ``DISK``, ``HOST`` or ``DEVICE``.
-        pinned: Whether it can be neither evicted nor unloaded.
+        pinned: Whether it is protected from eviction and unloading.
         in_flight: Number of requests that use it.
         last_used_time: When a request last used it (UTC), or None.
         base_model: The base model in the adapter's config.
@@ -393,9 +393,9 @@ class Adapter(Result):
         invocation_token_ids: The invocation of an aLoRA, which acts from its last occurrence in
             the prompt on; empty for an adapter that acts on every token.
         labels: The labels of its classification head; empty if it has none.
-        chat_template: Where the chat template comes from that conversations with it use: one of its
-            files, ``request`` if it was loaded with one, ``members`` for a fused adapter; "" if it
-            has none and the base's is used.
+        chat_template: The origin of the adapter's chat template: one of its files, ``request`` if
+            it was loaded with one, ``members`` for a fused adapter; "" if conversations use the
+            base's template.
     """
 
     name: str
@@ -457,7 +457,7 @@ class MergedAdapter(Result):
     """A member of the mix that is merged into the base model.
 
     Attributes:
-        name: The name at the time of the merge.
+        name: Its name at the time of the merge.
         uuid: The registration that was merged.
         generation: The generation that was merged.
         weight: Its factor in the mix.

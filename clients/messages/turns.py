@@ -32,7 +32,7 @@ def chat_messages(chat: str | Iterable[MessageLike]) -> list[inference_pb2.ChatM
 
     Raises:
         TypeError: A turn has none of the accepted forms.
-        ValueError: There is none.
+        ValueError: The conversation is empty.
     """
     if isinstance(chat, str):
         check_text("messages", chat)
@@ -54,22 +54,22 @@ def to_messages(name: str, turns: Iterable[Any]) -> list[inference_pb2.ChatMessa
         turns: The turns, in any of the accepted forms.
 
     Raises:
-        TypeError: One has none of them.
+        TypeError: A turn has none of the accepted forms.
         ValueError: A text is not UTF-8.
     """
     return [_to_message(f"{name}[{index}]", turn) for index, turn in enumerate(turns)]
 
 
 def is_like_a_turn(value: object) -> bool:
-    """Whether a value has the type of a turn, whatever it holds."""
+    """Whether a value has the type of a turn, regardless of its content."""
     return isinstance(value, Mapping | tuple | list | inference_pb2.ChatMessage)
 
 
 def check_is_no_turn(name: str, value: object) -> None:
-    """Refuse one turn where several are wanted; ``name`` is what the caller calls them.
+    """Reject a single turn in place of a list of turns; ``name`` is the name of the list in errors.
 
     Raises:
-        TypeError: It is one.
+        TypeError: The value is a single turn.
     """
     is_pair = isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], str)
     if is_pair or isinstance(value, Mapping | inference_pb2.ChatMessage):
@@ -95,7 +95,8 @@ def _of_mapping(place: str, role: Any, rest: Mapping[str, Any]) -> inference_pb2
         known = ", ".join(("role", *_TURN_FIELDS))
         key = min(map(str, unknown))
         raise ArgumentTypeError(place, say("UNKNOWN_MESSAGE_KEY", value=key, choices=known))
-    # Answers made only of calls or reasoning have no content, and clients return them as such.
+    # Answers that consist only of calls or reasoning have no content, and callers pass them back
+    # like that.
     content = rest.get("content")
     content = "" if content is None and role == "assistant" else content
     made = _said(place, role, _content(f"{place}.content", content))
@@ -114,7 +115,7 @@ def _said(place: str, role: Any, content: Any) -> inference_pb2.ChatMessage:
 
 
 def _content(place: str, content: Any) -> Any:
-    """A turn's text, of which the parts of type ``text`` are put together."""
+    """A turn's text; parts of type ``text`` are joined."""
     if not isinstance(content, list | tuple):
         return content
     texts = []
@@ -141,7 +142,7 @@ def _to_call(place: str, call: object) -> inference_pb2.ToolCall:
 
 
 def to_tool(place: str, tool: object) -> inference_pb2.Tool:
-    """Convert a tool; ``place`` is what complaints call it.
+    """Convert a tool; ``place`` is its name in errors.
 
     Raises:
         TypeError: The value does not have the accepted form.

@@ -1,7 +1,7 @@
 """The client verbs of the ``turret`` command.
 
-Each sets ``func(args) -> int``, the exit code: 0, 1 if a call failed, 2 if an argument makes no
-sense, 130 if interrupted.
+Each sets ``func(args) -> int``, the exit code: 0, 1 if a call failed, 2 if an argument is invalid,
+130 if interrupted.
 """
 
 from __future__ import annotations
@@ -35,6 +35,6 @@ def add_verb(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], na
 
 
 def add_verbs(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add all of them."""
+    """Add all verbs to a command's parser."""
     for name in VERBS:
         add_verb(subparsers, name)

@@ -49,7 +49,7 @@ _FLAGS: Flags = {
     "path": {"metavar": "PATH", "help": "directory, relative to the server's --adapter-root"},
     "--method": {"metavar": "METHOD", "help": "only adapters of this method"},
     "--residency": {"choices": ("disk", "host", "device"), "help": "only adapters in this tier"},
-    "--pin": {"dest": "pinned", "action": "store_true", "help": "also pin the adapter"},
+    "--pin": {"dest": "pinned", "action": "store_true", "help": "pin the adapter as well"},
     "--replace": {"action": "store_true", "help": "make it the next generation of NAME"},
     "--task": {**_COUNT, "help": "number of the task, from 0, if the files hold several"},
     "--chat-template": {
@@ -141,7 +141,7 @@ def _run(args: argparse.Namespace, client: TurretClient) -> None:
     print_json(result) if args.json else _SHOWN[args.action](result, args)
 
 
-# Print a result for people.
+# The functions that print an action's result for people.
 _SHOWN: Mapping[str, Callable[[Any, argparse.Namespace], None]] = {
     "get": lambda adapter, _: print_adapter(adapter),
     "pin": lambda adapter, _: print(f"pinned {adapter.name}"),
@@ -202,7 +202,7 @@ def _print_merge(state: MergeState) -> None:
     print(f"every request uses it until `turret adapters unmerge`; -a {again} applies it twice")
 
 
-# Actions that are more than one call.
+# Actions that make more than one call.
 _RUNS: Mapping[str, Callable[[argparse.Namespace, TurretClient], None]] = {
     "list": _list,
     "load": _change,

@@ -34,7 +34,7 @@ Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 class UnfinishedAnswerError(Exception):
-    """An answer, or a round of them, whose server went away before its end."""
+    """An answer, or a series of answers, that ended early because the server went away."""
 
 
 def add_verb_parser(
@@ -75,7 +75,7 @@ def given_texts(args: argparse.Namespace) -> list[str]:
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: There is none, or the file is not UTF-8.
+        ValueError: There is no text, or the file is not UTF-8.
     """
     texts: list[str] = []
     for text in args.texts:
@@ -97,7 +97,7 @@ def _lines(text: str) -> list[str]:
 def with_client(
     verb: Callable[[argparse.Namespace, TurretClient], None],
 ) -> Callable[[argparse.Namespace], int]:
-    """Give a verb its client, and turn its errors into one line and an exit code.
+    """Pass a client to a verb, and convert its errors to one line and an exit code.
 
     A verb may set ``stopped`` of its arguments to the line that is printed if Ctrl-C ends it.
     """
@@ -111,7 +111,7 @@ def with_client(
             _print_details(error, args)
             return 1
         except BrokenPipeError:
-            # The reader has closed the output. Nothing may be written there at exit either.
+            # The reader has closed the output, so nothing may be written there at exit either.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         except (OSError, UnfinishedAnswerError) as error:
@@ -121,7 +121,7 @@ def with_client(
             print_error(error, args)
             return 2
         except KeyboardInterrupt:
-            # Closing the client has cancelled the call. End the line that was being written.
+            # Closing the client has cancelled the call. End the unfinished line.
             said: str = getattr(args, "stopped", "")
             print(f"\n{said}" if said else "", file=sys.stderr)
             return 130
@@ -149,7 +149,7 @@ def print_error(
     args: argparse.Namespace | None = None,
     hints: Mapping[str, str] = COMMAND_HINTS,
 ) -> None:
-    """Print an error as one line on standard error, in the flags' names.
+    """Print an error as one line on standard error, with the names of flags.
 
     Args:
         error: The error that was raised.
@@ -197,7 +197,7 @@ def _jsonable(value: Any) -> Any:
 
 
 def given_token(args: argparse.Namespace) -> str | None:
-    """The token of the flags, else of the environment.
+    """The token from the flags or the environment.
 
     Raises:
         OSError: The token's file cannot be read.
@@ -211,11 +211,11 @@ def given_token(args: argparse.Namespace) -> str | None:
 
 
 def given_tls(args: argparse.Namespace) -> Tls | None:
-    """The TLS settings of the flags; None without any.
+    """The TLS settings from the flags; None if no flag sets any.
 
     Raises:
         OSError: A file cannot be read.
-        ValueError: They do not fit together.
+        ValueError: The settings are inconsistent.
     """
     if args.tls or args.tls_ca or args.tls_cert or args.tls_key or args.tls_server_name:
         for name in ("tls_ca", "tls_cert", "tls_key"):

@@ -199,7 +199,7 @@ def _figures(report: MixReport) -> dict[str, object]:
 
 
 def _label_table(reports: Sequence[MixReport]) -> Table:
-    """F1 of each label, which one mix may never find and no row have."""
+    """F1 of each label; a label may be missing in a mix's answers and in the test set."""
     rows = []
     for label in sorted({label for report in reports for label in report.labels}):
         figures = (report.labels.get(label) for report in reports)

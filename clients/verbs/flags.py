@@ -1,4 +1,4 @@
-"""The flags that verbs share, and what errors call the arguments that flags set."""
+"""Flags that verbs share, and their names in errors about arguments."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _VARIABLES = {
     "token": TOKEN_VARIABLE,
     "tls_ca": "TURRET_TLS_CA",
 }
-# Arguments of the Python client → the destination of the flag, where that has another name.
+# Arguments of the Python client → the destinations of their flags, if these have other names.
 _DESTINATIONS = {
     "adapters": "mixes",
     "inputs": "texts",
@@ -41,7 +41,7 @@ def flags_parser(flags: Flags, *names: str, title: str = "") -> argparse.Argumen
 
     Args:
         flags: The table of flags.
-        *names: The flags to add; all if there is none.
+        *names: The flags to add; all flags if empty.
         title: The title of their group in the help; empty for no group.
     """
     parser = argparse.ArgumentParser(add_help=False)
@@ -102,13 +102,13 @@ SHARED_FLAGS: Flags = {
 GENERATION_FLAGS: Flags = {
     "--top-k": {**_COUNT, "help": "keep the k likeliest tokens"},
     "--seed": {**_COUNT, "help": "make the answer repeatable"},
-    "--max-tokens": {**_COUNT, "help": "most tokens to generate (default: up to the context)"},
-    "--min-tokens": {**_COUNT, "help": "no stop condition applies before"},
+    "--max-tokens": {**_COUNT, "help": "maximum tokens to generate (default: up to the context)"},
+    "--min-tokens": {**_COUNT, "help": "minimum tokens before a stop condition applies"},
     "--temperature": {**_NUMBER, "help": "0 is greedy (default: 1)"},
     "--top-p": {**_NUMBER, "help": "keep the likeliest tokens up to this probability"},
     "--min-p": {**_NUMBER, "help": "drop tokens below this share of the likeliest"},
-    "--repetition-penalty": {**_NUMBER, "help": "divide logits of tokens seen"},
-    "--presence-penalty": {**_NUMBER, "help": "subtract from logits of tokens generated"},
+    "--repetition-penalty": {**_NUMBER, "help": "divide the logits of earlier tokens"},
+    "--presence-penalty": {**_NUMBER, "help": "subtract from the logits of generated tokens"},
     "--frequency-penalty": {**_NUMBER, "help": "the same, per occurrence"},
     "--stop": {
         "action": "append",
@@ -213,7 +213,7 @@ def connection_parser() -> argparse.ArgumentParser:
 
 
 def unusable(flag: str, path: Path, error: OSError | UnicodeDecodeError) -> Text:
-    """Reports a flag's file that cannot be read, or is not UTF-8."""
+    """The error for a flag's file that cannot be read or is not UTF-8."""
     return say("FLAG_PATH_UNUSABLE", flag=flag, problem=_unreadable(path, error))
 
 

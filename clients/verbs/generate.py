@@ -1,4 +1,4 @@
-"""``turret generate`` and ``turret chat``: a prompt completed, and a conversation."""
+"""``turret generate`` and ``turret chat``: completion of a prompt, and a conversation."""
 
 from __future__ import annotations
 
@@ -109,7 +109,8 @@ def _print_end(last: Chunk | None, wants_stats: bool) -> None:
 def _prompt(args: argparse.Namespace) -> Prompt:
     text = text_argument(args.prompt)
     if not text and (args.chat or args.system is not None):
-        # A chat template would still turn it into a prompt, and the answer would not end.
+        # A chat template would still make a prompt from an empty text, and the answer would not
+        # end.
         raise ValueError(say("STANDARD_INPUT_EMPTY" if args.prompt == "-" else "PROMPT_EMPTY"))
     for name, given in (("PROMPT", text), ("--system", args.system or "")):
         check_text(name, given)
@@ -174,7 +175,7 @@ def _chat(args: argparse.Namespace, client: TurretClient) -> None:
                     raise
                 print_error(error, args, _CHAT_HINTS)
     except (EOFError, KeyboardInterrupt):
-        # Both are usual ways to leave. The shell's prompt needs a line of its own.
+        # Ctrl-C and Ctrl-D are usual ways to leave. Let the shell's prompt begin on a new line.
         print()
 
 
@@ -192,15 +193,15 @@ class Conversation:
 
     @property
     def prompt(self) -> str:
-        """The prompt before the user's input, which names the mix. Empty if nobody reads it."""
+        """The prompt before the user's input, which names the mix; empty without a terminal."""
         mix = " + ".join(map(str, self.adapters)) or "base"
         return f"[{mix}] > " if sys.stdin.isatty() else ""
 
     def check_adapters(self) -> None:
-        """Ask the server for the adapters that are to answer.
+        """Check that the server has the adapters of the mix.
 
         Raises:
-            NotFoundError: One of them is not there.
+            NotFoundError: An adapter is not registered.
         """
         for member in self.adapters:
             try:
@@ -208,15 +209,15 @@ class Conversation:
             except NotFoundError:
                 raise
             except TurretRpcError:
-                # The token may not allow this call; then the answers will report unknown names.
+                # The token may not allow this call. If so, the answers will report unknown names.
                 return
 
     def take(self, line: str) -> None:
-        """Act on a line: a command, or a message to answer.
+        """Process a line: a command, or a message to answer.
 
         Raises:
-            TurretRpcError: The server refused or failed, or ended the answer before its end.
-            ValueError: The command makes no sense.
+            TurretRpcError: The server rejected the call, failed, or cut the answer.
+            ValueError: The command is invalid.
         """
         command, _, rest = line.partition(" ")
         match command:
@@ -247,9 +248,9 @@ class Conversation:
                 self._answer(line)
 
     def _answer(self, message: str) -> None:
-        """Stream the answer and remember both turns; a failed one leaves no trace.
+        """Stream the answer and keep both turns; a failed answer keeps neither.
 
-        An interrupted answer counts as far as it went: the user has read it.
+        An interrupted answer is kept as far as it went, because the user has read it.
         """
         turns = [*self.turns, ("user", message)]
         system = [] if self.system is None else [("system", self.system)]

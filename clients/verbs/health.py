@@ -105,7 +105,8 @@ def _ask(args: argparse.Namespace) -> str:
         except TurretRpcError as error:
             failure = error
         if args.wait and failure is not None and failure.reason in ANSWERED and not said:
-            # Something answered, so this is not just a server that has yet to start: print it now.
+            # Something answered, so waiting for a server to start may be futile: print the error
+            # now.
             said = _described(failure, args)
             print(f"{said}; retrying", file=sys.stderr)
         code = answer if failure is None else failure.code.name

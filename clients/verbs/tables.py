@@ -78,7 +78,7 @@ def table_of(columns: Mapping[str, str], rows: Iterable[Sequence[str]], **option
     """A table whose cells are shown as they are, even if they look like rich's markup.
 
     Args:
-        columns: Heading → kind: a text may break anywhere, what is whole never does.
+        columns: Heading → kind: ``text`` may be broken anywhere, ``whole`` never.
         rows: The cells.
         options: Options of rich's table.
     """
@@ -132,7 +132,7 @@ def fits(table: Table, console: Console) -> bool:
 
 
 def _none(others: Sequence[Adapter], method: str | None) -> str:
-    """Why a list is empty, and what to do."""
+    """The reason why a list is empty, and the next step."""
     if not others:
         return "no adapter is registered; `turret adapters load NAME PATH` registers one"
     methods = Counter(adapter.method for adapter in others)

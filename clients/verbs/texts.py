@@ -1,4 +1,4 @@
-"""``turret score``, ``classify`` and ``embed``: what the model makes of given texts."""
+"""``turret score``, ``classify`` and ``embed``: the model's results for given texts."""
 
 from __future__ import annotations
 

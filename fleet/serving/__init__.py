@@ -1,1 +1,1 @@
-"""A fleet on Ray Serve: Ray started, one deployment, one actor for the registry. Needs ``ray``."""
+"""A fleet on Ray Serve: one deployment for replicas, one actor for the registry. Needs ``ray``."""

@@ -1,4 +1,4 @@
-"""The application for Ray Serve: one deployment, which it starts, routes to, scales and stops.
+"""The application for Ray Serve: one deployment, which Serve starts, scales and stops.
 
 A Ray Serve config file, which KubeRay's ``RayService`` applies, names the application:
 
@@ -68,10 +68,10 @@ _CALLS: Any = type(
 
 @serve.ingress()
 class Replica(_CALLS):
-    """One engine, and a method for each of turret.v1 and of gRPC's health.
+    """One engine, with the methods of turret.v1 and of gRPC's health service.
 
     Args:
-        config: The fleet's, with absolute paths.
+        config: The fleet's configuration, with absolute paths.
     """
 
     async def __init__(self, config: ClusterConfig) -> None:  # type: ignore[misc]
@@ -191,7 +191,7 @@ def application(args: Mapping[str, Any]) -> serve.Application:
         args: The settings of ``FleetConfig`` other than ``ray_address``.
 
     Raises:
-        SettingsError: A value or variable that makes no sense; names it.
+        SettingsError: A value or variable is invalid; the error names it.
         UnavailableError: The registry does not start.
     """
     environment = read_settings(argparse.Namespace(), os.environ, ClusterConfig)

@@ -1,7 +1,7 @@
 """The folders of fleets that were started on this machine, and the removal of those of dead fleets.
 
-The command that starts a fleet holds a lock in its folder. The kernel releases the lock however the
-command ends.
+The command that starts a fleet holds a lock in its folder. The kernel releases the lock even if the
+command is killed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class FleetFolder:
     """The folder of a fleet that this process starts. Other users cannot enter it.
 
     Attributes:
-        path: Absolute.
+        path: The absolute path.
         lock: The descriptor that holds the lock.
     """
 
@@ -109,7 +109,7 @@ def _owned() -> Iterator[tuple[Path, int]]:
             is_own = stat.S_ISDIR(path.lstat().st_mode) and path.lstat().st_uid == os.getuid()
             lock = os.open(path / _OWNER, os.O_RDONLY | os.O_CLOEXEC) if is_own else -1
         except OSError:
-            # The folder has just been removed, or has no owner: a cluster was joined from it.
+            # The folder has just been removed, or a joined cluster uses it without an owner.
             continue
         if lock < 0:
             continue

@@ -26,9 +26,9 @@ from turret.server.errors import UnavailableError
 
 _log = logging.getLogger(__name__)
 
-# Address of all a fleet's listeners if Ray is started here, except the ingress and metrics.
+# Address of all listeners of a fleet if Ray is started here, except the ingress and metrics.
 LOOPBACK = "127.0.0.1"
-# The full name of ``prepare``. If this module runs as a program, its ``__name__`` is another one.
+# The full name of ``prepare``; ``__name__`` differs when this module runs as a program.
 _PREPARE = "turret.fleet.serving.ingress.prepare"
 _PAUSE_SECONDS = 0.2
 _watching: set[asyncio.Task[None]] = set()
@@ -185,7 +185,8 @@ def prepare() -> None:
     """Corrects Ray Serve in a worker process, before its first task.
 
     Ray Serve has no setting for any of these corrections. ``ingress_environment`` names this
-    function to Ray, so that it runs on every machine of the cluster, whoever starts Serve.
+    function to Ray, so that it runs on every machine of the cluster, regardless of how Serve is
+    started.
     """
     import ray
 
@@ -230,7 +231,7 @@ def _limit_messages() -> None:
 def _keep_haproxy() -> None:
     """Starts HAProxy again as soon as it dies.
 
-    Serve asks three times, ten seconds apart, before it replaces a dead HAProxy.
+    Serve checks three times, ten seconds apart, before it replaces a dead HAProxy.
     """
     from ray.serve._private.haproxy import HAProxyApi
 

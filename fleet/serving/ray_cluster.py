@@ -86,8 +86,9 @@ class RayCluster:
         """Starts Ray in this process's tree, on loopback, behind a token; or joins it.
 
         Args:
-            config: Its ``ray_address`` is that of the cluster to join; None starts one.
-            host: The host that the fleet listens on.
+            config: The configuration; ``ray_address`` is that of the cluster to join, or None to
+                start one.
+            host: The host on which the fleet listens.
             state_dir: The fleet's state directory.
             is_stopping: See ``LineFilter``.
 
@@ -100,7 +101,8 @@ class RayCluster:
         try:
             found = cls._open(config, host, folder, is_stopping)
         except Exception as error:
-            # Catch all exceptions: Ray has no class of its own for a node that does not start.
+            # Catch all exceptions, because Ray has no specific class for a node that does not
+            # start.
             if folder is not None:
                 folder.remove()
             if isinstance(error, UnavailableError):
@@ -124,7 +126,7 @@ class RayCluster:
         write_haproxy(path, None if folder is None else host)
         environment = ingress_environment(path)
         if folder is not None:
-            # Anyone who can reach a port of Ray can execute code.
+            # Without a token, anyone who can reach a port of Ray can execute code.
             environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
             # Serve's default ports may be in use by another fleet on this machine.
             ports = zip(_PORTS, _free_ports(), strict=False)
@@ -343,14 +345,14 @@ class LineFilter:
 
     Args:
         is_stopping: Whether the fleet is being stopped. Lines of the ingress are then dropped,
-            because it fails at whatever it was doing.
+            because its pending work fails.
         has_others: Whether the fleet may use other machines.
     """
 
     def __init__(self, is_stopping: Callable[[], bool], has_others: bool = True) -> None:
         self._is_stopping = is_stopping
         self._left_out = [_CONTROLLER_ENDS] if has_others else [_CONTROLLER_ENDS, _ONE_MACHINE]
-        # Source → a line that may begin a message to leave out.
+        # Source → a line that may begin a message to omit.
         self._held: dict[object, str] = {}
         self._inside: set[object] = set()
 
@@ -358,7 +360,7 @@ class LineFilter:
         """The lines to show.
 
         Args:
-            source: Identifies the stream that the lines come from.
+            source: Identifies the stream of the lines.
             actor: The class of the actor that printed the lines, if any.
             lines: The next lines of that stream.
         """

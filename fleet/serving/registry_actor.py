@@ -154,7 +154,7 @@ class Ownership:
             _log.warning("no registry: the command before keeps the fleet until it is back")
 
     def look(self) -> bool:
-        """Whether this command owns the fleet or takes it over, as last known if unreachable."""
+        """Whether this command owns the fleet, or takes it over; the last answer if unreachable."""
         self._ask()
         return self.is_own or self._is_taking
 

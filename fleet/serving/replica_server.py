@@ -119,7 +119,7 @@ class CallContext:
         return self._inner.peer() if address is None else as_peer(address)
 
     def time_remaining(self) -> float | None:
-        """Unknown: Serve does not pass it on. A client whose deadline passes cancels the call."""
+        """Unknown to Serve. A client cancels the call when its deadline passes."""
         return None
 
     def code(self) -> grpc.StatusCode | None:
@@ -253,7 +253,7 @@ class ReplicaServer:
             raise UnavailableError(say("REPLICA_CUT_OFF"))
 
     async def stop(self) -> None:
-        """Takes no further calls, lets running ones finish, and leaves the fleet."""
+        """Accepts no further calls, lets running ones finish, and leaves the fleet."""
         self._gate.close(say("SHUTTING_DOWN"))
         if self._watching is not None:
             self._watching.cancel()
@@ -296,7 +296,7 @@ class ReplicaServer:
         return await self._health.Check(request, context)
 
     async def answer(self, service: str, method: str, request: Any, inner: ServeContext) -> Any:
-        """One message for one message or a stream. The answer of a failed call is empty."""
+        """The answer to a call with one response. The answer of a failed call is empty."""
         context = CallContext(inner)
         call = getattr(self._servicers[service], method)
         answer = await self._run(service, method, context, request, lambda: call(request, context))
@@ -306,7 +306,7 @@ class ReplicaServer:
     def answer_stream(
         self, service: str, method: str, request: Any, inner: ServeContext
     ) -> AsyncIterator[Any]:
-        """A stream of messages for one message."""
+        """The answers to a call with a stream of responses."""
         context = CallContext(inner)
         call = getattr(self._servicers[service], method)
 

@@ -1,4 +1,4 @@
-"""The number of replicas that a load needs."""
+"""The number of replicas for a load."""
 
 from __future__ import annotations
 

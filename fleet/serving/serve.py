@@ -81,7 +81,7 @@ def _end_with_ray(cluster: RayCluster, state_dir: Path, is_over: threading.Event
 
 
 def _refuse(config: Config, error: Exception) -> int:
-    """Report in a sentence why there is no fleet; returns the exit code."""
+    """Report on one line why the fleet does not start; returns the exit code."""
     text = str(error)
     why = cause(text)
     if why != text:

@@ -1,9 +1,9 @@
-"""How the C kernels are compiled, and the values of their environment variables. Needs no torch.
+"""The compiler flags of the C kernels, and values of their environment variables. Needs no torch.
 
 ``setup.py`` builds one library per instruction set from these flags, all from the same sources.
 """
 
-# Flags that every library is compiled with.
+# Flags for every library.
 FLAGS = (
     "-O3", "-std=gnu11", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi", "-ffp-contract=fast",
     # Without this flag, GCC fuses the same `s += v * w` in one loop and not in another, and rows
@@ -12,7 +12,7 @@ FLAGS = (
 )  # fmt: skip
 _AVX512_BF16 = ("-march=x86-64-v4", "-mavx512bf16", "-mavx512vbmi2", "-mavx512vnni")
 # Flags that each instruction set adds. Each set includes those before it, so a processor without a
-# library of its own is served by an earlier one.
+# specific library uses an earlier one.
 ISA_FLAGS: dict[str, tuple[str, ...]] = {
     "baseline": (),
     "avx2": ("-march=x86-64-v3",),

@@ -1,4 +1,4 @@
-"""All layers of a step in one call, as ``layers.c`` reads them."""
+"""All layers of a step in one call, in the form that ``layers.c`` reads."""
 
 from __future__ import annotations
 
@@ -96,10 +96,10 @@ def rope_kv_write(
     """Rotate queries and keys (RoFormer, arXiv 2104.09864); store keys and values.
 
     Args:
-        qkv: ``[rows, heads + 2·kv_heads, head_dim]`` bf16 or fp32,
-            contiguous; head_dim a multiple of 32.
-        cos: ``[rows, pairs]`` fp32, contiguous; ones where a layer has no rotary positions. The
-            first ``2 · pairs`` features of a head rotate, the others pass.
+        qkv: ``[rows, heads + 2·kv_heads, head_dim]`` bf16 or fp32, contiguous; head_dim is a
+            multiple of 32.
+        cos: ``[rows, pairs]`` fp32, contiguous; ones for a layer without rotary positions. The
+            first ``2 · pairs`` features of a head rotate; the others stay unchanged.
         sin: Same shape.
         slots: ``block · block_size + offset`` per row, ``[rows]`` int64.
         k_cache: One layer's keys, ``[num_blocks, block_size, kv_heads, head_dim]``, dtype of
@@ -276,7 +276,7 @@ class NativeLayer(ctypes.Structure):
 
 
 class NativeModel(ctypes.Structure):
-    """The layers, the last norm, and what all layers have in common."""
+    """The layers, the last norm, and the properties that all layers share."""
 
     _fields_ = (
         ("layers", _address),
@@ -310,9 +310,9 @@ class NativePlace(ctypes.Structure):
 class NativeInputs(ctypes.Structure):
     """The inputs of a projection that adapters change, for the rows of a step.
 
-    ``changes`` are ``[rows, 3]`` int64: first and last number of the members that change a row's
-    input, the same where none does, and 1 where each slice has its own change. ``count`` is how
-    many inputs the projection has then: one for all its slices, one for each, or 0 for none.
+    ``changes`` is ``[rows, 3]`` int64: the range of the members that change a row's input (empty if
+    none does), and 1 if each slice has its own change. ``count`` is the resulting number of inputs
+    of the projection: one for all slices, one per slice, or 0 for none.
     """
 
     _fields_ = (("changes", _address), ("count", _int))

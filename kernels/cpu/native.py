@@ -6,9 +6,9 @@ best library that this processor supports is used; the environment variable ``TU
 upper limit. Without a compiler, or with ``TURRET_NATIVE=0``, the torch formulations of
 ``kernels/*.py`` are used, which are slower and give the same results within rounding.
 
-The libraries take OpenMP's symbols from the process, so they share torch's thread pool, because a
-second pool would make every parallel region sleep at its barrier. A thread in which torch uses no
-pool can have threads of the library's own (``use_own_threads``).
+The libraries take OpenMP's symbols from the process, so that they share torch's thread pool: with a
+second pool, every parallel region would sleep at its barrier. If torch uses no pool in a thread,
+the library can use its own threads there (``use_own_threads``).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _SIGNATURES = {
         *(_pointer, _int, _pointer),
     ),
 }
-# Functions that exist for bf16 and, under a second name, for fp32.
+# Functions with a variant for bf16 and one for fp32, which has a suffix in its name.
 _BY_ELEMENT = {
     "turret_attend": (_pointer, _pointer),
     "turret_add_rms_norm": (
@@ -89,7 +89,7 @@ def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None if they were not built or are switched off.
 
     Raises:
-        ValueError: ``TURRET_ISA`` is not in ``ISAS``, or ``TURRET_NATIVE`` is neither yes nor no.
+        ValueError: ``TURRET_ISA`` is not in ``ISAS``, or ``TURRET_NATIVE`` is not a boolean.
     """
     wanted = os.environ.get("TURRET_ISA") or ISAS[-1]
     if wanted not in ISAS:
@@ -129,7 +129,7 @@ def usable_isas() -> tuple[str, ...]:
 
 
 def load(isa: str) -> ctypes.CDLL:
-    """Load the library for one of ``usable_isas``; code for any other set may crash the process."""
+    """Load the library for one of ``usable_isas``. Code for any other set may crash the process."""
     library = ctypes.CDLL(str(path_of(isa)))
     by_element = {
         name + suffix: arguments

@@ -7,9 +7,9 @@ Semantics, per row and slice ``s`` of a fused projection, over the members ``k``
     Δ(x) = B (A x) + ((w1a w1b) ⊙ (w2a w2b)) x + kron(w1, w2) x + S x + D x
 
 in fp32 with one rounding. Nothing is packed: a step is a list of row segments, each with its
-members, and a member is a pointer to its adapter's table of modules. The gathering is that of
-Punica (arXiv 2310.18547, section 4); all products run in one call, since on a CPU the call costs
-more than the products of one row.
+members, and a member is a pointer to its adapter's table of modules. Rows are gathered as in Punica
+(arXiv 2310.18547, section 4). All products run in one call, because on a CPU a call takes longer
+than the products of one row.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class ExpertTable:
     """The addresses of one adapter's factors, by layer and projection. Keeps the factors alive.
 
     Args:
-        updates: ``a`` ``[experts, rank, in]`` and ``b`` ``[experts, rank, out]`` of each, bf16,
-            contiguous; None if the adapter has none.
+        updates: For each layer and projection, ``a`` ``[experts, rank, in]`` and ``b`` ``[experts,
+            rank, out]``, bf16, contiguous; None without an update.
 
     Attributes:
-        width: Floats of scratch memory per pair, for the projection that needs most.
+        width: The number of floats of scratch memory per pair, for the projection that needs most.
     """
 
     def __init__(self, updates: Sequence[tuple[torch.Tensor, torch.Tensor] | None]) -> None:
@@ -104,7 +104,8 @@ class ExpertAdapters:
             x: ``[rows, in]`` or ``[pairs, in]`` bf16, rows may be strided.
             y: ``[pairs, out]`` bf16, contiguous.
             routing: The pairs.
-            rows: The row of ``x`` that each pair reads, ``[pairs]`` int64; None for its own.
+            rows: The row of ``x`` that each pair reads, ``[pairs]`` int64; None if each pair has
+                its own.
         """
         pairs = (ctypes.c_int64 * 10)(
             x.data_ptr(),
@@ -156,13 +157,13 @@ class CirculantFactors:
     """A block-circulant update in frequencies; see ``operators/circulant.py``.
 
     Attributes:
-        spectra: ``[rows, columns, 2, width]`` fp32, contiguous like all of them; ``width`` is the
+        spectra: ``[rows, columns, 2, width]`` fp32, contiguous like the others; ``width`` is the
             number of frequencies, padded with zeros.
         forward: ``[16, 2, 16]`` fp32; without parts ``[size, 2, width]``.
         turns: ``[parts, 2, width]`` fp32.
         back: ``[parts, 2, width]`` fp32.
         inverse: ``[2, 16, 16]`` fp32; without parts ``[2, width, padded size]``.
-        size: Values of a block.
+        size: The number of values in a block.
     """
 
     spectra: torch.Tensor
@@ -180,7 +181,7 @@ class CirculantFactors:
 
     @staticmethod
     def transform_products(size: int) -> int:
-        """Products of a block's transform, there or back."""
+        """The number of products in a transform of a block, or in its inverse."""
         if size % LANES:
             return size * (size + 2)
         return size * 2 * LANES + size // LANES * 2 * (size + 2)
@@ -198,7 +199,7 @@ class CirculantFactors:
 
     @property
     def scratch(self) -> int:
-        """Number of floats that its activations take."""
+        """The number of floats of its activations."""
         rows, columns, size, width = self.sizes
         return (columns + 1) * 2 * width + _padded(rows * size)
 
@@ -254,7 +255,7 @@ _BEHIND = 64  # elements that the kernel reads past the last entry
 
 @dataclass(frozen=True, slots=True)
 class SparseBlocks:
-    """``S x``, where ``S`` is a few entries of the weight.
+    """``S x``, where ``S`` has only a few entries.
 
     A step has 32 slots, two for each of 16 outputs, for entries with inputs of one block of 64.
 
@@ -263,10 +264,10 @@ class SparseBlocks:
         places: ``[entries + 64]`` uint8: the position of an entry's input in its block.
         masks: ``[steps]`` int32: bit ``s`` is set where slot ``s``, of output ``s % 16``, has an
             entry.
-        skips: ``[steps]`` uint16: blocks from the step before, at first from block 0.
+        skips: ``[steps]`` uint16: the number of blocks since the previous step, or since block 0.
         starts: Steps and entries before each 16 outputs, ``[groups + 1, 2]`` int32.
-        outputs: The outputs in the order of the lanes, ``[out]`` uint8, counted from the first of
-            the columns that one unit of work has.
+        outputs: The outputs in the order of the lanes, ``[out]`` uint8, counted from the first
+            column of their unit of work.
         mean: The approximate number of entries of an output.
     """
 
@@ -359,11 +360,12 @@ def _by_block(columns: torch.Tensor, row_starts: torch.Tensor) -> torch.Tensor:
     return torch.argsort(rows * most + columns.to(torch.int64) // _BLOCK, stable=True)
 
 
-# Share of a thread's cache for factors that are read ahead. The base's weights pass through it too.
+# The share of a thread's cache for factors that are read ahead. The base's weights also pass
+# through this cache.
 _AHEAD_BYTES = 3 << 19
 # A step reads at least this many modules ahead, whatever their size: from a layer's last projection
-# to q, k and v of the next layer. What arrives too early is still in the shared cache, and memory
-# would otherwise be idle.
+# to q, k and v of the next layer. Factors that arrive too early are still in the shared cache, and
+# memory would otherwise be idle.
 _LEAST_REACH = 4
 
 
@@ -372,8 +374,8 @@ class HadamardFactors:
     """``((w1a w1b) ⊙ (w2a w2b)) x``.
 
     Attributes:
-        w1a: ``[rank, out]`` bf16, contiguous like all of them (transposed: columns are computed
-            side by side).
+        w1a: ``[rank, out]`` bf16, contiguous like the others, and transposed because columns are
+            computed side by side.
         w1b: ``[rank, in]`` bf16.
         w2a: ``[rank, out]`` bf16.
         w2b: ``[rank, in]`` bf16.
@@ -386,7 +388,7 @@ class HadamardFactors:
 
     @property
     def scratch(self) -> int:
-        """Number of floats that its activations take: ``[padded rank, rank]``."""
+        """The number of floats of its activations, ``[padded rank, rank]``."""
         rank = self.w1a.shape[0]
         return _padded(_padded(rank) * rank)
 
@@ -396,9 +398,9 @@ class KroneckerFactors:
     """``kron(w1, w2) x``.
 
     Attributes:
-        w1: ``[out_l, in_m]`` bf16, contiguous like all of them.
-        w2: Transposed, ``[in_n, out_k]`` bf16; or its factors ``a`` and ``b`` as a low-rank
-            update has them, ``[rank, in_n]`` and ``[rank, out_k]``.
+        w1: ``[out_l, in_m]`` bf16, contiguous like the others.
+        w2: The transposed factor, ``[in_n, out_k]`` bf16; or its own factors ``a`` and ``b``,
+            ``[rank, in_n]`` and ``[rank, out_k]``, as in a low-rank update.
     """
 
     w1: torch.Tensor
@@ -406,7 +408,7 @@ class KroneckerFactors:
 
     @property
     def scratch(self) -> int:
-        """Number of floats that its activations take: ``[in_m, padded width]``."""
+        """The number of floats of its activations, ``[in_m, padded width]``."""
         width = self.w2.shape[1] if isinstance(self.w2, torch.Tensor) else self.w2[0].shape[0]
         return self.w1.shape[1] * _padded(width)
 
@@ -420,14 +422,14 @@ class ModuleTable:
     """The addresses of one adapter's tensors, by module of the base. Keeps the tensors alive.
 
     Attributes:
-        width: Floats of scratch memory per row, for the module that needs most.
-        num_low_rank_bytes: Bytes of all ``a`` and ``b``.
+        width: The number of floats of scratch memory per row, for the module that needs most.
+        num_low_rank_bytes: The size of all ``a`` and ``b``.
     """
 
     def __init__(self, num_modules: int) -> None:
         self._rows = [[0] * (_FIRST + len(_FIELDS)) for _ in range(num_modules)]
         self._kept: list[torch.Tensor] = []
-        # The operators that the last fields point to: (module, field, values).
+        # The operators to which the last fields point: (module, field, values).
         self._factors: list[tuple[int, str, list[int]]] = []
         self._table = self._factor_table = torch.empty(0, dtype=torch.int64)
         self.width = 0
@@ -454,8 +456,8 @@ class ModuleTable:
 
         Args:
             module: The number of the module.
-            a: ``[rank, in]`` bf16, contiguous like all of them. None beside ``b``: the sums of the
-                pieces of ``rank`` inputs, ``A[r, i] = 1`` where ``i mod rank = r``.
+            a: ``[rank, in]`` bf16, contiguous like the others. If it is None and ``b`` is not, A
+                adds up pieces of ``rank`` inputs: ``A[r, i] = 1`` if ``i mod rank = r``.
             b: ``[rank, out]`` bf16.
             gain: ``[out]`` fp32.
             bias: ``[out]`` fp32.
@@ -502,7 +504,7 @@ class ModuleTable:
         self.width = max(self.width, width)
 
     def close(self) -> None:
-        """Make the table from the modules entered so far; none can be added afterwards."""
+        """Build the table from the modules entered so far; no more can be added afterwards."""
         values = [value for _, _, values in self._factors for value in values]
         self._factor_table = torch.tensor(values, dtype=torch.int64)
         address = self._factor_table.data_ptr()
@@ -534,7 +536,7 @@ class ModuleTable:
 
 
 def _asks_ahead() -> bool:
-    """Whether the base's products leave memory idle; AMX's tiles wait for memory themselves."""
+    """Whether the base's products leave memory idle, unlike those on AMX's tiles."""
     return isa() != "amx"
 
 
@@ -552,7 +554,7 @@ class ModuleSizes:
 
     Args:
         layer: (inputs, outputs) of each module of a layer.
-        num_layers: Layers, all alike.
+        num_layers: The number of layers, which are all alike.
     """
 
     def __init__(self, layer: Sequence[tuple[int, int]], num_layers: int) -> None:
@@ -561,7 +563,7 @@ class ModuleSizes:
         self.per_layer, self.num_layers = len(layer), num_layers
 
     def reach(self, num_bytes: int, num_threads: int) -> int:
-        """How many modules ahead a step reads factors that take ``num_bytes`` over all modules."""
+        """The number of modules to read ahead, for factors of ``num_bytes`` over all modules."""
         modules = self.per_layer * self.num_layers
         in_cache = num_threads * _AHEAD_BYTES * modules // max(num_bytes, 1)
         return min(max(in_cache, _LEAST_REACH), self.per_layer)
@@ -571,8 +573,8 @@ class Ahead(NamedTuple):
     """The adapters that follow a product of the base, which prefetches them while it runs.
 
     Attributes:
-        step: Address of the step's adapters.
-        module: Number of the projection's first module.
+        step: The address of the step's adapters.
+        module: The number of the projection's first module.
     """
 
     step: int
@@ -583,7 +585,7 @@ class RowAdapters:
     """A step's segments, prepared once for all layers.
 
     Args:
-        segments: The adapted rows; no row twice.
+        segments: The adapted rows, each at most once.
         max_slices: The maximum number of slices of a fused projection.
         sizes: Sizes of the base's modules.
 
@@ -626,7 +628,7 @@ class RowAdapters:
         self._adapt = functions().turret_adapt
 
     def restart(self) -> None:
-        """Reuse this for another step with the same rows."""
+        """Reuse this object for another step with the same rows."""
         self._marks.zero_()
 
     def ahead(self, module: int) -> Ahead:
@@ -668,9 +670,9 @@ class RowAdapters:
         Args:
             module: Number of the module.
             x: ``[rows, in]`` bf16.
-            rows: Row numbers, ``[n]`` int64; a row may be there more than once.
-            members: First and last number of the members that are summed for each, ``[n, 2]``
-                int64: those of a segment follow one another, in the order of all segments.
+            rows: Row numbers, ``[n]`` int64, possibly repeated.
+            members: The range of the members that are summed for each, ``[n, 2]`` int64, where the
+                members of all segments are numbered in order.
             start: 1 for the changed input, 0 for the change alone.
 
         Returns:

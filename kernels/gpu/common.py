@@ -23,7 +23,7 @@ def check_float(name: str, tensor: torch.Tensor, like: torch.dtype | None = None
     """Require fp16, bf16 or fp32, or exactly ``like``.
 
     Raises:
-        ValueError: Another dtype.
+        ValueError: The dtype is another one.
     """
     if like is not None and tensor.dtype != like:
         raise ValueError(f"{name} is {tensor.dtype}; {like} is needed")
@@ -35,7 +35,7 @@ def check_shape(name: str, tensor: torch.Tensor, *shape: int) -> None:
     """Require a shape; -1 stands for any size.
 
     Raises:
-        ValueError: Another shape.
+        ValueError: The shape is another one.
     """
     actual = tuple(tensor.shape)
     fits = len(actual) == len(shape) and all(
@@ -49,7 +49,7 @@ def check_rows(name: str, tensor: torch.Tensor) -> None:
     """Require that the last dimension is contiguous.
 
     Raises:
-        ValueError: It is not.
+        ValueError: The last dimension is not contiguous.
     """
     if tensor.stride(-1) != 1:
         raise ValueError(
@@ -61,7 +61,7 @@ def check_contiguous(name: str, tensor: torch.Tensor) -> None:
     """Require a contiguous tensor.
 
     Raises:
-        ValueError: It is not.
+        ValueError: The tensor is not contiguous.
     """
     if not tensor.is_contiguous():
         raise ValueError(f"{name} is not contiguous: strides {tensor.stride()}")
@@ -71,7 +71,7 @@ def check_length(name: str, tensor: torch.Tensor, count: int) -> None:
     """Require a number of elements.
 
     Raises:
-        ValueError: It has another.
+        ValueError: The tensor has another number.
     """
     if tensor.numel() != count:
         raise ValueError(f"{name} has {tensor.numel()} elements; {count} are needed")
@@ -81,7 +81,7 @@ def check_addresses(name: str, tensor: torch.Tensor, count: int) -> None:
     """Require ``[slots, count]`` addresses, contiguous.
 
     Raises:
-        ValueError: Another shape, dtype or stride.
+        ValueError: The shape, dtype or stride is another one.
     """
     check_shape(name, tensor, -1, count)
     check_contiguous(name, tensor)
@@ -121,9 +121,10 @@ class Tuning:
         nf4_pass_rows: Decoding rows per call of ``nf4_matmul``, at most 64; 0 if it is faster to
             write the weight out and use a library's product.
         attention_stages: Depth of the pipeline over keys. Block numbers are loaded before their
-            keys, so a depth of 5 keeps two tiles of keys and values in flight, and 3 none.
+            keys, so a depth of 5 keeps two tiles of keys and values in flight, and a depth of 3
+            keeps none.
         nf4_stages: Depth of the pipeline of ``nf4_matmul``; four do not fit in 64 KiB (AMD).
-        sample_block: Tokens of the vocabulary that the sampler looks at together.
+        sample_block: Tokens of the vocabulary that the sampler processes together.
         inline_ptx: Whether kernels may contain PTX, as on NVIDIA devices.
     """
 
@@ -149,7 +150,8 @@ class Tuning:
     def registers(self, most: int) -> dict[str, int]:
         """Launch option: the maximum number of registers of a thread.
 
-        Without a limit NVIDIA's assembler uses fewer than there are, and spills the rest.
+        Without a limit, NVIDIA's assembler uses fewer registers than there are, and spills the
+        rest.
         """
         return {"maxnreg": most} if self.inline_ptx else {}
 
@@ -192,12 +194,12 @@ def tuning(device: torch.device) -> Tuning:
     return _TABLE.get(name, Tuning())
 
 
-# Tensors that kernels find by their addresses.
+# Access to tensors by their addresses.
 
 
 @triton.jit
 def pointer_to(address, like_ptr):
-    """An address as a pointer; memory of its own begins at a multiple of 16."""
+    """An address as a pointer. Separate allocations begin at multiples of 16."""
     return tl.multiple_of(address.to(tl.pointer_type(like_ptr.dtype.element_ty)), 16)
 
 
@@ -325,7 +327,7 @@ def code_pairs(byte, code_ptr, dtype: tl.constexpr, PTX: tl.constexpr):
         byte: uint8, any shape.
         code_ptr: ``[16]`` fp32.
         dtype: The dtype of the values.
-        PTX: Whether inline PTX may be used.
+        PTX: Whether to use inline PTX.
     """
     if PTX and dtype == tl.bfloat16:
         even, odd = tl.inline_asm_elementwise(

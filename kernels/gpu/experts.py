@@ -108,10 +108,10 @@ def route_rows(scores: torch.Tensor, per_token: int, *, normalizes: bool) -> Rou
 # The products of all experts of a layer in one launch, by their NF4 codes in registers.
 #
 # A program takes up to 16 pairs of one expert and a tile of its output columns, and walks the input
-# features by quantisation block, as ``nf4_matmul`` does. A program finds its pairs from where the
-# pairs of each expert end, because the host knows only how many pairs there are. There are programs
-# for the worst case; those that find nothing to do end. Every pair goes through the same
-# tensor-core instruction in the same order, whichever others its expert got.
+# features by quantisation block, as ``nf4_matmul`` does. A program finds its pairs from the ends of
+# the experts' pairs, because the host knows only the number of all pairs. Enough programs for the
+# worst case are launched; those without work end at once. Every pair goes through the same
+# tensor-core instructions in the same order, regardless of the other pairs of its expert.
 
 _TILE = 16
 _BLOCK = tl.constexpr(BLOCK)
@@ -187,7 +187,8 @@ def nf4_experts(
             be strided.
         weight: The weights of all experts, stacked by rows.
         routing: The pairs.
-        rows: The row of ``x`` that each pair reads, ``[num_pairs]`` int64; None for its own.
+        rows: The row of ``x`` that each pair reads, ``[num_pairs]`` int64; None if each pair has
+            its own.
 
     Returns:
         ``[num_pairs, out_features]``, dtype of ``x``, one rounding from fp32. A weight is its value
@@ -242,9 +243,9 @@ def nf4_experts(
 # Low-rank updates of experts: ``y_p += w · B_e (A_e x_p)`` for pairs of a row and an expert.
 #
 # Two launches, shrink and expand, a program per pair and tile: the factors of a pair are those of
-# its row's adapter and its own expert, so that pairs seldom share any. A pair's sums run in an
-# order of its own. Factors are found by their addresses: an adapter takes its own bytes and no
-# more.
+# its row's adapter and its own expert, so pairs rarely share factors. The order of a pair's sums
+# does not depend on other pairs. Factors are found by their addresses, so an adapter takes no more
+# memory than its own bytes.
 
 _HEADER = tl.constexpr(ROW_HEADER)
 _BLOCK_R, _BLOCK_K, _BLOCK_N = 16, 128, 128
@@ -352,13 +353,14 @@ def add_expert_updates(
             without an update.
         rank: The rank of all experts' factors.
         table: The slot and weight of every row from the first on, slot -1 for rows without an
-            update; rows behind its last have none.
+            update; rows after its last one have no update.
         routing: The pairs.
-        rows: The row of ``x`` that each pair reads, ``[num_pairs]`` int64; None for its own.
+        rows: The row of ``x`` that each pair reads, ``[num_pairs]`` int64; None if each pair has
+            its own.
 
     Raises:
-        ValueError: A shape, dtype or stride breaks the contract. What lies at the addresses is not
-            checked: that would synchronise.
+        ValueError: A shape, dtype or stride breaks the contract. The memory at the addresses is not
+            checked, because that would synchronise.
     """
     num_pairs, in_features, out_features = routing.rows.shape[0], x.shape[1], y.shape[1]
     _check(x, y, factors, num_pairs, gathers=rows is not None)

@@ -3,8 +3,8 @@
 Two launches for all gated adapters of a step. ``gate_shrink`` multiplies rows by queries, ``q = Wq
 x``, in a separate shrink; a program takes a question of the segment table (a chunk of rows, 16
 vectors of their adapter), one slice and one part of the input features. ``fusion_gate`` scores and
-weighs; a program takes a gate of the table (a chunk of rows, the components of one adapter) and one
-slice.
+weighs; one of its programs takes a gate of the table (a chunk of rows, the components of one
+adapter) and one slice.
 
 Queries and keys are in each adapter's own memory and are found by their addresses, so a step's
 launches do not depend on how adapters differ. A slot's words of a slice, int64::
@@ -217,13 +217,13 @@ def gate_shrink(x: torch.Tensor, words: torch.Tensor, table: SegmentTable) -> to
         table: The step's segments, loaded.
 
     Returns:
-        ``[splits, asked_capacity · num_slices]`` fp32, for ``fusion_gate``: a row's queries where
-        ``tables.py`` says, the slice innermost; the sum over the first axis is what was asked.
-        Places of no row are undefined.
+        ``[splits, asked_capacity · num_slices]`` fp32, for ``fusion_gate``, with a row's queries at
+        the places that ``tables.py`` defines and the slice innermost. The sum over the first axis
+        is the query. Places without a row are undefined.
 
     Raises:
-        ValueError: A shape, dtype or stride breaks the contract. Values on the device, addresses
-            among them, are not checked: that would synchronise.
+        ValueError: A shape, dtype or stride breaks the contract. Values on the device, including
+            addresses, are not checked, because that would synchronise.
     """
     check_float("x", x)
     check_shape("x", x, -1, -1)
@@ -255,7 +255,7 @@ def fusion_gate(
         asked: Result of ``gate_shrink`` for the same table.
         v: Result of ``segmented_shrink`` for the same table.
         words: Words of the gates by slot, as for ``gate_shrink``.
-        table: The step's segments. The gated members of a mix that are one adapter's share one
+        table: The step's segments. The gated members of a mix that belong to one adapter share a
             softmax.
         num_rows: Rows of the step.
 

@@ -94,8 +94,8 @@ def hadamard_shrink(
 
     Raises:
         ValueError: A shape, dtype or stride breaks the contract, or r is over 64 (build the update
-            tile by tile, or refuse the adapter). What lies at the addresses is not checked: that
-            would synchronise.
+            tile by tile, or reject the adapter). The memory at the addresses is not checked,
+            because that would synchronise.
     """
     check_float("x", x)
     check_rows("x", x)

@@ -1,8 +1,8 @@
 """Triton form of ``kronecker``: ``y += w · vec(w1 · X · w2ᵀ)`` per row, in place.
 
-A program takes one row and a tile of ``out_k``: it makes ``T = X · w2ᵀ`` for the tile, which stays
-on chip, and multiplies all of ``w1`` by it. ``w1`` is the small factor (LoKr splits off the smaller
-one), so it comes from cache.
+A program takes one row and a tile of ``out_k``. It computes ``T = X · w2ᵀ`` for the tile, which
+stays on chip, and multiplies all of ``w1`` by it. ``w1`` is the smaller factor of LoKr, so it is
+read from the cache.
 """
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -149,16 +149,16 @@ def kronecker(
             be strided.
         y: Base results of one slice, ``[num_rows, out_l · out_k]``, dtype of ``x``; rows may be
             strided.
-        factors: Addresses by slot, ``[num_slots, len(shapes)]`` int64, contiguous. What lies there
-            has the dtype of ``x``, is contiguous, and begins at a multiple of 16 bytes. 0 for a
-            slot without an update.
-        shapes: Of w1, ``[out_l, in_m]``, in_m ≤ 128, and w2, ``[out_k, in_n]``, or the factors of
-            w2, ``[out_k, r]`` and ``[r, in_n]``, r ≤ 128.
+        factors: Addresses by slot, ``[num_slots, len(shapes)]`` int64, contiguous. The factors
+            there have the dtype of ``x``, are contiguous, and begin at multiples of 16 bytes. 0 for
+            a slot without an update.
+        shapes: The shapes of w1, ``[out_l, in_m]``, in_m ≤ 128, and w2, ``[out_k, in_n]``, or the
+            factors of w2, ``[out_k, r]`` and ``[r, in_n]``, r ≤ 128.
         table: The rows, their slots and their weights.
 
     Raises:
-        ValueError: A shape, dtype or stride breaks the contract. What lies at the addresses is not
-            checked: that would synchronise.
+        ValueError: A shape, dtype or stride breaks the contract. The memory at the addresses is not
+            checked, because that would synchronise.
     """
     (out_l, in_m), *_, (rank, in_n) = shapes
     out_k, rank = shapes[1][0], rank if len(shapes) == 3 else 0

@@ -125,7 +125,7 @@ def segmented_shrink_kernel(
 
 @dataclass(frozen=True, slots=True)
 class Shrink:
-    """The arguments of ``segmented_shrink`` but for the rows; see there."""
+    """The arguments of ``segmented_shrink`` other than the rows."""
 
     a: torch.Tensor
     slice_ranks: torch.Tensor
@@ -150,16 +150,16 @@ def segmented_shrink(
         a: Packed A of one fused projection, ``[pack_rank, num_slices, in_features]``, dtype of
             ``x``, contiguous.
         slice_ranks: Ranks of each slot's adapter in each slice, ``[num_slots, num_slices]`` int32,
-            contiguous; 0 where the slice is missing. Nothing past them is read.
+            contiguous; 0 for a missing slice. Ranks past these are not read.
         table: The step's segments, loaded.
 
     Returns:
-        ``[splits, rank_capacity · num_slices]``, fp32, laid out as ``tables.py`` says with the
-        slice innermost; the sum over the first axis is ``v``. Places of no row are undefined.
+        ``[splits, rank_capacity · num_slices]``, fp32, in the layout of ``tables.py`` with the
+        slice innermost. The sum over the first axis is ``v``. Places without a row are undefined.
 
     Raises:
         ValueError: A shape, dtype or stride breaks the contract. Values on the device are not
-            checked: that would synchronise.
+            checked, because that would synchronise.
     """
     check_shrink(x, a, slice_ranks)
     num_slices, in_features = a.shape[1:]
@@ -202,7 +202,7 @@ def shrink_options(device: torch.device) -> dict[str, Any]:
 
 
 def check_shrink(x: torch.Tensor, a: torch.Tensor, slice_ranks: torch.Tensor) -> None:
-    """Raise ValueError unless ``segmented_shrink`` can take these."""
+    """Raise ValueError unless ``segmented_shrink`` supports these arguments."""
     check_float("x", x)
     check_float("a", a, x.dtype)
     check_shape("a", a, -1, -1, -1)
@@ -217,10 +217,10 @@ def check_shrink(x: torch.Tensor, a: torch.Tensor, slice_ranks: torch.Tensor) ->
 
 # Triton form of ``segmented_expand``: gain, biases and all updates of a row, in one pass.
 #
-# Everything is added to the base result in fp32 and rounded once. A program takes a chunk of rows
-# and a tile of columns of one slice; it adds the parts of shrink's reduction up as it reads them.
-# Components come in the request's order, so the result is deterministic and does not depend on the
-# batch.
+# All terms are added to the base result in fp32, with one rounding. A program takes a chunk of rows
+# and a tile of columns of one slice, and adds up the parts of shrink's reduction as it reads them.
+# Components are added in the request's order, so the result is deterministic and does not depend on
+# the batch.
 
 MAX_SLICES = 3
 
@@ -394,7 +394,7 @@ def _expand_tile(
             )  # fmt: skip
         base = base.to(tl.float32)
         if gain_delta_ptr is not None:
-            # The rows of a chunk share a mix, and so a gain.
+            # The rows of a chunk share a mix and thus a gain.
             base = base * gain[None, :]
         if base_bias_ptr is not None:
             base_bias = tl.load(base_bias_ptr + y_cols, mask=inside, other=0.0)
@@ -428,7 +428,7 @@ def segmented_expand(
         v: Result of ``segmented_shrink`` for the same table.
         b: Packed B per slice, ``[pack_rank, out_s]``, dtype of ``y``, contiguous; 1 to 3 slices.
         slice_ranks: See ``segmented_shrink``.
-        table: The step's segments. Rows in none of them, and base rows where there is no
+        table: The step's segments. Rows outside of all segments, and base rows without a
             ``base_bias``, are neither read nor written.
         gain_delta: ``g − 1`` per slot, ``[num_slots, sum(out_s)]`` fp32, contiguous, or None.
         bias: Bias difference per slot, same form.
@@ -478,7 +478,7 @@ def check_expand(
     base_bias: torch.Tensor | None,
     gates: torch.Tensor | None = None,
 ) -> None:
-    """Raise ValueError unless ``segmented_expand`` can take these."""
+    """Raise ValueError unless ``segmented_expand`` supports these arguments."""
     if not 1 <= len(b) <= MAX_SLICES:
         raise ValueError(f"{len(b)} slices; 1 to {MAX_SLICES} are supported")
     width = sum(slice_b.shape[1] for slice_b in b)
@@ -514,10 +514,11 @@ def check_expand(
 
 # The base's product and ``segmented_shrink`` in one launch: both read the projection's input.
 #
-# The first programs take the shrink's work list, the others are those of ``nf4_matmul``. A shrink's
-# bytes, a few hundredths of the weight's, are read while the weight's are, and a launch is saved.
-# The bits are those of the two separate kernels: a shrink's products are the same instructions in
-# the same order with four warps as with two, because the other two warps repeat them.
+# The first programs take the shrink's work list, the others are those of ``nf4_matmul``. The bytes
+# of a shrink, a few hundredths of the weight's bytes, are read during the product, and one launch
+# is saved. The bits are those of the two separate kernels: a shrink's products are the same
+# instructions in the same order with four warps as with two, because the other two warps repeat
+# them.
 
 _BLOCK = tl.constexpr(BLOCK)
 
@@ -590,11 +591,11 @@ def nf4_shrink(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Multiply the first rows by the base's weight, shrink all adapted ones.
 
-    Launches share counters with those of ``nf4_matmul``: all follow each other on one stream.
+    Launches share counters with those of ``nf4_matmul``, so all of them must use one stream.
 
     Args:
         x: ``[rows, in_features]``, fp16, bf16 or fp32; rows may be strided.
-        num_rows: Rows that the base multiplies, 1 to 64 and no more than there are.
+        num_rows: The number of rows that the base multiplies, at most 64.
         weight: See ``nf4_matmul``.
         shrink: The arguments of the shrink.
 

@@ -1,6 +1,6 @@
 """Products with NF4 weights: ``nf4_matmul`` multiplies by the codes in registers, for 1 to 64 rows.
 
-The kernels are bound by the half byte per weight, so a weight must take few instructions. A program
+Reading half a byte per weight bounds the kernels, so a weight must take few instructions. A program
 takes a tile of output columns and walks the input features by quantisation block: one product of
 the rows with the block's sixteen-valued codes on tensor cores, times the block's maximum in fp32.
 Up to four tiles of 16 rows share the decoded codes. Every row goes through the same tensor-core
@@ -201,7 +201,7 @@ def counters_on(device: torch.device) -> torch.Tensor:
 def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix, *, gated: bool = False) -> torch.Tensor:
     """Multiply by a quantised weight without writing it out.
 
-    Launches share counters, so they have to follow each other on one stream.
+    Launches share counters, so they must use one stream.
 
     Args:
         x: ``[num_rows, in_features]``, 1 to 64 rows, fp16, bf16 or fp32; rows may be strided.
@@ -270,9 +270,9 @@ def options_of(num_rows: int, tuned: Tuning) -> dict[str, Any]:
 
 
 def parts_of(out_features: int, blocks: int, tuned: Tuning) -> tuple[int, int]:
-    """The number of parts of the input features, and of quantisation blocks in a part.
+    """The number of parts of the input features, and the number of quantisation blocks in a part.
 
-    They depend only on the weight's shape, because the order of a row's sum may not depend on the
+    Both depend only on the weight's shape, because the order of a row's sum must not depend on the
     other rows.
     """
     columns = triton.cdiv(out_features, tuned.nf4_block_n)
@@ -283,7 +283,7 @@ def parts_of(out_features: int, blocks: int, tuned: Tuning) -> tuple[int, int]:
 
 
 def check_product(x: torch.Tensor, weight: Nf4Matrix) -> None:
-    """Raise ValueError unless ``x``, ``[num_rows, in_features]``, fits a weight."""
+    """Raise ValueError unless ``x``, ``[num_rows, in_features]``, fits the weight."""
     check_float("x", x)
     check_shape("x", x, -1, weight.in_features)
     check_rows("x", x)
@@ -306,9 +306,9 @@ def check_product(x: torch.Tensor, weight: Nf4Matrix) -> None:
 
 # The product of queries, keys and values, and ``rope_kv_write`` of it, in one launch.
 #
-# Every program stores its part of the product. The last one of a tile of columns adds the parts up,
-# turns the heads of the tile and stores them: the product itself is never written. A tile holds
-# whole heads. The bits are those of the two kernels one after the other.
+# Every program stores its part of the product. The last program of a tile of columns adds up the
+# parts, rotates the heads of the tile and stores them, so the product itself is never written. A
+# tile contains whole heads. The bits are those of the two kernels in sequence.
 
 
 @triton.jit
@@ -316,7 +316,7 @@ def _biased_sum(
     parts_ptr, bias_ptr, m, n, keep, inside, num_rows, out_features, dtype: tl.constexpr,
     SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """The product in some columns, its bias added after it was rounded, rounded again."""
+    """The product in some columns: rounded, with the bias added, and rounded again."""
     y = sum_of_parts(parts_ptr, m, n, keep, num_rows, out_features, dtype, SPLITS)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
@@ -331,7 +331,7 @@ def _store_heads(
     ROWS: tl.constexpr, SPLITS: tl.constexpr, HALF: tl.constexpr, PARTIAL: tl.constexpr,
     INTERLEAVED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Turn the heads of a tile of columns and store them, from the parts of all programs."""
+    """Rotate and store the heads of a tile of columns, from the parts of all programs."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     pair = tl.arange(0, BLOCK_N // 2)
     head = first_head + pair // HALF
@@ -407,9 +407,9 @@ def nf4_rotate_kernel(
 def nf4_rotate(
     x: torch.Tensor, weight: Nf4Matrix, bias: torch.Tensor | None, write: KvWrite
 ) -> torch.Tensor:
-    """Multiply, turn the heads, store keys and values.
+    """Multiply, rotate the heads, and store keys and values.
 
-    Launches share counters with those of ``nf4_matmul``: all follow each other on one stream.
+    Launches share counters with those of ``nf4_matmul``, so all of them must use one stream.
 
     Args:
         x: ``[num_rows, in_features]``, 1 to 64 rows, fp16, bf16 or fp32; rows may be strided.
@@ -421,7 +421,7 @@ def nf4_rotate(
 
     Returns:
         Rotated queries, ``[num_rows, num_heads, head_dim]``, dtype of the cache: the bits of
-        ``nf4_matmul``, the bias and ``rope_kv_write`` one after the other.
+        ``nf4_matmul``, the bias and ``rope_kv_write`` in sequence.
 
     Raises:
         ValueError: A shape, dtype or stride breaks the contract.
@@ -473,7 +473,8 @@ def nf4_rotate(
 
 # Triton form of ``Nf4Matrix.dequantize``: reads the packed weight once, writes it once.
 #
-# For more rows than ``nf4_matmul`` takes: dequantised once, the weight goes to a library's product.
+# This is for more rows than ``nf4_matmul`` supports: the weight is dequantised once, and a library
+# computes the product.
 
 _BLOCKS = 16
 
@@ -578,7 +579,7 @@ class GatedSilu:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heads:
-    """Turned queries, ``[rows, heads, head_dim]``; keys and values are stored.
+    """Rotated queries, ``[rows, heads, head_dim]``; keys and values are stored.
 
     Attributes:
         write: The rotation of the heads, and the places of keys and values.

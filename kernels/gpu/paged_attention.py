@@ -1,9 +1,9 @@
 """Triton form of ``paged_attention``: decode and chunked prefill over KV blocks.
 
 Query heads that share a KV head, and neighbouring tokens of a chunk, are rows of one tile: keys and
-values are read once for all of them. Within a split the softmax runs over tiles; splits start
-afresh and are added up in order, in the same program or by the one that finishes an item last (see
-``AttentionTable``). If heads have sinks, the sums begin with those.
+values are read once for all of them. Within a split, the softmax is updated tile by tile. The
+results of the splits are merged in order, in the same program or by the one that finishes an item
+last (see ``AttentionTable``). If heads have sinks, the sums begin with those.
 """
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -36,7 +36,7 @@ _MASKED = tl.constexpr(-1e30)
 
 @triton.jit
 def _merge(best, total, acc, other_best, other_total, other_acc):
-    """Add a later split's softmax state to the running one; fused alike wherever it is compiled."""
+    """Add a later split's softmax state to the running one; compiled alike in all kernels."""
     top = tl.maximum(best, other_best)
     mine = tl.exp2(best - top)
     theirs = tl.exp2(other_best - top)
@@ -48,7 +48,7 @@ def _merge(best, total, acc, other_best, other_total, other_acc):
 
 @triton.jit
 def _begin(sinks_ptr, head, live, PER_HEAD: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Softmax state of no keys, ``best [M]`` and ``total [M]``: a sink is a score like others."""
+    """The softmax state without keys, ``best [M]`` and ``total [M]``; a sink counts as a score."""
     best = tl.full((BLOCK_M,), _MASKED, dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     if sinks_ptr is not None:
@@ -64,7 +64,7 @@ def _merge_records(
     state_ptr, acc_ptr, sinks_ptr, first, count, head, live, KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Softmax state of a spread item, from that of its records in their order."""
+    """The softmax state of a spread item, merged from its records in order."""
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     keep = live[:, None] & (d < HEAD_DIM)[None, :]
@@ -102,7 +102,7 @@ def _attend_split(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Softmax state of one split: ``best [M]``, ``total [M]``, ``acc [M, D]``, fp32."""
+    """The softmax state of one split: ``best [M]``, ``total [M]``, ``acc [M, D]``, fp32."""
     d = tl.arange(0, BLOCK_D)
     best = tl.full((BLOCK_M,), _MASKED, dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
@@ -144,7 +144,7 @@ def _finish(
     acc, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PER_HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Store a whole item's result, or a spread one's state; its last program stores the result."""
+    """Store a whole item's result, or a spread item's state; the last program stores the result."""
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     # Load again instead of keeping it in registers through the loop over keys.
@@ -258,11 +258,12 @@ def paged_attention(
         table: The step's sequences, loaded.
         scale: Multiplied into the scores, usually ``head_dim ** -0.5``.
         softcap: Scores become ``softcap · tanh(score / softcap)`` if it is given.
-        sinks: What each head adds to the softmax beside its scores, ``[num_heads]`` fp32
-            contiguous, or None.
+        sinks: An additional score per head in the softmax, ``[num_heads]`` fp32 contiguous, or
+            None.
 
     Returns:
-        ``[num_rows, num_heads, head_dim]``, dtype of the cache. Rows of no sequence are undefined.
+        ``[num_rows, num_heads, head_dim]``, dtype of the cache. Rows without a sequence are
+        undefined.
 
     Raises:
         ValueError: A shape, dtype or stride breaks the contract.
@@ -309,7 +310,7 @@ def paged_attention(
 
 
 def _tile(table: AttentionTable, head_dim: int) -> tuple[int, int]:
-    """Keys and features of a tile."""
+    """The numbers of keys and features in a tile."""
     block_d = triton.next_power_of_2(max(16, head_dim))
     # A head twice as wide leaves room for half as many keys.
     tile = _TILES[table.tile_rows] // max(1, block_d // 128)

@@ -1,4 +1,4 @@
-"""Triton form of ``residual_rms_norm``: one pass over the residual stream, a program a row."""
+"""Triton form of ``residual_rms_norm``: one pass over the residual stream, one program per row."""
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
@@ -84,8 +84,7 @@ def residual_rms_norm(
         eps,
         BLOCK=block,
         num_warps=8 if block >= 2048 else 4,
-        # A step's first norm follows work of torch, perhaps a copy, so its launch must not be
-        # early.
+        # A step's first norm follows torch's work, such as a copy, so its launch must not be early.
         enable_fp_fusion=True,
     )
     return out

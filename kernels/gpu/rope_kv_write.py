@@ -56,11 +56,11 @@ class KvWrite:
         return 2 * self.pairs != self.head_dim
 
     def num_heads(self, width: int) -> int:
-        """Heads of queries among ``width`` columns of queries, keys and values."""
+        """The number of query heads among ``width`` columns of queries, keys and values."""
         return width // self.head_dim - 2 * self.kv_heads
 
     def divides(self, columns: int) -> bool:
-        """Whether tiles with this many columns hold whole heads."""
+        """Whether tiles with this many columns contain whole heads."""
         return columns % self.head_dim == 0
 
     def empty_queries(self, num_rows: int, width: int) -> torch.Tensor:
@@ -101,7 +101,7 @@ class KvWrite:
 
 @triton.jit
 def rotated(first, second, cos, sin):
-    """The rotated features of a pair; fused in the same way wherever it is compiled."""
+    """The rotated features of a pair; compiled alike in all kernels."""
     return tl.fma(first, cos, -(second * sin)), tl.fma(second, cos, first * sin)
 
 
@@ -159,7 +159,7 @@ def store_heads(
 
 @triton.jit
 def _head_norm(first, second, weight_ptr, i, j, inside, half, eps, dtype: tl.constexpr):
-    """RMSNorm over both halves of a head, rounded as the norm's result is stored."""
+    """RMSNorm over both halves of a head, rounded like a stored result."""
     mean = (tl.sum(first * first, axis=0) + tl.sum(second * second, axis=0)) / (2 * half)
     scale = 1.0 / tl.sqrt(mean + eps)
     weight_first = tl.load(weight_ptr + i, mask=inside, other=0.0).to(tl.float32)
@@ -226,7 +226,7 @@ def rope_kv_write(
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
 ) -> torch.Tensor:
-    """Norm and rotate the heads, store keys and values.
+    """Normalise and rotate the heads, and store keys and values.
 
     Args:
         qkv: ``[num_rows, (num_heads + 2 · kv_heads) · head_dim]``, fp16, bf16 or fp32; rows may be

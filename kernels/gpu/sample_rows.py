@@ -39,11 +39,11 @@ def _distances(row_ptr, at, vocab, top, temperature):
 
 @triton.jit
 def _tokens_within(row_ptr, vocab, top, temperature, limit, BLOCK: tl.constexpr):
-    """The tokens no farther than ``limit``: their number, their mass, and where they end.
+    """The tokens up to the distance ``limit``, as their count, mass and borders.
 
     Returns:
-        Count; mass (the likeliest token has 1); the largest distance among them; the smallest
-        distance beyond them.
+        The count; the mass (1 for the likeliest token); the largest distance among them; the
+        smallest distance beyond them.
     """
     count = tl.zeros((BLOCK,), dtype=tl.int32)
     mass = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -62,7 +62,7 @@ def _tokens_within(row_ptr, vocab, top, temperature, limit, BLOCK: tl.constexpr)
 
 @triton.jit
 def _keep_likeliest(row_ptr, vocab, top, temperature, top_k, BLOCK: tl.constexpr):
-    """The distance of the ``top_k``-th token, and how many at that distance are kept."""
+    """The distance of the ``top_k``-th token, and the number of kept tokens at that distance."""
     low = tl.full((), 0, dtype=tl.int32)
     high = tl.full((), _FARTHEST_BITS, dtype=tl.int32)
     while low < high:
@@ -79,7 +79,7 @@ def _keep_likeliest(row_ptr, vocab, top, temperature, top_k, BLOCK: tl.constexpr
 
 @triton.jit
 def _keep_mass(row_ptr, vocab, top, temperature, top_p, limit, ties, BLOCK: tl.constexpr):
-    """Like ``_keep_likeliest``, for the fewest kept tokens that have ``top_p`` of their mass."""
+    """Like ``_keep_likeliest``, for the fewest kept tokens with a share ``top_p`` of their mass."""
     _, nearer, _, _ = _tokens_within(row_ptr, vocab, top, temperature, limit - 1, BLOCK)
     count, mass, _, _ = _tokens_within(row_ptr, vocab, top, temperature, limit, BLOCK)
     weight = tl.exp(-limit.to(tl.float32, bitcast=True))
@@ -98,7 +98,7 @@ def _keep_mass(row_ptr, vocab, top, temperature, top_p, limit, ties, BLOCK: tl.c
     _, nearer, _, _ = _tokens_within(row_ptr, vocab, top, temperature, low - 1, BLOCK)
     weight = tl.exp(-low.to(tl.float32, bitcast=True))
     needed = tl.maximum(tl.ceil((wanted - nearer) / weight), 1.0)
-    # Limit to far more than there are tokens, which still fits an int.
+    # Limit the number to far more than the vocabulary, so that it fits an int.
     needed = tl.minimum(needed, 1e9).to(tl.int32)
     return low, tl.where(low == limit, tl.minimum(needed, ties), needed)
 
@@ -125,7 +125,7 @@ def _draw(row_ptr, vocab, top, temperature, limit, ties, uniform, winner, BLOCK:
     running = tl.full((), 0.0, dtype=tl.float32)
     seen = tl.full((), 0, dtype=tl.int32)
     is_open = tl.full((), 1, dtype=tl.int32)
-    # Rounding may leave the total short of the wanted mass; then take the last token with mass.
+    # Rounding may leave the total below the wanted mass. If so, take the last token with mass.
     token = winner
     for start in range(0, vocab, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -189,10 +189,10 @@ def sample_rows(logits: torch.Tensor, table: torch.Tensor, tokens: torch.Tensor)
     """Draw a token of every row.
 
     With ``z`` a row's logits over its temperature and ``p = softmax(z)``: top-k keeps the ``k``
-    likeliest tokens, top-p the fewest of those that have ``top_p`` of their mass, min-p those at
-    most a given distance behind the likeliest. The token is the first, by id, at which the running
-    mass of the kept tokens passes ``uniform`` times their whole mass. At temperature 0, and if all
-    logits are -inf, it is the likeliest token, of equal ones the first.
+    likeliest tokens, top-p the fewest of those with a share ``top_p`` of their mass, min-p those up
+    to a given distance from the likeliest. The token is the first, by id, at which the running mass
+    of the kept tokens passes ``uniform`` times their whole mass. At temperature 0, and if all
+    logits are -inf, the likeliest token is drawn, of equal ones the first.
 
     Args:
         logits: ``[num_rows, vocab]`` fp32; rows may be strided.

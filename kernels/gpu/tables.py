@@ -32,7 +32,7 @@ class GatedMembers:
 
     Attributes:
         begin: Position of the first member in the segment's members.
-        end: Position behind the last member. All of them share a slot.
+        end: Position after the last member. All members share a slot.
         asked: Length of the adapter's longest query.
     """
 
@@ -45,7 +45,7 @@ class GatedMembers:
 class LongSegment:
     """A run of rows that share one mix.
 
-    ``gated`` are the gated adapters among the members; equal mixes have equal ones.
+    ``gated`` lists the gated adapters among the members; equal mixes have equal lists.
     """
 
     start: int
@@ -62,7 +62,7 @@ _MAX_GAP_BYTES = 1 << 16
 
 
 def has_streams(device: torch.device) -> bool:
-    """Whether a device works asynchronously to the host."""
+    """Whether a device works asynchronously."""
     return device.type == "cuda"
 
 
@@ -93,8 +93,8 @@ class _Chunk:
     """Device memory, and pinned memory of the same layout for each of two steps.
 
     Attributes:
-        used: Bytes that parts take.
-        loaded: Begin and end of the bytes that the current step has written.
+        used: The number of bytes in parts.
+        loaded: The range of the bytes that the current step has written.
     """
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
@@ -129,8 +129,8 @@ class StagedMemory:
 
     A step calls ``begin``, loads parts, and calls ``send``. There are two staging areas, so that
     the next step can be prepared while this one's copy is under way; ``begin`` waits for the copy
-    of the step before the last, which read the same area. A part holds the values of the last step
-    that loaded any part of its memory, or nothing that may be read.
+    of the step before the last, which read the same area. A part holds valid values only if the
+    last step that loaded a part of its memory loaded it.
 
     Not thread-safe.
 
@@ -165,8 +165,7 @@ class StagedMemory:
     def begin(self) -> None:
         """Begin a step; waits until its staging area was copied."""
         self._half = 1 - self._half
-        # Waiting gives the interpreter's lock away, just before the launches, even where the event
-        # is long over.
+        # Waiting releases the GIL just before the launches, even if the event is long over.
         if self._events and not self._events[self._half].query():
             self._events[self._half].synchronize()
         self._is_open = True
@@ -216,7 +215,7 @@ class StagedPart:
         self._staging = [staging[where].view(dtype) for staging in chunk.staging]
 
     def load(self, words: Sequence[int]) -> None:
-        """Write to the front of the buffer; the rest holds nothing that may be read.
+        """Write to the front of the buffer; the rest becomes undefined.
 
         The copy starts with the step's ``send``, or at once if no step is open.
 
@@ -251,7 +250,7 @@ ROW_TABLE_MULTIPLE = 16
 
 
 class RowTable:
-    """Owns its part of the device memory. Not thread-safe.
+    """The rows of a step that use tables by slot. Owns its device memory; not thread-safe.
 
     Attributes:
         buffer: ``[ROW_HEADER + 3 · capacity]`` int32 on the device; its address never changes.
@@ -292,7 +291,7 @@ ROW = 8
 
 
 class SamplingTable:
-    """Owns its part of the device memory. Not thread-safe.
+    """The sampling parameters of a step's rows. Owns its device memory; not thread-safe.
 
     Attributes:
         buffer: ``[max_rows, ROW]`` fp32 on the device; its address never changes.
@@ -308,15 +307,15 @@ class SamplingTable:
         self.buffer = self._part.buffer.view(max_rows, ROW)
 
     def load(self, numbers: Sequence[float]) -> None:
-        """Set how the first rows are drawn; for all others the likeliest token is drawn.
+        """Set the sampling parameters of the first rows; all other rows are greedy.
 
         Args:
-            numbers: One behind the other five of each row: a uniform number in [0, 1), the
-                temperature (0 draws the likeliest), top-p (1: off), how far a token may be behind
-                the likeliest in scaled logits (infinity: off), top-k (0: off).
+            numbers: Five numbers per row, one row after the other: a uniform number in [0, 1), the
+                temperature (0: greedy), top-p (1: off), the maximum distance of a token from the
+                likeliest in scaled logits (infinity: off), top-k (0: off).
 
         Raises:
-            ValueError: More rows than there are.
+            ValueError: There are more rows than the buffer has.
         """
         rows = host_tensor(numbers, torch.float32).view(len(numbers) // 5, 5)
         if len(rows) > len(self.buffer):
@@ -329,9 +328,9 @@ class SamplingTable:
 
 # Segment metadata on the device: which rows of a step use which adapters.
 #
-# An int32 buffer holds everything; a header says where its sub-tables are. So a step copies only
-# the bytes that it uses, kernels take one pointer, and a captured CUDA graph replays with any later
-# step: kernels loop over as many work units as the header says.
+# One int32 buffer holds everything; a header contains the positions of its sub-tables. So a step
+# copies only the bytes that it uses, kernels take one pointer, and a captured CUDA graph replays
+# with any later step: kernels loop over the number of work units in the header.
 #
 # A *segment* is all rows that share a mix, in any order and wherever they are in the step (rows are
 # gathered through ``rows``): decode requests of one adapter are one segment and read its weights
@@ -399,12 +398,13 @@ class _Gates:
 
 
 class SegmentTable:
-    """Owns its part of the device memory. Not thread-safe.
+    """The segments of a step. Owns its device memory; not thread-safe.
 
     Attributes:
         buffer: ``[capacity]`` int32 on the device; its address never changes.
         max_gates: The maximum number of gated adapters of one row's mix.
-        rank_capacity: The maximum of rows times ranks in a step; kernels size ``v`` by it.
+        rank_capacity: The maximum of rows times ranks in a step, which determines the size of
+            ``v``.
         asked_capacity: The maximum of rows times vectors of the gates' questions.
     """
 
@@ -425,7 +425,7 @@ class SegmentTable:
             max_rows: Rows of a step.
             max_row_rank: Sum of the ranks of one row's mix.
             max_components: Components of one row's mix.
-            device: Where the kernels run.
+            device: The device of the kernels.
             max_gates: Gated adapters of one row's mix.
             max_row_asked: The sum of ``GatedMembers.asked`` over one row's mix.
             memory: The memory that holds the table; None for memory of its own.
@@ -449,11 +449,11 @@ class SegmentTable:
         """Describe a step and start copying the description to the device.
 
         Args:
-            runs: Runs of rows and their mixes; equal mixes are joined to one segment. Rows in no
-                run are touched by no kernel; runs without components only get the base bias.
+            runs: Runs of rows and their mixes; equal mixes are joined to one segment. Kernels do
+                not touch rows outside of all runs; runs without components only get the base bias.
 
         Raises:
-            ValueError: The step is over a capacity given at construction.
+            ValueError: The step exceeds a capacity given at construction.
         """
         self._part.load(self._words(runs))
 
@@ -561,10 +561,10 @@ class SegmentTable:
 #
 # The queries of a sequence are cut into *items* of at most ``tile_rows`` query rows (new tokens
 # times the query heads of a KV head). A sequence's keys are cut into *splits* at fixed positions,
-# multiples of ``SPLIT``, whatever the batch: a record is an item with a run of splits. An item is
-# either spread, one split a record, so that a long context fills the device, or whole, all its
-# splits in one record, and then nothing is written in between. Both add splits up in the same
-# order, so the bits are the same, and each item is free to be either, whatever else is in the step.
+# multiples of ``SPLIT``, in every batch. A record is an item with a run of splits. An item is
+# either spread (one split per record, so that a long context fills the device) or whole (all splits
+# in one record, without intermediate results in memory). Both merge splits in the same order, so
+# the bits are the same, and each item can be either, independently of the rest of the step.
 # Sequences are spread as far as there is scratch memory: those with the fewest items first, because
 # they would leave most of the device idle, and among these the longest. Their records come first::
 #
@@ -572,8 +572,8 @@ class SegmentTable:
 #     record   row · tokens · position · blocks@ · padding · split_begin · split_end
 #              · first record of the item · its records
 #
-# Block numbers are in a buffer of their own, which outlives the step (``BlockTables``); ``blocks@``
-# is where the sequence's begin.
+# Block numbers are in a separate buffer, which outlives the step (``BlockTables``); ``blocks@`` is
+# the position of the sequence's first one.
 
 ATTENTION_HEADER = 4
 ATTENTION_RECORD = 9
@@ -582,7 +582,7 @@ SPLIT = 256
 
 
 class AttentionTable:
-    """Owns its part of the device memory. Not thread-safe.
+    """The attention metadata of a step. Owns its device memory; not thread-safe.
 
     Attributes:
         buffer: ``[capacity]`` int32 on the device; its address never changes.
@@ -590,7 +590,8 @@ class AttentionTable:
         counters: Records of an item that are done, ``[spread_records · kv_heads]`` int32, at its
             first record and head; zero between launches.
         max_records: The maximum number of records of a step.
-        spread_records: Of those, records of spread items; kernels size their scratch by it.
+        spread_records: The maximum number of records of spread items, which determines the size of
+            the kernels' scratch memory.
         split: Positions per split, a multiple of the kernel's tile: the order of a row's sums, so
             one number for all steps.
         tile_rows: Query rows per item: 16, or 32 if a KV head has more queries than that. All steps
@@ -617,7 +618,7 @@ class AttentionTable:
         """Allocate for the largest step.
 
         Args:
-            max_records: Items of a step, and ``spread_records`` besides.
+            max_records: The number of items of a step, in addition to ``spread_records``.
             blocks: Block numbers on the device, which the caller keeps up to date; or, for
                 ``load``, the number of block numbers for which the table itself has room.
             kv_heads: See the class.
@@ -653,7 +654,7 @@ class AttentionTable:
         """Describe a step, block numbers included, and start copying that to the device.
 
         Raises:
-            ValueError: The step is over a capacity given at construction.
+            ValueError: The step exceeds a capacity given at construction.
         """
         assert self._own_blocks is not None, "block numbers are somebody else's"
         blocks: list[int] = []
@@ -666,7 +667,7 @@ class AttentionTable:
             self.load_words(self.words(sequences))
 
     def load_words(self, words: torch.Tensor) -> None:
-        """Describe a step whose block numbers are on the device; ``words`` describes it."""
+        """Load the description ``words`` of a step whose block numbers are on the device."""
         with self._memory.step():
             self._part.staged(len(words)).copy_(words)
 
@@ -674,12 +675,12 @@ class AttentionTable:
         """A step's description, int32 on the host.
 
         Args:
-            spans: One behind the other five numbers of each sequence: its first row, new tokens,
-                tokens before them, where its block numbers begin in ``blocks``, and leading
-                positions that are not seen.
+            spans: Five numbers per sequence, one sequence after the other: its first row, its
+                number of new tokens, the number of tokens before them, the position of its block
+                numbers in ``blocks``, and the number of leading positions that are not seen.
 
         Raises:
-            ValueError: The step is over a capacity given at construction.
+            ValueError: The step exceeds a capacity given at construction.
         """
         # Operate on whole columns: a step with 64 long contexts has a thousand records.
         table = host_tensor(spans, torch.int32).view(len(spans) // 5, 5)
@@ -715,7 +716,7 @@ class AttentionTable:
     def _items(
         self, spans: torch.Tensor, counts: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Items as spans of few tokens, ``[items, 5]``, and the number of each one's span."""
+        """Items as spans of few tokens, ``[items, 5]``, and the index of each one's span."""
         size, total = self.tile_rows // self.queries_per_head, int(counts.sum())
         if total == len(spans):
             return spans, torch.arange(total)
@@ -729,7 +730,7 @@ class AttentionTable:
         return items, span_of
 
     def _splits(self, items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """First and end of the splits that any token of each item sees; never empty."""
+        """For each item, the range of the splits that any of its tokens sees; never empty."""
         _, tokens, position, _, first = items.unbind(1)
         if self.window is not None:
             first = torch.maximum(first, position - (self.window - 1))
@@ -753,7 +754,7 @@ class AttentionTable:
 
 
 def _repeated(begins: torch.Tensor, total: int) -> torch.Tensor:
-    """Number of the run that each of ``total`` places is in; runs are not empty.
+    """For each of ``total`` places, the index of its run; runs are not empty.
 
     ``torch.repeat_interleave`` would wake a team of threads for it.
     """

@@ -1,1 +1,1 @@
-"""Rows on a CPU whose bits do not depend on the batch: the torch formulations, and their trials."""
+"""Operations on a CPU in which a row's bits do not depend on the batch."""

@@ -1,8 +1,8 @@
-"""``e^x`` whose bits do not depend on the batch.
+"""Elementwise functions in which a row's bits do not depend on the batch.
 
-A library computes the last few elements of every thread's share with other instructions than the
-vectors, which may round differently. So the compiled kernel is used, or the library for rows whose
-width is a multiple of a vector, in calls that were tried (``trial.py``).
+For ``e^x``, a library computes the last few elements of every thread's share with other
+instructions than the vectors, which may round differently. So the compiled kernel is used, or the
+library for rows that consist of whole vectors, in calls that were tried (``trial.py``).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from turret.kernels.cpu.native import functions, has_kernels
 from turret.kernels.rows.trial import SAMPLE_ROWS, by_rows
 from turret.lazy_torch import torch
 
-# Elements that the longest vector loop takes at once (AVX-512, 16-bit, unrolled twice).
+# The number of elements in the longest vector loop (AVX-512, 16-bit, unrolled twice).
 VECTOR_ELEMENTS = 64
 
 
@@ -35,11 +35,11 @@ def _sample(width: int) -> torch.Tensor:
     return torch.randn(SAMPLE_ROWS, width, generator=generator).mul_(10.0)
 
 
-# ``silu(x) = x / (1 + e^−x)`` whose bits do not depend on the batch.
+# ``silu(x) = x / (1 + e^−x)``; a row's bits do not depend on the batch.
 #
-# torch computes it with vector instructions and the last few elements of every thread's share with
-# scalar ones, which round differently. Where a share ends depends on the size of the whole tensor:
-# so rows are filled up to whole vectors and computed in calls that were tried (``trial.py``).
+# torch uses vector instructions, and scalar ones for the last few elements of every thread's share,
+# which round differently. The end of a share depends on the size of the whole tensor. So rows are
+# padded to whole vectors, and computed in calls that were tried (``trial.py``).
 
 
 def row_silu(x: torch.Tensor) -> torch.Tensor:
@@ -58,7 +58,7 @@ def row_silu(x: torch.Tensor) -> torch.Tensor:
     ]
 
 
-# gelu by its tanh formula (arXiv 1606.08415), whose bits do not depend on the batch.
+# gelu by its tanh formula (arXiv 1606.08415); a row's bits do not depend on the batch.
 #
 # ``gelu(x) = x / (1 + e^−y)`` with ``y = 2 √(2/π) (x + 0.044715 x³)``, by ``row_exp_`` and
 # operations that are exact to the last bit.
@@ -107,8 +107,8 @@ def row_log_softmax(x: torch.Tensor) -> torch.Tensor:
         x: ``[num_rows, width]`` fp32.
 
     Returns:
-        The same shape. On a CPU rows go to the library one at a time, each from memory of its own:
-        always the same call.
+        The same shape. On a CPU, rows go to the library one at a time, each as a separate copy, so
+        that the call is always the same.
     """
     if x.device.type != "cpu":
         return x.log_softmax(-1)

@@ -1,4 +1,4 @@
-"""``y = x Wᵀ`` whose rows do not depend on how many rows are computed together.
+"""``y = x Wᵀ``; a row's bits do not depend on the number of rows that are computed together.
 
 A request's tokens must not depend on the other requests of its batch, and a library does not
 guarantee bits. On a CPU with compiled kernels, these fix the order of every sum
@@ -41,7 +41,7 @@ _PIECE_ELEMENTS = 1 << 20
 
 
 def ordered_product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """``x wᵀ``, neighbours added to each other until one is left.
+    """``x wᵀ``, in which neighbouring terms are added until one is left.
 
     Args:
         x: ``[rows, inner]``.
@@ -158,8 +158,9 @@ def _addmm_in_pieces(y: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> torch
 def row_addmm_(y: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> None:
     """``y += v b`` in place, each row bit-identical in any batch and at any place among zeros.
 
-    The second half is what lets adapters share one product: a row of ``v`` that is zero outside
-    ranks ``[lo, hi)`` adds the bits that ``v[:, lo:hi] b[lo:hi]`` would, ``lo`` a multiple of 8.
+    Because of the second property, adapters can share one product: a row of ``v`` that is zero
+    outside of the ranks ``[lo, hi)`` adds the same bits as ``v[:, lo:hi] b[lo:hi]``, for ``lo`` a
+    multiple of 8.
 
     Args:
         y: ``[num_rows, out_features]``, rounded once; rows may be strided (a slice of a fused
@@ -198,7 +199,7 @@ def prepare_linear(weight: torch.Tensor) -> None:
 
 
 def linear_formulation(weight: torch.Tensor) -> str:
-    """A description of how rows are multiplied by a weight on the CPU."""
+    """A description of the product of rows and a weight on the CPU."""
     return "native" if has_kernels(weight.device) else f"torch {_prepare(weight).name}"
 
 
@@ -277,7 +278,7 @@ def _prepare_update(dtype: torch.dtype, out_features: int) -> Formulation:
 
 
 def _keeps_zeros(formulation: Formulation, dtype: torch.dtype, out_features: int) -> bool:
-    """Whether rows keep their bits in any number and wherever their ranks lie among zeros."""
+    """Whether rows keep their bits in any number, and with their ranks anywhere among zeros."""
     span = MAX_REDUCTION
     generator = torch.Generator().manual_seed(span)
     part = torch.randn(8, out_features, generator=generator)
@@ -303,7 +304,7 @@ def _keeps_zeros(formulation: Formulation, dtype: torch.dtype, out_features: int
 
 
 def row_product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """Multiply a matrix per row by a weight per row or by one for all.
+    """Multiply a matrix per row by a weight per row or by one weight for all.
 
     Args:
         x: ``[num_rows, m, k]``, fp32.
@@ -339,11 +340,11 @@ def _in_pieces(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return torch.cat(pieces)[:num_rows]
 
 
-# Products of small matrices, many at a time, whose bits do not depend on the batch.
+# Products of many small matrices at a time; a row's bits do not depend on the batch.
 #
 # Tables that are multiplied in every layer of every step are kept in fp32 and padded, rows to
-# multiples of 4, columns and reductions to multiples of 16. Where there are no compiled kernels,
-# matrices go to a library in calls of a few tried sizes (``trial.py``).
+# multiples of 4, columns and reductions to multiples of 16. Without compiled kernels, matrices go
+# to a library in calls of a few tried sizes (``trial.py``).
 
 
 ROWS = 4
@@ -359,7 +360,7 @@ def padded(size: int, multiple: int) -> int:
 
 
 def table_product(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Multiply a matrix per row by a matrix per row or by one for all.
+    """Multiply a matrix per row by a matrix per row or by one matrix for all.
 
     Args:
         x: ``[num_rows, m, k]`` fp32.
@@ -376,13 +377,13 @@ def table_product(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 
 def prepare_products(k: int, n: int, device: torch.device) -> None:
-    """Try products with tables ``[…, k, n]`` now instead of during a request, where needed."""
+    """Run trials of products with tables ``[…, k, n]`` now, not during a request, if needed."""
     if device.type == "cpu" and not has_kernels(device):
         _prepare_products(k, n)
 
 
 def _prepare_products(k: int, n: int) -> Formulation:
-    """Choose how matrices of ``[…, k] [k, n]`` are multiplied without compiled kernels."""
+    """Choose a product of matrices ``[…, k] [k, n]`` without compiled kernels."""
 
     def holds(formulation: Formulation) -> bool:
         x, w = cancelling(64, n, k, torch.float32)
@@ -430,7 +431,7 @@ def _in_calls(x: torch.Tensor, table: torch.Tensor, batches: Sizes, rows: Sizes)
 
 
 def _calls(total: int, sizes: Sizes) -> list[tuple[int, int, int]]:
-    """The begin, size and number of real entries of each call."""
+    """The start, the size and the number of real entries of each call."""
     found, start = [], 0
     while start < total:
         size = max((s for s in sizes if s <= total - start), default=sizes[0])

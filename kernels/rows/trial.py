@@ -4,8 +4,8 @@ A library does not guarantee bits. Its kernel and its blocking of a sum depend o
 so row 0 of a 1-row product and row 0 of a 16-row product may differ, and so may equal rows at
 different places. Rows therefore go to a library only in calls of a few sizes; the last call is
 filled up with zeros. Each of these calls is tried for the operation, shape, dtype and number of
-threads. If a row's bits change, the next set of sizes is tried. If no set passes, a formulation
-remains whose order of sums is written out. A choice is made once, before its first use, and kept.
+threads. If a row's bits change, the next set of sizes is tried. If no set passes, the last
+formulation fixes the order of sums itself. A choice is made once, before its first use, and kept.
 
 Trials use operands whose exact products are 0, so that the leading bits of the result show the
 order of the sum.
@@ -28,7 +28,7 @@ Sizes = tuple[int, ...]
 SAMPLE_ROWS = 64
 # Number of rows of the largest call.
 LARGEST = 512
-# Sets of row counts: powers of two from 1, 4, 16 or 64 on; 16, 64, or 1 alone.
+# Sets of row counts: powers of two from 1, 4, 16 or 64 on; or only 16, 64 or 1.
 _SETS: tuple[Sizes, ...] = (
     *(tuple(s for k in range(10) if (s := 1 << k) >= least) for least in (1, 4, 16, 64)),
     (16,),
@@ -38,7 +38,7 @@ _SETS: tuple[Sizes, ...] = (
 
 
 class Formulation(NamedTuple):
-    """One way to compute something, and its name in the log."""
+    """One way to compute an operation, and its name in the log."""
 
     name: str
     call: Callable[..., torch.Tensor]
@@ -48,12 +48,12 @@ _choices: dict[Hashable, Formulation] = {}
 
 
 def forget_choices() -> None:
-    """Try everything again at its next use, for instance after the libraries were exchanged."""
+    """Repeat each trial at the next use, for instance after the libraries were exchanged."""
     _choices.clear()
 
 
 def choices() -> dict[str, str]:
-    """How each operation is computed in this process so far; several entries if shapes differ."""
+    """The formulations chosen in this process so far; an operation may have several, by shape."""
     found: dict[str, set[str]] = {}
     for key, formulation in _choices.items():
         assert isinstance(key, tuple)
@@ -67,7 +67,7 @@ def choose(
     formulations: Callable[[], Sequence[Formulation]],
     holds: Callable[[Formulation], bool],
 ) -> Formulation:
-    """The first formulation that holds; the last one needs no trial.
+    """The first formulation that passes its trial; the last one needs none.
 
     Args:
         op: Name of the operation.
@@ -110,7 +110,7 @@ def by_rows(
 
 
 def most_sizes(largest: int = LARGEST) -> Sizes:
-    """Row counts that cover every call up to a size, and some that need padding."""
+    """Row counts that include every call up to a size, and some that need padding."""
     return (*(1 << k for k in range(largest.bit_length())), 3, 7)
 
 
@@ -149,7 +149,7 @@ def in_sizes(compute: Compute, x: torch.Tensor, sizes: Sizes) -> torch.Tensor:
 
 
 def keeps_rows(compute: Compute, rows: torch.Tensor, counts: Sizes) -> bool:
-    """Whether rows have the same bits in these numbers and at any place as alone."""
+    """Whether rows have the same bits in these numbers and at any place as when alone."""
     total = rows.shape[0]
     alone = torch.cat([compute(rows[i : i + 1].clone()) for i in range(total)])
     for count in counts:

@@ -1,1 +1,1 @@
-"""Helpers for any room, which use no other room: sizes, names, addresses, texts."""
+"""Helpers for all packages, which import no other package: sizes, names, addresses, files."""

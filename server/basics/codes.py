@@ -1,4 +1,4 @@
-"""How a call may end, in terms that all protocols and the metrics share."""
+"""Status codes of calls, shared by all protocols and the metrics, and headers of messages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 class Code(enum.Enum):
-    """How a call ended; names and values are those of ``google.rpc.Code``."""
+    """The status of an ended call; names and values are those of ``google.rpc.Code``."""
 
     OK = 0
     CANCELLED = 1
@@ -31,7 +31,7 @@ class Code(enum.Enum):
 
 # The header of a message in an answer with channels.
 #
-# OpenAI's harmony response format, of gpt-oss: a message is ``<|start|>ROLE
+# In gpt-oss' harmony response format by OpenAI, a message is ``<|start|>ROLE
 # to=RECIPIENT<|channel|>CHANNEL<|constrain|>TYPE<|message|>TEXT`` and ends with ``<|end|>`` or
 # ``<|call|>``. The recipient may follow the channel. An answer begins after the first role.
 
@@ -51,8 +51,8 @@ class Header:
     """The header of a message.
 
     Attributes:
-        channel: Its name; empty if there is none.
-        recipient: Whom it is for, ``functions.NAME`` for a tool; empty for the user.
+        channel: The name of the channel; empty if there is none.
+        recipient: The recipient, ``functions.NAME`` for a tool; empty for the user.
     """
 
     channel: str

@@ -21,7 +21,7 @@ from turret.server.basics.settings import format_byte_size
 from turret.server.basics.work import is_out_of_memory
 from turret.server.words import Text, say
 
-# Wall-clock limit, for a job that gets hardly any processor time.
+# Limit of wall-clock time, for jobs that get hardly any processor time.
 TIMEOUT_SECONDS = 60.0
 _CHILD = Path(__file__).with_name("confined_child.py")
 _READ_BYTES = 1 << 20
@@ -33,8 +33,8 @@ class ConfinedError(Exception):
     """A job was not answered.
 
     Attributes:
-        is_over_limit: Whether the job is to blame: it met one of its limits.
-        answers: The answers that came before.
+        is_over_limit: Whether the job itself is to blame, because it reached a limit.
+        answers: The answers before the failure.
     """
 
     def __init__(self, why: Text, *, is_over_limit: bool) -> None:
@@ -44,16 +44,16 @@ class ConfinedError(Exception):
 
 
 class Confined:
-    """Runs a program of turret's on untrusted input. Thread-safe; one job at a time.
+    """Runs one of turret's programs on untrusted input. Thread-safe; one job at a time.
 
-    The process starts with the first job and serves the next ones too. After a job that met a
+    The process starts with the first job and also runs the next ones. After a job that reached a
     limit, the next job gets a new process.
 
     Args:
         program: File that defines ``answers(job)``, a generator of the answers to a job. It may
             import the standard library and ``packages``.
-        cpu_seconds: Limit of processor time for each job, so that a busy machine refuses no job
-            that an idle one answers.
+        cpu_seconds: Limit of processor time for each job, so that a job's outcome does not depend
+            on the machine's load.
         max_bytes: Limit of the address space.
         max_answer_bytes: Limit of all answers to a job.
         packages: Installed packages that the program imports.
@@ -82,7 +82,7 @@ class Confined:
         """The answers to a job; both are JSON.
 
         Raises:
-            ConfinedError: The job met a limit, or something else ended the process.
+            ConfinedError: The job reached a limit, or the process ended for another reason.
             MemoryError, OSError: There is no memory to start the process.
         """
         line = json.dumps(job, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
@@ -160,7 +160,7 @@ class Confined:
                     poll.unregister(sink)
 
     def _end_of(self, process: subprocess.Popen[bytes]) -> ConfinedError:
-        """Why the process ended by itself, as an error."""
+        """The error for a process that ended by itself."""
         code = process.wait()
         if code in (-signal.SIGKILL, -signal.SIGTERM):
             return ConfinedError(say("PROCESS_KILLED"), is_over_limit=False)
@@ -192,7 +192,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _directory_of(package: str) -> str:
-    """The directory that a package was installed into."""
+    """The directory in which a package is installed."""
     spec = importlib.util.find_spec(package)
     assert spec is not None
     assert spec.origin is not None

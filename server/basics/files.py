@@ -33,12 +33,12 @@ def sync_directory(path: Path) -> None:
 
 
 def replace_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
-    """Writes a whole file, over the one that was there; readers see the old or the new one.
+    """Writes a whole file atomically: readers see either the old or the new content.
 
     Args:
         path: A path in an existing directory.
-        data: The file's.
-        mode: Its permissions.
+        data: The content of the file.
+        mode: The permissions of the file.
 
     Raises:
         OSError: The disk is full or broken; the old file is still there.
@@ -58,19 +58,19 @@ def replace_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
 
 
 def move_directory(source: Path, target: Path) -> None:
-    """Renames a directory whose content is synced already; ``target`` must not exist."""
+    """Renames a directory with content that is already synced; ``target`` must not exist."""
     source.rename(target)
     sync_directory(target.parent)
 
 
 def remove_file(path: Path) -> None:
-    """Removes a file if it is there."""
+    """Removes a file if it exists."""
     path.unlink(missing_ok=True)
     sync_directory(path.parent)
 
 
 def remove_directory(path: Path) -> None:
-    """Removes a directory and what it holds, if it is there. Not atomic: sweep at the start."""
+    """Removes a directory and its content, if it exists. Not atomic: a crash may leave a part."""
     shutil.rmtree(path, ignore_errors=True)
 
 
@@ -79,8 +79,8 @@ def reporting_disk_faults() -> Iterator[None]:
     """Reports disk errors to clients without the server's paths.
 
     Raises:
-        StorageFullError: A call in the block found no room.
-        StorageFailedError: One failed otherwise.
+        StorageFullError: The disk was full in a call in the block.
+        StorageFailedError: A call failed for another reason.
     """
     try:
         yield
@@ -93,7 +93,7 @@ def reporting_disk_faults() -> Iterator[None]:
 
 
 def unwritable(path: Path) -> Text | None:
-    """Why this user cannot write or make a directory; None if it is possible."""
+    """The reason why this user cannot write to or create a directory; None if possible."""
     if path.exists():
         if not path.is_dir():
             return say("FOLDER_IS_A_FILE")
@@ -110,12 +110,12 @@ def _refused(folder: Path) -> str:
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".turret-", dir=folder))
     except OSError as error:
-        # A full disk gets room again when something is removed.
+        # A full disk is no lasting reason, because files may be removed.
         return "" if error.errno in _FULL else error.strerror or str(error)
     return ""
 
 
-# Files named by flags, which may not be what they should be.
+# Files named by flags, which may be of an unexpected kind.
 
 
 def read_regular(path: Path) -> bytes:
@@ -131,21 +131,21 @@ def read_regular(path: Path) -> bytes:
 
 
 def unreadable(path: Path, error: OSError) -> Text:
-    """Why a file that a user named cannot be read."""
+    """The reason why a file named by a user cannot be read."""
     near = None if path.exists() else closest_path(path, Path.is_file)
     return say("FILE_UNREADABLE", path=path, why=error.strerror, closest=near)
 
 
-# Git LFS pointers: small files that stand for a large file that a clone did not fetch.
+# Git LFS pointers: small files in place of large files that a clone did not fetch.
 
 _LFS_POINTER = b"version https://git-lfs"
 
 
 def why_lfs_pointer(begin: bytes) -> Text | None:
-    """Why a file that begins like this is not what its name says; None if it may be.
+    """The error for a file that is a Git LFS pointer; None for other files.
 
     Args:
-        begin: As many of the file's first bytes as a pointer has, or the whole file.
+        begin: The beginning of the file, as long as a pointer or as the whole file.
     """
     if not begin.startswith(_LFS_POINTER[: max(8, len(begin))]):
         return None

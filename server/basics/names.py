@@ -46,12 +46,12 @@ def not_a_hub_id(text: str) -> Text:
 
 @dataclass(frozen=True, slots=True)
 class HubId:
-    """A repository and a revision of it.
+    """A repository, and one of its revisions.
 
     Attributes:
-        org: The organisation or the user.
+        org: The organisation or user.
         name: The name of the repository.
-        revision: A branch, a tag or a commit; None is the main branch.
+        revision: A branch, a tag or a commit; None means the main branch.
     """
 
     org: str
@@ -96,7 +96,7 @@ class HubId:
 
     @property
     def snapshot(self) -> str:
-        """A commit's folder in the hub's cache, from the cache's own."""
+        """The folder of a commit in the cache."""
         assert self.is_commit, "only a commit has a folder of files"
         return f"{self.folder}/snapshots/{self.revision}"
 
@@ -109,10 +109,10 @@ class HubId:
 
 
 def model_place(written: str, folder: Path = Path()) -> Path:
-    """The path of a model given by a user; a model on the hub is a path that equals its id.
+    """The path of a model given by a user; for a model on the hub, the path equals its id.
 
-    Only a text that is written as an id is one. A missing path that would look like an id after it
-    is joined with a folder, or without its ``./``, becomes absolute, so that it cannot name a
+    Only a text in the form of an id is an id. A missing path that would look like one once it is
+    joined with a folder, or without its ``./``, becomes absolute, so that it cannot name a
     stranger's repository.
 
     Args:
@@ -150,5 +150,5 @@ def closest_path(path: Path, is_meant: Callable[[Path], bool]) -> str | None:
 
 
 def how_to_add(extra: str) -> str:
-    """The command that adds an extra, with this Python, because others do not have turret."""
+    """The command that installs an extra with this Python, because others may lack turret."""
     return f"`{shlex.quote(sys.executable)} -m pip install 'turret[{extra}]'` adds it"

@@ -1,4 +1,4 @@
-"""Settings from a TOML file, variables and flags, and the kinds of values that they have."""
+"""Settings from a TOML file, variables and flags, and the types of their values."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def parse_byte_size(text: str) -> int:
     """``512MiB``, ``2GB``, ``1.5GiB`` or a plain count, as bytes.
 
     Raises:
-        ValueError: Not a number with one of the units B, kB, MB, GB, TB, KiB, MiB, GiB, TiB.
+        ValueError: The text is not a number with one of the units B, kB, MB, GB, TB, KiB, MiB, GiB,
+            TiB.
     """
     match = _BYTE_SIZE.fullmatch(text.strip())
     unit = match[2].upper() if match else ""
@@ -84,10 +85,10 @@ def format_byte_size(count: int) -> str:
 
 
 def parse_toml(data: bytes) -> dict[str, Any]:
-    """The tables of a file; a byte-order mark, which editors on Windows write, is ignored.
+    """The tables of a file. A byte-order mark, which Windows editors write, is ignored.
 
     Raises:
-        ValueError: The file is not UTF-8 or not TOML; the error has the place.
+        ValueError: The file is not UTF-8 or not TOML; the error names the place.
     """
     try:
         return tomllib.loads(data.decode("utf-8-sig"))
@@ -109,14 +110,14 @@ def toml_value(value: object) -> str:
     return str(value)
 
 
-# Addresses that a server listens on.
+# Addresses on which a server listens.
 
 
 def split_address(address: str) -> tuple[str, int]:
     """``HOST:PORT`` or ``[V6]:PORT`` as (host without brackets, port).
 
     Raises:
-        ValueError: No port, a port outside 0..65535, or a bare IPv6 host.
+        ValueError: The port is missing or outside 0..65535, or an IPv6 host has no brackets.
     """
     host, colon, port = address.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
@@ -139,10 +140,10 @@ def is_local_address(address: str) -> bool:
         return False
 
 
-# One model checks the settings of all sources.
+# The check of the settings from all sources.
 #
 # The model is a pydantic dataclass with a pydantic dataclass for each table. Errors are collected:
-# every setting at fault is reported at once, with a reason.
+# all invalid settings are reported at once, each with a reason.
 
 
 T = TypeVar("T")
@@ -169,7 +170,7 @@ class SettingsError(ValueError):
     """Invalid settings.
 
     Attributes:
-        violations: All of them.
+        violations: The faults of all invalid settings.
     """
 
     def __init__(self, *violations: Violation) -> None:
@@ -208,14 +209,14 @@ class _Layers(BaseSettings, Generic[T]):
 
 
 def load(model: type[T], layers: Iterable[Layer]) -> T:
-    """The settings.
+    """The settings of all layers together.
 
     Args:
         model: The dataclass of all tables.
-        layers: The first that has a value wins.
+        layers: The layers; the first one that has a value wins.
 
     Raises:
-        SettingsError: Unknown keys, or values that are wrong, by themselves or together.
+        SettingsError: Keys are unknown, or values are invalid, alone or in combination.
     """
     given: dict[str, Any] = {"layers": [each.values for each in layers] or [{}]}
     try:
@@ -254,7 +255,7 @@ def closest_key(model: type, name: str) -> str | None:
 
 
 def parts_of(annotation: Any) -> set[Any]:
-    """The types that a union, a tuple or an annotated type consists of."""
+    """The types in a union, a tuple or an annotated type."""
     inside = typing.get_args(annotation)
     if typing.get_origin(annotation) is Literal or not inside:
         return {annotation, *inside}
@@ -276,13 +277,13 @@ def is_listed(info: FieldInfo) -> bool:
 
 
 def choices_of(info: FieldInfo) -> tuple[str, ...]:
-    """The only values of a setting, if they are few."""
+    """The allowed values of a setting, if it has a fixed list."""
     parts = _parts(info)
     return next((typing.get_args(p) for p in parts if typing.get_origin(p) is Literal), ())
 
 
 def converted(info: FieldInfo, value: Any) -> Any:
-    """The value in the type of its setting; itself if it has none."""
+    """The value converted to the type of its setting; unchanged if the setting is unknown."""
     annotated: Any = (
         Annotated[(info.annotation, *info.metadata)] if info.metadata else (info.annotation)
     )
@@ -293,7 +294,7 @@ def converted(info: FieldInfo, value: Any) -> Any:
 
 
 def text_of(error: Exception) -> Text:
-    """The sentence of an error."""
+    """The message of an error."""
     said = error.args[0] if error.args else ""
     return said if isinstance(said, Text) else say("INVALID", why=str(error))
 
@@ -304,7 +305,7 @@ def _violations(model: type, error: ValidationError) -> Iterator[Violation]:
         if isinstance(cause, SettingsError):
             yield from cause.violations
             continue
-        # An index tells little about a list that a variable or a flag gave.
+        # Omit indices, which say little about a list from a variable or a flag.
         place = [str(part) for part in each["loc"][1:] if not isinstance(part, int)]
         yield Violation(".".join(place[:2]), _text(model, place, each))
 
@@ -356,11 +357,11 @@ _KINDS = (
 
 
 class Typed(str):
-    """A value of a flag or a variable, which have only text for numbers and switches."""
+    """A value from a flag or a variable, where numbers and switches are text."""
 
 
 def _exact(kind: Literal["int_type", "float_type", "bool_type"]) -> BeforeValidator:
-    """Reject values of other types. pydantic would convert them, as true to 1 and "3" to 3."""
+    """Reject values of other types. pydantic would convert true to 1 and "3" to 3."""
 
     def check(value: Any) -> Any:
         is_switch = isinstance(value, bool)
@@ -387,7 +388,8 @@ def _seconds(value: Any) -> Any:
 
 def _not_empty(value: Any) -> Any:
     if value == "":
-        # Reject an unset shell variable, which as a path would mean the current directory.
+        # Reject empty text, as from an unset shell variable: as a path, it would mean the current
+        # directory.
         raise ValueError(say("EMPTY"))
     return value
 
@@ -428,7 +430,7 @@ def show(info: FieldInfo | None, value: Any) -> str:
 
 
 def is_optional(info: FieldInfo) -> bool:
-    """Whether None is a value; it is written ``none``."""
+    """Whether None is allowed; it is written ``none``."""
     return types.NoneType in _parts(info)
 
 
@@ -438,8 +440,8 @@ def setting(default: Any, help_text: str, *, shown: str = "", **rules: Any) -> A
     Args:
         default: The default value; ``...`` for none.
         help_text: The help text.
-        shown: Stands for the value in the help.
-        rules: Limits, as pydantic's ``Field`` has them.
+        shown: The placeholder for the value in the help.
+        rules: Limits, in the form of pydantic's ``Field``.
     """
     extra: Any = {"shown": shown} if shown else None
     return Field(default=default, description=help_text, json_schema_extra=extra, **rules)

@@ -17,5 +17,5 @@ def last_occurrence(tokens: Sequence[int], wanted: Sequence[int]) -> int | None:
 
 
 def _text(tokens: Sequence[int]) -> str:
-    """A character per token, the last one first."""
+    """The tokens as text, with one character per token and the last one first."""
     return array("I", tokens[::-1]).tobytes().decode(_CODEC, "surrogatepass")

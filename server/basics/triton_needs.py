@@ -27,7 +27,7 @@ def see_only(device: str, environ: MutableMapping[str, str] = os.environ) -> Non
     it is imported, because CUDA reads the variable only once.
 
     Raises:
-        InvalidRequestError: The variable does not list as many.
+        InvalidRequestError: The variable lists fewer devices.
     """
     if not device.startswith("cuda:"):
         return

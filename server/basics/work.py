@@ -1,10 +1,10 @@
 """Keeps a thread's torch work on that thread, for the engine's sake.
 
-libgomp gives every thread that runs a parallel region a team of workers of its own. Once the teams
-of all threads together outnumber the cores, it stops spinning at barriers and sleeps instead, in
-all of them: measured on two cores, a decode step of 16 sequences took 43 ms instead of 25 as soon
-as one other thread had multiplied a matrix. So threads that read and lower adapters must not open
-parallel regions.
+libgomp gives every thread that runs a parallel region its own team of workers. Once the teams of
+all threads together outnumber the cores, it stops spinning at barriers and sleeps instead, in all
+of them: on two cores, a decode step of 16 sequences took 43 ms instead of 25 ms as soon as one
+other thread had multiplied a matrix. So threads that read and lower adapters must not open parallel
+regions.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def started_pool() -> ThreadPoolExecutor:
 
 
 class Cancellation:
-    """Set from any thread that no longer wants the work; checked by the thread that does it."""
+    """A request to end work: any thread may set it, and the working thread checks it."""
 
     def __init__(self) -> None:
         self._cause: Future[TurretError] = Future()
@@ -110,9 +110,9 @@ class Cancellation:
 
 # Detection of errors caused by a lack of memory.
 
-# Torch's allocator raises a type of its own. Others only say so in the message: the driver (loading
-# a kernel or instantiating a graph), libraries that make a handle, Triton, torch on a CPU, and
-# Python when it starts a thread.
+# Torch's allocator raises a specific type. Other sources mention memory only in the message: the
+# driver (loading a kernel or instantiating a graph), libraries that create a handle, Triton, torch
+# on a CPU, and Python when it starts a thread.
 _WORDS = ("out of memory", "alloc_failed", "can't allocate memory", "can't start new thread")
 # fork() fails with EAGAIN where the number of processes is limited.
 _NUMBERS = (errno.ENOMEM, errno.EAGAIN)
@@ -149,7 +149,7 @@ class _LackOfMemoryIsReported(contextlib.ContextDecorator):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Libraries raise errors of their own while they handle a MemoryError.
+        # Libraries may raise other errors while they handle a MemoryError.
         cause = error
         while cause is not None and not is_out_of_memory(cause):
             cause = cause.__cause__ or cause.__context__
@@ -157,11 +157,11 @@ class _LackOfMemoryIsReported(contextlib.ContextDecorator):
             raise turret_error(cause, "") from error
 
 
-# Context manager for code that reads strangers' files: an error that began as a lack of memory
-# becomes an OutOfMemoryError, since the files are not to blame.
+# Context manager for code that reads untrusted files: an error caused by a lack of memory becomes
+# an OutOfMemoryError, because the files are not to blame.
 LACK_OF_MEMORY_IS_REPORTED = _LackOfMemoryIsReported()
 
-# Panics of libraries in Rust, which no ``except Exception`` catches.
+# Panics of libraries in Rust, which ``except Exception`` does not catch.
 
 
 class _PanicsAreErrors(contextlib.ContextDecorator):
@@ -174,7 +174,7 @@ class _PanicsAreErrors(contextlib.ContextDecorator):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Each library has a PanicException of its own and exports none.
+        # Each library has its own PanicException and does not export it.
         if kind is not None and kind.__name__ == "PanicException":
             raise RuntimeError(f"panic: {error}") from error
 

@@ -14,12 +14,12 @@ from argcomplete.shell_integration import shellcode
 # Placeholders that the help uses for paths.
 _PATHS = ("FILE", "DIR", "PATH", "FILE.svg", "CONFIG")
 _ADAPTER_ARGUMENTS = ("adapters", "mixes")
-# Verbs whose NAME is that of a new adapter.
+# Verbs in which NAME is the name of a new adapter.
 _VERBS_WITH_NEW_NAME = ("turret adapters load", "turret adapters fuse")
 # A zsh without a configuration has not loaded its completion.
 _ZSH = "#compdef turret\n(( ${+functions[compdef]} )) || { autoload -U compinit && compinit; }\n"
-# Timeout of the call that lists the adapters of the command line's server. It usually takes 0.15 s;
-# without an answer, no names are offered.
+# Timeout of the call that lists the server's adapters. It usually takes 0.15 s; without an answer,
+# no names are offered.
 _TIMEOUT_SECONDS = 1.0
 
 
@@ -30,7 +30,7 @@ def script(shell: str) -> str:
 
 
 def verb_of_line() -> str | None:
-    """The verb whose flags the line to complete needs; None for a line without one."""
+    """The verb of the line to complete, which needs its flags; None for a line without a verb."""
     words = os.environ.get("COMP_LINE", "").split()
     return words[1] if len(words) > 1 else None
 
@@ -73,7 +73,7 @@ def _prepare(parser: argparse.ArgumentParser, offers: Mapping[str, Sequence[str]
 
 
 def _adapters(parsed_args: argparse.Namespace, **_: object) -> list[str]:
-    """Names of the adapters of the server that the line names."""
+    """The names of the adapters on the server that the line refers to."""
     from turret.clients.client import TurretClient
     from turret.clients.errors import TurretRpcError
     from turret.clients.verbs.command import given_tls, given_token

@@ -136,7 +136,7 @@ class Settings(Generic[C]):
             yield f"{table}.{name}", value, self.origin(table, name)
 
     def lines(self, config: C, *, with_defaults: bool = False) -> list[str]:
-        """The settings with where they come from."""
+        """The settings and their origins, as lines."""
         fields = settings(self.model)
         return [
             f"{key} = {show(fields[key.partition('.')[2]][1], value)}  ({origin or 'default'})"
@@ -242,7 +242,7 @@ def unknown_variables(
 
 
 def read_file(path: Path, origin: str = "--config", model: type[Config] = Config) -> Layer:
-    """A TOML file; paths in it are relative to the directory that it is in.
+    """The layer of a TOML file; paths in it are relative to the directory of the file.
 
     Args:
         path: The file.

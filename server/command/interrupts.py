@@ -23,7 +23,7 @@ class Terminated(KeyboardInterrupt):
 
 
 def exit_code(interrupt: KeyboardInterrupt) -> int:
-    """128 and the signal's number, as a shell counts."""
+    """128 plus the signal's number, as in a shell."""
     return EXIT_TERMINATED if isinstance(interrupt, Terminated) else EXIT_INTERRUPTED
 
 
@@ -74,13 +74,13 @@ def ending_at_interrupts(said: str) -> Iterator[None]:
 
 
 class Hangup:
-    """Recognises a SIGHUP sent because the terminal closes, which should end the process."""
+    """Detects a SIGHUP from a closed terminal, which should end the process."""
 
     def __init__(self) -> None:
         self._had_terminal = _has_terminal()
 
     def is_of_terminal(self) -> bool:
-        """Whether the terminal has closed. Any other SIGHUP asks for files to be read again."""
+        """Whether the terminal has closed. Any other SIGHUP is a request to read files again."""
         return self._had_terminal and not _has_terminal()
 
 

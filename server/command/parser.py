@@ -1,4 +1,4 @@
-"""An argument parser whose errors have two lines: what is wrong, and what to type."""
+"""An argument parser with errors on two lines: the fault, and the command to type."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class CommandParser(argparse.ArgumentParser):
     _given: Sequence[str] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Forbid abbreviated flags: with the flags of a later version they may be ambiguous."""
+        """Forbid abbreviated flags, because flags of a later version may make them ambiguous."""
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def parse_known_args(  # type: ignore[override]

@@ -89,7 +89,7 @@ def notes(config: Config) -> list[Violation]:
 
 
 def _model(model: Path | None) -> tuple[str, list[Violation]]:
-    """The model's ``model_type``, or why it cannot be served."""
+    """The model's ``model_type``, or the reason why it cannot be served."""
     try:
         return check_model(model), []
     except InvalidRequestError as error:
@@ -142,7 +142,7 @@ def _memory(config: Config) -> Iterator[Violation]:
 
 
 def without_cuda() -> Text | None:
-    """Why torch cannot use any GPU of this machine; None if it may be able to."""
+    """The reason why torch cannot use any GPU of this machine; None if it may be able to."""
     return say("TORCH_WITHOUT_CUDA") if _torch_version().endswith("+cpu") else None
 
 
@@ -181,7 +181,7 @@ def base_sizes(model: Path | None, model_type: str) -> BaseSizes | None:
 def _adapters(
     config: AdapterConfig, base: str | None, size: BaseSizes | None, *, item_bytes: int
 ) -> Iterator[Violation]:
-    """``base`` is the name of the base model that adapters must be for; None allows any."""
+    """The problems of adapters to preload. ``base`` is the base model's name; None allows any."""
 
     def look(root: AdapterRoot, place: str, path: str) -> None:
         # This loads the declarations of all methods, which most starts do not need.
@@ -266,7 +266,7 @@ def _files(config: SecurityConfig) -> Iterator[Violation]:
 
 
 def _tls(config: SecurityConfig) -> Iterator[Violation]:
-    """TLS errors, which gRPC would report in five lines each, without naming our flags."""
+    """The problems of TLS files, which gRPC would report in five lines each, without the flags."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     if config.tls_cert is not None and config.tls_key is not None:
         try:
@@ -313,12 +313,12 @@ def _addresses(config: ListenConfig) -> Iterator[Violation]:
 
 
 def _no_socket(path: Path) -> Text | None:
-    """Why a unix socket cannot be made at a path; None if it can."""
+    """The reason why a unix socket cannot be created at a path; None if it can."""
     if not path.parent.is_dir():
         return say("FOLDER_MISSING", path=path.parent)
     if path.exists() and not path.is_socket():
         return say("NOT_A_SOCKET", path=path)
-    # gRPC would replace any existing socket. A socket that a dead server left does not answer.
+    # gRPC would replace any existing socket. A socket left by a dead server does not answer.
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other, contextlib.suppress(OSError):
         other.settimeout(_CONNECT_SECONDS)
         other.connect(str(path))
@@ -329,14 +329,14 @@ def _no_socket(path: Path) -> Text | None:
 
 
 def _bind(address: str, host: str, port: int) -> Text | None:
-    """Why a listener cannot use an address; None if it can."""
+    """The reason why a listener cannot use an address; None if it can."""
     try:
         kind, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError:
         return say("HOST_NOT_RESOLVED", host=host)
     try:
         with socket.socket(kind, socket.SOCK_STREAM) as listener:
-            # As the listeners do, ignore connections that only just ended.
+            # Like the listeners, ignore connections that have just ended.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(where)
             listener.listen()

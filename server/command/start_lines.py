@@ -28,12 +28,12 @@ def wants_json(arguments: Sequence[str], environ: Mapping[str, str]) -> bool:
 def refuse(
     found: Iterable[tuple[str, str]], *, is_json: bool, command: str = "turret serve"
 ) -> None:
-    """Report why the server does not start, a line for each place and what is wrong there."""
+    """Report why the server does not start, with one line per fault."""
     _say(f"{command}: error", _REFUSED, found, is_json)
 
 
 def note(found: Iterable[tuple[str, str]], *, is_json: bool, command: str = "turret serve") -> None:
-    """Report likely mistakes that do not keep the server from starting."""
+    """Report likely mistakes that do not prevent the start."""
     _say(f"{command}: note", "a setting may be a mistake", found, is_json)
 
 

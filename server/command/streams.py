@@ -16,13 +16,13 @@ EXIT_BROKEN_PIPE = 141
 
 
 class OutputError(OSError):
-    """Standard output could not be written; the text says why."""
+    """Standard output could not be written; the text contains the reason."""
 
 
 class _Messages(io.FileIO):
     """Standard error, which never fails: lines that nobody reads are dropped.
 
-    So a server whose log was read by ``head`` keeps serving.
+    A server therefore keeps serving after ``head`` has read its log.
     """
 
     def write(self, data: ReadableBuffer, /) -> int:

@@ -12,10 +12,10 @@ _OWN_CGROUP = Path("/proc/self/cgroup")
 
 
 def available_cpus(cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUP) -> int:
-    """Processors that this process may use: its affinity, and its cgroup's quota of time.
+    """The number of processors that this process may use, by its affinity and its cgroup's quota.
 
     Without the quota, a container with two of a machine's 64 processors would start 64 threads,
-    which take turns on two processors.
+    which would take turns on two processors.
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, math.ceil(min(affinity or 1, _quota(cgroups, own))))
@@ -25,7 +25,7 @@ def use_threads(threads: int | None, *, is_background: bool = False, niceness: i
     """Set the threads of this process; without effect once torch is loaded.
 
     Args:
-        threads: The configured number; None is ``OMP_NUM_THREADS``, else ``available_cpus``.
+        threads: The configured number; None means ``OMP_NUM_THREADS``, or else ``available_cpus``.
         is_background: Whether waiting threads sleep at once instead of spinning, because a server
             on the same machine needs the processors.
         niceness: The number to add to the process's niceness.

@@ -20,7 +20,7 @@ _REPLACEMENT = "\ufffd"
 def head(
     answer_id: str, kind: str, model: str, info: inference_pb2.GetModelResponse
 ) -> dict[str, Any]:
-    """The fields that every answer and every event begins with."""
+    """The first fields of every answer and every event."""
     return {
         "id": answer_id,
         "object": kind,
@@ -37,7 +37,7 @@ def stop_reason(answer: Ended) -> str | int | None:
 
 
 def usage_of(ended: Sequence[Ended], num_choices: int) -> dict[str, Any]:
-    """Total usage of the answers. Consecutive answers share a prompt, which is counted once."""
+    """Total usage of the answers. Consecutive answers share a prompt, which counts once."""
     firsts = ended[::num_choices]
     prompt = sum(answer.usage.prompt_tokens for answer in firsts)
     completion = sum(answer.usage.completion_tokens for answer in ended)
@@ -52,7 +52,7 @@ def usage_of(ended: Sequence[Ended], num_choices: int) -> dict[str, Any]:
 
 
 def adapters_of(ended: Sequence[Ended]) -> list[dict[str, Any]]:
-    """The weights that produced the answers, according to the first one: turret's own field."""
+    """The weights that produced the answers, as the first one reports them; turret's own field."""
     return uses_json(ended[0].adapters_used)
 
 
@@ -129,7 +129,7 @@ class CompletionLogprobs:
 
 
 def _by_text(token: inference_pb2.TokenLogprob) -> dict[str, float]:
-    """The likeliest tokens and the sampled one; if several have one text, the likeliest."""
+    """The likeliest tokens and the sampled one; of several with the same text, the likeliest."""
     found: dict[str, float] = {}
     for text, logprob in (
         *((top.text, top.logprob) for top in token.top),

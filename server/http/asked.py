@@ -1,4 +1,4 @@
-"""Turns the bodies of requests into the messages of ``turret.v1``."""
+"""Conversion of the bodies of requests to the messages of ``turret.v1``."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class Asks:
     def _read(
         self, exchange: Exchange, kind: type[_A]
     ) -> tuple[inference_pb2.GetModelResponse, _A, Mix]:
-        """The base model, the body of a request, and the adapters that it asks for.
+        """The base model, the body of a request, and the adapters that it names.
 
         Raises:
-            AdapterNotFoundError: ``model`` is not the name of anything.
-            InvalidRequestError: Lists everything that is wrong with it.
+            AdapterNotFoundError: ``model`` is neither the base model, an adapter nor a mix.
+            InvalidRequestError: Lists all errors in the request.
         """
         info = self._inference.model()
         sent: Sent[_A] = exchange.take_body()
@@ -62,7 +62,7 @@ class Asks:
             exchange.names.clear()
             Violations([*wrong, *sent.wrong]).raise_if_any()
         assert isinstance(sent.body, kind)
-        # Report what is wrong with the mix as a whole under the field that contains it.
+        # Report errors of the mix as a whole under the field that contains the mix.
         place = "adapters" if sent.body.adapters else "model"
         exchange.names.update(name=place, adapters=place)
         return info, sent.body, mix_of(sent.body.adapters) or mix
@@ -146,8 +146,8 @@ def _set_stop(body: Generating, stop: inference_pb2.StopConditions, names: dict[
     stop.stop_token_ids.extend(body.stop_token_ids)
 
 
-# By the kind of a constraint: the fields that other servers have for it. ``structured_outputs`` has
-# one for each kind, too.
+# The fields that other servers have for each kind of constraint. ``structured_outputs`` also has
+# one field per kind.
 _CONSTRAINTS = {
     "json_schema": ("guided_json", "json_schema"),
     "json_object": ("guided_json_object", "json_object"),
@@ -182,7 +182,7 @@ def _set_constraint(body: Generating, message: _Message, names: dict[str, str]) 
         raise InvalidRequestError.of(list(asked)[1], text)
     for name, (kind, value) in asked.items():
         if kind == "choice":
-            # It is a plain list here, and a message with ``texts`` in turret.v1.
+            # The choices are a plain list here, but a message with ``texts`` in turret.v1.
             message.choice.texts[:] = value
             names["choice.texts"] = name
         else:
@@ -208,7 +208,7 @@ def set_text_format(
 
 
 def set_rendering(body: ChatOnly, chat: inference_pb2.Chat) -> None:
-    """Set how a conversation is rendered; the variables that a request names itself come first."""
+    """Set how a conversation is rendered; variables in the request take precedence."""
     variables = dict(body.chat_template_kwargs)
     if body.effort is not None:
         variables.setdefault("reasoning_effort", body.effort)
@@ -222,7 +222,7 @@ def set_rendering(body: ChatOnly, chat: inference_pb2.Chat) -> None:
 
 
 def chat_of(messages: list[Message], body: ChatOnly) -> inference_pb2.Chat:
-    """A conversation with these messages, rendered as ``body`` asks."""
+    """A conversation with these messages and the rendering options of ``body``."""
     chat = inference_pb2.Chat()
     set_rendering(body, chat)
     for each in messages:
@@ -255,7 +255,7 @@ def inputs_of(body: InputsRequest, names: dict[str, str]) -> list[inference_pb2.
     return inputs
 
 
-# Tools, and the choice between them.
+# Tools and the tool choice.
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,11 +263,11 @@ class ToolUse:
     """How tools may appear in the answer.
 
     Attributes:
-        tools: Those that may be called, by name, with their arguments' JSON schemas (empty: no
-            arguments); none if tools are not to be called.
-        must_call: Whether the answer has to be calls.
-        is_parallel: Whether there may be several.
-        paths: Of each tool, where the schema of its arguments lies in the request.
+        tools: The JSON schemas of the arguments of callable tools, by name. An empty schema allows
+            no arguments; the dict is empty if no tool may be called.
+        must_call: Whether the answer must consist of calls.
+        is_parallel: Whether the answer may have several calls.
+        paths: The path in the request of the schema of each tool's arguments.
     """
 
     tools: Mapping[str, Mapping[str, Any]]
@@ -277,7 +277,7 @@ class ToolUse:
 
 
 class AnyTool(Protocol):
-    """A tool, with the place of the schema of its arguments in it."""
+    """A tool, and the path within it of the schema of its arguments."""
 
     parameters_at: ClassVar[str]
 
@@ -288,16 +288,16 @@ class AnyTool(Protocol):
 def tools_of(
     tools: Sequence[AnyTool], choice: Any, is_parallel: bool | None, chat: inference_pb2.Chat
 ) -> ToolUse:
-    """How a request uses its tools; those that the model may see go into ``chat``.
+    """How a request uses its tools; adds those that the model may see to ``chat``.
 
     Args:
-        tools: Of the request.
+        tools: The tools of the request.
         choice: See ``ToolChoice``.
-        is_parallel: Whether there may be several calls; None if the request does not say.
-        chat: Gets the tools.
+        is_parallel: Whether the answer may have several calls; None if the request leaves it open.
+        chat: The conversation that receives the tools.
 
     Raises:
-        InvalidRequestError: ``tool_choice`` is not a choice of the tools.
+        InvalidRequestError: ``tool_choice`` does not select any of the tools.
     """
     functions: dict[str, FunctionTool] = {}
     paths: dict[str, str] = {}
@@ -322,7 +322,7 @@ def tools_of(
 
 
 def _chosen(choice: Any, names: tuple[str, ...]) -> tuple[tuple[str, ...], bool]:
-    """The tools that may be called, and whether the answer has to be calls."""
+    """The tools that may be called, and whether the answer must consist of calls."""
     if choice == "none":
         return (), False
     if choice == "auto":
@@ -355,7 +355,7 @@ def _allowed(
 
 
 def _function_name(value: Any) -> str:
-    """The name of a function, in an object of its own or in the tool itself."""
+    """The name of a function, which is in a separate object or in the tool itself."""
     function = value.get("function", value) if isinstance(value, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     return name if isinstance(name, str) else ""

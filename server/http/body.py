@@ -18,14 +18,14 @@ from turret.server.words import say
 
 # The same limit as for a gRPC message.
 MAX_BODY_BYTES = 4 << 20
-# A client that sends its body more slowly has gone, or holds a slot that others wait for.
+# A slower client has probably gone, and would hold a slot that others wait for.
 BODY_SECONDS = 60.0
 # Maximum number of lists and objects in a body; 4096 turns with tool calls have 30,000.
 MAX_CONTAINERS = 1 << 15
-# Parsing more than this takes longer than about a millisecond, so it leaves the event loop.
+# Larger bodies take more than about a millisecond to parse, so they are parsed off the event loop.
 _INLINE_BYTES = 32 << 10
-# Large bodies are parsed one at a time: one of 4 MiB can make 60 MiB of objects, and bodies of
-# several clients would add up.
+# Large bodies are parsed one at a time: a body of 4 MiB can become 60 MiB of objects, and the
+# bodies of several clients would add up.
 _parser = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="turret-body")
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -42,7 +42,7 @@ async def read_json(
     """The content of the request's body, and the body's size in bytes.
 
     Args:
-        receive: ASGI's function.
+        receive: ASGI's ``receive`` function.
         headers: The request's headers.
         model: The model with the body's fields.
 
@@ -65,7 +65,7 @@ async def read_json(
 
 
 async def read_body(receive: Receive, headers: Mapping[str, str]) -> bytes:
-    """The bytes of a request's body; see ``read_json`` for what it raises."""
+    """The bytes of a request's body. Raises the same errors as ``read_json``."""
     length = headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
         raise _too_large()
@@ -87,7 +87,7 @@ async def read_body(receive: Receive, headers: Mapping[str, str]) -> bytes:
 
 
 def parse(data: bytes) -> dict[str, Any]:
-    """The object that the bytes hold; the time that it takes grows with the number of bytes.
+    """The object in the bytes; the time grows linearly with their number.
 
     Raises:
         InvalidRequestError: The bytes are not a JSON object, or have too many lists and objects.
@@ -97,8 +97,8 @@ def parse(data: bytes) -> dict[str, Any]:
     if _num_containers(data) > MAX_CONTAINERS:
         raise InvalidRequestError(say("BODY_TOO_NESTED", most=MAX_CONTAINERS))
     try:
-        # The parser limits the nesting, and refuses halves of surrogate pairs. Without its cache
-        # of strings it takes half the time for many names.
+        # The parser limits the nesting, and rejects halves of surrogate pairs. It is twice as fast
+        # on objects with many names when its cache of strings is off.
         body = from_json(
             data.removeprefix(_BYTE_ORDER_MARK), allow_inf_nan=False, cache_strings="none"
         )
@@ -110,11 +110,12 @@ def parse(data: bytes) -> dict[str, Any]:
 
 
 def _num_containers(data: bytes) -> int:
-    """The number of lists and objects that begin in a text that is JSON."""
+    """The number of lists and objects in a JSON text."""
     most = data.count(b"[") + data.count(b"{")
     if most <= MAX_CONTAINERS:
         return most
-    # Brackets in strings do not count. Without escapes, every second part is outside of strings.
+    # Brackets in strings do not count. Once escapes are removed, every second part between quotes
+    # is outside of strings.
     bare = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     return sum(map(len, bare.translate(None, _ALL_BUT_STRUCTURE).split(b'"')[::2]))
 

@@ -1,4 +1,4 @@
-"""Runs the answers that one request asks for, and reads their calls of tools."""
+"""Runs the answers to one request, and parses their tool calls."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ def blamed_on(place: str) -> Iterator[None]:
 class Choices:
     """The answers to some prompts, ``num_choices`` to each.
 
-    Of the answers to one prompt the first goes ahead until its first token is there: the others
+    The first answer to a prompt starts alone. The others start when its first token is there, and
     then find the prompt in the prefix cache.
 
     Args:
-        inference: Answers.
-        exchange: On whose behalf.
-        asked: What is asked for.
-        prompts: The inputs, each alone.
-        places: Where each prompt lies in the request; none where there is but one.
+        inference: The Inference service.
+        exchange: The request that is answered.
+        asked: The request without its prompts.
+        prompts: The inputs, one per prompt.
+        places: The path in the request of each prompt; empty if there is only one prompt.
     """
 
     def __init__(
@@ -69,14 +69,14 @@ class Choices:
         self._places = places
         self._num_choices = asked.num_choices
         self._count = len(prompts) * asked.num_choices
-        # Divide the size of the request among its answers.
+        # Each answer accounts for an equal share of the request's size.
         exchange.call.message_bytes //= self._count
 
     async def whole(self) -> list[inference_pb2.GenerateResponse]:
         """All answers, in the order of the requests.
 
         Raises:
-            TurretError: The error of the first one that failed; the others end.
+            TurretError: The error of the first answer that failed; the others are cancelled.
         """
         answers = [JoinedChunks() for _ in range(self._count)]
         async with contextlib.aclosing(self.chunks(is_whole=True)) as chunks:
@@ -85,22 +85,23 @@ class Choices:
         return [answer.response() for answer in answers]
 
     def chunks(self, *, is_whole: bool = False) -> AsyncGenerator[tuple[int, Chunk], None]:
-        """The chunks of all answers as they come, each with its answer's index.
+        """The chunks of all answers as they arrive, each with its answer's index.
 
-        Close the generator if you leave it early; all answers end then.
+        Close the generator if you leave it early; this cancels all answers.
 
         Args:
             is_whole: Whether the caller collects the answers.
 
         Raises:
-            TurretError: The error of the first one that failed; the others end.
+            TurretError: The error of the first answer that failed; the others are cancelled.
         """
         return self._one(0, is_whole) if self._count == 1 else self._many(is_whole)
 
     def _message(self, index: int) -> _Request:
-        """The request for an answer. With a seed, each answer to a prompt has a different one.
+        """The request for an answer. With a seed, each answer to a prompt gets a different one.
 
-        Made when its turn comes: a long prompt in 128 messages would fill the memory.
+        The message is created only when its answer starts: 128 messages with a long prompt would
+        fill the memory.
         """
         prompt, choice = divmod(index, self._num_choices)
         message = _Request()
@@ -153,8 +154,9 @@ class Choices:
             for index in indices:
                 await run(index)
 
-        # A task for each answer would cost the event loop seconds once the client has gone. Workers
-        # take the answers in order, so whoever waits for a prompt's first answer finds it begun.
+        # One task per answer would block the event loop for seconds when the client has gone. The
+        # workers take the answers in order, so a prompt's first answer has started before others
+        # wait for it.
         num_workers = min(self._count, self._exchange.party.most_at_once)
         tasks = [asyncio.ensure_future(run_some()) for _ in range(num_workers)]
         try:
@@ -174,15 +176,15 @@ class Choices:
 
 
 class EventStream(ABC):
-    """Sends answers as the events of OpenAI's older APIs, each of which has one choice.
+    """Sends answers as events of OpenAI's older APIs, with one choice per event.
 
     Args:
-        exchange: Where they go.
-        asked: What is asked for.
-        first: The fields that every event begins with.
+        exchange: The request that is answered.
+        asked: The request without its prompts.
+        first: The first fields of every event.
     """
 
-    # The part of a choice that grows, with ``HOLE`` for its text.
+    # The part of a choice that grows, with ``HOLE`` in place of its text.
     growing: ClassVar[Any]
 
     def __init__(self, exchange: Exchange, asked: Asked, first: dict[str, Any]) -> None:
@@ -218,10 +220,10 @@ class EventStream(ABC):
 
     @abstractmethod
     def _value(self, index: int, grown: Any, **more: Any) -> dict[str, Any]:
-        """An event."""
+        """The value of an event."""
 
     async def _text(self, index: int, text: str) -> None:
-        """Send an event that only adds text, whose other bytes are rendered once."""
+        """Send an event that only adds text; the bytes around the text are rendered once."""
         if index not in self._templates:
             self._templates[index] = Template(self._value(index, self.growing))
         await self._reply.send_event(self._templates[index].event(text))
@@ -230,10 +232,11 @@ class EventStream(ABC):
 async def make_readers(
     inference: Inference, exchange: Exchange, asked: Asked, use: ToolUse, chat: inference_pb2.Chat
 ) -> Callable[[], AnswerReader]:
-    """Keep the answers to calls where they must be some; returns what makes a reader of each.
+    """Constrain the answers to tool calls where required, and return a factory of readers.
 
     Raises:
-        InvalidRequestError: The answer cannot be kept to the tools, or to them and its constraint.
+        InvalidRequestError: The answer cannot be constrained to the tools, or to the tools and its
+            own constraint.
     """
     message = asked.message
     chat_format = await inference.chat_format(message.adapters, chat)
@@ -271,10 +274,10 @@ async def make_readers(
 def _constrain(
     message: _Request, grammar: CallsGrammar, use: ToolUse, names: dict[str, str]
 ) -> None:
-    """Constrain the answer to calls, or to what it must be without calls.
+    """Constrain the answer to calls, or to its own constraint if it has no calls.
 
     Raises:
-        UnenforceableError: A tool's parameters cannot be kept to.
+        UnenforceableError: A grammar cannot enforce a tool's parameters.
         InvalidRequestError: The constraint cannot be combined with tools.
     """
     kind = message.WhichOneof("constraint")

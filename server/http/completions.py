@@ -78,7 +78,7 @@ class Completions(Asks):
         prompts: Sequence[_Prompt],
         places: Sequence[str],
     ) -> list[inference_pb2.GenerateResponse]:
-        """Answers without tokens, for ``max_tokens`` 0: only the prompt and its logprobs."""
+        """Answers for ``max_tokens`` 0, which have only the prompt and its logprobs."""
         scored = await together(
             [
                 self._score_one(exchange, asked, prompt, place)

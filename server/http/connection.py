@@ -1,4 +1,4 @@
-"""Connections: limits on their number, time and bytes, chunks of streams, certificates."""
+"""Connections: limits on their number, time and bytes; chunks of streams; TLS certificates."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ LINGER_BYTES = MAX_BODY_BYTES
 # Limit on the bytes of a request after its head, with chunk framing. A body in chunks of a few
 # bytes would be many times its size, and each chunk takes time.
 MAX_WIRE_BYTES = MAX_BODY_BYTES + (MAX_BODY_BYTES >> 2)
-# The parser takes at most this much (10,000 chunks of one byte) before others get a turn.
+# The parser gets at most this much at once (10,000 chunks of one byte), so that others get a turn.
 _PIECE_BYTES = 64 << 10
 # Time limit for the TLS handshake, from the connection on; asyncio's default is a minute.
 HANDSHAKE_SECONDS = 10.0
-# Send at once when more than this is held back.
+# When more than this is held back, it is sent at once.
 _MAX_HELD_BYTES = 64 << 10
 # Name of the ASGI extension that holds a request's ``Chunks``.
 EXTENSION = "turret.chunks"
@@ -40,11 +40,11 @@ EXTENSION = "turret.chunks"
 class Connection(HttpToolsProtocol):
     """A connection whose requests have limits of time and bytes.
 
-    It is closed if a head takes too long, or a request too many bytes. After an answer to a request
-    that has not been read to its end, what still comes is dropped unparsed.
+    A connection is closed if a head takes too long or a request has too many bytes. If the answer
+    was sent before the request was read to its end, the rest of the request is dropped unparsed.
 
     Args:
-        listener: Where it came in.
+        listener: The listener that accepted the connection.
         arguments: The arguments that uvicorn passes to every connection.
     """
 
@@ -55,7 +55,7 @@ class Connection(HttpToolsProtocol):
         super().__init__(**arguments)
         self._listener = listener
         self._pieces: deque[bytes] = deque()
-        # Bytes received so far of the current head, or of what follows the head.
+        # Bytes received so far of the current head, or of the body after it.
         self._num_bytes = 0
         self._is_in_head = True
         self._is_last = False
@@ -67,7 +67,7 @@ class Connection(HttpToolsProtocol):
     async def _answer(
         self, cycle: RequestResponseCycle, app: Any, scope: Any, receive: Any, send: Any
     ) -> None:
-        """Runs the application, with the extension that sends chunks."""
+        """Runs the application, and gives it the extension that sends chunks."""
         is_old = scope["http_version"] == "1.0"
         if not is_old:
             scope.setdefault("extensions", {})[EXTENSION] = Chunks(cycle)
@@ -75,7 +75,8 @@ class Connection(HttpToolsProtocol):
         async def framed(message: Any) -> None:
             is_start = message["type"] == "http.response.start"
             if is_old:
-                # uvicorn does not support answers that end with their connection: hide the length.
+                # uvicorn does not support answers that end with their connection, so hide the
+                # missing length.
                 cycle.chunked_encoding = False
                 cycle.expected_content_length = len(message.get("body", b""))
             self._is_last = (is_start and cycle.more_body) or self._is_last
@@ -91,8 +92,8 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # asyncio does this only for sockets with an explicit TCP protocol, which accepted ones
-        # lack. Without it each event waits 40 ms for the acknowledgement of the one before.
+        # asyncio sets TCP_NODELAY only on sockets with an explicit TCP protocol, which accepted
+        # sockets lack. Without it, each event waits 40 ms for the previous one's acknowledgement.
         accepted = transport.get_extra_info("socket")
         accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._listener.met(accepted.fileno())
@@ -130,7 +131,7 @@ class Connection(HttpToolsProtocol):
         if self._num_bytes > most:
             self.send_400_response("Too many bytes.")
             return
-        # A request is running, or has completed: from here on uvicorn has a timer of its own.
+        # A request is running or has completed: from here on, uvicorn's own timer applies.
         if self.cycle is not None and (not self.cycle.response_complete or self._is_idle()):
             self._forget_head()
         else:
@@ -180,14 +181,13 @@ class Connection(HttpToolsProtocol):
 
 
 class Chunks:
-    """Writes what comes at once as one chunk.
+    """Writes all bytes of one turn of the event loop as one chunk.
 
-    An event of a few bytes passes no layer between here and the socket; and of a stream whose
-    tokens have piled up, all that are there go out together. The head, and the last chunk, go the
-    ordinary way: uvicorn keeps no count of what is between them.
+    Events bypass uvicorn's layers, and tokens that have piled up are sent together. The head and
+    the last chunk are sent through uvicorn, which does not count the bytes between them.
 
     Args:
-        cycle: The request that is answered, by HTTP/1.1 and without a length.
+        cycle: The request that is answered over HTTP/1.1, without a length.
     """
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
@@ -199,7 +199,7 @@ class Chunks:
     async def write(self, data: bytes) -> None:
         """Send bytes before the event loop waits again.
 
-        Waits while the client does not read what it got.
+        Waits while the client does not read.
         """
         if not self._held:
             self._loop.call_soon(self.flush)
@@ -212,7 +212,7 @@ class Chunks:
                 await cycle.flow.drain()
 
     def flush(self) -> None:
-        """Send now what is held."""
+        """Send the held bytes now."""
         if not self._held:
             return
         data = b"".join(self._held)
@@ -237,14 +237,14 @@ class _Accepted(socket.socket):
 
 
 class Listener(socket.socket):
-    """Accepts connections up to a bound; those beyond it are closed at once.
+    """Accepts connections up to a limit; further ones are closed at once.
 
-    asyncio may use it as any listening socket. It counts what it has accepted until that is
-    closed, handshakes under way included. Belongs to one event loop.
+    asyncio can use it like any listening socket. It counts the open connections that it has
+    accepted, including those whose handshake is still running. Belongs to one event loop.
 
     Args:
-        bound: Listens; this socket takes its place.
-        most: Connections open at once.
+        bound: The listening socket, which this one replaces.
+        most: The maximum number of open connections.
     """
 
     def __init__(self, bound: socket.socket, most: int) -> None:
@@ -257,7 +257,8 @@ class Listener(socket.socket):
         """The next connection.
 
         Raises:
-            ConnectionAbortedError: It was one too many, and is closed; asyncio accepts on.
+            ConnectionAbortedError: The connection exceeded the limit and was closed; asyncio
+                continues to accept.
             OSError: See ``socket.accept``.
         """
         plain, address = super().accept()
@@ -273,7 +274,7 @@ class Listener(socket.socket):
         return accepted, address
 
     def met(self, descriptor: int) -> None:
-        """The handshake of a connection is over; without TLS that is so at once."""
+        """Notes that a connection's handshake has ended; without TLS it ends at once."""
         timer = self._unmet.pop(descriptor, None)
         if timer is not None:
             timer.cancel()
@@ -292,9 +293,9 @@ def _cut(accepted: socket.socket) -> None:
 
 
 def tls_context(security: SecurityConfig) -> ssl.SSLContext | None:
-    """TLS as the flags want it, mutual with ``--tls-client-ca``; None for plain text.
+    """The TLS context for the flags, mutual with ``--tls-client-ca``; None for plain text.
 
-    The files are read again when they have changed, at the next connection.
+    The files are read again at the next connection after they have changed.
 
     Raises:
         OSError: A file cannot be read, or the files do not fit together.
@@ -307,7 +308,7 @@ def tls_context(security: SecurityConfig) -> ssl.SSLContext | None:
     files = WatchedFiles(paths, lambda: _context(security), "certificates")
 
     def choose(connection: Any, name: str | None, context: ssl.SSLContext) -> None:
-        """Called in every handshake, before a certificate is shown."""
+        """Chooses the context in every handshake, before the certificate is sent."""
         files.look()
         connection.context = files.newest
 

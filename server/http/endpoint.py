@@ -1,4 +1,4 @@
-"""Common handling of all requests: authorisation, the call's start and end, errors as answers."""
+"""Common handling of all requests: authorisation, start and end of the call, and error answers."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True, kw_only=True)
 class Exchange:
-    """One request and where its answer goes.
+    """One request, and the means to answer it.
 
     Attributes:
         call: The call, with its id and its counts.
         path: Parts of the path, by name.
-        query: The path's query, by name; of repeated names the last counts.
+        query: The parameters of the query, by name; the last of several with one name counts.
         headers: The request's headers.
         receive: ASGI's function, for a handler that reads the body itself.
         reply: Writes the answer.
-        party: Whose answers they are, of which it may wait for so many.
-        names: Field paths of turret.v1 to what this client calls them, from the route's on.
+        party: The party that the client belongs to, whose open answers are limited.
+        names: The client's names for field paths of turret.v1.
     """
 
     call: Call
@@ -60,7 +60,7 @@ class Exchange:
     _sent: Sent[Any] = dataclasses.field(default_factory=Sent)
 
     def take_body(self) -> Sent[Any]:
-        """Return the object that was sent, once, so that nothing else keeps it in memory."""
+        """Return the sent object and drop it here, so that nothing else keeps it in memory."""
         sent, self._sent = self._sent, Sent()
         return sent
 
@@ -68,7 +68,7 @@ class Exchange:
         """The client's roles.
 
         Raises:
-            UnauthenticatedError: No token, or an unknown one.
+            UnauthenticatedError: The client sent no token, or an unknown one.
         """
         return roles_of(self._tokens, _authorization(self.headers))
 
@@ -80,19 +80,19 @@ Handler = Callable[[Exchange], Awaitable[None]]
 class Route:
     """A path, its method and its handler.
 
-    The documentation has the first line of the handler's docstring.
+    The OpenAPI document describes the route with the first line of the handler's docstring.
 
     Attributes:
-        path: With ``{name}`` for parts that vary.
-        handler: Answers.
+        path: The path, with ``{name}`` for variable parts.
+        handler: Answers a request.
         body: The model of the JSON body of a POST; None for a GET and an archive.
         answer: The model of the answer, for the OpenAPI document; None if it is text.
-        service: The service of turret.v1 whose role is asked for (see ``authorize``); empty for
-            what everyone may ask.
-        is_hidden: Whether the document leaves it out.
-        is_counted: Whether it runs on adapters.
-        is_archive: Whether it is a POST of an archive, which the handler reads itself.
-        refuse: Brings an error, with the id of its request, into the form of another API.
+        service: The service of turret.v1 whose role the client needs (see ``authorize``); empty if
+            the route is open to everyone.
+        is_hidden: Whether the OpenAPI document omits the route.
+        is_counted: Whether the route runs on adapters, so that metrics count it.
+        is_archive: Whether the route is a POST of an archive, which the handler reads itself.
+        refuse: Converts an error, with the id of its request, to the form of another API.
     """
 
     path: str
@@ -111,7 +111,7 @@ class Route:
 
     @property
     def is_polled(self) -> bool:
-        """Whether it is a probe or a page, whose calls are not worth a line of the log."""
+        """Whether the route is a probe or a page, whose calls are not logged."""
         return self.method == "GET" and self.service != INFERENCE
 
 
@@ -120,10 +120,10 @@ class Endpoint:
 
     Args:
         route: The route that handles the request.
-        metrics: Counts calls.
+        metrics: The metrics that count calls.
         tokens: Accepted bearer tokens; None lets every caller in.
-        shares: Limits the answers of one party.
-        failures: Takes in what fails.
+        shares: The limits on the answers of one party.
+        failures: Records failed calls.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class Endpoint:
         code = Code.CANCELLED
         try:
             code, refusal = await self._answered(scope, receive, call, reply)
-            # Send this only when the error is gone, because its traceback holds the body.
+            # Send the refusal only after the error is freed, because its traceback holds the body.
             if refusal is not None and route.refuse is not None:
                 refusal = route.refuse(refusal, call.request_id)
             if refusal is not None:
@@ -169,7 +169,7 @@ class Endpoint:
     async def _answered(
         self, scope: Scope, receive: Receive, call: Call, reply: Reply
     ) -> tuple[Code, Refusal | None]:
-        """Answer, or return the refusal, with the code to count."""
+        """Answer, or return the refusal; also returns the code to count."""
         route = self._route
         headers = Headers(scope=scope)
         names = dict(route.body.names) if route.body else {}
@@ -200,7 +200,8 @@ class Endpoint:
         except ClientGoneError:
             return Code.CANCELLED, None
         except asyncio.CancelledError:
-            # The listener is stopping. Only the client waits for this task, so tell the client.
+            # The listener is stopping. Nothing else waits for this task, so report it to the
+            # client.
             why = UnavailableError(say("REQUEST_ENDED"))
             return Code.CANCELLED, refusal_of(why)
         except Exception as error:
@@ -218,7 +219,7 @@ class Endpoint:
 
 
 def _authorization(headers: Mapping[str, str]) -> str | None:
-    """The header ``authorization``, or what Anthropic's clients send instead."""
+    """The ``authorization`` header, or the equivalent of Anthropic's clients."""
     key = headers.get("x-api-key")
     return headers.get("authorization", key and f"Bearer {key}")
 
@@ -227,7 +228,7 @@ def _check_head(scope: Scope, headers: Headers) -> None:
     size = len(scope["raw_path"]) + len(scope["query_string"])
     if size + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD_BYTES:
         raise HttpRefusal(431, Code.INVALID_ARGUMENT, say("HEAD_TOO_LARGE", most=MAX_HEAD_BYTES))
-    # A proxy in front may have checked the other header.
+    # Reject duplicates: a proxy in front may have checked the other one of two headers.
     for name in ("authorization", "x-api-key", "host"):
         if len(headers.getlist(name)) > 1:
             text = say("DUPLICATE_HEADER", header=name)
@@ -250,9 +251,9 @@ async def _answer(handler: Handler, exchange: Exchange, receive: Receive) -> Cod
     """Run a handler until it ends or its client disconnects.
 
     Returns:
-        OK, or CANCELLED if the client went away; the handler has ended then.
+        OK, or CANCELLED if the client disconnected. In both cases the handler has ended.
     """
-    # Run the handler in its own task: while it waits for the engine, it sees no disconnect.
+    # Run the handler in its own task: it cannot notice a disconnect while it waits for the engine.
     work = asyncio.ensure_future(handler(exchange))
     gone = asyncio.ensure_future(_disconnect(receive))
     try:
@@ -272,7 +273,7 @@ async def _answer(handler: Handler, exchange: Exchange, receive: Receive) -> Cod
 
 
 async def _either(work: asyncio.Future[None], gone: asyncio.Future[None]) -> bool:
-    """Wait a while for the first of two; returns whether one is done."""
+    """Wait a while until one of two tasks is done; returns whether one is."""
     done, _ = await asyncio.wait(
         (work, gone), timeout=HEARTBEAT_SECONDS / 2, return_when=asyncio.FIRST_COMPLETED
     )
@@ -280,6 +281,6 @@ async def _either(work: asyncio.Future[None], gone: asyncio.Future[None]) -> boo
 
 
 async def _disconnect(receive: Receive) -> None:
-    # The body has been read. The server may report its end more than once before the disconnect.
+    # The body has been read, but uvicorn may report its end more than once before the disconnect.
     while (await receive())["type"] != "http.disconnect":
         pass

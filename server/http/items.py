@@ -1,4 +1,4 @@
-"""Answers made of items: what is said, what is thought and calls, each with events as it grows."""
+"""Answers made of items: text, reasoning and tool calls, each with events as it grows."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Dialect(ABC):
     """How an API writes an answer that is made of items.
 
     Attributes:
-        is_never_empty: Whether an answer of nothing has an empty message.
+        is_never_empty: Whether an empty answer has an empty message.
         has_done: Whether a stream ends with ``[DONE]``.
-        whole: The object that answers, once there are no further events.
+        whole: The complete answer, once there are no further events.
     """
 
     is_never_empty: ClassVar[bool]
@@ -56,11 +56,11 @@ class Dialect(ABC):
 
     @abstractmethod
     def grow(self, item: Item, text: str, logprobs: Logprobs) -> Event:
-        """More of an item's content."""
+        """The events for more of an item's content."""
 
     @abstractmethod
     def end(self, item: Item, is_cut: bool) -> list[Event]:
-        """The events after an item's content, which may have been cut at a limit."""
+        """The events after an item's content, which a limit may have cut."""
 
     @abstractmethod
     def finish(self, answer: Ended, is_cut: bool) -> list[Event]:
@@ -71,7 +71,7 @@ class Dialect(ABC):
         """The events before the error that ends a stream."""
 
     def event(self, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
-        """An event as it is sent."""
+        """An event in its final form."""
         return {"type": kind, **fields}
 
     def logprobs_of(self, answer: Ended) -> Logprobs:
@@ -80,7 +80,7 @@ class Dialect(ABC):
 
 
 class _Items:
-    """Makes items of an answer's pieces: each call is one, and so is each run of other pieces."""
+    """Groups an answer's pieces into items: each call is one, as is each run of other pieces."""
 
     def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
@@ -92,9 +92,9 @@ class _Items:
         """The events for more pieces of the answer.
 
         Args:
-            pieces: Of the answer.
-            logprobs: Of the tokens that came with them. They are reported with what is said; those
-                of calls and thoughts are not.
+            pieces: New pieces of the answer.
+            logprobs: The log probabilities of the pieces' tokens. Only those of text are
+                reported, not those of calls and reasoning.
         """
         self._pending += logprobs
         events: list[Event] = []
@@ -103,7 +103,8 @@ class _Items:
             if not isinstance(piece, Said):
                 self._pending = []
             elif is_open and not self._is_in(Said):
-                # Drop the logprobs of the marks that closed the previous item.
+                # Keep only the new item's logprobs: drop those of the marks that closed the
+                # previous item.
                 self._pending = _last(self._pending, len(piece.text))
             if isinstance(piece, CallBegun):
                 events += self._begin(CallBegun, piece)
@@ -114,7 +115,7 @@ class _Items:
         return events
 
     def finish(self, is_cut: bool) -> list[Event]:
-        """The events at the end of the answer, whose last item may have been cut."""
+        """The events at the end of the answer; its last item may have been cut."""
         events: list[Event] = []
         if self._open is None and self._dialect.is_never_empty:
             events += self._begin(Said)
@@ -144,7 +145,7 @@ class _Items:
 
 
 def _last(logprobs: Logprobs, num_chars: int) -> Logprobs:
-    """The log probabilities of the tokens that make up the last characters."""
+    """The log probabilities of the tokens that form the last characters."""
     for index in reversed(range(len(logprobs))):
         num_chars -= len(logprobs[index]["token"])
         if num_chars <= 0:
@@ -169,7 +170,7 @@ async def answer_in_items(
 
     ended: Ended | None = None
     try:
-        # The items keep the whole answer, also of a stream.
+        # The items keep the whole answer, even for a stream.
         async with contextlib.aclosing(choices.chunks(is_whole=True)) as chunks:
             async for _, chunk in chunks:
                 if not is_started:
@@ -181,7 +182,7 @@ async def answer_in_items(
                     pieces += reader.finish()
                 await send(items.feed(pieces, dialect.logprobs_of(chunk)))
     except Exception as error:
-        # Before the first event, the error is sent as an HTTP status instead.
+        # Before the first event, the error becomes an HTTP status instead.
         if is_started:
             await send(dialect.fail(refusal_of(error, exchange.names)))
         raise

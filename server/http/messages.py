@@ -53,7 +53,7 @@ _MAX_BLOCKS = 2 * MAX_CHAT_MESSAGES
 
 
 class Block(Body):
-    """A part of a turn. Earlier thoughts are left out of the prompt."""
+    """A part of a turn. Reasoning of earlier turns is left out of the prompt."""
 
     type: str
     text: str | None = None
@@ -82,7 +82,7 @@ def _as_blocks(value: Any) -> Any:
 
 
 def _or_text(schema: dict[str, Any]) -> None:
-    """Adds to the schema of ``content`` that a text is one block."""
+    """Adds a note to the schema of ``content`` that a text is one block."""
     blocks = {name: schema.pop(name) for name in ("type", "items", "maxItems")}
     schema["anyOf"] = [{"type": "string"}, blocks]
 
@@ -203,7 +203,7 @@ class MessagesRequest(CountRequest, Generating):
 
 
 def _chat_of(body: CountRequest, names: dict[str, str]) -> inference_pb2.Chat:
-    """The conversation; adds to ``names`` which part of the request made each turn."""
+    """The conversation; adds to ``names`` the part of the request that each turn came from."""
     chat = inference_pb2.Chat()
     set_rendering(body, chat)
 
@@ -215,8 +215,8 @@ def _chat_of(body: CountRequest, names: dict[str, str]) -> inference_pb2.Chat:
         add("system", "system", body.system)
     for index, turn in enumerate(body.messages):
         path = f"messages[{index}]"
-        # The texts and calls of a turn are one message, and each result is one of its own. Texts
-        # are joined at once: each assignment to a protobuf field copies the whole text.
+        # The texts and calls of a turn form one message, and each result forms another. Texts are
+        # joined at once: each assignment to a protobuf field copies the whole text.
         is_open, texts = False, list[str]()
         for place, block in enumerate(turn.content):
             at = f"{path}.content[{place}]"
@@ -239,7 +239,7 @@ def _chat_of(body: CountRequest, names: dict[str, str]) -> inference_pb2.Chat:
                     calls.add(id=block.id, name=block.name, arguments=arguments)
         if is_open:
             chat.messages[-1].content = "".join(texts)
-    # The answer continues a message of the assistant at the end.
+    # If the last message is the assistant's, the answer continues it.
     last_turn = body.messages[-1]
     if last_turn.role == "assistant" and last_turn.content and last_turn.content[-1].text:
         chat.continue_final_message = True
@@ -248,8 +248,8 @@ def _chat_of(body: CountRequest, names: dict[str, str]) -> inference_pb2.Chat:
 
 # The answer.
 
-# By what an item holds: its block before it has content, the field of the content, and the type and
-# the field of what is added to it.
+# By the kind of an item: its block without content, the field for the content, and the type and the
+# field of a delta.
 _BLOCKS: dict[Kind, tuple[dict[str, Any], str, str, str]] = {
     Said: ({"type": "text", "text": ""}, "text", "text_delta", "text"),
     Thought: (
@@ -261,7 +261,7 @@ _BLOCKS: dict[Kind, tuple[dict[str, Any], str, str, str]] = {
 
 
 class _Message(Dialect):
-    """The object that answers, and the events about it."""
+    """The message that answers, and its events."""
 
     is_never_empty = False
     has_done = False
@@ -354,7 +354,7 @@ _ERRORS = {
 
 
 def anthropic_refusal(refusal: Refusal, request_id: str) -> Refusal:
-    """A refusal in the form of Anthropic's API, with turret's further fields."""
+    """A refusal in the form of Anthropic's API, with turret's additional fields."""
     error = refusal.body["error"]
     kind = _ERRORS.get(refusal.status, error["type"])
     body = {"type": "error", "error": {**error, "type": kind}, "request_id": request_id}

@@ -1,9 +1,9 @@
-"""Surroundings of the routes: the check of host names, request ids, and unknown paths.
+"""The layers around the routes: the check of host names, request ids, and unknown paths.
 
 The check of the host name protects against DNS rebinding: after a page of evil.example was loaded,
-its owner may make that name resolve to this server. The browser then treats the page's requests as
-requests to the same origin, and only their Host header shows the difference. An IP address or
-localhost cannot be rebound, so both are accepted.
+    its owner can make that name resolve to this server. The browser then treats requests to this
+    server as requests to the page's own origin, and only their Host header shows the difference. An
+    IP address or localhost cannot be rebound, so both are accepted.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from turret.server.words import say
 
 ANY = "*"
 _SHOWN_CHARS = 200
-# Shorter paths differ in few letters anyway, so they are not suggested by their spelling.
+# Unrelated short paths also differ in few letters, so a similar spelling proves nothing.
 _SHORT_PATH = 10
 _HOST = re.compile(r"(?:\[(?P<address>[0-9a-z:.%]+)\]|(?P<name>[^\s:@/?#\[\]\\]*))(?::[0-9]*)?")
 
 
 class HostCheck:
-    """Refuses requests to other names with status 421.
+    """Rejects requests to other host names with status 421.
 
     Args:
-        app: Answers the others.
-        names: Further names; ``*`` lets all pass.
+        app: The application that answers accepted requests.
+        names: Additional accepted names; ``*`` accepts all.
     """
 
     def __init__(self, app: ASGIApp, names: Iterable[str]) -> None:
@@ -64,14 +64,14 @@ class HostCheck:
 def name_of(host: str) -> str:
     """The name or address in a Host header, without port, brackets and a dot at the end.
 
-    Empty where the header has another form (``localhost:80@evil.example``).
+    Empty if the header has another form (``localhost:80@evil.example``).
     """
     found = _HOST.fullmatch(host.strip().lower())
     return "" if found is None else found["address"] or found["name"].rstrip(".")
 
 
 def is_address(name: str) -> bool:
-    """Whether it is an IP address as such."""
+    """Whether a host is an IP address."""
     try:
         ipaddress.ip_address(name)
     except ValueError:
@@ -80,10 +80,10 @@ def is_address(name: str) -> bool:
 
 
 class RequestIds:
-    """Adds ``x-request-id`` to answers that lack it: to other paths, methods and host names.
+    """Adds ``x-request-id`` to answers without one: those to unknown paths, methods and hosts.
 
     Args:
-        app: Answers.
+        app: The application that answers.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -103,9 +103,9 @@ async def no_route(apart: Collection[str], request: Request, error: Exception) -
     """Reports what Starlette itself rejects: an unknown path or method.
 
     Args:
-        apart: Paths that are served at an address of their own.
-        request: What was asked.
-        error: Starlette's.
+        apart: Paths that are served at a separate address.
+        request: The rejected request.
+        error: Starlette's error.
     """
     assert isinstance(error, HTTPException)
     headers = error.headers or {}
@@ -125,7 +125,7 @@ async def no_route(apart: Collection[str], request: Request, error: Exception) -
 
 
 def _meant(request: Request) -> str:
-    """The served path that a misspelt one may mean, or one with or without ``/v1``; "" if none."""
+    """The served path that a client probably meant, also with or without ``/v1``; "" if none."""
     parts = [part for part in request.url.path.split("/") if part]
     while parts and parts[0].lower() == "v1":
         del parts[0]

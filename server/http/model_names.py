@@ -14,7 +14,7 @@ from turret.server.words import Text, say
 from turret.v1 import adapters_pb2
 
 _SHOWN_CHARS = 40
-# No weight needs more digits. The limit on the model leaves room for blanks, stars and a prefix.
+# No weight needs more digits. The limit on ``model`` leaves room for blanks, stars and a prefix.
 _MOST_WEIGHT_CHARS = 32
 _MOST_MODEL_CHARS = 2 * MAX_MIX_MEMBERS * (MAX_NAME_CHARS + _MOST_WEIGHT_CHARS)
 _MOST_ECHOED = 200
@@ -27,9 +27,9 @@ Mix = list[adapters_pb2.AdapterWeight]
 
 
 def named_in(raw: dict[str, Any], base_name: str) -> tuple[Mix, list[tuple[str, Text]]]:
-    """The mix that a parsed request names, and what is wrong with that.
+    """The mix that a parsed request names, and the errors in it.
 
-    Works for requests that are refused too, which are counted for the adapters that they name.
+    Also works for rejected requests, because metrics count them for the adapters that they name.
 
     Raises:
         AdapterNotFoundError: See ``read_model``.
@@ -59,11 +59,12 @@ def parse_model(model: str, base_name: str) -> Mix:
     """The mix that a model name refers to; empty for the base model.
 
     ``base`` and the base model's name are the base, ``sql`` is an adapter, ``sql+json*-0.5`` a mix;
-    ``BASE:`` with the base model's name (or ``base:``) may stand before either.
+    The prefix ``BASE:`` (``base:`` or the base model's name) is allowed before an adapter or a mix.
 
     Raises:
         AdapterNotFoundError: The name has none of these forms.
-        InvalidRequestError: It has one, but an invalid weight, or an adapter that occurs twice.
+        InvalidRequestError: The name has one of these forms, but a weight is invalid or an adapter
+            occurs twice.
     """
     mix, wrong = read_model(model, base_name)
     violations = Violations()
@@ -74,7 +75,7 @@ def parse_model(model: str, base_name: str) -> Mix:
 
 
 def read_model(model: str, base_name: str) -> tuple[Mix, list[Text]]:
-    """Like ``parse_model``, but returns what is wrong; a member with an error has no weight.
+    """Like ``parse_model``, but returns the errors; a member with an error has no weight.
 
     Raises:
         AdapterNotFoundError: See ``parse_model``.

@@ -37,8 +37,8 @@ class Models:
     """Lists the possible values of ``model``, except mixes.
 
     Args:
-        inference: Knows the base model.
-        adapters: Knows the adapters.
+        inference: The Inference service.
+        adapters: The Adapters service.
     """
 
     def __init__(self, inference: Inference, adapters: Adapters) -> None:
@@ -62,17 +62,17 @@ class Models:
         await exchange.reply.json({"object": "list", "data": found})
 
     async def get(self, exchange: Exchange) -> None:
-        """Get a model by any name that a request may call it by.
+        """Get a model by any name that requests may use for it.
 
         Raises:
-            AdapterNotFoundError: There is none, or the name is a mix's.
+            AdapterNotFoundError: No such model exists, or the name is that of a mix.
         """
         name = exchange.path["model"]
         members = parse_model(name, self._inference.model().name)
         if not members:
             await exchange.reply.json(self._base())
             return
-        # A mix has no card: it has no digest, method or generation, and there is no end of mixes.
+        # A mix has no card, because it has no digest, method or generation.
         if len(members) > 1 or members[0].HasField("weight"):
             text = say("MODEL_IS_A_MIX", model=name[:200], step=members[0].name)
             raise AdapterNotFoundError(text, metadata={"adapter": name[:200]})
@@ -158,6 +158,6 @@ def _read(exchange: Exchange, kind: type[_B]) -> _B:
 
 
 async def _succeed(exchange: Exchange, body: AdapterName, what: str) -> None:
-    # vLLM's words.
+    # The text is the same as vLLM's.
     text = f"Success: LoRA adapter '{body.lora_name}' {what}."
     await exchange.reply.whole(text.encode(), 200, _TEXT)

@@ -36,7 +36,7 @@ _STATUSES: dict[int, str] = {
 
 
 class Document:
-    """Sends the document, which is public, as the console is.
+    """Sends the document, which is as public as the console.
 
     Args:
         routes: Returns the routes that the document describes.
@@ -56,8 +56,8 @@ class Document:
 
 
 def document(routes: Iterable[Route], *, has_tokens: bool) -> dict[str, Any]:
-    """The OpenAPI document of these routes; paths of the console's own files are left out."""
-    # Imported here because it takes a third of a second, and few servers are asked for it.
+    """The OpenAPI document of these routes, without the paths of the console's files."""
+    # Imported here because the import takes a third of a second, and few servers need the document.
     from fastapi.openapi.utils import get_openapi
 
     described = [_described(route) for route in routes if not route.is_hidden]

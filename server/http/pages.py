@@ -24,11 +24,11 @@ _POLICY = (
     "default-src 'none'; script-src 'self'; connect-src 'self'; base-uri 'none';"
     " form-action 'none'; frame-ancestors 'none'; "
 )
-# Texts become nodes and never markup: with trusted types a browser refuses any other way.
+# Texts become nodes and never markup: with trusted types, the browser rejects everything else.
 _CONSOLE_POLICY = (
     "style-src 'self'; img-src 'self'; require-trusted-types-for 'script'; trusted-types 'none'"
 )
-# Swagger UI styles its elements inline; everything else comes from this server.
+# Swagger UI styles its elements inline; everything else is loaded from this server.
 _DOCS_POLICY = "style-src 'self' 'unsafe-inline'; img-src 'self' data:"
 _HEADERS = {
     "x-content-type-options": "nosniff",
@@ -36,7 +36,7 @@ _HEADERS = {
     "referrer-policy": "no-referrer",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
-    # Browsers revalidate on every load and download again only if another version is installed.
+    # Browsers revalidate on every load, and download again only after another version is installed.
     "cache-control": "no-cache",
 }
 _DOCS = b"""<!doctype html>
@@ -53,12 +53,12 @@ _START = b'SwaggerUIBundle({url: "/openapi.json", dom_id: "#swagger-ui", deepLin
 
 
 class Page:
-    """Sends the files of a page, which are public: the page asks for data with a visitor's token.
+    """Sends the files of a page. They are public: the page requests data with the visitor's token.
 
     Args:
         folder: The path of the files.
-        files: By name. Nothing that a client sends becomes a path.
-        policy: What the page may load, in addition to its own scripts.
+        files: The files by name, so that no text from a client becomes a path.
+        policy: The content security policy, in addition to the page's own scripts.
     """
 
     def __init__(self, folder: str, files: Mapping[str, bytes | Path], policy: str) -> None:
@@ -74,7 +74,7 @@ class Page:
         """A file of the page.
 
         Raises:
-            HttpRefusal: There is none of that name.
+            HttpRefusal: The page has no file of that name.
         """
         await self._send(exchange, exchange.path["file"])
 
@@ -98,13 +98,13 @@ class Page:
 
 
 def console() -> Page:
-    """The console, which is not shown in a frame."""
+    """The console, which other pages must not show in a frame."""
     files = {path.name: path for path in FOLDER.iterdir() if path.suffix in _TYPES}
     return Page("/console", files, _CONSOLE_POLICY)
 
 
 def docs() -> Page:
-    """Swagger UI, which comes with a package, so that it works without the internet."""
+    """Swagger UI from an installed package, so that it works without the internet."""
     # Find the package without importing it, which takes a third of a second.
     spec = find_spec("fastapi_offline")
     assert spec is not None

@@ -20,7 +20,7 @@ class HttpForm(NamedTuple):
 
 TABLE: dict[Code, HttpForm] = {
     Code.OK: HttpForm(200, ""),
-    # The status that proxies log for a client that went away; no client sees it.
+    # The status that proxies log for a client that disconnected; no client receives it.
     Code.CANCELLED: HttpForm(499, "server_error"),
     Code.UNKNOWN: HttpForm(500, "server_error"),
     Code.INVALID_ARGUMENT: HttpForm(400, "invalid_request_error"),
@@ -38,7 +38,7 @@ TABLE: dict[Code, HttpForm] = {
     Code.DATA_LOSS: HttpForm(500, "server_error"),
     Code.UNAUTHENTICATED: HttpForm(401, "authentication_error"),
 }
-# Reasons that OpenAI's API has a word for; the others are turret's own, in lower case.
+# Codes of OpenAI's API for reasons that it knows; other reasons become lower-case codes.
 OPENAI_CODES = {
     "ADAPTER_NOT_FOUND": "model_not_found",
     "PROMPT_TOO_LONG": "context_length_exceeded",
@@ -59,19 +59,19 @@ _STEPS: dict[str, Text] = {
     "UNAUTHENTICATED": say("STEP_TOKEN"),
     "DEADLINE_EXCEEDED": say("STEP_TIMEOUT"),
 }
-# Errors whose fields say all that their message says. The messages of others say more.
+# Errors whose violations contain the whole message. Other messages contain more.
 _ABOUT_FIELDS = ("INVALID_REQUEST", "PROMPT_TOO_LONG", "ADAPTER_CLASSIFIES", "HEAD_MISSING")
 # The message repeats what the client sent, so limit it to about a page of text.
 MAX_MESSAGE_CHARS = 4000
 
 
 class HttpRefusal(Exception):
-    """A refusal that only HTTP has: of a path, a method, a size or a media type.
+    """An error that only HTTP has: an invalid path, method, size or media type.
 
     Args:
         status: The HTTP status.
         code: The code in the log and the metrics.
-        text: The fault.
+        text: The message.
     """
 
     def __init__(self, status: int, code: Code, text: Text) -> None:
@@ -83,7 +83,7 @@ class HttpRefusal(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """What is sent: ``body`` as JSON after ``status`` and ``headers``, or as the last event."""
+    """An error answer: ``body`` as JSON after ``status`` and ``headers``, or as the last event."""
 
     status: int
     code: Code
@@ -96,9 +96,9 @@ def refusal_of(error: BaseException, names: Mapping[str, str] | None = None) -> 
     """The refusal for a request that raised this error.
 
     Args:
-        error: The error. One that turret did not raise on purpose becomes "internal error".
-        names: Field paths of turret.v1, or beginnings of paths that end in a dot, to the names
-            that the client knows them by.
+        error: The error. An exception that is not turret's own becomes "internal error".
+        names: The client's names for field paths of turret.v1, or for beginnings of paths that end
+            in a dot.
     """
     headers = {"x-should-retry": "false"}
     if isinstance(error, HttpRefusal):
@@ -114,11 +114,11 @@ def refusal_of(error: BaseException, names: Mapping[str, str] | None = None) -> 
         if reason in _ABOUT_FIELDS:
             message = "; ".join(f"{path}: {why}" for path, why in wrong)
     elif reason == "ADAPTER_NOT_FOUND":
-        # Paths that manage adapters have the name in a field of its own.
+        # Bodies that manage adapters have the name in a field other than ``model``.
         param = (names or {}).get("name", "model")
     if reason == "INVALID_REQUEST":
         reason = getattr(wrong[0][1] if wrong else message, "reason", reason)
-    # Add at most one piece of advice: a suggestion already is one.
+    # Add a next step only if the message does not suggest one already.
     if fault.reason in _STEPS and not _suggests(fault.message):
         message = f"{message}; {_STEPS[fault.reason]}"
     if fault.retry_after_seconds is not None:
@@ -143,13 +143,13 @@ def _body(message: str, kind: str, param: str | None, reason: str) -> dict[str, 
 
 
 def _suggests(message: str) -> bool:
-    """Whether a message has a next step already."""
+    """Whether a message already suggests a next step."""
     params = getattr(message, "params", {})
     return "closest" in params or "step" in params
 
 
 def _renamed(path: str, why: str, names: Mapping[str, str]) -> tuple[str, str]:
-    """A violation in the client's own names, also of the other field that it mentions."""
+    """A violation with the client's own names for its field and other fields that it mentions."""
     if isinstance(why, Text) and "other" in why.params:
         reason = why.reason
         why = say(reason, **{**why.params, "other": renamed_path(why.params["other"], names)})

@@ -20,7 +20,7 @@ _COMMENT = b": still working\n\n"
 _EVENTS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
-    # Buffering proxies would otherwise hold the answer back until its end.
+    # Without this header, buffering proxies would hold the answer back until its end.
     "x-accel-buffering": "no",
 }
 
@@ -31,10 +31,7 @@ def dumps(value: Any) -> bytes:
 
 
 def _object(value: Mapping[str, Any]) -> bytes:
-    """An object as JSON, whose lists are encoded item by item.
-
-    The encoder holds the interpreter's lock while it runs.
-    """
+    """An object as JSON. Lists are encoded item by item, because the encoder holds the GIL."""
     parts = []
     for key, each in value.items():
         is_list = isinstance(each, list | Iterator)
@@ -44,7 +41,7 @@ def _object(value: Mapping[str, Any]) -> bytes:
 
 
 def event_bytes(value: Any, name: str = "") -> bytes:
-    """An event as it is sent, with a name if it has one."""
+    """The bytes of an event, with a name if it has one."""
     named = b"event: %b\n" % name.encode() if name else b""
     return b"%bdata: %b\n\n" % (named, dumps(value))
 
@@ -53,14 +50,15 @@ class Reply:
     """The answer to one request.
 
     Args:
-        send: ASGI's function.
-        call: Has the request's id.
-        chunks: Sends events, where the server can do so by itself.
+        send: ASGI's ``send`` function.
+        call: The call, which has the request's id.
+        chunks: Sends events directly, if the server supports that.
 
     Attributes:
-        is_begun: The status has been sent and cannot be changed any more.
-        is_ended: The last byte has been sent.
-        is_stream: The answer will be events, so that comments may come before and between them.
+        is_begun: Whether the status has been sent, so that it cannot change any more.
+        is_ended: Whether the last byte has been sent.
+        is_stream: Whether the answer will be events, so that comments may be sent before and
+            between them.
     """
 
     def __init__(self, send: Send, call: Call, chunks: Chunks | None = None) -> None:
@@ -73,9 +71,9 @@ class Reply:
         self._was_quiet = False
 
     async def keep_alive(self) -> None:
-        """Send a comment if a stream has been quiet since the last call; it may begin the answer.
+        """Send a comment if nothing was sent since the last call; the comment may begin the answer.
 
-        Proxies and clients would otherwise close a connection on which nothing happens.
+        Otherwise, proxies and clients would close the idle connection.
         """
         if not self._was_quiet:
             self._was_quiet = True
@@ -92,7 +90,7 @@ class Reply:
         """Send an object as the whole answer; a large one is made off the event loop.
 
         Args:
-            make: Returns the object; its iterators become lists.
+            make: Returns the object; iterators in it become lists.
             size: See ``converted``.
         """
         body = await converted(size, lambda: _object(make()))
@@ -104,11 +102,11 @@ class Reply:
         await self._write(body, is_last=True)
 
     async def event(self, value: Any, name: str = "") -> None:
-        """Send an event, with a name if it has one; the first begins the answer."""
+        """Send an event, with a name if it has one; the first one begins the answer."""
         await self.send_event(event_bytes(value, name))
 
     async def send_event(self, event: bytes) -> None:
-        """Send an event that is bytes already; the first begins the answer."""
+        """Send an event that is already encoded; the first one begins the answer."""
         self._was_quiet = False
         if not self.is_begun:
             await self._begin(200, _EVENTS)
@@ -118,11 +116,11 @@ class Reply:
             await self._write(event)
 
     async def end_events(self, *, has_done: bool = True) -> None:
-        """End the stream, as OpenAI's does unless told otherwise."""
+        """End the stream, by default with OpenAI's end mark."""
         await self._write(_DONE if has_done else b"", is_last=True)
 
     async def refuse(self, refusal: Refusal) -> None:
-        """Send an error: as a status, or after the first event as the last one."""
+        """Send an error: as a status, or as the last event if the answer has begun."""
         if not self.is_begun:
             await self.json(refusal.body, refusal.status, refusal.headers)
         elif not self.is_ended:
@@ -146,7 +144,7 @@ HOLE = uuid.uuid4().hex
 
 
 class Template:
-    """The bytes of an event around its text, made once.
+    """The bytes of an event around its text, encoded once.
 
     Args:
         value: The event, with ``HOLE`` for the text.

@@ -1,4 +1,4 @@
-"""POST /v1/responses: one answer to a conversation. The server stores nothing of it."""
+"""POST /v1/responses: one answer to a conversation. The server does not store it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _wants_logprobs(body: ResponseRequest) -> bool:
 
 
 def _text_format(form: TextFormat | None) -> dict[str, Any]:
-    """The text format as OpenAI's clients expect it: a schema has a name and ``strict``."""
+    """The text format as OpenAI's clients expect it: with a name and ``strict`` for a schema."""
     if form is None:
         return {"type": "text"}
     blank = {"name": "answer", "strict": True} if form.type == "json_schema" else {}
@@ -64,10 +64,10 @@ def _text_format(form: TextFormat | None) -> dict[str, Any]:
 def _chat_of(
     items: list[requests.Item], instructions: str | None, names: dict[str, str]
 ) -> inference_pb2.Chat:
-    """The turns of a conversation; adds to ``names`` which item made each.
+    """The turns of a conversation; adds to ``names`` the item that each turn came from.
 
-    A call of a function is part of the assistant's turn before it, if there is one, as an answer
-    that says something and then calls is one turn.
+    A function call joins the assistant's turn before it, if there is one, because an answer with
+    text and then a call is one turn.
     """
     chat = inference_pb2.Chat()
     turns = chat.messages
@@ -93,11 +93,11 @@ def _chat_of(
             call = f"chat.messages[{len(turns) - 1}].tool_calls[{len(calls)}]"
             names |= {call: path, f"{call}.id": f"{path}.call_id"}
             calls.add(id=item.call_id, name=item.name, arguments=item.arguments)
-        # Reasoning of earlier turns is left out: the model does not see it again.
+        # Reasoning of earlier turns is left out.
     return chat
 
 
-# The type of an item by what it holds, with the prefix of its id and of the types of its events.
+# By the kind of an item: its type, the prefix of its id, and the prefix of its events' types.
 _TYPES = {
     Said: ("message", "msg", "response.output_text"),
     Thought: ("reasoning", "rs", "response.reasoning_text"),
@@ -106,11 +106,11 @@ _TYPES = {
 
 
 class _Response(Dialect):
-    """The object that answers, in each of its states, and the events about it.
+    """The response object in each of its states, and its events.
 
     Args:
-        request_id: Of the call; the ids of the answer and its items are made of it.
-        body: What was asked for, parts of which the answer repeats.
+        request_id: The id of the call, from which the ids of the answer and its items are made.
+        body: The request; the answer repeats parts of it.
     """
 
     is_never_empty = True
@@ -184,7 +184,7 @@ class _Response(Dialect):
         return [*events, ("response.output_item.done", place)]
 
     def finish(self, answer: Ended, is_cut: bool) -> list[Event]:
-        """The whole response; one that was cut at its limit is incomplete."""
+        """The whole response; its status is incomplete if a limit cut it."""
         used = usage_of([answer], 1)
         self.whole |= {
             "status": "incomplete" if is_cut else "completed",
@@ -223,7 +223,7 @@ class _Response(Dialect):
         return found
 
     def _id(self, item: Item) -> str:
-        """The id of an item: that of the answer, from the second item on with a number."""
+        """The id of an item: the answer's id, with a number from the second item on."""
         number = f"_{item.index}" if item.index else ""
         return f"{_TYPES[item.kind][1]}_{self._request_id}{number}"
 

@@ -78,8 +78,8 @@ def routes(
     """All routes.
 
     Args:
-        inference: Answers the data plane.
-        adapters: Answers the control plane.
+        inference: The Inference service.
+        adapters: The Adapters service.
         metrics: The metrics that are reported.
         failures: The last calls that failed.
         has_admin: Whether adapters can be loaded and unloaded here.
@@ -98,7 +98,7 @@ def routes(
     def ask(
         path: str, handler: Handler, body: type[Body], answer: type[BaseModel], **more: Any
     ) -> None:
-        """A call that, unless told otherwise, runs on adapters."""
+        """The route of a POST, which by default runs on adapters."""
         more = {"is_counted": True, **more}
         made.append(Route(path, handler, body, answer, INFERENCE, **more))
 
@@ -150,7 +150,7 @@ def routes(
 
 
 class _Uvicorn(uvicorn.Server):
-    """A server inside a process that has its own signal handlers."""
+    """A uvicorn server in a process that has its own signal handlers."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -158,20 +158,20 @@ class _Uvicorn(uvicorn.Server):
 
 
 class HttpServer:
-    """The HTTP server. It starts before the model is loaded and reports that it is starting.
+    """The HTTP server. It starts before the model is loaded, and reports that it is starting.
 
-    Must be made and used inside the running event loop.
+    Create and use it inside the running event loop.
 
     Args:
         listen: The address, and the origins of pages that may call.
-        security: TLS files; its token file is read by the caller.
-        inference: Answers the data plane.
-        adapters: Answers the control plane, unless that has an address of its own.
-        metrics: Counts calls.
+        security: The TLS files; the caller reads the token file.
+        inference: The Inference service.
+        adapters: The Adapters service, or None if it has a separate address.
+        metrics: The metrics that count calls.
         tokens: Accepted bearer tokens; None lets every caller in.
-        shares: Limits the answers of one party; without them there is none.
-        most_connections: Open at once; what comes beyond them is closed.
-        failures: Takes in the calls that fail, and the console shows them.
+        shares: The limits on the answers of one party; None for no limits.
+        most_connections: The maximum number of open connections; further ones are closed.
+        failures: Records failed calls, which the console shows.
 
     Raises:
         OSError: A TLS file cannot be read, or the files do not fit together.
@@ -225,7 +225,7 @@ class HttpServer:
         self._serving = asyncio.ensure_future(self._server.serve(sockets=[listener]))
 
     async def stop(self, grace_seconds: float) -> None:
-        """Take no further request; cancel those that still run after the grace period."""
+        """Accept no more requests; cancel those that still run after the grace period."""
         server = self._server
         if self._serving is None or server is None:
             return
@@ -267,14 +267,14 @@ def application(
     answered = []
     for route in made:
         endpoint = Endpoint(route, metrics=metrics, tokens=tokens, shares=shares, failures=failures)
-        # Serve the path with a slash too: a redirect would have no JSON body.
+        # Serve the path with a slash too, because a redirect would have no JSON body.
         ends = ("",) if route.path.endswith(("}", "/")) else ("", "/")
         answered += [
             StarletteRoute(f"{route.path}{end}", endpoint, methods=[route.method]) for end in ends
         ]
     middleware = _cross_origin(listen.http_cors_origin)
     if tokens is None or listen.http_allowed_host:
-        # Without tokens, check the host: a page of another origin could call the server.
+        # Without tokens, check the host: otherwise, a page of another origin could call the server.
         names = (split_address(listen.http_address)[0], *listen.http_allowed_host)
         middleware.insert(0, Middleware(HostCheck, names=names))
     middleware.insert(0, Middleware(RequestIds))
@@ -307,7 +307,7 @@ def _configuration(
 
 
 def _cross_origin(origins: tuple[str, ...]) -> list[Middleware]:
-    """The middleware that lets pages of other origins call."""
+    """The middleware that allows calls from pages of other origins."""
     if not origins:
         return []
     return [

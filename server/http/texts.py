@@ -1,4 +1,4 @@
-"""POST /v1/embeddings, /classify, /tokenize and /detokenize: what can be asked about texts."""
+"""POST /v1/embeddings, /classify, /tokenize and /detokenize: requests about texts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from turret.v1 import inference_pb2
 
 _Embed = inference_pb2.EmbedRequest
 _POOLINGS = {"last": _Embed.LAST, "mean": _Embed.MEAN, None: _Embed.POOLING_UNSPECIFIED}
-# How many numbers, and how many labels, take as long to serialise as a token with its logprob.
+# The numbers, and the labels, that take as long to serialise as one token with its logprob.
 _NUMBERS_PER_TOKEN, _SCORES_PER_TOKEN = 16, 4
 
 
@@ -68,7 +68,7 @@ def _numbers(embedding: inference_pb2.Embedding) -> list[float]:
 
 
 def _base64(embedding: inference_pb2.Embedding) -> str:
-    """Little-endian single precision."""
+    """The numbers in little-endian single precision, as base64."""
     values = embedding.values
     return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
 
@@ -114,10 +114,10 @@ def _labels(index: int, classification: inference_pb2.Classification) -> dict[st
 
 
 class Tokens(Asks):
-    """Turns text into tokens and back, with vLLM's fields."""
+    """Converts text to tokens and back, with vLLM's fields."""
 
     async def tokenize(self, exchange: Exchange) -> None:
-        """Turn a text or a conversation into tokens."""
+        """Convert a text or a conversation to tokens."""
         info, body, mix = self._read(exchange, TokenizeRequest)
         message = inference_pb2.TokenizeRequest(adapters=mix)
         if body.messages is None:
@@ -137,7 +137,7 @@ class Tokens(Asks):
         )
 
     async def detokenize(self, exchange: Exchange) -> None:
-        """Turn tokens into a text, special tokens included."""
+        """Convert tokens to text, including special tokens."""
         _, body, mix = self._read(exchange, DetokenizeRequest)
         if not body.tokens:
             await exchange.reply.json({"prompt": ""})

@@ -182,7 +182,8 @@ TEXTS: dict[str, str] = {
     "ADAPTER_EXISTS": "adapter {adapter!q} already exists with other content",
     "ADAPTER_GENERATION": "adapter {adapter!q} has generation {generation}, expected {expected}",
     "ADAPTER_PINNED": "adapter {adapter!q} is pinned; unpin it first",
-    "ADAPTER_HELD": "adapter {adapter!q} is still used by {requests} requests after {seconds} s",
+    "ADAPTER_HELD": "adapter {adapter!q} is still in use after {seconds} s; running requests:"
+    " {requests}",
     "ADAPTER_IS_COMPONENT": "adapter {adapter!q} is a component of {fusions}; unload that first",
     "FILES_CHANGED": "the files of adapter {adapter!q} ({path}) changed after it was loaded;"
     " replace the adapter to serve the new files",

@@ -17,7 +17,7 @@ TEXTS: dict[str, str] = {
     "WRONG_TYPE": "must be {expected}",
     "TOO_LONG": "must be at most {most} characters as JSON",
     "NUMBER_TOO_LARGE": "must not contain numbers above 1.8e308",
-    "TOO_FEW_ENTRIES": "must have at least {least} entries",
+    "TOO_FEW_ENTRIES": "must have {least} or more entries",
     "NOT_TEXT": "must be a text part; this model accepts only text",
     "NOT_A_BIAS": "must map token ids to numbers from -100 to 100; the entry {token!q:.40} does"
     " not",
@@ -31,7 +31,7 @@ TEXTS: dict[str, str] = {
     "UNENFORCEABLE_IN_XML": "is not supported for models that write calls as XML",
     "UNENFORCEABLE_SCHEMA": "must be {expected} for models that write calls as XML",
     # Models.
-    "NEEDS_BASE_MODEL": "requires the base model as model",
+    "NEEDS_BASE_MODEL": "requires model to be the base model",
     "NO_SUCH_MODEL": "the model {model!q} does not exist",
     "MODEL_NOT_A_MIX": "the model {model!q} does not exist; write a mix as {step}",
     "MODEL_IS_A_MIX": "{model!q} is a mix; GET /v1/models/{step} describes its first adapter",

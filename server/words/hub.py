@@ -16,8 +16,8 @@ TEXTS = {
     "HUB_GATED": f"{{name}} is gated; accept its terms at {{hub}}/{{name}}, then {_SIGN_IN}",
     "HUB_DISABLED": "{name} has been disabled on {hub}",
     "HUB_NO_REVISION": "{name} has no revision {revision!q}; see {hub}/{name}",
-    "HUB_NO_REPOSITORY": "{hub} has no model {name!q} that this machine can access; check its name,"
-    f" and for a private model, {_SIGN_IN}",
+    "HUB_NO_REPOSITORY": "{hub} has no model {name!q} that this machine can access; check the"
+    f" name, or {_SIGN_IN} if it is private",
     "HUB_FORBIDDEN": f"{{hub}} denied access to {{name}} (status {{status}}); {_SIGN_IN}",
     "HUB_STATUS": "{hub} answered a request for {repository} with status {status}",
     "HUB_NOT_REACHED": "{hub} cannot be reached for {repository} ({problem}); check the network,"

@@ -39,7 +39,7 @@ TEXTS = {
     "MAX_TOKENS_TOO_LARGE": "{other} is {max_tokens}, but a prompt of {prompt_tokens} tokens"
     " leaves room for {room} in the context of {max_model_len}",
     "NOT_A_TOKEN": "token {value} is not in the vocabulary of {size} tokens",
-    "ANSWER_COMPLETE": "already has {found} tokens, but {other} is {most}",
+    "ANSWER_COMPLETE": "already has {found} tokens, but {other} allows only {most}",
     "ANSWER_ENDED": "token {index} already ends the answer",
     "TOKEN_FORBIDDEN": "the constraint does not allow token {index}",
     "NO_CHAT_TEMPLATE": "this model has no chat template; send a prompt instead, or start the"

@@ -18,15 +18,14 @@ TEXTS = {
     "TOKEN_MALFORMED": 'the authorization header is not of the form "Bearer TOKEN"',
     "TOKEN_UNKNOWN": "the bearer token is unknown",
     "ROLE_MISSING": "the bearer token lacks the role {role!q}",
-    "TOKEN_LIMIT_REACHED": "this token already has {max_requests_per_token} requests queued or"
-    " running, which is its limit",
-    "PEER_LIMIT_REACHED": "this client address already has {max_requests_per_peer} requests queued"
-    " or running, which is its limit",
+    "TOKEN_LIMIT_REACHED": "this token has reached its limit of queued and running"
+    " requests ({max_requests_per_token})",
+    "PEER_LIMIT_REACHED": "this client address has reached its limit of queued and"
+    " running requests ({max_requests_per_peer})",
     "TOO_MANY_CALLS": "the limit of {most} concurrent calls of this kind has been reached",
-    "TOO_MANY_UPLOADS_OF_TOKEN": "this token already has {most} uploads under way, which is its"
-    " limit",
+    "TOO_MANY_UPLOADS_OF_TOKEN": "this token has reached its limit of running uploads ({most})",
     "TOO_MANY_COMPILATIONS": "{most} constraints are already being compiled",
-    "QUEUE_FULL": "the queue is full ({max_queued_requests} requests)",
+    "QUEUE_FULL": "the queue is full; its limit is {max_queued_requests}",
     "QUEUE_MEMORY_FULL": "requests already take {held} bytes of memory, and with this one they"
     " would exceed the limit of {max_queued_bytes}",
     "ANSWERS_NEED_MEMORY": "answers need at least {bytes} bytes of memory; the limit is"

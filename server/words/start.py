@@ -17,7 +17,8 @@ TEXTS = {
     "ADDRESS_EXPOSED": "{value} can be reached from other machines: set --tls-cert, --tls-key and"
     " --token-file, or --insecure",
     "NOT_TOML": "is not valid TOML: {why}",
-    "MORE_THREADS_THAN_CPUS": "{value} threads share {cpus} processors, which is slower",
+    "MORE_THREADS_THAN_CPUS": "{value} is more than the number of processors ({cpus}), which makes"
+    " the server slower",
     "ABOVE_MEMORY": "must be at most this machine's memory, {most}, not {value}",
     "TORCH_WITHOUT_CUDA": "the installed torch supports only CPUs; `pip install torch` installs one"
     " for NVIDIA GPUs",

@@ -1,8 +1,7 @@
-"""A sentence made for people that still knows what it was made of.
+"""Sentences for people, which keep the reason and the values that they were made from.
 
-Programs use ``reason`` and ``params``; nobody looks for words in the sentence. With
-``PSEUDOLOCALE=rot13`` in the environment every sentence is unreadable, so that a test which
-compares words fails.
+Programs use ``reason`` and ``params``, never the words of a sentence. With ``PSEUDOLOCALE=rot13``
+in the environment, every sentence is unreadable, so that tests that compare words fail.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ class Text(str):
 
     Attributes:
         reason: Its key in the catalogue, an AIP-193 identifier.
-        params: What was put into it.
+        params: The values in the sentence.
     """
 
     reason: str
@@ -81,7 +80,7 @@ class Text(str):
 
 
 def sayer(*catalogues: Mapping[str, str]) -> Callable[..., Text]:
-    """The function that makes a text by its reason; ``closest`` adds a suggestion to it.
+    """The function that makes a text by its reason; ``closest`` adds a suggestion.
 
     Args:
         catalogues: Templates of ``str.format`` by their reasons, beside those of this module.

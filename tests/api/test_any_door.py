@@ -1,4 +1,4 @@
-"""What a door gets from ``server/api``, without any: answers, counts, log lines, errors."""
+"""``server/api`` without a protocol: answers, counts, log lines, errors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Generate = inference_pb2.GenerateRequest
 
 @dataclass
 class House:
-    """Everything behind the doors."""
+    """All parts behind the protocols."""
 
     gate: ServingGate = field(default_factory=ServingGate)
     engine: FakeEngine = field(default_factory=FakeEngine)
@@ -143,7 +143,7 @@ async def test_the_engine_lets_go_of_a_call_that_ends_early(house: House, how: s
         with pytest.raises(asyncio.CancelledError):
             await waiting
     else:
-        # Nobody iterates and nobody closes.
+        # The iterator is neither consumed nor closed.
         call.finish(Code.CANCELLED)
     assert stream.cancelled.is_set()
     if how != "finish":

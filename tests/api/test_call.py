@@ -1,4 +1,4 @@
-"""What the log holds of a call that was refused."""
+"""The log line of a rejected call."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_refused_call_is_logged_by_its_fields_alone(caplog: pytest.LogCaptureF
     found = [
         ("stop.stop_strings[0]", "must be text, not 'secret'"),
         ("messages[3].content", "secret"),
-        # Parts of a schema and keys of a body are the client's own words.
+        # Parts of a schema and keys of a body are private data of the client.
         ("json_schema.properties.secret", "is no schema"),
         ("secret.temperature", "is no field"),
     ]
@@ -74,5 +74,5 @@ def test_a_call_that_succeeds_has_no_reason(caplog: pytest.LogCaptureFixture) ->
         call.finish(Code.OK)
     said: dict[str, Any] = caplog.records[0].__dict__["fields"]
     assert not {"reason", "fields"} & said.keys()
-    # A number in a log of JSON, as in all other lines.
+    # The value is a number in a JSON log, as in all other lines.
     assert isinstance(said["seconds"], float)

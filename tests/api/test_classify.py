@@ -1,4 +1,4 @@
-"""Classify through either door, on a stand-in for the engine."""
+"""Classify over both protocols, on a simulated engine."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ async def test_what_the_engine_refuses_of_the_mix_is_the_calls() -> None:
 
 
 async def test_the_labels_of_a_call_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """2,048 inputs times 4,096 labels would take gigabytes."""
+    """Without a bound, 2,048 inputs with 4,096 labels each would take gigabytes."""
     monkeypatch.setattr(inputs, "MAX_LABEL_SCORES", 5)
     async with harness() as server, http_harness() as web:
         assert len((await server.inference.Classify(texts("a", "b"))).classifications) == 2

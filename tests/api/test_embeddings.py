@@ -1,4 +1,4 @@
-"""Embed through either door, on a stand-in for the engine."""
+"""Embed over both protocols, on a simulated engine."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def test_every_input_becomes_a_vector_in_its_order() -> None:
         requests = server.engine.requests
         await server.inference.GetModel(inference_pb2.GetModelRequest())
         assert server.sample("turret_calls_total", protocol="grpc", code="OK") == 1
-        # The registry of this test knows no adapter.
+        # The registry of this test has no adapters.
         assert server.sample("turret_requests_total", adapter="other", code="OK") == 1
         assert server.sample("turret_prompt_tokens_total", adapter="other") == 13
     vectors = [list(each.values) for each in answer.embeddings]
@@ -132,7 +132,7 @@ async def test_an_input_that_is_too_long_is_named() -> None:
 
 
 async def test_the_timing_is_that_of_the_whole_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inputs that wait for others of their call are not with the engine yet, which times them."""
+    """The engine's times leave out an input's wait for other inputs of its call."""
 
     async def slow(request: Request) -> AsyncIterator[Output]:
         await asyncio.sleep(0.2)
@@ -143,7 +143,7 @@ async def test_the_timing_is_that_of_the_whole_call(monkeypatch: pytest.MonkeyPa
     async with harness() as server:
         server.engine.script = slow
         timing = (await server.inference.Embed(texts(*"abc"))).timing
-    # The engine says 0.25 and 1.75 of each; the last begins 0.4 after the first.
+    # The engine reports 0.25 and 1.75 for each; the last input begins 0.4 after the first.
     assert 0.25 <= timing.queue.ToTimedelta().total_seconds() < 0.65
     assert timing.total.ToTimedelta().total_seconds() >= 0.4 + 1.75
 

@@ -1,4 +1,4 @@
-"""TLS tried as an attacker would, at both doors: old versions, weak ciphers, wrong certificates."""
+"""Attacks on TLS over both protocols: old versions, weak ciphers, wrong certificates."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def _openssl(folder: Path, *arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``ca`` and ``other`` are authorities; the rest is signed by one of them, or by itself."""
+    """``ca`` and ``other`` are authorities.
+
+    The other certificates are signed by one of them or by themselves.
+    """
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not installed")
     folder = tmp_path_factory.mktemp("attacks")
@@ -57,9 +60,9 @@ def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "server": ("ca", "2", "serverAuth"),
         "client": ("ca", "2", "clientAuth"),
         "stranger": ("other", "2", "clientAuth"),
-        # Valid for no time at all.
+        # A certificate that expires at once.
         "expired": ("ca", "0", "clientAuth"),
-        # A server's certificate: whoever runs another server of the same owner is no client.
+        # A server's certificate: another server of the same owner must not act as a client.
         "purpose": ("ca", "2", "serverAuth"),
     }
     for name, (authority, days, usage) in signed.items():
@@ -109,7 +112,7 @@ def context_of(pem: Path, door: Any, certificate: str | None = None) -> ssl.SSLC
 
 
 async def is_served(address: str, door: Any, context: ssl.SSLContext | None) -> bool:
-    """Whether the server says anything in its protocol to who connects so."""
+    """Whether the server answers in its protocol after such a handshake."""
     host, _, port = address.rpartition(":")
     name = host if context is not None else None
     try:
@@ -153,7 +156,7 @@ async def test_only_new_versions_and_strong_ciphers_are_spoken(pem: Path, door: 
 async def test_plain_text_on_a_tls_port_is_not_answered(pem: Path, door: Any) -> None:
     async with door(secured(pem, mutual=False)) as address:
         assert not await is_served(address, door, None)
-        # Nor does it harm who comes next.
+        # Later clients are not affected.
         assert await is_served(address, door, context_of(pem, door))
 
 
@@ -168,7 +171,7 @@ async def test_only_certificates_of_the_authority_come_in(pem: Path, door: Any) 
 
 
 async def test_a_certificate_gives_no_role(pem: Path, tmp_path: Path) -> None:
-    """Who has a certificate and no token, or a token of another role, may do nothing."""
+    """A client with a certificate, but without a token of the right role, is rejected."""
     path = tmp_path / "tokens"
     path.write_text("operator admin\n")
     path.chmod(0o600)

@@ -1,4 +1,4 @@
-"""What is kept of a token file, and what may come in its place while the server runs."""
+"""The stored content of a token file, and its replacement while the server runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_fifo_in_place_of_the_token_file_changes_nothing(
         assert not files.look()
         assert "tokens stay as they were" in caplog.text
         assert files.newest.roles_of("alpha-secret") == {"inference"}
-        # As SIGHUP does.
+        # SIGHUP has the same effect.
         files.forget()
         caplog.clear()
     token_file.unlink()

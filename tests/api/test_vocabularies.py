@@ -1,4 +1,4 @@
-"""Tokenizers of adapters are read once, kept while they are used, and end with the server."""
+"""Tokenizers of adapters are read once, kept while in use, and released with the server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from turret.v1 import adapters_pb2
 
 
 class Adapters:
-    """An adapter of every name, each with a tokenizer of its own."""
+    """An adapter for every name, each with its own tokenizer."""
 
     def __init__(self) -> None:
         self.read_names: list[str] = []
@@ -40,7 +40,7 @@ class Adapters:
 
 
 class Closed:
-    """Compiles nothing."""
+    """A compiler that compiles nothing."""
 
     is_closed = False
 
@@ -103,7 +103,7 @@ async def test_a_fault_is_told_to_all_and_not_kept(
 async def test_the_latest_used_are_kept(adapters: Adapters, vocabularies: Vocabularies) -> None:
     for name in "abcad":
         await vocabularies.of(weights(name))
-    # The fourth took the place of b, and what it made room for counts as no use of the others.
+    # The fourth tokenizer replaced b; this did not count as a use of the others.
     for name in "cad":
         await vocabularies.of(weights(name))
     await vocabularies.of(weights("e"))

@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic and inputs, and that what they time still exists."""
+"""The benchmarks' arithmetic and inputs, and the existence of the functions that they measure."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ BENCH = ROOT / "bench"
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a module of bench/, which is a folder of scripts."""
+    """Import a module of bench/, which is a folder of scripts."""
     monkeypatch.syspath_prepend(str(BENCH))
     return importlib.import_module
 
 
 def test_rates_count_the_tokens_after_the_first(bench: Any):
     batch = bench("common.batch")
-    # The second request's first token comes when the first request has three.
+    # The second request's first token arrives after three tokens of the first request.
     answers = [
         batch.Answer((1, 2, 3, 4, 5), (1.0, 1.5, 2.0, 2.5, 3.0), 0),
         batch.Answer((1, 2, 3, 4, 5), (2.0, 2.5, 3.0, 3.5, 4.0), 0),
@@ -65,7 +65,8 @@ def test_the_floor_counts_what_a_step_must_read(bench: Any):
     parts = floor.step_bytes(arch, requests=3, loras=2, rank=4, context=10)
     assert parts["base matmuls"] == sum(m.weight.numel() for m in linear.values()) * (0.5 + 2 / 64)
     assert parts["adapters"] == 2 * sum(2 * 4 * sum(m.weight.shape) for m in linear.values())
-    # Three requests, ten tokens, two layers of keys and values: 2 heads of 16 in bf16.
+    # Three requests with ten tokens each, and two layers of keys and values with 2 heads of 16 in
+    # bf16.
     assert parts["attention"] == 3 * 10 * 2 * 2 * 2 * 16 * 2
     assert parts["head"] == 2 * model.lm_head.weight.numel()
     rate = floor.read_bandwidth()
@@ -109,8 +110,9 @@ def test_random_adapters_of_every_method_load(bench: Any, tmp_path: Path):
     lowered = {name: lower_adapter(tmp_path, base, name) for name in names}
     written = {method_for(read_adapter(tmp_path, name)).name for name in names}
     assert written == set(made.MIXED_METHODS) - {"rslora"} <= METHODS.keys()
-    # What is timed are operators, and other methods have no others: a gate is of a learned fusion,
-    # which is built of registered adapters, none of which these files can name; biases are added.
+    # The benchmark measures operators. The other methods have no further ones: gates belong to
+    # learned fusions of registered adapters, which these files cannot name, and biases are just
+    # added.
     operators = {kind.name for kind in KERNELS.keys() | {ModulatedBase}} - {ExpertLowRank.name}
     used = {
         part.name
@@ -118,7 +120,7 @@ def test_random_adapters_of_every_method_load(bench: Any, tmp_path: Path):
         for module in adapter.operators.modules.values()
         for part in module.operators
     }
-    # Those that came later are not timed there: its rates are compared with earlier ones.
+    # Newer operators are not measured there, because the rates are compared with earlier results.
     later = {"input_blocks", "sparse", "pairs", "circulant", "dense", "modulated"}
     assert used == operators - {"gate", "bias"} - later
     plain = logits(model)
@@ -209,7 +211,7 @@ def test_stopwatch_puts_the_functions_back(bench: Any):
 
 
 def test_the_load_of_others_leaves_out_ones_own(bench: Any, monkeypatch: pytest.MonkeyPatch):
-    """Two seconds on a two-core machine: 3 busy core-seconds, 1 of them the benchmark's."""
+    """Two seconds on a two-core machine, with 3 busy core-seconds, 1 of them its own."""
     machine = bench("common.machine")
     Times = namedtuple("Times", "user system idle")
     now = 0
@@ -228,7 +230,7 @@ def test_the_load_of_others_leaves_out_ones_own(bench: Any, monkeypatch: pytest.
     monkeypatch.setattr(machine.psutil, "Process", Own)
     monkeypatch.setattr(machine.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(machine.time, "perf_counter", lambda: float(now))
-    # This process and one other, half a second each.
+    # This process and another one, half a second each.
     meter = machine.CpuMeter(1)
     now = 2
     assert meter.foreign_share() == pytest.approx((3.0 - 1.0) / 4.0)

@@ -1,4 +1,4 @@
-"""The estimates that the GPU benchmark prints beside what it measures."""
+"""The estimates that the GPU benchmark prints beside its measurements."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def test_the_scarcest_resource_decides():
 
 
 def test_an_8b_on_an_h100():
-    """Orders of magnitude: half a byte a weight at full bandwidth takes 1.2 ms."""
+    """Orders of magnitude: half a byte per weight at full bandwidth takes 1.2 ms."""
     alone, full = step_ms(1, []), step_ms(64, [])
     assert 1.5 < alone < 3.5
     assert alone < full < 8
-    # The more distinct adapters, the dearer; a shared one costs the least.
+    # More distinct adapters cost more; a shared one costs the least.
     shared, eight = step_ms(64, [(16, 64)]), step_ms(64, [(16, 8)] * 8)
     distinct = step_ms(64, [(16, 1)] * 64)
     assert full < shared < eight < distinct
@@ -69,7 +69,10 @@ def test_an_8b_on_an_h100():
 
 
 def test_what_others_move_and_what_draws_take():
-    """A loop launches more, padding and gathering read more; a draw is one program's for a row."""
+    """A loop launches more, padding and gathering read more.
+
+    One program draws the token of a row.
+    """
     few, many = (estimate.sample_work(rows, 128256, 17, H100).kernel_ms(H100) for rows in (1, 132))
     assert few == pytest.approx(many)
     assert 0.02 < few < 0.2

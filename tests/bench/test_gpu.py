@@ -1,4 +1,4 @@
-"""The GPU benchmark is ready to run: everything in it works on tiny shapes in the interpreter."""
+"""The whole GPU benchmark works on tiny shapes in the interpreter."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_dry_run(tmp_path):
     for row in rows:
         assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
         assert {"gpu", "driver", "torch", "triton", "date", "commit"} <= set(row)
-        # Beside the measured time what it should be, here on an H100's account.
+        # The row has the expected time for an H100 beside the measured time.
         assert 0 < row["floor_ms"] <= row["expected_ms"] < row["p50_ms"], row
 
 
@@ -65,8 +65,8 @@ def test_without_a_gpu_it_says_so():
     assert "--dry-run" in done.stderr
 
 
-# A part that is wrong, one that fails and one that measures, in a process of their own because the
-# benchmark's modules are not importable from here.
+# A part with a wrong result, one that fails and one that succeeds. They run in a separate process,
+# because the benchmark's modules are not importable here.
 PARTS = """
 import sys
 sys.path.insert(0, "bench")
@@ -104,7 +104,8 @@ def test_a_part_that_fails_costs_no_other_its_rows(tmp_path: Path):
     assert all(0 < row["floor_ms"] < row["expected_ms"] < 1 for row in rows)
 
 
-# What the server needs beside torch, triton and numpy: a machine with a GPU may have none of it.
+# Dependencies of the server other than torch, triton and numpy, which a machine with a GPU may
+# lack.
 BARE = """
 import importlib.abc
 import sys
@@ -138,7 +139,7 @@ sys.exit(pytest.main([*options, *sys.argv[1:]]))
 
 
 def run_bare(program: str, *args: str) -> None:
-    """Run a program where only torch, triton and numpy (and pytest) can be imported."""
+    """Run a program that can import only torch, triton and numpy (and pytest)."""
     environment: dict[str, Any] = {**os.environ, "TRITON_INTERPRET": "1"}
     environment["PYTHONPATH"] = f"src{os.pathsep}tests/support"
     command = [sys.executable, "-c", BARE + program, *args]
@@ -167,9 +168,9 @@ def named_tests() -> list[str]:
 
 @WITHOUT_GPU
 def test_the_tests_it_names_are_there_and_are_no_reference_tests():
-    """A renamed file would end pytest before its first test."""
+    """A missing file would end pytest before its first test."""
     named = named_tests()
-    # Every kernel's own tests, as they are executed without a GPU.
+    # The tests of every kernel that also run without a GPU.
     kernels = {path for path in KERNEL_TESTS if path.startswith("tests/kernels/")}
     assert kernels < set(named)
     assert len(named) == len(kernels) + 3

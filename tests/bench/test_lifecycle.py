@@ -25,7 +25,7 @@ BENCH = ROOT / "bench"
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a module of bench/, which is a folder of scripts."""
+    """Import a module of bench/, which is a folder of scripts."""
     monkeypatch.syspath_prepend(str(BENCH))
     return importlib.import_module
 
@@ -106,7 +106,7 @@ def test_the_watch_sees_the_most_that_each_tier_held(bench: Any) -> None:
 
 
 def document(rates: dict[int, float], **changes: Any) -> dict[str, Any]:
-    """What bench/lifecycle.py writes, with everything at its best but ``changes``."""
+    """A document of bench/lifecycle.py with ideal values except for ``changes``."""
     result: dict[str, Any] = {
         "date": "2026-01-02T03:04:05+00:00",
         "machine": {"cpu": "x < y", "cores": 2},

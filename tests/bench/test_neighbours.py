@@ -1,4 +1,4 @@
-"""What a server keeps beside a process that wants a processor: not a hundredth, as with OpenMP."""
+"""The speed of a server beside a busy process, which with OpenMP would drop to a hundredth."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from turret.server.models.families import read_arch
 from turret.server.models.model_source import resolve_model
 from turret.server.models.sources.check import default_cache_dir
 
-# 0.5 and more on an idle machine; tests run beside each other.
+# The share is at least 0.5 on an idle machine, but tests run in parallel.
 LEAST_SHARE = 0.15
 
 

@@ -1,4 +1,4 @@
-"""A fault in any operation of a step: every request is told, and nothing stays held."""
+"""A fault in any operation of a step: every request gets an error, and nothing stays held."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from turret.server.engine.step.executor import TorchExecutor
 from turret.server.errors import TurretError, UnavailableError
 
-# Of some hundred operations in a step; the last is the sampler's.
+# The number of tested operations, of some hundred in a step; the last one is the sampler's.
 NUM_PLACES = 10
 
 
 class Counted(TorchDispatchMode):
-    """Counts torch's operations, and fails one of them.
+    """Counts torch's operations, and makes one of them fail.
 
     Args:
-        fail_at: Which, from 1; None for none.
+        fail_at: The number of the failing operation, from 1; None for none.
     """
 
     def __init__(self, fail_at: int | None = None) -> None:
@@ -46,7 +46,7 @@ async def _ask(harness: EngineHarness) -> list[Any]:
 
 
 async def _live(model: Path, root: Path, mode: Counted) -> tuple[list[Any], list[int], bool]:
-    """Answers or errors, what is in flight afterwards, and whether the engine is dead."""
+    """The answers or errors, the requests in flight afterwards, and whether the engine is dead."""
     run = TorchExecutor.run
 
     def within(executor: TorchExecutor, step: Any) -> Any:
@@ -56,7 +56,7 @@ async def _live(model: Path, root: Path, mode: Counted) -> tuple[list[Any], list
     answers: list[Any] = []
     in_flight: list[int] = []
     is_dead = False
-    # The harness itself complains of an engine that is dead.
+    # The harness itself reports a dead engine.
     with contextlib.suppress(AssertionError):
         async with EngineHarness.start(model, root, adapters=("a", "b")) as harness:
             with patch.object(TorchExecutor, "run", within):

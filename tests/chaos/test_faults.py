@@ -1,4 +1,4 @@
-"""Disks, descriptors, memory, files and clocks that fail under a server: it goes on."""
+"""A server survives failures of disks, descriptors, memory, files and clocks."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Served:
-    """A server with two adapters, who administers it, and what it takes when nothing happens."""
+    """A server with two adapters, its administrator, and its resource use when idle."""
 
     def __init__(self, life: Life, root: Path, *, loads: bool = True) -> None:
         self.life = life
@@ -65,7 +65,7 @@ class Served:
         return Code.OK
 
     def answer_code(self, **fields: Any) -> Code:
-        """How a request for an answer of the base ends."""
+        """The status of a request to the base."""
         with grpc.insecure_channel(self.life.address) as channel:
             request = inference_pb2.GenerateRequest(**fields)
             request.stop.max_tokens = 2
@@ -76,7 +76,7 @@ class Served:
         return Code.OK
 
     def serves(self) -> bool:
-        """Whether both adapters answer as before."""
+        """Whether both adapters give the same answers as before."""
         return all(self.admin.generate(name) == text for name, text in self.answers.items())
 
 
@@ -113,7 +113,7 @@ def test_a_disk_that_is_full_or_read_only_changes_nothing(
         )
         for fault, expected in faults:
             with fault(disk):
-                # A removal needs no room.
+                # A removal needs no disk space.
                 writes = [w for w in WRITES if w != "unload" or fault is read_only]
                 found = {
                     kind: served.code(kind, "z" if kind in ("load", "upload", "fuse") else "x", "c")
@@ -136,7 +136,8 @@ def test_without_descriptors_or_memory_calls_fail_and_the_server_stays(
 ) -> None:
     served = start(tmp_path / "state")
     pid, process = served.life.pid, served.life.process
-    # No merge before memory is short: nothing may first be imported then.
+    # Run each operation once, so that nothing must be imported when memory is short. Merges are not
+    # run before.
     for kind, name in (("load", "z"), ("unload", "z")):
         assert served.code(kind, name, "c") is Code.OK
     before = served.admin.state()
@@ -149,14 +150,14 @@ def test_without_descriptors_or_memory_calls_fail_and_the_server_stays(
     resource.prlimit(pid, resource.RLIMIT_NOFILE, kept)
     assert served.code("load", "z", "c") is Code.OK
     assert served.code("unload", "z") is Code.OK
-    # Room for a few megabytes more: what does not fit fails by itself.
+    # Allow a few more megabytes: operations that need more fail alone.
     whole = resource.prlimit(pid, resource.RLIMIT_AS)
     resource.prlimit(pid, resource.RLIMIT_AS, (process.memory_info().vms + (4 << 20), whole[1]))
     calls = (("merge", "x"), ("unmerge", "x"), ("load", "z"), ("fuse", "v"), ("unload", "z"))
     codes = {kind: served.code(kind, name, "c") for kind, name in calls}
     codes["constraint"] = served.answer_code(prompt="a", regex="[a-z]{9}")
     assert served.life.is_alive, codes
-    # What a call before did not do for want of memory, the next one does not find.
+    # A call may miss the result of an earlier call that failed for lack of memory.
     missing = {Code.NOT_FOUND, Code.FAILED_PRECONDITION}
     assert set(codes.values()) <= {Code.OK, Code.RESOURCE_EXHAUSTED} | missing, codes
     resource.prlimit(pid, resource.RLIMIT_AS, whole)
@@ -174,7 +175,10 @@ def test_without_descriptors_or_memory_calls_fail_and_the_server_stays(
 def test_a_server_that_exceeds_its_groups_memory_comes_back_with_every_adapter(
     start: Callable[..., Served], tmp_path: Path
 ) -> None:
-    """The kernel ends it, as in a container; the limit does not count what it had before."""
+    """The kernel kills the server, as in a container.
+
+    The limit applies only to memory allocated afterwards.
+    """
     served = start(tmp_path / "state", "--adapter-host-bytes", "1GiB")
     names = [f"n{number}" for number in range(400)]
     with memory_group(f"turret-{served.life.pid}", 12 << 20) as group:
@@ -188,7 +192,7 @@ def test_a_server_that_exceeds_its_groups_memory_comes_back_with_every_adapter(
     assert len(confirmed) < len(names)
     again = start(tmp_path / "state", loads=False)
     state = again.admin.state()
-    # The load that was cut off may have been saved.
+    # The interrupted load may have been saved.
     assert {"x", "y", *confirmed} <= state.keys() <= {"x", "y", *names[: len(confirmed) + 1]}
     assert again.admin.generate("x") == served.answers["x"]
 
@@ -197,7 +201,7 @@ def test_a_server_that_exceeds_its_groups_memory_comes_back_with_every_adapter(
 def test_nothing_waits_by_the_wall_clock(
     start: Callable[..., Served], tmp_path: Path, clock: WallClock
 ) -> None:
-    """Somebody sets it while a stream runs: nothing ends, and nothing lasts, for that."""
+    """Setting the clock during a stream neither ends nor extends anything."""
     served = start(tmp_path / "state")
     request = inference_pb2.GenerateRequest(prompt="a b c")
     request.stop.max_tokens, request.stop.ignore_eos = 200, True
@@ -205,7 +209,7 @@ def test_nothing_waits_by_the_wall_clock(
     with grpc.insecure_channel(served.life.address) as channel:
         stub = inference_pb2_grpc.InferenceStub(channel)
         for ahead in (86_400, -86_400, -100_000_000, 0):
-            # Its deadline is within the jump.
+            # The deadline is within the jump of the clock.
             stream = stub.GenerateStream(request, timeout=3600)
             tokens = list(next(stream).token_ids)
             clock.set_ahead(ahead)
@@ -232,7 +236,7 @@ def test_nothing_waits_by_the_wall_clock(
 
 @pytest.mark.long
 def test_five_hundred_adapters_come_and_go(start: Callable[..., Served], tmp_path: Path) -> None:
-    """Of which a few fit into memory: answers stay the same, and so does what the server takes."""
+    """Only a few adapters fit in memory; answers and the server's resource use stay the same."""
     served = start(tmp_path / "state", "--adapter-host-bytes", "1MiB")
     admin, source = served.admin, random.Random(1)
     paths = sorted(PATHS)
@@ -263,7 +267,7 @@ def test_five_hundred_adapters_come_and_go(start: Callable[..., Served], tmp_pat
 def test_a_model_directory_that_vanishes_is_not_missed(
     start: Callable[..., Served], model: Path, tmp_path: Path
 ) -> None:
-    """What is served was read at the start; what is read later says what is missing."""
+    """The served model was read at startup; later reads report the missing file."""
     served = start(tmp_path / "state")
     shutil.move(model, model.with_name("elsewhere"))
     shutil.move(tmp_path / "adapters", tmp_path / "gone")
@@ -315,7 +319,7 @@ def test_clients_that_die_or_never_read_leave_nothing(
 
 
 def _abandon(served: Served, count: int) -> None:
-    """Streams whose clients read one message at most, and then vanish with their connections."""
+    """Start streams with clients that read at most one message and then vanish."""
     request = inference_pb2.GenerateRequest(prompt="a b c")
     request.stop.max_tokens = 400
     request.stop.ignore_eos = True

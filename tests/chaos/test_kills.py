@@ -1,4 +1,4 @@
-"""kill -9 in the middle of any admin call: the state before it or the state after it."""
+"""kill -9 during any admin call leaves the state before or after the call."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from builders.random_adapters import AdapterSpec, arch_of, write_adapter
 from chaos.administration import PATHS, Administrator, Entry, Operation, State, is_before_or_after
 from servers.zygote import shared_zygote
 
-# Most seconds from the first call to the kill; a dozen calls fit in.
+# Maximum number of seconds from the first call to the kill; a dozen calls fit in this time.
 MOST_SECONDS = 0.5
-# A fusion of what fits no fusion, a second merge, a component in use.
+# Rejections: a fusion of unsuitable adapters, a second merge, a component in use.
 REFUSALS = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.INVALID_ARGUMENT)
 
 
@@ -60,7 +60,7 @@ def test_a_kill_in_any_call_leaves_the_state_before_or_after(
         else:
             assert is_before_or_after(pending, known, found), (pending, known, found)
             cut[f"{pending.kind} {'before' if found == known else 'after'}"] += 1
-        # Everything that is registered serves, the base is its own again, and nothing is left over.
+        # All registered adapters are served, the base is restored, and nothing is left over.
         assert not administrator.is_merged()
         base = base or administrator.generate()
         assert administrator.generate() == base

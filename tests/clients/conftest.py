@@ -1,4 +1,4 @@
-"""A server with canned answers, a client of it, and the command's verbs against it."""
+"""Fixtures: a server with canned answers, its client, and the command's verbs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def client(server: FakeTurret) -> Iterator[TurretClient]:
 
 @pytest.fixture
 def run(server: FakeTurret, capsys: pytest.CaptureFixture[str], monkeypatch) -> Run:
-    """Runs a verb against the server; returns exit code, stdout and stderr."""
+    """Run a verb against the server; returns exit code, stdout and stderr."""
     monkeypatch.setenv("COLUMNS", "120")
 
     def run(*arguments: str) -> tuple[int, str, str]:

@@ -1,4 +1,4 @@
-"""Addresses at which there can be no server: refused by what is wrong with them."""
+"""Addresses that cannot be a server's: each error names the fault."""
 
 from __future__ import annotations
 

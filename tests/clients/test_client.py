@@ -1,4 +1,4 @@
-"""The Python clients against a server with canned answers behind the real protocol."""
+"""The Python clients with a server of canned answers behind the real protocol."""
 
 from __future__ import annotations
 
@@ -229,7 +229,7 @@ def test_error_carries_what_the_server_said(client: TurretClient):
 
 
 def test_error_without_details_keeps_its_status(monkeypatch: pytest.MonkeyPatch):
-    """As an older server answers that does not know the call."""
+    """An older server answers like this to an unknown call."""
     monkeypatch.setattr(FakeAdapters, "GetMergeState", AdaptersServicer.GetMergeState)
     with (
         fake_turret() as older,

@@ -1,4 +1,4 @@
-"""Errors that leave the process that they were raised in, and come back whole."""
+"""Errors stay complete when they are passed to another process and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Vectors and labels by the clients and by the command."""
+"""Vectors and labels in the clients and in the command."""
 
 from __future__ import annotations
 
@@ -98,12 +98,12 @@ def test_the_command_compares_texts(
     monkeypatch.setattr("sys.stdin", io.StringIO("a\n[b] c\n"))
     assert run(server, "embed", "-", "--similarity") == 0
     printed = capsys.readouterr().out
-    # Of (1, 0, 0.125) and (2, 1, 0.125).
+    # The cosine of (1, 0, 0.125) and (2, 1, 0.125).
     assert "0.893" in printed
     assert "[b] c" in printed
     assert run(server, "embed", "a", "--json") == 0
     assert json.loads(capsys.readouterr().out)["vectors"][0][0] == 1
-    # A pipe takes lines of any length: no figure of twenty columns is cut.
+    # Lines in a pipe may have any length, so no number in twenty columns is cut.
     monkeypatch.delenv("COLUMNS", raising=False)
     assert run(server, "embed", *("a " * n for n in range(1, 21)), "--similarity") == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]

@@ -1,4 +1,4 @@
-"""A client in another language, made of the .proto files alone, against the real server."""
+"""A client in another language, generated from the .proto files alone, with the real server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 HERE = Path(__file__).parent
 PROTO = HERE.parent.parent / "proto"
-# What npm says where there is no network, as opposed to a dependency that is wrong.
+# npm's errors without a network, as opposed to an invalid dependency.
 NO_NETWORK = ("ENOTFOUND", "EAI_AGAIN", "ECONNREFUSED", "ECONNRESET", "ETIMEDOUT", "ENETUNREACH")
 
 
@@ -24,7 +24,7 @@ class LiveServer(Protocol):
 
 @pytest.fixture(scope="module")
 def node_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The client with its dependencies, installed as the lock file pins them."""
+    """The client with its dependencies, installed from the lock file."""
     if shutil.which("node") is None or shutil.which("npm") is None:
         pytest.skip("node and npm are not installed")
     folder = tmp_path_factory.mktemp("node")

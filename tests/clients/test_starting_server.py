@@ -1,4 +1,4 @@
-"""A server that still loads its model: what the verbs and the clients say, and how one waits."""
+"""A server that is still loading its model: messages of the verbs and the clients, and waiting."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def starting() -> Iterator[tuple[str, health.HealthServicer]]:
-    """A server's address and its health, which is that of one that loads."""
+    """The address and the health of a server that is loading."""
     servicer = health.HealthServicer()
     servicer.set("", HealthCheckResponse.NOT_SERVING)
     server = grpc.server(futures.ThreadPoolExecutor(2))
@@ -67,13 +67,13 @@ def test_health_does_not_wait_for_what_does_not_change(
     asked = ("health", "--address", address, "--wait", "600")
     assert parse_and_run(*asked, "--service", "turret.v1.Other") == 1
     assert "the server has no such service" in capsys.readouterr().err
-    # What answers but is no such server is told at once, and asked again all the same.
+    # An answer from something else is reported at once, but the server is still queried again.
     assert parse_and_run("health", "--address", address, "--tls", "--wait", "0.1") == 1
     told = capsys.readouterr().err.splitlines()
     assert told[0].startswith("UNAVAILABLE (TLS_UNSUPPORTED): ")
     assert told[0].endswith("; retrying")
     assert len(told) == 2
-    # Nothing listens on this port, and may by and by.
+    # Nothing listens on this port yet.
     assert parse_and_run("health", "--address", "127.0.0.1:1", "--wait", "0.1") == 1
     assert capsys.readouterr().err.startswith("UNAVAILABLE (NOT_REACHED): ")
 

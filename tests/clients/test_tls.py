@@ -1,4 +1,4 @@
-"""The clients over TLS, where both sides show a certificate."""
+"""The clients over TLS, with certificates on both sides."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SERVER_NAME = "turret.example"
 def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``{server,client,here}.{crt,key}``, self-signed.
 
-    ``here`` is for this machine's address, the others for SERVER_NAME.
+    The certificate ``here`` is for this machine's address, the others are for SERVER_NAME.
     """
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not installed")
@@ -46,7 +46,7 @@ def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def address(pem: Path) -> Iterator[str]:
-    """A server that asks for the client's certificate."""
+    """The address of a server that requires a client's certificate."""
     with serving(pem, "server") as found:
         yield found
 
@@ -126,7 +126,7 @@ def test_the_command_says_which_flag_is_missing(
 async def test_a_client_with_tls_is_told_of_the_certificate(
     pem: Path, address: str, own: str | None, capfd
 ):
-    """A server that asks for one only closes the connection of who shows none, or another."""
+    """A server that requires a certificate just closes connections with none or a wrong one."""
     shown = {} if own is None else {"certificate": pem / f"{own}.crt", "key": pem / f"{own}.key"}
     tls = Tls.from_files(ca=pem / "server.crt", server_name=SERVER_NAME, **shown)
     with (
@@ -147,7 +147,7 @@ async def test_a_client_with_tls_is_told_of_the_certificate(
 
 
 async def test_a_server_of_several_addresses_goes_by_the_first_ones_name(pem: Path):
-    """By the whole list it would go by a name that no certificate has and proxies refuse."""
+    """With the whole list as its name, no certificate would match, and proxies would reject it."""
     tls = Tls.from_files(
         ca=pem / "here.crt", certificate=pem / "client.crt", key=pem / "client.key"
     )

@@ -1,4 +1,4 @@
-"""Asks with Anthropic's Python client; prints JSON for test_clients.py.
+"""Sends requests with Anthropic's Python client, and prints JSON for test_clients.py.
 
 python ask_anthropic.py URL TOOLS_URL QUESTION
 """
@@ -17,7 +17,7 @@ URL, TOOLS_URL, QUESTION = sys.argv[1:]
 ASKED: dict[str, Any] = {
     "model": "json",
     "max_tokens": 6,
-    # Its newest versions have no parameter for the temperature.
+    # The newest versions of the client have no parameter for the temperature.
     "extra_body": {"temperature": 0},
     "messages": [{"role": "user", "content": QUESTION}],
 }
@@ -63,7 +63,7 @@ def refused(client: anthropic.Anthropic) -> dict[str, Any]:
 
 
 def loop() -> dict[str, Any]:
-    """A loop of tool calls, as agents run it: with events, until the model answers in text."""
+    """An agent's loop of tool calls, with events, until the model answers with text."""
     turns: list[Any] = [{"role": "user", "content": "What is twice 21?"}]
     kinds, called = [], []
     with anthropic.Anthropic(base_url=TOOLS_URL, api_key="none") as client:

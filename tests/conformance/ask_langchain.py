@@ -1,4 +1,4 @@
-"""Asks a turret server through LangChain; prints what came back as JSON. Runs in the clients' venv.
+"""Queries a turret server through LangChain; prints JSON. Runs in the clients' venv.
 
 python ask_langchain.py BASE_URL PROMPT
 """

@@ -1,4 +1,4 @@
-"""Has a turret server call a tool, through LangChain; prints what came back as JSON.
+"""Makes a turret server call a tool through LangChain, and prints the results as JSON.
 
 python ask_langchain_tools.py BASE_URL
 """

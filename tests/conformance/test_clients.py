@@ -21,7 +21,7 @@ from turret.server.models.sources.check import default_cache_dir, find_gguf
 HERE = Path(__file__).parent
 CLIENTS = Path(os.environ.get("TURRET_CLIENTS", ROOT / ".conformance" / "bin"))
 ASK = "JSON with name, age: Ann is 31 years old."
-# As Hermes and Qwen call tools.
+# A template with tool calls in the format of Hermes and Qwen.
 TEMPLATE = """\
 {% for tool in tools or [] %}{{ tool | tojson }}<tool_call>
 {% endfor %}{% for message in messages %}<|im_start|>{{ message.role }}
@@ -54,7 +54,7 @@ def url(server: ServerUnderTest) -> str:
 
 @pytest.fixture(scope="module")
 def tools_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server on the embedded model with a template that knows tools."""
+    """A server on the embedded model, with a template that supports tools."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     folder = tmp_path_factory.mktemp("tools")
@@ -74,7 +74,7 @@ def tools_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def expected(url: str, model: str = "json", **more: Any) -> str:
-    """What OpenAI's Python client gets; tests/http has the tests of that one."""
+    """The results of OpenAI's Python client, which tests/http tests."""
     with openai.OpenAI(base_url=url, api_key="none") as client:
         answer = client.chat.completions.create(
             model=model,
@@ -90,7 +90,7 @@ def expected(url: str, model: str = "json", **more: Any) -> str:
 def run(
     command: Sequence[str | Path], cwd: Path | None = None, environment: Mapping[str, str] = NOTHING
 ) -> str:
-    """What a command prints; it must end with exit code 0."""
+    """The output of a command, which must end with exit code 0."""
     result = subprocess.run(
         list(map(str, command)),
         cwd=cwd,
@@ -145,7 +145,7 @@ def test_llm(url: str, tmp_path: Path) -> None:
 
 @needs_clients
 def test_lm_eval(server: ServerUnderTest, url: str, tmp_path: Path) -> None:
-    """Choices scored by echo and logprobs of the prompt; the tokens are the server's own."""
+    """The harness scores choices by echo and prompt logprobs, with the server's own tokens."""
     task = (HERE / "tasks" / "colours.yaml").read_text()
     questions = HERE / "tasks" / "colours.jsonl"
     (tmp_path / "colours.yaml").write_text(task.replace("COLOURS_JSONL", str(questions)))
@@ -168,9 +168,9 @@ def _tokenizer() -> Path:
 @needs_clients
 @pytest.mark.parametrize("form", ["openai-chat", "open-responses"])
 def test_llm_comply(url: str, form: str) -> None:
-    """Every check passes but those of what the embedded model cannot do, which a 400 refuses."""
+    """Every check passes except for features that the embedded model lacks, which get a 400."""
     command = [CLIENTS / "llm-comply", "-u", url, "-k", "none", "-m", "json", "--format", form]
-    # Its own exit code counts what cannot be done as well.
+    # The exit code also counts unsupported features.
     result = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=900)
     results = json.loads(result.stdout)["results"]
     by_status: dict[str, set[str]] = {"passed": set(), "failed": set(), "skipped": set()}
@@ -198,7 +198,7 @@ def test_langchain_calls_tools(tools_url: str) -> None:
 
 @needs_clients
 def test_anthropic(url: str, tools_url: str) -> None:
-    """Its client asks synchronously, asynchronously, with events, and in a loop of tool calls."""
+    """The client runs synchronously, asynchronously, with events, and in a loop of tool calls."""
     roots = [each.removesuffix("/v1") for each in (url, tools_url)]
     found = json.loads(run([CLIENTS / "python", HERE / "ask_anthropic.py", *roots, ASK]))
     text = expected(url)

@@ -1,4 +1,4 @@
-"""Constraints are compiled to what they say, refused with their path, kept, and bounded."""
+"""Compilation of constraints: correctness, errors with paths, caching, and limits."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_what_is_let_through(
     ("letters", "most"), [("a-z ", 9), ("a-z ", 40), ("a-zA-Z ", 40), ("a-zA-Z ,.7", 40)]
 )
 def test_counted_letters_allow_the_tokens_that_fit(letters: str, most: int) -> None:
-    """Slices of the vocabulary are allowed whole, where all of them fit, and only there."""
+    """A slice of the vocabulary is allowed as a whole if and only if all of its tokens fit."""
     words = ("hear ye an announcement of unconstitutional Words, Some 7. of " * 9).title().split()
     text = [" ".join(words[n:]) for n in range(len(words))]
     backend = Backend(models.BPE())
@@ -140,7 +140,7 @@ def test_random_walks_through_a_schema_give_what_it_describes(tokenizer: Tokeniz
         matcher, answer = constraint.matcher(), []
         while (allowed := tokens_of(matcher)) != {EOS}:
             assert EOS not in allowed
-            # Blanks are bounded, but a walk would mostly be blanks.
+            # Leave out blanks, which are bounded but would dominate a random walk.
             wanted = sorted(allowed - set(tokenizer.encode(" \n\t\r"))) or sorted(allowed)
             answer.append(int(rng.choice(wanted)))
             matcher.advance(answer[-1])
@@ -166,7 +166,7 @@ def test_random_walks_through_a_schema_give_what_it_describes(tokenizer: Tokeniz
             ["json_schema.anyOf[1].propertyNames", "json_schema.anyOf[1].minContains"],
             "KEYWORD_UNSUPPORTED",
         ),
-        # A property's name is no keyword.
+        # The name of a property is not a keyword.
         (
             schema({"properties": {"not": {"type": "string", "format": "bogus"}}}),
             ["json_schema.properties.not.format"], "FORMAT_UNSUPPORTED",
@@ -222,7 +222,7 @@ async def test_what_cannot_be_met_is_refused_with_its_path(
 async def test_a_text_of_megabytes_that_must_come_is_not_made(
     compiler: ConstraintCompiler, kind: Kind, text: str
 ) -> None:
-    """The library would hold the interpreter's lock for seconds while it makes tokens of it."""
+    """The library would hold the GIL for seconds while it tokenizes the text."""
     matcher = (await compiler.compile(ConstraintSpec(kind, (text,)))).matcher()
     start = time.thread_time()
     for _ in range(4):
@@ -248,7 +248,7 @@ async def test_equal_constraints_are_compiled_once(
     assert all(other is first for other in others)
     assert await compiler.compile(ConstraintSpec("regex", ("a+",))) is first
     assert len(compilations) == 1
-    # Two texts are not one, and a grammar is no regular expression.
+    # Two texts differ from one, and a grammar from a regular expression.
     for other in (("choice", "a", "+"), ("choice", "a+"), ("grammar", 'start: "a+"')):
         assert await compiler.compile(ConstraintSpec(other[0], other[1:])) is not first  # type: ignore[arg-type]
     monkeypatch.setattr(constraint_module, "MAX_CACHED", 2)
@@ -274,7 +274,7 @@ async def test_vocabularies_share_one_budget(
     assert kept.num_bytes == one.num_bytes + other.num_bytes
     monkeypatch.setattr(constraint_module, "MAX_CACHED_BYTES", 2 * one.num_bytes)
     await second.compile(ConstraintSpec("regex", ("b+",)))
-    # The one that nobody asked for the longest went, whosever it is.
+    # The least recently used constraint was dropped, regardless of its compiler.
     assert await second.compile(spec) is other
     assert await first.compile(spec) is not one
     first.forget()
@@ -335,7 +335,7 @@ async def test_tokenizers_that_cannot_be_followed() -> None:
 async def test_panics_of_the_library_are_errors(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are no Exceptions, and nobody above would catch them."""
+    """Panics are not Exceptions, so no caller would catch them."""
 
     class PanicException(BaseException):
         pass

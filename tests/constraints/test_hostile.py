@@ -1,6 +1,6 @@
-"""Constraints made to hurt: compiling and following each of them comes to an end.
+"""Hostile constraints: their compilation and evaluation are bounded.
 
-They run in a process of their own, which must survive them.
+They run in a separate process, which must survive them.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from turret.server.constraints.grammar import MAX_CHOICES, MAX_CONSTRAINT_CHARS
 
 
 def chain(length: int, link: str) -> str:
-    """A grammar of rules or terminals, each of which is in the one before."""
+    """A grammar of nested rules or terminals."""
     links = "".join(link.format(i, i + 1) for i in range(length))
     name = link[0]
     return f'start: {name}0\n{links}{name}{length}: "z"'
 
 
-# Each of these as long as there may be, or as wide as makes sense; on an ordinary stack the first
-# three end the process.
+# Each constraint is as long as allowed, or as wide as is sensible. On an ordinary stack, the first
+# three would crash the process.
 HOSTILE = {
     "nested rules": chain(5000, "r{0}: r{1}\n"),
     "nested terminals": chain(3600, 'R{0}: "a" R{1}?\n'),
@@ -105,7 +105,7 @@ def test_hostile_constraints_end_nothing_and_are_bounded() -> None:
     names = [*HOSTILE, *HOSTILE_REGEXES, *HOSTILE_SCHEMAS]
     assert ended.returncode == 0, (names[len(rows)], ended.stderr[-2000:])
     for name, (seconds, worst, why) in zip(names, rows, strict=True):
-        # Ten times what was measured: the point is that there is an end.
+        # The limit is ten times the measured time, because only the bound matters.
         assert max(seconds / 10, worst / 2) < 1, (name, seconds, worst, why)
-    # As many alternatives as there may be texts to choose from are fewer than were tried.
+    # The maximum number of choices is smaller than the number tried here.
     assert MAX_CHOICES < 9000

@@ -1,4 +1,4 @@
-"""A token is taken in without its mask where the mask would have it, and nowhere else."""
+"""A token is accepted without its mask if and only if the mask would allow it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ SCHEMA = {
     "required": ["name", "count", "said"],
     "additionalProperties": False,
 }
-# Forced texts in whole and in part, counts, special tokens by name and as a text.
+# Constraints with forced texts, partly forced texts, counts, and special tokens by name and as
+# text.
 CONSTRAINTS: list[tuple[Kind, str]] = [
     ("json_schema", json.dumps(SCHEMA)),
     ("regex", "announcement(s| of a)? word{1,3}"),
@@ -47,7 +48,7 @@ CONSTRAINTS: list[tuple[Kind, str]] = [
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    """Tokens of several letters, so that a text has many spellings."""
+    """A tokenizer with tokens of several letters, so that a text has many spellings."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -100,21 +101,21 @@ def test_what_is_taken_is_what_the_mask_allows(
                 if taken is None:
                     assert trial.num_tokens == len(answer)
                     assert tokens_of(trial) == whole
-                    # Where the mask is not asked for, it is because this tells as much.
+                    # The mask is skipped only if this check is as conclusive.
                     is_sure = token not in withheld and compiler_is_sure(compiler, token)
                     assert token not in allowed or not is_sure
                     continue
                 num_taken += 1
                 assert taken == token or whole == {taken}
                 assert taken in allowed
-                # The place is that behind an ordinary advance.
+                # The state is the same as after an ordinary advance.
                 assert trial.num_tokens == len(answer) + 1
                 assert tokens_of(trial) == tokens_of(behind(constraint, [*answer, taken]))
             token = int(rng.choice(sorted(allowed)))
             if token == END and matcher._native.is_accepting():
                 break
             answer.append(token)
-    # Only choices take a token that must come in place of another one.
+    # Only choices accept a forced token in place of another one.
     assert num_taken > 10 or text == "start: (<call> | /some/)+"
 
 
@@ -136,7 +137,7 @@ def compiler_is_sure(compiler: ConstraintCompiler, token: int) -> bool:
 def test_the_text_of_a_special_token_is_spelled(
     tokenizer: Tokenizer, compiler: ConstraintCompiler, expression: str, text: str
 ) -> None:
-    """The library would ask for the special token, and refuse it."""
+    """The library would expect the special token, and reject it."""
     constraint = compiler._compile(ConstraintSpec("regex", (expression,)))
     found = compiler._tokenizer()
     assert isinstance(found, tuple)
@@ -160,7 +161,7 @@ def test_a_special_token_that_a_grammar_names_comes_itself(compiler: ConstraintC
     (a,) = tokens_of(matcher)
     matcher.advance(a)
     assert tokens_of(matcher) == {CALL}
-    # No text: the mask has to tell.
+    # The token has no text, so the mask decides.
     assert matcher.take(CALL) is None
     matcher.advance(CALL)
     assert CALL not in tokens_of(matcher)

@@ -1,6 +1,6 @@
-"""Tests here compile kernels: they need a process where triton is no interpreter.
+"""The tests in this directory compile kernels, so they need a process without triton's interpreter.
 
-``tests/kernels/compiled/test_emulated_sm_80.py`` and its sibling start one and run them.
+``tests/kernels/compiled/test_emulated_sm_80.py`` and its sibling run them in such a process.
 """
 
 from __future__ import annotations

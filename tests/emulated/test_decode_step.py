@@ -1,4 +1,4 @@
-"""A whole decode step on the compiled kernels, as the server's own executor launches them."""
+"""A whole decode step on the compiled kernels, launched by the server's own executor."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from triton.runtime.jit import JITFunction
 
 from turret.server.adapters.device.gpu import slot_tables, uploads
 
-# Rows 0, 1 and 3 have adapters, two of them the same; row 2 is the base model's.
+# Rows 0, 1 and 3 have adapters, two of them the same one; row 2 uses the base model.
 SLOT_OF_ROW = (1, 2, 0, 1)
 CONTEXT = 37
-# A layer rounds about ten times on its way.
+# The bound on errors: a layer rounds about ten times.
 BOUND = {torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
 
 
@@ -34,7 +34,7 @@ def make_step(hidden: int) -> Any:
 
 @pytest.fixture(autouse=True)
 def mapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The emulator maps what kernels find by the addresses in slot tables."""
+    """Map the memory at the addresses in slot tables into the emulator."""
 
     def apart(found: Any, kept: list[torch.Tensor], *more: Any) -> list[int]:
         places = uploads.apart(found, kept, *more)
@@ -46,7 +46,7 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def adapters_of(step: Any, method: str) -> list[Any]:
-    """An adapter or None per row, for which the step has room from now on."""
+    """An adapter or None per row; the step then has room for them."""
     scenario = bench_module("cuda.step").Scenario(method, SLOT_OF_ROW, (12, 64), method)
     made = step.adapters(scenario)
     step.forget(made)
@@ -67,7 +67,7 @@ def test_a_step_repeats_its_bits_and_leaves_base_rows_alone(method):
 
 
 def launches(run: Callable[[], object]) -> Counter[str]:
-    """How often ``run`` launches each kernel."""
+    """The number of launches of each kernel in ``run``."""
     counts: Counter[str] = Counter()
     launch = JITFunction.run
 
@@ -81,7 +81,10 @@ def launches(run: Callable[[], object]) -> Counter[str]:
 
 
 def test_launches_of_a_layer():
-    """Seven for the base, and the draw; adapters add expands, and separate rotation and silu."""
+    """The base has seven launches and the draw.
+
+    Adapters add expands, and separate rotation and silu.
+    """
     step = make_step(64)
     base = launches(lambda: step.run(step.plan([None] * len(SLOT_OF_ROW))))
     # The third norm follows the last layer.
@@ -102,7 +105,7 @@ def test_a_step_against_float64(hidden):
 
 
 def exact_row(step: Any, row: int, adapter: Any) -> torch.Tensor:
-    """Logits of one row in float64, by plain operations."""
+    """The logits of one row in float64, by plain operations."""
     decoder = step._decoder
     (layer,), arch = decoder.layers, decoder.arch
     slices = arch.linears()

@@ -1,4 +1,4 @@
-"""Faults planted in the compiled kernels: the emulator reports each."""
+"""The emulator reports each fault that is planted in the compiled kernels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEVICE = torch.device("cpu")
 
 
 def base_product(missing_bytes: int = 0, gated: bool = False) -> torch.Tensor:
-    """``nf4_matmul`` at a small shape, its weight too short by some bytes."""
+    """``nf4_matmul`` at a small shape, with a weight that lacks some bytes."""
     torch.manual_seed(0)
     out, inner = 64, 512
     packed = torch.randint(0, 256, (out * inner // 2 - missing_bytes,), dtype=torch.uint8)
@@ -31,12 +31,12 @@ def base_product(missing_bytes: int = 0, gated: bool = False) -> torch.Tensor:
 
 
 def gated_product() -> torch.Tensor:
-    """``nf4_matmul`` of gates in one program and ups in another."""
+    """``nf4_matmul`` with gates in one program and ups in another."""
     return base_product(gated=True)
 
 
 def shrink() -> None:
-    """``segmented_shrink`` of a few rows."""
+    """``segmented_shrink`` for a few rows."""
     pack = make_pack(1024, (40,), HALF)
     table = SegmentTable(max_rows=64, max_row_rank=256, max_components=4, device=DEVICE)
     table.load(next(runs for name, runs, _ in traffic(pack) if name == "mixes"))
@@ -44,7 +44,7 @@ def shrink() -> None:
 
 
 def attention() -> torch.Tensor:
-    """``paged_attention`` of two rows whose contexts are two splits each."""
+    """``paged_attention`` for two rows with contexts of two splits each."""
     torch.manual_seed(0)
     table = AttentionTable(
         max_records=8, blocks=40, kv_heads=1, queries_per_head=2, window=None, device=DEVICE,
@@ -56,7 +56,7 @@ def attention() -> torch.Tensor:
 
 
 def without(pattern: str, number: int) -> Callable[[str], str]:
-    """Takes the ``number``-th match out of a kernel's text."""
+    """Remove the ``number``-th match from a kernel's text."""
 
     def edit(ptx: str) -> str:
         place = list(re.finditer(pattern, ptx))[number]
@@ -66,7 +66,7 @@ def without(pattern: str, number: int) -> Callable[[str], str]:
 
 
 def count(launch: Callable[[], object], pattern: str) -> int:
-    """Matches in the text of the kernel that ``launch`` launches."""
+    """The number of matches in the text of the kernel that ``launch`` launches."""
     found: list[int] = []
 
     def edit(ptx: str) -> str:
@@ -91,7 +91,7 @@ def test_the_kernels_as_they_are_pass(launch, target):
 
 @pytest.mark.parametrize("launch", [base_product, shrink])
 def test_a_dropped_barrier(launch):
-    """Where the compiler puts two in a row, either can be spared; most cannot."""
+    """Of two consecutive barriers from the compiler, either is dispensable; most others are not."""
     barriers = count(launch, BARRIER)
     caught = 0
     for number in range(barriers):
@@ -106,7 +106,7 @@ def test_a_dropped_barrier(launch):
 
 @pytest.mark.parametrize("launch", [base_product, shrink])
 def test_dropped_barriers(launch):
-    """All at once."""
+    """All barriers are dropped at once."""
     without_any = emulated("sm_90", edit=lambda ptx: re.sub(BARRIER, "", ptx))
     with without_any, pytest.raises(Fault, match="race"):
         launch()
@@ -123,7 +123,7 @@ def test_a_dropped_wait(launch):
                 launch()
             except Fault:
                 caught += 1
-    # The last wait of a kernel may find nothing left to wait for.
+    # The last wait of a kernel may have nothing to wait for.
     assert caught >= max(1, waits - 1)
 
 
@@ -136,13 +136,13 @@ def test_the_result_does_not_depend_on_who_is_last(launch):
 
 
 def relaxed(ptx: str) -> str:
-    """A counter that orders nothing."""
+    """Replace the counter's memory order with a relaxed one."""
     assert ptx.count("gpu.acq_rel") == 1
     return ptx.replace("gpu.acq_rel", "gpu.relaxed")
 
 
 def not_behind_a_barrier(ptx: str) -> str:
-    """A counter that one warp raises while others still write."""
+    """Let one warp increment the counter while others still write."""
     head, tail = ptx.split("atom.global")
     last_store = head.rindex("st.global")
     between, found = re.subn(BARRIER, "", head[last_store:])
@@ -153,7 +153,7 @@ def not_behind_a_barrier(ptx: str) -> str:
 @pytest.mark.parametrize("edit", [relaxed, not_behind_a_barrier])
 @pytest.mark.parametrize("launch", [attention, gated_product])
 def test_parts_that_were_not_released(launch, edit):
-    # A launch that dies leaves its counters as they were.
+    # A failed launch does not reset its counters.
     nf4.counters_on.cache_clear()
     with (
         emulated("sm_90", edit=edit),
@@ -179,7 +179,7 @@ def test_shared_memory_read_before_it_is_written():
 
 
 def test_scratch_that_no_program_wrote_is_not_a_number():
-    """What the fixture ``poisoned_scratch`` fills with NaN shows in the result."""
+    """NaN from the fixture ``poisoned_scratch`` reaches the result."""
     pack = make_pack(64, (40,), HALF)
     table = SegmentTable(max_rows=64, max_row_rank=256, max_components=4, device=DEVICE)
     table.load(next(runs for name, runs, _ in traffic(pack) if name == "mixes"))

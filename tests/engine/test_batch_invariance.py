@@ -1,7 +1,7 @@
-"""A request's tokens and logprobs are the same bits alone and in any company.
+"""A request's tokens and logprobs have the same bits alone and in any batch.
 
-Answers are compared with ``==``: the batch, the chunking of prompts, the place of an adapter in the
-pack, preemption, the prefix cache and the number of threads must not show.
+Answers are compared with ``==``. They must not depend on the batch, the chunking of prompts, the
+place of an adapter in the pack, preemption, the prefix cache and the number of threads.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SPECS = (
     AdapterSpec("rslora14", 14, ALL, is_rslora=True),
     AdapterSpec("lora15", 15, QV),
     AdapterSpec("lora16", 16),
-    # Beyond one rank window in fp32.
+    # This rank exceeds one rank window in fp32.
     AdapterSpec("lora100", 100, QV),
     AdapterSpec("lora128", 128, ("q_proj", "o_proj")),
 )
@@ -86,7 +86,7 @@ def mixed_requests(max_tokens: int = 6, sampling: SamplingParams | None = None) 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Maker of (model directory, adapter root) by architecture; each is made once."""
+    """Returns (model directory, adapter root) by architecture; each is created once."""
     made: dict[str, tuple[Path, Path]] = {}
 
     def make(architecture: str) -> tuple[Path, Path]:
@@ -103,7 +103,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def threads() -> Iterator[Any]:
-    """``threads(n)`` has torch use n threads until the test ends."""
+    """``threads(n)`` makes torch use n threads until the test ends."""
 
     def use(count: int) -> None:
         torch.set_num_threads(count)
@@ -116,7 +116,7 @@ def threads() -> Iterator[Any]:
 async def each_alone(
     model: Path | None, root: Path, requests: Sequence[Request], **options: Any
 ) -> list[Answer]:
-    """Every request in an engine of its own, its prompt in one piece."""
+    """The answers of separate engines, each with the prompt in one piece."""
     answers = []
     options = {"max_num_batched_tokens": 512, **options}
     for request in requests:
@@ -127,7 +127,7 @@ async def each_alone(
 
 
 async def in_company(harness: EngineHarness, requests: Sequence[Request]) -> list[Answer]:
-    """All requests, arriving in waves while earlier ones run, some cancelled midway."""
+    """The answers to requests that arrive in waves; some are cancelled midway."""
     begun = [asyncio.Event() for _ in requests]
 
     async def one(i: int) -> Answer:
@@ -146,7 +146,7 @@ async def in_company(harness: EngineHarness, requests: Sequence[Request]) -> lis
 
 
 def assert_same(got: Sequence[Answer], expected: Sequence[Answer]) -> None:
-    """Bit for bit; a cancelled answer is the beginning of the whole one."""
+    """Compare bit for bit; a cancelled answer is the beginning of the whole one."""
     for i, (one, other) in enumerate(zip(got, expected, strict=True)):
         label = f"request {i}"
         if one.finish.reason is FinishReason.CANCELLED:
@@ -159,7 +159,7 @@ def assert_same(got: Sequence[Answer], expected: Sequence[Answer]) -> None:
             assert one.bits == other.bits, label
 
 
-# Each architecture with each dtype, and each dtype with each number of threads.
+# Every architecture is combined with every dtype, and every dtype with every number of threads.
 @pytest.mark.parametrize(
     ("architecture", "dtype", "num_threads"),
     [
@@ -185,7 +185,7 @@ async def test_a_mixed_batch_answers_each_request_as_if_alone(
 async def test_the_torch_formulation_is_batch_invariant_too(
     tiny: Any, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a server runs where the kernels were not compiled."""
+    """The torch formulation is used if the kernels were not compiled."""
     monkeypatch.setattr(native, "library", lambda: None)
     forget_choices()
     model, root = tiny("qwen2")
@@ -235,7 +235,7 @@ async def test_preemption_leaves_answers_unchanged(
         preempt(self, sequence, now)
 
     monkeypatch.setattr(Scheduler, "_preempt", counted)
-    # Nobody is kept back because blocks would run out later.
+    # Admit requests even if blocks will run out later.
     monkeypatch.setattr(Scheduler, "_will_run_out", lambda *_: False)
     requests = [r for r in mixed_requests(max_tokens=48) if len(r.prompt_token_ids) < 100]
     expected = await each_alone(model, root, requests, dtype=dtype)
@@ -262,7 +262,7 @@ async def test_a_prefix_cache_hit_gives_the_bits_of_a_miss(tiny: Any, dtype: str
         for mix in mixes:
             prompt = prompt_of(7, 100)
             miss = await harness.run(make_request(prompt, *mix))
-            # The same prompt under another mix must not be found.
+            # The prompt's blocks must not be found for another mix.
             assert miss.finish.usage.cached_tokens == 0
             hit = await harness.run(make_request(prompt, *mix))
             assert hit.finish.usage.cached_tokens == 96
@@ -302,7 +302,7 @@ async def test_the_embedded_model_is_batch_invariant_in_bfloat16(tmp_path: Path)
         assert_same(await in_company(harness, requests), expected)
 
 
-# The operations that the promise rests on, at their thresholds.
+# The underlying operations, at their thresholds.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -320,7 +320,8 @@ def test_row_addmm_ignores_other_rows_and_zero_ranks(dtype: torch.dtype) -> None
                     if start + rank > span:
                         continue
                     own = b[start : start + rank]
-                    # Cancels the leading bits of the product: the result shows the last ones.
+                    # Cancel the leading bits of the product, so that the result shows the last
+                    # ones.
                     y = -(v.float() @ own.float()).to(dtype)
                     expected = y.clone()
                     row_addmm_(expected, v, own)

@@ -1,4 +1,4 @@
-"""The order of a step's rows: what shares adapters lies together, and every row is told so."""
+"""The order of a step's rows: rows with the same adapters are adjacent."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from turret.server.engine.step.batch import MAX_SHORT_ROWS, BatchBuilder
 
 
 class Recorder:
-    """An adapter store that keeps what the rows of a step were said to use."""
+    """An adapter store that records the adapters of a step's rows."""
 
     def __init__(self) -> None:
         self.members: Any = None
@@ -29,7 +29,7 @@ class Recorder:
 
 
 def scheduled(number: int, num_new: int, *mix: tuple[str, float]) -> Scheduled:
-    """A sequence whose token ids all are its number."""
+    """A sequence with its number as all of its token ids."""
     adapters = tuple((SimpleNamespace(key=name, invocation=()), weight) for name, weight in mix)
     mixed: Any = FakeMix(tuple((name, 1, weight) for name, weight in mix), adapters)
     sequence = sequence_of([number] * num_new, mix=mixed)
@@ -38,7 +38,7 @@ def scheduled(number: int, num_new: int, *mix: tuple[str, float]) -> Scheduled:
 
 
 def build(items: list[Scheduled]) -> tuple[list[tuple[Sequence, int]], list[int], Recorder]:
-    """Sequences with their first rows, the rows' token ids, and what the store was told."""
+    """The sequences with their first rows, the rows' token ids, and the store's record."""
     store = Recorder()
     builder = BatchBuilder(
         SimpleNamespace(windows=[None]),  # type: ignore[arg-type]
@@ -69,16 +69,16 @@ def test_rows_of_one_mix_lie_side_by_side() -> None:
     placed, token_ids, store = build(items)
     order = [items.index(next(i for i in items if i.sequence is s)) for s, _ in placed]
     mixes = [items[number].sequence.mix.key for number in order[:-2]]
-    # The short ones: each mix in one run, first come first within it.
+    # Short prompts: one run per mix, in order of arrival.
     assert len(mixes) == 7
     runs = [mix for i, mix in enumerate(mixes) if i == 0 or mixes[i - 1] != mix]
     assert len(runs) == len(set(runs)) == 4
     assert order.index(3) < order.index(7)
     assert order.index(0) < order.index(5)
     assert order.index(4) < order.index(8)
-    # Then the base's, then the long ones.
+    # Then the base's prompts, then the long ones.
     assert order[-2:] == [1, 2]
-    # And every row is its sequence's, with the adapters of that.
+    # Every row has the token and the adapters of its sequence.
     row = 0
     for sequence, start in placed:
         assert start == row

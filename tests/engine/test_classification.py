@@ -1,4 +1,4 @@
-"""Adapters with a classification head against transformers' and PEFT's, and in a batch."""
+"""Adapters with a classification head, compared with transformers and PEFT, and in a batch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ LENGTHS = (1, 17, 70)
 
 
 def classifier_of(architecture: str, num_labels: int, dtype: torch.dtype = torch.float32) -> Any:
-    """Transformers' own model with a head, on the weights that turret serves."""
+    """A model of transformers with a head, on the weights that turret serves."""
     causal = twin(architecture, dtype).model
     config = copy.deepcopy(causal.config)
     config.num_labels = num_labels
@@ -56,7 +56,7 @@ def logits_of(model: Any, tokens: list[int]) -> torch.Tensor:
 
 
 def save(architecture: str, root: Path, name: str, seed: int = 1) -> Any:
-    """An adapter as PEFT saves it; returns its base, on which PEFT can load it."""
+    """Save an adapter with PEFT; returns its base, on which PEFT can load it."""
     method, keys, num_labels = ADAPTERS[name]
     base = classifier_of(architecture, num_labels)
     config = make_config(method, **{**keys, "task_type": "SEQ_CLS"})
@@ -198,7 +198,7 @@ async def test_labels_come_from_the_config(tmp_path: Path) -> None:
     edit_config(tmp_path / "lora", id2label=None, num_labels=None, problem_type=REGRESSION)
     head = (await load(tmp_path)).head
     assert (head.labels, head.problem_type) == (tuple(LABELS.values()), REGRESSION)
-    # PEFT goes on reading the files.
+    # PEFT can still read the files.
     assert logits_of(load_adapter(base, tmp_path / "lora"), [5, 6]).shape == (3,)
 
 

@@ -1,4 +1,4 @@
-"""Constrained requests on a real engine: what they answer, and that nobody else notices."""
+"""Constrained requests on a real engine: their answers, and no effect on other requests."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ async def test_answers_match_whatever_shapes_the_draw(model: Path, schema: Const
             assert value["count"] <= 99
             assert answer.finish.reason is FinishReason.STOP
             assert answer.token_ids[-1] == EOS
-        # Under one seed one answer, whatever runs beside it; the seed matters.
+        # One seed gives one answer in any batch, and different seeds give different answers.
         crowd = [constrained(schema, sampling=drawn), *requests, make_request(PROMPT)]
         first, *_ = await harness.run_all(crowd)
         alone = await harness.run(constrained(schema, sampling=drawn))
@@ -96,7 +96,7 @@ async def test_logprobs_are_those_of_the_model_alone(model: Path, schema: Constr
         answer = await harness.run(constrained(schema))
         scored = await harness.run(make_request([*PROMPT, *answer.token_ids], score=True))
         assert answer.logprobs == scored.prompt_logprobs[len(PROMPT) :]
-        # The likeliest tokens are shown though they may not come.
+        # The likeliest tokens are reported even if they are forbidden.
         likeliest = [top[0][0] for top in answer.top]
         assert likeliest != list(answer.token_ids)
 
@@ -105,14 +105,15 @@ async def test_logprobs_are_those_of_the_model_alone(model: Path, schema: Constr
     ("regex", "conditions", "text", "reason"),
     [
         ("a{3}", {}, "aaa", FinishReason.STOP),
-        # The end token where nothing else may come, whatever is said of end tokens.
+        # The end token is drawn where nothing else is allowed, regardless of options for end
+        # tokens.
         ("a{3}", {"ignore_eos": True}, "aaa", FinishReason.STOP),
         ("a{3}", {"min_tokens": 50}, "aaa", FinishReason.STOP),
         ("a{0,5}", {"ignore_eos": True}, "aaaaa", FinishReason.STOP),
         ("a{0,9}", {"min_tokens": 9}, "aaaaaaaaa", FinishReason.STOP),
         ("a*", {"ignore_eos": True, "max_tokens": 7}, "aaaaaaa", FinishReason.LENGTH),
         ("", {"min_tokens": 3}, "", FinishReason.STOP),
-        # Other stops may cut what is not complete.
+        # Other stop conditions may cut an incomplete answer.
         ("a{9}", {"max_tokens": 4}, "aaaa", FinishReason.LENGTH),
         ("abcdef", {"stop_strings": ("de",)}, "abc", FinishReason.STOP),
         ("abcdef", {"stop_strings": ("bc",), "min_tokens": 5}, "abcdef", FinishReason.STOP),
@@ -122,7 +123,7 @@ async def test_logprobs_are_those_of_the_model_alone(model: Path, schema: Constr
 async def test_ends(
     model: Path, regex: str, conditions: dict[str, Any], text: str, reason: FinishReason
 ) -> None:
-    # As unlikely as can be: what is forbidden must not come because it is wanted.
+    # A forbidden token must not be drawn because of a bias.
     push = SamplingParams(temperature=0.0, logit_bias={EOS: 100.0})
     wanted = stop(**{"max_tokens": 60, **conditions})
     async with EngineHarness.start(model) as harness:
@@ -137,7 +138,7 @@ async def test_a_stop_token_that_must_come_is_let_through_early(model: Path) -> 
     wanted = stop(max_tokens=20, min_tokens=6, stop_token_ids=frozenset({b}))
     async with EngineHarness.start(model) as harness:
         answer = await harness.run(constrained(constraint, stop=wanted))
-        # Only b may follow a; after it, c, so that b does not stop before its time.
+        # After a, only b is allowed, and then c, so that b does not stop too early.
         assert answer.text == "abc"
 
 
@@ -201,7 +202,7 @@ async def test_a_step_that_is_computed_again_draws_the_same(
         assert (await harness.run(request)).bits == expected.bits
         assert len(calls) > 10
         monkeypatch.undo()
-        # After the draw, too.
+        # Pooling fails after the draw.
         pool, num_failed = Pooler.pool, 0
 
         def failing_late(self: Pooler, *args: Any) -> Any:
@@ -220,7 +221,7 @@ async def test_a_step_that_is_computed_again_draws_the_same(
 async def test_masks_that_are_not_made_change_nothing(
     model: Path, schema: Constraint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Most greedy answers need few masks; each is the same as with all of them."""
+    """Most greedy answers need few masks; all answers are the same as with all masks."""
     pushed = SamplingParams(temperature=0.0, logit_bias={EOS: 4.0, 30: 3.0, 97: 2.0})
     shaped = SamplingParams(temperature=0.0, repetition_penalty=1.4, presence_penalty=1.0)
     (b,) = make_tokenizer().encode("b")
@@ -258,7 +259,7 @@ async def test_masks_that_are_not_made_change_nothing(
 async def test_the_engine_has_room_on_its_stack(
     model: Path, schema: Constraint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nested rules are followed by recursion, for greedy answers on the engine's own thread."""
+    """Nested rules are evaluated recursively, for greedy answers on the engine's own thread."""
     sizes: dict[str, int] = {}
     take = Matcher.take
 
@@ -273,7 +274,7 @@ async def test_the_engine_has_room_on_its_stack(
 
 
 def stack_bytes() -> int:
-    """Of the calling thread."""
+    """The stack size of the calling thread."""
     library = ctypes.CDLL(None)
     library.pthread_self.restype = ctypes.c_void_p
     attributes = ctypes.create_string_buffer(256)
@@ -286,7 +287,7 @@ def stack_bytes() -> int:
 
 
 async def test_what_cannot_be_followed_ends_its_own_request_alone(model: Path) -> None:
-    # Wide only from the second character on.
+    # The grammar has many alternatives only from the second character on.
     names = [f"B{i}" for i in range(2100)]
     rules = [f"{name}: /[b-y]{{1,9}}{name}/" for name in names]
     wide = compiled("grammar", "\n".join([f"start: /a/ ({' | '.join(names)})", *rules]))
@@ -339,7 +340,7 @@ def test_the_kernel_changes_its_own_rows_alone(
         logits = torch.randn(5, vocab)
         before, rows = logits.clone(), [3, 0]
         words = generator.integers(-(2**31), 2**31, (2, num_words), dtype=np.int32)
-        # Words of all tokens, and of none.
+        # Mask words that allow all tokens or none.
         words[:, ::3], words[:, 1::3] = -1, 0
         apply_token_mask(logits, torch.tensor(rows), torch.from_numpy(words))
         for row in (1, 2, 4):

@@ -1,4 +1,4 @@
-"""Text that never has to be taken back, and stop strings across token boundaries."""
+"""Text that is final once returned, and stop strings across token boundaries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from turret.server.engine.answer import Detokenizer
 
 
 class Pieces:
-    """A text stream whose token ``i`` is the ``i``-th piece."""
+    """A text stream in which token ``i`` is the ``i``-th piece."""
 
     def __init__(self, pieces: Sequence[str]) -> None:
         self._pieces = pieces
@@ -24,7 +24,7 @@ class Pieces:
 def feed(
     pieces: Sequence[str], stops: Iterable[str], include_stop: bool = False, min_tokens: int = 0
 ) -> tuple[list[str], str | None]:
-    """All outputs until a stop or the end, and what stopped it."""
+    """All outputs until a stop or the end, and the stop."""
     detokenizer = Detokenizer(Pieces(pieces), tuple(stops), include_stop)
     out = []
     for i in range(len(pieces)):
@@ -82,7 +82,7 @@ def test_equals_a_search_in_the_whole_text(
     text = ""
     expected, expected_stop = "".join(pieces), None
     for piece in pieces:
-        # The search sees a stop string as soon as its last character is there.
+        # The search finds a stop string as soon as its last character arrives.
         text += piece
         found = [(text.find(stop), -len(stop), stop) for stop in stops if stop in text]
         if found:
@@ -94,7 +94,7 @@ def test_equals_a_search_in_the_whole_text(
 
 @pytest.mark.parametrize("stops", [["aa"], ["ab", "b"]])
 def test_outputs_are_final(stops: list[str]) -> None:
-    """What was handed out is a beginning of the final text, whatever comes next."""
+    """Returned text is a beginning of the final text, for all continuations."""
     for pieces in (["a", "a", "b"], ["b", "a", "b", "a"], ["ab"]):
         final = "".join(feed(pieces, stops)[0])
         shown = ""

@@ -1,4 +1,4 @@
-"""Corners of the engine on a real model: reported once, reported truly, and never fatal."""
+"""Edge cases of the engine on a real model: reported once, correctly, and never fatal."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ async def test_a_prompt_that_is_too_long_is_told_once_with_what_fits(model: Path
             with pytest.raises(PromptTooLongError, check=check) as raised:
                 await harness.run(make_request([1, 2], **changes))
             error = raised.value
-            # Clients print violations that the message leaves out.
+            # Clients print violations that the message omits.
             assert all(why in error.message for _, why in error.violations)
 
 

@@ -1,4 +1,4 @@
-"""Whose threads compute what the engine's thread asks for."""
+"""The threads that compute for the engine's thread."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from turret.kernels.cpu.native import has_native_products, num_threads
 async def test_torch_computes_alone_where_the_kernels_have_threads(
     dtype: str, tmp_path: Path
 ) -> None:
-    """Two teams that spin while they wait take the processors from each other."""
+    """Two teams that spin while they wait compete for the processors."""
     found: list[tuple[int, int]] = []
     asked = threading.Event()
 

@@ -1,4 +1,4 @@
-"""A device that runs out of memory: requests get the answers they would have got, bit for bit."""
+"""A device that runs out of memory: requests get the same answers, bit for bit."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def requests() -> list[Any]:
 
 
 class _Memory:
-    """Memory for steps of ``most`` rows, or sequences that sample; larger ones fail.
+    """Memory for steps of ``most`` rows, or sequences that sample; larger steps fail.
 
     Attributes:
-        num_failed: How many did.
+        num_failed: The number of failed steps.
     """
 
     def __init__(self, work: Any, size: Callable[..., int], most: int) -> None:
@@ -107,7 +107,7 @@ async def test_a_step_that_fits_once_memory_was_freed_preempts_nobody(tmp_path: 
 
 
 async def test_a_processor_without_memory_is_a_device_without_memory(tmp_path: Path) -> None:
-    """Torch says it in a RuntimeError there, which any other fault is too."""
+    """On a CPU, torch raises a RuntimeError, as for any other fault."""
     base = twin("llama")
     told = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 5 bytes"
     async with EngineHarness.start(base.folder, tmp_path) as harness:

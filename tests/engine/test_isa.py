@@ -1,6 +1,6 @@
-"""Every instruction set's compiled kernels keep a row's bits, and ``TURRET_ISA`` chooses.
+"""The compiled kernels of every instruction set keep a row's bits, and ``TURRET_ISA`` selects one.
 
-A library of a lesser set runs on any better processor, so all but the best are tried here as well.
+A library for a lower set runs on any better processor, so lower sets are tested as well.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SPECS = (
 
 @pytest.fixture(params=[isa for isa in ISAS if isa in native.usable_isas()])
 def isa(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Serves for the time of a test."""
+    """Use one instruction set during a test."""
     library = native.load(request.param)
     monkeypatch.setattr(native, "library", lambda: library)
     return request.param
@@ -138,7 +138,7 @@ def test_fused_multiply_adds_give_the_same_bits_on_all_that_have_them(
 
 
 def chosen() -> str:
-    """The instruction set that a new process would take."""
+    """The instruction set that a new process would use."""
     found = native.library.__wrapped__()
     assert found is not None
     return str(found.isa)

@@ -1,4 +1,4 @@
-"""Greedy steps take their tokens from a screened head, and the tokens are those of all logits."""
+"""Greedy steps take their tokens from a screened head; the tokens equal those of all logits."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ FAMILIES = {
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How many steps were told their tokens, and how many were not."""
+    """The numbers of steps with and without tokens from the screen."""
     counts: Counter[str] = Counter()
     find = LikeliestTokens.find
 
@@ -107,7 +107,7 @@ async def test_tokens_are_those_of_all_logits(root: Path, family: str, asked: Co
 
 
 async def test_logits_that_reach_their_cap_tell_themselves(root: Path, asked: Counter[str]) -> None:
-    """What differed before may be the same behind it, and then the first token counts."""
+    """Different logits may become equal at the cap, and then the first token counts."""
     model = save_tiny_model("gemma2", root / "capped", changes={"final_logit_softcapping": 1.0})
     requests = [make_request(prompt, max_tokens=8) for prompt in prompts(3)]
     async with EngineHarness.start(model, dtype="bfloat16", speculation="off") as harness:
@@ -133,7 +133,7 @@ async def test_logits_that_reach_their_cap_tell_themselves(root: Path, asked: Co
 async def test_who_asks_for_more_gets_all_logits(
     root: Path, asked: Counter[str], changes: dict[str, Any]
 ) -> None:
-    """And so do those beside it, with the tokens they have alone."""
+    """The other requests of the step also get all logits, with the same tokens as alone."""
     first, second = prompts(2)
     plain = make_request(first, max_tokens=12, options=PLAIN)
     other = make_request(second, max_tokens=12, **{"options": PLAIN, **changes})
@@ -149,7 +149,7 @@ async def test_who_asks_for_more_gets_all_logits(
 
 
 async def test_end_tokens_are_banned_until_min_tokens(root: Path, asked: Counter[str]) -> None:
-    """Then the screen tells again."""
+    """Afterwards, the screen is used again."""
     prompt = prompts(3)[2]
     async with EngineHarness.start(*served(root, "llama"), **OPTIONS) as harness:
         free = await harness.run(make_request(prompt, max_tokens=12))
@@ -167,14 +167,14 @@ async def test_end_tokens_are_banned_until_min_tokens(root: Path, asked: Counter
 @pytest.mark.parametrize(
     ("pattern", "told"),
     [
-        (r"[\s\S]*", range(3, 13)),  # says yes to all but ends and broken letters
-        ("[ab]{12}", range(1)),  # and no to nearly all
+        (r"[\s\S]*", range(3, 13)),  # allows all tokens but ends and broken letters
+        ("[ab]{12}", range(1)),  # forbids nearly all tokens
     ],
 )
 async def test_a_grammar_is_asked_of_what_was_told(
     root: Path, asked: Counter[str], pattern: str, told: range
 ) -> None:
-    """Where it says no, all logits tell which token comes, and the next steps ask them at once."""
+    """If the grammar rejects a token, this step and the next ones use all logits."""
     constraint = compiled("regex", pattern)
     prompt, other = prompts(2)
     request = make_request(prompt, max_tokens=12, constraint=constraint)

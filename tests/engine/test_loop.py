@@ -1,4 +1,4 @@
-"""The engine thread's loop on a real registry and scheduler, driven step by step: no model."""
+"""The engine thread's loop on a real registry and scheduler, run step by step without a model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MAX_STEPS = 200
 
 
 class FakeText:
-    """Text of a sequence whose tokens have none."""
+    """A text stream for tokens without text."""
 
     def push(self, token_id: int) -> str:
         return ""
@@ -39,7 +39,7 @@ class FakeText:
 
 
 class FakeRunner:
-    """Draws token 1 for everybody."""
+    """Draws token 1 for all sequences."""
 
     adapter_bytes = 0
 
@@ -57,9 +57,9 @@ class Driven:
     """A loop whose iterations are the test's clock.
 
     Attributes:
-        ended: Requests that are over, in order.
-        errors: What those ended with that did not finish.
-        num_schedules: How often the scheduler was asked.
+        ended: The ended requests, in order.
+        errors: The errors of requests that did not finish.
+        num_schedules: The number of calls of the scheduler.
     """
 
     def __init__(
@@ -124,8 +124,8 @@ class Driven:
         return sequence
 
     def read(self) -> None:
-        """Take in what was posted."""
-        # So that reading never blocks the test.
+        """Process the posted items."""
+        # This item keeps reading from blocking the test.
         self.loop.post(lambda: None)
         self.loop._read_inbox()
 
@@ -136,12 +136,12 @@ class Driven:
         self.loop._step()
 
     def finish(self, *names: str) -> None:
-        """Go on until these requests are over."""
+        """Run steps until these requests have ended."""
         for _ in range(MAX_STEPS):
             if set(names) <= set(self.ended):
                 return
             self.step()
-            # A read on another thread may be all there is to wait for.
+            # A read on another thread may be the only pending work.
             time.sleep(0.001)
         raise AssertionError(f"{set(names) - set(self.ended)} never ended")
 
@@ -161,7 +161,7 @@ def make(tmp_path: Path) -> Iterator[Registries]:
 
 
 def test_requests_survive_a_device_without_memory(make: Registries) -> None:
-    """Steps of over twelve tokens fail: everybody is served in the end, and nobody's death."""
+    """Steps of more than twelve tokens fail, but all requests are served by the engine."""
     driven = Driven(make(2, load="a"))
     runner = FakeRunner()
     sizes = []
@@ -178,7 +178,7 @@ def test_requests_survive_a_device_without_memory(make: Registries) -> None:
         driven.finish(*map(str, range(8)))
     assert driven.errors == {}
     assert sizes[0] == 8 * 3
-    # It tries larger steps again as requests end, and not more often.
+    # The loop tries larger steps again only when requests end.
     assert sum(size > 12 for size in sizes) <= 8
     assert not driven.loop.is_dead
 
@@ -201,7 +201,7 @@ def test_a_request_that_never_fits_ends_alone(make: Registries) -> None:
 
 
 def test_an_adapter_without_memory_ends_its_own_requests_alone(make: Registries) -> None:
-    """Nobody else is preempted, and steps stay as large."""
+    """No other request is preempted, and steps stay as large."""
     driven = Driven(make(2, load="ab"))
     runner, sizes = FakeRunner(), list[int]()
 
@@ -225,10 +225,10 @@ def test_an_adapter_without_memory_ends_its_own_requests_alone(make: Registries)
 
 
 def test_a_ready_request_does_not_wait_for_one_of_its_mix_that_is_not(make: Registries) -> None:
-    """Else both wait for ever: the second holds in memory what the first waits to see evicted.
+    """Otherwise, both wait forever: the second holds the adapter that the first needs evicted.
 
-    There is room for two adapters. ``first`` asked for ``d`` while it was on disk and stands
-    behind ``both`` in the cache's line; ``second`` asked when ``d`` was there, and holds it.
+    There is room for two adapters. ``first`` requested ``d`` while it was on disk, and is behind
+    ``both`` in the cache's queue. ``second`` requested ``d`` when it was resident, and holds it.
     ``both`` needs the place of ``d``, so ``first`` gets its turn after ``second`` has ended.
     """
     registry = make(2, load="dabc")
@@ -253,7 +253,7 @@ def test_a_ready_request_does_not_wait_for_one_of_its_mix_that_is_not(make: Regi
 
 
 def test_the_thread_sleeps_while_nothing_can_be_computed(make: Registries) -> None:
-    """Whatever the reason: here what is ready does not fit beside anything."""
+    """The thread sleeps for any reason; here, the ready request fits beside no other."""
     registry = make(2, load="a")
     fits = threading.Event()
     driven = Driven(registry, fits=lambda _s, _r: fits.is_set())
@@ -272,7 +272,7 @@ def test_the_thread_sleeps_while_nothing_can_be_computed(make: Registries) -> No
 
 
 def test_only_requests_count_as_waiting(make: Registries) -> None:
-    """Else a server refuses requests because adapters arrive, or others are cancelled."""
+    """Otherwise, a server would reject requests because adapters arrive or others are cancelled."""
     driven = Driven(make(2, load="a"))
     for _ in range(5):
         driven.loop.post(lambda: None)
@@ -287,7 +287,7 @@ def test_only_requests_count_as_waiting(make: Registries) -> None:
 
 
 class BrokenText(AnswerText):
-    """Cannot say what a token means, or what is left at the end."""
+    """A text stream that fails for a token or at the end."""
 
     def __init__(self, broken: str) -> None:
         super().__init__(FakeText(), StopConditions(), frozenset())
@@ -308,7 +308,7 @@ class BrokenText(AnswerText):
 def test_a_fault_in_one_request_ends_that_request_alone(
     make: Registries, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    """Whatever fails for one request alone: the others go on, and nothing of it stays behind."""
+    """After any fault in a single request, the others continue, and nothing of it remains."""
     registry = make(2, load="ab")
     driven = Driven(registry)
     driven.ask("polite", "a", max_tokens=20)
@@ -346,7 +346,7 @@ def test_a_fault_in_one_request_ends_that_request_alone(
 def test_whatever_ends_the_thread_ends_every_request(
     make: Registries, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
 ) -> None:
-    """What libraries in Rust panic with is no Exception."""
+    """Panics of libraries in Rust are not Exceptions."""
     registry = make(1, load="a")
     driven = Driven(registry)
 

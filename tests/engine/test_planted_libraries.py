@@ -1,4 +1,4 @@
-"""A library that breaks the promise is caught before it serves, and answers stay equal."""
+"""A library that breaks the guarantee is detected before it is used, and answers stay equal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("torch_only")
 
 @pytest.fixture
 def torch_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No compiled kernels, and nothing tried yet."""
+    """Disable the compiled kernels, and forget all trials."""
     monkeypatch.setattr(native, "library", lambda: None)
     forget_choices()
     before = torch.get_num_threads()
@@ -142,7 +142,7 @@ async def test_answers_are_those_given_alone(
 async def test_without_the_trial_answers_would_differ(
     tiny: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The engine test above can fail: here everything passes its trial."""
+    """The engine test above can fail: here, every trial passes."""
     plant(monkeypatch, "others for 8 rows than for 16")
     monkeypatch.setattr("turret.kernels.rows.linear.keeps_rows", lambda *_: True)
     alone = await answers(tiny, together=False)

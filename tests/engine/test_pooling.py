@@ -1,4 +1,4 @@
-"""Pooled final states against transformers' and PEFT's, and the same bits in any company."""
+"""Pooled final states, compared with transformers and PEFT, and with the same bits in any batch."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "prompt": ("prompt_tuning", {"num_virtual_tokens": 5}),
     "prefix": ("prefix_tuning", {"num_virtual_tokens": 20}),
 }
-# Around the ends of steps (48), blocks (16) and groups of the mean (64).
+# Lengths around the ends of steps (48), blocks (16) and groups of the mean (64).
 LENGTHS = (1, 17, 64, 65, 150)
 
 
 @torch.no_grad()
 def states_of(model: Any, tokens: Sequence[int]) -> torch.Tensor:
-    """Final-norm hidden states of a text, ``[tokens, hidden]`` fp64; soft tokens are cut off."""
+    """Hidden states after the final norm, ``[tokens, hidden]`` fp64, without soft tokens."""
     with quiet():
         answer = model(input_ids=torch.tensor([tokens]), output_hidden_states=True)
     return answer.hidden_states[-1][0, -len(tokens) :].double()
@@ -113,7 +113,7 @@ SPECS = (AdapterSpec("a", 3), AdapterSpec("b", 8, is_dora=True), AdapterSpec("c"
 
 
 def mixed() -> list[Any]:
-    """Prompts that are pooled either way beside some that are continued or scored."""
+    """Prompts that are pooled in both ways, beside prompts that are continued or scored."""
     requests = []
     mixes: list[list[AdapterRef]] = [[], *([AdapterRef(name=spec.name)] for spec in SPECS)]
     mixes.append([AdapterRef(name="a", weight=0.5), AdapterRef(name="b", weight=-1.0)])
@@ -131,7 +131,7 @@ def mixed() -> list[Any]:
 
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.long), "bfloat16"])
 async def test_a_vector_has_the_bits_that_it_has_alone(dtype: str, tmp_path: Path) -> None:
-    """However prompts are cut, and with part of a prompt in the cache."""
+    """The bits are the same for all chunks, and with a part of a prompt in the cache."""
     model = save_tiny_model("smollm3", tmp_path / "model")
     for seed, spec in enumerate(SPECS):
         write_adapter(tmp_path / "adapters", arch_of(model), spec, seed)
@@ -187,7 +187,7 @@ async def test_a_mean_that_is_preempted_midway_counts_no_position_twice(
 async def test_adapters_of_the_model_without_its_head_are_pefts(
     targets: Any, tmp_path: Path
 ) -> None:
-    """As sentence embedders are trained: modules of ``AutoModel`` are named without ``model.``."""
+    """Sentence embedders adapt modules of ``AutoModel``, with names without ``model.``."""
     base = twin("qwen3")
     config = make_config("lora", r=4, target_modules=targets, task_type="FEATURE_EXTRACTION")
     save_adapter(base.model.model, config, tmp_path / "vectors", seed=2)

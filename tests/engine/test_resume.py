@@ -1,4 +1,4 @@
-"""An answer that goes on after the tokens it began with: the bits of one that never broke off."""
+"""An answer that continues after given tokens has the bits of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ async def engine(root: Path) -> AsyncIterator[EngineHarness]:
 
 @pytest_asyncio.fixture
 async def stepwise(root: Path) -> AsyncIterator[EngineHarness]:
-    """Gives every token a step and an output of its own."""
+    """Make every token take a separate step and output."""
     async with EngineHarness.start(
         twin("llama").folder, root, adapters=ADAPTERS, speculation="off"
     ) as running:
@@ -64,7 +64,7 @@ async def stepwise(root: Path) -> AsyncIterator[EngineHarness]:
 
 
 async def check_all_cuts(engine: EngineHarness, stepwise: EngineHarness, request: Request) -> None:
-    """The request, broken off after each of its tokens, all side by side."""
+    """The request, interrupted after each of its tokens, all concurrently."""
     whole = await engine.run(request)
     assert len(whole.token_ids) > 3
     cuts = range(1, len(whole.token_ids))
@@ -84,7 +84,7 @@ async def check_all_cuts(engine: EngineHarness, stepwise: EngineHarness, request
 
 
 async def prefixes(stepwise: EngineHarness, request: Request, count: int) -> list[str]:
-    """The text that was certain after so many tokens, from none to all."""
+    """The certain text after each number of tokens, from none to all."""
     texts = [""]
     stream = await stepwise.engine.submit(request)
     async for output in stream:
@@ -144,5 +144,5 @@ async def test_an_answer_that_has_ended_does_not_go_on(engine: EngineHarness) ->
     endless = replace(request, stop=StopConditions(ignore_eos=True))
     with pytest.raises(PromptTooLongError):
         await engine.run(replace(endless, answer_so_far=(1,) * engine.engine.max_model_len))
-    # Nothing is left of the refused ones.
+    # Rejected requests leave nothing behind.
     assert (await engine.run(request)).bits == whole.bits

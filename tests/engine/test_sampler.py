@@ -1,4 +1,4 @@
-"""The sampler against transformers' processors and against the distributions it should draw."""
+"""The sampler compared with transformers' processors and with the expected distributions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def draw(logits: torch.Tensor, sequence: Sequence, sampler: Sampler | None = Non
 
 
 def drawn(logits: torch.Tensor, count: int = 400, **params: Any) -> Counter[int]:
-    """Tokens of ``count`` sequences with different seeds."""
+    """The tokens of ``count`` sequences with different seeds."""
     return Counter(
         draw(logits, sequence_with(seed=seed, **params)).token_id for seed in range(count)
     )
@@ -62,7 +62,7 @@ def test_filters_keep_what_transformers_keeps(params: dict[str, Any], warper: An
         kept = support(warper(ids, logits.unsqueeze(0).clone()))
         found = drawn(logits, **params)
         assert set(found) <= kept
-        # Rare tokens may be missed by chance, likely ones may not.
+        # Rare tokens may be missing by chance, but not likely ones.
         probabilities = logits.softmax(-1)
         mass = float(probabilities[sorted(kept)].sum())
         likely = {token for token in kept if float(probabilities[token]) / mass > 0.03}
@@ -99,7 +99,7 @@ def test_presence_and_frequency_count_the_output_only() -> None:
     logits[3], logits[7], logits[8], logits[9] = 5.0, 5.2, 5.1, 4.0
     plain = sequence_with((7, 8, 8), temperature=0.0)
     assert draw(logits, plain).token_id == 7
-    # 7 was drawn once, 8 twice; 3 stands in the prompt and is not counted.
+    # 7 was drawn once, 8 twice; 3 is in the prompt and does not count.
     present = sequence_with((7, 8, 8), temperature=0.0, presence_penalty=1.0)
     assert draw(logits, present).token_id == 3
     frequent = sequence_with((7, 8, 8), temperature=0.0, frequency_penalty=0.15)
@@ -123,7 +123,7 @@ def test_bias_and_bans_apply_to_greedy_draws() -> None:
 
 
 class OneRow(Sampler):
-    """Keeps the logits that it drew from."""
+    """Records the logits from which it drew."""
 
     def adjusted(self, logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
         rows = logits.clone().unsqueeze(0)
@@ -132,7 +132,7 @@ class OneRow(Sampler):
 
 
 def adjusted_one_by_one(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
-    """Penalties and biases written token by token, from the whole text."""
+    """Penalties and biases computed token by token, from the whole text."""
     row, params = logits.clone(), sequence.request.sampling
     for token in set(sequence.tokens):
         factor = params.repetition_penalty
@@ -147,7 +147,7 @@ def adjusted_one_by_one(logits: torch.Tensor, sequence: Sequence) -> torch.Tenso
 
 
 def test_what_is_kept_between_steps_changes_no_bit() -> None:
-    """300 tokens one by one, with a jump in between: more than the first tensors hold."""
+    """300 tokens one by one, with a jump in between, so that the first tensors are too small."""
     vocab = 1000
     generator = torch.Generator().manual_seed(3)
     bias = {i: float(torch.randn((), generator=generator)) * 20 for i in range(0, vocab, 3)}
@@ -168,7 +168,7 @@ def test_what_is_kept_between_steps_changes_no_bit() -> None:
 
 
 class CountedBiases(dict[int, float]):
-    """Counts how often it is walked."""
+    """Counts how often it is iterated."""
 
     walks = 0
 
@@ -209,7 +209,7 @@ def test_a_seed_repeats_and_ignores_the_batch() -> None:
     rows = torch.stack([logits_of(seed) for seed in range(5)])
 
     def tokens(numbers: list[int]) -> list[list[int]]:
-        """Six tokens of each numbered row, drawn in one batch."""
+        """Six tokens for each numbered row, drawn in one batch."""
         sampler, sequences = Sampler(), [sequence_with(seed=i) for i in numbers]
         found: list[list[int]] = [[] for _ in numbers]
         for _ in range(6):

@@ -1,4 +1,4 @@
-"""The drawn distribution, exactly: every uniform number is tried, none is left to chance."""
+"""The exact distribution of draws, from a sweep over all uniform numbers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SweptSampler(Sampler):
 
 
 def shares(logits: torch.Tensor, **params: Any) -> torch.Tensor:
-    """How much of [0, 1) leads to each token."""
+    """The share of [0, 1) that leads to each token."""
     sampler, sequence = SweptSampler(), sequence_with((7, 8, 8), **params)
     found: Counter[int] = Counter()
     for _ in range(NUM_UNIFORMS):
@@ -47,7 +47,7 @@ def shares(logits: torch.Tensor, **params: Any) -> torch.Tensor:
 
 
 def expected(logits: torch.Tensor, **params: Any) -> torch.Tensor:
-    """The distribution that ``generate`` of transformers draws from."""
+    """The distribution from which transformers' ``generate`` draws."""
     steps: Any = LogitsProcessorList()
     if "repetition_penalty" in params:
         steps.append(RepetitionPenaltyLogitsProcessor(params["repetition_penalty"]))
@@ -91,17 +91,17 @@ def test_the_distribution_is_that_of_transformers(params: dict[str, Any], scale:
 
 @pytest.mark.parametrize("params", [{"top_p": 0.999}, {"top_p": 0.5}, {"top_k": 500}])
 def test_flat_distributions_over_many_tokens_are_filtered_exactly(params: dict[str, Any]) -> None:
-    """More candidates than the sampler looks at first."""
+    """There are more candidates than the sampler considers first."""
     logits = torch.randn(2000, generator=torch.Generator().manual_seed(4)) * 0.01
     kept = set(expected(logits, **params).nonzero().flatten().tolist())
     found = set(shares(logits, **params).nonzero().flatten().tolist())
     assert found <= kept
-    # A sweep of 1000 steps over nearly equal tokens meets half of them at least.
+    # A sweep of 1000 steps over nearly equal tokens hits at least half of them.
     assert len(found) >= min(len(kept), NUM_UNIFORMS) * 0.45
 
 
 def test_penalties_shift_logits_by_their_definition() -> None:
-    """Presence once, frequency per occurrence, of generated tokens (7 once, 8 twice) only."""
+    """Presence counts once, frequency per occurrence, for generated tokens (7 once, 8 twice)."""
     logits = torch.randn(12, generator=torch.Generator().manual_seed(5))
     shifted = logits.clone()
     shifted[7] -= 0.9 + 0.4 * 1

@@ -1,4 +1,4 @@
-"""What a stream holds of a request and its answer is counted, bounded and let go."""
+"""The memory that a stream holds is counted, bounded and released."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FINISH = Finish(
 
 
 class Held:
-    """A stream and what it says it holds."""
+    """A stream, and its count of held memory."""
 
     def __init__(self) -> None:
         self.num_bytes = 0
@@ -60,7 +60,7 @@ async def test_what_is_unread_is_held_and_the_end_frees_all() -> None:
 
 
 async def test_a_stream_that_has_ended_keeps_no_request_alive() -> None:
-    """A call of 2,048 inputs keeps its streams to its end, and must not keep their tokens."""
+    """A call with 2,048 inputs keeps its streams until its end, but must not keep their tokens."""
     ends = (Output(finish=FINISH), UnavailableError("gone"))
     for end in (*ends, None):
         request = Event()
@@ -87,7 +87,7 @@ async def test_an_error_and_a_cancellation_free_all() -> None:
     cancelled.stream.deliver(Output(text="x"))
     cancelled.stream.cancel()
     assert cancelled.num_bytes == 0
-    # The engine still says how it ended.
+    # The engine still reports the end.
     cancelled.stream.deliver(Output(finish=FINISH))
     assert [output.finish async for output in cancelled.stream] == [None, FINISH]
     assert cancelled.num_bytes == 0
@@ -107,7 +107,7 @@ async def test_an_answer_that_nobody_reads_ends() -> None:
 
 
 async def test_one_large_part_is_no_backlog() -> None:
-    """A long prompt's logprobs come in one piece, and the first token while they are converted."""
+    """A long prompt's logprobs arrive in one piece, and the first token during their conversion."""
     held = Held()
     logprob = TokenLogprob(token_id=1, text="a", logprob=-1.0)
     large = Output(prompt_logprobs=(logprob,) * 100_000)

@@ -1,4 +1,4 @@
-"""Requests that yield their places get the bits that they get alone."""
+"""Requests that yield their places get the same bits as alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which fleets run on a machine, and what is done with what dead ones left."""
+"""The fleets that run on a machine, and the cleanup after dead ones."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where fleets have their folders: this test's alone."""
+    """A directory for fleets' folders, used only by this test."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
@@ -59,7 +59,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @contextmanager
 def running(*arguments: str | Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A Python program, and the line that it prints first."""
+    """Start a Python program; returns it and its first line."""
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -69,7 +69,7 @@ def running(*arguments: str | Path) -> Iterator[tuple[subprocess.Popen[str], str
 
 
 class Killed:
-    """A fleet whose command was killed, and whose ingress goes on."""
+    """A fleet with a killed command and a running ingress."""
 
     def __init__(self, at: Path, stack: ExitStack) -> None:
         with running(sys.executable, "-c", _COMMAND, at / "state") as (_, folder):
@@ -79,7 +79,10 @@ class Killed:
 
 
 def start_ingress(at: Path, folder: Path, stack: ExitStack) -> tuple[subprocess.Popen[str], str]:
-    """What looks like the ingress of the fleet that has the folder, and its port."""
+    """Start a program that looks like the ingress of the folder's fleet.
+
+    Returns it and its port.
+    """
     at.mkdir()
     program = at / "haproxy"
     program.symlink_to(sys.executable)
@@ -91,7 +94,7 @@ def start_ingress(at: Path, folder: Path, stack: ExitStack) -> tuple[subprocess.
 def test_a_folder_of_temporary_files_with_a_long_path_gives_way(
     length: int, tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Below a fleet's folder lie sockets, whose paths have at most 97 bytes in HAProxy."""
+    """A fleet's folder contains sockets, and HAProxy limits their paths to 97 bytes."""
     made = Path(tempfile.mkdtemp(dir="/tmp"))
     place = Path(f"/tmp/{'x' * (length - len('/tmp/'))}")
     made.rename(place)
@@ -105,7 +108,7 @@ def test_a_folder_of_temporary_files_with_a_long_path_gives_way(
             if name.endswith("SOCKET_PATH")
         ]
         assert length == 12 or max(map(len, sockets)) == 97
-        # Found by a command whose temporary files lie elsewhere, too.
+        # A command with another directory for temporary files also finds it.
         assert fleet_folder.state_dirs() == [tmp_path / "state"]
         folder.remove()
     finally:
@@ -128,7 +131,7 @@ def test_a_fleet_is_found_while_its_command_lives(tmp_path: Path) -> None:
 def test_what_a_killed_fleet_left_is_removed_and_a_living_one_is_let_be(
     tmp_path: Path, temporary: Path
 ) -> None:
-    # That of clusters which are joined, and a file: they have no owner.
+    # The folder of joined clusters, and a file: both have no owner.
     joined = temporary / f"turret-{os.getuid()}"
     joined.mkdir()
     (temporary / "turret-file").touch()

@@ -1,4 +1,4 @@
-"""Histories of a fleet, drawn: crashes at every step, partitions, late and lost messages."""
+"""Random histories of a fleet: crashes at every step, partitions, late and lost messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def live_many(count: int) -> None:
 
 
 def live(seed: int, counts: Counter[str] | None = None) -> None:
-    """One history, from the first action until everything is mended."""
+    """One history, from the first action until everything is repaired."""
     generator = random.Random(seed)
     world = World(generator.randrange, 2 + seed % 2, stops_alone=seed % 4 < 2)
     try:
@@ -42,7 +42,7 @@ def test_no_two_weights_under_one_generation_and_nothing_acknowledged_is_lost() 
     counts: Counter[str] = Counter()
     for seed in range(NUM_HISTORIES):
         live(seed, counts)
-    # Everything that can happen has happened, or the histories say little.
+    # All kinds of events must have happened; otherwise, the histories prove little.
     assert counts.keys() >= {
         *("Register", "Pin", "Unload", "Merge", "Unmerge", "joined", "expelled"),
         *("replica crashed", "registry crashed", "crashed at a write"),
@@ -84,7 +84,7 @@ def test_every_script_keeps_the_promises(
     world.finish()
 
 
-# What the histories are worth: each of these mistakes is found.
+# The histories find each of these planted mistakes.
 
 
 def _acknowledge_at_once(self: FleetRegistry, revision: int, now: float) -> bool:

@@ -1,4 +1,4 @@
-"""Merges in a fleet: everywhere or nowhere, and on replicas that come later too."""
+"""Merges in a fleet: on all replicas or none, and also on later replicas."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from turret.server.errors import AdapterMergedError, InvalidRequestError, MergeA
 
 
 async def answer(server: EngineHarness) -> tuple[tuple[int, ...], int]:
-    """What the base alone says now, and its generation."""
+    """The current answer of the base alone, and its generation."""
     found = await server.run(make_request(PROMPT, max_tokens=6))
     return found.token_ids, server.merger.state.base_generation
 
@@ -53,7 +53,7 @@ async def test_a_merge_is_everywhere_or_nowhere(
         def fail(*args: object) -> None:
             raise InvalidRequestError("the merged weights are not finite in q_proj")
 
-        # One replica that cannot, and it is nowhere.
+        # If one replica fails, no replica merges.
         with monkeypatch.context() as patched:
             patched.setattr(second.merger, "_build", fail)
             with pytest.raises(InvalidRequestError, match="not finite"):
@@ -69,7 +69,7 @@ async def test_a_merge_is_everywhere_or_nowhere(
             await merge(first, "lora")
         with pytest.raises(AdapterMergedError):
             await asyncio.to_thread(first.registry.unload, "lora")
-        # A replica that comes later serves no other base, and one server agrees.
+        # A later replica serves the same base, and so does a single server.
         third = await start("r2")
         assert await answer(third) == merged
         alone = await stack.enter_async_context(

@@ -1,4 +1,4 @@
-"""The registry's rules one by one, where a drawn history would rarely come."""
+"""Rules of the registry that random histories rarely reach."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def register(name: str, digest: str, **fields: object) -> m.Register:
 
 
 def beat(registry: FleetRegistry, replica: Replica, now: float) -> None:
-    """Asks, is answered, and applies everything."""
+    """Send a report, take in the answer, and apply all changes."""
     follower, question = replica.follower, replica.follower.next_call()
     if isinstance(question, m.Join):
         follower.joined(registry.join(question, now), now)
@@ -169,7 +169,7 @@ def test_use_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     beat(registry, first, 1.5)
     assert registry.usage()["r0"] == used
     assert registry.usage("b") == {"r0": {"b": m.AdapterUsage(residency="host")}}
-    # To another incarnation it is told again.
+    # Another run of the registry gets the usage again.
     other = FleetRegistry(Disk(), now=2.0, is_first=False)
     for _ in range(3):
         beat(other, first, 2.0)
@@ -218,7 +218,7 @@ def test_what_belongs_to_an_earlier_session_counts_for_nothing() -> None:
     first.follower.take_news(question, registry.report(question, 1.0), 1.0)
     change = first.follower.next_change()
     assert change is not None
-    # The registry starts again, and numbers its changes from the beginning.
+    # The registry restarts, and numbers its changes from the beginning.
     other = FleetRegistry(Disk(), now=2.0, is_first=False)
     first.follower.must_join()
     first.follower.joined(other.join(first.follower.next_call(), 2.0), 2.0)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A call that Ray Serve hands over is answered as one of turret's own listener."""
+"""A call from Ray Serve is answered like one of turret's own listener."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ METHOD = "/turret.v1.Inference/GenerateStream"
 
 
 class Inner:
-    """What is used of Serve's context."""
+    """The used parts of Serve's context."""
 
     def __init__(self, *metadata: tuple[str, str]) -> None:
         self.metadata = [("x-request-id", "mine"), *metadata]
@@ -132,7 +132,7 @@ async def test_a_refusal_before_any_message(interceptor: CallInterceptor) -> Non
     [
         ([], "ipv4:127.0.0.1:1", ("127.0.0.1", 1)),
         (["10.0.0.7"], "ipv4:10.0.0.7:0", ("10.0.0.7", 0)),
-        # What a client claims comes before what the ingress has seen.
+        # A client's claim precedes the address that the ingress has seen.
         (["10.9.9.9", "10.0.0.7"], "ipv4:10.0.0.7:0", ("10.0.0.7", 0)),
         (["10.9.9.9, 10.0.0.7"], "ipv4:10.0.0.7:0", ("10.0.0.7", 0)),
         (["fd00::0:1"], "ipv6:[fd00::1]:0", ("fd00::1", 0)),

@@ -1,4 +1,4 @@
-"""What is left out of what Ray's processes print, and what never is."""
+"""The lines of Ray's processes that are dropped, and those that are not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from turret.fleet.serving.ray_cluster import LineFilter, cause
 
-# As Ray 2.60 and Python 3.11 print it.
+# The output of Ray 2.60 and Python 3.11.
 NOISE = """\
 Task exception was never retrieved
 future: <Task finished name='Task-63' coro=<ProxyResponseGenerator._await_response() done, defined \

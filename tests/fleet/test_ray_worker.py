@@ -1,4 +1,4 @@
-"""What Ray's worker processes run first, without a cluster."""
+"""The setup hook of Ray's worker processes, without a cluster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry's actor and who may end it, on a stand-in for Ray."""
+"""The registry's actor and its ownership, on a simulated Ray."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ActorAlreadyExistsError(ValueError, RayError):
 
 
 class Method:
-    """One of an actor; its call is what ``ray.get`` waits for."""
+    """A method of an actor; ``ray.get`` waits for its call."""
 
     def __init__(self, call: Callable[..., object]) -> None:
         self._call = call
@@ -40,7 +40,7 @@ class Method:
 
 
 class Handle:
-    """An actor that answers, unless it is away or silent."""
+    """An actor that answers, unless it is dead or silent."""
 
     def __init__(self, actor: Any) -> None:
         self.actor = actor
@@ -56,14 +56,14 @@ class Handle:
 
 
 class StubRay(types.ModuleType):
-    """As much of Ray as the module asks of it.
+    """The parts of Ray that the module uses.
 
     Attributes:
-        named: The actor that has the name.
-        made: All that were made here, in order.
-        killed: What was killed.
-        before_make: Runs when an actor is made, before its name is looked at.
-        silent: How those that are made here fail.
+        named: The actor with the name.
+        made: All actors that were created here, in order.
+        killed: The killed actors.
+        before_make: Runs when an actor is created, before its name is checked.
+        silent: The failure of actors that are created here.
     """
 
     def __init__(self) -> None:
@@ -113,7 +113,7 @@ def ray() -> StubRay:
 
 @pytest.fixture
 def module(ray: StubRay, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module, on the stub: a copy of its own, so that others have it on Ray."""
+    """A separate copy of the module on the simulated Ray, so that others still use it on Ray."""
     exceptions = types.ModuleType("ray.exceptions")
     vars(exceptions).update(
         RayError=RayError,
@@ -132,7 +132,7 @@ def module(ray: StubRay, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 class Serving:
-    """The registry of a fleet that runs."""
+    """The registry of a running fleet."""
 
     def __init__(self, state_dir: Path) -> None:
         self._state_dir = state_dir
@@ -201,17 +201,17 @@ def test_a_command_takes_the_fleet_when_the_registry_is_back(
             new.take()
         assert "the command before keeps the fleet" in caplog.text
         caplog.clear()
-        # It stays, and does not end what is not its own yet.
+        # The command continues, and does not end a fleet that it does not own yet.
         assert new.look()
         assert not new.is_own
-        # As it was.
+        # The old command still owns the fleet.
         assert old.look()
     ray.named, registry.silent = registry, None
     assert new.look()
     assert new.is_own
     assert not old.look()
     assert not old.is_own
-    # Once it has it, it is as any other.
+    # Once it owns the fleet, it behaves like any other owner.
     later = module.Ownership()
     later.take()
     assert not new.look()
@@ -219,7 +219,7 @@ def test_a_command_takes_the_fleet_when_the_registry_is_back(
 
 
 def end(actor: Any) -> None:
-    """As the end of its process does."""
+    """End a registry like the end of its process."""
     actor._host.close()
     actor._host._registry._store.close()
 
@@ -232,7 +232,7 @@ def test_a_registry_that_starts_again_knows_whose_the_fleet_is(module: Any, tmp_
     again = module.RegistryActor(str(tmp_path), 5.0, "run")
     assert again.owner("old") == "new"
     end(again)
-    # Another fleet on the directory knows nobody of this one.
+    # Another fleet on the directory does not know this one's owner.
     another = module.RegistryActor(str(tmp_path), 5.0, "another")
     assert another.owner("old") == "old"
     end(another)

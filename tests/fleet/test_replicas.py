@@ -1,4 +1,4 @@
-"""Two replicas with real adapters and one registry, in one process: one truth."""
+"""Two replicas with real adapters and one registry in one process: a consistent state."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_use_is_summed(fleet: Fleet) -> None:
     first, second = fleet.start(), fleet.start()
     first.registry.load("a", "a")
     mixes = [replica.registry.acquire(refs("a")) for replica in (first, second)]
-    # Each hears of the other's in its own time.
+    # Each learns of the other's usage after a while.
     until(lambda: first.registry.get("a").in_flight == 2)
     until(lambda: [record.in_flight for record in second.registry.list()] == [2])
     for replica, mix in zip((first, second), mixes, strict=True):
@@ -175,7 +175,7 @@ def test_uploads_are_read_by_all_and_kept_by_one(fleet: Fleet, root: Path) -> No
     staged = stage_directory(second.registry, root / "b")
     assert second.registry.upload("up", staged, replace=True).generation == 2
     time.sleep(0.3)
-    # A request on the second replica still holds what was replaced.
+    # A request on the second replica still holds the replaced generation.
     assert {path.name for path in files.iterdir()} == {f"{record.uuid}.1", f"{record.uuid}.2"}
     second.registry.release(mix)
     until(lambda: [path.name for path in files.iterdir()] == [f"{record.uuid}.2"])

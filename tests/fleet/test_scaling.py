@@ -1,4 +1,4 @@
-"""How many replicas there should be, by the length of the waiting lines."""
+"""The number of replicas, by the length of the queues."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from turret.fleet.serving.scaling import policy, wanted
 @pytest.mark.parametrize(
     ("num_replicas", "waiting", "running", "number"),
     [
-        (1, 0, 64, 1),  # a full replica that keeps up is enough
+        (1, 0, 64, 1),  # a full replica without a queue suffices
         (1, 4, 64, 1),
         (1, 5, 64, 2),
         (3, 12, 0, 3),
         (3, 13, 0, 4),
         (3, 0, 8, 3),
         (3, 0, 7, 2),
-        # One that waits for the step that is computed is not a line.
+        # A sequence that waits for the current step is not a queue.
         (3, 0.4, 6, 2),
         (3, 1, 7, 3),
         (3, 8, 0, 3),

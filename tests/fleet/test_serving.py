@@ -1,4 +1,7 @@
-"""``turret cluster serve`` with real replicas on Ray Serve: minutes, and only where Ray is."""
+"""``turret cluster serve`` with real replicas on Ray Serve.
+
+These tests need Ray and take minutes.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ pytestmark = pytest.mark.long
 
 
 LOOPBACK = "127.0.0.1"
-# Another address of this machine, to tell the ingress from what is behind it.
+# Another address of this machine, to distinguish the ingress from the replicas.
 HOST = "127.0.0.3" if sys.platform == "linux" else LOOPBACK
 
 
@@ -38,14 +41,14 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServingFleet]:
 
 
 def test_nothing_listens_but_on_the_hosts_of_the_flags_and_on_loopback(fleet: ServingFleet) -> None:
-    # A reload of the ingress may exchange its process between the two looks of one round.
+    # A reload of the ingress may replace its process between the two samples of one round.
     end = time.monotonic() + 10.0
     ingress: set[str] = set()
     while {fleet.address, fleet.http_address} - ingress:
         assert time.monotonic() < end, ingress
         found = {each: listening(each) for each in fleet.tree()}
         pairs = {pair for pairs in found.values() for pair in pairs}
-        # The command, its GCS and raylet, two replicas, and so on.
+        # The command, its GCS and raylet, two replicas, and other processes.
         assert sum(map(bool, found.values())) >= 8
         assert {host for host, _ in pairs} <= {HOST, LOOPBACK}, found
         ingress = {f"{host}:{port}" for host, port in pairs if host == HOST}
@@ -65,7 +68,7 @@ def test_nothing_listens_but_on_the_hosts_of_the_flags_and_on_loopback(fleet: Se
 def test_a_killed_process_of_the_ingress_is_back(
     fleet: ServingFleet, name: str, seconds: float
 ) -> None:
-    """Requests are refused for at most so many seconds."""
+    """Requests fail for at most this number of seconds."""
 
     def get() -> int:
         with urllib.request.urlopen(f"http://{fleet.http_address}/health", timeout=10) as answer:
@@ -125,7 +128,7 @@ def test_error_details_arrive_whole(fleet: ServingFleet) -> None:
 
 
 def test_large_messages_are_rejected_before_they_are_in_memory(fleet: ServingFleet) -> None:
-    """A handler would have read them, and answered with details."""
+    """A handler would have read the messages, and answered with details."""
     message = b"\x0a\x80\x80\x80\x20" + b"x" * (64 << 20)
     for method in ("turret.v1.Inference/Generate", "grpc.health.v1.Health/Check"):
         with grpc.insecure_channel(
@@ -157,7 +160,7 @@ def test_http_answers_too(fleet: ServingFleet) -> None:
 
 
 def test_a_list_of_addresses_is_one_server(fleet: ServingFleet) -> None:
-    # Ingresses of two machines are two addresses; this one's is asked by two names.
+    # The ingresses of two machines have two addresses; here, one ingress has two names.
     listed = f"ipv4:{fleet.address},{fleet.address}"
     with TurretClient(listed, max_retries=0) as client:
         assert client.generate("Once", max_tokens=2, temperature=0).text
@@ -181,7 +184,7 @@ def test_each_replica_has_metrics_of_its_own(fleet: ServingFleet) -> None:
 
 
 def generated(metrics_address: str) -> float:
-    """Tokens that the replica with these metrics has given out."""
+    """The number of tokens that the replica with these metrics has generated."""
     with urllib.request.urlopen(f"http://{metrics_address}/metrics", timeout=10) as answer:
         text = answer.read().decode()
     found = re.findall(r"^turret_generated_tokens_total\{.*\} (\S+)$", text, re.M)
@@ -189,7 +192,7 @@ def generated(metrics_address: str) -> float:
 
 
 def complete(fleet: ServingFleet, model: str) -> str:
-    """A completion over HTTP, which names no mix: replicas take turns."""
+    """A completion over HTTP without a mix, so replicas take turns."""
     asked = {"model": model, "prompt": "Once upon a time", "max_tokens": 12, "temperature": 0}
     request = urllib.request.Request(
         f"http://{fleet.http_address}/v1/completions",
@@ -202,7 +205,7 @@ def complete(fleet: ServingFleet, model: str) -> str:
 
 
 def everywhere(fleet: ServingFleet, model: str) -> str:
-    """What every replica answers, which is the same."""
+    """The answer of every replica, which must be the same."""
     (text,) = {complete(fleet, model) for _ in range(6)}
     return text
 
@@ -281,7 +284,7 @@ def test_health_is_told_by_service(fleet: ServingFleet) -> None:
 def test_a_killed_replica_loses_no_answer_and_comes_back_with_everything(
     fleet: ServingFleet,
 ) -> None:
-    """Six streams, one replica killed under them: all whole, and bit-equal to undisturbed ones."""
+    """One replica is killed during six streams: all are complete, with unchanged bits."""
     with TurretClient(fleet.address, max_retries=20) as client:
         for name in ("sql", "json", "label"):
             client.adapters.load(name, name)
@@ -321,15 +324,15 @@ def test_a_mix_stays_on_one_replica(fleet: ServingFleet) -> None:
         for _ in range(3):
             for name in names:
                 client.generate("Once", adapters=[name], max_tokens=1)
-        # On one replica, whatever routes.
+        # The adapter is on one replica, regardless of routing.
         client.generate("Once", adapters=["once"], max_tokens=1)
-        # What the other replica has is told up to two seconds later.
+        # The usage of the other replica is known up to two seconds later.
         end = time.monotonic() + 10.0
         while any(client.adapters.get(name).residency == "disk" for name in (*names, "once")):
             assert time.monotonic() < end
             time.sleep(0.2)
         time.sleep(3.0)
-        # On both replicas it would be in twice as much memory.
+        # On both replicas, it would take twice the memory.
         one = client.adapters.get("once").bytes_host
         assert {client.adapters.get(name).bytes_host for name in names} == {one}
         rows = status_rows(fleet.status())
@@ -345,7 +348,7 @@ def test_a_killed_registry_stops_changes_alone_and_forgets_nothing(fleet: Servin
         refused: set[str] = set()
         end = time.monotonic() + 60.0
         while True:
-            # What is there is served all the while.
+            # Existing adapters are served during this time.
             client.generate("Once", adapters=["sql"], max_tokens=1)
             try:
                 client.adapters.load("pirate", "pirate")

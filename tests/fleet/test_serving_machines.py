@@ -1,4 +1,4 @@
-"""A fleet on Ray that runs on several machines: one that goes silent, and an update."""
+"""A fleet on a Ray cluster of several machines: a silent machine, and an update."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.long
 
 NAMES = ("sql", "json", "label")
 PROMPT = "Once upon a time"
-# Of a stream's end after its machine fell silent, and of a busy machine's clocks.
+# The time until a stream ends after its machine fell silent, and the slack for busy machines.
 SILENT_SECONDS, SLACK_SECONDS = 10.0, 3.0
 
 
@@ -36,7 +36,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JoinedFleet]:
 
 
 class Stream(threading.Thread):
-    """Reads one answer to its end, and knows when each piece came."""
+    """Reads one answer to its end, and records the arrival of each piece."""
 
     def __init__(self, client: TurretClient, name: str, max_tokens: int) -> None:
         super().__init__(daemon=True)
@@ -67,7 +67,7 @@ class Stream(threading.Thread):
 
 
 class Asking:
-    """Short requests, one after the other, of several mixes, while the block runs."""
+    """Sends short requests for several mixes, one after the other, while the block runs."""
 
     def __init__(self, address: str, num_threads: int = 2) -> None:
         self._address = address
@@ -121,7 +121,10 @@ FLAGS = ("--adapter-root", str(ROOT / "examples" / "adapters"), "--replicas", "2
 
 
 def test_a_fleet_is_updated_under_load(fleet: JoinedFleet) -> None:
-    """The command is run again with other flags; the one before ends and takes nothing along."""
+    """The command is run again with other flags.
+
+    The previous one ends without stopping the fleet.
+    """
     first = fleet.serve("first", *FLAGS, "--threads", "1")
     with TurretClient(fleet.address, max_retries=20, timeout=300.0) as client:
         uuids = {name: client.adapters.load(name, name).uuid for name in NAMES}
@@ -141,7 +144,7 @@ def test_a_fleet_is_updated_under_load(fleet: JoinedFleet) -> None:
 
 
 def test_a_machine_that_goes_silent_costs_its_streams_ten_seconds(fleet: JoinedFleet) -> None:
-    """They go on elsewhere, with the very next token; what else is asked is answered."""
+    """They continue elsewhere with the next token, and other requests are answered."""
     fleet.serve("third", *FLAGS, "--threads", "1")
     with TurretClient(fleet.address, max_retries=20, timeout=300.0) as client:
         for name in NAMES:
@@ -151,7 +154,7 @@ def test_a_machine_that_goes_silent_costs_its_streams_ten_seconds(fleet: JoinedF
 
 
 def lose_a_machine(fleet: JoinedFleet, client: TurretClient) -> None:
-    """Its streams go on elsewhere, with the very next token; what else is asked is answered."""
+    """Its streams continue elsewhere with the next token, and other requests are answered."""
     names = ["", *NAMES] * 2
     wanted = {
         name: client.generate(
@@ -164,7 +167,7 @@ def lose_a_machine(fleet: JoinedFleet, client: TurretClient) -> None:
         TurretClient(fleet.address, resume=False, max_retries=0) as plain,
         Asking(fleet.address) as asking,
     ):
-        # So many that it would be a rare chance if none was on the machine that is lost.
+        # With this number of streams, it is unlikely that none is on the lost machine.
         streams += [Stream(plain, name, 300) for name in ("", "", *NAMES)]
         for stream in streams:
             stream.start()

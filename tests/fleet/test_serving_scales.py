@@ -1,4 +1,4 @@
-"""Replicas that come and go with the load, on Ray Serve; a fleet of its own."""
+"""Scaling of replicas with the load on Ray Serve, in a separate fleet."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ pytestmark = pytest.mark.long
 NAMES = ("sql", "json", "label")
 PROMPT = "Once upon a time"
 TOKENS = 24
-# So many run on a replica, so that a short line of waiting ones wants another.
+# Only a few sequences run per replica, so that a short queue requires another one.
 FLAGS = ("--min-replicas", "1", "--max-replicas", "2", "--threads", "1", "--max-num-seqs", "2")
 
 
 class Asking:
-    """Several clients, each of whom asks one thing after the other and has no second try.
+    """Several clients that send requests in sequence, without retries.
 
     Args:
-        address: The fleet's.
-        wanted: By adapter, the whole answer.
-        count: Clients.
+        address: The address of the fleet.
+        wanted: The whole answer by adapter.
+        count: The number of clients.
     """
 
     def __init__(self, address: str, wanted: Mapping[str, str], count: int) -> None:
@@ -92,7 +92,7 @@ def test_replicas_come_and_go_without_a_failed_request(tmp_path: Path) -> None:
         with Asking(fleet.address, wanted, 10) as many:
             until_there_are(2, fleet, 120.0)
             time.sleep(10.0)
-        # Two would be enough for one replica, which goes on beside the other's end.
+        # One replica suffices for two clients, and continues during the other's end.
         with Asking(fleet.address, wanted, 2) as few:
             until_there_are(1, fleet, 180.0)
             time.sleep(5.0)

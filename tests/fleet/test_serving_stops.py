@@ -1,4 +1,4 @@
-"""How ``turret cluster serve`` ends; a fleet of its own, when the machine has no other."""
+"""The end of ``turret cluster serve``, in a separate fleet that is alone on the machine."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def test_sigterm_to_the_whole_group_lets_answers_finish(tmp_path: Path) -> None:
         assert started.process.wait(90.0) == 0
         _, left = psutil.wait_procs(tree, 10.0)
         assert left == []
-        # Neither Ray nor its ingress complains of what was asked for.
+        # Neither Ray nor its ingress logs errors about the requested stop.
         log = started.log.read_text()
         assert not any(word in log for word in ("Traceback", " failed", "crashed")), log
-        # Nor does it advise or colour anything.
+        # The log contains neither Ray's advice nor colours.
         said = ("HAProxy on other nodes", "Started Serve", "will not be applied", "\x1b")
         assert not any(word in log for word in said), log
         assert "nothing to read again: no --token-file" in log

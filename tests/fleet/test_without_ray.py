@@ -232,7 +232,7 @@ def test_a_model_of_the_hub_stays_one(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_fleet_on_a_cluster_of_others_needs_tokens() -> None:
-    """Its replicas listen for other machines' ingresses, also where --address is loopback."""
+    """Its replicas listen for other machines' ingresses, even if --address is loopback."""
     adapters, fleet = AdapterConfig(state_dir=Path("state")), FleetConfig(ray_address="auto")
     assert ClusterConfig(adapters=adapters)
     with pytest.raises(ValidationError, match=say("FLEET_NEEDS_TOKENS")):
@@ -248,7 +248,7 @@ def test_only_the_ingress_listens_on_the_fleets_host(
     monkeypatch.setenv(ingress.VARIABLE, "/bin/true")
     ingress.write_haproxy(tmp_path, host)
     written = tmp_path / "haproxy.cfg"
-    # The two pages of Serve's, as its template has them, and the two addresses of the fleet.
+    # Serve's two pages, as in its template, and the two addresses of the fleet.
     written.write_text(
         "    bind :1\n    bind 127.0.0.1:2\n    bind 127.0.0.1:3 proto h2\n  bind *:4\n"
     )
@@ -308,7 +308,7 @@ def test_the_files_of_the_ingress_are_nobody_elses(
 
 def test_the_sockets_of_the_ingress_have_paths_that_haproxy_takes() -> None:
     folder = Path(ingress._JOINED_FOLDER.format(user=2**32 - 2))
-    # Ray puts them below a node's id.
+    # Ray puts the sockets below a node's id.
     longest = ingress.ingress_environment(folder / ("f" * 56))
     sockets = [path for name, path in longest.items() if name.endswith("SOCKET_PATH")]
     assert len(sockets) == 2
@@ -322,7 +322,7 @@ def test_haproxy_takes_what_is_written_into_its_configuration(tmp_path: Path) ->
     balance = environment["RAY_SERVE_HAPROXY_BALANCE_ALGORITHM"]
     timeouts = "".join(f"    timeout {kind} 5s\n" for kind in ("client", "server", "connect"))
     written = tmp_path / "haproxy.cfg"
-    # As Serve has it: what is ours is in the defaults, and what is its own in each backend.
+    # Serve's structure: turret's settings are in the defaults, Serve's in each backend.
     written.write_text(
         f"defaults\n    mode http\n{timeouts}    balance {balance}\n"
         "frontend grpc\n    bind 127.0.0.1:1 proto h2\n    default_backend turret\n"
@@ -350,7 +350,7 @@ def test_every_server_that_serve_writes_is_found(
     lines = re.findall(r"^ *server \{\{.*$", template.read_text(), re.MULTILINE)
     assert len(lines) >= 2
     written = tmp_path / "haproxy.cfg"
-    # Names and ports are filled in, what may be left out is.
+    # Names and ports are filled in, and optional parts are omitted.
     filled = (re.sub(r"\{\{.*?\}\}", "10", re.sub(r"\{%.*?%\}", "", line)) for line in lines)
     written.write_text("".join(f"{line}\n" for line in filled))
     monkeypatch.setenv(ingress.VARIABLE, "/bin/true")
@@ -367,14 +367,15 @@ def test_every_address_that_serve_writes_is_known() -> None:
     template = Path(found.origin).with_name("serve") / "_private" / "haproxy_templates.py"
     lines = re.findall(r"^ *bind (.*):\{\{", template.read_text(), re.MULTILINE)
     hosts = [re.sub(r"\{\{.*\}\}", "own", line) for line in lines]
-    # Two pages on every interface, which are moved to loopback, and the two addresses of the fleet.
+    # The two pages on every interface, which must be moved to loopback, and the two addresses of
+    # the fleet.
     assert sorted(hosts) == ["", "*", "own", "own"]
 
 
 def test_what_is_started_is_never_without_its_permissions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A command that joins a fleet writes it while the fleet runs."""
+    """A joining command writes the file while the fleet runs."""
     monkeypatch.setenv(ingress.VARIABLE, "/bin/true")
     modes = []
     renamed = Path.rename
@@ -391,7 +392,7 @@ def test_what_is_started_is_never_without_its_permissions(
 def test_there_has_to_be_an_haproxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("shutil.which", lambda name: None)
-    # A variable that names what is written here names no other.
+    # A variable with the path of the written file does not name another program.
     monkeypatch.setenv(ingress.VARIABLE, str(ingress.haproxy_path(tmp_path)))
     with pytest.raises(UnavailableError) as refused:
         ingress.write_haproxy(tmp_path)
@@ -403,7 +404,7 @@ def test_there_has_to_be_an_haproxy(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_cluster_that_is_gone_is_said_to_be_at_once(tmp_path: Path) -> None:
     with socket.socket() as taken:
-        # Bound, and nobody listens.
+        # The port is bound, but nothing listens.
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         joining = FleetConfig(ray_address=address)
@@ -420,14 +421,14 @@ def test_a_cluster_that_is_gone_is_said_to_be_at_once(tmp_path: Path) -> None:
     assert refused.value.metadata == {"state_dir": str(absent)}
 
 
-@pytest.mark.filterwarnings("ignore")  # Ray Serve's own, as it is imported.
+@pytest.mark.filterwarnings("ignore")  # warnings from importing Ray Serve
 def test_a_replica_answers_every_call_that_there_is() -> None:
     pytest.importorskip("ray")
     from turret.fleet.serving.application import Replica
 
     files = (inference_pb2, adapters_pb2, health_pb2)
     services = [s for file in files for s in file.DESCRIPTOR.services_by_name.values()]
-    # One that streams yields, and Serve tells the two apart by that.
+    # A streaming method yields, by which Serve distinguishes the two kinds.
     for method in (method for service in services for method in service.methods):
         yields = inspect.isasyncgenfunction(getattr(Replica, method.name))
         assert yields is method.server_streaming, method.full_name

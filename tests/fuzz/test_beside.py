@@ -1,4 +1,4 @@
-"""A polite client beside one that sends anything, to a real server through both doors."""
+"""A well-behaved client beside a fuzzing one, on a real server over both protocols."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from servers.server_under_test import ServerUnderTest, start_server
 
 from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
-# They compute too: more would measure what two processors have left, not what the server does.
+# Fuzzers also compute: more of them would measure the rest of two processors instead of the server.
 NUM_FUZZERS = 2
 LEAST_RATE = 0.5
 MOST_SECONDS = 1.0
-# What a server may never say; of gRPC's own words CANCELLED is the client's.
+# Statuses that a server must never return.
 BUGS = ("INTERNAL", "UNKNOWN", "DATA_LOSS", "500")
-# Of what was sent when it did.
+# The maximum number of inputs to show after a failure.
 MOST_SHOWN = 5
 
 
 class Sender:
-    """Threads that send damaged seeds until they are told to stop, one every few milliseconds."""
+    """Threads that send a damaged seed every few milliseconds until they are stopped."""
 
     def __init__(self, address: str, http_address: str, over: Event) -> None:
         self.seen: Counter[str] = Counter()
@@ -110,7 +110,7 @@ def send(address: str, http_address: str, over: Event, ready: Event, seen: Queue
 
 
 class Fuzzers:
-    """A ``Sender`` in a process of its own: what it computes is not the client's interpreter's."""
+    """A ``Sender`` in a separate process, so that it does not slow down the client."""
 
     def __init__(self, server: ServerUnderTest) -> None:
         self.seen: Counter[str] = Counter()
@@ -157,7 +157,7 @@ def _latencies(ask: Callable[[], object], seconds: float) -> list[float]:
 def test_a_polite_client_is_served_beside_any_bytes(
     server: ServerUnderTest, fuzz_seconds: float
 ) -> None:
-    """Half of its rate at least, and p99 under a second; nothing that is sent shows a bug."""
+    """The client keeps half of its rate, with p99 under a second, and no input reveals a bug."""
     with grpc.insecure_channel(server.address) as channel:
         admin = adapters_pb2_grpc.AdaptersStub(channel)
         admin.LoadAdapter(adapters_pb2.LoadAdapterRequest(name="polite", path="polite"))
@@ -175,7 +175,7 @@ def test_a_polite_client_is_served_beside_any_bytes(
         beside: list[float] = []
         seen: Counter[str] = Counter()
         breaking: list[tuple[str, str, bytes]] = []
-        # In turns, since a machine has good and bad minutes.
+        # Alternate, because the machine's load varies.
         for _ in range(4):
             alone += _latencies(ask, fuzz_seconds / 8)
             with Fuzzers(server) as fuzzers:

@@ -1,6 +1,6 @@
-"""The largest message of every field, sent to a real server beside a client that asks for little.
+"""The largest message of every field, sent to a real server beside a small client.
 
-The client's health checks and its stream go on meanwhile, and the server's memory comes back.
+The client's health checks and its stream continue, and the server frees the memory.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from servers.server_under_test import ServerUnderTest, start_server
 
 JSON = {"content-type": "application/json"}
 LASTING_MIB = 100
-# Bodies that bring in what stays: the allocator's arenas, caches, the thread that parses.
+# The number of first bodies, which cause lasting allocations: arenas, caches, the parsing thread.
 NUM_FIRST = 10
 MOST_SECONDS, STRICT_SECONDS = 2.0, 0.5
-# What was slow by chance is not slow each time.
+# The number of attempts, because a message may be slow by chance.
 NUM_TRIES = 3
-# gRPC's and HTTP's words for a bug.
+# Statuses of gRPC and HTTP that reveal a bug.
 BUGS = ("INTERNAL", "UNKNOWN", "DATA_LOSS", "500")
 STREAM = {"model": "base", "prompt": "a b", "max_tokens": 24, "ignore_eos": True, "stream": True}
 
 
 class Neighbour:
-    """Asks for health and reads a stream, again and again, until it is told to stop.
+    """Repeats health checks and streams until it is stopped.
 
     Attributes:
         worst: The longest wait so far for a check, or for the next piece of a stream.
@@ -90,7 +90,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerUnderTest
 
 
 def test_large_messages_hold_nobody_up(server: ServerUnderTest) -> None:
-    """Each field at one endpoint; all of them, with all values, are tried by the test below."""
+    """Each field is tried at one endpoint; the test below tries all endpoints and values."""
     _try(server, itertools.chain(bodies(is_short=True), messages()), MOST_SECONDS)
 
 
@@ -147,7 +147,7 @@ def _try(server: ServerUnderTest, sent: Iterable[Large], most_seconds: float) ->
                 neighbour.worst = 0.0
                 code = _send(server, channel, large)
                 assert code not in BUGS, (code, str(large))
-                # What waits at the end of a message belongs to it.
+                # Include waits at the end of a message.
                 time.sleep(0.02)
                 worst = neighbour.worst
                 if worst <= most_seconds or worst <= most_seconds * _slowness():
@@ -162,7 +162,7 @@ def _try(server: ServerUnderTest, sent: Iterable[Large], most_seconds: float) ->
 
 
 def _slowness() -> float:
-    """How many times longer everything takes because of what else runs on this machine."""
+    """The slowdown from other load on this machine."""
     start, cpu = time.monotonic(), time.thread_time()
     while time.thread_time() - cpu < 0.1:
         pass
@@ -170,7 +170,7 @@ def _slowness() -> float:
 
 
 def _send(server: ServerUnderTest, channel: grpc.Channel, large: Large) -> str:
-    """The status, over HTTP or gRPC."""
+    """Send a message; returns its status over HTTP or gRPC."""
     if large.target.startswith("/"):
         connection = http.client.HTTPConnection(server.http_address, timeout=300)
         connection.request("POST", large.target, large.data, JSON)

@@ -1,4 +1,4 @@
-"""Any bytes, any messages: an error of the table or none. ``make fuzz`` goes on from here."""
+"""Arbitrary bytes and messages cause only known errors. ``make fuzz`` runs longer."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 
 
 class Sent(bytes):
-    """What is fed to a target; hypothesis shows all of what it draws."""
+    """The input of a target, which hypothesis shows completely."""
 
     def __repr__(self) -> str:
         return f"<{len(self)} bytes: {bytes(self[:300])!r}…>"
 
 
 NAMES = ("header", "config", "folder", "tokens", "message", "http", "bodies", "registration")
-# Inputs tried in every run; the folder's cost a whole load each.
+# The numbers of inputs in every run. Each input of "folder" takes a whole load.
 COUNTS = {"folder": 60, "message": 120, "http": 120, "bodies": 40}
 EXAMPLES = 12
 
@@ -43,7 +43,7 @@ def test_every_target_has_seeds_and_they_are_those_of_the_code(targets: Targets)
 
 
 def test_an_input_may_cost_no_more_than_its_bytes_are_worth() -> None:
-    """What made bodies slow was quadratic: half a minute for 64 kB."""
+    """A quadratic parser once took half a minute for 64 kB."""
 
     def slow(data: bytes) -> None:
         end = time.process_time() + 3
@@ -60,7 +60,7 @@ def test_an_input_may_cost_no_more_than_its_bytes_are_worth() -> None:
 
 
 def test_seeds_break_nothing(targets: Targets) -> None:
-    """Those that are right, and those that broke something once."""
+    """The seeds are valid inputs, and inputs that once caused a failure."""
     for name, data in seeds():
         targets.by_name[name](data)
 
@@ -80,7 +80,7 @@ def test_damaged_seeds_break_nothing(targets: Targets, name: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_messages_of_any_content_break_nothing(targets: Targets, method: MethodDescriptor) -> None:
-    """Drawn by descriptors, so a field that is new is drawn too."""
+    """Messages are drawn from descriptors, which includes new fields."""
     most = 3 if method.client_streaming else 1
 
     @settings(

@@ -1,4 +1,4 @@
-"""Chat and completions over HTTP: what the client is told."""
+"""Chat and completions over HTTP: the client's answers."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ async def test_no_tokens_score_the_prompt() -> None:
 async def test_a_large_answer_is_built_off_the_event_loop_and_in_pieces(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The encoder lets no other thread run, so it must not get thousands of answers at once."""
+    """The encoder holds the GIL, so it must not get thousands of answers at once."""
     encoded: list[tuple[str, int]] = []
     original = reply.dumps
 
@@ -285,7 +285,7 @@ def _left(engine: FakeEngine) -> int:
 
 
 async def test_a_client_that_goes_away_leaves_nothing() -> None:
-    """Fifty streams and whole answers, dropped before, within and after their first event."""
+    """Fifty streams and whole answers are dropped before, during and after their first event."""
     source = random.Random(7)
     async with http_harness() as server:
         server.engine.script = endless

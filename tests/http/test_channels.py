@@ -1,4 +1,4 @@
-"""Answers in channels, as gpt-oss gives them: what is thought is never said, at either door."""
+"""Answers in gpt-oss' channels: reasoning is never part of the text, over both protocols."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}
 THOUGHT = "<|channel|>analysis<|message|>Hm. <b>\n<|end|>"
 FINAL = "<|start|>assistant<|channel|>final<|message|>Hi, é!"
 CALL = '<|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": 1}'
-# Answer, what is thought, what is said, calls.
+# The answer, its reasoning, its text, its calls.
 ANSWERS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     (THOUGHT + FINAL, "Hm. <b>\n", "Hi, é!", []),
     ("<|channel|>final<|message|>Hi", "", "Hi", []),
     ("<|message|>Hi<|end|>", "", "Hi", []),
-    # A model that was taught to answer without channels; what looks like a mark is text there.
+    # A model trained to answer without channels; marks are text there.
     ("Hi <|end|> <", "", "Hi <|end|> <", []),
     (" <|chan", "", " <|chan", []),
     ("Hi <|chan", "", "Hi <|chan", []),
@@ -49,7 +49,7 @@ ANSWERS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("<|channel|>ana", "", "", []),
     (THOUGHT + CALL, "Hm. <b>\n", "", [("f", '{"a": 1}')]),
     (THOUGHT + CALL + "<|call|>", "Hm. <b>\n", "", [("f", '{"a": 1}')]),
-    # As the template writes a call of an earlier turn.
+    # The form in which the template writes a call of an earlier turn.
     (" to=functions.f<|channel|>commentary json<|message|> {}", "", "", [("f", "{}")]),
     ("<|channel|>commentary to=functions.f<|message|><|call|>", "", "", [("f", "{}")]),
     (
@@ -58,7 +58,7 @@ ANSWERS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
         "I look.",
         [("f", '{"a": 1}'), ("f", '{"a": 1}')],
     ),
-    # Tools that OpenAI's own servers have are called in thought.
+    # Built-in tools of OpenAI's servers are called in the reasoning.
     ("<|channel|>analysis to=python code<|message|>1+1<|end|>" + FINAL, "1+1", "Hi, é!", []),
     (
         "<|channel|>commentary to=functions.rm <|constrain|>json<|message|>{}",
@@ -92,13 +92,13 @@ def load(folder: Path) -> Tokenizer:
 
 
 def tokens_of(tokenizer: Tokenizer, text: str) -> list[int]:
-    """With its marks as the tokens that they are."""
+    """The tokens of a text, with marks as special tokens."""
     return tokenizer.encode_rendered(RenderedChat([text]))
 
 
 @pytest.mark.parametrize("text", [THOUGHT + FINAL, THOUGHT + CALL, "<|message|>Hi", "Hi, é!"])
 def test_the_text_of_a_chat_is_what_is_said(text: str, tmp_path: Path) -> None:
-    """Over gRPC, where nothing takes it apart; with ``call_marks`` it is all there."""
+    """Answers are not split over gRPC; with ``call_marks``, the text includes all marks."""
     tokenizer = load(tmp_path)
     ids = tokens_of(tokenizer, text)
 
@@ -108,7 +108,7 @@ def test_the_text_of_a_chat_is_what_is_said(text: str, tmp_path: Path) -> None:
 
     assert streamed(said_only=True) == put_together(reader(), [text])[1]
     assert streamed(call_marks=True) == streamed(call_marks=True, said_only=True) == text
-    # A raw prompt's answer is text as it is anywhere: without special tokens.
+    # The answer to a raw prompt is text without special tokens, as usual.
     assert streamed() == tokenizer.decode(ids)
 
 
@@ -133,13 +133,13 @@ async def test_what_is_said_alone_is_asked_for_a_chat_over_grpc() -> None:
 
 
 async def asked(http: HttpHarness, tokenizer: Tokenizer, text: str, **body: Any) -> Any:
-    """The first choice of a conversation that the engine answers with a text."""
+    """The first choice of a conversation, which the engine answers with a text."""
     fakes = fake_backend(http.engine, http.registry, FakeMerger(), FakeFuser())
     vocabularies = FakeVocabularies(Vocabulary(tokenizer))
     http.gate.open(replace(fakes, tokenizer=tokenizer, vocabularies=vocabularies))
 
     async def script(request: Request) -> AsyncIterator[Output]:
-        # As the engine makes the text.
+        # The text is computed as in the engine.
         options = request.options
         stream = tokenizer.stream(options.call_marks, options.said_only)
         *first, last = tokens_of(tokenizer, text)
@@ -165,11 +165,11 @@ async def test_a_chat_over_http(tmp_path: Path) -> None:
         assert call["function"] == {"name": "f", "arguments": '{"a": 1}'}
         assert choice["message"]["content"] is None
         assert choice["finish_reason"] == "tool_calls"
-        # Nobody asked for tools: a call of one is something that was said, with its marks.
+        # Without tools in the request, a call is text, with its marks.
         message = (await asked(http, tokenizer, THOUGHT + CALL))["message"]
         assert "to=functions.f" in message["content"]
         assert message["reasoning_content"] == "Hm. <b>\n"
-        # What has to match is no message in a channel.
+        # A constrained answer is not a message in a channel.
         message = (await asked(http, tokenizer, '{"a": 1}', guided_json=SCHEMA))["message"]
         assert message["content"] == '{"a": 1}'
 

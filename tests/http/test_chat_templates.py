@@ -1,4 +1,4 @@
-"""Conversations have the adapter's own chat template, as transformers renders it, in every door."""
+"""Conversations use the adapter's own chat template, rendered as in transformers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def save(folder: Path, name: str, seed: int = 1) -> Any:
 
 
 def with_template(folder: Path, template: str | None, **changes: Any) -> None:
-    """Save the base's tokenizer beside an adapter, as TRL does, with a chat template."""
+    """Save the base's tokenizer with a chat template beside an adapter, like TRL."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     for name, token in changes.items():
@@ -47,7 +47,7 @@ def with_template(folder: Path, template: str | None, **changes: Any) -> None:
 
 
 def rendered(folder: Path, tools: Any = None) -> list[int]:
-    """The tokens of ``ASK``, where ``<eos>`` in the user's turn is no special token."""
+    """The tokens of ``ASK``; ``<eos>`` in the user's turn is not a special token."""
     theirs: Any = AutoTokenizer.from_pretrained(folder)
     mark = [{**ASK[0], "content": "hi \x01"}]
     text = theirs.apply_chat_template(mark, tools=tools, tokenize=False, add_generation_prompt=True)
@@ -58,7 +58,7 @@ def rendered(folder: Path, tools: Any = None) -> list[int]:
 
 @dataclass
 class Doors:
-    """A real backend behind both doors."""
+    """A real backend with both protocols."""
 
     http: HttpHarness
     rpc: Harness
@@ -77,7 +77,7 @@ class Doors:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The twin with a chat template."""
+    """The test model with a chat template."""
     folder = tmp_path_factory.mktemp("models") / "base"
     shutil.copytree(twin("llama").folder, folder)
     (folder / "chat_template.jinja").write_text(BASE)
@@ -189,7 +189,7 @@ async def test_every_door_answers_a_chat_in_it(doors: Doors) -> None:
 
 
 async def test_answers_end_at_the_adapters_end_token(doors: Doors) -> None:
-    """``a`` ends a conversation of one that says so, and is text for the others."""
+    """``a`` ends conversations of the adapter that defines it, and is text for the others."""
     (letter,) = tiny_tokenizer()("a")["input_ids"]
     body = {"messages": ASK, "max_tokens": 4, "temperature": 0, "logit_bias": {str(letter): 100}}
     for name, reason in (("ends", "stop"), ("own", "length")):
@@ -472,7 +472,7 @@ async def test_a_request_brings_a_template_only_where_that_is_allowed(
         other = await trusting.tokens("config")
         for name in ("base", "own", "config"):
             assert await trusting.tokens(name, chat_template=OTHER) == other
-        # Its end token is still the adapter's, as transformers has it.
+        # The end token is still the adapter's, as in transformers.
         assert await trusting.tokens("ends", chat_template=OWN) != await trusting.tokens("own")
         body = {"max_tokens": 2, "temperature": 0, **asked}
         for name in ("base", "own"):

@@ -1,4 +1,4 @@
-"""Several answers beside each other: what is not read is not taken from the engine either."""
+"""Concurrent answers: unread parts are not taken from the engine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TURNS = [{"role": "user", "content": "hi"}]
 
 
 def choices_of(inference: Any, count: int, num_choices: int) -> Choices:
-    """So many answers, and so many of them to each prompt."""
+    """This number of answers, with this number for each prompt."""
     call = SimpleNamespace(message_bytes=0)
     exchange: Any = SimpleNamespace(call=call, party=Party(Shares()))
     message = inference_pb2.GenerateRequest()
@@ -65,7 +65,7 @@ async def test_calls_of_a_list_have_no_more_tasks_than_run() -> None:
 
 
 async def test_answers_are_counted_over_all_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A body of ten kilobytes could ask for a quarter of a million."""
+    """Otherwise, a body of ten kilobytes could request a quarter of a million answers."""
     async with http_harness() as server:
         body = {"model": "base", "prompt": ["a"] * 2048, "n": 128}
         refused = await server.refused("/v1/completions", body)
@@ -106,7 +106,7 @@ async def test_collected_answers_count_towards_the_limit(
 
 
 class Talker:
-    """Answers without end, and counts what was taken."""
+    """Answers endlessly, and counts the taken chunks."""
 
     def __init__(self) -> None:
         self.num_taken = self.num_open = 0
@@ -131,9 +131,9 @@ async def test_a_client_that_does_not_read_holds_the_answers_back() -> None:
         await anext(chunks)
         for _ in range(4 * choices_module._MAX_ARRIVED):
             await asyncio.sleep(0)
-        # Of each answer one more, for which there is no room.
+        # One more chunk of each answer, for which there is no room.
         assert talker.num_taken == 1 + choices_module._MAX_ARRIVED + count
-        # It goes on once something is read.
+        # It continues after a read.
         await anext(chunks)
         await asyncio.sleep(0)
         await asyncio.sleep(0)

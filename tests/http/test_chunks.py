@@ -1,4 +1,4 @@
-"""How the bytes of a stream reach the connection."""
+"""The path of a stream's bytes to the connection."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ WORDS = ("one ", 'two "', "dréi\n", "four")
 
 
 async def words(request: Request) -> AsyncIterator[Output]:
-    """Four tokens that are all there at once."""
+    """Four tokens that arrive at once."""
     for word in WORDS[:-1]:
         yield Output(text=word, token_ids=(1,))
     yield Output(text=WORDS[-1], token_ids=(1,), finish=finish(request))
 
 
 async def sent(http: HttpHarness, path: str, version: str = "1.1") -> bytes:
-    """Everything that comes back for a stream, head and framing included."""
+    """All bytes of a stream's response, including head and framing."""
     host, _, port = http.server.address.rpartition(":")
     asked = {"model": "base", "stream": True}
     asked |= {"prompt": "hi"} if path == "completions" else {"messages": [TURN]}
@@ -69,7 +69,7 @@ async def test_what_is_there_at_once_is_sent_at_once() -> None:
         for path in ("completions", "chat/completions"):
             chunks = chunks_of(await sent(http, path))
             assert said(b"".join(chunks)) == "".join(WORDS)
-            # The last chunk is that which ends the stream.
+            # The last chunk ends the stream.
             assert len(chunks) == 2
             assert chunks[0].count(b"data: ") >= len(WORDS)
 
@@ -114,7 +114,7 @@ async def test_a_client_that_does_not_read_holds_the_stream_up() -> None:
         while num_made != before or not num_made:
             before = num_made
             await asyncio.sleep(0.2)
-        # What the sockets of both sides hold, and no more.
+        # No more than the sockets of both sides hold.
         assert num_made < 400
         await reader.readexactly(4 << 20)
         await asyncio.sleep(0.1)

@@ -1,4 +1,4 @@
-"""Connections over HTTP: slow heads, TLS, certificates that change, shares of one party."""
+"""HTTP connections: slow heads, TLS, changing certificates, limits of one party."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ async def test_a_head_has_a_limit_of_bytes() -> None:
 
 
 async def test_only_heads_are_hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not an answer that takes long, nor a connection that waits for its next request."""
+    """A long answer, or a connection that waits for its next request, has no such limit."""
     monkeypatch.setattr(connection, "HEAD_SECONDS", 0.2)
     ask = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
     async with http_harness() as server:
@@ -82,7 +82,7 @@ async def test_only_heads_are_hurried(monkeypatch: pytest.MonkeyPatch) -> None:
             writer.write(ask)
             await asyncio.wait_for(reader.readuntil(b"}"), 10)
             await asyncio.sleep(0.5)
-        # Half a head on a connection that has had answers.
+        # Send half a head on a connection that has had answers.
         writer.write(ask[:9])
         assert await asyncio.wait_for(reader.read(), 10) == b""
         writer.close()
@@ -109,7 +109,7 @@ def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def use(pem: Path, folder: Path, name: str) -> None:
-    """Put a pair in the server's place, as a renewal does."""
+    """Replace the server's key pair, like a renewal."""
     for kind in ("crt", "key"):
         shutil.copy(pem / f"{name}.{kind}", folder / f"new.{kind}")
         os.replace(folder / f"new.{kind}", folder / f"server.{kind}")
@@ -153,7 +153,7 @@ async def test_a_client_certificate_is_asked_for(pem: Path, tmp_path: Path) -> N
         for certificate in (None, pem / "second.crt"):
             with pytest.raises(httpx2.TransportError):
                 await status_of(address, pem / "first.crt", certificate)
-        # Another authority: whom it signed may come in, and no one else.
+        # With another authority, only clients that it signed are accepted.
         shutil.copy(pem / "second.crt", tmp_path / "new")
         os.replace(tmp_path / "new", roots)
         assert await status_of(address, pem / "first.crt", pem / "second.crt") == 200
@@ -180,7 +180,7 @@ async def test_an_address_in_use_stops_the_start() -> None:
 async def test_a_party_has_its_share_of_answers() -> None:
     async with http_harness(shares=Shares(per_token=2)) as server:
         mine, other = {"authorization": "Bearer a"}, {"authorization": "Bearer b"}
-        # More than the share in one request are answered one after the other.
+        # Answers beyond the limit in one request are computed one after the other.
         answer = await server.post(COMPLETIONS, {**PROMPT, "prompt": ["a"] * 6, "n": 2}, mine)
         assert len(answer.json()["choices"]) == 12
         server.engine.script = endless
@@ -215,7 +215,7 @@ async def test_a_host_of_an_odd_form_is_none_of_this_server(host: str, status: i
 
 
 async def test_a_second_authorization_header_is_refused() -> None:
-    """A proxy in front may have looked at the other one."""
+    """A proxy in front may have checked the other one."""
     tokens = TokenTable([("a", frozenset({"inference"})), ("b", frozenset())])
     async with http_harness(tokens=tokens) as server:
         one, other = ("authorization", "Bearer a"), ("authorization", "Bearer b")
@@ -245,7 +245,7 @@ async def test_a_request_has_one_host(head: bytes, status: int) -> None:
 
 
 async def answered(server: HttpHarness, sent: bytes) -> bytes:
-    """Everything that comes back until the server closes the connection."""
+    """All bytes that arrive until the server closes the connection."""
     reader, writer = await opened(server.server.address)
     writer.write(sent)
     try:
@@ -264,7 +264,7 @@ async def answered(server: HttpHarness, sent: bytes) -> bytes:
     ],
 )
 async def test_a_body_whose_length_is_told_twice_is_refused(head: bytes) -> None:
-    """A proxy in front may believe the other length, and take the rest for a request."""
+    """A proxy in front may use the other length, and treat the rest as a request."""
     async with http_harness() as server:
         answer = await answered(server, POST + head + b"\r\n0\r\n\r\n" + b"GET /health HTTP/1.1")
         assert answer.startswith(b"HTTP/1.1 400 ")
@@ -281,7 +281,7 @@ async def test_a_trailer_is_no_header() -> None:
 
 
 async def test_nothing_is_parsed_after_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client can read the answer, the rest of its body is dropped, and it is let go."""
+    """The client can read the answer, and the rest of its body is dropped."""
     monkeypatch.setattr(connection, "LINGER_SECONDS", 1.0)
     num_parsed = 0
     parse = Connection.on_body
@@ -342,11 +342,11 @@ async def test_a_body_in_tiny_chunks_has_a_limit_of_bytes_and_leaves_others_thei
                 start = time.monotonic()
                 assert (await server.client.get("/health")).status_code == 200
                 delays.append(time.monotonic() - start)
-        # Of 24 MB.
+        # The client sent 24 MB.
         assert num_parsed < 6_000_000
         assert max(delays) < 2
         writer.close()
-        # It has to do with the bytes alone, not with the chunks.
+        # Only the bytes count, not the chunks.
         body = b"".join(b"1\r\n%c\r\n" % byte for byte in json.dumps(PROMPT).encode())
         answer = await answered(
             server, POST + CHUNKED + b"connection: close\r\n\r\n" + body + b"0\r\n\r\n"

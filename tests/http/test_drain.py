@@ -1,4 +1,4 @@
-"""The HTTP door of a whole server: while it loads, and while it stops."""
+"""HTTP on a whole server while it loads and while it stops."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def test_it_listens_while_loading_and_finishes_what_runs_while_stopping() 
         assert (await client.get("/health")).status_code == 200
 
         async def drain(grace_seconds: float) -> None:
-            """What the engine does: let the running request finish; look around meanwhile."""
+            """Like the engine, let the running request finish; check the server in the meantime."""
             parts.engine.drained.append(grace_seconds)
             seen["health"] = (await client.get("/health")).status_code
             seen["refused"] = await client.post("/v1/completions", json=BODY)

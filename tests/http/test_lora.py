@@ -1,4 +1,4 @@
-"""Adapters managed over HTTP: what is read of a request, and what is refused."""
+"""Adapters managed over HTTP: fields of requests, and rejections."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ LONG = "a" * 100_000
 def saying(
     text: str, reason: FinishReason = FinishReason.STOP, stop: str | None = None
 ) -> Callable[[Request], AsyncIterator[Output]]:
-    """A script that says something character by character."""
+    """A script that answers character by character."""
 
     async def script(request: Request) -> AsyncIterator[Output]:
         for part in text:
@@ -57,7 +57,7 @@ def saying(
 
 @pytest.fixture
 def rendered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any, dict[str, Any]]]:
-    """What the stand-in tokenizer, whose template knows tools, was given to render."""
+    """The inputs of the simulated tokenizer, whose template supports tools."""
     given: list[tuple[Any, Any, dict[str, Any]]] = []
 
     def render(self: Any, messages: Any, tools: Any = (), **how: Any) -> RenderedChat:
@@ -70,7 +70,7 @@ def rendered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any, dict[str, 
 
 
 def events_of(answer: httpx2.Response) -> list[dict[str, Any]]:
-    """The events of a stream, each of which has its type as its name."""
+    """The events of a stream; the name of each is its type."""
     found = []
     for event in answer.text.strip().split("\n\n"):
         name, data = event.split("\n")
@@ -259,7 +259,7 @@ async def test_errors_of_other_kinds() -> None:
 
 
 def test_many_blocks_cost_no_more_than_their_texts():
-    """Each text was copied with every block: 3.7 MB took gigabytes and stopped the event loop."""
+    """Copying the text with every block made 3.7 MB take gigabytes and block the event loop."""
     blocks = [{"type": "text", "text": "a" * 900}] * 4000
     turns = [{"role": "user", "content": [*blocks, RESULT, *blocks[:2]]}]
     body = CountRequest.model_validate({"model": "base", "messages": turns})

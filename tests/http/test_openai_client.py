@@ -1,4 +1,4 @@
-"""OpenAI's own Python client against a real server on the embedded model."""
+"""OpenAI's Python client on a real server with the embedded model."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_n_answers(client: openai.OpenAI) -> None:
 
 
 def test_answers_to_one_prompt_share_it(server: ServerUnderTest, client: openai.OpenAI) -> None:
-    """The first computes the prompt, and the other three find all whole blocks of it."""
+    """The first answer computes the prompt, and the other three find all of its whole blocks."""
     prompt = " ".join(f"number {index}" for index in range(60))
     before = _samples(server)
     answer = client.completions.create(model="sql", prompt=prompt, n=4, max_tokens=2, seed=1)
@@ -274,7 +274,7 @@ def test_refusals_are_the_clients_exceptions(
 
 
 def test_vectors_are_those_of_grpc(client: openai.OpenAI, rpc: TurretClient) -> None:
-    """OpenAI's client asks for base64 and reads it."""
+    """OpenAI's client requests and decodes base64."""
     texts = [PROMPT, "b"]
     found = client.embeddings.create(model="sql", input=texts, extra_body={"pooling": "mean"})
     same = rpc.embed(texts, adapters="sql", pooling="mean")
@@ -349,7 +349,7 @@ def test_metrics_know_the_door(server: ServerUnderTest, client: openai.OpenAI) -
 
 @pytest.mark.parametrize("count", [50, pytest.param(200, marks=pytest.mark.long)])
 async def test_streams_that_are_dropped_leave_nothing(server: ServerUnderTest, count: int) -> None:
-    """Streams that are dropped at random times, or read to their end, in a few adapters."""
+    """Streams with a few adapters are dropped at random times, or read to their end."""
     source = random.Random(3)
     url = f"http://{server.http_address}/v1"
     with connect(server) as sync:
@@ -374,10 +374,10 @@ async def test_streams_that_are_dropped_leave_nothing(server: ServerUnderTest, c
 
         await asyncio.gather(*map(one, range(count)))
     with connect(server) as sync:
-        # Answered behind all of them, so what they left would still be there.
+        # This request is answered after all others, so their leftovers would still be visible.
         after = sync.completions.create(model="json", prompt=PROMPT, **GREEDY).choices[0].text
     assert after == before
-    # The engine lets go at its next step, which comes after the client's last byte.
+    # The engine releases a request at its next step, after the client's last byte.
     states = [f'turret_sequences{{state="{state}"}}' for state in ("running", "waiting")]
     states.append('turret_kv_blocks{state="used"}')
     end = time.monotonic() + 20
@@ -388,7 +388,7 @@ async def test_streams_that_are_dropped_leave_nothing(server: ServerUnderTest, c
         url = str(admin.base_url.copy_with(path="/console/state"))
         state = admin.get(url, cast_to=dict[str, Any])
     assert [adapter["in_flight"] for adapter in state["adapters"]["shown"]] == [0, 0]
-    # Connections close a moment after their clients have.
+    # Connections close a moment after their clients.
     process = psutil.Process(server.process.pid)
     port = int(server.http_address.rpartition(":")[2])
     while True:

@@ -1,4 +1,4 @@
-"""The OpenAPI document describes what the server does, and the page that shows it works alone."""
+"""The OpenAPI document matches the server's behaviour, and its page works offline."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ARCHIVE_PATH = "/v1/upload_lora_adapter"
 
 
 def check(answer: httpx2.Response, operation: dict[str, Any], document: dict[str, Any]) -> None:
-    """Compare an answer with what an operation says of its status."""
+    """Compare an answer with the operation's schema for its status."""
     kind = answer.headers["content-type"].partition(";")[0]
     schema = operation["responses"][str(answer.status_code)]["content"][kind]["schema"]
     if kind == "application/json":
@@ -44,7 +44,7 @@ async def test_each_answer_and_error_has_the_documented_form() -> None:
         document = (await server.client.get("/openapi.json")).json()
         assert document["openapi"].startswith("3.1")
         asked = set()
-        # The order in which an adapter comes and goes.
+        # The order is that of an adapter's life cycle.
         for path in (*BODIES, *document["paths"]):
             for method, operation in document["paths"][path].items():
                 if (path, method) in asked:

@@ -1,4 +1,4 @@
-"""Adapters with tokens of their own through both doors: tokenizer, template, stops, constraints."""
+"""Adapters with their own tokens over both protocols: tokenizer, template, stops, constraints."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WITH = [adapters_pb2.AdapterWeight(name="grown")]
 
 @dataclass
 class Doors:
-    """A real backend behind both doors, a PEFT model, and the files."""
+    """A real backend with both protocols, a PEFT model, and the files."""
 
     http: HttpHarness
     rpc: Harness
@@ -58,7 +58,7 @@ async def doors(root: tuple[Path, Any], tmp_path: Path) -> AsyncIterator[Doors]:
 
 
 async def test_text_is_the_adapters(doors: Doors) -> None:
-    """Tokenize, GetAdapter, and the HTTP door's twins of them."""
+    """Tests Tokenize, GetAdapter and the HTTP equivalents."""
     text = "a turret <|end|> b"
     expected = grown_tokenizer()(text)["input_ids"]
     assert FIRST in expected
@@ -86,7 +86,7 @@ async def test_text_is_the_adapters(doors: Doors) -> None:
 
 
 async def test_a_chat_has_the_adapters_template(doors: Doors) -> None:
-    """Special tokens in what people say are text; those of the template are tokens."""
+    """Special tokens in messages are text; those of the template are tokens."""
     body = {"messages": ASK, "max_tokens": 6, "temperature": 0, "logprobs": True}
     refused = await doors.http.refused("/v1/chat/completions", {"model": "base", **body})
     assert refused.code == "no_chat_template"
@@ -135,7 +135,7 @@ async def test_stops_and_biases_know_added_tokens(doors: Doors) -> None:
     assert (answer.text, list(answer.token_ids)) == ("tur", [FIRST, FIRST])
     answer = await generate(_request(sampling=bias, stop={"stop_token_ids": [FIRST]}))
     assert (answer.stop_token_id, answer.text) == (FIRST, "")
-    # Special tokens are no text, and the tokenizer's own end ends.
+    # Special tokens are not text, and the tokenizer's own end token ends the answer.
     answer = await generate(_request(sampling={"logit_bias": {FIRST + 3: 90.0}}))
     assert (answer.text, list(answer.token_ids)) == ("", [FIRST + 3] * 6)
     answer = await generate(_request(sampling={"logit_bias": {END: 90.0}}))
@@ -154,7 +154,7 @@ async def test_constraints_speak_the_adapters_tokens(doors: Doors) -> None:
     choice = inference_pb2.Choice(texts=["turrets", "tower"])
     free = await generate(_request(choice=choice, stop={"max_tokens": 9}))
     assert free.text in choice.texts
-    # By the one token where that is likelier, and by letters where it is not allowed.
+    # The answer uses the added token if it is likelier, and letters if it is forbidden.
     bias = {"logit_bias": {FIRST: 90.0}}
     answer = await generate(_request(choice=choice, sampling=bias))
     assert (answer.text, answer.token_ids[0]) == ("turrets", FIRST)
@@ -178,7 +178,7 @@ def answer_ids(answer: inference_pb2.GenerateResponse) -> list[int]:
 async def test_a_tokenizer_travels_with_its_adapter(
     doors: Doors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Uploaded, served, exported; replaced by the same weights with another template."""
+    """The adapter is uploaded, served, exported, and replaced with another template."""
     async with AsyncTurretClient(doors.rpc.rpc.address) as client:
         first = await client.adapters.upload("up", doors.root / "grown")
         assert first.generation == 1
@@ -213,7 +213,7 @@ async def test_a_tokenizer_travels_with_its_adapter(
 
 
 async def test_it_is_neither_merged_nor_fused(doors: Doors) -> None:
-    """The base that came of it would have another number of tokens."""
+    """The resulting base would have another number of tokens."""
     merge = adapters_pb2.MergeAdaptersRequest(adapters=WITH)
     failure = await failure_of(doors.rpc.adapters.MergeAdapters(merge))
     assert failure.reasons == {"adapters": "NOT_MERGEABLE"}

@@ -1,4 +1,4 @@
-"""Which paths are served."""
+"""Served and unknown paths."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def test_a_slash_at_the_end_of_a_path_makes_no_difference() -> None:
         ("/V1/chat/completions", "/v1/chat/completions"),
         ("/v1/responces", "/v1/responses"),
         ("/v1/load_lora_adaptor", "/v1/load_lora_adapter"),
-        # Of other servers.
+        # Paths of other servers.
         *((path, "") for path in ("/v1/threads", "/v1/moderations", "/v1/rerank", "/api/chat")),
         ("/v1/" + "x" * 50, ""),
     ],

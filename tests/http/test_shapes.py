@@ -1,4 +1,4 @@
-"""Large bodies are refused by the size of their lists, before anything in them is read."""
+"""Large bodies are rejected for the size of their lists, before their entries are read."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LIMITED = ("too_many_entries", "too_long")
     ids=("quotes", "brackets in a string", "lists", "objects", "escapes", "texts", "digits", "_"),
 )
 def test_parsing_takes_time_that_grows_with_the_bytes(data: bytes) -> None:
-    """4 MiB take milliseconds; of what grew with the square of the size they took hours."""
+    """4 MiB take milliseconds; quadratic time would take hours."""
     start = time.thread_time()
     with pytest.raises(errors.InvalidRequestError):
         parse(data)
@@ -49,7 +49,7 @@ async def test_each_list_has_its_limit() -> None:
     async with http_harness() as server:
         large = set()
         for place in places():
-            # A million token ids take a while, and one type reads them everywhere.
+            # A million token ids take a while, and the same type reads them everywhere.
             if place.most > 10_000 and place.most in large:
                 continue
             large.add(place.most)
@@ -59,7 +59,7 @@ async def test_each_list_has_its_limit() -> None:
             answer = await server.client.post(place.path, content=content, headers=JSON)
             refused = Refused.of(answer)
             assert refused.status == 400, place
-            # The first wrong entry may be found before the end of the list.
+            # The first invalid entry may be found before the end of the list.
             assert any(
                 path.startswith(f"{place.blamed}[") or (path == place.blamed and code in LIMITED)
                 for path, code in refused.violations.items()
@@ -85,7 +85,7 @@ async def test_unknown_fields_are_ignored_however_many_there_are() -> None:
 
 
 def test_a_text_may_hold_any_number_of_brackets() -> None:
-    """Which parser reads it makes no difference but in time."""
+    """The two parsers differ only in time."""
     text = '[{"a": [1, -2.5e3, true, null, "\\u00e9"]}]' * 20_000
     body = {"prompt": text, "n": [1, 2.5, -1e3, True, None, {"a": {}, "b": []}], "é": "😀"}
     for is_ascii in (True, False):
@@ -143,7 +143,7 @@ def test_a_value_is_measured_without_writing_it() -> None:
 
 
 class _Body(dict[str, Any]):
-    """A body whose end can be seen."""
+    """A body whose deallocation can be observed."""
 
 
 async def _post_and_watch(

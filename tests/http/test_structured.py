@@ -1,6 +1,6 @@
 """Constrained answers through OpenAI's client, from a real server on a tiny model.
 
-The model is random: what makes sense in its answers comes from the constraints.
+The model is random, so only the constraints make its answers meaningful.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What surrounds every request over HTTP: access, limits, errors, ids, the drain."""
+"""Handling that all HTTP requests share: access, limits, errors, ids, the drain."""
 
 from __future__ import annotations
 
@@ -288,7 +288,7 @@ def test_the_page_names_every_path_field_and_status() -> None:
     for route in made:
         path = route.path.replace("{model:path}", "{model}")
         if path in ("/console/{file}", "/docs/{file}"):
-            # The page's own files.
+            # The page loads its own files.
             continue
         assert f"{route.method} {path}`" in page, path
         role = SERVICE_ROLES.get(route.service, "none")
@@ -316,7 +316,7 @@ async def test_a_stop_waits_a_little_and_then_ends_what_runs() -> None:
 
 
 async def test_a_stop_does_not_wait_for_who_does_not_read() -> None:
-    """A client that asks for a long stream and takes none of it holds nobody up."""
+    """A client that requests a long stream and reads nothing does not delay the stop."""
 
     async def flood(request: Request) -> AsyncIterator[Output]:
         while True:

@@ -1,4 +1,4 @@
-"""A hub on loopback, which this process asks."""
+"""A hub on loopback, which this process queries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``hub:org/name``: allowed by organisation, held to limits before and while files come, kept."""
+"""``hub:org/name``: allowed by organisation, limited before and during the download, and cached."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def repo(hub: FakeHub, checkpoints: Path) -> Repo:
 
 @pytest.fixture
 def registry(hub: FakeHub, tmp_path: Path) -> Iterator[_Make]:
-    """Makes a registry that may fetch, with a state directory; the one before is closed."""
+    """Create a registry with hub access and a state directory, and close the previous one."""
     made: list[AdapterRegistry] = []
 
     def make(*allowed: str, max_bytes: int = 1 << 20) -> AdapterRegistry:
@@ -73,7 +73,7 @@ def registry(hub: FakeHub, tmp_path: Path) -> Iterator[_Make]:
 def refused(
     registry: AdapterRegistry, path: str, kind: type[TurretError], reason: str, **params: Any
 ) -> None:
-    """Check that a load fails for a reason, which the error has in it or in its parts."""
+    """Check that a load fails for a reason, which the error or one of its parts has."""
     with pytest.raises(kind, check=says(reason, **params)):
         registry.load("a", path)
     assert registry.list() == []
@@ -105,7 +105,7 @@ def test_what_is_preloaded_is_asked_for_before_the_model_is_loaded(
         return [problem.text for problem in problems(config)]
 
     assert found(PATH) == []
-    # The weights come when the model is there.
+    # The weights are downloaded only once the model is available.
     assert hub.downloads() == []
     (problem,) = found("hub:acme/b")
     assert says("HUB_NO_REPOSITORY", name="acme/b")(problem)
@@ -143,7 +143,7 @@ def test_a_restart_serves_the_same_commit_and_asks_nobody(
             "adapter_config.json",
             "adapter_model.safetensors",
         }
-    # Asked for again by name, it is what it is now.
+    # A second load by name uses the current commit.
     replaced = again.replace("a", PATH)
     assert (replaced.generation, replaced.source) == (2, f"{PATH}@{repo.refs['main']}")
     assert replaced.facts.digest != first.facts.digest
@@ -191,7 +191,7 @@ def test_a_branch_is_what_it_is_now_or_nothing(
     hub.status = 503
     with pytest.raises(HubUnavailableError, check=says("HUB_STATUS", status=503)):
         one.replace("a", PATH)
-    # By its commit it is known, and offline what the branch was is what was asked for.
+    # The commit is cached, and offline, the last known commit of the branch is used.
     assert one.replace("a", loaded.source) == loaded
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert one.replace("a", PATH) == loaded
@@ -232,7 +232,7 @@ def test_what_is_in_the_cache_is_looked_at_before_the_model_is_loaded(
     refused(registry("acme"), PATH, AdapterCheckpointError, "UNKNOWN_METHOD", value="LROA")
     (problem,) = problems(config)
     assert says("UNKNOWN_METHOD", value="LROA")(problem.text)
-    # Of a commit nobody is asked.
+    # A commit needs no query to the hub.
     path = f"{PATH}@{repo.refs['main']}"
     hub.requests.clear()
     adapters = dataclasses.replace(config.adapters, preload=(("a", path),))
@@ -250,7 +250,7 @@ def test_size_is_checked_before_a_byte_comes(registry: _Make, hub: FakeHub, repo
 def test_a_chat_template_comes_before_the_weights(
     registry: _Make, hub: FakeHub, repo: Repo, tmp_path: Path
 ) -> None:
-    """Weights in the cache do not hide that the template is missing."""
+    """Cached weights do not hide a missing template."""
     commit = repo.push({**repo.commits[repo.refs["main"]], "chat_template.jinja": b"{{ x }}"})
     one = registry("acme")
     loaded = one.load("a", PATH)

@@ -1,4 +1,4 @@
-"""``--model org/name``: resolved once, fetched into the hub's cache, or refused in a sentence."""
+"""``--model org/name``: resolved once, downloaded to the hub's cache, or rejected on one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAME = "acme/tiny"
 
 @pytest.fixture
 def repo(hub: FakeHub, tiny_llama: Path) -> Repo:
-    """The model, with what people leave beside one."""
+    """The model, with other files that repositories may contain."""
     repo = hub.repo(NAME, tiny_llama)
     files = repo.commits[repo.refs["main"]]
     beside = {"pytorch_model.bin": b"p", "modeling.py": b"m", "README.md": b"r", "a/b.json": b"{}"}
@@ -109,7 +109,7 @@ def test_a_broken_connection_is_taken_up(
     tiny_llama: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # What came of a chunk that is not whole is asked for again.
+    # The received part of an incomplete chunk is requested again.
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     check_model(Path(NAME))
@@ -124,14 +124,14 @@ def test_a_broken_connection_is_taken_up(
 def test_what_xet_does_not_have_comes_from_the_hub(
     hub: FakeHub, repo: Repo, tmp_path: Path, tiny_llama: Path
 ) -> None:
-    """The hub keeps large files in a storage of its own, which a mirror need not have."""
+    """The hub keeps large files in a separate storage, which a mirror may lack."""
     hub.has_xet = True
     reports: list[tuple[str, int, int]] = []
     source = resolve_model(Path(NAME), tmp_path / "cache", lambda *said: reports.append(said))
     assert any("/xet-storage/" in line for line in hub.requests)
     assert source.digest == resolve_model(tiny_llama, tmp_path / "other").digest
     assert hub.downloads().count("model.safetensors") == 1
-    # Which is asked once, not for every file.
+    # The storage is tried once, not for every file.
     hub.requests.clear()
     hub.repo("acme/more", tiny_llama)
     resolved(tmp_path, "acme/more")

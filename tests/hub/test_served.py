@@ -1,4 +1,4 @@
-"""A server whose model and adapters are the hub's, by ``HF_ENDPOINT`` and ``HF_HOME`` alone."""
+"""A server with model and adapters from the hub, by ``HF_ENDPOINT`` and ``HF_HOME`` alone."""
 
 from __future__ import annotations
 

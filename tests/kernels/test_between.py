@@ -1,6 +1,6 @@
-"""The small fused kernels between projections and attention, against their references.
+"""The small fused kernels between projections and attention, compared with their references.
 
-Planted faults, and how many of the tests here each one fails (tried by hand):
+Planted faults, and the number of tests that each of them fails (tried by hand):
 
 - mean over the padded width: 4
 - residual not stored: 6
@@ -81,7 +81,7 @@ def test_gelu_mul(width, dtype):
 @pytest.mark.parametrize("width", [33, 1024, 1500])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_clamped_swiglu(width, dtype):
-    """Gates from below the limit to above it, ups on both sides; alternating."""
+    """Alternating gates from below the limit to above it, and ups on both sides."""
     wide = (3 * torch.randn(3, 2 * width + 3)).to(DEVICE, dtype)
     gate_up = wide[:, : 2 * width]
     gate, up = gate_up[:, ::2].double().clamp(max=2.5), gate_up[:, 1::2].double().clamp(-2.5, 2.5)
@@ -105,7 +105,7 @@ def fused(
     is_interleaved: bool = False,
     **norms: Any,
 ) -> torch.Tensor:
-    """``rope_kv_write`` as its reference is called."""
+    """``rope_kv_write`` with the arguments of its reference."""
     write = KvWrite(
         cos=cos,
         sin=sin,
@@ -121,7 +121,7 @@ def fused(
 @pytest.mark.parametrize("pairs", [3, 16, 32])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_heads_that_rotate_in_part(pairs, is_interleaved, dtype):
-    """Against complex numbers in float64; the reference as well."""
+    """Kernel and reference are compared with complex numbers in float64."""
     heads, kv_heads, rows, head_dim = 3, 1, 4, 64
     qkv = torch.randn(rows, (heads + 2 * kv_heads) * head_dim).to(DEVICE, dtype)
     angles = torch.randn(rows, pairs, device=DEVICE)

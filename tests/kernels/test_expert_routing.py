@@ -1,4 +1,4 @@
-"""Which experts a row goes through, and the sum of what they give."""
+"""The experts of a row, and the sum of their results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of mixtures of experts against their references, and each row alone."""
+"""Triton kernels of mixtures of experts, compared with references and with each row alone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check(found: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
 
 
 def skewed(rows: int, experts: int, per_token: int) -> Routing:
-    """One expert gets every row, one gets none."""
+    """Scores for which one expert gets every row, and one gets none."""
     scores = random(rows, experts, seed=rows)
     scores[:, 1] += 50.0
     scores[:, -1] -= 50.0
@@ -126,7 +126,7 @@ def test_adds_every_pairs_update(
     given = x if gathers else x[routing.rows].contiguous()
     start = random(2 * rows, out, dtype=dtype, seed=5)
     y = start.clone()
-    # No tensor of theirs, so that whatever a kernel reads beyond is seen.
+    # Each factor is a separate tensor, so that reads past its end are detected.
     kept = [(a[slot].clone(), b[slot].clone()) for slot in range(slots)]
     factors = torch.tensor([[address_of(t) for t in pair] for pair in kept], device=DEVICE)
     factors[1] = 0

@@ -28,7 +28,7 @@ def test_it_is_torchs_argmax(vocab: int) -> None:
         assert torch.equal(likeliest_tokens(logits), logits.argmax(-1))
         rows = torch.tensor([4, 1, 4])
         assert torch.equal(likeliest_tokens(logits, rows), logits[rows].argmax(-1))
-        # Many equal ones: the first counts.
+        # With many equal logits, the first one counts.
         coarse = (2 * logits).round()
         assert torch.equal(likeliest_tokens(coarse), coarse.argmax(-1))
 

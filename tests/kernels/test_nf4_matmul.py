@@ -1,6 +1,6 @@
-"""``nf4_matmul``: the reference against bitsandbytes, Triton against the reference.
+"""``nf4_matmul``: the reference compared with bitsandbytes, and Triton with the reference.
 
-Planted faults, and how many of the tests here each one fails (tried by hand):
+Planted faults, and the number of tests that each of them fails (tried by hand):
 
 - high nibble read as the low one: 21
 - odd columns of x replaced by the even ones: 21
@@ -33,7 +33,7 @@ bnb = pytest.importorskip("bitsandbytes.functional")
 
 
 def quantize(out_features: int, in_features: int) -> tuple[Nf4Matrix, torch.Tensor]:
-    """A random weight as bitsandbytes packs it, and as it dequantises it."""
+    """A random weight, packed and dequantised by bitsandbytes."""
     dense = torch.randn(out_features, in_features)
     packed, state = bnb.quantize_4bit(
         dense, blocksize=64, quant_type="nf4", compress_statistics=True
@@ -53,7 +53,7 @@ def test_dequantisation_is_bitsandbytes_own(shape):
 
 
 def served(matrix: Nf4Matrix, dtype: torch.dtype) -> torch.Tensor:
-    """The weight that Triton multiplies by, fp64: a rounded value times an fp32 maximum."""
+    """The weight by which Triton multiplies, in fp64: a rounded value times an fp32 maximum."""
     nibbles = torch.stack((matrix.packed >> 4, matrix.packed & 15), dim=-1).long()
     values = torch.tensor(CODE, device=DEVICE).to(dtype).double()[nibbles]
     blocks = values.view(-1, BLOCK) * matrix.absmax.double()[:, None]
@@ -77,7 +77,7 @@ def test_product(num_rows, shape, dtype):
 @pytest.mark.parametrize(("num_rows", "shape"), [(3, (300, 64)), (33, (96, 192))])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_gated_product_has_the_bits_of_two_kernels(num_rows, shape, dtype):
-    """300 outputs: tiles of gates end where those of ups begin."""
+    """300 outputs: the last tile of gates ends where the first one of ups begins."""
     matrix, _ = quantize(*shape)
     x = torch.randn(num_rows, shape[1]).to(DEVICE, dtype)
     for _ in range(2):
@@ -86,7 +86,7 @@ def test_a_gated_product_has_the_bits_of_two_kernels(num_rows, shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_weight_is_as_near_as_a_rounded_one(dtype):
-    """Rounding the sixteen values costs what rounding every weight would."""
+    """Rounding the sixteen values is as accurate as rounding every weight."""
     matrix, _ = quantize(300, 320)
     exact = matrix.dequantize(torch.float32).double()
     rounded = error_ratio(matrix.dequantize(dtype), exact)
@@ -94,7 +94,7 @@ def test_the_weight_is_as_near_as_a_rounded_one(dtype):
 
 
 def test_the_parts_of_a_sum_depend_on_the_weight_alone():
-    """Wide weights are not cut; a part is never short; the tuning's limits hold."""
+    """Wide weights are not cut, parts have a minimum size, and the limits of the tuning hold."""
     tuned = Tuning()
     for out_features, blocks in ((4096, 64), (4096, 224), (6144, 64), (28672, 64), (64, 3)):
         parts, part_blocks = parts_of(out_features, blocks, tuned)

@@ -1,4 +1,4 @@
-"""Kernels that do the work of two launches: the bits of the two, and float64."""
+"""Kernels that combine two launches, compared with the bits of the two and with float64."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from turret.kernels.gpu.tables import SegmentTable
 from turret.kernels.nf4_matmul import BLOCK, CODE, Nf4Matrix
 
 HEADS, KV_HEADS, HEAD_DIM, SLOTS = 3, 1, 16, 80
-# Some over a tile of 16.
+# Some ranks exceed a tile of 16.
 RANKS = (1, 3, 8, 16, 5, 20)
-# In the interpreter fp32 says little more than fp16.
+# In the interpreter, fp32 adds little to fp16.
 WIDTHS = [
     pytest.param(dtype, marks=pytest.mark.long) if dtype == torch.float32 else dtype
     for dtype in DTYPES
 ]
-# Pairs of a head that turn, and whether they are neighbours.
+# The rotated pairs of a head, and whether they are neighbours.
 WHOLE, PARTLY, NEIGHBOURS = (8, False), (3, False), (8, True)
 
 
@@ -42,7 +42,7 @@ def weight_of(out: int, inner: int) -> Nf4Matrix:
 
 
 def product_in_float64(x: torch.Tensor, weight: Nf4Matrix) -> torch.Tensor:
-    """By the values as they are multiplied: rounded codes times maxima."""
+    """The product with the multiplied values: rounded codes times maxima."""
     nibbles = torch.stack((weight.packed >> 4, weight.packed & 15), dim=-1).long()
     values = torch.tensor(CODE, device=DEVICE).to(x.dtype).double()[nibbles]
     blocks = values.view(-1, BLOCK) * weight.absmax.double()[:, None]
@@ -50,7 +50,7 @@ def product_in_float64(x: torch.Tensor, weight: Nf4Matrix) -> torch.Tensor:
 
 
 def make_write(rows: int, dtype: torch.dtype, pairs: int, is_interleaved: bool) -> KvWrite:
-    """Caches are zero, slots in disorder."""
+    """A write with zeroed caches and unordered slots."""
     angles = torch.randn(rows, pairs, device=DEVICE)
     caches = torch.zeros(2, SLOTS // 4, 4, KV_HEADS, HEAD_DIM, device=DEVICE, dtype=dtype)
     return KvWrite(
@@ -64,7 +64,7 @@ def make_write(rows: int, dtype: torch.dtype, pairs: int, is_interleaved: bool) 
 
 
 def emptied(write: KvWrite) -> KvWrite:
-    """The same with caches of its own."""
+    """The same write with separate caches."""
     caches = torch.zeros_like(write.k_cache), torch.zeros_like(write.v_cache)
     return replace(write, k_cache=caches[0], v_cache=caches[1])
 
@@ -78,7 +78,7 @@ def assert_same_heads(
 
 
 def assert_near_float64(q: torch.Tensor, write: KvWrite, exact: torch.Tensor) -> None:
-    """``exact`` is the product, ``[rows, columns]`` float64; turned in fp32."""
+    """``exact`` is the product, ``[rows, columns]`` float64; it is rotated in fp32."""
     caches = torch.zeros(2, *write.k_cache.shape, device=DEVICE)
     expected = rope_kv_write_reference(
         exact.float(),
@@ -129,7 +129,7 @@ def test_a_product_and_a_shrink(name, inner, base_rows, dtype):
     x = torch.randn(num_rows, inner).to(DEVICE, dtype)
     y, v = nf4_shrink(x, base_rows, weight, Shrink(pack.a, pack.slice_ranks, table))
     assert torch.equal(y, nf4_matmul(x[:base_rows], weight))
-    # Places of no row are undefined: what expand reads of them counts.
+    # Places without a row are undefined, so compare only what expand reads.
     results = []
     for parts in (v, segmented_shrink(x, pack.a, pack.slice_ranks, table)):
         result = torch.zeros(num_rows, sum(outs), device=DEVICE)

@@ -1,6 +1,6 @@
-"""Triton's ``paged_attention`` against float64 and the torch path.
+"""Triton's ``paged_attention``, compared with float64 and the torch path.
 
-Planted faults, and how many of the tests here each one fails (tried by hand):
+Planted faults, and the number of tests that each of them fails (tried by hand):
 
 - a query sees one position ahead: 13
 - window one too wide: 4
@@ -29,18 +29,18 @@ from turret.kernels.paged_attention import SequenceSpan, paged_attention_referen
 
 BLOCK = 16
 NUM_BLOCKS = 160
-# The probabilities are rounded to the cache's dtype before they meet the values.
+# The probabilities are rounded to the cache's dtype before the product with the values.
 BOUND = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
 LARGE = {torch.float16: 3e-4, torch.bfloat16: 2.3e-3}
 # KV heads, query heads per KV head, head dim, window.
 SHAPES = [(2, 4, 32, None), (1, 7, 24, None), (2, 3, 64, 40), (1, 1, 16, 600), (1, 20, 16, None)]
 WIDE = (1, 2, 160, 40)
-# New tokens, tokens before them, padding in front.
+# New tokens, tokens before them, and leading padding.
 STEP = [(1, 0, 0), (1, 700, 0), (9, 30, 5), (17, 270, 0), (1, 63, 16), (33, 0, 0)]
 
 
 class Step:
-    """Caches full of NaN but for the blocks in use, and queries."""
+    """Caches that are full of NaN except for the used blocks, and queries."""
 
     def __init__(self, shape, dtype, step=STEP) -> None:
         self.kv_heads, self.per_head, self.head_dim, self.window = shape
@@ -75,14 +75,14 @@ class Step:
         return table
 
     def poison_padding(self) -> None:
-        """Put NaN where a sequence begins with padding: it is not to be read."""
+        """Put NaN into the padding at the beginning of a sequence, which must not be read."""
         for span in self.spans:
             for position in range(span.num_padding):
                 block = span.blocks[position // BLOCK]
                 self.k[block, position % BLOCK] = self.v[block, position % BLOCK] = float("nan")
 
     def sinks(self) -> torch.Tensor:
-        """From one that is nothing beside the scores to one beside which they are little."""
+        """From a negligible sink to a dominating one."""
         return torch.linspace(-20, 6, self.q.shape[1], device=DEVICE)
 
     def attend(
@@ -112,7 +112,7 @@ class Step:
     def exact(
         self, softcap: float | None = None, sinks: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """By plain loops in float64."""
+        """The result of plain loops in float64."""
         out = torch.zeros(self.q.shape, dtype=torch.float64, device=DEVICE)
         for span in self.spans:
             k, v = (s[span.blocks].flatten(0, 1).double() for s in (self.k, self.v))
@@ -161,7 +161,7 @@ def test_heads_that_take_fewer_keys_at_a_time(dtype):
 @pytest.mark.parametrize("shape", SHAPES[:3])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_soft_caps(shape, dtype):
-    """In both kernels; a cap that is far off changes nothing much, so this one is near."""
+    """Both kernels apply the cap, which is low so that it has an effect."""
     step = Step(shape, dtype)
     exact = step.exact(0.7)
     step.poison_padding()
@@ -172,7 +172,7 @@ def test_soft_caps(shape, dtype):
 @pytest.mark.parametrize("shape", SHAPES[:3])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sinks(shape, dtype):
-    """In both kernels; in one program or many they count once, to the same bits."""
+    """In both kernels, sinks count once, with the same bits in one program and in many."""
     step = Step(shape, dtype)
     sinks = step.sinks()
     exact = step.exact(sinks=sinks)
@@ -184,7 +184,7 @@ def test_sinks(shape, dtype):
 
 
 def test_large_scores_are_scaled_after_the_product():
-    """A query that is scaled first and rounded again adds an error that grows with the scores."""
+    """Scaling and rounding the query first would add an error that grows with the scores."""
     step = Step(SHAPES[0], HALF, [(1, 300, 0), (9, 30, 0)])
     step.q *= 3
     for span in step.spans:
@@ -195,18 +195,18 @@ def test_large_scores_are_scaled_after_the_product():
 def test_splits_add_up_to_the_same_bits_in_one_program_or_many():
     step = Step(SHAPES[0], HALF)
     whole = step.attend(step.table(spread=0))
-    # Enough for the longest sequence alone, and for all.
+    # Enough records for only the longest sequence, and for all.
     for spread in (3, 60):
         table = step.table(spread)
         assert torch.equal(step.attend(table), whole), spread
-        # The next launch finds its counters as this one did.
+        # The next launch finds the same counters as this one.
         assert not table.counters.any()
         assert torch.equal(step.attend(table), whole), spread
 
 
 @pytest.mark.parametrize("split", [64, 128, 512])
 def test_splits_of_other_lengths(split):
-    """``bench/gpu.sh`` compares them."""
+    """``bench/gpu.sh`` compares their speed."""
     step = Step(SHAPES[2], HALF)
     exact = step.exact()
     step.poison_padding()
@@ -216,14 +216,14 @@ def test_splits_of_other_lengths(split):
 
 
 def test_decoding_rows_are_spread_beside_a_prompt():
-    """A long context is walked by many programs, whatever else is in the step."""
+    """Many programs process a long context, regardless of the rest of the step."""
     step = Step((2, 4, 32, None), HALF, [(1, 700, 0), (33, 270, 0), (1, 300, 0)])
     table = step.table(spread=5)
     words = table.buffer.tolist()
     records = [words[words[1] + ATTENTION_RECORD * i :][:ATTENTION_RECORD] for i in range(words[0])]
     assert [r[0] for r in records if r[8] == 3] == [0, 0, 0]
     assert [r[0] for r in records if r[8] == 2] == [34, 34]
-    # The prompt's items take two splits each, in one record.
+    # Each item of the prompt has two splits in one record.
     assert [(r[5], r[6]) for r in records if r[8] == 1] == [(0, 2)] * 9
     exact = step.exact()
     assert error_ratio(step.attend(table), exact) < BOUND[HALF]

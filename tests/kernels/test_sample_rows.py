@@ -1,19 +1,20 @@
-"""Triton's ``sample_rows`` against a sorted float64 reference, over every uniform number.
+"""Triton's ``sample_rows``, compared with a sorted float64 reference over all uniform numbers.
 
-Planted faults, and how many of the tests here each one fails (tried by hand):
+Planted faults, and the number of tests that each of them fails (tried by hand):
 
-- the limit itself left out of what is within it: 3
+- tokens exactly at the limit left out: 3
 - ties not cut: 4
-- ties not counted on from block to block: 4
-- top-p of all mass, not of what top-k left: 2
+- the count of ties not carried from block to block: 4
+- top-p of all mass, not of the rest after top-k: 2
 - running mass not carried from block to block: 10
-- of equals the last: 1
-- no fallback where sums round: 1
+- the last of equal tokens: 1
+- no fallback for rounded sums: 1
 - temperature left out: 2
 - min-p left out: 3
 - one tie too few for top-p: 4
 
-That NaN is taken for near fails none: its bits are beyond those of infinity, where it is positive.
+Treating NaN as near fails no test, because the bits of a positive NaN are larger than those of
+infinity.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from turret.kernels.gpu.sample_rows import sample_rows
 from turret.kernels.gpu.tables import SamplingTable
 
 INF = float("inf")
-# The interpreter takes a while for each.
+# The number of uniform numbers, each of which takes a while in the interpreter.
 COUNT = 5
-# Off powers of two; more than two blocks.
+# Not a power of two, and more than two blocks.
 VOCAB = 150
 
 
@@ -57,16 +58,16 @@ def how(
 
 
 def swept(logits: torch.Tensor, **params: Any) -> list[int]:
-    """The token for every one of ``COUNT`` uniform numbers, each in a row of its own."""
+    """The token for each of ``COUNT`` uniform numbers, one per row."""
     rows = [how((i + 0.5) / COUNT, **params) for i in range(COUNT)]
     return draw(logits.expand(COUNT, -1), rows)
 
 
 def exact(logits: torch.Tensor, **params: Any) -> torch.Tensor:
-    """Probabilities, float64, by sorting: what falls out is 0."""
+    """The probabilities in float64, by sorting; excluded tokens have 0."""
     _, temperature, top_p, distance, top_k = how(0.0, **params)
     scaled = logits.double() / temperature
-    # Stable: of equals the lower id comes first.
+    # The order is stable: of equal tokens, the lower id comes first.
     order = scaled.argsort(descending=True, stable=True)
     p = scaled.softmax(-1)[order]
     if top_k:
@@ -107,7 +108,7 @@ def test_every_uniform_number_leads_to_its_token(params: dict[str, Any]):
     "params", [{"top_k": 4}, {"top_p": 0.31}, {"top_k": 6, "top_p": 0.45}, {"min_p": 1.0}], ids=str
 )
 def test_of_equals_the_first_are_kept(params: dict[str, Any]):
-    """Ten likeliest tokens that are equal, over two blocks; 100 that are not as likely."""
+    """The ten likeliest tokens are equal and lie in two blocks; 100 others are less likely."""
     logits = torch.full((110,), -1.0)
     best = torch.tensor([3, 7, 20, 60, 61, 66, 70, 90, 100, 109])
     logits[best] = 2.0
@@ -123,7 +124,7 @@ def test_equals_below_the_likeliest_are_cut_too():
     logits[50], logits[[10, 30, 70, 80]] = 3.0, 2.5
     found = set(swept(logits.to(DEVICE), top_k=3))
     assert found == {50, 10, 30}
-    # 50 has 1, each of the others 0.61 of what the five have: 3.43.
+    # 50 has a mass of 1 and each of the other four 0.61, of 3.43 in total.
     assert set(swept(logits.to(DEVICE), top_k=5, top_p=0.6)) == {50, 10, 30}
 
 
@@ -139,7 +140,7 @@ def test_greedy_and_hopeless_rows():
     logits[2] = -INF
     logits[3, :149] = -INF
     logits[4] = float("nan")
-    # NaN of either sign between tokens that are not.
+    # NaN of both signs between other tokens.
     logits[0, ::3] = float("nan")
     logits[0, 1::3] = torch.tensor([-(1 << 22)], dtype=torch.int32).view(torch.float32).item()
     greedy = [how(0.7, temperature=0.0)] * 5

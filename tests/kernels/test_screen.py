@@ -1,4 +1,4 @@
-"""A screen leaves over every output that may be the largest, whatever weight and rows are."""
+"""A screen keeps every output that may be the largest, for all weights and rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def noise(generator: torch.Generator, out: int, size: int) -> torch.Tensor:
 
 
 def alike(generator: torch.Generator, out: int, size: int) -> torch.Tensor:
-    """Rows that differ from each other by less than a code."""
+    """A weight with rows that differ by less than a code."""
     one = torch.randn(1, size, generator=generator)
     return one + 0.004 * torch.randn(out, size, generator=generator)
 
@@ -57,7 +57,7 @@ MAKES: list[Make] = [noise, alike, of_all_sizes, with_outliers, with_zeros, twic
 
 
 def largest(x: torch.Tensor, weight: torch.Tensor, slack: float) -> set[int]:
-    """What must be left over, by the whole product."""
+    """The outputs that must remain, by the whole product."""
     y = row_linear(x, weight).double()
     found: set[int] = set()
     for row in y:
@@ -76,9 +76,9 @@ def test_every_largest_output_is_left_over(make: Make, out: int, size: int) -> N
         for kind in range(4):
             x = torch.randn(rows, size, generator=generator)
             if kind == 1:
-                x[:, size // 3] *= 300  # as hidden states have
+                x[:, size // 3] *= 300  # as in hidden states
             elif kind == 2:
-                # The negative of a weight's rows, near its largest: all logits below 0.
+                # The negated rows of the weight, so that all logits are below 0.
                 x = -weight[:rows].float() if make is alike else x * 1e-20
             elif kind == 3:
                 x = weight[torch.randint(out, (rows,), generator=generator)].float()
@@ -99,7 +99,7 @@ def test_every_largest_output_is_left_over(make: Make, out: int, size: int) -> N
 
 
 def test_few_are_left_over() -> None:
-    """Of noise, whose largest are the nearest to each other."""
+    """The weight is noise, whose largest logits are the closest to each other."""
     generator = torch.Generator().manual_seed(1)
     weight = (0.1 * torch.randn(20_000, 576, generator=generator)).bfloat16()
     screen = Screen(weight)
@@ -127,7 +127,7 @@ def test_a_weight_that_is_not_finite_has_no_screen(value: float) -> None:
 
 
 def test_calls_that_cannot_tell_become_rare() -> None:
-    """All outputs alike: none can be left out, and soon that is not tried in every call."""
+    """If all outputs are alike, none can be excluded, and soon not every call tries it."""
     weight = torch.ones(512, 64).bfloat16()
     screen, x = Screen(weight), torch.ones(1, 64).bfloat16()
     tried = []
@@ -151,7 +151,7 @@ def test_calls_that_cannot_tell_become_rare() -> None:
 
 
 def test_sums_stay_within_their_32_bits() -> None:
-    """Rows whose numbers are all as large as the largest, and codes too."""
+    """All numbers of the rows, and all codes, have the maximum size."""
     size = 4096
     weight = torch.ones(256, size).bfloat16()
     weight[:128] = -1

@@ -1,4 +1,4 @@
-"""What a step brings to the device, on a device that is as late as its streams allow."""
+"""The transfers of a step to a device that is as late as its streams allow."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cuda() -> Iterator[FakeCuda]:
 
 
 def test_every_step_finds_its_own_data(cuda: FakeCuda):
-    """The host is as far ahead as it may be; parts are loaded or not, in any order."""
+    """The host is as far ahead as possible; parts are loaded or not, in any order."""
     memory, generator = StagedMemory(CPU, chunk_bytes=1 << 12), random.Random(1)
     parts = [memory.part(count, torch.int32) for count in (3, 700, 40, 5000, 1)]
     parts.append(memory.part(20, torch.int64))

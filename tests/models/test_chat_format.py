@@ -1,4 +1,4 @@
-"""What chat templates say of tools and reasoning."""
+"""The formats of tools and reasoning, detected from chat templates."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from turret.server.models.chat_template import ChatFormat, unknown_role
             "{% if add_generation_prompt %}{{ 'assistant: <think>\\n' }}{% endif %}",
             ChatFormat(None, True, True),
         ),
-        # Thinking is turned off by a block that is empty.
+        # An empty block turns off thinking.
         (
             "{% if add_generation_prompt %}{{ '<think>\\n</think>' }}{% endif %}",
             ChatFormat(None, True, False),
@@ -44,7 +44,7 @@ def test_templates_say_what_they_know(template: Any, expected: ChatFormat) -> No
 
 @pytest.mark.parametrize("template", ["<think>" + "\n" * 200_000, "{{" * 100_000])
 def test_what_is_long_takes_no_longer_than_it_is(template: str) -> None:
-    """Templates come with adapters, and nothing else runs meanwhile."""
+    """Templates are untrusted, and the detection blocks other work."""
     before = time.thread_time()
     assert not ChatFormat.of(template).opens_reasoning
     assert time.thread_time() - before < 1

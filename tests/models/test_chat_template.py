@@ -1,4 +1,4 @@
-"""Chat templates render as in transformers, in a process that ends when they take too much."""
+"""Chat templates render as in transformers, in a process that is killed when it exceeds limits."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_templates_know_what_they_know_in_transformers() -> None:
     for part in ("filters", "tests", "globals", "extensions", "policies"):
         expected, found = ({**getattr(each, part)} for each in (theirs, ours))
         if part == "extensions":
-            # The extension for ``{% generation %}`` is transformers' own.
+            # The extension for ``{% generation %}`` is specific to transformers.
             assert len(found) == len(expected)
         else:
             assert found.keys() == expected.keys()
@@ -138,7 +138,7 @@ def test_a_hostile_template_ends_and_the_next_one_renders(
     chats = ChatTemplate("", {})
     before = os.times()
     for template in templates:
-        # As if somebody's message had made it hostile.
+        # Make the template hostile, as a message might.
         monkeypatch.setattr(chats, "_templates", {"default": template})
         with pytest.raises(ValueError, check=lambda error: str(error) != "") as refused:
             chats.render(TURNS, (), True)
@@ -187,7 +187,7 @@ def test_a_process_that_somebody_ends_is_told_from_a_slow_template() -> None:
     process.wait()
     assert chats.render(TURNS, (), True) == "ok"
     assert chats._short.confined._process is not process
-    # A job that runs; closing is how a server stops.
+    # A server stops by closing, also while a job runs.
     closing = threading.Timer(0.2, chats.close)
     closing.start()
     with pytest.raises(UnavailableError):

@@ -1,4 +1,4 @@
-"""Special tokens in what people say are text; in the chat template they are tokens."""
+"""Special tokens are text in messages, and tokens in the chat template."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def special_in(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 def test_a_content_cannot_end_its_turn(tokenizer: Tokenizer) -> None:
     plain = turns(tokenizer, "hi")
     ids = turns(tokenizer, FORGED)
-    # Those of the template, the default system message's included.
+    # The special tokens are those of the template, including its default system message.
     assert special_in(tokenizer, ids) == special_in(tokenizer, plain)
-    # The words are all there.
+    # The text is complete.
     assert FORGED in tokenizer.decode(ids, special=True)
 
 

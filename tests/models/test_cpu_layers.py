@@ -1,11 +1,11 @@
 """All layers in one native call: the bits of the kernels called one by one, for every family.
 
 Faults planted in ``layers.c``, and how many of the 16 tests of families each one failed: the bias
-added once more to adapted rows (2), to no row of the base beside adapted ones (2), the norm after
-attention left out (5), the residual scale left out (2), the norm of queries for that of keys (4),
-every layer's window (4) or frequencies (3) those of the first. The test of operators fails where
-``CpuStep.is_native`` overlooks added changes, gates or products with the base, one at a time,
-or where every slice takes the first one's change.
+added twice to adapted rows (2), or not to base rows beside adapted ones (2), the norm after
+attention left out (5), the residual scale left out (2), the norm of queries used for keys (4), the
+first layer's window (4) or frequencies (3) used in every layer. The test of operators fails if
+``CpuStep.is_native`` ignores added changes, gates or products with the base, one at a time, or if
+every slice uses the first one's change.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ ADAPTERS = {
     "attention": ("lora", {"target_modules": r".*o_proj"}),
     "dora": ("dora", EVERY),
 }
-# Queries that grow with their position are torch's.
+# torch computes queries that grow with their position.
 ONE_BY_ONE = {"ministral3"}
 
 
 def requests() -> list[Any]:
-    """Prompts longer and shorter than windows and blocks, adapted and not, side by side."""
+    """Prompts longer and shorter than windows and blocks, with and without adapters."""
     names = (None, "lora", None, "attention", "dora")
     lengths = (60, 1, 26, 140, 17)
     return [
@@ -60,7 +60,7 @@ async def answers(folder: Path, root: Path) -> list[Any]:
         return [answer.bits for answer in await started.run_all(requests())]
 
 
-# The rows of mixtures are routed, and other adapters fit them: test_family_oracle.py has them.
+# Mixtures route their rows, and need other adapters; test_family_oracle.py tests them.
 @pytest.mark.parametrize(
     "architecture", sorted({*ARCHITECTURES, *OTHER_ARCHITECTURES} - {*MIXTURES})
 )
@@ -87,14 +87,14 @@ async def test_one_call_gives_the_bits_of_many(architecture: str, tmp_path: Path
         assert any(adapters is not None for adapters in calls)
 
 
-# Of every operator at least one. Steps of the others are not one call.
+# At least one method per operator. Steps of the other methods are not one call.
 METHODS = ["lora", "dora", "loha", "lokr", "shira", "road", "c3a", "beft", "randlora"]
 METHODS += ["ln_tuning", "oft", "boft"]
 OTHER_METHODS = ["ia3", "hira"]
 
 
 async def answers_alone(folder: Path, root: Path) -> list[Any]:
-    """To one prompt, of the base and every adapter, each in steps of its own, alone and mixed."""
+    """The base's and every adapter's answers to one prompt, alone and mixed, in separate steps."""
     names = [*METHODS, *OTHER_METHODS, "fusion"]
     mixes: list[tuple[AdapterRef, ...]] = [()]
     for name in names:
@@ -138,8 +138,8 @@ async def test_every_operator_gives_the_same_bits_in_one_call(tmp_path: Path) ->
     with patch.object(CpuLayers, "run", counted):
         one = await answers_alone(base.folder, tmp_path)
     assert one == many
-    # An operator that both ways forget would answer as the base does, or as the other alone.
+    # All answers must differ, which detects an operator that both paths ignore.
     assert len(set(one)) == len(one)
-    # Three steps for each request. IA3's gain must not scale what another member changes: alone it
-    # is one call.
+    # Three steps for each request. IA3's gain must not scale another member's change, so only IA3
+    # alone is one call.
     assert calls == 3 * (1 + 2 * len(METHODS) + 1)

@@ -1,4 +1,4 @@
-"""Patterns of a tokenizer: known ones take linear time, others run where they can be stopped."""
+"""A tokenizer's patterns: known ones take linear time, others run in a child process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from turret.server.models import tokenizer
 from turret.server.models.encoder import KNOWN, LLAMA3, Encoder
 from turret.v1 import inference_pb2
 
-# A run of `a` is matched from each of its places anew, to its end and back twice.
+# A run of `a` is matched again from each position, to its end and back twice.
 SLOW = "a*a*b|."
 ALPHABET = pre_tokenizers.ByteLevel.alphabet()
 

@@ -1,4 +1,7 @@
-"""A model family is one file; the decoders know no family, and refuse what they do not compute."""
+"""A model family is one file.
+
+The decoders are independent of families and reject unsupported features.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 100,
 }
 FOLDER = ROOT / "server" / "models" / "families"
-# A family that is not there: Llama's features, by another name.
+# A new family with Llama's features under another name.
 SEED = '''
 """Seed-OSS: biases, which the checkpoint tells."""
 
@@ -71,7 +74,7 @@ def test_a_family_says_its_modules_without_a_config(architecture: str) -> None:
 
 @pytest.fixture
 def seed_oss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Serves one family more."""
+    """Add a family."""
     folder = tmp_path / "more_families"
     folder.mkdir()
     (folder / "seed_oss.py").write_text(SEED)
@@ -119,7 +122,7 @@ def test_a_config_becomes_an_arch(config: Any, expected: dict[str, Any]) -> None
 
 
 def test_layers_with_experts_are_those_of_the_config() -> None:
-    """Every ``decoder_sparse_step``-th, but for those that are listed."""
+    """Every ``decoder_sparse_step``-th layer has experts, except for listed ones."""
     sizes = {**SIZES, "num_hidden_layers": 6}
     own: dict[str, Any] = {
         "num_experts": 8,
@@ -189,7 +192,7 @@ def test_heads_that_rotate_too_much_are_refused() -> None:
 async def test_a_family_in_one_file_is_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against transformers."""
+    """The results are compared with transformers."""
     monkeypatch.setitem(
         tiny_models._CONFIGS, "seed_oss", lambda **sizes: SeedOssConfig(**sizes, head_dim=64)
     )
@@ -221,7 +224,7 @@ def test_families_see_nothing_of_the_models_but_what_they_fill_in() -> None:
 
 
 def test_nothing_else_asks_for_a_family() -> None:
-    """No comparison with the name of a family anywhere but in its own file."""
+    """Only a family's own file may compare with the name of a family."""
     found = []
     for path in (*(ROOT / "server").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")):
         if path.parent == FOLDER:

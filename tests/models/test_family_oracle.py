@@ -1,7 +1,8 @@
-"""Every family beyond Llama's nearest kin against transformers and PEFT, all methods in one batch.
+"""Families that differ from Llama, compared with transformers and PEFT in mixed batches.
 
-The oracle is that of ``test_oracle_logits.py``. Prompts end before and after windows (24), lengths
-from which queries grow (40) and the switch of LongRoPE (64), blocks (16) and attention tiles (128).
+The reference is that of ``test_oracle_logits.py``. Prompts end before and after windows (24), the
+length from which queries grow (40), the switch of LongRoPE (64), blocks (16) and attention tiles
+(128).
 """
 
 from __future__ import annotations
@@ -44,13 +45,13 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "prompt": ("prompt_tuning", {"num_virtual_tokens": 3}),
     "rows": ("trainable_tokens", {"token_indices": list(range(0, 250, 3))}),
 }
-# Prompt tokens; each is asked with the base and every adapter in turn.
+# Lengths of prompts; each is sent with the base and every adapter in turn.
 LENGTHS = (140, 17, 60, 1, 26, 90, 33)
 MAX_TOKENS = 4
 
 
 def some(few: Sequence[str]) -> list[Any]:
-    """All architectures; those that are not among the few only where time does not matter."""
+    """All architectures; those outside of ``few`` only in long runs."""
     return [
         name if name in few else pytest.param(name, marks=pytest.mark.long)
         for name in OTHER_ARCHITECTURES
@@ -58,7 +59,7 @@ def some(few: Sequence[str]) -> list[Any]:
 
 
 def adapters_of(architecture: str) -> dict[str, tuple[str, dict[str, Any]]]:
-    """On experts PEFT has plain LoRA; "all-linear" takes them in."""
+    """On experts, PEFT supports only plain LoRA; "all-linear" includes experts."""
     if architecture not in MIXTURES:
         return ADAPTERS
     rank = {r".*\.layers\.1\.self_attn\..*": 7}
@@ -76,7 +77,7 @@ def save_adapters(architecture: str, root: Path) -> None:
 
 
 def requests() -> list[tuple[str | None, list[int], Any]]:
-    """Adapter, prompt and request, scored and greedy."""
+    """Adapters, prompts and requests, scored and greedy."""
     found = []
     for number, name in enumerate((None, *ADAPTERS)):
         for score in (True, False):
@@ -90,7 +91,7 @@ def requests() -> list[tuple[str | None, list[int], Any]]:
 async def run_together_and_alone(
     model: Path, root: Path, dtype: str
 ) -> list[tuple[str | None, list[int], Any]]:
-    """All requests in one batch, and each again by itself, to the same bits."""
+    """Run all requests in one batch, and each again alone, with the same bits."""
     async with EngineHarness.start(model, root, dtype=dtype, adapters=list(ADAPTERS)) as harness:
         asked = requests()
         together = await harness.run_all([request for _, _, request in asked])
@@ -108,7 +109,7 @@ async def test_every_method_in_one_batch_equals_peft(architecture: str, tmp_path
     oracles: dict[str | None, Any] = {None: base.model}
     for name in ADAPTERS:
         oracles[name] = load_adapter(base.model, tmp_path / name)
-        # An adapter without effect would agree with anything.
+        # Check that the adapter has an effect.
         assert (oracle_logprobs(oracles[name], prompt) - plain).abs().max() > 0.02, name
     for name, prompt, answer in await run_together_and_alone(base.folder, tmp_path, "float32"):
         what = f"{architecture} {name} {len(prompt)}"
@@ -119,7 +120,7 @@ async def test_every_method_in_one_batch_equals_peft(architecture: str, tmp_path
 
 
 async def test_a_longrope_request_keeps_its_frequencies(tmp_path: Path) -> None:
-    """By its prompt and ``max_tokens``; it shares no blocks with the other kind."""
+    """The prompt and ``max_tokens`` determine them; the two kinds share no blocks."""
     prompt = prompt_of(50)
     short, long = make_request(prompt, max_tokens=14), make_request(prompt, max_tokens=15)
     unbounded = replace(short, request_id="u", stop=StopConditions(ignore_eos=True))
@@ -130,7 +131,7 @@ async def test_a_longrope_request_keeps_its_frequencies(tmp_path: Path) -> None:
     assert answers[0][14].bits == answers[1][14].bits
     assert answers[0][15].bits == answers[1][15].bits
     assert answers[0][15].logprobs[0] != answers[0][14].logprobs[0]
-    # Without max_tokens it begins short, and ends where it would not be short any more.
+    # Without max_tokens, it begins as short, and ends at the switch.
     assert answers[0][None].bits == answers[0][14].bits
     assert answers[0][None].finish.reason == FinishReason.LENGTH
 
@@ -155,9 +156,9 @@ def coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 async def check_few(architecture: str, root: Path, *, gpu: bool) -> None:
-    """The base and two adapters in one batch, to the end of a window and past a switch."""
+    """Check the base and two adapters in one batch, to the end of a window and past a switch."""
     base = twin(architecture)
-    # On experts PEFT has plain LoRA.
+    # On experts, PEFT supports only plain LoRA.
     names = [None, "lora" if architecture in MIXTURES else "dora", "loha"]
     for seed, name in enumerate(names[1:]):
         assert name is not None
@@ -185,7 +186,7 @@ async def test_the_torch_path_equals_peft(architecture: str, tmp_path: Path) -> 
     await check_few(architecture, tmp_path, gpu=False)
 
 
-# Rows that only pad a step to its bucket compute on scratch memory.
+# Rows that only pad a step compute on uninitialised memory, which may cause warnings.
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter needs CPU tensors")
 @pytest.mark.usefixtures("coarse_tiles")
@@ -200,7 +201,7 @@ async def test_the_gpu_path_equals_peft(architecture: str, tmp_path: Path) -> No
     "architecture", some(("gemma2", "gemma3_text", "granite", "olmo2", "phi3"))
 )
 async def test_bfloat16_is_as_exact_as_peft(architecture: str, tmp_path: Path) -> None:
-    """Within 1.3 times the error that transformers and PEFT make in bfloat16, over all of them."""
+    """The total error is within 1.3 times that of transformers and PEFT in bfloat16."""
     exact = twin(architecture, torch.bfloat16)
     save_adapters(architecture, tmp_path)
     answers = await run_together_and_alone(exact.folder, tmp_path, "bfloat16")

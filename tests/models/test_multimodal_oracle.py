@@ -1,7 +1,7 @@
-"""The text part of models of text and images against transformers and PEFT, which run the whole.
+"""The text part of multimodal models, compared with transformers and PEFT on the whole.
 
-Adapters are trained on the whole, so their keys have its names; the older names of PEFT are made of
-them. What adapts the vision tower is refused by name.
+Adapters are trained on the whole model, so their keys have its names, from which PEFT's older names
+are derived. Updates of the vision tower are rejected.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from turret.server.models.model_source import text_name
 
 PROJECTIONS = "(q|k|v|o|gate|up|down)_proj"
 TEXT = {"target_modules": rf".*language_model.*\.{PROJECTIONS}"}
-# What Unsloth writes for language layers, attention and MLP of a model with vision.
+# Unsloth's pattern for the language layers, attention and MLP of a multimodal model.
 UNSLOTH = (
     r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)"
     r".*?(?:k_proj|v_proj|q_proj|o_proj|gate_proj|up_proj|down_proj|proj).*?)|(?:\bmodel\.layers"
@@ -60,7 +60,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def to_older_names(folder: Path, copy: Path) -> None:
-    """The adapter as PEFT wrote it over transformers before 4.52."""
+    """Convert an adapter to the names of PEFT with transformers before 4.52."""
     shutil.copytree(folder, copy)
     file = copy / "adapter_model.safetensors"
 
@@ -142,14 +142,14 @@ def coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     tuning_module.tuning.cache_clear()
 
 
-# Rows that only pad a step to its bucket compute on scratch memory.
+# Rows that only pad a step compute on uninitialised memory, which may cause warnings.
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter needs CPU tensors")
 @pytest.mark.usefixtures("coarse_tiles")
 @pytest.mark.long
 @pytest.mark.parametrize("architecture", MULTIMODAL_ARCHITECTURES)
 async def test_the_gpu_path_equals_peft(architecture: str, tmp_path: Path) -> None:
-    """The base and two adapters of the whole in one batch, to the end of a window."""
+    """The base and two adapters of the whole model in one batch, to the end of a window."""
     base = twin(architecture)
     names = [None, "dora", "loha"]
     for seed, name in enumerate(names[1:]):
@@ -191,7 +191,7 @@ async def test_an_adapter_on_the_vision_tower_is_refused(target: str, tmp_path: 
 def test_a_4bit_checkpoint_of_the_whole_is_taken_as_it_is(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Older and newer names of tensors, those of vision left aside."""
+    """Tensors have older or newer names; those of vision are ignored."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     plain = save_tiny_model(architecture, tmp_path / "model")
     expected = served_weights(plain, torch.float32)
@@ -221,7 +221,7 @@ def test_a_4bit_checkpoint_of_the_whole_is_taken_as_it_is(
 
 
 async def test_a_head_of_its_own_counts_whatever_the_config_says(tmp_path: Path) -> None:
-    """Published configs of Mistral Small 3 leave ``tie_word_embeddings`` to a default of true."""
+    """Published configs of Mistral Small 3 omit ``tie_word_embeddings``, with a default of true."""
     base = twin("mistral3")
     folder = shutil.copytree(base.folder, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())

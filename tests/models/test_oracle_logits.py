@@ -1,8 +1,8 @@
-"""Logits and greedy tokens against transformers and PEFT on the weights that are served.
+"""Logits and greedy tokens, compared with transformers and PEFT on the served weights.
 
-The oracle is transformers' own model in fp32 whose decoder linears hold turret's dequantised
-weights, with the adapter as PEFT reads it from the same directory. A mix is summed in output space:
-``base(x) + Σ w_k (adapted_k(x) − base(x))`` per linear module.
+The reference is transformers' model in fp32 with turret's dequantised weights in the decoder's
+linear modules, and the adapter that PEFT reads from the same directory. A mix is summed in output
+space: ``base(x) + Σ w_k (adapted_k(x) − base(x))`` per linear module.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from turret.server.adapters.adapter import AdapterRef
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EXAMPLES = ROOT / "examples" / "adapters"
-# The attention tile (128), the block (16) and the mistral window (24) all end inside.
+# The lengths cross the attention tile (128), the block (16) and the mistral window (24).
 PROMPT_LENGTHS = (1, 17, 140)
 CONFIGS: dict[str, dict[str, Any]] = {
     "lora": {"r": 8, "lora_alpha": 16, "target_modules": ALL},
@@ -70,7 +70,7 @@ class Subject:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Subject]:
-    """Maker of tiny models with all adapters of ``CONFIGS``, each made once."""
+    """Returns tiny models with all adapters of ``CONFIGS``, each created once."""
     made: dict[str, Subject] = {}
 
     def make(architecture: str) -> Subject:
@@ -92,14 +92,14 @@ def oracle_of(model: Path | None, served_dtype: torch.dtype) -> Any:
 
 
 def with_peft(oracle: Any, folder: Path) -> Any:
-    """A copy of the oracle with an adapter, as PEFT loads it."""
+    """A copy of the reference with an adapter loaded by PEFT."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return PeftModel.from_pretrained(copy.deepcopy(oracle), str(folder)).eval()
 
 
 def with_mix(oracle: Any, root: Path, mix: Sequence[AdapterRef]) -> Any:
-    """A copy of the oracle whose linears add the mix's deltas in output space."""
+    """A copy of the reference in which linear modules add the mix's changes in output space."""
     mixed = copy.deepcopy(oracle)
     adapted = [(ref.weight, with_peft(oracle, root / ref.name).base_model.model) for ref in mix]
     for name, module in mixed.named_modules():
@@ -123,7 +123,7 @@ def prompts(vocab_size: int = VOCAB_SIZE, lengths: Sequence[int] = PROMPT_LENGTH
 
 @torch.no_grad()
 def prompt_logprobs(model: Any, prompt: Sequence[int]) -> torch.Tensor:
-    """Logprob of every prompt token but the first, fp32."""
+    """The logprob of every prompt token but the first, in fp32."""
     logits = model(input_ids=torch.tensor([prompt])).logits[0].float()
     rows = logits[:-1].log_softmax(-1)
     return rows.gather(1, torch.tensor(prompt[1:])[:, None]).squeeze(1)
@@ -131,7 +131,7 @@ def prompt_logprobs(model: Any, prompt: Sequence[int]) -> torch.Tensor:
 
 @torch.no_grad()
 def greedy(model: Any, prompt: Sequence[int], count: int) -> tuple[list[int], list[float]]:
-    """Greedy tokens with their logprobs, recomputed from scratch for every token."""
+    """Greedy tokens with their logprobs, without a cache."""
     tokens, logprobs = list(prompt), []
     for _ in range(count):
         row = model(input_ids=torch.tensor([tokens])).logits[0, -1].float().log_softmax(-1)
@@ -148,7 +148,7 @@ def serving(subject: Subject) -> AbstractAsyncContextManager[EngineHarness]:
 async def assert_equals_oracle(
     harness: EngineHarness, mix: Sequence[AdapterRef], oracle: Any
 ) -> None:
-    """Scores and greedy answers in fp32, within 1e-4."""
+    """Compare scores and greedy answers in fp32, within 1e-4."""
     for prompt in prompts():
         score = await harness.run(make_request(prompt, *mix, score=True))
         assert score.prompt_logprobs[0] is None
@@ -162,7 +162,7 @@ async def assert_equals_oracle(
 
 
 def moves(oracle: Any, other: Any) -> float:
-    """How far apart two models are, so that a test of an adapter that does nothing fails."""
+    """The distance of two models, so that tests detect an adapter without an effect."""
     prompt = prompts()[-1]
     return float((prompt_logprobs(oracle, prompt) - prompt_logprobs(other, prompt)).abs().mean())
 
@@ -211,7 +211,7 @@ def test_the_mix_oracle_of_one_adapter_is_peft(tiny: Any) -> None:
 async def errors_in_bfloat16(
     subject: Subject, names: Sequence[str], asked: Sequence[Sequence[int]]
 ) -> list[tuple[str, float, float]]:
-    """Per adapter ("" is the base): mean |Δlogprob| to fp32 of turret and of PEFT in bf16."""
+    """The mean |Δlogprob| from fp32 of turret and of PEFT in bf16, per adapter ("" is the base)."""
     base = oracle_of(subject.model, torch.bfloat16)
     half = copy.deepcopy(base).to(torch.bfloat16)
     loaded = [name for name in names if name]
@@ -246,7 +246,7 @@ async def test_bfloat16_is_as_exact_as_peft(tiny: Any, architecture: str) -> Non
 
 @pytest.mark.long
 async def test_the_example_adapters_are_as_exact_as_peft_in_bfloat16() -> None:
-    # Those that change modules; test_method_bounds.py has soft prompts and prefixes.
+    # The adapters that change modules; other tests cover soft prompts and prefixes.
     names = sorted(
         path.parent.name
         for path in EXAMPLES.glob("*/adapter_config.json")

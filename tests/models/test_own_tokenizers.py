@@ -1,4 +1,4 @@
-"""Tokenizers that adapters bring: what is read of them, and which of them stay in memory."""
+"""Adapters' own tokenizers: their contents, and caching in memory."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_what_transformers_reads_is_read(tokenizers: OwnTokenizers, tmp_path: Pa
         turns, add_generation_prompt=True, return_dict=False
     )
     assert found.vocab_size == FIRST + len(ADDED)
-    # The base's end is one of a model that was not trained to stop otherwise.
+    # The base's end token still counts, for a model that was not trained to stop differently.
     assert found.eos_token_ids == {EOS, FIRST + ADDED.index("<|end|>")}
 
 
@@ -77,8 +77,8 @@ def test_the_latest_are_kept(
     assert tokenizers.find((files.digest, 271, "")) is None
 
 
-# Rules that the library takes, and panics of when it follows them: a token that is put before every
-# text and that there is not; the ends of a token cut off that is shorter.
+# Rules that the library accepts, but panics on when it applies them: an unknown token before every
+# text, and cutting the ends of a shorter token.
 UNKNOWN_BEFORE = {
     "type": "TemplateProcessing",
     "single": [
@@ -114,7 +114,7 @@ def test_what_the_library_panics_of_is_refused(tokenizers: OwnTokenizers, tmp_pa
 def test_a_panic_is_an_error_as_others_are(
     tmp_path: Path, ask: Callable[[Tokenizer, int], str]
 ) -> None:
-    """A thread that takes care of errors, the engine's, would end of it."""
+    """A panic would end even a thread that handles errors, such as the engine's."""
     for name, data in with_rule(files_of(tmp_path), "decoder", TOO_SHORT).files.items():
         (tmp_path / name).write_bytes(data)
     found = Tokenizer.load(tmp_path, frozenset({EOS}), ROWS)
@@ -123,7 +123,7 @@ def test_a_panic_is_an_error_as_others_are(
         ask(found, a)
 
 
-# (a+)+b takes 2^n steps on n times an "a". The others make a text of millions of letters.
+# (a+)+b takes 2^n steps on n letters "a". The others produce a text of millions of letters.
 SLOW = {"Regex": "(a+)+b"}
 SPLIT = {"type": "Split", "pattern": SLOW, "behavior": "Isolated", "invert": False}
 DOUBLING = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
@@ -220,7 +220,7 @@ def test_what_the_server_lacks_is_not_blamed_on_the_files(
             raise error
         except MemoryError:
             if "wrapped" in place:
-                # As transformers does for whatever it did not expect.
+                # transformers raises this for unexpected errors.
                 raise OSError("cannot load the tokenizer")  # noqa: B904
             raise
 
@@ -238,7 +238,7 @@ def test_what_the_server_lacks_is_not_blamed_on_the_files(
 def test_what_is_read_here_is_small(
     tokenizers: OwnTokenizers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The library keeps the interpreter's lock while it reads a file: others would wait."""
+    """The library holds the GIL while it reads a file, so other threads would wait."""
     sizes: list[int] = []
     load = AutoTokenizer.from_pretrained
 
@@ -256,7 +256,7 @@ def test_what_is_read_here_is_small(
 def test_older_files_and_other_special_tokens_are_read_as_transformers_does(
     tmp_path: Path,
 ) -> None:
-    """Merges in one string each, and settings that the library did not have then."""
+    """Merges are single strings, and some newer settings are missing."""
     find_gguf()
     base_files = resolve_model(None, default_cache_dir()).files
     base = Tokenizer.load(base_files, frozenset(), 1 << 20)
@@ -294,7 +294,7 @@ def test_older_files_and_other_special_tokens_are_read_as_transformers_does(
 def test_many_special_tokens_are_found_in_a_text_in_linear_time(
     tokenizers: OwnTokenizers, tmp_path: Path
 ) -> None:
-    """By one expression of them all it would take seconds, in which no other thread runs."""
+    """One expression for all of them would take seconds, during which no other thread runs."""
     draw = random.Random(0)
     words = ["".join(draw.choices(string.ascii_letters, k=8)) for _ in range(4096)]
     grown = grown_tokenizer("{{ messages[0].content }}")

@@ -1,6 +1,6 @@
 """Published sizes: each config is read, and every tensor of its checkpoint has a place.
 
-transformers, on the meta device, tells the names and shapes of the checkpoint's tensors. The
+transformers on the meta device determines the names and shapes of the checkpoint's tensors. The
 configs are in ``builders/published_models.py``.
 """
 
@@ -26,7 +26,7 @@ ALL = (*MODELS, *MIXTURES)
 
 
 class MetaTensors:
-    """A checkpoint without memory: names and shapes as transformers has them."""
+    """A checkpoint without memory, with the names and shapes of transformers."""
 
     def __init__(self, state: dict[str, torch.Tensor], experts: Experts | None) -> None:
         self._state = state
@@ -40,7 +40,7 @@ class MetaTensors:
     def get(self, name: str) -> torch.Tensor:
         self._read.add(name)
         if name in self._stacks.parts:
-            # The parts of a stack are alike.
+            # All parts of a stack have the same shape.
             stack, _ = self._stacks.parts[name]
             if stack not in self._parts:
                 self._parts[stack] = self._stacks.read(name, lambda s, e: self._state[s][e])
@@ -68,7 +68,7 @@ class MetaTensors:
 
 
 def load_on_meta(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Decoder, Any]:
-    """The decoder of a config, every tensor of whose checkpoint was read, and transformers'."""
+    """The decoder for a config, with every tensor read, and transformers' model."""
     config = AutoConfig.from_pretrained(folder)
     is_text = config is text_config(config)
     with META:
@@ -107,7 +107,7 @@ def test_every_tensor_of_its_checkpoint_has_a_place(
         for number in range(arch.num_layers)
         for name, slices in arch.linears().items()
         for path, _, _ in slices
-        # transformers' routers are modules of their own kind.
+        # transformers' routers are a special kind of module.
         if arch.has(number, name) and name != ROUTER
     }
     assert linears == expected

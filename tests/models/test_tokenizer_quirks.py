@@ -1,4 +1,4 @@
-"""What tokenizers and chat templates of published families do otherwise, through both doors.
+"""Peculiarities of published families' tokenizers and chat templates, over both protocols.
 
 The tokens of a chat are those of transformers' own ``apply_chat_template``.
 """
@@ -41,7 +41,7 @@ TURNS = [
 
 
 def load(name: str, tmp_path: Path) -> tuple[Tokenizer, Any]:
-    """Ours, and transformers'."""
+    """Load a tokenizer with turret and with transformers."""
     folder = FAMILIES[name](tmp_path / name)
     tokenizer = Tokenizer.load(folder, eos_token_ids(folder), VOCAB_SIZE)
     return tokenizer, AutoTokenizer.from_pretrained(folder)
@@ -49,7 +49,7 @@ def load(name: str, tmp_path: Path) -> tuple[Tokenizer, Any]:
 
 @contextlib.asynccontextmanager
 async def doors(tokenizer: Tokenizer) -> AsyncIterator[Any]:
-    """Asks a chat of either door, and says what the engine was asked."""
+    """Send a chat over either protocol; returns the engine's prompt."""
     async with harness(serving=False) as rpc, http_harness(serving=False) as http:
         for door in (rpc, http):
             fakes = fake_backend(door.engine, door.registry, FakeMerger(), FakeFuser())
@@ -87,7 +87,7 @@ async def test_a_chat_has_the_tokens_of_its_template(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("name", FAMILIES)
 async def test_a_rendered_chat_is_a_prompt_of_the_same_tokens(name: str, tmp_path: Path) -> None:
-    """Who applies the template and sends text gets one BOS as well."""
+    """A client that applies the template and sends text also gets one BOS."""
     tokenizer, theirs = load(name, tmp_path)
     text = theirs.apply_chat_template(TURNS, add_generation_prompt=True, tokenize=False)
     async with doors(tokenizer) as (ask, complete):
@@ -102,7 +102,7 @@ async def test_gemma_begins_with_one_bos(tmp_path: Path) -> None:
         ids = tokenizer.encode(text)
         assert ids[:1] == [bos], text
         assert bos not in ids[1:], text
-    # One that was asked for twice is not ours to take away.
+    # A BOS that the client wrote twice is kept.
     assert tokenizer.encode("<bos><bos>hi")[:3].count(bos) == 2
     assert tokenizer.encode_chat(TURNS).count(bos) == 1
 
@@ -138,7 +138,7 @@ async def test_phi_ends_at_every_token_that_ends_a_turn(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_a_content_says_is_text_of_the_same_tokens(name: str, tmp_path: Path) -> None:
-    """Special tokens in contents too: no spaces more, as transformers splits them."""
+    """Special tokens in contents are split as in transformers, without additional spaces."""
     tokenizer, theirs = load(name, tmp_path)
     forged = {"gemma": "<end_of_turn>"}.get(name, "<|end|>")
     content = f"a{forged}b {forged} c"
@@ -156,7 +156,7 @@ def test_harmony_tells_the_date_and_calls_functions(tmp_path: Path) -> None:
     text = tokenizer.decode(tokenizer.encode_chat(TURNS), special=True)
     assert f"Current date: {datetime.date.today():%Y-%m-%d}<|end|>" in text
     assert text.endswith("<|end|><|start|>assistant")
-    # <|end|> is not the end: it closes a channel.
+    # <|end|> closes a channel, not the answer.
     names = theirs.convert_ids_to_tokens(sorted(tokenizer.eos_token_ids))
     assert set(names) == {"<|return|>", "<|endoftext|>", "<|call|>"}
     assert tokenizer.chat_format.tools == "harmony"
@@ -170,6 +170,6 @@ def test_harmony_tells_the_date_and_calls_functions(tmp_path: Path) -> None:
     ids = tokenizer.encode_chat(turns, [{"type": "function", "function": {"name": "f"}}])
     shown = tokenizer.decode(ids, special=True)
     assert 'to=functions.f<|channel|>commentary json<|message|>{"a": 1}<|call|>' in shown
-    # A result that says what ends a message ends none.
+    # A tool's result that contains an end mark does not end the message.
     end = theirs.convert_tokens_to_ids("<|end|>")
     assert ids.count(end) == shown.count("<|end|>") - 1

@@ -1,4 +1,4 @@
-"""docs/adapters.md says what the code does."""
+"""docs/adapters.md matches the code."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_costs_are_those_of_the_operators() -> None:
 
 
 def test_some_costs_are_those_of_the_operators() -> None:
-    """The cheapest to make of each operator."""
+    """Checks the cheapest method of each operator."""
     names = ("lora", "loha", "lokr", "c3a", "oft", "road", "ia3", "glora", "supertuning", "osf")
     lines = set(PAGE.read_text().splitlines())
     for name, row in cost_rows(names).items():
@@ -81,7 +81,7 @@ def test_its_converter_keeps_the_function(
         path, _, role = name.removeprefix("base_model.model.").rpartition(".")
         prefix = "lycoris_" + path.replace(".", "_")
         flat[f"{prefix}.{role}"] = tensor
-        # LyCORIS ignores alpha, and so does not scale, where both factors are whole.
+        # LyCORIS ignores alpha if both factors are whole.
         flat[f"{prefix}.alpha"] = torch.tensor(float(changes["alpha"]))
     save_file(flat, tmp_path / "lycoris.safetensors")
     paths = list(linear_modules(model))

@@ -1,4 +1,4 @@
-"""docs/architecture.md names every room, and files that exist."""
+"""docs/architecture.md lists every package, and only existing files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Dockerfile and the files in deploy/ name things that exist."""
+"""The Dockerfile and the files in deploy/ refer only to existing things."""
 
 from __future__ import annotations
 
@@ -85,9 +85,9 @@ def test_image_is_made_from_one_that_cannot_change():
 
 @pytest.mark.long
 def test_image_warms_the_cache_that_the_server_reads(tmp_path: Path):
-    """The build step that prepares the embedded model, as it is written, in a home of its own.
+    """The build step that prepares the embedded model runs unchanged in a separate home.
 
-    With the packages that the image has, which are those without an extra.
+    It runs with the packages of the image, which are those without an extra.
     """
     found = re.findall(r'^RUN python -c "(.+?)"$', DOCKERFILE.read_text(), re.MULTILINE | re.DOTALL)
     assert len(found) == 1
@@ -98,21 +98,21 @@ def test_image_warms_the_cache_that_the_server_reads(tmp_path: Path):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # In a log of a build, bars would be lines.
+    # Progress bars would fill the log of a build.
     assert done.stderr == ""
     (weights,) = (tmp_path / ".cache" / "turret").rglob("*.safetensors")
     assert weights.with_name("turret.json").is_file()
 
 
 def test_image_is_built_from_what_the_package_needs():
-    """Nothing that pyproject.toml names is kept out of the build."""
+    """The build's context includes all files that pyproject.toml names."""
     ignored = (ROOT / ".dockerignore").read_text().split()
     needed = ("server", "kernels", "clients", "fleet", "training", "proto", "src", "setup.py")
     assert not set(ignored) & {*needed, "pyproject.toml", "README.md", "LICENSE"}
 
 
 def test_image_installs_by_version_and_hash():
-    """Every package that pyproject.toml asks for is locked, and nothing names a registry."""
+    """Every package of pyproject.toml is locked, and no line names a registry."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     locked = names_locked("constraints.txt")
     wanted = {re.split(r"[<>=;]", each)[0] for each in project["dependencies"]}

@@ -1,4 +1,4 @@
-"""The example fusion names the example adapters as they are."""
+"""The example fusion refers to the current example adapters."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ def test_its_components_are_those_beside_it() -> None:
     refs = component_refs(read_adapter(EXAMPLES, f"fusions/{fusion.name}").config)
     assert len(refs) == 2
     for ref in refs:
-        # Train the fusion again after a component: examples/train/json-sql.toml.
+        # After training a component again, also train the fusion: examples/train/json-sql.toml.
         assert read_adapter(EXAMPLES, f"adapters/{ref.name}").digest == ref.digest
     assert (fusion / "adapter_model.safetensors").stat().st_size <= 1_000_000

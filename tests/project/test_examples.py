@@ -1,4 +1,4 @@
-"""The example adapters, served on the embedded model, beat it on held-out examples."""
+"""The example adapters beat the embedded base model on held-out examples."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from turret.clients.messages.mix import AdapterWeight
 
 EXAMPLES = ROOT / "examples"
 MAX_TOTAL_BYTES = 6_000_000
-# Task → adapter → method as served. Six rows of a test set tell the methods' effect, not the last
-# per cent: over 48 rows the scores are those of examples/README.md.
+# Task → adapter → served method. Six rows of a test set show the effect of a method, but not the
+# exact score; examples/README.md has the scores over 48 rows.
 ADAPTERS = {
     "json": {"json": "lora"},
     "sql": {"sql": "lora"},
@@ -36,7 +36,8 @@ ADAPTERS = {
     },
 }
 ROWS = 6
-# Each adapter's share of exactly right answers is more than the base model's by at least this.
+# The minimum difference between the shares of exactly right answers of an adapter and of the base
+# model.
 MARGIN = 0.5
 
 
@@ -74,7 +75,7 @@ def test_data_is_what_the_script_writes_and_test_rows_are_held_out():
     trained = sorted((EXAMPLES / "data").glob("*.train.jsonl"))
     assert len(trained) == 5
     for path in trained:
-        # A fusion's training set mixes tasks that are tested one by one.
+        # The training set of a fusion mixes tasks, which are tested one by one.
         for task in path.name.removesuffix(".train.jsonl").split("-"):
             test = prompts(f"{task}.test.jsonl")
             assert len(test) == 48

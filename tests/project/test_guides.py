@@ -1,4 +1,4 @@
-"""The documentation: links, commands, the files in deploy/, and the tutorial as it stands."""
+"""The documentation: links, commands, the files in deploy/, and the tutorial."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ def test_the_index_names_every_page() -> None:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The `turret` commands in a page's blocks, each up to a pipe."""
+    """The `turret` commands in a page's code blocks, each up to a pipe."""
     found = []
     for language, block in re.findall(r"```(\w*)\n(.*?)```", page.read_text(), re.DOTALL):
         if language not in ("", "sh", "console"):
             continue
-        # A line that ends in a quoted text's middle goes on in the next one.
+        # A line that ends within quotes continues on the next one.
         pending = ""
         for line in block.splitlines():
             pending += line.removesuffix("\\") + " "
-            # Not the drawing of how the parts fit together.
+            # Skip the drawing of the parts.
             if not re.match(r"(\$ )?turret [a-z]", pending):
                 pending = ""
                 continue
@@ -128,7 +128,7 @@ def test_the_config_in_operations_is_one(tmp_path: Path) -> None:
 
 
 def blocks_of(page: str, heading: str, language: str) -> list[str]:
-    """The blocks of a language below a heading of a page in ``docs``."""
+    """The code blocks of a language below a heading of a page in ``docs``."""
     _, _, below = (DOCS / page).read_text().partition(f"\n## {heading}\n")
     section, _, _ = below.partition("\n## ")
     return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
@@ -197,9 +197,9 @@ def tutorial_blocks(language: str, port: int, http_port: int) -> list[str]:
 
 
 def says(output: str, shown: str) -> bool:
-    """Whether what is shown is what came out, … apart, and shares, which processors differ in."""
+    """Whether the shown output equals the actual one, except for … and percentages, which vary."""
     output, shown = (re.sub(r"[\d.]+%| +|[━─]+", "", f"\n{t.strip()}\n") for t in (output, shown))
-    # On a line of its own it stands for lines.
+    # On a separate line, … stands for several lines.
     lines = re.escape(shown).replace("\n…\\\n", "\n(?:.*\n)*?").replace("…", ".*")
     return re.fullmatch(lines, output) is not None
 

@@ -1,4 +1,4 @@
-"""The manifests in deploy/kubernetes are what Kubernetes takes, and name things that exist."""
+"""The manifests in deploy/kubernetes are valid, and refer only to existing things."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from turret.server.metrics import Metrics
 FOLDER = ROOT / "deploy" / "kubernetes"
 MANIFESTS = sorted(FOLDER.glob("*.yaml"))
 VERSION = "1.33"
-# Kinds that other projects define; what is checked of them are the pods within.
+# Kinds that other projects define; only their pods are checked.
 FOREIGN = {
     *("RayService", "PodMonitor", "Gateway", "GRPCRoute", "HTTPRoute", "BackendTrafficPolicy"),
 }
@@ -46,7 +46,7 @@ def find(kind: str, path: Path) -> dict[str, Any]:
 
 
 def pod_templates(document: Any) -> list[dict[str, Any]]:
-    """Every pod template in a document, however deep."""
+    """Every pod template in a document, at any depth."""
     if isinstance(document, list):
         return [found for part in document for found in pod_templates(part)]
     if not isinstance(document, dict):
@@ -102,7 +102,7 @@ def test_the_fleets_variables_make_a_configuration() -> None:
     ],
 )
 def test_variables_that_a_fleet_cannot_honour_are_refused(variable: str, value: str) -> None:
-    """Also where no command read them: a replica must not serve in plain text what had a key."""
+    """A replica must not serve in plain text if a key is configured, even without the command."""
     data = find("ConfigMap", FOLDER / "rayservice.yaml")["data"]
     mine = {name: text for name, text in data.items() if name.startswith("TURRET_")}
     mine |= {"TURRET_TLS_KEY": "k", "TURRET_TLS_CERT": "c"} if "TLS" in variable else {}
@@ -118,7 +118,7 @@ def test_each_replicas_metrics_can_be_read() -> None:
     (container,) = worker["template"]["spec"]["containers"]
     ports = {each["name"]: each["containerPort"] for each in container["ports"]}
     (endpoint,) = find("PodMonitor", path)["spec"]["podMetricsEndpoints"]
-    # The head has none.
+    # The head has no metrics.
     selected = find("PodMonitor", path)["spec"]["selector"]["matchLabels"]
     assert selected["ray.io/node-type"] == "worker"
     address = find("ConfigMap", path)["data"]["TURRET_METRICS_ADDRESS"]

@@ -27,7 +27,7 @@ FORBIDDEN = {
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy without symbolic links or namespace packages, neither of which the linter follows."""
+    """A copy without symbolic links and namespace packages, which the linter does not follow."""
     copy = tmp_path_factory.mktemp("layering")
     skipped = shutil.ignore_patterns("__pycache__", "*.so", "static")
     shutil.copytree(ROOT / "src" / "turret", copy / "turret", ignore=skipped)

@@ -1,4 +1,4 @@
-"""No code reads text that is made for people: errors carry reasons, metadata and fields."""
+"""No code reads text for people: errors have reasons, metadata and fields."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 from checkout import ROOT
 
 FOLDERS = ("server", "clients", "training", "fleet")
-# Variables and attributes that hold a sentence.
+# Names of variables and attributes that contain a sentence.
 SENTENCES = ("message", "msg", "details", "description", "problem", "said", "hint")
 MATCHING = {
     *("startswith", "endswith", "removeprefix", "removesuffix", "replace"),
     *("find", "index", "count", "partition", "rpartition", "split", "rsplit"),
 }
 PATTERNS = {"match", "search", "fullmatch", "sub", "subn", "findall", "finditer", "split"}
-# File → places that remain. Take a file out, or lower its number, when places go; add none.
+# File → number of remaining places. Lower the numbers when places are removed; add none.
 ALLOWED = {
-    # gRPC reports its own failures in words alone.
+    # gRPC reports its own failures only as text.
     "clients/unreached.py": 5,
     # So does Python's TOML reader.
     "server/models/own_tokenizers.py": 1,
@@ -39,14 +39,14 @@ def is_sentence(node: ast.expr | None, caught: set[str]) -> bool:
 
 
 def places(path: Path) -> Iterator[int]:
-    """Lines of a file on which code looks for text in a sentence."""
+    """The lines of a file on which code searches for text in a sentence."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     caught = {"error", "exc", "failure", "fault"}
     caught |= {n.name for n in ast.walk(tree) if isinstance(n, ast.ExceptHandler) and n.name}
     for node in ast.walk(tree):
         match node:
             case ast.Call(func=ast.Attribute(attr=name, value=value), args=args):
-                # split() without a separator looks for nothing.
+                # split() without a separator does not search for text.
                 if (name in MATCHING and args and is_sentence(value, caught)) or (
                     name in PATTERNS and any(is_sentence(each, caught) for each in args)
                 ):

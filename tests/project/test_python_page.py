@@ -1,4 +1,4 @@
-"""docs/python.md runs, and docs/python-api.md has every public class and its attributes."""
+"""docs/python.md runs, and docs/python-api.md lists all public classes and attributes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REFERENCE = ROOT / "docs" / "python-api.md"
 
 
 def documented() -> set[type]:
-    """The classes that the reference shows: named, or public ones of a module that is named."""
+    """The classes in the reference, listed by name or as public classes of a listed module."""
     found: set[type] = set()
     for path in re.findall(r"^::: ([\w.]+)$", REFERENCE.read_text(), re.MULTILINE):
         module, _, name = path.rpartition(".")

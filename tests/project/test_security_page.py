@@ -1,4 +1,4 @@
-"""docs/security.md, the table of limits and the proto files say the same."""
+"""docs/security.md, the table of limits and the proto files are consistent."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from turret.server.api.violations import MAX_VIOLATIONS
 from turret.v1 import adapters_pb2, inference_pb2
 
 _SIZED = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
-# An adapter name's pattern says its length.
+# The pattern of an adapter's name defines its length.
 _NAME = "{0,126}"
 
 
 def _sized_fields(message: Descriptor, seen: set[str]) -> Iterator[FieldDescriptor]:
-    """Texts, bytes and lists of a message and of those in it."""
+    """The texts, bytes and lists of a message and of its submessages."""
     if message.full_name in seen or not message.full_name.startswith("turret."):
         return
     seen.add(message.full_name)

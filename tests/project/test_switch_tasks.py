@@ -1,4 +1,4 @@
-"""The example that routes tasks to adapters, run as its page says, on the embedded model."""
+"""The example that routes tasks to adapters, run as in its page, on the embedded model."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def test_tasks_are_answered_and_a_switch_computes_what_its_adapter_has_not(
     for _, adapter, *counts in turns:
         prompt, cached, computed = map(int, counts)
         assert prompt == cached + computed
-        # What this adapter has computed of the conversation, in whole blocks of 16 tokens.
+        # The part of the conversation that this adapter has computed, in whole blocks of 16 tokens.
         assert cached >= seen[adapter] // 16 * 16
         seen[adapter] = prompt
-    # The first turn of a task finds no more than the beginning that all its requests share.
+    # The first turn of a task finds only the common beginning of all its requests.
     assert all(int(turns[first][3]) <= 32 for first in (2, 4))

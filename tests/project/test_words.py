@@ -1,4 +1,4 @@
-"""The catalogue of sentences: every text that code asks for is there, with the same parameters."""
+"""The catalogue of sentences contains every text that code uses, with the same parameters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from turret.server import errors
 from turret.server.words import say
 from turret.words import SUGGESTION
 
-# Functions that take a reason and parameters, and the parameters that they add.
+# Functions with a reason and parameters, and the parameters that they add.
 SAYERS: dict[str, set[str]] = {"say": set(), "check": set(), "_check": set(), "refuse": {"path"}}
 ROOMS = ("adapters", "api", "basics", "constraints", "engine", "http", "hub", "models", "rpc")
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,7 @@ TEXTS = {reason: template for each in CATALOGUES for reason, template in each.it
 
 
 def said() -> Iterator[tuple[str, set[str], bool]]:
-    """Reason and names of parameters of each text that is asked for, and whether they are all."""
+    """The reason and the parameter names of each used text, and whether the list is complete."""
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
@@ -51,7 +51,7 @@ def said() -> Iterator[tuple[str, set[str], bool]]:
 
 
 def in_tables() -> set[str]:
-    """Reasons that are values of a dictionary, from which they are passed on."""
+    """Reasons that are values of a dictionary."""
     return {
         value.value
         for folder in FOLDERS
@@ -80,13 +80,13 @@ def test_each_text_has_its_parameters() -> None:
     asked = {SUGGESTION} | in_tables()
     for reason, names, is_all in said():
         asked.add(reason)
-        # A text may leave out what only programs look at.
+        # A text may omit parameters that are only for programs.
         assert wanted[reason] <= names or not is_all, reason
     assert asked == TEXTS.keys()
 
 
 def test_no_error_says_more_than_the_catalogue() -> None:
-    """In the rooms whose errors all come from it."""
+    """The test covers the packages whose errors all come from the catalogue."""
     kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type)}
     free = []
     for room in ROOMS:

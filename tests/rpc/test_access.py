@@ -72,7 +72,7 @@ async def test_a_role_opens_its_service_and_no_other(token_file: Path) -> None:
                 adapters_pb2.ListAdaptersRequest(), metadata=metadata
             )
             assert (await code_of(model), await code_of(listing)) == codes
-        # With two tokens a proxy in front may have checked the other one.
+        # With two tokens, a proxy in front may have checked the other one.
         both = _bearer("alpha-secret") + _bearer("gamma-secret")
         model = server.inference.GetModel(inference_pb2.GetModelRequest(), metadata=both)
         assert await code_of(model) == "UNAUTHENTICATED"
@@ -155,7 +155,7 @@ async def test_health_and_reflection_are_open_and_health_follows_the_server(
         assert [await check(s) for s in services] == ["SERVING"] * 3
         assert (await first.read()).status == health_pb2.HealthCheckResponse.SERVING
         assert (await second.read()).status == health_pb2.HealthCheckResponse.SERVING
-        # One watcher leaving does not deafen the other.
+        # The end of one watcher does not affect the other.
         first.cancel()
         server.rpc.health.close()
         assert (await second.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
@@ -246,7 +246,7 @@ async def test_a_unix_socket_serves(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``ca``, ``server`` and ``client`` (signed by ca) and ``stranger`` (signed by itself)."""
+    """``ca``, ``server`` and ``client`` (signed by ca), and the self-signed ``stranger``."""
     folder = tmp_path_factory.mktemp("tls")
 
     def openssl(*arguments: str) -> None:
@@ -310,13 +310,13 @@ async def test_tls(certificates: Path) -> None:
         tls = Tls.from_files(ca=certificates / "ca.pem")
         probed = await asyncio.to_thread(is_serving, server.rpc.address, tls=tls, token="t")
         assert probed == (True, "SERVING")
-        # The harness' own channel speaks plain text.
+        # The harness' own channel uses plain text.
         plain = server.inference.GetModel(inference_pb2.GetModelRequest(), timeout=10)
         assert (await failure_of(plain)).code is grpc.StatusCode.UNAVAILABLE
 
 
 def _shown_certificate(address: str) -> str:
-    """PEM of what the server shows to a new connection."""
+    """The server's certificate on a new connection, as PEM."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -345,7 +345,7 @@ async def test_certificates_change_without_a_restart(certificates: Path, tmp_pat
             for address in (server.rpc.address, server.rpc.admin_address):
                 shown = await asyncio.to_thread(_shown_certificate, address)
                 assert shown.split() == (certificates / f"{name}.pem").read_text().split()
-        # Half of a change is none.
+        # An incomplete change has no effect.
         (tmp_path / "server.key").unlink()
         assert await asyncio.to_thread(_shown_certificate, server.rpc.address) == shown
 

@@ -1,4 +1,4 @@
-"""The control plane in process: load, list in pages, pin, unload, and what is not served yet."""
+"""The control plane in process: load, list in pages, pin, unload, and unsupported calls."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ async def test_pages_cover_every_adapter_once_in_name_order() -> None:
         assert await _pages(server, page_size=2_000_000) == [names]
         first = await server.adapters.ListAdapters(List(page_size=3))
         assert first.total_size == 10
-        # A page begins after the last name, whatever was unloaded or loaded in between.
+        # A page begins after the last name, regardless of changes in between.
         server.registry.unload("a02", "DRAIN", 0)
         server.registry.load("a025", "x")
         second = await server.adapters.ListAdapters(
@@ -146,7 +146,7 @@ async def test_a_page_ends_before_it_is_too_large(monkeypatch: pytest.MonkeyPatc
         pages = await _pages(server)
         assert [name for page in pages for name in page] == names
         assert [len(page) for page in pages[:2]] == [3, 3]
-        # One that is larger by itself comes alone.
+        # An entry that exceeds the limit is alone on its page.
         monkeypatch.setattr(admin_messages, "MAX_PAGE_BYTES", 1)
         assert await _pages(server) == [[name] for name in names]
 

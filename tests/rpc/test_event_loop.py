@@ -1,4 +1,4 @@
-"""Messages of megabytes beside health checks: none keeps the event loop from answering them."""
+"""Messages of megabytes do not keep the event loop from answering health checks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_
 
 # Each of the messages below once took between 300 ms and 8 s.
 IDLE_SECONDS = 0.25
-# Where other programs want the processors too.
+# The limit if other programs use the processors, too.
 BUSY_SECONDS = 1.0
 
 
@@ -113,10 +113,10 @@ def _send(channel: grpc.Channel, message: object) -> None:
 
 
 class Checks:
-    """Health checks every 20 ms, from a thread of its own.
+    """Health checks every 20 ms, on a separate thread.
 
     Attributes:
-        worst: The longest that one took, in seconds.
+        worst: The longest duration of a check, in seconds.
     """
 
     def __init__(self, address: str) -> None:
@@ -171,7 +171,7 @@ def test_no_message_stops_the_event_loop(server: ServerUnderTest) -> None:
                 with Checks(server.address) as checks:
                     time.sleep(0.1)
                     _send(channel, message)
-                # What the message itself does happens both times; other work of the machine not.
+                # Take the better of two runs, which excludes other load on the machine.
                 worst[name] = min(worst.get(name, math.inf), checks.worst)
     is_busy = os.getloadavg()[0] > (os.cpu_count() or 1)
     limit = BUSY_SECONDS if is_busy else IDLE_SECONDS

@@ -151,7 +151,7 @@ async def test_a_caller_that_goes_away_ends_it(
 def test_a_server_fuses_serves_and_exports(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``turret serve``, the command and the client; PEFT reads what was exported."""
+    """Tests ``turret serve``, the command and the client; PEFT reads the export."""
     base = twin("qwen2")
     (tmp_path / "adapters").mkdir()
     for seed, method in enumerate(("lora", "dora", "loha", "ia3")):

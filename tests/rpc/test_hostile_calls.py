@@ -1,4 +1,4 @@
-"""Calls that mean harm, against a real server: they stop nobody and leave nothing behind."""
+"""Hostile calls on a real server: they do not affect others and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def _request(**fields: Any) -> inference_pb2.GenerateRequest:
     return request
 
 
-# By the name of an adapter.
+# Timeouts by the name of an adapter.
 TIME_OUTS = {"a": "99999999H", "b": "2600000H", "c": "99999999S"}
 
 
 def test_time_outs_of_thousands_of_years_are_served(model: Path, tmp_path: Path) -> None:
-    """Adapters are on disk alone after the restart, so the engine waits with the deadline."""
+    """After the restart, adapters are only on disk, so the engine waits with the deadline."""
     flags = ("--model", str(model), "--state-dir", str(tmp_path / "state"))
     for seed, name in enumerate(TIME_OUTS):
         write_adapter(tmp_path / "adapters", arch_of(model), AdapterSpec(name, rank=4), seed)
@@ -68,12 +68,12 @@ def test_time_outs_of_thousands_of_years_are_served(model: Path, tmp_path: Path)
 
 
 class Attack:
-    """One kind of large message that a server refuses.
+    """One kind of large message that a server rejects.
 
     Args:
-        method: Full name of the RPC.
-        message: As sent.
-        token: The caller's; None for none.
+        method: The full name of the RPC.
+        message: The sent bytes.
+        token: The caller's token, or None.
         code: The expected answer.
     """
 
@@ -160,10 +160,10 @@ def _rss_mib(server: ServerUnderTest) -> float:
 
 
 def test_refused_messages_leave_nothing_behind(guarded: ServerUnderTest) -> None:
-    """504 messages of 3 MB, every one refused; without care each leaves up to 24 MiB."""
+    """All of 504 messages of 3 MB are rejected; each of them could leave up to 24 MiB."""
     options = (("grpc.max_send_message_length", -1),)
     with grpc.insecure_channel(guarded.address, options) as channel:
-        # What the first ones bring in (the allocator's arenas, caches) is not counted.
+        # Lasting allocations of the first messages (arenas, caches) do not count.
         for attack in [*ATTACKS.values()] * 3:
             attack.send(channel)
         before = _rss_mib(guarded)
@@ -178,7 +178,7 @@ def test_refused_messages_leave_nothing_behind(guarded: ServerUnderTest) -> None
 
 
 def _padded(num_bytes: int, max_tokens: int) -> bytes:
-    """A legal request in a large message: a field that this version does not know."""
+    """A valid request in a large message, with an unknown field."""
     request = _request()
     request.stop.max_tokens = max_tokens
     request.stop.ignore_eos = True
@@ -188,7 +188,7 @@ def _padded(num_bytes: int, max_tokens: int) -> bytes:
 
 
 def test_requests_that_wait_take_a_bounded_amount_of_memory(model: Path, tmp_path: Path) -> None:
-    """Forty messages of 3 MB, of which one runs: the line is full by bytes, not by number."""
+    """Forty messages of 3 MB, of which one runs: the bytes, not the number, fill the queue."""
     flags = ("--model", str(model), "--max-num-seqs", "1", "--max-queued-bytes", "16MiB")
     flags = (*flags, "--speculation", "off")
     with start_server(tmp_path, *flags) as server, grpc.insecure_channel(server.address) as channel:
@@ -199,11 +199,11 @@ def test_requests_that_wait_take_a_bounded_amount_of_memory(model: Path, tmp_pat
         )
         call(_padded(LARGE, 2), timeout=60)
         before = _rss_mib(server)
-        # Long enough that few end while the others are sent.
+        # The answers are long enough that few end while the others are sent.
         message = _padded(LARGE, 480)
         calls: list[Any] = []
         for _ in range(40):
-            # One by one: what is on its way in the transport is not counted.
+            # Send them one by one, because messages in transit do not count.
             calls.append(call.future(message, timeout=120))
             time.sleep(0.02)
         assert _rss_mib(server) - before < 16 + 2 * LASTING_MIB
@@ -211,13 +211,13 @@ def test_requests_that_wait_take_a_bounded_amount_of_memory(model: Path, tmp_pat
         refused = codes.count(grpc.StatusCode.RESOURCE_EXHAUSTED)
         assert refused > 20, codes
         assert codes.count(grpc.StatusCode.OK) == 40 - refused >= 4
-        # What ended holds nothing any more.
+        # Ended requests hold nothing any more.
         for _ in range(10):
             call(_padded(LARGE, 2), timeout=60)
 
 
 def test_one_party_has_no_more_than_its_share(model: Path, tmp_path: Path) -> None:
-    """Two tokens from one address: each has its own limit, and ended requests are not counted."""
+    """Two tokens from one address have separate limits, and ended requests do not count."""
     tokens = tmp_path / "tokens"
     tokens.write_text("first inference\nsecond inference\n")
     tokens.chmod(0o600)
@@ -268,7 +268,7 @@ def test_half_a_handshake_is_not_waited_for(model: Path, tmp_path: Path) -> None
             client.sendall(preface[: len(preface) // 2])
         start = time.monotonic()
         for client in clients:
-            # Closed by the server: whatever it has said by then, nothing more comes.
+            # The server closes the connection: read its last bytes until the end.
             while client.recv(4096):
                 pass
             client.close()
@@ -303,7 +303,7 @@ def test_tokens_change_without_a_restart(model: Path, tmp_path: Path) -> None:
         server.process.send_signal(signal.SIGHUP)
         assert becomes("new", True)
         assert not is_accepted("old")
-        # A file that is no good changes nothing; the next good one is noticed without a signal.
+        # An invalid file changes nothing; the next valid one is noticed without a signal.
         tokens.write_text("nonsense\n")
         server.process.send_signal(signal.SIGHUP)
         time.sleep(1)
@@ -329,7 +329,8 @@ def test_streams_that_fill_the_server_yield_to_another_mix(model: Path, tmp_path
         until(lambda: server.metrics().get(running) == 2)
         polite = _request(adapters=[adapters_pb2.AdapterWeight(name="polite")])
         answer = stub.Generate(polite, timeout=120)
-        # Without yielding it would wait for 480 steps at least. A step's counts follow its answers.
+        # Without yielding, it would wait for at least 480 steps. A step's counts follow its
+        # answers.
         until(lambda: server.metric("turret_preemptions_total") >= 1)
         assert answer.usage.completion_tokens == 2
         for stream in streams:

@@ -132,9 +132,9 @@ async def test_every_offending_field_is_listed_at_once() -> None:
     async with harness() as server:
         failure = await failure_of(server.inference.Generate(message))
         assert not server.engine.requests
-        # A call is counted after its client has the answer, but before that of the next one.
+        # A call is counted after its client has the answer, but before the next call is answered.
         await server.inference.GetModel(inference_pb2.GetModelRequest())
-        # Of its adapters none is registered.
+        # None of its adapters is registered.
         assert server.sample("turret_requests_total", adapter="other", code="INVALID_ARGUMENT") == 1
     assert failure.code is grpc.StatusCode.INVALID_ARGUMENT
     assert failure.reason == "INVALID_REQUEST"
@@ -312,7 +312,7 @@ async def test_an_oversize_message_and_an_unknown_method_are_refused() -> None:
 
 
 async def test_a_burst_of_calls_is_answered_in_full() -> None:
-    """More calls than gRPC itself lets wait: of those it would cancel some."""
+    """With more calls than its own limit, gRPC would cancel some."""
     async with harness() as server:
         texts = [inference_pb2.TokenizeRequest(prompt="a b")] * 3500
         replies = await asyncio.gather(

@@ -1,4 +1,4 @@
-"""Connections and calls that are only held open: they have bounds and an end."""
+"""Connections and calls that are only held open are limited in number and time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def http_door() -> AsyncIterator[str]:
 
 
 async def is_kept(reader: asyncio.StreamReader) -> bool:
-    """Whether a connection is still open after what was sent on it: a gRPC server greets."""
+    """Whether a connection is still open after sent bytes; a gRPC server sends settings."""
     try:
         async with asyncio.timeout(0.5):
             while await reader.read(1000):
@@ -61,7 +61,7 @@ async def test_connections_beyond_the_bound_are_closed(door: Any) -> None:
         assert sorted(kept) == [False] * 3 + [True] * MOST
         for _, writer in opened:
             writer.close()
-        # Places come back: more than the bound, one after the other.
+        # Places are freed: more connections than the limit succeed one after the other.
         for _ in range(MOST + 1):
             found = False
             for _ in range(100):
@@ -88,7 +88,7 @@ def test_all_doors_together_leave_descriptors_for_files(monkeypatch: pytest.Monk
 
 
 async def test_a_handshake_that_never_ends_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The connection is accepted, and nothing is made of it."""
+    """The connection is accepted, but the handshake never completes."""
     monkeypatch.setattr(connection, "HANDSHAKE_SECONDS", 0.1)
     bound = connection.socket.create_server(("127.0.0.1", 0))
     with connection.Listener(bound, MOST) as accepting:
@@ -137,7 +137,7 @@ async def test_calls_that_need_no_token_have_a_bound(monkeypatch: pytest.MonkeyP
         failure = await failure_of(stub.Check(health_pb2.HealthCheckRequest()))
         assert failure.code is Code.RESOURCE_EXHAUSTED
         assert failure.retry_seconds is not None
-        # Other services have places of their own.
+        # Other services have separate limits.
         await server.inference.GetModel(inference_pb2.GetModelRequest())
         watches[0].cancel()
         for _ in range(100):
@@ -197,7 +197,7 @@ async def test_a_call_that_may_not_wait_for_its_turn_is_refused() -> None:
     await asyncio.sleep(0)
     with pytest.raises(QueueFullError):
         await slow.run_now(go.wait)
-    # The thread of one whose caller went away is taken still.
+    # The thread of a call whose caller has gone is still in use.
     waiting[0].cancel()
     await asyncio.wait(waiting[:1])
     with pytest.raises(QueueFullError):

@@ -1,4 +1,4 @@
-"""The API's definition: lint, and generated code that matches it."""
+"""The API's definition: lint, and matching generated code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _buf(*args: str) -> subprocess.CompletedProcess[str]:
 def test_generated_code_is_up_to_date(tmp_path: Path):
     grpc_tools = pytest.importorskip("grpc_tools")
     version = importlib.metadata.version("grpcio-tools")
-    # Other versions write other bytes; the pin in pyproject.toml names the one that counts.
+    # Other versions generate other bytes; pyproject.toml pins the required one.
     assert version == "1.75.1", f"generate with the pinned grpcio-tools, not {version}"
     outputs = (f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python"))
     subprocess.run(
@@ -61,7 +61,7 @@ def test_buf_format_passes():
 
 
 def test_zero_is_told_from_unset():
-    """Scalars of which 0 is a legal value and not the default have presence."""
+    """Scalars have presence if 0 is a valid value other than the default."""
     for message in (inference_pb2.SamplingParams, inference_pb2.StopConditions):
         for field in message.DESCRIPTOR.fields:
             assert field.is_repeated or field.has_presence, field.full_name

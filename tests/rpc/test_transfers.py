@@ -42,7 +42,7 @@ def leftovers(tmp_path: Path) -> list[Path]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """For what another thread does without telling."""
+    """Wait for the effect of another thread."""
     await asyncio.to_thread(registries.until, condition)
 
 
@@ -194,7 +194,7 @@ async def test_a_header_lists_every_offence(server: Harness) -> None:
         *("header.name", "header.files", "header.files[0].path", "header.files[1].size_bytes"),
         *("header.files[1].sha256", "header.files[2].path", "header.files[2].size_bytes"),
     }
-    # However many files are announced, the answer stays short.
+    # The error stays short for any number of announced files.
     many = [pb.FileInfo(path=f"{n}") for n in range(10_000)]
     failure = await failure_of(server.adapters.UploadAdapter(iter([header(many)])))
     assert len(failure.violations) < 20
@@ -285,7 +285,7 @@ async def test_a_silent_client_is_given_up(
 async def test_a_trickle_of_chunks_is_given_up(
     server: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client that sends an empty chunk now and then is never silent for long."""
+    """A client that occasionally sends an empty chunk never triggers the timeout for silence."""
     monkeypatch.setattr(uploads, "BASE_SECONDS", 0.3)
     monkeypatch.setattr(uploads, "LEAST_BYTES_PER_SECOND", 1 << 40)
 

@@ -82,7 +82,7 @@ def _nearest(x: _Floats, centers: _Floats) -> _Labels:
 
 
 def _means(x: _Floats, labels: _Labels, before: _Floats) -> _Floats:
-    """New centers; a cluster without rows takes over the row that is farthest from its own."""
+    """New centers; a cluster without rows gets the row that is farthest from its own center."""
     sums = np.zeros_like(before)
     np.add.at(sums, labels, x)
     sizes = np.bincount(labels, minlength=len(before)).astype(np.float32)
@@ -100,7 +100,7 @@ def _means(x: _Floats, labels: _Labels, before: _Floats) -> _Floats:
 
 _DOWN = "adamss_newB"
 _MAX_CLUSTERS = 4096
-# The seed that PEFT uses, whatever the config says.
+# PEFT always uses this seed, regardless of the config.
 _CLUSTER_SEED = 123456789
 # Maximum distance of unit vectors from those in the file, which bf16 moves by up to 4e-3.
 _FAR = 2e-2
@@ -113,7 +113,7 @@ def _is_few(value: Any) -> str | None:
     return None if value <= _MAX_CLUSTERS else f"must be at most {_MAX_CLUSTERS}"
 
 
-# Keys that only training uses.
+# Config keys that only training uses.
 _CHOOSING = (
     *("use_asa", "asa_target_subspaces", "init_warmup", "final_warmup", "mask_interval"),
     *("asa_importance_beta", "asa_uncertainty_beta", "asa_schedule_exponent"),
@@ -158,7 +158,7 @@ def _check(m: Module) -> None:
             return
         total += m.extent(f"adamss_B.{i}", 0)
     if _clusters(m) > m.outputs:
-        # PEFT makes no cluster without rows.
+        # PEFT creates no empty clusters.
         expected = f"at least {_clusters(m)}, one for each cluster"
         why = say("WRONG_COUNT", found=m.outputs, what="outputs", expected=expected)
         m.reading.fault(m.name, why)

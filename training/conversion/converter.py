@@ -60,12 +60,12 @@ def convert(
     """Write a LoRA that is equivalent to the adapter, or the parts of an X-LoRA.
 
     Args:
-        adapter: A directory as PEFT writes it.
-        model: The base that it was trained on: a directory, or ``org/name`` of the hub. None for
-            an X-LoRA, which needs none.
+        adapter: A directory in the form that PEFT writes.
+        model: The base on which it was trained: a directory, or ``org/name`` of the hub. None for
+            an X-LoRA, which needs no base.
         output: A new or an empty directory.
         loras: The LoRAs of an X-LoRA, if they are not where its config says.
-        dtype: The dtype of the base's weights in training; None is that of its files.
+        dtype: The dtype of the base's weights in training; None means that of its files.
         device: The device for decompositions, if possible the one of the training.
         progress: Called with the progress.
 
@@ -73,8 +73,8 @@ def convert(
         AdapterCheckpointError: The adapter is of another type, unsupported or inconsistent.
         AdapterMismatchError: The adapter does not fit the base.
         InvalidRequestError: The base cannot be read.
-        RunError: ``output`` is not empty, the base is missing or not the one of the training, or a
-            part of an X-LoRA is missing or another one.
+        RunError: ``output`` is not empty, the base is missing or was not used in training, or a
+            part of an X-LoRA is missing or wrong.
     """
     check_conversion(adapter, model, output)
     checkpoint = read_folder(adapter, str(adapter))
@@ -111,7 +111,7 @@ def _kind_of(checkpoint: AdapterCheckpoint) -> str:
 def _convert_all(
     checkpoint: AdapterCheckpoint, kind: Kind, base: BaseModel, progress: Progress
 ) -> tuple[dict[str, MadeLora], dict[str, torch.Tensor]]:
-    """The modules' LoRAs, and the tensors of modules that are saved whole."""
+    """The LoRAs of the modules, and the tensors of modules that are saved as a whole."""
     config = dict(checkpoint.config)
     names = config.pop("modules_to_save", None) or []
     # Leave it to the LoRA's reader to decide whether the task can be served.

@@ -45,7 +45,7 @@ CONVERTED: Mapping[str, Kind] = {
         " is the adapter as PEFT loads it with the torch installed here, on this device",
     ),
 }
-# Values of ``peft_type``.
+# The values of ``peft_type`` that can be converted.
 KINDS = (*CONVERTED, XLORA)
 
 
@@ -53,9 +53,9 @@ def check_conversion(adapter: Path, model: Path | None, output: Path) -> None:
     """Reject adapters and bases that cannot be converted, as far as their configs show that.
 
     Args:
-        adapter: A directory as PEFT writes it.
-        model: The base that it was trained on: a directory, or ``org/name`` of the hub, which is
-            not asked.
+        adapter: A directory in the form that PEFT writes.
+        model: The base on which it was trained: a directory, or ``org/name`` of the hub. The hub is
+            not queried.
         output: The directory for the result.
 
     Raises:
@@ -85,10 +85,10 @@ def check_plain_base(model: Path) -> Mapping[str, Any]:
     """Reject a directory that is not a model in full precision.
 
     Returns:
-        Its ``config.json``.
+        The content of ``config.json``.
 
     Raises:
-        InvalidRequestError: It is a GGUF file, not a model, or a quantised model.
+        InvalidRequestError: The directory is a GGUF file, a quantised model, or not a model.
     """
     if model.suffix == SUFFIX:
         raise InvalidRequestError.of("base", say("BASE_IS_GGUF", path=model))

@@ -1,4 +1,4 @@
-"""The base of an adapter in full precision; its linear modules are read one by one."""
+"""The full-precision base of an adapter; its linear modules are read one by one."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _WEIGHT, _BIAS = ".weight", ".bias"
 def read_plain_base(
     model: Path, dtype: torch.dtype | None, device: str, progress: Progress
 ) -> BaseModel:
-    """The base as adapters see it; a weight is read from its file when it is asked for.
+    """The description of the base for adapters; each weight is read from its file on demand.
 
     Args:
         model: A Hugging Face model directory, or ``org/name[@revision]`` of the hub.
-        dtype: The dtype of the weights in training; None is that of the files.
+        dtype: The dtype of the weights in training; None means that of the files.
         device: The device for the weights.
         progress: Called with the progress of a download from the hub.
 
@@ -42,7 +42,7 @@ def read_plain_base(
         InvalidRequestError: ``model`` is not a model, is quantised, or has an unsupported
             architecture.
     """
-    # Import it here, because that is slow and the command's help does not need it.
+    # Imported here because the import is slow and the command's help does not need it.
     from transformers import AutoConfig
 
     hub_id = hub_model_id(model)

@@ -1,4 +1,4 @@
-"""PSOFT (openreview FSHrinMArK): ``y += s B (R − I) A x``, ``B A`` the largest part of ``W``'s SVD.
+"""PSOFT (openreview FSHrinMArK): ``y += s B (R − I) A x``, with ``B A`` from ``W``'s SVD.
 
 The file holds the parameters of ``R``, but not the factors ``A`` and ``B``. These are computed by
 the same decomposition as in PEFT when it loads the adapter. The linear algebra library determines
@@ -74,7 +74,7 @@ def convert(m: Module) -> MadeLora:
 def _svd(
     weight: torch.Tensor, rank: int, config: Mapping[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``[out, r]``, ``[r]`` and ``[r, in]``, by the calls that PEFT makes."""
+    """``[out, r]``, ``[r]`` and ``[r, in]``, computed by the same calls as in PEFT."""
     if config["psoft_svd"] == "full":
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
     else:
@@ -101,7 +101,7 @@ def rotation(
 
 
 def _orthogonal(skew: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
-    """``(I + Q)(I − Q)⁻¹``, or the first terms of its series, the last of them halved."""
+    """``(I + Q)(I − Q)⁻¹``, or the first terms of its series with the last one halved."""
     eye = torch.eye(len(skew), dtype=skew.dtype)
     if not config["use_cayley_neumann"]:
         return torch.linalg.solve(eye - skew, eye + skew, left=False)
@@ -110,7 +110,7 @@ def _orthogonal(skew: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
     if eps is not None and norm > eps:
         skew = skew * (eps / (norm + 1e-12))
     total, power = eye, eye
-    # PEFT's series: it always includes Q to Q³ once it includes Q², and a lone Q is not halved.
+    # PEFT's series includes Q³ whenever it includes Q², and does not halve a lone Q.
     last = max(terms - 1, 3) if terms > 2 else terms - 1
     for exponent in range(1, last + 1):
         power = power @ skew

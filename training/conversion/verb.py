@@ -22,7 +22,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
         " precision with --base. For an X-LoRA, gather the parts that PEFT saves in several"
         " directories: a classifier, and LoRAs that are loaded one by one.",
     )
-    parser.add_argument("adapter", type=Path, metavar="DIR", help="the adapter, as PEFT saved it")
+    parser.add_argument("adapter", type=Path, metavar="DIR", help="the adapter as saved by PEFT")
     parser.add_argument(
         "--base",
         type=model_place,
@@ -110,6 +110,6 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _in_own_words(error: Exception) -> str:
-    """The text of an error, with the flag in the place of the field that it sets."""
+    """The text of an error, with the flag in place of the field that it sets."""
     text = str(error)
     return f"--{text}" if text.startswith("base: ") else text

@@ -100,7 +100,7 @@ def _paths(config: Mapping[str, Any]) -> list[Path]:
 def _classifier(
     checkpoint: AdapterCheckpoint, folders: Mapping[int, AdapterCheckpoint]
 ) -> dict[str, torch.Tensor]:
-    """The classifier's tensors by PEFT's names, from whichever folder has them."""
+    """The classifier's tensors by PEFT's names, collected from all folders."""
     depth, dropout = (checkpoint.config.get(key) for key in ("xlora_depth", "xlora_dropout_p"))
     if type(depth) is not int or not 0 < depth <= 64 or not isinstance(dropout, int | float):
         raise RunError(say("XLORA_NUMBERS"))
@@ -161,7 +161,7 @@ def _write_lora(folder: Path, saved: AdapterCheckpoint | None, original: Path | 
     folder.mkdir()
     if original is not None:
         for name in (CONFIG_FILE, TENSORS_FILE):
-            # Copy byte for byte, so that the digest equals that of a LoRA that is already served.
+            # Copy byte for byte, so that the digest equals that of the same LoRA on a server.
             shutil.copyfile(original / name, folder / name)
         return
     assert saved is not None, "it is whole"

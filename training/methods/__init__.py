@@ -1,4 +1,4 @@
-"""The methods that can be trained, by the name the config uses."""
+"""The methods that can be trained, by their names in the config."""
 
 from __future__ import annotations
 

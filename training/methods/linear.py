@@ -104,8 +104,8 @@ class _Ia3Method(PeftMethod):
         attached = super().attach(model, config, base)
         for module in attached.modules():
             if isinstance(module, IA3Layer) and isinstance(module, torch.nn.Module):
-                # PEFT's 4-bit layer returns float32, which attention does not accept beside other
-                # dtypes.
+                # PEFT's 4-bit layer returns float32, which attention does not accept together with
+                # other dtypes.
                 module.register_forward_hook(lambda module, inputs, out: out.to(dtype))
         return attached
 
@@ -123,7 +123,7 @@ IA3 = _Ia3Method(
 
 
 def _oft_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
-    # Blocks of b inputs cost what a LoRA of rank b / 2 costs.
+    # Blocks of b inputs cost as much as a LoRA of rank b / 2.
     return peft.OFTConfig(
         task_type="CAUSAL_LM",
         oft_block_size=2 * config.rank,
@@ -242,7 +242,7 @@ MISS = PeftMethod(
 )
 
 
-# VB-LoRA (arXiv 2405.15179): both factors are cut from one bank of vectors that modules share.
+# VB-LoRA (arXiv 2405.15179): both factors are composed of vectors from a bank that modules share.
 
 # PEFT's default; smaller if the base's dimensions are not divisible by it.
 _VECTOR_LENGTH = 256

@@ -28,8 +28,8 @@ from turret.training.words import say
 #     Q[ij, c] = w1b[i, c] · w2b[j, c]        [r², in]
 #
 # so ``y = s·(x Qᵀ) Kᵀ``. That takes ``r² (in + out)`` products per token, whereas ΔW takes ``in ·
-# out``, which is more for every rank that the server serves. ΔW is never built. autograd keeps
-# ``x`` in its own dtype, the factors, and ``x Qᵀ`` with ``r²`` numbers per token.
+# out``, which is more for every supported rank. ΔW is never built. autograd keeps ``x`` in its own
+# dtype, the factors, and ``x Qᵀ`` with ``r²`` numbers per token.
 
 
 class HadamardProduct(torch.autograd.Function):
@@ -104,7 +104,7 @@ def _rows(w1b: torch.Tensor, w2b: torch.Tensor) -> torch.Tensor:
 #     y = s·kron(w1, w2) x = s·vec(w1 · X · w2ᵀ),         w2 whole, or w2a w2b
 #
 # Neither ``kron(w1, w2)`` nor a decomposed ``w2`` is built, and autograd keeps ``x`` in its own
-# dtype and the factors: the products between them are computed again on the way back.
+# dtype and the factors: the backward pass computes the products between them again.
 
 
 class KroneckerProduct(torch.autograd.Function):
@@ -189,7 +189,7 @@ class Nf4LohaLinear(loha.Linear):
     def get_delta_weight(
         self, adapter_name: str, *, apply_rank_dropout: bool = False
     ) -> torch.Tensor:
-        """The update as a matrix, ``[out, in]``; nothing here needs it, PEFT's conversions do."""
+        """The update as a matrix, ``[out, in]``, which only PEFT's conversions need."""
         w1a, w1b, w2a, w2b = self._factors(adapter_name)
         delta = (w1a @ w1b) * (w2a @ w2b) * self.scaling[adapter_name]
         return _dropped(self, adapter_name, delta.T).T if apply_rank_dropout else delta
@@ -215,14 +215,14 @@ class Nf4LokrLinear(lokr.Linear):
     def get_delta_weight(
         self, adapter_name: str, *, apply_rank_dropout: bool = False
     ) -> torch.Tensor:
-        """The update as a matrix, ``[out, in]``; nothing here needs it, PEFT's conversions do."""
+        """The update as a matrix, ``[out, in]``, which only PEFT's conversions need."""
         w1, w2 = self._factors(adapter_name)
         whole = w2[0] @ w2[1] if len(w2) == 2 else w2[0]
         delta = torch.kron(w1, whole) * self.scaling[adapter_name]
         return _dropped(self, adapter_name, delta.T).T if apply_rank_dropout else delta
 
     def _factors(self, name: str) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        # The first factor is small, so multiplying it out costs next to nothing.
+        # The first factor is small, so its product costs almost nothing.
         if name in self.lokr_w1:
             w1 = self.lokr_w1[name]
         else:
@@ -243,14 +243,14 @@ class Nf4LokrLinear(lokr.Linear):
 
 
 def register_nf4_layers() -> None:
-    """Make PEFT use these layers wherever it puts LoHa or LoKr on a ``Linear4bit``. Idempotent."""
+    """Make PEFT use these layers for LoHa and LoKr on a ``Linear4bit``. Idempotent."""
     # PEFT takes the first entry that fits, and a Linear4bit is also a torch.nn.Linear.
     LoHaModel.layers_mapping = {Linear4bit: Nf4LohaLinear, **LoHaModel.layers_mapping}
     LoKrModel.layers_mapping = {Linear4bit: Nf4LokrLinear, **LoKrModel.layers_mapping}
 
 
 def _dropped(layer: Nf4LohaLinear | Nf4LokrLinear, name: str, y: torch.Tensor) -> torch.Tensor:
-    """PEFT's ``rank_dropout``: drops rows of the update (outputs), the same ones for all tokens.
+    """PEFT's ``rank_dropout``: drops rows of the update (outputs), the same rows for all tokens.
 
     Args:
         layer: The layer.

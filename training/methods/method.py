@@ -21,17 +21,17 @@ from turret.training.mixture import as_modules
 from turret.training.settings.checks import check_modules
 from turret.training.settings.config import MethodConfig
 
-# A ``MethodConfig`` in which the keys before the current one, in the order of the method's
-# defaults, are filled in and not None. Its own types cannot express that.
+# A ``MethodConfig`` in which all keys before the current one are filled in, in the order of the
+# method's defaults. Its own types cannot express that these keys are not None.
 Settings = Any
 
 
 class TrainingMethod(Protocol):
-    """A kind of adapter: what it attaches to the base, and what it saves.
+    """A training method: it attaches an adapter to the base, and saves the adapter.
 
     Attributes:
-        name: As in ``method.name``, and the server's name for it (rsLoRA is served as ``lora``).
-        learning_rate: The peak rate where the config gives none.
+        name: The value of ``method.name``, also the server's name (rsLoRA is served as ``lora``).
+        learning_rate: The peak rate if the config sets none.
     """
 
     @property
@@ -40,7 +40,7 @@ class TrainingMethod(Protocol):
     def learning_rate(self) -> float: ...
 
     def resolve(self, config: MethodConfig, base: TrainingBase) -> MethodConfig:
-        """Fill in the keys that the config leaves out.
+        """Fill in the keys that the config omits.
 
         Raises:
             ConfigError: A value does not fit the base.
@@ -57,7 +57,7 @@ class TrainingMethod(Protocol):
         ...
 
     def notes(self, config: MethodConfig, base: TrainingBase) -> Sequence[str]:
-        """Notes on settings that have a different effect on this base than they suggest.
+        """Notes on settings with an unexpected effect on this base.
 
         Args:
             config: The result of :meth:`resolve`.
@@ -74,14 +74,13 @@ class TrainingMethod(Protocol):
             base: The model's description.
 
         Returns:
-            A module that is called like the model, has PEFT's ``get_base_model`` and
-            ``disable_adapter``, and whose parameters with ``requires_grad`` are all there is to
-            train.
+            A module that is called like the model, and has PEFT's ``get_base_model`` and
+            ``disable_adapter``. Its parameters with ``requires_grad`` are the trained ones.
         """
         ...
 
     def loss(self, model: Any, config: MethodConfig, device: str) -> LossFunction:
-        """Make the loss; without gradients it is the cross entropy.
+        """Create the loss; without gradients, it is the cross entropy.
 
         Args:
             model: The result of :meth:`attach`.
@@ -95,7 +94,7 @@ class TrainingMethod(Protocol):
 
         Args:
             model: The result of :meth:`attach`.
-            folder: Exists.
+            folder: An existing directory.
             dtype: The dtype of the saved tensors.
 
         Raises:
@@ -105,13 +104,13 @@ class TrainingMethod(Protocol):
 
 
 def fill_in(config: MethodConfig, base: TrainingBase, defaults: Mapping[str, Any]) -> MethodConfig:
-    """Fill in the keys of ``defaults`` that the config leaves out.
+    """Fill in the keys of ``defaults`` that the config omits.
 
     Args:
         config: The config as read.
         base: The model's description.
-        defaults: The method's keys (as ``METHOD_KEYS`` says); a function gets the config as far as
-            it is filled in.
+        defaults: The defaults of the method's keys (see ``METHOD_KEYS``). A function gets the
+            config as far as it is filled in.
     """
     for key, default in defaults.items():
         if getattr(config, key) is None:
@@ -130,14 +129,15 @@ def _own_rank(config: Settings, base: TrainingBase) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeftMethod:
-    """A method of PEFT's: a table row and a function that makes PEFT's config.
+    """One of PEFT's methods: its defaults, and a function that makes PEFT's config.
 
     Attributes:
         defaults: The default of each of the method's keys in ``MethodConfig``; a function gets the
             config as far as it is resolved.
         peft_config: Makes PEFT's config from the resolved config.
-        rank_served: What a server compares with its ``--max-rank``: the rank, where it is one.
-        remarks: Makes ``TrainingMethod.notes``.
+        rank_served: Returns ``TrainingMethod.served_rank``; by default the rank, if the method has
+            one.
+        remarks: Returns ``TrainingMethod.notes``.
     """
 
     name: str
@@ -173,7 +173,7 @@ class PeftMethod:
 
     def save(self, model: Any, folder: Path, dtype: torch.dtype) -> None:
         config = model.peft_config["default"].to_dict()
-        # PEFT writes the directory of the weights, which has a meaning only on this machine.
+        # PEFT writes the directory of the weights, which is meaningful only on this machine.
         name = model.get_base_model().config._name_or_path
         for key in ("base_model_name_or_path", "tokenizer_name_or_path"):
             if config.get(key) is not None:
@@ -184,7 +184,7 @@ class PeftMethod:
 
 # Prefix tuning (arXiv 2101.00190), prompt tuning (2104.08691) and p-tuning (2103.10385).
 #
-# The networks of prefix tuning and p-tuning are evaluated when the adapter is saved: the server
+# The networks of prefix tuning and p-tuning are evaluated when the adapter is saved, so the server
 # gets only the resulting prefix or prompt.
 
 
@@ -204,7 +204,7 @@ def _prefix_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
         prefix_projection=config.prefix_projection,
         encoder_hidden_size=config.encoder_hidden_size,
         # Pass these sizes, because PEFT would derive them from hidden_size, which is wrong for a
-        # model with its own head_dim.
+        # model with a separate head_dim.
         num_layers=arch.num_layers,
         num_attention_heads=arch.num_kv_heads,
         token_dim=arch.num_kv_heads * arch.head_dim,

@@ -1,1 +1,1 @@
-"""The directory of a run and what is written to it."""
+"""The directory of a run, and the files in it."""

@@ -1,4 +1,4 @@
-"""The directory of a run, and what is in it.
+"""The directory of a run, and the files in it.
 
 | file | content |
 |---|---|
@@ -14,19 +14,14 @@
 A line of ``metrics.jsonl`` is written after every optimizer step (``kind`` is ``step``), and after
 every validation (``kind`` is ``validation``; step 0 is the adapter before training). Keys:
 
-| key | unit |
-|---|---|
-| ``kind`` | ``step`` or ``validation`` |
-| ``step`` | optimizer steps done |
-| ``loss`` | nats per learned token, or per example of a classification, of the step's batch |
-| | (before it) or the validation set |
-| ``accuracy``, ``macro_f1`` | of a validation of labels |
-| ``micro_f1``, ``label_f1`` | of one where any number of labels may hold |
-| ``learning_rate`` | of the step (with LoRA+: of A) |
-| ``grad_norm`` | of the step, before clipping |
-| ``tokens`` | training tokens seen so far, padding left out |
-| ``seconds`` | since the start of training, of all attempts together |
-| ``memory_bytes`` | peak so far: of the process (CPU) or of the device's allocator (CUDA) |
+| key | unit | |---|---| | ``kind`` | ``step`` or ``validation`` | | ``step`` | finished optimizer
+steps | | ``loss`` | nats per learned token, or per example of a classification, of the step's batch
+| | | (before it) or the validation set | | ``accuracy``, ``macro_f1`` | of a validation of a
+classification | | ``micro_f1``, ``label_f1`` | the same, if an example may have any number of
+labels | | ``learning_rate`` | of the step (with LoRA+: of A) | | ``grad_norm`` | of the step,
+before clipping | | ``tokens`` | training tokens seen so far, padding left out | | ``seconds`` |
+since the start of training, of all attempts together | | ``memory_bytes`` | peak so far: of the
+process (CPU) or of the device's allocator (CUDA) |
 """
 
 from __future__ import annotations
@@ -49,7 +44,7 @@ from turret.training.settings.checks import SERVED_RANK
 from turret.training.words import say
 
 if TYPE_CHECKING:
-    # Types only: importing it would load torch.
+    # Imported only for types, because the import would load torch.
     from turret.training.settings.resolve import Resolved
 
 
@@ -133,7 +128,7 @@ class RunFolder:
     def held(self) -> Iterator[None]:
         """Lock the directory within the block, because two runs in it would damage each other.
 
-        The system releases the lock however the process ends.
+        The system releases the lock even if the process is killed.
 
         Raises:
             RunError: Another process holds the lock.
@@ -156,7 +151,7 @@ class RunFolder:
         except BlockingIOError:
             raise RunError(say("RUN_IN_USE", path=self.path)) from None
         except OSError:
-            # Some network file systems have no locks. Then only the warning is lost.
+            # Some network file systems do not support locks. There, only this check is missing.
             pass
 
     def clear(self) -> None:
@@ -170,13 +165,13 @@ class RunFolder:
                     each.unlink(missing_ok=True)
 
     def _is_reported(self) -> bool:
-        """Whether the report is of the finished run; one can also be made of an unfinished run."""
+        """Whether the report describes the finished run, not an earlier state of it."""
         if not self.report.exists():
             return False
         return self.report.stat().st_mtime_ns >= self.adapter.stat().st_mtime_ns
 
     def how_to_go_on(self) -> str:
-        """Advice for a run that stops now; empty if there is nothing to do."""
+        """The next step after a run that stops now; empty if there is none."""
         if self.is_finished and not self._is_reported():
             return f"the adapter is complete, but its report is missing; {self._how_to_report()}"
         if self.is_finished or not self.facts.exists():
@@ -222,7 +217,7 @@ class RunFolder:
 
 
 def rank_folder(output: Path, rank: int) -> Path:
-    """The directory in which a sweep that writes to ``output`` trains a rank."""
+    """The directory for a rank in a sweep that writes to ``output``."""
     return output / f"rank-{rank}"
 
 

@@ -31,10 +31,11 @@ def training_progress(
     is_quiet: bool = False,
     line_seconds: float = LINE_SECONDS,
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yield a listener for the lines of ``metrics.jsonl`` and the trainer's events; on stderr.
+    """Yield a listener that shows lines of ``metrics.jsonl`` and the trainer's events on stderr.
 
     Args:
-        num_steps: The number of steps of the run; None until its event ``begin`` says so.
+        num_steps: The number of steps of the run; None if it is known only from the event
+            ``begin``.
         title: The beginning of the lines.
         stays: Whether the bar stays visible afterwards.
         is_quiet: Whether to show neither the bar nor the lines.
@@ -64,7 +65,7 @@ def training_progress(
 
 
 class _Bar(Progress):
-    """Leaves room for a terminal's ^C, which would wrap the last line and have it drawn twice."""
+    """A bar with room for a terminal's ^C, which would wrap the last line and duplicate it."""
 
     def get_renderable(self) -> RenderableType:
         return _Narrowed(super().get_renderable())
@@ -72,7 +73,7 @@ class _Bar(Progress):
 
 @dataclass(frozen=True, slots=True)
 class _Narrowed:
-    """Draws its content a little narrower than the terminal currently is."""
+    """Draws its content a little narrower than the current terminal."""
 
     drawn: RenderableType
 
@@ -107,7 +108,7 @@ def _clock(seconds: float) -> str:
 
 
 class _Shown:
-    """The listener's state; both the listener and the thread that watches the clock print lines."""
+    """The listener's state. Both the listener and a timer thread print lines from it."""
 
     def __init__(
         self, console: Console, title: str, num_steps: int | None, update: Callable[..., None]
@@ -140,7 +141,7 @@ class _Shown:
         name = "loss" if row["kind"] == "step" else "validation"
         self._losses[row["kind"]] = text = f"{name} {row['loss']:.3f}"
         if "accuracy" in row:
-            # A bar has no room for all three.
+            # A bar has no room for all three figures.
             self._losses["validation"] = f"accuracy {row['accuracy']:.3f}"
             text += f"  accuracy {row['accuracy']:.3f}  macro F1 {row['macro_f1']:.3f}"
         self._step, self._phase = row["step"], ""

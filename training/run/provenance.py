@@ -1,4 +1,4 @@
-"""The provenance of an adapter: enough to train it again, and to know which base it fits."""
+"""The provenance of an adapter: enough to train it again, and to identify its base."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ _NOT_COMPARED = {"base": ("model",), "data": ("train", "validation"), "run": WHE
 
 
 def versions() -> dict[str, str]:
-    """The versions of everything that a run's numbers depend on."""
+    """The versions of all software that determines a run's numbers."""
     return {
         "turret": turret.__version__,
         "python": platform.python_version(),
@@ -92,14 +92,14 @@ class _Difference:
 def check_settings(
     config: TrainConfig, folder: RunFolder, data: str | None = None, base: ToldBase | None = None
 ) -> None:
-    """Like :func:`check_same_run`, but compares only what is known before torch is loaded.
+    """Like :func:`check_same_run`, but compares only inputs that are known before torch is loaded.
 
     Args:
-        config: The config as read. Of the keys that it leaves open, only those that the method
-            determines are compared.
+        config: The config as read. Of the keys that it omits, only those that the method determines
+            are compared.
         folder: The run's directory.
         data: The digest of the files that the config names; None if it is not compared.
-        base: The base, as far as it is known; None if it is not compared.
+        base: The known facts about the base; None if it is not compared.
     """
     before = folder.read_facts()
     there = before.get("config", {})

@@ -11,7 +11,7 @@ import torch
 from turret.training.base_model import without_peft_warnings
 from turret.training.examples import Encoded
 
-# Longer answers show nothing more about a run, and every token costs a pass through the model.
+# Longer answers say little more about a run, and every token takes a pass through the model.
 _MOST_TOKENS = 64
 
 
@@ -31,16 +31,16 @@ def draw_samples(
     Args:
         model: The result of a method's ``attach``; not changed.
         tokenizer: transformers' tokenizer.
-        examples: The prompt is the part before the first learned token, or the first half if all
-            tokens are learned.
+        examples: The examples. A prompt is the part before the first learned token, or the first
+            half if all tokens are learned.
         device: The device of the model.
         on_progress: Called before each answer with the numbers of finished and of all answers.
 
     Returns:
-        Per example ``prompt``, ``turns`` (the same as ``[role, content]`` each, if it is a chat),
-        ``reference`` (the right answer), ``before`` (the base model alone), ``after`` (with the
-        adapter) and ``cut``: the ones of these two that were cut a little past the reference's
-        length.
+        Per example ``prompt``, ``turns`` (a chat's prompt as a list of ``[role, content]``),
+        ``reference`` (the right answer), ``before`` (the answer of the base model alone), ``after``
+        (the answer with the adapter) and ``cut``: the keys of these two answers that were cut a
+        little past the reference's length.
     """
     model.eval()
     total = 2 * len(examples)
@@ -85,7 +85,7 @@ class _Answer:
 
 @torch.no_grad()
 def _answer(model: Any, tokenizer: Any, example: Encoded, device: str) -> _Answer:
-    """Answer greedily with the call of training: PEFT's ``generate`` treats prompts differently.
+    """Answer greedily with training's call: PEFT's ``generate`` treats prompts differently.
 
     After the first call, soft tokens or a prefix are in the cache. So later calls go to the base
     model, where adapters inside its layers still work.
@@ -110,5 +110,5 @@ def _answer(model: Any, tokenizer: Any, example: Encoded, device: str) -> _Answe
             call, past = model, past | {"alora_offsets": [1]}
     is_cut = answer[-1] != tokenizer.eos_token_id
     text = tokenizer.decode(answer, skip_special_tokens=True)
-    # An answer cut at the limit may end in half a character.
+    # An answer that is cut at the limit may end within a character.
     return _Answer(text.rstrip("\ufffd") if is_cut else text, is_cut)

@@ -23,7 +23,7 @@ from turret.training.errors import ConfigError
 from turret.training.settings.config import BaseConfig, DataConfig, MethodConfig, TrainConfig
 from turret.training.words import say
 
-# The highest possible rank, on the modules that a method adapts and on a server.
+# The highest possible rank, for a method's modules and for a server.
 
 
 # The server's default --max-rank.
@@ -33,11 +33,11 @@ Size = tuple[str, int, int]
 
 
 def module_sizes(projections: Projections, targets: Sequence[str]) -> Iterator[Size]:
-    """Last part of the path, outputs and inputs of each kind of module that is adapted.
+    """Each kind of adapted module: the last part of its path, its outputs and its inputs.
 
     Args:
         projections: The projections of the base.
-        targets: Module names, as ``expand_targets`` gives them.
+        targets: The result of ``expand_targets``.
     """
     for slices in projections.linears().values():
         for path, out, inner in slices:
@@ -83,8 +83,8 @@ def _highest_shira_rank(inner: int, out: int) -> int:
     return out * inner // (out + inner)
 
 
-# Highest rank by the inputs and outputs of a module. That of an update ``B A`` is at most the
-# weight's.
+# The highest rank, by the inputs and outputs of a module. The rank of an update ``B A`` is at most
+# that of the weight.
 _HIGHEST: Mapping[str, Callable[[int, int], int]] = {
     **dict.fromkeys(("lora", "rslora", "dora", "alora", "vblora"), min),
     **{method.name: _most_rank(method) for method in (hra.METHOD, miss.METHOD)},
@@ -116,8 +116,8 @@ def is_targeted(name: str, group: str, targets: Sequence[str]) -> bool:
     """Whether a config selects a module.
 
     Args:
-        name: Last part of its path.
-        group: Its fused projection, a key of ``Arch.linears``.
+        name: The last part of the module's path.
+        group: The module's fused projection, a key of ``Arch.linears``.
         targets: One preset, or module names.
     """
     if len(targets) != 1 or targets[0] not in PRESETS:
@@ -126,7 +126,7 @@ def is_targeted(name: str, group: str, targets: Sequence[str]) -> bool:
 
 
 def check_targets(model_type: str, targets: Sequence[str]) -> None:
-    """Reject targets that no dense model of a family has, if the config does not show the modules.
+    """Reject targets that no dense model of a family has, when the modules are not known yet.
 
     Args:
         model_type: The model type of the base, a key of ``FAMILIES``.
@@ -236,7 +236,7 @@ def check_fit(config: TrainConfig) -> None:
         config: The config as read.
 
     Raises:
-        ConfigError: There is one; the error names the first key.
+        ConfigError: A setting has no meaning; the error names the first key.
     """
     name = config.method.name
     _check_keys(config.method)
@@ -329,12 +329,12 @@ def check_experts(method: str, projections: Projections, targets: Sequence[str])
     """Reject modules of experts for a method that the server does not support there.
 
     Args:
-        method: Its name.
-        projections: The base's projections.
+        method: The name of the method.
+        projections: The projections of the base.
         targets: The result of :func:`expand_targets`.
 
     Raises:
-        ConfigError: There is one; the error names the first module.
+        ConfigError: A module is not supported; the error names the first one.
     """
     named = [name for name in expert_names(projections) if name in targets]
     if named and method not in ON_EXPERTS:
@@ -356,13 +356,13 @@ def check_modules(
     """Names of the modules that are adapted.
 
     Args:
-        method: Its name.
+        method: The name of the method.
         projections: The projections of the base.
-        targets: As in ``method.targets``.
-        rank: As in ``method.rank``; None for a method without one.
+        targets: The value of ``method.targets``.
+        rank: The value of ``method.rank``; None for a method without a rank.
 
     Raises:
-        ConfigError: The base lacks a module, or the method cannot adapt it, or not at this rank.
+        ConfigError: The base lacks a module, or the method cannot adapt it at this rank.
     """
     names = expand_targets(projections, targets)
     check_experts(method, projections, names)
@@ -395,7 +395,7 @@ def check_inputs(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -
     Args:
         config: The config as read.
         folder: The directory to which its paths are relative.
-        ranks: Each of these is to take the place of the config's.
+        ranks: The ranks that replace the config's rank, one after the other.
 
     Raises:
         ConfigError: A file or directory is missing or used twice, torch has no CUDA, or a setting
@@ -431,7 +431,7 @@ class ToldBase:
 
     Attributes:
         name: The name in the server and in a run's record.
-        projections: Its modules; None if torch is needed to determine them.
+        projections: The modules; None if torch is needed to determine them.
     """
 
     name: str
@@ -439,12 +439,12 @@ class ToldBase:
 
 
 def check_base(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -> ToldBase:
-    """Reject a base that cannot be used, or not with this method; asks the hub about its models.
+    """Reject a base that is unusable, at all or with this method; queries the hub if needed.
 
     Args:
         config: See :func:`check_inputs`.
         folder: The directory to which its paths are relative.
-        ranks: Each of these is to take the place of the config's.
+        ranks: The ranks that replace the config's rank, one after the other.
 
     Raises:
         ConfigError: The base lacks the modules, the rank is too high for them, or the context is
@@ -472,7 +472,7 @@ def check_max_length(config: DataConfig, context: int) -> None:
         context: The maximum number of positions that the base was made for.
 
     Raises:
-        ConfigError: ``max_length`` exceeds it.
+        ConfigError: ``max_length`` exceeds the context.
     """
     if config.max_length > context:
         text = say("EXCEEDS_CONTEXT", most=context, value=config.max_length)
@@ -480,7 +480,7 @@ def check_max_length(config: DataConfig, context: int) -> None:
 
 
 def with_ranks(config: TrainConfig, ranks: Sequence[int]) -> list[TrainConfig]:
-    """The config with each of these ranks; the config itself if there are none."""
+    """One config for each of these ranks; only the config itself if there are no ranks."""
     methods = [replace(config.method, rank=rank) for rank in ranks] or [config.method]
     return [replace(config, method=method) for method in methods]
 
@@ -490,7 +490,7 @@ def component_directories(entries: Sequence[str], folder: Path = Path()) -> dict
 
     Args:
         entries: ``NAME=DIRECTORY``, or ``DIRECTORY`` with the name as its last part.
-        folder: The directory to which the others are relative.
+        folder: The directory to which relative directories refer.
     """
     directories = {}
     for entry in entries:
@@ -501,14 +501,14 @@ def component_directories(entries: Sequence[str], folder: Path = Path()) -> dict
 
 
 def check_components(entries: Sequence[str], folder: Path) -> None:
-    """Reject components of which a learned fusion cannot be made.
+    """Reject components that a learned fusion cannot use.
 
     Args:
         entries: See :func:`component_directories`.
-        folder: The directory to which the others are relative.
+        folder: The directory to which relative directories refer.
 
     Raises:
-        ConfigError: There are too few or too many, or one is not a directory.
+        ConfigError: There are too few or too many components, or one is not a directory.
     """
     directories = component_directories(entries, folder)
     if len(directories) < len(entries):
@@ -523,7 +523,7 @@ def check_components(entries: Sequence[str], folder: Path) -> None:
 
 
 def base_place(config: BaseConfig, folder: Path) -> Path | None:
-    """The place of the base: below ``folder``, or on the hub (its id as a path); None for none."""
+    """The path of the base, below ``folder`` or as an id of the hub; None without one."""
     if config.model is None:
         return None
     return model_place(config.model, folder)

@@ -50,7 +50,7 @@ METHOD_NAMES = (
 def _key(
     help: str, default: Any = ..., *, chosen: str = "", sample: Any = None, **rules: Any
 ) -> Any:
-    """A field with its help, who chooses where it is left out, and a value to show as a sample."""
+    """A field with its help, the origin of its default, and a sample value."""
     extra: Any = {"chosen": chosen, "sample": sample}
     return Field(default=default, description=help, json_schema_extra=extra, **rules)
 
@@ -68,7 +68,7 @@ def _method(value: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class BaseConfig:
-    """The model that is trained on; its weights never change."""
+    """The base model for the training; its weights never change."""
 
     model: str | None = _key(
         "directory of a Hugging Face checkpoint, org/name[@revision] of the hub, or a .gguf file",
@@ -77,26 +77,26 @@ class BaseConfig:
         sample="models/Qwen2.5-0.5B-Instruct",
     )
     weights: Literal["nf4", "nf4-dense", "full"] | None = _key(
-        "nf4: 4-bit, double quantised, as the server holds them (QLoRA); nf4-dense: the same "
+        "nf4: 4-bit, double quantised, as on the server (QLoRA); nf4-dense: the same "
         "values, dequantised once (faster, as large as the checkpoint); full: the checkpoint's own",
         None,
-        chosen="nf4, which every method can train on",
+        chosen="nf4, which every method supports",
         sample="nf4",
     )
     dtype: Literal["bfloat16", "float32"] | None = _key(
-        "of the base's activations; what is trained is always float32",
+        "dtype of the base's activations; trained weights are always float32",
         None,
-        chosen="bfloat16 where the device computes in it, else float32",
+        chosen="bfloat16 if the device supports it, else float32",
         sample="bfloat16",
     )
     device: Literal["cpu", "cuda"] | None = _key(
-        "where to train", None, chosen="cuda if there is one", sample="cpu"
+        "device for the training", None, chosen="cuda if available", sample="cpu"
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class MethodConfig:
-    """The kind of adapter. Keys without meaning for the method are refused."""
+    """The method of the adapter. Keys without meaning for the method are rejected."""
 
     name: Annotated[str, AfterValidator(_method)] = _key(
         f"{', '.join(METHOD_NAMES[:-1])} or {METHOD_NAMES[-1]}", "lora"
@@ -131,7 +131,10 @@ class MethodConfig:
         "LoKr: factorise the small factor too", None, chosen="false", sample=True
     )
     decompose_factor: Whole | None = _key(
-        "LoKr: size of the small factor; -1 takes the squarest one", None, chosen="-1", sample=8
+        "LoKr: size of the small factor; -1 selects the most nearly square one",
+        None,
+        chosen="-1",
+        sample=8,
     )
     num_virtual_tokens: Whole | None = _key(
         "length of the learned prompt or prefix", None, chosen="by method", sample=16, ge=1
@@ -144,7 +147,7 @@ class MethodConfig:
         sample=False,
     )
     encoder_hidden_size: Whole | None = _key(
-        "width of the network that makes a prefix (projected) or a p-tuning prompt",
+        "width of the network that computes a prefix (projected) or a p-tuning prompt",
         None,
         chosen="by method",
         sample=256,
@@ -157,9 +160,9 @@ class MethodConfig:
         sample="Answer with one word.",
     )
     invocation: str | None = _key(
-        "aLoRA: every prompt holds this text, and the adapter acts from its last place on",
+        "aLoRA: text that every prompt contains; the adapter acts from its last occurrence on",
         None,
-        chosen="what the chat template writes before an answer",
+        chosen="the text that the chat template writes before an answer",
         sample="<|im_start|>assistant\n",
         min_length=1,
     )
@@ -173,8 +176,8 @@ class MethodConfig:
         "learned fusion: width of queries and keys", None, chosen="by method", sample=8, ge=1
     )
     guidance: Number | None = _key(
-        "learned fusion: weight of the penalty on gates that leave the component which answers an "
-        "example best by itself; 0 for none",
+        "learned fusion: weight of the penalty on gates that deviate from the component "
+        "that answers an example best alone; 0 for none",
         None,
         chosen="by method",
         sample=0.5,
@@ -184,7 +187,7 @@ class MethodConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class DataConfig:
-    """JSONL files, one object a line: ``messages``, or ``prompt`` and ``completion``, or ``text``.
+    """JSONL files of objects with ``messages``, ``prompt`` and ``completion``, or ``text``.
 
     Paths are relative to the config file.
     """
@@ -197,31 +200,31 @@ class DataConfig:
         sample="validation.jsonl",
     )
     validation_fraction: Number = _key(
-        "share of train set aside where validation is not given; 0 validates nothing",
+        "share of train to hold out if validation is not set; 0 disables validation",
         0.1,
         ge=0,
         lt=1,
     )
     task: Literal["generation", "classification"] = _key(
-        "generation: completions are texts to learn; classification: they are labels (or lines "
-        "have labels in their place), and the adapter gets a head that tells them apart (SEQ_CLS, "
-        "for Classify)",
+        "generation: completions are texts to learn; classification: completions (or the key "
+        "labels) are labels, and the adapter gets a head that predicts them (SEQ_CLS, for "
+        "Classify)",
         "generation",
     )
-    max_length: Whole = _key("most tokens of an example, and of a packed row", 512, ge=2)
+    max_length: Whole = _key("maximum tokens of an example, and of a packed row", 512, ge=2)
     too_long: Literal["drop", "truncate", "error"] = _key(
-        "what happens to an example over max_length; drop tells how many", "drop"
+        "treatment of examples over max_length; drop reports their number", "drop"
     )
     template: Literal["auto", "chat", "none"] = _key(
-        "prompt and completion become a chat turn (chat), stay as they are (none), or a chat turn "
-        "where the model has a chat template (auto)",
+        "prompt and completion become a chat turn (chat), stay as they are (none), or become a "
+        "chat turn if the model has a chat template (auto)",
         "auto",
     )
     loss_on: Literal["completion", "all"] = _key(
-        "tokens to learn: completions and assistants' turns, or prompts as well", "completion"
+        "tokens to learn: only completions and assistants' turns, or also prompts", "completion"
     )
     packing: Switch = _key(
-        "put several examples into a row; they do not attend to each other", False
+        "pack several examples into a row; they do not attend to each other", False
     )
 
     def __post_init__(self) -> None:
@@ -234,47 +237,49 @@ class OptimizerConfig:
     """AdamW with a linear warm-up and a cosine decay to 0."""
 
     name: Literal["adamw", "adamw8bit", "paged-adamw8bit"] = _key(
-        "adamw8bit: bitsandbytes' 8-bit states; paged: they move to host memory when the GPU is "
+        "adamw8bit: bitsandbytes' 8-bit states; paged: states move to host memory when the GPU is "
         "full (CUDA only; adamw8bit elsewhere)",
         "adamw",
     )
     learning_rate: Number | None = _key(
-        "peak of the schedule", None, chosen="by method", sample=1e-3, gt=0
+        "peak rate of the schedule", None, chosen="by method", sample=1e-3, gt=0
     )
     lora_plus_ratio: Number | None = _key(
         "LoRA+: the rate of B is this many times the rate of A", None, chosen="1", sample=16.0, ge=1
     )
-    weight_decay: Number = _key("of AdamW", 0.0, ge=0)
-    beta1: Number = _key("of AdamW", 0.9, ge=0, lt=1)
-    beta2: Number = _key("of AdamW", 0.999, ge=0, lt=1)
+    weight_decay: Number = _key("weight decay of AdamW", 0.0, ge=0)
+    beta1: Number = _key("beta 1 of AdamW", 0.9, ge=0, lt=1)
+    beta2: Number = _key("beta 2 of AdamW", 0.999, ge=0, lt=1)
     warmup_fraction: Number = _key("share of the steps over which the rate rises", 0.1, ge=0, lt=1)
-    max_grad_norm: Number = _key("gradients are scaled down to this norm; 0 never does", 1.0, ge=0)
+    max_grad_norm: Number = _key(
+        "maximum norm of the gradients, which are scaled down to it; 0 disables the limit",
+        1.0,
+        ge=0,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class RunConfig:
-    """How long, how much at once, and what is written."""
+    """The length of the run, the size of its batches, and its output."""
 
     output: Name = _key(
         "directory of the run, relative to the config file; its adapter/ is the result", "run"
     )
-    epochs: Number = _key(
-        "passes over the training data; where steps is given, what they make", 3.0, gt=0
-    )
+    epochs: Number = _key("passes over the training data; ignored if steps is set", 3.0, gt=0)
     steps: Whole | None = _key("optimizer steps", None, chosen="from epochs", sample=200, ge=1)
     batch_size: Whole = _key("examples (or packed rows) in one pass through the model", 8, ge=1)
     gradient_accumulation: Whole = _key("passes per optimizer step", 1, ge=1)
     gradient_checkpointing: Switch = _key(
-        "compute each layer's activations twice instead of keeping them", False
+        "compute each layer's activations twice instead of keeping them in memory", False
     )
-    seed: Whole = _key("of weights, data order and dropout", 0, ge=0)
+    seed: Whole = _key("seed of weights, data order and dropout", 0, ge=0)
     validate_every: Whole = _key(
         "steps between validations; the last step always validates", 50, ge=1
     )
     checkpoint_every: Whole = _key("steps between checkpoints; 0 writes none", 50, ge=0)
-    keep_checkpoints: Whole = _key("checkpoints kept, newest first", 2, ge=1)
+    keep_checkpoints: Whole = _key("number of newest checkpoints to keep", 2, ge=1)
     samples: Whole = _key(
-        "validation prompts answered at the end, by the base and by the adapter, for the report",
+        "number of validation prompts that base and adapter answer for the report",
         3,
         ge=0,
     )
@@ -283,7 +288,7 @@ class RunConfig:
         "none",
     )
     adapter_dtype: Literal["float16", "bfloat16", "float32"] = _key(
-        "of the saved adapter's tensors", "float16"
+        "dtype of the saved adapter's tensors", "float16"
     )
 
 
@@ -310,9 +315,9 @@ def read_config(
     """Read a file.
 
     Args:
-        path: TOML, with a table per field of :class:`TrainConfig`.
-        overrides: ``TABLE.KEY=VALUE``, the value in TOML or as a bare string; later ones win.
-        flags: Table → key → value, over both.
+        path: A TOML file, with a table per field of :class:`TrainConfig`.
+        overrides: ``TABLE.KEY=VALUE``, with the value in TOML or as a bare string; later ones win.
+        flags: Table → key → value; these win over both.
 
     Raises:
         ConfigFileError: The file cannot be read, or has unknown keys or invalid values; lists all.
@@ -368,7 +373,7 @@ def _parse_value(text: str) -> Any:
 
 
 def render_config(config: TrainConfig) -> str:
-    """Every key that has a value, without comments: what a run records."""
+    """Every key that has a value, without comments, as a run records them."""
     lines = []
     for table in dataclasses.fields(config):
         part = getattr(config, table.name)
@@ -381,7 +386,7 @@ def render_config(config: TrainConfig) -> str:
 
 
 def render_commented() -> str:
-    """The file of ``turret train init``: every key with its default, meaning and who chooses it."""
+    """The file of ``turret train init``: every key with its default and its meaning."""
     lines = [
         "# What to train, for `turret train plan|run|sweep`. Keys that are commented out are",
         "# chosen for you, by method and machine: `turret train plan` shows the choices.",

@@ -40,7 +40,7 @@ def config_parser(*left_out: str) -> argparse.ArgumentParser:
     """A parent for the verbs that read a config.
 
     Args:
-        left_out: Flags that the verb does not have.
+        left_out: The flags that the verb lacks.
     """
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("config", type=Path, metavar="CONFIG", help="TOML file (turret train init)")
@@ -49,7 +49,7 @@ def config_parser(*left_out: str) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="TABLE.KEY=VALUE",
-        help="override a key, paths as in the file, from its folder; repeat for more",
+        help="override a key; paths are relative to the config file; repeatable",
     )
     keys = parser.add_argument_group("keys of the config", "paths are relative to this folder")
     for flag, key, info in flags():
@@ -68,7 +68,8 @@ def config_parser(*left_out: str) -> argparse.ArgumentParser:
         "--threads",
         type=_threads,
         metavar="N",
-        help="threads that compute (default: OMP_NUM_THREADS, else the processors that affinity and"
+        help="number of computing threads (default: OMP_NUM_THREADS, else the processors that"
+        " affinity and"
         " the container's quota allow)",
     )
     parser.add_argument(
@@ -76,7 +77,8 @@ def config_parser(*left_out: str) -> argparse.ArgumentParser:
         type=_niceness,
         default=_NICENESS,
         metavar="N",
-        help="how far to step back for others, a server above all; 0 to 19 (default: %(default)s)",
+        help="scheduling priority from 0 to 19; higher values give way to other processes"
+        " (default: %(default)s)",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="show no progress")
     return parser
@@ -128,7 +130,7 @@ def _given(args: argparse.Namespace) -> list[tuple[str, str, Any]]:
 def _from_here(flag: str, value: str, folder: Path) -> str:
     """A flag's value; a path is made absolute, because it is relative to the working directory.
 
-    A model that is not a path here is one in the config's directory, or one on the hub.
+    A model that is not an existing path here is in the config's directory or on the hub.
     """
     if flag == "--model" and not Path(value).exists():
         is_path = not (folder / value).exists() and HubId.find(value) is None

@@ -42,8 +42,9 @@ class Resolved:
     """A run before it starts.
 
     Attributes:
-        config: All keys that the method or the loop reads are set, and paths are absolute.
-        method: The method of that name.
+        config: The config, with all keys that the method or the loop reads, and with absolute
+            paths.
+        method: The method.
         base: The base, which is not loaded yet.
         dataset: The examples, read and encoded.
         notes: Choices that differ from the config or drop data; shown to the user.
@@ -115,7 +116,7 @@ def _notes_on(dataset: Dataset, config: DataConfig) -> Iterator[str]:
 
 
 def _rooted(config: MethodConfig, folder: Path) -> MethodConfig:
-    """The method with absolute directories of its components."""
+    """The method's config, with absolute directories of its components."""
     if config.components is None:
         return config
     check_components(config.components, folder)

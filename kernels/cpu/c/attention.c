@@ -116,7 +116,7 @@ INLINE void gather_group(const float *p, int64_t p_stride, int64_t vectors, int6
         }
 }
 
-/* A row of a span, and which of its KV heads. */
+/* A row of a span, and the range of its KV heads. */
 typedef struct {
     const Span *span;
     const Span *following; /* the span whose keys are read next */

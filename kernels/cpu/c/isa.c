@@ -1,5 +1,5 @@
-/* Finds the best instruction set that the processor supports, as a number of isas.py. This file is compiled
- * for the lowest set, because it runs before it is known which code may run. */
+/* Finds the best instruction set that the processor supports, as an index into the sets of isas.py. This file is
+ * compiled for the lowest set, because it runs before the others are known to be supported. */
 #define _GNU_SOURCE
 #include "vec.h"
 

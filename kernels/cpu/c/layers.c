@@ -1,6 +1,6 @@
-/* All layers of a step in one call. It is the loop of server/models/decoding/decoder.py over the same kernels,
- * and gives the same bits. Calling the kernels one by one from Python makes a step of one row 1.5 times as
- * slow.
+/* All layers of a step in one call. The loop is that of server/models/decoding/decoder.py over the same kernels,
+ * and its results have the same bits. Calling the kernels one by one from Python makes a step of one row 1.5 times
+ * as slow.
  */
 #include "entries.h"
 #include "team.h"
@@ -142,7 +142,7 @@ static const bf16 *enter(const Model *m, const Pass *p, const bf16 *delta, const
     return p->hidden;
 }
 
-/* Turns the result of attention or MLP into the term that is added to the residual stream. */
+/* Computes the term that is added to the residual stream from the result of attention or MLP. */
 static void leave(const Model *m, const Pass *p, const float *norm) {
     int64_t count = p->rows * m->hidden;
     if (norm)

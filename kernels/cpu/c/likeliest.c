@@ -1,8 +1,8 @@
 /* Finds the likeliest token of each row of logits, among all tokens or those of a mask; see
  * kernels/likeliest.py.
  *
- * A logit is rarely larger than all before it. So most logits are only compared with the best so far, many
- * at once.
+ * A logit is rarely larger than all logits before it. So most logits are only compared with the
+ * best so far, many at once.
  */
 #include "vec.h"
 

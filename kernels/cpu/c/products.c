@@ -3,9 +3,10 @@
  *     dots:     y[b, r, o]  = sum_k x[b, r, k] w[b, o, k]    16 sums, by k modulo 16, added by sum_each
  *     columns:  y[b, r, o] += sum_k x[b, r, k] w[b, k, o]    one sum, in the order of k
  *
- * The bits of a result do not depend on how many rows, columns or batches are computed together, nor on the
- * thread. Zeros appended to the inner dimension (for columns: zeros anywhere in it) do not change them
- * either. Libraries do not promise this, which is why these kernels exist (kernels/rows/linear.py).
+ * The bits of a result do not depend on how many rows, columns or batches are computed together,
+ * nor on the thread. Zeros appended to the inner dimension (for columns: zeros anywhere in it) do
+ * not change them either. Libraries do not guarantee this, so these kernels replace them
+ * (kernels/rows/linear.py).
  */
 #include "team.h"
 #include "vec.h"

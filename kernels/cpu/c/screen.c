@@ -213,8 +213,8 @@ static float threshold(const Job *j, int64_t pieces, int64_t row, double slack) 
     return best - fabsf(best) * 0x1.01p-7f - 2 * j->rows[row].always - (float)slack;
 }
 
-/* Lists, in order, every output that may be the largest of some row, or less than that by at most `slack`.
- * Returns how many, or -1 if there are more than `most` or a row is not finite. x: [rows, in], with rows
+/* Lists, in order, every output that may be the largest of some row, or smaller than that by at most `slack`.
+ * Returns their number, or -1 if there are more than `most` or a row is not finite. x: [rows, in], with rows
  * x_stride apart. memory: scratch of turret_screen_bytes() bytes. */
 EXPORT int64_t turret_screen(const Screen *screen, const bf16 *x, int64_t x_stride, int64_t num_rows,
                              double slack, char *memory, int64_t *outputs, int64_t most,

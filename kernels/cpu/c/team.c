@@ -46,7 +46,7 @@ static int64_t claim(Share *share, uint64_t number) {
     return -1;
 }
 
-/* Computes pieces until none is left, beginning with the thread's own share. Returns how many. */
+/* Computes pieces until none is left, beginning with the thread's own share. Returns their number. */
 static int64_t compute(Share *shares, uint64_t number, int64_t threads, Work *work, const void *job,
                        int64_t thread) {
     int64_t done = 0;
@@ -77,7 +77,7 @@ static void in_pieces_openmp(Work *work, const void *job, int64_t pieces, int64_
  * longer loses it for longer. */
 #define SPIN_ALONE 300000
 #define SPIN_BESIDE 30000
-/* A pause of this many nanoseconds in a loop that never waits means that the system ran something else. */
+/* A pause of this many nanoseconds in a loop that never waits means that the system suspended the thread. */
 #define PUT_ASIDE 400000
 /* How long the processors count as shared after such a pause. */
 #define STAYS_SHARED 200000000
@@ -229,7 +229,7 @@ static void in_pieces_own(Work *work, const void *job, int64_t pieces, int64_t t
     }
 }
 
-/* Sets whether the library's own threads compute what the calling thread asks for from now on. */
+/* Sets whether the library's own threads compute the calling thread's kernels from now on. */
 EXPORT void turret_own_threads(int64_t are_wanted) { has_own_threads = are_wanted != 0; }
 
 void in_pieces(Work *work, const void *job, int64_t pieces, int64_t threads) {

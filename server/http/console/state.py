@@ -30,7 +30,8 @@ _GAUGES = {
 }
 _BY_ADAPTER = {
     "turret_requests_total": "requests",
-    # Together they count every token: the first of an answer ends a wait, each later one a gap.
+    # Together these two count every token: the first one of an answer ends a wait, and each later
+    # one ends a gap.
     "turret_adapter_time_to_first_token_seconds_count": "tokens",
     "turret_adapter_inter_token_seconds_count": "tokens",
 }
@@ -42,13 +43,13 @@ _SAMPLES = (
 
 
 def figures(metrics: Metrics) -> dict[str, Any]:
-    """The current figures of the metrics; takes milliseconds.
+    """The current values of the metrics. Computing them takes milliseconds.
 
     Returns:
         ``{sum, count}`` in seconds by span (``first_token``, ``inter_token``, ``queue``, ``step``),
         counts by state (``sequences``, ``kv_blocks``), bytes by tier (``adapter_bytes``), and
-        ``traffic``: by adapter label the finished ``requests``, those of them that failed
-        (``errors``), and the ``tokens`` generated so far.
+        ``traffic`` by adapter label: the finished ``requests``, the failed ones among them
+            (``errors``), and the ``tokens`` generated so far.
     """
     found: dict[str, Any] = {name: {"sum": 0.0, "count": 0} for name in _SPANS.values()}
     found |= {name: {} for name, _ in _GAUGES.values()}
@@ -79,11 +80,11 @@ MAX_SEARCH_CHARS = 128
 
 
 class State:
-    """Reports to each role, in one answer, what it can also read from other paths.
+    """Reports to each role, in one answer, the state that it can also read from other paths.
 
     Args:
-        inference: Knows the base model.
-        adapters: Knows the adapters.
+        inference: The Inference service.
+        adapters: The Adapters service.
         metrics: The metrics that are reported.
         failures: The last calls that failed.
         has_admin: Whether adapters can be managed here.
@@ -105,11 +106,12 @@ class State:
         self._has_admin = has_admin
 
     async def __call__(self, exchange: Exchange) -> None:
-        """Everything; ``find`` in the query narrows the adapters to those whose name holds it.
+        """The whole state; ``find`` in the query selects the adapters whose names contain it.
 
         Raises:
-            UnauthenticatedError: There are tokens, and the client sent none of them.
-            UnavailableError: The server is starting, draining or dead.
+            UnauthenticatedError: The server requires a token, and the client sent none that it
+                accepts.
+            UnavailableError: The server is starting, is draining or has failed.
         """
         roles = exchange.roles()
         is_admin = "admin" in roles and self._has_admin
@@ -163,7 +165,7 @@ class State:
 
 
 def _merged(state: adapters_pb2.MergeState) -> dict[str, Any] | None:
-    """The parts of GetMergeState to show; None if nothing is merged."""
+    """The fields of GetMergeState that the console shows; None if nothing is merged."""
     if not state.active:
         return None
     precision = adapters_pb2.MergeAdaptersRequest.Precision.Name(state.precision)
@@ -196,10 +198,10 @@ def _row(adapter: adapters_pb2.Adapter, is_admin: bool) -> dict[str, Any]:
 
 
 class Probes:
-    """Answers those who watch the server.
+    """Answers health checks and scrapes of metrics.
 
     Args:
-        inference: Knows whether calls are served.
+        inference: The Inference service.
         metrics: The metrics that are reported.
     """
 
@@ -211,7 +213,7 @@ class Probes:
         """Whether requests are served.
 
         Raises:
-            UnavailableError: The server is starting, draining or dead.
+            UnavailableError: The server is starting, is draining or has failed.
         """
         self._inference.model()
         await exchange.reply.json({"status": "ok"})

@@ -13,16 +13,16 @@ class Answer(BaseModel):
 
 class Violation(Answer):
     param: str = Field(description="A field of the request.")
-    code: str = Field(description="What is wrong with it, for programs.")
+    code: str = Field(description="The reason, for programs.")
     message: str
 
 
 class Error(Answer):
-    message: str = Field(description="For people; may change.")
+    message: str = Field(description="The message, for people; its wording may change.")
     type: str
-    param: str | None = Field(description="The first field that is wrong.")
+    param: str | None = Field(description="The first invalid field.")
     code: str = Field(description="The reason, for programs.")
-    violations: list[Violation] = Field([], description="Every field that is wrong.")
+    violations: list[Violation] = Field([], description="All invalid fields.")
 
 
 class Failure(Answer):
@@ -69,7 +69,9 @@ class _Choice(Answer):
     index: int
     logprobs: dict[str, Any] | None
     finish_reason: Literal["stop", "length", "tool_calls"]
-    stop_reason: str | int | None = Field(description="The stop string or token that ended it.")
+    stop_reason: str | int | None = Field(
+        description="The stop string or token that ended the answer."
+    )
 
 
 class AssistantMessage(Answer):
@@ -158,7 +160,7 @@ class Labels(Answer):
     index: int
     label: str
     labels: list[str]
-    probs: list[float] = Field(description="Of each label, in their order.")
+    probs: list[float] = Field(description="The probability of each label, in the head's order.")
     num_classes: int
 
 

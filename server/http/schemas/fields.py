@@ -1,4 +1,4 @@
-"""Reads the object of a request into its model, and collects everything that is wrong with it."""
+"""Reads the object of a request into its model, and collects all errors in it."""
 
 from __future__ import annotations
 
@@ -36,11 +36,12 @@ UINT32 = (1 << 32) - 1
 # More than the context of any model. The model's own limit is checked later.
 MAX_TOKEN_IDS = 1 << 20
 MAX_PROMPTS = 2048
-# No client sends as many unknown fields, or names as long; comparing them would take long.
+# Limits on the comparison of unknown fields, which would otherwise take long. No client sends so
+# many unknown fields, or names as long.
 _MOST_UNKNOWN, _MOST_CHARS = 32, 40
-# One letter in five: "stops" for "stop", but not "top_a" for "top_k".
+# At most one letter in five differs: "stops" means "stop", but "top_a" does not mean "top_k".
 _LEAST_RATIO = 0.8
-# Longer lists are refused by their length, so nothing in them is looked at.
+# Longer lists are rejected for their length, so their entries are not examined.
 _MOST_OBJECTS = 4096
 
 Violation = tuple[str, Text]
@@ -51,8 +52,8 @@ class Body(BaseModel):
     """An object of a request. A field that is null counts as absent.
 
     Attributes:
-        names: Field paths of turret.v1, or beginnings of paths that end in a dot, as this object
-            calls them.
+        names: This object's names for field paths of turret.v1, or for beginnings of paths that end
+            in a dot.
     """
 
     names: ClassVar[Mapping[str, str]] = {}
@@ -60,7 +61,7 @@ class Body(BaseModel):
 
 
 class ClosedBody(Body):
-    """An object without room for unknown fields: each of them would change the answer."""
+    """An object that rejects unknown fields, because each of them would change the answer."""
 
 
 @dataclass(slots=True)
@@ -68,9 +69,9 @@ class Sent(Generic[M]):
     """The object of a request.
 
     Attributes:
-        body: The model made of it; None if anything is wrong.
-        wrong: Faults by field.
-        raw: The object as it was parsed, for the fields that are needed even if it is wrong.
+        body: The model made from the object; None if it has errors.
+        wrong: The errors, by field.
+        raw: The parsed object, for fields that are needed even if it has errors.
     """
 
     body: M | None = None
@@ -79,7 +80,7 @@ class Sent(Generic[M]):
 
 
 def read(model: type[M], raw: dict[str, Any]) -> Sent[M]:
-    """Read a parsed object. The time that it takes grows with the size of the object."""
+    """Read a parsed object, in time linear in its size."""
     unknown: list[_Unknown] = []
     tidied = _tidied(model, raw, "", unknown)
     wrong: list[Violation] = []
@@ -88,7 +89,8 @@ def read(model: type[M], raw: dict[str, Any]) -> Sent[M]:
         body = model.model_validate(tidied)
     except ValidationError as error:
         wrong = list(_violations(error))
-    # A misspelt field is the cause of what is wrong with the field that it stands for.
+    # Report only the misspelt field, which is also the cause of errors in the field that it stands
+    # for.
     stands_for = tuple(each.meant for each in unknown if each.meant)
     wrong = [each for each in wrong if not _is_within(each[0], stands_for)]
     wrong = [*((each.path, each.why) for each in unknown), *wrong][:MAX_VIOLATIONS]
@@ -112,10 +114,10 @@ def wrong_at(text: Text, *place: str | int) -> ValidationError:
 
 
 def unsupported(*neutral: Any, instead: str = "") -> Any:
-    """A field that is refused, unless it is null or one of the values that ask for nothing.
+    """A field that is rejected, unless its value is null or neutral.
 
     Args:
-        neutral: The values that ask for nothing.
+        neutral: The values that change nothing.
         instead: The field to use instead.
     """
     note = "Not supported" + (f": use {instead}." if instead else ".")
@@ -128,11 +130,11 @@ def unsupported(*neutral: Any, instead: str = "") -> Any:
 
 
 def ignored() -> Any:
-    """A field that other servers know, and that makes no difference here."""
+    """A field that other servers support, and that changes nothing here."""
     return Field(None, description="Ignored.", json_schema_extra={"x-ignored": True})
 
 
-# Names that other servers use, without capitals and underscores, with the fields that they mean.
+# Names that other servers use, without capitals and underscores, and the fields that they mean.
 # Ignoring them would silently change the answer.
 _LIMITS = ("max_output_tokens", "max_tokens")
 _FOREIGN: dict[str, tuple[str, ...]] = {
@@ -145,7 +147,7 @@ _FOREIGN: dict[str, tuple[str, ...]] = {
     "randomseed": ("seed",),
     "format": ("response_format",),
 }
-# Values of these that ask for nothing.
+# Values of such names that change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {"repeatpenalty": (1,), "format": ("",)}
 _NEUTRAL |= {"npredict": (-1,), "numpredict": (-1,)}
 # If any of these was sent, no other name for the limit is reported.
@@ -154,7 +156,7 @@ _AS_GOOD: dict[str, tuple[str, ...]] = dict.fromkeys(_LIMITS, (*_LIMITS, "max_co
 
 @dataclass(frozen=True, slots=True)
 class _Unknown:
-    """A field that is refused before the model sees it; ``meant`` is the path it stands for."""
+    """A field that is rejected before the model reads it; ``meant`` is the path it stands for."""
 
     path: str
     why: Text
@@ -166,10 +168,10 @@ class _Shape:
     """The fields of a model.
 
     Attributes:
-        names: All of them.
+        names: The names of all fields.
         used: The fields that are neither rejected nor ignored.
-        within: The models that some hold, and whether in a list.
-        refused: Those that are refused, with the values that ask for nothing and what to use.
+        within: The models that some fields contain, and whether in a list.
+        refused: The rejected fields, with their neutral values and the field to use instead.
     """
 
     names: frozenset[str]
@@ -201,7 +203,7 @@ def _shape(model: type[Body]) -> _Shape:
 
 
 def _model_in(annotation: Any) -> tuple[type[Body], bool] | None:
-    """The model that a field holds, by itself or in a list, and whether it is in a list."""
+    """The model that a field contains, directly or in a list, and whether in a list."""
     if isinstance(annotation, type) and issubclass(annotation, Body):
         return annotation, False
     is_list = get_origin(annotation) is list
@@ -212,7 +214,7 @@ def _model_in(annotation: Any) -> tuple[type[Body], bool] | None:
 def _tidied(
     model: type[Body], value: dict[str, Any], path: str, found: list[_Unknown]
 ) -> dict[str, Any]:
-    """The object without nulls and unknown fields; notes those that must not be ignored."""
+    """The object without nulls and unknown fields; records the fields that must not be ignored."""
     shape = _shape(model)
     kept: dict[str, Any] = {}
     unknown: list[str] = []
@@ -277,7 +279,7 @@ def _meant(model: type[Body], name: str) -> str:
 
 
 def slip_of(name: str, choices: Iterable[str]) -> str:
-    """The choice that differs from a name by a slip, or "". Most unknown names are not slips."""
+    """The choice of which a name is probably a misspelling, or ""."""
     meant = closest(name, choices)
     if meant is None:
         return ""
@@ -288,7 +290,7 @@ def slip_of(name: str, choices: Iterable[str]) -> str:
 
 
 def _plain(name: str) -> str:
-    """The name without the differences between languages' naming styles."""
+    """The name without capitals and underscores, as naming styles differ."""
     return name.lower().replace("_", "").replace("-", "")
 
 
@@ -347,7 +349,7 @@ def _listed(value: Any) -> Any:
 
 
 def are_token_ids(values: list[Any]) -> bool:
-    """Whether all are integers that a message can hold; there may be a million of them."""
+    """Whether all values are integers that fit a message. There may be a million of them."""
     if values and set(map(type, values)) != {int}:
         return False
     try:
@@ -369,9 +371,9 @@ def _token_ids(most: int) -> PlainValidator:
 
 
 def is_longer(value: Any, most: int) -> bool:
-    """Whether a parsed value has more than ``most`` characters as JSON, blanks left out.
+    """Whether a parsed value has more than ``most`` characters as JSON without blanks.
 
-    It looks at no more than it must, where writing the JSON would look at all of it.
+    The walk stops at the limit, whereas encoding would process the whole value.
     """
     waiting = [value]
     while waiting:
@@ -390,7 +392,7 @@ def is_longer(value: Any, most: int) -> bool:
 
 
 def short(most: int) -> BeforeValidator:
-    """Refuses a value that is longer than so many characters as JSON, or no JSON at all."""
+    """A validator that rejects a value that is too long as JSON, or cannot be JSON."""
 
     def check(value: Any) -> Any:
         _json_text(value, most)
@@ -410,7 +412,7 @@ def _json_text(value: Any, most: int) -> str:
 
 
 def _schema_text(value: Any) -> Any:
-    """A JSON schema as text; a text is taken as it is."""
+    """A JSON schema as text; a value that is already text stays as it is."""
     if isinstance(value, str):
         return value
     if not isinstance(value, dict):
@@ -418,8 +420,8 @@ def _schema_text(value: Any) -> Any:
     return _json_text(value, MAX_CONSTRAINT_CHARS)
 
 
-# Keywords whose objects share properties with the object beside them: closing either would refuse
-# the other's.
+# Keywords that join schemas of one object. If one of these were closed, it would reject the
+# properties of the others.
 _JOINING = frozenset(
     {"allOf", "anyOf", "oneOf", "$ref", "if", "not", "dependentSchemas", "unevaluatedProperties"}
 )
@@ -427,10 +429,10 @@ _NAMED_SCHEMAS = ("properties", "$defs", "definitions")
 
 
 def closed(schema: Any) -> Any:
-    """A JSON schema whose objects have no properties but those listed, as OpenAI's API reads it.
+    """A JSON schema whose objects allow only the listed properties, as OpenAI's API reads it.
 
-    Objects that have ``additionalProperties`` or ``patternProperties`` stay as they are, and so
-    do schemas that join several objects.
+    Objects with ``additionalProperties`` or ``patternProperties`` stay unchanged, and so do schemas
+    that join several.
     """
     return schema if _joins(schema) else _closed(schema)
 
@@ -466,7 +468,7 @@ def _closed(schema: Any) -> Any:
 
 
 def _prompts(value: Any) -> dict[str, str | list[int]]:
-    """The prompts of a string, token ids, or a list of either, by their places in the field."""
+    """The prompts in a string, token ids, or a list of either, by their places in the field."""
     # A list of integers is one prompt; an empty list contains no prompt.
     is_one = isinstance(value, str) or (
         isinstance(value, list) and (not value or not isinstance(value[0], str | list))
@@ -488,7 +490,7 @@ def _prompts(value: Any) -> dict[str, str | list[int]]:
 
 
 def text_of(value: Any, kinds: Iterable[str], *place: str) -> str:
-    """A text, or the texts of parts that have one of these types, joined."""
+    """A text, or the joined texts of parts that have one of these types."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -516,7 +518,7 @@ ITEM_PARTS = ("input_text", "output_text", "text")
 
 Number = Annotated[float, Field(strict=True)]
 Int = Annotated[int, BeforeValidator(_integral)]
-# A count, lowered to what a message can hold; the context limit rejects it anyway.
+# A count, lowered to the largest number that fits a message; the context limit rejects it anyway.
 Count = Annotated[Int, AfterValidator(lambda value: min(value, UINT32))]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 StopTexts = Annotated[
@@ -567,6 +569,6 @@ ClosedSchema = Annotated[
     ),
 ]
 Content = Annotated[str, BeforeValidator(lambda value: text_of(value, ("text",))), _content("text")]
-# Read by the item that holds it: only some have a content that is text.
+# Read later by the item that contains it, because only some items have text as content.
 ItemContent = Annotated[Any, _content(*ITEM_PARTS)]
 Function = Literal["function"]

@@ -54,10 +54,10 @@ MAX_TIMEOUT_SECONDS = 30 * 86400.0
 # The default of OpenAI's API for completions.
 DEFAULT_MAX_TOKENS = 16
 
-# Conversations in turret.v1, where this API has them in the request itself.
+# Fields of conversations in turret.v1, which this API has in the request itself.
 _CHAT_NAMES = {"chat": "messages", "chat.messages": "messages", "chat.": ""}
-_PARALLEL = "Whether there may be several calls. By default true, unless calls are forced."
-_CONSTRAINT = "The answer must match it. A request has one constraint."
+_PARALLEL = "Whether the answer may have several calls. true by default, unless calls are forced."
+_CONSTRAINT = "A constraint that the answer must match. A request can have one."
 
 
 class MixMember(ClosedBody):
@@ -69,7 +69,7 @@ class MixMember(ClosedBody):
 
 
 class Asking(Body):
-    """What every request that runs on adapters may have."""
+    """Fields of every request that runs on adapters."""
 
     model: str = Field(
         description="The base model's name, `base`, an adapter, or a mix such as `sql+json*-0.5`."
@@ -83,7 +83,7 @@ class Asking(Body):
         description="Only requests with the same salt share cached prefixes.",
     )
     timeout: Number | None = Field(
-        None, gt=0, le=MAX_TIMEOUT_SECONDS, description="Seconds until the request is given up."
+        None, gt=0, le=MAX_TIMEOUT_SECONDS, description="Seconds until the request is cancelled."
     )
 
     structural_tag: Any = unsupported(instead="another constraint")
@@ -136,20 +136,22 @@ class ChatOnly(Body):
     chat_template: str = Field(
         "",
         max_length=MAX_TEMPLATE_CHARS,
-        description="A Jinja template to use instead. Needs --trust-request-chat-template.",
+        description="A Jinja template to use instead. Requires --trust-request-chat-template.",
     )
     documents: Any = unsupported([], instead="`chat_template_kwargs`")
 
     @property
     def effort(self) -> str | None:
-        """How hard the model should think."""
+        """The reasoning effort."""
         return self.reasoning_effort
 
 
 class StreamOptions(Body):
-    include_usage: bool = Field(default=False, description="Whether the last event has the usage.")
+    include_usage: bool = Field(
+        default=False, description="Whether the last event contains the usage."
+    )
     continuous_usage_stats: bool = Field(
-        default=False, description="Whether all events have it, as counted so far."
+        default=False, description="Whether all events contain it, as counted so far."
     )
 
 
@@ -199,7 +201,7 @@ def _biases(value: Any) -> dict[int, float]:
 
 
 class Generating(Asking):
-    """What a request for an answer may have, whatever its prompt."""
+    """Fields of every request for an answer."""
 
     names: ClassVar = {
         "sampling.": "",
@@ -219,7 +221,7 @@ class Generating(Asking):
         None,
         ge=-(1 << 63),
         le=(1 << 64) - 1,
-        description="Answer i of n is the one that seed + i gets alone.",
+        description="With n answers, answer i uses seed + i.",
     )
     logit_bias: Annotated[
         dict[int, float],
@@ -231,7 +233,9 @@ class Generating(Asking):
                 "additionalProperties": {"type": "number"},
             }
         ),
-    ] = Field({}, description="Token ids and what is added to their logits, from -100 to 100.")
+    ] = Field(
+        {}, description="Token ids, and the numbers to add to their logits, from -100 to 100."
+    )
     n: Int = Field(1, ge=1, le=MAX_ANSWERS, description="Answers to each prompt.")
     best_of: Int | None = Field(None, ge=1, le=MAX_ANSWERS, description="Must equal n.")
     max_tokens: Count | None = Field(None, ge=1)
@@ -239,7 +243,9 @@ class Generating(Asking):
         None, ge=1, description="OpenAI's newer name for max_tokens."
     )
     min_tokens: Count = Field(0, ge=0)
-    stop: StopTexts = Field([], max_length=MAX_STOP_STRINGS, description="Texts that end it.")
+    stop: StopTexts = Field(
+        [], max_length=MAX_STOP_STRINGS, description="Texts that end the answer."
+    )
     stop_token_ids: StopTokenIds = Field([])
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
@@ -296,7 +302,8 @@ class Message(Body):
     def _is_complete(self) -> Message:
         if self.role == "function":
             raise wrong_at(say("NOT_SUPPORTED_USE", instead="`tool`"), "role")
-        # Answers made only of calls or reasoning have no content, and clients return them as such.
+        # Answers that consist only of calls or reasoning have no content, and clients send them
+        # back like that.
         if self.content is None and self.role != "assistant":
             raise wrong_at(say("REQUIRED"), "content")
         return self
@@ -310,7 +317,7 @@ class FunctionTool(Body):
     name: str
     description: str = ""
     parameters: Parameters = Field({}, description="A JSON schema of the arguments.")
-    strict: Any = Field(None, description="Forced calls always keep to the schema.")
+    strict: Any = Field(None, description="Forced calls always match the schema.")
 
 
 class _Typed(Body):
@@ -324,7 +331,7 @@ class Tool(_Typed):
 
 
 class FlatTool(FunctionTool, _Typed):
-    """A tool as the Responses API has it."""
+    """A tool in the form of the Responses API."""
 
     parameters_at: ClassVar = ".parameters"
 
@@ -359,7 +366,9 @@ class ChatRequest(Generating, ChatOnly):
 
     messages: Messages
     logprobs: bool = False
-    top_logprobs: Int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="Needs logprobs.")
+    top_logprobs: Int | None = Field(
+        None, ge=0, le=MAX_TOP_LOGPROBS, description="Requires logprobs."
+    )
     tools: list[Tool] = Field([], max_length=MAX_TOOLS)
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool | None = Field(None, description=_PARALLEL)
@@ -377,7 +386,7 @@ class ChatRequest(Generating, ChatOnly):
 
 
 class CompletionRequest(Generating):
-    """Asks for what follows each prompt."""
+    """Asks for a continuation of each prompt."""
 
     names: ClassVar = {
         **Generating.names,
@@ -400,7 +409,7 @@ class CompletionRequest(Generating):
 
 
 class InputsRequest(Asking, ChatOnly):
-    """Asks for something about texts, token ids, or one conversation."""
+    """A request about texts, token ids, or one conversation."""
 
     names: ClassVar = {"inputs": "input"}
 
@@ -463,7 +472,7 @@ class DetokenizeRequest(Asking):
 
 
 def _check_input(body: InputsRequest | TokenizeRequest, name: str) -> None:
-    """Refuse a request unless it has either messages or another input, and what belongs to it."""
+    """Reject a request unless it has exactly one input, and only the fields for its kind."""
     is_chat, is_text = body.messages is not None, getattr(body, name) is not None
     if is_chat and is_text:
         raise wrong_at(say("CONFLICTS_WITH", other="messages"), name)
@@ -472,7 +481,8 @@ def _check_input(body: InputsRequest | TokenizeRequest, name: str) -> None:
     for field in () if is_chat else _RENDERING:
         if getattr(body, field):
             raise wrong_at(say("NEEDS_FIELD", other="messages"), field)
-    # The chat template writes special tokens itself, and a text always gets them.
+    # The chat template writes special tokens itself, and a text always gets them, so only these
+    # values are right.
     if body.add_special_tokens not in (None, is_text):
         raise wrong_at(say("NOT_SUPPORTED"), "add_special_tokens")
 
@@ -545,7 +555,7 @@ def _as_item(value: Any) -> Any:
 
 
 def _or_text(schema: dict[str, Any]) -> None:
-    """Adds to the schema of ``input`` that a text is a conversation of one message."""
+    """Adds a note to the schema of ``input`` that a text is a conversation of one message."""
     items = {name: schema.pop(name) for name in ("type", "items", "minItems", "maxItems")}
     schema["anyOf"] = [{"type": "string"}, items]
 
@@ -554,7 +564,7 @@ ShortText = Annotated[str, Field(max_length=512)]
 
 
 class ResponseRequest(Generating, ChatOnly):
-    """Asks for the answer to a conversation; nothing of it is stored."""
+    """Asks for the answer to a conversation, which is not stored."""
 
     names: ClassVar = {
         **Generating.names,
@@ -609,8 +619,8 @@ class AdapterName(Body):
 
 class LoadAdapter(AdapterName):
     lora_path: str = Field(description="A directory below --adapter-root.")
-    load_inplace: bool = Field(False, description="Replace the adapter of this name.")
-    pinned: bool = Field(False, description="Keep it in memory.")
+    load_inplace: bool = Field(False, description="Whether to replace an adapter of this name.")
+    pinned: bool = Field(False, description="Whether to keep the adapter in memory.")
     task: Int | None = Field(None, ge=0, le=UINT32, description="One of several tasks.")
     chat_template: str = Field(
         "",

@@ -234,14 +234,14 @@ class CallReader(ABC):
         self.held = ""
 
     def feed(self, text: str) -> list[Piece]:
-        """The pieces that more text makes certain."""
+        """The pieces that are certain after more text."""
         self.held += text
         pieces = [] if self.is_begun else self._begin()
         grown = self._grow() if self.is_begun and not self.is_done else ""
         return [*pieces, CallGrown(self._index, grown)] if grown else pieces
 
     def _object(self) -> tuple[str, bool]:
-        """More of the arguments where they are an object as it stands, and whether it has ended."""
+        """More of arguments that are already a JSON object, and whether the object has ended."""
         end = self._arguments.find(self.held)
         grown = self.held[:end]
         self.held = self.held[len(grown) :]
@@ -249,7 +249,7 @@ class CallReader(ABC):
 
     @abstractmethod
     def _begin(self) -> list[Piece]:
-        """The pieces of a call whose name is now known."""
+        """The pieces of a call once its name is known."""
 
     @abstractmethod
     def _grow(self) -> str:
@@ -275,7 +275,7 @@ class JsonReader(CallReader):
             self.held = self.held[head.end() :]
             self.is_begun = True
             return [CallBegun(self._index, name)]
-        # The fields may come in another order. Then read the call as a whole.
+        # The fields may be in another order. If so, read the call as a whole.
         end = self._whole.find(self.held[self._num_looked_at :])
         if end is None:
             self._num_looked_at = len(self.held)
@@ -470,7 +470,7 @@ class Calls:
         self.count = 0
 
     def feed(self, text: str) -> list[Piece]:
-        """The pieces that more text makes certain."""
+        """The pieces that are certain after more text."""
         self._held += text
         pieces: list[Piece] = []
         while True:
@@ -480,7 +480,7 @@ class Calls:
                 return pieces
 
     def finish(self) -> list[Piece]:
-        """The pieces that are left when the answer has ended."""
+        """The remaining pieces, after the answer has ended."""
         held = self._skipped
         if self._reader is not None and not self._reader.is_begun:
             held += self._reader.held

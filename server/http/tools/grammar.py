@@ -1,4 +1,4 @@
-"""Grammars, in llguidance's Lark, of answers that are calls of tools."""
+"""Grammars, in llguidance's Lark dialect, for answers that are tool calls."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _escaped(found: re.Match[str]) -> str:
 
 _END = "\n</parameter>\n"
 # Unsupported keywords of a schema: for objects, those that relate several parameters; for texts,
-# those that constrain more than the length.
+# those that constrain anything but the length.
 _OF_OBJECTS = (
     *("$ref", "allOf", "anyOf", "oneOf", "not", "if", "patternProperties", "dependentRequired"),
     *("dependentSchemas", "minProperties"),
@@ -68,13 +68,13 @@ def xml_call(index: int, name: str, schema: Mapping[str, Any]) -> Iterator[str]:
     """The rules of a call: its parameters in the schema's order.
 
     Args:
-        index: Of the tool; ``call`` with it is the rule of the call, and ``value`` with it and the
-            parameter's number that of a value.
+        index: The number of the tool. The rule of the call is named ``call`` with this number; the
+            rule of a value is named ``value`` with this number and the parameter's number.
         name: The name of the tool.
         schema: The schema of its arguments.
 
     Raises:
-        UnenforceableError: The grammar cannot keep to the schema.
+        UnenforceableError: A grammar cannot enforce the schema.
     """
     for key in _OF_OBJECTS:
         if key in schema:
@@ -103,7 +103,7 @@ def xml_call(index: int, name: str, schema: Mapping[str, Any]) -> Iterator[str]:
 
 
 class _Value:
-    """A parameter's value, with what identifies it in an error."""
+    """A parameter's value, and the names that identify it in errors."""
 
     def __init__(self, tool: str, path: str, root: Mapping[str, Any]) -> None:
         self._tool = tool
@@ -111,7 +111,7 @@ class _Value:
         self._root = root
 
     def rules(self, rule: str, schema: Mapping[str, Any]) -> Iterator[str]:
-        """The value and its end tag."""
+        """The rules of the value and its end tag."""
         at = self._followed(schema)
         kinds = kinds_of(at, self._root)
         if "const" in at or isinstance(at.get("enum"), list):
@@ -138,7 +138,7 @@ class _Value:
         raise self._error(".$ref", say("UNENFORCEABLE_SCHEMA", expected="a reference within it"))
 
     def _text(self, schema: Mapping[str, Any]) -> str:
-        """Any text, of the length that it may have."""
+        """The rule of any text of an allowed length."""
         for key in _OF_TEXTS:
             if key in schema:
                 raise self._error(f".{key}", say("UNENFORCEABLE_IN_XML"))
@@ -172,14 +172,14 @@ Schema = Mapping[str, Any]
 
 
 class CallsGrammar:
-    """The grammar of answers that are nothing but calls.
+    """The grammar of answers that consist only of calls.
 
     Args:
         form: How the model writes calls: a key of ``FORMS``.
-        tools: Those that may be called, with their arguments' JSON schemas.
-        is_parallel: Whether there may be several calls.
-        marks: Special tokens that stand around calls, by their texts.
-        has_call_ids: Whether a call has an id of the model's own.
+        tools: The tools that may be called, with the JSON schemas of their arguments.
+        is_parallel: Whether several calls are allowed.
+        marks: The ids of special tokens around calls, by their texts.
+        has_call_ids: Whether the model writes an id for each call.
     """
 
     def __init__(
@@ -199,14 +199,14 @@ class CallsGrammar:
 
     @property
     def is_object(self) -> bool:
-        """Whether a call begins as any JSON object does, with nothing before it."""
+        """Whether a call begins like any JSON object, with no mark before it."""
         return self._form.is_bare and not self._form.is_list
 
     def alone(self) -> str:
         """A grammar for calls and nothing else.
 
         Raises:
-            UnenforceableError: A tool's parameters cannot be kept to in this form.
+            UnenforceableError: A grammar cannot enforce a tool's parameters in this form.
         """
         return "\n".join(["start: calls", *self._rules()])
 
@@ -214,7 +214,7 @@ class CallsGrammar:
         """A grammar for calls, or for an answer that matches a rule.
 
         Args:
-            answer: The right side of the answer's rule; its first token is none of a call's.
+            answer: The right side of the answer's rule. Its first token must differ from a call's.
 
         Raises:
             UnenforceableError: See ``alone``.
@@ -222,13 +222,13 @@ class CallsGrammar:
         return "\n".join(["start: calls | answer", *self._rules(), f"answer: {answer}"])
 
     def schema_beside(self, answer: Schema) -> dict[str, Any]:
-        """One call, or an answer that a JSON schema describes, where calls are JSON alone."""
+        """The schema of one call, or of an answer in JSON, for forms whose calls are plain JSON."""
         calls = [
             {
                 "type": "object",
                 "properties": {
                     "name": {"const": name},
-                    # The id makes references in each schema relative to that schema.
+                    # The id makes the references in each schema relative to it.
                     self._form.parameters: {"$id": f"urn:turret:arguments{index}", **schema},
                 },
                 "required": ["name", self._form.parameters],
@@ -278,12 +278,12 @@ class CallsGrammar:
         yield f"call{index}: {json.dumps(name)} {call_id}{self._mark(ARGUMENTS)} arguments{index}"
 
     def _mark(self, text: str) -> str:
-        """A mark as a token of its own, where the model has one for it."""
+        """A mark, as a special token if the model has one for it."""
         return f"<[{self._marks[text]}]>" if text in self._marks else json.dumps(text)
 
 
 def _all_calls(form: Form, mark: Callable[[str], str], is_parallel: bool) -> Iterator[str]:
-    """The rule ``calls``, of one or several ``call``."""
+    """The rule ``calls``, for one or several ``call``."""
     if form.end:
         yield f'wrapped: {mark(form.begin)} "\\n" call "\\n" {mark(form.end)}'
         yield "calls: " + ('wrapped ("\\n" wrapped)*' if is_parallel else "wrapped")

@@ -1,4 +1,4 @@
-"""Takes an answer apart as its text grows: reasoning, channels, what is said, calls of tools."""
+"""Splits an answer as its text grows: into reasoning, channels, text and tool calls."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Reasoning:
     """Splits a growing text into thoughts and the text after them.
 
     Args:
-        is_open: Whether the prompt has begun the block already.
+        is_open: Whether the prompt has already begun the block.
     """
 
     def __init__(self, is_open: bool) -> None:
@@ -34,7 +34,7 @@ class Reasoning:
         self._held = ""
 
     def feed(self, text: str) -> list[Piece]:
-        """The pieces that more text makes certain."""
+        """The pieces that are certain after more text."""
         self._held += text
         pieces: list[Piece] = []
         if self._state == "before":
@@ -61,7 +61,7 @@ class Reasoning:
         return pieces
 
     def finish(self) -> list[Piece]:
-        """The pieces that are left when the answer has ended."""
+        """The remaining pieces, after the answer has ended."""
         if self._state == "inside" and self._held:
             held, self._held = self._held, ""
             return [Thought(held)]
@@ -80,8 +80,7 @@ _RECIPIENT = "to="
 class Channels:
     """Splits a growing text with its marks; see ``server/basics/codes.py``.
 
-    An answer that begins as no message does is something said, and so is a call of a tool that
-    there is not.
+    An answer that does not begin with a message is text, and so is a call of an unknown tool.
 
     Args:
         names: The names of the tools that may be called.
@@ -97,7 +96,7 @@ class Channels:
         self._has_arguments = False
 
     def feed(self, text: str) -> list[Piece]:
-        """The pieces that more text makes certain."""
+        """The pieces that are certain after more text."""
         self._held += text
         pieces: list[Piece] = []
         while True:
@@ -107,7 +106,7 @@ class Channels:
                 return pieces
 
     def finish(self) -> list[Piece]:
-        """The pieces that are left when the answer has ended."""
+        """The remaining pieces, after the answer has ended."""
         held, self._held = self._held, ""
         if self._state in ("begin", "header"):
             # Drop a header without a message.
@@ -205,17 +204,17 @@ class AnswerReader:
     """Reads one answer.
 
     Args:
-        form: How the model calls tools; None if it is told of none.
-        tools: Those that it may call, with their arguments' JSON schemas; none if it may not.
-        is_parallel: Whether calls after the first are told.
+        form: The way in which the model calls tools; None if it knows of none.
+        tools: The callable tools, with the JSON schemas of their arguments; empty if none.
+        is_parallel: Whether calls after the first are returned.
         has_reasoning: Whether the answer may begin with a block of reasoning.
         is_open: Whether the prompt has begun that block.
-        has_channels: Whether the answer is messages in channels, with their marks.
-        is_forced: Whether the answer is nothing but calls. Then the beginning of one that was cut
-            is not text.
+        has_channels: Whether the answer consists of messages in channels, with their marks.
+        is_forced: Whether the answer consists only of calls. Then the beginning of a cut call is
+            not text.
 
     Attributes:
-        num_calls: Calls of tools told so far.
+        num_calls: The number of tool calls returned so far.
     """
 
     def __init__(
@@ -239,7 +238,7 @@ class AnswerReader:
         self.num_calls = 0
 
     def feed(self, text: str) -> list[Piece]:
-        """The pieces that more text makes certain; every call has an id."""
+        """The pieces that are certain after more text; every call has an id."""
         if self._channels is not None:
             return self._numbered(self._channels.feed(text))
         if self._reasoning is not None:
@@ -247,7 +246,7 @@ class AnswerReader:
         return self._told([Said(text)] if text else [])
 
     def finish(self) -> list[Piece]:
-        """The last pieces, when the answer has ended."""
+        """The last pieces, after the answer has ended."""
         if self._channels is not None:
             return self._numbered(self._channels.finish())
         pieces = [] if self._reasoning is None else self._told(self._reasoning.finish())
@@ -267,7 +266,7 @@ class AnswerReader:
         return told
 
     def _numbered(self, pieces: list[Piece]) -> list[Piece]:
-        """The pieces with ids for calls, without calls beyond the allowed number."""
+        """The pieces, with ids for calls and without calls beyond the allowed number."""
         told: list[Piece] = []
         for piece in pieces:
             if isinstance(piece, Said) and self._is_forced:
@@ -301,7 +300,7 @@ def delta_of(piece: Piece) -> dict[str, Any]:
 
 
 def message_of(reader: AnswerReader, text: str) -> dict[str, Any]:
-    """A whole answer as a message of the assistant."""
+    """A whole answer as an assistant's message."""
     said: list[str] = []
     thought: list[str] = []
     calls: list[dict[str, Any]] = []

@@ -22,7 +22,7 @@ Q = {"target_modules": ["q_proj"]}
 BOTH = ["embed_tokens", "lm_head"]
 NEW = [FIRST + 2, FIRST, 7, ROWS - 1]
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    # Nothing of the vocabulary is trained: the rows are those that it was resized with.
+    # The vocabulary is not trained: its new rows are those from the resizing.
     "frozen": ("lora", Q),
     "saved": ("lora", {**Q, "modules_to_save": BOTH}),
     "saved-tied": ("dora", {**Q, "modules_to_save": BOTH[:1], "ensure_weight_tying": True}),
@@ -32,7 +32,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora-both": ("lora", {"target_modules": ["q_proj", *BOTH]}),
     "dora-head": ("dora", {"target_modules": ["lm_head"], "modules_to_save": BOTH[:1]}),
 }
-# Where the base's head is not its embedding, these files lack the head's new rows.
+# These files lack the head's new rows if the base's head is not tied to its embedding.
 TIED_ALONE: dict[str, tuple[str, dict[str, Any]]] = {
     "tokens-only": ("trainable_tokens", {"token_indices": NEW}),
     "lora-embedding": ("lora", {"target_modules": ["q_proj", "embed_tokens"]}),
@@ -40,7 +40,7 @@ TIED_ALONE: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def prompt_with(length: int, seed: int = 0) -> list[int]:
-    """Random text, every third token an added one."""
+    """Random text in which every third token is an added one."""
     plain = prompt_of(length, seed)
     return [FIRST + i % 5 if i % 3 == 1 else token for i, token in enumerate(plain)]
 
@@ -48,7 +48,7 @@ def prompt_with(length: int, seed: int = 0) -> list[int]:
 async def own_request(
     harness: EngineHarness, prompt: list[int], *names: Any, **changes: Any
 ) -> Any:
-    """A request whose tokens are those of the adapter that has its own."""
+    """A request in the tokens of the adapter that has its own vocabulary."""
     text = (await harness.vocabulary_of(*names)).own
     return make_request(prompt, *names, own_tokenizer=text, **changes)
 
@@ -67,7 +67,7 @@ def save_all(architecture: str, root: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 async def test_scores_and_answers_are_pefts(architecture: str, tmp_path: Path) -> None:
-    """Llama's embedding and head are two matrices, qwen2's are one."""
+    """Llama has separate matrices for embedding and head; in qwen2 they are tied."""
     oracles = save_all(architecture, tmp_path)
     async with EngineHarness.start(
         twin(architecture).folder,
@@ -90,7 +90,7 @@ async def test_scores_and_answers_are_pefts(architecture: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("architecture", ["gemma2", "granite"])
 async def test_a_familys_factors_reach_added_tokens(architecture: str, tmp_path: Path) -> None:
-    """Embeddings are scaled, logits capped or divided."""
+    """Embeddings that are scaled, and logits that are capped or divided."""
     model = twin(architecture).model
     config = make_config("lora", **Q, modules_to_save=BOTH)
     oracle = save_grown(model, config, tmp_path / "grown")
@@ -104,7 +104,7 @@ async def test_a_familys_factors_reach_added_tokens(architecture: str, tmp_path:
 
 
 async def test_padding_that_was_cut_off_is_not_drawn(tmp_path: Path) -> None:
-    """A base whose tokenizer fills fewer rows than there are, resized to the tokenizer's length."""
+    """A base with more rows than its tokenizer has tokens, resized to the tokenizer's length."""
     rows, model = 240, twin("llama").model
     config = make_config("lora", **Q, modules_to_save=BOTH)
     tokenizer = tiny_tokenizer(rows - 2)
@@ -207,7 +207,7 @@ async def test_a_mix_has_one_vocabulary(tmp_path: Path) -> None:
 
 
 async def test_what_the_base_computes_alone_has_no_added_tokens(tmp_path: Path) -> None:
-    """Before an invocation its blocks would be found by an adapter whose tokens are others."""
+    """Otherwise, an adapter with other tokens would find the blocks before an invocation."""
     model = twin("llama").model
     invoked = make_config("alora", **Q, alora_invocation_tokens=[65])
     save_grown(model, make_config("lora", **Q), tmp_path / "grown")

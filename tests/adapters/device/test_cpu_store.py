@@ -1,4 +1,4 @@
-"""The cpu path's store makes a step's tables once for as long as rows and adapters stay."""
+"""The store of the CPU path reuses a step's tables as long as rows and adapters stay the same."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_the_same_rows_and_adapters_have_the_same_step(store: CpuStore) -> None:
     assert store.step(members(("one", 1.0), ("two", 0.5))) is first
     assert torch.equal(update(store, x, members(("one", 1.0), ("two", 0.5))), before)
     torch.testing.assert_close(before[1].float(), expected(two, x[1], 0.5), rtol=0.01, atol=0.01)
-    # Other rows, another order, another weight.
+    # Each differs in the rows, the order or a weight.
     for other in (members(("one", 1.0)), members(("two", 0.5), ("one", 1.0))):
         assert store.step(other) is not first
     found = update(store, x, members(("one", 1.0), ("two", 0.25)))
@@ -78,7 +78,7 @@ def test_the_same_rows_and_adapters_have_the_same_step(store: CpuStore) -> None:
 
 
 def test_an_adapter_that_came_back_is_not_what_it_was(store: CpuStore) -> None:
-    """Unloaded and loaded again, or evicted from host memory and read again."""
+    """The adapter is unloaded and loaded again, or evicted from host memory and read again."""
     x = torch.randn(1, SIZE).bfloat16()
     for is_dropped in (True, False):
         adapter = resident("one")
@@ -107,7 +107,7 @@ def test_an_adapter_that_is_gone_leaves_nothing_behind(store: CpuStore) -> None:
 
 @pytest.mark.parametrize("rank", [1, 5, 16, 40])
 def test_factors_that_add_pieces_up_are_not_read(store: CpuStore, rank: int) -> None:
-    """Those of MiSS; one that differs in a single element is."""
+    """The factors are those of MiSS; a factor that differs in a single element is read."""
     x = torch.randn(3, SIZE).bfloat16()
     for key, is_other in (("sums", False), ("other", True)):
         a, b = piece_sums(rank, SIZE, torch.bfloat16), torch.randn(rank, SIZE).bfloat16()

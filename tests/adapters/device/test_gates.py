@@ -1,4 +1,4 @@
-"""Gated adapters on the torch path: a row gets the same bits in any company and kind of segment."""
+"""Gated adapters on the torch path: a row has the same bits in any batch and kind of segment."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from turret.server.adapters.device.store import StepMembers
 from turret.server.adapters.operators.gate import Gate
 
 NUM_ROWS = 90
-# Gates ask nothing of the base.
+# Gates do not use the base.
 NO_BASE: Any = SimpleNamespace(part=lambda index: None)
 
 

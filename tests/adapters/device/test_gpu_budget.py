@@ -1,4 +1,4 @@
-"""Memory that adapters take on the gpu path, counted once, on meta tensors."""
+"""The memory of adapters on the GPU path, counted on meta tensors."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def tensors_in(value: object, seen: set[int]) -> Iterator[torch.Tensor]:
 
 
 def bytes_on_device(store: GpuStore) -> int:
-    """Bytes of the storages that a store holds there, each counted once."""
+    """The bytes of the storages that a store holds on a device, each counted once."""
     found = [tensor for tensor in tensors_in(store, set()) if tensor.device == META]
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in found}
     return sum(storage.nbytes() for storage in storages.values())

@@ -1,14 +1,14 @@
-"""Gated adapters as members of the gpu path's pack, in Triton's interpreter: rows against float64.
+"""Gated adapters in the pack of the GPU path, in Triton's interpreter, compared with float64.
 
-Planted faults, and how many of the tests here each one fails (tried by hand, on eight of them):
+Planted faults, and the number of tests that each of them fails (tried by hand on eight tests):
 
 - no weight: 3
 - components not moved to their bounds: 3
 - another slice's words: 3
 - expand without the gates: 3
 - tables of gains and biases not cleared in the components' slot: 1
-- nor slot tables found by slot: 1
-- nor tables of pairs: 1
+- slot tables by slot not cleared: 1
+- tables of pairs not cleared: 1
 - ranks not cleared: 2
 - components stay in the pack when their adapter leaves: 2
 """
@@ -53,7 +53,7 @@ from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.low_rank import LowRank
 
 NUM_ROWS = 24
-# Without gates, in some of the mixes.
+# An adapter without gates, in some of the mixes.
 OTHER = AdapterOperators({"model.layers.0.q": ModuleOperators()})
 
 
@@ -73,7 +73,10 @@ class Adapter:
 
 
 class Base:
-    """What the base gives of the rows is known already; of other inputs a slice gives the first."""
+    """A base with known results for the step's rows.
+
+    For other inputs, a slice returns the first columns.
+    """
 
     takes_own_inputs = False
 
@@ -132,7 +135,7 @@ def project(
 
 
 def runs_of() -> list[tuple[int, int, Members]]:
-    """One row each, but for two segments; rows past it are nobody's."""
+    """Runs of one row each, except for two segments; later rows belong to no run."""
     single = [(row, row + 1, MIXES[row % len(MIXES)]) for row in range(10)]
     return [*single, (10, 15, MIXES[5]), (15, 18, MIXES[7]), (18, 20, MIXES[10])]
 
@@ -154,7 +157,7 @@ def test_rows_get_the_formula(dtype: torch.dtype, bound: float) -> None:
             continue
         exact = in_float64(gates, mix, x[rows].cpu(), y[rows].cpu(), rows_of(given, rows))
         assert error_ratio(found[rows].cpu(), exact) < bound, mix
-        # What it adds, too, and not only beside a large base result.
+        # Compare the change as well, because the base result is large.
         change = found[rows].cpu().double() - y[rows].cpu().double()
         assert error_ratio(change, exact - y[rows].cpu().double()) < 10 * bound, mix
     assert torch.equal(found[20:], y[20:])
@@ -178,7 +181,7 @@ def test_rows_agree_with_the_torch_path() -> None:
 
 
 def test_a_row_has_the_bits_that_it_has_alone() -> None:
-    """Three fusions, and by their operator two routers and an adapter that is told."""
+    """Three fusions, and two routers and an adapter with given gates, by their operator."""
     torch.manual_seed(4)
     store = store_of(torch.float16, adapters_of(gates_of(torch.float16)))
     x = torch.randn(NUM_ROWS, INNER).to(DEVICE, torch.float16)
@@ -202,7 +205,7 @@ def test_a_row_has_the_bits_that_it_has_alone() -> None:
 
 
 def signature_of(store: GpuStore, *keys: str) -> Any:
-    """Of a step of these adapters, on one table."""
+    """The signature of a step of these adapters on one table."""
     tables = OneStepTables(4, DEVICE)
     table = tables.load_segments([])
     tables.load_segments = lambda runs: table  # type: ignore[method-assign]
@@ -240,7 +243,7 @@ def test_adapters_without_gates_and_removed_ones_are_passed_over() -> None:
 
 
 def neighbours(dtype: torch.dtype) -> dict[str, Adapter]:
-    """What else has tables by slot of the pack."""
+    """Other adapters with tables by slot of the pack."""
 
     def module(out: int) -> ModuleOperators:
         return ModuleOperators(
@@ -259,7 +262,7 @@ def neighbours(dtype: torch.dtype) -> dict[str, Adapter]:
 
 
 def test_a_slot_that_was_another_s_changes_nothing() -> None:
-    """Whatever its slots and ranks held before: gains, biases, gates."""
+    """Its slots and ranks held gains, biases or gates before."""
     torch.manual_seed(6)
     adapters = adapters_of(gates_of(torch.float32))
     x, y = torch.randn(5, INNER, device=DEVICE), torch.randn(5, WIDTH, device=DEVICE)
@@ -267,7 +270,7 @@ def test_a_slot_that_was_another_s_changes_nothing() -> None:
     others = neighbours(torch.float32)
     used.prepare(others.values())
     before = {place.slot for place in used._pack.places.values()}
-    # Those that stay have the kernels read the tables for every row of the batch.
+    # Because of the adapters that stay, the kernels read the tables for every row of the batch.
     stay = ("gain 7", "gain 10")
     for key in others.keys() - set(stay):
         used.drop(key)
@@ -285,7 +288,7 @@ def test_a_slot_that_was_another_s_changes_nothing() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_step_in_a_wider_form_has_the_same_bits(dtype: torch.dtype) -> None:
-    """Kernels of what its rows do without find empty tables: gates, gains, biases, slot tables."""
+    """Kernels for unused parts (gates, gains, biases, slot tables) find empty tables."""
     torch.manual_seed(8)
     factors = (torch.randn(OUTS["q"], 4), torch.randn(4, INNER)) * 2
     hadamard = ModuleOperators(hadamard=Hadamard(*(f.to(DEVICE, dtype) for f in factors)))
@@ -321,7 +324,7 @@ def test_a_gated_adapter_that_had_to_leave_comes_back_the_same() -> None:
     adapters = adapters_of(gates_of(torch.float32))
     taken = [store_of(torch.float32, {}).needs(adapters[key].operators) for key in "bc"]
     budgets = [sum(each) for each in zip(*taken, strict=True)]
-    # A quarter of the budget is for what is not in the pack.
+    # A quarter of the budget is for adapters outside of the pack.
     most = max(4 * budgets[1], 4 * budgets[0] // 3 + 6000)
     x, y = torch.randn(NUM_ROWS, INNER, device=DEVICE), torch.randn(NUM_ROWS, WIDTH, device=DEVICE)
     store = GpuStore(LAYOUT, torch.float32, DEVICE, most)
@@ -355,7 +358,7 @@ class _Counting(TorchDispatchMode):
 
 
 def test_a_gated_adapter_enters_by_as_few_launches_however_many_layers() -> None:
-    """As it lies in host memory: the layers of each tensor side by side."""
+    """The adapter is in the layout of host memory: the layers of each tensor side by side."""
     found: dict[tuple[str, int], int] = {}
     for key in ("a", "b"):
         for num_layers in (2, 24):

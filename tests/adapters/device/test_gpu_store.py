@@ -1,4 +1,4 @@
-"""The gpu path's store: what it holds, and what stays where it is."""
+"""The store of the GPU path: its contents, and the addresses that stay the same."""
 
 from __future__ import annotations
 
@@ -70,13 +70,13 @@ def store_of(max_bytes: int = 1 << 24) -> GpuStore:
 
 
 def tensors_on(slot_table: slot_tables.SlotTable) -> dict[int, torch.Tensor]:
-    """Rows of what a slot table keeps, flat, by the address of each."""
+    """The rows of a slot table's tensors, flattened, by their addresses."""
     kept = [tensor for own in slot_table._kept.values() for tensor in own]
     return {row.data_ptr(): row for tensor in kept for row in tensor}
 
 
 def lie_right(store: GpuStore, adapters: list[Adapter], layer: int) -> None:
-    """The factors of adapters are where the slot tables say."""
+    """Whether the factors of all adapters are at the addresses in the slot tables."""
     for place, slot_table in store._slot_tables._slot_tables.items():
         path = LAYOUT.projections[place.projection][place.slice].path
         known = tensors_on(slot_table)
@@ -170,7 +170,7 @@ def test_updates_of_experts_take_their_own_bytes_and_give_them_back() -> None:
 
 
 def lies_right(store: GpuStore, adapters: list[Adapter]) -> None:
-    """Every factor is where the tables say."""
+    """Whether every factor is at its address in the tables."""
     for adapter in adapters:
         place = store._pack.places[adapter.key]
         for layer in range(LAYOUT.num_layers):
@@ -186,7 +186,7 @@ def lies_right(store: GpuStore, adapters: list[Adapter]) -> None:
 
 
 def budget_of(ranks: int) -> int:
-    """The least budget with so many ranks, a multiple of 16."""
+    """The smallest budget with this number of ranks, a multiple of 16."""
     budget = 1 << 12
     while len(store_of(budget)._pack.projections["o"].a[0]) < ranks:
         budget += 1 << 8
@@ -278,7 +278,7 @@ class _Counting(TorchDispatchMode):
 
 @pytest.mark.parametrize(("gains", "most"), [(False, 60), (True, 80)])
 def test_an_adapter_enters_by_few_launches_however_many_layers(gains: bool, most: int) -> None:
-    """As it lies in host memory: the layers of each factor side by side."""
+    """The adapter is in the layout of host memory: the layers of each factor side by side."""
     layout = ProjectionLayout(32, LAYOUT.projections)
     paths = [slice_.path for slices in LAYOUT.projections.values() for slice_ in slices]
     modules = {

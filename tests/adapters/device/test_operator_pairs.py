@@ -1,7 +1,7 @@
-"""Every pair of operators in one mix and in one adapter, on every path, against float64.
+"""Every pair of operators in one mix and in one adapter, on every path, compared with float64.
 
 The sum is that of ``docs/adapters.md``: ``y = G ⊙ (W x) + b + Σ_k w_k Δ_k(x)``. All pairs are rows
-of one step, as single rows and as segments, so each is computed beside all others.
+of one step, as single rows and as segments, so each is computed in the same step as all others.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ KINDS = (
 NOT_TOGETHER = [{"gain", "input_gain"}] + [
     set(pair) for pair in combinations(("input_gain", "input_blocks", "pairs"), 2)
 ]
-# Rows of each mix that are a segment: more than a short one has.
+# The number of rows of each mix in a segment, which makes it a long one.
 SEGMENT = 9
 
 
@@ -78,7 +78,7 @@ def operators_of(kind: str, out: int, dtype: torch.dtype) -> Any:
     if kind == "kronecker":
         return Kronecker(noise(8, 4), (noise(out // 8, 2), noise(2, INNER // 4)))
     if kind == "sparse":
-        # Rows of no entry among rows of many; one input twice.
+        # Some rows have no entries, others have many; one input occurs twice.
         rows, columns = torch.randint(0, out, (90,)).sort().values, torch.randint(0, INNER, (90,))
         starts = torch.searchsorted(rows, torch.arange(out + 1)).to(torch.int32)
         return Sparse(noise(90, 1)[:, 0], columns.to(torch.uint16), starts)
@@ -95,7 +95,7 @@ def operators_of(kind: str, out: int, dtype: torch.dtype) -> Any:
     if kind == "dense":
         return Dense(noise(out, INNER))
     if kind == "modulated":
-        # A rank is a launch of the base's here, and an interpreter's time.
+        # A rank takes a launch of the base here, and time in the interpreter.
         rank = 1 if dtype == torch.float32 else 3
         factors = torch.randn(rank, INNER), torch.randn(rank, out)
         return ModulatedBase(*(factor.to(dtype) for factor in factors))
@@ -106,7 +106,7 @@ def operators_of(kind: str, out: int, dtype: torch.dtype) -> Any:
     return 1 + 0.5 * torch.randn(INNER if kind == "input_gain" else out)
 
 
-# Both are gates: an adapter's have all the same score.
+# Both are gates, and all gates of an adapter use the same score.
 FIELDS = {"router": "gate"}
 
 
@@ -130,7 +130,7 @@ class Resident:
 
 
 def residents(dtype: torch.dtype) -> dict[str, Resident]:
-    """Two adapters with each operator, and one with each two that an adapter may have together."""
+    """Two adapters with each operator, and one with each pair that an adapter may combine."""
     kinds = {f"{kind} {number}": (kind,) for kind in KINDS for number in (1, 2)}
     kinds |= {
         " and ".join(pair): pair for pair in combinations(KINDS, 2) if set(pair) not in NOT_TOGETHER
@@ -206,7 +206,7 @@ def _alphas(gate: Gate, parts: Sequence[slice], v: Tensor, x: Tensor) -> Tensor:
 
 
 class Product:
-    """Of a base, as on the gpu path."""
+    """The product with a base, as on the GPU path."""
 
     def __init__(self, base: Base) -> None:
         self._base = base
@@ -216,7 +216,10 @@ class Product:
 
 
 class Base:
-    """A dense weight, ``[out, in]``; one row at a time, so that a row's bits are its own."""
+    """A dense weight, ``[out, in]``.
+
+    Rows are multiplied one at a time, so that their bits are independent.
+    """
 
     def __init__(self, weight: Tensor, slices: tuple[int, ...]) -> None:
         self.widths, self.in_features = (len(weight),), weight.shape[1]
@@ -257,7 +260,7 @@ def coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 NEEDS_COMPILER = pytest.mark.skipif(library() is None, reason="there is no C compiler")
-# Store, serving dtype, bound of the error. In bf16 each summand is rounded: about 3e-3.
+# Store, dtype and bound of the error. In bf16, each summand is rounded, by about 3e-3.
 PATHS = [
     pytest.param(ReferenceStore, torch.float32, 1e-6, id="torch-fp32"),
     pytest.param(ReferenceStore, torch.bfloat16, 1e-2, id="torch-bf16"),
@@ -277,11 +280,12 @@ def test_pairs_of_operators_add_up_as_documented(
     adapters = residents(dtype)
     chosen = mixes(adapters)
     if store is GpuStore and request.node.get_closest_marker("long") is None:
-        # Interpreted, a slice of a mix takes a tenth of a second: each projection has some of them.
+        # In the interpreter, a slice of a mix takes a tenth of a second, so each projection has
+        # only some.
         chosen = chosen[list(OUTS).index(name) :: 6]
     held = store(LAYOUT, dtype, CPU, 1 << 30)
     held.prepare(adapters.values())
-    # Rows by themselves go the same way as segments on the gpu path.
+    # On the GPU path, single rows are computed like segments.
     short = [] if store is GpuStore else chosen
     firsts = range(len(short), len(short) + len(chosen) * SEGMENT, SEGMENT)
     long = [(first, first + SEGMENT, mix) for first, mix in zip(firsts, chosen, strict=True)]

@@ -1,6 +1,6 @@
-"""Every operator by itself: ``add`` against float64 and row by row, and its dense form.
+"""Every operator alone: ``add`` compared with float64 and row by row, and its dense form.
 
-With compiled kernels, and by torch alone.
+The tests run with compiled kernels and with torch alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from turret.server.adapters.operators.sparse import Sparse
 from turret.server.adapters.operators.vectors import Bias, Gain, InputGain
 
 ROWS = 17
-# Makes an operator and its ΔW in float64, of a dtype and the base's weight in float64.
+# Makes an operator and its ΔW in float64, from a dtype and the base's weight in float64.
 Make = Callable[[torch.dtype, Tensor], tuple[Operator, Tensor]]
 Case = tuple[int, int, Make]
 
@@ -69,7 +69,7 @@ def kronecker(out_l: int, in_m: int, out_k: int, in_n: int, rank: int) -> Case:
 
 def sparse(inner: int, out: int, count: int, is_skewed: bool) -> Case:
     def make(dtype: torch.dtype, weight: Tensor) -> tuple[Operator, Tensor]:
-        # Some outputs have many entries, and some inputs come twice.
+        # Some outputs have many entries, and some inputs occur twice.
         rows = (torch.rand(count) ** (3 if is_skewed else 1) * out).long().sort().values
         columns = torch.randint(0, inner, (count,))
         starts = torch.searchsorted(rows, torch.arange(out + 1)).to(torch.int32)
@@ -158,7 +158,7 @@ def formulation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 def added(operator: Operator, x: Tensor, weight: Tensor, mixed: float, start: Tensor) -> Tensor:
-    """``start + mixed Δ(x)``, into some columns of a wider tensor."""
+    """``start + mixed Δ(x)``, written to some columns of a wider tensor."""
 
     def product(rows: Tensor) -> Tensor:
         return torch.cat([row @ weight.T for row in rows.split(1)])
@@ -181,7 +181,7 @@ def test_rows_get_the_formula_and_the_bits_they_have_alone(name: str, dtype: tor
     operator, delta = make(dtype, weight.double())
     x, start = torch.randn(ROWS, inner).to(dtype), torch.randn(ROWS, out)
     found = added(operator, x, weight, -0.5, start)
-    # An operator may round what it multiplies, or what the base gives, to the serving dtype.
+    # An operator may round its inputs, or the base's result, to the serving dtype.
     bound = 4 * MAX_ERROR[dtype]
     assert error_ratio(found, start.double() - 0.5 * (x.double() @ delta.T)) < bound
     for rows in (slice(0, 1), slice(16, 17), slice(3, 8), slice(1, 17)):
@@ -234,7 +234,8 @@ def test_constants_get_the_formula_whatever_rows_are_beside(
     torch.manual_seed(positions)
     q = torch.randn(70, heads, head_dim)
     keys, values = torch.randn(2, positions, kv_heads, head_dim) * 2
-    # As large as scores get, either way: without the row's maximum e to their power would be none.
+    # Scores as large as possible, positive and negative: e^score would overflow without subtracting
+    # the row's maximum.
     q[3] *= 100
     keys[..., 0], q[4], q[4, :, 0] = 3.0, 0.1, -200.0
     constants = ConstantKv(keys, values)

@@ -1,4 +1,4 @@
-"""Tensors that lie evenly in memory are one."""
+"""Tensors at even distances in memory form one piece."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from turret.server.adapters.operators.low_rank import LowRank
 
 
 def pieces(found: list[tuple[int, torch.Tensor]]) -> list[tuple[int, int]]:
-    """First layer and end of every piece, which holds what was given."""
+    """The first layer and the end of every piece, whose content must equal the given tensors."""
     made = list(by_layers(found))
     given = dict(found)
     for layers, tensors in made:
@@ -38,16 +38,16 @@ def test_a_gap_another_shape_and_other_memory_begin_a_piece():
     assert pieces(layers) == [(0, 3), (5, 7)]
     assert pieces([(0, memory[0]), (1, memory[1, :4]), (2, memory[2, :4])]) == [(0, 1), (1, 3)]
     assert pieces([(0, memory[0]), (1, torch.randn(6)), (2, memory[1])]) == [(0, 1), (1, 2), (2, 3)]
-    # Not in the order of the layers.
+    # Tensors that are not in the order of the layers.
     assert pieces([(0, memory[4]), (1, memory[3]), (2, memory[9])]) == [(0, 1), (1, 3)]
-    # Uneven: the third is farther away.
+    # Uneven distances: the third tensor is farther away.
     assert pieces([(0, memory[0]), (1, memory[1]), (2, memory[4])]) == [(0, 2), (2, 3)]
-    # The same tensor twice.
+    # The same tensor for two layers.
     assert pieces([(0, memory[0]), (1, memory[0])]) == [(0, 1), (1, 2)]
 
 
 def test_an_adapter_with_its_layers_in_a_files_order_is_a_piece_for_each_factor():
-    """Of files, layer 10 comes before layer 2."""
+    """In files, layer 10 precedes layer 2."""
     names = sorted(f"model.layers.{i}.{p}" for i in range(12) for p in ("q_proj", "k_proj"))
     modules = {name: ModuleOperators(LowRank(*torch.randn(2, 4, 8))) for name in names}
     blocked, _ = in_one_block(modules)

@@ -1,4 +1,4 @@
-"""Places of adapters in packed matrices: the rules they must keep, whoever comes and goes."""
+"""Places of adapters in packed matrices: invariants under any arrivals and departures."""
 
 from __future__ import annotations
 

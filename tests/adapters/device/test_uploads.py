@@ -1,4 +1,4 @@
-"""Adapters on their way to a device that is as late as its streams allow."""
+"""Copies of adapters to a device that executes everything as late as its streams allow."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def tensors(of: AdapterOperators) -> list[torch.Tensor]:
 
 
 class Thread:
-    """Stands for the thread that copies: it is at work at once, or when it is told to."""
+    """Replaces the copying thread: it works at once, or only on request."""
 
     is_late = False
 
@@ -78,7 +78,7 @@ class Thread:
 def uploads(
     max_bytes: int = 1 << 16, clock: _Clock | None = None, thread: Thread | None = None
 ) -> Uploads:
-    """With a ring so small that an adapter goes around it more than once."""
+    """Uploads with a ring that is smaller than an adapter."""
     ring = PinnedRing(CPU, chunk_bytes=64, num_chunks=3)
     return Uploads(CPU, max_bytes, clock or _Clock(), ring, thread or Thread())
 
@@ -148,7 +148,7 @@ def test_a_device_without_memory_leaves_it_to_the_step(cuda: FakeCuda):
 
 
 def test_steps_go_on_while_the_thread_copies(cuda: FakeCuda):
-    """Whoever needs an adapter whose copy has not begun waits for the thread, nobody else."""
+    """Only a step that needs an adapter without a started copy waits for the thread."""
     clock, thread = _Clock(), Thread()
     thread.is_late = True
     held = uploads(clock=clock, thread=thread)
@@ -166,7 +166,7 @@ def test_steps_go_on_while_the_thread_copies(cuda: FakeCuda):
 
 
 def test_a_thread_of_its_own_copies(cuda: FakeCuda):
-    """With nothing in place of it."""
+    """The real thread copies."""
     held = Uploads(CPU, 1 << 16, _Clock(), PinnedRing(CPU, chunk_bytes=64, num_chunks=3))
     wanted = [operators(seed) for seed in range(3)]
     for number, adapter in enumerate(wanted):
@@ -179,13 +179,13 @@ def test_a_thread_of_its_own_copies(cuda: FakeCuda):
 
 
 def test_an_adapter_in_one_block_goes_by_few_copies(cuda: FakeCuda):
-    """As ``in_one_block`` makes it: all of it is one run of memory, and stays one."""
+    """The adapter comes from ``in_one_block``: it is one range of memory, also on the device."""
     modules, _ = in_one_block(operators(3).modules)
     held = Uploads(CPU, 1 << 16, _Clock(), PinnedRing(CPU, chunk_bytes=1 << 14), Thread())
     before = len(cuda.default.pending)
     assert not held.is_near("a", AdapterOperators(modules))
     stream: Any = held._stream
-    # The copy, its event in the ring, and that it has arrived.
+    # The copy, its event in the ring, and the event of its arrival.
     assert len(stream.pending) == 3
     taken = held.take("a", AdapterOperators(modules))
     cuda.default.synchronize()
@@ -221,7 +221,7 @@ def test_without_streams_an_adapter_goes_by_one_copy():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_real_copies_beside_a_busy_stream():
-    """Many adapters through a small ring while the steps' stream multiplies."""
+    """Many adapters pass through a small ring while the stream of the steps multiplies."""
     device = torch.device("cuda", 0)
     busy = torch.randn(2048, 2048, device=device)
     held = Uploads(device, 1 << 20, ring=PinnedRing(device, chunk_bytes=256, num_chunks=3))

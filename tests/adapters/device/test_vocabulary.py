@@ -1,4 +1,4 @@
-"""Adapters that change embedding and head, against PEFT's own forward, and in a batch."""
+"""Adapters that change embedding and head, compared with PEFT's forward pass, and in a batch."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 async def test_scores_and_answers_are_pefts(architecture: str, tmp_path: Path) -> None:
-    """Llama's embedding and head are two matrices, qwen2's are one."""
+    """Llama has separate matrices for embedding and head; in qwen2 they are tied."""
     await check_methods(architecture, tmp_path, VARIANTS)
 
 
@@ -105,7 +105,7 @@ async def test_each_request_gets_the_bits_it_gets_alone(dtype: str, tmp_path: Pa
     async with EngineHarness.start(folder, tmp_path, dtype=dtype, adapters=names) as harness:
         together = await harness.run_all(requests)
         alone = [await harness.run(request) for request in requests]
-        # The prefix cache would hide what a prompt computed in another way.
+        # The reversed order shows differences that the prefix cache would hide.
         backwards = await harness.run_all(requests[::-1])
     for request, one, two, three in zip(requests, alone, together, backwards[::-1], strict=True):
         mix = [(ref.name, ref.weight) for ref in request.adapters]
@@ -117,7 +117,7 @@ async def test_each_request_gets_the_bits_it_gets_alone(dtype: str, tmp_path: Pa
 
 
 class _Mixed(nn.Module):
-    """``base(x) + Σ w (adapted(x) − base(x))`` of one module in several PEFT models."""
+    """``base(x) + Σ w (adapted(x) − base(x))`` for one module of several PEFT models."""
 
     def __init__(self, base: nn.Module, parts: list[tuple[nn.Module, float]]) -> None:
         super().__init__()

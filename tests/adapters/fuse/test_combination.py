@@ -1,4 +1,4 @@
-"""The settings of ``FuseAdapters`` and what refuses them."""
+"""The settings of ``FuseAdapters``, and the checks that reject them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fusing adapters of every method, against PEFT's updates in float64, and what is refused."""
+"""Fusions of adapters of every method, compared with PEFT's updates in float64, and rejections."""
 
 from __future__ import annotations
 
@@ -114,14 +114,14 @@ def test_energy_keeps_the_least_rank_that_suffices(fusions: Fusions) -> None:
         assert share[module.rank - 1] >= 0.9 > share[module.rank - 2]
         assert module.relative_error == pytest.approx((1 - share[module.rank - 1]) ** 0.5, 1e-3)
     assert result.relative_error <= 0.1**0.5
-    # All of two LoRAs of rank 4 and 6 is what lies side by side.
+    # With all of the energy, the result of two LoRAs of rank 4 and 6 is their concatenation.
     whole = fusions.fuse({"lora": 1.0, "rslora": 1.0}, how="svd", energy=1.0)
     assert {module.rank for module in whole.modules} == {10}
     assert whole.relative_error < 1e-6
 
 
 def test_biases_add_up(tmp_path: Path) -> None:
-    """Of replaced biases the difference counts; modules with nothing but a bias are kept."""
+    """Replaced biases contribute their difference; modules that have only a bias are kept."""
     base = tiny_llama(attention_bias=True)
     for seed, name in enumerate("ab"):
         config = make_config("lora", bias="all", target_modules=["q_proj", "up_proj"])
@@ -161,9 +161,9 @@ def test_the_result_is_a_plain_lora(fusions: Fusions) -> None:
     assert config["rank_pattern"] == config["alpha_pattern"] == dict.fromkeys(paths, 6)
     record = result.record
     assert (record.facts.method, record.facts.ranks, record.facts.warnings) == ("lora", (4, 6), ())
-    # PEFT saves the names of models that have a directory; these have none.
+    # PEFT saves the names of models with a directory, which these models lack.
     assert record.facts.base_model == BASE_NAME
-    # It is an input like any other.
+    # The result can be fused like any other adapter.
     twice = fusions.fuse({record.name: 2.0, "lora": -2.0})
     assert difference(fusions.deltas(twice), fusions.exact({"narrow": 1.0, "lora": 0.0})) < CLOSE
 
@@ -185,7 +185,7 @@ def test_one_module_is_dense_at_a_time(fusions: Fusions, monkeypatch: pytest.Mon
     monkeypatch.setattr(fused_module, "_zeros", watched)
     fusions.fuse(dict.fromkeys(DENSE, 1.0), how="ties_svd", density=0.5)
     assert len({name for name, _ in made}) == 14
-    # The sum, and one member's update after the other.
+    # The sum, and one member's update at a time.
     assert most == 2
 
 
@@ -289,7 +289,7 @@ def test_members_must_fit_the_budget_in_fp32(tmp_path: Path) -> None:
         tight.load(name, "a")
     refs = [AdapterRef(name=name) for name in "ab"]
     fuser = Fuser(tight, host_bytes=size, max_rank=64)
-    # One of them is just as large in fp32 as the budget; in bf16 both fit.
+    # In fp32, one of them is as large as the whole budget; in bf16, both fit.
     assert fuser.start("c", refs[:1], Combination(), Cancellation()).result(60).record.name == "c"
     with pytest.raises(BudgetExceededError, check=says("MEMBERS_OVER_BUDGET")):
         fuser.start("d", refs, Combination(), Cancellation()).result(60)
@@ -318,7 +318,7 @@ def test_files_that_changed_are_not_fused(tmp_path: Path) -> None:
 
 
 def test_what_has_no_weight_update_is_found_by_exclusion() -> None:
-    """An operator that fusing has never heard of is refused, not left out."""
+    """An operator that fusing does not know is rejected, not omitted."""
 
     @dataclass(frozen=True)
     class Router(Operator):
@@ -333,7 +333,7 @@ def test_what_has_no_weight_update_is_found_by_exclusion() -> None:
 
 
 def test_norms_survive_cancellation() -> None:
-    """‖BA − (BA)‖ of two products that differ in their last digits, without building them."""
+    """The norm of the difference of two nearly equal products, without building them."""
     generator = torch.Generator().manual_seed(0)
     b, a = (
         torch.randn(size, generator=generator, dtype=torch.float64) for size in ((90, 4), (4, 70))

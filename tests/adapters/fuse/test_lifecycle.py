@@ -1,4 +1,4 @@
-"""What a fusion does to a running registry: holds, interruptions, names, restarts."""
+"""Fusions on a running registry: holds, interruptions, names, restarts."""
 
 from __future__ import annotations
 
@@ -206,6 +206,6 @@ def test_a_result_too_large_ends_the_work_at_once(
     turnstile.opened.set()
     with pytest.raises(BudgetExceededError, check=says("UPLOAD_TOO_LARGE", max_upload_bytes=4096)):
         fusions.fuse({"a": 1.0})
-    # Of rank 4 and fp32, the first two modules have 2048 and 1536 bytes, the third 1536.
+    # At rank 4 in fp32, the first two modules have 2048 and 1536 bytes, the third has 1536.
     assert turnstile.passed == 3
     fusions.close()

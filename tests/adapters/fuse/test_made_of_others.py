@@ -1,4 +1,4 @@
-"""Fusing the methods that are made of other operators' parts, against PEFT's merged weights."""
+"""Fusions of methods made of other operators' parts, compared with PEFT's merged weights."""
 
 from __future__ import annotations
 

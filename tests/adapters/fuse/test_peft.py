@@ -1,6 +1,6 @@
-"""Fusing beside PEFT's ``add_weighted_adapter``.
+"""Fusions compared with PEFT's ``add_weighted_adapter``.
 
-The same function where PEFT computes what it documents, both results where it does not.
+The results are equal if PEFT computes what it documents; otherwise, both results are checked.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from builders.methods import ALL, quiet
 from builders.mixes.fuse import Fusions, difference, peft_weighted, truncated
 from peft import PeftModel
 
-# Of ΔW, relative: sums of fp32 in another order.
+# Maximum relative difference of ΔW, from fp32 sums in another order.
 CLOSE = 1e-5
 FAR = 0.05
 MIX = {"a": 0.7, "b": -1.2, "c": 1.5}
@@ -25,7 +25,7 @@ TIES = {"density": 0.4}
 
 @pytest.fixture(scope="module")
 def fusions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fusions]:
-    """LoRAs of one rank and three scales; ``c`` leaves modules out."""
+    """LoRAs of one rank and three scales; ``c`` omits some modules."""
     made = Fusions(tmp_path_factory.mktemp("fuse"))
     made.add("a", seed=1, lora_alpha=6)
     made.add("b", seed=2, lora_alpha=2)
@@ -62,7 +62,7 @@ def test_a_combination_is_that_of_peft(
     result = fusions.fuse(MIX, how=how, **settings)
     found = fusions.deltas(result)
     assert difference(found, expected) < CLOSE
-    # Else everything would agree: the exact sum is another function unless nothing is lost.
+    # Without this check, any result would pass: the exact sum must differ from a truncated one.
     exact = fusions.exact(MIX)
     error = difference(found, exact)
     assert (error < CLOSE) == (how == "cat")
@@ -76,7 +76,7 @@ def test_the_default_rank_is_the_largest_as_in_peft(fusions: Fusions) -> None:
 
 
 def test_peft_ignores_the_combination_of_a_single_adapter(fusions: Fusions) -> None:
-    """There every name means ``linear``; here it means what it says."""
+    """In PEFT, every name then means ``linear``; here, it keeps its meaning."""
     exact = fusions.exact({"a": 0.5})
     cases: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ("svd", {"rank": 2}, {"svd_rank": 2}),
@@ -93,7 +93,7 @@ def test_peft_ignores_the_combination_of_a_single_adapter(fusions: Fusions) -> N
 
 
 def test_peft_scales_a_mix_of_rslora_wrongly(tmp_path: Path) -> None:
-    """The result keeps ``use_rslora``, so it is scaled by the root of its rank once more."""
+    """PEFT's result keeps ``use_rslora``, so it is scaled by the root of its rank once more."""
     fusions = Fusions(tmp_path)
     fusions.add("a", "rslora", 1)
     fusions.add("b", "rslora", 2)
@@ -107,14 +107,14 @@ def test_peft_scales_a_mix_of_rslora_wrongly(tmp_path: Path) -> None:
 
 
 def test_peft_loses_the_magnitudes_of_dora(tmp_path: Path) -> None:
-    """It gives the result magnitudes of its own; here ``ΔW = g ⊙ (W + sBA) − W``."""
+    """PEFT's result has new magnitudes; here, ``ΔW = g ⊙ (W + sBA) − W``."""
     fusions = Fusions(tmp_path)
     fusions.add("a", "dora", 1)
     fusions.add("b", "dora", 2)
     mix = {"a": 0.5, "b": 0.5}
     exact = fusions.exact(mix)
     peft = peft_weighted(fusions.root, mix, "svd", svd_rank=32)
-    # With as many directions as v_proj has, nothing need be lost.
+    # The rank suffices for all directions of v_proj, so nothing needs to be lost.
     assert difference({n: peft[n] for n in peft if "v_proj" in n}, _only_v(exact)) > FAR
     result = fusions.fuse(mix, how="svd", rank=32)
     found = fusions.deltas(result)
@@ -128,7 +128,7 @@ def _only_v(deltas: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def test_peft_drops_the_biases_of_lora(tmp_path: Path) -> None:
-    """Biases are no factors, and their weighted sum is exact in every combination."""
+    """Biases are not factors, so their weighted sum is exact in every combination."""
     fusions = Fusions(tmp_path)
     for seed, name in enumerate("ab"):
         fusions.add(name, seed=seed, lora_bias=True, target_modules=["q_proj", "down_proj"])
@@ -152,7 +152,7 @@ def test_peft_drops_the_biases_of_lora(tmp_path: Path) -> None:
 
 
 def test_ranks_may_differ_where_members_do_not_meet(tmp_path: Path) -> None:
-    """PEFT compares the ranks in the configs, whatever modules they are for."""
+    """PEFT compares the ranks in the configs, regardless of the modules."""
     fusions = Fusions(tmp_path)
     fusions.add("a", r=2, target_modules=["q_proj"])
     fusions.add("b", r=6, target_modules=ALL[1:])

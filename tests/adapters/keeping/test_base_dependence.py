@@ -1,4 +1,4 @@
-"""Which adapters a change of the base concerns, and what becomes of them in host memory."""
+"""The adapters that a change of the base affects, and their fate in host memory."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ DEPENDENT |= {"osf", "frod", "bat"}
 
 
 def make_base(generation: int) -> BaseModel:
-    """The twin's modules; every generation has other weights and biases."""
+    """The modules of the test model; every generation has different weights and biases."""
     base = base_of(twin(ARCHITECTURE).model)
 
     def other(tensor: torch.Tensor) -> torch.Tensor:
@@ -81,7 +81,7 @@ def tensors_of(loaded: LoadedAdapter) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_method_says_whether_the_base_went_into_its_operators(root: Path, variant: str) -> None:
-    """Lowered to two bases, they differ if and only if it says so."""
+    """The operators for two bases differ if and only if the method declares it."""
     loaded = []
     for generation in (1, 2):
         loader = AdapterLoader(
@@ -135,13 +135,13 @@ def test_idle_adapters_of_another_base_are_dropped(registry: AdapterRegistry) ->
 def test_what_a_request_holds_is_read_again_before_it_is_resident(
     registry: AdapterRegistry,
 ) -> None:
-    """The request was told that it is resident; it asks again after the change."""
+    """The request was told that the adapter is resident, and asks again after the change."""
     held = Waiter(registry.acquire(refs(["dora", "lora"])))
     assert held.was_resident
     used = registry.host_bytes_used
     gate = Gate(registry)
     registry.change_base(make_base(2))
-    # What is read again keeps its room.
+    # An adapter that is read again keeps its space.
     assert registry.host_bytes_used == used - _bytes(registry, "ia3")
     again = Waiter(held.mix)
     late = Waiter(registry.acquire(refs(["dora"])))
@@ -174,7 +174,7 @@ def test_a_pinned_adapter_is_read_again_at_once(registry: AdapterRegistry) -> No
     registry.change_base(make_base(2))
     gate.entered.acquire()
     assert (registry.get("dora").pinned, residencies(registry)["dora"]) == (True, "disk")
-    # The base moves on while it is read: what was begun is of no use.
+    # The base changes during the read, so the read is useless.
     registry.change_base(make_base(3))
     gate.open()
     until(lambda: residencies(registry)["dora"] == "host")
@@ -197,7 +197,7 @@ def test_a_pinned_adapter_whose_files_are_gone_loses_its_pin(
 
 
 def test_a_load_that_the_base_overtakes_is_not_kept(registry: AdapterRegistry) -> None:
-    """Lowered to the base before, registered after it has gone."""
+    """The adapter is lowered for the old base, and registered after the change."""
     loader, lower = registry._loader, registry._loader.lower
 
     def overtaken(checkpoint: object) -> LoadedAdapter:

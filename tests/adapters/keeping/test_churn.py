@@ -1,4 +1,4 @@
-"""Dozens of adapters come and go: nothing of them is left in memory or on the disk."""
+"""Dozens of adapters come and go, and leave nothing in memory or on the disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from turret.server.adapters.state_dir import StateDir
 from turret.server.metrics import Metrics
 
 COUNT = 60
-# Of objects of one type, such as entries of caches with a limit.
+# Maximum number of remaining objects of one type, such as entries of bounded caches.
 MOST_LASTING = 15
 
 
@@ -22,7 +22,7 @@ def test_what_is_unloaded_leaves_nothing(tmp_path: Path) -> None:
     registry = registries(3, state=StateDir(tmp_path / "state", 1 << 30), metrics=metrics)
 
     def come_and_go(first: int, count: int) -> None:
-        """Load, upload, use and unload adapters of names that were never used before."""
+        """Load, upload, use and unload adapters under new names."""
         for number in range(first, first + count):
             name = f"n{number}"
             if number % 10:

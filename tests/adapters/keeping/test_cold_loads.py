@@ -1,4 +1,4 @@
-"""Requests for a cold adapter, on a real engine: read once, and nobody else waits."""
+"""Requests for a cold adapter on a real engine: it is read once, and other requests do not wait."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def engine(tmp_path: Path) -> AsyncIterator[EngineHarness]:
 
 
 def make_cold(engine: EngineHarness) -> Gate:
-    """Evicts ``cold``; it is read again once the gate is opened."""
+    """Evicts ``cold``, which is read again once the gate is opened."""
     registry = engine.registry
     registry._leases._memory.leave(registry._table.find("cold").current)
     return Gate(registry)
@@ -63,7 +63,7 @@ async def test_others_run_to_their_end_while_an_adapter_is_read(engine: EngineHa
     waiting = asyncio.ensure_future(engine.run(make_request(PROMPT, "cold")))
     mixed = asyncio.ensure_future(engine.run(make_request(PROMPT, "warm", "cold")))
     await asyncio.to_thread(gate.entered.acquire)
-    # The read takes as long as these do, and not the other way round.
+    # The read lasts as long as these requests, not the reverse.
     others = [make_request(PROMPT, "warm"), make_request(PROMPT), make_request(PROMPT, "warm")]
     for answer in await engine.run_all(others * 4):
         assert answer.finish.usage.completion_tokens == 8

@@ -1,7 +1,7 @@
 """``kill -9`` at random points: a restart finds the state before or after each operation.
 
-What is killed is the process, not the machine: the kernel still writes what it was given, so these
-tests say nothing of ``fsync``.
+Only the process is killed, not the machine. The kernel still writes its buffers, so these tests do
+not cover ``fsync``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from checkout import ROOT
 from servers.crash_worker import Entry, Operation, entries_of, open_registry, perform
 
 NUM_KILLS = 50
-# Most lines that a worker prints before it is killed; an operation prints two.
+# Maximum number of lines that a worker prints before it is killed; an operation prints two.
 MOST_LINES = 16
 
 State = dict[str, Entry]
@@ -39,7 +39,7 @@ def make(tmp_path: Path) -> Iterator[Registries]:
 
 
 def matches(state: State, expected: State) -> bool:
-    """Equal, where an empty uuid stands for any."""
+    """Whether two states are equal; an empty uuid matches any."""
     return state.keys() == expected.keys() and all(
         state[name] == entry._replace(uuid=entry.uuid or state[name].uuid)
         for name, entry in expected.items()
@@ -47,7 +47,7 @@ def matches(state: State, expected: State) -> bool:
 
 
 def after(state: State, operation: Operation, digests: dict[str, str]) -> State:
-    """What a complete operation makes of a state."""
+    """The state after a complete operation."""
     kind, name, path, pinned = operation
     state = dict(state)
     if kind == "unload":
@@ -75,7 +75,7 @@ class Life:
         )
         self.restored = _state(entries)
         moment = random.Random(seed)
-        # Counted in lines, so that a busy machine gets as far as an idle one.
+        # Progress is counted in lines, so that it is the same on busy and idle machines.
         lines_left = moment.randrange(MOST_LINES)
         pause = moment.uniform(0.0, 0.005)
         self.last = self.restored
@@ -146,7 +146,7 @@ def test_a_kill_leaves_the_state_before_or_after_each_operation(
         if life.pending is not None:
             allowed.append(after(life.last, life.pending, digests))
         done.update(life.operations)
-    # The kills came at all kinds of moments, or the test says little.
+    # The kills must have hit every operation; otherwise, the test proves little.
     assert set(done) == {"load", "upload", "replace", "replace_upload", "pin", "unpin", "unload"}
     assert cut["before"] >= 10
     assert cut["after"] >= 3
@@ -154,7 +154,7 @@ def test_a_kill_leaves_the_state_before_or_after_each_operation(
 
 
 def test_matching_finds_a_wrong_state() -> None:
-    """The oracle of the test above can fail."""
+    """The check of the test above can fail."""
     entry = Entry("u", 1, "d", False)
     assert matches({"x": entry}, {"x": entry._replace(uuid="")})
     for wrong in (
@@ -168,16 +168,16 @@ def test_matching_finds_a_wrong_state() -> None:
         assert not matches({"x": entry}, wrong)
 
 
-# Every single step that an operation takes on the disk, one after the other.
+# A crash at each step of an operation on the disk, one after the other.
 
 STEPS = ("open", "mkdir", "rename", "unlink", "fsync", "rmdir")
 
 
 class PowerCut(BaseException):
-    """No handler of the code under test may catch and repair what a crash would not repair."""
+    """A simulated crash. The tested code must not be able to catch it."""
 
 
-# What dies closes no files, and this process lives on.
+# A dead process closes no files, but this process continues.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("kind", ["load", "upload", "replace", "replace_upload", "unload", "pin"])
 def test_every_step_on_the_disk_may_be_the_last(
@@ -197,7 +197,7 @@ def test_every_step_on_the_disk_may_be_the_last(
         was_cut = _cut_after(
             monkeypatch, stop_at, functools.partial(perform, registry, make.root, operation)
         )
-        # The process is gone, and with it the lock of the directory.
+        # The end of the process releases the directory's lock.
         registry._state.close()
         again = open_registry(make.root, state_path)
         again.restore()
@@ -216,14 +216,14 @@ def test_every_step_on_the_disk_may_be_the_last(
             break
     assert not was_cut
     assert outcomes[-1]
-    # Once it is done it stays done: there is one point where the operation takes effect.
+    # There is exactly one point at which the operation takes effect.
     assert outcomes == sorted(outcomes)
     assert len(outcomes) > 2
     assert not outcomes[0]
 
 
 def _cut_after(monkeypatch: pytest.MonkeyPatch, steps: int, call: Any) -> bool:
-    """Run ``call``; True if it would take more than so many steps and was cut there."""
+    """Run ``call``; returns whether it was cut after this number of steps."""
     left, is_dead, real_open = steps, False, os.open
 
     def limited(step: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Five thousand registered adapters cost little time at the start and little memory."""
+"""Five thousand registered adapters take little time at startup and little memory."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_registering_is_quick_and_small(tmp_path: Path) -> None:
     state = StateDir(tmp_path / "state", 1)
     for number in range(COUNT):
         registration = saved(number)
-        # Not by StateDir.save: thousands of fsyncs say nothing here.
+        # Do not use StateDir.save, because thousands of fsyncs would only take time.
         path = tmp_path / "state" / "adapters" / f"{registration.name}.json"
         path.write_bytes(registration.to_json())
     registry = AdapterRegistry(tmp_path, tiny_base(), 1 << 30, 64, Metrics(), state=state)
@@ -64,7 +64,7 @@ def test_registering_is_quick_and_small(tmp_path: Path) -> None:
     print(f"\n{seconds:.2f} s for {COUNT} adapters, {bytes_each:.0f} bytes each")
     assert seconds < MAX_SECONDS
     assert bytes_each < MAX_BYTES_EACH
-    # They are there, and none of them is in memory.
+    # All adapters are registered, and none is in memory.
     records = registry.list()
     assert [record.generation for record in records[:4]] == [1, 2, 3, 1]
     assert records[17].facts.digest == saved(17).facts.digest

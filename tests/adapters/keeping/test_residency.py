@@ -1,4 +1,4 @@
-"""What is in host memory: eviction, cold reads, pins, metrics."""
+"""Adapters in host memory: eviction, cold reads, pins, metrics."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_adapters_in_flight_are_not_evicted(make: Registries) -> None:
     other = registry.acquire(refs("b"))
     assert Waiter(other).wait().error is None
     assert resident(registry) == "ab"
-    # Both places are taken: a new adapter is registered but stays on disk.
+    # Both places are taken, so a new adapter is registered but stays on disk.
     registry.load("big2", "c")
     assert resident(registry) == "ab"
 
@@ -193,7 +193,7 @@ def test_popular_adapters_do_not_starve_a_cold_one(
     monkeypatch.setattr(leases.time, "monotonic", lambda: now)
     running = registry.acquire(refs("b"))
     cold = Waiter(registry.acquire(refs("a")))
-    # At first, requests for what is there overtake; after a second they line up behind.
+    # Requests for resident adapters may overtake for a second; then they queue behind.
     overtaking = registry.acquire(refs("b"))
     assert Waiter(overtaking).was_resident
     now += leases.PATIENCE_SECONDS + 0.1

@@ -1,4 +1,4 @@
-"""What messages call an adapter whose files the server keeps itself."""
+"""The name in messages of an adapter whose files are in the server's own directory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def make(tmp_path: Path) -> Iterator[Registries]:
 
 
 def test_messages_name_an_upload_and_not_where_it_is_kept(make: Registries, tmp_path: Path) -> None:
-    """While it is checked, when its files are gone, and after a restart."""
+    """Messages during the check, after a loss of its files, and after a restart."""
 
     def start() -> AdapterRegistry:
         registry = make(state=StateDir(tmp_path / "state", 1 << 20))

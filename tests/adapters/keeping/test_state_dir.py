@@ -1,4 +1,4 @@
-"""What survives a restart, and what a state directory refuses."""
+"""The state that survives a restart, and invalid state directories."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_uploaded_files_go_with_the_adapter(start: Start, make: Registries, tmp_
     registry.unload("up")
     assert files_of(tmp_path) == []
     assert list((tmp_path / "state" / "adapters").iterdir()) == []
-    # What was loaded from the root is the operator's.
+    # Adapters that were loaded from the root belong to the operator.
     registry.load("a", "a")
     registry.unload("a")
     assert (make.root / "a").is_dir()
@@ -371,7 +371,7 @@ def test_an_export_is_what_was_loaded(start: Start, make: Registries) -> None:
     registry = start()
     registry.upload("up", stage_directory(registry, make.root / "a"))
     with registry.export("up", 1) as export:
-        # Neither of these harms an export that has begun.
+        # Neither of these affects a running export.
         registry.upload("up", stage_directory(registry, make.root / "b"), replace=True)
         registry.unload("up")
         contents: dict[str, bytes] = {}

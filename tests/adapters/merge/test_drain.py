@@ -1,4 +1,4 @@
-"""Merging while requests run: who finishes first, who waits, and who gives up."""
+"""Merges while requests run: which requests finish first, wait or fail."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def server(root: Path) -> AsyncIterator[EngineHarness]:
 
 
 class Stream:
-    """A request that runs until it is let go: its stream is read in the background."""
+    """A request that runs until it is released; its stream is read in the background."""
 
     def __init__(self, server: EngineHarness, *adapters: str, tokens: int = 40) -> None:
         self.begun = asyncio.Event()
@@ -42,9 +42,9 @@ class Stream:
 
 
 class Brake:
-    """Between the engine and its steps: holds one, or slows all.
+    """Holds or slows the engine's steps.
 
-    Without it, a request could end before the merged weights are made.
+    Otherwise, a request could end before the merged weights are computed.
     """
 
     def __init__(self, server: EngineHarness) -> None:
@@ -57,7 +57,7 @@ class Brake:
         self.hold, self.release = self._open.clear, self._open.set
 
     async def until_change(self) -> None:
-        """A merge has asked for its change of the base: the engine will read that next."""
+        """Wait until a merge has requested its change of the base."""
         assert await asyncio.to_thread(self._posted.wait, 20)
 
     def _slowly(self, step: Any) -> Any:
@@ -91,7 +91,7 @@ async def test_running_requests_finish_first_and_others_wait(server: EngineHarne
     assert [stream.answer.done() for stream in running] == [True] * 3
     assert [(await stream.answer).bits for stream in running] == expected
     assert state.base_generation == 2
-    # DoRA's operators are made again; the one that waits for them does not hold up the others.
+    # DoRA's operators are computed again; a request that waits for them does not delay the others.
     await asyncio.gather(late[0].answer, late[2].answer)
     assert gate.reads == ["dora"]
     assert not late[1].answer.done()
@@ -122,7 +122,7 @@ async def test_who_gives_up_while_it_drains_changes_nothing(server: EngineHarnes
     cancellation.set(UnavailableError("enough"))
     with pytest.raises(UnavailableError, match="enough"):
         await merging
-    # At once, beside the one that runs.
+    # The late request runs at once, beside the running one.
     assert (await late).bits == before.bits
     assert not running.answer.done()
     assert server.merger.state == MergeState(1)
@@ -141,7 +141,7 @@ async def test_a_stop_while_it_drains_ends_the_merge(root: Path) -> None:
         merging = asyncio.ensure_future(merge(server, "other"))
         await brake.until_change()
         brake.release()
-        # Both are cut short: the stop does not wait.
+        # Both are interrupted, because a stop does not wait.
         server.engine._loop.post(server.engine._loop.stop)
         with pytest.raises(UnavailableError):
             await merging

@@ -1,4 +1,4 @@
-"""The merged base: its answers, the adapters beside it, and merges that fail."""
+"""The merged base: its answers, adapters on it, and failed merges."""
 
 from __future__ import annotations
 
@@ -72,7 +72,10 @@ def merged_model(adapter: Path, base: Any) -> Any:
 async def test_the_merged_base_answers_as_the_adapter(
     server: EngineHarness, root: Path, name: str
 ) -> None:
-    """Alone exactly as PEFT's merged model; beside an adapter, as PEFT with it on that model."""
+    """Alone, the answers are exactly those of PEFT's merged model.
+
+    With an adapter, those of PEFT with the adapter on that model.
+    """
     oracle = merged_model(root / name, twin(ARCHITECTURE).model)
     with_adapter = await score(server, name)
     base = await score(server)
@@ -80,7 +83,7 @@ async def test_the_merged_base_answers_as_the_adapter(
     alone = await score(server)
     check_score(alone, oracle, PROMPT, name)
     check_greedy(await server.run(make_request(PROMPT)), oracle, PROMPT, name)
-    # Two decimal digits of the adapter's effect survive the rounding to bf16.
+    # Two digits of the adapter's effect survive the rounding to bf16.
     effect = _distance(with_adapter, base)
     assert _distance(alone, with_adapter) < 0.05 * effect
     for second in ("lora", "dora", "other"):
@@ -104,7 +107,7 @@ async def test_a_soft_prompt_stands_before_the_merged_base(
 
 
 async def test_after_unmerge_every_answer_is_what_it_was(server: EngineHarness) -> None:
-    """Merges in both precisions, one after the other; adapters that depend on the base too."""
+    """Merges in both precisions, in sequence, also with adapters that depend on the base."""
     mixes: Sequence[tuple[str, ...]] = ((), *((name,) for name in NAMES), ("lora", "dora", "ia3"))
 
     async def answers() -> list[Any]:
@@ -145,7 +148,7 @@ async def test_a_weight_of_zero_changes_nothing(server: EngineHarness) -> None:
     assert (await score(server)).bits == before.bits
 
 
-# The adapters beside it
+# Adapters on the merged base
 
 
 async def test_only_what_depends_on_the_base_is_read_again(server: EngineHarness) -> None:
@@ -155,7 +158,7 @@ async def test_only_what_depends_on_the_base_is_read_again(server: EngineHarness
     pinned_before = server.registry._table.find("dora").current.operators
     await merge(server, "other")
     residency = {name: server.registry.get(name).residency for name in NAMES}
-    # IA3's biases are differences to the base's, which Qwen2 has.
+    # IA3's biases are differences from the base's biases, which Qwen2 has.
     assert residency["ia3"] == "disk"
     kept = set(NAMES) - {"ia3", "dora"}
     assert "disk" not in {residency[name] for name in kept}

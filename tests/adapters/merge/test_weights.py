@@ -1,4 +1,4 @@
-"""What a merge stores, beside bitsandbytes called directly and PEFT's own merged model."""
+"""The weights that a merge stores, compared with bitsandbytes and with PEFT's merged model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ METHODS = (
     *("lora", "dora", "loha", "lokr", "ia3", "vera", "hra", "glora"),
     *("oft", "boft", "road", "c3a", "hira", "fourierft", "randlora", "osf", "frod", "miss"),
 )
-# All but FRoD, which is on some modules.
+# All methods but FRoD, which adapts only some modules.
 EVERYWHERE = [name for name in METHODS if name != "frod"]
 SOME = ["q_proj", "v_proj", "down_proj"]
 
@@ -64,13 +64,13 @@ def linears(model: Any) -> Weights:
 def merged_by_peft(adapter: Path) -> Weights:
     """PEFT's ``merge_and_unload`` on the fp32 twin: path → weight and bias."""
     model: Any = load_adapter(twin(ARCHITECTURE).model, adapter)
-    # FRoD's sparse matrices warn.
+    # FRoD's sparse matrices cause warnings.
     with quiet():
         return linears(model.merge_and_unload())
 
 
 def merged_mix(root: Path, mix: list[AdapterRef]) -> Weights:
-    """``W + Σ w_k (W_k − W)``, where PEFT made ``W_k``."""
+    """``W + Σ w_k (W_k − W)``, with PEFT's ``W_k``."""
     base = linears(twin(ARCHITECTURE).model)
     result = {name: (weight.clone(), bias) for name, (weight, bias) in base.items()}
     for ref in mix:
@@ -85,7 +85,7 @@ def merged_mix(root: Path, mix: list[AdapterRef]) -> Weights:
 
 
 def requantized(weight: torch.Tensor) -> torch.Tensor:
-    """NF4 with block 64 and double quantisation, there and back, by bitsandbytes alone."""
+    """Quantise to NF4 (block 64, double quantisation) and dequantise, by bitsandbytes alone."""
     packed, state = bnb_functional.quantize_4bit(
         weight, blocksize=64, quant_type="nf4", compress_statistics=True
     )
@@ -101,7 +101,7 @@ MIXES = [[AdapterRef(name=name)] for name in METHODS] + [
 
 @pytest.mark.parametrize("precision", ["BF16", "NF4"])
 async def test_stores_the_exact_weights_rounded_once(root: Path, precision: Precision) -> None:
-    """Weights, biases and the report, for every method and for mixes."""
+    """Checks weights, biases and the report, for every method and for mixes."""
     async with EngineHarness.start(
         twin(ARCHITECTURE).folder, root, adapters=[*METHODS, "some"]
     ) as server:
@@ -117,7 +117,7 @@ async def test_stores_the_exact_weights_rounded_once(root: Path, precision: Prec
                     assert torch.equal(module.dequantize(), own), path
                     continue
                 stored = requantized(exact) if precision == "NF4" else exact.bfloat16().float()
-                # PEFT adds up in another order: now and then the nearest value is another one.
+                # PEFT sums in another order, so the nearest value occasionally differs.
                 differs = (module.dequantize() - stored).abs() > 1e-6 * exact.abs().max()
                 assert differs.double().mean() < 2e-3, (names, path)
                 if bias is not None and module.bias is not None:
@@ -136,7 +136,10 @@ async def test_stores_the_exact_weights_rounded_once(root: Path, precision: Prec
 
 
 async def test_auto_is_nf4_only_where_that_keeps_the_update(root: Path) -> None:
-    """An update as large as the weights survives 16 levels; a small one does not."""
+    """An update as large as the weights survives quantisation to 16 levels.
+
+    A small one does not.
+    """
     async with EngineHarness.start(twin(ARCHITECTURE).folder, root, adapters=["lora"]) as server:
         for weight, precision, most in ((1.0, "BF16", 0.5), (100.0, "NF4", KEPT_ERROR)):
             mix = [AdapterRef(name="lora", weight=weight)]
@@ -147,7 +150,7 @@ async def test_auto_is_nf4_only_where_that_keeps_the_update(root: Path) -> None:
 
 
 def contents(linear: Any) -> dict[str, torch.Tensor]:
-    """Every tensor that a projection is made of, quantisation states included."""
+    """Every tensor of a projection, including quantisation states."""
     found = {k: v for k, v in vars(linear).items() if isinstance(v, torch.Tensor)}
     state = getattr(linear, "_state", None)
     return found if state is None else {**found, "absmax": state.absmax}
@@ -159,7 +162,7 @@ def decoder_of(server: EngineHarness) -> Any:
 
 
 def snapshot(server: EngineHarness) -> list[Any]:
-    """Copies of all bytes that linear layers multiply by."""
+    """Copies of all weights of linear layers, as bytes."""
     found = []
     for layer in decoder_of(server).layers:
         for group in ("qkv", "o", "gate_up", "down"):

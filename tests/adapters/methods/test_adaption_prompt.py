@@ -1,4 +1,4 @@
-"""LLaMA-Adapter's prompts in attention, served by the engine, against PEFT's own forward."""
+"""LLaMA-Adapter's prompts in attention, served by the engine and compared with PEFT."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ async def test_each_request_gets_the_bits_it_gets_alone(
 
 
 def gated(model: nn.Module, weight: float) -> nn.Module:
-    """In place: PEFT's gates, times a weight."""
+    """Multiply PEFT's gates by a weight, in place."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("adaption_gate"):
@@ -126,7 +126,7 @@ def gated(model: nn.Module, weight: float) -> nn.Module:
 async def test_mixes_scale_the_gate_and_add_up_with_others(tmp_path: Path) -> None:
     base = twin("llama")
     save_all(base.model, tmp_path)
-    # Its modules are not those that the prompt's keys and values come from.
+    # The LoRA does not adapt the modules that compute the prompt's keys and values.
     merged = load_adapter(base.model, tmp_path / "lora").merge_and_unload()  # type: ignore[operator]
     prompt = prompt_of(31)
     mixes = {
@@ -170,7 +170,7 @@ def coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     tuning_module.tuning.cache_clear()
 
 
-# Rows that only pad a step to its bucket compute on scratch memory.
+# Rows that only pad a step compute on uninitialised memory, which may cause warnings.
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter needs CPU tensors")
 @pytest.mark.usefixtures("coarse_tiles")
@@ -191,7 +191,7 @@ async def test_the_gpu_path_equals_peft(tmp_path: Path) -> None:
             answers = await harness.run_all(
                 [make_request(p, *([n] if n else []), max_tokens=3) for n, p in asked]
             )
-            # Captured steps of others, before and after, are not disturbed.
+            # Captured steps of other requests, before and after, are not affected.
             again = await harness.run(make_request(asked[0][1], max_tokens=3))
     for (name, prompt), answer in zip(asked, answers, strict=True):
         model = load_adapter(base.model, tmp_path / name) if name else base.model
@@ -201,7 +201,7 @@ async def test_the_gpu_path_equals_peft(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def check_attention(keys: dict[str, Any], seed: int, *, bias: bool) -> float:
-    """Compares what PEFT adds to each layer's attention; gives the largest change."""
+    """Compare the change of each layer's attention with PEFT's; returns the largest change."""
     model = tiny_llama(attention_bias=bias, dtype=torch.float64)
     with tempfile.TemporaryDirectory() as folder:
         config = make_config("adaption_prompt", **keys)
@@ -275,7 +275,7 @@ def put(name: str, *shape: int) -> Callable[[Tensors], Tensors]:
     return lambda tensors: {**tensors, f"base_model.model.{name}": torch.ones(shape)}
 
 
-# An edit of the tensors or changes of the config, and what the answer names.
+# An edit of the tensors or changes of the config, and the reported field.
 BROKEN: dict[str, tuple[Any, str]] = {
     "no length": ({"adapter_len": ...}, "adapter_len"),
     "another length": ({"adapter_len": 6}, PROMPT),
@@ -288,7 +288,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "another tensor": (put("model.layers.0.self_attn.adaption_bias", 1), "adaption_bias"),
     "another place": (put("model.layers.01.self_attn.adaption_gate", 1), "layers.01"),
 }
-# The same where it is the base that it does not fit.
+# The same for adapters that do not fit the base.
 UNFIT: dict[str, tuple[Any, str]] = {
     "fewer layers": ({"adapter_layers": 1}, "model.layers.0.self_attn"),
     "more layers than there are": ({"adapter_layers": 3}, "adapter_layers"),

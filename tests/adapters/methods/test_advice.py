@@ -1,4 +1,4 @@
-"""What is said of adapters that are not served works: the advice is followed."""
+"""Following the advice in errors about unsupported adapters makes them work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from turret.server.adapters.methods.unserved import CONVERT, UNSERVED
 from turret.server.cli import main
 
 TARGETS: dict[str, Any] = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
-# Small ones of every kind whose advice is to do something with the file.
+# Small adapters of every kind for which the advice is a change of the files.
 CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ADAMSS": (peft.AdamssConfig, {"r": 16, "num_subspaces": 3, "subspace_rank": 2}),
     "PSOFT": (peft.PsoftConfig, {"r": 4}),
@@ -25,7 +25,7 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def follows(advice: str) -> set[str]:
-    """The kinds whose advice says so."""
+    """The kinds with this advice."""
     return {kind for kind, text in UNSERVED.items() if text.endswith(advice)}
 
 

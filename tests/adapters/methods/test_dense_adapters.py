@@ -1,4 +1,4 @@
-"""Adapters of whole matrices: refused unless they are allowed, and counted where they are."""
+"""Adapters of whole matrices: rejected unless allowed, and counted against the budget."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from turret.server.adapters.base import Allowed
 from turret.server.adapters.residency.loader import AdapterLoader
 from turret.server.errors import BudgetExceededError
 
-# Method and the changes to its config; two modules of both layers.
+# Methods and changes to their configs; each adapts two modules in both layers.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "FOURIERFT": ("fourierft", {}),
     "RANDLORA": ("randlora", {}),
@@ -26,7 +26,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "MISS": ("miss", {"init_weights": "bat"}),
 }
 TARGETS = {"target_modules": ["gate_proj", "up_proj"]}
-# 64 -> 128, in fp32.
+# Two modules in two layers, 64 -> 128, in fp32.
 NEEDED = 2 * 2 * 64 * 128 * 4
 
 

@@ -1,4 +1,4 @@
-"""Learned fusion, served by the engine, against the paper's formula over dense float64 matrices."""
+"""Learned fusion, served by the engine and compared with the paper's formula in float64."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from torch import nn
 
 from turret.server.adapters.adapter import AdapterRef
 
-# Of different methods and ranks, on modules that overlap in part.
+# Components of different methods and ranks, on partly overlapping modules.
 COMPONENTS = {
     "lora": ("lora", {"r": 4}),
     "rslora": ("rslora", {"r": 9, "target_modules": ["q_proj", "v_proj", "down_proj"]}),
     "adalora": ("adalora", {}),
     "vera": ("vera", {"target_modules": ["q_proj", "o_proj"]}),
-    # Beyond one rank window in fp32, together with the first.
+    # Together with the first component, this one exceeds one rank window in fp32.
     "wide": ("lora", {"r": 127, "target_modules": ["q_proj", "up_proj"]}),
 }
 FUSIONS = {
@@ -51,7 +51,7 @@ async def test_scores_and_answers_are_the_formula_s(architecture: str, tmp_path:
             for weight in (1.0, -0.6):
                 oracle, fused = fusion_oracle(base.model, tmp_path, name, weight)
                 yield AdapterRef(name=name, weight=weight), oracle
-                # Gates that do not depend on the token would agree with too much.
+                # Check that the gates depend on the token.
                 gates = torch.cat([m.gates[0] for m in fused.values()])
                 assert gates.std(0).max() > 0.1
 
@@ -80,7 +80,7 @@ async def test_a_mix_adds_the_fusion_to_the_others(tmp_path: Path) -> None:
 
 async def test_bfloat16_is_as_close_as_the_dense_formula_in_bfloat16(tmp_path: Path) -> None:
     save_all("llama", tmp_path)
-    # The weights that bfloat16 serves, which are those of float32 but for one rounding.
+    # The weights in bfloat16, which equal those in float32 except for one rounding.
     base = twin("llama", torch.bfloat16)
     exact, _ = fusion_oracle(base.model, tmp_path, "two")
     rounded, _ = fusion_oracle(base.model, tmp_path, "two", dtype=torch.bfloat16)

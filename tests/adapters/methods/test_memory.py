@@ -27,7 +27,7 @@ ROWS = 6
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the most elements any operation of torch's put out."""
+    """Records the largest number of elements in a result of any torch operation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 class FakeResident:
-    """A resident adapter, as the pack sees one."""
+    """A resident adapter, as far as the pack needs one."""
 
     bytes_device = 0
     key = "a"
@@ -96,7 +96,8 @@ KINDS: dict[str, tuple[Any, dict[str, tuple[int, int]]]] = {
         LoKrConfig(r=64, alpha=64, target_modules=["o_proj"]),
         {"lokr_w1": (32, 32), "lokr_w2": (64, 64)},
     ),
-    # The second factor is a quarter of the weight in each direction: its factors are kept.
+    # The second factor has a quarter of the weight's size in each dimension, so its own factors are
+    # kept.
     "lokr-factors": (
         LoKrConfig(r=8, alpha=8, decompose_factor=4, target_modules=["o_proj"]),
         {"lokr_w1": (4, 4), "lokr_w2_a": (512, 8), "lokr_w2_b": (8, 512)},
@@ -139,7 +140,7 @@ def test_no_tensor_is_as_large_as_a_weight(
         operators = lower_adapter(tmp_path, base(dtype)).operators
         pack = store(layout, dtype, torch.device("cpu"), 1 << 30)
         pack.prepare([FakeResident(operators)])
-        # Half of the rows one by one, half of them as a segment.
+        # Half of the rows are single rows, half of them form a segment.
         half = ROWS // 2
         members = StepMembers([[("a", 1.0)]] * half, [(half, ROWS, [("a", 1.0)])])
         y = AdaptedLinear(0, "o", nothing, None)(x, pack.step(members))

@@ -1,4 +1,4 @@
-"""Files of single methods that do not agree with themselves: each is refused by name."""
+"""Inconsistent files of single methods; each error names the fault."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def put(name: str, value: torch.Tensor) -> Callable[[Tensors], Tensors]:
 ONES, FROD_V = torch.ones(64, 31), "base_model.frod_V.mlp_up_proj"
 TOPK = {"save_only_topk_weights": True, "topk": 3}
 INDICES = f"{KEY}.vblora_logits_A_topk_indices"
-# Method, its config, an edit of the tensors or changes of the config, and what the answer names.
+# A method, its config, an edit of the tensors or changes of the config, and the reported field.
 BROKEN: dict[str, tuple[str, dict[str, Any], Any, str]] = {
     "vblora: index past the bank": (
         "vblora",
@@ -323,7 +323,7 @@ def test_activations_are_those_that_transformers_names(name: str) -> None:
 
 
 def test_nearly_equal_reflections_lose_nothing_to_rounding(tmp_path: Path) -> None:
-    """Training starts from pairs of equal reflections, which cancel."""
+    """Training starts from pairs of equal reflections, which cancel out."""
     model = tiny_llama(dtype=torch.float64)
     directory = save(tmp_path, "hra", r=4, target_modules=["q_proj"])
 

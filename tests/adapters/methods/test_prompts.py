@@ -1,4 +1,4 @@
-"""Soft tokens and prefixes, served by the engine, against PEFT's own forward."""
+"""Soft tokens and prefixes, served by the engine and compared with PEFT's forward pass."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ VARIANTS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
 async def test_scores_and_answers_are_pefts(method: str, architecture: str, tmp_path: Path) -> None:
     variants = VARIANTS[method]
     if method == "prefix_tuning" and architecture == "qwen3":
-        # PEFT assumes hidden / heads; this base has wider heads.
+        # PEFT assumes a head width of hidden / heads, but this base has wider heads.
         sizes = {"token_dim": 128, "num_attention_heads": 2}
         variants = {name: (kind, {**keys, **sizes}) for name, (kind, keys) in variants.items()}
     await check_methods(architecture, tmp_path, variants)
@@ -84,11 +84,11 @@ async def test_a_repeated_prompt_is_cached_and_gets_the_same_answer(name: str, r
     assert again.bits == first.bits
     assert base.token_ids != first.token_ids
     assert first.finish.usage.cached_tokens == 0
-    # Positions of an adapter are neither prompt nor cached tokens.
+    # An adapter's positions count neither as prompt tokens nor as cached tokens.
     virtual = 32 if name == "prefix" else 19
     last = 45 + virtual - 1
     assert again.finish.usage.cached_tokens == last // BLOCK_SIZE * BLOCK_SIZE - virtual
-    # Another mix computes other keys and values, and finds none of these.
+    # Another mix computes other keys and values, so it finds none of these.
     assert base.finish.usage.cached_tokens == 0
     assert mixed.finish.usage.cached_tokens == 0
     assert again.finish.usage.prompt_tokens == 45
@@ -107,11 +107,12 @@ async def test_a_prefix_is_held_once_for_all_requests(
             seen.append(blocks.num_active)
             release(released)
 
-        # In the engine's own thread: this one may look when all requests are over.
+        # Record in the engine's own thread, because this one might look after all requests have
+        # ended.
         monkeypatch.setattr(blocks, "release", look)
         requests = [make_request(prompt_of(4, i), "prefix", max_tokens=6) for i in range(5)]
         await asyncio.gather(*map(harness.run, requests))
-        # Two blocks of prefix, once; one block of text for each request.
+        # Two blocks for the prefix, and one block of text for each request.
         assert max(seen) == 2 + 5
         assert blocks.num_active == 0
 
@@ -122,7 +123,7 @@ async def test_echoed_logprobs_belong_to_the_text(name: str, root: Path) -> None
     prompt = prompt_of(12)
     options = ResponseOptions(logprobs=True, echo=True)
     async with EngineHarness.start(twin("llama").folder, root, adapters=NAMES) as harness:
-        # What the cache holds must not shorten them.
+        # Run each twice: the cache must not change the answers.
         for _ in range(2):
             answer = await harness.run(make_request(prompt, name, options=options))
             assert len(answer.prompt_logprobs) == 12
@@ -136,7 +137,7 @@ async def test_preemption_changes_nothing(name: str, root: Path) -> None:
     folder = twin("llama").folder
     async with EngineHarness.start(folder, root, adapters=NAMES) as harness:
         alone = [await harness.run(request) for request in requests]
-    # 64 blocks of 16 positions: prompts fit side by side, their answers do not.
+    # 64 blocks of 16 positions: all prompts fit, but not their answers.
     async with EngineHarness.start(
         folder, root, adapters=NAMES, kv_cache_bytes=1 << 20, max_num_batched_tokens=1024
     ) as harness:

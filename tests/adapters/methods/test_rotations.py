@@ -1,4 +1,4 @@
-"""OFT and BOFT in the forms that the PEFT installed does not make."""
+"""OFT and BOFT in forms that the installed PEFT does not create."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def noise(*shape: int) -> torch.Tensor:
 
 
 def skew_of(triangle: torch.Tensor) -> torch.Tensor:
-    """Row by row, as PEFT reads it."""
+    """The skew-symmetric matrix, filled row by row as in PEFT."""
     q = torch.zeros(len(triangle), SIZE, SIZE, dtype=torch.float64)
     values = iter(triangle.double().T)
     for i in range(SIZE):
@@ -110,7 +110,7 @@ def test_whole_matrices_are_projected_by_the_outputs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("factors", "size"), [(1, 4), (2, 4), (3, 4), (4, 8), (2, 2), (5, 4)])
 def test_butterfly_factors_are_multiplied_out(factors: int, size: int, tmp_path: Path) -> None:
-    """With PEFT's own permutations, which it makes where its CUDA extension is there."""
+    """Compared with PEFT's own permutations, which it needs its CUDA extension to create."""
     folder = save(tmp_path, "boft", boft_block_size=size, boft_n_butterfly_factor=factors)
     saved = noise(factors, WIDTH // size, size, size)
     edit_tensors(folder, lambda tensors: {**tensors, f"{KEY}.boft_R": saved})

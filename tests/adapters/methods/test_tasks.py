@@ -1,4 +1,4 @@
-"""Files that hold several tasks: an adapter is one of them, chosen when it is registered."""
+"""Files with several tasks, one of which is chosen when the adapter is registered."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TASKS = 3
 
 
 class _OfTask(torch.nn.Module):
-    """A PEFT model that is asked for one task."""
+    """A PEFT model that runs one task."""
 
     def __init__(self, model: Any, task: int) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ async def test_each_task_is_what_peft_computes(method: str, tmp_path: Path) -> N
         again = harness.registry.load("task-0", "a", task=0)
         assert again.generation == 1
         assert harness.registry.replace("task-0", "a", task=1).generation == 2
-    # No task is like another, or like no adapter.
+    # All tasks differ from each other and from the base.
     for i, one in enumerate(rows):
         for other in rows[:i]:
             assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 0.05

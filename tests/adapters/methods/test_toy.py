@@ -1,6 +1,6 @@
-"""A method is one file: one written here, in a folder of the test, is discovered and served.
+"""A method is one file: a method in a test's folder is discovered and served.
 
-Its declaration needs no torch, so that a start can check its adapters before torch is there.
+Its declaration needs no torch, so that adapters can be checked at startup before torch is loaded.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ METHOD = LinearMethod(
 )
 '''
 
-# It says nothing about the server's limit on ranks.
+# This method does not mention the server's limit on ranks.
 RANKED_TOY = '''
 """Two factors without a scale."""
 
@@ -62,7 +62,7 @@ METHOD = LinearMethod(
 
 
 def serve(name: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Puts a method into a folder that methods are discovered in."""
+    """Add a folder with a method to the folders in which methods are discovered."""
     folder = tmp_path / "more_methods"
     folder.mkdir()
     (folder / f"{name}.py").write_text(code)
@@ -123,7 +123,7 @@ def test_a_method_cannot_forget_the_limit_on_ranks(
     assert (name, lowered.ranks) == ("plain", (2, 5))
     with pytest.raises(BudgetExceededError, check=says("RANK_OVER_LIMIT", rank=5, max_rank=4)):
         lower_checkpoint(checkpoint, base, 4)
-    # Nor can it forget the check of a header.
+    # The limit is also enforced in the check of a header.
     with AdapterRoot(tmp_path / "root").open_directory("a") as directory:
         sizes = sizes_of(base)
         check_files(directory, "a", base=sizes, base_name=None, max_rank=5)

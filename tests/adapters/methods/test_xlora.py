@@ -1,4 +1,4 @@
-"""X-LoRA, served by the engine, against PEFT's own forward."""
+"""X-LoRA, served by the engine and compared with PEFT's forward pass."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def test_scores_and_answers_are_peft_s(architecture: str, tmp_path: Path) 
 async def test_bits_alone_and_in_company(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In chunks, beside other rows, from the prefix cache, and after a preemption."""
+    """Bits are the same in chunks, beside other rows, from the cache, and after preemption."""
     base = twin("llama")
     names = ("deep", "constant")
     save_all(base.model, tmp_path, *names)
@@ -82,7 +82,7 @@ async def test_bits_alone_and_in_company(
         preempt(self, sequence, now)
 
     monkeypatch.setattr(Scheduler, "_preempt", counted)
-    # Nobody is kept back because blocks would run out later.
+    # Admit requests even if blocks will run out later.
     monkeypatch.setattr(Scheduler, "_will_run_out", lambda *_: False)
     async with EngineHarness.start(
         base.folder,
@@ -91,7 +91,7 @@ async def test_bits_alone_and_in_company(
         adapters=[*COMPONENTS, *names],
         max_num_batched_tokens=37,
     ) as harness:
-        # Fewer blocks than --kv-cache-bytes can ask for.
+        # Fewer blocks than --kv-cache-bytes can configure.
         blocks = harness.engine._loop._scheduler.blocks
         blocks.num_blocks = 60
         for block in list(blocks._free)[blocks.num_blocks - 1 :]:
@@ -111,7 +111,7 @@ async def test_its_first_pass_shares_blocks_with_the_base(tmp_path: Path) -> Non
         base.folder, tmp_path, adapters=[*COMPONENTS, *oracles]
     ) as harness:
         plain = await harness.run(make_request(prompt, max_tokens=3))
-        # Its own keys and values are nowhere yet.
+        # Its own keys and values are not computed yet.
         first = await harness.run(make_request(prompt, "deep", max_tokens=3))
         assert first.finish.usage.cached_tokens == 0
         again = await harness.run(make_request(prompt, max_tokens=3))
@@ -127,7 +127,10 @@ async def test_its_first_pass_shares_blocks_with_the_base(tmp_path: Path) -> Non
 
 
 async def test_mixes_are_sums_of_changes(tmp_path: Path) -> None:
-    """At weight 0 of one member the other is alone; two that need a first pass are refused."""
+    """With weight 0 for one member, the other acts alone.
+
+    Two members with a first pass are rejected.
+    """
     base = twin("llama")
     save_all(base.model, tmp_path, "deep", "shallow")
     prompt = prompt_of(20, 4)
@@ -149,7 +152,7 @@ async def test_mixes_are_sums_of_changes(tmp_path: Path) -> None:
 
 
 async def test_at_weight_0_it_is_the_base(tmp_path: Path) -> None:
-    """Step after step its rows are told scalings that none of their adapters reads."""
+    """In every step, its rows get scalings that no adapter reads."""
     base = twin("llama")
     save_all(base.model, tmp_path, "deep")
     prompt, off = prompt_of(20, 4), AdapterRef(name="deep", weight=0.0)
@@ -165,7 +168,7 @@ async def test_a_prompt_that_needs_all_blocks_twice_is_refused(tmp_path: Path) -
     base = twin("llama")
     save_all(base.model, tmp_path, "shallow")
     adapters = [*COMPONENTS, "shallow"]
-    # 64 blocks in fp32, of which one is padding.
+    # 64 blocks in fp32, including one for padding.
     async with EngineHarness.start(
         base.folder, tmp_path, adapters=adapters, kv_cache_bytes=1 << 20
     ) as harness:
@@ -184,13 +187,13 @@ def coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     tuning_module.tuning.cache_clear()
 
 
-# Rows that only pad a step to its bucket compute on scratch memory.
+# Rows that only pad a step compute on uninitialised memory, which may cause warnings.
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter needs CPU tensors")
 @pytest.mark.usefixtures("coarse_tiles")
 @pytest.mark.long
 async def test_the_gpu_path_equals_peft(tmp_path: Path) -> None:
-    """Beside the base, a LoRA and another of its kind, of which one has its own first pass."""
+    """The X-LoRA runs beside the base, a LoRA and another X-LoRA with its own first pass."""
     base = twin("llama")
     oracles = save_all(base.model, tmp_path, "deep", "constant")
     names = [None, "deep", "constant", "0", "deep"]
@@ -207,7 +210,7 @@ async def test_the_gpu_path_equals_peft(tmp_path: Path) -> None:
                 [make_request(p, *([n] if n else []), max_tokens=3) for n, p in asked]
             )
             scored = await harness.run(make_request(asked[1][1], "deep", score=True))
-            # Captured steps of others, before and after, are not disturbed.
+            # Captured steps of other requests, before and after, are not affected.
             again = await harness.run(make_request(asked[0][1], max_tokens=3))
     for (name, prompt), answer in zip(asked, answers, strict=True):
         model: Any = oracles.get(name or "", base.model)

@@ -1,4 +1,4 @@
-"""What an X-LoRA's files may say, and what ``turret convert`` makes of those that PEFT saves."""
+"""The files of an X-LoRA, and their conversion by ``turret convert``."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CLASSIFIER = f"base_model.{LAYERS}"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """LoRAs and a layerwise X-LoRA on ``tiny_llama``, as PEFT saved it and made whole."""
+    """LoRAs and a layerwise X-LoRA on ``tiny_llama``, as saved by PEFT and as converted."""
     root = tmp_path_factory.mktemp("xlora")
     model = make_llama()
     save_loras(model, root)
@@ -79,7 +79,7 @@ def test_it_says_what_runs_before_it(root: Path) -> None:
     lowered = lower(root)
     assert lowered.facts(read_adapter(root, "deep"), "xlora").first_pass == "adapter"
     assert lowered.operators.router is not None
-    # top_k_lora is for constants too, of which the first are kept.
+    # top_k_lora also applies to constant scalings; of equal ones, the first are kept.
     assert lowered.operators.router.first_pass == (0.5, 0.5, 0.0)
 
 
@@ -159,20 +159,23 @@ def test_modules_are_counted_in_peft_s_order(architecture: str) -> None:
 
 
 def test_what_peft_saves_lacks_layers_and_is_made_whole(root: Path) -> None:
-    """The reason of it all: once PEFT saves it whole, the main file can be read as it is."""
+    """The conversion exists because of this.
+
+    Once PEFT saves all layers, the main file can be read directly.
+    """
     saved = load_file(root / "deep-saved" / "adapter_model.safetensors")
     assert f"{CLASSIFIER}.0.weight" not in saved
     whole = load_file(root / "deep" / "adapter_model.safetensors")
     assert sorted(whole) == sorted(
         f"{CLASSIFIER}.{n}.{kind}" for n in (0, 3, 6) for kind in ("weight", "bias")
     )
-    # The LoRAs are the originals, to the byte.
+    # The LoRAs equal the originals byte for byte.
     assert read_adapter(root, "1").digest == read_adapter(root, "b").digest
 
 
 @pytest.fixture
 def reasons(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The reasons of the sentences that a conversion makes, in order."""
+    """The reasons of the sentences from a conversion, in order."""
     found: list[str] = []
 
     def record(reason: str, **params: Any) -> Text:
@@ -200,7 +203,7 @@ def test_loras_that_have_moved_are_named(root: Path, reasons: list[str]) -> None
 
 
 def test_more_than_ten_loras_keep_their_order(root: Path) -> None:
-    """PEFT sorts the file's keys, so 10 stands before 2 there; the classifier's outputs do not."""
+    """PEFT sorts the keys, so 10 precedes 2; the classifier's outputs are in numerical order."""
     loras = ["abc"[number % 3] for number in range(11)]
     made = save_xlora(make_llama(), root, "many", loras=loras, **KINDS["shallow"])
     active = made.base_model.lora_model.active_adapters  # type: ignore[union-attr]
@@ -224,7 +227,7 @@ def test_what_cannot_be_found_again_is_said(root: Path, reasons: list[str]) -> N
 
 
 def test_what_older_versions_saved_is_taken_as_it_is(root: Path) -> None:
-    """Whole files: the classifier in the main one, nothing but LoRAs in the folders."""
+    """The files are complete: the main one has the classifier, the folders have only LoRAs."""
     folder = root / "deep-saved"
     shutil.copy(root / "deep" / "adapter_model.safetensors", folder)
     edit_config(folder, use_trainable_adapters=True, adapters=dict.fromkeys("012", "/gone"))

@@ -1,4 +1,4 @@
-"""Config, tensors and base in agreement, or an answer that names everything that is not."""
+"""Inconsistencies between config, tensors and base; the error names all of them."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_for_a_misspelt_peft_type_the_closest_is_suggested(root: Path) -> None:
     assert why.params == {"value": "FOOBAR"}
 
 
-# Tensors against config
+# Tensors compared with the config
 
 
 def drop(*names: str) -> Callable[[dict[str, torch.Tensor]], None]:

@@ -1,4 +1,4 @@
-"""No path leads out of the adapter root, whatever somebody does to it meanwhile."""
+"""No path leads out of the adapter root, even if it is changed at the same time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def exchange(first: Path, second: Path) -> None:
 
 
 def read(root: AdapterRoot, path: str) -> list[str]:
-    """What both files hold."""
+    """The content of both files."""
     with root.open_directory(path) as directory:
         texts = []
         for name in NAMES:
@@ -70,7 +70,7 @@ SWAPS: dict[str, Callable[[Path, Path], None]] = {
 
 @pytest.fixture(params=SWAPS)
 def tree(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A root with ``parent/a`` inside and, to be swapped for it, ``parent/b`` that leads out."""
+    """A root with ``parent/a``, and a ``parent/b`` to swap with it that leads outside."""
     outside = tmp_path / "outside"
     fill(outside, "outside")
     fill(tmp_path / "root" / "parent" / "a", "inside")
@@ -81,7 +81,7 @@ def tree(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_a_swap_before_any_system_call_leads_nowhere(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The directory is swapped just before the first look-up of its files, the second, ..."""
+    """The directory is swapped just before the first, second, … lookup of its files."""
     root = AdapterRoot(tree)
     calls = ("open", "readlink")
     real = {name: getattr(os, name) for name in calls}
@@ -112,7 +112,7 @@ def test_a_swap_before_any_system_call_leads_nowhere(
         if count > when:
             exchange(tree / "parent" / "a", tree / "parent" / "b")
         else:
-            # The swap came too late to happen at all.
+            # There were fewer lookups, so the swap did not happen.
             break
     else:
         pytest.fail("the walk has more steps than were tried")
@@ -122,7 +122,7 @@ def test_a_swap_before_any_system_call_leads_nowhere(
 
 @pytest.fixture
 def swapper(tree: Path) -> Iterator[None]:
-    """Another process that swaps without a pause."""
+    """Another process that swaps continuously."""
     script = (
         "import ctypes, sys; call = ctypes.CDLL(None).renameat2\n"
         "a, b = (name.encode() for name in sys.argv[1:])\n"

@@ -1,4 +1,4 @@
-"""Operators in one block: the same values, no gaps, no other memory kept."""
+"""Operators in one block: the same values, without gaps or other retained memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from turret.server.adapters.operators.sparse import Sparse
 
 
 def low_rank(rank: int, size: int) -> LowRank:
-    # Views of something larger, as those of a file's tensors are.
+    # Views of a larger tensor, like the tensors of a file.
     wide = torch.randn(2 * rank, size).bfloat16()
     return LowRank(wide[:rank], wide[rank:])
 
@@ -68,7 +68,7 @@ def test_every_operator_keeps_its_values_in_one_storage() -> None:
     assert gate.rank_indptr == moved.rank_indptr
     both = after["b"].get(Hadamard)
     assert both is not None
-    assert both.w1a is both.w1b  # what was one tensor is there once
+    assert both.w1a is both.w1b  # a shared tensor is stored once
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

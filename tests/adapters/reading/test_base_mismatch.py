@@ -1,4 +1,4 @@
-"""What is said of an adapter for another base, and which names mean another one."""
+"""Errors for an adapter of another base, and the comparison of base names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the reader refuses: paths, files and values, before anything is interpreted."""
+"""Paths, files and values that the reader rejects before it interprets anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter that is read again is hashed again exactly if its files may have changed."""
+"""An adapter that is read again is hashed again if and only if its files may have changed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write(folder: Path, seed: int, alpha: int = 1) -> None:
 
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bytes hashed, a number per piece; files count as settled at once."""
+    """The numbers of hashed bytes, one per piece; files count as settled at once."""
     monkeypatch.setattr(adapter_root, "_SETTLED_SECONDS", 0.0)
     pieces: list[int] = []
     begin = reader.begin_digest
@@ -157,7 +157,7 @@ def test_uploads_are_not_known_where_others_may_write(tmp_path: Path, hashed: li
 def test_weights_changed_through_a_mapping_are_seen(
     tmp_path: Path, hashed: list[int], place: str
 ) -> None:
-    """Pages that were written to before can be written to again, and no time of the file moves."""
+    """Mapped pages can be written a second time without a change of the file's times."""
     with contextlib.ExitStack() as stack:
         folder = tmp_path
         if place == "memory":

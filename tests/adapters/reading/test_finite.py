@@ -1,4 +1,4 @@
-"""A NaN or Inf is found wherever it lies; the largest finite values are not taken for one."""
+"""A NaN or Inf is found at any position; the largest finite values are accepted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Directories and files that are no adapter's: a load and a start say the same, and what to do."""
+"""Directories and files that are not adapters: loading and startup report the same, with advice."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def without(file: str) -> Callable[[Path], None]:
     return lambda folder: (folder / file).unlink()
 
 
-# What is done to an adapter, the field that is named, and the reason.
+# A change to an adapter, the reported field, and the reason.
 FAULTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "no config": (without(CONFIG_FILE), "path", "NOT_AN_ADAPTER"),
     "no weights": (without(TENSORS_FILE), TENSORS_FILE, "MISSING_FILE"),
@@ -105,7 +105,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A root with one adapter whose files are whole, ``m``."""
+    """A root with one complete adapter, ``m``."""
     write_adapter(tmp_path / "m")
     return tmp_path
 
@@ -145,7 +145,7 @@ def test_for_a_directory_far_above_an_adapter_the_adapter_is_suggested(root: Pat
         error = refused(root, above)
         assert meant(error)
         assert error.message in said_by_a_start(root, above)
-    # The nearest are meant.
+    # The nearest adapters are suggested.
     write_adapter(root / "saves" / "other")
     assert says("NOT_AN_ADAPTER", closest="saves/other")(refused(root, "saves"))
     # Directories behind a link are not searched.
@@ -163,13 +163,13 @@ def test_a_file_is_not_an_adapter(root: Path) -> None:
 @pytest.mark.parametrize("locked", ["m", f"m/{CONFIG_FILE}", f"m/{TENSORS_FILE}", ""])
 @pytest.mark.parametrize("mode", [0o000, 0o444, 0o711])
 def test_what_may_not_be_read_is_said_with_who_may_not(locked: str, mode: int) -> None:
-    # In a place that every user may enter, which pytest's is not.
+    # A directory that every user may enter, unlike pytest's.
     with pretending_not_to_be_root() as user, tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "root"
         write_adapter(root / "m")
         (root / locked).chmod(mode)
         try:
-            # A directory need not be listed for what is in it to be read.
+            # Files can be read even if their directory cannot be listed.
             if mode & (0o100 if (root / locked).is_dir() else 0o400):
                 assert read_checkpoint(AdapterRoot(root), "m", max_elements=1 << 20)
             else:
@@ -195,13 +195,13 @@ def test_what_is_near_may_be_locked(tmp_path: Path) -> None:
 
 @contextmanager
 def pretending_not_to_be_root() -> Iterator[str]:
-    """Root may read everything."""
+    """Run the block as another user, because root may read everything."""
     user = os.geteuid()
     if user:
         yield pwd.getpwuid(user).pw_name
         return
     nobody = pwd.getpwnam("nobody")
-    # What is made in it is nobody's, and so are its rights to bear.
+    # Files created in the block belong to the user nobody, with that user's permissions.
     with tempfile.TemporaryDirectory() as folder:
         os.chown(folder, nobody.pw_uid, nobody.pw_gid)
         before, tempfile.tempdir = tempfile.tempdir, folder

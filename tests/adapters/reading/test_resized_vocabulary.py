@@ -1,4 +1,4 @@
-"""Which adapters with another number of tokens are read, and how the others are refused."""
+"""Adapters with a different number of tokens: which are accepted, and how others are rejected."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_facts_tell_the_vocabulary(loader_of: Any, tmp_path: Path) -> None:
     assert (added.first, added.head.shape) == (FIRST, (ROWS - FIRST, 128))
     sizes = [(folder / name).stat().st_size for name in TOKENIZER_FILES if (folder / name).exists()]
     assert loaded.facts.bytes_disk > sum(sizes) > 0
-    # The tokenizer is a part of what the adapter is; what else lies there is not.
+    # The tokenizer is a part of the adapter; other files in the folder are not.
     (folder / "training_args.bin").write_bytes(b"never opened")
     assert load(loader).facts == loaded.facts
     (folder / "chat_template.jinja").write_text("another")
@@ -93,7 +93,7 @@ def test_facts_tell_the_vocabulary(loader_of: Any, tmp_path: Path) -> None:
 def test_rows_that_pad_the_base_may_be_tokens(
     loader_of: Any, tmp_path: Path, config: dict[str, Any], named: int, is_own: bool
 ) -> None:
-    """As Qwen's: there is room for new tokens, so that nothing is resized."""
+    """As in Qwen: the padding has room for new tokens, so nothing is resized."""
     save_adapter(twin("llama").model, make_config("lora", **{**Q, **config}), tmp_path / "a")
     loader = loader_of(tmp_path, named)
     assert load(loader).facts.tokenizer == ""
@@ -193,7 +193,7 @@ def test_bad_tokenizers_are_named(
 
 
 def test_a_config_names_no_file_elsewhere(loader_of: Any, tmp_path: Path) -> None:
-    """``tokenizer_file`` and others would be opened by transformers, wherever they are."""
+    """Otherwise, transformers would open ``tokenizer_file`` and others at any path."""
     other = tmp_path / "other.json"
     other.write_text("{}")
     folder = grown(tmp_path)
@@ -288,7 +288,7 @@ SHAPES: dict[str, Any] = {
 def test_tensors_of_any_form_are_refused_or_read(
     loader_of: Any, tmp_path: Path, keys: dict[str, Any]
 ) -> None:
-    """Nothing but a refusal comes of a file, whatever one of its tensors is."""
+    """A file with a tensor of any form is accepted or rejected, without other errors."""
     folder = grown(tmp_path, **keys)
     file = folder / "adapter_model.safetensors"
     sound, loader = file.read_bytes(), loader_of(tmp_path)

@@ -1,4 +1,4 @@
-"""Module selection against PEFT's own functions, and patterns that must not stall the server."""
+"""Module selection compared with PEFT's functions, and patterns that must not stall the server."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_selects_what_peft_selects_on_random_configs(
     assert found.targeted == peft_targets(**config)
 
 
-@settings(max_examples=25, deadline=None)  # a child interpreter per example
+@settings(max_examples=25, deadline=None)  # one child interpreter per example
 @given(
     ranks=st.dictionaries(pattern_keys, st.integers(1, 64), max_size=4),
     alphas=st.dictionaries(pattern_keys, st.floats(0.5, 64), max_size=4),
@@ -180,7 +180,10 @@ def test_contradictions_and_broken_patterns_are_named(config: dict[str, Any], fi
 
 @pytest.fixture
 def children(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """The children started; a second of processor time each, and nothing known to be slow."""
+    """The started child processes.
+
+    Each has a second of processor time, and no pattern is known to be slow.
+    """
     monkeypatch.setattr(pattern_match, "CPU_SECONDS", 1)
     started: list[Any] = []
     start = subprocess.Popen
@@ -277,7 +280,7 @@ def test_warnings_stay_few_and_short() -> None:
 
 
 def test_as_many_patterns_as_would_take_minutes_are_refused() -> None:
-    """Of a mixture whose experts are modules."""
+    """The patterns are for a mixture whose experts are modules."""
     names = [f"model.layers.{i // 128}.mlp.experts.{i % 128}.up_proj" for i in range(1 << 15)]
     patterns = {f"x{i}": 3 for i in range(513)}
     findings = Findings("a")

@@ -1,4 +1,4 @@
-"""Folders as Unsloth, Axolotl and TRL leave them: loaded as they are, whatever lies beside."""
+"""Folders in the form that Unsloth, Axolotl and TRL write, which are loaded despite other files."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from turret.server.adapters.adapter import Source, origin_of
 from turret.server.adapters.residency.loader import AdapterLoader
 from turret.server.errors import AdapterCheckpointError
 
-# What transformers' Trainer writes beside a checkpoint's adapter.
+# Files that transformers' Trainer writes beside a checkpoint's adapter.
 TRAINER = (
     *("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "trainer_state.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "README.md"),
 )
-# What PEFT's config holds, said or not, by version.
+# The keys of PEFT's config, set or not, by version.
 PEFT_KEYS: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "alpha_pattern": {},
@@ -71,7 +71,7 @@ READ = {
     "tokenizer_config.json": b'{"auto_map": {"AutoTokenizer": ["a.b", null]}, "bos_token": null,'
     b' "chat_template": "{{ messages[0].content }}"}',
 }
-# Tool → folder, files beside, the config's own words.
+# Tool → folder, other files, keys of the config.
 TOOLS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "unsloth": (
         "lora_model",
@@ -112,7 +112,7 @@ def test_a_tools_folder_loads_as_it_is(tool: str, tmp_path: Path) -> None:
     oracle = load_with_peft(model, folder)
     for name in beside:
         (folder / name).parent.mkdir(exist_ok=True)
-        # Only these are read. The others are a pickle that opens nothing, and JSON that is none.
+        # Only these files are read. The others are invalid pickles or invalid JSON.
         (folder / name).write_bytes(READ.get(name, b"\x80\x04x"))
     base = base_of(model, name="org/Tiny-Llama-1B")
     loader = AdapterLoader(tmp_path, base, 1 << 30, 64)

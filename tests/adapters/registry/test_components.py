@@ -1,4 +1,4 @@
-"""Fusions and the registered adapters they are built from: found by digest, kept, or refused."""
+"""Fusions and the registered adapters that they consist of: found by digest, kept, or rejected."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_components_that_cannot_be_fused_are_named(
 
 
 _ZEROS = "0" * 64
-# A value of the key, and the part of it that is wrong.
+# A value of the key, and its invalid part.
 BAD_COMPONENTS: dict[str, tuple[Any, Any]] = {
     "one": ([{"name": "a", "digest": _ZEROS}], [{"name": "a", "digest": _ZEROS}]),
     "none": ([], []),
@@ -205,7 +205,7 @@ def test_every_wrong_key_and_tensor_is_named_at_once(open_registry: Any, root: P
         f"{Q}.fusion_value.weight",
         f"{Q}.fusion_key.weight",
         "model.layers.1.self_attn.v_proj.fusion_query.weight",
-        # The config leaves this module out, so what else it lacks is not reported.
+        # The config omits this module, so its other missing tensors are not reported.
         "model.layers.1.self_attn.o_proj.fusion_query.weight",
     }
 
@@ -249,10 +249,10 @@ def test_a_component_cannot_leave_before_its_fusion(mode: Any, open_registry: An
     for call in (lambda: registry.unload("a", mode), lambda: registry.replace("a", "dora")):
         error = refusal(call, AdapterInUseError, "FAILED_PRECONDITION")
         assert says("ADAPTER_IS_COMPONENT", adapter="a", fusions="'f'")(error)
-    # It serves on, and what does not change its content is fine.
+    # It is still served, and changes that keep its content are allowed.
     registry.release(registry.acquire(refs("a")))
     assert registry.replace("a", "a").generation == 1
-    # Another name for the same weights is as good.
+    # Another name for the same weights suffices.
     registry.load("twin", "a")
     registry.unload("a", mode)
     refusal(lambda: registry.unload("twin", mode), AdapterInUseError, "FAILED_PRECONDITION")
@@ -267,7 +267,7 @@ def test_a_replaced_fusion_frees_its_components(open_registry: Any, root: Path) 
     registry = open_registry("abcf")
     mix = registry.acquire(refs("f"))
     assert registry.replace("f", "g").generation == 2
-    # A request still runs on the generation that has b.
+    # A request still runs on the generation that uses b.
     refusal(lambda: registry.unload("b"), AdapterInUseError, "FAILED_PRECONDITION")
     registry.release(mix)
     registry.unload("b")
@@ -287,7 +287,7 @@ def test_an_evicted_fusion_is_read_again_with_its_components(
     assert Waiter(mix).wait().error is None
     assert registry.get("f").residency == "host"
     registry.release(mix)
-    # The component's files change under it: its digest no longer holds.
+    # The component's files have changed, so its digest no longer matches.
     again = registry.acquire(refs("a"))
     assert Waiter(again).wait().error is None
     registry.release(again)

@@ -52,7 +52,7 @@ def test_an_export_that_finds_its_files_gone_looks_again(
     with pytest.raises(AdapterNotFoundError):
         registry.export("up")
     assert not meanwhile
-    # Where nothing has changed, the files are simply not there.
+    # Without a change, the files are simply missing.
     registry.load("c", "c")
     shutil.rmtree(make.root / "c")
     with pytest.raises(AdapterChangedError, check=says("FILES_LOST", adapter="c", path="c")):

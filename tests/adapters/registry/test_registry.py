@@ -80,7 +80,7 @@ def test_the_same_content_is_idempotent_and_other_content_is_not(make: Registrie
     with pytest.raises(AdapterExistsError):
         registry.load("x", "b")
     assert registry.get("x").facts.digest == first.facts.digest
-    # The newest path that was seen to hold the content is the one that reloads.
+    # The adapter is reloaded from the newest path with the same content.
     shutil.rmtree(make.root / "a")
     registry._leases._memory.leave(registry._table.find("x").current)
     assert Waiter(registry.acquire(refs("x"))).wait().error is None
@@ -234,7 +234,7 @@ def test_force_also_ends_a_request_that_the_engine_had_not_seen(make: Registries
     told: list[str] = []
 
     def end(uuid: str) -> None:
-        # The first time the request is still on its way to whoever could end it.
+        # At the first attempt, the request has not yet reached the engine, which could end it.
         told.append(uuid)
         if len(told) == 2:
             registry.release(mix)

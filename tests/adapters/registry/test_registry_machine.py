@@ -35,7 +35,7 @@ def _checkpoints():
 
 
 class Held:
-    """A mix of the test and what it was told."""
+    """A mix of the test, and the answers that it received."""
 
     def __init__(self, mix: Mix, names: list[str]) -> None:
         self.mix, self.names = mix, names
@@ -52,7 +52,7 @@ class Held:
 
 
 class RegistryMachine(RuleBasedStateMachine):
-    """The budget holds ranks 1 to 6 in all: most pairs fit, most triples do not."""
+    """The budget is a total rank of 6: most pairs fit, most triples do not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class RegistryMachine(RuleBasedStateMachine):
             return
         held.has_asked = True
         held.is_ready = held.is_ready or resident
-        # A mix that was granted when everything was there may since have been boxed in by pins.
+        # Pins that were set after a mix was granted may have made it too large.
         assert resident or needed + pinned <= 6
 
     @precondition(lambda self: bool(self.held))
@@ -159,7 +159,7 @@ class RegistryMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         for name in self.pinned:
             self.registry.unpin(name)
-        # Everyone who waits is answered once those before them let go.
+        # Every waiting mix is answered once earlier ones release theirs.
         for held in [h for h in self.held if h.is_ready or not h.has_asked]:
             self.held.remove(held)
             self.registry.release(held.mix)
@@ -175,7 +175,7 @@ class RegistryMachine(RuleBasedStateMachine):
         assert self.registry.host_bytes_used == 0
 
     def _is_next(self, held: Held) -> bool:
-        """Whether the mix is being read for, or first in line."""
+        """Whether reads for the mix are running, or it is first in the queue."""
         queue = self.registry._leases._line
         return all(lease.mix is not held.mix for lease in queue) or queue[0].mix is held.mix
 

@@ -1,4 +1,4 @@
-"""New generations: who gets which, when the old one goes, and what a failure leaves."""
+"""New generations: the requests that use them, the end of old ones, and failures."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_of_two_who_expect_the_same_generation_one_changes_it(make: Registries) 
             refused()
     with pytest.raises(AdapterNotFoundError):
         registry.replace("nobody", "b", 1)
-    # A refusal changes nothing: it still serves.
+    # A rejection changes nothing: the adapter is still served.
     registry.release(registry.acquire(refs("a")))
     registry.unload("a", expected_generation=2)
     assert not list(registry.list())
@@ -201,7 +201,7 @@ def test_a_replaced_generation_is_no_longer_pinned(make: Registries) -> None:
     registry.load("c", "c")
     running = registry.acquire(refs("a"))
     registry.replace("a", "b")
-    # It fits as soon as the running request ends, so it waits rather than being refused.
+    # The adapter fits as soon as the running request ends, so the request waits instead of failing.
     waiting = Waiter(registry.acquire(refs("c")))
     assert not waiting.is_answered
     registry.release(running)

@@ -1,4 +1,4 @@
-"""A client that is closed while its calls run, and calls that their own program cancels."""
+"""Clients that are closed while calls run, and calls that their program cancels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SLOW = "slow"
 
 
 class Slow(FakeInference):
-    """Takes until its client has gone over an answer to SLOW."""
+    """Answers SLOW only after its client has gone."""
 
     def Generate(self, request, context):
         if request.prompt == SLOW:
@@ -38,7 +38,7 @@ def server() -> Iterator[FakeTurret]:
         yield running
 
 
-# One that is answered late, one that is tried again after a while, and streams of these.
+# A call that is answered late, one that is retried, and streams of both kinds.
 CALLS: dict[str, Callable[[Any], Any]] = {
     "call": lambda client: client.generate(SLOW),
     "tries": lambda client: client.generate("busy"),
@@ -89,7 +89,7 @@ async def test_a_task_that_its_program_cancels_is_cancelled(server: FakeTurret, 
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
                 await _to_the_end(ask, client)
-    # And where both happens at once.
+    # Both at the same time.
     client = AsyncTurretClient(server.address)
     task = asyncio.create_task(_to_the_end(ask, client))
     await asyncio.sleep(0.2)

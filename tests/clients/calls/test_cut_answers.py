@@ -1,4 +1,4 @@
-"""Answers that a stopping server ends: another gives the rest, or an error says so."""
+"""Answers that a stopping server ends: another server continues them, or an error is raised."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CANCELLED, _STOP = inference_pb2.GenerateResponse.CANCELLED, inference_pb2.Gene
 
 
 class Stopping(inference_pb2_grpc.InferenceServicer):
-    """Cuts as many answers as it is told, then fails with ``then`` or answers."""
+    """Cuts a number of answers, then fails with ``then`` or answers."""
 
     def __init__(self) -> None:
         self.cuts = 0
@@ -45,7 +45,7 @@ class Stopping(inference_pb2_grpc.InferenceServicer):
         is_cut = self._is_cut(context)
         for text in texts[:1] if is_cut else texts:
             yield inference_pb2.GenerateChunk(text=text, token_ids=[ord(text)])
-        # Text that was held back for a stop string; whoever goes on gives it again.
+        # Text that was held back for a stop string; the next server sends it again.
         yield inference_pb2.GenerateChunk(
             text=texts[1:2] if is_cut else "", finish_reason=_CANCELLED if is_cut else _STOP
         )
@@ -70,7 +70,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Stopping, str]]:
 
 
 def _streamed(address: str, is_async: bool, **options: Any) -> tuple[list[Any], Exception | None]:
-    """The chunks of an answer, and what ended it if not its end."""
+    """The chunks of an answer, and the error that ended it, if any."""
     chunks: list[Any] = []
 
     async def read() -> None:
@@ -122,7 +122,7 @@ def test_a_broken_stream_waits_for_a_server_that_starts_again(
     stopping = Stopping()
     stopping.cuts = 1
     serving, address = _serve(stopping, "127.0.0.1:0")
-    # Two tries alone would be over after the twentieth part of a second.
+    # Two attempts alone would end after a twentieth of a second.
     with TurretClient(address) as client, futures.ThreadPoolExecutor(1) as pool:
         stream = client.generate_stream("a")
         chunks = [next(stream)]
@@ -192,7 +192,7 @@ def test_a_whole_answer_is_asked_for_again_or_is_an_error(server, is_async: bool
             ask(max_retries=retries)
         assert raised.value.completion is not None
         assert raised.value.completion.text == "ab"
-    # What a later try is told for good is what counts.
+    # A final error of a later attempt is the one that counts.
     stopping.cuts, stopping.then = 1, grpc.StatusCode.NOT_FOUND
     with pytest.raises(NotFoundError):
         ask()
@@ -202,7 +202,7 @@ def test_a_whole_answer_is_asked_for_again_or_is_an_error(server, is_async: bool
 def test_closing_an_asyncio_client_leaves_nothing_of_a_cut_stream_to_the_next_loop(
     is_cut_by_close: bool,
 ) -> None:
-    """Where the last event of a call finds its loop closed, gRPC prints a traceback."""
+    """Otherwise, gRPC prints a traceback when a call's last event finds its loop closed."""
 
     async def cut(address: str) -> list[str]:
         async with AsyncTurretClient(address) as client:

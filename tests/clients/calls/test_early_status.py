@@ -1,4 +1,4 @@
-"""An upload that the server refuses before it has it all ends with the server's words."""
+"""An upload that the server rejects early ends with the server's error."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from turret import AsyncTurretClient, TurretClient
 from turret.clients.errors import AlreadyExistsError, UnavailableError
 from turret.v1 import adapters_pb2, adapters_pb2_grpc
 
-# So many, and of such a size, that gRPC's own client lost the status of about every second one.
+# With this number and size, gRPC's own client lost the status of about every second upload.
 UPLOADS = 25
 FILE_BYTES = 8 << 20
 
 
 class Refusing(adapters_pb2_grpc.AdaptersServicer):
-    """Knows from the first message that the name is taken."""
+    """A server that rejects the name after the first message."""
 
     async def UploadAdapter(
         self,
@@ -45,7 +45,7 @@ async def address() -> AsyncIterator[str]:
 
 @pytest.fixture
 def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Files that go in chunks of a megabyte, as other clients send them."""
+    """Files that are sent in chunks of a megabyte, as by other clients."""
     monkeypatch.setattr("turret.clients.messages.adapter_files._CHUNK_BYTES", 1 << 20)
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(bytes(FILE_BYTES))

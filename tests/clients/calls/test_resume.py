@@ -1,4 +1,4 @@
-"""Streams that break off go on by themselves: nothing twice, nothing missing, the same bits."""
+"""Interrupted streams continue by themselves, with the same bits, without gaps or repetitions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from turret.clients.messages.results import Chunk
 from turret.v1 import inference_pb2, inference_pb2_grpc
 
 ADAPTERS = ("json", "sql")
-# Past the connection's own greetings, and before the last of several answers.
+# After the connection's handshake, and before the last of several answers.
 AFTER_BYTES = (800, 6000)
 NUM_CLIENTS, NUM_EACH = 10, 6
 
@@ -54,7 +54,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _options(number: int) -> GenerateOptions:
-    """Greedy, seeded, with adapters, penalties, logprobs, an echo and stop strings, in turn."""
+    """Options in turn: greedy, seeded, adapters, penalties, logprobs, echo, stop strings."""
     options: GenerateOptions = {"max_tokens": 24, "ignore_eos": True, "seed": number}
     options["adapters"] = ((), "json", ("json", ("sql", -0.5)))[number % 3]
     options["temperature"] = (0.0, 1.5)[number % 2]
@@ -117,7 +117,7 @@ def test_broken_streams_give_what_whole_ones_give(server: ServerUnderTest) -> No
                 *(ask_several_async(proxy.address, part) for part in parts[half:])
             )
 
-        # One kind after the other: channels of one process share a connection, and so its end.
+        # Run the kinds in sequence, because channels of one process share a connection and its end.
         broken = [thread.result(120) for thread in threads]
         broken += asyncio.run(rest())
         assert proxy.num_broken > len(numbers) / 10
@@ -156,7 +156,7 @@ def test_a_proxy_that_falls_silent_is_given_up(
     options: GenerateOptions = {"max_tokens": 200, "ignore_eos": True, "temperature": 0.0}
     with TurretClient(server.address) as direct:
         whole = list(direct.generate_stream("a", **options))
-    # A tenth of the time.
+    # Divide all times by ten.
     sooner = [(n, v // 10 if n.endswith("_ms") else v) for n, v in channel._OPTIONS]
     monkeypatch.setattr(channel, "_OPTIONS", tuple(sooner))
     with (

@@ -1,4 +1,4 @@
-"""Which calls the clients try again, how long they wait, and which exception ends them."""
+"""Retries of the clients: which calls, the delays, and the final exceptions."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_
 
 
 class Moody(inference_pb2_grpc.InferenceServicer, adapters_pb2_grpc.AdaptersServicer):
-    """Fails as often as it is told before it answers.
+    """Fails a number of times before it answers.
 
     Attributes:
-        failures: How many further calls fail.
-        calls: Calls so far, failed ones included.
+        failures: The number of further calls that fail.
+        calls: The number of calls so far, including failed ones.
     """
 
     def __init__(self) -> None:
@@ -143,7 +143,7 @@ def test_the_server_says_how_long(server: tuple[Moody, str]) -> None:
         before = time.monotonic()
         client.generate("x")
         assert time.monotonic() - before >= 0.4
-        # No room for the delay before the deadline: the refusal stands, at once.
+        # The delay exceeds the deadline, so the error is raised at once.
         servicer.failures = 1
         before = time.monotonic()
         with pytest.raises(RateLimitedError):
@@ -193,7 +193,7 @@ def test_a_closed_stream_does_not_come_back(server: tuple[Moody, str]) -> None:
 
 
 def test_a_change_is_not_made_twice(server: tuple[Moody, str]) -> None:
-    """A merge that reached nobody is not repeated: gRPC cannot tell whether it ran."""
+    """A merge that reached no server is not repeated, because gRPC cannot tell whether it ran."""
     servicer, address = server
     servicer.code, servicer.reason, servicer.delay = grpc.StatusCode.UNAVAILABLE, "", None
     with TurretClient(address) as client:
@@ -204,7 +204,7 @@ def test_a_change_is_not_made_twice(server: tuple[Moody, str]) -> None:
         servicer.failures, servicer.calls = 1, 0
         assert client.adapters.get("a").name == "a"
         assert servicer.calls == 2
-        # The server itself said that it did nothing.
+        # The server itself reported that it did nothing.
         servicer.reason, servicer.failures, servicer.calls = "UNAVAILABLE", 1, 0
         client.adapters.merge("a")
         assert servicer.calls == 2

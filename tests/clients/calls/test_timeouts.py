@@ -1,4 +1,4 @@
-"""How long a call may take, and what is said when it took longer."""
+"""Deadlines of calls, and the errors after them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ async def test_a_missed_deadline_says_how_long_it_was(server: FakeTurret):
 
 
 class Punctual(FakeInference):
-    """Says itself that the deadline is over, as a server does whose clock is first."""
+    """A server that reports the deadline itself, before the client notices it."""
 
     def GenerateStream(self, request, context):
         reason = inference_pb2.GenerateResponse.DEADLINE

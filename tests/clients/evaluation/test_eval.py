@@ -1,4 +1,4 @@
-"""``turret eval``: the test set, the measures, and the verb against a server that knows answers."""
+"""``turret eval``: the test set, the metrics, and the verb with a server of known answers."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 class Geographer(FakeInference):
-    """Knows every capital with ``sql``, one without, and writes them in capitals with ``json``.
+    """Knows every capital with ``sql``, one without, and answers in upper case with ``json``.
 
-    A token is a character. With ``sql`` each has probability 1/2, else 1/8, the prompt's 1/1000.
+    A token is a character. Tokens have probability 1/2 with ``sql``, otherwise 1/8; those of the
+    prompt have 1/1000.
     """
 
     def __init__(self, adapters) -> None:
@@ -43,7 +44,7 @@ class Geographer(FakeInference):
         self.is_closed = False
         self._running = 0
         self._lock = threading.Lock()
-        # Nobody is answered before two calls are under way: proof that they are.
+        # No call is answered before two are running, which proves that they run concurrently.
         self._two = threading.Event()
 
     def Generate(self, request, context):
@@ -111,7 +112,7 @@ def server() -> Iterator[FakeTurret]:
 
 @pytest.fixture
 def run(server: FakeTurret, capsys: pytest.CaptureFixture[str], monkeypatch) -> Run:
-    """Runs ``turret eval``; returns exit code, stdout and stderr."""
+    """Run ``turret eval``; returns exit code, stdout and stderr."""
     monkeypatch.setenv("COLUMNS", "140")
 
     def run(*arguments: object) -> tuple[int, str, str]:
@@ -147,7 +148,7 @@ def test_base_adapters_and_mixes_are_judged_together(
     figures = {r["mix"]: {k: v["value"] for k, v in r["metrics"].items()} for r in json.loads(out)}
     assert list(figures) == ["base", "sql", "sql+json=-0.5"]
     third = pytest.approx(1 / 3)
-    # The prompt's tokens would push the perplexity towards 1000.
+    # Including the prompt's tokens would move the perplexity towards 1000.
     assert figures["base"] == {
         "perplexity": pytest.approx(8),
         "exact_match": third,
@@ -184,11 +185,12 @@ def test_base_adapters_and_mixes_are_judged_together(
     }
     drawing = ET.fromstring(plot.read_text())
     bars = [e for e in drawing.iter("{http://www.w3.org/2000/svg}rect") if e.get("class")]
-    # Panel by panel: perplexity, exact match, token F1, label accuracy.
+    # The panels are perplexity, exact match, token F1 and label accuracy.
     widths = [float(bar.get("width", "")) for bar in bars]
     assert len(widths) == 12
     assert widths[0] == pytest.approx(3 * widths[1])
-    # Every token is as likely as every other: no draw differs, and the first panel has none.
+    # All tokens have the same probability, so all draws are equal, and the first panel has no
+    # intervals.
     lines = drawing.iter("{http://www.w3.org/2000/svg}line")
     assert sum(line.get("class") == "w" for line in lines) == 9
     assert widths[4] == pytest.approx(3 * widths[3], rel=0.01)
@@ -225,7 +227,7 @@ def test_an_interrupt_says_how_far_it_was_and_waits_for_nobody(
         if completed >= 3:
             raise KeyboardInterrupt
 
-    # The server has bound its methods, but asks for this one anew in each call.
+    # The server has bound its methods, but looks this one up in each call.
     monkeypatch.setattr(server.inference, "_accept", hold)
     monkeypatch.setattr(Progress, "update", update)
     began = time.monotonic()
@@ -358,7 +360,7 @@ def test_labels_are_judged_by_accuracy_and_macro_f1(
     assert sql["metrics"]["accuracy"]["value"] == sql["metrics"]["macro_f1"]["value"] == 1
     count = len(CAPITALS)
     assert other["metrics"]["accuracy"]["value"] == pytest.approx(1 / count)
-    # One label is found and right once, wrong for all others, whose own F1 is 0.
+    # One label is always found: it is right once, and all other labels have an F1 of 0.
     assert other["metrics"]["macro_f1"]["value"] == pytest.approx(2 / (count + 1) / count)
     rows = [json.loads(line) for line in answers.read_text().splitlines()]
     assert {row["answer"] for row in rows if row["mix"] == "json"} == {"Lima"}
@@ -381,7 +383,8 @@ def test_sets_of_labels_are_judged_by_every_f1(run: Run, tmp_path: Path):
     code, out, _ = run(path, *flags, "--json")
     assert code == 0
     sql, other = json.loads(out)
-    # Found: Lima; N'Djamena; Muscat. Half sure of a city, each time, is not sure.
+    # The labels Lima, N'Djamena and Muscat are found. A probability of exactly one half does not
+    # count.
     figures = {name: each["value"] for name, each in sql["metrics"].items()}
     expected = {"accuracy": 1 / 3, "micro_f1": 4 / 6, "macro_f1": (1 + 0 + 1 + 0) / 4}
     assert figures == pytest.approx(expected)

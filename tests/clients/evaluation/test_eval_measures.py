@@ -1,4 +1,4 @@
-"""The measures of ``turret eval``, on their own."""
+"""The metrics of ``turret eval`` alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from turret.clients.evaluation.answer_metrics import (
         ("lima.", "Lima", 0, 1),
         ("the city of Lima", "Lima", 0, 0.4),
         ("a b", "b c", 0, 0.5),
-        # Words count as often as both have them: 2 common of 2 and 3.
+        # Words count as often as both texts have them: 2 common words of 2 and 3.
         ("a a", "a a b", 0, 0.8),
         ("", "Lima", 0, 0),
         ("!", "?", 0, 1),
@@ -62,7 +62,7 @@ def test_intervals_hold_the_value_and_shrink_with_examples():
     assert narrow.low is not None
     assert narrow.high is not None
     assert wide.low < narrow.low < narrow.value == 0.5 < narrow.high < wide.high
-    # The binomial's own 95 % interval at 1000 examples.
+    # The 95 % interval of the binomial distribution with 1000 examples.
     assert narrow.high - 0.5 == pytest.approx(1.96 * 0.5 / math.sqrt(1000), rel=0.15)
     assert estimate(many, mean) == narrow
 
@@ -79,7 +79,7 @@ def test_the_interval_of_a_proportion_is_that_of_wilson(total: int):
         assert found.high is not None
         assert found.low <= found.value <= found.high
         assert found.high - found.low > 1 / (total + 4)
-    # The bounds of nothing and of all are not rounded off.
+    # The bounds for no and for all examples are exact.
     assert (estimate_mean([0.0] * total).low, estimate_mean([1.0] * total).high) == (0, 1)
 
 
@@ -87,9 +87,9 @@ def test_examples_that_are_alike_tell_no_interval_but_of_a_proportion():
     for values in ([0.4], [0.4] * 50):
         found = estimate_mean(values)
         assert (found.value, found.low, found.high) == (pytest.approx(0.4), None, None)
-    # Scores between 0 and 1 are drawn again.
+    # Scores between 0 and 1 use the bootstrap.
     assert estimate_mean([0.0, 0.4, 1.0]) == estimate([0.0, 0.4, 1.0], mean)
-    # Of sums that differ by rounding alone.
+    # Values that differ only by rounding give no interval.
     assert estimate([(-0.1 * n, n) for n in range(1, 20)], perplexity).low is None
     assert estimate([(-1e9, 1)] * 3, perplexity) == Estimate(math.inf, None, None)
     assert estimate([("a", "a"), ("b", "b")] * 9, macro_f1) == Estimate(1, None, None)
@@ -108,5 +108,5 @@ def test_macro_f1_is_that_of_the_textbook():
     assert macro_f1(pairs) == pytest.approx((a + b + 0) / 3)
     sets = [((found,), (right,)) for found, right in pairs]
     assert macro_f1_of_sets(sets) == pytest.approx((a + b + 0) / 3)
-    # Where each text has one label, micro F1 is the accuracy.
+    # If each text has one label, micro F1 equals the accuracy.
     assert micro_f1_of_sets(sets) == pytest.approx(2 / 4)

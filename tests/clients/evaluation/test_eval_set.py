@@ -1,4 +1,4 @@
-"""What a test set may hold, and how what it may not is named."""
+"""Valid and invalid test sets, and the errors for the latter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The forms in which the Python clients take the adapters of a call."""
+"""The forms of a call's adapters in the Python clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts in all their forms: OpenAI's messages, arrays of token ids, and what is none of these."""
+"""Prompts in all forms: OpenAI's messages, arrays of token ids, and invalid values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CALL = {"type": "function", "function": {"name": "find", "arguments": "{}"}}
 def test_a_message_may_be_what_a_library_made_of_an_answer(
     client: TurretClient, server: FakeTurret
 ):
-    """As ``ChatCompletionMessage.model_dump()`` of the openai package has it."""
+    """The message has the form of ``ChatCompletionMessage.model_dump()`` in the openai package."""
     filled = {**dict.fromkeys(("refusal", "audio", "tool_calls")), "annotations": []}
     asked = [
         {"role": "user", "name": "Nora", "content": [{"type": "text", "text": t} for t in "ab"]},

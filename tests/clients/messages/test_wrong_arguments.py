@@ -1,4 +1,4 @@
-"""Arguments of the Python clients that make no sense, and errors that say things once."""
+"""Invalid arguments of the Python clients, and errors without repetitions."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_client_names_the_argument_that_is_wrong(arguments, error, text):
     with pytest.raises(error, match=text):
         TurretClient(**arguments)
     if "address" in arguments:
-        # Before it has a channel to leave open.
+        # The error is raised before a channel is opened.
         with pytest.raises(error, match=text):
             AsyncTurretClient(**arguments)
 
@@ -96,7 +96,7 @@ def test_administrative_calls_name_the_argument_that_is_wrong(client: TurretClie
             client.adapters.unload("a", drain_seconds=seconds)
     with pytest.raises(ValueError, match=r'^mode: .* drain, force, .*"x"$'):
         client.adapters.unload("a", mode="x")
-    # Protobuf takes bytes that are a text for that text.
+    # Protobuf accepts bytes that are valid UTF-8 as text.
     for name in (b"\xff", b"sql", None):
         with pytest.raises(TypeError, match=f"^name: .* {re.escape(repr(name))}$"):
             client.adapters.unload(name)  # type: ignore[arg-type]
@@ -207,7 +207,7 @@ def test_an_asyncio_client_says_where_it_can_be_used(server: FakeTurret):
 
 
 def refusal(found: dict[str, str]) -> TurretRpcError:
-    """The error of a server that says this of fields of its requests."""
+    """The error of a server with these violations."""
     said = "; ".join(f"{field}: {why}" for field, why in found.items())
     bad = [{"field": field, "description": why} for field, why in found.items()]
     status = status_pb2.Status(code=grpc.StatusCode.INVALID_ARGUMENT.value[0], message=said)
@@ -314,7 +314,7 @@ def test_refusals_name_the_flags_that_were_typed(capsys: pytest.CaptureFixture[s
     text = say("TOO_SMALL", least=0, value=-1)
     print_error(ArgumentValueError("top_n", text), parsed("generate", "a"))
     assert capsys.readouterr().err == f"error: --top-n: {text}\n"
-    # Every field that a flag sets has its name.
+    # Every field that a flag sets has the flag's name.
     parts = {"sampling": inference_pb2.SamplingParams, "stop": inference_pb2.StopConditions}
     fields = {f"{name}.{f.name}" for name, part in parts.items() for f in part.DESCRIPTOR.fields}
     names = map(argument, fields - {"sampling.logit_bias"})

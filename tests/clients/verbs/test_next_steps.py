@@ -1,4 +1,4 @@
-"""What the verbs say of heads, of services elsewhere, of uploads: once, and with the next step."""
+"""Errors of the verbs about heads, other addresses and uploads, each with the next step."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def _refuse_head(_request: object, context: grpc.ServicerContext) -> None:
 
 
 def _abort(context: grpc.ServicerContext, error: TurretError) -> None:
-    """As the server does: the field is in the details too, and must not be told twice."""
+    """Abort like the server: the field is also in the details, and must not be printed twice."""
     fault = fault_of(error)
     details = to_rich_status(fault).SerializeToString()
     context.set_trailing_metadata((("grpc-status-details-bin", details),))

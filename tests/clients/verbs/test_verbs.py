@@ -1,4 +1,4 @@
-"""The client verbs of the command, against a server with canned answers."""
+"""The client verbs of the command, with a server of canned answers."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ def test_weights_that_are_there_already_replace_nothing(
     assert run("adapters", "replace", "sql", SAME)[1] == (
         "nothing changed: sql@2 has this content already\n"
     )
-    # What is loaded or uploaded again, too; a pin may be new.
+    # Loading or uploading again also changes only the pin.
     same = "nothing else changed: sql@2 has this content already\n"
     assert run("adapters", "load", "sql", SAME)[1] == same.replace("else ", "")
     assert run("adapters", "load", "sql", SAME, "--pin")[1] == f"pinned, and {same}"
@@ -391,7 +391,7 @@ def test_adapters_export_and_upload(run: Run, server: FakeTurret, tmp_path):
     assert run("adapters", "export", "sql", target)[1] == f"exported sql@1 to {target}\n"
     code, _, err = run("adapters", "export", "sql", target)
     assert (code, err) == (1, f"error: {say('PATH_EXISTS', path=target)}\n")
-    # The directory that was asked for, and not the one beside it that becomes it.
+    # The error names the requested directory, not the temporary one beside it.
     code, _, err = run("adapters", "export", "sql", "/proc/x")
     assert (code, err.startswith("error: /proc/x: cannot be created: ")) == (1, True)
     assert run("adapters", "upload", "up", target, "--pin")[0] == 0

@@ -1,4 +1,4 @@
-"""Conversations and answers that end: by their reader, by a fault, by the server."""
+"""Conversations and answers that are ended by their reader, a fault or the server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 def command(*arguments: str) -> subprocess.Popen[bytes]:
-    """The command in a process of its own, with pipes."""
+    """The command in a separate process, with pipes."""
     program = "import sys; from servers.command import *; sys.exit(parse_and_run(*sys.argv[1:]))"
     return subprocess.Popen(
         [sys.executable, "-c", program, *arguments],
@@ -34,7 +34,7 @@ def command(*arguments: str) -> subprocess.Popen[bytes]:
 
 
 class Terminal(io.StringIO):
-    """Lines of somebody who is there."""
+    """The lines of an interactive user."""
 
     def isatty(self) -> bool:
         return True
@@ -113,7 +113,7 @@ def test_interrupt_ends_cleanly(server: FakeTurret, verb: list[str], code: int):
     with command(*verb, "--address", server.address) as process:
         assert process.stdout is not None
         assert process.stderr is not None
-        # The first bytes say that the stream, or the conversation, has begun.
+        # The first bytes show that the stream, or the conversation, has begun.
         assert process.stdout.read(1)
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == code
@@ -124,7 +124,7 @@ def test_interrupt_ends_cleanly(server: FakeTurret, verb: list[str], code: int):
 
 @pytest.mark.parametrize("verb", ["generate", "eval", "chat", "train"])
 def test_a_second_interrupt_ends_a_call_at_once(verb: str, monkeypatch: pytest.MonkeyPatch):
-    """It would come while the first one unwinds, which can leave gRPC waiting for ever."""
+    """A second exception during the cleanup after the first one can leave gRPC waiting forever."""
     after: list[object] = []
 
     def interrupted(args: argparse.Namespace) -> int:
@@ -142,6 +142,6 @@ def test_a_second_interrupt_ends_a_call_at_once(verb: str, monkeypatch: pytest.M
         assert cli.main([verb], catches_interrupts=True) == 130
     finally:
         signal.signal(signal.SIGINT, before)
-    # A conversation goes on after the first, and a training says how to go on.
+    # A conversation continues after the first interrupt, and a training prints how to continue.
     goes_on = verb in ("chat", "train")
     assert after == [signal.default_int_handler if goes_on else signal.SIG_DFL]

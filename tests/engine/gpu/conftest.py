@@ -1,4 +1,4 @@
-"""Steps here are few: they are captured at their second sight."""
+"""These tests run few steps, so steps are captured at their second occurrence."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Decode steps whose adapters change more than projections, on the gpu path, interpreted.
+"""Decode steps with adapters that change more than projections, on the GPU path, interpreted.
 
-Embeddings and heads are torch's, before and behind launches that are captured; a step in which rows
-attend to constants is launched as it is.
+torch computes embeddings and heads before and after captured launches. A step in which rows attend
+to constants is not captured.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from turret.server.engine.scheduling.request import Request
 from turret.server.engine.step.gpu import decode_graphs
 
 pytestmark = [
-    # Rows that only pad a step to its bucket compute on scratch memory.
+    # Rows that only pad a step compute on uninitialised memory, which may cause warnings.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter needs CPU tensors"),
 ]
@@ -45,7 +45,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "loha": ("loha", {"target_modules": ["q_proj", "lm_head"]}),
 }
 MIX = [("both", 0.5), ("tokens", -0.75), ("norm", 1.0), ("loha", -1.0)]
-# The prompt's step; then one runs as it is, one is captured, one is replayed.
+# The prompt's step, then one uncaptured step, one captured step, and one replayed step.
 NUM_TOKENS = 4
 # Device memory for one adapter and a little more.
 LITTLE = 853_000
@@ -102,7 +102,7 @@ async def test_captured_steps_have_the_bits_of_those_that_are_not(root: Path) ->
         before = capture.num_captures
         again = await harness.run_all(requests[::-1])
         assert capture.num_captures == before, "which rows have which adapters is in the tables"
-        # The mix, and one with rows of its own, by themselves.
+        # Run the mix, and a request with its own vocabulary rows, alone.
         alone = {number: await harness.run(requests[number]) for number in (0, 6)}
     async with serving(root, None, *names) as harness:
         plain = await harness.run_all(requests)
@@ -132,7 +132,7 @@ async def test_what_no_kernel_has_is_computed_beside_the_others(root: Path) -> N
 async def test_adapters_come_and_go_and_captured_steps_stay(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Evicted, unloaded, and another in the place of one and under its name."""
+    """Adapters are evicted, unloaded, and replaced by others in their place or name."""
     for name in ("tokens", "both"):
         shutil.copytree(root / name, tmp_path / name)
     requests = [asked((name, 1.0), seed=2) for name in ("tokens", "both")]

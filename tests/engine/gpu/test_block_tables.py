@@ -1,4 +1,4 @@
-"""Block numbers on the device: what was sent adds up to what every step needs."""
+"""Block numbers on the device: the transfers add up to what every step needs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def send(tables: BlockTables, step: list[Sequence]) -> int:
-    """Bring the device up to date and check it; returns how many numbers that took."""
+    """Update the device and check it; returns the number of transferred block numbers."""
     updates = tables.update(step)
     tables.write(
         torch.tensor(updates.places).long(), torch.tensor(updates.numbers, dtype=torch.int32)
@@ -40,7 +40,7 @@ def test_only_new_numbers_are_sent():
     assert send(tables, [one, two]) == 0
     one.blocks.append(9)
     assert send(tables, [two, one]) == 1
-    # Preempted, and admitted again with blocks of the same count.
+    # The sequence is preempted and admitted again with the same number of blocks.
     one.blocks = [1, 2, 3, 4]
     assert send(tables, [one, two]) == 4
     tables.clear()
@@ -60,7 +60,7 @@ def test_rows_grow_with_the_longest_sequence():
 
 
 def test_any_traffic():
-    """More sequences than rows take turns, grow, are preempted and end."""
+    """More sequences than rows alternate, grow, are preempted and end."""
     tables, generator = BlockTables(5, 6, CPU), random.Random(2)
     sequences = [make(generator.randrange(1, 99)) for _ in range(9)]
     for _ in range(400):

@@ -1,4 +1,4 @@
-"""What a decode step costs the host and the device's queue, counted: launches, copies, memory."""
+"""The cost of a decode step for the host and the device's queue: launches, copies, memory."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from counted_steps import (
 from turret.server.engine.step.gpu.decode_graphs import DecodeGraphs, Outputs
 from turret.server.engine.step.gpu.executor import GpuExecutor, warm_up
 
-# These may only fall. Of a step of 32 layers, drawing tokens included.
+# Launches of a step of 32 layers, including sampling. These limits may only decrease.
 MAX_LAUNCHES = {
     **{"base": 237, "lora": 429},
 }
 MAX_GATED_LAUNCHES = 685
 MAX_COPIES = 1
-# At 64 rows of 4,096 tokens: milliseconds, on the fastest of many steps of an idle machine, and
-# the calls that they are spent on.
+# With 64 rows of 4,096 tokens: the milliseconds of the fastest of many steps on an idle machine,
+# and the number of calls.
 MAX_HOST_MS = 0.3
 MAX_HOST_CALLS = 1_250
 
@@ -84,7 +84,7 @@ def test_a_decode_step(kind: str, launched: list[str]):
 
 
 def test_gated_adapters_launch_the_same_however_many(launched: list[str]):
-    """One graph for all of them, and no launch for each: fusions, and LoRA beside them."""
+    """Fusions, and LoRA beside them, share one graph, without a launch per adapter."""
     capture = Capture(launched)
     executor = make_executor(capture)
     executor.sampler(frozenset())
@@ -101,9 +101,9 @@ def test_gated_adapters_launch_the_same_however_many(launched: list[str]):
         epoch = executor._epoch()
         for adapters in (fusions[:2], fusions, [lora, fusions[1]]):
             Decoding(adapters).run(executor)
-        # An adapter that comes later needs no graph of its own either.
+        # A later adapter needs no separate graph either.
         Decoding([Gated("late", 7, 48)]).run(executor)
-        # Adapters without gates run in the same form, with empty tables of gates.
+        # Adapters without gates use the same graph, with empty tables of gates.
         for _ in range(2):
             Decoding([lora]).run(executor)
         assert capture.num_captures == 1
@@ -111,7 +111,7 @@ def test_gated_adapters_launch_the_same_however_many(launched: list[str]):
 
 
 def test_other_embeddings_and_heads_leave_the_layers_captured(launched: list[str]):
-    """Torch computes them, before and behind the launches that are replayed."""
+    """The head and the embedding are computed by torch, around the replayed launches."""
     capture = Capture(launched)
     executor = make_executor(capture)
     executor.sampler(frozenset())
@@ -160,9 +160,10 @@ def test_after_the_start_common_steps_are_neither_compiled_nor_captured(launched
             for rows in (1, 3, 4):
                 decoding = Decoding(adapters, rows)
                 launched.clear()
-                # The store's work, where adapters are new.
+                # The work of the store for new adapters.
                 executor.store.prepare(adapters)
-                # Brings all their block numbers, which a prompt's step would have brought.
+                # The first step transfers all block numbers, which a prompt's step would have
+                # transferred.
                 decoding.run(executor)
                 with Counting() as counting:
                     decoding.run(executor)
@@ -180,7 +181,7 @@ def test_a_start_without_memory_goes_on_with_less(launched: list[str]):
 
 
 def test_the_count_sees_everything():
-    """What the bounds above are about, on purpose."""
+    """Provoke each event that the limits above count."""
     host, device = torch.ones(4), torch.empty(4, device=META)
     with Counting() as counting:
         device.copy_(host, non_blocking=True)
@@ -196,7 +197,7 @@ def test_the_count_sees_everything():
 
 
 def test_calls_of_the_host_before_the_first_launch(launched: list[str]):
-    """Counted, since a time depends on who else uses this machine's caches."""
+    """Calls are counted, because times depend on other users of the machine's caches."""
     executor, decoding = make_executor(Capture(launched)), Decoding([Adapter("a")])
     executor.sampler(frozenset())
     calls = 0
@@ -225,7 +226,7 @@ def test_calls_of_the_host_before_the_first_launch(launched: list[str]):
 
 @pytest.mark.long
 def test_host_work_before_the_first_launch(launched: list[str]):
-    """Of the fastest of many steps, on a machine that does nothing else."""
+    """The time of the fastest of many steps, on an idle machine."""
     executor, decoding = make_executor(Capture(launched)), Decoding([Adapter("a")])
     executor.sampler(frozenset())
     fastest = 1.0
@@ -244,7 +245,7 @@ _stamp = [0.0]
 
 
 def _stamped(graphs: Any, epoch: Any, key: Any, body: Any) -> Outputs:
-    """Stands for the replay of a captured step."""
+    """Replaces the replay of a captured step."""
     _stamp[0] = time.perf_counter()
     return _outputs()
 
@@ -254,7 +255,7 @@ def _outputs() -> Outputs:
 
 
 def _slowness() -> float:
-    """How much longer than a current server's core this one takes for plain Python; at least 1."""
+    """The slowdown of this core for plain Python, relative to a current server's; at least 1."""
     best = 1.0
     for _ in range(20):
         start = time.perf_counter()

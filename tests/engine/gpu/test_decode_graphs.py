@@ -1,4 +1,4 @@
-"""Decode steps as graphs: buckets, what is captured when, and a real graph where there is a GPU."""
+"""Decode steps as graphs: buckets, captures, and a real graph if there is a GPU."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_body_is_captured_the_second_time_and_replayed_from_then_on():
     for key in ("b", "b", "c", "c"):
         graphs.run(0, key, lambda key=key: body(key))
     assert capture.num_captures == 3
-    # There was no room for "c": all were dropped.
+    # There was no room for "c", so all graphs were dropped.
     graphs.run(0, "a", lambda: body("a"))
     assert capture.num_captures == 4
     graphs.run(1, "a", lambda: body("a"))
@@ -70,7 +70,10 @@ _METHODS: dict[str, list[Any]] = {
 
 
 def test_a_fleet_of_six_methods_is_replayed(monkeypatch: pytest.MonkeyPatch):
-    """Half a dozen sequences of some 150 tokens, of any methods; LoRA was captured at the start."""
+    """Half a dozen sequences of some 150 tokens, with various methods.
+
+    LoRA was captured at startup.
+    """
     monkeypatch.setattr(decode_graphs, "SIGHTS", 8)
     capture, draw = FakeCapture(), random.Random(3)
     graphs, steps, replayed = DecodeGraphs(capture), 6000, 0
@@ -105,20 +108,20 @@ def test_without_capture_every_step_runs():
 
 
 def multiply() -> tuple[torch.Tensor, torch.Tensor]:
-    """A body that needs a workspace, as every step's does."""
+    """A body that needs a workspace, like that of every step."""
     return F.linear(torch.ones(1, 4), torch.ones(4, 4)), torch.zeros(1)
 
 
 @pytest.mark.parametrize("frees_workspaces", [False, True])
 def test_steps_are_captured_again_after_an_epoch_and_beyond_the_capacity(frees_workspaces: bool):
-    """With what torch 2.11 and its followers do to pools and workspaces."""
+    """The test simulates the treatment of pools and workspaces in torch 2.11 and later."""
     cuda = FakeCuda(frees_workspaces=frees_workspaces)
     with cuda.installed():
         graphs = DecodeGraphs(CudaCapture(CPU, torch.float32), capacity=2)
         for epoch in range(3):
             for key in "aabbccabcabc":
                 graphs.run(epoch, key, multiply)
-        # In every epoch "a", "b" and "c" run once as they are; then there is room for two of them.
+        # In every epoch, "a", "b" and "c" run once uncaptured; then there is room for two of them.
         assert cuda.num_captures == 3 * 9
         assert cuda.workspaces_outside_pools
         kept = graphs._graphs
@@ -128,7 +131,7 @@ def test_steps_are_captured_again_after_an_epoch_and_beyond_the_capacity(frees_w
 
 @pytest.mark.parametrize("frees_workspaces", [False, True])
 def test_the_fake_breaks_what_torch_breaks(frees_workspaces: bool):
-    """One pool for ever, and graphs that end one by one."""
+    """The faults are a permanent pool, and graphs that end one by one."""
     cuda = FakeCuda(frees_workspaces=frees_workspaces)
     with cuda.installed():
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
@@ -152,7 +155,7 @@ def test_the_fake_breaks_what_torch_breaks(frees_workspaces: bool):
 
 
 def test_graphs_share_a_pool_until_they_are_dropped():
-    """Whatever a pool still holds then, such as a step's results, nothing is captured into it."""
+    """Nothing is captured into a dropped pool that still has contents, such as a step's results."""
     cuda = FakeCuda()
     with cuda.installed():
         graphs = DecodeGraphs(CudaCapture(CPU, torch.float32))
@@ -164,7 +167,7 @@ def test_graphs_share_a_pool_until_they_are_dropped():
 
 
 class Broken(FakeCapture):
-    """Fails the first so many times."""
+    """Fails a number of times."""
 
     def __init__(self, times: int) -> None:
         super().__init__()
@@ -214,7 +217,7 @@ def test_a_form_that_is_seen_now_and_then_is_not_captured(monkeypatch: pytest.Mo
 
 
 def test_a_capture_that_fails_leaves_the_stream_as_it_was(caplog: pytest.LogCaptureFixture):
-    """What goes on without graphs goes on in order."""
+    """Work without graphs continues in order."""
     cuda, streams = FakeCuda(), []
 
     def body() -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,7 +238,7 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(caplog: pytest.LogCapt
 
 
 def test_what_another_thread_captures_later_has_its_workspace_outside_too():
-    """The start captures on the thread that loads, what comes later on the engine's."""
+    """Captures at startup run on the loading thread, later ones on the engine's thread."""
     cuda = FakeCuda()
     with cuda.installed():
         graphs = DecodeGraphs(CudaCapture(CPU, torch.float32))
@@ -250,7 +253,7 @@ def test_what_another_thread_captures_later_has_its_workspace_outside_too():
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory"),
-        # The driver's, as it instantiates a graph.
+        # The driver's error when it instantiates a graph.
         RuntimeError("CUDA error: out of memory"),
     ],
 )

@@ -1,7 +1,7 @@
-"""What the gpu path promises of a step: fixed buffers, and no wait for the device.
+"""Guarantees of the GPU path for a step: fixed buffers, and no wait for the device.
 
-The whole step runs on meta tensors with the launches left out: a meta tensor has no values, so
-whatever reads one fails, and every copy from the host is seen by ``_Copies``.
+The whole step runs on meta tensors without launches. A meta tensor has no values, so reading one
+fails, and ``_Copies`` records every copy from the host.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ READS = {
 
 
 class _Base:
-    """Stands for the weights of a fused projection."""
+    """Replaces the weights of a fused projection."""
 
     def __init__(self, widths: list[int], inner: int) -> None:
         self.widths, self._inner, out = tuple(widths), inner, sum(widths)
@@ -130,7 +130,7 @@ def _adapters() -> dict[str, _Adapter]:
 
 
 def _with_kernels(operators: AdapterOperators) -> AdapterOperators:
-    """Without what has none: some of its values are read on the host."""
+    """Only operators with kernels, because the values of others are read on the host."""
     modules = {
         path: ModuleOperators(*(part for part in ops.operators if has_kernel(part, "gpu")))
         for path, ops in operators.modules.items()
@@ -166,7 +166,7 @@ def _with_own_first_pass(operators: AdapterOperators) -> AdapterOperators:
 def _with_first_pass(
     first_block: int, computed: int, adapter: _Adapter, *own: _Adapter
 ) -> Sequence:
-    """A sequence whose adapter waits for a first pass: the base's, or one of its ``own``."""
+    """A sequence with an adapter that needs a first pass: the base's, or one of its ``own``."""
     sequence = _sequence(first_block, computed, (adapter, 0.8))
     first_pass = _sequence(first_block + 4, computed, *((adapter, 1.0) for adapter in own))
     first_pass.tokens = sequence.tokens
@@ -175,7 +175,7 @@ def _with_first_pass(
 
 
 def _steps(adapters: dict[str, _Adapter]) -> dict[str, Step]:
-    """A step of prompts with everything, decode steps, and those that first passes come before."""
+    """Steps: prompts with all kinds of adapters, decode steps, and steps with first passes."""
     low, other = (adapters["low"], 0.5), (adapters["other"], -1.0)
     gated, turned = (adapters["gated"], 0.7), (adapters["turned"], 1.0)
     words, constants = (adapters["words"], 0.5), (adapters["constants"], 1.0)
@@ -215,9 +215,9 @@ def _steps(adapters: dict[str, _Adapter]) -> dict[str, Step]:
 
 
 class _Copies(TorchDispatchMode):
-    """Collects what would make the host wait: reads, and copies that block.
+    """Records operations that would make the host wait: reads, and blocking copies.
 
-    Not under ``inference_mode``, where composite operations arrive whole.
+    It must not run under ``inference_mode``, in which composite operations are not decomposed.
     """
 
     def __init__(self) -> None:
@@ -253,7 +253,7 @@ class _Copies(TorchDispatchMode):
 
 @contextlib.contextmanager
 def watched() -> Iterator[_Copies]:
-    """What happens on the device meanwhile, ``torch.tensor(…, device=…)`` too."""
+    """Records the device's operations within the block, including ``torch.tensor(…, device=…)``."""
     copies, original = _Copies(), torch.tensor
 
     def tensor(*args: Any, device: Any = None, **keywords: Any) -> torch.Tensor:
@@ -266,7 +266,7 @@ def watched() -> Iterator[_Copies]:
 
 
 def _form(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, ...]:
-    """A kernel with what the compiler would specialise a launch on."""
+    """A kernel with the properties on which the compiler would specialise a launch."""
     fixed = kernel.kwargs.get("do_not_specialize") or ()
     parameters = inspect.signature(kernel.fn).parameters
     values = {**dict(zip(parameters, args, strict=False)), **keywords}
@@ -286,7 +286,7 @@ def _form(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple
 
 
 class Launched(list[str]):
-    """Names of the kernels launched; ``forms`` has everything that each was compiled for."""
+    """The names of launched kernels; ``forms`` has all forms for which they were compiled."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -299,7 +299,7 @@ class Launched(list[str]):
 
 @pytest.fixture(autouse=True)
 def no_launches() -> Iterator[Launched]:
-    """Leaves launches out and lists them."""
+    """Record launches instead of executing them."""
     launched = Launched()
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
@@ -322,20 +322,21 @@ def test_a_step_never_waits_for_the_device(name: str, no_launches: list[str]):
     executor = _executor()
     step = _steps(_adapters())[name]
     with torch.no_grad():
-        # Constants that are copied once per process.
+        # This copies constants once per process.
         executor.run(step)
         no_launches.clear()
         with watched() as copies:
             computed = executor.run(step)
     assert copies.waits == []
-    # The rows'; adapters' came with the first. A prompt step brings both, soft tokens, a prefix,
-    # and which rows have other embeddings and heads. First passes are a step.
+    # Copies for the rows; those for adapters were part of the first step. A prompt step copies
+    # both, soft tokens, a prefix, and the rows with other embeddings and heads. A first pass counts
+    # as a step.
     limits = {"prompts": 9, "prompts, two passes": 5, "decode, two passes": 6}
     assert copies.uploads <= limits.get(name, 1), copies.uploads
     assert computed.logits is not None
     assert len(computed.logits) == sum(item.samples for item in step.scheduled)
     kernels = set(no_launches)
-    # Kernels compute nothing of the routed adapters.
+    # No kernel computes the routed adapters.
     is_plain = name in ("decode, base only", "prompts, two passes")
     heads = "nf4_rotate_kernel" if is_plain else "rope_kv_write_kernel"
     assert {"paged_attention_kernel", heads} <= kernels
@@ -345,7 +346,7 @@ def test_a_step_never_waits_for_the_device(name: str, no_launches: list[str]):
     assert (adapted <= kernels) == (name in ("prompts", "decode"))
     assert ("nf4_shrink_kernel" in kernels) != is_plain
     if in_two_passes:
-        # Once for the first pass.
+        # One of these is for the first pass.
         assert no_launches.count("paged_attention_kernel") == 2 * ARCH.num_layers
 
 
@@ -362,7 +363,7 @@ def test_the_step_that_memory_is_planned_by_runs_on_a_cache_of_two_blocks(no_lau
 
 
 def test_nothing_is_compiled_inside_a_step(no_launches: Launched):
-    """What an adapter needs beyond the start is compiled as it is loaded."""
+    """Further kernels for an adapter are compiled when it is loaded."""
     executor, adapters = _executor(FakeCapture()), _adapters()
     with torch.no_grad():
         warm_up(executor, lambda *_: None)
@@ -372,7 +373,7 @@ def test_nothing_is_compiled_inside_a_step(no_launches: Launched):
         known = set(no_launches.forms)
         for step in _steps(adapters).values():
             executor.run(step)
-        # Every pair, decoding and with longer prompts.
+        # Every pair of adapters, in decode steps and with longer prompts.
         pairs = itertools.combinations(["low", "other", "gated", "scaled", "words"], 2)
         for one, two in pairs:
             mix = (adapters[one], 0.5), (adapters[two], 1.0)
@@ -402,17 +403,17 @@ def test_an_adapter_enters_the_pack_by_one_copy():
     with torch.no_grad(), watched() as copies:
         executor.store.prepare([adapters["low"], adapters["other"]])
     assert copies.waits == []
-    # Where the factors in slot tables lie is another table.
+    # The addresses in slot tables are another table.
     assert copies.uploads == 3
     with torch.no_grad(), watched() as copies:
         executor.store.prepare([adapters["gated"]])
     assert copies.waits == []
-    # How its gates are scored is another table.
+    # The gates' scores are another table.
     assert copies.uploads == 2
     with torch.no_grad(), watched() as copies:
         executor.store.prepare([adapters["router"]])
     assert copies.waits == []
-    # Its router comes along, and its gates are computed by their operator.
+    # The router is copied along, and its gates are computed by their operator.
     assert copies.uploads == 1
 
 
@@ -429,14 +430,14 @@ def test_an_adapter_enters_the_pack_by_one_copy():
     ],
 )
 def test_a_wait_is_noticed(wait: Callable[[torch.Tensor], object]):
-    # Some of these raise on a meta tensor; some would only wait on a GPU.
+    # Some of these raise on a meta tensor; others would wait only on a GPU.
     with watched() as copies, contextlib.suppress(RuntimeError, NotImplementedError):
         wait(torch.empty(3, device=META))
     assert len(copies.waits) >= 1
 
 
 def test_buffers_keep_their_addresses():
-    """Every tensor that a decode step's body reads is the same object in a later step."""
+    """Every tensor that the body of a decode step reads is the same object in a later step."""
     executor = _executor(FakeCapture())
     seen = []
 

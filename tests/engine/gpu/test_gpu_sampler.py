@@ -1,4 +1,4 @@
-"""The device's sampler, in Triton's interpreter, against the one that goes from row to row."""
+"""The device's sampler, in Triton's interpreter, compared with the row-by-row sampler."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="made for the 
 CPU = torch.device("cpu")
 VOCAB = 50
 STOP = StopConditions(min_tokens=4, stop_token_ids=frozenset({11, 30}))
-# Rows that draw by id, as the other sampler does, so that a seed gives the same tokens.
+# Requests for which both samplers draw in the order of ids, so that a seed gives the same tokens.
 REQUESTS: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {"seed": 1},
@@ -35,7 +35,7 @@ REQUESTS: list[dict[str, Any]] = [
 
 
 def drawn(sampler: GpuSampler, logits: torch.Tensor, sequences: list[Sequence]) -> list[Draw]:
-    """A step's part in it."""
+    """The drawn token of each request in a step."""
     table = SamplingTable(len(sequences), CPU)
     sampler.load(sampler.numbers(sequences), table)
     sampler.launch(logits, table)
@@ -78,7 +78,7 @@ def test_a_step_that_is_computed_again_draws_the_same():
 
 
 def test_a_late_device_is_waited_for_once(monkeypatch: pytest.MonkeyPatch):
-    """Parameters, the kernel and the tokens' copy come when somebody waits for them."""
+    """The device uploads, draws and copies the tokens only when the host waits for them."""
     sequences = [sequence_with((7, 8), **REQUESTS[i]) for i in (0, 1, 3, 5)]
     logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(1))
     expected = Sampler().draw(logits.clone(), sequences)

@@ -1,4 +1,4 @@
-"""Steps on a device that is as late as its streams allow: every step sees its own metadata."""
+"""Steps on a device that is as late as its streams allow: each sees its own metadata."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ CHUNK = 8
 
 
 class _Decoder:
-    """Notes which tokens, positions and blocks the device finds when it gets to a step."""
+    """Records the tokens, positions and blocks that the device sees when it executes a step."""
 
     arch = ARCH
     device = CPU
@@ -65,7 +65,7 @@ class _Decoder:
         table = step.attention[None]
 
         def work() -> None:
-            # Of the first record: where the sequence's block numbers begin.
+            # The position of the sequence's block numbers, from the first record.
             block = int(table.blocks[int(table.buffer[ATTENTION_HEADER + 3])])
             self.seen.append((step.token_ids.tolist(), step.positions.tolist(), block))
 
@@ -75,7 +75,7 @@ class _Decoder:
 
 @pytest.fixture
 def cuda() -> Iterator[FakeCuda]:
-    """A late device on which the server uses streams and events."""
+    """A late device with streams and events."""
     fake, write = FakeCuda(), BlockTables.write
 
     def late_write(tables: BlockTables, places: torch.Tensor, numbers: torch.Tensor) -> None:
@@ -104,7 +104,7 @@ def _executor(cuda: FakeCuda) -> tuple[GpuExecutor, _Decoder]:
 
 
 def test_chunks_of_a_prompt_that_nobody_waits_for(cuda: FakeCuda):
-    """No chunk but the last samples, so the host could be far ahead of the device."""
+    """Only the last chunk samples, so the host could be far ahead of the device."""
     executor, decoder = _executor(cuda)
     expected = []
     for number in range(6):
@@ -120,7 +120,7 @@ def test_chunks_of_a_prompt_that_nobody_waits_for(cuda: FakeCuda):
 
 
 def test_a_step_that_failed_is_sent_again_whole(cuda: FakeCuda):
-    """Block numbers that a failed step was to bring come with the next one."""
+    """Block numbers of a failed step are transferred with the next one."""
     executor, decoder = _executor(cuda)
     sequence = Sequence(Request(request_id="r", prompt_token_ids=tuple(range(9))), Mix(()), 0.0)
     sequence.blocks = [7]
@@ -242,7 +242,7 @@ def test_an_adapter_that_finds_no_memory_costs_nobody_their_graphs(cuda: FakeCud
 def test_whoever_finds_no_memory_the_step_can_come_again(
     cuda: FakeCuda, error: Exception, is_full: bool
 ):
-    """The driver, libraries and Triton have no type for it."""
+    """The driver, libraries and Triton have no specific type for this error."""
     runner = Runner(_executor(cuda)[0], frozenset())
     sequence = Sequence(Request(request_id="r", prompt_token_ids=(1, 2, 3)), Mix(()), 0.0)
     sequence.blocks = [3]
@@ -254,7 +254,7 @@ def test_whoever_finds_no_memory_the_step_can_come_again(
 
 
 def test_steps_have_a_stream_of_their_own(cuda: FakeCuda):
-    """After what was there before them, and before what comes after them."""
+    """The stream runs after earlier work and before later work."""
     order: list[str] = []
     stream = uploads_module.StepStream(CPU)
     cuda.launch(lambda: order.append("loaded weights"))
@@ -281,14 +281,14 @@ def test_work_beside_the_steps_begins_after_them_and_is_over_at_the_end(cuda: Fa
 
 
 def dora_norms(weight: torch.Tensor) -> torch.Tensor:
-    """The gain of a DoRA, computed beside the steps, as a load does."""
+    """Compute the gain of a DoRA beside the steps, like a load."""
     a, b = torch.ones(4, weight.shape[1]), torch.ones(weight.shape[0], 4)
     with uploads_module.beside_steps(CPU):
         return dora_gain(torch.ones(len(weight)), a, b, 0.5, weight)
 
 
 def test_loads_beside_captures_take_few_streams_and_none_of_theirs(cuda: FakeCuda):
-    """Torch hands 32 streams out in turn; the 33rd load must not get the one that captures."""
+    """PyTorch assigns 32 streams in turn; the 33rd load must not get the capturing one."""
     graphs = DecodeGraphs(CudaCapture(CPU, torch.float32))
     steps = uploads_module.StepStream(CPU)
     captures, loads = [s for s in cuda.handed_out if s.priority == -1], list[torch.Tensor]()

@@ -1,4 +1,4 @@
-"""How a CUDA device's memory is divided, with the device's numbers made up."""
+"""The division of a CUDA device's memory, with simulated numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ DEVICE = torch.device("cuda", 0)
 
 
 class _Memory:
-    """80 GiB, of which a model holds ``allocated``; a step's peak is not lasting."""
+    """A device with 80 GiB, of which a model holds ``allocated``.
+
+    The peak of a step is temporary.
+    """
 
     def __init__(self, allocated: int) -> None:
         self.allocated = self.peak = allocated
@@ -51,7 +54,7 @@ def memory() -> Iterator[_Memory]:
 
 def test_the_step_and_a_reserve_are_kept_free(memory: _Memory):
     assert adapter_bytes(DEVICE) == int(64 * GIB / 7)
-    memory.take(40 * GIB)  # While the model was loaded; gone.
+    memory.take(40 * GIB)  # temporary memory of loading the model
     taken = measure(lambda step: memory.take(3 * GIB), largest_step(64, 4, 16), DEVICE)
     assert taken == 3 * GIB
     assert spare_bytes(DEVICE) == 4 * GIB

@@ -1,4 +1,4 @@
-"""Which product of the gpu path a sequence's rows go through: a choice of the sequence alone."""
+"""The product for a sequence's rows on the GPU path, which depends only on the sequence."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def scheduled(prompt: int, computed: int, num_new: int) -> Scheduled:
     [(64, 0, True), (64, 63, True), (65, 0, False), (65, 64, False), (65, 65, True), (9, 30, True)],
 )
 def test_short_prompts_are_multiplied_as_decoding_rows_are(prompt, computed, fused):
-    """Whatever the chunk: how a prompt is cut depends on what else is in the step."""
+    """This holds for all chunks, because the cuts depend on the rest of the step."""
     for num_new in (1, 3):
         assert is_fused(scheduled(prompt, computed, num_new)) is fused
 
@@ -33,5 +33,5 @@ def test_memory_is_planned_by_a_long_prompt_beside_short_ones(tokens, seqs):
     assert sum(sizes) == tokens
     assert len(sizes) == min(tokens, seqs)
     assert max(sizes) == tokens - len(sizes) + 1
-    # With a budget of a GPU's size the weights are written out.
+    # With a token budget for a GPU, the weights are written out.
     assert tokens < 128 or not all(is_fused(item) for item in step.scheduled)

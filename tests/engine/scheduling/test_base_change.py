@@ -1,4 +1,4 @@
-"""Scheduling while the base weights change: who ends before, who starts after, with which keys."""
+"""Scheduling during a change of the base weights: requests before and after it, and keys."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_prefix_is_not_found_after_the_base_changed() -> None:
 
 
 def test_a_sequence_that_found_no_room_starts_with_the_base_of_its_time() -> None:
-    """It has been considered, so that its keys were begun, and waits while the base changes."""
+    """The sequence was considered, has some keys, and waits while the base changes."""
     scheduler = make_scheduler()
     hog, late = sequence_of(range(200), "a"), sequence_of(range(100), "b")
     run_alone(scheduler, hog)

@@ -1,4 +1,4 @@
-"""The KV block pool against a plain model of who holds what and what can be found again."""
+"""The KV block pool compared with a simple model of holders and cached blocks."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ CHAIN = KEYS[1:]
 
 
 class BlockPoolMachine(RuleBasedStateMachine):
-    """Holders allocate, share a cached chain, name their blocks, and let go."""
+    """Holders allocate, share a cached chain, name their blocks, and release them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(NUM_BLOCKS, 4)
-        # Per holder: its blocks in order. ``content``: what the model thinks a key leads to.
+        # The blocks of each holder in order. ``content`` maps a key to its block in the model.
         self.holders: list[list[int]] = []
         self.content: dict[bytes, int] = {}
 
@@ -46,7 +46,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
         assert len(set(taken)) == count
         assert not set(taken) & held.keys()
         assert 0 not in taken
-        # What is handed out may be overwritten: nobody may find it any more.
+        # Allocated blocks may be overwritten, so they must not be found any more.
         self.content = {k: b for k, b in self.content.items() if b not in taken}
         if taken:
             self.holders.append(taken)
@@ -70,7 +70,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
         block = data.draw(st.sampled_from([b for blocks in self.holders for b in blocks]))
         key = data.draw(st.sampled_from(CHAIN[:6]))
         self.pool.register(block, key)
-        # A key stays with its first block, a block with its first key.
+        # A key keeps its first block, and a block its first key.
         if key not in self.content and block not in self.content.values():
             self.content[key] = block
 
@@ -92,7 +92,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
         assert self.pool.num_free == NUM_BLOCKS - 1 - len(held)
         cached = [block for block in self.content.values() if block not in held]
         assert self.pool.num_cached == len(cached)
-        # The count that is carried along, and a walk over what is free.
+        # The maintained count equals a count over the free blocks.
         assert self.pool.num_cached == sum(b in self.pool._key_of for b in self.pool._free)
 
     def teardown(self) -> None:
@@ -107,7 +107,7 @@ TestBlockPool.settings = settings(max_examples=80, stateful_step_count=40, deadl
 
 
 def cached_chain(pool: BlockPool, keys: list[bytes]) -> list[int]:
-    """Blocks that were computed under ``keys`` and let go."""
+    """Blocks that were computed under ``keys`` and released."""
     blocks = pool.allocate(len(keys))
     assert blocks is not None
     for block, key in zip(blocks, keys, strict=True):
@@ -121,7 +121,7 @@ def test_blocks_without_content_go_first_then_the_longest_unused() -> None:
     old = cached_chain(pool, CHAIN[:2])
     new = cached_chain(pool, CHAIN[4:6])
     assert set(pool.allocate(1) or []).isdisjoint({*old, *new})
-    # Of a chain its end goes first: the beginning is what others can still use.
+    # The end of a chain is reused first, because others can still use its beginning.
     assert pool.allocate(1) == [old[1]]
     assert pool.share(CHAIN[:2]) == [old[0]]
     assert pool.share(CHAIN[4:6]) == new

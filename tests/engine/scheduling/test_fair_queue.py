@@ -1,4 +1,4 @@
-"""The waiting line against its rules, and under traffic on a simulated clock."""
+"""The queue compared with its rules, and under traffic on a simulated clock."""
 
 from __future__ import annotations
 
@@ -34,20 +34,21 @@ def is_ready(item: Item) -> bool:
 
 
 class FairQueueMachine(RuleBasedStateMachine):
-    """Items come, are served, preempted, abandoned and finished; a plain model is kept beside."""
+    """Items arrive, are served, preempted, abandoned and finished, as in a simple model."""
 
     def __init__(self) -> None:
         super().__init__()
         self.queue: FairQueue[Item] = FairQueue()
         self.lines: dict[str, deque[Item]] = {group: deque() for group in GROUPS}
         self.running: list[Item] = []
-        # Tokens served to each group since it became busy; only groups busy all along compare.
+        # The tokens served to each group since it became busy; only groups that were always busy
+        # are compared.
         self.busy_since: dict[str, int] = {}
         self.served: dict[str, int] = {}
         self.events = 0
 
     def _touch(self) -> None:
-        """Forget groups that neither wait nor run; note those that now do."""
+        """Forget groups that neither wait nor run, and add new ones."""
         self.events += 1
         for group in GROUPS:
             is_busy = bool(self.lines[group]) or any(i.group == group for i in self.running)
@@ -79,8 +80,8 @@ class FairQueueMachine(RuleBasedStateMachine):
         if item is None:
             assert not heads
             return
-        # First come, first served among those of a group who are ready; a group that is passed
-        # over has had more.
+        # Ready items of a group are served in order of arrival; a group that is passed over has had
+        # more tokens.
         assert item in heads
         for other in heads:
             if self.busy_since[other.group] == self.busy_since[item.group]:
@@ -98,7 +99,7 @@ class FairQueueMachine(RuleBasedStateMachine):
     def preempt(self, data: st.DataObject) -> None:
         item = data.draw(st.sampled_from(self.running))
         self.running.remove(item)
-        # Back in line first, as the group has not been idle.
+        # Push the item to the front, because the group has not been idle.
         self.queue.push_front(item)
         self.queue.stop(item)
         self.lines[item.group].appendleft(item)
@@ -128,7 +129,7 @@ class FairQueueMachine(RuleBasedStateMachine):
 
     @rule(group=st.sampled_from(GROUPS))
     def absent_items_are_refused(self, group: str) -> None:
-        with pytest.raises(ValueError):  # noqa: PT011 - deque's own words
+        with pytest.raises(ValueError):  # noqa: PT011 - the message is deque's own
             self.queue.remove(Item(group))
 
 
@@ -137,7 +138,7 @@ TestFairQueue.settings = settings(max_examples=60, stateful_step_count=40, deadl
 
 
 def serve_one(queue: FairQueue[Item], tokens: int = 10) -> Item:
-    """Serve the next item to its end."""
+    """Serve the next item completely."""
     item = queue.peek(is_ready)
     assert item is not None
     queue.start(item)
@@ -148,11 +149,11 @@ def serve_one(queue: FairQueue[Item], tokens: int = 10) -> Item:
 
 
 def test_newcomers_do_not_keep_out_a_group_that_is_ahead() -> None:
-    """A popular adapter had the server to itself; now every moment brings another new one."""
+    """A popular adapter had the server to itself; now new adapters arrive continuously."""
     queue: FairQueue[Item] = FairQueue()
     for _ in range(400):
         queue.push(Item("popular"))
-    # Stays at counter 0, the lowest, at which newcomers would enter.
+    # This item stays at counter 0, the lowest, at which newcomers would enter.
     queue.push(Item("slow loading", is_ready=False))
     for _ in range(20):
         assert serve_one(queue).group == "popular"
@@ -160,7 +161,8 @@ def test_newcomers_do_not_keep_out_a_group_that_is_ahead() -> None:
     for i in range(300):
         queue.push(Item(f"newcomer {i}"))
         served.append(serve_one(queue).group)
-    # Newcomers alone take all there is, so more of them wait from turn to turn: its share shrinks.
+    # Newcomers alone use the whole capacity, so more of them wait in every round, and its share
+    # shrinks.
     assert served.count("popular") >= 10
     assert served[-50:].count("popular") >= 1
 
@@ -211,20 +213,20 @@ def test_newcomers_do_not_keep_out_a_party_of_their_group() -> None:
     for number in range(100):
         queue.push(Item("base", party=f"newcomer {number}"))
         served.append(serve_one(queue).party)
-    # Two wait beside it in each round, and one more for each that it is served itself.
+    # Two others wait in each round, and one more for each time that it is served.
     assert served.count("bulk") >= 10
 
 
 def queue_times(
     shares: dict[str, float], load: float, steps: int = 4000, slots: int = 8
 ) -> dict[str, list[int]]:
-    """Waits in steps until first scheduled, by adapter, in the real scheduler.
+    """The waits until the first scheduling, in steps and by adapter, in the real scheduler.
 
     Args:
-        shares: Of the arrivals, by adapter.
-        load: Arriving work over what the scheduler can do.
-        steps: How long requests arrive.
-        slots: ``max_num_seqs``; a request takes 10 steps.
+        shares: The shares of the arrivals, by adapter.
+        load: The arriving work over the scheduler's capacity.
+        steps: The number of steps during which requests arrive.
+        slots: The value of ``max_num_seqs``; a request takes 10 steps.
     """
     scheduler = Scheduler(BlockPool(1024, 4), max_num_seqs=slots, max_num_batched_tokens=4 * slots)
     due = dict.fromkeys(shares, 0.0)
@@ -282,7 +284,7 @@ def test_a_rare_adapter_does_not_wait_for_a_popular_ones_overload() -> None:
     assert len(waits["rare"]) > 500
     p99_rare, p50_popular = quantile(waits["rare"], 0.99), quantile(waits["popular"], 0.5)
     assert p99_rare <= 3 * p50_popular
-    # The overload is the popular adapter's own: the rare one waits for a slot, no longer.
+    # Only the popular adapter suffers from its overload: the rare one waits just for a slot.
     assert p99_rare <= 20
     assert p50_popular > 100
 
@@ -294,7 +296,7 @@ def test_without_overload_nobody_waits_long() -> None:
 
 
 def test_admissions_of_one_step_alternate_between_mixes() -> None:
-    """Within a step too, what was just admitted counts as served."""
+    """Requests admitted in the same step already count as served."""
     scheduler = Scheduler(BlockPool(256, 4), max_num_seqs=8, max_num_batched_tokens=64)
     for name in ("popular", "rare"):
         for _ in range(10):

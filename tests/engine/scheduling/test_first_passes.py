@@ -1,4 +1,4 @@
-"""Sequences with a first pass: the blocks of both come, go and are found together."""
+"""Sequences with a first pass: blocks of both passes are allocated, freed and found together."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def sequence_of(
 
 
 def finish_all(scheduler: Scheduler, num_generated: int = 1) -> int:
-    """Runs everything to its end; how many were preempted."""
+    """Run all sequences to their end; returns the number of preemptions."""
     preempted = 0
     while scheduler.has_work:
         step = scheduler.schedule()
         preempted += step.num_preempted
         for item in step.scheduled:
             for each in item.sequence.passes:
-                # Room for what is computed, in blocks of its own.
+                # The sequence has its own blocks for the computed tokens.
                 assert len(each.blocks) * SIZE >= each.num_computed + item.num_new
                 assert each.num_computed == item.sequence.num_computed
         held = [b for s in scheduler.running for each in s.passes for b in set(each.blocks)]
@@ -119,7 +119,7 @@ def test_the_base_s_pass_is_the_base_s_in_the_cache() -> None:
     scheduler = make()
     assert run(scheduler, sequence_of(text, ROUTED)).num_cached == 0
     assert run(scheduler, sequence_of([*text, 1])).num_cached == 20
-    # As far as both are there.
+    # Blocks are found as far as both passes have them.
     assert run(scheduler, sequence_of([*text, 1], ROUTED)).num_cached == 20
     assert run(scheduler, sequence_of([*text, 1], CONSTANT)).num_cached == 0
     assert run(scheduler, sequence_of([*text, 1], CONSTANT)).num_cached == 20

@@ -1,4 +1,4 @@
-"""How long answers become, and what a scheduler that foresees it saves."""
+"""The forecast of answers' lengths, and the work that it saves the scheduler."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_an_answer_becomes_as_long_as_one_that_ended() -> None:
     forecast = forecast_of([10, 20, 30])
     assert {forecast.tokens_left(answered(0)) for _ in range(100)} == {10, 20, 30}
     assert {forecast.tokens_left(answered(15)) for _ in range(100)} == {5, 15}
-    # Longer than any: whenever it ends, it is over.
+    # The answer is longer than all earlier ones, so no further tokens are expected.
     assert forecast.tokens_left(answered(30)) == 0
 
 
@@ -72,7 +72,7 @@ def test_old_answers_are_forgotten() -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), min_size=1, max_size=12))
 def test_the_peak_is_that_of_growing_step_by_step(spans: list[tuple[int, int]]) -> None:
-    # None of those that ended was longer than one token: who has one ends now.
+    # No finished answer was longer than one token, so an answer with one token ends now.
     forecast = forecast_of([1])
     sequences = [answered(0 if left else 1, prompt) for prompt, left in spans]
     for sequence, (_, left) in zip(sequences, spans, strict=True):
@@ -82,14 +82,14 @@ def test_the_peak_is_that_of_growing_step_by_step(spans: list[tuple[int, int]]) 
         sum(tokens + step for tokens, left in lengths if left >= step)
         for step in range(max(left for _, left in spans) + 1)
     ]
-    # Without blocks, and so without what is unused of them.
+    # The count is without blocks, and thus without their unused parts.
     assert forecast.peak_tokens(sequences, 0) == max(held)
     rounded = forecast.peak_tokens(sequences, 16)
     assert max(held) + 8 <= rounded <= max(held) + 8 * len(spans)
 
 
 def make_scheduler(num_blocks: int, lengths: SequenceOf[int] = ()) -> Scheduler:
-    """One that has seen answers of these lengths."""
+    """A scheduler that has seen answers of these lengths."""
     scheduler = Scheduler(
         BlockPool(num_blocks, BLOCK_SIZE), max_num_seqs=64, max_num_batched_tokens=64
     )
@@ -102,7 +102,7 @@ def make_scheduler(num_blocks: int, lengths: SequenceOf[int] = ()) -> Scheduler:
 
 
 def advance(scheduler: Scheduler) -> tuple[int, int]:
-    """One step of requests that run to their last token; returns tokens and preemptions."""
+    """Run one step of requests that run to their last token; returns tokens and preemptions."""
     step = scheduler.schedule()
     ends = [item.sequence for item in step.scheduled if item.samples]
     scheduler.complete(step)
@@ -115,7 +115,7 @@ def advance(scheduler: Scheduler) -> tuple[int, int]:
 
 @pytest.mark.parametrize(("history", "together"), [([], 2), ([40], 1), ([8], 2)])
 def test_who_would_be_preempted_later_is_not_admitted(history: list[int], together: int) -> None:
-    """19 blocks of 4: two prompts of 16 fit, and each with 12 answers more, but not with 40."""
+    """19 blocks of 4: two prompts of 16 fit with answers of 12 tokens each, but not of 40."""
     scheduler = make_scheduler(20, history)
     first, second = (sequence_of(range(16), name, max_tokens=40) for name in "ab")
     scheduler.add(first)
@@ -145,7 +145,7 @@ def test_a_sequence_alone_is_admitted_whatever_is_foreseen() -> None:
 
 
 def test_blocks_that_are_shared_are_counted_once() -> None:
-    """Four prompts that begin alike hold 10 + 4 of 19 blocks, not 44."""
+    """Four prompts with the same beginning hold 10 + 4 of 19 blocks, not 44."""
     scheduler = make_scheduler(20, [1])
     first = sequence_of(range(41), "a", max_tokens=1)
     scheduler.add(first)
@@ -159,7 +159,7 @@ def test_blocks_that_are_shared_are_counted_once() -> None:
 
 
 def test_less_is_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More requests than fit: what is preempted and computed again with a forecast and without."""
+    """With more requests than fit, compare the recomputed tokens with and without a forecast."""
 
     def serve(num_requests: int = 150) -> tuple[int, int]:
         random.seed(0)

@@ -1,4 +1,4 @@
-"""Scheduler, block pool and waiting line under random traffic, without a model or a clock."""
+"""Scheduler, block pool and queue under random traffic, without a model or a clock."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ MAX_TOKENS = 10
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Requests arrive, are cancelled, and run; a fake runner appends a token per sampled step."""
+    """Requests arrive, are cancelled, and run.
+
+    A simulated runner appends a token per sampled step.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +39,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.live: list[Sequence] = []
         self.finished: list[Sequence] = []
-        # By which base generation a sequence, and a block, is computed.
+        # The base generation that computes each sequence and each block.
         self.base_of: dict[Sequence, int] = {}
         self.base_of_block: dict[int, int] = {}
 
@@ -65,7 +68,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def load(self) -> None:
-        """Every adapter that was loading is resident now."""
+        """Make all loading adapters resident."""
         self.ready.update(self.live)
 
     @rule(data=st.data())
@@ -75,7 +78,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def drain(self) -> None:
-        """Somebody wants to change the base."""
+        """Request a change of the base."""
         self.scheduler.is_draining = True
 
     @rule()
@@ -106,7 +109,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             sequence = item.sequence
             assert item.num_new >= 1
             assert sequence in self.ready or sequence.num_preemptions
-            # Nothing that an adapter brings is computed, and nothing computed is skipped.
+            # Positions from an adapter are not computed, and no other position is skipped.
             assert sequence.num_computed >= sequence.num_preset
             if sequence.request.score:
                 first = max(before[sequence], sequence.num_preset)
@@ -118,7 +121,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._check_base(step)
 
     def _check_base(self, step: Step) -> None:
-        """A sequence is computed with one base, blocks found by their keys included."""
+        """A sequence is computed with one base, including blocks that are found by their keys."""
         base = self.scheduler.base_generation
         for sequence, start in step.presets:
             for block in sequence.blocks[start : sequence.num_preset // BLOCK_SIZE]:
@@ -171,7 +174,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(self.scheduler.running) <= MAX_SEQS
 
     def teardown(self) -> None:
-        """Left alone, everything that is ready finishes: nothing starves or livelocks."""
+        """Without new traffic, all ready requests finish: there is no starvation or livelock."""
         self.ready.update(self.live)
         for _ in range(2000):
             if not self.live:
@@ -270,7 +273,7 @@ def test_a_group_that_was_idle_has_saved_no_credit() -> None:
     assert line.peek(always) is not None
     late = line.peek(lambda item: item.group == "late")
     assert late is not None
-    # It entered at the busy group's counter, not at 0, so 10 tokens put it behind.
+    # The newcomer entered at the busy group's counter, not at 0, so 10 tokens put it behind.
     chosen = line.peek(always)
     assert chosen is not None
     assert chosen.group == "busy"
@@ -285,7 +288,7 @@ def test_a_group_that_is_not_ready_is_passed_over() -> None:
 
 
 def simulate(rate: float, rare_share: float, steps: int = 6000) -> dict[str, list[float]]:
-    """Queue times on a simulated clock: a server of 4 places, 10 time units a request."""
+    """Queue times on a simulated clock, with 4 places and 10 time units per request."""
     line: FairQueue[Item] = FairQueue()
     running: list[tuple[float, Item]] = []
     waits: dict[str, list[float]] = {"popular": [], "rare": []}
@@ -310,14 +313,14 @@ def simulate(rate: float, rare_share: float, steps: int = 6000) -> dict[str, lis
 
 
 def test_a_rare_adapter_does_not_starve_behind_a_popular_one() -> None:
-    # Twice what the server can do, nine tenths of it for one adapter.
+    # The load is twice the capacity, nine tenths of it for one adapter.
     waits = simulate(rate=0.8, rare_share=0.1)
     popular, rare = sorted(waits["popular"]), sorted(waits["rare"])
     assert len(rare) > 300
     p99_rare = rare[int(0.99 * len(rare))]
     p50_popular = popular[len(popular) // 2]
     assert p99_rare <= 3 * p50_popular
-    # The overload is the popular adapter's own: the rare one waits for a place, no longer.
+    # Only the popular adapter suffers from its overload: the rare one waits just for a place.
     assert p99_rare <= 20.0
 
 

@@ -1,4 +1,4 @@
-"""Places are shared: a mix that fills the server yields to one that waits, on a simulated clock."""
+"""Sharing of places on a simulated clock: a mix that fills the server yields to a waiting one."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_mix_that_fills_all_places_yields_one() -> None:
     clock.run_until_ended([polite], 10.0)
     assert clock.waited(polite) <= AFTER_SECONDS + 2 * STEP_SECONDS
     assert clock.num_preempted == 1
-    # Whoever yielded ends too, with all of its tokens.
+    # Requests that yielded also end, with all of their tokens.
     clock.run_until_ended(hogs, 100 * LONG * STEP_SECONDS / SLOTS * 1.5)
     assert all(hog.num_generated == LONG for hog in hogs)
 
@@ -114,7 +114,7 @@ def test_a_mix_that_was_served_less_does_not_yield() -> None:
     clock.ask("popular", LONG)
     for _ in range(40):
         clock.step()
-    # Both places are taken, one of them by a mix that was served hardly anything.
+    # Both places are taken, one of them by a mix that was served very little.
     rare = clock.ask("rare", LONG)
     clock.step()
     clock.ask("popular", LONG)
@@ -131,12 +131,12 @@ def test_two_mixes_that_want_everything_take_turns() -> None:
         clock.step()
     served = {name: sum(s.num_generated for s in sequences) for name, sequences in asked.items()}
     assert max(served.values()) < 1.2 * min(served.values())
-    # Yielding is rare beside the work: once in the stated wait for each place.
+    # Preemptions are rare: at most one per place in the waiting time.
     assert clock.num_preempted <= SLOTS * clock.now / AFTER_SECONDS
 
 
 def test_blocks_are_places_too() -> None:
-    """There are places left, but the cache is full of another mix's long answers."""
+    """Places are free, but another mix's long answers fill the cache."""
     clock = Clock(num_blocks=4 * (LONG // BLOCK_SIZE) + 8, max_num_seqs=64)
     for _ in range(40):
         clock.ask("hog", LONG)
@@ -162,7 +162,7 @@ def test_nobody_yields_while_the_base_is_about_to_change(after: float | None) ->
 
 
 def test_a_step_that_was_not_computed_is_charged_to_nobody() -> None:
-    """On a device without memory a mix would else pay for the same tokens again and again."""
+    """Otherwise, a device without memory would charge a mix repeatedly for the same tokens."""
     scheduler = make_scheduler()
     for name in ("a", "b"):
         for _ in range(2):

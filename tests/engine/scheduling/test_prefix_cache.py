@@ -1,4 +1,4 @@
-"""The prefix cache against a plain model of it: every hit that is due, and no other."""
+"""The prefix cache compared with a simple model: all expected hits, and no others."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence
 
 BLOCK_SIZE = 4
-# What "c" acts from on.
+# The invocation of "c".
 INVOCATION = (2, 2)
 MixKey = tuple[tuple[str, int, float], ...]
-# What the values in a block depend on: base generation, each token up to its end and its mix.
+# The inputs of the values in a block: the base generation, and each token up to its end with its
+# mix.
 Content = tuple[int, tuple[tuple[int, MixKey], ...]]
 
-# Beginnings of two texts: most prompts share blocks with others. In some there are invocations.
+# Prompts are beginnings of two texts, so most share blocks with others. Some contain invocations.
 prompts = st.builds(
     lambda text, length, more: [text] * length + more,
     st.sampled_from([0, 1]),
@@ -57,13 +58,13 @@ class FakeMix:
 
 
 class PrefixCacheMachine(RuleBasedStateMachine):
-    """Requests run beside each other while adapters are replaced, loaded again, and merged.
+    """Requests run concurrently while adapters are replaced, loaded again, and merged.
 
-    ``written`` maps each block to what was last computed into it.
+    ``written`` maps each block to its last computed content.
     """
 
     num_blocks = 12
-    # With blocks for everything nothing is ever pushed out: then each hit can be foretold.
+    # With enough blocks, nothing is evicted, so each hit can be predicted.
     is_ample = False
 
     def __init__(self) -> None:
@@ -119,7 +120,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
 
     @rule()
     def merge(self) -> None:
-        """Waits for all who run or wait, as the server does; then the base is another one."""
+        """Wait for all running and waiting requests, like the server, and change the base."""
         self._drain()
         self.scheduler.base_generation += 1
 
@@ -151,7 +152,10 @@ class PrefixCacheMachine(RuleBasedStateMachine):
                 del self.live[sequence]
 
     def _check_hit(self, sequence: Sequence) -> None:
-        """What it was given is what it would have computed; and, with room, all there is of it."""
+        """The found blocks have the content that would be computed.
+
+        With enough blocks, all of them are found.
+        """
         given = sequence.num_computed // BLOCK_SIZE
         for index in range(given):
             content = self._content(sequence, (index + 1) * BLOCK_SIZE)

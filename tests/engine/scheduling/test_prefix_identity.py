@@ -1,4 +1,4 @@
-"""A cached block is found again by the weights that computed it and by no others."""
+"""A cached block is found only by the weights that computed it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from turret.server.engine.speculation import Drafter
 uuids = st.text("0123456789abcdef", min_size=32, max_size=32) | st.sampled_from(
     ["0" * 32, "1" * 32, "01" * 16]
 )
-# Adding 0 makes -0.0 equal to 0.0 in every respect.
+# Adding 0 turns -0.0 into 0.0.
 weights = (st.floats(-100, 100, width=32) | st.sampled_from([0.0, 1.0, -1.0, 0.5])).map(
     lambda weight: weight + 0.0
 )
@@ -77,7 +77,7 @@ def test_another_salt_is_another_key(salt: bytes, other: bytes, tokens: list) ->
 def test_what_an_adapter_puts_before_the_text_is_shared_across_salts(
     num_virtual: int, num_preset: int, num_shared: int
 ) -> None:
-    """A prefix or soft tokens, up to the block in which the text begins."""
+    """The shared part is a prefix or soft tokens, up to the block in which the text begins."""
 
     def keys(salt: bytes) -> list[bytes]:
         request = make_request(PROMPT, salt=salt)
@@ -93,7 +93,7 @@ def test_what_an_adapter_puts_before_the_text_is_shared_across_salts(
         assert same == [index < num_shared for index in range(len(same))]
 
 
-# On a real engine.
+# Tests on a real engine.
 
 PROMPT = tuple(range(60, 110))  # three full blocks
 
@@ -175,7 +175,7 @@ async def test_a_name_loaded_again_never_answers_from_old_blocks(engine: EngineH
 
 
 async def test_both_generations_share_a_batch(engine: EngineHarness) -> None:
-    """The device holds both at once, each under its own key."""
+    """The device holds both generations at once, each under its own key."""
     expected = {name: await engine.run(make_request(PROMPT, name, max_tokens=40)) for name in "ab"}
     old = await engine.engine.submit(make_request(PROMPT, "a", max_tokens=400))
     outputs = [await anext(aiter(old)) for _ in range(3)]

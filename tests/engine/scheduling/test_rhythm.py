@@ -1,4 +1,4 @@
-"""Prompts beside those that decode: a step takes at most twice as long as without them."""
+"""Prompts beside decoding sequences: a step takes at most twice as long as without prompts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def prompt_tokens(step: Step) -> int:
 
 
 def decoding(scheduler: Scheduler, count: int) -> None:
-    """So many sequences that have begun to answer."""
+    """This number of sequences that have begun to answer."""
     for number in range(count):
         scheduler.add(sequence_of([1000 + number, 2, 3], "", 1000))
     run(scheduler)
@@ -52,7 +52,7 @@ def test_a_prompt_comes_in_chunks_that_cost_one_more_step(
     taken = []
     while prompt.num_computed < 200:
         step = run(scheduler)
-        # Nobody who decodes is left out for it.
+        # No decoding sequence is left out.
         assert sum(item.num_new == 1 for item in step.scheduled) >= decodes
         taken.append(prompt_tokens(step))
     assert set(taken[:-1]) == {expected}
@@ -102,7 +102,7 @@ def test_costs_are_learnt_from_steps_that_only_generate() -> None:
     scheduler.add(sequence_of([1, 2, 3], "", 1000))
     run(scheduler, seconds=1e6)
     assert cost.fixed_rows == 7.0
-    # Steps of 1 and of 31 rows, a row costs a tenth of what a step costs anyhow.
+    # With steps of 1 and of 31 rows, a row costs a tenth of a step's fixed cost.
     for _ in range(200):
         run(scheduler, seconds=11.0)
     for number in range(30):

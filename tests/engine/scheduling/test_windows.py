@@ -1,4 +1,4 @@
-"""Where adapters with an invocation begin to act, without a model."""
+"""The positions from which adapters with an invocation act, without a model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Named:
 
 @dataclass(frozen=True)
 class Names:
-    """A mix whose key is its members' names."""
+    """A mix with its members' names as the key."""
 
     members: tuple[tuple[Named, float], ...]
 
@@ -62,7 +62,7 @@ def test_each_member_acts_from_its_own_invocation_on_in_the_order_of_the_request
     assert stages(prompt, PAIR, LORA, FIVE) == both
     assert stages(prompt, PAIR, FIVE, num_virtual=8) == [(0, ""), (9, "pair"), (12, "pair five")]
     assert stages([6, 7], PAIR, Named("same", (6,))) == [(0, ""), (0, "pair same")]
-    # The end of a prompt that only begins like it.
+    # The prompt ends with only the beginning of the invocation.
     assert stages([1, 6], PAIR) == [(0, "")]
 
 
@@ -78,7 +78,7 @@ def sequence(prompt: list[int], *adapters: Named, so_far: tuple[int, ...] = ()) 
 
 
 def chunks(scheduler: Any, added: Sequence) -> list[tuple[int, str]]:
-    """What is computed until the first token: how much, and with which adapters."""
+    """The chunks until the first token: their lengths and adapters."""
     scheduler.add(added)
     found = []
     while added.num_computed < len(added.tokens):
@@ -94,10 +94,10 @@ def test_a_chunk_ends_where_an_adapter_begins_and_the_rest_is_shared_with_the_ba
     scheduler = make_scheduler()
     base, more = list(range(8, 18)), [6, 7, 1]
     assert chunks(scheduler, sequence([*base, *more], PAIR)) == [(10, ""), (3, "pair")]
-    # Whatever acts later: the blocks before are the base's.
+    # Blocks before the invocation belong to the base, for any adapter.
     assert chunks(scheduler, sequence([*base, 3, 3])) == [(4, "")]
     assert chunks(scheduler, sequence([*base, 5, 1], FIVE)) == [(2, ""), (2, "five")]
-    # The block in which it begins is not.
+    # The block in which the invocation begins is not shared.
     again = sequence([*base, *more], PAIR)
     assert chunks(scheduler, again) == [(1, "pair")]
     assert again.num_cached == 3 * BLOCK_SIZE

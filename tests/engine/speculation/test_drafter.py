@@ -1,4 +1,4 @@
-"""Guesses: where they come from, how long they are, and that they stop where they do not pay."""
+"""Drafts: their origin, their lengths, and their end when they do not pay off."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def agreement(text: Sequence[int], place: int, tail: Sequence[int]) -> int:
 def test_the_index_finds_the_longest_agreement_of_the_latest_places(
     text: list[int], piece: int, other: list[int]
 ) -> None:
-    """Against a search of every place; the index reads the text as it grows."""
+    """Compare the index, which reads the text as it grows, with a search of every place."""
     tokens: list[int] = []
     index = TextIndex(tokens, most=1000)
     for start in range(0, len(text), piece):
@@ -68,7 +68,7 @@ def test_an_index_forgets_and_still_finds_what_is_new() -> None:
         assert len(index._latest) <= 101
     assert index.find([7, 8]) == (0, 0)
     assert index.find([100 + 990, 100 + 991]) == (3 + 992, 2)
-    # Of a match at the very beginning of what is remembered, nothing before it is compared.
+    # For a match at the beginning of the remembered text, no earlier token is compared.
     first = tokens[index._start]
     assert index.find([first - 1, first]) == (index._start + 1, 1)
 
@@ -96,7 +96,7 @@ def make(
 
 
 def cheap() -> StepValue:
-    """A step in which a row costs next to nothing."""
+    """The cost of a step in which a row costs almost nothing."""
     return StepValue(1, 1e6)
 
 
@@ -122,7 +122,7 @@ def test_soft_tokens_are_no_text() -> None:
 def test_a_draft_ends_before_an_end_token_and_before_max_tokens() -> None:
     text = [1, 2, 3, 4, 5, 6, 1, 2]
     assert make(text, end_ids=frozenset({5})).draft(MixMemory(), cheap(), 9) == (3, 4)
-    # Of three tokens to come two are guessed: the step draws one more.
+    # Two of three remaining tokens are drafted, because the step draws one more.
     assert make(text, max_tokens=3).draft(MixMemory(), cheap(), 9) == (3, 4)
     assert make(text, max_tokens=1).draft(MixMemory(), cheap(), 9) == ()
     same = make([1] * 9, max_tokens=99)
@@ -134,7 +134,7 @@ def test_earlier_answers_of_the_mix_are_guessed_from() -> None:
     earlier = make([50], [1, 2, 3, 4])
     earlier.end(memory)
     assert make([60], [1]).draft(memory, cheap(), 8) == (2, 3, 4)
-    # The beginning of an answer tells that it is one.
+    # The beginning of an answer is recognised as such.
     other = make([61], [1, 9, 9, 9])
     other.end(memory)
     make([62], [7, 1, 5, 5]).end(memory)
@@ -184,7 +184,7 @@ def test_nothing_is_guessed_from_the_answers_of_another_memory_key() -> None:
 def test_chances_follow_what_was_right() -> None:
     chances = Chances()
     before = chances.of(3)
-    # Before the second token one more agrees; the third was wrong.
+    # One more token before the second one agrees; the third draft token was wrong.
     chances.learn(3, 4, 2)
     assert before < chances.of(3) < 1.0
     assert chances.of(4) > Chances().of(4)
@@ -202,7 +202,7 @@ def test_chances_follow_what_was_right() -> None:
 
 
 def run(truth: Callable[[int], int], num_tokens: int, num_rows: int = 1) -> tuple[int, int, int]:
-    """Steps, draft tokens and right ones until an answer has so many tokens."""
+    """The steps, draft tokens and accepted tokens until an answer has this many tokens."""
     prompt = [truth(i) for i in range(64)]
     drafter = make(prompt, [truth(64)], max_tokens=num_tokens + 1)
     tokens, memory = drafter._tokens, MixMemory()
@@ -232,7 +232,7 @@ def noise(size: int) -> Callable[[int], int]:
 
 @pytest.mark.parametrize("size", [2000, 300, 40])
 def test_text_that_repeats_nothing_loses_little(size: int) -> None:
-    """At a row's price of an eighth of a step; the fewer tokens, the more there is to mistake."""
+    """A row costs an eighth of a step. Few different tokens lead to more wrong drafts."""
     steps, num_draft, _ = run(noise(size), 1000)
     assert (steps * 8 + num_draft) / (1000 * 8) < 1.02
 

@@ -1,4 +1,4 @@
-"""The scheduler's side of drafts: tokens and blocks that are left over, and what is given back."""
+"""Drafts in the scheduler: they use leftover tokens and blocks, and return unused ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from turret.server.engine.speculation import Drafter, MixMemory, Speculation, St
 
 
 class Eager(Drafter):
-    """Guesses as many 7s as there is room for."""
+    """Drafts as many 7s as there is room for."""
 
     asked: int = 0
     learnt: int | None = None
@@ -50,7 +50,7 @@ def make(num_blocks: int = 64) -> Scheduler:
 
 
 def step(scheduler: Scheduler, right: int = 0) -> list[Scheduled]:
-    """A step of which so many draft tokens of each sequence are right."""
+    """A step in which this number of draft tokens of each sequence is right."""
     found = scheduler.schedule()
     scheduler.complete(found)
     for item in found.scheduled:
@@ -69,7 +69,7 @@ def test_a_draft_gets_the_tokens_that_the_step_has_left() -> None:
     assert [item.draft for item in step(scheduler)] == [()]
     assert [len(item.draft) for item in step(scheduler)] == [23]
     scheduler.add(second)
-    # Its prompt takes all that is left, and a chunk of a prompt has no draft.
+    # The prompt takes all remaining tokens, and a chunk of a prompt has no draft.
     assert [(item.num_new, len(item.draft)) for item in step(scheduler)] == [(1, 0), (23, 0)]
     assert [(item.num_new, len(item.draft)) for item in step(scheduler)] == [(1, 16), (7, 0)]
     assert sum(item.num_rows for item in step(scheduler)) == 24
@@ -90,7 +90,7 @@ def test_right_tokens_are_computed_and_wrong_ones_leave_nothing() -> None:
     assert scheduler.waiting.served(sequence.group) == served + 7
     assert isinstance(sequence.drafter, Eager)
     assert sequence.drafter.learnt == 6
-    # Two blocks are full, and can be found by who asks for the same.
+    # Two blocks are full, so a request with the same tokens finds them.
     other = eager([*sequence.tokens[:10], 5])
     scheduler.add(other)
     step(scheduler, right=0)
@@ -112,7 +112,7 @@ def test_an_answer_that_ends_within_its_draft_gives_all_back() -> None:
 
 
 def test_drafts_take_free_blocks_alone() -> None:
-    """Three blocks for two sequences: who needs one gets it, and no draft stands in its way."""
+    """Three blocks for two sequences: a sequence that needs one gets it, despite drafts."""
     scheduler = make(num_blocks=4)
     first, second = eager([1, 2, 3], 8), eager([4, 5], 8)
     scheduler.add(first)
@@ -151,7 +151,7 @@ def test_a_device_without_memory_for_drafts_gets_steps_without(num_others: int) 
     held = sum(len(s.blocks) for s in scheduler.running)
     assert scheduler.blocks.num_active == held == len(scheduler.running)
     assert not any(item.draft for item in step(scheduler))
-    # A request that runs alone, without a draft, cannot be made smaller.
+    # A single request without a draft cannot be made smaller.
     if num_others == 0:
         assert scheduler.abandon(scheduler.schedule()) is None
     scheduler.finish(sequences[-1])

@@ -1,4 +1,4 @@
-"""Answers that end, break off or go on in the middle of a draft that is right."""
+"""Answers that end, are interrupted or continue in the middle of a correct draft."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest_asyncio.fixture
 async def plain(root: Path) -> AsyncIterator[EngineHarness]:
-    """Computes every token in a step of its own."""
+    """Compute every token in a separate step."""
     async with EngineHarness.start(
         twin("llama").folder, root, adapters=ADAPTERS, speculation="off"
     ) as harness:
@@ -60,12 +60,12 @@ def asked(*adapters: str, **changes: Any) -> Request:
 
 
 def right(answer: Answer, seed: int = 0) -> PlantedDrafts:
-    """Drafts from an answer that did not end early."""
+    """A drafter that copies an answer without an early end."""
     return PlantedDrafts({PROMPT: answer.token_ids}, VOCAB_SIZE, seed)
 
 
 def conditions(answer: Answer) -> list[StopConditions]:
-    """Ways for this answer to end somewhere in it."""
+    """Conditions that end this answer somewhere in the middle."""
     text, ids = answer.text, answer.token_ids
     middle = text[len(text) // 2 : len(text) // 2 + 5]
     late = frozenset({ids[25]})
@@ -126,7 +126,7 @@ async def test_prompt_logprobs_and_echo_stay(plain: EngineHarness, drafting: Eng
 async def test_the_same_is_found_in_the_prefix_cache(
     plain: EngineHarness, drafting: EngineHarness
 ) -> None:
-    """Who goes on with prompt and answer finds as many blocks, with the same keys and values."""
+    """A continuation of prompt and answer finds as many blocks, with the same contents."""
     whole = await plain.run(asked("lora"))
     drafts = right(whole)
     stop = conditions(whole)[0]

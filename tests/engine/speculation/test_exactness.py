@@ -1,4 +1,4 @@
-"""Answers whose drafts are checked have the bits of answers that were drawn token by token."""
+"""Answers with drafts have the same bits as answers that are drawn token by token."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SAMPLING = (
     SamplingParams(temperature=0.9, logit_bias={7: 4.0, 9: -3.0}, seed=8),
 )
 METHODS = [*KINDS, "fusion"]
-# Of each operator, and of each place where one acts, a method.
+# One method for each operator and each place of action.
 FEW = [
     *("lora", "rslora", "dora", "alora", "loha", "lokr", "ia3", "ln_tuning", "oft", "road", "c3a"),
     *("hira", "shira", "prefix_tuning", "prompt_tuning", "trainable_tokens", "fusion"),
@@ -50,7 +50,7 @@ async def answers(
     max_num_seqs: int = 8,
     **options: Any,
 ) -> tuple[list[Answer], float, float]:
-    """What the requests get in one batch, and the draft tokens that were checked and right."""
+    """The answers in one batch, and the numbers of checked and of accepted draft tokens."""
     async with EngineHarness.start(
         twin(architecture).folder,
         root,
@@ -61,7 +61,7 @@ async def answers(
         for name in set(OF_SEVERAL_TASKS) & set(names):
             harness.registry.load(name, name, task=1)
         found = await harness.run_all(requests)
-    # Once the engine's thread has counted its last step.
+    # Wait until the engine's thread has counted its last step.
     value = harness.metrics.registry.get_sample_value
     prefix = "turret_spec_decode_num_"
     counts = [value(f"{prefix}{kind}_tokens_total") for kind in ("draft", "accepted")]
@@ -69,11 +69,11 @@ async def answers(
 
 
 def requests_of(names: Sequence[str]) -> list[Request]:
-    """One of every method with each kind of sampling in turn, mixes, and the base."""
+    """Requests for every method, mixes and the base, with the kinds of sampling in turn."""
     mixes = [*([AdapterRef(name=name)] for name in names), [], [], []]
     return [
         make_request(
-            # An activated adapter acts from token 7 on.
+            # An activated LoRA acts from token 7 on.
             [*prompt_of((3, 11, 29, 50)[number % 4], number), 7, 1],
             *mix,
             max_tokens=MAX_TOKENS - number % 5,
@@ -103,7 +103,7 @@ async def check(
     for request, one, other in zip(requests, plain, checked, strict=True):
         assert one.bits == other.bits, [ref.name for ref in request.adapters]
         assert replace(one.finish.usage, cached_tokens=0) == other.finish.usage
-    # Nothing is known of a draft that was scheduled last, and of a right one all is accepted.
+    # The last scheduled draft has no result yet; all tokens of a correct draft are accepted.
     assert num_draft == drafts.num_draft
     assert num_accepted == drafts.num_right
     assert num_draft > num_accepted > sum(map(len, known.values())) / 3
@@ -111,7 +111,7 @@ async def check(
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Adapters of a few methods."""
+    """A folder with adapters of a few methods."""
     return save(tmp_path_factory.mktemp("adapters"), FEW)
 
 
@@ -147,7 +147,7 @@ async def test_every_method_in_one_batch(
     ],
 )
 async def test_every_family(architecture: str, tmp_path: Path) -> None:
-    """Windows, soft caps, experts, frequencies by length: positions of a sequence side by side."""
+    """Several positions per step with windows, soft caps, experts, and frequencies by length."""
     save_adapter(twin(architecture).model, make_config("lora"), tmp_path / "lora")
     requests = [
         make_request(prompt_of(length, number), *names, max_tokens=MAX_TOKENS, sampling=sampling)
@@ -159,7 +159,7 @@ async def test_every_family(architecture: str, tmp_path: Path) -> None:
 
 
 async def test_answers_that_are_asked_again_come_from_memory(root: Path) -> None:
-    """Drafters as they are: what was answered before is right, and steps are saved."""
+    """With the real drafters, earlier answers are correct drafts and save steps."""
     requests = requests_of(["lora", "dora"])
     plain, _, _ = await answers(root, ["lora", "dora"], requests, speculation="off")
     drafted: dict[str, float] = {}
@@ -180,7 +180,7 @@ def _accept_anything(run: Any) -> bool:
 
 
 def _add_late(rows: StepRows, place: Placed, block_size: int, blocks_at: int) -> None:
-    """Positions of draft tokens one too high."""
+    """Plant a fault: the positions of draft tokens are one too high."""
     _add(rows, place, block_size, blocks_at)
     for index in range(len(rows.positions) - len(place.item.draft), len(rows.positions)):
         rows.positions[index] += 1

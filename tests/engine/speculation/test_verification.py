@@ -1,4 +1,4 @@
-"""Which of a step's draft tokens count, and that each is drawn as if it came alone."""
+"""Acceptance of draft tokens; each token is drawn as if it were alone."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def rows_of(count: int, seed: int) -> torch.Tensor:
 
 
 def one_by_one(sequence: Sequence, rows: torch.Tensor) -> list[Draw]:
-    """What a step for each row draws."""
+    """The tokens that separate steps for each row draw."""
     sampler, draws = Sampler(ENDS), list[Draw]()
     for row in rows:
         (draw,) = sampler.draw(row.clone().unsqueeze(0), [sequence])
@@ -55,7 +55,7 @@ def make(name: str) -> Sequence:
 
 @pytest.mark.parametrize("num_right", [0, 1, 4])
 def test_drafts_are_drawn_as_if_each_token_came_alone(num_right: int) -> None:
-    """All kinds of requests in one step, one of them without a draft."""
+    """A step with all kinds of requests, one of them without a draft."""
     items, expected, logits = [], [], []
     for number, name in enumerate(PARAMS):
         rows = rows_of(5, number)
@@ -73,9 +73,9 @@ def test_drafts_are_drawn_as_if_each_token_came_alone(num_right: int) -> None:
     drawn = draw_tokens(sampler, torch.cat(logits), items, NO_MASKS)
     assert drawn == expected
     assert [item.sequence.tokens for item in items] == before
-    # A step that is computed again, because it found no memory, draws the same.
+    # A step that is repeated because memory ran out draws the same tokens.
     assert draw_tokens(sampler, torch.cat(logits), items, NO_MASKS) == expected
-    # And the one after it goes on where it ended.
+    # The next step continues from there.
     for item, draws, name in zip(items, drawn, PARAMS, strict=True):
         item.sequence.tokens += [draw.token_id for draw in draws]
         alone = make(name)
@@ -109,7 +109,7 @@ def test_steps_without_drafts_draw_all_rows_at_once() -> None:
 
 
 def test_counts_are_those_of_the_text_after_a_step_that_is_computed_again() -> None:
-    """Tokens that were read as drawn, and are drawn otherwise, are not counted."""
+    """Tokens that are drawn differently in the repetition are not counted."""
     sequence = sequence_with((5, 5), temperature=0.0, frequency_penalty=1.0)
     adjustment = Adjustment(sequence, frozenset(), torch.device("cpu"))
 

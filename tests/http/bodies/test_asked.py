@@ -1,4 +1,4 @@
-"""Chat and completions over HTTP: what the engine is asked, and what is refused."""
+"""Chat and completions over HTTP: the engine's requests, and rejections."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TURNS = [{"role": "user", "content": "hi"}]
 
 
 async def asked(server: HttpHarness, path: str = COMPLETIONS, **body: Any) -> Request:
-    """What the engine gets of a request that is answered."""
+    """The engine's request for an answered request."""
     given = {"messages": TURNS} if path == CHAT else {"prompt": "a"}
     answer = await server.post(path, {"model": "base", **given, **body})
     assert answer.status_code == 200, answer.text
@@ -230,7 +230,7 @@ async def test_numbers_that_no_float_holds_are_refused(sent: bytes, param: str) 
 
 
 def test_the_ranges_of_the_model_are_those_of_the_engine() -> None:
-    """Each bound is accepted by both, and what is beyond it by neither."""
+    """Both accept each bound, and neither accepts a value beyond it."""
     for name, info in Generating.model_fields.items():
         if name not in SamplingParams.__dataclass_fields__:
             continue

@@ -13,7 +13,7 @@ from turret.server.http.body import parse
 PATH = "/v1/completions"
 JSON = {"content-type": "application/json"}
 TEXT = json.dumps({"model": "base", "prompt": "\u00e9"}, ensure_ascii=False)
-# Of one time: what a test is called holds it.
+# With a fixed time, because the value is part of a test's name.
 ZIPPED = gzip.compress(TEXT.encode(), mtime=0)
 
 
@@ -31,7 +31,7 @@ ZIPPED = gzip.compress(TEXT.encode(), mtime=0)
         (b'{"a": [1,]}', "body_not_json"),
         (b'{"a": "\x00"}', "body_not_json"),
         (b'{"a": 1} x', "body_not_json"),
-        # JSON can write half of a surrogate pair, which is not a character.
+        # JSON can contain half of a surrogate pair, which is not a character.
         (rb'{"a": "\ud800"}', "body_not_json"),
         (rb'{"a": [{"\ude00\ud83d": 1}]}', "body_not_json"),
         (b'{"a":' * 300 + b"1" + b"}" * 300, "body_not_json"),

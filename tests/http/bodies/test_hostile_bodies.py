@@ -1,4 +1,4 @@
-"""Bodies of any shape get an answer or a refusal, and never make a bug visible."""
+"""Bodies of any shape get an answer or an error, and never reveal a bug."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from servers.limits_of_bodies import fields
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 TURNS = [{"role": "user", "content": "a"}]
 ADAPTER = {"lora_name": "a", "lora_path": "a"}
-# Path → bodies that are right.
+# Path → valid bodies.
 PATHS: dict[str, tuple[dict[str, Any], ...]] = {
     CHAT: ({"model": "base", "messages": TURNS},),
     COMPLETIONS: ({"model": "base", "prompt": "a"},),
@@ -55,7 +55,7 @@ _KEYS = (
 
 
 def any_name(source: random.Random) -> str:
-    """A field's name; one in four has a letter that is another."""
+    """The name of a field; one in four has a wrong letter."""
     name = source.choice(FIELDS)
     if source.random() < 0.75:
         return name

@@ -1,4 +1,4 @@
-"""Which adapters a request asks for, by model or by a list, and what is refused of both."""
+"""The adapters of a request, by model or by a list, and rejections of both."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TURNS = [{"role": "user", "content": "hi"}]
 
 
 async def asked(server: HttpHarness, **body: Any) -> Request:
-    """What the engine gets of a conversation that is answered."""
+    """The engine's request for an answered conversation."""
     answer = await server.post(CHAT, {"messages": TURNS, **body})
     assert answer.status_code == 200, answer.text
     return server.engine.requests[-1]
@@ -159,7 +159,7 @@ async def test_a_refused_request_is_counted_for_the_adapters_that_it_names() -> 
         ):
             assert (await server.refused(path, {"model": "sql"} | body)).status == 400
         assert await server.sample("turret_requests_total", adapter="sql", **labels) == 3
-        # Whose this would have been nobody can tell.
+        # The adapter of this request is unknown.
         answer = await server.client.post(CHAT, content="{", headers=JSON)
         assert answer.status_code == 400
         assert await server.sample("turret_calls_total", protocol="http", **labels) == 4

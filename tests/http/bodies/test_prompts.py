@@ -1,4 +1,4 @@
-"""What is wrong with a prompt says where in the request that lies."""
+"""Errors in a prompt name its place in the request."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from servers.http_harness import http_harness
 from turret.server.errors import PromptTooLongError
 from turret.server.words import say
 
-# What is sent, and where what is wrong with it lies; {} is the field's name.
+# A value, and the path of its error; {} is the name of the field.
 WRONG: tuple[tuple[Any, str], ...] = (
     ("", "{}"),
     ([1000000], "{}[0]"),

@@ -1,4 +1,4 @@
-"""Fields that are misspelt are refused by name, and one answer names all that is wrong."""
+"""Misspelt fields are rejected by name, and one answer names all errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from servers.http_harness import http_harness
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TURNS = [{"role": "user", "content": "hi"}]
-# Of other servers and newer clients, and what is close to a field without being a slip of it.
+# Fields of other servers and newer clients, and names similar to a field without being
+# misspellings.
 OTHERS = (
     *(
         "user",
@@ -45,7 +46,7 @@ BODIES = {
         (CHAT, "tool", "tools"),
         (CHAT, "adapter", "adapters"),
         (COMPLETIONS, "stops", "stop"),
-        # Other servers' words for it.
+        # Other servers' names for a limit.
         (CHAT, "max_new_tokens", "max_tokens"),
         (CHAT, "max_output_tokens", "max_tokens"),
         (COMPLETIONS, "stop_sequences", "stop"),
@@ -62,7 +63,7 @@ BODIES = {
         (CHAT, "repeat_penalty", "repetition_penalty"),
         (CHAT, "random_seed", "seed"),
         (CHAT, "format", "response_format"),
-        # Short names, of which swapped letters are a slip and another letter is none.
+        # Short names: swapped letters are a misspelling, another letter is not.
         (COMPLETIONS, "sede", "seed"),
         (COMPLETIONS, "stpo", "stop"),
         (COMPLETIONS, "echoo", "echo"),
@@ -101,12 +102,12 @@ async def test_fields_of_others_are_ignored(path: str) -> None:
         body = {"model": "base", **BODIES[path], **dict.fromkeys(OTHERS, 0.5)}
         answer = await server.post(path, body)
         assert answer.status_code == 200, answer.text
-        # What they say when they ask for nothing.
+        # Neutral values of these fields.
         neutral = {"n_predict": -1, "num_predict": -1, "repeat_penalty": 1.0, "format": ""}
         answer = await server.post(path, body | neutral | {"grammar": "", "json_object": False})
         assert answer.status_code == 200, answer.text
         assert server.engine.requests[-1].constraint is None
-        # Who sends both knows one from the other.
+        # Both fields were sent, so the unknown one is not a misspelling.
         answer = await server.post(path, body | {"temprature": 2, "temperature": 1, "models": []})
         assert answer.status_code == 200, answer.text
 
@@ -178,7 +179,7 @@ async def test_fields_of_others_in_objects_within_are_ignored() -> None:
     async with http_harness() as server:
         answer = await server.post(CHAT, {"model": "base", **body})
         assert answer.status_code == 200, answer.text
-        # Who sends both knows one from the other.
+        # Both fields were sent, so the unknown one is not a misspelling.
         answer = await server.post(CHAT, {"model": "base", **body, "max_new_tokens": 1})
         assert answer.status_code == 200, answer.text
 

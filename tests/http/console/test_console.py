@@ -1,4 +1,4 @@
-"""What the console is made of: its files, the state it asks for, pins, and who may call it how."""
+"""The parts of the console: its files, its state, pins, and access."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ async def test_the_last_failures_are_told_with_their_ids() -> None:
 
 
 async def test_looking_is_no_failure() -> None:
-    """A page left open on a stopping server would push out the errors that matter."""
+    """Otherwise, a page that is open on a stopping server would displace relevant errors."""
     async with http_harness(serving=False) as http:
         refused = Refused.of(await http.client.get("/console/state"))
         assert refused.status == 503
@@ -241,7 +241,7 @@ async def test_further_names_are_let_in() -> None:
 
 
 async def test_with_tokens_any_name_will_do() -> None:
-    """A page of another name has no token, and a name in a cluster need not be told twice."""
+    """A page under another name has no token, so names in a cluster need not be configured."""
     async with http_harness(tokens=TokenTable([("a", frozenset({"inference"}))])) as http:
         answer = await http.client.get("/v1/models", headers={"host": "turret.svc"})
         assert answer.status_code == 401

@@ -1,4 +1,4 @@
-"""The console in a real browser, in front of stand-ins."""
+"""The console in a real browser, with a simulated engine."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture
 async def visit(browser: Browser) -> AsyncIterator[Callable[..., Awaitable[Any]]]:
-    """Runs what a visitor does in a thread: the server answers in this one."""
+    """Run a visitor's actions in a thread, because the server runs in this one."""
 
     async def go(do: Callable[..., _T], *args: Any) -> _T:
         return await asyncio.to_thread(do, browser, *args)
 
     yield go
-    # A tab that was left open asks on.
+    # An open tab would continue to poll.
     await go(lambda tab: tab.driver.get("about:blank"))
 
 
@@ -68,7 +68,7 @@ def names(tab: Browser) -> list[str]:
 
 
 def scripted(*texts: str) -> Callable[[Request], AsyncIterator[Output]]:
-    """Answers with these tokens, each of another probability, and the mix as the last one."""
+    """Answer with these tokens of different probabilities, and with the mix as the last one."""
 
     async def script(request: Request) -> AsyncIterator[Output]:
         mix = "+".join(f"{ref.name}*{ref.weight:g}" for ref in request.adapters) or "base"
@@ -82,7 +82,7 @@ def scripted(*texts: str) -> Callable[[Request], AsyncIterator[Output]]:
 
 
 def ask(tab: Browser, prompt: str) -> list[str]:
-    """Ask all three; their answers come back."""
+    """Ask all three; returns their answers."""
     tab.find("#prompt").send_keys(prompt, Keys.ENTER)
     tab.until(lambda: "answered" in (tab.find("#said").get_attribute("textContent") or ""), "ends")
     return [element.text for element in tab.all(".pane .text")]
@@ -98,7 +98,7 @@ async def test_three_answers_beside_each_other(visit: Callable[..., Awaitable[An
             open_page(tab, http)
             status(tab, "Serving")
             tab.until(lambda: names(tab) == ["json", "pirate", "sql"], "adapters")
-            # The name in the table puts the adapter into the second pane.
+            # Clicking the name in the table selects the adapter in the second pane.
             tab.all("#adapters-rows .name")[2].click()
             assert tab.run("return document.activeElement.id") == "prompt"
             slider = tab.find("input[aria-label='Weight of pirate']")
@@ -110,7 +110,7 @@ async def test_three_answers_beside_each_other(visit: Callable[..., Awaitable[An
             kinds = [span.get_attribute("class") for span in spans]
             assert kinds == ["q1", "q4", "q5"]
             assert tab.text(".pane:first-child .facts").startswith("2 tokens")
-            # By keyboard: what else was likely.
+            # Show the alternatives by keyboard.
             text = tab.find(".pane:first-child .text")
             text.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
             assert tab.text(".pane:first-child .detail").startswith("␣b 22 % — else <img␣src")
@@ -127,7 +127,7 @@ async def test_three_answers_beside_each_other(visit: Callable[..., Awaitable[An
 async def test_tokens_that_come_together_have_a_colour_each(
     visit: Callable[..., Awaitable[Any]],
 ) -> None:
-    """As guesses that were right do, and the end, which is a token without text."""
+    """Accepted draft tokens arrive together, and so does the end, a token without text."""
 
     async def script(request: Request) -> AsyncIterator[Output]:
         tokens = tuple(
@@ -155,7 +155,7 @@ async def test_tokens_that_come_together_have_a_colour_each(
 
 
 async def test_hostile_texts_stay_texts(visit: Callable[..., Awaitable[Any]]) -> None:
-    """Names, methods, warnings, answers and errors are others' input."""
+    """Names, methods, warnings, answers and errors are untrusted input."""
     async with http_harness() as http:
         record = http.registry.load("a", "a")
         facts = replace(record.facts, method=EVIL, warnings=(EVIL,))
@@ -189,7 +189,7 @@ _JSON = {"headers": {"content-type": "application/json"}}
 
 
 async def test_pages_of_others_reach_nothing(visit: Callable[..., Awaitable[Any]]) -> None:
-    """A page under a name that was rebound to the server, and a page of another origin."""
+    """A page under a rebound name, and a page from another origin, are rejected."""
     async with http_harness() as http:
         http.registry.load("a", "a")
         own = f"http://{http.server.address}"
@@ -207,7 +207,7 @@ async def test_pages_of_others_reach_nothing(visit: Callable[..., Awaitable[Any]
             for path in ("/console/state?find=", "/v1/models"):
                 assert ask(own + path, {}) == "TypeError"
             assert ask(f"{own}/v1/load_lora_adapter", _LOAD | _JSON) == "TypeError"
-            # Without a header that has to be allowed first, the request is sent, and refused.
+            # Without a header that needs a preflight, the request is sent, and rejected.
             assert ask(f"{own}/v1/load_lora_adapter", _LOAD | {"mode": "no-cors"}) == 0
 
         await visit(do)
@@ -231,8 +231,8 @@ async def test_an_administrator_loads_pins_and_unloads(
         def do(tab: Browser) -> None:
             open_page(tab, http)
             status(tab, "Locked")
-            assert "asks for a token" in tab.text("#notice")
-            # Nothing can change until there is one: it does not ask on.
+            assert "requires a token" in tab.text("#notice")
+            # Without a token, nothing can change, so the page does not poll.
             count = "return performance.getEntriesByName(new URL('console/state?find=', location)"
             asked = tab.run(f"{count}.href).length")
             time.sleep(2.5)
@@ -257,7 +257,7 @@ async def test_an_administrator_loads_pins_and_unloads(
             tab.find("#load-name").send_keys("sql", Keys.ENTER)
             tab.until(lambda: names(tab) == ["sql"], "the adapter")
             assert tab.text("#adapters-rows td:nth-of-type(4)") == "100 B"
-            # As the command says it.
+            # The format is that of the command.
             ask = "import('/console/dom.js').then(dom => arguments[0](dom.bytes(707584)))"
             assert tab.driver.execute_async_script(ask) == "691 KiB"
             for count in (0, 512, 1536, 11_000_000, 1_060_000, 3 << 40):
@@ -276,7 +276,7 @@ async def test_an_administrator_loads_pins_and_unloads(
             tab.find("button[aria-label='Unload sql']").click()
             tab.find("#unload-go").click()
             tab.until(lambda: names(tab) == [], "no adapter")
-            # The token lives in this tab alone, and goes when it is told to.
+            # The token is stored only in this tab, and removed on request.
             assert tab.run("return Object.keys(localStorage).length") == 0
             assert tab.driver.get_cookies() == []
             tab.find("#token-open").click()
@@ -311,7 +311,7 @@ async def test_a_server_that_starts_stops_or_refuses_says_so(
         starting = say("SERVER_STARTING")[1:]
         assert starting in await visit(lambda tab: tab.text("#notice"))
     await visit(status, "Unreachable")
-    assert "looks again" in await visit(lambda tab: tab.text("#notice"))
+    assert "retries" in await visit(lambda tab: tab.text("#notice"))
     async with http_harness() as http:
         http.engine.refuse = AdapterCheckpointError("no such weights")
 
@@ -374,7 +374,7 @@ async def test_an_answer_can_be_stopped(visit: Callable[..., Awaitable[Any]]) ->
 async def test_it_fits_and_can_be_read(
     visit: Callable[..., Awaitable[Any]], width: int, dark: bool
 ) -> None:
-    """No sideways scrolling, names for all controls, and contrast as WCAG AA asks for it."""
+    """No horizontal scrolling, names for all controls, and contrast according to WCAG AA."""
     async with http_harness() as http:
         for name in ("json", "x" * 128):
             http.registry.load(name, name, pinned=True)
@@ -398,7 +398,7 @@ async def test_it_fits_and_can_be_read(
         await visit(do)
 
 
-# Controls that a screen reader has no name for.
+# Controls without a name for screen readers.
 _UNNAMED = """
 return [...document.querySelectorAll("button, input, select, textarea, meter, [tabindex]")]
   .filter((e) => !(e.getAttribute("aria-label")
@@ -406,7 +406,7 @@ return [...document.querySelectorAll("button, input, select, textarea, meter, [t
     || (e.tagName === "BUTTON" && e.textContent.trim().length > 0)))
   .map((e) => e.outerHTML);
 """
-# Texts whose contrast with what is behind them is below 4.5.
+# Texts with a contrast below 4.5.
 _TOO_FAINT = """
 const parse = (text) => {
   const numbers = text.match(/[\\d.]+/g).map(Number);

@@ -1,4 +1,4 @@
-"""Items of /v1/responses: calls of functions and reasoning, asked for, answered and streamed."""
+"""Items of /v1/responses, in requests, answers and streams: function calls and reasoning."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def connect(http: HttpHarness) -> openai.AsyncOpenAI:
 def saying(
     parts: str, reason: FinishReason = FinishReason.STOP
 ) -> Callable[[Request], AsyncIterator[Output]]:
-    """A script that says something character by character, each with its logprob."""
+    """A script that answers character by character, each with its logprob."""
 
     async def script(request: Request) -> AsyncIterator[Output]:
         for part in parts:
@@ -52,7 +52,7 @@ def saying(
 
 @pytest.fixture
 def rendered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
-    """What the stand-in tokenizer, whose template knows tools, was given to render."""
+    """The inputs of the simulated tokenizer, whose template supports tools."""
     given: list[tuple[Any, Any]] = []
 
     def render(self: Any, messages: Any, tools: Any = (), **how: bool) -> RenderedChat:
@@ -85,11 +85,11 @@ async def test_an_answer_has_an_item_for_each_thing_in_it(rendered: Any) -> None
     assert tool.type == "function"
     assert (tool.name, tool.description) == ("weather", "looks out of the window")
     assert (answer.tool_choice, answer.parallel_tool_calls) == ("auto", True)
-    # The model is told of them, as templates are written for.
+    # The model sees the tools in the form that templates expect.
     told = [one["function"] for one in rendered[0][1]]
     assert [one["name"] for one in told] == ["weather", "clock"]
     assert told[0]["parameters"] == WEATHER["parameters"]
-    # What looks like a call of a tool that there is not was said.
+    # A call of an unknown tool is text.
     assert [item["type"] for item in raw["output"]] == [
         *("reasoning", "message", "function_call", "message")
     ]
@@ -181,7 +181,7 @@ async def test_what_came_goes_back_as_turns(rendered: Any) -> None:
             )
         await client.responses.create(input=turns, **asked)
         messages, _ = rendered[-1]
-        # One turn, though it says something and calls twice; what was thought stays behind.
+        # Text and two calls form one turn; reasoning is left out.
         assert [turn["role"] for turn in messages] == ["user", "assistant", "tool", "tool"]
         assert messages[1]["content"] == "Well. "
         assert [call["id"] for call in messages[1]["tool_calls"]] == [c.call_id for c in calls]

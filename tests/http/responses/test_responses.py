@@ -1,4 +1,4 @@
-"""/v1/responses, in front of stand-ins and read by OpenAI's own client."""
+"""/v1/responses on a simulated engine, read by OpenAI's client."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ async def test_items_are_turns() -> None:
     async with http_harness() as http, connect(http) as client:
         answer = await client.responses.create(model="base", input=turns)
         assert prompt_of(http) == "system:d;user:a;assistant:bc;user:e;"
-        # What came back may be sent again as it is.
+        # The output may be sent again unchanged.
         again = [*turns, *(item.to_dict() for item in answer.output)]
         await client.responses.create(model="base", input=again)
         assert prompt_of(http).endswith("user:e;assistant:Hi;")

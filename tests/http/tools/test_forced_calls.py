@@ -1,4 +1,4 @@
-"""Calls that a request forces: how many there are, how they end, and what their objects hold."""
+"""Forced calls: their number, their ends, and their arguments."""
 
 from __future__ import annotations
 

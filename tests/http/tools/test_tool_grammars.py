@@ -1,4 +1,4 @@
-"""Grammars of calls: beside constraints, of marks that are tokens, and what they refuse."""
+"""Grammars of calls: beside constraints, with marks that are tokens, and rejections."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ CALLS = {
     "harmony": "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>"
     '{"city": "CITY"}',
 }
-# Field, its value, answers that it allows and answers that it does not.
+# A field, its value, allowed answers, and forbidden answers.
 CONSTRAINTS: list[tuple[str, Any, list[str], list[str]]] = [
     (
         "guided_json",
@@ -65,7 +65,7 @@ CONSTRAINTS: list[tuple[str, Any, list[str], list[str]]] = [
 
 @pytest.fixture
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The stand-in tokenizer's template calls tools in this form."""
+    """The template of the simulated tokenizer calls tools in this form."""
 
     def render(self: Any, messages: Any, tools: Any = (), **how: bool) -> RenderedChat:
         return RenderedChat(["\1"])
@@ -84,7 +84,7 @@ def says(http: HttpHarness, text: str) -> None:
 
 
 async def asked(http: HttpHarness, **body: Any) -> tuple[dict[str, Any], Any]:
-    """The choice that comes back, and the constraint that the engine got."""
+    """The returned choice, and the engine's constraint."""
     turns = [{"role": "user", "content": "hi"}]
     body = {"model": "base", "messages": turns, "tools": [TOOL], **body}
     answer = await http.post(CHAT, body)
@@ -111,12 +111,12 @@ async def test_an_answer_is_calls_or_what_a_constraint_allows(
     both = compiled(spec.kind, *spec.texts)
     for text in (call, *good):
         assert is_followed(both, tokenizer.encode(text)), text
-    # Any object is allowed by one of them.
+    # One of them allows any object.
     wrong = CALLS[form].replace("CITY", "Bonn")
     no_call = [] if field == "guided_json_object" and form == "llama3" else [wrong]
     for text in (*bad, *no_call):
         assert not is_followed(both, tokenizer.encode(text)), text
-    # What must be a call is nothing else.
+    # A forced call allows nothing else.
     calls = compiled(forced.kind, *forced.texts)
     assert is_followed(calls, tokenizer.encode(call))
     assert not is_followed(calls, tokenizer.encode(wrong))
@@ -267,7 +267,7 @@ def test_values_in_xml_are_what_the_schema_says() -> None:
 
 
 def with_marks() -> tuple[Tokenizer, Constraint]:
-    """A tokenizer with Mistral's marks as special tokens, and calls that must be made of them."""
+    """A tokenizer with Mistral's marks as special tokens, which calls must use."""
     inner: Any = tiny_tokenizer()
     inner.add_special_tokens({"additional_special_tokens": ["[TOOL_CALLS]", "[ARGS]"]})
     inner.chat_template = "{% for t in tools %}[TOOL_CALLS]f[ARGS]{% endfor %}"
@@ -296,5 +296,5 @@ def test_marks_are_tokens_where_the_model_has_them() -> None:
         (False, 'weather{"city": "Rome"}'),
     ):
         stream = tokenizer.stream(shows)
-        # The end token is never text.
+        # The text never includes the end token.
         assert "".join(stream.push(token) for token in [*call, EOS]) == text

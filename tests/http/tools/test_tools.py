@@ -1,4 +1,4 @@
-"""Tool calls and reasoning: what the template and the engine get, how answers are taken apart."""
+"""Tool calls and reasoning: inputs of the template and the engine, and the parsing of answers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ NAMES: dict[str, dict[str, Any]] = {
         "$defs": {"things": {"type": "array", "items": {"type": "string"}}},
     },
 }
-# Form, answer, what is said, calls.
+# The form, the answer, its text, its calls.
 ANSWERS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("hermes", "hi", "hi", []),
     (
@@ -251,7 +251,7 @@ def saying(*parts: str) -> Callable[[Request], AsyncIterator[Output]]:
 
 
 def knows(monkeypatch: pytest.MonkeyPatch, *what: Any) -> list[tuple[Any, Any]]:
-    """Give the stand-in tokenizer a template; returns what it will have been given to render."""
+    """Give the simulated tokenizer a template; returns the list of its later inputs."""
     rendered: list[tuple[Any, Any]] = []
 
     def render(self: Any, messages: Any, tools: Any = (), **how: bool) -> RenderedChat:
@@ -297,7 +297,7 @@ async def test_a_conversation_with_tools(monkeypatch: pytest.MonkeyPatch) -> Non
         assert messages[2] == {"role": "tool", "content": "sunny", "tool_call_id": "a1"}
         assert [tool["function"]["name"] for tool in tools] == ["weather", "clock"]
         assert tools[0]["function"]["parameters"] == PARAMETERS
-        # Nothing is forced, and with none the model is not told.
+        # Calls are not forced, and with "none" the model does not see the tools.
         assert server.engine.requests[-1].constraint is None
         choice = await answered(server, tools=[CLOCK], tool_choice="none")
         assert "tool_calls" not in choice["message"]

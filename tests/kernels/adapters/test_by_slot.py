@@ -1,6 +1,6 @@
-"""Hadamard and Kronecker kernels against float64.
+"""Hadamard and Kronecker kernels compared with float64.
 
-Planted faults, and how many of the tests here each one fails (tried by hand):
+Planted faults, and the number of tests that each of them fails (tried by hand):
 
 - hadamard shrink: every part begins at 0: 8
 - hadamard shrink: ranks past r read: 6
@@ -25,7 +25,7 @@ from turret.kernels.gpu.kronecker import kronecker
 from turret.kernels.gpu.tables import RowTable
 
 SLOTS = 4
-# Rank of the factors, input width, output width.
+# The rank of the factors, the input width and the output width.
 HADAMARD = [(1, 40, 24), (3, 100, 70), (16, 72, 50), (20, 90, 17)]
 # out_l, in_m, out_k, in_n.
 KRONECKER = [
@@ -43,7 +43,7 @@ def factor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def addresses(found: list[list[torch.Tensor]]) -> torch.Tensor:
-    """Where the factors of each slot lie; of slots without any, nowhere."""
+    """The addresses of each slot's factors; 0 for slots without factors."""
     width = max(map(len, found))
     places = [[address_of(t) for t in own] or [0] * width for own in found]
     return torch.tensor(places, device=DEVICE)
@@ -71,7 +71,7 @@ class Hadamard:
         return whole
 
     def exact(self, row: int, slot: int, weight: float) -> torch.Tensor:
-        """``y + w Δ(x)`` of one row in float64, ΔW built."""
+        """``y + w Δ(x)`` of one row in float64, with a dense ΔW."""
         change = torch.zeros(self.whole.shape[1] - 5, dtype=torch.float64, device=DEVICE)
         if self.found[slot]:
             w1a, w1b, w2a, w2b = (t.double() for t in self.found[slot])
@@ -91,7 +91,7 @@ class Kronecker:
             for slot in range(SLOTS)
         ]
         self.factors = addresses(self.found)
-        # Behind every row lies what must not be read.
+        # Memory after every row must not be read.
         wide = torch.full((9, in_m * in_n + 64), float("nan"), device=DEVICE, dtype=dtype)
         self.x = wide[:, : in_m * in_n].copy_(torch.randn(9, in_m * in_n))
         self.whole = torch.randn(9, 5 + out_l * out_k).to(DEVICE, dtype)

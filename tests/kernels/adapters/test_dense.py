@@ -1,4 +1,4 @@
-"""Dense updates: compiled kernels against float64, and each row alone."""
+"""Dense updates: compiled kernels compared with float64, and with each row alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NATIVE = pytest.mark.skipif(
     native.library() is None or DEVICE.type != "cpu", reason="compiled for the processor"
 )
 SLOTS = 4
-# Inputs, outputs: multiples of a tile, and neither; more outputs than a unit of the C kernel has.
+# Inputs and outputs: multiples of a tile, or not; more outputs than a unit of the C kernel.
 SHAPES = [(64, 32), (96, 70), (43, 33), (1, 5), (200, 150)]
 Mix = Sequence[tuple[int, float]]
 
@@ -35,7 +35,7 @@ class Case:
             torch.randn(self.out, self.inner).div_(self.inner**0.5).to(DEVICE, dtype)
             for _ in range(SLOTS)
         ]
-        # Behind every row lies what must not be read.
+        # Memory after every row must not be read.
         wide = torch.full((rows, self.inner + 64), float("nan"), device=DEVICE, dtype=dtype)
         self.x = wide[:, : self.inner].copy_(torch.randn(rows, self.inner))
         self.whole = torch.randn(rows, 5 + self.out).to(DEVICE, dtype)

@@ -1,7 +1,7 @@
-"""``fusion_gate``: the reference against float64, Triton against the same.
+"""``fusion_gate``: the reference and Triton compared with float64.
 
 Planted faults, and how many of ``test_gates``, ``test_gates_in_fp32`` and
-``test_no_gates_and_no_questions`` each one fails (tried by hand):
+``test_no_gates_and_no_questions`` each of them fails (tried by hand):
 
 - first part of v only: 2
 - first part of the queries only: 2
@@ -11,13 +11,13 @@ Planted faults, and how many of ``test_gates``, ``test_gates_in_fp32`` and
 - every question of an adapter is the first: 2
 - position counted from the adapter's first component: 2
 
-In the reference, of all tests here:
+Faults in the reference, and the number of all tests here that fail:
 
 - three ranks per component: 1
 - signs kept: 3
-- of equals the last: 7
+- the last of equal ones: 7
 - no temperature: 3
-- a component too many: 11
+- one component too many: 11
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ MIXES = [
 
 
 def runs_of(pack):
-    """One row each, and segments of less and of more rows than a chunk has."""
+    """Runs of one row each, and segments with fewer and with more rows than a chunk."""
     runs = [pack.run(row, row + 1, mix) for row, mix in enumerate(MIXES)]
     return [*runs, pack.run(12, 15, MIXES[4]), pack.run(15, 40, MIXES[6])]
 
@@ -106,7 +106,7 @@ def pack():
 def test_gates(pack):
     table = pack.table()
     table.load(runs_of(pack))
-    # Behind every row lies what must not be read.
+    # Memory after every row must not be read.
     wide = torch.full((NUM_ROWS, INNER + 9), float("nan"), device=DEVICE, dtype=HALF)
     x = wide[:, :INNER].copy_(torch.randn(NUM_ROWS, INNER))
     gates = gates_by(pack, table, x)
@@ -122,7 +122,7 @@ def test_gates_in_fp32():
 
 
 def test_a_row_has_the_same_bits_alone_and_in_a_table_of_another_size(pack):
-    """However many others there are, and however long their mixes may be."""
+    """The bits do not depend on the number of other rows or on the lengths of their mixes."""
     x = torch.randn(NUM_ROWS, INNER).to(DEVICE, HALF)
     table, small = pack.table(), pack.table(NUM_ROWS, max_row_rank=96)
     table.load(runs_of(pack))
@@ -140,7 +140,7 @@ def test_a_row_has_the_same_bits_alone_and_in_a_table_of_another_size(pack):
 
 
 def test_no_gates(pack):
-    """A step of others writes nowhere."""
+    """A step without gated adapters writes nothing."""
     x = torch.randn(NUM_ROWS, INNER).to(DEVICE, HALF)
     table = pack.table()
     table.load([pack.run(0, 30, [(PLAIN, 1.0)]), pack.run(30, 31, [])])
@@ -158,7 +158,7 @@ def test_steps_over_the_capacity_are_refused(pack):
 
 
 def some_similarities(*shape):
-    """Of both signs, and in some rows some that are equal, or all 0."""
+    """Similarities of both signs; in some rows, some are equal, or all are 0."""
     found = torch.randn(*shape)
     found[1::4, ..., 1] = -found[1::4, ..., 0]
     found[3::4] = 0.0
@@ -224,7 +224,7 @@ def test_gates_by_a_classifier(temperature, top_k, is_renormalised):
     if temperature is not None:
         expected = (expected / temperature).softmax(-1)
     if top_k is not None:
-        # A row of equal ones keeps the first.
+        # A row of equal similarities keeps the first ones.
         order = torch.arange(5, dtype=torch.float64) * 1e-12
         kept = (expected - order).topk(top_k).indices
         expected = expected * torch.zeros_like(expected).scatter(1, kept, 1.0)

@@ -1,6 +1,6 @@
-"""``segmented_shrink`` and ``segmented_expand`` on Triton against float64.
+"""``segmented_shrink`` and ``segmented_expand`` on Triton compared with float64.
 
-Planted faults, and how many of the tests here each one fails (tried by hand):
+Planted faults, and the number of tests that each of them fails (tried by hand):
 
 - shrink: A rows past the adapter's rank read: 2
 - shrink: x read past in_features: 13
@@ -110,13 +110,13 @@ def test_shrink_is_rank_exact():
 def test_gain_biases_and_gates():
     pack = make_pack(INNER, OUTS, HALF)
     runs, num_rows = shape_of(pack, "base rows between")
-    # All but a mix's second member.
+    # Gate all members but the second one of a mix.
     runs = [replace(run, gated=(GatedMembers(0, 1, 0),)) if run.members else run for run in runs]
     x = torch.randn(num_rows, INNER).to(DEVICE, HALF)
     y = torch.randn(num_rows, sum(OUTS)).to(DEVICE, HALF)
     base_bias = torch.randn(sum(OUTS)).to(DEVICE, HALF)
     gates = torch.rand(num_rows, len(OUTS), 4, device=DEVICE)
-    # Nobody computes those of other members.
+    # The gates of other members are not computed.
     gates[:, :, 1:] = float("nan")
     table = make_table(max_gates=1)
     table.load(runs)

@@ -1,4 +1,4 @@
-"""Sparse updates: compiled kernels against float64, and each row alone."""
+"""Sparse updates: compiled kernels compared with float64, and with each row alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NATIVE = pytest.mark.skipif(
     native.library() is None or DEVICE.type != "cpu", reason="compiled for the processor"
 )
 SLOTS = 4
-# Inputs, outputs, entries; a whole row of entries, or none at all.
+# Inputs, outputs, entries; also a whole row of entries, or no entries.
 SHAPES = [
     *((40, 24, 0), (40, 24, 1), (56, 70, 300), (300, 33, 900), (1, 5, 3), (200, 90, 7000)),
     *((3000, 300, 40), (3000, 150, 5000)),
@@ -36,13 +36,14 @@ class Case:
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         self.inner, self.out, count = shape
         self.parts = [self._entries(count, slot, dtype) for slot in range(SLOTS)]
-        # Behind every row lies what must not be read.
+        # Memory after every row must not be read.
         wide = torch.full((9, self.inner + 64), float("nan"), device=DEVICE, dtype=dtype)
         self.x = wide[:, : self.inner].copy_(torch.randn(9, self.inner))
         self.whole = torch.randn(9, 5 + self.out).to(DEVICE, dtype)
 
     def _entries(self, count: int, slot: int, dtype: torch.dtype) -> Any:
-        # Some rows have many entries, some inputs come twice, and of some slots in any order.
+        # Some rows have many entries, some inputs occur twice, and in some slots, the order is
+        # arbitrary.
         rows = (torch.rand(count) ** (1 + slot) * self.out).long().sort().values
         places = torch.randint(0, self.inner, (count,))
         if slot % 2 == 0:

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for GPUs that are not here, within a known budget.
+"""Every Triton kernel compiles for GPUs that this machine lacks, within a known budget.
 
 ``kernels/registers.json`` lists registers, shared memory, spills and instructions per unit of work,
 per version of Triton, kernel and target, at the shapes of Llama-3.1-8B, Qwen2.5-0.5B and
@@ -20,10 +20,10 @@ from emulation import defined_kernels
 
 from turret.kernels.gpu.common import wgmma_stages
 
-# Shared memory of one program: of sm_80's code on any card that runs it (8.6 and 8.9 have 99 KiB,
-# 8.0 has 163), gfx942 64 KiB.
+# Shared memory of one program. The limit of sm_80 is that of any card that runs its code (8.6 and
+# 8.9 have 99 KiB, 8.0 has 163).
 MAX_SHARED_BYTES = {"sm_80": 99 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
-# The base's product, alone and with what else a launch of it does.
+# Kernels of the base's product, alone and combined with other work.
 NF4_KERNELS = ("nf4_matmul", "nf4_rotate", "nf4_shrink", "nf4_experts")
 
 
@@ -45,12 +45,12 @@ def compiled() -> dict:
 
 @pytest.fixture(scope="module")
 def recorded() -> dict:
-    """Kernels by version of Triton."""
+    """The stored kernels, by version of Triton."""
     return json.loads((ROOT / "kernels" / "registers.json").read_text())
 
 
 def rows_of(versions: dict, kernel: str = "") -> list[tuple[str, str, dict]]:
-    """Name, target and numbers of every form of a kernel."""
+    """The name, target and numbers of every form of a kernel."""
     return [
         (f"{version} {name}", target, used)
         for version, kernels in versions.items()
@@ -79,7 +79,7 @@ def nf4_limit(name: str) -> float:
 
 
 def expand_limit(name: str) -> float:
-    """Two and a half times fewer than with tiles of 64 columns."""
+    """The limit is two and a half times lower than with tiles of 64 columns."""
     before = 59.9
     if "no gates" in name:
         before = 84.3
@@ -119,7 +119,7 @@ def test_the_table_is_current(compiled, recorded):
 
 
 def test_the_table_holds_no_spill_and_everything_fits(recorded):
-    """The committed one, without compiling anything."""
+    """Checks the committed table, without compilation."""
     rows = rows_of(recorded)
     assert len(rows) > 800
     assert [(name, target, used) for name, target, used in rows if used["spills"]] == []
@@ -128,7 +128,7 @@ def test_the_table_holds_no_spill_and_everything_fits(recorded):
 
 
 def test_the_table_is_of_the_oldest_and_the_newest_version(recorded):
-    """Machines with GPUs have either; other versions are held to the bounds alone."""
+    """Machines with GPUs have either version; other versions only have to meet the limits."""
     oldest, newest = sorted(recorded, key=lambda version: [int(p) for p in version.split(".")])
     assert oldest == "3.6.0"
     assert set(recorded[oldest]) == set(recorded[newest])
@@ -136,7 +136,7 @@ def test_the_table_is_of_the_oldest_and_the_newest_version(recorded):
 
 @pytest.mark.parametrize(("version", "stages"), [("3.6.0", 1), ("3.9.0", 4), ("3.10.1", 4)])
 def test_no_copies_run_beside_wgmma_where_triton_forgets_the_fence(monkeypatch, version, stages):
-    """Seen in the code of 3.6 for sm_90, which the emulator refuses."""
+    """The emulator rejects the code of Triton 3.6 for sm_90 for this reason."""
     monkeypatch.setattr(triton, "__version__", version)
     assert wgmma_stages(4) == stages
 
@@ -149,14 +149,14 @@ def test_the_table_keeps_to_the_bounds(recorded):
 
 
 def test_a_bound_is_a_bound():
-    """The checks above see a form that takes too much."""
+    """The checks above detect a form that takes too much."""
     row = {"sm_90": {"instructions": 11.1}}
     versions = {"x": {"nf4_matmul[TILES=4]": row, "nf4_sum[PARTS=2]": {"sm_90": {}}}}
     assert list(over(versions, "nf4_matmul", nf4_limit).values()) == [11.1]
 
 
 def test_attention_loads_keys_while_it_multiplies(recorded):
-    """At least two groups of copies are not waited for in the loop over keys."""
+    """The loop over keys does not wait for at least two groups of copies."""
     rows = [row for row in rows_of(recorded, "paged_attention[") if row[1].startswith("sm_")]
     assert len(rows) >= 8
     assert [row for row in rows if row[2]["copies_under_way"] < 2] == []

@@ -32,5 +32,5 @@ def test_planted_faults():
 
 @pytest.mark.long
 def test_a_wide_step():
-    """Many turns of every loop with a GPU's own tiles."""
+    """Many iterations of every loop, with a GPU's tiles."""
     run_emulated("--emulate=sm_90", "--every-case", "-m", "long", "tests/emulated")

@@ -1,4 +1,4 @@
-"""The PTX emulator itself, on programs written by hand."""
+"""The PTX emulator, on hand-written programs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ WORDS = np.arange(THREADS, dtype=np.uint32) * np.uint32(2654435761)
 
 
 def computed(body: str, data: np.ndarray = WORDS) -> np.ndarray:
-    """%r9 of a computation from the thread's word in %r1."""
+    """The result in %r9 of a computation on the thread's word in %r1."""
     text = f"ld.global.b32 {{ %r1 }}, [ %rd2 + 0 ];\n{body}\nst.global.b32 [ %rd2 ], {{ %r9 }};"
     return run(text, data)
 
@@ -98,7 +98,7 @@ def test_integers(body, expected):
     ],
 )  # fmt: skip
 def test_floats(body, expected):
-    """Within a rounding of bf16 where one is made, of fp32 elsewhere."""
+    """Results are within one rounding of bf16 or fp32."""
     found = computed(body, FLOATS.view(np.uint32)).view(np.float32)
     error = np.abs(found - np.asarray(expected, dtype=np.float64))
     assert (error <= np.abs(expected) * (2**-8 if "bf16" in body else 2**-22)).all()
@@ -113,7 +113,7 @@ def test_bf16_is_rounded_to_even():
 
 
 def test_a_loop_and_shared_memory():
-    """Every thread takes its neighbour's word in the other warp, sixteen times."""
+    """Every thread reads its neighbour's word in the other warp, sixteen times."""
     body = """
         mov.b32 %r5, global_smem; shl.b32 %r6, %r0, 2; add.s32 %r7, %r5, %r6;
         xor.b32 %r8, %r6, 128; add.s32 %r8, %r8, %r5; mov.b32 %r10, 0; mov.b32 %r9, 0;
@@ -126,7 +126,7 @@ def test_a_loop_and_shared_memory():
 
 
 def test_a_matrix_product():
-    """``mma`` of what ``ldmatrix`` loads, against numpy."""
+    """``mma`` on values loaded by ``ldmatrix``, compared with numpy."""
     draw = np.random.default_rng(0)
     a, b = (draw.integers(-4, 5, shape).astype(np.float16) for shape in ((16, 16), (8, 16)))
     data = np.concatenate([a.ravel(), b.ravel()]).view(np.uint32)
@@ -204,7 +204,7 @@ def test_programs_of_a_launch_do_not_share_what_is_written(body, message):
         run(body, WORDS, programs=2)
 
 
-# Programs write a word each; the last to arrive at word 63 reads that of the first.
+# Each program writes a word; the last one to increment word 63 reads the first one's word.
 ARRIVE = (
     "setp.eq.s32 %p1, %r0, 0; mov.u32 %r1, %ctaid.x; mul.wide.u32 %rd5, %r1, 4;"
     " add.s64 %rd6, %rd0, %rd5; @%p1 st.global.b32 [ %rd6 ], {{ %r1 }}; {before}"

@@ -1,10 +1,9 @@
-"""What the base's products ask memory for: every factor that is read, once, before it is read.
+"""Prefetches of the base's products: every factor once, before it is read.
 
-Faults planted in the C code, and how many tests each one failed: no progress within a factor
-(10), its start asked for again (10), B as wide as A (9), A in B's place (9), every component
-beginning at the same rank (2), a part beyond its component (9), a segment without components
-taken for the next one (9), no limit to the reach (12), what was passed asked for still (1), marks
-forgotten (10).
+Faults planted in the C code, and how many tests each one failed: no progress within a factor (10),
+its start prefetched again (10), B as wide as A (9), A in B's place (9), every component beginning
+at the same rank (2), a part beyond its component (9), a segment without components taken for the
+next one (9), no limit to the reach (12), passed factors still prefetched (1), marks forgotten (10).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from turret.kernels.cpu.row_adapters import ModuleSizes, ModuleTable, RowAdapter
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 
 SIZES = [(192, 192), (192, 64), (192, 320), (320, 192)]
-# First modules of the layer's projections, and how many modules those have.
+# The first modules of the layer's projections, and their numbers of modules.
 PROJECTIONS = [(0, 3), (3, 1)]
 LAYERS = 3
 LINE = 64
@@ -27,12 +26,12 @@ Factors = dict[int, list[torch.Tensor]]  # module → A, B
 
 @pytest.fixture(autouse=True)
 def asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with any library but that of AMX."""
+    """Prefetch as with any library but that for AMX."""
     monkeypatch.setattr(row_adapters, "isa", lambda: "avx512_bf16")
 
 
 def make(rank: int, seed: int) -> tuple[ModuleTable, Factors]:
-    """Factors of 24 ranks and more take a few rounds of asking; some modules have none."""
+    """Factors of 24 or more ranks take a few products to prefetch; some modules have none."""
     generator = torch.Generator().manual_seed(seed)
     table, factors = ModuleTable(LAYERS * len(SIZES)), Factors()
     for module in range(LAYERS * len(SIZES)):
@@ -48,14 +47,14 @@ def make(rank: int, seed: int) -> tuple[ModuleTable, Factors]:
 
 
 def lines_of(address: int, num_bytes: int) -> set[int]:
-    """Numbers of the cache lines that begin at the address and every 64 bytes after it."""
+    """The numbers of the cache lines at the address and every 64 bytes after it."""
     return {address + at for at in range(0, num_bytes, LINE)}
 
 
 def asked(
     adapters: RowAdapters, module: int, *, rows: int, part: int, parts: int, most: int
 ) -> list[tuple[int, int]]:
-    """(address, bytes) that a thread asks for during one product, ``most`` times at most."""
+    """At most ``most`` (address, bytes) that a thread prefetches during one product."""
     lines = torch.zeros(most, 2, dtype=torch.int64)
     step = adapters.ahead(module).step
     count = native.functions().turret_ahead(step, module, rows, part, parts, lines.data_ptr(), most)
@@ -118,7 +117,7 @@ def test_a_slow_product_asks_again_where_it_stopped() -> None:
     a = factors[0][0]
     assert first == [(a.data_ptr(), 64 * LINE)]
     assert second == [(a.data_ptr() + 64 * LINE, 64 * LINE)]
-    # The next projection does not ask for what was read meanwhile.
+    # The next projection does not prefetch factors that were already read.
     assert asked(rows, 3, most=1, **like)[0][0] == factors[3][0].data_ptr()
 
 

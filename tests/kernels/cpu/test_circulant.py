@@ -1,4 +1,4 @@
-"""Block-circulant updates on a CPU, in blocks that are transformed in parts and as a whole."""
+"""Block-circulant updates on a CPU, with blocks that are transformed in parts or as a whole."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from turret.kernels.cpu.row_adapters import (
 
 ROWS = 5
 pytestmark = pytest.mark.skipif(not has_native_products(), reason="needs compiled kernels")
-# Blocks of the outputs, of the inputs, and values of a block: of one part and of many, with
-# frequencies in one vector and in more than four, and of sizes that have no parts.
+# The numbers of blocks of outputs and inputs, and the size of a block: with one part and many, with
+# frequencies in one vector and in more than four, and with sizes without parts.
 SHAPES = [(3, 2, 16), (2, 3, 48), (1, 2, 80), (2, 1, 128), (3, 8, 192), (2, 2, 256)]
 SHAPES += [(1, 1, 272), (5, 3, 24), (7, 9, 1), (2, 2, 150)]
 
 
 def applied(kernel: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """What rows that share the update get, each a segment; ``[rows, out]`` bf16."""
+    """The results of rows that share the update, each a segment; ``[rows, out]`` bf16."""
     rows, columns, size = kernel.shape
     table = ModuleTable(1)
     table.put(0, circulant=CirculantFactors.of(kernel))
@@ -48,7 +48,7 @@ def test_blocks_are_multiplied_as_the_dense_matrix_is(shape: tuple[int, int, int
     x = torch.randn(ROWS, columns * size).bfloat16()
     found = applied(kernel, x)
     exact = x.double() @ circulant(kernel.double()).T
-    # That of the result's own rounding; 2⁻⁹ at most.
+    # The error of the result's own rounding is at most 2⁻⁹.
     assert error_ratio(found, exact) < 2.2e-3
     for row in range(ROWS):
         assert torch.equal(applied(kernel, x[row : row + 1])[0], found[row])
@@ -56,7 +56,7 @@ def test_blocks_are_multiplied_as_the_dense_matrix_is(shape: tuple[int, int, int
 
 @pytest.mark.parametrize("size", [16, 64, 192, 256])
 def test_transforms_are_exact_to_fp32(size: int) -> None:
-    """Of results that bf16 holds: one value of the input, and a kernel of small integers."""
+    """One nonzero input and a kernel of small integers give results that are exact in bf16."""
     kernel = torch.randint(-8, 8, (2, 2, size)).float()
     for place in (0, 1, size - 1, size, 2 * size - 1):
         x = torch.zeros(1, 2 * size, dtype=torch.bfloat16)

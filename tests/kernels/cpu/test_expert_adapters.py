@@ -1,6 +1,6 @@
-"""The compiled low-rank updates of experts against float64, and each pair alone.
+"""The compiled low-rank updates of experts, compared with float64 and with each pair alone.
 
-``native_checks.c`` has the same without Python.
+``native_checks.c`` tests the same without Python.
 """
 
 from __future__ import annotations

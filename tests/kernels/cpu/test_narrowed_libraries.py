@@ -1,8 +1,8 @@
-"""The torch formulations with the libraries on other processors' paths: bits are kept there too.
+"""The torch formulations keep bits even if libraries use their paths for other processors.
 
-Each case is a process of its own, since a library looks at its variables once. What they narrow was
-seen to change bits: MKL on its path for Intel processors multiplies 8 rows of 192 inputs, and 15 of
-576, in another order than 16, and with AVX2 most numbers of rows in an order of their own.
+Each case is a separate process, because a library reads its variables only once. These paths are
+known to change bits: MKL on its path for Intel processors multiplies 8 rows of 192 inputs, and 15
+of 576, in another order than 16, and with AVX2, most numbers of rows have different orders.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# MKL asks these of itself, and a process may answer for it.
+# MKL calls these functions of its own, which a process may override.
 _INTEL = (
     "int mkl_serv_intel_cpu_true(void) { return 1; }\nint mkl_serv_intel_cpu(void) { return 1; }"
 )
@@ -31,8 +31,8 @@ CASES = {
     "MKL as on Intel with AVX2": {"LD_PRELOAD": "intel.so", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
 }
 
-# What the promise rests on; where the libraries break it at its plainest is printed first.
-# A library for other vendors, and one with fewer instructions; `make long` runs all of them.
+# The operations that the guarantee depends on. The clearest violation by the libraries is printed
+# first. One path for other vendors, and one with fewer instructions; `make long` runs all of them.
 EACH_TIME = ("MKL as on any processor", "torch and oneDNN with AVX2")
 SCRIPT = """
 import torch

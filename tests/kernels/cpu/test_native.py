@@ -1,4 +1,4 @@
-"""The compiled CPU kernels against float64, and each row against the same row alone.
+"""The compiled CPU kernels, compared with float64 and with each row alone.
 
 Faults that were planted in the C code, and how many tests each one failed: a low-rank component
 without its weight (22), one row's activations for all (31), a unit on the border of two threads'
@@ -53,7 +53,7 @@ def threads(request: Any) -> Iterator[None]:
 
 
 class Adapters:
-    """Random adapters on one fused projection of two layers; every kind of absence among them."""
+    """Random adapters on one fused projection of two layers, with every kind of missing part."""
 
     def __init__(self, inner: int, outs: tuple[int, ...]) -> None:
         self.inner, self.outs = inner, outs
@@ -119,7 +119,10 @@ class Adapters:
 
 
 def draw_segments(seed: int) -> list[tuple[int, int, list[tuple[int, float]]]]:
-    """Runs of 1 to 40 rows with gaps of base rows; mixes of 1 to 3, negative weights among them."""
+    """Runs of 1 to 40 rows with gaps of base rows.
+
+    Mixes of 1 to 3 adapters, some with negative weights.
+    """
     draw, segments, row = random.Random(seed), [], 0
     for length in (1, 1, 2, 40, 1, 5):
         row += draw.choice((0, 0, 1))
@@ -187,7 +190,7 @@ def factors(*shape: int) -> torch.Tensor:
 
 
 def random_hadamard(rank: int, inner: int, out: int) -> tuple[HadamardFactors, torch.Tensor]:
-    """Factors and the dense update in float64."""
+    """The factors, and the dense update in float64."""
     made = HadamardFactors(
         factors(rank, out), factors(rank, inner), factors(rank, out), factors(rank, inner)
     )
@@ -198,7 +201,7 @@ def random_hadamard(rank: int, inner: int, out: int) -> tuple[HadamardFactors, t
 def random_kronecker(
     shape: tuple[int, int, int, int], rank: int
 ) -> tuple[KroneckerFactors, torch.Tensor]:
-    """For (out_l, in_m, out_k, in_n); the second factor is dense where ``rank`` is 0."""
+    """The same for (out_l, in_m, out_k, in_n); the second factor is dense if ``rank`` is 0."""
     out_l, in_m, out_k, in_n = shape
     w1 = factors(out_l, in_m)
     if not rank:
@@ -208,7 +211,8 @@ def random_kronecker(
     return KroneckerFactors(w1, (a, b)), torch.kron(w1.double(), b.T.double() @ a.double())
 
 
-# Inputs and outputs of a module, rank of a Hadamard update, shape and rank of a Kronecker one.
+# The inputs and outputs of a module, the rank of a Hadamard update, and the shape and rank of a
+# Kronecker update.
 UPDATES = [
     (96, 130, 1, (13, 4, 10, 24), 0),
     (96, 130, 3, (13, 4, 10, 24), 3),
@@ -316,13 +320,13 @@ def test_attention_equals_float64_and_the_rows_alone(
         own = list(itertools.islice(blocks, -(-total // size)))
         for cache in (keys, values):
             flat = torch.randn(len(own) * size, kv_heads, dim).to(BF16)
-            flat[:num_padding] = torch.nan  # nothing there may be read
+            flat[:num_padding] = torch.nan  # must not be read
             flat[total:] = torch.nan
             cache[own] = flat.view(len(own), size, kv_heads, dim)
         spans.append(SequenceSpan(row, num_new, num_context, own, num_padding))
         row += num_new
     q = torch.randn(row, heads, dim)
-    # From one that is nothing beside the scores to one beside which they are little.
+    # From a negligible sink to a dominating one.
     sinks = torch.linspace(-20, 6, heads) if has_sinks else None
 
     def attend(queries: torch.Tensor, spans: list[SequenceSpan]) -> torch.Tensor:

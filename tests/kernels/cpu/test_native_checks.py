@@ -1,8 +1,8 @@
 """The C kernels without Python, for every instruction set of this machine and for aarch64 (qemu).
 
-``native_checks.c`` holds each exported function against loops in double precision, and each row
-alone against the same row in company. Faults that were planted, one a build, are below: a check
-that finds none of them is no check.
+``native_checks.c`` compares each exported function with loops in double precision, and each row
+alone with the same row in a batch. The planted faults below, one per build, show that the checks
+can fail.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from turret.kernels.cpu.isas import FLAGS, ISA_FLAGS
 FOLDER = Path(__file__).resolve().parents[3] / "kernels" / "cpu" / "c"
 CHECKS = Path(__file__).parent / "native_checks.c"
 
-# Tiles in plain C, beside instructions that this processor has.
+# Tiles in plain C, with instructions that this processor has.
 TILE_FLAGS = [
     *ISA_FLAGS["avx512_bf16"],
     *("-O2", "-DTILES_EMULATED", f"-I{Path(__file__).parent}"),
@@ -33,7 +33,7 @@ QEMU = next((name for name in ("qemu-aarch64", "qemu-aarch64-static") if shutil.
 def build(
     out: Path, *more: str, compiler: str = "cc", checks: Path = CHECKS, kernels: list[Path]
 ) -> Path:
-    """The checks with a library, or with all kernels and the flags of the first one."""
+    """Build the checks with a library, or with all kernels and the flags of the first one."""
     flags = [f for f in FLAGS if "visibility" not in f]
     files = [str(path) for path in (checks, *kernels)]
     command = [compiler, *flags, *more, f"-I{FOLDER}", *files, "-o", str(out), "-lm"]
@@ -43,7 +43,7 @@ def build(
 
 
 def assert_no_failures(*command: str) -> str:
-    """What the last run printed."""
+    """Check the output of the last run."""
     for threads in (["1"], ["3"], ["3", "own"]):
         result = subprocess.run(
             [*command, *threads], capture_output=True, text=True, check=False, timeout=300
@@ -55,7 +55,7 @@ def assert_no_failures(*command: str) -> str:
 
 @pytest.fixture(scope="module")
 def compiled_checks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checks alone, for any library."""
+    """The compiled checks, for any library."""
     return build(tmp_path_factory.mktemp("checks") / "checks.o", "-c", kernels=[])
 
 
@@ -72,7 +72,7 @@ def test_the_checks_pass_natively(isa: str, tmp_path: Path, compiled_checks: Pat
 
 @needs_cc
 def test_the_checks_pass_on_emulated_tiles(tmp_path: Path, compiled_checks: Path) -> None:
-    """Where there are tiles, every bit of the wide products is the same."""
+    """On processors with tiles, the bits of the wide products are the same."""
     if "avx512_bf16" not in native.usable_isas():
         pytest.skip("this processor or compiler does not have avx512_bf16")
     emulated = build(tmp_path / "emulated", *TILE_FLAGS, kernels=sorted(FOLDER.rglob("*.c")))
@@ -139,7 +139,7 @@ TILE_FAULTS = {
 
 
 class Objects:
-    """The checks and all kernels, compiled one by one; a fault compiles anew what it is in."""
+    """The checks and all kernels, compiled one by one; a fault recompiles only its file."""
 
     def __init__(self, folder: Path, flags: list[str]) -> None:
         self._flags = [*(f for f in FLAGS if "visibility" not in f), *flags]
@@ -152,7 +152,7 @@ class Objects:
         }
 
     def with_fault(self, name: str, right: str, wrong: str, folder: Path) -> Path:
-        """The checks' program with another text in a file of the kernels."""
+        """The program of the checks with a changed text in a file of the kernels."""
         copy = folder / "cpu"
         shutil.copytree(FOLDER, copy)
         text = (copy / name).read_text()

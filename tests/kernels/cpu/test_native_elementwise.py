@@ -1,8 +1,8 @@
-"""What a layer does between its products, compiled: against float64, and rows against rows alone.
+"""Compiled operations between a layer's products, compared with float64 and each row alone.
 
 Faults that were planted in the C code, and how many tests each one failed: a sine of the other sign
-(10), the residual not written (6), a thousandfold eps (6), no up (6), truncation to bf16 (12), an
-unbounded exponential (6).
+(10), the residual not written (6), an eps 1000 times too large (6), no up (6), truncation to bf16
+(12), an unbounded exponential (6).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def threads(request: Any) -> Iterator[None]:
 
 @pytest.mark.parametrize("width", [64, 75, 576])
 def test_norm_adds_the_residual_and_rounds_once(width: int, threads: None) -> None:
-    # Small enough for eps to matter.
+    # Values that are small enough for eps to matter.
     hidden, delta = ((3e-3 * torch.randn(9, width)).to(BF16) for _ in range(2))
     weight = torch.randn(width)
     before = hidden.clone()
@@ -130,7 +130,7 @@ def test_rope_rotates_and_stores(heads: int, kv_heads: int, dim: int, threads: N
 
 
 def test_the_exponential_is_exact_to_float32() -> None:
-    """Through silu_mul, in whose denominator it is: x / (1 + e^-x)."""
+    """Tested through silu_mul, which computes x / (1 + e^-x)."""
     x = torch.linspace(-80, 80, 4096).to(BF16)
     out = silu_mul(torch.cat((x, torch.ones_like(x))).view(1, -1))
     assert error_ratio(out[0], F.silu(x.double())) < 2.4e-3

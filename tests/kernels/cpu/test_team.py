@@ -95,7 +95,7 @@ def test_a_planted_fault_is_found(fault: str, tmp_path: Path, sanitizer: str) ->
     try:
         result = run(checks, "7", "own", timeout=8)
     except subprocess.TimeoutExpired:
-        return  # it waits for more pieces than there are
+        return  # the check waits for more pieces than exist
     assert result.returncode != 0 or "WARNING" in result.stderr
 
 

@@ -1,4 +1,4 @@
-"""``--model FILE.gguf``: the model that its dequantised weights make, or a refusal by name."""
+"""``--model FILE.gguf``: a model with the dequantised weights, or an error."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
 def tiny(architecture: str, folder: Path) -> Path:
-    """A checkpoint whose rotary positions are not scaled; GGUF has keys for few of the scalings."""
+    """A checkpoint without scaled rotary positions, as GGUF supports only a few scalings."""
     save_tiny_model(architecture, folder)
     config = json.loads((folder / "config.json").read_text())
     config["rope_parameters"] = PLAIN_ROPE
@@ -61,7 +61,7 @@ async def test_it_is_the_directory_of_its_dequantised_weights(
     check_model(file)
     cache = default_cache_dir()
     found, expected = resolve_model(file, cache), resolve_model(folder, cache)
-    # NF4 of the same weights under the same names, every one of them.
+    # All weights have the same names and the same NF4 values.
     assert found.digest == expected.digest
     assert found.name == "tiny"
     archs = [read_arch(AutoConfig.from_pretrained(s.files)) for s in (found, expected)]
@@ -93,7 +93,7 @@ def test_tensors_are_those_that_transformers_reads(tmp_path: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name].float(), rtol=1e-2, atol=1e-3)
-    # The values themselves, which were rounded once when they were packed.
+    # The values equal the originals except for the rounding of the packing.
     original = load_file(folder / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
     packed = ours["model.layers.0.self_attn.q_proj.weight"]
     assert (packed - original.float()).abs().max() < 0.01 * original.float().abs().max()
@@ -119,7 +119,7 @@ def test_the_tokenizer_and_its_template(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_text_begins_with_a_bos_where_older_files_do_not_say_so(
     pre: str, has_bos: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Llama 3's and Mistral Nemo's do, by llama.cpp's own rule."""
+    """Texts of Llama 3 and Mistral Nemo do, by llama.cpp's own rule."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder, file = tiny("llama", tmp_path / "model"), tmp_path / "tiny.gguf"
     write_gguf(folder, file, Kind.F16, pre=pre)
@@ -143,7 +143,7 @@ def llama3_factors(factor: float, head_dim: int = 32) -> np.ndarray:
 
 
 def with_tensor(file: Path, copy: Path, name: str, values: np.ndarray) -> Path:
-    """A file of one tensor more."""
+    """A file with an additional tensor."""
     reader = gguf.GGUFReader(file)
     writer = gguf.GGUFWriter(copy, "llama")
     for key, field in reader.fields.items():
@@ -225,7 +225,7 @@ def test_files_that_are_none_of_ours_fail_before_torch(tmp_path: Path) -> None:
         check_model(file)
     write_gguf(tiny("qwen3", tmp_path / "model"), file, Kind.F16)
     whole = file.read_bytes()
-    # Of the tensors, of their table, of the vocabulary.
+    # Cut in the tensors, in their table, and in the vocabulary.
     for size in (len(whole) - 1, len(whole) // 2, whole.index(b"blk.0.") + 9, len(whole) // 99):
         file.write_bytes(whole[:size])
         for look in (check_model, open_gguf):
@@ -242,7 +242,7 @@ def test_files_that_are_none_of_ours_fail_before_torch(tmp_path: Path) -> None:
 def test_the_sizes_of_blocks_are_those_of_gguf() -> None:
     for kind, sizes in gguf_header._BLOCKS.items():
         assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)] == sizes
-    # A type that is left out would leave the file's end untold.
+    # With a missing type, the end of the file would be unknown.
     assert {Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.MXFP4} <= {*gguf_header._BLOCKS}
 
 
@@ -269,7 +269,7 @@ def test_the_embedded_file_given_by_its_path_has_the_name_of_the_file(
 
 @pytest.mark.long
 def test_the_embedded_model_is_what_transformers_makes_of_its_file() -> None:
-    """Q4_1 of SmolLM2-135M-Instruct."""
+    """The file is SmolLM2-135M-Instruct in Q4_1."""
     file = find_gguf()
     found, theirs = open_gguf(file), transformers_state(file)
     ours = {name: tensor.to(torch.bfloat16) for name, tensor in found.tensors()}

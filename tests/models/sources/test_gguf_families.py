@@ -1,8 +1,8 @@
-"""A GGUF file of each family is the directory that it was converted from.
+"""A GGUF file of each family equals the directory from which it was converted.
 
-Files are written by llama.cpp's rules (``builders/bases/gguf_converters.py``) in BF16, as the tiny
-checkpoints are; the served weights then have to be the same bytes, and ``Arch`` the same. What
-llama.cpp takes for granted, and no key tells, is in the directory's config as well.
+Files are written by llama.cpp's rules (``builders/bases/gguf_converters.py``) in BF16, like the
+tiny checkpoints. The served weights must have the same bytes, and ``Arch`` must be the same. The
+directory's config contains the values that llama.cpp assumes and no key stores.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from turret.training.settings.checks import told_projections
 
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
-# Kind of tiny model → changes to what its family's files can say, keys beside the converter's.
+# Kind of tiny model → changes to the config that files of its family can store, and further keys.
 FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gemma": ({}, {}),
     "gemma2": ({"query_pre_attn_scalar": 64}, {}),
@@ -44,7 +44,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
                 "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0},
             },
         },
-        # Six layers are many for a tiny model. Google's own files tell of the tower beside it.
+        # Six layers are many for a tiny model. Google's own files mention the vision tower.
         {
             "attention.sliding_window_pattern": 2,
             "mm.tokens_per_image": 256,
@@ -68,8 +68,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 async def assert_is_the_directory(file: Path, folder: Path, tmp_path: Path) -> None:
-    """The same weights, the same function, the same answer."""
-    # Told without torch: what training settings are checked by.
+    """Check that weights, description and answers are the same."""
+    # The facts that are known without torch, which check training settings.
     assert check_model(file) == check_model(folder)
     cache = default_cache_dir()
     found, expected = resolve_model(file, cache), resolve_model(folder, cache)
@@ -79,11 +79,11 @@ async def assert_is_the_directory(file: Path, folder: Path, tmp_path: Path) -> N
         assert torch.equal(tensor, theirs[name]), name
     archs = [read_arch(AutoConfig.from_pretrained(s.files)) for s in (found, expected)]
     assert_alike(*archs)
-    # Granite 4 tells its heads layer by layer, in what is passed over before torch is there.
+    # Granite 4 stores its heads per layer, in values that are skipped before torch is loaded.
     kind = check_model(file)
     told = None if kind == "granitemoehybrid" else archs[0].projections
     assert told_projections(file, kind) == told
-    # Past windows and past where LongRoPE changes.
+    # The prompt exceeds windows and the switch of LongRoPE.
     request = make_request(prompt_of(70), max_tokens=4)
     answers = []
     for model in (file, folder):
@@ -105,7 +105,7 @@ async def test_it_is_the_directory_that_it_was_made_of(
 
 
 def in_mxfp4(folder: Path) -> None:
-    """Puts what MXFP4 holds in place of the weights of experts."""
+    """Replace the weights of experts with their MXFP4 values."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
     for name, tensor in tensors.items():
@@ -119,7 +119,7 @@ def in_mxfp4(folder: Path) -> None:
 async def test_experts_in_mxfp4_are_as_the_file_has_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As gpt-oss is released, in Hugging Face's checkpoint and in ggml-org's files."""
+    """gpt-oss is released like this, as Hugging Face's checkpoint and in ggml-org's files."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     changes, more = FAMILIES["gpt_oss"]
     folder = save_tiny_model("gpt_oss", tmp_path / "model", changes=changes)
@@ -133,7 +133,7 @@ async def test_experts_in_mxfp4_are_as_the_file_has_them(
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
 def test_tensors_are_those_that_transformers_reads(family: str, tmp_path: Path) -> None:
-    """Of the families whose files it reads itself."""
+    """For the families whose files transformers reads itself."""
     changes, more = FAMILIES[family]
     folder = save_tiny_model(family, tmp_path / "model", changes=changes)
     file = tmp_path / "tiny.gguf"
@@ -145,7 +145,7 @@ def test_tensors_are_those_that_transformers_reads(family: str, tmp_path: Path) 
         dtype=torch.float32,
     ).state_dict()
     ours = dict(open_gguf(file).tensors())
-    # A head that is the embedding is in the file once.
+    # A tied head is in the file only once.
     assert theirs.keys() - ours.keys() <= {"lm_head.weight"}
     assert not ours.keys() - theirs.keys()
     for name, tensor in ours.items():

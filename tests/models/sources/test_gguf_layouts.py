@@ -1,4 +1,4 @@
-"""A GGUF file as people have them: K-quants by kind of tensor, and a SentencePiece vocabulary."""
+"""A typical GGUF file: K-quants by kind of tensor, and a SentencePiece vocabulary."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from turret.server.models.sources.gguf_file import open_gguf
 from turret.server.models.tokenizer import Tokenizer
 
 HIDDEN, INNER, HEADS, KV_HEADS = 256, 512, 4, 2
-# What Llama 2's and Mistral 7B's vocabularies begin with, some letters, and words by their rank.
+# The beginning of Llama 2's and Mistral 7B's vocabularies, some letters, and words by rank.
 SPECIAL = ["<unk>", "<s>", "</s>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 LETTERS = ["▁", *"dehlorw!"]
 WORDS = ["he", "ll", "hell", "hello", "▁hello", "wo", "rl", "worl", "world", "▁world"]
 TOKENS = [*SPECIAL, *BYTES, *LETTERS, *WORDS]
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
-# As llama.cpp mixes them, and one of each kind that its files have beside the plain ones.
+# llama.cpp's mixtures of kinds, and one of each other kind in its files.
 KINDS = {
     "token_embd": ((len(TOKENS), HIDDEN), Kind.Q4_K),
     "output": ((len(TOKENS), HIDDEN), Kind.Q6_K),
@@ -40,7 +40,7 @@ KINDS = {
     "blk.0.ffn_down": ((HIDDEN, INNER), Kind.BF16),
     "blk.0.ffn_norm": ((HIDDEN,), Kind.F32),
 }
-# Bytes of a block that are halves of a float, by kind: random ones may be no number.
+# The bytes of a block that are part of a float, by kind; random bytes might be NaN.
 SCALES = {
     Kind.Q2_K: (80, 82),
     Kind.Q3_K: (108,),
@@ -52,7 +52,7 @@ SCALES = {
 
 
 def packed(shape: tuple[int, ...], kind: Kind, rng: np.random.Generator) -> np.ndarray:
-    """Bytes of a kind, at random."""
+    """Random bytes of a kind."""
     if kind not in SCALES:
         values = rng.standard_normal(shape).astype(np.float32)
         return values if kind == Kind.F32 else gguf.quantize(values, kind)
@@ -129,7 +129,7 @@ def test_its_vocabulary_is_sentencepieces(file: Path) -> None:
     for text, words in (
         ("hello world", ["<s>", "▁hello", "▁world"]),
         ("hello  world", ["<s>", "▁hello", "▁", "▁world"]),
-        # A letter that is in no word is its bytes.
+        # A letter that is in no word is encoded as bytes.
         ("é!", ["<s>", "▁", "<0xC3>", "<0xA9>", "!"]),
     ):
         ids = tokenizer.encode(text)

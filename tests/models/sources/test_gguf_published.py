@@ -1,7 +1,7 @@
-"""What a GGUF file of a published size says is read as its config is.
+"""The metadata of a GGUF file of a published size is read like its config.
 
-The keys are those that llama.cpp's converter writes of the published config: what no key tells has
-to be what the released models have.
+The keys are those that llama.cpp's converter writes for the published config. Values without a key
+must equal those of the released models.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from transformers import AutoConfig
 from turret.server.models.families import read_arch, text_config
 from turret.server.models.sources.gguf_config import read_gguf_config
 
-# Its window is in no key.
+# No key stores its window.
 WINDOWS_LOST = "mistralai/Ministral-8B-Instruct-2410"
 
 
 @dataclass(frozen=True)
 class Stored:
-    """As much of a ``ReaderTensor`` as a config is read of."""
+    """The parts of a ``ReaderTensor`` from which a config is read."""
 
     data: np.ndarray
     shape: tuple[int, ...]
@@ -48,7 +48,7 @@ def test_a_published_size_is_read_as_its_config(model: Published, tmp_path: Path
     converter = CONVERTERS[said["model_type"]]
     fields: dict[str, Any] = {"general.architecture": converter.architecture}
     for key, value in converter.keys(said).items():
-        # A file has floats of 32 bits.
+        # A file stores 32-bit floats.
         own = float(np.float32(value)) if isinstance(value, float) else value
         fields[f"{converter.architecture}.{key}"] = own
     sizes = expected.hidden_size, expected.vocab_size

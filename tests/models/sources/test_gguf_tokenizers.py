@@ -1,4 +1,4 @@
-"""The vocabularies of the families' GGUF files: what they begin with, and how texts are split."""
+"""The vocabularies of the families' GGUF files: their beginnings, and the splitting of texts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from turret.server.models.sources.gguf_file import read_gguf_tokenizer
 from turret.server.models.sources.gguf_layouts import LAYOUTS
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
-# What Gemma's begins with; a run of spaces is stored as spaces.
+# The beginning of Gemma's vocabulary; runs of spaces are stored as spaces.
 GEMMA = [
     *("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "  "),
     *(f"<0x{byte:02X}>" for byte in range(256)),
@@ -32,7 +32,7 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['content']
 
 
 def write(file: Path, architecture: str, **keys: Any) -> dict[str, Any]:
-    """A file of a tokenizer alone, and its keys."""
+    """Write a file with only a tokenizer and its keys."""
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_block_count(1)
     writer.add_chat_template(TEMPLATE)
@@ -46,7 +46,7 @@ def write(file: Path, architecture: str, **keys: Any) -> dict[str, Any]:
 
 
 def read(file: Path, fields: dict[str, Any]) -> Any:
-    """As it is served: from the files of the cache, beside the model's config."""
+    """Read the tokenizer as in a server: from the cached files, beside the model's config."""
     layout = LAYOUTS[fields["general.architecture"]][-1]
     saved = file.parent / "saved"
     read_gguf_tokenizer(file, fields, layout).save_pretrained(saved)
@@ -117,12 +117,12 @@ def test_texts_are_split_by_the_rules_that_the_file_names(
     found = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("I'M 12345!\nx")
     assert [part for part, _ in found] == parts
     ids = tokenizer.encode("I'M 12345!\nx")
-    # Mistral's begin with a BOS where a file does not say.
+    # Mistral's texts begin with a BOS by default.
     assert (ids[0] == 257) == (pre == "tekken")
     assert tokenizer.eos_token == "<eos>"
 
 
-# transformers takes GPT-2's rules then, for every architecture.
+# transformers then uses GPT-2's rules for every architecture.
 @pytest.mark.parametrize("architecture", ["granite", "llama", "phi3", "qwen2", "qwen3moe"])
 def test_rules_that_nobody_knows_are_refused(architecture: str, tmp_path: Path) -> None:
     file = tmp_path / "t.gguf"

@@ -1,4 +1,4 @@
-"""Checkpoints that hold the experts of a layer in one tensor: plain, MXFP4, and 4-bit in part."""
+"""Checkpoints with all experts of a layer in one tensor: plain, MXFP4, and partly 4-bit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def random_codes(out: int, inner: int, *lead: int) -> tuple[torch.Tensor, torch.
 
 
 def change(folder: Path, edit: Callable[[Tensors], Any], **config: Any) -> Path:
-    """Edits the tensors of a directory, and its config."""
+    """Edit the tensors of a directory, and its config."""
     tensors = load_file(folder / WEIGHTS)
     edit(tensors)
     save_file({name: t.contiguous() for name, t in tensors.items()}, folder / WEIGHTS)
@@ -79,7 +79,7 @@ def test_every_code_is_exact(exponent: int) -> None:
 def test_an_mxfp4_checkpoint_is_the_plain_one_that_it_stands_for(
     plain: Path, tmp_path: Path
 ) -> None:
-    """Codes and exponents are in different files."""
+    """Codes and exponents may be in different files."""
     packed = shutil.copytree(plain, tmp_path / "packed")
     shards: dict[str, Tensors] = {"a": {}, "b": {}}
 
@@ -112,7 +112,7 @@ def test_an_mxfp4_checkpoint_is_the_plain_one_that_it_stands_for(
 def test_a_4bit_checkpoint_is_taken_with_experts_in_either_form(
     plain: Path, tmp_path: Path
 ) -> None:
-    """Modules of an expert, quantised, and a router by another name; or left as they were."""
+    """Experts are quantised modules with a renamed router, or unchanged."""
     expected = served_weights(plain, torch.float32)
     quantised, stacked = load_file(cached(tmp_path)), load_file(plain / WEIGHTS)
     config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -134,7 +134,7 @@ def test_a_4bit_checkpoint_is_taken_with_experts_in_either_form(
 
 
 def put(name: str, *pairs: tuple[str, torch.Tensor]) -> Callable[[Tensors], Any]:
-    """Takes a tensor away and adds others by what follows its name."""
+    """Replace a tensor with others, by their suffixes."""
 
     def edit(tensors: Tensors) -> None:
         tensors.pop(name, None)
@@ -181,7 +181,7 @@ FAULTS: dict[str, tuple[Callable[[Tensors], Any], Callable[[BaseException], bool
         says("EXPERTS_MISMATCH", name=DOWN, found=7, expected=6),
     ),
 }
-# What a plain checkpoint keeps as it is: seen when it is loaded.
+# Tensors that a plain checkpoint does not quantise; errors appear when it is loaded.
 UNFIT = (
     "self_attn.sinks",
     "self_attn.q_proj.bias",
@@ -194,7 +194,7 @@ UNFIT = (
 @pytest.mark.parametrize("name", UNFIT)
 def test_a_tensor_of_another_shape_is_named(name: str, plain: Path) -> None:
     key = f"model.layers.1.{name}"
-    # A row, a head or a feature less; of experts' biases, each has one less.
+    # Remove a row, a head or a feature; each expert's bias loses one value.
     change(plain, lambda t: t.update({key: t[key][:, :-1] if t[key].ndim == 2 else t[key][:-1]}))
     found = name.replace("gate_up_proj_bias", "gate_up_projs.0.bias")
     with pytest.raises(InvalidRequestError, match=rf"{found} ", check=says("SHAPE_MISMATCH")):

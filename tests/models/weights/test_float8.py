@@ -1,4 +1,4 @@
-"""Checkpoints in 8-bit floats: the numbers that their weights stand for, in NF4."""
+"""Checkpoints in 8-bit floats, converted to NF4."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from turret.server.models.sources.check import default_cache_dir
 from turret.server.models.sources.model_directory import scale_block
 
 WEIGHTS = "model.safetensors"
-# Of E4M3.
+# The largest number of E4M3.
 LARGEST = 448.0
 
 
 class Quantizer:
-    """What transformers' dequantisation asks of one."""
+    """The parts of a quantizer that transformers' dequantisation uses."""
 
     def __init__(self, block: tuple[int, int] | None) -> None:
         self.quantization_config = FineGrainedFP8Config()
@@ -33,7 +33,7 @@ class Quantizer:
 
 
 def packed(weight: torch.Tensor, block: tuple[int, int] | None) -> tuple[Any, torch.Tensor]:
-    """A weight's codes, and its scale or its blocks' scales."""
+    """The codes of a weight, and its scale or its blocks' scales."""
     weight = weight.float()
     if block is None:
         scale = weight.abs().max() / LARGEST
@@ -53,7 +53,7 @@ def packed(weight: torch.Tensor, block: tuple[int, int] | None) -> tuple[Any, to
 def pack(
     folder: Path, block: tuple[int, int] | None, names: tuple[str, str], quantization: Any
 ) -> dict[str, torch.Tensor]:
-    """Pack a checkpoint's linears; returns what the packed ones stand for."""
+    """Pack the linear modules of a checkpoint; returns the represented weights."""
     scale_name, activation_name = names
     found, meant = {}, {}
     for name, tensor in load_file(folder / WEIGHTS).items():
@@ -104,7 +104,7 @@ BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_s
 @pytest.mark.parametrize(
     ("architecture", "names", "quantization"),
     [
-        # Ministral 3 as it is released, with a vision tower that is left out.
+        # Ministral 3 as released, with an ignored vision tower.
         ("mistral3", ("_scale_inv", ".activation_scale"), STATIC),
         ("qwen3_moe", ("_scale_inv", ".activation_scale"), BLOCKS),
         ("llama", ("_scale", ".input_scale"), {"quant_method": "fp8"}),

@@ -1,4 +1,4 @@
-"""Library products on the gpu path: the settings, and on a GPU what they are for."""
+"""Library products on the GPU path: the settings, and their effect on a GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from turret.server.models.weights import nf4_gpu as library_products
 from turret.server.models.weights.nf4_gpu import keep_sums_whole
 
 CUDA = torch.device("cuda")
-# Rows of a piece, inputs, outputs: prompts through an 8B's projections, and its head.
+# Rows of a piece, inputs and outputs, for the projections and the head of an 8B model.
 PRODUCTS = [
     (256, 4096, 6144),
     (256, 4096, 4096),
@@ -71,14 +71,14 @@ def test_a_row_has_the_same_bits_wherever_it_is(rows, inner, out, dtype):
     for seed in range(3):
         order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).to(CUDA)
         assert torch.equal(F.linear(x[order], weight), y[order])
-    # With other mates, and with none.
+    # The row with other rows, and alone.
     alone = torch.zeros_like(x)
     alone[rows // 2] = x[rows // 2]
     assert torch.equal(F.linear(alone, weight)[rows // 2], y[rows // 2])
 
 
 class _Products(TorchDispatchMode):
-    """Notes the shapes of library products."""
+    """Records the shapes of library products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ PIECES = {
 
 @pytest.mark.parametrize("product", PIECES)
 def test_products_on_a_device_have_one_shape_for_any_number_of_rows(product):
-    """A library chooses its algorithm by the shape, so a row's bits would depend on its mates."""
+    """A library chooses its algorithm by the shape, so a row's bits would depend on other rows."""
     with _Products() as products:
         for rows in (1, 3, 64, 65, 200):
             assert len(PIECES[product](rows, "meta")) == rows

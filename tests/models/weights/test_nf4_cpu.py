@@ -1,9 +1,9 @@
-"""The compiled NF4 product: without tiles bitsandbytes' op bit for bit, with them float64.
+"""The compiled NF4 product: bitsandbytes' bits without tiles, near float64 with tiles.
 
-Faults planted in the C code, and how many tests each one failed: the absmax of the low half
-for the high one (61), the low codes for the high (61), the absmax of the first block for all (40),
-every group's sums in the first one's place (37), the tiles that the threads do not divide evenly
-left out (10), every other block of 64 rows left out (12).
+Faults planted in the C code, and how many tests each one failed: the absmax of the low half used
+for the high one (61), the low codes used for the high ones (61), the absmax of the first block used
+for all (40), every group's sums stored in the first one's place (37), the tiles after an even
+division among threads left out (10), every other block of 64 rows left out (12).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The weights of all experts in one product, with the bits of each expert's own."""
+"""The product with all experts' weights has the bits of separate products."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make(dtype: torch.dtype) -> tuple[Nf4Experts, list[Nf4Linear]]:
 def routing_of(rows: int) -> Routing:
     generator = torch.Generator().manual_seed(rows)
     scores = torch.randn(rows, EXPERTS, generator=generator)
-    # One expert gets every row, one none.
+    # One expert gets every row, and one gets none.
     scores[:, 1] += 100.0
     scores[:, 3] -= 100.0
     return route_reference(scores, 3, normalizes=True)

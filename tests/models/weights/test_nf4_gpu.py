@@ -1,4 +1,4 @@
-"""The gpu path's base product: rows keep their bits, slices can be taken apart and joined."""
+"""The base product of the GPU path: rows keep their bits, and slices can be split and joined."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def coarse_tiles(monkeypatch: pytest.MonkeyPatch):
 def make(in_features: int) -> tuple[Nf4Linear, torch.Tensor]:
     dense = [torch.randn(out, in_features) for out in (48, 32)]
     slices = [Nf4Weight.quantize(weight) for weight in dense]
-    # Not by bitsandbytes' CPU op, which misreads widths that are no multiple of 64.
+    # Do not use bitsandbytes' CPU op, which misreads widths that are not multiples of 64.
     parts = [Nf4Matrix(w.packed.view(-1), w.absmax(), *w.shape).dequantize(DTYPE) for w in slices]
     whole = torch.cat(parts)
     assert (whole - torch.cat(dense)).norm() < 0.1 * whole.norm()
     return Nf4Linear(slices, DTYPE, CPU, gpu=True), whole
 
 
-# 96: quantisation blocks span rows.
+# With 96 inputs, quantisation blocks span rows.
 @pytest.mark.parametrize("in_features", [128, 96])
 @pytest.mark.parametrize("num_decode", [0, 3, 9, 12])
 def test_rows_are_multiplied_by_the_weight_whatever_else_is_in_the_step(in_features, num_decode):
@@ -42,7 +42,7 @@ def test_rows_are_multiplied_by_the_weight_whatever_else_is_in_the_step(in_featu
     x = torch.randn(12, in_features)
     y = linear.product(x, num_decode)
     assert torch.allclose(y, x @ weight.T, rtol=1e-5, atol=1e-4)
-    # The first decode row and the last prompt row with other mates.
+    # The first decode row and the last prompt row, beside other rows.
     if num_decode:
         assert torch.equal(linear.product(x[:1], 1)[0], y[0])
     if num_decode < len(x):
@@ -66,7 +66,7 @@ def test_parts_and_what_they_are_joined_to(in_features):
 
 @pytest.mark.parametrize("in_features", [128, 96])
 def test_rows_are_written_out_where_they_are_and_no_more_of_them(in_features):
-    """What a DoRA adapter's norms are computed from."""
+    """A DoRA adapter's norms are computed from these rows."""
     linear, whole = make(in_features)
     assert linear.product is not None
     start = 0

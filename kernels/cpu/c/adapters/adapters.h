@@ -169,7 +169,7 @@ typedef struct {
 } Rows;
 
 #define RANKS 4
-/* Whether low-rank updates are computed on tiles (low_rank_tiles.h), 16 ranks at a time. */
+/* Whether low-rank updates use tiles (low_rank_tiles.h), 16 ranks at a time. */
 INLINE int low_rank_takes_tiles(const ModuleSize *size) {
     return HAS_TILES && size->in_features % (2 * LANES) == 0 && size->out_features % LANES == 0;
 }
@@ -200,12 +200,12 @@ void kronecker_expand(const Kronecker *k, const float *z, float w, int64_t low, 
                       float *acc);
 
 
-/* For one row: shrink computes the whole result, and expand adds w times some of its columns. */
+/* For one row: shrink computes the whole result, and expand adds some of its columns, times w. */
 void circulant_shrink(const Circulant *c, const bf16 *x, float *z);
 void circulant_expand(const Circulant *c, const float *z, float w, int64_t low, int64_t count,
                       float *acc);
 
-/* For one row: shrink stores the base's result, and expand adds w times the partners of some columns. */
+/* For one row: shrink stores the base's result, and expand adds the partners of some columns, times w. */
 void pairs_shrink(const bf16 *y, int64_t width, float *z);
 void pairs_expand(const PairRotation *p, const float *z, float w, int64_t low, int64_t count,
                   float *acc);

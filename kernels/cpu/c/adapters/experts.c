@@ -1,6 +1,6 @@
 /* Low-rank updates of experts: y_p += sum_k w_k B_e (A_e x_p) for pairs p of a row and an expert e.
  *
- * Each pair is computed by itself, in an order that depends only on its own row's adapters.
+ * Each pair is computed separately, in an order that depends only on the adapters of its row.
  */
 #include "adapters.h"
 #include "team.h"

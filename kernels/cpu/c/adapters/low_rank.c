@@ -50,7 +50,7 @@ INLINE void add_tile(const Rows *rows, const bf16 *b, int64_t rank, int64_t stri
         for (int j = 0; j < vectors; j++) store_f32(acc + i * COLUMNS + j * LANES, s[i][j]);
 }
 
-/* Expands 1 or TILE rows, as rows->count says. */
+/* Expands rows->count rows, which is 1 or TILE. */
 INLINE void expand_rows(const Module *m, const Rows *rows, int64_t width, int64_t low, int64_t count) {
     const bf16 *b = m->b + low;
     int64_t rank = m->rank, o = 0;

@@ -15,7 +15,7 @@
 #define AHEAD 4096     /* bytes to prefetch ahead: memory latency times a thread's reading rate */
 #define TOGETHER 8     /* rows whose sums stay in registers */
 
-/* Sorts the outputs [low, low + count) by their number of entries, largest first. It is a radix sort, because an
+/* Sorts the outputs [low, low + count) by their number of entries, largest first. This is a radix sort, because an
  * adapter has thousands of such units, and its first request waits for them. */
 static void deal(const int32_t *row_starts, int64_t low, int64_t count, uint8_t *outputs) {
     int64_t found[COLUMNS], most = 0;

@@ -1,4 +1,4 @@
-// The table of adapters, and what an administrator does with them.
+// The table of adapters, and an administrator's actions on them.
 
 import { Sparkline, announce, byId, bytes, count, make, rate, say, tell } from "./dom.js";
 import { post } from "./api.js";
@@ -12,7 +12,7 @@ let onChange = () => {};
 let onChoose = () => {};
 
 const isAdmin = () => state.manages_adapters && state.roles.includes("admin");
-/** The label that the metrics count an adapter under. */
+/** The label under which the metrics count an adapter. */
 const labelOf = (name) => (SHARED.includes(name) ? `adapter:${name}` : name);
 
 export function start(changed, chosen) {
@@ -39,7 +39,7 @@ export function start(changed, chosen) {
 /** A refusal with the dialog's names for the fields. */
 const labelled = (message) => message.replace("lora_name: ", "Name: ").replace("lora_path: ", "Directory: ");
 
-/** Have a dialog's form do its work, and stay open with the reason where that fails. */
+/** Run a dialog's action when its form is submitted; if that fails, the dialog stays open and shows the reason. */
 function act(kind, work) {
   byId(`${kind}-form`).addEventListener("submit", async (event) => {
     event.preventDefault();
@@ -66,11 +66,11 @@ export function show(next) {
   tell(byId("merged"), state.merged ? ofMerge(state.merged) : "");
   say(byId("adapters-count"), found ? count(found.total) : "");
   byId("adapters-scroll").hidden = !found || found.shown.length === 0;
-  tell(byId("adapters-empty"), found ? whyNone(found, searched) : "Adapters need a token with the role inference.");
+  tell(byId("adapters-empty"), found ? whyNone(found, searched) : "The list of adapters requires a token with the role inference.");
   byId("find").parentElement.hidden = !found || (found.total < 2 && !searched);
   const isCut = found && found.matching > found.shown.length;
   tell(byId("adapters-more"), isCut
-    ? `The first ${count(found.shown.length)} of ${count(found.matching)} by name: find narrows them down.` : "");
+    ? `The first ${count(found.shown.length)} of ${count(found.matching)} by name. Use Find to see others.` : "");
   if (!found) return;
   if (state.figures) countTraffic(state.clock, state.figures.traffic);
   const body = byId("adapters-rows");
@@ -96,12 +96,12 @@ export function show(next) {
 }
 
 const ofMerge = ({ mix, precision, base_generation }) =>
-  `Merged into the base, and so part of every answer: ${mix} (${precision}, base generation ${base_generation}).`;
+  `Merged into the base model, so part of every answer: ${mix} (${precision}, base generation ${base_generation}).`;
 
 function whyNone(found, searched) {
   if (found.shown.length) return "";
-  if (searched && found.total) return `No adapter's name holds “${searched}”.`;
-  if (!state.manages_adapters) return "No adapters yet. They are loaded on the server's --admin-address.";
+  if (searched && found.total) return `No adapter's name contains “${searched}”.`;
+  if (!state.manages_adapters) return "No adapters yet. Load them at the server's --admin-address.";
   if (!isAdmin()) return "No adapters yet. To load one, use a token with the role admin.";
   return "No adapters yet. Load one from a directory below --adapter-root, or start the server with --preload NAME=DIRECTORY.";
 }

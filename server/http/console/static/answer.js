@@ -1,15 +1,15 @@
-// One answer as it comes: its text, how likely each token was, and how fast it came.
+// One answer as it arrives: its text, the probability of each token, and the speed.
 
 import { duration, make, percent, rate, say, tell } from "./dom.js";
 import { events } from "./api.js";
 
-// A token's class: how likely the model found it.
+// A token's class, by its probability.
 const LEAST = [0.9, 0.6, 0.3, 0.1];
 const classOf = (logprob) => {
   const place = LEAST.findIndex((least) => Math.exp(logprob) >= least);
   return `q${place < 0 ? LEAST.length + 1 : place + 1}`;
 };
-/** A token's text with its white space to be seen. */
+/** A token's text with visible white space. */
 const visible = (text) => text.replaceAll("\n", "↵").replaceAll(" ", "␣") || "(part of a character)";
 
 export class Answer {
@@ -28,12 +28,12 @@ export class Answer {
     this.text.addEventListener("click", (event) => this.point(event.target));
   }
 
-  /** Say what to do first; none is nothing. */
+  /** Show a first step; an empty text hides it. */
   advise(text) {
     tell(this.advice, text);
   }
 
-  /** Ask, and show what comes; returns how it ended, for a screen reader. */
+  /** Ask, and show the answer as it arrives; returns a summary for a screen reader. */
   async ask(body, signal) {
     this.text.replaceChildren();
     this.choose(null);
@@ -66,7 +66,7 @@ export class Answer {
       if (first) this.tellFacts(tokens, start, first, isStopped ? "stopped" : "");
       else say(this.facts, isStopped ? "stopped" : "");
       if (isStopped) return `${this.title} was stopped.`;
-      tell(this.failure, error.message || "The answer broke off.");
+      tell(this.failure, error.message || "The answer was interrupted.");
       return `${this.title} failed: ${error.message}`;
     } finally {
       delete this.element.dataset.busy;
@@ -83,8 +83,8 @@ export class Answer {
   }
 
   /**
-   * Add a part of the text: a span for each token as far as tokens spell it, then one for what is left.
-   * An answer's last token is no text.
+   * Add a part of the text: a span for each token that matches the text, then one for the rest. The
+   * last token of an answer may have no text.
    */
   append(content, logprobs) {
     let number = 0;

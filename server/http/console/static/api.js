@@ -1,4 +1,4 @@
-// Asks the server, with the visitor's token.
+// Requests to the server, with the visitor's token.
 
 const KEY = "turret-token";
 
@@ -7,7 +7,7 @@ export const token = {
   set: (text) => (text ? sessionStorage.setItem(KEY, text) : sessionStorage.removeItem(KEY)),
 };
 
-/** What the server refused; `status` 0 if it did not answer. */
+/** An error of the server; `status` is 0 if it did not answer. */
 export class Refused extends Error {
   constructor(status, message, code) {
     super(message);
@@ -40,7 +40,7 @@ async function send(method, path, body, signal) {
   try {
     said = (await answer.json()).error || {};
   } catch {
-    // Something between here and the server answered.
+    // The body is not the server's JSON, so a proxy answered.
   }
   throw new Refused(answer.status, said.message || `The server answered ${answer.status}.`, said.code || "");
 }

@@ -1,4 +1,4 @@
-// Elements and texts. Nothing here, or anywhere else, makes markup of a text.
+// Elements and texts. No code of this page turns a text into markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -17,18 +17,18 @@ export function make(tag, properties = {}, ...children) {
   return element;
 }
 
-/** Set a text, and leave the page alone where it is the same already. */
+/** Set a text, unless it is the same already. */
 export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-/** Show a text in place of something that is not there; none hides the place. */
+/** Show a text in an element; an empty text hides the element. */
 export function tell(element, text) {
   say(element, text || "");
   element.hidden = !text;
 }
 
-/** Have a screen reader say it. */
+/** Announce a text to screen readers. */
 export const announce = (text) => say(byId("said"), text);
 
 // Numbers
@@ -49,7 +49,7 @@ export function duration(seconds) {
   return `${(1000 * seconds).toFixed(seconds >= 0.1 ? 0 : 1)} ms`;
 }
 
-/** Three digits and a binary unit, as the command has them. */
+/** A size with three digits and a binary unit, as in the command. */
 export function bytes(number) {
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];
   let unit = 0;
@@ -68,7 +68,7 @@ export function ago(seconds) {
   return `${Math.round(seconds / 86400)} days ago`;
 }
 
-/** A line through values, the newest on the right; `places` is how many fit. */
+/** A line through values, the newest on the right; `places` is the maximum number of values. */
 export class Sparkline {
   constructor(width, height, places) {
     this.width = width;

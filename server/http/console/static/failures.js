@@ -7,8 +7,8 @@ let shown = "";
 export function show(state) {
   const failures = state.failures;
   const why = !state.manages_adapters
-    ? "Errors are not shown here: this server is administered on another address. Its log has them."
-    : "Errors need a token with the role admin.";
+    ? "Errors are not shown here, because the admin API has a separate address. See the server's log."
+    : "The list of errors requires a token with the role admin.";
   tell(byId("failures-empty"), failures ? (failures.length ? "" : "No call has failed since the server started.") : why);
   const list = byId("failures-list");
   const key = failures ? failures.map((failure) => `${failure.time} ${failure.request_id}`).join() : "";
@@ -29,7 +29,7 @@ function entry(failure) {
       make("p", { className: "where" },
         make("b", {}, failure.reason), " ",
         failure.method, failure.adapters.length ? ` on ${failure.adapters.join(" + ")}` : "",
-        make("span", { className: "id", title: "The log's lines of this call carry this id" }, failure.request_id)),
+        make("span", { className: "id", title: "The id of this call in the server's log" }, failure.request_id)),
     ),
   );
 }

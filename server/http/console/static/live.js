@@ -1,4 +1,4 @@
-// The figures at the top: rates are made of what grew between two looks.
+// The figures at the top of the page. Rates are computed from the growth between two polls.
 
 import { Sparkline, byId, count, duration, percent, rate, say, tell } from "./dom.js";
 
@@ -6,7 +6,7 @@ const PLACES = 120;
 const FIRST_TOKEN_SECONDS = 60;
 const STEP_SECONDS = 5;
 
-/** What grew between two looks, a second. */
+/** The growth per second between two polls. */
 export class Growth {
   constructor(places = PLACES) {
     this.rates = [];
@@ -17,14 +17,14 @@ export class Growth {
   add(time, value) {
     if (this.before !== null && time > this.before.time) {
       const grown = value - this.before.value;
-      // The server started anew: its counters did too.
+      // A restart of the server resets its counters.
       this.rates.push(grown < 0 ? 0 : grown / (time - this.before.time));
       if (this.rates.length > this.places) this.rates.shift();
     }
     this.before = { time, value };
   }
 
-  /** The mean of the last few: one second alone jumps about. */
+  /** The mean of the last few rates, because single ones vary too much. */
   get recent() {
     const last = this.rates.slice(-3);
     return last.length ? last.reduce((a, b) => a + b) / last.length : 0;
@@ -40,7 +40,7 @@ export function start() {
   plot.draw([]);
 }
 
-/** Forget what was seen: the next look begins anew. */
+/** Forget the earlier polls. */
 export function reset() {
   tokens.before = null;
   looks = [];
@@ -52,7 +52,7 @@ const mean = (after, before) =>
 export function show(state) {
   const { figures, clock: time } = state;
   byId("figures").hidden = !figures;
-  tell(byId("live-empty"), figures ? "" : "Live figures need a token with the role metrics.");
+  tell(byId("live-empty"), figures ? "" : "Live figures require a token with the role metrics.");
   if (!figures) return;
   tokens.add(time, figures.first_token.count + figures.inter_token.count);
   looks.push({ time, figures });
@@ -71,8 +71,8 @@ export function show(state) {
   const past = looks.find((look) => look.time >= time - STEP_SECONDS);
   const step = mean(figures.step, past.figures.step);
   say(byId("step"), step === null ? "–" : duration(step));
-  say(byId("step-aside"), step === null ? (figures.sequences.running ? "none has ended" : "idle") : `mean of ${STEP_SECONDS} s`);
+  say(byId("step-aside"), step === null ? (figures.sequences.running ? "none finished" : "idle") : `mean of ${STEP_SECONDS} s`);
   const first = mean(figures.first_token, looks[0].figures.first_token);
   say(byId("first"), first === null ? "–" : duration(first));
-  say(byId("first-aside"), first === null ? "none for a minute" : "mean of a minute");
+  say(byId("first-aside"), first === null ? "none in the last minute" : "mean of the last minute");
 }

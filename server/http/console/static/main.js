@@ -1,5 +1,5 @@
-// Looks at the server once a second, and hands what it found to the parts of the page. Locked, it
-// waits for another token instead.
+// Polls the server once a second, and updates the parts of the page. While the token is rejected,
+// it waits for another one instead.
 
 import { byId, make, say, tell } from "./dom.js";
 import { getJson, token } from "./api.js";
@@ -44,7 +44,7 @@ function status(kind, text) {
   say(byId("status"), text);
 }
 
-/** Say why there is nothing new to show, and what to do. */
+/** Show why the page cannot be updated, and the next step. */
 function refuse(error) {
   live.reset();
   delete document.body.dataset.known;
@@ -53,14 +53,14 @@ function refuse(error) {
     status("wait", "Locked");
     const text = token.get()
       ? "The server does not know this token. Check the line in its --token-file."
-      : "This server asks for a token. Give it one to look inside.";
+      : "This server requires a token. Enter one to see its state.";
     inform("error", text, make("button", { type: "button", onclick: openToken }, "Token"));
   } else if (error.status === 503) {
     status("wait", "Not serving");
     inform("wait", `${sentence(error.message)} This page looks again every second.`);
   } else if (error.status === 0 || error.name === "AbortError") {
     status("bad", "Unreachable");
-    inform("error", "The server does not answer. It may have stopped, or the way to it is cut; this page looks again every second.");
+    inform("error", "The server does not answer. It may have stopped, or the network may be down; this page retries every second.");
   } else {
     status("bad", "Error");
     inform("error", sentence(error.message));
@@ -79,7 +79,7 @@ function inform(kind = "", text = "", ...more) {
   place.replaceChildren(make("span", {}, text), ...more);
 }
 
-/** Something changed, or could not be changed. */
+/** Report a change, or the error of a failed one. */
 function changed(error) {
   if (error instanceof Error) {
     inform("error", sentence(error.message));
@@ -120,7 +120,7 @@ function start() {
     button.addEventListener("click", () => button.closest("dialog").close());
   }
   byId("find").addEventListener("input", look);
-  // Nobody looks at a hidden tab, so it does not look either.
+  // A hidden tab does not poll the server.
   document.addEventListener("visibilitychange", () => {
     if (document.hidden) clearTimeout(timer);
     else {

@@ -1,4 +1,4 @@
-// Asks base, adapter and mix the same thing, and shows the answers beside each other as they come.
+// Sends one prompt to the base model, an adapter and a mix, and shows the answers side by side.
 
 import { announce, byId, make, say, tell } from "./dom.js";
 import { Answer } from "./answer.js";
@@ -19,7 +19,7 @@ export function start() {
   byId("prompt").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
       event.preventDefault();
-      // As the button does: what the settings hold is looked at first.
+      // Validate the settings first, as the button does.
       if (!running) byId("ask").requestSubmit();
     }
   });
@@ -34,10 +34,10 @@ function colour() {
   byId("legend").hidden = !on;
 }
 
-/** What the last look at the server found. */
+/** Show the state from the last poll. */
 export function show(state) {
   canAsk = Boolean(state.model);
-  tell(byId("ask-empty"), canAsk ? "" : "To ask, use a token with the role inference.");
+  tell(byId("ask-empty"), canAsk ? "" : "Asking requires a token with the role inference.");
   byId("go").disabled = !canAsk || running !== null;
   say(byId("model"), state.model ? state.model.name : "");
   const found = state.adapters ? state.adapters.shown.map((adapter) => adapter.name) : [];
@@ -47,7 +47,7 @@ export function show(state) {
   }
 }
 
-/** Put an adapter into the second pane, and the focus into the prompt. */
+/** Select an adapter in the second pane, and focus the prompt. */
 export function choose(name) {
   panes[1].choose(name);
   byId("playground").scrollIntoView({ block: "start" });

@@ -1,7 +1,7 @@
-"""How exact every method is in bf16: its error against fp32, beside that of transformers + PEFT.
+"""The accuracy of every method in bf16: its error relative to that of transformers + PEFT.
 
-Base is the twin with the weights that turret serves, so quantisation has no part in it. PEFT runs
-as it does by default: the base in bf16, the adapter's own tensors in fp32.
+Errors are differences from fp32. Both use the weights that turret serves, so quantisation has no
+effect. PEFT runs with its defaults: the base in bf16, the adapter's own tensors in fp32.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from builders.methods import ALL, load_adapter, make_config, save_adapter
 from method_oracle import check_greedy, check_score, oracle_logprobs, prompt_of
 from servers.engine_harness import EngineHarness, make_request
 
-# Of turret's mean error in logprobs, in those of PEFT's.
+# Maximum of turret's mean error in logprobs, relative to PEFT's.
 BOUND = 1.3
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {"r": 8, "lora_alpha": 12}),
@@ -37,20 +37,20 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "whole": ("lora", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "low-rank": ("lora", {"target_modules": [*ALL, "embed_tokens", "lm_head"]}),
 }
-# Those that need no operator of their own: on one tiny model.
+# Methods without an operator of their own, tested on one tiny model.
 MADE_OF_OTHERS = (
     *("bd_lora", "kasa", "beft", "ln_tuning", "pvera", "vblora", "unilora", "tinylora"),
     *("delora", "miss", "gralora", "hra", "deft", "peanut", "glora", "cartridge"),
-    # And some that have one.
+    # Some methods with their own operator.
     *("oft", "boft", "road", "c3a", "hira", "fourierft", "randlora", "osf", "frod", "bat"),
 )
-# What is not a method by itself.
+# Forms of methods.
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {"bat": ("miss", {"init_weights": "bat"})}
-# One draw says little where an error is that of a few hidden states, as of soft prompts that all
-# tokens attend to (of six, the ratio was 1.8 once and 0.7 to 1.04 else), or of the largest update
-# (rsLoRA's: 1.2 or 1.3, by the order in which attention sums), so several are averaged.
+# Errors of a few hidden states vary between draws, so several draws are averaged. This concerns
+# soft prompts, to which all tokens attend (in six draws, the ratio was once 1.8, otherwise 0.7 to
+# 1.04), and the largest update (rsLoRA: 1.2 or 1.3, by the order of sums in attention).
 DRAWS = {"prompt_tuning": 4, "p_tuning": 4, "rslora": 4}
-# PEFT saves embedding and head along with "low-rank": 226 MB here, for no other computation.
+# For "low-rank", PEFT also saves embedding and head: 226 MB that test nothing else.
 ON_SMOLLM2 = [name for name in METHODS if name != "low-rank"]
 TEXTS = (
     "The lens turret of a microscope carries several objectives on one rotating mount, so that the"
@@ -60,7 +60,7 @@ TEXTS = (
 
 
 def scores(model: Any, prompts: Sequence[list[int]]) -> torch.Tensor:
-    """Logprobs of all prompt tokens but the first of each."""
+    """The logprobs of all prompt tokens but the first of each prompt."""
     return torch.cat(
         [
             oracle_logprobs(model, prompt)[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
@@ -82,7 +82,7 @@ async def served_scores(
 async def check_bf16(
     folder: Path | None, exact_base: Any, root: Path, texts: Sequence[list[int] | str]
 ) -> None:
-    """Every adapter below ``root``, and the base itself."""
+    """Check every adapter below ``root``, and the base itself."""
     half = copy.deepcopy(exact_base).to(torch.bfloat16)
     names = sorted(os.listdir(root))
     errors: dict[str, list[tuple[float, float]]] = {}
@@ -133,7 +133,7 @@ async def test_methods_made_of_others_in_bf16(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """SmolLM2 and its adapters; thirty layers add up, so each changes less than on two."""
+    """SmolLM2 and its adapters; each of the thirty layers changes less than on a model of two."""
     model = load_oracle(None, served_weights(None, torch.float32))
     root = tmp_path_factory.mktemp("embedded")
     save_all(model, root, 0.1, ON_SMOLLM2)
@@ -142,14 +142,14 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 
 @pytest.mark.long
 async def test_smollm2_in_fp32(embedded: tuple[Any, Path]) -> None:
-    """Within 1e-4 of PEFT's forward: a score and an answer."""
+    """A score and an answer are within 1e-4 of PEFT's forward pass."""
     model, root = embedded
     prompt = prompt_of(21)
     plain = oracle_logprobs(model, prompt)
     async with EngineHarness.start(None, root, adapters=ON_SMOLLM2) as harness:
         for name in ON_SMOLLM2:
             oracle = load_adapter(model, root / name, share=True)
-            # An adapter without effect would agree with anything.
+            # Check that the adapter has an effect.
             assert (oracle_logprobs(oracle, prompt) - plain).abs().max() > 0.05, name
             check_score(
                 await harness.run(make_request(prompt, name, score=True)), oracle, prompt, name

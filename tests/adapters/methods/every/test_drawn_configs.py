@@ -1,6 +1,7 @@
-"""Configs drawn at random that PEFT itself accepts, of the methods made of other operators' parts.
+"""Random configs that PEFT accepts, for methods that consist of other operators' parts.
 
-The oracle is PEFT's own module. ``test_random_configs.py`` does the same for the older methods.
+Results are compared with PEFT's module. ``test_random_configs.py`` does the same for the older
+methods.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ FEW = 6
 
 
 def drawing(num_examples: int) -> settings:
-    """A failure names its config; looking for a smaller one would take minutes."""
+    """Hypothesis' settings without shrinking, which would take minutes.
+
+    A failure names its config.
+    """
     return settings(
         max_examples=num_examples,
         derandomize=True,
@@ -50,7 +54,7 @@ def model() -> tuple[LlamaForCausalLM, BaseModel]:
 
 
 def selection(draw: Draw, *, layers: bool = True, exclude: bool = True) -> dict[str, Any]:
-    """Target keys in one of the forms PEFT takes."""
+    """Target keys in one of PEFT's forms."""
     some = draw(st.lists(st.sampled_from(ALL), min_size=1, max_size=7, unique=True))
     kind = draw(st.integers(0, 3))
     if kind == 0:
@@ -121,7 +125,7 @@ def tinylora(draw: Draw) -> dict[str, Any]:
 def delora(draw: Draw) -> dict[str, Any]:
     keys = {"r": ranks(draw, 9), **bias(draw, "delora_only")}
     if draw(st.booleans()):
-        # In the order in which PEFT saves them.
+        # The order is that in which PEFT saves the keys.
         keys["rank_pattern"] = {r"layers\.1\..*": ranks(draw, 9), "q_proj": ranks(draw, 9)}
     return {**selection(draw), **keys}
 
@@ -185,7 +189,7 @@ def c3a(draw: Draw) -> dict[str, Any]:
 def hira(draw: Draw) -> dict[str, Any]:
     keys: dict[str, Any] = {"r": ranks(draw, 9)}
     if draw(st.booleans()):
-        # In the order in which PEFT saves them.
+        # The order is that in which PEFT saves the keys.
         keys["rank_pattern"] = {r"layers\.1\..*": ranks(draw, 9), "q_proj": ranks(draw, 9)}
     return {**selection(draw), **keys}
 
@@ -283,13 +287,13 @@ DRAWN: dict[str, Callable[[Draw], dict[str, Any]]] = {
     for one in (peanut, glora, beft, oft, boft, road, c3a, hira, alora, shira, supertuning, waveft)
 }
 DRAWN |= {one.__name__: one for one in (fourierft, randlora, osf, frod, bat)}
-# What is drawn is a method, or a form of one.
+# The drawn names are methods, or forms of methods.
 FORMS = {"bat": "miss"}
 
 
 @torch.no_grad()
 def check_modules(method: str, keys: dict[str, Any], seed: int) -> int:
-    """Compares every module's output with PEFT's; gives how many modules the adapter moves."""
+    """Compare every module's output with PEFT's; returns the number of changed modules."""
     plain, base = model()
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "a"
@@ -305,13 +309,14 @@ def check_modules(method: str, keys: dict[str, Any], seed: int) -> int:
         x = torch.randn(1, 5, linear.in_features, generator=generator, dtype=torch.float64)
         module, told = oracle.get_submodule(f"base_model.model.{path}"), {}
         if method == "alora" and not isinstance(module, torch.nn.Linear):
-            # From which token on, counted from the end.
+            # The first token on which the adapter acts, counted from the end.
             told["alora_offsets"] = [5]
         with quiet():
             expected = module(x, **told)
         found = apply_operators(linear, [(operators, 1.0)], x)
         error = float((found - expected).abs().max() / expected.abs().max())
-        # What PEFT computes in fp32 whatever the model's dtype is, such as a QR, is that exact.
+        # PEFT computes some steps in fp32 regardless of the model's dtype, such as a QR, which
+        # bounds the accuracy.
         assert error < 2e-6, (keys, path, error)
         moved += bool((found - linear(x)).abs().max() > 1e-3)
     return moved
@@ -323,7 +328,7 @@ def test_drawn_configs_compute_what_peft_computes(
     method: str, num_examples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moved: list[int] = []
-    # The weights of two layers condition FRoD's V badly; what is refused for that is compared too.
+    # Two layers make FRoD's V ill-conditioned; disable the rejection to compare these cases, too.
     monkeypatch.setattr(frod_method, "_MOST_NOISE", float("inf"))
 
     @drawing(num_examples)
@@ -332,7 +337,7 @@ def test_drawn_configs_compute_what_peft_computes(
         moved.append(check_modules(method, DRAWN[method](data.draw), seed))
 
     check()
-    # Agreement on adapters that do nothing would prove nothing.
+    # The adapters must have an effect.
     assert len(moved) >= num_examples
     assert sum(moved) > len(moved)
 

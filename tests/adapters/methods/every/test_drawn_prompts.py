@@ -1,7 +1,7 @@
-"""Soft tokens, prefixes, rows, pooled LoRAs and fusions drawn at random, against what PEFT makes.
+"""Random soft tokens, prefixes, rows, pooled LoRAs and fusions, compared with PEFT's.
 
-A fusion's oracle is the paper's formula over dense matrices. The engine's own tests hold what is
-done with all of these.
+Fusions are compared with the paper's formula on dense matrices. The engine's own tests cover the
+use of all of these.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def cartridge(draw: Draw) -> dict[str, Any]:
 
 
 def lowered(method: str, keys: dict[str, Any], seed: int) -> tuple[Any, AdapterOperators]:
-    """PEFT's reading of a saved adapter, and ours."""
+    """A saved adapter as read by PEFT and by turret."""
     plain, base = model()
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(plain, make_config(method, **keys), Path(folder) / "a", seed=seed)
@@ -160,7 +160,7 @@ def components(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @torch.no_grad()
 def check_fusion(root: Path, names: list[str], targets: list[str], d_k: int, seed: int) -> float:
-    """Compares every module's change with the formula's; gives the largest."""
+    """Compare every module's change with the formula's; returns the largest change."""
     plain, base = model()
     save_fusion(plain, root, "fusion", names, targets, d_k=d_k, seed=seed)
     by_digest = {read_adapter(root, name).digest: name for name in names}

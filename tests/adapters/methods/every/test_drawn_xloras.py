@@ -1,4 +1,4 @@
-"""X-LoRAs drawn at random that PEFT accepts: both passes of its own forward are the oracle."""
+"""Random X-LoRAs that PEFT accepts, compared with both passes of PEFT."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def drawn(data: st.DataObject) -> dict[str, Any]:
 
 
 class Passes:
-    """What PEFT's two passes over some tokens gave its modules, in float64.
+    """The values in PEFT's two passes over some tokens, in float64.
 
     Attributes:
-        states: What the classifier reads, ``[tokens, hidden]``.
-        calls: By module, input and change of the output in either pass.
+        states: The inputs of the classifier, ``[tokens, hidden]``.
+        calls: By module, the input and the change of the output in each pass.
     """
 
     def __init__(self, made: Any, paths: list[str]) -> None:
@@ -86,7 +86,7 @@ class Passes:
 
 @torch.no_grad()
 def check_passes(loras: Path, keys: dict[str, Any]) -> float:
-    """Compares every module's change in both passes with PEFT's; gives the largest."""
+    """Compare every module's change in both passes with PEFT's; returns the largest change."""
     plain = tiny_llama(attention_bias=True)
     paths = list(linear_modules(plain))
     with tempfile.TemporaryDirectory() as folder:
@@ -137,5 +137,5 @@ def test_drawn_routers_tell_what_peft_s_tell(loras: Path) -> None:
 
     check()
     assert len(moved) >= EXAMPLES
-    # Agreement on adapters that do nothing would prove nothing.
+    # The adapters must have an effect.
     assert min(moved) > 1e-3

@@ -1,4 +1,4 @@
-"""An adapter's tensors are freed as soon as it goes, without help from the garbage collector.
+"""An adapter's tensors are freed with the adapter, without the garbage collector.
 
 A cycle of references would keep the weights of unloaded adapters until the next
 full collection, which can be minutes away.

@@ -1,4 +1,4 @@
-"""Methods that adapt linear modules, served by the engine, against PEFT's own forward."""
+"""Methods that adapt linear modules, served by the engine and compared with PEFT's forward pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ VARIANTS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     },
     "lokr": {
         "factors": ("lokr", {}),
-        # Rank past half of the sizes: PEFT keeps both factors whole and still divides by it.
+        # The rank exceeds half of the sizes: PEFT keeps both factors whole, but still divides by
+        # the rank.
         "whole": ("lokr", {"r": 64, "alpha": 80}),
         "both": ("lokr", {"decompose_both": True, "r": 1}),
         "factor-4": ("lokr", {"decompose_factor": 4, "r": 3}),

@@ -1,4 +1,4 @@
-"""Random configs that PEFT itself accepts, of every method that adapts linear modules."""
+"""Random configs that PEFT accepts, for every method that adapts linear modules."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from turret.server.adapters.base import BaseModel
 from turret.server.adapters.operators.adapter_operators import ModuleOperators
 
 METHODS = ("lora", "rslora", "dora", "loha", "lokr", "ia3", "adalora", "vera")
-# Configs per method.
+# The number of configs per method.
 NUM_CONFIGS = [10, pytest.param(50, marks=pytest.mark.long)]
-# Below it, every module of the model is cheaper in rank space than dense.
+# Up to this rank, every module of the model is cheaper in rank space than dense.
 MAX_LOHA_RANK = 4
 
 
@@ -37,7 +37,7 @@ def model() -> tuple[LlamaForCausalLM, BaseModel]:
 
 
 def random_targets(draw: random.Random) -> dict[str, Any]:
-    """Target keys in one of the forms PEFT takes."""
+    """Target keys in one of PEFT's forms."""
     some = draw.sample(ALL, draw.randint(1, len(ALL)))
     kind = draw.randrange(5)
     if kind == 0:
@@ -57,7 +57,7 @@ def random_selection(draw: random.Random, *, has_layers: bool) -> dict[str, Any]
         keys["layers_to_transform"] = draw.choice([0, 1, [1], [0, 1]])
         if draw.random() < 0.5:
             keys["layers_pattern"] = draw.choice(["layers", ["h", "layers"]])
-    # Leaves o_proj in layer 1 alone, and so something to adapt whatever the targets are.
+    # The pattern does not match o_proj in layer 1, so that some module is always adapted.
     if draw.random() < 0.3 and (not isinstance(targets, list) or len(targets) > 2):
         keys["exclude_modules"] = draw.choice(
             [["layers.0.self_attn.q_proj"], r".*\.0\.mlp\.up_proj", ["layers.1.mlp.up_proj"]]
@@ -68,7 +68,7 @@ def random_selection(draw: random.Random, *, has_layers: bool) -> dict[str, Any]
 def random_patterns(draw: random.Random, alpha: Any, ranks: int) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     names = ("q_proj", r"layers\.1\..*", r"mlp\.(up|down)_proj", "^model.layers.0.mlp.gate_proj")
-    # PEFT takes the first key that matches, but sorts them when it saves.
+    # PEFT uses the first matching key, but sorts the keys when it saves them.
     if draw.random() < 0.5:
         chosen = sorted(draw.sample(names, 2))
         keys["rank_pattern"] = {name: draw.randint(1, ranks) for name in chosen}
@@ -119,7 +119,7 @@ def random_config(method: str, draw: random.Random) -> dict[str, Any]:
 
 @torch.no_grad()
 def module_error(path: str, peft_linear: torch.nn.Module, operators: ModuleOperators) -> float:
-    """Largest error of a module's output, relative to the output's largest value."""
+    """The largest error of a module's output, relative to the output's largest value."""
     linear = linear_modules(model()[0])[path]
     generator = torch.Generator().manual_seed(len(path))
     x = torch.randn(5, linear.in_features, generator=generator, dtype=torch.float64)
@@ -146,13 +146,13 @@ def test_random_configs_compute_what_peft_computes(
         for path, linear in linear_modules(plain).items():
             operators = lowered.operators.modules.get(path, ModuleOperators())
             error = module_error(path, oracle.get_submodule(f"base_model.model.{path}"), operators)
-            # Gains, biases and what is drawn again are fp32.
+            # Gains, biases and redrawn tensors are fp32.
             assert error < 1e-6, (keys, path, error)
             x = torch.ones(1, linear.in_features, dtype=torch.float64)
             with torch.no_grad():
                 change = apply_operators(linear, [(operators, 1.0)], x) - linear(x)
             num_moved += bool(change.abs().max() > 1e-3)
-    # Agreement on adapters that do nothing would prove nothing.
+    # The adapters must have an effect.
     assert num_moved > 3 * num_configs
 
 

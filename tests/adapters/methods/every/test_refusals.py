@@ -1,4 +1,4 @@
-"""Config, tensors and base in agreement, or an answer that names what is not; for every method."""
+"""Inconsistent config, tensors and base, for every method: each error names the fault."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ Q = "model.layers.0.self_attn.q_proj"
 KEY = f"base_model.model.{Q}"
 # ``method_builders`` name → METHODS name, where they differ.
 SERVED = {"rslora": "lora"}
-# PEFT makes no learned fusions: test_components.py has theirs; QA-LoRA only on GPTQ layers:
-# test_lora_variants.py has its; and routers of LoRAs that are there: test_arrow_files.py and
-# test_xlora_files.py.
+# Methods that other files test: PEFT does not create learned fusions (test_components.py), creates
+# QA-LoRA only on GPTQ layers (test_lora_variants.py), and routers only for existing LoRAs
+# (test_arrow_files.py, test_xlora_files.py).
 ELSEWHERE = {"learned_fusion", "qalora", "arrow", "xlora"}
 MADE = [method for name, method in METHODS.items() if name not in ELSEWHERE]
-# Variants of LoRA, whose rules test_adapter_config.py has.
+# Variants of LoRA; test_adapter_config.py tests their rules.
 LORAS = METHODS["lora"].peft_types
 VARIANTS = [m.name for m in MADE if m.peft_types == LORAS and m.name != "lora"]
 NEW = [m.name for m in MADE if m.peft_types != LORAS]
 BUILT = (*NEW, "lora", "rslora", *VARIANTS)
-# Methods that one reader reads.
+# Methods with the same reader.
 LINEAR = (
     *("lora", *VARIANTS, "loha", "lokr", "ia3", "adalora", "vera"),
     *("beft", "pvera", "vblora", "delora", "miss", "gralora", "hra", "deft", "peanut", "glora"),
@@ -122,7 +122,7 @@ def test_no_tensor_may_be_missing(method: str, tmp_path: Path) -> None:
     names = set(read_adapter(tmp_path).tensors)
     tensor_file = directory / "adapter_model.safetensors"
     whole = tensor_file.read_bytes()
-    # One per kind is enough: of every module, the same code looks.
+    # One per kind is enough, because the same code checks all modules.
     kinds = {name.rpartition(".")[2]: name for name in sorted(names)}
     for lost in kinds.values():
         tensor_file.write_bytes(whole)
@@ -171,7 +171,7 @@ def test_prompts_of_another_size_are_mismatches(method: str, tmp_path: Path) -> 
     base = base_of(tiny_llama())
     save(tmp_path, method)
     lower_adapter(tmp_path, base)
-    # PEFT's token_dim of a prefix is that of the key-value heads.
+    # PEFT's token_dim of a prefix is the width of the key-value heads.
     other = dataclasses.replace(base, hidden_size=128, head_dim=32)
     with pytest.raises(AdapterMismatchError) as caught:
         lower_adapter(tmp_path, other)
@@ -229,7 +229,7 @@ def test_rank_over_the_limit_is_a_budget_error(
     base = base_of(tiny_llama())
     save(tmp_path, method)
     checkpoint = read_adapter(tmp_path)
-    # Of a pruned AdaLoRA, the ranks that are left count.
+    # The rank of a pruned AdaLoRA is the number of its remaining ranks.
     rank = rank or max(len(t) for n, t in checkpoint.tensors.items() if n.endswith("lora_E"))
     assert METHODS[method].lower(checkpoint, base, rank).ranks[-1] == rank
     with pytest.raises(BudgetExceededError, check=says("RANK_OVER_LIMIT", rank=rank)):
@@ -293,7 +293,7 @@ def test_lokr_factors_must_be_one_factor_each(tmp_path: Path) -> None:
         lower_adapter(tmp_path, base_of(tiny_llama()))
 
     def swap(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A first factor that multiplies out to the whole weight."""
+        """A first factor that is replaced with the whole weight."""
         result = {key: value for key, value in tensors.items() if ".lokr_" not in key}
         for layer in (0, 1):
             key = KEY.replace("layers.0", f"layers.{layer}")
@@ -316,8 +316,8 @@ def test_other_layouts_are_refused(method: str, name: str, tmp_path: Path) -> No
     assert (field, expected) in [(n, why.reason) for n, why in refusal_of(tmp_path).violations]
 
 
-# Vectors and rotations of pairs are fp32 whatever the serving dtype; a reflection has no length,
-# and an exact Cayley transform stays a rotation.
+# Methods that cannot overflow: vectors and rotations of pairs are always fp32, a reflection has no
+# length, and an exact Cayley transform stays a rotation.
 FINITE = ("ia3", "beft", "ln_tuning", "hra", "road", "boft")
 
 
@@ -326,7 +326,7 @@ def test_overflow_of_the_serving_dtype_is_refused(method: str, tmp_path: Path) -
     directory = save(tmp_path, method)
 
     def enlarge(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        # Places are integers.
+        # Positions are integers, which are always finite.
         return {
             key: value * 1e6 if value.is_floating_point() else value
             for key, value in tensors.items()

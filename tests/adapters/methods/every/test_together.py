@@ -1,7 +1,7 @@
-"""All methods on one server: against PEFT's forward, alone and mixed, and each request's own bits.
+"""All methods on one server: compared with PEFT, alone and mixed, with the bits of each request.
 
-Methods whose code paths differ most have several variants here; ``test_random_configs.py`` and
-``test_drawn_configs.py`` try the rest of what their configs can say.
+Methods with very different code paths have several variants here; ``test_random_configs.py`` and
+``test_drawn_configs.py`` cover the other settings.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from turret.server.engine.scheduling.request import Request
 Variants = dict[str, tuple[str, dict[str, Any]]]
 Mix = list[tuple[str, float]]
 
-# Under a method's own name is its usual config.
+# A method's own name stands for its usual config.
 VARIANTS: Variants = {
     "rs-bd-lora": ("bd_lora", {"use_rslora": True}),
     "kasa": ("kasa", {}),
@@ -75,7 +75,7 @@ VARIANTS: Variants = {
     "miss-bat": ("miss", {"init_weights": "bat"}),
     "cpt": ("cpt", {}),
     "cartridge": ("cartridge", {}),
-    # These have operators of their own.
+    # Methods with their own operators.
     "oft": ("oft", {}),
     "oft-exact": ("oft", {"use_cayley_neumann": False, "oft_block_size": 16}),
     "oft-shared": ("oft", {"block_share": True, "bias": "all"}),
@@ -92,7 +92,7 @@ VARIANTS: Variants = {
     "hira-ranks": ("hira", {"r": 7, "rank_pattern": {"q_proj": 2}}),
     "glora-lora": ("glora", {"config_A_B": "lora"}),
 }
-# The methods that these meet in mixes; other tests hold them against PEFT one by one.
+# Methods for mixes with the variants above; other tests compare them with PEFT one by one.
 OTHERS: Variants = {
     "lora": ("lora", {}),
     "lora-some": ("lora", {"target_modules": ["q_proj", "gate_proj", "down_proj"]}),
@@ -117,7 +117,7 @@ FUSIONS = {
 }
 # Experts, of any method with low-rank updates.
 ROUTERS = {"router": ("lora", "vera")}
-# PEFT's modules tell what each member of these adds.
+# Mixes for which PEFT's modules return the change of each member.
 SUMS: list[Mix] = [
     [("lokr", 0.5), ("loha", 0.7)],
     [("lora", 0.7), ("loha", 0.3), ("dora", -0.4)],
@@ -162,7 +162,7 @@ MIXES: list[Mix] = [
     [("prompt", 1.0), ("fusion", 0.0)],
     [("prefix", 1.0), ("fusion-3", 0.8)],
 ]
-# Token that invokes the aLoRA.
+# The token that invokes the aLoRA.
 INVOCATION = 7
 
 
@@ -177,7 +177,7 @@ async def test_other_architectures(architecture: str, tmp_path: Path) -> None:
 
 
 def save_all(architecture: str, root: Path) -> list[str]:
-    """An adapter of every method, and of every variant in a mix; in an order to load them in."""
+    """Save an adapter of every method and of every variant in a mix; returns the loading order."""
     model = twin(architecture).model
     names = save_every_method(model, root)
     mixed = {name for mix in MIXES for name, _ in mix} | {"rslora"}
@@ -192,7 +192,7 @@ def save_all(architecture: str, root: Path) -> list[str]:
 
 
 def make_requests() -> list[Request]:
-    """One of each method, the mixes, and the base's."""
+    """Requests for each method, the mixes and the base."""
     requests = []
     for number, mix in enumerate([*([(name, 1.0)] for name in sorted(METHODS)), *MIXES, []]):
         refs = [AdapterRef(name=name, weight=weight) for name, weight in mix]
@@ -204,7 +204,7 @@ def make_requests() -> list[Request]:
 
 
 async def staggered(harness: EngineHarness, requests: list[Request]) -> list[Answer]:
-    """Starts a request whenever another one, already running, has made a token."""
+    """Start a request whenever another running one has produced a token."""
     tasks: list[asyncio.Task[Answer]] = []
     done = asyncio.Event()
 
@@ -240,11 +240,11 @@ async def test_each_request_gets_the_bits_it_gets_alone(
                 name: harness.registry.load(name, name, task=TASKS.get(name)).facts.method
                 for name in names
             }
-            # The folders are called what their files are served as, and none is missing.
+            # The folders have the names of the served methods, and none is missing.
             assert {name: served[name] for name in METHODS} == {name: name for name in METHODS}
             yield harness
 
-    # Several servers: what the first one kept must not answer for the others.
+    # Use several servers, so that caches of the first one cannot answer for the others.
     async with started() as harness:
         alone = [await harness.run(request) for request in requests]
         plain = [
@@ -266,7 +266,7 @@ async def test_each_request_gets_the_bits_it_gets_alone(
 
 
 class _SumOfDeltas(nn.Module):
-    """``base(x) + Σ w (adapted(x) − base(x))`` of one module in several PEFT models."""
+    """``base(x) + Σ w (adapted(x) − base(x))`` for one module of several PEFT models."""
 
     def __init__(self, base: nn.Module, parts: list[tuple[nn.Module, float]]) -> None:
         super().__init__()
@@ -276,7 +276,7 @@ class _SumOfDeltas(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         plain = self._base(x)
         changes = zip(self._parts, self._weights, strict=True)
-        # Some of PEFT's modules change what they are given.
+        # Some of PEFT's modules change their input in place.
         return plain + sum(weight * (part(x.clone()) - plain) for part, weight in changes)
 
 

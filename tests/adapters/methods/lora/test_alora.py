@@ -1,4 +1,4 @@
-"""aLoRA on a real engine: PEFT's numbers, the base's blocks, equal bits, and what is refused."""
+"""aLoRA on a real engine: PEFT's numbers, the base's blocks, equal bits, and rejections."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "prefix": ("prefix_tuning", {"num_virtual_tokens": 21}),
     "prompt": ("prompt_tuning", {"num_virtual_tokens": 7}),
 }
-# Where the invocation is, and whether the adapter acts at all.
+# The position of the invocation; in some texts, the adapter does not act.
 PLACES: dict[str, list[int]] = {
     "amid": [*range(3, 20), *ONE, *range(30, 45)],
     "twice": [1, *ONE, *range(3, 17), *ONE, 5],
@@ -88,14 +88,14 @@ def start(root: Path, **options: Any) -> Any:
 
 
 def text_of(mix: Sequence[tuple[str, float]], number: int) -> list[int]:
-    """Random text with both invocations in it, one of them twice."""
+    """Random text with both invocations, one of them twice."""
     first, rest = prompt_of((3, 11, 29, 70)[number % 4], number), prompt_of(9 + number, number + 50)
     return [*ONE, *first, *ONE, *rest[:5], *TWO, *rest[5:]]
 
 
 @torch.no_grad()
 def peft_greedy(model: Any, prompt: list[int], count: int) -> tuple[list[int], list[float]]:
-    """Greedy tokens and their logprobs by PEFT, which finds the invocation in the prompt alone."""
+    """Greedy tokens and logprobs by PEFT, which searches the invocation only in the prompt."""
     with quiet():
         found = model.generate(
             input_ids=torch.tensor([prompt]),
@@ -119,7 +119,7 @@ async def test_scores_and_answers_are_pefts(name: str, root: Path) -> None:
     async with start(root, max_num_batched_tokens=24, max_num_seqs=8) as harness:
         assert harness.registry.get(name).facts.method == "alora"
         for place, text in PLACES.items():
-            # The other one's invocation is a single token.
+            # The invocation of the other adapter is a single token.
             prompt = text if name == "one" else [72 if t == 70 else t for t in text if t != 71]
             scored = await harness.run(make_request(prompt, name, score=True))
             if len(prompt) > 1:
@@ -134,7 +134,7 @@ async def test_scores_and_answers_are_pefts(name: str, root: Path) -> None:
 
 
 async def test_generated_invocations_change_nothing(root: Path) -> None:
-    """The answer is made to hold the invocation; PEFT looks for it in the prompt."""
+    """The answer is forced to contain the invocation; PEFT searches only the prompt."""
     oracle = load_adapter(twin("qwen2").model, root / "two")
     prompt, forced = PLACES["amid"], {72: 100.0}
     request = make_request(
@@ -146,7 +146,7 @@ async def test_generated_invocations_change_nothing(root: Path) -> None:
         for answer in (absent, present):
             assert answer.token_ids == (72,) * 4
         start_at_first = len(prompt) + len(TWO) + 2
-        # PEFT has no way to be told that nothing acts: the base's own logits are that.
+        # PEFT cannot be told that no adapter acts, so compare with the base's own logits.
         for answer, row in (
             (absent, last_logits(twin("qwen2").model, [*prompt, 72, 72])),
             (present, last_logits(oracle, [*TWO, *prompt, 72, 72], [start_at_first])),
@@ -157,14 +157,17 @@ async def test_generated_invocations_change_nothing(root: Path) -> None:
 
 @torch.no_grad()
 def last_logits(model: Any, tokens: list[int], offsets: list[int] | None = None) -> torch.Tensor:
-    """Of the last token; ``offsets`` tell PEFT how many tokens from the end an adapter acts on."""
+    """The logits of the last token.
+
+    ``offsets`` is the number of tokens at the end on which an adapter acts.
+    """
     told = {} if offsets is None else {"alora_offsets": offsets}
     with quiet():
         return model(input_ids=torch.tensor([tokens]), **told).logits[0, -1]
 
 
 class _Windowed(nn.Module):
-    """``base(x) + Σ w (adapted(x) − base(x))``, each from its own position on."""
+    """``base(x) + Σ w (adapted(x) − base(x))``, with each member from its own position on."""
 
     def __init__(self, base: nn.Module, parts: list[tuple[nn.Module, float, int | None]]) -> None:
         super().__init__()
@@ -178,14 +181,14 @@ class _Windowed(nn.Module):
             length = x.shape[1]
             if start is None:
                 continue
-            # PEFT's own module, told how many tokens from the end it acts on.
+            # PEFT's own module gets the number of tokens at the end on which it acts.
             change = part(x, alora_offsets=[length - start]) if start else part(x) - plain
             total += weight * (change - plain if start else change)
         return total
 
 
 def start_of(name: str, prompt: list[int]) -> int | None:
-    """0 for an adapter that acts everywhere."""
+    """The position from which an adapter acts; 0 for one that acts everywhere."""
     wanted = ADAPTERS[name][1].get("alora_invocation_tokens")
     if wanted is None:
         return 0
@@ -235,13 +238,13 @@ async def test_bits_do_not_depend_on_company_chunks_preemption_cache_or_resumpti
     dtype, _, by_torch = formulation.partition(" ")
     if by_torch:
         monkeypatch.setattr(native, "library", lambda: None)
-    # The compiled kernels take a second for all of it, torch a minute.
+    # The compiled kernels take a second for all requests, torch takes a minute.
     requests = requests_of(40) if formulation == "bfloat16" else requests_of(20)[:8]
     num_blocks = 31 if formulation == "bfloat16" else 17
     alone = []
     async with start(root, dtype=dtype, max_num_batched_tokens=256) as harness:
         for request in requests:
-            # Without what an earlier one left.
+            # Start with an empty prefix cache.
             harness.engine._loop._scheduler.blocks.forget_cached()
             alone.append(await harness.run(request))
     preempted: list[Any] = []
@@ -252,7 +255,7 @@ async def test_bits_do_not_depend_on_company_chunks_preemption_cache_or_resumpti
         preempt(self, sequence, now)
 
     monkeypatch.setattr(Scheduler, "_preempt", counted)
-    # Nobody is kept back because blocks would run out later.
+    # Admit requests even if blocks will run out later.
     monkeypatch.setattr(Scheduler, "_will_run_out", lambda *_: False)
     scarce: dict[str, Any] = {"max_num_seqs": 16, "max_num_batched_tokens": 19}
     async with start(root, dtype=dtype, **scarce) as harness:
@@ -282,7 +285,7 @@ async def test_bits_do_not_depend_on_company_chunks_preemption_cache_or_resumpti
 async def test_after_a_base_conversation_only_the_invocation_is_computed(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the first token costs beside a plain LoRA, counted in tokens."""
+    """The cost of the first token compared with a plain LoRA, counted in tokens."""
     computed: list[int] = []
     schedule = Scheduler.schedule
 
@@ -303,12 +306,12 @@ async def test_after_a_base_conversation_only_the_invocation_is_computed(
             costs[name] = sum(computed)
         usage = answers["one"].finish.usage
         assert len(conversation) - len(ONE) == 480
-        # The base has computed all but its last token; a block is 16.
+        # The base has computed all tokens but its last one; a block has 16.
         assert usage.cached_tokens == (len(conversation) - len(ONE) - 1) // 16 * 16
         assert costs["one"] == len(conversation) - usage.cached_tokens <= 16 + len(ONE)
         assert costs["lora"] == len(conversation)
         assert costs["lora"] / costs["one"] > 25
-        # What was computed before the invocation is found by the base, and by others of the kind.
+        # The base and other aLoRAs find the blocks before the invocation.
         for names in ((), ("two",)):
             later = await harness.run(make_request([*conversation[:-2], 72, 1], *names))
             assert later.finish.usage.cached_tokens == 480 > usage.cached_tokens

@@ -1,4 +1,4 @@
-"""Files of an aLoRA: what is refused, what is kept of it, and what it cannot become part of."""
+"""Files of an aLoRA: rejections, stored properties, and unsupported combinations."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_what_would_act_before_the_invocation_is_refused(
 
 
 def test_the_embedding_and_unknown_tokens_are_refused(tmp_path: Path) -> None:
-    # PEFT makes none on the embedding.
+    # PEFT does not create an aLoRA on the embedding.
     config = make_config("lora", target_modules=["q_proj", "embed_tokens"])
     save_adapter(tiny_llama(), config, tmp_path / "a")
     edit_config(tmp_path / "a", alora_invocation_tokens=[7])

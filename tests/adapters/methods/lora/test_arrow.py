@@ -1,4 +1,4 @@
-"""Arrow, served by the engine, against PEFT's own routers."""
+"""Arrow, served by the engine and compared with PEFT's routers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def oracle_of(model: nn.Module, root: Path, name: str) -> nn.Module:
 
 
 class Weighted(nn.Module):
-    """What a module of PEFT's adds to the base, times a weight."""
+    """The change of a PEFT module, times a weight."""
 
     def __init__(self, module: nn.Module, base: nn.Module, weight: float) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Weighted(nn.Module):
 
 
 def weighted(model: nn.Module, weight: float) -> nn.Module:
-    """In place: the router at another weight than 1."""
+    """Change the router's weight, in place."""
     for path, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
             parent, _, leaf = path.rpartition(".")

@@ -1,4 +1,4 @@
-"""Arrow's routers: what they are lowered to, what is refused, and what they keep registered."""
+"""Arrow's routers: their operators, rejections, and the adapters that they keep registered."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from turret.server.errors import (
 )
 
 EXAMPLES = 20
-# Two kinds of experts, which are not mixed: PEFT's routers have experts of one rank and target.
+# Two kinds of experts, which are not mixed, because PEFT's routers need equal ranks and targets.
 WIDE = {"target_modules": ALL, "r": 4}
 NARROW = {"target_modules": ["q_proj", "down_proj"], "r": 3}
 LORAS: dict[str, dict[str, Any]] = {
@@ -55,7 +55,7 @@ Q = "model.layers.0.self_attn.q_proj"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """LoRAs in float64, on a model whose modules have biases."""
+    """LoRAs in float64, on a model with biases."""
     root = tmp_path_factory.mktemp("loras")
     for seed, (name, keys) in enumerate(LORAS.items()):
         save_adapter(model(), make_config("lora", **keys), root / name, seed=seed, share=True)
@@ -86,7 +86,7 @@ def gate_of(lowered: Lowered, name: str) -> Gate:
 
 @torch.no_grad()
 def check_modules(root: Path, experts: list[str], general: list[str], **keys: Any) -> float:
-    """Compares every module's change with PEFT's; gives the largest."""
+    """Compare every module's change with PEFT's; returns the largest change."""
     plain = model()
     oracle = save_router(plain, root, "router", experts, general, **keys)
     lowered = lower(root, "router", base_of(plain))
@@ -106,7 +106,7 @@ def check_modules(root: Path, experts: list[str], general: list[str], **keys: An
         gate = operators.get(Gate)
         assert gate is not None
         error = float((gated(gate, x[0]) - expected[0]).abs().max())
-        # Prototypes are fp32, here and in PEFT, and the softmax multiplies their last bits.
+        # Prototypes are fp32, here and in PEFT, and the softmax amplifies their rounding errors.
         bound = 2e-6 / min(1.0, keys["router_temperature"])
         assert error < bound * float(expected.abs().max()), (path, error)
         largest = max(largest, float(expected.abs().max()))
@@ -158,7 +158,7 @@ def refusal(root: Path, kind: type[TurretError]) -> TurretError:
 
 
 TWO = ["wide-0", "wide-1"]
-# A change of the config (``arrow``: of arrow_config), the key that is named, and what it says.
+# A change of the config (``arrow``: of arrow_config), the reported key, and a check of its error.
 REFUSED: dict[str, tuple[dict[str, Any], str, Callable[[object], bool]]] = {
     "no components": ({"components": ...}, "components", says("REQUIRED")),
     "no experts": (
@@ -315,7 +315,7 @@ def test_experts_of_other_methods_and_ranks_are_routed(made: Path, tmp_path: Pat
         "ARROW_WITHOUT_SEED",
     }
     assert {"count": 12} in [text.params for text in lowered.warnings]
-    # The direction that the expert's update amplifies most, as the SVD of it has it.
+    # The direction that the expert's update amplifies most, from its SVD.
     dense = (gate.b[:4].T @ gate.a[:4]).double()
     first = torch.linalg.svd(dense).Vh[0]
     assert abs(float(first @ score.prototypes[0].double())) > 0.9

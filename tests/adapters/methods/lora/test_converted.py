@@ -1,4 +1,4 @@
-"""PiSSA and OLoRA: converted by PEFT they are plain LoRAs of the base as it was."""
+"""PiSSA and OLoRA: PEFT converts them to plain LoRAs of the original base."""
 
 from __future__ import annotations
 
@@ -42,5 +42,5 @@ def test_a_converted_adapter_is_the_trained_model(init: str, tmp_path: Path) -> 
     assert lowered.ranks == (8,)
     assert (expected - logits(model)).norm() > 0.05 * expected.norm()
     assert (found - expected).norm() < 1e-4 * expected.norm()
-    # As it was saved without conversion it would act on weights that are served by nobody.
+    # Without the conversion, the adapter is for changed weights, which the server does not have.
     assert "init_lora_weights" in {field for field, _ in refusal_of(tmp_path, "raw").violations}

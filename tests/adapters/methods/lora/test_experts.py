@@ -1,4 +1,4 @@
-"""LoRA on the experts of a mixture, in both forms of its keys, against PEFT's own reading."""
+"""LoRA on the experts of a mixture, in both forms of its keys, compared with PEFT."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from turret.server.basics.work import Cancellation
 from turret.server.errors import BudgetExceededError, InvalidRequestError, TurretError
 
 PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-# Modules of an expert and of the router, as checkpoints from before transformers 5 name them.
+# Names of the modules of an expert and of the router in checkpoints before transformers 5.
 OLD = {
     "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
     "olmoe": ("mlp", "gate_proj", "up_proj", "down_proj"),
@@ -33,7 +33,7 @@ PREFIX = "base_model.model.model.layers"
 
 
 def save_old(architecture: str, folder: Path, *, seed: int = 0, **changes: Any) -> Path:
-    """A LoRA whose experts are modules, each with factors of its own."""
+    """Save a LoRA on experts that are modules, each with its own factors."""
     config = twin(architecture).model.config
     block, *leaves = OLD[architecture]
     generator = torch.Generator().manual_seed(seed)
@@ -52,7 +52,7 @@ def save_old(architecture: str, folder: Path, *, seed: int = 0, **changes: Any) 
         if layer in getattr(config, "mlp_only_layers", ()):
             for leaf, shape in zip(leaves, ((192, 128), (192, 128), (128, 192)), strict=True):
                 put(f"{prefix}.mlp.{leaf}", *shape)
-                # PEFT's conversion leaves out the layers that have an MLP.
+                # PEFT's conversion omits the layers with an MLP.
                 tensors[f"{prefix}.mlp.{leaf}.lora_B.weight"].zero_()
             continue
         put(f"{prefix}.{block}.gate", config.num_local_experts, hidden)
@@ -70,7 +70,7 @@ def save_old(architecture: str, folder: Path, *, seed: int = 0, **changes: Any) 
 
 
 def save_new(architecture: str, folder: Path, **changes: Any) -> Path:
-    """A LoRA on parameters of three dimensions, as PEFT saves it."""
+    """Save a LoRA on parameters of three dimensions, as PEFT does."""
     chosen = {"target_modules": ["q_proj"], "target_parameters": PARAMETERS, **changes}
     save_adapter(twin(architecture).model, make_config("lora", **chosen), folder, seed=3)
     return folder
@@ -86,7 +86,7 @@ def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None], **conf
 
 
 async def check(architecture: str, root: Path, name: str) -> None:
-    """Scores and greedy answers, in fp32."""
+    """Compare scores and greedy answers, in fp32."""
     base = twin(architecture)
     oracle = load_adapter(base.model, root / name)
     prompt = prompt_of(30)
@@ -101,7 +101,8 @@ async def check(architecture: str, root: Path, name: str) -> None:
 
 @pytest.mark.parametrize("architecture", OLD)
 async def test_experts_as_modules(architecture: str, tmp_path: Path) -> None:
-    # Of rsLoRA no oracle: PEFT's conversion doubles rank and alpha, so its scaling is √2 too large.
+    # There is no reference for rsLoRA: PEFT's conversion doubles rank and alpha, so its scaling is
+    # √2 too large.
     save_old(architecture, tmp_path / "a")
     await check(architecture, tmp_path, "a")
 
@@ -129,7 +130,7 @@ async def test_experts_as_parameters(changes: dict[str, Any], tmp_path: Path) ->
         {"use_rslora": True},
         {"target_parameters": ["mlp.router.weight", "experts.gate_up_proj"]},
         {"target_parameters": ["experts.down_proj"], "rank_pattern": {r".*down_proj": 3}},
-        # As OpenAI's own recipe for it has them, in a few layers.
+        # The parameters of OpenAI's own recipe, in a few layers.
         {
             "target_modules": "all-linear",
             "target_parameters": ["1.mlp.experts.gate_up_proj", "1.mlp.experts.down_proj"],
@@ -140,13 +141,13 @@ async def test_experts_as_parameters(changes: dict[str, Any], tmp_path: Path) ->
 async def test_experts_whose_weights_lie_the_other_way(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    """gpt-oss has ``[experts, in, out]``, gates and ups alternating; its router has a bias."""
+    """gpt-oss has ``[experts, in, out]`` weights, alternating gates and ups, and a router bias."""
     save_new("gpt_oss", tmp_path / "a", **changes)
     await check("gpt_oss", tmp_path, "a")
 
 
 async def test_experts_as_modules_of_4bit_checkpoints(tmp_path: Path) -> None:
-    """Where gpt-oss is quantised to 4 bits its experts are modules, whose adapters PEFT saves."""
+    """In 4-bit checkpoints of gpt-oss, experts are modules, and PEFT adapts them as such."""
     save_new("gpt_oss", tmp_path / "new")
     shutil.copytree(tmp_path / "new", tmp_path / "old")
     count = twin("gpt_oss").model.config.num_local_experts
@@ -176,7 +177,10 @@ async def test_experts_as_modules_of_4bit_checkpoints(tmp_path: Path) -> None:
 
 
 async def test_a_mix_is_the_sum_of_its_updates(tmp_path: Path) -> None:
-    """Twice an update is the update of twice the scaling; and bits are those of the row alone."""
+    """An update at weight 2 equals one with twice the scaling.
+
+    A row's bits do not depend on the batch.
+    """
     save_new("olmoe", tmp_path / "one")
     save_new("olmoe", tmp_path / "two", lora_alpha=12)
     save_old("olmoe", tmp_path / "old")
@@ -242,7 +246,7 @@ async def test_a_rank_over_the_limit_is_refused_before_it_takes_memory(tmp_path:
             edit(tmp_path / name, lambda t: None, r=1 << 40)
             with pytest.raises(BudgetExceededError, check=says("RANK_OVER_LIMIT", rank=1 << 40)):
                 harness.registry.load(name, name)
-        # One within it, which no tensor has.
+        # A pattern within the limit that matches no tensor.
         edit(tmp_path / "modules", lambda t: None, r=4, rank_pattern={"up_proj": 100})
         large = patch.object(torch, "zeros", side_effect=AssertionError("as the config says"))
         with pytest.raises(TurretError, check=says("WRONG_SHAPE")), large:

@@ -1,4 +1,4 @@
-"""Operators against PEFT's own forward, for every switch that changes the function."""
+"""Operators compared with PEFT's forward pass, for every switch that changes the function."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_operators_compute_what_peft_computes(
     expected = logits(load_with_peft(model, directory))
     lowered = lower(directory, base_of(model))
     found = logits(with_operators(model, [(lowered.operators, 1.0)]))
-    # The adapter must matter, or agreement would prove nothing. Gains and biases are fp32.
+    # The adapter must have an effect. Gains and biases are fp32.
     assert relative_error(logits(model), expected) > 0.05
     assert relative_error(found, expected) < 1e-6
 
@@ -212,7 +212,7 @@ def test_the_gain_does_not_depend_on_the_block(
 ) -> None:
     monkeypatch.setattr(reading, "_ELEMENTS_PER_BLOCK", elements)
     generator = torch.Generator().manual_seed(3)
-    # Strided, as the embedding is.
+    # A strided weight, like the embedding's.
     weight = torch.randn(*reversed(shape), generator=generator).T
     a = torch.randn(4, shape[1], generator=generator)
     b = torch.randn(shape[0], 4, generator=generator)

@@ -1,4 +1,4 @@
-"""LoRA's variants by config switch: what PEFT's own classes give, and what is refused."""
+"""LoRA's variants by config switch: results of PEFT's own classes, and rejections."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def named(root: Path) -> set[str]:
 
 
 def save_qalora(root: Path, group: int, **changes: Any) -> Path:
-    """A LoRA whose first factors take pooled inputs; PEFT makes them on GPTQ layers alone."""
+    """Save a LoRA with first factors for pooled inputs, which PEFT creates only on GPTQ layers."""
     directory = save(root, target_modules=["q_proj", "down_proj"], **changes)
     make_qalora(directory, group)
     return directory
@@ -107,7 +107,7 @@ def test_what_training_adds_is_dropped_and_needs_its_switch(tmp_path: Path) -> N
         ("velora", "velora_config", "lora_velora_embed"),
         ("monteclora", "monteclora_config", "lora_monteclora_sampler.std_prior"),
     ):
-        # MonteCLoRA's sampler takes PEFT a while to make.
+        # Use one module, because PEFT takes a while to create MonteCLoRA's sampler.
         directory = save(tmp_path, method, target_modules=["layers.0.self_attn.q_proj"])
         checkpoint = read_adapter(tmp_path)
         assert f"{Q}.{part}" in checkpoint.tensors
@@ -171,7 +171,7 @@ def test_block_diagonal_factors_must_fit_their_config(tmp_path: Path) -> None:
         ({"target_parameters": ["q_proj.bias"]}, "target_parameters"),
         ({"target_modules": ["q_proj"]}, "target_modules"),
         ({"target_modules": r".*\.q_proj"}, "target_modules"),
-        # PEFT matches it with the parameter's name.
+        # PEFT matches the pattern with the parameter's name.
         (
             {"rank_pattern": {r".*q_proj\.weight": 5}},
             "model.layers.0.self_attn.q_proj.lora_A.weight",
@@ -200,7 +200,7 @@ def test_a_conv1d_flag_warns(tmp_path: Path) -> None:
 
 
 class _Blocks:
-    """A weight by rows, on a device whose steps must not be held up."""
+    """A weight that is read by rows, as on a device whose steps must not be delayed."""
 
     def __init__(self, weight: torch.Tensor, beside: list[bool]) -> None:
         self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
