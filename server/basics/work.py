@@ -79,6 +79,20 @@ def started_pool() -> ThreadPoolExecutor:
     return pool
 
 
+# Memory that glibc keeps.
+
+
+def return_free_memory() -> None:
+    """Return to the system what the process has freed. Does nothing where glibc is missing.
+
+    Each thread that allocates has an arena. glibc returns only the free memory at the end of an
+    arena, so a few small blocks keep hundreds of megabytes behind them. The call takes about 30 ms
+    per 100 MB that it returns, during which other Python threads run.
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
+
+
 # Cancellation of long work on another thread, at a point where it can end cleanly.
 
 

@@ -13,7 +13,7 @@ def answers(job: tuple[str, Sequence[str], bool]) -> Iterator[object]:
     """The token ids of each text, or the error of the library."""
     path, texts, add_special_tokens = job
     try:
-        found = _read(path).encode_batch(texts, add_special_tokens=add_special_tokens)
+        found = _read(path).encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         yield {"ids": [one.ids for one in found]}
     except MemoryError:
         # End the process: it has no memory left.

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from turret.server.api.inference_requests import input_token_ids
 from turret.server.api.limits import InputLimits
+from turret.server.basics import work
 from turret.server.errors import InvalidRequestError
 from turret.server.models import encoder as encoders
 from turret.server.models import tokenizer
@@ -74,6 +79,23 @@ def test_a_pattern_of_the_normalizer_counts_and_a_plain_text_does_not():
     assert not Encoder(backend).is_confined
     backend.normalizer = normalizers.Sequence([normalizers.Replace(Regex(SLOW), "b")])
     assert Encoder(backend).is_confined
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other allocators keep other memory")
+def test_long_texts_leave_no_memory_in_the_arenas_of_threads():
+    backend, text, together = backend_with(LLAMA3), "a b " * 75_000, threading.Barrier(4)
+    encoder, process = Encoder(backend), psutil.Process()
+
+    def encode(_: int) -> int:
+        # Keep each thread busy, so that all of them allocate.
+        together.wait()
+        return len(encoder.encode([text])[0])
+
+    with ThreadPoolExecutor(4) as pool:
+        work.return_free_memory()
+        before = process.memory_info().rss
+        assert set(pool.map(encode, range(8))) == {300_000}
+        assert (process.memory_info().rss - before) >> 20 < 100
 
 
 @pytest.fixture
