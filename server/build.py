@@ -328,6 +328,7 @@ def _build_engine(
         max_model_len=arch.max_model_len,
         long_from=arch.long_from,
         speculates=wanted != "off",
+        allow_merged_twice=config.adapters.allow_merged_twice,
         max_queued_requests=config.scheduler.max_queued_requests,
         max_queued_bytes=config.scheduler.max_queued_bytes,
         on_thread=lambda: _on_stream(stream, decoder.dtype, decoder.device),

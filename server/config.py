@@ -226,6 +226,9 @@ class AdapterConfig:
     allow_dense_adapters: Switch = setting(
         False, "serve adapters whose updates are as large as the weights they change"
     )
+    allow_merged_twice: Switch = setting(
+        False, "serve requests for adapters that are merged into the base, and apply them twice"
+    )
     preload: Preloads = setting(
         (),
         "adapter to load before serving, its path relative to --adapter-root or"

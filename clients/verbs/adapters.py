@@ -198,8 +198,7 @@ def _merge_state(args: argparse.Namespace, client: TurretClient) -> None:
 
 def _print_merge(state: MergeState) -> None:
     print_merge_state(state)
-    again = state.adapters[0].name
-    print(f"every request uses it until `turret adapters unmerge`; -a {again} applies it twice")
+    print("every request uses it until `turret adapters unmerge`; do not name it with -a as well")
 
 
 # Actions that are more than one call.

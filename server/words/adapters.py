@@ -173,6 +173,7 @@ TEXTS: dict[str, str] = {
     "EMPTY_MIX": "must name at least one adapter",
     "MERGE_ACTIVE": "a merge is active; unmerge it first",
     "NOT_MERGED": "no merge is active",
+    "MERGED_TWICE": "adapter {adapter!q} is merged into the base; do not name it as well",
     "MERGE_UNDER_WAY": "another merge or unmerge is running",
     # Registered adapters.
     "ADAPTER_NOT_FOUND": "adapter not found: {adapters}",

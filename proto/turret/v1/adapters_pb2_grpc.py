@@ -231,9 +231,10 @@ class AdaptersServicer(object):
 
     def MergeAdapters(self, request, context):
         """Merges a weighted mix into the base model, for every later request. The adapters that a request
-        names are added to the merged weights, even if they are merged already. The server computes the
-        new weights while requests run. Then running requests finish on the old weights, and waiting ones
-        continue on the new weights.
+        names are added to the merged weights. The server computes the new weights while requests run.
+        Then running requests finish on the old weights, and waiting ones continue on the new weights.
+        Until the base is restored, requests that name a member get FAILED_PRECONDITION
+        (`ADAPTER_MERGED`), unless the server was started with `--allow-merged-twice`.
 
         If a merge fails, or its caller disconnects before it took effect, the base stays as it was. A
         merge lasts until `UnmergeAdapters` or the end of the process.

@@ -44,6 +44,7 @@ DEFAULTS = {
     "max_rank": 128,
     "allow_other_base": False,
     "allow_dense_adapters": False,
+    "allow_merged_twice": False,
     "max_queued_requests": 1024,
     "max_queued_bytes": 512 << 20,
     "preempt_after_seconds": 5.0,
