@@ -195,7 +195,11 @@ def _build_store(
         decoder.dtype,
         device,
         budget,
-        on_moved=lambda adapter: metrics.adapter_residency(adapter.name, adapter.residency),
+        on_moved=lambda adapter: (
+            None
+            if adapter.is_retired
+            else metrics.adapter_residency(adapter.name, adapter.residency)
+        ),
     )
 
 
@@ -270,6 +274,7 @@ def _build_registry(
         allowed=Allowed(config.allow_other_base, config.allow_dense_adapters),
         hub=AdapterHub(config.adapter_hub, config.max_upload_bytes),
         admit=admit,
+        keep_generations=config.keep_generations,
     )
     count = registry.restore()
     if state is not None:

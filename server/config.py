@@ -219,6 +219,9 @@ class AdapterConfig:
         "device memory for adapter weights (default: 512MiB; on CUDA a seventh of what is free)",
         ge=1,
     )
+    keep_generations: Whole = setting(
+        0, "replaced generations of each adapter that requests may still name", ge=0
+    )
     max_rank: Whole = setting(128, "highest rank of an adapter", ge=1)
     allow_other_base: Switch = setting(
         False, "serve adapters that say they were trained for another base model, if shapes fit"

@@ -108,6 +108,7 @@ TABLE: dict[type[errors.TurretError], Row] = {
     errors.UnauthenticatedError: Row(Code.UNAUTHENTICATED),
     errors.PermissionDeniedError: Row(Code.PERMISSION_DENIED),
     errors.ServiceElsewhereError: Row(Code.UNIMPLEMENTED),
+    errors.NotInFleetError: Row(Code.UNIMPLEMENTED),
     errors.UnavailableError: Row(Code.UNAVAILABLE, 1.0),
     errors.ServerStartingError: Row(Code.UNAVAILABLE, 1.0),
     errors.DeadlineExceededError: Row(Code.DEADLINE_EXCEEDED),

@@ -179,6 +179,8 @@ TEXTS: dict[str, str] = {
     "ADAPTER_NOT_FOUND": "adapter not found: {adapters}",
     "OTHER_GENERATION": "adapter {adapters!q} has no generation {generation}; the current one is"
     " {current_generation}",
+    "NO_EARLIER_GENERATION": "no generation of adapter {adapters!q} before {current_generation} was"
+    " kept; the server keeps as many as --keep-generations says",
     "BEING_UNLOADED": "adapter {adapters!q} is being unloaded",
     "ADAPTER_EXISTS": "adapter {adapter!q} already exists with other content",
     "ADAPTER_GENERATION": "adapter {adapter!q} has generation {generation}, expected {expected}",

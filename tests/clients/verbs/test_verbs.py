@@ -349,6 +349,9 @@ def test_adapters_lifecycle(run: Run, server: FakeTurret):
     assert run("adapters", "unpin", "new")[1] == "unpinned new\n"
     assert run("adapters", "pin", "new")[1] == "pinned new\n"
     assert json.loads(run("adapters", "replace", "new", "d", "--json")[1])["generation"] == 2
+    assert run("adapters", "rollback", "new")[1] == "new@1 is served now\n"
+    assert run("adapters", "rollback", "new", "--to", "2")[1] == "new@2 is served now\n"
+    assert re.search(r"kept +│ 1", run("adapters", "get", "new")[1])
     assert run("adapters", "unload", "new", "--force", "--wait", "2")[1] == "unloaded new\n"
     request = server.adapters.requests[-1]
     assert request.mode == adapters_pb2.UnloadAdapterRequest.FORCE

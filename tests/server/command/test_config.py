@@ -43,6 +43,7 @@ DEFAULTS = {
     "adapter_device_bytes": None,
     "max_rank": 128,
     "allow_other_base": False,
+    "keep_generations": 0,
     "allow_dense_adapters": False,
     "allow_merged_twice": False,
     "max_queued_requests": 1024,
