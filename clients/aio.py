@@ -59,7 +59,10 @@ __all__ = [
 ]
 
 # Calls whose second execution would do something else.
-_NOT_REPEATABLE = ("ReplaceAdapter", "UnloadAdapter", "MergeAdapters", "UnmergeAdapters")
+_NOT_REPEATABLE = (
+    *("ReplaceAdapter", "RollbackAdapter", "UnloadAdapter"),
+    *("MergeAdapters", "UnmergeAdapters"),
+)
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -430,9 +433,27 @@ class AsyncAdaptersClient(AdaptersBase):
         """
         ...
 
+    @_rpc("RollbackAdapter", Adapter)
+    async def rollback(
+        self,
+        name: str,
+        *,
+        generation: int | None = None,
+        expected_generation: int | None = None,
+        timeout: float | None = None,
+    ) -> Adapter:
+        """Make a kept generation the adapter's current one again.
+
+        Without ``generation``, that is the highest kept one below the current one.
+        ``expected_generation`` is as in :meth:`replace`.
+        """
+        ...
+
     @_rpc("GetAdapter", Adapter)
-    async def get(self, name: str, *, timeout: float | None = None) -> Adapter:
-        """Return one adapter."""
+    async def get(
+        self, name: str, *, generation: int | None = None, timeout: float | None = None
+    ) -> Adapter:
+        """Return one adapter, with its current generation or the given one."""
         ...
 
     def list(

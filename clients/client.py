@@ -107,6 +107,7 @@ class AdaptersClient(AdaptersBase):
     load = _blocking(AsyncAdaptersClient.load)
     upload = _blocking(AsyncAdaptersClient.upload)
     replace = _blocking(AsyncAdaptersClient.replace)
+    rollback = _blocking(AsyncAdaptersClient.rollback)
     get = _blocking(AsyncAdaptersClient.get)
     list = _then(_iterated, AsyncAdaptersClient.list)
     unload = _blocking(AsyncAdaptersClient.unload)

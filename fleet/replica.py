@@ -40,6 +40,7 @@ from turret.server.config import AdapterConfig
 from turret.server.errors import (
     AdapterGenerationError,
     MergeActiveError,
+    NotInFleetError,
     TurretError,
     UnavailableError,
 )
@@ -157,8 +158,18 @@ class ReplicaRegistry(AdapterRegistry):
         )
         propose(self._channel, proposal)
 
-    def get(self, name: str) -> AdapterInfo:
-        return _with_usage(super().get(name), self._elsewhere(name))
+    def rollback(
+        self, name: str, generation: int | None = None, expected_generation: int | None = None
+    ) -> AdapterInfo:
+        """Rejects every rollback.
+
+        Raises:
+            NotInFleetError: Always.
+        """
+        raise NotInFleetError(say("NOT_IN_FLEET", operation="RollbackAdapter"))
+
+    def get(self, name: str, generation: int | None = None) -> AdapterInfo:
+        return _with_usage(super().get(name, generation), self._elsewhere(name))
 
     def list(self) -> list[AdapterInfo]:
         elsewhere = self._elsewhere()

@@ -195,7 +195,11 @@ def _build_store(
         decoder.dtype,
         device,
         budget,
-        on_moved=lambda adapter: metrics.adapter_residency(adapter.name, adapter.residency),
+        on_moved=lambda adapter: (
+            None
+            if adapter.is_retired
+            else metrics.adapter_residency(adapter.name, adapter.residency)
+        ),
     )
 
 
@@ -270,6 +274,7 @@ def _build_registry(
         allowed=Allowed(config.allow_other_base, config.allow_dense_adapters),
         hub=AdapterHub(config.adapter_hub, config.max_upload_bytes),
         admit=admit,
+        keep_generations=config.keep_generations,
     )
     count = registry.restore()
     if state is not None:
@@ -328,6 +333,7 @@ def _build_engine(
         max_model_len=arch.max_model_len,
         long_from=arch.long_from,
         speculates=wanted != "off",
+        allow_merged_twice=config.adapters.allow_merged_twice,
         max_queued_requests=config.scheduler.max_queued_requests,
         max_queued_bytes=config.scheduler.max_queued_bytes,
         on_thread=lambda: _on_stream(stream, decoder.dtype, decoder.device),

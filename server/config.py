@@ -219,12 +219,18 @@ class AdapterConfig:
         "device memory for adapter weights (default: 512MiB; on CUDA a seventh of what is free)",
         ge=1,
     )
+    keep_generations: Whole = setting(
+        0, "replaced generations of each adapter that requests may still name", ge=0
+    )
     max_rank: Whole = setting(128, "highest rank of an adapter", ge=1)
     allow_other_base: Switch = setting(
         False, "serve adapters that say they were trained for another base model, if shapes fit"
     )
     allow_dense_adapters: Switch = setting(
         False, "serve adapters whose updates are as large as the weights they change"
+    )
+    allow_merged_twice: Switch = setting(
+        False, "serve requests for adapters that are merged into the base, and apply them twice"
     )
     preload: Preloads = setting(
         (),

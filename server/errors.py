@@ -33,6 +33,7 @@
     ├── UnauthenticatedError         no token, or an unknown one
     ├── PermissionDeniedError        the token lacks the role
     ├── ServiceElsewhereError        the service is at the server's other address
+    ├── NotInFleetError              a single server can do it, but not a fleet
     ├── UnavailableError             draining, or the engine is dead
     │   └── ServerStartingError      the model is not loaded yet
     └── DeadlineExceededError        the deadline passed before the request finished
@@ -236,6 +237,10 @@ class PermissionDeniedError(TurretError):
 
 class ServiceElsewhereError(TurretError):
     reason = "SERVICE_ELSEWHERE"
+
+
+class NotInFleetError(TurretError):
+    reason = "NOT_IN_FLEET"
 
 
 class UnavailableError(TurretError):

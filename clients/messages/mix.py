@@ -30,7 +30,7 @@ class AdapterWeight:
     Attributes:
         name: A registered name.
         weight: Factor on the adapter's update, in [-100, 100].
-        generation: The required generation; None means the newest.
+        generation: The required generation; None means the current one.
     """
 
     name: str

@@ -396,6 +396,7 @@ class Adapter(Result):
         chat_template: The origin of the adapter's chat template: one of its files, ``request`` if
             it was loaded with one, ``members`` for a fused adapter; "" if conversations use the
             base's template.
+        kept_generations: The replaced generations that requests may still name, ascending.
     """
 
     name: str
@@ -419,6 +420,7 @@ class Adapter(Result):
     invocation_token_ids: tuple[int, ...] = ()
     labels: tuple[str, ...] = ()
     chat_template: str = ""
+    kept_generations: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,12 @@ _FLAGS: Flags = {
         "help": "how long to wait for running requests (default: 30)",
     },
     "--expected-generation": {**_COUNT, "help": "fail if NAME has another generation"},
+    "--to": {
+        **_COUNT,
+        "dest": "generation",
+        "metavar": "GENERATION",
+        "help": "a kept generation (default: the one before the current one)",
+    },
     "--generation": {**_COUNT, "help": "generation to export (default: the current one)"},
     "--combination": {
         "choices": _COMBINATIONS,
@@ -125,6 +131,7 @@ def add_adapters(subparsers: Subparsers, text: str) -> None:
     add("upload", text, "name", "--pin", "--replace", _EXPECTED, *_READING, directory=layout)
     text = "replace an adapter with a directory, as its next generation"
     add("replace", text, "name", "path", _EXPECTED, *_READING)
+    add("rollback", "serve a kept generation again", "name", "--to", _EXPECTED)
     place = "new directory on this machine"
     add("export", "write an adapter to a new directory", "name", "--generation", directory=place)
     add("fuse", "compute a new adapter from a mix", "name", *_FUSING, mix=True)
@@ -146,6 +153,7 @@ _SHOWN: Mapping[str, Callable[[Any, argparse.Namespace], None]] = {
     "get": lambda adapter, _: print_adapter(adapter),
     "pin": lambda adapter, _: print(f"pinned {adapter.name}"),
     "unpin": lambda adapter, _: print(f"unpinned {adapter.name}"),
+    "rollback": lambda adapter, _: print(f"{adapter.name}@{adapter.generation} is served now"),
     "unload": lambda _, args: print(f"unloaded {args.name}"),
     "export": lambda adapter, args: print(
         f"exported {adapter.name}@{adapter.generation} to {args.directory}"
@@ -198,8 +206,7 @@ def _merge_state(args: argparse.Namespace, client: TurretClient) -> None:
 
 def _print_merge(state: MergeState) -> None:
     print_merge_state(state)
-    again = state.adapters[0].name
-    print(f"every request uses it until `turret adapters unmerge`; -a {again} applies it twice")
+    print("every request uses it until `turret adapters unmerge`; do not name it with -a as well")
 
 
 # Actions that make more than one call.

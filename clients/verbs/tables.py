@@ -185,6 +185,7 @@ def print_adapter(adapter: Adapter, *, made: str = "uploaded or fused") -> None:
         "name": adapter.name,
         "uuid": adapter.uuid,
         "generation": str(adapter.generation),
+        "kept": ", ".join(map(str, adapter.kept_generations)) or "none",
         "digest": adapter.digest,
         "method": adapter.method,
         "ranks": _ranks(adapter),

@@ -18,7 +18,7 @@ from turret.server.words import say
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterRef:
-    """One member of a request's mix, by name. ``generation`` None means the newest."""
+    """One member of a request's mix, by name. ``generation`` None means the current one."""
 
     name: str
     generation: int | None = None
@@ -251,7 +251,7 @@ class Adapter:
         in_flight: Mixes that hold the adapter.
         holds: The mixes of these that were granted residency; an adapter with holds is not evicted.
         pinned: Never evicted.
-        is_retired: A later generation has replaced it.
+        is_retired: Another generation has replaced it.
         bytes_device: Set by the code that copies the operators to a device.
     """
 
@@ -348,6 +348,7 @@ class AdapterInfo:
         name: Registered name.
         uuid: Identifies this registration; a name loaded again after an unload has another one.
         generation: From 1; a replacement under the same registration is the next one.
+        kept_generations: Replaced generations that requests may still name, ascending.
         facts: The facts that reading its files found.
         bytes_host: Bytes of operators held in host memory now.
         bytes_device: Bytes held on the device now.
@@ -371,6 +372,7 @@ class AdapterInfo:
     last_used_time: float | None
     state: State
     source: str = ""
+    kept_generations: tuple[int, ...] = ()
 
 
 # Mixes: the adapters of one request, resolved from names to generations.

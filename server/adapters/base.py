@@ -232,10 +232,12 @@ class ChangedBase:
         generation: The number of these weights.
         stale: Keys of adapters that were computed from the previous weights. Copies of their
             operators have to be dropped.
+        merged: The uuids of the adapters that are part of these weights.
     """
 
     generation: int
     stale: frozenset[str]
+    merged: frozenset[str] = frozenset()
 
 
 Precision = Literal["NF4", "BF16"]

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -267,12 +267,14 @@ class Merger:
         if generation is None:
             generation = self._state.base_generation + 1
         state = MergeState(generation, merge)
+        uuids = () if merge is None else (a.uuid for a in merge.adapters if a.weight)
 
         def change() -> ChangedBase:
             edit.swap()
             self._state, self._active = state, None if merge is None else edit
             self._metrics.merge_active(merge is not None)
-            return self._registry.change_base(self._describe(state.base_generation))
+            changed = self._registry.change_base(self._describe(state.base_generation))
+            return replace(changed, merged=frozenset(uuids))
 
         outcome = self._change_base(change)
         if not cancellation.wait(outcome) and outcome.cancel():

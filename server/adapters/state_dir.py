@@ -27,7 +27,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from turret.server import log
 from turret.server.adapters.adapter import Adapter, AdapterFacts, Source
@@ -54,15 +54,24 @@ from turret.server.words import Text, say
 
 # Raise the version when fields change, and keep reading older ones. Version 2 added components to
 # the facts, 3 a source's task, 4 the invocation, 5 labels, 6 the size of the vocabulary and the
-# tokenizer, 7 the first pass, 8 the chat template.
-_VERSION = 8
-_READ_VERSIONS = (1, 2, 3, 4, 5, 6, 7, 8)
+# tokenizer, 7 the first pass, 8 the chat template, 9 kept generations.
+_VERSION = 9
+_READ_VERSIONS = (1, 2, 3, 4, 5, 6, 7, 8, 9)
 
 
 @functools.lru_cache(maxsize=4096)
 def _shared(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """One shared tuple for all adapters with the same values, which most of them have."""
     return values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedGeneration:
+    """A replaced generation that requests may still name."""
+
+    generation: int
+    source: Source
+    facts: AdapterFacts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,11 +84,13 @@ class SavedRegistration:
     pinned: bool
     source: Source
     facts: AdapterFacts
+    kept: tuple[SavedGeneration, ...] = ()
 
     def to_json(self) -> bytes:
         fields: dict[str, Any] = {**dataclasses.asdict(self), "version": _VERSION}
-        # The registration's own name field holds this already.
-        del fields["source"]["adapter"]
+        for each in (fields, *fields["kept"]):
+            # The registration's own name field holds this already.
+            del each["source"]["adapter"]
         return json.dumps(fields, indent=1).encode()
 
     @classmethod
@@ -93,13 +104,24 @@ class SavedRegistration:
         if not isinstance(fields, dict) or fields.pop("version", None) not in _READ_VERSIONS:
             raise ValueError(f"is not a registration of version {_VERSION} or earlier")
         try:
-            source = Source(**_typed(Source, fields.pop("source")))
-            if source.is_upload:
-                source = dataclasses.replace(source, adapter=fields["name"])
-            facts = AdapterFacts(**_typed(AdapterFacts, fields.pop("facts")))
-            return cls(source=source, facts=facts, **_typed(cls, fields))
+            name, kept = fields["name"], fields.pop("kept", [])
+            generations = tuple(_generation(SavedGeneration, name, each) for each in kept)
+            return dataclasses.replace(_generation(cls, name, fields), kept=generations)
         except (KeyError, TypeError) as error:
             raise ValueError(f"is not a registration: {error}") from None
+
+
+_G = TypeVar("_G", SavedGeneration, SavedRegistration)
+
+
+def _generation(kind: type[_G], name: str, fields: Any) -> _G:
+    if not isinstance(fields, dict):
+        raise TypeError("must be an object")
+    source = Source(**_typed(Source, fields.pop("source")))
+    if source.is_upload:
+        source = dataclasses.replace(source, adapter=name)
+    facts = AdapterFacts(**_typed(AdapterFacts, fields.pop("facts")))
+    return kind(source=source, facts=facts, **_typed(kind, fields))
 
 
 # Annotations are strings in this module, so these names identify the types.
@@ -345,19 +367,28 @@ class StateDir:
         for path in self._incoming.iterdir():
             remove_directory(path)
         if is_complete:
-            kept = {saved.source.path for saved in found if saved.source.is_upload}
+            sources = [each.source for saved in found for each in (saved, *saved.kept)]
+            kept = {source.path for source in sources if source.is_upload}
             for path in self._files.iterdir():
                 if str(path.relative_to(self.path)) not in kept:
                     remove_directory(path)
         return found
 
-    def save(self, adapter: Adapter, *, pinned: bool, source: Source | None = None) -> None:
+    def save(
+        self,
+        adapter: Adapter,
+        *,
+        pinned: bool,
+        source: Source | None = None,
+        kept: Sequence[Adapter] = (),
+    ) -> None:
         """Saves a generation as the one that its name has after a restart.
 
         Args:
             adapter: The generation.
             pinned: Whether it is pinned after a restart.
             source: The future location of its files; None for the present one.
+            kept: Replaced generations of the name that requests may name after a restart.
 
         Raises:
             StorageFullError: The disk is full; what was saved before still holds.
@@ -369,6 +400,10 @@ class StateDir:
             pinned=pinned,
             source=source or adapter.source,
             facts=adapter.facts,
+            kept=tuple(
+                SavedGeneration(generation=a.generation, source=a.source, facts=a.facts)
+                for a in kept
+            ),
         )
         self.write(saved)
 
@@ -465,7 +500,14 @@ class NoStateDir:
     def read(self) -> list[SavedRegistration]:
         return []
 
-    def save(self, adapter: Adapter, *, pinned: bool, source: Source | None = None) -> None:
+    def save(
+        self,
+        adapter: Adapter,
+        *,
+        pinned: bool,
+        source: Source | None = None,
+        kept: Sequence[Adapter] = (),
+    ) -> None:
         pass
 
     def remove(self, name: str) -> None:

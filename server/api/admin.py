@@ -191,6 +191,20 @@ class Adapters:
             )
         )
 
+    async def rollback(
+        self, message: adapters_pb2.RollbackAdapterRequest, call: Call
+    ) -> adapters_pb2.Adapter:
+        registry = self._gate.enter().registry
+        name = _checked_name(message.name, call)
+        return adapter_message(
+            await self._slow.run(
+                registry.rollback,
+                name,
+                generation=_generation(message),
+                expected_generation=_expected_generation(message),
+            )
+        )
+
     async def upload(self, messages: Messages, call: Call) -> adapters_pb2.Adapter:
         """Receive the files of an adapter: a header, then chunks in the order of its files.
 
@@ -305,7 +319,7 @@ class Adapters:
     ) -> adapters_pb2.Adapter:
         registry = self._gate.enter().registry
         name = _checked_name(message.name, call)
-        return adapter_message(await asyncio.to_thread(registry.get, name))
+        return adapter_message(await asyncio.to_thread(registry.get, name, _generation(message)))
 
     async def list_page(
         self, message: adapters_pb2.ListAdaptersRequest
@@ -370,8 +384,7 @@ class Adapters:
         Close the generator if you leave it early.
         """
         registry = self._gate.enter().registry
-        generation = message.generation if message.HasField("generation") else None
-        name = _checked_name(message.name, call)
+        generation, name = _generation(message), _checked_name(message.name, call)
         export = await self._slow.open(
             lambda: registry.export(name, generation), lambda opened: opened.close()
         )
@@ -471,6 +484,10 @@ def _checked_name(name: str, call: Call) -> str:
     violations.raise_if_any()
     call.adapters = (name,)
     return name
+
+
+def _generation(message: Any) -> int | None:
+    return message.generation if message.HasField("generation") else None
 
 
 def _expected_generation(message: Any) -> int | None:

@@ -67,6 +67,7 @@ def adapter_message(record: AdapterInfo) -> adapters_pb2.Adapter:
         labels=map(_sendable, facts.labels),
         vocab_size=facts.vocab_size,
         chat_template=origin_of(facts.chat_template),
+        kept_generations=record.kept_generations,
     )
     if record.last_used_time is not None:
         stamp = timestamp_pb2.Timestamp()

@@ -108,6 +108,7 @@ TABLE: dict[type[errors.TurretError], Outcome] = {
     errors.UnauthenticatedError: Outcome(Code.UNAUTHENTICATED),
     errors.PermissionDeniedError: Outcome(Code.PERMISSION_DENIED),
     errors.ServiceElsewhereError: Outcome(Code.UNIMPLEMENTED),
+    errors.NotInFleetError: Outcome(Code.UNIMPLEMENTED),
     errors.UnavailableError: Outcome(Code.UNAVAILABLE, 1.0),
     errors.ServerStartingError: Outcome(Code.UNAVAILABLE, 1.0),
     errors.DeadlineExceededError: Outcome(Code.DEADLINE_EXCEEDED),

@@ -88,7 +88,10 @@ def _text(field: str) -> Limit:
     return Limit(field, "the characters that the model's context can hold", None, _REQUESTS)
 
 
-_NAMED = ("LoadAdapter", "ReplaceAdapter", "GetAdapter", "UnloadAdapter", "PinAdapter")
+_NAMED = (
+    *("LoadAdapter", "ReplaceAdapter", "RollbackAdapter", "GetAdapter", "UnloadAdapter"),
+    "PinAdapter",
+)
 LIMITS = (
     _text("GenerateRequest.prompt"),
     _text("ScoreRequest.prompt"),

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from turret.server.adapters.adapter import REQUEST, Adapter, OwnTemplate
+from turret.server.adapters.adapter import REQUEST, Adapter, AdapterRef, OwnTemplate
 from turret.server.api.limits import MAX_MIX_MEMBERS, MAX_TEMPLATE_CHARS
 from turret.server.constraints.constraint import KeptConstraints
 from turret.server.engine.scheduling.request import AdapterTokenizer
@@ -129,7 +129,13 @@ class Vocabularies:
         self._check_trust(chat_template)
         adapter, own = None, ""
         if 0 < len(weights) <= MAX_MIX_MEMBERS:
-            adapter, own = self._adapters.find(weight.name for weight in weights)
+            adapter, own = self._adapters.find(
+                AdapterRef(
+                    name=weight.name,
+                    generation=weight.generation if weight.HasField("generation") else None,
+                )
+                for weight in weights
+            )
         template = _replaced(own, chat_template) if chat_template else own
         if adapter is None and not template:
             return self._base

@@ -59,6 +59,7 @@ class Engine:
             request that would exceed it is rejected, unless it is the only one.
         long_from: ``Arch.long_from`` of the model.
         speculates: Whether answers get drafters, which the scheduler's speculation uses.
+        allow_merged_twice: Whether requests may name adapters that are part of the base.
         on_thread: A context in which the thread does all its work.
 
     Attributes:
@@ -81,6 +82,7 @@ class Engine:
         max_queued_bytes: int,
         long_from: int | None = None,
         speculates: bool = False,
+        allow_merged_twice: bool = False,
         on_thread: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._on_thread = on_thread
@@ -100,6 +102,7 @@ class Engine:
             adapters=adapters,
             metrics=metrics,
             send=self._send,
+            allow_merged_twice=allow_merged_twice,
         )
         adapters.on_force_unload.append(lambda uuid: loop.post(lambda: loop.force_unload(uuid)))
         adapters.on_unloaded = lambda key: loop.post(lambda: loop.forget_adapter(key))

@@ -27,6 +27,7 @@ from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Sequen
 from turret.server.engine.step.runner import DeviceFullError, StepResult
 from turret.server.errors import (
     AdapterClassifiesError,
+    AdapterMergedError,
     AdapterUnloadedError,
     BudgetExceededError,
     HeadMissingError,
@@ -167,6 +168,7 @@ class EngineLoop:
         adapters: Holds adapters until their requests end.
         metrics: Counts.
         send: Hands outputs to the event loop; callable from the engine thread.
+        allow_merged_twice: Whether requests may name adapters that are part of the base.
 
     Attributes:
         is_dead: The loop failed; nothing will be served any more.
@@ -180,6 +182,7 @@ class EngineLoop:
         adapters: Adapters,
         metrics: EngineMetrics,
         send: Callable[[Outbox], None],
+        allow_merged_twice: bool = False,
     ) -> None:
         self.is_dead = False
         self._scheduler = scheduler
@@ -198,6 +201,9 @@ class EngineLoop:
         self._has_work = False
         self._stopping = False
         self._change: BaseChange | None = None
+        self._allow_merged_twice = allow_merged_twice
+        # The uuids of the adapters that are part of the base.
+        self._merged: frozenset[str] = frozenset()
 
     # Callable from any thread, except ``submit``.
 
@@ -233,6 +239,7 @@ class EngineLoop:
             return
 
         def enter() -> None:
+            self._check_not_merged(sequence)
             self._scheduler.add(sequence)
             self._await_adapters(answer)
 
@@ -341,12 +348,23 @@ class EngineLoop:
         self._scheduler.change_base(base.generation)
         for key in base.stale:
             self.forget_adapter(key)
+        self._merged = base.merged
+        for answer in list(self._answers.values()):
+            self._guard(answer, lambda answer=answer: self._check_not_merged(answer.sequence))
         for sequence in list(self._ready):
             if any(adapter.key in base.stale for adapter, _ in sequence.mix.members):
                 self._ready.discard(sequence)
                 answer = self._answers[sequence]
                 self._guard(answer, lambda answer=answer: self._await_adapters(answer))
         change.complete()
+
+    def _check_not_merged(self, sequence: Sequence) -> None:
+        """Raises AdapterMergedError if a request would apply an adapter of the base twice."""
+        if self._allow_merged_twice:
+            return
+        for adapter, weight in sequence.mix.members:
+            if weight and adapter.uuid in self._merged:
+                raise AdapterMergedError(say("MERGED_TWICE", adapter=adapter.name))
 
     def _refuse_change(self) -> None:
         if self._change is not None:

@@ -14,13 +14,18 @@ from turret.server.words import Text, say
 from turret.v1 import adapters_pb2
 
 _SHOWN_CHARS = 40
-# No weight needs more digits. The limit on ``model`` leaves room for blanks, stars and a prefix.
+# No weight needs more digits. The limit on ``model`` leaves room for generations, blanks, stars and
+# a prefix.
 _MOST_WEIGHT_CHARS = 32
 _MOST_MODEL_CHARS = 2 * MAX_MIX_MEMBERS * (MAX_NAME_CHARS + _MOST_WEIGHT_CHARS)
 _MOST_ECHOED = 200
 
-# Adapter names contain no plus, star or colon.
-_MEMBER = re.compile(rf"(?P<name>{ADAPTER_NAME.pattern})(?:\*(?P<weight>.*))?", re.DOTALL)
+# Adapter names contain no plus, star, colon or at sign.
+_MEMBER = re.compile(
+    rf"(?P<name>{ADAPTER_NAME.pattern})(?:@(?P<generation>[0-9]{{1,20}}))?(?:\*(?P<weight>.*))?",
+    re.DOTALL,
+)
+_MOST_GENERATION = (1 << 64) - 1
 _WEIGHT = re.compile(r"-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
 
 Mix = list[adapters_pb2.AdapterWeight]
@@ -58,8 +63,9 @@ def mix_of(members: list[MixMember]) -> Mix:
 def parse_model(model: str, base_name: str) -> Mix:
     """The mix that a model name refers to; empty for the base model.
 
-    ``base`` and the base model's name are the base, ``sql`` is an adapter, ``sql+json*-0.5`` a mix;
-    The prefix ``BASE:`` (``base:`` or the base model's name) is allowed before an adapter or a mix.
+    ``base`` and the base model's name are the base, ``sql`` is an adapter, ``sql@2`` a generation
+    of it, ``sql+json*-0.5`` a mix. The prefix ``BASE:`` (``base:`` or the base model's name) is
+    allowed before an adapter or a mix.
 
     Raises:
         AdapterNotFoundError: The name has none of these forms.
@@ -102,6 +108,13 @@ def read_model(model: str, base_name: str) -> tuple[Mix, list[Text]]:
             wrong.append(say("DUPLICATE", value=name))
             continue
         members[name] = adapters_pb2.AdapterWeight(name=name)
+        if match["generation"] is not None:
+            generation = int(match["generation"])
+            if generation > _MOST_GENERATION:
+                said = {"least": 0, "most": _MOST_GENERATION, "value": generation}
+                wrong.append(say("NOT_IN_RANGE", **said))
+                continue
+            members[name].generation = generation
         if weight is None:
             continue
         if len(weight) > _MOST_WEIGHT_CHARS or _WEIGHT.fullmatch(weight) is None:

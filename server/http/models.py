@@ -77,6 +77,8 @@ class Models:
             text = say("MODEL_IS_A_MIX", model=name[:200], step=members[0].name)
             raise AdapterNotFoundError(text, metadata={"adapter": name[:200]})
         question = adapters_pb2.GetAdapterRequest(name=members[0].name)
+        if members[0].HasField("generation"):
+            question.generation = members[0].generation
         adapter = await self._adapters.get(question, exchange.call)
         await exchange.reply.json(self._adapter(adapter))
 

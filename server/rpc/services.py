@@ -44,6 +44,11 @@ class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
     ) -> adapters_pb2.Adapter:
         return await self._adapters.upload(aiter(request_iterator), current_call())
 
+    async def RollbackAdapter(
+        self, request: adapters_pb2.RollbackAdapterRequest, context: _Context
+    ) -> adapters_pb2.Adapter:
+        return await self._adapters.rollback(request, current_call())
+
     async def GetAdapter(
         self, request: adapters_pb2.GetAdapterRequest, context: _Context
     ) -> adapters_pb2.Adapter:

@@ -173,11 +173,14 @@ TEXTS: dict[str, str] = {
     "EMPTY_MIX": "must name at least one adapter",
     "MERGE_ACTIVE": "a merge is active; unmerge it first",
     "NOT_MERGED": "no merge is active",
+    "MERGED_TWICE": "adapter {adapter!q} is merged into the base; do not name it as well",
     "MERGE_UNDER_WAY": "another merge or unmerge is running",
     # Registered adapters.
     "ADAPTER_NOT_FOUND": "adapter not found: {adapters}",
     "OTHER_GENERATION": "adapter {adapters!q} has no generation {generation}; the current one is"
     " {current_generation}",
+    "NO_EARLIER_GENERATION": "no generation of adapter {adapters!q} before {current_generation} was"
+    " kept; the server keeps as many as --keep-generations says",
     "BEING_UNLOADED": "adapter {adapters!q} is being unloaded",
     "ADAPTER_EXISTS": "adapter {adapter!q} already exists with other content",
     "ADAPTER_GENERATION": "adapter {adapter!q} has generation {generation}, expected {expected}",

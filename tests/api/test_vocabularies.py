@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from servers.fakes import FakeTokenizer
 
-from turret.server.adapters.adapter import TokenizerFiles
+from turret.server.adapters.adapter import AdapterRef, TokenizerFiles
 from turret.server.api.vocabularies import Vocabularies, Vocabulary
 from turret.server.constraints.constraint import KeptConstraints
 from turret.server.models import own_tokenizers
@@ -28,8 +28,8 @@ class Adapters:
         self.may_read = threading.Event()
         self.may_read.set()
 
-    def find(self, names: Iterable[str]) -> Any:
-        (name,) = names
+    def find(self, refs: Iterable[AdapterRef]) -> Any:
+        name = next(iter(refs)).name
         facts = SimpleNamespace(tokenizer=f"digest of {name}", vocab_size=5)
         return SimpleNamespace(key=name, facts=facts), ""
 

@@ -293,6 +293,9 @@ def test_adapter_lifecycle(client: TurretClient, server: FakeTurret):
     assert not client.adapters.unpin("new").pinned
     assert client.adapters.pin("new").pinned
     assert client.adapters.replace("new", "dir2").generation == 2
+    back = client.adapters.rollback("new", expected_generation=2)
+    assert (back.generation, back.kept_generations) == (1, (2,))
+    assert server.adapters.requests[-1].expected_generation == 2
     client.adapters.unload("new", mode="force", drain_seconds=1.5)
     request = server.adapters.requests[-1]
     assert request.mode == adapters_pb2.UnloadAdapterRequest.FORCE

@@ -19,6 +19,7 @@ from turret.server.errors import (
     AdapterExistsError,
     AdapterGenerationError,
     AdapterNotFoundError,
+    NotInFleetError,
     UnavailableError,
 )
 
@@ -50,6 +51,8 @@ def test_what_one_loads_all_serve_under_the_same_identity(fleet: Fleet) -> None:
         first.registry.replace("a", "c", expected_generation=1)
     with pytest.raises(AdapterExistsError):
         second.registry.load("a", "c")
+    with pytest.raises(NotInFleetError):
+        second.registry.rollback("a")
 
 
 def test_a_chat_template_is_the_same_on_every_replica(fleet: Fleet, root: Path) -> None:
@@ -63,8 +66,8 @@ def test_a_chat_template_is_the_same_on_every_replica(fleet: Fleet, root: Path) 
         second.registry.load("a", "a", chat_template=given)
     replaced = second.registry.replace("a", "a", chat_template=given)
     assert (replaced.generation, replaced.facts.digest) == (2, loaded.facts.digest)
-    assert second.registry.tokenizers.find(["a"]) == (None, given.to_json())
-    until(lambda: first.registry.tokenizers.find(["a"]) == (None, given.to_json()))
+    assert second.registry.tokenizers.find(refs("a")) == (None, given.to_json())
+    until(lambda: first.registry.tokenizers.find(refs("a")) == (None, given.to_json()))
 
 
 def test_what_the_hub_has_is_of_one_commit_everywhere(

@@ -49,6 +49,19 @@ async def test_load_passes_the_task() -> None:
             assert server.registry.records[name].facts.digest == f"digest of {of_task}"
 
 
+async def test_a_rollback_passes_both_generations() -> None:
+    async with harness() as server:
+        server.registry.load("a", "a")
+        server.registry.replace("a", "b")
+        request = pb.RollbackAdapterRequest(name="a")
+        adapter = await server.adapters.RollbackAdapter(request)
+        assert (adapter.generation, list(adapter.kept_generations)) == (1, [2])
+        request = pb.RollbackAdapterRequest(name="a", generation=2, expected_generation=1)
+        assert (await server.adapters.RollbackAdapter(request)).generation == 2
+        failure = await failure_of(server.adapters.RollbackAdapter(pb.RollbackAdapterRequest()))
+        assert list(failure.violations) == ["name"]
+
+
 async def test_unload_passes_mode_and_timeout() -> None:
     cases: list[tuple[dict[str, Any], tuple[str, float]]] = [
         ({}, ("DRAIN", 30.0)),

@@ -12,7 +12,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "uuid", "generation", "digest", "method", "ranks", "target_modules", "bytes_disk", "bytes_host", "bytes_device", "residency", "pinned", "in_flight", "last_used_time", "base_model", "warnings", "state", "source", "invocation_token_ids", "labels", "vocab_size", "chat_template")
+    __slots__ = ("name", "uuid", "generation", "digest", "method", "ranks", "target_modules", "bytes_disk", "bytes_host", "bytes_device", "residency", "pinned", "in_flight", "last_used_time", "base_model", "warnings", "state", "source", "invocation_token_ids", "labels", "vocab_size", "chat_template", "kept_generations")
     class Residency(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         RESIDENCY_UNSPECIFIED: _ClassVar[Adapter.Residency]
@@ -55,6 +55,7 @@ class Adapter(_message.Message):
     LABELS_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
+    KEPT_GENERATIONS_FIELD_NUMBER: _ClassVar[int]
     name: str
     uuid: str
     generation: int
@@ -77,7 +78,8 @@ class Adapter(_message.Message):
     labels: _containers.RepeatedScalarFieldContainer[str]
     vocab_size: int
     chat_template: str
-    def __init__(self, name: _Optional[str] = ..., uuid: _Optional[str] = ..., generation: _Optional[int] = ..., digest: _Optional[str] = ..., method: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., target_modules: _Optional[_Iterable[str]] = ..., bytes_disk: _Optional[int] = ..., bytes_host: _Optional[int] = ..., bytes_device: _Optional[int] = ..., residency: _Optional[_Union[Adapter.Residency, str]] = ..., pinned: bool = ..., in_flight: _Optional[int] = ..., last_used_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., base_model: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ..., state: _Optional[_Union[Adapter.State, str]] = ..., source: _Optional[str] = ..., invocation_token_ids: _Optional[_Iterable[int]] = ..., labels: _Optional[_Iterable[str]] = ..., vocab_size: _Optional[int] = ..., chat_template: _Optional[str] = ...) -> None: ...
+    kept_generations: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., uuid: _Optional[str] = ..., generation: _Optional[int] = ..., digest: _Optional[str] = ..., method: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., target_modules: _Optional[_Iterable[str]] = ..., bytes_disk: _Optional[int] = ..., bytes_host: _Optional[int] = ..., bytes_device: _Optional[int] = ..., residency: _Optional[_Union[Adapter.Residency, str]] = ..., pinned: bool = ..., in_flight: _Optional[int] = ..., last_used_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., base_model: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ..., state: _Optional[_Union[Adapter.State, str]] = ..., source: _Optional[str] = ..., invocation_token_ids: _Optional[_Iterable[int]] = ..., labels: _Optional[_Iterable[str]] = ..., vocab_size: _Optional[int] = ..., chat_template: _Optional[str] = ..., kept_generations: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class AdapterWeight(_message.Message):
     __slots__ = ("name", "generation", "weight")
@@ -161,11 +163,23 @@ class ReplaceAdapterRequest(_message.Message):
     chat_template: str
     def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., expected_generation: _Optional[int] = ..., task: _Optional[int] = ..., chat_template: _Optional[str] = ...) -> None: ...
 
-class GetAdapterRequest(_message.Message):
-    __slots__ = ("name",)
+class RollbackAdapterRequest(_message.Message):
+    __slots__ = ("name", "generation", "expected_generation")
     NAME_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_GENERATION_FIELD_NUMBER: _ClassVar[int]
     name: str
-    def __init__(self, name: _Optional[str] = ...) -> None: ...
+    generation: int
+    expected_generation: int
+    def __init__(self, name: _Optional[str] = ..., generation: _Optional[int] = ..., expected_generation: _Optional[int] = ...) -> None: ...
+
+class GetAdapterRequest(_message.Message):
+    __slots__ = ("name", "generation")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    generation: int
+    def __init__(self, name: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class ListAdaptersRequest(_message.Message):
     __slots__ = ("page_size", "page_token", "method", "residency")

@@ -59,6 +59,11 @@ class AdaptersStub(object):
                 request_serializer=turret_dot_v1_dot_adapters__pb2.ReplaceAdapterRequest.SerializeToString,
                 response_deserializer=turret_dot_v1_dot_adapters__pb2.Adapter.FromString,
                 _registered_method=True)
+        self.RollbackAdapter = channel.unary_unary(
+                '/turret.v1.Adapters/RollbackAdapter',
+                request_serializer=turret_dot_v1_dot_adapters__pb2.RollbackAdapterRequest.SerializeToString,
+                response_deserializer=turret_dot_v1_dot_adapters__pb2.Adapter.FromString,
+                _registered_method=True)
         self.GetAdapter = channel.unary_unary(
                 '/turret.v1.Adapters/GetAdapter',
                 request_serializer=turret_dot_v1_dot_adapters__pb2.GetAdapterRequest.SerializeToString,
@@ -155,8 +160,8 @@ class AdaptersServicer(object):
 
     def ReplaceAdapter(self, request, context):
         """Replaces a registered adapter's weights by a new generation. Requests that were received before
-        finish on their generation, which is freed after the last of them. Later requests get the new
-        generation. A pinned adapter stays pinned.
+        finish on their generation. Later requests get the new generation, unless they name another one
+        that is kept (`--keep-generations`). A pinned adapter stays pinned.
 
         Idempotent: weights with the registered digest create no new generation. Returns NOT_FOUND if the
         name is not registered, FAILED_PRECONDITION if it is being unloaded or if a learned fusion is
@@ -168,8 +173,24 @@ class AdaptersServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RollbackAdapter(self, request, context):
+        """Makes a kept generation current again, with the number that it had. Its files are read first,
+        unless its weights are in memory. Requests that were received before finish on their
+        generation. The generation that was current is kept. A pinned adapter stays pinned.
+
+        Idempotent if `generation` is set. Returns NOT_FOUND if the name is not registered or the
+        generation is not kept, FAILED_PRECONDITION if the adapter is being unloaded, if a learned fusion
+        is built from its current weights or if the generation's files have changed, RESOURCE_EXHAUSTED
+        if there is no room for it in memory, UNIMPLEMENTED in a fleet. After an error the adapter is
+        unchanged.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetAdapter(self, request, context):
-        """Returns one adapter. Returns NOT_FOUND if the name is not registered.
+        """Returns one adapter. Returns NOT_FOUND if the name is not registered or the generation is not
+        kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -231,9 +252,10 @@ class AdaptersServicer(object):
 
     def MergeAdapters(self, request, context):
         """Merges a weighted mix into the base model, for every later request. The adapters that a request
-        names are added to the merged weights, even if they are merged already. The server computes the
-        new weights while requests run. Then running requests finish on the old weights, and waiting ones
-        continue on the new weights.
+        names are added to the merged weights. The server computes the new weights while requests run.
+        Then running requests finish on the old weights, and waiting ones continue on the new weights.
+        Until the base is restored, requests that name a member get FAILED_PRECONDITION
+        (`ADAPTER_MERGED`), unless the server was started with `--allow-merged-twice`.
 
         If a merge fails, or its caller disconnects before it took effect, the base stays as it was. A
         merge lasts until `UnmergeAdapters` or the end of the process.
@@ -288,6 +310,11 @@ def add_AdaptersServicer_to_server(servicer, server):
             'ReplaceAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.ReplaceAdapter,
                     request_deserializer=turret_dot_v1_dot_adapters__pb2.ReplaceAdapterRequest.FromString,
+                    response_serializer=turret_dot_v1_dot_adapters__pb2.Adapter.SerializeToString,
+            ),
+            'RollbackAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackAdapter,
+                    request_deserializer=turret_dot_v1_dot_adapters__pb2.RollbackAdapterRequest.FromString,
                     response_serializer=turret_dot_v1_dot_adapters__pb2.Adapter.SerializeToString,
             ),
             'GetAdapter': grpc.unary_unary_rpc_method_handler(
@@ -431,6 +458,33 @@ class Adapters(object):
             target,
             '/turret.v1.Adapters/ReplaceAdapter',
             turret_dot_v1_dot_adapters__pb2.ReplaceAdapterRequest.SerializeToString,
+            turret_dot_v1_dot_adapters__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/turret.v1.Adapters/RollbackAdapter',
+            turret_dot_v1_dot_adapters__pb2.RollbackAdapterRequest.SerializeToString,
             turret_dot_v1_dot_adapters__pb2.Adapter.FromString,
             options,
             channel_credentials,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import uuid as uuids
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 
 from turret.server import log
 from turret.server.adapters.adapter import (
     Adapter,
     AdapterFacts,
+    AdapterRef,
     HostResult,
     Mix,
     OwnTemplate,
@@ -22,7 +23,12 @@ from turret.server.adapters.adapter import (
 )
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.component import component_refs
-from turret.server.adapters.registry.name_table import NameTable, Registration, name_taken
+from turret.server.adapters.registry.name_table import (
+    NameTable,
+    Registration,
+    generation_of,
+    name_taken,
+)
 from turret.server.adapters.residency.leases import Leases
 from turret.server.adapters.residency.loader import (
     AdapterLoader,
@@ -32,7 +38,12 @@ from turret.server.adapters.residency.loader import (
     lost,
 )
 from turret.server.adapters.state_dir import NoStateDir, StagedUpload, StateDir
-from turret.server.errors import AdapterCheckpointError, BudgetExceededError, TurretError
+from turret.server.errors import (
+    AdapterCheckpointError,
+    AdapterNotFoundError,
+    BudgetExceededError,
+    TurretError,
+)
 from turret.server.words import say
 
 
@@ -47,13 +58,16 @@ class AdapterTokenizers:
         """Set the check of tokenizers and templates of adapters that are loaded from now on."""
         self._loader.check_tokenizer = check
 
-    def find(self, names: Iterable[str]) -> tuple[Adapter | None, str]:
+    def find(self, refs: Iterable[AdapterRef]) -> tuple[Adapter | None, str]:
         """The adapter of a mix that has its own tokenizer, and the mix's ``template_of``.
 
-        Unknown names are ignored. The adapter is not held: a name may stand for another generation
-        when its request is submitted.
+        Unknown names and generations are ignored. The adapter is not held: a name may stand for
+        another generation when its request is submitted.
         """
-        found = [r.current for name in names if (r := self._table.get(name)) is not None]
+        found: list[Adapter] = []
+        for ref in refs:
+            with suppress(AdapterNotFoundError):
+                found.append(self._table.resolve(ref)[1])
         own = next((adapter for adapter in found if adapter.facts.tokenizer), None)
         return own, template_of(adapter.facts for adapter in found)
 
@@ -80,7 +94,7 @@ RETRY_SECONDS = 1.0
 class Pins:
     """Pins adapters in host memory.
 
-    Call every method under the name's lock, so that the newest generation stays the newest.
+    Call every method under the name's lock, so that the current generation stays current.
     """
 
     def __init__(self, table: NameTable, leases: Leases, state: StateDir | NoStateDir) -> None:
@@ -89,14 +103,24 @@ class Pins:
         self._state = state
 
     def pin(self, registration: Registration) -> None:
-        """Pins the newest generation; see ``AdapterRegistry.pin``."""
+        """Pins the current generation; see ``AdapterRegistry.pin``."""
         self._table.check_active(registration)
         adapter = registration.current
+        with self.resident(adapter):
+            self._table.check_active(registration)
+            self._state.save(adapter, pinned=True, kept=registration.kept)
+            self._leases.set_pinned(adapter, True)
+
+    @contextmanager
+    def resident(self, adapter: Adapter) -> Iterator[None]:
+        """Holds a generation in host memory, and reads it first if it is on disk.
+
+        Raises:
+            AdapterChangedError, BudgetExceededError: See ``AdapterRegistry.pin``.
+        """
         mix = self._wait_until_resident(adapter)
         try:
-            self._table.check_active(registration)
-            self._state.save(adapter, pinned=True)
-            self._leases.set_pinned(adapter, True)
+            yield
         finally:
             self._table.release(mix)
 
@@ -106,15 +130,14 @@ class Pins:
         Raises:
             BudgetExceededError: There is no room for it.
         """
-        mix = self._wait_until_resident(adapter)
-        self._leases.set_pinned(adapter, True)
-        self._table.release(mix)
+        with self.resident(adapter):
+            self._leases.set_pinned(adapter, True)
 
     def unpin(self, registration: Registration) -> None:
         """Undoes ``pin``."""
         adapter = registration.current
         if adapter.pinned:
-            self._state.save(adapter, pinned=False)
+            self._state.save(adapter, pinned=False, kept=registration.kept)
             self._leases.set_pinned(adapter, False)
 
     def _wait_until_resident(self, adapter: Adapter) -> Mix:
@@ -211,6 +234,24 @@ class Installer:
             del checkpoint
             return self._enter(name, source, loaded, before, staged=staged, pinned=pinned)
 
+    def roll_back(self, registration: Registration, generation: int | None) -> None:
+        """Makes a kept generation current; see ``AdapterRegistry.rollback``."""
+        self._table.check_active(registration)
+        old = registration.current
+        if generation is None:
+            adapter = registration.before_current
+        else:
+            adapter = generation_of(registration, generation)
+        if adapter is old:
+            return
+        # Reading it first finds changed files before anything has changed here.
+        with self._table.replacing(registration), self._pins.resident(adapter):
+            self._table.check_active(registration)
+            kept = self._table.kept_after(registration, adapter)
+            self._state.save(adapter, pinned=old.pinned, kept=kept)
+            self._leases.set_pinned(adapter, old.pinned)
+            self._table.swap(registration, adapter)
+
     def inspect(
         self, name: str, source: Source, chat_template: OwnTemplate | None = None
     ) -> AdapterFacts:
@@ -243,7 +284,7 @@ class Installer:
             self._table.add(registration)
         else:
             registration, old = before, before.current
-            adapter = Adapter(name, old.uuid, old.generation + 1, source, loaded.facts)
+            adapter = Adapter(name, old.uuid, before.next_generation, source, loaded.facts)
             self._admit(adapter, loaded, staged, pinned or old.pinned, replaced=registration)
             self._table.swap(registration, adapter)
         return registration
@@ -254,7 +295,8 @@ class Installer:
         self._table.check_active(registration)
         if source != adapter.source and not (source.is_upload or adapter.source.is_upload):
             # The new path was just read and holds the content, whereas the old one may be gone.
-            self._state.save(adapter, pinned=adapter.pinned, source=source)
+            saved = {"pinned": adapter.pinned, "kept": registration.kept}
+            self._state.save(adapter, **saved, source=source)
             adapter.source = source
         if pinned:
             self._pins.pin(registration)
@@ -274,9 +316,11 @@ class Installer:
                 self._pins.hold(adapter)
             if staged is not None:
                 self._state.adopt(staged, adapter)
+            kept: tuple[Adapter, ...] = ()
             if replaced is not None:
                 self._table.check_active(replaced)
-            self._state.save(adapter, pinned=pinned)
+                kept = self._table.kept_after(replaced, adapter)
+            self._state.save(adapter, pinned=pinned, kept=kept)
         except BaseException:
             self._withdraw(adapter, replaced)
             raise
@@ -287,7 +331,8 @@ class Installer:
             if replaced is None:
                 self._state.remove(adapter.name)
             else:
-                self._state.save(replaced.current, pinned=replaced.current.pinned)
+                current = replaced.current
+                self._state.save(current, pinned=current.pinned, kept=replaced.kept)
         except (OSError, TurretError) as error:
             # The earlier write failed, so most likely there is nothing on disk to undo.
             _log.warning("cannot undo", extra=log.fields(adapter=adapter.name, reason=error))

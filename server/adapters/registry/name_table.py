@@ -33,7 +33,7 @@ from turret.server.words import Text, say
 
 
 class Registration:
-    """A registered name: its newest generation, and the older ones that requests still use.
+    """A registered name: the generation it serves, and the replaced ones that are still there.
 
     It belongs to the registry and changes under the registry's lock.
 
@@ -41,7 +41,8 @@ class Registration:
         name: The name in requests.
         uuid: Identifies this registration; a name that is loaded again has another one.
         current: The generation that new requests get.
-        retired: Earlier generations that mixes still hold.
+        kept: Replaced generations that requests may still name; the last one was served last.
+        retired: Other replaced generations, which mixes still hold.
         state: ``DELETING`` refuses new requests.
         unloaders: Calls that wait to unload it.
         is_replacing: Whether other content is being loaded.
@@ -51,6 +52,7 @@ class Registration:
     __slots__ = (
         "current",
         "is_replacing",
+        "kept",
         "last_used_time",
         "name",
         "retired",
@@ -63,6 +65,7 @@ class Registration:
         self.name = adapter.name
         self.uuid = adapter.uuid
         self.current = adapter
+        self.kept: tuple[Adapter, ...] = ()
         self.retired: tuple[Adapter, ...] = ()
         self.state: State = "ACTIVE"
         self.unloaders = 0
@@ -72,24 +75,56 @@ class Registration:
     @property
     def in_flight(self) -> int:
         """Mixes that hold any generation."""
-        return self.current.in_flight + sum(adapter.in_flight for adapter in self.retired)
+        return sum(a.in_flight for a in (*self.named, *self.retired))
+
+    @property
+    def named(self) -> tuple[Adapter, ...]:
+        """The generations that requests may name; the current one is first."""
+        return (self.current, *self.kept)
+
+    @property
+    def next_generation(self) -> int:
+        """The number of the next new weights; no weights of this registration ever had it.
+
+        A replacement makes the highest number current, and a rollback keeps it.
+        """
+        return max(adapter.generation for adapter in self.named) + 1
+
+    @property
+    def before_current(self) -> Adapter:
+        """The kept generation with the highest number below the current one's.
+
+        Raises:
+            AdapterNotFoundError: There is none.
+        """
+        current = self.current.generation
+        earlier = [adapter for adapter in self.kept if adapter.generation < current]
+        if not earlier:
+            said = {"adapters": self.name, "current_generation": current}
+            raise AdapterNotFoundError(say("NO_EARLIER_GENERATION", **said))
+        return max(earlier, key=lambda adapter: adapter.generation)
+
+    def find(self, generation: int | None) -> Adapter | None:
+        """The generation that a request may name; None stands for the current one."""
+        return next((a for a in self.named if generation in (None, a.generation)), None)
 
     @property
     def is_staying(self) -> bool:
-        """Whether the newest generation is neither being unloaded nor replaced."""
+        """Whether the current generation is neither being unloaded nor replaced."""
         return self.state == "ACTIVE" and not self.is_replacing
 
     def is_built_from(self, digest: str) -> bool:
         """Whether a generation in use needs the adapter with this digest."""
-        return any(digest in a.facts.components for a in (self.current, *self.retired))
+        return any(digest in a.facts.components for a in (*self.named, *self.retired))
 
-    def record(self) -> AdapterInfo:
-        """A snapshot of the name and its newest generation."""
-        adapter = self.current
+    def record(self, adapter: Adapter | None = None) -> AdapterInfo:
+        """A snapshot of the name and a generation of it; None stands for the current one."""
+        adapter = adapter or self.current
         return AdapterInfo(
             name=self.name,
             uuid=self.uuid,
             generation=adapter.generation,
+            kept_generations=tuple(sorted(kept.generation for kept in self.kept)),
             facts=adapter.facts,
             bytes_host=adapter.host_bytes_needed if adapter.is_resident else 0,
             bytes_device=adapter.bytes_device,
@@ -135,14 +170,18 @@ def name_taken(name: str, digest: str) -> AdapterExistsError:
     return AdapterExistsError(say("ADAPTER_EXISTS", adapter=name, digest=digest))
 
 
-def other_generation(name: str, generation: int, current: Adapter) -> Text:
-    """The reason why a generation of a name is not found."""
-    return say(
-        "OTHER_GENERATION",
-        adapters=name,
-        generation=generation,
-        current_generation=current.generation,
-    )
+def generation_of(registration: Registration, generation: int | None) -> Adapter:
+    """A generation that requests may name; None stands for the current one.
+
+    Raises:
+        AdapterNotFoundError: It was never there, or is not kept.
+    """
+    adapter = registration.find(generation)
+    if adapter is None:
+        current = registration.current.generation
+        facts = {"adapters": registration.name, "generation": generation}
+        raise AdapterNotFoundError(say("OTHER_GENERATION", **facts, current_generation=current))
+    return adapter
 
 
 def _not_found(name: str, names: Sequence[str] = ()) -> Text:
@@ -156,6 +195,7 @@ class NameTable:
         lock: Shared with ``leases``; re-entrant.
         leases: Manages the use of adapters in memory.
         metrics: Receives the registered names.
+        keep_generations: The number of replaced generations of a name that requests may still name.
         on_gone: Called, without the lock, with a generation that no request will use any more.
     """
 
@@ -165,7 +205,10 @@ class NameTable:
         leases: Leases,
         metrics: AdapterMetrics,
         on_gone: Callable[[Adapter], None],
+        *,
+        keep_generations: int = 0,
     ) -> None:
+        self._keep_generations = keep_generations
         self._changed = threading.Condition(lock)
         self._leases = leases
         self._metrics = metrics
@@ -225,12 +268,21 @@ class NameTable:
             self._by_name[registration.name] = registration
             self._metrics.adapter_registered(registration.name, registration.current.residency)
 
-    def swap(self, registration: Registration, adapter: Adapter) -> None:
-        """Makes ``adapter`` current; the previous generation ends with its last request."""
+    def kept_after(self, registration: Registration, adapter: Adapter) -> tuple[Adapter, ...]:
+        """The generations that ``swap`` with these arguments keeps."""
         with self._changed:
-            before, registration.current = registration.current, adapter
-            before.is_retired = True
-            registration.retired += (before,)
+            before = registration.current
+            replaced = [*(a for a in registration.kept if a is not adapter), before]
+            return tuple(replaced[max(len(replaced) - self._keep_generations, 0) :])
+
+    def swap(self, registration: Registration, adapter: Adapter) -> None:
+        """Makes ``adapter`` current; generations that are not kept end with their last request."""
+        with self._changed:
+            kept = self.kept_after(registration, adapter)
+            before, named = registration.current, registration.named
+            registration.current, registration.kept = adapter, kept
+            before.is_retired, adapter.is_retired = True, False
+            registration.retired += tuple(a for a in named if a not in (adapter, *kept))
             self._metrics.adapter_residency(registration.name, adapter.residency)
             gone = self._forget_retired(registration)
             self._leases.set_pinned(before, False)
@@ -241,7 +293,8 @@ class NameTable:
         with self._changed:
             assert registration.in_flight == 0
             del self._by_name[registration.name]
-            self._leases.forget(registration.current, "unload")
+            for adapter in registration.named:
+                self._leases.forget(adapter, "unload")
             self._metrics.adapter_removed(registration.name)
 
     def drop(self, registration: Registration) -> None:
@@ -250,7 +303,8 @@ class NameTable:
             del self._by_name[registration.name]
             adapter = registration.current
             adapter.is_retired = True
-            registration.retired += (adapter,)
+            registration.retired += registration.named
+            registration.kept = ()
             gone = self._forget_retired(registration)
             self._dropped.update({a.key: registration for a in registration.retired})
             self._leases.set_pinned(adapter, False)
@@ -292,7 +346,7 @@ class NameTable:
 
     @contextmanager
     def replacing(self, registration: Registration) -> Iterator[None]:
-        """Until it ends, no new fusion is built from the newest generation.
+        """Until it ends, no new fusion is built from the current generation.
 
         Raises:
             AdapterInUseError: A fusion is built from it.
@@ -335,6 +389,18 @@ class NameTable:
         with self._changed:
             self._changed.wait_for(lambda: registration.in_flight == 0, timeout_seconds)
 
+    def resolve(self, ref: AdapterRef) -> tuple[Registration, Adapter]:
+        """The registration and generation that a request names.
+
+        Raises:
+            AdapterNotFoundError: There is none, or the name is being unloaded.
+        """
+        with self._changed:
+            registration = self.find(ref.name)
+            if registration.state != "ACTIVE":
+                raise AdapterNotFoundError(say("BEING_UNLOADED", adapters=ref.name))
+            return registration, generation_of(registration, ref.generation)
+
     def acquire(self, refs: Sequence[AdapterRef]) -> Mix:
         """See ``AdapterRegistry.acquire``."""
         if not refs:
@@ -342,23 +408,20 @@ class NameTable:
         repeated = [name for name, count in Counter(r.name for r in refs).items() if count > 1]
         refuse_all([("adapters", say("DUPLICATE", value=name)) for name in repeated])
         with self._changed:
-            found: list[tuple[Registration, float]] = []
+            found: list[tuple[Registration, Adapter, float]] = []
             missing: dict[str, Text] = {}
             for ref in refs:
-                registration = self._by_name.get(ref.name)
-                if registration is None:
-                    missing[ref.name] = _not_found(ref.name, self._some_names())
-                elif why := _why_missing(ref, registration):
-                    missing[ref.name] = why
-                else:
-                    found.append((registration, ref.weight))
+                try:
+                    found.append((*self.resolve(ref), ref.weight))
+                except AdapterNotFoundError as error:
+                    missing[ref.name] = error.args[0]
             if missing:
                 text, *others = missing.values()
                 raise AdapterNotFoundError(_not_found(",".join(missing)) if others else text)
             now = time.time()
-            for registration, _ in found:
+            for registration, _, _ in found:
                 registration.last_used_time = now
-            return self.open([(registration.current, weight) for registration, weight in found])
+            return self.open([(adapter, weight) for _, adapter, weight in found])
 
     def open(self, members: Sequence[tuple[Adapter, float]]) -> Mix:
         """A mix of these generations; ``release`` ends it."""
@@ -398,12 +461,3 @@ class NameTable:
     def _part_with(self, gone: Sequence[Adapter]) -> None:
         for adapter in gone:
             self._on_gone(adapter)
-
-
-def _why_missing(ref: AdapterRef, registration: Registration) -> Text | None:
-    """Why a reference does not resolve; None if it does."""
-    if registration.state != "ACTIVE":
-        return say("BEING_UNLOADED", adapters=ref.name)
-    if ref.generation is not None and ref.generation != registration.current.generation:
-        return other_generation(ref.name, ref.generation, registration.current)
-    return None

@@ -36,7 +36,7 @@ from turret.server.adapters.registry.name_table import (
     NameLocks,
     NameTable,
     Registration,
-    other_generation,
+    generation_of,
 )
 from turret.server.adapters.residency.leases import AdapterMetrics, Leases, NoAdapterMetrics
 from turret.server.adapters.residency.loader import AdapterLoader, lost
@@ -46,7 +46,6 @@ from turret.server.errors import (
     AdapterBusyError,
     AdapterCheckpointError,
     AdapterInUseError,
-    AdapterNotFoundError,
     AdapterPinnedError,
     InvalidRequestError,
     TurretError,
@@ -145,8 +144,9 @@ class Unloads:
         # No request can acquire the adapter now: it is being deleted, and changes of the name wait.
         self._state.remove(name)
         self._table.remove(registration)
-        self._on_gone(registration.current)
-        self._state.discard(registration.current.source)
+        for adapter in registration.named:
+            self._on_gone(adapter)
+            self._state.discard(adapter.source)
 
 
 _log = logging.getLogger(__name__)
@@ -170,6 +170,7 @@ class AdapterRegistry:
         hub: Finds adapters whose paths begin with ``hub:``; None rejects such paths.
         admit: Called with the operators of every adapter that is read; raises if they cannot be
             served.
+        keep_generations: The number of replaced generations of a name that requests may still name.
 
     Attributes:
         on_force_unload: Listeners, called with the uuid of an adapter whose requests must end now.
@@ -191,6 +192,7 @@ class AdapterRegistry:
         allowed: Allowed = NOTHING_SPECIAL,
         hub: AdapterHub | None = None,
         admit: Callable[[AdapterOperators], None] = lambda operators: None,
+        keep_generations: int = 0,
     ) -> None:
         self._state = kept = NoStateDir() if state is None else state
         self._loader = loader = AdapterLoader(
@@ -209,7 +211,13 @@ class AdapterRegistry:
         self._leases = leases = Leases(
             host_bytes, loader.reload, lock=lock, metrics=self._metrics, load_threads=load_threads
         )
-        self._table = table = NameTable(lock, leases, self._metrics, self._on_retired_gone)
+        self._table = table = NameTable(
+            lock,
+            leases,
+            self._metrics,
+            self._on_retired_gone,
+            keep_generations=keep_generations,
+        )
         self.tokenizers = AdapterTokenizers(table, loader)
         self._pins = pins = Pins(table, leases, kept)
         self._installer = Installer(loader, table, leases=leases, state=kept, pins=pins)
@@ -255,11 +263,15 @@ class AdapterRegistry:
         """
         found = self._state.read()
         for saved in found:
-            self._table.add(
-                Registration(
-                    Adapter(saved.name, saved.uuid, saved.generation, saved.source, saved.facts)
-                )
+            current, *kept = (
+                Adapter(saved.name, saved.uuid, each.generation, each.source, each.facts)
+                for each in (saved, *saved.kept)
             )
+            registration = Registration(current)
+            registration.kept = tuple(kept)
+            for adapter in kept:
+                adapter.is_retired = True
+            self._table.add(registration)
         for saved in found:
             if saved.pinned:
                 try:
@@ -409,15 +421,43 @@ class AdapterRegistry:
         with self._lock:
             return registration.record()
 
-    # Lookups
+    def rollback(
+        self, name: str, generation: int | None = None, expected_generation: int | None = None
+    ) -> AdapterInfo:
+        """Makes a kept generation of a name current again, with the number that it had.
 
-    def get(self, name: str) -> AdapterInfo:
-        """A snapshot of one adapter.
+        Requests that hold another generation finish on it. The generation that was current is
+        kept. A pinned adapter stays pinned.
+
+        Args:
+            name: A registered name.
+            generation: The generation; None for the highest kept one below the current one.
+            expected_generation: See ``replace``.
 
         Raises:
-            AdapterNotFoundError: The name is not registered.
+            AdapterNotFoundError: The name is not registered, or the generation is not kept.
+            AdapterGenerationError: The generation is not the expected one.
+            AdapterInUseError: The adapter is being unloaded, or is a component of a fusion.
+            AdapterChangedError: The generation's files have changed.
+            BudgetExceededError, StorageFullError: See ``pin``.
         """
-        return self._record(self._table.find(name))
+        with self._names.only(name):
+            registration = self._table.find(name)
+            self._table.check_generation(name, expected_generation)
+            self._installer.roll_back(registration, generation)
+            return self._record(registration)
+
+    # Lookups
+
+    def get(self, name: str, generation: int | None = None) -> AdapterInfo:
+        """A snapshot of one adapter, with its current generation or the given one.
+
+        Raises:
+            AdapterNotFoundError: The name is not registered, or the generation is not kept.
+        """
+        with self._lock:
+            registration = self._table.find(name)
+            return registration.record(generation_of(registration, generation))
 
     def list(self) -> list[AdapterInfo]:
         """Snapshots of all adapters, by name."""
@@ -427,15 +467,14 @@ class AdapterRegistry:
         """Opens an adapter's files, as they were loaded; close the result.
 
         Raises:
-            AdapterNotFoundError: The name is not registered, or has another generation.
+            AdapterNotFoundError: The name is not registered, or the generation is not kept.
             AdapterChangedError: The files have changed since, or are gone.
         """
         while True:
             registration = self._table.find(name)
             with self._lock:
-                adapter, record = registration.current, registration.record()
-            if generation is not None and generation != adapter.generation:
-                raise AdapterNotFoundError(other_generation(name, generation, adapter))
+                adapter = generation_of(registration, generation)
+                record = registration.record(adapter)
             try:
                 root = self._loader.root_of(adapter.source)
                 return AdapterExport(root, adapter.source, record)
@@ -443,7 +482,7 @@ class AdapterRegistry:
                 # The files of an upload are removed with their generation; look again if it has
                 # gone.
                 with self._lock:
-                    is_same = registration.current is adapter
+                    is_same = adapter in registration.named
                 if is_same and self._table.get(name) is registration:
                     raise lost(name, adapter.source, error) from None
 

@@ -39,15 +39,18 @@ def make(tmp_path: Path) -> Iterator[Registries]:
 
 
 def matches(state: State, expected: State) -> bool:
-    """Whether two states are equal; an empty uuid matches any."""
+    """Whether two states are equal; an empty uuid or digest matches any."""
     return state.keys() == expected.keys() and all(
-        state[name] == entry._replace(uuid=entry.uuid or state[name].uuid)
+        (found := state[name])
+        == entry._replace(uuid=entry.uuid or found.uuid, digest=entry.digest or found.digest)
         for name, entry in expected.items()
     )
 
 
-def after(state: State, operation: Operation, digests: dict[str, str]) -> State:
-    """The state after a complete operation."""
+def after(
+    state: State, operation: Operation, digests: dict[str, str], keep_generations: int = 1
+) -> State:
+    """The state after a complete operation, which keeps one generation or none."""
     kind, name, path, pinned = operation
     state = dict(state)
     if kind == "unload":
@@ -56,9 +59,15 @@ def after(state: State, operation: Operation, digests: dict[str, str]) -> State:
         state[name] = Entry("", 1, digests[path], pinned)
     elif kind in ("pin", "unpin"):
         state[name] = state[name]._replace(pinned=kind == "pin")
+    elif kind == "rollback":
+        old = state[name]
+        # The digest of the kept generation is checked by reading the adapter.
+        state[name] = old._replace(generation=old.kept[-1], digest="", kept=(old.generation,))
     elif state[name].digest != digests[path]:
         old = state[name]
-        state[name] = old._replace(generation=old.generation + 1, digest=digests[path])
+        number = max((old.generation, *old.kept)) + 1
+        kept = (old.generation,)[:keep_generations]
+        state[name] = old._replace(generation=number, digest=digests[path], kept=kept)
     return state
 
 
@@ -106,7 +115,7 @@ def _kill(pid: int, pause: float) -> None:
 
 
 def _state(entries: dict[str, list[Any]]) -> State:
-    return {name: Entry(*values) for name, values in entries.items()}
+    return {name: Entry(*values, tuple(kept)) for name, (*values, kept) in entries.items()}
 
 
 @pytest.fixture
@@ -140,14 +149,20 @@ def test_a_kill_leaves_the_state_before_or_after_each_operation(
             cut["before" if found[0] else "after"] += 1
         assert life.errors == []
         assert life.incoming == 0
-        keys = {f"{entry.uuid}.{entry.generation}" for entry in life.restored.values()}
+        keys = {
+            f"{entry.uuid}.{generation}"
+            for entry in life.restored.values()
+            for generation in (entry.generation, *entry.kept)
+        }
         assert set(life.uploads) <= keys
         allowed = [life.last]
         if life.pending is not None:
             allowed.append(after(life.last, life.pending, digests))
         done.update(life.operations)
     # The kills must have hit every operation; otherwise, the test proves little.
-    assert set(done) == {"load", "upload", "replace", "replace_upload", "pin", "unpin", "unload"}
+    assert set(done) == {
+        *("load", "upload", "replace", "replace_upload", "rollback", "pin", "unpin", "unload")
+    }
     assert cut["before"] >= 10
     assert cut["after"] >= 3
     print(f"\n{sum(done.values())} operations done, {sum(cut.values())} cut short: {dict(cut)}")
@@ -179,35 +194,45 @@ class PowerCut(BaseException):
 
 # A dead process closes no files, but this process continues.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("kind", ["load", "upload", "replace", "replace_upload", "unload", "pin"])
+@pytest.mark.parametrize(
+    ("kind", "keep_generations"),
+    [
+        *[(kind, 0) for kind in ("load", "upload", "replace", "replace_upload", "unload", "pin")],
+        *[(kind, 1) for kind in ("replace_upload", "rollback", "unload")],
+    ],
+)
 def test_every_step_on_the_disk_may_be_the_last(
-    make: Registries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    make: Registries,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    keep_generations: int,
 ) -> None:
     digests = {path: make().load(path, path).facts.digest for path in "ab"}
-    operation = Operation(kind, "x", "b" if "replace" in kind else "a")
     is_new = kind in ("load", "upload")
+    operation = Operation(kind, "x", "a" if keep_generations or is_new else "b")
     outcomes, was_cut = [], True
     for stop_at in range(60):
         state_path = tmp_path / f"{stop_at}"
-        registry = open_registry(make.root, state_path)
-        if not is_new:
-            staged = stage_directory(registry, make.root / "a")
-            registry.upload("x", staged)
+        registry = open_registry(make.root, state_path, keep_generations)
+        for path in "" if is_new else "ab" if keep_generations else "a":
+            staged = stage_directory(registry, make.root / path)
+            registry.upload("x", staged, replace=path == "b")
         before = entries_of(registry)
         was_cut = _cut_after(
             monkeypatch, stop_at, functools.partial(perform, registry, make.root, operation)
         )
         # The end of the process releases the directory's lock.
         registry._state.close()
-        again = open_registry(make.root, state_path)
+        again = open_registry(make.root, state_path, keep_generations)
         again.restore()
         found = entries_of(again)
-        expected = after(before, operation, digests)
+        expected = after(before, operation, digests, keep_generations)
         assert matches(found, before) or matches(found, expected), stop_at
         outcomes.append(matches(found, expected))
-        current = [again._table.find(name).current for name in found]
+        named = [adapter for name in found for adapter in again._table.find(name).named]
         files = {path.name for path in (state_path / "files").iterdir()}
-        assert files == {adapter.key for adapter in current if adapter.source.is_upload}
+        assert files == {adapter.key for adapter in named if adapter.source.is_upload}
         for name in found:
             again.pin(name)
         again.close()

@@ -47,8 +47,8 @@ def make(tmp_path: Path) -> Iterator[Registries]:
 def start(make: Registries, tmp_path: Path) -> Callable[..., AdapterRegistry]:
     """Starts a registry on the test's state directory; close it before the next one."""
 
-    def begin(room: float = 100) -> AdapterRegistry:
-        registry = make(room, state=StateDir(tmp_path / "state", 1 << 20))
+    def begin(room: float = 100, **options: int) -> AdapterRegistry:
+        registry = make(room, state=StateDir(tmp_path / "state", 1 << 20), **options)
         registry.restore()
         return registry
 
@@ -344,7 +344,7 @@ def test_registrations_of_the_first_version_are_read(start: Start, tmp_path: Pat
 @pytest.mark.parametrize(
     "change",
     [
-        lambda fields: fields.update(version=9),
+        lambda fields: fields.update(version=10),
         lambda fields: fields.pop("uuid"),
         lambda fields: fields.update(generation="1"),
         lambda fields: fields.update(pinned=1),
@@ -354,11 +354,15 @@ def test_registrations_of_the_first_version_are_read(start: Start, tmp_path: Pat
         lambda fields: fields["facts"].pop("digest"),
         lambda fields: fields["source"].update(path=None),
         lambda fields: fields.update(source=[]),
+        lambda fields: fields.update(kept=[3]),
+        lambda fields: fields["kept"][0].update(generation="1"),
+        lambda fields: fields["kept"][0].pop("facts"),
     ],
 )
 def test_only_what_was_saved_is_read(start: Start, tmp_path: Path, change: Callable) -> None:
-    registry = start()
+    registry = start(keep_generations=1)
     registry.load("a", "a")
+    registry.replace("a", "b")
     data = (tmp_path / "state" / "adapters" / "a.json").read_bytes()
     assert SavedRegistration.from_json(data).to_json() == data
     fields = json.loads(data)

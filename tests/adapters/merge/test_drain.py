@@ -16,7 +16,7 @@ from servers.engine_harness import EngineHarness, make_request
 
 from turret.server.adapters.merger import MergeState
 from turret.server.basics.work import Cancellation
-from turret.server.errors import UnavailableError
+from turret.server.errors import AdapterMergedError, UnavailableError
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +103,27 @@ async def test_running_requests_finish_first_and_others_wait(server: EngineHarne
     ]
     assert [(await stream.answer).bits for stream in late] == again
     assert again[0][0] != expected[0][0][:4]
+
+
+async def test_what_waits_for_the_merge_of_its_own_adapter_is_refused(
+    server: EngineHarness,
+) -> None:
+    brake = Brake(server)
+    running = [Stream(server, *mix) for mix in ((), ("lora",), ("ia3", "lora"))]
+    for stream in running:
+        await stream.begun.wait()
+    brake.hold()
+    merging = asyncio.ensure_future(merge(server, "lora"))
+    await brake.until_change()
+    late = [Stream(server, *mix, tokens=4) for mix in (("lora",), ("ia3",), ("ia3", "lora"))]
+    await asyncio.to_thread(until, lambda: server.engine._loop.num_waiting == len(late))
+    brake.release()
+    await merging
+    for stream in (*running, late[1]):
+        await stream.answer
+    for stream in (late[0], late[2]):
+        with pytest.raises(AdapterMergedError):
+            await stream.answer
 
 
 async def test_who_gives_up_while_it_drains_changes_nothing(server: EngineHarness) -> None:

@@ -31,6 +31,7 @@ from turret.server.adapters.adapter import AdapterRef
 from turret.server.adapters.merger import MergeState
 from turret.server.basics.work import Cancellation
 from turret.server.errors import (
+    AdapterMergedError,
     AdapterNotFoundError,
     InvalidRequestError,
     MergeActiveError,
@@ -48,7 +49,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 async def server(root: Path) -> AsyncIterator[EngineHarness]:
-    async with start(root) as started:
+    async with start(root, allow_merged_twice=True) as started:
         yield started
 
 
@@ -149,6 +150,26 @@ async def test_a_weight_of_zero_changes_nothing(server: EngineHarness) -> None:
 
 
 # Adapters on the merged base
+
+
+async def test_no_request_applies_a_merged_adapter_twice(root: Path) -> None:
+    async with start(root) as server:
+        plain = (await score(server, "lora", "other")).bits
+        mix = [AdapterRef(name="lora"), AdapterRef(name="dora", weight=0.0)]
+        await asyncio.to_thread(server.merger.merge, mix, "BF16", Cancellation())
+        for names in (("lora",), ("other", "lora")):
+            with pytest.raises(AdapterMergedError) as caught:
+                await score(server, *names)
+            assert says("MERGED_TWICE", adapter="lora")(caught.value)
+        # Members of weight 0 change nothing, neither in the merge nor in the request.
+        await score(server, "dora")
+        await server.run(make_request(PROMPT, AdapterRef(name="lora", weight=0.0), "other"))
+        await asyncio.to_thread(server.registry.replace, "lora", "other")
+        with pytest.raises(AdapterMergedError):
+            await score(server, "lora")
+        await asyncio.to_thread(server.registry.replace, "lora", "lora")
+        await unmerge(server)
+        assert (await score(server, "lora", "other")).bits == plain
 
 
 async def test_only_what_depends_on_the_base_is_read_again(server: EngineHarness) -> None:

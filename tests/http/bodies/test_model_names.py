@@ -42,6 +42,18 @@ async def test_a_model_is_a_mix(model: str, refs: tuple[tuple[str, float], ...])
         assert request.adapters == tuple(AdapterRef(name=n, weight=w) for n, w in refs)
 
 
+async def test_a_model_may_be_a_generation() -> None:
+    async with http_harness() as server:
+        request = await asked(server, model="fake:sql@2+json@7*-0.5")
+        assert request.adapters == (
+            AdapterRef(name="sql", generation=2),
+            AdapterRef(name="json", generation=7, weight=-0.5),
+        )
+        for model in ("sql@", "sql@x", "sql@-1", "@1"):
+            refused = await server.refused(CHAT, {"messages": TURNS, "model": model})
+            assert (refused.status, refused.code) == (404, "model_not_found"), model
+
+
 async def test_adapters_may_be_typed() -> None:
     async with http_harness() as server:
         adapters = [{"name": "sql"}, {"name": "json", "weight": -0.5, "generation": 2}]
@@ -88,6 +100,7 @@ async def test_what_is_wrong_with_a_mix_is_said_of_model() -> None:
         for model, code in (
             ("sql*x", "not_a_weight"),
             ("sql*", "not_a_weight"),
+            ("sql@18446744073709551616", "not_in_range"),
             ("sql*1e1", "not_a_weight"),
             ("a*1*2", "not_a_weight"),
             ("sql+json+sql", "duplicate"),

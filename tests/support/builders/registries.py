@@ -64,10 +64,19 @@ class Registries:
         load: str = "",
         metrics: Metrics | None = None,
         state: StateDir | None = None,
+        keep_generations: int = 0,
     ) -> AdapterRegistry:
         """Create a registry with room for ``room`` small adapters, and load some by letter."""
         host_bytes = int(room * adapter_bytes())
-        registry = AdapterRegistry(self.root, tiny_base(), host_bytes, 64, metrics, state=state)
+        registry = AdapterRegistry(
+            self.root,
+            tiny_base(),
+            host_bytes,
+            64,
+            metrics,
+            state=state,
+            keep_generations=keep_generations,
+        )
         self._made.append(registry)
         for name in load:
             registry.load(name, name)

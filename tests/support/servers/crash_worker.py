@@ -33,6 +33,7 @@ class Entry(NamedTuple):
     generation: int
     digest: str
     pinned: bool
+    kept: tuple[int, ...] = ()
 
 
 class Operation(NamedTuple):
@@ -45,13 +46,14 @@ class Operation(NamedTuple):
 
 
 def entry_of(record: AdapterInfo) -> Entry:
-    return Entry(record.uuid, record.generation, record.facts.digest, record.pinned)
+    kept = record.kept_generations
+    return Entry(record.uuid, record.generation, record.facts.digest, record.pinned, kept)
 
 
-def open_registry(root: Path, state_path: Path) -> AdapterRegistry:
+def open_registry(root: Path, state_path: Path, keep_generations: int = 1) -> AdapterRegistry:
     state = StateDir(state_path, 1 << 20)
     state.bind(_BASE.name, _BASE.digest)
-    return AdapterRegistry(root, _BASE, 1 << 24, 64, state=state)
+    return AdapterRegistry(root, _BASE, 1 << 24, 64, state=state, keep_generations=keep_generations)
 
 
 def choose(draw: random.Random, registry: AdapterRegistry) -> Operation:
@@ -63,6 +65,8 @@ def choose(draw: random.Random, registry: AdapterRegistry) -> Operation:
     kinds = ["replace", "replace_upload", "unpin" if known[name].pinned else "pin"]
     if not known[name].pinned:
         kinds.append("unload")
+    if known[name].kept_generations:
+        return Operation(draw.choice((*kinds, "rollback")), name, path)
     return Operation(draw.choice(kinds), name, path)
 
 
@@ -76,6 +80,9 @@ def perform(registry: AdapterRegistry, root: Path, operation: Operation) -> None
         registry.load(name, path, pinned=pinned)
     elif kind == "replace":
         registry.replace(name, path)
+    elif kind == "rollback":
+        # Also forwards, to a generation with a higher number.
+        registry.rollback(name, registry.get(name).kept_generations[-1])
     else:
         getattr(registry, kind)(name)
 

@@ -117,6 +117,7 @@ class EngineHarness:
         state_dir: Path | None = None,
         chat_template: Path | None = None,
         trusts_templates: bool = False,
+        allow_merged_twice: bool = False,
     ) -> AsyncIterator[EngineHarness]:
         """Build and start an engine, load ``adapters`` (each from the directory of its name).
 
@@ -142,6 +143,7 @@ class EngineHarness:
                 adapter_device_bytes=adapter_device_bytes,
                 state_dir=state_dir,
                 allow_dense_adapters=True,
+                allow_merged_twice=allow_merged_twice,
             ),
             security=SecurityConfig(trust_request_chat_template=trusts_templates),
         )

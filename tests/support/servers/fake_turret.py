@@ -239,6 +239,13 @@ class FakeAdapters(adapters_pb2_grpc.AdaptersServicer):
         adapter.generation += request.path != SAME
         return adapter
 
+    def RollbackAdapter(self, request, context):
+        self.requests.append(request)
+        adapter = self._get(request, context)
+        adapter.kept_generations[:] = [adapter.generation]
+        adapter.generation = request.generation or adapter.generation - 1
+        return adapter
+
     def GetAdapter(self, request, context):
         return self._get(request, context)
 

@@ -278,9 +278,18 @@ class FakeRegistry:
         self.records[name] = replace(loaded, generation=generation)
         return self.records[name]
 
-    def get(self, name: str) -> AdapterInfo:
+    def get(self, name: str, generation: int | None = None) -> AdapterInfo:
         if name not in self.records:
             raise AdapterNotFoundError(f"no adapter {name!r}", metadata={"adapter": name})
+        return self.records[name]
+
+    def rollback(
+        self, name: str, generation: int | None = None, expected_generation: int | None = None
+    ) -> AdapterInfo:
+        before = self.get(name)
+        kept = (before.generation,)
+        number = generation or before.generation - 1
+        self.records[name] = replace(before, generation=number, kept_generations=kept)
         return self.records[name]
 
     def list(self) -> list[AdapterInfo]:

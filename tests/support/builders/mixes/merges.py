@@ -28,9 +28,16 @@ def save_adapters(folder: Path) -> Path:
     return folder
 
 
-def start(root: Path) -> AbstractAsyncContextManager[EngineHarness]:
+def start(
+    root: Path, *, allow_merged_twice: bool = False
+) -> AbstractAsyncContextManager[EngineHarness]:
     """An engine with all of them."""
-    return EngineHarness.start(twin(ARCHITECTURE).folder, root, adapters=NAMES)
+    return EngineHarness.start(
+        twin(ARCHITECTURE).folder,
+        root,
+        adapters=NAMES,
+        allow_merged_twice=allow_merged_twice,
+    )
 
 
 def refs(*names: str) -> list[AdapterRef]:

@@ -1,0 +1,201 @@
+"""Kept generations: who may name them, rollbacks, and what a restart leaves of them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders.registries import Registries, Waiter, refs, resident, stage_directory, until
+from said import says
+
+from turret.server.adapters.adapter import AdapterRef
+from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.state_dir import StateDir
+from turret.server.errors import (
+    AdapterChangedError,
+    AdapterGenerationError,
+    AdapterNotFoundError,
+    StorageFullError,
+)
+
+Start = Callable[..., AdapterRegistry]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Registries]:
+    registries = Registries(tmp_path)
+    yield registries
+    registries.close()
+
+
+@pytest.fixture
+def start(make: Registries, tmp_path: Path) -> Start:
+    """Starts a registry on the test's state directory; close it before the next one."""
+
+    def begin(keep: int = 2, **options: Any) -> AdapterRegistry:
+        state = StateDir(tmp_path / "state", 1 << 20)
+        registry = make(keep_generations=keep, state=state, **options)
+        registry.restore()
+        return registry
+
+    return begin
+
+
+def versions(registry: AdapterRegistry, name: str = "x") -> tuple[int, tuple[int, ...]]:
+    record = registry.get(name)
+    return record.generation, record.kept_generations
+
+
+def digest(registry: AdapterRegistry, generation: int | None = None, name: str = "x") -> str:
+    """The digest of the weights that a request gets, which are read if they are on disk."""
+    mix = registry.acquire([AdapterRef(name=name, generation=generation)])
+    waiter = Waiter(mix)
+    answer = None if waiter.was_resident else waiter.wait()
+    try:
+        if answer is not None and answer.error is not None:
+            raise answer.error
+        assert mix.members[0][0].operators is not None
+        return mix.members[0][0].digest
+    finally:
+        registry.release(mix)
+
+
+def test_the_last_replaced_generations_are_kept(make: Registries) -> None:
+    registry = make(load="abcd", keep_generations=2)
+    gone: list[str] = []
+    registry.on_unloaded = gone.append
+    digests = {path: registry.get(path).facts.digest for path in "abcd"}
+    uuid = registry.load("x", "a").uuid
+    registry.replace("x", "b")
+    registry.replace("x", "c")
+    assert versions(registry) == (3, (1, 2))
+    assert [digest(registry, n) for n in (1, 2, 3, None)] == [digests[p] for p in "abcc"]
+    assert (registry.get("x", 1).generation, registry.get("x", 1).facts.digest) == (1, digests["a"])
+    running = registry.acquire([AdapterRef(name="x", generation=1)])
+    registry.replace("x", "d")
+    assert versions(registry) == (4, (2, 3))
+    with pytest.raises(
+        AdapterNotFoundError, check=says("OTHER_GENERATION", generation=1, current_generation=4)
+    ):
+        digest(registry, 1)
+    assert gone == []
+    registry.release(running)
+    assert gone == [f"{uuid}.1"]
+    registry.unload("x")
+    assert set(gone) == {f"{uuid}.{number}" for number in (1, 2, 3, 4)}
+    assert resident(registry) == "abcd"
+
+
+def test_a_rollback_serves_a_kept_generation_with_its_number(make: Registries) -> None:
+    registry = make(load="ab", keep_generations=1)
+    first, second = (registry.get(path).facts.digest for path in "ab")
+    registry.load("x", "a", pinned=True)
+    registry.replace("x", "b")
+    running = registry.acquire(refs("x"))
+    record = registry.rollback("x", expected_generation=2)
+    assert (record.generation, record.kept_generations, record.pinned) == (1, (2,), True)
+    assert (digest(registry), digest(registry, 2)) == (first, second)
+    assert running.members[0][0].digest == second
+    registry.release(running)
+    with pytest.raises(
+        AdapterNotFoundError, check=says("NO_EARLIER_GENERATION", current_generation=1)
+    ):
+        registry.rollback("x")
+    with pytest.raises(AdapterGenerationError):
+        registry.rollback("x", 2, expected_generation=2)
+    with pytest.raises(AdapterNotFoundError, check=says("OTHER_GENERATION", generation=3)):
+        registry.rollback("x", 3)
+    assert registry.rollback("x", 1).generation == 1
+    assert versions(registry) == (1, (2,))
+    # Forwards, and never a number that other weights had.
+    assert registry.rollback("x", 2).generation == 2
+    registry.rollback("x")
+    assert registry.replace("x", "c").generation == 3
+    assert versions(registry) == (3, (1,))
+
+
+def test_nothing_is_kept_unless_asked_for(make: Registries) -> None:
+    registry = make(load="a")
+    registry.replace("a", "b")
+    assert versions(registry, "a") == (2, ())
+    with pytest.raises(AdapterNotFoundError, check=says("NO_EARLIER_GENERATION")):
+        registry.rollback("a")
+
+
+def test_a_restart_keeps_generations_and_their_files(
+    start: Start, make: Registries, tmp_path: Path
+) -> None:
+    registry = start()
+    for path in "abc":
+        staged = stage_directory(registry, make.root / path)
+        registry.upload("x", staged, replace=path != "a")
+    registry.replace("x", "d")
+    registry.rollback("x", 2)
+    registry.pin("x")
+    expected = [digest(registry, number) for number in (2, 4)]
+    uuid = registry.get("x").uuid
+    until(lambda: not (tmp_path / "state" / "files" / f"{uuid}.1").exists())
+    assert versions(registry) == (2, (3, 4))
+    registry.close()
+    # A restart that keeps fewer drops the others at the next replacement, not before.
+    registry = start(keep=1)
+    assert versions(registry) == (2, (3, 4))
+    assert registry.get("x").pinned
+    assert [digest(registry, number) for number in (2, 4)] == expected
+    assert digest(registry, 3) == make(load="c").get("c").facts.digest
+    assert registry.replace("x", "a").generation == 5
+    assert versions(registry) == (5, (2,))
+    until(lambda: not (tmp_path / "state" / "files" / f"{uuid}.3").exists())
+    assert (tmp_path / "state" / "files" / f"{uuid}.2").is_dir()
+    registry.unpin("x")
+    registry.unload("x")
+    assert list((tmp_path / "state" / "files").iterdir()) == []
+
+
+def test_changed_files_are_found_before_a_rollback_changes_anything(
+    start: Start, make: Registries
+) -> None:
+    registry = start()
+    registry.load("x", "a")
+    registry.replace("x", "b")
+    registry.close()
+    shutil.rmtree(make.root / "a")
+    shutil.copytree(make.root / "c", make.root / "a")
+    registry = start()
+    with pytest.raises(AdapterChangedError):
+        digest(registry, 1)
+    with pytest.raises(AdapterChangedError):
+        registry.rollback("x")
+    assert versions(registry) == (2, (1,))
+    assert digest(registry) == make(load="b").get("b").facts.digest
+
+
+def test_a_rollback_that_cannot_be_saved_changes_nothing(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = start()
+    registry.load("x", "a", pinned=True)
+    registry.replace("x", "b")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise StorageFullError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry._state, "write", fail)
+        with pytest.raises(StorageFullError):
+            registry.rollback("x")
+    assert versions(registry) == (2, (1,))
+    assert registry.rollback("x").pinned
+    assert not registry.get("x", 2).pinned
+
+
+def test_an_export_may_be_of_a_kept_generation(make: Registries) -> None:
+    registry = make(load="a", keep_generations=1)
+    first = registry.get("a").facts.digest
+    registry.replace("a", "b")
+    with registry.export("a", 1) as export:
+        assert (export.record.generation, export.record.facts.digest) == (1, first)
+    registry.unload("a")
