@@ -28,6 +28,7 @@ from turret.server.config import Config
 from turret.server.errors import AdapterExistsError, TurretError
 from turret.server.log import end_bars
 from turret.server.metrics import Metrics
+from turret.server.metrics_aliases import add_aliases
 from turret.server.metrics_server import MetricsServer
 from turret.server.reloading import NOTHING_TO_RELOAD, TokenReloader
 from turret.server.rpc.server import RpcServer
@@ -97,6 +98,7 @@ class App:
     ) -> None:
         self.config = config
         self.metrics = Metrics()
+        add_aliases(self.metrics.registry, config.telemetry.metrics_aliases)
         self.gate = ServingGate()
         self._adapters = Adapters(self.gate)
         self.rpc: RpcServer | None = None

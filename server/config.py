@@ -384,6 +384,15 @@ class LogConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
+class TelemetryConfig:
+    """What is reported in other tools' terms."""
+
+    metrics_aliases: Literal["vllm"] | None = setting(
+        None, "report the metrics that routers read under vLLM's names too (default: none)"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class Config:
     """The whole server, resolved.
 
@@ -399,6 +408,7 @@ class Config:
     security: SecurityConfig = SecurityConfig()
     lifecycle: LifecycleConfig = LifecycleConfig()
     log: LogConfig = LogConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
 
     def __post_init__(self) -> None:
         if self.security.is_complete or self.security.insecure:

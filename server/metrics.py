@@ -28,11 +28,15 @@ MAX_ADAPTER_LABELS = 100
 MAX_LISTED_ADAPTERS = 100
 BASE = "base"
 OTHER = "other"
+# Precedes the label of an adapter whose name is one of these two; names contain no colon.
+PLAIN_NAME = "adapter:"
 
 _CODES = tuple(code.name for code in Code)
 _TIERS = ("disk", "host", "device")
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TOKEN_GAP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+# The buckets that OpenTelemetry recommends for requests of language models, up to eleven minutes.
+_DURATION = tuple(0.01 * 2**n for n in range(17))
 _STEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _STEP_ADAPTERS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -93,6 +97,13 @@ class Metrics:
             "protocol",
             "code",
         )
+        self._duration = histogram(
+            "turret_request_duration_seconds",
+            "The same calls, from receipt to the end of the answer, by method and code.",
+            _DURATION,
+            "method",
+            "code",
+        )
         self._prompt_tokens = counter(
             "turret_prompt_tokens_total", "Prompt tokens of finished requests.", "adapter"
         )
@@ -140,6 +151,12 @@ class Metrics:
         self._kv_blocks = gauge("turret_kv_blocks", "KV cache blocks by state.", "state")
         self._kv_usage = gauge(
             "turret_kv_usage_ratio", "KV cache blocks that requests hold, of all: 0 to 1."
+        )
+        self._kv_cache_info = gauge(
+            "turret_kv_cache_info",
+            "Tokens of a KV cache block, and the number of blocks; the value is 1.",
+            "block_size",
+            "num_blocks",
         )
         self._cuda_graphs_off = gauge(
             "turret_cuda_graphs_off",
@@ -194,9 +211,17 @@ class Metrics:
             for label in self._labels_of(adapter_names):
                 self._requests.labels(label, code).inc()
 
-    def call_finished(self, protocol: str, code: str) -> None:
-        """Count a finished call for its protocol, ``grpc`` or ``http``."""
+    def call_finished(self, protocol: str, method: str, code: str, seconds: float) -> None:
+        """Count a finished call.
+
+        Args:
+            protocol: ``grpc`` or ``http``.
+            method: One of the methods that the server has, never a client's text.
+            code: Its code's name.
+            seconds: From its receipt to the end of its answer.
+        """
         self._calls.labels(protocol, code).inc()
+        self._duration.labels(method, code).observe(seconds)
 
     def tokens(self, adapter_names: Sequence[str], *, prompt: int, generated: int) -> None:
         """Count the tokens of a finished request, for each member of its mix."""
@@ -245,6 +270,10 @@ class Metrics:
             self._kv_blocks.labels(state).set(count)
         self._kv_usage.set(counts.get("used", 0) / max(sum(counts.values()), 1))
 
+    def kv_cache(self, *, block_size: int, num_blocks: int) -> None:
+        """Set the size of the KV cache, once."""
+        self._kv_cache_info.labels(str(block_size), str(num_blocks)).set(1)
+
     def adapters_in_use(self, *, most: int, running: Iterable[str], waiting: Iterable[str]) -> None:
         """Set which adapters requests run on and wait for; one thread calls it.
 
@@ -286,8 +315,7 @@ class Metrics:
         with self._lock:
             if name not in self._labels:
                 own = sum(label != OTHER for label in self._labels.values())
-                # Adapter names contain no colon, so a renamed one collides with nothing.
-                plain = f"adapter:{name}" if name in (BASE, OTHER) else name
+                plain = f"{PLAIN_NAME}{name}" if name in (BASE, OTHER) else name
                 self._labels[name] = plain if own < self._max_adapter_labels else OTHER
             self._move(name, tier)
 

@@ -30,6 +30,7 @@ from turret.server.basics.triton_needs import see_only
 from turret.server.config import Config
 from turret.server.errors import UnavailableError
 from turret.server.metrics import Metrics
+from turret.server.metrics_aliases import add_aliases
 from turret.server.metrics_server import MetricsServer
 from turret.server.reloading import TokenReloader
 from turret.server.rpc.interceptor import CallInterceptor, authorization_of, current_call
@@ -179,6 +180,7 @@ class ReplicaServer:
     ) -> None:
         self._config = config
         self.metrics = Metrics()
+        add_aliases(self.metrics.registry, config.telemetry.metrics_aliases)
         self._gate = ServingGate(self._check_serving)
         self.adapters = Adapters(self._gate)
         self.inference = Inference(self._gate)

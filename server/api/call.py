@@ -166,11 +166,12 @@ class Call:
             release()
         self._at_end.clear()
         names = self.adapters or ()
+        seconds = time.monotonic() - self._started
         if self._is_counted:
             # A call that ended before its adapters were read must not count for the base model.
             if self.adapters is not None:
                 self._metrics.request_finished(names, code.name)
-            self._metrics.call_finished(self.protocol, code.name)
+            self._metrics.call_finished(self.protocol, self.method, code.name, seconds)
             if self.prompt_tokens:
                 self._metrics.tokens(
                     names, prompt=self.prompt_tokens, generated=self.generated_tokens
@@ -191,7 +192,7 @@ class Call:
         logged = {
             "method": self.method,
             "code": code.name,
-            "seconds": round(time.monotonic() - self._started, 3),
+            "seconds": round(seconds, 3),
             # An unregistered name may be any text from the client.
             "adapters": ",".join(n if self._metrics.is_registered(n) else "?" for n in names),
             "prompt_tokens": self.prompt_tokens,

@@ -47,6 +47,7 @@ class EngineMetrics(Protocol):
     def step(self, phase: str, *, seconds: float, num_tokens: int, num_adapters: int) -> None: ...
     def sequences(self, **counts: int) -> None: ...
     def kv_blocks(self, **counts: int) -> None: ...
+    def kv_cache(self, *, block_size: int, num_blocks: int) -> None: ...
     def adapters_in_use(
         self, *, most: int, running: Iterable[str], waiting: Iterable[str]
     ) -> None: ...
@@ -74,6 +75,9 @@ class LoopObserver:
         self._runner = runner
         self._metrics = metrics
         self._listed_at = 0.0
+        blocks = scheduler.blocks
+        # The first block holds padding.
+        metrics.kv_cache(block_size=blocks.block_size, num_blocks=blocks.num_blocks - 1)
         # Publish an idle state before the first step.
         self.state()
 

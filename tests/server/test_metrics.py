@@ -19,6 +19,7 @@ from turret.v1 import adapters_pb2, inference_pb2
 SERIES = {
     "turret_requests_total": {"adapter", "code"},
     "turret_calls_total": {"protocol", "code"},
+    "turret_request_duration_seconds_count": {"method", "code"},
     "turret_prompt_tokens_total": {"adapter"},
     "turret_generated_tokens_total": {"adapter"},
     "turret_time_to_first_token_seconds_count": set(),
@@ -32,6 +33,7 @@ SERIES = {
     "turret_sequences": {"state"},
     "turret_kv_blocks": {"state"},
     "turret_kv_usage_ratio": set(),
+    "turret_kv_cache_info": {"block_size", "num_blocks"},
     "turret_cuda_graphs_off": set(),
     "turret_adapters_info": {"max_lora", "running_lora_adapters", "waiting_lora_adapters"},
     "turret_preemptions_total": set(),
@@ -53,7 +55,7 @@ def exercise(metrics: Metrics) -> None:
     metrics.adapter_registered("sql")
     metrics.adapter_residency("sql", "host")
     metrics.request_finished(["sql"], "OK")
-    metrics.call_finished("grpc", "OK")
+    metrics.call_finished("grpc", "/turret.v1.Inference/Generate", "OK", 0.3)
     metrics.tokens(["sql"], prompt=5, generated=7)
     metrics.queued(0.01)
     metrics.first_token(0.02, ["sql"])
@@ -62,6 +64,7 @@ def exercise(metrics: Metrics) -> None:
     metrics.step("decode", seconds=0.004, num_tokens=8, num_adapters=2)
     metrics.sequences(waiting=1, running=2)
     metrics.kv_blocks(free=3, used=4)
+    metrics.kv_cache(block_size=16, num_blocks=7)
     metrics.adapters_in_use(most=8, running=["sql", "json"], waiting=[])
     metrics.preempted(2)
     metrics.speculation(num_draft=5, num_accepted=3)
@@ -240,6 +243,15 @@ async def test_only_calls_that_name_adapters_are_counted() -> None:
         await server.inference.GetModel(inference_pb2.GetModelRequest())
         await server.adapters.ListAdapters(adapters_pb2.ListAdaptersRequest())
         assert _requests(server.metrics) == {"sql": 2, "base": 1}
+        durations = "turret_request_duration_seconds"
+        for name, count in (
+            ("Generate", 1),
+            ("GenerateStream", 1),
+            ("Score", 1),
+            ("GetModel", None),
+        ):
+            of = {"method": f"/turret.v1.Inference/{name}", "code": "OK"}
+            assert server.sample(f"{durations}_count", **of) == count
         # Two requests of one prompt token each, answered with two tokens each.
         assert server.sample("turret_prompt_tokens_total", adapter="sql") == 2
         assert server.sample("turret_generated_tokens_total", adapter="sql") == 4

@@ -65,6 +65,7 @@ DEFAULTS = {
     "grace_seconds": 30.0,
     "log_format": "text",
     "verbose": False,
+    "metrics_aliases": None,
 }
 TLS = ["--tls-cert", "c", "--tls-key", "k"]
 
