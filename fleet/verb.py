@@ -83,7 +83,7 @@ def serve(args: argparse.Namespace) -> int:
         return EXIT_FAILED
     level = logging.DEBUG if config.log.verbose else logging.INFO
     log.configure(level, log_format=config.log.log_format)
-    introduce(config.log, settings.lines(config, with_defaults=config.log.verbose))
+    introduce(settings, config)
     for folder in removed:
         _log.info("removed what a fleet that was killed had left", extra=log.fields(folder=folder))
     from turret.fleet.serving.serve import run

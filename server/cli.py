@@ -64,7 +64,7 @@ def _serve(args: argparse.Namespace) -> int:
     if hasattr(signal, "SIGUSR1"):
         # SIGUSR1 prints the stacks of a server that hangs, and lets it continue.
         faulthandler.register(signal.SIGUSR1, all_threads=True)
-    introduce(config.log, settings.lines(config, with_defaults=config.log.verbose))
+    introduce(settings, config)
 
     import asyncio
 
@@ -87,11 +87,7 @@ def _config_show(args: argparse.Namespace) -> int:
         return 0
     from turret.clients.verbs.command import print_json
 
-    entries = {
-        key: {"value": value, "origin": origin or "default"}
-        for key, value, origin in settings.entries(config)
-    }
-    print_json(entries)
+    print_json(settings.as_json(config, with_defaults=True))
     return 0
 
 

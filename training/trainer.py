@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from turret.server.basics.settings import about_bytes
 from turret.training.base_model import (
     DTYPES,
     compute_activations_twice,
@@ -212,8 +211,7 @@ class Trainer:
         )
         free = shutil.disk_usage(there).free
         if free < needed:
-            about = {"free": about_bytes(free), "needed": about_bytes(needed)}
-            raise RunError(say("RUN_DISK_FULL", path=there, **about))
+            raise RunError(say("RUN_DISK_FULL", path=there, free=free, needed=needed))
 
     def _say(self, text: str) -> None:
         self._listen({"kind": "phase", "text": text})

@@ -83,7 +83,7 @@ TEXTS = {
     "NOT_A_RUN": "{path} is not a run of turret train: {why}",
     "NO_RUN_FACTS": "{path} is not a run of turret train, because it has no {name}; pass the"
     " directory of run.output",
-    "RUN_DISK_FULL": "the disk of {path} has {free} free, but the run needs {needed}; free some"
+    "RUN_DISK_FULL": "the disk of {path} has {free!b} free, but the run needs {needed!b}; free some"
     " space or choose another --output",
     "LOSS_NOT_FINITE": "the loss of step {step} is {loss}; lower optimizer.learning_rate",
     "WEIGHT_NOT_FINITE": "{name} is not finite in {dtype}; lower optimizer.learning_rate",

@@ -21,8 +21,8 @@ from turret.clients.messages.fields import ArgumentError
 from turret.clients.verbs.flags import (
     DEFAULT_TIMEOUT_SECONDS,
     TOKEN_VARIABLE,
+    add_connection_flags,
     as_typed,
-    connection_parser,
     flag_of,
     unusable,
 )
@@ -59,8 +59,9 @@ def add_verb_parser(
         name,
         help=text,
         description=description or text.capitalize(),
-        parents=[*parents, connection_parser()],
+        parents=parents,
     )
+    add_connection_flags(parser)
     parser.set_defaults(func=func, parser=parser)
     return parser
 

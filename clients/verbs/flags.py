@@ -171,10 +171,13 @@ def generation_parsers() -> list[argparse.ArgumentParser]:
     ]
 
 
-def connection_parser() -> argparse.ArgumentParser:
-    """The flags of every verb, as a parent parser."""
+def add_connection_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of every verb.
+
+    They are not in a parent parser, from which argparse would take the exclusive flags without
+    their group.
+    """
     variable = os.environ.get
-    parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("connection")
     group.add_argument(
         "--address",
@@ -209,7 +212,6 @@ def connection_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help=f"deadline of a call (default: none for streams, else {DEFAULT_TIMEOUT_SECONDS:g})",
     )
-    return parser
 
 
 def unusable(flag: str, path: Path, error: OSError | UnicodeDecodeError) -> Text:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from turret.clients.messages.results import Adapter, Fusion, MergeState, ModuleError
-from turret.words import counted
+from turret.words import about_bytes, counted
 
 # Warn if rounding loses this share of the change or more.
 _LOST = 0.5
@@ -59,7 +59,7 @@ def print_adapters(
             _where(adapter),
             str(adapter.generation),
             str(adapter.in_flight),
-            _bytes(adapter.bytes_disk),
+            about_bytes(adapter.bytes_disk),
         )
         for adapter in adapters
     )
@@ -70,7 +70,7 @@ def print_adapters(
     for adapter in adapters:
         ranks = f" of rank {_ranks(adapter)}" if adapter.ranks else ""
         print(f"{adapter.name}@{adapter.generation}")
-        print(f"  {adapter.method}{ranks}, {_bytes(adapter.bytes_disk)}")
+        print(f"  {adapter.method}{ranks}, {about_bytes(adapter.bytes_disk)}")
         print(f"  {_where(adapter)}, {adapter.in_flight} in use")
 
 
@@ -166,7 +166,7 @@ def print_change(verb: str, adapter: Adapter, before: Adapter | None) -> None:
     ranks = f" of rank {_ranks(adapter)}" if adapter.ranks else ""
     print(
         f"{verb} {adapter.name}@{adapter.generation}: {adapter.method}{ranks},"
-        f" {_bytes(adapter.bytes_disk)}, {_where(adapter)}"
+        f" {about_bytes(adapter.bytes_disk)}, {_where(adapter)}"
     )
     if adapter.chat_template:
         print(f"chat template: {adapter.chat_template}")
@@ -193,8 +193,8 @@ def print_adapter(adapter: Adapter, *, made: str = "uploaded or fused") -> None:
         "labels": _labels(adapter),
         "state": adapter.state.lower(),
         "residency": _where(adapter),
-        "size": f"disk {_bytes(adapter.bytes_disk)}, host {_bytes(adapter.bytes_host)}, "
-        f"device {_bytes(adapter.bytes_device)}",
+        "size": f"disk {about_bytes(adapter.bytes_disk)}, host {about_bytes(adapter.bytes_host)}, "
+        f"device {about_bytes(adapter.bytes_device)}",
         "in flight": str(adapter.in_flight),
         "last used": "never" if used is None else used.isoformat(sep=" ", timespec="seconds"),
         "base model": adapter.base_model,
@@ -294,14 +294,3 @@ def _labels(adapter: Adapter) -> str:
     more = len(adapter.labels) - _MOST_LABELS
     shown = ", ".join(adapter.labels[:_MOST_LABELS])
     return f"{shown} and {more} more (--json has all)" if more > 0 else shown
-
-
-def _bytes(count: int) -> str:
-    """A size in binary units with three digits, as in the web console: ``1.25 MiB``."""
-    size, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    # Format 1010 with three digits, not as 1.01e+03.
-    return f"{size:.0f} {unit}" if size >= 100 else f"{size:.3g} {unit}"

@@ -40,7 +40,6 @@ from turret.server.basics.files import (
     reporting_disk_faults,
     sync_directory,
 )
-from turret.server.basics.settings import about_bytes
 from turret.server.errors import (
     BudgetExceededError,
     InvalidRequestError,
@@ -471,7 +470,7 @@ def check_room_in(path: Path, num_bytes: int, most: int) -> None:
     with reporting_disk_faults():
         free = shutil.disk_usage(path).free
     if num_bytes + MIN_FREE_BYTES > free:
-        shown = {"free": about_bytes(free), "needed": about_bytes(num_bytes + MIN_FREE_BYTES)}
+        shown = {"free_bytes": free, "needed_bytes": num_bytes + MIN_FREE_BYTES}
         raise StorageFullError(say("STATE_DISK_FULL", bytes=num_bytes, **shown))
 
 

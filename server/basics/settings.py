@@ -64,16 +64,6 @@ def parse_byte_size(text: str) -> int:
     )
 
 
-def about_bytes(count: int) -> str:
-    """A readable size with three digits and a binary unit: 707610 → ``691 KiB``."""
-    size, unit = float(count), "bytes"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{size:.0f} {unit}" if size >= 100 or unit == "bytes" else f"{size:.3g} {unit}"
-
-
 def format_byte_size(count: int) -> str:
     """The shortest exact form, a binary one of two: 268435456 → ``256MiB``, 2·10⁹ → ``2GB``."""
     exact = [

@@ -144,6 +144,14 @@ class Settings(Generic[C]):
             if with_defaults or origin
         ]
 
+    def as_json(self, config: C, *, with_defaults: bool = False) -> dict[str, Any]:
+        """The settings with where they come from, for machines."""
+        return {
+            key: {"value": value, "origin": origin or "default"}
+            for key, value, origin in self.entries(config)
+            if with_defaults or origin
+        }
+
 
 def _keys(layer: Layer, table: str) -> Mapping[str, Any]:
     keys = layer.values.get(table)

@@ -18,6 +18,24 @@ _TEXT_ARGUMENTS = ("prompt", "texts")
 _NUMBERS: Mapping[Any, str] = {int: "a whole number", float: "a number"}
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Writes ``[flags]`` in the usage for all optional flags, which the help lists below."""
+
+    def add_usage(
+        self, usage: str | None, actions: Any, groups: Any, prefix: str | None = None
+    ) -> None:
+        needed = {id(each) for group in groups if group.required for each in group._group_actions}
+        shown = [
+            each
+            for each in actions
+            if not each.option_strings or each.required or id(each) in needed
+        ]
+        plain = (argparse._HelpAction, argparse._VersionAction)
+        if usage is None and any(e not in shown and not isinstance(e, plain) for e in actions):
+            self._prog += " [flags]"
+        super().add_usage(usage, shown, groups, prefix)
+
+
 class CommandParser(argparse.ArgumentParser):
     """Suggests the closest flag, verb or choice instead of printing the usage.
 
@@ -32,7 +50,8 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Forbid abbreviated flags, because flags of a later version may make them ambiguous."""
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        own: dict[str, Any] = {"allow_abbrev": False, "formatter_class": _Formatter}
+        super().__init__(*args, **{**own, **kwargs})
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None

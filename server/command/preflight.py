@@ -23,7 +23,7 @@ from turret.server.adapters.checkpoint.adapter_root import AdapterRoot, check_is
 from turret.server.api.access import TokenTable
 from turret.server.basics.files import read_regular, unreadable, unwritable
 from turret.server.basics.names import HUB_SCHEME, closest, closest_path
-from turret.server.basics.settings import Violation, about_bytes, split_address, text_of
+from turret.server.basics.settings import Violation, split_address, text_of
 from turret.server.basics.triton_needs import missing_for_triton
 from turret.server.command.threads import available_cpus
 from turret.server.config import (
@@ -137,7 +137,7 @@ def _memory(config: Config) -> Iterator[Violation]:
     has_cpu_alone = config.model.device == "cpu" or _torch_version().endswith("+cpu")
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if has_cpu_alone and wanted > there:
-        text = say("ABOVE_MEMORY", value=about_bytes(wanted), most=about_bytes(there))
+        text = say("ABOVE_MEMORY", value=wanted, most=there)
         yield Violation("cache.kv_cache_bytes", text)
 
 

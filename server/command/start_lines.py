@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import turret
 
 if TYPE_CHECKING:
-    from turret.server.config import LogConfig
+    from turret.server.command.flags import Settings
 
 _FLAG, _VARIABLE, _JSON = "--log-format", "TURRET_LOG_FORMAT", "json"
 _REFUSED = "cannot start"
@@ -37,17 +37,20 @@ def note(found: Iterable[tuple[str, str]], *, is_json: bool, command: str = "tur
     _say(f"{command}: note", "a setting may be a mistake", found, is_json)
 
 
-def introduce(config: LogConfig, settings: Sequence[str]) -> None:
+def introduce(settings: Settings[Any], config: Any) -> None:
     """Report the version and the settings."""
-    if config.log_format == "text":
-        said = "\n".join([f"turret {turret.__version__}", *settings])
+    with_defaults = config.log.verbose
+    if config.log.log_format == "text":
+        lines = settings.lines(config, with_defaults=with_defaults)
+        said = "\n".join([f"turret {turret.__version__}", *lines])
         print(said, file=sys.stderr, flush=True)
         return
     import logging
 
     from turret.server import log
 
-    fields = log.fields(version=turret.__version__, settings=settings)
+    found = settings.as_json(config, with_defaults=with_defaults)
+    fields = log.fields(version=turret.__version__, settings=found)
     logging.getLogger(__name__).info("starting", extra=fields)
 
 

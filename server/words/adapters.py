@@ -113,15 +113,15 @@ TEXTS: dict[str, str] = {
     "RANK_OVER_LIMIT": "{name} is {rank}, but the server's --max-rank is {max_rank}",
     "RANK_TOO_COSTLY": "LoHa rank {rank} is too large for {modules} modules; convert the adapter"
     " with PEFT's save_as_lora",
-    "OVER_HOST_MEMORY": "adapter {path!q:.200} needs {needed} of host memory, but all adapters"
-    " together may use {budget}; raise --adapter-host-bytes",
-    "PINNED_LEAVE_NO_ROOM": "{adapters} needs {bytes} bytes of host memory, but pinned adapters"
-    " leave {free_bytes}; unpin one or raise --adapter-host-bytes",
-    "NO_ROOM_TO_PIN": "no room in host memory to pin adapter {adapter!q} ({bytes} bytes)",
+    "OVER_HOST_MEMORY": "adapter {path!q:.200} needs {bytes!b} of host memory, but all"
+    " adapters together may use {host_bytes!b}; raise --adapter-host-bytes",
+    "PINNED_LEAVE_NO_ROOM": "{adapters} needs {bytes!b} of host memory, but"
+    " --adapter-host-bytes leaves {free_bytes!b} beside pinned adapters; raise it or unpin one",
+    "NO_ROOM_TO_PIN": "no room in host memory to pin adapter {adapter!q} ({bytes!b})",
     "DENSE_NOT_ALLOWED": "{method} adapter {path!q:.200} has updates as large as the weights that"
-    " they change ({bytes} bytes); start the server with {flag} to serve it",
-    "DENSE_OVER_BUDGET": "{method} adapter {path!q:.200} needs {bytes} bytes of host memory, but"
-    " all adapters together may use {host_bytes}; raise --adapter-host-bytes",
+    " they change ({bytes!b}); start the server with {flag} to serve it",
+    "DENSE_OVER_BUDGET": "{method} adapter {path!q:.200} needs {bytes!b} of host memory, but"
+    " all adapters together may use {host_bytes!b}; raise --adapter-host-bytes",
     # Warnings about an adapter that is served.
     "AMBIGUOUS_PATTERNS": "{field}: {count} patterns match {module!q:.120} ({patterns}); the first"
     " one is used",
@@ -139,7 +139,7 @@ TEXTS: dict[str, str] = {
     " at every load",
     "COMPONENTS_ADAPT_MORE": "its components adapt {count} modules that it does not target; in"
     " these, the base alone is used",
-    "LARGE_UPDATES": "its updates are as large as the weights that they change: {bytes} bytes in"
+    "LARGE_UPDATES": "its updates are as large as the weights that they change: {bytes!b} in"
     " host memory and again on the device",
     "NO_CONV1D": "fan_in_fan_out is true but has no effect on the base model's linear modules",
     # Adapters that others are built from.
@@ -166,8 +166,8 @@ TEXTS: dict[str, str] = {
     "UNEQUAL_MEMBERS": "members have different ranks in {module} ({ranks}); use {other} instead",
     "FUSED_RANK": "the fusion needs rank {rank} in {module}, but the server's --max-rank is"
     " {max_rank}",
-    "MEMBERS_OVER_BUDGET": "the members need {bytes} bytes in fp32, but adapters may use"
-    " {host_bytes}; raise --adapter-host-bytes",
+    "MEMBERS_OVER_BUDGET": "the members need {bytes!b} in fp32, but adapters may use"
+    " {host_bytes!b}; raise --adapter-host-bytes",
     "FUSION_UNDER_WAY": "another fusion is running; try again when it has ended",
     "UNLOADED_WHILE_FUSED": "adapter {adapter!q} was unloaded while it was being fused",
     "EMPTY_MIX": "must name at least one adapter",
@@ -197,9 +197,10 @@ TEXTS: dict[str, str] = {
     "STATE_DIR_REQUIRED": "uploaded and fused adapters need a server with --state-dir",
     "STATE_OF_OTHER_BASE": "--state-dir: {path} contains adapters of base model {found!q}, not of"
     " {base_model!q}; use another directory",
-    "STATE_DISK_FULL": "the disk of --state-dir has {free} free, but {needed} are needed",
-    "UPLOAD_TOO_LARGE": "the files have {bytes} bytes, but the server's --max-upload-bytes is"
-    " {max_upload_bytes}",
+    "STATE_DISK_FULL": "the disk of --state-dir has {free_bytes!b} free, but {needed_bytes!b} are"
+    " needed",
+    "UPLOAD_TOO_LARGE": "the files have {bytes!b}, but the server's --max-upload-bytes is"
+    " {max_upload_bytes!b}",
     "UPLOAD_OVER": "the upload has ended",
     "LONGER_THAN_ANNOUNCED": "has more than the {size} bytes announced",
     "FILES_INTERLEAVE": "starts before {other!q} is complete; send one file after the other",

@@ -80,6 +80,6 @@ TEXTS = {
     " {adapters}",
     "FIRST_PASS_WITH_PREFIX": "{adapter} needs a first pass over the prompt, so it cannot be"
     " combined with soft tokens or a prefix",
-    "MIX_TOO_LARGE": "the adapters of this request need {bytes} bytes of device memory, more than"
-    " the budget of {budget_bytes}",
+    "MIX_TOO_LARGE": "the adapters of this request need {bytes!b} on the device, but"
+    " --adapter-device-bytes allows {budget_bytes!b} for them",
 }

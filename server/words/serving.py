@@ -26,11 +26,11 @@ TEXTS = {
     "TOO_MANY_UPLOADS_OF_TOKEN": "this token has reached its limit of running uploads ({most})",
     "TOO_MANY_COMPILATIONS": "{most} constraints are already being compiled",
     "QUEUE_FULL": "the queue is full; its limit is {max_queued_requests}",
-    "QUEUE_MEMORY_FULL": "requests already take {held} bytes of memory, and with this one they"
-    " would exceed the limit of {max_queued_bytes}",
-    "ANSWERS_NEED_MEMORY": "answers need at least {bytes} bytes of memory; the limit is"
-    " {max_queued_bytes}",
-    "ANSWER_UNREAD": "the client has left more than {max_unread_bytes} bytes of the answer unread",
+    "QUEUE_MEMORY_FULL": "requests already take {held!b} of memory, and with this one they"
+    " would exceed the limit of {max_queued_bytes!b}",
+    "ANSWERS_NEED_MEMORY": "answers need at least {bytes!b} of memory; the limit is"
+    " {max_queued_bytes!b}",
+    "ANSWER_UNREAD": "the client has left more than {max_unread_bytes!b} of the answer unread",
     "TOKEN_FILE_NOT_TEXT": "{path} is not UTF-8 text",
     "TOKEN_FILE_EMPTY": "{path} has no line of the form TOKEN ROLE[,ROLE]",
     "TOKEN_LINE_MALFORMED": "{path}: line {line} is not of the form TOKEN ROLE[,ROLE]",
@@ -40,8 +40,8 @@ TEXTS = {
     # Memory and disks.
     "OUT_OF_MEMORY": "the server is out of memory",
     "DEVICE_MEMORY_SHORT": "the device has too little free memory to run this request",
-    "OVER_DEVICE_MEMORY": "the adapter needs {bytes} bytes of device memory, but at most"
-    " {budget_bytes} are available for it; raise --adapter-device-bytes",
+    "OVER_DEVICE_MEMORY": "the adapter needs {bytes!b} on the device, but"
+    " --adapter-device-bytes allows {budget_bytes!b} for it; raise --adapter-device-bytes",
     "DEVICE_NOT_VISIBLE": "{device} is not among the devices of CUDA_VISIBLE_DEVICES ({visible})",
     "NO_CUDA_DEVICE": "{device} is not available, because torch finds no CUDA device",
     "GPU_TOO_OLD": "this GPU has compute capability {found}, but {least} is required",

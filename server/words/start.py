@@ -19,7 +19,7 @@ TEXTS = {
     "NOT_TOML": "is not valid TOML: {why}",
     "MORE_THREADS_THAN_CPUS": "{value} is more than the number of processors ({cpus}), which makes"
     " the server slower",
-    "ABOVE_MEMORY": "must be at most this machine's memory, {most}, not {value}",
+    "ABOVE_MEMORY": "must be at most this machine's memory, {most!b}, not {value!b}",
     "TORCH_WITHOUT_CUDA": "the installed torch supports only CPUs; `pip install torch` installs one"
     " for NVIDIA GPUs",
     "STATE_DIR_IN_USE": "another server uses {path}; give this one a directory of its own",

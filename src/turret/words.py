@@ -50,13 +50,18 @@ TEXTS = {
 
 
 class _Sentences(Formatter):
-    """``str.format`` with a conversion ``!q``: text in double quotes, escaped to one line."""
+    """``str.format`` with two more conversions.
+
+    ``!q`` is text in double quotes, escaped to one line. ``!b`` is a number of bytes with a unit.
+    """
 
     def convert_field(self, value: Any, conversion: Any) -> Any:
         if conversion == "q":
             text = json.dumps(value, ensure_ascii=False, default=str)
             # JSON leaves some line ends and control characters of Unicode as they are.
             return text if text.isprintable() else json.dumps(value, default=str)
+        if conversion == "b":
+            return about_bytes(value)
         return super().convert_field(value, conversion)
 
 
@@ -99,6 +104,17 @@ def sayer(*catalogues: Mapping[str, str]) -> Callable[..., Text]:
 def counted(count: int, thing: str) -> str:
     """``1 token``, ``2 tokens``; ``thing`` is a noun whose plural takes an s."""
     return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
+def about_bytes(count: int) -> str:
+    """A readable size with three digits and a binary unit: 707610 → ``691 KiB``."""
+    size, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    # Format 1010 with three digits, not as 1.01e+03.
+    return f"{size:.0f} {unit}" if size >= 100 else f"{size:.3g} {unit}"
 
 
 def _scrambled(template: str) -> str:

@@ -392,8 +392,10 @@ def test_a_log_of_json_says_version_and_settings_too(
     monkeypatch.setattr(logging.getLogger("turret"), "handlers", [handler])
     monkeypatch.setattr(logging.getLogger("turret"), "level", logging.INFO)
     config = settings.config()
-    introduce(config.log, settings.lines(config, with_defaults=config.log.verbose))
+    introduce(settings, config)
     said = json.loads(capsys.readouterr().err)
     assert said["version"] == turret.__version__
-    assert "adapters.max_rank = 64  (TURRET_MAX_RANK)" in said["settings"]
-    assert ("model.device = auto  (default)" in said["settings"]) == verbose
+    settings = said["settings"]
+    assert settings["adapters.max_rank"] == {"value": 64, "origin": "TURRET_MAX_RANK"}
+    device = {"value": "auto", "origin": "default"} if verbose else None
+    assert settings.get("model.device") == device

@@ -14,7 +14,6 @@ from turret.server.adapters.adapter import CONFIG_FILE, MAX_CONFIG_BYTES, PROVEN
 from turret.server.adapters.checkpoint.adapter_checkpoint import Findings
 from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory
 from turret.server.basics.files import why_lfs_pointer
-from turret.server.basics.settings import about_bytes
 from turret.server.errors import AdapterCheckpointError, BudgetExceededError
 from turret.server.words import Text, say
 
@@ -255,8 +254,8 @@ def check_fits(path: str, header: SafetensorsHeader, max_elements: int, item_byt
 
 def over_host_memory(path: str, needed: int, budget: int, **more: int) -> BudgetExceededError:
     """The error for an adapter that needs more bytes than all adapters together may have."""
-    shown = {"needed": about_bytes(needed), "budget": about_bytes(budget)}
-    return BudgetExceededError(say("OVER_HOST_MEMORY", path=path, bytes=needed, **shown, **more))
+    text = say("OVER_HOST_MEMORY", path=path, bytes=needed, host_bytes=budget, **more)
+    return BudgetExceededError(text)
 
 
 def _parse(text: bytes, data_bytes: int) -> tuple[TensorEntry, ...]:

@@ -12,13 +12,13 @@ import pytest
 from servers.fakes import finish
 from servers.http_harness import HttpHarness, http_harness
 
-from turret.clients.verbs.tables import _bytes as as_listed
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.api.access import TokenTable
 from turret.server.basics.work import Cancellation
 from turret.server.engine.scheduling.request import Output, Request, TokenLogprob, TopLogprob
 from turret.server.errors import AdapterCheckpointError
 from turret.server.words import say
+from turret.words import about_bytes
 
 pytest.importorskip("selenium")
 
@@ -262,7 +262,7 @@ async def test_an_administrator_loads_pins_and_unloads(
             assert tab.driver.execute_async_script(ask) == "691 KiB"
             for count in (0, 512, 1536, 11_000_000, 1_060_000, 3 << 40):
                 ask = f"import('/console/dom.js').then(dom => arguments[0](dom.bytes({count})))"
-                assert tab.driver.execute_async_script(ask) == as_listed(count)
+                assert tab.driver.execute_async_script(ask) == about_bytes(count)
             assert not tab.find("#load-dialog").is_displayed()
             tab.find("#adapters-rows .acts button").click()
             tab.until(lambda: tab.text("#adapters-rows .pin") == "pinned", "the pin")

@@ -86,7 +86,7 @@ def test_adapters_that_the_host_budget_cannot_hold(tmp_path: Path) -> None:
         (problem,) = found(*flags, str(weights * size - 1), "--dtype", dtype)
         assert says("OVER_HOST_MEMORY", bytes=weights * size)(problem)
     (problem,) = found(*flags, "10")
-    assert says("OVER_HOST_MEMORY", needed="9 KiB", budget="10 bytes")(problem)
+    assert says("OVER_HOST_MEMORY", bytes=9216, host_bytes=10)(problem)
 
 
 def test_adapters_of_another_base_where_that_is_allowed_or_not_certain(tmp_path: Path) -> None:
