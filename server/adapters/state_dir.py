@@ -354,7 +354,7 @@ class StateDir:
                 continue
             try:
                 saved = SavedRegistration.from_json(path.read_bytes())
-                if path.name != f"{saved.name}.json":
+                if path.name != _file_name(saved.name):
                     raise ValueError(f"is the registration of {saved.name!r}")
             except (OSError, ValueError) as error:
                 _log.error("cannot restore", extra=log.fields(file=path, reason=error))
@@ -413,12 +413,12 @@ class StateDir:
             StorageFullError: The disk is full; what was saved before still holds.
         """
         with reporting_disk_faults():
-            replace_file(self._adapters / f"{saved.name}.json", saved.to_json())
+            replace_file(self._adapters / _file_name(saved.name), saved.to_json())
 
     def remove(self, name: str) -> None:
         """Forgets a registration; the caller discards its files."""
         with reporting_disk_faults():
-            remove_file(self._adapters / f"{name}.json")
+            remove_file(self._adapters / _file_name(name))
 
     def stage(self, files: Sequence[UploadedFile]) -> StagedUpload:
         """Makes room for an upload.
@@ -450,6 +450,11 @@ class StateDir:
         """Removes a generation's files if they were uploaded; others belong to the operator."""
         if source.is_upload:
             remove_directory(self.path / source.path)
+
+
+def _file_name(adapter: str) -> str:
+    """The file of an adapter's registration; no name contains a plus."""
+    return f"{adapter.replace('/', '+')}.json"
 
 
 def stage_below(incoming: Path, files: Sequence[UploadedFile]) -> StagedUpload:

@@ -17,8 +17,8 @@ from turret.server.words import Text, say
 
 # Name of the base model over HTTP, whatever its own name.
 BASE = "base"
-# Adapter names that RPCs and --preload accept.
-ADAPTER_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,126}[a-z0-9])?")
+# Adapter names that RPCs and --preload accept. They are compared exactly.
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,126}[A-Za-z0-9])?")
 _SHOWN_CHARS = 40
 
 

@@ -88,6 +88,8 @@ def read_model(model: str, base_name: str) -> tuple[Mix, list[Text]]:
     """
     if model in (BASE, base_name):
         return [], []
+    if model.lower() == base_name.lower():
+        raise _no_model(model, base_name)
     if len(model) > _MOST_MODEL_CHARS:
         return [], [say("TOO_MANY_CHARACTERS", most=_MOST_MODEL_CHARS, found=len(model))]
     if (num_members := model.count("+") + 1) > MAX_MIX_MEMBERS:
@@ -130,11 +132,9 @@ def read_model(model: str, base_name: str) -> tuple[Mix, list[Text]]:
 
 def _no_model(model: str, base_name: str) -> AdapterNotFoundError:
     """The error for a model name of no known form."""
-    lower, shown = model.lower(), model[:_MOST_ECHOED]
-    if lower == base_name.lower():
+    shown = model[:_MOST_ECHOED]
+    if model.lower() == base_name.lower():
         text = say("NO_SUCH_MODEL", model=shown, closest=base_name)
-    elif all(_MEMBER.fullmatch(part.strip()) for part in lower.split("+")):
-        text = say("NO_SUCH_MODEL", model=shown, closest=lower[:_MOST_ECHOED])
     elif not set("=*+@").isdisjoint(model):
         text = say("MODEL_NOT_A_MIX", model=shown, step="sql+json*-0.5")
     else:

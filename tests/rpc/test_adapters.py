@@ -84,8 +84,8 @@ async def test_unload_passes_mode_and_timeout() -> None:
         ("LoadAdapter", Load(name="../x"), {"name", "path"}),
         ("LoadAdapter", Load(name="a" * 129, path="a\0b"), {"name", "path"}),
         ("ReplaceAdapter", pb.ReplaceAdapterRequest(name="Ä"), {"name", "path"}),
-        ("ExportAdapter", pb.ExportAdapterRequest(name="a/b"), {"name"}),
-        ("GetAdapter", pb.GetAdapterRequest(name="UPPER"), {"name"}),
+        ("ExportAdapter", pb.ExportAdapterRequest(name="a/b/"), {"name"}),
+        ("GetAdapter", pb.GetAdapterRequest(name="UPPER-"), {"name"}),
         ("PinAdapter", pb.PinAdapterRequest(), {"name"}),
         (
             "UnloadAdapter",

@@ -405,7 +405,7 @@ class AdapterRegistry:
         """Makes this the only change of the name for now, and counts it as a load."""
         if why := no_adapter_name(name):
             raise InvalidRequestError.of("name", why)
-        if name in (BASE, self.base.name):
+        if name.lower() in (BASE, self.base.name.lower()):
             raise InvalidRequestError.of("name", say("NAME_OF_BASE", value=name))
         start = time.monotonic()
         try:

@@ -115,7 +115,7 @@ def _kill(pid: int, pause: float) -> None:
 
 
 def _state(entries: dict[str, list[Any]]) -> State:
-    return {name: Entry(*values, tuple(kept)) for name, (*values, kept) in entries.items()}
+    return {name: Entry(*(*values, tuple(kept))) for name, (*values, kept) in entries.items()}
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from builders.registries import (
@@ -47,7 +48,7 @@ def make(tmp_path: Path) -> Iterator[Registries]:
 def start(make: Registries, tmp_path: Path) -> Callable[..., AdapterRegistry]:
     """Starts a registry on the test's state directory; close it before the next one."""
 
-    def begin(room: float = 100, **options: int) -> AdapterRegistry:
+    def begin(room: float = 100, **options: Any) -> AdapterRegistry:
         registry = make(room, state=StateDir(tmp_path / "state", 1 << 20), **options)
         registry.restore()
         return registry
@@ -67,19 +68,19 @@ def test_a_restart_keeps_everything_but_residency(start: Start, make: Registries
     registry.load("a", "a")
     registry.load("b", "b", pinned=True)
     registry.load("gone", "c")
-    registry.upload("up", stage_directory(registry, make.root / "c"))
+    registry.upload("Org/Up.v1/A", stage_directory(registry, make.root / "c"))
     registry.replace("a", "d")
     registry.unload("gone")
     before = registry.list()
     registry.close()
     registry = start()
     after = registry.list()
-    assert [r.name for r in after] == ["a", "b", "up"]
+    assert [r.name for r in after] == ["Org/Up.v1/A", "a", "b"]
     for old, new in zip(before, after, strict=True):
         bytes_host = old.bytes_host if new.name == "b" else 0
         residency = "host" if new.name == "b" else "disk"
         assert new == dataclasses.replace(old, bytes_host=bytes_host, residency=residency)
-    for name in ("a", "b", "up"):
+    for name in ("a", "b", "Org/Up.v1/A"):
         waiter = Waiter(registry.acquire(refs([name])))
         assert waiter.was_resident or waiter.wait().error is None
     assert registry.host_bytes_used == 3 * adapter_bytes()

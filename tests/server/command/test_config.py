@@ -156,7 +156,7 @@ def test_no_byte_sizes(text: str) -> None:
         ),
         (["--preload", "noequals"], "adapters.preload", "NOT_NAME_PATH"),
         (["--preload", "a=b"], "adapters.preload.a", "NEEDS_FIELD"),
-        (["--adapter-root", "r", "--preload", "A=b"], "adapters.preload", "NOT_AN_ADAPTER_NAME"),
+        (["--adapter-root", "r", "--preload", "a+=b"], "adapters.preload", "NOT_AN_ADAPTER_NAME"),
         (
             ["--adapter-root", "r", "--preload", "a=b", "--preload", "a=c"],
             "adapters.preload",

@@ -41,7 +41,7 @@ class Place:
 
 
 def posts() -> list[Route]:
-    """Every endpoint that takes a body."""
+    """Every endpoint that takes a JSON body."""
     made = routes(
         Inference(ServingGate()),
         Adapters(ServingGate()),
@@ -49,7 +49,7 @@ def posts() -> list[Route]:
         failures=Failures(),
         has_admin=True,
     )
-    return [route for route in made if route.method == "POST"]
+    return [route for route in made if route.body is not None]
 
 
 def places() -> list[Place]:
