@@ -240,6 +240,6 @@ async def test_only_calls_that_name_adapters_are_counted() -> None:
         await server.inference.GetModel(inference_pb2.GetModelRequest())
         await server.adapters.ListAdapters(adapters_pb2.ListAdaptersRequest())
         assert _requests(server.metrics) == {"sql": 2, "base": 1}
-        # Two requests of one prompt token each, answered with two tokens each.
+        # Two requests with one prompt token each, and answers of two tokens each.
         assert server.sample("turret_prompt_tokens_total", adapter="sql") == 2
         assert server.sample("turret_generated_tokens_total", adapter="sql") == 4
