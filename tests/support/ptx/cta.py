@@ -113,7 +113,7 @@ class Cta:
         return value[self._warps * 32 + lane]
 
     def reduce_warps(self, value: Value, mask: Value, name: str, signed: bool) -> Value:
-        """``redux.sync`` of all lanes: sum, minimum or maximum of each warp, in all of its threads."""
+        """``redux.sync`` of all lanes: sum, minimum or maximum of each warp, in its threads."""
         if np.any(np.asarray(mask) != 0xFFFFFFFF):
             raise NotImplementedError("redux of some lanes of a warp")
         lanes = np.broadcast_to(value, self.tid.shape).reshape(-1, 32)

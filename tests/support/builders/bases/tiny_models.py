@@ -366,7 +366,7 @@ def served_weights(model: Path | None, dtype: torch.dtype) -> dict[str, torch.Te
 
 
 def load_oracle(model: Path | None, weights: dict[str, torch.Tensor]) -> Any:
-    """The fp32 model of transformers for a directory (or the embedded one) with the served weights."""
+    """The fp32 model of a directory (or the embedded one) with the served weights."""
     if model is None:
         config = AutoConfig.from_pretrained(resolve_model(None, default_cache_dir()).files)
         oracle = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
