@@ -17,6 +17,7 @@ from start_problems import parse, read
 from turret.server.basics.settings import SettingsError, is_listed, is_path, is_switch
 from turret.server.cli import build_parser, main
 from turret.server.command.flags import settings, unknown_variables, variable_of
+from turret.server.words import say as server_say
 from turret.training.words import say
 
 
@@ -65,7 +66,7 @@ def test_wrong_input_ends_before_torch(tmp_path: Path) -> None:
     ("adapter", "flags", "said"),
     [
         ("empty", (), say("NOT_PEFT_FOLDER", path="{}/empty", file="adapter_config.json")),
-        ("damaged", (), 'adapter "{}/damaged"'),
+        ("damaged", (), server_say("ADAPTER_UNUSABLE", path="{}/damaged", found="")),
         ("psoft", (), say("NEEDS_BASE", method="PSOFT")),
         ("psoft", ("--base", "/no/such"), f"--base: {say('BASE_NOT_FOUND', path='/no/such')}"),
         ("psoft", ("--base", "{}/empty"), "--base: {}/empty "),
