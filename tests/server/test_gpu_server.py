@@ -58,7 +58,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "vera": ("vera", {"target_modules": ["v_proj", "o_proj"]}),
     "head": ("lora", {"target_modules": ["v_proj", "lm_head", "embed_tokens"]}),
     "tokens": ("lora", {"target_modules": ["q_proj"], "trainable_token_indices": [*range(90)]}),
-    # It acts from the second token of the first prompt on, and not at all on the next one.
+    # This aLoRA acts from the second token of the first prompt on, and never on the next prompt.
     "alora": ("alora", {"alora_invocation_tokens": prompt_of(2, 0)[1:]}),
     "prefix": ("prefix_tuning", FEW),
     "prompt": ("prompt_tuning", FEW),

@@ -198,7 +198,7 @@ def test_more_clusters_than_outputs_are_told(
 
     edit_tensors(tmp_path / "a", add_empty_ones)
     assert convert(tmp_path) == 1
-    # One line for all clusters follows the progress.
+    # A single line for all clusters follows the progress.
     doing, said = capsys.readouterr().err.splitlines()
     assert doing.startswith("convert: ")
     assert "q_proj" in said

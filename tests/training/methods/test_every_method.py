@@ -257,7 +257,7 @@ def test_a_rank_is_checked_before_the_base_is_quantised(
 # Limits above a server's 128, for down_proj, 192 → 128, and other modules of the tiny llama.
 OVER = [
     ("miss", "down_proj", 160, 160),
-    # One block of 2 · 96 inputs.
+    # The rotation has one block of 2 · 96 inputs.
     ("oft", "down_proj", 96, 192),
     # PEFT rounds 2 · 50 to the nearest divisor: 96 for 192, and 128 for 128.
     ("oft", "all-linear", 50, 128),
