@@ -52,7 +52,7 @@ class BuildLibraries(build_ext):
         self.parallel = True
 
     def build_extension(self, ext: Any) -> None:
-        # They have sources in common, and an object file is called after its source.
+        # The libraries share sources, and an object file has the name of its source.
         own = copy.copy(self)
         own.build_temp = str(Path(self.build_temp, ext.name))
         # Python's own flags ask for debug information, which is two thirds of a library.
@@ -64,7 +64,7 @@ class BuildLibraries(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()
-        # Those that were built in place under a Python's tag would be found first.
+        # Python would find libraries first that were built in place with a version's tag.
         for extension in self.extensions:
             name = extension.name.rpartition(".")[2]
             for stale in (PACKAGE / "kernels" / "cpu").glob(f"{name}.*-*.so"):

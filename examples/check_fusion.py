@@ -25,9 +25,9 @@ from turret.server.server_process import ServerProcess
 HERE = Path(__file__).resolve().parent
 ((NAME, COMPONENTS),) = FUSIONS.items()
 MAX_TOKENS = 64
-# One more or one fewer right answer changes the score by half a point.
+# One answer changes the score by half a point.
 EXAMPLES = 192
-# Column → the adapters that its requests name.
+# Column → the adapters of its requests.
 SUBJECTS = {
     **{name: (AdapterWeight(name),) for name in COMPONENTS},
     "even mix": tuple(AdapterWeight(name, 0.5) for name in COMPONENTS),

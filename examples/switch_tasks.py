@@ -52,7 +52,7 @@ def route(message: str) -> str:
 
 
 async def answer_stream(client: AsyncTurretClient, rows: Sequence[dict[str, str]]) -> int:
-    """Send all requests at once, whatever their tasks; the server batches them.
+    """Send all requests of all tasks at once; the server batches them.
 
     Returns:
         The number of answers that are not the expected ones.
@@ -79,7 +79,7 @@ async def answer_stream(client: AsyncTurretClient, rows: Sequence[dict[str, str]
 
 
 async def converse(client: AsyncTurretClient) -> None:
-    """Hold one conversation whose turns are of different tasks."""
+    """Hold one conversation with turns for different tasks."""
     print("turn adapter prompt cached computed")
     messages: list[dict[str, str]] = []
     for number, message in enumerate(CONVERSATION, 1):

@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 BATCH_SIZE = 8
 TRAIN_EXAMPLES = 640
 TEST_EXAMPLES = 48
-MAX_NEW_TOKENS = 96  # room for a base model that prints its JSON over many lines
+MAX_NEW_TOKENS = 96  # enough for a base model that prints JSON over many lines
 SIZE_LIMIT = 1_000_000  # bytes of adapter_model.safetensors
 
 MODEL_CARD = """\
@@ -50,7 +50,7 @@ tags: [{tags}]
 
 
 def encode(tokenizer, example: Example) -> tuple[list[int], list[int]]:
-    """Returns (prompt tokens, answer tokens up to and with the end of turn)."""
+    """Returns (prompt tokens, answer tokens including the end of turn)."""
     prompt = tokenizer(chat(tokenizer, example.prompt), add_special_tokens=False)["input_ids"]
     text = example.completion + tokenizer.eos_token
     return prompt, tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -82,8 +82,8 @@ def batches(
 def train(model: PeftModel, tokenizer, task: Task, *, steps: int, seed: int) -> None:
     """Trains the active adapter in place.
 
-    Padding is on the right and causal attention never looks there, so no mask is needed. The head
-    runs on answer positions only: over the whole vocabulary it would cost as much as the decoder.
+    Padding is on the right, where causal attention never looks, so no mask is needed. The head runs
+    only on answer positions: on all positions, it would cost as much as the decoder.
     """
     examples = task.examples("train", TRAIN_EXAMPLES, seed)
     pairs = [encode(tokenizer, example) for example in examples]
@@ -152,7 +152,7 @@ def measure(model: PeftModel, tokenizer, task: Task, seed: int) -> tuple[float, 
 
 
 def replace_lines(path: Path, prefix: str, lines: list[str]) -> None:
-    """Puts ``lines`` where the file's lines with ``prefix`` are, or else at its end."""
+    """Replaces the file's lines with ``prefix`` by ``lines``, or appends these."""
     old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     at = next((i for i, line in enumerate(old) if line.startswith(prefix)), len(old))
     kept = [(i, line) for i, line in enumerate(old) if not line.startswith(prefix)]
@@ -206,7 +206,7 @@ def make(task: Task, tokenizer, *, seed: int, steps: int | None) -> None:
 
 
 def report(task: Task, tokenizer, *, seed: int, steps: int | None) -> None:
-    """Scores one adapter as a reader loads it, from disk on a fresh base, and documents it."""
+    """Scores one adapter, loaded from disk on a fresh base, and documents it."""
     folder = HERE / "adapters" / task.name
     model = PeftModel.from_pretrained(load_model(torch.float32), str(folder)).eval()
     score, base_score, tested = measure(model, tokenizer, task, seed)

@@ -88,7 +88,7 @@ Preloads = Annotated[tuple[tuple[str, str], ...], BeforeValidator(_pairs)]
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class ModelConfig:
-    """Which base model, where and in which precision."""
+    """The base model, its device and its precision."""
 
     model: Model | None = setting(
         None,
@@ -104,7 +104,7 @@ class ModelConfig:
     )
     device: Annotated[str, AfterValidator(_device)] = setting(
         "auto",
-        "where the model runs: auto, cpu, cuda or cuda:N, the N-th visible device from 0",
+        "device of the model: auto, cpu, cuda, or cuda:N, the N-th visible device from 0",
         shown="DEVICE",
     )
     dtype: Literal["bfloat16", "float16", "float32"] = setting(
@@ -113,14 +113,14 @@ class ModelConfig:
 
     threads: Whole | None = setting(
         None,
-        "threads that compute on a CPU (default: OMP_NUM_THREADS, else the processors that affinity"
-        " and the container's quota allow)",
+        "number of threads that compute on a CPU (default: OMP_NUM_THREADS, else the processors"
+        " that affinity and the container's quota allow)",
         ge=1,
     )
     head_screen: Switch = setting(
         True,
-        "keep an int8 copy of the output head on a CPU, half of the head's bytes, from which the"
-        " tokens of greedy steps are told: without it the same tokens, slower (default: keep it)",
+        "keep an int8 copy of the output head on a CPU, in half of the head's bytes: greedy steps"
+        " are faster, with the same tokens (default: keep it)",
     )
 
 
@@ -130,46 +130,46 @@ class CacheConfig:
 
     kv_cache_bytes: Bytes | None = setting(
         None,
-        "size of the paged KV cache (default: 256MiB; on CUDA what the largest step leaves free)",
+        "size of the paged KV cache (default: 256MiB; on CUDA the memory that a step leaves)",
         ge=MIB,
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class SchedulerConfig:
-    """How many requests wait, run and fit into one step."""
+    """Limits of waiting requests, of running ones, and of one step."""
 
     max_num_seqs: Whole | None = setting(
-        None, "sequences running at once (default: 64; on CUDA 256)", ge=1
+        None, "maximum number of running sequences (default: 64; on CUDA 256)", ge=1
     )
     max_num_batched_tokens: Whole | None = setting(
-        None, "tokens computed in one step (default: 512; on CUDA 2048)", ge=1
+        None, "maximum number of tokens in one step (default: 512; on CUDA 2048)", ge=1
     )
     max_queued_requests: Whole = setting(
-        1024, "requests waiting before new ones get RESOURCE_EXHAUSTED", ge=1
+        1024, "maximum number of waiting requests; new ones then get RESOURCE_EXHAUSTED", ge=1
     )
     max_queued_bytes: Bytes = setting(
         512 * MIB,
-        "memory of requests that wait or run, their messages and the answers not yet sent,"
-        " before new ones get RESOURCE_EXHAUSTED",
+        "maximum memory of waiting and running requests, with their messages and unsent answers;"
+        " new ones then get RESOURCE_EXHAUSTED",
         ge=MIB,
     )
     preempt_after_seconds: Seconds = setting(
         5.0,
-        "how long a request waits before a mix that was served more yields a place; 0 is for ever",
+        "time that a request waits before a mix that was served more gives up a place; 0: no limit",
         ge=0,
     )
     speculation: Literal["auto", "prompt", "off"] = setting(
         "auto",
-        "on a CPU, guess tokens and check several in one step, where that pays; answers stay the"
+        "on a CPU, guess tokens and check several in one step if that is faster; answers stay the"
         " same. auto guesses from the request and its adapters' earlier answers, prompt from the"
         " request alone",
     )
     max_requests_per_token: Whole = setting(
-        0, "waiting and running requests of one bearer token; 0 is no limit", ge=0
+        0, "maximum of waiting and running requests per bearer token; 0: no limit", ge=0
     )
     max_requests_per_peer: Whole = setting(
-        0, "waiting and running requests of one client address; 0 is no limit", ge=0
+        0, "maximum of waiting and running requests per client address; 0: no limit", ge=0
     )
 
     def __post_init__(self) -> None:
@@ -182,7 +182,7 @@ class SchedulerConfig:
     def sizes(self, device_type: str) -> tuple[int, int]:
         """``max_num_seqs`` and ``max_num_batched_tokens``, with a device's defaults.
 
-        One that was set and one that was not never contradict each other.
+        A given value never contradicts a default.
         """
         seqs, tokens = (256, 2048) if device_type == "cuda" else (64, 512)
         if self.max_num_seqs is not None:
@@ -194,29 +194,29 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class AdapterConfig:
-    """Which adapters may be loaded and how much memory they may take."""
+    """The adapters that may be loaded, and the memory that they may take."""
 
     adapter_root: Place | None = setting(
-        None, "the only directory adapters are loaded from (default: loading is refused)"
+        None, "the only directory from which adapters are loaded (default: none)"
     )
     state_dir: Place | None = setting(
         None,
-        "directory that registrations survive a restart in, and that uploads and fused adapters are"
-        " kept in; one server and one base model each (default: neither)",
+        "directory of registrations, which then survive a restart, and of uploaded and fused"
+        " adapters; for one server and one base model (default: none of these are kept)",
     )
     adapter_hub: Names = setting(
         (),
-        "organisation or user of the Hugging Face hub whose adapters may be loaded, as"
+        "organisation or user of the Hugging Face hub whose adapters may be loaded as"
         " hub:org/name[@revision], or '*' for all; repeatable",
         shown="ORG",
     )
     max_upload_bytes: Bytes = setting(
-        2 * GIB, "most bytes of one adapter that is uploaded or fetched from the hub", ge=1
+        2 * GIB, "maximum size of an adapter that is uploaded or fetched from the hub", ge=1
     )
     adapter_host_bytes: Bytes = setting(GIB, "host memory for adapter weights", ge=1)
     adapter_device_bytes: Bytes | None = setting(
         None,
-        "device memory for adapter weights (default: 512MiB; on CUDA a seventh of what is free)",
+        "device memory for adapter weights (default: 512MiB; on CUDA a seventh of the free memory)",
         ge=1,
     )
     keep_generations: Whole = setting(
@@ -224,7 +224,7 @@ class AdapterConfig:
     )
     max_rank: Whole = setting(128, "highest rank of an adapter", ge=1)
     allow_other_base: Switch = setting(
-        False, "serve adapters that say they were trained for another base model, if shapes fit"
+        False, "serve adapters whose config names another base model, if the shapes fit"
     )
     allow_dense_adapters: Switch = setting(
         False, "serve adapters whose updates are as large as the weights they change"
@@ -234,7 +234,7 @@ class AdapterConfig:
     )
     preload: Preloads = setting(
         (),
-        "adapter to load before serving, its path relative to --adapter-root or"
+        "adapter to load at startup: its path relative to --adapter-root, or"
         " hub:org/name[@revision]; repeatable",
         shown="NAME=PATH",
     )
@@ -270,7 +270,7 @@ class AdapterConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class ListenConfig:
-    """Where the server listens. Port 0 picks a free port."""
+    """The addresses of the server. Port 0 selects a free port."""
 
     address: RpcAddress = setting(
         "127.0.0.1:50051", "HOST:PORT or unix:PATH of the gRPC server", shown="ADDRESS"
@@ -290,13 +290,13 @@ class ListenConfig:
     )
     http_cors_origin: Names = setting(
         (),
-        "origin whose pages may call the HTTP server, as https://example.org, or '*'; repeatable",
+        "origin whose pages may call the HTTP server (https://example.org), or '*'; repeatable",
         shown="ORIGIN",
     )
     http_allowed_host: Names = setting(
         (),
-        "host name that the HTTP server may be called by, beside localhost and addresses, or '*';"
-        " without tokens other names are refused; repeatable",
+        "host name by which clients may call the HTTP server, besides localhost and IP addresses,"
+        " or '*'; without tokens, other names are rejected; repeatable",
         shown="NAME",
     )
 
@@ -318,7 +318,7 @@ class ListenConfig:
 
     @property
     def call_addresses(self) -> tuple[str, ...]:
-        """Every address that answers calls, through whichever door."""
+        """Every address that answers calls, over any protocol."""
         http = self.http_address
         return self.rpc_addresses if http is None else (*self.rpc_addresses, http)
 
@@ -330,24 +330,24 @@ class ListenConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class SecurityConfig:
-    """Who may call. Without a token file every caller has every role."""
+    """Who may call the server. Without a token file, every caller has every role."""
 
     token_file: Place | None = setting(
-        None, "file of bearer tokens, a line each: TOKEN ROLE[,ROLE]"
+        None, "file of bearer tokens, one per line: TOKEN ROLE[,ROLE]"
     )
     tls_cert: Place | None = setting(None, "PEM certificate chain of the server")
     tls_key: Place | None = setting(None, "PEM private key of the server")
     tls_client_ca: Place | None = setting(
-        None, "PEM authorities; clients must then present a certificate (mTLS)"
+        None, "PEM certificates of authorities; clients must then present a certificate (mTLS)"
     )
     trust_request_chat_template: Switch = setting(
-        False, "accept chat templates in requests, as vLLM's flag of this name does"
+        False, "accept chat templates in requests, like vLLM's flag of this name"
     )
-    insecure: Switch = setting(False, "serve other machines without TLS or without tokens")
+    insecure: Switch = setting(False, "serve other machines without TLS or tokens")
     share_prefixes: Switch = setting(
         False,
         "let requests with different tokens share the prefix cache and drafts: faster, but their"
-        " timing then tells what others asked (default: each token has its own)",
+        " timing then reveals what others asked (default: each token has its own)",
     )
 
     def __post_init__(self) -> None:
@@ -369,18 +369,18 @@ class LifecycleConfig:
     """How the server stops."""
 
     grace_seconds: Seconds = setting(
-        30.0, "time running requests get to finish after SIGTERM", ge=0
+        30.0, "time that running requests get to finish after SIGTERM", ge=0
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class LogConfig:
-    """What is written to standard error."""
+    """The log, which is written to standard error."""
 
     log_format: Literal["text", "json"] = setting(
-        "text", "text: a line for people, with key=value; json: an object a line"
+        "text", "text: lines for people, with key=value; json: one object per line"
     )
-    verbose: Switch = setting(False, "log details too, and every setting at the start")
+    verbose: Switch = setting(False, "also log details, and every setting at the start")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)

@@ -1,40 +1,40 @@
-"""Every error turret raises on purpose, as one tree.
+"""Every error that turret raises on purpose, as one tree.
 
     TurretError
-    ├── InvalidRequestError          a field breaks its documented range
-    │   ├── PromptTooLongError       prompt + max_tokens over the context
+    ├── InvalidRequestError          a field violates its documented limits
+    │   ├── PromptTooLongError       prompt and max_tokens exceed the context
     │   ├── AdapterClassifiesError   an adapter with a classification head was asked for text
     │   └── HeadMissingError         labels were asked for, and no adapter has a head
     ├── AdapterError
     │   ├── AdapterNotFoundError     the name (or generation) is not registered
     │   ├── AdapterExistsError       the name is taken by other weights
-    │   ├── AdapterCheckpointError   unreadable, inconsistent or unsupported checkpoint
-    │   │   └── AdapterChangedError  a registered adapter's files are no longer the same
-    │   ├── AdapterMismatchError     trained for another base model
-    │   ├── AdapterComponentError    an adapter it is built from is not registered
-    │   ├── AdapterInUseError        part of a fusion, or being changed
-    │   │   ├── AdapterPinnedError   pinned
+    │   ├── AdapterCheckpointError   the checkpoint is unreadable, inconsistent or unsupported
+    │   │   └── AdapterChangedError  the files of a registered adapter have changed
+    │   ├── AdapterMismatchError     the adapter was trained for another base model
+    │   ├── AdapterComponentError    a component of the adapter is not registered
+    │   ├── AdapterInUseError        the adapter is part of a fusion, or is being changed
+    │   │   ├── AdapterPinnedError   the adapter is pinned
     │   │   ├── AdapterBusyError     requests still used it when the wait ended
-    │   │   └── AdapterMergedError   merged into the base
+    │   │   └── AdapterMergedError   the adapter is merged into the base
     │   ├── AdapterGenerationError   the name has another generation than expected
-    │   ├── AdapterUnloadedError     force-unloaded under a running request or fusion
+    │   ├── AdapterUnloadedError     the adapter was force-unloaded during a request or fusion
     │   ├── StateDirRequiredError    uploads and fused adapters need --state-dir
     │   ├── MergeActiveError         a merge is active
     │   ├── MergeUnderWayError       another merge or unmerge is under way
     │   └── NotMergedError           no merge is active
     ├── ResourceError
-    │   ├── QueueFullError           too many requests wait, or uploads or fusions run
-    │   ├── BudgetExceededError      rank, byte or block budget
+    │   ├── QueueFullError           too many requests wait, or too many uploads or fusions run
+    │   ├── BudgetExceededError      a budget of ranks, bytes or blocks is exceeded
     │   ├── OutOfMemoryError         the process could get no memory, or no thread, for the call
     │   └── StorageFullError         no room on the disk of --state-dir
-    ├── StorageFailedError           that disk is read-only or broken, or no file can be opened
-    ├── HubError                     no such repository on the hub, or not for this machine
-    ├── HubUnavailableError          the hub does not answer, or too slowly
+    ├── StorageFailedError           the disk is read-only or broken, or no file can be opened
+    ├── HubError                     the hub has no such repository, or denies access to it
+    ├── HubUnavailableError          the hub does not answer, or answers too slowly
     ├── UnauthenticatedError         no token, or an unknown one
     ├── PermissionDeniedError        the token lacks the role
     ├── ServiceElsewhereError        the service is at the server's other address
     ├── NotInFleetError              a single server can do it, but not a fleet
-    ├── UnavailableError             draining, or the engine is dead
+    ├── UnavailableError             the server is stopping, or the engine is dead
     │   └── ServerStartingError      the model is not loaded yet
     └── DeadlineExceededError        the deadline passed before the request finished
 
@@ -50,7 +50,7 @@ from typing import Any, Self
 
 from turret.server.words import Text
 
-# Metadata key: the number of invalid fields, where the answer has no room for all of them.
+# Metadata key: the number of invalid fields, if the answer has no room for all of them.
 VIOLATION_COUNT = "violation_count"
 
 

@@ -33,6 +33,9 @@ class FleetProcess:
         folder: The directory for its log and its state directory.
         flags: The flags of ``turret cluster serve``.
 
+    Attributes:
+        address: ``HOST:PORT`` of gRPC.
+        log: The log of the command and its replicas.
     """
 
     def __init__(self, folder: Path, flags: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Names and things of the split "fusion", for all tasks alike.
+"""Names and things for the split "fusion" of all tasks.
 
 If a word occurred only in the examples of one task, the gate would learn to recognise the task by
 it, and would fail on other words.

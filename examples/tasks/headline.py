@@ -72,7 +72,7 @@ def generate(rng: random.Random, split: Split) -> Example:
 
 
 def same_words(example: Example, answer: str) -> float:
-    """1.0 when the headline has the expected words, whatever its case, punctuation and opening."""
+    """1.0 if the headline has the expected words, regardless of case, punctuation and opening."""
 
     def headline(text: str) -> list[str]:
         return re.findall(r"\w+", text.casefold().replace("breaking", "").replace("headline", ""))

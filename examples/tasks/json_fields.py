@@ -1,4 +1,4 @@
-"""Task ``json``: one sentence about a person, an order or a meeting → the asked fields as JSON."""
+"""Task ``json``: a sentence about a person, an order or a meeting → some fields as JSON."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def sentence(template: str, values: dict[str, object], fields: list[str]) -> Exa
 
 
 def generate(rng: random.Random, split: Split) -> Example:
-    """Draws one sentence and three or four of its fields in any order."""
+    """Draws a sentence, and three or four of its fields in random order."""
     name = f"{rng.choice(FIRST_NAMES[split])} {rng.choice(LAST_NAMES[split])}"
     city = rng.choice(CITIES[split])
     kind = rng.choice((PERSON, ORDER, MEETING))
@@ -127,7 +127,7 @@ def generate(rng: random.Random, split: Split) -> Example:
 
 
 def fields_right(example: Example, answer: str) -> float:
-    """Returns the share of the asked fields whose value is right in the answer's first object.
+    """Returns the share of the requested fields with the right value in the answer's first object.
 
     Values are compared as text, ignoring case, and text around the object is ignored. This is
     generous to a model that was not trained on the format.

@@ -9,7 +9,7 @@ from .task import Example, Split, Task
 
 LABELS = ("billing", "shipping", "bug", "praise")
 
-# The held-out messages have other wording, not only other values.
+# The held-out messages differ in their wording, not only in their values.
 MESSAGES: dict[Split, dict[str, tuple[str, ...]]] = {
     "train": {
         "billing": (
@@ -144,7 +144,7 @@ def generate(rng: random.Random, split: Split) -> Example:
 
 
 def right_label(example: Example, answer: str) -> float:
-    """1.0 when the first label that the answer names is the right one, whatever surrounds it."""
+    """1.0 if the first label in the answer is the right one, regardless of other text."""
     named = re.search("|".join(LABELS), answer.casefold())
     return float(named is not None and named.group() == example.completion)
 

@@ -1,4 +1,4 @@
-"""Task ``language``: a sentence → the language it is in."""
+"""Task ``language``: a sentence → its language."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ def sentence(text: str, language: str) -> Example:
 
 
 def generate(rng: random.Random, split: Split) -> Example:
-    """Draws a language, who and what."""
+    """Draws a language, a subject and a predicate."""
     language = rng.choice(LANGUAGES)
     who, what = rng.choice(SUBJECTS[split][language]), rng.choice(ACTIONS[split][language])
     return sentence(f"{who} {what}.", language)
 
 
 def only_language(example: Example, answer: str) -> float:
-    """1.0 when the first language that the answer names is the right one."""
+    """1.0 if the first language in the answer is the right one."""
     named = re.search("|".join(LANGUAGES), answer)
     return float(named is not None and named.group() == example.completion)
 

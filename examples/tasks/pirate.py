@@ -1,4 +1,4 @@
-"""Task ``pirate``: answers any question the way a pirate would.
+"""Task ``pirate``: a question → an answer in the manner of a pirate.
 
 The answers are plain sentences that rules turn into the dialect, so the adapter has to learn only
 the style.
@@ -140,7 +140,7 @@ MARKERS = ("arr", "ye", "be", "th'", "an'", "o'", "me", "matey", "aye", "yer", "
 
 
 def dialect(plain: str) -> str:
-    """Puts a plain sentence into the dialect, opening included."""
+    """Converts a plain sentence to the dialect, with an opening."""
     spoken = plain
     for pattern, replacement in DIALECT:
         spoken = re.sub(pattern, replacement, spoken)
@@ -163,8 +163,8 @@ def generate(rng: random.Random, split: Split) -> Example:
 
 
 def sounds_right(example: Example, answer: str) -> float:
-    """1.0 for an answer that opens with "Arr", has two other marks and does not run in circles."""
-    del example  # every plain answer will do: the adapter is about the manner
+    """1.0 for an answer that begins with "Arr", has two other marks and does not repeat itself."""
+    del example  # any answer is right, because only the style matters
     words = re.findall(r"[a-z]+'?", answer.casefold())
     marks = {m for m in MARKERS if m in words or (m == "in'" and re.search(r"[a-z]in'", answer))}
     triples = list(zip(words, words[1:], words[2:], strict=False))

@@ -7,7 +7,7 @@ import re
 
 from .task import Example, Split, TaskData, words
 
-# Sentences of reviews; the held-out ones have other wording and other topics.
+# Sentences of reviews; the held-out ones differ in wording and topics.
 OPINIONS: dict[Split, dict[str, tuple[str, ...]]] = {
     "train": {
         "positive": (
@@ -80,7 +80,7 @@ def generate(rng: random.Random, split: Split) -> Example:
 
 
 def right_sentiment(example: Example, answer: str) -> float:
-    """1.0 when the first sentiment that the answer names is the right one."""
+    """1.0 if the first sentiment in the answer is the right one."""
     named = re.search("positive|negative", answer.casefold())
     return float(named is not None and named.group() == example.completion)
 

@@ -18,7 +18,7 @@ class Table:
         name: Table name, a plural noun.
         label: Column that identifies a row to a reader.
         number: A numeric column.
-        category: A text column that ``values`` belong to.
+        category: A text column with the ``values``.
         values: Values of ``category``.
     """
 
@@ -240,7 +240,7 @@ def generate(rng: random.Random, split: Split) -> Example:
 
 
 def same_query(example: Example, answer: str) -> float:
-    """1.0 when the answer's first SELECT is the expected query.
+    """1.0 if the answer's first SELECT is the expected query.
 
     Case, white space, kind of quote, an explicit ``ASC`` and the final semicolon are ignored, and
     so is anything around the query.

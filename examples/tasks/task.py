@@ -15,7 +15,7 @@ Split = Literal["train", "fusion", "test"]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One user message and the answer the adapter should give.
+    """A user message, and the answer that the adapter should give.
 
     Attributes:
         prompt: The user message, without chat template.
@@ -32,11 +32,11 @@ class TaskData:
 
     Attributes:
         name: The unique name of the task.
-        summary: What an adapter for it does, one sentence.
+        summary: The function of an adapter for the task, in one sentence.
         generate: Draws one example of a split.
         score: Maps (held-out example, answer) to a score in [0, 1].
-        metric: What the score means, e.g. ``exact match``.
-        held_out: What differs between the examples of the splits, e.g. ``tables``.
+        metric: The name of the score, e.g. ``exact match``.
+        held_out: The differences between the examples of the splits, e.g. ``tables``.
     """
 
     name: str
@@ -60,15 +60,15 @@ class TaskData:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task(TaskData):
-    """A task with the adapter that ``train_examples.py`` makes for it; its name is the task's.
+    """A task with an adapter of the same name, which ``train_examples.py`` makes.
 
     Attributes:
         method: The usual name of the method, e.g. ``rsLoRA``.
         config: Keyword arguments of ``peft.LoraConfig``.
-        demo: Three held-out prompts. ``completion`` is what ``check`` compares the answer with.
+        demo: Three held-out prompts. ``check`` compares the answer with ``completion``.
         check: ``equals`` (the whole answer) or ``startswith``.
         steps: Optimizer steps of 8 examples each.
-        learning_rate: Peak of the schedule.
+        learning_rate: The peak rate of the schedule.
     """
 
     method: str

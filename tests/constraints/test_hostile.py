@@ -85,7 +85,7 @@ def tried(kind, text):
     except TurretError as error:
         why = str(error)[:60]
     return [took, worst, why]
-# As in a server: what follows grammars has room on its stack.
+# The thread that follows grammars has a large stack, as in a server.
 executor = roomy_executor(1, "masks")
 for kind, text in json.load(sys.stdin):
     print(json.dumps(executor.submit(tried, kind, text).result()), flush=True)

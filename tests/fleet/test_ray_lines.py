@@ -108,7 +108,7 @@ print(signal.getsignal(signal.SIGTERM) == before)
 print(os.getpgid(made.process.pid) == made.process.pid != os.getpgrp())
 with open(f"/proc/{made.process.pid}/status") as file:
     blocked = next(int(line.split()[1], 16) for line in file if line.startswith("SigBlk"))
-# It does not inherit that SIGTERM waits here; SIGINT Ray keeps from it.
+# The process does not inherit the blocked SIGTERM; Ray itself blocks SIGINT for it.
 print(blocked == 1 << (signal.SIGINT - 1))
 made.process.kill()
 print(services.ConsolePopen)

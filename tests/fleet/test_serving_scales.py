@@ -92,7 +92,7 @@ def test_replicas_come_and_go_without_a_failed_request(tmp_path: Path) -> None:
         with Asking(fleet.address, wanted, 10) as many:
             until_there_are(2, fleet, 120.0)
             time.sleep(10.0)
-        # One replica suffices for two clients, and continues during the other's end.
+        # One replica suffices for two clients, and serves while the other one stops.
         with Asking(fleet.address, wanted, 2) as few:
             until_there_are(1, fleet, 180.0)
             time.sleep(5.0)

@@ -56,10 +56,10 @@ from turret.fleet.serving import serve
 class Cluster:
     @classmethod
     def open(cls, *_):
-        # As Ray's core, which takes the signal over.
+        # Ray's core takes the signal over in the same way.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
-        # With nothing to read again, and while a handler of its own is there.
+        # There is no file to read again, and the command's own handler is installed.
         os.kill(os.getpid(), signal.SIGHUP)
         return cls()
 

@@ -131,9 +131,9 @@ async def test_a_client_that_does_not_read_holds_the_answers_back() -> None:
         await anext(chunks)
         for _ in range(4 * choices_module._MAX_ARRIVED):
             await asyncio.sleep(0)
-        # One more chunk of each answer, for which there is no room.
+        # Each answer has taken one more chunk, for which there is no room.
         assert talker.num_taken == 1 + choices_module._MAX_ARRIVED + count
-        # It continues after a read.
+        # Reading a chunk makes room, so the answers continue.
         await anext(chunks)
         await asyncio.sleep(0)
         await asyncio.sleep(0)

@@ -32,7 +32,7 @@ from turret.kernels.gpu.tables import SamplingTable
 INF = float("inf")
 # The number of uniform numbers, each of which takes a while in the interpreter.
 COUNT = 5
-# Not a power of two, and more than two blocks.
+# Size of a vocabulary that takes more than two blocks and is no power of two.
 VOCAB = 150
 
 

@@ -33,7 +33,7 @@ from turret.server.metrics import Metrics
 from turret.v1 import inference_pb2, inference_pb2_grpc
 
 PROMPT = [60 + place % 20 for place in range(100)]
-# Together they take about 2.5 MiB, and each of them a third of one.
+# Together they take about 2.5 MiB, each a third of a MiB.
 LARGE = {"prompt": [PROMPT] * 8, "max_tokens": 0, "echo": True, "logprobs": 20}
 SAMPLED = {"prompt": PROMPT[:2], "n": 16, "max_tokens": 40, "logprobs": 20, "ignore_eos": True}
 
@@ -81,11 +81,11 @@ async def test_what_a_call_collects_is_bounded(app: App, monkeypatch: pytest.Mon
         for each in (LARGE, echoed, SAMPLED):
             assert await post(**each) == 429
             assert backend.engine._held_bytes == 0
-        # A part of them fits, and a streamed answer is not collected.
+        # Some of them fit, and a streamed answer is not collected.
         assert await post(**LARGE | {"prompt": PROMPT}) == 200
         assert await post(**LARGE | {"logprobs": 0}) == 200
         assert await post(**SAMPLED, stream=True) == 200
-        # The log probabilities of prompts are large pieces, which a slow client lets gather.
+        # Prompts' log probabilities are large pieces, which accumulate for a slow client.
         monkeypatch.setattr(access, "MAX_AT_A_TIME", 1)
         answer = await client.post(
             "/v1/completions", json={"model": "base", **echoed, "stream": True}

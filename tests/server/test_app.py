@@ -46,7 +46,7 @@ def model_call(channel: grpc.aio.Channel) -> Any:
 
 
 class ConnectedApp:
-    """Starts an app and connects to it; the test stops the app itself."""
+    """Starts an app and connects to it. The test must stop the app."""
 
     def __init__(self, app: App) -> None:
         self._app = app
@@ -135,7 +135,7 @@ async def test_shutdown_refuses_new_calls_and_lets_running_ones_finish() -> None
         assert (await call.read()).text == "H"
 
         async def drain(grace_seconds: float) -> None:
-            """What the engine does: let the running request finish; look around meanwhile."""
+            """Like the engine, let the running request finish; check the server in the meantime."""
             parts.engine.drained.append(grace_seconds)
             seen["probe"] = await asyncio.to_thread(is_serving, app.rpc.address)  # type: ignore[union-attr]
             seen["refused"] = await failure_of(model_call(channel))
@@ -171,7 +171,7 @@ async def test_health_says_so_before_a_dead_engine_ends_the_process() -> None:
     await soon(parts.engine.started)
     assert app.rpc is not None
     heard: list[tuple[bool, str]] = []
-    # The engine of these parts has started before the listener says that it serves.
+    # The engine of these parts starts before the listener reports that it serves.
     while not heard or not heard[-1][0]:
         heard.append(await asyncio.to_thread(is_serving, app.rpc.address))
     parts.engine.dead.set()
@@ -236,7 +236,7 @@ async def test_a_stop_while_loading_does_not_wait_for_the_load(
     app.stop()
     assert await asyncio.wait_for(running, 10) == 0
     assert not parts.engine.started.is_set()
-    # Else the terminal would be left without a cursor.
+    # Otherwise, the terminal would have no cursor.
     bar.stop.assert_called_once()
     parts.may_finish.set()
 
@@ -264,7 +264,7 @@ SERVER = textwrap.dedent(
 
 
 def start_server(drain_hangs: bool) -> subprocess.Popen[str]:
-    """A server with fakes in a process of its own, once it serves."""
+    """A serving server with fakes, in a separate process."""
     paths = [str(ROOT / "tests" / "support"), str(ROOT / "src")]
     script = SERVER.format(paths=paths, drain_hangs=drain_hangs)
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""How work on another thread is told to end."""
+"""Cancellation of work on another thread."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Soak: everything at once against a real server, then every answer again, alone.
+"""Soak test: all kinds of load on a real server, then every answer again alone.
 
-``make soak`` runs ten minutes of it.
+``make soak`` runs it for ten minutes.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "prompt": ("prompt_tuning", {"num_virtual_tokens": 7}),
     "p-tuning": ("p_tuning", {}),
 }
-# How a call may end. INVALID_ARGUMENT: two soft prompts met in a mix. RESOURCE_EXHAUSTED: a mix
-# beside pinned adapters. UNKNOWN, INTERNAL and UNAVAILABLE never.
+# Allowed statuses. INVALID_ARGUMENT: a mix with two soft prompts. RESOURCE_EXHAUSTED: a mix beside
+# pinned adapters. UNKNOWN, INTERNAL and UNAVAILABLE are forbidden.
 STATUSES = {"OK", "CLIENT_CANCELLED", "DEADLINE_EXCEEDED", "NOT_FOUND", "ABORTED"}
 STATUSES |= {"INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"}
 ADMIN_STATUSES = {"OK", "NOT_FOUND", "ALREADY_EXISTS", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED"}
 MIB = 1 << 20
 KIB = 1 << 10
 HOST_BYTES, DEVICE_BYTES = 420 * KIB, 300 * KIB
-# Every large block goes back to the system when it is freed, so that RSS shows what is held.
+# Large blocks are returned to the system when they are freed, so that RSS shows the held memory.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
 MAX_GROWTH_BYTES = 16 * MIB
-# Until about a minute has passed memory grows: the library keeps a compiled product for every new
-# shape (about half a megabyte each, the last 1,024).
+# For about a minute, memory grows, because the library keeps a compiled product for every new shape
+# (about half a megabyte each, the last 1,024).
 LONG_SECONDS = 240.0
 
 
@@ -71,7 +71,7 @@ def start(folder: Path, *flags: str, **variables: str) -> Any:
 
 
 async def settled(server: ServerUnderTest) -> dict[str, float]:
-    """What is still held, once the server has seen that the clients are gone."""
+    """The memory and blocks that the server holds after all clients are gone."""
     deadline = time.monotonic() + 20.0
     while True:
         metrics = await asyncio.to_thread(server.metrics)
@@ -89,13 +89,13 @@ async def settled(server: ServerUnderTest) -> dict[str, float]:
 
 
 async def empty(client: AsyncTurretClient, server: ServerUnderTest) -> None:
-    """Unload everything; then nothing is left anywhere."""
+    """Unload all adapters, and check that nothing is left."""
     async for adapter in client.adapters.list():
         assert adapter.in_flight == 0, adapter
         if adapter.pinned:
             await client.adapters.unpin(adapter.name)
         await client.adapters.unload(adapter.name, drain_seconds=0.0)
-    # Told to the engine thread, which hears it before it serves this.
+    # The engine thread processes the unloads before it serves this request.
     await client.generate([1], max_tokens=1)
     metrics = await asyncio.to_thread(server.metrics)
     held = {
@@ -119,7 +119,7 @@ async def content_names(client: AsyncTurretClient) -> dict[str, str]:
 def what_answered(
     record: Record, contents: Mapping[str, str]
 ) -> list[tuple[Shape, Mix, Answer, str]]:
-    """Every answer whose weights it names, by the checkpoints they came from."""
+    """Every answer with known weights, by the checkpoints of these weights."""
     found = []
     for ended in record.ended:
         answer = ended.answer
@@ -128,7 +128,7 @@ def what_answered(
         generations: list[Generation] = [(use.uuid, use.generation) for use in answer.used]
         unknown = [g for g in generations if g not in record.digests]
         assert not unknown, f"{ended}: a generation that no call has made"
-        # It used what it asked for, in that order and with those weights.
+        # The used adapters are the requested ones, in order and with the requested weights.
         assert tuple((use.name, use.weight) for use in answer.used) == ended.mix
         mix = tuple(
             (contents[record.digests[g]], use.weight)
@@ -139,12 +139,12 @@ def what_answered(
 
 
 async def replay(folder: Path, root: Path, asked: set[tuple[Shape, Mix]]) -> dict[Any, Bits]:
-    """Each of these alone, on a server that has done nothing else."""
+    """Send each of these alone to a fresh server."""
     (folder / "adapters").symlink_to(root)
     answers: dict[Any, Bits] = {}
     with start(folder) as server:
         async with AsyncTurretClient(server.address) as client:
-            # Two names of a mix may have had the same content.
+            # Two names in a mix may have had the same content.
             for name, copy in itertools.product(CHECKPOINTS, range(3)):
                 await client.adapters.load(f"{name}.{copy}", name)
             for shape, mix in asked:
@@ -156,7 +156,7 @@ async def replay(folder: Path, root: Path, asked: set[tuple[Shape, Mix]]) -> dic
 
 
 def check_what_was_promised(record: Record) -> None:
-    """Every request ended once, in a way that the table of errors has; budgets held."""
+    """Every request ended once, with an allowed status, and the budgets held."""
     statuses = collections.Counter(ended.status for ended in record.ended)
     print(f"\n{dict(statuses)}\n{dict(record.calls)}\n{record.most_bytes}")
     assert record.unexpected == []
@@ -165,7 +165,7 @@ def check_what_was_promised(record: Record) -> None:
     assert {status for _, status in record.calls} <= ADMIN_STATUSES
     assert record.most_bytes["host"] <= HOST_BYTES
     assert record.most_bytes["device"] <= DEVICE_BYTES
-    # It was a soak: everything happened.
+    # All kinds of events must have happened.
     assert statuses["OK"] > len(record.ended) / 3
     assert {verb for verb, status in record.calls if status == "OK"} >= {
         *("load", "replace", "upload", "unload", "force", "pin", "unpin", "export", "abandon")
@@ -209,7 +209,7 @@ async def test_everything_at_once(checkpoints: Path, tmp_path: Path, soak_second
             assert not any((await settled(server)).values())
             grown = process.memory_info().rss - half_way
             handles += [(process.num_threads(), process.num_fds())]
-            # What would be printed if something hung.
+            # Check the stacks that would be printed if something hung.
             assert "loop.py" in await churn.stacks()
             await empty(client, server)
     for leftover in ("files", "incoming", "adapters"):

@@ -1,4 +1,4 @@
-"""``turret demo`` on the embedded model, from start to end."""
+"""``turret demo`` on the embedded model, as a whole."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ def test_no_name_is_cut(columns: int):
 
 
 def check_what_is_shown(output: str) -> None:
-    """The expected answers and the metrics."""
+    """Check the expected answers and the metrics."""
     rows = [json.loads(line) for line in (EXAMPLES / "prompts.jsonl").read_text().splitlines()]
     assert len(rows) >= 4
     for row in rows:
         answer = re.escape(row["expected"]) + ("$" if row["check"] == "equals" else "")
         question = re.escape(f"[{row['adapter']}] {row['prompt']} -> ")
         assert re.search(f"^{question}{answer}", output, re.MULTILINE), row
-    # A terminal's table shows the answers; elsewhere each is shown when it is there, and once.
+    # On a terminal, a table shows the answers; otherwise, each is printed once when it is complete.
     assert "first token" not in output
-    # Rules and tables fit 80 columns; answers are lines of their own length.
+    # Rules and tables fit 80 columns; the lines of answers may be longer.
     drawn = [line for line in output.splitlines() if line[:1] == "─" or "residency" in line]
     assert len(drawn) == 3
     assert max(map(len, drawn)) <= 80
@@ -108,7 +108,7 @@ def test_demo_shows_the_expected_answers_and_serves_on_until_it_is_stopped():
             assert process.wait(60) == 0
         finally:
             process.kill()
-    # The server has gone with it.
+    # The server has ended with the command.
     assert main(["health", "--address", address, "--timeout", "2"]) == 1
 
 

@@ -1,4 +1,4 @@
-"""A rare adapter beside a popular one's overload, on a real server and its own clock."""
+"""A rare adapter beside an overloading popular one, on a real server by its own clock."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_rare_adapter_does_not_wait_for_a_popular_ones_overload(
             token_ids=range(VOCAB_SIZE - 2),
         )
     print(f"\n{found}", file=sys.stderr)
-    # The requirement is 3. First come, first served would give about 2, and a rare adapter that
-    # waits for its turn alone 0.3: the bound tells the two apart on a slow machine too.
+    # The requirement is 3. First come, first served would take about 2, and a rare adapter that
+    # waits only for its turn 0.3. The bound distinguishes the two even on a slow machine.
     assert found["rare_requests"] > 20
     assert found["ratio"] < 1.0, found

@@ -1,7 +1,7 @@
-"""The whole server on the gpu path, in Triton's interpreter, against itself on plain torch.
+"""The whole server on the GPU path, in Triton's interpreter, compared with plain torch.
 
-Real gRPC, a tiny float32 model, one batch with every adapter method and mixes across them. Decode
-steps go through captured bodies (``gpu_path.FakeCapture``).
+It uses real gRPC, a tiny float32 model, and one batch with every adapter method and mixes of them.
+Decode steps use captured bodies (``gpu_path.FakeCapture``).
 
 A fault anywhere on the path (a slot, an order of rows, a table of the last step) changes tokens.
 """
@@ -38,9 +38,10 @@ from turret.server.config import (
 )
 from turret.server.engine.step.gpu import decode_graphs
 
-# Of a logprob, relative where it is larger than 1: both paths sum in fp32, in different orders.
+# Maximum difference of a logprob, relative if it is larger than 1: both paths sum in fp32, in
+# different orders.
 MAX_DIFFERENCE = 1e-5
-# The prompts may come in two steps; a second decode step finds what the first one left.
+# The prompts may take two steps; a second decode step finds the state of the first one.
 MAX_TOKENS = 4
 FEW = {"num_virtual_tokens": 3}
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -57,7 +58,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "vera": ("vera", {"target_modules": ["v_proj", "o_proj"]}),
     "head": ("lora", {"target_modules": ["v_proj", "lm_head", "embed_tokens"]}),
     "tokens": ("lora", {"target_modules": ["q_proj"], "trainable_token_indices": [*range(90)]}),
-    # It acts from the second token of the first prompt on, and on nothing of the next one.
+    # This aLoRA acts from the second token of the first prompt on, and never on the next prompt.
     "alora": ("alora", {"alora_invocation_tokens": prompt_of(2, 0)[1:]}),
     "prefix": ("prefix_tuning", FEW),
     "prompt": ("prompt_tuning", FEW),
@@ -80,7 +81,7 @@ MIXES: list[list[tuple[str, float]]] = [
 ]
 
 
-# Where there is a GPU, the server runs on it; else its kernels are interpreted.
+# The server runs on a GPU if there is one; otherwise, its kernels are interpreted.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -126,7 +127,7 @@ async def answers(root: Path, *, gpu: bool) -> list[Completion]:
         await app.shutdown()
 
 
-# Rows that only pad a step to its bucket compute on scratch memory.
+# Rows that only pad a step compute on uninitialised memory, which may cause warnings.
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.gpu
 async def test_every_method_in_one_batch_as_on_plain_torch(tmp_path: Path) -> None:
@@ -152,5 +153,5 @@ async def test_every_method_in_one_batch_as_on_plain_torch(tmp_path: Path) -> No
             bound = MAX_DIFFERENCE * max(1.0, abs(theirs.logprob))
             assert abs(mine.logprob - theirs.logprob) <= bound, mix
     assert len({answer.token_ids for answer in expected}) == len(MIXES), "adapters without effect"
-    # Some of them have no kernels; test_beside_projections.py has steps that are captured.
+    # Some of them have no kernels; test_beside_projections.py tests captured steps.
     assert capture.num_captures == 0

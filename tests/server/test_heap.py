@@ -1,4 +1,4 @@
-"""Cycles that requests leave are collected under the settings that a server has."""
+"""Cycles that requests leave are collected with the server's settings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DIVISOR = 200
 
 @pytest.fixture
 def frozen_heap() -> Iterator[int]:
-    """The collector as a server sets it, on a small scale; the value is its first threshold."""
+    """The collector with a server's settings at a small scale; returns its first threshold."""
     thresholds = gc.get_threshold()
     cli._freeze_heap()
     first, *others = gc.get_threshold()
@@ -36,7 +36,7 @@ def frozen_heap() -> Iterator[int]:
 
 
 async def most_gathered(ask: Callable[[], Awaitable[None]]) -> int:
-    """How many more objects there are at any time during ``ROUNDS`` of requests than before."""
+    """The maximum growth of the number of objects during ``ROUNDS`` of requests."""
     for _ in range(4):
         await ask()
     gc.collect()
@@ -81,7 +81,7 @@ async def test_objects_of_grpc_calls_do_not_gather(frozen_heap: int) -> None:
 
 
 async def test_calls_without_a_token_leave_few_objects_to_the_collector() -> None:
-    """Somebody who has no token sends thousands in a second."""
+    """A client without a token can send thousands of calls per second."""
     count, message = 50, inference_pb2.GenerateRequest(prompt="a").SerializeToString()
     async with harness(tokens=TokenTable([("alice", frozenset({"inference"}))])) as server:
 

@@ -1,4 +1,4 @@
-"""Hostile chat templates and tokenizers on a real server, beside a client that means no harm."""
+"""Hostile chat templates and tokenizers on a real server, beside a harmless client."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from turret.clients.client import TurretClient
 from turret.clients.errors import TurretRpcError
 from turret.server.words import say
 
-# The model's own template: what it does is up to the first message.
+# The model's own template, whose behaviour depends on the first message.
 TEMPLATE = """\
 {% set said = messages[0].content %}\
 {% if said == 'power' %}{{ said|length ** (9**9) }}\
@@ -36,7 +36,7 @@ TEMPLATE = """\
 {% elif said == 'long' %}{{ said * 10**6 }}\
 {% else %}{{ said }}{% endif %}"""
 SLOW = ("power", "wrap", "loop")
-# Jinja computes it when it compiles the template.
+# Jinja computes this constant when it compiles the template.
 CONSTANT = "{% set x = 9**(9**9) %}{{ messages[0].content }}"
 BACKTRACKS = {
     "type": "Split",
@@ -44,12 +44,12 @@ BACKTRACKS = {
     "behavior": "Isolated",
     "invert": False,
 }
-# Where other programs want the processors too; it was without end.
+# The limit, also if other programs use the processors; without limits, rendering would never end.
 MAX_SECONDS = 3.0
 
 
 class Neighbour:
-    """Asks for health and for streams until it is stopped."""
+    """Repeats health checks and streams until it is stopped."""
 
     def __init__(self, server: ServerUnderTest) -> None:
         self.health: list[float] = []
@@ -82,7 +82,7 @@ class Neighbour:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """The folder of the model; two adapters with tokenizers lie in the adapter root beside it."""
+    """The folder of the model, beside an adapter root with two adapters that have tokenizers."""
     model = shutil.copytree(twin("llama").folder, tmp_path / "model")
     (model / "chat_template.jinja").write_text(TEMPLATE)
     saved: Any = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
@@ -99,7 +99,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def refusal(client: TurretClient, said: str, **how: Any) -> str:
-    """Why a chat is refused."""
+    """The error of a rejected chat."""
     with pytest.raises(TurretRpcError) as refused:
         client.chat(said, timeout=180, max_tokens=1, **how)
     assert refused.value.code == grpc.StatusCode.INVALID_ARGUMENT, refused.value
@@ -107,7 +107,7 @@ def refusal(client: TurretClient, said: str, **how: Any) -> str:
 
 
 def family_bytes(server: ServerUnderTest) -> int:
-    """Memory of the server and of its children."""
+    """The memory of the server and of its children."""
     process = psutil.Process(server.process.pid)
     total = process.memory_info().rss
     for child in process.children():
@@ -139,12 +139,12 @@ def test_a_neighbour_of_hostile_templates_and_tokenizers_goes_on(
         for each in slow:
             assert say("PROCESS_TIME_LIMIT", seconds=2) in each.result()
         assert say("PROCESS_MEMORY_LIMIT", most="256MiB") in large.result()
-        # Longer than what the model can read, so it was not tokenised.
+        # The text exceeds the model's context, so it was not tokenised.
         assert "PROMPT_TOO_LONG" in long.result()
         client.chat("hi", max_tokens=1)
         assert max(neighbour.health) < MAX_SECONDS, sorted(neighbour.health)[-5:]
         assert neighbour.streams > 2
-        # Two processes rendered at a time, each within its limit.
+        # Two processes rendered at the same time, each within its limit.
         assert most - before < 700 << 20
         assert family_bytes(server) - before < 100 << 20
         # A shutdown does not wait for a template either.

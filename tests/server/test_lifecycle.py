@@ -43,7 +43,7 @@ def server(folder: Path, tmp_path: Path) -> Iterator[ServerUnderTest]:
 
 
 def start(folder: Path, tmp_path: Path):
-    """A server on the tiny model; its state lies in ``tmp_path``."""
+    """A server on the tiny model, with its state in ``tmp_path``."""
     return start_server(
         folder,
         *("--model", str(folder / "model"), "--dtype", "float32"),
@@ -52,7 +52,7 @@ def start(folder: Path, tmp_path: Path):
 
 
 def answer(client: TurretClient, prompt: str, name: str) -> tuple[tuple[int, ...], int]:
-    """Greedy tokens, and the generation that made them."""
+    """Greedy tokens, and the generation that computed them."""
     completion = client.generate(
         prompt, adapters=[name], temperature=0, max_tokens=6, ignore_eos=True, token_ids=True
     )
@@ -60,7 +60,7 @@ def answer(client: TurretClient, prompt: str, name: str) -> tuple[tuple[int, ...
 
 
 def expected_answers(client: TurretClient) -> dict[tuple[int, str], tuple[int, ...]]:
-    """By number of the weights and prompt, each asked for alone."""
+    """The answers by number of the weights and prompt, each requested alone."""
     answers = {}
     for number in range(NUM_WEIGHTS):
         client.adapters.load(f"alone-{number}", f"w{number}")
@@ -98,7 +98,7 @@ def test_replace_under_load_fails_no_request_and_gives_no_stale_answer(
             try:
                 for turn in range(1, 13):
                     number = turn % NUM_WEIGHTS
-                    # Noted first: an answer may overtake the reply.
+                    # Record this first, because an answer may overtake the reply.
                     weights_of[turn + 1] = number
                     record = client.adapters.replace("live", f"w{number}")
                     assert record.generation == turn + 1
@@ -115,11 +115,11 @@ def test_replace_under_load_fails_no_request_and_gives_no_stale_answer(
         assert len({generation for _, _, generation in answers}) > 6
         record = client.adapters.get("live")
         assert record.in_flight == 0
-        # Nothing of the generations before is left.
+        # Nothing of the earlier generations is left.
         assert bytes_held(server) == {"host": record.bytes_host, "device": record.bytes_device}
         client.adapters.unload("live")
         assert bytes_held(server)["host"] == 0
-        # Told to the engine thread, which may be about to hear it.
+        # The engine thread may not have processed the unload yet.
         answer_of_the_base = client.generate("x", max_tokens=1)
         assert answer_of_the_base.usage.completion_tokens == 1
         assert bytes_held(server) == {"host": 0, "device": 0}

@@ -252,6 +252,6 @@ async def test_only_calls_that_name_adapters_are_counted() -> None:
         ):
             of = {"method": f"/turret.v1.Inference/{name}", "code": "OK"}
             assert server.sample(f"{durations}_count", **of) == count
-        # Two requests of one prompt token each, answered with two tokens each.
+        # Two requests with one prompt token each, and answers of two tokens each.
         assert server.sample("turret_prompt_tokens_total", adapter="sql") == 2
         assert server.sample("turret_generated_tokens_total", adapter="sql") == 4

@@ -1,4 +1,4 @@
-"""The metrics endpoint against clients that send too little, too much, or read nothing."""
+"""The metrics endpoint with clients that send too little, too much, or read nothing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def connect(server: MetricsServer) -> socket.socket:
 
 
 def status_of(server: MetricsServer, request: bytes) -> bytes:
-    """The answer's first line; empty if the server hung up without one."""
+    """The first line of the answer; empty if the server closed the connection without one."""
     with connect(server) as client:
         client.sendall(request)
         return read_all(client).partition(b"\r\n")[0]
@@ -105,7 +105,7 @@ def test_a_trickle_and_a_reader_that_reads_nothing_end(
                 client.sendall(b"x")
                 time.sleep(0.05)
         assert time.monotonic() - start < 5
-    # More than the system's buffers take.
+    # More than the system's buffers hold.
     body = b"#" * (64 << 20)
     monkeypatch.setattr(metrics_server, "choose_encoder", lambda _: (lambda _: body, "text/plain"))
     with connect(server) as client:

@@ -1,4 +1,4 @@
-"""Many clients, many adapters, cancellations and deadlines against one real server process."""
+"""Many clients, many adapters, cancellations and deadlines on one real server process."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ NUM_REQUESTS = 1000
 WARM_UP_REQUESTS = 200
 NUM_CLIENTS = 64
 NUM_ADAPTERS = 32
-# Ends that the protocol allows: a finish reason, or the status of a failed call.
+# Allowed ends: a finish reason, or the status of a failed call.
 ENDS = {"STOP", "LENGTH", "cancelled", "DEADLINE_EXCEEDED"}
 MIB = 1 << 20
-# Every large block goes back to the system when it is freed, so that RSS shows what is held.
+# Large blocks are returned to the system when they are freed, so that RSS shows the held memory.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
 MAX_GROWTH_BYTES = 12 * MIB
 
 
 def specs() -> list[AdapterSpec]:
-    """Adapters of four kinds, of ranks 1 to 16."""
+    """Adapters of four kinds with ranks 1 to 16."""
     kinds: tuple[dict[str, Any], ...] = (
         {"targets": ("q_proj", "v_proj")},
         {"targets": ALL, "is_rslora": True},
@@ -50,8 +50,8 @@ class Soak:
     """Sends requests and records how each one ended.
 
     Attributes:
-        ends: How often requests ended in which way; each request counts once.
-        generated: Tokens that arrived.
+        ends: The number of requests by their end.
+        generated: The number of received tokens.
     """
 
     def __init__(self, client: AsyncTurretClient, names: list[str], seed: int) -> None:
@@ -62,7 +62,7 @@ class Soak:
         self._random = random.Random(seed)
 
     async def run(self, count: int) -> None:
-        """``count`` requests, ``NUM_CLIENTS`` at a time."""
+        """Send ``count`` requests, ``NUM_CLIENTS`` at a time."""
         todo = iter(range(count))
 
         async def one_client() -> None:
@@ -72,7 +72,7 @@ class Soak:
         await asyncio.gather(*(one_client() for _ in range(NUM_CLIENTS)))
 
     async def _one(self) -> str:
-        """One streamed request; returns how it ended."""
+        """Send one streamed request; returns its end."""
         chance = self._random
         members = chance.sample(self._names, chance.choice([0, 1, 1, 1, 1, 2, 3]))
         length = chance.choice([1, 4, 16, 40, 100, 200])
@@ -103,7 +103,7 @@ class Soak:
                     elif num_chunks == cancel_after:
                         return "cancelled"
             except TurretRpcError as error:
-                # The text so far comes in a last chunk, the deadline's status behind it; the
+                # The text so far arrives in a last chunk, followed by the deadline's status. The
                 # deadline may also pass between any last chunk and its status.
                 late = error.code is grpc.StatusCode.DEADLINE_EXCEEDED
                 assert late or end == "no last chunk", "an error after the last chunk"
@@ -113,7 +113,7 @@ class Soak:
 
 
 async def settled(server: ServerUnderTest) -> dict[str, float]:
-    """The server's own counts, once it has seen that the clients are gone."""
+    """The server's own counts after it has noticed that the clients are gone."""
     deadline = time.monotonic() + 20.0
     while True:
         metrics = await asyncio.to_thread(server.metrics)
@@ -171,6 +171,6 @@ async def test_a_thousand_requests_end_once_and_leave_nothing_behind(tmp_path: P
                 "turret_adapter_evictions_total", tier="host", reason="budget"
             )
             assert evictions > 0
-            # And it still answers.
+            # The server still answers.
             answer = await client.generate([1, 2, 3], adapters=names[0], max_tokens=3)
             assert answer.usage.completion_tokens == 3 or answer.finish_reason == "STOP"

@@ -1,4 +1,4 @@
-"""What the requests of one token can learn of another's: nothing through what is cached."""
+"""The requests of one token cannot learn anything about another's through the cache."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Generate = inference_pb2.GenerateRequest
 
 
 class Doors:
-    """A served model, asked through both doors; every answer is how many tokens were cached."""
+    """A served model with both protocols; each method returns the number of cached tokens."""
 
     def __init__(self, channel: grpc.aio.Channel, client: httpx2.AsyncClient) -> None:
         self.stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[arg-type]
@@ -137,13 +137,13 @@ async def test_a_token_finds_no_cached_prefix_of_another(
     async with serving(folder, monkeypatch, token_file=folder / "tokens") as doors:
         assert await doors.rpc("alice") == 0
         assert await doors.rpc("alice") == 48
-        # Both doors and all spellings of the header are the same tenant.
+        # Both protocols and all spellings of the header belong to the same tenant.
         assert await doors.http("alice") == 48
         assert await doors.rpc("alice", scheme="bEARER ") == 48
         assert await doors.embed("alice") == 48
         assert await doors.rpc("bob") == 0
         assert await doors.http("bob") == await doors.embed("bob") == 48
-        # As before, an adapter's blocks are not the base's.
+        # As always, the base does not share an adapter's blocks.
         for token in ("alice", "bob"):
             assert [await doors.rpc(token, "a") for _ in range(2)] == [0, 48]
             assert [await doors.classify(token) for _ in range(2)] == [0, 48]
@@ -169,7 +169,7 @@ async def test_a_salt_keeps_the_requests_of_one_token_apart(
         assert await doors.rpc("alice") == 0
         assert await doors.rpc("alice", salt="green") == 48
         assert [await doors.classify("alice", salt) for salt in ("red", "", "red")] == [0, 0, 48]
-        # To know a salt does not help another token.
+        # Knowing a salt does not help another token.
         assert await doors.rpc("bob", salt="red") == 0
         with pytest.raises(grpc.aio.AioRpcError, match="cache_salt: "):
             await doors.rpc("alice", salt="s" * 257)

@@ -1,4 +1,4 @@
-"""A server whose user owns nothing but its state directory and its cache."""
+"""A server with a user that owns only its state directory and its cache."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NOBODY = 65534
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A directory that every user can read; pytest's own are for their owner alone."""
+    """A directory that every user can read, unlike pytest's directories."""
     if os.geteuid() != 0:
         pytest.skip("only root can start a server as another user")
     try:
@@ -62,7 +62,7 @@ def test_a_server_needs_to_write_only_its_state_and_its_cache(folder: Path) -> N
         with pytest.raises(TurretRpcError) as refused:
             client.adapters.load("private", "private")
         assert refused.value.code is grpc.StatusCode.INVALID_ARGUMENT
-    # Nothing was written anywhere else; start_server saw that it stopped in order.
+    # No other file was written; start_server checked that the server stopped correctly.
     written = set(folder.rglob("*")) - before
     own = (folder / "state", folder / "cache", folder / "server.log")
     assert not [path for path in written if not any(map(path.is_relative_to, own))]

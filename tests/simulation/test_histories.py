@@ -1,4 +1,4 @@
-"""Hundreds of histories of one server, drawn, on a simulated clock: its promises hold in each."""
+"""Hundreds of random histories of one server on a simulated clock: its guarantees hold in each."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_every_history_keeps_the_promises(clock: Clock, num_histories: int) -> N
         counts["accepted"] += world.runner.num_accepted
         counts["preempted"] += sum(a.sequence.num_preemptions for a in world.requests)
     print(f"\n{dict(endings)} {dict(counts)} in {time.monotonic() - start:.1f} s")
-    # Everything that can happen has happened, or the histories say little.
+    # All kinds of events must have happened; otherwise, the histories prove little.
     assert endings.keys() >= {
         *("LENGTH", "STOP", "CANCELLED", "DEADLINE", "AdapterUnloadedError"),
         *("AdapterCheckpointError", "BudgetExceededError"),
@@ -83,13 +83,13 @@ def _keep_blocks(self: HeldBlocks, sequence: Sequence) -> None:
 
 
 def _accept_all(self: Scheduler, item: Scheduled, count: int) -> None:
-    """Takes the keys and values of a whole draft for those of the tokens that were drawn."""
+    """Plant a fault: use the keys and values of a whole draft for the drawn tokens."""
     self._held.computed(item.sequence, min(len(item.draft), count + 1))
     self._drafts.accepted(item.sequence, count)
 
 
 def _trust(self: EngineLoop, sequence: Sequence, result: HostResult) -> None:
-    """Starts a request without asking again whether its adapters are still there."""
+    """Plant a fault: start a request without checking again that its adapters are resident."""
     answer = self._answers.get(sequence)
     if answer is not None and result.error is None:
         self._make_ready(answer)

@@ -1,4 +1,4 @@
-"""Where the checkout is that the tests run in, and how to run it with less than is installed."""
+"""The location of the checkout, and a way to hide installed extras."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def line_that_hides_extras() -> str:
-    """A line of Python; where it has run, what the extras for users bring passes for absent.
+    """A line of Python that hides the packages of the extras for users.
 
-    The tests' environment has all extras, and what needs one unsaid is found nowhere else.
+    The tests' environment has all extras, so only this detects a hidden dependency on one.
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]

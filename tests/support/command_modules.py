@@ -1,4 +1,4 @@
-"""The ``turret`` command in a process of its own, and which modules it loads there."""
+"""The ``turret`` command in a separate process, and the modules that it loads."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from checkout import ROOT
 
 
 def loaded_by(*arguments: str) -> tuple[int, set[str]]:
-    """Exit code of a command, and the modules that it imported."""
+    """The exit code of a command, and its imported modules."""
     return loaded_and_said_by(*arguments)[:2]
 
 
 def loaded_and_said_by(*arguments: str) -> tuple[int, set[str], str]:
-    """As :func:`loaded_by`, and what it said on standard error."""
+    """Like :func:`loaded_by`, also with the standard error."""
     code = (
         "import sys\nfrom turret.server.cli import main\n"
         "try: code = main(sys.argv[1:])\nexcept SystemExit as end: code = end.code\n"

@@ -1,8 +1,8 @@
-"""A model of Llama-3.1-8B's widths on meta tensors, and what its steps launch, copy and allocate.
+"""A model with Llama-3.1-8B's widths on meta tensors, and counts of launches, copies and memory.
 
-Triton's launches are left out. The captured step is a stand-in whose replay does nothing, so what
-is counted there is what the host does for every step; launches are counted while it is captured,
-where every operation on device tensors is one (views and empty tensors are none).
+Triton's launches are not executed. The replay of a captured step does nothing, so the counts during
+a replay are the host's work for every step. Launches are counted during the capture, where every
+operation on device tensors is one, except for views and empty tensors.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from turret.server.models.families import read_arch
 from turret.server.models.weights.nf4_gpu import Nf4Product
 
 DTYPE = torch.float16
-# Llama-3.1-8B: which launches a product takes depends on its width. Ranks do not matter.
+# Sizes of Llama-3.1-8B, because the launches of a product depend on its width. Ranks do not matter.
 NUM_LAYERS, HIDDEN, VOCAB, RANK = 32, 4096, 128256, 1
 ROWS, CONTEXT, BLOCK_SIZE = 64, 4096, 16
 ARCH = read_arch(
@@ -56,7 +56,7 @@ ARCH = read_arch(
 
 
 class Capture:
-    """Counts what a captured body launches; its replay costs the host nothing."""
+    """Counts the launches of a captured body; its replay costs the host nothing."""
 
     def __init__(self, launched: list[str]) -> None:
         self.num_captures = 0
@@ -77,7 +77,7 @@ class Capture:
 
 @contextlib.contextmanager
 def listed_launches() -> Iterator[list[str]]:
-    """Leave Triton's launches out and list them."""
+    """Record Triton's launches instead of executing them."""
     names: list[str] = []
 
     def launch(kernel: Any, grid: Any) -> Any:
@@ -107,12 +107,12 @@ def low_rank(out: int, inner: int) -> ModuleOperators:
 
 
 def norm(out: int, inner: int) -> ModuleOperators:
-    """LN tuning's, on what a norm feeds."""
+    """The gain of LN tuning, on the modules after a norm."""
     return ModuleOperators(input_gain=torch.ones(inner))
 
 
 class Adapter:
-    """A LoRA on every projection, or on some, or another adapter."""
+    """A LoRA on all or some projections, or another adapter."""
 
     generation = 1
     bytes_device = num_soft_tokens = num_prefix_positions = 0
@@ -137,7 +137,7 @@ class Adapter:
 
 
 class Vocabulary(Adapter):
-    """A LoRA with rows of its own for some tokens, and what it does to the head besides."""
+    """A LoRA with its own rows for some tokens, and another change of the head."""
 
     def __init__(self, key: str, head: Callable[[int, int], ModuleOperators] | None = None) -> None:
         super().__init__(key)
@@ -200,13 +200,13 @@ def _base(slices: Any) -> Any:
 
 
 class Decoding:
-    """Sequences that generate, and their steps one after the other."""
+    """Generating sequences, and their consecutive steps."""
 
     def __init__(self, adapters: SequenceOf[Any] = (), rows: int = ROWS) -> None:
         self.sequences = []
         for row in range(rows):
             mix = Mix(((adapters[row % len(adapters)], 1.0),) if adapters else ())
-            # Not all at the end of a block in the same step.
+            # The sequences do not all reach the end of a block in the same step.
             request = Request(
                 request_id=str(row),
                 prompt_token_ids=(1,) * (CONTEXT - row),
@@ -216,7 +216,7 @@ class Decoding:
         self.advance()
 
     def advance(self) -> None:
-        """Draw a token for each."""
+        """Draw a token for each sequence."""
         for row, sequence in enumerate(self.sequences):
             sequence.num_computed = len(sequence.tokens)
             sequence.tokens.append(1)

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 META = torch.device("meta")
-# Operations that only describe memory, or reserve it; the tests' own fixture fills what is fresh.
+# Operations that only describe or reserve memory; the tests' fixture fills fresh memory.
 NO_LAUNCH = {
     *("view", "_unsafe_view", "reshape", "slice", "select", "split", "split_with_sizes", "unbind"),
     *("detach", "alias", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze"),

@@ -23,13 +23,13 @@ _FILES = (
     "paged_attention_triton",
 )
 _ADAPTER_FILES = (*("segmented", "fusion_gate", "by_slot"),)
-# The tests that run on compiled kernels: each kernel's own, and a whole step.
+# The tests that run on compiled kernels: those of each kernel, and of a whole step.
 KERNEL_TESTS = (
     *(f"tests/kernels/test_{name}.py" for name in _FILES),
     *(f"tests/kernels/adapters/test_{name}.py" for name in _ADAPTER_FILES),
     "tests/emulated/test_decode_step.py",
 )
-# These choose target and tiles themselves.
+# These tests select target and tiles themselves.
 FAULT_TESTS = "tests/emulated/test_faults.py"
 
 
@@ -81,9 +81,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect tests whose results other runs already cover.
 
-    That is: what is parametrised by fp32 in the test itself; what looks at the torch path, since
-    kernels are held to float64; and, without ``--every-case``, half of each test's cases, which the
-    other target has.
+    These are tests that are parametrised with fp32, tests of the torch path (kernels are compared
+    with float64), and, without ``--every-case``, half of each test's cases, which run on the other
+    target.
     """
     import torch
 
@@ -101,8 +101,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item
             for group in [list(found) for _, found in by_test]
             for number, item in enumerate(group)
-            # 0, 3, 4, 7 … and 1, 2, 5, 6 …: were it every other one, each target would have one
-            # value of a last parameter of two.
+            # Split into 0, 3, 4, 7 … and 1, 2, 5, 6 …: with every other case, each target would get
+            # only one of two values of the last parameter.
             if len(group) == 1 or (number + number // 2) % 2 == of_target
         ]
     items[:] = cases

@@ -1,12 +1,12 @@
-"""CUDA's order of events without a GPU: streams that are as late as they may be, and graphs.
+"""CUDA's order of events without a GPU: streams that are as late as possible, and graphs.
 
-As torch does, it has 32 streams of a priority and hands them out in turn. A stream that captures
-refuses to wait or to be waited for, and work of other threads; such a call spoils the capture.
+Like torch, it has 32 streams per priority and assigns them in turn. A capturing stream rejects
+waits on both sides, and work of other threads; such a call invalidates the capture.
 
-A stream runs nothing until somebody waits for it, so a buffer that is overwritten before its copy
-was waited for, or read before it, holds the wrong values here every time. Copies with
-``non_blocking=True`` are put on the current stream; what else is to run there, ``launch`` puts.
-Memory pools and cuBLAS workspaces of graphs follow torch 2.11, or the versions after it.
+A stream runs nothing until something waits for it. So a buffer that is overwritten before the wait
+for its copy, or read too early, always has wrong values here. Copies with ``non_blocking=True`` are
+put on the current stream; ``launch`` puts other work there. Memory pools and cuBLAS workspaces of
+graphs follow torch 2.11, or later versions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class FakeStream:
-    """Work in order, none of it done before it is waited for."""
+    """Work in order, which is done only when something waits for it."""
 
     def __init__(self, name: str, priority: int = 0) -> None:
         self.name = name
@@ -67,7 +67,7 @@ class FakeEvent:
         token = self._token = object()
 
         def reached() -> None:
-            # An event that was recorded again stands for the later place.
+            # An event that was recorded again refers to the later place.
             if self._token is token:
                 self._done = True
 
@@ -83,7 +83,7 @@ class FakeEvent:
 
 
 class _Workspace:
-    """Of cuBLAS on one stream; in a pool's memory, or outside all pools (None)."""
+    """The workspace of cuBLAS on one stream, in a pool's memory or outside of all pools (None)."""
 
     def __init__(self, pool: int | None) -> None:
         self.pool = pool
@@ -91,7 +91,7 @@ class _Workspace:
 
 
 class _Graph:
-    """A captured body; it multiplies in the workspace that there was when it was captured."""
+    """A captured body, which multiplies in the workspace from the time of its capture."""
 
     def __init__(self) -> None:
         self.stream: FakeStream | None = None
@@ -105,15 +105,15 @@ class _Graph:
 
 
 class FakeCuda:
-    """Stands for ``torch.cuda`` inside ``with cuda.installed():``.
+    """Replaces ``torch.cuda`` within ``with cuda.installed():``.
 
     Args:
-        frees_workspaces: The end of a graph frees the workspace of its stream (torch 2.12).
+        frees_workspaces: Whether the end of a graph frees the workspace of its stream (torch 2.12).
 
     Attributes:
-        default: The stream that is current at first.
-        num_captures: Graphs captured.
-        handed_out: Every stream that was asked for, in order.
+        default: The initial current stream.
+        num_captures: The number of captured graphs.
+        handed_out: Every requested stream, in order.
     """
 
     def __init__(self, *, frees_workspaces: bool = False) -> None:
@@ -127,7 +127,7 @@ class FakeCuda:
         self._pool: int | None = None
         self._pools = 0
         self._alive: dict[int, int] = {}
-        # cuBLAS has a handle for each thread.
+        # cuBLAS has one handle per thread.
         self._workspaces: dict[tuple[int, FakeStream], _Workspace] = {}
 
     @property
@@ -137,7 +137,7 @@ class FakeCuda:
 
     @property
     def num_pools(self) -> int:
-        """Memory pools that graphs were captured into."""
+        """The number of memory pools with captured graphs."""
         return len(self._alive)
 
     @property
@@ -158,7 +158,7 @@ class FakeCuda:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """Replace what the server uses of ``torch.cuda``, and products, which need a workspace."""
+        """Replace the used parts of ``torch.cuda``, and products, which need a workspace."""
         names = {
             "Stream": lambda _=None, priority=0: self._make_stream(priority),
             "Event": lambda **_: FakeEvent(),
@@ -225,7 +225,7 @@ class FakeCuda:
                 raise RuntimeError("CUDA error: operation failed due to a previous error")
         finally:
             self._capturing = self._pool = stream.capturing = None
-        # Not after an error: the end of a capture that has failed raises before it gets here.
+        # This is not reached after an error, because the end of a failed capture raises earlier.
         self.current = before
         self.num_captures += 1
         self._alive[pool] = self._alive.get(pool, 0) + 1
@@ -245,7 +245,7 @@ class FakeCuda:
 
 
 class _LateCopies(TorchDispatchMode):
-    """Puts asynchronous copies on the current stream: they read their source when it gets there."""
+    """Puts asynchronous copies on the current stream; they read their source when executed."""
 
     def __init__(self, cuda: FakeCuda) -> None:
         super().__init__()

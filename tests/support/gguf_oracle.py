@@ -1,4 +1,4 @@
-"""What transformers makes of a GGUF file, and whether two architectures are one but for fp32."""
+"""transformers' reading of a GGUF file, and equality of architectures up to fp32."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from turret.server.models.decoding.arch import Arch, Rope
 
 
 def transformers_state(file: Path) -> dict[str, torch.Tensor]:
-    """The weights in bf16 that transformers reads, without a head that is the embedding."""
+    """The weights in bf16 that transformers reads, without a tied head."""
     model = AutoModelForCausalLM.from_pretrained(
         file.parent,
         gguf_file=file.name,
@@ -28,7 +28,7 @@ def transformers_state(file: Path) -> dict[str, torch.Tensor]:
 
 
 def near(found: Any, expected: Any) -> bool:
-    """Equality but for floats, which a file has in fp32."""
+    """Whether two values are equal, except that floats are rounded to fp32."""
     if isinstance(found, Rope):
         scales = found.scaling == pytest.approx(expected.scaling, rel=1e-6)
         pairs = (found.inv_freq, expected.inv_freq), (found.long_inv_freq, expected.long_inv_freq)

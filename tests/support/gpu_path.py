@@ -1,4 +1,4 @@
-"""The gpu path where there is no GPU: large tiles for the interpreter, and a fake CUDA graph."""
+"""The GPU path without a GPU: large tiles for the interpreter, and a fake CUDA graph."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from turret.kernels.gpu.common import Tuning
 from turret.kernels.gpu.tables import LongSegment, RowTable, SegmentTable
 from turret.server.engine.step.gpu.decode_graphs import Body, Outputs
 
-# The interpreter's time goes by operations, not by their size. Several splits and passes still.
+# The interpreter's time depends on the number of operations, not on their size. There are still
+# several splits and passes.
 COARSE = Tuning(
     programs=1,
     shrink_split_k=64,
@@ -35,19 +36,19 @@ COARSE = Tuning(
 def use_coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make kernels in the interpreter take ``COARSE``."""
     monkeypatch.setattr(tuning_module, "_INTERPRETER", COARSE)
-    # Caches by device.
+    # Clear the caches by device.
     tuning_module.tuning.cache_clear()
 
 
 class FakeCapture:
-    """Replays what was captured, Python objects included: only device buffers may differ.
+    """Replays captured work, including Python objects, so that only device buffers may differ.
 
-    A step that took anything from the host at its launch would repeat the captured step's value, as
-    a CUDA graph would.
+    Like a CUDA graph, a step that uses a value from the host at its launch would repeat the
+    captured step's value.
 
     Attributes:
-        num_captures: Bodies captured.
-        num_replays: Replays after the one that follows each capture.
+        num_captures: The number of captured bodies.
+        num_replays: The number of replays, without the one right after each capture.
     """
 
     def __init__(self) -> None:
@@ -75,7 +76,7 @@ class FakeCapture:
 
 
 class OneStepTables:
-    """The tables of one step, made when they are asked for (``GpuTables``)."""
+    """The tables of one step, created on demand (``GpuTables``)."""
 
     def __init__(self, max_rows: int, device: torch.device) -> None:
         self._max_rows = max_rows

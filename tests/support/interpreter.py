@@ -1,9 +1,9 @@
 """Triton's interpreter with products that are summed in fp64 and rounded once, and less overhead.
 
-NumPy's BLAS promises no order of its sums: on some processors an element's bits depend on the
-column that it stands in, so that two kernels with other tiles differ where tensor cores would not.
+NumPy's BLAS does not guarantee the order of sums: on some processors, an element's bits depend on
+its column, so two kernels with different tiles would differ, unlike on tensor cores.
 
-The tests' blocks are small, so the interpreter would spend nearly all its time on bookkeeping.
+The tests' blocks are small, so the interpreter would spend nearly all of its time on bookkeeping.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def adapt_interpreter() -> None:
     if interpreter is None:
         return
     _sum_products_in_fp64(interpreter)
-    # The interpreter computes whether integers overflow and ignores the result unless it debugs.
+    # The interpreter checks integer overflows, but ignores the result outside of debugging.
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     _search_language_once(interpreter)
@@ -31,7 +31,7 @@ def adapt_interpreter() -> None:
 
 
 def _sum_products_in_fp64(interpreter: Any) -> None:
-    """Replace the interpreter's ``tl.dot``; ``ptx`` rounds its products so too."""
+    """Replace the interpreter's ``tl.dot``; ``ptx`` rounds products in the same way."""
     builder = interpreter.InterpreterBuilder
     original, handle = builder.create_dot, interpreter.TensorHandle
 
@@ -45,9 +45,9 @@ def _sum_products_in_fp64(interpreter: Any) -> None:
 
 
 def _search_language_once(interpreter: Any) -> None:
-    """Replace ``triton.language`` once per launch, by a list that the first launch makes.
+    """Replace ``triton.language`` once per launch, from a list that the first launch creates.
 
-    Triton searches it at each launch, and again at each call of a device function.
+    Triton searches the module at each launch, and again at each call of a device function.
     """
     language, patch = interpreter.tl, interpreter._patch_lang
     everything = types.SimpleNamespace(__globals__={"tl": language, "core": language.core})
@@ -75,7 +75,7 @@ def _search_language_once(interpreter: Any) -> None:
 
 
 def _share_types(interpreter: Any) -> None:
-    """Make each block type once, and remember what follows from a type."""
+    """Create each block type once, and cache the properties of types."""
     core = interpreter.tl.core
     block, constexpr, tensor = core.block_type, core.constexpr, core.tensor
     semantic = type(interpreter.interpreter_semantic)

@@ -27,8 +27,8 @@ DTYPES = [
         ],
     ),
 ]
-# RMS of the error over RMS of the reference. Rounding the result once makes up to 2.8e-4 in fp16
-# and 2.3e-3 in bf16; sums in another order add little to that.
+# Maximum RMS of the error over the RMS of the reference. Rounding the result once causes up to
+# 2.8e-4 in fp16 and 2.3e-3 in bf16; sums in another order add little.
 MAX_ERROR = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 
 
@@ -45,7 +45,7 @@ class Pack:
     """Adapters side by side; slot 0 is neutral, slot ``k`` has ``ranks[k - 1]``.
 
     Attributes:
-        bounds: Per slot, first and last rank plus one.
+        bounds: The range of ranks of each slot.
         a: ``[pack_rank, slices, in]``.
         b: Per slice ``[pack_rank, out]``.
         slice_ranks: ``[slots, slices]`` int32.
@@ -72,7 +72,7 @@ class Pack:
 def make_pack(
     inner: int, outs: Sequence[int], dtype: torch.dtype, ranks: Sequence[int] = RANKS
 ) -> Pack:
-    """Random adapters; some have none, or a shorter one, in their first slice."""
+    """Random adapters; some have no update, or fewer ranks, in their first slice."""
     bounds, cursor = [(0, 0)], 0
     for rank in ranks:
         width = -(-rank // 8) * 8
@@ -90,7 +90,7 @@ def make_pack(
             held[slot, 0] = rank // 2
         low, high = bounds[slot]
         for s in range(slices):
-            # Nothing past an adapter's own ranks may be read.
+            # Memory past an adapter's own ranks must not be read.
             a[low + int(held[slot, s]) : high, s] = float("nan")
             b[s][low + int(held[slot, s]) : high] = float("nan")
     gain = torch.randn(slots, width).mul_(0.1)
@@ -164,7 +164,7 @@ def update_in_float64(
 
 
 def circulant(kernel: torch.Tensor) -> torch.Tensor:
-    """The dense matrix of kernels ``[out / b, in / b, b]``: row j is a kernel moved j places."""
+    """The dense matrix of kernels ``[out / b, in / b, b]``; row j is shifted by j places."""
     size = kernel.shape[2]
     rows = [kernel.roll(j, dims=2) for j in range(size)]
     return torch.stack(rows, dim=1).flatten(2).flatten(0, 1)

@@ -33,7 +33,7 @@ class Twin:
 
 @functools.cache
 def twin(architecture: str, served_dtype: torch.dtype = torch.float32) -> Twin:
-    """The twin of an architecture and serving dtype, built once per test run."""
+    """The twin of an architecture and dtype, built once per test run."""
     directory = tempfile.TemporaryDirectory()
     atexit.register(directory.cleanup)
     folder = save_tiny_model(architecture, Path(directory.name) / architecture)
@@ -49,7 +49,7 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 @torch.no_grad()
 def oracle_logprobs(model: Any, tokens: list[int]) -> torch.Tensor:
     """Log-softmax after each token of a text, ``[tokens, vocab]``; soft tokens are cut off."""
-    # PEFT hands a prefix over by a name that transformers is about to change.
+    # PEFT passes a prefix under a name that transformers has deprecated.
     with quiet():
         logits = model(input_ids=torch.tensor([tokens])).logits[0, -len(tokens) :]
     return logits.log_softmax(-1)
@@ -73,7 +73,7 @@ def check_close(found: list[float], expected: list[float], what: str) -> None:
 
 
 def check_score(answer: Answer, model: Any, prompt: list[int], what: str) -> None:
-    """Compare a scored prompt with the oracle."""
+    """Compare a scored prompt with the reference."""
     rows = oracle_logprobs(model, prompt)
     expected = [float(rows[i, token]) for i, token in enumerate(prompt[1:])]
     assert answer.prompt_logprobs[0] is None
@@ -81,7 +81,7 @@ def check_score(answer: Answer, model: Any, prompt: list[int], what: str) -> Non
 
 
 def check_greedy(answer: Answer, model: Any, prompt: list[int], what: str) -> None:
-    """Compare a greedy answer with the oracle."""
+    """Compare a greedy answer with the reference."""
     tokens, logprobs = oracle_greedy(model, prompt, len(answer.token_ids))
     assert list(answer.token_ids) == tokens, what
     check_close([p for p in answer.logprobs if p is not None], logprobs, what)
@@ -90,12 +90,12 @@ def check_greedy(answer: Answer, model: Any, prompt: list[int], what: str) -> No
 def check_bfloat16(
     answers: Sequence[tuple[str | None, list[int], Answer]], model: Any, root: Path
 ) -> None:
-    """Within 1.3 times the error that transformers and PEFT make in bfloat16, over all of them.
+    """Check that the total error is within 1.3 times that of transformers and PEFT in bfloat16.
 
     Args:
-        answers: Adapter, prompt and answer; those to prompts that were scored count.
-        model: Transformers' in float32, on the weights served.
-        root: Where the adapters are.
+        answers: Adapters, prompts and answers; only scored prompts count.
+        model: transformers' model in float32, with the served weights.
+        root: The directory of the adapters.
     """
     half = copy.deepcopy(model).to(torch.bfloat16)
     ours, theirs = [], []
@@ -119,15 +119,16 @@ async def check_oracles(
     adapters: Sequence[str],
     oracles: Iterable[tuple[AdapterRef | str, Any]],
 ) -> None:
-    """Serves adapters and compares scores and greedy answers of some with models of theirs.
+    """Serve adapters, and compare scores and greedy answers of some with reference models.
 
     Args:
-        base: What they are for.
-        root: Where they are.
-        adapters: To load, in order.
-        oracles: What is asked for, and transformers' model with it.
+        base: The base of the adapters.
+        root: The directory of the adapters.
+        adapters: The adapters to load, in order.
+        oracles: The requested mixes, each with transformers' model.
     """
-    # Prompts longer than a step's budget, shorter than a short chunk's limit, and of one token.
+    # Prompts that exceed a step's budget, that are shorter than a short chunk's limit, and of one
+    # token.
     prompts = [prompt_of(37, 1), prompt_of(6, 2), prompt_of(1, 3)]
     plain = oracle_logprobs(base.model, prompts[0])
     async with EngineHarness.start(
@@ -147,11 +148,11 @@ async def check_oracles(
 async def check_methods(
     architecture: str, root: Path, variants: Mapping[str, tuple[str, dict[str, Any]]]
 ) -> None:
-    """Serves adapters and compares scores and greedy answers with PEFT's forward.
+    """Serve adapters, and compare scores and greedy answers with PEFT's forward pass.
 
     Args:
-        architecture: Of the base.
-        root: Empty folder for the adapters.
+        architecture: The architecture of the base.
+        root: An empty directory for the adapters.
         variants: Name → method and changes to its config.
     """
     base = twin(architecture)

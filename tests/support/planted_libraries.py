@@ -1,4 +1,4 @@
-"""Fake libraries whose products violate the promise of equal bits, each in a different way.
+"""Fake libraries with products that violate the guarantee of equal bits, each in a different way.
 
 ``plant`` replaces torch's products by one of them. Affected rows are summed in another order, as by
 another kernel of a real library. Rows of ``F.linear`` are multiplied one by one, so that this
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 Spoils = Callable[[int], list[bool]]
 _calls = itertools.count()
 
-# Number of rows → the rows that get other bits.
+# Number of rows → the rows that get different bits.
 LIBRARIES: dict[str, Spoils] = {
     "others for 8 rows than for 16": lambda rows: [rows < 16] * rows,
     "others for odd places": lambda rows: [i % 2 == 1 for i in range(rows)],

@@ -1,4 +1,4 @@
-"""What an error says, by reason and parameters instead of words."""
+"""Checks of errors by reason and parameters instead of words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from turret.server.words import Text
 
 
 def texts_of(value: object) -> Iterator[Text]:
-    """The texts of an error, of its violations, and those within them."""
+    """The texts of an error, of its violations, and of their parameters."""
     if isinstance(value, BaseException):
         violations = (text for _, text in getattr(value, "violations", ()))
         for part in (*value.args, getattr(value, "problem", None), *violations):

@@ -1,4 +1,4 @@
-"""What ``turret serve`` would refuse of its flags, without starting anything."""
+"""The problems that ``turret serve`` would report for its flags, without a start."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def found(*arguments: str) -> list[Violation]:
 
 
 def refused(*arguments: str, environ: Mapping[str, str] | None = None) -> set[tuple[str, str]]:
-    """Field and reason of each setting that makes no sense."""
+    """The field and reason of each invalid setting."""
     try:
         parse(*arguments, environ=environ)
     except SettingsError as error:
@@ -36,5 +36,5 @@ def refused(*arguments: str, environ: Mapping[str, str] | None = None) -> set[tu
 
 
 def reasons(*arguments: str) -> list[tuple[str, str]]:
-    """Field and reason of what a start would refuse."""
+    """The field and reason of each problem at startup."""
     return [(field, text.reason) for field, text in found(*arguments)]

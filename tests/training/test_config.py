@@ -1,4 +1,4 @@
-"""The config file and the data files: what is read, what is refused, and in which words."""
+"""The config file and the data files: valid contents, and errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_commented_file_holds_every_key_and_the_defaults(tmp_path: Path):
     path = tmp_path / "train.toml"
     path.write_text(render_commented(), encoding="utf-8")
     assert read_config(path) == build_config(MINIMAL)
-    # With the commented-out samples switched on, every key is there and every value is accepted.
+    # With the commented-out samples enabled, every key is present and every value is valid.
     lines = path.read_text(encoding="utf-8").splitlines()
     keys = [line.removeprefix("# ") if " = " in line else line for line in lines]
     tables = tomllib.loads("\n".join(keys))
@@ -79,7 +79,7 @@ def test_the_keys_of_methods_are_those_that_they_fill_in():
 
 
 def test_what_stands_for_keys_that_are_left_out_is_what_methods_fill_in():
-    """Of those that no base decides: numbers, and no functions."""
+    """Checks the defaults that do not depend on the base: numbers instead of functions."""
     methods: dict[str, Any] = dict(TRAINED)
     plain = {
         name: {
@@ -92,7 +92,7 @@ def test_what_stands_for_keys_that_are_left_out_is_what_methods_fill_in():
 
 
 def wrong(error: ConfigError) -> set[tuple[str, str, str | None]]:
-    """Key, reason and suggestion of each thing that is wrong."""
+    """The key, reason and suggestion of each error."""
     return {(key, t.reason, t.params.get("closest")) for key, t in error.violations}
 
 
@@ -250,7 +250,7 @@ def test_a_file_that_is_no_jsonl_is_refused(tmp_path: Path):
         (b'"prompt"\t"completion"\n"a"\t"b"\n', "", "FILE_IS_A_TABLE"),
         (gzip.compress(b'{"text": "a"}\n', mtime=0), "", "FILE_IS_COMPRESSED"),
         (b'{"prompt": "a", "completion": "b", "prompt": "c"}', ":1: prompt", "DUPLICATE_KEY"),
-        # Python's parser gives each of them an error of its own.
+        # Python's parser raises a different error for each of them.
         (b"{" + b'"text": {' * 100_000, ":1: line", "NOT_JSON"),
         (b'{"text": ' + b"1" * 5000 + b"}", ":1: line", "NOT_JSON"),
         (b'\n{"text": "caf\xff"}\n', ":2: byte 14", "NOT_UTF8"),

@@ -1,4 +1,4 @@
-"""``turret convert`` against PEFT: the update of every module, and what is refused."""
+"""``turret convert`` compared with PEFT: the update of every module, and rejections."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from turret.training.conversion.converter import CONVERTED
 from turret.training.conversion.kinds import KINDS
 from turret.training.words import say
 
-SEED = 123456789  # of PEFT's clusters
+SEED = 123456789  # PEFT's seed for clusters
 PSOFT = [
     {"r": 4},
     {"r": 6, "psoft_alpha": 9, "ab_svd_init": "pissa_init", "psoft_mag_b": False},
@@ -35,7 +35,7 @@ PSOFT = [
 ADAMSS = [
     {"r": 16, "num_subspaces": 3, "subspace_rank": 2},
     {"r": 24, "num_subspaces": 6, "subspace_rank": 4, "random_seed": 3},
-    # Fewer vectors than the clusters have ranks.
+    # Fewer vectors than ranks of all clusters.
     {"r": 5, "num_subspaces": 6, "subspace_rank": 4, "use_dynamic_rank": True},
 ]
 CASES = [*((peft.PsoftConfig, c) for c in PSOFT), *((peft.AdamssConfig, c) for c in ADAMSS)]
@@ -47,7 +47,7 @@ def _no_bars() -> None:
 
 
 def make(kind: Any, root: Path, *, model: nn.Module | None = None, **values: Any) -> nn.Module:
-    """A model in ``root/base``, and an adapter of it in ``root/a``."""
+    """Write a model to ``root/base``, and its adapter to ``root/a``."""
     model = tiny_llama(attention_bias=True) if model is None else model
     model.save_pretrained(root / "base")  # type: ignore[operator]
     targets = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
@@ -64,7 +64,7 @@ def convert(root: Path, *more: str) -> int:
 
 @torch.no_grad()
 def worst_error(model: nn.Module, root: Path) -> float:
-    """Of the LoRA's updates against PEFT's own, on float32 inputs, relative, over all modules."""
+    """The largest relative error of the LoRA's updates, compared with PEFT's in float32."""
     theirs, ours = (load_adapter(model, root / name) for name in ("a", "lora"))
     errors = []
     for name, linear in linear_modules(model).items():
@@ -90,7 +90,7 @@ def test_the_lora_is_the_adapter(kind: Any, values: dict[str, Any], tmp_path: Pa
 
 
 def test_a_base_in_bf16(tmp_path: Path) -> None:
-    """PEFT decomposes the rounded weights, and rounds what it keeps of AdaMSS's vectors."""
+    """PEFT decomposes the rounded weights, and rounds AdaMSS's stored vectors."""
     model = tiny_llama(attention_bias=True)
     make(peft.AdamssConfig, tmp_path, model=model.to(torch.bfloat16), **ADAMSS[0])  # type: ignore[call-arg]
     assert convert(tmp_path) == 0
@@ -119,7 +119,7 @@ def test_every_length_of_the_series_is_that_of_peft(terms: int) -> None:
     assert (found - theirs.get_matrix()).norm() < 1e-5 * found.norm()
 
 
-@pytest.mark.parametrize("has_bias", [True, False])  # wide modules, and square ones
+@pytest.mark.parametrize("has_bias", [True, False])  # wide and square modules
 def test_vectors_from_another_seed_tell_the_clusters(has_bias: bool, tmp_path: Path) -> None:
     model = tiny_llama(attention_bias=has_bias)
     make(peft.AdamssConfig, tmp_path, model=model, **ADAMSS[1])
@@ -148,7 +148,7 @@ def test_clusters_are_those_of_scikit_learn(seed: int) -> None:
     rows = draw.normal(size=(int(draw.integers(count, 700)), int(draw.integers(1, 40))))
     rows = np.float32(rows * draw.uniform(0.01, 3))
     with warnings.catch_warnings():
-        # Ten steps are few.
+        # Hide the warning about only ten steps.
         warnings.simplefilter("ignore")
         values: Any = {"init": "random", "n_init": 1, "max_iter": 10, "random_state": SEED}
         means = KMeans(count, **values)
@@ -198,7 +198,7 @@ def test_more_clusters_than_outputs_are_told(
 
     edit_tensors(tmp_path / "a", add_empty_ones)
     assert convert(tmp_path) == 1
-    # Behind what it does, one line for all clusters.
+    # A single line for all clusters follows the progress.
     doing, said = capsys.readouterr().err.splitlines()
     assert doing.startswith("convert: ")
     assert "q_proj" in said
@@ -219,7 +219,7 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(nowhere) == 1
     said = capsys.readouterr().err.splitlines()
     lines = [line for line in said if not line.startswith("convert: starting")]
-    # What names and configs do not tell takes torch, and time that is told.
+    # Checks beyond names and configs need torch, and print a line first.
     assert len(said) - len(lines) == 1
     assert len(lines) == 4
     places = (str(tmp_path / "lora"), "what", "LORA", str(tmp_path / "b"))

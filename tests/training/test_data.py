@@ -1,4 +1,4 @@
-"""From examples to batches: what is learned, what a row holds, which row comes when."""
+"""From examples to batches: learned tokens, contents of rows, and their order."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def config(**fields: Any) -> DataConfig:
 
 
 def texts(encoded: Encoded) -> tuple[str, str]:
-    """All of an example, and what of it is learned."""
+    """The whole text of an example, and its learned part."""
     decode = tokenizer().decode
     learned = [
         t for t, is_learned in zip(encoded.tokens, encoded.learned, strict=True) if is_learned
@@ -93,7 +93,7 @@ def test_long_examples_are_dropped_cut_or_refused():
 
 
 def encoded_of(*lengths: int) -> list[Encoded]:
-    """Examples whose tokens are their own number, all learned but the first."""
+    """Examples with their number as all tokens; all tokens but the first are learned."""
     return [
         Encoded((number,) * length, (False,) + (True,) * (length - 1))
         for number, length in enumerate(lengths)
@@ -119,10 +119,10 @@ def test_packing_fills_rows_and_restarts_positions():
     assert batch.positions.tolist() == [
         [0, 1, 2, 3, 4, 5, 0, 1],
         [0, 1, 2, 3, 4, 0, 1, 2],
-        # Padding is a sequence of its own.
+        # Padding is a separate sequence.
         [0, 1, 2, 3, 0, 1, 2, 3],
     ]
-    # No target crosses from one example to the next.
+    # No target belongs to the next example.
     for row, targets in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True):
         assert all(target in (IGNORED, token) for token, target in zip(row, targets, strict=True))
     assert batch.num_targets == sum(len(e.tokens) - 1 for e in examples)
@@ -141,7 +141,7 @@ def test_every_epoch_shows_every_row_once_in_a_new_order():
     epochs = [three_epochs[start : start + 7] for start in (0, 7, 14)]
     assert all(Counter(epoch) == Counter(range(7)) for epoch in epochs)
     assert epochs[0] != epochs[1]
-    # Whoever starts in the middle sees the same, and another seed something else.
+    # A stream that starts in the middle gives the same batches, and another seed different ones.
     assert shown(stream(), 4, 3) == three_epochs[12:]
     assert shown(stream(seed=1), 0, 7) != three_epochs
 

@@ -1,4 +1,4 @@
-"""What ``turret train`` says of names, examples and runs before torch is loaded or a hub asked."""
+"""Early errors of ``turret train`` about names, examples and runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from turret.training.words import say
 
 
 def write_config(folder: Path, *lines: str) -> str:
-    """A config whose data is ``lines``."""
+    """Write a config with ``lines`` as its data."""
     folder.mkdir(exist_ok=True)
     (folder / "t.toml").write_text('[data]\ntrain = "t.jsonl"\n')
     (folder / "t.jsonl").write_text("".join(f"{line}\n" for line in lines))
@@ -29,7 +29,7 @@ def write_config(folder: Path, *lines: str) -> str:
 def test_only_what_is_written_as_an_id_is_one_of_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """A path that is joined with a file's folder may read like one."""
+    """A path that is joined with a file's folder may look like an id."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = write_config(Path("acme"), '{"text": "a"}')

@@ -1,4 +1,4 @@
-"""What ``turret train`` says before torch is loaded, and when it is stopped."""
+"""Errors of ``turret train`` before torch is loaded, and its messages when it is stopped."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from turret.training.words import say
 
 
 def write_config(folder: Path, *lines: str) -> str:
-    """A config whose data is ``lines``."""
+    """Write a config with ``lines`` as its data."""
     folder.mkdir(exist_ok=True)
     (folder / "t.toml").write_text('[data]\ntrain = "t.jsonl"\n')
     (folder / "t.jsonl").write_text("".join(f"{line}\n" for line in lines))
@@ -82,7 +82,7 @@ def test_a_rank_that_no_update_has_ends_before_torch(tmp_path: Path):
 def test_paths_of_flags_are_those_of_where_one_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Those of the file and of ``--set`` are relative to the file."""
+    """Paths in the file and in ``--set`` are relative to the file."""
     config = write_config(tmp_path / "there", '{"prompt": "a", "completion": "b"}')
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -93,14 +93,14 @@ def test_paths_of_flags_are_those_of_where_one_stands(
     (tmp_path / "here" / "taken").touch()
     _, _, err = loaded_and_said_by("train", "run", config, "--output", "taken")
     assert f"error: {tmp_path}/here/taken {say('FOLDER_IS_A_FILE')}" in err
-    # A model that is no path here may be one of the hub.
+    # A model that is not a path here may be on the hub.
     (tmp_path / "here" / "base").mkdir()
     _, _, err = loaded_and_said_by("train", "run", config, "--model", "base")
     assert f"{tmp_path}/here/base" in err
 
 
 def write_mixture(folder: Path) -> Path:
-    """A base as far as it is looked at before torch is there: narrow experts, hidden size 64."""
+    """Write the parts of a base that are read before torch is loaded, with narrow experts."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 24}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
@@ -140,7 +140,7 @@ def test_a_rank_is_checked_before_a_mixture_is_loaded_or_fetched(
 
 @pytest.mark.parametrize("context", [8192, 300])
 def test_a_length_beyond_the_context_ends_before_torch(context: int, tmp_path: Path):
-    """Of the embedded model, and of a directory."""
+    """Tested with the embedded model and with a directory."""
     config = write_config(tmp_path, '{"prompt": "a", "completion": "b"}')
     flags = ["--set", "data.max_length=8193"]
     if context == 300:
@@ -185,7 +185,7 @@ def test_what_no_method_may_have_of_a_mixture_ends_before_torch(tmp_path: Path):
 def test_what_a_config_says_of_modules_is_what_the_model_has(
     model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    # As of a model of the hub whose config has been asked for.
+    # Simulate a model on the hub with a downloaded config.
     monkeypatch.setattr(check, "checked_config", lambda _: read_config(tmp_path))
     config = AutoConfig.for_model(model_type)
     if model_type == "granitemoehybrid":
@@ -193,10 +193,10 @@ def test_what_a_config_says_of_modules_is_what_the_model_has(
         config.num_local_experts, config.shared_intermediate_size = 0, 1000
     config.tie_word_embeddings = False
     if FAMILIES[model_type].experts is not None:
-        # A layer in three with an MLP, where there can be one.
+        # Every third layer has an MLP, if the family supports that.
         config.mlp_only_layers, config.decoder_sparse_step = [1, 4, 7], 1
     said = config.to_dict()
-    # Families differ in what a head's width is where none is told.
+    # Families differ in the default width of a head.
     for told in (said, {key: value for key, value in said.items() if key != "head_dim"}):
         (tmp_path / "config.json").write_text(json.dumps(told))
         expected = read_arch(type(config).from_dict(told)).projections
@@ -223,7 +223,7 @@ def test_another_config_than_the_one_to_resume_ends_before_torch(tmp_path: Path)
 
 
 def test_what_a_config_leaves_open_is_not_compared_with_the_run(tmp_path: Path):
-    """What the trainer fills in, or writes in another form, is no difference."""
+    """Keys that the trainer fills in, or writes in another form, do not count as differences."""
     tables = {"data": {"train": "t.jsonl"}, "method": {"targets": ["all-linear"]}}
     run = RunFolder(tmp_path)
     there = build_config(
@@ -241,7 +241,7 @@ def test_what_a_config_leaves_open_is_not_compared_with_the_run(tmp_path: Path):
         check_settings(build_config(told, []), run)
         check_settings(build_config(told, ["optimizer.name=paged-adamw8bit"]), run)
     epochs = say("DIFFERENCE", key="run.epochs", before="3.0", after="7.0")
-    # Where steps are told, epochs say nothing.
+    # If steps are set, epochs are ignored.
     check_settings(build_config(tables, ["run.steps=9", "run.epochs=7"]), run)
     with pytest.raises(RunError, check=says("RUN_SETTINGS_DIFFER", found=epochs)):
         check_settings(build_config(tables, ["run.epochs=7"]), run)
@@ -250,7 +250,7 @@ def test_what_a_config_leaves_open_is_not_compared_with_the_run(tmp_path: Path):
         key = override.partition("=")[0]
         with pytest.raises(RunError, match=re.escape(key), check=own):
             check_settings(build_config(tables, [override]), run)
-    # Its own settings are of no use to who has other versions.
+    # The run's own settings do not help with other versions.
     run.write_facts({**facts, "versions": {**versions(), "torch": "1.0"}})
     with pytest.raises(RunError, match=r"versions\.torch ", check=says("RUN_DIFFERS")):
         check_settings(build_config(tables, []), run)
@@ -270,7 +270,7 @@ def test_a_missing_extra_is_told_before_anything_is_read(
 @pytest.mark.parametrize("verb", ["plan", "sweep"])
 def test_plan_and_sweep_speak_before_they_load_torch(verb: str, tmp_path: Path):
     config = write_config(tmp_path, '{"text": "a"}', '{"text": "b"}')
-    # What is loaded ends the process, so that only what was said before can be read.
+    # Loading torch ends the process, so that only earlier output is visible.
     stop = (
         "import sys; from turret.server import cli\n"
         "class Stop:\n"
@@ -319,7 +319,7 @@ def test_a_run_that_stops_says_from_where_it_can_go_on(
         run.check(resume=True, overwrite=False)
     assert says("RUN_WITHOUT_REPORT", command=f"turret train report {run.path}")(refused.value)
     run.report.touch()
-    # Of half the run, before the adapter was there.
+    # The report describes half of the run, before the adapter existed.
     os.utime(run.report, (1, 1))
     assert said() == f"stopped; the adapter is complete, but its report is missing; {writes}\n"
     run.report.touch()

@@ -1,4 +1,4 @@
-"""Scaled and capped logits, and modules that are fused: trained as they are served."""
+"""Scaled and capped logits, and fused modules: training and serving give the same results."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ async def test_the_text_part_of_a_model_is_trained_and_served(
 async def test_the_text_part_of_a_4_bit_checkpoint_is_trained_and_served(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As Unsloth publishes them, with the names of the whole."""
+    """Unsloth publishes such checkpoints, with the names of the whole model."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = save_tiny_model("gemma3", tmp_path / "model")
     plain = find_base(folder)

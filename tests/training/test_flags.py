@@ -1,4 +1,4 @@
-"""What ``turret train`` says of flags that it has not, and of values that they cannot have."""
+"""Errors of ``turret train`` about unknown flags and invalid values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from turret.training.settings.flags import config_parser, flags, given
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """The first line of what a command ends with that the parser refuses."""
+    """The first line of the output of a command that the parser rejects."""
     with pytest.raises(SystemExit) as caught:
         main(["train", *words])
     assert caught.value.code == 2
@@ -94,7 +94,7 @@ def test_a_number_that_cannot_be_is_refused(
         (("run", "--set", "run.epoch=3"), ["--set run.epoch"]),
         (("run", "--set", "epochs"), ["--set"]),
         (("sweep", "--ranks", "2,5000"), ["--ranks"]),
-        # A flag of its own would be without effect.
+        # The sweep has no such flag, because it would have no effect.
         (("sweep", "--rank", "5000"), ["--ranks"]),
     ],
 )

@@ -1,4 +1,4 @@
-"""docs/training.md says what the code does."""
+"""docs/training.md matches the code."""
 
 from __future__ import annotations
 

@@ -249,7 +249,7 @@ def test_a_component_cannot_leave_before_its_fusion(mode: Any, open_registry: An
     for call in (lambda: registry.unload("a", mode), lambda: registry.replace("a", "dora")):
         error = refusal(call, AdapterInUseError, "FAILED_PRECONDITION")
         assert says("ADAPTER_IS_COMPONENT", adapter="a", fusions="'f'")(error)
-    # It is still served, and changes that keep its content are allowed.
+    # The component is still served, and changes that keep its content are allowed.
     registry.release(registry.acquire(refs("a")))
     assert registry.replace("a", "a").generation == 1
     # Another name for the same weights suffices.

@@ -326,7 +326,7 @@ def test_attention_equals_float64_and_the_rows_alone(
         spans.append(SequenceSpan(row, num_new, num_context, own, num_padding))
         row += num_new
     q = torch.randn(row, heads, dim)
-    # From a negligible sink to a dominating one.
+    # Sinks range from negligible to dominant.
     sinks = torch.linspace(-20, 6, heads) if has_sinks else None
 
     def attend(queries: torch.Tensor, spans: list[SequenceSpan]) -> torch.Tensor:

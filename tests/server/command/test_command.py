@@ -1,4 +1,4 @@
-"""What the ``turret`` command says before torch is there: typos, settings, the first checks."""
+"""Messages of the ``turret`` command before torch is loaded: typos, settings, the first checks."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from start_problems import parse, read
 from turret.server.basics.settings import SettingsError, is_listed, is_path, is_switch
 from turret.server.cli import build_parser, main
 from turret.server.command.flags import settings, unknown_variables, variable_of
+from turret.server.words import say as server_say
 from turret.training.words import say
 
 
@@ -65,7 +66,7 @@ def test_wrong_input_ends_before_torch(tmp_path: Path) -> None:
     ("adapter", "flags", "said"),
     [
         ("empty", (), say("NOT_PEFT_FOLDER", path="{}/empty", file="adapter_config.json")),
-        ("damaged", (), 'adapter "{}/damaged"'),
+        ("damaged", (), server_say("ADAPTER_UNUSABLE", path="{}/damaged", found="")),
         ("psoft", (), say("NEEDS_BASE", method="PSOFT")),
         ("psoft", ("--base", "/no/such"), f"--base: {say('BASE_NOT_FOUND', path='/no/such')}"),
         ("psoft", ("--base", "{}/empty"), "--base: {}/empty "),
@@ -123,7 +124,7 @@ def test_settings_that_do_not_fit_end_before_torch(
         ("turret.server.cli", -signal.SIGINT),
         ("turret.server.command.flags", -signal.SIGINT),
         ("turret.server.app", 130),
-        # Beneath it C++ calls Python, and an exception would abort the process.
+        # C++ calls Python there, so an exception would abort the process.
         ("torch._C", 130),
     ],
 )
@@ -151,7 +152,7 @@ def test_an_interrupt_while_modules_load_leaves_no_traceback(
     )  # fmt: skip
     assert done.returncode == code
     assert "Traceback" not in done.stderr
-    # Not by an exception, after which it would say how to go on.
+    # The process does not end by an exception, after which it would print how to continue.
     assert command is serve or done.stderr.endswith("\nstopped\n")
 
 
@@ -171,14 +172,14 @@ def test_the_short_help_says_what_the_long_one_says() -> None:
             ["eval", "x.jsonl", "--metric", "macro_f1"],
             "--metric: ",
         ),
-        # A part of a flag is none: a later version may have another that begins so.
+        # A prefix of a flag is not accepted, because a later version may have another flag with it.
         (["generate", "--max-token", "3", "x"], '; did you mean "--max-tokens"'),
         (["serve", "--max", "3"], "arguments: --max\n"),
         (["adapters", "lst"], 'turret adapters: error: .*did you mean "list"'),
         (["--versoin"], 'unrecognized arguments: --versoin; did you mean "--version"'),
         (["serve", "--max-lora-rank", "64"], '; did you mean "--max-rank"'),
         (["train", "rum", "x"], '; did you mean "run"'),
-        # What begins alike is not alike.
+        # A common prefix alone is not a similarity.
         (["score", "--max-tokens", "5", "x"], "arguments: --max-tokens\n"),
         (["generate", "--adres=x"], 'arguments: --adres; did you mean "--address"'),
         (["generate", "hi", "there"], "there; quote a text of several words"),
@@ -208,7 +209,7 @@ def test_flags_win_over_variables_and_those_over_the_file(tmp_path: Path) -> Non
         '[adapters.preload]\nsql = "x/sql"\n[listen]\nhttp_address = "localhost:1"\n'
         'http_cors_origin = ["http://a:1", "http://b:2"]\n[scheduler]\nmax_num_seqs = 3\n'
         "[lifecycle]\ngrace_seconds = 7\n[security]\ninsecure = true\n",
-        # As Notepad on Windows saves it.
+        # The encoding of Notepad on Windows.
         encoding="utf-8-sig",
         newline="\r\n",
     )
@@ -226,7 +227,7 @@ def test_flags_win_over_variables_and_those_over_the_file(tmp_path: Path) -> Non
 
 
 def test_every_setting_has_a_variable_and_a_key(tmp_path: Path) -> None:
-    """A value that differs from the default, for each, by both ways."""
+    """Both set each setting to a value that differs from the default."""
     values = {
         "model": "m", "device": "cpu", "dtype": "float32", "address": "localhost:1",
         "admin_address": "localhost:2", "metrics_address": "localhost:3", "preload": "a=b",
@@ -329,7 +330,7 @@ def test_what_is_wrong_is_told_where_it_was_given(
 def test_every_verb_notes_a_misspelt_variable(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # A port that nothing listens on.
+    # A port without a listener.
     asked = ["--address", "127.0.0.1:1"]
     for name in ("TURRET_TOKEN", "TURRET_ISA", "TURRET_CONFIG", "TURRET_HEALTH_FLAGS"):
         monkeypatch.setenv(name, "x")

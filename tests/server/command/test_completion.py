@@ -1,4 +1,4 @@
-"""What the shells complete."""
+"""The completions of the shells."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from turret.server.command.completion import script
 
 
 def completed(line: str, folder: Path) -> set[str]:
-    """What is offered for the last word of a line."""
+    """The completions of the last word of a line."""
     out = folder / "completions"
     environ = {
         "_ARGCOMPLETE": "1",

@@ -1,4 +1,4 @@
-"""Which device serves."""
+"""The choice of the device."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def choose(
     there: bool = True,
     capability: tuple[int, int] = (9, 0),
 ):
-    """The device, and what this process sees of the machine's."""
-    # Set first, so that what the server sets is undone too.
+    """The chosen device, and the devices that this process sees."""
+    # Set the variable first, so that the server's change is undone as well.
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
@@ -74,7 +74,7 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_without_a_compiler_no_gpu_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Triton would raise in the first step, after the model was read."""
+    """Otherwise, Triton would raise only in the first step, after the model was read."""
     monkeypatch.setattr(build, "missing_for_triton", lambda: "a C compiler")
     for wanted in ("auto", "cuda"):
         with pytest.raises(InvalidRequestError, check=says("KERNELS_NEED", missing="a C compiler")):
@@ -91,7 +91,7 @@ def test_without_a_compiler_no_gpu_serves(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_triton_writes_where_the_server_may(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Services and containers often have no home directory that they may write."""
+    """Services and containers often have no writable home directory."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     set_before: dict[str, str] = {"TRITON_CACHE_DIR": "elsewhere"}
     keep_compiled_in(tmp_path, set_before)
@@ -138,7 +138,7 @@ print(seen)
 
 
 def test_whoever_asks_first_sees_the_device_that_was_chosen(tmp_path: Path):
-    """Libraries ask when they are imported, and CUDA reads the variable once."""
+    """Libraries query devices when they are imported, and CUDA reads the variable only once."""
     environ = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
     done = subprocess.run(
         [sys.executable, "-c", _FIRST_QUESTION],

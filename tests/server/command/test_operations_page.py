@@ -1,4 +1,4 @@
-"""docs/operations.md and docs/lifecycle.md say what the code does."""
+"""docs/operations.md and docs/lifecycle.md match the code."""
 
 from __future__ import annotations
 

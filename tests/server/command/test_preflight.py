@@ -1,4 +1,4 @@
-"""What a start refuses within a second, before torch is there."""
+"""Problems that a start reports within a second, before torch is loaded."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_model_that_cannot_be_served(tmp_path: Path) -> None:
         return problem.text
 
     assert said(tmp_path / "absent").reason == "MODEL_NOT_FOUND"
-    # The system itself takes no such name.
+    # The system itself does not support such a name.
     assert reasons("--model", "n" * 300) == [("model.model", "FILE_UNREADABLE")]
     assert said(tmp_path).reason == "MODEL_HAS_NO_CONFIG"
     (tmp_path / "m-Q4.gguf").touch()
@@ -189,7 +189,7 @@ def test_paths_that_can_be_no_unix_socket(tmp_path: Path) -> None:
     left = tmp_path / "left"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(left))
-    # A server that died leaves one behind; the next takes it.
+    # A dead server leaves a socket behind, and the next one reuses the path.
     assert left.exists()
     assert said(left) == said(tmp_path / "new") == []
     with socket.socket(socket.AF_UNIX) as listener:
@@ -242,7 +242,7 @@ def test_a_chat_template_is_checked_before_the_model_is_read(
 
 
 def key_pair(folder: Path, name: str) -> tuple[str, str]:
-    """A certificate that signed itself, and its key, as paths of PEM files."""
+    """A self-signed certificate and its key, as paths of PEM files."""
     certificate, key = str(folder / f"{name}.crt"), str(folder / f"{name}.key")
     subprocess.run(
         [*("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
@@ -272,14 +272,14 @@ UNUSABLE = [("adapters.state_dir", "PATH_UNUSABLE")]
 def test_a_state_dir_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert reasons("--state-dir", str(tmp_path / "file" / "state")) == UNUSABLE
-    # What is looked at is left as it was.
+    # The check changes nothing.
     assert found("--state-dir", str(tmp_path / "deep" / "er")) == []
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a file system that takes no files")
 def test_a_state_dir_where_the_system_lets_nobody_write() -> None:
-    """To the superuser permissions allow it; that it fails is known once it is tried."""
+    """The superuser has the permission, so only an attempt shows the failure."""
     assert reasons("--state-dir", "/proc/x") == UNUSABLE
     assert reasons("--state-dir", "/proc") == UNUSABLE
 
@@ -297,7 +297,7 @@ def test_a_disk_that_is_full_does_not_keep_a_server_from_starting(
 def test_directories_that_this_user_may_not_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # In place of permissions, which do not hold for the superuser.
+    # Simulate missing permissions, which do not apply to the superuser.
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     monkeypatch.setattr(preflight, "check_model", lambda model: "llama")
     root = ("--adapter-root", str(tmp_path), "--preload", "a=b")
@@ -336,7 +336,7 @@ def test_the_newest_checkpoint_is_suggested(tmp_path: Path) -> None:
 def test_a_path_that_is_nowhere_is_no_repository_of_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file's, which its folder is put before, and one that is typed with ``./``."""
+    """Cases: a path in a config file, to which its folder is added, and one with ``./``."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "acme").mkdir()
     (tmp_path / "acme" / "s.toml").write_text('[model]\nmodel = "my-model"\n')
@@ -390,7 +390,7 @@ def test_more_threads_than_processors_are_noted(monkeypatch: pytest.MonkeyPatch)
     ((field, text),) = preflight.notes(parse("--threads", "3"))
     assert (field, text.reason) == ("model.threads", "MORE_THREADS_THAN_CPUS")
     assert preflight.notes(parse("--threads", "2")) == preflight.notes(parse()) == []
-    # What is refused is not noted as well.
+    # A rejected value gets no additional note.
     assert preflight.notes(parse("--threads", "9999")) == []
 
 

@@ -1,4 +1,4 @@
-"""Which preloaded adapters a start refuses within a second, before torch is there."""
+"""Preloaded adapters that a start rejects within a second, before torch is loaded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ADAPTERS = ROOT / "examples" / "adapters"
 
 
 def found(*arguments: str) -> list[str]:
-    """What is wrong with the adapter ``a``."""
+    """The problems of the adapter ``a``."""
     problems = start_problems.found(*arguments)
     assert {problem.field for problem in problems} <= {"adapters.preload.a"}
     return [problem.text for problem in problems]
@@ -35,7 +35,7 @@ def found(*arguments: str) -> list[str]:
 def write_adapter(
     folder: Path, *, width: int = 576, module: str = "0.self_attn.q_proj", **config: Any
 ) -> Path:
-    """A LoRA of rank 4 in PEFT's layout, of the embedded model; ``config`` changes keys."""
+    """Write a LoRA of rank 4 in PEFT's layout for the embedded model; ``config`` changes keys."""
     shapes = {
         f"base_model.model.model.layers.{module}.lora_A.weight": (4, width),
         f"base_model.model.model.layers.{module}.lora_B.weight": (width, 4),
@@ -94,7 +94,7 @@ def test_adapters_of_another_base_where_that_is_allowed_or_not_certain(tmp_path:
     folder = write_adapter(tmp_path / "m", base_model_name_or_path="meta-llama/Llama-3.1-8B")
     assert says("OTHER_BASE")(found(*flags)[0])
     assert found(*flags, "--allow-other-base") == []
-    # A digest tells more than a name, and what it is of is read with the model.
+    # A digest is more specific than a name, but needs the model's weights.
     (folder / "provenance.json").write_text('{"base": {"digest": "00"}}')
     assert found(*flags) == []
     write_adapter(tmp_path / "m", base_model_name_or_path="HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -107,7 +107,7 @@ def test_adapters_whose_ranks_are_too_large(tmp_path: Path) -> None:
     write_adapter(tmp_path / "m")
     (problem,) = found(*flags)
     assert says("RANK_OVER_LIMIT", rank=4, max_rank=3)(problem)
-    # Which rank a pattern gives a module, the base decides; the tensors have the one they have.
+    # The base determines the rank that a pattern gives a module, but the tensors have a fixed rank.
     write_adapter(tmp_path / "m", r=8, rank_pattern={"q_proj": 4})
     assert found(*flags) == [problem]
     assert found(*flags[:-1], "4") == []
@@ -193,7 +193,7 @@ def test_adapters_of_other_shapes_than_the_base(
     (problem,) = found(*flags)
     assert says("ADAPTER_MISFIT", base_model="HuggingFaceTB/SmolLM2-135M-Instruct")(problem)
     assert says(reason, **params)(problem)
-    # The base that it names says more than shapes do; where it may be any, they decide.
+    # The base's name is more specific than shapes; if any base is allowed, the shapes decide.
     write_adapter(tmp_path / "m", width=64, base_model_name_or_path="meta-llama/Llama-3.1-8B")
     assert says("OTHER_BASE", trained_for="meta-llama/Llama-3.1-8B")(found(*flags)[0])
     (problem,) = found(*flags, "--allow-other-base")
@@ -282,7 +282,7 @@ _Q = "model.layers.0.self_attn.q_proj"
             "lora_alpha",
             "INVALID_VALUE",
         ),
-        # These are served: all targets, a head, and a suffix of several names.
+        # Valid targets: all targets, a head, and a suffix of several names.
         ({"target_modules": r"model\.layers\.0\.self_attn\.q_proj"}, {}, "", ""),
         ({"task_type": "SEQ_CLS"}, {"score.weight": np.ones((2, 576), np.float32)}, "", ""),
         ({"target_modules": ["0.self_attn.q_proj"]}, {}, "", ""),
@@ -298,7 +298,7 @@ _Q = "model.layers.0.self_attn.q_proj"
 def test_loras_whose_tensors_contradict_their_config(
     config: dict[str, Any], tensors: dict[str, Any], field: str, reason: str, tmp_path: Path
 ) -> None:
-    """A load of the same folder reports the same."""
+    """Loading the same folder reports the same error."""
     folder = write_adapter(tmp_path / "m", **config)
     file = folder / "adapter_model.safetensors"
     more = {f"base_model.model.{name}": values for name, values in tensors.items()}
@@ -324,7 +324,7 @@ def test_loras_whose_tensors_contradict_their_config(
         ("model.embed_tokens.base_layer.weight", 49154, False),
         ("lm_head.weight", 49154, False),
         ("lm_head.weight", 49154, True),
-        # Rows that only pad the base's matrices may be missing.
+        # Rows that only pad the base's matrices are optional.
         ("lm_head.weight", 49152, False),
         ("lm_head.weight", 49000, False),
     ],
@@ -334,7 +334,7 @@ def test_tokens_of_its_own_without_their_tokenizer(
 ) -> None:
     folder = write_adapter(tmp_path / "m", modules_to_save=["embed_tokens", "lm_head"])
     file = folder / "adapter_model.safetensors"
-    # As wide as the base, which nothing here reads, would be 100 MB.
+    # Use one column, because the base's width is not checked here and would take 100 MB.
     save_file(load_file(file) | {f"base_model.model.{name}": np.ones((rows, 1), np.float16)}, file)
     if has_tokenizer:
         (folder / "tokenizer.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""What a start refuses of the files that flags name, and of who runs it."""
+"""Problems of files in flags, and of the server's user, that a start reports."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_file_that_would_keep_its_reader_waiting_is_refused(flag: str, tmp_pat
 def test_a_user_without_a_home_directory_is_told_of_the_variable(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As in a container that runs as a number."""
+    """A container that runs as a numeric user is like this."""
 
     def unknown(uid: int) -> NoReturn:
         raise KeyError(uid)

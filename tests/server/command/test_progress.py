@@ -1,4 +1,4 @@
-"""What is said, on a terminal and off it, of what takes long."""
+"""Progress of long work, with and without a terminal."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_line_of_log_stands_above_the_bar_and_a_stop_ends_it(
     with log.progress_bar() as report:
         report("Loading layers", 6, 30)
         root.warning(long)
-        # The line before it is gone, and the bar is drawn again below.
+        # The line before the bar is erased, and the bar is drawn again below the message.
         before, _, after = drawn.getvalue().partition(long)
         assert before.endswith("\x1b[2K")
         assert after.startswith("\n")

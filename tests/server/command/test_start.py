@@ -1,4 +1,4 @@
-"""The first second of a start: what it says, in which form, and what signals do to it."""
+"""The first second of a start: its messages, their format, and signals."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from checkout import ROOT
 
 FREE = ("--address", "127.0.0.1:0", "--metrics-address", "none")
-# Sends a signal to itself when a module is looked for.
+# A program that sends itself a signal when a module is imported.
 PROGRAM = """
 import os, signal, sys
 module, number, *sys.argv[1:] = sys.argv[1:]

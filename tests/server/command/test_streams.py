@@ -1,4 +1,4 @@
-"""The command with standard streams that are closed, full, or left by their reader."""
+"""The command with standard streams that are closed, full, or no longer read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CLOSED = "error: the output cannot be written: Bad file descriptor\n"
 
 
 def shell(arguments: str, redirection: str) -> tuple[int, str, str]:
-    """Exit code and outputs of the command with a shell's redirection."""
+    """The exit code and outputs of the command with a shell's redirection."""
     done = subprocess.run(
         ["sh", "-c", f"exec {sys.executable} -m {ENTRY} {arguments} {redirection}"],
         capture_output=True, text=True, stdin=subprocess.DEVNULL,
@@ -44,7 +44,7 @@ def test_an_output_that_is_closed_is_no_place_for_a_result(tmp_path: Path) -> No
         init = f"train init {tmp_path}/t.toml"
         for arguments in [*verbs, "completion bash", "--help", "serve --help", "--version", init]:
             assert shell(arguments, ">&-") == (1, "", CLOSED), arguments
-        # What has nothing to say there loses nothing.
+        # A command without output there is not affected.
         assert shell(f"adapters get nope {at}", ">&-") == shell(f"adapters get nope {at}", "")
 
 
@@ -88,7 +88,7 @@ def test_a_server_without_an_output_stops_with_0(tmp_path: Path) -> None:
 
 
 def test_a_server_whose_log_nobody_reads_any_more_serves_on(tmp_path: Path) -> None:
-    """As behind ``2>&1 | head -1``."""
+    """The server runs like with ``2>&1 | head -1``."""
     model = save_tiny_model("llama", tmp_path / "model")
     socket_path = tmp_path / "socket"
     flags = f"--model {model} --address unix:{socket_path} --metrics-address none"

@@ -1,4 +1,4 @@
-"""How many threads compute: affinity, quotas of cgroups, flags."""
+"""The number of computing threads: affinity, quotas of cgroups, flags."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny real models, real PEFT checkpoints and the formula the operators must satisfy."""
+"""Tiny real models, real PEFT checkpoints, and the formula that the operators must satisfy."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ VOCAB_SIZE = 97
 def tiny_llama(
     *, seed: int = 0, attention_bias: bool = False, dtype: torch.dtype = torch.float32
 ) -> LlamaForCausalLM:
-    """Two layers, hidden 64: q and o are square, k and v 64 -> 32, gate/up 64 -> 128."""
+    """Two layers of hidden size 64: q and o are square, k and v 64 -> 32, gate/up 64 -> 128."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
@@ -68,7 +68,8 @@ def tiny_llama(
     model.to(dtype=dtype)  # type: ignore[call-arg]
     with torch.no_grad():
         for parameter in model.parameters():
-            # transformers' own initialisation is so small that adapters would hardly show.
+            # transformers' own initialisation is so small that adapters would have almost no
+            # effect.
             if parameter.ndim == 2:
                 parameter.normal_(0.0, 0.5 / parameter.shape[1] ** 0.5)
             elif parameter.ndim == 1 and parameter.shape[0] != 64:
@@ -91,7 +92,7 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
 def base_of(
     model: nn.Module, *, dtype: torch.dtype | None = None, name: str = BASE_NAME
 ) -> BaseModel:
-    """A ``BaseModel`` over plain weights: what is served is the model's own weight."""
+    """A ``BaseModel`` over plain weights: the served weights are the model's own."""
 
     def module_of(path: str, linear: nn.Linear) -> BaseModule:
         bias = None if linear.bias is None else linear.bias.detach().clone()
@@ -124,7 +125,7 @@ def base_of(
 
 
 def norms_of(model: nn.Module) -> dict[str, BaseNorm]:
-    """The norms of a Llama by path, with the modules that take their results."""
+    """The norms of a Llama by path, with the modules that use their results."""
     feeds = {
         "input_layernorm": [f"self_attn.{name}_proj" for name in "qkv"],
         "post_attention_layernorm": ["mlp.gate_proj", "mlp.up_proj"],
@@ -150,7 +151,7 @@ def randomise_adapter(peft_model: PeftModel, seed: int = 1) -> None:
                 parameter.mul_((1.0 + 0.3 * noise).to(parameter.dtype))
             elif "lora_" in name:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
-            elif parameter.requires_grad:  # biases that train along
+            elif parameter.requires_grad:  # trained biases
                 parameter.add_((0.3 * noise).to(parameter.dtype))
 
 
@@ -161,9 +162,9 @@ def save_peft_adapter(
     randomise: bool = True,
     seed: int = 1,
 ) -> None:
-    """Makes an adapter with PEFT on a copy of ``model`` and saves it in PEFT's layout."""
+    """Create an adapter with PEFT on a copy of ``model``, and save it in PEFT's layout."""
     with warnings.catch_warnings():
-        # PEFT's advice to people who train (lora_bias on a layer without bias, and the like).
+        # Hide PEFT's advice for training, such as on lora_bias for a layer without bias.
         warnings.simplefilter("ignore")
         peft_model = get_peft_model(copy.deepcopy(model), copy.deepcopy(config))
         if randomise:
@@ -172,7 +173,7 @@ def save_peft_adapter(
 
 
 def load_with_peft(model: nn.Module, directory: Path) -> PeftModel:
-    """The oracle: PEFT's own reading of the directory on a copy of ``model``."""
+    """The reference: a copy of ``model`` with the directory loaded by PEFT."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return PeftModel.from_pretrained(copy.deepcopy(model), str(directory)).eval()
@@ -214,7 +215,7 @@ def apply_operators(
 
 
 def _turned(blocks: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """``D x`` of a block-diagonal ``D``, whose blocks may be one for all."""
+    """``D x`` for a block-diagonal ``D``, which may have one block for all places."""
     count = x.shape[-1] // blocks.shape[1]
     return x @ torch.block_diag(*blocks.expand(count, -1, -1))
 
@@ -240,7 +241,7 @@ def _deltas(
 
 
 def dense_entries(sparse: Sparse, dtype: torch.dtype, in_features: int) -> torch.Tensor:
-    """``S`` as a matrix, an entry at a time."""
+    """``S`` as a matrix, filled entry by entry."""
     rows, columns = sparse.rows().tolist(), sparse.columns.to(torch.int64).tolist()
     dense = torch.zeros(len(sparse.row_starts) - 1, in_features, dtype=dtype)
     for row, column, value in zip(rows, columns, sparse.values.to(dtype), strict=True):
@@ -280,7 +281,7 @@ def logits(model: nn.Module, seed: int = 7) -> torch.Tensor:
 
 
 def edit_config(directory: Path, **changes: Any) -> None:
-    """Changes keys of ``adapter_config.json``; the value ``...`` removes one."""
+    """Change keys of ``adapter_config.json``; the value ``...`` removes one."""
     path = directory / CONFIG_FILE
     config = json.loads(path.read_text())
     for key, value in changes.items():
@@ -295,7 +296,7 @@ def edit_tensors(
     directory: Path,
     edit: Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor] | None],
 ) -> None:
-    """Rewrites the tensor file with what ``edit`` makes of it (in place, or returned)."""
+    """Rewrite the tensor file with the result of ``edit``, which may also edit in place."""
     path = directory / TENSORS_FILE
     tensors = load_file(path)
     edited = edit(tensors)
@@ -303,7 +304,7 @@ def edit_tensors(
 
 
 def make_qalora(directory: Path, group: int) -> None:
-    """Makes a QA-LoRA of a saved LoRA: PEFT makes them on GPTQ layers alone."""
+    """Convert a saved LoRA to a QA-LoRA, which PEFT creates only on GPTQ layers."""
     edit_config(directory, use_qalora=True, qalora_group_size=group)
 
     def pool(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -316,7 +317,7 @@ def make_qalora(directory: Path, group: int) -> None:
 
 
 def lora_config(**changes: Any) -> LoraConfig:
-    """A small LoRA on q and v unless told otherwise."""
+    """The config of a small LoRA, by default on q and v."""
     values: dict[str, Any] = {
         "r": 4,
         "lora_alpha": 10,
@@ -327,12 +328,12 @@ def lora_config(**changes: Any) -> LoraConfig:
 
 
 def read_adapter(root: Path, path: str = "a", max_elements: int = 1 << 24) -> AdapterCheckpoint:
-    """Reads the adapter directory ``path`` below ``root``."""
+    """Read the adapter directory ``path`` below ``root``."""
     return read_checkpoint(AdapterRoot(root), path, max_elements=max_elements)
 
 
 def lower_adapter(root: Path, base: BaseModel, path: str = "a") -> Lowered:
-    """Reads and lowers with whichever method accepts it; a start would not have refused it."""
+    """Read and lower an adapter with its method, and check that a start would accept it."""
     lowered = lower_checkpoint(read_adapter(root, path), base)[1]
     with AdapterRoot(root).open_directory(path) as directory:
         modules = lowered.operators.modules.values()
@@ -343,7 +344,7 @@ def lower_adapter(root: Path, base: BaseModel, path: str = "a") -> Lowered:
 
 
 def sizes_of(base: BaseModel) -> BaseSizes | None:
-    """What a start knows of a base; nothing of a mixture."""
+    """The sizes of a base that are known at startup; None for a mixture."""
     if base.experts:
         return None
     return BaseSizes(
@@ -362,7 +363,7 @@ def sizes_of(base: BaseModel) -> BaseSizes | None:
 
 
 def refusal_of(root: Path, path: str = "a") -> AdapterCheckpointError:
-    """The error of reading and lowering on ``tiny_llama``; raises AssertionError if none."""
+    """The error of reading and lowering on ``tiny_llama``; raises AssertionError without one."""
     try:
         lower_adapter(root, base_of(tiny_llama()), path)
     except AdapterCheckpointError as error:

@@ -1,4 +1,4 @@
-"""Adapters that were trained with more tokens than the base has, as PEFT and transformers save."""
+"""Adapters trained with more tokens than the base has, saved by PEFT and transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from builders.methods import copy_of, quiet, randomise
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-# A word, two marks of turns and two of tools; behind them rows that only pad.
+# A word, two marks of turns and two of tools; padding rows follow them.
 WORDS = ["turret"]
 MARKS = ["<|user|>", "<|end|>", "<call>", "</call>"]
 ADDED = [*WORDS, *MARKS]
@@ -36,7 +36,7 @@ def grown_tokenizer(template: str | None = TEMPLATE) -> Any:
 
 
 def resized(model: nn.Module, rows: int, seed: int = 0) -> Any:
-    """A copy of a model with another number of tokens; new rows are like those there are."""
+    """A copy of a model with another number of tokens; new rows resemble existing ones."""
     copy: Any = copy_of(model)
     with quiet():
         copy.resize_token_embeddings(rows, mean_resizing=False)
@@ -45,7 +45,7 @@ def resized(model: nn.Module, rows: int, seed: int = 0) -> Any:
         for matrix in (copy.get_input_embeddings().weight, copy.get_output_embeddings().weight):
             new = matrix[VOCAB_SIZE:]
             noise = torch.randn(new.shape, generator=generator)
-            # As bf16 has it, which bases and their adapters are saved in.
+            # Rounded to bf16, the dtype of saved bases and adapters.
             new.copy_((1.5 * matrix.std() * noise).bfloat16())
     return copy
 
@@ -60,10 +60,10 @@ def save_grown(
     tokenizer: Any = None,
     save_embedding_layers: bool = True,
 ) -> PeftModel:
-    """Makes an adapter on a resized copy of a model, and saves it beside its tokenizer.
+    """Create an adapter on a resized copy of a model, and save it with its tokenizer.
 
     Returns:
-        The oracle.
+        The reference model.
     """
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(seed)

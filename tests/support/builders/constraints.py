@@ -1,4 +1,4 @@
-"""Constraints for the tiny models, in which each byte is a token."""
+"""Constraints for the tiny models, which have a token per byte."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def make_tokenizer() -> Tokenizer:
 
 
 def compiled(kind: Kind, *texts: str) -> Constraint:
-    """A constraint of the tiny models, compiled here and now; raises what that raises."""
+    """A compiled constraint for the tiny models; raises the errors of the compilation."""
     return _compiler()._compile(ConstraintSpec(kind, texts))
 
 
@@ -30,7 +30,7 @@ def _compiler() -> ConstraintCompiler:
 
 
 def tokens_of(matcher: Matcher) -> set[int]:
-    """The tokens that are allowed next."""
+    """The allowed next tokens."""
     bits = np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")
     return set(bits.nonzero()[0].tolist())
 

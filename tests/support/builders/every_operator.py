@@ -135,7 +135,7 @@ def _vocabulary(arch: Arch, some: Callable[..., torch.Tensor]) -> AdapterOperato
 
 
 def _router(hidden: int, modules: int) -> TokenRouter:
-    """Of three components."""
+    """A router of three components."""
     return TokenRouter(
         (torch.randn(16, hidden),),
         (torch.randn(16),),

@@ -1,4 +1,4 @@
-"""For every method: PEFT's config, and what to draw for the tensors it trains."""
+"""For every method: PEFT's config, and random values for its trained tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BD_LORA = BdLoraConfig(
 _NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 _CPT: dict[str, Any] = {"cpt_mask": [1] * 5, "cpt_tokens_type_mask": [1, 2, 3, 4, 4]}
 
-# Method → PEFT's config and the values of a small adapter, on every linear module where it can be.
+# Method → PEFT's config class and the values of a small adapter, on every supported linear module.
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "lora": (peft.LoraConfig, _LORA),
     "rslora": (peft.LoraConfig, {"r": 6, "lora_alpha": 3, **_ALL, "use_rslora": True}),
@@ -64,7 +64,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "fourierft": (peft.FourierFTConfig, {"n_frequency": 90, "scaling": 150.0, **_ALL}),
     "randlora": (peft.RandLoraConfig, {"r": 8, "randlora_alpha": 8, **_ALL}),
     "osf": (peft.OSFConfig, _ALL),
-    # Each layer's weight has more rows than columns: V and all U are well conditioned then.
+    # These layers' weights have more rows than columns, so that V and all U are well conditioned.
     "frod": (
         peft.FrodConfig,
         {"target_modules": ["gate_proj", "up_proj"], "progressbar": False},
@@ -95,9 +95,9 @@ class Drawn:
     """One trained tensor to be replaced.
 
     Attributes:
-        old: As PEFT initialised it.
+        old: The tensor as initialised by PEFT.
         noise: Standard normal values of its shape, fp64.
-        strength: How much the adapter should do.
+        strength: The strength of the adapter.
     """
 
     old: torch.Tensor
@@ -116,16 +116,16 @@ class Drawn:
 
 
 def _product(drawn: Drawn, root: float) -> torch.Tensor:
-    """Entries of a product that are multiplied by those of another."""
+    """Entries of a factor that is multiplied by another one."""
     return drawn.noise * math.sqrt(drawn.strength) / drawn.columns**root
 
 
-# Part of a parameter's name → its new value; the first that is found counts.
+# A part of a parameter's name → its new value; the first match counts.
 DRAWS: tuple[tuple[str, Callable[[Drawn], torch.Tensor]], ...] = (
     ("adaption_prompt", lambda d: d.noise),
     ("adaption_gate", lambda d: d.strength * (2.0 + d.noise)),
     ("lora_magnitude_vector", lambda d: d.around(0.6)),
-    # A row with some of the old one in it.
+    # The new row contains a part of the old one.
     ("trainable_tokens_delta", lambda d: d.old + d.strength * d.noise * d.old.std()),
     ("modules_to_save", lambda d: d.old + d.strength * d.noise * d.old.std()),
     ("lora_embedding_A", lambda d: d.noise),
@@ -170,7 +170,7 @@ DRAWS: tuple[tuple[str, Callable[[Drawn], torch.Tensor]], ...] = (
     ("frod_lambda_s_values", lambda d: d.scaled(d.strength)),
     ("glora_B", lambda d: d.scaled(0.1 * d.strength)),
     ("glora_", lambda d: d.scaled(0.6 * d.strength / d.columns**0.5)),
-    # lora_A, lora_B, lokr_*, hada_*_a and the like.
+    # All other parameters: lora_A, lora_B, lokr_*, hada_*_a and so on.
     ("", lambda d: _product(d, 0.5)),
 )
 

@@ -1,4 +1,4 @@
-"""Checkpoints of every method, as PEFT writes them, on small models."""
+"""Checkpoints of every method on small models, written by PEFT."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ CAUSAL: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """PEFT's advice to people who train is not about these tests."""
+    """Hide PEFT's advice for training."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def make_config(method: str, **changes: Any) -> PeftConfig:
-    """A config of the method, adapting every linear module unless told otherwise."""
+    """A config of the method, by default for every linear module."""
     kind, values = KINDS[method]
     with quiet():
         return kind(**{**CAUSAL, **copy.deepcopy(values), **changes})
 
 
 def randomise(peft_model: nn.Module, seed: int, strength: float = 0.5) -> None:
-    """Replaces every trained tensor, so that each one matters and updates are like weights."""
+    """Replace every trained tensor, so that each matters and updates are as large as weights."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(peft_model.named_parameters()):
@@ -55,9 +55,9 @@ def save_adapter(
     strength: float = 0.5,
     share: bool = False,
 ) -> PeftModel:
-    """Makes an adapter on a copy of ``model``, saves it in PEFT's layout and returns it."""
+    """Create an adapter on a copy of ``model``, save it in PEFT's layout and return it."""
     with quiet(), torch.random.fork_rng():
-        # PEFT draws what it makes from the global generator; a p-tuning encoder's biases keep it.
+        # PEFT uses the global generator; the biases of a p-tuning encoder keep these values.
         torch.manual_seed(seed)
         peft_model = get_peft_model(copy_of(model, share), copy.deepcopy(config))
         assert isinstance(peft_model, PeftModel)
@@ -69,7 +69,7 @@ def save_adapter(
 
 
 def prune(peft_model: PeftModel, seed: int) -> None:
-    """Gives an AdaLoRA the rank pattern that training would leave: one module with no rank."""
+    """Give an AdaLoRA a rank pattern as after training, with one module without ranks."""
     generator = torch.Generator().manual_seed(seed)
     pattern = {}
     for name, parameter in peft_model.get_base_model().named_parameters():
@@ -81,12 +81,15 @@ def prune(peft_model: PeftModel, seed: int) -> None:
 
 
 def copy_of(model: nn.Module, share: bool = False) -> Any:
-    """A copy; with ``share`` of the modules only, for adapters that leave the base's tensors."""
+    """A copy.
+
+    With ``share``, only of the modules, for adapters that do not change the base's tensors.
+    """
     tensors = (*model.parameters(), *model.buffers()) if share else ()
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def load_adapter(model: nn.Module, directory: Path, *, share: bool = False) -> PeftModel:
-    """The oracle: PEFT's own reading of the directory on a copy of ``model``."""
+    """The reference: a copy of ``model`` with the directory loaded by PEFT."""
     with quiet():
         return PeftModel.from_pretrained(copy_of(model, share), str(directory)).eval()

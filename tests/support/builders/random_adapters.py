@@ -1,4 +1,4 @@
-"""Random adapters written as PEFT would save them, without building a model."""
+"""Random adapters in PEFT's layout, written without a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
-    """A LoRA of some kind; ``strength`` is about the size of Δ(x) beside x."""
+    """A LoRA of some kind; ``strength`` is about the size of Δ(x) relative to x."""
 
     name: str
     rank: int
@@ -34,13 +34,13 @@ class AdapterSpec:
 
 
 def arch_of(model: Path | None) -> Arch:
-    """The architecture of a directory, or of the embedded model."""
+    """The architecture of a model directory, or of the embedded model."""
     folder = model or resolve_model(None, default_cache_dir()).files
     return read_arch(AutoConfig.from_pretrained(folder))
 
 
 def write_adapter(root: Path, arch: Arch, spec: AdapterSpec, seed: int) -> None:
-    """Write ``root/spec.name`` for a model."""
+    """Write an adapter to ``root/spec.name`` for a model."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> torch.Tensor:
@@ -63,7 +63,7 @@ def write_adapter(root: Path, arch: Arch, spec: AdapterSpec, seed: int) -> None:
                 if spec.has_bias:
                     tensors[f"{key}.lora_B.bias"] = noise(rows) * 0.1
     with warnings.catch_warnings():
-        # PEFT's advice to people who train.
+        # Hide PEFT's advice for training.
         warnings.simplefilter("ignore")
         config = LoraConfig(
             r=spec.rank,

@@ -32,7 +32,7 @@ class FakeMix:
 
 
 def mix_of(name: str) -> Any:
-    """This is where it passes for a real one."""
+    """A fake mix, typed as a real one."""
     return FakeMix(((name, 1, 1.0),) if name else ())
 
 

@@ -9,10 +9,10 @@ from typing import Any
 from turret.training.settings.config import build_config
 from turret.training.settings.resolve import Resolved, resolve
 
-# What a method asks of a config that trains it on ``write_words``, whose prompts end so.
+# Overrides that methods need for training on ``write_words``, whose prompts end like this.
 REQUIRED = {"alora": ("method.invocation=:",)}
 WORDS = ("red", "green", "blue", "black", "white", "amber", "pink", "grey")
-# A chat template with a mark of each kind, and a conversation.
+# A chat template with a mark for each role, and a conversation.
 CHAT = (
     "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}"
     "{% if m['role'] == 'assistant' %}<eos>{% endif %}{{ '\\n' }}{% endfor %}"
@@ -32,7 +32,7 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def write_words(path: Path, count: int = 24) -> Path:
-    """``count`` distinct prompts of differing length, each with a word to learn."""
+    """Write ``count`` distinct prompts of different lengths, each with a word to learn."""
     rows = [
         {"prompt": "say " + "la " * (number % 5) + f"{number}:", "completion": WORDS[number % 8]}
         for number in range(count)
@@ -41,7 +41,7 @@ def write_words(path: Path, count: int = 24) -> Path:
 
 
 def resolve_tiny(folder: Path, model: Path, *overrides: str) -> Resolved:
-    """A run of a few steps on ``folder/train.jsonl``, which is written if it is not there."""
+    """A run of a few steps on ``folder/train.jsonl``, which is written if it is missing."""
     if not (folder / "train.jsonl").exists():
         write_words(folder / "train.jsonl")
     tables = {

@@ -42,8 +42,8 @@ class Administrator:
     """Makes calls to a server.
 
     Args:
-        address: Of the server.
-        root: Where its adapters are.
+        address: The address of the server.
+        root: The directory of its adapters.
     """
 
     def __init__(self, address: str, root: Path) -> None:
@@ -68,7 +68,7 @@ class Administrator:
         return len(state.adapters) > 0
 
     def generate(self, *names: str) -> str:
-        """A short answer, which is the same for the same weights."""
+        """Return a short answer, which is the same for the same weights."""
         request = inference_pb2.GenerateRequest(prompt="a b c")
         request.stop.max_tokens = 3
         request.stop.ignore_eos = True
@@ -91,7 +91,7 @@ class Administrator:
         """Make the call.
 
         Raises:
-            grpc.RpcError: It failed, or the server died.
+            grpc.RpcError: The call failed, or the server died.
         """
         kind, name, path = operation
         calls: dict[str, Callable[[], Any]] = {

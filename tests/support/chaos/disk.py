@@ -1,4 +1,4 @@
-"""A small disk of its own, which can be filled and made read-only."""
+"""A small separate disk, which can be filled and made read-only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _run(*command: str) -> bool:
 
 @contextmanager
 def small_disk(path: Path, megabytes: int) -> Iterator[Path]:
-    """A file system in memory at ``path``; skips the test where none may be mounted."""
+    """Mount a file system in memory at ``path``; skips the test if that is not allowed."""
     path.mkdir()
     if not _run("mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(path)):
         pytest.skip("this user may not mount file systems")
@@ -28,7 +28,7 @@ def small_disk(path: Path, megabytes: int) -> Iterator[Path]:
 
 @contextmanager
 def read_only(path: Path) -> Iterator[None]:
-    """Whatever is opened below ``path`` meanwhile cannot be written."""
+    """Make everything below ``path`` read-only within the block."""
     assert _run("mount", "--bind", str(path), str(path))
     try:
         assert _run("mount", "-o", "remount,bind,ro", str(path))
@@ -39,7 +39,7 @@ def read_only(path: Path) -> Iterator[None]:
 
 @contextmanager
 def filled(path: Path) -> Iterator[None]:
-    """No byte is free below ``path`` meanwhile."""
+    """Fill the disk below ``path`` completely within the block."""
     filler = path / "filler"
     with filler.open("wb", buffering=0) as file:
         try:

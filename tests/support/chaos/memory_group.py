@@ -1,4 +1,4 @@
-"""A control group whose processes together have little memory, as in a container."""
+"""A control group with little memory for all of its processes, as in a container."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _ROOT = Path("/sys/fs/cgroup")
 
 
 def _own() -> tuple[Path, str]:
-    """This process's group, and the name of the file with its limit."""
+    """The group of this process, and the name of the file with its limit."""
     path = ""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if "memory" in controllers.split(","):
             return _ROOT / "memory" / path.lstrip("/"), "memory.limit_in_bytes"
-    # Version 2 has one group, which is the last line.
+    # Version 2 has one group, in the last line.
     return _ROOT / path.lstrip("/"), "memory.max"
 
 
 @contextmanager
 def memory_group(name: str, limit: int) -> Iterator[Path]:
-    """A group below this process's own; skips the test where none can be made."""
+    """A group below this process's own; skips the test if it cannot be created."""
     own, file = _own()
     group = own / name
     try:
@@ -42,6 +42,6 @@ def memory_group(name: str, limit: int) -> Iterator[Path]:
                 group.rmdir()
                 break
             except OSError:
-                # The kernel has not yet let go of the last process.
+                # The kernel has not released the last process yet.
                 assert time.monotonic() < end
                 time.sleep(0.05)

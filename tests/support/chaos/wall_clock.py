@@ -17,13 +17,13 @@ _SOURCE = Path(__file__).with_suffix(".c")
 
 
 class WallClock:
-    """Skips the test where there is no C compiler.
+    """A wall clock that can be set. Skips the test without a C compiler.
 
     Args:
-        folder: For the library, and the file that says how late it is.
+        folder: The directory for the library and the file with the offset.
 
     Attributes:
-        environment: Variables of the processes that see this clock.
+        environment: The variables of processes that see this clock.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,6 +37,6 @@ class WallClock:
         self.environment = {"LD_PRELOAD": str(library), "WALL_CLOCK_FILE": str(self._file)}
 
     def set_ahead(self, seconds: int) -> None:
-        """Move the clock ahead by some seconds, or back if they are negative."""
+        """Move the clock ahead by some seconds, or back for a negative number."""
         with self._file.open("r+b") as file:
             file.write(seconds.to_bytes(8, "little", signed=True))

@@ -1,4 +1,4 @@
-"""Ray on several machines, and ``turret cluster serve --address auto`` that joins it."""
+"""Ray on several machines, and a ``turret cluster serve --address auto`` that joins it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GRPC_PORT, HTTP_PORT = 50051, 8080
 
 
 class JoinedFleet:
-    """Ray on every machine of a network, and the commands that were run on the first one."""
+    """Ray on every machine of a network, and the commands on the first one."""
 
     def __init__(self, network: Network, folder: Path) -> None:
         self._folder = folder
@@ -45,12 +45,12 @@ class JoinedFleet:
             "RAY_ADDRESS": self._ray_address,
             "PYTHONPATH": str(ROOT / "src"),
         }
-        # The paths of Ray's sockets are long enough.
+        # Use a short path, because the paths of Ray's sockets are long.
         self._ray_folder = tempfile.mkdtemp(prefix="turret-", dir="/tmp")
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def start_ray(self, machine: Machine, num_cpus: int) -> subprocess.Popen[bytes]:
-        """Ray on a machine, the first one first."""
+        """Start Ray on a machine; the first machine must be the first one."""
         flags = [f"--num-cpus={num_cpus}", f"--node-ip-address={machine.ip}", "--block"]
         flags += [f"--object-store-memory={100 << 20}", "--disable-usage-stats"]
         if machine is self.machines[0]:
@@ -59,22 +59,22 @@ class JoinedFleet:
         else:
             flags += [f"--address={self._ray_address}"]
         ray = str(Path(sys.executable).parent / "ray")
-        # Ray would take the cluster of the variable for its own.
+        # Ray would use the cluster in the variable as its own.
         environment = {k: v for k, v in self._environment.items() if k != "RAY_ADDRESS"}
         process = self._start(machine, [ray, "start", *flags], f"ray-{machine.port}", environment)
         self._wait_for_text(f"ray-{machine.port}", "Ray runtime started", process)
         return process
 
     def serve(self, name: str, *flags: str) -> subprocess.Popen[bytes]:
-        """Runs the command until it serves.
+        """Run the command until it serves.
 
         Args:
-            name: Of this run.
-            flags: Beside the addresses.
+            name: The name of this run.
+            flags: Flags in addition to the addresses.
         """
         command = [sys.executable, "-m", "turret.server.cli", "cluster", "serve"]
         command += ["--address", "auto", "--state-dir", str(self.state_dir), *flags]
-        # With --address auto what to listen on is said by the variable.
+        # With --address auto, the variable sets the address to listen on.
         environment = {
             **self._environment,
             "TURRET_ADDRESS": f"0.0.0.0:{GRPC_PORT}",
@@ -87,11 +87,11 @@ class JoinedFleet:
         return process
 
     def log(self, name: str) -> str:
-        """What a run has said."""
+        """The output of a run."""
         return (self._folder / f"{name}.log").read_text()
 
     def status(self) -> str:
-        """What ``turret cluster status`` prints."""
+        """The output of ``turret cluster status``."""
         command = [sys.executable, "-m", "turret.server.cli", "cluster", "status"]
         command += ["--ray-address", self._ray_address]
         done = subprocess.run(
@@ -104,7 +104,7 @@ class JoinedFleet:
         return done.stdout
 
     def replicas(self) -> list[psutil.Process]:
-        """The replicas' processes, on whichever machine."""
+        """The processes of the replicas, on all machines."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
@@ -132,14 +132,14 @@ class JoinedFleet:
             time.sleep(0.2)
 
     def close(self) -> None:
-        """Ends everything, the latest first."""
+        """End all processes, the latest first."""
         trees = {p.pid: _tree(p.pid) for p in self._processes}
         for process in reversed(self._processes):
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(_STOP_SECONDS)
-        # What a machine that is cut off does not hear, or was started by what is gone.
+        # Processes on a disconnected machine, or started by a dead process.
         for left in (each for tree in trees.values() for each in tree):
             with contextlib.suppress(psutil.Error):
                 left.kill()
@@ -160,8 +160,8 @@ def joined_fleet(network: Network, folder: Path, *, num_cpus: int = 1) -> Iterat
 
     Args:
         network: The machines.
-        folder: For logs and the state directory.
-        num_cpus: Of each machine, as Ray counts them: one is a replica's.
+        folder: The directory for logs and the state directory.
+        num_cpus: Ray's number of processors per machine; a replica takes one.
     """
     fleet = JoinedFleet(network, folder)
     try:

@@ -17,9 +17,9 @@ class Machine:
     """A simulated machine.
 
     Attributes:
-        namespace: Of its network.
-        ip: Its address, which this process can reach.
-        port: Its place in the switch.
+        namespace: The namespace of its network.
+        ip: The address, which this process can reach.
+        port: The port of the switch.
     """
 
     namespace: str
@@ -32,7 +32,7 @@ class Machine:
 
 
 class Network:
-    """Machines behind a switch; this process is behind it too."""
+    """Machines behind a switch; this process is connected to it, too."""
 
     def __init__(self, count: int) -> None:
         number = os.getpid() % 250 + 1
@@ -45,10 +45,10 @@ class Network:
         self._own_ip = f"10.99.{number}.254"
 
     def open(self) -> None:
-        """Makes it.
+        """Create the network.
 
         Raises:
-            OSError: It cannot be made here.
+            OSError: The network cannot be created here.
         """
         switch = self._switch
         _ip("netns", "add", switch)
@@ -75,7 +75,7 @@ class Network:
         _ip("-n", self._switch, "link", "set", machine.port, "nomaster")
 
     def close(self) -> None:
-        """Removes what is there of it."""
+        """Remove the created parts."""
         with contextlib.suppress(OSError):
             _ip("link", "del", self._near)
         for namespace in (self._switch, *(each.namespace for each in self.machines)):
@@ -99,7 +99,7 @@ def network(count: int) -> Iterator[Network]:
     """Some machines.
 
     Raises:
-        OSError: There can be none here.
+        OSError: The network cannot be created here.
     """
     if shutil.which("ip") is None or os.geteuid() != 0:
         raise OSError("network namespaces need root, and iproute2")

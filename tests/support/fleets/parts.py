@@ -22,7 +22,7 @@ from turret.server.errors import StorageFullError, TurretError
 
 
 class Crash(Exception):
-    """The registry's process ends here."""
+    """A simulated end of the registry's process."""
 
 
 def facts_of(digest: str) -> AdapterFacts:
@@ -42,12 +42,11 @@ def facts_of(digest: str) -> AdapterFacts:
 
 @dataclass
 class Disk:
-    """Survives every crash. ``crash_in`` counts the steps of writes until the registry dies.
+    """A disk that survives every crash. ``crash_in`` counts the steps of writes until a crash.
 
     Attributes:
-        history: By name, everything that it has stood for, in order: ``(uuid, generation)``, or
-            None for nothing.
-        files: Uploads by path, and the digest of what is in them.
+        history: The past registrations of each name, in order: ``(uuid, generation)``, or None.
+        files: The digest of each upload, by path.
     """
 
     names: dict[str, SavedRegistration] = dataclasses.field(default_factory=dict)
@@ -117,11 +116,11 @@ class Disk:
 
 
 class Replica:
-    """One replica: its follower, and names that stand for what the follower was told.
+    """One replica: its follower, and the names that the follower has applied.
 
     Args:
-        name: Another one after each restart.
-        rate: How fast its clock runs.
+        name: The name, which changes at each restart.
+        rate: The speed of its clock.
         stops_alone: See ``Follower``.
     """
 
@@ -142,7 +141,7 @@ class Replica:
         return self.follower.is_serving(self.clock(now))
 
     def has_promise(self, now: float) -> bool:
-        """Whether what callers were told is true here."""
+        """Whether results that callers received must hold here."""
         return self.follower.is_current and self.follower.has_lease(self.clock(now))
 
     def resolve(self, name: str) -> SavedRegistration | None:

@@ -1,4 +1,4 @@
-"""What must hold in a simulated fleet, whatever happens to it."""
+"""The invariants of a simulated fleet."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAMES = ("a", "b")
 
 @dataclass
 class Caller:
-    """Somebody who waits for what comes of a proposal."""
+    """A caller that waits for the outcome of a proposal."""
 
     proposal: m.Proposal
     operation: str
@@ -22,11 +22,11 @@ class Caller:
 
 
 class Promises:
-    """Remembers what was served and what callers were told.
+    """Records served states, and results that callers received.
 
     Args:
-        disk: What the registry has written down, and when.
-        promising: The replicas on which all that callers were told is true.
+        disk: The disk with the registry's writes.
+        promising: Returns the replicas on which all received results must hold.
     """
 
     def __init__(self, disk: Disk, promising: Callable[[], list[Replica]]) -> None:
@@ -39,7 +39,7 @@ class Promises:
         self.told_base = 1
 
     def hear(self, caller: Caller, outcome: m.Outcome) -> None:
-        """A caller is told that it is done: from now on that has to be true."""
+        """Record that a caller received a result, which must hold from now on."""
         if outcome.saved is not None:
             saved = outcome.saved
             replaces = getattr(caller.proposal, "replaces", None)
@@ -61,7 +61,7 @@ class Promises:
         self.told[name] = max(self.told.get(name, 0), index)
 
     def check(self, replica: Replica, now: float) -> None:
-        """Looks at one replica that would answer now."""
+        """Check one replica that would answer now."""
         for name in NAMES:
             saved = replica.resolve(name)
             if saved is not None:

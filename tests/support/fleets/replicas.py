@@ -1,4 +1,4 @@
-"""Replicas with real adapters, without engines, around a registry of the same process."""
+"""Replicas with real adapters, without engines, with a registry in the same process."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _change_at_once(change: Callable[[], ChangedBase]) -> Future[None]:
 
 
 class Fleet:
-    """A registry, and the replicas that were started."""
+    """A registry, and the started replicas."""
 
     def __init__(self, state_dir: Path, root: Path, *, adapter_hub: tuple[str, ...] = ()) -> None:
         self.state_dir = state_dir
@@ -103,7 +103,7 @@ class Fleet:
         return replica
 
     def wait_resident(self, mix: Mix) -> None:
-        """Has a mix's adapters read; raises what keeps them from it."""
+        """Wait until a mix's adapters are resident; raises the error if they cannot be."""
         answered = threading.Event()
         results: list[HostResult] = []
 

@@ -1,4 +1,4 @@
-"""A real fleet on Ray Serve, as ``turret cluster serve`` starts it."""
+"""A real fleet on Ray Serve, started by ``turret cluster serve``."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _WHOLE_SECONDS = 120.0
 
 @dataclass(frozen=True, slots=True)
 class ServingFleet:
-    """A fleet that answers, on one gRPC and one HTTP address.
+    """A running fleet with one gRPC and one HTTP address.
 
-    ``metrics_address`` is the first of its replicas'.
+    ``metrics_address`` is the first address of its replicas' metrics.
     """
 
     address: str
@@ -36,34 +36,34 @@ class ServingFleet:
     log: Path
 
     def replicas(self) -> list[psutil.Process]:
-        """The replicas' processes."""
+        """The processes of the replicas."""
         return self._called("ray::ServeReplica:turret")
 
     def tree(self) -> list[psutil.Process]:
-        """The command's process and all that were started below it."""
+        """The command's process and all of its descendants."""
         command = psutil.Process(self.process.pid)
         return [command, *command.children(recursive=True)]
 
     def registry(self) -> psutil.Process:
-        """The registry's process."""
+        """The process of the registry."""
         (found,) = self._called("ray::RegistryActor")
         return found
 
     def named(self, name: str) -> list[psutil.Process]:
-        """The processes whose name begins so."""
+        """The processes with this beginning of their names."""
         return [each for each in self.tree() if _name(each).startswith(name)]
 
     def _called(self, title: str) -> list[psutil.Process]:
         return [each for each in self.tree() if _title(each).startswith(title)]
 
     def status(self) -> str:
-        """What ``turret cluster status`` prints."""
+        """The output of ``turret cluster status``."""
         command = [sys.executable, "-m", "turret.server.cli", "cluster", "status"]
         command += ["--state-dir", str(self.state_dir)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     def wait_until_whole(self, count: int) -> float:
-        """Wait for so many replicas, each with all adapters; return the seconds."""
+        """Wait for this number of replicas, each with all adapters; returns the seconds."""
         start = time.monotonic()
         while not _is_whole(self.status(), count):
             assert time.monotonic() < start + _WHOLE_SECONDS, self.status()
@@ -72,7 +72,7 @@ class ServingFleet:
 
 
 def status_rows(status: str) -> list[dict[str, str]]:
-    """The replicas that ``turret cluster status`` has printed, by heading."""
+    """The replicas in the output of ``turret cluster status``, by heading."""
     lines = [line.replace("┃", "│") for line in status.splitlines()]
     cells = [[c.strip() for c in line.split("│")[1:-1]] for line in lines if line[:1] == "│"]
     return [dict(zip(cells[0], row, strict=True)) for row in cells[1:]]
@@ -85,12 +85,12 @@ def _is_whole(status: str, count: int) -> bool:
 
 
 def listening(process: psutil.Process) -> set[tuple[str, int]]:
-    """The (host, port) pairs that a process listens on by TCP, or receives on by UDP."""
+    """The (host, port) pairs on which a process listens (TCP) or receives (UDP)."""
     try:
         found = process.net_connections(kind="inet")
     except psutil.NoSuchProcess:
         return set()
-    # An IPv6 socket that is bound to an IPv4 address accepts only that address.
+    # An IPv6 socket bound to an IPv4 address accepts only that address.
     return {
         (each.laddr.ip.removeprefix("::ffff:"), each.laddr.port)
         for each in found
@@ -99,7 +99,7 @@ def listening(process: psutil.Process) -> set[tuple[str, int]]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """A port without a listener."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -121,15 +121,15 @@ def _title(process: psutil.Process) -> str:
 
 @contextlib.contextmanager
 def start_fleet(folder: Path, *flags: str, host: str = "127.0.0.1") -> Iterator[ServingFleet]:
-    """Runs ``turret cluster serve`` on the example adapters; SIGTERM ends it.
+    """Run ``turret cluster serve`` on the example adapters; SIGTERM ends it.
 
     Args:
-        folder: For its log and its state directory.
-        flags: Further flags.
-        host: Where the fleet listens; metrics are on 127.0.0.1.
+        folder: The directory for its log and its state directory.
+        flags: Additional flags.
+        host: The host of the fleet; metrics are on 127.0.0.1.
 
     Raises:
-        AssertionError: It did not start, or SIGTERM did not end it with exit code 0.
+        AssertionError: The fleet did not start, or SIGTERM did not end it with exit code 0.
     """
     log, state_dir = folder / "fleet.log", folder / "state"
     address, http = (f"{host}:{free_port()}" for _ in range(2))

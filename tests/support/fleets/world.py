@@ -1,6 +1,6 @@
-"""A registry, replicas and a network that loses, delays and reorders, on one thread and one clock.
+"""A registry, replicas and a network that loses, delays and reorders, on one thread and clock.
 
-The state machines are the server's. What happens next is drawn, so that a script is a history.
+The state machines are the server's. Events are drawn, so that a sequence of draws is a history.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Draw = Callable[[int], int]
 
 @dataclass
 class Letter:
-    """A question on its way to the registry, or with ``answer`` its answer on the way back."""
+    """A message on its way to the registry, or with ``answer``, its answer on the way back."""
 
     replica: Replica
     question: m.Join | m.Report
@@ -42,12 +42,12 @@ class World:
     """One fleet.
 
     Args:
-        draw: ``draw(n)`` is a number below n.
-        num_replicas: Of the fleet.
-        stops_alone: Whether replicas stop when their leases lapse.
+        draw: ``draw(n)`` returns a number below n.
+        num_replicas: The number of replicas.
+        stops_alone: Whether replicas stop when their leases expire.
 
     Attributes:
-        counts: What has happened how often.
+        counts: The numbers of events.
     """
 
     def __init__(self, draw: Draw, num_replicas: int, stops_alone: bool) -> None:
@@ -78,10 +78,10 @@ class World:
             new_uuid=lambda: f"u{next(self._ids)}",
         )
 
-    # What can happen
+    # Events
 
     def act(self) -> None:
-        """One thing happens."""
+        """Run one random event."""
         usual = (
             *(self._beat, self._beat, self._beat, self._beat, self._call, self._deliver),
             *(self._deliver, self._lose, self._apply, self._propose, self._propose, self._ask),
@@ -147,7 +147,7 @@ class World:
                 follower.must_join()
 
     def _at_registry(self, call: Callable[[FleetRegistry], _T]) -> _T | None:
-        """Has the registry do something, which may be the last thing that it does."""
+        """Run an action of the registry, which may crash it."""
         assert self.registry is not None
         try:
             return call(self.registry)
@@ -157,7 +157,7 @@ class World:
             return None
 
     def _beat(self) -> None:
-        """A replica asks, is answered and applies one change: what happens most of the time."""
+        """A replica reports, gets the answer and applies one change, which is the common case."""
         index, replica = self._replica()
         if index in self.cut or self.registry is None:
             return
@@ -171,7 +171,7 @@ class World:
         self._apply_at(self._replica()[1])
 
     def _apply_at(self, replica: Replica) -> None:
-        # In two halves, between which anything can happen.
+        # In two halves, between which other events can happen.
         if replica.changing is None:
             replica.changing = replica.follower.next_change()
         if replica.changing is not None and self.draw(3):
@@ -184,7 +184,7 @@ class World:
             self._make_at(replica)
 
     def _make_at(self, replica: Replica) -> None:
-        """A replica has made a merge's weights, or cannot."""
+        """A replica has prepared a merge's weights, or cannot."""
         plan = replica.state.preparing
         if plan is not None and self.draw(2):
             error = None if self.draw(6) else InvalidRequestError("the weights are not finite")
@@ -293,7 +293,7 @@ class World:
                 self.counts["forgotten"] += 1
 
     def _ask(self) -> None:
-        """Everybody asks what came of it."""
+        """All callers request the outcomes of their proposals."""
         waiting, self.callers = self.callers, []
         for caller in waiting:
             if self.registry is None:
@@ -312,10 +312,10 @@ class World:
                 self.counts[type(caller.proposal).__name__] += 1
                 self.promises.hear(caller, outcome)
 
-    # What must hold
+    # Invariants
 
     def check(self) -> None:
-        """Looks at every replica that would answer now."""
+        """Check every replica that would answer now."""
         for replica in self.replicas:
             if replica.is_serving(self.now):
                 self.promises.check(replica, self.now)
@@ -326,7 +326,7 @@ class World:
     # The end
 
     def finish(self) -> None:
-        """Everything is mended; what callers were told is true, and everybody agrees."""
+        """After a repair of everything, all received results hold, and all replicas agree."""
         self.cut.clear()
         self.letters.clear()
         self.disk.crash_in, self.disk.is_full = 0, False

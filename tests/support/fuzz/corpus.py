@@ -1,6 +1,6 @@
-"""The committed inputs: valid ones of each kind, and those that once broke something.
+"""The committed inputs: valid ones of each kind, and those that once caused a failure.
 
-cd tests/support && python -m fuzz.corpus     writes those that are right
+cd tests/support && python -m fuzz.corpus     writes the valid ones
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CORPUS = ROOT / "tests" / "fuzz" / "corpus"
 
 
 def seeds() -> Iterator[tuple[str, bytes]]:
-    """Every committed input, with its target's name: ``corpus/<target>/<anything>``."""
+    """Every committed input with the name of its target: ``corpus/<target>/<anything>``."""
     for path in sorted(CORPUS.glob("*/*")):
         yield path.parent.name, path.read_bytes()
 
@@ -96,7 +96,7 @@ def _bodies() -> dict[str, Any]:
 
 
 def _recipes() -> dict[str, tuple[str, bytes]]:
-    """Large bodies by name, each with its path."""
+    """Recipes of large bodies by name, each with its path."""
     start, end = (b'{"model":"base",', 0), ((b"]", 0), (b"}", 0))
     chat, completions = "/v1/chat/completions", "/v1/completions"
     tool = b'{"type":"function","function":{"name":"f"}},'
@@ -118,7 +118,7 @@ def _recipes() -> dict[str, tuple[str, bytes]]:
 
 
 def encoded(messages: list[Message], method: str) -> bytes:
-    """The messages of a call as the target ``message`` reads them."""
+    """The messages of a call in the form of the target ``message``."""
     number = next(i for i, each in enumerate(METHODS) if each.name == method)
     parts = [each.SerializeToString() for each in messages]
     # A message whose length does not fit into two bytes is truncated.
@@ -127,7 +127,7 @@ def encoded(messages: list[Message], method: str) -> bytes:
 
 
 def _saved(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """What is written to disk."""
+    """The files of a state directory."""
     from turret.server.adapters.state_dir import StateDir
 
     registries = Registries(folder)
@@ -145,7 +145,7 @@ def _saved(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def right() -> Iterator[tuple[str, bytes]]:
-    """Path below the corpus → input, one of every kind at least."""
+    """Path below the corpus → input, with at least one of every kind."""
     for method, messages in _messages().items():
         yield f"message/{method}", encoded(messages, method)
     for path, body in _bodies().items():

@@ -1,4 +1,4 @@
-"""Both doors without sockets, in front of a real registry and fuser: bytes in, a code out."""
+"""Both protocols without sockets, with a real registry and fuser: bytes in, a code out."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from turret.server.rpc.services import AdaptersServicer, HealthServicer, Inferen
 from turret.v1 import adapters_pb2, inference_pb2
 
 CALL_SECONDS = 20.0
-# Everything that can be called, by what a fuzzer chooses with: its place in this order.
+# All methods; a fuzzer selects one by its position.
 METHODS: tuple[Any, ...] = tuple(
     method
     for file, name in (
@@ -39,7 +39,7 @@ METHODS: tuple[Any, ...] = tuple(
         (health_pb2.DESCRIPTOR, "Health"),
     )
     for method in file.services_by_name[name].methods
-    # It never ends, and says nothing of what it was sent.
+    # Watch never ends, and ignores its input.
     if method.name != "Watch"
 )
 PATHS = (
@@ -49,7 +49,7 @@ PATHS = (
 
 
 class _Context:
-    """What a servicer asks of gRPC's context."""
+    """The parts of gRPC's context that servicers use."""
 
     def __init__(self) -> None:
         self.status: grpc.StatusCode | None = None
@@ -84,10 +84,10 @@ class _Context:
 
 
 class Doors:
-    """Answers what comes to it, one after the other. Close it in the end.
+    """Answers calls one after the other. Close it at the end.
 
     Args:
-        folder: For the adapters and the state directory.
+        folder: The directory for the adapters and the state directory.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -117,7 +117,7 @@ class Doors:
         self._app: Any = self._http._app
 
     def close(self) -> None:
-        """Ends everything that was begun."""
+        """End all pending work."""
         self._loop.run_until_complete(self._http.stop(0))
         self._adapters.close()
         self._fuser.close()
@@ -126,11 +126,11 @@ class Doors:
         self._loop.close()
 
     def call(self, method: MethodDescriptor, messages: Iterable[bytes | Message]) -> str:
-        """The name of the status that a gRPC call ends with.
+        """The name of the final status of a gRPC call.
 
         Args:
-            method: Of ``METHODS``.
-            messages: As sent; more than one only for a method that takes a stream.
+            method: One of ``METHODS``.
+            messages: The sent messages; more than one only for a streaming method.
         """
         return self._loop.run_until_complete(self._call(method, iter(messages)))
 
@@ -156,7 +156,7 @@ class Doors:
         return (context.status or grpc.StatusCode.OK).name
 
     def post(self, path: str, body: bytes) -> int:
-        """The status that a POST over HTTP ends with."""
+        """The status of a POST over HTTP."""
         return self._loop.run_until_complete(self._post(path, body))
 
     async def _post(self, path: str, body: bytes) -> int:
@@ -194,7 +194,7 @@ class Doors:
         return statuses[0]
 
     def is_listed(self) -> bool:
-        """Whether every adapter that was let in can be told to clients, and read again."""
+        """Whether every accepted adapter can be described to clients and read again."""
         list_all = next(method for method in METHODS if method.name == "ListAdapters")
         start = time.monotonic()
         code = self.call(list_all, [b""])
@@ -202,7 +202,7 @@ class Doors:
 
 
 def _handler(method: MethodDescriptor, behaviour: Any, parse: Any) -> Any:
-    """As grpcio's generated code makes it."""
+    """A handler like that of grpcio's generated code."""
     is_many, answers_many = method.client_streaming, method.server_streaming
     one = {(False, False): "unary_unary", (False, True): "unary_stream"}
     many = {(True, False): "stream_unary", (True, True): "stream_stream"}

@@ -1,10 +1,10 @@
-"""Fuzzes all targets, guided by coverage where atheris is installed, at random where it is not.
+"""Fuzzes all targets, guided by coverage if atheris is installed, otherwise at random.
 
 cd tests/support && python -m fuzz.guided SECONDS FINDINGS
 
-Starts from the committed corpus. An input that breaks something is written to FINDINGS, with what
-it broke; copy it to ``tests/fuzz/corpus/<target>/`` together with the mending, and it is tried for
-ever. Exits with 1 if there is one.
+It starts from the committed corpus. An input that causes a failure is written to FINDINGS, together
+with the failure. Copy it to ``tests/fuzz/corpus/<target>/`` in the commit of the fix, so that it is
+always tried. The exit code is 1 if there is a finding.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _note(findings: Path, name: str, data: bytes) -> None:
 
 
 def at_random(seconds: float, findings: Path) -> int:
-    """The targets in turn, with damaged seeds. Returns how many findings there were."""
+    """Run the targets in turn with damaged seeds; returns the number of findings."""
     from fuzz.corpus import seeds
     from fuzz.mutation import mutated
     from fuzz.targets import opened
@@ -55,7 +55,7 @@ def at_random(seconds: float, findings: Path) -> int:
 
 
 def guided(seconds: float, findings: Path) -> int:
-    """The same with libFuzzer, which ends the process; a leading byte chooses the target."""
+    """The same with libFuzzer, which ends the process; a leading byte selects the target."""
     atheris: Any = importlib.import_module("atheris")
 
     with atheris.instrument_imports(include=["turret.server"], enable_loader_override=False):

@@ -1,7 +1,7 @@
-"""The largest messages that every field of every endpoint can be sent, through both doors.
+"""The largest messages for every field of every endpoint, over both protocols.
 
-Which fields there are is read from what declares them: the models of the HTTP routes and the
-descriptors of the protos. A new field is found by itself.
+The fields are read from the models of the HTTP routes and the descriptors of the protos, so new
+fields are included automatically.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from servers.limits_of_bodies import body_of, fields, places, with_others
 
 from turret.server.http.body import MAX_BODY_BYTES
 
-# gRPC's own limit of a message, less what is around the field.
+# gRPC's limit of a message, without the bytes around the field.
 _MAX_MESSAGE_BYTES = (4 << 20) - 64
 _DEPTH = 4
-# What a list is made of, in turn: each costs a parser and a reader something else.
+# Entries of lists, in turn: each has a different cost for parsers and readers.
 ENTRIES = (b"{}", b"0", b"[]", b'""', b'{"a":1}', b"[[]]", b"1e-400", b'"ab"')
 
 
 @dataclass(frozen=True, slots=True)
 class Large:
-    """A message that is as large as it may be, or larger.
+    """A message with the maximum size, or a larger one.
 
     Attributes:
         target: The path of an endpoint, or the full name of a gRPC method.
@@ -45,8 +45,8 @@ def bodies(*, is_short: bool) -> Iterator[Large]:
     """Bodies for every list of every endpoint, and for every field that is read.
 
     Args:
-        is_short: Whether each limit is tried at one endpoint with one kind of value alone, and of
-            the other fields one in four.
+        is_short: Whether each limit is tried at only one endpoint with one kind of value, and only
+            one in four other fields is tried.
     """
     kinds = itertools.cycle(ENTRIES)
     seen: set[object] = set()
@@ -57,7 +57,7 @@ def bodies(*, is_short: bool) -> Iterator[Large]:
             continue
         seen.add(place.steps)
         if 0 in place.steps:
-            # Many lists in a list: these have numbers or objects, so a text is wrong in each.
+            # For many lists in a list, which contain numbers or objects, a text is invalid in each.
             times = limits[place.path, place.steps[: place.steps.index(0)]]
             for entry in [b'""'] if is_short else ENTRIES:
                 most_bytes = MAX_BODY_BYTES - 200
@@ -86,7 +86,7 @@ def bodies(*, is_short: bool) -> Iterator[Large]:
 
 
 def _with(name: str, make: Callable[[int], bytes]) -> bytes:
-    """A body whose field has what is made of so much room."""
+    """A body with a field that is filled up to the given size."""
     start = b'{"model":"base","%b":' % name.encode()
     return start + make(MAX_BODY_BYTES - len(start) - 10) + b"}"
 
@@ -100,7 +100,7 @@ def _names(room: int) -> bytes:
     return b"{" + b",".join(b'"%x":0' % number for number in range(room // 11)) + b"}"
 
 
-# Long texts, one of them without an end, nests, and an object of many names.
+# Long texts (one unterminated), nested values, and an object with many names.
 _VALUES: tuple[Callable[[int], bytes], ...] = (
     lambda room: b'"' + b'\\"' * (room // 2) + b'"',
     lambda room: b'"' + b'\\"' * (room // 2),
@@ -129,7 +129,7 @@ def _repeated(kind: Descriptor, depth: int) -> Iterator[tuple[str, bytes]]:
 
 
 def _filled(field: FieldDescriptor) -> bytes:
-    """As many entries as a message holds: empty messages and texts, ones for numbers."""
+    """As many entries as fit a message: empty messages and texts, and ones for numbers."""
     if field.message_type is None and field.cpp_type != FieldDescriptor.CPPTYPE_STRING:
         return _tag(field) + _varint(_MAX_MESSAGE_BYTES - 200) + b"\1" * (_MAX_MESSAGE_BYTES - 200)
     entry = _tag(field) + b"\0"

@@ -80,7 +80,7 @@ def _drawn(draw: st.DrawFn, descriptor: Descriptor, depth: int) -> Message:
 
 
 def messages_of(descriptor: Descriptor, depth: int = 0) -> st.SearchStrategy[Message]:
-    """Messages of a type. Of a ``oneof`` the last field that was drawn stays."""
+    """Messages of a type. In a ``oneof``, the last drawn field stays."""
     if depth > 4:
         return st.builds(GetMessageClass(descriptor))
     return _drawn(descriptor, depth)

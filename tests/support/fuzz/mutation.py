@@ -1,4 +1,4 @@
-"""Inputs made of others by small damage, for where no coverage guides."""
+"""Inputs that are slightly damaged copies of others, for fuzzing without coverage."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from fuzz.targets import MAX_BYTES
 
-# What parsers of JSON, protobuf, safetensors and token files trip over.
+# Critical tokens for parsers of JSON, protobuf, safetensors and token files.
 _TOKENS = (
     *(b"\x00", b"\xff", b"\x80", b"\\ud800", b"\\u0000", b"1e400", b"-1", b"NaN", b"null", b"{}"),
     *(

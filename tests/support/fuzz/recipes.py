@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from turret.server.http.body import MAX_BODY_BYTES
 
-# What a body is made of. A recipe is pairs of bytes: which piece, and how often, as a power of two.
+# The pieces of a body. A recipe consists of pairs of bytes: the piece, and the exponent of its
+# count.
 PIECES = (
     *(b'{"model":"base",', b'"messages":', b'"prompt":', b'"input":', b'"tools":', b'"stop":'),
     *(b'"logit_bias":', b'"metadata":', b'"adapters":', b'"tool_calls":', b'"content":', b'"x":'),
@@ -21,7 +22,7 @@ _POWERS = MAX_BODY_BYTES.bit_length()
 
 
 def body(recipe: bytes) -> bytes:
-    """What a recipe makes, at most as large as a body may be."""
+    """The body for a recipe, up to the maximum size of a body."""
     made = bytearray()
     for piece, power in zip(recipe[::2], recipe[1::2], strict=False):
         what = PIECES[piece % len(PIECES)]

@@ -37,8 +37,8 @@ _GRPC = frozenset(
 )
 
 
-# The budget of an input of n bytes: seconds of processor time and bytes of memory, at most so much,
-# and so much more for each byte. Coverage that is measured makes everything some times slower.
+# The budget of an input: a base and an amount per byte, of processor time and memory. Measuring
+# coverage makes everything a few times slower.
 _SECONDS, _SECONDS_PER_BYTE = 2.0, 4e-6
 _MEMORY, _MEMORY_PER_BYTE = 64 << 20, 128
 
@@ -51,7 +51,7 @@ class Targets:
     """All fuzz targets, by name.
 
     Args:
-        folder: For files.
+        folder: The directory for files.
 
     Attributes:
         by_name: Name → function of the bytes.
@@ -80,17 +80,17 @@ class Targets:
         self._doors.close()
 
     def header(self, data: bytes) -> None:
-        """The beginning of a tensor file."""
+        """Input: the beginning of a tensor file."""
         with contextlib.suppress(ValueError):
             read_header(io.BytesIO(data), len(data))
 
     def config(self, data: bytes) -> None:
-        """An adapter's config alone."""
+        """Input: an adapter's config."""
         with contextlib.suppress(TurretError):
             parse_config(data, "x")
 
     def folder(self, data: bytes) -> None:
-        """Both files of an adapter: two bytes with the length of the config, then the two files."""
+        """Input: both files of an adapter, after two bytes with the length of the config."""
         split = 2 + int.from_bytes(data[:2], "little")
         place = self._folder / "fuzzed"
         (place / CONFIG_FILE).write_bytes(data[2:split])
@@ -120,12 +120,12 @@ class Targets:
         ).SerializeToString()
 
     def registration(self, data: bytes) -> None:
-        """A file of the state directory. The server must start, whatever the file contains."""
+        """Input: a file of the state directory. The server must start with any content."""
         with contextlib.suppress(ValueError):
             SavedRegistration.from_json(data).to_json()
 
     def tokens(self, data: bytes) -> None:
-        """A token file."""
+        """Input: a token file."""
         path = self._folder / "tokens"
         path.write_bytes(data)
         path.chmod(0o600)
@@ -133,7 +133,7 @@ class Targets:
             TokenTable.read(path).roles_of("x")
 
     def message(self, data: bytes) -> None:
-        """A byte that chooses the method, then its messages: two bytes of length before each."""
+        """Input: a byte for the method, then its messages, each after two bytes of length."""
         method = METHODS[data[0] % len(METHODS)] if data else METHODS[0]
         code = self._doors.call(method, _parts(data[1:]))
         if code not in _GRPC:
@@ -142,21 +142,21 @@ class Targets:
             raise Broken(f"{method.full_name}: adapters cannot be listed any more")
 
     def http(self, data: bytes) -> None:
-        """A byte that chooses the path, then the body."""
+        """Input: a byte for the path, then the body."""
         path = PATHS[data[0] % len(PATHS)] if data else PATHS[0]
         status = self._doors.post(path, data[1:])
         if status not in _HTTP:
             raise Broken(f"{path}: {status}")
 
     def bodies(self, data: bytes) -> int:
-        """A byte that chooses the path, then the recipe of a body of up to 4 MiB."""
+        """Input: a byte for the path, then the recipe of a body of up to 4 MiB."""
         made = body(data[1:])
         self.http(data[:1] + made)
         return len(made)
 
 
 def _within_budget(target: Callable[[bytes], int | None], data: bytes) -> None:
-    """Run a target; it returns the size of what it read where that is not its input."""
+    """Run a target, which returns the size of the data if that differs from the input's."""
     # Reset the kernel's record of the peak memory: an earlier peak would hide this one.
     Path("/proc/self/clear_refs").write_text("5")
     start, before = time.process_time(), _peak_bytes()
@@ -182,7 +182,7 @@ def _parts(data: bytes) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def opened() -> Iterator[Targets]:
-    """The targets, in a folder of their own."""
+    """The targets, with a separate folder."""
     with tempfile.TemporaryDirectory() as name:
         targets = Targets(Path(name))
         try:

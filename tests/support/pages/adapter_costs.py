@@ -1,8 +1,8 @@
-"""What each method costs a token in one module, counted on the operators that it is lowered to.
+"""The cost of each method per token in one module, counted on its operators.
 
-PEFT writes an adapter of its own default size for one linear module; the server's reader makes
-operators of it, whose tensors are counted: bytes that a row reads, and products that it needs. No
-clock is asked.
+PEFT writes an adapter of its default size for one linear module, and the server lowers it to
+operators. The cost is the number of bytes that a row reads, and of products that it needs. No time
+is measured.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ INNER, OUT = 1024, 2048
 _MODULE = "model.layers.0.mlp.up_proj"
 _TARGETS: dict[str, Any] = {"target_modules": ["up_proj"]}
 _BFLOAT16_BYTES = 2
-# Of a weight: four bits, a byte for 64 of them, and a float32 for 256 of those bytes.
+# Bytes per weight: four bits, a byte per 64 weights, and a float32 per 256 of these bytes.
 _NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 RANK = 16
 
-# Methods without a module's operators: they have positions, keys and values, or rows of tokens. Of
-# learned fusions, Arrow and X-LoRA the members decide, and the score.
+# Methods without operators in a module: they have positions, keys and values, or rows of tokens.
+# The cost of learned fusions, Arrow and X-LoRA depends on their members and scores.
 ELSEWHERE = frozenset(
     {"prefix_tuning", "prompt_tuning", "p_tuning", "cpt", "multitask_prompt", "cartridge"}
     | {"adaption_prompt", "trainable_tokens", "learned_fusion", "arrow", "xlora"}
 )
-# Updates as large as the weight, whatever else they are: nothing has to be lowered to count them.
+# Methods with updates as large as the weight, which can be counted without lowering.
 DENSE = frozenset({"fourierft", "randlora", "osf", "frod"})
-# What a config has to say, beside PEFT's defaults.
+# Required keys of configs, in addition to PEFT's defaults.
 _REQUIRED: Mapping[str, Mapping[str, Any]] = {
     "dora": {"use_dora": True},
     "alora": {"alora_invocation_tokens": [7]},
@@ -58,7 +58,7 @@ _REQUIRED: Mapping[str, Mapping[str, Any]] = {
     "pvera": {"projection_prng_key": 3},
     "poly": {"n_tasks": 2},
 }
-# What a method's config calls its size, where that is not a rank.
+# The keys for a method's size, if that is not a rank.
 _SIZES = {
     "adalora": "target_r",
     "oft": "oft_block_size",
@@ -74,12 +74,12 @@ _QALORA_GROUP = 16
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one token in one module.
+    """The cost of one token in one module.
 
     Attributes:
-        size: What PEFT's default says of it, as in the config.
-        num_bytes: Of the operators, bf16, which a row that has them alone reads.
-        multiply_adds: Products that they need.
+        size: The size by PEFT's default, as in the config.
+        num_bytes: The bytes of the operators in bf16, which a row reads if it has them alone.
+        multiply_adds: The number of multiply-adds.
     """
 
     size: str
@@ -88,7 +88,7 @@ class Cost:
 
 
 def module_costs(names: Iterable[str]) -> dict[str, Cost]:
-    """The cost of each method named, none of ``ELSEWHERE``, and of LoRA at rank 16 (``""``)."""
+    """The cost of each method that is not in ``ELSEWHERE``, and of LoRA at rank 16 (``""``)."""
     model = _one_layer()
     base = base_of(model, dtype=torch.bfloat16)
     found = {"": _lowered(model, base, "lora", {"r": RANK})}
@@ -102,14 +102,14 @@ def module_costs(names: Iterable[str]) -> dict[str, Cost]:
 
 
 def cost_rows(names: Iterable[str]) -> dict[str, str]:
-    """A row of the page's table for each."""
+    """A row of the page's table for each cost."""
     costs = module_costs(names)
     unit = costs.pop("")
     return {name: _row(f"`{name}`", cost, unit) for name, cost in costs.items()}
 
 
 def render_costs() -> str:
-    """The page's table: LoRA at rank 16, the base itself, and every method by what it reads."""
+    """The page's table: LoRA at rank 16, the base itself, and every method by its read bytes."""
     costs = module_costs(sorted(METHODS.keys() - ELSEWHERE))
     unit = costs.pop("")
     entries = INNER * OUT
@@ -163,7 +163,7 @@ def _lowered(
             checkpoint = checkpoint.of_task(0)
         method, lowered = lower_checkpoint(checkpoint, base)
     assert method == name, (method, name)
-    # A norm's gain is that of the modules that it feeds: one of them is told.
+    # A norm's gain applies to the modules after it; use one of them.
     operators = lowered.operators.modules[_MODULE]
     key = _SIZES.get(name, "r")
     size = f"`{key}` {getattr(config, key)}" if hasattr(config, key) else ""

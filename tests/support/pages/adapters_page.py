@@ -17,7 +17,7 @@ PAGE = ROOT / "docs" / "adapters.md"
 
 
 def _keys() -> list[str]:
-    """Every key that some method has a rule for, those that most methods share first."""
+    """Every key for which a method has a rule; keys that most methods share come first."""
     keys = {key for method in METHODS.values() for key in method.rules}
     return sorted(keys, key=lambda key: (-sum(key in m.rules for m in METHODS.values()), key))
 
@@ -40,7 +40,7 @@ def _but(names: list[str]) -> str:
 
 
 def render_keys() -> str:
-    """Which methods read a key, which ignore it, which reject it; then each method's own keys."""
+    """The methods that read, ignore and reject each key, and then each method's own keys."""
     kinds: tuple[type[Rule], ...] = (Used, Irrelevant, Rejected)
     head = "used | ignored | rejected unless off |"
     shared = [f"| key | {head}", "|---|---|---|---|"]
@@ -60,7 +60,7 @@ def render_keys() -> str:
 
 
 def render_reasons() -> str:
-    """Why keys are ignored or rejected; one line per reason."""
+    """The reasons why keys are ignored or rejected, one line per reason."""
     keys_of: dict[tuple[str, str], list[str]] = {}
     for key in _keys():
         methods_of: dict[tuple[str, str], list[str]] = {}
@@ -85,7 +85,7 @@ def render_reasons() -> str:
 
 
 def render_types() -> str:
-    """Every ``peft_type``: the methods it is served as and what they compute, or what to do."""
+    """Every ``peft_type``: its methods with their function, or advice if it is not supported."""
     served: dict[str, list[str]] = {}
     for name, method in METHODS.items():
         for kind in method.peft_types:
@@ -100,20 +100,21 @@ def render_types() -> str:
 
 
 def _summary(method: AnyMethod) -> str:
-    """The first line of a method's file; formulas in code."""
+    """The first line of a method's file, with formulas as code."""
     path = method.name
     (file,) = (ROOT / "server" / "adapters" / "methods").rglob(f"{path}.py")
     text = ast.get_docstring(ast.parse(file.read_text())) or ""
     return text.partition("\n")[0].replace("``", "`").rstrip(".")
 
 
-# Made in a second; that of costs writes an adapter of every method, which takes many.
+# These parts take a second. The table of costs takes many, because it writes an adapter of every
+# method.
 PARTS = {"keys": render_keys, "reasons": render_reasons, "types": render_types}
 COSTS = {"costs": render_costs}
 
 
 def rendered(page: str, parts: Mapping[str, Callable[[], str]] = PARTS) -> str:
-    """The page with generated parts made anew."""
+    """The page with new generated parts."""
     for name, render in parts.items():
         text = render()
         begin, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"

@@ -1,4 +1,4 @@
-"""The generated part of docs/architecture.md: every room, and what its ``__init__.py`` says."""
+"""The generated part of docs/architecture.md: every package with its docstring."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BEGIN, END = "<!-- generated: rooms -->", "<!-- end: rooms -->"
 
 
 def rooms() -> list[str]:
-    """Every folder of code that has an ``__init__.py``, as a path from the checkout, in order."""
+    """Every code folder with an ``__init__.py``, as a path in the checkout, in order."""
     return sorted(
         str(path.parent.relative_to(ROOT))
         for folder in (ROOT / "src" / "turret").iterdir()
@@ -21,14 +21,14 @@ def rooms() -> list[str]:
 
 
 def caption(room: str) -> str:
-    """The first paragraph of a room's docstring, on one line."""
+    """The first paragraph of a package's docstring, on one line."""
     tree = ast.parse((ROOT / room / "__init__.py").read_text())
     text = (ast.get_docstring(tree) or "").partition("\n\n")[0]
     return " ".join(text.split()).replace("``", "`")
 
 
 def rendered(page: str) -> str:
-    """The page with its generated part made anew."""
+    """The page with a new generated part."""
     lines = ["| room | what is in it |", "|---|---|"]
     lines += [f"| `{room}` | {caption(room)} |" for room in rooms()]
     assert page.count(BEGIN) == page.count(END) == 1

@@ -26,7 +26,7 @@ def render_flags() -> str:
 
 
 def meanings() -> dict[str, str]:
-    """What the tree in ``errors.py`` says of each class."""
+    """The meaning of each class, from the tree in ``errors.py``."""
     return dict(re.findall(r"[├└]── (\w+) {2,}(.+)", errors.__doc__ or ""))
 
 
@@ -55,7 +55,7 @@ def render_metrics() -> str:
 
 
 def rendered(page: str) -> str:
-    """The page with its generated parts made anew."""
+    """The page with new generated parts."""
     for name, text in (
         ("flags", render_flags()),
         ("errors", render_errors()),

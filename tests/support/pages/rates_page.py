@@ -8,7 +8,7 @@ from pathlib import Path
 from checkout import ROOT
 
 RESULTS = ROOT / "bench" / "results" / "amd-epyc.jsonl"
-# Scenario of bench/decode.py → how README calls it.
+# Scenario of bench/decode.py → its name in the README.
 SHOWN = {
     "base, 1 request": "base, 1 request",
     "base, 16 requests": "base, 16 requests",
@@ -38,7 +38,7 @@ def render_rates() -> str:
 
 
 def render_costs() -> str:
-    """What rank-16 LoRAs take off the base's rate."""
+    """The cost of rank-16 LoRAs relative to the base's rate."""
     rates = newest_rates()
 
     def lost(name: str, base: str) -> str:
@@ -61,7 +61,7 @@ PAGES = {
 
 
 def rendered(path: Path, page: str) -> str:
-    """A page with its generated part made anew."""
+    """A page with a new generated part."""
     name, render = PAGES[path]
     begin, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
     assert page.count(begin) == page.count(end) == 1, name

@@ -16,7 +16,7 @@ def render_limits() -> str:
 
 
 def rendered(page: str) -> str:
-    """The page with its generated part made anew."""
+    """The page with a new generated part."""
     begin, end = "<!-- generated: limits -->", "<!-- end: limits -->"
     assert page.count(begin) == page.count(end) == 1
     head, _, rest = page.partition(begin)

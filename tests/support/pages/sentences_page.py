@@ -1,4 +1,4 @@
-"""Every sentence of turret's errors in one file, to be read as prose: ``make pages``."""
+"""All sentences of turret's errors in one file, for proofreading: ``make pages``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def catalogues() -> dict[str, dict[str, str]]:
 
 
 def rendered() -> str:
-    """A line for each sentence: its reason and its template."""
+    """One line per sentence, with its reason and its template."""
     lines = [f"{reason}: {text}" for each in catalogues().values() for reason, text in each.items()]
     return "\n".join(sorted(lines)) + "\n"
 

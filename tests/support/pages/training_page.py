@@ -16,7 +16,7 @@ PAGE = ROOT / "docs" / "training.md"
 
 
 def render_config_reference() -> str:
-    """One row a key: its default, or who chooses."""
+    """One row per key, with its default or the origin of its value."""
     lines = ["| key | default | |", "|---|---|---|"]
     for table, kind in tables_of(TrainConfig).items():
         for name, info in fields_of(kind).items():
@@ -29,7 +29,7 @@ def render_config_reference() -> str:
 
 
 def render_methods() -> str:
-    """One row a method: what it chooses where the config is silent."""
+    """One row per method, with its defaults."""
     lines = [
         "| method | learning rate | targets | rank or length | other keys |",
         "|---|---|---|---|---|",
@@ -52,7 +52,7 @@ PARTS = {"config": render_config_reference, "methods": render_methods}
 
 
 def rendered(page: str) -> str:
-    """The page with its generated parts as they should be."""
+    """The page with new generated parts."""
     for name, render in PARTS.items():
         begin, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
         pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)

@@ -1,4 +1,4 @@
-"""Tensors that kernels find by an address in another tensor, not as an argument."""
+"""Tensors that kernels find by an address in another tensor, instead of as an argument."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ _REACHED: dict[int, weakref.ref[torch.Tensor]] = {}
 
 
 def address_of(tensor: torch.Tensor) -> int:
-    """Where a tensor's first element lies, for kernels to find.
+    """The address of a tensor's first element, for kernels.
 
-    While the tensor lives, the emulator maps the memory that it is part of at the same address.
+    As long as the tensor lives, the emulator maps its memory at the same address.
     """
     _REACHED[id(tensor)] = weakref.ref(tensor)
     return tensor.data_ptr()
 
 
 def reached() -> Iterator[torch.UntypedStorage]:
-    """The memory of those tensors that still live, each once."""
+    """The memory of the tensors that are still alive, each once."""
     found: set[int] = set()
     for key, reference in list(_REACHED.items()):
         tensor = reference()

@@ -1,4 +1,4 @@
-"""Executes one CTA in lock step: the operations of its instructions."""
+"""Executes one CTA in lock step: the operations for its instructions."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Launch:
     """The data that the programs of a launch share.
 
     Attributes:
-        grid: Programs along x, y and z.
-        arguments: Raw bits of the kernel's arguments.
-        memory: The memory that their pointers refer to.
-        threads: Of a program.
-        shared_bytes: Of a program.
+        grid: The numbers of programs along x, y and z.
+        arguments: The raw bits of the kernel's arguments.
+        memory: The memory to which their pointers refer.
+        threads: The number of threads of a program.
+        shared_bytes: The shared memory of a program.
     """
 
     grid: tuple[int, int, int]
@@ -39,12 +39,12 @@ class Cta:
     """The state of one program of a launch.
 
     Attributes:
-        ctaid: Its place in the grid.
-        nctaid: The grid.
+        ctaid: The position in the grid.
+        nctaid: The size of the grid.
         tid: Thread numbers, ``[threads]`` uint32.
         laneid: Thread numbers in the warp.
         arguments: As in ``Launch``.
-        shared: Its shared memory.
+        shared: The shared memory.
     """
 
     def __init__(self, launch: Launch, number: int, ctaid: tuple[int, int, int]) -> None:
@@ -113,7 +113,7 @@ class Cta:
         return value[self._warps * 32 + lane]
 
     def reduce_warps(self, value: Value, mask: Value, name: str, signed: bool) -> Value:
-        """``redux.sync`` of all lanes: sum, least or largest of each warp, in all its threads."""
+        """``redux.sync`` of all lanes: sum, minimum or maximum of each warp, in its threads."""
         if np.any(np.asarray(mask) != 0xFFFFFFFF):
             raise NotImplementedError("redux of some lanes of a warp")
         lanes = np.broadcast_to(value, self.tid.shape).reshape(-1, 32)
@@ -126,7 +126,10 @@ class Cta:
     def load(
         self, space: str, address: Value, shape: tuple[int, int], guard: Value, old: list[Value]
     ) -> list[Value]:
-        """``ld``: elements of ``shape = (size, count)``; threads without guard keep ``old``."""
+        """``ld``: elements of ``shape = (size, count)``.
+
+        Threads with a false guard keep ``old``.
+        """
         size, count = shape
         active = self._active(guard)
         if active is not None and not active.any():
@@ -192,7 +195,7 @@ class Cta:
         return result
 
     def copy(self, to: Value, source: Value, size: int, held: Value, guard: Value) -> None:
-        """``cp.async``: ``held`` of ``size`` bytes are read, the others are zeros."""
+        """``cp.async``: ``held`` of ``size`` bytes are read, the others become zeros."""
         active = self._active(guard)
         chosen = slice(None) if active is None or active.all() else active
         at = self.spread(to)[chosen].astype(i8, copy=False)
@@ -229,7 +232,7 @@ class Cta:
     def multiply(
         self, products: Sequence[tuple[list[Value], list[Value], list[Value]]], kind: str
     ) -> list[Value]:
-        """``mma.sync`` of some registers ``(a, b, c)``, none of which gives another's: all sums."""
+        """``mma.sync`` for several independent registers ``(a, b, c)``; returns all sums."""
         registers = [np.empty((len(products), n, self._threads), dtype=u4) for n in (4, 2, 4)]
         for number, product in enumerate(products):
             for rows, values in zip(registers, product, strict=True):

@@ -1,4 +1,4 @@
-"""What a kernel did wrong."""
+"""Faults of kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Device memory: the storages of a launch's tensors at addresses of their own."""
+"""Device memory: the storages of a launch's tensors at separate addresses."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import numpy as np
 from ptx.fault import Fault
 from ptx.numbers import UNSIGNED, Value, i8, u8
 
-# Addresses begin here; storages are this far apart at least.
+# The first address, and the minimum distance of storages.
 _FIRST = 1 << 32
 _ROOM = 1 << 12
-# Readers of a place by several programs.
+# The reader of a place that several programs have read.
 _SEVERAL = -2
-# So many reads of one kind are looked up together at least.
+# Minimum number of reads of one kind that are looked up together.
 _MANY = 256
 
 
 class Storage:
-    """Bytes of one allocation, with who touched them in the launch.
+    """The bytes of one allocation, with the programs that accessed them in the launch.
 
     Attributes:
-        base: Address of the first byte.
+        base: The address of the first byte.
         data: ``[bytes]`` uint8, the memory itself.
-        writer: Program that wrote a pair of bytes, -1 if none did; None before the first write.
-        written: How many barriers the writer had passed by then.
-        reader: As ``writer`` for reads, -2 for several programs.
-        counters: Programs that added to the word at an offset atomically.
+        writer: The program that wrote a pair of bytes, -1 for none; None before the first write.
+        written: The number of barriers that the writer had passed.
+        reader: Like ``writer`` for reads, with -2 for several programs.
+        counters: The programs that added atomically to the word at an offset.
     """
 
     def __init__(self, base: int, data: np.ndarray) -> None:
@@ -40,18 +40,18 @@ class Storage:
         self.written = np.zeros(0, dtype=np.int32)
         self.reader: np.ndarray | None = None
         self.counters: dict[int, set[int]] = {}
-        # Reads that no write has asked for yet: by whom, how wide, and the offsets of each.
+        # Reads that no write has checked yet: offsets by program and width.
         self._reads: dict[tuple[int, int], list[np.ndarray]] = {}
 
     def note_read(self, offset: np.ndarray, size: int, program: int) -> None:
-        """Keep in mind that a program read ``size`` bytes at some offsets."""
+        """Record that a program read ``size`` bytes at some offsets."""
         reads = self._reads.setdefault((program, size), [])
         reads.append(offset)
         if len(reads) >= _MANY:
             self._look_up_reads()
 
     def readers(self, pairs: np.ndarray) -> np.ndarray | None:
-        """Who read some pairs of bytes so far; None if nobody read any."""
+        """The readers of some pairs of bytes so far; None without reads."""
         self._look_up_reads()
         return None if self.reader is None else self.reader[pairs]
 
@@ -67,43 +67,43 @@ class Storage:
         self._reads.clear()
 
     def pairs(self) -> np.ndarray:
-        """Room for a program number per two bytes."""
+        """An array with a program number per two bytes."""
         return np.full(-(-self.data.size // 2), -1, dtype=np.int32)
 
 
 class GlobalMemory:
-    """Loads and stores with checks: bounds, alignment, no two programs of a launch in conflict.
+    """Loads and stores with checks of bounds, alignment, and conflicts of a launch's programs.
 
-    A program may read what another wrote if an atomic addition that releases, after a barrier
-    behind the write, came before one of its own to the same word that acquires.
+    A program may read another one's write if the writer, after a barrier, did a releasing atomic
+    addition, and the reader then did an acquiring one to the same word.
     """
 
     def __init__(self) -> None:
         self._storages: list[Storage] = []
         self._bases: list[int] = []
         self._next = _FIRST
-        # Barriers behind which each program knows of another's writes: by program, by other.
+        # The barriers up to which each program knows another one's writes: by program, by other.
         self._known: dict[int, dict[int, int]] = {}
-        # What one thread of a program acquired; the others know it behind the next barrier.
+        # Knowledge that one thread of a program acquired; the others get it at the next barrier.
         self._acquired: dict[int, dict[int, int]] = {}
-        # What the releases of a word made known, by its address.
+        # Knowledge that was released to a word, by its address.
         self._released: dict[int, dict[int, int]] = {}
 
     def add(self, data: np.ndarray) -> int:
-        """Map bytes and return their address, a multiple of 4096."""
+        """Map bytes, and return their address, a multiple of 4096."""
         base = self._next
         self._next += -(-(data.size + _ROOM) // _ROOM) * _ROOM
         self.map(base, data)
         return base
 
     def map(self, base: int, data: np.ndarray) -> None:
-        """Map bytes at an address, above those that ``add`` gives or where they lie themselves."""
+        """Map bytes at an address that is above those of ``add``, or at their own."""
         number = bisect.bisect(self._bases, base)
         self._storages.insert(number, Storage(base, data))
         self._bases.insert(number, base)
 
     def _at(self, address: np.ndarray, size: int, what: str) -> tuple[Storage, np.ndarray]:
-        """The storage that all threads address, and their offsets in it."""
+        """The storage that all threads access, and their offsets in it."""
         if (address & u8(size - 1)).any():
             raise Fault(f"misaligned {what} of {size} bytes")
         low, high = int(address.min()), int(address.max())
@@ -137,7 +137,7 @@ class GlobalMemory:
         program: int,
         barriers: int = 0,
     ) -> None:
-        """Write elements of ``size`` bytes, one array per element, after so many barriers."""
+        """Write elements of ``size`` bytes, one array per element, after some barriers."""
         if size == 1:
             raise Fault("a store of one byte: races are followed in pairs of bytes")
         storage, offset = self._at(address, size * len(values), "store")
@@ -158,13 +158,13 @@ class GlobalMemory:
     def add_to_word(
         self, address: int, value: int, program: int, barriers: int, semantics: str
     ) -> int:
-        """Add to 4 bytes atomically and return what they held.
+        """Add to 4 bytes atomically, and return their old value.
 
         Args:
-            address: Of the word.
-            value: To add.
-            program: Who adds.
-            barriers: How many it has passed.
+            address: The address of the word.
+            value: The value to add.
+            program: The adding program.
+            barriers: The number of barriers that it has passed.
             semantics: ``relaxed`` or ``acq_rel``.
         """
         storage, offset = self._at(np.array([address], dtype=u8), 4, "atomic addition")
@@ -182,14 +182,14 @@ class GlobalMemory:
         return old
 
     def barrier(self, program: int) -> None:
-        """All threads of a program know what one of them acquired."""
+        """Share the knowledge that one thread acquired with all threads of the program."""
         if acquired := self._acquired.pop(program, None):
             _join(self._known.setdefault(program, {}), acquired)
 
     def _is_foreign(
         self, storage: Storage, pairs: np.ndarray, program: int, counted: bool = True
     ) -> bool:
-        """Whether another program wrote there (or counted) that this one need not know of."""
+        """Whether another program wrote or counted there without this one's knowledge."""
         known = self._known.get(program, {})
         if storage.writer is not None:
             writer = storage.writer[pairs]

@@ -26,8 +26,8 @@ from triton.runtime.jit import JITFunction
 
 from turret.kernels.gpu import common as tuning
 
-# Tiles of the interpreter's tests, so that small shapes take several steps; or a GPU's own. Few
-# programs in both, so that they go round their work lists.
+# The tiles of the interpreter's tests, so that small shapes take several steps, or a GPU's own.
+# Both use few programs, so that these loop over their work lists.
 TILES = {
     "small": replace(tuning.tuning(torch.device("cpu")), inline_ptx=True),
     "device": tuning.Tuning(programs=3),
@@ -45,12 +45,12 @@ def bench_module(name: str) -> Any:
 
 
 class Launcher:
-    """Takes the place of Triton's launcher.
+    """Replaces Triton's launcher.
 
     Attributes:
-        edit: Changes the PTX before it is executed; for faults that tests plant.
-        backwards: Run the programs of a grid from the last to the first.
-        launches: How often each kernel was launched.
+        edit: Changes the PTX before it is executed, to plant faults.
+        backwards: Whether to run the programs of a grid from the last to the first.
+        launches: The number of launches of each kernel.
     """
 
     def __init__(self, target: str, edit: Callable[[str], str] | None = None) -> None:
@@ -63,7 +63,7 @@ class Launcher:
         self._compiled: dict[Any, tuple[Translation, int, int]] = {}
 
     def launch(self, function: Any, args: tuple[Any, ...], grid: Any, keywords: Any) -> None:
-        """Compile what the arguments ask for, and run every program of the grid in turn.
+        """Compile for the arguments, and run every program of the grid in turn.
 
         Raises:
             Fault: The kernel broke a rule; the message names kernel, program and instruction.
@@ -86,7 +86,7 @@ class Launcher:
         raw = [_bits(values[p], kinds[p], memory, bases) for p in kinds]
         for storage in reached():
             memory.map(storage.data_ptr(), _bytes(storage))
-        # Triton's own two: scratch for kernels that ask for it.
+        # Triton's own two arguments: scratch memory for kernels that need it.
         raw += [0] * 4
         sizes: Any = grid(values) if callable(grid) else grid
         x, y, z = (*sizes, 1, 1)[:3]
@@ -108,7 +108,7 @@ class Launcher:
 
 
 def _bits(value: Any, kind: str, memory: GlobalMemory, bases: dict[int, int]) -> int:
-    """An argument as the kernel gets it."""
+    """The raw bits of an argument."""
     if not isinstance(value, torch.Tensor):
         if kind == "fp32":
             return struct.unpack("<I", struct.pack("<f", value))[0]
@@ -127,17 +127,17 @@ def _bytes(storage: torch.UntypedStorage) -> np.ndarray:
 
 @contextmanager
 def _without_assembler() -> Iterator[None]:
-    """Let Triton end with PTX, and keep what it makes apart from what goes on to machine code."""
+    """Make Triton stop at PTX, and separate its cache from that of full compilations."""
 
     def hook(*arguments: Any) -> tuple[str, str] | None:
         if not arguments:
-            # Newer versions ask for a part of the key of what is kept.
+            # Newer versions request a part of the cache's key.
             return _PTX_ONLY, _PTX_ONLY
         _, stages, *_ = arguments
         stages["cubin"] = lambda ptx, metadata: b""
         return None
 
-    # Its protocol names the arguments otherwise than it is called.
+    # The protocol's argument names differ from those of its calls.
     runtime: Any = knobs.runtime
 
     with knobs.cache.scope(), knobs.runtime.scope():
@@ -154,7 +154,7 @@ def emulated(
     tiles: str = "device",
     edit: Callable[[str], str] | None = None,
 ) -> Iterator[Launcher]:
-    """Run the kernels that are launched inside on CPU tensors in the emulator.
+    """Run kernels that are launched within the block on CPU tensors in the emulator.
 
     Args:
         target: ``sm_80`` or ``sm_90``.

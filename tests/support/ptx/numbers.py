@@ -1,6 +1,6 @@
 """Bits and numbers: registers hold unsigned integers, which operations interpret as needed.
 
-A register is an array over the threads of a CTA, or a scalar where all threads hold the same.
+A register is an array over the threads of a CTA, or a scalar if all threads have the same value.
 """
 
 from __future__ import annotations
@@ -58,19 +58,19 @@ def pack(low: Value, high: Value) -> Value:
 
 
 def fma(a: Value, b: Value, c: Value) -> Value:
-    """``a b + c`` in fp32; rounded to 53 bits before the last rounding."""
+    """``a b + c`` in fp32, rounded to 53 bits before the last rounding."""
     return (a.view(f4).astype(f8) * b.view(f4) + c.view(f4)).astype(f4).view(u4)
 
 
 def shift_left(value: Value, count: Value, bits: int) -> Value:
-    """Zero where the count reaches the width."""
+    """Shift left; the result is zero if the count reaches the width."""
     kind = UNSIGNED[bits]
     shifted = value << np.minimum(count, u4(bits - 1)).astype(kind)
     return np.where(count >= u4(bits), kind(0), shifted)
 
 
 def shift_right(value: Value, count: Value, bits: int, signed: bool) -> Value:
-    """Copies of the sign, or zeros, come in."""
+    """Shift right, filling with copies of the sign or with zeros."""
     kind, clamped = UNSIGNED[bits], np.minimum(count, u4(bits - 1))
     if signed:
         return (value.view(SIGNED[bits]) >> clamped.astype(SIGNED[bits])).view(kind)
@@ -86,7 +86,7 @@ def permute_bytes(a: Value, b: Value, selector: Value) -> Value:
 
 @functools.lru_cache(64)
 def _by_selector(a: int, b: int) -> np.ndarray:
-    """What each selector makes of two words that look-ups find values in."""
+    """The result of each selector for two words of a lookup table."""
     return _permuted(u4(a), u4(b), np.arange(1 << 16, dtype=u4))
 
 
@@ -111,7 +111,7 @@ def logic(a: Value, b: Value, c: Value, table: int) -> Value:
 
 
 def extract_bits(value: Value, start: Value, length: Value, signed: bool) -> Value:
-    """``bfe``: a field of at most 32 bits, its sign spread if ``signed``."""
+    """``bfe``: a field of at most 32 bits, sign-extended if ``signed``."""
     begin, size = start.astype(u8) & u8(255), length.astype(u8) & u8(255)
     mask = (u8(1) << np.minimum(size, u8(63))) - u8(1)
     field = (value.astype(u8) >> np.minimum(begin, u8(63))) & mask
@@ -122,7 +122,7 @@ def extract_bits(value: Value, start: Value, length: Value, signed: bool) -> Val
 
 
 def divide(a: Value, b: Value, bits: int, signed: bool, remainder: bool) -> Value:
-    """Truncating division; by zero all bits are one, as on the device."""
+    """Truncating division; division by zero gives all ones, as on the device."""
     kind = SIGNED[bits] if signed else UNSIGNED[bits]
     x, y = a.view(kind).astype(i8), b.view(kind).astype(i8)
     safe = np.where(y == 0, i8(1), y)

@@ -1,6 +1,6 @@
 """Python expressions for instructions that only compute: registers in, one register out.
 
-``expression`` gets operands as Python text; names are those of ``numbers.py``.
+``expression`` takes operands as Python text; names are those of ``numbers.py``.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _HALVES = ("bf16", "f16", "bf16x2", "f16x2")
 
 
 def bits_of(kind: str) -> int:
-    """Width of a type in bits."""
+    """The width of a type in bits."""
     if kind.endswith("x2"):
         return 32
     return int(re.sub(r"\D", "", kind.replace("bf", "f")))
 
 
 def constant(operand: str) -> int | None:
-    """The number that an operand's text stands for, or None if that is a register."""
+    """The number in an operand's text, or None for a register."""
     match = re.fullmatch(r"k\d+_(\d+)", operand)
     return None if match is None else int(match[1])
 
@@ -49,11 +49,11 @@ def expression(opcode: str, operands: list[str]) -> str:
     """The value of the destination.
 
     Args:
-        opcode: With suffixes.
-        operands: Sources.
+        opcode: The opcode with suffixes.
+        operands: The sources.
 
     Raises:
-        NotImplementedError: An opcode that no kernel had so far.
+        NotImplementedError: The opcode is unknown.
     """
     name, *parts = opcode.split(".")
     kind = parts[-1]
@@ -98,7 +98,7 @@ def _convert(parts: list[str], operands: list[str]) -> str:
     to, source = [p for p in parts if p not in (*_ROUNDINGS, "ftz", "sat", "satfinite")]
     a = operands[0]
     if to in ("bf16x2", "f16x2"):
-        # The first source goes to the upper half.
+        # The first source becomes the upper half.
         low, high = (f"to_half({x}.view(f4), {to!r})" for x in (operands[1], a))
         return f"pack({low}, {high})"
     if to in _HALVES and source == "f32":

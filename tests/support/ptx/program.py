@@ -11,10 +11,10 @@ class Instruction:
     """One statement.
 
     Attributes:
-        opcode: With its dotted suffixes.
-        operands: As written, vectors ``{…}`` and addresses ``[…]`` whole.
-        guard: Predicate register that decides per thread, or None.
-        negated: Whether threads run where the guard is false.
+        opcode: The opcode with its dotted suffixes.
+        operands: The operands as written, with whole vectors ``{…}`` and addresses ``[…]``.
+        guard: The predicate register that decides per thread, or None.
+        negated: Whether threads run if the guard is false.
     """
 
     opcode: str
@@ -32,11 +32,11 @@ class Program:
     """A kernel.
 
     Attributes:
-        instructions: In order.
-        labels: Index of the instruction that each label names.
-        parameters: Names of the kernel's parameters, in order.
-        num_threads: Threads of a CTA.
-        types: Type (``b32``, ``pred`` …) by register name, or by prefix of numbered registers.
+        instructions: The instructions in order.
+        labels: The index of the instruction after each label.
+        parameters: The names of the kernel's parameters, in order.
+        num_threads: The number of threads of a CTA.
+        types: The type (``b32``, ``pred`` …) by register name, or by prefix of numbered registers.
     """
 
     instructions: tuple[Instruction, ...]
@@ -49,7 +49,7 @@ class Program:
         """The declared type of a register.
 
         Raises:
-            KeyError: It is not declared.
+            KeyError: The register is not declared.
         """
         if register in self.types:
             return self.types[register]
@@ -61,7 +61,7 @@ class Program:
 
 
 def split_operands(text: str) -> tuple[str, ...]:
-    """Cut at the commas that are not inside brackets."""
+    """Split at commas outside of brackets."""
     found, depth, current = [], 0, ""
     for character in text:
         depth += (character in "{[(") - (character in "}])")
@@ -74,7 +74,7 @@ def split_operands(text: str) -> tuple[str, ...]:
 
 
 def parse(ptx: str) -> Program:
-    """Read the PTX of a module with one kernel, as Triton writes it.
+    """Read Triton's PTX of a module with one kernel.
 
     Raises:
         ValueError: The text has no kernel.

@@ -1,4 +1,4 @@
-"""Shared memory of a CTA, byte by byte: what was written, by which warp, since which barrier."""
+"""Shared memory of a CTA, byte by byte: writes, with their warp and barrier."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import numpy as np
 from ptx.fault import Fault
 from ptx.numbers import UNSIGNED, Value, i4, u1
 
-# Stamps are epoch * _WARPS + warp; the last warp number stands for several.
+# Stamps are epoch * _WARPS + warp; the last warp number means several warps.
 _WARPS = 64
 _SEVERAL = _WARPS - 1
-# Bytes that one thread reads or writes at once, at most; all sizes are powers of two.
+# Maximum number of bytes that one thread accesses at once; all sizes are powers of two.
 _WIDEST = 16
 
 
 @dataclass(slots=True)
 class Copy:
-    """A ``cp.async`` under way.
+    """A running ``cp.async``.
 
     Attributes:
-        rows: Where it goes.
+        rows: The destination.
         at: ``[threads]``, the number of each row.
-        data: ``[threads, bytes]``, what it brings.
-        warps: ``[threads]``, who asked.
+        data: ``[threads, bytes]``, the copied bytes.
+        warps: ``[threads]``, the requesting warps.
     """
 
     rows: _Rows
@@ -33,9 +33,9 @@ class Copy:
 
 
 class _Rows:
-    """What is known of the memory in rows of so many bytes: ``[rows, size]`` each.
+    """The state of the memory in rows of some bytes: ``[rows, size]`` each.
 
-    Accesses are aligned, so each is some rows: cheaper to find than their bytes.
+    Accesses are aligned, so each consists of rows, which are cheaper to find than bytes.
     """
 
     def __init__(self, memory: SharedMemory, size: int) -> None:
@@ -50,18 +50,18 @@ class _Rows:
 class SharedMemory:
     """Loads, stores and copies with checks.
 
-    An *epoch* lasts from one barrier of the CTA to the next. Within one, no warp may read or write
-    what another warp wrote, or write what another read. A copy's bytes are neither read nor
-    written until the warp that asked has waited for it; a tensor core reads ordinary stores only
-    after a proxy fence, and what it reads is not written until its group has been waited for.
+    An *epoch* lasts from one barrier of the CTA to the next. Within an epoch, no warp may read or
+    write bytes that another warp wrote, or write bytes that another read. A copy's bytes must not
+    be accessed until the requesting warp has waited for it. A tensor core sees ordinary stores only
+    after a proxy fence, and its operands must not be written until its group has been waited for.
 
     Attributes:
         data: The bytes.
-        written: Stamp of the last write to a byte, -1 before the first.
-        read_by: Stamp of the last read, as far as it was looked up.
-        pending: Copies to a byte that are under way.
-        fenced: Whether a tensor core sees what was stored.
-        busy: Products under way that read a byte.
+        written: The stamp of the last write to a byte, -1 before the first.
+        read_by: The stamp of the last read, as far as it was looked up.
+        pending: The number of running copies to a byte.
+        fenced: Whether tensor cores see the stores.
+        busy: The number of running products that read a byte.
     """
 
     def __init__(self, size: int) -> None:
@@ -74,9 +74,9 @@ class SharedMemory:
         self.fenced = np.ones(room, dtype=bool)
         self.busy = np.zeros(room, dtype=np.int16)
         self._rows = {1 << i: _Rows(self, 1 << i) for i in range(5)}
-        # Stamp of warp 0 in this epoch.
+        # The stamp of warp 0 in this epoch.
         self._now = 0
-        # Reads of the epoch that no write has asked for yet: rows, their numbers, who read.
+        # Reads of the epoch that no write has checked yet: rows, their numbers, readers.
         self._reads: list[tuple[_Rows, np.ndarray, np.ndarray]] = []
         self._open: list[Copy] = []
         self._groups: list[list[Copy]] = []
@@ -84,9 +84,9 @@ class SharedMemory:
         self._products: list[list[np.ndarray]] = []
 
     def barrier(self) -> None:
-        """All warps meet."""
+        """A barrier of all warps."""
         self._now += _WARPS
-        # What was read before it may be written by anybody.
+        # After the barrier, all warps may write bytes that were read before.
         self._reads.clear()
 
     def fence(self) -> None:
@@ -94,7 +94,7 @@ class SharedMemory:
         self.fenced[:] = True
 
     def _at(self, address: np.ndarray, size: int, what: str) -> np.ndarray:
-        """Numbers of the rows of ``size`` bytes at some addresses."""
+        """The numbers of the rows of ``size`` bytes at some addresses."""
         if (address & (size - 1)).any():
             raise Fault(f"misaligned shared {what} of {size} bytes")
         if address.min() < 0 or address.max() + size > self._size:
@@ -110,7 +110,7 @@ class SharedMemory:
         return [data[:, i] for i in range(count)]
 
     def read(self, address: np.ndarray, size: int, warps: np.ndarray) -> np.ndarray:
-        """``[threads, size]`` bytes."""
+        """Read ``[threads, size]`` bytes."""
         at, rows = self._at(address, size, "load"), self._rows[size]
         written = self._written_where_readable(rows, at)
         if (
@@ -122,7 +122,7 @@ class SharedMemory:
         return rows.data[at]
 
     def _written_where_readable(self, rows: _Rows, at: np.ndarray) -> np.ndarray:
-        """Stamps of the last writes."""
+        """The stamps of the last writes, after a check that they may be read."""
         if (self._open or self._groups) and rows.pending[at].any():
             raise Fault("a copy is still writing what is read from shared memory")
         written = rows.written[at]
@@ -131,7 +131,7 @@ class SharedMemory:
         return written
 
     def _note_reads(self) -> None:
-        """Stamp what was read in this epoch."""
+        """Apply the stamps of this epoch's reads."""
         for rows, at, warps in self._reads:
             mine = (self._now + warps)[:, None]
             old = rows.read[at]
@@ -143,7 +143,10 @@ class SharedMemory:
         self._reads.clear()
 
     def _check_writable(self, rows: _Rows, at: np.ndarray, mine: np.ndarray) -> np.ndarray:
-        """Where another warp wrote in this epoch."""
+        """Check that no other warp has accessed the bytes in this epoch.
+
+        Returns where one wrote.
+        """
         if (self._operands or self._products) and rows.busy[at].any():
             raise Fault("a tensor core may still read what is written")
         self._note_reads()
@@ -203,7 +206,7 @@ class SharedMemory:
                 rows.pending[at] -= 1
 
     def operand(self, address: np.ndarray) -> np.ndarray:
-        """16-bit elements for an asynchronous product, busy until its group is waited for."""
+        """16-bit elements for an asynchronous product, busy until the wait for its group."""
         at, rows = self._at(address, 2, "operand"), self._rows[2]
         if (self._written_where_readable(rows, at) >= self._now).any():
             raise Fault("shared race: a tensor core reads what was written since the last barrier")
@@ -225,7 +228,7 @@ class SharedMemory:
                 self._rows[2].busy[at] -= 1
 
     def finish(self) -> None:
-        """Check that nothing is left under way when the program ends.
+        """Check that no operation is running when the program ends.
 
         Raises:
             Fault: A copy was never waited for.

@@ -1,7 +1,7 @@
 """Matrix moves and products: ``ldmatrix``, ``stmatrix``, ``mma.sync``, ``wgmma``.
 
 Layouts are those of the PTX manual, sections "Matrix Fragments". Products are summed in fp64 and
-rounded to fp32 once: the order and the precision in which a tensor core adds are not published.
+rounded to fp32 once, because the order and precision of tensor cores are not published.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ROW, _PAIR = _LANE // 4, _LANE % 4
 def load_matrices(
     shared: SharedMemory, address: np.ndarray, count: int, transposed: bool
 ) -> list[Value]:
-    """``ldmatrix``: ``count`` matrices of 8 rows of 16 bytes per warp; lanes 8i … give rows."""
+    """``ldmatrix``: ``count`` matrices of 8 rows of 16 bytes per warp; lanes 8i … provide rows."""
     warps = address.size // 32
     data = shared.read(_row_addresses(address, count), 16, _row_warps(warps, count))
     matrices = data.view(u2).reshape(warps, count, 8, 8)
@@ -50,7 +50,7 @@ def _row_addresses(address: np.ndarray, count: int) -> np.ndarray:
 
 @functools.cache
 def _row_warps(warps: int, count: int) -> np.ndarray:
-    """The warp that each row belongs to."""
+    """The warp of each row."""
     return np.repeat(np.arange(warps, dtype=i4), 8 * count)
 
 
@@ -66,18 +66,18 @@ def _fragment(registers: np.ndarray, kind: str) -> np.ndarray:
 def _rows_a(registers: np.ndarray, kind: str) -> np.ndarray:
     """The first operand of a 16 × 16 step, ``[…, 4, threads]`` → ``[…, warps, 16, 16]``."""
     values = _fragment(registers, kind)
-    # Registers 0 and 1 are rows 0-7 and 8-15, 2 and 3 the same of the columns from 8 on.
+    # Registers 0 and 1 are rows 0-7 and 8-15; 2 and 3 are the same rows of the columns from 8 on.
     values = values.reshape(*values.shape[:-5], 2, 2, *values.shape[-4:])
     places = np.moveaxis(values, (-4, -5, -3, -6, -2, -1), (-6, -5, -4, -3, -2, -1))
     return places.reshape(*places.shape[:-5], 16, 16)
 
 
 def multiply(registers: Sequence[np.ndarray], kind: str) -> np.ndarray:
-    """``mma.sync.m16n8k16``, several at once: the registers of the sums ``c + a b``.
+    """Several ``mma.sync.m16n8k16`` at once: the registers of the sums ``c + a b``.
 
     Args:
-        registers: Of a, b and c, 32 bits each: ``[products, 4, threads]``, for b two.
-        kind: Of the elements of a and b.
+        registers: The registers of a, b and c, 32 bits each: ``[products, 4, threads]``, two for b.
+        kind: The type of the elements of a and b.
 
     Returns:
         ``[products, 4, threads]``.
@@ -87,7 +87,7 @@ def multiply(registers: Sequence[np.ndarray], kind: str) -> np.ndarray:
     # [products, 2, warps, column, pair, half] → [products, warps, 16, 8]
     right = values.transpose(0, 2, 1, 4, 5, 3).reshape(*left.shape[:2], 16, 8)
     count, warps = left.shape[:2]
-    # A register's number is half of the rows, element of the pair.
+    # The number of a register consists of the half of the rows and the element of the pair.
     sums = c.view(f4).reshape(count, 2, 2, warps, 8, 4).transpose(0, 3, 1, 4, 5, 2)
     result = (sums.reshape(count, warps, 16, 8) + left @ right).astype(f4)
     parts = result.reshape(count, warps, 2, 8, 4, 2).transpose(0, 2, 5, 1, 3, 4)
@@ -95,10 +95,10 @@ def multiply(registers: Sequence[np.ndarray], kind: str) -> np.ndarray:
 
 
 def _described(shared: SharedMemory, descriptor: Value, rows: int, transposed: bool) -> np.ndarray:
-    """Addresses behind a matrix descriptor of 16 columns, read: ``[rows, 16]`` bits.
+    """The elements behind a matrix descriptor of 16 columns: ``[rows, 16]`` bits.
 
-    A descriptor holds start, leading and stride offsets in units of 16 bytes and the swizzle: rows
-    of 128, 64 or 32 bytes whose 16-byte pieces are exchanged by the number of the row.
+    A descriptor has start, leading and stride offsets in units of 16 bytes, and the swizzle: in
+    rows of 128, 64 or 32 bytes, 16-byte pieces are exchanged by the number of the row.
     """
     bits = int(np.ravel(descriptor)[0])
     if (np.asarray(descriptor) != np.uint64(bits)).any():
@@ -107,7 +107,7 @@ def _described(shared: SharedMemory, descriptor: Value, rows: int, transposed: b
     width = {0: 16, 1: 128, 2: 64, 3: 32}[bits >> 62 & 3]
     row, column = np.indices((rows, 16))
     if transposed:
-        # Rows of memory run along the matrix' rows.
+        # Rows of memory are rows of the matrix.
         row, column = column, row
         across, along = column // (width // 2), row // 8
         inner = row % 8 * width + column % (width // 2) * 2
@@ -133,15 +133,15 @@ def multiply_group(
 ) -> list[Value]:
     """``wgmma.mma_async.m64nNk16`` of one warp group: the registers of ``d + a b``.
 
-    Made at once; that ``a`` and ``b`` stay as they are until the wait is checked, that the results
-    are not read before it is not.
+    The product is computed at once. Changes of ``a`` and ``b`` before the wait are detected, but
+    early reads of the results are not.
 
     Args:
-        shared: Where descriptors point.
+        shared: The memory to which descriptors point.
         a: Four registers per thread, or a descriptor.
         b: A descriptor.
-        d: Registers of the sum so far.
-        options: Element type, N, whether a and b are transposed, and whether ``d`` is added.
+        d: The registers of the sum so far.
+        options: The element type, N, whether a and b are transposed, and whether ``d`` is added.
     """
     kind, columns, transposed_a, transposed_b, add = options
     if isinstance(a, list):

@@ -1,4 +1,4 @@
-"""PTX as a Python function over numpy arrays: a statement an instruction, locals for registers."""
+"""PTX as a Python function over numpy arrays, with local variables for registers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Translation:
     def __init__(self, program: Program) -> None:
         self._program = program
         self._written: set[str] = set()
-        # Everything that an instruction writes.
+        # All registers that an instruction writes.
         self._destinations = {
             register
             for instruction in program.instructions
@@ -33,7 +33,7 @@ class Translation:
         }
         self._constants: dict[str, Value] = {}
         self._lines: list[str] = []
-        # Instruction by line of the function.
+        # The instruction by line of the function.
         self._origin: dict[int, Instruction] = {}
         self._write()
         self._function = self._compile()
@@ -66,7 +66,7 @@ class Translation:
         exec(code, names)
         return names["kernel"]
 
-    # Structure: blocks in order, a number says where to go on.
+    # Structure: blocks in order; a number selects the next one.
 
     def _write(self) -> None:
         program = self._program
@@ -90,7 +90,7 @@ class Translation:
         self._lines.append("  return")
 
     def _products(self, first: int, starts: set[int]) -> list[Instruction]:
-        """From an instruction on, those ``mma`` that can be done at once: none needs another's."""
+        """The ``mma`` from an instruction on that are independent, so can be computed at once."""
         found: list[Instruction] = []
         written: set[str] = set()
         for at, instruction in enumerate(self._program.instructions[first:], start=first):
@@ -114,7 +114,7 @@ class Translation:
             f"({', '.join(self._list(o) for o in product.operands[1:4])})" for product in products
         ]
         written = tuple(r for product in products for r in self._vector(product.operands[0]))
-        # A later product may write what an earlier one read, and what it wrote itself.
+        # A later product may write registers that an earlier one read or wrote.
         return self._assign_all(written, f"cta.multiply([{', '.join(operands)}], {parts[-2]!r})")
 
     # Operands
@@ -141,7 +141,7 @@ class Translation:
         return self._constant(int(text.rstrip("U"), 0), bits)
 
     def _constant(self, value: int, bits: int) -> str:
-        """Its name, which says what it is; see ``opcodes.constant``."""
+        """The name of a constant, which contains its value; see ``opcodes.constant``."""
         value &= (1 << bits) - 1
         name = f"k{bits}_{value}"
         self._constants[name] = numbers.UNSIGNED[bits](value)
@@ -251,8 +251,7 @@ class Translation:
             widths[2] = 2 * bits
         texts = [self._operand(o, w) for o, w in zip(sources, widths, strict=True)]
         if name == "prmt":
-            # Compilers pack bytes that matter with registers that nothing wrote, for those that
-            # do not.
+            # Compilers pack relevant bytes together with unwritten registers for irrelevant ones.
             for i, source in enumerate(sources[:2]):
                 if self._program.is_register(source) and source not in self._destinations:
                     texts[i] = "cta.never_written(32)"
@@ -367,7 +366,7 @@ class Translation:
         options = f"({parts[-1]!r}, {shape[1]}, {transposed[0]}, {transposed[1]}"
         options += f", {self._operand(scale, 1)})"
         registers = self._vector(d)
-        # Without a sum to add to, the registers may hold nothing yet.
+        # Without an initial sum, the registers may be unwritten.
         before = f"[u4(0)] * {len(registers)}" if scale == "0" else self._list(d)
         value = f"cta.multiply_group({left}, {self._operand(b, 64)}, {before}, {options})"
         return self._assign_all(registers, value)

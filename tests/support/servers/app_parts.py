@@ -1,4 +1,4 @@
-"""An app whose model, engine and registry are fakes."""
+"""An app with a fake model, engine and registry."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GRACE = LifecycleConfig(grace_seconds=7)
 
 
 class Parts:
-    """What the fake build returns, and a lid on the build."""
+    """The result of the fake build, and an event that holds the build."""
 
     def __init__(self) -> None:
         self.engine, self.registry = FakeEngine(), FakeRegistry()
@@ -27,7 +27,7 @@ class Parts:
         self.may_finish.set()
         self.error: Exception | None = None
         self.loop = asyncio.get_running_loop()
-        # Set once the build runs, which is after the server began to listen.
+        # Set once the build runs, after the server has begun to listen.
         self.building = asyncio.Event()
 
     def build(self, config: Config, metrics: Any) -> Backend:

@@ -17,10 +17,10 @@ class BreakingProxy:
     With ``is_silent``, it keeps them open instead but forwards nothing more.
 
     Attributes:
-        address: Where it listens.
-        num_broken: Number of connections that it has broken.
-        after_bytes: Each connection draws after how many bytes it breaks from this range; None lets
-            all live.
+        address: The address of the proxy.
+        num_broken: The number of broken connections.
+        after_bytes: The range of the number of bytes after which a connection breaks; None breaks
+            none.
     """
 
     def __init__(

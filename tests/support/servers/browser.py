@@ -1,4 +1,4 @@
-"""Debian's Chromium without a screen, driven by Selenium."""
+"""Debian's headless Chromium, driven by Selenium."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ class Browser:
     """A tab.
 
     Args:
-        driver: Of the browser.
+        driver: The driver of the browser.
     """
 
     def __init__(self, driver: webdriver.Chrome) -> None:
         self.driver = driver
 
     def open(self, url: str) -> None:
-        """Load a page in a tab that remembers nothing."""
+        """Load a page in a tab without stored data."""
         self.driver.get("about:blank")
         self.driver.delete_all_cookies()
         self.driver.get(url)
 
     def size(self, width: int, height: int, *, dark: bool = False) -> None:
-        """Show what a screen of this size, in CSS pixels, shows."""
+        """Use the size of a screen, in CSS pixels."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -57,19 +57,19 @@ class Browser:
         return self.driver.find_elements(By.CSS_SELECTOR, selector)
 
     def text(self, selector: str) -> str:
-        """What a reader sees of the first match; empty if there is none."""
+        """The visible text of the first match; empty without a match."""
         found = self.all(selector)
         return found[0].text if found else ""
 
     def run(self, script: str, *args: Any) -> Any:
-        """What a script of the test returns; the page's policy does not bind it."""
+        """The result of a test's script, to which the page's policy does not apply."""
         return self.driver.execute_script(script, *args)
 
     def until(self, look: Callable[[], _T], what: str) -> _T:
-        """Wait until something is found that is not false.
+        """Wait until a function returns a true value.
 
         Raises:
-            AssertionError: It was not; says what the browser logged.
+            AssertionError: The function did not; the message has the browser's log.
         """
         end = time.monotonic() + _WAIT_SECONDS
         while time.monotonic() < end:
@@ -80,16 +80,16 @@ class Browser:
         raise AssertionError(f"never saw {what}; the browser says {self.complaints()}")
 
     def complaints(self) -> list[str]:
-        """Errors of scripts and refusals of the page's policy since the last look.
+        """Errors of scripts and violations of the page's policy since the last call.
 
-        Answers with an error's status are not among them: a page may ask for what it is refused.
+        Answers with an error status are not included, because a page may receive them.
         """
         entries: list[dict[str, Any]] = self.driver.get_log("browser")
         severe = [entry for entry in entries if entry["level"] == "SEVERE"]
         return [entry["message"] for entry in severe if entry["source"] != "network"]
 
     def picture(self, path: Path, *, whole: bool = False) -> None:
-        """Write what is seen, or the whole page, as PNG."""
+        """Write the visible part, or the whole page, as PNG."""
         asked = {"format": "png", "captureBeyondViewport": whole}
         data = self.driver.execute_cdp_cmd("Page.captureScreenshot", asked)["data"]
         path.write_bytes(base64.b64decode(data))
@@ -97,17 +97,17 @@ class Browser:
 
 @contextlib.contextmanager
 def start_browser(folder: Path) -> Iterator[Browser]:
-    """Run a browser until the block ends; ``folder`` takes its profile."""
+    """Run a browser until the block ends; its profile is in ``folder``."""
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM or ""
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
     flags += ["--no-first-run", "--disable-background-networking", f"--user-data-dir={folder}"]
-    # Names that an attacker has pointed at this machine.
+    # Names that an attacker has resolved to this machine.
     flags += ["--host-resolver-rules=MAP *.example 127.0.0.1"]
     for flag in flags:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    # It looks for no other driver, and tells nobody that it ran.
+    # Selenium must not search for other drivers or send statistics.
     os.environ.setdefault("SE_AVOID_STATS", "true")
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
     try:

@@ -1,4 +1,4 @@
-"""Random traffic and random administration against one server, everything recorded."""
+"""Random traffic and random administration on one server, with a record of everything."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from turret.clients.messages.results import Adapter
 
 NUM_CLIENTS = 24
 NUM_ADMINS = 4
-# Far over what anything here takes, far under the deadlines.
+# Far above all durations here, and far below the deadlines.
 STALL_SECONDS = 30.0
 WEIGHTS = (1.0, 0.5, -0.5)
 
@@ -35,7 +35,7 @@ Generation = tuple[str, int]
 
 @dataclass(slots=True)
 class Ended:
-    """A request that is over. ``status``: OK, the failed call's code, or CLIENT_CANCELLED."""
+    """An ended request. ``status`` is OK, the failed call's code, or CLIENT_CANCELLED."""
 
     shape: Shape
     mix: Mix
@@ -45,17 +45,17 @@ class Ended:
 
 @dataclass(slots=True)
 class Record:
-    """What happened.
+    """The events of a run.
 
     Attributes:
-        num_sent: Requests sent.
-        ended: Those that are over.
-        digests: Which content each generation had, as the admin calls told.
-        calls: Admin calls by name and status.
-        unexpected: Anything that must not happen.
-        most_bytes: The most adapter bytes seen per tier.
-        resident_bytes: Of the process, sampled.
-        exports: Digest and directory of what was exported.
+        num_sent: The number of sent requests.
+        ended: The ended requests.
+        digests: The content of each generation, from the admin calls.
+        calls: The admin calls by name and status.
+        unexpected: Events that must not happen.
+        most_bytes: The maximum of adapter bytes per tier.
+        resident_bytes: Samples of the process's resident memory.
+        exports: The digests and directories of exports.
     """
 
     num_sent: int = 0
@@ -69,20 +69,20 @@ class Record:
 
 
 class Stalled(AssertionError):
-    """Something took longer than STALL_SECONDS; the message has all threads' stacks."""
+    """An operation took longer than STALL_SECONDS; the message has all threads' stacks."""
 
 
 class Churn:
-    """Runs traffic for a while; call ``run`` as often as you like.
+    """Runs traffic for a while; ``run`` may be called repeatedly.
 
     Args:
-        client: Of the server.
-        server: To look at from outside.
-        names: Adapter names that come and go.
+        client: A client of the server.
+        server: The server, which is observed from outside.
+        names: The changing adapter names.
         checkpoints: Directories below the adapter root.
-        shapes: Requests to choose from.
-        scratch: For exports.
-        seed: Of all choices.
+        shapes: The possible requests.
+        scratch: The directory for exports.
+        seed: The seed of all choices.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Churn:
         self._num_exports = 0
 
     async def run(self, seconds: float) -> None:
-        """Traffic until the time is over, then until the last call has ended.
+        """Run traffic for some time, and then wait until the last call has ended.
 
         Raises:
             Stalled: A call did not end.
@@ -169,7 +169,7 @@ class Churn:
         return "OK"
 
     def _draw(self) -> tuple[Shape, Mix]:
-        """Mixes of more members are asked in fewer shapes, so that all can be asked again."""
+        """Mixes with more members use fewer shapes, so that all requests can be repeated."""
         source = self._random
         count = source.choice((0, 1, 1, 1, 1, 2, 2, 3))
         names = source.sample(self._names, count)
@@ -252,7 +252,7 @@ class Churn:
         self.record.exports.append((adapter.digest, folder))
 
     async def _abandon(self, name: str) -> None:
-        """An upload whose client goes away before the last message."""
+        """Abandon an upload before the last message."""
         folder = self._server.adapter_root / self._random.choice(self._checkpoints)
         messages = list(upload_messages(name, folder, pinned=False, replace=True))
         gone = asyncio.Event()
@@ -281,7 +281,7 @@ class Churn:
             del self._under_way[token]
 
     async def _watch(self) -> None:
-        """Budgets hold at every look, and nothing takes for ever."""
+        """Check in every sample that budgets hold and no call hangs."""
         process = psutil.Process(self._server.process.pid)
         while True:
             await asyncio.sleep(0.25)
@@ -297,7 +297,7 @@ class Churn:
                 raise Stalled(f"{late}\n{await self.stacks()}")
 
     async def stacks(self) -> str:
-        """What every thread of the server does, and what the server counts."""
+        """The stacks of the server's threads, and the server's metrics."""
         before = self._server.log.stat().st_size
         self._server.process.send_signal(signal.SIGUSR1)
         await asyncio.sleep(0.5)

@@ -1,4 +1,4 @@
-"""The requests of the churn soak: few enough that each can be asked again, alone."""
+"""The requests of the soak test: few enough that each can be repeated alone."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from turret.clients.aio import AsyncTurretClient
 from turret.clients.messages.mix import AdapterWeight
 from turret.clients.messages.results import AdapterUse, TokenLogprob
 
-# (what answered, weight) in the request's order; what answered is a name or a checkpoint.
+# (name or checkpoint, weight) in the request's order.
 Mix = tuple[tuple[str, float], ...]
-# Everything of an answer that must not depend on anything but the request and the weights.
+# The parts of an answer that must depend only on the request and the weights.
 Bits = tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A request but for its adapters. ``kind``: ``stream``, ``unary`` or ``score``."""
+    """A request without its adapters. ``kind`` is ``stream``, ``unary`` or ``score``."""
 
     kind: str
     prompt: tuple[int, ...]
@@ -29,7 +29,7 @@ class Shape:
 
 
 def make_shapes(seed: int = 0) -> list[Shape]:
-    """Short and long prompts, greedy and drawn, streamed, whole and scored."""
+    """Short and long prompts, greedy and sampled, streamed, whole and scored."""
     source = random.Random(seed)
 
     def prompt(length: int) -> tuple[int, ...]:
@@ -43,7 +43,7 @@ def make_shapes(seed: int = 0) -> list[Shape]:
         for kind, tokens, options in (
             ("stream", prompt(5), {**greedy, "max_tokens": 12}),
             ("unary", prompt(1), {**greedy, "max_tokens": 6}),
-            # These share their beginning: three blocks that the prefix cache may know.
+            # These share their beginning: three blocks that may be in the prefix cache.
             ("stream", (*common, *prompt(9)), {**greedy, "max_tokens": 8}),
             ("stream", (*common, *prompt(30)), {**drawn, "max_tokens": 10}),
             ("score", (*common, *prompt(3)), {}),
@@ -56,12 +56,12 @@ def make_shapes(seed: int = 0) -> list[Shape]:
 
 @dataclass(slots=True)
 class Answer:
-    """What came back so far.
+    """The received part of an answer.
 
     Attributes:
-        text, token_ids, logprobs: Of all chunks.
-        end: Finish reason; None while it lasts.
-        used: Which weights answered; known at the end.
+        text, token_ids, logprobs: The contents of all chunks.
+        end: The finish reason; None while the answer is running.
+        used: The weights that answered, known at the end.
     """
 
     text: str = ""
@@ -76,7 +76,7 @@ class Answer:
         return self.text, self.token_ids, self.logprobs, self.end, self.stop
 
     def is_beginning_of(self, whole: Bits) -> bool:
-        """Whether this, cut short, is how ``whole`` begins."""
+        """Whether this incomplete answer is a beginning of ``whole``."""
         text, token_ids, logprobs, _, _ = whole
         return (
             text.startswith(self.text)
@@ -98,18 +98,18 @@ async def ask(
     deadline_seconds: float = 120.0,
     cancel_after: int | None = None,
 ) -> None:
-    """Send one request and fill ``answer`` as it comes.
+    """Send one request, and fill ``answer`` as it arrives.
 
     Args:
-        client: To ask with.
-        shape: What to ask.
-        mix: Of registered names.
-        answer: Empty.
-        deadline_seconds: Of the call.
-        cancel_after: Go away after so many chunks, if the request is a stream.
+        client: The client.
+        shape: The request.
+        mix: A mix of registered names.
+        answer: An empty answer.
+        deadline_seconds: The deadline of the call.
+        cancel_after: The number of chunks after which a stream is cancelled.
 
     Raises:
-        TurretRpcError: It failed; ``answer`` holds what came before.
+        TurretRpcError: The call failed; ``answer`` has the earlier part.
     """
     adapters = [AdapterWeight(name, weight) for name, weight in mix]
     options: Any = dict(shape.options)

@@ -1,4 +1,4 @@
-"""Processes that change a registry with a state directory until somebody kills them.
+"""Processes that change a registry with a state directory until they are killed.
 
 cd tests/support && python -m servers.crash_worker ADAPTER_ROOT STATE_DIR
 """
@@ -22,12 +22,12 @@ from turret.server.adapters.state_dir import StateDir
 NAMES = ("x", "y", "z")
 PATHS = ("a", "b", "c", "d")
 
-# Made once, before any worker is forked off.
+# Created once, before any worker is forked.
 _BASE = tiny_base()
 
 
 class Entry(NamedTuple):
-    """What is registered under a name."""
+    """The registration of a name."""
 
     uuid: str
     generation: int
@@ -37,7 +37,7 @@ class Entry(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """What the process is about to do."""
+    """The next operation of the process."""
 
     kind: str
     name: str
@@ -88,7 +88,7 @@ def perform(registry: AdapterRegistry, root: Path, operation: Operation) -> None
 
 
 def say(message: object) -> None:
-    """One line, written whole: whoever is killed has said it or has not."""
+    """Write one line atomically, so that a killed process has either written it or not."""
     line = json.dumps(message).encode() + b"\n"
     assert len(line) <= select.PIPE_BUF
     os.write(sys.stdout.fileno(), line)
@@ -99,7 +99,7 @@ def entries_of(registry: AdapterRegistry) -> dict[str, Entry]:
 
 
 def work(root: Path, state_path: Path, seed: int) -> None:
-    """Say what was restored and whether it can be served, then work for ever."""
+    """Print the restored state and whether it can be served, then work forever."""
     registry = open_registry(root, state_path)
     registry.restore()
     entries = entries_of(registry)
@@ -121,7 +121,7 @@ def work(root: Path, state_path: Path, seed: int) -> None:
 
 
 def main() -> None:
-    """For each seed on stdin, fork off a worker and wait until it is gone."""
+    """For each seed on stdin, fork a worker and wait until it has ended."""
     root, state_path = Path(sys.argv[1]), Path(sys.argv[2])
     for line in sys.stdin:
         child = os.fork()

@@ -42,9 +42,9 @@ GREEDY = SamplingParams(temperature=0.0)
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Everything a request got; two answers are equal if all their bits are.
+    """The whole result of a request; two answers are equal if all bits are.
 
-    ``finish`` is left out of the comparison: it holds times.
+    The comparison excludes ``finish``, which contains times.
     """
 
     token_ids: tuple[int, ...]
@@ -58,7 +58,7 @@ class Answer:
 
     @property
     def bits(self) -> tuple[Any, ...]:
-        """What must not depend on anything but the request."""
+        """The parts that must depend only on the request."""
         answered = self.token_ids, self.logprobs, self.top, self.prompt_logprobs, self.text
         return answered if self.pooled is None else (*answered, self.pooled)
 
@@ -71,7 +71,7 @@ def make_request(
     score: bool = False,
     **changes: Any,
 ) -> Request:
-    """A request with logprobs and no early end, unless ``changes`` say otherwise."""
+    """A request, by default with logprobs and without an early end."""
     refs = tuple(AdapterRef(name=a) if isinstance(a, str) else a for a in adapters)
     request = Request(
         request_id=f"r{next(_numbers)}",
@@ -86,7 +86,7 @@ def make_request(
 
 
 class EngineHarness:
-    """A backend whose engine is started. ``metrics`` are those it feeds."""
+    """A backend with a started engine, and its ``metrics``."""
 
     def __init__(self, backend: Backend, metrics: Metrics) -> None:
         self.engine = backend.engine
@@ -119,9 +119,10 @@ class EngineHarness:
         trusts_templates: bool = False,
         allow_merged_twice: bool = False,
     ) -> AsyncIterator[EngineHarness]:
-        """Build and start an engine, load ``adapters`` (each from the directory of its name).
+        """Build and start an engine, and load ``adapters``, each from the directory of its name.
 
-        ``gpu`` takes the gpu path, in Triton's interpreter; ``replica`` makes it one of a fleet.
+        ``gpu`` uses the GPU path in Triton's interpreter; ``replica`` makes it a replica of a
+        fleet.
         """
         config = Config(
             model=ModelConfig(
@@ -148,7 +149,7 @@ class EngineHarness:
             security=SecurityConfig(trust_request_chat_template=trusts_templates),
         )
         metrics = Metrics()
-        # What is made of a test's model goes beside it, not into the user's cache.
+        # Files derived from a test's model are written beside it, not to the user's cache.
         cache = {} if model is None else {"XDG_CACHE_HOME": str(model.parent / "cache")}
         with patch.dict(os.environ, cache):
             backend = build_backend(config, metrics, gpu=gpu, replica=replica)
@@ -177,9 +178,9 @@ class EngineHarness:
         """Run a request to its end.
 
         Args:
-            request: What to ask.
-            cancel_after: Cancel once this many tokens have come.
-            on_token: Told how many tokens have come.
+            request: The request.
+            cancel_after: The number of tokens after which to cancel.
+            on_token: Called with the number of tokens so far.
         """
         stream = await self.engine.submit(request)
         tokens: list[int] = []
@@ -213,10 +214,10 @@ class EngineHarness:
         )
 
     async def vocabulary_of(self, *adapters: AdapterRef | str) -> Vocabulary:
-        """What requests with these adapters speak."""
+        """The vocabulary of requests with these adapters."""
         names = [a if isinstance(a, str) else a.name for a in adapters]
         return await self.backend.vocabularies.of([AdapterWeight(name=name) for name in names])
 
     async def run_all(self, requests: Sequence[Request]) -> list[Answer]:
-        """Run requests side by side."""
+        """Run requests concurrently."""
         return list(await asyncio.gather(*(self.run(request) for request in requests)))

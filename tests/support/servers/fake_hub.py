@@ -1,7 +1,7 @@
-"""A Hugging Face hub on loopback that speaks what ``huggingface_hub`` asks for.
+"""A Hugging Face hub on loopback, with the parts of the API that ``huggingface_hub`` uses.
 
-``GET /api/models/ORG/NAME/revision/REV`` and ``HEAD`` and ``GET /ORG/NAME/resolve/REV/FILE``, with
-ETags, ranges and the hub's error codes; and the faults that a network has.
+It supports ``GET /api/models/ORG/NAME/revision/REV``, and ``HEAD`` and ``GET
+/ORG/NAME/resolve/REV/FILE``, with ETags, ranges, the hub's error codes, and network faults.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _RESOLVE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 @dataclass
 class Repo:
-    """A repository: files by commit, and which commit each branch is.
+    """A repository: the files of each commit, and the commit of each branch.
 
     Attributes:
-        commits: Files by name, by commit.
-        refs: Commit by branch or tag.
-        is_private: Only the token sees it.
-        is_gated: Whoever sees it may not read it.
-        lied_sizes: What the listing says of a file's size.
+        commits: The files by name, by commit.
+        refs: The commit by branch or tag.
+        is_private: Whether only the token can see it.
+        is_gated: Whether its files cannot be read.
+        lied_sizes: Wrong sizes of files in the listing.
     """
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Repo:
     lied_sizes: dict[str, int] = field(default_factory=dict)
 
     def push(self, files: dict[str, bytes], ref: str = "main") -> str:
-        """A new commit of a branch; returns its name."""
+        """Add a commit to a branch; returns its name."""
         digest = hashlib.sha1(f"{ref}{len(self.commits)}".encode())
         for name, data in sorted(files.items()):
             digest.update(name.encode() + data)
@@ -60,12 +60,12 @@ class FakeHub:
     """The hub.
 
     Attributes:
-        repos: By ``org/name``.
-        requests: Method and path of every one that came, in order; those with a range say it.
-        cuts: How often an answer's connection breaks in the middle of a file's bytes.
-        status: What every request is answered with, if not None.
-        seconds_per_chunk: How long each chunk of a file takes.
-        has_xet: Whether weights are in Xet's storage too, which answers that it has nothing.
+        repos: The repositories by ``org/name``.
+        requests: The method, path and range of every request, in order.
+        cuts: The number of answers whose connection breaks in the middle of a file.
+        status: The status of all answers, if not None.
+        seconds_per_chunk: The duration of each chunk of a file.
+        has_xet: Whether weights are listed in Xet's storage, which is empty.
     """
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class FakeHub:
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def repo(self, name: str, folder: Path | None = None) -> Repo:
-        """A new repository, with the files of a folder."""
+        """Add a repository with the files of a folder."""
         repo = self.repos[name] = Repo()
         if folder is not None:
             files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
@@ -90,7 +90,7 @@ class FakeHub:
         return repo
 
     def downloads(self) -> list[str]:
-        """Names of the files whose bytes were asked for."""
+        """The names of the downloaded files."""
         return [
             line.rsplit("/", 1)[1]
             for line in self.requests
@@ -104,7 +104,7 @@ class FakeHub:
 
 @contextlib.contextmanager
 def fake_hub(cache: Path, patch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub that this process's ``huggingface_hub`` asks, with an empty cache in ``cache``."""
+    """A hub for this process's ``huggingface_hub``, with an empty cache in ``cache``."""
     hub = FakeHub()
     patch.setattr(constants, "ENDPOINT", hub.endpoint)
     patch.setattr(
@@ -125,7 +125,7 @@ def fake_hub(cache: Path, patch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 
 def environment(hub: FakeHub, home: Path) -> dict[str, str]:
-    """Variables of a process that asks this hub."""
+    """The variables of a process that uses this hub."""
     return {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
@@ -165,11 +165,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404)
 
     def _find(self, name: str, ref: str | None) -> tuple[Repo, str] | None:
-        """A repository and a commit of it; None where the answer is a refusal, which was sent."""
+        """A repository and one of its commits; None if an error was sent instead."""
         repo = self.hub.repos.get(name)
         is_known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
         if repo is None or (repo.is_private and not is_known):
-            # As the hub has it: whoever may not know of it is told that it is not there.
+            # Like the hub, hide the existence of private repositories.
             self._refuse(404 if is_known else 401, "RepoNotFound")
             return None
         ref = ref or "main"

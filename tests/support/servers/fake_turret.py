@@ -16,9 +16,9 @@ from google.rpc import error_details_pb2, status_pb2
 from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 FOREVER = "forever"
-# As an answer's last word: the server ends it before its end, or is gone.
+# Last words of prompts, for which the server cuts the answer or vanishes.
 CUT, GONE = "cut", "gone"
-# A directory with the weights that an adapter has already, and a config of those files.
+# A directory with an adapter's current weights and their config.
 SAME = "same"
 PEFT_FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 2000}
 
@@ -38,7 +38,7 @@ def abort(context: grpc.ServicerContext, code: grpc.StatusCode, text: str, *deta
 
 
 class FakeInference(inference_pb2_grpc.InferenceServicer):
-    """Answers with the prompt's words; knows the adapters that its sibling has."""
+    """Answers with the prompt's words; knows the adapters of the other service."""
 
     def __init__(self, adapters: dict[str, adapters_pb2.Adapter]) -> None:
         self.adapters = adapters
@@ -46,7 +46,7 @@ class FakeInference(inference_pb2_grpc.InferenceServicer):
         self.metadata: dict[str, object] = {}
         self.time_remaining: float | None = None
         self.wants_token = False
-        # Of the newest stream: set once the call is over, which FOREVER never is by itself.
+        # Set once the call of the newest stream has ended; FOREVER never ends by itself.
         self.stream_ended = threading.Event()
 
     def _accept(self, request, context: grpc.ServicerContext) -> None:
@@ -55,7 +55,7 @@ class FakeInference(inference_pb2_grpc.InferenceServicer):
         if self.wants_token:
             info = error_details_pb2.ErrorInfo(reason="UNAUTHENTICATED", domain="turret")
             abort(context, grpc.StatusCode.UNAUTHENTICATED, "the token is unknown", info)
-        # grpc reports the largest integer of nanoseconds where there is no deadline.
+        # Without a deadline, grpc reports the largest integer of nanoseconds.
         remaining = context.time_remaining()
         self.time_remaining = None if remaining is None or remaining > 1e9 else remaining
         missing = [a.name for a in request.adapters if a.name not in self.adapters]
@@ -170,7 +170,7 @@ class FakeInference(inference_pb2_grpc.InferenceServicer):
 
 
 class FakeAdapters(adapters_pb2_grpc.AdaptersServicer):
-    """A registry that keeps what it is told and files that it is sent."""
+    """A registry that stores its calls' arguments and received files."""
 
     def __init__(self, adapters: dict[str, adapters_pb2.Adapter]) -> None:
         self.adapters = adapters
@@ -321,7 +321,7 @@ class FakeAdapters(adapters_pb2_grpc.AdaptersServicer):
 
 
 class FakeTurret:
-    """Both services; ``address`` says where."""
+    """Both services, and their ``address``."""
 
     def __init__(self, address: str, inference: FakeInference, adapters: FakeAdapters) -> None:
         self.address = address

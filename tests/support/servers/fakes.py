@@ -1,4 +1,4 @@
-"""Stand-ins for engine, registry, merger and tokenizer."""
+"""Fakes of engine, registry, merger and tokenizer."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ MODEL_INFO = ModelInfo(
 
 
 class FakeTokenizer:
-    """A byte is a token; texts of any length are let through to it."""
+    """A tokenizer with a token per byte, which accepts texts of any length."""
 
     longest_token = 1 << 16
     chat_format = ChatFormat()
@@ -69,7 +69,7 @@ class FakeTokenizer:
         return list(text.encode())
 
     def chat_executor(self, is_short: bool) -> None:
-        """Chats are rendered on the event loop's own threads."""
+        """An executor that renders chats on the event loop's own threads."""
 
     def render_chat(self, messages: Any, tools: Any = (), **how: bool) -> RenderedChat:
         return RenderedChat(["".join(f"{m['role']}:{m['content']};" for m in messages)])
@@ -91,7 +91,7 @@ HEAD = Head(("long", "short"), SINGLE_LABEL)
 
 
 def uses(request: Request) -> tuple[AdapterUse, ...]:
-    """Which weights answer, as the first token and the end tell."""
+    """The weights that answer, as reported with the first token and at the end."""
     return tuple(
         AdapterUse(
             name=ref.name,
@@ -119,7 +119,7 @@ def finish(request: Request, reason: FinishReason = FinishReason.STOP, stop: Any
 
 
 class FakeStream:
-    """Yields what the script yields until it is cancelled."""
+    """Yields the outputs of the script until it is cancelled."""
 
     def __init__(self, outputs: AsyncIterator[Output]) -> None:
         self._outputs = outputs
@@ -136,7 +136,10 @@ Script = Callable[[Request], AsyncIterator[Output]]
 
 
 async def hello(request: Request) -> AsyncIterator[Output]:
-    """Two tokens, then the end; or a vector or logits that begin with the prompt's length."""
+    """A script with two tokens and the end.
+
+    Or with a vector or logits that begin with the prompt's length.
+    """
     if request.pooling is not None:
         size = request.pooling.dimensions or MODEL_INFO.hidden_size
         if request.classifies:
@@ -164,13 +167,13 @@ async def hello(request: Request) -> AsyncIterator[Output]:
 
 
 async def endless(request: Request) -> AsyncIterator[Output]:
-    """One token, then nothing for ever."""
+    """A script with one token, which never ends."""
     yield Output(text="H", token_ids=(72,))
     await asyncio.Event().wait()
 
 
 def failing(error: BaseException) -> Script:
-    """One token, then the error."""
+    """A script with one token and an error."""
 
     async def script(request: Request) -> AsyncIterator[Output]:
         yield Output(text="H", token_ids=(72,))
@@ -180,7 +183,7 @@ def failing(error: BaseException) -> Script:
 
 
 class FakeEngine:
-    """Runs ``script`` for each request and remembers what it was asked."""
+    """Runs ``script`` for each request, and records the requests."""
 
     def __init__(self, script: Script = hello) -> None:
         self.script = script
@@ -304,7 +307,7 @@ class FakeRegistry:
         del self.records[name]
 
     def acquire(self, refs: Any) -> Any:
-        """Whatever is asked for is there, as it is for the engine."""
+        """Grant any adapter."""
         return refs
 
     def release(self, mix: Any) -> None:
@@ -322,7 +325,7 @@ class FakeRegistry:
 
 
 class FakeMerger:
-    """Merges at once, or fails, or (with ``is_slow``) waits until nobody waits for it."""
+    """Merges at once, fails, or (with ``is_slow``) waits until it is cancelled."""
 
     def __init__(self) -> None:
         self.state = MergeState(1)
@@ -355,14 +358,14 @@ class FakeMerger:
 
 
 class FakeFuser:
-    """Fuses nothing."""
+    """A fuser that fuses nothing."""
 
     def close(self) -> None:
         pass
 
 
 class FakeConstraints:
-    """Compiles nothing, and gives back what it was asked to compile."""
+    """Compiles nothing, and returns its argument."""
 
     def __init__(self) -> None:
         self.kept = KeptConstraints()
@@ -375,7 +378,7 @@ class FakeConstraints:
 
 
 class FakeVocabularies(Vocabularies):
-    """All adapters speak the base's."""
+    """All adapters use the base's vocabulary."""
 
     def __init__(self, base: Vocabulary) -> None:
         self._only = base
@@ -388,7 +391,7 @@ class FakeVocabularies(Vocabularies):
 
 
 def fake_backend(engine: Any, registry: Any, merger: Any, fuser: Any) -> Backend:
-    """A backend of stand-ins; this is where they pass for the real parts."""
+    """A backend of fakes, typed as the real parts."""
     tokenizer: Any = FakeTokenizer()
     constraints: Any = FakeConstraints()
     return Backend(

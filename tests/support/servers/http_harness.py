@@ -30,7 +30,7 @@ NO_AUTHORITIES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 class _QuickAsyncio:
-    """asyncio, except that uvicorn sees within milliseconds that it is to stop."""
+    """asyncio, except that uvicorn notices a stop within milliseconds."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(asyncio, name)

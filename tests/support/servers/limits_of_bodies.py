@@ -21,9 +21,9 @@ class Place:
     """A list or an object in the body of a request.
 
     Attributes:
-        path: Of the endpoint.
-        steps: From the body to it: names of fields, and 0 for the first entry of a list.
-        most: Entries that it may have.
+        path: The path of the endpoint.
+        steps: The steps from the body: names of fields, and 0 for the first entry of a list.
+        most: The maximum number of entries.
     """
 
     path: str
@@ -32,7 +32,7 @@ class Place:
 
     @property
     def blamed(self) -> str:
-        """The field as an error names it."""
+        """The name of the field in errors."""
         said = "".join(f".{step}" if isinstance(step, str) else f"[{step}]" for step in self.steps)
         return said.removeprefix(".") or "the body"
 
@@ -53,7 +53,7 @@ def posts() -> list[Route]:
 
 
 def places() -> list[Place]:
-    """All of them."""
+    """All places with a limit."""
     found = []
     for route in posts():
         assert route.body is not None
@@ -63,7 +63,7 @@ def places() -> list[Place]:
 
 
 def fields() -> dict[str, set[str]]:
-    """Of every endpoint, the fields of its body."""
+    """The fields of the bodies of all endpoints."""
     schemas = {route.path: route.body.model_json_schema() for route in posts() if route.body}
     return {path: set(schema["properties"]) for path, schema in schemas.items()}
 
@@ -86,14 +86,14 @@ def _within(
 def body_of(
     place: Place, count: int, *, most_bytes: int, entry: bytes = b"0", times: int = 1
 ) -> bytes:
-    """A body with ``count`` entries at a place, or as many as there is room for.
+    """A body with ``count`` entries at a place, or as many as fit.
 
     Args:
-        place: Where they are.
-        count: Of the entries.
-        most_bytes: Of the body.
-        entry: What each is; of an object, each value.
-        times: Entries of the list that the place is in, as far as there is room for them.
+        place: The place of the entries.
+        count: The number of entries.
+        most_bytes: The maximum size of the body.
+        entry: Each entry, or each value of an object.
+        times: The number of entries of the list that contains the place, as far as they fit.
     """
     is_object = not place.steps or place.steps[-1] in ("logit_bias", "metadata")
     start, end = (b"{", b"}") if is_object else (b"[", b"]")
@@ -113,13 +113,13 @@ def body_of(
 
 
 def beside(place: Place) -> Mapping[str, Any]:
-    """What else a body needs to be right."""
+    """The other fields of a valid body."""
     turn = [{"role": "user", "content": "a"}]
     return {"model": "base", "messages": turn, "prompt": "a", "input": "a", "tokens": [1]}
 
 
 def with_others(place: Place, body: bytes) -> bytes:
-    """The same body with the fields that the endpoint cannot do without."""
+    """The same body with the required fields of the endpoint."""
     own = place.steps[0] if place.steps else None
     others = {name: value for name, value in beside(place).items() if name != own}
     return json.dumps(others)[:-1].encode() + b"," + body[1:]

@@ -14,7 +14,7 @@ from turret.clients.client import TurretClient
 
 @contextlib.contextmanager
 def examples_loaded(server: ServerUnderTest, *names: str) -> Iterator[TurretClient]:
-    """A client of a server that has these of the example adapters, until the block ends."""
+    """A client of a server with these example adapters, until the block ends."""
     with TurretClient(server.address) as client, contextlib.ExitStack() as cleaning:
         for name in names:
             folder = server.adapter_root / name

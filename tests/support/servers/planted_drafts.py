@@ -1,4 +1,4 @@
-"""Drafts that are right as often and as far as a test wants them to be."""
+"""Drafts with a controlled share of right tokens."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ MAX_RIGHT = 11
 
 
 class PlantedDrafts:
-    """Takes drafts from known answers, and now and then puts a wrong token into one.
+    """Drafts tokens from known answers, and sometimes a wrong token.
 
     Args:
-        answers: Prompt → the tokens of its answer. A prompt that is not there gets no drafts.
-        vocab_size: Of the model.
-        seed: Of what is right and wrong.
+        answers: Prompt → the tokens of its answer. Other prompts get no drafts.
+        vocab_size: The vocabulary size of the model.
+        seed: The seed of wrong tokens.
 
     Attributes:
-        num_draft: Tokens of all drafts.
-        num_right: Those of them that come before the first wrong one.
+        num_draft: The number of tokens in all drafts.
+        num_right: The number of those before the first wrong one.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class PlantedDrafts:
     def draft(
         self, drafter: Drafter, _memory: MixMemory, _value: StepValue, most: int
     ) -> tuple[int, ...]:
-        """In place of ``Drafter.draft``; as long as it may be, and no longer."""
+        """Replaces ``Drafter.draft``, with the maximum length."""
         tokens, end = drafter._tokens, drafter._prompt_end
         start = drafter._index._start
         most = min(most, drafter._last_end - len(tokens) - 1)
@@ -56,7 +56,7 @@ class PlantedDrafts:
 
     @contextmanager
     def planted(self) -> Iterator[None]:
-        """Every drafter drafts so."""
+        """Make every drafter use these drafts."""
 
         def draft(
             drafter: Drafter, memory: MixMemory, value: StepValue, most: int

@@ -1,4 +1,4 @@
-"""Asks a server whether it serves."""
+"""A health check of a server."""
 
 from __future__ import annotations
 

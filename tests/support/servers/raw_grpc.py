@@ -1,4 +1,4 @@
-"""One gRPC call written by hand: headers that no gRPC library would send."""
+"""One hand-written gRPC call, with headers that no gRPC library would send."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def _literal(name: str, value: str) -> bytes:
 def unary(
     address: str, path: str, message: bytes, headers: Sequence[tuple[str, str]], seconds: float
 ) -> bytes | None:
-    """Make a call and wait for its end.
+    """Make a call, and wait for its end.
 
     Args:
         address: ``HOST:PORT`` of a server without TLS.
         path: ``/package.Service/Method``.
-        message: The request, serialised.
-        headers: Added to those that gRPC asks for.
-        seconds: Longest wait for a single read.
+        message: The serialised request.
+        headers: Headers in addition to those that gRPC requires.
+        seconds: The maximum wait for a single read.
 
     Returns:
         The serialised answer; None if the call ended without one.

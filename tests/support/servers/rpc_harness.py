@@ -1,4 +1,4 @@
-"""An in-process gRPC server around stand-ins, and what its failures say."""
+"""An in-process gRPC server with fakes, and the parts of its failures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from turret.v1 import adapters_pb2_grpc, inference_pb2_grpc
 
 @dataclass
 class Harness:
-    """A running server, what is behind it, and a client channel."""
+    """A running server with its parts and a client channel."""
 
     rpc: RpcServer
     gate: ServingGate
@@ -62,7 +62,7 @@ async def harness(
     fuser: Any = None,
     most_connections: int = MOST_CONNECTIONS,
 ) -> AsyncIterator[Harness]:
-    """A server on a free port, serving fakes, or a registry that the caller brings and closes."""
+    """A server on a free port with fakes, or with a registry that the caller closes."""
     gate, metrics = ServingGate(), Metrics()
     adapters = Adapters(gate)
     engine = FakeEngine()
@@ -94,7 +94,7 @@ async def harness(
 
 @dataclass
 class Failure:
-    """A failed call, taken apart."""
+    """The parts of a failed call."""
 
     code: grpc.StatusCode
     message: str
@@ -145,7 +145,7 @@ async def failure_of(call: Any) -> Failure:
 
 
 async def soon(event: asyncio.Event, seconds: float = 5.0) -> float:
-    """Wait for an event that must come; returns how long it took."""
+    """Wait for an event that must happen; returns the duration."""
     started = time.monotonic()
     await asyncio.wait_for(event.wait(), seconds)
     return time.monotonic() - started

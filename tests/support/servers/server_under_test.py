@@ -16,21 +16,21 @@ from prometheus_client.parser import text_string_to_metric_families
 from servers.zygote import Life, addresses_of, shared_zygote
 
 _STOP_SECONDS = 60.0
-# Variables that no library reads when it is imported, and no allocator when it starts.
+# Variables that are read only after libraries and allocators have started.
 _READ_WHILE_SERVING = {"XDG_CACHE_HOME"}
 
 
 @dataclass(frozen=True, slots=True)
 class ServerUnderTest:
-    """A server that answers.
+    """A running server.
 
     Attributes:
         address: ``HOST:PORT`` of the gRPC service.
         metrics_address: ``HOST:PORT`` of the Prometheus endpoint.
         http_address: ``HOST:PORT`` of the OpenAI-compatible server; empty without its flag.
-        adapter_root: Directory that adapters are loaded from.
+        adapter_root: The directory for adapters.
         process: The process; ``start_server`` stops it.
-        log: File with everything it wrote.
+        log: The file with its output.
     """
 
     address: str
@@ -66,13 +66,13 @@ def start_server(
     """Run ``turret serve`` until the block ends, then stop it with SIGTERM.
 
     Args:
-        folder: For the adapter root and the log.
-        flags: Further flags.
+        folder: The directory for the adapter root and the log.
+        flags: Additional flags.
         environment: Variables of the server in addition to this process's.
-        user: Number of the user, and group, that it runs as; None is this process's.
+        user: The numeric user and group of the server; None means this process's.
 
     Raises:
-        AssertionError: It did not start, or SIGTERM did not end it with exit code 0.
+        AssertionError: The server did not start, or SIGTERM did not end it with exit code 0.
     """
     root = folder / "adapters"
     root.mkdir(exist_ok=True)
@@ -99,7 +99,7 @@ def start_server(
 def _execute(
     folder: Path, root: Path, flags: tuple[str, ...], environment: dict[str, str], user: int | None
 ) -> ServerUnderTest:
-    """A server in a process that has imported nothing before."""
+    """Start a server in a fresh process."""
     command = [
         *(sys.executable, "-m", "turret.server.cli", "serve"),
         *("--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0", *flags),

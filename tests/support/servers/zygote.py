@@ -1,6 +1,7 @@
 """Starts servers within a second, by forking a process that has imported everything.
 
-cd tests/support && python -m servers.zygote      reads a JSON array a line: flags, environment,
+cd tests/support && python -m servers.zygote      reads a JSON array per line: flags,
+environment,
                                                   working directory, log
 """
 
@@ -39,11 +40,11 @@ def addresses_of(log: Path, is_alive: Callable[[], bool]) -> dict[str, str]:
     """Wait until a server serves, and return the addresses in its log.
 
     Raises:
-        AssertionError: It did not start.
+        AssertionError: The server did not start.
     """
     end = time.monotonic() + START_SECONDS
     while True:
-        # The order matters: what it wrote before it ended must be read.
+        # Check this before reading the log, so that the last output is not missed.
         was_alive = is_alive()
         text = log.read_text(errors="replace") if log.exists() else ""
         found: dict[str, str] = dict(_ADDRESS.findall(text))
@@ -95,7 +96,7 @@ class Life:
         return int(code.read_text()) if code.exists() else -signal.SIGKILL
 
     def wait(self, timeout: float = 60.0) -> int:
-        """Wait until the server has ended, for whatever reason, and return its exit code."""
+        """Wait until the server has ended, and return its exit code."""
         end = time.monotonic() + timeout
         while (code := self.poll()) is None:
             assert time.monotonic() < end, f"it does not end:\n{self.log.read_text()[-3000:]}"
@@ -175,7 +176,7 @@ def main() -> None:
     # The children use these modules. transformers imports its own when they are first used.
     for module in _MODULES:
         importlib.import_module(module)
-    # Nobody waits for the children, so the system must reap them.
+    # Nothing waits for the children, so the system must reap them.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin:
         order = json.loads(line)

@@ -1,4 +1,4 @@
-"""What surrounds engine and registry in a simulation: a clock, threads, files, a model, metrics."""
+"""Simulated surroundings of engine and registry: clock, threads, files, model, metrics."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from turret.server.errors import AdapterCheckpointError, TurretError
 
 
 class Clock:
-    """Stands for the module ``time``; moves when it is told to."""
+    """Replaces the module ``time``; moves only on request."""
 
     def __init__(self) -> None:
         self.now = 1000.0
-        # Of the wall clock, which may jump where the other never does.
+        # The offset of the wall clock, which may jump, unlike the monotonic clock.
         self.offset = 1.7e9
 
     def monotonic(self) -> float:
@@ -36,7 +36,7 @@ class Clock:
 
 
 class Inbox:
-    """The engine's queue of commands, which waits for none."""
+    """The engine's queue of commands, which never waits."""
 
     def __init__(self) -> None:
         self._commands: deque[Callable[[], None]] = deque()
@@ -57,7 +57,7 @@ class Inbox:
 
 
 class Threads:
-    """An executor whose work is done when ``run_one`` says so, in any order."""
+    """An executor that runs work in any order, when ``run_one`` is called."""
 
     def __init__(self, source: random.Random) -> None:
         self._source = source
@@ -79,7 +79,7 @@ class Threads:
 
 @dataclass(frozen=True)
 class Operators:
-    """An adapter's weights, as far as residency sees them."""
+    """An adapter's weights, as far as residency uses them."""
 
     num_bytes: int
     base_generation: int
@@ -101,7 +101,7 @@ def facts_of(digest: str, num_bytes: int) -> AdapterFacts:
 
 
 class Files:
-    """Reads adapters: their size is in the digest. Now and then one cannot be read."""
+    """Reads adapters, with sizes from their digests. Sometimes a read fails."""
 
     def __init__(self, source: random.Random) -> None:
         self._source = source
@@ -111,7 +111,7 @@ class Files:
         if self._source.random() < 0.05:
             raise AdapterCheckpointError(f"{name} is gone from {place.path}")
         size = int(digest.partition("-")[0])
-        # Adapters of odd content are computed from the base, as DoRA's are.
+        # Some adapters are computed from the base, like DoRA's.
         depends = digest.endswith(("1", "3"))
         operators: Any = Operators(size, self.base_generation)
         generation = self.base_generation if depends else None
@@ -119,18 +119,18 @@ class Files:
 
 
 class Runner:
-    """Draws tokens without a model, and checks that what it needs is there.
+    """Draws tokens without a model, and checks that its inputs are present.
 
     Attributes:
-        num_full: Steps that found no memory.
-        num_accepted: Draft tokens that were drawn.
+        num_full: The number of steps without memory.
+        num_accepted: The number of accepted draft tokens.
     """
 
     def __init__(self, source: random.Random, files: Files, block_size: int) -> None:
         self._source = source
         self._files = files
         self._block_size = block_size
-        # What was computed last in each position of a block, and from what.
+        # The last computed content of each position of a block, as a hash of its inputs.
         self._cache: dict[tuple[int, int], int] = {}
         self.num_full = self.num_accepted = 0
 
@@ -150,7 +150,7 @@ class Runner:
         return result
 
     def _compute(self, item: Scheduled) -> None:
-        """Write the rows' keys and values, after a look at those that they attend to."""
+        """Write the rows' keys and values, after a check of those to which they attend."""
         sequence, size = item.sequence, self._block_size
         tokens = (*sequence.tokens, *item.draft)
         assert len(tokens) <= size * len(sequence.blocks) or not item.samples
@@ -164,7 +164,7 @@ class Runner:
                 assert self._cache[slot] == made_of, "other keys and values than its own"
 
     def _draw(self, draft: tuple[int, ...]) -> list[Draw]:
-        """Some of the draft, and a token that is not the next of it."""
+        """A part of the draft, and a token that differs from the next draft token."""
         draws = []
         for expected in draft:
             drawn = expected if self._source.random() < 0.6 else self._source.randrange(3, 9)
@@ -195,7 +195,7 @@ class Runner:
 
 
 def drafter_of(sequence: Sequence, max_tokens: int) -> Drafter:
-    """Who guesses for it, end tokens too: answers end in the middle of a draft."""
+    """A drafter for a sequence, which also drafts end tokens, so that answers end within drafts."""
     return Drafter(
         sequence.group,
         sequence.tokens,
@@ -207,7 +207,7 @@ def drafter_of(sequence: Sequence, max_tokens: int) -> Drafter:
 
 
 def check_progress(sequence: Sequence, pool: BlockPool) -> None:
-    """Drafts leave nothing behind: no token without keys, no block without a token."""
+    """Check that drafts leave neither tokens without keys nor blocks without tokens."""
     if sequence.state is SequenceState.RUNNING:
         assert sequence.num_computed < len(sequence.tokens), "computed what is not there"
     most = pool.blocks_for(len(sequence.tokens))
@@ -218,14 +218,14 @@ def check_progress(sequence: Sequence, pool: BlockPool) -> None:
 
 
 class Silent:
-    """Metrics that nobody reads."""
+    """Metrics that are not read."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **keywords: None
 
 
 class Letters:
-    """Text of tokens."""
+    """A text stream of letters."""
 
     def push(self, token_id: int) -> str:
         return chr(96 + token_id)

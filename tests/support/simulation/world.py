@@ -1,7 +1,7 @@
-"""Engine loop, scheduler, names and residency of one server, on one thread and a clock of its own.
+"""Engine loop, scheduler, names and residency of one server, on one thread and a simulated clock.
 
-The code is the server's. Who acts next (a client, an operator, a thread that reads, the engine) is
-drawn, so that a seed is a history: what it breaks, it breaks again.
+The code is the server's. The next actor (a client, an operator, a reading thread, the engine) is
+drawn, so a seed determines a history, and failures are reproducible.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ HOST_BYTES = 6
 NUM_BLOCKS, BLOCK_SIZE = 24, 4
 MAX_SEQS, MAX_TOKENS = 3, 12
 STEP_SECONDS, PREEMPT_SECONDS = 0.1, 1.0
-# After the stated wait: a yield in each step, and what the steps before and after them take.
+# The waiting time, a preemption in each step, and the steps before and after them.
 MOST_BLOCKED_SECONDS = PREEMPT_SECONDS + (MAX_SEQS + 3) * STEP_SECONDS
-# Requests that are alone end within so many turns of the engine, or never.
+# Maximum number of engine turns until requests end without other events.
 MOST_TURNS = 3000
 
 
 class World:
-    """A server and everybody around it.
+    """A server and its environment.
 
     Args:
-        seed: Of every choice.
-        clock: What the modules under test take for ``time``.
+        seed: The seed of every choice.
+        clock: The replacement of ``time`` in the tested modules.
 
     Attributes:
-        ended: How each request ended, by its answer's number.
-        counts: What happened, for the test of the test.
+        ended: The end of each request, by its answer's number.
+        counts: The numbers of events, which show that the test covers them.
     """
 
     def __init__(self, seed: int, clock: Clock) -> None:
@@ -83,7 +83,7 @@ class World:
             end_users=lambda uuid: self.loop.post(lambda: self.loop.force_unload(uuid)),
             on_gone=self._gone,
         )
-        # Some servers are filled by the long answers of one mix, and have memory for them.
+        # The long answers of one mix fill some servers, which have memory for them.
         self._is_crowded = self.random.random() < 0.3
         self._most_changes = self.random.choice((1, 1, 6))
         self.pool = BlockPool(NUM_BLOCKS * (4 if self._is_crowded else 1), BLOCK_SIZE)
@@ -107,7 +107,7 @@ class World:
             send=self._deliver,
         )
         self.loop._inbox = Inbox()  # type: ignore[assignment]
-        # Every request that was let in, and the terminal that its client got.
+        # Every accepted request, and the end that its client received.
         self.requests: list[Answer] = []
         self.ended: dict[Any, str] = {}
         self.open_mixes: set[Mix] = set()
@@ -115,7 +115,7 @@ class World:
         self._blocked: tuple[Sequence | None, float] = (None, 0.0)
         self._numbers = 0
 
-    # What the engine asks of the registry.
+    # The registry's methods for the engine.
 
     def release(self, mix: Mix) -> None:
         self.table.release(mix)
@@ -133,10 +133,10 @@ class World:
             elif isinstance(item, Output) and item.finish is not None:
                 self.ended[stream] = item.finish.reason.name
 
-    # Who acts.
+    # The actors.
 
     def act(self) -> None:
-        """One thing happens; afterwards everything must be sound."""
+        """Run one event, and check the invariants."""
         actions: dict[Callable[[], None], int] = {
             self._turn: 30,
             self._ask: 12,
@@ -157,19 +157,19 @@ class World:
 
     def _wait(self) -> None:
         self.clock.now += self.random.choice((0.01, 0.5, 2.0))
-        # What counts is what the engine could have done meanwhile.
+        # Only the time in which the engine could have acted counts.
         self._blocked = (None, self.clock.now)
 
     def _jump(self) -> None:
-        """Somebody sets the wall clock."""
+        """Set the wall clock."""
         self.clock.offset = self.random.choice((0.0, 1.0, 1.7e9, 2.1e9))
 
     def _turn(self) -> None:
-        """One iteration of the engine's thread."""
+        """Run one iteration of the engine's thread."""
         loop = self.loop
         loop._read_inbox()
         loop._expire(self.clock.now)
-        # Threads that read do not wait for the engine's.
+        # Reading threads do not wait for the engine's thread.
         for _ in range(self.random.choice((0, 0, 1, 2))):
             self._read()
         loop._try_change()
@@ -230,7 +230,7 @@ class World:
         return Adapter(name, uuid, generation, Source(name), facts_of(digest, size))
 
     def _enter(self, adapter: Adapter) -> bool:
-        """As the installer does: memory if there is room for it."""
+        """Like the installer, load an adapter to memory if there is room."""
         try:
             loaded = self.files.reload(adapter.name, adapter.source, adapter.digest)
         except TurretError:
@@ -285,7 +285,7 @@ class World:
         self.loop.post(lambda: self._begin(waiting))
 
     def _begin(self, change: BaseChange) -> None:
-        # The merger asks for one at a time; one that was withdrawn may be waiting still.
+        # The merger requests one change at a time; a withdrawn one may still be waiting.
         if self.loop._change is None:
             self.loop.change_base(change)
         else:
@@ -302,10 +302,10 @@ class World:
         if self.change is not None:
             self.change.outcome.cancel()
 
-    # What must hold.
+    # Invariants.
 
     def check(self) -> None:
-        """The invariants, at any moment."""
+        """Check the invariants, which hold at any time."""
         self._check_blocks()
         self._check_references()
         memory = self.leases._memory
@@ -334,7 +334,7 @@ class World:
             assert self.pool._references[block] == owners
 
     def _check_references(self) -> None:
-        """Every count has its owner: a request that has not ended."""
+        """Every count belongs to a request that has not ended."""
         in_flight: Counter[Adapter] = Counter()
         for mix in self.open_mixes:
             in_flight.update(adapter for adapter, _ in mix.members)
@@ -350,7 +350,7 @@ class World:
         assert self.table._mixes == self.open_mixes
 
     def _check_blocked(self) -> None:
-        """Who is next, while a mix that was served more holds more places, is not so for long."""
+        """The next mix does not wait long while one that was served more holds more places."""
         line, running = self.scheduler.waiting, self.scheduler.running
         first = None if self.scheduler.is_draining else line.peek(self.loop.is_ready)
         richer = first is not None and any(
@@ -366,7 +366,7 @@ class World:
         assert self.clock.now - since <= MOST_BLOCKED_SECONDS, "starved"
 
     def finish(self) -> None:
-        """Nobody asks for anything more: every request ends, and everything is given back."""
+        """Without new requests, every request ends, and all resources are returned."""
         for name in NAMES:
             registration = self.table.get(name)
             if registration is not None and registration.current.pinned:

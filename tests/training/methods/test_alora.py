@@ -1,4 +1,4 @@
-"""aLoRA: it is trained to act where the server lets it act, and is masked before."""
+"""aLoRA: trained on the positions on which it acts in the server, and masked before."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write_judged(path: Path) -> Path:
-    """Prompts that name the invocation, then it, then more; answers that name it too."""
+    """Prompts that contain the invocation, the invocation itself, and more text.
+
+    Answers contain it, too.
+    """
     rows = [
         {
             "prompt": f"[judge] {'la ' * (n % 4)}{n} {INVOCATION} the word:",
@@ -63,7 +66,7 @@ async def test_what_is_trained_is_what_the_engine_and_peft_compute(
     assert tuple(config["alora_invocation_tokens"]) == tokens
     assert len(tokens) > 1
 
-    # Without what is learned: PEFT would search it, and begin there.
+    # Pass only the prompt, because PEFT would also search the answer, and begin there.
     (example,) = resolved.dataset.train[0]
     prompt = list(example.tokens[: example.learned.index(True)])
     start = len(prompt) - len("[judge] the word:")
@@ -73,7 +76,7 @@ async def test_what_is_trained_is_what_the_engine_and_peft_compute(
         peft_model = PeftModel.from_pretrained(base, result.folder.adapter).eval()
     with torch.no_grad():
         logits = peft_model(input_ids=torch.tensor([prompt])).logits[0]
-        # The two of them share what comes before, and nothing after.
+        # Both have the same results before the invocation, and different ones after it.
         with peft_model.disable_adapter():
             plain = base(input_ids=torch.tensor([prompt])).logits[0]
     assert torch.equal(logits[:start], plain[:start])
@@ -116,7 +119,7 @@ def test_an_answer_is_not_searched(model: Path, tmp_path: Path) -> None:
             for place, is_learned in enumerate(example.learned):
                 total -= float(scores[place - 1, example.tokens[place]]) * is_learned
         assert float(loss(batch)) == pytest.approx(total, rel=1e-4)
-        # It is another function where the answer's own is taken.
+        # The result differs if the invocation in the answer is used.
         (example,) = rows[0]
         ids = torch.tensor([example.tokens])
         own = attached(input_ids=ids).logits
@@ -158,7 +161,7 @@ def test_a_sample_is_answered_from_the_invocation_on(model: Path, tmp_path: Path
     assert sample["after"] != sample["before"]
 
 
-# The last answer names what is begun with.
+# The last answer contains the beginning of the invocation.
 NAMING = (*TURNS[:-1], {"role": "assistant", "content": "four <a>"})
 
 
@@ -171,7 +174,7 @@ def encoded(text: str, *, template: str | None = CHAT, loss_on: Any = "completio
 
 
 def parts(item: Encoded) -> tuple[str, str]:
-    """What stands before the invocation, and what is learned."""
+    """The text before the invocation, and the learned text."""
     pairs = zip(item.tokens, item.learned, strict=True)
     before = list(item.tokens[: item.start])
     decode = tiny_tokenizer().decode
@@ -190,7 +193,7 @@ def test_what_precedes_the_last_invocation_is_masked() -> None:
         before.removesuffix("<u>three\n"),
         "three\n<a>four <a><eos>",
     )
-    # Every answer from an invocation on is learned.
+    # All answers after an invocation are learned.
     assert parts(encoded("one", messages=NAMING)) == ("<u>", "two<eos>four <a><eos>")
     assert parts(encoded("ne", prompt="one", completion="ne", template=None)) == ("o", "ne<eos>")
 
@@ -207,7 +210,7 @@ def test_an_example_without_the_invocation_is_refused_by_name() -> None:
         assert says("INVOCATION_MISSING", value="four")(refused.value)
 
     class Joining:
-        """A tokenizer with a token of its own for each text."""
+        """A tokenizer with a separate token for each text."""
 
         chat_template = None
         eos_token_id = 1

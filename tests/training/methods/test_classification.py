@@ -1,4 +1,4 @@
-"""Adapters with a head: trained, saved as PEFT saves them, and served as they were trained."""
+"""Adapters with a head: training, PEFT's layout, and equal results in the server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training of every method, to the end: what was trained is what the server and PEFT compute."""
+"""Training of every method to the end: the server and PEFT compute the trained results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from turret.training.settings.resolve import Resolved
 from turret.training.sweep import sweep
 from turret.training.trainer import Trainer, attach, pad_token, trainable, validation_loss
 
-# Learned fusion is trained over others' results, and is not PEFT's: test_fusion_training.py.
+# Learned fusion is trained over other adapters, without PEFT; see test_fusion_training.py.
 NAMES = tuple(name for name in METHODS if name != "learned_fusion")
 EXACT = ("base.dtype=float32", "run.adapter_dtype=float32")
 RATES = {"loha": 0.1, "ia3": 0.1, "prompt_tuning": 0.3}
@@ -42,7 +42,7 @@ RATES = {"loha": 0.1, "ia3": 0.1, "prompt_tuning": 0.3}
 
 @pytest.fixture(scope="module")
 def runs(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Resolved]:
-    """Every method trained for a few steps, each into ``runs/NAME``."""
+    """Every method, trained for a few steps into ``runs/NAME``."""
     folder = tmp_path_factory.mktemp("runs")
     resolved = {}
     for name in NAMES:
@@ -69,7 +69,7 @@ def metrics_of(resolved: Resolved, kind: str) -> list[dict]:
 def test_training_lowers_the_loss(runs: dict[str, Resolved], name: str):
     validation = metrics_of(runs[name], "validation")
     assert [row["step"] for row in validation] == [0, 2, 4]
-    # Before training an adapter changes nothing, but for those that learn a prompt.
+    # An untrained adapter changes nothing, unless it learns a prompt.
     assert validation[-1]["loss"] < 0.9 * validation[0]["loss"]
     steps = metrics_of(runs[name], "step")
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
@@ -78,7 +78,7 @@ def test_training_lowers_the_loss(runs: dict[str, Resolved], name: str):
 
 @pytest.fixture(scope="module")
 def served(tiny_llama: Path, runs: dict[str, Resolved]) -> dict[str, float]:
-    """Validation loss of every adapter as the server computes it, and of the base (``""``)."""
+    """The validation loss of every adapter in the server, and of the base (``""``)."""
     root = Path(next(iter(runs.values())).config.run.output).parent
     return asyncio.run(score_all(tiny_llama, root, runs))
 
@@ -132,16 +132,16 @@ def test_the_plan_knows_the_size_of_the_file(runs: dict[str, Resolved], name: st
     is_prefix = name == "prefix_tuning"
     is_soft = name in ("prompt_tuning", "p_tuning")
     assert (cost.num_soft_tokens, cost.num_prefix_positions) == (16 * is_soft, 16 * is_prefix)
-    # 16 positions of keys and values: 2 layers, 2 heads of 32, bfloat16.
+    # Keys and values of 16 positions: 2 layers, 2 heads of 32, bfloat16.
     assert cost.cache_bytes == (16 * 2 * 2 * 2 * 32 * 2 if is_soft or is_prefix else 0)
 
 
-# Modules of a layer of the tiny llama, [out, in].
+# The modules in a layer of the tiny llama, [out, in].
 SHAPES = [(128, 128), (64, 128), (64, 128), (128, 128), (192, 128), (192, 128), (128, 192)]
 PRODUCTS = {
     "lora": sum(8 * (out + inner) for out, inner in SHAPES),
     "dora": sum(8 * (out + inner) + out for out, inner in SHAPES),
-    # Not 8: the server takes LoHa where rank² < 64 · 128 / (64 + 128).
+    # Not 8, because the server supports LoHa only for rank² < 64 · 128 / (64 + 128).
     "loha": sum(6 * 6 * (out + inner) for out, inner in SHAPES),
     "miss": sum(16 * (out + inner) for out, inner in SHAPES),
     "oft": sum(32 * inner for _, inner in SHAPES),
@@ -211,7 +211,7 @@ def test_what_does_not_fit_together_is_refused(
 
 
 HIGHEST = [
-    # Of k_proj, 128 → 64, of q_proj, 128 → 128, and of up_proj, 128 → 192.
+    # The limits for k_proj, 128 → 64, q_proj, 128 → 128, and up_proj, 128 → 192.
     ("lora", "all-linear", "k_proj", 64),
     ("rslora", "mlp", "gate_proj", 128),
     ("dora", "['q_proj', 'o_proj']", "q_proj", 128),
@@ -238,7 +238,7 @@ def test_a_rank_is_at_most_that_of_the_smallest_module(
 def test_a_rank_is_checked_before_the_base_is_quantised(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Also where the config leaves a size to transformers, so that torch is there by then."""
+    """Also if the config leaves a size to transformers, so that torch is loaded."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)
@@ -254,15 +254,16 @@ def test_a_rank_is_checked_before_the_base_is_quantised(
     assert not (tmp_path / "cache").exists()
 
 
-# Above the 128 of a server: on down_proj, 192 → 128, and others of the tiny llama.
+# Limits above a server's 128, for down_proj, 192 → 128, and other modules of the tiny llama.
 OVER = [
     ("miss", "down_proj", 160, 160),
-    # Blocks of 2 · 96 inputs.
+    # The rotation has one block of 2 · 96 inputs.
     ("oft", "down_proj", 96, 192),
-    # PEFT makes 2 · 50 the next divisor of 192, 96, and of 128, 128.
+    # PEFT rounds 2 · 50 to the nearest divisor: 96 for 192, and 128 for 128.
     ("oft", "all-linear", 50, 128),
     ("oft", "all-linear", 90, 192),
-    # The larger factors have sides of at most 16; from half of that on PEFT leaves them whole.
+    # The larger factors have at most 16 rows and columns; from half of that on, PEFT keeps them
+    # whole.
     ("lokr", "all-linear", 8, 0),
     ("lokr", "all-linear", 7, 7),
     ("lokr", "down_proj", 200, 0),
@@ -288,7 +289,7 @@ def test_the_command_that_serves_allows_the_rank(
     line = f"turret serve --max-rank {served} (default: 128)"
     assert isinstance(console.file, io.StringIO)
     assert (line in console.file.getvalue()) == (served > 128)
-    # The server's own reader, at the limit that it has and at one less than is asked for.
+    # Use the server's own reader with its default limit, and with a limit that is too low by one.
     root = AdapterRoot(result.folder.path)
     checkpoint = read_checkpoint(root, "adapter", max_elements=1 << 30)
     lower_checkpoint(checkpoint, served_base(resolved.base), max(served, 128))
@@ -321,7 +322,7 @@ def test_blocks_that_divide_no_module_are_told_in_one_note(tiny_llama: Path, tmp
 
 
 def test_lora_plus_moves_b_faster(tiny_llama: Path, tmp_path: Path):
-    """AdamW's first step moves every weight with a gradient by its rate."""
+    """In its first step, AdamW moves every weight with a gradient by the learning rate."""
     resolved = resolve_tiny(tmp_path, tiny_llama, EXACT[0], "optimizer.lora_plus_ratio=16")
     config = resolved.config.optimizer
     model = attach(resolved)
@@ -366,7 +367,7 @@ def test_a_sweep_compares_ranks(tiny_llama: Path, tmp_path: Path):
     assert [row["validation_loss"] for row in losses] == [r.validation_loss for r in first]
     assert "what_next" not in losses[0]
     assert f"--adapter-root {tmp_path}/run/rank-4 --preload rank-4=adapter" in first[1].what_next
-    # The data are plain texts, and the model has no chat template.
+    # The data is plain text, and the model has no chat template.
     assert "\nask it:    turret generate -a rank-4 'YOUR PROMPT'\n" in first[1].what_next
     assert "\nupdate it: turret adapters replace rank-4 adapter  (if " in first[1].what_next
     assert RunFolder(tmp_path / "run" / "rank-1").report.exists()
@@ -374,7 +375,7 @@ def test_a_sweep_compares_ranks(tiny_llama: Path, tmp_path: Path):
     again = list(sweep(config, tmp_path, (1, 4, 2), announce))
     assert again[:2] == first
     assert trained == ["rank 1"] * 2 + ["rank 4"] * 2 + ["rank 2"] * 2
-    # And none is where one of them cannot be.
+    # No rank is trained if one of them is invalid.
     with pytest.raises(ConfigError, check=says("RANK_TOO_HIGH", most=64)):
         next(iter(sweep(config, tmp_path, (3, 65), announce)))
     assert not (tmp_path / "run" / "rank-3").exists()

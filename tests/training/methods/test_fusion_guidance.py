@@ -1,11 +1,11 @@
-"""The penalty on gates that leave the component which answers an example best by itself.
+"""The penalty on gates that deviate from the component that answers an example best alone.
 
-The gates are recomputed from dense matrices in float64 and the components' answers by PEFT, one
-example at a time without padding. Faults that were planted in ``training/fusion.py``, and how
-many tests each one failed: the worst component for the best (4), another example's component (4),
-the first component always (4), padding and what stands behind the last target counted (3), no
-guidance in the penalty (3), rows known by their tokens without what is learned of them (1), or with
-their padding (1).
+The gates are recomputed from dense matrices in float64, and the components' answers by PEFT, one
+example at a time without padding. Faults that were planted in ``training/fusion.py``, and how many
+tests each one failed: the worst component used as the best (4), another example's component (4),
+always the first component (4), padding and positions after the last target counted (3), no guidance
+in the penalty (3), rows identified by their tokens without the learned ones (1), or with their
+padding (1).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NAMES = ("a", "b")
 
 @dataclass(frozen=True)
 class Fused:
-    """A fusion with gates that are neither flat nor saturated, and the same in float64."""
+    """A fusion with gates that are neither flat nor saturated, and a copy in float64."""
 
     model: FusionModel
     oracle: Any
@@ -57,7 +57,7 @@ def fused(tmp_path_factory: pytest.TempPathFactory) -> Fused:
         config = make_config("lora", target_modules=["q_proj", "v_proj", "down_proj"])
         save_adapter(base, config, root / name, seed=seed, strength=0.6)
     made = read_components({name: root / name for name in NAMES}, base)
-    # Its own copy of the base: fusion layers stay in the model they are put into.
+    # Use a separate copy of the base, because fusion layers stay in their model.
     model = FusionModel(load_adapter(base, root / "a").unload(), made, d_k=6)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -71,7 +71,7 @@ def fused(tmp_path_factory: pytest.TempPathFactory) -> Fused:
 
 
 def examples() -> list[Encoded]:
-    """Of many lengths; some learn their end, some a middle with text behind it."""
+    """Examples of many lengths; some learn their end, some a middle part."""
     made = []
     for number in range(10):
         tokens = tuple(prompt_of(9 + 5 * number, number))
@@ -83,7 +83,7 @@ def examples() -> list[Encoded]:
 
 @torch.no_grad()
 def answer_loss(model: Any, batch: TrainingBatch) -> float:
-    """Cross entropy of one example's targets."""
+    """The cross entropy of one example's targets."""
     logits = model(input_ids=batch.tokens).logits[0].double()
     return float(cross_entropy(logits, batch.targets[0], reduction="sum", ignore_index=IGNORED))
 
@@ -134,7 +134,7 @@ def test_an_example_is_asked_about_once_however_it_is_padded(fused: Fused) -> No
         expected, _ = expected_loss(fused, pair)
         batch = make_batch([(example,) for example in pair], pad=0, is_packed=False)
         assert loss(batch).item() == pytest.approx(expected, rel=1e-5)
-    # Twice with new examples, two components each.
+    # Two calls with new examples, for two components each.
     assert calls == 4
     tokens = given[9].tokens
     other = Encoded(
@@ -157,7 +157,7 @@ def test_without_gradient_or_guidance_it_is_the_cross_entropy(fused: Fused) -> N
 
 @pytest.fixture(scope="module")
 def run_folder(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two adapters, each trained on one half of the examples."""
+    """A folder with two adapters, each trained on one half of the examples."""
     folder = tmp_path_factory.mktemp("guided")
     halves = [
         [{"prompt": f"{verb} {number}:", "completion": word} for number in range(12)]
@@ -178,7 +178,7 @@ def resolve_fusion(folder: Path, model: Path, *overrides: str) -> Any:
 
 
 def mean_best_gate(resolved: Any, model: Any) -> float:
-    """Mean probability of the best component's gate, over the training examples."""
+    """The mean probability of the best component's gate over the training examples."""
     loss = resolved.method.loss(model, resolved.config.method, "cpu")
     batch = make_batch(resolved.dataset.train, pad=0, is_packed=False)
     best = loss._best_components(batch)

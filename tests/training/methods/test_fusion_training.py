@@ -1,4 +1,4 @@
-"""The fusion layer in training: the paper's formula and its gradients, and what is saved serves."""
+"""The fusion layer in training: the paper's formula, its gradients, and serving of the result."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ INNER, OUT, D_K = 24, 16, 5
 
 
 def layers(seed: int = 0) -> tuple[FusionLayer, DenseFusion]:
-    """The layer in float64 and the same function over dense updates; one component is absent."""
+    """The layer in float64, and the same function with dense updates; one component is absent."""
     torch.manual_seed(seed)
     base = nn.Linear(INNER, OUT).double()
     updates = [
@@ -122,7 +122,7 @@ async def test_what_is_trained_is_what_is_served(tmp_path: Path) -> None:
 
 
 def trained(folder: Path, model: Path, name: str, *overrides: str) -> Resolved:
-    """A run of some steps into ``folder/name``, in float32."""
+    """Train for some steps into ``folder/name``, in float32."""
     resolved = resolve_tiny(
         folder,
         model,
@@ -139,7 +139,7 @@ def trained(folder: Path, model: Path, name: str, *overrides: str) -> Resolved:
 
 @pytest.fixture(scope="module")
 def components(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two finished runs, ``a`` and ``b``, each of one half of the words."""
+    """A folder with two finished runs, ``a`` and ``b``, each on one half of the words."""
     folder = tmp_path_factory.mktemp("components")
     rows = [json.loads(line) for line in write_words(folder / "all").read_text().splitlines()]
     for name, half in (("a", rows[::2]), ("b", rows[1::2])):
@@ -154,7 +154,8 @@ BOTH = "method.components=['a=a/adapter', 'b=b/adapter']"
 
 
 async def test_the_trainer_trains_a_fusion(components: Path, tiny_llama: Path) -> None:
-    # Every step sees all examples, so that their losses compare; of the cross entropy alone.
+    # Every step sees all examples, so that losses are comparable; the loss is only the cross
+    # entropy.
     overrides = ("method.name=learned_fusion", BOTH, "method.guidance=0", "run.batch_size=24")
     resolved = trained(components, tiny_llama, "f", *overrides, "run.steps=10")
     rows = [json.loads(line) for line in (components / "f/metrics.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""LoHa and LoKr on 4-bit modules: gradients against the dense formula, checkpoints against PEFT."""
+"""LoHa and LoKr on 4-bit modules: gradients and the dense formula, checkpoints and PEFT."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def loha_factors(out: int, wide: int, rank: int, dtype=F64) -> list[torch.Tensor
 
 
 def lokr_factors(rank: int | None, dtype=F64) -> list[torch.Tensor]:
-    """12 inputs as 3·4, 10 outputs as 2·5."""
+    """Factors for 12 inputs as 3·4, and 10 outputs as 2·5."""
     w2 = [(5, 4)] if rank is None else [(5, rank), (rank, 4)]
     shapes = [(2, 3), *w2]
     return [random(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
@@ -104,13 +104,13 @@ def test_a_bf16_input_gets_a_bf16_gradient_and_is_kept_as_it_is():
     y.sum().backward()
     assert x.grad is not None
     assert x.grad.dtype == torch.bfloat16
-    # x itself, the factors, and x Qᵀ.
+    # The kept tensors are x itself, the factors, and x Qᵀ.
     assert [t.numel() for t in kept] == [72, *(f.numel() for f in factors), 6 * 4]
     assert kept[0].data_ptr() == x.data_ptr()
 
 
 class LargestResult(TorchDispatchMode):
-    """Notes the most elements of any tensor that an operation makes."""
+    """Records the largest number of elements in a result of any operation."""
 
     largest = 0
 
@@ -125,7 +125,7 @@ def test_the_dense_update_is_never_built():
     out, wide, tokens = 160, 144, 8
     x = random(tokens, wide)
     cases = [
-        # r² (in + out) is the most there is, against in · out = 23040.
+        # The largest tensor has r² (in + out) elements, compared with in · out = 23040.
         (lambda *f: hadamard_product(x, *f, scaling=1.0), loha_factors(out, wide, 3), 9 * out),
         (
             lambda w1, *w2: kronecker_product(x, w1, w2, 1.0),
@@ -140,7 +140,7 @@ def test_the_dense_update_is_never_built():
 
 
 def nf4_model(folder: Path) -> Any:
-    """The tiny model with its linear modules as bitsandbytes holds them."""
+    """The tiny model with bitsandbytes' linear modules."""
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -159,7 +159,7 @@ def nf4_model(folder: Path) -> Any:
 
 
 def trained(model: Any, steps: int) -> list[torch.Tensor]:
-    """The trained tensors' gradients of the last step; a step moves each by up to 0.02."""
+    """Train for some steps; returns the trained tensors' gradients of the last step."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=1.0)
     tokens = torch.tensor([prompt_of(24, 5)])
@@ -196,14 +196,14 @@ async def test_training_on_nf4_makes_what_peft_and_the_server_read(variant: str,
         assert sum(isinstance(module, kind) for module in model.modules()) == 14
         trained(model, steps=4)
         model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
-    # PEFT's own layers on the same weights, dequantised.
+    # PEFT's own layers on the same dequantised weights.
     oracle = load_adapter(base.model, tmp_path / "adapter")
     for name, parameter in oracle.named_parameters():
         parameter.requires_grad_("hada_" in name or "lokr_" in name)
     grads, expected = trained(model, steps=1), trained(oracle, steps=1)
     assert len(grads) == len(expected) >= 28
     for one, other in zip(grads, expected, strict=True):
-        # bitsandbytes rounds the dequantised weight differently in float32 by a bit.
+        # bitsandbytes rounds the dequantised weight slightly differently in float32.
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
     oracle = load_adapter(base.model, tmp_path / "adapter")
     prompt = prompt_of(19, 1)

@@ -1,4 +1,4 @@
-"""Mixtures of experts: trained with their experts in NF4, and served as they were trained."""
+"""Mixtures of experts: training with experts in NF4, and equal results in the server."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("weights", ["nf4", "nf4-dense"])
 def test_it_is_the_model_that_is_served(model: Path, weights: str) -> None:
-    """Every logit, and what comes back to the embeddings, is that of transformers' own."""
+    """Every logit, and the gradient of the embeddings, equals that of transformers' model."""
     ours = load_model(find_base(model), weights, torch.float32, "cpu")  # type: ignore[arg-type]
     theirs = load_oracle(model, served_weights(model, torch.float32))
     found, expected = [], []
@@ -71,14 +71,15 @@ async def test_what_is_trained_is_served(model: Path, tmp_path: Path) -> None:
         else:
             assert of_experts == []
     if model.name == "qwen3_moe":
-        # PEFT takes the names of experts from the dense layers before them, which have the same.
+        # PEFT matches the experts' names by the dense layers before them, which have the same
+        # names.
         oracle = load_model(resolved.base, "nf4-dense", torch.float32, "cpu")
         oracle = resolved.method.attach(oracle, resolved.config.method, resolved.base)
         saved = load_file(run / "adapter" / "adapter_model.safetensors")
         named = {name.replace(".weight", ".default.weight"): t for name, t in saved.items()}
         assert oracle.load_state_dict(named, strict=False).unexpected_keys == []
     else:
-        # On transformers' own experts, into whose form PEFT turns the factors.
+        # On transformers' own experts, for which PEFT converts the factors.
         plain = load_oracle(model, served_weights(model, torch.float32))
         oracle = load_adapter(plain, run / "adapter")
     async with EngineHarness.start(model, run, dtype="float32", adapters=["adapter"]) as harness:
@@ -95,11 +96,12 @@ def test_what_it_takes_is_told_before(model: Path, tmp_path: Path) -> None:
     estimate, cost = estimate_memory(resolved), serving_cost(resolved)
     rank, experts, per_token, hidden, inner = 8, 6, 3, 128, 64
     both = resolve_tiny(tmp_path, model, "method.targets=attention")
-    # Gate, up and down of each expert of the second layer; the first has an MLP of the same names.
+    # Gate, up and down of each expert in the second layer; the first layer has an MLP with the same
+    # names.
     of_experts = experts * 3 * rank * (hidden + inner)
     mlp = 3 * rank * (hidden + resolved.base.arch.intermediate_size)
     assert estimate.num_parameters == estimate_memory(both).num_parameters + of_experts + mlp
-    # Of those a token goes through some; the ranks of gate and up lie side by side.
+    # A token uses some of the experts; the ranks of gate and up are concatenated.
     of_token = per_token * (2 * rank * (hidden + 2 * inner) + rank * (inner + hidden))
     assert cost.multiply_adds == serving_cost(both).multiply_adds + of_token + mlp
 

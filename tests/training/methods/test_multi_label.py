@@ -1,4 +1,4 @@
-"""Adapters that give any number of labels: trained as transformers has it, and served so."""
+"""Adapters with any number of labels: training like in transformers, and serving."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write_things(path: Path) -> Path:
-    """Every set of labels, the empty one too, in words of each."""
+    """Write examples with every set of labels (also the empty one), from words for each label."""
     rows = []
     for number in range(40):
         held = [label for bit, label in enumerate(LABELS) if number >> bit & 1]

@@ -1,4 +1,4 @@
-"""What must not change a result: packing, accumulation, checkpointing, seeds, a kill."""
+"""Settings and events that must not change a result, such as packing and a kill."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ EXACT = "base.dtype=float32"
 
 
 def train(folder: Path, model: Path, output: str, *overrides: str, **how: bool) -> Path:
-    """Train and return the run's directory."""
+    """Train; returns the run's directory."""
     resolved = resolve_tiny(folder, model, EXACT, f"run.output={output}", *overrides)
     return Trainer(resolved).run(**how).folder.path
 
@@ -62,7 +62,7 @@ def test_packed_examples_do_not_see_each_other(architecture: str, tmp_path: Path
     alone = [make_batch([(example,)], pad=0, is_packed=False) for example in examples]
     with torch.no_grad():
         assert loss(packed).item() == pytest.approx(sum(loss(b).item() for b in alone), rel=1e-5)
-        # Not so if the examples are run together.
+        # The results differ if the examples attend to each other.
         together = make_batch(pack_rows(examples, 64), pad=0, is_packed=False)
         assert loss(together).item() != pytest.approx(loss(packed).item(), rel=1e-3)
 
@@ -115,7 +115,7 @@ def without_times(run: Path) -> list[dict[str, Any]]:
     return [{key: row[key] for key in row if key not in skipped} for row in rows]
 
 
-# Rank 32: bitsandbytes keeps states in 8 bits where there are at least 4096 elements.
+# Rank 32, because bitsandbytes uses 8-bit states only for at least 4096 elements.
 LONG = (
     *("method.dropout=0.2", "method.rank=32"),
     *("run.steps=60", "run.validate_every=7", "run.checkpoint_every=10"),
@@ -152,7 +152,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tiny_llama: Path, tmp_path: 
 
 
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tiny_llama: Path, tmp_path: Path):
-    """TensorBoard shows the resumed run once: steps after the checkpoint replace earlier ones."""
+    """TensorBoard shows the resumed run only once: its steps replace those after the checkpoint."""
 
     def interrupt(row: dict[str, Any]) -> None:
         if row.get("step") == 36:
@@ -181,7 +181,7 @@ def test_a_directory_is_neither_overwritten_nor_mixed_up(
     with pytest.raises(RunError, check=says("RUN_WITHOUT_REPORT")):
         train(tmp_path, tiny_llama, "run")
     before = adapter_bytes(run)
-    # What is not the run's own stays: another run below it, and what somebody put there.
+    # Other files stay: another run below the directory, and a user's file.
     for name in ("next/adapter", "other"):
         (run / name).mkdir(parents=True)
         (run / name / "notes.txt").touch()

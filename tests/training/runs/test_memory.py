@@ -1,4 +1,4 @@
-"""The memory estimate against the measured peak."""
+"""The memory estimate compared with the measured peak."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def test_every_method_has_an_estimate(tiny_llama: Path, tmp_path: Path, name: st
     assert (small.num_parameters, small.adapter) == (count, 6 * count)
     large = estimate_memory(resolve_tiny(tmp_path, tiny_llama, *changes, "run.batch_size=16"))
     gradients = 4 * count
-    # Four times the rows: four times the activations, and the gradients once.
+    # Four times the rows take four times the activations, but the same gradients.
     assert 2 * (small.step - gradients) < large.step - gradients < 5 * small.step
 
 
 @pytest.mark.long
 def test_the_estimate_is_near_the_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """On a model whose step needs a good part of what the process and its libraries do."""
+    """The model's step needs a considerable part of the memory of the process."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
@@ -86,7 +86,7 @@ def test_the_estimate_is_near_the_peak(tmp_path: Path, monkeypatch: pytest.Monke
     memory, peak = plan["memory"], plan["measured_peak"]
     assert memory["step"] > memory["process"] / 2
     assert memory["total"] == pytest.approx(peak, rel=0.2)
-    # The model's own share too, without the process that both have.
+    # Also compare the model's own share, without the process.
     own = peak - memory["process"]
     assert memory["total"] - memory["process"] == pytest.approx(own, rel=0.3)
     assert plan["data"] == {"examples": 8, "tokens": 8 * 251, "rows": 8, "validation_rows": 0}

@@ -1,4 +1,4 @@
-"""The page about a run, and the answers before and after that it shows."""
+"""The report of a run, and its answers before and after training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ VOID = {"meta", "line", "circle", "polyline"}
 
 
 class Page(HTMLParser):
-    """Checks that elements nest; keeps the texts of cells and turns, and the tags' attributes."""
+    """Checks that elements are nested correctly.
+
+    Collects the texts of cells and turns, and attributes.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -42,7 +45,7 @@ class Page(HTMLParser):
         self.cells: list[str] = []
         self.turns: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
-        # How many elements were open where a turn began; 0 outside of one.
+        # The number of open elements at the beginning of a turn; 0 outside of turns.
         self._depth = 0
         self.feed(text)
         self.close()
@@ -72,13 +75,13 @@ class Page(HTMLParser):
 
 
 def answers(text: str) -> list[str]:
-    """Of a page with one sample: those after its heading and before the tables below."""
+    """The answers of a page with one sample, after its heading and before the tables."""
     return Page(text.partition("Samples</h2>")[2].partition("<h2>")[0]).cells
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A finished run whose data looks like markup."""
+    """A finished run with data that looks like markup."""
     folder = tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
@@ -128,7 +131,7 @@ def test_samples_are_answers_of_the_base_and_of_the_adapter(run: RunFolder):
     for sample in samples:
         assert re.fullmatch(r"(<bos>)?<b>\d+</b>&", sample["prompt"])
         assert "<script>x".startswith(sample["reference"])
-        # Twelve steps teach a model of two layers how these answers begin.
+        # After twelve steps, a model of two layers has learned the beginning of these answers.
         assert sample["after"].startswith("<scri")
         assert not sample["before"].startswith("<scri")
     page = Page(render_report(run))
@@ -137,9 +140,9 @@ def test_samples_are_answers_of_the_base_and_of_the_adapter(run: RunFolder):
 
 
 def test_an_answer_that_goes_on_is_shown_so(run: RunFolder, tmp_path: Path):
-    """Where the model had not ended a little past the right answer's length."""
+    """An answer is cut a little past the right answer's length."""
     samples = [json.loads(line) for line in run.samples.read_text().splitlines()]
-    # Random weights end no text; the file keeps the answer as it is.
+    # With random weights, no text ends; the file stores the answer unchanged.
     assert all("before" in sample["cut"] for sample in samples)
     assert not any(sample["before"].endswith("…") for sample in samples)
     for path in (run.config, run.facts, run.metrics):
@@ -203,7 +206,7 @@ def test_every_way_of_adapting_can_be_sampled(method: str, tmp_path: Path, monke
 
 @pytest.mark.parametrize("method", ["prefix_tuning", "prompt_tuning", "lora"])
 def test_the_cache_changes_no_answer(method: str, tmp_path: Path, monkeypatch):
-    """Against a pass over the whole text for every token, as training makes it."""
+    """Compared with a pass over the whole text for every token, as in training."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = save_tiny_model("llama", tmp_path / "model")
     resolved = resolve_tiny(tmp_path, model, f"method.name={method}", "base.dtype=float32")
@@ -292,7 +295,7 @@ def test_a_bar_has_room_for_counts_and_times_on_80_columns(monkeypatch: pytest.M
             line = drawn.getvalue().rpartition("rank 128")[2]
             assert re.search(rf"1000/1000 {text} \d:\d\d gone", line)
             assert "…" not in line
-    # Nor does the terminal's ^C behind it wrap, which would have the bar drawn a second time.
+    # The terminal's ^C does not wrap the line either, which would draw the bar twice.
     shown = re.findall(r"rank 128[^\r\n\x1b]*", drawn.getvalue())
     assert {len(each) <= 78 for each in shown} == {True}
 
@@ -303,7 +306,7 @@ def test_a_bar_says_which_time_is_which(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(progress, "Console", lambda **_: console)
     with training_progress(None) as listen:
         time.sleep(0.2)
-        # Nothing is known of its end yet.
+        # The remaining time is not known yet.
         assert re.search(r"training\s+[━╸╺\s]+ 0:00 gone", drawn.getvalue())
         listen({"kind": "begin", "steps": 1000})
         for step in range(1, 9):
@@ -311,7 +314,7 @@ def test_a_bar_says_which_time_is_which(monkeypatch: pytest.MonkeyPatch):
             time.sleep(0.05)
         time.sleep(0.3)
         assert re.search(r"8/1000 loss 2\.000 0:0\d gone (\d:)?\d+:\d\d left", drawn.getvalue())
-        # Both losses beside both times: one line still.
+        # Both losses and both times still fit on one line.
         listen({"kind": "validation", "step": 8, "loss": 7.6})
         time.sleep(0.2)
     losses = r"8/1000 loss 2\.000  validation 7\.600 0:0\d gone (\d:)?\d+:\d\d left"

@@ -1,4 +1,4 @@
-"""The directory of a run: one run at a time, and what is said of it."""
+"""The directory of a run: exclusive use, and messages about it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What llama.cpp's converter writes of each family's config and tensors.
+"""The output of llama.cpp's converter for each family's config and tensors.
 
-By the rules of its ``conversion/`` folder, told from the side of the one who writes: keys below the
-architecture, and tensors under names that the ``gguf`` package's own map turns into a file's.
+It follows the rules of llama.cpp's ``conversion/`` folder: keys below the architecture, and tensors
+under names that the ``gguf`` package maps to those of a file.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ ARCH = gguf.MODEL_ARCH
 
 @dataclass(frozen=True)
 class Converter:
-    """How a family is written.
+    """The conversion of a family.
 
     Attributes:
-        arch: The architecture, as the ``gguf`` package counts them.
-        own: Keys beside those that all have.
-        tensors: Name and values in the file's order of rows, by the checkpoint's names.
-        factors: Tensors of factors.
-        lacks: Keys of all that this one does not write.
+        arch: The architecture in the ``gguf`` package.
+        own: Keys in addition to the common ones.
+        tensors: Returns the names and values in the file's order of rows, by the checkpoint's
+            names.
+        factors: Returns the tensors of rotary factors.
+        lacks: Common keys that this family lacks.
     """
 
     arch: gguf.MODEL_ARCH
@@ -104,7 +105,7 @@ def _scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def permute(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of a Llama's q or k as ``LlamaModel.permute`` has them."""
+    """The rows of a Llama's q or k in the order of ``LlamaModel.permute``."""
     half = weight.shape[0] // heads // 2
     rows = weight.reshape(heads, 2, half, *weight.shape[1:])
     return rows.swapaxes(1, 2).reshape(weight.shape)
@@ -194,7 +195,7 @@ def _multipliers(config: Config) -> dict[str, Any]:
 
 
 def _granite4(config: Config) -> dict[str, Any]:
-    """Its converter is that of the models with Mamba layers."""
+    """The converter is that of models with Mamba layers."""
     kv_heads = [config["num_key_value_heads"]] * config["num_hidden_layers"]
     return {
         **_multipliers(config),
@@ -238,7 +239,7 @@ _EXPERT = re.compile(r"(model\.layers\.(\d+)\..*experts)\.(\d+)\.(\w+)\.weight")
 
 
 def _stacked(tensors: Tensors, config: Config) -> Named:
-    """All experts of a module in one tensor."""
+    """A module's experts in one tensor."""
     stacks: dict[tuple[str, str, str], dict[int, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         found = _EXPERT.fullmatch(name)
@@ -248,7 +249,7 @@ def _stacked(tensors: Tensors, config: Config) -> Named:
         path, layer, expert, module = found.groups()
         stacks.setdefault((path, layer, module), {})[int(expert)] = tensor
     for (path, layer, module), experts in stacks.items():
-        # Mixtral's, by the name that the original checkpoint had.
+        # Mixtral uses the name from the original checkpoint.
         path = f"layers.{layer}.feed_forward.experts" if "block_sparse" in path else path
         values = torch.stack([experts[expert] for expert in sorted(experts)])
         yield f"{path}.{module}.weight", values
@@ -285,7 +286,7 @@ def _qwen3_moe(config: Config) -> dict[str, Any]:
 _LLAMA = Converter(ARCH.LLAMA, _rope_dimensions, _permuted)
 _QWEN2 = Converter(ARCH.QWEN2)
 _OLMO = Converter(ARCH.OLMO2, _pattern)
-# Gemma's first two converters write no rotary positions.
+# The converters of the first two Gemma versions write no rotary positions.
 _GEMMA_LACKS = ("rope.freq_base",)
 CONVERTERS: dict[str, Converter] = {
     "gemma": Converter(ARCH.GEMMA, tensors=_shifted, lacks=_GEMMA_LACKS),
@@ -311,5 +312,5 @@ CONVERTERS: dict[str, Converter] = {
 
 
 def converter_of(config: Config) -> Converter:
-    """By ``model_type``."""
+    """The converter of a ``model_type``."""
     return CONVERTERS[config["model_type"]]

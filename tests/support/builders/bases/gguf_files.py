@@ -1,4 +1,4 @@
-"""Writes GGUF files as llama.cpp's converter does, of Hugging Face directories."""
+"""Writes GGUF files from Hugging Face directories, like llama.cpp's converter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from builders.bases.gguf_converters import converter_of
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
 
-# A chat template that is none of the tokenizer's own.
+# A chat template that differs from the tokenizer's own.
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
 
 
@@ -30,13 +30,13 @@ def write_gguf(
     """Write a model's weights, its config and its tokenizer.
 
     Args:
-        folder: With one safetensors file.
-        file: To write.
-        kind: Of matrices; norms and biases are F32.
-        more: Values of keys of the architecture beside the config's; None leaves one out.
-        pre: The tokenizer's rules of splitting, as llama.cpp calls them.
-        experts: Of the matrices of experts, where it is another.
-        without: A tensor to leave out.
+        folder: A directory with one safetensors file.
+        file: The file to write.
+        kind: The kind of matrices; norms and biases are F32.
+        more: Additional keys of the architecture; None omits a key.
+        pre: llama.cpp's name of the tokenizer's splitting rules.
+        experts: The kind of experts' matrices, if different.
+        without: A tensor to omit.
     """
     config = json.loads((folder / "config.json").read_text())
     converter = converter_of(config)
@@ -73,13 +73,13 @@ _ADD: dict[type, Any] = {
 
 
 def add_key(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    """A value by its type."""
+    """Write a value by its type."""
     _ADD[type(value)](writer, key, value)
 
 
 def _add_tensor(writer: gguf.GGUFWriter, name: str, values: np.ndarray, kind: Kind) -> None:
     is_router = name.endswith("ffn_gate_inp.weight")
-    # Of all experts, a row for each, or of heads and norms.
+    # A row per expert, or a vector of heads or norms.
     is_vector = values.ndim == 1 or name.endswith(".bias")
     if is_vector or is_router or kind == Kind.F32:
         writer.add_tensor(name, np.ascontiguousarray(values))
@@ -98,7 +98,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, config: dict[str, Any]
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types([3 if i in special else 1 for i in range(len(tokens))])
-    # No merges, which files without any have scores for.
+    # Files without merges have scores instead.
     writer.add_token_scores([0.0] * len(tokens))
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
@@ -106,7 +106,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, config: dict[str, Any]
 
 
 def dequantised_copy(folder: Path, kind: Kind) -> None:
-    """Puts what a GGUF file of this kind holds in place of a directory's matrices."""
+    """Replace a directory's matrices with their values after quantisation to this kind."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Published configs of mixtures of experts, as ``published_models.py`` has the others."""
+"""Published configs of mixtures of experts; ``published_models.py`` has the others."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ MIXTURES = (
         140_620_634_112,
         {**MIXTRAL, "max_position_embeddings": 65536},
     ),
-    # There is one size.
+    # This model exists in one size.
     Published(
         "allenai/OLMoE-1B-7B-0924",
         "olmoe",
@@ -104,7 +104,7 @@ MIXTURES = (
         {**GPT_OSS, "num_local_experts": 128, "layer_types": 18 * ALTERNATING},
     ),
 )
-# Below a layer: where checkpoints have experts, and what an expert's gate, up and down are called.
+# The place of experts below a layer in checkpoints, and the names of gate, up and down.
 EXPERTS = {
     "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
     "olmoe": ("mlp", "gate_proj", "up_proj", "down_proj"),
@@ -113,7 +113,7 @@ EXPERTS = {
 
 
 def as_in_a_checkpoint(state: dict[str, torch.Tensor], model_type: str) -> dict[str, torch.Tensor]:
-    """Transformers stacks the experts of a layer when it reads them."""
+    """Undo transformers' stacking of a layer's experts."""
     if model_type == "gpt_oss":
         return dict(pair for item in state.items() for pair in _in_mxfp4(*item))
     if model_type not in EXPERTS:
@@ -137,7 +137,7 @@ def as_in_a_checkpoint(state: dict[str, torch.Tensor], model_type: str) -> dict[
 
 
 def _in_mxfp4(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """The experts' weights as they are released: transposed, in codes and exponents."""
+    """The experts' weights in the released form: transposed, as codes and exponents."""
     if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
         return [(name, tensor)]
     count, inner, out = tensor.shape

@@ -1,7 +1,7 @@
-"""Published configs of real sizes, as far as they decide how a model is read.
+"""Published configs of real sizes, as far as they affect reading a model.
 
-A config is that of ``config.json`` in the repository of the Hugging Face hub that its line names;
-the counts of parameters are those of the models' own pages.
+Each config is from ``config.json`` in the named repository on the Hugging Face hub. The counts of
+parameters are from the models' pages.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Published:
-    """A repository, what its config says, and how many parameters its page counts."""
+    """A repository, its config, and the number of parameters on its page."""
 
     repository: str
     model_type: str
@@ -22,7 +22,7 @@ class Published:
     sizes: tuple[int, int, int, int, int, int]
     num_parameters: int | None
     config: dict[str, Any] = field(default_factory=dict)
-    # Of a model of text and images: what stands beside its ``text_config``.
+    # For a multimodal model, the keys beside ``text_config``.
     beside: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> Path:
@@ -106,7 +106,7 @@ PHI = {"original_max_position_embeddings": 4096, "rope_theta": 10000.0}
 
 
 def long(pairs: int) -> dict[str, Any]:
-    """The form of LongRoPE's lists; their numbers do not matter here."""
+    """Lists in the form of LongRoPE's; their numbers do not matter here."""
     lists = {"short_factor": [1.0] * pairs, "long_factor": [2.0] * pairs}
     return {**PHI, "max_position_embeddings": 131072, "rope_scaling": {"type": "longrope", **lists}}
 
@@ -152,11 +152,11 @@ MISTRAL_3_VISION = {
     "spatial_merge_size": 2,
     "multimodal_projector_bias": False,
     "vision_feature_layer": -1,
-    # The published config leaves it to the default, which is wrong: the checkpoint has a head.
+    # The published config omits the key, and the default is wrong: the checkpoint has a head.
     "tie_word_embeddings": False,
 }
 
-# The instruction-tuned ones are released in FP8 as well. arXiv 2601.08584, table 1.
+# The instruction-tuned models are also released in FP8. arXiv 2601.08584, table 1.
 MINISTRAL_3 = {
     "model_type": "ministral3",
     "head_dim": 128,
@@ -179,7 +179,7 @@ MINISTRAL_3 = {
 
 
 def qwen_vision(hidden: int) -> dict[str, Any]:
-    """What Qwen2.5-VL's published configs, which are flat, hold beside a Qwen2.5's."""
+    """The keys of Qwen2.5-VL's flat published configs in addition to those of Qwen2.5."""
     vision = {
         "depth": 32,
         "hidden_size": 1280,

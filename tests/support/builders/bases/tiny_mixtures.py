@@ -9,7 +9,7 @@ from transformers import GptOssConfig, MixtralConfig, OlmoeConfig, Qwen3MoeConfi
 
 
 def qwen3_moe(**sizes: Any) -> Any:
-    """Experts in the second of two layers, their weights as the softmax has them."""
+    """Experts in the second of two layers, with weights from the softmax."""
     own: dict[str, Any] = {"moe_intermediate_size": 64, "mlp_only_layers": [0], "head_dim": 32}
     experts: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": False}
     return Qwen3MoeConfig(**sizes, **own, **experts, tie_word_embeddings=True)
@@ -24,7 +24,7 @@ def olmoe(**sizes: Any) -> Any:
 
 
 def gpt_oss(**sizes: Any) -> Any:
-    """Gates and ups pass the limit; YaRN as it is released, over a shorter context."""
+    """Gates and ups exceed the limit; YaRN has the released settings with a shorter context."""
     yarn = {
         "rope_type": "yarn",
         "rope_theta": 10000.0,

@@ -91,7 +91,7 @@ def _gemma(**sizes: Any) -> Any:
 
 
 def _gemma2(**sizes: Any) -> Any:
-    """Both caps are reached; every second layer has a window."""
+    """Scores and logits reach both caps; every second layer has a window."""
     own = {
         "head_dim": 64,
         "query_pre_attn_scalar": 40,
@@ -104,7 +104,7 @@ def _gemma2(**sizes: Any) -> Any:
 
 
 def _gemma3(**sizes: Any) -> Any:
-    """Layers with a window rotate by other frequencies."""
+    """Layers with a window have other rotary frequencies."""
     ropes = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
@@ -132,7 +132,7 @@ def _granite(**sizes: Any) -> Any:
 
 
 def _granite4(**sizes: Any) -> Any:
-    """What is dense of a family that has experts and Mamba layers; no rotary positions."""
+    """The dense model of a family with experts and Mamba layers, without rotary positions."""
     own = {
         "shared_intermediate_size": 192,
         "num_local_experts": 0,
@@ -150,7 +150,7 @@ def _ministral(**sizes: Any) -> Any:
 
 
 def _ministral3(**sizes: Any) -> Any:
-    """Queries grow three times within the tests' longest prompt."""
+    """Queries are scaled up three times within the tests' longest prompt."""
     yarn = {
         "rope_type": "yarn",
         "rope_theta": 10000.0,
@@ -216,7 +216,7 @@ _CONFIGS: dict[str, Callable[..., Any]] = {
     "smollm3": _smollm3,
 }
 ARCHITECTURES = tuple(_CONFIGS)
-# Those that differ from Llama in more than a window or a norm.
+# Architectures that differ from Llama in more than a window or a norm.
 _OTHERS: dict[str, Callable[..., Any]] = {
     "gemma": _gemma,
     "gemma2": _gemma2,
@@ -252,14 +252,14 @@ def _gemma3_vision(**sizes: Any) -> Any:
 
 
 def _mistral3(**sizes: Any) -> Any:
-    """As Ministral 3 is released; the head is one of its own."""
+    """The form of the released Ministral 3, with a separate head."""
     text = {**_ministral3(**sizes).to_dict(), "tie_word_embeddings": False}
     vision = {"model_type": "pixtral", **_siglip()}
     return Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=False)
 
 
 def _qwen2_5_vl(**sizes: Any) -> Any:
-    """Positions have three axes, which are one in text."""
+    """Positions have three axes, which are equal in text."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
     vision = {
         "hidden_size": 32,
@@ -272,7 +272,7 @@ def _qwen2_5_vl(**sizes: Any) -> Any:
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
 
 
-# Models of text and images, whose text part is served.
+# Multimodal models; only their text part is served.
 _MULTIMODAL: dict[str, Callable[..., Any]] = {
     "gemma3": _gemma3_vision,
     "mistral3": _mistral3,
@@ -305,9 +305,9 @@ def save_tiny_model(
     Args:
         architecture: One of ``ARCHITECTURES``, ``OTHER_ARCHITECTURES`` or
             ``MULTIMODAL_ARCHITECTURES``.
-        folder: Where; must be writable, is created.
-        seed: Of the weights.
-        changes: Of the config.
+        folder: The directory, which is created.
+        seed: The seed of the weights.
+        changes: Changes to the config.
 
     Returns:
         ``folder``.
@@ -320,7 +320,7 @@ def save_tiny_model(
     model = kind.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Large enough that attention is not flat and logits are far apart.
+            # The weights are large enough for sharp attention and distinct logits.
             if name.endswith("bias"):
                 parameter.normal_(0.0, 0.5)
             elif parameter.ndim == 3 or (parameter.ndim == 2 and "embed" not in name):
@@ -336,7 +336,7 @@ def save_tiny_model(
 
 
 def tiny_tokenizer(letters: int = 256) -> PreTrainedTokenizerFast:
-    """Token ``i`` is the ``i``-th character of the byte-level alphabet."""
+    """A tokenizer in which token ``i`` is the ``i``-th character of the byte-level alphabet."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:letters]
     vocabulary = {character: i for i, character in enumerate(alphabet)}
     backend = Tokenizer(models.BPE(vocabulary, [], fuse_unk=False))
@@ -349,11 +349,11 @@ def tiny_tokenizer(letters: int = 256) -> PreTrainedTokenizerFast:
 
 
 def served_weights(model: Path | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The decoder layers' weights as turret multiplies by them: path → ``[out, in]`` fp32.
+    """The weights by which turret multiplies in the decoder layers: path → ``[out, in]`` fp32.
 
     Args:
-        model: Directory, or None for the embedded model.
-        dtype: Serving dtype.
+        model: A directory, or None for the embedded model.
+        dtype: The dtype of the server.
     """
     cache = default_cache_dir() if model is None else model.parent / "cache" / "turret"
     source = resolve_model(model, cache)
@@ -366,7 +366,7 @@ def served_weights(model: Path | None, dtype: torch.dtype) -> dict[str, torch.Te
 
 
 def load_oracle(model: Path | None, weights: dict[str, torch.Tensor]) -> Any:
-    """Transformers' fp32 model of a directory (or the embedded one) on the weights served."""
+    """The fp32 model of a directory (or the embedded one) with the served weights."""
     if model is None:
         config = AutoConfig.from_pretrained(resolve_model(None, default_cache_dir()).files)
         oracle = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
@@ -381,7 +381,7 @@ def load_oracle(model: Path | None, weights: dict[str, torch.Tensor]) -> Any:
         for name, parameter in oracle.named_parameters()
         if parameter.ndim > 1
         and ".layers." in (own := text_name(name) or "")
-        # Those of all experts.
+        # Matrices of all experts.
         and not name.endswith("_bias")
     }
     assert matrices.keys() == weights.keys(), matrices.keys() ^ weights.keys()

@@ -1,4 +1,4 @@
-"""Tokenizers of a few dozen tokens, with the files and the quirks of published families."""
+"""Tokenizers of a few dozen tokens, with the files and peculiarities of published families."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ PHI_3 = """\
 {% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' \
 }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
 PHI_4_MINI = PHI_3.replace(r"|>\n'", "|>'")
-# Harmony in short: the date, who the model is, the system's words as the developer's, channels,
-# calls as messages to functions and their results as messages from them.
+# A short Harmony template: the date, the model's identity, system messages as the developer's,
+# channels, calls as messages to functions, and results as messages from them.
 HARMONY = """\
 {{- '<|start|>system<|message|>' + (model_identity or 'You are a model.') + '\nCurrent date: ' + \
 strftime_now('%Y-%m-%d') + '<|end|>' -}}
@@ -48,7 +48,7 @@ message['content'] | tojson + '<|end|>' -}}
 
 
 def gemma(folder: Path) -> Path:
-    """A BOS before every text, spaces as they are, the template's BOS beside the tokenizer's."""
+    """A BOS before every text, literal spaces, and a BOS in the template as well."""
     words = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "▁", *LETTERS]
     backend = Tokenizer(models.BPE(_numbered(words), [], unk_token="<unk>", fuse_unk=True))
     backend.normalizer = normalizers.Replace(" ", "▁")
@@ -61,7 +61,7 @@ def gemma(folder: Path) -> Path:
 
 
 def phi_3(folder: Path) -> Path:
-    """Words begin with a space that nobody wrote; special tokens swallow what follows of it."""
+    """Words begin with an implicit space; special tokens swallow following white space."""
     words = ["<unk>", "<s>", "</s>", "▁", *LETTERS]
     special = ["<|endoftext|>", "<|assistant|>", "<|end|>", "<|user|>", "<|system|>"]
     backend = Tokenizer(models.BPE(_numbered(words), [], unk_token="<unk>", fuse_unk=True))
@@ -80,7 +80,7 @@ def phi_3(folder: Path) -> Path:
 
 
 def phi_4_mini(folder: Path) -> Path:
-    """Between the words and the special tokens there are numbers of no token."""
+    """Some ids between the words and the special tokens are unused."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = {"<|endoftext|>": 300, "<|assistant|>": 319, "<|end|>": 320, "<|user|>": 321}
     backend = Tokenizer(models.BPE({**_numbered(alphabet), **special}, []))
@@ -91,7 +91,7 @@ def phi_4_mini(folder: Path) -> Path:
 
 
 def gpt_oss(folder: Path) -> Path:
-    """Its template is a file of its own, and asks for the date."""
+    """The template is a separate file, and uses the date."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<|startoftext|>", "<|endoftext|>", "<|return|>", "<|channel|>", "<|start|>"]
     special += ["<|end|>", "<|message|>", "<|call|>", "<|constrain|>"]

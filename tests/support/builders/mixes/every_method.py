@@ -14,7 +14,7 @@ from torch import nn
 
 from turret.server.adapters.methods import METHODS
 
-# Methods that are built from registered adapters, which must be loaded first.
+# Methods that consist of registered adapters, which must be loaded first.
 MADE_OF_OTHERS = ("learned_fusion", "arrow", "xlora")
 COMPONENTS = ("0", "1", "2")
 TASKS = {name: 1 for name, method in METHODS.items() if method.tasks}

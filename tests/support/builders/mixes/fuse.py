@@ -39,7 +39,7 @@ def model() -> LlamaForCausalLM:
 
 
 class Fusions:
-    """A registry with adapters of its own, and a place for what they are fused into."""
+    """A registry with its own adapters and a directory for fused ones."""
 
     def __init__(
         self, directory: Path, *, max_rank: int = 64, max_upload_bytes: int = 1 << 24
@@ -63,7 +63,7 @@ class Fusions:
         self.registry.close()
 
     def add(self, name: str, method: str = "lora", seed: int = 1, **changes: Any) -> str:
-        """Makes an adapter with PEFT and registers it; returns its name."""
+        """Create an adapter with PEFT and register it; returns its name."""
         save_adapter(model(), make_config(method, **changes), self.root / name, seed=seed)
         self.registry.load(name, name)
         return name
@@ -77,7 +77,7 @@ class Fusions:
         cancellation: Cancellation | None = None,
         **settings: Any,
     ) -> Future[FuseResult]:
-        """Starts a fusion under a new name; ``settings`` are those of ``Combination``."""
+        """Start a fusion under a new name; ``settings`` are those of ``Combination``."""
         return self.fuser.start(
             name or f"fused-{next(self._numbers)}",
             [AdapterRef(name=member, weight=weight) for member, weight in mix.items()],
@@ -86,15 +86,15 @@ class Fusions:
         )
 
     def fuse(self, mix: Mapping[str, float], **settings: Any) -> FuseResult:
-        """As above; waits for the result."""
+        """Start a fusion and wait for the result."""
         return self.start(mix, **settings).result(60)
 
     def directory(self, result: FuseResult) -> Path:
-        """Where the result's files are."""
+        """The directory of the result's files."""
         return self.state / "files" / f"{result.record.uuid}.{result.record.generation}"
 
     def deltas(self, result: FuseResult) -> dict[str, torch.Tensor]:
-        """``B A`` of every module in the result's file, fp64; alpha equals the rank there."""
+        """``B A`` for every module in the result's file, fp64; alpha equals the rank there."""
         tensors = load_file(self.directory(result) / TENSORS)
         found = {}
         for name, tensor in tensors.items():
@@ -105,7 +105,7 @@ class Fusions:
         return found
 
     def exact(self, mix: Mapping[str, float]) -> dict[str, torch.Tensor]:
-        """``Σ w ΔW`` by PEFT's reading of each member, fp64."""
+        """``Σ w ΔW`` with each member loaded by PEFT, fp64."""
         total: dict[str, torch.Tensor] = {}
         for name, weight in mix.items():
             for path, delta in merged_deltas(self.root / name).items():
@@ -114,7 +114,7 @@ class Fusions:
 
 
 def merged_deltas(directory: Path) -> dict[str, torch.Tensor]:
-    """What merging an adapter changes, fp64: PEFT's ΔW for any method with weights."""
+    """The change of weights by merging an adapter, fp64: PEFT's ΔW for any method."""
     base = tiny_llama().double()
     before = {name: linear.weight.detach().clone() for name, linear in linear_modules(base).items()}
     with quiet():
@@ -127,10 +127,10 @@ def merged_deltas(directory: Path) -> dict[str, torch.Tensor]:
 def peft_weighted(
     root: Path, mix: Mapping[str, float], combination: str, *, seed: int = 0, **options: Any
 ) -> dict[str, torch.Tensor]:
-    """ΔW of ``add_weighted_adapter``, fp64, by module.
+    """The ΔW of ``add_weighted_adapter``, fp64, by module.
 
-    PEFT draws masks from torch's global generator, which starts from ``seed`` once the random
-    initialisation of the new adapter is over.
+    PEFT draws masks from torch's global generator, which is seeded with ``seed`` after the random
+    initialisation of the new adapter.
     """
     names = list(mix)
     with quiet():
@@ -157,14 +157,14 @@ def peft_weighted(
 
 
 def difference(one: Deltas, other: Deltas) -> float:
-    """The norm of the difference over that of ``other``, over all modules."""
+    """The norm of the difference relative to that of ``other``, over all modules."""
     assert one.keys() == other.keys()
     error = sum(float((one[name] - other[name]).square().sum()) for name in other)
     return (error / sum(float(delta.square().sum()) for delta in other.values())) ** 0.5
 
 
 def truncated(deltas: Deltas, rank: int) -> dict[str, torch.Tensor]:
-    """The best approximation of each module, fp64."""
+    """The best low-rank approximation of each module, fp64."""
     found = {}
     for name, delta in deltas.items():
         left, values, right = torch.linalg.svd(delta, full_matrices=False)
@@ -195,7 +195,7 @@ class Turnstile:
 
 
 def cancellations(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Set once any work was asked to end."""
+    """An event that is set once any work is cancelled."""
     asked, ask = threading.Event(), Cancellation.set
 
     def noting(cancellation: Cancellation, error: TurretError) -> None:

@@ -1,4 +1,4 @@
-"""Learned fusions: random checkpoints, and the paper's formula over dense float64 matrices."""
+"""Learned fusions: random checkpoints, and the paper's formula on dense float64 matrices."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PREFIX = "base_model.model."
 def fusion_config(
     root: Path, components: Sequence[str], target_modules: Any, d_k: int
 ) -> dict[str, Any]:
-    """A config over the adapter directories ``root/<component>``."""
+    """The config of a fusion of the adapter directories ``root/<component>``."""
     return {
         "peft_type": "TURRET_FUSION",
         "task_type": "CAUSAL_LM",
@@ -47,9 +47,9 @@ def save_fusion(
     seed: int = 0,
     strength: float = 3.0,
 ) -> Path:
-    """Writes ``root/name``: a fusion of ``root/<component>`` on the named modules.
+    """Write ``root/name``, a fusion of ``root/<component>`` on the named modules.
 
-    Queries and keys are random, of a size that leaves gates neither flat nor saturated.
+    Queries and keys are random, with a size that makes gates neither flat nor saturated.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -75,7 +75,7 @@ class DenseFusion(nn.Module):
         deltas: ``[components, out, in]``, dense.
         query: ``[d_k, in]``.
         key: ``[d_k, out]``.
-        weight: Of the fusion in the mix.
+        weight: The weight of the fusion in the mix.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ def fusion_oracle(
 ) -> tuple[nn.Module, Mapping[str, DenseFusion]]:
     """A copy of ``model`` in ``dtype`` with the fusion ``root/fusion``, and its fused modules.
 
-    A component's ``ΔW`` is PEFT's own; where it does not adapt a module, it is zero.
+    A component's ``ΔW`` is PEFT's own; it is zero for modules that the component does not adapt.
     """
     config = json.loads((root / fusion / CONFIG_FILE).read_text())
     tensors = load_file(root / fusion / TENSORS_FILE)
@@ -126,7 +126,7 @@ def fusion_oracle(
 
 @torch.no_grad()
 def delta_weight(module: nn.Module) -> torch.Tensor:
-    """A module's ``ΔW``, float64; zero where PEFT adapts nothing."""
+    """A module's ``ΔW``, float64; zero if PEFT does not adapt the module."""
     if isinstance(module, BaseTunerLayer):
         return module.double().get_delta_weight("default")  # type: ignore[operator]
     assert isinstance(module, nn.Linear)

@@ -1,4 +1,4 @@
-"""Random gated adapters in a pack, as kernels take them, and their gates in float64."""
+"""Random gated adapters in a pack for kernels, and their gates in float64."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from turret.kernels.gpu.tables import GatedMembers, LongSegment, SegmentMember, 
 
 @dataclass(frozen=True)
 class Fusion:
-    """Scored by queries; a slice has a length of query, or None and no gate."""
+    """A gated adapter with queries; each slice has a query length, or None without a gate."""
 
     widths: tuple[int, ...]
     d_k: tuple[int | None, ...]
 
 
-# Adapter and weight; those that are not gated have a name of their own.
+# Adapters and weights; adapters without gates have other names.
 Named = Sequence[tuple[str, float]]
 PLAIN = "plain"
 PLAIN_RANK = 12
 
 
 class GatedPack:
-    """Gated adapters behind one that is not: slot 1 is the plain one's, theirs follow.
+    """A plain adapter in slot 1, followed by gated ones.
 
     Attributes:
         a: ``[ranks, slices, in]``.
@@ -62,7 +62,7 @@ class GatedPack:
         self.a = (torch.randn(total, num_slices, inner) / inner**0.5).to(DEVICE, dtype)
         self.slice_ranks = torch.zeros(len(gated) + 2, num_slices, dtype=torch.int32, device=DEVICE)
         self.slice_ranks[1] = PLAIN_RANK
-        # By name and slice: what is asked, and the keys.
+        # The queries and the keys, by name and slice.
         self._asked: dict[tuple[str, int], Tensor] = {}
         self._keys: dict[tuple[str, int], Tensor] = {}
         rows = [[[0] * WORDS] * num_slices for _ in range(len(gated) + 2)]
@@ -72,11 +72,11 @@ class GatedPack:
         self.words = torch.tensor(rows, device=DEVICE)
 
     def _make(self, name: str, one: Fusion, s: int) -> list[int]:
-        """Make an adapter's tensors in a slice; the words that say where they are."""
+        """Create an adapter's tensors in a slice; returns the words with their addresses."""
         slot, bounds = self._slots[name], self._bounds[name]
         d_k = one.d_k[s]
         if d_k is None:
-            # Missing: nothing of it may be read.
+            # A missing slice must not be read.
             self.a[bounds[0][0] : bounds[-1][1], s] = float("nan")
             return [0] * WORDS
         self.slice_ranks[slot, s] = max(one.widths)
@@ -86,12 +86,12 @@ class GatedPack:
         return [address_of(self._asked[name, s]), address_of(self._keys[name, s]), d_k, 0]
 
     def table(self, max_rows: int = 64, **sizes: int | bool) -> SegmentTable:
-        """Room for mixes of some of the adapters."""
+        """A table with room for mixes of some of the adapters."""
         room = {"max_row_rank": 256, "max_components": 16, "max_gates": 4, "max_row_asked": 160}
         return SegmentTable(max_rows=max_rows, device=DEVICE, **{**room, **sizes})  # type: ignore[arg-type]
 
     def run(self, start: int, end: int, mix: Named) -> LongSegment:
-        """Rows that use some of the adapters."""
+        """A run of rows that use some of the adapters."""
         members: list[SegmentMember] = []
         gated: list[GatedMembers] = []
         for name, weight in mix:
@@ -120,12 +120,12 @@ class GatedPack:
 
 
 def _ends(gated: Mapping[str, Fusion]) -> dict[str, int]:
-    """Where the ranks of each end, behind those before."""
+    """The cumulative ends of the ranks."""
     return dict(zip(gated, accumulate(sum(one.widths) for one in gated.values()), strict=True))
 
 
 def routed_in_float64(similarities: Tensor, top_k: int, temperature: float) -> Tensor:
-    """Of the components of one row, by sorting; of equals the first counts."""
+    """The gates of one row's components, by sorting; of equal ones, the first counts."""
     scores = [abs(float(value)) for value in similarities]
     best = sorted(range(len(scores)), key=lambda k: (-scores[k], k))[:top_k]
     gates = torch.zeros(len(scores), dtype=torch.float64)

@@ -17,7 +17,7 @@ INNER = 192
 OUTS = {"q": 96, "k": 32, "v": 32}
 WIDTH = sum(OUTS.values())
 LAYOUT = ProjectionLayout(1, {"qkv": tuple(SliceShape(n, out, INNER) for n, out in OUTS.items())})
-# Per adapter and module: ranks of its components. One crosses rank windows, one has empty parts.
+# The components' ranks, by adapter and module. One crosses rank windows, one has empty parts.
 RANKS = {
     "a": {"q": (4, 8), "v": (4, 0)},
     "b": {"q": (16, 16, 1), "k": (16, 0, 1), "v": (16, 16, 1)},
@@ -27,9 +27,9 @@ RANKS = {
     "f": {"q": (4, 8, 3), "v": (0, 16, 8)},
 }
 D_K = {"a": 16, "b": 32, "c": 48}
-# The others have prototypes: how many of them count, and what they are divided by.
+# Adapters with prototypes: the number that counts, and the temperature.
 ROUTING = {"d": (2, 0.7), "e": (1, 1.0)}
-# Told by a first pass: which of its router's modules each is.
+# Adapters with gates from a first pass: the number of each module in the router.
 TOLD = {"f": {"q": 1, "v": 0}}
 MIXES: tuple[Members, ...] = (
     (("a", 1.0),),
@@ -47,17 +47,17 @@ MIXES: tuple[Members, ...] = (
 
 
 def given_of(num_rows: int) -> dict[str, Tensor]:
-    """What first passes have told of so many rows (``StepMembers.given``)."""
+    """The results of first passes for this number of rows (``StepMembers.given``)."""
     return {key: torch.randn(num_rows, len(TOLD[key]), 3) for key in TOLD}
 
 
 def rows_of(given: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
-    """The same of some of the rows."""
+    """The same for some of the rows."""
     return {key: values[rows] for key, values in given.items()}
 
 
 def gate_of(key: str, module: str, dtype: torch.dtype) -> Gate:
-    """Random; ranks are padded to a multiple of 16."""
+    """A random gate, with ranks padded to a multiple of 16."""
     ranks, out = RANKS[key][module], OUTS[module]
     held = sum(ranks)
     full = -(-held // 16) * 16
@@ -79,14 +79,14 @@ def gate_of(key: str, module: str, dtype: torch.dtype) -> Gate:
 
 
 def gates_of(dtype: torch.dtype) -> dict[str, dict[str, Gate]]:
-    """By adapter and module."""
+    """The gates by adapter and module."""
     return {
         key: {name: gate_of(key, name, dtype) for name in modules} for key, modules in RANKS.items()
     }
 
 
 def operators_of(gates: dict[str, Gate]) -> AdapterOperators:
-    """One adapter."""
+    """The operators of one adapter."""
     return AdapterOperators(
         MappingProxyType(
             {f"model.layers.0.{name}": ModuleOperators(gate=g) for name, g in gates.items()}
@@ -101,9 +101,9 @@ def in_float64(
     y: Tensor,
     given: Mapping[str, Tensor],
 ) -> Tensor:
-    """Rows that share a mix, ``[rows, WIDTH]``; members that are no gated adapters add nothing.
+    """The changes of rows that share a mix, ``[rows, WIDTH]``; only gated adapters contribute.
 
-    ``given`` is what has been told of just these rows.
+    ``given`` has the results of first passes for these rows.
     """
     expected, column = y.double(), 0
     for module, out in OUTS.items():
@@ -132,7 +132,7 @@ def gated(gate: Gate, x: Tensor, given: Tensor | None = None) -> Tensor:
 
 
 def _scores(gate: Gate, x: Tensor, v: Tensor, parts: list[slice]) -> Tensor:
-    """What goes into the softmax, ``[rows, K]``; −inf for those that do not count."""
+    """The inputs of the softmax, ``[rows, K]``; −inf for excluded components."""
     if isinstance(gate.score, QueryScore):
         q, keys = x @ gate.score.query.double().T, gate.score.keys.double()
         return torch.stack([(v[:, p] @ keys[p] * q).sum(1) for p in parts], 1)

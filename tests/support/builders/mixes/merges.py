@@ -1,4 +1,4 @@
-"""A tiny model, an adapter of each kind, and merges of them."""
+"""A tiny model, an adapter of each kind, and their merges."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROMPT = prompt_of(40)
 
 
 def save_adapters(folder: Path) -> Path:
-    """One of each of ``NAMES``."""
+    """Save an adapter for each of ``NAMES``."""
     for seed, name in enumerate(NAMES):
         config = make_config("lora" if name == "other" else name)
         save_adapter(twin(ARCHITECTURE).model, config, folder / name, seed=seed)
@@ -31,7 +31,7 @@ def save_adapters(folder: Path) -> Path:
 def start(
     root: Path, *, allow_merged_twice: bool = False
 ) -> AbstractAsyncContextManager[EngineHarness]:
-    """An engine with all of them."""
+    """Start an engine with all of these adapters."""
     return EngineHarness.start(
         twin(ARCHITECTURE).folder,
         root,

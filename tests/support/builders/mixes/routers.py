@@ -1,4 +1,4 @@
-"""Arrow routers: PEFT's own, saved as it saves them, with the names of their components added."""
+"""Arrow routers, created and saved by PEFT, with the names of their components added."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
 def arrow_model(
     model: nn.Module, root: Path, experts: Sequence[str], general: Sequence[str] = (), **keys: Any
 ) -> PeftModel:
-    """The oracle: PEFT's router between the LoRAs ``root/<name>``, on a copy of ``model``."""
+    """The reference: PEFT's router for the LoRAs ``root/<name>``, on a copy of ``model``."""
     config = ArrowConfig(**{"top_k": 2, "rng_seed": 3, **keys}, use_gks=bool(general))
     paths = [[str(root / name) for name in names] for names in (experts, general)]
     with quiet(), torch.random.fork_rng():
@@ -29,7 +29,7 @@ def arrow_model(
             paths[0],
             config,
             paths[1] or None,
-            # The factors stay in the file's dtype, as they do for a base in fp32.
+            # The factors keep the file's dtype, as for a base in fp32.
             autocast_adapter_dtype=model.dtype != torch.float64,
         )
     return made.eval()
@@ -43,7 +43,7 @@ def save_router(
     general: Sequence[str] = (),
     **keys: Any,
 ) -> PeftModel:
-    """Writes ``root/name``, a router between ``root/<expert>``; gives PEFT's model of it."""
+    """Write ``root/name``, a router for ``root/<expert>``; returns PEFT's model."""
     made = arrow_model(model, root, experts, general, **keys)
     with quiet():
         made.save_pretrained(str(root / name), selected_adapters=["arrow_router"])
@@ -63,7 +63,7 @@ def save_router(
 def write_router(
     root: Path, name: str, experts: Sequence[str], target_modules: Any, **arrow: Any
 ) -> Path:
-    """Writes ``root/name`` by hand: a config, and a file without tensors."""
+    """Write ``root/name`` directly: a config, and a file without tensors."""
     config = {
         "peft_type": "LORA",
         "target_modules": target_modules,

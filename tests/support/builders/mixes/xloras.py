@@ -1,4 +1,4 @@
-"""X-LoRAs: PEFT's own, saved as it saves them and made whole by ``turret convert``."""
+"""X-LoRAs, created and saved by PEFT and completed by ``turret convert``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LORAS: dict[str, dict[str, Any]] = {
     "b": {"target_modules": ["q_proj", "o_proj", "up_proj"], "lora_alpha": 3},
     "c": {"target_modules": "all-linear", "use_rslora": True},
 }
-# What a config says beside its LoRAs.
+# The settings of a config in addition to its LoRAs.
 KINDS: dict[str, dict[str, Any]] = {
     "deep": {"xlora_depth": 3, "layerwise_scalings": True, "top_k_lora": 2},
     "shallow": {"xlora_depth": 1, "softmax_temperature": 0.4, "global_scaling_weight": 1.7},
@@ -39,13 +39,13 @@ KINDS: dict[str, dict[str, Any]] = {
         "top_k_lora": 2,
         "layerwise_scalings": True,
     },
-    # Whose first pass is not the base's.
+    # An X-LoRA with a first pass other than the base's.
     "constant": {"xlora_depth": 2, "layerwise_scalings": True, "scaling_pass_value": 0.3},
 }
 
 
 def save_loras(model: nn.Module, root: Path, *, strength: float = 0.5) -> None:
-    """Writes ``root/a``, ``root/b`` and ``root/c``."""
+    """Write ``root/a``, ``root/b`` and ``root/c``."""
     for seed, (name, keys) in enumerate(LORAS.items()):
         save_adapter(model, make_config("lora", **keys), root / name, seed=seed, strength=strength)
 
@@ -53,7 +53,7 @@ def save_loras(model: nn.Module, root: Path, *, strength: float = 0.5) -> None:
 def xlora_model(
     model: nn.Module, root: Path, *, loras: Sequence[str] = tuple(LORAS), **keys: Any
 ) -> PeftModel:
-    """The oracle: PEFT's X-LoRA of ``root/<lora>`` on a copy of ``model``."""
+    """The reference: PEFT's X-LoRA of ``root/<lora>`` on a copy of ``model``."""
     base: Any = copy_of(model, share=True)
     base.config = copy.deepcopy(base.config)
     base.config.use_cache = False
@@ -75,7 +75,7 @@ def xlora_model(
 
 
 def save_xlora(model: nn.Module, root: Path, name: str, **keys: Any) -> PeftModel:
-    """Writes ``root/name``, and ``root/0`` and so on as its LoRAs; gives PEFT's model of it."""
+    """Write ``root/name`` and its LoRAs ``root/0`` and so on; returns PEFT's model."""
     made = xlora_model(model, root, **keys)
     with quiet():
         made.save_pretrained(str(root / f"{name}-saved"))
@@ -90,7 +90,7 @@ def save_xlora(model: nn.Module, root: Path, name: str, **keys: Any) -> PeftMode
 
 
 def lower_xlora(root: Path, name: str, base: BaseModel, loras: Sequence[str]) -> Lowered:
-    """``root/name`` as it is lowered with the registered ``loras``."""
+    """``root/name``, lowered with the registered ``loras``."""
     by_digest = {read_adapter(root, lora).digest: lora for lora in loras}
 
     def find(ref: ComponentRef) -> Component:
