@@ -156,7 +156,8 @@ class SchedulerConfig:
     )
     preempt_after_seconds: Seconds = setting(
         5.0,
-        "how long a request waits before a mix that was served more yields a place; 0 is for ever",
+        "how long a request waits before a token that holds more places, or a mix that was served"
+        " more, yields one; 0 is for ever",
         ge=0,
     )
     speculation: Literal["auto", "prompt", "off"] = setting(

@@ -13,9 +13,11 @@ On compute paths where a row of a prompt costs as much as a decode row, prompts 
 decoding too much: if at least four times as many sequences decode as read their prompts, a step
 takes only as many tokens of prompts as double its time, but at least 16.
 
-Fairness covers running places, not only admissions. A sequence that has waited for
-``preempt_after_seconds`` at the head of the least served mix takes the place of the latest sequence
-of the most served mix, if that mix was served more and holds more places. Callers pass the time.
+Fairness covers running places, not only admissions. The sequence that is next in line, once it has
+waited for ``preempt_after_seconds``, takes the place of the latest sequence of the tenant with the
+most places, if that makes their places more equal. Otherwise it takes the place of the latest
+sequence of the most served mix, if that mix was served more and holds more places. Callers pass the
+time.
 """
 
 from __future__ import annotations
@@ -435,7 +437,7 @@ class Scheduler:
         return self._held.reserve(sequence, sequence.num_computed + num_new, new_blocks)
 
     def _make_room(self, now: float) -> int:
-        """Take a place from the most served mix for one that has waited long enough."""
+        """Take a place for a sequence that has waited long enough."""
         after = self._preempt_after_seconds
         if after is None or self.is_draining or not len(self.waiting):
             return 0
@@ -447,15 +449,32 @@ class Scheduler:
             or now - blocked.waiting_since < after
         ):
             return 0
-        # Preempt the latest sequence of the most served mix, which has the least to recompute. A
-        # mix keeps its places if it holds no more of them than the waiting one.
-        served, held = self.waiting.served, self.waiting.num_running
-        richer = [s for s in reversed(self.running) if held(s.group) > held(blocked.group)]
-        most = max(richer, key=lambda s: served(s.group), default=None)
-        if most is None or served(most.group) <= served(blocked.group):
+        yielding = self._yielding(blocked)
+        if yielding is None:
             return 0
-        self._preempt(most, now)
+        self._preempt(yielding, now)
         return 1
+
+    def _yielding(self, waiting: Sequence) -> Sequence | None:
+        """The running sequence that yields its place: the latest, which recomputes the least."""
+        latest_first, lines = self.running[::-1], self.waiting
+        own = lines.places(waiting)
+        most = max(latest_first, key=lines.places, default=None)
+        if most is not None and waiting.tenant and lines.places(most) > own + 1:
+            return most
+        # A mix keeps its places if it holds no more of them than the waiting one, and a tenant from
+        # another one likewise.
+        held = lines.num_running
+        richer = [
+            s
+            for s in latest_first
+            if held(s.group) > held(waiting.group)
+            and (s.tenant == waiting.tenant or lines.places(s) > own)
+        ]
+        most = max(richer, key=lambda s: lines.served(s.group), default=None)
+        if most is None or lines.served(most.group) <= lines.served(waiting.group):
+            return None
+        return most
 
     def _preempt(self, sequence: Sequence, now: float) -> None:
         self.running.remove(sequence)
