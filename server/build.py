@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -323,6 +324,7 @@ def _build_engine(
         preempt_after_seconds=config.scheduler.preempt_after_seconds or None,
         speculation=None if wanted == "off" else Speculation(cost, remembers=wanted == "auto"),
         cost=cost if isinstance(executor, TorchExecutor) else None,
+        attention_span=arch.attention_span if isinstance(executor, TorchExecutor) else math.inf,
     )
     engine = Engine(
         scheduler=scheduler,

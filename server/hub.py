@@ -228,9 +228,12 @@ def download(repository: Repository, names: Iterable[str], on_bytes: OnBytes) ->
     for name in names:
         counted = 0
 
-        def count(more: int) -> None:
+        def count(more: int, name: str = name, size: int = repository.files[name]) -> None:
             nonlocal counted
             counted += more
+            # A hub may not list sizes.
+            if 0 < size < counted:
+                raise HubUnavailableError(say("HUB_SENT_TOO_MUCH", path=f"{hub_id}/{name}"))
             on_bytes(more)
 
         try:

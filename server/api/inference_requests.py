@@ -452,6 +452,7 @@ async def generate_request(
         own_tokenizer=vocabulary.own,
         salt=salt,
         party=call.party,
+        tenant=call.tenant,
     )
 
 
@@ -479,6 +480,7 @@ async def score_request(
         own_tokenizer=vocabulary.own,
         salt=salt,
         party=call.party,
+        tenant=call.tenant,
         options=options,
         deadline=deadline,
         message_bytes=call.message_bytes,

@@ -143,6 +143,7 @@ async def pooled(
                 own_tokenizer=vocabulary.own,
                 salt=salt,
                 party=call.party,
+                tenant=call.tenant,
             )
             # The engine does not know how long the input has waited for others of its call.
             waited = time.monotonic() - start

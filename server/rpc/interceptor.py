@@ -252,8 +252,6 @@ _METHODS = frozenset(
 # before the deadline: a cancellation so close to it was the deadline's.
 DEADLINE_SLACK_SECONDS = 0.1
 
-_ONE_ANSWER = grpc.stream_unary_rpc_method_handler
-
 _current: contextvars.ContextVar[Call] = contextvars.ContextVar("call")
 _party: contextvars.ContextVar[Party] = contextvars.ContextVar("party")
 
@@ -312,9 +310,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _answer(self, method: str, handler: Any) -> Any:
         """A handler that runs the servicer's method within ``run``.
 
-        A handler for a single message is turned into one for a stream of messages, which starts
-        before the message has arrived. So the call is counted, and the wait for the message is
-        limited.
+        Handlers for single messages are turned into ones for streams of messages; the two look the
+        same on the wire. Such a handler starts before the request has arrived. So the call is
+        counted, and the wait for the request is limited. It ends after the client has received the
+        answer, except for what fits into the transport's buffers. So what the answer holds is
+        counted until then.
         """
         behaviour = _behaviour(handler)
         is_open = _service_of(method) not in SERVICE_ROLES
@@ -325,14 +325,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             message, current_call().message_bytes = await one_message(requests)
             return message
 
-        async def answer_once(requests: Any, context: Any) -> Any:
-            return await self.run(method, context, lambda: once(requests, context))
-
-        async def once(requests: Any, context: Any) -> Any:
-            return await behaviour(await requested(requests), context)
-
-        async def answer_stream(requests: Any, context: Any) -> None:
-            await self.run(method, context, lambda: stream(requests, context))
+        async def once(requests: Any, context: Any) -> None:
+            await context.write(await behaviour(await requested(requests), context))
 
         # Write the messages instead of yielding them: a cancelled call then raises inside the
         # handler, which frees what it holds at once, not when its generator is collected.
@@ -342,20 +336,19 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 async for response in responses:
                     await context.write(response)
 
-        is_stream = handler.response_streaming
-        factory = grpc.stream_stream_rpc_method_handler if is_stream else _ONE_ANSWER
-        return factory(
-            answer_stream if is_stream else answer_once,
+        body = stream if handler.response_streaming else once
+
+        async def answer(requests: Any, context: Any) -> None:
+            await self.run(method, context, lambda: body(requests, context))
+
+        return grpc.stream_stream_rpc_method_handler(
+            answer,
             request_deserializer=tolerant(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
     def _refusal(self, method: str, error: TurretError) -> Any:
-        """A handler that answers with an error, without reading what the client sends.
-
-        Only a handler of a stream of requests starts before the first message has arrived; the
-        two look the same on the wire.
-        """
+        """A handler that answers with an error, without reading what the client sends."""
 
         async def refuse() -> None:
             raise error

@@ -42,6 +42,16 @@ def refused(name: str = NAME) -> Text:
     return text
 
 
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_hub_that_sends_more_than_it_says_does_not_fill_the_disk(
+    repo: Repo, tmp_path: Path, file: str
+) -> None:
+    repo.lied_sizes[file] = 10
+    with pytest.raises(InvalidRequestError) as caught:
+        resolved(tmp_path)
+    assert [text.reason for _, text in caught.value.violations] == ["HUB_SENT_TOO_MUCH"]
+
+
 def offline(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(constants, "HF_HUB_OFFLINE", True)
 

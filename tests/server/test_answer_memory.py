@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from builders.bases.tiny_models import save_tiny_model
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from servers import raw_grpc
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 from servers.rpc_harness import failure_of, harness
 
@@ -121,6 +123,29 @@ async def test_every_call_that_collects_its_answer_counts_it() -> None:
         assert server.engine.held == 0
         stream = stub.GenerateStream(inference_pb2.GenerateRequest(prompt="a"))
         assert [chunk.text async for chunk in stream] == ["H", "i"]
+
+
+async def test_an_answer_counts_until_its_client_has_read_it() -> None:
+    inputs = [inference_pb2.Input(prompt="a")] * 16
+    message = inference_pb2.EmbedRequest(inputs=inputs).SerializeToString()
+    async with harness() as server:
+        connection = await asyncio.to_thread(
+            raw_grpc.unread, server.rpc.address, "/turret.v1.Inference/Embed", message
+        )
+        with connection:
+            await server.engine.submitted.wait()
+            # Without the answer's memory, a call is over as soon as its results are there.
+            for _ in range(50):
+                await asyncio.sleep(0.01)
+            held = server.engine.held
+            assert held > 0
+            await server.inference.Embed(inference_pb2.EmbedRequest(inputs=inputs))
+            assert server.engine.held == held
+        for _ in range(500):
+            if not server.engine.held:
+                break
+            await asyncio.sleep(0.01)
+        assert server.engine.held == 0
 
 
 def test_answers_to_one_token_leave_half_of_the_memory_to_others() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
@@ -32,6 +33,8 @@ from turret.server.errors import QueueFullError
 from turret.v1 import inference_pb2, inference_pb2_grpc
 
 PROMPT = list(range(60, 110))  # three full blocks
+LONG = 450
+ALICE = (("authorization", "Bearer alice"),)
 Generate = inference_pb2.GenerateRequest
 
 
@@ -102,12 +105,13 @@ async def serving(
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     speculation: Literal["auto", "off"] = "off",
+    limits: dict[str, Any] | None = None,
     **security: Any,
 ) -> AsyncIterator[Doors]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     config = Config(
         model=ModelConfig(model=folder / "model", device="cpu", dtype="float32"),
-        scheduler=SchedulerConfig(speculation=speculation),
+        scheduler=SchedulerConfig(speculation=speculation, **(limits or {})),
         adapters=AdapterConfig(
             adapter_root=folder / "adapters", preload=(("a", "a"), ("topics", "topics"))
         ),
@@ -147,6 +151,33 @@ async def test_a_token_finds_no_cached_prefix_of_another(
         for token in ("alice", "bob"):
             assert [await doors.rpc(token, "a") for _ in range(2)] == [0, 48]
             assert [await doors.classify(token) for _ in range(2)] == [0, 48]
+
+
+async def test_a_token_that_fills_all_places_yields_one_to_another(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = {"max_num_seqs": 2, "preempt_after_seconds": 0.01}
+    async with serving(folder, monkeypatch, limits=limits, token_file=folder / "tokens") as doors:
+
+        async def answer(begun: asyncio.Event) -> str:
+            asked = Generate(token_ids=inference_pb2.TokenIds(ids=PROMPT))
+            asked.stop.max_tokens = LONG
+            asked.sampling.temperature = 0.0
+            asked.stop.ignore_eos = True
+            text = ""
+            async for chunk in doors.stub.GenerateStream(asked, metadata=ALICE):
+                text += chunk.text
+                begun.set()
+            return text
+
+        alone = await answer(asyncio.Event())
+        begun = [asyncio.Event() for _ in range(limits["max_num_seqs"])]
+        long = [asyncio.create_task(answer(event)) for event in begun]
+        await asyncio.gather(*(event.wait() for event in begun))
+        await doors.rpc("bob")
+        assert not any(task.done() for task in long)
+        # The one that yielded goes on with the same tokens.
+        assert await asyncio.gather(*long) == [alone] * len(long)
 
 
 async def test_a_scored_prompt_is_found_by_its_own_token_alone(

@@ -1,4 +1,4 @@
-"""The waiting line: least served mix first, and within a mix the parties in turn. No torch.
+"""The waiting line: tenants by places, then mixes by service, then parties in turn. No torch.
 
 Each group has a virtual token counter (VTC, arXiv 2401.00588). A group is one mix of adapters; the
 base alone is a group, too. Every token computed for a group advances its counter, and the waiting
@@ -13,6 +13,10 @@ An endless stream of new groups, each at that lowest counter, cannot starve a gr
 counter: no group enters below the counter that a group with exactly its fair share would have (the
 virtual time of fair queueing, Parekh and Gallager 1993), and that counter catches up with any lead.
 
+Tenants, which are bearer tokens, come before mixes: the tenant that runs the fewest items is served
+next, whatever mixes it asks for. So neither many requests nor many mixes give a tenant more than
+its share of the running places while others wait. Without tenants, only mixes and parties count.
+
 Within a mix, parties take turns. A party is a bearer token, or a call if there are no tokens. Its
 requests have one turn each, so a call with a thousand prompts delays the next party by only one of
 them. The turn at which a party enters also advances by one per round of the parties.
@@ -22,6 +26,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from operator import itemgetter
 from typing import Generic, Protocol, TypeVar
@@ -35,6 +40,9 @@ class Grouped(Protocol):
 
     @property
     def party(self) -> Hashable: ...
+
+    @property
+    def tenant(self) -> bytes: ...
 
 
 T = TypeVar("T", bound=Grouped)
@@ -56,6 +64,20 @@ class _Line(Generic[T]):
 
     def __len__(self) -> int:
         return len(self._items)
+
+    def first(self, ready: Callable[[T], bool], places: Callable[[T], int]) -> T | None:
+        """The first ready item among those whose tenants run the fewest."""
+        best, fewest, seen = None, math.inf, set[Hashable]()
+        # Look past the head: a ready request may hold memory that the head waits for.
+        for _, item in self._items:
+            if item.party in seen or not ready(item):
+                continue
+            if (found := places(item)) < fewest:
+                best, fewest = item, found
+            seen.add(item.party)
+            if not found or len(seen) == len(self._parties):
+                break
+        return best
 
     def push(self, item: T) -> None:
         count, last = self._parties.get(item.party, (0, -math.inf))
@@ -90,6 +112,7 @@ class FairQueue(Generic[T]):
         self._lines: dict[Hashable, _Line[T]] = {}
         self._served: dict[Hashable, float] = {}
         self._running: dict[Hashable, int] = {}
+        self._places: Counter[bytes] = Counter()
         self._fair_share = 0.0
         self._length = 0
 
@@ -111,17 +134,18 @@ class FairQueue(Generic[T]):
         self._length += 1
 
     def peek(self, ready: Callable[[T], bool]) -> T | None:
-        """The next item to serve: the first ready one of the least served group that has one."""
-        best: T | None = None
-        for group, line in self._lines.items():
-            if best is None or self._served[group] < self._served[best.group]:
-                # Look past the head: a ready request may hold memory that the head waits for.
-                best = next(filter(ready, line), best)
-        return best
+        """The next item to serve: the first ready one, by tenant, group and turn."""
+        firsts = (line.first(ready, self.places) for line in self._lines.values())
+        found = (item for item in firsts if item is not None)
+        return min(found, key=lambda i: (self.places(i), self._served[i.group]), default=None)
 
     def served(self, group: Hashable) -> float:
         """A group's service counter: the higher it is, the more the group was served."""
         return self._served[group]
+
+    def places(self, item: T) -> int:
+        """Items of this one's tenant that run; 0 if it has no tenant."""
+        return self._places[item.tenant] if item.tenant else 0
 
     def num_running(self, group: Hashable) -> int:
         """Items of a group that run."""
@@ -142,9 +166,13 @@ class FairQueue(Generic[T]):
         """The item left the line and runs: its group stays busy."""
         self._running[item.group] = self._running.get(item.group, 0) + 1
         self._served.setdefault(item.group, self._floor())
+        self._places[item.tenant] += 1
 
     def stop(self, item: T) -> None:
         """The item no longer runs."""
+        self._places[item.tenant] -= 1
+        if not self._places[item.tenant]:
+            del self._places[item.tenant]
         left = self._running[item.group] - 1
         if left:
             self._running[item.group] = left

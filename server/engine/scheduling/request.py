@@ -203,7 +203,7 @@ class Request:
     with: this one goes on after them. ``constraint`` is what the answer must match.
     ``own_tokenizer`` made its tokens, if an adapter has one. Requests find each other's cached
     prefixes and drafts only if their ``salt`` is the same. ``party`` tells whose turn it uses
-    while it waits (see ``FairQueue``).
+    while it waits, and ``tenant`` whose places it uses while it runs (see ``FairQueue``).
     """
 
     request_id: str
@@ -221,6 +221,7 @@ class Request:
     own_tokenizer: AdapterTokenizer | None = None
     salt: bytes = b""
     party: bytes = b""
+    tenant: bytes = b""
 
     def __post_init__(self) -> None:
         assert not self.score or self.pooling is None, "a prompt is scored or pooled"

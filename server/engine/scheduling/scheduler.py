@@ -11,15 +11,20 @@ are still loading is skipped and delays no other. A step's remaining room goes t
 
 On compute paths where a row of a prompt costs as much as a decode row, prompts must not slow down
 decoding too much: if at least four times as many sequences decode as read their prompts, a step
-takes only as many tokens of prompts as double its time, but at least 16.
+takes only as many tokens of prompts as double its time, but at least 16. Attention makes a row cost
+more the longer its context is. So beside decoding sequences, the tokens of prompts may cost at most
+twice what as many would cost without attention.
 
-Fairness covers running places, not only admissions. A sequence that has waited for
-``preempt_after_seconds`` at the head of the least served mix takes the place of the latest sequence
-of the most served mix, if that mix was served more and holds more places. Callers pass the time.
+Fairness covers running places, not only admissions. The sequence that is next in line, once it has
+waited for ``preempt_after_seconds``, takes the place of the latest sequence of the tenant with the
+most places, if that makes their places more equal. Otherwise it takes the place of the latest
+sequence of the most served mix, if that mix was served more and holds more places. Callers pass the
+time.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -228,6 +233,8 @@ class Scheduler:
         speculation: Drafts for sequences that have a drafter; None for no drafts.
         cost: The cost of a step's rows, by which prompts are limited beside decoding sequences;
             None for no such limit.
+        attention_span: The context at which a row's attention costs as much as the rest of the row
+            (see ``Arch.attention_span``); infinite if prompts need not be limited by it.
     """
 
     def __init__(
@@ -241,6 +248,7 @@ class Scheduler:
         preempt_after_seconds: float | None = None,
         speculation: Speculation | None = None,
         cost: StepCost | None = None,
+        attention_span: float = math.inf,
     ) -> None:
         self.blocks = blocks
         self.waiting: FairQueue[Sequence] = FairQueue()
@@ -251,6 +259,9 @@ class Scheduler:
         self._held = HeldBlocks(blocks)
         self._drafts = Drafts(blocks, speculation)
         self._cost = cost
+        self._attention_span = attention_span
+        # The rows that prompts may still take in a step, if none of them had a context.
+        self._room = math.inf
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         # Both limits drop below their maximum after a step that ran out of memory (see
@@ -299,6 +310,8 @@ class Scheduler:
         """
         num_yielded = self._make_room(now)
         budget = self._step_tokens()
+        has_decodes = any(len(s.tokens) - s.num_computed == 1 for s in self.running)
+        self._room = 2.0 * budget if has_decodes else math.inf
         scheduled: list[Scheduled] = []
         new_blocks: list[int] = []
         presets: list[tuple[Sequence, int]] = []
@@ -308,7 +321,7 @@ class Scheduler:
         for sequence in order:
             if sequence.state is not SequenceState.RUNNING:
                 continue
-            num_new = min(sequence.num_alike, budget)
+            num_new = self._chunk(sequence, budget)
             if num_new == 0:
                 continue
             while sequence.state is SequenceState.RUNNING:
@@ -431,11 +444,22 @@ class Scheduler:
         beside = max(_LEAST_CHUNK, num_decodes + int(self._cost.fixed_rows))
         return min(self._num_tokens, num_decodes + beside)
 
+    def _chunk(self, sequence: Sequence, budget: int) -> int:
+        """How many tokens of a sequence a step takes: fewer of a prompt far into its context."""
+        chunk = min(sequence.num_alike, budget)
+        if chunk == 0 or len(sequence.tokens) - sequence.num_computed == 1:
+            return chunk
+        weight = 1.0 + sequence.num_computed / self._attention_span
+        # At least one token, so that a prompt always goes on.
+        chunk = max(int(min(self._room / weight, chunk)), 1) if self._room > 0 else 0
+        self._room -= chunk * weight
+        return chunk
+
     def _reserve(self, sequence: Sequence, num_new: int, new_blocks: list[int]) -> bool:
         return self._held.reserve(sequence, sequence.num_computed + num_new, new_blocks)
 
     def _make_room(self, now: float) -> int:
-        """Take a place from the most served mix for one that has waited long enough."""
+        """Take a place for a sequence that has waited long enough."""
         after = self._preempt_after_seconds
         if after is None or self.is_draining or not len(self.waiting):
             return 0
@@ -447,15 +471,32 @@ class Scheduler:
             or now - blocked.waiting_since < after
         ):
             return 0
-        # Preempt the latest sequence of the most served mix, which has the least to recompute. A
-        # mix keeps its places if it holds no more of them than the waiting one.
-        served, held = self.waiting.served, self.waiting.num_running
-        richer = [s for s in reversed(self.running) if held(s.group) > held(blocked.group)]
-        most = max(richer, key=lambda s: served(s.group), default=None)
-        if most is None or served(most.group) <= served(blocked.group):
+        yielding = self._yielding(blocked)
+        if yielding is None:
             return 0
-        self._preempt(most, now)
+        self._preempt(yielding, now)
         return 1
+
+    def _yielding(self, waiting: Sequence) -> Sequence | None:
+        """The running sequence that yields its place: the latest, which recomputes the least."""
+        latest_first, lines = self.running[::-1], self.waiting
+        own = lines.places(waiting)
+        most = max(latest_first, key=lines.places, default=None)
+        if most is not None and waiting.tenant and lines.places(most) > own + 1:
+            return most
+        # A mix keeps its places if it holds no more of them than the waiting one, and a tenant from
+        # another one likewise.
+        held = lines.num_running
+        richer = [
+            s
+            for s in latest_first
+            if held(s.group) > held(waiting.group)
+            and (s.tenant == waiting.tenant or lines.places(s) > own)
+        ]
+        most = max(richer, key=lambda s: lines.served(s.group), default=None)
+        if most is None or lines.served(most.group) <= lines.served(waiting.group):
+            return None
+        return most
 
     def _preempt(self, sequence: Sequence, now: float) -> None:
         self.running.remove(sequence)
@@ -474,7 +515,7 @@ class Scheduler:
         presets: list[tuple[Sequence, int]],
     ) -> None:
         self._blocked = None
-        while budget > 0 and len(self.running) < self._num_seqs:
+        while budget > 0 and self._room > 0 and len(self.running) < self._num_seqs:
             sequence = self.waiting.peek(self._may_start)
             # A sequence that does not fit beside the running ones blocks those behind it: passing
             # it over could starve it.
@@ -490,7 +531,7 @@ class Scheduler:
                 self._blocked = sequence
                 return
             self._preset(sequence, new_blocks, presets)
-            num_new = min(sequence.num_alike, budget)
+            num_new = self._chunk(sequence, budget)
             reserved = self._reserve(sequence, num_new, new_blocks)
             assert reserved, "there was room for all of it"
             # Start before remove: the queue forgets a group that neither waits nor runs.

@@ -172,6 +172,11 @@ class Sequence:
         return self.request.party
 
     @property
+    def tenant(self) -> bytes:
+        """Tenants share the running places; empty if it has none."""
+        return self.request.tenant
+
+    @property
     def active_mix(self) -> Mix:
         """The adapters that act on the next token to be computed."""
         if len(self.stages) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -267,6 +268,22 @@ class Arch:
     @property
     def queries_per_head(self) -> int:
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def attention_span(self) -> float:
+        """The context at which a row's attention costs as much as the rest of the row, on a CPU.
+
+        A multiplication of attention takes about 1.5 times as long as one by a weight. Windows
+        bound the context, so their layers do not count.
+        """
+        attending = sum(window is None for window in self.windows)
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        inner = self.intermediate_size
+        if self.experts is not None:
+            inner = self.experts.per_token * self.experts.intermediate_size
+        weights = self.hidden_size * (2 * queries + 2 * keys + 3 * inner)
+        per_position = 1.5 * 2 * queries * attending
+        return self.num_layers * weights / per_position if attending else math.inf
 
     @property
     def projections(self) -> Projections:

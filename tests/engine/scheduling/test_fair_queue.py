@@ -27,6 +27,7 @@ class Item:
     number: int = 0
     is_ready: bool = True
     party: str = ""
+    tenant: bytes = b""
 
 
 def is_ready(item: Item) -> bool:

@@ -237,6 +237,7 @@ class Item:
     number: int
     arrival: float = 0.0
     party: str = ""
+    tenant: bytes = b""
 
 
 def always(_: Item) -> bool:

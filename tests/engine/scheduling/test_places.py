@@ -37,11 +37,13 @@ class Clock:
         self.started: dict[Sequence, float] = {}
         self.ended: dict[Sequence, float] = {}
 
-    def ask(self, name: str, max_tokens: int) -> Sequence:
+    def ask(self, name: str, max_tokens: int, tenant: bytes = b"") -> Sequence:
         request = Request(
             request_id="r",
             prompt_token_ids=(1, 2, next(_numbers)),
             stop=StopConditions(max_tokens=max_tokens),
+            party=tenant,
+            tenant=tenant,
         )
         sequence = Sequence(request, mix_of(name), self.now)
         self.scheduler.add(sequence)
@@ -95,6 +97,39 @@ def test_without_a_wait_stated_nobody_yields() -> None:
     clock.run_until_ended([polite], 30.0)
     assert clock.num_preempted == 0
     assert clock.waited(polite) > LONG * STEP_SECONDS / 2
+
+
+@pytest.mark.parametrize("num_mixes", [1, 60])
+def test_a_tenant_that_fills_all_places_yields_half_of_them(num_mixes: int) -> None:
+    clock = Clock()
+    hogs = [clock.ask(f"mix {n % num_mixes}", LONG, b"hog") for n in range(60)]
+    for _ in range(20):
+        clock.step()
+    # Nobody else is there: it may have everything.
+    assert len(clock.scheduler.running) == SLOTS
+    polite = [clock.ask("mix 0", LONG, b"polite") for _ in range(12)]
+    for _ in range(int(AFTER_SECONDS / STEP_SECONDS) + SLOTS):
+        clock.step()
+    assert sorted(s.tenant for s in clock.scheduler.running) == [b"hog"] * 4 + [b"polite"] * 4
+    clock.run_until_ended([*polite, *hogs], 72 * LONG * STEP_SECONDS / SLOTS * 1.5)
+    assert all(s.num_generated == LONG for s in [*polite, *hogs])
+    # Only the mixes of one tenant yield to each other.
+    assert not any(s.num_preemptions for s in polite)
+
+
+def test_a_third_tenant_takes_from_the_one_with_the_most_places() -> None:
+    clock = Clock(max_num_seqs=6)
+    for tenant, count in ((b"small", 1), (b"large", 20)):
+        for _ in range(count):
+            clock.ask("", LONG, tenant)
+    clock.step()
+    new = [clock.ask("", LONG, b"new") for _ in range(3)]
+    for _ in range(int(AFTER_SECONDS / STEP_SECONDS) + SLOTS):
+        clock.step()
+    assert sorted(s.tenant for s in clock.scheduler.running) == (
+        [b"large"] * 3 + [b"new"] * 2 + [b"small"]
+    )
+    assert all(s in clock.started for s in new[:2])
 
 
 def test_several_mixes_each_get_a_place_a_step_after_the_other() -> None:

@@ -66,6 +66,38 @@ def test_several_prompts_share_what_a_step_takes() -> None:
     assert prompt_tokens(run(scheduler)) == 22
 
 
+@pytest.mark.parametrize("num_prompts", [1, 3])
+def test_a_long_context_makes_chunks_smaller_beside_a_sequence_that_decodes(
+    num_prompts: int,
+) -> None:
+    span, size, budget = 2000.0, 8000, 512
+    pool = BlockPool(8192, BLOCK_SIZE)
+    scheduler = Scheduler(pool, max_num_seqs=64, max_num_batched_tokens=budget, attention_span=span)
+    decoding(scheduler, 1)
+    prompts = [sequence_of([number, *range(size)], "", 4) for number in range(num_prompts)]
+    for prompt in prompts:
+        scheduler.add(prompt)
+    num_steps = 0
+    while prompts[-1].num_computed < size:
+        before = {prompt: prompt.num_computed for prompt in prompts}
+        step = run(scheduler)
+        num_steps += 1
+        chunks = [
+            (item.num_new, before[item.sequence]) for item in step.scheduled if item.num_new > 1
+        ]
+        assert step.scheduled[0].num_new == 1
+        # With the attention to its context, a step takes as long as two of short contexts.
+        assert sum(new * (1 + start / span) for new, start in chunks) <= 2 * budget
+    assert num_steps <= num_prompts * 2 * size / budget + 1
+
+
+def test_a_long_context_alone_takes_whole_steps() -> None:
+    pool = BlockPool(4096, BLOCK_SIZE)
+    scheduler = Scheduler(pool, max_num_seqs=64, max_num_batched_tokens=512, attention_span=2000.0)
+    scheduler.add(sequence_of(list(range(8000)), "", 4))
+    assert [prompt_tokens(run(scheduler)) for _ in range(15)] == [512] * 15
+
+
 def test_a_burst_takes_whole_steps() -> None:
     scheduler = scheduler_of(StepCost())
     decoding(scheduler, 15)

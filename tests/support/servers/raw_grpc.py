@@ -40,22 +40,8 @@ def unary(
     Raises:
         OSError: The server closed the connection, or was silent for too long.
     """
-    host, _, port = address.rpartition(":")
-    fields = [
-        *((":method", "POST"), (":scheme", "http"), (":path", path), (":authority", host)),
-        *(("te", "trailers"), ("content-type", "application/grpc")),
-        *headers,
-    ]
-    block = b"".join(_literal(*field) for field in fields)
-    body = b"\0" + struct.pack(">I", len(message)) + message
     answer = b""
-    with socket.create_connection((host, int(port)), seconds) as connection:
-        connection.sendall(
-            _PREFACE
-            + _frame(_SETTINGS, 0, 0, b"")
-            + _frame(_HEADERS, _END_HEADERS, 1, block)
-            + _frame(_DATA, _END_STREAM, 1, body)
-        )
+    with _begun(address, path, message, headers, b"", seconds) as connection:
         for kind, flags, stream, payload in _frames(connection):
             if kind in (_SETTINGS, _PING) and not flags & _ACK:
                 echoed = payload if kind == _PING else b""
@@ -67,6 +53,38 @@ def unary(
             if kind in (_DATA, _HEADERS) and stream == 1 and flags & _END_STREAM:
                 break
     return answer[5:] if answer else None
+
+
+def unread(address: str, path: str, message: bytes) -> socket.socket:
+    """Make a call without room for its answer, which waits until the connection is closed."""
+    # SETTINGS_INITIAL_WINDOW_SIZE (4) of 0: the server may send headers, but no data.
+    return _begun(address, path, message, (), struct.pack(">HI", 4, 0), 10.0)
+
+
+def _begun(
+    address: str,
+    path: str,
+    message: bytes,
+    headers: Sequence[tuple[str, str]],
+    settings: bytes,
+    seconds: float,
+) -> socket.socket:
+    """A connection on which a call was sent."""
+    host, _, port = address.rpartition(":")
+    fields = [
+        *((":method", "POST"), (":scheme", "http"), (":path", path), (":authority", host)),
+        *(("te", "trailers"), ("content-type", "application/grpc")),
+        *headers,
+    ]
+    block = b"".join(_literal(*field) for field in fields)
+    connection = socket.create_connection((host, int(port)), seconds)
+    connection.sendall(
+        _PREFACE
+        + _frame(_SETTINGS, 0, 0, settings)
+        + _frame(_HEADERS, _END_HEADERS, 1, block)
+        + _frame(_DATA, _END_STREAM, 1, b"\0" + struct.pack(">I", len(message)) + message)
+    )
+    return connection
 
 
 def _frames(connection: socket.socket) -> Iterator[tuple[int, int, int, bytes]]:
