@@ -184,6 +184,7 @@ def adapter_uses(uses: Iterable[AdapterUse]) -> list[inference_pb2.AdapterUse]:
             name=use.name,
             uuid=use.uuid,
             generation=use.generation,
+            digest=use.digest,
             weight=use.weight,
             cold_start=use.cold_start,
             load_ms=use.load_ms,
