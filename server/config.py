@@ -384,6 +384,11 @@ class TelemetryConfig:
     metrics_aliases: Literal["vllm"] | None = setting(
         None, "report the metrics that routers read under vLLM's names too (default: none)"
     )
+    otel: Switch = setting(
+        False,
+        "export a trace of each inference request by OTLP, configured by OpenTelemetry's standard"
+        " variables; needs turret[otel]",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
