@@ -151,7 +151,7 @@ class App:
         """
         config = self.config
         if config.telemetry.otel:
-            tracing.start()
+            tracing.start(self.metrics.registry)
         token_file = config.security.token_file
         tokens = TokenTable.parse(token_file) if token_file is not None else None
         self._warn_if_exposed()

@@ -386,8 +386,8 @@ class TelemetryConfig:
     )
     otel: Switch = setting(
         False,
-        "export a trace of each inference request by OTLP, configured by OpenTelemetry's standard"
-        " variables; needs turret[otel]",
+        "export metrics and a trace of each inference request by OTLP, configured by"
+        " OpenTelemetry's standard variables; needs turret[otel]",
     )
 
 

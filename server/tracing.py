@@ -1,4 +1,4 @@
-"""OpenTelemetry: a span for each inference request, exported by OTLP.
+"""OpenTelemetry: a span for each inference request, and histograms, exported by OTLP.
 
 The standard ``OTEL_…`` variables configure the exporter, the sampler, the resource and the
 propagators. Attributes follow the conventions for generative AI. No span contains text of a prompt
@@ -22,8 +22,10 @@ import turret
 from turret.server.basics.codes import Code
 
 if TYPE_CHECKING:
+    from opentelemetry.sdk.metrics.export import MetricExporter
     from opentelemetry.sdk.trace.export import SpanExporter
     from opentelemetry.trace import Span
+    from prometheus_client import CollectorRegistry
 
     from turret.server.engine.scheduling.request import AdapterUse, Output, Request
 
@@ -36,8 +38,13 @@ _EXPORTERS = {
     "grpc": "opentelemetry.exporter.otlp.proto.grpc",
 }
 PROTOCOLS = tuple(_EXPORTERS)
-# The variables that choose the protocol; the first one that is set counts.
-PROTOCOL_VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+# The variable that chooses the protocol, and those of traces and metrics, which override it.
+_PROTOCOL = "OTEL_EXPORTER_OTLP_PROTOCOL"
+_TRACES_PROTOCOL = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
+_METRICS_PROTOCOL = "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL"
+PROTOCOL_VARIABLES = (_PROTOCOL, _TRACES_PROTOCOL, _METRICS_PROTOCOL)
+# With the value ``none``, this variable turns the metrics off.
+_METRICS_VARIABLE = "OTEL_METRICS_EXPORTER"
 # How the conventions call the system that generates, and the default name of the service.
 PROVIDER = "turret"
 
@@ -210,12 +217,15 @@ def _route(method: str) -> Mapping[str, str]:
 
 
 class Tracing:
-    """The tracer of a process, and the thread that exports its spans.
+    """The tracer of a process, and the threads that export its spans and metrics.
 
     Requires the packages of ``turret[otel]``.
+
+    Args:
+        registry: The registry of ``Metrics``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, registry: CollectorRegistry) -> None:
         from opentelemetry import propagate, trace
         from opentelemetry.sdk.resources import OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider
@@ -230,6 +240,11 @@ class Tracing:
         self._tracer = provider.get_tracer("turret", turret.__version__)
         self._extract = propagate.extract
         self._kind = trace.SpanKind.SERVER
+        self._metrics = None
+        if os.environ.get(_METRICS_VARIABLE) != "none":
+            from turret.server.otlp_metrics import MetricsExport
+
+            self._metrics = MetricsExport(registry, _metric_exporter(), resource, _described)
 
     def begin(self, method: str, headers: Headers) -> CallTrace | None:
         """Begin the span of a call; None if it is not sampled."""
@@ -240,17 +255,42 @@ class Tracing:
         return CallTrace(span, operation_of(method)) if span.is_recording() else None
 
     def close(self, seconds: float) -> None:
-        """Export the last spans; blocks for at most this long."""
+        """Export the last spans and metrics; blocks for at most this long."""
+        end = time.monotonic() + seconds
         # This thread may wait longer than that: the processor's shutdown takes no limit.
         ending = threading.Thread(target=self._processor.shutdown, daemon=True)
         ending.start()
-        ending.join(seconds)
+        if self._metrics is not None:
+            self._metrics.close(seconds)
+        ending.join(max(end - time.monotonic(), 0))
         if ending.is_alive():
             self._exporter.shutdown()
 
 
+def _described(labels: Mapping[str, str]) -> Mapping[str, str]:
+    """The attributes of one series of ``Metrics``."""
+    found = {"gen_ai.provider.name": PROVIDER}
+    if "method" in labels:
+        method, code = labels["method"], labels["code"]
+        found |= {"gen_ai.operation.name": operation_of(method), **_route(method)}
+        found |= {} if code == Code.OK.name else {"error.type": code}
+    return found
+
+
+def _is_grpc(variable: str) -> bool:
+    return (os.environ.get(variable) or os.environ.get(_PROTOCOL)) == "grpc"
+
+
+def _metric_exporter() -> MetricExporter:
+    if _is_grpc(_METRICS_PROTOCOL):
+        from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
+    else:
+        from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+    return OTLPMetricExporter()
+
+
 def _span_exporter() -> SpanExporter:
-    if next(filter(None, map(os.environ.get, PROTOCOL_VARIABLES)), "") == "grpc":
+    if _is_grpc(_TRACES_PROTOCOL):
         from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
     else:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -261,10 +301,10 @@ def _span_exporter() -> SpanExporter:
 _tracing: Tracing | None = None
 
 
-def start() -> None:
-    """Trace the calls of this process."""
+def start(registry: CollectorRegistry) -> None:
+    """Trace the calls of this process, and export the metrics of a registry."""
     global _tracing
-    _tracing = Tracing()
+    _tracing = Tracing(registry)
 
 
 def begin(method: str, headers: Headers) -> CallTrace | None:
@@ -273,7 +313,7 @@ def begin(method: str, headers: Headers) -> CallTrace | None:
 
 
 def stop(seconds: float) -> None:
-    """Export the last spans and trace no more; blocks for at most this long."""
+    """Export what is left and trace no more; blocks for at most this long."""
     global _tracing
     tracing, _tracing = _tracing, None
     if tracing is not None:

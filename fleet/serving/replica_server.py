@@ -181,10 +181,10 @@ class ReplicaServer:
         self, config: Config, name: str, channel: Channel, *, stops_alone: bool = False
     ) -> None:
         self._config = config
-        if config.telemetry.otel:
-            tracing.start()
         self.metrics = Metrics()
         add_aliases(self.metrics.registry, config.telemetry.metrics_aliases)
+        if config.telemetry.otel:
+            tracing.start(self.metrics.registry)
         self._gate = ServingGate(self._check_serving)
         self.adapters = Adapters(self._gate)
         self.inference = Inference(self._gate)

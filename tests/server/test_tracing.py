@@ -194,6 +194,39 @@ def test_operations_have_the_conventions_names(
     assert not any("GetModel" in str(span) for span in collector.spans)
 
 
+def test_histograms_have_the_values_of_the_servers_own(
+    server: ServerUnderTest, collector: Collector
+) -> None:
+    with stub(server) as calls:
+        calls.Generate(asked("counted", "sql"))
+    method = {"method": "/turret.v1.Inference/Generate", "code": "OK"}
+    count = server.metric("turret_request_duration_seconds_count", **method)
+
+    def arrived() -> Any:
+        return [
+            point
+            for point in collector.histograms.get("gen_ai.server.request.duration", ())
+            if attributes(point.attributes).get("rpc.method") == "Generate"
+            and "error.type" not in attributes(point.attributes)
+            and point.count == count
+        ]
+
+    (point,) = collector.wait_for(arrived)
+    found = attributes(point.attributes)
+    assert found["gen_ai.operation.name"] == "text_completion"
+    assert point.sum == server.metric("turret_request_duration_seconds_sum", **method)
+    assert sum(point.bucket_counts) == count
+    assert len(point.bucket_counts) == len(point.explicit_bounds) + 1
+    below = sum(
+        number
+        for number, bound in zip(point.bucket_counts, point.explicit_bounds, strict=False)
+        if bound <= 2.56
+    )
+    assert below == server.metric("turret_request_duration_seconds_bucket", le="2.56", **method)
+    names = ("time_to_first_token", "time_per_output_token")
+    assert all(collector.histograms[f"gen_ai.server.{name}"][0].count for name in names)
+
+
 def test_errors_have_a_reason_and_no_text_of_the_client(
     server: ServerUnderTest, collector: Collector
 ) -> None:
@@ -238,11 +271,13 @@ def test_the_last_spans_arrive_and_a_dead_collector_delays_nothing(tmp_path: Pat
     with collecting("http/protobuf") as collector:
         # Spans would wait for an hour.
         environment = {**collector.environment, "OTEL_BSP_SCHEDULE_DELAY": "3600000"}
+        environment["OTEL_METRIC_EXPORT_INTERVAL"] = "3600000"
         with start_server(tmp_path, *FLAGS, environment=environment) as server:
             with stub(server) as calls:
                 calls.Generate(asked("last"))
             assert not collector.spans
         collector.span("last")
+        assert collector.histograms["gen_ai.server.time_to_first_token"][0].count == 1
     # This one accepts connections, and never answers.
     with socket.create_server(("127.0.0.1", 0)) as silent:
         environment["OTEL_EXPORTER_OTLP_ENDPOINT"] = f"http://127.0.0.1:{silent.getsockname()[1]}"
