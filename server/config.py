@@ -156,8 +156,8 @@ class SchedulerConfig:
     )
     preempt_after_seconds: Seconds = setting(
         5.0,
-        "time that a request waits before a token that holds more seats, or a mix that was served more,"
-        " gives up a seat; 0: no limit",
+        "time that a request waits before a token that holds more seats, or a mix that was served"
+        " more, gives up a seat; 0: no limit",
         ge=0,
     )
     speculation: Literal["auto", "prompt", "off"] = setting(
@@ -390,6 +390,11 @@ class TelemetryConfig:
 
     metrics_aliases: Literal["vllm"] | None = setting(
         None, "report the metrics that routers read under vLLM's names too (default: none)"
+    )
+    otel: Switch = setting(
+        False,
+        "export metrics and a trace of each inference request by OTLP, configured by"
+        " OpenTelemetry's standard variables; needs turret[otel]",
     )
 
 

@@ -48,7 +48,12 @@ def linear_modules(model: nn.Module) -> dict[str, LinearModule]:
 def component_digests(entries: Sequence[str]) -> dict[str, str]:
     """Component names → digests of the current files in their directories."""
     directories = component_directories(entries)
-    return {name: _read(directory).digest for name, directory in directories.items()}
+    return {name: adapter_digest(directory) for name, directory in directories.items()}
+
+
+def adapter_digest(directory: Path) -> str:
+    """The digest of an adapter's files, which a server reports for them."""
+    return _read(directory).digest
 
 
 def read_components(directories: Mapping[str, Path], model: nn.Module) -> list[Component]:

@@ -29,6 +29,7 @@ from turret.training.classifier import (
     write_head,
 )
 from turret.training.errors import RunError
+from turret.training.fusion import adapter_digest
 from turret.training.loss import LossFunction, learning_rate, make_optimizer, set_learning_rate
 from turret.training.peak_memory import peak_memory_bytes
 from turret.training.run.checkpoint import restore_checkpoint, save_checkpoint
@@ -244,7 +245,8 @@ class Trainer:
         self._resolved.method.save(model, partial, dtype)
         if dataset.labels:
             write_head(model, partial, dataset, dtype)
-        text = json.dumps(facts, indent=2, sort_keys=True) + "\n"
+        provenance = {**facts, "adapter": {"digest": adapter_digest(partial)}}
+        text = json.dumps(provenance, indent=2, sort_keys=True) + "\n"
         (partial / FILE).write_text(text, encoding="utf-8")
         partial.rename(self._folder.adapter)
 

@@ -13,7 +13,6 @@ TEXTS = {
     # The config and its values.
     "NO_CONFIG": "{path} does not exist; `turret train init` writes one",
     "NOT_KEY_VALUE": "must be TABLE.KEY=VALUE, not {value!q}",
-    "NOT_INSTALLED": "not installed: {packages}; {step}",
     "LABELS_ARE_LEARNED": 'must be "completion" for a classification, which learns only the labels',
     "ENTRIES_NOT_IN_RANGE": "must have {least} to {most} entries, not {found}",
     "NOT_RANKS": "must be whole numbers separated by commas, not {value!q:.60}",

@@ -128,6 +128,7 @@ class AdapterUse(Result):
         name: The name in the request.
         uuid: The registration that answered.
         generation: The generation that answered.
+        digest: The digest of that generation; see ``AdapterInfo``.
         weight: Its factor in the mix.
         cold_start: Whether the request had to wait for the adapter to be loaded.
         load_ms: How long the load took, in milliseconds; 0 without a cold start.
@@ -136,6 +137,7 @@ class AdapterUse(Result):
     name: str
     uuid: str
     generation: int
+    digest: str
     weight: float
     cold_start: bool
     load_ms: float

@@ -20,7 +20,7 @@ import turret
 from turret.fleet.follower import Channel, ReplicaLink
 from turret.fleet.replica import ReplicaParts
 from turret.fleet.words import say
-from turret.server import log
+from turret.server import log, tracing
 from turret.server.api.access import Shares, TokenTable, authorize
 from turret.server.api.admin import Adapters
 from turret.server.api.faults import Failures
@@ -40,6 +40,8 @@ from turret.v1 import adapters_pb2, inference_pb2
 _log = logging.getLogger(__name__)
 
 _JOIN_SECONDS = 120.0
+# Time at the end for the last traces.
+_FLUSH_SECONDS = 2.0
 # The metrics of replicas on one machine use consecutive ports.
 _METRICS_PORTS = 64
 _DESCRIPTORS = {
@@ -181,6 +183,8 @@ class ReplicaServer:
         self._config = config
         self.metrics = Metrics()
         add_aliases(self.metrics.registry, config.telemetry.metrics_aliases)
+        if config.telemetry.otel:
+            tracing.start(self.metrics.registry)
         self._gate = ServingGate(self._check_serving)
         self.adapters = Adapters(self._gate)
         self.inference = Inference(self._gate)
@@ -266,6 +270,7 @@ class ReplicaServer:
         if self._backend is not None:
             await asyncio.to_thread(self._backend.close)
         self.adapters.close()
+        await asyncio.to_thread(tracing.stop, _FLUSH_SECONDS)
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
 

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from turret.server import log
+from turret.server import log, tracing
 from turret.server.api.faults import MAX_MESSAGE_CHARS, Failure, Failures
 from turret.server.api.limits import MAX_MIX_MEMBERS, MAX_NAME_CHARS, MAX_REQUEST_ID_CHARS
 from turret.server.basics.codes import Code
@@ -67,6 +67,7 @@ class Call:
         message_bytes: Size of the request message as it came; 0 if it came in parts.
         tenant: The party whose cached prefixes it may find; see ``Shares.tenant``.
         kept_bytes: Memory of the answers that it collects to send them as a whole.
+        trace: Its span; None if it is not traced.
     """
 
     method: str
@@ -78,6 +79,7 @@ class Call:
     message_bytes: int = 0
     tenant: bytes = b""
     kept_bytes: int = 0
+    trace: tracing.CallTrace | None = None
     _metrics: Metrics
     _failures: Failures | None
     _is_counted: bool
@@ -94,6 +96,7 @@ class Call:
         sent_ids: Iterable[str | bytes],
         metrics: Metrics,
         *,
+        headers: tracing.Headers = lambda: (),
         protocol: str = "grpc",
         failures: Failures | None = None,
         is_counted: bool = False,
@@ -106,6 +109,7 @@ class Call:
             sent_ids: The values of ``x-request-id`` that the client sent; the first usable one
                 becomes the call's id. Without one the id is made up.
             metrics: Where it is counted.
+            headers: Returns its headers or metadata.
             protocol: The door it came through.
             failures: Takes it in if it fails; None keeps nothing.
             is_counted: Whether ``turret_requests_total`` counts it: calls that run on adapters.
@@ -115,6 +119,7 @@ class Call:
             method=method,
             protocol=protocol,
             request_id=request_id_of(sent_ids),
+            trace=tracing.begin(method, headers) if is_counted else None,
             _metrics=metrics,
             _failures=failures,
             _is_counted=is_counted,
@@ -189,12 +194,22 @@ class Call:
                     adapters=names,
                 )
             )
+        # An unregistered name may be any text from the client.
+        shown = [name if self._metrics.is_registered(name) else "?" for name in names]
+        if self.trace is not None:
+            self.trace.end(
+                code,
+                reason=None if self._told is None else self._told[0],
+                names=shown,
+                request_id=self.request_id,
+                prompt_tokens=self.prompt_tokens,
+                generated_tokens=self.generated_tokens,
+            )
         logged = {
             "method": self.method,
             "code": code.name,
             "seconds": round(seconds, 3),
-            # An unregistered name may be any text from the client.
-            "adapters": ",".join(n if self._metrics.is_registered(n) else "?" for n in names),
+            "adapters": ",".join(shown),
             "prompt_tokens": self.prompt_tokens,
             "generated_tokens": self.generated_tokens,
         }

@@ -37,6 +37,7 @@ from turret.server.api.limits import InputLimits
 from turret.server.api.violations import Violations, adapter_refs
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.models.chat_template import ChatFormat
+from turret.server.tracing import CHAT
 from turret.v1 import adapters_pb2, inference_pb2
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ class Inference:
         """
         backend = self._gate.enter()
         call.about(message.adapters)
+        if call.trace is not None and message.HasField("chat"):
+            call.trace.operation = CHAT
         vocabulary = await backend.vocabularies.of(message.adapters, message.chat.chat_template)
         request = await generate_request(
             message,

@@ -44,6 +44,9 @@ async def outputs_of(
     """
     call.rename(request.request_id)
     call.adapters = tuple(ref.name for ref in request.adapters)
+    trace, submitted = call.trace, 0
+    if trace is not None:
+        submitted = trace.submitted(request, backend.model_info.name, is_stream=not is_whole)
     stream = await backend.engine.submit(request)
     # Also cancel the stream if the call dies while nobody iterates over it.
     call.at_end(stream.cancel)
@@ -55,6 +58,8 @@ async def outputs_of(
                 call.prompt_tokens += len(request.prompt_token_ids)
                 is_counted = True
             call.generated_tokens += len(output.token_ids)
+            if trace is not None:
+                trace.output(output, submitted)
             if is_whole:
                 keep(backend, call, output.answer_bytes)
             yield output
@@ -184,6 +189,7 @@ def adapter_uses(uses: Iterable[AdapterUse]) -> list[inference_pb2.AdapterUse]:
             name=use.name,
             uuid=use.uuid,
             generation=use.generation,
+            digest=use.digest,
             weight=use.weight,
             cold_start=use.cold_start,
             load_ms=use.load_ms,

@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from turret.kernels.cpu.isas import ISAS, NATIVE, NO_NATIVE
+from turret.server import tracing
 from turret.server.adapters.base import BaseSizes, ModuleSize
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot, check_is_adapter
 from turret.server.api.access import TokenTable
 from turret.server.basics.files import read_regular, unreadable, unwritable
-from turret.server.basics.names import HUB_SCHEME, closest, closest_path
+from turret.server.basics.names import HUB_SCHEME, closest, closest_path, how_to_add
 from turret.server.basics.settings import Violation, split_address, text_of
 from turret.server.basics.triton_needs import missing_for_triton
 from turret.server.command.threads import available_cpus
@@ -32,6 +33,7 @@ from turret.server.config import (
     ListenConfig,
     ModelConfig,
     SecurityConfig,
+    TelemetryConfig,
 )
 from turret.server.errors import InvalidRequestError, TurretError
 from turret.server.hub import AdapterHub
@@ -75,6 +77,7 @@ def problems(config: Config, *, may_run: bool = False) -> list[Violation]:
             item_bytes=4 if config.model.dtype == "float32" else 2,
         ),
         *_files(config.security),
+        *_telemetry(config.telemetry, os.environ),
         *([] if may_run else _addresses(config.listen)),
     ]
 
@@ -123,6 +126,20 @@ def _device(config: ModelConfig, environ: Mapping[str, str]) -> Iterator[Violati
     for name, choices in (("TURRET_ISA", ISAS), ("TURRET_NATIVE", (*NO_NATIVE, *NATIVE))):
         value = environ.get(name) or choices[-1]
         if (value if name == "TURRET_ISA" else value.lower()) not in choices:
+            near = closest(value, choices)
+            text = say("NOT_ONE_OF", choices=", ".join(choices), value=value, closest=near)
+            yield Violation(name, text)
+
+
+def _telemetry(config: TelemetryConfig, environ: Mapping[str, str]) -> Iterator[Violation]:
+    if not config.otel:
+        return
+    if tracing.missing_packages():
+        packages, step = "opentelemetry-exporter-otlp", how_to_add("otel")
+        yield Violation("telemetry.otel", say("NOT_INSTALLED", packages=packages, step=step))
+    for name in tracing.PROTOCOL_VARIABLES:
+        value, choices = environ.get(name) or tracing.PROTOCOLS[0], tracing.PROTOCOLS
+        if value not in choices:
             near = closest(value, choices)
             text = say("NOT_ONE_OF", choices=", ".join(choices), value=value, closest=near)
             yield Violation(name, text)

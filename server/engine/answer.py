@@ -261,6 +261,7 @@ def uses_of(mix: Mix, cold: HostResult | None) -> tuple[AdapterUse, ...]:
             name=adapter.name,
             uuid=adapter.uuid,
             generation=adapter.generation,
+            digest=adapter.digest,
             weight=weight,
             cold_start=adapter.key in seconds,
             load_ms=1000.0 * seconds.get(adapter.key, 0.0),

@@ -62,6 +62,7 @@ def uses_json(uses: Iterable[inference_pb2.AdapterUse]) -> list[dict[str, Any]]:
         {
             "name": use.name,
             "generation": use.generation,
+            "digest": use.digest,
             # Round to the shortest number with the same single-precision value.
             "weight": float(f"{use.weight:.7g}"),
             "cold_start": use.cold_start,

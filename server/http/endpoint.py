@@ -148,6 +148,7 @@ class Endpoint:
             f"{route.method} {route.path}",
             headers.getlist(REQUEST_ID_KEY),
             self._metrics,
+            headers=headers.items,
             protocol="http",
             # Failures of endpoints that are polled would crowd out all others.
             failures=None if route.is_polled else self._failures,

@@ -371,6 +371,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             method,
             sent_ids,
             self._metrics,
+            headers=lambda: metadata,
             failures=self._failures,
             is_counted=method in COUNTED,
             level=logging.INFO if _service_of(method) in SERVICE_ROLES else logging.DEBUG,

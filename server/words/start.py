@@ -33,5 +33,6 @@ TEXTS = {
     "HOST_NOT_RESOLVED": "cannot look up the host {host}",
     "ADDRESS_OF_ANOTHER_MACHINE": "{value} is not an address of this machine; 0.0.0.0 stands for"
     " all of its addresses",
+    "NOT_INSTALLED": "not installed: {packages}; {step}",
     "ADDRESS_UNUSABLE": "cannot listen on {value}: {why}",
 }

@@ -1,8 +1,9 @@
-"""The manifests in deploy/kubernetes are valid, and refer only to existing things."""
+"""The Helm chart and deploy/kubernetes are valid, and refer only to existing things."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import json
 import re
@@ -13,6 +14,7 @@ import pytest
 import yaml
 from checkout import ROOT
 
+import turret
 from turret.fleet.config import REFUSED, ClusterConfig, FleetConfig
 from turret.fleet.serving.ingress import ingress_environment
 from turret.server.api.admin import Adapters
@@ -28,21 +30,86 @@ from turret.server.http.server import routes
 from turret.server.metrics import Metrics
 
 FOLDER = ROOT / "deploy" / "kubernetes"
-MANIFESTS = sorted(FOLDER.glob("*.yaml"))
+CHART = ROOT / "deploy" / "helm" / "turret"
 VERSION = "1.33"
 # Kinds that other projects define; only their pods are checked.
 FOREIGN = {
     *("RayService", "PodMonitor", "Gateway", "GRPCRoute", "HTTPRoute", "BackendTrafficPolicy"),
 }
+MONITORED = {"podMonitor": {"enabled": True, "tokenSecret": {"name": "turret-metrics"}}}
+# Releases by name: a file of values, and further values.
+RELEASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "server": ("", {"tokens": {"insecure": True}}),
+    "servers": (
+        "",
+        {
+            "replicas": 3,
+            "service": {"headless": True, "annotations": {"a": "b"}},
+            "adapters": {"existingClaim": "mine"},
+            "tokens": {"lines": ["one inference", "two metrics"]},
+            "settings": {
+                "adapters": {"preload": {"sql": "sql", "json-2": "hub:a/b"}, "adapter_hub": ["a"]},
+                "scheduler": {"max_num_seqs": 8, "preempt_after_seconds": 2.5},
+                "listen": {"http_cors_origin": ["https://example.org"]},
+                "telemetry": {"metrics_aliases": "vllm"},
+            },
+            "args": ["--verbose"],
+            "env": [{"name": "HF_HUB_OFFLINE", "value": "1"}],
+            "podLabels": {"llm-d.ai/engine-type": "vllm"},
+            "podAnnotations": {"c": "d"},
+            "nodeSelector": {"disk": "fast"},
+            "imagePullSecrets": [{"name": "registry"}],
+            **MONITORED,
+        },
+    ),
+    "gpu": ("values-gpu.yaml", {"tokens": {"existingSecret": "mine"}}),
+    "fleet": ("values-fleet.yaml", MONITORED),
+}
+FILES = sorted(path.name for path in FOLDER.glob("*.yaml"))
 
 
-def documents(path: Path) -> list[dict[str, Any]]:
-    return [each for each in yaml.safe_load_all(path.read_text()) if each is not None]
+@functools.cache
+def release(name: str) -> list[dict[str, Any]]:
+    """Everything that Helm makes of a release's values."""
+    file, values = RELEASES[name]
+    if file:
+        values = {**yaml.safe_load((CHART / file).read_text()), **values}
+    return rendered(values)
 
 
-def find(kind: str, path: Path) -> dict[str, Any]:
-    (found,) = [each for each in documents(path) if each["kind"] == kind]
+def rendered(values: dict[str, Any]) -> list[dict[str, Any]]:
+    helm = pytest.importorskip("helm_python")
+    with helm.Chart.load(str(CHART)) as chart:
+        texts = chart.render(values, name="turret", namespace="models")
+    return [each for text in texts.values() for each in yaml.safe_load_all(text) if each]
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    """The documents of a file in deploy/kubernetes, or of a release."""
+    if name in RELEASES:
+        return release(name)
+    return [each for each in yaml.safe_load_all((FOLDER / name).read_text()) if each is not None]
+
+
+def find(kind: str, name: str, suffix: str = "") -> dict[str, Any]:
+    (found,) = [
+        each
+        for each in documents(name)
+        if each["kind"] == kind and each["metadata"]["name"].endswith(suffix)
+    ]
     return found
+
+
+def settings_of(name: str, folder: Path) -> Path:
+    """The file of settings that a release's pods read."""
+    (data,) = [
+        each["data"]["turret.toml"]
+        for each in release(name)
+        if each["kind"] == "ConfigMap" and "turret.toml" in each["data"]
+    ]
+    path = folder / "turret.toml"
+    path.write_text(data)
+    return path
 
 
 def pod_templates(document: Any) -> list[dict[str, Any]]:
@@ -56,10 +123,10 @@ def pod_templates(document: Any) -> list[dict[str, Any]]:
     return [found for part in document.values() for found in pod_templates(part)]
 
 
-@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
-def test_manifests_are_valid(path: Path) -> None:
+@pytest.mark.parametrize("name", [*FILES, *RELEASES])
+def test_manifests_are_valid(name: str) -> None:
     validate = pytest.importorskip("kubernetes_validate").validate
-    for document in documents(path):
+    for document in documents(name):
         if document["kind"] not in FOREIGN:
             validate(document, VERSION, strict=True)
         for template in pod_templates(document):
@@ -68,9 +135,11 @@ def test_manifests_are_valid(path: Path) -> None:
             validate(pod, VERSION, strict=True)
 
 
-@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
-def test_pods_are_confined(path: Path) -> None:
-    for template in (t for d in documents(path) for t in pod_templates(d)):
+@pytest.mark.parametrize("name", RELEASES)
+def test_pods_are_confined(name: str) -> None:
+    templates = [each for document in release(name) for each in pod_templates(document)]
+    assert len(templates) == (2 if name == "fleet" else 1)
+    for template in templates:
         security = template["spec"]["securityContext"]
         assert security["runAsNonRoot"]
         assert f"USER {security['runAsUser']}" in (ROOT / "Dockerfile").read_text()
@@ -82,11 +151,39 @@ def test_pods_are_confined(path: Path) -> None:
             assert confined["capabilities"] == {"drop": ["ALL"]}
 
 
-def test_the_fleets_variables_make_a_configuration() -> None:
-    data = find("ConfigMap", FOLDER / "rayservice.yaml")["data"]
-    mine = {name: value for name, value in data.items() if name.startswith("TURRET_")}
+def test_helm_finds_nothing_wrong_with_the_chart() -> None:
+    helm = pytest.importorskip("helm_python")
+    found = helm.lint(str(CHART))
+    # A chart need not have an icon.
+    assert [each["error"] for each in found["messages"]] == ["icon is recommended"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"mode": "cluster"},
+        {"imagine": 1},
+        {"settings": {"adapters": {"state_dir": "/elsewhere"}}},
+        {"settings": {"max_rank": 3}},
+        {"replicas": 2},
+        {"mode": "fleet", "adapters": {"accessModes": ["ReadWriteMany"]}},
+        {"tokens": {}},
+    ],
+)
+def test_values_that_cannot_work_are_refused(values: dict[str, Any]) -> None:
+    helm = pytest.importorskip("helm_python")
+    with pytest.raises(helm.HelmError):
+        rendered({"tokens": {"insecure": True}, **values})
+
+
+def test_the_fleets_variables_make_a_configuration(tmp_path: Path) -> None:
+    data = find("ConfigMap", "fleet", "-ray")["data"]
+    assert data["TURRET_CONFIG"] == "/etc/turret-config/turret.toml"
+    mine = {"TURRET_CONFIG": str(settings_of("fleet", tmp_path))}
     config = read_settings(argparse.Namespace(), mine, ClusterConfig).config()
     assert config.listen.address == "0.0.0.0:50051"
+    assert config.listen.http_allowed_host[1] == "turret-serve-svc.models"
+    assert config.security.token_file == Path("/etc/turret/tokens")
     assert data["RAY_AUTH_MODE"] == "token"
     ingress = ingress_environment(Path("/tmp/turret-ingress"))
     assert {name: data.get(name) for name in ingress} == ingress
@@ -101,10 +198,11 @@ def test_the_fleets_variables_make_a_configuration() -> None:
         ("PRELOAD", "a=a"),
     ],
 )
-def test_variables_that_a_fleet_cannot_honour_are_refused(variable: str, value: str) -> None:
+def test_variables_that_a_fleet_cannot_honour_are_refused(
+    variable: str, value: str, tmp_path: Path
+) -> None:
     """A replica must not serve in plain text if a key is configured, even without the command."""
-    data = find("ConfigMap", FOLDER / "rayservice.yaml")["data"]
-    mine = {name: text for name, text in data.items() if name.startswith("TURRET_")}
+    mine = {"TURRET_CONFIG": str(settings_of("fleet", tmp_path))}
     mine |= {"TURRET_TLS_KEY": "k", "TURRET_TLS_CERT": "c"} if "TLS" in variable else {}
     mine[f"TURRET_{variable}"] = value
     with pytest.raises(SettingsError) as refused:
@@ -112,42 +210,46 @@ def test_variables_that_a_fleet_cannot_honour_are_refused(variable: str, value: 
     assert REFUSED[variable.lower()].reason in {text.reason for _, text in refused.value.violations}
 
 
-def test_each_replicas_metrics_can_be_read() -> None:
-    path = FOLDER / "rayservice.yaml"
-    (worker,) = find("RayService", path)["spec"]["rayClusterConfig"]["workerGroupSpecs"]
-    (container,) = worker["template"]["spec"]["containers"]
+@pytest.mark.parametrize("name", ["servers", "fleet"])
+def test_each_replicas_metrics_can_be_read(name: str, tmp_path: Path) -> None:
+    monitor = find("PodMonitor", name)["spec"]
+    (endpoint,) = monitor["podMetricsEndpoints"]
+    selected = monitor["selector"]["matchLabels"]
+    # A fleet's head has no metrics.
+    assert selected.get("ray.io/node-type") == ("worker" if name == "fleet" else None)
+    template = [each for document in release(name) for each in pod_templates(document)][-1]
+    assert (
+        selected.items() <= {**template["metadata"]["labels"], "ray.io/node-type": "worker"}.items()
+    )
+    (container,) = template["spec"]["containers"]
     ports = {each["name"]: each["containerPort"] for each in container["ports"]}
-    (endpoint,) = find("PodMonitor", path)["spec"]["podMetricsEndpoints"]
-    # The head has no metrics.
-    selected = find("PodMonitor", path)["spec"]["selector"]["matchLabels"]
-    assert selected["ray.io/node-type"] == "worker"
-    address = find("ConfigMap", path)["data"]["TURRET_METRICS_ADDRESS"]
-    assert address.endswith(f":{ports[endpoint['port']]}")
-    (_, _, metrics) = find("NetworkPolicy", path)["spec"]["ingress"]
+    config = Settings(Config, (read_file(settings_of(name, tmp_path)),)).config()
+    assert str(config.listen.metrics_address).endswith(f":{ports[endpoint['port']]}")
+    metrics = find("NetworkPolicy", name)["spec"]["ingress"][-1]
     assert metrics["ports"] == [{"port": ports[endpoint["port"]], "protocol": "TCP"}]
 
 
-def test_what_a_manifest_asks_for_is_made() -> None:
-    """Volumes and secrets are in the file, or in the commands at its top."""
-    for path in MANIFESTS:
-        text = path.read_text()
-        claims = set(re.findall(r"claimName: ([\w-]+)", text))
-        made = {
-            each["metadata"]["name"]
-            for each in documents(path)
-            if each["kind"] == "PersistentVolumeClaim"
-        }
-        assert claims <= made
-        secrets = set(re.findall(r"secretName: ([\w-]+)", text))
-        secrets |= set(re.findall(r"credentials: \{name: ([\w-]+)", text))
-        secrets |= set(re.findall(r"secretKeyRef: \{name: ([\w-]+)", text))
-        secrets |= set(re.findall(r"kind: Secret, name: ([\w-]+)", text))
-        commands = re.findall(r"^#   kubectl create secret \w+ ([\w-]+)", text, re.MULTILINE)
-        assert secrets <= set(commands), path.name
+@pytest.mark.parametrize("name", RELEASES)
+def test_volumes_and_secrets_are_in_the_release_or_named_in_its_values(name: str) -> None:
+    text = json.dumps(release(name))
+    file, values = RELEASES[name]
+    made = {each["metadata"]["name"] for each in release(name)}
+    said = json.dumps(values) + (CHART / (file or "values.yaml")).read_text()
+    wanted = set(re.findall(r'"(?:claimName|secretName)": "([^"]+)"', text))
+    wanted |= set(re.findall(r'"(?:secretKeyRef|credentials)": {[^}]*"name": "([^"]+)"', text))
+    wanted |= set(re.findall(r'"(?:configMap|configMapRef)": {"name": "([^"]+)"', text))
+    assert len(wanted) >= 2
+    assert [each for each in wanted - made if each not in said] == []
+
+
+def test_a_gateways_secret_is_made_by_its_commands() -> None:
+    text = (FOLDER / "envoy-gateway.yaml").read_text()
+    (secret,) = re.findall(r"kind: Secret, name: ([\w-]+)", text)
+    assert f"#   kubectl create secret tls {secret} " in text
 
 
 def test_the_gateway_leads_to_what_tokens_of_inference_may_ask_for() -> None:
-    path = FOLDER / "envoy-gateway.yaml"
+    path = "envoy-gateway.yaml"
     (rule,) = find("HTTPRoute", path)["spec"]["rules"]
     led = [match["path"]["value"] for match in rule["matches"]]
     served = routes(
@@ -171,7 +273,7 @@ def test_the_gateway_leads_to_what_tokens_of_inference_may_ask_for() -> None:
 
 
 def test_the_serve_config_names_things_that_exist() -> None:
-    service = find("RayService", FOLDER / "rayservice.yaml")
+    service = find("RayService", "fleet")
     serve = yaml.safe_load(service["spec"]["serveConfigV2"])
     for name in serve["grpc_options"]["grpc_servicer_functions"]:
         module, _, function = name.rpartition(".")
@@ -185,29 +287,72 @@ def test_the_serve_config_names_things_that_exist() -> None:
     schema.ServeDeploySchema(**serve)
 
 
-def test_the_single_servers_file_makes_a_configuration(tmp_path: Path) -> None:
-    data = find("ConfigMap", FOLDER / "statefulset.yaml")["data"]["turret.toml"]
-    path = tmp_path / "turret.toml"
-    path.write_text(data)
-    config = Settings(Config, (read_file(path),)).config()
+@pytest.mark.parametrize("name", ["server", "servers", "gpu"])
+def test_a_servers_settings_make_a_configuration(name: str, tmp_path: Path) -> None:
+    config = Settings(Config, (read_file(settings_of(name, tmp_path)),)).config()
     assert config.listen.http_address == "0.0.0.0:8000"
-    container = find("StatefulSet", FOLDER / "statefulset.yaml")["spec"]["template"]["spec"]
-    (server,) = container["containers"]
+    pod = find("StatefulSet", name)["spec"]["template"]["spec"]
+    (server,) = pod["containers"]
     assert build_parser("serve").parse_args(server["args"]).config
-    grace = container["terminationGracePeriodSeconds"]
-    assert grace > config.lifecycle.grace_seconds
+    assert pod["terminationGracePeriodSeconds"] > config.lifecycle.grace_seconds
+    mounts = [each["mountPath"] for each in server["volumeMounts"]]
+    assert {str(config.adapters.adapter_root), str(config.adapters.state_dir)} <= {*mounts}
+    token_file = config.security.token_file
+    assert token_file is None or str(token_file.parent) in mounts
     ports = {each["name"]: each["containerPort"] for each in server["ports"]}
-    for name, address in (
+    for port, address in (
         ("grpc", config.listen.address),
         ("http", config.listen.http_address),
         ("metrics", config.listen.metrics_address),
     ):
         assert address is not None
-        assert address.endswith(f":{ports[name]}")
+        assert address.endswith(f":{ports[port]}")
+    service = find("Service", name)["spec"]
+    assert {each["targetPort"]: each["port"] for each in service["ports"]} == ports
+    labels = find("StatefulSet", name)["spec"]["template"]["metadata"]["labels"]
+    assert service["selector"].items() <= labels.items()
+    assert "turret.models.svc" in config.listen.http_allowed_host
+
+
+def test_settings_and_tokens_of_the_values_reach_the_server(tmp_path: Path) -> None:
+    config = Settings(Config, (read_file(settings_of("servers", tmp_path)),)).config()
+    assert config.adapters.preload == (("json-2", "hub:a/b"), ("sql", "sql"))
+    assert (config.scheduler.max_num_seqs, config.scheduler.preempt_after_seconds) == (8, 2.5)
+    assert config.listen.http_cors_origin == ("https://example.org",)
+    assert config.log.log_format == "json"
+    assert config.telemetry.metrics_aliases == "vllm"
+    assert find("Secret", "servers")["stringData"]["tokens"] == "one inference\ntwo metrics"
+    assert find("Service", "servers")["spec"]["clusterIP"] == "None"
+    assert "clusterIP" not in find("Service", "server")["spec"]
+
+
+def test_a_changed_setting_replaces_the_pods() -> None:
+    sums = {
+        find("StatefulSet", name)["spec"]["template"]["metadata"]["annotations"][
+            "checksum/settings"
+        ]
+        for name in ("server", "servers")
+    }
+    assert len(sums) == 2
+
+
+def test_a_release_of_another_name_has_objects_of_its_own() -> None:
+    helm = pytest.importorskip("helm_python")
+    with helm.Chart.load(str(CHART)) as chart:
+        texts = chart.render({"tokens": {"insecure": True}}, name="blue", namespace="models")
+    made = [each for text in texts.values() for each in yaml.safe_load_all(text) if each]
+    assert all(each["metadata"]["name"].startswith("blue-turret") for each in made)
+    (stateful,) = [each for each in made if each["kind"] == "StatefulSet"]
+    assert stateful["spec"]["selector"]["matchLabels"]["app.kubernetes.io/instance"] == "blue"
+
+
+def test_the_charts_version_is_turrets() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["version"] == chart["appVersion"] == turret.__version__
 
 
 def test_routers_read_series_that_exist() -> None:
-    text = find("ConfigMap", FOLDER / "llm-d.yaml")["data"]["config.yaml"]
+    text = find("ConfigMap", "llm-d.yaml")["data"]["config.yaml"]
     asked = set(re.findall(r"turret_\w+", text))
     assert asked <= {family.name for family in Metrics().registry.collect()}
     assert len(asked) == 3
@@ -217,7 +362,7 @@ def test_routers_read_series_that_exist() -> None:
 def test_the_header_is_the_clients() -> None:
     from turret.clients.calls.settings import ROUTING_KEY
 
-    policies = documents(FOLDER / "envoy-gateway.yaml")
+    policies = documents("envoy-gateway.yaml")
     hashed = [each["spec"]["loadBalancer"] for each in policies if "Backend" in each["kind"]]
     assert [each["consistentHash"]["header"]["name"] for each in hashed] == [ROUTING_KEY] * 2
     assert (

@@ -201,20 +201,22 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ...) -> None: ...
 
 class AdapterUse(_message.Message):
-    __slots__ = ("name", "uuid", "generation", "weight", "cold_start", "load_ms")
+    __slots__ = ("name", "uuid", "generation", "weight", "cold_start", "load_ms", "digest")
     NAME_FIELD_NUMBER: _ClassVar[int]
     UUID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
     COLD_START_FIELD_NUMBER: _ClassVar[int]
     LOAD_MS_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     name: str
     uuid: str
     generation: int
     weight: float
     cold_start: bool
     load_ms: float
-    def __init__(self, name: _Optional[str] = ..., uuid: _Optional[str] = ..., generation: _Optional[int] = ..., weight: _Optional[float] = ..., cold_start: bool = ..., load_ms: _Optional[float] = ...) -> None: ...
+    digest: str
+    def __init__(self, name: _Optional[str] = ..., uuid: _Optional[str] = ..., generation: _Optional[int] = ..., weight: _Optional[float] = ..., cold_start: bool = ..., load_ms: _Optional[float] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class Timing(_message.Message):
     __slots__ = ("queue", "ttft", "total")

@@ -263,7 +263,8 @@ class Installer:
     ) -> AdapterCheckpoint:
         checkpoint = self._loader.read_new(source, chat_template)
         origin = origin_of(checkpoint.chat_template) or "the base model's"
-        _log.info("adapter read", extra=log.fields(adapter=name, chat_template=origin))
+        said = log.fields(adapter=name, digest=checkpoint.digest, chat_template=origin)
+        _log.info("adapter read", extra=said)
         return checkpoint
 
     def _enter(

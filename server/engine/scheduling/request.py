@@ -325,6 +325,7 @@ class AdapterUse:
     name: str
     uuid: str
     generation: int
+    digest: str
     weight: float
     cold_start: bool
     load_ms: float

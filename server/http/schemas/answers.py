@@ -34,6 +34,7 @@ class Failure(Answer):
 class AdapterUse(Answer):
     name: str
     generation: int
+    digest: str
     weight: float
     cold_start: bool = Field(description="Whether the request waited for the adapter to load.")
     load_ms: float

@@ -66,6 +66,7 @@ DEFAULTS = {
     "log_format": "text",
     "verbose": False,
     "metrics_aliases": None,
+    "otel": False,
 }
 TLS = ["--tls-cert", "c", "--tls-key", "k"]
 

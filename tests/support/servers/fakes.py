@@ -97,6 +97,7 @@ def uses(request: Request) -> tuple[AdapterUse, ...]:
             name=ref.name,
             uuid=f"uuid-{ref.name}",
             generation=ref.generation or 1,
+            digest=f"digest-{ref.name}",
             weight=ref.weight,
             cold_start=False,
             load_ms=0.0,

@@ -77,7 +77,8 @@ def start_server(
     root = folder / "adapters"
     root.mkdir(exist_ok=True)
     flags = ("--adapter-root", str(root), *flags)
-    if user is None and set(environment or ()) <= _READ_WHILE_SERVING:
+    late = (name in _READ_WHILE_SERVING or name.startswith("OTEL_") for name in environment or ())
+    if user is None and all(late):
         life = shared_zygote().start(folder, *flags, environment=environment)
         server = ServerUnderTest(
             life.address, life.metrics_address, life.http_address, root, life, life.log

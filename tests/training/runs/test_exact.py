@@ -24,6 +24,7 @@ from turret.training import trainer
 from turret.training.base_model import find_base, load_model
 from turret.training.batches import make_batch, pack_rows
 from turret.training.errors import RunError
+from turret.training.fusion import adapter_digest
 from turret.training.loss import HEAD_ROWS, LossFunction
 from turret.training.run.folder import read_metrics
 from turret.training.settings.config import render_config
@@ -226,6 +227,7 @@ def test_the_adapter_says_what_it_was_made_of(tiny_llama: Path, tmp_path: Path):
     facts = json.loads((run / "adapter" / "provenance.json").read_text())
     base = find_base(tiny_llama)
     assert facts["base"] == {"name": base.source.name, "digest": base.source.digest}
+    assert facts["adapter"] == {"digest": adapter_digest(run / "adapter")}
     assert len(facts["data"]["digest"]) == 64
     assert facts["data"]["num_examples"] == 22
     assert facts["seed"] == facts["config"]["run"]["seed"] == 5

@@ -1,0 +1,130 @@
+"""Exports turret's histograms of requests by OTLP, under the names of the conventions.
+
+The values are those of ``Metrics``, read at each export, so nothing is counted twice. Requires the
+packages of ``turret[otel]``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from opentelemetry.sdk.metrics.export import (
+    AggregationTemporality,
+    Histogram,
+    HistogramDataPoint,
+    Metric,
+    MetricsData,
+    ResourceMetrics,
+    ScopeMetrics,
+)
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from prometheus_client import CollectorRegistry
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.metrics.export import MetricExporter
+    from opentelemetry.sdk.resources import Resource
+
+_log = logging.getLogger(__name__)
+
+_INTERVAL_VARIABLE, _INTERVAL_MILLISECONDS = "OTEL_METRIC_EXPORT_INTERVAL", 60_000.0
+_SECOND = 10**9  # nanoseconds
+# Series of turret's and their names in the conventions.
+_NAMES = {
+    "turret_request_duration_seconds": "gen_ai.server.request.duration",
+    "turret_time_to_first_token_seconds": "gen_ai.server.time_to_first_token",
+    "turret_inter_token_seconds": "gen_ai.server.time_per_output_token",
+}
+_SAMPLES = tuple(
+    f"{series}_{end}" for series in _NAMES for end in ("bucket", "sum", "count", "created")
+)
+
+# Turns the labels of a series into attributes.
+Describe = Callable[[Mapping[str, str]], Mapping[str, Any]]
+
+
+class MetricsExport:
+    """A thread that exports at an interval.
+
+    Args:
+        registry: The registry of ``Metrics``.
+        exporter: Sends the values.
+        resource: Describes the server.
+        describe: Makes the attributes of a series.
+    """
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        exporter: MetricExporter,
+        resource: Resource,
+        describe: Describe,
+    ) -> None:
+        self._registry, self._exporter = registry, exporter
+        self._resource, self._describe = resource, describe
+        self._ended = threading.Event()
+        milliseconds = float(os.environ.get(_INTERVAL_VARIABLE) or _INTERVAL_MILLISECONDS)
+        self._seconds = milliseconds / 1000
+        self._thread = threading.Thread(target=self._run, name="otlp-metrics", daemon=True)
+        self._thread.start()
+
+    def close(self, seconds: float) -> None:
+        """Export once more and end; blocks for at most this long."""
+        self._ended.set()
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            self._exporter.shutdown()
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            self._ended.wait(self._seconds)
+            try:
+                self._exporter.export(self._data())
+            except Exception:
+                _log.exception("cannot export metrics")
+
+    def _data(self) -> MetricsData:
+        metrics = [
+            Metric(
+                name,
+                None,
+                "s",
+                Histogram([*self._points(series)], AggregationTemporality.CUMULATIVE),
+            )
+            for series, name in _NAMES.items()
+        ]
+        scope = ScopeMetrics(InstrumentationScope("turret"), metrics, "")
+        return MetricsData([ResourceMetrics(self._resource, [scope], "")])
+
+    def _points(self, series: str) -> Iterator[HistogramDataPoint]:
+        now = time.time_ns()
+        found: defaultdict[tuple[tuple[str, str], ...], dict[str, float]] = defaultdict(dict)
+        names = [name for name in _SAMPLES if name.startswith(series)]
+        for family in self._registry.restricted_registry(names).collect():
+            for sample in family.samples:
+                labels = dict(sample.labels)
+                key = labels.pop("le", sample.name)
+                found[tuple(labels.items())][key] = sample.value
+        for labels, values in found.items():
+            bounds = [key for key in values if not key.startswith(series)]
+            counts = [values[bound] for bound in bounds]
+            # Prometheus counts what is below each bound, OTLP what is between two of them.
+            each = [counts[0], *(after - before for before, after in itertools.pairwise(counts))]
+            unknown: Any = None
+            yield HistogramDataPoint(
+                attributes=self._describe(dict(labels)),
+                start_time_unix_nano=round(values[f"{series}_created"] * _SECOND),
+                time_unix_nano=now,
+                count=int(values[f"{series}_count"]),
+                sum=values[f"{series}_sum"],
+                bucket_counts=[int(count) for count in each],
+                explicit_bounds=[float(bound) for bound in bounds[:-1]],
+                min=unknown,
+                max=unknown,
+            )
