@@ -43,7 +43,7 @@ async def outputs_of(
         DeadlineExceededError: After the last output, if the deadline ended the request.
     """
     call.rename(request.request_id)
-    call.adapters = tuple(ref.name for ref in request.adapters)
+    call.runs_on(request.adapters, backend.registry.find)
     stream = await backend.engine.submit(request)
     # Also cancel the stream if the call dies while nobody iterates over it.
     call.at_end(stream.cancel)

@@ -184,6 +184,12 @@ class Text(Answer):
     prompt: str
 
 
+class AliasTarget(Answer):
+    name: str
+    generation: int
+    weight: float
+
+
 class ModelCard(Answer):
     id: str
     object: Literal["model"]
@@ -196,6 +202,7 @@ class ModelCard(Answer):
     method: str | None = None
     generation: int | None = None
     residency: str | None = None
+    targets: list[AliasTarget] | None = Field(None, description="What an alias stands for.")
 
 
 class ModelList(Answer):

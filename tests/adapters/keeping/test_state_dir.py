@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from builders.registries import (
@@ -47,7 +48,7 @@ def make(tmp_path: Path) -> Iterator[Registries]:
 def start(make: Registries, tmp_path: Path) -> Callable[..., AdapterRegistry]:
     """Starts a registry on the test's state directory; close it before the next one."""
 
-    def begin(room: float = 100, **options: int) -> AdapterRegistry:
+    def begin(room: float = 100, **options: Any) -> AdapterRegistry:
         registry = make(room, state=StateDir(tmp_path / "state", 1 << 20), **options)
         registry.restore()
         return registry
