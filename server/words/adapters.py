@@ -183,8 +183,8 @@ TEXTS: dict[str, str] = {
     "NOT_AN_ALIAS": "alias not found: {adapters}",
     "ALIAS_GENERATION": "{adapters!q} is an alias and has no generations of its own; omit the"
     " generation",
-    "NAME_OF_ALIAS": "{adapter!q} is the name of an alias",
-    "NAME_OF_ADAPTER": "{adapter!q} is the name of an adapter",
+    "NAME_OF_ALIAS": "{value!q:.130} is the name of an alias; choose another name",
+    "NAME_OF_ADAPTER": "{value!q:.130} is the name of an adapter; choose another name",
     "ADAPTER_IS_TARGET": "adapter {adapter!q} is a target of {aliases}; move or delete that alias"
     " first",
     "TOO_MANY_ALIASES": "there are {most} aliases already; delete one first",

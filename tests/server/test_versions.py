@@ -21,7 +21,6 @@ from servers.server_under_test import ServerUnderTest, start_server
 
 from turret.clients.client import AdapterWeight, TurretClient
 from turret.clients.errors import (
-    AlreadyExistsError,
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
@@ -167,11 +166,11 @@ def test_an_alias_moves_under_load_and_streams_keep_their_target(client: TurretC
     with Load(client, "prod") as load:
         for _ in range(8):
             # Two replacements: then only the alias keeps the generation that it names.
-            for _ in range(2):
-                generation = max(weights_of) + 1
+            for generation in range(max(weights_of) + 1, max(weights_of) + 3):
                 weights_of[generation] = generation % NUM_WEIGHTS + 1
                 path = f"w{weights_of[generation]}"
                 assert client.adapters.replace("dates", path).generation == generation
+            generation = max(weights_of)
             kept = client.adapters.get("dates").kept_generations
             assert kept == (generation - 2, generation - 1)
             client.adapters.set_alias("prod", AdapterWeight("dates", generation=generation))
@@ -236,14 +235,14 @@ def test_what_an_alias_may_not_be(server: ServerUnderTest, client: TurretClient)
     load_versions(client)
     adapters = client.adapters
     adapters.set_alias("prod", AdapterWeight("dates", generation=1))
-    with pytest.raises(AlreadyExistsError):
+    with pytest.raises(InvalidArgumentError):
         adapters.set_alias("dates", "dates")
-    with pytest.raises(AlreadyExistsError):
+    with pytest.raises(InvalidArgumentError):
         adapters.load("prod", "w1")
     for name in ("base", "Prod", ""):
         with pytest.raises(InvalidArgumentError):
             adapters.set_alias(name, "dates")
-    for target in ("nobody", "prod", AdapterWeight("dates", generation=9)):
+    for target in ("nobody", "prod", "base", "new", AdapterWeight("dates", generation=9)):
         with pytest.raises(NotFoundError):
             adapters.set_alias("new", target)
     for targets in ([], ["dates"] * 17, ["dates", "dates"], [AdapterWeight("dates", 0.0)]):
@@ -257,8 +256,9 @@ def test_what_an_alias_may_not_be(server: ServerUnderTest, client: TurretClient)
     assert complete(server, "prod@1") == (404, "model_not_found")
     with pytest.raises(FailedPreconditionError):
         adapters.unload("dates")
-    with pytest.raises(NotFoundError):
-        adapters.delete_alias("dates")
+    for name in ("dates", "base", "nobody"):
+        with pytest.raises(NotFoundError):
+            adapters.delete_alias(name)
     assert [alias.name for alias in adapters.list_aliases()] == ["prod"]
     adapters.delete_alias("prod")
     with pytest.raises(NotFoundError):

@@ -254,9 +254,9 @@ class AdaptersServicer(object):
         were received before keep theirs. While an alias names a generation, it is kept even if it is
         replaced, and its adapter cannot be unloaded.
 
-        Idempotent if every target has a generation. Returns ALREADY_EXISTS if the name is an adapter's,
-        NOT_FOUND if a target is not registered or is being unloaded, or if its generation is not kept,
-        UNIMPLEMENTED in a fleet.
+        Idempotent if every target has a generation. Returns INVALID_ARGUMENT if the name is an adapter's
+        or there are 100 aliases, NOT_FOUND if a target is not registered or is being unloaded, or if its
+        generation is not kept, UNIMPLEMENTED in a fleet.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -49,7 +49,6 @@ from turret.server.basics.names import BASE, no_adapter_name
 from turret.server.errors import (
     AdapterBusyError,
     AdapterCheckpointError,
-    AdapterExistsError,
     AdapterInUseError,
     AdapterNotFoundError,
     AdapterPinnedError,
@@ -158,6 +157,9 @@ class Unloads:
 
 
 _log = logging.getLogger(__name__)
+
+# The key of the lock of all aliases among those of names, none of which contains this character.
+_ALL_ALIASES = "@"
 
 
 class AdapterRegistry:
@@ -312,7 +314,7 @@ class AdapterRegistry:
         ``chat_template`` is used instead of the one in the files.
 
         Raises:
-            InvalidRequestError: The name is malformed.
+            InvalidRequestError: The name is malformed, or an alias's.
             AdapterExistsError, AdapterInUseError: The name has other content, or is being unloaded.
             HubError, HubUnavailableError, QueueFullError: The hub's files cannot be downloaded.
             AdapterCheckpointError, AdapterMismatchError, AdapterComponentError: See the loader.
@@ -423,7 +425,7 @@ class AdapterRegistry:
         try:
             with self._names.only(name):
                 if self._table.alias(name) is not None:
-                    raise AdapterExistsError(say("NAME_OF_ALIAS", adapter=name))
+                    raise InvalidRequestError.of("name", say("NAME_OF_ALIAS", value=name))
                 yield
         except Exception:
             self._metrics.adapter_loaded("error")
@@ -479,9 +481,8 @@ class AdapterRegistry:
                 Without a generation, the one that is current now.
 
         Raises:
-            InvalidRequestError: The name is malformed or the base's, there are too many aliases, or
-                a target occurs twice.
-            AdapterExistsError: The name is an adapter's.
+            InvalidRequestError: The name is malformed, the base's or an adapter's; there are too
+                many aliases; or a target occurs twice.
             AdapterNotFoundError: A target is not registered or is being unloaded, or its generation
                 is not kept.
             StorageFullError: The alias cannot be saved.
@@ -521,7 +522,7 @@ class AdapterRegistry:
     def _check_alias(self, alias: Alias) -> None:
         """Raises the errors of ``set_alias``."""
         if self._table.get(alias.name) is not None:
-            raise AdapterExistsError(say("NAME_OF_ADAPTER", adapter=alias.name))
+            raise InvalidRequestError.of("name", say("NAME_OF_ADAPTER", value=alias.name))
         known = self._table.aliases()
         if len(known) >= MAX_ALIASES and alias.name not in {each.name for each in known}:
             raise InvalidRequestError.of("name", say("TOO_MANY_ALIASES", most=MAX_ALIASES))
@@ -545,8 +546,7 @@ class AdapterRegistry:
         At the end, it drops generations that only the alias kept.
         """
         with contextlib.ExitStack() as locks:
-            # The base's name is no adapter's: its lock is that of all aliases.
-            locks.enter_context(self._names.only(BASE))
+            locks.enter_context(self._names.only(_ALL_ALIASES))
             alias = self._table.alias(name)
             before = {target.name for target in alias.targets} if alias is not None else set[str]()
             for each in sorted({name, *names, *before}):
