@@ -362,7 +362,7 @@ class FakeMerger:
             cancellation.wait(Future())
             self.withdrawn.set()
             cancellation.check()
-        members = tuple(MergedAdapter(r.name, f"uuid-{r.name}", 3, r.weight) for r in refs)
+        members = tuple(MergedAdapter(r.name, f"uuid-{r.name}", 3, r.weight, "d") for r in refs)
         report = MergeReport(0.125, 0.75, (("layers.0.q_proj", 0.25), ("layers.1.q_proj", 0.0)))
         merge = Merge(adapters=members, precision=precision, time=86_400.5, report=report)
         self.state = MergeState(self.state.base_generation + 1, merge)
