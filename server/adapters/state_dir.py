@@ -486,6 +486,8 @@ def _alias_from_json(data: bytes) -> Alias:
         raise ValueError("is not an alias of version 1")
     try:
         targets = tuple(AliasTarget(**_typed(AliasTarget, each)) for each in fields.pop("targets"))
+        if not targets:
+            raise TypeError("has no targets")
         return Alias(targets=targets, **_typed(Alias, fields))
     except (KeyError, TypeError) as error:
         raise ValueError(f"is not an alias: {error}") from None
