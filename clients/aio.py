@@ -31,10 +31,11 @@ from turret.clients.channel import DEFAULT_ADDRESS, Tls, check_address
 from turret.clients.errors import TurretRpcError
 from turret.clients.messages.adapter_files import ExportWriter, upload_messages
 from turret.clients.messages.fields import ArgumentTypeError
-from turret.clients.messages.mix import AdaptersLike, AdapterWeight
+from turret.clients.messages.mix import AdaptersLike, AdapterWeight, to_mix
 from turret.clients.messages.requests import GenerateOptions, Prompt, filled, generate_request
 from turret.clients.messages.results import (
     Adapter,
+    Alias,
     Classifications,
     Completion,
     Embeddings,
@@ -522,6 +523,39 @@ class AsyncAdaptersClient(AdaptersBase):
     async def unpin(self, name: str, *, timeout: float | None = None) -> Adapter:
         """Allow an adapter to be evicted and unloaded again."""
         ...
+
+    async def set_alias(
+        self, name: str, targets: AdaptersLike, *, timeout: float | None = None
+    ) -> Alias:
+        """Make a name stand for generations of adapters, between which requests are divided.
+
+        Args:
+            name: The name that requests use.
+            targets: One or several adapters with their generations and weights, such as
+                ``AdapterWeight("sql", generation=7)``. Without a generation, the one that is
+                current now.
+            timeout: Deadline in seconds.
+        """
+        request = self._request("SetAlias", name=name)
+        for target in to_mix(targets):
+            made = request.targets.add(name=target.name)
+            if target.HasField("weight"):
+                # A mix's weights have single precision: send 0.9, not 0.8999999761581421.
+                made.weight = float(f"{target.weight:.7g}")
+            if target.HasField("generation"):
+                made.generation = target.generation
+        return Alias.from_proto(await self._answer("SetAlias", timeout, lambda: request))
+
+    @_rpc("DeleteAlias", None)
+    async def delete_alias(self, name: str, *, timeout: float | None = None) -> None:
+        """Free the name of an alias."""
+        ...
+
+    async def list_aliases(self, *, timeout: float | None = None) -> tuple[Alias, ...]:
+        """Return all aliases, by name."""
+        request = self._request("ListAliases")
+        answer = await self._answer("ListAliases", timeout, lambda: request)
+        return tuple(map(Alias.from_proto, answer.aliases))
 
     @_rpc("FuseAdapters", Fusion)
     async def fuse(

@@ -20,7 +20,14 @@ from turret.fleet import protocol as p
 from turret.fleet.follower import Channel, ReplicaLink, propose
 from turret.fleet.words import say
 from turret.server import log
-from turret.server.adapters.adapter import Adapter, AdapterInfo, AdapterRef, OwnTemplate, Source
+from turret.server.adapters.adapter import (
+    Adapter,
+    AdapterInfo,
+    AdapterRef,
+    Alias,
+    OwnTemplate,
+    Source,
+)
 from turret.server.adapters.base import Allowed, BaseModel, ChangedBase, Precision
 from turret.server.adapters.merger import (
     ChangeBase,
@@ -167,6 +174,22 @@ class ReplicaRegistry(AdapterRegistry):
             NotInFleetError: Always.
         """
         raise NotInFleetError(say("NOT_IN_FLEET", operation="RollbackAdapter"))
+
+    def set_alias(self, name: str, targets: Sequence[AdapterRef]) -> Alias:
+        """Rejects every alias.
+
+        Raises:
+            NotInFleetError: Always.
+        """
+        raise NotInFleetError(say("NOT_IN_FLEET", operation="SetAlias"))
+
+    def delete_alias(self, name: str) -> None:
+        """Rejects the call: a fleet has no aliases.
+
+        Raises:
+            NotInFleetError: Always.
+        """
+        raise NotInFleetError(say("NOT_IN_FLEET", operation="DeleteAlias"))
 
     def get(self, name: str, generation: int | None = None) -> AdapterInfo:
         return _with_usage(super().get(name, generation), self._elsewhere(name))

@@ -71,6 +71,8 @@ class Metrics:
         # Both dictionaries are keyed by registered name.
         self._labels: dict[str, str] = {}
         self._tiers: dict[str, str] = {}
+        # The targets of each alias, as label values.
+        self._targets: dict[str, set[tuple[str, str]]] = {}
         self._listed: tuple[str, str, str] | None = None
         counter = functools.partial(_counter, registry)
         gauge = functools.partial(_gauge, registry)
@@ -88,6 +90,15 @@ class Metrics:
             "Finished calls that run on adapters, over both protocols, also rejected ones whose"
             " adapters could be read; a mix counts for each member.",
             "adapter",
+            "code",
+        )
+        self._alias_requests = counter(
+            "turret_alias_requests_total",
+            "Finished calls that named an alias, by the generation that they got. An alias that"
+            " moves takes the series of its former targets with it.",
+            "alias",
+            "adapter",
+            "generation",
             "code",
         )
         self._calls = counter(
@@ -350,6 +361,24 @@ class Metrics:
                 series.remove(label)
             for tier in _TIERS:
                 self._residency.remove(label, tier)
+
+    def alias_changed(self, name: str, targets: Iterable[tuple[str, int]]) -> None:
+        """Set the adapters and generations that an alias stands for; drop the series of others."""
+        with self._lock:
+            before = self._targets.pop(name, set())
+            after = {(adapter, str(generation)) for adapter, generation in targets}
+            if after:
+                self._targets[name] = after
+            for adapter, generation in before - after:
+                for code in _CODES:
+                    self._alias_requests.remove(name, adapter, generation, code)
+
+    def alias_finished(self, name: str, adapter: str, generation: int, code: str) -> None:
+        """Count a finished call that named an alias, unless the alias has moved meanwhile."""
+        with self._lock:
+            target = adapter, str(generation)
+            if target in self._targets.get(name, ()):
+                self._alias_requests.labels(name, *target, code).inc()
 
     def adapter_bytes(self, **counts: int) -> None:
         """Set the bytes of adapter weights by tier: ``adapter_bytes(host=…, device=…)``."""

@@ -267,7 +267,7 @@ class AnswerProgress:
             return
         # Pin the generations, so that only the same weights continue the answer.
         for member, use in zip(request.adapters, proto.adapters_used, strict=False):
-            member.generation = use.generation
+            member.name, member.generation = use.name, use.generation
         if proto.text and not (proto.token_ids or request.answer_so_far):
             # A server that reports no token ids cannot resume the answer either.
             self._resume = False

@@ -426,6 +426,34 @@ class Adapter(Result):
 
 
 @dataclass(frozen=True, slots=True)
+class AliasTarget(Result):
+    """One of the generations that an alias stands for.
+
+    Attributes:
+        name: The name of the adapter.
+        generation: The generation.
+        weight: The share of the requests, relative to the other targets.
+    """
+
+    name: str
+    generation: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Alias(Result):
+    """A name that stands for generations of adapters.
+
+    Attributes:
+        name: The name that requests use.
+        targets: The generations.
+    """
+
+    name: str
+    targets: tuple[AliasTarget, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ModuleError(Result):
     """The error of one module in a fusion or merge.
 

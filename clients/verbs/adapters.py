@@ -13,12 +13,14 @@ from turret.clients.verbs.command import Subparsers, add_verb_parser, print_json
 from turret.clients.verbs.flags import (
     Flags,
     adapter_parser,
+    adapter_weight,
     call_with_flags,
     file_text,
     flags_parser,
     shared,
 )
 from turret.clients.verbs.tables import (
+    alias_text,
     mix_text,
     print_adapter,
     print_adapters,
@@ -47,6 +49,12 @@ _SHARE = {"type": float, "metavar": "X"}
 _FLAGS: Flags = {
     "name": {"metavar": "NAME", "help": "how requests name the adapter"},
     "path": {"metavar": "PATH", "help": "directory, relative to the server's --adapter-root"},
+    "targets": {
+        "type": adapter_weight,
+        "nargs": "+",
+        "metavar": "NAME[@GENERATION][=WEIGHT]",
+        "help": "what it stands for; requests are divided by the weights",
+    },
     "--method": {"metavar": "METHOD", "help": "only adapters of this method"},
     "--residency": {"choices": ("disk", "host", "device"), "help": "only adapters in this tier"},
     "--pin": {"dest": "pinned", "action": "store_true", "help": "pin the adapter as well"},
@@ -132,6 +140,9 @@ def add_adapters(subparsers: Subparsers, text: str) -> None:
     text = "replace an adapter with a directory, as its next generation"
     add("replace", text, "name", "path", _EXPECTED, *_READING)
     add("rollback", "serve a kept generation again", "name", "--to", _EXPECTED)
+    add("alias", "make a name stand for generations of adapters", "name", "targets")
+    add("unalias", "free the name of an alias", "name")
+    add("aliases", "list the aliases")
     place = "new directory on this machine"
     add("export", "write an adapter to a new directory", "name", "--generation", directory=place)
     add("fuse", "compute a new adapter from a mix", "name", *_FUSING, mix=True)
@@ -190,6 +201,27 @@ def _change(args: argparse.Namespace, client: TurretClient) -> None:
     print_json(adapter) if args.json else print_change(verb, adapter, before)
 
 
+def _alias(args: argparse.Namespace, client: TurretClient) -> None:
+    alias = client.adapters.set_alias(args.name, args.targets, timeout=args.timeout)
+    print_json(alias) if args.json else print(alias_text(alias))
+
+
+def _unalias(args: argparse.Namespace, client: TurretClient) -> None:
+    client.adapters.delete_alias(args.name, timeout=args.timeout)
+    print_json({"deleted": args.name}) if args.json else print(f"deleted alias {args.name}")
+
+
+def _aliases(args: argparse.Namespace, client: TurretClient) -> None:
+    aliases = client.adapters.list_aliases(timeout=args.timeout)
+    if args.json:
+        print_json(list(aliases))
+        return
+    for alias in aliases:
+        print(alias_text(alias))
+    if not aliases:
+        print("no aliases")
+
+
 def _unmerge(args: argparse.Namespace, client: TurretClient) -> None:
     before = client.adapters.get_merge_state(timeout=args.timeout)
     state = client.adapters.unmerge(timeout=args.timeout)
@@ -215,6 +247,9 @@ _RUNS: Mapping[str, Callable[[argparse.Namespace, TurretClient], None]] = {
     "load": _change,
     "upload": _change,
     "replace": _change,
+    "alias": _alias,
+    "unalias": _unalias,
+    "aliases": _aliases,
     "unmerge": _unmerge,
     "merge-state": _merge_state,
 }

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from turret.clients.messages.results import Adapter, Fusion, MergeState, ModuleError
+from turret.clients.messages.results import Adapter, Alias, Fusion, MergeState, ModuleError
 from turret.words import about_bytes, counted
 
 # Warn if rounding loses this share of the change or more.
@@ -211,6 +211,17 @@ def print_fusion(fusion: Fusion) -> None:
     print_adapter(fusion.adapter, made="fused")
     _print_errors(fusion.relative_error, fusion.modules)
     _print_kinds(fusion.modules)
+
+
+def alias_text(alias: Alias) -> str:
+    """An alias and its targets, with their shares of the requests if there are several."""
+    total = sum(target.weight for target in alias.targets)
+    targets = (
+        f"{target.name}@{target.generation}"
+        + (f" ({target.weight / total:.0%})" if len(alias.targets) > 1 else "")
+        for target in alias.targets
+    )
+    return f"{alias.name} is {', '.join(targets)}"
 
 
 def print_merge_state(state: MergeState) -> None:

@@ -18,17 +18,57 @@ from turret.server.words import say
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterRef:
-    """One member of a request's mix, by name. ``generation`` None means the current one."""
+    """One member of a mix, by name.
+
+    Attributes:
+        name: The name of an adapter, or of an alias if there is a draw.
+        generation: None means the current one.
+        weight: The factor of the adapter's update.
+        draw: A random number in [0, 1) that chooses among the targets of an alias. None if the name
+            must be an adapter's.
+    """
 
     name: str
     generation: int | None = None
     weight: float = 1.0
+    draw: float | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         ok = math.isfinite(self.weight) and abs(self.weight) <= 100.0
         if not ok:
             why = say("INVALID_VALUE", value=self.weight, wanted="from -100 to 100")
             raise InvalidRequestError.of("adapters.weight", why)
+
+
+# Aliases: names that stand for generations of adapters.
+
+MAX_ALIASES = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AliasTarget:
+    """A generation of an adapter; ``weight`` is its share of the requests beside the others'."""
+
+    name: str
+    generation: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """A name of which each request gets one target, at least one of which there is."""
+
+    name: str
+    targets: tuple[AliasTarget, ...]
+
+    def pick(self, draw: float) -> AliasTarget:
+        """The target for a random number in [0, 1)."""
+        left = draw * sum(target.weight for target in self.targets)
+        for target in self.targets:
+            left -= target.weight
+            if left < 0:
+                return target
+        return self.targets[-1]
 
 
 # The files of an adapter, and where a generation's files are.

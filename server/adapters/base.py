@@ -232,7 +232,7 @@ class ChangedBase:
         generation: The number of these weights.
         stale: Keys of adapters that were computed from the previous weights. Copies of their
             operators have to be dropped.
-        merged: The uuids of the adapters that are part of these weights.
+        merged: The uuids and digests of the adapters that are part of these weights.
     """
 
     generation: int

@@ -49,6 +49,7 @@ class MergedAdapter:
     uuid: str
     generation: int
     weight: float
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +213,8 @@ class Merger:
             self._registry.release(mix)
             raise
         adapters = tuple(
-            MergedAdapter(a.name, a.uuid, a.generation, weight) for a, weight in mix.members
+            MergedAdapter(a.name, a.uuid, a.generation, weight, a.digest)
+            for a, weight in mix.members
         )
         merge = Merge(adapters=adapters, precision=precision, time=time.time(), report=report)
         return PreparedMerge(edit, merge, mix)
@@ -267,23 +269,24 @@ class Merger:
         if generation is None:
             generation = self._state.base_generation + 1
         state = MergeState(generation, merge)
-        uuids = () if merge is None else (a.uuid for a in merge.adapters if a.weight)
+        members = () if merge is None else merge.adapters
+        merged = frozenset(key for a in members if a.weight for key in (a.uuid, a.digest))
 
         def change() -> ChangedBase:
             edit.swap()
             self._state, self._active = state, None if merge is None else edit
             self._metrics.merge_active(merge is not None)
             changed = self._registry.change_base(self._describe(state.base_generation))
-            return replace(changed, merged=frozenset(uuids))
+            return replace(changed, merged=merged)
 
         outcome = self._change_base(change)
         if not cancellation.wait(outcome) and outcome.cancel():
             cancellation.check()
         outcome.result()
-        members = () if merge is None else tuple(a.name for a in merge.adapters)
+        names = ",".join(a.name for a in members)
         _log.info(
             "base changed",
-            extra=log.fields(generation=state.base_generation, merged=",".join(members)),
+            extra=log.fields(generation=state.base_generation, merged=names),
         )
 
 

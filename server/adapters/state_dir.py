@@ -3,6 +3,7 @@
     LOCK                       held by the one server that uses the directory
     base.json                  the base model of the adapters
     adapters/<name>.json       one registration per file
+    aliases/<name>.json        one alias per file
     files/<uuid>.<generation>/ the files of an uploaded generation
     incoming/<random>/         a running upload; emptied at the start
 
@@ -24,13 +25,13 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from turret.server import log
-from turret.server.adapters.adapter import Adapter, AdapterFacts, Source
+from turret.server.adapters.adapter import Adapter, AdapterFacts, Alias, AliasTarget, Source
 from turret.server.basics.files import (
     PARTIAL_SUFFIX,
     move_directory,
@@ -124,7 +125,7 @@ def _generation(kind: type[_G], name: str, fields: Any) -> _G:
 
 
 # Annotations are strings in this module, so these names identify the types.
-_TYPES: Mapping[str, Any] = {"str": str, "int": int, "bool": bool}
+_TYPES: Mapping[str, Any] = {"str": str, "int": int, "bool": bool, "float": float}
 _OPTIONAL = " | None"
 
 
@@ -306,11 +307,12 @@ class StateDir:
         self.path = path.resolve()
         self._max_upload_bytes = max_upload_bytes
         self._adapters = self.path / "adapters"
+        self._aliases = self.path / "aliases"
         self._files = self.path / "files"
         self._incoming = self.path / "incoming"
         self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = _lock(self.path / "LOCK")
-        for directory in (self._adapters, self._files, self._incoming):
+        for directory in (self._adapters, self._aliases, self._files, self._incoming):
             directory.mkdir(exist_ok=True, mode=0o700)
 
     def close(self) -> None:
@@ -346,21 +348,7 @@ class StateDir:
             sweeps: Whether to remove uploads without a registration. In a directory that a fleet
                 shares, other processes may be using them.
         """
-        found: list[SavedRegistration] = []
-        is_complete = True
-        for path in sorted(self._adapters.iterdir()):
-            if path.name.endswith(PARTIAL_SUFFIX):
-                path.unlink()
-                continue
-            try:
-                saved = SavedRegistration.from_json(path.read_bytes())
-                if path.name != _file_name(saved.name):
-                    raise ValueError(f"is the registration of {saved.name!r}")
-            except (OSError, ValueError) as error:
-                _log.error("cannot restore", extra=log.fields(file=path, reason=error))
-                is_complete = False
-                continue
-            found.append(saved)
+        found, is_complete = _read_all(self._adapters, SavedRegistration.from_json)
         if not sweeps:
             return found
         for path in self._incoming.iterdir():
@@ -420,6 +408,27 @@ class StateDir:
         with reporting_disk_faults():
             remove_file(self._adapters / _file_name(name))
 
+    def read_aliases(self) -> list[Alias]:
+        """Every alias, by name; see ``read``."""
+        return _read_all(self._aliases, _alias_from_json)[0]
+
+    def save_alias(self, alias: Alias) -> None:
+        """Saves an alias, to be restored after a restart.
+
+        Raises:
+            StorageFullError: The disk is full; what was saved before still holds.
+        """
+        fields = {**dataclasses.asdict(alias), "version": 1}
+        with reporting_disk_faults():
+            replace_file(
+                self._aliases / _file_name(alias.name), json.dumps(fields, indent=1).encode()
+            )
+
+    def remove_alias(self, name: str) -> None:
+        """Forgets an alias."""
+        with reporting_disk_faults():
+            remove_file(self._aliases / _file_name(name))
+
     def stage(self, files: Sequence[UploadedFile]) -> StagedUpload:
         """Makes room for an upload.
 
@@ -452,9 +461,45 @@ class StateDir:
             remove_directory(self.path / source.path)
 
 
-def _file_name(adapter: str) -> str:
-    """The file of an adapter's registration; no name contains a plus."""
-    return f"{adapter.replace('/', '+')}.json"
+def _file_name(name: str) -> str:
+    """The file of an adapter or alias; no name contains a plus."""
+    return f"{name.replace('/', '+')}.json"
+
+
+_S = TypeVar("_S", SavedRegistration, Alias)
+
+
+def _read_all(directory: Path, parse: Callable[[bytes], _S]) -> tuple[list[_S], bool]:
+    """What the files of a directory contain, by name, and whether all of them can be read."""
+    found: list[_S] = []
+    is_complete = True
+    for path in sorted(directory.iterdir()):
+        if path.name.endswith(PARTIAL_SUFFIX):
+            path.unlink()
+            continue
+        try:
+            saved = parse(path.read_bytes())
+            if path.name != _file_name(saved.name):
+                raise ValueError(f"is that of {saved.name!r}")
+        except (OSError, ValueError) as error:
+            _log.error("cannot restore", extra=log.fields(file=path, reason=error))
+            is_complete = False
+            continue
+        found.append(saved)
+    return found, is_complete
+
+
+def _alias_from_json(data: bytes) -> Alias:
+    fields = json.loads(data)
+    if not isinstance(fields, dict) or fields.pop("version", None) != 1:
+        raise ValueError("is not an alias of version 1")
+    try:
+        targets = tuple(AliasTarget(**_typed(AliasTarget, each)) for each in fields.pop("targets"))
+        if not targets:
+            raise TypeError("has no targets")
+        return Alias(targets=targets, **_typed(Alias, fields))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"is not an alias: {error}") from None
 
 
 def stage_below(incoming: Path, files: Sequence[UploadedFile]) -> StagedUpload:
@@ -515,6 +560,15 @@ class NoStateDir:
         pass
 
     def remove(self, name: str) -> None:
+        pass
+
+    def read_aliases(self) -> list[Alias]:
+        return []
+
+    def save_alias(self, alias: Alias) -> None:
+        pass
+
+    def remove_alias(self, name: str) -> None:
         pass
 
     def discard(self, source: Source) -> None:

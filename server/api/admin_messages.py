@@ -12,14 +12,14 @@ from google.protobuf import timestamp_pb2
 
 from turret.server.adapters.adapter import AdapterRef, origin_of
 from turret.server.adapters.fuse.combination import Combination
-from turret.server.api.limits import MAX_WORD_CHARS
+from turret.server.api.limits import MAX_ALIAS_TARGETS, MAX_WORD_CHARS
 from turret.server.api.violations import Violations, adapter_refs
 from turret.server.errors import InvalidRequestError
 from turret.server.words import say
 from turret.v1 import adapters_pb2
 
 if TYPE_CHECKING:
-    from turret.server.adapters.adapter import AdapterInfo
+    from turret.server.adapters.adapter import AdapterInfo, Alias
     from turret.server.adapters.base import Precision
     from turret.server.adapters.fuse.combination import FuseResult
     from turret.server.adapters.merger import MergeState
@@ -74,6 +74,49 @@ def adapter_message(record: AdapterInfo) -> adapters_pb2.Adapter:
         stamp.FromNanoseconds(round(record.last_used_time * 1e9))
         message.last_used_time.CopyFrom(stamp)
     return message
+
+
+def alias_message(alias: Alias) -> adapters_pb2.Alias:
+    """An alias in the form of the API."""
+    return adapters_pb2.Alias(
+        name=alias.name,
+        targets=[
+            adapters_pb2.AliasTarget(
+                name=target.name, generation=target.generation, weight=target.weight
+            )
+            for target in alias.targets
+        ],
+    )
+
+
+# The largest weight of a target; as large as that of a mix's member.
+_MOST_WEIGHT = 100
+
+
+def checked_alias(message: adapters_pb2.SetAliasRequest) -> tuple[str, list[AdapterRef]]:
+    """The name and the targets of a request.
+
+    Raises:
+        InvalidRequestError: Lists every offending field.
+    """
+    violations = Violations()
+    violations.check_name(message.name, "name")
+    violations.check(len(message.targets) > 0, "targets", "EMPTY")
+    refs: list[AdapterRef] = []
+    if violations.check_count(len(message.targets), MAX_ALIAS_TARGETS, "targets"):
+        for index, target in enumerate(message.targets):
+            path = f"targets[{index}]"
+            violations.check_name(target.name, f"{path}.name")
+            weight = target.weight if target.HasField("weight") else 1.0
+            if not 0 < weight <= _MOST_WEIGHT:
+                wanted = f"above 0 and at most {_MOST_WEIGHT}"
+                text = say("INVALID_VALUE", value=weight, wanted=wanted)
+                violations.add(f"{path}.weight", text)
+                continue
+            generation = target.generation if target.HasField("generation") else None
+            refs.append(AdapterRef(name=target.name, generation=generation, weight=weight))
+    violations.raise_if_any()
+    return message.name, refs
 
 
 # Page tokens of ``ListAdapters``: the last name of the page before, tied to its filters.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import logging
+import random
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from turret.server import log, tracing
+from turret.server.adapters.adapter import Adapter, AdapterRef
 from turret.server.api.faults import MAX_MESSAGE_CHARS, Failure, Failures
 from turret.server.api.limits import MAX_MIX_MEMBERS, MAX_NAME_CHARS, MAX_REQUEST_ID_CHARS
 from turret.server.basics.codes import Code
@@ -42,6 +44,10 @@ _FIELDS = frozenset(
 _MOST_LOGGED_FIELDS = 8
 
 
+# No caller can predict or influence it, unlike Python's generator, which tests and libraries seed.
+new_draw = random.SystemRandom().random
+
+
 def is_request_id(text: str) -> bool:
     """Whether a text is 1 to 128 printable ASCII characters, which are safe in headers and logs."""
     return 0 < len(text) <= MAX_REQUEST_ID_CHARS and text.isascii() and text.isprintable()
@@ -61,7 +67,9 @@ class Call:
         method: The method, as the log shows it.
         protocol: The door it came through: ``grpc`` or ``http``.
         request_id: Every line that the current task logs carries it.
+        draw: Chooses among the targets of the aliases that the call names.
         adapters: Names that the call is about; None until they are known.
+        aliases: Each alias that the call named, and the adapter and generation that it got.
         prompt_tokens: 0 until the engine has answered; of all prompts of the call together.
         generated_tokens: The number of tokens generated so far.
         message_bytes: Size of the request message as it came; 0 if it came in parts.
@@ -73,7 +81,9 @@ class Call:
     method: str
     protocol: str
     request_id: str
+    draw: float = field(default_factory=new_draw)
     adapters: tuple[str, ...] | None = None
+    aliases: tuple[tuple[str, str, int], ...] = ()
     prompt_tokens: int = 0
     generated_tokens: int = 0
     message_bytes: int = 0
@@ -143,6 +153,18 @@ class Call:
         named = mix[:MAX_MIX_MEMBERS]
         self.adapters = tuple(member.name[:MAX_NAME_CHARS] for member in named)
 
+    def runs_on(
+        self, refs: Sequence[AdapterRef], find: Callable[[AdapterRef], Adapter | None]
+    ) -> None:
+        """Record the adapters of a checked request, and what its aliases stand for."""
+        found = [(ref.name, find(ref)) for ref in refs]
+        self.adapters = tuple(name if it is None else it.name for name, it in found)
+        self.aliases = tuple(
+            (name, it.name, it.generation)
+            for name, it in found
+            if it is not None and it.name != name
+        )
+
     def fail(
         self,
         reason: str,
@@ -176,6 +198,8 @@ class Call:
             # A call that ended before its adapters were read must not count for the base model.
             if self.adapters is not None:
                 self._metrics.request_finished(names, code.name)
+                for alias in self.aliases:
+                    self._metrics.alias_finished(*alias, code.name)
             self._metrics.call_finished(self.protocol, self.method, code.name, seconds)
             if self.prompt_tokens:
                 self._metrics.tokens(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import turret
 from turret.server.api.access import Party
-from turret.server.api.call import Call
+from turret.server.api.call import Call, new_draw
 from turret.server.api.gate import ServingGate
 from turret.server.api.inference_answers import (
     JoinedChunks,
@@ -56,11 +56,14 @@ class Inference:
         self._gate = gate
 
     async def chat_format(
-        self, adapters: Sequence[adapters_pb2.AdapterWeight], chat: inference_pb2.Chat
+        self,
+        adapters: Sequence[adapters_pb2.AdapterWeight],
+        chat: inference_pb2.Chat,
+        call: Call,
     ) -> ChatFormat:
         """The format of answers to a conversation with these adapters; see ``format_of``."""
         backend = self._gate.enter()
-        vocabulary = await backend.vocabularies.of(adapters, chat.chat_template)
+        vocabulary = await backend.vocabularies.of(adapters, chat.chat_template, draw=call.draw)
         return await format_of(chat, vocabulary.tokenizer, InputLimits.of(backend, vocabulary))
 
     async def generate(
@@ -83,7 +86,9 @@ class Inference:
         call.about(message.adapters)
         if call.trace is not None and message.HasField("chat"):
             call.trace.operation = CHAT
-        vocabulary = await backend.vocabularies.of(message.adapters, message.chat.chat_template)
+        vocabulary = await backend.vocabularies.of(
+            message.adapters, message.chat.chat_template, draw=call.draw
+        )
         request = await generate_request(
             message,
             vocabulary,
@@ -135,7 +140,9 @@ class Inference:
         """
         backend = self._gate.enter()
         call.about(message.adapters)
-        vocabulary = await backend.vocabularies.of(message.adapters, message.chat.chat_template)
+        vocabulary = await backend.vocabularies.of(
+            message.adapters, message.chat.chat_template, draw=call.draw
+        )
         request = await score_request(
             message,
             vocabulary,
@@ -181,13 +188,15 @@ class Inference:
         self, message: inference_pb2.TokenizeRequest
     ) -> inference_pb2.TokenizeResponse:
         """The tokens of a prompt, a chat or token ids, and their text."""
-        backend = self._gate.enter()
-        vocabulary = await backend.vocabularies.of(message.adapters, message.chat.chat_template)
+        backend, draw = self._gate.enter(), new_draw()
+        vocabulary = await backend.vocabularies.of(
+            message.adapters, message.chat.chat_template, draw=draw
+        )
         tokenizer = vocabulary.tokenizer
         violations = Violations()
         limits = InputLimits.of(backend, vocabulary).for_tokenize()
         check_input(message, limits, violations)
-        refs = adapter_refs(message.adapters, violations)
+        refs = adapter_refs(message.adapters, violations, draw)
         violations.raise_if_any()
         if refs:
             # No step uses these adapters, but they must exist.

@@ -43,7 +43,7 @@ async def outputs_of(
         DeadlineExceededError: After the last output, if the deadline ended the request.
     """
     call.rename(request.request_id)
-    call.adapters = tuple(ref.name for ref in request.adapters)
+    call.runs_on(request.adapters, backend.registry.find)
     trace, submitted = call.trace, 0
     if trace is not None:
         submitted = trace.submitted(request, backend.model_info.name, is_stream=not is_whole)

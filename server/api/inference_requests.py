@@ -414,7 +414,7 @@ async def generate_request(
     violations = Violations()
     check_input(message, limits, violations)
     spec = constraint_spec(message, violations)
-    refs = adapter_refs(message.adapters, violations)
+    refs = adapter_refs(message.adapters, violations, call.draw)
     sampling = sampling_params(message.sampling, limits.vocab_size, violations)
     stop = stop_conditions(message.stop, limits.vocab_size, violations)
     asked = message.options
@@ -467,7 +467,7 @@ async def score_request(
     """Like ``generate_request``, but only for the log probabilities of the prompt."""
     violations = Violations()
     check_input(message, limits, violations)
-    refs = adapter_refs(message.adapters, violations)
+    refs = adapter_refs(message.adapters, violations, call.draw)
     values = {"logprobs": True, "top_n": message.top_n}
     options = violations.build(ResponseOptions, values, "")
     check_request_id(message.request_id, violations)

@@ -117,10 +117,10 @@ async def pooled(
             inputs' requests end.
     """
     call.about(message.adapters)
-    vocabulary = await backend.vocabularies.of(message.adapters)
+    vocabulary = await backend.vocabularies.of(message.adapters, draw=call.draw)
     violations, limits = Violations(), InputLimits.of(backend, vocabulary)
     check_inputs(message.inputs, limits, violations)
-    refs = adapter_refs(message.adapters, violations)
+    refs = adapter_refs(message.adapters, violations, call.draw)
     pooling = pooling_of(violations)
     check_request_id(message.request_id, violations)
     salt = request_salt(call, message.cache_salt, violations)
@@ -131,7 +131,9 @@ async def pooled(
     async def one(index: int) -> tuple[_T, Finish]:
         each = message.inputs[index]
         with party.hold(), blamed_on(index):
-            vocabulary = await backend.vocabularies.of(message.adapters, each.chat.chat_template)
+            vocabulary = await backend.vocabularies.of(
+                message.adapters, each.chat.chat_template, draw=call.draw
+            )
             request = Request(
                 request_id=request_id,
                 prompt_token_ids=tuple(await input_token_ids(each, vocabulary.tokenizer, limits)),

@@ -57,6 +57,7 @@ MAX_TEMPLATE_CHARS = 1 << 18
 _REQUESTS, _ADAPTERS = "server/api/inference_requests.py", "server/api/admin.py"
 _MIX, _INPUTS = "server/api/violations.py", "server/api/inputs.py"
 _UPLOADS, _FUSE = "server/api/uploads.py", "server/api/admin_messages.py"
+MAX_ALIAS_TARGETS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +157,10 @@ LIMITS = (
     ),
     _chars("AdapterWeight.name", MAX_NAME_CHARS, _MIX),
     *(_chars(f"{call}Request.name", MAX_NAME_CHARS) for call in _NAMED),
+    _chars("SetAliasRequest.name", MAX_NAME_CHARS, _FUSE),
+    _chars("AliasTarget.name", MAX_NAME_CHARS, _FUSE),
+    _entries("SetAliasRequest.targets", MAX_ALIAS_TARGETS, _FUSE),
+    _chars("DeleteAliasRequest.name", MAX_NAME_CHARS),
     _chars("UnpinAdapterRequest.name", MAX_NAME_CHARS),
     _chars("ExportAdapterRequest.name", MAX_NAME_CHARS),
     _chars("FuseAdaptersRequest.name", MAX_NAME_CHARS, _FUSE),

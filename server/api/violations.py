@@ -95,9 +95,11 @@ class Violations:
 
 
 def adapter_refs(
-    weights: Sequence[adapters_pb2.AdapterWeight], violations: Violations
+    weights: Sequence[adapters_pb2.AdapterWeight],
+    violations: Violations,
+    draw: float | None = None,
 ) -> tuple[AdapterRef, ...]:
-    """The members of a mix, in the order of the message."""
+    """The members of a mix, in the order of the message; names may be aliases' with a draw."""
     if not violations.check_count(len(weights), MAX_MIX_MEMBERS, "adapters"):
         return ()
     refs: list[AdapterRef] = []
@@ -108,7 +110,7 @@ def adapter_refs(
         is_twice = member.name in seen
         violations.check(not is_twice, f"{path}.name", "DUPLICATE", value=member.name)
         seen.add(member.name)
-        values: dict[str, Any] = {"name": member.name}
+        values: dict[str, Any] = {"name": member.name, "draw": draw}
         for name in ("generation", "weight"):
             if member.HasField(name):
                 values[name] = getattr(member, name)

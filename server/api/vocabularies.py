@@ -112,13 +112,18 @@ class Vocabularies:
             vocabulary.close()
 
     async def of(
-        self, weights: Sequence[adapters_pb2.AdapterWeight], chat_template: str = ""
+        self,
+        weights: Sequence[adapters_pb2.AdapterWeight],
+        chat_template: str = "",
+        *,
+        draw: float | None = None,
     ) -> Vocabulary:
         """The vocabulary for a request with these adapters.
 
         Args:
             weights: The adapters.
             chat_template: The chat template that the request brings; empty without one.
+            draw: See ``AdapterRef``.
 
         This does not check whether the adapters can be combined, and it ignores unknown names.
 
@@ -133,6 +138,7 @@ class Vocabularies:
                 AdapterRef(
                     name=weight.name,
                     generation=weight.generation if weight.HasField("generation") else None,
+                    draw=draw,
                 )
                 for weight in weights
             )

@@ -202,7 +202,8 @@ class EngineLoop:
         self._stopping = False
         self._change: BaseChange | None = None
         self._allow_merged_twice = allow_merged_twice
-        # The uuids of the adapters that are part of the base.
+        # Uuids of the adapters that are part of the base, and digests of their weights, which other
+        # names may have too.
         self._merged: frozenset[str] = frozenset()
 
     # Callable from any thread, except ``submit``.
@@ -363,7 +364,7 @@ class EngineLoop:
         if self._allow_merged_twice:
             return
         for adapter, weight in sequence.mix.members:
-            if weight and adapter.uuid in self._merged:
+            if weight and not self._merged.isdisjoint((adapter.uuid, adapter.digest)):
                 raise AdapterMergedError(say("MERGED_TWICE", adapter=adapter.name))
 
     def _refuse_change(self) -> None:

@@ -239,7 +239,7 @@ async def make_readers(
             own constraint.
     """
     message = asked.message
-    chat_format = await inference.chat_format(message.adapters, chat)
+    chat_format = await inference.chat_format(message.adapters, chat, exchange.call)
     form: str | None = chat_format.tools
     is_free = message.WhichOneof("constraint") is None
     message.options.call_marks = chat_format.has_channels

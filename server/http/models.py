@@ -48,7 +48,7 @@ class Models:
         self._created = int(time.time())
 
     async def list(self, exchange: Exchange) -> None:
-        """List models: the base model first, then the adapters by name."""
+        """List models: the base model first, then the adapters and the aliases by name."""
         found = [self._base()]
         token = ""
         while True:
@@ -59,6 +59,7 @@ class Models:
             token = page.next_page_token
             if not token:
                 break
+        found += map(self._alias, self._adapters.aliases())
         await exchange.reply.json({"object": "list", "data": found})
 
     async def get(self, exchange: Exchange) -> None:
@@ -77,6 +78,10 @@ class Models:
             text = say("MODEL_IS_A_MIX", model=name[:200], step=members[0].name)
             raise AdapterNotFoundError(text, metadata={"adapter": name[:200]})
         question = adapters_pb2.GetAdapterRequest(name=members[0].name)
+        for alias in self._adapters.aliases():
+            if alias.name == name:
+                await exchange.reply.json(self._alias(alias))
+                return
         if members[0].HasField("generation"):
             question.generation = members[0].generation
         adapter = await self._adapters.get(question, exchange.call)
@@ -95,6 +100,14 @@ class Models:
             "generation": adapter.generation,
             "residency": residency,
         }
+
+    def _alias(self, alias: adapters_pb2.Alias) -> dict[str, Any]:
+        card = self._card(alias.name, alias.name, self._inference.model().name)
+        targets = [
+            {"name": target.name, "generation": target.generation, "weight": target.weight}
+            for target in alias.targets
+        ]
+        return card | {"targets": targets}
 
     def _card(self, name: str, root: str, parent: str | None) -> dict[str, Any]:
         return {

@@ -49,6 +49,22 @@ class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
     ) -> adapters_pb2.Adapter:
         return await self._adapters.rollback(request, current_call())
 
+    async def SetAlias(
+        self, request: adapters_pb2.SetAliasRequest, context: _Context
+    ) -> adapters_pb2.Alias:
+        return await self._adapters.set_alias(request, current_call())
+
+    async def DeleteAlias(
+        self, request: adapters_pb2.DeleteAliasRequest, context: _Context
+    ) -> adapters_pb2.DeleteAliasResponse:
+        await self._adapters.delete_alias(request)
+        return adapters_pb2.DeleteAliasResponse()
+
+    async def ListAliases(
+        self, request: adapters_pb2.ListAliasesRequest, context: _Context
+    ) -> adapters_pb2.ListAliasesResponse:
+        return adapters_pb2.ListAliasesResponse(aliases=self._adapters.aliases())
+
     async def GetAdapter(
         self, request: adapters_pb2.GetAdapterRequest, context: _Context
     ) -> adapters_pb2.Adapter:

@@ -179,6 +179,15 @@ TEXTS: dict[str, str] = {
     "ADAPTER_NOT_FOUND": "adapter not found: {adapters}",
     "OTHER_GENERATION": "adapter {adapters!q} has no generation {generation}; the current one is"
     " {current_generation}",
+    "IS_ALIAS": "{adapters!q} is an alias; name the adapter that it stands for",
+    "NOT_AN_ALIAS": "alias not found: {adapters}",
+    "ALIAS_GENERATION": "{adapters!q} is an alias and has no generations of its own; omit the"
+    " generation",
+    "NAME_OF_ALIAS": "{value!q:.130} is the name of an alias; choose another name",
+    "NAME_OF_ADAPTER": "{value!q:.130} is the name of an adapter; choose another name",
+    "ADAPTER_IS_TARGET": "adapter {adapter!q} is a target of {aliases}; move or delete that alias"
+    " first",
+    "TOO_MANY_ALIASES": "there are {most} aliases already; delete one first",
     "NO_EARLIER_GENERATION": "no generation of adapter {adapters!q} before {current_generation} was"
     " kept; the server keeps as many as --keep-generations says",
     "BEING_UNLOADED": "adapter {adapters!q} is being unloaded",

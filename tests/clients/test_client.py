@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 from datetime import UTC, datetime
 from typing import Any
 
@@ -409,5 +410,6 @@ def test_every_rpc_has_a_method_in_both_clients():
 
     for kind in (AdaptersClient, AsyncAdaptersClient):
         for rpc in adapters_pb2.DESCRIPTOR.services_by_name["Adapters"].methods_by_name:
-            name = "get_merge_state" if rpc == "GetMergeState" else rpc.split("Adapter")[0].lower()
+            words = re.sub(r"(?<!^)(?=[A-Z])", "_", rpc).lower()
+            name = words.split("_adapter")[0]
             assert callable(getattr(kind, name))

@@ -53,6 +53,11 @@ def test_what_one_loads_all_serve_under_the_same_identity(fleet: Fleet) -> None:
         second.registry.load("a", "c")
     with pytest.raises(NotInFleetError):
         second.registry.rollback("a")
+    with pytest.raises(NotInFleetError):
+        second.registry.set_alias("prod", refs("a"))
+    with pytest.raises(NotInFleetError):
+        second.registry.delete_alias("prod")
+    assert second.registry.aliases() == []
 
 
 def test_a_chat_template_is_the_same_on_every_replica(fleet: Fleet, root: Path) -> None:

@@ -230,7 +230,7 @@ async def test_it_changes_with_the_weights_and_stays_over_a_restart(
         assert vocabulary.own is not None
         with pytest.MonkeyPatch.context() as patch:
 
-            async def before(*asked: Any) -> Any:
+            async def before(*asked: Any, **more: Any) -> Any:
                 return vocabulary
 
             patch.setattr(doors.engine.backend.vocabularies, "of", before)

@@ -200,7 +200,7 @@ async def test_a_tokenizer_travels_with_its_adapter(
         # A request that was tokenised before the replacement is not answered after it.
         vocabulary = await doors.engine.vocabulary_of("grown")
 
-        async def before(*asked: Any) -> Any:
+        async def before(*asked: Any, **more: Any) -> Any:
             return vocabulary
 
         monkeypatch.setattr(doors.engine.backend.vocabularies, "of", before)

@@ -62,6 +62,22 @@ async def test_a_rollback_passes_both_generations() -> None:
         assert list(failure.violations) == ["name"]
 
 
+async def test_aliases_are_set_listed_and_deleted() -> None:
+    async with harness() as server:
+        targets = [
+            pb.AliasTarget(name="a", generation=7, weight=0.75),
+            pb.AliasTarget(name="b"),
+        ]
+        alias = await server.adapters.SetAlias(pb.SetAliasRequest(name="prod", targets=targets))
+        targets[1].generation, targets[1].weight = 1, 1.0
+        assert alias == pb.Alias(name="prod", targets=targets)
+        listed = await server.adapters.ListAliases(pb.ListAliasesRequest())
+        assert list(listed.aliases) == [alias]
+        await server.adapters.DeleteAlias(pb.DeleteAliasRequest(name="prod"))
+        listed = await server.adapters.ListAliases(pb.ListAliasesRequest())
+        assert not listed.aliases
+
+
 async def test_unload_passes_mode_and_timeout() -> None:
     cases: list[tuple[dict[str, Any], tuple[str, float]]] = [
         ({}, ("DRAIN", 30.0)),
@@ -87,6 +103,21 @@ async def test_unload_passes_mode_and_timeout() -> None:
         ("ExportAdapter", pb.ExportAdapterRequest(name="a/b/"), {"name"}),
         ("GetAdapter", pb.GetAdapterRequest(name="UPPER-"), {"name"}),
         ("PinAdapter", pb.PinAdapterRequest(), {"name"}),
+        ("SetAlias", pb.SetAliasRequest(), {"name", "targets"}),
+        (
+            "SetAlias",
+            pb.SetAliasRequest(
+                name="a",
+                targets=[
+                    pb.AliasTarget(name="B"),
+                    pb.AliasTarget(name="b", weight=0),
+                    pb.AliasTarget(name="c", weight=float("nan")),
+                    pb.AliasTarget(name="d", weight=100.1),
+                ],
+            ),
+            {"targets[0].name", *(f"targets[{index}].weight" for index in (1, 2, 3))},
+        ),
+        ("DeleteAlias", pb.DeleteAliasRequest(), {"name"}),
         (
             "UnloadAdapter",
             pb.UnloadAdapterRequest(

@@ -89,6 +89,21 @@ class AdaptersStub(object):
                 request_serializer=turret_dot_v1_dot_adapters__pb2.UnpinAdapterRequest.SerializeToString,
                 response_deserializer=turret_dot_v1_dot_adapters__pb2.Adapter.FromString,
                 _registered_method=True)
+        self.SetAlias = channel.unary_unary(
+                '/turret.v1.Adapters/SetAlias',
+                request_serializer=turret_dot_v1_dot_adapters__pb2.SetAliasRequest.SerializeToString,
+                response_deserializer=turret_dot_v1_dot_adapters__pb2.Alias.FromString,
+                _registered_method=True)
+        self.DeleteAlias = channel.unary_unary(
+                '/turret.v1.Adapters/DeleteAlias',
+                request_serializer=turret_dot_v1_dot_adapters__pb2.DeleteAliasRequest.SerializeToString,
+                response_deserializer=turret_dot_v1_dot_adapters__pb2.DeleteAliasResponse.FromString,
+                _registered_method=True)
+        self.ListAliases = channel.unary_unary(
+                '/turret.v1.Adapters/ListAliases',
+                request_serializer=turret_dot_v1_dot_adapters__pb2.ListAliasesRequest.SerializeToString,
+                response_deserializer=turret_dot_v1_dot_adapters__pb2.ListAliasesResponse.FromString,
+                _registered_method=True)
         self.FuseAdapters = channel.unary_unary(
                 '/turret.v1.Adapters/FuseAdapters',
                 request_serializer=turret_dot_v1_dot_adapters__pb2.FuseAdaptersRequest.SerializeToString,
@@ -208,7 +223,8 @@ class AdaptersServicer(object):
         files below the adapter root are not.
 
         Returns NOT_FOUND if the name is not registered, FAILED_PRECONDITION if it is pinned, if a
-        learned fusion is built from it, or if it is still in use when `timeout` has passed.
+        learned fusion is built from it, if an alias names it, or if it is still in use when `timeout` has
+        passed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -227,6 +243,35 @@ class AdaptersServicer(object):
     def UnpinAdapter(self, request, context):
         """Allows an adapter to be evicted and unloaded again. Idempotent. Returns NOT_FOUND if the name is
         not registered.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetAlias(self, request, context):
+        """Makes a name stand for one or several generations of adapters. Each later request that names the
+        alias gets one target, chosen at random by weight; `adapters_used` reports which. Requests that
+        were received before keep theirs. While an alias names a generation, it is kept even if it is
+        replaced, and its adapter cannot be unloaded.
+
+        Idempotent if every target has a generation. Returns INVALID_ARGUMENT if the name is an adapter's
+        or there are 100 aliases, NOT_FOUND if a target is not registered or is being unloaded, or if its
+        generation is not kept, UNIMPLEMENTED in a fleet.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteAlias(self, request, context):
+        """Frees the name of an alias. Requests that were received before finish. Returns NOT_FOUND if
+        there is no such alias, UNIMPLEMENTED in a fleet.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAliases(self, request, context):
+        """Lists all aliases, by name ascending; there are at most 100.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -341,6 +386,21 @@ def add_AdaptersServicer_to_server(servicer, server):
                     servicer.UnpinAdapter,
                     request_deserializer=turret_dot_v1_dot_adapters__pb2.UnpinAdapterRequest.FromString,
                     response_serializer=turret_dot_v1_dot_adapters__pb2.Adapter.SerializeToString,
+            ),
+            'SetAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAlias,
+                    request_deserializer=turret_dot_v1_dot_adapters__pb2.SetAliasRequest.FromString,
+                    response_serializer=turret_dot_v1_dot_adapters__pb2.Alias.SerializeToString,
+            ),
+            'DeleteAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteAlias,
+                    request_deserializer=turret_dot_v1_dot_adapters__pb2.DeleteAliasRequest.FromString,
+                    response_serializer=turret_dot_v1_dot_adapters__pb2.DeleteAliasResponse.SerializeToString,
+            ),
+            'ListAliases': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAliases,
+                    request_deserializer=turret_dot_v1_dot_adapters__pb2.ListAliasesRequest.FromString,
+                    response_serializer=turret_dot_v1_dot_adapters__pb2.ListAliasesResponse.SerializeToString,
             ),
             'FuseAdapters': grpc.unary_unary_rpc_method_handler(
                     servicer.FuseAdapters,
@@ -621,6 +681,87 @@ class Adapters(object):
             '/turret.v1.Adapters/UnpinAdapter',
             turret_dot_v1_dot_adapters__pb2.UnpinAdapterRequest.SerializeToString,
             turret_dot_v1_dot_adapters__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/turret.v1.Adapters/SetAlias',
+            turret_dot_v1_dot_adapters__pb2.SetAliasRequest.SerializeToString,
+            turret_dot_v1_dot_adapters__pb2.Alias.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/turret.v1.Adapters/DeleteAlias',
+            turret_dot_v1_dot_adapters__pb2.DeleteAliasRequest.SerializeToString,
+            turret_dot_v1_dot_adapters__pb2.DeleteAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAliases(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/turret.v1.Adapters/ListAliases',
+            turret_dot_v1_dot_adapters__pb2.ListAliasesRequest.SerializeToString,
+            turret_dot_v1_dot_adapters__pb2.ListAliasesResponse.FromString,
             options,
             channel_credentials,
             insecure,

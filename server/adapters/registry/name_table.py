@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from turret.server.adapters.adapter import (
@@ -14,6 +14,7 @@ from turret.server.adapters.adapter import (
     Adapter,
     AdapterInfo,
     AdapterRef,
+    Alias,
     Mix,
     Source,
     State,
@@ -184,6 +185,11 @@ def generation_of(registration: Registration, generation: int | None) -> Adapter
     return adapter
 
 
+def _check_distinct(names: Iterable[str]) -> None:
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    refuse_all([("adapters", say("DUPLICATE", value=name)) for name in repeated])
+
+
 def _not_found(name: str, names: Sequence[str] = ()) -> Text:
     return say("ADAPTER_NOT_FOUND", adapters=name, closest=closest(name, names))
 
@@ -214,6 +220,7 @@ class NameTable:
         self._metrics = metrics
         self._on_gone = on_gone
         self._by_name: dict[str, Registration] = {}
+        self._aliases: dict[str, Alias] = {}
         self._mixes: set[Mix] = set()
         # Maps keys to the registrations of generations that were unloaded while requests held them.
         self._dropped: dict[str, Registration] = {}
@@ -228,14 +235,17 @@ class NameTable:
         """
         with self._changed:
             registration = self._by_name.get(name)
-        if registration is None:
-            raise AdapterNotFoundError(_not_found(name, self._some_names()))
+            if registration is None:
+                is_alias = name in self._aliases
+                text = say("IS_ALIAS", adapters=name) if is_alias else self._not_found(name)
+                raise AdapterNotFoundError(text)
         return registration
 
-    def _some_names(self) -> list[str]:
-        """Names to suggest for a missing one; limited, because a call compares them all."""
+    def _not_found(self, name: str) -> Text:
+        """The reason why a name is not found; compares it with a limited number of names."""
         with self._changed:
-            return list(itertools.islice(self._by_name, _MOST_COMPARED))
+            names = itertools.chain(self._aliases, self._by_name)
+            return _not_found(name, list(itertools.islice(names, _MOST_COMPARED)))
 
     def get(self, name: str) -> Registration | None:
         with self._changed:
@@ -273,7 +283,72 @@ class NameTable:
         with self._changed:
             before = registration.current
             replaced = [*(a for a in registration.kept if a is not adapter), before]
-            return tuple(replaced[max(len(replaced) - self._keep_generations, 0) :])
+            return self._without_surplus(registration, replaced)
+
+    def _without_surplus(
+        self, registration: Registration, replaced: Sequence[Adapter]
+    ) -> tuple[Adapter, ...]:
+        """The last of these generations, and those that an alias names."""
+        surplus = max(len(replaced) - self._keep_generations, 0)
+        named = {
+            target.generation
+            for alias in self._aliases.values()
+            for target in alias.targets
+            if target.name == registration.name
+        }
+        return tuple(
+            adapter
+            for index, adapter in enumerate(replaced)
+            if index >= surplus or adapter.generation in named
+        )
+
+    def surplus(self, registration: Registration) -> tuple[Adapter, ...]:
+        """Kept generations that no setting or alias keeps any more."""
+        with self._changed:
+            kept = self._without_surplus(registration, registration.kept)
+            return tuple(adapter for adapter in registration.kept if adapter not in kept)
+
+    def drop_kept(self, registration: Registration, surplus: Sequence[Adapter]) -> None:
+        """No longer lets requests name these generations; they end with their last request."""
+        with self._changed:
+            registration.kept = tuple(a for a in registration.kept if a not in surplus)
+            registration.retired += tuple(surplus)
+            gone = self._forget_retired(registration)
+        self._part_with(gone)
+
+    # Aliases. Their targets are current or kept: ``kept_after`` keeps what an alias names, and
+    # ``check_not_aliased`` keeps the name.
+
+    def aliases(self) -> list[Alias]:
+        """All aliases, by name."""
+        with self._changed:
+            return sorted(self._aliases.values(), key=lambda alias: alias.name)
+
+    def alias(self, name: str) -> Alias | None:
+        with self._changed:
+            return self._aliases.get(name)
+
+    def put_alias(self, alias: Alias) -> None:
+        """Makes later requests for the name get these targets, which are there."""
+        with self._changed:
+            self._aliases[alias.name] = alias
+
+    def remove_alias(self, name: str) -> None:
+        """Frees the name."""
+        with self._changed:
+            del self._aliases[name]
+
+    def check_not_aliased(self, registration: Registration) -> None:
+        """Raises AdapterInUseError if an alias names the adapter."""
+        aliases = [
+            alias.name
+            for alias in self.aliases()
+            if any(target.name == registration.name for target in alias.targets)
+        ]
+        if aliases:
+            names = ", ".join(aliases)
+            text = say("ADAPTER_IS_TARGET", adapter=registration.name, aliases=names)
+            raise AdapterInUseError(text)
 
     def swap(self, registration: Registration, adapter: Adapter) -> None:
         """Makes ``adapter`` current; generations that are not kept end with their last request."""
@@ -390,23 +465,29 @@ class NameTable:
             self._changed.wait_for(lambda: registration.in_flight == 0, timeout_seconds)
 
     def resolve(self, ref: AdapterRef) -> tuple[Registration, Adapter]:
-        """The registration and generation that a request names.
+        """The registration and generation that a request names, perhaps through an alias.
 
         Raises:
             AdapterNotFoundError: There is none, or the name is being unloaded.
         """
         with self._changed:
-            registration = self.find(ref.name)
+            name, generation = ref.name, ref.generation
+            alias = None if ref.draw is None else self._aliases.get(name)
+            if alias is not None and ref.draw is not None:
+                if generation is not None:
+                    raise AdapterNotFoundError(say("ALIAS_GENERATION", adapters=name))
+                target = alias.pick(ref.draw)
+                name, generation = target.name, target.generation
+            registration = self.find(name)
             if registration.state != "ACTIVE":
-                raise AdapterNotFoundError(say("BEING_UNLOADED", adapters=ref.name))
-            return registration, generation_of(registration, ref.generation)
+                raise AdapterNotFoundError(say("BEING_UNLOADED", adapters=name))
+            return registration, generation_of(registration, generation)
 
     def acquire(self, refs: Sequence[AdapterRef]) -> Mix:
         """See ``AdapterRegistry.acquire``."""
         if not refs:
             return BASE_MIX
-        repeated = [name for name, count in Counter(r.name for r in refs).items() if count > 1]
-        refuse_all([("adapters", say("DUPLICATE", value=name)) for name in repeated])
+        _check_distinct(ref.name for ref in refs)
         with self._changed:
             found: list[tuple[Registration, Adapter, float]] = []
             missing: dict[str, Text] = {}
@@ -418,6 +499,8 @@ class NameTable:
             if missing:
                 text, *others = missing.values()
                 raise AdapterNotFoundError(_not_found(",".join(missing)) if others else text)
+            # An alias may stand for another member of the mix.
+            _check_distinct(registration.name for registration, _, _ in found)
             now = time.time()
             for registration, _, _ in found:
                 registration.last_used_time = now

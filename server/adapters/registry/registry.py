@@ -12,6 +12,7 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,9 +20,12 @@ from typing import Literal
 
 from turret.server import log
 from turret.server.adapters.adapter import (
+    MAX_ALIASES,
     Adapter,
     AdapterInfo,
     AdapterRef,
+    Alias,
+    AliasTarget,
     Mix,
     OwnTemplate,
     Source,
@@ -46,6 +50,7 @@ from turret.server.errors import (
     AdapterBusyError,
     AdapterCheckpointError,
     AdapterInUseError,
+    AdapterNotFoundError,
     AdapterPinnedError,
     InvalidRequestError,
     TurretError,
@@ -104,6 +109,7 @@ class Unloads:
             if registration.current.pinned:
                 raise AdapterPinnedError(say("ADAPTER_PINNED", adapter=name))
             self._table.check_not_component(registration)
+            self._table.check_not_aliased(registration)
             registration.state = "DELETING"
             registration.unloaders += 1
         try:
@@ -141,6 +147,7 @@ class Unloads:
                 raise kind(say("ADAPTER_HELD", adapter=name, requests=count, seconds=waited))
             if registration.current.pinned:
                 raise AdapterPinnedError(say("ADAPTER_PINNED", adapter=name))
+            self._table.check_not_aliased(registration)
         # No request can acquire the adapter now: it is being deleted, and changes of the name wait.
         self._state.remove(name)
         self._table.remove(registration)
@@ -150,6 +157,9 @@ class Unloads:
 
 
 _log = logging.getLogger(__name__)
+
+# The key of the lock of all aliases among those of names, none of which contains this character.
+_ALL_ALIASES = "@"
 
 
 class AdapterRegistry:
@@ -272,6 +282,13 @@ class AdapterRegistry:
             for adapter in kept:
                 adapter.is_retired = True
             self._table.add(registration)
+        for alias in self._state.read_aliases():
+            try:
+                self._check_alias(alias)
+            except TurretError as error:
+                _log.error("cannot restore", extra=log.fields(alias=alias.name, reason=error))
+            else:
+                self._put_alias(alias)
         for saved in found:
             if saved.pinned:
                 try:
@@ -297,7 +314,7 @@ class AdapterRegistry:
         ``chat_template`` is used instead of the one in the files.
 
         Raises:
-            InvalidRequestError: The name is malformed.
+            InvalidRequestError: The name is malformed, or an alias's.
             AdapterExistsError, AdapterInUseError: The name has other content, or is being unloaded.
             HubError, HubUnavailableError, QueueFullError: The hub's files cannot be downloaded.
             AdapterCheckpointError, AdapterMismatchError, AdapterComponentError: See the loader.
@@ -403,13 +420,12 @@ class AdapterRegistry:
     @contextlib.contextmanager
     def _changing(self, name: str) -> Iterator[None]:
         """Makes this the only change of the name for now, and counts it as a load."""
-        if why := no_adapter_name(name):
-            raise InvalidRequestError.of("name", why)
-        if name.lower() in (BASE, self.base.name.lower()):
-            raise InvalidRequestError.of("name", say("NAME_OF_BASE", value=name))
+        self._check_free(name)
         start = time.monotonic()
         try:
             with self._names.only(name):
+                if self._table.alias(name) is not None:
+                    raise InvalidRequestError.of("name", say("NAME_OF_ALIAS", value=name))
                 yield
         except Exception:
             self._metrics.adapter_loaded("error")
@@ -446,6 +462,115 @@ class AdapterRegistry:
             self._table.check_generation(name, expected_generation)
             self._installer.roll_back(registration, generation)
             return self._record(registration)
+
+    # Aliases
+
+    def aliases(self) -> list[Alias]:
+        """All aliases, by name."""
+        return self._table.aliases()
+
+    def set_alias(self, name: str, targets: Sequence[AdapterRef]) -> Alias:
+        """Makes a name stand for generations of adapters, of which each request gets one.
+
+        Requests that hold a generation of the alias before finish on it. A generation that an alias
+        names stays, like a kept one.
+
+        Args:
+            name: A new name, or that of an alias.
+            targets: The generations, with the weights by which requests are divided among them.
+                Without a generation, the one that is current now.
+
+        Raises:
+            InvalidRequestError: The name is malformed, the base's or an adapter's; there are too
+                many aliases; or a target occurs twice.
+            AdapterNotFoundError: A target is not registered or is being unloaded, or its generation
+                is not kept.
+            StorageFullError: The alias cannot be saved.
+        """
+        self._check_free(name)
+        with self._changing_alias(name, *(target.name for target in targets)):
+            alias = Alias(name, tuple(map(self._target, targets)))
+            self._check_alias(alias)
+            self._state.save_alias(alias)
+            self._put_alias(alias)
+        return alias
+
+    def delete_alias(self, name: str) -> None:
+        """Frees the name of an alias.
+
+        Raises:
+            AdapterNotFoundError: The name is not an alias's.
+            StorageFailedError: The change cannot be saved.
+        """
+        with self._changing_alias(name):
+            if self._table.alias(name) is None:
+                raise AdapterNotFoundError(say("NOT_AN_ALIAS", adapters=name))
+            self._state.remove_alias(name)
+            self._table.remove_alias(name)
+            self._metrics.alias_changed(name, ())
+
+    def _target(self, ref: AdapterRef) -> AliasTarget:
+        _, adapter = self._table.resolve(ref)
+        return AliasTarget(name=ref.name, generation=adapter.generation, weight=ref.weight)
+
+    def _check_free(self, name: str) -> None:
+        if why := no_adapter_name(name):
+            raise InvalidRequestError.of("name", why)
+        if name.lower() in (BASE, self.base.name.lower()):
+            raise InvalidRequestError.of("name", say("NAME_OF_BASE", value=name))
+
+    def _check_alias(self, alias: Alias) -> None:
+        """Raises the errors of ``set_alias``."""
+        if self._table.get(alias.name) is not None:
+            raise InvalidRequestError.of("name", say("NAME_OF_ADAPTER", value=alias.name))
+        known = self._table.aliases()
+        if len(known) >= MAX_ALIASES and alias.name not in {each.name for each in known}:
+            raise InvalidRequestError.of("name", say("TOO_MANY_ALIASES", most=MAX_ALIASES))
+        keys = [f"{target.name}@{target.generation}" for target in alias.targets]
+        for key, count in Counter(keys).items():
+            if count > 1:
+                raise InvalidRequestError.of("targets", say("DUPLICATE", value=key))
+        for target in alias.targets:
+            self._table.resolve(AdapterRef(name=target.name, generation=target.generation))
+
+    def _put_alias(self, alias: Alias) -> None:
+        self._table.put_alias(alias)
+        self._metrics.alias_changed(
+            alias.name, [(target.name, target.generation) for target in alias.targets]
+        )
+
+    @contextlib.contextmanager
+    def _changing_alias(self, name: str, *names: str) -> Iterator[None]:
+        """Makes this the only change of an alias, and of the names that it has or gets as targets.
+
+        At the end, it drops generations that only the alias kept.
+        """
+        with contextlib.ExitStack() as locks:
+            locks.enter_context(self._names.only(_ALL_ALIASES))
+            alias = self._table.alias(name)
+            before = {target.name for target in alias.targets} if alias is not None else set[str]()
+            for each in sorted({name, *names, *before}):
+                locks.enter_context(self._names.only(each))
+            yield
+            for each in before:
+                self._drop_surplus(self._table.find(each))
+
+    def _drop_surplus(self, registration: Registration) -> None:
+        surplus = self._table.surplus(registration)
+        if not surplus:
+            return
+        current = registration.current
+        kept = tuple(adapter for adapter in registration.kept if adapter not in surplus)
+        try:
+            self._state.save(current, pinned=current.pinned, kept=kept)
+        except TurretError as error:
+            # The next replacement drops them.
+            _log.warning(
+                "cannot drop generations",
+                extra=log.fields(adapter=registration.name, reason=error),
+            )
+        else:
+            self._table.drop_kept(registration, surplus)
 
     # Lookups
 
@@ -563,6 +688,13 @@ class AdapterRegistry:
             self.on_unloaded(adapter.key)
 
     # Requests
+
+    def find(self, ref: AdapterRef) -> Adapter | None:
+        """The generation that a reference names now, without holding it; None if there is none."""
+        try:
+            return self._table.resolve(ref)[1]
+        except AdapterNotFoundError:
+            return None
 
     def acquire(self, refs: Sequence[AdapterRef]) -> Mix:
         """Resolves a request's adapters, all or none, and counts them in flight.

@@ -195,6 +195,12 @@ class TokenizerInfo(BaseModel):
     chat_template: str | None
 
 
+class AliasTarget(Answer):
+    name: str
+    generation: int
+    weight: float
+
+
 class ModelCard(Answer):
     id: str
     object: Literal["model"]
@@ -207,6 +213,7 @@ class ModelCard(Answer):
     method: str | None = None
     generation: int | None = None
     residency: str | None = None
+    targets: list[AliasTarget] | None = Field(None, description="What an alias stands for.")
 
 
 class ModelList(Answer):

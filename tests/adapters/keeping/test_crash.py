@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.registries import Registries, stage_directory
+from builders.registries import Registries, Waiter, refs, stage_directory
 from checkout import ROOT
 from servers.crash_worker import Entry, Operation, entries_of, open_registry, perform
+
+from turret.server.adapters.adapter import AdapterRef
 
 NUM_KILLS = 50
 # Maximum number of lines that a worker prints before it is killed; an operation prints two.
@@ -115,7 +117,8 @@ def _kill(pid: int, pause: float) -> None:
 
 
 def _state(entries: dict[str, list[Any]]) -> State:
-    return {name: Entry(*(*values, tuple(kept))) for name, (*values, kept) in entries.items()}
+    found = {name: Entry(*values) for name, values in entries.items()}
+    return {name: entry._replace(kept=tuple(entry.kept)) for name, entry in found.items()}
 
 
 @pytest.fixture
@@ -245,6 +248,38 @@ def test_every_step_on_the_disk_may_be_the_last(
     assert outcomes == sorted(outcomes)
     assert len(outcomes) > 2
     assert not outcomes[0]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_no_alias_ever_loses_its_target(
+    make: Registries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process may end at every step of a move, after which a generation goes that it kept."""
+    outcomes, was_cut = [], True
+    for stop_at in range(60):
+        state_path = tmp_path / f"{stop_at}"
+        registry = open_registry(make.root, state_path, 0)
+        registry.upload("x", stage_directory(registry, make.root / "a"))
+        registry.set_alias("prod", refs("x"))
+        registry.upload("x", stage_directory(registry, make.root / "b"), replace=True)
+        move = functools.partial(registry.set_alias, "prod", refs("x"))
+        was_cut = _cut_after(monkeypatch, stop_at, move)
+        registry._state.close()
+        again = open_registry(make.root, state_path, 0)
+        again.restore()
+        ((target,),) = (alias.targets for alias in again.aliases())
+        waiter = Waiter(again.acquire([AdapterRef(name="prod", draw=0.5)]))
+        assert waiter.wait().error is None
+        (adapter, _), *_ = waiter.mix.members
+        assert (adapter.name, adapter.generation) == (target.name, target.generation)
+        outcomes.append(adapter.generation == 2)
+        again.close()
+        registry.close()
+        if not was_cut:
+            break
+    assert not was_cut
+    assert outcomes == sorted(outcomes)
+    assert (outcomes[0], outcomes[-1]) == (False, True)
 
 
 def _cut_after(monkeypatch: pytest.MonkeyPatch, steps: int, call: Any) -> bool:

@@ -167,7 +167,16 @@ async def test_no_request_applies_a_merged_adapter_twice(root: Path) -> None:
         await asyncio.to_thread(server.registry.replace, "lora", "other")
         with pytest.raises(AdapterMergedError):
             await score(server, "lora")
+        # The same weights under another registration, and other weights under this one.
+        await asyncio.to_thread(server.registry.load, "again", "lora")
+        with pytest.raises(AdapterMergedError):
+            await score(server, "again")
+        await asyncio.to_thread(server.registry.unload, "lora")
+        await asyncio.to_thread(server.registry.load, "lora", "ia3")
+        await score(server, "lora")
         await asyncio.to_thread(server.registry.replace, "lora", "lora")
+        with pytest.raises(AdapterMergedError):
+            await score(server, "lora")
         await unmerge(server)
         assert (await score(server, "lora", "other")).bits == plain
 

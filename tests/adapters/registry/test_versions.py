@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from turret.server.adapters.state_dir import StateDir
 from turret.server.errors import (
     AdapterChangedError,
     AdapterGenerationError,
+    AdapterInUseError,
     AdapterNotFoundError,
     StorageFullError,
 )
@@ -199,3 +202,104 @@ def test_an_export_may_be_of_a_kept_generation(make: Registries) -> None:
     with registry.export("a", 1) as export:
         assert (export.record.generation, export.record.facts.digest) == (1, first)
     registry.unload("a")
+
+
+# Aliases
+
+
+def target(registry: AdapterRegistry, name: str, draw: float) -> tuple[str, int]:
+    mix = registry.acquire([AdapterRef(name=name, draw=draw)])
+    registry.release(mix)
+    adapter = mix.members[0][0]
+    return adapter.name, adapter.generation
+
+
+def test_requests_are_divided_by_weight(make: Registries) -> None:
+    registry = make(load="abc")
+    weights = [AdapterRef(name=name, weight=w) for name, w in (("a", 6), ("b", 3), ("c", 1))]
+    registry.set_alias("prod", weights)
+    expected = {0.0: "a", 0.59: "a", 0.61: "b", 0.89: "b", 0.91: "c", math.nextafter(1, 0): "c"}
+    assert {draw: target(registry, "prod", draw)[0] for draw in expected} == expected
+    own, _ = registry.tokenizers.find([AdapterRef(name="prod", draw=0.0)])
+    assert own is None
+    # Only a request may name an alias.
+    with pytest.raises(AdapterNotFoundError, check=says("IS_ALIAS", adapters="prod")):
+        registry.acquire(refs(["prod"]))
+
+
+def test_an_alias_keeps_the_generations_that_it_names(
+    start: Start, make: Registries, tmp_path: Path
+) -> None:
+    registry = start(keep=0)
+    registry.upload("x", stage_directory(registry, make.root / "a"))
+    alias = registry.set_alias("prod", refs("x"))
+    assert [(t.name, t.generation, t.weight) for t in alias.targets] == [("x", 1, 1.0)]
+    for path in "bcd":
+        registry.replace("x", path)
+    assert versions(registry) == (4, (1,))
+    assert target(registry, "prod", 0.5) == ("x", 1)
+    with pytest.raises(AdapterInUseError, check=says("ADAPTER_IS_TARGET", aliases="prod")):
+        registry.unload("x")
+    registry.close()
+    registry = start(keep=0)
+    assert registry.aliases() == [alias]
+    assert target(registry, "prod", 0.5) == ("x", 1)
+    files = tmp_path / "state" / "files"
+    assert len(list(files.iterdir())) == 1
+    running = registry.acquire([AdapterRef(name="prod", draw=0.5)])
+    registry.set_alias("prod", refs("x"))
+    assert versions(registry) == (4, ())
+    assert target(registry, "prod", 0.5) == ("x", 4)
+    assert running.members[0][0].generation == 1
+    assert len(list(files.iterdir())) == 1
+    registry.release(running)
+    until(lambda: not list(files.iterdir()))
+    registry.delete_alias("prod")
+    registry.unload("x")
+    registry.close()
+    assert start().aliases() == []
+
+
+def test_a_move_that_cannot_be_saved_changes_nothing(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = start(keep=0)
+    registry.load("x", "a")
+    registry.set_alias("prod", refs("x"))
+    registry.replace("x", "b")
+
+    def fail(*_: Any) -> None:
+        raise StorageFullError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry._state, "save_alias", fail)
+        with pytest.raises(StorageFullError):
+            registry.set_alias("prod", refs("x"))
+    assert target(registry, "prod", 0.0) == ("x", 1)
+    # The move counts, even if the file of the adapter cannot be written after it.
+    with monkeypatch.context() as patch:
+        patch.setattr(registry._state, "write", fail)
+        registry.set_alias("prod", refs("x"))
+    assert target(registry, "prod", 0.0) == ("x", 2)
+    assert versions(registry) == (2, (1,))
+
+
+def test_an_alias_whose_adapter_is_gone_is_reported_and_not_served(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = start()
+    registry.load("x", "a")
+    registry.set_alias("prod", refs("x"))
+    registry.set_alias("broken", refs("x"))
+    registry.set_alias("empty", refs("x"))
+    registry.close()
+    state = tmp_path / "state"
+    (state / "adapters" / "x.json").unlink()
+    (state / "aliases" / "broken.json").write_text("{}")
+    empty = {"version": 1, "name": "empty", "targets": []}
+    (state / "aliases" / "empty.json").write_text(json.dumps(empty))
+    registry = start()
+    assert registry.aliases() == []
+    assert caplog.text.count("cannot restore") == 3
+    # The files are left for the operator.
+    assert len(list((state / "aliases").iterdir())) == 3

@@ -150,6 +150,27 @@ def test_an_answer_goes_on_with_its_own_weights_or_not_at_all(server: ServerUnde
             list(stream)
 
 
+def test_an_answer_of_an_alias_goes_on_with_the_target_that_began_it(
+    server: ServerUnderTest,
+) -> None:
+    options: GenerateOptions = {"max_tokens": 300, "ignore_eos": True, "temperature": 0.0}
+    by_alias: GenerateOptions = {**options, "adapters": "prod"}
+    by_name: GenerateOptions = {**options, "adapters": "json"}
+    with (
+        TurretClient(server.address) as direct,
+        breaking_proxy(server.address, (1200, 1200)) as proxy,
+        TurretClient(proxy.address) as client,
+    ):
+        direct.adapters.set_alias("prod", "json")
+        stream = client.generate_stream("a", **by_alias)
+        begin = next(stream)
+        direct.adapters.set_alias("prod", "sql")
+        found = _joined([begin, *stream])
+        assert proxy.num_broken > 0
+        direct.adapters.delete_alias("prod")
+        assert found == _joined(list(direct.generate_stream("a", **by_name)))
+
+
 def test_a_proxy_that_falls_silent_is_given_up(
     server: ServerUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

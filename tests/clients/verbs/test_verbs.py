@@ -361,6 +361,27 @@ def test_adapters_lifecycle(run: Run, server: FakeTurret):
     assert err.startswith("error: NOT_FOUND (ADAPTER_NOT_FOUND): no adapter new")
 
 
+def test_aliases(run: Run, server: FakeTurret):
+    assert run("adapters", "aliases")[1] == "no aliases\n"
+    assert run("adapters", "alias", "prod", "sql@7")[1] == "prod is sql@7\n"
+    (target,) = server.adapters.requests[-1].targets
+    assert (target.name, target.generation, target.HasField("weight")) == ("sql", 7, True)
+    code, out, _ = run("adapters", "alias", "canary", "sql@7=0.9", "json=0.1", "--json")
+    assert code == 0
+    targets = [
+        {"name": "sql", "generation": 7, "weight": 0.9},
+        {"name": "json", "generation": 1, "weight": 0.1},
+    ]
+    assert json.loads(out) == {"name": "canary", "targets": targets}
+    lines = ["prod is sql@7", "canary is sql@7 (90%), json@1 (10%)"]
+    assert run("adapters", "aliases")[1].splitlines() == lines
+    assert run("adapters", "unalias", "prod")[1] == "deleted alias prod\n"
+    assert len(json.loads(run("adapters", "aliases", "--json")[1])) == 1
+    for targets in ([], ["sql+json"]):
+        with pytest.raises(SystemExit):
+            run("adapters", "alias", "prod", *targets)
+
+
 def test_adapters_fuse_merge_and_unmerge(run: Run, server: FakeTurret):
     code, out, _ = run(*FUSE, "--combination", "svd", "--rank", "4")
     assert code == 0

@@ -177,6 +177,7 @@ class FakeAdapters(adapters_pb2_grpc.AdaptersServicer):
         self.files: dict[str, bytes] = {}
         self.requests: list = []
         self.garble = False
+        self.aliases: dict[str, adapters_pb2.Alias] = {}
         self.merged = adapters_pb2.MergeState(base_generation=1)
 
     def _add(self, name: str, *, pinned: bool = False) -> adapters_pb2.Adapter:
@@ -262,6 +263,23 @@ class FakeAdapters(adapters_pb2_grpc.AdaptersServicer):
             next_page_token=str(end) if end < len(names) else "",
             total_size=len(names),
         )
+
+    def SetAlias(self, request, context):
+        self.requests.append(request)
+        alias = adapters_pb2.Alias(name=request.name)
+        for target in request.targets:
+            generation = target.generation or self.adapters[target.name].generation
+            weight = target.weight if target.HasField("weight") else 1.0
+            alias.targets.add(name=target.name, generation=generation, weight=weight)
+        self.aliases[request.name] = alias
+        return alias
+
+    def DeleteAlias(self, request, context):
+        del self.aliases[request.name]
+        return adapters_pb2.DeleteAliasResponse()
+
+    def ListAliases(self, request, context):
+        return adapters_pb2.ListAliasesResponse(aliases=self.aliases.values())
 
     def UnloadAdapter(self, request, context):
         self._get(request, context)

@@ -14,6 +14,9 @@ from turret.server.adapters.adapter import (
     SINGLE_LABEL,
     AdapterFacts,
     AdapterInfo,
+    AdapterRef,
+    Alias,
+    AliasTarget,
     Head,
     OwnTemplate,
 )
@@ -226,6 +229,7 @@ class FakeRegistry:
 
     records: dict[str, AdapterInfo] = field(default_factory=dict)
     unloads: list[tuple[str, str, float]] = field(default_factory=list)
+    by_alias: dict[str, Alias] = field(default_factory=dict)
     is_closed: bool = False
 
     def load(
@@ -307,6 +311,25 @@ class FakeRegistry:
         self.unloads.append((name, mode, timeout_seconds))
         del self.records[name]
 
+    def find(self, ref: AdapterRef) -> None:
+        """Names nothing, so that calls count for the names that they were sent."""
+
+    def aliases(self) -> list[Alias]:
+        return list(self.by_alias.values())
+
+    def set_alias(self, name: str, targets: list[AdapterRef]) -> Alias:
+        self.by_alias[name] = alias = Alias(
+            name,
+            tuple(
+                AliasTarget(name=t.name, generation=t.generation or 1, weight=t.weight)
+                for t in targets
+            ),
+        )
+        return alias
+
+    def delete_alias(self, name: str) -> None:
+        del self.by_alias[name]
+
     def acquire(self, refs: Any) -> Any:
         """Grant any adapter."""
         return refs
@@ -345,7 +368,7 @@ class FakeMerger:
             cancellation.wait(Future())
             self.withdrawn.set()
             cancellation.check()
-        members = tuple(MergedAdapter(r.name, f"uuid-{r.name}", 3, r.weight) for r in refs)
+        members = tuple(MergedAdapter(r.name, f"uuid-{r.name}", 3, r.weight, "d") for r in refs)
         report = MergeReport(0.125, 0.75, (("layers.0.q_proj", 0.25), ("layers.1.q_proj", 0.0)))
         merge = Merge(adapters=members, precision=precision, time=86_400.5, report=report)
         self.state = MergeState(self.state.base_generation + 1, merge)
@@ -384,7 +407,9 @@ class FakeVocabularies(Vocabularies):
     def __init__(self, base: Vocabulary) -> None:
         self._only = base
 
-    async def of(self, weights: Any, chat_template: str = "") -> Vocabulary:
+    async def of(
+        self, weights: Any, chat_template: str = "", *, draw: float | None = None
+    ) -> Vocabulary:
         return self._only
 
     def close(self) -> None:
