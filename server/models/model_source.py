@@ -394,7 +394,7 @@ def _stored_modules(weights: Path) -> dict[str, str]:
     found |= {name.removesuffix(_WEIGHT): "" for name in names if is_quantized(name)}
     for name in names:
         module, state, kind = name.partition(_QUANT_STATE)
-        if state:
+        if state and module in found:
             found[module] = kind
     return found
 
