@@ -137,8 +137,7 @@ def check_skip_modules(
     """
     if not patterns:
         return
-    is_file = model is None or model.is_file()
-    if not is_file and is_4bit(_config_of(model)):
+    if model is not None and not model.is_file() and is_4bit(_config_of(model)):
         raise InvalidRequestError.of("skip_modules", say("ALREADY_QUANTIZED", model=model))
     if modules is not None:
         skipped_modules(patterns, modules)

@@ -346,6 +346,7 @@ async def test_skipped_modules_of_a_plain_checkpoint(tmp_path: Path) -> None:
         assert found["q_proj", "16-bit"].relative_error is None
         assert 0.05 < (found["v_proj", "quantized"].relative_error or 0) < 0.15
         assert bool(told) is (time == 0)
+    source = resolve_model(plain, cache, skip_modules=skip)
     assert source.digest != resolve_model(plain, cache).digest
     assert modules_in_16_bits(source.weights) == modules_in_16_bits(packed)
 

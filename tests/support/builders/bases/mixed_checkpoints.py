@@ -54,9 +54,10 @@ def load_4bit(folder: Path) -> tuple[Any, Any]:
     for name, module in list(exact.named_modules()):
         if isinstance(module, Linear4bit):
             dense = torch.nn.Linear(module.in_features, module.out_features, bias=False)
-            state: Any = copy.deepcopy(module.weight.quant_state)
+            packed: Any = module.weight
+            state = copy.deepcopy(packed.quant_state)
             state.dtype = torch.float32
-            weight = bnb_functional.dequantize_4bit(module.weight.data, state)
+            weight = bnb_functional.dequantize_4bit(packed.data, state)
             dense.weight = torch.nn.Parameter(weight)
             dense.bias = module.bias
             exact.set_submodule(name, dense)
