@@ -13,7 +13,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -269,7 +269,7 @@ class ModelSource:
     digest: str
     commit: str = ""
     quantizes_all: bool = False
-    fidelity: Fidelity | None = None
+    fidelity: Fidelity | None = field(default=None, compare=False)
 
 
 def resolve_model(
