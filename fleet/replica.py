@@ -510,7 +510,9 @@ class ReplicaParts:
             config.max_rank,
             metrics,
             state=SharedStateDir(config.state_dir, config.max_upload_bytes),
-            allowed=Allowed(config.allow_other_base, config.allow_dense_adapters),
+            allowed=Allowed(
+                config.allow_other_base, config.allow_dense_adapters, config.strict_base
+            ),
             hub=AdapterHub(config.adapter_hub, config.max_upload_bytes),
             admit=admit,
         )

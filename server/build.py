@@ -127,7 +127,13 @@ def build_backend(
     gpu = device.type == "cuda" if gpu is None else gpu
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     with progress_bar() as progress:
-        source = resolve_model(config.model.model, default_cache_dir(), progress)
+        source = resolve_model(
+            config.model.model,
+            default_cache_dir(),
+            progress,
+            quantizes_all=config.model.quantize_all,
+            skip_modules=config.model.skip_modules,
+        )
         decoder = load_decoder(source, dtype=dtype, device=device, gpu=gpu, progress=progress)
     tokenizer = Tokenizer.load(source.files, eos_token_ids(source.files), decoder.arch.vocab_size)
     if config.model.chat_template is not None:
@@ -149,6 +155,8 @@ def build_backend(
             path=path,
             chat_template=_template_shown(config.model, tokenizer),
             adapter_device_bytes=store.max_bytes,
+            digest=source.digest,
+            weights=str(decoder.fidelity),
             **formulations(decoder, is_head_screened=is_screened),
         ),
     )
@@ -272,7 +280,7 @@ def _build_registry(
         config.max_rank,
         metrics,
         state=state,
-        allowed=Allowed(config.allow_other_base, config.allow_dense_adapters),
+        allowed=Allowed(config.allow_other_base, config.allow_dense_adapters, config.strict_base),
         hub=AdapterHub(config.adapter_hub, config.max_upload_bytes),
         admit=admit,
         keep_generations=config.keep_generations,

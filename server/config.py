@@ -110,6 +110,18 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float16", "float32"] = setting(
         "bfloat16", "dtype of activations and of the weights that are not 4-bit"
     )
+    skip_modules: Names = setting(
+        (),
+        "module that stays in 16 bits when a model is quantised, as q_proj,"
+        " layers.0.mlp.down_proj or a regular expression for whole paths, by the rule of"
+        " bitsandbytes' llm_int8_skip_modules; repeatable",
+        shown="MODULE",
+    )
+    quantize_all: Switch = setting(
+        False,
+        "quantise the modules that a bitsandbytes 4-bit checkpoint keeps in 16 bits as well: less"
+        " memory, but another base than the one that adapters were trained on",
+    )
 
     threads: Whole | None = setting(
         None,
@@ -226,6 +238,11 @@ class AdapterConfig:
     max_rank: Whole = setting(128, "highest rank of an adapter", ge=1)
     allow_other_base: Switch = setting(
         False, "serve adapters whose config names another base model, if the shapes fit"
+    )
+    strict_base: Switch = setting(
+        False,
+        "reject adapters that were trained on other weights of the base than those served, by"
+        " provenance.json or the base's name; by default they get a warning",
     )
     allow_dense_adapters: Switch = setting(
         False, "serve adapters whose updates are as large as the weights they change"

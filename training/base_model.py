@@ -23,9 +23,9 @@ from transformers import (
 from transformers.utils import logging
 
 from turret.server.log import progress_bar
-from turret.server.models.decoding.arch import Arch, Projections
+from turret.server.models.decoding.arch import LAYER_PREFIX, Arch, Projections
 from turret.server.models.families import read_arch, text_config
-from turret.server.models.model_source import ModelSource, resolve_model
+from turret.server.models.model_source import ModelSource, modules_in_16_bits, resolve_model
 from turret.server.models.sources.check import default_cache_dir, find_gguf
 from turret.server.models.sources.gguf_file import open_gguf
 from turret.server.models.sources.gguf_header import SUFFIX
@@ -185,8 +185,9 @@ def empty_model(base: TrainingBase, weights: Weights, dtype: torch.dtype) -> Any
             put_experts(model, base.arch, lambda number: _empty_linear)
     if weights == "nf4":
         layers = model.model.layers
+        kept = set(modules_in_16_bits(base.source.weights))
         for name, module in list(layers.named_modules()):
-            if isinstance(module, torch.nn.Linear):
+            if isinstance(module, torch.nn.Linear) and f"{LAYER_PREFIX}.{name}" not in kept:
                 layers.set_submodule(name, _EmptyLinear4bit(module))
         model.is_loaded_in_4bit = True
     model.config._name_or_path = base.source.name
@@ -214,8 +215,10 @@ class _EmptyLinear4bit(Linear4bit):
 
 def _load_nf4(base: TrainingBase, dtype: torch.dtype) -> Any:
     config = copy.deepcopy(base.config)
+    kept = modules_in_16_bits(base.source.weights)
     config.quantization_config = BitsAndBytesConfig(
         load_in_4bit=True,
+        llm_int8_skip_modules=[*kept, "lm_head"] if kept else None,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,

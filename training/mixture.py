@@ -114,7 +114,7 @@ def as_modules(model: Any) -> Iterator[None]:
 
 
 def load_4bit(weights: Path, arch: Arch, config: Any, dtype: torch.dtype) -> Any:
-    """A transformers model with its experts as modules, all its linear modules in NF4.
+    """A transformers model with its experts as modules, in NF4 or in 16 bits as they are stored.
 
     Args:
         weights: The directory of a bitsandbytes-4bit checkpoint, which may be that of a larger
@@ -133,13 +133,14 @@ def load_4bit(weights: Path, arch: Arch, config: Any, dtype: torch.dtype) -> Any
 
     def make(number: int) -> MakeLinear:
         prefix = f"{LAYER_PREFIX}.{number}"
-        return lambda path, out, inner: _linear4bit(tensors, f"{prefix}.{path}", out, inner, dtype)
+        return lambda path, out, inner: _linear(tensors, f"{prefix}.{path}", out, inner, dtype)
 
     if arch.experts is not None:
         put_experts(model, arch, make)
     for number, layer in enumerate(model.model.layers):
         for path, module in list(layer.named_modules()):
-            if type(module) is torch.nn.Linear:
+            # Experts in 16 bits have their weights already.
+            if type(module) is torch.nn.Linear and module.weight.is_meta:
                 linear = make(number)(path, module.out_features, module.in_features)
                 layer.set_submodule(path, linear)
     _load_rest(model, tensors, arch)
@@ -174,13 +175,19 @@ def _stored_name(name: str, tensors: CheckpointTensors, arch: Arch) -> str:
     return name
 
 
-def _linear4bit(
+def _linear(
     tensors: CheckpointTensors, name: str, out: int, inner: int, dtype: torch.dtype
-) -> Linear4bit:
+) -> torch.nn.Linear:
     weight = tensors.weight(f"{name}.weight", (out, inner))
-    module = Linear4bit(inner, out, bias=False, compute_dtype=dtype, device="meta")
-    stats = weight.state.as_dict(packed=True)
-    module.weight = Params4bit.from_prequantized(weight.packed, stats, device="cpu", module=module)
+    module: torch.nn.Linear
+    if isinstance(weight, torch.Tensor):
+        module = torch.nn.Linear(inner, out, bias=False, device="meta")
+        module.weight = torch.nn.Parameter(weight.to(dtype).contiguous(), requires_grad=False)
+    else:
+        module = Linear4bit(inner, out, bias=False, compute_dtype=dtype, device="meta")
+        stats = weight.state.as_dict(packed=True)
+        packed, like = weight.packed, {"device": "cpu", "module": module}
+        module.weight = Params4bit.from_prequantized(packed, stats, **like)
     if tensors.has(f"{name}.bias"):
         bias = tensors.of_shape(f"{name}.bias", out).to(dtype)
         module.bias = torch.nn.Parameter(bias, requires_grad=False)

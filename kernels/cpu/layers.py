@@ -249,10 +249,13 @@ PROJECTIONS = ("qkv", "o", "gate_up", "down")
 
 
 class NativeLinear(ctypes.Structure):
-    """An NF4 weight in bitsandbytes' packed CPU layout; ``bias`` may be None."""
+    """A weight: ``packed`` and ``absmax`` in bitsandbytes' CPU layout, or ``dense``.
+
+    The fields that are not used are None.
+    """
 
     _fields_ = (
-        *((name, _address) for name in ("packed", "absmax", "bias")),
+        *((name, _address) for name in ("packed", "absmax", "dense", "bias")),
         ("out_features", _int),
         ("in_features", _int),
     )
@@ -326,7 +329,7 @@ class NativePass(ctypes.Structure):
             (name, _address)
             for name in (
                 *("hidden", "out", "normed", "wide", "narrow", "delta", "q", "slots"),
-                *("ropes", "plans", "adapters", "places", "inputs", "changed"),
+                *("ropes", "plans", "adapters", "places", "inputs", "scratch", "changed"),
             )
         ),
         *((name, _int) for name in ("updates", "base_low", "base_high", "rows", "threads")),

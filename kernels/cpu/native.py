@@ -41,7 +41,7 @@ _SIGNATURES = {
     ),
     "turret_nf4_experts": (*(_pointer, _int, _pointer, _int, _pointer, _pointer), *(_int,) * 3),
     "turret_adapt_experts": (_pointer, _pointer),
-    "turret_dense_product": (_pointer, _int, _int, _pointer, _pointer, *(_int,) * 3, _pointer),
+    "turret_dense_product": (_pointer, _int, _int, _pointer, _pointer, *(_int,) * 4, _pointer),
     "turret_has_products": (),
     "turret_own_threads": (_int,),
     "turret_sparse_steps": (_pointer, _pointer, _int),

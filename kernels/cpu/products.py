@@ -88,7 +88,7 @@ def _product(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, *, adds: bool) -
 
 # ``y = x Wᵀ`` for a wide bf16 weight and the few rows of a step.
 
-_GROUP = 16  # rows of a tile
+TILE_ROWS = 16  # rows of a tile
 
 
 def serves_dense(weight: torch.Tensor) -> bool:
@@ -110,13 +110,14 @@ def dense_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if x.stride(1) != 1:
         x = x.contiguous()
     y = torch.empty(x.shape[0], weight.shape[0], dtype=torch.bfloat16)
-    scratch = torch.empty(-(-x.shape[0] // _GROUP) * _GROUP, x.shape[1], dtype=torch.bfloat16)
+    scratch = torch.empty(-(-x.shape[0] // TILE_ROWS) * TILE_ROWS, x.shape[1], dtype=torch.bfloat16)
     functions().turret_dense_product(
         x.data_ptr(),
         x.stride(0),
         x.shape[0],
         weight.data_ptr(),
         y.data_ptr(),
+        y.shape[1],
         *weight.shape,
         num_threads(),
         scratch.data_ptr(),

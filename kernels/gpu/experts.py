@@ -124,9 +124,9 @@ def nf4_experts_kernel(
     x_ptr,  # [num_rows, in_features]
     rows_ptr,  # [num_pairs] int64: the row of x that each pair reads; None: its own
     ends_ptr,  # [num_experts] int64
-    packed_ptr,  # [num_experts, out_features, in_features / 2] uint8
+    packed_ptr,  # [num_experts, out_features, in_features / 2] uint8; or in_features numbers
     code_ptr,  # [16] fp32
-    absmax_ptr,  # [num_experts, out_features, in_features / 64] fp32
+    absmax_ptr,  # [num_experts, out_features, in_features / 64] fp32; None: packed has numbers
     y_ptr,  # [num_pairs, out_features]
     x_stride,
     in_features,
@@ -156,43 +156,48 @@ def nf4_experts_kernel(
         n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = n < out_features
         blocks = in_features // _BLOCK
-        codes_at = packed_ptr + expert * out_features * blocks * _HALF
-        maxima_at = absmax_ptr + expert * out_features * blocks
-        first_block = n * blocks
-        half = tl.arange(0, _HALF)
-        x_at = x_ptr + row[:, None] * x_stride + tl.arange(0, _BLOCK)[None, :]
+        first_block = expert * out_features * blocks + n * blocks
+        half, whole = tl.arange(0, _HALF), tl.arange(0, _BLOCK)
+        x_at = x_ptr + row[:, None] * x_stride + whole[None, :]
         acc = tl.zeros((_PAIRS, BLOCK_N), dtype=tl.float32)
         for g in range(blocks):
             block = first_block + g
-            absmax = tl.load(maxima_at + block, mask=inside, other=0.0)
-            byte_at = codes_at + block[:, None] * _HALF + half[None, :]
-            byte = tl.load(byte_at, mask=inside[:, None], other=0)
-            even, odd = code_pairs(byte, code_ptr, x_ptr.dtype.element_ty, PTX)
-            weight = tl.trans(tl.reshape(tl.join(even, odd), (BLOCK_N, _BLOCK)))
             x = tl.load(x_at + g * _BLOCK, mask=live[:, None], other=0.0)
-            product = dot(x, weight, tl.zeros((_PAIRS, BLOCK_N), dtype=tl.float32))
-            acc += product * absmax[None, :]
+            if absmax_ptr is None:
+                weight_at = packed_ptr + block[:, None] * _BLOCK + whole[None, :]
+                weight = tl.trans(tl.load(weight_at, mask=inside[:, None], other=0.0))
+                acc = dot(x, weight, acc)
+            else:
+                absmax = tl.load(absmax_ptr + block, mask=inside, other=0.0)
+                byte_at = packed_ptr + block[:, None] * _HALF + half[None, :]
+                byte = tl.load(byte_at, mask=inside[:, None], other=0)
+                even, odd = code_pairs(byte, code_ptr, x_ptr.dtype.element_ty, PTX)
+                weight = tl.trans(tl.reshape(tl.join(even, odd), (BLOCK_N, _BLOCK)))
+                product = dot(x, weight, tl.zeros((_PAIRS, BLOCK_N), dtype=tl.float32))
+                acc += product * absmax[None, :]
         y_at = y_ptr + pair.to(tl.int64)[:, None] * out_features + n[None, :]
         keep = live[:, None] & inside[None, :]
         tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=keep)
 
 
 def nf4_experts(
-    x: torch.Tensor, weight: Nf4Matrix, routing: Routing, rows: torch.Tensor | None
+    x: torch.Tensor, weight: Nf4Matrix | torch.Tensor, routing: Routing, rows: torch.Tensor | None
 ) -> torch.Tensor:
-    """Multiply every pair of a row and an expert by the expert's quantised weight.
+    """Multiply every pair of a row and an expert by the expert's weight.
 
     Args:
         x: ``[num_rows, in_features]`` or ``[num_pairs, in_features]``, fp16, bf16 or fp32; rows may
             be strided.
-        weight: The weights of all experts, stacked by rows.
+        weight: The weights of all experts, stacked by rows: quantised, or ``[num_experts ·
+            out_features, in_features]`` in the dtype of ``x``.
         routing: The pairs.
         rows: The row of ``x`` that each pair reads, ``[num_pairs]`` int64; None if each pair has
             its own.
 
     Returns:
-        ``[num_pairs, out_features]``, dtype of ``x``, one rounding from fp32. A weight is its value
-        of ``CODE``, rounded to the dtype of ``x``, times its block's maximum, not rounded.
+        ``[num_pairs, out_features]``, dtype of ``x``, one rounding from fp32. A quantised weight is
+        its value of ``CODE``, rounded to the dtype of ``x``, times its block's maximum, not
+        rounded.
 
     Raises:
         ValueError: A shape, dtype or stride breaks the contract.
@@ -200,20 +205,26 @@ def nf4_experts(
     check_float("x", x)
     check_rows("x", x)
     num_pairs, num_experts = routing.rows.shape[0], routing.ends.shape[0]
-    check_shape("x", x, -1 if rows is not None else num_pairs, weight.in_features)
-    absmax, size = weight.absmax, weight.out_features * weight.in_features
-    if weight.in_features % BLOCK or weight.out_features % num_experts:
+    if isinstance(weight, torch.Tensor):
+        check_float("weight", weight, x.dtype)
+        (all_out, in_features), packed, absmax = weight.shape, weight, None
+    else:
+        all_out, in_features = weight.out_features, weight.in_features
+        packed, absmax = weight.packed, weight.absmax
+    check_shape("x", x, -1 if rows is not None else num_pairs, in_features)
+    if in_features % BLOCK or all_out % num_experts:
         raise ValueError(
-            f"a weight of {weight.out_features} × {weight.in_features} for {num_experts} experts;"
+            f"a weight of {all_out} × {in_features} for {num_experts} experts;"
             f" columns in blocks of {BLOCK} and rows alike for all are needed"
         )
     if num_experts > MAX_EXPERTS:
         raise ValueError(f"{num_experts} experts; at most {MAX_EXPERTS} are served")
-    check_contiguous("packed", weight.packed)
-    check_length("packed", weight.packed, size // 2)
-    check_contiguous("absmax", absmax)
-    check_length("absmax", absmax, size // BLOCK)
-    out_features = weight.out_features // num_experts
+    check_contiguous("packed", packed)
+    if absmax is not None:
+        check_length("packed", packed, all_out * in_features // 2)
+        check_contiguous("absmax", absmax)
+        check_length("absmax", absmax, all_out * in_features // BLOCK)
+    out_features = all_out // num_experts
     tuned = tuning(x.device)
     y = torch.empty(num_pairs, out_features, dtype=x.dtype, device=x.device)
     # The last tile of each expert may be only partly filled.
@@ -222,12 +233,12 @@ def nf4_experts(
         x,
         rows,
         routing.ends,
-        weight.packed,
+        packed,
         code_on(x.device),
         absmax,
         y,
         x.stride(0),
-        weight.in_features,
+        in_features,
         out_features,
         num_experts,
         BLOCK_E=triton.next_power_of_2(num_experts),

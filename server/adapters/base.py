@@ -12,15 +12,18 @@ from turret.lazy_torch import torch
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """Kinds of adapters that are rejected unless the operator allows them.
+    """Kinds of adapters that the operator allows or rejects.
 
     Attributes:
         other_base: Adapters whose base is another one by name, if shapes fit.
         dense: Adapters whose updates are as large as the weights they change.
+        strict_base: Whether adapters are rejected that only get a warning about their base by
+            default.
     """
 
     other_base: bool = False
     dense: bool = False
+    strict_base: bool = False
 
 
 NOTHING_SPECIAL = Allowed()
@@ -159,6 +162,8 @@ class BaseModel:
         hidden_size: Width of an embedding.
         num_kv_heads: Heads of keys and values per layer.
         head_dim: Width of one head.
+        weights: How the weights are stored: kind of module, such as ``down_proj``, and a word of
+            ``Fidelity.storage`` to the number of modules.
         generation: The number of the weights, from 1; each merge and each unmerge increases it.
         text_prefix: The prefix of the adapter that is being read, if it was trained on a model of
             text and images (``adapter_checkpoint.text_prefix``).
@@ -179,6 +184,7 @@ class BaseModel:
     experts: Mapping[str, BaseExperts] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     norms: Mapping[str, BaseNorm] = field(default_factory=dict)
+    weights: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     generation: int = 1
     text_prefix: str = ""
     beside: Callable[[], AbstractContextManager[object]] = nullcontext

@@ -42,6 +42,7 @@ from turret.server.models.decoding.arch import LAYER_PREFIX, MODULES, Projection
 from turret.server.models.families import FAMILIES
 from turret.server.models.sources.check import (
     check_model,
+    check_skip_modules,
     name_of_model,
     size_of_model,
     told_sizes,
@@ -69,6 +70,7 @@ def problems(config: Config, *, may_run: bool = False) -> list[Violation]:
         *of_model,
         *_device(config.model, os.environ),
         *_template(config.model.chat_template),
+        *([] if of_model else _skip_modules(config.model, base)),
         *_memory(config),
         *_adapters(
             adapters,
@@ -100,6 +102,13 @@ def _model(model: Path | None) -> tuple[str, list[Violation]]:
         return "", [Violation("model.model", text_of(ValueError(text)))]
     except OSError as error:
         return "", [Violation("model.model", _unreadable(error.filename, error))]
+
+
+def _skip_modules(config: ModelConfig, base: BaseSizes | None) -> Iterator[Violation]:
+    try:
+        check_skip_modules(config.model, config.skip_modules, base and base.modules)
+    except InvalidRequestError as error:
+        yield Violation("model.skip_modules", error.violations[0][1])
 
 
 def _template(path: Path | None) -> Iterator[Violation]:

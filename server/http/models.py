@@ -90,7 +90,11 @@ class Models:
     def _base(self) -> dict[str, Any]:
         info = self._inference.model()
         card = self._card(info.name, info.name, None)
-        return card | {"max_model_len": info.max_model_len, "aliases": [BASE]}
+        return card | {
+            "max_model_len": info.max_model_len,
+            "aliases": [BASE],
+            "digest": info.digest,
+        }
 
     def _adapter(self, adapter: adapters_pb2.Adapter) -> dict[str, Any]:
         card = self._card(adapter.name, adapter.digest, self._inference.model().name)

@@ -92,9 +92,7 @@ def describe_base(
                 # Bind ``base`` now: a merge may replace it, and this must keep describing these
                 # weights.
                 dequantize=lambda base=base, index=index: base.dequantize(index),
-                served=(lambda base=base, index=index: base.served(index))
-                if isinstance(base, Nf4Linear)
-                else None,
+                served=lambda base=base, index=index: base.served(index),
             )
     head = decoder.head
     modules[HEAD] = BaseModule(
@@ -115,6 +113,7 @@ def describe_base(
         name=source.name,
         model_type=arch.model_type,
         digest=source.digest,
+        weights=decoder.fidelity.storage(),
         generation=generation,
         dtype=decoder.dtype,
         modules=modules,
@@ -228,8 +227,8 @@ class BaseEdit:
     Args:
         decoder: The decoder, with every projection as loaded.
         precision: ``NF4`` quantises each module anew, as bitsandbytes does: block 64, double
-            quantisation. ``BF16`` stores each weight with one rounding; the other modules of a
-            fused projection stay 4-bit.
+            quantisation; modules in 16 bits stay in 16 bits. ``BF16`` stores each weight with one
+            rounding. The other modules of a fused projection stay as they are.
     """
 
     def __init__(self, decoder: Decoder, precision: Precision) -> None:
@@ -254,8 +253,10 @@ class BaseEdit:
         Returns:
             The weight as it will be multiplied, ``[out, in]`` fp32, on the CPU.
         """
-        if self._precision == "NF4":
-            part = _nf4(self._owner[path]).stored_alike(Nf4Weight.quantize(weight))
+        own = self._owner[path]
+        like = self._part_of(own, self._projections[own].index(path))
+        if self._precision == "NF4" and isinstance(like, Nf4Linear):
+            part = like.stored_alike(Nf4Weight.quantize(weight))
         else:
             rounded = weight.to(torch.bfloat16).to(self._device, self._dtype)
             part = DenseLinear(rounded.contiguous(), (weight.shape[0],))
@@ -271,13 +272,20 @@ class BaseEdit:
         for linear, paths in self._projections.items():
             base, bias = linear.base, linear.bias
             if any(path in self._parts for path in paths):
-                own = _nf4(linear)
-                parts = [self._parts.pop(path, None) or own.part(i) for i, path in enumerate(paths)]
+                parts = [
+                    self._parts.pop(path, None) or self._part_of(linear, i)
+                    for i, path in enumerate(paths)
+                ]
                 base = join_linears(parts)
             if any(path in self._biases for path in paths):
                 bias = self._bias(linear, paths)
             if base is not linear.base or bias is not linear.bias:
                 self._others.append((linear, base, bias))
+
+    def _part_of(self, linear: AdaptedLinear, index: int) -> Nf4Linear | DenseLinear:
+        part = linear.base.part(index)
+        assert isinstance(part, Nf4Linear | DenseLinear)
+        return part
 
     def _bias(self, linear: AdaptedLinear, paths: tuple[str, ...]) -> torch.Tensor:
         changes = [
@@ -299,8 +307,3 @@ class BaseEdit:
             linear.base, linear.bias = base, bias
         self._others = before
         self._decoder.epoch += 1
-
-
-def _nf4(linear: AdaptedLinear) -> Nf4Linear:
-    assert isinstance(linear.base, Nf4Linear), "edits begin at the weights as loaded"
-    return linear.base

@@ -21,9 +21,17 @@ from turret.server.models.decoding.arch import LAYER_PREFIX, ROUTER, Arch, Exper
 from turret.server.models.decoding.cpu_layers import CpuLayerOps
 from turret.server.models.decoding.decoder import Decoder, DecoderLayer
 from turret.server.models.families import read_arch
+from turret.server.models.fidelity import Fidelity, squared_error
 from turret.server.models.model_source import ModelSource, Progress, StoredTensors, no_progress
 from turret.server.models.sources.model_directory import weight_files
-from turret.server.models.weights.nf4 import BaseLinear, Nf4Linear, Nf4Weight
+from turret.server.models.weights.nf4 import (
+    BaseLinear,
+    DenseLinear,
+    Nf4Linear,
+    Nf4Weight,
+    dequantize_stored,
+    fuse_weights,
+)
 from turret.server.models.weights.nf4_experts import Nf4Experts, RouterLinear
 from turret.server.words import say
 
@@ -59,15 +67,30 @@ def formulations(decoder: Decoder, *, is_head_screened: bool) -> dict[str, str]:
 
 
 def _product(base: BaseLinear) -> str:
-    if not isinstance(base, Nf4Linear):
-        return "native" if native.has_kernels(torch.device("cpu")) else "torch"
-    return base.formulation()
+    if isinstance(base, Nf4Linear):
+        return base.formulation()
+    if isinstance(base, DenseLinear):
+        return linear_formulation(base.weight)
+    return "native" if native.has_kernels(torch.device("cpu")) else "torch"
 
 
 class CheckpointTensors:
-    """Reads tensors and quantised weights, and records which were read."""
+    """Reads tensors and quantised weights, and records which were read.
 
-    def __init__(self, folder: Path, experts: Experts | None) -> None:
+    Args:
+        folder: A bitsandbytes-4bit checkpoint.
+        experts: The experts of its architecture, or None.
+        quantizes_all: Whether weights that are stored in 16 bits are quantised as well.
+
+    Attributes:
+        fidelity: The states of the weights that were read.
+    """
+
+    def __init__(
+        self, folder: Path, experts: Experts | None, *, quantizes_all: bool = False
+    ) -> None:
+        self.fidelity = Fidelity()
+        self._quantizes_all = quantizes_all
         self._stored = StoredTensors(weight_files(folder), experts)
         self._read: set[str] = set()
         # Weight → names of its quantisation state. Indexed once: there may be 100,000 names.
@@ -89,24 +112,40 @@ class CheckpointTensors:
         _check_shape(name, tuple(tensor.shape), shape)
         return tensor
 
-    def weight(self, name: str, shape: tuple[int, int]) -> Nf4Weight:
-        """A quantised weight; a plain one (a module bitsandbytes skipped) is quantised here."""
+    def weight(self, name: str, shape: tuple[int, int]) -> Nf4Weight | torch.Tensor:
+        """The weight of a linear module: a tensor if it is stored, and so served, in 16 bits."""
+        weight = self._weight(name)
+        _check_shape(name, tuple(weight.shape), shape)
+        return weight
+
+    def _weight(self, name: str) -> Nf4Weight | torch.Tensor:
         parts = {key: self.get(key) for key in self._beside.get(name, ())}
         tensor = self.get(name)
-        if parts:
-            weight = Nf4Weight.from_tensors(name, {name: tensor, **parts})
-        else:
-            weight = Nf4Weight.quantize(tensor.to(torch.bfloat16))
-        _check_shape(name, weight.shape, shape)
+        if not parts:
+            source = self._stored.format(name)
+            if not source and not self._quantizes_all:
+                self.fidelity.count(name, "16-bit")
+                return tensor
+            return self._quantized(name, tensor, source)
+        parts[name] = tensor
+        exact = Nf4Weight.from_tensors(name, parts)
+        if exact is None:
+            kind = next(key for key in parts if ".quant_state." in key).rpartition("__")[2]
+            return self._quantized(name, dequantize_stored(name, parts), kind)
+        self.fidelity.count(name, "as-stored")
+        return exact
+
+    def _quantized(self, name: str, tensor: torch.Tensor, source: str) -> Nf4Weight:
+        weight = Nf4Weight.quantize(tensor.to(torch.bfloat16))
+        squares = squared_error(tensor, weight.dequantize(torch.float32))
+        self.fidelity.count(name, "requantized" if source else "quantized", source, squares)
         return weight
 
     def plain(self, name: str) -> torch.Tensor:
         """A weight as plain numbers, dequantised if bitsandbytes quantised the module."""
         parts = {key: self.get(key) for key in self._beside.get(name, ())}
         tensor = self.get(name)
-        if not parts:
-            return tensor
-        return Nf4Weight.from_tensors(name, {name: tensor, **parts}).dequantize(torch.float32)
+        return dequantize_stored(name, {name: tensor, **parts}) if parts else tensor
 
     def unread(self) -> list[str]:
         known = ("rotary_emb.inv_freq",)
@@ -128,7 +167,7 @@ def load_decoder(
     gpu: bool = False,
     progress: Progress = no_progress,
 ) -> Decoder:
-    """Load a model.
+    """Load a model. The decoder's ``fidelity`` reports how its weights are stored.
 
     Args:
         source: Result of ``resolve_model``.
@@ -144,7 +183,7 @@ def load_decoder(
 
     config = AutoConfig.from_pretrained(source.files)
     arch = read_arch(config)
-    tensors = CheckpointTensors(source.weights, arch.experts)
+    tensors = CheckpointTensors(source.weights, arch.experts, quantizes_all=source.quantizes_all)
 
     def dense(name: str) -> torch.Tensor:
         return tensors.get(name).to(dtype=dtype, device=device)
@@ -169,7 +208,9 @@ def load_decoder(
     progress("Loading layers", arch.num_layers, arch.num_layers)
     if not gpu:
         prepare_linear(head)
-    return _decoder_type(gpu)(arch, embedding=embedding, layers=layers, norm=norm, head=head)
+    decoder = _decoder_type(gpu)(arch, embedding=embedding, layers=layers, norm=norm, head=head)
+    decoder.fidelity = source.fidelity or tensors.fidelity
+    return decoder
 
 
 def _decoder_type(gpu: bool) -> type[Decoder]:
@@ -211,7 +252,7 @@ def _load_layer(
         projections[name] = AdaptedLinear(
             number,
             name,
-            Nf4Linear(weights, dtype, device, gpu=gpu),
+            fuse_weights(weights, dtype, device, gpu=gpu),
             torch.cat(biases) if has_bias else None,
         )
     return DecoderLayer(

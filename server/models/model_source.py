@@ -12,8 +12,8 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,12 +23,14 @@ from safetensors.torch import save_file
 from turret.server.errors import InvalidRequestError
 from turret.server.models.decoding.arch import Experts
 from turret.server.models.families import read_arch
-from turret.server.models.sources.check import MODEL_NAME, find_gguf
+from turret.server.models.fidelity import Fidelity, squared_error
+from turret.server.models.sources.check import MODEL_NAME, check_skip_modules, find_gguf
 from turret.server.models.sources.gguf_file import open_gguf
 from turret.server.models.sources.gguf_header import SUFFIX
 from turret.server.models.sources.model_directory import (
     WEIGHTS,
     Progress,
+    cached_model,
     check_model_directory,
     fetch_hub_model,
     hub_model_id,
@@ -37,6 +39,7 @@ from turret.server.models.sources.model_directory import (
     scale_block,
     weight_files,
 )
+from turret.server.models.sources.skip_modules import skipped_modules
 from turret.server.models.weights.nf4 import Nf4Weight
 from turret.server.models.weights.nf4_experts import ExpertStacks
 from turret.server.words import say
@@ -108,6 +111,7 @@ def dequantize_float8(
 
 _BYTES = "U8"
 _WEIGHT = ".weight"
+_QUANT_STATE = ".weight.quant_state.bitsandbytes__"
 
 
 class StoredTensors:
@@ -179,6 +183,12 @@ class StoredTensors:
         file, stored = self._place(name)
         return tuple(file.get_slice(stored).get_shape())
 
+    def format(self, name: str) -> str:
+        """``fp8`` or ``mxfp4`` if ``get`` dequantises the tensor; else empty."""
+        if name in self._stacks.parts:
+            return self._stacks.format(name)
+        return "fp8" if self._is_float8(name) else ""
+
     def codes(self) -> list[str]:
         """Names of the tensors that hold bytes, which are codes, not numbers to multiply by."""
         return [
@@ -230,7 +240,7 @@ def experts_in(names: Iterable[str], experts: Experts | None) -> ExpertStacks:
 
 
 # Part of the cache key: raise it when the format of the cached files changes.
-_FORMAT = "2"
+_FORMAT = "3"
 _MANIFEST = "turret.json"
 
 
@@ -246,8 +256,11 @@ class ModelSource:
         name: Model id on the hub or as the checkpoint names itself, else the directory's name.
         weights: Directory of a bitsandbytes-4bit checkpoint.
         files: Directory with config.json and the tokenizer.
-        digest: SHA-256 of the weight files.
+        digest: Identifies the weights as served: SHA-256 of the weight files, and of
+            ``quantizes_all`` if that changes them.
         commit: The commit of a model from the hub.
+        quantizes_all: Whether weights that a 4-bit checkpoint stores in 16 bits are quantised too.
+        fidelity: How the weights differ from the model's files, if turret made the checkpoint.
     """
 
     name: str
@@ -255,10 +268,17 @@ class ModelSource:
     files: Path
     digest: str
     commit: str = ""
+    quantizes_all: bool = False
+    fidelity: Fidelity | None = field(default=None, compare=False)
 
 
 def resolve_model(
-    model: Path | None, cache_dir: Path, progress: Progress = no_progress
+    model: Path | None,
+    cache_dir: Path,
+    progress: Progress = no_progress,
+    *,
+    quantizes_all: bool = False,
+    skip_modules: Sequence[str] = (),
 ) -> ModelSource:
     """Find or make the 4-bit checkpoint of a model.
 
@@ -267,38 +287,146 @@ def resolve_model(
             None for the embedded model.
         cache_dir: The directory for quantised checkpoints.
         progress: Called with the progress of quantisation.
+        quantizes_all: See ``ModelSource``.
+        skip_modules: Patterns of modules that stay in 16 bits; see ``skipped_modules``.
 
     Raises:
-        InvalidRequestError: ``model`` is none of these, or has an unsupported format.
+        InvalidRequestError: ``model`` is none of these, or has an unsupported format; or a pattern
+            matches no module, or the model is quantised already.
     """
     hub_id = None if model is None else hub_model_id(model)
-    if hub_id is not None:
+    if hub_id is None:
+        source = _resolve(model, cache_dir, progress, skip_modules)
+    else:
         folder, commit = fetch_hub_model(hub_id, progress)
-        source = _resolve(folder, cache_dir, progress)
-        return dataclasses.replace(source, name=hub_id.repository, commit=commit)
-    return _resolve(model, cache_dir, progress)
+        source = _resolve(folder, cache_dir, progress, skip_modules)
+        source = dataclasses.replace(source, name=hub_id.repository, commit=commit)
+    return _with_all_quantized(source) if quantizes_all else source
 
 
-def _resolve(model: Path | None, cache_dir: Path, progress: Progress) -> ModelSource:
+def _with_all_quantized(source: ModelSource) -> ModelSource:
+    """The source, if none of its weights are in 16 bits; else its weights are others."""
+    if not modules_in_16_bits(source.weights):
+        return source
+    digest = hashlib.sha256(f"{source.digest} quantize-all".encode()).hexdigest()
+    return dataclasses.replace(source, digest=digest, quantizes_all=True)
+
+
+def modules_in_16_bits(weights: Path) -> list[str]:
+    """The linear modules of the decoder layers that a 4-bit checkpoint does not quantise.
+
+    Args:
+        weights: The directory of the checkpoint. Only the headers of its files are read.
+    """
+    return sorted(name for name, kind in _stored_modules(weights).items() if not kind)
+
+
+def stored_weights(source: ModelSource) -> Fidelity:
+    """How the weights of a source are served, as far as the headers of its files determine it."""
+    if source.fidelity is not None:
+        return source.fidelity
+    found = Fidelity()
+    for name, kind in sorted(_stored_modules(source.weights).items()):
+        if not kind:
+            found.count(name, "quantized" if source.quantizes_all else "16-bit")
+        elif kind == "nf4":
+            found.count(name, "as-stored")
+        else:
+            found.count(name, "requantized", kind)
+    return found
+
+
+def inspect_model(
+    model: Path | None,
+    cache_dir: Path,
+    *,
+    quantizes_all: bool = False,
+    skip_modules: Sequence[str] = (),
+) -> tuple[str, Fidelity]:
+    """How a model would be served, without reading its weights or asking the hub.
+
+    Args:
+        model: One that ``check_model`` accepted.
+        cache_dir: See ``resolve_model``. Errors are known for models that are in it.
+        quantizes_all: See ``resolve_model``.
+        skip_modules: See ``resolve_model``.
+
+    Returns:
+        The model's name, and the states of its modules.
+
+    Raises:
+        InvalidRequestError: See ``resolve_model``; or the model is not in the hub's cache.
+    """
+    hub_id = None if model is None else hub_model_id(model)
+    name = "" if hub_id is None else hub_id.repository
+    if hub_id is not None:
+        model = cached_model(hub_id)
+    if model is None or (model.suffix == SUFFIX and model.is_file()):
+        file = find_gguf() if model is None else model
+        target, name = _target(cache_dir, [file], skip_modules), MODEL_NAME if model is None else ""
+        if (target / _MANIFEST).exists():
+            return name or file.stem, stored_weights(_read_cached(target, target))
+        formats = open_gguf(file).formats()
+        return name or file.stem, _Quantizing(formats, skip_modules, no_progress).planned()
+    config, shards = check_model_directory(model), weight_files(model)
+    name = name or model_name(model, config)
+    if is_4bit(config):
+        check_skip_modules(model, skip_modules, None)
+        source = ModelSource(name, model, model, "", quantizes_all=quantizes_all)
+        return name, stored_weights(source)
+    target = _target(cache_dir, [model / "config.json", *shards], skip_modules)
+    if (target / _MANIFEST).exists():
+        return name, stored_weights(_read_cached(target, model))
+    tensors = _read_plain(model, shards, scale_block(config))
+    formats = {name: tensors.format(name) for name in tensors}
+    return name, _Quantizing(formats, skip_modules, no_progress).planned()
+
+
+def _stored_modules(weights: Path) -> dict[str, str]:
+    """The linear modules in a 4-bit checkpoint: ``nf4``, ``fp4`` or empty for 16 bits, by path."""
+    names = set[str]()
+    for path in weight_files(weights):
+        with safe_open(path, framework="pt") as file:
+            names.update(text_name(name) or "" for name in file.keys())  # noqa: SIM118
+    # A stack of experts is a parameter, not the weight of a module.
+    stacks = {name for name in names if ".experts." in name and name.endswith("_proj")}
+    found = dict.fromkeys(stacks, "")
+    found |= {name.removesuffix(_WEIGHT): "" for name in names if is_quantized(name)}
+    for name in names:
+        module, state, kind = name.partition(_QUANT_STATE)
+        if state and module in found:
+            found[module] = kind
+    return found
+
+
+def _resolve(
+    model: Path | None, cache_dir: Path, progress: Progress, skip: Sequence[str]
+) -> ModelSource:
     if model is None:
-        return _resolve_gguf(find_gguf(), MODEL_NAME, cache_dir, progress)
+        return _resolve_gguf(find_gguf(), MODEL_NAME, cache_dir, progress, skip)
     if model.suffix == SUFFIX and model.is_file():
-        return _resolve_gguf(model, model.stem, cache_dir, progress)
-    config, config_file = check_model_directory(model), model / "config.json"
+        return _resolve_gguf(model, model.stem, cache_dir, progress, skip)
+    config = check_model_directory(model)
     shards = weight_files(model)
     if is_4bit(config):
+        if skip:
+            raise InvalidRequestError.of("skip_modules", say("ALREADY_QUANTIZED", model=model))
         return ModelSource(model_name(model, config), model, model, _digest(shards))
-    target = cache_dir / f"nf4-{_key([config_file, *shards])}"
+    target = _target(cache_dir, [model / "config.json", *shards], skip)
     if not (target / _MANIFEST).exists():
         with _new_directory(target) as build:
             tensors = _read_plain(model, shards, scale_block(config))
+            formats = {name: tensors.format(name) for name in tensors}
             each = ((name, tensors.get(name)) for name in tensors)
-            _quantize(each, len(tensors), build, model_name(model, config), progress)
+            quantizing = _Quantizing(formats, skip, progress)
+            quantizing.write(each, build, model_name(model, config))
     return _read_cached(target, model)
 
 
-def _resolve_gguf(model: Path, name: str, cache_dir: Path, progress: Progress) -> ModelSource:
-    target = cache_dir / f"nf4-{_key([model])}"
+def _resolve_gguf(
+    model: Path, name: str, cache_dir: Path, progress: Progress, skip: Sequence[str]
+) -> ModelSource:
+    target = _target(cache_dir, [model], skip)
     if not (target / _MANIFEST).exists():
         found = open_gguf(model)
         with _new_directory(target) as build:
@@ -306,7 +434,7 @@ def _resolve_gguf(model: Path, name: str, cache_dir: Path, progress: Progress) -
             found.tokenizer.save_pretrained(build)
             ends = json.dumps({"eos_token_id": found.eos_token_ids})
             (build / "generation_config.json").write_text(ends)
-            _quantize(found.tensors(), found.num_tensors, build, name, progress)
+            _Quantizing(found.formats(), skip, progress).write(found.tensors(), build, name)
     # The embedded model's file may also be given by its path; it keeps the embedded model's name.
     return dataclasses.replace(_read_cached(target, target), name=name)
 
@@ -331,34 +459,72 @@ def is_quantized(name: str) -> bool:
     return is_of_expert or name.endswith(("_proj.weight", "_linear.weight"))
 
 
-def _quantize(
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    total: int,
-    build: Path,
-    name: str,
-    progress: Progress,
-) -> None:
-    out: dict[str, torch.Tensor] = {}
-    for done, (key, tensor) in enumerate(tensors):
-        progress("Quantising to NF4", done, total)
-        tensor = tensor.to(torch.bfloat16)
-        if is_quantized(key):
-            out.update(Nf4Weight.quantize(tensor).to_tensors(key))
-        else:
-            out[key] = tensor.contiguous().clone()
-    progress("Quantising to NF4", total, total)
-    try:
-        save_file(out, build / WEIGHTS, metadata={"format": "pt"})
-    except SafetensorError as error:
-        said = say("CACHE_NOT_WRITABLE", folder=build.parent, problem=error)
-        raise InvalidRequestError.of("model", said) from None
-    manifest = {"name": name, "digest": _digest([build / WEIGHTS]), "format": _FORMAT}
-    (build / _MANIFEST).write_text(json.dumps(manifest))
+class _Quantizing:
+    """Quantises a model and writes it, with a report, as a 4-bit checkpoint.
+
+    Args:
+        formats: The quantised format of each tensor in the model's files, or empty.
+        skip: See ``skip_modules`` of ``resolve_model``.
+        progress: Called with the number of tensors.
+    """
+
+    def __init__(self, formats: Mapping[str, str], skip: Sequence[str], progress: Progress) -> None:
+        modules = [name.removesuffix(_WEIGHT) for name in formats if is_quantized(name)]
+        self._skipped = skipped_modules(skip, modules)
+        self._formats = formats
+        self._progress = progress
+        self._fidelity = Fidelity()
+
+    def write(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], build: Path, model_name: str
+    ) -> None:
+        """Write the tensors of a model to a directory."""
+        total, out = len(self._formats), dict[str, torch.Tensor]()
+        for done, (key, tensor) in enumerate(tensors):
+            self._progress("Quantising to NF4", done, total)
+            out.update(self._stored(key, tensor.to(torch.bfloat16)))
+        self._progress("Quantising to NF4", total, total)
+        try:
+            save_file(out, build / WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:
+            said = say("CACHE_NOT_WRITABLE", folder=build.parent, problem=error)
+            raise InvalidRequestError.of("model", said) from None
+        manifest = {
+            "name": model_name,
+            "digest": _digest([build / WEIGHTS]),
+            "format": _FORMAT,
+            "fidelity": self._fidelity.rows(),
+        }
+        (build / _MANIFEST).write_text(json.dumps(manifest))
+
+    def planned(self) -> Fidelity:
+        """The states of the modules, without errors."""
+        found = Fidelity()
+        for key, source in self._formats.items():
+            if key.removesuffix(_WEIGHT) in self._skipped and is_quantized(key):
+                found.count(key, "16-bit", source)
+            elif is_quantized(key):
+                found.count(key, "requantized" if source else "quantized", source)
+        return found
+
+    def _stored(self, key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        source = self._formats[key]
+        is_skipped = key.removesuffix(_WEIGHT) in self._skipped
+        if is_skipped or not is_quantized(key):
+            if is_quantized(key):
+                self._fidelity.count(key, "16-bit", source)
+            return {key: tensor.contiguous().clone()}
+        weight = Nf4Weight.quantize(tensor)
+        squares = squared_error(tensor, weight.dequantize(torch.float32))
+        self._fidelity.count(key, "requantized" if source else "quantized", source, squares)
+        return weight.to_tensors(key)
 
 
 def _read_cached(weights: Path, files: Path) -> ModelSource:
     manifest = json.loads((weights / _MANIFEST).read_text())
-    return ModelSource(manifest["name"], weights, files, manifest["digest"])
+    fidelity = Fidelity.of_rows(manifest["fidelity"])
+    named, digest = manifest["name"], manifest["digest"]
+    return ModelSource(named, weights, files, digest, fidelity=fidelity)
 
 
 class _new_directory:
@@ -384,12 +550,14 @@ class _new_directory:
             shutil.rmtree(self._build, ignore_errors=True)
 
 
-def _key(files: Iterable[Path]) -> str:
-    parts = [_FORMAT]
+def _target(cache_dir: Path, files: Iterable[Path], skip: Sequence[str]) -> Path:
+    """The directory of a quantised checkpoint in the cache."""
+    parts = [_FORMAT, *sorted(set(skip))]
     for file in files:
         stat = file.stat()
         parts.append(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}")
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+    return cache_dir / f"nf4-{key}"
 
 
 def _digest(files: Iterable[Path]) -> str:

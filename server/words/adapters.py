@@ -127,6 +127,12 @@ TEXTS: dict[str, str] = {
     " one is used",
     "TRAINED_FOR_ANOTHER_BASE": "trained for base model {trained!q:.200} but served on"
     " {served!q:.200}: the shapes fit, but the weights may differ",
+    "OTHER_WEIGHTS": "trained on base weights with digest {trained}, but served on {served}",
+    "STORED_OTHERWISE": "trained on base weights with digest {trained}, but served on {served};"
+    " the number of these modules in 16 bits differs: {modules}",
+    "OTHER_QUANTIZATION": "trained on {trained!q:.200}, whose weights are stored as {value}, but"
+    " served on {served!q:.200}: the weights may differ",
+    "BASE_DIFFERS": "adapter {path!q:.200} is rejected by --strict-base: {problem}",
     "IS_TASK": "task {task} of the {count} in its files",
     "DRAWN_AGAIN": "{names} are not in the file, so they were drawn again from {seed} as in PEFT",
     "SOLVED_FROM_BASE": "{names} is not in the file, so it was computed from the 4-bit weights,"

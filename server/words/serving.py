@@ -73,6 +73,8 @@ TEXTS = {
     "MODEL_HAS_NO_CONFIG": "{model} has no config.json, so it is not a Hugging Face model",
     "MODEL_HAS_NO_WEIGHTS": "{model} has no {file}; turret reads weights only as safetensors",
     "MODEL_NOT_ON_HUB": "{model} is neither a directory nor a usable hub repository: {problem}",
+    "MODEL_NOT_DOWNLOADED": "the hub's cache does not have the weights of {model}; download them"
+    " with `hf download`",
     "HUB_CACHE_INCOMPLETE": "the hub is not available, and its cache has only some files of"
     " {model}",
     "NO_EMBEDDED_MODEL": "no model was given, and the embedded model is not installed; pass --model"
@@ -95,6 +97,8 @@ TEXTS = {
     "ROTATION_TOO_WIDE": "models whose heads rotate more features than they have are not supported",
     "QUANTIZATION_UNSUPPORTED": "{model} is quantized with {value!q}; supported are bitsandbytes"
     " 4-bit, MXFP4 and FP8",
+    "ALREADY_QUANTIZED": "{model} is already quantised to 4 bits, so no modules can be skipped",
+    "UNKNOWN_MODULE": "no module of the decoder layers matches {value!q}",
     "BLOCK_SIZE_INVALID": "weight_block_size must be two positive numbers, not {value}",
     "SHAPE_MISMATCH": "{name} has the shape {found}, but the config implies {expected}",
     "EXPERTS_MISMATCH": "{name} has {found} experts, but the config has {expected}",
@@ -104,8 +108,6 @@ TEXTS = {
     "TENSOR_INVALID": "{name}: {problem}",
     "SCALE_MISSING": "{name} is stored in 8-bit floats but has no scale",
     "SCALES_MISMATCH": "the scales have the shape {found} instead of {expected}",
-    "NOT_NF4": "{name} is stored as {kind} with blocks of {block}; only nf4 with blocks of"
-    " {expected} is supported",
     "NOT_MXFP4": "{name} is not stored as MXFP4: an expert has {found} and scales {scales}",
     "EXPERT_SHAPE_UNSUPPORTED": "{name} has an expert of unsupported shape {found}",
     "EXPERT_WIDTH_UNSUPPORTED": "experts with {width} inputs are not supported on a GPU, only"

@@ -64,18 +64,20 @@ def test_what_is_no_number_stays_in_bounds() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("gathers", [True, False])
+@pytest.mark.parametrize(("gathers", "is_dense"), [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize(("rows", "out", "inner"), [(1, 48, 64), (18, 72, 128)])
 def test_multiplies_every_pair_by_its_expert(
-    rows: int, out: int, inner: int, dtype: torch.dtype, *, gathers: bool
+    rows: int, out: int, inner: int, dtype: torch.dtype, *, gathers: bool, is_dense: bool
 ) -> None:
     experts = 6
-    weight, routing = weight_of(experts, out, inner), skewed(rows, experts, 3)
+    quantized, routing = weight_of(experts, out, inner), skewed(rows, experts, 3)
+    weight = quantized.dequantize(dtype) if is_dense else quantized
     x = random(rows, 2 * inner, dtype=dtype)[:, :inner]
     given = x if gathers else x[routing.rows].contiguous()
     reads = routing.rows if gathers else None
     found = nf4_experts(given, weight, routing, reads)
-    dense = weight.dequantize(torch.float32).view(experts, out, inner).double()
+    exact_weight = weight if isinstance(weight, torch.Tensor) else weight.dequantize(torch.float32)
+    dense = exact_weight.view(experts, out, inner).double()
     exact = torch.einsum("poi,pi->po", dense[routing.experts], x[routing.rows].double())
     check(found, exact, dtype)
     for row in {0, rows - 1}:

@@ -19,6 +19,7 @@ from turret.server.models import loader
 from turret.server.models.decoding.arch import ROUTER, Arch, Experts, QueryGrowth
 from turret.server.models.decoding.decoder import Decoder
 from turret.server.models.families import text_config
+from turret.server.models.fidelity import Fidelity
 from turret.server.models.model_source import ModelSource, experts_in, is_quantized, text_name
 
 META = torch.device("meta")
@@ -29,6 +30,7 @@ class MetaTensors:
     """A checkpoint without memory, with the names and shapes of transformers."""
 
     def __init__(self, state: dict[str, torch.Tensor], experts: Experts | None) -> None:
+        self.fidelity = Fidelity()
         self._state = state
         self._stacks = experts_in(state, experts)
         self._parts: dict[str, torch.Tensor] = {}
@@ -79,8 +81,10 @@ def load_on_meta(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Decoder
     state = as_in_a_checkpoint(state, config.model_type)
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
-    monkeypatch.setattr(loader, "CheckpointTensors", lambda _, experts: MetaTensors(state, experts))
-    for linear in ("Nf4Linear", "Nf4Experts"):
+    monkeypatch.setattr(
+        loader, "CheckpointTensors", lambda _, experts, **__: MetaTensors(state, experts)
+    )
+    for linear in ("fuse_weights", "Nf4Experts"):
         monkeypatch.setattr(loader, linear, lambda weights, *_, **__: weights)
     source = ModelSource("", folder, folder, "")
     return loader.load_decoder(source, dtype=torch.bfloat16, device=META), model

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from turret.server.adapters.adapter import PROVENANCE_FILE
+from turret.server.models.model_source import stored_weights
 from turret.training.fusion import component_digests
 from turret.training.run.resuming import WHERE, versions
 from turret.training.settings.resolve import Resolved
@@ -29,7 +30,11 @@ def describe_run(resolved: Resolved, num_parameters: int) -> dict[str, Any]:
         config["method"]["components"] = component_digests(config["method"]["components"])
     source, dataset = resolved.base.source, resolved.dataset
     return {
-        "base": {"name": source.name, "digest": source.digest},
+        "base": {
+            "name": source.name,
+            "digest": source.digest,
+            "weights": stored_weights(source).storage(),
+        },
         "data": {
             "digest": dataset.digest,
             "num_examples": dataset.num_examples,

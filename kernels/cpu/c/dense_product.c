@@ -1,5 +1,5 @@
-/* y = W x for bf16 weights in their own layout, [out, in]. The head uses it: a library would first copy W into
- * another layout in every call.
+/* y = W x for bf16 weights in their own layout, [out, in]: the head and modules that are not quantised. A library
+ * would first copy W into another layout in every call.
  *
  * Tiles (dense_tiles.h) are used if the weight's shape allows. Otherwise each output is a sum of pairs of
  * inputs, first in each lane in the order of the inputs, and then over the lanes as sum_each adds them. So the
@@ -19,7 +19,7 @@ typedef struct {
     const bf16 *x, *w;
     bf16 *y;
     const bf16 *turned; /* see turn_rows */
-    int64_t x_stride, rows, out_features, in_features;
+    int64_t x_stride, y_stride, rows, out_features, in_features;
 } Product;
 
 #if HAS_TILES
@@ -52,8 +52,8 @@ INLINE void multiply(const Product *p, int64_t row, const int rows, int64_t out,
     for (int i = 0; i < LANES; i++) sums[i] = (f32x16)s[i];
     bf16 found[LANES];
     store_bf16(found, sum_each(sums));
-    bf16 *y = p->y + row * p->out_features + out;
-    for (int r = 0; r < rows; r++, y += p->out_features)
+    bf16 *y = p->y + row * p->y_stride + out;
+    for (int r = 0; r < rows; r++, y += p->y_stride)
         if (count == SIDE)
             memcpy(y, found + r * SIDE, SIDE * sizeof(bf16));
         else
@@ -80,12 +80,12 @@ static void multiply_chunk(const void *job, int64_t thread, int64_t chunk) {
         multiply_rows(p, row, row + ROW_BLOCK < p->rows ? row + ROW_BLOCK : p->rows, low, high);
 }
 
-/* x: [rows, in], with rows x_stride apart; w: [out, in]; y: [rows, out]. scratch: as large as x, with the rows
- * rounded up to a multiple of 16. */
+/* x: [rows, in], with rows x_stride apart; w: [out, in]; y: [rows, out], with rows y_stride apart. scratch: as large
+ * as x, with the rows rounded up to a multiple of 16. */
 EXPORT void turret_dense_product(const bf16 *x, int64_t x_stride, int64_t rows, const bf16 *w, bf16 *y,
-                                 int64_t out_features, int64_t in_features, int64_t num_threads,
-                                 bf16 *scratch) {
-    Product p = {x, w, y, scratch, x_stride, rows, out_features, in_features};
+                                 int64_t y_stride, int64_t out_features, int64_t in_features,
+                                 int64_t num_threads, bf16 *scratch) {
+    Product p = {x, w, y, scratch, x_stride, y_stride, rows, out_features, in_features};
     Work *work = multiply_chunk;
 #if HAS_TILES
     if (tiles_serve(&p)) {

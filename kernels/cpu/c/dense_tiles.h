@@ -40,7 +40,7 @@ INLINE void store_sums(const Product *p, const float *sums, int64_t first, int64
     for (int i = 0; i < LANES; i++) v[i] = load_f32(sums + i * LANES);
     transpose(v);
     for (int64_t r = 0; r < least(p->rows - first, GROUP); r++)
-        store_bf16(p->y + (first + r) * p->out_features + out, v[r]);
+        store_bf16(p->y + (first + r) * p->y_stride + out, v[r]);
 }
 
 /* Computes outputs [out, out + 32) for one or two groups of rows. Missing outputs are replaced by earlier ones,

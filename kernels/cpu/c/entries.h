@@ -12,6 +12,9 @@ void turret_nf4_product(const bf16 *x, int64_t x_stride, int64_t rows, const uin
 void turret_nf4_slices(const bf16 *x, int64_t rows, const uint8_t *packed, const bf16 *absmax, bf16 *y,
                        int64_t out_features, int64_t in_features, int64_t num_threads,
                        const Step *step, const int64_t *shape);
+void turret_dense_product(const bf16 *x, int64_t x_stride, int64_t rows, const bf16 *w, bf16 *y,
+                          int64_t y_stride, int64_t out_features, int64_t in_features,
+                          int64_t num_threads, bf16 *scratch);
 #endif
 void turret_adapt(const Step *step, const int64_t *shape, const bf16 *x, int64_t x_stride, bf16 *y,
                   int64_t y_stride, const bf16 *bias);

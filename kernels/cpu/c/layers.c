@@ -8,9 +8,10 @@
 #if HAS_AVX512_BF16
 enum Projection { QKV, O, GATE_UP, DOWN, PROJECTIONS };
 
+/* A weight is packed and has absmax (see nf4_product.c), or is dense, [out, in]. */
 typedef struct {
-    const uint8_t *packed; /* see nf4_product.c */
-    const bf16 *absmax;
+    const uint8_t *packed;
+    const bf16 *absmax, *dense;
     const bf16 *bias; /* [out], or null */
     int64_t out_features, in_features;
 } Linear;
@@ -57,6 +58,7 @@ typedef struct {
     const Step *adapters;     /* or null */
     const Place *places;      /* [layers, PROJECTIONS], with adapters */
     const Inputs *inputs;     /* [PROJECTIONS], or null */
+    bf16 *scratch;            /* see turret_dense_product; wide enough for every dense weight */
     bf16 *changed;            /* [slices, rows, in]: inputs of a projection after adapters changed them */
     int64_t updates;          /* bit mask of the projections that adapters change */
     int64_t base_low, base_high; /* range of the rows without adapters */
@@ -83,6 +85,20 @@ static void add(bf16 *x, const bf16 *y, int64_t rows, int64_t width, int64_t y_s
     in_pieces(add_row, &sum, rows, rows * width > SMALL ? threads : 1);
 }
 
+/* The product with a dense weight. x is [rows, in], or [slices, rows, in] if each slice of the outputs has its own
+ * input. The bits of an output do not depend on the other outputs. */
+static void multiply_dense(const Pass *p, const Linear *w, const bf16 *x, bf16 *y, int64_t slices,
+                           const int64_t *shape) {
+    int64_t in = w->in_features, out = w->out_features;
+    const int64_t *widths = slices > 1 ? shape + 3 : &out;
+    const bf16 *weight = w->dense;
+    for (int64_t s = 0; s < slices; s++, x += p->rows * in) {
+        turret_dense_product(x, in, p->rows, weight, y, out, widths[s], in, p->threads, p->scratch);
+        weight += widths[s] * in;
+        y += widths[s];
+    }
+}
+
 /* y = W x, where adapters may have changed x. */
 static void multiply(const Pass *p, const Linear *w, const Place *place, const Inputs *inputs,
                      const bf16 *x, bf16 *y) {
@@ -91,7 +107,9 @@ static void multiply(const Pass *p, const Linear *w, const Place *place, const I
         turret_change_inputs(p->adapters, module, inputs, x, p->rows, in, p->changed);
         x = p->changed;
     }
-    if (inputs && inputs->count > 1)
+    if (w->dense)
+        multiply_dense(p, w, x, y, inputs && inputs->count > 1 ? inputs->count : 1, place ? place->shape : 0);
+    else if (inputs && inputs->count > 1)
         turret_nf4_slices(x, p->rows, w->packed, w->absmax, y, out, in, p->threads, p->adapters,
                           place->shape);
     else

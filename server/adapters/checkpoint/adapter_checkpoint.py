@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -247,6 +248,19 @@ _TOKENIZER_DOMAIN = b"turret-adapter-tokenizer-1\0"
 
 
 @dataclass(frozen=True, slots=True)
+class TrainedBase:
+    """The base of an adapter's training, as ``turret train`` wrote it.
+
+    Attributes:
+        digest: The digest of its weights; "" if none is readable.
+        weights: How its modules were stored, see ``BaseModel.weights``; empty if not readable.
+    """
+
+    digest: str = ""
+    weights: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterCheckpoint:
     """A directory's content, structurally sound and finite, not yet interpreted.
 
@@ -260,8 +274,7 @@ class AdapterCheckpoint:
         bytes_disk: Size of the two files.
         is_partial: Whether tensors were left out on purpose, so that the method must not report
             them as missing.
-        base_digest: The base's digest in ``provenance.json`` beside the files; "" without that
-            file.
+        trained_base: The base in ``provenance.json`` beside the files.
         task: The task, if the files have several, or None. The digest includes it.
         text_prefix: The prefix of the language model's names, if the adapter was trained on a model
             of text and images; "" for no prefix.
@@ -275,7 +288,7 @@ class AdapterCheckpoint:
     digest: str
     bytes_disk: int
     is_partial: bool = False
-    base_digest: str = ""
+    trained_base: TrainedBase = TrainedBase()
     task: int | None = None
     text_prefix: str = ""
     tokenizer: TokenizerFiles | None = None

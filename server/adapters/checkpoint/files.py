@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from turret.server.adapters.adapter import CONFIG_FILE, MAX_CONFIG_BYTES, PROVENANCE_FILE
-from turret.server.adapters.checkpoint.adapter_checkpoint import Findings
+from turret.server.adapters.checkpoint.adapter_checkpoint import Findings, TrainedBase
 from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory
 from turret.server.basics.files import why_lfs_pointer
 from turret.server.errors import AdapterCheckpointError, BudgetExceededError
@@ -130,16 +130,19 @@ def parse_config(data: bytes, path: str) -> dict[str, Any]:
     return config
 
 
-def read_base_digest(directory: AdapterDirectory) -> str:
-    """The base's digest that ``turret train`` wrote; "" if there is no readable one."""
+def read_trained_base(directory: AdapterDirectory) -> TrainedBase:
+    """The base in ``provenance.json`` beside an adapter's files."""
     if not directory.has(PROVENANCE_FILE):
-        return ""
+        return TrainedBase()
     try:
         with directory.open_file(PROVENANCE_FILE) as file:
-            digest = parse_object(file.read(MAX_CONFIG_BYTES))["base"]["digest"]
-    except (AdapterCheckpointError, OSError, ValueError, LookupError, TypeError):
-        return ""
-    return digest if isinstance(digest, str) else ""
+            base = parse_object(file.read(MAX_CONFIG_BYTES))["base"]
+            digest, weights = base["digest"], base.get("weights")
+    except (AdapterCheckpointError, OSError, ValueError, LookupError, TypeError, AttributeError):
+        return TrainedBase()
+    if not isinstance(digest, str):
+        return TrainedBase()
+    return TrainedBase(digest, weights if isinstance(weights, dict) else {})
 
 
 # The safetensors header, checked completely before any tensor byte is read.

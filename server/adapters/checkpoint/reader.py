@@ -35,8 +35,8 @@ from turret.server.adapters.checkpoint.files import (
     TensorEntry,
     check_fits,
     parse_config,
-    read_base_digest,
     read_header,
+    read_trained_base,
 )
 from turret.server.words import say
 
@@ -101,7 +101,7 @@ def read_checkpoint(
         except BaseException:
             config_file.close()
             raise
-        base_digest = read_base_digest(directory)
+        trained_base = read_trained_base(directory)
     with config_file, file:
         stamp = None if known is None else stamp_of(config_file.fileno(), file.fileno())
         digest = None if known is None else known.find(stamp)
@@ -125,7 +125,7 @@ def read_checkpoint(
         tensors=tensors,
         digest=digest,
         bytes_disk=len(config_bytes) + file_bytes,
-        base_digest=base_digest,
+        trained_base=trained_base,
         text_prefix=prefix,
     )
 

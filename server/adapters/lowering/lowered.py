@@ -22,7 +22,7 @@ from turret.server.adapters.operators.soft_prompt import SoftPrompt
 from turret.server.adapters.operators.vectors import Bias
 from turret.server.adapters.operators.vocabulary import EMBEDDING, HEAD, VocabularyOperators
 from turret.server.adapters.peft_format.reading import Reading
-from turret.server.adapters.peft_format.refusals import base_name_warning
+from turret.server.adapters.peft_format.refusals import base_difference
 from turret.server.words import Text, say
 
 
@@ -214,7 +214,7 @@ def finish(
         findings.add(PROMPT_EMBEDDINGS, say("NOT_FINITE", dtype=base.dtype))
     findings.raise_if_any()
     base_model = checkpoint.config.get("base_model_name_or_path") or ""
-    name_warning = base_name_warning(base_model, base.name)
+    difference = base_difference(checkpoint, base)
     if ranks is None:
         ranks = () if found is None else found.ranks.values()
     positions = 0 if prompt is None else prompt.num_positions
@@ -226,7 +226,7 @@ def finish(
         base_model=base_model,
         warnings=(
             *(() if found is None else found.targets.warnings),
-            *((name_warning,) if name_warning else ()),
+            *((difference,) if difference else ()),
             *((say("NO_CONV1D"),) if checkpoint.config.get("fan_in_fan_out") is True else ()),
             *warnings,
         ),

@@ -30,8 +30,8 @@ from turret.server.adapters.checkpoint.files import (
     SafetensorsHeader,
     check_fits,
     parse_config,
-    read_base_digest,
     read_header,
+    read_trained_base,
 )
 from turret.server.adapters.methods import AnyMethod, check_common, method_for
 from turret.server.adapters.operators.vocabulary import EMBEDDING, HEAD
@@ -91,7 +91,7 @@ def check_files(
     method.check_config(rest.config, findings)
     findings.raise_if_any()
     # If a digest of the base is beside the adapter, the base's name alone proves nothing.
-    trained = None if read_base_digest(directory) else config.get(_BASE)
+    trained = None if read_trained_base(directory).digest else config.get(_BASE)
     if base_name is not None and isinstance(trained, str) and is_other_base(trained, base_name):
         raise of_other_base(path, trained, base_name)
     if base is not None:

@@ -17,6 +17,10 @@ _REPACKAGED = re.compile(
     r"[-_.](unsloth|bnb|4bit|8bit|nf4|int4|int8|fp4|fp8|bf16|fp16|f16|f32|hf|gguf|awq|gptq|dynamic"
     r"|quantized)$"
 )
+# Suffixes of weights that are not those of NF4 over all modules.
+_OTHER_FORMAT = re.compile(
+    r"[-_.](unsloth[-_.]bnb[-_.]4bit|8bit|int4|int8|fp4|fp8|awq|gptq|dynamic)(?=$|[-_.])"
+)
 _EXTENSION = re.compile(r"\.(gguf|safetensors)$")
 _GGUF_TYPE = re.compile(r"[-_.](ud-)?(i?q[1-8]_([0-9k]|xxs|xs|s|m|nl)(_(s|m|l|xl))?|f16|f32|bf16)$")
 # Matches ~/.cache/huggingface/hub/models--ORG--NAME/snapshots/COMMIT.
@@ -54,6 +58,29 @@ def base_name_warning(adapter_base: str, served_base: str) -> Text | None:
     if normalise_base_name(adapter_base) == normalise_base_name(served_base):
         return None
     return say("TRAINED_FOR_ANOTHER_BASE", trained=adapter_base, served=served_base)
+
+
+def base_difference(checkpoint: AdapterCheckpoint, base: BaseModel) -> Text | None:
+    """What proves or suggests that an adapter was trained on other weights than those served.
+
+    The digest that ``turret train`` wrote decides, if there is one; else the name of the base does.
+    """
+    trained = checkpoint.trained_base
+    if trained.digest:
+        if trained.digest == base.digest:
+            return None
+        differ = sorted(k for k in base.weights if trained.weights.get(k) != base.weights[k])
+        told = {"trained": trained.digest[:12], "served": base.digest[:12]}
+        if trained.weights and differ:
+            return say("STORED_OTHERWISE", modules=", ".join(differ), **told)
+        return say("OTHER_WEIGHTS", **told)
+    name = checkpoint.config.get("base_model_name_or_path") or ""
+    if found := base_name_warning(name, base.name):
+        return found
+    format_of = {n: _OTHER_FORMAT.search(n.lower()) for n in (name, base.name)}
+    if (other := format_of[name]) and not format_of[base.name]:
+        return say("OTHER_QUANTIZATION", trained=name, served=base.name, value=other[0][1:])
+    return None
 
 
 def is_other_base(adapter_base: str, served_base: str) -> bool:

@@ -37,10 +37,19 @@ from turret.server.adapters.component import (
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
-from turret.server.adapters.peft_format.refusals import is_other_base, of_other_base
+from turret.server.adapters.peft_format.refusals import (
+    base_difference,
+    is_other_base,
+    of_other_base,
+)
 from turret.server.adapters.peft_format.resized_vocabulary import vocabulary_of
 from turret.server.basics.work import compute_on_this_thread
-from turret.server.errors import AdapterChangedError, AdapterCheckpointError, InvalidRequestError
+from turret.server.errors import (
+    AdapterChangedError,
+    AdapterCheckpointError,
+    AdapterMismatchError,
+    InvalidRequestError,
+)
 from turret.server.hub import AdapterHub
 from turret.server.words import Text, say
 
@@ -252,6 +261,9 @@ class AdapterLoader:
             raise over_host_memory(checkpoint.path, lowered.num_bytes, self._host_bytes)
         if not self._allowed.other_base:
             check_same_base(checkpoint, base)
+        if self._allowed.strict_base and (difference := base_difference(checkpoint, base)):
+            text = say("BASE_DIFFERS", path=checkpoint.path, problem=difference)
+            raise AdapterMismatchError(text, violations=[("base_model_name_or_path", text)])
         self._admit(lowered.operators)
         generation = base.generation if lowered.depends_on_base else None
         facts = lowered.facts(checkpoint, method)
@@ -320,7 +332,7 @@ def check_same_base(checkpoint: AdapterCheckpoint, base: BaseModel) -> None:
         AdapterMismatchError: The name differs, and the provenance does not prove the same base.
     """
     trained = checkpoint.config.get("base_model_name_or_path") or ""
-    if checkpoint.base_digest == base.digest or not is_other_base(trained, base.name):
+    if checkpoint.trained_base.digest == base.digest or not is_other_base(trained, base.name):
         return
     raise of_other_base(checkpoint.path, trained, base.name)
 

@@ -210,6 +210,7 @@ class ModelCard(Answer):
     parent: str | None
     max_model_len: int | None = None
     aliases: list[str] = []
+    digest: str | None = None
     method: str | None = None
     generation: int | None = None
     residency: str | None = None

@@ -31,6 +31,7 @@ from turret.kernels.cpu.layers import (
     silu_mul,
 )
 from turret.kernels.cpu.native import has_native_products, num_threads
+from turret.kernels.cpu.products import TILE_ROWS, serves_dense
 from turret.kernels.paged_attention import SequenceSpan
 from turret.server.adapters.device.cpu.store import CpuStep
 from turret.server.adapters.device.store import AdapterStep
@@ -169,6 +170,9 @@ class CpuLayers:
             *(self._layer(number, layer) for number, layer in enumerate(layers))
         )
         first = layers[0]
+        bases = [projection.base for layer in layers for projection in _projections(layer)]
+        dense = [base.in_features for base in bases if _dense(base) is not None]
+        self._widest_dense = max(dense, default=0)
         self._widest = max(_width(projection.base) for projection in _projections(first)[::2])
         self._model = NativeModel(
             layers=ctypes.addressof(self._layers),
@@ -201,7 +205,7 @@ class CpuLayers:
         return (
             has_native_products()
             and arch.query_growth is None
-            and all(_packed(base) is not None for base in bases)
+            and all(_packed(base) is not None or _dense(base) is not None for base in bases)
         )
 
     def run(
@@ -252,6 +256,11 @@ class CpuLayers:
             rows=rows,
             threads=num_threads(),
         )
+        if self._widest_dense:
+            # Holds the rows of a dense product, transposed for AMX tiles.
+            groups = -(-rows // TILE_ROWS) * TILE_ROWS
+            scratch = hidden.new_empty(groups, self._widest_dense)
+            made.scratch = scratch.data_ptr()
         if adapters is not None:
             low, high, _ = adapters.base_rows.indices(rows)
             made.base_low, made.base_high = low, high
@@ -287,13 +296,9 @@ class CpuLayers:
         )
         for place, projection in enumerate(_projections(layer)):
             base, bias = projection.base, projection.bias
-            packed = _packed(base)
-            assert packed is not None, "asked for by ``serves``"
-            weight, absmax = packed
+            weights = *(_packed(base) or (None, None)), _dense(base)
             made.linears[place] = NativeLinear(
-                weight.data_ptr(),
-                absmax.data_ptr(),
-                None if bias is None else bias.data_ptr(),
+                *(None if tensor is None else tensor.data_ptr() for tensor in (*weights, bias)),
                 _width(base),
                 base.in_features,
             )
@@ -309,6 +314,12 @@ def _projections(layer: Layer) -> tuple[AdaptedLinear, ...]:
 def _packed(base: BaseLinear) -> tuple[torch.Tensor, torch.Tensor] | None:
     """See ``Nf4Linear.packed``; None for any other kind of weight."""
     return getattr(base, "packed", None)
+
+
+def _dense(base: BaseLinear) -> torch.Tensor | None:
+    """See ``DenseLinear.weight``; None for any other kind of weight."""
+    weight: torch.Tensor | None = getattr(base, "weight", None)
+    return weight if weight is not None and serves_dense(weight) else None
 
 
 def _width(base: BaseLinear) -> int:

@@ -32,6 +32,7 @@ from turret.server.models.decoding.arch import Arch
 from turret.server.models.decoding.cpu_layers import CpuLayerOps, CpuLayers
 from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.decoding.layer_ops import GrowingQueries, RotaryAngles, choose_layer_ops
+from turret.server.models.fidelity import Fidelity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +96,7 @@ class Decoder:
         dtype: Dtype of activations.
         ops: Computes the operations between the projections on this path.
         epoch: Changes when a merge exchanges weights, which makes earlier graphs invalid.
+        fidelity: How the weights of the layers differ from those in the model's files.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class Decoder:
         self.dtype = embedding.dtype
         self.device = embedding.device
         self.epoch = 0
+        self.fidelity = Fidelity()
         self.ops = choose_layer_ops(arch, self.dtype, self.device)
         self._angles = {kind: RotaryAngles(rope, self.device) for kind, rope in arch.ropes.items()}
         self._growth = None

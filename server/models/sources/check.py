@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shlex
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeGuard
@@ -30,6 +31,7 @@ from turret.server.models.sources.model_directory import (
     model_name,
     read_config,
 )
+from turret.server.models.sources.skip_modules import skipped_modules
 from turret.server.words import say
 
 # The folder of quantised weights.
@@ -118,6 +120,27 @@ def check_model(model: Path | None) -> str:
     if not is_4bit(config):
         check_cache_dir()
     return text_type(config)
+
+
+def check_skip_modules(
+    model: Path | None, patterns: Sequence[str], modules: Iterable[str] | None
+) -> None:
+    """Check ``--skip-modules`` for a model that :func:`check_model` accepted.
+
+    Args:
+        model: The model.
+        patterns: The setting.
+        modules: The paths of its linear modules; None if they are not known yet.
+
+    Raises:
+        InvalidRequestError: See ``resolve_model``.
+    """
+    if not patterns:
+        return
+    if model is not None and not model.is_file() and is_4bit(_config_of(model)):
+        raise InvalidRequestError.of("skip_modules", say("ALREADY_QUANTIZED", model=model))
+    if modules is not None:
+        skipped_modules(patterns, modules)
 
 
 def told_sizes(model: Path | None, model_type: str) -> dict[str, Any] | None:

@@ -31,6 +31,7 @@ _WHOLE = {
     "output": "lm_head",
 }
 _KINDS = ("weight", "bias")
+_NUMBERS = ("f32", "f16", "bf16")
 
 
 class GgufTensors:
@@ -85,6 +86,20 @@ class GgufTensors:
             for expert in range(len(tensor.data)):
                 values = _whole(_values(tensor, expert), pair, second, expert)
                 yield name.format(expert), values
+
+    def formats(self) -> dict[str, str]:
+        """The quantised format of each weight, such as ``q8_0``; empty if it is stored as numbers.
+
+        The keys are the names that iteration yields.
+        """
+        found = {}
+        for stored, name in self._names.items():
+            tensor = self._tensors[stored]
+            kind = tensor.tensor_type.name.lower()
+            count = len(tensor.data) if "{}" in name else 1
+            for expert in range(count):
+                found[name.format(expert)] = "" if kind in _NUMBERS else kind
+        return found
 
     def _other(self, part: str) -> str | None:
         """The other tensor of a pair, or None if the part is stored in one tensor."""
@@ -240,6 +255,10 @@ class GgufModel:
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and float32 values of each weight, as Hugging Face's checkpoints have them."""
         return iter(self._tensors)
+
+    def formats(self) -> dict[str, str]:
+        """See ``GgufTensors``."""
+        return self._tensors.formats()
 
 
 def open_gguf(path: Path) -> GgufModel:

@@ -269,6 +269,21 @@ def checked_config(hub_id: HubId) -> dict[str, Any]:
     return read_config(cache_dir() / repository.id.snapshot)
 
 
+def cached_model(hub_id: HubId) -> Path:
+    """The directory of a hub model in the cache, without network.
+
+    Raises:
+        InvalidRequestError: The cache does not have all of its files.
+    """
+    repository = cached_repository(hub_id)
+    folder = None if repository is None else cache_dir() / repository.id.snapshot
+    if repository is None or folder is None or not {WEIGHTS, INDEX} & set(repository.files):
+        raise _refuse(say("MODEL_NOT_DOWNLOADED", model=hub_id))
+    if not all((folder / name).is_file() for name in _weights(repository, folder)):
+        raise _refuse(say("MODEL_NOT_DOWNLOADED", model=hub_id))
+    return folder
+
+
 def fetch_hub_model(hub_id: HubId, progress: Progress) -> tuple[Path, str]:
     """Fetch a model's files to the hub's cache.
 

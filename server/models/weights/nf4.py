@@ -20,7 +20,6 @@ from turret.kernels.cpu.row_adapters import Ahead
 from turret.kernels.nf4_matmul import Nf4Matrix
 from turret.kernels.rows.linear import linear_formulation, prepare_linear, row_linear
 from turret.server.adapters.base import WeightRows
-from turret.server.errors import InvalidRequestError
 from turret.server.models.weights.nf4_cpu import (
     TILE_ROWS,
     has_nf4_product,
@@ -28,7 +27,6 @@ from turret.server.models.weights.nf4_cpu import (
     nf4_product,
     pack,
 )
-from turret.server.words import say
 
 if TYPE_CHECKING:
     from turret.server.models.weights.nf4_gpu import Nf4Product
@@ -94,31 +92,50 @@ class Nf4Weight:
         return cls(packed, state)
 
     @classmethod
-    def from_tensors(cls, name: str, tensors: Mapping[str, torch.Tensor]) -> Nf4Weight:
-        """Take a weight from a bitsandbytes-4bit checkpoint as it is.
+    def from_tensors(cls, name: str, tensors: Mapping[str, torch.Tensor]) -> Nf4Weight | None:
+        """Take a weight from a bitsandbytes-4bit checkpoint, with exactly the values it has there.
 
         Args:
             name: The weight's name; ``tensors`` holds it and ``{name}.absmax`` and so on.
             tensors: At least this weight's tensors.
 
-        Raises:
-            InvalidRequestError: Not NF4, or not block 64.
+        Returns:
+            None if no kernel reads the weight: FP4, or blocks that are not a multiple of 64.
         """
-        parts = {
-            key.removeprefix(f"{name}."): value
-            for key, value in tensors.items()
-            if key.startswith(f"{name}.")
-        }
-        state = functional.QuantState.from_dict(parts, device=torch.device("cpu"))
-        if state.quant_type != "nf4" or state.blocksize != BLOCKSIZE:
-            found = {"kind": state.quant_type, "block": state.blocksize, "expected": BLOCKSIZE}
-            raise InvalidRequestError.of("model", say("NOT_NF4", name=name, **found))
-        return cls(tensors[name], state)
+        state = _state_in(name, tensors)
+        weight = cls(tensors[name], state)
+        if state.quant_type != "nf4" or weight.blocksize % BLOCKSIZE:
+            return None
+        return weight.in_blocks_of_64()
+
+    def in_blocks_of_64(self) -> Nf4Weight:
+        """The same values in smaller blocks: the maximum of a large block is that of its parts."""
+        repeats = self.blocksize // BLOCKSIZE
+        if repeats == 1:
+            return self
+        out_features, in_features = self.shape
+        absmax = self.absmax().repeat_interleave(repeats)
+        state = functional.QuantState(
+            absmax=absmax[: -(-out_features * in_features // BLOCKSIZE)],
+            shape=self.state.shape,
+            code=self.state.code,
+            blocksize=BLOCKSIZE,
+            quant_type="nf4",
+            dtype=self.state.dtype,
+        )
+        return Nf4Weight(self.packed, state)
 
     def to_tensors(self, name: str) -> dict[str, torch.Tensor]:
         """Name the tensors as a bitsandbytes-4bit checkpoint does."""
         extra = {f"{name}.{k}": v for k, v in self.state.as_dict(packed=True).items()}
         return {name: self.packed, **extra}
+
+    @property
+    def blocksize(self) -> int:
+        """The number of weights that share a maximum; no kernel reads others than 64."""
+        found = self.state.blocksize
+        assert found is not None
+        return found
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -142,6 +159,31 @@ class Nf4Weight:
         return torch.ops.bitsandbytes.dequantize_4bit(
             self.packed, self.absmax(), BLOCKSIZE, "nf4", self.shape, dtype
         )
+
+
+def dequantize_stored(name: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A weight of a bitsandbytes-4bit checkpoint of any kind, ``[out, in]`` fp32.
+
+    See ``Nf4Weight.from_tensors``. bitsandbytes' own function is not used: its CPU kernel gives
+    wrong values where a block spans two rows.
+    """
+    state = _state_in(name, tensors)
+    weight = Nf4Weight(tensors[name], state)
+    codes = weight.packed.view(torch.uint8).view(-1)
+    pairs = torch.stack((codes >> 4, codes & 15), dim=1).view(-1).int()
+    out_features, in_features = weight.shape
+    scales = weight.absmax().repeat_interleave(weight.blocksize)[: out_features * in_features]
+    assert state.code is not None
+    return (state.code[pairs] * scales).view(out_features, in_features)
+
+
+def _state_in(name: str, tensors: Mapping[str, torch.Tensor]) -> functional.QuantState:
+    parts = {
+        key.removeprefix(f"{name}."): value
+        for key, value in tensors.items()
+        if key.startswith(f"{name}.")
+    }
+    return functional.QuantState.from_dict(parts, device=torch.device("cpu"))
 
 
 class Nf4Linear:
@@ -333,6 +375,10 @@ class BaseLinear(Protocol):
         """
         ...
 
+    def served(self, index: int) -> WeightRows:
+        """The weight of slice ``index`` as multiplied, ``[out, in]`` in any dtype, by rows."""
+        ...
+
     def dequantize(self, index: int) -> torch.Tensor:
         """The weight of slice ``index`` as multiplied, ``[out, in]`` fp32, on the CPU.
 
@@ -358,13 +404,16 @@ class DenseLinear:
         self.widths = widths
         self.in_features = weight.shape[1]
         self._slices = weight.split(widths)
-        self._weight = weight
+        self.weight = weight
         prepare_linear(weight)
 
     def __call__(
         self, x: torch.Tensor, ahead: Ahead | None = None, num_decode: int | None = None
     ) -> torch.Tensor:
-        return row_linear(x, self._weight)
+        return row_linear(x, self.weight)
+
+    def served(self, index: int) -> torch.Tensor:
+        return self._slices[index]
 
     def dequantize(self, index: int) -> torch.Tensor:
         return self._slices[index].float().cpu()
@@ -376,7 +425,7 @@ class DenseLinear:
     def join(cls, parts: Sequence[DenseLinear]) -> DenseLinear:
         """Fuse projections, in this order."""
         widths = tuple(width for part in parts for width in part.widths)
-        return cls(torch.cat([part._weight for part in parts]), widths)
+        return cls(torch.cat([part.weight for part in parts]), widths)
 
 
 class MixedLinear:
@@ -397,6 +446,10 @@ class MixedLinear:
     ) -> torch.Tensor:
         return torch.cat([part(x, ahead, num_decode) for part in self._parts], dim=1)
 
+    def served(self, index: int) -> WeightRows:
+        part, inner = self._places[index]
+        return part.served(inner)
+
     def dequantize(self, index: int) -> torch.Tensor:
         part, inner = self._places[index]
         return part.dequantize(inner)
@@ -404,6 +457,34 @@ class MixedLinear:
     def part(self, index: int) -> BaseLinear:
         part, inner = self._places[index]
         return part.part(inner)
+
+
+def fuse_weights(
+    weights: Sequence[Nf4Weight | torch.Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    gpu: bool = False,
+) -> BaseLinear:
+    """Fuse weights of one input, in order, with one product per run of equal storage.
+
+    Args:
+        weights: Each is quantised, or a tensor ``[out, in]``.
+        dtype: The dtype of activations.
+        device: Where they are served.
+        gpu: Whether the gpu path serves them.
+    """
+    parts: list[BaseLinear] = []
+    for _, group in groupby(weights, type):
+        run = list(group)
+        nf4 = [weight for weight in run if isinstance(weight, Nf4Weight)]
+        dense = [weight.to(dtype) for weight in run if isinstance(weight, torch.Tensor)]
+        if nf4:
+            parts.append(Nf4Linear(nf4, dtype, device, gpu=gpu))
+        else:
+            widths = tuple(weight.shape[0] for weight in dense)
+            parts.append(DenseLinear(torch.cat(dense).to(device), widths))
+    return parts[0] if len(parts) == 1 else MixedLinear(parts)
 
 
 def join_linears(parts: Sequence[Nf4Linear | DenseLinear]) -> BaseLinear:

@@ -1,4 +1,4 @@
-"""The same fused projection of every expert of a layer, each quantised on its own."""
+"""The same fused projection of every expert of a layer, each stored on its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from turret.kernels.cpu.row_adapters import Ahead
 from turret.kernels.expert_routing import Routing
 from turret.kernels.nf4_matmul import Nf4Matrix
 from turret.server.errors import InvalidRequestError
-from turret.server.models.weights.nf4 import BLOCKSIZE, DenseLinear, Nf4Linear, Nf4Weight
+from turret.server.models.weights.nf4 import (
+    BLOCKSIZE,
+    BaseLinear,
+    DenseLinear,
+    Nf4Linear,
+    Nf4Weight,
+    fuse_weights,
+)
 from turret.server.models.weights.nf4_cpu import nf4_expert_products
 from turret.server.words import say
 
@@ -78,7 +85,7 @@ class RouterLinear(DenseLinear):
         if x.device.type == "cpu":
             return super().__call__(x)
         padded = F.pad(x, (0, 0, 0, -x.shape[0] % _ROWS))
-        pieces = [F.linear(piece, self._weight) for piece in padded.split(_ROWS)]
+        pieces = [F.linear(piece, self.weight) for piece in padded.split(_ROWS)]
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[: x.shape[0]]
 
 
@@ -129,6 +136,10 @@ class ExpertStacks:
             raise InvalidRequestError.of("model", say("TENSORS_DUPLICATE", name=stack, other=other))
         self.parts |= {part: (stack, expert) for expert, part in enumerate(parts)}
 
+    def format(self, name: str) -> str:
+        """``mxfp4`` if ``read`` dequantises a part; else empty."""
+        return "mxfp4" if self.parts[name][0].endswith(_CODES) else ""
+
     def read(self, name: str, read: Callable[[str, int], torch.Tensor]) -> torch.Tensor:
         """A part: a weight ``[out, in]``, which may be strided, or a bias ``[out]``.
 
@@ -164,7 +175,7 @@ class Nf4Experts:
     """``x_p W_eᵀ`` for pairs of a row and an expert, without bias.
 
     Args:
-        experts: Per expert, slices that share their input.
+        experts: Per expert, slices that share their input, quantised or as numbers.
         dtype: The dtype of activations.
         device: Where they are served.
         gpu: Whether the gpu path serves them.
@@ -176,7 +187,7 @@ class Nf4Experts:
 
     def __init__(
         self,
-        experts: Sequence[Sequence[Nf4Weight]],
+        experts: Sequence[Sequence[Nf4Weight | torch.Tensor]],
         dtype: torch.dtype,
         device: torch.device,
         *,
@@ -185,27 +196,39 @@ class Nf4Experts:
         self.out_features = sum(weight.shape[0] for weight in experts[0])
         self.in_features = experts[0][0].shape[1]
         self._dtype = dtype
-        self._experts: list[Nf4Linear] = []
+        self._experts: list[BaseLinear] = []
         self._addresses: torch.Tensor | None = None
-        self._stacked: Nf4Matrix | None = None
+        # On the gpu path. All weights are numbers if one of them is stored as numbers.
+        self._stacked: Nf4Matrix | torch.Tensor | None = None
         if gpu:
             self._stacked = self._stack(experts, device)
             return
-        self._experts = [Nf4Linear(slices, dtype, device) for slices in experts]
-        # The C product computes all experts in one call.
-        packed = [expert.packed for expert in self._experts if expert.packed is not None]
+        self._experts = [fuse_weights(slices, dtype, device) for slices in experts]
+        # The C product computes all experts in one call if all are quantised.
+        linears = [expert for expert in self._experts if isinstance(expert, Nf4Linear)]
+        packed = [expert.packed for expert in linears if expert.packed is not None]
         if has_native_products() and len(packed) == len(self._experts):
             addresses = [[tensor.data_ptr() for tensor in pair] for pair in packed]
             self._addresses = torch.tensor(addresses, dtype=torch.int64)
 
-    def _stack(self, experts: Sequence[Sequence[Nf4Weight]], device: torch.device) -> Nf4Matrix:
+    def _stack(
+        self, experts: Sequence[Sequence[Nf4Weight | torch.Tensor]], device: torch.device
+    ) -> Nf4Matrix | torch.Tensor:
         if self.in_features % BLOCKSIZE:
             said = say("EXPERT_WIDTH_UNSUPPORTED", width=self.in_features, multiple=BLOCKSIZE)
             raise InvalidRequestError.of("model", said)
-        slices = [weight for expert in experts for weight in expert]
+        weights = [weight for expert in experts for weight in expert]
+        slices = [weight for weight in weights if isinstance(weight, Nf4Weight)]
+        if len(slices) < len(weights):
+            return torch.cat([self._numbers(weight) for weight in weights]).to(device)
         packed = torch.cat([weight.packed.view(-1) for weight in slices]).to(device)
         absmax = torch.cat([weight.absmax() for weight in slices]).to(device)
         return Nf4Matrix(packed, absmax, len(experts) * self.out_features, self.in_features)
+
+    def _numbers(self, weight: Nf4Weight | torch.Tensor) -> torch.Tensor:
+        if isinstance(weight, torch.Tensor):
+            return weight.to(self._dtype)
+        return weight.dequantize(self._dtype)
 
     def __call__(
         self, x: torch.Tensor, routing: Routing, rows: torch.Tensor | None
@@ -234,6 +257,9 @@ class Nf4Experts:
 
     def dequantize(self, expert: int) -> torch.Tensor:
         """An expert's weight as multiplied, ``[out, in]`` fp32, on the CPU; do not write to it."""
+        if isinstance(self._stacked, torch.Tensor):
+            first = expert * self.out_features
+            return self._stacked[first : first + self.out_features].float().cpu()
         if self._stacked is not None:
             return self._part(self._stacked, expert).dequantize(self._dtype).float().cpu()
         linear = self._experts[expert]

@@ -90,12 +90,23 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path / "a"
 
 
-def load(directory: Path, *, max_rank: int = 128, name: str = "", allow: bool = False) -> Any:
+WEIGHTS = {"q_proj": {"4-bit": 2}, "down_proj": {"4-bit": 1, "16-bit": 1}}
 
-    base = dataclasses.replace(base_of(tiny_llama()), name="org/Tiny-1B", digest="d" * 64)
-    loader = AdapterLoader(
-        directory.parent, base, 1 << 30, max_rank, allowed=Allowed(other_base=allow)
+
+def load(
+    directory: Path,
+    *,
+    max_rank: int = 128,
+    name: str = "",
+    allow: bool = False,
+    strict: bool = False,
+    base_name: str = "org/Tiny-1B",
+) -> Any:
+    base = dataclasses.replace(
+        base_of(tiny_llama()), name=base_name, digest="d" * 64, weights=WEIGHTS
     )
+    allowed = Allowed(other_base=allow, strict_base=strict)
+    loader = AdapterLoader(directory.parent, base, 1 << 30, max_rank, allowed=allowed)
     return loader.lower(loader.read(Source(directory.name, adapter=name)))
 
 
@@ -113,6 +124,63 @@ def test_the_digest_of_the_base_says_more_than_names(directory: Path) -> None:
         provenance.write_text(text)
         with pytest.raises(AdapterMismatchError):
             load(directory)
+
+
+DIGEST = "d" * 64
+
+
+@pytest.mark.parametrize(
+    ("trained", "reason", "params"),
+    [
+        ({"digest": DIGEST}, None, {}),
+        ({"digest": DIGEST, "weights": WEIGHTS}, None, {}),
+        ({"digest": "e" * 64}, "OTHER_WEIGHTS", {"trained": "e" * 12, "served": "d" * 12}),
+        ({"digest": "e" * 64, "weights": WEIGHTS}, "OTHER_WEIGHTS", {}),
+        ({"digest": "e" * 64, "weights": 3}, "OTHER_WEIGHTS", {}),
+        (
+            {"digest": "e" * 64, "weights": {**WEIGHTS, "down_proj": {"4-bit": 2}}},
+            "STORED_OTHERWISE",
+            {"modules": "down_proj"},
+        ),
+    ],
+)
+def test_other_weights_of_the_same_base_are_told(
+    directory: Path, trained: dict[str, Any], reason: str | None, params: dict[str, Any]
+) -> None:
+    edit_config(directory, base_model_name_or_path="org/Tiny-1B")
+    (directory / "provenance.json").write_text(json.dumps({"base": {"name": "x", **trained}}))
+    warnings = load(directory).facts.warnings
+    assert [text.reason for text in warnings] == ([reason] if reason else [])
+    assert all(params.items() <= dict(text.params).items() for text in warnings)
+    if reason is None:
+        load(directory, strict=True)
+        return
+    with pytest.raises(AdapterMismatchError, check=says(reason, **params)):
+        load(directory, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("trained", "served", "reason"),
+    [
+        ("org/Tiny-1B", "org/Tiny-1B", None),
+        ("unsloth/Tiny-1B-bnb-4bit", "org/Tiny-1B", None),
+        ("unsloth/Tiny-1B-unsloth-bnb-4bit", "org/Tiny-1B", "OTHER_QUANTIZATION"),
+        ("unsloth/Tiny-1B-unsloth-bnb-4bit", "unsloth/Tiny-1B-unsloth-bnb-4bit", None),
+        ("org/Tiny-1B-GPTQ-Int4", "org/Tiny-1B", "OTHER_QUANTIZATION"),
+        ("org/Small-Chat", "org/Tiny-1B", "TRAINED_FOR_ANOTHER_BASE"),
+    ],
+)
+def test_the_name_of_the_base_may_tell_another_quantisation(
+    directory: Path, trained: str, served: str, reason: str | None
+) -> None:
+    edit_config(directory, base_model_name_or_path=trained)
+    warnings = load(directory, base_name=served).facts.warnings
+    assert [text.reason for text in warnings] == ([reason] if reason else [])
+    if reason is None:
+        load(directory, base_name=served, strict=True)
+        return
+    with pytest.raises(AdapterMismatchError, check=says("BASE_DIFFERS")):
+        load(directory, base_name=served, strict=True)
 
 
 def test_a_rank_over_the_limit_says_which_flag(directory: Path) -> None:

@@ -226,8 +226,10 @@ def test_the_adapter_says_what_it_was_made_of(tiny_llama: Path, tmp_path: Path):
     run = train(tmp_path, tiny_llama, "run", "run.seed=5")
     facts = json.loads((run / "adapter" / "provenance.json").read_text())
     base = find_base(tiny_llama)
+    weights = facts["base"].pop("weights")
     assert facts["base"] == {"name": base.source.name, "digest": base.source.digest}
     assert facts["adapter"] == {"digest": adapter_digest(run / "adapter")}
+    assert weights["q_proj"] == {"4-bit": base.arch.num_layers}
     assert len(facts["data"]["digest"]) == 64
     assert facts["data"]["num_examples"] == 22
     assert facts["seed"] == facts["config"]["run"]["seed"] == 5
