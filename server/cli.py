@@ -28,6 +28,7 @@ _OWN_VERBS = {
     "model": "show how the weights of a model are served",
     "cluster": "run many replicas as one server, or show them",
     "demo": "serve the example adapters and send them one mixed batch",
+    "model": "show the memory that a base model takes",
     "completion": "print a script that completes this command in a shell",
 }
 _TRAINING = {
@@ -38,6 +39,7 @@ _TRAINING = {
 # they are found by name when the verb is used.
 _ELSEWHERE = {
     "cluster": "turret.fleet.verb:add_parser",
+    "model": "turret.server.command.model_verb:add_parser",
     "train": "turret.training.verbs:add_parser",
     "convert": "turret.training.conversion.verb:add_parser",
 }

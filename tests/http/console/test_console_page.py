@@ -101,6 +101,9 @@ async def test_three_answers_beside_each_other(visit: Callable[..., Awaitable[An
             # Clicking the name in the table selects the adapter in the second pane.
             tab.all("#adapters-rows .name")[2].click()
             assert tab.run("return document.activeElement.id") == "prompt"
+            assert tab.all(".member") == []
+            for name in ("json", "pirate"):
+                tab.find(f"select[aria-label^='Add an'] option[value={name}]").click()
             slider = tab.find("input[aria-label='Weight of pirate']")
             slider.send_keys(*[Keys.ARROW_LEFT] * 10)
             assert tab.text(".member:nth-child(2) output") == "0.50"
@@ -150,6 +153,23 @@ async def test_tokens_that_come_together_have_a_colour_each(
             ]
             assert found == [("A", "q1"), (" b", "q4")]
             assert tab.complaints() == []
+
+        await visit(do)
+
+
+async def test_an_empty_answer_is_shown_as_empty(visit: Callable[..., Awaitable[Any]]) -> None:
+    async def script(request: Request) -> AsyncIterator[Output]:
+        yield Output(text="", token_ids=(2,), finish=finish(request))
+
+    async with http_harness() as http:
+        http.engine.script = script
+
+        def do(tab: Browser) -> None:
+            open_page(tab, http)
+            status(tab, "Serving")
+            assert ask(tab, "hello")[0] == ""
+            notes = tab.all(".pane:first-child .empty")
+            assert "ended at once" in "".join(note.text for note in notes)
 
         await visit(do)
 
@@ -264,6 +284,11 @@ async def test_an_administrator_loads_pins_and_unloads(
                 ask = f"import('/console/dom.js').then(dom => arguments[0](dom.bytes({count})))"
                 assert tab.driver.execute_async_script(ask) == about_bytes(count)
             assert not tab.find("#load-dialog").is_displayed()
+            tab.find("button[aria-label='Replace sql']").click()
+            assert tab.find("#load-name").get_property("value") == "sql"
+            tab.find("#load-path").send_keys("sql-v2", Keys.ENTER)
+            tab.until(lambda: http.registry.get("sql").generation == 2, "the next generation")
+            tab.until(lambda: not tab.find("#load-dialog").is_displayed(), "no dialog")
             tab.find("#adapters-rows .acts button").click()
             tab.until(lambda: tab.text("#adapters-rows .pin") == "pinned", "the pin")
             assert http.registry.get("sql").pinned

@@ -1,4 +1,4 @@
-"""The rates that README.md and docs/choosing.md quote, from the newest rows of ``make bench``."""
+"""Figures in the documentation: rates of ``make bench``'s newest rows, and sizes of models."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from checkout import ROOT
+from pages.memory_page import render_memory
 
 RESULTS = ROOT / "bench" / "results" / "amd-epyc.jsonl"
 # Scenario of bench/decode.py → its name in the README.
@@ -57,6 +58,7 @@ def render_costs() -> str:
 PAGES = {
     ROOT / "README.md": ("rates", render_rates),
     ROOT / "docs" / "choosing.md": ("costs", render_costs),
+    ROOT / "docs" / "models.md": ("memory", render_memory),
 }
 
 

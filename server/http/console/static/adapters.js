@@ -18,22 +18,32 @@ const labelOf = (name) => (SHARED.includes(name) ? `adapter:${name}` : name);
 export function start(changed, chosen) {
   onChange = changed;
   onChoose = chosen;
-  byId("load-open").addEventListener("click", () => {
-    tell(byId("load-failed"), "");
-    byId("load-dialog").showModal();
-  });
+  byId("load-open").addEventListener("click", () => openLoad());
   act("load", async () => {
     const name = byId("load-name").value.trim();
+    const isReplaced = byId("load-name").readOnly;
     const body = { lora_name: name, lora_path: byId("load-path").value.trim() };
-    await post("v1/load_lora_adapter", { ...body, pinned: byId("load-pinned").checked });
+    await post("v1/load_lora_adapter", { ...body, load_inplace: isReplaced, pinned: byId("load-pinned").checked });
     byId("load-form").reset();
-    return `Loaded ${name}`;
+    return `${isReplaced ? "Replaced" : "Loaded"} ${name}`;
   });
   act("unload", async () => {
     const name = byId("unload-name").textContent;
     await post("v1/unload_lora_adapter", { lora_name: name });
     return `Unloaded ${name}`;
   });
+}
+
+/** Open the dialog for a new adapter, or for the next generation of one. */
+function openLoad(replaced = "") {
+  byId("load-form").reset();
+  byId("load-name").value = replaced;
+  byId("load-name").readOnly = Boolean(replaced);
+  byId("load-pinned").parentElement.hidden = Boolean(replaced);
+  say(byId("load-title"), replaced ? "Replace an adapter" : "Load an adapter");
+  say(byId("load-go"), replaced ? "Replace" : "Load");
+  tell(byId("load-failed"), "");
+  byId("load-dialog").showModal();
 }
 
 /** A refusal with the dialog's names for the fields. */
@@ -132,9 +142,11 @@ class Row {
       running: number(), requests: number(), tokens: number(),
     };
     this.pin = make("button", { type: "button", onclick: () => this.togglePin() });
+    this.replace = make("button", { type: "button", onclick: () => openLoad(name) }, "Replace");
+    this.replace.setAttribute("aria-label", `Replace ${name}`);
     this.unload = make("button", { type: "button", onclick: () => this.askUnload() }, "Unload");
     this.unload.setAttribute("aria-label", `Unload ${name}`);
-    this.actions = make("td", { className: "acts" }, this.pin, this.unload);
+    this.actions = make("td", { className: "acts" }, this.pin, this.replace, this.unload);
     this.element = make(
       "tr", {},
       make("th", { scope: "row" }, this.title, this.pinned, this.note),

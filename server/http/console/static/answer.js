@@ -20,7 +20,8 @@ export class Answer {
     this.detail = make("p", { className: "detail", "aria-live": "polite" });
     this.failure = make("p", { className: "failed", hidden: true });
     this.advice = make("p", { className: "empty", hidden: true });
-    this.element = make("div", { className: "answer" }, this.advice, this.failure, this.text, this.facts, this.detail);
+    this.nothing = make("p", { className: "empty", hidden: true });
+    this.element = make("div", { className: "answer" }, this.advice, this.failure, this.nothing, this.text, this.facts, this.detail);
     this.details = new WeakMap();
     this.chosen = null;
     this.text.addEventListener("keydown", (event) => this.walk(event));
@@ -38,6 +39,7 @@ export class Answer {
     this.text.replaceChildren();
     this.choose(null);
     tell(this.failure, "");
+    tell(this.nothing, "");
     say(this.facts, "…");
     this.element.dataset.busy = "";
     const start = performance.now();
@@ -60,6 +62,7 @@ export class Answer {
         reason = choice.finish_reason || reason;
       }
       this.tellFacts(tokens, start, first, reason === "length" ? "cut at the limit" : "");
+      if (!this.text.textContent) tell(this.nothing, reason === "stop" ? "(empty: the model ended at once)" : "(no text)");
       return `${this.title} has answered.`;
     } catch (error) {
       const isStopped = error.name === "AbortError";

@@ -155,10 +155,8 @@ class MixPane extends Pane {
     this.members = new Map();
     this.list = make("div", { className: "members" });
     this.element.firstChild.after(this.list);
-    this.isTouched = false;
     add.addEventListener("change", () => {
       if (!add.value) return;
-      this.isTouched = true;
       this.put(add.value, 1);
       this.offer(this.offered);
     });
@@ -172,7 +170,6 @@ class MixPane extends Pane {
   offer(offered) {
     this.offered = offered;
     for (const name of [...this.members.keys()]) if (!offered.includes(name)) this.drop(name);
-    if (!this.isTouched) for (const name of offered.slice(0, 2)) if (this.members.size < 2) this.put(name, 1);
     const rest = offered.filter((name) => !this.members.has(name));
     this.add.replaceChildren(
       make("option", { value: "" }, "add"),
@@ -197,7 +194,6 @@ class MixPane extends Pane {
     const remove = make("button", {
       type: "button", className: "plain", "aria-label": `Take ${name} out of the mix`,
       onclick: () => {
-        this.isTouched = true;
         this.drop(name);
         this.offer(this.offered);
         this.add.focus();

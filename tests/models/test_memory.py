@@ -1,0 +1,57 @@
+"""The memory of a model, as computed from its config, against published counts and real weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from builders.bases.published_mixtures import MIXTURES
+from builders.bases.published_models import MODELS, Published
+from transformers import AutoConfig
+
+from turret.server import cli
+from turret.server.models.families import read_arch
+from turret.server.models.memory import memory_of
+from turret.server.models.weights.nf4 import Nf4Weight
+
+# The published counts of models with a vision tower include the tower.
+COUNTED = [
+    one
+    for one in (*MODELS, *MIXTURES)
+    if one.num_parameters and one.beside is None and "VL" not in one.repository
+]
+
+
+@pytest.mark.parametrize("published", COUNTED, ids=lambda one: one.repository)
+def test_the_parameters_are_those_of_the_published_model(
+    published: Published, tmp_path: Path
+) -> None:
+    arch = read_arch(AutoConfig.from_pretrained(published.write(tmp_path)))
+    assert memory_of(arch).base_wide / 2 == pytest.approx(published.num_parameters, rel=0.002)
+
+
+def test_quantised_weights_take_what_is_computed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One layer whose vocabulary is too small to count."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
+    config = {"model_type": "llama", "num_hidden_layers": 1, "vocab_size": 1, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 2}))
+    assert cli.main(["model", "inspect", str(tmp_path), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    shapes = [(512, 512), (128, 512), (128, 512), (512, 512)]
+    shapes += [(1024, 512), (1024, 512), (512, 1024)]
+    weights = [Nf4Weight.quantize(torch.randn(shape)) for shape in shapes]
+    tensors = [
+        t for number, one in enumerate(weights) for t in one.to_tensors(str(number)).values()
+    ]
+    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert said["base"] == pytest.approx(held, rel=0.03)
+    assert said["kv_per_token"] == 2 * 2 * 64 * 2
+    assert said["adapter_per_rank"] == 2 * sum(out + inner for out, inner in shapes)
+
+
+def test_a_directory_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    assert cli.main(["model", "inspect", str(tmp_path)]) == 1
