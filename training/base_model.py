@@ -190,7 +190,7 @@ def load_model(base: TrainingBase, weights: Weights, dtype: torch.dtype, device:
             _make_dense(model, dtype)
         elif device == "cpu":
             for module in _nf4_modules(model).values():
-                module.__class__ = FrozenNf4Linear
+                FrozenNf4Linear.freeze(module)
     model.config._name_or_path = base.source.name
     return model.to(device).requires_grad_(False)
 

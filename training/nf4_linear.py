@@ -79,7 +79,19 @@ class _Product(torch.autograd.Function):
 
 
 class FrozenNf4Linear(Linear4bit):
-    """A ``Linear4bit`` on a CPU; the class of a loaded module is set to it."""
+    """A ``Linear4bit`` on a CPU; see ``freeze``."""
+
+    @classmethod
+    def freeze(cls, module: Linear4bit) -> None:
+        """Make a loaded module one of these, and undo the nested quantisation of its maxima.
+
+        Undoing it takes 0.05 bytes per weight, and saves doing it in every product.
+        """
+        module.__class__ = cls
+        weight: Any = module.weight
+        state = weight.quant_state
+        state.absmax = Nf4Weight(weight.data, state).absmax()
+        state.nested, state.offset, state.state2 = False, None, None
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight, ``[out, in]``."""

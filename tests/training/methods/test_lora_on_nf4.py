@@ -28,8 +28,11 @@ def linear(dtype: torch.dtype, *, has_bias: bool = False) -> FrozenNf4Linear:
     weight.state.dtype = dtype
     if has_bias:
         module.bias = torch.nn.Parameter(torch.randn(OUT, generator=generator).to(dtype))
-    module.__class__ = FrozenNf4Linear
-    return module.requires_grad_(False)  # type: ignore[return-value]
+    before = weight.dequantize(torch.float32)
+    FrozenNf4Linear.freeze(module)
+    assert isinstance(module, FrozenNf4Linear)
+    assert torch.equal(module.dequantize(torch.float32), before)
+    return module.requires_grad_(False)
 
 
 def numbers(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
