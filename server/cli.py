@@ -25,10 +25,9 @@ _CLIENT_VARIABLES = ("TURRET_ADDRESS", "TURRET_TOKEN", "TURRET_TLS_CA")
 _OWN_VERBS = {
     "serve": "run the server",
     "config": "show the settings of a server, and where each comes from",
-    "model": "show how the weights of a model are served",
+    "model": "show the memory that a base model takes, and how its weights are served",
     "cluster": "run many replicas as one server, or show them",
     "demo": "serve the example adapters and send them one mixed batch",
-    "model": "show the memory that a base model takes",
     "completion": "print a script that completes this command in a shell",
 }
 _TRAINING = {
@@ -91,34 +90,6 @@ def _config_show(args: argparse.Namespace) -> int:
     from turret.clients.verbs.command import print_json
 
     print_json(settings.as_json(config, with_defaults=True))
-    return 0
-
-
-def _model_inspect(args: argparse.Namespace) -> int:
-    import dataclasses
-
-    from turret.clients.verbs.command import print_json
-    from turret.server.command.start_lines import refuse
-    from turret.server.errors import InvalidRequestError
-    from turret.server.models.model_source import inspect_model
-    from turret.server.models.sources.check import check_model, default_cache_dir
-
-    try:
-        check_model(args.model)
-        name, fidelity = inspect_model(
-            args.model,
-            default_cache_dir(),
-            quantizes_all=args.quantize_all,
-            skip_modules=[part for each in args.skip_modules for part in each.split(",")],
-        )
-    except InvalidRequestError as error:
-        refuse(list(error.violations), is_json=False, command="turret model inspect")
-        return EXIT_FAILED
-    kinds = fidelity.kinds()
-    if args.json:
-        print_json({"name": name, "modules": [dataclasses.asdict(kind) for kind in kinds]})
-    else:
-        print(name, *kinds, sep="\n")
     return 0
 
 
@@ -216,23 +187,6 @@ def _add_config(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     show.set_defaults(func=_config_show)
 
 
-def _add_model(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser("model", help=_OWN_VERBS["model"])
-    verbs = parser.add_subparsers(metavar="VERB", required=True)
-    inspect = verbs.add_parser(
-        "inspect",
-        help="show which modules of a model are quantised",
-        description="Show, for each kind of module, how many are served as the model's files store"
-        " them, requantised, quantised or in 16 bits. Reads no weights. The error of quantisation"
-        " is known for a model that has been served before.",
-    )
-    inspect.add_argument("model", type=Path, nargs="?", metavar="DIR|ORG/NAME|FILE")
-    inspect.add_argument("--skip-modules", action="append", default=[], metavar="MODULE")
-    inspect.add_argument("--quantize-all", action="store_true")
-    inspect.add_argument("--json", action="store_true", help="print JSON")
-    inspect.set_defaults(func=_model_inspect)
-
-
 def _add_demo(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "demo",
@@ -289,7 +243,6 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     own = {
         "serve": _add_serve,
         "config": _add_config,
-        "model": _add_model,
         "demo": _add_demo,
         "completion": _add_completion,
     }

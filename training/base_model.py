@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from turret.server.models.sources.model_directory import check_model_directory
 from turret.server.models.weights.nf4 import Nf4Weight
 from turret.training.errors import ConfigError
 from turret.training.mixture import load_4bit, put_experts
+from turret.training.nf4_linear import FrozenNf4Linear
 from turret.training.words import say
 
 # Warnings that PEFT causes and that users cannot avoid.
@@ -82,6 +84,20 @@ def without_backward(model: Any) -> Iterator[None]:
         for layer in layers:
             layer.gradient_checkpointing = True
 
+
+def keep_freed_memory() -> None:
+    """Make malloc keep freed memory instead of returning it to the system (glibc only).
+
+    A step allocates and frees the same large tensors again and again. By default each of them gets
+    new pages, which the system clears first; that took a fifth of a step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the maximum
+        mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 Weights = Literal["nf4", "nf4-dense", "full"]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -173,12 +189,16 @@ def load_model(base: TrainingBase, weights: Weights, dtype: torch.dtype, device:
         model = _load_nf4(base, dtype)
         if weights == "nf4-dense":
             _make_dense(model, dtype)
+        elif device == "cpu":
+            for module in _nf4_modules(model).values():
+                FrozenNf4Linear.freeze(module)
     model.config._name_or_path = base.source.name
     return model.to(device).requires_grad_(False)
 
 
-def empty_model(base: TrainingBase, weights: Weights, dtype: torch.dtype) -> Any:
+def empty_model(base: TrainingBase, weights: Weights, dtype: torch.dtype, device: str) -> Any:
     """The model of :func:`load_model` on the meta device: the weights' shapes, without memory."""
+    kind = _EmptyFrozen if device == "cpu" else _EmptyLinear4bit
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(base.config, dtype=dtype)
         if base.arch.experts is not None:
@@ -188,7 +208,7 @@ def empty_model(base: TrainingBase, weights: Weights, dtype: torch.dtype) -> Any
         kept = set(modules_in_16_bits(base.source.weights))
         for name, module in list(layers.named_modules()):
             if isinstance(module, torch.nn.Linear) and f"{LAYER_PREFIX}.{name}" not in kept:
-                layers.set_submodule(name, _EmptyLinear4bit(module))
+                layers.set_submodule(name, kind(module))
         model.is_loaded_in_4bit = True
     model.config._name_or_path = base.source.name
     return model.requires_grad_(False)
@@ -211,6 +231,15 @@ class _EmptyLinear4bit(Linear4bit):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+class _EmptyFrozen(_EmptyLinear4bit, FrozenNf4Linear):
+    """The same for a CPU, where a product dequantises the weight."""
+
+    forward: Any = FrozenNf4Linear.forward
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty_like(self.weight, dtype=dtype)
 
 
 def _load_nf4(base: TrainingBase, dtype: torch.dtype) -> Any:
@@ -241,9 +270,6 @@ def _load_nf4(base: TrainingBase, dtype: torch.dtype) -> Any:
             # transformers leaves weights that are not quantised in the checkpoint's dtype.
             parameter.data = parameter.data.to(dtype)
     for module in _nf4_modules(model).values():
-        # bitsandbytes' CPU path in eval mode repacks the weight in place. After that the product
-        # has no gradient, even back in training mode.
-        module.support_avx512bf16_for_cpu = False
         # The dtype of weights in the backward pass; the checkpoint's bfloat16 would round again.
         module.weight.quant_state.dtype = dtype
     return model

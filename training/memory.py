@@ -136,7 +136,7 @@ def estimate_memory(resolved: Resolved) -> MemoryEstimate:
     assert base.dtype is not None
     assert base.device is not None
     process = resident_bytes() if base.device == "cpu" else 0
-    model = empty_model(resolved.base, base.weights, DTYPES[base.dtype])
+    model = empty_model(resolved.base, base.weights, DTYPES[base.dtype], base.device)
     model.set_attn_implementation(_ATTENTION)
     model = attach_to(model, resolved)
     step = _step_bytes(resolved, model)

@@ -56,7 +56,7 @@ class ServingCost:
 def serving_cost(resolved: Resolved) -> ServingCost:
     """Measure an adapter without training it."""
     base, dtype = resolved.base, DTYPES[resolved.config.run.adapter_dtype]
-    model = attach_to(empty_model(base, "nf4-dense", torch.float32), resolved)
+    model = attach_to(empty_model(base, "nf4-dense", torch.float32, "cpu"), resolved)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:

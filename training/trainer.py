@@ -15,6 +15,7 @@ import torch
 from turret.training.base_model import (
     DTYPES,
     compute_activations_twice,
+    keep_freed_memory,
     load_model,
     without_backward,
 )
@@ -75,6 +76,8 @@ def attach(resolved: Resolved) -> Any:
     assert base.weights is not None
     assert base.dtype is not None
     assert base.device is not None
+    if base.device == "cpu":
+        keep_freed_memory()
     model = load_model(resolved.base, base.weights, DTYPES[base.dtype], base.device)
     return attach_to(model, resolved).to(base.device)
 

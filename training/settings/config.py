@@ -78,7 +78,7 @@ class BaseConfig:
     )
     weights: Literal["nf4", "nf4-dense", "full"] | None = _key(
         "nf4: 4-bit, double quantised, as on the server (QLoRA); nf4-dense: the same "
-        "values, dequantised once (faster, as large as the checkpoint); full: the checkpoint's own",
+        "values, dequantised once (as large as the checkpoint); full: the checkpoint's own",
         None,
         chosen="nf4, which every method supports",
         sample="nf4",
