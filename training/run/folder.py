@@ -14,14 +14,19 @@
 A line of ``metrics.jsonl`` is written after every optimizer step (``kind`` is ``step``), and after
 every validation (``kind`` is ``validation``; step 0 is the adapter before training). Keys:
 
-| key | unit | |---|---| | ``kind`` | ``step`` or ``validation`` | | ``step`` | finished optimizer
-steps | | ``loss`` | nats per learned token, or per example of a classification, of the step's batch
-| | | (before it) or the validation set | | ``accuracy``, ``macro_f1`` | of a validation of a
-classification | | ``micro_f1``, ``label_f1`` | the same, if an example may have any number of
-labels | | ``learning_rate`` | of the step (with LoRA+: of A) | | ``grad_norm`` | of the step,
-before clipping | | ``tokens`` | training tokens seen so far, padding left out | | ``seconds`` |
-since the start of training, of all attempts together | | ``memory_bytes`` | peak so far: of the
-process (CPU) or of the device's allocator (CUDA) |
+| key | unit |
+|---|---|
+| ``kind`` | ``step`` or ``validation`` |
+| ``step`` | finished optimizer steps |
+| ``loss`` | nats per learned token, or per example of a classification, of the step's batch |
+| | (before it) or the validation set |
+| ``accuracy``, ``macro_f1`` | of a validation of a classification |
+| ``micro_f1``, ``label_f1`` | the same, if an example may have any number of labels |
+| ``learning_rate`` | of the step (with LoRA+: of A) |
+| ``grad_norm`` | of the step, before clipping |
+| ``tokens`` | training tokens seen so far, padding left out |
+| ``seconds`` | since the start of training, of all attempts together |
+| ``memory_bytes`` | peak so far: of the process (CPU) or of the device's allocator (CUDA) |
 """
 
 from __future__ import annotations
