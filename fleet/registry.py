@@ -3,7 +3,7 @@
 The registry is a state machine without clock, network or thread: its methods take the time as an
 argument. It saves a change first, and publishes it under the next *revision*. It answers the caller
 once every living replica has applied that revision. docs/fleet.md ("Safeguards") lists what can go
-wrong meanwhile, what guards against it, and which test shows that.
+wrong meanwhile, and what guards against it.
 """
 
 from __future__ import annotations
