@@ -239,7 +239,7 @@ def test_what_an_alias_may_not_be(server: ServerUnderTest, client: TurretClient)
         adapters.set_alias("dates", "dates")
     with pytest.raises(InvalidArgumentError):
         adapters.load("prod", "w1")
-    for name in ("base", "Prod", ""):
+    for name in ("base", "Base", "-prod", ""):
         with pytest.raises(InvalidArgumentError):
             adapters.set_alias(name, "dates")
     for target in ("nobody", "prod", "base", "new", AdapterWeight("dates", generation=9)):
