@@ -219,6 +219,7 @@ def test_a_canary_gets_its_share_and_the_metrics_tell(
         assert len(client.embed([PROMPT] * 4, adapters="prod").adapters_used) == 1
     card = http(server, "/v1/models/prod")
     assert card["targets"][1] == {"name": "dates", "generation": 2, "weight": 0.2}
+    assert http(server, "/v1/models/base:prod") == card
     assert card in http(server, "/v1/models")["data"]
     client.adapters.set_alias("prod", "other")
     gone = {"alias": "prod", "adapter": "dates", "generation": "1", "code": "OK"}
