@@ -61,7 +61,7 @@ __all__ = [
 
 # Calls whose second execution would do something else.
 _NOT_REPEATABLE = (
-    *("ReplaceAdapter", "RollbackAdapter", "UnloadAdapter"),
+    *("ReplaceAdapter", "RollbackAdapter", "UnloadAdapter", "DeleteAlias"),
     *("MergeAdapters", "UnmergeAdapters"),
 )
 _P = ParamSpec("_P")
