@@ -420,18 +420,22 @@ class AdapterRegistry:
     @contextlib.contextmanager
     def _changing(self, name: str) -> Iterator[None]:
         """Makes this the only change of the name for now, and counts it as a load."""
-        self._check_free(name)
         start = time.monotonic()
         try:
             with self._names.only(name):
-                if self._table.alias(name) is not None:
-                    raise InvalidRequestError.of("name", say("NAME_OF_ALIAS", value=name))
+                self.check_name(name)
                 yield
         except Exception:
             self._metrics.adapter_loaded("error")
             raise
         self._metrics.adapter_loaded("ok")
         self._metrics.adapter_load("read", time.monotonic() - start)
+
+    def check_name(self, name: str) -> None:
+        """Raises InvalidRequestError if a name is malformed, the base's or an alias's."""
+        self._check_free(name)
+        if self._table.alias(name) is not None:
+            raise InvalidRequestError.of("name", say("NAME_OF_ALIAS", value=name))
 
     def _record(self, registration: Registration) -> AdapterInfo:
         with self._lock:
