@@ -474,7 +474,7 @@ class NameTable:
         """
         with self._changed:
             name, generation = ref.name, ref.generation
-            alias = None if ref.draw is None else self._aliases.get(name)
+            alias = self._aliases.get(name)
             if alias is not None and ref.draw is not None:
                 if generation is not None:
                     raise AdapterNotFoundError(say("ALIAS_GENERATION", adapters=name))
