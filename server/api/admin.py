@@ -259,7 +259,7 @@ class Adapters:
 
     @contextlib.contextmanager
     def _upload_of(self, call: Call) -> Iterator[AdapterRegistry]:
-        """A place for an upload; the registry that takes it in."""
+        """Takes one of the places for uploads, and yields the registry."""
         registry = self._gate.enter().registry
         if self._uploads.total() >= MAX_UPLOADS:
             raise QueueFullError(say("TOO_MANY_CALLS", most=MAX_UPLOADS))

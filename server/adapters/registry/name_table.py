@@ -331,7 +331,7 @@ class NameTable:
             return self._aliases.get(name)
 
     def put_alias(self, alias: Alias) -> None:
-        """Makes later requests for the name get these targets, which are there."""
+        """Gives later requests for the name one of these targets, which must be current or kept."""
         with self._changed:
             self._aliases[alias.name] = alias
 

@@ -314,7 +314,7 @@ class AdapterRegistry:
         ``chat_template`` is used instead of the one in the files.
 
         Raises:
-            InvalidRequestError: The name is malformed, or an alias's.
+            InvalidRequestError: The name is malformed, the base's or an alias's.
             AdapterExistsError, AdapterInUseError: The name has other content, or is being unloaded.
             HubError, HubUnavailableError, QueueFullError: The hub's files cannot be downloaded.
             AdapterCheckpointError, AdapterMismatchError, AdapterComponentError: See the loader.
