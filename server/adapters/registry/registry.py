@@ -481,8 +481,8 @@ class AdapterRegistry:
 
         Args:
             name: A new name, or that of an alias.
-            targets: The generations, with the weights by which requests are divided among them.
-                Without a generation, the one that is current now.
+            targets: The generations, with the weights by which requests are divided among them. A
+                target without a generation gets the one that is current now.
 
         Raises:
             InvalidRequestError: The name is malformed, the base's or an adapter's; there are too
