@@ -61,7 +61,7 @@ __all__ = [
 
 # Calls whose second execution would do something else.
 _NOT_REPEATABLE = (
-    *("ReplaceAdapter", "RollbackAdapter", "UnloadAdapter"),
+    *("ReplaceAdapter", "RollbackAdapter", "UnloadAdapter", "DeleteAlias"),
     *("MergeAdapters", "UnmergeAdapters"),
 )
 _P = ParamSpec("_P")
@@ -532,8 +532,8 @@ class AsyncAdaptersClient(AdaptersBase):
         Args:
             name: The name that requests use.
             targets: One or several adapters with their generations and weights, such as
-                ``AdapterWeight("sql", generation=7)``. Without a generation, the one that is
-                current now.
+                ``AdapterWeight("sql", generation=7)``. A target without a generation gets the one
+                that is current now.
             timeout: Deadline in seconds.
         """
         request = self._request("SetAlias", name=name)

@@ -1,7 +1,7 @@
-"""The exceptions of failed calls: a class per kind, with the details that the server sent.
+"""The exceptions of failed calls: one class per kind, with the details that the server sent.
 
 TurretRpcError
-├── InvalidArgumentError      a field breaks its documented range, or a checkpoint is refused
+├── InvalidArgumentError      a field is outside its documented range, or a checkpoint is rejected
 ├── AuthenticationError       no token, or an unknown one
 ├── PermissionDeniedError     the token lacks the role
 ├── NotFoundError             no adapter of that name (or generation)
@@ -11,7 +11,7 @@ TurretRpcError
 ├── DeadlineExceededError     the deadline passed first
 ├── AbortedError              an adapter was unloaded by force during the call
 ├── CallCancelledError        the call was cancelled, or its client closed
-├── UnavailableError          the server is starting, stopping or cannot be reached
+├── UnavailableError          the server is starting or stopping, or cannot be reached
 │   └── AnswerCutError        a stopping server ended the answer early
 └── ServerError               anything else: a bug in the server, a service at another address
 """
@@ -41,7 +41,7 @@ _REASONS_ABOUT_FIELDS = ("INVALID_REQUEST", "ADAPTER_CLASSIFIES", "HEAD_MISSING"
 # Maximum number of fields in a message; ``violations`` has all of them.
 _MAX_LISTED = 8
 _CLASSES: dict[grpc.StatusCode, type[TurretRpcError]] = {}
-# The field of a violation that counts the fields that the server does not list.
+# The ``field`` of a violation that only states how many further fields are invalid.
 COUNTED = "*"
 
 
@@ -51,8 +51,8 @@ class FieldViolation:
 
     Attributes:
         field: The argument, or a part of it, such as ``temperature`` or ``messages[0].role``.
-        description: The fault.
-        reason: The same for programs, such as ``TOO_MANY_ENTRIES``; empty if the server sent none.
+        description: What is wrong with it.
+        reason: The same as a code, such as ``TOO_MANY_ENTRIES``; empty if the server sent none.
     """
 
     field: str
@@ -65,7 +65,7 @@ class TurretRpcError(Exception):
 
     Attributes:
         code: The status.
-        message: The fault, for people.
+        message: What went wrong, for people.
         reason: Machine-readable cause in UPPER_SNAKE, such as ``ADAPTER_NOT_FOUND``. The server
             sends it; if no server did, the client sets one, such as ``NOT_REACHED``. Empty if
             neither knows more than the status.
@@ -187,7 +187,7 @@ def _list_of(violations: Sequence[FieldViolation], name_of: Callable[[str], str]
 
 
 class InvalidArgumentError(TurretRpcError, status=grpc.StatusCode.INVALID_ARGUMENT):
-    """A field breaks its documented range, or a checkpoint is refused; see ``violations``."""
+    """A field is outside its documented range, or a checkpoint is rejected; see ``violations``."""
 
 
 class AuthenticationError(TurretRpcError, status=grpc.StatusCode.UNAUTHENTICATED):
@@ -215,7 +215,7 @@ class RateLimitedError(TurretRpcError, status=grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 class DeadlineExceededError(TurretRpcError, status=grpc.StatusCode.DEADLINE_EXCEEDED):
-    """The deadline passed before the call's end; ``timeout`` of a call or its client sets it.
+    """The deadline, set by the ``timeout`` of the call or its client, passed before the call ended.
 
     A call that returns a whole answer loses it; a stream has already delivered its chunks.
     """

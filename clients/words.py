@@ -34,7 +34,7 @@ TEXTS = {
     "CERTIFICATE_UNTRUSTED": "the server at {place} presents a certificate that the given roots did"
     " not sign",
     "CERTIFICATE_NAME": "the server at {place} presents a certificate for another name",
-    "CONNECTION_CLOSED": "the server at {place} closes the connection",
+    "CONNECTION_CLOSED": "the server at {place} closed the connection",
     "CLOSED_DURING_CALL": "the client was closed while the call was running",
     "ANSWER_CUT": "the server is shutting down and ended the answer early",
     # Clients and their addresses.
@@ -108,7 +108,7 @@ TEXTS = {
     "FILE_IS_A_CONFIG": "is a config file; examples are JSON objects, one per line (.jsonl)",
     "FILE_IS_AN_ARRAY": "is a JSON array; every line must be a JSON object",
     "FILE_IS_AN_ARRAY_OF_OBJECTS": "is a JSON array; `{command}` writes one object per line",
-    "FILE_IS_A_TABLE": "is a CSV table; `{command}` writes one JSON object per line",
+    "FILE_IS_A_TABLE": "is a CSV table; `{command}` converts it to one JSON object per line",
     "EXAMPLE_KEYS": "messages, or prompt and completion, or labels instead of the answer",
     "TRAINING_EXAMPLE_KEYS": "messages, or prompt and completion, or text, or labels instead of"
     " the answer",

@@ -3,7 +3,7 @@
 The registry is a state machine without clock, network or thread: its methods take the time as an
 argument. It saves a change first, and publishes it under the next *revision*. It answers the caller
 once every living replica has applied that revision. docs/fleet.md ("Safeguards") lists what can go
-wrong meanwhile, what guards against it, and which test shows that.
+wrong meanwhile, and what guards against it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from turret.server.errors import (
 # A replica counts its lease from when it sends a report, the registry from when the report arrives.
 # The registry also waits longer by this factor, because clocks may run at different speeds.
 CLOCK_SLACK = 1.25
-# A replica that is further behind gets a snapshot instead.
+# Length of the log of changes. A replica that is further behind gets a snapshot instead.
 _LOG_ENTRIES = 10_000
 # Minimum number of recent outcomes that are kept for callers that have yet to ask for them.
 _KEPT = 4096
@@ -346,7 +346,7 @@ class FleetRegistry:
         return self._applying(p.Outcome(saved=saved))
 
     def _save_new(self, saved: SavedRegistration, is_staged: bool) -> SavedRegistration:
-        """Saves the files first and the registration last; a failure leaves all as it was."""
+        """Saves the files first and the registration last; a failure changes nothing."""
         if is_staged:
             source = self._store.keep(saved.source, key_of(saved))
             saved = dataclasses.replace(saved, source=source)
@@ -359,7 +359,7 @@ class FleetRegistry:
         return saved
 
     def _confirm(self, before: SavedRegistration, proposal: p.Register) -> Operation:
-        """Updates source and pin of a registration that already has the proposed content."""
+        """Updates the source and pin of a registration that already has the proposed content."""
         source = before.source
         if not (proposal.is_staged or source.is_upload):
             # The new source is known to hold the content; the old path may be gone.
@@ -490,7 +490,7 @@ class FleetRegistry:
         self._store.write_base(base)
         self._publish(BaseEntry(base))
 
-    # Checks; each raises the error of a single server
+    # Checks; each raises the same error as a single server would
 
     def _registered(self, name: str) -> SavedRegistration:
         if name not in self.state.names:
@@ -502,7 +502,7 @@ class FleetRegistry:
             raise AdapterInUseError(say("BEING_UNLOADED", adapters=name))
 
     def _is_elsewhere(self, digest: str, name: str) -> bool:
-        """Whether another name, which is not being unloaded, has the same weights."""
+        """Whether another name that is not being unloaded has the same weights."""
         others = (s for s in self.state.names.values() if s.name != name)
         return any(s.facts.digest == digest and s.name not in self.state.closed for s in others)
 

@@ -104,7 +104,7 @@ def clamped_swiglu_reference(gate_up: torch.Tensor, alpha: float, limit: float) 
     Args:
         gate_up: ``[num_rows, 2 · width]``, gates at even columns; fp16, bf16 or fp32.
         alpha: Gain of the sigmoid.
-        limit: The limit of gates and ups.
+        limit: The maximum of gates and ups; the ups' minimum is ``-limit``.
 
     Returns:
         ``[num_rows, width]``, one rounding to the dtype of ``gate_up``.

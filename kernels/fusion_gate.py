@@ -1,7 +1,7 @@
-"""Weights of the components of an adapter, per token, between shrink and expand.
+"""The weights that each token gives an adapter's components, between shrink and expand.
 
-For ``K`` frozen low-rank components with ``v_k = A_k x``, ``y += Σ_k α_k B_k v_k``, and ``α`` is
-taken from one of two scores. A learned fusion (AdapterFusion, arXiv 2005.00247, section 3.2) has a
+For ``K`` frozen low-rank components with ``v_k = A_k x``, ``y += Σ_k α_k B_k v_k``. There are three
+sources of ``α``. A learned fusion (AdapterFusion, arXiv 2005.00247, section 3.2) has a
 query ``q = Wq x`` and keys ``Wk``::
 
     α = softmax_k(q · Wk B_k v_k)
@@ -12,7 +12,7 @@ section 3.2) has a prototype ``p_k`` per component, and only the ``top_k`` best 
 
     α = softmax over top_k of |p_k · x| / T
 
-X-LoRA (arXiv 2402.07148) takes them from a classifier of the token's state after a first pass.
+X-LoRA (arXiv 2402.07148) takes ``α`` from a classifier of the token's state after a first pass.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ GATE_MULTIPLE = 16
 def fusion_gate_reference(
     q: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, rank_indptr: Sequence[int]
 ) -> torch.Tensor:
-    """Gate by torch products; the CPU path as well as the Triton kernel's oracle.
+    """Gate by keys, in torch: both the CPU path and the oracle of the Triton kernel.
 
     Args:
         q: Queries, ``[num_rows, d_k]``, any float dtype.
@@ -53,7 +53,7 @@ def fusion_gate_reference(
 def routing_gate_reference(
     similarities: torch.Tensor, top_k: int, temperature: float
 ) -> torch.Tensor:
-    """Gate by prototypes; the CPU path as well as the Triton kernel's oracle.
+    """Gate by prototypes, in torch: both the CPU path and the oracle of the Triton kernel.
 
     Args:
         similarities: ``p_k · x``, ``[num_rows, K]`` fp32.
@@ -98,7 +98,7 @@ def given_gate_reference(
 
 
 def _largest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Whether each of ``[rows, K]`` is among its row's largest; of equal ones the first counts."""
+    """Whether each of ``[rows, K]`` is among its row's ``count`` largest; the first wins a tie."""
     order = torch.arange(scores.shape[1], device=scores.device)
     mine, other = scores[:, :, None], scores[:, None, :]
     is_before = (other > mine) | ((other == mine) & (order[None, :] < order[:, None]))
@@ -106,7 +106,7 @@ def _largest(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _softmax(scores: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
-    """Softmax over each row's few components, only the kept ones, which include the best."""
+    """Softmax over each row's kept components, which include the one with the largest score."""
     # Compute element by element: a library's softmax may vectorise over rows.
     top = scores.amax(dim=1, keepdim=True)
     weights = row_exp_(scores - top)

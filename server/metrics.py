@@ -94,8 +94,8 @@ class Metrics:
         )
         self._alias_requests = counter(
             "turret_alias_requests_total",
-            "Finished calls that named an alias, by the generation that they got. An alias that"
-            " moves takes the series of its former targets with it.",
+            "Finished calls that named an alias, by the generation that they got. When an alias"
+            " moves, the series of its former targets are removed.",
             "alias",
             "adapter",
             "generation",

@@ -67,7 +67,7 @@ TEXTS = {
     "OUTPUT_IS_A_RUN": "{path} contains a run, not a sweep; choose another --output",
     "RUN_FINISHED": "{path} contains a finished run; pass --overwrite to train again",
     "RUN_WITHOUT_REPORT": "{path} contains a finished run without its report; `{command}` writes"
-    " the report, --overwrite trains again",
+    " the report, and --overwrite trains again",
     "RUN_UNFINISHED": "{path} contains an unfinished run; pass --resume to continue it or"
     " --overwrite to start again",
     "NO_RUN_TO_RESUME": "{path} contains no run; omit --resume to start one",

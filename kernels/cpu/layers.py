@@ -63,7 +63,7 @@ def clamped_swiglu(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.T
     Args:
         gate_up: ``[rows, 2·width]`` bf16 or fp32, contiguous; gates and ups alternate.
         alpha: Gain of the sigmoid.
-        limit: The limit of gates and ups.
+        limit: The maximum of gates and ups; the ups' minimum is ``-limit``.
 
     Returns:
         ``[rows, width]``, same dtype, from fp32 by one rounding.

@@ -1,4 +1,4 @@
-"""Activations of the gates times the ups: each kernel reads both once and writes their product."""
+"""Activated gates times ups: each kernel reads gates and ups once and writes the products."""
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
@@ -53,7 +53,7 @@ def launch_gated(kernel: Any, gate_up: torch.Tensor, *numbers: float) -> torch.T
     """Launch a kernel that multiplies an activation of the gates by the ups.
 
     Args:
-        kernel: A kernel of input, output, the input's stride, the width, ``numbers`` and BLOCK.
+        kernel: Takes the input, the output, the input's stride, the width, ``numbers`` and BLOCK.
         gate_up: The same as in ``silu_mul``, as are the result and the errors.
         numbers: Further arguments of the kernel.
     """
@@ -93,7 +93,7 @@ def gelu_mul_kernel(gate_up_ptr, out_ptr, stride, width, BLOCK: tl.constexpr):
 
 
 def gelu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """Multiply the gelu of the gates, by its tanh formula, by the ups; else as ``silu_mul``."""
+    """Multiply the gelu (tanh formula) of the gates by the ups; otherwise like ``silu_mul``."""
     return launch_gated(gelu_mul_kernel, gate_up)
 
 
@@ -128,7 +128,7 @@ def clamped_swiglu(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.T
         gate_up: ``[num_rows, 2 · width]``, gates at even columns; fp16, bf16 or fp32; rows may be
             strided.
         alpha: Gain of the sigmoid.
-        limit: The limit of gates and ups.
+        limit: The maximum of gates and ups; the ups' minimum is ``-limit``.
 
     Returns:
         ``[num_rows, width]``, dtype of ``gate_up``, contiguous.

@@ -47,7 +47,7 @@ MAX_ALIASES = 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AliasTarget:
-    """A generation of an adapter; ``weight`` is its share of the requests beside the others'."""
+    """A generation of an adapter, with its weight relative to the alias's other targets."""
 
     name: str
     generation: int
@@ -56,7 +56,7 @@ class AliasTarget:
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """A name of which each request gets one target, at least one of which there is."""
+    """A name that gives each request one of its targets, which are never empty."""
 
     name: str
     targets: tuple[AliasTarget, ...]

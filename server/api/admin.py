@@ -207,27 +207,6 @@ class Adapters:
             )
         )
 
-    # Aliases
-
-    async def set_alias(
-        self, message: adapters_pb2.SetAliasRequest, call: Call
-    ) -> adapters_pb2.Alias:
-        registry = self._gate.enter().registry
-        name, targets = checked_alias(message)
-        call.adapters = tuple(target.name for target in targets)
-        return alias_message(await self._slow.run(registry.set_alias, name, targets))
-
-    async def delete_alias(self, message: adapters_pb2.DeleteAliasRequest) -> None:
-        registry = self._gate.enter().registry
-        violations = Violations()
-        violations.check_name(message.name, "name")
-        violations.raise_if_any()
-        await self._slow.run(registry.delete_alias, message.name)
-
-    def aliases(self) -> list[adapters_pb2.Alias]:
-        """All aliases, by name."""
-        return [alias_message(alias) for alias in self._gate.enter().registry.aliases()]
-
     async def upload(self, messages: Messages, call: Call) -> adapters_pb2.Adapter:
         """Receive the files of an adapter: a header, then chunks in the order of its files.
 
@@ -280,7 +259,7 @@ class Adapters:
 
     @contextlib.contextmanager
     def _upload_of(self, call: Call) -> Iterator[AdapterRegistry]:
-        """A place for an upload; the registry that takes it in."""
+        """Takes one of the places for uploads, and yields the registry."""
         registry = self._gate.enter().registry
         if self._uploads.total() >= MAX_UPLOADS:
             raise QueueFullError(say("TOO_MANY_CALLS", most=MAX_UPLOADS))
@@ -334,6 +313,27 @@ class Adapters:
         with _cancelling(cancellation):
             result = await asyncio.wrap_future(fusing)
         return fuse_response(result, adapter_message(result.record))
+
+    # Aliases
+
+    async def set_alias(
+        self, message: adapters_pb2.SetAliasRequest, call: Call
+    ) -> adapters_pb2.Alias:
+        registry = self._gate.enter().registry
+        name, targets = checked_alias(message)
+        call.adapters = tuple(target.name for target in targets)
+        return alias_message(await self._slow.run(registry.set_alias, name, targets))
+
+    async def delete_alias(self, message: adapters_pb2.DeleteAliasRequest) -> None:
+        registry = self._gate.enter().registry
+        violations = Violations()
+        violations.check_name(message.name, "name")
+        violations.raise_if_any()
+        await self._slow.run(registry.delete_alias, message.name)
+
+    def aliases(self) -> list[adapters_pb2.Alias]:
+        """All aliases, by name."""
+        return [alias_message(alias) for alias in self._gate.enter().registry.aliases()]
 
     # Reading the registry
 

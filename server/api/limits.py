@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 MAX_MESSAGE_BYTES = 4 << 20
 # Longer mixes are rejected before their names are looked up.
 MAX_MIX_MEMBERS = 64
+MAX_ALIAS_TARGETS = 16
 MAX_NAME_CHARS = 128
 # Limits on turns of a chat and on entries of logit_bias and of stop_token_ids. Each entry costs
 # time at every step or before the first step, and no client sends as many.
@@ -57,7 +58,6 @@ MAX_TEMPLATE_CHARS = 1 << 18
 _REQUESTS, _ADAPTERS = "server/api/inference_requests.py", "server/api/admin.py"
 _MIX, _INPUTS = "server/api/violations.py", "server/api/inputs.py"
 _UPLOADS, _FUSE = "server/api/uploads.py", "server/api/admin_messages.py"
-MAX_ALIAS_TARGETS = 16
 
 
 @dataclass(frozen=True, slots=True)

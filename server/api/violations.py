@@ -99,7 +99,7 @@ def adapter_refs(
     violations: Violations,
     draw: float | None = None,
 ) -> tuple[AdapterRef, ...]:
-    """The members of a mix, in the order of the message; names may be aliases' with a draw."""
+    """The members of a mix, in the order of the message; with a draw, names may be aliases."""
     if not violations.check_count(len(weights), MAX_MIX_MEMBERS, "adapters"):
         return ()
     refs: list[AdapterRef] = []

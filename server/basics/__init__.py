@@ -1,1 +1,1 @@
-"""Helpers for all packages, which import no other package: sizes, names, addresses, files."""
+"""Helpers that all packages use and that import no package: sizes, names, addresses, files."""

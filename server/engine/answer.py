@@ -53,11 +53,11 @@ class Detokenizer:
 
         Args:
             token_id: The token.
-            may_stop: False while under ``min_tokens``: stop strings in text so far are ignored.
+            may_stop: False below ``min_tokens``: stop strings in the text so far are ignored.
 
         Returns:
-            Text that is final. After a stop string was found, everything before it (and it, with
-            ``include_stop``).
+            Text that is final. If a stop string was found, everything before it (and, with
+            ``include_stop``, the stop string too).
         """
         self._held += self._stream.push(token_id)
         if not self._stops:
@@ -81,7 +81,7 @@ class Detokenizer:
         return text
 
     def _possible_start(self) -> int:
-        """Length of the longest end of the held text that begins a stop string."""
+        """Length of the longest suffix of the held text with which a stop string begins."""
         longest = 0
         for stop in self._stops:
             for size in range(min(len(stop) - 1, len(self._held)), longest, -1):
@@ -129,7 +129,7 @@ class AnswerText:
         may_stop = self._num_tokens >= self._stop.min_tokens
         if token in self._always or (may_stop and token in self._ends):
             self.stopped_by = token
-            # An end token is no text of the answer, unless the client wants to see it.
+            # An end token is not part of the answer's text, unless the client asks for it.
             text = self._detokenizer.push(token) if self._stop.include_stop else ""
         else:
             text = self._detokenizer.push(token, may_stop=may_stop)
@@ -158,21 +158,21 @@ class AnswerText:
 # The asyncio end of a request: an async iterator of its outputs.
 
 
-# Unread output of one answer, besides the item to be read next (which may hold a long prompt's
-# logprobs).
+# Maximum unread output of one answer, without the item to be read next (which may hold a long
+# prompt's logprobs).
 MAX_UNREAD_BYTES = 8 << 20
 
 
 class Stream:
     """Outputs of one request, in order; the last carries ``finish``.
 
-    Iterating raises the request's ``TurretError`` if it failed, a ``BudgetExceededError`` if more
-    of the answer waits to be read than ``MAX_UNREAD_BYTES``. Belongs to one event loop.
+    Iterating raises the request's ``TurretError`` if it failed, and a ``BudgetExceededError`` if
+    more than ``MAX_UNREAD_BYTES`` of the answer wait to be read. Belongs to one event loop.
 
     Args:
         cancel: Ends the request.
-        hold: Called with the bytes that the request and its unread output newly take; negative
-            for bytes that they no longer take.
+        hold: Called with each change of the memory that the request and its unread output take, in
+            bytes; negative if it shrinks.
         num_bytes: The approximate memory of the request itself.
     """
 
@@ -276,9 +276,9 @@ class Answer:
     Args:
         sequence: The request's sequence.
         stream: The stream for outputs.
-        text: The answer's text, including the answer so far that the request carries.
+        text: The answer's text, including the request's ``answer_so_far``.
         token_text: Text of a single token, for logprobs.
-        max_tokens: Most tokens to generate, resolved against the context.
+        max_tokens: Maximum number of tokens to generate, limited by the context.
     """
 
     def __init__(
@@ -323,7 +323,7 @@ class Answer:
             The output that is now final, and why (and by what) the sequence ends, if it does.
 
         Raises:
-            TurretError: None was drawn.
+            TurretError: A draw failed.
         """
         sequence = self.sequence
         options = sequence.request.options

@@ -124,9 +124,7 @@ class _Archive:
         """Read the padding."""
         while not self._is_over:
             if len(self._held) > _MAX_PADDING:
-                raise InvalidRequestError(
-                    say("ARCHIVE_UNREADABLE", problem="it goes on after its end")
-                )
+                raise InvalidRequestError(say("ARCHIVE_UNREADABLE", problem="data follows its end"))
             await self._more()
 
     async def _read(self, size: int) -> AsyncIterator[bytes]:
@@ -142,7 +140,7 @@ class _Archive:
     async def _more(self) -> None:
         """Wait for the next message of the body."""
         if self._is_over:
-            raise InvalidRequestError(say("ARCHIVE_UNREADABLE", problem="it is cut"))
+            raise InvalidRequestError(say("ARCHIVE_UNREADABLE", problem="it ends too early"))
         limit = BASE_SECONDS + self._num_bytes / LEAST_BYTES_PER_SECOND
         try:
             async with asyncio.timeout(min(IDLE_SECONDS, self._begun + limit - time.monotonic())):

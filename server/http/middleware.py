@@ -1,9 +1,9 @@
 """The layers around the routes: the check of host names, request ids, and unknown paths.
 
 The check of the host name protects against DNS rebinding: after a page of evil.example was loaded,
-    its owner can make that name resolve to this server. The browser then treats requests to this
-    server as requests to the page's own origin, and only their Host header shows the difference. An
-    IP address or localhost cannot be rebound, so both are accepted.
+its owner can make that name resolve to this server. The browser then treats requests to this server
+as requests to the page's own origin, and only their Host header shows the difference. An IP address
+or localhost cannot be rebound, so both are accepted.
 """
 
 from __future__ import annotations

@@ -78,12 +78,13 @@ class Models:
             text = say("MODEL_IS_A_MIX", model=name[:200], step=members[0].name)
             raise AdapterNotFoundError(text, metadata={"adapter": name[:200]})
         question = adapters_pb2.GetAdapterRequest(name=members[0].name)
-        for alias in self._adapters.aliases():
-            if alias.name == name:
-                await exchange.reply.json(self._alias(alias))
-                return
         if members[0].HasField("generation"):
             question.generation = members[0].generation
+        else:
+            for alias in self._adapters.aliases():
+                if alias.name == question.name:
+                    await exchange.reply.json(self._alias(alias))
+                    return
         adapter = await self._adapters.get(question, exchange.call)
         await exchange.reply.json(self._adapter(adapter))
 

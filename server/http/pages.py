@@ -24,7 +24,7 @@ _POLICY = (
     "default-src 'none'; script-src 'self'; connect-src 'self'; base-uri 'none';"
     " form-action 'none'; frame-ancestors 'none'; "
 )
-# Texts become nodes and never markup: with trusted types, the browser rejects everything else.
+# The console inserts text only as text nodes; with trusted types, the browser rejects markup.
 _CONSOLE_POLICY = (
     "style-src 'self'; img-src 'self'; require-trusted-types-for 'script'; trusted-types 'none'"
 )
@@ -53,12 +53,12 @@ _START = b'SwaggerUIBundle({url: "/openapi.json", dom_id: "#swagger-ui", deepLin
 
 
 class Page:
-    """Sends the files of a page. They are public: the page requests data with the visitor's token.
+    """Sends a page's files. They are public; the page requests its data with the visitor's token.
 
     Args:
-        folder: The path of the files.
+        folder: The path of the files in URLs.
         files: The files by name, so that no text from a client becomes a path.
-        policy: The content security policy, in addition to the page's own scripts.
+        policy: Directives to add to the content security policy that all pages share.
     """
 
     def __init__(self, folder: str, files: Mapping[str, bytes | Path], policy: str) -> None:
@@ -105,7 +105,7 @@ def console() -> Page:
 
 def docs() -> Page:
     """Swagger UI from an installed package, so that it works without the internet."""
-    # Find the package without importing it, which takes a third of a second.
+    # Find the package without importing it: the import takes a third of a second.
     spec = find_spec("fastapi_offline")
     assert spec is not None
     assert spec.origin is not None

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 
 def answers(job: tuple[str, Sequence[str], bool]) -> Iterator[object]:
-    """The token ids of each text, or the error of the library."""
+    """The token ids of each text, or the library's error."""
     path, texts, add_special_tokens = job
     try:
         found = _read(path).encode_batch_fast(texts, add_special_tokens=add_special_tokens)

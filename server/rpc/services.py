@@ -120,12 +120,12 @@ class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
 # The Inference service.
 
 
-# gRPC allows a timeout of 11,000 years; no request runs for as long as this.
+# gRPC allows timeouts of up to 11,000 years, but no request runs for longer than 30 days.
 _MAX_DEADLINE_SECONDS = 30 * 86400.0
 
 
 def _deadline(context: _Context) -> float | None:
-    """The call's deadline on the ``time.monotonic()`` clock; None for none or one too far off."""
+    """The deadline on the ``time.monotonic()`` clock; None if there is none or it is far off."""
     remaining = context.time_remaining()
     if remaining is None or remaining > _MAX_DEADLINE_SECONDS:
         return None
@@ -217,7 +217,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self.set_serving(False)
 
     def _wake(self) -> None:
-        # Every change has an event of its own, so a slow watcher misses none.
+        # Every change has its own event, so even a slow watcher always sees the latest status.
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 

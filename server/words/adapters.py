@@ -101,8 +101,8 @@ TEXTS: dict[str, str] = {
     "HEADER_TOO_LARGE": "its header has {found} bytes, more than {most}",
     "METADATA_NOT_AN_OBJECT": "__metadata__ must be an object",
     "TENSOR_ENTRY_INVALID": "tensor {name!q:.200} has an invalid dtype, shape or data_offsets",
-    "TENSOR_DTYPE_UNSUPPORTED": "tensor {name!q:.200} has dtype {value!q:.30}; supported are"
-    " {choices}",
+    "TENSOR_DTYPE_UNSUPPORTED": "tensor {name!q:.200} has dtype {value!q:.30}; supported"
+    " dtypes are {choices}",
     "TENSORS_NOT_CONTIGUOUS": "tensor {name!q:.200} starts at byte {found}, expected {expected}",
     "TENSOR_DATA_LEFT": "its tensors end at byte {found}, but its data ends at byte {expected}",
     "INVALID_SAFETENSORS": "is not a valid safetensors file: {why}",

@@ -15,7 +15,7 @@ TEXTS: dict[str, str] = {
     ),
     # Fields.
     "WRONG_TYPE": "must be {expected}",
-    "TOO_LONG": "must be at most {most} characters as JSON",
+    "TOO_LONG": "must have at most {most} characters when written as JSON",
     "NUMBER_TOO_LARGE": "must not contain numbers above 1.8e308",
     "TOO_FEW_ENTRIES": "must have {least} or more entries",
     "NOT_TEXT": "must be a text part; this model accepts only text",
@@ -44,7 +44,7 @@ TEXTS: dict[str, str] = {
     "HOST_MISSING": "the request has no host header",
     "UNKNOWN_HOST": "unknown host {host!q}; use the server's address, or --http-allowed-host",
     "UNKNOWN_URL": "{method} {path} is not served",
-    "URL_ELSEWHERE": "{method} {path} is served at the admin address only, over gRPC",
+    "URL_ELSEWHERE": "{method} {path} is served only at the admin address, over gRPC",
     "METHOD_NOT_ALLOWED": "{path} does not support {method}; use {allowed}",
     "REQUEST_ENDED": "the server is shutting down and ended the request",
     # Next steps, added to errors by their reasons.

@@ -6,8 +6,8 @@ TEXTS = {
     "NOT_A_TABLE": "must be a table, not {value}",
     "NOT_A_SIZE": "must be a size such as 512MiB, 2GB or 1048576, not {value!q}",
     "NOT_A_DURATION": "must be a duration such as 2.5, 30s or 5min, not {value}",
-    "NOT_AN_ADDRESS": "must be HOST:PORT with a port from 0 to 65535, an IPv6 host in brackets,"
-    " not {value!q}",
+    "NOT_AN_ADDRESS": "must be HOST:PORT with a port from 0 to 65535 (and brackets around an"
+    " IPv6 host), not {value!q}",
     "NOT_NAME_PATH": "must be NAME=PATH, not {value!q}",
     "NOT_OF_FORM": "must be * or {form}, not {value!q}",
     "NOT_AN_ORGANISATION": "must be * or the name of an organisation or user, not {value!q}",

@@ -109,7 +109,7 @@ async def test_unload_passes_mode_and_timeout() -> None:
             pb.SetAliasRequest(
                 name="a",
                 targets=[
-                    pb.AliasTarget(name="B"),
+                    pb.AliasTarget(name="b+"),
                     pb.AliasTarget(name="b", weight=0),
                     pb.AliasTarget(name="c", weight=float("nan")),
                     pb.AliasTarget(name="d", weight=100.1),

@@ -219,6 +219,7 @@ def test_a_canary_gets_its_share_and_the_metrics_tell(
         assert len(client.embed([PROMPT] * 4, adapters="prod").adapters_used) == 1
     card = http(server, "/v1/models/prod")
     assert card["targets"][1] == {"name": "dates", "generation": 2, "weight": 0.2}
+    assert http(server, "/v1/models/base:prod") == card
     assert card in http(server, "/v1/models")["data"]
     client.adapters.set_alias("prod", "other")
     gone = {"alias": "prod", "adapter": "dates", "generation": "1", "code": "OK"}
@@ -239,7 +240,7 @@ def test_what_an_alias_may_not_be(server: ServerUnderTest, client: TurretClient)
         adapters.set_alias("dates", "dates")
     with pytest.raises(InvalidArgumentError):
         adapters.load("prod", "w1")
-    for name in ("base", "Prod", ""):
+    for name in ("base", "Base", "-prod", ""):
         with pytest.raises(InvalidArgumentError):
             adapters.set_alias(name, "dates")
     for target in ("nobody", "prod", "base", "new", AdapterWeight("dates", generation=9)):

@@ -1,1 +1,1 @@
-"""Converts adapters whose files lack state of their base into LoRAs."""
+"""Converts adapters into LoRAs if their files lack state that only the base can supply."""

@@ -14,17 +14,17 @@
 A line of ``metrics.jsonl`` is written after every optimizer step (``kind`` is ``step``), and after
 every validation (``kind`` is ``validation``; step 0 is the adapter before training). Keys:
 
-| key | unit |
+| key | value |
 |---|---|
 | ``kind`` | ``step`` or ``validation`` |
-| ``step`` | finished optimizer steps |
-| ``loss`` | nats per learned token, or per example of a classification, of the step's batch |
-| | (before it) or the validation set |
-| ``accuracy``, ``macro_f1`` | of a validation of a classification |
+| ``step`` | the number of finished optimizer steps |
+| ``loss`` | nats per learned token, or per example of a classification: on the step's batch, |
+| | before the step, or on the validation set |
+| ``accuracy``, ``macro_f1`` | at a validation of a classification |
 | ``micro_f1``, ``label_f1`` | the same, if an example may have any number of labels |
 | ``learning_rate`` | of the step (with LoRA+: of A) |
 | ``grad_norm`` | of the step, before clipping |
-| ``tokens`` | training tokens seen so far, padding left out |
+| ``tokens`` | training tokens so far, without padding |
 | ``seconds`` | since the start of training, of all attempts together |
 | ``memory_bytes`` | peak so far: of the process (CPU) or of the device's allocator (CUDA) |
 """
@@ -176,7 +176,7 @@ class RunFolder:
         return self.report.stat().st_mtime_ns >= self.adapter.stat().st_mtime_ns
 
     def how_to_go_on(self) -> str:
-        """The next step after a run that stops now; empty if there is none."""
+        """What to do after a run that stops now; empty if there is nothing to do."""
         if self.is_finished and not self._is_reported():
             return f"the adapter is complete, but its report is missing; {self._how_to_report()}"
         if self.is_finished or not self.facts.exists():
@@ -237,12 +237,12 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The number of steps before the checkpoint was written."""
+    """The number of steps that were finished when the checkpoint was written."""
     return int(checkpoint.stem.removeprefix("step-"))
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``; an incomplete last line, after a kill, is skipped."""
+    """The lines of a ``metrics.jsonl``; skips an incomplete last line, which a kill leaves."""
     with path.open(encoding="utf-8") as file:
         for line in file:
             if line.endswith("\n"):

@@ -1,1 +1,1 @@
-"""The settings of a training run, and the values that are filled in."""
+"""The settings of a training run, and the values chosen for settings that are left out."""

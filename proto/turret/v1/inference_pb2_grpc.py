@@ -143,7 +143,8 @@ class InferenceServicer(object):
     def Embed(self, request, context):
         """Turns each input into a vector: the final hidden states of its tokens, pooled. Returns the errors
         of `Generate`; all inputs of a call succeed or fail together. Every input counts as a separate
-        request against `--max-requests-per-token` and `--max-requests-per-peer`.
+        request against `--max-requests-per-token` and `--max-requests-per-peer`. The response may have
+        32 MiB: raise the client's limit for received messages, which is 4 MiB by default.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

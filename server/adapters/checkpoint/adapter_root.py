@@ -1,10 +1,10 @@
-"""The one directory adapters are loaded from, and the only way to open a file below it.
+"""The one directory from which adapters are loaded, and the only way to open a file below it.
 
 Paths are walked one name at a time. Each name is opened relative to the directory before it and
-never through a link: a link is read, and its text is walked in turn. So replacing a directory with
-a link during the walk allows no more than a link that was there before, and nothing is checked by
-one look-up and opened by another. (``openat2`` with RESOLVE_BENEATH would reject absolute links to
-places inside the root, which Hugging Face caches and users create.)
+never through a link: a link is read, and its text is walked in turn. Replacing a directory with a
+link during the walk therefore gains nothing over a link that was there before, and no path is
+checked by one look-up and opened by another. (``openat2`` with RESOLVE_BENEATH would reject
+absolute links to places inside the root, which Hugging Face caches and users create.)
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from turret.server.words import Text, say
 
 # A cache of file digests, so that an unchanged adapter is not hashed again.
 #
-# A file is identified by its device, inode, size, mtime and ctime. Every write to a file advances
-# its ctime, which no program can set back. A write through a memory mapping may not advance it, so
-# the cache holds only files that nobody else can open for writing. A file that changed just before
-# it was read is not cached: a second change within the same tick of the clock would go unnoticed.
+# A file is identified by its device, inode, size, mtime and ctime. Every write call advances
+# the ctime, which no program can set back. A write through a memory mapping can leave it as it was,
+# so the cache holds only files that nobody else can open for writing. A file that changed just
+# before it was read is not cached: a second change within the same tick would go unnoticed.
 
 
 # Seconds that a file must have been unchanged before it was read; some network file systems keep
@@ -58,7 +58,7 @@ def stamp_of(*descriptors: int) -> bytes | None:
 
 
 class DigestCache:
-    """Digests by stamp, the last ``max_entries`` of them. Thread-safe."""
+    """Digests by stamp; keeps the ``max_entries`` used most recently. Thread-safe."""
 
     def __init__(self, max_entries: int = _MAX_ENTRIES) -> None:
         self._max_entries = max_entries
@@ -74,7 +74,7 @@ class DigestCache:
             return self._digests[stamp]
 
     def remember(self, stamp: bytes | None, digest: str) -> None:
-        """Call it with a stamp taken before the files were read."""
+        """Keeps the digest of files; call it with a stamp taken before they were read."""
         if stamp is None:
             return
         with self._lock:
@@ -125,7 +125,7 @@ def _raise_if_exhausted(error: OSError | ValueError) -> None:
 
 
 class AdapterDirectory:
-    """An open directory below the root; later changes of its name do not matter.
+    """An open directory below the root; renaming it later has no effect.
 
     Use it as a context manager.
 
@@ -168,9 +168,10 @@ class AdapterDirectory:
         return True
 
     def adapter_below(self, file: str) -> str | None:
-        """The path of the last directory below this one that has ``file``, if there is one.
+        """The path of a directory below this one that has ``file``, if there is one.
 
-        Directories on a deeper level count only if no level above has one.
+        A deeper level counts only if no level above has one. Of several on one level, the
+        last counts, in the order of the numbers in their names.
         """
         level = self._directories("")
         for _ in range(_MOST_LEVELS):
@@ -224,10 +225,10 @@ class AdapterDirectory:
     def open_file(self, name: str) -> BinaryIO:
         """Opens a regular file of the directory for reading.
 
-        A link to a file elsewhere *inside* the root is followed (Hugging Face caches use them).
+        A link to a file elsewhere *inside* the root is followed (Hugging Face caches have them).
 
         Raises:
-            AdapterCheckpointError: Missing, outside the root, or not a regular file.
+            AdapterCheckpointError: The file is missing, outside the root, or not a regular file.
         """
         shown = f"{self._path}/{name}"
         try:
@@ -250,7 +251,7 @@ class AdapterDirectory:
 class AdapterRoot:
     """An allow-listed directory. Symbolic links may be used below it, but not to leave it.
 
-    Without a directory (None) nothing can be loaded.
+    Without a directory (None), nothing can be loaded.
     """
 
     def __init__(self, root: Path | None) -> None:
@@ -270,8 +271,8 @@ class AdapterRoot:
             shown: The name in messages; None for the path itself.
 
         Raises:
-            AdapterCheckpointError: Empty, absolute, with ``..`` or control characters, leading
-                out of the root through a link, or not a directory.
+            AdapterCheckpointError: The path is empty or absolute, contains ``..`` or control
+                characters, leads out of the root through a link, or is not a directory.
         """
         shown = path if shown is None else shown
         if not path or len(path) > MAX_PATH_CHARS:
@@ -358,7 +359,7 @@ class AdapterRoot:
 
 
 def _closest_path(root: Path, path: PurePosixPath) -> str | None:
-    """The directory whose path differs only slightly, in the first name that does not exist.
+    """A directory whose path differs only in the first name that does not exist, and only slightly.
 
     Only names are compared; nothing that is found here is opened.
     """

@@ -250,6 +250,7 @@ class Fuser:
         self, job: _Job, name: str, refs: Sequence[AdapterRef], combination: Combination
     ) -> FuseResult:
         try:
+            self._registry.check_name(name)
             if name in {ref.name for ref in refs}:
                 raise InvalidRequestError.of("name", say("NAME_IS_MEMBER", adapter=name))
             self._registry.check_room(0)

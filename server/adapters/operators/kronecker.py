@@ -35,7 +35,7 @@ class Kronecker(Operator):
 
     @property
     def _factors(self) -> tuple[torch.Tensor, ...]:
-        """The transposed factors by which ``X`` is multiplied from the right, in this order."""
+        """The factors by whose transposes ``X`` is multiplied from the right, in this order."""
         return (self.w2,) if isinstance(self.w2, torch.Tensor) else (self.w2[1], self.w2[0])
 
     def add(self, y: torch.Tensor, x: torch.Tensor, base: BaseRows, weight: float) -> None:
@@ -55,6 +55,6 @@ class Kronecker(Operator):
 
     @property
     def multiply_adds(self) -> int:
-        # x has a row per column of w1. The factors of w2 multiply its rows, then w1 its columns.
+        # X has a row per column of w1. The factors of w2 multiply its rows, then w1 its columns.
         right = self.w1.shape[1] * sum(factor.numel() for factor in self._factors)
         return right + self.w1.numel() * self._factors[-1].shape[0]

@@ -87,7 +87,7 @@ class Registration:
     def next_generation(self) -> int:
         """The number of the next new weights; no weights of this registration ever had it.
 
-        A replacement makes the highest number current, and a rollback keeps it.
+        The generation with the highest number is always current or kept.
         """
         return max(adapter.generation for adapter in self.named) + 1
 
@@ -283,29 +283,31 @@ class NameTable:
         with self._changed:
             before = registration.current
             replaced = [*(a for a in registration.kept if a is not adapter), before]
-            return self._without_surplus(registration, replaced)
+            return self._without_surplus(adapter, replaced)
 
     def _without_surplus(
-        self, registration: Registration, replaced: Sequence[Adapter]
+        self, current: Adapter, replaced: Sequence[Adapter]
     ) -> tuple[Adapter, ...]:
-        """The last of these generations, and those that an alias names."""
+        """The last of these generations, those that an alias names, and the highest number."""
         surplus = max(len(replaced) - self._keep_generations, 0)
-        named = {
+        needed = {
             target.generation
             for alias in self._aliases.values()
             for target in alias.targets
-            if target.name == registration.name
+            if target.name == current.name
         }
+        # See ``next_generation``. After a rollback, this is one of the replaced generations.
+        needed.add(max(adapter.generation for adapter in (current, *replaced)))
         return tuple(
             adapter
             for index, adapter in enumerate(replaced)
-            if index >= surplus or adapter.generation in named
+            if index >= surplus or adapter.generation in needed
         )
 
     def surplus(self, registration: Registration) -> tuple[Adapter, ...]:
         """Kept generations that no setting or alias keeps any more."""
         with self._changed:
-            kept = self._without_surplus(registration, registration.kept)
+            kept = self._without_surplus(registration.current, registration.kept)
             return tuple(adapter for adapter in registration.kept if adapter not in kept)
 
     def drop_kept(self, registration: Registration, surplus: Sequence[Adapter]) -> None:
@@ -316,8 +318,8 @@ class NameTable:
             gone = self._forget_retired(registration)
         self._part_with(gone)
 
-    # Aliases. Their targets are current or kept: ``kept_after`` keeps what an alias names, and
-    # ``check_not_aliased`` keeps the name.
+    # Aliases. Their targets are current or kept: ``_without_surplus`` keeps the generations, and
+    # ``check_not_aliased`` the names.
 
     def aliases(self) -> list[Alias]:
         """All aliases, by name."""
@@ -329,7 +331,7 @@ class NameTable:
             return self._aliases.get(name)
 
     def put_alias(self, alias: Alias) -> None:
-        """Makes later requests for the name get these targets, which are there."""
+        """Gives later requests for the name one of these targets, which must be current or kept."""
         with self._changed:
             self._aliases[alias.name] = alias
 
@@ -472,7 +474,7 @@ class NameTable:
         """
         with self._changed:
             name, generation = ref.name, ref.generation
-            alias = None if ref.draw is None else self._aliases.get(name)
+            alias = self._aliases.get(name)
             if alias is not None and ref.draw is not None:
                 if generation is not None:
                     raise AdapterNotFoundError(say("ALIAS_GENERATION", adapters=name))

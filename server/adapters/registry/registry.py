@@ -314,7 +314,7 @@ class AdapterRegistry:
         ``chat_template`` is used instead of the one in the files.
 
         Raises:
-            InvalidRequestError: The name is malformed, or an alias's.
+            InvalidRequestError: The name is malformed, the base's or an alias's.
             AdapterExistsError, AdapterInUseError: The name has other content, or is being unloaded.
             HubError, HubUnavailableError, QueueFullError: The hub's files cannot be downloaded.
             AdapterCheckpointError, AdapterMismatchError, AdapterComponentError: See the loader.
@@ -420,18 +420,22 @@ class AdapterRegistry:
     @contextlib.contextmanager
     def _changing(self, name: str) -> Iterator[None]:
         """Makes this the only change of the name for now, and counts it as a load."""
-        self._check_free(name)
         start = time.monotonic()
         try:
             with self._names.only(name):
-                if self._table.alias(name) is not None:
-                    raise InvalidRequestError.of("name", say("NAME_OF_ALIAS", value=name))
+                self.check_name(name)
                 yield
         except Exception:
             self._metrics.adapter_loaded("error")
             raise
         self._metrics.adapter_loaded("ok")
         self._metrics.adapter_load("read", time.monotonic() - start)
+
+    def check_name(self, name: str) -> None:
+        """Raises InvalidRequestError if a name is malformed, the base's or an alias's."""
+        self._check_free(name)
+        if self._table.alias(name) is not None:
+            raise InvalidRequestError.of("name", say("NAME_OF_ALIAS", value=name))
 
     def _record(self, registration: Registration) -> AdapterInfo:
         with self._lock:
@@ -477,8 +481,8 @@ class AdapterRegistry:
 
         Args:
             name: A new name, or that of an alias.
-            targets: The generations, with the weights by which requests are divided among them.
-                Without a generation, the one that is current now.
+            targets: The generations, with the weights by which requests are divided among them. A
+                target without a generation gets the one that is current now.
 
         Raises:
             InvalidRequestError: The name is malformed, the base's or an adapter's; there are too

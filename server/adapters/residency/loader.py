@@ -53,10 +53,9 @@ from turret.server.errors import (
 from turret.server.hub import AdapterHub
 from turret.server.words import Text, say
 
-# The errors for a registered adapter whose files have changed or are missing.
-
-
 _log = logging.getLogger(__name__)
+
+# The errors for a registered adapter whose files have changed or are missing.
 
 
 def changed(name: str, source: Source, digest: str, found: str) -> AdapterChangedError:
@@ -80,7 +79,7 @@ def lost(name: str, source: Source, error: AdapterCheckpointError) -> AdapterCha
     Args:
         name: The adapter's name.
         source: The former location of the files.
-        error: The error from reading them; returned unchanged if it is this error already.
+        error: The error from reading them; returned unchanged if it is an AdapterChangedError.
     """
     if isinstance(error, AdapterChangedError):
         return error
@@ -101,8 +100,8 @@ def _take_any_tokenizer(files: TokenizerFiles | None, rows: int, chat_template: 
 class LoadedAdapter:
     """A lowered checkpoint: its facts, and its operators in host memory.
 
-    ``base_generation`` is that of the base weights from which the operators were computed; None if
-    they are the same on any.
+    ``base_generation`` is the generation of the base weights from which the operators were
+    computed; None if the operators do not depend on the base weights.
     """
 
     facts: AdapterFacts
@@ -113,13 +112,13 @@ class LoadedAdapter:
 class AdapterLoader:
     """Reads and lowers adapters. Keeps only the digests of uploads; thread-safe.
 
-    It does not keep digests of files below the adapter root, because their times are no proof: a
-    program that has mapped a file and just written to it can write again without a change of times.
+    It does not keep digests of files below the adapter root, because unchanged times do not prove
+    unchanged content: a program that has mapped a file can write to it without changing its times.
 
     Attributes:
         base: The base model as served; may be set at any time.
         check_tokenizer: Rejects an adapter's own tokenizer or chat template that cannot be served;
-            set it before the first is loaded.
+            set it before the first adapter is loaded.
 
     Args:
         root: The allow-listed adapter root; None to reject every path.
@@ -181,7 +180,7 @@ class AdapterLoader:
         if source.is_hub:
             # Fetches nothing unless the cache was emptied.
             self._hub.fetch(source.path)
-        # Operators take at least one serving element per weight, so no larger adapter can fit.
+        # Operators have at least one element per weight, so a larger adapter cannot fit.
         item_bytes = self.base.dtype.itemsize
         checkpoint = read_checkpoint(
             self.root_of(source),
@@ -213,7 +212,7 @@ class AdapterLoader:
         return replace(checkpoint, chat_template=template)
 
     def _with_tokenizer(self, checkpoint: AdapterCheckpoint, source: Source) -> AdapterCheckpoint:
-        """The checkpoint with the tokenizer in its folder, if its tokens may not be the base's."""
+        """The checkpoint, with the tokenizer beside it if its tokens may differ from the base's."""
         vocabulary = self.base.vocabulary
         rows, is_other = vocabulary_of(checkpoint, self.base)
         if not is_other:
@@ -338,7 +337,7 @@ def check_same_base(checkpoint: AdapterCheckpoint, base: BaseModel) -> None:
 
 
 def _is_private(directory: Path) -> bool:
-    """Whether only this server can write in a directory (if it exists)."""
+    """Whether a directory exists and only this server's user can write in it."""
     try:
         status = directory.stat()
     except OSError:

@@ -484,8 +484,8 @@ class Scheduler:
         most = max(latest_first, key=lines.places, default=None)
         if most is not None and waiting.tenant and lines.places(most) > own + 1:
             return most
-        # A mix keeps its places if it holds no more of them than the waiting one, and a tenant from
-        # another one likewise.
+        # Take no place from a mix that holds as few as the waiting one, nor from another tenant
+        # that holds as few.
         held = lines.num_running
         richer = [
             s

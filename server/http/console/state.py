@@ -49,7 +49,7 @@ def figures(metrics: Metrics) -> dict[str, Any]:
         ``{sum, count}`` in seconds by span (``first_token``, ``inter_token``, ``queue``, ``step``),
         counts by state (``sequences``, ``kv_blocks``), bytes by tier (``adapter_bytes``), and
         ``traffic`` by adapter label: the finished ``requests``, the failed ones among them
-            (``errors``), and the ``tokens`` generated so far.
+        (``errors``), and the ``tokens`` generated so far.
     """
     found: dict[str, Any] = {name: {"sum": 0.0, "count": 0} for name in _SPANS.values()}
     found |= {name: {} for name, _ in _GAUGES.values()}

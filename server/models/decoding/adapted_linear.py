@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from turret.server.models.weights.nf4_gpu import Nf4Product
 
 
-# A number larger than the rows of any step.
+# Larger than the number of rows of any step.
 _ALL = 1 << 62
 
 
 class StepProduct:
-    """The base projection in one step (``BaseProduct``): whole, or a slice of it.
+    """The base projection in one step (a ``BaseProduct``): all of it, or one slice.
 
     Args:
         linear: The projection.
@@ -63,7 +63,7 @@ class StepProduct:
     def ended(
         self, x: torch.Tensor, epilogue: Epilogue, bias: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """The epilogue's result, in the product's own launches; None where that is not possible."""
+        """The epilogue's result, from the product's own launches; None if this is impossible."""
         product = self._product
         if product is None or self._num_decode != x.shape[0]:
             return None
@@ -80,11 +80,12 @@ class StepProduct:
 class AdaptedLinear:
     """``y = G ⊙ (W x) + b + Σ_k w_k Δ_k(x)`` for one fused projection of one layer.
 
-    All compute paths use it: the base computes ``W x``, from which the step's adapters make ``y``.
+    All compute paths use it: the base computes ``W x``, from which the step's adapters make ``y``;
+    ``adapter_operators.py`` defines ``G`` and ``Δ_k``.
 
     Attributes:
         layer: Layer number.
-        projection: Its name (``qkv``, ``o``, ``gate_up``, ``down``).
+        projection: The projection's name (``qkv``, ``o``, ``gate_up``, ``down``).
         base: The bias-free base projection. It and the bias change when adapters are merged.
         bias: ``[out]`` in the serving dtype, or None.
     """
@@ -136,9 +137,9 @@ class AdaptedLinear:
         """Project on the gpu path and apply the next operation, in the same launches if possible.
 
         Args:
-            x: As above.
-            adapters: As above.
-            num_decode: As above.
+            x: See ``__call__``.
+            adapters: See ``__call__``.
+            num_decode: See ``BaseLinear``.
             epilogue: The operation that follows.
 
         Returns:
@@ -197,7 +198,7 @@ class AdaptedExperts:
         Args:
             x: ``[rows, in]``, or ``[pairs, in]``.
             routing: The pairs.
-            adapters: The step's, or None.
+            adapters: The step's adapters, or None.
             rows: The row of ``x`` that each pair reads, ``[pairs]`` int64; None for its own.
 
         Returns:
@@ -216,7 +217,7 @@ class ExpertMixture:
     """The weights of a mixture.
 
     Attributes:
-        router: ``[rows, hidden]`` to scores, ``[rows, experts]``; not quantised.
+        router: Maps ``[rows, hidden]`` to scores, ``[rows, experts]``; not quantised.
         gate_up: Gates and ups of each expert.
         down: Back to the hidden size.
     """

@@ -1,4 +1,4 @@
-"""Phi-3, 3.5 and 4: modules fused in the checkpoint, LongRoPE, heads that rotate in part."""
+"""Phi-3, 3.5 and 4: fused modules in the checkpoint, LongRoPE, partial rotary embeddings."""
 
 from __future__ import annotations
 

@@ -9,15 +9,15 @@ from turret.server.basics.names import closest
 from turret.server.errors import InvalidRequestError
 from turret.server.words import Text, say
 
-# Never quantised, but usually listed.
+# Never quantised, but usually listed in ``llm_int8_skip_modules``.
 _HEAD = "lm_head"
 
 
 def skipped_modules(patterns: Sequence[str], modules: Iterable[str]) -> frozenset[str]:
     """The modules that a pattern matches, by the rule of ``llm_int8_skip_modules``.
 
-    A pattern is a regular expression that matches a path from its start to its end or to a dot, or
-    the end of a path.
+    A pattern is either a regular expression, which must match a path from its start up to a dot or
+    to its end, or the text with which a path ends.
 
     Args:
         patterns: The patterns.

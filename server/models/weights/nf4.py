@@ -191,7 +191,7 @@ class Nf4Linear:
     """A fused projection without bias: slices of NF4 weights that share their input.
 
     On a CPU with AVX512-BF16 and a bf16 model, a fused dequantise-multiply runs on bitsandbytes'
-        packed weight (absmax is bf16 there). Elsewhere on the CPU (float32, or no AVX512-BF16) the
+    packed weight (absmax is bf16 there). Elsewhere on the CPU (float32, or no AVX512-BF16) the
     weight is held dequantised. On the gpu path ``product`` multiplies.
     """
 

@@ -57,6 +57,7 @@ def fusions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fusions]:
     made.add("narrow", r=2, lora_alpha=4, target_modules=["q_proj"])
     save_fusion(tiny_llama(), made.root, "gated", ("lora", "narrow"), ["q_proj"])
     made.registry.load("gated", "gated")
+    made.registry.set_alias("alias", [AdapterRef(name="lora")])
     yield made
     made.close()
 
@@ -239,6 +240,8 @@ def test_members_of_several_ranks_are_told_a_combination_for_them(
         ({"ia3": 1}, {"how": "svd"}, InvalidRequestError, ["rank"]),
         ({"lora": 1}, {"how": "svd", "rank": 65}, BudgetExceededError, ["rank"]),
         ({"lora": 1}, {"name": "lora"}, InvalidRequestError, ["name"]),
+        ({"unknown": 1}, {"name": "alias"}, InvalidRequestError, ["name"]),
+        ({"unknown": 1}, {"name": "base"}, InvalidRequestError, ["name"]),
         ({"lora": 1, "x": 1, "y": 1}, {}, AdapterNotFoundError, []),
         ({"lora": 1}, {"name": "dora"}, AdapterExistsError, []),
         ({"lora": 1}, {"name": "narrow"}, AdapterExistsError, []),

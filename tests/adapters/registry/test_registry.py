@@ -61,13 +61,13 @@ def test_a_record_says_what_was_loaded(make: Registries) -> None:
     assert (record.in_flight, record.last_used_time) == (0, None)
 
 
-@pytest.mark.parametrize("name", ["", "A", "-a", "a-", "a b", "ä", "a/b", "x" * 129, "a\n"])
+@pytest.mark.parametrize("name", ["", "-a", "a-", "/a", "a/", "a+b", "a b", "ä", "x" * 129, "a\n"])
 def test_malformed_names_are_refused(make: Registries, name: str) -> None:
     with pytest.raises(InvalidRequestError):
         make().load(name, "a")
 
 
-@pytest.mark.parametrize("name", ["a", "0", "a.b_c-d", "x" * 128])
+@pytest.mark.parametrize("name", ["a", "A", "0", "a.b_c-d", "Org/a/b", "x" * 128])
 def test_the_longest_and_shortest_names_are_accepted(make: Registries, name: str) -> None:
     assert make().load(name, "a").name == name
 

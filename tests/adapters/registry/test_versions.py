@@ -120,6 +120,22 @@ def test_a_rollback_serves_a_kept_generation_with_its_number(make: Registries) -
     assert versions(registry) == (3, (1,))
 
 
+def test_numbers_of_generations_that_only_an_alias_kept_are_not_used_again(
+    make: Registries,
+) -> None:
+    registry = make(load="a")
+    registry.load("x", "a")
+    registry.set_alias("old", refs("x"))
+    registry.replace("x", "b")
+    registry.rollback("x")
+    # The generation with the highest number stays, although neither a setting nor an alias asks.
+    assert versions(registry) == (1, (2,))
+    registry.delete_alias("old")
+    assert versions(registry) == (1, (2,))
+    assert registry.replace("x", "c").generation == 3
+    assert versions(registry) == (3, ())
+
+
 def test_nothing_is_kept_unless_asked_for(make: Registries) -> None:
     registry = make(load="a")
     registry.replace("a", "b")

@@ -1,4 +1,4 @@
-"""P-tuning (arXiv 2103.10385): soft tokens that an encoder makes; PEFT saves the tokens."""
+"""P-tuning (arXiv 2103.10385): soft tokens made by an encoder; PEFT saves only the tokens."""
 
 from __future__ import annotations
 

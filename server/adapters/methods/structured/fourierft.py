@@ -1,7 +1,7 @@
 """FourierFT (arXiv 2405.03003): ``ΔW = s·Re F⁻¹(c)``, a few coefficients of a Fourier transform.
 
 The places of the coefficients are drawn again from the seed, exactly as PEFT draws them. Every
-coefficient is a wave over the whole weight, so the update is a dense one.
+coefficient is a wave over the whole weight, so the update is dense.
 """
 
 from __future__ import annotations
