@@ -5,8 +5,9 @@ It takes less than nine minutes on a machine with only Python, torch, triton and
 against float64, and is not measured if the check fails; the other parts still run. Rows are
 appended to ``bench/results/<gpu>.jsonl`` at once::
 
-    bench/gpu.sh                     everything python bench/gpu.py --only step  one part python
-    bench/gpu.py --dry-run    tiny shapes in Triton's interpreter, to test the benchmark
+    bench/gpu.sh                     everything
+    python bench/gpu.py --only step  one part
+    python bench/gpu.py --dry-run    tiny shapes in Triton's interpreter, to test the benchmark
 """
 
 from __future__ import annotations

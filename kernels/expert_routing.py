@@ -1,7 +1,7 @@
 """Assigns rows to the experts of a mixture (arXiv 1701.06538) and combines the experts' results.
 
-    p = softmax(scores)        the per_token experts of the highest p, ties to the lower number y =
-    Σ_j p_j · expert_j(x)      in the order of p, divided by Σ_j p_j if the model requires it
+    p = softmax(scores)        the per_token experts of the highest p, ties to the lower number
+    y = Σ_j p_j · expert_j(x)  in the order of p, divided by Σ_j p_j if the model requires it
 
 A *pair* is a row and one of its experts. Pairs are ordered by expert, so that the rows of an expert
 are one run; within a run they keep the order of the rows. A row's result does not depend on how

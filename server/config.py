@@ -168,8 +168,8 @@ class SchedulerConfig:
     )
     preempt_after_seconds: Seconds = setting(
         5.0,
-        "time that a request waits before a token that holds more seats, or a mix that was served"
-        " more, gives up a seat; 0: no limit",
+        "time that a request waits before a token that holds more places, or a mix that was served"
+        " more, gives up a place; 0: no limit",
         ge=0,
     )
     speculation: Literal["auto", "prompt", "off"] = setting(

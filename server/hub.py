@@ -249,7 +249,8 @@ def download(repository: Repository, names: Iterable[str], on_bytes: OnBytes) ->
             )
             constants.HF_HUB_DISABLE_XET = True
             on_bytes(-counted)
-            _fetch(hub_id, name, on_bytes)
+            counted = 0
+            _fetch(hub_id, name, count)
     return cache_dir() / hub_id.snapshot
 
 

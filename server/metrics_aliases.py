@@ -55,13 +55,13 @@ def _cache_config(series: _Series) -> _Series:
 
 @dataclass(frozen=True, slots=True)
 class _Alias:
-    """One gauge of vLLM's.
+    """A gauge that vLLM has too.
 
     Attributes:
         name: Its name.
-        source: The series of turret's that it is made of.
+        source: The series of turret's that it is computed from.
         only: The labels that a series of the source must have.
-        make: Makes the alias' labels and values of the source's.
+        make: Computes the labels and values of the alias from those of the source.
         has_model: Whether it has the label ``model_name``, the base's name.
     """
 

@@ -34,16 +34,13 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _INTERVAL_VARIABLE, _INTERVAL_MILLISECONDS = "OTEL_METRIC_EXPORT_INTERVAL", 60_000.0
-_SECOND = 10**9  # nanoseconds
 # Series of turret's and their names in the conventions.
 _NAMES = {
     "turret_request_duration_seconds": "gen_ai.server.request.duration",
     "turret_time_to_first_token_seconds": "gen_ai.server.time_to_first_token",
     "turret_inter_token_seconds": "gen_ai.server.time_per_output_token",
 }
-_SAMPLES = tuple(
-    f"{series}_{end}" for series in _NAMES for end in ("bucket", "sum", "count", "created")
-)
+_SAMPLES = tuple(f"{series}_{end}" for series in _NAMES for end in ("bucket", "sum", "count"))
 
 # Turns the labels of a series into attributes.
 Describe = Callable[[Mapping[str, str]], Mapping[str, Any]]
@@ -69,6 +66,7 @@ class MetricsExport:
         self._registry, self._exporter = registry, exporter
         self._resource, self._describe = resource, describe
         self._ended = threading.Event()
+        self._started = time.time_ns()
         milliseconds = float(os.environ.get(_INTERVAL_VARIABLE) or _INTERVAL_MILLISECONDS)
         self._seconds = milliseconds / 1000
         self._thread = threading.Thread(target=self._run, name="otlp-metrics", daemon=True)
@@ -119,7 +117,7 @@ class MetricsExport:
             unknown: Any = None
             yield HistogramDataPoint(
                 attributes=self._describe(dict(labels)),
-                start_time_unix_nano=round(values[f"{series}_created"] * _SECOND),
+                start_time_unix_nano=self._started,
                 time_unix_nano=now,
                 count=int(values[f"{series}_count"]),
                 sum=values[f"{series}_sum"],

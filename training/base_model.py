@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import json
 import warnings
@@ -19,7 +18,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GenerationConfig,
 )
 from transformers.utils import logging
 
@@ -243,44 +241,23 @@ class _EmptyFrozen(_EmptyLinear4bit, FrozenNf4Linear):
 
 
 def _load_nf4(base: TrainingBase, dtype: torch.dtype) -> Any:
-    config = copy.deepcopy(base.config)
-    kept = modules_in_16_bits(base.source.weights)
-    config.quantization_config = BitsAndBytesConfig(
+    model = load_4bit(base.source.weights, base.arch, base.config, dtype)
+    model.config.quantization_config = BitsAndBytesConfig(
         load_in_4bit=True,
-        llm_int8_skip_modules=[*kept, "lm_head"] if kept else None,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     ).to_dict()
-    if base.arch.experts is not None or _is_within_another(base):
-        model = load_4bit(base.source.weights, base.arch, base.config, dtype)
-        model.config.quantization_config = config.quantization_config
-        # PEFT reads these attributes.
-        model.is_loaded_in_4bit = model.is_quantized = True
-    else:
-        model = AutoModelForCausalLM.from_pretrained(
-            base.source.weights,
-            config=config,
-            dtype=dtype,
-            # Pass this config, because the directory may contain only weights.
-            generation_config=GenerationConfig.from_model_config(config),
-        )
+    # PEFT reads these attributes.
+    model.is_loaded_in_4bit = model.is_quantized = True
     for parameter in model.parameters():
         if parameter.is_floating_point():
-            # transformers leaves weights that are not quantised in the checkpoint's dtype.
+            # Weights that are not quantised have the checkpoint's dtype.
             parameter.data = parameter.data.to(dtype)
     for module in _nf4_modules(model).values():
         # The dtype of weights in the backward pass; the checkpoint's bfloat16 would round again.
         module.weight.quant_state.dtype = dtype
     return model
-
-
-def _is_within_another(base: TrainingBase) -> bool:
-    """Whether the tensors of the 4-bit checkpoint have the names of a multimodal model."""
-    path = base.source.weights / "config.json"
-    if not path.is_file():
-        return False
-    return json.loads(path.read_text(encoding="utf-8"))["model_type"] != base.config.model_type
 
 
 def _nf4_modules(model: Any) -> dict[str, Any]:

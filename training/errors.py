@@ -1,9 +1,10 @@
 """The errors of training, as one tree; ``turret train`` prints each on one line.
 
-TrainingError ├── ConfigError    an invalid key of the config: unknown, out of range, or unsupported
-by the method │   └── ConfigFileError  an error in the file alone, independent of the base and the
-machine ├── DataError      an invalid example: names the file, the line and the field └── RunError a
-run directory that is finished, in use, or of another config or data set
+TrainingError
+├── ConfigError    an invalid key of the config: unknown, out of range, or unsupported by the method
+│   └── ConfigFileError  an error in the file alone, independent of the base and the machine
+├── DataError      an invalid example: names the file, the line and the field
+└── RunError       a run directory that is finished, in use, or of another config or data set
 """
 
 from __future__ import annotations

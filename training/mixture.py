@@ -114,7 +114,7 @@ def as_modules(model: Any) -> Iterator[None]:
 
 
 def load_4bit(weights: Path, arch: Arch, config: Any, dtype: torch.dtype) -> Any:
-    """A transformers model with its experts as modules, in NF4 or in 16 bits as they are stored.
+    """A transformers model of the weights that the server serves, with its experts as modules.
 
     Args:
         weights: The directory of a bitsandbytes-4bit checkpoint, which may be that of a larger

@@ -1,8 +1,9 @@
 """The NF4 linear modules of a run on a CPU, with or without a LoRA on them.
 
 bitsandbytes multiplies in the activations' dtype. In bfloat16 that is slow on Intel processors
-without AMX, whose float32 units multiply twice as fast as their AVX512-BF16 unit. So the weight is
-dequantised, for one product at a time, to the dtype that the processor multiplies fastest.
+without AMX: on a Xeon, float32 products ran twice as fast as those of AVX512-BF16. So the weight is
+dequantised, for one product at a time, to the dtype that should be fastest on the processor. On AMX
+and on AMD processors this has not been measured.
 
 A LoRA is computed together with its base product: the sum is rounded once, and the activations are
 kept in their own dtype for the backward pass, whereas PEFT keeps a float32 copy for each module.

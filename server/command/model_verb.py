@@ -66,9 +66,10 @@ def _inspect(args: argparse.Namespace) -> int:
         modules = None if kinds is None else [dataclasses.asdict(kind) for kind in kinds]
         print_json({**sizes, "modules": modules})
         return 0
-    for name, size in ({} if memory is None else _rows(memory)).items():
-        print(f"{name:<26} {size:>8}")
-    print(*(kinds or ()), sep="\n")
+    if memory is not None:
+        print(*(f"{name:<26} {size:>8}" for name, size in _rows(memory).items()), sep="\n")
+    if kinds:
+        print(*kinds, sep="\n")
     return 0
 
 

@@ -42,10 +42,20 @@ def refused(name: str = NAME) -> Text:
     return text
 
 
-@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    ("file", "has_xet"),
+    [("config.json", False), ("model.safetensors", False), ("model.safetensors", True)],
+)
 def test_a_hub_that_sends_more_than_it_says_does_not_fill_the_disk(
-    repo: Repo, tmp_path: Path, file: str
+    hub: FakeHub,
+    repo: Repo,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str,
+    has_xet: bool,
 ) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    hub.has_xet = has_xet
     repo.lied_sizes[file] = 10
     with pytest.raises(InvalidRequestError) as caught:
         resolved(tmp_path)

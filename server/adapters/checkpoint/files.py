@@ -140,7 +140,8 @@ def read_trained_base(directory: AdapterDirectory) -> TrainedBase:
             digest, weights = base["digest"], base.get("weights")
     except (AdapterCheckpointError, OSError, ValueError, LookupError, TypeError, AttributeError):
         return TrainedBase()
-    if not isinstance(digest, str):
+    # A warning contains the beginning of the digest.
+    if not isinstance(digest, str) or not digest.isalnum():
         return TrainedBase()
     return TrainedBase(digest, weights if isinstance(weights, dict) else {})
 

@@ -156,16 +156,17 @@ class Nf4Weight:
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """``[out, in]`` in ``dtype``."""
+        # As one row, because bitsandbytes' CPU kernel misreads blocks that span two rows.
+        flat = 1, self.shape[0] * self.shape[1]
         return torch.ops.bitsandbytes.dequantize_4bit(
-            self.packed, self.absmax(), BLOCKSIZE, "nf4", self.shape, dtype
-        )
+            self.packed, self.absmax(), BLOCKSIZE, "nf4", flat, dtype
+        ).view(self.shape)
 
 
 def dequantize_stored(name: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """A weight of a bitsandbytes-4bit checkpoint of any kind, ``[out, in]`` fp32.
 
-    See ``Nf4Weight.from_tensors``. bitsandbytes' own function is not used: its CPU kernel gives
-    wrong values where a block spans two rows.
+    See ``Nf4Weight.from_tensors``.
     """
     state = _state_in(name, tensors)
     weight = Nf4Weight(tensors[name], state)

@@ -134,6 +134,7 @@ DIGEST = "d" * 64
     [
         ({"digest": DIGEST}, None, {}),
         ({"digest": DIGEST, "weights": WEIGHTS}, None, {}),
+        ({"digest": "e\n\x1b[2K"}, None, {}),
         ({"digest": "e" * 64}, "OTHER_WEIGHTS", {"trained": "e" * 12, "served": "d" * 12}),
         ({"digest": "e" * 64, "weights": WEIGHTS}, "OTHER_WEIGHTS", {}),
         ({"digest": "e" * 64, "weights": 3}, "OTHER_WEIGHTS", {}),

@@ -1,8 +1,7 @@
 """Starts servers within a second, by forking a process that has imported everything.
 
-cd tests/support && python -m servers.zygote      reads a JSON array per line: flags,
-environment,
-                                                  working directory, log
+``cd tests/support && python -m servers.zygote`` reads a JSON array per line: flags, environment,
+working directory, log.
 """
 
 from __future__ import annotations
