@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from turret.clients.client import TurretClient
-from turret.clients.errors import AnswerCutError, NotFoundError, TurretRpcError, UnavailableError
+from turret.clients.errors import AnswerCutError, TurretRpcError, UnavailableError
 from turret.clients.hints import COMMAND_HINTS
 from turret.clients.messages.fields import check_text
 from turret.clients.messages.mix import AdapterWeight
@@ -158,12 +159,11 @@ def _chat(args: argparse.Namespace, client: TurretClient) -> None:
     conversation = Conversation(
         client,
         options=generation_options(args),
-        adapters=args.adapters,
         system=args.system,
         timeout=args.timeout,
     )
     model = client.get_model(timeout=args.timeout)
-    conversation.check_adapters()
+    conversation.select(args.adapters)
     try:
         print(f"{model.name} ({model.quantization}). /help for help.")
         while (line := input(conversation.prompt).strip()) != "/quit":
@@ -185,9 +185,9 @@ class Conversation:
 
     client: TurretClient
     options: GenerateOptions
-    adapters: list[AdapterWeight]
     system: str | None
     timeout: float | None
+    adapters: Sequence[AdapterWeight] = ()
     turns: list[tuple[str, str]] = field(default_factory=list)
     last_summary: str = "nothing yet"
 
@@ -197,20 +197,16 @@ class Conversation:
         mix = " + ".join(map(str, self.adapters)) or "base"
         return f"[{mix}] > " if sys.stdin.isatty() else ""
 
-    def check_adapters(self) -> None:
-        """Check that the server has the adapters of the mix.
+    def select(self, adapters: Sequence[AdapterWeight]) -> None:
+        """Answer with this mix from now on.
 
         Raises:
-            NotFoundError: An adapter is not registered.
+            NotFoundError: The server has no adapter or alias of a name, or not that generation.
         """
-        for member in self.adapters:
-            try:
-                self.client.adapters.get(member.name, timeout=self.timeout)
-            except NotFoundError:
-                raise
-            except TurretRpcError:
-                # The token may not allow this call. If so, the answers will report unknown names.
-                return
+        if adapters:
+            # This call finds the names as an answer does, and needs no other role.
+            self.client.tokenize("a", adapters=adapters, timeout=self.timeout)
+        self.adapters = adapters
 
     def take(self, line: str) -> None:
         """Process a line: a command, or a message to answer.
@@ -226,13 +222,7 @@ class Conversation:
             case "/help":
                 print(_HELP)
             case "/adapter":
-                before = self.adapters
-                self.adapters = [AdapterWeight.parse(word) for word in rest.split()]
-                try:
-                    self.check_adapters()
-                except NotFoundError:
-                    self.adapters = before
-                    raise
+                self.select([AdapterWeight.parse(word) for word in rest.split()])
             case "/adapters":
                 for adapter in self.client.adapters.list(timeout=self.timeout):
                     print(f"{adapter.name}@{adapter.generation}  {adapter.method}")

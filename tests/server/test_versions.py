@@ -25,6 +25,7 @@ from turret.clients.errors import (
     InvalidArgumentError,
     NotFoundError,
 )
+from turret.clients.verbs.generate import Conversation
 
 NUM_WEIGHTS = 3
 PROMPT = "SELECT"
@@ -220,6 +221,11 @@ def test_a_canary_gets_its_share_and_the_metrics_tell(
     card = http(server, "/v1/models/prod")
     assert card["targets"][1] == {"name": "dates", "generation": 2, "weight": 0.2}
     assert http(server, "/v1/models/base:prod") == card
+    conversation = Conversation(client, options={}, system=None, timeout=None)
+    conversation.select([AdapterWeight("prod")])
+    with pytest.raises(NotFoundError):
+        conversation.select([AdapterWeight("nobody")])
+    assert conversation.adapters == [AdapterWeight("prod")]
     assert card in http(server, "/v1/models")["data"]
     client.adapters.set_alias("prod", "other")
     gone = {"alias": "prod", "adapter": "dates", "generation": "1", "code": "OK"}

@@ -58,6 +58,15 @@ class FakeInference(inference_pb2_grpc.InferenceServicer):
         # Without a deadline, grpc reports the largest integer of nanoseconds.
         remaining = context.time_remaining()
         self.time_remaining = None if remaining is None or remaining > 1e9 else remaining
+        self._find(request, context)
+        if getattr(request, "prompt", "") == "busy":
+            retry = error_details_pb2.RetryInfo(
+                retry_delay=duration_pb2.Duration(nanos=500_000_000)
+            )
+            info = error_details_pb2.ErrorInfo(reason="QUEUE_FULL", domain="turret")
+            abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "queue full", info, retry)
+
+    def _find(self, request, context: grpc.ServicerContext) -> None:
         missing = [a.name for a in request.adapters if a.name not in self.adapters]
         if missing:
             abort(
@@ -70,12 +79,6 @@ class FakeInference(inference_pb2_grpc.InferenceServicer):
                     metadata={"adapters": ",".join(missing)},
                 ),
             )
-        if getattr(request, "prompt", "") == "busy":
-            retry = error_details_pb2.RetryInfo(
-                retry_delay=duration_pb2.Duration(nanos=500_000_000)
-            )
-            info = error_details_pb2.ErrorInfo(reason="QUEUE_FULL", domain="turret")
-            abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "queue full", info, retry)
 
     def _words(self, request) -> list[str]:
         if request.HasField("chat"):
@@ -161,6 +164,7 @@ class FakeInference(inference_pb2_grpc.InferenceServicer):
         return response
 
     def Tokenize(self, request, context):
+        self._find(request, context)
         return inference_pb2.TokenizeResponse(token_ids=[1, 2], token_texts=["a", "b"], text="ab")
 
     def GetModel(self, request, context):
