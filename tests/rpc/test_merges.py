@@ -57,7 +57,7 @@ async def test_every_bad_field_is_named() -> None:
         failure = await failure_of(server.adapters.MergeAdapters(Merge()))
         assert failure.code is grpc.StatusCode.INVALID_ARGUMENT
         assert list(failure.violations) == ["adapters"]
-        members = [pb.AdapterWeight(name="A"), pb.AdapterWeight(name="b", weight=101)]
+        members = [pb.AdapterWeight(name="a+"), pb.AdapterWeight(name="b", weight=101)]
         request = Merge(adapters=members, precision=7)  # type: ignore[arg-type]
         failure = await failure_of(server.adapters.MergeAdapters(request))
         assert list(failure.violations) == ["adapters[0].name", "adapters[1].weight", "precision"]

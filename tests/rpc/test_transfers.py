@@ -188,7 +188,7 @@ async def test_a_header_lists_every_offence(server: Harness) -> None:
         pb.FileInfo(path=CONFIG, size_bytes=(1 << 20) + 1, sha256="A" * 64),
         pb.FileInfo(path=CONFIG),
     ]
-    failure = await failure_of(server.adapters.UploadAdapter(iter([header(files, "Up")])))
+    failure = await failure_of(server.adapters.UploadAdapter(iter([header(files, "up-")])))
     assert failure.code is Code.INVALID_ARGUMENT
     assert set(failure.violations) == {
         *("header.name", "header.files", "header.files[0].path", "header.files[1].size_bytes"),
