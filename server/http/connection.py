@@ -24,9 +24,9 @@ MAX_HEAD_BYTES = 16 << 10
 # to read the answer. Closing the connection earlier would reset it and could lose the answer.
 LINGER_SECONDS = 5.0
 LINGER_BYTES = MAX_BODY_BYTES
-# Limit on the bytes of a request after its head, with chunk framing. A body in chunks of a few
-# bytes would be many times its size, and each chunk takes time.
-MAX_WIRE_BYTES = MAX_BODY_BYTES + (MAX_BODY_BYTES >> 2)
+# Limit on the bytes of chunk framing in a request. A body in chunks of a few bytes would be many
+# times its size, and each chunk takes time. Handlers limit the bodies themselves.
+MAX_FRAMING_BYTES = 4 << 20
 # The parser gets at most this much at once (10,000 chunks of one byte), so that others get a turn.
 _PIECE_BYTES = 64 << 10
 # Time limit for the TLS handshake, from the connection on; asyncio's default is a minute.
@@ -40,8 +40,9 @@ EXTENSION = "turret.chunks"
 class Connection(HttpToolsProtocol):
     """A connection whose requests have limits of time and bytes.
 
-    A connection is closed if a head takes too long or a request has too many bytes. If the answer
-    was sent before the request was read to its end, the rest of the request is dropped unparsed.
+    A connection is closed if a head takes too long, or if a head or the framing of a body has too
+    many bytes. If the answer was sent before the request was read to its end, the rest of the
+    request is dropped unparsed.
 
     Args:
         listener: The listener that accepted the connection.
@@ -55,7 +56,7 @@ class Connection(HttpToolsProtocol):
         super().__init__(**arguments)
         self._listener = listener
         self._pieces: deque[bytes] = deque()
-        # Bytes received so far of the current head, or of the body after it.
+        # Bytes received so far of the current head, or of the framing of the body after it.
         self._num_bytes = 0
         self._is_in_head = True
         self._is_last = False
@@ -127,7 +128,7 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         # Allow one piece more: a callback may have reset the count in the middle of a piece.
-        most = (MAX_HEAD_BYTES if self._is_in_head else MAX_WIRE_BYTES) + _PIECE_BYTES
+        most = (MAX_HEAD_BYTES if self._is_in_head else MAX_FRAMING_BYTES) + _PIECE_BYTES
         if self._num_bytes > most:
             self.send_400_response("Too many bytes.")
             return
@@ -149,6 +150,10 @@ class Connection(HttpToolsProtocol):
         # uvicorn would treat a trailer after the body as a header.
         if self._is_in_head:
             super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        self._num_bytes -= len(body)
 
     def on_message_complete(self) -> None:
         super().on_message_complete()

@@ -17,6 +17,7 @@ from builders.registries import Registries
 from servers.http_harness import HttpHarness, Refused, http_harness
 
 from turret.server.adapters.state_dir import StateDir
+from turret.server.http.body import MAX_BODY_BYTES
 
 PATH = "/v1/upload_lora_adapter?lora_name="
 TYPE = {"content-type": "application/x-tar"}
@@ -82,6 +83,18 @@ async def test_an_archive_becomes_an_adapter(server: HttpHarness, tmp_path: Path
     assert (again.status_code, server.registry.get("tar").generation) == (200, 2)
     assert (await send(server, "p&pinned=true", archive(folders["b"]))).status_code == 200
     assert server.registry.get("p").pinned
+
+
+async def test_an_archive_may_be_larger_than_other_bodies(tmp_path: Path) -> None:
+    made = Registries(tmp_path)
+    registry = made(2.5, state=StateDir(tmp_path / "state", 64 << 20))
+    (tmp_path / "root" / "a" / "README.md").write_bytes(bytes(4 * MAX_BODY_BYTES))
+    body = archive(tmp_path / "root" / "a")
+    async with http_harness(registry=registry) as server:
+        for name, content in ("length", body), ("chunks", in_pieces(body, 1 << 16)):
+            answer = await send(server, name, content)
+            assert answer.status_code == 200, answer.text
+    made.close()
 
 
 async def test_what_is_no_adapter_leaves_nothing(server: HttpHarness, tmp_path: Path) -> None:
