@@ -47,7 +47,7 @@ class Upload:
 
     async def __call__(self, exchange: Exchange) -> None:
         """Upload an adapter's files as a tar archive, and register it."""
-        if exchange.headers.get("content-type", "").partition(";")[0].strip() != ARCHIVE:
+        if exchange.headers.get("content-type", "").partition(";")[0].strip().lower() != ARCHIVE:
             text = say("NOT_AN_ARCHIVE_TYPE", wanted=ARCHIVE)
             raise HttpRefusal(415, Code.INVALID_ARGUMENT, text)
         header = _header(exchange.query)

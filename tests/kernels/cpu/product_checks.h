@@ -69,11 +69,11 @@ static void check_dense(int64_t out, int64_t in) {
             for (int64_t k = 0; k < in; k++)
                 expected[r * out + o] += (double)to_f32(x[r * in + k]) * to_f32(w[o * in + k]);
     bf16 *scratch = halves((PRODUCT_ROWS + 15) * in);
-    turret_dense_product(x, in, PRODUCT_ROWS, w, y, out, in, threads, scratch);
+    turret_dense_product(x, in, PRODUCT_ROWS, w, y, out, out, in, threads, scratch);
     near_bf16("dense", y, expected, PRODUCT_ROWS * out);
     add_bits(y, PRODUCT_ROWS * out);
     for (int64_t r = 0; r < PRODUCT_ROWS; r++) {
-        turret_dense_product(x + r * in, in, 1, w, one, out, in, threads, scratch);
+        turret_dense_product(x + r * in, in, 1, w, one, out, out, in, threads, scratch);
         same("dense", one, y + r * out, out * sizeof(bf16));
     }
     free(x), free(w), free(y), free(one), free(expected), free(scratch);

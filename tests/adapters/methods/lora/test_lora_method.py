@@ -297,6 +297,9 @@ def test_reports_ranks_targets_and_base_warnings(tmp_path: Path) -> None:
     assert len(lowered.warnings) == 1
     assert lowered.warnings[0].params["trained"] == "x/Other"
     edit_config(directory, base_model_name_or_path="unsloth/Tiny-Llama-unsloth-bnb-4bit")
+    (stored,) = lower(directory, base_of(model)).warnings
+    assert stored.reason == "OTHER_QUANTIZATION"
+    edit_config(directory, base_model_name_or_path="unsloth/Tiny-Llama")
     assert lower(directory, base_of(model)).warnings == ()
 
 
