@@ -297,6 +297,8 @@ def test_the_flag_needs_the_extra(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(line_that_hides_extras())
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT / 'src'}"}
     command = [sys.executable, "-m", "turret.server.cli", "serve", "--otel", "--log-format", "json"]
+    # Other servers may use the default ports.
+    command += ["--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     said = [json.loads(line) for line in done.stderr.splitlines()]
