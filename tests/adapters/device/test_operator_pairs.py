@@ -232,6 +232,9 @@ class Base:
     def dequantize(self, index: int) -> Tensor:
         return self._weight.float()
 
+    def served(self, index: int) -> Tensor:
+        return self._weight
+
     def part(self, index: int) -> Base:
         return Base(self._weight.split(self._slices)[index], ())
 

@@ -34,7 +34,7 @@ def test_the_picture_of_the_console_is_taken(tmp_path: Path) -> None:
             tab.find(f"select[aria-label^='Add an'] option[value={name}]").click()
         tab.find("#prompt").send_keys("What is the capital of France?", Keys.ENTER)
         said = tab.find("#said")
-        tab.until(lambda: "Mix has answered" in (said.get_property("textContent") or ""), "ends")
+        tab.until(lambda: "Mix has answered" in str(said.get_property("textContent")), "ends")
         tab.find(".pane:last-child .text").send_keys(Keys.ARROW_RIGHT)
         tab.run("window.scrollTo(0, 0)")
         taken = tmp_path / "console.png"
