@@ -22,6 +22,7 @@ from turret.server.basics.codes import Code
 from turret.server.errors import DeadlineExceededError, InvalidRequestError
 from turret.server.http.body import ClientGoneError
 from turret.server.http.endpoint import Exchange
+from turret.server.http.models import succeed
 from turret.server.http.refusals import HttpRefusal
 from turret.server.words import say
 from turret.v1 import adapters_pb2
@@ -54,10 +55,7 @@ class Upload:
         exchange.names.update(name="lora_name", pinned="pinned", replace="load_inplace")
         archive = _Archive(exchange.receive)
         await self._adapters.upload_archive(header, archive.entries(), exchange.call)
-        text = f"Success: LoRA adapter '{header.name}' added successfully."
-        await exchange.reply.whole(
-            text.encode(), 200, {"content-type": "text/plain; charset=utf-8"}
-        )
+        await succeed(exchange, header.name, "added successfully")
 
 
 def _header(query: Mapping[str, str]) -> adapters_pb2.UploadHeader:
@@ -122,10 +120,12 @@ class _Archive:
 
     async def _end(self) -> None:
         """Read the padding."""
+        most_bytes = self._num_bytes + _MAX_PADDING
         while not self._is_over:
-            if len(self._held) > _MAX_PADDING:
+            if self._num_bytes > most_bytes:
                 raise InvalidRequestError(say("ARCHIVE_UNREADABLE", problem="data follows its end"))
             await self._more()
+            self._held = b""
 
     async def _read(self, size: int) -> AsyncIterator[bytes]:
         """The next ``size`` bytes, in parts."""
