@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import tarfile
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -34,6 +35,11 @@ _BLOCK = tarfile.BLOCKSIZE
 # A folder of checkpoints has fewer files.
 _MAX_ENTRIES = 1024
 _MAX_PADDING = 1 << 20
+# Entries with the next entry's name if that has over 100 characters, in GNU's and POSIX's form.
+_LONG_NAMES = {
+    tarfile.GNUTYPE_LONGNAME: re.compile(rb"([^\0]+)"),
+    tarfile.XHDTYPE: re.compile(rb"^\d+ path=(.+)$", re.MULTILINE),
+}
 
 
 class Upload:
@@ -101,6 +107,7 @@ class _Archive:
             DeadlineExceededError: The client was silent for too long, or is too slow.
             ClientGoneError: The client closed the connection.
         """
+        long_name = None
         for _ in range(_MAX_ENTRIES):
             block = b"".join([part async for part in self._read(_BLOCK)])
             if block == bytes(_BLOCK):
@@ -111,8 +118,14 @@ class _Archive:
             except tarfile.HeaderError as error:
                 raise InvalidRequestError(say("ARCHIVE_UNREADABLE", problem=error)) from None
             content = self._read(info.size)
-            # Other entries are folders, or hold longer names and times of the file after them.
-            yield PurePosixPath(info.name).name if info.isreg() else "", info.size, content
+            if info.type in _LONG_NAMES and info.size <= MAX_CHUNK_BYTES:
+                data = b"".join([part async for part in content])
+                long_name = _LONG_NAMES[info.type].search(data) or long_name
+            else:
+                path = long_name[1].decode(errors="replace") if long_name else info.name
+                # Other entries are folders, links and the like.
+                yield PurePosixPath(path).name if info.isreg() else "", info.size, content
+                long_name = None
             for rest in (content, self._read(-info.size % _BLOCK)):
                 async for _ in rest:
                     pass
