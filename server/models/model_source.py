@@ -305,8 +305,8 @@ def resolve_model(
 
 
 def _with_all_quantized(source: ModelSource) -> ModelSource:
-    """The source, if none of its weights are in 16 bits; else its weights are others."""
-    if not modules_in_16_bits(source.weights):
+    """The source with all weights quantised; one that turret quantised stays as it is."""
+    if source.fidelity is not None or not modules_in_16_bits(source.weights):
         return source
     digest = hashlib.sha256(f"{source.digest} quantize-all".encode()).hexdigest()
     return dataclasses.replace(source, digest=digest, quantizes_all=True)

@@ -405,6 +405,10 @@ async def test_the_report_of_a_model(
     skip = ("--skip-modules", "v_proj")
     assert inspected(capsys, str(plain), *skip)["q_proj", "quantized"]["relative_error"] is None
     source = resolve_model(plain, tmp_path / "cache" / "turret", skip_modules=["v_proj"])
+    everything = resolve_model(
+        plain, tmp_path / "cache" / "turret", skip_modules=["v_proj"], quantizes_all=True
+    )
+    assert everything == source
     found = inspected(capsys, str(plain), *skip)
     assert found["v_proj", "16-bit"]["count"] == found["q_proj", "quantized"]["count"] == 2
     weights = load_file(plain / "model.safetensors")
