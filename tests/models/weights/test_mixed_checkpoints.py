@@ -292,6 +292,8 @@ def test_other_codes_are_requantised(tmp_path: Path, kind: str, block: int) -> N
     requantized = found["down_proj", "requantized"]
     assert requantized.source == kind
     assert requantized.count == (2 if kind == "fp4" else 1)
+    inspected = {(k.module, k.state, k.source): k.count for k in stored_weights(source).kinds()}
+    assert inspected == {(k.module, k.state, k.source): k.count for k in found.values()}
     assert 0.01 < (requantized.relative_error or 0) < 0.15
 
 
