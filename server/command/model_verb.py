@@ -50,7 +50,7 @@ def _inspect(args: argparse.Namespace) -> int:
     try:
         if model is not None and not model.is_file():
             memory = _memory(model)
-        if _is_here(model):
+        if _is_here(model) or args.skip_modules or args.quantize_all:
             check_model(model)
             skipped = [part for each in args.skip_modules for part in each.split(",")]
             kinds = inspect_model(
