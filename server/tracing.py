@@ -120,8 +120,8 @@ class CallTrace:
         self._cached_tokens += finish.usage.cached_tokens
         if len(self._finish_reasons) < _MOST_LISTED:
             self._finish_reasons.append(finish.reason.value)
-            at = submitted + _after(finish.timing.queue_seconds)
-            self._span.add_event("scheduled", timestamp=at)
+            queued = round(finish.timing.queue_seconds * _SECOND)
+            self._span.add_event("scheduled", timestamp=submitted + queued)
 
     def end(
         self,
@@ -176,10 +176,6 @@ class CallTrace:
         span.set_attributes({name: value for name, value in found.items() if value != ""})
         span.update_name(f"{self.operation} {model}".rstrip())
         span.end()
-
-
-def _after(seconds: float) -> int:
-    return round(seconds * _SECOND)
 
 
 def _mix(members: Iterable[tuple[str, float]]) -> str:
