@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry.sdk.metrics.export import (
@@ -27,6 +27,9 @@ from opentelemetry.sdk.metrics.export import (
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from prometheus_client import CollectorRegistry
 
+from turret.server.basics.codes import Code
+from turret.server.tracing import PROVIDER, operation_of, route_of
+
 if TYPE_CHECKING:
     from opentelemetry.sdk.metrics.export import MetricExporter
     from opentelemetry.sdk.resources import Resource
@@ -40,10 +43,6 @@ _NAMES = {
     "turret_time_to_first_token_seconds": "gen_ai.server.time_to_first_token",
     "turret_inter_token_seconds": "gen_ai.server.time_per_output_token",
 }
-_SAMPLES = tuple(f"{series}_{end}" for series in _NAMES for end in ("bucket", "sum", "count"))
-
-# Turns the labels of a series into attributes.
-Describe = Callable[[Mapping[str, str]], Mapping[str, Any]]
 
 
 class MetricsExport:
@@ -53,18 +52,12 @@ class MetricsExport:
         registry: The registry of ``Metrics``.
         exporter: Sends the values.
         resource: Describes the server.
-        describe: Makes the attributes of a series.
     """
 
     def __init__(
-        self,
-        registry: CollectorRegistry,
-        exporter: MetricExporter,
-        resource: Resource,
-        describe: Describe,
+        self, registry: CollectorRegistry, exporter: MetricExporter, resource: Resource
     ) -> None:
-        self._registry, self._exporter = registry, exporter
-        self._resource, self._describe = resource, describe
+        self._registry, self._exporter, self._resource = registry, exporter, resource
         self._ended = threading.Event()
         self._started = time.time_ns()
         milliseconds = float(os.environ.get(_INTERVAL_VARIABLE) or _INTERVAL_MILLISECONDS)
@@ -103,7 +96,7 @@ class MetricsExport:
     def _points(self, series: str) -> Iterator[HistogramDataPoint]:
         now = time.time_ns()
         found: defaultdict[tuple[tuple[str, str], ...], dict[str, float]] = defaultdict(dict)
-        names = [name for name in _SAMPLES if name.startswith(series)]
+        names = [f"{series}_{end}" for end in ("bucket", "sum", "count")]
         for family in self._registry.restricted_registry(names).collect():
             for sample in family.samples:
                 labels = dict(sample.labels)
@@ -116,7 +109,7 @@ class MetricsExport:
             each = [counts[0], *(after - before for before, after in itertools.pairwise(counts))]
             unknown: Any = None
             yield HistogramDataPoint(
-                attributes=self._describe(dict(labels)),
+                attributes=_attributes(dict(labels)),
                 start_time_unix_nano=self._started,
                 time_unix_nano=now,
                 count=int(values[f"{series}_count"]),
@@ -126,3 +119,12 @@ class MetricsExport:
                 min=unknown,
                 max=unknown,
             )
+
+
+def _attributes(labels: Mapping[str, str]) -> Mapping[str, Any]:
+    found = {"gen_ai.provider.name": PROVIDER}
+    if "method" in labels:
+        method, code = labels["method"], labels["code"]
+        found |= {"gen_ai.operation.name": operation_of(method), **route_of(method)}
+        found |= {} if code == Code.OK.name else {"error.type": code}
+    return found

@@ -10,20 +10,19 @@ None, and calls do nothing else for tracing.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import turret
 from turret.server.basics.codes import Code
 
 if TYPE_CHECKING:
-    from opentelemetry.sdk.metrics.export import MetricExporter
-    from opentelemetry.sdk.trace.export import SpanExporter
     from opentelemetry.trace import Span
     from prometheus_client import CollectorRegistry
 
@@ -121,8 +120,8 @@ class CallTrace:
         self._cached_tokens += finish.usage.cached_tokens
         if len(self._finish_reasons) < _MOST_LISTED:
             self._finish_reasons.append(finish.reason.value)
-            at = submitted + _after(finish.timing.queue_seconds)
-            self._span.add_event("scheduled", timestamp=at)
+            queued = round(finish.timing.queue_seconds * _SECOND)
+            self._span.add_event("scheduled", timestamp=submitted + queued)
 
     def end(
         self,
@@ -179,10 +178,6 @@ class CallTrace:
         span.end()
 
 
-def _after(seconds: float) -> int:
-    return round(seconds * _SECOND)
-
-
 def _mix(members: Iterable[tuple[str, float]]) -> str:
     """The members in the form of the field ``model``, with weights other than 1."""
     return "+".join(name if weight == 1 else f"{name}*{weight:g}" for name, weight in members)
@@ -207,7 +202,7 @@ def _parameters(request: Request, is_stream: bool) -> Mapping[str, Any]:
     return {f"gen_ai.request.{name}": value for name, value in found.items() if value is not None}
 
 
-def _route(method: str) -> Mapping[str, str]:
+def route_of(method: str) -> Mapping[str, str]:
     """The conventions' attributes for ``/package.Service/Method`` or ``VERB /path``."""
     verb, _, path = method.partition(" ")
     if path:
@@ -234,7 +229,7 @@ class Tracing:
         name = OTELResourceDetector().detect().attributes.get("service.name", PROVIDER)
         resource = Resource.create({"service.name": name, "service.version": turret.__version__})
         provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        self._exporter = _span_exporter()
+        self._exporter = _exporter("trace", _TRACES_PROTOCOL)
         self._processor = BatchSpanProcessor(self._exporter)
         provider.add_span_processor(self._processor)
         self._tracer = provider.get_tracer("turret", turret.__version__)
@@ -244,13 +239,15 @@ class Tracing:
         if os.environ.get(_METRICS_VARIABLE) != "none":
             from turret.server.otlp_metrics import MetricsExport
 
-            self._metrics = MetricsExport(registry, _metric_exporter(), resource, _described)
+            self._metrics = MetricsExport(
+                registry, _exporter("metric", _METRICS_PROTOCOL), resource
+            )
 
     def begin(self, method: str, headers: Headers) -> CallTrace | None:
         """Begin the span of a call; None if it is not sampled."""
         carrier = {name: value for name, value in headers() if isinstance(value, str)}
         span = self._tracer.start_span(
-            method, self._extract(carrier), kind=self._kind, attributes=_route(method)
+            method, self._extract(carrier), kind=self._kind, attributes=route_of(method)
         )
         return CallTrace(span, operation_of(method)) if span.is_recording() else None
 
@@ -267,34 +264,11 @@ class Tracing:
             self._exporter.shutdown()
 
 
-def _described(labels: Mapping[str, str]) -> Mapping[str, str]:
-    """The attributes of one series of ``Metrics``."""
-    found = {"gen_ai.provider.name": PROVIDER}
-    if "method" in labels:
-        method, code = labels["method"], labels["code"]
-        found |= {"gen_ai.operation.name": operation_of(method), **_route(method)}
-        found |= {} if code == Code.OK.name else {"error.type": code}
-    return found
-
-
-def _is_grpc(variable: str) -> bool:
-    return (os.environ.get(variable) or os.environ.get(_PROTOCOL)) == "grpc"
-
-
-def _metric_exporter() -> MetricExporter:
-    if _is_grpc(_METRICS_PROTOCOL):
-        from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
-    else:
-        from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
-    return OTLPMetricExporter()
-
-
-def _span_exporter() -> SpanExporter:
-    if _is_grpc(_TRACES_PROTOCOL):
-        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-    else:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-    return OTLPSpanExporter()
+def _exporter(signal: Literal["trace", "metric"], variable: str) -> Any:
+    """The exporter of a signal; ``variable`` may choose another protocol for it."""
+    protocol = os.environ.get(variable) or os.environ.get(_PROTOCOL) or PROTOCOLS[0]
+    module = importlib.import_module(f"{_EXPORTERS[protocol]}.{signal}_exporter")
+    return module.OTLPSpanExporter() if signal == "trace" else module.OTLPMetricExporter()
 
 
 # OpenTelemetry's own providers are one per process, too.

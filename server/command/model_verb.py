@@ -50,13 +50,12 @@ def _inspect(args: argparse.Namespace) -> int:
     try:
         if model is not None and not model.is_file():
             memory = _memory(model)
-        if _is_here(model):
+        if _is_here(model) or args.skip_modules or args.quantize_all:
             check_model(model)
             skipped = [part for each in args.skip_modules for part in each.split(",")]
-            _, fidelity = inspect_model(
+            kinds = inspect_model(
                 model, default_cache_dir(), quantizes_all=args.quantize_all, skip_modules=skipped
-            )
-            kinds = fidelity.kinds()
+            ).kinds()
     except TurretError as error:
         texts = [text for _, text in error.violations] or [str(error)]
         refuse([("", text) for text in texts], is_json=False, command="turret model inspect")

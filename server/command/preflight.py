@@ -14,7 +14,7 @@ import importlib.metadata
 import os
 import socket
 import ssl
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from turret.kernels.cpu.isas import ISAS, NATIVE, NO_NATIVE
@@ -135,9 +135,7 @@ def _device(config: ModelConfig, environ: Mapping[str, str]) -> Iterator[Violati
     for name, choices in (("TURRET_ISA", ISAS), ("TURRET_NATIVE", (*NO_NATIVE, *NATIVE))):
         value = environ.get(name) or choices[-1]
         if (value if name == "TURRET_ISA" else value.lower()) not in choices:
-            near = closest(value, choices)
-            text = say("NOT_ONE_OF", choices=", ".join(choices), value=value, closest=near)
-            yield Violation(name, text)
+            yield _not_one_of(name, value, choices)
 
 
 def _telemetry(config: TelemetryConfig, environ: Mapping[str, str]) -> Iterator[Violation]:
@@ -147,11 +145,14 @@ def _telemetry(config: TelemetryConfig, environ: Mapping[str, str]) -> Iterator[
         packages, step = "opentelemetry-exporter-otlp", how_to_add("otel")
         yield Violation("telemetry.otel", say("NOT_INSTALLED", packages=packages, step=step))
     for name in tracing.PROTOCOL_VARIABLES:
-        value, choices = environ.get(name) or tracing.PROTOCOLS[0], tracing.PROTOCOLS
-        if value not in choices:
-            near = closest(value, choices)
-            text = say("NOT_ONE_OF", choices=", ".join(choices), value=value, closest=near)
-            yield Violation(name, text)
+        value = environ.get(name) or tracing.PROTOCOLS[0]
+        if value not in tracing.PROTOCOLS:
+            yield _not_one_of(name, value, tracing.PROTOCOLS)
+
+
+def _not_one_of(name: str, value: str, choices: Sequence[str]) -> Violation:
+    near = closest(value, choices)
+    return Violation(name, say("NOT_ONE_OF", choices=", ".join(choices), value=value, closest=near))
 
 
 def _most_threads() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import tarfile
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -22,6 +23,7 @@ from turret.server.basics.codes import Code
 from turret.server.errors import DeadlineExceededError, InvalidRequestError
 from turret.server.http.body import ClientGoneError
 from turret.server.http.endpoint import Exchange
+from turret.server.http.models import succeed
 from turret.server.http.refusals import HttpRefusal
 from turret.server.words import say
 from turret.v1 import adapters_pb2
@@ -33,6 +35,11 @@ _BLOCK = tarfile.BLOCKSIZE
 # A folder of checkpoints has fewer files.
 _MAX_ENTRIES = 1024
 _MAX_PADDING = 1 << 20
+# Entries with the next entry's name if that has over 100 characters, in GNU's and POSIX's form.
+_LONG_NAMES = {
+    tarfile.GNUTYPE_LONGNAME: re.compile(rb"([^\0]+)"),
+    tarfile.XHDTYPE: re.compile(rb"^\d+ path=(.+)$", re.MULTILINE),
+}
 
 
 class Upload:
@@ -54,10 +61,7 @@ class Upload:
         exchange.names.update(name="lora_name", pinned="pinned", replace="load_inplace")
         archive = _Archive(exchange.receive)
         await self._adapters.upload_archive(header, archive.entries(), exchange.call)
-        text = f"Success: LoRA adapter '{header.name}' added successfully."
-        await exchange.reply.whole(
-            text.encode(), 200, {"content-type": "text/plain; charset=utf-8"}
-        )
+        await succeed(exchange, header.name, "added successfully")
 
 
 def _header(query: Mapping[str, str]) -> adapters_pb2.UploadHeader:
@@ -103,6 +107,7 @@ class _Archive:
             DeadlineExceededError: The client was silent for too long, or is too slow.
             ClientGoneError: The client closed the connection.
         """
+        long_name = None
         for _ in range(_MAX_ENTRIES):
             block = b"".join([part async for part in self._read(_BLOCK)])
             if block == bytes(_BLOCK):
@@ -113,8 +118,14 @@ class _Archive:
             except tarfile.HeaderError as error:
                 raise InvalidRequestError(say("ARCHIVE_UNREADABLE", problem=error)) from None
             content = self._read(info.size)
-            # Other entries are folders, or hold longer names and times of the file after them.
-            yield PurePosixPath(info.name).name if info.isreg() else "", info.size, content
+            if info.type in _LONG_NAMES and info.size <= MAX_CHUNK_BYTES:
+                data = b"".join([part async for part in content])
+                long_name = _LONG_NAMES[info.type].search(data) or long_name
+            else:
+                path = long_name[1].decode(errors="replace") if long_name else info.name
+                # Other entries are folders, links and the like.
+                yield PurePosixPath(path).name if info.isreg() else "", info.size, content
+                long_name = None
             for rest in (content, self._read(-info.size % _BLOCK)):
                 async for _ in rest:
                     pass
@@ -122,10 +133,12 @@ class _Archive:
 
     async def _end(self) -> None:
         """Read the padding."""
+        most_bytes = self._num_bytes + _MAX_PADDING
         while not self._is_over:
-            if len(self._held) > _MAX_PADDING:
+            if self._num_bytes > most_bytes:
                 raise InvalidRequestError(say("ARCHIVE_UNREADABLE", problem="data follows its end"))
             await self._more()
+            self._held = b""
 
     async def _read(self, size: int) -> AsyncIterator[bytes]:
         """The next ``size`` bytes, in parts."""

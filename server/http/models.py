@@ -148,26 +148,26 @@ class Lora:
         else:
             question = LoadAdapterRequest(pinned=body.pinned, **fields)
             await self._adapters.load(question, exchange.call)
-        await _succeed(exchange, body, "added successfully")
+        await succeed(exchange, body.lora_name, "added successfully")
 
     async def unload(self, exchange: Exchange) -> None:
         """Remove an adapter once no request uses it."""
         body = _read(exchange, AdapterName)
         question = UnloadAdapterRequest(name=body.lora_name)
         await self._adapters.unload(question, exchange.call)
-        await _succeed(exchange, body, "removed successfully")
+        await succeed(exchange, body.lora_name, "removed successfully")
 
     async def pin(self, exchange: Exchange) -> None:
         """Keep an adapter in memory."""
         body = _read(exchange, AdapterName)
         await self._adapters.pin(PinAdapterRequest(name=body.lora_name), exchange.call)
-        await _succeed(exchange, body, "pinned")
+        await succeed(exchange, body.lora_name, "pinned")
 
     async def unpin(self, exchange: Exchange) -> None:
         """Let an adapter leave memory again."""
         body = _read(exchange, AdapterName)
         await self._adapters.unpin(UnpinAdapterRequest(name=body.lora_name), exchange.call)
-        await _succeed(exchange, body, "unpinned")
+        await succeed(exchange, body.lora_name, "unpinned")
 
 
 def _read(exchange: Exchange, kind: type[_B]) -> _B:
@@ -177,7 +177,8 @@ def _read(exchange: Exchange, kind: type[_B]) -> _B:
     return sent.body
 
 
-async def _succeed(exchange: Exchange, body: AdapterName, what: str) -> None:
+async def succeed(exchange: Exchange, name: str, what: str) -> None:
+    """Answer that an adapter was added, or otherwise changed."""
     # The text is the same as vLLM's.
-    text = f"Success: LoRA adapter '{body.lora_name}' {what}."
+    text = f"Success: LoRA adapter '{name}' {what}."
     await exchange.reply.whole(text.encode(), 200, _TEXT)

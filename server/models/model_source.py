@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,7 +41,7 @@ from turret.server.models.sources.model_directory import (
     weight_files,
 )
 from turret.server.models.sources.skip_modules import skipped_modules
-from turret.server.models.weights.nf4 import Nf4Weight
+from turret.server.models.weights.nf4 import BLOCKSIZE, Nf4Weight
 from turret.server.models.weights.nf4_experts import ExpertStacks
 from turret.server.words import say
 
@@ -305,8 +306,8 @@ def resolve_model(
 
 
 def _with_all_quantized(source: ModelSource) -> ModelSource:
-    """The source, if none of its weights are in 16 bits; else its weights are others."""
-    if not modules_in_16_bits(source.weights):
+    """The source with all weights quantised; one that turret quantised stays as it is."""
+    if source.fidelity is not None or not modules_in_16_bits(source.weights):
         return source
     digest = hashlib.sha256(f"{source.digest} quantize-all".encode()).hexdigest()
     return dataclasses.replace(source, digest=digest, quantizes_all=True)
@@ -329,8 +330,8 @@ def stored_weights(source: ModelSource) -> Fidelity:
     for name, kind in sorted(_stored_modules(source.weights).items()):
         if not kind:
             found.count(name, "quantized" if source.quantizes_all else "16-bit")
-        elif kind == "nf4":
-            found.count(name, "as-stored")
+        elif kind == "as-stored":
+            found.count(name, kind)
         else:
             found.count(name, "requantized", kind)
     return found
@@ -342,7 +343,7 @@ def inspect_model(
     *,
     quantizes_all: bool = False,
     skip_modules: Sequence[str] = (),
-) -> tuple[str, Fidelity]:
+) -> Fidelity:
     """How a model would be served, without reading its weights or asking the hub.
 
     Args:
@@ -351,51 +352,51 @@ def inspect_model(
         quantizes_all: See ``resolve_model``.
         skip_modules: See ``resolve_model``.
 
-    Returns:
-        The model's name, and the states of its modules.
-
     Raises:
         InvalidRequestError: See ``resolve_model``; or the model is not in the hub's cache.
     """
     hub_id = None if model is None else hub_model_id(model)
-    name = "" if hub_id is None else hub_id.repository
     if hub_id is not None:
         model = cached_model(hub_id)
     if model is None or (model.suffix == SUFFIX and model.is_file()):
         file = find_gguf() if model is None else model
-        target, name = _target(cache_dir, [file], skip_modules), MODEL_NAME if model is None else ""
+        target = _target(cache_dir, [file], skip_modules)
         if (target / _MANIFEST).exists():
-            return name or file.stem, stored_weights(_read_cached(target, target))
-        formats = open_gguf(file).formats()
-        return name or file.stem, _Quantizing(formats, skip_modules, no_progress).planned()
+            return stored_weights(_read_cached(target, target))
+        return _Quantizing(open_gguf(file).formats(), skip_modules, no_progress).planned()
     config, shards = check_model_directory(model), weight_files(model)
-    name = name or model_name(model, config)
     if is_4bit(config):
         check_skip_modules(model, skip_modules, None)
-        source = ModelSource(name, model, model, "", quantizes_all=quantizes_all)
-        return name, stored_weights(source)
+        return stored_weights(ModelSource("", model, model, "", quantizes_all=quantizes_all))
     target = _target(cache_dir, [model / "config.json", *shards], skip_modules)
     if (target / _MANIFEST).exists():
-        return name, stored_weights(_read_cached(target, model))
+        return stored_weights(_read_cached(target, model))
     tensors = _read_plain(model, shards, scale_block(config))
     formats = {name: tensors.format(name) for name in tensors}
-    return name, _Quantizing(formats, skip_modules, no_progress).planned()
+    return _Quantizing(formats, skip_modules, no_progress).planned()
 
 
 def _stored_modules(weights: Path) -> dict[str, str]:
-    """The linear modules in a 4-bit checkpoint: ``nf4``, ``fp4`` or empty for 16 bits, by path."""
-    names = set[str]()
+    """The format of each linear module in a 4-bit checkpoint, by path.
+
+    ``as-stored`` if turret serves its values, else ``nf4`` or ``fp4``; empty for 16 bits.
+    """
+    sizes: dict[str, int] = {}
     for path in weight_files(weights):
         with safe_open(path, framework="pt") as file:
-            names.update(text_name(name) or "" for name in file.keys())  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118
+                sizes[text_name(name) or ""] = math.prod(file.get_slice(name).get_shape())
     # A stack of experts is a parameter, not the weight of a module.
-    stacks = {name for name in names if ".experts." in name and name.endswith("_proj")}
+    stacks = {name for name in sizes if ".experts." in name and name.endswith("_proj")}
     found = dict.fromkeys(stacks, "")
-    found |= {name.removesuffix(_WEIGHT): "" for name in names if is_quantized(name)}
-    for name in names:
+    found |= {name.removesuffix(_WEIGHT): "" for name in sizes if is_quantized(name)}
+    for name in sizes:
         module, state, kind = name.partition(_QUANT_STATE)
         if state and module in found:
-            found[module] = kind
+            # Two codes share a byte. More maxima than these belong to smaller blocks.
+            most = -(-2 * sizes[f"{module}{_WEIGHT}"] // BLOCKSIZE)
+            is_served = kind == "nf4" and sizes[f"{module}{_WEIGHT}.absmax"] <= most
+            found[module] = "as-stored" if is_served else kind
     return found
 
 

@@ -34,10 +34,10 @@ async def server(tmp_path: Path) -> AsyncIterator[HttpHarness]:
     made.close()
 
 
-def archive(folder: Path, format: int = tarfile.PAX_FORMAT) -> bytes:
+def archive(folder: Path, format: int = tarfile.PAX_FORMAT, inside: str = "some/where") -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
-        tar.add(folder, "some/where")
+        tar.add(folder, inside)
     return buffer.getvalue()
 
 
@@ -72,6 +72,8 @@ async def test_an_archive_becomes_an_adapter(server: HttpHarness, tmp_path: Path
         ("tar", packed),
         ("gnu", archive(folders["a"], tarfile.GNU_FORMAT)),
         ("pieces", in_pieces(archive(folders["a"]), 700)),
+        ("gnu-long", archive(folders["a"], tarfile.GNU_FORMAT, "long/" * 40)),
+        ("pax-long", archive(folders["a"], inside="long/" * 40)),
     ):
         answer = await send(server, name, body)
         assert answer.status_code == 200, answer.text

@@ -51,6 +51,9 @@ def test_quantised_weights_take_what_is_computed(
     assert said["base"] == pytest.approx(held, rel=0.03)
     assert said["kv_per_token"] == 2 * 2 * 64 * 2
     assert said["adapter_per_rank"] == 2 * sum(out + inner for out, inner in shapes)
+    # These need the names of the modules, which only the weights have.
+    for flags in ["--skip-modules", "q_proj"], ["--quantize-all"]:
+        assert cli.main(["model", "inspect", str(tmp_path), *flags]) == 1
 
 
 def test_a_directory_that_is_no_model_is_refused(tmp_path: Path) -> None:

@@ -292,6 +292,8 @@ def test_other_codes_are_requantised(tmp_path: Path, kind: str, block: int) -> N
     requantized = found["down_proj", "requantized"]
     assert requantized.source == kind
     assert requantized.count == (2 if kind == "fp4" else 1)
+    inspected = {(k.module, k.state, k.source): k.count for k in stored_weights(source).kinds()}
+    assert inspected == {(k.module, k.state, k.source): k.count for k in found.values()}
     assert 0.01 < (requantized.relative_error or 0) < 0.15
 
 
@@ -405,6 +407,10 @@ async def test_the_report_of_a_model(
     skip = ("--skip-modules", "v_proj")
     assert inspected(capsys, str(plain), *skip)["q_proj", "quantized"]["relative_error"] is None
     source = resolve_model(plain, tmp_path / "cache" / "turret", skip_modules=["v_proj"])
+    everything = resolve_model(
+        plain, tmp_path / "cache" / "turret", skip_modules=["v_proj"], quantizes_all=True
+    )
+    assert everything == source
     found = inspected(capsys, str(plain), *skip)
     assert found["v_proj", "16-bit"]["count"] == found["q_proj", "quantized"]["count"] == 2
     weights = load_file(plain / "model.safetensors")

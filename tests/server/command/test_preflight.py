@@ -382,7 +382,9 @@ def test_a_device_an_instruction_set_and_threads_that_are_not_there(
     monkeypatch.setenv("TURRET_NATIVE", "maybe")
     assert reasons() == [("TURRET_NATIVE", "NOT_ONE_OF")]
     monkeypatch.setenv("TURRET_NATIVE", "OFF")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json")
     assert found() == []
+    assert reasons("--otel") == [("OTEL_EXPORTER_OTLP_PROTOCOL", "NOT_ONE_OF")]
 
 
 def test_more_threads_than_processors_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
