@@ -366,9 +366,9 @@ class AdapterRegistry:
         """
         return self._state.stage(files)
 
-    def check_room(self, num_bytes: int) -> None:
-        """Raises the errors of ``stage`` for files of this size."""
-        self._state.check_room(num_bytes)
+    def check_room(self, num_bytes: int, received: int = 0) -> None:
+        """Raises the errors of ``stage`` for files of this size; see ``StateDir.check_room``."""
+        self._state.check_room(num_bytes, received)
 
     def upload(
         self,
