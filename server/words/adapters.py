@@ -195,6 +195,7 @@ TEXTS: dict[str, str] = {
     "ADAPTER_IS_TARGET": "adapter {adapter!q} is a target of {aliases}; move or delete that alias"
     " first",
     "TOO_MANY_ALIASES": "there are {most} aliases already; delete one first",
+    "REGISTERED_AGAIN": "adapter {adapters!q} was registered again after the alias was set",
     "NO_EARLIER_GENERATION": "no generation of adapter {adapters!q} before {current_generation} was"
     " kept; the server keeps as many as --keep-generations says",
     "BEING_UNLOADED": "adapter {adapters!q} is being unloaded",
