@@ -701,7 +701,7 @@ class AdapterRegistry:
     def find(self, ref: AdapterRef) -> Adapter | None:
         """The generation that a reference names now, without holding it; None if there is none."""
         try:
-            return self._table.resolve(ref)[1]
+            return self._table.resolve(ref, suggests=False)[1]
         except AdapterNotFoundError:
             return None
 
