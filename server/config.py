@@ -158,7 +158,10 @@ class SchedulerConfig:
         None, "maximum number of tokens in one step (default: 512; on CUDA 2048)", ge=1
     )
     max_queued_requests: Whole = setting(
-        1024, "maximum number of waiting requests; new ones then get RESOURCE_EXHAUSTED", ge=1
+        1024,
+        "maximum number of waiting requests (three quarters of them from one token); new ones"
+        " then get RESOURCE_EXHAUSTED",
+        ge=1,
     )
     max_queued_bytes: Bytes = setting(
         512 * MIB,

@@ -152,13 +152,17 @@ def add_adapters(subparsers: Subparsers, text: str) -> None:
 
 
 def _run(args: argparse.Namespace, client: TurretClient) -> None:
-    """Call the client's method of the action's name, and print what it returns."""
-    result = call_with_flags(getattr(client.adapters, args.action), args)
-    if args.action == "unload":
-        result = {"unloaded": args.name}
-    print_json(result) if args.json else _SHOWN[args.action](result, args)
+    """Call the client's method for the action, and print what it returns."""
+    action: str = args.action
+    result = call_with_flags(getattr(client.adapters, _METHODS.get(action, action)), args)
+    if action in _DONE:
+        result = {_DONE[action]: args.name}
+    print_json(result) if args.json else _SHOWN[action](result, args)
 
 
+# Methods with other names than their actions, and results of methods that return nothing.
+_METHODS = {"alias": "set_alias", "unalias": "delete_alias", "aliases": "list_aliases"}
+_DONE = {"unload": "unloaded", "unalias": "deleted"}
 # The functions that print an action's result for people.
 _SHOWN: Mapping[str, Callable[[Any, argparse.Namespace], None]] = {
     "get": lambda adapter, _: print_adapter(adapter),
@@ -171,6 +175,9 @@ _SHOWN: Mapping[str, Callable[[Any, argparse.Namespace], None]] = {
     ),
     "fuse": lambda fusion, _: print_fusion(fusion),
     "merge": lambda state, _: _print_merge(state),
+    "alias": lambda alias, _: print(alias_text(alias)),
+    "unalias": lambda _, args: print(f"deleted alias {args.name}"),
+    "aliases": lambda aliases, _: print("\n".join(map(alias_text, aliases)) or "no aliases"),
 }
 
 
@@ -201,27 +208,6 @@ def _change(args: argparse.Namespace, client: TurretClient) -> None:
     print_json(adapter) if args.json else print_change(verb, adapter, before)
 
 
-def _alias(args: argparse.Namespace, client: TurretClient) -> None:
-    alias = client.adapters.set_alias(args.name, args.targets, timeout=args.timeout)
-    print_json(alias) if args.json else print(alias_text(alias))
-
-
-def _unalias(args: argparse.Namespace, client: TurretClient) -> None:
-    client.adapters.delete_alias(args.name, timeout=args.timeout)
-    print_json({"deleted": args.name}) if args.json else print(f"deleted alias {args.name}")
-
-
-def _aliases(args: argparse.Namespace, client: TurretClient) -> None:
-    aliases = client.adapters.list_aliases(timeout=args.timeout)
-    if args.json:
-        print_json(list(aliases))
-        return
-    for alias in aliases:
-        print(alias_text(alias))
-    if not aliases:
-        print("no aliases")
-
-
 def _unmerge(args: argparse.Namespace, client: TurretClient) -> None:
     before = client.adapters.get_merge_state(timeout=args.timeout)
     state = client.adapters.unmerge(timeout=args.timeout)
@@ -247,9 +233,6 @@ _RUNS: Mapping[str, Callable[[argparse.Namespace, TurretClient], None]] = {
     "load": _change,
     "upload": _change,
     "replace": _change,
-    "alias": _alias,
-    "unalias": _unalias,
-    "aliases": _aliases,
     "unmerge": _unmerge,
     "merge-state": _merge_state,
 }

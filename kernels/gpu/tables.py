@@ -328,7 +328,7 @@ class SamplingTable:
 
 # Segment metadata on the device: which rows of a step use which adapters.
 #
-# One int32 buffer holds everything; a header contains the positions of its sub-tables. So a step
+# All tables are in one int32 buffer; a header contains the positions of its sub-tables. So a step
 # copies only the bytes that it uses, kernels take one pointer, and a captured CUDA graph replays
 # with any later step: kernels loop over the number of work units in the header.
 #

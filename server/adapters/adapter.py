@@ -50,6 +50,7 @@ class AliasTarget:
     """A generation of an adapter, with its weight relative to the alias's other targets."""
 
     name: str
+    uuid: str
     generation: int
     weight: float = 1.0
 

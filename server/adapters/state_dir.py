@@ -366,16 +366,16 @@ class StateDir:
         adapter: Adapter,
         *,
         pinned: bool,
+        kept: Sequence[Adapter],
         source: Source | None = None,
-        kept: Sequence[Adapter] = (),
     ) -> None:
         """Saves a generation as the one that its name has after a restart.
 
         Args:
             adapter: The generation.
             pinned: Whether it is pinned after a restart.
-            source: The future location of its files; None for the present one.
             kept: Replaced generations of the name that requests may name after a restart.
+            source: The future location of its files; None for the present one.
 
         Raises:
             StorageFullError: The disk is full; what was saved before still holds.
@@ -439,9 +439,12 @@ class StateDir:
         self.check_room(sum(file.size_bytes for file in files))
         return stage_below(self._incoming, files)
 
-    def check_room(self, num_bytes: int) -> None:
-        """Raises what ``stage`` raises for files of this size."""
-        check_room_in(self.path, num_bytes, self._max_upload_bytes)
+    def check_room(self, num_bytes: int, received: int = 0) -> None:
+        """Raises what ``stage`` raises for files of this size.
+
+        ``received`` bytes of them are on the disk already, or are not written to it.
+        """
+        check_room_in(self.path, num_bytes, self._max_upload_bytes, received)
 
     def staged_source(self, staged: StagedUpload, name: str) -> Source:
         """The source of a staged upload for adapter ``name`` until it is adopted."""
@@ -513,14 +516,15 @@ def source_of(staged: StagedUpload, state_dir: Path, name: str) -> Source:
     return Source(str(staged.directory.relative_to(state_dir)), is_upload=True, adapter=name)
 
 
-def check_room_in(path: Path, num_bytes: int, most: int) -> None:
-    """Raises what ``StateDir.stage`` raises for files of this size."""
+def check_room_in(path: Path, num_bytes: int, most: int, received: int) -> None:
+    """See ``StateDir.check_room``."""
     if num_bytes > most:
         raise BudgetExceededError(say("UPLOAD_TOO_LARGE", bytes=num_bytes, max_upload_bytes=most))
     with reporting_disk_faults():
         free = shutil.disk_usage(path).free
-    if num_bytes + MIN_FREE_BYTES > free:
-        shown = {"free_bytes": free, "needed_bytes": num_bytes + MIN_FREE_BYTES}
+    needed = num_bytes - received + MIN_FREE_BYTES
+    if needed > free:
+        shown = {"free_bytes": free, "needed_bytes": needed}
         raise StorageFullError(say("STATE_DISK_FULL", bytes=num_bytes, **shown))
 
 
@@ -549,14 +553,7 @@ class NoStateDir:
     def read(self) -> list[SavedRegistration]:
         return []
 
-    def save(
-        self,
-        adapter: Adapter,
-        *,
-        pinned: bool,
-        source: Source | None = None,
-        kept: Sequence[Adapter] = (),
-    ) -> None:
+    def save(self, adapter: Adapter, **saved: object) -> None:
         pass
 
     def remove(self, name: str) -> None:
@@ -577,7 +574,7 @@ class NoStateDir:
     def stage(self, files: Sequence[UploadedFile]) -> StagedUpload:
         raise _required()
 
-    def check_room(self, num_bytes: int) -> None:
+    def check_room(self, num_bytes: int, received: int = 0) -> None:
         raise _required()
 
     def staged_source(self, staged: StagedUpload, name: str) -> Source:
@@ -610,9 +607,9 @@ class SharedStateDir(NoStateDir):
         self.check_room(sum(file.size_bytes for file in files))
         return stage_below(self._path / "incoming", files)
 
-    def check_room(self, num_bytes: int) -> None:
+    def check_room(self, num_bytes: int, received: int = 0) -> None:
         """See ``StateDir.check_room``."""
-        check_room_in(self._path, num_bytes, self._max_upload_bytes)
+        check_room_in(self._path, num_bytes, self._max_upload_bytes, received)
 
     def staged_source(self, staged: StagedUpload, name: str) -> Source:
         """See ``StateDir.staged_source``."""

@@ -245,7 +245,8 @@ class Adapters:
                 num_bytes = 0
                 async for name, size, chunks in entries:
                     num_bytes += max(size, 0)
-                    await self._slow.run(registry.check_room, num_bytes)
+                    to_write = size if name in UPLOAD_FILES else 0
+                    await self._slow.run(registry.check_room, num_bytes, num_bytes - to_write)
                     if name not in UPLOAD_FILES:
                         continue
                     check_entry(name, size, announced)

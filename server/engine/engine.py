@@ -54,7 +54,8 @@ class Engine:
         tokenizer: The base's tokenizer.
         metrics: Counts.
         max_model_len: Maximum number of tokens (prompt and output) of one sequence.
-        max_queued_requests: Maximum number of waiting requests; one more is rejected.
+        max_queued_requests: Maximum number of waiting requests; one more is rejected. A quarter of
+            the places is kept from each tenant, for others.
         max_queued_bytes: Maximum memory of waiting and running requests and of unread answers. A
             request that would exceed it is rejected, unless it is the only one.
         long_from: ``Arch.long_from`` of the model.
@@ -155,9 +156,15 @@ class Engine:
             raise UnavailableError(say("SHUTTING_DOWN"), retry_after_seconds=_RETRY_SECONDS)
         self._check_token_ids(request)
         text = await self._begin_text(request)
-        if self._loop.num_waiting >= self._max_queued_requests:
+        most = self._max_queued_requests
+        if self._loop.num_waiting >= most:
             raise QueueFullError(
-                say("QUEUE_FULL", max_queued_requests=self._max_queued_requests),
+                say("QUEUE_FULL", max_queued_requests=most), retry_after_seconds=_RETRY_SECONDS
+            )
+        most_of_tenant = most - most // 4
+        if request.tenant and self._loop.num_waiting_of(request.tenant) >= most_of_tenant:
+            raise QueueFullError(
+                say("QUEUE_SHARE_FULL", max_queued_requests=most_of_tenant),
                 retry_after_seconds=_RETRY_SECONDS,
             )
         if request.prompt_logprob_bytes > self.max_queued_bytes:

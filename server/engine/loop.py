@@ -10,6 +10,7 @@ import functools
 import logging
 import queue
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
@@ -197,7 +198,8 @@ class EngineLoop:
         self._ready: set[Sequence] = set()
         self._cold: dict[Sequence, HostResult] = {}
         # Each counter has one writer: the submitting thread and the engine thread.
-        self._num_submitted = self._num_taken = 0
+        # The tenants of the requests in the inbox.
+        self._posted: deque[bytes] = deque()
         self._has_work = False
         self._stopping = False
         self._change: BaseChange | None = None
@@ -215,16 +217,20 @@ class EngineLoop:
     @property
     def num_waiting(self) -> int:
         """Number of waiting requests, including those that the loop has not read yet."""
-        return len(self._scheduler.waiting) + self._num_submitted - self._num_taken
+        return len(self._scheduler.waiting) + len(self._posted)
+
+    def num_waiting_of(self, tenant: bytes) -> int:
+        """The number of a tenant's requests among these."""
+        return self._scheduler.waiting.num_waiting(tenant) + self._posted.count(tenant)
 
     def submit(self, answer: Answer) -> None:
         """Post a request; always from the same thread."""
 
         def take() -> None:
             self.add(answer)
-            self._num_taken += 1
+            self._posted.popleft()
 
-        self._num_submitted += 1
+        self._posted.append(answer.sequence.tenant)
         self.post(take)
 
     # Commands, which other threads post.

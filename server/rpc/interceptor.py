@@ -184,7 +184,7 @@ def to_rich_status(fault: Fault) -> status_pb2.Status:
 
 # Limits on concurrent gRPC calls over all clients.
 
-# One connection may have all of these calls (server/rpc/server.py), so that no burst is cut.
+# A single connection may open as many (``_OPTIONS`` of server.py), so that no burst is cut.
 MOST_CALLS = 1 << 14
 # Limit for one token, so that its calls do not keep others out.
 MOST_CALLS_PER_TOKEN = MOST_CALLS * 3 // 4

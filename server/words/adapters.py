@@ -179,7 +179,8 @@ TEXTS: dict[str, str] = {
     "EMPTY_MIX": "must name at least one adapter",
     "MERGE_ACTIVE": "a merge is active; unmerge it first",
     "NOT_MERGED": "no merge is active",
-    "MERGED_TWICE": "adapter {adapter!q} is merged into the base; do not name it as well",
+    "MERGED_TWICE": "the weights of adapter {adapter!q} are already merged into the base; omit the"
+    " adapter from the request",
     "MERGE_UNDER_WAY": "another merge or unmerge is running",
     # Registered adapters.
     "ADAPTER_NOT_FOUND": "adapter not found: {adapters}",
@@ -194,6 +195,7 @@ TEXTS: dict[str, str] = {
     "ADAPTER_IS_TARGET": "adapter {adapter!q} is a target of {aliases}; move or delete that alias"
     " first",
     "TOO_MANY_ALIASES": "there are {most} aliases already; delete one first",
+    "REGISTERED_AGAIN": "adapter {adapters!q} was registered again after the alias was set",
     "NO_EARLIER_GENERATION": "no generation of adapter {adapters!q} before {current_generation} was"
     " kept; the server keeps as many as --keep-generations says",
     "BEING_UNLOADED": "adapter {adapters!q} is being unloaded",

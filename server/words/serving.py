@@ -26,6 +26,8 @@ TEXTS = {
     "TOO_MANY_UPLOADS_OF_TOKEN": "this token has reached its limit of running uploads ({most})",
     "TOO_MANY_COMPILATIONS": "{most} constraints are already being compiled",
     "QUEUE_FULL": "the queue is full; its limit is {max_queued_requests}",
+    "QUEUE_SHARE_FULL": "this token has reached its limit of queued requests"
+    " ({max_queued_requests})",
     "QUEUE_MEMORY_FULL": "requests already take {held!b} of memory, and with this one they"
     " would exceed the limit of {max_queued_bytes!b}",
     "ANSWERS_NEED_MEMORY": "answers need at least {bytes!b} of memory; the limit is"

@@ -102,6 +102,7 @@ class Driven:
         *,
         text: AnswerText | None = None,
         deadline: float | None = None,
+        tenant: bytes = b"",
     ) -> Sequence:
         """Post a request for these one-letter adapters."""
         request = Request(
@@ -109,6 +110,7 @@ class Driven:
             prompt_token_ids=(1, 2, 3),
             stop=StopConditions(max_tokens=max_tokens),
             deadline=deadline,
+            tenant=tenant,
         )
         sequence = Sequence(request, self.registry.acquire(refs(adapters)), time.monotonic())
         stream = Stream(lambda: None)
@@ -277,13 +279,17 @@ def test_only_requests_count_as_waiting(make: Registries) -> None:
     for _ in range(5):
         driven.loop.post(lambda: None)
     assert driven.loop.num_waiting == 0
-    driven.ask("one", "a")
-    driven.ask("two", "a")
-    assert driven.loop.num_waiting == 2
+    waiting = lambda: (driven.loop.num_waiting, *map(driven.loop.num_waiting_of, (b"x", b"y")))  # noqa: E731
+    driven.ask("one", "a", tenant=b"x")
+    assert waiting() == (1, 1, 0)
     driven.read()
-    assert driven.loop.num_waiting == 2
-    driven.finish("one", "two")
-    assert driven.loop.num_waiting == 0
+    driven.ask("two", "a", tenant=b"y")
+    driven.ask("three", "a", tenant=b"x")
+    assert waiting() == (3, 2, 1)
+    driven.read()
+    assert waiting() == (3, 2, 1)
+    driven.finish("one", "two", "three")
+    assert waiting() == (0, 0, 0)
 
 
 class BrokenText(AnswerText):

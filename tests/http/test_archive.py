@@ -9,6 +9,7 @@ import subprocess
 import tarfile
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from builders import registries
 from builders.registries import Registries
 from servers.http_harness import HttpHarness, Refused, http_harness
 
+from turret.server.adapters import state_dir
 from turret.server.adapters.state_dir import StateDir
 from turret.server.http.body import MAX_BODY_BYTES
 
@@ -97,6 +99,25 @@ async def test_an_archive_may_be_larger_than_other_bodies(tmp_path: Path) -> Non
             answer = await send(server, name, content)
             assert answer.status_code == 200, answer.text
     made.close()
+
+
+async def test_a_disk_needs_room_only_for_the_bytes_still_to_be_written(
+    server: HttpHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [(name, (tmp_path / "root" / "a" / name).read_bytes()) for name in (TENSORS, CONFIG)]
+    size = sum(len(data) for _, data in files)
+    state = tmp_path / "state"
+
+    def usage(path: Path) -> Any:
+        written = sum(file.stat().st_size for file in state.glob("incoming/*/*"))
+        return SimpleNamespace(free=state_dir.MIN_FREE_BYTES + room - written)
+
+    monkeypatch.setattr(state_dir.shutil, "disk_usage", usage)
+    body = of_names(("optimizer.pt", bytes(2 * size)), *files)
+    room = size
+    assert (await send(server, "n", body)).status_code == 200
+    room = size - 1
+    assert Refused.of(await send(server, "m", body)).code == "storage_full"
 
 
 async def test_what_is_no_adapter_leaves_nothing(server: HttpHarness, tmp_path: Path) -> None:

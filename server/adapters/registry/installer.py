@@ -67,7 +67,7 @@ class AdapterTokenizers:
         found: list[Adapter] = []
         for ref in refs:
             with suppress(AdapterNotFoundError):
-                found.append(self._table.resolve(ref)[1])
+                found.append(self._table.resolve(ref, suggests=False)[1])
         own = next((adapter for adapter in found if adapter.facts.tokenizer), None)
         return own, template_of(adapter.facts for adapter in found)
 

@@ -227,25 +227,24 @@ class NameTable:
         # Digests of components that a fusion being loaded needs.
         self._awaited: Counter[str] = Counter()
 
-    def find(self, name: str) -> Registration:
+    def find(self, name: str, *, suggests: bool = True) -> Registration:
         """The registration of a name.
+
+        Args:
+            name: The name.
+            suggests: Whether the error suggests a name, which takes milliseconds.
 
         Raises:
             AdapterNotFoundError: Not registered.
         """
         with self._changed:
-            registration = self._by_name.get(name)
-            if registration is None:
-                is_alias = name in self._aliases
-                text = say("IS_ALIAS", adapters=name) if is_alias else self._not_found(name)
-                raise AdapterNotFoundError(text)
-        return registration
-
-    def _not_found(self, name: str) -> Text:
-        """The reason why a name is not found; compares it with a limited number of names."""
-        with self._changed:
+            if name in self._by_name:
+                return self._by_name[name]
+            if name in self._aliases:
+                raise AdapterNotFoundError(say("IS_ALIAS", adapters=name))
             names = itertools.chain(self._aliases, self._by_name)
-            return _not_found(name, list(itertools.islice(names, _MOST_COMPARED)))
+            compared = list(itertools.islice(names, _MOST_COMPARED if suggests else 0))
+        raise AdapterNotFoundError(_not_found(name, compared))
 
     def get(self, name: str) -> Registration | None:
         with self._changed:
@@ -466,8 +465,12 @@ class NameTable:
         with self._changed:
             self._changed.wait_for(lambda: registration.in_flight == 0, timeout_seconds)
 
-    def resolve(self, ref: AdapterRef) -> tuple[Registration, Adapter]:
+    def resolve(self, ref: AdapterRef, *, suggests: bool = True) -> tuple[Registration, Adapter]:
         """The registration and generation that a request names, perhaps through an alias.
+
+        Args:
+            ref: The reference.
+            suggests: See ``find``.
 
         Raises:
             AdapterNotFoundError: There is none, or the name is being unloaded.
@@ -480,7 +483,7 @@ class NameTable:
                     raise AdapterNotFoundError(say("ALIAS_GENERATION", adapters=name))
                 target = alias.pick(ref.draw)
                 name, generation = target.name, target.generation
-            registration = self.find(name)
+            registration = self.find(name, suggests=suggests)
             if registration.state != "ACTIVE":
                 raise AdapterNotFoundError(say("BEING_UNLOADED", adapters=name))
             return registration, generation_of(registration, generation)
@@ -492,15 +495,16 @@ class NameTable:
         _check_distinct(ref.name for ref in refs)
         with self._changed:
             found: list[tuple[Registration, Adapter, float]] = []
-            missing: dict[str, Text] = {}
+            missing: list[AdapterRef] = []
             for ref in refs:
                 try:
-                    found.append((*self.resolve(ref), ref.weight))
-                except AdapterNotFoundError as error:
-                    missing[ref.name] = error.args[0]
+                    found.append((*self.resolve(ref, suggests=False), ref.weight))
+                except AdapterNotFoundError:
+                    missing.append(ref)
+            if len(missing) == 1:
+                self.resolve(missing[0])
             if missing:
-                text, *others = missing.values()
-                raise AdapterNotFoundError(_not_found(",".join(missing)) if others else text)
+                raise AdapterNotFoundError(_not_found(",".join(ref.name for ref in missing)))
             # An alias may stand for another member of the mix.
             _check_distinct(registration.name for registration, _, _ in found)
             now = time.time()

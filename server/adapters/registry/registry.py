@@ -366,9 +366,9 @@ class AdapterRegistry:
         """
         return self._state.stage(files)
 
-    def check_room(self, num_bytes: int) -> None:
-        """Raises the errors of ``stage`` for files of this size."""
-        self._state.check_room(num_bytes)
+    def check_room(self, num_bytes: int, received: int = 0) -> None:
+        """Raises the errors of ``stage`` for files of this size; see ``StateDir.check_room``."""
+        self._state.check_room(num_bytes, received)
 
     def upload(
         self,
@@ -515,7 +515,9 @@ class AdapterRegistry:
 
     def _target(self, ref: AdapterRef) -> AliasTarget:
         _, adapter = self._table.resolve(ref)
-        return AliasTarget(name=ref.name, generation=adapter.generation, weight=ref.weight)
+        return AliasTarget(
+            name=ref.name, uuid=adapter.uuid, generation=adapter.generation, weight=ref.weight
+        )
 
     def _check_free(self, name: str) -> None:
         if why := no_adapter_name(name):
@@ -535,7 +537,10 @@ class AdapterRegistry:
             if count > 1:
                 raise InvalidRequestError.of("targets", say("DUPLICATE", value=key))
         for target in alias.targets:
-            self._table.resolve(AdapterRef(name=target.name, generation=target.generation))
+            ref = AdapterRef(name=target.name, generation=target.generation)
+            # A name that was registered again has other weights under the same numbers.
+            if self._table.resolve(ref)[1].uuid != target.uuid:
+                raise AdapterNotFoundError(say("REGISTERED_AGAIN", adapters=target.name))
 
     def _put_alias(self, alias: Alias) -> None:
         self._table.put_alias(alias)
@@ -696,7 +701,7 @@ class AdapterRegistry:
     def find(self, ref: AdapterRef) -> Adapter | None:
         """The generation that a reference names now, without holding it; None if there is none."""
         try:
-            return self._table.resolve(ref)[1]
+            return self._table.resolve(ref, suggests=False)[1]
         except AdapterNotFoundError:
             return None
 

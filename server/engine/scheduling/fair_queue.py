@@ -113,6 +113,7 @@ class FairQueue(Generic[T]):
         self._served: dict[Hashable, float] = {}
         self._running: dict[Hashable, int] = {}
         self._places: Counter[bytes] = Counter()
+        self._waiting: Counter[bytes] = Counter()
         self._fair_share = 0.0
         self._length = 0
 
@@ -126,12 +127,12 @@ class FairQueue(Generic[T]):
     def push(self, item: T) -> None:
         """Join the group's line, at the party's next turn."""
         self._line(item.group).push(item)
-        self._length += 1
+        self._count(item, 1)
 
     def push_front(self, item: T) -> None:
         """Return a preempted item to the head of its group's line."""
         self._line(item.group).push_front(item)
-        self._length += 1
+        self._count(item, 1)
 
     def peek(self, ready: Callable[[T], bool]) -> T | None:
         """The next item to serve: the first ready one, by tenant, group and turn."""
@@ -147,6 +148,10 @@ class FairQueue(Generic[T]):
         """Items of this one's tenant that run; 0 if it has no tenant."""
         return self._places[item.tenant] if item.tenant else 0
 
+    def num_waiting(self, tenant: bytes) -> int:
+        """Items of a tenant that wait."""
+        return self._waiting[tenant]
+
     def num_running(self, group: Hashable) -> int:
         """Items of a group that run."""
         return self._running.get(group, 0)
@@ -157,7 +162,7 @@ class FairQueue(Generic[T]):
         if line is None:
             raise ValueError("not waiting")
         line.remove(item)
-        self._length -= 1
+        self._count(item, -1)
         if not line:
             del self._lines[item.group]
             self._forget(item.group)
@@ -189,6 +194,12 @@ class FairQueue(Generic[T]):
     def refund(self, group: Hashable, num_tokens: int) -> None:
         """Take back a charge for tokens that were not computed after all, at once."""
         self.charge(group, -num_tokens)
+
+    def _count(self, item: T, change: int) -> None:
+        self._length += change
+        self._waiting[item.tenant] += change
+        if not self._waiting[item.tenant]:
+            del self._waiting[item.tenant]
 
     def _line(self, group: Hashable) -> _Line[T]:
         line = self._lines.get(group)

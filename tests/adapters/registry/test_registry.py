@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from builders.adapters import edit_tensors
@@ -25,8 +26,10 @@ from said import says
 
 from turret.server.adapters.adapter import BASE_MIX, AdapterRef
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
+from turret.server.adapters.registry import name_table
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.residency.loader import LoadedAdapter
+from turret.server.basics.names import closest
 from turret.server.errors import (
     AdapterCheckpointError,
     AdapterExistsError,
@@ -137,6 +140,23 @@ def test_acquire_is_all_or_none_and_names_everything_missing(make: Registries) -
         registry.acquire([*refs("axy"), AdapterRef(name="b", generation=2)])
     assert caught.value.metadata["adapters"] == "x,y,b"
     assert [record.in_flight for record in registry.list()] == [0, 0]
+
+
+def test_only_one_missing_name_is_compared_with_others(make: Registries) -> None:
+    """A comparison takes milliseconds under the registry's lock, and a mix has up to 64 names."""
+    registry = make(load="a")
+    registry.load("customer", "b")
+    with patch.object(name_table, "closest", wraps=closest) as compared:
+        one = refs(["a", "custome"])
+        assert registry.find(one[1]) is None
+        assert registry.tokenizers.find(one)[0] is None
+        with pytest.raises(AdapterNotFoundError):
+            registry.acquire([*one, *refs("xy")])
+        assert not any(names for _, names in (call.args for call in compared.call_args_list))
+        with pytest.raises(
+            AdapterNotFoundError, check=says("ADAPTER_NOT_FOUND", closest="customer")
+        ):
+            registry.acquire(one)
 
 
 def test_a_name_twice_is_invalid(make: Registries) -> None:

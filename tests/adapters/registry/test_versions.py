@@ -319,3 +319,11 @@ def test_an_alias_whose_adapter_is_gone_is_reported_and_not_served(
     assert caplog.text.count("cannot restore") == 3
     # The files are left for the operator.
     assert len(list((state / "aliases").iterdir())) == 3
+    registry.load("x", "b")
+    registry.close()
+    # The new registration has the same name and generation, but other weights.
+    registry = start()
+    assert registry.aliases() == []
+    registry.set_alias("prod", refs("x"))
+    registry.close()
+    assert [alias.name for alias in start().aliases()] == ["prod"]

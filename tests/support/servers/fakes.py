@@ -321,7 +321,7 @@ class FakeRegistry:
         self.by_alias[name] = alias = Alias(
             name,
             tuple(
-                AliasTarget(name=t.name, generation=t.generation or 1, weight=t.weight)
+                AliasTarget(name=t.name, uuid="u", generation=t.generation or 1, weight=t.weight)
                 for t in targets
             ),
         )
