@@ -90,6 +90,9 @@ def test_a_picker_reads_what_turret_counts() -> None:
     for name, tier in (("sql", "device"), ("json", "host"), ("base", "device"), ("late", "device")):
         metrics.adapter_registered(name, tier)
     metrics.adapter_registered("cold")
+    # Leaves a series of value 0.
+    metrics.adapter_residency("json", "device")
+    metrics.adapter_residency("json", "host")
     assert extract(scraped(metrics)) == Endpoint(
         waiting=3,
         running=2,
