@@ -14,7 +14,7 @@ from turret.server.metrics_aliases import VLLM, add_aliases
 
 @dataclasses.dataclass
 class Endpoint:
-    """What the picker keeps of a server, with the names and the defaults that it has."""
+    """The state that the picker keeps of a server, with its names and defaults."""
 
     waiting: int
     running: int
