@@ -57,7 +57,7 @@ class Scenario:
     Attributes:
         name: The name in the output.
         slot_of_row: The slot of each row, 0 for the base model alone.
-        ranks: The ranks of slots 1, 2, … …
+        ranks: The ranks of slots 1, 2, …
         method: ``lora``, ``dora``, ``loha`` or ``lokr``.
     """
 

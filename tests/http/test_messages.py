@@ -283,7 +283,11 @@ def test_a_nested_list_is_refused_at_its_first_wrong_entry(model: Any, turn: Any
 
 
 def test_all_turns_together_have_a_limit_of_blocks():
-    turn = {"role": "user", "content": [{"type": "text", "text": ""}] * 4000}
-    with pytest.raises(ValidationError, match="8192") as refused:
-        CountRequest.model_validate({"model": "base", "messages": [turn] * 35})
-    assert refused.value.error_count() == 1
+    block = {"type": "text", "text": ""}
+    full, more = ({"role": "user", "content": [block] * count} for count in (4096, 1))
+    CountRequest.model_validate({"model": "base", "messages": [full, full]})
+    with pytest.raises(ValidationError) as refused:
+        CountRequest.model_validate({"model": "base", "messages": [full, full, more]})
+    (error,) = refused.value.errors()
+    text = error.get("ctx", {})["text"]
+    assert (text.reason, dict(text.params)) == ("TOO_MANY_ENTRIES", {"most": 8192, "found": 8193})

@@ -14,7 +14,7 @@ from turret.server.metrics_aliases import VLLM, add_aliases
 
 @dataclasses.dataclass
 class Endpoint:
-    """What the picker keeps of a server, with the names and the defaults that it has."""
+    """The state that the picker keeps of a server, with its names and defaults."""
 
     waiting: int
     running: int
@@ -90,6 +90,9 @@ def test_a_picker_reads_what_turret_counts() -> None:
     for name, tier in (("sql", "device"), ("json", "host"), ("base", "device"), ("late", "device")):
         metrics.adapter_registered(name, tier)
     metrics.adapter_registered("cold")
+    # Leaves a series of value 0.
+    metrics.adapter_residency("json", "device")
+    metrics.adapter_residency("json", "host")
     assert extract(scraped(metrics)) == Endpoint(
         waiting=3,
         running=2,

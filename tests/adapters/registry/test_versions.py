@@ -23,6 +23,7 @@ from turret.server.errors import (
     AdapterNotFoundError,
     StorageFullError,
 )
+from turret.server.metrics import Metrics
 
 Start = Callable[..., AdapterRegistry]
 
@@ -118,6 +119,26 @@ def test_a_rollback_serves_a_kept_generation_with_its_number(make: Registries) -
     registry.rollback("x")
     assert registry.replace("x", "c").generation == 3
     assert versions(registry) == (3, (1,))
+
+
+def test_the_metrics_have_the_tier_of_the_current_generation(make: Registries) -> None:
+    metrics = Metrics()
+    registry = make(1.5, keep_generations=1, metrics=metrics)
+
+    def is_resident() -> bool:
+        labels = {"adapter": "x", "tier": "host"}
+        return bool(metrics.registry.get_sample_value("turret_adapter_residency", labels))
+
+    registry.load("x", "a")
+    registry.replace("x", "b")
+    assert is_resident()
+    # There is room for one generation, so a request for one evicts the other.
+    digest(registry, 1)
+    assert not is_resident()
+    registry.rollback("x")
+    assert is_resident()
+    digest(registry, 2)
+    assert not is_resident()
 
 
 def test_numbers_of_generations_that_only_an_alias_kept_are_not_used_again(

@@ -360,7 +360,7 @@ def test_labels_are_judged_by_accuracy_and_macro_f1(
     assert sql["metrics"]["accuracy"]["value"] == sql["metrics"]["macro_f1"]["value"] == 1
     count = len(CAPITALS)
     assert other["metrics"]["accuracy"]["value"] == pytest.approx(1 / count)
-    # One label is always found: it is right once, and all other labels have an F1 of 0.
+    # Every answer is the same label, which is right once. All other labels have an F1 of 0.
     assert other["metrics"]["macro_f1"]["value"] == pytest.approx(2 / (count + 1) / count)
     rows = [json.loads(line) for line in answers.read_text().splitlines()]
     assert {row["answer"] for row in rows if row["mix"] == "json"} == {"Lima"}

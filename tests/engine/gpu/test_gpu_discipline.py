@@ -346,7 +346,7 @@ def test_a_step_never_waits_for_the_device(name: str, no_launches: list[str]):
     assert (adapted <= kernels) == (name in ("prompts", "decode"))
     assert ("nf4_shrink_kernel" in kernels) != is_plain
     if in_two_passes:
-        # Attention runs twice per layer: in the first pass, and in the second.
+        # Each layer launches attention once in each pass.
         assert no_launches.count("paged_attention_kernel") == 2 * ARCH.num_layers
 
 

@@ -184,7 +184,7 @@ def test_nothing_is_guessed_from_the_answers_of_another_memory_key() -> None:
 def test_chances_follow_what_was_right() -> None:
     chances = Chances()
     before = chances.of(3)
-    # One more token before the second one agrees; the third draft token was wrong.
+    # Each further token of the draft has a match one token longer; the third token was wrong.
     chances.learn(3, 4, 2)
     assert before < chances.of(3) < 1.0
     assert chances.of(4) > Chances().of(4)

@@ -127,7 +127,7 @@ def test_a_4bit_checkpoint_is_taken_with_experts_in_either_form(
         tensors.update({k: t for k, t in quantised.items() if ".experts." not in k})
         tensors.update({k: t for k, t in stacked.items() if ".experts." in k})
 
-    # What is left in 16 bits is served in 16 bits.
+    # The modules that are left in 16 bits are served in 16 bits.
     left = {
         name: t.mT.float() for name, t in stacked.items() if name.endswith(".experts.down_proj")
     }

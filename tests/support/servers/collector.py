@@ -23,7 +23,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 @dataclass(slots=True)
 class Collector:
-    """What arrived.
+    """A collector, and the spans and histograms that it has received.
 
     Attributes:
         protocol: ``grpc`` or ``http/protobuf``.

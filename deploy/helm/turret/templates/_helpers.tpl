@@ -26,8 +26,8 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- else if .Values.tokens.lines }}{{ include "turret.name" . }}-tokens{{ end -}}
 {{- end }}
 
-{{/* The settings that the chart decides on. The names are those by which clients reach the Service,
-     which KubeRay makes for a fleet. */}}
+{{/* The settings that the chart sets. Allowed hosts are the names of the Service, which KubeRay makes
+     for a fleet. */}}
 {{- define "turret.owned" -}}
 {{- $name := include "turret.name" . -}}
 {{- if eq .Values.mode "fleet" }}{{ $name = printf "%s-serve-svc" $name }}{{ end -}}
@@ -55,7 +55,7 @@ lifecycle:
   grace_seconds: {{ sub .Values.terminationGracePeriodSeconds 10 }}
 {{- end }}
 
-{{/* A value in TOML. JSON has the same form for all but tables. */}}
+{{/* A value in TOML, where only tables differ from JSON. */}}
 {{- define "turret.toml" -}}
 {{- if kindIs "map" . -}}
 { {{- $sep := " " }}{{ range $key, $value := . }}{{ $sep }}{{ $key | quote }} = {{ include "turret.toml" $value }}{{ $sep = ", " }}{{ end }} }
@@ -64,7 +64,7 @@ lifecycle:
 {{- end -}}
 {{- end }}
 
-{{/* A claim's specification, of size, accessModes and storageClassName. */}}
+{{/* A claim's specification, from its size, accessModes and storageClassName. */}}
 {{- define "turret.claim" -}}
 accessModes: {{ toJson (.accessModes | default (list "ReadWriteOnce")) }}
 {{- if .storageClassName }}
@@ -82,7 +82,7 @@ fsGroup: 10001
 seccompProfile: {type: RuntimeDefault}
 {{- end }}
 
-{{/* Where pods of a release run. */}}
+{{/* The fields that decide where a release's pods run. */}}
 {{- define "turret.placement" -}}
 {{- with .Values.imagePullSecrets }}
 imagePullSecrets: {{ toJson . }}
@@ -98,7 +98,7 @@ affinity: {{ toJson . }}
 {{- end }}
 {{- end }}
 
-{{/* What the server reads: its settings, and the token file. */}}
+{{/* The volumes of the settings and of the token file. */}}
 {{- define "turret.readVolumes" -}}
 - name: configuration
   configMap: {name: {{ include "turret.name" . }}}

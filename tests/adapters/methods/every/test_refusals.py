@@ -122,7 +122,7 @@ def test_no_tensor_may_be_missing(method: str, tmp_path: Path) -> None:
     names = set(read_adapter(tmp_path).tensors)
     tensor_file = directory / "adapter_model.safetensors"
     whole = tensor_file.read_bytes()
-    # One per kind is enough, because the same code checks all modules.
+    # One tensor per kind is enough, because the same code checks all modules.
     kinds = {name.rpartition(".")[2]: name for name in sorted(names)}
     for lost in kinds.values():
         tensor_file.write_bytes(whole)

@@ -46,7 +46,7 @@ def save_4bit(plain: Path, folder: Path, skip: Sequence[str], **changes: Any) ->
 
 
 def load_4bit(folder: Path) -> tuple[Any, Any]:
-    """What transformers makes of such a checkpoint: exactly in fp32, and as it computes in bf16."""
+    """The checkpoint's model in transformers: exact in fp32, and as it computes in bf16."""
     half: Any
     with quiet():
         half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
