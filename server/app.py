@@ -16,10 +16,8 @@ from typing import TYPE_CHECKING, TypeVar
 import turret
 from turret.server import log, tracing
 from turret.server.api.access import Shares, TokenTable, most_connections
-from turret.server.api.admin import Adapters
-from turret.server.api.faults import Failures
 from turret.server.api.gate import Backend, ServingGate
-from turret.server.api.inference import Inference
+from turret.server.api.services import Services
 from turret.server.basics.settings import is_local_address
 from turret.server.basics.triton_needs import see_only
 from turret.server.basics.work import started_pool
@@ -100,7 +98,7 @@ class App:
         self.metrics = Metrics()
         add_aliases(self.metrics.registry, config.telemetry.metrics_aliases)
         self.gate = ServingGate()
-        self._adapters = Adapters(self.gate)
+        self._services: Services | None = None
         self.rpc: RpcServer | None = None
         self.http: HttpServer | None = None
         self.metrics_server: MetricsServer | None = None
@@ -155,22 +153,14 @@ class App:
         token_file = config.security.token_file
         tokens = TokenTable.parse(token_file) if token_file is not None else None
         self._warn_if_exposed()
-        # A party has one share over all protocols.
-        shares = Shares.of(config)
-        failures = Failures()
-        inference = Inference(self.gate)
-        most = most_connections(len(config.listen.call_addresses))
-        rpc = RpcServer(
-            config.listen,
-            config.security,
-            inference=inference,
-            adapters=self._adapters,
+        self._services = services = Services(
+            gate=self.gate,
             metrics=self.metrics,
             tokens=tokens,
-            shares=shares,
-            most_connections=most,
-            failures=failures,
+            shares=Shares.of(config),
+            most_connections=most_connections(len(config.listen.call_addresses)),
         )
+        rpc = RpcServer(config.listen, config.security, services)
         if token_file is not None and tokens is not None:
             self._reloader = TokenReloader(token_file, tokens)
             self._watching = asyncio.ensure_future(self._reloader.run())
@@ -180,7 +170,7 @@ class App:
         self.rpc = rpc
         await rpc.start()
         if config.listen.http_address is not None:
-            self.http = await self._start_http(inference, tokens, shares, failures, most)
+            self.http = await self._start_http(services)
         backend = await self._unless_stopped(lambda: self._build(config, self.metrics), "model")
         if backend is None:
             return
@@ -209,28 +199,11 @@ class App:
         rpc.health.set_serving(True)
         _log.info("serving", extra=log.fields(model=model.name, address=rpc.address))
 
-    async def _start_http(
-        self,
-        inference: Inference,
-        tokens: TokenTable | None,
-        shares: Shares,
-        failures: Failures,
-        most: int,
-    ) -> HttpServer:
+    async def _start_http(self, services: Services) -> HttpServer:
         # Starlette and uvicorn are loaded only where they are used.
         from turret.server.http.server import HttpServer
 
-        http = HttpServer(
-            self.config.listen,
-            self.config.security,
-            inference=inference,
-            adapters=self._adapters,
-            metrics=self.metrics,
-            tokens=tokens,
-            shares=shares,
-            most_connections=most,
-            failures=failures,
-        )
+        http = HttpServer(self.config.listen, self.config.security, services)
         await http.start()
         _log.info("http", extra=log.fields(address=http.address))
         return http
@@ -272,7 +245,8 @@ class App:
             # A dead engine has nothing to finish; this ends its streams and joins its thread.
             await backend.engine.drain(0.0 if is_dead else grace)
             await asyncio.to_thread(backend.close)
-        self._adapters.close()
+        if self._services is not None:
+            self._services.adapters.close()
         doors = [door for door in (self.rpc, self.http) if door is not None]
         await asyncio.gather(*(door.stop(_FLUSH_SECONDS) for door in doors))
         await asyncio.to_thread(tracing.stop, _FLUSH_SECONDS)

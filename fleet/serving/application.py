@@ -89,16 +89,7 @@ class Replica(_CALLS):
     def __serve_build_asgi_app__(self) -> ASGIApp:
         from turret.server.http.server import application
 
-        server = self._server
-        made = application(
-            self._config.listen,
-            inference=server.inference,
-            adapters=server.adapters,
-            metrics=server.metrics,
-            tokens=server.tokens,
-            shares=server.shares,
-            failures=server.failures,
-        )
+        made = application(self._config.listen, self._server.services)
 
         async def answer(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] == "http":

@@ -22,10 +22,8 @@ from turret.fleet.replica import ReplicaParts
 from turret.fleet.words import say
 from turret.server import log, tracing
 from turret.server.api.access import Shares, TokenTable, authorize
-from turret.server.api.admin import Adapters
-from turret.server.api.faults import Failures
 from turret.server.api.gate import Backend, ServingGate
-from turret.server.api.inference import Inference
+from turret.server.api.services import Services
 from turret.server.basics.triton_needs import see_only
 from turret.server.config import Config
 from turret.server.errors import UnavailableError
@@ -34,7 +32,7 @@ from turret.server.metrics_aliases import add_aliases
 from turret.server.metrics_server import MetricsServer
 from turret.server.reloading import TokenReloader
 from turret.server.rpc.interceptor import CallInterceptor, authorization_of, current_call
-from turret.server.rpc.services import AdaptersServicer, HealthServicer, InferenceServicer
+from turret.server.rpc.services import HealthServicer, Servicer
 from turret.v1 import adapters_pb2, inference_pb2
 
 _log = logging.getLogger(__name__)
@@ -186,20 +184,19 @@ class ReplicaServer:
         if config.telemetry.otel:
             tracing.start(self.metrics.registry)
         self._gate = ServingGate(self._check_serving)
-        self.adapters = Adapters(self._gate)
-        self.inference = Inference(self._gate)
         token_file = config.security.token_file
-        self.tokens = None if token_file is None else TokenTable.parse(token_file)
+        tokens = None if token_file is None else TokenTable.parse(token_file)
         self._watching: asyncio.Future[None] | None = None
-        if token_file is not None and self.tokens is not None:
-            reloader = TokenReloader(token_file, self.tokens)
+        if token_file is not None and tokens is not None:
+            reloader = TokenReloader(token_file, tokens)
             self._watching = asyncio.ensure_future(reloader.run())
-        self.shares = Shares.of(config)
-        self.failures = Failures()
-        self._interceptor = CallInterceptor(self.metrics, self.tokens, self.shares, self.failures)
+        self.services = Services(
+            gate=self._gate, metrics=self.metrics, tokens=tokens, shares=Shares.of(config)
+        )
+        self._interceptor = CallInterceptor(self.services)
         self._servicers: dict[str, Any] = {
-            "Inference": InferenceServicer(self.inference),
-            "Adapters": AdaptersServicer(self.adapters),
+            "Inference": Servicer(self.services.inference),
+            "Adapters": Servicer(self.services.adapters),
         }
         self._health = HealthServicer(f"turret.v1.{name}" for name in self._servicers)
         self._parts = ReplicaParts(name, channel, stops_alone=stops_alone)
@@ -269,7 +266,7 @@ class ReplicaServer:
             await asyncio.to_thread(self._link.close)
         if self._backend is not None:
             await asyncio.to_thread(self._backend.close)
-        self.adapters.close()
+        self.services.adapters.close()
         await asyncio.to_thread(tracing.stop, _FLUSH_SECONDS)
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
@@ -280,7 +277,9 @@ class ReplicaServer:
         if address is None:
             return None
         try:
-            server = MetricsServer(self.metrics, address, self.tokens, num_ports=_METRICS_PORTS)
+            server = MetricsServer(
+                self.metrics, address, self.services.tokens, num_ports=_METRICS_PORTS
+            )
         except OSError as error:
             # A replica without metrics is better than none.
             said = log.fields(address=address, why=error.strerror)
@@ -339,7 +338,7 @@ class ReplicaServer:
         metadata = context.invocation_metadata()
 
         async def checked() -> Any:
-            authorize(self.tokens, full, authorization_of(metadata))
+            authorize(self.services.tokens, full, authorization_of(metadata))
             if isinstance(request, Message):
                 current_call().message_bytes = request.ByteSize()
             return await body()

@@ -325,12 +325,12 @@ class Adapters:
         call.adapters = tuple(target.name for target in targets)
         return alias_message(await self._slow.run(registry.set_alias, name, targets))
 
-    async def delete_alias(self, message: adapters_pb2.DeleteAliasRequest) -> None:
+    async def delete_alias(
+        self, message: adapters_pb2.DeleteAliasRequest, call: Call
+    ) -> adapters_pb2.DeleteAliasResponse:
         registry = self._gate.enter().registry
-        violations = Violations()
-        violations.check_name(message.name, "name")
-        violations.raise_if_any()
-        await self._slow.run(registry.delete_alias, message.name)
+        await self._slow.run(registry.delete_alias, _checked_name(message.name, call))
+        return adapters_pb2.DeleteAliasResponse()
 
     def aliases(self) -> list[adapters_pb2.Alias]:
         """All aliases, by name."""
@@ -437,7 +437,9 @@ class Adapters:
         name = _checked_name(message.name, call)
         return adapter_message(await self._slow.run(self._gate.enter().registry.unpin, name))
 
-    async def unload(self, message: adapters_pb2.UnloadAdapterRequest, call: Call) -> None:
+    async def unload(
+        self, message: adapters_pb2.UnloadAdapterRequest, call: Call
+    ) -> adapters_pb2.UnloadAdapterResponse:
         """Remove an adapter once no request holds it, or (FORCE) end the requests that do.
 
         Raises:
@@ -463,6 +465,7 @@ class Adapters:
             timeout_seconds=seconds,
             expected_generation=_expected_generation(message),
         )
+        return adapters_pb2.UnloadAdapterResponse()
 
     # The base
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from turret.server import log, tracing
 from turret.server.adapters.adapter import Adapter, AdapterRef
+from turret.server.api.access import Party, Shares
 from turret.server.api.faults import MAX_MESSAGE_CHARS, Failure, Failures
 from turret.server.api.limits import MAX_MIX_MEMBERS, MAX_NAME_CHARS, MAX_REQUEST_ID_CHARS
 from turret.server.basics.codes import Code
@@ -67,13 +68,15 @@ class Call:
         method: The method, as the log shows it.
         protocol: The door it came through: ``grpc`` or ``http``.
         request_id: Every line that the current task logs carries it.
+        party: The client, whose open requests are counted together.
+        deadline: ``time.monotonic()`` seconds, or None.
         draw: Chooses among the targets of the aliases that the call names.
         adapters: Names that the call is about; None until they are known.
         aliases: Each alias that the call named, and the adapter and generation that it got.
         prompt_tokens: 0 until the engine has answered; of all prompts of the call together.
         generated_tokens: The number of tokens generated so far.
         message_bytes: Size of the request message as it came; 0 if it came in parts.
-        tenant: The party whose cached prefixes it may find; see ``Shares.tenant``.
+        tenant: Identifies whose cached prefixes it may find; see ``Shares.tenant``.
         kept_bytes: Memory of the answers that it collects to send them as a whole.
         trace: Its span; None if it is not traced.
     """
@@ -81,6 +84,8 @@ class Call:
     method: str
     protocol: str
     request_id: str
+    party: Party = field(default_factory=lambda: Party(Shares()))
+    deadline: float | None = None
     draw: float = field(default_factory=new_draw)
     adapters: tuple[str, ...] | None = None
     aliases: tuple[tuple[str, str, int], ...] = ()
@@ -108,6 +113,8 @@ class Call:
         *,
         headers: tracing.Headers = lambda: (),
         protocol: str = "grpc",
+        party: Party | None = None,
+        deadline: float | None = None,
         failures: Failures | None = None,
         is_counted: bool = False,
         level: int = logging.INFO,
@@ -121,14 +128,20 @@ class Call:
             metrics: Where it is counted.
             headers: Returns its headers or metadata.
             protocol: The door it came through.
+            party: The client; None for one without limits.
+            deadline: ``time.monotonic()`` seconds, or None.
             failures: Takes it in if it fails; None keeps nothing.
             is_counted: Whether ``turret_requests_total`` counts it: calls that run on adapters.
             level: The level of the line that is logged in the end.
         """
+        party = party or Party(Shares())
         call = cls(
             method=method,
             protocol=protocol,
             request_id=request_id_of(sent_ids),
+            party=party,
+            deadline=deadline,
+            tenant=party.tenant,
             trace=tracing.begin(method, headers) if is_counted else None,
             _metrics=metrics,
             _failures=failures,
@@ -139,7 +152,7 @@ class Call:
         return call
 
     @property
-    def party(self) -> bytes:
+    def turn(self) -> bytes:
         """The party of its requests in the queue: the token's, or one of their own."""
         return self.tenant or self.request_id.encode()
 

@@ -12,7 +12,6 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import turret
-from turret.server.api.access import Party
 from turret.server.api.call import Call, new_draw
 from turret.server.api.gate import ServingGate
 from turret.server.api.inference_answers import (
@@ -49,7 +48,7 @@ class Inference:
 
     Every method raises UnavailableError while the gate is closed and InvalidRequestError for a
     message with offending fields (all of them listed); what else it raises is the engine's (see
-    ``Engine.submit``). ``deadline`` is a ``time.monotonic()`` value in seconds, or None.
+    ``Engine.submit``).
     """
 
     def __init__(self, gate: ServingGate) -> None:
@@ -70,7 +69,6 @@ class Inference:
         self,
         message: inference_pb2.GenerateRequest,
         call: Call,
-        deadline: float | None,
         *,
         is_whole: bool = False,
     ) -> AsyncGenerator[inference_pb2.GenerateChunk, None]:
@@ -89,13 +87,8 @@ class Inference:
         vocabulary = await backend.vocabularies.of(
             message.adapters, message.chat.chat_template, draw=call.draw
         )
-        request = await generate_request(
-            message,
-            vocabulary,
-            limits=InputLimits.of(backend, vocabulary),
-            call=call,
-            deadline=deadline,
-        )
+        limits = InputLimits.of(backend, vocabulary)
+        request = await generate_request(message, vocabulary, limits, call)
         counts = message.options.running_usage and not is_whole
         # Drop the last reference, so that the message is freed while the request waits and runs.
         del message
@@ -119,11 +112,11 @@ class Inference:
                 yield chunk
 
     async def generate_whole(
-        self, message: inference_pb2.GenerateRequest, call: Call, deadline: float | None
+        self, message: inference_pb2.GenerateRequest, call: Call
     ) -> inference_pb2.GenerateResponse:
         """The chunks of ``generate`` in one message."""
         whole = JoinedChunks()
-        answer = self.generate(message, call, deadline, is_whole=True)
+        answer = self.generate(message, call, is_whole=True)
         del message
         async with contextlib.aclosing(answer) as chunks:
             async for chunk in chunks:
@@ -131,7 +124,7 @@ class Inference:
         return whole.response()
 
     async def score(
-        self, message: inference_pb2.ScoreRequest, call: Call, deadline: float | None
+        self, message: inference_pb2.ScoreRequest, call: Call
     ) -> inference_pb2.ScoreResponse:
         """The logprobs of a prompt.
 
@@ -143,13 +136,8 @@ class Inference:
         vocabulary = await backend.vocabularies.of(
             message.adapters, message.chat.chat_template, draw=call.draw
         )
-        request = await score_request(
-            message,
-            vocabulary,
-            limits=InputLimits.of(backend, vocabulary),
-            call=call,
-            deadline=deadline,
-        )
+        limits = InputLimits.of(backend, vocabulary)
+        request = await score_request(message, vocabulary, limits, call)
         del message
         response = inference_pb2.ScoreResponse(request_id=request.request_id)
         outputs = outputs_of(backend, request, call, is_whole=True)
@@ -160,29 +148,21 @@ class Inference:
         return response
 
     async def embed(
-        self,
-        message: inference_pb2.EmbedRequest,
-        call: Call,
-        party: Party,
-        deadline: float | None,
+        self, message: inference_pb2.EmbedRequest, call: Call
     ) -> inference_pb2.EmbedResponse:
-        """A vector for each input. Each counts as a request of the party.
+        """A vector for each input. Each counts as a request of the call's party.
 
         Raises:
             DeadlineExceededError: The deadline passed first.
             QueueFullError: The party has as many requests as it may.
         """
-        return await embed(message, self._gate.enter(), call, party, deadline)
+        return await embed(message, self._gate.enter(), call)
 
     async def classify(
-        self,
-        message: inference_pb2.ClassifyRequest,
-        call: Call,
-        party: Party,
-        deadline: float | None,
+        self, message: inference_pb2.ClassifyRequest, call: Call
     ) -> inference_pb2.ClassifyResponse:
         """Labels for each input; errors are those of ``embed``."""
-        return await classify(message, self._gate.enter(), call, party, deadline)
+        return await classify(message, self._gate.enter(), call)
 
     async def tokenize(
         self, message: inference_pb2.TokenizeRequest

@@ -222,6 +222,13 @@ _SAMPLING_SCALARS = (
 _STOP_SCALARS = ("max_tokens", "min_tokens", "ignore_eos", "include_stop")
 
 _T = TypeVar("_T")
+# The messages that run on adapters.
+Running = (
+    inference_pb2.GenerateRequest
+    | inference_pb2.ScoreRequest
+    | inference_pb2.EmbedRequest
+    | inference_pb2.ClassifyRequest
+)
 # The messages with an ``input``: prompt, chat or token_ids.
 Asked = (
     inference_pb2.GenerateRequest
@@ -314,20 +321,23 @@ def check_input(message: Asked, limits: InputLimits, violations: Violations) -> 
         check_length(len(message.prompt), limits.max_chars, "characters")
 
 
-def request_salt(call: Call, asked: str, violations: Violations) -> bytes:
-    """The salt for the requests of a call whose message sets ``asked`` as its ``cache_salt``."""
-    violations.check_chars(asked, MAX_CACHE_SALT_CHARS, "cache_salt")
-    return salt_of(call.tenant, asked[:MAX_CACHE_SALT_CHARS])
-
-
-def check_request_id(request_id: str, violations: Violations) -> None:
-    """Check a request id; an empty one means none."""
-    violations.check(
-        request_id == "" or is_request_id(request_id),
-        "request_id",
-        "NOT_PRINTABLE_ASCII",
-        most=MAX_REQUEST_ID_CHARS,
-    )
+def shared_fields(message: Running, call: Call, violations: Violations) -> dict[str, Any]:
+    """The fields of a ``Request`` that every message for one sets in the same way."""
+    refs = adapter_refs(message.adapters, violations, call.draw)
+    request_id, salt = message.request_id, message.cache_salt
+    is_usable = request_id == "" or is_request_id(request_id)
+    most = MAX_REQUEST_ID_CHARS
+    violations.check(is_usable, "request_id", "NOT_PRINTABLE_ASCII", most=most)
+    violations.check_chars(salt, MAX_CACHE_SALT_CHARS, "cache_salt")
+    return {
+        "request_id": request_id or call.request_id,
+        "adapters": refs,
+        "deadline": call.deadline,
+        "message_bytes": call.message_bytes,
+        "salt": salt_of(call.tenant, salt[:MAX_CACHE_SALT_CHARS]),
+        "party": call.turn,
+        "tenant": call.tenant,
+    }
 
 
 async def rendered_chat(chat: inference_pb2.Chat, tokenizer: Tokenizer) -> RenderedChat:
@@ -391,12 +401,7 @@ async def input_token_ids(message: Asked, tokenizer: Tokenizer, limits: InputLim
 
 
 async def generate_request(
-    message: inference_pb2.GenerateRequest,
-    vocabulary: Vocabulary,
-    *,
-    limits: InputLimits,
-    call: Call,
-    deadline: float | None,
+    message: inference_pb2.GenerateRequest, vocabulary: Vocabulary, limits: InputLimits, call: Call
 ) -> Request:
     """A domain request.
 
@@ -405,7 +410,6 @@ async def generate_request(
         vocabulary: Turns a prompt or chat into tokens, and compiles what the answer must match.
         limits: The limits that the model sets.
         call: The call on whose behalf it runs; its id is used if the message has none.
-        deadline: ``time.monotonic()`` seconds, or None.
 
     Raises:
         InvalidRequestError: Lists every offending field.
@@ -414,7 +418,7 @@ async def generate_request(
     violations = Violations()
     check_input(message, limits, violations)
     spec = constraint_spec(message, violations)
-    refs = adapter_refs(message.adapters, violations, call.draw)
+    shared = shared_fields(message, call, violations)
     sampling = sampling_params(message.sampling, limits.vocab_size, violations)
     stop = stop_conditions(message.stop, limits.vocab_size, violations)
     asked = message.options
@@ -434,55 +438,34 @@ async def generate_request(
     so_far = message.answer_so_far
     if violations.check_count(len(so_far), limits.max_tokens, "answer_so_far"):
         _check_ids(so_far, limits.vocab_size, violations, "answer_so_far")
-    check_request_id(message.request_id, violations)
-    salt = request_salt(call, message.cache_salt, violations)
     violations.raise_if_any()
     constraint = None if spec is None else await vocabulary.constraints.compile(spec)
     return Request(
-        request_id=message.request_id or call.request_id,
         prompt_token_ids=tuple(await input_token_ids(message, vocabulary.tokenizer, limits)),
-        adapters=refs,
         sampling=sampling,
         stop=stop,
         options=options,
-        deadline=deadline,
-        message_bytes=call.message_bytes,
         answer_so_far=tuple(message.answer_so_far),
         constraint=constraint,
         own_tokenizer=vocabulary.own,
-        salt=salt,
-        party=call.party,
-        tenant=call.tenant,
+        **shared,
     )
 
 
 async def score_request(
-    message: inference_pb2.ScoreRequest,
-    vocabulary: Vocabulary,
-    *,
-    limits: InputLimits,
-    call: Call,
-    deadline: float | None,
+    message: inference_pb2.ScoreRequest, vocabulary: Vocabulary, limits: InputLimits, call: Call
 ) -> Request:
     """Like ``generate_request``, but only for the log probabilities of the prompt."""
     violations = Violations()
     check_input(message, limits, violations)
-    refs = adapter_refs(message.adapters, violations, call.draw)
+    shared = shared_fields(message, call, violations)
     values = {"logprobs": True, "top_n": message.top_n}
     options = violations.build(ResponseOptions, values, "")
-    check_request_id(message.request_id, violations)
-    salt = request_salt(call, message.cache_salt, violations)
     violations.raise_if_any()
     return Request(
-        request_id=message.request_id or call.request_id,
         prompt_token_ids=tuple(await input_token_ids(message, vocabulary.tokenizer, limits)),
-        adapters=refs,
         own_tokenizer=vocabulary.own,
-        salt=salt,
-        party=call.party,
-        tenant=call.tenant,
         options=options,
-        deadline=deadline,
-        message_bytes=call.message_bytes,
         score=True,
+        **shared,
     )

@@ -11,23 +11,17 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from turret.server.adapters.adapter import REGRESSION, SINGLE_LABEL, Head
-from turret.server.api.access import Party
 from turret.server.api.call import Call
 from turret.server.api.gate import Backend
 from turret.server.api.inference_answers import adapter_uses, outputs_of, timing, together
-from turret.server.api.inference_requests import (
-    check_input,
-    check_request_id,
-    input_token_ids,
-    request_salt,
-)
+from turret.server.api.inference_requests import check_input, input_token_ids, shared_fields
 from turret.server.api.limits import (
     MAX_EMBEDDING_NUMBERS,
     MAX_INPUTS,
     MAX_LABEL_SCORES,
     InputLimits,
 )
-from turret.server.api.violations import Violations, adapter_refs
+from turret.server.api.violations import Violations
 from turret.server.engine.scheduling.request import (
     AdapterUse,
     Finish,
@@ -91,8 +85,6 @@ async def pooled(
     message: inference_pb2.ClassifyRequest | inference_pb2.EmbedRequest,
     backend: Backend,
     call: Call,
-    party: Party,
-    deadline: float | None,
     *,
     pooling_of: Callable[[Violations], Pooling],
     convert: Callable[[Output], _T],
@@ -102,9 +94,7 @@ async def pooled(
     Args:
         message: The message from the client.
         backend: Answers.
-        call: The call on whose behalf the requests run.
-        party: The party that the requests belong to; each request is counted.
-        deadline: ``time.monotonic()`` seconds, or None.
+        call: The call on whose behalf the requests run; each is counted as one of its party.
         pooling_of: How to pool the hidden states; notes what is wrong with that in the message.
         convert: Converts a request's last output to its result.
 
@@ -120,32 +110,24 @@ async def pooled(
     vocabulary = await backend.vocabularies.of(message.adapters, draw=call.draw)
     violations, limits = Violations(), InputLimits.of(backend, vocabulary)
     check_inputs(message.inputs, limits, violations)
-    refs = adapter_refs(message.adapters, violations, call.draw)
+    shared = shared_fields(message, call, violations)
     pooling = pooling_of(violations)
-    check_request_id(message.request_id, violations)
-    salt = request_salt(call, message.cache_salt, violations)
     violations.raise_if_any()
-    request_id = message.request_id or call.request_id
     count, start = len(message.inputs), time.monotonic()
+    # Divide the size of the message among its inputs.
+    shared["message_bytes"] //= count
 
     async def one(index: int) -> tuple[_T, Finish]:
         each = message.inputs[index]
-        with party.hold(), blamed_on(index):
+        with call.party.hold(), blamed_on(index):
             vocabulary = await backend.vocabularies.of(
                 message.adapters, each.chat.chat_template, draw=call.draw
             )
             request = Request(
-                request_id=request_id,
                 prompt_token_ids=tuple(await input_token_ids(each, vocabulary.tokenizer, limits)),
-                adapters=refs,
-                deadline=deadline,
-                # Divide the size of the message among its inputs.
-                message_bytes=call.message_bytes // count,
                 pooling=pooling,
                 own_tokenizer=vocabulary.own,
-                salt=salt,
-                party=call.party,
-                tenant=call.tenant,
+                **shared,
             )
             # The engine does not know how long the input has waited for others of its call.
             waited = time.monotonic() - start
@@ -153,9 +135,9 @@ async def pooled(
             result, finish = await _last(outputs, convert)
             return result, replace(finish, timing=_later(finish.timing, waited))
 
-    found = await together([one(index) for index in range(count)], party.most_at_once)
+    found = await together([one(index) for index in range(count)], call.party.most_at_once)
     fields = summed_fields([finish for _, finish in found])
-    return [result for result, _ in found], {"request_id": request_id, **fields}
+    return [result for result, _ in found], {"request_id": shared["request_id"], **fields}
 
 
 def _later(spans: Timing, seconds: float) -> Timing:
@@ -216,11 +198,7 @@ def _distinct(finishes: Iterable[Finish]) -> list[AdapterUse]:
 
 
 async def classify(
-    message: inference_pb2.ClassifyRequest,
-    backend: Backend,
-    call: Call,
-    party: Party,
-    deadline: float | None,
+    message: inference_pb2.ClassifyRequest, backend: Backend, call: Call
 ) -> inference_pb2.ClassifyResponse:
     """Answer a message; arguments and errors are those of ``pooled``."""
     count = len(message.inputs)
@@ -247,8 +225,6 @@ async def classify(
         message,
         backend,
         call,
-        party,
-        deadline,
         pooling_of=lambda _: Pooling(classifies=True),
         convert=convert,
     )
@@ -327,11 +303,7 @@ def _pooling_of(
 
 
 async def embed(
-    message: inference_pb2.EmbedRequest,
-    backend: Backend,
-    call: Call,
-    party: Party,
-    deadline: float | None,
+    message: inference_pb2.EmbedRequest, backend: Backend, call: Call
 ) -> inference_pb2.EmbedResponse:
     """Answer a message; arguments and errors are those of ``pooled``."""
     hidden_size = backend.model_info.hidden_size
@@ -339,8 +311,6 @@ async def embed(
         message,
         backend,
         call,
-        party,
-        deadline,
         pooling_of=lambda violations: _pooling_of(message, hidden_size, violations),
         convert=_vector,
     )

@@ -11,7 +11,6 @@ from pathlib import PurePosixPath
 
 from starlette.types import Receive
 
-from turret.server.api.admin import Adapters
 from turret.server.api.uploads import (
     BASE_SECONDS,
     IDLE_SECONDS,
@@ -42,26 +41,16 @@ _LONG_NAMES = {
 }
 
 
-class Upload:
-    """Takes in the files of an adapter of any method.
-
-    Args:
-        adapters: The Adapters service.
-    """
-
-    def __init__(self, adapters: Adapters) -> None:
-        self._adapters = adapters
-
-    async def __call__(self, exchange: Exchange) -> None:
-        """Upload an adapter's files as a tar archive, and register it."""
-        if exchange.headers.get("content-type", "").partition(";")[0].strip().lower() != ARCHIVE:
-            text = say("NOT_AN_ARCHIVE_TYPE", wanted=ARCHIVE)
-            raise HttpRefusal(415, Code.INVALID_ARGUMENT, text)
-        header = _header(exchange.query)
-        exchange.names.update(name="lora_name", pinned="pinned", replace="load_inplace")
-        archive = _Archive(exchange.receive)
-        await self._adapters.upload_archive(header, archive.entries(), exchange.call)
-        await succeed(exchange, header.name, "added successfully")
+async def upload(exchange: Exchange) -> None:
+    """Upload an adapter's files as a tar archive, and register it."""
+    if exchange.headers.get("content-type", "").partition(";")[0].strip().lower() != ARCHIVE:
+        text = say("NOT_AN_ARCHIVE_TYPE", wanted=ARCHIVE)
+        raise HttpRefusal(415, Code.INVALID_ARGUMENT, text)
+    header = _header(exchange.query)
+    exchange.names.update(name="lora_name", pinned="pinned", replace="load_inplace")
+    archive = _Archive(exchange.receive)
+    await exchange.services.adapters.upload_archive(header, archive.entries(), exchange.call)
+    await succeed(exchange, header.name, "added successfully")
 
 
 def _header(query: Mapping[str, str]) -> adapters_pb2.UploadHeader:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from turret.server.api.inference import Inference
 from turret.server.api.violations import Violations
 from turret.server.errors import InvalidRequestError
 from turret.server.http.endpoint import Exchange
@@ -34,43 +33,30 @@ _CHAT_INPUT_NAMES = {"inputs": "messages", "inputs[0].chat.": ""}
 _ROLES = {"developer": "system"}
 
 
-class Asks:
-    """Answers requests of one kind.
+def read_request(
+    exchange: Exchange, kind: type[_A]
+) -> tuple[inference_pb2.GetModelResponse, _A, Mix]:
+    """The base model, the body of a request, and the adapters that it names.
 
-    Args:
-        inference: The Inference service.
+    Raises:
+        AdapterNotFoundError: ``model`` is neither the base model, an adapter nor a mix.
+        InvalidRequestError: Lists all errors in the request.
     """
-
-    def __init__(self, inference: Inference) -> None:
-        self._inference = inference
-
-    def _read(
-        self, exchange: Exchange, kind: type[_A]
-    ) -> tuple[inference_pb2.GetModelResponse, _A, Mix]:
-        """The base model, the body of a request, and the adapters that it names.
-
-        Raises:
-            AdapterNotFoundError: ``model`` is neither the base model, an adapter nor a mix.
-            InvalidRequestError: Lists all errors in the request.
-        """
-        info = self._inference.model()
-        sent: Sent[_A] = exchange.take_body()
-        mix, wrong = named_in(sent.raw, info.name)
-        exchange.call.about(mix)
-        if wrong or sent.wrong:
-            # These fields are this API's own, not those of turret.v1.
-            exchange.names.clear()
-            Violations([*wrong, *sent.wrong]).raise_if_any()
-        assert isinstance(sent.body, kind)
-        # Report errors of the mix as a whole under the field that contains the mix.
-        place = "adapters" if sent.body.adapters else "model"
-        exchange.names.update(name=place, adapters=place)
-        return info, sent.body, mix_of(sent.body.adapters) or mix
-
-
-def deadline_of(body: Asking) -> float | None:
-    """``timeout``, in seconds from now, as a ``time.monotonic()`` value; None without one."""
-    return None if body.timeout is None else time.monotonic() + body.timeout
+    info = exchange.services.inference.model()
+    sent: Sent[_A] = exchange.take_body()
+    mix, wrong = named_in(sent.raw, info.name)
+    exchange.call.about(mix)
+    if wrong or sent.wrong:
+        # These fields are this API's own, not those of turret.v1.
+        exchange.names.clear()
+        Violations([*wrong, *sent.wrong]).raise_if_any()
+    assert isinstance(sent.body, kind)
+    if sent.body.timeout is not None:
+        exchange.call.deadline = time.monotonic() + sent.body.timeout
+    # Report errors of the mix as a whole under the field that contains the mix.
+    place = "adapters" if sent.body.adapters else "model"
+    exchange.names.update(name=place, adapters=place)
+    return info, sent.body, mix_of(sent.body.adapters) or mix
 
 
 @dataclass(slots=True, kw_only=True)
@@ -83,7 +69,6 @@ class Asked:
         num_choices: The number of answers to each prompt.
         is_stream: Whether the answer is sent as events.
         includes_usage: Whether the last event contains the usage.
-        deadline: ``time.monotonic()`` seconds, or None.
     """
 
     model: str
@@ -91,7 +76,6 @@ class Asked:
     num_choices: int
     is_stream: bool
     includes_usage: bool
-    deadline: float | None
 
 
 def asked_of(body: Generating, mix: Mix, names: dict[str, str]) -> Asked:
@@ -112,7 +96,6 @@ def asked_of(body: Generating, mix: Mix, names: dict[str, str]) -> Asked:
         num_choices=body.n,
         is_stream=body.stream,
         includes_usage=includes_usage,
-        deadline=deadline_of(body),
     )
 
 

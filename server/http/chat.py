@@ -14,7 +14,7 @@ from turret.server.http.answers import (
     stop_reason,
     usage_of,
 )
-from turret.server.http.asked import Asked, Asks, asked_of, chat_of, tools_of
+from turret.server.http.asked import Asked, asked_of, chat_of, read_request, tools_of
 from turret.server.http.choices import Choices, Chunk, EventStream, make_readers
 from turret.server.http.endpoint import Exchange
 from turret.server.http.reply import HOLE
@@ -24,32 +24,30 @@ from turret.server.http.tools.reader import AnswerReader, delta_of, message_of
 from turret.v1 import inference_pb2
 
 
-class ChatCompletions(Asks):
+async def answer_chat(exchange: Exchange) -> None:
     """Answer a conversation."""
-
-    async def __call__(self, exchange: Exchange) -> None:
-        info, body, mix = self._read(exchange, ChatRequest)
-        asked = asked_of(body, mix, exchange.names)
-        options = asked.message.options
-        options.logprobs, options.top_n = body.logprobs, body.top_logprobs or 0
-        prompt = inference_pb2.GenerateRequest(chat=chat_of(body.messages, body))
-        use = tools_of(body.tools, body.tool_choice, body.parallel_tool_calls, prompt.chat)
-        del body
-        make_reader = await make_readers(self._inference, exchange, asked, use, prompt.chat)
-        choices = Choices(self._inference, exchange, asked, [prompt])
-        answer_id = f"chatcmpl-{exchange.call.request_id}"
-        if asked.is_stream:
-            first = head(answer_id, "chat.completion.chunk", asked.model, info)
-            await _Events(exchange, asked, first, make_reader).send(choices)
-            return
-        answers = await choices.whole()
-        whole = head(answer_id, "chat.completion", asked.model, info)
-        whole["usage"] = usage_of(answers, asked.num_choices)
-        whole["adapters_used"] = adapters_of(answers)
-        size = sum(len(answer.logprobs) for answer in answers) * (1 + options.top_n)
-        await exchange.reply.made_json(
-            lambda: whole | {"choices": _choices(asked, answers, make_reader)}, size
-        )
+    info, body, mix = read_request(exchange, ChatRequest)
+    asked = asked_of(body, mix, exchange.names)
+    options = asked.message.options
+    options.logprobs, options.top_n = body.logprobs, body.top_logprobs or 0
+    prompt = inference_pb2.GenerateRequest(chat=chat_of(body.messages, body))
+    use = tools_of(body.tools, body.tool_choice, body.parallel_tool_calls, prompt.chat)
+    del body
+    make_reader = await make_readers(exchange, asked, use, prompt.chat)
+    choices = Choices(exchange, asked, [prompt])
+    answer_id = f"chatcmpl-{exchange.call.request_id}"
+    if asked.is_stream:
+        first = head(answer_id, "chat.completion.chunk", asked.model, info)
+        await _Events(exchange, asked, first, make_reader).send(choices)
+        return
+    answers = await choices.whole()
+    whole = head(answer_id, "chat.completion", asked.model, info)
+    whole["usage"] = usage_of(answers, asked.num_choices)
+    whole["adapters_used"] = adapters_of(answers)
+    size = sum(len(answer.logprobs) for answer in answers) * (1 + options.top_n)
+    await exchange.reply.made_json(
+        lambda: whole | {"choices": _choices(asked, answers, make_reader)}, size
+    )
 
 
 class _Events(EventStream):

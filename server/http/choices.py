@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
-from turret.server.api.inference import Inference
 from turret.server.api.inference_answers import JoinedChunks
 from turret.server.errors import InvalidRequestError, UnavailableError
 from turret.server.http.answers import FINISH_REASONS, Ended, adapters_of, usage_of
@@ -47,7 +46,6 @@ class Choices:
     then find the prompt in the prefix cache.
 
     Args:
-        inference: The Inference service.
         exchange: The request that is answered.
         asked: The request without its prompts.
         prompts: The inputs, one per prompt.
@@ -56,13 +54,11 @@ class Choices:
 
     def __init__(
         self,
-        inference: Inference,
         exchange: Exchange,
         asked: Asked,
         prompts: Sequence[_Request],
         places: Sequence[str] = (),
     ) -> None:
-        self._inference = inference
         self._exchange = exchange
         self._asked = asked
         self._prompts = prompts
@@ -113,14 +109,14 @@ class Choices:
 
     async def _one(self, index: int, is_whole: bool) -> AsyncGenerator[tuple[int, Chunk], None]:
         message = self._message(index)
-        call, deadline = self._exchange.call, self._asked.deadline
-        answer = self._inference.generate(message, call, deadline, is_whole=is_whole)
+        call = self._exchange.call
+        answer = self._exchange.services.inference.generate(message, call, is_whole=is_whole)
         # Drop our reference so that the message is freed once it is converted.
         del message
         blamed = contextlib.nullcontext()
         if self._places:
             blamed = blamed_on(self._places[index // self._num_choices])
-        with self._exchange.party.hold(), blamed:
+        with call.party.hold(), blamed:
             async with contextlib.aclosing(answer) as chunks:
                 async for chunk in chunks:
                     if chunk.finish_reason == inference_pb2.GenerateResponse.CANCELLED:
@@ -157,7 +153,7 @@ class Choices:
         # One task per answer would block the event loop for seconds when the client has gone. The
         # workers take the answers in order, so a prompt's first answer has started before others
         # wait for it.
-        num_workers = min(self._count, self._exchange.party.most_at_once)
+        num_workers = min(self._count, self._exchange.call.party.most_at_once)
         tasks = [asyncio.ensure_future(run_some()) for _ in range(num_workers)]
         try:
             num_open = self._count
@@ -230,7 +226,7 @@ class EventStream(ABC):
 
 
 async def make_readers(
-    inference: Inference, exchange: Exchange, asked: Asked, use: ToolUse, chat: inference_pb2.Chat
+    exchange: Exchange, asked: Asked, use: ToolUse, chat: inference_pb2.Chat
 ) -> Callable[[], AnswerReader]:
     """Constrain the answers to tool calls where required, and return a factory of readers.
 
@@ -239,7 +235,8 @@ async def make_readers(
             own constraint.
     """
     message = asked.message
-    chat_format = await inference.chat_format(message.adapters, chat, exchange.call)
+    inference, call = exchange.services.inference, exchange.call
+    chat_format = await inference.chat_format(message.adapters, chat, call)
     form: str | None = chat_format.tools
     is_free = message.WhichOneof("constraint") is None
     message.options.call_marks = chat_format.has_channels

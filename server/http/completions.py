@@ -18,7 +18,7 @@ from turret.server.http.answers import (
     stop_reason,
     usage_of,
 )
-from turret.server.http.asked import Asked, Asks, asked_of
+from turret.server.http.asked import Asked, asked_of, read_request
 from turret.server.http.choices import Choices, Chunk, EventStream, blamed_on
 from turret.server.http.endpoint import Exchange
 from turret.server.http.reply import HOLE, event_bytes
@@ -32,88 +32,87 @@ MAX_ANSWERS = MAX_INPUTS
 _Prompt = inference_pb2.GenerateRequest
 
 
-class Completions(Asks):
+async def complete(exchange: Exchange) -> None:
     """Continue prompts."""
+    info, body, mix = read_request(exchange, CompletionRequest)
+    asked = asked_of(body, mix, exchange.names)
+    options, stop = asked.message.options, asked.message.stop
+    options.echo, options.logprobs = body.echo, body.logprobs is not None
+    options.top_n = body.logprobs or 0
+    if not stop.HasField("max_tokens"):
+        stop.max_tokens = DEFAULT_MAX_TOKENS
+    places = [f"prompt{place}" for place in body.prompt]
+    prompts = [
+        _Prompt(prompt=each)
+        if isinstance(each, str)
+        else _Prompt(token_ids=inference_pb2.TokenIds(ids=each))
+        for each in body.prompt.values()
+    ]
+    del body
+    is_scored = stop.max_tokens == 0
+    if is_scored and asked.is_stream:
+        raise InvalidRequestError.of("stream", say("NEEDS_FIELD", other="max_tokens"))
+    count = len(prompts) * asked.num_choices
+    if count > MAX_ANSWERS:
+        why = say("TOO_MANY_ANSWERS", most=MAX_ANSWERS, found=count)
+        raise InvalidRequestError.of("n", why)
+    answer_id = f"cmpl-{exchange.call.request_id}"
+    whole = head(answer_id, "text_completion", asked.model, info)
+    if is_scored:
+        answers = await _score(exchange, asked, prompts, places)
+    else:
+        choices = Choices(exchange, asked, prompts, places)
+        if asked.is_stream:
+            await _Events(exchange, asked, whole).send(choices)
+            return
+        answers = await choices.whole()
+    size = count + sum(len(answer.logprobs) for answer in answers) * (1 + options.top_n)
+    await exchange.reply.made_json(lambda: whole | _whole(asked, answers), size)
 
-    async def __call__(self, exchange: Exchange) -> None:
-        info, body, mix = self._read(exchange, CompletionRequest)
-        asked = asked_of(body, mix, exchange.names)
-        options, stop = asked.message.options, asked.message.stop
-        options.echo, options.logprobs = body.echo, body.logprobs is not None
-        options.top_n = body.logprobs or 0
-        if not stop.HasField("max_tokens"):
-            stop.max_tokens = DEFAULT_MAX_TOKENS
-        places = [f"prompt{place}" for place in body.prompt]
-        prompts = [
-            _Prompt(prompt=each)
-            if isinstance(each, str)
-            else _Prompt(token_ids=inference_pb2.TokenIds(ids=each))
-            for each in body.prompt.values()
-        ]
-        del body
-        is_scored = stop.max_tokens == 0
-        if is_scored and asked.is_stream:
-            raise InvalidRequestError.of("stream", say("NEEDS_FIELD", other="max_tokens"))
-        count = len(prompts) * asked.num_choices
-        if count > MAX_ANSWERS:
-            why = say("TOO_MANY_ANSWERS", most=MAX_ANSWERS, found=count)
-            raise InvalidRequestError.of("n", why)
-        answer_id = f"cmpl-{exchange.call.request_id}"
-        whole = head(answer_id, "text_completion", asked.model, info)
-        if is_scored:
-            answers = await self._score(exchange, asked, prompts, places)
-        else:
-            choices = Choices(self._inference, exchange, asked, prompts, places)
-            if asked.is_stream:
-                await _Events(exchange, asked, whole).send(choices)
-                return
-            answers = await choices.whole()
-        size = count + sum(len(answer.logprobs) for answer in answers) * (1 + options.top_n)
-        await exchange.reply.made_json(lambda: whole | _whole(asked, answers), size)
 
-    async def _score(
-        self,
-        exchange: Exchange,
-        asked: Asked,
-        prompts: Sequence[_Prompt],
-        places: Sequence[str],
-    ) -> list[inference_pb2.GenerateResponse]:
-        """Answers for ``max_tokens`` 0, which have only the prompt and its logprobs."""
-        scored = await together(
-            [
-                self._score_one(exchange, asked, prompt, place)
-                for prompt, place in zip(prompts, places, strict=True)
-            ],
-            exchange.party.most_at_once,
-        )
-        return [answer for answer in scored for _ in range(asked.num_choices)]
+async def _score(
+    exchange: Exchange,
+    asked: Asked,
+    prompts: Sequence[_Prompt],
+    places: Sequence[str],
+) -> list[inference_pb2.GenerateResponse]:
+    """Answers for ``max_tokens`` 0, which have only the prompt and its logprobs."""
+    scored = await together(
+        [
+            _score_one(exchange, asked, prompt, place)
+            for prompt, place in zip(prompts, places, strict=True)
+        ],
+        exchange.call.party.most_at_once,
+    )
+    return [answer for answer in scored for _ in range(asked.num_choices)]
 
-    async def _score_one(
-        self, exchange: Exchange, asked: Asked, prompt: _Prompt, place: str
-    ) -> inference_pb2.GenerateResponse:
-        options = asked.message.options
-        question = inference_pb2.ScoreRequest(
-            adapters=asked.message.adapters,
-            top_n=options.top_n,
-            cache_salt=asked.message.cache_salt,
+
+async def _score_one(
+    exchange: Exchange, asked: Asked, prompt: _Prompt, place: str
+) -> inference_pb2.GenerateResponse:
+    options, inference = asked.message.options, exchange.services.inference
+    question = inference_pb2.ScoreRequest(
+        adapters=asked.message.adapters,
+        top_n=options.top_n,
+        cache_salt=asked.message.cache_salt,
+    )
+    # The input has the same field numbers in both messages.
+    question.MergeFromString(prompt.SerializeToString())
+    with exchange.call.party.hold(), blamed_on(place):
+        scored = await inference.score(question, exchange.call)
+    answer = inference_pb2.GenerateResponse(
+        finish_reason=inference_pb2.GenerateResponse.LENGTH,
+        usage=scored.usage,
+        adapters_used=scored.adapters_used,
+    )
+    if options.echo:
+        ids = [token.token_id for token in scored.tokens]
+        read = inference_pb2.TokenizeRequest(
+            token_ids=inference_pb2.TokenIds(ids=ids), adapters=asked.message.adapters
         )
-        # The input has the same field numbers in both messages.
-        question.MergeFromString(prompt.SerializeToString())
-        with exchange.party.hold(), blamed_on(place):
-            scored = await self._inference.score(question, exchange.call, asked.deadline)
-        answer = inference_pb2.GenerateResponse(
-            finish_reason=inference_pb2.GenerateResponse.LENGTH,
-            usage=scored.usage,
-            adapters_used=scored.adapters_used,
-        )
-        if options.echo:
-            ids = [token.token_id for token in scored.tokens]
-            read = inference_pb2.TokenizeRequest(
-                token_ids=inference_pb2.TokenIds(ids=ids), adapters=asked.message.adapters
-            )
-            answer.text = (await self._inference.tokenize(read)).text
-            answer.logprobs.extend(scored.tokens)
-        return answer
+        answer.text = (await inference.tokenize(read)).text
+        answer.logprobs.extend(scored.tokens)
+    return answer
 
 
 def _whole(asked: Asked, answers: Sequence[inference_pb2.GenerateResponse]) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from starlette.datastructures import Headers, QueryParams
 from starlette.types import Receive, Scope, Send
 
 from turret.server import log
-from turret.server.api.access import Party, Shares, TokenTable, authorize, bearer_token, roles_of
+from turret.server.api.access import Party, authorize, bearer_token, roles_of
 from turret.server.api.call import REQUEST_ID_KEY, Call
-from turret.server.api.faults import Failures
+from turret.server.api.services import Services
 from turret.server.basics.codes import Code
 from turret.server.errors import UnavailableError
 from turret.server.http.body import ClientGoneError, read_body, read_json
@@ -24,10 +24,9 @@ from turret.server.http.connection import EXTENSION, MAX_HEAD_BYTES
 from turret.server.http.refusals import HttpRefusal, Refusal, refusal_of
 from turret.server.http.reply import Reply
 from turret.server.http.schemas.fields import Body, Sent
-from turret.server.metrics import Metrics
 from turret.server.words import say
 
-INFERENCE = "turret.v1.Inference"
+INFERENCE, ADAPTERS = "turret.v1.Inference", "turret.v1.Adapters"
 # A stream that has been quiet for this long gets a comment.
 HEARTBEAT_SECONDS = 15.0
 _log = logging.getLogger(__name__)
@@ -44,8 +43,9 @@ class Exchange:
         headers: The request's headers.
         receive: ASGI's function, for a handler that reads the body itself.
         reply: Writes the answer.
-        party: The party that the client belongs to, whose open answers are limited.
         names: The client's names for field paths of turret.v1.
+        services: The services that answer.
+        has_admin: Whether adapters can be managed here.
     """
 
     call: Call
@@ -54,9 +54,9 @@ class Exchange:
     headers: Mapping[str, str]
     receive: Receive
     reply: Reply
-    party: Party
     names: dict[str, str]
-    _tokens: TokenTable | None = None
+    services: Services
+    has_admin: bool
     _sent: Sent[Any] = dataclasses.field(default_factory=Sent)
 
     def take_body(self) -> Sent[Any]:
@@ -70,7 +70,7 @@ class Exchange:
         Raises:
             UnauthenticatedError: The client sent no token, or an unknown one.
         """
-        return roles_of(self._tokens, _authorization(self.headers))
+        return roles_of(self.services.tokens, _authorization(self.headers))
 
 
 Handler = Callable[[Exchange], Awaitable[None]]
@@ -120,38 +120,27 @@ class Endpoint:
 
     Args:
         route: The route that handles the request.
-        metrics: The metrics that count calls.
-        tokens: Accepted bearer tokens; None lets every caller in.
-        shares: The limits on the answers of one party.
-        failures: Records failed calls.
+        services: The services that answer.
+        has_admin: Whether adapters can be managed here.
     """
 
-    def __init__(
-        self,
-        route: Route,
-        *,
-        metrics: Metrics,
-        tokens: TokenTable | None,
-        shares: Shares,
-        failures: Failures | None,
-    ) -> None:
+    def __init__(self, route: Route, services: Services, *, has_admin: bool) -> None:
         self._route = route
-        self._failures = failures
-        self._metrics = metrics
-        self._tokens = tokens
-        self._shares = shares
+        self._services = services
+        self._has_admin = has_admin
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        route = self._route
+        route, services = self._route, self._services
         headers = Headers(scope=scope)
         call = Call.begin(
             f"{route.method} {route.path}",
             headers.getlist(REQUEST_ID_KEY),
-            self._metrics,
+            services.metrics,
             headers=headers.items,
             protocol="http",
+            party=Party(services.shares, _authorization(headers), _peer(scope)),
             # Failures of endpoints that are polled would crowd out all others.
-            failures=None if route.is_polled else self._failures,
+            failures=None if route.is_polled else services.failures,
             is_counted=route.is_counted,
             level=logging.DEBUG if route.is_polled else logging.INFO,
         )
@@ -176,8 +165,7 @@ class Endpoint:
         names = dict(route.body.names) if route.body else {}
         try:
             _check_head(scope, headers)
-            authorization = _authorization(headers)
-            authorize(self._tokens, route.service, authorization)
+            authorize(self._services.tokens, route.service, _authorization(headers))
             exchange = Exchange(
                 call=call,
                 path=scope["path_params"],
@@ -185,11 +173,10 @@ class Endpoint:
                 headers=headers,
                 receive=receive,
                 reply=reply,
-                party=Party(self._shares, authorization, _peer(scope)),
-                _tokens=self._tokens,
                 names=names,
+                services=self._services,
+                has_admin=self._has_admin,
             )
-            call.tenant = exchange.party.tenant
             if route.is_archive:
                 await route.handler(exchange)
                 return Code.OK, None

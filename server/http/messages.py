@@ -16,7 +16,13 @@ from turret.server.api.limits import (
     MAX_TOOLS,
 )
 from turret.server.http.answers import Ended, adapters_of, stop_reason, usage_of
-from turret.server.http.asked import Asks, asked_of, set_rendering, set_text_format, tools_of
+from turret.server.http.asked import (
+    asked_of,
+    read_request,
+    set_rendering,
+    set_text_format,
+    tools_of,
+)
 from turret.server.http.choices import Choices, make_readers
 from turret.server.http.endpoint import Exchange
 from turret.server.http.items import Dialect, Event, Item, Kind, answer_in_items
@@ -361,31 +367,30 @@ def anthropic_refusal(refusal: Refusal, request_id: str) -> Refusal:
     return dataclasses.replace(refusal, body=body, event="error")
 
 
-class Messages(Asks):
+async def answer_messages(exchange: Exchange) -> None:
     """Answer a conversation (Anthropic's Messages API)."""
+    _, body, mix = read_request(exchange, MessagesRequest)
+    asked = asked_of(body, mix, exchange.names)
+    asked.message.stop.stop_strings.extend(body.stop_sequences)
+    set_text_format(body.output_config.format, asked.message, exchange.names, "output_config")
+    chat = _chat_of(body, exchange.names)
+    prompt = inference_pb2.GenerateRequest(chat=chat)
+    use = tools_of(body.tools, body.tool_choice.choice, _is_parallel(body), prompt.chat)
+    del body
+    make_reader = await make_readers(exchange, asked, use, prompt.chat)
+    choices = Choices(exchange, asked, [prompt])
+    message = _Message(exchange, asked.model)
+    await answer_in_items(exchange, choices, make_reader(), message, asked.is_stream)
 
-    async def __call__(self, exchange: Exchange) -> None:
-        _, body, mix = self._read(exchange, MessagesRequest)
-        asked = asked_of(body, mix, exchange.names)
-        asked.message.stop.stop_strings.extend(body.stop_sequences)
-        set_text_format(body.output_config.format, asked.message, exchange.names, "output_config")
-        chat = _chat_of(body, exchange.names)
-        prompt = inference_pb2.GenerateRequest(chat=chat)
-        use = tools_of(body.tools, body.tool_choice.choice, _is_parallel(body), prompt.chat)
-        del body
-        make_reader = await make_readers(self._inference, exchange, asked, use, prompt.chat)
-        choices = Choices(self._inference, exchange, asked, [prompt])
-        message = _Message(exchange, asked.model)
-        await answer_in_items(exchange, choices, make_reader(), message, asked.is_stream)
 
-    async def count(self, exchange: Exchange) -> None:
-        """Count the tokens of a conversation (Anthropic's Messages API)."""
-        _, body, mix = self._read(exchange, CountRequest)
-        chat = _chat_of(body, exchange.names)
-        tools_of(body.tools, body.tool_choice.choice, _is_parallel(body), chat)
-        question = inference_pb2.TokenizeRequest(adapters=mix, chat=chat)
-        answer = await self._inference.tokenize(question)
-        await exchange.reply.json({"input_tokens": len(answer.token_ids)})
+async def count_tokens(exchange: Exchange) -> None:
+    """Count the tokens of a conversation (Anthropic's Messages API)."""
+    _, body, mix = read_request(exchange, CountRequest)
+    chat = _chat_of(body, exchange.names)
+    tools_of(body.tools, body.tool_choice.choice, _is_parallel(body), chat)
+    question = inference_pb2.TokenizeRequest(adapters=mix, chat=chat)
+    answer = await exchange.services.inference.tokenize(question)
+    await exchange.reply.json({"input_tokens": len(answer.token_ids)})
 
 
 def _is_parallel(body: CountRequest) -> bool | None:

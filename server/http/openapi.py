@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import turret
@@ -39,17 +39,17 @@ class Document:
     """Sends the document, which is as public as the console.
 
     Args:
-        routes: Returns the routes that the document describes.
+        routes: The routes that the document describes.
         has_tokens: Whether callers need a token.
     """
 
-    def __init__(self, routes: Callable[[], Iterable[Route]], *, has_tokens: bool) -> None:
+    def __init__(self, routes: Iterable[Route], *, has_tokens: bool) -> None:
         self._routes = routes
         self._has_tokens = has_tokens
 
     @functools.cached_property
     def _document(self) -> bytes:
-        return dumps(document(self._routes(), has_tokens=self._has_tokens))
+        return dumps(document(self._routes, has_tokens=self._has_tokens))
 
     async def __call__(self, exchange: Exchange) -> None:
         await exchange.reply.whole(self._document, 200, {"content-type": "application/json"})

@@ -6,7 +6,13 @@ import time
 from typing import Any
 
 from turret.server.http.answers import Ended, adapters_of, chat_logprobs, usage_of
-from turret.server.http.asked import Asks, asked_of, set_rendering, set_text_format, tools_of
+from turret.server.http.asked import (
+    asked_of,
+    read_request,
+    set_rendering,
+    set_text_format,
+    tools_of,
+)
 from turret.server.http.choices import Choices, make_readers
 from turret.server.http.endpoint import Exchange
 from turret.server.http.items import Dialect, Event, Item, Logprobs, answer_in_items
@@ -24,29 +30,27 @@ _REPEATED = (
 )
 
 
-class Responses(Asks):
+async def respond(exchange: Exchange) -> None:
     """Answer a conversation (Responses API); nothing is stored."""
-
-    async def __call__(self, exchange: Exchange) -> None:
-        _, body, mix = self._read(exchange, ResponseRequest)
-        asked = asked_of(body, mix, exchange.names)
-        message = asked.message
-        if body.max_output_tokens is not None:
-            message.stop.max_tokens = body.max_output_tokens
-            exchange.names["stop.max_tokens"] = "max_output_tokens"
-        message.options.logprobs = _wants_logprobs(body)
-        message.options.top_n = body.top_logprobs or 0
-        set_text_format(body.text.format, message, exchange.names, "text")
-        prompt = inference_pb2.GenerateRequest(
-            chat=_chat_of(body.input, body.instructions, exchange.names)
-        )
-        set_rendering(body, prompt.chat)
-        use = tools_of(body.tools, body.tool_choice, body.parallel_tool_calls, prompt.chat)
-        response, is_stream = _Response(exchange.call.request_id, body), asked.is_stream
-        del body
-        make_reader = await make_readers(self._inference, exchange, asked, use, prompt.chat)
-        choices = Choices(self._inference, exchange, asked, [prompt])
-        await answer_in_items(exchange, choices, make_reader(), response, is_stream)
+    _, body, mix = read_request(exchange, ResponseRequest)
+    asked = asked_of(body, mix, exchange.names)
+    message = asked.message
+    if body.max_output_tokens is not None:
+        message.stop.max_tokens = body.max_output_tokens
+        exchange.names["stop.max_tokens"] = "max_output_tokens"
+    message.options.logprobs = _wants_logprobs(body)
+    message.options.top_n = body.top_logprobs or 0
+    set_text_format(body.text.format, message, exchange.names, "text")
+    prompt = inference_pb2.GenerateRequest(
+        chat=_chat_of(body.input, body.instructions, exchange.names)
+    )
+    set_rendering(body, prompt.chat)
+    use = tools_of(body.tools, body.tool_choice, body.parallel_tool_calls, prompt.chat)
+    response, is_stream = _Response(exchange.call.request_id, body), asked.is_stream
+    del body
+    make_reader = await make_readers(exchange, asked, use, prompt.chat)
+    choices = Choices(exchange, asked, [prompt])
+    await answer_in_items(exchange, choices, make_reader(), response, is_stream)
 
 
 def _wants_logprobs(body: ResponseRequest) -> bool:

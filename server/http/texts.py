@@ -7,7 +7,7 @@ import struct
 from typing import Any
 
 from turret.server.http.answers import head, uses_json
-from turret.server.http.asked import Asks, chat_of, deadline_of, inputs_of, tools_of
+from turret.server.http.asked import chat_of, inputs_of, read_request, tools_of
 from turret.server.http.endpoint import Exchange
 from turret.server.http.schemas.requests import (
     ClassifyRequest,
@@ -23,28 +23,25 @@ _POOLINGS = {"last": _Embed.LAST, "mean": _Embed.MEAN, None: _Embed.POOLING_UNSP
 _NUMBERS_PER_TOKEN, _SCORES_PER_TOKEN = 16, 4
 
 
-class Embeddings(Asks):
+async def embed(exchange: Exchange) -> None:
     """Embed texts."""
-
-    async def __call__(self, exchange: Exchange) -> None:
-        _, body, mix = self._read(exchange, EmbeddingsRequest)
-        message = _Embed(
-            adapters=mix,
-            inputs=inputs_of(body, exchange.names),
-            cache_salt=body.cache_salt,
-            pooling=_POOLINGS[body.pooling],
-            dimensions=body.dimensions,
-        )
-        if body.normalize is not None:
-            message.normalize = body.normalize
-        model, is_base64 = body.model, body.encoding_format == "base64"
-        deadline = deadline_of(body)
-        del body
-        answer = await self._inference.embed(message, exchange.call, exchange.party, deadline)
-        count = sum(len(each.values) for each in answer.embeddings)
-        await exchange.reply.made_json(
-            lambda: _embeddings(answer, model, is_base64), count // _NUMBERS_PER_TOKEN
-        )
+    _, body, mix = read_request(exchange, EmbeddingsRequest)
+    message = _Embed(
+        adapters=mix,
+        inputs=inputs_of(body, exchange.names),
+        cache_salt=body.cache_salt,
+        pooling=_POOLINGS[body.pooling],
+        dimensions=body.dimensions,
+    )
+    if body.normalize is not None:
+        message.normalize = body.normalize
+    model, is_base64 = body.model, body.encoding_format == "base64"
+    del body
+    answer = await exchange.services.inference.embed(message, exchange.call)
+    count = sum(len(each.values) for each in answer.embeddings)
+    await exchange.reply.made_json(
+        lambda: _embeddings(answer, model, is_base64), count // _NUMBERS_PER_TOKEN
+    )
 
 
 def _embeddings(answer: inference_pb2.EmbedResponse, model: str, is_base64: bool) -> dict[str, Any]:
@@ -73,22 +70,20 @@ def _base64(embedding: inference_pb2.Embedding) -> str:
     return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
 
 
-class Classify(Asks):
+async def classify(exchange: Exchange) -> None:
     """Label texts, with vLLM's fields."""
-
-    async def __call__(self, exchange: Exchange) -> None:
-        info, body, mix = self._read(exchange, ClassifyRequest)
-        message = inference_pb2.ClassifyRequest(
-            adapters=mix, inputs=inputs_of(body, exchange.names), cache_salt=body.cache_salt
-        )
-        deadline, model = deadline_of(body), body.model
-        del body
-        answer = await self._inference.classify(message, exchange.call, exchange.party, deadline)
-        begun = head(f"classify-{exchange.call.request_id}", "list", model, info)
-        count = sum(len(each.scores) for each in answer.classifications)
-        await exchange.reply.made_json(
-            lambda: begun | _classifications(answer), count // _SCORES_PER_TOKEN
-        )
+    info, body, mix = read_request(exchange, ClassifyRequest)
+    message = inference_pb2.ClassifyRequest(
+        adapters=mix, inputs=inputs_of(body, exchange.names), cache_salt=body.cache_salt
+    )
+    model = body.model
+    del body
+    answer = await exchange.services.inference.classify(message, exchange.call)
+    begun = head(f"classify-{exchange.call.request_id}", "list", model, info)
+    count = sum(len(each.scores) for each in answer.classifications)
+    await exchange.reply.made_json(
+        lambda: begun | _classifications(answer), count // _SCORES_PER_TOKEN
+    )
 
 
 def _classifications(answer: inference_pb2.ClassifyResponse) -> dict[str, Any]:
@@ -113,47 +108,46 @@ def _labels(index: int, classification: inference_pb2.Classification) -> dict[st
     }
 
 
-class Tokens(Asks):
-    """Converts text to tokens and back, with vLLM's fields."""
+async def tokenize(exchange: Exchange) -> None:
+    """Convert a text or a conversation to tokens, with vLLM's fields."""
+    info, body, mix = read_request(exchange, TokenizeRequest)
+    message = inference_pb2.TokenizeRequest(adapters=mix)
+    if body.messages is None:
+        message.prompt = body.prompt or ""
+    else:
+        message.chat.CopyFrom(chat_of(body.messages, body))
+        tools_of(body.tools, body.tool_choice, body.parallel_tool_calls, message.chat)
+    wants_texts = body.return_token_strs
+    answer = await exchange.services.inference.tokenize(message)
+    await exchange.reply.json(
+        {
+            "count": len(answer.token_ids),
+            "max_model_len": info.max_model_len,
+            "tokens": list(answer.token_ids),
+            "token_strs": list(answer.token_texts) if wants_texts else None,
+        }
+    )
 
-    async def tokenize(self, exchange: Exchange) -> None:
-        """Convert a text or a conversation to tokens."""
-        info, body, mix = self._read(exchange, TokenizeRequest)
-        message = inference_pb2.TokenizeRequest(adapters=mix)
-        if body.messages is None:
-            message.prompt = body.prompt or ""
-        else:
-            message.chat.CopyFrom(chat_of(body.messages, body))
-            tools_of(body.tools, body.tool_choice, body.parallel_tool_calls, message.chat)
-        wants_texts = body.return_token_strs
-        answer = await self._inference.tokenize(message)
-        await exchange.reply.json(
-            {
-                "count": len(answer.token_ids),
-                "max_model_len": info.max_model_len,
-                "tokens": list(answer.token_ids),
-                "token_strs": list(answer.token_texts) if wants_texts else None,
-            }
-        )
 
-    async def detokenize(self, exchange: Exchange) -> None:
-        """Convert tokens to text, including special tokens."""
-        _, body, mix = self._read(exchange, DetokenizeRequest)
-        if not body.tokens:
-            await exchange.reply.json({"prompt": ""})
-            return
-        ids = inference_pb2.TokenIds(ids=body.tokens)
-        message = inference_pb2.TokenizeRequest(token_ids=ids, adapters=mix)
-        answer = await self._inference.tokenize(message)
-        await exchange.reply.json({"prompt": answer.text})
+async def detokenize(exchange: Exchange) -> None:
+    """Convert tokens to text, including special tokens."""
+    _, body, mix = read_request(exchange, DetokenizeRequest)
+    if not body.tokens:
+        await exchange.reply.json({"prompt": ""})
+        return
+    ids = inference_pb2.TokenIds(ids=body.tokens)
+    message = inference_pb2.TokenizeRequest(token_ids=ids, adapters=mix)
+    answer = await exchange.services.inference.tokenize(message)
+    await exchange.reply.json({"prompt": answer.text})
 
-    async def info(self, exchange: Exchange) -> None:
-        """Get the base model's special tokens and chat template, with vLLM's fields."""
-        tokenizer = self._inference.tokenizer()
-        await exchange.reply.json(
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "chat_template": tokenizer.default_template,
-                **tokenizer.template_variables,
-            }
-        )
+
+async def tokenizer_info(exchange: Exchange) -> None:
+    """Get the base model's special tokens and chat template, with vLLM's fields."""
+    tokenizer = exchange.services.inference.tokenizer()
+    await exchange.reply.json(
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "chat_template": tokenizer.default_template,
+            **tokenizer.template_variables,
+        }
+    )

@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import dataclasses
 import logging
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from typing import Any
@@ -17,9 +18,10 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from turret.server import log
-from turret.server.api.access import SERVICE_ROLES, Party, Shares, TokenTable, authorize
+from turret.server.api.access import SERVICE_ROLES, Party, authorize
 from turret.server.api.call import REQUEST_ID_KEY, Call
-from turret.server.api.faults import Failures, Fault, fault_of
+from turret.server.api.faults import Fault, fault_of
+from turret.server.api.services import Services
 from turret.server.basics.codes import Code
 from turret.server.errors import (
     VIOLATION_COUNT,
@@ -29,7 +31,6 @@ from turret.server.errors import (
     ServiceElsewhereError,
     TurretError,
 )
-from turret.server.metrics import Metrics
 from turret.server.words import Text, say
 from turret.v1 import adapters_pb2, inference_pb2
 
@@ -252,8 +253,10 @@ _METHODS = frozenset(
 # before the deadline: a cancellation so close to it was the deadline's.
 DEADLINE_SLACK_SECONDS = 0.1
 
+# gRPC allows timeouts of up to 11,000 years, but no request runs for longer than 30 days.
+_MAX_DEADLINE_SECONDS = 30 * 86400.0
+
 _current: contextvars.ContextVar[Call] = contextvars.ContextVar("call")
-_party: contextvars.ContextVar[Party] = contextvars.ContextVar("party")
 
 
 def current_call() -> Call:
@@ -261,32 +264,23 @@ def current_call() -> Call:
     return _current.get()
 
 
-def current_party() -> Party:
-    """The client whose call the current task answers."""
-    return _party.get()
+def _deadline(context: Any) -> float | None:
+    """The deadline on the ``time.monotonic()`` clock; None if there is none or it is far off."""
+    remaining = context.time_remaining()
+    if remaining is None or remaining > _MAX_DEADLINE_SECONDS:
+        return None
+    return time.monotonic() + remaining
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps unary and streaming handlers alike.
 
     Args:
-        metrics: Counts finished inference calls.
-        tokens: Accepted bearer tokens; None lets every caller in.
-        shares: Limits the inference calls of one party.
-        failures: Takes in what fails.
+        services: The services that answer.
     """
 
-    def __init__(
-        self,
-        metrics: Metrics,
-        tokens: TokenTable | None,
-        shares: Shares,
-        failures: Failures | None = None,
-    ) -> None:
-        self._metrics = metrics
-        self._failures = failures
-        self._tokens = tokens
-        self._shares = shares
+    def __init__(self, services: Services) -> None:
+        self._services = services
         self._open_calls = OpenCalls()
 
     async def intercept_service(
@@ -300,7 +294,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return None
         try:
             metadata = handler_call_details.invocation_metadata or ()
-            authorize(self._tokens, _service_of(method), authorization_of(metadata))
+            authorize(self._services.tokens, _service_of(method), authorization_of(metadata))
             if handler is None:
                 raise _elsewhere(_service_of(method))
         except TurretError as error:
@@ -370,19 +364,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         call = Call.begin(
             method,
             sent_ids,
-            self._metrics,
+            self._services.metrics,
             headers=lambda: metadata,
-            failures=self._failures,
+            party=Party(self._services.shares, authorization_of(metadata), context.peer()),
+            deadline=_deadline(context),
+            failures=self._services.failures,
             is_counted=method in COUNTED,
             level=logging.INFO if _service_of(method) in SERVICE_ROLES else logging.DEBUG,
         )
         _current.set(call)
-        party = Party(self._shares, authorization_of(metadata), context.peer())
-        _party.set(party)
-        call.tenant = party.tenant
         code = Code.INTERNAL
         try:
-            held = party.hold() if method in COUNTED - MANY else contextlib.nullcontext()
+            held = call.party.hold() if method in COUNTED - MANY else contextlib.nullcontext()
             is_open = _service_of(method) not in SERVICE_ROLES
             with self._open_calls.hold(call.tenant, is_open=is_open), held:
                 response = await body()

@@ -12,16 +12,13 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from turret.server import log
-from turret.server.api.access import MOST_CONNECTIONS, Shares, TokenTable, WatchedFiles
-from turret.server.api.admin import Adapters
-from turret.server.api.faults import Failures
-from turret.server.api.inference import Inference
+from turret.server.api.access import WatchedFiles
 from turret.server.api.limits import MAX_MESSAGE_BYTES
+from turret.server.api.services import Services
 from turret.server.basics.files import read_regular
 from turret.server.config import ListenConfig, SecurityConfig
-from turret.server.metrics import Metrics
 from turret.server.rpc.interceptor import MOST_CALLS, CallInterceptor
-from turret.server.rpc.services import AdaptersServicer, HealthServicer, InferenceServicer
+from turret.server.rpc.services import HealthServicer, Servicer
 from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 _log = logging.getLogger(__name__)
@@ -121,35 +118,18 @@ class RpcServer:
     Args:
         listen: Addresses. Without an admin address the Adapters service shares the main one.
         security: TLS files; its token file is read by the caller.
-        inference: Answers the data plane.
-        adapters: Answers the control plane.
-        metrics: Counts calls.
-        tokens: Accepted bearer tokens; None lets every caller in.
-        shares: Limits the inference calls of one party; without them there is none.
-        most_connections: Maximum number of connections per address; others are closed.
-        failures: Records failed calls; None for no record.
+        services: The services that answer.
     """
 
-    def __init__(
-        self,
-        listen: ListenConfig,
-        security: SecurityConfig,
-        *,
-        inference: Inference,
-        adapters: Adapters,
-        metrics: Metrics,
-        tokens: TokenTable | None,
-        shares: Shares | None = None,
-        most_connections: int = MOST_CONNECTIONS,
-        failures: Failures | None = None,
-    ) -> None:
-        self._options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", most_connections))
+    def __init__(self, listen: ListenConfig, security: SecurityConfig, services: Services) -> None:
+        most = services.most_connections
+        self._options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", most))
         self.health = HealthServicer((INFERENCE_SERVICE, ADAPTERS_SERVICE))
         self._listen = listen
         self._security = security
-        self._interceptor = CallInterceptor(metrics, tokens, shares or Shares(), failures)
-        self._inference = InferenceServicer(inference)
-        self._adapters = AdaptersServicer(adapters)
+        self._interceptor = CallInterceptor(services)
+        self._inference: Any = Servicer(services.inference)
+        self._adapters: Any = Servicer(services.adapters)
         self._listeners: list[_Listener] = []
 
     @property

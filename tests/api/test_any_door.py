@@ -91,8 +91,8 @@ async def test_an_answer_is_counted_and_logged_when_its_call_is_finished(
     house.metrics.adapter_registered("sql")
     call = house.begin("r-1")
     message = Generate(prompt="abc", adapters=[pb.AdapterWeight(name="sql")])
-    deadline = time.monotonic() + 60
-    texts = [chunk.text async for chunk in house.inference.generate(message, call, deadline)]
+    call.deadline = deadline = time.monotonic() + 60
+    texts = [chunk.text async for chunk in house.inference.generate(message, call)]
     assert texts == ["H", "i"]
     (request,) = house.engine.requests
     assert (request.request_id, request.deadline) == ("r-1", deadline)
@@ -121,7 +121,7 @@ async def test_a_call_that_is_not_counted_is_logged_alone(house: House) -> None:
 async def test_a_message_names_its_call_anew(house: House) -> None:
     call = house.begin(b"\xff", "bad\nid", "", "good")
     assert call.request_id == log.request_id.get() == "good"
-    await house.inference.generate_whole(Generate(prompt="a", request_id="own"), call, None)
+    await house.inference.generate_whole(Generate(prompt="a", request_id="own"), call)
     assert call.request_id == log.request_id.get() == "own"
     assert len(house.begin().request_id) == 32
 
@@ -130,7 +130,7 @@ async def test_a_message_names_its_call_anew(house: House) -> None:
 async def test_the_engine_lets_go_of_a_call_that_ends_early(house: House, how: str) -> None:
     house.engine.script = endless
     call = house.begin()
-    chunks = house.inference.generate(Generate(prompt="a"), call, None)
+    chunks = house.inference.generate(Generate(prompt="a"), call)
     assert (await anext(chunks)).text == "H"
     stream = house.engine.streams[0]
     assert not stream.cancelled.is_set()
@@ -158,7 +158,7 @@ async def test_a_deadline_is_an_error_after_the_last_chunk(house: House) -> None
         yield Output(text="H", finish=finish(request, FinishReason.DEADLINE))
 
     house.engine.script = late
-    chunks = house.inference.generate(Generate(prompt="a"), house.begin(), 0.0)
+    chunks = house.inference.generate(Generate(prompt="a"), house.begin())
     assert (await anext(chunks)).finish_reason == inference_pb2.GenerateResponse.DEADLINE
     with pytest.raises(errors.DeadlineExceededError):
         await anext(chunks)
@@ -166,7 +166,7 @@ async def test_a_deadline_is_an_error_after_the_last_chunk(house: House) -> None
 
 async def test_a_closed_gate_and_a_bad_message_are_errors_of_turret(house: House) -> None:
     with pytest.raises(errors.InvalidRequestError) as bad:
-        await house.inference.score(inference_pb2.ScoreRequest(top_n=21), house.begin(), None)
+        await house.inference.score(inference_pb2.ScoreRequest(top_n=21), house.begin())
     assert {path for path, _ in fault_of(bad.value).violations} == {"input", "top_n"}
     house.gate.close(say("SHUTTING_DOWN"))
     with pytest.raises(errors.UnavailableError) as closed:

@@ -16,11 +16,11 @@ from grpc_health.v1 import health_pb2
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 
 from turret.fleet.serving.replica_server import CallContext, ReplicaServer, from_client
-from turret.server.api.access import Shares
+from turret.server.api.gate import ServingGate
+from turret.server.api.services import Services
 from turret.server.config import Config, ListenConfig
 from turret.server.errors import AdapterNotFoundError, QueueFullError
 from turret.server.http.server import application
-from turret.server.metrics import Metrics
 from turret.server.rpc.interceptor import DETAILS_KEY, CallInterceptor, current_call
 from turret.v1 import inference_pb2
 
@@ -57,7 +57,7 @@ class Inner:
 
 @pytest.fixture
 def interceptor() -> CallInterceptor:
-    return CallInterceptor(Metrics(), None, Shares())
+    return CallInterceptor(Services(gate=ServingGate()))
 
 
 def stream(interceptor: CallInterceptor, inner: Inner, body: Any) -> AsyncIterator[Any]:
@@ -157,15 +157,7 @@ async def test_both_doors_close_while_the_replica_may_answer_nothing(
     server = ReplicaServer(config, "r0", Wire(lambda: None), stops_alone=True)
     monkeypatch.setattr(server, "_link", link)
     server._gate.open(fake_backend(FakeEngine(), FakeRegistry(), FakeMerger(), FakeFuser()))
-    app = application(
-        config.listen,
-        inference=server.inference,
-        adapters=server.adapters,
-        metrics=server.metrics,
-        tokens=None,
-        shares=server.shares,
-        failures=server.failures,
-    )
+    app = application(config.listen, server.services)
     transport = httpx2.ASGITransport(app)
     async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
 
@@ -192,4 +184,4 @@ async def test_both_doors_close_while_the_replica_may_answer_nothing(
         monkeypatch.setattr(server, "_backend", backend)
         assert await answers() == (503, 503, grpc.StatusCode.UNAVAILABLE)
         assert await health() == (health_pb2.HealthCheckResponse.NOT_SERVING, None)
-    server.adapters.close()
+    server.services.adapters.close()

@@ -26,8 +26,9 @@ TURNS = [{"role": "user", "content": "hi"}]
 
 def choices_of(inference: Any, count: int, num_choices: int) -> Choices:
     """This number of answers, with this number for each prompt."""
-    call = SimpleNamespace(message_bytes=0)
-    exchange: Any = SimpleNamespace(call=call, party=Party(Shares()))
+    call = SimpleNamespace(message_bytes=0, party=Party(Shares()))
+    services = SimpleNamespace(inference=inference)
+    exchange: Any = SimpleNamespace(call=call, services=services)
     message = inference_pb2.GenerateRequest()
     asked = Asked(
         model="base",
@@ -35,9 +36,8 @@ def choices_of(inference: Any, count: int, num_choices: int) -> Choices:
         num_choices=num_choices,
         is_stream=True,
         includes_usage=False,
-        deadline=None,
     )
-    return Choices(inference, exchange, asked, [message] * (count // num_choices))
+    return Choices(exchange, asked, [message] * (count // num_choices))
 
 
 async def test_a_request_has_no_more_tasks_than_answers_that_run() -> None:

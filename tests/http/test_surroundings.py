@@ -16,20 +16,14 @@ from servers.http_harness import Refused, http_harness
 
 from turret.server import errors
 from turret.server.api.access import MAX_AT_A_TIME, SERVICE_ROLES, TokenTable
-from turret.server.api.admin import Adapters
-from turret.server.api.faults import TABLE as FAULTS
-from turret.server.api.faults import Failures
-from turret.server.api.gate import ServingGate
-from turret.server.api.inference import Inference
 from turret.server.basics.codes import Code
 from turret.server.config import ListenConfig
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.http.body import BODY_SECONDS, MAX_BODY_BYTES
 from turret.server.http.refusals import TABLE, refusal_of, renamed_path
+from turret.server.http.routes import ROUTES
 from turret.server.http.schemas.fields import MAX_PROMPTS
 from turret.server.http.schemas.requests import MAX_ANSWERS
-from turret.server.http.server import routes
-from turret.server.metrics import Metrics
 from turret.server.words import say
 
 TOKENS = TokenTable(
@@ -45,7 +39,8 @@ COMPLETIONS = "/v1/completions"
 
 def test_every_code_has_a_status() -> None:
     assert TABLE.keys() == set(Code)
-    for kind in FAULTS:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    for kind in (kind for kind in kinds if issubclass(kind, errors.TurretError)):
         refusal = refusal_of(kind("why"))
         assert refusal.status == TABLE[refusal.code].status
         is_told = refusal.code is not Code.INTERNAL
@@ -278,14 +273,7 @@ async def test_a_timeout_is_the_deadline_of_the_request() -> None:
 
 def test_the_page_names_every_path_field_and_status() -> None:
     page = (ROOT / "docs" / "openai.md").read_text()
-    made = routes(
-        Inference(ServingGate()),
-        Adapters(ServingGate()),
-        metrics=Metrics(),
-        failures=Failures(),
-        has_admin=True,
-    )
-    for route in made:
+    for route in ROUTES:
         path = route.path.replace("{model:path}", "{model}")
         if path in ("/console/{file}", "/docs/{file}"):
             # The page loads its own files.

@@ -17,16 +17,12 @@ from checkout import ROOT
 import turret
 from turret.fleet.config import REFUSED, ClusterConfig, FleetConfig
 from turret.fleet.serving.ingress import ingress_environment
-from turret.server.api.admin import Adapters
-from turret.server.api.faults import Failures
-from turret.server.api.gate import ServingGate
-from turret.server.api.inference import Inference
 from turret.server.basics.settings import SettingsError
 from turret.server.cli import build_parser
 from turret.server.command.flags import Settings, read_file, read_settings
 from turret.server.config import Config
 from turret.server.http.endpoint import INFERENCE
-from turret.server.http.server import routes
+from turret.server.http.routes import ROUTES
 from turret.server.metrics import Metrics
 
 FOLDER = ROOT / "deploy" / "kubernetes"
@@ -252,14 +248,7 @@ def test_the_gateway_leads_to_what_tokens_of_inference_may_ask_for() -> None:
     path = "envoy-gateway.yaml"
     (rule,) = find("HTTPRoute", path)["spec"]["rules"]
     led = [match["path"]["value"] for match in rule["matches"]]
-    served = routes(
-        Inference(ServingGate()),
-        Adapters(ServingGate()),
-        metrics=Metrics(),
-        failures=Failures(),
-        has_admin=True,
-    )
-    paths = [route.path for route in served if route.service == INFERENCE]
+    paths = [route.path for route in ROUTES if route.service == INFERENCE]
     assert len(paths) >= 11
     assert [each for each in paths if not each.startswith(tuple(led))] == []
     # Envoy can ask for gRPC's health where the server speaks HTTP/2 alone.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections import defaultdict
 from typing import Any
@@ -10,9 +11,6 @@ from typing import Any
 from prometheus_client.exposition import choose_encoder
 
 import turret
-from turret.server.api.admin import Adapters
-from turret.server.api.faults import Failures
-from turret.server.api.inference import Inference
 from turret.server.http.endpoint import Exchange
 from turret.server.metrics import Metrics
 from turret.v1 import adapters_pb2
@@ -79,89 +77,53 @@ MAX_ADAPTERS = 200
 MAX_SEARCH_CHARS = 128
 
 
-class State:
-    """Reports to each role, in one answer, the state that it can also read from other paths.
+async def state(exchange: Exchange) -> None:
+    """The whole state, as far as each role can also read it from other paths.
 
-    Args:
-        inference: The Inference service.
-        adapters: The Adapters service.
-        metrics: The metrics that are reported.
-        failures: The last calls that failed.
-        has_admin: Whether adapters can be managed here.
+    ``find`` in the query selects the adapters whose names contain it.
+
+    Raises:
+        UnauthenticatedError: The server requires a token, and the client sent none that it
+            accepts.
+        UnavailableError: The server is starting, is draining or has failed.
     """
-
-    def __init__(
-        self,
-        inference: Inference,
-        adapters: Adapters,
-        *,
-        metrics: Metrics,
-        failures: Failures,
-        has_admin: bool,
-    ) -> None:
-        self._inference = inference
-        self._adapters = adapters
-        self._metrics = metrics
-        self._failures = failures
-        self._has_admin = has_admin
-
-    async def __call__(self, exchange: Exchange) -> None:
-        """The whole state; ``find`` in the query selects the adapters whose names contain it.
-
-        Raises:
-            UnauthenticatedError: The server requires a token, and the client sent none that it
-                accepts.
-            UnavailableError: The server is starting, is draining or has failed.
-        """
-        roles = exchange.roles()
-        is_admin = "admin" in roles and self._has_admin
-        state: dict[str, Any] = {
-            "time": time.time(),
-            # The page computes rates from this clock, because the wall clock may be set.
-            "clock": time.monotonic(),
-            "roles": sorted(roles),
-            "manages_adapters": self._has_admin,
-            "model": None,
-            "adapters": None,
-            "figures": None,
-            "failures": None,
-            "merged": None,
+    services, roles = exchange.services, exchange.roles()
+    is_admin = "admin" in roles and exchange.has_admin
+    found: dict[str, Any] = {
+        "time": time.time(),
+        # The page computes rates from this clock, because the wall clock may be set.
+        "clock": time.monotonic(),
+        "roles": sorted(roles),
+        "manages_adapters": exchange.has_admin,
+        "model": None,
+        "adapters": None,
+        "figures": None,
+        "failures": None,
+        "merged": None,
+    }
+    info = services.inference.model()
+    if "inference" in roles:
+        found["model"] = {
+            "name": info.name,
+            "dtype": info.dtype,
+            "quantization": info.quantization,
+            "max_model_len": info.max_model_len,
+            "server_version": info.server_version,
         }
-        info = self._inference.model()
-        if "inference" in roles:
-            state["model"] = {
-                "name": info.name,
-                "dtype": info.dtype,
-                "quantization": info.quantization,
-                "max_model_len": info.max_model_len,
-                "server_version": info.server_version,
-            }
-        if is_admin or "inference" in roles:
-            text = exchange.query.get("find", "")[:MAX_SEARCH_CHARS]
-            found = await self._adapters.find(text.strip().lower(), MAX_ADAPTERS)
-            state["adapters"] = {
-                "shown": [_row(adapter, is_admin) for adapter in found.shown],
-                "matching": found.num_matching,
-                "total": found.num_all,
-            }
-        if "metrics" in roles:
-            state["figures"] = await asyncio.to_thread(figures, self._metrics)
-        if is_admin:
-            state["merged"] = _merged(self._adapters.merge_state())
-            state["failures"] = [
-                {
-                    "time": failure.time,
-                    "method": failure.method,
-                    "protocol": failure.protocol,
-                    "request_id": failure.request_id,
-                    "code": failure.code,
-                    "reason": failure.reason,
-                    "message": failure.message,
-                    "adapters": list(failure.adapters),
-                }
-                for failure in self._failures.newest()
-            ]
-        await exchange.reply.json(state, headers={"cache-control": "no-store"})
+    if is_admin or "inference" in roles:
+        text = exchange.query.get("find", "")[:MAX_SEARCH_CHARS]
+        some = await services.adapters.find(text.strip().lower(), MAX_ADAPTERS)
+        found["adapters"] = {
+            "shown": [_row(adapter, is_admin) for adapter in some.shown],
+            "matching": some.num_matching,
+            "total": some.num_all,
+        }
+    if "metrics" in roles:
+        found["figures"] = await asyncio.to_thread(figures, services.metrics)
+    if is_admin:
+        found["merged"] = _merged(services.adapters.merge_state())
+        found["failures"] = [dataclasses.asdict(each) for each in services.failures.newest()]
+    await exchange.reply.json(found, headers={"cache-control": "no-store"})
 
 
 def _merged(state: adapters_pb2.MergeState) -> dict[str, Any] | None:
@@ -197,33 +159,23 @@ def _row(adapter: adapters_pb2.Adapter, is_admin: bool) -> dict[str, Any]:
     }
 
 
-class Probes:
-    """Answers health checks and scrapes of metrics.
+async def health(exchange: Exchange) -> None:
+    """Whether requests are served.
 
-    Args:
-        inference: The Inference service.
-        metrics: The metrics that are reported.
+    Raises:
+        UnavailableError: The server is starting, is draining or has failed.
     """
+    exchange.services.inference.model()
+    await exchange.reply.json({"status": "ok"})
 
-    def __init__(self, inference: Inference, metrics: Metrics) -> None:
-        self._inference = inference
-        self._metrics = metrics
 
-    async def health(self, exchange: Exchange) -> None:
-        """Whether requests are served.
+async def version(exchange: Exchange) -> None:
+    """The version of turret."""
+    await exchange.reply.json({"version": turret.__version__})
 
-        Raises:
-            UnavailableError: The server is starting, is draining or has failed.
-        """
-        self._inference.model()
-        await exchange.reply.json({"status": "ok"})
 
-    async def version(self, exchange: Exchange) -> None:
-        """The version of turret."""
-        await exchange.reply.json({"version": turret.__version__})
-
-    async def metrics(self, exchange: Exchange) -> None:
-        """Metrics for Prometheus."""
-        encode, content_type = choose_encoder(exchange.headers.get("accept", ""))
-        body = await asyncio.to_thread(encode, self._metrics.registry)
-        await exchange.reply.whole(body, 200, {"content-type": content_type})
+async def metrics(exchange: Exchange) -> None:
+    """Metrics for Prometheus."""
+    encode, content_type = choose_encoder(exchange.headers.get("accept", ""))
+    body = await asyncio.to_thread(encode, exchange.services.metrics.registry)
+    await exchange.reply.whole(body, 200, {"content-type": content_type})

@@ -18,15 +18,12 @@ from servers.fakes import FakeEngine, FakeMerger, fake_backend
 
 from turret.server.adapters.fuse.fuser import Fuser
 from turret.server.adapters.state_dir import StateDir
-from turret.server.api.access import Shares
-from turret.server.api.admin import Adapters
 from turret.server.api.gate import ServingGate
-from turret.server.api.inference import Inference
+from turret.server.api.services import Services
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http.server import HttpServer
-from turret.server.metrics import Metrics
 from turret.server.rpc.interceptor import CallInterceptor
-from turret.server.rpc.services import AdaptersServicer, HealthServicer, InferenceServicer
+from turret.server.rpc.services import HealthServicer, Servicer
 from turret.v1 import adapters_pb2, inference_pb2
 
 CALL_SECONDS = 20.0
@@ -95,25 +92,22 @@ class Doors:
         self._registries = Registries(folder)
         state = StateDir(folder / "state", 1 << 20)
         self.registry = self._registries(load="ab", state=state)
-        gate, metrics = ServingGate(), Metrics()
+        services = Services(gate=ServingGate())
         self._fuser = Fuser(self.registry, host_bytes=1 << 26, max_rank=64)
-        self._adapters = Adapters(gate)
-        inference = Inference(gate)
-        gate.open(fake_backend(FakeEngine(), self.registry, FakeMerger(), self._fuser))
+        self._adapters = services.adapters
+        services.gate.open(fake_backend(FakeEngine(), self.registry, FakeMerger(), self._fuser))
         self._servicers: dict[str, Any] = {
-            "Inference": InferenceServicer(inference),
-            "Adapters": AdaptersServicer(self._adapters),
+            "Inference": Servicer(services.inference),
+            "Adapters": Servicer(services.adapters),
         }
         listen = ListenConfig(http_address="127.0.0.1:0")
-        doors: dict[str, Any] = {"metrics": metrics, "tokens": None}
-        doors |= {"inference": inference, "adapters": self._adapters}
 
         async def make() -> HttpServer:
-            return HttpServer(listen, SecurityConfig(), **doors)
+            return HttpServer(listen, SecurityConfig(), services)
 
         self._http = self._loop.run_until_complete(make())
         self._servicers["Health"] = HealthServicer(("turret.v1.Inference",))
-        self._interceptor = CallInterceptor(metrics, None, Shares())
+        self._interceptor = CallInterceptor(services)
         self._app: Any = self._http._app
 
     def close(self) -> None:

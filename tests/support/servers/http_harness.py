@@ -15,10 +15,9 @@ import uvicorn.server
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 
 from turret.server.api.access import MOST_CONNECTIONS, Shares, TokenTable
-from turret.server.api.admin import Adapters
 from turret.server.api.faults import Failures
 from turret.server.api.gate import ServingGate
-from turret.server.api.inference import Inference
+from turret.server.api.services import Services
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http.server import HttpServer
 from turret.server.metrics import Metrics
@@ -127,20 +126,16 @@ async def http_harness(
     registry: Any = None,
 ) -> AsyncIterator[HttpHarness]:
     """A server on a free port, serving fakes; its registry may be a real one."""
-    gate, metrics, failures = ServingGate(), Metrics(), Failures()
-    adapters = Adapters(gate)
-    engine, registry, merger = FakeEngine(), registry or FakeRegistry(), FakeMerger()
-    server = HttpServer(
-        listen or ListenConfig(http_address="127.0.0.1:0"),
-        security or SecurityConfig(),
-        inference=Inference(gate),
-        adapters=adapters,
-        metrics=metrics,
+    services = Services(
+        gate=ServingGate(),
         tokens=tokens,
-        shares=shares,
+        shares=shares or Shares(),
         most_connections=most_connections,
-        failures=failures,
     )
+    gate, metrics, failures = services.gate, services.metrics, services.failures
+    engine, registry, merger = FakeEngine(), registry or FakeRegistry(), FakeMerger()
+    listen = listen or ListenConfig(http_address="127.0.0.1:0")
+    server = HttpServer(listen, security or SecurityConfig(), services)
     await server.start()
     if serving:
         gate.open(fake_backend(engine, registry, merger, FakeFuser()))
@@ -151,5 +146,5 @@ async def http_harness(
         ) as client:
             yield HttpHarness(server, gate, engine, registry, merger, metrics, failures, client)
     finally:
-        adapters.close()
+        services.adapters.close()
         await server.stop(0.2)

@@ -7,13 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from turret.server.api.admin import Adapters
-from turret.server.api.faults import Failures
-from turret.server.api.gate import ServingGate
-from turret.server.api.inference import Inference
 from turret.server.http.endpoint import Route
-from turret.server.http.server import routes
-from turret.server.metrics import Metrics
+from turret.server.http.routes import ROUTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +37,7 @@ class Place:
 
 def posts() -> list[Route]:
     """Every endpoint that takes a JSON body."""
-    made = routes(
-        Inference(ServingGate()),
-        Adapters(ServingGate()),
-        metrics=Metrics(),
-        failures=Failures(),
-        has_admin=True,
-    )
-    return [route for route in made if route.body is not None]
+    return [route for route in ROUTES if route.body is not None]
 
 
 def places() -> list[Place]:

@@ -15,9 +15,8 @@ from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_
 
 from turret.clients.calls.connections import answer_of
 from turret.server.api.access import MOST_CONNECTIONS, Shares, TokenTable
-from turret.server.api.admin import Adapters
 from turret.server.api.gate import Backend, ServingGate
-from turret.server.api.inference import Inference
+from turret.server.api.services import Services
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.metrics import Metrics
 from turret.server.rpc.server import RpcServer
@@ -63,22 +62,19 @@ async def harness(
     most_connections: int = MOST_CONNECTIONS,
 ) -> AsyncIterator[Harness]:
     """A server on a free port with fakes, or with a registry that the caller closes."""
-    gate, metrics = ServingGate(), Metrics()
-    adapters = Adapters(gate)
+    services = Services(
+        gate=ServingGate(),
+        tokens=tokens,
+        shares=shares or Shares(),
+        most_connections=most_connections,
+    )
+    gate, metrics = services.gate, services.metrics
     engine = FakeEngine()
     registry = FakeRegistry() if registry is None else registry
     merger = FakeMerger() if merger is None else merger
     fuser = FakeFuser() if fuser is None else fuser
-    rpc = RpcServer(
-        listen or ListenConfig(address="127.0.0.1:0"),
-        security or SecurityConfig(),
-        inference=Inference(gate),
-        adapters=adapters,
-        metrics=metrics,
-        tokens=tokens,
-        shares=shares,
-        most_connections=most_connections,
-    )
+    listen = listen or ListenConfig(address="127.0.0.1:0")
+    rpc = RpcServer(listen, security or SecurityConfig(), services)
     await rpc.start()
     backend = fake_backend(engine, registry, merger, fuser)
     if serving:
@@ -88,7 +84,7 @@ async def harness(
         async with grpc.aio.insecure_channel(rpc.address) as channel:
             yield Harness(rpc, gate, engine, registry, merger, metrics, backend, channel)
     finally:
-        adapters.close()
+        services.adapters.close()
         await rpc.stop(0)
 
 

@@ -1,0 +1,41 @@
+"""The services, with what every door needs to serve them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from turret.server.api.access import MOST_CONNECTIONS, Shares, TokenTable
+from turret.server.api.admin import Adapters
+from turret.server.api.faults import Failures
+from turret.server.api.gate import ServingGate
+from turret.server.api.inference import Inference
+from turret.server.metrics import Metrics
+
+
+@dataclass(slots=True, kw_only=True)
+class Services:
+    """The services behind one gate, who may call them, and where calls are counted.
+
+    Attributes:
+        gate: The gate.
+        metrics: The metrics that count calls.
+        tokens: Accepted bearer tokens; None lets every caller in.
+        shares: The limits on the open requests of one party, over all protocols.
+        failures: Records failed calls.
+        most_connections: The maximum number of open connections of a listening address.
+        inference: The Inference service.
+        adapters: The Adapters service.
+    """
+
+    gate: ServingGate
+    metrics: Metrics = field(default_factory=Metrics)
+    tokens: TokenTable | None = None
+    shares: Shares = field(default_factory=Shares)
+    failures: Failures = field(default_factory=Failures)
+    most_connections: int = MOST_CONNECTIONS
+    inference: Inference = field(init=False)
+    adapters: Adapters = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.inference = Inference(self.gate)
+        self.adapters = Adapters(self.gate)
