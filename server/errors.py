@@ -39,8 +39,8 @@
     └── DeadlineExceededError        the deadline passed before the request finished
 
 ``reason`` is an AIP-193 identifier. Unless it is given, ``metadata`` has the parameters of the
-message, except those that are sentences themselves. No gRPC here: the one table from class to
-status code is in ``server/rpc/interceptor.py``.
+message, except those that are sentences themselves. ``code`` is the code with which the call ends;
+each protocol translates it.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Self
 
+from turret.server.basics.codes import Code
 from turret.server.words import Text
 
 # Metadata key: the number of invalid fields, if the answer has no room for all of them.
@@ -55,9 +56,15 @@ VIOLATION_COUNT = "violation_count"
 
 
 class TurretError(Exception):
-    """Base of the tree; carries a machine-readable reason, metadata and field violations."""
+    """Base of the tree; carries a machine-readable reason, metadata and field violations.
+
+    ``retry_after_seconds`` tells clients when to try again; it is None if the call would fail again
+    in the same way. An error may have another value than its class.
+    """
 
     reason = "INTERNAL"
+    code = Code.INTERNAL
+    retry_after_seconds: float | None = None
 
     def __init__(
         self,
@@ -73,7 +80,8 @@ class TurretError(Exception):
         # (field path, description) pairs, reported as google.rpc.BadRequest. Descriptions are
         # Texts, unless another process sent them.
         self.violations: tuple[tuple[str, Any], ...] = tuple(violations)
-        self.retry_after_seconds = retry_after_seconds
+        if retry_after_seconds is not None:
+            self.retry_after_seconds = retry_after_seconds
 
 
 def _metadata_of(message: str) -> dict[str, str]:
@@ -83,6 +91,7 @@ def _metadata_of(message: str) -> dict[str, str]:
 
 class InvalidRequestError(TurretError):
     reason = "INVALID_REQUEST"
+    code = Code.INVALID_ARGUMENT
 
     @classmethod
     def of(cls, field: str, description: str) -> Self:
@@ -111,14 +120,17 @@ class HeadMissingError(InvalidRequestError):
 
 class AdapterError(TurretError):
     reason = "ADAPTER_ERROR"
+    code = Code.FAILED_PRECONDITION
 
 
 class AdapterNotFoundError(AdapterError):
     reason = "ADAPTER_NOT_FOUND"
+    code = Code.NOT_FOUND
 
 
 class AdapterExistsError(AdapterError):
     reason = "ADAPTER_EXISTS"
+    code = Code.ALREADY_EXISTS
 
 
 class AdapterCheckpointError(AdapterError):
@@ -128,10 +140,13 @@ class AdapterCheckpointError(AdapterError):
     """
 
     reason = "ADAPTER_CHECKPOINT"
+    code = Code.INVALID_ARGUMENT
 
 
 class AdapterChangedError(AdapterCheckpointError):
     reason = "ADAPTER_CHANGED"
+    # The call is fine, but the server's files have changed.
+    code = Code.FAILED_PRECONDITION
 
 
 class AdapterMismatchError(AdapterError):
@@ -166,6 +181,7 @@ class AdapterGenerationError(AdapterError):
 
 class AdapterUnloadedError(AdapterError):
     reason = "ADAPTER_UNLOADED"
+    code = Code.ABORTED
 
 
 class StateDirRequiredError(AdapterError):
@@ -186,6 +202,8 @@ class NotMergedError(AdapterError):
 
 class ResourceError(TurretError):
     reason = "RESOURCE_EXHAUSTED"
+    code = Code.RESOURCE_EXHAUSTED
+    retry_after_seconds = 1.0
 
 
 class QueueFullError(ResourceError):
@@ -194,6 +212,7 @@ class QueueFullError(ResourceError):
 
 class BudgetExceededError(ResourceError):
     reason = "BUDGET_EXCEEDED"
+    retry_after_seconds = None
 
 
 class OutOfMemoryError(ResourceError):
@@ -202,18 +221,22 @@ class OutOfMemoryError(ResourceError):
 
 class StorageFullError(ResourceError):
     reason = "STORAGE_FULL"
+    retry_after_seconds = None
 
 
 class StorageFailedError(TurretError):
     """The server's disk is there, and cannot be used (read-only, broken, no descriptor left)."""
 
     reason = "STORAGE_FAILED"
+    # A retry fails in the same way until an operator acts.
+    code = Code.UNAVAILABLE
 
 
 class HubError(TurretError):
     """A repository or revision that the hub does not have, or does not show to this machine."""
 
     reason = "HUB_REPOSITORY"
+    code = Code.INVALID_ARGUMENT
 
     @classmethod
     def of(cls, description: Text) -> HubError:
@@ -225,26 +248,34 @@ class HubUnavailableError(TurretError):
     """The hub failed during a download; a retry may help."""
 
     reason = "HUB_UNAVAILABLE"
+    code = Code.UNAVAILABLE
+    retry_after_seconds = 10.0
 
 
 class UnauthenticatedError(TurretError):
     reason = "UNAUTHENTICATED"
+    code = Code.UNAUTHENTICATED
 
 
 class PermissionDeniedError(TurretError):
     reason = "PERMISSION_DENIED"
+    code = Code.PERMISSION_DENIED
 
 
 class ServiceElsewhereError(TurretError):
     reason = "SERVICE_ELSEWHERE"
+    code = Code.UNIMPLEMENTED
 
 
 class NotInFleetError(TurretError):
     reason = "NOT_IN_FLEET"
+    code = Code.UNIMPLEMENTED
 
 
 class UnavailableError(TurretError):
     reason = "UNAVAILABLE"
+    code = Code.UNAVAILABLE
+    retry_after_seconds = 1.0
 
 
 class ServerStartingError(UnavailableError):
@@ -253,3 +284,4 @@ class ServerStartingError(UnavailableError):
 
 class DeadlineExceededError(TurretError):
     reason = "DEADLINE_EXCEEDED"
+    code = Code.DEADLINE_EXCEEDED

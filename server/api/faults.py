@@ -1,7 +1,4 @@
-"""Errors as clients see them: a code, a text, and when to try again.
-
-``TABLE`` maps error classes to codes. Each door translates the codes to those of its protocol.
-"""
+"""Errors as clients see them: a code, a text, and when to try again."""
 
 from __future__ import annotations
 
@@ -9,9 +6,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from turret.server import errors
 from turret.server.basics.codes import Code
 from turret.server.basics.work import turret_error
 from turret.server.words import say
@@ -63,66 +58,6 @@ class Failures:
         return list(reversed(self._kept))
 
 
-class Outcome(NamedTuple):
-    """The code of an error class, and how long a client should wait before a retry."""
-
-    code: Code
-    # None if a retry of the same call fails the same way. The error itself may state another value.
-    retry_after_seconds: float | None = None
-
-
-TABLE: dict[type[errors.TurretError], Outcome] = {
-    errors.TurretError: Outcome(Code.INTERNAL),
-    errors.InvalidRequestError: Outcome(Code.INVALID_ARGUMENT),
-    errors.PromptTooLongError: Outcome(Code.INVALID_ARGUMENT),
-    errors.AdapterClassifiesError: Outcome(Code.INVALID_ARGUMENT),
-    errors.HeadMissingError: Outcome(Code.INVALID_ARGUMENT),
-    errors.AdapterError: Outcome(Code.FAILED_PRECONDITION),
-    errors.AdapterNotFoundError: Outcome(Code.NOT_FOUND),
-    errors.AdapterExistsError: Outcome(Code.ALREADY_EXISTS),
-    errors.AdapterCheckpointError: Outcome(Code.INVALID_ARGUMENT),
-    # The call is fine, but the server's files have changed.
-    errors.AdapterChangedError: Outcome(Code.FAILED_PRECONDITION),
-    errors.AdapterMismatchError: Outcome(Code.FAILED_PRECONDITION),
-    errors.AdapterComponentError: Outcome(Code.FAILED_PRECONDITION),
-    errors.AdapterInUseError: Outcome(Code.FAILED_PRECONDITION),
-    errors.AdapterPinnedError: Outcome(Code.FAILED_PRECONDITION),
-    errors.AdapterBusyError: Outcome(Code.FAILED_PRECONDITION),
-    errors.AdapterMergedError: Outcome(Code.FAILED_PRECONDITION),
-    errors.AdapterGenerationError: Outcome(Code.FAILED_PRECONDITION),
-    errors.AdapterUnloadedError: Outcome(Code.ABORTED),
-    errors.StateDirRequiredError: Outcome(Code.FAILED_PRECONDITION),
-    errors.MergeActiveError: Outcome(Code.FAILED_PRECONDITION),
-    errors.MergeUnderWayError: Outcome(Code.FAILED_PRECONDITION),
-    errors.NotMergedError: Outcome(Code.FAILED_PRECONDITION),
-    errors.ResourceError: Outcome(Code.RESOURCE_EXHAUSTED, 1.0),
-    errors.QueueFullError: Outcome(Code.RESOURCE_EXHAUSTED, 1.0),
-    # A rank or size over its limit stays over it. Errors that may pass by themselves say so.
-    errors.BudgetExceededError: Outcome(Code.RESOURCE_EXHAUSTED),
-    errors.OutOfMemoryError: Outcome(Code.RESOURCE_EXHAUSTED, 1.0),
-    errors.StorageFullError: Outcome(Code.RESOURCE_EXHAUSTED),
-    # A retry fails the same way until an operator acts.
-    errors.StorageFailedError: Outcome(Code.UNAVAILABLE),
-    errors.HubError: Outcome(Code.INVALID_ARGUMENT),
-    errors.HubUnavailableError: Outcome(Code.UNAVAILABLE, 10.0),
-    errors.UnauthenticatedError: Outcome(Code.UNAUTHENTICATED),
-    errors.PermissionDeniedError: Outcome(Code.PERMISSION_DENIED),
-    errors.ServiceElsewhereError: Outcome(Code.UNIMPLEMENTED),
-    errors.NotInFleetError: Outcome(Code.UNIMPLEMENTED),
-    errors.UnavailableError: Outcome(Code.UNAVAILABLE, 1.0),
-    errors.ServerStartingError: Outcome(Code.UNAVAILABLE, 1.0),
-    errors.DeadlineExceededError: Outcome(Code.DEADLINE_EXCEEDED),
-}
-
-
-def row_of(error: BaseException) -> Outcome:
-    """The row of the nearest class in the table; INTERNAL for errors that are not turret's own."""
-    for kind in type(error).__mro__:
-        if kind in TABLE:
-            return TABLE[kind]
-    return Outcome(Code.INTERNAL)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
     """An error as clients see it.
@@ -152,15 +87,13 @@ def fault_of(error: BaseException) -> Fault:
     memory. Its text may contain anything, so clients do not get it; the door must log it.
     """
     found = turret_error(error)
-    row = row_of(found)
-    if row.code is Code.INTERNAL:
+    if found.code is Code.INTERNAL:
         return Fault(code=Code.INTERNAL, reason="INTERNAL", message=say("INTERNAL"))
-    delay = found.retry_after_seconds
     return Fault(
-        code=row.code,
+        code=found.code,
         reason=found.reason,
         message=found.message,
         metadata=found.metadata,
         violations=found.violations,
-        retry_after_seconds=row.retry_after_seconds if delay is None else delay,
+        retry_after_seconds=found.retry_after_seconds,
     )

@@ -13,7 +13,7 @@ from servers.rpc_harness import failure_of, harness
 
 from turret.server import errors
 from turret.server.adapters.checkpoint.adapter_checkpoint import Findings
-from turret.server.api.faults import TABLE, fault_of, row_of
+from turret.server.api.faults import fault_of
 from turret.server.basics.codes import Code
 from turret.server.rpc.interceptor import to_rich_status
 from turret.server.words import say
@@ -80,9 +80,8 @@ def test_what_has_no_room_in_an_answer_is_counted() -> None:
     assert len(refused.value.violations) > len(listed) > 10
 
 
-def test_every_error_class_has_a_row_of_its_own() -> None:
-    assert set(CLASSES) == set(TABLE)
-    assert {kind.__name__: row.code.name for kind, row in TABLE.items()} == CODES
+def test_every_error_class_has_its_code() -> None:
+    assert {kind.__name__: kind.code.name for kind in CLASSES} == CODES
 
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
@@ -164,9 +163,9 @@ def test_the_codes_are_those_of_grpc() -> None:
     }
 
 
-def test_a_subclass_gets_the_row_of_its_parent() -> None:
+def test_a_subclass_gets_the_code_of_its_parent() -> None:
     class Special(errors.QueueFullError):
         pass
 
-    assert row_of(Special("x")).code is Code.RESOURCE_EXHAUSTED
-    assert row_of(KeyError("x")).code is Code.INTERNAL
+    assert fault_of(Special("x")).code is Code.RESOURCE_EXHAUSTED
+    assert fault_of(KeyError("x")).code is Code.INTERNAL

@@ -21,7 +21,6 @@ from turret.server.adapters.fuse.combination import Combination
 from turret.server.adapters.fuse.fuser import Fuser
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StateDir
-from turret.server.api.faults import row_of
 from turret.server.basics.work import Cancellation
 from turret.server.errors import (
     AdapterChangedError,
@@ -85,7 +84,7 @@ def refusal(call: Callable[[], object], kind: type[TurretError], status: str) ->
     with pytest.raises(kind) as caught:
         call()
     assert type(caught.value) is kind
-    assert row_of(caught.value).code.name == status
+    assert caught.value.code.name == status
     return caught.value
 
 

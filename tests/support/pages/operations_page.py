@@ -8,7 +8,6 @@ import re
 from checkout import ROOT
 
 from turret.server import errors
-from turret.server.api.faults import TABLE
 from turret.server.command.flags import add_flags
 from turret.server.metrics import Metrics
 
@@ -33,9 +32,9 @@ def meanings() -> dict[str, str]:
 def render_errors() -> str:
     means = meanings()
     lines = ["| reason | status | when |", "|---|---|---|"]
-    for kind, row in TABLE.items():
-        if kind.__name__ in means:
-            lines.append(f"| `{kind.reason}` | `{row.code.name}` | {means[kind.__name__]} |")
+    for name, meaning in means.items():
+        kind: type[errors.TurretError] = getattr(errors, name)
+        lines.append(f"| `{kind.reason}` | `{kind.code.name}` | {meaning} |")
     lines.append("| `INTERNAL` | `INTERNAL` | a bug; the log has the request id and a traceback |")
     return "\n".join(lines)
 
