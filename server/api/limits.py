@@ -1,7 +1,7 @@
-"""The limits on requests: every text, list and byte field of the API, with its maximum size.
+"""The limits on texts, lists and bytes in requests.
 
-The checks themselves are where the fields are read; ``docs/security.md`` shows this table, and a
-test compares it with the proto files and their comments.
+The checks themselves are where the fields are read. The comments in the proto files state the same
+limits, and a test sends more than each.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from turret.server.api.gate import Backend
-from turret.server.constraints.grammar import MAX_CHOICES, MAX_CONSTRAINT_CHARS
-from turret.server.engine.scheduling.request import (
-    MAX_STOP_STRING_CHARS,
-    MAX_STOP_STRINGS,
-    MAX_TOP_N,
-)
+from turret.server.constraints.grammar import MAX_CHOICES as MAX_CHOICES
+from turret.server.constraints.grammar import MAX_CONSTRAINT_CHARS as MAX_CONSTRAINT_CHARS
+from turret.server.engine.scheduling.request import MAX_STOP_STRING_CHARS as MAX_STOP_STRING_CHARS
+from turret.server.engine.scheduling.request import MAX_STOP_STRINGS as MAX_STOP_STRINGS
+from turret.server.engine.scheduling.request import MAX_TOP_N
 
 if TYPE_CHECKING:
     from turret.server.api.vocabularies import Vocabulary
@@ -54,133 +53,6 @@ MAX_PAGE_TOKEN_CHARS = 256
 MAX_WORD_CHARS = 64
 MAX_UPLOAD_FILES = 7
 MAX_TEMPLATE_CHARS = 1 << 18
-
-_REQUESTS, _ADAPTERS = "server/api/inference_requests.py", "server/api/admin.py"
-_MIX, _INPUTS = "server/api/violations.py", "server/api/inputs.py"
-_UPLOADS, _FUSE = "server/api/uploads.py", "server/api/admin_messages.py"
-
-
-@dataclass(frozen=True, slots=True)
-class Limit:
-    """The most that a field may hold.
-
-    Attributes:
-        field: ``Message.field``.
-        most: The limit; the comment in the proto file has the same number.
-        number: The number in ``most``, or None where the model sets it.
-        checked_in: The file with the check.
-    """
-
-    field: str
-    most: str
-    number: int | None
-    checked_in: str
-
-
-def _chars(field: str, number: int, checked_in: str = _ADAPTERS) -> Limit:
-    return Limit(field, f"{number} characters", number, checked_in)
-
-
-def _entries(field: str, number: int, checked_in: str = _REQUESTS) -> Limit:
-    return Limit(field, f"{number} entries", number, checked_in)
-
-
-def _text(field: str) -> Limit:
-    return Limit(field, "the characters that the model's context can hold", None, _REQUESTS)
-
-
-_NAMED = (
-    *("LoadAdapter", "ReplaceAdapter", "RollbackAdapter", "GetAdapter", "UnloadAdapter"),
-    "PinAdapter",
-)
-LIMITS = (
-    _text("GenerateRequest.prompt"),
-    _text("ScoreRequest.prompt"),
-    _text("TokenizeRequest.prompt"),
-    _text("Input.prompt"),
-    _entries("EmbedRequest.inputs", MAX_INPUTS, _INPUTS),
-    _entries("ClassifyRequest.inputs", MAX_INPUTS, _INPUTS),
-    _text("ChatMessage.content"),
-    _chars("ChatMessage.role", MAX_ROLE_CHARS, _REQUESTS),
-    _entries("Chat.messages", MAX_CHAT_MESSAGES),
-    _entries("Chat.tools", MAX_TOOLS),
-    Limit(
-        "ChatMessage.tool_calls",
-        f"{MAX_TOOL_CALLS} entries; {MAX_CHAT_TOOL_CALLS} in all turns together",
-        MAX_TOOL_CALLS,
-        _REQUESTS,
-    ),
-    *(
-        _chars(field, MAX_TOOL_NAME_CHARS, _REQUESTS)
-        for field in ("ChatMessage.tool_call_id", "ToolCall.id", "ToolCall.name", "Tool.name")
-    ),
-    _text("ToolCall.arguments"),
-    _text("Tool.description"),
-    _chars("Tool.parameters", MAX_CONSTRAINT_CHARS, _REQUESTS),
-    _chars("Chat.chat_template", MAX_TEMPLATE_CHARS, "server/api/vocabularies.py"),
-    _chars("Chat.chat_template_kwargs", MAX_CONSTRAINT_CHARS, _REQUESTS),
-    Limit("TokenIds.ids", f"the model's context; {MAX_TOKENIZED} in Tokenize", None, _REQUESTS),
-    Limit("GenerateRequest.answer_so_far", "the model's context", None, _REQUESTS),
-    _entries("SamplingParams.logit_bias", MAX_LOGIT_BIASES),
-    Limit(
-        "StopConditions.stop_strings",
-        f"{MAX_STOP_STRINGS} entries of {MAX_STOP_STRING_CHARS} characters",
-        MAX_STOP_STRINGS,
-        "server/engine/scheduling/request.py",
-    ),
-    _entries("StopConditions.stop_token_ids", MAX_STOP_TOKEN_IDS),
-    *(
-        _chars(f"GenerateRequest.{kind}", MAX_CONSTRAINT_CHARS, _REQUESTS)
-        for kind in ("json_schema", "regex", "grammar")
-    ),
-    Limit(
-        "Choice.texts",
-        f"{MAX_CHOICES} entries, {MAX_CONSTRAINT_CHARS} characters",
-        MAX_CHOICES,
-        _REQUESTS,
-    ),
-    *(
-        _entries(f"{message}.adapters", MAX_MIX_MEMBERS, _MIX)
-        for message in (
-            *("GenerateRequest", "ScoreRequest", "EmbedRequest", "ClassifyRequest"),
-            "TokenizeRequest",
-            *("FuseAdaptersRequest", "MergeAdaptersRequest"),
-        )
-    ),
-    *(
-        _chars(f"{message}.request_id", MAX_REQUEST_ID_CHARS, "server/api/call.py")
-        for message in ("GenerateRequest", "ScoreRequest", "EmbedRequest", "ClassifyRequest")
-    ),
-    *(
-        _chars(f"{message}.cache_salt", MAX_CACHE_SALT_CHARS, _REQUESTS)
-        for message in ("GenerateRequest", "ScoreRequest", "EmbedRequest", "ClassifyRequest")
-    ),
-    _chars("AdapterWeight.name", MAX_NAME_CHARS, _MIX),
-    *(_chars(f"{call}Request.name", MAX_NAME_CHARS) for call in _NAMED),
-    _chars("SetAliasRequest.name", MAX_NAME_CHARS, _FUSE),
-    _chars("AliasTarget.name", MAX_NAME_CHARS, _FUSE),
-    _entries("SetAliasRequest.targets", MAX_ALIAS_TARGETS, _FUSE),
-    _chars("DeleteAliasRequest.name", MAX_NAME_CHARS),
-    _chars("UnpinAdapterRequest.name", MAX_NAME_CHARS),
-    _chars("ExportAdapterRequest.name", MAX_NAME_CHARS),
-    _chars("FuseAdaptersRequest.name", MAX_NAME_CHARS, _FUSE),
-    _chars("FuseAdaptersRequest.combination", MAX_WORD_CHARS, _FUSE),
-    _chars("FuseAdaptersRequest.majority_sign_method", MAX_WORD_CHARS, _FUSE),
-    _chars("LoadAdapterRequest.path", MAX_PATH_CHARS),
-    _chars("ReplaceAdapterRequest.path", MAX_PATH_CHARS),
-    *(
-        _chars(f"{message}.chat_template", MAX_TEMPLATE_CHARS, _UPLOADS)
-        for message in ("LoadAdapterRequest", "ReplaceAdapterRequest", "UploadHeader")
-    ),
-    _chars("ListAdaptersRequest.page_token", MAX_PAGE_TOKEN_CHARS),
-    _chars("ListAdaptersRequest.method", MAX_WORD_CHARS),
-    _chars("UploadHeader.name", MAX_NAME_CHARS, _UPLOADS),
-    _entries("UploadHeader.files", MAX_UPLOAD_FILES, _UPLOADS),
-    _chars("FileInfo.path", MAX_WORD_CHARS, _UPLOADS),
-    _chars("FileInfo.sha256", MAX_WORD_CHARS, _UPLOADS),
-    _chars("FileChunk.path", MAX_WORD_CHARS, _UPLOADS),
-    Limit("FileChunk.data", "1 MiB", 1, _UPLOADS),
-)
 
 
 @dataclass(frozen=True, slots=True)

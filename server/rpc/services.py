@@ -19,7 +19,7 @@ from turret.v1 import adapters_pb2
 # The services of turret.v1.
 
 _Method = Callable[[Any, Any, Call], Any]
-_ADAPTERS: Mapping[str, _Method] = {
+_ADAPTERS: dict[str, _Method] = {
     "LoadAdapter": Adapters.load,
     "UploadAdapter": Adapters.upload,
     "ReplaceAdapter": Adapters.replace,
@@ -38,7 +38,7 @@ _ADAPTERS: Mapping[str, _Method] = {
     "UnmergeAdapters": lambda api, _, call: api.unmerge(),
     "GetMergeState": lambda api, _, call: api.merge_state(),
 }
-_INFERENCE: Mapping[str, _Method] = {
+_INFERENCE: dict[str, _Method] = {
     "Generate": Inference.generate_whole,
     "GenerateStream": Inference.generate,
     "Score": Inference.score,
@@ -47,6 +47,8 @@ _INFERENCE: Mapping[str, _Method] = {
     "Tokenize": lambda api, message, call: api.tokenize(message),
     "GetModel": lambda api, _, call: api.model(),
 }
+# The methods of ``server/api`` by the names of the services and their RPCs.
+METHODS: Mapping[str, Mapping[str, _Method]] = {"Adapters": _ADAPTERS, "Inference": _INFERENCE}
 
 
 class Servicer:
@@ -57,7 +59,7 @@ class Servicer:
     """
 
     def __init__(self, api: Adapters | Inference) -> None:
-        for name, method in (_ADAPTERS if isinstance(api, Adapters) else _INFERENCE).items():
+        for name, method in METHODS[type(api).__name__].items():
             setattr(self, name, _handler(api, method))
 
 
