@@ -66,19 +66,13 @@ class Page:
         self._files = files
         self._headers = {**_HEADERS, "content-security-policy": _POLICY + policy}
 
-    async def index(self, exchange: Exchange) -> None:
-        """The page itself."""
-        await self._send(exchange, "index.html")
-
-    async def file(self, exchange: Exchange) -> None:
-        """A file of the page.
+    async def __call__(self, exchange: Exchange) -> None:
+        """Send a file of the page, or the page itself if the path names no file.
 
         Raises:
             HttpRefusal: The page has no file of that name.
         """
-        await self._send(exchange, exchange.path["file"])
-
-    async def _send(self, exchange: Exchange, name: str) -> None:
+        name = exchange.path.get("file", "index.html")
         if name not in self._files:
             text = say("UNKNOWN_URL", method="GET", path=f"{self._folder}/{name[:200]}")
             raise HttpRefusal(404, Code.NOT_FOUND, text)
