@@ -161,7 +161,12 @@ def _run(args: argparse.Namespace, client: TurretClient) -> None:
 
 
 # Methods with other names than their actions, and results of methods that return nothing.
-_METHODS = {"alias": "set_alias", "unalias": "delete_alias", "aliases": "list_aliases"}
+_METHODS = {
+    "alias": "set_alias",
+    "unalias": "delete_alias",
+    "aliases": "list_aliases",
+    "merge-state": "get_merge_state",
+}
 _DONE = {"unload": "unloaded", "unalias": "deleted"}
 # The functions that print an action's result for people.
 _SHOWN: Mapping[str, Callable[[Any, argparse.Namespace], None]] = {
@@ -175,6 +180,7 @@ _SHOWN: Mapping[str, Callable[[Any, argparse.Namespace], None]] = {
     ),
     "fuse": lambda fusion, _: print_fusion(fusion),
     "merge": lambda state, _: _print_merge(state),
+    "merge-state": lambda state, _: print_merge_state(state),
     "alias": lambda alias, _: print(alias_text(alias)),
     "unalias": lambda _, args: print(f"deleted alias {args.name}"),
     "aliases": lambda aliases, _: print("\n".join(map(alias_text, aliases)) or "no aliases"),
@@ -217,11 +223,6 @@ def _unmerge(args: argparse.Namespace, client: TurretClient) -> None:
         print(f"unmerged {mix_text(before)}; base generation {state.base_generation}")
 
 
-def _merge_state(args: argparse.Namespace, client: TurretClient) -> None:
-    state = client.adapters.get_merge_state(timeout=args.timeout)
-    print_json(state) if args.json else print_merge_state(state)
-
-
 def _print_merge(state: MergeState) -> None:
     print_merge_state(state)
     print("every request uses it until `turret adapters unmerge`; do not name it with -a as well")
@@ -234,5 +235,4 @@ _RUNS: Mapping[str, Callable[[argparse.Namespace, TurretClient], None]] = {
     "upload": _change,
     "replace": _change,
     "unmerge": _unmerge,
-    "merge-state": _merge_state,
 }

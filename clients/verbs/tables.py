@@ -38,7 +38,7 @@ _MOST_LABELS = 20
 def print_adapters(
     adapters: Sequence[Adapter], *, others: Sequence[Adapter] = (), method: str | None = None
 ) -> None:
-    """Print one row per adapter, or a few lines each if the terminal is too narrow for a table.
+    """Print one row per adapter.
 
     Args:
         adapters: The adapters to show.
@@ -48,7 +48,6 @@ def print_adapters(
     if not adapters:
         print(_none(others, method))
         return
-    console = terminal()
     columns = {"name": "text", "method": "whole", "ranks": "", "where": "whole"}
     columns |= {"gen.": "number", "in use": "number", "size": "whole number"}
     rows = (
@@ -63,15 +62,7 @@ def print_adapters(
         )
         for adapter in adapters
     )
-    table = table_of(columns, rows)
-    if fits(table, console):
-        console.print(table)
-        return
-    for adapter in adapters:
-        ranks = f" of rank {_ranks(adapter)}" if adapter.ranks else ""
-        print(f"{adapter.name}@{adapter.generation}")
-        print(f"  {adapter.method}{ranks}, {about_bytes(adapter.bytes_disk)}")
-        print(f"  {_where(adapter)}, {adapter.in_flight} in use")
+    print_table(table_of(columns, rows))
 
 
 def table_of(columns: Mapping[str, str], rows: Iterable[Sequence[str]], **options: Any) -> Table:
@@ -90,10 +81,10 @@ def table_of(columns: Mapping[str, str], rows: Iterable[Sequence[str]], **option
     return table
 
 
-def print_table(table: Table, console: Console | None = None) -> None:
+def print_table(table: Table) -> None:
     """Print a table, or one line per cell if the terminal is too narrow for it."""
-    console = console or terminal()
-    if fits(table, console):
+    console = terminal()
+    if _fits(table, console):
         console.print(table)
         return
     headings = [str(column.header) for column in table.columns]
@@ -107,7 +98,7 @@ def print_table(table: Table, console: Console | None = None) -> None:
         print(table.caption)
 
 
-def fits(table: Table, console: Console) -> bool:
+def _fits(table: Table, console: Console) -> bool:
     """Set the columns' widths so that no word or number is cut; false if there is no room.
 
     Columns that fold may break long words. By itself, rich would cut numbers of other columns to

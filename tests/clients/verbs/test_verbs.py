@@ -244,9 +244,9 @@ def test_a_narrow_terminal_leaves_nothing_of_a_list_out(
     out = run("adapters", "list")[1]
     line = next(line for line in out.splitlines() if name in line)
     if "│" not in out:
-        assert line == f"{name}@1"
-        assert re.search(r"^  lora of rank 4, 8, [\d.]+ \w+$", out, re.MULTILINE)
-        assert re.search(r"^  \w+, pinned, 0 in use$", out, re.MULTILINE)
+        assert line == name
+        for shown in ("lora", "4, 8", r"\w+, pinned", "0", r"[\d.]+ \w+"):
+            assert re.search(rf"^  [a-z. ]+: {shown}$", out, re.MULTILINE)
     else:
         assert columns >= 50
         assert all(cell.strip() for cell in line.strip("│").split("│"))
