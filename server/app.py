@@ -170,7 +170,12 @@ class App:
         self.rpc = rpc
         await rpc.start()
         if config.listen.http_address is not None:
-            self.http = await self._start_http(services)
+            # Starlette and uvicorn are loaded only where they are used.
+            from turret.server.http.server import HttpServer
+
+            self.http = HttpServer(config.listen, config.security, services)
+            await self.http.start()
+            _log.info("http", extra=log.fields(address=self.http.address))
         backend = await self._unless_stopped(lambda: self._build(config, self.metrics), "model")
         if backend is None:
             return
@@ -186,27 +191,11 @@ class App:
             for warning in record.facts.warnings:
                 _log.warning("loaded with a warning", extra=log.fields(adapter=name, why=warning))
         model = backend.model_info
-        self.metrics.info(
-            {
-                "version": turret.__version__,
-                "model": model.name,
-                "dtype": model.dtype,
-                "quantization": model.quantization,
-            }
-        )
+        self.metrics.info(turret.__version__, model.name, model.dtype, model.quantization)
         self._on_loaded()
         self.gate.open(backend)
         rpc.health.set_serving(True)
         _log.info("serving", extra=log.fields(model=model.name, address=rpc.address))
-
-    async def _start_http(self, services: Services) -> HttpServer:
-        # Starlette and uvicorn are loaded only where they are used.
-        from turret.server.http.server import HttpServer
-
-        http = HttpServer(self.config.listen, self.config.security, services)
-        await http.start()
-        _log.info("http", extra=log.fields(address=http.address))
-        return http
 
     async def main_loop(self) -> int:
         """Wait for a stop or for the engine's death; the exit code says which it was."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -376,9 +376,10 @@ class Metrics:
         """Set whether a merge changes the base model."""
         self._merge_active.set(active)
 
-    def info(self, values: Mapping[str, object]) -> None:
-        """Set the labels of ``turret_info``: version, model, dtype, device and the like."""
-        self._info.info({key: str(value) for key, value in values.items()})
+    def info(self, version: str, model: str, dtype: str, quantization: str) -> None:
+        """Set the labels of ``turret_info``."""
+        labels = {"version": version, "model": model, "dtype": dtype}
+        self._info.info(labels | {"quantization": quantization})
 
     def _labels_of(self, adapter_names: Iterable[str]) -> list[str]:
         """The label of each member, without duplicates; ``other`` for unregistered names."""

@@ -220,14 +220,7 @@ class ReplicaServer:
         self._link = self._parts.link(lambda: (self.num_waiting, self.num_running))
         await asyncio.to_thread(self._link.start, _JOIN_SECONDS)
         model = backend.model_info
-        self.metrics.info(
-            {
-                "version": turret.__version__,
-                "model": model.name,
-                "dtype": model.dtype,
-                "quantization": model.quantization,
-            }
-        )
+        self.metrics.info(turret.__version__, model.name, model.dtype, model.quantization)
         self._gate.open(backend)
         _log.info("serving", extra=log.fields(replica=self._parts.name, model=model.name))
 

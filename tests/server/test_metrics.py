@@ -46,7 +46,7 @@ SERIES = {
     "turret_adapter_loads_total": {"result"},
     "turret_adapter_evictions_total": {"tier", "reason"},
     "turret_merge_active": set(),
-    "turret_info": {"version"},
+    "turret_info": {"version", "model", "dtype", "quantization"},
 }
 
 
@@ -74,7 +74,7 @@ def exercise(metrics: Metrics) -> None:
     metrics.adapter_loaded("ok")
     metrics.adapter_evicted("host", "budget")
     metrics.merge_active(True)
-    metrics.info({"version": "1"})
+    metrics.info("1", "smol", "bfloat16", "nf4")
 
 
 def scrape(address: str) -> str:

@@ -82,7 +82,7 @@ def scraped(metrics: Metrics) -> str:
 
 def test_a_picker_reads_what_turret_counts() -> None:
     metrics = aliased()
-    metrics.info({"model": "smol"})
+    metrics.info("1", "smol", "bfloat16", "nf4")
     metrics.sequences(waiting=3, running=2)
     metrics.kv_blocks(free=6, used=2)
     metrics.kv_cache(block_size=16, num_blocks=8)
