@@ -9,13 +9,12 @@ import logging
 import resource
 import secrets
 import stat
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from turret.server import log
 from turret.server.basics.files import read_regular
@@ -245,7 +244,6 @@ def most_connections(num_doors: int) -> int:
 
 # Limits on a party's open requests, and whose cached prefixes a party may use.
 
-_RETRY_SECONDS = 1.0
 # How many requests of one call the engine gets at a time: a list of a thousand prompts must not
 # fill the queue that others wait in.
 MAX_AT_A_TIME = 64
@@ -262,7 +260,7 @@ def salt_of(tenant: bytes, asked: str) -> bytes:
     """The salt of a request's cached blocks; empty if every request may use them.
 
     Args:
-        tenant: See ``Shares.tenant``.
+        tenant: See ``Party.tenant``.
         asked: The ``cache_salt`` that the request carries, or nothing.
     """
     if not tenant and not asked:
@@ -270,26 +268,65 @@ def salt_of(tenant: bytes, asked: str) -> bytes:
     return blake2b(tenant + asked.encode(), digest_size=16, key=_SECRET).digest()
 
 
-class Shares:
-    """Counts open requests by bearer token and by client address. Belongs to one event loop.
+class Limit(NamedTuple):
+    """A limit on the places that one key may take.
 
-    Args:
+    Attributes:
+        key: Identifies the places.
+        most: The number of places.
+        reason: The reason of the error if all places are taken.
+        param: The parameter of that error's message with the number of places.
+    """
+
+    key: Hashable
+    most: int
+    reason: str
+    param: str = "most"
+
+
+class Places:
+    """Counts what is open at the moment, by key. Belongs to one event loop."""
+
+    def __init__(self) -> None:
+        self._taken: dict[Hashable, int] = {}
+
+    @contextlib.contextmanager
+    def hold(self, *limits: Limit) -> Iterator[None]:
+        """Take a place of each key while the block runs.
+
+        Raises:
+            QueueFullError: All places of a key are taken.
+        """
+        taken = self._taken
+        for key, most, reason, param in limits:
+            if taken.get(key, 0) >= most:
+                raise QueueFullError(say(reason, **{param: most}))
+        for limit in limits:
+            taken[limit.key] = taken.get(limit.key, 0) + 1
+        try:
+            yield
+        finally:
+            for limit in limits:
+                taken[limit.key] -= 1
+                if not taken[limit.key]:
+                    del taken[limit.key]
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """The limits on the open requests of one party.
+
+    Attributes:
         per_token: Maximum number of requests per token; 0 is no limit.
         per_peer: Maximum number of requests per client address; 0 is no limit.
         separates_tokens: Whether the requests of one token find no cached prefix of another's.
+        places: The open requests of all parties.
     """
 
-    def __init__(
-        self, per_token: int = 0, per_peer: int = 0, *, separates_tokens: bool = False
-    ) -> None:
-        self._separates_tokens = separates_tokens
-        self._limits = {"token": per_token, "peer": per_peer}
-        self._open: Counter[tuple[str, str]] = Counter()
-
-    @property
-    def least(self) -> int:
-        """The smallest of the limits on one party's open requests; 0 is no limit."""
-        return min((limit for limit in self._limits.values() if limit), default=0)
+    per_token: int = 0
+    per_peer: int = 0
+    separates_tokens: bool = False
+    places: Places = field(default_factory=Places)
 
     @classmethod
     def of(cls, config: Config) -> Shares:
@@ -301,54 +338,16 @@ class Shares:
             separates_tokens=security.token_file is not None and not security.share_prefixes,
         )
 
-    def tenant(self, authorization: str | bytes | None) -> bytes:
-        """Identifies whose cached prefixes a request may use; empty if all requests share them."""
-        if not self._separates_tokens or not isinstance(authorization, str):
-            return b""
-        return _token_name(authorization)
-
-    @contextlib.contextmanager
-    def hold(self, authorization: str | bytes | None, peer: str) -> Iterator[None]:
-        """Count a request while the block runs.
-
-        Args:
-            authorization: The header, which identifies the token.
-            peer: The client's address in gRPC's form, such as ``ipv4:10.0.0.1:4711``.
-
-        Raises:
-            QueueFullError: The token or the address has as many as it may.
-        """
-        parties = [("peer", peer_address(peer))]
-        if isinstance(authorization, str):
-            parties.append(("token", _token_name(authorization).hex()))
-        limited = [party for party in parties if self._limits[party[0]]]
-        for party in limited:
-            limit = self._limits[party[0]]
-            if self._open[party] >= limit:
-                said = (
-                    say("TOKEN_LIMIT_REACHED", max_requests_per_token=limit)
-                    if party[0] == "token"
-                    else say("PEER_LIMIT_REACHED", max_requests_per_peer=limit)
-                )
-                raise QueueFullError(said, retry_after_seconds=_RETRY_SECONDS)
-        self._open.update(limited)
-        try:
-            yield
-        finally:
-            for party in limited:
-                self._open[party] -= 1
-                if not self._open[party]:
-                    del self._open[party]
-
-
-def _token_name(authorization: str) -> bytes:
-    # Use the token alone, so that spellings of the header do not turn one party into several.
-    return token_digest(bearer_token(authorization) or authorization)
-
 
 @dataclass(frozen=True, slots=True)
 class Party:
-    """The client of a request, whose requests are counted together; see ``Shares.hold``."""
+    """The client of a request, whose requests are counted together over all protocols.
+
+    Attributes:
+        shares: The limits on its open requests.
+        authorization: The header, which identifies its token.
+        peer: Its address in gRPC's form, such as ``ipv4:10.0.0.1:4711``.
+    """
 
     shares: Shares
     authorization: str | bytes | None = None
@@ -360,14 +359,29 @@ class Party:
         Raises:
             QueueFullError: The party has as many as it may.
         """
-        return self.shares.hold(self.authorization, self.peer)
+        limits, shares = [], self.shares
+        if shares.per_peer:
+            place, param = ("peer", peer_address(self.peer)), "max_requests_per_peer"
+            limits.append(Limit(place, shares.per_peer, "PEER_LIMIT_REACHED", param))
+        if shares.per_token and isinstance(self.authorization, str):
+            place, param = ("token", self._token), "max_requests_per_token"
+            limits.append(Limit(place, shares.per_token, "TOKEN_LIMIT_REACHED", param))
+        return shares.places.hold(*limits)
 
     @property
     def tenant(self) -> bytes:
-        """See ``Shares.tenant``."""
-        return self.shares.tenant(self.authorization)
+        """Identifies whose cached prefixes a request may use; empty if all requests share them."""
+        is_apart = self.shares.separates_tokens and isinstance(self.authorization, str)
+        return self._token if is_apart else b""
+
+    @property
+    def _token(self) -> bytes:
+        # Use the token alone, so that spellings of the header do not turn one party into several.
+        authorization = str(self.authorization)
+        return token_digest(bearer_token(authorization) or authorization)
 
     @property
     def most_at_once(self) -> int:
         """How many answers of one call the engine gets at once, within the party's own limit."""
-        return min(self.shares.least or MAX_AT_A_TIME, MAX_AT_A_TIME)
+        limits = (self.shares.per_token, self.shares.per_peer, MAX_AT_A_TIME)
+        return min(filter(None, limits))

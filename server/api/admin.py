@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import functools
 import threading
-from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from google.protobuf import duration_pb2
 
 from turret.server.adapters.state_dir import StagedUpload, UploadedFile
+from turret.server.api.access import Limit, Places
 from turret.server.api.admin_messages import (
     RESIDENCIES,
     adapter_message,
@@ -58,6 +58,7 @@ from turret.server.words import say
 from turret.v1 import adapters_pb2
 
 if TYPE_CHECKING:
+    from turret.server.adapters.adapter import AdapterInfo
     from turret.server.adapters.merger import MergeState
     from turret.server.adapters.registry.registry import AdapterRegistry, UnloadMode
 
@@ -150,8 +151,7 @@ class Adapters:
 
     def __init__(self, gate: ServingGate) -> None:
         self._gate = gate
-        # Uploads under way, by ``Call.tenant``.
-        self._uploads: Counter[bytes] = Counter()
+        self._uploads = Places()
         self._slow = SlowCalls(_SLOW_CALLS)
         # Drains wait up to an hour for other people's requests: keep them off the loading threads.
         self._drains = SlowCalls(_DRAINS)
@@ -166,46 +166,29 @@ class Adapters:
     async def load(
         self, message: adapters_pb2.LoadAdapterRequest, call: Call
     ) -> adapters_pb2.Adapter:
-        registry = self._gate.enter().registry
-        name, path = _checked_source(message, call)
-        return adapter_message(
-            await self._slow.run(
-                registry.load,
-                name,
-                path,
-                pinned=message.pinned,
-                **reading_options(message),
-            )
-        )
+        options = {"pinned": message.pinned, **reading_options(message)}
+        load = self._gate.enter().registry.load
+        return await self._change(load, *_checked_source(message, call), **options)
 
     async def replace(
         self, message: adapters_pb2.ReplaceAdapterRequest, call: Call
     ) -> adapters_pb2.Adapter:
-        registry = self._gate.enter().registry
-        name, path = _checked_source(message, call)
-        return adapter_message(
-            await self._slow.run(
-                registry.replace,
-                name,
-                path,
-                expected_generation=_expected_generation(message),
-                **reading_options(message),
-            )
-        )
+        options = {**_generations(message), **reading_options(message)}
+        replace = self._gate.enter().registry.replace
+        return await self._change(replace, *_checked_source(message, call), **options)
 
     async def rollback(
         self, message: adapters_pb2.RollbackAdapterRequest, call: Call
     ) -> adapters_pb2.Adapter:
-        registry = self._gate.enter().registry
         name = _checked_name(message.name, call)
-        return adapter_message(
-            await self._slow.run(
-                registry.rollback,
-                name,
-                generation=_generation(message),
-                expected_generation=_expected_generation(message),
-            )
-        )
+        rollback = self._gate.enter().registry.rollback
+        return await self._change(rollback, name, **_generations(message))
+
+    async def _change(
+        self, change: Callable[..., AdapterInfo], *args: Any, **kwargs: Any
+    ) -> adapters_pb2.Adapter:
+        """Call a method of the registry that returns the changed adapter."""
+        return adapter_message(await self._slow.run(change, *args, **kwargs))
 
     async def upload(self, messages: Messages, call: Call) -> adapters_pb2.Adapter:
         """Receive the files of an adapter: a header, then chunks in the order of its files.
@@ -262,16 +245,12 @@ class Adapters:
     def _upload_of(self, call: Call) -> Iterator[AdapterRegistry]:
         """Takes one of the places for uploads, and yields the registry."""
         registry = self._gate.enter().registry
-        if self._uploads.total() >= MAX_UPLOADS:
-            raise QueueFullError(say("TOO_MANY_CALLS", most=MAX_UPLOADS))
-        if call.tenant and self._uploads[call.tenant] >= MAX_UPLOADS_PER_TOKEN:
-            raise QueueFullError(say("TOO_MANY_UPLOADS_OF_TOKEN", most=MAX_UPLOADS_PER_TOKEN))
-        self._uploads[call.tenant] += 1
-        try:
+        limits = [Limit("all", MAX_UPLOADS, "TOO_MANY_CALLS")]
+        if call.tenant:
+            most = MAX_UPLOADS_PER_TOKEN
+            limits.append(Limit(call.tenant, most, "TOO_MANY_UPLOADS_OF_TOKEN"))
+        with self._uploads.hold(*limits):
             yield registry
-        finally:
-            self._uploads[call.tenant] -= 1
-            self._uploads += Counter()  # Drops tokens without uploads.
 
     async def _received(
         self,
@@ -288,19 +267,12 @@ class Adapters:
         try:
             await receive(staged)
             await self._slow.run(staged.finish)
-            record = await self._slow.run(
-                registry.upload,
-                header.name,
-                staged,
-                pinned=header.pinned,
-                replace=header.replace,
-                expected_generation=_expected_generation(header),
-                **reading_options(header),
-            )
+            options = {**_generations(header), **reading_options(header)}
+            options |= {"pinned": header.pinned, "replace": header.replace}
+            return await self._change(registry.upload, header.name, staged, **options)
         finally:
             # Start a thread for it, because the pool rejects work while the server stops.
             threading.Thread(target=staged.discard, name="discard upload").start()
-        return adapter_message(record)
 
     async def fuse(
         self, message: adapters_pb2.FuseAdaptersRequest, call: Call
@@ -342,8 +314,8 @@ class Adapters:
         self, message: adapters_pb2.GetAdapterRequest, call: Call
     ) -> adapters_pb2.Adapter:
         registry = self._gate.enter().registry
-        name = _checked_name(message.name, call)
-        return adapter_message(await asyncio.to_thread(registry.get, name, _generation(message)))
+        name, generation = _checked_name(message.name, call), _generations(message)["generation"]
+        return adapter_message(await asyncio.to_thread(registry.get, name, generation))
 
     async def list_page(
         self, message: adapters_pb2.ListAdaptersRequest
@@ -408,7 +380,7 @@ class Adapters:
         Close the generator if you leave it early.
         """
         registry = self._gate.enter().registry
-        generation, name = _generation(message), _checked_name(message.name, call)
+        name, generation = _checked_name(message.name, call), _generations(message)["generation"]
         export = await self._slow.open(
             lambda: registry.export(name, generation), lambda opened: opened.close()
         )
@@ -428,14 +400,14 @@ class Adapters:
     async def pin(
         self, message: adapters_pb2.PinAdapterRequest, call: Call
     ) -> adapters_pb2.Adapter:
-        name = _checked_name(message.name, call)
-        return adapter_message(await self._slow.run(self._gate.enter().registry.pin, name))
+        pin = self._gate.enter().registry.pin
+        return await self._change(pin, _checked_name(message.name, call))
 
     async def unpin(
         self, message: adapters_pb2.UnpinAdapterRequest, call: Call
     ) -> adapters_pb2.Adapter:
-        name = _checked_name(message.name, call)
-        return adapter_message(await self._slow.run(self._gate.enter().registry.unpin, name))
+        unpin = self._gate.enter().registry.unpin
+        return await self._change(unpin, _checked_name(message.name, call))
 
     async def unload(
         self, message: adapters_pb2.UnloadAdapterRequest, call: Call
@@ -463,7 +435,7 @@ class Adapters:
             message.name,
             mode=mode,
             timeout_seconds=seconds,
-            expected_generation=_expected_generation(message),
+            **_generations(message),
         )
         return adapters_pb2.UnloadAdapterResponse()
 
@@ -513,12 +485,11 @@ def _checked_name(name: str, call: Call) -> str:
     return name
 
 
-def _generation(message: Any) -> int | None:
-    return message.generation if message.HasField("generation") else None
-
-
-def _expected_generation(message: Any) -> int | None:
-    return message.expected_generation if message.HasField("expected_generation") else None
+def _generations(message: Any) -> dict[str, int | None]:
+    """The generations that a message names or expects, as arguments; None if it does not."""
+    names = ("generation", "expected_generation")
+    known = [name for name in names if name in message.DESCRIPTOR.fields_by_name]
+    return {name: getattr(message, name) if message.HasField(name) else None for name in known}
 
 
 def _checked_source(

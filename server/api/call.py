@@ -76,7 +76,7 @@ class Call:
         prompt_tokens: 0 until the engine has answered; of all prompts of the call together.
         generated_tokens: The number of tokens generated so far.
         message_bytes: Size of the request message as it came; 0 if it came in parts.
-        tenant: Identifies whose cached prefixes it may find; see ``Shares.tenant``.
+        tenant: Identifies whose cached prefixes it may find; see ``Party.tenant``.
         kept_bytes: Memory of the answers that it collects to send them as a whole.
         trace: Its span; None if it is not traced.
     """

@@ -8,17 +8,16 @@ import contextvars
 import dataclasses
 import logging
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import grpc
-from google.protobuf import duration_pb2
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from turret.server import log
-from turret.server.api.access import SERVICE_ROLES, Party, authorize
+from turret.server.api.access import SERVICE_ROLES, Limit, Party, Places, authorize
 from turret.server.api.call import REQUEST_ID_KEY, Call
 from turret.server.api.faults import Fault, fault_of
 from turret.server.api.services import Services
@@ -27,7 +26,6 @@ from turret.server.errors import (
     VIOLATION_COUNT,
     DeadlineExceededError,
     InvalidRequestError,
-    QueueFullError,
     ServiceElsewhereError,
     TurretError,
 )
@@ -177,8 +175,7 @@ def to_rich_status(fault: Fault) -> status_pb2.Status:
         count = int(fault.metadata.get(VIOLATION_COUNT, len(fault.violations)))
         status.details.add().Pack(_bad_request(fault.violations, count))
     if fault.retry_after_seconds is not None:
-        wait = duration_pb2.Duration()
-        wait.FromNanoseconds(round(fault.retry_after_seconds * 1e9))
+        wait = timedelta(seconds=fault.retry_after_seconds)
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=wait))
     return status
 
@@ -191,42 +188,6 @@ MOST_CALLS = 1 << 14
 MOST_CALLS_PER_TOKEN = MOST_CALLS * 3 // 4
 # Limit for services that require no token: health (a watch never ends) and reflection.
 MOST_OPEN_CALLS = 4096
-
-
-class OpenCalls:
-    """Counts the calls of all connections. Belongs to one event loop."""
-
-    def __init__(self) -> None:
-        # Calls in progress, by whether their service requires no token.
-        self._counts = {True: 0, False: 0}
-        self._tenants: Counter[bytes] = Counter()
-
-    @contextlib.contextmanager
-    def hold(self, tenant: bytes, *, is_open: bool) -> Iterator[None]:
-        """Count a call while the block runs.
-
-        Args:
-            tenant: Whose it is; see ``Shares.tenant``.
-            is_open: Whether its service asks for no token; such calls have a bound of their own,
-                and keep nobody else out.
-
-        Raises:
-            QueueFullError: There are as many as there may be, in total or of this tenant.
-        """
-        most = MOST_OPEN_CALLS if is_open else MOST_CALLS
-        if self._counts[is_open] >= most:
-            raise QueueFullError(say("TOO_MANY_CALLS", most=most))
-        if tenant and self._tenants[tenant] >= (most := MOST_CALLS_PER_TOKEN):
-            raise QueueFullError(say("TOO_MANY_CALLS", most=most))
-        self._counts[is_open] += 1
-        self._tenants[tenant] += 1
-        try:
-            yield
-        finally:
-            self._counts[is_open] -= 1
-            self._tenants[tenant] -= 1
-            if not self._tenants[tenant]:
-                del self._tenants[tenant]
 
 
 # The interceptor itself.
@@ -281,7 +242,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, services: Services) -> None:
         self._services = services
-        self._open_calls = OpenCalls()
+        self._open_calls = Places()
 
     async def intercept_service(
         self,
@@ -376,8 +337,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         code = Code.INTERNAL
         try:
             held = call.party.hold() if method in COUNTED - MANY else contextlib.nullcontext()
-            is_open = _service_of(method) not in SERVICE_ROLES
-            with self._open_calls.hold(call.tenant, is_open=is_open), held:
+            with self._open_calls.hold(*_limits(method, call.tenant)), held:
                 response = await body()
             context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
             # The health service sets a status itself.
@@ -417,6 +377,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return None
         finally:
             call.finish(code)
+
+
+def _limits(method: str, tenant: bytes) -> Iterator[Limit]:
+    """The limits on open calls. Calls of open services have their own, and keep nobody else out."""
+    is_open = _service_of(method) not in SERVICE_ROLES
+    yield Limit(is_open, MOST_OPEN_CALLS if is_open else MOST_CALLS, "TOO_MANY_CALLS")
+    if tenant:
+        yield Limit(tenant, MOST_CALLS_PER_TOKEN, "TOO_MANY_CALLS")
 
 
 def authorization_of(metadata: Iterable[tuple[str, str | bytes]]) -> str | bytes | None:

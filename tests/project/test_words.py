@@ -17,7 +17,10 @@ from turret.server.words import say
 from turret.words import SUGGESTION
 
 # Functions with a reason and parameters, and the parameters that they add.
-SAYERS: dict[str, set[str]] = {"say": set(), "check": set(), "_check": set(), "refuse": {"path"}}
+SAYERS: dict[str, set[str]] = {
+    **{"say": set(), "check": set(), "_check": set(), "refuse": {"path"}},
+    "Limit": {"most", "max_requests_per_token", "max_requests_per_peer"},
+}
 ROOMS = ("adapters", "api", "basics", "constraints", "engine", "http", "hub", "models", "rpc")
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("src/turret", "server", "fleet", "training", "clients", "kernels")

@@ -18,7 +18,7 @@ from builders.random_adapters import AdapterSpec, arch_of, write_adapter
 from safetensors.numpy import load_file, save_file
 
 from turret.server.adapters.adapter import TENSORS_FILE
-from turret.server.api.access import Shares
+from turret.server.api.access import Party, Shares
 from turret.server.app import App
 from turret.server.config import (
     AdapterConfig,
@@ -251,9 +251,10 @@ async def test_prefixes_are_shared_where_that_is_asked_for_and_without_tokens(
 
 def test_a_token_has_one_share_however_the_header_spells_it() -> None:
     shares = Shares(per_token=1)
-    with shares.hold("Bearer alice", "ipv4:127.0.0.1:1"):
+    with Party(shares, "Bearer alice", "ipv4:127.0.0.1:1").hold():
         for header in ("bearer alice", "BEARER  alice "):
-            with pytest.raises(QueueFullError), shares.hold(header, "ipv4:127.0.0.1:2"):
+            again = Party(shares, header, "ipv4:127.0.0.1:2")
+            with pytest.raises(QueueFullError), again.hold():
                 pass
-        with shares.hold("Bearer bob", "ipv4:127.0.0.1:1"):
+        with Party(shares, "Bearer bob", "ipv4:127.0.0.1:1").hold():
             pass
