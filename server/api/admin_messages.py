@@ -8,11 +8,10 @@ import hashlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from google.protobuf import timestamp_pb2
-
 from turret.server.adapters.adapter import AdapterRef, origin_of
 from turret.server.adapters.fuse.combination import Combination
 from turret.server.api.limits import MAX_ALIAS_TARGETS, MAX_WORD_CHARS
+from turret.server.api.same_names import message_of, timestamp
 from turret.server.api.violations import Violations, adapter_refs
 from turret.server.errors import InvalidRequestError
 from turret.server.words import say
@@ -45,48 +44,30 @@ def _sendable(text: str) -> str:
 def adapter_message(record: AdapterInfo) -> adapters_pb2.Adapter:
     """A registry record in the form of the API."""
     facts = record.facts
-    message = adapters_pb2.Adapter(
-        name=record.name,
-        uuid=record.uuid,
-        generation=record.generation,
+    return message_of(
+        adapters_pb2.Adapter,
+        record,
         digest=_sendable(facts.digest),
         method=_sendable(facts.method),
         ranks=facts.ranks,
         target_modules=map(_sendable, facts.target_modules),
         bytes_disk=facts.bytes_disk,
-        bytes_host=record.bytes_host,
-        bytes_device=record.bytes_device,
         residency=RESIDENCIES[record.residency],
-        pinned=record.pinned,
-        in_flight=record.in_flight,
         base_model=_sendable(facts.base_model),
-        warnings=map(_sendable, record.facts.warnings),
-        state=record.state,
+        warnings=map(_sendable, facts.warnings),
         source=_sendable(record.source),
         invocation_token_ids=facts.invocation,
         labels=map(_sendable, facts.labels),
         vocab_size=facts.vocab_size,
         chat_template=origin_of(facts.chat_template),
-        kept_generations=record.kept_generations,
+        last_used_time=timestamp(record.last_used_time),
     )
-    if record.last_used_time is not None:
-        stamp = timestamp_pb2.Timestamp()
-        stamp.FromNanoseconds(round(record.last_used_time * 1e9))
-        message.last_used_time.CopyFrom(stamp)
-    return message
 
 
 def alias_message(alias: Alias) -> adapters_pb2.Alias:
     """An alias in the form of the API."""
-    return adapters_pb2.Alias(
-        name=alias.name,
-        targets=[
-            adapters_pb2.AliasTarget(
-                name=target.name, generation=target.generation, weight=target.weight
-            )
-            for target in alias.targets
-        ],
-    )
+    targets = [message_of(adapters_pb2.AliasTarget, target) for target in alias.targets]
+    return adapters_pb2.Alias(name=alias.name, targets=targets)
 
 
 # The largest weight of a target; as large as that of a mix's member.
@@ -218,12 +199,10 @@ def fuse_response(
     result: FuseResult, adapter: adapters_pb2.Adapter
 ) -> adapters_pb2.FuseAdaptersResponse:
     """A ``FuseResult`` in the form of the API."""
-    response = adapters_pb2.FuseAdaptersResponse(
-        adapter=adapter, relative_error=result.relative_error
+    modules = [message_of(adapters_pb2.ModuleError, each) for each in result.modules]
+    return adapters_pb2.FuseAdaptersResponse(
+        adapter=adapter, relative_error=result.relative_error, modules=modules
     )
-    for each in result.modules:
-        response.modules.add(module=each.module, relative_error=each.relative_error, rank=each.rank)
-    return response
 
 
 # Conversion of merges between proto and domain.
@@ -257,24 +236,19 @@ def checked_merge_request(request: _Request) -> tuple[tuple[AdapterRef, ...], Pr
 
 def merge_state_message(state: MergeState) -> adapters_pb2.MergeState:
     """The state in the form of the API."""
-    message = adapters_pb2.MergeState(base_generation=state.base_generation)
     merge = state.merge
     if merge is None:
-        return message
-    message.active = True
-    for member in merge.adapters:
-        message.adapters.add(
-            name=member.name,
-            uuid=member.uuid,
-            generation=member.generation,
-            weight=member.weight,
-        )
-    message.precision = _Request.NF4 if merge.precision == "NF4" else _Request.BF16
-    stamp = timestamp_pb2.Timestamp()
-    stamp.FromNanoseconds(round(merge.time * 1e9))
-    message.merge_time.CopyFrom(stamp)
-    message.relative_error = merge.report.relative_error
-    message.update_error = merge.report.update_error
-    for path, error in merge.report.modules:
-        message.modules.add(module=path, relative_error=error)
-    return message
+        return adapters_pb2.MergeState(base_generation=state.base_generation)
+    return adapters_pb2.MergeState(
+        base_generation=state.base_generation,
+        active=True,
+        adapters=[message_of(adapters_pb2.MergedAdapter, each) for each in merge.adapters],
+        precision=merge.precision,
+        merge_time=timestamp(merge.time),
+        relative_error=merge.report.relative_error,
+        update_error=merge.report.update_error,
+        modules=[
+            adapters_pb2.ModuleError(module=path, relative_error=error)
+            for path, error in merge.report.modules
+        ],
+    )

@@ -33,6 +33,7 @@ from turret.server.api.inference_requests import (
 )
 from turret.server.api.inputs import classify, embed
 from turret.server.api.limits import InputLimits
+from turret.server.api.same_names import message_of
 from turret.server.api.violations import Violations, adapter_refs
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.models.chat_template import ChatFormat
@@ -199,20 +200,11 @@ class Inference:
     def model(self) -> inference_pb2.GetModelResponse:
         """The base model, this build, and the adapter methods it can load."""
         backend = self._gate.enter()
-        info = backend.model_info
-        return inference_pb2.GetModelResponse(
-            name=info.name,
-            model_type=info.model_type,
-            digest=info.digest,
-            dtype=info.dtype,
-            quantization=info.quantization,
-            vocab_size=info.vocab_size,
-            max_model_len=info.max_model_len,
-            num_layers=info.num_layers,
-            hidden_size=info.hidden_size,
+        return message_of(
+            inference_pb2.GetModelResponse,
+            backend.model_info,
             server_version=turret.__version__,
             methods=backend.methods,
-            commit=info.commit,
         )
 
 

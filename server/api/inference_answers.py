@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any, TypeVar
-
-from google.protobuf import duration_pb2
 
 from turret.server.api.call import Call
 from turret.server.api.gate import Backend
+from turret.server.api.same_names import message_of
 from turret.server.engine.scheduling.request import (
     AdapterUse,
     Finish,
@@ -169,10 +169,8 @@ def token_logprobs(tokens: Iterable[TokenLogprob]) -> list[inference_pb2.TokenLo
     ]
 
 
-def _duration(seconds: float) -> duration_pb2.Duration:
-    duration = duration_pb2.Duration()
-    duration.FromNanoseconds(round(max(seconds, 0.0) * 1e9))
-    return duration
+def _duration(seconds: float) -> timedelta:
+    return timedelta(seconds=max(seconds, 0.0))
 
 
 def timing(spans: Timing) -> inference_pb2.Timing:
@@ -184,28 +182,13 @@ def timing(spans: Timing) -> inference_pb2.Timing:
 
 
 def adapter_uses(uses: Iterable[AdapterUse]) -> list[inference_pb2.AdapterUse]:
-    return [
-        inference_pb2.AdapterUse(
-            name=use.name,
-            uuid=use.uuid,
-            generation=use.generation,
-            digest=use.digest,
-            weight=use.weight,
-            cold_start=use.cold_start,
-            load_ms=use.load_ms,
-        )
-        for use in uses
-    ]
+    return [message_of(inference_pb2.AdapterUse, use) for use in uses]
 
 
 def usage_fields(finish: Finish) -> dict[str, Any]:
     """The fields that every finished answer has, by name."""
     return {
-        "usage": inference_pb2.Usage(
-            prompt_tokens=finish.usage.prompt_tokens,
-            cached_tokens=finish.usage.cached_tokens,
-            completion_tokens=finish.usage.completion_tokens,
-        ),
+        "usage": message_of(inference_pb2.Usage, finish.usage),
         "adapters_used": adapter_uses(finish.adapters_used),
         "timing": timing(finish.timing),
     }
