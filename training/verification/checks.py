@@ -200,8 +200,8 @@ def reload(
 
 def _case(tokenizer: Any, prompt: str, ids: list[int], answer: Answer) -> _Case | None:
     """The answer's tokens, or None if the server does not tell which they were."""
-    tokens = list(answer.tokens)
-    if any(isinstance(token, str) for token in tokens):
+    tokens = [token for token in answer.tokens if isinstance(token, int)]
+    if len(tokens) < len(answer.tokens):
         tokens = tokenizer(prompt + answer.text).input_ids[len(ids) :]
         if [tokenizer.decode([token]) for token in tokens] != list(answer.tokens)[: len(tokens)]:
             return None

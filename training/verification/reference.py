@@ -47,7 +47,7 @@ class Adapted:
     """
 
     def __init__(self, model: Any, directory: Path) -> None:
-        config = PeftConfig.from_pretrained(directory)
+        config = PeftConfig.from_pretrained(str(directory))
         for name in ("init_lora_weights", "init_weights"):
             # An adapter that starts at random would not leave the base as it is.
             if getattr(config, name, None) is False:
@@ -91,5 +91,6 @@ def adapted(model: Any, directory: Path) -> Iterator[Adapted]:
     try:
         yield made
     finally:
-        if hasattr(made.model.base_model, "unload"):
-            made.model.base_model.unload()
+        # A soft prompt leaves the model as it is.
+        if not made.model.active_peft_config.is_prompt_learning:
+            made.model.unload()
