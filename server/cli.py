@@ -33,6 +33,7 @@ _OWN_VERBS = {
 _TRAINING = {
     "train": "train an adapter",
     "convert": "convert an adapter of an unsupported form to a supported one",
+    "verify": "check that a server answers with adapters as PEFT does",
 }
 # Functions that add the verbs of the fleet and the trainer. The server imports neither package, so
 # they are found by name when the verb is used.
@@ -41,6 +42,7 @@ _ELSEWHERE = {
     "model": "turret.server.command.model_verb:add_parser",
     "train": "turret.training.verbs:add_parser",
     "convert": "turret.training.conversion.verb:add_parser",
+    "verify": "turret.training.verification.verb:add_parser",
 }
 _METHOD_NAMES = "turret.training.settings.config:METHOD_NAMES"
 

@@ -92,6 +92,12 @@ TEXTS = {
     "NO_VALIDATION_LOSS": "{path} has no validation loss",
     "LOHA_RANK_TOO_HIGH": "LoHa rank {rank} costs more than a dense update on a module with"
     " {inputs} inputs and {outputs} outputs; choose a lower rank",
+    # Verification of a server.
+    "SERVER_UNREACHED": "{url} cannot be reached: {problem}",
+    "SERVER_REFUSED": "{url} answered {status}: {text}",
+    "NO_LOGPROBS": "{url} answers without log probabilities, which the comparison needs",
+    "NOT_ON_SERVER": "the server has not loaded {names}; it has {choices}",
+    "OTHER_WEIGHTS_SERVED": "{url} serves other weights than {name}; pass its base with --model",
     # Conversions.
     "NOT_PEFT_FOLDER": "{path} has no {file}; pass the directory that PEFT's save_pretrained wrote",
     "NOT_CONVERTED": "{path}: peft_type {value!q:.60} cannot be converted, only {choices};"

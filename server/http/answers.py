@@ -72,6 +72,18 @@ def uses_json(uses: Iterable[inference_pb2.AdapterUse]) -> list[dict[str, Any]]:
     ]
 
 
+def name_tokens(answer: Ended, names_ids: bool) -> Sequence[inference_pb2.TokenLogprob]:
+    """The tokens of an answer; with ``names_ids`` their texts become ``token_id:ID``, as in vLLM.
+
+    An id identifies a token that is only a part of a character.
+    """
+    if names_ids:
+        for token in answer.logprobs:
+            for named in (token, *token.top):
+                named.text = f"token_id:{named.token_id}"
+    return answer.logprobs
+
+
 def finite(logprob: float) -> float:
     return max(logprob, LEAST_LOGPROB)
 

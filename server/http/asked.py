@@ -69,6 +69,7 @@ class Asked:
         num_choices: The number of answers to each prompt.
         is_stream: Whether the answer is sent as events.
         includes_usage: Whether the last event contains the usage.
+        names_ids: Whether log probabilities name tokens by their ids.
     """
 
     model: str
@@ -76,6 +77,7 @@ class Asked:
     num_choices: int
     is_stream: bool
     includes_usage: bool
+    names_ids: bool
 
 
 def asked_of(body: Generating, mix: Mix, names: dict[str, str]) -> Asked:
@@ -96,6 +98,7 @@ def asked_of(body: Generating, mix: Mix, names: dict[str, str]) -> Asked:
         num_choices=body.n,
         is_stream=body.stream,
         includes_usage=includes_usage,
+        names_ids=body.return_tokens_as_token_ids,
     )
 
 

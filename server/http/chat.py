@@ -11,6 +11,7 @@ from turret.server.http.answers import (
     adapters_of,
     chat_logprobs,
     head,
+    name_tokens,
     stop_reason,
     usage_of,
 )
@@ -112,4 +113,5 @@ def _finish_reason(answer: Ended, reader: AnswerReader) -> str:
 
 
 def _logprobs(asked: Asked, answer: Ended) -> dict[str, Any] | None:
-    return chat_logprobs(answer.logprobs) if asked.message.options.logprobs else None
+    tokens = name_tokens(answer, asked.names_ids)
+    return chat_logprobs(tokens) if asked.message.options.logprobs else None

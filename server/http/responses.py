@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from turret.server.http.answers import Ended, adapters_of, chat_logprobs, usage_of
+from turret.server.http.answers import Ended, adapters_of, chat_logprobs, name_tokens, usage_of
 from turret.server.http.asked import (
     asked_of,
     read_request,
@@ -123,6 +123,7 @@ class _Response(Dialect):
     def __init__(self, request_id: str, body: ResponseRequest) -> None:
         self._request_id = request_id
         self._has_logprobs = _wants_logprobs(body)
+        self._names_ids = body.return_tokens_as_token_ids
         self._num_sent = 0
         self._output: list[dict[str, Any]] = []
         self.whole = {
@@ -220,7 +221,7 @@ class _Response(Dialect):
         if not self._has_logprobs:
             return []
         # In the Responses API ``bytes`` is always a list.
-        found = chat_logprobs(answer.logprobs)["content"]
+        found = chat_logprobs(name_tokens(answer, self._names_ids))["content"]
         for token in found:
             for one in (token, *token["top_logprobs"]):
                 one["bytes"] = one["bytes"] or []

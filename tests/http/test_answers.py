@@ -197,6 +197,27 @@ async def test_a_large_answer_is_built_off_the_event_loop_and_in_pieces(
     assert threading.main_thread().name not in {name for name, _ in encoded}
 
 
+async def test_tokens_are_named_by_their_ids_on_request() -> None:
+    """Two tokens with the same text, such as parts of characters, stay distinct."""
+    async with http_harness() as server:
+
+        async def script(request: Request) -> AsyncIterator[Output]:
+            top = (TopLogprob(7, "\ufffd", -1.0),)
+            token = TokenLogprob(token_id=5, text="\ufffd", logprob=-2.0, top=top)
+            yield Output(text="", token_ids=(5,), logprobs=(token,), finish=finish(request))
+
+        server.engine.script = script
+        asked = {"model": "base", "return_tokens_as_token_ids": True}
+        body = asked | {"messages": TURNS, "logprobs": True, "top_logprobs": 1}
+        (choice,) = (await server.post(CHAT, body)).json()["choices"]
+        (token,) = choice["logprobs"]["content"]
+        assert (token["token"], token["top_logprobs"][0]["token"]) == ("token_id:5", "token_id:7")
+        body = asked | {"prompt": "ab", "logprobs": 1}
+        (choice,) = (await server.post(COMPLETIONS, body)).json()["choices"]
+        assert choice["logprobs"]["tokens"] == ["token_id:5"]
+        assert choice["logprobs"]["top_logprobs"] == [{"token_id:7": -1.0, "token_id:5": -2.0}]
+
+
 async def test_a_logprob_is_a_number_of_json() -> None:
     async with http_harness() as server:
 

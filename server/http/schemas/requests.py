@@ -97,7 +97,6 @@ class Asking(Body):
     logits_processors: Any = unsupported([])
     skip_special_tokens: Any = unsupported(True)
     return_token_ids: Any = unsupported(False)
-    return_tokens_as_token_ids: Any = unsupported(False)
     priority: Any = unsupported(0)
     lora: Any = unsupported([], instead="`model`")
     lora_path: Any = unsupported(instead="`model`")
@@ -250,6 +249,9 @@ class Generating(Asking):
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     include_stop: bool = False
+    return_tokens_as_token_ids: bool = Field(
+        False, description="Call the tokens of `logprobs` `token_id:ID`, as vLLM does."
+    )
     stream: bool = Field(False, description="Send server-sent events instead of one answer.")
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
 

@@ -1,0 +1,141 @@
+"""``turret verify`` against a real server, with right adapters and with planted faults."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from builders.bases.tiny_models import save_tiny_model
+from builders.methods import make_config, save_adapter
+from safetensors.torch import load_file, save_file
+from servers.server_under_test import ServerUnderTest, start_server
+from transformers import AutoModelForCausalLM
+
+from turret.server.cli import main
+from turret.training.verification.checks import Verdict, ask_together, reload
+from turret.training.verification.door import Answer
+
+_TWO_KINDS = {"target_modules": ["q_proj", "down_proj"]}
+_SILENT, _HALF, _OTHER = "silent", "half", "other"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its adapters, and ``adapters`` with the ones that the server gets."""
+    folder = tmp_path_factory.mktemp("verify")
+    save_tiny_model("llama", folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    configs = {
+        "lora": make_config("lora", **_TWO_KINDS),
+        "loha": make_config("loha", **_TWO_KINDS),
+        "head": make_config("lora", **_TWO_KINDS, modules_to_save=["lm_head"]),
+        _SILENT: make_config("lora", **_TWO_KINDS),
+        _HALF: make_config("lora", **_TWO_KINDS),
+        _OTHER: make_config("lora", **_TWO_KINDS),
+    }
+    for seed, (name, config) in enumerate(configs.items()):
+        save_adapter(model, config, folder / name, seed=seed)
+        shutil.copytree(folder / name, folder / "adapters" / name)
+    for name, lost in ((_SILENT, "_proj"), (_HALF, "down_proj")):
+        file = folder / "adapters" / name / "adapter_model.safetensors"
+        tensors = load_file(file)
+        for key, tensor in tensors.items():
+            if lost in key:
+                tensors[key] = torch.zeros_like(tensor)
+        save_file(tensors, file)
+    shutil.copytree(folder / "lora", folder / "adapters" / _OTHER, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[ServerUnderTest]:
+    names = [path.name for path in (folder / "adapters").iterdir()]
+    flags = [flag for name in names for flag in ("--preload", f"{name}={name}")]
+    http = ("--http-address", "127.0.0.1:0")
+    with start_server(folder, "--model", str(folder / "model"), *http, *flags) as running:
+        yield running
+
+
+def _verify(
+    server: ServerUnderTest, folder: Path, capsys: pytest.CaptureFixture[str], *names: str
+) -> tuple[int, dict[str, dict]]:
+    code = main(
+        [
+            *("verify", "--against", f"http://{server.http_address}", "--json", "--quiet"),
+            *("--model", str(folder / "model")),
+            *(str(folder / name) for name in names),
+        ]
+    )
+    out = capsys.readouterr().out
+    return code, {verdict["name"]: verdict for verdict in json.loads(out)}
+
+
+def test_a_right_server_passes(
+    server: ServerUnderTest, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found = _verify(server, folder, capsys, "lora", "loha", "head")
+    assert code == 0
+    assert list(found) == ["base", "lora", "loha", "head"]
+    for verdict in found.values():
+        assert verdict["right"]
+        assert verdict["same"] == verdict["tokens"] > 0
+
+
+def test_keys_without_effect_are_named(
+    server: ServerUnderTest, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found = _verify(server, folder, capsys, _SILENT, _HALF, _OTHER)
+    assert code == 1
+    assert found["base"]["right"]
+    wrong = {name: verdict["without_effect"] for name, verdict in found.items() if name != "base"}
+    assert wrong == {_SILENT: ["*"], _HALF: ["down_proj"], _OTHER: []}
+    assert not any(found[name]["right"] for name in wrong)
+
+
+class _Wavering:
+    """A server whose answers depend on the company, or on what had the name before."""
+
+    def __init__(self) -> None:
+        self.is_busy = False
+        self._names: dict[str, Path] = {}
+
+    def ask(self, adapter: str | None, prompt: list[int], max_tokens: int) -> Answer:
+        text = str(self._names.get(adapter or "", adapter))
+        return Answer(text, (1,), (-1.0 - self.is_busy,))
+
+    def load(self, name: str, path: Path) -> None:
+        self._names.setdefault(name, Path(path.name))
+
+    def unload(self, name: str) -> None: ...
+
+
+def test_answers_that_change_are_counted() -> None:
+    door = _Wavering()
+    adapters = {name: Path(name) for name in ("one", "two")}
+    verdicts = {name: Verdict(name) for name in adapters}
+    prompts = [[1], [2]]
+    alone = {name: [door.ask(name, ids, 1) for ids in prompts] for name in adapters}
+    reload(door, adapters, prompts, 1, alone, verdicts)  # type: ignore[arg-type]
+    assert [verdict.reloaded for verdict in verdicts.values()] == [0, 2]
+    ask_together(door, prompts, 1, alone, verdicts)  # type: ignore[arg-type]
+    assert [verdict.mixed for verdict in verdicts.values()] == [0, 0]
+    door.is_busy = True
+    ask_together(door, prompts, 1, alone, verdicts)  # type: ignore[arg-type]
+    assert [verdict.mixed for verdict in verdicts.values()] == [2, 2]
+
+
+def test_an_unknown_adapter_is_refused(
+    server: ServerUnderTest, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(
+        [
+            *("verify", "--against", f"http://{server.http_address}"),
+            *("--model", str(folder / "model"), f"missing={folder / 'lora'}"),
+        ]
+    )
+    assert code == 1
+    assert "missing" in capsys.readouterr().err

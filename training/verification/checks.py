@@ -1,0 +1,259 @@
+"""The checks of ``turret verify``.
+
+Each answer of the server is compared with PEFT's forward pass over the same tokens, on the same
+base in fp32. PEFT in bf16 shows which difference rounding alone explains.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from turret.training.base_model import TrainingBase, Weights, load_model
+from turret.training.errors import RunError
+from turret.training.verification.door import Answer, Door
+from turret.training.verification.reference import Rows, adapted, logprobs_of
+
+# A difference is explained by rounding if it is at most this many times that of PEFT in bf16.
+_ROUNDINGS = 2.0
+# Keys have no effect if the answers are this many times nearer to an adapter without them.
+_NEARER = 2.0
+_NAME = "turret-verify"
+BASE = "base"
+DEFAULT_PROMPTS = (
+    "The capital of France is",
+    "Question: Why is the sky blue?\nAnswer:",
+    "def fibonacci(n):\n",
+    "Once upon a time, in a village by the sea,",
+    "Translate to German: Good morning, my friend.\n",
+    "The three most important things about health are",
+)
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What was found about one adapter, or about the base.
+
+    Attributes:
+        name: The adapter's name on the server.
+        tokens: The number of compared tokens.
+        same: The number of tokens that PEFT in fp32 would choose too. A token counts if rounding
+            explains why the other one was chosen.
+        error: Mean difference between the server's log probabilities and PEFT's in fp32.
+        rounding: The same for PEFT in bf16 on the same base.
+        without_effect: Kinds of modules whose keys had no effect; ``*`` means the whole adapter.
+        mixed: The number of answers that differ when asked in one batch with other adapters.
+        reloaded: The number of answers that differ after another adapter had the same name; None
+            if the server did not load an adapter.
+        problem: Why the adapter was not compared; empty if it was.
+    """
+
+    name: str
+    tokens: int = 0
+    same: int = 0
+    error: float = 0.0
+    rounding: float = 0.0
+    without_effect: list[str] = field(default_factory=list)
+    mixed: int = 0
+    reloaded: int | None = None
+    problem: str = ""
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the answers are PEFT's up to rounding, and the same in any company."""
+        is_near = self.same == self.tokens > 0 and self.error <= _ROUNDINGS * self.rounding
+        return is_near and not (self.problem or self.without_effect or self.mixed or self.reloaded)
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """An answer with its tokens: ``ids`` are those of the answer that have a log probability."""
+
+    prompt: list[int]
+    ids: list[int]
+    logprobs: torch.Tensor
+
+
+def verify(
+    door: Door,
+    base: TrainingBase,
+    weights: Weights,
+    adapters: Mapping[str, Path],
+    *,
+    prompts: Sequence[str] = DEFAULT_PROMPTS,
+    max_tokens: int = 16,
+    on_phase: Callable[[str], None] = lambda text: None,
+) -> list[Verdict]:
+    """Compare the base and all adapters with PEFT.
+
+    Args:
+        door: The server.
+        base: The base model of the reference.
+        weights: Its weights: ``full`` as in the checkpoint, ``nf4`` as turret serves it.
+        adapters: The server's name of each adapter → the directory that PEFT wrote.
+        prompts: Texts that are continued.
+        max_tokens: Maximum number of tokens of each answer.
+        on_phase: Called with a description of what is done next.
+
+    Returns:
+        A verdict on the base, and one on each adapter.
+
+    Raises:
+        RunError: The server cannot be reached, or does not give what the comparison needs.
+    """
+    dense: Weights = "nf4-dense" if weights == "nf4" else weights
+    tokenizer = base.tokenizer
+    encoded = [tokenizer(prompt).input_ids for prompt in prompts]
+    verdicts = {name: Verdict(name) for name in (BASE, *adapters)}
+
+    on_phase("asking the server for each answer alone")
+    alone = {
+        name: [door.ask(None if name == BASE else name, ids, max_tokens) for ids in encoded]
+        for name in verdicts
+    }
+    on_phase("asking for all answers at once")
+    ask_together(door, encoded, max_tokens, alone, verdicts)
+    on_phase("loading adapters under one name, one after another")
+    reload(door, adapters, encoded, max_tokens, alone, verdicts)
+
+    cases = {
+        name: [
+            case
+            for prompt, ids, answer in zip(prompts, encoded, answers, strict=True)
+            if (case := _case(tokenizer, prompt, ids, answer))
+        ]
+        for name, answers in alone.items()
+    }
+    on_phase("computing PEFT's answers in fp32")
+    model = load_model(base, dense, torch.float32, "cpu").eval()
+    exact = {
+        name: _compare(model, adapters.get(name), cases[name], verdicts[name]) for name in verdicts
+    }
+    del model
+    gc.collect()
+    on_phase("computing PEFT's answers in bf16")
+    model = load_model(base, dense, torch.bfloat16, "cpu").eval()
+    suspects = []
+    for name, verdict in verdicts.items():
+        if verdict.problem:
+            continue
+        rough = _rows(model, adapters.get(name), cases[name])
+        _judge(verdict, cases[name], exact[name], rough)
+        if verdict.error > _ROUNDINGS * verdict.rounding and name in adapters:
+            suspects.append(name)
+    del model
+    gc.collect()
+    if suspects:
+        on_phase("looking for keys without effect")
+        model = load_model(base, dense, torch.float32, "cpu").eval()
+        for name in suspects:
+            _find_unused(model, adapters[name], cases[name], verdicts[name])
+    return list(verdicts.values())
+
+
+def ask_together(
+    door: Door,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    alone: Mapping[str, Sequence[Answer]],
+    verdicts: Mapping[str, Verdict],
+) -> None:
+    with ThreadPoolExecutor(len(verdicts) * len(prompts)) as pool:
+        waiting = {
+            (name, number): pool.submit(door.ask, None if name == BASE else name, ids, max_tokens)
+            for number, ids in enumerate(prompts)
+            for name in verdicts
+        }
+        for (name, number), answer in waiting.items():
+            verdicts[name].mixed += answer.result() != alone[name][number]
+
+
+def reload(
+    door: Door,
+    adapters: Mapping[str, Path],
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    alone: Mapping[str, Sequence[Answer]],
+    verdicts: Mapping[str, Verdict],
+) -> None:
+    """Serve all adapters one after another under the same name, which must not mix them up."""
+    # The first one comes once more at the end, so that even a single adapter is loaded twice.
+    for name in (*adapters, *list(adapters)[:1]):
+        try:
+            door.load(_NAME, adapters[name])
+        except RunError:
+            # Many servers cannot load adapters, or only with a setting.
+            return
+        try:
+            found = [door.ask(_NAME, ids, max_tokens) for ids in prompts]
+        finally:
+            door.unload(_NAME)
+        differing = sum(a != b for a, b in zip(found, alone[name], strict=True))
+        verdicts[name].reloaded = (verdicts[name].reloaded or 0) + differing
+
+
+def _case(tokenizer: Any, prompt: str, ids: list[int], answer: Answer) -> _Case | None:
+    """The answer's tokens, or None if the server does not tell which they were."""
+    tokens = [token for token in answer.tokens if isinstance(token, int)]
+    if len(tokens) < len(answer.tokens):
+        tokens = tokenizer(prompt + answer.text).input_ids[len(ids) :]
+        if [tokenizer.decode([token]) for token in tokens] != list(answer.tokens)[: len(tokens)]:
+            return None
+    return _Case(ids, tokens, torch.tensor(answer.logprobs[: len(tokens)])) if tokens else None
+
+
+def _rows(model: Any, directory: Path | None, cases: Sequence[_Case]) -> Rows:
+    if directory is None:
+        return _all_rows(model, cases)
+    with adapted(model, directory) as made:
+        return _all_rows(made.model, cases)
+
+
+def _all_rows(model: Any, cases: Sequence[_Case]) -> Rows:
+    return torch.cat([logprobs_of(model, case.prompt, case.ids) for case in cases])
+
+
+def _compare(model: Any, directory: Path | None, cases: Sequence[_Case], verdict: Verdict) -> Rows:
+    """PEFT's view in fp32; a problem with the adapter goes into the verdict."""
+    if not cases:
+        verdict.problem = "the tokens of the answers are not known"
+        return torch.empty(0, 2)
+    try:
+        return _rows(model, directory, cases)
+    except Exception as error:
+        # PEFT has no common error for a directory that it cannot load.
+        verdict.problem = f"PEFT: {type(error).__name__}: {error}"
+        return torch.empty(0, 2)
+
+
+def _judge(verdict: Verdict, cases: Sequence[_Case], exact: Rows, rough: Rows) -> None:
+    served = torch.cat([case.logprobs for case in cases])
+    rounding = (rough[:, 0] - exact[:, 0]).abs()
+    verdict.tokens = len(served)
+    verdict.error = float((served - exact[:, 0]).abs().mean())
+    verdict.rounding = float(rounding.mean())
+    lead = exact[:, 1] - exact[:, 0]
+    verdict.same = int((lead <= _ROUNDINGS * rounding.max()).sum())
+
+
+def _find_unused(model: Any, directory: Path, cases: Sequence[_Case], verdict: Verdict) -> None:
+    """Find the keys without which PEFT answers as the server does."""
+    served = torch.cat([case.logprobs for case in cases])
+
+    def error(found: Any) -> float:
+        return float((served - _all_rows(found, cases)[:, 0]).abs().mean())
+
+    errors = {"*": error(model)}
+    with adapted(model, directory) as made:
+        for kind, keys in made.groups().items():
+            with made.without(keys):
+                errors[kind] = error(made.model)
+    least = min(errors.values())
+    if least * _NEARER <= verdict.error:
+        verdict.without_effect = [kind for kind, value in errors.items() if value == least]
