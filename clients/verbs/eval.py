@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from turret.clients.evaluation.evaluate import (
     evaluate,
     mix_name,
 )
+from turret.clients.evaluation.plot import eval_svg
 from turret.clients.evaluation.rows import EvalExample, RowError, read_eval_set
 from turret.clients.verbs.command import (
     Subparsers,
@@ -81,7 +81,7 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
             print_table(_label_table(reports))
     # Print the figures first, in case the files cannot be written.
     if args.plot is not None:
-        args.plot.write_text(_picture(reports, args.data.name), encoding="utf-8")
+        args.plot.write_text(eval_svg(reports, args.data.name), encoding="utf-8")
     if args.answers is not None:
         args.answers.write_text(_answers(reports, examples), encoding="utf-8")
 
@@ -188,16 +188,6 @@ def _table(reports: Sequence[MixReport], gap: str) -> Table:
     for column, cells in zip(table.columns[1:], list(zip(*rows, strict=True))[1:], strict=True):
         column.min_width = max(len(line) for cell in cells for line in cell.split("\n"))
     return table
-
-
-def _picture(reports: Sequence[MixReport], title: str) -> str:
-    """The table as an SVG image."""
-    console = Console(record=True, file=io.StringIO())
-    table = _table(reports, " ")
-    anywhere = console.options.update(width=10_000)
-    console.width = console.measure(table, options=anywhere).maximum
-    console.print(table)
-    return console.export_svg(title=title)
 
 
 def _figures(report: MixReport) -> dict[str, object]:
@@ -329,7 +319,7 @@ _FLAGS: Flags = {
         "default": 16,
         "help": "number of concurrent calls (default: %(default)s)",
     },
-    "--plot": {"type": _svg, "metavar": "FILE.svg", "help": "write the table as an SVG image"},
+    "--plot": {"type": _svg, "metavar": "FILE.svg", "help": "write the figures as an SVG image"},
     "--answers": {
         "type": Path,
         "metavar": "FILE",
