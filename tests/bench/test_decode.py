@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import time
-from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,6 @@ from builders.adapters import (
 from checkout import ROOT
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
-from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.device.store import KERNELS
 from turret.server.adapters.methods import METHODS, method_for
 from turret.server.adapters.operators.low_rank import ExpertLowRank
@@ -71,29 +67,6 @@ def test_the_floor_counts_what_a_step_must_read(bench: Any):
     assert parts["head"] == 2 * model.lm_head.weight.numel()
     rate = floor.read_bandwidth()
     assert 1e8 < rate < 1e13
-
-
-def test_random_adapters_load(bench: Any, tmp_path: Path):
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=128,
-    )
-    names = bench("common.adapters").write_random_loras(
-        tmp_path, 2, arch=read_arch(config), base_model="tiny", rank=4
-    )
-    assert names == ["lora-00", "lora-01"]
-    weights = []
-    for name in names:
-        root = AdapterRoot(tmp_path)
-        tensors = read_checkpoint(root, name, max_elements=1_000_000).tensors
-        assert len(tensors) == 2 * 2 * 7
-        assert all(int(tensor.count_nonzero()) > 0 for tensor in tensors.values())
-        weights.append(tensors)
-    assert not all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
 def test_random_adapters_of_every_method_load(bench: Any, tmp_path: Path):
@@ -156,85 +129,9 @@ def test_random_adapters_of_default_sizes_load_and_act(bench: Any, tmp_path: Pat
         assert 0.01 < (moved - plain).norm() / plain.norm() < 1.5, name
 
 
-def test_chosen_cases_keep_the_base_they_are_compared_with(bench: Any):
-    make = bench("decode").make_cases
-    loras, mixed = ["a", "b"], ["c", "d"]
-    others = ["e", "f"]
-    chosen = [case.adapters for case in make(loras, mixed, others, "mixed")]
-    assert chosen == [[None, None], mixed]
-    assert [case.adapters for case in make(loras, mixed, others, "default")] == [
-        [None, None],
-        others,
-    ]
-    assert len(make(loras, mixed, others)) == 7
-    assert make(loras, mixed, others, "nothing like it") == []
-
-
 def test_every_timed_part_exists(bench: Any):
     parts = bench("steps").PARTS
     assert len(parts) > 5
     for part in parts:
         owner, attribute = part.locate()
         assert callable(getattr(owner, attribute))
-
-
-def test_stopwatch_gives_every_part_its_own_time(bench: Any):
-    watch = bench("common.stopwatch").Stopwatch()
-    inner = watch.timed("inner", lambda: time.sleep(0.02))
-
-    def body() -> None:
-        time.sleep(0.01)
-        inner()
-        inner()
-
-    watch.timed("outer", body)()
-    taken = watch.take()
-    assert taken["inner"] >= 0.04
-    assert 0.01 <= taken["outer"] < taken["inner"]
-    assert watch.take() == {}
-
-
-def test_stopwatch_puts_the_functions_back(bench: Any):
-    stopwatch = bench("common.stopwatch")
-    part = stopwatch.Part("turret.server.engine.step.sampler:Sampler.draw", "sampling")
-    owner, attribute = part.locate()
-    original = getattr(owner, attribute)
-    with stopwatch.Stopwatch().watching([part]):
-        assert getattr(owner, attribute) is not original
-    assert getattr(owner, attribute) is original
-    with (
-        pytest.raises(AttributeError),
-        stopwatch.Stopwatch().watching([part, stopwatch.Part("turret.server.log:gone", "x")]),
-    ):
-        pass
-    assert getattr(owner, attribute) is original
-
-
-def test_the_load_of_others_leaves_out_ones_own(bench: Any, monkeypatch: pytest.MonkeyPatch):
-    """Two seconds on a two-core machine, with 3 busy core-seconds, 1 of them its own."""
-    machine = bench("common.machine")
-    Times = namedtuple("Times", "user system idle")
-    now = 0
-
-    def whole() -> Any:
-        return Times(user=10.0 + 1.5 * now / 2, system=5.0 + 1.5 * now / 2, idle=100.0)
-
-    class Own:
-        def __init__(self, pid: int) -> None:
-            self.pid = pid
-
-        def cpu_times(self) -> Any:
-            return Times(user=4.0 + 0.5 * now / 2, system=0.0, idle=0.0)
-
-    monkeypatch.setattr(machine.psutil, "cpu_times", whole)
-    monkeypatch.setattr(machine.psutil, "Process", Own)
-    monkeypatch.setattr(machine.os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(machine.time, "perf_counter", lambda: float(now))
-    # This process and another one, half a second each.
-    meter = machine.CpuMeter(1)
-    now = 2
-    assert meter.foreign_share() == pytest.approx((3.0 - 1.0) / 4.0)
-
-
-def test_names_of_result_files(bench: Any):
-    assert bench("common.machine").slug("AMD EPYC(TM) 9655") == "amd-epyc-tm-9655"
