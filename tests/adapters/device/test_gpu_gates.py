@@ -15,7 +15,7 @@ Planted faults, and the number of tests that each of them fails (tried by hand o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,12 +36,11 @@ from builders.mixes.gates import (
     operators_of,
     rows_of,
 )
-from gpu_path import OneStepTables, use_coarse_tiles
+from gpu_path import OneStepTables
 from kernel_traffic import DEVICE, error_ratio
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from turret.kernels.gpu import common as tuning_module
 from turret.kernels.gpu.low_rank import Shrink
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.reference import ReferenceStore
@@ -52,17 +51,10 @@ from turret.server.adapters.operators.gate import Gate
 from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.low_rank import LowRank
 
+pytestmark = pytest.mark.usefixtures("coarse_tiles")
 NUM_ROWS = 24
 # An adapter without gates, in some of the mixes.
 OTHER = AdapterOperators({"model.layers.0.q": ModuleOperators()})
-
-
-@pytest.fixture(autouse=True)
-def coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    use_coarse_tiles(monkeypatch)
-    yield
-    monkeypatch.undo()
-    tuning_module.tuning.cache_clear()
 
 
 @dataclass(eq=False)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,13 +33,6 @@ class Entry(NamedTuple):
 
 
 State = dict[str, Entry]
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Iterator[Registries]:
-    registries = Registries(tmp_path)
-    yield registries
-    registries.close()
 
 
 def open_registry(root: Path, state_path: Path, keep_generations: int) -> AdapterRegistry:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -36,14 +34,6 @@ from turret.server.errors import (
     UnavailableError,
 )
 from turret.server.metrics import Metrics
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Iterator[Registries]:
-    registries = Registries(tmp_path)
-    yield registries
-    registries.close()
-
 
 # Residency
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,6 @@ from turret.server.errors import (
     StateDirRequiredError,
     StorageFullError,
 )
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Iterator[Registries]:
-    registries = Registries(tmp_path)
-    yield registries
-    registries.close()
 
 
 @pytest.fixture

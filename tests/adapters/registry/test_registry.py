@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -38,14 +36,6 @@ from turret.server.errors import (
     BudgetExceededError,
     InvalidRequestError,
 )
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Iterator[Registries]:
-    registries = Registries(tmp_path)
-    yield registries
-    registries.close()
-
 
 # Loading
 

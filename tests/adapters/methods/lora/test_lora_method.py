@@ -144,28 +144,6 @@ def test_scale_is_rounded_once(tmp_path: Path) -> None:
         assert module.low_rank.b.is_contiguous()
 
 
-@torch.no_grad()
-def test_a_mix_is_the_weighted_sum_of_deltas_with_dora(tmp_path: Path) -> None:
-    model = tiny_llama(dtype=torch.float64, attention_bias=True)
-    configs = [lora_config(), lora_config(use_dora=True, r=3), lora_config(bias="all")]
-    mix = []
-    for i, config in enumerate(configs):
-        save_peft_adapter(model, config, tmp_path / f"a{i}", seed=i)
-        weight = (0.7, -0.5, 2.0)[i]
-        mix.append((lower(tmp_path / f"a{i}", base_of(model)).operators, weight))
-    path = "model.layers.1.self_attn.q_proj"
-    linear = linear_modules(model)[path]
-    x = torch.randn(5, 64, dtype=torch.float64)
-    base = linear(x)
-    expected = base.clone()
-    for i, (_, weight) in enumerate(mix):
-        peft_model = load_with_peft(model, tmp_path / f"a{i}")
-        adapted = peft_model.get_submodule(f"base_model.model.{path}")
-        expected += weight * (adapted(x) - base)
-    found = with_operators(model, mix).get_submodule(path)(x)
-    assert relative_error(found, expected) < 1e-6
-
-
 @pytest.mark.parametrize("shape", ["flat", "row", "column"])
 @pytest.mark.parametrize(
     "spelling",
