@@ -17,7 +17,6 @@ from builders.registries import (
     adapter_bytes,
     in_thread,
     refs,
-    tiny_base,
     until,
 )
 from said import says
@@ -25,7 +24,6 @@ from said import says
 from turret.server.adapters.adapter import BASE_MIX, AdapterRef
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.registry import name_table
-from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.residency.loader import LoadedAdapter
 from turret.server.basics.names import closest
 from turret.server.errors import (
@@ -112,13 +110,6 @@ def test_one_adapter_over_the_budget_is_refused(make: Registries) -> None:
     with pytest.raises(BudgetExceededError):
         registry.load("big", "big")
     assert [record.name for record in registry.list()] == ["a"]
-
-
-def test_rank_over_the_limit_is_refused(make: Registries) -> None:
-    registry = AdapterRegistry(make.root, tiny_base(), 1 << 30, max_rank=7)
-    with pytest.raises(BudgetExceededError, check=says("RANK_OVER_LIMIT", rank=8)):
-        registry.load("big", "big")
-    registry.close()
 
 
 # Resolving

@@ -144,21 +144,6 @@ def test_without_room_the_new_generation_waits_on_disk(make: Registries) -> None
     assert registry.host_bytes_used == adapter_bytes()
 
 
-def test_a_waiting_request_is_served_the_generation_it_named(make: Registries) -> None:
-    registry = make(1, load="ab")
-    gate = Gate(registry)
-    waiting = Waiter(registry.acquire(refs("a")))
-    gate.entered.acquire()
-    registry.replace("a", "c")
-    gate.open()
-    result = waiting.wait()
-    assert result.error is None
-    assert waiting.mix.key[0][1] == 1
-    assert result.mix.members[0][0].operators is not None
-    registry.release(waiting.mix)
-    assert Waiter(registry.acquire(refs("a"))).wait().error is None
-
-
 def test_a_replacement_during_a_read_drops_what_arrives(make: Registries) -> None:
     registry = make(1, load="ab")
     gate = Gate(registry)
