@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import torch
 from servers.engine_harness import EngineHarness
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from turret.kernels.gpu import common as tuning_module
 from turret.kernels.gpu.common import Tuning
@@ -70,6 +71,16 @@ async def gpu_serving(
             model, root, adapters=adapters, gpu=True, **options
         ) as harness:
             yield harness
+
+
+class CountedWrites(TorchDispatchMode):
+    """Counts operations that write."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__.endswith("_")
+        return func(*args, **(kwargs or {}))
 
 
 class FakeCapture:

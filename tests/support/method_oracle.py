@@ -115,6 +115,43 @@ def check_bfloat16(
     assert float(torch.cat(ours).mean()) <= bound
 
 
+async def check_rounding(
+    base: Twin,
+    root: Path,
+    adapters: Sequence[str],
+    exact: Any,
+    rounded: Any,
+    num_prompts: int = 8,
+) -> None:
+    """Check that the last adapter's error is within 1.3 times that of ``rounded``.
+
+    Args:
+        base: The base of the adapters, with the weights that are served in bfloat16.
+        root: The directory of the adapters.
+        adapters: The adapters to load, in order.
+        exact: transformers' model in float32.
+        rounded: The same in bfloat16.
+        num_prompts: The number of scored prompts.
+    """
+    found: list[float] = []
+    expected: list[float] = []
+    theirs: list[float] = []
+    async with EngineHarness.start(
+        base.folder, root, dtype="bfloat16", adapters=adapters
+    ) as harness:
+        for seed in range(num_prompts):
+            prompt = prompt_of(60, seed)
+            answer = await harness.run(make_request(prompt, adapters[-1], score=True))
+            found += [p for p in answer.prompt_logprobs[1:] if p is not None]
+            for model, logprobs in ((exact, expected), (rounded, theirs)):
+                rows = oracle_logprobs(model, prompt).float()
+                logprobs += [float(rows[i, token]) for i, token in enumerate(prompt[1:])]
+    served, plain = (
+        (torch.tensor(some) - torch.tensor(expected)).abs().mean() for some in (found, theirs)
+    )
+    assert 0 < served <= 1.3 * plain
+
+
 async def check_oracles(
     base: Twin,
     root: Path,

@@ -36,10 +36,9 @@ from builders.mixes.gates import (
     operators_of,
     rows_of,
 )
-from gpu_path import OneStepTables
+from gpu_path import CountedWrites, OneStepTables
 from kernel_traffic import DEVICE, error_ratio
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from turret.kernels.gpu.low_rank import Shrink
 from turret.server.adapters.device.gpu.store import GpuStore
@@ -339,16 +338,6 @@ def test_what_is_stored_of_a_gated_adapter_is_what_it_is_said_to_take() -> None:
         assert store.needs(operators) == (store._pack.bytes_of(operators), kept), key
 
 
-class _Counting(TorchDispatchMode):
-    """Counts operations that write."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.overloadpacket.__name__.endswith("_")
-        return func(*args, **(kwargs or {}))
-
-
 def test_a_gated_adapter_enters_by_as_few_launches_however_many_layers() -> None:
     """The adapter is in the layout of host memory: the layers of each tensor side by side."""
     found: dict[tuple[str, int], int] = {}
@@ -362,7 +351,7 @@ def test_a_gated_adapter_enters_by_as_few_launches_however_many_layers() -> None
             }
             operators = AdapterOperators(in_one_block(modules)[0])
             store = GpuStore(layout, torch.half, torch.device("cpu"), 1 << 24)
-            with _Counting() as counting:
+            with CountedWrites() as counting:
                 store.prepare([Adapter(key, operators)])
             found[key, num_layers] = counting.count
         assert found[key, 2] == found[key, 24] < 60

@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from method_oracle import (
     check_greedy,
     check_methods,
+    check_rounding,
     check_score,
-    oracle_logprobs,
     prompt_of,
     twin,
 )
@@ -94,21 +94,7 @@ async def test_bfloat16_is_as_close_as_peft_in_bfloat16(tmp_path: Path) -> None:
     half = copy.deepcopy(base.model).bfloat16()
     save_adapter(base.model, make_config("adaption_prompt"), tmp_path / "a", strength=0.3)
     exact, rounded = (load_adapter(model, tmp_path / "a") for model in (base.model, half))
-    found, theirs, expected = [], [], []
-    async with EngineHarness.start(
-        base.folder, tmp_path, dtype="bfloat16", adapters=["a"]
-    ) as harness:
-        for seed in range(8):
-            prompt = prompt_of(60, seed)
-            answer = await harness.run(make_request(prompt, "a", score=True))
-            found += [p for p in answer.prompt_logprobs[1:] if p is not None]
-            for model, logprobs in ((exact, expected), (rounded, theirs)):
-                rows = oracle_logprobs(model, prompt).float()
-                logprobs += [float(rows[i, token]) for i, token in enumerate(prompt[1:])]
-    served, plain = (
-        (torch.tensor(some) - torch.tensor(expected)).abs().mean() for some in (found, theirs)
-    )
-    assert 0 < served <= 1.3 * plain
+    await check_rounding(base, tmp_path, ["a"], exact, rounded)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter needs CPU tensors")

@@ -14,8 +14,8 @@ from gpu_path import gpu_serving
 from method_oracle import (
     check_greedy,
     check_oracles,
+    check_rounding,
     check_score,
-    oracle_logprobs,
     prompt_of,
     twin,
 )
@@ -206,18 +206,4 @@ async def test_bfloat16_is_as_close_as_peft_in_bfloat16(name: str, tmp_path: Pat
     exact = save_xlora(base.model, tmp_path, name, **KINDS[name])
     rounded: Any = copy.deepcopy(exact).bfloat16()
     rounded.base_model.internal_xlora_classifier.dtype = torch.bfloat16
-    found, theirs, expected = [], [], []
-    async with EngineHarness.start(
-        base.folder, tmp_path, dtype="bfloat16", adapters=[*COMPONENTS, name]
-    ) as harness:
-        for seed in range(8):
-            prompt = prompt_of(60, seed)
-            answer = await harness.run(make_request(prompt, name, score=True))
-            found += [p for p in answer.prompt_logprobs[1:] if p is not None]
-            for model, logprobs in ((exact, expected), (rounded, theirs)):
-                rows = oracle_logprobs(model, prompt).float()
-                logprobs += [float(rows[i, token]) for i, token in enumerate(prompt[1:])]
-    served, plain = (
-        (torch.tensor(some) - torch.tensor(expected)).abs().mean() for some in (found, theirs)
-    )
-    assert 0 < served <= 1.3 * plain
+    await check_rounding(base, tmp_path, [*COMPONENTS, name], exact, rounded)

@@ -151,6 +151,9 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             if sequence.num_generated == sequence.request.stop.max_tokens:
                 self.scheduler.finish(sequence)
                 del self.live[sequence]
+        pool = self.scheduler.blocks
+        # The maintained count equals a count over the free blocks.
+        assert pool.num_cached == sum(block in pool._key_of for block in pool._free)
 
     def _check_hit(self, sequence: Sequence) -> None:
         """The found blocks have the content that would be computed.
