@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from builders.adapters import (
     base_of,
     linear_modules,
@@ -18,7 +17,6 @@ from builders.adapters import (
     with_operators,
 )
 from checkout import ROOT
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from turret.server.adapters.device.store import KERNELS
 from turret.server.adapters.methods import METHODS, method_for
@@ -71,29 +69,6 @@ def test_random_adapters_of_every_method_load(bench: Any, tmp_path: Path):
             assert 0.01 < (moved - plain).norm() / plain.norm() < 1.5, name
         else:
             assert adapter.operators.soft_prompt.num_positions == 3
-
-
-def test_random_adapters_of_default_sizes_load_and_act(bench: Any, tmp_path: Path):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=96,
-    )
-    model = LlamaForCausalLM(config).eval()
-    made = bench("common.adapters")
-    names = made.write_default_methods(tmp_path, 8, arch=read_arch(config), base_model="tiny")
-    assert [name.rpartition("-")[2] for name in names] == [*made.DEFAULT_METHODS, "oft"]
-    base, plain = base_of(model), logits(model)
-    for name in names:
-        assert name.endswith(method_for(read_adapter(tmp_path, name)).name)
-        operators = lower_adapter(tmp_path, base, name).operators
-        assert operators.modules.keys() == linear_modules(model).keys()
-        moved = logits(with_operators(model, [(operators, 1.0)]))
-        assert 0.01 < (moved - plain).norm() / plain.norm() < 1.5, name
 
 
 def test_every_timed_part_exists(bench: Any):

@@ -13,7 +13,6 @@ import psutil
 import pytest
 from builders.bases.tiny_models import save_tiny_model
 from builders.random_adapters import AdapterSpec, arch_of, write_adapter
-from builders.registries import until
 from servers import raw_grpc
 from servers.server_under_test import ServerUnderTest, start_server
 
@@ -292,27 +291,3 @@ def test_tokens_change_without_a_restart(model: Path, tmp_path: Path) -> None:
         tokens.write_text("third inference\n")
         assert becomes("third", True)
         assert not is_accepted("new")
-
-
-def test_streams_that_fill_the_server_yield_to_another_mix(model: Path, tmp_path: Path) -> None:
-    flags = ("--model", str(model), "--max-num-seqs", "2", "--preempt-after-seconds", "0.001")
-    write_adapter(tmp_path / "adapters", arch_of(model), AdapterSpec("polite", rank=4), 0)
-    with start_server(tmp_path, *flags) as server, grpc.insecure_channel(server.address) as channel:
-        adapters_pb2_grpc.AdaptersStub(channel).LoadAdapter(
-            adapters_pb2.LoadAdapterRequest(name="polite", path="polite")
-        )
-        stub = inference_pb2_grpc.InferenceStub(channel)
-        long = _request()
-        long.stop.max_tokens = 480
-        long.stop.ignore_eos = True
-        streams = [stub.GenerateStream(long) for _ in range(60)]
-        running = ("turret_sequences", frozenset({("state", "running")}))
-        until(lambda: server.metrics().get(running) == 2)
-        polite = _request(adapters=[adapters_pb2.AdapterWeight(name="polite")])
-        answer = stub.Generate(polite, timeout=120)
-        # Without yielding, it would wait for at least 480 steps. A step's counts follow its
-        # answers.
-        until(lambda: server.metric("turret_preemptions_total") >= 1)
-        assert answer.usage.completion_tokens == 2
-        for stream in streams:
-            stream.cancel()

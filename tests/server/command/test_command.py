@@ -21,8 +21,9 @@ from turret.server.words import say as server_say
 from turret.training.words import say
 
 
-def test_help_loads_nothing_that_takes_long() -> None:
-    code, modules = loaded_by("--help")
+@pytest.mark.parametrize("verb", [(), ("serve",)])
+def test_help_loads_nothing_that_takes_long(verb: tuple[str, ...]) -> None:
+    code, modules = loaded_by(*verb, "--help")
     assert code == 0
     assert not modules & {"torch", "grpc", "rich", "asyncio", "transformers"}
 
