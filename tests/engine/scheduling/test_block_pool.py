@@ -42,6 +42,18 @@ def test_nothing_is_found_after_the_base_changed() -> None:
     assert pool.share(CHAIN[:2]) == []
 
 
+def test_a_key_keeps_its_first_block_and_a_block_its_first_key() -> None:
+    pool = BlockPool(6, 4)
+    first, second = pool.allocate(2) or []
+    for block, key in ((first, CHAIN[0]), (second, CHAIN[0]), (first, CHAIN[1])):
+        pool.register(block, key)
+    assert pool.share(CHAIN[:1]) == [first]
+    assert pool.share(CHAIN[1:2]) == []
+    # What comes after a gap was computed in another context.
+    pool.register(second, CHAIN[2])
+    assert pool.share(CHAIN[:3]) == [first]
+
+
 def test_sharing_saves_a_block_from_reuse() -> None:
     pool = BlockPool(4, 4)
     chain = cached_chain(pool, CHAIN[:2])
