@@ -116,6 +116,15 @@ def own_log() -> Iterator[None]:
     logging.captureWarnings(capture=False)
 
 
+@pytest.fixture
+def coarse_tiles() -> Iterator[None]:
+    """Large tiles for kernels in the interpreter; see ``gpu_path.COARSE``."""
+    from gpu_path import coarse_tiles
+
+    with coarse_tiles():
+        yield
+
+
 @pytest.fixture(scope="session")
 def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerUnderTest]:
     """``turret serve`` on the embedded model; tests put adapters into its ``adapter_root``."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 import ssl
-import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import httpx2
 import pytest
 from grpc import StatusCode as Code
 from grpc import aio, ssl_channel_credentials
+from servers.certificates import LOCAL, certify
 from servers.http_harness import http_harness
 from servers.rpc_harness import failure_of, harness
 
@@ -27,57 +26,25 @@ _GET = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
 SECONDS = 10.0
 
 
-def _openssl(folder: Path, *arguments: str) -> None:
-    subprocess.run(("openssl", *arguments), cwd=folder, check=True, capture_output=True)
-
-
 @pytest.fixture(scope="module")
 def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``ca`` and ``other`` are authorities.
 
     The other certificates are signed by one of them or by themselves.
     """
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed")
     folder = tmp_path_factory.mktemp("attacks")
     for name in ("ca", "other", "alone"):
-        _openssl(
-            folder,
-            *(
-                "req",
-                "-x509",
-                "-newkey",
-                "rsa:2048",
-                "-nodes",
-                "-days",
-                "2",
-                "-subj",
-                f"/CN={name}",
-            ),
-            *("-keyout", f"{name}.key", "-out", f"{name}.crt"),
-        )
-    signed = {
-        "server": ("ca", "2", "serverAuth"),
-        "client": ("ca", "2", "clientAuth"),
-        "stranger": ("other", "2", "clientAuth"),
+        certify(folder, name)
+    for name, authority, days, usage in (
+        ("server", "ca", 2, "serverAuth"),
+        ("client", "ca", 2, "clientAuth"),
+        ("stranger", "other", 2, "clientAuth"),
         # A certificate that expires at once.
-        "expired": ("ca", "0", "clientAuth"),
+        ("expired", "ca", 0, "clientAuth"),
         # A server's certificate: another server of the same owner must not act as a client.
-        "purpose": ("ca", "2", "serverAuth"),
-    }
-    for name, (authority, days, usage) in signed.items():
-        (folder / "ext").write_text(f"subjectAltName=IP:127.0.0.1\nextendedKeyUsage={usage}\n")
-        _openssl(
-            folder,
-            *("req", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}"),
-            *("-keyout", f"{name}.key", "-out", f"{name}.csr"),
-        )
-        _openssl(
-            folder,
-            *("x509", "-req", "-in", f"{name}.csr", "-days", days, "-extfile", "ext"),
-            *("-CA", f"{authority}.crt", "-CAkey", f"{authority}.key", "-CAcreateserial"),
-            *("-out", f"{name}.crt"),
-        )
+        ("purpose", "ca", 2, "serverAuth"),
+    ):
+        certify(folder, name, LOCAL, f"extendedKeyUsage={usage}", authority=authority, days=days)
     return folder
 
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import time
-from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from builders.adapters import (
     base_of,
     linear_modules,
@@ -20,10 +17,7 @@ from builders.adapters import (
     with_operators,
 )
 from checkout import ROOT
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
-from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.device.store import KERNELS
 from turret.server.adapters.methods import METHODS, method_for
 from turret.server.adapters.operators.low_rank import ExpertLowRank
@@ -38,62 +32,6 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Import a module of bench/, which is a folder of scripts."""
     monkeypatch.syspath_prepend(str(BENCH))
     return importlib.import_module
-
-
-def test_rates_count_the_tokens_after_the_first(bench: Any):
-    batch = bench("common.batch")
-    # The second request's first token arrives after three tokens of the first request.
-    answers = [
-        batch.Answer((1, 2, 3, 4, 5), (1.0, 1.5, 2.0, 2.5, 3.0), 0),
-        batch.Answer((1, 2, 3, 4, 5), (2.0, 2.5, 3.0, 3.5, 4.0), 0),
-    ]
-    timing = batch.BatchTiming.of(answers)
-    assert (timing.first_seconds, timing.total_seconds, timing.mean_first_seconds) == (
-        2.0,
-        4.0,
-        1.5,
-    )
-    assert timing.decode_rate == 8 / 2.0
-    assert timing.late_rate == 6 / 2.0
-
-
-def test_the_floor_counts_what_a_step_must_read(bench: Any):
-    floor = bench("common.floor")
-    model = tiny_llama()
-    arch = read_arch(model.config)
-    linear = linear_modules(model)
-    parts = floor.step_bytes(arch, requests=3, loras=2, rank=4, context=10)
-    assert parts["base matmuls"] == sum(m.weight.numel() for m in linear.values()) * (0.5 + 2 / 64)
-    assert parts["adapters"] == 2 * sum(2 * 4 * sum(m.weight.shape) for m in linear.values())
-    # Three requests with ten tokens each, and two layers of keys and values with 2 heads of 16 in
-    # bf16.
-    assert parts["attention"] == 3 * 10 * 2 * 2 * 2 * 16 * 2
-    assert parts["head"] == 2 * model.lm_head.weight.numel()
-    rate = floor.read_bandwidth()
-    assert 1e8 < rate < 1e13
-
-
-def test_random_adapters_load(bench: Any, tmp_path: Path):
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=128,
-    )
-    names = bench("common.adapters").write_random_loras(
-        tmp_path, 2, arch=read_arch(config), base_model="tiny", rank=4
-    )
-    assert names == ["lora-00", "lora-01"]
-    weights = []
-    for name in names:
-        root = AdapterRoot(tmp_path)
-        tensors = read_checkpoint(root, name, max_elements=1_000_000).tensors
-        assert len(tensors) == 2 * 2 * 7
-        assert all(int(tensor.count_nonzero()) > 0 for tensor in tensors.values())
-        weights.append(tensors)
-    assert not all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
 def test_random_adapters_of_every_method_load(bench: Any, tmp_path: Path):
@@ -133,108 +71,9 @@ def test_random_adapters_of_every_method_load(bench: Any, tmp_path: Path):
             assert adapter.operators.soft_prompt.num_positions == 3
 
 
-def test_random_adapters_of_default_sizes_load_and_act(bench: Any, tmp_path: Path):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=96,
-    )
-    model = LlamaForCausalLM(config).eval()
-    made = bench("common.adapters")
-    names = made.write_default_methods(tmp_path, 8, arch=read_arch(config), base_model="tiny")
-    assert [name.rpartition("-")[2] for name in names] == [*made.DEFAULT_METHODS, "oft"]
-    base, plain = base_of(model), logits(model)
-    for name in names:
-        assert name.endswith(method_for(read_adapter(tmp_path, name)).name)
-        operators = lower_adapter(tmp_path, base, name).operators
-        assert operators.modules.keys() == linear_modules(model).keys()
-        moved = logits(with_operators(model, [(operators, 1.0)]))
-        assert 0.01 < (moved - plain).norm() / plain.norm() < 1.5, name
-
-
-def test_chosen_cases_keep_the_base_they_are_compared_with(bench: Any):
-    make = bench("decode").make_cases
-    loras, mixed = ["a", "b"], ["c", "d"]
-    others = ["e", "f"]
-    chosen = [case.adapters for case in make(loras, mixed, others, "mixed")]
-    assert chosen == [[None, None], mixed]
-    assert [case.adapters for case in make(loras, mixed, others, "default")] == [
-        [None, None],
-        others,
-    ]
-    assert len(make(loras, mixed, others)) == 7
-    assert make(loras, mixed, others, "nothing like it") == []
-
-
 def test_every_timed_part_exists(bench: Any):
     parts = bench("steps").PARTS
     assert len(parts) > 5
     for part in parts:
         owner, attribute = part.locate()
         assert callable(getattr(owner, attribute))
-
-
-def test_stopwatch_gives_every_part_its_own_time(bench: Any):
-    watch = bench("common.stopwatch").Stopwatch()
-    inner = watch.timed("inner", lambda: time.sleep(0.02))
-
-    def body() -> None:
-        time.sleep(0.01)
-        inner()
-        inner()
-
-    watch.timed("outer", body)()
-    taken = watch.take()
-    assert taken["inner"] >= 0.04
-    assert 0.01 <= taken["outer"] < taken["inner"]
-    assert watch.take() == {}
-
-
-def test_stopwatch_puts_the_functions_back(bench: Any):
-    stopwatch = bench("common.stopwatch")
-    part = stopwatch.Part("turret.server.engine.step.sampler:Sampler.draw", "sampling")
-    owner, attribute = part.locate()
-    original = getattr(owner, attribute)
-    with stopwatch.Stopwatch().watching([part]):
-        assert getattr(owner, attribute) is not original
-    assert getattr(owner, attribute) is original
-    with (
-        pytest.raises(AttributeError),
-        stopwatch.Stopwatch().watching([part, stopwatch.Part("turret.server.log:gone", "x")]),
-    ):
-        pass
-    assert getattr(owner, attribute) is original
-
-
-def test_the_load_of_others_leaves_out_ones_own(bench: Any, monkeypatch: pytest.MonkeyPatch):
-    """Two seconds on a two-core machine, with 3 busy core-seconds, 1 of them its own."""
-    machine = bench("common.machine")
-    Times = namedtuple("Times", "user system idle")
-    now = 0
-
-    def whole() -> Any:
-        return Times(user=10.0 + 1.5 * now / 2, system=5.0 + 1.5 * now / 2, idle=100.0)
-
-    class Own:
-        def __init__(self, pid: int) -> None:
-            self.pid = pid
-
-        def cpu_times(self) -> Any:
-            return Times(user=4.0 + 0.5 * now / 2, system=0.0, idle=0.0)
-
-    monkeypatch.setattr(machine.psutil, "cpu_times", whole)
-    monkeypatch.setattr(machine.psutil, "Process", Own)
-    monkeypatch.setattr(machine.os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(machine.time, "perf_counter", lambda: float(now))
-    # This process and another one, half a second each.
-    meter = machine.CpuMeter(1)
-    now = 2
-    assert meter.foreign_share() == pytest.approx((3.0 - 1.0) / 4.0)
-
-
-def test_names_of_result_files(bench: Any):
-    assert bench("common.machine").slug("AMD EPYC(TM) 9655") == "amd-epyc-tm-9655"

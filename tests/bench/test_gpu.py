@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,45 +62,6 @@ def test_without_a_gpu_it_says_so():
     done = run()
     assert done.returncode == 2
     assert "--dry-run" in done.stderr
-
-
-# A part with a wrong result, one that fails and one that succeeds. They run in a separate process,
-# because the benchmark's modules are not importable here.
-PARTS = """
-import sys
-sys.path.insert(0, "bench")
-import gpu
-from cuda.estimate import bytes_work
-from cuda.timing import Timing
-
-def wrong(setting):
-    raise AssertionError("error ratio 1")
-
-def broken(setting):
-    setting.report.add("first half", "shape", Timing(1.0, 2.0, 3.0), bytes_work(3350))
-    raise RuntimeError("no kernel image")
-
-def right(setting):
-    setting.report.add("right", "shape", Timing(1.0, 2.0, 3.0), bytes_work(3350))
-
-gpu.PARTS = {"wrong": wrong, "broken": broken, "right": right}
-sys.exit(gpu.main(["--dry-run", "--results", sys.argv[1]]))
-"""
-
-
-@WITHOUT_GPU
-def test_a_part_that_fails_costs_no_other_its_rows(tmp_path: Path):
-    environment: dict[str, Any] = {**os.environ, "TRITON_INTERPRET": "1"}
-    environment["PYTHONPATH"] = f"src{os.pathsep}tests/support"
-    command = [sys.executable, "-c", PARTS, str(tmp_path)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "failed: wrong, broken" in done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "interpreter.jsonl").read_text().splitlines()]
-    assert [row["scenario"] for row in rows] == ["first half", "right"]
-    assert all(0 < row["floor_ms"] < row["expected_ms"] < 1 for row in rows)
 
 
 # Dependencies of the server other than torch, triton and numpy, which a machine with a GPU may

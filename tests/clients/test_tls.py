@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from servers.certificates import certify
 from servers.command import parse_and_run
 from servers.fake_turret import FakeInference, fake_turret
 
@@ -32,15 +32,10 @@ def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     The certificate ``here`` is for this machine's address, the others are for SERVER_NAME.
     """
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed")
     folder = tmp_path_factory.mktemp("pem")
-    names = dict.fromkeys(("server", "client"), f"DNS:{SERVER_NAME}") | {"here": "IP:127.0.0.1"}
-    for name, alternative in names.items():
-        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-        command += ["-subj", f"/CN={SERVER_NAME}", "-addext", f"subjectAltName={alternative}"]
-        command += ["-keyout", f"{name}.key", "-out", f"{name}.crt"]
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    for name in ("server", "client"):
+        certify(folder, name, f"subjectAltName=DNS:{SERVER_NAME}")
+    certify(folder, "here", "subjectAltName=IP:127.0.0.1")
     return folder
 
 

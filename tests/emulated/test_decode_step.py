@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,7 +10,6 @@ import torch.nn.functional as F
 from kernel_traffic import HALF, error_ratio
 from ptx.addresses import address_of
 from ptx.launcher import bench_module
-from triton.runtime.jit import JITFunction
 
 from turret.server.adapters.device.gpu import slot_tables, uploads
 
@@ -64,35 +60,6 @@ def test_a_step_repeats_its_bits_and_leaves_base_rows_alone(method):
     assert torch.equal(first[2], alone[2]), "a base row depends on its mates"
     for row in (0, 1, 3):
         assert not torch.equal(first[row], alone[row])
-
-
-def launches(run: Callable[[], object]) -> Counter[str]:
-    """The number of launches of each kernel in ``run``."""
-    counts: Counter[str] = Counter()
-    launch = JITFunction.run
-
-    def counting(self: Any, *args: Any, **keywords: Any) -> Any:
-        counts[self.__name__.removesuffix("_kernel")] += 1
-        return launch(self, *args, **keywords)
-
-    with patch.object(JITFunction, "run", counting):
-        run()
-    return counts
-
-
-def test_launches_of_a_layer():
-    """The base has seven launches and the draw.
-
-    Adapters add expands, and separate rotation and silu.
-    """
-    step = make_step(64)
-    base = launches(lambda: step.run(step.plan([None] * len(SLOT_OF_ROW))))
-    # The third norm follows the last layer.
-    others = {"residual_rms_norm": 3, "paged_attention": 1, "sample_rows": 1}
-    assert base == {"nf4_rotate": 1, "nf4_matmul": 3, **others}
-    adapted = launches(lambda: step.run(step.plan(adapters_of(step, "lora"))))
-    own = {"segmented_expand": 4, "rope_kv_write": 1, "silu_mul": 1}
-    assert adapted == {"nf4_shrink": 4, **own, **others}
 
 
 @pytest.mark.parametrize("hidden", [64, 320, pytest.param(1024, marks=pytest.mark.long)])

@@ -90,21 +90,6 @@ def test_the_kernels_as_they_are_pass(launch, target):
 
 
 @pytest.mark.parametrize("launch", [base_product, shrink])
-def test_a_dropped_barrier(launch):
-    """Of two consecutive barriers from the compiler, either is dispensable; most others are not."""
-    barriers = count(launch, BARRIER)
-    caught = 0
-    for number in range(barriers):
-        with emulated("sm_90", edit=without(BARRIER, number)):
-            try:
-                launch()
-            except Fault as fault:
-                caught += "race" in str(fault)
-    assert caught > 0
-    assert caught >= barriers // 2, f"{caught} of {barriers}"
-
-
-@pytest.mark.parametrize("launch", [base_product, shrink])
 def test_dropped_barriers(launch):
     """All barriers are dropped at once."""
     without_any = emulated("sm_90", edit=lambda ptx: re.sub(BARRIER, "", ptx))

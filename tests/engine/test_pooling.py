@@ -6,14 +6,13 @@ import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 from builders.bases.tiny_models import save_tiny_model
 from builders.methods import load_adapter, make_config, quiet, save_adapter
 from builders.random_adapters import AdapterSpec, arch_of, write_adapter
-from gpu_path import FakeCapture, use_coarse_tiles
+from gpu_path import gpu_serving
 from method_oracle import prompt_of, twin
 from safetensors.torch import load_file
 from servers.engine_harness import EngineHarness, make_request
@@ -21,7 +20,6 @@ from servers.engine_harness import EngineHarness, make_request
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.engine.scheduling.request import FinishReason, Pooling, PoolingKind
 from turret.server.engine.scheduling.scheduler import Scheduler
-from turret.server.engine.step.gpu import decode_graphs
 
 LAST, MEAN = (Pooling(kind=kind, normalize=False) for kind in PoolingKind)
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -204,33 +202,25 @@ async def test_adapters_of_the_model_without_its_head_are_pefts(
         torch.testing.assert_close(found, pooled(states, Pooling()), rtol=1e-4, atol=1e-4)
 
 
-# Rows that only pad a step to its bucket compute on scratch memory.
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter needs CPU tensors")
 @pytest.mark.long
-async def test_the_gpu_path_pools_as_transformers_do(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use_coarse_tiles(monkeypatch)
+async def test_the_gpu_path_pools_as_transformers_do(root: Path) -> None:
     base = twin("qwen3")
     prompts = [prompt_of(length, length) for length in (20, 5)]
-    with patch.object(decode_graphs, "capture_for", lambda device, dtype: FakeCapture()):
-        async with EngineHarness.start(
-            base.folder,
-            root,
-            gpu=True,
-            adapters=["lora"],
-            max_num_batched_tokens=16,
-            max_num_seqs=8,
-        ) as harness:
-            requests = [
-                make_request(prompt, *refs, pooling=pooling)
-                for prompt in prompts
-                for refs in ([], ["lora"])
-                for pooling in (LAST, MEAN)
-            ]
-            generated = make_request(prompts[1], max_tokens=4)
-            found = (await harness.run_all([generated, *requests]))[1:]
+    small: dict[str, Any] = {
+        "kv_cache_bytes": 64 << 20,
+        "max_num_batched_tokens": 16,
+        "max_num_seqs": 8,
+    }
+    async with gpu_serving(base.folder, root, ["lora"], **small) as harness:
+        requests = [
+            make_request(prompt, *refs, pooling=pooling)
+            for prompt in prompts
+            for refs in ([], ["lora"])
+            for pooling in (LAST, MEAN)
+        ]
+        generated = make_request(prompts[1], max_tokens=4)
+        found = (await harness.run_all([generated, *requests]))[1:]
     for request, answer in zip(requests, found, strict=True):
         model = load_adapter(base.model, root / "lora") if request.adapters else base.model
         assert request.pooling is not None

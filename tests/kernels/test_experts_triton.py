@@ -143,22 +143,3 @@ def test_adds_every_pairs_update(
         v = a[slot, expert].double() @ x[row].double()
         exact[pair] += weight * (v @ b[slot, expert].double())
     check(y, exact, dtype)
-
-
-def test_broken_contracts_are_named() -> None:
-    routing, weight = skewed(4, 3, 2), weight_of(3, 32, 64)
-    with pytest.raises(ValueError, match="x is"):
-        nf4_experts(random(4, 128), weight, routing, routing.rows)
-    with pytest.raises(ValueError, match="rows alike for all"):
-        nf4_experts(random(4, 64), weight_of(1, 32, 64), routing, routing.rows)
-    with pytest.raises(ValueError, match="2 of 1 experts"):
-        route_rows(random(4, 1), 2, normalizes=True)
-    with pytest.raises(ValueError, match="y is"):
-        combine_experts(random(5, 32), routing)
-    factors, table = torch.zeros(1, 2, dtype=torch.int64, device=DEVICE), RowTable(4, DEVICE)
-    for wrong, match in (
-        (factors[:, :1], "factors is"),
-        (factors.int(), "int64 addresses"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            add_expert_updates(random(4, 64), random(8, 32), wrong, 2, table, routing, routing.rows)

@@ -260,33 +260,3 @@ def test_an_empty_step_and_a_strided_query():
     view.copy_(step.q)
     strided = paged_attention(view, step.k, step.v, step.table(), scale=step.scale)
     assert torch.equal(strided, out)
-
-
-def test_breaches_of_the_contract_are_refused():
-    step = Step(SHAPES[0], HALF, [(3, 5, 0)])
-    table = step.table()
-    with pytest.raises(ValueError, match="q is"):
-        paged_attention(step.q[:, :4], step.k, step.v, table, scale=1.0)
-    with pytest.raises(ValueError, match="v_cache is"):
-        paged_attention(step.q, step.k, step.v.float(), table, scale=1.0)
-    q = step.q.transpose(0, 1).contiguous().transpose(0, 1)
-    with pytest.raises(ValueError, match="heads of q"):
-        paged_attention(q, step.k, step.v, table, scale=1.0)
-    k = step.k[:48].view(16, 48, step.kv_heads, step.head_dim)
-    with pytest.raises(ValueError, match="block_size is 48"):
-        paged_attention(step.q, k, k, table, scale=1.0)
-    with pytest.raises(ValueError, match="33 queries"):
-        Step((1, 33, 16, None), HALF).table()
-    with pytest.raises(ValueError, match="split of the table is 96"):
-        step.attend(step.table(split=96))
-    small = AttentionTable(
-        max_records=1,
-        blocks=4,
-        kv_heads=2,
-        queries_per_head=4,
-        window=None,
-        device=DEVICE,
-        spread_records=0,
-    )
-    with pytest.raises(ValueError, match="2 records"):
-        small.load([SequenceSpan(0, 8, 0, [1])])

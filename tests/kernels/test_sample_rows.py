@@ -170,19 +170,3 @@ def test_a_row_does_not_depend_on_its_mates():
     wide = torch.zeros(7, 400, device=DEVICE)
     wide[:, 20:170] = logits
     assert draw(wide[:, 20:170], rows) == together
-
-
-def test_breaches_of_the_contract_are_refused():
-    table = SamplingTable(2, DEVICE)
-    tokens = torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    logits = torch.zeros(3, 8, device=DEVICE)
-    with pytest.raises(ValueError, match="3 rows"):
-        sample_rows(logits, table.buffer, tokens)
-    with pytest.raises(ValueError, match="fp32"):
-        sample_rows(logits[:2].half(), table.buffer, tokens)
-    with pytest.raises(ValueError, match="stride"):
-        sample_rows(logits.t()[:2], table.buffer, tokens)
-    with pytest.raises(ValueError, match="int64"):
-        sample_rows(logits[:2], table.buffer, tokens.int())
-    with pytest.raises(ValueError, match="3 rows"):
-        table.load(how(0.0) * 3)

@@ -1,6 +1,6 @@
 """Families that differ from Llama, compared with transformers and PEFT in mixed batches.
 
-The reference is that of ``test_oracle_logits.py``. Prompts end before and after windows (24), the
+The reference has the weights that turret serves. Prompts end before and after windows (24), the
 length from which queries grow (40), the switch of LongRoPE (64), blocks (16) and attention tiles
 (128).
 """
@@ -11,13 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 from builders.bases.tiny_models import MIXTURES, OTHER_ARCHITECTURES
 from builders.methods import load_adapter, make_config, save_adapter
-from gpu_path import FakeCapture, use_coarse_tiles
+from gpu_path import gpu_serving
 from method_oracle import (
     check_bfloat16,
     check_greedy,
@@ -29,10 +28,8 @@ from method_oracle import (
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.kernels.cpu import native
-from turret.kernels.gpu import common as tuning_module
 from turret.kernels.rows.trial import forget_choices
 from turret.server.engine.scheduling.request import FinishReason, StopConditions
-from turret.server.engine.step.gpu import decode_graphs
 
 EVERY = {"target_modules": "all-linear"}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -147,14 +144,6 @@ def no_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     forget_choices()
 
 
-@pytest.fixture
-def coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    use_coarse_tiles(monkeypatch)
-    yield
-    monkeypatch.undo()
-    tuning_module.tuning.cache_clear()
-
-
 async def check_few(architecture: str, root: Path, *, gpu: bool) -> None:
     """Check the base and two adapters in one batch, to the end of a window and past a switch."""
     base = twin(architecture)
@@ -165,13 +154,8 @@ async def check_few(architecture: str, root: Path, *, gpu: bool) -> None:
         config = make_config(name, **adapters_of(architecture)[name][1])
         save_adapter(base.model, config, root / name, seed=seed)
     asked = [(name, prompt_of(n, n)) for name, n in zip(names, (70, 30, 5), strict=True)]
-    async with EngineHarness.start(
-        base.folder,
-        root,
-        adapters=[name for name in names if name],
-        gpu=gpu,
-        kv_cache_bytes=4 << 20,
-    ) as harness:
+    start = gpu_serving if gpu else EngineHarness.start
+    async with start(base.folder, root, adapters=[n for n in names if n]) as harness:
         answers = await harness.run_all(
             [make_request(p, *([n] if n else []), max_tokens=3) for n, p in asked]
         )
@@ -186,15 +170,11 @@ async def test_the_torch_path_equals_peft(architecture: str, tmp_path: Path) -> 
     await check_few(architecture, tmp_path, gpu=False)
 
 
-# Rows that only pad a step compute on uninitialised memory, which may cause warnings.
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter needs CPU tensors")
-@pytest.mark.usefixtures("coarse_tiles")
 @pytest.mark.long
 @pytest.mark.parametrize("architecture", OTHER_ARCHITECTURES)
 async def test_the_gpu_path_equals_peft(architecture: str, tmp_path: Path) -> None:
-    with patch.object(decode_graphs, "capture_for", lambda device, dtype: FakeCapture()):
-        await check_few(architecture, tmp_path, gpu=True)
+    await check_few(architecture, tmp_path, gpu=True)
 
 
 @pytest.mark.parametrize(

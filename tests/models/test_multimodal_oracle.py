@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 from builders.bases.tiny_models import MULTIMODAL_ARCHITECTURES, save_tiny_model, served_weights
 from builders.methods import load_adapter, make_config, save_adapter
-from gpu_path import FakeCapture, use_coarse_tiles
+from gpu_path import gpu_serving
 from method_oracle import (
     check_bfloat16,
     check_greedy,
@@ -30,8 +28,6 @@ from safetensors.torch import load_file, save_file
 from servers.engine_harness import EngineHarness, make_request
 from transformers import AutoConfig
 
-from turret.kernels.gpu import common as tuning_module
-from turret.server.engine.step.gpu import decode_graphs
 from turret.server.errors import AdapterMismatchError
 from turret.server.models.model_source import text_name
 
@@ -134,18 +130,7 @@ async def test_bfloat16_is_as_exact_as_peft(architecture: str, tmp_path: Path) -
     check_bfloat16(found, base.model, tmp_path)
 
 
-@pytest.fixture
-def coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    use_coarse_tiles(monkeypatch)
-    yield
-    monkeypatch.undo()
-    tuning_module.tuning.cache_clear()
-
-
-# Rows that only pad a step compute on uninitialised memory, which may cause warnings.
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter needs CPU tensors")
-@pytest.mark.usefixtures("coarse_tiles")
 @pytest.mark.long
 @pytest.mark.parametrize("architecture", MULTIMODAL_ARCHITECTURES)
 async def test_the_gpu_path_equals_peft(architecture: str, tmp_path: Path) -> None:
@@ -157,16 +142,9 @@ async def test_the_gpu_path_equals_peft(architecture: str, tmp_path: Path) -> No
         config = make_config(name, **ADAPTERS[name][1])
         save_adapter(base.model, config, tmp_path / name, seed=seed)
     asked = [(name, prompt_of(n, n)) for name, n in zip(names, (70, 30, 5), strict=True)]
-    with patch.object(decode_graphs, "capture_for", lambda device, dtype: FakeCapture()):
-        async with EngineHarness.start(
-            base.folder,
-            tmp_path,
-            adapters=[name for name in names if name],
-            gpu=True,
-            kv_cache_bytes=4 << 20,
-        ) as harness:
-            requests = [make_request(p, *([n] if n else []), max_tokens=3) for n, p in asked]
-            answers = await harness.run_all(requests)
+    async with gpu_serving(base.folder, tmp_path, [name for name in names if name]) as harness:
+        requests = [make_request(p, *([n] if n else []), max_tokens=3) for n, p in asked]
+        answers = await harness.run_all(requests)
     for (name, prompt), answer in zip(asked, answers, strict=True):
         model = load_adapter(base.model, tmp_path / name) if name else base.model
         check_greedy(answer, model, prompt, f"{architecture} {name}")

@@ -129,13 +129,13 @@ def test_every_tensor_of_its_checkpoint_has_a_place(
             {"windows": 4 * (*(512,) * 5, None) + (512, 512), "attention_softcap": None},
         ),
         (
-            "ibm-granite/granite-3.3-8b-instruct",
-            {"attention_scale": 1 / 128, "logit_scale": 1 / 16},
+            "ibm-granite/granite-3.3-2b-instruct",
+            {"attention_scale": 1 / 64, "logit_scale": 1 / 8},
         ),
         ("allenai/Olmo-3-7B-Instruct", {"windows": 8 * (4096, 4096, 4096, None)}),
         (
-            "mistralai/Ministral-3-8B-Instruct-2512",
-            {"query_growth": QueryGrowth(0.1, 16384), "windows": 34 * (None,)},
+            "mistralai/Ministral-3-3B-Instruct-2512",
+            {"query_growth": QueryGrowth(0.1, 16384), "windows": 26 * (None,)},
         ),
         ("zai-org/GLM-4-9B-0414", {"is_interleaved": True, "num_kv_heads": 2}),
         ("microsoft/Phi-3.5-mini-instruct", {"long_from": 4096, "max_model_len": 131072}),

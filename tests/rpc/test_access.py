@@ -8,7 +8,6 @@ import os
 import shutil
 import socket
 import ssl
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 from said import says
+from servers.certificates import LOCAL, certify
 from servers.probe import is_serving
 from servers.rpc_harness import failure_of, harness
 
@@ -248,52 +248,18 @@ async def test_a_unix_socket_serves(tmp_path: Path) -> None:
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``ca``, ``server`` and ``client`` (signed by ca), and the self-signed ``stranger``."""
     folder = tmp_path_factory.mktemp("tls")
-
-    def openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-
-    new_key = ("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
     for name in ("ca", "stranger"):
-        openssl(
-            *new_key,
-            "-x509",
-            "-days",
-            "2",
-            "-subj",
-            f"/CN={name}",
-            "-keyout",
-            f"{name}.key",
-            "-out",
-            f"{name}.pem",
-        )
-    (folder / "san").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
+        certify(folder, name)
     for name in ("server", "client"):
-        openssl(*new_key, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr")
-        openssl(
-            "x509",
-            "-req",
-            "-in",
-            f"{name}.csr",
-            "-CA",
-            "ca.pem",
-            "-CAkey",
-            "ca.key",
-            "-CAcreateserial",
-            "-days",
-            "2",
-            "-extfile",
-            "san",
-            "-out",
-            f"{name}.pem",
-        )
+        certify(folder, name, LOCAL, authority="ca")
     return folder
 
 
 async def _model_over_tls(address: str, folder: Path, client: str | None) -> str:
     credentials = grpc.ssl_channel_credentials(
-        (folder / "ca.pem").read_bytes(),
+        (folder / "ca.crt").read_bytes(),
         (folder / f"{client}.key").read_bytes() if client else None,
-        (folder / f"{client}.pem").read_bytes() if client else None,
+        (folder / f"{client}.crt").read_bytes() if client else None,
     )
     async with grpc.aio.secure_channel(address, credentials) as channel:
         stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[arg-type]
@@ -303,11 +269,11 @@ async def _model_over_tls(address: str, folder: Path, client: str | None) -> str
 
 async def test_tls(certificates: Path) -> None:
     security = SecurityConfig(
-        tls_cert=certificates / "server.pem", tls_key=certificates / "server.key"
+        tls_cert=certificates / "server.crt", tls_key=certificates / "server.key"
     )
     async with harness(security=security) as server:
         assert await _model_over_tls(server.rpc.address, certificates, None) == "fake"
-        tls = Tls.from_files(ca=certificates / "ca.pem")
+        tls = Tls.from_files(ca=certificates / "ca.crt")
         probed = await asyncio.to_thread(is_serving, server.rpc.address, tls=tls, token="t")
         assert probed == (True, "SERVING")
         # The harness' own channel uses plain text.
@@ -333,18 +299,18 @@ def _shown_certificate(address: str) -> str:
 
 async def test_certificates_change_without_a_restart(certificates: Path, tmp_path: Path) -> None:
     def install(name: str) -> None:
-        for end in ("pem", "key"):
+        for end in ("crt", "key"):
             shutil.copy(certificates / f"{name}.{end}", tmp_path / f"server.{end}")
 
     install("server")
-    security = SecurityConfig(tls_cert=tmp_path / "server.pem", tls_key=tmp_path / "server.key")
+    security = SecurityConfig(tls_cert=tmp_path / "server.crt", tls_key=tmp_path / "server.key")
     listen = ListenConfig(address="127.0.0.1:0", admin_address="127.0.0.1:0")
     async with harness(listen=listen, security=security) as server:
         for name in ("server", "client"):
             install(name)
             for address in (server.rpc.address, server.rpc.admin_address):
                 shown = await asyncio.to_thread(_shown_certificate, address)
-                assert shown.split() == (certificates / f"{name}.pem").read_text().split()
+                assert shown.split() == (certificates / f"{name}.crt").read_text().split()
         # An incomplete change has no effect.
         (tmp_path / "server.key").unlink()
         assert await asyncio.to_thread(_shown_certificate, server.rpc.address) == shown
@@ -353,20 +319,20 @@ async def test_certificates_change_without_a_restart(certificates: Path, tmp_pat
 async def test_a_fifo_in_place_of_a_certificate_changes_nothing(
     certificates: Path, tmp_path: Path
 ) -> None:
-    for end in ("pem", "key"):
+    for end in ("crt", "key"):
         shutil.copy(certificates / f"server.{end}", tmp_path / f"server.{end}")
-    security = SecurityConfig(tls_cert=tmp_path / "server.pem", tls_key=tmp_path / "server.key")
+    security = SecurityConfig(tls_cert=tmp_path / "server.crt", tls_key=tmp_path / "server.key")
     async with harness(security=security) as server:
         shown = await asyncio.to_thread(_shown_certificate, server.rpc.address)
         for name in ("client", None):
             if name is None:
-                (tmp_path / "server.pem").unlink()
-                os.mkfifo(tmp_path / "server.pem")
+                (tmp_path / "server.crt").unlink()
+                os.mkfifo(tmp_path / "server.crt")
             else:
                 (tmp_path / "server.key").unlink()
                 os.mkfifo(tmp_path / "server.key")
             assert await asyncio.to_thread(_shown_certificate, server.rpc.address) == shown
-        for end in ("pem", "key"):
+        for end in ("crt", "key"):
             (tmp_path / f"server.{end}").unlink()
             shutil.copy(certificates / f"client.{end}", tmp_path / f"server.{end}")
         assert await asyncio.to_thread(_shown_certificate, server.rpc.address) != shown
@@ -374,9 +340,9 @@ async def test_a_fifo_in_place_of_a_certificate_changes_nothing(
 
 async def test_mtls(certificates: Path) -> None:
     security = SecurityConfig(
-        tls_cert=certificates / "server.pem",
+        tls_cert=certificates / "server.crt",
         tls_key=certificates / "server.key",
-        tls_client_ca=certificates / "ca.pem",
+        tls_client_ca=certificates / "ca.crt",
     )
     async with harness(security=security) as server:
         address = server.rpc.address

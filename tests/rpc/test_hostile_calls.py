@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +13,6 @@ import psutil
 import pytest
 from builders.bases.tiny_models import save_tiny_model
 from builders.random_adapters import AdapterSpec, arch_of, write_adapter
-from builders.registries import until
 from servers import raw_grpc
 from servers.server_under_test import ServerUnderTest, start_server
 
@@ -259,24 +257,6 @@ def test_one_party_has_no_more_than_its_share(model: Path, tmp_path: Path) -> No
             pytest.fail("cancelled requests are counted still")
 
 
-def test_half_a_handshake_is_not_waited_for(model: Path, tmp_path: Path) -> None:
-    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-    with start_server(tmp_path, "--model", str(model)) as server:
-        host, _, port = server.address.rpartition(":")
-        clients = [socket.create_connection((host, int(port)), timeout=30) for _ in range(50)]
-        for client in clients:
-            client.sendall(preface[: len(preface) // 2])
-        start = time.monotonic()
-        for client in clients:
-            # The server closes the connection: read its last bytes until the end.
-            while client.recv(4096):
-                pass
-            client.close()
-        assert time.monotonic() - start < 25
-        with grpc.insecure_channel(server.address) as channel:
-            assert inference_pb2_grpc.InferenceStub(channel).Generate(_request()).text is not None
-
-
 def test_tokens_change_without_a_restart(model: Path, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens"
     tokens.write_text("old inference\n")
@@ -311,27 +291,3 @@ def test_tokens_change_without_a_restart(model: Path, tmp_path: Path) -> None:
         tokens.write_text("third inference\n")
         assert becomes("third", True)
         assert not is_accepted("new")
-
-
-def test_streams_that_fill_the_server_yield_to_another_mix(model: Path, tmp_path: Path) -> None:
-    flags = ("--model", str(model), "--max-num-seqs", "2", "--preempt-after-seconds", "0.001")
-    write_adapter(tmp_path / "adapters", arch_of(model), AdapterSpec("polite", rank=4), 0)
-    with start_server(tmp_path, *flags) as server, grpc.insecure_channel(server.address) as channel:
-        adapters_pb2_grpc.AdaptersStub(channel).LoadAdapter(
-            adapters_pb2.LoadAdapterRequest(name="polite", path="polite")
-        )
-        stub = inference_pb2_grpc.InferenceStub(channel)
-        long = _request()
-        long.stop.max_tokens = 480
-        long.stop.ignore_eos = True
-        streams = [stub.GenerateStream(long) for _ in range(60)]
-        running = ("turret_sequences", frozenset({("state", "running")}))
-        until(lambda: server.metrics().get(running) == 2)
-        polite = _request(adapters=[adapters_pb2.AdapterWeight(name="polite")])
-        answer = stub.Generate(polite, timeout=120)
-        # Without yielding, it would wait for at least 480 steps. A step's counts follow its
-        # answers.
-        until(lambda: server.metric("turret_preemptions_total") >= 1)
-        assert answer.usage.completion_tokens == 2
-        for stream in streams:
-            stream.cancel()

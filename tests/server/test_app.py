@@ -333,20 +333,6 @@ def test_turret_version_and_usage_errors(capsys: pytest.CaptureFixture[str]) -> 
     assert "--insecure" in capsys.readouterr().err
 
 
-def test_help_of_serve_imports_neither_torch_nor_grpc() -> None:
-    script = (
-        "import sys\nfrom turret.server.cli import main\n"
-        "try: main(['serve', '--help'])\nexcept SystemExit: pass\n"
-        "print('loaded', [m for m in ('torch', 'grpc', 'transformers') if m in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
-    )  # fmt: skip
-    assert "--kv-cache-bytes" in done.stdout
-    assert "loaded []" in done.stdout
-
-
 def test_the_server_listens_before_torch_is_loaded() -> None:
     script = (
         "import sys\nimport turret.server.app\n"

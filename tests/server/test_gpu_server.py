@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,12 +19,11 @@ import torch
 from builders.methods import make_config, save_adapter
 from builders.mixes.fusions import save_fusion
 from builders.mixes.routers import write_router
-from gpu_path import FakeCapture, use_coarse_tiles
+from gpu_path import FakeCapture
 from method_oracle import prompt_of, twin
 
 from turret.clients.aio import AdapterWeight, AsyncTurretClient
 from turret.clients.messages.results import Completion
-from turret.kernels.gpu import common as tuning_module
 from turret.server.app import App
 from turret.server.build import build_backend
 from turret.server.config import (
@@ -38,6 +36,7 @@ from turret.server.config import (
 )
 from turret.server.engine.step.gpu import decode_graphs
 
+pytestmark = pytest.mark.usefixtures("coarse_tiles")
 # Maximum difference of a logprob, relative if it is larger than 1: both paths sum in fp32, in
 # different orders.
 MAX_DIFFERENCE = 1e-5
@@ -83,14 +82,6 @@ MIXES: list[list[tuple[str, float]]] = [
 
 # The server runs on a GPU if there is one; otherwise, its kernels are interpreted.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    use_coarse_tiles(monkeypatch)
-    yield
-    monkeypatch.undo()
-    tuning_module.tuning.cache_clear()
 
 
 async def answers(root: Path, *, gpu: bool) -> list[Completion]:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import contextlib
+import warnings
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-import pytest
 import torch
+from servers.engine_harness import EngineHarness
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from turret.kernels.gpu import common as tuning_module
 from turret.kernels.gpu.common import Tuning
 from turret.kernels.gpu.tables import LongSegment, RowTable, SegmentTable
-from turret.server.engine.step.gpu.decode_graphs import Body, Outputs
+from turret.server.engine.step.gpu import decode_graphs
+from turret.server.engine.step.gpu.decode_graphs import Body, Capture, Outputs
 
 # The interpreter's time depends on the number of operations, not on their size. There are still
 # several splits and passes.
@@ -33,11 +39,48 @@ COARSE = Tuning(
 )
 
 
-def use_coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+@contextlib.contextmanager
+def coarse_tiles() -> Iterator[None]:
     """Make kernels in the interpreter take ``COARSE``."""
-    monkeypatch.setattr(tuning_module, "_INTERPRETER", COARSE)
-    # Clear the caches by device.
+    with patch.object(tuning_module, "_INTERPRETER", COARSE):
+        # Clear the caches by device.
+        tuning_module.tuning.cache_clear()
+        yield
     tuning_module.tuning.cache_clear()
+
+
+@contextlib.asynccontextmanager
+async def gpu_serving(
+    model: Path | None,
+    root: Path,
+    adapters: Sequence[str],
+    capture: Capture | None = None,
+    **more: Any,
+) -> AsyncIterator[EngineHarness]:
+    """An engine on the GPU path, in the interpreter, by default with a ``FakeCapture``."""
+    capture = capture or FakeCapture()
+    options = {"kv_cache_bytes": 4 << 20, **more}
+    with (
+        coarse_tiles(),
+        patch.object(decode_graphs, "capture_for", lambda device, dtype: capture),
+        warnings.catch_warnings(),
+    ):
+        # Rows that only pad a step compute on uninitialised memory.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        async with EngineHarness.start(
+            model, root, adapters=adapters, gpu=True, **options
+        ) as harness:
+            yield harness
+
+
+class CountedWrites(TorchDispatchMode):
+    """Counts operations that write."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__.endswith("_")
+        return func(*args, **(kwargs or {}))
 
 
 class FakeCapture:

@@ -21,6 +21,8 @@ from turret.server.adapters.adapter import AdapterRef
 # Tolerance of a log probability; relative if its size is larger than 1.
 TOLERANCE = 1e-4
 MAX_TOKENS = 8
+# Prompts longer than a step, shorter than the limit of a short chunk, and of one token.
+LENGTHS = (37, 6, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,27 +115,68 @@ def check_bfloat16(
     assert float(torch.cat(ours).mean()) <= bound
 
 
+async def check_rounding(
+    base: Twin,
+    root: Path,
+    adapters: Sequence[str],
+    exact: Any,
+    rounded: Any,
+    num_prompts: int = 8,
+) -> None:
+    """Check that the last adapter's error is within 1.3 times that of ``rounded``.
+
+    Args:
+        base: The base of the adapters, with the weights that are served in bfloat16.
+        root: The directory of the adapters.
+        adapters: The adapters to load, in order.
+        exact: transformers' model in float32.
+        rounded: The same in bfloat16.
+        num_prompts: The number of scored prompts.
+    """
+    found: list[float] = []
+    expected: list[float] = []
+    theirs: list[float] = []
+    async with EngineHarness.start(
+        base.folder, root, dtype="bfloat16", adapters=adapters
+    ) as harness:
+        for seed in range(num_prompts):
+            prompt = prompt_of(60, seed)
+            answer = await harness.run(make_request(prompt, adapters[-1], score=True))
+            found += [p for p in answer.prompt_logprobs[1:] if p is not None]
+            for model, logprobs in ((exact, expected), (rounded, theirs)):
+                rows = oracle_logprobs(model, prompt).float()
+                logprobs += [float(rows[i, token]) for i, token in enumerate(prompt[1:])]
+    served, plain = (
+        (torch.tensor(some) - torch.tensor(expected)).abs().mean() for some in (found, theirs)
+    )
+    assert 0 < served <= 1.3 * plain
+
+
 async def check_oracles(
     base: Twin,
     root: Path,
     adapters: Sequence[str],
     oracles: Iterable[tuple[AdapterRef | str, Any]],
+    lengths: Sequence[int] = LENGTHS,
 ) -> None:
     """Serve adapters, and compare scores and greedy answers of some with reference models.
+
+    The base is compared as well.
 
     Args:
         base: The base of the adapters.
         root: The directory of the adapters.
         adapters: The adapters to load, in order.
         oracles: The requested mixes, each with transformers' model.
+        lengths: The lengths of the prompts.
     """
-    # Prompts that exceed a step's budget, that are shorter than a short chunk's limit, and of one
-    # token.
-    prompts = [prompt_of(37, 1), prompt_of(6, 2), prompt_of(1, 3)]
+    prompts = [prompt_of(length, seed) for seed, length in enumerate(lengths, 1)]
     plain = oracle_logprobs(base.model, prompts[0])
     async with EngineHarness.start(
         base.folder, root, adapters=adapters, max_num_batched_tokens=24, max_num_seqs=8
     ) as harness:
+        for prompt in prompts:
+            check_score(await harness.run(make_request(prompt, score=True)), base.model, prompt, "")
         for asked, oracle in oracles:
             # An adapter without effect would pass every comparison.
             assert (oracle_logprobs(oracle, prompts[0]) - plain).abs().max() > 0.05, asked
@@ -146,7 +189,10 @@ async def check_oracles(
 
 
 async def check_methods(
-    architecture: str, root: Path, variants: Mapping[str, tuple[str, dict[str, Any]]]
+    architecture: str,
+    root: Path,
+    variants: Mapping[str, tuple[str, dict[str, Any]]],
+    lengths: Sequence[int] = LENGTHS,
 ) -> None:
     """Serve adapters, and compare scores and greedy answers with PEFT's forward pass.
 
@@ -154,10 +200,11 @@ async def check_methods(
         architecture: The architecture of the base.
         root: An empty directory for the adapters.
         variants: Name → method and changes to its config.
+        lengths: The lengths of the prompts.
     """
     base = twin(architecture)
     for seed, (name, (method, changes)) in enumerate(variants.items()):
         config = make_config(method, **changes)
         save_adapter(base.model, config, root / name, seed=seed)
     oracles = ((name, load_adapter(base.model, root / name)) for name in variants)
-    await check_oracles(base, root, list(variants), oracles)
+    await check_oracles(base, root, list(variants), oracles, lengths)

@@ -19,15 +19,14 @@ from turret.training.errors import ConfigError, DataError
 from turret.training.examples import Example, read_examples
 from turret.training.methods import METHODS as TRAINED
 from turret.training.plan import Plan
-from turret.training.settings.checks import DEFAULTS, METHOD_KEYS
 from turret.training.settings.config import (
-    METHOD_NAMES,
     TrainConfig,
     build_config,
     read_config,
     render_commented,
     render_config,
 )
+from turret.training.settings.declared import METHOD_NAMES
 from turret.training.words import say
 
 MINIMAL = {"data": {"train": "train.jsonl"}}
@@ -70,25 +69,6 @@ def test_later_overrides_win_and_bare_words_are_strings():
 
 def test_the_names_of_methods_are_those_that_there_are():
     assert tuple(TRAINED) == METHOD_NAMES
-
-
-def test_the_keys_of_methods_are_those_that_they_fill_in():
-    methods: dict[str, Any] = dict(TRAINED)
-    filled_in = {name: set(method.defaults) for name, method in methods.items()}
-    assert {name: set(keys) for name, keys in METHOD_KEYS.items()} == filled_in
-
-
-def test_what_stands_for_keys_that_are_left_out_is_what_methods_fill_in():
-    """Checks the defaults that do not depend on the base: numbers instead of functions."""
-    methods: dict[str, Any] = dict(TRAINED)
-    plain = {
-        name: {
-            key: value for key, value in method.defaults.items() if isinstance(value, int | float)
-        }
-        | {"learning_rate": method.learning_rate}
-        for name, method in methods.items()
-    }
-    assert plain == DEFAULTS
 
 
 def wrong(error: ConfigError) -> set[tuple[str, str, str | None]]:

@@ -12,7 +12,7 @@ from pages.training_page import PAGE, rendered
 
 from turret.training.errors import DataError
 from turret.training.examples import read_examples
-from turret.training.settings.config import METHOD_NAMES
+from turret.training.settings.declared import METHOD_NAMES
 
 
 def test_the_tables_are_those_of_the_code() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from turret.training.loss import LossFunction
 from turret.training.methods.method import fill_in
 from turret.training.settings.checks import check_components, component_directories
 from turret.training.settings.config import MethodConfig
+from turret.training.settings.declared import DECLARED
 from turret.training.words import say
 
 _KEY = "method.components"
@@ -24,11 +25,10 @@ _KEY = "method.components"
 
 class LearnedFusionMethod:
     name = "learned_fusion"
-    learning_rate = 3e-3
-    defaults: Mapping[str, Any] = {"components": (), "d_k": 8, "guidance": 1.0}
+    learning_rate = DECLARED[name].learning_rate
 
     def resolve(self, config: MethodConfig, base: TrainingBase) -> MethodConfig:
-        config = fill_in(config, base, self.defaults)
+        config = fill_in(config, base, {})
         if base.arch.experts is not None:
             raise ConfigError.of("method.name", say("FUSION_OF_EXPERTS"))
         check_components(config.components or (), Path())

@@ -21,8 +21,6 @@ from turret.training.settings.config import MethodConfig
 
 # LoRA (arXiv 2106.09685), rsLoRA (2312.03732) and DoRA (2402.09353).
 
-_COMMON = {"targets": ("all-linear",), "rank": 8, "dropout": 0.0}
-
 
 def _twice_rank(config: Settings, base: TrainingBase) -> float:
     return 2.0 * config.rank
@@ -41,22 +39,14 @@ def _lora_config(config: Settings, base: TrainingBase, **flags: Any) -> peft.Pef
 
 LORA = PeftMethod(
     name="lora",
-    learning_rate=1e-3,
-    defaults={**_COMMON, "alpha": _twice_rank},
     peft_config=_lora_config,
+    computed={"alpha": _twice_rank},
 )
-RSLORA = PeftMethod(
-    name="rslora",
-    learning_rate=1e-3,
-    # The scale falls with the square root of the rank; at rank 16 it is LoRA's default.
-    defaults={**_COMMON, "alpha": 8.0},
-    peft_config=partial(_lora_config, use_rslora=True),
-)
+RSLORA = PeftMethod(name="rslora", peft_config=partial(_lora_config, use_rslora=True))
 DORA = PeftMethod(
     name="dora",
-    learning_rate=1e-3,
-    defaults={**_COMMON, "alpha": _twice_rank},
     peft_config=partial(_lora_config, use_dora=True),
+    computed={"alpha": _twice_rank},
 )
 
 
@@ -78,10 +68,8 @@ def _alora_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
 
 ALORA = PeftMethod(
     name="alora",
-    learning_rate=1e-3,
-    # aLoRA acts on fewer tokens than LoRA; a higher rank compensates.
-    defaults={**LORA.defaults, "rank": 32, "invocation": _written_by_the_template},
     peft_config=_alora_config,
+    computed={"alpha": _twice_rank, "invocation": _written_by_the_template},
 )
 
 
@@ -110,13 +98,7 @@ class _Ia3Method(PeftMethod):
         return attached
 
 
-IA3 = _Ia3Method(
-    name="ia3",
-    learning_rate=1e-2,
-    # The paper adapts keys, values and the feed-forward.
-    defaults={"targets": ("k_proj", "v_proj", "down_proj")},
-    peft_config=_ia3_config,
-)
+IA3 = _Ia3Method(name="ia3", peft_config=_ia3_config)
 
 
 # OFT (arXiv 2306.07280): blocks of the input are rotated before the base layer.
@@ -152,8 +134,6 @@ def _other_blocks(config: Settings, base: TrainingBase) -> tuple[str, ...]:
 
 OFT = PeftMethod(
     name="oft",
-    learning_rate=1e-3,
-    defaults={"targets": ("all-linear",), "rank": 16, "dropout": 0.0},
     peft_config=_oft_config,
     rank_served=_largest_block,
     remarks=_other_blocks,
@@ -214,12 +194,7 @@ class _HraMethod(PeftMethod):
         return attached
 
 
-HRA = _HraMethod(
-    name="hra",
-    learning_rate=5e-3,
-    defaults={"targets": ("all-linear",), "rank": 8},
-    peft_config=_hra_config,
-)
+HRA = _HraMethod(name="hra", peft_config=_hra_config)
 
 
 # MiSS (arXiv 2409.15371): one matrix per module, which all pieces of the input share.
@@ -234,12 +209,7 @@ def _miss_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
     )
 
 
-MISS = PeftMethod(
-    name="miss",
-    learning_rate=1e-3,
-    defaults={"targets": ("all-linear",), "rank": 16, "dropout": 0.0},
-    peft_config=_miss_config,
-)
+MISS = PeftMethod(name="miss", peft_config=_miss_config)
 
 
 # VB-LoRA (arXiv 2405.15179): both factors are composed of vectors from a bank that modules share.
@@ -261,13 +231,7 @@ def _vblora_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
     )
 
 
-VBLORA = PeftMethod(
-    name="vblora",
-    # A single rate; PEFT's example uses 1e-3 for the vector bank and 1e-2 for the logits.
-    learning_rate=1e-2,
-    defaults={"targets": ("all-linear",), "rank": 4, "dropout": 0.0},
-    peft_config=_vblora_config,
-)
+VBLORA = PeftMethod(name="vblora", peft_config=_vblora_config)
 
 
 # SHiRA (arXiv 2406.13175): a few entries of each weight, at random places, are trained.
@@ -334,8 +298,6 @@ def _delta_shape(layer: shira.Linear, adapter: str) -> torch.Tensor:
 
 SHIRA = _ShiraMethod(
     name="shira",
-    learning_rate=1e-3,
-    defaults={"targets": ("all-linear",), "rank": 8},
     peft_config=_shira_config,
     # SHiRA's rank only sets the number of trained entries; serving needs no rank for it.
     rank_served=lambda config, base: 0,

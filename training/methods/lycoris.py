@@ -287,7 +287,6 @@ def _loha_rank(config: Settings, base: TrainingBase) -> int:
 
 
 _RANK = 8
-_DEFAULTS = {"targets": ("all-linear",), "rank": _RANK, "alpha": _own_rank, "dropout": 0.0}
 
 
 def _loha_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
@@ -322,14 +321,12 @@ def _decomposed_rank(config: Settings, base: TrainingBase) -> int:
 
 LOHA = PeftMethod(
     name="loha",
-    learning_rate=2e-3,
-    defaults={**_DEFAULTS, "rank": _loha_rank},
     peft_config=_loha_config,
+    computed={"rank": _loha_rank, "alpha": _own_rank},
 )
 LOKR = PeftMethod(
     name="lokr",
-    learning_rate=2e-3,
-    defaults={**_DEFAULTS, "decompose_both": False, "decompose_factor": -1},
     peft_config=_lokr_config,
+    computed={"alpha": _own_rank},
     rank_served=_decomposed_rank,
 )

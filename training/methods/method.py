@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from turret.training.mixture import as_modules
 from turret.training.nf4_linear import join_loras
 from turret.training.settings.checks import check_modules
 from turret.training.settings.config import MethodConfig
+from turret.training.settings.declared import DECLARED
 
 # A ``MethodConfig`` in which all keys before the current one are filled in, in the order of the
 # method's defaults. Its own types cannot express that these keys are not None.
@@ -104,18 +105,18 @@ class TrainingMethod(Protocol):
         ...
 
 
-def fill_in(config: MethodConfig, base: TrainingBase, defaults: Mapping[str, Any]) -> MethodConfig:
-    """Fill in the keys of ``defaults`` that the config omits.
+def fill_in(config: MethodConfig, base: TrainingBase, computed: Mapping[str, Any]) -> MethodConfig:
+    """Fill in the keys of the method that the config omits; see ``DECLARED``.
 
     Args:
         config: The config as read.
         base: The model's description.
-        defaults: The defaults of the method's keys (see ``METHOD_KEYS``). A function gets the
-            config as far as it is filled in.
+        computed: Functions of the keys whose defaults are computed; they get the config as far as
+            it is filled in.
     """
-    for key, default in defaults.items():
+    for key, default in DECLARED[config.name].defaults.items():
         if getattr(config, key) is None:
-            value = default(config, base) if callable(default) else default
+            value = computed[key](config, base) if key in computed else default
             config = dataclasses.replace(config, **{key: value})
     return config
 
@@ -130,26 +131,28 @@ def _own_rank(config: Settings, base: TrainingBase) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeftMethod:
-    """One of PEFT's methods: its defaults, and a function that makes PEFT's config.
+    """One of PEFT's methods: a function that makes PEFT's config, and computed defaults.
 
     Attributes:
-        defaults: The default of each of the method's keys in ``MethodConfig``; a function gets the
-            config as far as it is resolved.
         peft_config: Makes PEFT's config from the resolved config.
+        computed: See ``fill_in``.
         rank_served: Returns ``TrainingMethod.served_rank``; by default the rank, if the method has
             one.
         remarks: Returns ``TrainingMethod.notes``.
     """
 
     name: str
-    learning_rate: float
-    defaults: Mapping[str, Any]
     peft_config: Callable[[Settings, TrainingBase], peft.PeftConfig]
+    computed: Mapping[str, Callable[[Settings, TrainingBase], Any]] = field(default_factory=dict)
     rank_served: Callable[[Settings, TrainingBase], int] = _own_rank
     remarks: Callable[[Settings, TrainingBase], Sequence[str]] = _no_remarks
 
+    @property
+    def learning_rate(self) -> float:
+        return DECLARED[self.name].learning_rate
+
     def resolve(self, config: MethodConfig, base: TrainingBase) -> MethodConfig:
-        config = fill_in(config, base, self.defaults)
+        config = fill_in(config, base, self.computed)
         if config.targets is not None:
             targets = check_modules(self.name, base.arch.projections, config.targets, config.rank)
             config = dataclasses.replace(config, targets=targets)
@@ -235,23 +238,10 @@ def _p_tuning_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
 
 PREFIX_TUNING = PeftMethod(
     name="prefix_tuning",
-    learning_rate=1e-3,
-    defaults={
-        "num_virtual_tokens": 16,
-        "prefix_projection": True,
-        "encoder_hidden_size": _prefix_width,
-    },
     peft_config=_prefix_config,
+    computed={"encoder_hidden_size": _prefix_width},
 )
-PROMPT_TUNING = PeftMethod(
-    name="prompt_tuning",
-    learning_rate=3e-2,
-    defaults={"num_virtual_tokens": 16, "init_text": lambda config, base: None},
-    peft_config=_prompt_config,
-)
+PROMPT_TUNING = PeftMethod(name="prompt_tuning", peft_config=_prompt_config)
 P_TUNING = PeftMethod(
-    name="p_tuning",
-    learning_rate=1e-3,
-    defaults={"num_virtual_tokens": 16, "encoder_hidden_size": _hidden_size, "dropout": 0.0},
-    peft_config=_p_tuning_config,
+    name="p_tuning", peft_config=_p_tuning_config, computed={"encoder_hidden_size": _hidden_size}
 )

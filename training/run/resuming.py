@@ -15,8 +15,9 @@ from typing import Any
 import turret
 from turret.training.errors import RunError
 from turret.training.run.folder import RunFolder
-from turret.training.settings.checks import DEFAULTS, PRESETS, ToldBase, expand_targets
+from turret.training.settings.checks import PRESETS, ToldBase, expand_targets
 from turret.training.settings.config import TrainConfig
+from turret.training.settings.declared import DECLARED
 from turret.training.words import Text, say
 
 _PARTS = ("base", "data", "config", "versions")
@@ -113,8 +114,9 @@ def check_settings(
     }
     method, optimizer = told["method"], told["optimizer"]
     if method["name"] == there.get("method", {}).get("name"):
-        rate = {"learning_rate": DEFAULTS[method["name"]]["learning_rate"]}
-        keys = {k: v for k, v in DEFAULTS[method["name"]].items() if k not in rate}
+        learning_rate, defaults = DECLARED[method["name"]]
+        rate = {"learning_rate": learning_rate}
+        keys = {k: v for k, v in defaults.items() if isinstance(v, int | float)}
         for table, filled_in in (("method", keys), ("optimizer", rate)):
             has = there.get(table, {})
             left = {k: v for k, v in filled_in.items() if has.get(k) is not None}

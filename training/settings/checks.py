@@ -21,6 +21,7 @@ from turret.server.models.families import FAMILIES
 from turret.server.models.sources.check import check_model, name_of_model, told_context, told_sizes
 from turret.training.errors import ConfigError
 from turret.training.settings.config import BaseConfig, DataConfig, MethodConfig, TrainConfig
+from turret.training.settings.declared import DECLARED
 from turret.training.words import say
 
 # The highest possible rank, for a method's modules and for a server.
@@ -173,52 +174,6 @@ def check_names(model_type: str, known: Sequence[str], targets: Sequence[str]) -
 # Settings that exclude each other, depending on the method. Torch is not needed.
 
 
-_FACTORS = ("targets", "rank", "alpha", "dropout")
-# Keys of ``MethodConfig`` that each method reads; a test compares them with training/methods.
-METHOD_KEYS: Mapping[str, tuple[str, ...]] = {
-    "lora": _FACTORS,
-    "rslora": _FACTORS,
-    "dora": _FACTORS,
-    "alora": (*_FACTORS, "invocation"),
-    "miss": ("targets", "rank", "dropout"),
-    "oft": ("targets", "rank", "dropout"),
-    "hra": ("targets", "rank"),
-    "vblora": ("targets", "rank", "dropout"),
-    "shira": ("targets", "rank"),
-    "loha": _FACTORS,
-    "lokr": (*_FACTORS, "decompose_both", "decompose_factor"),
-    "ia3": ("targets",),
-    "prefix_tuning": ("num_virtual_tokens", "prefix_projection", "encoder_hidden_size"),
-    "prompt_tuning": ("num_virtual_tokens", "init_text"),
-    "p_tuning": ("num_virtual_tokens", "encoder_hidden_size", "dropout"),
-    "learned_fusion": ("components", "d_k", "guidance"),
-}
-# Defaults that do not depend on the base, and each method's peak learning rate; a test compares
-# them with training/methods.
-_LOW_RANK = {"rank": 8, "dropout": 0.0, "learning_rate": 1e-3}
-DEFAULTS: Mapping[str, Mapping[str, float]] = {
-    "lora": _LOW_RANK,
-    "rslora": {**_LOW_RANK, "alpha": 8.0},
-    "dora": _LOW_RANK,
-    "alora": {**_LOW_RANK, "rank": 32},
-    "miss": {**_LOW_RANK, "rank": 16},
-    "oft": {**_LOW_RANK, "rank": 16},
-    "hra": {"rank": 8, "learning_rate": 5e-3},
-    "vblora": {"rank": 4, "dropout": 0.0, "learning_rate": 1e-2},
-    "shira": {"rank": 8, "learning_rate": 1e-3},
-    "loha": {"dropout": 0.0, "learning_rate": 2e-3},
-    "lokr": {
-        **_LOW_RANK,
-        "learning_rate": 2e-3,
-        "decompose_both": False,
-        "decompose_factor": -1,
-    },
-    "ia3": {"learning_rate": 1e-2},
-    "prefix_tuning": {"num_virtual_tokens": 16, "prefix_projection": True, "learning_rate": 1e-3},
-    "prompt_tuning": {"num_virtual_tokens": 16, "learning_rate": 3e-2},
-    "p_tuning": {"num_virtual_tokens": 16, "dropout": 0.0, "learning_rate": 1e-3},
-    "learned_fusion": {"d_k": 8, "guidance": 1.0, "learning_rate": 3e-3},
-}
 # Methods that put a prompt before the text, and methods with factors A and B.
 PROMPTS = ("prefix_tuning", "prompt_tuning", "p_tuning")
 WITH_FACTORS = ("lora", "rslora", "dora", "alora")
@@ -261,7 +216,7 @@ def _unsupported(key: str, value: object, method: str) -> ConfigError:
 
 
 def _check_keys(config: MethodConfig) -> None:
-    keys = METHOD_KEYS[config.name]
+    keys = DECLARED[config.name].defaults
     for entry in dataclasses.fields(config):
         given = getattr(config, entry.name) is not None
         if given and entry.name != "name" and entry.name not in keys:
@@ -378,7 +333,7 @@ def check_method(config: MethodConfig, projections: Projections) -> None:
         config: The config, with keys of its method only.
         projections: The projections of the base.
     """
-    has_modules = "targets" in METHOD_KEYS[config.name]
+    has_modules = "targets" in DECLARED[config.name].defaults
     if has_modules and (config.targets or config.rank) is not None:
         check_modules(config.name, projections, config.targets or _ALL, config.rank)
 

@@ -37,14 +37,8 @@ from turret.server.basics.settings import (
     toml_value,
 )
 from turret.training.errors import ConfigError, ConfigFileError
+from turret.training.settings.declared import METHOD_NAMES
 from turret.training.words import say
-
-# The names of the methods in ``training/methods``, as a test checks. They are listed here so that
-# an unknown name is rejected before torch is loaded.
-METHOD_NAMES = (
-    *("lora", "rslora", "dora", "alora", "miss", "oft", "hra", "vblora", "shira"),
-    *("loha", "lokr", "ia3", "prefix_tuning", "prompt_tuning", "p_tuning", "learned_fusion"),
-)
 
 
 def _key(

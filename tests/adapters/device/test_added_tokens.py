@@ -222,12 +222,8 @@ async def test_what_the_base_computes_alone_has_no_added_tokens(tmp_path: Path) 
 
 
 @pytest.mark.long
-async def test_the_gpu_path_serves_added_tokens(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from gpu_path import use_coarse_tiles
-
-    use_coarse_tiles(monkeypatch)
+@pytest.mark.usefixtures("coarse_tiles")
+async def test_the_gpu_path_serves_added_tokens(tmp_path: Path) -> None:
     names = ("saved", "tokens")
     oracles = {
         name: save_grown(

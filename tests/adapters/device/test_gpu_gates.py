@@ -15,7 +15,7 @@ Planted faults, and the number of tests that each of them fails (tried by hand o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,12 +36,10 @@ from builders.mixes.gates import (
     operators_of,
     rows_of,
 )
-from gpu_path import OneStepTables, use_coarse_tiles
+from gpu_path import CountedWrites, OneStepTables
 from kernel_traffic import DEVICE, error_ratio
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from turret.kernels.gpu import common as tuning_module
 from turret.kernels.gpu.low_rank import Shrink
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.reference import ReferenceStore
@@ -52,17 +50,10 @@ from turret.server.adapters.operators.gate import Gate
 from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.low_rank import LowRank
 
+pytestmark = pytest.mark.usefixtures("coarse_tiles")
 NUM_ROWS = 24
 # An adapter without gates, in some of the mixes.
 OTHER = AdapterOperators({"model.layers.0.q": ModuleOperators()})
-
-
-@pytest.fixture(autouse=True)
-def coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    use_coarse_tiles(monkeypatch)
-    yield
-    monkeypatch.undo()
-    tuning_module.tuning.cache_clear()
 
 
 @dataclass(eq=False)
@@ -347,16 +338,6 @@ def test_what_is_stored_of_a_gated_adapter_is_what_it_is_said_to_take() -> None:
         assert store.needs(operators) == (store._pack.bytes_of(operators), kept), key
 
 
-class _Counting(TorchDispatchMode):
-    """Counts operations that write."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.overloadpacket.__name__.endswith("_")
-        return func(*args, **(kwargs or {}))
-
-
 def test_a_gated_adapter_enters_by_as_few_launches_however_many_layers() -> None:
     """The adapter is in the layout of host memory: the layers of each tensor side by side."""
     found: dict[tuple[str, int], int] = {}
@@ -370,7 +351,7 @@ def test_a_gated_adapter_enters_by_as_few_launches_however_many_layers() -> None
             }
             operators = AdapterOperators(in_one_block(modules)[0])
             store = GpuStore(layout, torch.half, torch.device("cpu"), 1 << 24)
-            with _Counting() as counting:
+            with CountedWrites() as counting:
                 store.prepare([Adapter(key, operators)])
             found[key, num_layers] = counting.count
         assert found[key, 2] == found[key, 24] < 60

@@ -10,8 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from gpu_path import OneStepTables
-from torch.utils._python_dispatch import TorchDispatchMode
+from gpu_path import CountedWrites, OneStepTables
 
 from turret.server.adapters.device.gpu import slot_tables
 from turret.server.adapters.device.gpu.store import GpuStore
@@ -266,16 +265,6 @@ def test_a_step_stays_captured_where_adapters_come_to_its_slot_tables() -> None:
     assert store._slot_tables._slot_tables == {}
 
 
-class _Counting(TorchDispatchMode):
-    """Counts operations that write."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func.overloadpacket.__name__.endswith("_")
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(("gains", "most"), [(False, 60), (True, 80)])
 def test_an_adapter_enters_by_few_launches_however_many_layers(gains: bool, most: int) -> None:
     """The adapter is in the layout of host memory: the layers of each factor side by side."""
@@ -291,7 +280,7 @@ def test_an_adapter_enters_by_few_launches_however_many_layers(gains: bool, most
     }
     adapter = Adapter("a", AdapterOperators(in_one_block(modules)[0]))
     store = GpuStore(layout, torch.float32, CPU, 1 << 24)
-    with _Counting() as counting:
+    with CountedWrites() as counting:
         store.prepare([adapter])
     assert counting.count <= most
     place = store._pack.places["a"]

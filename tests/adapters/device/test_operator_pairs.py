@@ -7,18 +7,17 @@ of one step, as single rows and as segments, so each is computed in the same ste
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, combinations, combinations_with_replacement, pairwise
 from typing import Any
 
 import pytest
 import torch
-from gpu_path import OneStepTables, use_coarse_tiles
+from gpu_path import OneStepTables
 from kernel_traffic import circulant, error_ratio
 from torch import Tensor
 
 from turret.kernels.cpu.native import library
-from turret.kernels.gpu import common as tuning_module
 from turret.server.adapters.device.cpu.store import CpuStore
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.reference import ReferenceStore
@@ -252,14 +251,6 @@ def project(
         return linear(x, store.step(members))
     runs = [(row, row + 1, mix) for row, mix in enumerate(members.short)]
     return linear(x, store.bind([*runs, *members.long], OneStepTables(2048, CPU)), len(runs))
-
-
-@pytest.fixture
-def coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    use_coarse_tiles(monkeypatch)
-    yield
-    monkeypatch.undo()
-    tuning_module.tuning.cache_clear()
 
 
 NEEDS_COMPILER = pytest.mark.skipif(library() is None, reason="there is no C compiler")

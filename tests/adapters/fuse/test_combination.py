@@ -33,32 +33,3 @@ def test_each_combination_takes_its_own_settings(name: str) -> None:
         with pytest.raises(InvalidRequestError) as raised:
             Combination(name=name, **{**settings, field: value})
         assert [where for where, _ in raised.value.violations] == [field]
-
-
-@pytest.mark.parametrize(
-    ("settings", "fields"),
-    [
-        ({"name": "average"}, ["combination"]),
-        ({"name": "SVD"}, ["combination"]),
-        ({"name": "svd", "rank": 0}, ["rank"]),
-        ({"name": "svd", "energy": 0.0}, ["energy"]),
-        ({"name": "svd", "energy": 1.5}, ["energy"]),
-        ({"name": "svd", "energy": float("nan")}, ["energy"]),
-        ({"name": "svd", "energy": 0.5, "rank": 2}, ["energy"]),
-        ({"name": "ties"}, ["density"]),
-        ({"name": "ties", "density": 0.0}, ["density"]),
-        ({"name": "ties", "density": float("nan")}, ["density"]),
-        (
-            {"name": "ties", "density": 1.1, "majority_sign_method": "votes"},
-            ["density", "majority"],
-        ),
-        ({"name": "dare_linear", "density": 0.5, "seed": -1}, ["seed"]),
-        ({"name": "dare_linear", "density": 0.5, "seed": 1 << 64}, ["seed"]),
-        ({"rank": 1, "density": 2.0, "seed": 1}, ["rank", "density", "seed", "density"]),
-    ],
-)
-def test_every_offending_setting_is_named(settings: dict[str, Any], fields: list[str]) -> None:
-    with pytest.raises(InvalidRequestError) as raised:
-        Combination(**settings)
-    found = [where for where, _ in raised.value.violations]
-    assert [where.removesuffix("_sign_method") for where in found] == fields

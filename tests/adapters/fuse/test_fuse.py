@@ -121,11 +121,16 @@ def test_energy_keeps_the_least_rank_that_suffices(fusions: Fusions) -> None:
     assert whole.relative_error < 1e-6
 
 
-def test_biases_add_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("keys", "others"),
+    [({"bias": "all"}, ("k_proj", "o_proj", "v_proj")), ({"lora_bias": True}, ())],
+    ids=["bias", "lora_bias"],
+)
+def test_biases_add_up(keys: dict[str, Any], others: tuple[str, ...], tmp_path: Path) -> None:
     """Replaced biases contribute their difference; modules that have only a bias are kept."""
     base = tiny_llama(attention_bias=True)
     for seed, name in enumerate("ab"):
-        config = make_config("lora", bias="all", target_modules=["q_proj", "up_proj"])
+        config = make_config("lora", target_modules=["q_proj", "up_proj"], **keys)
         save_adapter(base, config, tmp_path / name, seed=seed)
     registry = AdapterRegistry(
         tmp_path, base_of(base), 1 << 28, 64, state=StateDir(tmp_path / "state", 1 << 24)
@@ -136,7 +141,7 @@ def test_biases_add_up(tmp_path: Path) -> None:
     refs = [AdapterRef(name=name, weight=weight) for name, weight in mix.items()]
     fuser = Fuser(registry, host_bytes=1 << 28, max_rank=64)
     fused = fuser.start("c", refs, Combination(), Cancellation()).result(60)
-    assert fused.record.facts.target_modules == ("k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+    assert set(fused.record.facts.target_modules) == {"q_proj", "up_proj", *others}
     held = registry.acquire([*refs, AdapterRef(name="c")])
     a, b, c = (adapter.operators for adapter, _ in held.members)
     registry.release(held)

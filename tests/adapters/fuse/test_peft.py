@@ -10,11 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from builders.adapters import tiny_llama
-from builders.methods import ALL, quiet
+from builders.methods import ALL
 from builders.mixes.fuse import Fusions, difference, peft_weighted, truncated
-from peft import PeftModel
 
 # Maximum relative difference of ΔW, from fp32 sums in another order.
 CLOSE = 1e-5
@@ -90,65 +87,6 @@ def test_peft_ignores_the_combination_of_a_single_adapter(fusions: Fusions) -> N
         assert difference(found, exact) > FAR, how
         if how == "svd":
             assert difference(found, truncated(exact, 2)) < CLOSE
-
-
-def test_peft_scales_a_mix_of_rslora_wrongly(tmp_path: Path) -> None:
-    """PEFT's result keeps ``use_rslora``, so it is scaled by the root of its rank once more."""
-    fusions = Fusions(tmp_path)
-    fusions.add("a", "rslora", 1)
-    fusions.add("b", "rslora", 2)
-    mix = {"a": 1.0, "b": 0.5}
-    exact = fusions.exact(mix)
-    peft = peft_weighted(fusions.root, mix, "cat")
-    assert difference(peft, exact) > FAR
-    assert difference({n: d / 12**0.5 for n, d in peft.items()}, exact) < CLOSE
-    assert difference(fusions.deltas(fusions.fuse(mix, how="cat")), exact) < CLOSE
-    fusions.close()
-
-
-def test_peft_loses_the_magnitudes_of_dora(tmp_path: Path) -> None:
-    """PEFT's result has new magnitudes; here, ``ΔW = g ⊙ (W + sBA) − W``."""
-    fusions = Fusions(tmp_path)
-    fusions.add("a", "dora", 1)
-    fusions.add("b", "dora", 2)
-    mix = {"a": 0.5, "b": 0.5}
-    exact = fusions.exact(mix)
-    peft = peft_weighted(fusions.root, mix, "svd", svd_rank=32)
-    # The rank suffices for all directions of v_proj, so nothing needs to be lost.
-    assert difference({n: peft[n] for n in peft if "v_proj" in n}, _only_v(exact)) > FAR
-    result = fusions.fuse(mix, how="svd", rank=32)
-    found = fusions.deltas(result)
-    assert difference(_only_v(found), _only_v(exact)) < CLOSE
-    assert difference(found, truncated(exact, 32)) < 1e-4
-    fusions.close()
-
-
-def _only_v(deltas: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: delta for name, delta in deltas.items() if "v_proj" in name}
-
-
-def test_peft_drops_the_biases_of_lora(tmp_path: Path) -> None:
-    """Biases are not factors, so their weighted sum is exact in every combination."""
-    fusions = Fusions(tmp_path)
-    for seed, name in enumerate("ab"):
-        fusions.add(name, seed=seed, lora_bias=True, target_modules=["q_proj", "down_proj"])
-    mix = {"a": 0.5, "b": -2.0}
-    result = fusions.fuse(mix, how="linear")
-    path = "model.layers.1.mlp.down_proj"
-    with quiet():
-        peft_model = PeftModel.from_pretrained(tiny_llama(), str(fusions.root / "a"), "a")
-        peft_model.load_adapter(str(fusions.root / "b"), "b")
-        peft_model.load_adapter(str(fusions.directory(result)), "fused")
-        peft_model.base_model.add_weighted_adapter(  # type: ignore[operator]
-            ["a", "b"], [0.5, -2.0], "peft", combination_type="linear"
-        )
-    layer = peft_model.get_base_model().get_submodule(path)
-    bias = {name: layer.lora_B[name].bias.double() for name in ("a", "b", "fused", "peft")}  # type: ignore[index,union-attr]
-    scaling = layer.scaling  # type: ignore[union-attr]
-    expected = 0.5 * scaling["a"] * bias["a"] - 2.0 * scaling["b"] * bias["b"]  # type: ignore[index]
-    assert (scaling["fused"] * bias["fused"] - expected).norm() < CLOSE * expected.norm()  # type: ignore[index]
-    assert (bias["peft"] == 0.0).all()
-    fusions.close()
 
 
 def test_ranks_may_differ_where_members_do_not_meet(tmp_path: Path) -> None:

@@ -1,47 +1,65 @@
-"""``kill -9`` at random points: a restart finds the state before or after each operation.
+"""The process may end at any step of an operation: a restart finds the state before or after it.
 
-Only the process is killed, not the machine. The kernel still writes its buffers, so these tests do
-not cover ``fsync``.
+``tests/chaos/test_kills.py`` kills a real server.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
-from builders.registries import Registries, Waiter, refs, stage_directory
-from checkout import ROOT
-from servers.crash_worker import Entry, Operation, entries_of, open_registry, perform
+from builders.registries import Registries, Waiter, refs, stage_directory, tiny_base
 
 from turret.server.adapters.adapter import AdapterRef
+from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.state_dir import StateDir
 
-NUM_KILLS = 50
-# Maximum number of lines that a worker prints before it is killed; an operation prints two.
-MOST_LINES = 16
+BASE = tiny_base()
+# The functions of ``os`` that change the disk.
+STEPS = ("open", "mkdir", "rename", "unlink", "fsync", "rmdir")
+
+
+class Entry(NamedTuple):
+    """The registration of a name; an empty uuid or digest stands for any."""
+
+    uuid: str
+    generation: int
+    digest: str
+    pinned: bool
+    kept: tuple[int, ...] = ()
+
 
 State = dict[str, Entry]
 
 
-@pytest.fixture
-def make(tmp_path: Path) -> Iterator[Registries]:
-    registries = Registries(tmp_path)
-    yield registries
-    registries.close()
+def open_registry(root: Path, state_path: Path, keep_generations: int) -> AdapterRegistry:
+    state = StateDir(state_path, 1 << 20)
+    state.bind(BASE.name, BASE.digest)
+    return AdapterRegistry(root, BASE, 1 << 24, 64, state=state, keep_generations=keep_generations)
+
+
+def entries_of(registry: AdapterRegistry) -> State:
+    return {
+        r.name: Entry(r.uuid, r.generation, r.facts.digest, r.pinned, r.kept_generations)
+        for r in registry.list()
+    }
+
+
+def perform(registry: AdapterRegistry, root: Path, kind: str, path: str) -> None:
+    if kind in ("upload", "replace_upload"):
+        staged = stage_directory(registry, root / path)
+        registry.upload("x", staged, replace=kind == "replace_upload")
+        staged.discard()
+    elif kind in ("load", "replace"):
+        getattr(registry, kind)("x", path)
+    else:
+        getattr(registry, kind)("x")
 
 
 def matches(state: State, expected: State) -> bool:
-    """Whether two states are equal; an empty uuid or digest matches any."""
     return state.keys() == expected.keys() and all(
         (found := state[name])
         == entry._replace(uuid=entry.uuid or found.uuid, digest=entry.digest or found.digest)
@@ -49,146 +67,21 @@ def matches(state: State, expected: State) -> bool:
     )
 
 
-def after(
-    state: State, operation: Operation, digests: dict[str, str], keep_generations: int = 1
-) -> State:
-    """The state after a complete operation, which keeps one generation or none."""
-    kind, name, path, pinned = operation
-    state = dict(state)
+def after(state: State, kind: str, digest: str, keep_generations: int) -> State:
+    """The state after a complete operation on the name x."""
     if kind == "unload":
-        del state[name]
-    elif kind in ("load", "upload"):
-        state[name] = Entry("", 1, digests[path], pinned)
-    elif kind in ("pin", "unpin"):
-        state[name] = state[name]._replace(pinned=kind == "pin")
-    elif kind == "rollback":
-        old = state[name]
+        return {}
+    if kind in ("load", "upload"):
+        return {"x": Entry("", 1, digest, False)}
+    old = state["x"]
+    if kind == "pin":
+        return {"x": old._replace(pinned=True)}
+    if kind == "rollback":
         # The digest of the kept generation is checked by reading the adapter.
-        state[name] = old._replace(generation=old.kept[-1], digest="", kept=(old.generation,))
-    elif state[name].digest != digests[path]:
-        old = state[name]
-        number = max((old.generation, *old.kept)) + 1
-        kept = (old.generation,)[:keep_generations]
-        state[name] = old._replace(generation=number, digest=digests[path], kept=kept)
-    return state
-
-
-class Life:
-    """One worker, from its start to its violent end."""
-
-    def __init__(self, workers: subprocess.Popen[str], seed: int) -> None:
-        assert workers.stdin is not None
-        assert workers.stdout is not None
-        workers.stdin.write(f"{seed}\n")
-        workers.stdin.flush()
-        pid, entries, self.uploads, self.incoming, self.errors = json.loads(
-            workers.stdout.readline()
-        )
-        self.restored = _state(entries)
-        moment = random.Random(seed)
-        # Progress is counted in lines, so that it is the same on busy and idle machines.
-        lines_left = moment.randrange(MOST_LINES)
-        pause = moment.uniform(0.0, 0.005)
-        self.last = self.restored
-        self.pending: Operation | None = None
-        self.operations: list[str] = []
-        if lines_left == 0:
-            _kill(pid, pause)
-        for line in workers.stdout:
-            kind, *rest = json.loads(line)
-            lines_left -= 1
-            if lines_left == 0:
-                _kill(pid, pause)
-            if kind == "over":
-                return
-            if kind == "begin":
-                self.pending = Operation(*rest[0])
-            else:
-                assert self.pending is not None
-                self.operations.append(self.pending.kind)
-                self.last, self.pending = _state(rest[0]), None
-        raise AssertionError("the workers ended")
-
-
-def _kill(pid: int, pause: float) -> None:
-    """Kill a process within its next operations."""
-    time.sleep(pause)
-    os.kill(pid, signal.SIGKILL)
-
-
-def _state(entries: dict[str, list[Any]]) -> State:
-    found = {name: Entry(*values) for name, values in entries.items()}
-    return {name: entry._replace(kept=tuple(entry.kept)) for name, entry in found.items()}
-
-
-@pytest.fixture
-def workers(make: Registries, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    command = ["servers.crash_worker", str(make.root), str(tmp_path / "state")]
-    with subprocess.Popen(
-        [sys.executable, "-m", *command],
-        cwd=ROOT / "tests" / "support",
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        yield process
-        assert process.stdin is not None
-        process.stdin.close()
-
-
-@pytest.mark.slow
-def test_a_kill_leaves_the_state_before_or_after_each_operation(
-    make: Registries, tmp_path: Path, workers: subprocess.Popen[str]
-) -> None:
-    digests = {path: make().load(path, path).facts.digest for path in "abcd"}
-    allowed: list[State] = [{}]
-    done: Counter[str] = Counter()
-    cut: Counter[str] = Counter()
-    for seed in range(NUM_KILLS):
-        life = Life(workers, seed)
-        found = [matches(life.restored, state) for state in allowed]
-        assert any(found), (life.restored, allowed)
-        if len(allowed) == 2:
-            cut["before" if found[0] else "after"] += 1
-        assert life.errors == []
-        assert life.incoming == 0
-        keys = {
-            f"{entry.uuid}.{generation}"
-            for entry in life.restored.values()
-            for generation in (entry.generation, *entry.kept)
-        }
-        assert set(life.uploads) <= keys
-        allowed = [life.last]
-        if life.pending is not None:
-            allowed.append(after(life.last, life.pending, digests))
-        done.update(life.operations)
-    # The kills must have hit every operation; otherwise, the test proves little.
-    assert set(done) == {
-        *("load", "upload", "replace", "replace_upload", "rollback", "pin", "unpin", "unload")
-    }
-    assert cut["before"] >= 10
-    assert cut["after"] >= 3
-    print(f"\n{sum(done.values())} operations done, {sum(cut.values())} cut short: {dict(cut)}")
-
-
-def test_matching_finds_a_wrong_state() -> None:
-    """The check of the test above can fail."""
-    entry = Entry("u", 1, "d", False)
-    assert matches({"x": entry}, {"x": entry._replace(uuid="")})
-    for wrong in (
-        {},
-        {"y": entry},
-        {"x": entry._replace(generation=2)},
-        {"x": entry._replace(digest="e")},
-        {"x": entry._replace(pinned=True)},
-        {"x": entry._replace(uuid="v")},
-    ):
-        assert not matches({"x": entry}, wrong)
-
-
-# A crash at each step of an operation on the disk, one after the other.
-
-STEPS = ("open", "mkdir", "rename", "unlink", "fsync", "rmdir")
+        return {"x": old._replace(generation=old.kept[-1], digest="", kept=(old.generation,))}
+    kept = (old.generation,)[:keep_generations]
+    number = max((old.generation, *old.kept)) + 1
+    return {"x": old._replace(generation=number, digest=digest, kept=kept)}
 
 
 class PowerCut(BaseException):
@@ -213,24 +106,22 @@ def test_every_step_on_the_disk_may_be_the_last(
 ) -> None:
     digests = {path: make().load(path, path).facts.digest for path in "ab"}
     is_new = kind in ("load", "upload")
-    operation = Operation(kind, "x", "a" if keep_generations or is_new else "b")
+    path = "a" if keep_generations or is_new else "b"
     outcomes, was_cut = [], True
     for stop_at in range(60):
         state_path = tmp_path / f"{stop_at}"
         registry = open_registry(make.root, state_path, keep_generations)
-        for path in "" if is_new else "ab" if keep_generations else "a":
-            staged = stage_directory(registry, make.root / path)
-            registry.upload("x", staged, replace=path == "b")
+        for first in "" if is_new else "ab" if keep_generations else "a":
+            perform(registry, make.root, "upload" if first == "a" else "replace_upload", first)
         before = entries_of(registry)
-        was_cut = _cut_after(
-            monkeypatch, stop_at, functools.partial(perform, registry, make.root, operation)
-        )
+        call = functools.partial(perform, registry, make.root, kind, path)
+        was_cut = _cut_after(monkeypatch, stop_at, call)
         # The end of the process releases the directory's lock.
         registry._state.close()
         again = open_registry(make.root, state_path, keep_generations)
         again.restore()
         found = entries_of(again)
-        expected = after(before, operation, digests, keep_generations)
+        expected = after(before, kind, digests[path], keep_generations)
         assert matches(found, before) or matches(found, expected), stop_at
         outcomes.append(matches(found, expected))
         named = [adapter for name in found for adapter in again._table.find(name).named]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -37,14 +35,6 @@ from turret.server.errors import (
 )
 from turret.server.metrics import Metrics
 
-
-@pytest.fixture
-def make(tmp_path: Path) -> Iterator[Registries]:
-    registries = Registries(tmp_path)
-    yield registries
-    registries.close()
-
-
 # Residency
 
 
@@ -55,37 +45,6 @@ def test_the_least_recently_used_is_evicted(make: Registries) -> None:
     assert resident(registry) == "ac"
     assert registry.host_bytes_used == 2 * adapter_bytes()
     assert registry.get("b").bytes_host == 0
-
-
-def test_a_cold_adapter_is_read_again_once_for_all_who_wait(make: Registries) -> None:
-    registry = make(1, load="ab")
-    kept = registry.acquire(refs("b"))
-    kept_operators = kept.members[0][0].operators
-    assert kept_operators is not None
-    kept_operators = kept.members[0][0].operators
-    assert kept_operators is not None
-    expected = {k: v.low_rank for k, v in kept_operators.modules.items()}
-    registry.release(kept)
-    registry.load("c", "c")
-    gate = Gate(registry)
-    waiters = [Waiter(registry.acquire(refs("b"))) for _ in range(5)]
-    assert not any(waiter.was_resident for waiter in waiters)
-    gate.open()
-    results = [waiter.wait() for waiter in waiters]
-    assert gate.reads == ["b"]
-    key = waiters[0].mix.members[0][0].key
-    for result in results:
-        assert result.error is None
-        assert result.load_seconds[key] > 0
-    operators = waiters[0].mix.members[0][0].operators
-    assert operators is not None
-    for name, low_rank in expected.items():
-        again = operators.modules[name].low_rank
-        assert low_rank is not None
-        assert again is not None
-        assert torch.equal(again.a, low_rank.a)
-        assert torch.equal(again.b, low_rank.b)
-    assert Waiter(registry.acquire(refs("b"))).was_resident
 
 
 def test_a_mix_does_not_evict_its_own_members(make: Registries) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,6 @@ from said import says
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StateDir
 from turret.server.errors import AdapterChangedError, AdapterCheckpointError, TurretError
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Iterator[Registries]:
-    registries = Registries(tmp_path)
-    yield registries
-    registries.close()
 
 
 def test_messages_name_an_upload_and_not_where_it_is_kept(make: Registries, tmp_path: Path) -> None:

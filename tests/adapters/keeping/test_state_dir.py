@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,8 @@ from turret.server.errors import (
     AdapterCheckpointError,
     BudgetExceededError,
     InvalidRequestError,
-    StateDirRequiredError,
     StorageFullError,
 )
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Iterator[Registries]:
-    registries = Registries(tmp_path)
-    yield registries
-    registries.close()
 
 
 @pytest.fixture
@@ -198,21 +190,6 @@ def test_the_same_content_again_keeps_the_first_files(
     assert list((tmp_path / "state" / "incoming").iterdir()) == []
 
 
-def test_a_refused_upload_leaves_nothing(start: Start, make: Registries, tmp_path: Path) -> None:
-    registry = start(1.5)
-    registry.load("a", "a")
-    for path, name, replace in (("b", "a", False), ("big", "x", False), ("big", "a", True)):
-        staged = stage_directory(registry, make.root / path)
-        with pytest.raises((BudgetExceededError, Exception)):
-            registry.upload(name, staged, replace=replace)
-        staged.discard()
-    assert [record.name for record in registry.list()] == ["a"]
-    assert files_of(tmp_path) == []
-    assert list((tmp_path / "state" / "incoming").iterdir()) == []
-    registry.close()
-    assert [record.name for record in start().list()] == ["a"]
-
-
 def test_a_full_disk_changes_nothing(
     start: Start, make: Registries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,11 +232,6 @@ def test_an_upload_over_the_limits_is_refused_before_it_is_sent(
     with pytest.raises(StorageFullError, check=says("STATE_DISK_FULL", bytes=10)):
         registry.stage([UploadedFile("x", 10)])
     registry.stage([UploadedFile("x", 9)]).discard()
-
-
-def test_uploads_need_a_state_directory(make: Registries) -> None:
-    with pytest.raises(StateDirRequiredError, check=says("STATE_DIR_REQUIRED")):
-        make().stage([UploadedFile("x", 1)])
 
 
 def test_chunks_must_come_as_announced(start: Start) -> None:
@@ -370,19 +342,3 @@ def test_only_what_was_saved_is_read(start: Start, tmp_path: Path, change: Calla
     change(fields)
     with pytest.raises(ValueError, match="registration"):
         SavedRegistration.from_json(json.dumps(fields).encode())
-
-
-def test_an_export_is_what_was_loaded(start: Start, make: Registries) -> None:
-    registry = start()
-    registry.upload("up", stage_directory(registry, make.root / "a"))
-    with registry.export("up", 1) as export:
-        # Neither of these affects a running export.
-        registry.upload("up", stage_directory(registry, make.root / "b"), replace=True)
-        registry.unload("up")
-        contents: dict[str, bytes] = {}
-        for name, data in export.chunks():
-            contents[name] = contents.get(name, b"") + data
-    for file in export.files:
-        assert contents[file.name] == (make.root / "a" / file.name).read_bytes()
-        assert file.size_bytes == len(contents[file.name])
-    assert export.record.generation == 1

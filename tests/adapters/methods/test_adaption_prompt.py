@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,15 +18,15 @@ from builders.adapters import (
     read_adapter,
     tiny_llama,
 )
-from builders.methods import load_adapter, make_config, quiet, save_adapter
-from gpu_path import FakeCapture, use_coarse_tiles
-from hypothesis import HealthCheck, Phase, given, settings
+from builders.methods import drawing, load_adapter, make_config, quiet, save_adapter
+from gpu_path import gpu_serving
+from hypothesis import given
 from hypothesis import strategies as st
 from method_oracle import (
     check_greedy,
     check_methods,
+    check_rounding,
     check_score,
-    oracle_logprobs,
     prompt_of,
     twin,
 )
@@ -35,13 +34,9 @@ from said import says
 from servers.engine_harness import EngineHarness, make_request
 from torch import nn
 
-from turret.kernels.cpu import native
-from turret.kernels.gpu import common as tuning_module
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import beyond_updates
-from turret.server.engine.scheduling.request import Request
-from turret.server.engine.step.gpu import decode_graphs
 from turret.server.errors import AdapterCheckpointError, AdapterMismatchError
 
 EXAMPLES = 20
@@ -55,16 +50,6 @@ OTHERS = {
     "dora": ("dora", {}),
     "prefix": ("prefix_tuning", {}),
 }
-MIXES: list[list[tuple[str, float]]] = [
-    [],
-    [("all-layers", 1.0)],
-    [("long", 1.0)],
-    [("last-layer", -0.5)],
-    [("lora", 0.7), ("long", 0.6), ("all-layers", -0.3)],
-    [("dora", 1.0), ("all-layers", 0.0)],
-    [("prefix", 1.0), ("last-layer", 1.0)],
-    [("lora", 1.0)],
-]
 
 
 @pytest.mark.parametrize("architecture", ["llama", pytest.param("mistral", marks=pytest.mark.long)])
@@ -76,42 +61,6 @@ def save_all(model: nn.Module, root: Path) -> list[str]:
     for seed, (name, (method, keys)) in enumerate({**VARIANTS, **OTHERS}.items()):
         save_adapter(model, make_config(method, **keys), root / name, seed=seed)
     return [*VARIANTS, *OTHERS]
-
-
-def requests() -> list[Request]:
-    lengths = (3, 29, 1, 12, 70, 9, 20, 5)
-    return [
-        make_request(
-            prompt_of(length, length),
-            *(AdapterRef(name=name, weight=weight) for name, weight in mix),
-            max_tokens=5,
-        )
-        for mix, length in zip(MIXES, lengths, strict=True)
-    ]
-
-
-@pytest.mark.parametrize("formulation", ["float32", "bfloat16", "bfloat16 by torch"])
-async def test_each_request_gets_the_bits_it_gets_alone(
-    formulation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dtype, _, by_torch = formulation.partition(" ")
-    if by_torch:
-        monkeypatch.setattr(native, "library", lambda: None)
-    base = twin("llama")
-    names = save_all(base.model, tmp_path)
-
-    def engine() -> Any:
-        return EngineHarness.start(base.folder, tmp_path, dtype=dtype, adapters=names)
-
-    async with engine() as harness:
-        alone = [await harness.run(request) for request in requests()]
-    async with engine() as harness:
-        together = await harness.run_all(requests())
-    for mix, one, two in zip(MIXES, alone, together, strict=True):
-        assert one.bits == two.bits, mix
-    async with EngineHarness.start(base.folder, tmp_path, dtype=dtype, adapters=()) as harness:
-        plain = await harness.run(requests()[0])
-    assert plain.bits == alone[0].bits
 
 
 def gated(model: nn.Module, weight: float) -> nn.Module:
@@ -145,54 +94,22 @@ async def test_bfloat16_is_as_close_as_peft_in_bfloat16(tmp_path: Path) -> None:
     half = copy.deepcopy(base.model).bfloat16()
     save_adapter(base.model, make_config("adaption_prompt"), tmp_path / "a", strength=0.3)
     exact, rounded = (load_adapter(model, tmp_path / "a") for model in (base.model, half))
-    found, theirs, expected = [], [], []
-    async with EngineHarness.start(
-        base.folder, tmp_path, dtype="bfloat16", adapters=["a"]
-    ) as harness:
-        for seed in range(8):
-            prompt = prompt_of(60, seed)
-            answer = await harness.run(make_request(prompt, "a", score=True))
-            found += [p for p in answer.prompt_logprobs[1:] if p is not None]
-            for model, logprobs in ((exact, expected), (rounded, theirs)):
-                rows = oracle_logprobs(model, prompt).float()
-                logprobs += [float(rows[i, token]) for i, token in enumerate(prompt[1:])]
-    served, plain = (
-        (torch.tensor(some) - torch.tensor(expected)).abs().mean() for some in (found, theirs)
-    )
-    assert 0 < served <= 1.3 * plain
+    await check_rounding(base, tmp_path, ["a"], exact, rounded)
 
 
-@pytest.fixture
-def coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    use_coarse_tiles(monkeypatch)
-    yield
-    monkeypatch.undo()
-    tuning_module.tuning.cache_clear()
-
-
-# Rows that only pad a step compute on uninitialised memory, which may cause warnings.
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter needs CPU tensors")
-@pytest.mark.usefixtures("coarse_tiles")
 @pytest.mark.long
 async def test_the_gpu_path_equals_peft(tmp_path: Path) -> None:
     base = twin("llama")
     save_all(base.model, tmp_path)
     names = [None, "long", "all-layers", "lora"]
     asked = [(name, prompt_of(n, n)) for name, n in zip(names, (40, 30, 5, 3), strict=True)]
-    with patch.object(decode_graphs, "capture_for", lambda device, dtype: FakeCapture()):
-        async with EngineHarness.start(
-            base.folder,
-            tmp_path,
-            adapters=[name for name in names if name],
-            gpu=True,
-            kv_cache_bytes=4 << 20,
-        ) as harness:
-            answers = await harness.run_all(
-                [make_request(p, *([n] if n else []), max_tokens=3) for n, p in asked]
-            )
-            # Captured steps of other requests, before and after, are not affected.
-            again = await harness.run(make_request(asked[0][1], max_tokens=3))
+    async with gpu_serving(base.folder, tmp_path, [n for n in names if n]) as harness:
+        answers = await harness.run_all(
+            [make_request(p, *([n] if n else []), max_tokens=3) for n, p in asked]
+        )
+        # Captured steps of other requests, before and after, are not affected.
+        again = await harness.run(make_request(asked[0][1], max_tokens=3))
     for (name, prompt), answer in zip(asked, answers, strict=True):
         model = load_adapter(base.model, tmp_path / name) if name else base.model
         check_greedy(answer, model, prompt, f"{name}")
@@ -238,14 +155,7 @@ def check_attention(keys: dict[str, Any], seed: int, *, bias: bool) -> float:
 def test_drawn_configs_compute_what_peft_computes() -> None:
     moved = []
 
-    @settings(
-        max_examples=EXAMPLES,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        phases=[Phase.generate],
-        suppress_health_check=[HealthCheck.too_slow],
-    )
+    @drawing(EXAMPLES)
     @given(
         length=st.integers(1, 40),
         layers=st.integers(1, 2),

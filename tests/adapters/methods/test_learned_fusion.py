@@ -11,7 +11,13 @@ import torch
 from builders.adapters import linear_modules
 from builders.methods import ALL, load_adapter, make_config, save_adapter
 from builders.mixes.fusions import PREFIX, delta_weight, fusion_oracle, save_fusion
-from method_oracle import check_oracles, check_score, oracle_logprobs, prompt_of, twin
+from method_oracle import (
+    check_oracles,
+    check_rounding,
+    check_score,
+    prompt_of,
+    twin,
+)
 from servers.engine_harness import EngineHarness, make_request
 from torch import nn
 
@@ -84,18 +90,4 @@ async def test_bfloat16_is_as_close_as_the_dense_formula_in_bfloat16(tmp_path: P
     base = twin("llama", torch.bfloat16)
     exact, _ = fusion_oracle(base.model, tmp_path, "two")
     rounded, _ = fusion_oracle(base.model, tmp_path, "two", dtype=torch.bfloat16)
-    found, dense, expected = [], [], []
-    async with EngineHarness.start(
-        base.folder, tmp_path, dtype="bfloat16", adapters=["lora", "rslora", "two"]
-    ) as harness:
-        for seed in range(4):
-            prompt = prompt_of(60, seed)
-            answer = await harness.run(make_request(prompt, "two", score=True))
-            found += [p for p in answer.prompt_logprobs[1:] if p is not None]
-            for model, logprobs in ((exact, expected), (rounded, dense)):
-                rows = oracle_logprobs(model, prompt)
-                logprobs += [float(rows[i, token]) for i, token in enumerate(prompt[1:])]
-    served, plain = (
-        (torch.tensor(some) - torch.tensor(expected)).abs().mean() for some in (found, dense)
-    )
-    assert 0 < served <= 1.3 * plain
+    await check_rounding(base, tmp_path, ["lora", "rslora", "two"], exact, rounded, 4)

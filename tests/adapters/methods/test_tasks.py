@@ -17,8 +17,8 @@ from builders.adapters import (
     read_adapter,
     tiny_llama,
 )
-from builders.methods import ALL, load_adapter, make_config, quiet, save_adapter
-from hypothesis import Phase, given, settings
+from builders.methods import ALL, drawing, load_adapter, make_config, quiet, save_adapter
+from hypothesis import given
 from hypothesis import strategies as st
 from method_oracle import check_close, oracle_logprobs, prompt_of, twin
 from servers.engine_harness import EngineHarness, make_request
@@ -88,7 +88,7 @@ def small() -> tuple[Any, BaseModel]:
     return built, base_of(built)
 
 
-@settings(max_examples=20, derandomize=True, deadline=None, database=None, phases=[Phase.generate])
+@drawing(20)
 @given(
     counts=st.tuples(st.integers(1, 4), st.integers(1, 4), st.sampled_from([1, 2, 4])),
     rank=st.integers(1, 9),
@@ -118,7 +118,7 @@ def test_drawn_polys_compute_what_peft_computes(
     assert moved == 2 * len(targets)
 
 
-@settings(max_examples=20, derandomize=True, deadline=None, database=None, phases=[Phase.generate])
+@drawing(20)
 @given(tasks=st.integers(1, 4), rank=st.integers(1, 5), tokens=st.integers(1, 9))
 def test_drawn_prompts_are_those_of_their_task(tasks: int, rank: int, tokens: int) -> None:
     plain, base = small()

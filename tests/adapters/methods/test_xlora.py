@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 from builders.methods import load_adapter
 from builders.mixes.xloras import KINDS, save_loras, save_xlora
-from gpu_path import FakeCapture, use_coarse_tiles
+from gpu_path import gpu_serving
 from method_oracle import (
     check_greedy,
     check_oracles,
+    check_rounding,
     check_score,
-    oracle_logprobs,
     prompt_of,
     twin,
 )
 from said import says
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.kernels.gpu import common as tuning_module
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.engine.step.gpu import decode_graphs
 from turret.server.errors import InvalidRequestError, PromptTooLongError
 
 COMPONENTS = ("0", "1", "2")
@@ -179,18 +175,7 @@ async def test_a_prompt_that_needs_all_blocks_twice_is_refused(tmp_path: Path) -
         assert (await harness.run(make_request(prompt_of(496 - 2), max_tokens=3))).text
 
 
-@pytest.fixture
-def coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    use_coarse_tiles(monkeypatch)
-    yield
-    monkeypatch.undo()
-    tuning_module.tuning.cache_clear()
-
-
-# Rows that only pad a step compute on uninitialised memory, which may cause warnings.
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter needs CPU tensors")
-@pytest.mark.usefixtures("coarse_tiles")
 @pytest.mark.long
 async def test_the_gpu_path_equals_peft(tmp_path: Path) -> None:
     """The X-LoRA runs beside the base, a LoRA and another X-LoRA with its own first pass."""
@@ -198,20 +183,13 @@ async def test_the_gpu_path_equals_peft(tmp_path: Path) -> None:
     oracles = save_all(base.model, tmp_path, "deep", "constant")
     names = [None, "deep", "constant", "0", "deep"]
     asked = [(name, prompt_of(n, n)) for name, n in zip(names, (40, 70, 30, 5, 3), strict=True)]
-    with patch.object(decode_graphs, "capture_for", lambda device, dtype: FakeCapture()):
-        async with EngineHarness.start(
-            base.folder,
-            tmp_path,
-            adapters=[*COMPONENTS, *oracles],
-            gpu=True,
-            kv_cache_bytes=4 << 20,
-        ) as harness:
-            answers = await harness.run_all(
-                [make_request(p, *([n] if n else []), max_tokens=3) for n, p in asked]
-            )
-            scored = await harness.run(make_request(asked[1][1], "deep", score=True))
-            # Captured steps of other requests, before and after, are not affected.
-            again = await harness.run(make_request(asked[0][1], max_tokens=3))
+    async with gpu_serving(base.folder, tmp_path, [*COMPONENTS, *oracles]) as harness:
+        answers = await harness.run_all(
+            [make_request(p, *([n] if n else []), max_tokens=3) for n, p in asked]
+        )
+        scored = await harness.run(make_request(asked[1][1], "deep", score=True))
+        # Captured steps of other requests, before and after, are not affected.
+        again = await harness.run(make_request(asked[0][1], max_tokens=3))
     for (name, prompt), answer in zip(asked, answers, strict=True):
         model: Any = oracles.get(name or "", base.model)
         if name == "0":
@@ -228,18 +206,4 @@ async def test_bfloat16_is_as_close_as_peft_in_bfloat16(name: str, tmp_path: Pat
     exact = save_xlora(base.model, tmp_path, name, **KINDS[name])
     rounded: Any = copy.deepcopy(exact).bfloat16()
     rounded.base_model.internal_xlora_classifier.dtype = torch.bfloat16
-    found, theirs, expected = [], [], []
-    async with EngineHarness.start(
-        base.folder, tmp_path, dtype="bfloat16", adapters=[*COMPONENTS, name]
-    ) as harness:
-        for seed in range(8):
-            prompt = prompt_of(60, seed)
-            answer = await harness.run(make_request(prompt, name, score=True))
-            found += [p for p in answer.prompt_logprobs[1:] if p is not None]
-            for model, logprobs in ((exact, expected), (rounded, theirs)):
-                rows = oracle_logprobs(model, prompt).float()
-                logprobs += [float(rows[i, token]) for i, token in enumerate(prompt[1:])]
-    served, plain = (
-        (torch.tensor(some) - torch.tensor(expected)).abs().mean() for some in (found, theirs)
-    )
-    assert 0 < served <= 1.3 * plain
+    await check_rounding(base, tmp_path, [*COMPONENTS, name], exact, rounded)

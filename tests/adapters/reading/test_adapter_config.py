@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,12 @@ from builders.adapters import (
     edit_config,
     edit_tensors,
     lora_config,
-    lower_adapter,
     read_adapter,
     refusal_of,
     save_peft_adapter,
     tiny_llama,
 )
-from peft import LoraConfig, PeftType
+from peft import PeftType
 from safetensors.torch import save_file
 from said import says
 
@@ -28,7 +26,6 @@ from turret.server.adapters.adapter import TENSORS_FILE
 from turret.server.adapters.checkpoint.adapter_checkpoint import MAX_REPORTED, Findings
 from turret.server.adapters.methods import METHODS
 from turret.server.adapters.methods.unserved import UNSERVED
-from turret.server.adapters.peft_format.config_rules import Irrelevant, Rejected, Used
 from turret.server.adapters.peft_format.refusals import (
     base_name_warning,
     normalise_base_name,
@@ -45,15 +42,6 @@ def root(tmp_path: Path) -> Path:
     """A root with one good adapter, ``a``."""
     save_peft_adapter(tiny_llama(), lora_config(), tmp_path / "a")
     return tmp_path
-
-
-def test_every_field_of_pefts_lora_config_has_a_rule() -> None:
-    fields = {field.name for field in dataclasses.fields(LoraConfig)}
-    assert fields <= METHODS["lora"].rules.keys()
-    saved = LoraConfig(target_modules=["q_proj"]).to_dict()
-    assert saved.keys() <= METHODS["lora"].rules.keys()
-    for key, rule in METHODS["lora"].rules.items():
-        assert isinstance(rule, (Used, Irrelevant, Rejected)), key
 
 
 UNSUPPORTED: dict[str, Any] = {
@@ -129,20 +117,6 @@ def test_other_initialisations_are_refused(root: Path, init: Any) -> None:
 def test_keys_that_would_be_guessed_are_required(root: Path, key: str) -> None:
     edit_config(root / "a", **{key: ...})
     assert (key, say("REQUIRED")) in refusal_of(root).violations
-
-
-def test_irrelevant_keys_change_nothing(root: Path) -> None:
-    base = base_of(tiny_llama())
-    before = lower_adapter(root, base).operators.modules[Q].low_rank
-    irrelevant = {
-        key for key, rule in METHODS["lora"].rules.items() if isinstance(rule, Irrelevant)
-    }
-    edit_config(root / "a", **dict.fromkeys(irrelevant, 0.25))
-    after = lower_adapter(root, base).operators.modules[Q].low_rank
-    assert before is not None
-    assert after is not None
-    assert torch.equal(before.a, after.a)
-    assert torch.equal(before.b, after.b)
 
 
 SUPPORTED = {one for method in METHODS.values() for one in method.peft_types}

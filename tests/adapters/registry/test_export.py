@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,6 @@ from said import says
 from turret.server.adapters.registry.export import AdapterExport
 from turret.server.adapters.state_dir import StateDir
 from turret.server.errors import AdapterChangedError, AdapterNotFoundError
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Iterator[Registries]:
-    registries = Registries(tmp_path)
-    yield registries
-    registries.close()
 
 
 def files_of(tmp_path: Path) -> list[str]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -19,7 +17,6 @@ from builders.registries import (
     adapter_bytes,
     in_thread,
     refs,
-    tiny_base,
     until,
 )
 from said import says
@@ -27,7 +24,6 @@ from said import says
 from turret.server.adapters.adapter import BASE_MIX, AdapterRef
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.registry import name_table
-from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.residency.loader import LoadedAdapter
 from turret.server.basics.names import closest
 from turret.server.errors import (
@@ -38,14 +34,6 @@ from turret.server.errors import (
     BudgetExceededError,
     InvalidRequestError,
 )
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Iterator[Registries]:
-    registries = Registries(tmp_path)
-    yield registries
-    registries.close()
-
 
 # Loading
 
@@ -122,13 +110,6 @@ def test_one_adapter_over_the_budget_is_refused(make: Registries) -> None:
     with pytest.raises(BudgetExceededError):
         registry.load("big", "big")
     assert [record.name for record in registry.list()] == ["a"]
-
-
-def test_rank_over_the_limit_is_refused(make: Registries) -> None:
-    registry = AdapterRegistry(make.root, tiny_base(), 1 << 30, max_rank=7)
-    with pytest.raises(BudgetExceededError, check=says("RANK_OVER_LIMIT", rank=8)):
-        registry.load("big", "big")
-    registry.close()
 
 
 # Resolving

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from builders.registries import (
@@ -34,13 +31,6 @@ from turret.server.errors import (
     InvalidRequestError,
 )
 from turret.server.metrics import Metrics
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Iterator[Registries]:
-    registries = Registries(tmp_path)
-    yield registries
-    registries.close()
 
 
 def test_later_requests_get_the_new_generation_and_running_ones_keep_theirs(
@@ -154,21 +144,6 @@ def test_without_room_the_new_generation_waits_on_disk(make: Registries) -> None
     assert registry.host_bytes_used == adapter_bytes()
 
 
-def test_a_waiting_request_is_served_the_generation_it_named(make: Registries) -> None:
-    registry = make(1, load="ab")
-    gate = Gate(registry)
-    waiting = Waiter(registry.acquire(refs("a")))
-    gate.entered.acquire()
-    registry.replace("a", "c")
-    gate.open()
-    result = waiting.wait()
-    assert result.error is None
-    assert waiting.mix.key[0][1] == 1
-    assert result.mix.members[0][0].operators is not None
-    registry.release(waiting.mix)
-    assert Waiter(registry.acquire(refs("a"))).wait().error is None
-
-
 def test_a_replacement_during_a_read_drops_what_arrives(make: Registries) -> None:
     registry = make(1, load="ab")
     gate = Gate(registry)
@@ -272,44 +247,6 @@ def test_metrics_follow_the_name(make: Registries) -> None:
     assert evicted == 1
     registry.unload("a")
     assert tier("host") is None
-
-
-def test_replacing_under_load_fails_no_request_and_leaks_no_byte(make: Registries) -> None:
-    registry = make(3.5, load="ab")
-    stop = threading.Event()
-    failures: list[BaseException] = []
-    generations: set[int] = set()
-
-    def request(names: str) -> None:
-        try:
-            while not stop.is_set():
-                waiter = Waiter(registry.acquire(refs(names)))
-                if not waiter.was_resident:
-                    result = waiter.wait()
-                    assert result.error is None, result.error
-                assert all(a.operators is not None for a, _ in waiter.mix.members)
-                generations.update(g for _, g, _ in waiter.mix.key)
-                registry.release(waiter.mix)
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=request, args=(names,)) for names in ("a", "b", "ab", "ba")]
-    for thread in threads:
-        thread.start()
-    with ThreadPoolExecutor(2) as pool:
-        paths = "cdabcdabcd"
-        work = [pool.submit(lambda n=n: [registry.replace(n, p) for p in paths]) for n in "ab"]
-        records = [future.result()[-1] for future in work]
-    stop.set()
-    for thread in threads:
-        thread.join(WAIT_SECONDS)
-    assert failures == []
-    assert [record.generation for record in records] == [11, 11]
-    assert len(generations) > 2
-    assert [record.in_flight for record in registry.list()] == [0, 0]
-    for name in "ab":
-        registry.unload(name, "DRAIN", 0.0)
-    assert registry.host_bytes_used == 0
 
 
 def test_a_pin_that_gives_up_leaves_nothing_behind(

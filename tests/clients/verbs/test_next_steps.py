@@ -13,8 +13,6 @@ import pytest
 from servers.command import parse_and_run
 from servers.fake_turret import FakeTurret
 
-from turret.clients.client import TurretClient
-from turret.clients.errors import ServerError
 from turret.clients.hints import COMMAND_HINTS as HINTS
 from turret.clients.hints import HINTS as OF_PYTHON
 from turret.clients.unreached import UNREACHED
@@ -37,21 +35,6 @@ from turret.server.errors import (
 from turret.server.rpc.interceptor import to_rich_status
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.mark.parametrize("verb", ["generate", "eval"])
-def test_an_adapter_with_a_head_is_sent_to_the_verb_for_it(
-    run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: str
-):
-    monkeypatch.setattr(server.inference, "_accept", _refuse_head)
-    data = tmp_path / "d.jsonl"
-    data.write_text('{"prompt": "a", "completion": "b"}\n')
-    rest = ("a",) if verb == "generate" else (str(data), "-m", "sql")
-    code, _, err = run(verb, *rest)
-    assert code == 1
-    flag = {"generate": "--adapter", "eval": "--mix"}[verb]
-    said = f"error: INVALID_ARGUMENT (ADAPTER_CLASSIFIES): {flag}: 'sql': trained to classify"
-    assert err == f"{said}; {HINTS['ADAPTER_CLASSIFIES']}\n"
 
 
 def test_what_eval_calls_a_mix_is_no_part_of_a_servers_flag(
@@ -83,15 +66,6 @@ def test_details_are_counted_as_they_will_be_listed(
     lines = run("generate", "a", "--details")[2].splitlines()
     assert lines[1] == "  layers.0: has no place"
     assert lines[21] == "  and 40 more"
-
-
-def test_a_mix_without_a_head_is_sent_to_the_verbs_for_it(
-    run: Run, server: FakeTurret, monkeypatch
-):
-    monkeypatch.setattr(server.inference, "_accept", _refuse_mix)
-    err = run("classify", "a", "-a", "sql")[2]
-    said = "error: INVALID_ARGUMENT (HEAD_MISSING): --adapter: no head"
-    assert err == f"{said}; {HINTS['HEAD_MISSING']}\n"
 
 
 @pytest.mark.parametrize(
@@ -133,24 +107,13 @@ def _refuse_mix(_request: object, context: grpc.ServicerContext) -> None:
     _abort(context, HeadMissingError.of("adapters", "no head"))
 
 
-def test_a_call_at_the_address_of_another_service_says_what_names_it(
-    run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch
-):
-    def refuse(_request: object, context: grpc.ServicerContext) -> None:
-        _abort(context, ServiceElsewhereError("it is at this server's admin address"))
-
-    monkeypatch.setattr(server.adapters, "_get", refuse)
-    said = "error: UNIMPLEMENTED (SERVICE_ELSEWHERE): it is at this server's admin address"
-    assert run("adapters", "get", "sql")[2] == f"{said}; {HINTS['SERVICE_ELSEWHERE']}\n"
-    with TurretClient(server.address) as client, pytest.raises(ServerError) as raised:
-        client.adapters.get("sql")
-    assert "admin_address=" in raised.value.hint
-
-
 @pytest.mark.parametrize(
     ("error", "hint"),
     [
         (MergeActiveError("a merge is active"), HINTS["MERGE_ACTIVE"]),
+        (AdapterClassifiesError("trained to classify"), HINTS["ADAPTER_CLASSIFIES"]),
+        (HeadMissingError("no head"), HINTS["HEAD_MISSING"]),
+        (ServiceElsewhereError("it is elsewhere"), HINTS["SERVICE_ELSEWHERE"]),
         (AdapterBusyError("is held", metadata={"adapter": "sql"}), HINTS["ADAPTER_BUSY"]),
         (
             AdapterPinnedError("is pinned", metadata={"adapter": "sql"}),
@@ -211,10 +174,6 @@ def test_the_labels_of_a_head_are_shown(run: Run, server: FakeTurret):
     server.adapters.adapters["sql"].labels.extend(f"l{n}" for n in range(30))
     shown = run("adapters", "get", "sql")[1]
     assert "l17 and 12 more" in re.sub(r"[\s│]+", " ", shown)
-
-
-def _refuse_head(_request: object, context: grpc.ServicerContext) -> None:
-    _abort(context, AdapterClassifiesError.of("adapters", "'sql': trained to classify"))
 
 
 def _abort(context: grpc.ServicerContext, error: TurretError) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,11 +16,10 @@ from unittest.mock import patch
 import pytest
 import torch
 from builders.methods import load_adapter, make_config, save_adapter
-from gpu_path import FakeCapture, use_coarse_tiles
+from gpu_path import FakeCapture
 from method_oracle import check_greedy, prompt_of, twin
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.kernels.gpu import common as tuning_module
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.store import Resident
@@ -28,6 +27,7 @@ from turret.server.engine.scheduling.request import Request
 from turret.server.engine.step.gpu import decode_graphs
 
 pytestmark = [
+    pytest.mark.usefixtures("coarse_tiles"),
     # Rows that only pad a step compute on uninitialised memory, which may cause warnings.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter needs CPU tensors"),
@@ -49,14 +49,6 @@ MIX = [("both", 0.5), ("tokens", -0.75), ("norm", 1.0), ("loha", -1.0)]
 NUM_TOKENS = 4
 # Device memory for one adapter and a little more.
 LITTLE = 853_000
-
-
-@pytest.fixture(autouse=True)
-def coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    use_coarse_tiles(monkeypatch)
-    yield
-    monkeypatch.undo()
-    tuning_module.tuning.cache_clear()
 
 
 @pytest.fixture(scope="module")

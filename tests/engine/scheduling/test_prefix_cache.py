@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from builders.sequences import make_scheduler, sequence_of
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
@@ -12,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule
 from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.request import Request, StopConditions
 from turret.server.engine.scheduling.scheduler import Scheduler
-from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.scheduling.sequence import PLACEHOLDER, Sequence
 
 BLOCK_SIZE = 4
 # The invocation of "c".
@@ -150,6 +151,9 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             if sequence.num_generated == sequence.request.stop.max_tokens:
                 self.scheduler.finish(sequence)
                 del self.live[sequence]
+        pool = self.scheduler.blocks
+        # The maintained count equals a count over the free blocks.
+        assert pool.num_cached == sum(block in pool._key_of for block in pool._free)
 
     def _check_hit(self, sequence: Sequence) -> None:
         """The found blocks have the content that would be computed.
@@ -188,3 +192,15 @@ TestPrefixCache = PrefixCacheMachine.TestCase
 TestPrefixCache.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestAmplePrefixCache = AmplePrefixCacheMachine.TestCase
 TestAmplePrefixCache.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+
+
+def test_prefix_positions_are_filled_once_and_shared() -> None:
+    scheduler = make_scheduler()
+    first, second = (sequence_of([1, 2], "p", preset=8) for _ in range(2))
+    scheduler.add(first)
+    scheduler.add(second)
+    step = scheduler.schedule()
+    assert [(s, start) for s, start in step.presets] == [(first, 0)]
+    assert first.blocks[:2] == second.blocks[:2]
+    assert first.tokens[:8] == [PLACEHOLDER] * 8
+    assert (first.num_cached, second.num_cached) == (0, 0)

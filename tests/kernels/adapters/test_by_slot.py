@@ -149,25 +149,3 @@ def test_an_empty_table_changes_nothing():
     table.load([], [], [])
     for case in (Hadamard(HADAMARD[1], HALF), Kronecker(KRONECKER[1], 0, HALF)):
         assert torch.equal(case.add(table), case.whole)
-
-
-def test_breaches_of_the_contract_are_refused():
-    table = make_row_table()
-    case = Hadamard(HADAMARD[1], HALF)
-    with pytest.raises(ValueError, match="6 rows are allocated"):
-        table.load(range(7), [0] * 7, [1.0] * 7)
-    with pytest.raises(ValueError, match="3 slots"):
-        table.load([0], [0, 1, 2], [1.0])
-    with pytest.raises(ValueError, match="over 64"):
-        hadamard_shrink(case.x, case.factors, 65, table)
-    with pytest.raises(ValueError, match="factors"):
-        hadamard_shrink(case.x, case.factors[:, :2], 3, table)
-    u = hadamard_shrink(case.x, case.factors, 3, table)
-    with pytest.raises(ValueError, match="addresses"):
-        hadamard_expand(case.whole, u, case.factors.int(), table)
-    other = Kronecker(KRONECKER[1], 0, HALF)
-    with pytest.raises(ValueError, match="y is"):
-        kronecker(other.x, other.whole[:, 4:], other.factors, other.shapes, table)
-    wide, shapes = torch.zeros(9, 3 * 129, dtype=HALF, device=DEVICE), [(1, 129), (24, 3)]
-    with pytest.raises(ValueError, match="in_m is 129"):
-        kronecker(wide, other.whole[:, :24], other.factors, shapes, table)

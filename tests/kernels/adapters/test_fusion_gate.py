@@ -244,21 +244,3 @@ def test_a_component_without_ranks_scores_zero():
     gates = fusion_gate_reference(q, v, keys, [0, 4, 4])
     score = ((v[:, :4].double() @ keys[:4].double()) * q.double()).sum(1)
     assert error_ratio(gates[:, 0], score.sigmoid()) < 1e-5
-
-
-def test_breaches_of_the_contract_are_refused(pack):
-    table = pack.table()
-    table.load(runs_of(pack))
-    x = torch.zeros(NUM_ROWS, INNER, device=DEVICE, dtype=HALF)
-    v = segmented_shrink(x, pack.a, pack.slice_ranks, table)
-    asked = gate_shrink(x, pack.words, table)
-    with pytest.raises(ValueError, match="int64"):
-        gate_shrink(x, pack.words.int(), table)
-    with pytest.raises(ValueError, match="words is"):
-        gate_shrink(x, pack.words[..., :3], table)
-    with pytest.raises(ValueError, match="stride"):
-        gate_shrink(x.t().contiguous().t(), pack.words, table)
-    with pytest.raises(ValueError, match="asked is"):
-        fusion_gate(asked[:, 1:], v, pack.words, table, NUM_ROWS)
-    with pytest.raises(ValueError, match="v is"):
-        fusion_gate(asked, v[:, 1:], pack.words, table, NUM_ROWS)

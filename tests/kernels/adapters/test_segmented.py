@@ -243,39 +243,6 @@ def test_the_device_buffer_keeps_its_address_and_forgets_the_last_step():
     assert table.buffer.data_ptr() == address
 
 
-def test_breaches_of_the_contract_are_refused():
-    pack = make_pack(INNER, OUTS, HALF)
-    table = make_table()
-    runs, _ = shape_of(pack, "mixes")
-    table.load(runs)
-    x = torch.randn(5, INNER).to(DEVICE, HALF)
-    v = segmented_shrink(x, pack.a, pack.slice_ranks, table)
-    y = torch.zeros(5, sum(OUTS), device=DEVICE, dtype=HALF)
-    ranks = pack.slice_ranks
-    with pytest.raises(ValueError, match="a is"):
-        segmented_shrink(x.float(), pack.a, ranks, table)
-    with pytest.raises(ValueError, match="x is"):
-        segmented_shrink(x[:, :-1], pack.a, ranks, table)
-    with pytest.raises(ValueError, match="stride"):
-        segmented_shrink(x.t().contiguous().t(), pack.a, ranks, table)
-    with pytest.raises(ValueError, match="a is not contiguous"):
-        segmented_shrink(x, pack.a.transpose(0, 1).contiguous().transpose(0, 1), ranks, table)
-    with pytest.raises(ValueError, match="int32"):
-        segmented_shrink(x, pack.a, ranks.long(), table)
-    with pytest.raises(ValueError, match="fp16, bf16 or fp32"):
-        segmented_shrink(x.double(), pack.a, ranks, table)
-    with pytest.raises(ValueError, match="y is"):
-        segmented_expand(y[:, :-1], v, pack.b, ranks, table)
-    with pytest.raises(ValueError, match="v is"):
-        segmented_expand(y, v[:, :-3], pack.b, ranks, table)
-    with pytest.raises(ValueError, match="slices"):
-        segmented_expand(y, v, (*pack.b, pack.b[0]), ranks, table)
-    with pytest.raises(ValueError, match="gain_delta"):
-        segmented_expand(y, v, pack.b, ranks, table, gain_delta=pack.gain_delta[:, :-1])
-    with pytest.raises(ValueError, match="gates"):
-        segmented_expand(y, v, pack.b, ranks, table, gates=torch.ones(5, 3, 2))
-
-
 def test_steps_over_the_capacity_are_refused():
     pack = make_pack(INNER, OUTS, HALF)
     table = SegmentTable(max_rows=8, max_row_rank=16, max_components=1, device=DEVICE)

@@ -4,11 +4,7 @@ Faults that were planted in the C code, and how many tests each one failed: a lo
 without its weight (22), one row's activations for all (31), a unit on the border of two threads'
 shares for neither (31), the bias before the gain (6), an input gain without - 1 (1) or without
 what it starts from (1), the ranks beyond the fours (13) or the columns beyond the blocks (13)
-skipped; Hadamard: no weight (18; 10 in the last columns), the last columns (10) or inputs (4)
-skipped, u transposed (16), ranks beyond the fours dropped (12); Kronecker: no weight (18), half of
-the columns of X w2ᵀ not written (6), one row of X for four (2) or of w1 for all (8), ranks beyond
-sixteen (4) or the fours (6) missing, narrow factors skipped (4), its activations on the Hadamard
-ones (18); a window one too long (10), padding ignored (20), one query head for a whole group (12),
+skipped; a window one too long (10), padding ignored (20), one query head for a whole group (12),
 the newest key unseen (20), no scale (20).
 """
 
@@ -26,8 +22,6 @@ from kernel_traffic import error_ratio
 from turret.kernels.cpu import native
 from turret.kernels.cpu.layers import NativeAttentionPlan, paged_attention
 from turret.kernels.cpu.row_adapters import (
-    HadamardFactors,
-    KroneckerFactors,
     ModuleSizes,
     ModuleTable,
     ProjectionShape,
@@ -183,114 +177,6 @@ def test_strided_rows_and_input_gains() -> None:
     scaled = step.input_change(3, x, rows, members, start=1.0)
     assert error_ratio(scaled[:2], x[1:3].double() * (1 + 0.5 * gain)) < MAX_ERROR
     assert torch.equal(scaled[2], x[5])
-
-
-def factors(*shape: int) -> torch.Tensor:
-    return (torch.randn(shape) / shape[-1] ** 0.25).to(BF16)
-
-
-def random_hadamard(rank: int, inner: int, out: int) -> tuple[HadamardFactors, torch.Tensor]:
-    """The factors, and the dense update in float64."""
-    made = HadamardFactors(
-        factors(rank, out), factors(rank, inner), factors(rank, out), factors(rank, inner)
-    )
-    w1a, w1b, w2a, w2b = (tensor.double() for tensor in (made.w1a, made.w1b, made.w2a, made.w2b))
-    return made, (w1a.T @ w1b) * (w2a.T @ w2b)
-
-
-def random_kronecker(
-    shape: tuple[int, int, int, int], rank: int
-) -> tuple[KroneckerFactors, torch.Tensor]:
-    """The same for (out_l, in_m, out_k, in_n); the second factor is dense if ``rank`` is 0."""
-    out_l, in_m, out_k, in_n = shape
-    w1 = factors(out_l, in_m)
-    if not rank:
-        w2 = factors(in_n, out_k)
-        return KroneckerFactors(w1, w2), torch.kron(w1.double(), w2.T.double().contiguous())
-    a, b = factors(rank, in_n), factors(rank, out_k)
-    return KroneckerFactors(w1, (a, b)), torch.kron(w1.double(), b.T.double() @ a.double())
-
-
-# The inputs and outputs of a module, the rank of a Hadamard update, and the shape and rank of a
-# Kronecker update.
-UPDATES = [
-    (96, 130, 1, (13, 4, 10, 24), 0),
-    (96, 130, 3, (13, 4, 10, 24), 3),
-    (96, 200, 4, (2, 6, 100, 16), 0),
-    (96, 200, 5, (2, 6, 100, 16), 9),
-    (96, 576, 8, (24, 8, 24, 12), 0),
-    (96, 576, 17, (24, 8, 24, 12), 4),
-    (75, 81, 6, (3, 5, 27, 15), 0),
-    (75, 81, 2, (3, 5, 27, 15), 17),
-    (64, 300, 16, (1, 1, 300, 64), 20),
-]
-
-
-@pytest.mark.parametrize(("inner", "out", "rank", "shape", "second"), UPDATES)
-def test_hadamard_and_kronecker_rows_equal_float64_and_the_rows_alone(
-    inner: int,
-    out: int,
-    rank: int,
-    shape: tuple[int, int, int, int],
-    second: int,
-    threads: None,
-) -> None:
-    torch.manual_seed(rank)
-    projection = ProjectionShape(inner, (out, 40), 2)  # the second layer
-    parts: list[dict[str, Any]] = []
-    dense: list[torch.Tensor] = []
-    tables = []
-    for kinds in ("low hadamard", "kronecker", "hadamard kronecker low", "low"):
-        part: dict[str, Any] = {}
-        update = torch.zeros(out, inner, dtype=torch.float64)
-        if "low" in kinds:
-            part["a"], part["b"] = factors(rank, inner), factors(rank, out)
-            update += part["b"].T.double() @ part["a"].double()
-        if "hadamard" in kinds:
-            part["hadamard"], change = random_hadamard(rank, inner, out)
-            update += change
-        if "kronecker" in kinds:
-            part["kronecker"], change = random_kronecker(shape, second)
-            update += change
-        table = ModuleTable(4)
-        table.put(2, **part)
-        table.close()
-        parts.append(part)
-        dense.append(update)
-        tables.append(table)
-
-    def step(segments: Any) -> RowAdapters:
-        return RowAdapters(
-            [
-                RowSegment(start, end, [(tables[number], weight) for number, weight in mix])
-                for start, end, mix in segments
-            ],
-            3,
-            ModuleSizes([(inner, out), (inner, 40)], 2),
-        )
-
-    x, y = torch.randn(45, inner).to(BF16), torch.randn(45, out + 40).to(BF16)
-    segments = [
-        (0, 1, [(0, 1.0)]),
-        (1, 2, [(1, 1.0)]),
-        (3, 43, [(2, -0.5), (1, 2.0)]),
-        (43, 44, [(3, 1.0), (0, 0.25), (1, 1.0)]),
-    ]
-    got = y.clone()
-    step(segments).adapt(projection, x, got, None)
-    touched = set()
-    for start, end, mix in segments:
-        for row in range(start, end):
-            touched.add(row)
-            exact = y[row].double()
-            for number, weight in mix:
-                exact[:out] += weight * (dense[number] @ x[row].double())
-            assert error_ratio(got[row], exact) < MAX_ERROR, (row, mix)
-            alone = y[row : row + 1].clone()
-            step([(0, 1, mix)]).adapt(projection, x[row : row + 1], alone, None)
-            assert torch.equal(alone[0], got[row]), (row, mix)
-    others = [row for row in range(45) if row not in touched]
-    assert torch.equal(got[others], y[others])
 
 
 HEADS = [(9, 3, 64), (4, 4, 32), (8, 1, 96), (2, 2, 128), (14, 2, 256)]

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import bitsandbytes.functional as bnb_functional
 import pytest
@@ -22,18 +21,16 @@ from bitsandbytes.nn.modules import Linear4bit
 from builders.bases.mixed_checkpoints import UNSLOTH, load_4bit, save_4bit
 from builders.bases.tiny_models import save_tiny_model
 from builders.methods import load_adapter, make_config, save_adapter
-from gpu_path import FakeCapture, use_coarse_tiles
+from gpu_path import gpu_serving
 from method_oracle import check_greedy, check_score, oracle_logprobs, prompt_of
 from safetensors.torch import load_file, save_file
 from said import says
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.kernels.gpu import common as tuning_module
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.cli import main
 from turret.server.command.preflight import problems
 from turret.server.config import Config, ModelConfig
-from turret.server.engine.step.gpu import decode_graphs
 from turret.server.errors import InvalidRequestError
 from turret.server.models.describe import describe_base
 from turret.server.models.loader import load_decoder
@@ -164,27 +161,18 @@ async def test_adapters_of_every_kind_equal_peft(mixed: Any, tmp_path: Path, lay
             check_score(scored, oracle, prompt, method)
 
 
-# Rows that only pad a step to its bucket compute on scratch memory.
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter needs CPU tensors")
 @pytest.mark.long
 @pytest.mark.parametrize("layout", ["unsloth", "members"])
-async def test_the_gpu_path_equals_peft(
-    mixed: Any, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use_coarse_tiles(monkeypatch)
+async def test_the_gpu_path_equals_peft(mixed: Any, tmp_path: Path, layout: str) -> None:
     model, methods = mixed("qwen2", layout), ("lora", "dora", "oft")
     for seed, method in enumerate(methods):
         save_adapter(model.exact, make_config(method), tmp_path / method, seed=seed)
     prompt, names = prompt_of(9, 1), (None, *methods)
-    with patch.object(decode_graphs, "capture_for", lambda device, dtype: FakeCapture()):
-        async with EngineHarness.start(
-            model.folder, tmp_path, adapters=methods, gpu=True, kv_cache_bytes=4 << 20
-        ) as harness:
-            answers = await harness.run_all(
-                [make_request(prompt, *([n] if n else []), max_tokens=2) for n in names]
-            )
-    tuning_module.tuning.cache_clear()
+    async with gpu_serving(model.folder, tmp_path, methods) as harness:
+        answers = await harness.run_all(
+            [make_request(prompt, *([n] if n else []), max_tokens=2) for n in names]
+        )
     for name, answer in zip(names, answers, strict=True):
         oracle = load_adapter(model.exact, tmp_path / name) if name else model.exact
         check_greedy(answer, oracle, prompt, f"{layout} {name}")

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_path import use_coarse_tiles
 
-from turret.kernels.gpu import common as tuning_module
 from turret.kernels.nf4_matmul import Nf4Matrix
 from turret.server.adapters.peft_format.reading import dora_gain
 from turret.server.models.weights.nf4 import Nf4Linear, Nf4Weight
 
+pytestmark = pytest.mark.usefixtures("coarse_tiles")
 DTYPE = torch.float32
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def coarse_tiles(monkeypatch: pytest.MonkeyPatch):
-    use_coarse_tiles(monkeypatch)
-    yield
-    monkeypatch.undo()
-    tuning_module.tuning.cache_clear()
 
 
 def make(in_features: int) -> tuple[Nf4Linear, torch.Tensor]:

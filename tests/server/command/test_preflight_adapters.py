@@ -113,68 +113,6 @@ def test_adapters_whose_ranks_are_too_large(tmp_path: Path) -> None:
     assert found(*flags[:-1], "4") == []
 
 
-Q = "self_attn.q_proj"
-
-
-@pytest.mark.parametrize(
-    ("config", "tensors", "rank"),
-    [
-        ({"peft_type": "LOHA", "alpha": 4}, {**dict.fromkeys(("hada_w1_a", "hada_w2_a"), (576, 4)),
-          **dict.fromkeys(("hada_w1_b", "hada_w2_b"), (4, 576))}, 4),
-        ({"peft_type": "HRA", "apply_GS": False}, {"hra_u": (576, 4)}, 4),
-        ({"peft_type": "HIRA"}, {"hira_A": (4, 576), "hira_B": (576, 4)}, 4),
-        ({"peft_type": "MISS"}, {"miss_block": (4, 576)}, 4),
-        ({"peft_type": "MISS", "init_weights": "bat"}, {"miss_block": (144, 4, 4)}, 0),
-        ({"peft_type": "SHIRA"}, {"shira_weight": (4608,), "shira_indices": (2, 4608)}, 0),
-        (
-            {"peft_type": "GRALORA", "r": 2, "gralora_k": 2, "hybrid_r": 1, "alpha": 1},
-            {"gralora_A": (2, 288, 2), "gralora_B": (2, 2, 288),
-             "gralora_A_general.weight": (1, 576), "gralora_B_general.weight": (576, 1)},
-            5,
-        ),
-        (
-            {"kasa_config": {"beta": 1.0, "gamma": 1.0}},
-            {"lora_A.weight": (4, 576), "lora_B.weight": (576, 4), "lora_diag": (4,)},
-            8,
-        ),
-        (
-            {"peft_type": "ADALORA", "init_r": 5, "lora_alpha": 1},
-            {"lora_E": (5, 1), "lora_A": (5, 576), "lora_B": (576, 5)},
-            5,
-        ),
-        (
-            {"peft_type": "LOKR", "r": 9, "alpha": 1},
-            {"lokr_w1": (24, 24), "lokr_w2_a": (24, 9), "lokr_w2_b": (9, 24)},
-            9,
-        ),
-        (
-            {"peft_type": "BOFT", "boft_block_size": 4, "boft_block_num": 0,
-             "boft_n_butterfly_factor": 2},
-            {"boft_R": (2, 144, 4, 4), "boft_s": (576, 1)},
-            8,
-        ),
-    ],
-)  # fmt: skip
-def test_ranks_of_every_kind(
-    config: dict[str, Any], tensors: dict[str, tuple[int, ...]], rank: int, tmp_path: Path
-) -> None:
-    flags = ("--adapter-root", str(tmp_path), "--preload", "a=m", "--max-rank")
-    folder = write_adapter(tmp_path / "m", **config)
-    values = {f"model.layers.0.{Q}.{n}": np.ones(s, np.float32) for n, s in tensors.items()}
-    save_file(values, folder / "adapter_model.safetensors")
-    edit = json.loads((folder / "adapter_config.json").read_text())
-    if config.get("peft_type") == "BOFT":
-        del edit["r"]
-    if config.get("peft_type") == "ADALORA":
-        edit |= {"rank_pattern": None}
-    (folder / "adapter_config.json").write_text(json.dumps(edit))
-    assert found(*flags, str(max(rank, 1))) == []
-    if rank:
-        (problem,) = found(*flags, str(rank - 1))
-        what = "block size" if config.get("peft_type") == "BOFT" else "rank"
-        assert says("RANK_OVER_LIMIT", name=what, rank=rank, max_rank=rank - 1)(problem)
-
-
 @pytest.mark.parametrize(
     ("width", "module", "reason", "params"),
     [
@@ -216,32 +154,6 @@ def test_shapes_of_a_base_in_a_directory(tmp_path: Path) -> None:
         assert says("WRONG_INPUTS", found=576, expected=64)(problem)
     (base / "config.json").write_text('{"model_type": "llama", "hidden_size": 576}')
     assert found(*flags) == []
-
-
-@pytest.mark.parametrize("tensor", ["ia3_l", "oft_R.weight"])
-def test_layers_that_the_base_has_not(tensor: str, tmp_path: Path) -> None:
-    keys: dict[str, Any] = {"peft_type": "IA3", "feedforward_modules": []}
-    if tensor != "ia3_l":
-        keys = {"peft_type": "OFT", "oft_block_size": 0, "coft": False, "block_share": False}
-    folder = write_adapter(tmp_path / "m", **keys)
-    if tensor == "ia3_l":
-        config = json.loads((folder / "adapter_config.json").read_text())
-        del config["r"]
-        (folder / "adapter_config.json").write_text(json.dumps(config))
-    module = "model.layers.99.self_attn.k_proj"
-    name = f"base_model.model.{module}.{tensor}"
-    save_file({name: np.ones((2, 1), np.float32)}, folder / "adapter_model.safetensors")
-    (problem,) = found("--adapter-root", str(tmp_path), "--preload", "a=m")
-    assert says("TOO_MANY_LAYERS", found=100, expected=30)(problem)
-
-
-@pytest.mark.parametrize("lacking", ["lora_A", "lora_B"])
-def test_adapters_that_lack_one_of_two_factors(lacking: str, tmp_path: Path) -> None:
-    file = write_adapter(tmp_path / "m") / "adapter_model.safetensors"
-    save_file({n: v for n, v in load_file(file).items() if lacking not in n}, file)
-    (problem,) = found("--adapter-root", str(tmp_path), "--preload", "a=m")
-    assert says("FINDING", field=f"{_Q}.{lacking}.weight")(problem)
-    assert says("MISSING_TENSOR")(problem)
 
 
 _Q = "model.layers.0.self_attn.q_proj"

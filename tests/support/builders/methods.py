@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from builders.method_kinds import ALL, KINDS, Drawn, redraw
+from hypothesis import HealthCheck, Phase, settings
 from peft import AdaLoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-__all__ = ["ALL", "load_adapter", "make_config", "quiet", "randomise", "save_adapter"]
+__all__ = ["ALL", "drawing", "load_adapter", "make_config", "quiet", "randomise", "save_adapter"]
 
 CAUSAL: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 
@@ -93,3 +94,18 @@ def load_adapter(model: nn.Module, directory: Path, *, share: bool = False) -> P
     """The reference: a copy of ``model`` with the directory loaded by PEFT."""
     with quiet():
         return PeftModel.from_pretrained(copy_of(model, share), str(directory)).eval()
+
+
+def drawing(num_examples: int) -> settings:
+    """Hypothesis' settings without shrinking, which would take minutes.
+
+    A failure names its config.
+    """
+    return settings(
+        max_examples=num_examples,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )

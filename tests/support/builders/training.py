@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from command_modules import loaded_and_said_by
+
 from turret.training.settings.config import build_config
 from turret.training.settings.resolve import Resolved, resolve
 
@@ -50,3 +52,19 @@ def resolve_tiny(folder: Path, model: Path, *overrides: str) -> Resolved:
         "run": {"steps": 4, "batch_size": 4, "validate_every": 2, "checkpoint_every": 2},
     }
     return resolve(build_config(tables, overrides), folder)
+
+
+def write_config(folder: Path, *lines: str) -> str:
+    """Write a config with ``lines`` as its data."""
+    folder.mkdir(exist_ok=True)
+    (folder / "t.toml").write_text('[data]\ntrain = "t.jsonl"\n')
+    (folder / "t.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    return str(folder / "t.toml")
+
+
+def ended(*arguments: str) -> str:
+    """What ``turret train`` says if it fails before it loads torch."""
+    code, modules, err = loaded_and_said_by("train", *arguments)
+    assert code == 1
+    assert not modules & {"torch", "peft", "transformers"}
+    return err

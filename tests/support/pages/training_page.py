@@ -11,6 +11,7 @@ from turret.server.basics.settings import fields_of, tables_of, toml_value
 from turret.training.methods import METHODS
 from turret.training.methods.method import PeftMethod
 from turret.training.settings.config import TrainConfig
+from turret.training.settings.declared import DECLARED
 
 PAGE = ROOT / "docs" / "training.md"
 
@@ -37,10 +38,10 @@ def render_methods() -> str:
     for name, method in METHODS.items():
         if not isinstance(method, PeftMethod):
             continue
-        keys = dict(method.defaults)
+        keys = dict(DECLARED[name].defaults)
         targets = keys.pop("targets", None)
         size = next((keys.pop(k) for k in ("rank", "num_virtual_tokens") if k in keys), None)
-        shown = "up to 8" if callable(size) else "" if size is None else str(size)
+        shown = "up to 8" if name == "loha" else "" if size is None else str(size)
         lines.append(
             f"| `{name}` | {method.learning_rate:g} | {', '.join(targets or ())} | {shown} "
             f"| {', '.join(f'`{key}`' for key in keys)} |"

@@ -6,6 +6,7 @@ import queue
 import random
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -126,16 +127,24 @@ class Runner:
         num_accepted: The number of accepted draft tokens.
     """
 
-    def __init__(self, source: random.Random, files: Files, block_size: int) -> None:
+    def __init__(
+        self, source: random.Random, files: Files, block_size: int, max_tokens: int
+    ) -> None:
         self._source = source
         self._files = files
-        self._block_size = block_size
+        self._block_size, self._max_tokens = block_size, max_tokens
         # The last computed content of each position of a block, as a hash of its inputs.
         self._cache: dict[tuple[int, int], int] = {}
         self.num_full = self.num_accepted = 0
 
     def run(self, step: Step) -> StepResult:
         result = StepResult()
+        assert sum(item.num_rows for item in step.scheduled) <= self._max_tokens
+        assert len({item.sequence for item in step.scheduled}) == len(step.scheduled)
+        for sequence, first_block in step.presets:
+            first = first_block * self._block_size
+            assert first < sequence.num_preset
+            self._write(sequence, sequence.tokens, first, sequence.num_preset)
         for item in step.scheduled:
             sequence = item.sequence
             for adapter, _ in sequence.mix.members:
@@ -150,15 +159,20 @@ class Runner:
         return result
 
     def _compute(self, item: Scheduled) -> None:
-        """Write the rows' keys and values, after a check of those to which they attend."""
         sequence, size = item.sequence, self._block_size
-        tokens = (*sequence.tokens, *item.draft)
+        tokens, first = (*sequence.tokens, *item.draft), sequence.num_computed
+        assert first >= sequence.num_preset, "computes what the adapter brings"
         assert len(tokens) <= size * len(sequence.blocks) or not item.samples
+        self._write(sequence, tokens, first, first + item.num_rows)
+
+    def _write(self, sequence: Sequence, tokens: SequenceOf[int], first: int, end: int) -> None:
+        """Write the keys and values of some positions, after a check of those before them."""
         made_of = hash((self._files.base_generation, sequence.mix.key))
-        for position in range(sequence.num_computed + item.num_rows):
+        for position in range(end):
             made_of = hash((made_of, tokens[position]))
-            slot = sequence.blocks[position // size], position % size
-            if position >= sequence.num_computed:
+            block, offset = divmod(position, self._block_size)
+            slot = sequence.blocks[block], offset
+            if position >= first:
                 self._cache[slot] = made_of
             else:
                 assert self._cache[slot] == made_of, "other keys and values than its own"

@@ -97,7 +97,7 @@ class World:
             speculation=Speculation(cost),
             cost=cost,
         )
-        self.runner = Runner(self.random, self.files, BLOCK_SIZE)
+        self.runner = Runner(self.random, self.files, BLOCK_SIZE, MAX_TOKENS)
         adapters: Any = self
         self.loop = EngineLoop(
             scheduler=self.scheduler,
@@ -205,7 +205,9 @@ class World:
         )
         assert request.stop.max_tokens is not None
         stream: Any = object()
-        sequence = Sequence(request, mix, self.clock.now)
+        # Some adapters put a prefix of a whole block before the prompt.
+        preset = BLOCK_SIZE if any(a.digest.endswith("2") for a, _ in mix.members) else 0
+        sequence = Sequence(request, mix, self.clock.now, num_virtual=preset, num_preset=preset)
         sequence.drafter = drafter_of(sequence, request.stop.max_tokens)
         answer = Answer(
             sequence,

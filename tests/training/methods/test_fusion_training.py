@@ -64,16 +64,6 @@ def test_values_and_gradients_are_those_of_the_dense_formula() -> None:
         torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-9, atol=1e-10)
 
 
-def test_gradients_are_finite_differences() -> None:
-    layer, _ = layers(1)
-    x = torch.randn(3, INNER, dtype=torch.float64, requires_grad=True)
-
-    def call(query: torch.Tensor, key: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(layer, {"query": query, "key": key}, (x,))
-
-    assert torch.autograd.gradcheck(call, (layer.query, layer.key, x))
-
-
 def test_training_starts_from_the_mean_of_the_components() -> None:
     layer, dense = layers()
     with torch.no_grad():

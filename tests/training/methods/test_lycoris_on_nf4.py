@@ -46,23 +46,6 @@ def lokr_factors(rank: int | None, dtype=F64) -> list[torch.Tensor]:
     return [random(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
 
 
-@pytest.mark.parametrize("shape", [(4,), (2, 3)])
-def test_loha_gradients_are_those_of_finite_differences(shape: tuple[int, ...]):
-    inputs = (random(*shape, 7), *loha_factors(5, 7, 2))
-    assert torch.autograd.gradcheck(
-        lambda *tensors: hadamard_product(*tensors, scaling=0.75), inputs
-    )
-
-
-@pytest.mark.parametrize("shape", [(4,), (2, 3)])
-@pytest.mark.parametrize("rank", [None, 2])
-def test_lokr_gradients_are_those_of_finite_differences(shape: tuple[int, ...], rank: int | None):
-    def product(x, w1, *w2):
-        return kronecker_product(x, w1, w2, 0.75)
-
-    assert torch.autograd.gradcheck(product, (random(*shape, 12), *lokr_factors(rank)))
-
-
 def dense_loha(x, w1a, w1b, w2a, w2b):
     return x @ (1.5 * (w1a @ w1b) * (w2a @ w2b)).T
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import re
-import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +16,9 @@ from builders.training import resolve_tiny, write_jsonl
 from rich.console import Console
 
 from turret.server.cli import main
-from turret.training import trainer, verbs
 from turret.training.base_model import without_peft_warnings
 from turret.training.examples import Encoded
-from turret.training.report import Curve, curves_svg, render_report, smoothed
+from turret.training.report import Curve, curves_svg, render_report
 from turret.training.run import progress
 from turret.training.run.folder import RunFolder, read_metrics
 from turret.training.run.progress import training_progress
@@ -118,13 +114,6 @@ def test_the_page_shows_the_run(run: RunFolder):
     assert [len(line) for line in lines] == [12, 12, 7, 12]
 
 
-def test_the_page_needs_nothing_else_and_runs_nothing(run: RunFolder):
-    page = Page(render_report(run))
-    assert not {"script", "link", "img", "iframe", "b"} & {tag for tag, _ in page.tags}
-    for _, attributes in page.tags:
-        assert not {"src", "href", "onload"} & attributes.keys()
-
-
 def test_samples_are_answers_of_the_base_and_of_the_adapter(run: RunFolder):
     samples = [json.loads(line) for line in run.samples.read_text().splitlines()]
     assert len(samples) == 2
@@ -177,20 +166,6 @@ def test_the_command_writes_the_page(run: RunFolder, capsys: pytest.CaptureFixtu
     assert main(["train", "report", str(run.path / "adapter")]) == 1
     text = say("NO_RUN_FACTS", path=run.path / "adapter", name="run.json")
     assert str(text) in capsys.readouterr().err
-
-
-def test_a_quiet_run_in_a_terminal_names_its_adapter(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    config = SimpleNamespace(run=SimpleNamespace(output=str(run.path)))
-    done = SimpleNamespace(run=lambda **_: SimpleNamespace(folder=run))
-    monkeypatch.setattr(verbs, "_read", lambda args: (config, None))
-    monkeypatch.setattr(verbs, "_resolve", lambda args, config: None)
-    monkeypatch.setattr(trainer, "Trainer", lambda resolved, listen: done)
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    flags = {"config": Path("t.toml"), "resume": False, "overwrite": True, "quiet": True}
-    verbs._run(argparse.Namespace(**flags))
-    assert capsys.readouterr() == (f"{run.adapter}\n{run.report}\n", "")
 
 
 @pytest.mark.parametrize("method", ["prefix_tuning", "prompt_tuning", "p_tuning", "dora", "ia3"])
@@ -281,47 +256,6 @@ def test_a_run_of_labels_tells_their_figures(
     assert re.search(r"2/2 loss 1\.500  accuracy 0\.750 \d:\d\d gone", drawn.getvalue())
 
 
-def test_a_bar_has_room_for_counts_and_times_on_80_columns(monkeypatch: pytest.MonkeyPatch):
-    drawn = io.StringIO()
-    console = Console(file=drawn, force_terminal=True, width=80, color_system=None)
-    monkeypatch.setattr(progress, "Console", lambda **_: console)
-    losses = {"step": 1000, "loss": 2.345}
-    with training_progress(1000, "rank 128") as listen:
-        for row in ({"kind": "step", **losses}, {"kind": "validation", **losses}):
-            listen(row)
-        for text in ("reading the base model and the data", "validating 123/456"):
-            listen({"kind": "phase", "text": text})
-            time.sleep(0.2)
-            line = drawn.getvalue().rpartition("rank 128")[2]
-            assert re.search(rf"1000/1000 {text} \d:\d\d gone", line)
-            assert "…" not in line
-    # The terminal's ^C does not wrap the line either, which would draw the bar twice.
-    shown = re.findall(r"rank 128[^\r\n\x1b]*", drawn.getvalue())
-    assert {len(each) <= 78 for each in shown} == {True}
-
-
-def test_a_bar_says_which_time_is_which(monkeypatch: pytest.MonkeyPatch):
-    drawn = io.StringIO()
-    console = Console(file=drawn, force_terminal=True, width=80, color_system=None)
-    monkeypatch.setattr(progress, "Console", lambda **_: console)
-    with training_progress(None) as listen:
-        time.sleep(0.2)
-        # The remaining time is not known yet.
-        assert re.search(r"training\s+[━╸╺\s]+ 0:00 gone", drawn.getvalue())
-        listen({"kind": "begin", "steps": 1000})
-        for step in range(1, 9):
-            listen({"kind": "step", "step": step, "loss": 2.0})
-            time.sleep(0.05)
-        time.sleep(0.3)
-        assert re.search(r"8/1000 loss 2\.000 0:0\d gone (\d:)?\d+:\d\d left", drawn.getvalue())
-        # Both losses and both times still fit on one line.
-        listen({"kind": "validation", "step": 8, "loss": 7.6})
-        time.sleep(0.2)
-    losses = r"8/1000 loss 2\.000  validation 7\.600 0:0\d gone (\d:)?\d+:\d\d left"
-    assert re.search(losses, drawn.getvalue())
-    assert [progress._clock(s) for s in (0.4, 61, 3661)] == ["0:00", "1:01", "1:01:01"]
-
-
 def test_a_chat_is_shown_by_its_turns(run: RunFolder, tmp_path: Path):
     for path in (run.config, run.facts, run.metrics):
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -344,16 +278,6 @@ def test_no_samples_if_none_are_asked_for(tmp_path: Path, monkeypatch):
     assert "Samples" not in render_report(folder)
 
 
-def test_curves_fill_the_plot_and_ticks_are_round():
-    svg = curves_svg([Curve("training", [(1, 0.0), (10, 4.2)])], "steps")
-    points = re.search(r'points="([^"]+)"', svg)
-    assert points is not None
-    (_, low), (right, high) = (map(float, pair.split(",")) for pair in points[1].split())
-    assert (low, right) == (230.0, 708.0)
-    assert 12 < high < low
-    assert re.findall(r'text-anchor="end">([\d.]+)<', svg) == ["0", "1", "2", "3", "4", "5"]
-
-
 @pytest.mark.parametrize("values", [[0.0, 0.0], [3.0], [1e-7, 2e-7], [-2.0, 5e6]])
 def test_curves_of_any_range_can_be_drawn(values: list[float]):
     svg = curves_svg([Curve("training", list(enumerate(values)))], "steps")
@@ -361,9 +285,3 @@ def test_curves_of_any_range_can_be_drawn(values: list[float]):
     assert len(heights) == len(values)
     assert all(12 <= y <= 230 for y in heights)
     assert curves_svg([Curve("training", [])], "steps") == ""
-
-
-def test_the_moving_average_is_unbiased():
-    assert smoothed([(i, 2.0) for i in range(50)]) == [(i, pytest.approx(2.0)) for i in range(50)]
-    wave = [(i, float(i % 2)) for i in range(400)]
-    assert smoothed(wave)[-1][1] == pytest.approx(0.5, abs=0.02)

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from builders.adapters import apply_operators, base_of, linear_modules, lower_adapter, tiny_llama
-from builders.methods import ALL, make_config, quiet, save_adapter
-from hypothesis import HealthCheck, Phase, given, settings
+from builders.methods import ALL, drawing, make_config, quiet, save_adapter
+from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners.lora.config import BdLoraConfig
 from transformers import LlamaForCausalLM
@@ -27,21 +27,6 @@ from turret.server.adapters.methods.transforms import frod as frod_method
 from turret.server.adapters.operators.adapter_operators import ModuleOperators
 
 FEW = 6
-
-
-def drawing(num_examples: int) -> settings:
-    """Hypothesis' settings without shrinking, which would take minutes.
-
-    A failure names its config.
-    """
-    return settings(
-        max_examples=num_examples,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        phases=[Phase.generate],
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    )
 
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 from builders.adapters import base_of, linear_modules, lower_adapter, read_adapter, tiny_llama
-from builders.methods import ALL, load_adapter, make_config, quiet, save_adapter
+from builders.methods import ALL, drawing, load_adapter, make_config, quiet, save_adapter
 from builders.mixes.fusions import fusion_oracle, save_fusion
 from builders.mixes.gates import gated
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
@@ -30,14 +30,7 @@ from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.gate import Gate
 
 EXAMPLES = 20
-DRAWING = settings(
-    max_examples=EXAMPLES,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.too_slow],
-)
+DRAWING = drawing(EXAMPLES)
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 VOCAB = 96
 COMPONENTS = ("a", "b", "c")

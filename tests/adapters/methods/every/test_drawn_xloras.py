@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from builders.adapters import base_of, linear_modules, tiny_llama
-from builders.methods import quiet
+from builders.methods import drawing, quiet
 from builders.mixes.gates import gated
 from builders.mixes.xloras import LORAS, lower_xlora, save_loras, save_xlora
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -123,14 +123,7 @@ def check_passes(loras: Path, keys: dict[str, Any]) -> float:
 def test_drawn_routers_tell_what_peft_s_tell(loras: Path) -> None:
     moved: list[float] = []
 
-    @settings(
-        max_examples=EXAMPLES,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        phases=[Phase.generate],
-        suppress_health_check=[HealthCheck.too_slow],
-    )
+    @drawing(EXAMPLES)
     @given(data=st.data())
     def check(data: st.DataObject) -> None:
         moved.append(check_passes(loras, drawn(data)))

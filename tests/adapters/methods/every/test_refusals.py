@@ -76,7 +76,7 @@ def test_every_key_that_peft_writes_has_a_rule(method: str, tmp_path: Path) -> N
     assert all(isinstance(rule, (Used, Irrelevant, Rejected)) for rule in chosen.rules.values())
 
 
-@pytest.mark.parametrize("method", NEW)
+@pytest.mark.parametrize("method", [*NEW, "lora"])
 def test_irrelevant_keys_change_nothing(method: str, tmp_path: Path) -> None:
     directory = save(tmp_path, method)
     base = base_of(tiny_llama())

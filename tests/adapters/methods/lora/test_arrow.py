@@ -11,9 +11,8 @@ import pytest
 import torch
 from builders.methods import make_config, save_adapter
 from builders.mixes.routers import arrow_model, save_router
-from method_oracle import check_oracles, oracle_logprobs, prompt_of, twin
+from method_oracle import check_oracles, check_rounding, twin
 from peft.tuners.lora.layer import LoraLayer
-from servers.engine_harness import EngineHarness, make_request
 from torch import nn
 
 from turret.server.adapters.adapter import AdapterRef
@@ -97,18 +96,4 @@ async def test_bfloat16_is_as_close_as_peft_in_bfloat16(name: str, tmp_path: Pat
     save_router(base.model, tmp_path, name, experts, general, **keys)
     exact = oracle_of(base.model, tmp_path, name)
     rounded = oracle_of(copy.deepcopy(base.model).bfloat16(), tmp_path, name)
-    found, theirs, expected = [], [], []
-    async with EngineHarness.start(
-        base.folder, tmp_path, dtype="bfloat16", adapters=[*LORAS, name]
-    ) as harness:
-        for seed in range(8):
-            prompt = prompt_of(60, seed)
-            answer = await harness.run(make_request(prompt, name, score=True))
-            found += [p for p in answer.prompt_logprobs[1:] if p is not None]
-            for model, logprobs in ((exact, expected), (rounded, theirs)):
-                rows = oracle_logprobs(model, prompt)
-                logprobs += [float(rows[i, token]) for i, token in enumerate(prompt[1:])]
-    served, plain = (
-        (torch.tensor(some) - torch.tensor(expected)).abs().mean() for some in (found, theirs)
-    )
-    assert 0 < served <= 1.3 * plain
+    await check_rounding(base, tmp_path, [*LORAS, name], exact, rounded)

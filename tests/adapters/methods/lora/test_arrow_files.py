@@ -18,11 +18,11 @@ from builders.adapters import (
     read_adapter,
     tiny_llama,
 )
-from builders.methods import ALL, make_config, quiet, save_adapter
+from builders.methods import ALL, drawing, make_config, quiet, save_adapter
 from builders.mixes.gates import gated
 from builders.mixes.routers import save_router, write_router
 from builders.registries import tiny_base
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import ArrowConfig, LoraConfig
 from said import says
@@ -116,14 +116,7 @@ def check_modules(root: Path, experts: list[str], general: list[str], **keys: An
 def test_drawn_routers_compute_what_peft_computes(made: Path) -> None:
     moved = []
 
-    @settings(
-        max_examples=EXAMPLES,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        phases=[Phase.generate],
-        suppress_health_check=[HealthCheck.too_slow],
-    )
+    @drawing(EXAMPLES)
     @given(data=st.data())
     def check(data: st.DataObject) -> None:
         kind = data.draw(st.sampled_from(["wide", "narrow"]))

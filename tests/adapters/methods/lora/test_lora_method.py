@@ -1,4 +1,4 @@
-"""Operators compared with PEFT's forward pass, for every switch that changes the function."""
+"""The operators that are read from LoRAs, compared with PEFT's forward pass."""
 
 from __future__ import annotations
 
@@ -19,23 +19,16 @@ from builders.adapters import (
     tiny_llama,
     with_operators,
 )
-from said import says
 
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.lowering.lowered import Lowered
-from turret.server.adapters.methods import METHODS, method_for
+from turret.server.adapters.methods import method_for
 from turret.server.adapters.peft_format import reading
-from turret.server.errors import (
-    AdapterCheckpointError,
-    AdapterMismatchError,
-    BudgetExceededError,
-)
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ATTENTION = r".*\.self_attn\.(q|k|v|o)_proj"
 
 
 def read(directory: Path) -> AdapterCheckpoint:
@@ -51,73 +44,21 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
+# Other files compare every switch with PEFT (test_random_configs.py).
 SWITCHES = {
     "plain": {},
-    "all_modules": {"target_modules": ALL},
-    "all_linear": {"target_modules": "all-linear"},
-    "rslora": {"use_rslora": True, "target_modules": ALL},
-    "rank_pattern": {
-        "target_modules": ALL,
-        "rank_pattern": {r".*layers\.1\..*(q|down)_proj": 7, "v_proj": 2},
-    },
-    "alpha_pattern": {
-        "target_modules": ALL,
-        "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 3, r"mlp\..*": 21},
-    },
+    "dora": {"use_dora": True, "target_modules": ALL},
     "rank_and_alpha_rslora": {
         "target_modules": ALL,
         "use_rslora": True,
         "rank_pattern": {"o_proj": 9, "k_proj": 1},
         "alpha_pattern": {"o_proj": 5, r"layers\.1\.mlp\.up_proj": 2.5},
     },
-    "dora": {"use_dora": True, "target_modules": ALL},
-    "dora_rslora_patterns": {
-        "use_dora": True,
-        "use_rslora": True,
-        "target_modules": ALL,
-        "rank_pattern": {"down_proj": 8},
-        "alpha_pattern": {"v_proj": 32},
-    },
     "lora_bias": {"lora_bias": True, "target_modules": ALL},
-    "bias_all": {"bias": "all"},
-    "bias_lora_only": {"bias": "lora_only"},
-    "dora_bias_all": {"use_dora": True, "bias": "all"},
-    "lora_bias_and_bias": {"lora_bias": True, "bias": "lora_only"},
-    "layers_to_transform": {"layers_to_transform": [1], "target_modules": ALL},
-    "layers_pattern": {
-        "layers_to_transform": 0,
-        "layers_pattern": "layers",
-        "target_modules": ["down_proj", "q_proj"],
-    },
-    "exclude_list": {"target_modules": ALL, "exclude_modules": ["layers.0.mlp.up_proj", "k_proj"]},
-    "exclude_regex": {"target_modules": "all-linear", "exclude_modules": r".*\.0\.mlp\..*"},
-    "regex_targets": {"target_modules": ATTENTION},
-    "exact_name_skips_layers": {
-        "target_modules": ["model.layers.0.mlp.down_proj", "o_proj"],
-        "layers_to_transform": [1],
-    },
-    "gaussian": {"init_lora_weights": "gaussian"},
-    "orthogonal": {"init_lora_weights": "orthogonal"},
 }
 
 
-@pytest.mark.parametrize("attention_bias", [False, True], ids=["no_bias", "bias"])
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_operators_compute_what_peft_computes(
-    tmp_path: Path, switch: str, attention_bias: bool
-) -> None:
-    model = tiny_llama(attention_bias=attention_bias, dtype=torch.float64)
-    directory = tmp_path / "adapter"
-    save_peft_adapter(model, lora_config(**SWITCHES[switch]), directory)
-    expected = logits(load_with_peft(model, directory))
-    lowered = lower(directory, base_of(model))
-    found = logits(with_operators(model, [(lowered.operators, 1.0)]))
-    # The adapter must have an effect. Gains and biases are fp32.
-    assert relative_error(logits(model), expected) > 0.05
-    assert relative_error(found, expected) < 1e-6
-
-
-@pytest.mark.parametrize("switch", ["plain", "dora", "rank_and_alpha_rslora", "lora_bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_file_dtype_is_read_exactly(tmp_path: Path, switch: str, dtype: torch.dtype) -> None:
     model = tiny_llama(attention_bias=True)
@@ -142,28 +83,6 @@ def test_scale_is_rounded_once(tmp_path: Path) -> None:
         assert torch.equal(module.low_rank.b, b.float().T.to(torch.bfloat16))
         assert module.low_rank.a.is_contiguous()
         assert module.low_rank.b.is_contiguous()
-
-
-@torch.no_grad()
-def test_a_mix_is_the_weighted_sum_of_deltas_with_dora(tmp_path: Path) -> None:
-    model = tiny_llama(dtype=torch.float64, attention_bias=True)
-    configs = [lora_config(), lora_config(use_dora=True, r=3), lora_config(bias="all")]
-    mix = []
-    for i, config in enumerate(configs):
-        save_peft_adapter(model, config, tmp_path / f"a{i}", seed=i)
-        weight = (0.7, -0.5, 2.0)[i]
-        mix.append((lower(tmp_path / f"a{i}", base_of(model)).operators, weight))
-    path = "model.layers.1.self_attn.q_proj"
-    linear = linear_modules(model)[path]
-    x = torch.randn(5, 64, dtype=torch.float64)
-    base = linear(x)
-    expected = base.clone()
-    for i, (_, weight) in enumerate(mix):
-        peft_model = load_with_peft(model, tmp_path / f"a{i}")
-        adapted = peft_model.get_submodule(f"base_model.model.{path}")
-        expected += weight * (adapted(x) - base)
-    found = with_operators(model, mix).get_submodule(path)(x)
-    assert relative_error(found, expected) < 1e-6
 
 
 @pytest.mark.parametrize("shape", ["flat", "row", "column"])
@@ -276,15 +195,6 @@ def test_wrapper_prefixes_are_dropped(tmp_path: Path) -> None:
         assert torch.equal(module.gain, other.gain)
 
 
-def test_methods_are_discovered_and_report_themselves(tmp_path: Path) -> None:
-    assert set(METHODS) >= {"lora", "dora"}
-    model = tiny_llama()
-    save_peft_adapter(model, lora_config(), tmp_path / "plain")
-    save_peft_adapter(model, lora_config(use_dora=True), tmp_path / "dora")
-    assert method_for(read(tmp_path / "plain")).name == "lora"
-    assert method_for(read(tmp_path / "dora")).name == "dora"
-
-
 def test_reports_ranks_targets_and_base_warnings(tmp_path: Path) -> None:
     model = tiny_llama()
     directory = tmp_path / "adapter"
@@ -313,39 +223,6 @@ def test_ambiguous_patterns_follow_the_file_and_warn(tmp_path: Path) -> None:
     found = logits(with_operators(model, [(lowered.operators, 1.0)]))
     assert relative_error(found, expected) < 1e-6
     assert lowered.warnings[0].params["field"] == "alpha_pattern"
-
-
-def test_rank_over_the_limit_is_a_budget_error(tmp_path: Path) -> None:
-    model = tiny_llama()
-    directory = tmp_path / "adapter"
-    save_peft_adapter(model, lora_config(r=9), directory)
-    assert lower(directory, base_of(model), max_rank=9).ranks == (9,)
-    with pytest.raises(BudgetExceededError, check=says("RANK_OVER_LIMIT", rank=9, max_rank=8)):
-        lower(directory, base_of(model), max_rank=8)
-
-
-def test_another_base_is_a_mismatch_that_names_every_module(tmp_path: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=48, intermediate_size=96, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2,
-    )  # fmt: skip
-    directory = tmp_path / "adapter"
-    save_peft_adapter(LlamaForCausalLM(config), lora_config(), directory)
-    with pytest.raises(AdapterMismatchError) as caught:
-        lower(directory, base_of(tiny_llama()))
-    named = {field for field, _ in caught.value.violations}
-    assert {f"model.layers.{i}.self_attn.{m}_proj" for i in (0, 1) for m in "qv"} <= named
-    assert any("model.layers.2" in field for field in named)
-
-
-def test_overflow_of_the_serving_dtype_is_refused(tmp_path: Path) -> None:
-    model = tiny_llama()
-    directory = tmp_path / "adapter"
-    save_peft_adapter(model, lora_config(lora_alpha=1e8), directory)
-    with pytest.raises(AdapterCheckpointError, check=says("NOT_FINITE")):
-        lower(directory, base_of(model, dtype=torch.float16))
 
 
 def test_rslora_scale_uses_each_modules_rank(tmp_path: Path) -> None:

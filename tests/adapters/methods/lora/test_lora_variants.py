@@ -23,8 +23,8 @@ from builders.adapters import (
     refusal_of,
     tiny_llama,
 )
-from builders.methods import make_config, save_adapter
-from hypothesis import Phase, given, settings
+from builders.methods import drawing, make_config, save_adapter
+from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners.lora.variants import QALoraLinearVariant
 from said import says
@@ -54,7 +54,7 @@ def save_qalora(root: Path, group: int, **changes: Any) -> Path:
     return directory
 
 
-@settings(max_examples=20, derandomize=True, deadline=None, database=None, phases=[Phase.generate])
+@drawing(20)
 @given(group=st.sampled_from([1, 2, 8, 32]), rank=st.integers(1, 9), alpha=st.sampled_from([1, 6]))
 def test_drawn_qaloras_are_what_pefts_own_class_computes(group: int, rank: int, alpha: int) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -61,25 +61,11 @@ MIXTURES = (
         {**QWEN_3, "moe_intermediate_size": 768},
     ),
     Published(
-        "Qwen/Qwen3-235B-A22B",
-        "qwen3_moe",
-        (4096, 12288, 94, 64, 4, 151936),
-        235_093_634_560,
-        {**QWEN_3, "moe_intermediate_size": 1536},
-    ),
-    Published(
         "mistralai/Mixtral-8x7B-v0.1",
         "mixtral",
         (4096, 14336, 32, 32, 8, 32000),
         46_702_792_704,
         MIXTRAL,
-    ),
-    Published(
-        "mistralai/Mixtral-8x22B-v0.1",
-        "mixtral",
-        (6144, 16384, 56, 48, 8, 32000),
-        140_620_634_112,
-        {**MIXTRAL, "max_position_embeddings": 65536},
     ),
     # This model exists in one size.
     Published(
@@ -95,13 +81,6 @@ MIXTURES = (
         (2880, 2880, 24, 64, 8, 201088),
         20_914_757_184,
         {**GPT_OSS, "num_local_experts": 32, "layer_types": 12 * ALTERNATING},
-    ),
-    Published(
-        "openai/gpt-oss-120b",
-        "gpt_oss",
-        (2880, 2880, 36, 64, 8, 201088),
-        116_829_156_672,
-        {**GPT_OSS, "num_local_experts": 128, "layer_types": 18 * ALTERNATING},
     ),
 )
 # The place of experts below a layer in checkpoints, and the names of gate, up and down.

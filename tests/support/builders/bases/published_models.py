@@ -200,12 +200,8 @@ def qwen_vision(hidden: int) -> dict[str, Any]:
 
 MODELS = (
     Published("google/gemma-2b", "gemma", (2048, 16384, 18, 8, 1, 256000), 2_506_172_416, GEMMA),
-    Published("google/gemma-7b", "gemma", (3072, 24576, 28, 16, 16, 256000), 8_537_680_896, GEMMA),
     Published(
         "google/gemma-2-2b-it", "gemma2", (2304, 9216, 26, 8, 4, 256000), 2_614_341_888, GEMMA_2
-    ),
-    Published(
-        "google/gemma-2-9b-it", "gemma2", (3584, 14336, 42, 16, 8, 256000), 9_241_705_984, GEMMA_2
     ),
     Published(
         "google/gemma-2-27b-it",
@@ -215,9 +211,6 @@ MODELS = (
         {**GEMMA_2, "head_dim": 128, "query_pre_attn_scalar": 144},
     ),
     Published(
-        "google/gemma-3-270m-it", "gemma3_text", (640, 2048, 18, 4, 1, 262144), 268_098_176, GEMMA_3
-    ),
-    Published(
         "google/gemma-3-1b-it", "gemma3_text", (1152, 6912, 26, 4, 1, 262144), 999_885_952, GEMMA_3
     ),
     Published(
@@ -225,14 +218,6 @@ MODELS = (
         "gemma3",
         (2560, 10240, 34, 8, 4, 262208),
         4_300_079_472,
-        GEMMA_3_TEXT,
-        GEMMA_3_VISION,
-    ),
-    Published(
-        "google/gemma-3-12b-it",
-        "gemma3",
-        (3840, 15360, 48, 16, 8, 262208),
-        12_187_325_040,
         GEMMA_3_TEXT,
         GEMMA_3_VISION,
     ),
@@ -261,14 +246,6 @@ MODELS = (
         {**MISTRAL_3_VISION, "tie_word_embeddings": True},
     ),
     Published(
-        "mistralai/Ministral-3-8B-Instruct-2512",
-        "mistral3",
-        (4096, 14336, 34, 32, 8, 131072),
-        None,
-        MINISTRAL_3,
-        MISTRAL_3_VISION,
-    ),
-    Published(
         "mistralai/Ministral-3-14B-Instruct-2512",
         "mistral3",
         (5120, 16384, 40, 32, 8, 131072),
@@ -284,25 +261,11 @@ MODELS = (
         {**qwen_vision(2048), "tie_word_embeddings": True},
     ),
     Published(
-        "Qwen/Qwen2.5-VL-7B-Instruct",
-        "qwen2_5_vl",
-        (3584, 18944, 28, 28, 4, 152064),
-        8_292_166_656,
-        qwen_vision(3584),
-    ),
-    Published(
         "ibm-granite/granite-3.3-2b-instruct",
         "granite",
         (2048, 8192, 40, 32, 8, 49159),
         2_533_539_840,
         GRANITE,
-    ),
-    Published(
-        "ibm-granite/granite-3.3-8b-instruct",
-        "granite",
-        (4096, 12800, 40, 32, 8, 49159),
-        8_170_864_640,
-        {**GRANITE, "attention_multiplier": 0.0078125, "logits_scaling": 16.0},
     ),
     Published(
         "ibm-granite/granite-4.0-micro",
@@ -311,13 +274,6 @@ MODELS = (
         None,
         {**GRANITE_4, "shared_intermediate_size": 8192, "layer_types": ["attention"] * 40}
         | {"mamba_n_heads": 160},
-    ),
-    Published(
-        "ibm-granite/granite-4.0-350m",
-        "granitemoehybrid",
-        (1024, 2048, 28, 16, 4, 100352),
-        None,
-        {**GRANITE_4, "shared_intermediate_size": 2048, "layer_types": ["attention"] * 28},
     ),
     Published(
         "mistralai/Ministral-8B-Instruct-2410",
@@ -334,12 +290,8 @@ MODELS = (
         OLMO_2,
     ),
     Published(
-        "allenai/OLMo-2-1124-7B-Instruct", "olmo2", (4096, 11008, 32, 32, 32, 100352), None, OLMO_2
-    ),
-    Published(
         "allenai/Olmo-3-7B-Instruct", "olmo3", (4096, 11008, 32, 32, 32, 100278), None, OLMO_3
     ),
-    Published("allenai/Olmo-3.1-32B", "olmo3", (5120, 27648, 64, 40, 8, 100278), None, OLMO_3),
     Published("zai-org/GLM-4-9B-0414", "glm4", (4096, 13696, 40, 32, 2, 151552), None, GLM_4),
     Published(
         "zai-org/GLM-4-32B-0414",
