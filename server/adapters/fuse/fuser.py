@@ -35,6 +35,7 @@ from turret.server.adapters.fuse.lora_files import METHOD, FusedFiles
 from turret.server.adapters.fuse.module_fuser import Contribution, FusedModule, ModuleFuser, ratio
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.operators.adapter_operators import beyond_low_rank, beyond_updates
+from turret.server.adapters.operators.vectors import Bias
 from turret.server.adapters.registry.name_table import name_taken
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.basics.work import (
@@ -79,21 +80,6 @@ class FusionMember:
         return Contribution(self.adapter.name, self.weight, operators, scaling)
 
 
-def check_prompts(adapters: Sequence[Adapter]) -> None:
-    """Rejects members that cannot be fused according to their facts, before anything is read.
-
-    Raises:
-        InvalidRequestError: Lists the members that no LoRA can represent.
-    """
-    found: list[Finding] = []
-    for index, adapter in enumerate(adapters):
-        if adapter.num_soft_tokens or adapter.num_prefix_positions:
-            found.append(_unfit(index, adapter, "it puts tokens or keys before the prompt"))
-        if adapter.invocation:
-            found.append(_unfit(index, adapter, "it acts only after its invocation"))
-    refuse_all(found)
-
-
 def check_operators(members: Sequence[FusionMember], combination: Combination) -> None:
     """Rejects members that the combination cannot represent.
 
@@ -108,7 +94,7 @@ def check_operators(members: Sequence[FusionMember], combination: Combination) -
         elif extra := beyond_updates(operators):
             why = f"a fusion cannot include its {' and '.join(extra)}"
             found.append(_unfit(index, adapter, why))
-        elif not combination.is_on_updates and (extra := beyond_low_rank(operators)):
+        elif not combination.is_on_updates and (extra := beyond_low_rank(operators, Bias)):
             why = (
                 f"{combination.name} needs low-rank factors, but it has a"
                 f" {' and a '.join(extra)}; use a combination with svd"
@@ -272,7 +258,6 @@ class Fuser:
     def _read(
         self, mix: Mix, base: BaseModel, combination: Combination, cancellation: Cancellation
     ) -> list[FusionMember]:
-        check_prompts([adapter for adapter, _ in mix.members])
         served = self._registry.base.dtype.itemsize
         needed = sum(a.host_bytes_needed * 4 // served for a, _ in mix.members)
         if needed > self._host_bytes:
