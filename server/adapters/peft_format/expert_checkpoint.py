@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from turret.lazy_torch import torch
@@ -232,23 +232,16 @@ def _check_method(
             findings.add(key, say("CONFLICTS_WITH", other="LoRA on experts"))
 
 
+@dataclass
 class _Reader:
     """Reads factors; knows which tensors it has used."""
 
-    def __init__(
-        self,
-        path: str,
-        tensors: Mapping[str, torch.Tensor],
-        base: BaseModel,
-        findings: Findings,
-        max_rank: int | None,
-    ) -> None:
-        self._path = path
-        self._tensors = tensors
-        self._base = base
-        self._findings = findings
-        self._max_rank = max_rank
-        self.used: set[str] = set()
+    path: str
+    tensors: Mapping[str, torch.Tensor]
+    base: BaseModel
+    findings: Findings
+    max_rank: int | None
+    used: set[str] = field(default_factory=set)
 
     def read_parameters(
         self, chosen: list[BaseExperts], selection: Mapping[str, Any]
@@ -279,35 +272,35 @@ class _Reader:
         """Reads checkpoints in which every expert has factors of its own."""
         names = [
             module.format(expert)
-            for experts in self._base.experts.values()
+            for experts in self.base.experts.values()
             for module in experts.modules
             for expert in range(experts.count)
         ]
         if not selection.get("target_modules"):
-            self._findings.add("target_modules", say("SELECTS_NOTHING"))
+            self.findings.add("target_modules", say("SELECTS_NOTHING"))
             return {}, ()
         targets = self._resolve(selection, names)
         factors = self._factors(targets)
-        if self._findings.fields or self._findings.mismatched:
+        if self.findings.fields or self.findings.mismatched:
             # Stop before the updates are allocated: they may take a hundred times the file's size.
             return {}, ()
         updates = {}
-        for experts in self._base.experts.values():
+        for experts in self.base.experts.values():
             update = self._of_modules(experts, targets, factors)
             if update is not None:
                 updates[experts.name] = update
         return updates, tuple(sorted(set(targets.ranks.values())))
 
     def _resolve(self, selection: Mapping[str, Any], names: list[str]) -> Targets:
-        targets = resolve_targets(selection, names, (), self._findings)
+        targets = resolve_targets(selection, names, (), self.findings)
         # Check the rank before any tensor of that size is allocated.
-        check_rank(self._path, max(targets.ranks.values(), default=0), self._max_rank)
+        check_rank(self.path, max(targets.ranks.values(), default=0), self.max_rank)
         return targets
 
     def _factors(self, targets: Targets) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """The factors of each targeted module, if their shapes are right."""
         found = {}
-        for experts in self._base.experts.values():
+        for experts in self.base.experts.values():
             width = experts.out_features // len(experts.modules)
             for module in experts.modules:
                 for name in (module.format(e) for e in range(experts.count)):
@@ -346,14 +339,14 @@ class _Reader:
         return self._update(a, b, 1.0)
 
     def _take(self, name: str, shape: tuple[int, int]) -> torch.Tensor | None:
-        tensor = self._tensors.get(name)
+        tensor = self.tensors.get(name)
         if tensor is None:
-            self._findings.add(name, say("MISSING_TENSOR", by="the config"))
+            self.findings.add(name, say("MISSING_TENSOR", by="the config"))
             return None
         self.used.add(name)
-        return tensor if self._findings.check_shape(name, tensor, shape) else None
+        return tensor if self.findings.check_shape(name, tensor, shape) else None
 
     def _update(self, a: torch.Tensor, b: torch.Tensor, scaling: float) -> ExpertLowRank:
-        dtype = self._base.dtype
+        dtype = self.base.dtype
         scaled = b if scaling == 1.0 else b * scaling
         return ExpertLowRank(a.to(dtype).contiguous(), scaled.to(dtype).contiguous())
