@@ -129,8 +129,11 @@ REPORT_SECONDS = 5.0
 
 @dataclass(eq=False, slots=True)
 class _Job:
-    """The current fusion, and the members it holds, if it already does."""
+    """The current fusion, as requested, and the members it holds, if it already does."""
 
+    name: str
+    refs: Sequence[AdapterRef]
+    combination: Combination
     cancellation: Cancellation
     mix: Mix | None = None
 
@@ -191,14 +194,14 @@ class Fuser:
             QueueFullError: Another fusion is under way.
             UnavailableError: The server is shutting down.
         """
-        job = _Job(cancellation)
+        job = _Job(name, refs, combination, cancellation)
         with self._lock:
             if self._job is not None:
                 raise QueueFullError(say("FUSION_UNDER_WAY"))
             self._job = job
         context = contextvars.copy_context()
         try:
-            future = self._thread.submit(context.run, self._run, job, name, refs, combination)
+            future = self._thread.submit(context.run, self._run, job)
         except RuntimeError as error:
             self._end(job)
             refusal = turret_error(error, "") if is_out_of_memory(error) else _shutting_down()
@@ -232,32 +235,27 @@ class Fuser:
             if self._job is job:
                 self._job = None
 
-    def _run(
-        self, job: _Job, name: str, refs: Sequence[AdapterRef], combination: Combination
-    ) -> FuseResult:
+    def _run(self, job: _Job) -> FuseResult:
         try:
-            self._registry.check_name(name)
-            if name in {ref.name for ref in refs}:
-                raise InvalidRequestError.of("name", say("NAME_IS_MEMBER", adapter=name))
+            self._registry.check_name(job.name)
+            if job.name in {ref.name for ref in job.refs}:
+                raise InvalidRequestError.of("name", say("NAME_IS_MEMBER", adapter=job.name))
             self._registry.check_room(0)
             with self._lock:
-                mix = job.mix = self._registry.acquire(refs)
+                mix = job.mix = self._registry.acquire(job.refs)
             base = replace(self._registry.base, dtype=torch.float32)
             try:
-                members = self._read(mix, base, combination, job.cancellation)
-                modules = self._fuse(name, members, base, combination, job.cancellation)
+                members = self._read(job, mix, base)
+                modules = self._fuse(job, members, base)
             finally:
                 self._registry.release(mix)
             named = [member.lowered.base_model for member in members if member.lowered.base_model]
             files = FusedFiles(modules, base, named[0] if named else base.name)
-            template = _template(mix)
-            return _result(self._install(name, files, template, job.cancellation), modules)
+            return _result(self._install(job, files, _template(mix)), modules)
         finally:
             self._end(job)
 
-    def _read(
-        self, mix: Mix, base: BaseModel, combination: Combination, cancellation: Cancellation
-    ) -> list[FusionMember]:
+    def _read(self, job: _Job, mix: Mix, base: BaseModel) -> list[FusionMember]:
         served = self._registry.base.dtype.itemsize
         needed = sum(a.host_bytes_needed * 4 // served for a, _ in mix.members)
         if needed > self._host_bytes:
@@ -265,39 +263,43 @@ class Fuser:
             raise BudgetExceededError(text)
         members = []
         for adapter, weight in mix.members:
-            cancellation.check()
+            job.cancellation.check()
             lowered = self._registry.reread(adapter, base)
             members.append(FusionMember(adapter, weight, lowered))
-        check_operators(members, combination)
+        check_operators(members, job.combination)
         return members
 
     def _fuse(
-        self,
-        name: str,
-        members: Sequence[FusionMember],
-        base: BaseModel,
-        combination: Combination,
-        cancellation: Cancellation,
+        self, job: _Job, members: Sequence[FusionMember], base: BaseModel
     ) -> dict[str, FusedModule]:
         work = _work(members, base)
-        self._check_free(name, list(work))
-        rank = rank_of_result(members, combination)
+        self._check_free(job.name, list(work))
+        rank = rank_of_result(members, job.combination)
         if rank > self._max_rank:
             text = say("RANK_OVER_LIMIT", name="rank", rank=rank, max_rank=self._max_rank)
             raise BudgetExceededError(text, violations=[("rank", text)])
-        fuser = ModuleFuser(combination, rank, self._max_rank)
+        fuser = ModuleFuser(job.combination, rank, self._max_rank)
         for path, parts in work.items():
             fuser.check(parts, base.modules[path])
         fused: dict[str, FusedModule] = {}
         num_bytes = 0
-        progress = _Progress(name, combination.name, len(work))
+        started = told = time.monotonic()
         for path, parts in work.items():
-            cancellation.check()
+            job.cancellation.check()
             module = fused[path] = fuser.fuse(parts, base.modules[path])
             num_bytes += module.a.nbytes + module.b.nbytes
             # Check after each module, so that a fusion that does not fit ends early.
             self._registry.check_room(num_bytes)
-            progress.report(len(fused))
+            now = time.monotonic()
+            if len(fused) == len(work) or now - told >= REPORT_SECONDS:
+                told = now
+                fields = log.fields(
+                    adapter=job.name,
+                    combination=job.combination.name,
+                    modules=f"{len(fused)}/{len(work)}",
+                    seconds=f"{now - started:.1f}",
+                )
+                _log.info("fusing", extra=fields)
         return fused
 
     def _check_free(self, name: str, paths: list[str]) -> None:
@@ -311,16 +313,12 @@ class Fuser:
             raise name_taken(name, record.facts.digest)
 
     def _install(
-        self,
-        name: str,
-        files: FusedFiles,
-        chat_template: OwnTemplate | None,
-        cancellation: Cancellation,
+        self, job: _Job, files: FusedFiles, chat_template: OwnTemplate | None
     ) -> AdapterInfo:
         staged = self._registry.stage(files.announced())
         try:
-            files.write(staged, cancellation.check)
-            return self._registry.upload(name, staged, chat_template=chat_template)
+            files.write(staged, job.cancellation.check)
+            return self._registry.upload(job.name, staged, chat_template=chat_template)
         finally:
             staged.discard()
 
@@ -351,23 +349,6 @@ def _result(record: AdapterInfo, modules: Mapping[str, FusedModule]) -> FuseResu
     error = math.hypot(*(module.error for module in modules.values()))
     reference = math.hypot(*(module.reference for module in modules.values()))
     return FuseResult(record, ratio(error, reference), reports)
-
-
-class _Progress:
-    """Logs the progress of a fusion from time to time."""
-
-    def __init__(self, name: str, combination: str, total: int) -> None:
-        self._fields = {"adapter": name, "combination": combination}
-        self._total = total
-        self._started = self._told = time.monotonic()
-
-    def report(self, done: int) -> None:
-        now = time.monotonic()
-        if done < self._total and now - self._told < REPORT_SECONDS:
-            return
-        self._told = now
-        count, seconds = f"{done}/{self._total}", f"{now - self._started:.1f}"
-        _log.info("fusing", extra=log.fields(**self._fields, modules=count, seconds=seconds))
 
 
 def _shutting_down() -> UnavailableError:
