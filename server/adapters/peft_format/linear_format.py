@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Any
 
 from turret.server.adapters.adapter import TENSORS_FILE
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
+from turret.server.adapters.checkpoint.adapter_checkpoint import Findings
 from turret.server.adapters.peft_format.config_rules import (
     Check,
     Rules,
@@ -326,27 +326,18 @@ class LinearFormat(Format):
         keys = (self.rank, self.alpha, "target_modules", *self.required)
         return tuple(key for key in keys if key is not None)
 
-    def read(
-        self,
-        checkpoint: AdapterCheckpoint,
-        base: Base,
-        max_rank: int | None = None,
-        findings: Findings | None = None,
-    ) -> Reading:
-        """See ``Format.read``."""
-        reading = super().read(checkpoint, base, max_rank, findings)
+    def conclude(self, reading: Reading, max_rank: int | None) -> None:
+        """Checks shared tensors and ranks, and all modules together."""
+        findings = reading.findings
         self._check_shared(reading)
-        if self.check_all is not None and not (
-            reading.findings.fields or reading.findings.mismatched
-        ):
+        if self.check_all is not None and not (findings.fields or findings.mismatched):
             self.check_all(reading)
-        reading.findings.raise_if_any()
+        findings.raise_if_any()
         if self.rank is None and self.rank_of is _configured:
-            return reading
+            return
         ranks = {name: self.rank_of(module) for name, module in reading.modules.items()}
-        check_rank(checkpoint.path, max(ranks.values(), default=0), max_rank, name=self.rank_name)
+        check_rank(reading.path, max(ranks.values(), default=0), max_rank, name=self.rank_name)
         reading.ranks = ranks if self.rank_name == "rank" else {}
-        return reading
 
     def inspect(self, reading: Reading) -> None:
         """Finds the adapted modules, and checks their tensors."""

@@ -309,8 +309,12 @@ class Format(MethodKeys):
         found.raise_if_any()
         if self.tasks is not None and (count := reading.config[self.tasks]) > 1:
             reading.warn(say("IS_TASK", task=reading.task, count=count))
+        self.conclude(reading, max_rank)
         return reading
 
     def inspect(self, reading: Reading) -> None:
         """Reports names, shapes and dtypes of tensors that do not agree with config and base."""
         raise NotImplementedError
+
+    def conclude(self, reading: Reading, max_rank: int | None) -> None:
+        """Checks what only an adapter without other faults has, such as its ranks."""
