@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from turret.server.adapters.adapter import TENSORS_FILE
+from turret.server.adapters.adapter import TENSORS_FILE, AdapterFacts
 from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
-from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods.lower import lower_checkpoint
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.models.describe import describe_experts
 from turret.training.base_model import DTYPES, TrainingBase, empty_model
 from turret.training.settings.resolve import Resolved
@@ -65,18 +65,20 @@ def serving_cost(resolved: Resolved) -> ServingCost:
         resolved.method.save(model, Path(folder), dtype)
         root = AdapterRoot(Path(folder))
         checkpoint = read_checkpoint(root, ".", max_elements=_ANY_RANK)
-        _, lowered = lower_checkpoint(checkpoint, served_base(base), _ANY_RANK)
+        method, lowered = lower_checkpoint(checkpoint, served_base(base), _ANY_RANK)
         file_bytes = (Path(folder) / TENSORS_FILE).stat().st_size
-    return _cost(lowered, base, file_bytes)
+    return _cost(lowered.operators, lowered.facts(checkpoint, method), base, file_bytes)
 
 
-def _cost(lowered: Lowered, base: TrainingBase, file_bytes: int) -> ServingCost:
+def _cost(
+    operators: AdapterOperators, facts: AdapterFacts, base: TrainingBase, file_bytes: int
+) -> ServingCost:
     arch = base.arch
-    positions = lowered.num_soft_tokens + lowered.num_prefix_positions
-    modules = lowered.operators.modules.values()
+    positions = facts.num_soft_tokens + facts.num_prefix_positions
+    modules = operators.modules.values()
     added = sum(part.multiply_adds for module in modules for part in module.operators)
     per_token = 0 if arch.experts is None else arch.experts.per_token
-    for update in (lowered.operators.experts or {}).values():
+    for update in (operators.experts or {}).values():
         added += per_token * update.multiply_adds
     # Attention of each token to the adapter's positions: the scores and the weighted sum of values.
     added += positions * 2 * arch.num_heads * arch.head_dim * arch.num_layers
@@ -93,11 +95,11 @@ def _cost(lowered: Lowered, base: TrainingBase, file_bytes: int) -> ServingCost:
     per_position = arch.num_layers * 2 * arch.num_kv_heads * arch.head_dim
     return ServingCost(
         file_bytes=file_bytes,
-        host_bytes=lowered.num_bytes,
+        host_bytes=facts.bytes_host,
         multiply_adds=added,
         relative_multiply_adds=added / of_base,
-        num_soft_tokens=lowered.num_soft_tokens,
-        num_prefix_positions=lowered.num_prefix_positions,
+        num_soft_tokens=facts.num_soft_tokens,
+        num_prefix_positions=facts.num_prefix_positions,
         cache_bytes=positions * per_position * _CACHE_DTYPE_BYTES,
     )
 

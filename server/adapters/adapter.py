@@ -271,6 +271,8 @@ def origin_of(chat_template: str) -> str:
     return OwnTemplate.from_json(chat_template).origin if chat_template else ""
 
 
+# Thousands of adapters are registered, so instances have no dictionary.
+@dataclass(eq=False, repr=False, slots=True)
 class Adapter:
     """One generation of a registered adapter.
 
@@ -296,41 +298,24 @@ class Adapter:
         bytes_device: Set by the code that copies the operators to a device.
     """
 
-    # Thousands of adapters are registered, so instances have no dictionary.
-    __slots__ = (
-        "base_generation",
-        "bytes_device",
-        "facts",
-        "generation",
-        "holds",
-        "host_bytes_needed",
-        "in_flight",
-        "is_retired",
-        "key",
-        "name",
-        "operators",
-        "pinned",
-        "source",
-        "uuid",
-    )
+    name: str
+    uuid: str
+    generation: int
+    source: Source
+    facts: AdapterFacts
+    operators: AdapterOperators | None = None
+    base_generation: int | None = None
+    in_flight: int = 0
+    holds: int = 0
+    pinned: bool = False
+    is_retired: bool = False
+    bytes_device: int = 0
+    key: str = field(init=False)
+    host_bytes_needed: int = field(init=False)
 
-    def __init__(
-        self, name: str, uuid: str, generation: int, source: Source, facts: AdapterFacts
-    ) -> None:
-        self.name = name
-        self.uuid = uuid
-        self.generation = generation
-        self.key = f"{uuid}.{generation}"
-        self.facts = facts
-        self.source = source
-        self.operators: AdapterOperators | None = None
-        self.base_generation: int | None = None
-        self.host_bytes_needed = facts.bytes_host
-        self.in_flight = 0
-        self.holds = 0
-        self.pinned = False
-        self.is_retired = False
-        self.bytes_device = 0
+    def __post_init__(self) -> None:
+        self.key = f"{self.uuid}.{self.generation}"
+        self.host_bytes_needed = self.facts.bytes_host
 
     def __repr__(self) -> str:
         return f"Adapter({self.name!r}, generation={self.generation}, uuid={self.uuid!r})"

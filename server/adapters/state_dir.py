@@ -22,16 +22,17 @@ import json
 import logging
 import os
 import shutil
-import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypeVar
+from typing import Any, BinaryIO, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from turret.server import log
-from turret.server.adapters.adapter import Adapter, AdapterFacts, Alias, AliasTarget, Source
+from turret.server.adapters.adapter import Adapter, AdapterFacts, Alias, Source
 from turret.server.basics.files import (
     PARTIAL_SUFFIX,
     move_directory,
@@ -56,13 +57,7 @@ from turret.server.words import Text, say
 # the facts, 3 a source's task, 4 the invocation, 5 labels, 6 the size of the vocabulary and the
 # tokenizer, 7 the first pass, 8 the chat template, 9 kept generations.
 _VERSION = 9
-_READ_VERSIONS = (1, 2, 3, 4, 5, 6, 7, 8, 9)
-
-
-@functools.lru_cache(maxsize=4096)
-def _shared(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """One shared tuple for all adapters with the same values, which most of them have."""
-    return values
+_READ_VERSIONS = range(1, _VERSION + 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,60 +95,47 @@ class SavedRegistration:
         Raises:
             ValueError: The file has another form.
         """
-        fields = json.loads(data)
-        if not isinstance(fields, dict) or fields.pop("version", None) not in _READ_VERSIONS:
-            raise ValueError(f"is not a registration of version {_VERSION} or earlier")
-        try:
-            name, kept = fields["name"], fields.pop("kept", [])
-            generations = tuple(_generation(SavedGeneration, name, each) for each in kept)
-            return dataclasses.replace(_generation(cls, name, fields), kept=generations)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"is not a registration: {error}") from None
+        saved = _parse("a registration", _REGISTRATION, data, _READ_VERSIONS)
+        kept = tuple(_completed(generation, saved.name) for generation in saved.kept)
+        return dataclasses.replace(_completed(saved, saved.name), kept=kept)
 
 
 _G = TypeVar("_G", SavedGeneration, SavedRegistration)
+_S = TypeVar("_S", SavedRegistration, Alias)
+_REGISTRATION, _ALIAS = TypeAdapter(SavedRegistration), TypeAdapter(Alias)
+# Facts that most adapters have in common, so that all of them refer to one object.
+_ALIKE = ("method", "ranks", "target_modules", "base_model", "warnings", "labels", "chat_template")
 
 
-def _generation(kind: type[_G], name: str, fields: Any) -> _G:
-    if not isinstance(fields, dict):
-        raise TypeError("must be an object")
-    source = Source(**_typed(Source, fields.pop("source")))
+@functools.lru_cache(maxsize=4096)
+def _shared(value: Any) -> Any:
+    return value
+
+
+def _completed(saved: _G, name: str) -> _G:
+    """What was saved for the adapter of this name, in less memory."""
+    source, facts = saved.source, saved.facts
     if source.is_upload:
         source = dataclasses.replace(source, adapter=name)
-    facts = AdapterFacts(**_typed(AdapterFacts, fields.pop("facts")))
-    return kind(source=source, facts=facts, **_typed(kind, fields))
+    alike = {field: _shared(getattr(facts, field)) for field in _ALIKE}
+    return dataclasses.replace(saved, source=source, facts=dataclasses.replace(facts, **alike))
 
 
-# Annotations are strings in this module, so these names identify the types.
-_TYPES: Mapping[str, Any] = {"str": str, "int": int, "bool": bool, "float": float}
-_OPTIONAL = " | None"
-
-
-def _typed(kind: Any, values: Any) -> dict[str, Any]:
-    """The values, checked against the fields' types; lists become shared tuples.
+def _parse(kind: str, adapter: TypeAdapter[_S], data: bytes, versions: Sequence[int]) -> _S:
+    """Reads a JSON object that also has a version.
 
     Raises:
-        TypeError: They are not an object, or one of them has another type.
+        ValueError: The version is another one, or a field is unknown, missing or of another type.
     """
-    if not isinstance(values, dict):
-        raise TypeError("must be an object")
-    types = {field.name: str(field.type) for field in dataclasses.fields(kind)}
-    checked: dict[str, Any] = {}
-    for name, value in values.items():
-        wanted = types.get(name, "")
-        if wanted.endswith(_OPTIONAL):
-            wanted = "" if value is None else wanted.removesuffix(_OPTIONAL)
-        if wanted in _TYPES and type(value) is not _TYPES[wanted]:
-            raise TypeError(f"{name} must be of type {wanted}")
-        if wanted.startswith("tuple"):
-            item = _TYPES[wanted.removeprefix("tuple[").removesuffix(", ...]")]
-            if not isinstance(value, list) or any(type(part) is not item for part in value):
-                raise TypeError(f"{name} must be a list of {item.__name__}")
-            value = _shared(tuple(value))
-        elif name in ("method", "base_model", "chat_template") and isinstance(value, str):
-            value = sys.intern(value)
-        checked[name] = value
-    return checked
+    fields = json.loads(data)
+    if not isinstance(fields, dict) or fields.pop("version", None) not in versions:
+        raise ValueError(f"is not {kind} of version {versions[-1]} or earlier")
+    try:
+        return adapter.validate_json(json.dumps(fields), strict=True, extra="forbid")
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise ValueError(f"is not {kind}: {field}: {first['msg']}") from None
 
 
 # Uploads: either all files of an adapter arrive, or none is kept.
@@ -291,7 +273,117 @@ _log = logging.getLogger(__name__)
 MIN_FREE_BYTES = 16 << 20
 
 
-class StateDir:
+class NoStateDir:
+    """Replaces ``StateDir`` in a server without ``--state-dir``.
+
+    Registrations do not survive a restart, and adapters cannot be uploaded or fused.
+    """
+
+    @property
+    def path(self) -> Path | None:
+        """The directory."""
+        return None
+
+    def close(self) -> None:
+        pass
+
+    def read(self) -> list[SavedRegistration]:
+        return []
+
+    def save(
+        self,
+        adapter: Adapter,
+        *,
+        pinned: bool,
+        kept: Sequence[Adapter],
+        source: Source | None = None,
+    ) -> None:
+        pass
+
+    def remove(self, name: str) -> None:
+        pass
+
+    def read_aliases(self) -> list[Alias]:
+        return []
+
+    def save_alias(self, alias: Alias) -> None:
+        pass
+
+    def remove_alias(self, name: str) -> None:
+        pass
+
+    def discard(self, source: Source) -> None:
+        pass
+
+    def stage(self, files: Sequence[UploadedFile]) -> StagedUpload:
+        raise _required()
+
+    def check_room(self, num_bytes: int, received: int = 0) -> None:
+        raise _required()
+
+    def staged_source(self, staged: StagedUpload, name: str) -> Source:
+        raise _required()
+
+    def adopt(self, staged: StagedUpload, adapter: Adapter) -> None:
+        raise _required()
+
+
+def _required() -> StateDirRequiredError:
+    return StateDirRequiredError(say("STATE_DIR_REQUIRED"))
+
+
+class SharedStateDir(NoStateDir):
+    """A state directory that somebody else writes; only uploads are staged in it.
+
+    A fleet's replicas use it: they read it, and only the fleet's registry changes anything else.
+
+    Args:
+        path: The directory, which the registry has made.
+        max_upload_bytes: The maximum size of one upload.
+    """
+
+    def __init__(self, path: Path, max_upload_bytes: int) -> None:
+        self._path = path.resolve()
+        self._max_upload_bytes = max_upload_bytes
+        self._incoming = self._path / "incoming"
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    def stage(self, files: Sequence[UploadedFile]) -> StagedUpload:
+        """Makes room for an upload, in a separate directory.
+
+        Raises:
+            BudgetExceededError: The upload is larger than the server's limit.
+            StorageFullError: The disk has no room for it.
+        """
+        self.check_room(sum(file.size_bytes for file in files))
+        with reporting_disk_faults():
+            return StagedUpload(Path(tempfile.mkdtemp(dir=self._incoming)), files)
+
+    def check_room(self, num_bytes: int, received: int = 0) -> None:
+        """Raises what ``stage`` raises for files of this size.
+
+        ``received`` bytes of them are on the disk already, or are not written to it.
+        """
+        most = self._max_upload_bytes
+        if num_bytes > most:
+            text = say("UPLOAD_TOO_LARGE", bytes=num_bytes, max_upload_bytes=most)
+            raise BudgetExceededError(text)
+        with reporting_disk_faults():
+            free = shutil.disk_usage(self.path).free
+        needed = num_bytes - received + MIN_FREE_BYTES
+        if needed > free:
+            shown = {"free_bytes": free, "needed_bytes": needed}
+            raise StorageFullError(say("STATE_DISK_FULL", bytes=num_bytes, **shown))
+
+    def staged_source(self, staged: StagedUpload, name: str) -> Source:
+        """The source of a staged upload for adapter ``name`` until it is adopted."""
+        return Source(str(staged.directory.relative_to(self.path)), is_upload=True, adapter=name)
+
+
+class StateDir(SharedStateDir):
     """Thread-safe for different names; one change of a name at a time.
 
     Args:
@@ -304,12 +396,10 @@ class StateDir:
     """
 
     def __init__(self, path: Path, max_upload_bytes: int) -> None:
-        self.path = path.resolve()
-        self._max_upload_bytes = max_upload_bytes
+        super().__init__(path, max_upload_bytes)
         self._adapters = self.path / "adapters"
         self._aliases = self.path / "aliases"
         self._files = self.path / "files"
-        self._incoming = self.path / "incoming"
         self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = _lock(self.path / "LOCK")
         for directory in (self._adapters, self._aliases, self._files, self._incoming):
@@ -429,27 +519,6 @@ class StateDir:
         with reporting_disk_faults():
             remove_file(self._aliases / _file_name(name))
 
-    def stage(self, files: Sequence[UploadedFile]) -> StagedUpload:
-        """Makes room for an upload.
-
-        Raises:
-            BudgetExceededError: The upload is larger than the server's limit.
-            StorageFullError: The disk has no room for it.
-        """
-        self.check_room(sum(file.size_bytes for file in files))
-        return stage_below(self._incoming, files)
-
-    def check_room(self, num_bytes: int, received: int = 0) -> None:
-        """Raises what ``stage`` raises for files of this size.
-
-        ``received`` bytes of them are on the disk already, or are not written to it.
-        """
-        check_room_in(self.path, num_bytes, self._max_upload_bytes, received)
-
-    def staged_source(self, staged: StagedUpload, name: str) -> Source:
-        """The source of a staged upload for adapter ``name`` until it is adopted."""
-        return source_of(staged, self.path, name)
-
     def adopt(self, staged: StagedUpload, adapter: Adapter) -> None:
         """Moves a finished upload to its place and points the adapter there."""
         target = self._files / adapter.key
@@ -467,9 +536,6 @@ class StateDir:
 def _file_name(name: str) -> str:
     """The file of an adapter or alias; no name contains a plus."""
     return f"{name.replace('/', '+')}.json"
-
-
-_S = TypeVar("_S", SavedRegistration, Alias)
 
 
 def _read_all(directory: Path, parse: Callable[[bytes], _S]) -> tuple[list[_S], bool]:
@@ -493,39 +559,10 @@ def _read_all(directory: Path, parse: Callable[[bytes], _S]) -> tuple[list[_S], 
 
 
 def _alias_from_json(data: bytes) -> Alias:
-    fields = json.loads(data)
-    if not isinstance(fields, dict) or fields.pop("version", None) != 1:
-        raise ValueError("is not an alias of version 1")
-    try:
-        targets = tuple(AliasTarget(**_typed(AliasTarget, each)) for each in fields.pop("targets"))
-        if not targets:
-            raise TypeError("has no targets")
-        return Alias(targets=targets, **_typed(Alias, fields))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"is not an alias: {error}") from None
-
-
-def stage_below(incoming: Path, files: Sequence[UploadedFile]) -> StagedUpload:
-    """An empty upload in a separate directory."""
-    with reporting_disk_faults():
-        return StagedUpload(Path(tempfile.mkdtemp(dir=incoming)), files)
-
-
-def source_of(staged: StagedUpload, state_dir: Path, name: str) -> Source:
-    """The source of a staged upload for adapter ``name`` until it is adopted."""
-    return Source(str(staged.directory.relative_to(state_dir)), is_upload=True, adapter=name)
-
-
-def check_room_in(path: Path, num_bytes: int, most: int, received: int) -> None:
-    """See ``StateDir.check_room``."""
-    if num_bytes > most:
-        raise BudgetExceededError(say("UPLOAD_TOO_LARGE", bytes=num_bytes, max_upload_bytes=most))
-    with reporting_disk_faults():
-        free = shutil.disk_usage(path).free
-    needed = num_bytes - received + MIN_FREE_BYTES
-    if needed > free:
-        shown = {"free_bytes": free, "needed_bytes": needed}
-        raise StorageFullError(say("STATE_DISK_FULL", bytes=num_bytes, **shown))
+    alias = _parse("an alias", _ALIAS, data, (1,))
+    if not alias.targets:
+        raise ValueError("has no targets")
+    return alias
 
 
 def _lock(path: Path) -> int:
@@ -537,80 +574,3 @@ def _lock(path: Path) -> int:
         os.close(descriptor)
         raise ValueError(say("STATE_DIR_IN_USE", path=path.parent)) from None
     return descriptor
-
-
-class NoStateDir:
-    """Replaces ``StateDir`` in a server without ``--state-dir``.
-
-    Registrations do not survive a restart, and adapters cannot be uploaded or fused.
-    """
-
-    path: Path | None = None
-
-    def close(self) -> None:
-        pass
-
-    def read(self) -> list[SavedRegistration]:
-        return []
-
-    def save(self, adapter: Adapter, **saved: object) -> None:
-        pass
-
-    def remove(self, name: str) -> None:
-        pass
-
-    def read_aliases(self) -> list[Alias]:
-        return []
-
-    def save_alias(self, alias: Alias) -> None:
-        pass
-
-    def remove_alias(self, name: str) -> None:
-        pass
-
-    def discard(self, source: Source) -> None:
-        pass
-
-    def stage(self, files: Sequence[UploadedFile]) -> StagedUpload:
-        raise _required()
-
-    def check_room(self, num_bytes: int, received: int = 0) -> None:
-        raise _required()
-
-    def staged_source(self, staged: StagedUpload, name: str) -> Source:
-        raise _required()
-
-    def adopt(self, staged: StagedUpload, adapter: Adapter) -> NoReturn:
-        raise _required()
-
-
-def _required() -> StateDirRequiredError:
-    return StateDirRequiredError(say("STATE_DIR_REQUIRED"))
-
-
-class SharedStateDir(NoStateDir):
-    """A fleet's state directory, for its replicas.
-
-    A replica reads it and stages uploads in it; only the fleet's registry changes anything else.
-
-    Args:
-        path: The directory, which the registry has made.
-        max_upload_bytes: Maximum size of one upload.
-    """
-
-    def __init__(self, path: Path, max_upload_bytes: int) -> None:
-        self._path = self.path = path.resolve()
-        self._max_upload_bytes = max_upload_bytes
-
-    def stage(self, files: Sequence[UploadedFile]) -> StagedUpload:
-        """See ``StateDir.stage``."""
-        self.check_room(sum(file.size_bytes for file in files))
-        return stage_below(self._path / "incoming", files)
-
-    def check_room(self, num_bytes: int, received: int = 0) -> None:
-        """See ``StateDir.check_room``."""
-        check_room_in(self._path, num_bytes, self._max_upload_bytes, received)
-
-    def staged_source(self, staged: StagedUpload, name: str) -> Source:
-        """See ``StateDir.staged_source``."""
-        return source_of(staged, self._path, name)

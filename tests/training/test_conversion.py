@@ -205,6 +205,13 @@ def test_more_clusters_than_outputs_are_told(
     assert "64" in said
 
 
+def test_too_many_clusters_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(peft.AdamssConfig, tmp_path, **ADAMSS[0])
+    edit_config(tmp_path / "a", num_subspaces=5000)
+    assert convert(tmp_path) == 1
+    assert "num_subspaces" in capsys.readouterr().err
+
+
 def test_what_is_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(peft.PsoftConfig, tmp_path, r=4)
     (tmp_path / "lora").mkdir()

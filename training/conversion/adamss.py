@@ -16,13 +16,12 @@ import numpy.typing as npt
 
 from turret.server.adapters.methods.kit import (
     ANY,
-    LAYERS,
-    START,
-    TARGETS,
     Dim,
     LinearFormat,
     Module,
+    Text,
     extent,
+    invalid,
     is_rank,
     is_seed,
     optionally,
@@ -107,10 +106,10 @@ _FAR = 2e-2
 _TRAINING = "chooses what is trained; the tensors show the result"
 
 
-def _is_few(value: Any) -> str | None:
+def _is_few(value: Any) -> Text | None:
     if problem := is_rank(value):
         return problem
-    return None if value <= _MAX_CLUSTERS else f"must be at most {_MAX_CLUSTERS}"
+    return None if value <= _MAX_CLUSTERS else invalid(value, f"at most {_MAX_CLUSTERS}")
 
 
 # Config keys that only training uses.
@@ -119,8 +118,8 @@ _CHOOSING = (
     *("asa_importance_beta", "asa_uncertainty_beta", "asa_schedule_exponent"),
     *("use_dynamic_rank", "svd_threshold"),
 )
-_WIDTH = Dim("in + 1", lambda m: m.inputs + bool(m.has_bias), is_served=True)
-_RANK = Dim("r", lambda m: min(m.rank, m.outputs, _WIDTH.of(m)), is_served=True)
+_WIDTH = Dim(lambda m: m.inputs + bool(m.has_bias), is_served=True)
+_RANK = Dim(lambda m: min(m.rank, m.outputs, _WIDTH.of(m)), is_served=True)
 
 
 def format_of(config: Mapping[str, Any]) -> LinearFormat:
@@ -130,10 +129,9 @@ def format_of(config: Mapping[str, Any]) -> LinearFormat:
     return LinearFormat(
         name="adamss",
         peft_types={"ADAMSS"},
-        keys=TARGETS | LAYERS | {"r": is_rank, "num_subspaces": _is_few, "random_seed": is_seed},
+        keys={"num_subspaces": _is_few, "random_seed": is_seed},
         ignored={
             "subspace_rank": "the tensors show the rank of every cluster",
-            "init_weights": START,
             **dict.fromkeys(_CHOOSING, _TRAINING),
         },
         required=("num_subspaces",),

@@ -11,11 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from turret.server.adapters.methods.kit import (
-    CONV1D,
     DROPOUT,
-    EXCLUDE,
-    LAYERS,
-    START,
     LinearFormat,
     Module,
     R,
@@ -121,12 +117,7 @@ def _orthogonal(skew: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
 FORMAT = LinearFormat(
     name="psoft",
     peft_types={"PSOFT"},
-    keys=EXCLUDE
-    | LAYERS
-    | CONV1D
-    | {
-        "r": is_rank,
-        "psoft_alpha": is_number,
+    keys={
         "ab_svd_init": is_one_of("psoft_init", "pissa_init"),
         "psoft_svd": is_one_of("full", "lowrank"),
         "psoft_svd_lowrank_niter": is_count,
@@ -138,7 +129,7 @@ FORMAT = LinearFormat(
         "num_cayley_neumann_terms": is_rank,
         "cayley_neumann_eps": optional(is_number),
     },
-    ignored={"psoft_dropout": DROPOUT, "init_weights": START},
+    ignored={"psoft_dropout": DROPOUT},
     alpha="psoft_alpha",
     most_rank=min,
     tensors={

@@ -59,12 +59,6 @@ class Findings:
         """Adds a finding that may be correct in itself but does not fit this base."""
         self._mismatches.setdefault((field, why))
 
-    def add_all(self, other: Findings) -> None:
-        """Adds all findings of another part of the same checkpoint."""
-        self._faults |= other._faults
-        self._mismatches |= other._mismatches
-        self.causes = self.causes or other.causes
-
     @property
     def fields(self) -> frozenset[str]:
         """The fields with a fault."""

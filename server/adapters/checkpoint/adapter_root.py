@@ -21,7 +21,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from types import TracebackType
 from typing import BinaryIO, Self
 
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
@@ -89,6 +88,8 @@ MAX_PATH_CHARS = 1024
 _MAX_STEPS = 2048
 # Levels below a directory to search for adapters; LLaMA-Factory nests them three deep.
 _MOST_LEVELS = 3
+# Maximum number of directories in this search.
+_MOST_SEARCHED = 2000
 # Maximum number of names to compare a missing one with, which takes a millisecond or two.
 _MOST_COMPARED = 200
 # O_PATH needs no permission to list the directory.
@@ -145,12 +146,7 @@ class AdapterDirectory:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         os.close(self._descriptor)
 
     def has(self, name: str) -> bool:
@@ -171,50 +167,28 @@ class AdapterDirectory:
         """The path of a directory below this one that has ``file``, if there is one.
 
         A deeper level counts only if no level above has one. Of several on one level, the
-        last counts, in the order of the numbers in their names.
+        last counts, in the order of the numbers in their names. Links are not followed.
         """
-        level = self._directories("")
-        for _ in range(_MOST_LEVELS):
-            below = [name for name in level if self._may_have(f"{name}/{file}")]
-            if below:
-                return str(PurePosixPath(self._path, max(below, key=_numbered)))
-            deeper = itertools.chain.from_iterable(self._directories(f"{n}/") for n in level)
-            level = list(itertools.islice(deeper, _MOST_COMPARED))
-        return None
+        found: list[PurePosixPath] = []
+        walk = os.fwalk(".", dir_fd=self._descriptor)
+        for folder, below, files, _ in itertools.islice(walk, _MOST_SEARCHED):
+            path = PurePosixPath(folder)
+            if file in files:
+                found.append(path)
+            is_lowest = len(path.parts) == _MOST_LEVELS
+            below[:] = [] if is_lowest else [name for name in below if name[0] != "."]
+        least = min((len(path.parts) for path in found), default=0)
+        nearest = [str(path) for path in found if len(path.parts) == least]
+        return str(PurePosixPath(self._path, max(nearest, key=_numbered))) if nearest else None
 
-    def _directories(self, below: str) -> list[str]:
-        """Paths of the visible directories in ``below``, which is empty or ends in a slash."""
-        try:
-            names = self.names(below)
-        except (OSError, AdapterCheckpointError):
-            return []
-        paths = (f"{below}{name}" for name in names if not name.startswith("."))
-        return [path for path in paths if self._is_directory(path)]
-
-    def _may_have(self, name: str) -> bool:
-        try:
-            return self.has(name)
-        except AdapterCheckpointError:
-            return False
-
-    def _is_directory(self, name: str) -> bool:
-        try:
-            found = os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
-        except OSError:
-            return False
-        return stat.S_ISDIR(found.st_mode)
-
-    def names(self, below: str = "") -> list[str]:
-        """Names in the directory or in one below it, in order. Links are names like any other.
+    def names(self) -> list[str]:
+        """Names in the directory, in order. Links are names like any other.
 
         Raises:
             AdapterCheckpointError: The directory may not be listed.
         """
         try:
-            if below:
-                readable, _ = self._root.walk(self._parts, below, _LISTED, f"{self._path}/{below}")
-            else:
-                readable = os.open(".", _LISTED, dir_fd=self._descriptor)
+            readable = os.open(".", _LISTED, dir_fd=self._descriptor)
         except PermissionError as error:
             raise refuse(self._path, _cannot_be_read(error)) from None
         try:

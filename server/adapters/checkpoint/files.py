@@ -161,22 +161,19 @@ MAX_EXTENT = 1 << 31
 _MAX_SHARED_BYTES = 256 << 10
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
-# Bytes per element, by safetensors dtype: weights, and the integers that some methods use as
+# Names of torch's dtypes by those of safetensors: weights, and integers that some methods use as
 # indices. 8-bit floats are left out because they mean an unsupported format.
-ITEM_BYTES = {
-    **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2},
-    **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1},
+DTYPES = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
+    **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"},
 }
-
-
-_FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
     """The location of one tensor: ``[begin, end)`` in bytes from the end of the header.
 
-    ``dtype`` is a key of ``ITEM_BYTES``.
+    ``dtype`` is a key of ``DTYPES``.
     """
 
     name: str
@@ -190,7 +187,7 @@ class TensorEntry:
         return math.prod(self.shape)
 
     def is_floating_point(self) -> bool:
-        return self.dtype in _FLOATS
+        return "float" in DTYPES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,8 +287,8 @@ def _entry(name: str, spec: Any) -> TensorEntry:
     dtype, shape, offsets = spec["dtype"], spec["shape"], spec["data_offsets"]
     if not isinstance(dtype, str):
         raise _invalid_entry(name)
-    if dtype not in ITEM_BYTES:
-        choices = ", ".join(ITEM_BYTES)
+    if dtype not in DTYPES:
+        choices = ", ".join(DTYPES)
         raise _invalid(say("TENSOR_DTYPE_UNSUPPORTED", name=name, value=dtype, choices=choices))
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
         raise _invalid_entry(name)
@@ -301,7 +298,8 @@ def _entry(name: str, spec: Any) -> TensorEntry:
     if not is_pair or not (_is_index(offsets[0]) and _is_index(offsets[1])):
         raise _invalid_entry(name)
     begin, end = offsets
-    if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
+    # The number in a dtype's name is that of its bits.
+    if end - begin != math.prod(shape) * int(dtype.strip("BFIU")) // 8:
         raise _invalid_entry(name)
     return TensorEntry(name, dtype, tuple(shape), begin, end)
 

@@ -13,6 +13,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import groupby
 from typing import Any, BinaryIO
 
@@ -31,6 +32,7 @@ from turret.server.adapters.checkpoint.adapter_root import (
     stamp_of,
 )
 from turret.server.adapters.checkpoint.files import (
+    DTYPES,
     FormatError,
     TensorEntry,
     check_fits,
@@ -55,18 +57,6 @@ def all_finite(tensor: torch.Tensor) -> bool:
 
 # Domain prefix of every digest. Change it when the definition of the digest changes.
 _DIGEST_DOMAIN = b"turret-adapter-1\0"
-# Names of torch's dtypes by those of safetensors.
-DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-}
 
 
 def read_checkpoint(
@@ -93,16 +83,12 @@ def read_checkpoint(
         BudgetExceededError: There are more than ``max_elements``.
     """
     place, path = path, path if shown is None else shown
-    with root.open_directory(place, path) as directory:
-        check_is_adapter(directory, path)
-        config_file = directory.open_file(CONFIG_FILE)
-        try:
-            file = directory.open_file(TENSORS_FILE)
-        except BaseException:
-            config_file.close()
-            raise
-        trained_base = read_trained_base(directory)
-    with config_file, file:
+    with ExitStack() as files:
+        with root.open_directory(place, path) as directory:
+            check_is_adapter(directory, path)
+            config_file = files.enter_context(directory.open_file(CONFIG_FILE))
+            file = files.enter_context(directory.open_file(TENSORS_FILE))
+            trained_base = read_trained_base(directory)
         stamp = None if known is None else stamp_of(config_file.fileno(), file.fileno())
         digest = None if known is None else known.find(stamp)
         config_bytes = config_file.read(MAX_CONFIG_BYTES + 1)

@@ -35,6 +35,7 @@ from turret.server.adapters.fuse.lora_files import METHOD, FusedFiles
 from turret.server.adapters.fuse.module_fuser import Contribution, FusedModule, ModuleFuser, ratio
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.operators.adapter_operators import beyond_low_rank, beyond_updates
+from turret.server.adapters.operators.vectors import Bias
 from turret.server.adapters.registry.name_table import name_taken
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.basics.work import (
@@ -79,21 +80,6 @@ class FusionMember:
         return Contribution(self.adapter.name, self.weight, operators, scaling)
 
 
-def check_prompts(adapters: Sequence[Adapter]) -> None:
-    """Rejects members that cannot be fused according to their facts, before anything is read.
-
-    Raises:
-        InvalidRequestError: Lists the members that no LoRA can represent.
-    """
-    found: list[Finding] = []
-    for index, adapter in enumerate(adapters):
-        if adapter.num_soft_tokens or adapter.num_prefix_positions:
-            found.append(_unfit(index, adapter, "it puts tokens or keys before the prompt"))
-        if adapter.invocation:
-            found.append(_unfit(index, adapter, "it acts only after its invocation"))
-    refuse_all(found)
-
-
 def check_operators(members: Sequence[FusionMember], combination: Combination) -> None:
     """Rejects members that the combination cannot represent.
 
@@ -108,7 +94,7 @@ def check_operators(members: Sequence[FusionMember], combination: Combination) -
         elif extra := beyond_updates(operators):
             why = f"a fusion cannot include its {' and '.join(extra)}"
             found.append(_unfit(index, adapter, why))
-        elif not combination.is_on_updates and (extra := beyond_low_rank(operators)):
+        elif not combination.is_on_updates and (extra := beyond_low_rank(operators, Bias)):
             why = (
                 f"{combination.name} needs low-rank factors, but it has a"
                 f" {' and a '.join(extra)}; use a combination with svd"
@@ -143,8 +129,11 @@ REPORT_SECONDS = 5.0
 
 @dataclass(eq=False, slots=True)
 class _Job:
-    """The current fusion, and the members it holds, if it already does."""
+    """The current fusion, as requested, and the members it holds, if it already does."""
 
+    name: str
+    refs: Sequence[AdapterRef]
+    combination: Combination
     cancellation: Cancellation
     mix: Mix | None = None
 
@@ -205,14 +194,14 @@ class Fuser:
             QueueFullError: Another fusion is under way.
             UnavailableError: The server is shutting down.
         """
-        job = _Job(cancellation)
+        job = _Job(name, refs, combination, cancellation)
         with self._lock:
             if self._job is not None:
                 raise QueueFullError(say("FUSION_UNDER_WAY"))
             self._job = job
         context = contextvars.copy_context()
         try:
-            future = self._thread.submit(context.run, self._run, job, name, refs, combination)
+            future = self._thread.submit(context.run, self._run, job)
         except RuntimeError as error:
             self._end(job)
             refusal = turret_error(error, "") if is_out_of_memory(error) else _shutting_down()
@@ -246,33 +235,27 @@ class Fuser:
             if self._job is job:
                 self._job = None
 
-    def _run(
-        self, job: _Job, name: str, refs: Sequence[AdapterRef], combination: Combination
-    ) -> FuseResult:
+    def _run(self, job: _Job) -> FuseResult:
         try:
-            self._registry.check_name(name)
-            if name in {ref.name for ref in refs}:
-                raise InvalidRequestError.of("name", say("NAME_IS_MEMBER", adapter=name))
+            self._registry.check_name(job.name)
+            if job.name in {ref.name for ref in job.refs}:
+                raise InvalidRequestError.of("name", say("NAME_IS_MEMBER", adapter=job.name))
             self._registry.check_room(0)
             with self._lock:
-                mix = job.mix = self._registry.acquire(refs)
+                mix = job.mix = self._registry.acquire(job.refs)
             base = replace(self._registry.base, dtype=torch.float32)
             try:
-                members = self._read(mix, base, combination, job.cancellation)
-                modules = self._fuse(name, members, base, combination, job.cancellation)
+                members = self._read(job, mix, base)
+                modules = self._fuse(job, members, base)
             finally:
                 self._registry.release(mix)
             named = [member.lowered.base_model for member in members if member.lowered.base_model]
             files = FusedFiles(modules, base, named[0] if named else base.name)
-            template = _template(mix)
-            return _result(self._install(name, files, template, job.cancellation), modules)
+            return _result(self._install(job, files, _template(mix)), modules)
         finally:
             self._end(job)
 
-    def _read(
-        self, mix: Mix, base: BaseModel, combination: Combination, cancellation: Cancellation
-    ) -> list[FusionMember]:
-        check_prompts([adapter for adapter, _ in mix.members])
+    def _read(self, job: _Job, mix: Mix, base: BaseModel) -> list[FusionMember]:
         served = self._registry.base.dtype.itemsize
         needed = sum(a.host_bytes_needed * 4 // served for a, _ in mix.members)
         if needed > self._host_bytes:
@@ -280,39 +263,43 @@ class Fuser:
             raise BudgetExceededError(text)
         members = []
         for adapter, weight in mix.members:
-            cancellation.check()
+            job.cancellation.check()
             lowered = self._registry.reread(adapter, base)
             members.append(FusionMember(adapter, weight, lowered))
-        check_operators(members, combination)
+        check_operators(members, job.combination)
         return members
 
     def _fuse(
-        self,
-        name: str,
-        members: Sequence[FusionMember],
-        base: BaseModel,
-        combination: Combination,
-        cancellation: Cancellation,
+        self, job: _Job, members: Sequence[FusionMember], base: BaseModel
     ) -> dict[str, FusedModule]:
         work = _work(members, base)
-        self._check_free(name, list(work))
-        rank = rank_of_result(members, combination)
+        self._check_free(job.name, list(work))
+        rank = rank_of_result(members, job.combination)
         if rank > self._max_rank:
             text = say("RANK_OVER_LIMIT", name="rank", rank=rank, max_rank=self._max_rank)
             raise BudgetExceededError(text, violations=[("rank", text)])
-        fuser = ModuleFuser(combination, rank, self._max_rank)
+        fuser = ModuleFuser(job.combination, rank, self._max_rank)
         for path, parts in work.items():
             fuser.check(parts, base.modules[path])
         fused: dict[str, FusedModule] = {}
         num_bytes = 0
-        progress = _Progress(name, combination.name, len(work))
+        started = told = time.monotonic()
         for path, parts in work.items():
-            cancellation.check()
+            job.cancellation.check()
             module = fused[path] = fuser.fuse(parts, base.modules[path])
             num_bytes += module.a.nbytes + module.b.nbytes
             # Check after each module, so that a fusion that does not fit ends early.
             self._registry.check_room(num_bytes)
-            progress.report(len(fused))
+            now = time.monotonic()
+            if len(fused) == len(work) or now - told >= REPORT_SECONDS:
+                told = now
+                fields = log.fields(
+                    adapter=job.name,
+                    combination=job.combination.name,
+                    modules=f"{len(fused)}/{len(work)}",
+                    seconds=f"{now - started:.1f}",
+                )
+                _log.info("fusing", extra=fields)
         return fused
 
     def _check_free(self, name: str, paths: list[str]) -> None:
@@ -326,16 +313,12 @@ class Fuser:
             raise name_taken(name, record.facts.digest)
 
     def _install(
-        self,
-        name: str,
-        files: FusedFiles,
-        chat_template: OwnTemplate | None,
-        cancellation: Cancellation,
+        self, job: _Job, files: FusedFiles, chat_template: OwnTemplate | None
     ) -> AdapterInfo:
         staged = self._registry.stage(files.announced())
         try:
-            files.write(staged, cancellation.check)
-            return self._registry.upload(name, staged, chat_template=chat_template)
+            files.write(staged, job.cancellation.check)
+            return self._registry.upload(job.name, staged, chat_template=chat_template)
         finally:
             staged.discard()
 
@@ -366,23 +349,6 @@ def _result(record: AdapterInfo, modules: Mapping[str, FusedModule]) -> FuseResu
     error = math.hypot(*(module.error for module in modules.values()))
     reference = math.hypot(*(module.reference for module in modules.values()))
     return FuseResult(record, ratio(error, reference), reports)
-
-
-class _Progress:
-    """Logs the progress of a fusion from time to time."""
-
-    def __init__(self, name: str, combination: str, total: int) -> None:
-        self._fields = {"adapter": name, "combination": combination}
-        self._total = total
-        self._started = self._told = time.monotonic()
-
-    def report(self, done: int) -> None:
-        now = time.monotonic()
-        if done < self._total and now - self._told < REPORT_SECONDS:
-            return
-        self._told = now
-        count, seconds = f"{done}/{self._total}", f"{now - self._started:.1f}"
-        _log.info("fusing", extra=log.fields(**self._fields, modules=count, seconds=seconds))
 
 
 def _shutting_down() -> UnavailableError:

@@ -2,50 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 from turret.kernels.fusion_gate import GATE_MULTIPLE
 from turret.lazy_torch import torch
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
+from turret.server.adapters.checkpoint.adapter_checkpoint import Findings
 from turret.server.adapters.component import (
     COMPONENTS_KEY,
     Component,
-    FindComponent,
     component_refs,
     unfit,
 )
+from turret.server.adapters.operators.adapter_operators import beyond_low_rank
 from turret.server.adapters.operators.gate import Gate, GivenScore, PrototypeScore, QueryScore
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.peft_format.reading import Reading
 from turret.server.errors import AdapterComponentError
-from turret.server.words import Text, say
-
-# Names, for messages, of operators that a component must not have.
-_WORDS = {
-    "hadamard": "a Hadamard update",
-    "kronecker": "a Kronecker update",
-    "dense": "a dense update",
-    "sparse": "entries of the weight",
-    "gain": "a gain",
-    "input_gain": "an input gain",
-    "bias": "a bias",
-    "soft_prompt": "soft tokens or a prefix",
-    "attention": "a prompt that layers attend to",
-    "experts": "updates of experts",
-    "head": "an embedding or head",
-    "tokens": "an embedding or head",
-    "classifier": "a classification head",
-    "router": "scalings that a first pass tells",
-    "invocation": "an invocation before which it does nothing",
-}
+from turret.server.words import say
 
 
-def find_components(
-    checkpoint: AdapterCheckpoint | Reading, find_component: FindComponent
-) -> list[Component]:
-    """All components in the config's order; each must have only low-rank updates.
+def find_components(reading: Reading) -> list[Component]:
+    """Finds the adapter's components, in the config's order; each has only low-rank updates.
 
     Raises:
         AdapterComponentError: Some are not registered; names all.
@@ -53,18 +31,19 @@ def find_components(
     """
     components: list[Component] = []
     missing: list[tuple[str, str]] = []
-    for ref in component_refs(checkpoint.config):
+    for ref in component_refs(reading.config):
         try:
-            components.append(find_component(ref))
+            components.append(reading.find_component(ref))
         except AdapterComponentError as error:
             missing += error.violations
     if missing:
         found = "; ".join(text for _, text in missing)
         raise AdapterComponentError(
-            say("COMPONENTS_MISSING", path=checkpoint.path, found=say("FINDINGS", found=found)),
+            say("COMPONENTS_MISSING", path=reading.path, found=say("FINDINGS", found=found)),
             violations=missing,
         )
-    check_fusable(components, checkpoint.path)
+    check_fusable(components, reading.path)
+    reading.components = components
     return components
 
 
@@ -76,28 +55,10 @@ def check_fusable(components: Sequence[Component], path: str) -> None:
     """
     findings = Findings(path)
     for component in components:
-        others = _other_operators(component)
-        if others:
-            why = f"it has {' and '.join(others)}, and only low-rank updates can be fused"
+        if others := beyond_low_rank(component.operators):
+            why = f"only low-rank updates can be fused, and it also has: {', '.join(others)}"
             findings.add(COMPONENTS_KEY, unfit(component, why))
     findings.raise_if_any()
-
-
-def _other_operators(component: Component) -> list[str]:
-    """Names of a component's operators other than low-rank updates."""
-    operators = component.operators
-    used = {
-        part.name
-        for module in operators.modules.values()
-        for part in module.operators
-        if not isinstance(part, LowRank)
-    }
-    used |= {
-        field.name
-        for field in fields(operators)
-        if field.init and field.name != "modules" and getattr(operators, field.name) is not None
-    }
-    return list(dict.fromkeys(_WORDS.get(name, f"an operator {name}") for name in sorted(used)))
 
 
 def update_of(component: Component, name: str) -> LowRank | None:
@@ -135,10 +96,3 @@ def query_score(
 def filled_up(rows: torch.Tensor, multiple: int) -> torch.Tensor:
     """Pads rows with zeros to a multiple."""
     return torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[0] % multiple)).contiguous()
-
-
-def left_out(components: Sequence[Component], modules: Collection[str]) -> list[Text]:
-    """A warning about modules that components adapt and the gated adapter does not."""
-    adapted = {name for component in components for name in component.operators.modules}
-    count = len(adapted.difference(modules))
-    return [say("COMPONENTS_ADAPT_MORE", count=count)] if count else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -14,13 +14,12 @@ from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.adapter_checkpoint import (
     PROMPT_EMBEDDINGS,
     AdapterCheckpoint,
-    Findings,
 )
 from turret.server.adapters.checkpoint.reader import all_finite
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.soft_prompt import SoftPrompt
 from turret.server.adapters.operators.vectors import Bias
-from turret.server.adapters.operators.vocabulary import EMBEDDING, HEAD, VocabularyOperators
+from turret.server.adapters.operators.vocabulary import EMBEDDING, HEAD
 from turret.server.adapters.peft_format.reading import Reading
 from turret.server.adapters.peft_format.refusals import base_difference
 from turret.server.words import Text, say
@@ -33,26 +32,20 @@ class Lowered:
     Attributes:
         operators: CPU tensors that own their memory.
         ranks: Distinct ranks, ascending.
-        target_modules: Distinct last components of the adapted paths, ascending.
         base_model: The base that the checkpoint names, or "".
         warnings: Warnings for the operator; nothing here makes the result inexact.
-        num_soft_tokens: Soft tokens that go before the prompt.
-        num_prefix_positions: Positions before the prompt for which it has keys and values.
         scalings: The scaling that a method folded into ``b`` of a module; 1 where it is missing.
         components: Digests of the adapters from which it is built.
         depends_on_base: Whether the operators were computed from the base's weights or biases; they
-            are then lowered again when a merge changes the base. True if a method does not set it.
+            are then lowered again when a merge changes the base.
         head: The labels and problem type of its classification head, or None.
         vocab_size: Rows of its vocabulary, if that has another size than the base's; else 0.
     """
 
     operators: AdapterOperators
     ranks: tuple[int, ...]
-    target_modules: tuple[str, ...]
     base_model: str
     warnings: tuple[Text, ...] = ()
-    num_soft_tokens: int = 0
-    num_prefix_positions: int = 0
     scalings: Mapping[str, float] = field(default_factory=dict)
     components: tuple[str, ...] = ()
     depends_on_base: bool = True
@@ -63,8 +56,27 @@ class Lowered:
     def num_bytes(self) -> int:
         return self.operators.num_bytes
 
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """Distinct last components of the adapted paths, ascending."""
+        operators, tokens = self.operators, self.operators.tokens
+        if operators.attention:
+            return ("self_attn",)
+        found = {*operators.modules, *(operators.experts or ())}
+        if tokens is not None and (tokens.changes_embedding or tokens.added is not None):
+            found.add(EMBEDDING)
+        if operators.head is not None or (
+            tokens is not None and (tokens.head is not None or tokens.added is not None)
+        ):
+            found.add(HEAD)
+        return tuple(sorted({name.rpartition(".")[2] for name in found}))
+
     def facts(self, checkpoint: AdapterCheckpoint, method: str) -> AdapterFacts:
         """The facts to keep, without weights, about the adapter and its checkpoint."""
+        prompt, router = self.operators.soft_prompt, self.operators.router
+        positions = 0 if prompt is None else prompt.num_positions
+        is_prefix = prompt is not None and prompt.prefix is not None
+        first_pass = "" if router is None else "adapter" if router.first_pass else "base"
         return AdapterFacts(
             digest=checkpoint.digest,
             method=method,
@@ -72,8 +84,8 @@ class Lowered:
             target_modules=self.target_modules,
             base_model=self.base_model,
             warnings=self.warnings,
-            num_soft_tokens=self.num_soft_tokens,
-            num_prefix_positions=self.num_prefix_positions,
+            num_soft_tokens=0 if is_prefix else positions,
+            num_prefix_positions=positions if is_prefix else 0,
             bytes_disk=checkpoint.bytes_disk,
             bytes_host=self.num_bytes,
             components=self.components,
@@ -81,16 +93,9 @@ class Lowered:
             labels=() if self.head is None else self.head.labels,
             problem_type="" if self.head is None else self.head.problem_type,
             vocab_size=self.vocab_size,
-            first_pass=_first_pass(self.operators),
+            first_pass=first_pass,
             chat_template=checkpoint.chat_template,
         )
-
-
-def _first_pass(operators: AdapterOperators) -> str:
-    router = operators.router
-    if router is None:
-        return ""
-    return "base" if router.first_pass is None else "adapter"
 
 
 # All operators of an adapter are in one block of memory.
@@ -169,43 +174,25 @@ _NOTHING: Mapping[str, ModuleOperators] = MappingProxyType({})
 
 
 def finish(
-    checkpoint: AdapterCheckpoint,
-    base: BaseModel,
+    reading: Reading,
     modules: Mapping[str, ModuleOperators] = _NOTHING,
     *,
-    found: Reading | None = None,
     prompt: SoftPrompt | None = None,
-    tokens: VocabularyOperators | None = None,
-    ranks: Iterable[int] | None = None,
     scalings: Mapping[str, float] = MappingProxyType({}),
-    components: tuple[str, ...] = (),
-    warnings: Iterable[Text] = (),
-    depends_on_base: bool = True,
 ) -> Lowered:
     """Puts the operators into a block of memory, checks that nothing overflowed, and sums up.
 
     Args:
-        checkpoint: The lowered checkpoint.
-        base: The base for which it was lowered.
+        reading: The adapter. Biases that replace the base's are added to the operators.
         modules: Operators of linear modules, by path; tensors may be any views.
-        found: The result of the check of linear modules: its ranks and warnings are used, and
-            biases that replace the base's are added to the operators.
         prompt: Soft tokens, or keys and values, to put before the prompt.
-        tokens: Changes to rows of embedding and head.
-        ranks: Replaces the ranks in ``found``.
         scalings: See ``Lowered``.
-        components: See ``Lowered``.
-        warnings: Warnings in addition to those in ``found``.
-        depends_on_base: Whether the operators were computed from weights or biases of the base,
-            as is always true with biases that replace the base's. True costs a second reading
-            whenever a merge changes the base; False must be correct.
 
     Raises:
         AdapterCheckpointError: A value is not finite in the serving dtype (names everything).
     """
-    biases = {} if found is None else found.biases
-    blocked, is_finite = in_one_block(_with_biases(modules, biases, base))
-    findings = Findings(checkpoint.path, base.name)
+    base, findings = reading.model, reading.findings
+    blocked, is_finite = in_one_block(_with_biases(modules, reading.biases, base))
     if not is_finite:
         for name, module in blocked.items():
             if not all(map(all_finite, module.tensors())):
@@ -213,28 +200,21 @@ def finish(
     if prompt is not None and not all(map(all_finite, prompt.tensors())):
         findings.add(PROMPT_EMBEDDINGS, say("NOT_FINITE", dtype=base.dtype))
     findings.raise_if_any()
-    base_model = checkpoint.config.get("base_model_name_or_path") or ""
-    difference = base_difference(checkpoint, base)
-    if ranks is None:
-        ranks = () if found is None else found.ranks.values()
-    positions = 0 if prompt is None else prompt.num_positions
-    is_prefix = prompt is not None and prompt.prefix is not None
+    ranks = set(reading.ranks.values()).union(*(one.ranks for one in reading.components))
+    difference = base_difference(reading.checkpoint, base)
     return Lowered(
-        operators=AdapterOperators(MappingProxyType(blocked), prompt, tokens=tokens),
-        ranks=tuple(sorted(set(ranks) - {0})),
-        target_modules=tuple(sorted({*_leaves(blocked), *_leaves(_vocabulary_modules(tokens))})),
-        base_model=base_model,
+        operators=AdapterOperators(MappingProxyType(blocked), prompt),
+        ranks=tuple(sorted(ranks - {0})),
+        base_model=reading.config.get("base_model_name_or_path") or "",
         warnings=(
-            *(() if found is None else found.targets.warnings),
+            *reading.targets.warnings,
             *((difference,) if difference else ()),
-            *((say("NO_CONV1D"),) if checkpoint.config.get("fan_in_fan_out") is True else ()),
-            *warnings,
+            *((say("NO_CONV1D"),) if reading.config.get("fan_in_fan_out") is True else ()),
+            *reading.warnings,
         ),
-        num_soft_tokens=0 if is_prefix else positions,
-        num_prefix_positions=positions if is_prefix else 0,
         scalings=scalings,
-        components=components,
-        depends_on_base=depends_on_base or bool(biases),
+        components=tuple(component.ref.digest for component in reading.components),
+        depends_on_base=reading.depends_on_base or bool(reading.biases),
     )
 
 
@@ -252,15 +232,3 @@ def _with_biases(
         whole = change if before.bias is None else before.bias + change
         result[name] = before.with_operator(Bias(whole))
     return result
-
-
-def _vocabulary_modules(tokens: VocabularyOperators | None) -> list[str]:
-    if tokens is None:
-        return []
-    is_embedding = tokens.embedding is not None or tokens.low_rank is not None
-    return [EMBEDDING] * is_embedding + [HEAD] * (tokens.head is not None)
-
-
-def _leaves(names: Iterable[str]) -> set[str]:
-    """The last components of modules' paths."""
-    return {name.rpartition(".")[2] for name in names}

@@ -68,10 +68,10 @@ def check_common(checkpoint: AdapterCheckpoint, method: AnyMethod) -> None:
     Raises:
         AdapterCheckpointError: Names them.
     """
-    findings = Findings(checkpoint.path)
+    findings, integers = Findings(checkpoint.path), method.integers
     for name, tensor in checkpoint.tensors.items():
         if not tensor.is_floating_point() and not any(
-            f".{part}." in f".{name}." for part in method.integers
+            f".{part}." in f".{name}." for part in integers
         ):
             findings.add(name, say("WRONG_DTYPE", dtype=tensor.dtype, expected=_FLOATS))
     if checkpoint.task is not None and method.tasks is None:

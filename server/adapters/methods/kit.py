@@ -13,47 +13,50 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from turret.lazy_torch import torch
-from turret.server.adapters.component import Component
-from turret.server.adapters.lowering.components import find_components, left_out, update_of
+from turret.server.adapters.base import BaseModel
+from turret.server.adapters.component import COMPONENTS_KEY, Component, is_components, unfit
+from turret.server.adapters.lowering.components import (
+    find_components,
+    gate_of,
+    query_score,
+    update_of,
+)
+from turret.server.adapters.lowering.lowered import Lowered, finish
 from turret.server.adapters.lowering.method import LinearMethod, Method, Pieces
 from turret.server.adapters.lowering.pieces import (
     Assembly,
     Piece,
-    bias,
-    circulant,
-    dense,
-    gain,
-    gate,
-    gate_by_query,
-    hadamard,
-    input_blocks,
-    input_gain,
-    kronecker,
+    Scaled,
     low_rank,
-    modulated,
-    pairs,
-    scaled_low_rank,
     sparse,
     times_weight,
     weight_times,
 )
+from turret.server.adapters.operators.circulant import Circulant
+from turret.server.adapters.operators.dense import Dense
+from turret.server.adapters.operators.hadamard import Hadamard
+from turret.server.adapters.operators.input_blocks import InputBlocks
+from turret.server.adapters.operators.kronecker import Kronecker
 from turret.server.adapters.operators.low_rank import LowRank
+from turret.server.adapters.operators.modulated_base import ModulatedBase
+from turret.server.adapters.operators.pair_rotation import PairRotation
+from turret.server.adapters.operators.vectors import Bias, Gain, InputGain
 from turret.server.adapters.peft_format.config_rules import (
     invalid,
     is_bool,
     is_count,
-    is_modules_to_save,
+    is_integer,
     is_number,
     is_one_of,
-    is_optional_bool,
-    is_optional_text,
     is_positive,
     is_rank,
     is_seed,
+    is_text,
     optional,
 )
 from turret.server.adapters.peft_format.linear_format import (
@@ -78,24 +81,11 @@ from turret.server.adapters.peft_format.linear_format import (
 from turret.server.adapters.peft_format.reading import Module, Reading
 from turret.server.adapters.peft_format.targets import (
     MAX_LIST_ITEMS,
-    is_alpha_pattern,
-    is_layer_indexes,
-    is_module_selector,
     is_optional_module_selector,
+    is_pattern_of,
     is_rank_pattern,
 )
 from turret.server.words import Text, say
-
-# Keys that select modules, with their checks. All methods for linear modules have the first two.
-TARGETS = {"target_modules": is_module_selector, "modules_to_save": is_modules_to_save}
-EXCLUDE = TARGETS | {"exclude_modules": is_optional_module_selector}
-LAYERS = {"layers_to_transform": is_layer_indexes, "layers_pattern": is_optional_module_selector}
-PATTERNS = {"rank_pattern": is_rank_pattern, "alpha_pattern": is_alpha_pattern}
-# A key for Conv1D bases such as GPT-2. On linear modules PEFT sets it to false and then loads the
-# same weights; the adapter gets a warning.
-CONV1D = {"fan_in_fan_out": is_optional_bool}
-# Keys that PEFT's configs for LyCORIS methods contain.
-LYCORIS = EXCLUDE | LAYERS | PATTERNS | {"r": is_rank, "alpha": is_number}
 
 # Reasons for ignoring a key.
 DROPOUT = "dropout is off at inference"
@@ -103,7 +93,6 @@ START = "sets the starting point of training"
 LYCORIS_IGNORED = {
     "rank_dropout": DROPOUT,
     "module_dropout": DROPOUT,
-    "init_weights": START,
     "use_effective_conv2d": "read for convolutions; the models served have none",
 }
 IN_TENSORS = "the tensors hold what training made of it"
@@ -128,21 +117,6 @@ def needs_seed(config: Mapping[str, Any]) -> Iterable[tuple[str, Text]]:
 def drawn(names: str, seed: str = "projection_prng_key") -> Text:
     """The warning for an adapter whose fixed tensors were drawn again."""
     return say("DRAWN_AGAIN", names=names, seed=seed)
-
-
-def fixed_projections(adapter: Reading, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """PEFT's fixed random A ``[rows, in]`` and B ``[out, rank]``, as large as any module.
-
-    A and then B are drawn uniformly by Kaiming's rule, from one generator of the CPU.
-    """
-    generator = torch.Generator(device="cpu").manual_seed(adapter.config["projection_prng_key"])
-
-    def draw(rows: int, columns: int) -> torch.Tensor:
-        bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(columns))
-        return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
-
-    first = draw(rows, adapter.inputs)
-    return first, draw(adapter.outputs, adapter.rank)
 
 
 def drawn_places(m: Module, count: int) -> torch.Tensor:
@@ -203,10 +177,11 @@ def cayley(skew: torch.Tensor) -> torch.Tensor:
 
 def components_of(adapter: Reading) -> Sequence[Component]:
     """The components of this adapter, in the config's order."""
-    adapter.components = find_components(adapter, adapter.find_component)
-    for warning in left_out(adapter.components, adapter.modules):
-        adapter.warn(warning)
-    return adapter.components
+    components = find_components(adapter)
+    adapted = {name for component in components for name in component.operators.modules}
+    if count := len(adapted.difference(adapter.modules)):
+        adapter.warn(say("COMPONENTS_ADAPT_MORE", count=count))
+    return components
 
 
 def without(table: Mapping[str, Any], *keys: str) -> dict[str, Any]:

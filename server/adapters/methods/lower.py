@@ -6,23 +6,20 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
 from turret.server.adapters.component import FindComponent, find_no_component
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods import check_common, method_for
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.dense import Dense
-from turret.server.adapters.operators.vocabulary import EMBEDDING, HEAD, VocabularyOperators
-from turret.server.adapters.peft_format.classifier_checkpoint import (
-    ClassifierPart,
-    take_classifier,
-)
-from turret.server.adapters.peft_format.expert_checkpoint import ExpertPart, take_experts
+from turret.server.adapters.operators.vocabulary import HEAD, VocabularyOperators
+from turret.server.adapters.peft_format.classifier_checkpoint import take_classifier
+from turret.server.adapters.peft_format.expert_checkpoint import take_experts
 from turret.server.adapters.peft_format.lora_rules import INVOCATION
 from turret.server.adapters.peft_format.refusals import check_rank
-from turret.server.adapters.peft_format.resized_vocabulary import FittedCheckpoint, fit_vocabulary
-from turret.server.adapters.peft_format.vocabulary_checkpoint import VocabularyPart, take_vocabulary
-from turret.server.errors import AdapterCheckpointError, BudgetExceededError
+from turret.server.adapters.peft_format.resized_vocabulary import fit_vocabulary
+from turret.server.adapters.peft_format.vocabulary_checkpoint import take_vocabulary
+from turret.server.errors import BudgetExceededError
 from turret.server.words import Text, say
 
 
@@ -37,10 +34,11 @@ def lower_checkpoint(
     """Chooses the method and makes the operators.
 
     Args:
-        checkpoint: See ``Lower``, also for the next three.
-        base: The base.
-        max_rank: The maximum rank.
-        find_component: Finds components.
+        checkpoint: The checkpoint as read.
+        base: The base as served.
+        max_rank: The maximum rank; None for any.
+        find_component: Finds an adapter that the config names as a component; raises
+            AdapterComponentError if it cannot.
         max_dense_bytes: The maximum size of updates that are as large as the weights they change;
             None for any.
 
@@ -58,86 +56,42 @@ def lower_checkpoint(
     if method.is_dense(checkpoint.config):
         _check_dense(checkpoint, base, max_dense_bytes)
     base = replace(base, text_prefix=checkpoint.text_prefix)
-    classifier = take_classifier(checkpoint, base)
-    experts = take_experts(classifier.rest, base, max_rank, is_lora=method.on_vocabulary)
-    experts.findings.raise_if_any()
-    fitted = fit_vocabulary(experts.rest, base)
-    fitted.findings.raise_if_any()
-    part = take_vocabulary(fitted.rest, base, is_lora=method.on_vocabulary)
-    findings = classifier.findings
-    findings.add_all(part.findings)
-    lowered = None
-    try:
-        lowered = method.lower(part.rest, part.base, max_rank, find_component)
-    except AdapterCheckpointError as error:
-        if not findings.fields:
-            raise
-        for field, why in error.violations:
-            assert isinstance(why, Text)
-            findings.add(field, why)
-    findings.raise_if_any()
-    assert lowered is not None  # otherwise there was a fault
-    joined = _with_head(_with_experts(_joined(lowered, part), experts), classifier)
-    joined = _with_vocabulary(joined, fitted)
-    # The reader has checked the ranks of linear modules; this checks all others.
-    check_rank(checkpoint.path, max(joined.ranks, default=0), max_rank)
-    return method.name, replace(
-        joined, warnings=(*joined.warnings, *_dense_warnings(joined.operators))
-    )
-
-
-def _with_vocabulary(lowered: Lowered, fitted: FittedCheckpoint) -> Lowered:
-    if not fitted.size:
-        return lowered
-    findings = fitted.findings
-    if lowered.operators.invocation is not None:
+    is_lora = method.on_vocabulary
+    findings, first = (Findings(checkpoint.path, base.name) for _ in range(2))
+    rest, classifier, head = take_classifier(checkpoint, base, findings)
+    rest, experts, expert_ranks = take_experts(rest, base, first, max_rank, is_lora=is_lora)
+    rest, added, vocab_size = fit_vocabulary(rest, base, first)
+    first.raise_if_any()
+    rest, base, tokens = take_vocabulary(rest, base, findings, is_lora=is_lora)
+    reading = method.read(rest, base, max_rank, findings)
+    reading.find_component = find_component
+    lowered = method.lower(reading)
+    operators, ranks = lowered.operators, {*lowered.ranks, *expert_ranks}
+    if vocab_size and operators.invocation is not None:
         findings.add(INVOCATION, say("CONFLICTS_WITH", other="added tokens"))
         findings.raise_if_any()
-    operators, leaves = lowered.operators, set[str]()
-    if fitted.added is not None:
-        tokens = operators.tokens or VocabularyOperators()
-        operators = replace(operators, tokens=replace(tokens, added=fitted.added))
-        leaves = {module.rpartition(".")[2] for module in (EMBEDDING, HEAD)}
-    return replace(
+    if tokens is not None and tokens.low_rank is not None:
+        ranks.add(tokens.low_rank.rank)
+    if added is not None:
+        tokens = replace(tokens or VocabularyOperators(), added=added)
+    # The reader has checked the ranks of linear modules; this checks all others.
+    check_rank(checkpoint.path, max(ranks, default=0), max_rank)
+    modules = dict(operators.modules)
+    operators = replace(
+        operators,
+        head=modules.pop(HEAD, None),
+        modules=modules,
+        tokens=tokens,
+        experts=experts,
+        classifier=classifier,
+    )
+    return method.name, replace(
         lowered,
         operators=operators,
-        target_modules=tuple(sorted({*lowered.target_modules, *leaves})),
-        vocab_size=fitted.size,
-    )
-
-
-def _with_head(lowered: Lowered, part: ClassifierPart) -> Lowered:
-    if part.classifier is None:
-        return lowered
-    operators = replace(lowered.operators, classifier=part.classifier)
-    return replace(lowered, operators=operators, head=part.head)
-
-
-def _with_experts(lowered: Lowered, part: ExpertPart) -> Lowered:
-    if part.updates is None:
-        return lowered
-    leaves = {name.rpartition(".")[2] for name in part.updates}
-    return replace(
-        lowered,
-        operators=replace(lowered.operators, experts=part.updates),
-        ranks=tuple(sorted({*lowered.ranks, *part.ranks})),
-        target_modules=tuple(sorted({*lowered.target_modules, *leaves})),
-    )
-
-
-def _joined(lowered: Lowered, part: VocabularyPart) -> Lowered:
-    """Joins both parts into one adapter, and moves the head out of the modules."""
-    operators = lowered.operators
-    if part.operators is None and not part.modules and HEAD not in operators.modules:
-        return lowered
-    head = operators.modules.get(HEAD)
-    modules = {name: module for name, module in operators.modules.items() if name != HEAD}
-    tokens = operators.tokens if part.operators is None else part.operators
-    return replace(
-        lowered,
-        operators=replace(operators, modules=modules, head=head, tokens=tokens),
-        ranks=tuple(sorted({*lowered.ranks, *([part.rank] if part.rank else [])})),
-        target_modules=tuple(sorted({*lowered.target_modules, *part.modules})),
+        ranks=tuple(sorted(ranks)),
+        head=head,
+        vocab_size=vocab_size,
+        warnings=(*lowered.warnings, *_dense_warnings(operators)),
     )
 
 

@@ -6,36 +6,33 @@ or keys and values (``KeysAndValues``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from turret.lazy_torch import torch
-from turret.server.adapters.base import BaseModel, BaseSizes
-from turret.server.adapters.checkpoint.adapter_checkpoint import (
-    PROMPT_EMBEDDINGS,
-    AdapterCheckpoint,
-    Findings,
-)
-from turret.server.adapters.component import FindComponent, find_no_component
+from turret.server.adapters.base import BaseModel
+from turret.server.adapters.checkpoint.adapter_checkpoint import PROMPT_EMBEDDINGS
 from turret.server.adapters.lowering.lowered import Lowered, finish
-from turret.server.adapters.methods.kit import is_one_of, is_rank, optional
 from turret.server.adapters.operators.soft_prompt import PrefixKv, SoftPrompt
 from turret.server.adapters.peft_format.config_rules import (
-    Check,
-    MethodKeys,
+    Irrelevant,
+    Rules,
+    Used,
     is_head_to_save,
     is_modules_to_save,
+    is_one_of,
+    is_rank,
+    optional,
 )
-from turret.server.adapters.peft_format.refusals import check_task, task_warning
+from turret.server.adapters.peft_format.reading import Base, Format, Reading
 from turret.server.words import say
 
-_SIZES: Mapping[str, Check] = {
-    "num_virtual_tokens": is_rank,
-    "token_dim": is_rank,
+_SIZES: Rules = {
+    "num_virtual_tokens": Used(is_rank),
+    "token_dim": Used(is_rank),
     # PEFT uses two for an encoder and a decoder.
-    "num_transformer_submodules": is_one_of(1, None),
+    "num_transformer_submodules": Used(is_one_of(1, None)),
 }
 # Keys that PEFT's configs have for a text from which training starts.
 WITH_TEXT = dict.fromkeys(
@@ -54,104 +51,67 @@ def _plain(tensors: Mapping[str, torch.Tensor], task: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SoftTokens(MethodKeys):
+class SoftTokens(Format):
     """A method that learns embeddings, ``[num_virtual_tokens, hidden]``.
 
     Attributes:
-        required: Config keys that must be present in addition to those of the size.
-        tasks: The config key of the number of tasks in the files, or None.
         more_tensors: The shapes of tensors beside the prompt.
         prompt: Makes the prompt of a task from the tensors.
     """
 
-    required: tuple[str, ...] = ()
-    tasks: str | None = None
     more_tensors: Shapes = _no_more
     prompt: Callable[[Mapping[str, torch.Tensor], int], torch.Tensor] = _plain
 
-    @cached_property
-    def rules(self) -> Mapping[str, Any]:
-        keys, ignored = self._sizes
-        return MethodKeys(
-            name=self.name,
-            peft_types=self.peft_types,
-            keys={**keys, **self.keys},
-            ignored={**ignored, **self.ignored},
-        ).rules
-
     @property
-    def _sizes(self) -> tuple[Mapping[str, Check], Mapping[str, str]]:
-        """The keys that all these methods read, and those that they all ignore."""
-        ignored = {
-            "num_attention_heads": "only keys and values have heads",
-            "num_layers": "soft tokens enter before the first layer",
+    def common(self) -> Rules:
+        """The keys of the size, and those that only prefixes need."""
+        return {
+            **_SIZES,
+            "modules_to_save": Used(is_head_to_save),
+            "num_attention_heads": Irrelevant("only keys and values have heads"),
+            "num_layers": Irrelevant("soft tokens enter before the first layer"),
         }
-        return {**_SIZES, "modules_to_save": is_head_to_save}, ignored
 
     @property
-    def integers(self) -> Set[str]:
-        return self.more_integers
+    def needed(self) -> tuple[str, ...]:
+        """The keys of the size, and the method's own."""
+        return ("num_virtual_tokens", "token_dim", *self.required)
 
-    def read(
-        self,
-        checkpoint: AdapterCheckpoint,
-        base: BaseModel | BaseSizes,
-        max_rank: int | None = None,
-    ) -> int:
-        """Checks config and tensors, as ``LinearFormat.read`` does.
+    def inspect(self, reading: Reading) -> None:
+        """See ``Format.inspect``."""
+        config, findings = reading.config, reading.findings
+        for name, served in self._sizes_of(reading.base).items():
+            value = config.get(name)
+            # The config rules report wrong types.
+            if isinstance(value, int) and value != served:
+                findings.mismatch(name, say("DIFFERS_FROM_BASE", value=value, expected=served))
+        if findings.fields & {*self.needed}:
+            return
+        shape = config["num_virtual_tokens"], self._width(reading)
+        shapes = {PROMPT_EMBEDDINGS: shape, **self.more_tensors(config)}
+        tensors = reading.checkpoint.tensors
+        for name in tensors:
+            if name not in shapes:
+                findings.add(name, say("UNKNOWN_TENSOR"))
+        for name, shape in shapes.items():
+            if name not in tensors:
+                findings.add(name, say("MISSING_TENSOR", by="the config"))
+            else:
+                findings.check_shape(name, tensors[name], shape, of_base=False)
 
-        Returns:
-            The chosen task.
-        """
-        config, findings = checkpoint.config, Findings(checkpoint.path, base.name)
-        self.check_config(config, findings)
-        required = ("num_virtual_tokens", "token_dim", *self.required)
-        for name in required:
-            if name not in config:
-                findings.add(name, say("REQUIRED"))
-        self._check_base(config, base, findings)
-        if not findings.fields & {*required}:
-            width = self._width(config, base, findings)
-            shapes = {PROMPT_EMBEDDINGS: (config["num_virtual_tokens"], width)}
-            _check_tensors(checkpoint, {**shapes, **self.more_tensors(config)}, findings)
-        task = 0 if self.tasks is None else check_task(checkpoint, self.tasks, findings)
-        findings.raise_if_any()
-        return task
+    def lower(self, reading: Reading) -> Lowered:
+        """See ``Method.lower``."""
+        stored = self.prompt(reading.checkpoint.tensors, reading.task).to(reading.dtype)
+        return finish(reading, prompt=self._soft_prompt(stored, reading.model))
 
-    def _check_base(
-        self, config: Mapping[str, Any], base: BaseModel | BaseSizes, findings: Findings
-    ) -> None:
-        width = config.get("token_dim")
-        if isinstance(width, int) and width != base.hidden_size:
-            why = say("DIFFERS_FROM_BASE", value=width, expected=base.hidden_size)
-            findings.mismatch("token_dim", why)
+    def _sizes_of(self, base: Base) -> Mapping[str, int]:
+        """The values of config keys that this base requires."""
+        return {"token_dim": base.hidden_size}
 
-    def _width(
-        self, config: Mapping[str, Any], base: BaseModel | BaseSizes, findings: Findings
-    ) -> int:
-        return config["token_dim"]
-
-    def lower(
-        self,
-        checkpoint: AdapterCheckpoint,
-        base: BaseModel,
-        max_rank: int | None = None,
-        find_component: FindComponent = find_no_component,
-    ) -> Lowered:
-        """See ``Lower``."""
-        task = self.read(checkpoint, base)
-        stored = self.prompt(checkpoint.tensors, task).to(base.dtype)
-        warnings = () if self.tasks is None else task_warning(task, checkpoint.config[self.tasks])
-        return finish(
-            checkpoint,
-            base,
-            prompt=self._soft_prompt(stored, base),
-            warnings=warnings,
-            depends_on_base=False,
-        )
+    def _width(self, reading: Reading) -> int:
+        return reading.config["token_dim"]
 
     def _soft_prompt(self, stored: torch.Tensor, base: BaseModel) -> SoftPrompt:
-
         return SoftPrompt(soft_tokens=stored.contiguous())
 
 
@@ -164,46 +124,24 @@ class KeysAndValues(SoftTokens):
     """
 
     @property
-    def _sizes(self) -> tuple[Mapping[str, Check], Mapping[str, str]]:
-        counts = dict.fromkeys(("num_layers", "num_attention_heads"), optional(is_rank))
-        return {**_SIZES, **counts, "modules_to_save": is_modules_to_save}, {}
+    def common(self) -> Rules:
+        """The keys of the size."""
+        counts = dict.fromkeys(("num_layers", "num_attention_heads"), Used(optional(is_rank)))
+        return {**_SIZES, **counts, "modules_to_save": Used(is_modules_to_save)}
 
-    def _check_base(
-        self, config: Mapping[str, Any], base: BaseModel | BaseSizes, findings: Findings
-    ) -> None:
-        """The shape of the base's key-value cache against the one the adapter was made for."""
+    def _sizes_of(self, base: Base) -> Mapping[str, int]:
         sizes = {"num_layers": base.num_layers, "token_dim": base.kv_width}
         if isinstance(base, BaseModel):
             sizes["num_attention_heads"] = base.num_kv_heads
-        for name, served in sizes.items():
-            value = config.get(name)
-            # The config rules report wrong types.
-            if isinstance(value, int) and value != served:
-                findings.mismatch(name, say("DIFFERS_FROM_BASE", value=value, expected=served))
+        return sizes
 
-    def _width(
-        self, config: Mapping[str, Any], base: BaseModel | BaseSizes, findings: Findings
-    ) -> int:
+    def _width(self, reading: Reading) -> int:
         # Use the base's width, unless the sizes already disagree.
-        layers = config.get("num_layers") if findings.mismatched else base.num_layers
+        config, is_other = reading.config, reading.findings.mismatched
+        layers = config.get("num_layers") if is_other else reading.base.num_layers
         return 2 * (layers or 0) * config["token_dim"]
 
     def _soft_prompt(self, stored: torch.Tensor, base: BaseModel) -> SoftPrompt:
-
         shaped = stored.view(-1, base.num_layers, 2, base.num_kv_heads, base.head_dim)
         keys, values = shaped.permute(2, 1, 0, 3, 4)
         return SoftPrompt(prefix=PrefixKv(keys.contiguous(), values.contiguous()))
-
-
-def _check_tensors(
-    checkpoint: AdapterCheckpoint, shapes: Mapping[str, tuple[int, ...]], findings: Findings
-) -> None:
-    for name in checkpoint.tensors:
-        if name not in shapes:
-            findings.add(name, say("UNKNOWN_TENSOR"))
-    for name, shape in shapes.items():
-        tensor = checkpoint.tensors.get(name)
-        if tensor is None:
-            findings.add(name, say("MISSING_TENSOR", by="the config"))
-        else:
-            findings.check_shape(name, tensor, shape, of_base=False)

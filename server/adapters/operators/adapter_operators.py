@@ -10,7 +10,7 @@ the module. The layers below this file do not depend on the names of methods.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
@@ -24,14 +24,12 @@ from turret.server.adapters.operators.operator import BaseRows, Operator, Served
 from turret.server.adapters.operators.pair_rotation import PairRotation
 from turret.server.adapters.operators.soft_prompt import SoftPrompt
 from turret.server.adapters.operators.token_router import TokenRouter
-from turret.server.adapters.operators.vectors import Bias, Gain, InputGain
+from turret.server.adapters.operators.vectors import Bias, Gain, InputGain, Vector
 from turret.server.adapters.operators.vocabulary import VocabularyOperators
 
 O = TypeVar("O", bound=Operator)  # noqa: E741
 
-_VECTORS: Mapping[str, type[Gain | InputGain | Bias]] = {
-    one.name: one for one in (Gain, InputGain, Bias)
-}
+_VECTORS: Mapping[str, type[Vector]] = {one.name: one for one in (Gain, InputGain, Bias)}
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -186,31 +184,30 @@ _WORDS = {"experts": "update of experts", "attention": "prompt that layers atten
 
 def beyond_updates(operators: AdapterOperators) -> tuple[str, ...]:
     """Names of an adapter's changes other than to weights and biases, such as a soft prompt."""
+    return _beyond(operators, lambda part: part.has_dense)
+
+
+def beyond_low_rank(operators: AdapterOperators, *others: type[Operator]) -> tuple[str, ...]:
+    """Names of an adapter's parts that are neither pairs of factors nor one of ``others``."""
+    return _beyond(operators, lambda part: isinstance(part, (LowRank, *others)))
+
+
+def _beyond(operators: AdapterOperators, is_fit: Callable[[Operator], bool]) -> tuple[str, ...]:
     parts = {field.name for field in fields(operators) if field.init} - {"modules"}
     found = {name for name in parts if getattr(operators, name) is not None}
     for module in operators.modules.values():
-        found |= {part.name for part in module.operators if not part.has_dense}
+        found |= {part.name for part in module.operators if not is_fit(part)}
     return tuple(sorted(_WORDS.get(name, name.replace("_", " ")) for name in found))
-
-
-def beyond_low_rank(operators: AdapterOperators) -> tuple[str, ...]:
-    """Names of the operators that are not pairs of factors, such as a gain."""
-    found = {part.name for module in operators.modules.values() for part in _others(module)}
-    return tuple(sorted(name.replace("_", " ") for name in found))
 
 
 def is_low_rank(module: ModuleOperators) -> bool:
     """Whether ``ΔW`` is only ``B A``, or 0."""
-    return not _others(module)
+    return all(isinstance(part, LowRank | Bias) for part in module.operators)
 
 
 def has_update(module: ModuleOperators) -> bool:
     """Whether the module has a ``ΔW``, not only a bias."""
     return any(not isinstance(part, Bias) for part in module.operators)
-
-
-def _others(module: ModuleOperators) -> list[Operator]:
-    return [part for part in module.operators if not isinstance(part, LowRank | Bias)]
 
 
 def add_delta(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from turret.lazy_torch import torch
+from turret.server.adapters.operators.operator import Tensors
 
 
 @dataclass(frozen=True, slots=True)
-class Classifier:
+class Classifier(Tensors):
     """``logits = W h + b`` of a final hidden state. Stays in host memory.
 
     Attributes:
@@ -18,13 +19,6 @@ class Classifier:
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
-
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return (self.weight,) if self.bias is None else (self.weight, self.bias)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors())
 
     def logits(self, state: torch.Tensor) -> torch.Tensor:
         """The logits of one state: ``[hidden]`` on the CPU → ``[labels]`` fp64.

@@ -35,7 +35,3 @@ class Dense(Operator):
 
     def add_dense(self, total: torch.Tensor, served: ServedWeight, weight: float) -> None:
         total.add_(self.weight, alpha=weight)
-
-    @property
-    def multiply_adds(self) -> int:
-        return self.weight.numel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Self
 
 from turret.kernels.fusion_gate import (
     GATE_MULTIPLE,
@@ -81,6 +82,10 @@ class Gate(Operator):
     score: QueryScore | PrototypeScore | GivenScore
     rank_indptr: tuple[int, ...]
 
+    def rounded(self, dtype: torch.dtype) -> Self:
+        """The gate itself: its components are in the serving dtype, and its scores keep theirs."""
+        return self
+
     @cached_property
     def _component_of_rank(self) -> torch.Tensor:
         """``[ranks]`` int64. Ranks of no component hold zeros and count as the first one's."""
@@ -138,7 +143,3 @@ class Gate(Operator):
             similar = row_linear(x.float(), self._prototypes)[:, : len(self.score.prototypes)]
             return routing_gate_reference(similar, self.score.top_k, self.score.temperature)
         return fusion_gate_reference(asked, v, self.score.keys, self.rank_indptr)
-
-    @property
-    def multiply_adds(self) -> int:
-        return self.a.numel() + self.b.numel() + sum(t.numel() for t in self.score.tensors())

@@ -51,8 +51,3 @@ class InputBlocks(Operator):
             columns = slice(number * self.size, (number + 1) * self.size)
             block = self.blocks[min(number, len(self.blocks) - 1)].float()
             total[:, columns] += scale * (served.weight[:, columns] @ block.T)
-
-    @property
-    def multiply_adds(self) -> int:
-        # This holds for unshared blocks, the only ones that ``turret train`` makes.
-        return self.blocks.numel()

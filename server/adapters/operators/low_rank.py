@@ -35,10 +35,6 @@ class LowRank(Operator):
     def add_dense(self, total: torch.Tensor, served: ServedWeight, weight: float) -> None:
         total.addmm_(self.b.T.float(), self.a.float(), alpha=weight)
 
-    @property
-    def multiply_adds(self) -> int:
-        return self.a.numel() + self.b.numel()
-
 
 def add_ranks(y: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> None:
     """``y += v b`` in place, a row's bits its own: ``[rows, out]``, ``[rows, rank]``, fp32 both."""

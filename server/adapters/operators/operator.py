@@ -75,8 +75,27 @@ class ServedWeight:
         return self._dequantize()
 
 
-class Operator:
-    """``Δ(x)`` of one linear module: a frozen dataclass of tensors and their properties.
+class Tensors:
+    """A frozen dataclass whose fields are tensors, tuples of tensors, such objects, or others."""
+
+    __slots__ = ()
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Every tensor, in the order of the fields."""
+        return tuple(_tensors(self))
+
+    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> Self:
+        """The same object with other tensors, given in the order of ``tensors()``."""
+        made = {name: _replaced(value, tensors) for name, value in _values(self)}
+        return replace(self, **{name: value for name, value in made.items() if value is not None})  # type: ignore[type-var]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+
+class Operator(Tensors):
+    """``Δ(x)`` of one linear module: tensors and their properties.
 
     Attributes:
         name: The name in words, with ``_`` for a space.
@@ -115,21 +134,15 @@ class Operator:
 
     @property
     def multiply_adds(self) -> int:
-        """Products per token; see ``docs/adapters.md`` for the formulas."""
-        raise NotImplementedError
+        """Products per token: one for each number, unless an operator's formula needs others."""
+        return sum(part.numel() for part in self.tensors() if part.is_floating_point())
 
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """Every tensor, in the order of the fields."""
-        return tuple(_tensors(self))
-
-    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> Self:
-        """The same operator with other tensors, given in the order of ``tensors()``."""
-        made = {name: _replaced(value, tensors) for name, value in _values(self)}
-        return replace(self, **{name: value for name, value in made.items() if value is not None})  # type: ignore[type-var]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors())
+    def rounded(self, dtype: torch.dtype) -> Self:
+        """The operator as it is served, with numbers rounded once to ``dtype``."""
+        return self.with_tensors(
+            (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+            for tensor in self.tensors()
+        )
 
 
 def _values(part: Any) -> list[tuple[str, Any]]:
@@ -141,7 +154,7 @@ def _tensors(part: Any) -> Iterator[torch.Tensor]:
         for one in value if isinstance(value, tuple) else (value,):
             if isinstance(one, torch.Tensor):
                 yield one
-            elif isinstance(one, Operator):
+            elif isinstance(one, Tensors):
                 yield from one.tensors()
 
 
@@ -151,7 +164,7 @@ def _replaced(value: Any, tensors: Iterator[torch.Tensor]) -> Any:
         return next(tensors)
     if isinstance(value, tuple) and any(isinstance(one, torch.Tensor) for one in value):
         return tuple(next(tensors) for _ in value)
-    return value.with_tensors(tensors) if isinstance(value, Operator) else None
+    return value.with_tensors(tensors) if isinstance(value, Tensors) else None
 
 
 def pieces(num_rows: int, elements: int) -> Iterator[slice]:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 from turret.lazy_torch import torch
 from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight
@@ -26,6 +27,10 @@ class PairRotation(Operator):
     sine: torch.Tensor
     group: int
 
+    def rounded(self, dtype: torch.dtype) -> Self:
+        """The operator itself: signs and sines stay in fp32."""
+        return self
+
     def add(self, y: torch.Tensor, x: torch.Tensor, base: BaseRows, weight: float) -> None:
         y += self._exchanged(base.result, 1).float() * self.sine * weight
 
@@ -36,7 +41,3 @@ class PairRotation(Operator):
     def _exchanged(self, values: torch.Tensor, axis: int) -> torch.Tensor:
         halves = values.unflatten(axis, (-1, 2, self.group // 2))
         return halves.flip(axis + 1).flatten(axis, axis + 2)
-
-    @property
-    def multiply_adds(self) -> int:
-        return self.sine.numel()

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from turret.lazy_torch import torch
+from turret.server.adapters.operators.operator import Tensors
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixKv:
+class PrefixKv(Tensors):
     """Keys and values before position 0 of the text (prefix tuning, arXiv 2101.00190).
 
     Attributes:
@@ -26,7 +27,7 @@ class PrefixKv:
 
 
 @dataclass(frozen=True, slots=True)
-class SoftPrompt:
+class SoftPrompt(Tensors):
     """Exactly one of the two.
 
     Attributes:
@@ -44,17 +45,6 @@ class SoftPrompt:
             return self.prefix.num_positions
         assert self.soft_tokens is not None
         return self.soft_tokens.shape[0]
-
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """Every tensor, for counting bytes and checking values."""
-        if self.prefix is not None:
-            return (self.prefix.keys, self.prefix.values)
-        assert self.soft_tokens is not None
-        return (self.soft_tokens,)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors())
 
 
 def soft_prompt_of(mix: Any) -> SoftPrompt:

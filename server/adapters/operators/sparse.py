@@ -89,7 +89,3 @@ class Sparse(Operator):
     def add_dense(self, total: torch.Tensor, served: ServedWeight, weight: float) -> None:
         places = self.rows(), self.columns.to(torch.int64)
         total.index_put_(places, self.values.float() * weight, accumulate=True)
-
-    @property
-    def multiply_adds(self) -> int:
-        return self.values.numel()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from turret.lazy_torch import torch
+from turret.server.adapters.operators.operator import Tensors
 
 
 @dataclass(frozen=True, slots=True)
-class TokenRouter:
+class TokenRouter(Tensors):
     """Scalings of ``K`` components in ``L`` modules, from a token's state after a first pass.
 
     ``z = W_n relu(… relu(W_1 h + b_1) …) + b_n``, of which every module has ``K`` values, or all
@@ -40,16 +40,3 @@ class TokenRouter:
     is_renormalised: bool
     scale: float
     first_pass: tuple[float, ...] | None = None
-
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return (*self.weights, *self.biases)
-
-    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> TokenRouter:
-        """The same router with other tensors, given in the order of ``tensors()``."""
-        found = tuple(next(tensors) for _ in self.tensors())
-        count = len(self.weights)
-        return replace(self, weights=found[:count], biases=found[count:])
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors())

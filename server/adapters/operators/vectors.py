@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 from turret.lazy_torch import torch
 from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight
 
 
 @dataclass(frozen=True, slots=True)
-class Gain(Operator):
-    """``Δ(x) = (g − 1) ⊙ W x``, on the bias-free base result (DoRA, IA3 on outputs).
+class Vector(Operator):
+    """A number per channel.
 
     Attributes:
-        values: ``g``, ``[out_features]``, fp32.
+        values: ``[out_features]``, or ``[in_features]`` for an input gain; fp32.
     """
 
-    name = "gain"
-
     values: torch.Tensor
+
+    def rounded(self, dtype: torch.dtype) -> Self:
+        """The vector in fp32, which it keeps when it is served."""
+        return type(self)(self.values.reshape(-1).to(torch.float32))
+
+
+@dataclass(frozen=True, slots=True)
+class Gain(Vector):
+    """``Δ(x) = (g − 1) ⊙ W x``, on the bias-free base result (DoRA, IA3 on outputs)."""
+
+    name = "gain"
 
     def add(self, y: torch.Tensor, x: torch.Tensor, base: BaseRows, weight: float) -> None:
         y += weight * (self.values - 1.0) * base.result.float()
@@ -26,25 +36,16 @@ class Gain(Operator):
     def add_dense(self, total: torch.Tensor, served: ServedWeight, weight: float) -> None:
         total.addcmul_(served.weight, (self.values - 1.0)[:, None], value=weight)
 
-    @property
-    def multiply_adds(self) -> int:
-        return self.values.numel()
-
 
 @dataclass(frozen=True, slots=True)
-class InputGain(Operator):
+class InputGain(Vector):
     """``Δ(x) = W ((l − 1) ⊙ x)``: the base multiplies ``l ⊙ x`` (IA3 on feed-forward inputs).
 
     The input of other operators is ``x``. A gain must not be combined with an input gain, because
     the sum does not define whether the gain scales the change by the input gain.
-
-    Attributes:
-        values: ``l``, ``[in_features]``, fp32.
     """
 
     name = "input_gain"
-
-    values: torch.Tensor
 
     def add(self, y: torch.Tensor, x: torch.Tensor, base: BaseRows, weight: float) -> None:
         y += weight * base((x.float() * (self.values - 1.0)).to(x.dtype)).float()
@@ -52,22 +53,12 @@ class InputGain(Operator):
     def add_dense(self, total: torch.Tensor, served: ServedWeight, weight: float) -> None:
         total.addcmul_(served.weight, (self.values - 1.0)[None, :], value=weight)
 
-    @property
-    def multiply_adds(self) -> int:
-        return self.values.numel()
-
 
 @dataclass(frozen=True, slots=True)
-class Bias(Operator):
-    """``Δ(x) = b``. Changes no weight: a merge adds it to the base's bias.
-
-    Attributes:
-        values: ``b``, ``[out_features]``, fp32.
-    """
+class Bias(Vector):
+    """``Δ(x) = b``. Changes no weight: a merge adds it to the base's bias."""
 
     name = "bias"
-
-    values: torch.Tensor
 
     def add(self, y: torch.Tensor, x: torch.Tensor, base: BaseRows, weight: float) -> None:
         y += weight * self.values

@@ -12,6 +12,7 @@ from typing import Any
 
 from turret.kernels.rows.linear import row_linear, row_product
 from turret.lazy_torch import torch
+from turret.server.adapters.operators.operator import Tensors
 
 # Names of the two vocabulary matrices, the embedding and the head, in checkpoints and modules.
 
@@ -21,7 +22,7 @@ HEAD = "lm_head"
 
 
 @dataclass(frozen=True, slots=True)
-class VocabularyRows:
+class VocabularyRows(Tensors):
     """Rows that replace those of the base.
 
     They come from PEFT's ``trainable_token_indices``, or from ``modules_to_save``, of which only
@@ -34,9 +35,6 @@ class VocabularyRows:
 
     ids: torch.Tensor | None
     values: torch.Tensor
-
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return (self.values,) if self.ids is None else (self.ids, self.values)
 
     def change(self, tokens: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """``e_k(t) − e(t)`` of an embedding, zero for tokens without a row.
@@ -71,7 +69,7 @@ class VocabularyRows:
 
 
 @dataclass(frozen=True, slots=True)
-class EmbeddingLowRank:
+class EmbeddingLowRank(Tensors):
     """``e(t) ← gain ⊙ e(t) + a[t] b``: LoRA on an embedding, and DoRA with a gain.
 
     Attributes:
@@ -88,9 +86,6 @@ class EmbeddingLowRank:
     def rank(self) -> int:
         return self.a.shape[1]
 
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return (self.a, self.b) if self.gain is None else (self.a, self.b, self.gain)
-
     def change(self, tokens: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """The change to the base's embeddings of some tokens; see ``VocabularyRows.change``."""
         a = torch.nn.functional.embedding(tokens, self.a).float().unsqueeze(1)
@@ -99,7 +94,7 @@ class EmbeddingLowRank:
 
 
 @dataclass(frozen=True, slots=True)
-class AddedRows:
+class AddedRows(Tensors):
     """Rows of tokens for which the base has none.
 
     Attributes:
@@ -112,12 +107,9 @@ class AddedRows:
     embedding: torch.Tensor
     head: torch.Tensor
 
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return (self.embedding, self.head)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VocabularyOperators:
+class VocabularyOperators(Tensors):
     """One adapter's changes per token.
 
     Attributes:
@@ -137,10 +129,6 @@ class VocabularyOperators:
         parts = (self.embedding, self.low_rank, self.head, self.added)
         found = [tensor for part in parts if part is not None for tensor in part.tensors()]
         return tuple({id(tensor): tensor for tensor in found}.values())
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors())
 
     @property
     def changes_embedding(self) -> bool:

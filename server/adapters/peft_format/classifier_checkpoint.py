@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from turret.lazy_torch import torch
@@ -39,51 +39,33 @@ _OWN = re.compile(
 _ORIGINAL = re.compile(rf"(?:base_model\.)?(?:{_HEADS})\.original_module\.(weight|bias)")
 
 
-@dataclass(slots=True)
-class ClassifierPart:
-    """The classification head of a checkpoint, and the rest for the method.
+def take_classifier(
+    checkpoint: AdapterCheckpoint, base: BaseModel, findings: Findings
+) -> tuple[AdapterCheckpoint, Classifier | None, Head | None]:
+    """Splits a checkpoint. Raises nothing; problems are in the findings.
 
-    Attributes:
-        classifier: The head's weights; None for an adapter that does not classify.
-        head: The labels; None for an adapter that does not classify.
-        rest: The checkpoint without it.
-        findings: The faults found.
+    Returns:
+        The rest for the method, and the head's weights and labels; None if the adapter does not
+        classify.
     """
-
-    classifier: Classifier | None
-    head: Head | None
-    rest: AdapterCheckpoint
-    findings: Findings
-
-
-def take_classifier(checkpoint: AdapterCheckpoint, base: BaseModel) -> ClassifierPart:
-    """Splits a checkpoint. Raises nothing; problems are in the findings."""
-    findings = Findings(checkpoint.path, base.name)
-    config = checkpoint.config
-    if config.get("task_type") != TASK_TYPE:
-        return ClassifierPart(None, None, checkpoint, findings)
+    rest = without_classifier(checkpoint)
+    if rest is checkpoint:
+        return rest, None, None
     found: dict[str, torch.Tensor] = {}
-    rest: dict[str, torch.Tensor] = {}
     for name, tensor in checkpoint.tensors.items():
-        if _ORIGINAL.fullmatch(name):
-            continue
         match = _OWN.fullmatch(name)
-        if match is None:
-            rest[name] = tensor
-        elif match[1] in found:
+        if match is not None and match[1] in found:
             findings.add(name, say("DUPLICATE_TENSOR", other=f"score.{match[1]}"))
-        else:
+        elif match is not None:
             found[match[1]] = tensor
             _check_shape(name, tensor, base, findings)
-    classifier, head = None, None
     weight = found.get("weight")
     if weight is None:
         findings.add("task_type", say("NO_HEAD_TENSOR", value=TASK_TYPE))
-    elif not (findings.fields or findings.mismatched):
-        classifier = _classifier(weight, found.get("bias"), findings)
-        head = _head(config, len(weight), findings)
-    left = replace(checkpoint, config=_without_head(config), tensors=rest)
-    return ClassifierPart(classifier, head, left, findings)
+    if weight is None or findings.fields or findings.mismatched:
+        return rest, None, None
+    classifier = _classifier(weight, found.get("bias"), findings)
+    return rest, classifier, _head(checkpoint.config, len(weight), findings)
 
 
 def without_classifier(checkpoint: AdapterCheckpoint) -> AdapterCheckpoint:

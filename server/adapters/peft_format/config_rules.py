@@ -7,6 +7,7 @@ ignores unknown keys may compute the wrong function without an error.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -20,7 +21,6 @@ from turret.server.words import Text, say
 
 # Returns the fault in a value, or None.
 Check = Callable[[Any], Text | None]
-_MAX_SEED = 2**63
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,23 +63,16 @@ def is_bool(value: Any) -> Text | None:
     return None if isinstance(value, bool) else invalid(value, "true or false")
 
 
-def is_optional_bool(value: Any) -> Text | None:
-    return None if value is None else is_bool(value)
+def is_integer(least: int, most: float, wanted: str) -> Check:
+    """A check of integers, which excludes true and false."""
+    return lambda value: (
+        None if type(value) is int and least <= value <= most else invalid(value, wanted)
+    )
 
 
-def is_rank(value: Any) -> Text | None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    return None if ok else invalid(value, "an integer of at least 1")
-
-
-def is_count(value: Any) -> Text | None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    return None if ok else invalid(value, "an integer of at least 0")
-
-
-def is_seed(value: Any) -> Text | None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and -_MAX_SEED <= value < _MAX_SEED
-    return None if ok else invalid(value, "a 64-bit integer")
+is_rank = is_integer(1, math.inf, "an integer of at least 1")
+is_count = is_integer(0, math.inf, "an integer of at least 0")
+is_seed = is_integer(-(2**63), 2**63 - 1, "a 64-bit integer")
 
 
 def is_number(value: Any) -> Text | None:
@@ -90,10 +83,6 @@ def is_number(value: Any) -> Text | None:
 
 def is_positive(value: Any) -> Text | None:
     return is_number(value) or (None if value > 0 else invalid(value, "greater than 0"))
-
-
-def is_optional_text(value: Any) -> Text | None:
-    return None if value is None else is_text(value)
 
 
 def is_text(value: Any) -> Text | None:
@@ -124,11 +113,13 @@ COMMON_RULES: Rules = {
     "peft_type": Used(is_text),
     # Models with a head and without one are accepted; ``take_classifier`` handles SEQ_CLS before.
     "task_type": Used(_is_task),
-    "base_model_name_or_path": Used(is_optional_text),
+    "base_model_name_or_path": Used(optional(is_text)),
     "revision": Irrelevant("names the base's commit; the base is compared by shapes and name"),
     "auto_mapping": Irrelevant("helps PEFT to find the base's class"),
     "inference_mode": Irrelevant("freezes parameters; this server never trains"),
     "peft_version": Irrelevant("provenance"),
+    # Most methods have this key. A method that reads it declares it again.
+    "init_weights": Irrelevant("sets the starting point of training"),
     "runtime_config": Irrelevant("PEFT drops it on save and ignores it on load"),
 }
 
@@ -175,6 +166,8 @@ class MethodKeys:
         ignored: Config keys without effect on the forward pass, with the reason.
         refused: Config keys that change the forward pass in an unsupported way, with the values
             that switch them off, and advice.
+        required: Config keys that must be present in addition to those in ``needed``.
+        tasks: The config key of the number of tasks in the files, or None.
         bias: Values of ``bias`` that stand for the targeted modules' biases; none means that the
             config has no such key.
         conflicts: Returns faults between keys that are each well-formed: pairs of key and reason.
@@ -191,6 +184,8 @@ class MethodKeys:
     keys: Mapping[str, Check] = field(default_factory=dict)
     ignored: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
+    required: tuple[str, ...] = ()
+    tasks: str | None = None
     bias: tuple[str, ...] = ()
     conflicts: Callable[[Config], Iterable[tuple[str, Text]]] | None = None
     accepts: Callable[[Config], bool] = _accepts_all
@@ -198,10 +193,25 @@ class MethodKeys:
     on_vocabulary: bool = False
     more_integers: Set[str] = frozenset()
 
+    @property
+    def common(self) -> Rules:
+        """Rules for keys that all methods of this kind have; a method's own rules come first."""
+        return {}
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """Config keys that must be present."""
+        return self.required
+
+    @property
+    def integers(self) -> Set[str]:
+        """Parts of the names of tensors that may hold integers."""
+        return self.more_integers
+
     @cached_property
     def rules(self) -> Rules:
         """A rule for every key that the config may have."""
-        rules: dict[str, Rule] = dict(COMMON_RULES)
+        rules: dict[str, Rule] = {**COMMON_RULES, **self.common}
         if self.bias:
             rules["bias"] = Used(is_one_of("none", "all", *self.bias))
         rules |= {name: Used(check) for name, check in self.keys.items()}
@@ -214,11 +224,14 @@ class MethodKeys:
         return frozenset(name for name, rule in self.rules.items() if isinstance(rule, Used))
 
     def check_config(self, config: Config, findings: Findings) -> None:
-        """Reports every key that is unknown, malformed or not served."""
+        """Reports every key that is unknown, malformed, not served or missing."""
         check_config(config, self.rules, findings)
         if self.conflicts is not None and not findings.fields & self.used:
             for name, why in self.conflicts(config):
                 findings.add(name, why)
+        for name in self.needed:
+            if name not in config:
+                findings.add(name, say("REQUIRED"))
 
 
 # The config keys for the embedding and the head, which all methods share.

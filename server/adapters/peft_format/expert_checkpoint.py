@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from turret.lazy_torch import torch
@@ -27,8 +27,8 @@ from turret.server.adapters.base import BaseExperts, BaseModel, BaseSizes
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
 from turret.server.adapters.checkpoint.reader import all_finite
 from turret.server.adapters.operators.low_rank import ExpertLowRank
-from turret.server.adapters.peft_format.config_rules import Rules, Used, check_config
-from turret.server.adapters.peft_format.lora_rules import LORA_KEYS, VARIANTS
+from turret.server.adapters.peft_format.linear_format import PATTERNS
+from turret.server.adapters.peft_format.lora_rules import CHOICE, SIZES, VARIANTS, well_formed
 from turret.server.adapters.peft_format.refusals import check_rank
 from turret.server.adapters.peft_format.targets import ALL_LINEAR, Targets, resolve_targets
 from turret.server.words import say
@@ -43,8 +43,6 @@ _ALONE = (
     *("use_bdlora", "use_qalora", "kasa_config", "velora_config", "monteclora_config"),
     "alora_invocation_tokens",
 )
-_PATTERNS = ("rank_pattern", "alpha_pattern")
-_SIZES: Rules = {key: Used(LORA_KEYS[key]) for key in ("r", "lora_alpha", *_PATTERNS)}
 
 
 def name_modules(
@@ -75,8 +73,8 @@ def name_modules(
             findings.add(_KEY, say("NO_SUCH_MODULE", module=target))
         chosen |= dict.fromkeys(hits)
     if modules:
-        sizes = {"r": 1, "lora_alpha": 1, "target_modules": modules}
-        for name in resolve_targets(sizes, list(chosen), (), findings).targeted:
+        selected = {"target_modules": modules}
+        for name in resolve_targets(selected, list(chosen), (), findings).targeted:
             findings.add("target_modules", say("SELECTED_TWICE", module=name, other=_KEY))
     selected = {"target_modules": _both(modules, list(chosen))}
     changed = {**config, **selected, **_patterns(config, list(chosen), findings)}
@@ -90,11 +88,9 @@ def _patterns(
 
     PEFT matches the patterns with a parameter's name, which ends in ``.weight``.
     """
-    present = [key for key in _PATTERNS if config.get(key)]
-    selection = {key: config.get(key) for key in _SIZES}
-    faults = Findings("")
-    check_config(selection, _SIZES, faults)
-    if not present or faults.fields:
+    present = [key for key in PATTERNS if config.get(key)]
+    selection = well_formed(config, *SIZES)
+    if not present or selection is None:
         return {}
     names = [f"{name}.weight" for name in chosen]
     targets = resolve_targets({**selection, "target_modules": names}, names, (), findings)
@@ -116,62 +112,39 @@ def _both(modules: object, chosen: list[str]) -> object:
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _INNER = ".base_layer"
-_SELECTION = (
-    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
-    *("exclude_modules", "layers_to_transform", "layers_pattern", _KEY),
-)
-_RULES: Rules = {key: Used(LORA_KEYS[key]) for key in _SELECTION}
-# Selection keys that PEFT applies to modules but not to parameters.
-_OF_MODULES = ("exclude_modules", "layers_to_transform", "layers_pattern")
 _NOT_SERVED = (*VARIANTS, "lora_bias")
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertPart:
-    """The experts' part of a checkpoint, and the rest for the method.
-
-    Attributes:
-        updates: Updates by path of the parameter; None if the checkpoint has none of experts.
-        ranks: The configured ranks of the updates.
-        rest: The checkpoint without it.
-        findings: The faults found.
-    """
-
-    updates: Mapping[str, ExpertLowRank] | None
-    ranks: tuple[int, ...]
-    rest: AdapterCheckpoint
-    findings: Findings
 
 
 def take_experts(
     checkpoint: AdapterCheckpoint,
     base: BaseModel,
+    findings: Findings,
     max_rank: int | None = None,
     *,
     is_lora: bool,
-) -> ExpertPart:
+) -> tuple[AdapterCheckpoint, Mapping[str, ExpertLowRank] | None, tuple[int, ...]]:
     """Splits a checkpoint; problems are in the findings.
 
     ``is_lora`` is whether the checkpoint's method may adapt experts.
 
+    Returns:
+        The rest for the method; the updates by path of the parameter, None if there are none; and
+        their configured ranks.
+
     Raises:
         BudgetExceededError: A rank over ``max_rank``.
     """
-    findings = Findings(checkpoint.path, base.name)
     if not base.experts:
-        return ExpertPart(None, (), checkpoint, findings)
+        return checkpoint, None, ()
     tensors, rest = _split(checkpoint, base, findings)
     config, chosen = _chosen(checkpoint.config, base)
     if not tensors and not chosen:
-        return ExpertPart(None, (), replace(checkpoint, tensors=rest, config=config), findings)
+        return replace(checkpoint, tensors=rest, config=config), None, ()
     _check_method(config, tensors, findings, is_lora=is_lora)
-    selection = {key: checkpoint.config[key] for key in _SELECTION if key in checkpoint.config}
-    # Only check these keys here: the method reports malformed ones by the same rules.
-    faults = Findings(checkpoint.path)
-    check_config(selection, _RULES, faults)
+    selection = well_formed(checkpoint.config, *SIZES, "use_rslora", *CHOICE, _KEY)
     updates: dict[str, ExpertLowRank] = {}
     ranks: tuple[int, ...] = ()
-    if not faults.fields and not findings.fields and {"r", "lora_alpha"} <= selection.keys():
+    if selection and not findings.fields and {"r", "lora_alpha"} <= selection.keys():
         reader = _Reader(checkpoint.path, tensors, base, findings, max_rank)
         if chosen:
             updates, ranks = reader.read_parameters(chosen, selection)
@@ -183,7 +156,7 @@ def take_experts(
         if not all(map(all_finite, update.tensors())):
             findings.add(name, say("NOT_FINITE", dtype=base.dtype))
     left = replace(checkpoint, tensors=rest, config=config, is_partial=True)
-    return ExpertPart(updates, ranks, left, findings)
+    return left, updates, ranks
 
 
 def _split(
@@ -237,7 +210,7 @@ def _chosen(config: Mapping[str, Any], base: BaseModel) -> tuple[dict[str, Any],
         rest["target_modules"] = []
     # PEFT adds these patterns when it turns fused modules into parameters.
     leaves = {f".*\\.{name.rpartition('.')[2]}" for name in base.experts}
-    for key in ("rank_pattern", "alpha_pattern"):
+    for key in PATTERNS:
         table = config.get(key)
         if isinstance(table, Mapping):
             rest[key] = {pattern: v for pattern, v in table.items() if pattern not in leaves}
@@ -259,32 +232,25 @@ def _check_method(
             findings.add(key, say("CONFLICTS_WITH", other="LoRA on experts"))
 
 
+@dataclass
 class _Reader:
     """Reads factors; knows which tensors it has used."""
 
-    def __init__(
-        self,
-        path: str,
-        tensors: Mapping[str, torch.Tensor],
-        base: BaseModel,
-        findings: Findings,
-        max_rank: int | None,
-    ) -> None:
-        self._path = path
-        self._tensors = tensors
-        self._base = base
-        self._findings = findings
-        self._max_rank = max_rank
-        self.used: set[str] = set()
+    path: str
+    tensors: Mapping[str, torch.Tensor]
+    base: BaseModel
+    findings: Findings
+    max_rank: int | None
+    used: set[str] = field(default_factory=set)
 
     def read_parameters(
         self, chosen: list[BaseExperts], selection: Mapping[str, Any]
     ) -> tuple[dict[str, ExpertLowRank], tuple[int, ...]]:
         """Reads checkpoints in which one matrix holds the factors of all experts."""
         names = [experts.name for experts in chosen]
-        of_parameters = {k: v for k, v in selection.items() if k not in _OF_MODULES}
-        of_parameters["target_modules"] = names
-        targets = self._resolve(of_parameters, names)
+        # PEFT applies the keys that select modules to modules only.
+        of_parameters = {key: value for key, value in selection.items() if key not in CHOICE}
+        targets = self._resolve({**of_parameters, "target_modules": names}, names)
         folders = [experts.folder for experts in chosen]
         updates = {}
         for experts in chosen:
@@ -306,35 +272,35 @@ class _Reader:
         """Reads checkpoints in which every expert has factors of its own."""
         names = [
             module.format(expert)
-            for experts in self._base.experts.values()
+            for experts in self.base.experts.values()
             for module in experts.modules
             for expert in range(experts.count)
         ]
         if not selection.get("target_modules"):
-            self._findings.add("target_modules", say("SELECTS_NOTHING"))
+            self.findings.add("target_modules", say("SELECTS_NOTHING"))
             return {}, ()
         targets = self._resolve(selection, names)
         factors = self._factors(targets)
-        if self._findings.fields or self._findings.mismatched:
+        if self.findings.fields or self.findings.mismatched:
             # Stop before the updates are allocated: they may take a hundred times the file's size.
             return {}, ()
         updates = {}
-        for experts in self._base.experts.values():
+        for experts in self.base.experts.values():
             update = self._of_modules(experts, targets, factors)
             if update is not None:
                 updates[experts.name] = update
         return updates, tuple(sorted(set(targets.ranks.values())))
 
     def _resolve(self, selection: Mapping[str, Any], names: list[str]) -> Targets:
-        targets = resolve_targets(selection, names, (), self._findings)
+        targets = resolve_targets(selection, names, (), self.findings)
         # Check the rank before any tensor of that size is allocated.
-        check_rank(self._path, max(targets.ranks.values(), default=0), self._max_rank)
+        check_rank(self.path, max(targets.ranks.values(), default=0), self.max_rank)
         return targets
 
     def _factors(self, targets: Targets) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """The factors of each targeted module, if their shapes are right."""
         found = {}
-        for experts in self._base.experts.values():
+        for experts in self.base.experts.values():
             width = experts.out_features // len(experts.modules)
             for module in experts.modules:
                 for name in (module.format(e) for e in range(experts.count)):
@@ -373,14 +339,14 @@ class _Reader:
         return self._update(a, b, 1.0)
 
     def _take(self, name: str, shape: tuple[int, int]) -> torch.Tensor | None:
-        tensor = self._tensors.get(name)
+        tensor = self.tensors.get(name)
         if tensor is None:
-            self._findings.add(name, say("MISSING_TENSOR", by="the config"))
+            self.findings.add(name, say("MISSING_TENSOR", by="the config"))
             return None
         self.used.add(name)
-        return tensor if self._findings.check_shape(name, tensor, shape) else None
+        return tensor if self.findings.check_shape(name, tensor, shape) else None
 
     def _update(self, a: torch.Tensor, b: torch.Tensor, scaling: float) -> ExpertLowRank:
-        dtype = self._base.dtype
+        dtype = self.base.dtype
         scaled = b if scaling == 1.0 else b * scaling
         return ExpertLowRank(a.to(dtype).contiguous(), scaled.to(dtype).contiguous())

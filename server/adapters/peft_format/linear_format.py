@@ -10,24 +10,40 @@ which function was trained, so the checkpoint is rejected.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from turret.server.adapters.adapter import TENSORS_FILE
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
-from turret.server.adapters.peft_format.config_rules import MethodKeys
-from turret.server.adapters.peft_format.reading import Base, Module, Reading, Tensors
+from turret.server.adapters.checkpoint.adapter_checkpoint import Findings
+from turret.server.adapters.peft_format.config_rules import (
+    Check,
+    Rules,
+    Used,
+    is_bool,
+    is_modules_to_save,
+    is_number,
+    is_rank,
+    optional,
+)
+from turret.server.adapters.peft_format.reading import Base, Format, Module, Reading, Tensors
 from turret.server.adapters.peft_format.refusals import (
     causes_of_mismatch,
     check_rank,
-    check_task,
     is_lycoris,
-    report_width,
     why_unknown,
 )
-from turret.server.adapters.peft_format.targets import Targets, resolve_targets
+from turret.server.adapters.peft_format.targets import (
+    Targets,
+    is_alpha_pattern,
+    is_layer_indexes,
+    is_module_selector,
+    is_optional_module_selector,
+    is_rank_pattern,
+    resolve_targets,
+)
 from turret.server.words import Text, say
 
 # Shapes of tensors, declared in terms of the module they belong to.
@@ -52,72 +68,57 @@ class Stop(Exception):
     """Raised when the fault was reported and the module needs no further checks."""
 
 
+@dataclass(frozen=True, eq=False)
 class Dim:
     """An extent of a tensor.
 
     Attributes:
-        text: Its notation in messages and pages.
         of: Computes it for a module.
         what: Name of the counted things, for messages.
         is_served: Whether the base determines it, so that a tensor of another size may be sound but
             is for another base. Any other extent follows from the config or from another tensor.
     """
 
-    def __init__(
-        self, text: str, of: Callable[[Any], int], what: str = "", *, is_served: bool = False
-    ) -> None:
-        self.text, self.of, self.what, self.is_served = text, of, what, is_served
+    of: Callable[[Any], int]
+    what: str = ""
+    is_served: bool = False
 
     def __add__(self, other: Dim | int) -> Dim:
-        return self._with(other, "+", lambda m, a, b: a.of(m) + b.of(m))
+        return self._with(other, operator.add)
 
     def __mul__(self, other: Dim | int) -> Dim:
-        return self._with(other, "·", lambda m, a, b: a.of(m) * b.of(m))
+        return self._with(other, operator.mul)
 
-    def __rmul__(self, other: int) -> Dim:
-        return _dim(other)._with(self, "·", lambda m, a, b: a.of(m) * b.of(m))
+    __rmul__ = __mul__
 
     def __truediv__(self, other: Dim | int) -> Dim:
-        return self._with(other, "/", _divided)
+        def divided(size: int, by: int) -> int:
+            if by < 1 or size % by:
+                raise Misfit(say("NOT_DIVISIBLE", size=size, what=self.what, by=by))
+            return size // by
 
-    def _with(self, other: Dim | int, sign: str, of: Callable[[Any, Dim, Dim], int]) -> Dim:
-        both = self, _dim(other)
-        return Dim(
-            sign.join(one.text for one in both),
-            lambda module: of(module, *both),
-            is_served=any(one.is_served for one in both),
-        )
+        return self._with(other, divided)
 
-
-def _dim(value: Dim | int) -> Dim:
-    return value if isinstance(value, Dim) else Dim(str(value), lambda _: value)
-
-
-def _divided(module: Any, one: Dim, other: Dim) -> int:
-    size, by = one.of(module), other.of(module)
-    if by < 1 or size % by:
-        raise Misfit(say("NOT_DIVISIBLE", size=size, what=one.what, by=by))
-    return size // by
+    def _with(self, other: Dim | int, of: Callable[[int, int], int]) -> Dim:
+        if isinstance(other, int):
+            return Dim(lambda m: of(self.of(m), other), is_served=self.is_served)
+        is_served = self.is_served or other.is_served
+        return Dim(lambda m: of(self.of(m), other.of(m)), is_served=is_served)
 
 
-IN = Dim("in", lambda m: m.inputs, "inputs", is_served=True)
-OUT = Dim("out", lambda m: m.outputs, "outputs", is_served=True)
-R = Dim("r", lambda m: m.rank, "ranks")
+IN = Dim(lambda m: m.inputs, "inputs", is_served=True)
+OUT = Dim(lambda m: m.outputs, "outputs", is_served=True)
+R = Dim(lambda m: m.rank, "ranks")
 
 
 def key(name: str, default: int | None = None) -> Dim:
     """A number in the config."""
-    return Dim(name, lambda m: m.config[name] if default is None else m.config.get(name, default))
+    return Dim(lambda m: m.config[name] if default is None else m.config.get(name, default))
 
 
 def extent(role: str, axis: int) -> Dim:
     """The size of another tensor of the module in a dimension; 0 without that tensor."""
-    return Dim(f"{role}[{axis}]", lambda m: m.extent(role, axis))
-
-
-def size_of(dim: Dim | int, module: Any) -> int:
-    """An extent as a number."""
-    return dim if isinstance(dim, int) else dim.of(module)
+    return Dim(lambda m: m.extent(role, axis))
 
 
 def is_served(dim: Dim | int) -> bool:
@@ -171,7 +172,10 @@ class Tensor:
         shapes = self.wanted(module)
         if shapes is None:
             return None
-        return [tuple(size_of(dim, module) for dim in shape) for shape in shapes]
+        return [
+            tuple(dim if isinstance(dim, int) else dim.of(module) for dim in shape)
+            for shape in shapes
+        ]
 
     def _is_wanted(self, module: Any) -> bool:
         if self.condition is None:
@@ -221,9 +225,21 @@ def optionally(shape: Declared) -> Tensor:
 _BIAS = "bias"
 # PEFT saves a targeted module's own bias under base_layer, any other under its usual name.
 _BIAS_SUFFIXES = (".base_layer.bias", ".bias")
-_SELECTION = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-
-Prepare = Callable[[AdapterCheckpoint, Base, Findings], AdapterCheckpoint]
+# Keys with which PEFT's configs select modules; methods that have no such key get its default.
+SELECTION: Mapping[str, Check] = {
+    "target_modules": is_module_selector,
+    "exclude_modules": is_optional_module_selector,
+    "layers_to_transform": is_layer_indexes,
+    "layers_pattern": is_optional_module_selector,
+    "modules_to_save": is_modules_to_save,
+    # For Conv1D bases such as GPT-2. On linear modules PEFT sets it to false and then loads the
+    # same weights; the adapter gets a warning.
+    "fan_in_fan_out": optional(is_bool),
+}
+PATTERNS: Mapping[str, Check] = {
+    "rank_pattern": is_rank_pattern,
+    "alpha_pattern": is_alpha_pattern,
+}
 # Maps the full names of tensors that modules share to their shapes.
 Shared = Mapping[str, Declared]
 
@@ -233,7 +249,7 @@ def _configured(module: Module) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearFormat(MethodKeys):
+class LinearFormat(Format):
     """The checkpoint format of a method.
 
     Attributes:
@@ -248,15 +264,12 @@ class LinearFormat(MethodKeys):
             ranks and alphas, as in LoRA.
         shared: Tensors that belong to no module, by full name, or a function that gives them.
         shared_prefix: Prefix of the names that such a function gives.
-        required: Config keys that must be present in addition to those of rank, alpha and targets.
         needs_tensors: Whether an adapted module has its own tensors. If not, all its values follow
             from shared ones.
         factors: The two tensors that map inputs to ranks and ranks to outputs. If an adapter is for
             another base, both are reported as one.
         check: Checks a module whose tensors all have their shapes.
         check_all: Checks all modules together, after each of them was found sound.
-        tasks: The config key of the number of tasks in the files, or None.
-        prepare: Converts a checkpoint to the declared form before it is read.
     """
 
     tensors: Mapping[str, Declared]
@@ -269,13 +282,10 @@ class LinearFormat(MethodKeys):
     has_patterns: bool = False
     shared: Shared | Callable[[Reading], Shared] = field(default_factory=dict)
     shared_prefix: str = ""
-    required: tuple[str, ...] = ()
     needs_tensors: bool | Callable[[Mapping[str, Any]], bool] = True
     factors: tuple[str, str] | None = None
     check: Callable[[Module], None] | None = None
     check_all: Callable[[Reading], None] | None = None
-    tasks: str | None = None
-    prepare: Prepare | None = None
 
     @cached_property
     def all_tensors(self) -> Mapping[str, Tensor]:
@@ -291,7 +301,7 @@ class LinearFormat(MethodKeys):
         }
         return own | (dict.fromkeys(_BIAS_SUFFIXES, _BIAS) if self.bias else {})
 
-    @cached_property
+    @property
     def integers(self) -> frozenset[str]:
         """Parts of the names of tensors that may hold integers."""
         specs = [*self.all_tensors.items()]
@@ -300,39 +310,42 @@ class LinearFormat(MethodKeys):
         return frozenset(role for role, spec in specs if spec.may_be_integers) | self.more_integers
 
     @property
-    def _required(self) -> tuple[str, ...]:
+    def common(self) -> Rules:
+        """The keys that select modules, and those of ranks and alphas."""
+        keys: dict[str, Check] = {**SELECTION}
+        for key, check in ((self.rank, is_rank), (self.alpha, is_number)):
+            if key is not None:
+                keys[key] = check
+        if self.has_patterns:
+            keys |= PATTERNS if self.alpha else {"rank_pattern": is_rank_pattern}
+        return {key: Used(check) for key, check in keys.items()}
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """Those of rank, alpha and targets, and the method's own."""
         keys = (self.rank, self.alpha, "target_modules", *self.required)
         return tuple(key for key in keys if key is not None)
 
-    def read(
-        self, checkpoint: AdapterCheckpoint, base: Base, max_rank: int | None = None
-    ) -> Reading:
-        """Checks a checkpoint against itself, the base and the server's limit.
+    def conclude(self, reading: Reading, max_rank: int | None) -> None:
+        """Checks shared tensors and ranks, and all modules together."""
+        findings = reading.findings
+        self._check_shared(reading)
+        if self.check_all is not None and not (findings.fields or findings.mismatched):
+            self.check_all(reading)
+        findings.raise_if_any()
+        if self.rank is None and self.rank_of is _configured:
+            return
+        ranks = {name: self.rank_of(module) for name, module in reading.modules.items()}
+        check_rank(reading.path, max(ranks.values(), default=0), max_rank, name=self.rank_name)
+        reading.ranks = ranks if self.rank_name == "rank" else {}
 
-        Args:
-            checkpoint: The checkpoint, with tensors or with entries of a header.
-            base: The base as served, or the known facts about it.
-            max_rank: The maximum rank; None for any.
-
-        Raises:
-            AdapterCheckpointError: Unsupported or inconsistent; lists all keys and tensors at
-                fault.
-            AdapterMismatchError: Sound, but for another base; lists every module that does not fit.
-            BudgetExceededError: A rank over ``max_rank``.
-        """
-        findings = Findings(checkpoint.path, base.name)
-        if self.prepare is not None:
-            checkpoint = self.prepare(checkpoint, base, findings)
-        config = checkpoint.config
-        self.check_config(config, findings)
-        for name in self._required:
-            if name not in config:
-                findings.add(name, say("REQUIRED"))
-        reading = Reading(checkpoint, base, findings)
-        found = self._sort(checkpoint.tensors, reading)
+    def inspect(self, reading: Reading) -> None:
+        """Finds the adapted modules, and checks their tensors."""
+        config, base, findings = reading.config, reading.base, reading.findings
+        found = self._sort(reading)
         adapted = {name: roles for name, roles in found.items() if roles.keys() - {_BIAS}}
         needs = self.needs_tensors(config) if callable(self.needs_tensors) else self.needs_tensors
-        if needs and not (adapted or findings.mismatched or checkpoint.is_partial):
+        if needs and not (adapted or findings.mismatched or reading.checkpoint.is_partial):
             findings.add(TENSORS_FILE, say("NO_TENSORS"))
         targets = self._resolve(config, base, findings)
         if targets is not None:
@@ -355,21 +368,7 @@ class LinearFormat(MethodKeys):
                     self._check_module(module, switched_on)
             self._check_biases(reading, found)
         if findings.mismatched:
-            findings.causes = causes_of_mismatch(config, checkpoint.tensors, base)
-        findings.raise_if_any()
-        assert targets is not None  # otherwise one of its keys had a fault
-        if self.tasks is not None:
-            reading.task = check_task(checkpoint, self.tasks, findings)
-        self._check_shared(reading)
-        if self.check_all is not None and not (findings.fields or findings.mismatched):
-            self.check_all(reading)
-        findings.raise_if_any()
-        if self.rank is None and self.rank_of is _configured:
-            return reading
-        ranks = {name: self.rank_of(module) for name, module in reading.modules.items()}
-        check_rank(checkpoint.path, max(ranks.values(), default=0), max_rank, name=self.rank_name)
-        reading.ranks = ranks if self.rank_name == "rank" else {}
-        return reading
+            findings.causes = causes_of_mismatch(config, reading.checkpoint.tensors, base)
 
     def _check_module(self, module: Module, switched_on: Mapping[str, Tensor]) -> None:
         """Reports tensors that are missing or have another shape as faults, or as mismatches."""
@@ -381,7 +380,8 @@ class LinearFormat(MethodKeys):
             # Compute all sizes first: if they do not go together, no single tensor is at fault.
             wanted = {role: spec.sizes(module) for role, spec in switched_on.items()}
             for role, spec in switched_on.items():
-                fits &= self._check_tensor(module, role, spec, wanted[role])
+                found = module.tensors.get(role)
+                fits &= self._check_tensor(module, role, spec, found, wanted[role])
             if fits and self.check is not None:
                 self.check(module)
         except Misfit as error:
@@ -394,46 +394,51 @@ class LinearFormat(MethodKeys):
             module.misfit(say("NOT_IN_RANGE", least=1, most=most, value=module.rank), "rank")
 
     def _check_tensor(
-        self, module: Module, role: str, spec: Tensor, wanted: list[tuple[int, ...]] | None
+        self,
+        owner: Module | Reading,
+        role: str,
+        spec: Tensor,
+        found: Any,
+        wanted: list[tuple[int, ...]] | None,
     ) -> bool:
-        found = module.tensors.get(role)
+        """Whether a tensor of a module, or one that all modules share, is as declared."""
+        by = spec.switch or "the config"
         if wanted is None:
             if found is not None:
-                module.fault(role, say("UNEXPECTED_TENSOR", by="the config"))
+                owner.fault(role, say("UNEXPECTED_TENSOR", by=by))
             return found is None
         if found is None:
-            if spec.is_optional:
-                return True
-            module.fault(role, say("MISSING_TENSOR", by=spec.switch or "the config"))
-            return False
+            if not spec.is_optional:
+                owner.fault(role, say("MISSING_TENSOR", by=by))
+            return spec.is_optional
         if spec.must_be_integers and found.is_floating_point():
-            module.fault(role, say("WRONG_DTYPE", dtype=found.dtype, expected="integers"))
+            owner.fault(role, say("WRONG_DTYPE", dtype=found.dtype, expected="integers"))
             return False
-        shape = tuple(found.shape)
-        return not wanted or shape in wanted or self._wrong_shape(module, role, spec, shape)
+        return not wanted or tuple(found.shape) in wanted or self._fits(owner, role, spec, found)
 
-    def _wrong_shape(self, module: Module, role: str, spec: Tensor, found: tuple[int, ...]) -> bool:
+    def _fits(self, owner: Module | Reading, role: str, spec: Tensor, found: Any) -> bool:
         """Reports a wrong shape; if only the rank differs, that becomes the module's rank."""
-        shapes, wanted = spec.wanted(module), spec.sizes(module)
+        # An earlier tensor may have changed the rank, and so the wanted shapes.
+        shapes, wanted, shape = spec.wanted(owner), spec.sizes(owner), tuple(found.shape)
         assert shapes, "it has a shape"
         assert wanted, "in numbers too"
-        if found in wanted:
+        if shape in wanted:
             return True
-        first, sizes = shapes[0], wanted[0]
-        if len(found) == len(first) and len(shapes) == 1:
-            wrong = [i for i, size in enumerate(found) if size != sizes[i]]
-            if all(first[i] is R for i in wrong):
-                self._report_rank(module, role, found[wrong[0]])
-                return False
-            of_base = all(is_served(first[i]) for i in wrong)
-            if of_base and self.factors is not None and role in self.factors:
-                self._report_factors(module)
-                return False
-        else:
-            of_base = len(shapes) > 1
-        module.reading.findings.check_shape(
-            f"{module.name}.{role}", module.tensors[role], *wanted, of_base=of_base
-        )
+        of_base = len(shapes) > 1
+        if not of_base and len(shape) == len(shapes[0]):
+            sizes = zip(shapes[0], wanted[0], shape, strict=True)
+            wrong = [(dim, size) for dim, expected, size in sizes if size != expected]
+            of_base = all(is_served(dim) for dim, _ in wrong)
+            if isinstance(owner, Module):
+                if all(dim is R for dim, _ in wrong):
+                    self._report_rank(owner, role, wrong[0][1])
+                    return False
+                if of_base and self.factors is not None and role in self.factors:
+                    down, up = self.factors
+                    owner.misfit_width(owner.extent(down, -1), owner.extent(up, 0))
+                    return False
+        name = f"{owner.name}.{role}" if isinstance(owner, Module) else role
+        owner.findings.check_shape(name, found, *wanted, of_base=of_base)
         return False
 
     def _report_rank(self, module: Module, role: str, rank: int) -> None:
@@ -443,17 +448,12 @@ class LinearFormat(MethodKeys):
         if not module.ranked_by:
             module.rank, module.ranked_by = rank, role
 
-    def _report_factors(self, module: Module) -> None:
-        assert self.factors is not None
-        down, up = self.factors
-        report_width(module, module.extent(down, -1), module.extent(up, 0))
-
-    def _sort(self, tensors: Tensors, reading: Reading) -> dict[str, dict[str, Any]]:
+    def _sort(self, reading: Reading) -> dict[str, dict[str, Any]]:
         """Gives every tensor a module and a role, or else reports a fault or mismatch."""
         base, findings = reading.base, reading.findings
         names = () if callable(self.shared) else self.shared
         modules: dict[str, dict[str, Any]] = {}
-        for full_name, found in tensors.items():
+        for full_name, found in reading.checkpoint.tensors.items():
             is_prefixed = bool(self.shared_prefix) and full_name.startswith(self.shared_prefix)
             if is_prefixed or full_name in names:
                 reading.shared[full_name] = found
@@ -487,13 +487,13 @@ class LinearFormat(MethodKeys):
 
     def _resolve(self, config: Mapping[str, Any], base: Base, findings: Findings) -> Targets | None:
         """The modules that the config selects, or None if a key for this is at fault."""
-        patterns = ("rank_pattern", "alpha_pattern") if self.has_patterns else ()
-        keys = {*self._required, *_SELECTION, *patterns}
+        patterns = PATTERNS if self.has_patterns else ()
+        keys = {*self.needed, *SELECTION, *patterns}
         if findings.fields & keys:
             return None
         selection = {name: config[name] for name in keys if name in config}
-        selection["r"] = 1 if self.rank is None else config[self.rank]
-        selection["lora_alpha"] = 1 if self.alpha is None else config[self.alpha]
+        for name, own in (("r", self.rank), ("lora_alpha", self.alpha)):
+            selection[name] = 1 if own is None else config[own]
         selection["use_rslora"] = self.root is not None and config.get(self.root)
         linear, other = list(base.modules), sorted(base.other_modules)
         targets = resolve_targets(selection, linear, other, findings, base.text_prefix)
@@ -542,20 +542,5 @@ class LinearFormat(MethodKeys):
         for name in reading.shared.keys() - wanted.keys():
             findings.add(name, say("UNKNOWN_TENSOR"))
         for name, shape in wanted.items():
-            spec, found = tensor(shape), reading.shared.get(name)
-            shapes = spec.wanted(reading)
-            if shapes is None:
-                if found is not None:
-                    findings.add(name, say("UNEXPECTED_TENSOR", by=spec.switch or "the config"))
-            elif found is None:
-                findings.add(name, say("MISSING_TENSOR", by="the config"))
-            elif spec.must_be_integers and found.is_floating_point():
-                findings.add(name, say("WRONG_DTYPE", dtype=found.dtype, expected="integers"))
-            elif shapes:
-                (dims,) = shapes
-                sizes = tuple(size_of(dim, reading) for dim in dims)
-                of_base = len(found.shape) == len(sizes) and all(
-                    one == other or is_served(dim)
-                    for one, other, dim in zip(found.shape, sizes, dims, strict=True)
-                )
-                findings.check_shape(name, found, sizes, of_base=of_base)
+            spec = tensor(shape)
+            self._check_tensor(reading, name, spec, reading.shared.get(name), spec.sizes(reading))

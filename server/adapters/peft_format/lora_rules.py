@@ -9,20 +9,13 @@ from turret.server.adapters.peft_format.config_rules import (
     Check,
     invalid,
     is_bool,
-    is_modules_to_save,
     is_number,
-    is_optional_bool,
     is_rank,
     is_token_indices,
+    optional,
 )
-from turret.server.adapters.peft_format.targets import (
-    MAX_LIST_ITEMS,
-    is_alpha_pattern,
-    is_layer_indexes,
-    is_module_selector,
-    is_optional_module_selector,
-    is_rank_pattern,
-)
+from turret.server.adapters.peft_format.linear_format import PATTERNS, SELECTION
+from turret.server.adapters.peft_format.targets import MAX_LIST_ITEMS, is_module_selector
 from turret.server.words import Text, say
 
 # Initialisations that leave the base weights unchanged and only set the starting point.
@@ -114,14 +107,9 @@ def _is_bd_lora(value: Any) -> Text | None:
 
 
 LORA_KEYS: Mapping[str, Check] = {
+    **SELECTION,
+    **PATTERNS,
     "target_modules": _is_selector,
-    "exclude_modules": is_optional_module_selector,
-    "modules_to_save": is_modules_to_save,
-    "layers_to_transform": is_layer_indexes,
-    "layers_pattern": is_optional_module_selector,
-    "rank_pattern": is_rank_pattern,
-    "alpha_pattern": is_alpha_pattern,
-    "fan_in_fan_out": is_optional_bool,
     "r": is_rank,
     "lora_alpha": is_number,
     "use_rslora": is_bool,
@@ -129,16 +117,27 @@ LORA_KEYS: Mapping[str, Check] = {
     "lora_bias": is_bool,
     "init_lora_weights": is_served_init,
     "trainable_token_indices": is_token_indices,
-    "ensure_weight_tying": is_optional_bool,
+    "ensure_weight_tying": optional(is_bool),
     "target_parameters": _is_names,
     INVOCATION: _is_invocation,
-    "use_qalora": is_optional_bool,
+    "use_qalora": optional(is_bool),
     "use_bdlora": _is_bd_lora,
     "kasa_config": _is_object_of("beta", "gamma"),
     "velora_config": _is_object_of("num_groups", "scale", "init_type"),
     "monteclora_config": _is_object_of(*_MONTECLORA_KEYS),
     ARROW: _is_object_of(*_ARROW_KEYS),
 }
+# The keys that determine ranks and alphas, and those that select modules.
+SIZES = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+CHOICE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+def well_formed(config: Mapping[str, Any], *keys: str) -> dict[str, Any] | None:
+    """Some keys of a config; None if a value is at fault, which the method's rules report."""
+    chosen = {key: config[key] for key in keys if key in config}
+    return None if any(LORA_KEYS[key](value) for key, value in chosen.items()) else chosen
+
+
 _START = "read only at initialisation, which init_lora_weights names"
 _MEGATRON = "picks the layer class in Megatron training"
 LORA_IGNORED: Mapping[str, str] = {

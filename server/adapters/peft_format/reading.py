@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from turret.lazy_torch import torch
 from turret.server.adapters.base import BaseModel, BaseModule, BaseSizes, WeightRows
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
 from turret.server.adapters.component import Component, FindComponent, find_no_component
+from turret.server.adapters.peft_format.config_rules import MethodKeys
+from turret.server.adapters.peft_format.refusals import check_task
 from turret.server.adapters.peft_format.targets import Targets
-from turret.server.words import Text
+from turret.server.words import Text, say
 
 # DoRA's gain (arXiv 2402.09353): the ratio of its magnitudes to the norms of the updated weight.
 
@@ -71,11 +74,11 @@ class Reading:
     tensors until the next full garbage collection.
 
     Attributes:
+        checkpoint: The adapter's files.
         config: ``adapter_config.json``.
         path: The adapter's name in messages.
         base: The adapter's base.
         task: The task, if the files have several.
-        is_partial: Whether tensors were left out on purpose, such as those of the embedding.
         modules: The adapted modules by path, in the base's order.
         shared: Tensors that belong to no module.
         targets: Configured rank and alpha of every adapted module.
@@ -90,11 +93,11 @@ class Reading:
     """
 
     def __init__(self, checkpoint: AdapterCheckpoint, base: Base, findings: Findings) -> None:
+        self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.path = checkpoint.path
         self.base = base
         self.task = 0
-        self.is_partial = checkpoint.is_partial
         self.modules: dict[str, Module] = {}
         self.shared: dict[str, Any] = {}
         self.targets = Targets(frozenset(), {}, {})
@@ -129,10 +132,15 @@ class Reading:
         self.findings.add(name, why)
 
     @property
+    def model(self) -> BaseModel:
+        """The base as served, which the check of a header does not have."""
+        assert isinstance(self.base, BaseModel)
+        return self.base
+
+    @property
     def dtype(self) -> torch.dtype:
         """The serving dtype."""
-        assert isinstance(self.base, BaseModel)
-        return self.base.dtype
+        return self.model.dtype
 
     def wide(self, name: str) -> torch.Tensor:
         """A shared tensor in fp32 or wider."""
@@ -181,6 +189,10 @@ class Module:
     def config(self) -> Mapping[str, Any]:
         return self.reading.config
 
+    @property
+    def findings(self) -> Findings:
+        return self.reading.findings
+
     def __contains__(self, role: str) -> bool:
         return role in self.tensors
 
@@ -191,11 +203,16 @@ class Module:
 
     def fault(self, field: str, why: Text) -> None:
         """Reports a fault of a tensor, by its role."""
-        self.reading.findings.add(f"{self.name}.{field}", why)
+        self.findings.add(f"{self.name}.{field}", why)
 
     def misfit(self, why: Text, field: str = "") -> None:
         """Reports that the module, or one of its tensors, does not fit the base."""
-        self.reading.findings.mismatch(f"{self.name}.{field}" if field else self.name, why)
+        self.findings.mismatch(f"{self.name}.{field}" if field else self.name, why)
+
+    def misfit_width(self, inputs: int, outputs: int) -> None:
+        """Reports an update whose inputs and outputs are not those of the base's module."""
+        sizes = {"base_inputs": self.inputs, "base_outputs": self.outputs}
+        self.misfit(say("WRONG_WIDTH", inputs=inputs, outputs=outputs, **sizes))
 
     # The members below need tensors with values, and the base as served.
 
@@ -240,9 +257,64 @@ class Module:
         return None if bias is None else bias.float().cpu()
 
     def _served(self) -> BaseModule:
-        base = self.reading.base
-        assert isinstance(base, BaseModel)
         if not self.reading.depends_on_base:
             self.reading.depends_on_base = True
             self.reading.beside()
-        return base.modules[self.name]
+        return self.reading.model.modules[self.name]
+
+
+# Converts a checkpoint to the form that a method declares.
+Prepare = Callable[[AdapterCheckpoint, Base, Findings], AdapterCheckpoint]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format(MethodKeys):
+    """The form of a method's checkpoints.
+
+    Attributes:
+        prepare: Converts a checkpoint to the declared form before it is read.
+    """
+
+    prepare: Prepare | None = None
+
+    def read(
+        self,
+        checkpoint: AdapterCheckpoint,
+        base: Base,
+        max_rank: int | None = None,
+        findings: Findings | None = None,
+    ) -> Reading:
+        """Checks a checkpoint against itself, the base and the server's limit.
+
+        Args:
+            checkpoint: The checkpoint, with tensors or with entries of a header.
+            base: The base as served, or the known facts about it.
+            max_rank: The maximum rank; None for any.
+            findings: The faults that were found in other parts of the checkpoint.
+
+        Raises:
+            AdapterCheckpointError: Unsupported or inconsistent; lists all keys and tensors at
+                fault.
+            AdapterMismatchError: Sound, but for another base; lists every module that does not fit.
+            BudgetExceededError: A rank over ``max_rank``.
+        """
+        found = findings or Findings(checkpoint.path, base.name)
+        if self.prepare is not None:
+            checkpoint = self.prepare(checkpoint, base, found)
+        reading = Reading(checkpoint, base, found)
+        self.check_config(reading.config, found)
+        self.inspect(reading)
+        if self.tasks is not None:
+            reading.task = check_task(checkpoint, self.tasks, found)
+        found.raise_if_any()
+        if self.tasks is not None and (count := reading.config[self.tasks]) > 1:
+            reading.warn(say("IS_TASK", task=reading.task, count=count))
+        self.conclude(reading, max_rank)
+        return reading
+
+    def inspect(self, reading: Reading) -> None:
+        """Reports names, shapes and dtypes of tensors that do not agree with config and base."""
+        raise NotImplementedError
+
+    def conclude(self, reading: Reading, max_rank: int | None) -> None:
+        """Checks what only an adapter without other faults has, such as its ranks."""

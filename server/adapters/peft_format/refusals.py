@@ -8,7 +8,6 @@ from typing import Any
 
 from turret.server.adapters.base import BaseModel, BaseSizes
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
-from turret.server.adapters.peft_format.reading import Module
 from turret.server.errors import AdapterMismatchError, BudgetExceededError
 from turret.server.words import Text, say
 
@@ -166,12 +165,6 @@ def _width(tensors: Mapping[str, Any], base: BaseModel | BaseSizes) -> Text | No
     return None
 
 
-def report_width(module: Module, inputs: int, outputs: int) -> None:
-    """Reports an update whose inputs and outputs are not those of the base's module."""
-    sizes = {"base_inputs": module.inputs, "base_outputs": module.outputs}
-    module.misfit(say("WRONG_WIDTH", inputs=inputs, outputs=outputs, **sizes))
-
-
 def check_rank(path: str, rank: int, max_rank: int | None, *, name: str = "rank") -> None:
     """Rejects a rank over the server's limit; ``name`` is the rank's name in the message.
 
@@ -203,11 +196,6 @@ def check_task(checkpoint: AdapterCheckpoint, count_key: str, findings: Findings
     return 0
 
 
-def task_warning(task: int, count: int) -> tuple[Text, ...]:
-    """The warning for an adapter that is one of several tasks in its files."""
-    return (say("IS_TASK", task=task, count=count),) if count > 1 else ()
-
-
 def is_lycoris(name: str) -> bool:
     """Whether a tensor's name is a whole path in the form that LyCORIS writes."""
     return name.startswith(_LYCORIS_PREFIXES)
@@ -219,9 +207,3 @@ def why_unknown(name: str) -> Text:
         return say("LYCORIS_LAYOUT")
     is_whole = name.endswith(".weight") and ".lora_" not in name
     return say("WHOLE_WEIGHT") if is_whole else say("UNKNOWN_TENSOR")
-
-
-def unknown_tensors(names: Iterable[str], findings: Findings) -> None:
-    """Reports tensors that a method does not use."""
-    for name in names:
-        findings.add(name, say("UNKNOWN_TENSOR"))

@@ -15,7 +15,6 @@ from turret.lazy_torch import torch
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
 from turret.server.adapters.operators.vocabulary import EMBEDDING, HEAD, AddedRows
-from turret.server.adapters.peft_format.config_rules import is_token_indices, token_ids_by_module
 from turret.server.adapters.peft_format.reading import dora_gain
 from turret.server.adapters.peft_format.targets import Targets
 from turret.server.adapters.peft_format.vocabulary_checkpoint import (
@@ -30,6 +29,7 @@ from turret.server.adapters.peft_format.vocabulary_checkpoint import (
     changed_rows,
     saved_modules,
     tied_targets,
+    trained_ids,
     vocabulary_targets,
     without_wrappers,
 )
@@ -40,27 +40,6 @@ MAX_ADDED_ROWS = 4096
 _HEAD_A, _HEAD_B = f"{HEAD}.lora_A.weight", f"{HEAD}.lora_B.weight"
 _HEAD_BIAS = f"{HEAD}.lora_B.bias"
 _HEAD_MAGNITUDES = (f"{HEAD}.lora_magnitude_vector", f"{HEAD}.lora_magnitude_vector.weight")
-# Suffix of trained rows in the method that trains nothing else, and the modules that may have it;
-# PEFT saves them again under a tied head.
-_TRAINED_ALONE = ".trainable_tokens_delta"
-_ALONE = (EMBEDDING, HEAD, f"{HEAD}.base_layer")
-
-
-@dataclass(frozen=True, slots=True)
-class FittedCheckpoint:
-    """A checkpoint cut to the size of the base's vocabulary, and the rows beyond.
-
-    Attributes:
-        rest: The checkpoint.
-        added: Rows behind the base's, or None.
-        size: Rows of the vocabulary with which it was trained; 0 if that is the base's.
-        findings: The faults found.
-    """
-
-    rest: AdapterCheckpoint
-    findings: Findings
-    added: AddedRows | None = None
-    size: int = 0
 
 
 @dataclass(slots=True)
@@ -88,11 +67,7 @@ class _Parts:
             is_sound = tensor.ndim == 2 or role == MAGNITUDE
             if module is not None and role is not None and is_sound:
                 found[module].setdefault(role, (name, tensor))
-        for module in (HEAD, EMBEDDING):
-            name = module + _TRAINED_ALONE
-            if name in tensors and tensors[name].ndim == 2:
-                found[module].setdefault(ROWS, (name, tensors[name]))
-        return cls(tensors, found, _trained_ids(config, base, found))
+        return cls(tensors, found, trained_ids(config, base) or {})
 
     def tensor(self, module: str, role: str) -> torch.Tensor | None:
         return self.found[module].get(role, (None, None))[1]
@@ -110,20 +85,6 @@ class _Parts:
         if update is not None and update.ndim == 2:
             sizes[_HEAD_B] = update.shape[0]
         return sizes
-
-
-def _trained_ids(
-    config: Mapping[str, Any], base: BaseModel, found: Mapping[str, Found]
-) -> dict[str, list[int]]:
-    """Trained ids by module, shared among tied matrices as in PEFT; empty for a faulty config."""
-    value = config.get("trainable_token_indices")
-    if value is None and "token_indices" in config:
-        value = config["token_indices"]
-        if any(ROWS in roles for roles in found.values()) and not base.vocabulary.is_tied:
-            value = {module: value for module, roles in found.items() if ROWS in roles}
-    if value is None or is_token_indices(value) is not None:
-        return {}
-    return token_ids_by_module(value, is_tied=base.vocabulary.is_tied)
 
 
 def vocabulary_of(checkpoint: AdapterCheckpoint, base: BaseModel) -> tuple[int, bool]:
@@ -156,19 +117,25 @@ def vocabulary_of(checkpoint: AdapterCheckpoint, base: BaseModel) -> tuple[int, 
     return 0, False
 
 
-def fit_vocabulary(checkpoint: AdapterCheckpoint, base: BaseModel) -> FittedCheckpoint:
-    """Cuts a checkpoint to the base's vocabulary. Raises nothing; problems are in the findings."""
-    findings = Findings(checkpoint.path, base.name)
+def fit_vocabulary(
+    checkpoint: AdapterCheckpoint, base: BaseModel, findings: Findings
+) -> tuple[AdapterCheckpoint, AddedRows | None, int]:
+    """Cuts a checkpoint to the base's vocabulary. Raises nothing; problems are in the findings.
+
+    Returns:
+        The checkpoint; its rows behind the base's, or None; and the number of rows with which it
+        was trained, 0 if that is the base's.
+    """
     tensors = without_wrappers(checkpoint.tensors, findings)
     checkpoint = replace(checkpoint, tensors=tensors)
     parts = _Parts.of(checkpoint.config, tensors, base)
     size = _size(parts, base, findings)
     if not size:
-        return FittedCheckpoint(checkpoint, findings)
+        return checkpoint, None, 0
     added = None
     if size > base.vocabulary.size:
         added = _added(parts, checkpoint.config, size, base, findings)
-    return FittedCheckpoint(_cut(parts, checkpoint, base), findings, added, size)
+    return _cut(parts, checkpoint, base), added, size
 
 
 def _size(parts: _Parts, base: BaseModel, findings: Findings) -> int:
@@ -318,11 +285,10 @@ def _cut(parts: _Parts, checkpoint: AdapterCheckpoint, base: BaseModel) -> Adapt
         if ids is None or all(token < first for token in ids):
             continue
         kept = [number for number, token in enumerate(ids) if token < first]
-        for suffix in (f".token_adapter{_TRAINED_ALONE}", _TRAINED_ALONE):
-            for owner in (module, f"{module}.base_layer"):
-                rows = tensors.pop(owner + suffix, None)
-                if rows is not None and kept and rows.shape[:1] == (len(ids),):
-                    tensors[owner + suffix] = rows[kept]
+        name, rows = parts.found[module].get(ROWS, ("", None))
+        tensors.pop(name, None)
+        if rows is not None and kept and len(rows) == len(ids):
+            tensors[name] = rows[kept]
         is_partial = True
     config = _with_ids_below(config, first)
     return replace(checkpoint, tensors=tensors, config=config, is_partial=is_partial)

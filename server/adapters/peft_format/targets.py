@@ -314,7 +314,7 @@ def resolve_targets(
     """Applies the selection keys of a config to a base model's module names.
 
     Args:
-        config: Checked by the ``is_*`` functions above, with ``target_modules``, ``r`` and alpha.
+        config: Checked by the ``is_*`` functions above, with ``target_modules``.
         linear_names: Linear modules.
         other_names: Modules that exist but are not linear.
         findings: Receives bad patterns and contradictory keys.
@@ -370,16 +370,16 @@ def resolve_targets(
                 warnings.append(_ambiguity(field, hits, name))
         return result
 
-    ranks = values("rank_pattern", rank_regexes, config["r"])
-    alphas = values("alpha_pattern", alpha_regexes, config["lora_alpha"])
+    ranks = values("rank_pattern", rank_regexes, config.get("r", 1))
+    alphas = values("alpha_pattern", alpha_regexes, config.get("lora_alpha", 1))
     told = _few(warnings)
     return Targets(frozenset(ranks), ranks, alphas, told, config.get("use_rslora") is True)
 
 
 def _unresolved(config: Mapping[str, Any], names: Iterable[str]) -> Targets:
     """A placeholder result for a config whose patterns cannot be matched."""
-    rank: int = config["r"]
-    alpha: float = config["lora_alpha"]
+    rank: int = config.get("r", 1)
+    alpha: float = config.get("lora_alpha", 1)
     ranks = dict.fromkeys(names, rank)
     return Targets(frozenset(), ranks, dict.fromkeys(ranks, alpha))
 

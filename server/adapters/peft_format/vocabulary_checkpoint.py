@@ -7,7 +7,7 @@ reads the rest. The method handles LoRA on ``lm_head``, because the head is a li
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from turret.lazy_torch import torch
@@ -21,17 +21,19 @@ from turret.server.adapters.operators.vocabulary import (
     VocabularyRows,
 )
 from turret.server.adapters.peft_format.config_rules import (
-    Rules,
-    Used,
-    check_config,
     is_modules_to_save,
     is_token_indices,
+    is_token_list,
     token_ids_by_module,
     vocabulary_module,
 )
-from turret.server.adapters.peft_format.lora_rules import LORA_KEYS
+from turret.server.adapters.peft_format.lora_rules import CHOICE, SIZES, well_formed
 from turret.server.adapters.peft_format.reading import dora_gain
-from turret.server.adapters.peft_format.targets import Targets, is_module_selector, resolve_targets
+from turret.server.adapters.peft_format.targets import (
+    Targets,
+    is_optional_module_selector,
+    resolve_targets,
+)
 from turret.server.words import say
 
 # The names under which PEFT saves tensors of the embedding and the head.
@@ -43,6 +45,8 @@ _SUFFIXES = {
     ".base_layer.weight": FROZEN,
     ".weight": WHOLE,
     ".token_adapter.trainable_tokens_delta": ROWS,
+    # The method that trains nothing else has no other adapter in between.
+    ".trainable_tokens_delta": ROWS,
     ".lora_embedding_A": A,
     ".lora_embedding_B": B,
     ".lora_magnitude_vector": MAGNITUDE,
@@ -71,6 +75,8 @@ _WRAPPED = {
         (".modules_to_save.weight", ".weight"),
         (".original_module.weight", ".base_layer.weight"),
         (".token_adapter.base_layer.weight", ".base_layer.weight"),
+        # PEFT wraps a tied head twice.
+        (".base_layer.trainable_tokens_delta", ".trainable_tokens_delta"),
     )
 }
 
@@ -172,46 +178,22 @@ def _finite(name: str, rows: VocabularyRows, findings: Findings) -> VocabularyRo
     return None
 
 
-_TOKENS = "trainable_token_indices"
-# The config keys that determine whether and how LoRA adapts the embedding.
-_TARGET_RULES: Rules = {
-    name: Used(LORA_KEYS[name])
-    for name in (
-        *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "exclude_modules"),
-        *("layers_to_transform", "layers_pattern"),
-    )
-} | {"target_modules": Used(is_module_selector)}
-
-
-@dataclass(slots=True)
-class VocabularyPart:
-    """The vocabulary's part of a checkpoint, and the rest for the method.
-
-    Attributes:
-        operators: The changes; None if the checkpoint does not change the vocabulary.
-        rank: Rank of the embedding's low-rank update; 0 without one.
-        modules: Those of ``embed_tokens`` and ``lm_head`` that the adapter changes.
-        rest: The checkpoint without it.
-        base: The base for the method.
-        findings: The faults found.
-    """
-
-    operators: VocabularyOperators | None
-    rank: int
-    modules: tuple[str, ...]
-    rest: AdapterCheckpoint
-    base: BaseModel
-    findings: Findings
+# The key for trained rows; the method that trains nothing else has one of its own.
+_TOKENS, _ALONE = "trainable_token_indices", "token_indices"
 
 
 def take_vocabulary(
-    checkpoint: AdapterCheckpoint, base: BaseModel, *, is_lora: bool
-) -> VocabularyPart:
+    checkpoint: AdapterCheckpoint, base: BaseModel, findings: Findings, *, is_lora: bool
+) -> tuple[AdapterCheckpoint, BaseModel, VocabularyOperators | None]:
     """Splits a checkpoint. Raises nothing; problems are in the findings.
 
     ``is_lora`` is whether the checkpoint's method may adapt the embedding.
+
+    Returns:
+        The checkpoint without the vocabulary's part, the base for the method, and the changes to
+        the vocabulary; None if there are none.
     """
-    config, findings = checkpoint.config, Findings(checkpoint.path, base.name)
+    config = checkpoint.config
     found: dict[str, Found] = {EMBEDDING: {}, HEAD: {}}
     rest = {}
     for name, tensor in checkpoint.tensors.items():
@@ -239,39 +221,64 @@ def take_vocabulary(
     else:
         for name, _ in (found[EMBEDDING][role] for role in LOW_RANK if role in found[EMBEDDING]):
             findings.add(name, say("UNEXPECTED_TENSOR", by="peft_type"))
+    is_partial = checkpoint.is_partial or any(role in found[EMBEDDING] for role in LOW_RANK)
+    left = replace(checkpoint, config={**config, **changes}, tensors=rest, is_partial=is_partial)
     embedding, head = rows.get(EMBEDDING), rows.get(HEAD)
-    operators = None
-    if embedding is not None or head is not None or low_rank is not None:
-        operators = VocabularyOperators(embedding=embedding, low_rank=low_rank, head=head)
-    modules = [EMBEDDING] * (embedding is not None or low_rank is not None)
-    return VocabularyPart(
-        operators=operators,
-        rank=0 if low_rank is None else low_rank.rank,
-        modules=tuple(m.rpartition(".")[2] for m in (*modules, *[HEAD] * (head is not None))),
-        rest=replace(
-            checkpoint,
-            config={**config, **changes},
-            tensors=rest,
-            is_partial=checkpoint.is_partial or any(role in found[EMBEDDING] for role in LOW_RANK),
-        ),
-        base=base,
-        findings=findings,
-    )
+    if embedding is None and head is None and low_rank is None:
+        return left, base, None
+    return left, base, VocabularyOperators(embedding=embedding, low_rank=low_rank, head=head)
+
+
+def trained_ids(config: Mapping[str, Any], base: BaseModel) -> dict[str, list[int]] | None:
+    """Tokens with trained rows, by module, in the rows' order.
+
+    The result is None if a key for this is at fault, which the method's rules report.
+    """
+    value = config.get(_TOKENS)
+    if _ALONE in config:
+        findings = Findings("")
+        modules = trained_modules(config, base, findings)
+        if findings.fields or is_token_list(config[_ALONE]) is not None:
+            return None
+        value = dict.fromkeys(modules, config[_ALONE])
+    if is_token_indices(value) is not None:
+        return None
+    return token_ids_by_module(value, is_tied=base.vocabulary.is_tied)
+
+
+def trained_modules(
+    config: Mapping[str, Any], base: BaseModel, findings: Findings
+) -> frozenset[str]:
+    """The matrices that the method which trains only rows adapts: by default the embedding."""
+    chosen = config.get("target_modules") or [EMBEDDING]
+    if (why := is_optional_module_selector(chosen)) is not None:
+        findings.add("target_modules", why)
+        return frozenset()
+    selection = {"target_modules": chosen}
+    linear = [name for name in base.modules if name != HEAD]
+    others = [HEAD, EMBEDDING, *sorted(base.other_modules - {EMBEDDING})]
+    targeted = resolve_targets(selection, linear, others, findings, base.text_prefix).targeted
+    for name in sorted(targeted - {EMBEDDING, HEAD}):
+        why = say("NOT_ADAPTABLE", module=name, method="trainable_tokens")
+        findings.add("target_modules", why)
+    if not targeted:
+        findings.add("target_modules", say("SELECTS_NOTHING"))
+    return targeted & {EMBEDDING, HEAD}
 
 
 def _trained_rows(
     config: Mapping[str, Any], found: Mapping[str, Found], base: BaseModel, findings: Findings
 ) -> dict[str, VocabularyRows | None]:
-    """``trainable_token_indices``; a key at fault is reported by the method's rules."""
-    value = config.get(_TOKENS)
+    """The trained rows of the embedding and of the head."""
     rows: dict[str, VocabularyRows | None] = {}
-    if is_token_indices(value) is not None:
+    wanted = trained_ids(config, base)
+    if wanted is None:
         return rows
-    is_tied = base.vocabulary.is_tied
-    wanted = token_ids_by_module(value, is_tied=is_tied)
-    is_shared = is_tied and wanted.get(HEAD) is not None and wanted[HEAD] == wanted.get(EMBEDDING)
+    is_alone = _ALONE in config
+    by, suffix = (_ALONE, "trainable_tokens_delta") if is_alone else (_TOKENS, "token_adapter")
+    is_shared = base.vocabulary.is_tied and HEAD in wanted and wanted[HEAD] == wanted.get(EMBEDDING)
     for module in (EMBEDDING, HEAD):
-        name, tensor = found[module].get(ROWS, (f"{module}.token_adapter", None))
+        name, tensor = found[module].get(ROWS, (f"{module}.{suffix}", None))
         ids = wanted.get(module)
         if module == HEAD and is_shared:
             rows[HEAD] = rows.get(EMBEDDING)
@@ -283,9 +290,9 @@ def _trained_rows(
         if tensor is not None and ids is not None:
             rows[module] = read_rows(name, tensor, ids, base.vocabulary, findings)
         elif tensor is not None:
-            findings.add(name, say("UNEXPECTED_TENSOR", by=_TOKENS))
+            findings.add(name, say("UNEXPECTED_TENSOR", by=by))
         elif ids is not None:
-            findings.add(name, say("MISSING_TENSOR", by=_TOKENS))
+            findings.add(name, say("MISSING_TENSOR", by=by))
     return rows
 
 
@@ -421,11 +428,16 @@ def vocabulary_targets(config: Mapping[str, Any], base: BaseModel) -> Targets | 
     """Whether and how LoRA targets embedding and head; None if a key for this is at fault."""
     if not {"r", "lora_alpha", "target_modules"} <= config.keys():
         return None
+    selection = well_formed(config, *SIZES, *CHOICE)
+    if selection is None:
+        return None
     # Faults found here are dropped, because the method's reader reports them.
     findings = Findings("")
-    taken = {key: config[key] for key in _TARGET_RULES if key in config}
-    check_config(taken, _TARGET_RULES, findings)
-    if findings.fields:
-        return None
-    targets = resolve_targets(config, [HEAD], [EMBEDDING], findings, base.text_prefix)
+    targets = resolve_targets(
+        {**selection, "use_rslora": config.get("use_rslora")},
+        [HEAD],
+        [EMBEDDING],
+        findings,
+        base.text_prefix,
+    )
     return None if findings.fields else targets

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-import threading
 import uuid as uuids
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 
 from turret.server import log
 from turret.server.adapters.adapter import (
@@ -37,7 +38,7 @@ from turret.server.adapters.residency.loader import (
     changed,
     lost,
 )
-from turret.server.adapters.state_dir import NoStateDir, StagedUpload, StateDir
+from turret.server.adapters.state_dir import NoStateDir, StagedUpload
 from turret.server.errors import (
     AdapterCheckpointError,
     AdapterNotFoundError,
@@ -97,7 +98,7 @@ class Pins:
     Call every method under the name's lock, so that the current generation stays current.
     """
 
-    def __init__(self, table: NameTable, leases: Leases, state: StateDir | NoStateDir) -> None:
+    def __init__(self, table: NameTable, leases: Leases, state: NoStateDir) -> None:
         self._table = table
         self._leases = leases
         self._state = state
@@ -143,19 +144,15 @@ class Pins:
     def _wait_until_resident(self, adapter: Adapter) -> Mix:
         """A mix that holds the adapter in memory; the caller releases it."""
         mix = self._table.open([(adapter, 1.0)])
-        answered = threading.Event()
-        results: list[HostResult] = []
-
-        def on_host(result: HostResult) -> None:
-            results.append(result)
-            answered.set()
-
+        answer: Future[HostResult] = Future()
         try:
-            if not mix.ensure_host(on_host):
-                if not answered.wait(PIN_TIMEOUT_SECONDS):
-                    raise _no_room(adapter)
-                if results[0].error is not None:
-                    raise results[0].error
+            if not mix.ensure_host(answer.set_result):
+                result = answer.result(PIN_TIMEOUT_SECONDS)
+                if result.error is not None:
+                    raise result.error
+        except TimeoutError:
+            self._table.release(mix)
+            raise _no_room(adapter) from None
         except BaseException:
             self._table.release(mix)
             raise
@@ -170,23 +167,15 @@ def _no_room(adapter: Adapter) -> BudgetExceededError:
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Installer:
     """Call ``install`` under the name's lock."""
 
-    def __init__(
-        self,
-        loader: AdapterLoader,
-        table: NameTable,
-        *,
-        leases: Leases,
-        state: StateDir | NoStateDir,
-        pins: Pins,
-    ) -> None:
-        self._loader = loader
-        self._table = table
-        self._leases = leases
-        self._state = state
-        self._pins = pins
+    loader: AdapterLoader
+    table: NameTable
+    leases: Leases
+    state: NoStateDir
+    pins: Pins
 
     def install(
         self,
@@ -215,9 +204,9 @@ class Installer:
             AdapterCheckpointError, AdapterMismatchError, AdapterComponentError,
                 BudgetExceededError, StorageFullError: The new weights cannot be registered.
         """
-        before = self._table.find(name) if replace else self._table.get(name)
+        before = self.table.find(name) if replace else self.table.get(name)
         if before is not None:
-            self._table.check_active(before)
+            self.table.check_active(before)
         checkpoint = self._read(name, source, chat_template)
         if before is not None and before.current.facts.content == checkpoint.content:
             self._confirm(before, source, pinned)
@@ -226,17 +215,17 @@ class Installer:
             raise name_taken(name, before.current.digest)
         digests = [ref.digest for ref in component_refs(checkpoint.config)]
         with (
-            self._table.awaiting(digests),
-            nullcontext() if before is None else self._table.replacing(before),
+            self.table.awaiting(digests),
+            nullcontext() if before is None else self.table.replacing(before),
         ):
-            loaded = self._loader.lower(checkpoint)
+            loaded = self.loader.lower(checkpoint)
             # Entering the adapter may wait for memory; free the checkpoint's weights before.
             del checkpoint
             return self._enter(name, source, loaded, before, staged=staged, pinned=pinned)
 
     def roll_back(self, registration: Registration, generation: int | None) -> None:
         """Makes a kept generation current; see ``AdapterRegistry.rollback``."""
-        self._table.check_active(registration)
+        self.table.check_active(registration)
         old = registration.current
         if generation is None:
             adapter = registration.before_current
@@ -245,23 +234,23 @@ class Installer:
         if adapter is old:
             return
         # Reading it first finds changed files before anything has changed here.
-        with self._table.replacing(registration), self._pins.resident(adapter):
-            self._table.check_active(registration)
-            kept = self._table.kept_after(registration, adapter)
-            self._state.save(adapter, pinned=old.pinned, kept=kept)
-            self._leases.set_pinned(adapter, old.pinned)
-            self._table.swap(registration, adapter)
+        with self.table.replacing(registration), self.pins.resident(adapter):
+            self.table.check_active(registration)
+            kept = self.table.kept_after(registration, adapter)
+            self.state.save(adapter, pinned=old.pinned, kept=kept)
+            self.leases.set_pinned(adapter, old.pinned)
+            self.table.swap(registration, adapter)
 
     def inspect(
         self, name: str, source: Source, chat_template: OwnTemplate | None = None
     ) -> AdapterFacts:
         """Reads files as ``install`` would, and keeps nothing of them; errors as there."""
-        return self._loader.lower(self._read(name, source, chat_template)).facts
+        return self.loader.lower(self._read(name, source, chat_template)).facts
 
     def _read(
         self, name: str, source: Source, chat_template: OwnTemplate | None
     ) -> AdapterCheckpoint:
-        checkpoint = self._loader.read_new(source, chat_template)
+        checkpoint = self.loader.read_new(source, chat_template)
         origin = origin_of(checkpoint.chat_template) or "the base model's"
         said = log.fields(adapter=name, digest=checkpoint.digest, chat_template=origin)
         _log.info("adapter read", extra=said)
@@ -282,25 +271,25 @@ class Installer:
             adapter = Adapter(name, uuids.uuid4().hex, 1, source, loaded.facts)
             self._admit(adapter, loaded, staged, pinned)
             registration = Registration(adapter)
-            self._table.add(registration)
+            self.table.add(registration)
         else:
             registration, old = before, before.current
             adapter = Adapter(name, old.uuid, before.next_generation, source, loaded.facts)
             self._admit(adapter, loaded, staged, pinned or old.pinned, replaced=registration)
-            self._table.swap(registration, adapter)
+            self.table.swap(registration, adapter)
         return registration
 
     def _confirm(self, registration: Registration, source: Source, pinned: bool) -> None:
         """Accepts content that is registered already, from the same or another place."""
         adapter = registration.current
-        self._table.check_active(registration)
+        self.table.check_active(registration)
         if source != adapter.source and not (source.is_upload or adapter.source.is_upload):
             # The new path was just read and holds the content, whereas the old one may be gone.
             saved = {"pinned": adapter.pinned, "kept": registration.kept}
-            self._state.save(adapter, **saved, source=source)
+            self.state.save(adapter, **saved, source=source)
             adapter.source = source
         if pinned:
-            self._pins.pin(registration)
+            self.pins.pin(registration)
 
     def _admit(
         self,
@@ -312,29 +301,29 @@ class Installer:
     ) -> None:
         """Enters memory first, because that may fail, then the disk. The caller enters the name."""
         try:
-            self._leases.insert(adapter, loaded)
+            self.leases.insert(adapter, loaded)
             if pinned:
-                self._pins.hold(adapter)
+                self.pins.hold(adapter)
             if staged is not None:
-                self._state.adopt(staged, adapter)
+                self.state.adopt(staged, adapter)
             kept: tuple[Adapter, ...] = ()
             if replaced is not None:
-                self._table.check_active(replaced)
-                kept = self._table.kept_after(replaced, adapter)
-            self._state.save(adapter, pinned=pinned, kept=kept)
+                self.table.check_active(replaced)
+                kept = self.table.kept_after(replaced, adapter)
+            self.state.save(adapter, pinned=pinned, kept=kept)
         except BaseException:
             self._withdraw(adapter, replaced)
             raise
 
     def _withdraw(self, adapter: Adapter, replaced: Registration | None) -> None:
-        self._leases.forget(adapter, "error")
+        self.leases.forget(adapter, "error")
         try:
             if replaced is None:
-                self._state.remove(adapter.name)
+                self.state.remove(adapter.name)
             else:
                 current = replaced.current
-                self._state.save(current, pinned=current.pinned, kept=replaced.kept)
+                self.state.save(current, pinned=current.pinned, kept=replaced.kept)
         except (OSError, TurretError) as error:
             # The earlier write failed, so most likely there is nothing on disk to undo.
             _log.warning("cannot undo", extra=log.fields(adapter=adapter.name, reason=error))
-        self._state.discard(adapter.source)
+        self.state.discard(adapter.source)

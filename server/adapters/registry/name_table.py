@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from turret.server.adapters.adapter import (
     BASE_MIX,
@@ -33,6 +34,7 @@ from turret.server.errors import (
 from turret.server.words import Text, say
 
 
+@dataclass(eq=False, slots=True)
 class Registration:
     """A registered name: the generation it serves, and the replaced ones that are still there.
 
@@ -50,28 +52,21 @@ class Registration:
         last_used_time: Unix seconds of the last request, or None.
     """
 
-    __slots__ = (
-        "current",
-        "is_replacing",
-        "kept",
-        "last_used_time",
-        "name",
-        "retired",
-        "state",
-        "unloaders",
-        "uuid",
-    )
+    current: Adapter
+    kept: tuple[Adapter, ...] = ()
+    retired: tuple[Adapter, ...] = ()
+    state: State = "ACTIVE"
+    unloaders: int = 0
+    is_replacing: bool = False
+    last_used_time: float | None = None
 
-    def __init__(self, adapter: Adapter) -> None:
-        self.name = adapter.name
-        self.uuid = adapter.uuid
-        self.current = adapter
-        self.kept: tuple[Adapter, ...] = ()
-        self.retired: tuple[Adapter, ...] = ()
-        self.state: State = "ACTIVE"
-        self.unloaders = 0
-        self.is_replacing = False
-        self.last_used_time: float | None = None
+    @property
+    def name(self) -> str:
+        return self.current.name
+
+    @property
+    def uuid(self) -> str:
+        return self.current.uuid
 
     @property
     def in_flight(self) -> int:

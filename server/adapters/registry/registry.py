@@ -44,7 +44,7 @@ from turret.server.adapters.registry.name_table import (
 )
 from turret.server.adapters.residency.leases import AdapterMetrics, Leases, NoAdapterMetrics
 from turret.server.adapters.residency.loader import AdapterLoader, lost
-from turret.server.adapters.state_dir import NoStateDir, StagedUpload, StateDir, UploadedFile
+from turret.server.adapters.state_dir import NoStateDir, StagedUpload, UploadedFile
 from turret.server.basics.names import BASE, no_adapter_name
 from turret.server.errors import (
     AdapterBusyError,
@@ -81,7 +81,7 @@ class Unloads:
         lock: threading.RLock,
         table: NameTable,
         names: NameLocks,
-        state: StateDir | NoStateDir,
+        state: NoStateDir,
         *,
         end_users: Callable[[str], None],
         on_gone: Callable[[Adapter], None],
@@ -196,7 +196,7 @@ class AdapterRegistry:
         max_rank: int,
         metrics: AdapterMetrics | None = None,
         *,
-        state: StateDir | NoStateDir | None = None,
+        state: NoStateDir | None = None,
         on_unloaded: Callable[[str], None] | None = None,
         load_threads: int = 2,
         allowed: Allowed = NOTHING_SPECIAL,
@@ -230,7 +230,9 @@ class AdapterRegistry:
         )
         self.tokenizers = AdapterTokenizers(table, loader)
         self._pins = pins = Pins(table, leases, kept)
-        self._installer = Installer(loader, table, leases=leases, state=kept, pins=pins)
+        self._installer = Installer(
+            loader=loader, table=table, leases=leases, state=kept, pins=pins
+        )
         self._names = names = NameLocks()
         self._unloads = Unloads(
             lock, table, names, kept, end_users=self._end_users, on_gone=self._notify_gone
@@ -277,11 +279,9 @@ class AdapterRegistry:
                 Adapter(saved.name, saved.uuid, each.generation, each.source, each.facts)
                 for each in (saved, *saved.kept)
             )
-            registration = Registration(current)
-            registration.kept = tuple(kept)
             for adapter in kept:
                 adapter.is_retired = True
-            self._table.add(registration)
+            self._table.add(Registration(current, tuple(kept)))
         for alias in self._state.read_aliases():
             try:
                 self._check_alias(alias)

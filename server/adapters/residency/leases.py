@@ -28,19 +28,6 @@ from turret.server.words import say
 class AdapterMetrics(Protocol):
     """The part of the server's metrics that the registry and the leases update."""
 
-    def adapter_registered(self, name: str, tier: str = "disk") -> None: ...
-    def adapter_residency(self, name: str, tier: str) -> None: ...
-    def adapter_removed(self, name: str) -> None: ...
-    def alias_changed(self, name: str, targets: Iterable[tuple[str, int]]) -> None: ...
-    def adapter_bytes(self, **counts: int) -> None: ...
-    def adapter_load(self, stage: str, seconds: float) -> None: ...
-    def adapter_loaded(self, result: str) -> None: ...
-    def adapter_evicted(self, tier: str, reason: str) -> None: ...
-
-
-class NoAdapterMetrics:
-    """Counts nothing."""
-
     def adapter_registered(self, name: str, tier: str = "disk") -> None:
         pass
 
@@ -64,6 +51,10 @@ class NoAdapterMetrics:
 
     def adapter_evicted(self, tier: str, reason: str) -> None:
         pass
+
+
+class NoAdapterMetrics(AdapterMetrics):
+    """Counts nothing: the methods are the protocol's own, which do nothing."""
 
 
 class HostMemory:

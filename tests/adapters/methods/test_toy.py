@@ -30,15 +30,14 @@ from turret.server.errors import BudgetExceededError
 TOY = '''
 """Output flip: ``y = s ⊙ (W x)`` with a sign per output channel."""
 
-from turret.server.adapters.methods.kit import EXCLUDE, OUT, LinearMethod, gain
+from turret.server.adapters.methods.kit import OUT, Gain, LinearMethod
 
 METHOD = LinearMethod(
     name="flip",
     peft_types={"FLIP"},
-    keys=EXCLUDE,
     rank=None,
     tensors={"sign": (OUT,)},
-    operators=lambda m: gain(m.tensors["sign"]),
+    operators=lambda m: Gain(m.tensors["sign"]),
 )
 '''
 
@@ -46,14 +45,11 @@ METHOD = LinearMethod(
 RANKED_TOY = '''
 """Two factors without a scale."""
 
-from turret.server.adapters.methods.kit import (
-    EXCLUDE, IN, OUT, PATTERNS, LinearMethod, R, is_rank, low_rank
-)
+from turret.server.adapters.methods.kit import IN, OUT, LinearMethod, R, low_rank
 
 METHOD = LinearMethod(
     name="plain",
     peft_types={"PLAIN"},
-    keys=EXCLUDE | PATTERNS | {"r": is_rank},
     has_patterns=True,
     tensors={"down": (R, IN), "up": (OUT, R)},
     operators=lambda m: low_rank(m.tensors["down"], m.tensors["up"]),

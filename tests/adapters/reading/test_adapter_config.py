@@ -25,6 +25,7 @@ from said import says
 from turret.server.adapters.adapter import TENSORS_FILE
 from turret.server.adapters.checkpoint.adapter_checkpoint import MAX_REPORTED, Findings
 from turret.server.adapters.methods import METHODS
+from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.methods.unserved import UNSERVED
 from turret.server.adapters.peft_format.refusals import (
     base_name_warning,
@@ -238,7 +239,7 @@ def test_biases_must_be_announced_and_complete(tmp_path: Path) -> None:
     def fields() -> set[str]:
         checkpoint = read_adapter(tmp_path)
         with pytest.raises(AdapterCheckpointError) as caught:
-            METHODS["lora"].lower(checkpoint, base)
+            lower_checkpoint(checkpoint, base)
         return {field for field, _ in caught.value.violations}
 
     edit_config(tmp_path / "a", bias="none")
@@ -254,7 +255,7 @@ def test_biases_must_be_announced_and_complete(tmp_path: Path) -> None:
 def test_a_bias_where_the_base_has_none_is_a_mismatch(tmp_path: Path) -> None:
     save_peft_adapter(tiny_llama(attention_bias=True), lora_config(bias="all"), tmp_path / "a")
     with pytest.raises(AdapterMismatchError, check=says("NO_BASE_BIAS")):
-        METHODS["lora"].lower(read_adapter(tmp_path), base_of(tiny_llama()))
+        lower_checkpoint(read_adapter(tmp_path), base_of(tiny_llama()))
 
 
 def test_an_adapter_without_lora_tensors_is_refused(root: Path) -> None:

@@ -127,13 +127,13 @@ def test_missing_components_are_all_named(open_registry: Any, root: Path) -> Non
 @pytest.mark.parametrize(
     ("component", "parts"),
     [
-        ("dora", "a gain"),
-        ("loha", "a Hadamard update"),
-        ("lokr", "a Kronecker update"),
-        ("ia3", "a gain and an input gain"),
-        ("bias", "a bias"),
-        ("prompt", "soft tokens or a prefix"),
-        ("prefix", "soft tokens or a prefix"),
+        ("dora", "gain"),
+        ("loha", "hadamard"),
+        ("lokr", "kronecker"),
+        ("ia3", "gain, input gain"),
+        ("bias", "bias"),
+        ("prompt", "soft prompt"),
+        ("prefix", "soft prompt"),
         ("f", None),
     ],
 )

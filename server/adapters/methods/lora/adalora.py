@@ -6,9 +6,6 @@ also in those that were pruned, down to rank 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.peft_format.lora_rules import (
     LORA_IGNORED,
@@ -26,16 +23,9 @@ _SCHEDULE = "schedule of the pruning"
 _TOGETHER = "it cannot be combined with AdaLoRA"
 
 
-def _is_masks(value: Any) -> Text | None:
-    if value is None:
-        return None
-    if not isinstance(value, Mapping) or len(value) > MAX_LIST_ITEMS:
-        return invalid(value, f"an object with at most {MAX_LIST_ITEMS} keys")
-    for key, mask in value.items():
-        if not isinstance(mask, list) or not all(isinstance(kept, bool) for kept in mask):
-            why = invalid(mask, "a list of true and false")
-            return say("INVALID_ENTRY", entry=key, why=why)
-    return None
+def _is_mask(value: Any) -> Text | None:
+    is_mask = isinstance(value, list) and all(isinstance(kept, bool) for kept in value)
+    return None if is_mask else invalid(value, "a list of true and false")
 
 
 def _check_masks(adapter: Reading) -> None:
@@ -69,13 +59,11 @@ METHOD = LinearMethod(
     name="adalora",
     peft_types={"ADALORA"},
     # AdaLoRA's config extends LoRA's.
+    # PEFT would replace an alpha of 0 by a rank, and that rank changes during training.
     keys={
-        **LORA_KEYS,
-        **EXCLUDE,
-        "init_r": is_rank,
-        # PEFT would replace 0 by a rank, and that rank changes during training.
+        **without(LORA_KEYS, "target_modules"),
         "lora_alpha": is_positive,
-        "rank_pattern": _is_masks,
+        "rank_pattern": is_pattern_of(_is_mask),
     },
     ignored={
         **LORA_IGNORED,

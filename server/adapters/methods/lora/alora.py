@@ -7,9 +7,6 @@ PEFT begins with the invocation's first token.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.methods.lora.lora import METHOD as LORA
 from turret.server.adapters.operators.vocabulary import EMBEDDING
@@ -19,7 +16,7 @@ _EVERYWHERE = "it changes tokens before the invocation, which the base alone mus
 
 
 def _check(adapter: Reading) -> None:
-    if adapter.is_partial:
+    if adapter.checkpoint.is_partial:
         # PEFT has no aLoRA layer for embeddings; it would adapt all tokens.
         adapter.fault("target_modules", say("UNSUPPORTED_VALUE", value=EMBEDDING, why=_EVERYWHERE))
     last, size = max(adapter.config[INVOCATION]), adapter.base.vocab_size

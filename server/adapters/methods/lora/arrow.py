@@ -13,16 +13,10 @@ router holds factors that its forward pass never reads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any, NamedTuple
-
-from turret.server.adapters.component import COMPONENTS_KEY, Component, is_components, unfit
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.methods.lora.lora import METHOD as LORA
 from turret.server.adapters.methods.lora.lora import A, B
 from turret.server.adapters.operators.gate import PrototypeScore
-from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.peft_format.config_rules import listed_twice
 from turret.server.adapters.peft_format.lora_rules import ARROW
 
@@ -65,16 +59,6 @@ def _is_arrow(value: Any) -> Text | None:
     return listed_twice([*experts, *general])
 
 
-class _Router(NamedTuple):
-    """The LoRAs that take part in routing, and the settings."""
-
-    experts: list[Component]
-    general: list[Component]
-    top_k: int
-    temperature: float
-    seed: int
-
-
 def _check_names(adapter: Reading) -> None:
     """Checks the two lists of names against the components."""
     config, findings = adapter.config, adapter.findings
@@ -91,22 +75,9 @@ def _check_names(adapter: Reading) -> None:
         findings.add(COMPONENTS_KEY, say("COMPONENT_UNLISTED", component=name, by=ARROW))
 
 
-def _router(adapter: Reading) -> _Router:
-    by_name = {component.ref.name: component for component in adapter.once(components_of)}
-    config = {**_DEFAULTS, **adapter.config[ARROW]}
-    if config.get("rng_seed") is None:
-        adapter.warn(say("ARROW_WITHOUT_SEED"))
-    return _Router(
-        experts=[by_name[name] for name in config["task_adapter_names"]],
-        general=[by_name[name] for name in config.get("gks_adapter_names") or []],
-        top_k=config["top_k"],
-        temperature=float(config["router_temperature"]),
-        seed=config.get("rng_seed") or 0,
-    )
-
-
-# A component's updates and the scalings folded into them, both by module.
-_Read = tuple[Mapping[str, Any], Mapping[str, float]]
+def _settings(adapter: Reading) -> dict[str, Any]:
+    """The config of the router, with defaults."""
+    return {**_DEFAULTS, **adapter.config[ARROW]}
 
 
 class _Expert(NamedTuple):
@@ -124,65 +95,62 @@ def _updates(adapter: Reading) -> dict[str, list[_Expert]]:
         AdapterCheckpointError: Some component lacks a module, or the factors cannot be subtracted;
             names all.
     """
-    router, modules, findings = adapter.once(_router), tuple(adapter.modules), adapter.findings
-    read: dict[str, _Read] = {}
-    for component in (*router.experts, *router.general):
-        held = {name: update_of(component, name) for name in modules}
-        lacking = [name for name, update in held.items() if update is None]
-        if lacking:
+    settings, findings = _settings(adapter), adapter.findings
+    by_name = {component.ref.name: component for component in adapter.once(components_of)}
+    experts = [by_name[name] for name in settings["task_adapter_names"]]
+    general = [by_name[name] for name in settings.get("gks_adapter_names") or []]
+    for component in (*experts, *general):
+        if any(update_of(component, name) is None for name in adapter.modules):
             why = "it does not adapt all modules that the router targets"
             findings.add(COMPONENTS_KEY, unfit(component, why))
-        scalings = {name: component.scalings.get(name, 1.0) for name in modules}
-        if 0 in scalings.values():
+        if any(component.scalings.get(name) == 0 for name in adapter.modules):
             findings.add(COMPONENTS_KEY, unfit(component, "it has a scaling of 0"))
-        if router.general and component.method != "lora":
+        if general and component.method != "lora":
             findings.add(COMPONENTS_KEY, unfit(component, "use_gks needs a plain LoRA"))
-        read[component.ref.name] = held, scalings
     findings.raise_if_any()
     made: dict[str, list[_Expert]] = {}
-    for name in modules:
-        experts, general = (
-            [_unscaled(read[one.ref.name], name) for one in some]
-            for some in (router.experts, router.general)
-        )
-        shapes = {one.a.shape for one in (*experts, *general)}
-        if general and len(shapes) > 1:
+    for name in adapter.modules:
+        made[name] = own = [_unscaled(one, name) for one in experts]
+        means = [_unscaled(one, name) for one in general]
+        shapes = {one.a.shape for one in (*own, *means)}
+        if means and len(shapes) > 1:
             ranks = ", ".join(str(shape[0]) for shape in sorted(shapes))
             findings.add(COMPONENTS_KEY, say("UNEQUAL_RANKS", ranks=ranks, module=name))
-        elif general:
-            a = torch.stack([one.a for one in general]).mean(0)
-            b = torch.stack([one.b for one in general]).mean(0)
-            experts = [_Expert(one.a - a, one.b - b, one.scaling) for one in experts]
-        made[name] = experts
+        elif means:
+            a = torch.stack([one.a for one in means]).mean(0)
+            b = torch.stack([one.b for one in means]).mean(0)
+            made[name] = [_Expert(one.a - a, one.b - b, one.scaling) for one in own]
     findings.raise_if_any()
     return made
 
 
-def _unscaled(component: _Read, name: str) -> _Expert:
-    held, scalings = component
-    update = held[name]
+def _unscaled(component: Component, name: str) -> _Expert:
+    update, scaling = update_of(component, name), component.scalings.get(name, 1.0)
     assert update is not None, "it was there"
     wide = torch.promote_types(update.a.dtype, torch.float32)
-    return _Expert(update.a.to(wide), update.b.to(wide) / scalings[name], scalings[name])
+    return _Expert(update.a.to(wide), update.b.to(wide) / scaling, scaling)
 
 
 def _starts(adapter: Reading) -> dict[int, torch.Tensor]:
     """The start vectors of the search for prototypes, as PEFT draws them; by number of inputs."""
+    seed = _settings(adapter).get("rng_seed")
+    if seed is None:
+        adapter.warn(say("ARROW_WITHOUT_SEED"))
     drawn = {}
     for inputs in {m.inputs for m in adapter.modules.values()}:
-        generator = torch.Generator().manual_seed(adapter.once(_router).seed)
-        start = torch.randn(inputs, generator=generator)
+        start = torch.randn(inputs, generator=torch.Generator().manual_seed(seed or 0))
         drawn[inputs] = start / (start.norm() + _EPS)
     return drawn
 
 
 def _operators(m: Module) -> Piece:
-
-    router, experts, dtype = m.once(_router), m.once(_updates)[m.name], m.reading.dtype
+    settings, dtype = _settings(m.reading), m.reading.dtype
+    experts, start = m.once(_updates)[m.name], m.once(_starts)[m.inputs]
     updates = [LowRank(one.a.to(dtype), (one.b * one.scaling).to(dtype)) for one in experts]
-    start = m.once(_starts)[m.inputs]
     prototypes = torch.stack([_prototype(one, start) for one in experts])
-    return gate(updates, PrototypeScore(prototypes, router.top_k, router.temperature))
+    temperature = float(settings["router_temperature"])
+    score = PrototypeScore(prototypes, settings["top_k"], temperature)
+    return gate_of(updates, lambda _: score)
 
 
 def _prototype(expert: _Expert, start: torch.Tensor) -> torch.Tensor:

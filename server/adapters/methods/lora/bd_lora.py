@@ -5,16 +5,13 @@ The file holds the blocks side by side: ``lora_A`` ``[r, in / n]`` or ``lora_B``
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.methods.lora.lora import METHOD as LORA
 from turret.server.adapters.methods.lora.lora import A, B, with_bias
 
 _KEY = "use_bdlora"
 _LISTS = {A: "target_modules_bd_a", B: "target_modules_bd_b"}
-_BLOCKS = Dim("nblocks", lambda m: m.config[_KEY]["nblocks"])
+_BLOCKS = Dim(lambda m: m.config[_KEY]["nblocks"])
 
 
 def _blocked(m: Module) -> list[str]:
@@ -45,7 +42,7 @@ def _operators(m: Module) -> Iterator[Piece]:
     factors = {role: m.tensors[role] for role in (A, B)}
     for role in _blocked(m):
         factors[role] = torch.block_diag(*factors[role].chunk(_BLOCKS.of(m)))
-    return with_bias(m, scaled_low_rank(factors[A], factors[B], m.scaling))
+    return with_bias(m, Scaled(factors[A], factors[B], m.scaling))
 
 
 METHOD = replace(

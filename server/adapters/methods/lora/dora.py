@@ -7,8 +7,6 @@ at load, never taken from elsewhere.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.methods.lora.lora import MAGNITUDE, A, B
 from turret.server.adapters.methods.lora.lora import METHOD as LORA
@@ -16,11 +14,11 @@ from turret.server.adapters.peft_format.reading import dora_gain
 
 
 def _operators(m: Module) -> list[Piece]:
-
     a, b = m.tensors[A], m.tensors[B]
     # At most one dequantised weight is held: it is freed before the next module's is made.
     own = dora_gain(m.tensors[MAGNITUDE], a, b, m.scaling, m.rows())
-    return [scaled_low_rank(a, b, m.scaling, own), gain(own)]
+    (wide,) = m.wide(B)
+    return [low_rank(a, wide * m.scaling * own[:, None]), Gain(own)]
 
 
 METHOD = replace(

@@ -7,9 +7,6 @@ in ``W_r``, so that it is the same whoever computes it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.methods.lora.lora import DIAGONAL, A, B, with_bias
 from turret.server.adapters.methods.lora.lora import METHOD as LORA

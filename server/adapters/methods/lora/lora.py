@@ -9,10 +9,6 @@ The variants of LoRA in this room declare their changes to ``METHOD``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
-from typing import Any
-
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.peft_format.expert_checkpoint import name_modules
 from turret.server.adapters.peft_format.lora_rules import (
@@ -51,11 +47,11 @@ def with_bias(m: Module, update: Piece) -> Iterator[Piece]:
     """A low-rank update, and the bias inside ``lora_B`` if there is one."""
     yield update
     if LORA_BIAS in m:
-        yield bias(m.tensors[LORA_BIAS].float() * m.scaling)
+        yield Bias(m.tensors[LORA_BIAS].float() * m.scaling)
 
 
 def operators(m: Module) -> Iterator[Piece]:
-    return with_bias(m, scaled_low_rank(m.tensors[A], m.tensors[B], m.scaling))
+    return with_bias(m, Scaled(m.tensors[A], m.tensors[B], m.scaling))
 
 
 METHOD = LinearMethod(

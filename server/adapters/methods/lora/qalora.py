@@ -6,9 +6,6 @@ PEFT pools by ``mean · in / g``, ``g`` the group's size: a LoRA whose ``A`` rep
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
-
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.methods.lora.lora import METHOD as LORA
 from turret.server.adapters.methods.lora.lora import A, B, with_bias
@@ -20,7 +17,7 @@ def _operators(m: Module) -> Iterator[Piece]:
     group = m.config[_GROUP]
     # The pooling goes into b with the scaling, so that a is rounded as PEFT rounds it.
     a = m.tensors[A].repeat_interleave(group, dim=1)
-    return with_bias(m, scaled_low_rank(a, m.tensors[B], m.scaling * (m.inputs / group**2)))
+    return with_bias(m, Scaled(a, m.tensors[B], m.scaling * (m.inputs / group**2)))
 
 
 METHOD = replace(

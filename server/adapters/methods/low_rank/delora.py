@@ -21,13 +21,7 @@ def _operators(m: Module) -> Piece:
 METHOD = LinearMethod(
     name="delora",
     peft_types={"DELORA"},
-    keys=EXCLUDE | LAYERS | {"r": is_rank, "rank_pattern": is_rank_pattern},
-    ignored={
-        "delora_lambda": IN_TENSORS,
-        "lambda_pattern": IN_TENSORS,
-        "module_dropout": DROPOUT,
-        "init_weights": START,
-    },
+    ignored={"delora_lambda": IN_TENSORS, "lambda_pattern": IN_TENSORS, "module_dropout": DROPOUT},
     bias=("delora_only",),
     has_patterns=True,
     tensors={

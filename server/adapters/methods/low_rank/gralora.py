@@ -7,9 +7,6 @@ whose factors are 0 outside the blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
-
 from turret.server.adapters.methods.kit import *
 
 _A, _B = "gralora_A", "gralora_B"
@@ -51,11 +48,8 @@ def _operators(m: Module) -> Piece:
 METHOD = LinearMethod(
     name="gralora",
     peft_types={"GRALORA"},
-    keys=TARGETS
-    | LAYERS
-    | CONV1D
-    | {"r": is_rank, "hybrid_r": is_count, "alpha": is_number, "gralora_k": is_rank},
-    ignored={"gralora_dropout": DROPOUT, "init_weights": START},
+    keys={"hybrid_r": is_count, "alpha": is_number, "gralora_k": is_rank},
+    ignored={"gralora_dropout": DROPOUT},
     bias=("gralora_only",),
     required=("alpha", "gralora_k", "hybrid_r"),
     conflicts=_conflicts,

@@ -14,7 +14,6 @@ The checkpoint holds ``…fusion_query.weight`` ``[d_k, in]`` and ``…fusion_ke
 
 from __future__ import annotations
 
-from turret.server.adapters.component import COMPONENTS_KEY, is_components
 from turret.server.adapters.methods.kit import *
 
 
@@ -24,13 +23,14 @@ def _operators(m: Module) -> Pieces:
     if not any(update is not None for update in updates):
         m.fault("fusion_query.weight", say("UNEXPECTED_TENSOR", by=COMPONENTS_KEY))
         return ()
-    return gate_by_query(updates, m.tensors["fusion_query.weight"], m.tensors["fusion_key.weight"])
+    query, keys = m.tensors["fusion_query.weight"], m.tensors["fusion_key.weight"]
+    return gate_of(updates, lambda b: query_score(query, keys, b, m.reading.dtype))
 
 
 METHOD = LinearMethod(
     name="learned_fusion",
     peft_types={"TURRET_FUSION"},
-    keys=EXCLUDE | LAYERS | {COMPONENTS_KEY: is_components, "d_k": is_rank},
+    keys={COMPONENTS_KEY: is_components},
     # A query costs as much as a factor A of rank d_k.
     rank="d_k",
     rank_name="d_k",

@@ -7,9 +7,6 @@ base's weight: ``ΔW_oi = (W_oi + I) M_o`` for each ``r`` outputs and ``r`` inpu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.operators.low_rank import piece_sums
 
@@ -53,7 +50,7 @@ def _sums(adapter: Reading) -> dict[tuple[int, int], torch.Tensor]:
 def _operators(m: Module) -> Piece:
     block = m.tensors[_role(m)]
     if _is_bat(m.config):
-        return dense(_turned(block, m.weight()))
+        return Dense(_turned(block, m.weight()))
     b = block.T.repeat(m.outputs // block.shape[1], 1)
     return low_rank(m.once(_sums)[m.rank, m.inputs], b)
 
@@ -72,7 +69,7 @@ def _turned(blocks: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 METHOD = LinearMethod(
     name="miss",
     peft_types=set(_TENSORS),
-    keys=EXCLUDE | LAYERS | {"r": is_rank, "mini_r": is_rank, "init_weights": _is_start},
+    keys={"mini_r": is_rank, "init_weights": _is_start},
     ignored={"miss_dropout": DROPOUT},
     bias=("MiSS_only", "bone_only"),
     # With "bat", r is the side of a block, and the update can have any rank.

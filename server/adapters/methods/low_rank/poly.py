@@ -28,9 +28,7 @@ def _operators(m: Module) -> Piece:
 METHOD = LinearMethod(
     name="poly",
     peft_types={"POLY"},
-    keys=EXCLUDE
-    | {"r": is_rank, "poly_type": is_one_of("poly"), **dict.fromkeys(_COUNTS, is_rank)},
-    ignored={"init_weights": START},
+    keys={"poly_type": is_one_of("poly"), **dict.fromkeys(_COUNTS, is_rank)},
     required=_COUNTS,
     tasks="n_tasks",
     tensors={

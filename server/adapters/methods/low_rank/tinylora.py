@@ -7,8 +7,6 @@ fixed.
 
 from __future__ import annotations
 
-from typing import Any
-
 from turret.server.adapters.methods.kit import *
 
 _V = "base_model.tinylora_v."
@@ -53,17 +51,13 @@ def _draw(m: Module) -> torch.Tensor:
 METHOD = LinearMethod(
     name="tinylora",
     peft_types={"TINYLORA"},
-    keys=TARGETS
-    | LAYERS
-    | CONV1D
-    | {
-        "r": is_rank,
+    keys={
         "u": is_rank,
         "weight_tying": _is_share,
         "projection_seed": is_seed,
         "save_projection": is_bool,
     },
-    ignored={"tinylora_dropout": DROPOUT, "init_v_bound": START, "init_weights": START},
+    ignored={"tinylora_dropout": DROPOUT, "init_v_bound": START},
     bias=("tinylora_only",),
     required=("u", "weight_tying", "projection_seed"),
     tensors={

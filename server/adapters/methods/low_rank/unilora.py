@@ -64,11 +64,8 @@ def draw_indices(seed: int, length: int, total: int) -> torch.Tensor:
 METHOD = LinearMethod(
     name="unilora",
     peft_types={"UNILORA"},
-    keys=TARGETS
-    | LAYERS
-    | CONV1D
-    | {"r": is_rank, "proj_seed": is_seed, "theta_d_length": is_rank, "save_indices": is_bool},
-    ignored={"unilora_dropout": DROPOUT, "init_theta_d_bound": START, "init_weights": START},
+    keys={"proj_seed": is_seed, "theta_d_length": is_rank, "save_indices": is_bool},
+    ignored={"unilora_dropout": DROPOUT, "init_theta_d_bound": START},
     bias=("unilora_only",),
     required=("theta_d_length", "proj_seed"),
     tensors={

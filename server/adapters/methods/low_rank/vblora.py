@@ -7,9 +7,6 @@ last.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
-
 from turret.server.adapters.methods.kit import *
 
 _BANK = "base_model.vblora_vector_bank"
@@ -66,15 +63,8 @@ def _vectors(m: Module, factor: str) -> torch.Tensor:
 METHOD = LinearMethod(
     name="vblora",
     peft_types={"VBLORA"},
-    keys=EXCLUDE
-    | LAYERS
-    | CONV1D
-    | {"r": is_rank, _KEPT: is_bool, **dict.fromkeys(_SIZES, is_rank)},
-    ignored={
-        "vblora_dropout": DROPOUT,
-        "init_vector_bank_bound": START,
-        "init_logits_std": START,
-    },
+    keys={_KEPT: is_bool, **dict.fromkeys(_SIZES, is_rank)},
+    ignored={"vblora_dropout": DROPOUT, "init_vector_bank_bound": START, "init_logits_std": START},
     bias=("vblora_only",),
     required=_SIZES,
     conflicts=_conflicts,

@@ -12,21 +12,9 @@ digest, in the order of the classifier's outputs; ``turret convert`` makes both 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
 
 from turret.kernels.fusion_gate import GATE_MULTIPLE, given_gate_reference
-from turret.server.adapters.base import BaseModel, BaseSizes
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
-from turret.server.adapters.component import (
-    COMPONENTS_KEY,
-    FindComponent,
-    find_no_component,
-    is_components,
-)
 from turret.server.adapters.lowering.components import filled_up, find_components, update_of
-from turret.server.adapters.lowering.lowered import Lowered, finish
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.operators.gate import GivenScore
 from turret.server.adapters.operators.token_router import TokenRouter
@@ -45,13 +33,6 @@ _MADE_FIRST: Mapping[str, frozenset[str]] = {
 _Layers = Sequence[tuple[Any, Any]]
 
 
-def _is_depth(value: Any) -> Text | None:
-    return is_rank(value) or (
-        None if value <= _MAX_DEPTH else invalid(value, f"at most {_MAX_DEPTH}")
-    )
-
-
-_REQUIRED = ("hidden_size", "xlora_depth", "xlora_size", "xlora_dropout_p", "layerwise_scalings")
 _DEFAULTS: Mapping[str, Any] = {
     "enable_softmax": True,
     "enable_softmax_topk": False,
@@ -62,25 +43,17 @@ _DEFAULTS: Mapping[str, Any] = {
 }
 
 
-def check(checkpoint: AdapterCheckpoint, base: BaseModel | BaseSizes) -> _Layers:
-    """Weights and biases of the classifier, in their order, checked except for the last outputs.
-
-    Raises:
-        AdapterCheckpointError: Keys or tensors are missing or of another shape (names all).
-        AdapterMismatchError: It reads the states of another base.
-    """
-    config, findings = checkpoint.config, Findings(checkpoint.path, base.name)
-    METHOD.check_config(config, findings)
-    for key in _REQUIRED:
-        if key not in config:
-            findings.add(key, say("REQUIRED"))
+def _layers(reading: Reading) -> _Layers:
+    """Weights and biases of the classifier, in their order, checked except for the last outputs."""
+    config, findings = reading.config, reading.findings
     if COMPONENTS_KEY not in config:
         findings.add(COMPONENTS_KEY, say("PART_OF_XLORA"))
-    findings.raise_if_any()
+    if findings.fields:
+        return []
     step = 3 if config["xlora_dropout_p"] > 0 else 2
     numbers = [step * number for number in range(config["xlora_depth"])]
     found: dict[tuple[int, str], Any] = {}
-    for name, tensor in checkpoint.tensors.items():
+    for name, tensor in reading.checkpoint.tensors.items():
         parts = _TENSOR.fullmatch(name)
         if parts is None or int(parts[1]) not in numbers:
             findings.add(name, say("UNKNOWN_TENSOR"))
@@ -99,36 +72,23 @@ def check(checkpoint: AdapterCheckpoint, base: BaseModel | BaseSizes) -> _Layers
         findings.check_shape(f"{label}.bias", bias, (outputs,), of_base=False)
         width = outputs
         made.append((weight, bias))
-    if config["hidden_size"] != base.hidden_size:
-        why = say("DIFFERS_FROM_BASE", value=config["hidden_size"], expected=base.hidden_size)
+    hidden, served = config["hidden_size"], reading.base.hidden_size
+    if hidden != served:
+        why = say("DIFFERS_FROM_BASE", value=hidden, expected=served)
         findings.mismatch("hidden_size", why)
-    findings.raise_if_any()
     return made
 
 
-def lower(
-    checkpoint: AdapterCheckpoint,
-    base: BaseModel,
-    max_rank: int | None = None,
-    find_component: FindComponent = find_no_component,
-) -> Lowered:
-
-    layers = check(checkpoint, base)
-    components = find_components(checkpoint, find_component)
+def _make(reading: Reading) -> Lowered:
+    base, components = reading.model, find_components(reading)
     updates = {name: [update_of(one, name) for one in components] for name in base.modules}
     adapted = [n for n in modules_in_order(base) if any(one is not None for one in updates[n])]
-    router = _router(checkpoint, base, layers, len(components), len(adapted))
+    router = _router(reading, len(adapted))
     assembly = Assembly(base.dtype)
     for number, name in enumerate(adapted):
-        assembly.add(name, gate(updates[name], GivenScore(number)))
-    lowered = finish(
-        checkpoint,
-        base,
-        assembly.modules(),
-        ranks={rank for component in components for rank in component.ranks},
-        components=tuple(component.ref.digest for component in components),
-        depends_on_base=False,
-    )
+        score = GivenScore(number)
+        assembly.add(name, gate_of(updates[name], lambda _, score=score: score))
+    lowered = finish(reading, assembly.modules())
     return replace(lowered, operators=replace(lowered.operators, router=router))
 
 
@@ -146,19 +106,14 @@ def modules_in_order(base: BaseModel) -> list[str]:
     ]
 
 
-def _router(
-    checkpoint: AdapterCheckpoint,
-    base: BaseModel,
-    layers: _Layers,
-    components: int,
-    modules: int,
-) -> TokenRouter:
-    """The classifier for ``components`` components in ``modules`` modules.
+def _router(reading: Reading, modules: int) -> TokenRouter:
+    """The classifier for the components in ``modules`` modules.
 
     Raises:
         AdapterCheckpointError: Its outputs or ``top_k_lora`` do not match the components.
     """
-    config, findings = {**_DEFAULTS, **checkpoint.config}, Findings(checkpoint.path, base.name)
+    config, findings = {**_DEFAULTS, **reading.config}, reading.findings
+    layers, components = reading.once(_layers), len(reading.components)
     outputs = len(layers[-1][0])
     wanted = components * (modules if config["layerwise_scalings"] else 1)
     if outputs != wanted:
@@ -206,7 +161,7 @@ METHOD = Method(
         "enable_softmax": is_bool,
         "enable_softmax_topk": is_bool,
         "layerwise_scalings": is_bool,
-        "xlora_depth": _is_depth,
+        "xlora_depth": is_integer(1, _MAX_DEPTH, f"an integer from 1 to {_MAX_DEPTH}"),
         "xlora_size": is_rank,
         "xlora_dropout_p": is_number,
         "softmax_temperature": is_positive,
@@ -218,6 +173,13 @@ METHOD = Method(
         "adapters": "the components are named by what they hold",
         "use_trainable_adapters": "the components hold what training made of them",
     },
-    check=check,
-    lower=lower,
+    required=(
+        "hidden_size",
+        "xlora_depth",
+        "xlora_size",
+        "xlora_dropout_p",
+        "layerwise_scalings",
+    ),
+    check=lambda reading: reading.once(_layers),
+    make=_make,
 )

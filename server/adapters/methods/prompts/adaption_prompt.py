@@ -11,18 +11,11 @@ the projections served; the scale is folded into the keys and the gate into the 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
 
-from turret.server.adapters.base import BaseModel, BaseSizes
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
 from turret.server.adapters.checkpoint.reader import all_finite
-from turret.server.adapters.lowering.lowered import Lowered, finish
 from turret.server.adapters.lowering.pieces import weight_times
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.operators.constant_kv import ConstantKv
-from turret.server.adapters.peft_format.refusals import unknown_tensors
 
 _NAME = re.compile(r"model\.layers\.(0|[1-9]\d{0,5})\.self_attn\.adaption_(prompt|gate)")
 # The supported models that PEFT can train this method on.
@@ -31,53 +24,27 @@ _MODEL_TYPES = ("llama", "mistral")
 _Layers = Mapping[int, Mapping[str, Any]]
 
 
-def check(checkpoint: AdapterCheckpoint, base: BaseModel | BaseSizes) -> _Layers:
+def _layers(reading: Reading) -> _Layers:
     """Prompt ``[1, adapter_len, hidden]`` and gate ``[1]`` of the last layers, by number."""
-    config, findings = checkpoint.config, Findings(checkpoint.path, base.name)
-    METHOD.check_config(config, findings)
-    for key in ("adapter_len", "adapter_layers"):
-        if key not in config:
-            findings.add(key, say("REQUIRED"))
+    base, findings = reading.base, reading.findings
     if base.model_type not in _MODEL_TYPES:
         served = " and ".join(_MODEL_TYPES)
         why = say("WRONG_MODEL_TYPE", expected=served, model_type=base.model_type)
         findings.mismatch("peft_type", why)
     found: dict[int, dict[str, Any]] = {}
-    strays = []
-    for name, tensor in checkpoint.tensors.items():
+    for name, tensor in reading.checkpoint.tensors.items():
         match = _NAME.fullmatch(name)
         if match is None:
-            strays.append(name)
+            findings.add(name, say("UNKNOWN_TENSOR"))
         else:
             found.setdefault(int(match[1]), {})[match[2]] = tensor
-    unknown_tensors(strays, findings)
     if not findings.fields & {"adapter_len", "adapter_layers"}:
-        _check(found, config, base, findings)
-    findings.raise_if_any()
+        _check(found, reading)
     return found
 
 
-def lower(checkpoint: AdapterCheckpoint, base: BaseModel, *_: object) -> Lowered:
-
-    layers, findings = check(checkpoint, base), Findings(checkpoint.path, base.name)
-    constants, assembly = {}, Assembly(base.dtype)
-    for number, tensors in layers.items():
-        attention = f"model.layers.{number}.self_attn"
-        constants[number] = _constants(tensors, attention, base)
-        served = base.modules[f"{attention}.o_proj"].bias
-        if served is not None:
-            assembly.add(f"{attention}.o_proj", bias(served))
-        if not all(map(all_finite, constants[number].tensors())):
-            findings.add(attention, say("NOT_FINITE", dtype=base.dtype))
-    findings.raise_if_any()
-    lowered = finish(checkpoint, base, assembly.modules())
-    operators = replace(lowered.operators, attention=constants)
-    return replace(lowered, operators=operators, target_modules=("self_attn",))
-
-
-def _check(
-    found: _Layers, config: Mapping[str, Any], base: BaseModel | BaseSizes, findings: Findings
-) -> None:
+def _check(found: _Layers, reading: Reading) -> None:
+    config, base, findings = reading.config, reading.base, reading.findings
     count = config["adapter_layers"]
     if count > base.num_layers:
         why = say("NOT_IN_RANGE", least=1, most=base.num_layers, value=count)
@@ -98,6 +65,21 @@ def _check(
                 # A prompt of another width may be valid, but is for another base.
                 is_width = part == "prompt" and tuple(tensor.shape[:-1]) == size[:2]
                 findings.check_shape(name, tensor, size, of_base=is_width)
+
+
+def _make(reading: Reading) -> Lowered:
+    base, constants, assembly = reading.model, {}, Assembly(reading.dtype)
+    reading.depends_on_base = True
+    for number, tensors in reading.once(_layers).items():
+        attention = f"model.layers.{number}.self_attn"
+        constants[number] = _constants(tensors, attention, base)
+        served = base.modules[f"{attention}.o_proj"].bias
+        if served is not None:
+            assembly.add(f"{attention}.o_proj", Bias(served))
+        if not all(map(all_finite, constants[number].tensors())):
+            reading.fault(attention, say("NOT_FINITE", dtype=base.dtype))
+    lowered = finish(reading, assembly.modules())
+    return replace(lowered, operators=replace(lowered.operators, attention=constants))
 
 
 def _constants(tensors: Mapping[str, torch.Tensor], attention: str, base: BaseModel) -> ConstantKv:
@@ -124,6 +106,7 @@ METHOD = Method(
         "adapter_len": is_rank,
         "adapter_layers": is_rank,
     },
-    check=check,
-    lower=lower,
+    required=("adapter_len", "adapter_layers"),
+    check=lambda reading: reading.once(_layers),
+    make=_make,
 )

@@ -6,9 +6,6 @@ one task of its files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.methods.prompt_kit import WITH_TEXT, SoftTokens
 

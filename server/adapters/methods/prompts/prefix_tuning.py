@@ -10,9 +10,5 @@ _PROJECTION = "the file holds the projection's output"
 METHOD = KeysAndValues(
     name="prefix_tuning",
     peft_types={"PREFIX_TUNING"},
-    ignored={
-        "prefix_projection": _PROJECTION,
-        "encoder_hidden_size": _PROJECTION,
-        "init_weights": START,
-    },
+    ignored={"prefix_projection": _PROJECTION, "encoder_hidden_size": _PROJECTION},
 )

@@ -25,16 +25,15 @@ def _block_size(m: Module) -> int:
     raise Stop
 
 
-_SIZE = Dim("b", _block_size)
+_SIZE = Dim(_block_size)
 
 METHOD = LinearMethod(
     name="c3a",
     peft_types={"C3A"},
-    keys=TARGETS | LAYERS | {"block_size": is_rank, "block_size_pattern": is_rank_pattern},
-    ignored={"init_weights": START},
+    keys={"block_size": is_rank, "block_size_pattern": is_rank_pattern},
     bias=("c3a_only",),
     rank=None,
     required=("block_size",),
     tensors={_KERNEL: (OUT / _SIZE, IN / _SIZE, _SIZE)},
-    operators=lambda m: circulant(m.exact(_KERNEL) / m.inputs),
+    operators=lambda m: Circulant(m.exact(_KERNEL) / m.inputs),
 )

@@ -17,14 +17,14 @@ def _operators(m: Module) -> Piece:
     coefficients = torch.zeros(m.outputs, m.inputs)
     spectrum = m.tensors[_SPECTRUM].to(torch.float32)
     coefficients.view(-1)[drawn_places(m, len(spectrum))] = spectrum
-    return dense(torch.fft.ifft2(coefficients).real * m.config["scaling"])
+    return Dense(torch.fft.ifft2(coefficients).real * m.config["scaling"])
 
 
 METHOD = LinearMethod(
     name="fourierft",
     peft_types={"FOURIERFT"},
-    keys=EXCLUDE | LAYERS | CONV1D | {"scaling": is_number, "random_loc_seed": is_seed},
-    ignored={"n_frequency": _COUNTED, "n_frequency_pattern": _COUNTED, "init_weights": START},
+    keys={"scaling": is_number, "random_loc_seed": is_seed},
+    ignored={"n_frequency": _COUNTED, "n_frequency_pattern": _COUNTED},
     bias=("fourier_only",),
     rank=None,
     required=("scaling", "random_loc_seed"),

@@ -7,8 +7,6 @@ smaller if ``r² < d/2``; otherwise the adapter is rejected.
 
 from __future__ import annotations
 
-import math
-
 from turret.server.adapters.checkpoint.adapter_checkpoint import MAX_REPORTED
 from turret.server.adapters.methods.kit import *
 from turret.server.errors import BudgetExceededError
@@ -38,13 +36,14 @@ def _check_cost(adapter: Reading) -> None:
 
 
 def _operators(m: Module) -> Piece:
-    return hadamard(*(m.tensors[role] for role in _ROLES), scaling=m.scaling)
+    first, *others = (m.tensors[role] for role in _ROLES)
+    wide = torch.promote_types(m.reading.dtype, torch.float32)
+    return Hadamard(first.to(wide) * m.scaling, *others)
 
 
 METHOD = LinearMethod(
     name="loha",
     peft_types={"LOHA"},
-    keys=LYCORIS,
     ignored=LYCORIS_IGNORED,
     alpha="alpha",
     has_patterns=True,

@@ -7,7 +7,6 @@ or ``decompose_factor``; the scale is PEFT's even if both factors are whole.
 from __future__ import annotations
 
 from turret.server.adapters.methods.kit import *
-from turret.server.adapters.peft_format.refusals import report_width
 
 _ROLES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 
@@ -23,7 +22,7 @@ def _check(m: Module) -> None:
         return
     (out_l, in_m), (out_k, in_n) = first, second
     if out_l * out_k != m.outputs or in_m * in_n != m.inputs:
-        report_width(m, in_m * in_n, out_l * out_k)
+        m.misfit_width(in_m * in_n, out_l * out_k)
     elif "lokr_w1" not in m and out_l * in_m > out_k * in_n:
         # w1's factors are multiplied out, so w1 must be the smaller factor; it always is in PEFT.
         m.fault("lokr_w1_a", say("INVALID_TENSOR", why="lokr_w1 must be the smaller factor"))
@@ -70,14 +69,13 @@ def _operators(m: Module) -> Piece:
         left, right = whole["lokr_w2_a"], whole["lokr_w2_b"]
         rows, columns, rank = left.shape[0], right.shape[1], right.shape[0]
         if rank * (rows + columns) < rows * columns:
-            return kronecker(w1, (left, right))
-    return kronecker(w1, factor("w2"))
+            return Kronecker(w1, (left, right))
+    return Kronecker(w1, factor("w2"))
 
 
 METHOD = LinearMethod(
     name="lokr",
     peft_types={"LOKR"},
-    keys=LYCORIS,
     ignored={
         **LYCORIS_IGNORED,
         "rank_dropout_scale": "dropout is off at inference",

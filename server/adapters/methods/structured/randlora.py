@@ -6,8 +6,6 @@ it has more inputs than outputs. The number of summed bases is that which gives 
 
 from __future__ import annotations
 
-import math
-
 from turret.server.adapters.methods.kit import *
 
 _LAMBDA, _GAMMA = "randlora_lambda", "randlora_gamma"
@@ -17,10 +15,10 @@ _SMALL_RANK = 512
 _A, _B = (f"base_model.{name}" for name in _COPIES)
 # Sparsity of a sparse basis, as in PEFT: an entry is nonzero with probability 1/3.
 _SPARSITY = 3
-_LEAST = Dim("min(in, out)", lambda m: min(m.inputs, m.outputs), is_served=True)
-_MOST = Dim("max(in, out)", lambda m: max(m.inputs, m.outputs), is_served=True)
+_LEAST = Dim(lambda m: min(m.inputs, m.outputs), is_served=True)
+_MOST = Dim(lambda m: max(m.inputs, m.outputs), is_served=True)
 # Number of bases that make the full rank.
-_BASES = Dim("⌈min(in, out)/r⌉", lambda m: -(-_LEAST.of(m) // m.rank), is_served=True)
+_BASES = Dim(lambda m: -(-_LEAST.of(m) // m.rank), is_served=True)
 
 
 def _check(adapter: Reading) -> None:
@@ -57,7 +55,7 @@ def _operators(m: Module) -> Piece | tuple[()]:
     # PEFT flattens one by ranks first and the other by bases first; the training used that.
     update = b[: _MOST.of(m), :count].to(wide).flatten(1) @ scaled.flatten(0, 1)
     update = update if m.inputs == _LEAST.of(m) else update.T
-    return dense(update * (m.config["randlora_alpha"] / m.config["r"]))
+    return Dense(update * (m.config["randlora_alpha"] / m.config["r"]))
 
 
 def _draw(
@@ -89,18 +87,14 @@ def _ternary(uniform: torch.Tensor, sparsity: float) -> torch.Tensor:
 METHOD = LinearMethod(
     name="randlora",
     peft_types={"RANDLORA"},
-    keys=TARGETS
-    | LAYERS
-    | CONV1D
-    | {
-        "r": is_rank,
+    keys={
         "randlora_alpha": is_number,
         "save_projection": is_bool,
         "projection_prng_key": is_seed,
-        "sparse": is_optional_bool,
-        "very_sparse": is_optional_bool,
+        "sparse": optional(is_bool),
+        "very_sparse": optional(is_bool),
     },
-    ignored={"randlora_dropout": DROPOUT, "init_weights": START},
+    ignored={"randlora_dropout": DROPOUT},
     bias=("randlora_only",),
     # r is the size of a basis; the update can have any rank.
     rank_of=lambda m: 0,

@@ -24,8 +24,7 @@ def _operators(m: Module) -> Pieces:
 METHOD = LinearMethod(
     name="shira",
     peft_types={"SHIRA"},
-    keys=TARGETS | CONV1D | {"r": is_rank},
-    ignored={"mask_type": _DRAWN, "random_seed": _DRAWN, "init_weights": START},
+    ignored={"mask_type": _DRAWN, "random_seed": _DRAWN},
     # r only determines how many entries change; the update can have any rank.
     rank_of=lambda m: 0,
     tensors={

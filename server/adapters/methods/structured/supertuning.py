@@ -7,8 +7,6 @@ weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from turret.server.adapters.methods.kit import *
 
 _VALUES, _PLACES = "supertuning_values", "supertuning_indices"
@@ -35,13 +33,8 @@ def _operators(m: Module) -> Iterator[Piece]:
 METHOD = LinearMethod(
     name="supertuning",
     peft_types={"SUPERTUNING"},
-    keys=TARGETS | {"r": optional(is_rank), "lora_alpha": optional(is_number)},
-    ignored={
-        "lora_dropout": DROPOUT,
-        "init_weights": START,
-        "sparsity": _CHOSEN,
-        "select_top": _CHOSEN,
-    },
+    keys={"r": optional(is_rank), "lora_alpha": optional(is_number)},
+    ignored={"lora_dropout": DROPOUT, "sparsity": _CHOSEN, "select_top": _CHOSEN},
     refused={
         "save_precomputed_indices": (
             (True,),

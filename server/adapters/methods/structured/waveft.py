@@ -34,10 +34,7 @@ def _operators(m: Module) -> Piece:
 METHOD = LinearMethod(
     name="waveft",
     peft_types={"WAVEFT"},
-    keys=EXCLUDE
-    | LAYERS
-    | CONV1D
-    | {
+    keys={
         "scaling": is_number,
         "wavelet_family": is_one_of(*WAVELETS),
         "use_idwt": is_bool,
@@ -47,7 +44,6 @@ METHOD = LinearMethod(
         "n_frequency": _COUNTED,
         "n_frequency_pattern": _COUNTED,
         "proportional_parameters": _COUNTED,
-        "init_weights": START,
     },
     bias=("waveft_only",),
     rank=None,

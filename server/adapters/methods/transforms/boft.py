@@ -7,9 +7,6 @@ with blocks of ``b 2ᴺ⁻¹``. PEFT makes one factor if its CUDA extension is m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
-
 from turret.server.adapters.methods.kit import *
 
 _R, _S = "boft_R", "boft_s"
@@ -28,8 +25,8 @@ def _factors(m: Module) -> int:
     return m.extent(_R, 0) if len(m.tensors[_R].shape) == 4 else 1
 
 
-_FACTORS = Dim("factors", lambda m: _factors(m) if _R in m else 1)
-_SIZE = Dim("b", _block_size)
+_FACTORS = Dim(lambda m: _factors(m) if _R in m else 1)
+_SIZE = Dim(_block_size)
 
 
 def _check(m: Module) -> None:
@@ -49,7 +46,7 @@ def _run(m: Module) -> int:
 
 
 def _operators(m: Module) -> tuple[Piece, Piece]:
-    return input_blocks(_product(m.exact(_R))), gain(m.tensors[_S])
+    return InputBlocks(_product(m.exact(_R))), Gain(m.tensors[_S])
 
 
 def _product(saved: torch.Tensor) -> torch.Tensor:
@@ -78,15 +75,12 @@ def _order(run: int, width: int, half: int) -> torch.Tensor:
 METHOD = LinearMethod(
     name="boft",
     peft_types={"BOFT"},
-    keys=EXCLUDE
-    | LAYERS
-    | CONV1D
-    | {
+    keys={
         "boft_block_size": is_count,
         "boft_block_num": is_count,
         "boft_n_butterfly_factor": is_rank,
     },
-    ignored={"boft_dropout": DROPOUT, "init_weights": START},
+    ignored={"boft_dropout": DROPOUT},
     bias=("boft_only",),
     rank=None,
     rank_name="block size",

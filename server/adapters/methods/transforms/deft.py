@@ -11,7 +11,7 @@ from turret.server.adapters.methods.kit import *
 
 _P, _R = "deft_P", "deft_R"
 # PEFT caps the rank at the number of outputs.
-_RANK = Dim("min(r, out)", lambda m: min(m.rank, m.outputs))
+_RANK = Dim(lambda m: min(m.rank, m.outputs))
 
 
 def _operators(m: Module) -> Piece:
@@ -30,16 +30,12 @@ def _operators(m: Module) -> Piece:
 METHOD = LinearMethod(
     name="deft",
     peft_types={"DEFT"},
-    keys=EXCLUDE
-    | LAYERS
-    | CONV1D
-    | {
-        "r": is_rank,
+    keys={
         "alpha": optional(is_number),
         "decomposition_method": is_one_of("relu", "qr"),
         "para": is_bool,
     },
-    ignored={"deft_dropout": DROPOUT, "init_scale": START, "init_weights": START},
+    ignored={"deft_dropout": DROPOUT, "init_scale": START},
     bias=("deft_only",),
     rank_of=_RANK.of,
     required=("decomposition_method", "para"),

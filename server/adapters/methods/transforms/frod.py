@@ -8,8 +8,6 @@ error is estimated and reported, and the adapter is rejected if most of the upda
 
 from __future__ import annotations
 
-from typing import Any
-
 from turret.server.adapters.methods.kit import *
 
 _L, _VALUES = "frod_lambda_l", "frod_lambda_s_values"
@@ -33,7 +31,7 @@ def _shared(adapter: Reading) -> Shared:
     found: dict[str, Any] = {}
     for name, m in adapter.modules.items():
         # The base determines these sizes, so a mismatch means that the adapter is for another base.
-        side = Dim("in", lambda _, size=m.inputs: size, is_served=True)
+        side = Dim(lambda _, size=m.inputs: size, is_served=True)
         found[_name(_V, name)] = (side, side)
         found[_name(_PLACES, name)] = indices(2, _COUNT.of(m))
         found[_name(_SIZE, name)] = indices(2, or_floats=True)
@@ -79,7 +77,7 @@ def _operators(m: Module) -> Pieces:
     update, noise = _update(m, inverse)
     solved.trained += float(update.square().sum())
     solved.moved += noise**2
-    return dense(update)
+    return Dense(update)
 
 
 def _check_noise(adapter: Reading) -> None:
@@ -112,7 +110,6 @@ def _update(m: Module, inverse: torch.Tensor) -> tuple[torch.Tensor, float]:
 METHOD = LinearMethod(
     name="frod",
     peft_types={"FROD"},
-    keys=TARGETS | LAYERS | CONV1D,
     ignored={
         "projection_prng_key": _IN_FILE,
         "sparse_rate": _IN_FILE,
@@ -120,7 +117,6 @@ METHOD = LinearMethod(
         "progressbar": "shows how far PEFT is",
         "runtime_offload_base_weight": "says where PEFT keeps weights",
         "frod_dropout": DROPOUT,
-        "init_weights": START,
     },
     refused={
         "save_projection": (

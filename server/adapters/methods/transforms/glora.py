@@ -7,8 +7,6 @@ update. ``C``, ``D`` and ``E`` change the bias, if the base has one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from turret.server.adapters.methods.kit import *
 
 _WEIGHT: dict[str, dict[str, Shape]] = {
@@ -54,14 +52,14 @@ def _operators(m: Module) -> Iterator[Piece]:
         if role.endswith(".zeros") and bool(values.any()):
             m.fault(role, say("INVALID_TENSOR", why="every value must be 0"))
     if "glora_A.Xd" in m:
-        yield modulated(m.tensors["glora_A.Xu"], m.tensors["glora_A.Xd"])
+        yield ModulatedBase(m.tensors["glora_A.Xu"], m.tensors["glora_A.Xd"].T)
         yield low_rank(m.tensors["glora_B.Xu"], m.tensors["glora_B.Xd"])
     if "glora_A.X" in m:
-        yield gain(1.0 + m.tensors["glora_A.X"].float().reshape(-1).expand(m.outputs))
+        yield Gain(1.0 + m.tensors["glora_A.X"].float().reshape(-1).expand(m.outputs))
         b = m.tensors["glora_B.X"].reshape(-1, 1).expand(m.outputs, 1)
         yield low_rank(b.new_ones(1, m.inputs), b)
     if (change := _bias(m)) is not None:
-        yield bias(change)
+        yield Bias(change)
 
 
 def _bias(m: Module) -> torch.Tensor | None:
@@ -90,14 +88,11 @@ def _rank(m: Module) -> int:
 METHOD = LinearMethod(
     name="glora",
     peft_types={"GLORA"},
-    keys=TARGETS
-    | {
-        "r": is_rank,
+    keys={
         "config_A_B": is_one_of(*_WEIGHT),
         "config_C": is_one_of(*_COLUMN),
         "config_D_E": is_one_of("constant", "vector", "none"),
     },
-    ignored={"init_weights": START},
     refused={
         "bias": (("none", None), "biases trained beside GLoRA's own are not used"),
     },

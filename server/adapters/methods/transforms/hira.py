@@ -14,15 +14,14 @@ def _rank(m: Module) -> int:
     return m.config["r"] if m.extent("hira_A", 0) == m.config["r"] else m.rank
 
 
-_R = Dim("r", _rank)
+_R = Dim(_rank)
 
 METHOD = LinearMethod(
     name="hira",
     peft_types={"HIRA"},
-    keys=EXCLUDE | LAYERS | CONV1D | {"r": is_rank, "rank_pattern": is_rank_pattern},
-    ignored={"hira_dropout": DROPOUT, "init_weights": START},
+    ignored={"hira_dropout": DROPOUT},
     has_patterns=True,
     rank_of=_rank,
     tensors={"hira_A": (_R, IN), "hira_B": (OUT, _R)},
-    operators=lambda m: modulated(m.tensors["hira_A"], m.tensors["hira_B"]),
+    operators=lambda m: ModulatedBase(m.tensors["hira_A"], m.tensors["hira_B"].T),
 )

@@ -55,8 +55,7 @@ def _orthonormal(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 METHOD = LinearMethod(
     name="hra",
     peft_types={"HRA"},
-    keys=EXCLUDE | LAYERS | {"r": is_rank, "apply_GS": is_bool},
-    ignored={"init_weights": START},
+    keys={"apply_GS": is_bool},
     bias=("hra_only",),
     most_rank=lambda inputs, outputs: inputs,
     required=("apply_GS",),

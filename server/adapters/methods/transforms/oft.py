@@ -12,10 +12,7 @@ Before 0.14 PEFT turned outputs; those files have no ``oft_block_size``.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 from turret.server.adapters.methods.kit import *
 
@@ -58,7 +55,7 @@ def _shape(*size: Dim) -> Callable[[Module], Shape]:
     def shape(m: Module) -> Shape:
         blocks = 1 if m.config["block_share"] else m.inputs // _block_size(m)
         is_one = blocks == 1 or any(m.extent(role, 0) == 1 for role in (_TRIANGLE, _MATRIX))
-        return Dim("blocks", lambda _: blocks, is_served=not is_one), *size
+        return Dim(lambda _: blocks, is_served=not is_one), *size
 
     return shape
 
@@ -68,9 +65,9 @@ def _is_old(m: Module) -> bool:
 
 
 def _operators(m: Module) -> Iterator[Piece]:
-    yield input_blocks(_rotation(m))
+    yield InputBlocks(_rotation(m))
     if _SCALE in m:
-        yield gain(m.tensors[_SCALE])
+        yield Gain(m.tensors[_SCALE])
 
 
 def _rotation(m: Module) -> torch.Tensor:
@@ -122,16 +119,13 @@ def _projected(blocks: torch.Tensor, eps: float) -> torch.Tensor:
     return torch.where(norms <= limit, blocks, limit * (blocks / norms))
 
 
-_BLOCK = Dim("b", _block_size)
-_ABOVE = Dim("b·(b − 1)/2", lambda m: _block_size(m) * (_block_size(m) - 1) // 2)
+_BLOCK = Dim(_block_size)
+_ABOVE = Dim(lambda m: _block_size(m) * (_block_size(m) - 1) // 2)
 
 METHOD = LinearMethod(
     name="oft",
     peft_types={"OFT"},
-    keys=EXCLUDE
-    | LAYERS
-    | CONV1D
-    | {
+    keys={
         "r": is_count,
         "oft_block_size": is_count,
         "block_share": is_bool,
@@ -139,11 +133,11 @@ METHOD = LinearMethod(
         "eps": is_number,
         "use_cayley_neumann": is_bool,
         "num_cayley_neumann_terms": is_rank,
-        "peft_version": is_optional_text,
+        "peft_version": optional(is_text),
         "rank_pattern": _is_pattern,
         "alpha_pattern": _is_pattern,
     },
-    ignored={"module_dropout": DROPOUT, "init_weights": START},
+    ignored={"module_dropout": DROPOUT},
     bias=("oft_only",),
     rank=None,
     rank_name="block size",

@@ -27,18 +27,16 @@ def _operators(m: Module) -> Piece:
     u, s, v = torch.linalg.svd(m.weight().to(torch.float32), full_matrices=False)
     kept, wide = len(s) - len(trained_s), trained_u.dtype
     tail = (u[:, kept:] * s[kept:]).to(wide) @ v[kept:].to(wide)
-    return dense((trained_u * trained_s) @ trained_v - tail)
+    return Dense((trained_u * trained_s) @ trained_v - tail)
 
 
 METHOD = LinearMethod(
     name="osf",
     peft_types={"OSF"},
-    keys=TARGETS,
     ignored={
         "effective_rank": _COUNTED,
         "rank_pattern": _COUNTED,
         "target_svd_config": "PEFT ignores it",
-        "init_weights": START,
     },
     rank=None,
     tensors={_S: (_N,), _U: (OUT, _N), _V: (_N, IN)},

@@ -6,9 +6,6 @@ each decoder adds the input of its encoder. The network runs once, at load; its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 from turret.server.adapters.methods.kit import *
 
 _A, _B = "peanut_A.weight", "peanut_B.weight"
@@ -28,11 +25,6 @@ ACTIVATIONS: Mapping[str, _Activation | None] = {
 
 def activation(name: str) -> _Activation:
     return ACTIVATIONS[name] or getattr(torch.nn.functional, name)
-
-
-def _is_depth(value: Any) -> Text | None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_DEPTH
-    return None if ok else invalid(value, f"an integer from 0 to {_MAX_DEPTH}")
 
 
 def _layer(kind: str, number: int) -> str:
@@ -60,15 +52,11 @@ def _network(x: torch.Tensor, m: Module) -> torch.Tensor:
 METHOD = LinearMethod(
     name="peanut",
     peft_types={"PEANUT"},
-    keys=EXCLUDE
-    | LAYERS
-    | {
-        "r": is_rank,
-        "depth": _is_depth,
+    keys={
+        "depth": is_integer(0, _MAX_DEPTH, f"an integer from 0 to {_MAX_DEPTH}"),
         "act_fn": is_one_of(*ACTIVATIONS),
         "scaling": is_number,
     },
-    ignored={"init_weights": START},
     required=("depth", "act_fn", "scaling"),
     tensors={
         _A: (R, OUT),

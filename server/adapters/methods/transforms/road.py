@@ -8,9 +8,6 @@ sin θ``, of a pair (``road_1``), of an output (``road_2``), or each with its ow
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 from turret.server.adapters.methods.kit import *
 
 _THETA, _ALPHA = "road_theta", "road_alpha"
@@ -29,7 +26,7 @@ def _shape(m: Module) -> Shape:
     size = sizes[m.config["variant"]]
     # A size that another variant would have is a wrong config, not another base.
     is_other = any(m.extent(role, 0) in sizes.values() for role in (_THETA, _ALPHA))
-    return (Dim("", lambda _: size, is_served=not is_other),)
+    return (Dim(lambda _: size, is_served=not is_other),)
 
 
 def _operators(m: Module) -> Iterator[Piece]:
@@ -37,11 +34,11 @@ def _operators(m: Module) -> Iterator[Piece]:
     cosine, sine = _columns(m.config["variant"], group, m.exact(_THETA), m.exact(_ALPHA))
     signs = torch.tensor([-1.0, 1.0]).repeat_interleave(group // 2)
     cosine, sine = cosine.float(), (sine * signs.repeat(len(sine) // group)).float()
-    yield pairs(sine, group)
-    yield gain(cosine)
+    yield PairRotation(sine, group)
+    yield Gain(cosine)
     if (served := m.bias()) is not None:
         partners = served.view(-1, 2, group // 2).flip(1).flatten()
-        yield bias((cosine - 1.0) * served + sine * partners)
+        yield Bias((cosine - 1.0) * served + sine * partners)
 
 
 def _columns(
@@ -63,8 +60,7 @@ def _columns(
 METHOD = LinearMethod(
     name="road",
     peft_types={"ROAD"},
-    keys=TARGETS | {"variant": is_one_of("road_1", "road_2", "road_4"), "group_size": _is_group},
-    ignored={"init_weights": START},
+    keys={"variant": is_one_of("road_1", "road_2", "road_4"), "group_size": _is_group},
     rank=None,
     required=("variant", "group_size"),
     tensors={_THETA: _shape, _ALPHA: _shape},

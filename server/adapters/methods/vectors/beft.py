@@ -7,9 +7,7 @@ from turret.server.adapters.methods.kit import *
 METHOD = LinearMethod(
     name="beft",
     peft_types={"BEFT"},
-    keys=TARGETS,
-    ignored={"init_weights": START},
     rank=None,
     tensors={"beft_bias": (1, OUT)},
-    operators=lambda m: bias(m.tensors["beft_bias"]),
+    operators=lambda m: Bias(m.tensors["beft_bias"]),
 )

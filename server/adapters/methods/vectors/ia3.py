@@ -6,9 +6,6 @@ The input of a feed-forward module is ``l ⊙ x`` (input gain). The output of an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.peft_format.targets import Pattern, match_all
 
@@ -47,17 +44,17 @@ def _check(adapter: Reading) -> None:
 def _operators(m: Module) -> Iterator[Piece]:
     vector = m.tensors[_VECTOR]
     if m.name in m.once(_feedforward):
-        yield input_gain(vector)
+        yield InputGain(vector)
         return
-    yield gain(vector)
+    yield Gain(vector)
     if (served := m.bias()) is not None:
-        yield bias((vector.reshape(-1).float() - 1.0) * served)
+        yield Bias((vector.reshape(-1).float() - 1.0) * served)
 
 
 METHOD = LinearMethod(
     name="ia3",
     peft_types={"IA3"},
-    keys=EXCLUDE | CONV1D | {_KEY: _is_selector},
+    keys={_KEY: _is_selector},
     ignored={"init_ia3_weights": START},
     rank=None,
     required=(_KEY,),

@@ -23,6 +23,7 @@ from peft import PeftType
 from said import says
 
 from turret.server.adapters.methods import METHODS, method_for
+from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.methods.unserved import UNSERVED
 from turret.server.adapters.peft_format.config_rules import Irrelevant, Rejected, Used
 from turret.server.errors import (
@@ -231,9 +232,9 @@ def test_rank_over_the_limit_is_a_budget_error(
     checkpoint = read_adapter(tmp_path)
     # The rank of a pruned AdaLoRA is the number of its remaining ranks.
     rank = rank or max(len(t) for n, t in checkpoint.tensors.items() if n.endswith("lora_E"))
-    assert METHODS[method].lower(checkpoint, base, rank).ranks[-1] == rank
+    assert lower_checkpoint(checkpoint, base, rank)[1].ranks[-1] == rank
     with pytest.raises(BudgetExceededError, check=says("RANK_OVER_LIMIT", rank=rank)):
-        METHODS[method].lower(checkpoint, base, rank - 1)
+        lower_checkpoint(checkpoint, base, rank - 1)
 
 
 def test_an_adalora_of_no_rank_touches_nothing_there(tmp_path: Path) -> None:

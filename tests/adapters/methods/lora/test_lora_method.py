@@ -26,6 +26,7 @@ from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods import method_for
+from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.peft_format import reading
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -37,7 +38,7 @@ def read(directory: Path) -> AdapterCheckpoint:
 
 def lower(directory: Path, base: BaseModel, max_rank: int | None = None) -> Lowered:
     checkpoint = read(directory)
-    return method_for(checkpoint).lower(checkpoint, base, max_rank)
+    return lower_checkpoint(checkpoint, base, max_rank)[1]
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
