@@ -25,7 +25,6 @@ from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoi
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.lowering.lowered import Lowered
-from turret.server.adapters.methods import method_for
 from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.peft_format import reading
 
