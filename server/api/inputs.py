@@ -136,7 +136,9 @@ async def pooled(
             )
             request = Request(
                 request_id=request_id,
-                prompt_token_ids=tuple(await input_token_ids(each, vocabulary.tokenizer, limits)),
+                prompt_token_ids=tuple(
+                    await input_token_ids(each, vocabulary.tokenizer, limits, call.tenant)
+                ),
                 adapters=refs,
                 deadline=deadline,
                 # Divide the size of the message among its inputs.

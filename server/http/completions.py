@@ -111,7 +111,7 @@ class Completions(Asks):
             read = inference_pb2.TokenizeRequest(
                 token_ids=inference_pb2.TokenIds(ids=ids), adapters=asked.message.adapters
             )
-            answer.text = (await self._inference.tokenize(read)).text
+            answer.text = (await self._inference.tokenize(read, exchange.call)).text
             answer.logprobs.extend(scored.tokens)
         return answer
 

@@ -384,7 +384,7 @@ class Messages(Asks):
         chat = _chat_of(body, exchange.names)
         tools_of(body.tools, body.tool_choice.choice, _is_parallel(body), chat)
         question = inference_pb2.TokenizeRequest(adapters=mix, chat=chat)
-        answer = await self._inference.tokenize(question)
+        answer = await self._inference.tokenize(question, exchange.call)
         await exchange.reply.json({"input_tokens": len(answer.token_ids)})
 
 

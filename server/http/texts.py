@@ -126,7 +126,7 @@ class Tokens(Asks):
             message.chat.CopyFrom(chat_of(body.messages, body))
             tools_of(body.tools, body.tool_choice, body.parallel_tool_calls, message.chat)
         wants_texts = body.return_token_strs
-        answer = await self._inference.tokenize(message)
+        answer = await self._inference.tokenize(message, exchange.call)
         await exchange.reply.json(
             {
                 "count": len(answer.token_ids),
@@ -144,7 +144,7 @@ class Tokens(Asks):
             return
         ids = inference_pb2.TokenIds(ids=body.tokens)
         message = inference_pb2.TokenizeRequest(token_ids=ids, adapters=mix)
-        answer = await self._inference.tokenize(message)
+        answer = await self._inference.tokenize(message, exchange.call)
         await exchange.reply.json({"prompt": answer.text})
 
     async def info(self, exchange: Exchange) -> None:

@@ -174,7 +174,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: _Context
     ) -> inference_pb2.TokenizeResponse:
-        return await self._inference.tokenize(request)
+        return await self._inference.tokenize(request, current_call())
 
     async def GetModel(
         self, request: inference_pb2.GetModelRequest, context: _Context
