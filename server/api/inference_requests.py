@@ -8,6 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -209,7 +210,7 @@ def _object(text: str) -> dict[str, Any]:
 
 # Tokenising more text than this takes over a millisecond or so, and leaves the event loop.
 _INLINE_CHARS = 4096
-_encoding = FairPool(os.cpu_count() or 1, "turret-encoding")
+_encoding = FairPool(ThreadPoolExecutor(os.cpu_count() or 1, "turret-encoding"))
 
 _SAMPLING_SCALARS = (
     "temperature",
@@ -441,7 +442,7 @@ async def generate_request(
     check_request_id(message.request_id, violations)
     salt = request_salt(call, message.cache_salt, violations)
     violations.raise_if_any()
-    constraint = None if spec is None else await vocabulary.constraints.compile(spec)
+    constraint = None if spec is None else await vocabulary.constraints.compile(spec, call.tenant)
     return Request(
         request_id=message.request_id or call.request_id,
         prompt_token_ids=tuple(

@@ -20,12 +20,11 @@ class FairPool:
     of them, besides those that run already.
 
     Args:
-        num_threads: The number of jobs that run at once.
-        name: The beginning of the threads' names.
+        threads: The threads. Nothing else may use them.
     """
 
-    def __init__(self, num_threads: int, name: str) -> None:
-        self._threads = ThreadPoolExecutor(num_threads, name)
+    def __init__(self, threads: ThreadPoolExecutor) -> None:
+        self._threads = threads
         self._lock = threading.Lock()
         # The tenants that wait, in the order of their turns.
         self._waiting: dict[bytes, deque[_Job]] = {}
@@ -41,6 +40,15 @@ class FairPool:
             RuntimeError: No thread can be started.
         """
         return await asyncio.wrap_future(self._submit(tenant, job))
+
+    def close(self) -> None:
+        """Begin no further job, and cancel those that wait."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            waiting = [future for jobs in self._waiting.values() for future, _ in jobs]
+            self._waiting.clear()
+        for future in waiting:
+            future.cancel()
 
     def _submit(self, tenant: bytes, job: Callable[[], _T]) -> Future[_T]:
         future: Future[_T] = Future()

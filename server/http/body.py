@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pydantic_core import from_json
@@ -26,7 +27,7 @@ MAX_CONTAINERS = 1 << 15
 _INLINE_BYTES = 32 << 10
 # Large bodies are parsed one at a time: a body of 4 MiB can become 60 MiB of objects, and the
 # bodies of several clients would add up.
-_parsing = FairPool(1, "turret-body")
+_parsing = FairPool(ThreadPoolExecutor(1, "turret-body"))
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _ALL_BUT_STRUCTURE = bytes(set(range(256)) - set(b'"[{'))

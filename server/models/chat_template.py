@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -123,7 +124,7 @@ class _Lane:
             max_answer_bytes=MAX_TEXT_BYTES,
             packages=("jinja2", "markupsafe"),
         )
-        self.pool = FairPool(1, "chat-template")
+        self.pool = FairPool(ThreadPoolExecutor(1, "chat-template"))
 
 
 # Features of a chat template beyond turns: tools, and blocks of reasoning.

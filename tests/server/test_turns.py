@@ -4,6 +4,7 @@ import asyncio
 import gc
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -11,7 +12,12 @@ from turret.server.basics.turns import FairPool
 
 
 async def test_tenants_take_turns_and_a_cancelled_job_never_runs() -> None:
-    pool, is_open, begun, ran = FairPool(1, "turns"), threading.Event(), threading.Event(), []
+    pool, is_open, begun, ran = (
+        FairPool(ThreadPoolExecutor(1)),
+        threading.Event(),
+        threading.Event(),
+        [],
+    )
 
     def block() -> None:
         begun.set()
@@ -37,7 +43,7 @@ class _Body:
 
 
 async def test_a_job_that_fails_leaves_nothing_behind() -> None:
-    pool, body = FairPool(1, "turns"), _Body()
+    pool, body = FairPool(ThreadPoolExecutor(1)), _Body()
     left = weakref.ref(body)
 
     def fail(body: _Body = body) -> None:
