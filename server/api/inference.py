@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import turret
-from turret.server.api.call import Call, new_draw
+from turret.server.api.call import Call
 from turret.server.api.gate import ServingGate
 from turret.server.api.inference_answers import (
     JoinedChunks,
@@ -64,7 +64,8 @@ class Inference:
         """The format of answers to a conversation with these adapters; see ``format_of``."""
         backend = self._gate.enter()
         vocabulary = await backend.vocabularies.of(adapters, chat.chat_template, draw=call.draw)
-        return await format_of(chat, vocabulary.tokenizer, InputLimits.of(backend, vocabulary))
+        limits = InputLimits.of(backend, vocabulary)
+        return await format_of(chat, vocabulary.tokenizer, limits, call.tenant)
 
     async def generate(
         self,
@@ -166,23 +167,23 @@ class Inference:
         return await classify(message, self._gate.enter(), call)
 
     async def tokenize(
-        self, message: inference_pb2.TokenizeRequest
+        self, message: inference_pb2.TokenizeRequest, call: Call
     ) -> inference_pb2.TokenizeResponse:
         """The tokens of a prompt, a chat or token ids, and their text."""
-        backend, draw = self._gate.enter(), new_draw()
+        backend = self._gate.enter()
         vocabulary = await backend.vocabularies.of(
-            message.adapters, message.chat.chat_template, draw=draw
+            message.adapters, message.chat.chat_template, draw=call.draw
         )
         tokenizer = vocabulary.tokenizer
         violations = Violations()
         limits = InputLimits.of(backend, vocabulary).for_tokenize()
         check_input(message, limits, violations)
-        refs = adapter_refs(message.adapters, violations, draw)
+        refs = adapter_refs(message.adapters, violations, call.draw)
         violations.raise_if_any()
         if refs:
             # No step uses these adapters, but they must exist.
             backend.registry.release(backend.registry.acquire(refs))
-        ids = await input_token_ids(message, tokenizer, limits)
+        ids = await input_token_ids(message, tokenizer, limits, call.tenant)
         check_length(len(ids), limits.max_tokens, "tokens")
         return await converted(
             len(ids),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,6 +30,7 @@ from turret.server.api.limits import (
     InputLimits,
 )
 from turret.server.api.violations import Violations, adapter_refs
+from turret.server.basics.turns import FairPool
 from turret.server.constraints.grammar import MAX_CHOICES, MAX_CONSTRAINT_CHARS, ConstraintSpec
 from turret.server.engine.scheduling.request import (
     MAX_STOP_STRINGS,
@@ -208,6 +210,7 @@ def _object(text: str) -> dict[str, Any]:
 
 # Tokenising more text than this takes over a millisecond or so, and leaves the event loop.
 _INLINE_CHARS = 4096
+_encoding = FairPool(ThreadPoolExecutor(os.cpu_count() or 1, "turret-encoding"))
 
 _SAMPLING_SCALARS = (
     "temperature",
@@ -340,17 +343,17 @@ def shared_fields(message: Running, call: Call, violations: Violations) -> dict[
     }
 
 
-async def rendered_chat(chat: inference_pb2.Chat, tokenizer: Tokenizer) -> RenderedChat:
+async def rendered_chat(
+    chat: inference_pb2.Chat, tokenizer: Tokenizer, tenant: bytes
+) -> RenderedChat:
     """The text of a checked conversation; errors are those of ``Tokenizer.render_chat``."""
     is_short = chat_size(chat) <= _INLINE_CHARS
-    return await asyncio.get_running_loop().run_in_executor(
-        tokenizer.chat_executor(is_short),
-        functools.partial(render_chat, chat, tokenizer, is_short),
-    )
+    render = functools.partial(render_chat, chat, tokenizer, is_short)
+    return await tokenizer.chat_pool(is_short).run(tenant, render)
 
 
 async def format_of(
-    chat: inference_pb2.Chat, tokenizer: Tokenizer, limits: InputLimits
+    chat: inference_pb2.Chat, tokenizer: Tokenizer, limits: InputLimits, tenant: bytes
 ) -> ChatFormat:
     """The format of answers to a conversation.
 
@@ -374,11 +377,13 @@ async def format_of(
         begun = chat.messages[-1].content
         opens = begun.rfind("<think>") > begun.rfind("</think>")
     else:
-        opens = (await rendered_chat(chat, tokenizer)).opens_reasoning
+        opens = (await rendered_chat(chat, tokenizer, tenant)).opens_reasoning
     return replace(found, opens_reasoning=opens)
 
 
-async def input_token_ids(message: Asked, tokenizer: Tokenizer, limits: InputLimits) -> list[int]:
+async def input_token_ids(
+    message: Asked, tokenizer: Tokenizer, limits: InputLimits, tenant: bytes
+) -> list[int]:
     """The tokens of a checked ``input``; long texts are tokenised off the event loop.
 
     Raises:
@@ -389,7 +394,7 @@ async def input_token_ids(message: Asked, tokenizer: Tokenizer, limits: InputLim
     if which == "token_ids":
         return list(message.token_ids.ids)
     if which == "chat":
-        chat = await rendered_chat(message.chat, tokenizer)
+        chat = await rendered_chat(message.chat, tokenizer, tenant)
         size = chat.num_chars
         check_length(size, limits.max_chars, "characters")
         encode = functools.partial(tokenizer.encode_rendered, chat)
@@ -397,7 +402,7 @@ async def input_token_ids(message: Asked, tokenizer: Tokenizer, limits: InputLim
         size = len(message.prompt)
         encode = functools.partial(tokenizer.encode, message.prompt)
     is_short = size <= _INLINE_CHARS and tokenizer.encodes_at_once
-    return encode() if is_short else await asyncio.to_thread(encode)
+    return encode() if is_short else await _encoding.run(tenant, encode)
 
 
 async def generate_request(
@@ -439,9 +444,11 @@ async def generate_request(
     if violations.check_count(len(so_far), limits.max_tokens, "answer_so_far"):
         _check_ids(so_far, limits.vocab_size, violations, "answer_so_far")
     violations.raise_if_any()
-    constraint = None if spec is None else await vocabulary.constraints.compile(spec)
+    constraint = None if spec is None else await vocabulary.constraints.compile(spec, call.tenant)
     return Request(
-        prompt_token_ids=tuple(await input_token_ids(message, vocabulary.tokenizer, limits)),
+        prompt_token_ids=tuple(
+            await input_token_ids(message, vocabulary.tokenizer, limits, call.tenant)
+        ),
         sampling=sampling,
         stop=stop,
         options=options,
@@ -463,7 +470,9 @@ async def score_request(
     options = violations.build(ResponseOptions, values, "")
     violations.raise_if_any()
     return Request(
-        prompt_token_ids=tuple(await input_token_ids(message, vocabulary.tokenizer, limits)),
+        prompt_token_ids=tuple(
+            await input_token_ids(message, vocabulary.tokenizer, limits, call.tenant)
+        ),
         own_tokenizer=vocabulary.own,
         options=options,
         score=True,

@@ -124,7 +124,9 @@ async def pooled(
                 message.adapters, each.chat.chat_template, draw=call.draw
             )
             request = Request(
-                prompt_token_ids=tuple(await input_token_ids(each, vocabulary.tokenizer, limits)),
+                prompt_token_ids=tuple(
+                    await input_token_ids(each, vocabulary.tokenizer, limits, call.tenant)
+                ),
                 pooling=pooling,
                 own_tokenizer=vocabulary.own,
                 **shared,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import threading
+from collections import Counter
 from typing import Protocol
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from turret.server.basics.turns import FairPool
 from turret.server.basics.work import PANICS_ARE_ERRORS, work_in_background
 from turret.server.constraints.constraint import (
     Constraint,
@@ -22,6 +24,8 @@ from turret.server.words import say
 NUM_THREADS = 2
 # Maximum number of constraints that are being compiled or waited for at a time.
 MAX_RUNNING = 64
+# Those of one token. The others keep at least a quarter of the places.
+MAX_RUNNING_OF_TOKEN = 48
 # The slowest constraint within the limits below took half a second to compile here.
 COMPILE_SECONDS = 20.0
 _RETRY_SECONDS = 1.0
@@ -61,26 +65,33 @@ class ConstraintCompiler:
         self._tokens = tokens
         self._lock = threading.Lock()
         self._native: _Followable | InvalidRequestError | None = None
-        self._executor = roomy_executor(NUM_THREADS, "constraints", work_in_background)
-        self._executor.submit(self._tokenizer)
+        threads = roomy_executor(NUM_THREADS, "constraints", work_in_background)
+        threads.submit(self._tokenizer)
+        self._pool = FairPool(threads)
         self.kept = KeptConstraints() if kept is None else kept
         self._owner = self.kept.new_owner()
         self._running: dict[bytes, asyncio.Future[Constraint]] = {}
+        # The number of those that each token asked for first.
+        self._tenants: Counter[bytes] = Counter()
 
     def close(self) -> None:
         """Compile nothing more."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._pool.close()
 
     def forget(self) -> None:
         """Drop everything that was compiled."""
         self.kept.forget(self._owner)
 
-    async def compile(self, spec: ConstraintSpec) -> Constraint:
+    async def compile(self, spec: ConstraintSpec, tenant: bytes = b"") -> Constraint:
         """The compiled form of a constraint, of as many characters as there may be.
+
+        Args:
+            spec: The constraint.
+            tenant: The token that asks for it; empty if all requests share one queue.
 
         Raises:
             InvalidRequestError: It cannot be read or met; names the parts that are to blame.
-            QueueFullError: Too many others are being compiled.
+            QueueFullError: Too many others are being compiled, in total or for this token.
             BudgetExceededError: The compilation took too long.
         """
         key = spec.digest
@@ -94,10 +105,16 @@ class ConstraintCompiler:
                     say("TOO_MANY_COMPILATIONS", most=MAX_RUNNING),
                     retry_after_seconds=_RETRY_SECONDS,
                 )
-            loop = asyncio.get_running_loop()
-            future = loop.run_in_executor(self._executor, self._compile, spec)
+            if tenant and self._tenants[tenant] >= MAX_RUNNING_OF_TOKEN:
+                raise QueueFullError(
+                    say("TOO_MANY_COMPILATIONS_OF_TOKEN", most=MAX_RUNNING_OF_TOKEN),
+                    retry_after_seconds=_RETRY_SECONDS,
+                )
+            job = functools.partial(self._compile, spec)
+            future = asyncio.ensure_future(self._pool.run(tenant, job))
             self._running[key] = future
-            future.add_done_callback(functools.partial(self._keep, key))
+            self._tenants[tenant] += 1
+            future.add_done_callback(functools.partial(self._keep, key, tenant))
         try:
             # Shield the compilation: other requests may wait for it, and later ones find its
             # result.
@@ -107,8 +124,11 @@ class ConstraintCompiler:
             said = say("COMPILATION_TOO_SLOW", seconds=COMPILE_SECONDS)
             raise BudgetExceededError(said) from None
 
-    def _keep(self, key: bytes, future: asyncio.Future[Constraint]) -> None:
+    def _keep(self, key: bytes, tenant: bytes, future: asyncio.Future[Constraint]) -> None:
         del self._running[key]
+        self._tenants[tenant] -= 1
+        if not self._tenants[tenant]:
+            del self._tenants[tenant]
         if future.cancelled() or future.exception() is not None:
             return
         self.kept.keep(self._owner, key, future.result())

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pydantic_core import from_json
 from starlette.types import Receive
 
 from turret.server.basics.codes import Code
+from turret.server.basics.turns import FairPool
 from turret.server.errors import InvalidRequestError
 from turret.server.http.refusals import HttpRefusal
 from turret.server.http.schemas.fields import Body, Sent, read
@@ -26,7 +27,7 @@ MAX_CONTAINERS = 1 << 15
 _INLINE_BYTES = 32 << 10
 # Large bodies are parsed one at a time: a body of 4 MiB can become 60 MiB of objects, and the
 # bodies of several clients would add up.
-_parser = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="turret-body")
+_parsing = FairPool(ThreadPoolExecutor(1, "turret-body"))
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _ALL_BUT_STRUCTURE = bytes(set(range(256)) - set(b'"[{'))
@@ -37,7 +38,7 @@ class ClientGoneError(Exception):
 
 
 async def read_json(
-    receive: Receive, headers: Mapping[str, str], model: type[Body]
+    receive: Receive, headers: Mapping[str, str], model: type[Body], tenant: bytes
 ) -> tuple[Sent[Any], int]:
     """The content of the request's body, and the body's size in bytes.
 
@@ -45,6 +46,7 @@ async def read_json(
         receive: ASGI's ``receive`` function.
         headers: The request's headers.
         model: The model with the body's fields.
+        tenant: The client's tenant, whose turn it must be for a large body to be parsed.
 
     Raises:
         HttpRefusal: The body is too large, too slow, compressed, or not declared to be JSON.
@@ -60,8 +62,7 @@ async def read_json(
     data = await read_body(receive, headers)
     if len(data) <= _INLINE_BYTES:
         return read(model, parse(data)), len(data)
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(_parser, lambda: read(model, parse(data))), len(data)
+    return await _parsing.run(tenant, lambda: read(model, parse(data))), len(data)
 
 
 async def read_body(receive: Receive, headers: Mapping[str, str]) -> bytes:

@@ -111,7 +111,7 @@ async def _score_one(
         read = inference_pb2.TokenizeRequest(
             token_ids=inference_pb2.TokenIds(ids=ids), adapters=asked.message.adapters
         )
-        answer.text = (await inference.tokenize(read)).text
+        answer.text = (await inference.tokenize(read, exchange.call)).text
         answer.logprobs.extend(scored.tokens)
     return answer
 

@@ -181,7 +181,9 @@ class Endpoint:
                 await route.handler(exchange)
                 return Code.OK, None
             if route.body is not None:
-                exchange._sent, call.message_bytes = await read_json(receive, headers, route.body)
+                exchange._sent, call.message_bytes = await read_json(
+                    receive, headers, route.body, call.tenant
+                )
             else:
                 await read_body(receive, headers)
             return await _answer(route.handler, exchange, receive), None

@@ -389,7 +389,7 @@ async def count_tokens(exchange: Exchange) -> None:
     chat = _chat_of(body, exchange.names)
     tools_of(body.tools, body.tool_choice.choice, _is_parallel(body), chat)
     question = inference_pb2.TokenizeRequest(adapters=mix, chat=chat)
-    answer = await exchange.services.inference.tokenize(question)
+    answer = await exchange.services.inference.tokenize(question, exchange.call)
     await exchange.reply.json({"input_tokens": len(answer.token_ids)})
 
 

@@ -118,7 +118,7 @@ async def tokenize(exchange: Exchange) -> None:
         message.chat.CopyFrom(chat_of(body.messages, body))
         tools_of(body.tools, body.tool_choice, body.parallel_tool_calls, message.chat)
     wants_texts = body.return_token_strs
-    answer = await exchange.services.inference.tokenize(message)
+    answer = await exchange.services.inference.tokenize(message, exchange.call)
     await exchange.reply.json(
         {
             "count": len(answer.token_ids),
@@ -137,7 +137,7 @@ async def detokenize(exchange: Exchange) -> None:
         return
     ids = inference_pb2.TokenIds(ids=body.tokens)
     message = inference_pb2.TokenizeRequest(token_ids=ids, adapters=mix)
-    answer = await exchange.services.inference.tokenize(message)
+    answer = await exchange.services.inference.tokenize(message, exchange.call)
     await exchange.reply.json({"prompt": answer.text})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from turret.server.basics import codes
 from turret.server.basics.confined import Confined, ConfinedError
 from turret.server.basics.files import read_regular, unreadable
 from turret.server.basics.names import closest
+from turret.server.basics.turns import FairPool
 from turret.server.errors import InvalidRequestError, UnavailableError
 from turret.server.words import Text, say
 
@@ -59,9 +60,9 @@ class ChatTemplate:
         self._variables = variables
         self._short, self._long = _Lane(), _Lane()
 
-    def executor(self, is_short: bool) -> Executor:
-        """The executor on which to call ``render`` for a short or a long conversation."""
-        return (self._short if is_short else self._long).executor
+    def pool(self, is_short: bool) -> FairPool:
+        """The pool in which to call ``render`` for a short or a long conversation."""
+        return (self._short if is_short else self._long).pool
 
     def render(
         self,
@@ -123,7 +124,7 @@ class _Lane:
             max_answer_bytes=MAX_TEXT_BYTES,
             packages=("jinja2", "markupsafe"),
         )
-        self.executor = ThreadPoolExecutor(1, "chat-template")
+        self.pool = FairPool(ThreadPoolExecutor(1, "chat-template"))
 
 
 # Features of a chat template beyond turns: tools, and blocks of reasoning.

@@ -7,7 +7,6 @@ import json
 import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from tokenizers.models import WordLevel
 
 from turret.server.adapters.adapter import OwnTemplate
 from turret.server.basics import codes
+from turret.server.basics.turns import FairPool
 from turret.server.basics.work import LACK_OF_MEMORY_IS_REPORTED, PANICS_ARE_ERRORS
 from turret.server.errors import InvalidRequestError
 from turret.server.models.chat_template import (
@@ -300,9 +300,9 @@ class Tokenizer:
         """Whether a short text is encoded in so little time that the event loop may do it."""
         return not self._encoder.is_confined
 
-    def chat_executor(self, is_short: bool) -> Executor:
-        """The executor on which to call ``render_chat`` for a short or a long conversation."""
-        return self._chats.executor(is_short)
+    def chat_pool(self, is_short: bool) -> FairPool:
+        """The pool in which to call ``render_chat`` for a short or a long conversation."""
+        return self._chats.pool(is_short)
 
     def render_chat(
         self,

@@ -44,7 +44,7 @@ _INFERENCE: dict[str, _Method] = {
     "Score": Inference.score,
     "Embed": Inference.embed,
     "Classify": Inference.classify,
-    "Tokenize": lambda api, message, call: api.tokenize(message),
+    "Tokenize": Inference.tokenize,
     "GetModel": lambda api, _, call: api.model(),
 }
 # The methods of ``server/api`` by the names of the services and their RPCs.

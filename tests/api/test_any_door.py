@@ -112,7 +112,7 @@ async def test_an_answer_is_counted_and_logged_when_its_call_is_finished(
 
 async def test_a_call_that_is_not_counted_is_logged_alone(house: House) -> None:
     call = house.begin(is_counted=False)
-    answer = await house.inference.tokenize(inference_pb2.TokenizeRequest(prompt="a"))
+    answer = await house.inference.tokenize(inference_pb2.TokenizeRequest(prompt="a"), call)
     assert list(answer.token_ids) == [97]
     call.finish(Code.OK)
     assert house.sample("turret_requests_total", adapter="base", code="OK") is None

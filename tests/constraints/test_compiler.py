@@ -311,6 +311,35 @@ async def test_a_caller_that_leaves_takes_nothing_from_the_others(
     may_go_on.set()
 
 
+async def test_tokens_take_turns_and_leave_places_for_others(
+    compiler: ConstraintCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_go_on, order = threading.Event(), []
+    compile_one = ConstraintCompiler._compile
+
+    def waiting(self: ConstraintCompiler, spec: ConstraintSpec) -> Constraint:
+        may_go_on.wait(30)
+        order.append(spec.texts[0])
+        return compile_one(self, spec)
+
+    monkeypatch.setattr(ConstraintCompiler, "_compile", waiting)
+    number = compiler_module.MAX_RUNNING_OF_TOKEN
+    asked = [
+        asyncio.ensure_future(compiler.compile(ConstraintSpec("regex", (f"a{i}",)), b"alice"))
+        for i in range(number)
+    ]
+    await asyncio.sleep(0)
+    with pytest.raises(QueueFullError, check=says("TOO_MANY_COMPILATIONS_OF_TOKEN")):
+        await compiler.compile(ConstraintSpec("regex", ("a",)), b"alice")
+    asked.append(asyncio.ensure_future(compiler.compile(ConstraintSpec("regex", ("b",)), b"bob")))
+    await asyncio.sleep(0)
+    may_go_on.set()
+    await asyncio.gather(*asked)
+    # The threads had begun two jobs of the first token.
+    assert order.index("b") <= 2 + compiler_module.NUM_THREADS
+    assert isinstance(await compiler.compile(ConstraintSpec("regex", ("a",)), b"alice"), Constraint)
+
+
 async def test_tokenizers_that_cannot_be_followed() -> None:
     class Odd:
         eos_token_ids: frozenset[int] = frozenset()

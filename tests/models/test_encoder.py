@@ -114,7 +114,7 @@ async def test_a_slow_text_is_refused_and_others_go_on(slow_tokenizer: tokenizer
 
     async def ids(text: str) -> list[int]:
         request = inference_pb2.GenerateRequest(prompt=text)
-        return await input_token_ids(request, slow_tokenizer, limits)
+        return await input_token_ids(request, slow_tokenizer, limits, b"")
 
     assert len(await ids("abc")) == 3
     longest, last = 0.0, time.monotonic()

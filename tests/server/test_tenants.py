@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,8 @@ from turret.server.config import (
 )
 from turret.server.engine.speculation import Drafter
 from turret.server.errors import QueueFullError
+from turret.server.http import body
+from turret.server.models.tokenizer import Tokenizer
 from turret.v1 import inference_pb2, inference_pb2_grpc
 
 PROMPT = list(range(60, 110))  # three full blocks
@@ -258,3 +261,40 @@ def test_a_token_has_one_share_however_the_header_spells_it() -> None:
                 pass
         with Party(shares, "Bearer bob", "ipv4:127.0.0.1:1").hold():
             pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "function", "asked"),
+    [
+        (Tokenizer, "render_chat", {"messages": [{"role": "user", "content": "a"}]}),
+        (Tokenizer, "encode", {"prompt": "a"}),
+        (body, "parse", {"prompt": "a" * 40_000}),
+    ],
+    ids=["templates", "tokenizer", "parser"],
+)
+async def test_work_before_the_queue_is_done_for_tokens_in_turn(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: Any,
+    function: str,
+    asked: dict[str, Any],
+) -> None:
+    number, took = 60, getattr(kind, function)
+
+    def slow(*arguments: Any, **more: Any) -> Any:
+        time.sleep(0.02)
+        return took(*arguments, **more)
+
+    async with serving(folder, monkeypatch, token_file=folder / "tokens") as doors:
+        monkeypatch.setattr(kind, function, slow)
+        monkeypatch.setattr(Tokenizer, "encodes_at_once", False)
+
+        async def ask(token: str) -> httpx2.Response:
+            headers = {"authorization": f"Bearer {token}"}
+            return await doors.client.post("/tokenize", json=asked, headers=headers)
+
+        of_alice = [asyncio.create_task(ask("alice")) for _ in range(number)]
+        await asyncio.wait(of_alice, return_when=asyncio.FIRST_COMPLETED)
+        await ask("bob")
+        assert sum(task.done() for task in of_alice) < number / 2
+        await asyncio.gather(*of_alice)

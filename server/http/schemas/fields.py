@@ -489,12 +489,17 @@ def _prompts(value: Any) -> dict[str, str | list[int]]:
     return {"" if is_one else f"[{index}]": each for index, each in enumerate(values)}
 
 
+# The maximum number of parts of one text.
+MAX_TEXT_PARTS = 4096
+
+
 def text_of(value: Any, kinds: Iterable[str], *place: str) -> str:
     """A text, or the joined texts of parts that have one of these types."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
         raise wrong_at(say("WRONG_TYPE", expected="a string or a list of text parts"), *place)
+    _few_parts(value, *place)
     for index, part in enumerate(value):
         if not isinstance(part, dict) or part.get("type") not in (*kinds,):
             raise wrong_at(say("NOT_TEXT"), *place, index)
@@ -503,13 +508,20 @@ def text_of(value: Any, kinds: Iterable[str], *place: str) -> str:
     return "".join(part["text"] for part in value)
 
 
+def _few_parts(value: Any, *place: str) -> Any:
+    if isinstance(value, list) and (found := len(value)) > MAX_TEXT_PARTS:
+        raise wrong_at(say("TOO_MANY_ENTRIES", most=MAX_TEXT_PARTS, found=found), *place)
+    return value
+
+
 def _content(*kinds: str) -> WithJsonSchema:
     part = {
         "type": "object",
         "properties": {"type": {"enum": list(kinds)}, "text": {"type": "string"}},
         "required": ["type", "text"],
     }
-    return WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": part}]})
+    parts = {"type": "array", "maxItems": MAX_TEXT_PARTS, "items": part}
+    return WithJsonSchema({"anyOf": [{"type": "string"}, parts]})
 
 
 _ID = {"type": "integer", "minimum": 0, "maximum": UINT32}
@@ -570,5 +582,5 @@ ClosedSchema = Annotated[
 ]
 Content = Annotated[str, BeforeValidator(lambda value: text_of(value, ("text",))), _content("text")]
 # Read later by the item that contains it, because only some items have text as content.
-ItemContent = Annotated[Any, _content(*ITEM_PARTS)]
+ItemContent = Annotated[Any, BeforeValidator(_few_parts), _content(*ITEM_PARTS)]
 Function = Literal["function"]

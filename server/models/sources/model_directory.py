@@ -53,6 +53,10 @@ def check_model_directory(model: Path) -> dict[str, Any]:
     return config
 
 
+# More than in any published model.
+_MOST_LAYERS = 1024
+
+
 def check_config(config: dict[str, Any], model: Path | str) -> None:
     """Refuse a ``config.json`` of what is not served.
 
@@ -66,6 +70,18 @@ def check_config(config: dict[str, Any], model: Path | str) -> None:
     kind = families.text_type(config)
     if kind not in families.FAMILIES:
         raise families.not_served(kind)
+    # Reading the config takes memory for each layer.
+    for part in (config, config.get("text_config")):
+        layers = part.get("num_hidden_layers") if isinstance(part, dict) else None
+        if isinstance(layers, int) and layers > _MOST_LAYERS:
+            raise _refuse(
+                say(
+                    "CONFIG_UNSUPPORTED",
+                    key="num_hidden_layers",
+                    value=layers,
+                    choices=f"1 to {_MOST_LAYERS}",
+                )
+            )
     quantization = config.get("quantization_config")
     if quantization is None or is_4bit(config):
         return
@@ -210,6 +226,9 @@ def read_config(model: Path) -> dict[str, Any]:
         raise _refuse(
             say("PATH_UNUSABLE", path=path, problem=say("NOT_JSON", problem=error))
         ) from None
+    except RecursionError:
+        why = say("JSON_TOO_NESTED")
+        raise _refuse(say("PATH_UNUSABLE", path=path, problem=why)) from None
     if not isinstance(config, dict):
         raise _refuse(say("FILE_NOT_A_JSON_OBJECT", path=path))
     return config

@@ -63,6 +63,12 @@ def test_a_model_that_cannot_be_served(tmp_path: Path) -> None:
     config.write_text('{"model_type": "bert"}')
     assert "bert" in said(tmp_path)
     assert ", ".join(served_types()) in said(tmp_path)
+    config.write_text("[" * 100_000)
+    assert says("JSON_TOO_NESTED")(said(tmp_path))
+    layers = {"num_hidden_layers": 1025}
+    for part in (layers, {"text_config": layers}):
+        config.write_text(json.dumps({"model_type": "llama", **part}))
+        assert said(tmp_path).params["key"] == "num_hidden_layers"
     config.write_text('{"model_type": "llama"}')
     assert said(tmp_path).reason == "MODEL_HAS_NO_WEIGHTS"
     (tmp_path / "pytorch_model.bin").touch()

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ from turret.server.adapters.adapter import (
 from turret.server.adapters.merger import Merge, MergedAdapter, MergeReport, MergeState
 from turret.server.api.gate import Backend
 from turret.server.api.vocabularies import Vocabularies, Vocabulary
+from turret.server.basics.turns import FairPool
 from turret.server.basics.work import Cancellation
 from turret.server.constraints.constraint import KeptConstraints
 from turret.server.engine.scheduling.request import (
@@ -68,11 +69,14 @@ class FakeTokenizer:
     default_template = None
     template_variables: ClassVar = {}
 
+    def __init__(self) -> None:
+        self._pool = FairPool(ThreadPoolExecutor(1))
+
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def chat_executor(self, is_short: bool) -> None:
-        """An executor that renders chats on the event loop's own threads."""
+    def chat_pool(self, is_short: bool) -> FairPool:
+        return self._pool
 
     def render_chat(self, messages: Any, tools: Any = (), **how: bool) -> RenderedChat:
         return RenderedChat(["".join(f"{m['role']}:{m['content']};" for m in messages)])
@@ -394,7 +398,7 @@ class FakeConstraints:
     def __init__(self) -> None:
         self.kept = KeptConstraints()
 
-    async def compile(self, spec: Any) -> Any:
+    async def compile(self, spec: Any, tenant: bytes = b"") -> Any:
         return spec
 
     def close(self) -> None:

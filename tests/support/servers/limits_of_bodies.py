@@ -61,6 +61,7 @@ def _within(
 ) -> Iterator[Place]:
     if "$ref" in schema:
         schema = definitions[schema["$ref"].rpartition("/")[2]]
+    assert schema.get("type") != "array" or "maxItems" in schema, f"{path} {steps} has no limit"
     if "maxItems" in schema or "maxProperties" in schema:
         yield Place(path, steps, schema.get("maxItems") or schema["maxProperties"])
     for name, inside in schema.get("properties", {}).items():

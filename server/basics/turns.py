@@ -1,0 +1,88 @@
+"""Threads that take the jobs of several tenants in turn."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
+_Job = tuple[Future[Any], Callable[[], Any]]
+
+
+class FairPool:
+    """A pool of threads that serves tenants in turn, one job each.
+
+    So the jobs of one tenant, however many they are, delay another tenant's next job by at most one
+    of them, besides those that run already.
+
+    Args:
+        threads: The threads. Nothing else may use them.
+    """
+
+    def __init__(self, threads: ThreadPoolExecutor) -> None:
+        self._threads = threads
+        self._lock = threading.Lock()
+        # The tenants that wait, in the order of their turns.
+        self._waiting: dict[bytes, deque[_Job]] = {}
+
+    async def run(self, tenant: bytes, job: Callable[[], _T]) -> _T:
+        """The result of ``job``, which a thread calls at the tenant's turn.
+
+        Args:
+            tenant: On whose behalf the job runs; empty means one that everybody shares.
+            job: Does the work. If the caller is cancelled before it begins, it never runs.
+
+        Raises:
+            RuntimeError: No thread can be started.
+        """
+        return await asyncio.wrap_future(self._submit(tenant, job))
+
+    def close(self) -> None:
+        """Begin no further job, and cancel those that wait."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            waiting = [future for jobs in self._waiting.values() for future, _ in jobs]
+            self._waiting.clear()
+        for future in waiting:
+            future.cancel()
+
+    def _submit(self, tenant: bytes, job: Callable[[], _T]) -> Future[_T]:
+        future: Future[_T] = Future()
+        with self._lock:
+            self._waiting.setdefault(tenant, deque()).append((future, job))
+        try:
+            # The thread chooses the job when it begins.
+            self._threads.submit(self._work)
+        except RuntimeError:
+            future.cancel()
+            raise
+        return future
+
+    def _work(self) -> None:
+        future, job = self._next()
+        try:
+            result = job()
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+        # An error's traceback holds this frame: without this line they would keep each other, and
+        # the job, until the garbage collector looks.
+        del future, job
+
+    def _next(self) -> _Job:
+        """The next job that was not cancelled; one that does nothing if there is none."""
+        with self._lock:
+            while self._waiting:
+                tenant = next(iter(self._waiting))
+                jobs = self._waiting.pop(tenant)
+                found = jobs.popleft()
+                if jobs:
+                    self._waiting[tenant] = jobs
+                if found[0].set_running_or_notify_cancel():
+                    return found
+        return Future(), lambda: None

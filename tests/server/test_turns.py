@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from turret.server.basics.turns import FairPool
+
+
+async def test_tenants_take_turns_and_a_cancelled_job_never_runs() -> None:
+    pool, is_open, begun, ran = (
+        FairPool(ThreadPoolExecutor(1)),
+        threading.Event(),
+        threading.Event(),
+        [],
+    )
+
+    def block() -> None:
+        begun.set()
+        is_open.wait()
+
+    asked = [asyncio.create_task(pool.run(b"a", block))]
+    await asyncio.to_thread(begun.wait)
+    jobs = [(b"a", 0), (b"a", 1), (b"b", 2), (b"a", 3), (b"c", 4), (b"b", 5), (b"b", 6)]
+    asked += [
+        asyncio.create_task(pool.run(tenant, lambda name=name: ran.append(name)))
+        for tenant, name in jobs
+    ]
+    await asyncio.sleep(0)
+    asked[1 + 3].cancel()
+    await asyncio.sleep(0.01)
+    is_open.set()
+    await asyncio.gather(*asked, return_exceptions=True)
+    assert ran == [0, 2, 4, 1, 5, 6]
+
+
+class _Body:
+    pass
+
+
+async def test_a_job_that_fails_leaves_nothing_behind() -> None:
+    pool, body = FairPool(ThreadPoolExecutor(1)), _Body()
+    left = weakref.ref(body)
+
+    def fail(body: _Body = body) -> None:
+        raise ValueError(body)
+
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(ValueError, match="_Body"):
+            await pool.run(b"", fail)
+        del body, fail
+        # The thread drops the job after it has set the result.
+        await pool.run(b"", lambda: None)
+        assert left() is None
+    finally:
+        gc.enable()
