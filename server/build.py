@@ -240,7 +240,7 @@ def _build_executor(
         store,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
-        capture=capture_for(decoder.device, decoder.dtype),
+        capture=capture_for(decoder.device),
         on_graphs_off=metrics.cuda_graphs_off,
     )
 

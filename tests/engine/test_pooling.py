@@ -214,7 +214,7 @@ async def test_the_gpu_path_pools_as_transformers_do(
     use_coarse_tiles(monkeypatch)
     base = twin("qwen3")
     prompts = [prompt_of(length, length) for length in (20, 5)]
-    with patch.object(decode_graphs, "capture_for", lambda device, dtype: FakeCapture()):
+    with patch.object(decode_graphs, "capture_for", lambda device: FakeCapture()):
         async with EngineHarness.start(
             base.folder,
             root,

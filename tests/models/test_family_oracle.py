@@ -193,7 +193,7 @@ async def test_the_torch_path_equals_peft(architecture: str, tmp_path: Path) -> 
 @pytest.mark.long
 @pytest.mark.parametrize("architecture", OTHER_ARCHITECTURES)
 async def test_the_gpu_path_equals_peft(architecture: str, tmp_path: Path) -> None:
-    with patch.object(decode_graphs, "capture_for", lambda device, dtype: FakeCapture()):
+    with patch.object(decode_graphs, "capture_for", lambda device: FakeCapture()):
         await check_few(architecture, tmp_path, gpu=True)
 
 

@@ -157,7 +157,7 @@ async def test_the_gpu_path_equals_peft(architecture: str, tmp_path: Path) -> No
         config = make_config(name, **ADAPTERS[name][1])
         save_adapter(base.model, config, tmp_path / name, seed=seed)
     asked = [(name, prompt_of(n, n)) for name, n in zip(names, (70, 30, 5), strict=True)]
-    with patch.object(decode_graphs, "capture_for", lambda device, dtype: FakeCapture()):
+    with patch.object(decode_graphs, "capture_for", lambda device: FakeCapture()):
         async with EngineHarness.start(
             base.folder,
             tmp_path,

@@ -198,7 +198,7 @@ async def test_the_gpu_path_equals_peft(tmp_path: Path) -> None:
     oracles = save_all(base.model, tmp_path, "deep", "constant")
     names = [None, "deep", "constant", "0", "deep"]
     asked = [(name, prompt_of(n, n)) for name, n in zip(names, (40, 70, 30, 5, 3), strict=True)]
-    with patch.object(decode_graphs, "capture_for", lambda device, dtype: FakeCapture()):
+    with patch.object(decode_graphs, "capture_for", lambda device: FakeCapture()):
         async with EngineHarness.start(
             base.folder,
             tmp_path,

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import inspect
 import itertools
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -17,6 +18,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from builders.every_operator import every_operator
+from counted_steps import Capture
 from gpu_path import FakeCapture
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
@@ -33,10 +35,11 @@ from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.kronecker import Kronecker
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
+from turret.server.engine.step.gpu import decode_graphs
 from turret.server.engine.step.gpu.executor import GpuExecutor, largest_step, warm_up
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.decoder import DecoderLayer
-from turret.server.models.decoding.gpu_decoder import GpuDecoder
+from turret.server.models.decoding.gpu_decoder import GpuDecoder, GpuStep
 from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.describe import describe_projections
 from turret.server.models.families import read_arch
@@ -386,6 +389,58 @@ def test_nothing_is_compiled_inside_a_step(no_launches: Launched):
                     executor.run(Step(tuple(rows), (), 0))
     assert {"kronecker_kernel", "fusion_gate_kernel", "segmented_shrink_kernel"} <= set(no_launches)
     assert no_launches.forms == known
+
+
+def _only(operators: AdapterOperators, *kinds: str) -> AdapterOperators:
+    """An adapter's operators of some kinds."""
+    modules = {
+        path: ModuleOperators(*(part for part in ops.operators if part.name in kinds))
+        for path, ops in operators.modules.items()
+    }
+    return dataclasses.replace(operators, modules=modules)
+
+
+def test_a_fleet_of_six_methods_is_replayed(monkeypatch: pytest.MonkeyPatch):
+    """Up to eight sequences of some 150 tokens come and go. LoRA was captured at startup."""
+    monkeypatch.setattr(decode_graphs, "SIGHTS", 8)
+    computed, draw, steps, replayed = list[GpuStep](), random.Random(3), 4000, 0
+    capture = Capture([])
+    executor, every = _executor(capture), every_operator(ARCH, DTYPE)
+    methods = {
+        "lora": _only(every["low"], "low_rank"),
+        "dora": _only(every["low"], "low_rank", "gain"),
+        "gains": _only(every["low"], "gain"),
+        "loha": _only(every["other"], "hadamard"),
+        "lokr": _only(every["other"], "kronecker"),
+        "words": every["words"],
+    }
+    adapters = [_Adapter(name, operators) for name, operators in methods.items()]
+
+    def compute(step: GpuStep, cache: KvCache) -> tuple[torch.Tensor, torch.Tensor]:
+        computed.append(step)
+        return torch.empty(8, 1), torch.empty(8, 1)
+
+    monkeypatch.setattr(executor._decoder, "compute", compute)
+    for name in ("_embed", "_change_heads"):
+        monkeypatch.setattr(executor, name, lambda *_: torch.empty(0))
+    with torch.no_grad():
+        warm_up(executor, lambda *_: None)
+        prepared, running = capture.num_captures, list[tuple[Sequence, int]]()
+        for step in range(steps):
+            running = [(sequence, end) for sequence, end in running if end > step]
+            if not running or (len(running) < 8 and draw.random() < 0.04):
+                mix = [(adapter, 1.0) for adapter in draw.choices([*adapters, None]) if adapter]
+                sequence = _sequence(1, 6, *mix)
+                sequence.blocks = list(range(1, 17))
+                running.append((sequence, step + draw.randint(50, 240)))
+            computed.clear()
+            executor.run(Step(tuple(Scheduled(sequence, 1) for sequence, _ in running), (), 0))
+            replayed += not computed
+            for sequence, _ in running:
+                sequence.num_computed += 1
+                sequence.tokens.append(1)
+    assert replayed > 0.95 * steps
+    assert 0 < capture.num_captures - prepared < steps / 200
 
 
 def test_what_no_kernel_takes_is_left_to_torch():

@@ -289,7 +289,7 @@ def dora_norms(weight: torch.Tensor) -> torch.Tensor:
 
 def test_loads_beside_captures_take_few_streams_and_none_of_theirs(cuda: FakeCuda):
     """PyTorch assigns 32 streams in turn; the 33rd load must not get the capturing one."""
-    graphs = DecodeGraphs(CudaCapture(CPU, torch.float32))
+    graphs = DecodeGraphs(CudaCapture(CPU))
     steps = uploads_module.StepStream(CPU)
     captures, loads = [s for s in cuda.handed_out if s.priority == -1], list[torch.Tensor]()
     with ThreadPoolExecutor(2) as pool, steps.entered():

@@ -177,7 +177,7 @@ async def test_the_gpu_path_equals_peft(
     for seed, method in enumerate(methods):
         save_adapter(model.exact, make_config(method), tmp_path / method, seed=seed)
     prompt, names = prompt_of(9, 1), (None, *methods)
-    with patch.object(decode_graphs, "capture_for", lambda device, dtype: FakeCapture()):
+    with patch.object(decode_graphs, "capture_for", lambda device: FakeCapture()):
         async with EngineHarness.start(
             model.folder, tmp_path, adapters=methods, gpu=True, kv_cache_bytes=4 << 20
         ) as harness:
