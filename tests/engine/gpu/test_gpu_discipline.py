@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 from triton.runtime.interpreter import InterpretedFunction
 
+from turret.kernels.gpu.fusion_gate import MAX_COMPONENTS
 from turret.kernels.gpu.hadamard import MAX_RANK as MAX_HADAMARD_RANK
 from turret.kernels.gpu.kronecker import MAX_IN_M, MAX_RANK
 from turret.kernels.nf4_matmul import Nf4Matrix
@@ -31,6 +32,7 @@ from turret.server.adapters.adapter import Mix
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.store import has_kernel
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.gate import Gate, QueryScore
 from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.kronecker import Kronecker
 from turret.server.engine.scheduling.request import Request
@@ -365,6 +367,24 @@ def test_the_step_that_memory_is_planned_by_runs_on_a_cache_of_two_blocks(no_lau
     assert "paged_attention_kernel" in no_launches
 
 
+def _gated(components: int, key: str) -> _Adapter:
+    """A learned fusion of components of rank 8, with queries of 64 values."""
+    ranks = 8 * components
+
+    def module(out: int, inner: int) -> ModuleOperators:
+        score = QueryScore(torch.zeros(64, inner, dtype=DTYPE), torch.zeros(ranks, 64))
+        a, b = torch.zeros(ranks, inner, dtype=DTYPE), torch.zeros(ranks, out, dtype=DTYPE)
+        return ModuleOperators(gate=Gate(a, b, score, tuple(range(0, ranks + 1, 8))))
+
+    modules = {
+        f"model.layers.{layer}.{path}": module(out, inner)
+        for layer in range(ARCH.num_layers)
+        for slices in ARCH.linears().values()
+        for path, out, inner in slices
+    }
+    return _Adapter(key, AdapterOperators(modules))
+
+
 def test_nothing_is_compiled_inside_a_step(no_launches: Launched):
     """Further kernels for an adapter are compiled when it is loaded."""
     executor, adapters = _executor(FakeCapture()), _adapters()
@@ -387,6 +407,13 @@ def test_nothing_is_compiled_inside_a_step(no_launches: Launched):
                 rows = [Scheduled(sequence, chunk), Scheduled(_sequence(9, 6, mix[0]), 1)]
                 if chunk < 48:
                     executor.run(Step(tuple(rows), (), 0))
+        # Mixes beyond the first sizes of a step's tables: members, components, ranks and queries.
+        large = [(_gated(components, f"gated {components}"), 1.0) for components in (9, 16, 33)]
+        for count in (1, 2, 3):
+            for prompt, chunk in ((6, 1), (66, 33)):
+                sequence = _sequence(1, prompt if chunk == 1 else chunk, *large[:count], prompt=66)
+                sequence.blocks = list(range(1, 9))
+                executor.run(Step((Scheduled(sequence, chunk),), (), 0))
     assert {"kronecker_kernel", "fusion_gate_kernel", "segmented_shrink_kernel"} <= set(no_launches)
     assert no_launches.forms == known
 
@@ -448,8 +475,11 @@ def test_what_no_kernel_takes_is_left_to_torch():
         square = torch.zeros(MAX_HADAMARD_RANK + over, MAX_HADAMARD_RANK + over)
         wide = Kronecker(torch.zeros(2, MAX_IN_M + over), torch.zeros(2, 2))
         deep = Kronecker(torch.zeros(2, 2), (square[:2], torch.zeros(MAX_RANK + over, 2)))
-        served = {has_kernel(one, "gpu") for one in (Hadamard(*(square,) * 4), wide, deep)}
-        assert served == {not over}
+        fusion = _gated(MAX_COMPONENTS + over, "").operators.modules
+        gate = next(iter(fusion.values())).get(Gate)
+        assert gate is not None
+        parts = (Hadamard(*(square,) * 4), wide, deep, gate)
+        assert {has_kernel(one, "gpu") for one in parts} == {not over}
 
 
 def test_an_adapter_enters_the_pack_by_one_copy():
