@@ -407,6 +407,11 @@ def test_nothing_is_compiled_inside_a_step(no_launches: Launched):
                 rows = [Scheduled(sequence, chunk), Scheduled(_sequence(9, 6, mix[0]), 1)]
                 if chunk < 48:
                     executor.run(Step(tuple(rows), (), 0))
+        # Prompts of the base model alone.
+        for prompt, chunk in ((16, 16), (32, 17), (33, 33), (66, 30), (66, 40)):
+            sequence = _sequence(1, 0, prompt=prompt)
+            sequence.blocks = list(range(1, 9))
+            executor.run(Step((Scheduled(sequence, chunk),), (), 0))
         # Mixes beyond the first sizes of a step's tables: members, components, ranks and queries.
         large = [(_gated(components, f"gated {components}"), 1.0) for components in (9, 16, 33)]
         for count in (1, 2, 3):

@@ -330,8 +330,9 @@ class GpuExecutor:
             self._body(self._decode, self._padding(self._decode, packed, bucket))()
         # Cover long prompts, whose products are a library's, alone and beside decoding rows, and
         # short prompts.
-        rows = min(_SHORT_PROMPT + 1, self._mixed.max_rows)
-        for num_decode in sorted({0, 1, min(rows, 32), rows}):
+        most = min(_SHORT_PROMPT + 1, self._mixed.max_rows)
+        few = min(32, most)
+        for rows, num_decode in ((most, 0), (most, 1), (most, few), (few, few), (most, most)):
             inputs = self._padding(self._mixed, packed, rows, num_decode)
             self._body(self._mixed, inputs)()
 
