@@ -111,7 +111,8 @@ class FakeCuda:
     """Replaces ``torch.cuda`` within ``with cuda.installed():``.
 
     Args:
-        frees_workspaces: Whether the end of a graph frees the workspace of its stream (torch 2.12).
+        frees_workspaces: Whether the end of a graph frees the workspace of its stream, and the
+            allocator survives a failed capture (torch after 2.12.0).
 
     Attributes:
         default: The initial current stream.
@@ -127,6 +128,7 @@ class FakeCuda:
         self.handed_out: list[FakeStream] = []
         self._streams: dict[int, list[FakeStream]] = {}
         self._pools = 0
+        self._has_failed = False
         # Graphs that are alive, by pool.
         self._alive: dict[int | None, int] = {}
         # cuBLAS has one handle per thread.
@@ -163,6 +165,7 @@ class FakeCuda:
             "default_stream": lambda *_: self.default,
             "current_stream": lambda *_: self.current,
             "synchronize": lambda *_: self._synchronize(),
+            "empty_cache": self._empty_cache,
             "graph_pool_handle": self._make_pool,
             "CUDAGraph": lambda: _Graph(self._alive),
             "graph": self._graph,
@@ -195,6 +198,10 @@ class FakeCuda:
         for stream in [self.default, *self.handed_out]:
             stream.synchronize()
 
+    def _empty_cache(self) -> None:
+        if self._has_failed and not self._frees_workspaces:
+            raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
     @contextlib.contextmanager
     def _use(self, stream: FakeStream) -> Iterator[None]:
         before, self.current = self.current, stream
@@ -215,6 +222,7 @@ class FakeCuda:
         stream: FakeStream | None = None,
         capture_error_mode: str = "global",
     ) -> Iterator[None]:
+        self._empty_cache()
         pool = self._make_pool() if pool is None else pool
         stream = self._make_stream() if stream is None else stream
         holds = any(w.pool == pool for w in self._workspaces.values())
@@ -222,6 +230,7 @@ class FakeCuda:
             raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
         before, self.current = self.current, stream
         stream.capturing, graph.pool = graph, pool
+        self._has_failed = True
         try:
             yield
             if graph.is_spoiled:
@@ -229,7 +238,7 @@ class FakeCuda:
         finally:
             stream.capturing = None
         # This is not reached after an error, because the end of a failed capture raises earlier.
-        self.current = before
+        self.current, self._has_failed = before, False
         self.num_captures += 1
         self._alive[pool] = self._alive.get(pool, 0) + 1
         weakref.finalize(graph, self._ended, stream, pool)

@@ -228,6 +228,17 @@ def test_an_adapter_that_finds_no_memory_costs_nobody_their_graphs(cuda: FakeCud
     assert says("DEVICE_MEMORY_SHORT")(refusal)
 
 
+def test_memory_is_freed_after_a_failed_capture(cuda: FakeCuda):
+    """With torch 2.11, this leaves the allocator unable to free its reserve."""
+    executor, _ = _executor(cuda)
+    stream, graph = torch.cuda.Stream(CPU), torch.cuda.CUDAGraph()
+    with pytest.raises(ValueError, match="failed"), torch.cuda.graph(graph, stream=stream):
+        raise ValueError("failed")
+    with pytest.raises(RuntimeError, match="INTERNAL ASSERT"):
+        torch.cuda.empty_cache()
+    executor.free_memory()
+
+
 @pytest.mark.parametrize(
     ("error", "is_full"),
     [

@@ -29,7 +29,7 @@ from turret.server.adapters.device.gpu.slot_tables import (
     GpuStepSlotTables,
     GpuTables,
 )
-from turret.server.adapters.device.gpu.uploads import Uploads, beside_steps
+from turret.server.adapters.device.gpu.uploads import Uploads, beside_steps, empty_cache
 from turret.server.adapters.device.reference import Reference, StepReference
 from turret.server.adapters.device.store import (
     AdapterMemoryError,
@@ -219,8 +219,7 @@ class GpuStore(AdapterStore):
         if not self._try_insert(adapter):
             # Captured steps are everybody's, so they stay.
             self.drop_idle()
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
+            empty_cache(self._device)
             if not self._try_insert(adapter):
                 self._refused[adapter.key] = time.monotonic()
                 raise AdapterMemoryError(adapter.key)

@@ -68,6 +68,16 @@ def beside_steps(device: torch.device) -> Iterator[None]:
     stream.synchronize()
 
 
+def empty_cache(device: torch.device) -> None:
+    """Give back what torch's allocator holds in reserve.
+
+    After a failed capture, torch 2.11 and 2.12.0 raise an error instead.
+    """
+    if has_streams(device):
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
+
+
 # Tensors that are adjacent or evenly spaced in memory are copied as one.
 
 _ALIGNMENT = 16

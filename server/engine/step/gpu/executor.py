@@ -18,6 +18,7 @@ from turret.kernels.gpu.tables import upload
 from turret.server.adapters.adapter import Mix
 from turret.server.adapters.device.gpu.pack import Form
 from turret.server.adapters.device.gpu.store import GpuAdapterStep, GpuStore
+from turret.server.adapters.device.gpu.uploads import empty_cache
 from turret.server.adapters.device.store import Resident
 from turret.server.adapters.device.vocabulary import VocabularyGroup
 from turret.server.adapters.operators.gate import Gate
@@ -400,8 +401,7 @@ class GpuExecutor:
         """Give back captured steps, idle adapters and what torch's allocator holds."""
         self._graphs.drop()
         self.store.drop_idle()
-        if self._decoder.device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_cache(self._decoder.device)
 
     def _run(self, step: Step) -> Computed:
         for sequence, start in step.presets:
