@@ -24,6 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+# Held while work is done, because several threads may wait for one stream.
+_device = threading.RLock()
+
 
 class FakeStream:
     """Work in order, which is done only when something waits for it."""
@@ -42,8 +45,9 @@ class FakeStream:
 
     def synchronize(self) -> None:
         self.refuse()
-        while self.pending:
-            self.pending.popleft()()
+        with _device:
+            while self.pending:
+                self.pending.popleft()()
 
     def wait_event(self, event: FakeEvent) -> None:
         self.refuse()
@@ -78,9 +82,10 @@ class FakeEvent:
         return self._done
 
     def synchronize(self) -> None:
-        while not self._done:
-            assert self._stream is not None
-            self._stream.pending.popleft()()
+        with _device:
+            while not self._done:
+                assert self._stream is not None
+                self._stream.pending.popleft()()
 
 
 class _Workspace:

@@ -210,6 +210,7 @@ class GpuStore(AdapterStore):
         super().drop(key)
         self.version += 1
         self._uploads.drop(key)
+        self._refused.pop(key, None)
 
     def _insert(self, adapter: Resident) -> None:
         if self.is_refused(adapter.key):
