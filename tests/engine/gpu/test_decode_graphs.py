@@ -104,7 +104,7 @@ def test_after_a_failed_capture_no_step_uses_its_workspace():
     cuda = FakeCuda(frees_workspaces=True)
     with cuda.installed():
         graphs = DecodeGraphs(CudaCapture(CPU), capacity=2)
-        for key in "aaabbcc":
+        for key in "aa" + WINDOW * "a" + "bbcc":
             graphs.run(0, key, body)
         assert cuda.num_captures == 3
         for key in "bc":
@@ -231,23 +231,32 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(caplog: pytest.LogCapt
     ],
 )
 def test_graphs_make_room_when_memory_ends_and_are_captured_again(error: RuntimeError):
+    """An attempt delays everybody's step, so there is none for a while."""
+
     class Full(FakeCapture):
-        fails = False
+        fails, num_failures = False, 0
 
         def __call__(self, body: Any) -> Any:
             if self.fails:
-                self.fails = False
+                self.num_failures += 1
                 raise error
             return super().__call__(body)
 
-    capture = Full()
-    graphs = DecodeGraphs(capture)
+    capture, offs = Full(), list[str]()
+    graphs = DecodeGraphs(capture, on_off=lambda: offs.append("off"))
     for key in "aabbc":
         graphs.run(0, key, multiply)
     capture.fails = True
     graphs.run(0, "c", multiply)
     assert graphs._graphs == {}
-    for key in "cb":
+    for _ in range(4 * WINDOW):
+        graphs.run(0, "c", multiply)
+    assert capture.num_failures == 5
+    assert not offs
+    capture.fails = False
+    for _ in range(WINDOW):
+        graphs.run(0, "c", multiply)
+    for key in "bb":
         graphs.run(0, key, multiply)
     assert set(graphs._graphs) == {"b", "c"}
 

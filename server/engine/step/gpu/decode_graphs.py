@@ -29,8 +29,8 @@ Key = Any
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 _LARGE_BUCKET = 64
 # A step is captured when it occurs for the eighth time within a window of steps. After a failed
-# capture, a whole window passes before the next attempt. After three failures in a row, there are
-# no more attempts.
+# capture, a whole window passes before the next attempt. After three failures in a row for other
+# reasons than memory, there are no more attempts.
 SIGHTS, WINDOW, _MAX_FAILURES = 8, 256, 3
 
 
@@ -221,11 +221,11 @@ class DecodeGraphs:
             self._graphs[key] = capture(body)
         except RuntimeError as error:
             self.drop()
+            self._resumes = self._step + WINDOW
             if is_out_of_memory(error):
                 _log.warning("no memory to capture a decode step; all CUDA graphs were dropped")
                 return False
             self._failures += 1
-            self._resumes = self._step + WINDOW
             _log.exception("a decode step could not be captured; going on without CUDA graphs")
             if self._failures == _MAX_FAILURES:
                 self._capture = None
