@@ -8,7 +8,7 @@ A step with first passes (X-LoRA) consists of two steps, neither of which is cap
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 
@@ -78,16 +78,6 @@ def adapter_bytes(device: torch.device) -> int:
 def spare_bytes(device: torch.device) -> int:
     """The bytes of device memory that the plan leaves free."""
     return int(_SPARE_SHARE * torch.cuda.mem_get_info(device)[1])
-
-
-def captured_bytes(rows: Iterable[int], row_bytes: int) -> int:
-    """The bytes of the captured steps' results; their logits are in memory that all steps share.
-
-    Args:
-        rows: The number of rows of each captured step.
-        row_bytes: The size of a row's final hidden state.
-    """
-    return sum(rows) * row_bytes
 
 
 def largest_step(num_tokens: int, num_seqs: int, block_size: int) -> Step:
