@@ -46,7 +46,6 @@ from turret.server.engine.speculation import Speculation, StepCost
 from turret.server.engine.step.executor import Executor, TorchExecutor
 from turret.server.engine.step.gpu.executor import (
     adapter_bytes,
-    captured_bytes,
     largest_step,
     measure,
     spare_bytes,
@@ -240,7 +239,7 @@ def _build_executor(
         store,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
-        capture=capture_for(decoder.device, decoder.dtype),
+        capture=capture_for(decoder.device),
         on_graphs_off=metrics.cuda_graphs_off,
     )
 
@@ -397,9 +396,9 @@ def _kv_bytes(config: Config, decoder: Decoder, store: AdapterStore, metrics: Me
     taken = {"step_bytes": measure(runner.run, step, device)}
     assert isinstance(executor, GpuExecutor)
     assert isinstance(store, GpuStore)
-    rows = [bucket for bucket, _ in executor.forms()]
-    row_bytes = decoder.arch.hidden_size * decoder.dtype.itemsize
-    taken |= {"captured_bytes": captured_bytes(rows, row_bytes)}
+    # Each captured step keeps its final hidden states; all share the memory of their logits.
+    rows = sum(bucket for bucket, _ in executor.forms())
+    taken |= {"captured_bytes": rows * decoder.arch.hidden_size * decoder.dtype.itemsize}
     taken |= {"adapter_bytes": store.later_bytes, "spare_bytes": spare_bytes(device)}
     left = torch.cuda.mem_get_info(device)[0] - sum(taken.values())
     # Beyond twice the memory of all sequences at their longest, blocks would only hold prefixes

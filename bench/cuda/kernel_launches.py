@@ -89,7 +89,6 @@ def _low_rank(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object
         words = _empty(_SLOTS, slices, WORDS, dtype=torch.int64)
         asked = gate_shrink(x, words, table)
         gates = fusion_gate(asked, v, words, table, _ROWS)
-        fusion_gate(asked, v, words, _segments(components=64), _ROWS)
         segmented_expand(y, v, b, ranks, table, gates=gates)
 
     yield launch
@@ -182,11 +181,11 @@ def _heads_at_once(model: Model, write: KvWrite) -> None:
                 nf4_rotate(_empty(rows, inner), weight, added, write.rows(0, rows))
 
 
-def _segments(components: int = 8) -> SegmentTable:
+def _segments() -> SegmentTable:
     return SegmentTable(
         max_rows=_ROWS,
         max_row_rank=256,
-        max_components=components,
+        max_components=16,
         max_gates=2,
         max_row_asked=128,
         device=_META,

@@ -159,7 +159,7 @@ class DecodeStep:
             GpuStore(layout, self.dtype, self.device, self._adapter_bytes(layout, adapters)),
             max_num_seqs=self.num_rows,
             max_num_batched_tokens=self.num_rows,
-            capture=capture_for(self.device, self.dtype),
+            capture=capture_for(self.device),
         )
         self._executor.sampler(frozenset())
 

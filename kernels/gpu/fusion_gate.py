@@ -42,6 +42,8 @@ from turret.kernels.gpu.tables import (
 )
 
 WORDS = 4
+# The components of one adapter at most: a program holds the scores of them all.
+MAX_COMPONENTS = 64
 _RECORD, _GATE_RECORD = tl.constexpr(RECORD), tl.constexpr(GATE_RECORD)
 _GATES, _WORDS = tl.constexpr(GATES), tl.constexpr(WORDS)
 
@@ -198,7 +200,7 @@ def fusion_gate_kernel(
             scores = tl.where(keep & (columns == c), score[:, None], scores)
         top = tl.max(scores, axis=1)
         weights = tl.exp(scores - tl.where(live, top, 0.0)[:, None])
-        # Components are added one by one: the order of a tree would depend on the table's width.
+        # Components are added one by one, in their order.
         total = tl.zeros((BLOCK_M,), dtype=tl.float32)
         for c in range(count):
             total += tl.sum(tl.where(columns == c, weights, 0.0), axis=1)
@@ -256,7 +258,7 @@ def fusion_gate(
         v: Result of ``segmented_shrink`` for the same table.
         words: Words of the gates by slot, as for ``gate_shrink``.
         table: The step's segments. The gated members of a mix that belong to one adapter share a
-            softmax.
+            softmax; there are at most ``MAX_COMPONENTS``.
         num_rows: Rows of the step.
 
     Returns:
@@ -290,7 +292,7 @@ def fusion_gate(
         NUM_SLICES=num_slices,
         SPLITS=v.shape[0],
         BLOCK_M=TILE_ROWS,
-        BLOCK_C=triton.next_power_of_2(table.max_components),
+        BLOCK_C=MAX_COMPONENTS,
         BLOCK_R=RANK_TILE,
         BLOCK_D=16,
         num_warps=4,

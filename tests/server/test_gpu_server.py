@@ -132,7 +132,7 @@ async def test_every_method_in_one_batch_as_on_plain_torch(tmp_path: Path) -> No
     capture = FakeCapture()
     with contextlib.ExitStack() as stack:
         if DEVICE == "cpu":
-            fake = patch.object(decode_graphs, "capture_for", lambda device, dtype: capture)
+            fake = patch.object(decode_graphs, "capture_for", lambda device: capture)
             stack.enter_context(fake)
         found = await answers(tmp_path, gpu=True)
     for mix, one, two in zip(MIXES, found, expected, strict=True):

@@ -6,7 +6,8 @@ waits on both sides, and work of other threads; such a call invalidates the capt
 A stream runs nothing until something waits for it. So a buffer that is overwritten before the wait
 for its copy, or read too early, always has wrong values here. Copies with ``non_blocking=True`` are
 put on the current stream; ``launch`` puts other work there. Memory pools and cuBLAS workspaces of
-graphs follow torch 2.11, or later versions.
+graphs follow torch 2.11, or later versions. The memory of a workspace that was freed can be used
+until its pool is gone; without a pool, it cannot.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+
+# Held while work is done, because several threads may wait for one stream.
+_device = threading.RLock()
 
 
 class FakeStream:
@@ -41,8 +45,9 @@ class FakeStream:
 
     def synchronize(self) -> None:
         self.refuse()
-        while self.pending:
-            self.pending.popleft()()
+        with _device:
+            while self.pending:
+                self.pending.popleft()()
 
     def wait_event(self, event: FakeEvent) -> None:
         self.refuse()
@@ -77,9 +82,10 @@ class FakeEvent:
         return self._done
 
     def synchronize(self) -> None:
-        while not self._done:
-            assert self._stream is not None
-            self._stream.pending.popleft()()
+        with _device:
+            while not self._done:
+                assert self._stream is not None
+                self._stream.pending.popleft()()
 
 
 class _Workspace:
@@ -93,14 +99,16 @@ class _Workspace:
 class _Graph:
     """A captured body, which multiplies in the workspace from the time of its capture."""
 
-    def __init__(self) -> None:
-        self.stream: FakeStream | None = None
+    def __init__(self, alive: dict[int | None, int]) -> None:
+        self.pool: int | None = None
         self.workspace: _Workspace | None = None
         self.thread = threading.get_ident()
         self.is_spoiled = False
+        self._alive = alive
 
     def replay(self) -> None:
-        if self.workspace is not None and self.workspace.is_freed:
+        used = self.workspace
+        if used is not None and used.is_freed and not self._alive.get(used.pool):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
@@ -108,7 +116,8 @@ class FakeCuda:
     """Replaces ``torch.cuda`` within ``with cuda.installed():``.
 
     Args:
-        frees_workspaces: Whether the end of a graph frees the workspace of its stream (torch 2.12).
+        frees_workspaces: Whether the end of a graph frees the workspace of its stream, and the
+            allocator survives a failed capture (torch after 2.12.0).
 
     Attributes:
         default: The initial current stream.
@@ -123,17 +132,12 @@ class FakeCuda:
         self._currents: dict[int, FakeStream] = {}
         self.handed_out: list[FakeStream] = []
         self._streams: dict[int, list[FakeStream]] = {}
-        self._capturing: _Graph | None = None
-        self._pool: int | None = None
         self._pools = 0
-        self._alive: dict[int, int] = {}
+        self._has_failed = False
+        # Graphs that are alive, by pool.
+        self._alive: dict[int | None, int] = {}
         # cuBLAS has one handle per thread.
         self._workspaces: dict[tuple[int, FakeStream], _Workspace] = {}
-
-    @property
-    def workspaces_outside_pools(self) -> bool:
-        """Whether no pool of graphs holds memory that outlives its graphs."""
-        return all(workspace.pool is None for workspace in self._workspaces.values())
 
     @property
     def num_pools(self) -> int:
@@ -165,14 +169,17 @@ class FakeCuda:
             "stream": self._use,
             "default_stream": lambda *_: self.default,
             "current_stream": lambda *_: self.current,
-            "synchronize": lambda *_: self.current.synchronize(),
+            "synchronize": lambda *_: self._synchronize(),
+            "empty_cache": self._empty_cache,
             "graph_pool_handle": self._make_pool,
-            "CUDAGraph": _Graph,
+            "CUDAGraph": lambda: _Graph(self._alive),
             "graph": self._graph,
         }
         with contextlib.ExitStack() as stack:
             for name, value in names.items():
                 stack.enter_context(patch.object(torch.cuda, name, value))
+            clear = patch.object(torch._C, "_cuda_clearCublasWorkspaces", self._clear, create=True)
+            stack.enter_context(clear)
             original = F.linear
 
             def linear(*args: Any) -> torch.Tensor:
@@ -190,6 +197,15 @@ class FakeCuda:
         asked = sum(stream.priority == priority for stream in self.handed_out)
         self.handed_out.append(pool[asked % len(pool)])
         return self.handed_out[-1]
+
+    def _synchronize(self) -> None:
+        """Wait for every stream, of which none may capture."""
+        for stream in [self.default, *self.handed_out]:
+            stream.synchronize()
+
+    def _empty_cache(self) -> None:
+        if self._has_failed and not self._frees_workspaces:
+            raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
 
     @contextlib.contextmanager
     def _use(self, stream: FakeStream) -> Iterator[None]:
@@ -211,22 +227,23 @@ class FakeCuda:
         stream: FakeStream | None = None,
         capture_error_mode: str = "global",
     ) -> Iterator[None]:
+        self._empty_cache()
         pool = self._make_pool() if pool is None else pool
         stream = self._make_stream() if stream is None else stream
         holds = any(w.pool == pool for w in self._workspaces.values())
         if holds and not self._alive.get(pool):
             raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
-        graph.stream, self._capturing, self._pool = stream, graph, pool
         before, self.current = self.current, stream
-        stream.capturing = graph
+        stream.capturing, graph.pool = graph, pool
+        self._has_failed = True
         try:
             yield
             if graph.is_spoiled:
                 raise RuntimeError("CUDA error: operation failed due to a previous error")
         finally:
-            self._capturing = self._pool = stream.capturing = None
+            stream.capturing = None
         # This is not reached after an error, because the end of a failed capture raises earlier.
-        self.current = before
+        self.current, self._has_failed = before, False
         self.num_captures += 1
         self._alive[pool] = self._alive.get(pool, 0) + 1
         weakref.finalize(graph, self._ended, stream, pool)
@@ -234,14 +251,19 @@ class FakeCuda:
     def _ended(self, stream: FakeStream, pool: int) -> None:
         self._alive[pool] -= 1
         if self._frees_workspaces:
-            for place in [place for place in self._workspaces if place[1] is stream]:
-                self._workspaces.pop(place).is_freed = True
+            self._clear(stream)
+
+    def _clear(self, of: FakeStream | None = None) -> None:
+        """Free the workspaces of a stream, or of all."""
+        for place in [place for place in self._workspaces if of in (None, place[1])]:
+            self._workspaces.pop(place).is_freed = True
 
     def _multiply(self) -> None:
-        place = threading.get_ident(), self.current
-        found = self._workspaces.setdefault(place, _Workspace(self._pool))
-        if self._capturing is not None:
-            self._capturing.workspace = found
+        place, graph = (threading.get_ident(), self.current), self.current.capturing
+        pool = None if graph is None else graph.pool
+        found = self._workspaces.setdefault(place, _Workspace(pool))
+        if graph is not None:
+            graph.workspace = found
 
 
 class _LateCopies(TorchDispatchMode):

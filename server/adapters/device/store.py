@@ -86,7 +86,12 @@ KERNELS: Mapping[type[Operator], Mapping[str, Kernel]] = {
     Circulant: {"cpu": Kernel("adapters/circulant.c")},
     Sparse: {"cpu": Kernel("adapters/sparse.c")},
     Dense: {"cpu": Kernel("adapters/dense.c")},
-    Gate: {"gpu": Kernel("fusion_gate", lambda gate: isinstance(gate.score, QueryScore))},
+    Gate: {
+        "gpu": Kernel(
+            "fusion_gate",
+            lambda gate: isinstance(gate.score, QueryScore) and len(gate.rank_indptr) <= 65,
+        )
+    },
 }
 
 

@@ -63,7 +63,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def serving(
     root: Path, capture: FakeCapture | None, *adapters: str, **more: Any
 ) -> AsyncIterator[EngineHarness]:
-    with patch.object(decode_graphs, "capture_for", lambda device, dtype: capture):
+    with patch.object(decode_graphs, "capture_for", lambda device: capture):
         async with EngineHarness.start(
             twin("llama").folder,
             root,

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import inspect
 import itertools
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -17,11 +18,13 @@ from unittest.mock import patch
 import pytest
 import torch
 from builders.every_operator import every_operator
+from counted_steps import Capture
 from gpu_path import FakeCapture
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 from triton.runtime.interpreter import InterpretedFunction
 
+from turret.kernels.gpu.fusion_gate import MAX_COMPONENTS
 from turret.kernels.gpu.hadamard import MAX_RANK as MAX_HADAMARD_RANK
 from turret.kernels.gpu.kronecker import MAX_IN_M, MAX_RANK
 from turret.kernels.nf4_matmul import Nf4Matrix
@@ -29,14 +32,16 @@ from turret.server.adapters.adapter import Mix
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.store import has_kernel
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.gate import Gate, QueryScore
 from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.kronecker import Kronecker
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
+from turret.server.engine.step.gpu import decode_graphs
 from turret.server.engine.step.gpu.executor import GpuExecutor, largest_step, warm_up
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.decoder import DecoderLayer
-from turret.server.models.decoding.gpu_decoder import GpuDecoder
+from turret.server.models.decoding.gpu_decoder import GpuDecoder, GpuStep
 from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.describe import describe_projections
 from turret.server.models.families import read_arch
@@ -362,6 +367,24 @@ def test_the_step_that_memory_is_planned_by_runs_on_a_cache_of_two_blocks(no_lau
     assert "paged_attention_kernel" in no_launches
 
 
+def _gated(components: int, key: str) -> _Adapter:
+    """A learned fusion of components of rank 8, with queries of 64 values."""
+    ranks = 8 * components
+
+    def module(out: int, inner: int) -> ModuleOperators:
+        score = QueryScore(torch.zeros(64, inner, dtype=DTYPE), torch.zeros(ranks, 64))
+        a, b = torch.zeros(ranks, inner, dtype=DTYPE), torch.zeros(ranks, out, dtype=DTYPE)
+        return ModuleOperators(gate=Gate(a, b, score, tuple(range(0, ranks + 1, 8))))
+
+    modules = {
+        f"model.layers.{layer}.{path}": module(out, inner)
+        for layer in range(ARCH.num_layers)
+        for slices in ARCH.linears().values()
+        for path, out, inner in slices
+    }
+    return _Adapter(key, AdapterOperators(modules))
+
+
 def test_nothing_is_compiled_inside_a_step(no_launches: Launched):
     """Further kernels for an adapter are compiled when it is loaded."""
     executor, adapters = _executor(FakeCapture()), _adapters()
@@ -384,8 +407,72 @@ def test_nothing_is_compiled_inside_a_step(no_launches: Launched):
                 rows = [Scheduled(sequence, chunk), Scheduled(_sequence(9, 6, mix[0]), 1)]
                 if chunk < 48:
                     executor.run(Step(tuple(rows), (), 0))
+        # Prompts of the base model alone.
+        for prompt, chunk in ((16, 16), (32, 17), (33, 33), (66, 30), (66, 40)):
+            sequence = _sequence(1, 0, prompt=prompt)
+            sequence.blocks = list(range(1, 9))
+            executor.run(Step((Scheduled(sequence, chunk),), (), 0))
+        # Mixes beyond the first sizes of a step's tables: members, components, ranks and queries.
+        large = [(_gated(components, f"gated {components}"), 1.0) for components in (9, 16, 33)]
+        for count in (1, 2, 3):
+            for prompt, chunk in ((6, 1), (66, 33)):
+                sequence = _sequence(1, prompt if chunk == 1 else chunk, *large[:count], prompt=66)
+                sequence.blocks = list(range(1, 9))
+                executor.run(Step((Scheduled(sequence, chunk),), (), 0))
     assert {"kronecker_kernel", "fusion_gate_kernel", "segmented_shrink_kernel"} <= set(no_launches)
     assert no_launches.forms == known
+
+
+def _only(operators: AdapterOperators, *kinds: str) -> AdapterOperators:
+    """An adapter's operators of some kinds."""
+    modules = {
+        path: ModuleOperators(*(part for part in ops.operators if part.name in kinds))
+        for path, ops in operators.modules.items()
+    }
+    return dataclasses.replace(operators, modules=modules)
+
+
+def test_a_fleet_of_six_methods_is_replayed(monkeypatch: pytest.MonkeyPatch):
+    """Up to eight sequences of some 150 tokens come and go. LoRA was captured at startup."""
+    monkeypatch.setattr(decode_graphs, "SIGHTS", 8)
+    computed, draw, steps, replayed = list[GpuStep](), random.Random(3), 4000, 0
+    capture = Capture([])
+    executor, every = _executor(capture), every_operator(ARCH, DTYPE)
+    methods = {
+        "lora": _only(every["low"], "low_rank"),
+        "dora": _only(every["low"], "low_rank", "gain"),
+        "gains": _only(every["low"], "gain"),
+        "loha": _only(every["other"], "hadamard"),
+        "lokr": _only(every["other"], "kronecker"),
+        "words": every["words"],
+    }
+    adapters = [_Adapter(name, operators) for name, operators in methods.items()]
+
+    def compute(step: GpuStep, cache: KvCache) -> tuple[torch.Tensor, torch.Tensor]:
+        computed.append(step)
+        return torch.empty(8, 1), torch.empty(8, 1)
+
+    monkeypatch.setattr(executor._decoder, "compute", compute)
+    for name in ("_embed", "_change_heads"):
+        monkeypatch.setattr(executor, name, lambda *_: torch.empty(0))
+    with torch.no_grad():
+        warm_up(executor, lambda *_: None)
+        prepared, running = capture.num_captures, list[tuple[Sequence, int]]()
+        for step in range(steps):
+            running = [(sequence, end) for sequence, end in running if end > step]
+            if not running or (len(running) < 8 and draw.random() < 0.04):
+                mix = [(adapter, 1.0) for adapter in draw.choices([*adapters, None]) if adapter]
+                sequence = _sequence(1, 6, *mix)
+                sequence.blocks = list(range(1, 17))
+                running.append((sequence, step + draw.randint(50, 240)))
+            computed.clear()
+            executor.run(Step(tuple(Scheduled(sequence, 1) for sequence, _ in running), (), 0))
+            replayed += not computed
+            for sequence, _ in running:
+                sequence.num_computed += 1
+                sequence.tokens.append(1)
+    assert replayed > 0.95 * steps
+    assert 0 < capture.num_captures - prepared < steps / 200
 
 
 def test_what_no_kernel_takes_is_left_to_torch():
@@ -393,8 +480,11 @@ def test_what_no_kernel_takes_is_left_to_torch():
         square = torch.zeros(MAX_HADAMARD_RANK + over, MAX_HADAMARD_RANK + over)
         wide = Kronecker(torch.zeros(2, MAX_IN_M + over), torch.zeros(2, 2))
         deep = Kronecker(torch.zeros(2, 2), (square[:2], torch.zeros(MAX_RANK + over, 2)))
-        served = {has_kernel(one, "gpu") for one in (Hadamard(*(square,) * 4), wide, deep)}
-        assert served == {not over}
+        fusion = _gated(MAX_COMPONENTS + over, "").operators.modules
+        gate = next(iter(fusion.values())).get(Gate)
+        assert gate is not None
+        parts = (Hadamard(*(square,) * 4), wide, deep, gate)
+        assert {has_kernel(one, "gpu") for one in parts} == {not over}
 
 
 def test_an_adapter_enters_the_pack_by_one_copy():

@@ -77,6 +77,7 @@ class _Decoder:
 def cuda() -> Iterator[FakeCuda]:
     """A late device with streams and events."""
     fake, write = FakeCuda(), BlockTables.write
+    uploads_module._beside.cache_clear()
 
     def late_write(tables: BlockTables, places: torch.Tensor, numbers: torch.Tensor) -> None:
         fake.launch(lambda: write(tables, places, numbers))
@@ -228,6 +229,17 @@ def test_an_adapter_that_finds_no_memory_costs_nobody_their_graphs(cuda: FakeCud
     assert says("DEVICE_MEMORY_SHORT")(refusal)
 
 
+def test_memory_is_freed_after_a_failed_capture(cuda: FakeCuda):
+    """With torch 2.11, this leaves the allocator unable to free its reserve."""
+    executor, _ = _executor(cuda)
+    stream, graph = torch.cuda.Stream(CPU), torch.cuda.CUDAGraph()
+    with pytest.raises(ValueError, match="failed"), torch.cuda.graph(graph, stream=stream):
+        raise ValueError("failed")
+    with pytest.raises(RuntimeError, match="INTERNAL ASSERT"):
+        torch.cuda.empty_cache()
+    executor.free_memory()
+
+
 @pytest.mark.parametrize(
     ("error", "is_full"),
     [
@@ -287,11 +299,13 @@ def dora_norms(weight: torch.Tensor) -> torch.Tensor:
         return dora_gain(torch.ones(len(weight)), a, b, 0.5, weight)
 
 
-def test_loads_beside_captures_take_few_streams_and_none_of_theirs(cuda: FakeCuda):
-    """PyTorch assigns 32 streams in turn; the 33rd load must not get the capturing one."""
-    graphs = DecodeGraphs(CudaCapture(CPU, torch.float32))
-    steps = uploads_module.StepStream(CPU)
-    captures, loads = [s for s in cuda.handed_out if s.priority == -1], list[torch.Tensor]()
+def test_loads_beside_captures_take_one_stream_that_is_not_theirs(cuda: FakeCuda):
+    """PyTorch assigns 32 streams in turn; the 33rd load must not get the capturing one.
+
+    Loads run on a few threads, except preloads, which have a thread each.
+    """
+    graphs = DecodeGraphs(CudaCapture(CPU))
+    steps, loads = uploads_module.StepStream(CPU), list[torch.Tensor]()
     with ThreadPoolExecutor(2) as pool, steps.entered():
 
         def body() -> tuple[torch.Tensor, torch.Tensor]:
@@ -300,21 +314,25 @@ def test_loads_beside_captures_take_few_streams_and_none_of_theirs(cuda: FakeCud
             return torch.zeros(1), torch.zeros(1)
 
         graphs.prepare(0, "a", body)
+    for _ in range(33):
+        with ThreadPoolExecutor(1) as thread:
+            loads.append(thread.submit(dora_norms, torch.ones(8, 8)).result())
     assert cuda.num_captures == 1
-    assert len(loads) == 2 * 33, "the step itself, and its capture"
+    assert len(loads) == 3 * 33, "of a step, of its capture, and afterwards"
     assert all(torch.equal(norms, loads[0]) for norms in loads)
-    assert len(set(captures)) == 2
-    others = [s for s in cuda.handed_out if s not in captures]
-    assert len(others) == len(set(others)) <= 2
+    assert sorted(stream.priority for stream in set(cuda.handed_out)) == [-1, -1, 0]
+    assert len(cuda.handed_out) == 3
 
 
-@pytest.mark.parametrize("spoil", ["synchronize", "wait_stream", "launch"])
+@pytest.mark.parametrize("spoil", ["synchronize", "wait_stream", "launch", "whole"])
 def test_what_a_capturing_stream_refuses_spoils_the_capture(cuda: FakeCuda, spoil: str):
     stream = torch.cuda.Stream(CPU, priority=-1)
 
     def disturb() -> None:
         with torch.cuda.stream(stream):
-            if spoil == "launch":
+            if spoil == "whole":
+                torch.cuda.synchronize(CPU)
+            elif spoil == "launch":
                 cuda.launch(lambda: None)
             elif spoil == "wait_stream":
                 stream.wait_stream(torch.cuda.default_stream(CPU))

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from unittest.mock import patch
+from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
+from builders.adapters import tiny_llama
 
-from turret.server.config import GIB, SchedulerConfig
+from turret.server import build
+from turret.server.adapters.device.gpu.store import GpuStore
+from turret.server.config import GIB, Config, SchedulerConfig
 from turret.server.engine.step.gpu.executor import (
+    GpuExecutor,
     adapter_bytes,
-    captured_bytes,
     largest_step,
     measure,
     spare_bytes,
 )
+from turret.server.metrics import Metrics
+from turret.server.models.decoding.kv_cache import KvCache
+from turret.server.models.describe import describe_projections
+from turret.server.models.families import read_arch
 
 DEVICE = torch.device("cuda", 0)
 
@@ -58,7 +67,36 @@ def test_the_step_and_a_reserve_are_kept_free(memory: _Memory):
     taken = measure(lambda step: memory.take(3 * GIB), largest_step(64, 4, 16), DEVICE)
     assert taken == 3 * GIB
     assert spare_bytes(DEVICE) == 4 * GIB
-    assert captured_bytes([4, 4, 8], 1000) == 16 * 1000
+
+
+def test_the_cache_gets_what_all_named_parts_leave(
+    memory: _Memory, caplog: pytest.LogCaptureFixture
+):
+    """The pack of adapters is already allocated; the plan names what comes later."""
+    arch, budget = read_arch(tiny_llama().config), 8 << 20
+    store = GpuStore(describe_projections(arch), torch.float16, torch.device("meta"), budget)
+    executor: Any = Mock(spec=GpuExecutor, store=store)
+    executor.forms.return_value = [(4, frozenset()), (8, frozenset())]
+    executor.run.side_effect = lambda step: memory.take(3 * GIB) or Mock(placed=())
+    decoder: Any = Mock(arch=arch, device=DEVICE, dtype=torch.float16)
+    # So little is left that the sequences could use all of it.
+    memory.allocated = memory.peak = 80 * GIB - spare_bytes(DEVICE) - 3 * GIB - (16 << 20)
+    caplog.set_level(logging.INFO)
+    with (
+        patch.object(build, "_build_executor", lambda *_: executor),
+        patch.object(build, "KvCache", Mock(block_bytes=KvCache.block_bytes)),
+    ):
+        left = build._kv_bytes(Config(), decoder, store, Metrics())
+    named = next(r for r in caplog.records if r.message == "memory planned").fields  # type: ignore[attr-defined]
+    assert named == {
+        "step_bytes": 3 * GIB,
+        "captured_bytes": 12 * arch.hidden_size * 2,
+        "adapter_bytes": store.later_bytes,
+        "spare_bytes": spare_bytes(DEVICE),
+        "kv_cache_bytes": left,
+    }
+    assert store.later_bytes > budget // 8
+    assert sum(named.values()) == 80 * GIB - memory.allocated
 
 
 @pytest.mark.parametrize(("tokens", "seqs"), [(64, 4), (67, 8), (5, 5), (3, 8)])

@@ -125,6 +125,7 @@ def count():
     return 0
 torch.cuda.is_available = lambda: count() > 0
 torch._C._cuda_getDeviceCount = count
+import turret.server.cli
 from turret.server.app import _build
 from turret.server.config import Config, ModelConfig
 from turret.server.errors import InvalidRequestError

@@ -29,7 +29,7 @@ from turret.server.adapters.device.gpu.slot_tables import (
     GpuStepSlotTables,
     GpuTables,
 )
-from turret.server.adapters.device.gpu.uploads import Uploads, beside_steps
+from turret.server.adapters.device.gpu.uploads import Uploads, beside_steps, empty_cache
 from turret.server.adapters.device.reference import Reference, StepReference
 from turret.server.adapters.device.store import (
     AdapterMemoryError,
@@ -210,6 +210,7 @@ class GpuStore(AdapterStore):
         super().drop(key)
         self.version += 1
         self._uploads.drop(key)
+        self._refused.pop(key, None)
 
     def _insert(self, adapter: Resident) -> None:
         if self.is_refused(adapter.key):
@@ -219,8 +220,7 @@ class GpuStore(AdapterStore):
         if not self._try_insert(adapter):
             # Captured steps are everybody's, so they stay.
             self.drop_idle()
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
+            empty_cache(self._device)
             if not self._try_insert(adapter):
                 self._refused[adapter.key] = time.monotonic()
                 raise AdapterMemoryError(adapter.key)

@@ -7,6 +7,7 @@ The stream of the steps waits for them by an event, only at the first use.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,8 +20,15 @@ import torch
 from turret.kernels.gpu.tables import has_streams
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 
-# Every thread's stream for work beside the steps, by device.
-_beside = threading.local()
+
+@functools.cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all work beside the steps.
+
+    torch hands out 32 streams per priority and then reuses them, and libraries and torch's
+    allocator keep memory for every stream.
+    """
+    return torch.cuda.Stream(device)
 
 
 class StepStream:
@@ -52,20 +60,26 @@ def beside_steps(device: torch.device) -> Iterator[None]:
     """Run the calling thread's work on a separate stream, after all work on the default stream.
 
     The weights that such work reads are made on the default stream. The steps, on their own stream,
-    write nothing that it reads. The work has ended at the end of the block. A thread keeps its
-    stream, because torch hands out 32 per priority and then reuses those of other threads.
+    write nothing that it reads. The work has ended at the end of the block.
     """
     if not has_streams(device):
         yield
         return
-    streams: dict[torch.device, torch.cuda.Stream] = _beside.__dict__.setdefault("streams", {})
-    if device not in streams:
-        streams[device] = torch.cuda.Stream(device)
-    stream = streams[device]
+    stream = _beside(device)
     stream.wait_stream(torch.cuda.default_stream(device))
     with torch.cuda.stream(stream):
         yield
     stream.synchronize()
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give back what torch's allocator holds in reserve.
+
+    After a failed capture, torch 2.11 and 2.12.0 raise an error instead.
+    """
+    if has_streams(device):
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
 
 
 # Tensors that are adjacent or evenly spaced in memory are copied as one.

@@ -3,23 +3,18 @@
 A step's launches depend on its bucket (the number of rows, rounded up) and on the kinds of
 operators in it; everything else is data in buffers of fixed address. A step runs in a larger form
 than its own if that is captured: kernels that it does not need find empty tables. Common shapes are
-captured at startup. Other shapes are launched kernel by kernel, which also compiles the kernels,
-and are captured once they occur often.
-
-Graphs are only dropped all together: from torch 2.12 on, the end of one graph frees the cuBLAS
-workspace of all graphs that were captured on its stream. Shapes in use are captured again when they
-occur again.
+captured at startup. Other shapes are launched kernel by kernel, and are captured once they occur
+often. If there are too many graphs, the one that was used longest ago goes.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 
 from turret.server.basics.work import is_out_of_memory
 
@@ -34,11 +29,9 @@ Key = Any
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 _LARGE_BUCKET = 64
 # A step is captured when it occurs for the eighth time within a window of steps. After a failed
-# capture, a whole window passes before the next attempt. After three failures in a row, there are
-# no more attempts.
+# capture, a whole window passes before the next attempt. After three failures in a row for other
+# reasons than memory, there are no more attempts.
 SIGHTS, WINDOW, _MAX_FAILURES = 8, 256, 3
-# Any product makes cuBLAS allocate its workspace; this one costs nothing.
-_SMALL_PRODUCT = 16
 
 
 class Capture(Protocol):
@@ -67,13 +60,14 @@ def buckets(max_rows: int) -> tuple[int, ...]:
 class CudaCapture:
     """Captures with one memory pool for all graphs that are alive, of which one runs at a time.
 
+    The pool also holds the workspace of cuBLAS. From torch 2.12 on, the end of a graph gives the
+    workspace back to the pool, so the other graphs may still use its memory.
+
     Args:
         device: Where the bodies run.
-        dtype: The dtype of the products in them.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self._operand = torch.zeros(_SMALL_PRODUCT, _SMALL_PRODUCT, dtype=dtype, device=device)
+    def __init__(self, device: torch.device) -> None:
         # Kernels of a graph keep the priority of the stream that they were captured on, so it is
         # that of ``StepStream``, the only other stream of this priority.
         self._stream = torch.cuda.Stream(device, priority=-1)
@@ -82,20 +76,20 @@ class CudaCapture:
     def __call__(self, body: Body) -> tuple[Callable[[], None], Outputs]:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        # Repeat this for every capture: cuBLAS has one workspace per thread, and the first captures
-        # run on another thread.
-        self._make_workspace()
         graph = torch.cuda.CUDAGraph()
         before = torch.cuda.current_stream()
-        with (
+        # Other threads (adapter loads) may use the device meanwhile.
+        capturing = torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        )
+        try:
             # Without this, a capture that fails would leave its stream as the current one.
-            torch.cuda.stream(before),
-            # Other threads (adapter loads) may use the device meanwhile.
-            torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ),
-        ):
-            outputs = body()
+            with torch.cuda.stream(before), capturing:
+                outputs = body()
+        except RuntimeError:
+            # The failed graph does not give the workspace back, and its pool is never used again.
+            torch._C._cuda_clearCublasWorkspaces()
+            raise
         return graph.replay, outputs
 
     def forget(self) -> None:
@@ -105,16 +99,10 @@ class CudaCapture:
         """
         self._pool = None
 
-    def _make_workspace(self) -> None:
-        """Have cuBLAS allocate what it needs on the capturing stream, outside every pool."""
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            F.linear(self._operand, self._operand)
 
-
-def capture_for(device: torch.device, dtype: torch.dtype) -> Capture | None:
+def capture_for(device: torch.device) -> Capture | None:
     """How steps are captured on a device; None where there are no graphs."""
-    return CudaCapture(device, dtype) if device.type == "cuda" else None
+    return CudaCapture(device) if device.type == "cuda" else None
 
 
 class DecodeGraphs:
@@ -122,7 +110,7 @@ class DecodeGraphs:
 
     Args:
         capture: Captures a body, or None to run every step as it is.
-        capacity: Maximum number of graphs; with one more, all are dropped and captured again.
+        capacity: Maximum number of graphs.
         on_off: Called if there will be no more captures, so that steps stay slow.
     """
 
@@ -141,7 +129,8 @@ class DecodeGraphs:
         self._seen: dict[Key, deque[int]] = {}
         # Kind → the step from which on steps were noted that no graph served, and their joint form.
         self._missing: dict[Hashable, tuple[int, frozenset[Any]]] = {}
-        self._graphs: dict[Key, tuple[Callable[[], None], Outputs]] = {}
+        # The graph that was used last comes last.
+        self._graphs: OrderedDict[Key, tuple[Callable[[], None], Outputs]] = OrderedDict()
 
     def run(self, epoch: Hashable, key: Key, body: Body) -> Outputs:
         """Run a step, captured if it can be.
@@ -155,11 +144,10 @@ class DecodeGraphs:
             return body()
         self._enter(epoch)
         is_due = self._is_due(key)
-        if key not in self._graphs:
-            if is_due and len(self._graphs) == self._capacity:
-                self.drop()
-            if not is_due or not self._add(self._capture, key, body):
-                return body()
+        if key in self._graphs:
+            self._graphs.move_to_end(key)
+        elif not is_due or not self._add(self._capture, key, body):
+            return body()
         replay, outputs = self._graphs[key]
         replay()
         return outputs
@@ -198,7 +186,7 @@ class DecodeGraphs:
             return
         self._enter(epoch)
         body()
-        # Do not capture so many steps that the first ones are dropped again.
+        # Do not capture so many steps that the first ones go again.
         if key not in self._graphs and len(self._graphs) < self._capacity:
             self._add(self._capture, key, body)
 
@@ -233,15 +221,18 @@ class DecodeGraphs:
             self._graphs[key] = capture(body)
         except RuntimeError as error:
             self.drop()
+            self._resumes = self._step + WINDOW
             if is_out_of_memory(error):
                 _log.warning("no memory to capture a decode step; all CUDA graphs were dropped")
                 return False
             self._failures += 1
-            self._resumes = self._step + WINDOW
             _log.exception("a decode step could not be captured; going on without CUDA graphs")
             if self._failures == _MAX_FAILURES:
                 self._capture = None
                 self._on_off()
             return False
         self._failures = 0
+        # Only now does another graph go, because its pool has to stay in use.
+        if len(self._graphs) > self._capacity:
+            self._graphs.popitem(last=False)
         return True

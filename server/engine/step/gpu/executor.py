@@ -8,7 +8,7 @@ A step with first passes (X-LoRA) consists of two steps, neither of which is cap
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 
@@ -18,6 +18,7 @@ from turret.kernels.gpu.tables import upload
 from turret.server.adapters.adapter import Mix
 from turret.server.adapters.device.gpu.pack import Form
 from turret.server.adapters.device.gpu.store import GpuAdapterStep, GpuStore
+from turret.server.adapters.device.gpu.uploads import empty_cache
 from turret.server.adapters.device.store import Resident
 from turret.server.adapters.device.vocabulary import VocabularyGroup
 from turret.server.adapters.operators.gate import Gate
@@ -77,16 +78,6 @@ def adapter_bytes(device: torch.device) -> int:
 def spare_bytes(device: torch.device) -> int:
     """The bytes of device memory that the plan leaves free."""
     return int(_SPARE_SHARE * torch.cuda.mem_get_info(device)[1])
-
-
-def captured_bytes(rows: Iterable[int], row_bytes: int) -> int:
-    """The bytes of the captured steps' results; their logits are in memory that all steps share.
-
-    Args:
-        rows: The number of rows of each captured step.
-        row_bytes: The size of a row's final hidden state.
-    """
-    return sum(rows) * row_bytes
 
 
 def largest_step(num_tokens: int, num_seqs: int, block_size: int) -> Step:
@@ -330,8 +321,9 @@ class GpuExecutor:
             self._body(self._decode, self._padding(self._decode, packed, bucket))()
         # Cover long prompts, whose products are a library's, alone and beside decoding rows, and
         # short prompts.
-        rows = min(_SHORT_PROMPT + 1, self._mixed.max_rows)
-        for num_decode in sorted({0, 1, min(rows, 32), rows}):
+        most = min(_SHORT_PROMPT + 1, self._mixed.max_rows)
+        few = min(32, most)
+        for rows, num_decode in ((most, 0), (most, 1), (most, few), (few, few), (most, most)):
             inputs = self._padding(self._mixed, packed, rows, num_decode)
             self._body(self._mixed, inputs)()
 
@@ -399,8 +391,7 @@ class GpuExecutor:
         """Give back captured steps, idle adapters and what torch's allocator holds."""
         self._graphs.drop()
         self.store.drop_idle()
-        if self._decoder.device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_cache(self._decoder.device)
 
     def _run(self, step: Step) -> Computed:
         for sequence, start in step.presets:

@@ -153,7 +153,8 @@ AttentionWords = dict[int | None, torch.Tensor]
 _MAX_SPREAD_RECORDS = 2048
 # Ranks per row for which the first segment table has room; the table grows if a step needs more.
 _FIRST_ROW_RANK = 256
-_FIRST_MEMBERS = 8
+# A multiple of 16, like all sizes after it: kernels are compiled for that.
+_FIRST_MEMBERS = 16
 _FIRST_GATES = 2
 _FIRST_ROW_ASKED = 64
 
