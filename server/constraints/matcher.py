@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,7 +16,9 @@ from turret.server.errors import BudgetExceededError, InvalidRequestError
 from turret.server.words import say
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLTokenizer
+
+    from turret.server.constraints.constraint import Constraint
 
 
 # Facts about a tokenizer's tokens that do not depend on the constraint.
@@ -130,16 +132,6 @@ _TOKEN_SECONDS = 0.005
 _LEXER_FULL = "too many states"
 
 
-class MatcherSource(Protocol):
-    """The source of a matcher (``Constraint``)."""
-
-    forces: bool
-
-    def copy(self, *, forces: bool) -> LLMatcher: ...
-    def renewed(self, *, forces: bool) -> LLMatcher: ...
-    def count(self, seconds: float) -> None: ...
-
-
 class Matcher:
     """One answer's position in a grammar. Use it from one thread at a time.
 
@@ -148,7 +140,7 @@ class Matcher:
         alphabet: The alphabet of the constraint's tokenizer.
     """
 
-    def __init__(self, source: MatcherSource, alphabet: Alphabet) -> None:
+    def __init__(self, source: Constraint, alphabet: Alphabet) -> None:
         self._source = source
         self._alphabet = alphabet
         # Forced text is appended as the tokenizer would encode it.
