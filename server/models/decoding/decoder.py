@@ -29,9 +29,9 @@ from turret.server.adapters.device.vocabulary import (
 )
 from turret.server.models.decoding.adapted_linear import AdaptedLinear, ExpertMixture
 from turret.server.models.decoding.arch import Arch
-from turret.server.models.decoding.cpu_layers import CpuLayerOps, CpuLayers
+from turret.server.models.decoding.cpu_layers import CpuLayerOps, CpuLayers, choose_layer_ops
 from turret.server.models.decoding.kv_cache import KvCache
-from turret.server.models.decoding.layer_ops import GrowingQueries, RotaryAngles, choose_layer_ops
+from turret.server.models.decoding.layer_ops import GrowingQueries, RotaryAngles
 from turret.server.models.fidelity import Fidelity
 
 
@@ -299,7 +299,7 @@ class Decoder:
         return row_linear(hidden, self.head)
 
     def _dense(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return row_linear(hidden, weight, probe=False)
+        return row_linear(hidden, weight)
 
     def _heads(self, layer: DecoderLayer, qkv: torch.Tensor) -> torch.Tensor:
         """Split into ``[rows, heads + 2·kv_heads, head_dim]``, with head norms if there are any."""

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from said import says
 from servers.engine_harness import EngineHarness, make_request
 
+from turret.kernels.cpu.native import has_native_products
 from turret.kernels.gpu import common as tuning_module
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.cli import main
@@ -40,13 +41,16 @@ from turret.server.models.loader import load_decoder
 from turret.server.models.model_source import modules_in_16_bits, resolve_model, stored_weights
 from turret.server.models.weights.nf4 import (
     DenseLinear,
+    DequantizedLinear,
     MixedLinear,
-    Nf4Linear,
     Nf4Weight,
+    PackedLinear,
     dequantize_stored,
 )
 from turret.training.base_model import empty_model, find_base, load_model
 
+# The form of 4-bit weights on this processor.
+QUANTIZED = PackedLinear if has_native_products() else DequantizedLinear
 # Modules of their own, all of a fused projection, some of it, and none.
 LAYOUTS: dict[str, Sequence[str]] = {
     "unsloth": UNSLOTH,
@@ -231,7 +235,7 @@ def test_the_file_says_which_modules_are_in_16_bits(mixed: Any) -> None:
     found = bases(folder)
     dense = {name for name, kind in found.items() if kind is DenseLinear}
     assert dense == {"0.qkv", "0.o", "1.down"}
-    assert {kind for name, kind in found.items() if name not in dense} == {Nf4Linear}
+    assert {kind for name, kind in found.items() if name not in dense} == {QUANTIZED}
     assert len(modules_in_16_bits(folder)) == 5
     assert bases(mixed("llama", "members").folder)["0.qkv"] is MixedLinear
     assert modules_in_16_bits(mixed("llama", "none").folder) == []
@@ -239,7 +243,7 @@ def test_the_file_says_which_modules_are_in_16_bits(mixed: Any) -> None:
 
 def test_quantize_all_is_another_base(mixed: Any) -> None:
     folder = mixed("llama", "unsloth").folder
-    assert set(bases(folder, quantizes_all=True).values()) == {Nf4Linear}
+    assert set(bases(folder, quantizes_all=True).values()) == {QUANTIZED}
     kept, quantized = (
         resolve_model(folder, folder.parent / "cache", quantizes_all=all_of_them)
         for all_of_them in (False, True)
