@@ -8,15 +8,13 @@ import json
 import signal
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
-from rich.text import Text
 
 import turret
 from turret.clients.aio import AsyncTurretClient
@@ -41,8 +39,8 @@ class ExamplesNotFoundError(Exception):
 class Question:
     """One request of the batch and what came back.
 
-    Times are ``time.perf_counter()`` seconds; ``expected`` is what the answer must equal or, if
-    ``is_prefix``, begin with, None if anything goes.
+    ``expected`` is what the answer must equal or, if ``is_prefix``, begin with; None if anything
+    goes.
     """
 
     prompt: str
@@ -50,9 +48,6 @@ class Question:
     expected: str | None = None
     is_prefix: bool = False
     answer: str = ""
-    started: float = 0.0
-    first_token: float | None = None
-    finished: float | None = None
     usage: Usage | None = None
 
     @property
@@ -66,14 +61,6 @@ class Question:
             return None
         answer = self.answer.strip()
         return answer.startswith(self.expected) if self.is_prefix else answer == self.expected
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Tokens after the first, over the time after the first."""
-        if self.usage is None or self.first_token is None or self.finished is None:
-            return None
-        tokens, seconds = self.usage.completion_tokens - 1, self.finished - self.first_token
-        return tokens / seconds if tokens and seconds else None
 
 
 @dataclass(slots=True)
@@ -181,11 +168,9 @@ def _converse(
     console: Console, server: ServerProcess, questions: list[Question], is_once: bool
 ) -> int:
     console.rule("one batch: the base model, every adapter and a mix")
+    started = time.perf_counter()
     asyncio.run(_ask_all(console, server.address, questions))
-    if console.is_terminal:
-        # Without a terminal, each answer was printed as it arrived.
-        console.print(_answers(questions))
-    console.print(_totals(questions), soft_wrap=not console.is_terminal)
+    console.print(_totals(questions, time.perf_counter() - started), soft_wrap=True)
     console.rule(f"per adapter, from http://{server.metrics_address}/metrics")
     console.print(_counts_table(read_counts(server.metrics_address)))
     if is_once:
@@ -221,24 +206,14 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-async def _ask_all(console: Console, address: str, questions: Sequence[Question]) -> None:
-    """Send all at once and show the answers as they grow."""
+async def _ask_all(console: Console, address: str, questions: list[Question]) -> None:
+    """Send all at once, and print each answer when it is complete."""
     async with AsyncTurretClient(address) as client:
-        if not console.is_terminal:
-            await asyncio.gather(*(_ask(client, q, console) for q in questions))
-            return
-        with Live(
-            console=console,
-            get_renderable=lambda: _answers(questions),
-            refresh_per_second=8,
-            transient=True,
-        ):
-            await asyncio.gather(*(_ask(client, q, None) for q in questions))
+        await asyncio.gather(*(_ask(client, question, console) for question in questions))
 
 
-async def _ask(client: AsyncTurretClient, question: Question, console: Console | None) -> None:
-    """Stream one answer into its question; print it at its end if there is a console."""
-    question.started = time.perf_counter()
+async def _ask(client: AsyncTurretClient, question: Question, console: Console) -> None:
+    """Ask a question of the batch and print its answer."""
     stream = client.chat_stream(
         question.prompt,
         adapters=question.adapters,
@@ -248,41 +223,14 @@ async def _ask(client: AsyncTurretClient, question: Question, console: Console |
     )
     async with stream:
         async for chunk in stream:
-            question.finished = time.perf_counter()
-            question.first_token = question.first_token or question.finished
             question.answer += chunk.text
             question.usage = chunk.usage
-    if console is not None:
-        line = f"[{question.mix}] {question.prompt} -> {question.answer.strip()}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    line = f"[{question.mix}] {question.prompt} -> {question.answer.strip()}"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _answers(questions: Sequence[Question]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("adapter", style="cyan", no_wrap=True)
-    table.add_column("prompt", style="dim", ratio=3)
-    table.add_column("answer", ratio=4, overflow="fold")
-    table.add_column("")
-    table.add_column("first token", justify="right", no_wrap=True)
-    table.add_column("tokens/s", justify="right", no_wrap=True)
-    marks = {True: Text("✓", "green"), False: Text("✗", "red"), None: Text("")}
-    for question in questions:
-        is_done = question.usage is not None
-        first, rate = question.first_token, question.tokens_per_second
-        table.add_row(
-            question.mix,
-            Text(question.prompt),
-            Text(" ".join(question.answer.split())),
-            marks[question.is_right if is_done else None],
-            "" if first is None else f"{first - question.started:.2f} s",
-            "" if rate is None else f"{rate:.1f}",
-        )
-    return table
-
-
-def _totals(questions: Sequence[Question]) -> str:
+def _totals(questions: list[Question], seconds: float) -> str:
     tokens = sum(q.usage.completion_tokens for q in questions if q.usage is not None)
-    seconds = max(q.finished or 0.0 for q in questions) - min(q.started for q in questions)
     checked = [q.is_right for q in questions if q.is_right is not None]
     return (
         f"{len(questions)} requests at once, {tokens} tokens in {seconds:.2f} s "
