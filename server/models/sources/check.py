@@ -18,7 +18,6 @@ from turret.server.models.sources.gguf_header import (
     SUFFIX,
     check_gguf,
     check_whole,
-    gguf_size,
     told_fields,
 )
 from turret.server.models.sources.model_directory import (
@@ -237,13 +236,9 @@ def size_of_model(model: Path | None) -> tuple[int, int, int] | None:
 
     Tokens are the rows of the embedding; 0 if only they are unknown.
     """
-    if model is None:
-        return gguf_size(find_gguf())
-    if model.suffix == SUFFIX and model.is_file():
-        return gguf_size(model)
-    said = _text_part(_config_of(model))
-    width, layers = said.get("hidden_size"), said.get("num_hidden_layers")
-    tokens = said.get("vocab_size")
+    said = _said_of(model)
+    keys = ("hidden_size", "num_hidden_layers", "vocab_size")
+    width, layers, tokens = (said.get(key) for key in keys)
     if not isinstance(width, int) or not isinstance(layers, int):
         return None
     return width, layers, tokens if isinstance(tokens, int) else 0
