@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -93,16 +94,22 @@ STACK_BYTES = MAX_CONSTRAINT_CHARS * (4 << 10)
 _lock = threading.Lock()
 
 
-def start_roomy(thread: threading.Thread) -> None:
-    """Start a thread with a stack of ``STACK_BYTES``."""
+@contextlib.contextmanager
+def _roomy_stacks() -> Iterator[None]:
     # The stack size is a setting of the whole process: a thread started meanwhile elsewhere gets it
     # too.
     with _lock:
         before = threading.stack_size(STACK_BYTES)
         try:
-            thread.start()
+            yield
         finally:
             threading.stack_size(before)
+
+
+def start_roomy(thread: threading.Thread) -> None:
+    """Start a thread with a stack of ``STACK_BYTES``."""
+    with _roomy_stacks():
+        thread.start()
 
 
 def roomy_executor(
@@ -111,15 +118,9 @@ def roomy_executor(
     """An executor whose threads, all of them started, have stacks of ``STACK_BYTES``."""
     executor = ThreadPoolExecutor(num_threads, name, initializer=initializer)
     together = threading.Barrier(num_threads + 1)
-    # The stack size is a setting of the whole process: a thread started meanwhile elsewhere gets it
-    # too.
-    with _lock:
-        before = threading.stack_size(STACK_BYTES)
-        try:
-            for _ in range(num_threads):
-                executor.submit(together.wait)
-        finally:
-            threading.stack_size(before)
+    with _roomy_stacks():
+        for _ in range(num_threads):
+            executor.submit(together.wait)
     together.wait()
     return executor
 
