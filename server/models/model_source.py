@@ -7,6 +7,7 @@ already bitsandbytes-4bit is taken as it is.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -363,7 +364,7 @@ def inspect_model(
         target = _target(cache_dir, [file], skip_modules)
         if (target / _MANIFEST).exists():
             return stored_weights(_read_cached(target, target))
-        return _Quantizing(open_gguf(file).formats(), skip_modules, no_progress).planned()
+        return _Quantizing(open_gguf(file).tensors.formats(), skip_modules, no_progress).planned()
     config, shards = check_model_directory(model), weight_files(model)
     if is_4bit(config):
         check_skip_modules(model, skip_modules, None)
@@ -435,7 +436,8 @@ def _resolve_gguf(
             found.tokenizer.save_pretrained(build)
             ends = json.dumps({"eos_token_id": found.eos_token_ids})
             (build / "generation_config.json").write_text(ends)
-            _Quantizing(found.formats(), skip, progress).write(found.tensors(), build, name)
+            formats = found.tensors.formats()
+            _Quantizing(formats, skip, progress).write(found.tensors, build, name)
     # The embedded model's file may also be given by its path; it keeps the embedded model's name.
     return dataclasses.replace(_read_cached(target, target), name=name)
 
@@ -528,27 +530,20 @@ def _read_cached(weights: Path, files: Path) -> ModelSource:
     return ModelSource(named, weights, files, digest, fidelity=fidelity)
 
 
-class _new_directory:
+@contextlib.contextmanager
+def _new_directory(target: Path) -> Iterator[Path]:
     """Fill a directory beside its final place, then rename it there: readers see all or nothing."""
-
-    def __init__(self, target: Path) -> None:
-        self._target = target
-
-    def __enter__(self) -> Path:
-        self._target.parent.mkdir(parents=True, exist_ok=True)
-        self._build = Path(tempfile.mkdtemp(prefix=".building-", dir=self._target.parent))
-        return self._build
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None:
-                self._build.rename(self._target)
-        except OSError:
-            # Another process was faster; its result is the same.
-            if not (self._target / _MANIFEST).exists():
-                raise
-        finally:
-            shutil.rmtree(self._build, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    build = Path(tempfile.mkdtemp(prefix=".building-", dir=target.parent))
+    try:
+        yield build
+        build.rename(target)
+    except OSError:
+        # Another process was faster; its result is the same.
+        if not (target / _MANIFEST).exists():
+            raise
+    finally:
+        shutil.rmtree(build, ignore_errors=True)
 
 
 def _target(cache_dir: Path, files: Iterable[Path], skip: Sequence[str]) -> Path:

@@ -226,22 +226,12 @@ class Nf4Experts:
 
     def dequantize(self, expert: int) -> torch.Tensor:
         """An expert's weight as multiplied, ``[out, in]`` fp32, on the CPU; do not write to it."""
-        if isinstance(self._stacked, torch.Tensor):
-            first = expert * self.out_features
-            return self._stacked[first : first + self.out_features].float().cpu()
         if self._stacked is not None:
-            return self._part(self._stacked, expert).dequantize(self._dtype).float().cpu()
+            first = expert * self.out_features
+            rows, stacked = slice(first, first + self.out_features), self._stacked
+            if isinstance(stacked, torch.Tensor):
+                return stacked[rows].float().cpu()
+            return stacked.part(rows).dequantize(self._dtype).float().cpu()
         linear = self._experts[expert]
         parts = [linear.dequantize(index) for index in range(len(linear.widths))]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _part(self, stacked: Nf4Matrix, expert: int) -> Nf4Matrix:
-        codes = self.out_features * self.in_features // 2
-        maxima = self.out_features * self.in_features // BLOCKSIZE
-        assert isinstance(stacked.absmax, torch.Tensor)
-        return Nf4Matrix(
-            stacked.packed[expert * codes : (expert + 1) * codes],
-            stacked.absmax[expert * maxima : (expert + 1) * maxima],
-            self.out_features,
-            self.in_features,
-        )

@@ -146,16 +146,8 @@ class Nf4Product:
     def part(self, rows: slice) -> Nf4Product:
         """The product for a part of the outputs, sharing the memory of the whole weight."""
         weight = self._weight
-        if isinstance(weight, torch.Tensor):
-            return Nf4Product(weight[rows], self._dtype)
-        codes, blocks = weight.in_features // 2, weight.in_features // BLOCK
-        matrix = Nf4Matrix(
-            weight.packed[rows.start * codes : rows.stop * codes],
-            weight.absmax[rows.start * blocks : rows.stop * blocks],
-            rows.stop - rows.start,
-            weight.in_features,
-        )
-        return Nf4Product(matrix, self._dtype)
+        part = weight.part(rows) if isinstance(weight, Nf4Matrix) else weight[rows]
+        return Nf4Product(part, self._dtype)
 
     @staticmethod
     def join(parts: Sequence[Nf4Product]) -> Nf4Product:

@@ -138,7 +138,7 @@ async def test_real_weights_are_as_exact_as_bitsandbytes(tmp_path: Path) -> None
     found = open_gguf(find_gguf())
     found.config.num_hidden_layers = 6
     model = AutoModelForCausalLM.from_config(found.config, dtype=torch.bfloat16)
-    model.load_state_dict({n: t.to(torch.bfloat16) for n, t in found.tensors()}, strict=False)
+    model.load_state_dict({n: t.to(torch.bfloat16) for n, t in found.tensors}, strict=False)
     model.save_pretrained(tmp_path / "plain")
     files = resolve_model(None, default_cache_dir()).files
     tokenizer = AutoTokenizer.from_pretrained(files)
