@@ -52,15 +52,15 @@ REST = "all else"
 # same name, only one of them runs: the compiled or the torch formulation, the screened or the whole
 # head.
 PARTS = (
-    Part("turret.server.models.weights.nf4:Nf4Linear.__call__", "base matmuls"),
+    Part("turret.server.models.weights.nf4:PackedLinear.__call__", "base matmuls"),
     Part("turret.server.adapters.device.cpu.store:CpuStep.project", "adapters"),
     Part("turret.server.adapters.device.reference:ReferenceStep.project", "adapters"),
     Part("turret.server.models.decoding.cpu_layers:CpuLayerOps.attend", "attention"),
-    Part("turret.server.models.decoding.layer_ops:TorchLayerOps.attend", "attention"),
+    Part("turret.server.models.decoding.layer_ops:LayerOps.attend", "attention"),
     Part("turret.server.models.decoding.cpu_layers:CpuLayerOps.add_rms_norm", "norms, residuals"),
-    Part("turret.server.models.decoding.layer_ops:TorchLayerOps.add_rms_norm", "norms, residuals"),
+    Part("turret.server.models.decoding.layer_ops:LayerOps.add_rms_norm", "norms, residuals"),
     Part("turret.server.models.decoding.cpu_layers:CpuLayerOps.gated_activation", "activation"),
-    Part("turret.server.models.decoding.layer_ops:TorchLayerOps.gated_activation", "activation"),
+    Part("turret.server.models.decoding.layer_ops:LayerOps.gated_activation", "activation"),
     Part("turret.server.adapters.device.reference:StepReference.apply", "operators by torch"),
     Part("turret.server.models.decoding.cpu_layers:run_layers", "all layers in one call"),
     Part("turret.server.models.decoding.decoder:Decoder.logits", "head"),

@@ -45,6 +45,16 @@ class Nf4Matrix:
         blocks = code[nibbles].view(-1, BLOCK) * self.absmax[:, None]
         return blocks.view(self.out_features, self.in_features).to(dtype)
 
+    def part(self, rows: slice) -> Nf4Matrix:
+        """Some rows, on the same memory."""
+        codes, blocks = self.in_features // 2, self.in_features // BLOCK
+        return Nf4Matrix(
+            self.packed[rows.start * codes : rows.stop * codes],
+            self.absmax[rows.start * blocks : rows.stop * blocks],
+            rows.stop - rows.start,
+            self.in_features,
+        )
+
 
 def nf4_matmul_reference(x: torch.Tensor, weight: Nf4Matrix) -> torch.Tensor:
     """Dequantise and multiply; the oracle of the Triton kernel.

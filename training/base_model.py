@@ -140,7 +140,7 @@ def find_base(
     """
     if directory is not None and directory.is_dir():
         check_model_directory(directory)
-        check(read_arch(_config_of(directory)).projections)
+        check(read_arch(_config_of(directory)))
     with progress_bar() as report:
         source = resolve_model(directory, default_cache_dir(), report)
     config = _config_of(source.files)

@@ -134,16 +134,10 @@ def transforms(size: int) -> tuple[torch.Tensor, torch.Tensor]:
         ``[2, f, size]``, real and imaginary parts of the ``f = size // 2 + 1`` frequencies, and
         ``[size, 2, f]``.
     """
-    frequencies = torch.arange(size // 2 + 1, dtype=torch.float64)
-    # Reduce the product modulo the size first: sines of large angles are not exact.
-    places = torch.arange(size, dtype=torch.float64)
-    angles = torch.outer(frequencies, places).remainder(size) * (2 * math.pi / size)
-    forward = torch.stack((angles.cos(), -angles.sin()))
-    shares = torch.full((len(frequencies), 1), 2.0 / size, dtype=torch.float64)
-    shares[0] = 1.0 / size
-    if size % 2 == 0:
-        shares[-1] = 1.0 / size
-    return forward.float(), (forward * shares).permute(2, 0, 1).float().contiguous()
+    cosines, sines = _turns(torch.arange(size // 2 + 1), torch.arange(size), size)
+    forward = torch.stack((cosines, -sines))
+    inverse = (forward * _shares(size).unsqueeze(1)).permute(2, 0, 1)
+    return forward.float(), inverse.float().contiguous()
 
 
 def spectrum(kernel: torch.Tensor) -> torch.Tensor:
@@ -219,11 +213,19 @@ def _matrices(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torc
     cosines, sines = _turns(torch.arange(LANES), torch.arange(LANES), LANES)
     forward, inverse = torch.stack((cosines, -sines), 1), torch.stack((cosines, -sines))
     cosines, sines = _turns(torch.arange(parts), torch.arange(count), size)
-    shares = torch.full((count,), 2.0 / size, dtype=torch.float64)
-    shares[0] = shares[-1] = 1.0 / size
-    turns, back = torch.stack((cosines, -sines), 1), torch.stack((cosines, sines), 1) * shares
+    turns = torch.stack((cosines, -sines), 1)
+    back = torch.stack((cosines, sines), 1) * _shares(size)
     whole = (forward.float().contiguous(), inverse.float().contiguous())
     return whole[0], _wide(turns.float(), count), _wide(back.float(), count), whole[1]
+
+
+def _shares(size: int) -> torch.Tensor:
+    """The weight of each frequency in the inverse of a real transform, fp64."""
+    shares = torch.full((size // 2 + 1,), 2.0 / size, dtype=torch.float64)
+    shares[0] = 1.0 / size
+    if size % 2 == 0:
+        shares[-1] = 1.0 / size
+    return shares
 
 
 def _turns(rows: torch.Tensor, columns: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:

@@ -25,14 +25,14 @@ def row_exp_(x: torch.Tensor) -> torch.Tensor:
     else:
         width = x.shape[-1]
         wide = torch.nn.functional.pad(x.reshape(-1, width), (0, -width % VECTOR_ELEMENTS))
-        out = by_rows("exp", wide.shape[1], torch.exp, wide, lambda: _sample(wide.shape[1]))
+        out = by_rows("exp", wide.shape[1], torch.exp, wide, lambda: _sample(wide, 10.0))
         out = out[:, :width].reshape(x.shape)
     return x if out is x else x.copy_(out)
 
 
-def _sample(width: int) -> torch.Tensor:
+def _sample(like: torch.Tensor, scale: float) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(SAMPLE_ROWS, width, generator=generator).mul_(10.0)
+    return torch.randn(SAMPLE_ROWS, like.shape[1], generator=generator).mul_(scale).to(like.dtype)
 
 
 # ``silu(x) = x / (1 + e^−x)``; a row's bits do not depend on the batch.
@@ -48,14 +48,8 @@ def row_silu(x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.silu(x)
     width, dtype = x.shape[1], x.dtype
     wide = torch.nn.functional.pad(x, (0, -width % VECTOR_ELEMENTS)).contiguous()
-
-    def sample() -> torch.Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn(SAMPLE_ROWS, wide.shape[1], generator=generator).mul_(4.0).to(dtype)
-
-    return by_rows("silu", (dtype, wide.shape[1]), torch.nn.functional.silu, wide, sample)[
-        :, :width
-    ]
+    key, silu = (dtype, wide.shape[1]), torch.nn.functional.silu
+    return by_rows("silu", key, silu, wide, lambda: _sample(wide, 4.0))[:, :width]
 
 
 # gelu by its tanh formula (arXiv 1606.08415); a row's bits do not depend on the batch.

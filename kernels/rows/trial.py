@@ -1,11 +1,12 @@
-"""Trials that choose a formulation of an operation whose bits per row do not depend on the batch.
+"""Trials that choose call sizes in which a row's bits do not depend on the batch.
 
 A library does not guarantee bits. Its kernel and its blocking of a sum depend on the whole shape,
 so row 0 of a 1-row product and row 0 of a 16-row product may differ, and so may equal rows at
 different places. Rows therefore go to a library only in calls of a few sizes; the last call is
 filled up with zeros. Each of these calls is tried for the operation, shape, dtype and number of
-threads. If a row's bits change, the next set of sizes is tried. If no set passes, the last
-formulation fixes the order of sums itself. A choice is made once, before its first use, and kept.
+threads. If a row's bits change, the next set of sizes is tried. The last set is one row at a time,
+which needs no trial because the call is always the same. A choice is made once, before its first
+use, and kept.
 
 Trials use operands whose exact products are 0, so that the leading bits of the result show the
 order of the sum.
@@ -14,14 +15,13 @@ order of the sum.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple, TypeAlias, TypeVar
+from collections.abc import Callable, Hashable
+from typing import TypeAlias
 
 from turret.lazy_torch import torch
 
 _log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Compute: TypeAlias = "Callable[[torch.Tensor], torch.Tensor]"
 Sizes = tuple[int, ...]
 
@@ -36,15 +36,8 @@ _SETS: tuple[Sizes, ...] = (
     (1,),
 )
 
-
-class Formulation(NamedTuple):
-    """One way to compute an operation, and its name in the log."""
-
-    name: str
-    call: Callable[..., torch.Tensor]
-
-
-_choices: dict[Hashable, Formulation] = {}
+# Operation, key and number of threads → the set of sizes.
+_choices: dict[tuple[str, Hashable, int], Sizes] = {}
 
 
 def forget_choices() -> None:
@@ -53,37 +46,43 @@ def forget_choices() -> None:
 
 
 def choices() -> dict[str, str]:
-    """The formulations chosen in this process so far; an operation may have several, by shape."""
+    """The sizes chosen in this process so far; an operation may have several, by shape."""
     found: dict[str, set[str]] = {}
-    for key, formulation in _choices.items():
-        assert isinstance(key, tuple)
-        found.setdefault(str(key[0]), set()).add(formulation.name)
+    for (op, _, _), sizes in _choices.items():
+        found.setdefault(op, set()).add(name_of(sizes))
     return {op: "/".join(sorted(names)) for op, names in sorted(found.items())}
+
+
+def name_of(sizes: Sizes) -> str:
+    """A description of call sizes, for the log."""
+    if sizes == (1,):
+        return "one row at a time"
+    return f"{sizes[0]} rows" if len(sizes) == 1 else f"{sizes[0]} rows or more"
 
 
 def choose(
     op: str,
     key: Hashable,
-    formulations: Callable[[], Sequence[Formulation]],
-    holds: Callable[[Formulation], bool],
-) -> Formulation:
-    """The first formulation that passes its trial; the last one needs none.
+    trial: Callable[[], tuple[Compute, torch.Tensor]],
+    largest: int = LARGEST,
+) -> Sizes:
+    """The first set of call sizes in which rows keep their bits.
 
     Args:
         op: Name of the operation.
         key: Everything else that bits may depend on; the number of threads is added.
-        formulations: In the order of preference.
-        holds: The trial.
+        trial: Makes a function that computes n results from ``[n, …]``, and rows to try it with.
+        largest: Number of rows of the largest call.
     """
     place = (op, key, torch.get_num_threads())
-    found = _choices.get(place)
-    if found is None:
-        *tried, last = formulations()
+    if place not in _choices:
+        *tried, last = (tuple(size for size in sizes if size <= largest) for sizes in _SETS)
         with torch.inference_mode():
-            found = next((one for one in tried if holds(one)), last)
-        _choices[place] = found
-        _log.debug("%s %s: %s", op, key, found.name)
-    return found
+            compute, rows = trial()
+            passed = (sizes for sizes in tried if _keeps_rows(compute, rows, sizes, largest))
+            _choices[place] = next(passed, last)
+        _log.debug("%s %s: %s", op, key, name_of(_choices[place]))
+    return _choices[place]
 
 
 def by_rows(
@@ -102,32 +101,7 @@ def by_rows(
         x: ``[num_rows, …]``.
         sample: Makes ``SAMPLE_ROWS`` rows to try.
     """
-
-    def holds(formulation: Formulation) -> bool:
-        return keeps_rows(lambda rows: formulation.call(compute, rows), sample(), most_sizes())
-
-    return choose(op, key, size_formulations, holds).call(compute, x)
-
-
-def most_sizes(largest: int = LARGEST) -> Sizes:
-    """Row counts that include every call up to a size, and some that need padding."""
-    return (*(1 << k for k in range(largest.bit_length())), 3, 7)
-
-
-def size_formulations(largest: int = LARGEST) -> list[Formulation]:
-    """Candidates ``(compute, x)``, one per set of sizes. The last computes one row at a time."""
-
-    def of(sizes: Sizes) -> Formulation:
-        few = tuple(size for size in sizes if size <= largest)
-        return Formulation(_name(sizes), lambda compute, x: in_sizes(compute, x, few))
-
-    return [of(sizes) for sizes in _SETS]
-
-
-def _name(sizes: Sizes) -> str:
-    if sizes == (1,):
-        return "one row at a time"
-    return f"{sizes[0]} rows" if len(sizes) == 1 else f"{sizes[0]} rows or more"
+    return in_sizes(compute, x, choose(op, key, lambda: (compute, sample())))
 
 
 def in_sizes(compute: Compute, x: torch.Tensor, sizes: Sizes) -> torch.Tensor:
@@ -148,14 +122,15 @@ def in_sizes(compute: Compute, x: torch.Tensor, sizes: Sizes) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def keeps_rows(compute: Compute, rows: torch.Tensor, counts: Sizes) -> bool:
-    """Whether rows have the same bits in these numbers and at any place as when alone."""
+def _keeps_rows(compute: Compute, rows: torch.Tensor, sizes: Sizes, largest: int) -> bool:
+    """Whether rows have the same bits in any number and at any place as when alone."""
     total = rows.shape[0]
-    alone = torch.cat([compute(rows[i : i + 1].clone()) for i in range(total)])
-    for count in counts:
+    alone = torch.cat([in_sizes(compute, rows[i : i + 1].clone(), sizes) for i in range(total)])
+    # Every call up to a size, and some that need padding.
+    for count in (*(1 << k for k in range(largest.bit_length())), 3, 7):
         for first in {0, 1, count // 2}:
             places = (torch.arange(count) + first) % total
-            if not torch.equal(compute(rows[places]), alone[places]):
+            if not torch.equal(in_sizes(compute, rows[places], sizes), alone[places]):
                 return False
     return True
 

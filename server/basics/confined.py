@@ -19,6 +19,7 @@ from typing import Any
 
 from turret.server.basics.settings import format_byte_size
 from turret.server.basics.work import is_out_of_memory
+from turret.server.errors import UnavailableError
 from turret.server.words import Text, say
 
 # Limit of wall-clock time, for jobs that get hardly any processor time.
@@ -104,6 +105,28 @@ class Confined:
                 error.answers = _answers(output)
                 raise
         return _answers(output)
+
+    def ask_one(self, job: object, unanswered: str) -> Any:
+        """The only answer to a job, a JSON object.
+
+        Args:
+            job: See ``ask``.
+            unanswered: The reason of the error if the process ended for another reason.
+
+        Raises:
+            ValueError: The program reports an error, or the job reached a limit.
+            UnavailableError: The process ended for another reason.
+            MemoryError, OSError: See ``ask``.
+        """
+        try:
+            (answer,) = self.ask(job)
+        except ConfinedError as error:
+            if error.is_over_limit:
+                raise ValueError(*error.args) from None
+            raise UnavailableError(say(unanswered, problem=error)) from None
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return answer
 
     def close(self) -> None:
         """Kill the process and any running job. No further job is possible."""

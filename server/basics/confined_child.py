@@ -2,7 +2,8 @@
 
 ``confined.py`` runs this file by its path, in an interpreter that cannot import turret and that
 sees only the packages it is given. Jobs come as lines of JSON on standard input. Each answer is a
-line of JSON on standard output, and an empty line follows the last answer to a job.
+line of JSON on standard output, and an empty line follows the last answer to a job. If the program
+raises an exception, the last answer is ``{"error": …}``.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import resource
 import runpy
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 _START_FAILED = 3
+_MAX_ERROR_CHARS = 1000
 
 
 def main(program: str, cpu_seconds: str, max_bytes: str, *packages: str) -> None:
@@ -39,13 +43,24 @@ def main(program: str, cpu_seconds: str, max_bytes: str, *packages: str) -> None
     output = sys.stdout.buffer
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_PROF, float(cpu_seconds))
-        for answer in answers(json.loads(line.decode("utf-8", "surrogatepass"))):
+        for answer in _answered(answers, json.loads(line.decode("utf-8", "surrogatepass"))):
             text = json.dumps(answer, ensure_ascii=False) + "\n"
             output.write(text.encode("utf-8", "surrogatepass"))
             output.flush()
         signal.setitimer(signal.ITIMER_PROF, 0.0)
         output.write(b"\n")
         output.flush()
+
+
+def _answered(answers: Callable[[Any], Iterator[Any]], job: Any) -> Iterator[Any]:
+    try:
+        yield from answers(job)
+    except MemoryError:
+        # End the process: it has no memory left.
+        raise
+    except BaseException as error:
+        # This includes panics of libraries in Rust.
+        yield {"error": f"{type(error).__name__}: {error}"[:_MAX_ERROR_CHARS]}
 
 
 if __name__ == "__main__":

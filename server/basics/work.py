@@ -15,6 +15,7 @@ import errno
 import os
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import TracebackType
@@ -153,7 +154,16 @@ def turret_error(error: BaseException, otherwise: str | None = None) -> TurretEr
     return TurretError(otherwise or say("INTERNAL"))
 
 
-class _LackOfMemoryIsReported(contextlib.ContextDecorator):
+class _Raises(contextlib.ContextDecorator):
+    """A reusable context manager and decorator that raises another error in place of some.
+
+    Args:
+        other: The error to raise in place of one; None if it stays as it is.
+    """
+
+    def __init__(self, other: Callable[[BaseException], BaseException | None]) -> None:
+        self._other = other
+
     def __enter__(self) -> None:
         pass
 
@@ -163,35 +173,26 @@ class _LackOfMemoryIsReported(contextlib.ContextDecorator):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Libraries may raise other errors while they handle a MemoryError.
-        cause = error
-        while cause is not None and not is_out_of_memory(cause):
-            cause = cause.__cause__ or cause.__context__
-        if cause is not None:
-            raise turret_error(cause, "") from error
+        if error is not None and (other := self._other(error)) is not None:
+            raise other from error
+
+
+def _lack_of_memory(error: BaseException) -> TurretError | None:
+    # Libraries may raise other errors while they handle a MemoryError.
+    cause: BaseException | None = error
+    while cause is not None and not is_out_of_memory(cause):
+        cause = cause.__cause__ or cause.__context__
+    return None if cause is None else turret_error(cause, "")
+
+
+def _panic(error: BaseException) -> RuntimeError | None:
+    # Each library has its own PanicException and does not export it.
+    return RuntimeError(f"panic: {error}") if type(error).__name__ == "PanicException" else None
 
 
 # Context manager for code that reads untrusted files: an error caused by a lack of memory becomes
 # an OutOfMemoryError, because the files are not to blame.
-LACK_OF_MEMORY_IS_REPORTED = _LackOfMemoryIsReported()
-
-# Panics of libraries in Rust, which ``except Exception`` does not catch.
-
-
-class _PanicsAreErrors(contextlib.ContextDecorator):
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        # Each library has its own PanicException and does not export it.
-        if kind is not None and kind.__name__ == "PanicException":
-            raise RuntimeError(f"panic: {error}") from error
-
-
-# Context manager and decorator that turns a panic, which would end the thread, into a RuntimeError.
-PANICS_ARE_ERRORS = _PanicsAreErrors()
+LACK_OF_MEMORY_IS_REPORTED = _Raises(_lack_of_memory)
+# Context manager and decorator for libraries in Rust: a panic, which ``except Exception`` does not
+# catch and which would end the thread, becomes a RuntimeError.
+PANICS_ARE_ERRORS = _Raises(_panic)

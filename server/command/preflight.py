@@ -38,14 +38,13 @@ from turret.server.config import (
 from turret.server.errors import InvalidRequestError, TurretError
 from turret.server.hub import AdapterHub
 from turret.server.models.chat_template import base_template
-from turret.server.models.decoding.arch import LAYER_PREFIX, MODULES, Projections
-from turret.server.models.families import FAMILIES
+from turret.server.models.decoding.arch import LAYER_PREFIX
 from turret.server.models.sources.check import (
     check_model,
     check_skip_modules,
     name_of_model,
     size_of_model,
-    told_sizes,
+    told_projections,
 )
 from turret.server.words import Text, say
 
@@ -182,11 +181,9 @@ def _torch_version() -> str:
 
 def base_sizes(model: Path | None, model_type: str) -> BaseSizes | None:
     """The sizes of a base that are known before it is read; None for a mixture, or if unknown."""
-    size, told = size_of_model(model), told_sizes(model, model_type)
-    if size is None or told is None or told.get("experts") is not None:
+    size, projections = size_of_model(model), told_projections(model, model_type)
+    if size is None or projections is None or projections.experts is not None:
         return None
-    modules = FAMILIES[model_type].modules.get(model_type, MODULES)
-    projections = Projections(model_type=model_type, modules=modules, **told)
     linears = projections.linears()
     found: dict[str, ModuleSize] = {}
     for number in range(projections.num_layers):
@@ -199,8 +196,8 @@ def base_sizes(model: Path | None, model_type: str) -> BaseSizes | None:
         model_type=model_type,
         modules=found,
         num_layers=projections.num_layers,
-        hidden_size=projections.hidden,
-        kv_width=projections.keys,
+        hidden_size=projections.hidden_size,
+        kv_width=projections.num_kv_heads * projections.head_dim,
         vocab_size=size[2],
     )
 

@@ -143,7 +143,7 @@ class ConstraintCompiler:
         native, alphabet = tokenizer
         grammar = grammar_of(spec)
 
-        def make(*, forces: bool) -> LLMatcher:
+        def make(forces: bool) -> LLMatcher:
             limits = LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
             asked = grammar if forces else unforced(grammar)
             made = LLMatcher(native, asked, log_level=0, limits=limits)

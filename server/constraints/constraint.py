@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from turret.server.constraints.matcher import Alphabet, Matcher
 
@@ -19,27 +20,19 @@ RENEW_SECONDS = 0.5
 MATCHER_BYTES = 64 << 10
 
 
-class Make(Protocol):
-    """Compiles a constraint; does not fail once it has not failed.
-
-    Args:
-        forces: See ``Constraint.copy``.
-    """
-
-    def __call__(self, *, forces: bool) -> LLMatcher: ...
-
-
 class Constraint:
     """Makes matchers, on one thread at a time.
 
     Args:
-        make: Compiles it.
+        make: Compiles it for a value of ``forces``; does not fail once it has not failed.
         alphabet: Of its tokenizer.
         num_bytes: About what the compiled form takes in memory.
         forces: See ``copy``; what its matchers begin with.
     """
 
-    def __init__(self, make: Make, alphabet: Alphabet, num_bytes: int, *, forces: bool) -> None:
+    def __init__(
+        self, make: Callable[[bool], LLMatcher], alphabet: Alphabet, num_bytes: int, *, forces: bool
+    ) -> None:
         self._make = make
         self.forces = forces
         self._prototypes: dict[bool, LLMatcher] = {}
@@ -64,7 +57,7 @@ class Constraint:
         """
         found = self._prototypes.get(forces)
         if found is None:
-            found = self._prototypes[forces] = self._make(forces=forces)
+            found = self._prototypes[forces] = self._make(forces)
         return found.deep_copy()
 
     def renewed(self, *, forces: bool) -> LLMatcher:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,7 +17,9 @@ from turret.server.errors import BudgetExceededError, InvalidRequestError
 from turret.server.words import say
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLTokenizer
+
+    from turret.server.constraints.constraint import Constraint
 
 
 # Facts about a tokenizer's tokens that do not depend on the constraint.
@@ -91,16 +94,22 @@ STACK_BYTES = MAX_CONSTRAINT_CHARS * (4 << 10)
 _lock = threading.Lock()
 
 
-def start_roomy(thread: threading.Thread) -> None:
-    """Start a thread with a stack of ``STACK_BYTES``."""
+@contextlib.contextmanager
+def _roomy_stacks() -> Iterator[None]:
     # The stack size is a setting of the whole process: a thread started meanwhile elsewhere gets it
     # too.
     with _lock:
         before = threading.stack_size(STACK_BYTES)
         try:
-            thread.start()
+            yield
         finally:
             threading.stack_size(before)
+
+
+def start_roomy(thread: threading.Thread) -> None:
+    """Start a thread with a stack of ``STACK_BYTES``."""
+    with _roomy_stacks():
+        thread.start()
 
 
 def roomy_executor(
@@ -109,15 +118,9 @@ def roomy_executor(
     """An executor whose threads, all of them started, have stacks of ``STACK_BYTES``."""
     executor = ThreadPoolExecutor(num_threads, name, initializer=initializer)
     together = threading.Barrier(num_threads + 1)
-    # The stack size is a setting of the whole process: a thread started meanwhile elsewhere gets it
-    # too.
-    with _lock:
-        before = threading.stack_size(STACK_BYTES)
-        try:
-            for _ in range(num_threads):
-                executor.submit(together.wait)
-        finally:
-            threading.stack_size(before)
+    with _roomy_stacks():
+        for _ in range(num_threads):
+            executor.submit(together.wait)
     together.wait()
     return executor
 
@@ -130,16 +133,6 @@ _TOKEN_SECONDS = 0.005
 _LEXER_FULL = "too many states"
 
 
-class MatcherSource(Protocol):
-    """The source of a matcher (``Constraint``)."""
-
-    forces: bool
-
-    def copy(self, *, forces: bool) -> LLMatcher: ...
-    def renewed(self, *, forces: bool) -> LLMatcher: ...
-    def count(self, seconds: float) -> None: ...
-
-
 class Matcher:
     """One answer's position in a grammar. Use it from one thread at a time.
 
@@ -148,7 +141,7 @@ class Matcher:
         alphabet: The alphabet of the constraint's tokenizer.
     """
 
-    def __init__(self, source: MatcherSource, alphabet: Alphabet) -> None:
+    def __init__(self, source: Constraint, alphabet: Alphabet) -> None:
         self._source = source
         self._alphabet = alphabet
         # Forced text is appended as the tokenizer would encode it.

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 
 from turret.server.adapters.adapter import Mix
+from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.constraints.matcher import start_roomy
 from turret.server.engine.answer import Answer, AnswerText, Stream
 from turret.server.engine.loop import (
@@ -24,11 +25,11 @@ from turret.server.engine.loop import (
     check_heads,
     check_vocabulary,
 )
-from turret.server.engine.observer import Adapters, EngineMetrics, Runs
 from turret.server.engine.scheduling.request import Request, RequestTokenizer
 from turret.server.engine.scheduling.scheduler import Scheduler, add_first_pass
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.speculation import Drafter
+from turret.server.engine.step.runner import Runner
 from turret.server.errors import (
     BudgetExceededError,
     InvalidRequestError,
@@ -37,6 +38,7 @@ from turret.server.errors import (
     TurretError,
     UnavailableError,
 )
+from turret.server.metrics import Metrics
 from turret.server.words import say
 
 _RETRY_SECONDS = 1.0
@@ -74,10 +76,10 @@ class Engine:
         self,
         *,
         scheduler: Scheduler,
-        runner: Runs,
-        adapters: Adapters,
+        runner: Runner,
+        adapters: AdapterRegistry,
         tokenizer: RequestTokenizer,
-        metrics: EngineMetrics,
+        metrics: Metrics,
         max_model_len: int,
         max_queued_requests: int,
         max_queued_bytes: int,

@@ -19,13 +19,14 @@ from turret.server import log
 from turret.server.adapters.adapter import HostResult, Mix, template_of
 from turret.server.adapters.base import ChangedBase
 from turret.server.adapters.device.store import AdapterMemoryError
+from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.basics.work import turret_error
 from turret.server.engine.answer import Answer, Stream, uses_of
-from turret.server.engine.observer import Adapters, EngineMetrics, LoopObserver, Runs
+from turret.server.engine.observer import LoopObserver
 from turret.server.engine.scheduling.request import FinishReason, Output, Request
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, SequenceState, Step
-from turret.server.engine.step.runner import DeviceFullError, StepResult
+from turret.server.engine.step.runner import DeviceFullError, Runner, StepResult
 from turret.server.errors import (
     AdapterClassifiesError,
     AdapterMergedError,
@@ -36,6 +37,7 @@ from turret.server.errors import (
     TurretError,
     UnavailableError,
 )
+from turret.server.metrics import Metrics
 from turret.server.words import say
 
 # Requests that need a classification head, and those that an adapter with one takes.
@@ -179,9 +181,9 @@ class EngineLoop:
         self,
         *,
         scheduler: Scheduler,
-        runner: Runs,
-        adapters: Adapters,
-        metrics: EngineMetrics,
+        runner: Runner,
+        adapters: AdapterRegistry,
+        metrics: Metrics,
         send: Callable[[Outbox], None],
         allow_merged_twice: bool = False,
     ) -> None:

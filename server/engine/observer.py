@@ -3,59 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as SequenceOf
-from typing import Protocol
+from collections.abc import Iterable
 
-from turret.server.adapters.adapter import AdapterRef, Mix
 from turret.server.engine.answer import Answer
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence, Step
-from turret.server.engine.step.runner import StepResult
-from turret.server.errors import TurretError
-
-# Interfaces that the engine needs of its neighbours; tests implement their own.
-
-
-class Runs(Protocol):
-    """The interface of a runner that the engine uses."""
-
-    def run(self, step: Step) -> StepResult: ...
-    def forget(self, sequence: Sequence) -> None: ...
-    def forget_adapter(self, key: str) -> None: ...
-    def refusal(self, sequence: Sequence) -> TurretError | None: ...
-    @property
-    def adapter_bytes(self) -> int: ...
-
-
-class Adapters(Protocol):
-    """The interface of the adapter registry that the engine uses."""
-
-    on_force_unload: list[Callable[[str], None]]
-    on_unloaded: Callable[[str], None] | None
-
-    def acquire(self, refs: SequenceOf[AdapterRef]) -> Mix: ...
-    def release(self, mix: Mix) -> None: ...
-
-
-class EngineMetrics(Protocol):
-    """The part of the server's metrics that the engine feeds."""
-
-    def queued(self, seconds: float) -> None: ...
-    def first_token(self, seconds: float, adapter_names: SequenceOf[str]) -> None: ...
-    def inter_token(self, seconds: float, adapter_names: SequenceOf[str]) -> None: ...
-    def step(self, phase: str, *, seconds: float, num_tokens: int, num_adapters: int) -> None: ...
-    def sequences(self, **counts: int) -> None: ...
-    def kv_blocks(self, **counts: int) -> None: ...
-    def kv_cache(self, *, block_size: int, num_blocks: int) -> None: ...
-    def adapters_in_use(
-        self, *, most: int, running: Iterable[str], waiting: Iterable[str]
-    ) -> None: ...
-    def preempted(self, count: int) -> None: ...
-    def speculation(self, *, num_draft: int, num_accepted: int) -> None: ...
-    def prefix_cache(self, *, hit: int, miss: int) -> None: ...
-    def adapter_bytes(self, **counts: int) -> None: ...
-
+from turret.server.engine.step.runner import Runner, StepResult
+from turret.server.metrics import Metrics
 
 # How old the lists of adapters in use may be: a thousand waiting requests are not walked each step.
 _LISTED_SECONDS = 0.25
@@ -70,7 +24,7 @@ class LoopObserver:
         metrics: Counts.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runs, metrics: EngineMetrics) -> None:
+    def __init__(self, scheduler: Scheduler, runner: Runner, metrics: Metrics) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._metrics = metrics

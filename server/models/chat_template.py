@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 from turret.server.adapters.adapter import TEMPLATE_FILE, TOKENIZER_FILES, OwnTemplate
 from turret.server.basics import codes
-from turret.server.basics.confined import Confined, ConfinedError
+from turret.server.basics.confined import Confined
 from turret.server.basics.files import read_regular, unreadable
 from turret.server.basics.names import closest
 from turret.server.basics.turns import FairPool
-from turret.server.errors import InvalidRequestError, UnavailableError
+from turret.server.errors import InvalidRequestError
 from turret.server.words import Text, say
 
 CPU_SECONDS = 2.0
@@ -99,15 +99,8 @@ class ChatTemplate:
             self._ask({"template": template}, is_short=True)
 
     def _ask(self, job: Mapping[str, Any], is_short: bool) -> str:
-        try:
-            (answer,) = (self._short if is_short else self._long).confined.ask(job)
-        except ConfinedError as error:
-            if error.is_over_limit:
-                raise ValueError(*error.args) from None
-            raise UnavailableError(say("CHAT_TEMPLATE_UNANSWERED", problem=error)) from None
-        if "error" in answer:
-            raise ValueError(answer["error"])
-        return answer["text"]
+        lane = self._short if is_short else self._long
+        return lane.confined.ask_one(job, "CHAT_TEMPLATE_UNANSWERED")["text"]
 
     def close(self) -> None:
         """End the processes and any rendering."""

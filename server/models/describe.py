@@ -25,9 +25,9 @@ from turret.server.models.model_source import ModelSource
 from turret.server.models.weights.nf4 import (
     BaseLinear,
     DenseLinear,
-    Nf4Linear,
     Nf4Weight,
     join_linears,
+    nf4_linear,
 )
 
 # The facts about the served model that clients may ask for.
@@ -239,7 +239,7 @@ class BaseEdit:
         self._owner = {
             path: linear for linear, paths in self._projections.items() for path in paths
         }
-        self._parts: dict[str, Nf4Linear | DenseLinear] = {}
+        self._parts: dict[str, BaseLinear] = {}
         self._biases: dict[str, torch.Tensor] = {}
         self._others: list[tuple[AdaptedLinear, BaseLinear, torch.Tensor | None]] = []
 
@@ -254,9 +254,11 @@ class BaseEdit:
             The weight as it will be multiplied, ``[out, in]`` fp32, on the CPU.
         """
         own = self._owner[path]
-        like = self._part_of(own, self._projections[own].index(path))
-        if self._precision == "NF4" and isinstance(like, Nf4Linear):
-            part = like.stored_alike(Nf4Weight.quantize(weight))
+        like = own.base.part(self._projections[own].index(path))
+        # Modules in 16 bits stay in 16 bits.
+        if self._precision == "NF4" and type(like) is not DenseLinear:
+            quantized, gpu = Nf4Weight.quantize(weight), hasattr(like, "product")
+            part = nf4_linear([quantized], self._dtype, self._device, gpu=gpu)
         else:
             rounded = weight.to(torch.bfloat16).to(self._device, self._dtype)
             part = DenseLinear(rounded.contiguous(), (weight.shape[0],))
@@ -273,7 +275,7 @@ class BaseEdit:
             base, bias = linear.base, linear.bias
             if any(path in self._parts for path in paths):
                 parts = [
-                    self._parts.pop(path, None) or self._part_of(linear, i)
+                    self._parts.pop(path, None) or linear.base.part(i)
                     for i, path in enumerate(paths)
                 ]
                 base = join_linears(parts)
@@ -281,11 +283,6 @@ class BaseEdit:
                 bias = self._bias(linear, paths)
             if base is not linear.base or bias is not linear.bias:
                 self._others.append((linear, base, bias))
-
-    def _part_of(self, linear: AdaptedLinear, index: int) -> Nf4Linear | DenseLinear:
-        part = linear.base.part(index)
-        assert isinstance(part, Nf4Linear | DenseLinear)
-        return part
 
     def _bias(self, linear: AdaptedLinear, paths: tuple[str, ...]) -> torch.Tensor:
         changes = [

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from turret.server.basics.confined import Confined, ConfinedError
+from turret.server.basics.confined import Confined
 from turret.server.basics.work import return_free_memory
-from turret.server.errors import InvalidRequestError, UnavailableError
+from turret.server.errors import InvalidRequestError
 from turret.server.words import say
 
 _PROGRAM = Path(__file__).with_name("encoding_program.py")
@@ -94,15 +94,11 @@ class Encoder:
                 del found
                 return_free_memory()
             return ids
+        job = str(self._file), texts, add_special_tokens
         try:
-            (answer,) = self._child.ask((str(self._file), texts, add_special_tokens))
-        except ConfinedError as error:
-            if error.is_over_limit:
-                raise InvalidRequestError(say("TEXT_NOT_ENCODED", problem=error)) from None
-            raise UnavailableError(say("TOKENIZER_UNREAD", problem=error)) from None
-        if "error" in answer:
-            raise InvalidRequestError(say("TEXT_NOT_ENCODED", problem=answer["error"]))
-        ids = answer["ids"]
+            ids = self._child.ask_one(job, "TOKENIZER_UNREAD")["ids"]
+        except ValueError as error:
+            raise InvalidRequestError(say("TEXT_NOT_ENCODED", problem=error)) from None
         return ids
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from turret.server.errors import InvalidRequestError
-from turret.server.models.decoding.arch import Arch, Experts, Rope
+from turret.server.models.decoding.arch import MODULES, Arch, Experts, Rope
 from turret.server.words import say
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
@@ -20,9 +20,9 @@ class Family:
     """A model family.
 
     Attributes:
-        model_types: The values of ``model_type`` in ``config.json`` for the family.
-        read: Turns a transformers config of the family into an ``Arch``. Raises
-            InvalidRequestError if the config has something that the family's file does not support.
+        readers: By ``model_type`` in ``config.json``: turns a transformers config into an ``Arch``,
+            which need not have the modules and the experts. Raises InvalidRequestError if the
+            config has something that the family's file does not support.
         text_part_of: ``model_type`` of models of text and images whose ``text_config`` belongs to
             the family → the ``model_type`` of that part, if it does not have one.
         modules: The modules of a layer by ``model_type``, if they are not ``MODULES``; see
@@ -35,13 +35,19 @@ class Family:
             which need not have all keys.
     """
 
-    model_types: tuple[str, ...]
-    read: Callable[[Any], Arch]
+    readers: Mapping[str, Callable[[Any], Arch]]
     text_part_of: Mapping[str, str] = field(default_factory=dict)
     modules: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     head_dims: Mapping[str, int] = field(default_factory=dict)
     inner_keys: Mapping[str, str] = field(default_factory=dict)
     experts: Callable[[Any], Experts | None] | None = None
+
+    def read(self, config: Any) -> Arch:
+        """Turn a transformers config of the family into an ``Arch``."""
+        arch = self.readers[config.model_type](config)
+        modules = self.modules.get(config.model_type, MODULES)
+        experts = None if self.experts is None else self.experts(config)
+        return replace(arch, modules=modules, experts=experts)
 
 
 def read_decoder(config: Any, **own: Any) -> Arch:
@@ -80,6 +86,11 @@ def read_decoder(config: Any, **own: Any) -> Arch:
         if parameters.get("rope_type") == "longrope":
             fields["long_from"] = int(parameters["original_max_position_embeddings"])
     return Arch(**{**fields, **own})
+
+
+def read_windowed(config: Any, **own: Any) -> Arch:
+    """Like ``read_decoder``, for a family whose config may have windows."""
+    return read_decoder(config, windows=read_windows(config), **own)
 
 
 def read_ropes(config: Any) -> dict[str, Any]:

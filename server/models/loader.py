@@ -27,12 +27,11 @@ from turret.server.models.sources.model_directory import weight_files
 from turret.server.models.weights.nf4 import (
     BaseLinear,
     DenseLinear,
-    Nf4Linear,
     Nf4Weight,
     dequantize_stored,
     fuse_weights,
 )
-from turret.server.models.weights.nf4_experts import Nf4Experts, RouterLinear
+from turret.server.models.weights.nf4_experts import Nf4Experts
 from turret.server.words import say
 
 # Names, for the log, of the implementations that compute each part of a step on this machine.
@@ -54,8 +53,8 @@ def formulations(decoder: Decoder, *, is_head_screened: bool) -> dict[str, str]:
     attention = "torch" if native.isa() is None else "native products, torch"
     if isinstance(decoder.ops, CpuLayerOps):
         attention = "native"
-    elif "matrices" in choices():
-        attention = f"torch {choices()['matrices']}"
+    elif "linear" in choices():
+        attention = f"torch {choices()['linear']}"
     adapters = "native" if native.has_native(decoder.dtype, decoder.device) else "native products"
     screened = ", screened in int8" if is_head_screened else ""
     return found | {
@@ -67,8 +66,6 @@ def formulations(decoder: Decoder, *, is_head_screened: bool) -> dict[str, str]:
 
 
 def _product(base: BaseLinear) -> str:
-    if isinstance(base, Nf4Linear):
-        return base.formulation()
     if isinstance(base, DenseLinear):
         return linear_formulation(base.weight)
     return "native" if native.has_kernels(torch.device("cpu")) else "torch"
@@ -317,7 +314,8 @@ def _load_router(
     bias = None
     if tensors.has(f"{path}.bias"):
         bias = tensors.of_shape(f"{path}.bias", experts.count).to(dtype=dtype, device=device)
-    return AdaptedLinear(number, ROUTER, RouterLinear(weight), bias)
+    # The router is not quantised, because a small error can select another expert.
+    return AdaptedLinear(number, ROUTER, DenseLinear(weight, (experts.count,)), bias)
 
 
 def _norm(tensors: CheckpointTensors, arch: Arch, name: str, device: torch.device) -> torch.Tensor:

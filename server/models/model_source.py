@@ -7,6 +7,7 @@ already bitsandbytes-4bit is taken as it is.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -25,7 +26,7 @@ from turret.server.errors import InvalidRequestError
 from turret.server.models.decoding.arch import Experts
 from turret.server.models.families import read_arch
 from turret.server.models.fidelity import Fidelity, squared_error
-from turret.server.models.sources.check import MODEL_NAME, check_skip_modules, find_gguf
+from turret.server.models.sources.check import MODEL_NAME, find_gguf
 from turret.server.models.sources.gguf_file import open_gguf
 from turret.server.models.sources.gguf_header import SUFFIX
 from turret.server.models.sources.model_directory import (
@@ -358,22 +359,8 @@ def inspect_model(
     hub_id = None if model is None else hub_model_id(model)
     if hub_id is not None:
         model = cached_model(hub_id)
-    if model is None or (model.suffix == SUFFIX and model.is_file()):
-        file = find_gguf() if model is None else model
-        target = _target(cache_dir, [file], skip_modules)
-        if (target / _MANIFEST).exists():
-            return stored_weights(_read_cached(target, target))
-        return _Quantizing(open_gguf(file).formats(), skip_modules, no_progress).planned()
-    config, shards = check_model_directory(model), weight_files(model)
-    if is_4bit(config):
-        check_skip_modules(model, skip_modules, None)
-        return stored_weights(ModelSource("", model, model, "", quantizes_all=quantizes_all))
-    target = _target(cache_dir, [model / "config.json", *shards], skip_modules)
-    if (target / _MANIFEST).exists():
-        return stored_weights(_read_cached(target, model))
-    tensors = _read_plain(model, shards, scale_block(config))
-    formats = {name: tensors.format(name) for name in tensors}
-    return _Quantizing(formats, skip_modules, no_progress).planned()
+    source = _resolve(model, cache_dir, no_progress, skip_modules, is_plan=True)
+    return stored_weights(dataclasses.replace(source, quantizes_all=quantizes_all))
 
 
 def _stored_modules(weights: Path) -> dict[str, str]:
@@ -401,41 +388,60 @@ def _stored_modules(weights: Path) -> dict[str, str]:
 
 
 def _resolve(
-    model: Path | None, cache_dir: Path, progress: Progress, skip: Sequence[str]
+    model: Path | None,
+    cache_dir: Path,
+    progress: Progress,
+    skip: Sequence[str],
+    *,
+    is_plan: bool = False,
 ) -> ModelSource:
+    """Find or make the checkpoint of a model on this machine.
+
+    With ``is_plan``, nothing is made or hashed. The result then lacks a digest, and the checkpoint
+    if it is not in the cache.
+    """
     if model is None:
-        return _resolve_gguf(find_gguf(), MODEL_NAME, cache_dir, progress, skip)
+        return _resolve_gguf(find_gguf(), MODEL_NAME, cache_dir, progress, skip, is_plan)
     if model.suffix == SUFFIX and model.is_file():
-        return _resolve_gguf(model, model.stem, cache_dir, progress, skip)
+        return _resolve_gguf(model, model.stem, cache_dir, progress, skip, is_plan)
     config = check_model_directory(model)
-    shards = weight_files(model)
+    name, shards = model_name(model, config), weight_files(model)
     if is_4bit(config):
         if skip:
             raise InvalidRequestError.of("skip_modules", say("ALREADY_QUANTIZED", model=model))
-        return ModelSource(model_name(model, config), model, model, _digest(shards))
+        return ModelSource(name, model, model, "" if is_plan else _digest(shards))
     target = _target(cache_dir, [model / "config.json", *shards], skip)
     if not (target / _MANIFEST).exists():
+        tensors = _read_plain(model, shards, scale_block(config))
+        formats = {name: tensors.format(name) for name in tensors}
+        quantizing = _Quantizing(formats, skip, progress)
+        if is_plan:
+            return ModelSource(name, target, model, "", fidelity=quantizing.planned())
         with _new_directory(target) as build:
-            tensors = _read_plain(model, shards, scale_block(config))
-            formats = {name: tensors.format(name) for name in tensors}
-            each = ((name, tensors.get(name)) for name in tensors)
-            quantizing = _Quantizing(formats, skip, progress)
-            quantizing.write(each, build, model_name(model, config))
+            quantizing.write(((key, tensors.get(key)) for key in tensors), build, name)
     return _read_cached(target, model)
 
 
 def _resolve_gguf(
-    model: Path, name: str, cache_dir: Path, progress: Progress, skip: Sequence[str]
+    model: Path,
+    name: str,
+    cache_dir: Path,
+    progress: Progress,
+    skip: Sequence[str],
+    is_plan: bool,
 ) -> ModelSource:
     target = _target(cache_dir, [model], skip)
     if not (target / _MANIFEST).exists():
         found = open_gguf(model)
+        quantizing = _Quantizing(found.tensors.formats(), skip, progress)
+        if is_plan:
+            return ModelSource(name, target, target, "", fidelity=quantizing.planned())
         with _new_directory(target) as build:
             found.config.save_pretrained(build)
             found.tokenizer.save_pretrained(build)
             ends = json.dumps({"eos_token_id": found.eos_token_ids})
             (build / "generation_config.json").write_text(ends)
-            _Quantizing(found.formats(), skip, progress).write(found.tensors(), build, name)
+            quantizing.write(found.tensors, build, name)
     # The embedded model's file may also be given by its path; it keeps the embedded model's name.
     return dataclasses.replace(_read_cached(target, target), name=name)
 
@@ -528,27 +534,20 @@ def _read_cached(weights: Path, files: Path) -> ModelSource:
     return ModelSource(named, weights, files, digest, fidelity=fidelity)
 
 
-class _new_directory:
+@contextlib.contextmanager
+def _new_directory(target: Path) -> Iterator[Path]:
     """Fill a directory beside its final place, then rename it there: readers see all or nothing."""
-
-    def __init__(self, target: Path) -> None:
-        self._target = target
-
-    def __enter__(self) -> Path:
-        self._target.parent.mkdir(parents=True, exist_ok=True)
-        self._build = Path(tempfile.mkdtemp(prefix=".building-", dir=self._target.parent))
-        return self._build
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None:
-                self._build.rename(self._target)
-        except OSError:
-            # Another process was faster; its result is the same.
-            if not (self._target / _MANIFEST).exists():
-                raise
-        finally:
-            shutil.rmtree(self._build, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    build = Path(tempfile.mkdtemp(prefix=".building-", dir=target.parent))
+    try:
+        yield build
+        build.rename(target)
+    except OSError:
+        # Another process was faster; its result is the same.
+        if not (target / _MANIFEST).exists():
+            raise
+    finally:
+        shutil.rmtree(build, ignore_errors=True)
 
 
 def _target(cache_dir: Path, files: Iterable[Path], skip: Sequence[str]) -> Path:

@@ -9,13 +9,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from turret.server.adapters.adapter import TOKENIZER_FILE, OwnTemplate, TokenizerFiles
-from turret.server.basics.confined import Confined, ConfinedError
+from turret.server.basics.confined import Confined
 from turret.server.basics.files import reporting_disk_faults
 from turret.server.basics.work import LACK_OF_MEMORY_IS_REPORTED
-from turret.server.errors import InvalidRequestError, TurretError, UnavailableError
+from turret.server.errors import InvalidRequestError, TurretError
 from turret.server.models.tokenizer import Tokenizer, each_text
 from turret.server.words import Text, say
 
@@ -35,6 +34,7 @@ MAX_TOKEN_CHARS = 1024
 _MAX_ANSWER_BYTES = 4 << 20
 _PROGRAM = Path(__file__).with_name("tokenizer_program.py")
 _CONFIG = "config.json"
+_UNREAD = "TOKENIZER_UNREAD"
 # Keys of the base's config that help transformers to read a tokenizer.
 _GUESSED = ("model_type",)
 
@@ -176,7 +176,7 @@ class OwnTokenizers:
             packages=("tokenizers",),
         )
         try:
-            found = _asked(child, folder / TOKENIZER_FILE)
+            found = child.ask_one(str(folder / TOKENIZER_FILE), _UNREAD)
             if self._expected is None:
                 self._expected = self._parts_of_base(child, folder)
         finally:
@@ -199,7 +199,8 @@ class OwnTokenizers:
         made = folder / "base.json"
         made.write_text(self._base.serialized())
         files = [made, self._config.with_name(TOKENIZER_FILE)]
-        return [_asked(child, file)["digests"] for file in files if file.exists()]
+        found = (child.ask_one(str(file), _UNREAD) for file in files if file.exists())
+        return [each["digests"] for each in found]
 
     def _named(self, folder: Path) -> dict[str, int]:
         """Tokens of the base that occur in the adapter's config files."""
@@ -224,15 +225,3 @@ def _invalid(problem: str, folder: Path) -> InvalidRequestError:
         # Libraries name the temporary folder.
         problem = problem.replace(str(folder), "the folder")
     return InvalidRequestError(say("TOKENIZER_INVALID", problem=problem))
-
-
-def _asked(child: Confined, file: Path) -> dict[str, Any]:
-    try:
-        (answer,) = child.ask(str(file))
-    except ConfinedError as error:
-        if error.is_over_limit:
-            raise ValueError(*error.args) from None
-        raise UnavailableError(say("TOKENIZER_UNREAD", problem=error)) from None
-    if "error" in answer:
-        raise ValueError(answer["error"])
-    return answer

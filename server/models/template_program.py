@@ -30,7 +30,6 @@ def answers(job: Mapping[str, Any]) -> Iterator[dict[str, str]]:
         template = _compiled(job["template"])
         yield {"text": template.render(job["variables"]) if "variables" in job else ""}
     except MemoryError:
-        # End the process: it has no memory left.
         raise
     except TemplateSyntaxError as error:
         yield {"error": f"line {error.lineno}: {error.message}"[:_MAX_ERROR_CHARS]}

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -85,9 +86,10 @@ class Driven:
             return schedule(now)
 
         self.scheduler.schedule = counted  # type: ignore[method-assign]
+        runner: Any = FakeRunner()
         self.loop = EngineLoop(
             scheduler=self.scheduler,
-            runner=FakeRunner(),
+            runner=runner,
             adapters=registry,
             metrics=Metrics(),
             send=self._took,

@@ -50,7 +50,7 @@ SEED = '''
 
 from turret.server.models.family import Family, read_decoder
 
-FAMILY = Family(("seed_oss",), read_decoder)
+FAMILY = Family({"seed_oss": read_decoder})
 '''
 
 

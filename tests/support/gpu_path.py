@@ -62,7 +62,7 @@ async def gpu_serving(
     options = {"kv_cache_bytes": 4 << 20, **more}
     with (
         coarse_tiles(),
-        patch.object(decode_graphs, "capture_for", lambda device, dtype: capture),
+        patch.object(decode_graphs, "capture_for", lambda device: capture),
         warnings.catch_warnings(),
     ):
         # Rows that only pad a step compute on uninitialised memory.

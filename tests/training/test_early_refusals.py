@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ from safetensors.numpy import save_file
 from said import says
 from transformers import AutoConfig
 
+from turret.server.models.decoding.arch import Projections
 from turret.server.models.families import FAMILIES, read_arch
 from turret.server.models.sources import check
 from turret.server.models.sources.model_directory import read_config
 from turret.training.errors import RunError
 from turret.training.run.folder import RunFolder, checkpoint_path
 from turret.training.run.resuming import check_settings, versions
-from turret.training.settings.checks import told_projections
 from turret.training.settings.config import build_config
 from turret.training.verbs import _how_a_sweep_goes_on, _read, _with_errors
 from turret.training.words import say
@@ -175,12 +176,13 @@ def test_what_a_config_says_of_modules_is_what_the_model_has(
     # Families differ in the default width of a head.
     for told in (said, {key: value for key, value in said.items() if key != "head_dim"}):
         (tmp_path / "config.json").write_text(json.dumps(told))
-        expected = read_arch(type(config).from_dict(told)).projections
-        assert told_projections(tmp_path, model_type) == expected
-        assert told_projections(Path("acme/model"), model_type) == expected
+        arch = read_arch(type(config).from_dict(told))
+        expected = Projections(**{f.name: getattr(arch, f.name) for f in fields(Projections)})
+        assert check.told_projections(tmp_path, model_type) == expected
+        assert check.told_projections(Path("acme/model"), model_type) == expected
     del said["num_key_value_heads"]
     (tmp_path / "config.json").write_text(json.dumps(said))
-    assert told_projections(tmp_path, model_type) is None
+    assert check.told_projections(tmp_path, model_type) is None
 
 
 def test_what_a_config_leaves_open_is_not_compared_with_the_run(tmp_path: Path):

@@ -115,14 +115,14 @@ def _oft_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
 
 
 def _largest_block(config: Settings, base: TrainingBase) -> int:
-    sizes = module_sizes(base.arch.projections, config.targets)
+    sizes = module_sizes(base.arch, config.targets)
     return max(dividing(inner, 2 * config.rank) for _, _, inner in sizes)
 
 
 def _other_blocks(config: Settings, base: TrainingBase) -> tuple[str, ...]:
     """A note if a module's inputs cannot be divided into blocks of the requested size."""
     wanted = 2 * config.rank
-    widths = sorted({inner for _, _, inner in module_sizes(base.arch.projections, config.targets)})
+    widths = sorted({inner for _, _, inner in module_sizes(base.arch, config.targets)})
     made = [f"{dividing(width, wanted)} of {width}" for width in widths if width % wanted]
     if not made:
         return ()
@@ -219,9 +219,7 @@ _VECTOR_LENGTH = 256
 
 
 def _vblora_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
-    sizes = [
-        size for _, *both in module_sizes(base.arch.projections, config.targets) for size in both
-    ]
+    sizes = [size for _, *both in module_sizes(base.arch, config.targets) for size in both]
     return peft.VBLoRAConfig(
         task_type="CAUSAL_LM",
         r=config.rank,

@@ -280,10 +280,8 @@ def _own_rank(config: Settings, base: TrainingBase) -> float:
 
 
 def _loha_rank(config: Settings, base: TrainingBase) -> int:
-    targets = expand_targets(base.arch.projections, config.targets)
-    return max(
-        1, min(_RANK, highest_loha_rank(tuple(module_sizes(base.arch.projections, targets))))
-    )
+    targets = expand_targets(base.arch, config.targets)
+    return max(1, min(_RANK, highest_loha_rank(tuple(module_sizes(base.arch, targets)))))
 
 
 _RANK = 8
@@ -313,7 +311,7 @@ def _lokr_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
 
 def _decomposed_rank(config: Settings, base: TrainingBase) -> int:
     """The rank to serve; 0 if PEFT decomposes no factor, so that the rank only divides alpha."""
-    for _, *sides in module_sizes(base.arch.projections, config.targets):
+    for _, *sides in module_sizes(base.arch, config.targets):
         if config.rank < max(factorization(side, config.decompose_factor)[1] for side in sides) / 2:
             return config.rank
     return 0

@@ -154,7 +154,7 @@ class PeftMethod:
     def resolve(self, config: MethodConfig, base: TrainingBase) -> MethodConfig:
         config = fill_in(config, base, self.computed)
         if config.targets is not None:
-            targets = check_modules(self.name, base.arch.projections, config.targets, config.rank)
+            targets = check_modules(self.name, base.arch, config.targets, config.rank)
             config = dataclasses.replace(config, targets=targets)
         return config
 

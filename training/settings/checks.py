@@ -18,7 +18,12 @@ from turret.server.command.preflight import without_cuda
 from turret.server.config import AdapterConfig
 from turret.server.models.decoding.arch import MODULES, ROUTER, Experts, Projections
 from turret.server.models.families import FAMILIES
-from turret.server.models.sources.check import check_model, name_of_model, told_context, told_sizes
+from turret.server.models.sources.check import (
+    check_model,
+    name_of_model,
+    told_context,
+    told_projections,
+)
 from turret.training.errors import ConfigError
 from turret.training.settings.config import BaseConfig, DataConfig, MethodConfig, TrainConfig
 from turret.training.settings.declared import DECLARED
@@ -99,18 +104,6 @@ _HIGHEST: Mapping[str, Callable[[int, int], int]] = {
 
 PRESETS = ("attention", "mlp", "all-linear")
 _ATTENTION_GROUPS = ("qkv", "o")
-
-
-def told_projections(model: Path | None, model_type: str) -> Projections | None:
-    """The modules of a model as in its ``Arch``; None if torch is needed to determine them.
-
-    The arguments are those of ``told_sizes``.
-    """
-    sizes = told_sizes(model, model_type)
-    modules = FAMILIES[model_type].modules.get(model_type, MODULES)
-    if sizes is None:
-        return None
-    return Projections(model_type=model_type, modules=modules, **sizes)
 
 
 def is_targeted(name: str, group: str, targets: Sequence[str]) -> bool:

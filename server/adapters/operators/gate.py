@@ -12,9 +12,8 @@ from turret.kernels.fusion_gate import (
     fusion_gate_reference,
     routing_gate_reference,
 )
-from turret.kernels.rows.linear import row_linear
+from turret.kernels.rows.linear import row_addmm_, row_linear
 from turret.lazy_torch import torch
-from turret.server.adapters.operators.low_rank import add_ranks
 from turret.server.adapters.operators.operator import BaseRows, Operator
 
 
@@ -130,7 +129,7 @@ class Gate(Operator):
         scale = (self._weights(x, v, asked, base.given) * weight).index_select(
             1, self._component_of_rank
         )
-        add_ranks(y, v * scale, self.b)
+        row_addmm_(y, v * scale, self.b)
 
     def _weights(
         self, x: torch.Tensor, v: torch.Tensor, asked: torch.Tensor, given: torch.Tensor | None

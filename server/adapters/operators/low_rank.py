@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from turret.kernels.rows.linear import MAX_REDUCTION, row_addmm_, row_linear
+from turret.kernels.rows.linear import row_addmm_, row_linear
 from turret.lazy_torch import torch
 from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight
 
@@ -29,19 +29,11 @@ class LowRank(Operator):
         return self.a.shape[0]
 
     def add(self, y: torch.Tensor, x: torch.Tensor, base: BaseRows, weight: float) -> None:
-        v = row_linear(x, self.a, probe=False).float()
-        add_ranks(y, v if weight == 1.0 else v * weight, self.b)
+        v = row_linear(x, self.a).float()
+        row_addmm_(y, v if weight == 1.0 else v * weight, self.b)
 
     def add_dense(self, total: torch.Tensor, served: ServedWeight, weight: float) -> None:
         total.addmm_(self.b.T.float(), self.a.float(), alpha=weight)
-
-
-def add_ranks(y: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> None:
-    """``y += v b`` in place, a row's bits its own: ``[rows, out]``, ``[rows, rank]``, fp32 both."""
-    size = MAX_REDUCTION
-    for start in range(0, v.shape[1], size):
-        window = slice(start, start + size)
-        row_addmm_(y, v[:, window].contiguous(), b[window])
 
 
 def piece_sums(rank: int, in_features: int, dtype: torch.dtype) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -26,7 +26,7 @@ from turret.server.adapters.operators.token_router import TokenRouter
 from turret.server.adapters.operators.vocabulary import added_rows_of
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
 from turret.server.models.decoding.arch import LONG, Arch
-from turret.server.models.decoding.decoder import StepInput
+from turret.server.models.decoding.decoder import Decoder, StepInput
 from turret.server.models.decoding.layer_ops import LayerOps
 
 # The rows of a scheduled step, as plain numbers: the same for every device.
@@ -180,12 +180,6 @@ def _first_position(sequence: Sequence) -> int:
 NOTHING_ADDED: Mapping[Sequence, torch.Tensor] = {}
 
 
-class Projects(Protocol):
-    """The interface of a decoder that a plan uses."""
-
-    def some_logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor: ...
-
-
 def plan_vocabulary(
     rows: Iterable[tuple[Sequence, range]], store: AdapterStore, device: torch.device
 ) -> list[VocabularyGroup]:
@@ -236,7 +230,7 @@ def changed_heads(
 def added_logits(
     rows: Iterable[tuple[Sequence, range]],
     hidden: torch.Tensor,
-    decoder: Projects,
+    decoder: Decoder,
     store: AdapterStore,
 ) -> Mapping[Sequence, torch.Tensor]:
     """The logits of tokens that the base lacks.

@@ -126,16 +126,13 @@ class Executor(Protocol):
         ...
 
     def look_ahead(self) -> None:
-        """Use the time while the host waits for the step's results."""
-        ...
+        """Use the time while the host waits for the step's results, if it does."""
 
     def forget(self, sequence: Sequence) -> None:
-        """Drop what is kept for a sequence."""
-        ...
+        """Drop what is kept for a sequence, if anything is."""
 
     def free_memory(self) -> None:
-        """Free caches that only save time, after a step ran out of memory."""
-        ...
+        """Free caches that only save time, if there are any, after a step ran out of memory."""
 
 
 def adapters_of(step: Step) -> list[Adapter]:
@@ -165,7 +162,7 @@ def sampled_rows(placed: SequenceOf[Placed]) -> list[tuple[Sequence, range]]:
     return found
 
 
-class TorchExecutor:
+class TorchExecutor(Executor):
     """The torch and the cpu path.
 
     Args:
@@ -179,7 +176,7 @@ class TorchExecutor:
     def __init__(
         self, decoder: Decoder, cache: KvCache, store: StepStore, *, screens_head: bool = True
     ) -> None:
-        self.store = store
+        self._store = store
         self._decoder = decoder
         self._likeliest = LikeliestTokens(decoder) if screens_head else None
         self._cache = cache
@@ -188,12 +185,15 @@ class TorchExecutor:
         )
 
     @property
+    def store(self) -> StepStore:
+        return self._store
+
+    @property
     def screens_head(self) -> bool:
         """Whether there is an int8 copy of the head, which cannot be made for every head."""
         return self._likeliest is not None and self._likeliest.is_of_use
 
     def run(self, step: Step) -> Computed:
-        """Compute a step. Keys and values of its tokens are in the cache afterwards."""
         self._cache.clear(step.new_blocks)
         for sequence, start in step.presets:
             fill_prefix(self._cache, sequence, start)
@@ -203,14 +203,14 @@ class TorchExecutor:
         if rows:
             index = torch.tensor(rows, device=hidden.device)
             samples = sampled_rows(batch.placed)
-            changes = changed_heads(samples, self.store, hidden.device)
+            changes = changed_heads(samples, self._store, hidden.device)
             states = hidden.index_select(0, index)
             if not changes and all(takes_likeliest(sequence) for sequence, _ in samples):
                 likeliest = self._find_likeliest(states)
                 if likeliest is not None:
                     return Computed(batch.placed, hidden, None, likeliest=likeliest)
             logits = self._decoder.logits(states, changes)
-            added = added_logits(samples, states, self._decoder, self.store)
+            added = added_logits(samples, states, self._decoder, self._store)
             return Computed(batch.placed, hidden, logits, added)
         return Computed(batch.placed, hidden, None)
 
@@ -231,28 +231,17 @@ class TorchExecutor:
         first_passes = first_passes_of(step)
         if first_passes is None:
             return NO_SCALINGS
-        self.store.prepare(adapters_of(step))
-        scalings = constant_scalings(first_passes, self.store, self._decoder.device)
+        self._store.prepare(adapters_of(step))
+        scalings = constant_scalings(first_passes, self._store, self._decoder.device)
         batch = self._builder.build(first_passes, scalings)
         states = self._decoder.forward(batch.input, self._cache)
-        return computed_scalings(step.scheduled, batch.placed, states, self.store)
+        return computed_scalings(step.scheduled, batch.placed, states, self._store)
 
     def logits(self, sequence: Sequence, hidden: torch.Tensor) -> torch.Tensor:
-        """Project hidden states of one sequence, ``[rows, hidden]`` → ``[rows, vocab]`` fp32."""
         rows = [(sequence, range(hidden.shape[0]))]
-        logits = self._decoder.logits(hidden, changed_heads(rows, self.store, hidden.device))
-        added = added_logits(rows, hidden, self._decoder, self.store)
+        logits = self._decoder.logits(hidden, changed_heads(rows, self._store, hidden.device))
+        added = added_logits(rows, hidden, self._decoder, self._store)
         return own_logits(logits, sequence, added.get(sequence))
 
     def sampler(self, stop_token_ids: frozenset[int]) -> Sampler:
-        """Make a sampler that handles rows one after the other."""
         return Sampler(stop_token_ids)
-
-    def look_ahead(self) -> None:
-        """Do nothing: the results are already there."""
-
-    def forget(self, sequence: Sequence) -> None:
-        """Do nothing: nothing is kept."""
-
-    def free_memory(self) -> None:
-        """Do nothing: nothing is kept."""

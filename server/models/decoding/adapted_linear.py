@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from turret.kernels.gpu.nf4 import Epilogue
     from turret.server.adapters.device.gpu.store import GpuAdapterStep
     from turret.server.models.weights.nf4 import BaseLinear
+    from turret.server.models.weights.nf4_experts import Nf4Experts
     from turret.server.models.weights.nf4_gpu import Nf4Product
 
 
@@ -156,18 +157,6 @@ class AdaptedLinear:
 # A mixture of experts in place of a layer's MLP.
 
 
-class ExpertProduct(Protocol):
-    """The bias-free weights of all experts; see ``Nf4Experts``."""
-
-    out_features: int
-    in_features: int
-
-    def __call__(
-        self, x: torch.Tensor, routing: Routing, rows: torch.Tensor | None
-    ) -> torch.Tensor: ...
-    def dequantize(self, expert: int) -> torch.Tensor: ...
-
-
 class AdaptedExperts:
     """``y_p = W_e x_p + b_e + Σ_k w_k Δ_k(x_p)`` for pairs of a row and an expert.
 
@@ -179,7 +168,7 @@ class AdaptedExperts:
     """
 
     def __init__(
-        self, layer: int, projection: str, base: ExpertProduct, bias: torch.Tensor | None
+        self, layer: int, projection: str, base: Nf4Experts, bias: torch.Tensor | None
     ) -> None:
         self.layer = layer
         self.projection = projection

@@ -133,23 +133,26 @@ class Projections:
     """The linear modules of a model's layers, read from ``config.json`` without torch.
 
     Attributes:
-        model_type: The name in the config.
+        model_type: The name in the config. For information only: no code depends on it.
         num_layers: All layers.
-        hidden: Width of the residual.
-        inner: The inner width of the MLP.
-        queries: The width of all heads together.
-        keys: The width of all heads of keys, and of values, together.
-        modules: See ``Arch.modules``.
-        experts: See ``Arch.experts``.
+        hidden_size: Width of the residual.
+        intermediate_size: The inner width of the MLP.
+        num_heads: Heads of queries.
+        num_kv_heads: Heads of keys, and of values.
+        head_dim: Width of one head.
+        modules: The modules of a layer, by the projection that they make when they are fused. A
+            checkpoint may hold ``qkv`` or ``gate_up`` fused: then it is one module.
+        experts: The experts of the layers that are mixtures of experts, or None.
     """
 
     model_type: str
     num_layers: int
-    hidden: int
-    inner: int
-    queries: int
-    keys: int
-    modules: Mapping[str, tuple[str, ...]]
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    modules: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MODULES)
     experts: Experts | None = None
 
     def linears(self) -> dict[str, tuple[Linear, ...]]:
@@ -158,11 +161,13 @@ class Projections:
         If only some layers are mixtures of experts, not every layer has all of them (``has``). The
         experts' projections are not included, but the router is.
         """
+        hidden, inner = self.hidden_size, self.intermediate_size
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         sizes = {
-            "qkv": ((self.queries, self.keys, self.keys), self.hidden),
-            "o": ((self.hidden,), self.queries),
-            "gate_up": ((self.inner, self.inner), self.hidden),
-            "down": ((self.hidden,), self.inner),
+            "qkv": ((queries, keys, keys), hidden),
+            "o": ((hidden,), queries),
+            "gate_up": ((inner, inner), hidden),
+            "down": ((hidden,), inner),
         }
         found = {}
         for name, (widths, columns) in sizes.items():
@@ -173,7 +178,7 @@ class Projections:
             found[name] = tuple((p, out, columns) for p, out in zip(paths, outs, strict=True))
         if self.experts is not None:
             router = f"{self.experts.path}.{self.experts.router}"
-            found[ROUTER] = ((router, self.experts.count, self.hidden),)
+            found[ROUTER] = ((router, self.experts.count, hidden),)
         return found
 
     def has(self, layer: int, projection: str) -> bool:
@@ -188,8 +193,8 @@ class Projections:
         experts = self.experts
         if experts is None:
             return {}
-        inner = experts.intermediate_size
-        sizes = {"experts_gate_up": (2 * inner, self.hidden), "experts_down": (self.hidden, inner)}
+        inner, hidden = experts.intermediate_size, self.hidden_size
+        sizes = {"experts_gate_up": (2 * inner, hidden), "experts_down": (hidden, inner)}
         return {
             name: (f"{experts.path}.experts.{experts.parameters[name]}", *shape)
             for name, shape in sizes.items()
@@ -197,15 +202,13 @@ class Projections:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Arch:
+class Arch(Projections):
     """The architecture of a model, which configures the decoder.
 
-    The decoders read every attribute except ``model_type``. ``check_served`` rejects values for
-    which there are no kernels.
+    The decoders read every attribute except ``model_type``, those of ``Projections`` included.
+    ``check_served`` rejects values for which there are no kernels.
 
     Attributes:
-        model_type: The name in the config. For information only: no code depends on it.
-        head_dim: Width of one head.
         activation: The activation of the MLP's gate, by Hugging Face's name, or the operation on
             gates and ups.
         attention_scale: Multiplies the scores.
@@ -215,7 +218,6 @@ class Arch:
         logit_scale: Multiplies the logits.
         norm_offset: Added to the weights of all norms (1 where a norm is ``1 + w``).
         norms: The norms of a layer.
-        experts: The experts of the layers that are mixtures of experts, or None.
         qk_norm: Whether queries and keys are normed, head by head or the whole projection at once.
         attention_softcap: ``c · tanh(score / c)`` where it is not None.
         has_sinks: Whether every head has a learned score without a position, which takes part in
@@ -226,21 +228,12 @@ class Arch:
             (i, i + pairs).
         query_growth: Multiplies queries by their position, or None.
         ropes: Rotary positions by kind of layer.
-        modules: The modules of a layer, by the projection that they make when they are fused. A
-            checkpoint may hold ``qkv`` or ``gate_up`` fused: then it is one module.
         long_from: A sequence is long if its prompt and ``max_tokens`` together have more tokens
             than this; None if no ``Rope`` depends on it.
         rope_of_layer: Each layer's kind, or None for a layer that does not rotate.
     """
 
-    model_type: str
     vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
     rms_norm_eps: float
     max_model_len: int
     tie_word_embeddings: bool
@@ -252,7 +245,6 @@ class Arch:
     logit_scale: float = 1.0
     norm_offset: float = 0.0
     norms: LayerNorms = LayerNorms()
-    experts: Experts | None = None
     qk_norm: Literal["head", "projection"] | None = None
     attention_softcap: float | None = None
     has_sinks: bool = False
@@ -262,7 +254,6 @@ class Arch:
     query_growth: QueryGrowth | None = None
     ropes: Mapping[str, Rope]
     rope_of_layer: tuple[str | None, ...]
-    modules: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MODULES)
     long_from: int | None = None
 
     @property
@@ -284,32 +275,6 @@ class Arch:
         weights = self.hidden_size * (2 * queries + 2 * keys + 3 * inner)
         per_position = 1.5 * 2 * queries * attending
         return self.num_layers * weights / per_position if attending else math.inf
-
-    @property
-    def projections(self) -> Projections:
-        """The linear modules of the layers."""
-        return Projections(
-            model_type=self.model_type,
-            num_layers=self.num_layers,
-            hidden=self.hidden_size,
-            inner=self.intermediate_size,
-            queries=self.num_heads * self.head_dim,
-            keys=self.num_kv_heads * self.head_dim,
-            modules=self.modules,
-            experts=self.experts,
-        )
-
-    def linears(self) -> dict[str, tuple[Linear, ...]]:
-        """See :meth:`Projections.linears`."""
-        return self.projections.linears()
-
-    def has(self, layer: int, projection: str) -> bool:
-        """See :meth:`Projections.has`."""
-        return self.projections.has(layer, projection)
-
-    def expert_linears(self) -> dict[str, Linear]:
-        """See :meth:`Projections.expert_linears`."""
-        return self.projections.expert_linears()
 
 
 def check_served(arch: Arch) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,16 +30,18 @@ from turret.kernels.cpu.layers import (
     run_layers,
     silu_mul,
 )
-from turret.kernels.cpu.native import has_native_products, num_threads
+from turret.kernels.cpu.native import has_layer_ops, has_native_products, num_threads
 from turret.kernels.cpu.products import TILE_ROWS, serves_dense
-from turret.kernels.paged_attention import SequenceSpan
+from turret.kernels.paged_attention import SequenceSpan, prepare_attention
 from turret.server.adapters.device.cpu.store import CpuStep
 from turret.server.adapters.device.store import AdapterStep
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.arch import Arch, ClampedSwiglu
 from turret.server.models.decoding.kv_cache import KvCache
+from turret.server.models.decoding.layer_ops import Angles, LayerOps
 
 if TYPE_CHECKING:
+    from turret.server.models.decoding.decoder import DecoderLayer
     from turret.server.models.weights.nf4 import BaseLinear
 
 
@@ -51,11 +53,8 @@ _HEAD_DIM_MULTIPLE = 32
 _GATED_ACTIVATIONS = {"silu": silu_mul, "gelu_pytorch_tanh": gelu_mul}
 
 
-class CpuLayerOps:
-    """See ``LayerOps``."""
-
-    def __init__(self, arch: Arch) -> None:
-        self._arch = arch
+class CpuLayerOps(LayerOps):
+    """The operations of a layer by compiled kernels."""
 
     @staticmethod
     def serves(arch: Arch) -> bool:
@@ -90,7 +89,7 @@ class CpuLayerOps:
         self,
         number: int,
         qkv: torch.Tensor,
-        angles: tuple[torch.Tensor, torch.Tensor] | None,
+        angles: Angles | None,
         slots: torch.Tensor,
         cache: KvCache,
         plan: NativeAttentionPlan,
@@ -119,32 +118,12 @@ class CpuLayerOps:
         return _GATED_ACTIVATIONS[activation](gate_up)
 
 
-Rotation = tuple[torch.Tensor, torch.Tensor]
-
-
-class Layer(Protocol):
-    """The parts of a ``DecoderLayer`` that are read here."""
-
-    @property
-    def norm_before_attention(self) -> torch.Tensor | None: ...
-    @property
-    def norm_after_attention(self) -> torch.Tensor | None: ...
-    @property
-    def norm_before_mlp(self) -> torch.Tensor | None: ...
-    @property
-    def norm_after_mlp(self) -> torch.Tensor | None: ...
-    @property
-    def q_norm(self) -> torch.Tensor | None: ...
-    @property
-    def k_norm(self) -> torch.Tensor | None: ...
-    @property
-    def qkv(self) -> AdaptedLinear: ...
-    @property
-    def o(self) -> AdaptedLinear: ...
-    @property
-    def gate_up(self) -> AdaptedLinear | None: ...
-    @property
-    def down(self) -> AdaptedLinear | None: ...
+def choose_layer_ops(arch: Arch, dtype: torch.dtype, device: torch.device) -> LayerOps:
+    """The fastest operations that support this model on this machine."""
+    if has_layer_ops(dtype, device) and CpuLayerOps.serves(arch):
+        return CpuLayerOps(arch)
+    prepare_attention(arch.head_dim, device)
+    return LayerOps(arch)
 
 
 class CpuLayers:
@@ -158,7 +137,7 @@ class CpuLayers:
     """
 
     def __init__(
-        self, arch: Arch, layers: Sequence[Layer], norm: torch.Tensor, cache: KvCache
+        self, arch: Arch, layers: Sequence[DecoderLayer], norm: torch.Tensor, cache: KvCache
     ) -> None:
         self._arch = arch
         self._cache = cache
@@ -194,7 +173,7 @@ class CpuLayers:
         )
 
     @staticmethod
-    def serves(arch: Arch, layers: Sequence[Layer]) -> bool:
+    def serves(arch: Arch, layers: Sequence[DecoderLayer]) -> bool:
         """Whether every projection is a compiled kernel, given that ``CpuLayerOps`` are used.
 
         The kernels of this file are for bf16.
@@ -205,14 +184,14 @@ class CpuLayers:
         return (
             has_native_products()
             and arch.query_growth is None
-            and all(_packed(base) is not None or _dense(base) is not None for base in bases)
+            and all(hasattr(base, "packed") or _dense(base) is not None for base in bases)
         )
 
     def run(
         self,
         hidden: torch.Tensor,
         *,
-        rotations: Mapping[str | None, Rotation | None],
+        rotations: Mapping[str | None, Angles | None],
         slots: torch.Tensor,
         attention: Mapping[int | None, NativeAttentionPlan],
         adapters: CpuStep | None,
@@ -276,7 +255,7 @@ class CpuLayers:
         run_layers(self._model, made)
         return out
 
-    def _layer(self, number: int, layer: Layer) -> NativeLayer:
+    def _layer(self, number: int, layer: DecoderLayer) -> NativeLayer:
         made = NativeLayer(
             *(
                 None if norm is None else norm.data_ptr()
@@ -296,7 +275,8 @@ class CpuLayers:
         )
         for place, projection in enumerate(_projections(layer)):
             base, bias = projection.base, projection.bias
-            weights = *(_packed(base) or (None, None)), _dense(base)
+            # A weight is a ``PackedLinear``'s or a ``DenseLinear``'s.
+            weights = getattr(base, "packed", None), getattr(base, "absmax", None), _dense(base)
             made.linears[place] = NativeLinear(
                 *(None if tensor is None else tensor.data_ptr() for tensor in (*weights, bias)),
                 _width(base),
@@ -305,15 +285,10 @@ class CpuLayers:
         return made
 
 
-def _projections(layer: Layer) -> tuple[AdaptedLinear, ...]:
+def _projections(layer: DecoderLayer) -> tuple[AdaptedLinear, ...]:
     assert layer.gate_up is not None, "a mixture of experts is not served here"
     assert layer.down is not None
     return layer.qkv, layer.o, layer.gate_up, layer.down
-
-
-def _packed(base: BaseLinear) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """See ``Nf4Linear.packed``; None for any other kind of weight."""
-    return getattr(base, "packed", None)
 
 
 def _dense(base: BaseLinear) -> torch.Tensor | None:
@@ -326,7 +301,7 @@ def _width(base: BaseLinear) -> int:
     return sum(base.widths)
 
 
-def _angles(rotation: Rotation | None, rows: int, arch: Arch) -> Rotation:
+def _angles(rotation: Angles | None, rows: int, arch: Arch) -> Angles:
     if rotation is not None:
         return rotation
     ones = torch.ones(rows, arch.head_dim // 2)

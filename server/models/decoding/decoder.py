@@ -29,9 +29,9 @@ from turret.server.adapters.device.vocabulary import (
 )
 from turret.server.models.decoding.adapted_linear import AdaptedLinear, ExpertMixture
 from turret.server.models.decoding.arch import Arch
-from turret.server.models.decoding.cpu_layers import CpuLayerOps, CpuLayers
+from turret.server.models.decoding.cpu_layers import CpuLayerOps, CpuLayers, choose_layer_ops
 from turret.server.models.decoding.kv_cache import KvCache
-from turret.server.models.decoding.layer_ops import GrowingQueries, RotaryAngles, choose_layer_ops
+from turret.server.models.decoding.layer_ops import GrowingQueries, RotaryAngles
 from turret.server.models.fidelity import Fidelity
 
 
@@ -210,7 +210,7 @@ class Decoder:
     def _embed(self, step: StepInput) -> torch.Tensor:
         """The first layer's input, ``[rows, hidden]``."""
         hidden = F.embedding(step.token_ids, self.embedding)
-        self._change_embeddings(hidden, step)
+        change_embeddings(hidden, step.token_ids, self.embedding, step.embeddings)
         if step.added_rows is not None and step.added_values is not None:
             hidden.index_copy_(0, step.added_rows, step.added_values)
         is_scaled = self._embedding_scale != 1.0
@@ -221,10 +221,6 @@ class Decoder:
         if is_scaled and self.arch.scales_soft_tokens:
             hidden *= self._embedding_scale
         return hidden
-
-    def _change_embeddings(self, hidden: torch.Tensor, step: StepInput) -> None:
-        """Apply the step's adapters to the base's embeddings, in place."""
-        change_embeddings(hidden, step.token_ids, self.embedding, step.embeddings)
 
     def _add_norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor
@@ -299,7 +295,7 @@ class Decoder:
         return row_linear(hidden, self.head)
 
     def _dense(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return row_linear(hidden, weight, probe=False)
+        return row_linear(hidden, weight)
 
     def _heads(self, layer: DecoderLayer, qkv: torch.Tensor) -> torch.Tensor:
         """Split into ``[rows, heads + 2·kv_heads, head_dim]``, with head norms if there are any."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from turret.kernels.expert_routing import Routing
 from turret.kernels.gpu.activations import clamped_swiglu, gelu_mul, silu_mul
@@ -21,14 +20,13 @@ from turret.kernels.gpu.paged_attention import paged_attention
 from turret.kernels.gpu.rms_norm import residual_rms_norm
 from turret.kernels.gpu.rope_kv_write import KvWrite
 from turret.kernels.gpu.tables import AttentionTable
+from turret.kernels.rows.linear import linear_in_pieces
 from turret.server.adapters.device.gpu.store import GpuAdapterStep
 from turret.server.models.decoding.arch import Arch, ClampedSwiglu
 from turret.server.models.decoding.decoder import Decoder, DecoderLayer, StepInput
 from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.weights.nf4_gpu import keep_sums_whole
 
-# Libraries choose their algorithm by shape: the head's product always has this many rows.
-_HEAD_ROWS = 64
 # Name in ``Arch`` → kernel that multiplies the activation by ``up`` in the same pass.
 _GATED_ACTIVATIONS = {"silu": silu_mul, "gelu_pytorch_tanh": gelu_mul}
 _GATED_SILU = GatedSilu()
@@ -140,14 +138,10 @@ class GpuDecoder(Decoder):
         return residual_rms_norm(hidden, delta, weight, self.arch.rms_norm_eps)
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._dense(hidden, self.head)
+        return linear_in_pieces(hidden, self.head)
 
     def _dense(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        num_rows = hidden.shape[0]
-        missing = -num_rows % _HEAD_ROWS
-        padded = F.pad(hidden, (0, 0, 0, missing)) if missing else hidden
-        pieces = [F.linear(piece, weight) for piece in padded.split(_HEAD_ROWS)]
-        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[:num_rows]
+        return linear_in_pieces(hidden, weight)
 
     def _attention(
         self,

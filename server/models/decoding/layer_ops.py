@@ -1,29 +1,26 @@
 """The operations of a decoder layer between its projections, and the planning of attention.
 
 This is the interface between the decoder and a compute path: the decoder determines which
-operations run, and a class with the methods of ``LayerOps`` implements them.
+operations run, and ``LayerOps`` or a subclass implements them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from turret.kernels.between import residual_rms_norm_reference, rotate_heads
-from turret.kernels.cpu.native import has_layer_ops
 from turret.kernels.paged_attention import (
     SequenceSpan,
     paged_attention_reference,
     plan_attention,
-    prepare_attention,
 )
 from turret.kernels.rows.elementwise import row_clamped_swiglu, row_gelu, row_silu
 from turret.server.adapters.device.store import AdapterStep
 from turret.server.models.decoding.arch import LONG, Arch, ClampedSwiglu, QueryGrowth, Rope
-from turret.server.models.decoding.cpu_layers import CpuLayerOps
 from turret.server.models.decoding.kv_cache import KvCache
 
 # Cosines and sines of positions, made once.
@@ -109,8 +106,19 @@ class GrowingQueries:
         return self._values.index_select(0, steps).view(-1, 1, 1)
 
 
-class LayerOps(Protocol):
-    """One path's way to compute a layer. Tokens are packed, ``[rows, …]``."""
+# Name in ``Arch`` → torch function.
+_ACTIVATIONS = {"silu": row_silu, "gelu_pytorch_tanh": row_gelu}
+
+
+class LayerOps:
+    """The operations of a layer by torch, on any device. Tokens are packed, ``[rows, …]``.
+
+    Args:
+        arch: The architecture of the decoder.
+    """
+
+    def __init__(self, arch: Arch) -> None:
+        self._arch = arch
 
     def plan_attention(
         self,
@@ -122,19 +130,26 @@ class LayerOps(Protocol):
         device: torch.device,
     ) -> Any:
         """Prepare a step's attention for the layers with this window; ``attend`` takes it."""
-        ...
+        return plan_attention(
+            spans,
+            num_rows=num_rows,
+            block_size=block_size,
+            queries_per_head=self._arch.queries_per_head,
+            window=window,
+            device=device,
+        )
 
     def add_rms_norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor
     ) -> torch.Tensor:
         """``hidden += delta`` in place; returns the RMSNorm of the sum, ``[rows, hidden]``."""
-        ...
+        return residual_rms_norm_reference(hidden, delta, weight, self._arch.rms_norm_eps)
 
     def attend(
         self,
         number: int,
         qkv: torch.Tensor,
-        angles: tuple[torch.Tensor, torch.Tensor] | None,
+        angles: Angles | None,
         slots: torch.Tensor,
         cache: KvCache,
         plan: Any,
@@ -158,66 +173,6 @@ class LayerOps(Protocol):
         Returns:
             ``[rows, heads · head_dim]``.
         """
-        ...
-
-    def gated_activation(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """``activation(gate) · up`` or the like, ``[rows, 2·width]`` → ``[rows, width]``."""
-        ...
-
-
-def choose_layer_ops(arch: Arch, dtype: torch.dtype, device: torch.device) -> LayerOps:
-    """The fastest operations that support this model on this machine."""
-    if has_layer_ops(dtype, device) and CpuLayerOps.serves(arch):
-        return CpuLayerOps(arch)
-    prepare_attention(arch.head_dim, device)
-    return TorchLayerOps(arch)
-
-
-# Name in ``Arch`` → torch function.
-_ACTIVATIONS = {"silu": row_silu, "gelu_pytorch_tanh": row_gelu}
-
-
-class TorchLayerOps:
-    """The torch path, on any device and dtype."""
-
-    def __init__(self, arch: Arch) -> None:
-        self._arch = arch
-
-    def plan_attention(
-        self,
-        spans: Sequence[SequenceSpan],
-        *,
-        num_rows: int,
-        block_size: int,
-        window: int | None,
-        device: torch.device,
-    ) -> Any:
-        return plan_attention(
-            spans,
-            num_rows=num_rows,
-            block_size=block_size,
-            queries_per_head=self._arch.queries_per_head,
-            window=window,
-            device=device,
-        )
-
-    def add_rms_norm(
-        self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor
-    ) -> torch.Tensor:
-        return residual_rms_norm_reference(hidden, delta, weight, self._arch.rms_norm_eps)
-
-    def attend(
-        self,
-        number: int,
-        qkv: torch.Tensor,
-        angles: tuple[torch.Tensor, torch.Tensor] | None,
-        slots: torch.Tensor,
-        cache: KvCache,
-        plan: Any,
-        growth: torch.Tensor | None = None,
-        sinks: torch.Tensor | None = None,
-        adapters: AdapterStep | None = None,
-    ) -> torch.Tensor:
         arch = self._arch
         heads, kv_heads = arch.num_heads, arch.num_kv_heads
         qk, values = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
@@ -239,6 +194,7 @@ class TorchLayerOps:
         return attended.view(qkv.shape[0], -1)
 
     def gated_activation(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """``activation(gate) · up`` or the like, ``[rows, 2·width]`` → ``[rows, width]``."""
         activation = self._arch.activation
         if isinstance(activation, ClampedSwiglu):
             return row_clamped_swiglu(gate_up, activation.alpha, activation.limit)

@@ -17,7 +17,7 @@ def _discover() -> dict[str, Family]:
     families: dict[str, Family] = {}
     for info in sorted(pkgutil.iter_modules(__path__), key=lambda info: info.name):
         family: Family = importlib.import_module(f"{__name__}.{info.name}").FAMILY
-        for model_type in family.model_types:
+        for model_type in family.readers:
             assert model_type not in families, f"two families read {model_type!r}"
             families[model_type] = family
     return families

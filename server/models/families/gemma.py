@@ -49,8 +49,7 @@ def _read_3(config: Any) -> Arch:
 
 _READERS = {"gemma": _read_1, "gemma2": _read_2, "gemma3_text": _read_3}
 FAMILY = Family(
-    tuple(_READERS),
-    lambda config: _READERS[config.model_type](config),
+    _READERS,
     text_part_of={"gemma3": "gemma3_text"},
     head_dims=dict.fromkeys(_READERS, 256),
 )

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
-from turret.server.models.decoding.arch import MODULES, Arch, LayerNorms
+from turret.server.models.decoding.arch import MODULES, LayerNorms
 from turret.server.models.family import Family, read_decoder
 
 _NORMS = LayerNorms(
     after_attention="post_self_attn_layernorm",
     after_mlp="post_mlp_layernorm",
 )
-_MODULES = {**MODULES, "gate_up": ("mlp.gate_up_proj",)}
-
-
-def _read(config: Any) -> Arch:
-    return read_decoder(config, norms=_NORMS, is_interleaved=True, modules=_MODULES)
-
-
-FAMILY = Family(("glm4",), _read, modules={"glm4": _MODULES}, head_dims={"glm4": 128})
+FAMILY = Family(
+    {"glm4": functools.partial(read_decoder, norms=_NORMS, is_interleaved=True)},
+    modules={"glm4": {**MODULES, "gate_up": ("mlp.gate_up_proj",)}},
+    head_dims={"glm4": 128},
+)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from turret.server.models.decoding.arch import Arch, ClampedSwiglu, Experts
-from turret.server.models.family import Family, read_decoder, read_windows
+from turret.server.models.family import Family, read_windowed
 
 
 def _experts(config: Any) -> Experts:
@@ -24,13 +24,11 @@ def _experts(config: Any) -> Experts:
 
 
 def _read(config: Any) -> Arch:
-    return read_decoder(
+    return read_windowed(
         config,
-        windows=read_windows(config),
         activation=ClampedSwiglu(float(config.swiglu_alpha), float(config.swiglu_limit)),
         has_sinks=True,
-        experts=_experts(config),
     )
 
 
-FAMILY = Family(("gpt_oss",), _read, head_dims={"gpt_oss": 64}, experts=_experts)
+FAMILY = Family({"gpt_oss": _read}, head_dims={"gpt_oss": 64}, experts=_experts)

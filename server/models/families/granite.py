@@ -37,15 +37,12 @@ def _read_4(config: Any) -> Arch:
     return _read(
         config,
         intermediate_size=config.shared_intermediate_size,
-        modules=_MODULES_4,
         rope_of_layer=without_rope(rotates, layers),
     )
 
 
-_READERS = {"granite": _read, "granitemoehybrid": _read_4}
 FAMILY = Family(
-    tuple(_READERS),
-    lambda config: _READERS[config.model_type](config),
+    {"granite": _read, "granitemoehybrid": _read_4},
     modules={"granitemoehybrid": _MODULES_4},
     inner_keys={"granitemoehybrid": "shared_intermediate_size"},
 )

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from turret.server.models.family import Family, read_decoder
 
-FAMILY = Family(("llama",), read_decoder)
+FAMILY = Family({"llama": read_decoder})

@@ -8,11 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from turret.server.models.decoding.arch import Arch, QueryGrowth
-from turret.server.models.family import Family, read_decoder, read_windows
-
-
-def _read(config: Any, **own: Any) -> Arch:
-    return read_decoder(config, windows=read_windows(config), **own)
+from turret.server.models.family import Family, read_windowed
 
 
 def _read_3(config: Any) -> Arch:
@@ -20,13 +16,11 @@ def _read_3(config: Any) -> Arch:
     rope = config.rope_parameters
     beta = rope.get("llama_4_scaling_beta")
     growth = beta and QueryGrowth(float(beta), int(rope["original_max_position_embeddings"]))
-    return _read(config, query_growth=growth or None)
+    return read_windowed(config, query_growth=growth or None)
 
 
-_READERS = {"mistral": _read, "ministral": _read, "ministral3": _read_3}
 FAMILY = Family(
-    tuple(_READERS),
-    lambda config: _READERS[config.model_type](config),
+    {"mistral": read_windowed, "ministral": read_windowed, "ministral3": _read_3},
     text_part_of={"mistral3": "mistral"},
     head_dims={"ministral3": 128},
 )

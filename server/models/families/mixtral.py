@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from turret.server.models.decoding.arch import Arch, Experts
-from turret.server.models.family import Family, read_decoder, read_windows
+from turret.server.models.decoding.arch import Experts
+from turret.server.models.family import Family, read_windowed
 
 
 def _experts(config: Any) -> Experts:
@@ -20,8 +20,4 @@ def _experts(config: Any) -> Experts:
     )
 
 
-def _read(config: Any) -> Arch:
-    return read_decoder(config, windows=read_windows(config), experts=_experts(config))
-
-
-FAMILY = Family(("mixtral",), _read, experts=_experts)
+FAMILY = Family({"mixtral": read_windowed}, experts=_experts)

@@ -24,5 +24,4 @@ def _read_3(config: Any) -> Arch:
     return _read_2(config, windows=read_windows(config), **read_ropes(config))
 
 
-_READERS = {"olmo2": _read_2, "olmo3": _read_3}
-FAMILY = Family(tuple(_READERS), lambda config: _READERS[config.model_type](config))
+FAMILY = Family({"olmo2": _read_2, "olmo3": _read_3})

@@ -23,7 +23,7 @@ def _experts(config: Any) -> Experts:
 def _read(config: Any) -> Arch:
     if config.clip_qkv is not None:
         raise InvalidRequestError.of("model", say("CONFIG_KEY_UNSUPPORTED", key="clip_qkv"))
-    return read_decoder(config, qk_norm="projection", experts=_experts(config))
+    return read_decoder(config, qk_norm="projection")
 
 
-FAMILY = Family(("olmoe",), _read, experts=_experts)
+FAMILY = Family({"olmoe": _read}, experts=_experts)

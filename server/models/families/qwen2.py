@@ -6,14 +6,9 @@ time, height and width (M-RoPE, arXiv 2409.12191, section 2.1), which are equal 
 
 from __future__ import annotations
 
-from typing import Any
+from turret.server.models.family import Family, read_windowed
 
-from turret.server.models.decoding.arch import Arch
-from turret.server.models.family import Family, read_decoder, read_windows
-
-
-def _read(config: Any) -> Arch:
-    return read_decoder(config, windows=read_windows(config))
-
-
-FAMILY = Family(("qwen2", "qwen2_5_vl_text"), _read, text_part_of={"qwen2_5_vl": "qwen2_5_vl_text"})
+FAMILY = Family(
+    {"qwen2": read_windowed, "qwen2_5_vl_text": read_windowed},
+    text_part_of={"qwen2_5_vl": "qwen2_5_vl_text"},
+)

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
-from turret.server.models.decoding.arch import Arch
-from turret.server.models.family import Family, read_decoder, read_windows
+from turret.server.models.family import Family, read_windowed
 
-
-def _read(config: Any) -> Arch:
-    return read_decoder(config, windows=read_windows(config), qk_norm="head")
-
-
-FAMILY = Family(("qwen3",), _read, head_dims={"qwen3": 128})
+_READ = functools.partial(read_windowed, qk_norm="head")
+FAMILY = Family({"qwen3": _READ}, head_dims={"qwen3": 128})

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from turret.server.models.decoding.arch import Arch, Experts
-from turret.server.models.family import Family, read_decoder, read_windows
+from turret.server.models.decoding.arch import Experts
+from turret.server.models.family import Family, read_windowed
 
 
 def _experts(config: Any) -> Experts | None:
@@ -25,10 +26,5 @@ def _experts(config: Any) -> Experts | None:
     )
 
 
-def _read(config: Any) -> Arch:
-    return read_decoder(
-        config, windows=read_windows(config), qk_norm="head", experts=_experts(config)
-    )
-
-
-FAMILY = Family(("qwen3_moe",), _read, experts=_experts)
+_READ = functools.partial(read_windowed, qk_norm="head")
+FAMILY = Family({"qwen3_moe": _READ}, experts=_experts)

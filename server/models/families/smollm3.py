@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from turret.server.models.decoding.arch import Arch
-from turret.server.models.family import Family, read_decoder, read_windows, without_rope
+from turret.server.models.family import Family, read_windowed, without_rope
 
 
 def _read(config: Any) -> Arch:
-    return read_decoder(
+    return read_windowed(
         config,
-        windows=read_windows(config),
         rope_of_layer=without_rope(config.no_rope_layers, config.num_hidden_layers),
     )
 
 
-FAMILY = Family(("smollm3",), _read)
+FAMILY = Family({"smollm3": _read})

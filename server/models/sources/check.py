@@ -13,12 +13,12 @@ from typing import Any, TypeGuard
 
 from turret.server.basics.files import unwritable
 from turret.server.errors import InvalidRequestError
+from turret.server.models.decoding.arch import MODULES, Projections
 from turret.server.models.families import FAMILIES, text_type
 from turret.server.models.sources.gguf_header import (
     SUFFIX,
     check_gguf,
     check_whole,
-    gguf_size,
     told_fields,
 )
 from turret.server.models.sources.model_directory import (
@@ -143,43 +143,50 @@ def check_skip_modules(
         skipped_modules(patterns, modules)
 
 
-def told_sizes(model: Path | None, model_type: str) -> dict[str, Any] | None:
-    """The numbers that determine the sizes of a layer's modules, as far as known without torch.
+def told_projections(model: Path | None, model_type: str) -> Projections | None:
+    """The linear modules of a model as in its ``Arch``, as far as known without torch.
 
     Args:
         model: One that :func:`check_model` took.
         model_type: What it returned.
 
     Returns:
-        The arguments of ``Projections`` except its names. None if the config, or the header of a
-        GGUF file, leaves a size to transformers.
+        None if the config, or the header of a GGUF file, leaves a size to transformers.
     """
     family = FAMILIES[model_type]
     said = _said_of(model)
     inner_key = family.inner_keys.get(model_type, "intermediate_size")
-    keys = ("hidden_size", inner_key, "num_attention_heads", "num_key_value_heads")
-    head_dim = said.get("head_dim") or family.head_dims.get(model_type)
-    wanted = (*keys, "num_hidden_layers")
+    wanted = ("num_hidden_layers", "hidden_size", inner_key)
+    wanted += ("num_attention_heads", "num_key_value_heads")
     numbers = [value for key in wanted if _is_size(value := said.get(key))]
     if len(numbers) < len(wanted):
         return None
-    hidden, inner, heads, kv_heads, num_layers = numbers
-    width = head_dim or hidden // heads
-    if not _is_size(width):
+    num_layers, hidden, inner, heads, kv_heads = numbers
+    head_dim = said.get("head_dim") or family.head_dims.get(model_type) or hidden // heads
+    if not _is_size(head_dim):
         return None
-    sizes = {"hidden": hidden, "inner": inner, "queries": heads * width, "keys": kv_heads * width}
-    sizes["num_layers"] = num_layers
-    if family.experts is None:
-        return sizes
-    # transformers' versions use two names for the number of experts; accept both.
-    count = said.get("num_local_experts", said.get("num_experts"))
-    counted = {"num_local_experts": count, "num_experts": count}
-    try:
-        experts = family.experts(SimpleNamespace(**said | counted))
-    except (AttributeError, TypeError):
-        return None
-    is_told = experts is None or (_is_size(experts.count) and _is_size(experts.intermediate_size))
-    return {**sizes, "experts": experts} if is_told else None
+    experts = None
+    if family.experts is not None:
+        # transformers' versions use two names for the number of experts; accept both.
+        count = said.get("num_local_experts", said.get("num_experts"))
+        counted = {"num_local_experts": count, "num_experts": count}
+        try:
+            experts = family.experts(SimpleNamespace(**said | counted))
+        except (AttributeError, TypeError):
+            return None
+        if experts and not (_is_size(experts.count) and _is_size(experts.intermediate_size)):
+            return None
+    return Projections(
+        model_type=model_type,
+        num_layers=num_layers,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        modules=family.modules.get(model_type, MODULES),
+        experts=experts,
+    )
 
 
 def told_context(model: Path | None) -> int | None:
@@ -237,13 +244,9 @@ def size_of_model(model: Path | None) -> tuple[int, int, int] | None:
 
     Tokens are the rows of the embedding; 0 if only they are unknown.
     """
-    if model is None:
-        return gguf_size(find_gguf())
-    if model.suffix == SUFFIX and model.is_file():
-        return gguf_size(model)
-    said = _text_part(_config_of(model))
-    width, layers = said.get("hidden_size"), said.get("num_hidden_layers")
-    tokens = said.get("vocab_size")
+    said = _said_of(model)
+    keys = ("hidden_size", "num_hidden_layers", "vocab_size")
+    width, layers, tokens = (said.get(key) for key in keys)
     if not isinstance(width, int) or not isinstance(layers, int):
         return None
     return width, layers, tokens if isinstance(tokens, int) else 0

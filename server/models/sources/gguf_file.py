@@ -69,12 +69,6 @@ class GgufTensors:
             if known is not None:
                 self._names[name] = known
 
-    def __len__(self) -> int:
-        return sum(
-            len(self._tensors[stored].data) if "{}" in name else 1
-            for stored, name in self._names.items()
-        )
-
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for stored, name in self._names.items():
             block, part, kind = _split(stored)
@@ -243,22 +237,13 @@ class GgufModel:
         config: A transformers config.
         tokenizer: The tokenizer, with the file's chat template.
         eos_token_ids: All tokens that end an answer.
-        num_tensors: The number of tensors that ``tensors`` yields.
+        tensors: Name and float32 values of each weight, as Hugging Face's checkpoints have them.
     """
 
     config: Any
     tokenizer: Any
     eos_token_ids: list[int]
-    num_tensors: int
-    _tensors: GgufTensors
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and float32 values of each weight, as Hugging Face's checkpoints have them."""
-        return iter(self._tensors)
-
-    def formats(self) -> dict[str, str]:
-        """See ``GgufTensors``."""
-        return self._tensors.formats()
+    tensors: GgufTensors
 
 
 def open_gguf(path: Path) -> GgufModel:
@@ -286,4 +271,4 @@ def open_gguf(path: Path) -> GgufModel:
     tensors = GgufTensors(path, by_name, layout, config)
     ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     eos = list(dict.fromkeys(int(end) for end in ends if end is not None))
-    return GgufModel(config, read_gguf_tokenizer(path, fields, layout), eos, len(tensors), tensors)
+    return GgufModel(config, read_gguf_tokenizer(path, fields, layout), eos, tensors)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,7 +17,7 @@ from turret.server.words import say
 
 SUFFIX = ".gguf"
 _MAGIC = b"GGUF"
-_UINT32, _STRING, _ARRAY = 4, 8, 9
+_STRING, _ARRAY = 8, 9
 # Value type → format character of ``struct``.
 _SCALARS = {
     **{0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i"},
@@ -47,17 +48,13 @@ def check_gguf(path: Path) -> str:
     Raises:
         InvalidRequestError: It is not; the error says what it is instead.
     """
-    said = _said_by(path)
-    architecture = said.get("general.architecture", "")
-    if not isinstance(architecture, str) or not architecture:
+    architecture, said = _own_keys(path)
+    if not architecture:
         raise refuse(path, "GGUF_INVALID")
     if architecture not in LAYOUTS:
         served = ", ".join(sorted(LAYOUTS))
         raise refuse(path, "GGUF_ARCHITECTURE", value=architecture[:80], choices=served)
-    prefix = f"{architecture}."
-    return layout_of(
-        architecture, {key.removeprefix(prefix): value for key, value in said.items()}
-    ).model_type
+    return layout_of(architecture, said).model_type
 
 
 def check_whole(path: Path) -> None:
@@ -72,33 +69,11 @@ def check_whole(path: Path) -> None:
             whole = _end_of_tensors(file)
         except struct.error:
             whole = size + (file.tell() >= size)
-        except (ValueError, OverflowError, OSError):
+        except (ValueError, OverflowError, OSError, RecursionError):
             # Other damage is reported by the gguf reader.
             return
     if size < whole:
         raise refuse(path, "FILE_DAMAGED")
-
-
-def gguf_size(path: Path) -> tuple[int, int, int] | None:
-    """Width, layers and tokens of the model in a file that :func:`check_gguf` accepted.
-
-    None if they are unknown; 0 tokens if only the tokens are unknown.
-    """
-    _, sizes = read_sizes(path)
-    width, layers = sizes.get("embedding_length"), sizes.get("block_count")
-    tokens = sizes.get("vocab_size")
-    if not isinstance(width, int) or not isinstance(layers, int):
-        return None
-    return width, layers, tokens if isinstance(tokens, int) else 0
-
-
-def read_sizes(path: Path) -> tuple[str, dict[str, Any]]:
-    """Architecture of a file that :func:`check_gguf` accepted, and its keys without that prefix."""
-    said = _said_by(path)
-    architecture = said["general.architecture"]
-    prefix = f"{architecture}."
-    keys = {k.removeprefix(prefix): value for k, value in said.items() if k.startswith(prefix)}
-    return architecture, keys
 
 
 def told_fields(path: Path) -> dict[str, Any]:
@@ -106,9 +81,10 @@ def told_fields(path: Path) -> dict[str, Any]:
 
     Only texts and numbers, by the names of transformers' fields.
     """
-    architecture, said = read_sizes(path)
+    architecture, said = _own_keys(path)
     layout = layout_of(architecture, said)
-    wanted = {**WANTED, "attention.head_count_kv": "num_key_value_heads", **layout.fields}
+    others = {"attention.head_count_kv": "num_key_value_heads", "vocab_size": "vocab_size"}
+    wanted = {**WANTED, **others, **layout.fields}
     told = {
         name: said[key] for key, names in wanted.items() if key in said for name in names.split()
     }
@@ -118,65 +94,45 @@ def told_fields(path: Path) -> dict[str, Any]:
     return {**told, **layout.constants}
 
 
-def _said_by(path: Path) -> dict[str, Any]:
-    """The keys of a file; empty if it is not GGUF."""
-    try:
-        with path.open("rb") as file:
-            return _keys(file)
-    except (struct.error, UnicodeDecodeError):
-        return {}
-
-
 def refuse(path: Path, reason: str, **params: object) -> InvalidRequestError:
     """The error for a file that is rejected."""
     return InvalidRequestError.of("model", say(reason, path=path, **params))
 
 
-def _keys(file: BinaryIO) -> dict[str, Any]:
-    """Texts and numbers of the keys before the vocabulary."""
-    magic, version, _, num_keys = struct.unpack("<4sIQQ", file.read(24))
+def _own_keys(path: Path) -> tuple[str, dict[str, Any]]:
+    """The architecture of a file, and the texts and numbers of its keys without that prefix.
+
+    Only keys before the vocabulary are read. Both are empty if the file is not GGUF.
+    """
     said: dict[str, Any] = {}
-    if magic != _MAGIC or version not in (2, 3):
-        return said
-    for _ in range(min(num_keys, _MAX_KEYS)):
-        key = _text(file)
-        (kind,) = struct.unpack("<I", file.read(4))
-        if key.startswith(_VOCABULARY):
-            break
-        if kind == _STRING:
-            said[key] = _text(file)
-        elif kind in _SCALARS:
-            form = _SCALARS[kind]
-            (said[key],) = struct.unpack(form, file.read(struct.calcsize(form)))
-        elif kind != _ARRAY or not _skip_array(file):
-            break
-    return said
-
-
-def _skip_array(file: BinaryIO) -> bool:
-    """Skip an array; returns False, without skipping it, unless it holds texts or numbers."""
-    kind, count = struct.unpack("<IQ", file.read(12))
-    if count > _MAX_TEXT or (kind != _STRING and kind not in _SCALARS):
-        return False
-    if kind != _STRING:
-        file.seek(struct.calcsize(_SCALARS[kind]) * count, 1)
-        return True
-    for _ in range(count):
-        _text(file)
-    return True
+    with path.open("rb") as file:
+        try:
+            magic, version, _, num_keys = struct.unpack("<4sIQQ", file.read(24))
+            if magic != _MAGIC or version not in (2, 3):
+                return "", {}
+            for key, value in _entries(file, min(num_keys, _MAX_KEYS)):
+                if key.startswith(_VOCABULARY):
+                    break
+                if value is not None:
+                    said[key] = value
+        except (struct.error, ValueError, OverflowError, OSError, RecursionError):
+            return "", {}
+    architecture = said.get("general.architecture")
+    if not isinstance(architecture, str):
+        return "", {}
+    prefix = f"{architecture}."
+    return architecture, {
+        k.removeprefix(prefix): v for k, v in said.items() if k.startswith(prefix)
+    }
 
 
 def _end_of_tensors(file: BinaryIO) -> int:
     """End of the last tensor, in bytes from the file's start; a lower bound for unknown types."""
     _, _, num_tensors, num_keys = struct.unpack("<4sIQQ", file.read(24))
     alignment = 32
-    for _ in range(num_keys):
-        key = _text(file)
-        (kind,) = struct.unpack("<I", file.read(4))
-        if key == _ALIGNMENT and kind == _UINT32:
-            (alignment,) = struct.unpack("<I", file.read(4))
-        else:
-            _skip_value(file, kind)
+    for key, value in _entries(file, num_keys):
+        if key == _ALIGNMENT and isinstance(value, int):
+            alignment = value
     ends = [0]
     for _ in range(num_tensors):
         _text(file)
@@ -190,21 +146,34 @@ def _end_of_tensors(file: BinaryIO) -> int:
     return begin + -begin % max(1, alignment) + max(ends)
 
 
-def _skip_value(file: BinaryIO, kind: int) -> None:
-    """Skip a value of any type, even past the end of the file."""
+def _entries(file: BinaryIO, count: int) -> Iterator[tuple[str, Any]]:
+    """Keys and their values: texts and numbers, None for arrays and for long texts."""
+    for _ in range(count):
+        key = _text(file)
+        (kind,) = struct.unpack("<I", file.read(4))
+        yield key, _value(file, kind)
+
+
+def _value(file: BinaryIO, kind: int) -> Any:
+    """Read a value, or skip it, even past the end of the file."""
     if kind in _SCALARS:
-        file.seek(struct.calcsize(_SCALARS[kind]), 1)
-    elif kind == _STRING:
-        file.seek(struct.unpack("<Q", file.read(8))[0], 1)
-    elif kind == _ARRAY:
-        inner, count = struct.unpack("<IQ", file.read(12))
-        if inner in _SCALARS:
-            file.seek(struct.calcsize(_SCALARS[inner]) * count, 1)
-            return
-        for _ in range(count):
-            _skip_value(file, inner)
-    else:
+        form = _SCALARS[kind]
+        return struct.unpack(form, file.read(struct.calcsize(form)))[0]
+    if kind == _STRING:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length <= _MAX_TEXT:
+            return file.read(length).decode(errors="replace")
+        file.seek(length, 1)
+        return None
+    if kind != _ARRAY:
         raise ValueError("a value has an unknown type")
+    inner, count = struct.unpack("<IQ", file.read(12))
+    if inner in _SCALARS:
+        file.seek(struct.calcsize(_SCALARS[inner]) * count, 1)
+    else:
+        for _ in range(count):
+            _value(file, inner)
+    return None
 
 
 def _text(file: BinaryIO) -> str:

@@ -7,30 +7,23 @@ joins the *packed* rows, so the served model equals its bitsandbytes-4bit checkp
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import torch
 
+from turret.kernels.cpu.native import has_native_products
 from turret.kernels.cpu.row_adapters import Ahead
-from turret.kernels.nf4_matmul import Nf4Matrix
-from turret.kernels.rows.linear import linear_formulation, prepare_linear, row_linear
+from turret.kernels.rows.linear import prepare_linear, row_linear
 from turret.server.adapters.base import WeightRows
 from turret.server.models.weights.nf4_cpu import (
     TILE_ROWS,
-    has_nf4_product,
-    nf4_formulation,
     nf4_product,
     pack,
 )
-
-if TYPE_CHECKING:
-    from turret.server.models.weights.nf4_gpu import Nf4Product
-
 
 # ``bitsandbytes.functional``, imported in a tenth of its time.
 #
@@ -187,170 +180,8 @@ def _state_in(name: str, tensors: Mapping[str, torch.Tensor]) -> functional.Quan
     return functional.QuantState.from_dict(parts, device=torch.device("cpu"))
 
 
-class Nf4Linear:
-    """A fused projection without bias: slices of NF4 weights that share their input.
-
-    On a CPU with AVX512-BF16 and a bf16 model, a fused dequantise-multiply runs on bitsandbytes'
-    packed weight (absmax is bf16 there). Elsewhere on the CPU (float32, or no AVX512-BF16) the
-    weight is held dequantised. On the gpu path ``product`` multiplies.
-    """
-
-    def __init__(
-        self,
-        slices: Sequence[Nf4Weight],
-        dtype: torch.dtype,
-        device: torch.device,
-        *,
-        packs: bool | None = None,
-        gpu: bool = False,
-    ):
-        self.widths = tuple(weight.shape[0] for weight in slices)
-        self.in_features = slices[0].shape[1]
-        self._shape = (sum(self.widths), self.in_features)
-        self._dtype, self._device = dtype, device
-        self._dense: torch.Tensor | None = None
-        self._code: torch.Tensor | None = None
-        self.product: Nf4Product | None = None
-        if gpu:
-            # Imported here: the other paths run where Triton is not installed.
-            from turret.server.models.weights.nf4_gpu import Nf4Product
-
-            self.product = Nf4Product(self._fuse_gpu(slices), dtype)
-        elif self._packs_on_cpu(slices) if packs is None else packs:
-            self._fuse_cpu(slices)
-        else:
-            parts = [weight.dequantize(dtype) for weight in slices]
-            self._dense = torch.cat(parts).to(device)
-            prepare_linear(self._dense)
-
-    def _packs_on_cpu(self, slices: Sequence[Nf4Weight]) -> bool:
-        return (
-            self._device.type == "cpu"
-            and self._dtype == torch.bfloat16
-            and has_nf4_product()
-            and all(
-                weight.shape[0] % TILE_ROWS == 0 and weight.shape[1] % BLOCKSIZE == 0
-                for weight in slices
-            )
-        )
-
-    def _fuse_cpu(self, slices: Sequence[Nf4Weight]) -> None:
-        self._code = slices[-1].state.code
-        # The layout is tiles of rows, tile-major, so joining rows means joining the bytes.
-        self._packed = torch.cat([pack(weight.packed, weight.shape) for weight in slices])
-        blocks = self.in_features // BLOCKSIZE
-        absmax = [weight.absmax().view(-1, blocks).T.to(torch.bfloat16) for weight in slices]
-        self._absmax = torch.cat(absmax, dim=1).contiguous()
-
-    def _fuse_gpu(self, slices: Sequence[Nf4Weight]) -> Nf4Matrix:
-        packed = torch.cat([weight.packed.view(-1) for weight in slices])
-        absmax = torch.cat([weight.absmax() for weight in slices])
-        return Nf4Matrix(packed.to(self._device), absmax.to(self._device), *self._shape)
-
-    def __call__(
-        self, x: torch.Tensor, ahead: Ahead | None = None, num_decode: int | None = None
-    ) -> torch.Tensor:
-        """See ``BaseLinear``."""
-        if self._dense is not None:
-            return row_linear(x, self._dense)
-        if self.product is not None:
-            return self.product(x, x.shape[0] if num_decode is None else num_decode)
-        assert self._code is not None
-        return nf4_product(x, self._packed, self._absmax, self._code, self._shape, ahead)
-
-    @property
-    def packed(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The weight in bitsandbytes' packed CPU layout and its absmax, if that is what is held."""
-        return (
-            None if self._dense is not None or self._code is None else (self._packed, self._absmax)
-        )
-
-    def formulation(self) -> str:
-        """Name of the multiplying kernel, for the log."""
-        if self._dense is not None:
-            return linear_formulation(self._dense)
-        return "gpu" if self._code is None else nf4_formulation(self._shape, self._code)
-
-    def _rows(self, index: int) -> slice:
-        start = sum(self.widths[:index])
-        return slice(start, start + self.widths[index])
-
-    def _like(self, widths: tuple[int, ...]) -> Nf4Linear:
-        other = copy.copy(self)
-        other.widths = widths
-        other._shape = (sum(widths), self.in_features)
-        return other
-
-    def part(self, index: int) -> Nf4Linear:
-        """Slice ``index`` alone, on the memory of the whole where its layout allows."""
-        part, rows = self._like((self.widths[index],)), self._rows(index)
-        if self._dense is not None:
-            part._dense = self._dense[rows]
-        elif self._code is not None:
-            part._packed = self._packed[rows]
-            part._absmax = self._absmax[:, rows].contiguous()
-        else:
-            assert self.product is not None
-            part.product = self.product.part(rows)
-        return part
-
-    def stored_alike(self, weight: Nf4Weight) -> Nf4Linear:
-        """Another weight alone, in the layout and on the device of this projection."""
-        packs = self._dense is None and self._code is not None
-        gpu = self.product is not None
-        return Nf4Linear([weight], self._dtype, self._device, packs=packs, gpu=gpu)
-
-    @classmethod
-    def join(cls, parts: Sequence[Nf4Linear]) -> Nf4Linear:
-        """Fuse projections that are stored alike, in this order; copies their packed weights."""
-        joined = parts[0]._like(tuple(width for part in parts for width in part.widths))
-        if parts[0]._dense is not None:
-            joined._dense = torch.cat([part._dense for part in parts if part._dense is not None])
-        elif parts[0]._code is not None:
-            joined._packed = torch.cat([part._packed for part in parts])
-            joined._absmax = torch.cat([part._absmax for part in parts], dim=1).contiguous()
-        else:
-            products = [part.product for part in parts if part.product is not None]
-            joined.product = products[0].join(products)
-        return joined
-
-    def served(self, index: int) -> WeightRows:
-        """The weight of slice ``index`` as multiplied, ``[out, in]``, by rows.
-
-        On the gpu path they are written out on the device, a block at a time.
-        """
-        if self.product is None:
-            return self.dequantize(index)
-        from turret.server.models.weights.nf4_gpu import ServedRows
-
-        like = self._dtype, self._device
-        return ServedRows(self.product, self._rows(index), self.in_features, like)
-
-    def dequantize(self, index: int) -> torch.Tensor:
-        """The weight of slice ``index`` as actually multiplied, ``[out, in]`` fp32, on the CPU.
-
-        The fused CPU op rounds absmax and products to bf16 inside; multiplying by the identity
-        shows exactly the weight it uses.
-        """
-        rows = self._rows(index)
-        if self.product is not None:
-            return self.product.dequantize(self._dtype)[rows].float().cpu()
-        if self._dense is not None:
-            return self._dense[rows].float().cpu()
-        columns = []
-        for low in range(0, self.in_features, _IDENTITY_ROWS):
-            high = min(low + _IDENTITY_ROWS, self.in_features)
-            identity = torch.zeros(high - low, self.in_features, dtype=torch.bfloat16)
-            identity[torch.arange(high - low), torch.arange(low, high)] = 1.0
-            columns.append(self(identity)[:, rows].float().cpu().T)
-        return torch.cat(columns, dim=1).contiguous()
-
-
-# Bias-free projections of the base model, which hide how their weights are stored.
-
-
 class BaseLinear(Protocol):
-    """A fused projection.
+    """A bias-free fused projection of the base model, which hides how its weights are stored.
 
     Attributes:
         widths: Outputs of each slice.
@@ -378,7 +209,7 @@ class BaseLinear(Protocol):
 
     def served(self, index: int) -> WeightRows:
         """The weight of slice ``index`` as multiplied, ``[out, in]`` in any dtype, by rows."""
-        ...
+        return self.dequantize(index)
 
     def dequantize(self, index: int) -> torch.Tensor:
         """The weight of slice ``index`` as multiplied, ``[out, in]`` fp32, on the CPU.
@@ -388,11 +219,15 @@ class BaseLinear(Protocol):
         ...
 
     def part(self, index: int) -> BaseLinear:
-        """Slice ``index`` alone."""
+        """Slice ``index`` alone, on the memory of the whole where its layout allows."""
         ...
 
+    def _rows(self, index: int) -> slice:
+        start = sum(self.widths[:index])
+        return slice(start, start + self.widths[index])
 
-class DenseLinear:
+
+class DenseLinear(BaseLinear):
     """A projection whose weight is stored as numbers.
 
     Args:
@@ -404,7 +239,6 @@ class DenseLinear:
         assert sum(widths) == weight.shape[0]
         self.widths = widths
         self.in_features = weight.shape[1]
-        self._slices = weight.split(widths)
         self.weight = weight
         prepare_linear(weight)
 
@@ -414,13 +248,13 @@ class DenseLinear:
         return row_linear(x, self.weight)
 
     def served(self, index: int) -> torch.Tensor:
-        return self._slices[index]
+        return self.weight[self._rows(index)]
 
     def dequantize(self, index: int) -> torch.Tensor:
-        return self._slices[index].float().cpu()
+        return self.served(index).float().cpu()
 
     def part(self, index: int) -> DenseLinear:
-        return DenseLinear(self._slices[index], (self.widths[index],))
+        return type(self)(self.served(index), (self.widths[index],))
 
     @classmethod
     def join(cls, parts: Sequence[DenseLinear]) -> DenseLinear:
@@ -429,7 +263,64 @@ class DenseLinear:
         return cls(torch.cat([part.weight for part in parts]), widths)
 
 
-class MixedLinear:
+class DequantizedLinear(DenseLinear):
+    """NF4 weights that are held as numbers, because no kernel here reads their codes."""
+
+
+class PackedLinear(BaseLinear):
+    """NF4 weights in bitsandbytes' packed CPU layout, for a bf16 model.
+
+    Args:
+        packed: ``[sum(widths), in / 2]`` uint8.
+        absmax: ``[in / 64, sum(widths)]`` bf16.
+        widths: Outputs of each slice, multiples of ``TILE_ROWS``.
+    """
+
+    def __init__(self, packed: torch.Tensor, absmax: torch.Tensor, widths: tuple[int, ...]) -> None:
+        self.packed, self.absmax, self.widths = packed, absmax, widths
+        self.in_features = 2 * packed.shape[1]
+
+    @classmethod
+    def pack(cls, slices: Sequence[Nf4Weight]) -> PackedLinear:
+        """Fuse weights that share their input."""
+        blocks = slices[0].shape[1] // BLOCKSIZE
+        absmax = [weight.absmax().view(-1, blocks).T.to(torch.bfloat16) for weight in slices]
+        # The layout is tiles of rows, tile-major, so joining rows means joining the bytes.
+        packed = torch.cat([pack(weight.packed, weight.shape) for weight in slices])
+        widths = tuple(weight.shape[0] for weight in slices)
+        return cls(packed, torch.cat(absmax, dim=1).contiguous(), widths)
+
+    def __call__(
+        self, x: torch.Tensor, ahead: Ahead | None = None, num_decode: int | None = None
+    ) -> torch.Tensor:
+        shape = self.packed.shape[0], self.in_features
+        return nf4_product(x, self.packed, self.absmax, shape, ahead)
+
+    def dequantize(self, index: int) -> torch.Tensor:
+        # The product rounds absmax and products to bf16 inside; multiplying by the identity shows
+        # exactly the weight that it uses.
+        rows, columns = self._rows(index), []
+        for low in range(0, self.in_features, _IDENTITY_ROWS):
+            high = min(low + _IDENTITY_ROWS, self.in_features)
+            identity = torch.zeros(high - low, self.in_features, dtype=torch.bfloat16)
+            identity[torch.arange(high - low), torch.arange(low, high)] = 1.0
+            columns.append(self(identity)[:, rows].float().T)
+        return torch.cat(columns, dim=1).contiguous()
+
+    def part(self, index: int) -> PackedLinear:
+        rows = self._rows(index)
+        absmax = self.absmax[:, rows].contiguous()
+        return PackedLinear(self.packed[rows], absmax, (self.widths[index],))
+
+    @classmethod
+    def join(cls, parts: Sequence[PackedLinear]) -> PackedLinear:
+        """Fuse projections, in this order; copies their weights."""
+        widths = tuple(width for part in parts for width in part.widths)
+        absmax = torch.cat([part.absmax for part in parts], dim=1).contiguous()
+        return cls(torch.cat([part.packed for part in parts]), absmax, widths)
+
+
+class MixedLinear(BaseLinear):
     """Projections that are stored in different ways, side by side.
 
     Args:
@@ -460,6 +351,37 @@ class MixedLinear:
         return part.part(inner)
 
 
+def nf4_linear(
+    slices: Sequence[Nf4Weight], dtype: torch.dtype, device: torch.device, *, gpu: bool = False
+) -> BaseLinear:
+    """Fuse NF4 weights that share their input, in the form that is multiplied fastest.
+
+    On a CPU with AVX512-BF16 and a bf16 model, codes stay packed. Elsewhere on the CPU the weight
+    is held dequantised.
+
+    Args:
+        slices: The weights.
+        dtype: The dtype of activations.
+        device: Where they are served.
+        gpu: Whether the gpu path serves them.
+    """
+    if gpu:
+        # Imported here: the other paths run where Triton is not installed.
+        from turret.server.models.weights.nf4_gpu import GpuLinear
+
+        return GpuLinear.fuse(slices, dtype, device)
+    shapes = [weight.shape for weight in slices]
+    if (
+        device.type == "cpu"
+        and dtype == torch.bfloat16
+        and has_native_products()
+        and all(out % TILE_ROWS == 0 and inner % BLOCKSIZE == 0 for out, inner in shapes)
+    ):
+        return PackedLinear.pack(slices)
+    parts = [weight.dequantize(dtype) for weight in slices]
+    return DequantizedLinear(torch.cat(parts).to(device), tuple(out for out, _ in shapes))
+
+
 def fuse_weights(
     weights: Sequence[Nf4Weight | torch.Tensor],
     dtype: torch.dtype,
@@ -481,22 +403,19 @@ def fuse_weights(
         nf4 = [weight for weight in run if isinstance(weight, Nf4Weight)]
         dense = [weight.to(dtype) for weight in run if isinstance(weight, torch.Tensor)]
         if nf4:
-            parts.append(Nf4Linear(nf4, dtype, device, gpu=gpu))
+            parts.append(nf4_linear(nf4, dtype, device, gpu=gpu))
         else:
             widths = tuple(weight.shape[0] for weight in dense)
             parts.append(DenseLinear(torch.cat(dense).to(device), widths))
     return parts[0] if len(parts) == 1 else MixedLinear(parts)
 
 
-def join_linears(parts: Sequence[Nf4Linear | DenseLinear]) -> BaseLinear:
-    """Fuse projections of one input, in order, with one product per run of equal storage."""
-    runs: list[BaseLinear] = []
-    for _, group in groupby(parts, type):
-        run = list(group)
-        nf4 = [part for part in run if isinstance(part, Nf4Linear)]
-        dense = [part for part in run if isinstance(part, DenseLinear)]
-        if len(run) == 1:
-            runs.append(run[0])
-        else:
-            runs.append(Nf4Linear.join(nf4) if nf4 else DenseLinear.join(dense))
-    return runs[0] if len(runs) == 1 else MixedLinear(runs)
+def join_linears(parts: Sequence[Any]) -> BaseLinear:
+    """Fuse projections of one input, in order, with one product per run of equal storage.
+
+    Args:
+        parts: Results of ``nf4_linear``, ``DenseLinear`` or their parts.
+    """
+    runs = [(kind, list(group)) for kind, group in groupby(parts, type)]
+    joined = [run[0] if len(run) == 1 else kind.join(run) for kind, run in runs]
+    return joined[0] if len(joined) == 1 else MixedLinear(joined)

@@ -1,35 +1,13 @@
-"""The fused NF4 product on the CPU: the compiled kernel, or bitsandbytes' with the same bits.
-
-bitsandbytes does not guarantee a row's bits in other batches, so its product is tried first, like
-any library's (``turret.kernels.rows.trial``).
-"""
+"""The fused NF4 product on the CPU, a compiled kernel for processors with AVX512-BF16."""
 
 from __future__ import annotations
 
 import torch
 
-from turret.kernels.cpu.native import functions, has_kernels, has_native_products, num_threads
+from turret.kernels.cpu.native import functions, num_threads
 from turret.kernels.cpu.row_adapters import Ahead
-from turret.kernels.rows.trial import (
-    SAMPLE_ROWS,
-    Formulation,
-    choose,
-    keeps_rows,
-    most_sizes,
-    size_formulations,
-)
 
-_BLOCKSIZE = 64
 TILE_ROWS = 32  # outputs whose codes lie together
-
-
-def has_nf4_product() -> bool:
-    """Whether a fused product serves bf16 rows here: ours, or bitsandbytes' without ours."""
-    if has_kernels(torch.device("cpu")):
-        return has_native_products()
-    from bitsandbytes import functional
-
-    return bool(functional.has_avx512bf16())
 
 
 def pack(codes: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
@@ -57,17 +35,15 @@ def nf4_product(
     x: torch.Tensor,
     packed: torch.Tensor,
     absmax: torch.Tensor,
-    code: torch.Tensor,
     shape: tuple[int, int],
     ahead: Ahead | None = None,
 ) -> torch.Tensor:
-    """Multiply rows by a weight in bitsandbytes' packed CPU layout.
+    """Multiply rows by a weight in bitsandbytes' packed CPU layout; needs ``has_native_products``.
 
     Args:
         x: ``[rows, in]`` bf16.
         packed: ``[out, in / 2]`` uint8.
         absmax: ``[in / 64, out]`` bf16.
-        code: The 16 NF4 values, fp32.
         shape: ``(out, in)``.
         ahead: The memory to prefetch meanwhile.
 
@@ -75,10 +51,8 @@ def nf4_product(
         ``[rows, out]`` bf16.
     """
     if x.stride(1) != 1:
-        # Rows are walked with stride 1, and bitsandbytes takes any tensor unchecked.
+        # The kernel walks rows with stride 1.
         x = x.contiguous()
-    if not has_native_products():
-        return _prepare(shape, code).call(lambda rows: _gemv(rows, packed, shape, absmax, code), x)
     rows, (out_features, in_features) = x.shape[0], shape
     out = torch.empty(rows, out_features, dtype=torch.bfloat16)
     step, module = ahead or (None, 0)
@@ -131,60 +105,3 @@ def nf4_expert_products(
         num_threads(),
     )
     return out
-
-
-def nf4_formulation(shape: tuple[int, int], code: torch.Tensor) -> str:
-    """Name of what multiplies by a packed weight; bitsandbytes' product is tried if needed."""
-    return "native" if has_native_products() else f"bitsandbytes {_prepare(shape, code).name}"
-
-
-def _gemv(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    shape: tuple[int, int],
-    absmax: torch.Tensor,
-    code: torch.Tensor,
-) -> torch.Tensor:
-    return torch.ops.bitsandbytes.gemv_4bit(x, packed, shape, absmax, code, _BLOCKSIZE)
-
-
-def _prepare(shape: tuple[int, int], code: torch.Tensor) -> Formulation:
-    """Find, by trial, the calls in which bitsandbytes' product keeps a row's bits."""
-
-    def holds(formulation: Formulation) -> bool:
-        packed, absmax, x = _cancelling(shape)
-        return keeps_rows(
-            lambda rows: formulation.call(
-                lambda rows: _gemv(rows, packed, shape, absmax, code), rows
-            ),
-            x,
-            most_sizes(),
-        )
-
-    return choose("nf4", shape, size_formulations, holds)
-
-
-def _cancelling(shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Packed weight, absmax and rows whose second half of blocks cancels the first half.
-
-    So the result of a product depends only on the order of its sums.
-    """
-    out_features, in_features = shape
-    generator = torch.Generator().manual_seed(0)
-    half = in_features // _BLOCKSIZE // 2
-    blocks = torch.arange(in_features // _BLOCKSIZE)
-    blocks[half : 2 * half] = blocks[:half]
-    packed = torch.randint(
-        0,
-        256,
-        (out_features // TILE_ROWS, len(blocks), _BLOCKSIZE // 2 * TILE_ROWS),
-        generator=generator,
-    )[:, blocks]
-    absmax = torch.rand(len(blocks), out_features, generator=generator)[blocks]
-    x = torch.randn(SAMPLE_ROWS, len(blocks), _BLOCKSIZE, generator=generator)[:, blocks]
-    x[:, half : 2 * half] *= -1
-    return (
-        packed.to(torch.uint8).reshape(out_features, in_features // 2),
-        absmax.to(torch.bfloat16),
-        x.reshape(SAMPLE_ROWS, in_features).to(torch.bfloat16),
-    )

@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 
-from turret.kernels.cpu.native import has_native_products
-from turret.kernels.cpu.row_adapters import Ahead
 from turret.kernels.expert_routing import Routing
 from turret.kernels.nf4_matmul import Nf4Matrix
 from turret.server.errors import InvalidRequestError
 from turret.server.models.weights.nf4 import (
     BLOCKSIZE,
     BaseLinear,
-    DenseLinear,
-    Nf4Linear,
     Nf4Weight,
+    PackedLinear,
     fuse_weights,
 )
 from turret.server.models.weights.nf4_cpu import nf4_expert_products
@@ -61,32 +57,6 @@ def dequantize_mxfp4(codes: torch.Tensor, exponents: torch.Tensor) -> torch.Tens
     bits = torch.where(exponents == 0, _LEAST, exponents.int() << 23)
     scales = bits.int().view(torch.float32)
     return (values[pairs] * scales.unsqueeze(-1)).flatten(-2).to(torch.bfloat16)
-
-
-# A router's projection. It is not quantised, because a small error can select another expert.
-
-# Libraries choose their algorithm by shape: on a GPU a product always has this many rows.
-_ROWS = 64
-
-
-class RouterLinear(DenseLinear):
-    """``[rows, hidden]`` to a score per expert; see ``BaseLinear``.
-
-    Args:
-        weight: ``[experts, hidden]``, in the dtype of activations.
-    """
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__(weight, (weight.shape[0],))
-
-    def __call__(
-        self, x: torch.Tensor, ahead: Ahead | None = None, num_decode: int | None = None
-    ) -> torch.Tensor:
-        if x.device.type == "cpu":
-            return super().__call__(x)
-        padded = F.pad(x, (0, 0, 0, -x.shape[0] % _ROWS))
-        pieces = [F.linear(piece, self.weight) for piece in padded.split(_ROWS)]
-        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[: x.shape[0]]
 
 
 _CODES, _EXPONENTS, _BIAS = "_blocks", "_scales", "_bias"
@@ -205,10 +175,9 @@ class Nf4Experts:
             return
         self._experts = [fuse_weights(slices, dtype, device) for slices in experts]
         # The C product computes all experts in one call if all are quantised.
-        linears = [expert for expert in self._experts if isinstance(expert, Nf4Linear)]
-        packed = [expert.packed for expert in linears if expert.packed is not None]
-        if has_native_products() and len(packed) == len(self._experts):
-            addresses = [[tensor.data_ptr() for tensor in pair] for pair in packed]
+        packed = [expert for expert in self._experts if isinstance(expert, PackedLinear)]
+        if len(packed) == len(self._experts):
+            addresses = [[each.packed.data_ptr(), each.absmax.data_ptr()] for each in packed]
             self._addresses = torch.tensor(addresses, dtype=torch.int64)
 
     def _stack(
@@ -257,22 +226,12 @@ class Nf4Experts:
 
     def dequantize(self, expert: int) -> torch.Tensor:
         """An expert's weight as multiplied, ``[out, in]`` fp32, on the CPU; do not write to it."""
-        if isinstance(self._stacked, torch.Tensor):
-            first = expert * self.out_features
-            return self._stacked[first : first + self.out_features].float().cpu()
         if self._stacked is not None:
-            return self._part(self._stacked, expert).dequantize(self._dtype).float().cpu()
+            first = expert * self.out_features
+            rows, stacked = slice(first, first + self.out_features), self._stacked
+            if isinstance(stacked, torch.Tensor):
+                return stacked[rows].float().cpu()
+            return stacked.part(rows).dequantize(self._dtype).float().cpu()
         linear = self._experts[expert]
         parts = [linear.dequantize(index) for index in range(len(linear.widths))]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _part(self, stacked: Nf4Matrix, expert: int) -> Nf4Matrix:
-        codes = self.out_features * self.in_features // 2
-        maxima = self.out_features * self.in_features // BLOCKSIZE
-        assert isinstance(stacked.absmax, torch.Tensor)
-        return Nf4Matrix(
-            stacked.packed[expert * codes : (expert + 1) * codes],
-            stacked.absmax[expert * maxima : (expert + 1) * maxima],
-            self.out_features,
-            self.in_features,
-        )

@@ -13,10 +13,14 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from turret.kernels.cpu.row_adapters import Ahead
 from turret.kernels.gpu.common import tuning
 from turret.kernels.gpu.low_rank import Shrink, nf4_shrink
 from turret.kernels.gpu.nf4 import Epilogue, nf4_dequantize, nf4_matmul
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
+from turret.kernels.rows.linear import linear_in_pieces
+from turret.server.adapters.base import WeightRows
+from turret.server.models.weights.nf4 import BaseLinear, Nf4Weight
 
 # Library products. A row must get the same bits wherever it is in a product. Rows go to the library
 # in pieces of one shape, so it always uses the same algorithm. But a reduction that is split among
@@ -117,7 +121,8 @@ class Nf4Product:
         else:
             num_decode = 0
         if num_decode < x.shape[0]:
-            parts.append(self._multiply_prompts(x[num_decode:]))
+            weight = self.dequantize(x.dtype)
+            parts.append(linear_in_pieces(x[num_decode:], weight, PROMPT_ROWS))
         return parts[0] if len(parts) == 1 else torch.cat(parts), v
 
     def ended(
@@ -141,16 +146,8 @@ class Nf4Product:
     def part(self, rows: slice) -> Nf4Product:
         """The product for a part of the outputs, sharing the memory of the whole weight."""
         weight = self._weight
-        if isinstance(weight, torch.Tensor):
-            return Nf4Product(weight[rows], self._dtype)
-        codes, blocks = weight.in_features // 2, weight.in_features // BLOCK
-        matrix = Nf4Matrix(
-            weight.packed[rows.start * codes : rows.stop * codes],
-            weight.absmax[rows.start * blocks : rows.stop * blocks],
-            rows.stop - rows.start,
-            weight.in_features,
-        )
-        return Nf4Product(matrix, self._dtype)
+        part = weight.part(rows) if isinstance(weight, Nf4Matrix) else weight[rows]
+        return Nf4Product(part, self._dtype)
 
     @staticmethod
     def join(parts: Sequence[Nf4Product]) -> Nf4Product:
@@ -168,46 +165,68 @@ class Nf4Product:
         )
         return Nf4Product(matrix, first._dtype)
 
-    def _multiply_prompts(self, x: torch.Tensor) -> torch.Tensor:
-        return _in_pieces(x, self.dequantize(x.dtype))
 
-
-def _in_pieces(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``x Wᵀ`` by a library, in pieces of one shape."""
-    num_rows = x.shape[0]
-    padded = F.pad(x, (0, 0, 0, -num_rows % PROMPT_ROWS))
-    pieces = [F.linear(piece, weight) for piece in padded.split(PROMPT_ROWS)]
-    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[:num_rows]
-
-
-class ServedRows:
-    """A part of the rows of a fused weight; ``rows[start:stop]`` dequantizes them on the device.
+class GpuLinear(BaseLinear):
+    """NF4 weights on the device, and the part of their rows that ``served`` dequantises there.
 
     Args:
         product: The fused weight.
-        rows: The range of its outputs.
-        in_features: The number of its columns.
-        like: Gives the dtype of the result, and the device.
-
-    Attributes:
-        shape: ``(rows, in_features)``.
-        dtype: See above.
-        device: See above.
+        widths: Outputs of each slice.
+        in_features: Inputs.
+        dtype: The dtype of activations.
+        device: Where the weight is.
     """
 
     def __init__(
         self,
         product: Nf4Product,
-        rows: slice,
+        widths: tuple[int, ...],
         in_features: int,
-        like: tuple[torch.dtype, torch.device],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self.shape = (rows.stop - rows.start, in_features)
-        self.dtype, self.device = like
-        self._product = product
-        self._start = rows.start
+        self.product, self.widths, self.in_features = product, widths, in_features
+        self.dtype, self.device = dtype, device
+
+    @classmethod
+    def fuse(
+        cls, slices: Sequence[Nf4Weight], dtype: torch.dtype, device: torch.device
+    ) -> GpuLinear:
+        """Fuse weights that share their input."""
+        widths, in_features = tuple(weight.shape[0] for weight in slices), slices[0].shape[1]
+        packed = torch.cat([weight.packed.view(-1) for weight in slices]).to(device)
+        absmax = torch.cat([weight.absmax() for weight in slices]).to(device)
+        product = Nf4Product(Nf4Matrix(packed, absmax, sum(widths), in_features), dtype)
+        return cls(product, widths, in_features, dtype, device)
+
+    def __call__(
+        self, x: torch.Tensor, ahead: Ahead | None = None, num_decode: int | None = None
+    ) -> torch.Tensor:
+        return self.product(x, x.shape[0] if num_decode is None else num_decode)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(outputs, inputs)``."""
+        return sum(self.widths), self.in_features
 
     def __getitem__(self, rows: slice) -> torch.Tensor:
-        stop = min(rows.stop, self.shape[0])
-        part = self._product.part(slice(self._start + rows.start, self._start + stop))
-        return part.dequantize(self.dtype)
+        """Some rows of the weight as multiplied, on the device."""
+        some = slice(rows.start, min(rows.stop, self.shape[0]))
+        return self.product.part(some).dequantize(self.dtype)
+
+    def served(self, index: int) -> WeightRows:
+        return self.part(index)
+
+    def dequantize(self, index: int) -> torch.Tensor:
+        return self.product.dequantize(self.dtype)[self._rows(index)].float().cpu()
+
+    def part(self, index: int) -> GpuLinear:
+        product = self.product.part(self._rows(index))
+        return GpuLinear(product, (self.widths[index],), self.in_features, self.dtype, self.device)
+
+    @classmethod
+    def join(cls, parts: Sequence[GpuLinear]) -> GpuLinear:
+        """Fuse projections, in this order; copies their weights."""
+        first, widths = parts[0], tuple(width for part in parts for width in part.widths)
+        product = Nf4Product.join([part.product for part in parts])
+        return cls(product, widths, first.in_features, first.dtype, first.device)

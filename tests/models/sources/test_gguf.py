@@ -89,7 +89,7 @@ def test_tensors_are_those_that_transformers_reads(tmp_path: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True)
     ).state_dict()
-    ours = dict(open_gguf(file).tensors())
+    ours = dict(open_gguf(file).tensors)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name].float(), rtol=1e-2, atol=1e-3)
@@ -252,7 +252,7 @@ def test_reading_is_told_and_not_drawn(tmp_path: Path, capfd: pytest.CaptureFixt
     capfd.readouterr()
     told: list[tuple[int, int]] = []
     resolve_model(file, tmp_path / "cache", lambda what, done, of: told.append((done, of)))
-    total = open_gguf(file).num_tensors
+    total = len(open_gguf(file).tensors.formats())
     assert told == [(done, total) for done in range(total + 1)]
     assert capfd.readouterr().err == ""
 
@@ -272,7 +272,7 @@ def test_the_embedded_model_is_what_transformers_makes_of_its_file() -> None:
     """The file is SmolLM2-135M-Instruct in Q4_1."""
     file = find_gguf()
     found, theirs = open_gguf(file), transformers_state(file)
-    ours = {name: tensor.to(torch.bfloat16) for name, tensor in found.tensors()}
+    ours = {name: tensor.to(torch.bfloat16) for name, tensor in found.tensors}
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}

@@ -7,6 +7,7 @@ directory's config contains the values that llama.cpp assumes and no key stores.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from servers.engine_harness import EngineHarness, make_request
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
 from turret.server.errors import InvalidRequestError
+from turret.server.models.decoding.arch import Projections
 from turret.server.models.families import read_arch
 from turret.server.models.model_source import resolve_model
-from turret.server.models.sources.check import check_model, default_cache_dir
+from turret.server.models.sources.check import check_model, default_cache_dir, told_projections
 from turret.server.models.sources.gguf_file import open_gguf
-from turret.training.settings.checks import told_projections
 
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
@@ -81,8 +82,8 @@ async def assert_is_the_directory(file: Path, folder: Path, tmp_path: Path) -> N
     assert_alike(*archs)
     # Granite 4 stores its heads per layer, in values that are skipped before torch is loaded.
     kind = check_model(file)
-    told = None if kind == "granitemoehybrid" else archs[0].projections
-    assert told_projections(file, kind) == told
+    told = Projections(**{f.name: getattr(archs[0], f.name) for f in fields(Projections)})
+    assert told_projections(file, kind) == (None if kind == "granitemoehybrid" else told)
     # The prompt exceeds windows and the switch of LongRoPE.
     request = make_request(prompt_of(70), max_tokens=4)
     answers = []
@@ -144,7 +145,7 @@ def test_tensors_are_those_that_transformers_reads(family: str, tmp_path: Path) 
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32,
     ).state_dict()
-    ours = dict(open_gguf(file).tensors())
+    ours = dict(open_gguf(file).tensors)
     # A tied head is in the file only once.
     assert theirs.keys() - ours.keys() <= {"lm_head.weight"}
     assert not ours.keys() - theirs.keys()

@@ -111,7 +111,7 @@ def test_every_kind_of_weight_is_what_transformers_reads(file: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32,
     ).state_dict()
-    ours = dict(open_gguf(file).tensors())
+    ours = dict(open_gguf(file).tensors)
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.isfinite(tensor).all(), name

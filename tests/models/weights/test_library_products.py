@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from turret.kernels.rows.linear import (
     _addmm_in_pieces,
-    _in_pieces,
+    linear_in_pieces,
     row_addmm_,
     row_linear,
     row_product,
@@ -124,6 +124,5 @@ def test_products_on_a_device_have_one_shape_for_any_number_of_rows(product):
 def test_pieces_are_the_product(rows):
     y, v, b = torch.randn(rows, 24), torch.randn(rows, 8), torch.randn(8, 24)
     torch.testing.assert_close(_addmm_in_pieces(y, v, b), y + v @ b)
-    x, w = torch.randn(rows, 3, 8), torch.randn(rows, 24, 8)
-    torch.testing.assert_close(_in_pieces(x, w), x @ w.transpose(1, 2))
-    torch.testing.assert_close(_in_pieces(x, w[0]), x @ w[0].T)
+    x, w = torch.randn(rows, 8), torch.randn(24, 8)
+    torch.testing.assert_close(linear_in_pieces(x, w), x @ w.T)

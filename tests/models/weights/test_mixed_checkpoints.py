@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from said import says
 from servers.engine_harness import EngineHarness, make_request
 
+from turret.kernels.cpu.native import has_native_products
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.cli import main
 from turret.server.command.preflight import problems
@@ -37,13 +38,16 @@ from turret.server.models.loader import load_decoder
 from turret.server.models.model_source import modules_in_16_bits, resolve_model, stored_weights
 from turret.server.models.weights.nf4 import (
     DenseLinear,
+    DequantizedLinear,
     MixedLinear,
-    Nf4Linear,
     Nf4Weight,
+    PackedLinear,
     dequantize_stored,
 )
 from turret.training.base_model import empty_model, find_base, load_model
 
+# The form of 4-bit weights on this processor.
+QUANTIZED = PackedLinear if has_native_products() else DequantizedLinear
 # Modules of their own, all of a fused projection, some of it, and none.
 LAYOUTS: dict[str, Sequence[str]] = {
     "unsloth": UNSLOTH,
@@ -131,7 +135,7 @@ async def test_real_weights_are_as_exact_as_bitsandbytes(tmp_path: Path) -> None
     found = open_gguf(find_gguf())
     found.config.num_hidden_layers = 6
     model = AutoModelForCausalLM.from_config(found.config, dtype=torch.bfloat16)
-    model.load_state_dict({n: t.to(torch.bfloat16) for n, t in found.tensors()}, strict=False)
+    model.load_state_dict({n: t.to(torch.bfloat16) for n, t in found.tensors}, strict=False)
     model.save_pretrained(tmp_path / "plain")
     files = resolve_model(None, default_cache_dir()).files
     tokenizer = AutoTokenizer.from_pretrained(files)
@@ -219,7 +223,7 @@ def test_the_file_says_which_modules_are_in_16_bits(mixed: Any) -> None:
     found = bases(folder)
     dense = {name for name, kind in found.items() if kind is DenseLinear}
     assert dense == {"0.qkv", "0.o", "1.down"}
-    assert {kind for name, kind in found.items() if name not in dense} == {Nf4Linear}
+    assert {kind for name, kind in found.items() if name not in dense} == {QUANTIZED}
     assert len(modules_in_16_bits(folder)) == 5
     assert bases(mixed("llama", "members").folder)["0.qkv"] is MixedLinear
     assert modules_in_16_bits(mixed("llama", "none").folder) == []
@@ -227,7 +231,7 @@ def test_the_file_says_which_modules_are_in_16_bits(mixed: Any) -> None:
 
 def test_quantize_all_is_another_base(mixed: Any) -> None:
     folder = mixed("llama", "unsloth").folder
-    assert set(bases(folder, quantizes_all=True).values()) == {Nf4Linear}
+    assert set(bases(folder, quantizes_all=True).values()) == {QUANTIZED}
     kept, quantized = (
         resolve_model(folder, folder.parent / "cache", quantizes_all=all_of_them)
         for all_of_them in (False, True)

@@ -21,7 +21,7 @@ from kernel_traffic import error_ratio
 from turret.kernels.cpu import native
 from turret.kernels.cpu.native import has_native_products, library
 from turret.server.models.weights import nf4_cpu
-from turret.server.models.weights.nf4 import BLOCKSIZE, Nf4Linear, Nf4Weight
+from turret.server.models.weights.nf4 import BLOCKSIZE, Nf4Weight, PackedLinear, nf4_linear
 from turret.server.models.weights.nf4_cpu import nf4_product, pack
 
 # Codes, maxima and results are rounded to bf16.
@@ -45,19 +45,18 @@ def test_weights_are_packed_as_bitsandbytes_packs_them(shape: tuple[int, int]) -
         weight.packed, copy.deepcopy(weight.state)
     )
     assert torch.equal(pack(weight.packed, shape), packed)
-    linear = Nf4Linear([weight], torch.bfloat16, torch.device("cpu"), packs=True)
-    assert linear.packed is not None
-    assert torch.equal(linear.packed[0], packed)
-    assert torch.equal(linear.packed[1], state.absmax)
+    linear = PackedLinear.pack([weight])
+    assert torch.equal(linear.packed, packed)
+    assert torch.equal(linear.absmax, state.absmax)
 
 
 _IMPORTS = """
 import sys, torch
 replaced = torch.compile, torch._disable_dynamo
-from turret.server.models.weights.nf4 import Nf4Linear, Nf4Weight
+from turret.server.models.weights.nf4 import Nf4Weight, nf4_linear
 assert (torch.compile, torch._disable_dynamo) == replaced
 weight = Nf4Weight.from_tensors("one", torch.load(sys.argv[1]))
-Nf4Linear([weight], torch.bfloat16, torch.device("cpu"), packs=True)
+nf4_linear([weight], torch.bfloat16, torch.device("cpu"))
 Nf4Weight.quantize(weight.dequantize(torch.float32))
 assert "torch._dynamo" not in sys.modules
 """
@@ -88,7 +87,7 @@ def test_equals_the_registered_op(
     x = torch.randn(rows, in_features).to(torch.bfloat16)
     shape = (out_features, in_features)
     assert state.code is not None
-    found = nf4_product(x, packed, state.absmax, state.code, shape)
+    found = nf4_product(x, packed, state.absmax, shape)
     torch.set_num_threads(before)
     op = torch.ops.bitsandbytes.gemv_4bit
     assert torch.equal(found, op(x, packed, shape, state.absmax, state.code, BLOCKSIZE))
@@ -109,11 +108,9 @@ def test_rows_equal_float64_and_the_rows_alone(
     assert state.code is not None
     x = torch.randn(300, in_features).to(torch.bfloat16)
     exact = x.double() @ weight.dequantize(torch.float32).double().T
-    whole = nf4_product(x, packed, state.absmax, state.code, (out_features, in_features))
+    whole = nf4_product(x, packed, state.absmax, (out_features, in_features))
     for first, last in [(0, 1), (5, 7), (0, 15), (0, 16), (3, 20), (0, 33), (1, 130), (20, 277)]:
-        found = nf4_product(
-            x[first:last], packed, state.absmax, state.code, (out_features, in_features)
-        )
+        found = nf4_product(x[first:last], packed, state.absmax, (out_features, in_features))
         assert torch.equal(found, whole[first:last])
     torch.set_num_threads(before)
     assert error_ratio(whole, exact) < MAX_ERROR
@@ -127,13 +124,13 @@ def test_the_compiled_product_serves() -> None:
 
 @needs_avx512bf16
 def test_no_rows_are_no_rows() -> None:
-    linear = Nf4Linear([random_weight(64, 128)], torch.bfloat16, torch.device("cpu"))
+    linear = nf4_linear([random_weight(64, 128)], torch.bfloat16, torch.device("cpu"))
     assert linear(torch.empty(0, 128, dtype=torch.bfloat16)).shape == (0, 64)
 
 
 @needs_avx512bf16
 def test_takes_rows_of_a_wider_matrix() -> None:
-    linear = Nf4Linear([random_weight(64, 128)], torch.bfloat16, torch.device("cpu"))
+    linear = nf4_linear([random_weight(64, 128)], torch.bfloat16, torch.device("cpu"))
     wide = torch.randn(5, 256).to(torch.bfloat16)
     assert torch.equal(linear(wide[:, 128:]), linear(wide[:, 128:].contiguous()))
     assert torch.equal(linear(wide.T.contiguous().T[:, :128]), linear(wide[:, :128].contiguous()))
@@ -142,7 +139,7 @@ def test_takes_rows_of_a_wider_matrix() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dequantize_is_the_weight_that_is_multiplied(dtype: torch.dtype) -> None:
     parts = [random_weight(96, 64, 1), random_weight(32, 64, 2)]
-    linear = Nf4Linear(parts, dtype, torch.device("cpu"))
+    linear = nf4_linear(parts, dtype, torch.device("cpu"))
     x = torch.randn(3, 64).to(dtype)
     expected = torch.cat([x.float() @ linear.dequantize(i).T for i in range(2)], dim=1)
     error = (linear(x).float() - expected).norm() / expected.norm()

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from turret.kernels.expert_routing import Routing, route_reference
-from turret.server.models.weights.nf4 import Nf4Linear, Nf4Weight
+from turret.server.models.weights.nf4 import BaseLinear, Nf4Weight, nf4_linear
 from turret.server.models.weights.nf4_experts import Nf4Experts
 
 CPU = torch.device("cpu")
 IN, OUT, EXPERTS = 128, (64, 96), 5
 
 
-def make(dtype: torch.dtype) -> tuple[Nf4Experts, list[Nf4Linear]]:
+def make(dtype: torch.dtype) -> tuple[Nf4Experts, list[BaseLinear]]:
     generator = torch.Generator().manual_seed(0)
     weights = [
         [
@@ -22,7 +22,7 @@ def make(dtype: torch.dtype) -> tuple[Nf4Experts, list[Nf4Linear]]:
         ]
         for _ in range(EXPERTS)
     ]
-    return Nf4Experts(weights, dtype, CPU), [Nf4Linear(slices, dtype, CPU) for slices in weights]
+    return Nf4Experts(weights, dtype, CPU), [nf4_linear(slices, dtype, CPU) for slices in weights]
 
 
 def routing_of(rows: int) -> Routing:

@@ -7,21 +7,22 @@ import torch
 
 from turret.kernels.nf4_matmul import Nf4Matrix
 from turret.server.adapters.peft_format.reading import dora_gain
-from turret.server.models.weights.nf4 import Nf4Linear, Nf4Weight
+from turret.server.models.weights.nf4 import Nf4Weight
+from turret.server.models.weights.nf4_gpu import GpuLinear
 
 pytestmark = pytest.mark.usefixtures("coarse_tiles")
 DTYPE = torch.float32
 CPU = torch.device("cpu")
 
 
-def make(in_features: int) -> tuple[Nf4Linear, torch.Tensor]:
+def make(in_features: int) -> tuple[GpuLinear, torch.Tensor]:
     dense = [torch.randn(out, in_features) for out in (48, 32)]
     slices = [Nf4Weight.quantize(weight) for weight in dense]
     # Do not use bitsandbytes' CPU op, which misreads widths that are not multiples of 64.
     parts = [Nf4Matrix(w.packed.view(-1), w.absmax(), *w.shape).dequantize(DTYPE) for w in slices]
     whole = torch.cat(parts)
     assert (whole - torch.cat(dense)).norm() < 0.1 * whole.norm()
-    return Nf4Linear(slices, DTYPE, CPU, gpu=True), whole
+    return GpuLinear.fuse(slices, DTYPE, CPU), whole
 
 
 # With 96 inputs, quantisation blocks span rows.
@@ -29,7 +30,6 @@ def make(in_features: int) -> tuple[Nf4Linear, torch.Tensor]:
 @pytest.mark.parametrize("num_decode", [0, 3, 9, 12])
 def test_rows_are_multiplied_by_the_weight_whatever_else_is_in_the_step(in_features, num_decode):
     linear, weight = make(in_features)
-    assert linear.product is not None
     x = torch.randn(12, in_features)
     y = linear.product(x, num_decode)
     assert torch.allclose(y, x @ weight.T, rtol=1e-5, atol=1e-4)
@@ -45,13 +45,12 @@ def test_parts_and_what_they_are_joined_to(in_features):
     linear, weight = make(in_features)
     parts = [linear.part(0), linear.part(1)]
     assert torch.equal(parts[1].dequantize(0), weight[48:])
-    joined = Nf4Linear.join(parts)
+    joined = GpuLinear.join(parts)
     x = torch.randn(4, in_features)
     assert torch.equal(joined(x), linear(x))
     assert torch.equal(joined.dequantize(0), weight[:48])
-    other = linear.stored_alike(Nf4Weight.quantize(torch.randn(48, in_features)))
-    assert other.product is not None
-    both = Nf4Linear.join([other, parts[1]])
+    other = GpuLinear.fuse([Nf4Weight.quantize(torch.randn(48, in_features))], DTYPE, CPU)
+    both = GpuLinear.join([other, parts[1]])
     assert torch.equal(both(x)[:, 48:], linear(x)[:, 48:])
 
 
@@ -59,7 +58,6 @@ def test_parts_and_what_they_are_joined_to(in_features):
 def test_rows_are_written_out_where_they_are_and_no_more_of_them(in_features):
     """A DoRA adapter's norms are computed from these rows."""
     linear, whole = make(in_features)
-    assert linear.product is not None
     start = 0
     for index, width in enumerate(linear.widths):
         served, expected = linear.served(index), whole[start : start + width]

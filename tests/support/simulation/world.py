@@ -99,9 +99,10 @@ class World:
         )
         self.runner = Runner(self.random, self.files, BLOCK_SIZE, MAX_TOKENS)
         adapters: Any = self
+        runner: Any = self.runner
         self.loop = EngineLoop(
             scheduler=self.scheduler,
-            runner=self.runner,
+            runner=runner,
             adapters=adapters,
             metrics=silent,
             send=self._deliver,
