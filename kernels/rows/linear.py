@@ -3,7 +3,7 @@
 A request's tokens must not depend on the other requests of its batch, and a library does not
 guarantee bits. On a CPU with compiled kernels, these fix the order of every sum
 (``cpu/c/products.c``, ``cpu/c/dense_product.c``). Otherwise a library product is used in calls that
-were tried on this machine (``trial.py``).
+were tried on this machine (``trial.py``), or else a product of elementwise operations.
 """
 
 from __future__ import annotations
@@ -52,7 +52,40 @@ def row_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return dense_product(x, weight)
     if has_kernels(x.device):
         return dot_products(x.float().unsqueeze(0), weight.unsqueeze(0))[0].to(x.dtype)
-    return in_sizes(lambda rows: torch.nn.functional.linear(rows, weight), x, _sizes(weight))
+    if sizes := _sizes(weight):
+        return in_sizes(lambda rows: torch.nn.functional.linear(rows, weight), x, sizes)
+    return ordered_product(x, weight).to(x.dtype)
+
+
+# Elements of the fp32 terms of a piece of ``ordered_product``: 4 MiB stay in the cache.
+_PIECE_ELEMENTS = 1 << 20
+
+
+def ordered_product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """``x wᵀ`` of elementwise operations, which round correctly on any machine, but are slow.
+
+    Args:
+        x: ``[rows, inner]``.
+        w: ``[columns, inner]``.
+
+    Returns:
+        ``[rows, columns]`` fp32. Neighbouring terms are added until one is left.
+    """
+    inner = x.shape[1]
+    if inner == 0:
+        return x.new_zeros(x.shape[0], w.shape[0], dtype=torch.float32)
+    more = (1 << (inner - 1).bit_length()) - inner
+    x, w = (torch.nn.functional.pad(each.float(), (0, more)) for each in (x, w))
+    parts = []
+    for row in x:
+        columns = []
+        for some in w.split(max(1, _PIECE_ELEMENTS // w.shape[1])):
+            terms = row * some
+            while terms.shape[1] > 1:
+                terms = terms[:, ::2] + terms[:, 1::2]
+            columns.append(terms[:, 0])
+        parts.append(torch.cat(columns))
+    return torch.stack(parts) if parts else x.new_zeros(0, w.shape[0])
 
 
 def linear_in_pieces(x: torch.Tensor, weight: torch.Tensor, size: int = PIECE_ROWS) -> torch.Tensor:

@@ -4,9 +4,9 @@ A library does not guarantee bits. Its kernel and its blocking of a sum depend o
 so row 0 of a 1-row product and row 0 of a 16-row product may differ, and so may equal rows at
 different places. Rows therefore go to a library only in calls of a few sizes; the last call is
 filled up with zeros. Each of these calls is tried for the operation, shape, dtype and number of
-threads. If a row's bits change, the next set of sizes is tried. The last set is one row at a time,
-which needs no trial because the call is always the same. A choice is made once, before its first
-use, and kept.
+threads. If a row's bits change, the next set of sizes is tried. The last set is one row at a time;
+if a library computes even that same call differently each time, no set is left. A choice is made
+once, before its first use, and kept.
 
 Trials use operands whose exact products are 0, so that the leading bits of the result show the
 order of the sum.
@@ -36,7 +36,7 @@ _SETS: tuple[Sizes, ...] = (
     (1,),
 )
 
-# Operation, key and number of threads → the set of sizes.
+# Operation, key and number of threads → the set of sizes, empty if none passed.
 _choices: dict[tuple[str, Hashable, int], Sizes] = {}
 
 
@@ -55,6 +55,8 @@ def choices() -> dict[str, str]:
 
 def name_of(sizes: Sizes) -> str:
     """A description of call sizes, for the log."""
+    if not sizes:
+        return "ordered sums"
     if sizes == (1,):
         return "one row at a time"
     return f"{sizes[0]} rows" if len(sizes) == 1 else f"{sizes[0]} rows or more"
@@ -66,7 +68,7 @@ def choose(
     trial: Callable[[], tuple[Compute, torch.Tensor]],
     largest: int = LARGEST,
 ) -> Sizes:
-    """The first set of call sizes in which rows keep their bits.
+    """The first set of call sizes in which rows keep their bits, empty if there is none.
 
     Args:
         op: Name of the operation.
@@ -76,11 +78,11 @@ def choose(
     """
     place = (op, key, torch.get_num_threads())
     if place not in _choices:
-        *tried, last = (tuple(size for size in sizes if size <= largest) for sizes in _SETS)
+        tried = (tuple(size for size in sizes if size <= largest) for sizes in _SETS)
         with torch.inference_mode():
             compute, rows = trial()
             passed = (sizes for sizes in tried if _keeps_rows(compute, rows, sizes, largest))
-            _choices[place] = next(passed, last)
+            _choices[place] = next(passed, ())
         _log.debug("%s %s: %s", op, key, name_of(_choices[place]))
     return _choices[place]
 
@@ -101,7 +103,8 @@ def by_rows(
         x: ``[num_rows, …]``.
         sample: Makes ``SAMPLE_ROWS`` rows to try.
     """
-    return in_sizes(compute, x, choose(op, key, lambda: (compute, sample())))
+    # Only sums of products have a formulation for libraries that never keep their bits.
+    return in_sizes(compute, x, choose(op, key, lambda: (compute, sample())) or (1,))
 
 
 def in_sizes(compute: Compute, x: torch.Tensor, sizes: Sizes) -> torch.Tensor:

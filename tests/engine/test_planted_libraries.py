@@ -85,6 +85,7 @@ def test_the_choice_says_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None
     assert found["others for 8 rows than for 16"] == "16 rows or more"
     assert found["others for odd places"] == "one row at a time"
     assert found["others for rows in company"] == "4 rows or more"
+    assert found["others every time"] == "ordered sums"
 
 
 SPECS = (
