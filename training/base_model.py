@@ -286,7 +286,7 @@ def _load_full(base: TrainingBase, dtype: torch.dtype) -> Any:
     if base.directory is None:
         found = open_gguf(find_gguf())
         model = AutoModelForCausalLM.from_config(found.config, dtype=torch.bfloat16)
-        tensors = {name: tensor.to(torch.bfloat16) for name, tensor in found.tensors()}
+        tensors = {name: tensor.to(torch.bfloat16) for name, tensor in found.tensors}
         missing = model.load_state_dict(tensors, strict=False).missing_keys
         assert set(missing) <= {"lm_head.weight"}, missing
         return model.to(dtype)

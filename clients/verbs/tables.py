@@ -81,9 +81,9 @@ def table_of(columns: Mapping[str, str], rows: Iterable[Sequence[str]], **option
     return table
 
 
-def print_table(table: Table) -> None:
+def print_table(table: Table, console: Console | None = None) -> None:
     """Print a table, or one line per cell if the terminal is too narrow for it."""
-    console = terminal()
+    console = console or terminal()
     if _fits(table, console):
         console.print(table)
         return

@@ -36,6 +36,7 @@ def choices_of(inference: Any, count: int, num_choices: int) -> Choices:
         num_choices=num_choices,
         is_stream=True,
         includes_usage=False,
+        names_ids=False,
     )
     return Choices(exchange, asked, [message] * (count // num_choices))
 

@@ -9,11 +9,13 @@ import pytest
 import torch
 from builders.bases.tiny_models import save_tiny_model
 from builders.training import resolve_tiny
+from gguf_oracle import transformers_state
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from said import says
 from servers.engine_harness import EngineHarness, make_request
 
+from turret.server.models.sources.check import find_gguf
 from turret.training.base_model import find_base, load_model
 from turret.training.batches import IGNORED, make_batch
 from turret.training.errors import ConfigError
@@ -108,3 +110,10 @@ def test_text_parts_that_are_not_trained(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(ConfigError, check=says("NO_TEXT_MODEL", model_type="qwen2_5_vl")):
         find_base(save_tiny_model("qwen2_5_vl", tmp_path / "qwen"))
+
+
+def test_the_embedded_model_has_the_weights_of_its_file_in_full_precision() -> None:
+    model = load_model(find_base(None), "full", torch.float32, "cpu")
+    expected = transformers_state(find_gguf())
+    for name, tensor in model.named_parameters():
+        assert torch.equal(tensor, expected[name].to(torch.bfloat16).float()), name

@@ -34,6 +34,7 @@ from turret.server.adapters.operators.modulated_base import ModulatedBase
 from turret.server.adapters.operators.pair_rotation import PairRotation
 from turret.server.adapters.operators.sparse import Sparse
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
+from turret.server.models.weights.nf4 import BaseLinear
 
 CPU = torch.device("cpu")
 INNER = 64
@@ -214,7 +215,7 @@ class Product:
         return self._base(x), shrink(x)
 
 
-class Base:
+class Base(BaseLinear):
     """A dense weight, ``[out, in]``.
 
     Rows are multiplied one at a time, so that their bits are independent.
