@@ -130,8 +130,10 @@ def _parse(kind: str, adapter: TypeAdapter[_S], data: bytes, versions: Sequence[
     fields = json.loads(data)
     if not isinstance(fields, dict) or fields.pop("version", None) not in versions:
         raise ValueError(f"is not {kind} of version {versions[-1]} or earlier")
+    # Earlier versions accepted halves of characters, which no message can hold.
+    data = json.dumps(fields, ensure_ascii=False).encode(errors="replace")
     try:
-        return adapter.validate_json(json.dumps(fields), strict=True, extra="forbid")
+        return adapter.validate_json(data, strict=True, extra="forbid")
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
