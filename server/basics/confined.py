@@ -106,12 +106,12 @@ class Confined:
                 raise
         return _answers(output)
 
-    def ask_one(self, job: object, unanswered: str) -> Any:
+    def ask_one(self, job: object, reason: str) -> Any:
         """The only answer to a job, a JSON object.
 
         Args:
             job: See ``ask``.
-            unanswered: The reason of the error if the process ended for another reason.
+            reason: The reason of the error if the process ended for another reason.
 
         Raises:
             ValueError: The program reports an error, or the job reached a limit.
@@ -123,7 +123,7 @@ class Confined:
         except ConfinedError as error:
             if error.is_over_limit:
                 raise ValueError(*error.args) from None
-            raise UnavailableError(say(unanswered, problem=error)) from None
+            raise UnavailableError(say(reason, problem=error)) from None
         if "error" in answer:
             raise ValueError(answer["error"])
         return answer

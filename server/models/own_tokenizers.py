@@ -34,7 +34,6 @@ MAX_TOKEN_CHARS = 1024
 _MAX_ANSWER_BYTES = 4 << 20
 _PROGRAM = Path(__file__).with_name("tokenizer_program.py")
 _CONFIG = "config.json"
-_UNREAD = "TOKENIZER_UNREAD"
 # Keys of the base's config that help transformers to read a tokenizer.
 _GUESSED = ("model_type",)
 
@@ -176,7 +175,7 @@ class OwnTokenizers:
             packages=("tokenizers",),
         )
         try:
-            found = child.ask_one(str(folder / TOKENIZER_FILE), _UNREAD)
+            found = child.ask_one(str(folder / TOKENIZER_FILE), "TOKENIZER_UNREAD")
             if self._expected is None:
                 self._expected = self._parts_of_base(child, folder)
         finally:
@@ -199,7 +198,7 @@ class OwnTokenizers:
         made = folder / "base.json"
         made.write_text(self._base.serialized())
         files = [made, self._config.with_name(TOKENIZER_FILE)]
-        found = (child.ask_one(str(file), _UNREAD) for file in files if file.exists())
+        found = (child.ask_one(str(file), "TOKENIZER_UNREAD") for file in files if file.exists())
         return [each["digests"] for each in found]
 
     def _named(self, folder: Path) -> dict[str, int]:

@@ -19,6 +19,7 @@ from turret.words import SUGGESTION
 # Functions with a reason and parameters, and the parameters that they add.
 SAYERS: dict[str, set[str]] = {
     **{"say": set(), "check": set(), "_check": set(), "refuse": {"path"}},
+    "ask_one": {"problem"},
     "Limit": {"most", "max_requests_per_token", "max_requests_per_peer"},
 }
 ROOMS = ("adapters", "api", "basics", "constraints", "engine", "http", "hub", "models", "rpc")
