@@ -22,8 +22,8 @@ from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.arch import LAYER_PREFIX, ROUTER, Arch
 from turret.server.models.decoding.decoder import Decoder
 from turret.server.models.model_source import ModelSource
+from turret.server.models.weights.base_linear import BaseLinear
 from turret.server.models.weights.nf4 import (
-    BaseLinear,
     DenseLinear,
     Nf4Weight,
     join_linears,

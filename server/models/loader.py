@@ -24,8 +24,8 @@ from turret.server.models.families import read_arch
 from turret.server.models.fidelity import Fidelity, squared_error
 from turret.server.models.model_source import ModelSource, Progress, StoredTensors, no_progress
 from turret.server.models.sources.model_directory import weight_files
+from turret.server.models.weights.base_linear import BaseLinear
 from turret.server.models.weights.nf4 import (
-    BaseLinear,
     DenseLinear,
     Nf4Weight,
     dequantize_stored,

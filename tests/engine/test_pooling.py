@@ -12,10 +12,10 @@ import torch
 from builders.bases.tiny_models import save_tiny_model
 from builders.methods import load_adapter, make_config, quiet, save_adapter
 from builders.random_adapters import AdapterSpec, arch_of, write_adapter
-from gpu_path import gpu_serving
 from method_oracle import prompt_of, twin
 from safetensors.torch import load_file
 from servers.engine_harness import EngineHarness, make_request
+from servers.gpu_serving import gpu_serving
 
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.engine.scheduling.request import FinishReason, Pooling, PoolingKind

@@ -16,7 +16,6 @@ import pytest
 import torch
 from builders.bases.tiny_models import MIXTURES, OTHER_ARCHITECTURES
 from builders.methods import load_adapter, make_config, save_adapter
-from gpu_path import gpu_serving
 from method_oracle import (
     check_bfloat16,
     check_greedy,
@@ -26,6 +25,7 @@ from method_oracle import (
     twin,
 )
 from servers.engine_harness import EngineHarness, make_request
+from servers.gpu_serving import gpu_serving
 
 from turret.kernels.cpu import native
 from turret.kernels.rows.trial import forget_choices

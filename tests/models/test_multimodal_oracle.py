@@ -15,7 +15,6 @@ import pytest
 import torch
 from builders.bases.tiny_models import MULTIMODAL_ARCHITECTURES, save_tiny_model, served_weights
 from builders.methods import load_adapter, make_config, save_adapter
-from gpu_path import gpu_serving
 from method_oracle import (
     check_bfloat16,
     check_greedy,
@@ -26,6 +25,7 @@ from method_oracle import (
 )
 from safetensors.torch import load_file, save_file
 from servers.engine_harness import EngineHarness, make_request
+from servers.gpu_serving import gpu_serving
 from transformers import AutoConfig
 
 from turret.server.errors import AdapterMismatchError

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from servers.engine_harness import EngineHarness
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from turret.kernels.gpu import common as tuning_module
 from turret.kernels.gpu.common import Tuning
 from turret.kernels.gpu.tables import LongSegment, RowTable, SegmentTable
-from turret.server.engine.step.gpu import decode_graphs
-from turret.server.engine.step.gpu.decode_graphs import Body, Capture, Outputs
+from turret.server.engine.step.gpu.decode_graphs import Body, Outputs
 
 # The interpreter's time depends on the number of operations, not on their size. There are still
 # several splits and passes.
@@ -47,30 +43,6 @@ def coarse_tiles() -> Iterator[None]:
         tuning_module.tuning.cache_clear()
         yield
     tuning_module.tuning.cache_clear()
-
-
-@contextlib.asynccontextmanager
-async def gpu_serving(
-    model: Path | None,
-    root: Path,
-    adapters: Sequence[str],
-    capture: Capture | None = None,
-    **more: Any,
-) -> AsyncIterator[EngineHarness]:
-    """An engine on the GPU path, in the interpreter, by default with a ``FakeCapture``."""
-    capture = capture or FakeCapture()
-    options = {"kv_cache_bytes": 4 << 20, **more}
-    with (
-        coarse_tiles(),
-        patch.object(decode_graphs, "capture_for", lambda device: capture),
-        warnings.catch_warnings(),
-    ):
-        # Rows that only pad a step compute on uninitialised memory.
-        warnings.simplefilter("ignore", RuntimeWarning)
-        async with EngineHarness.start(
-            model, root, adapters=adapters, gpu=True, **options
-        ) as harness:
-            yield harness
 
 
 class CountedWrites(TorchDispatchMode):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from turret.kernels.gpu.low_rank import Shrink
     from turret.kernels.gpu.nf4 import Epilogue
     from turret.server.adapters.device.gpu.store import GpuAdapterStep
-    from turret.server.models.weights.nf4 import BaseLinear
+    from turret.server.models.weights.base_linear import BaseLinear
     from turret.server.models.weights.nf4_experts import Nf4Experts
     from turret.server.models.weights.nf4_gpu import Nf4Product
 

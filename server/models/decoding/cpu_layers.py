@@ -42,7 +42,7 @@ from turret.server.models.decoding.layer_ops import Angles, LayerOps
 
 if TYPE_CHECKING:
     from turret.server.models.decoding.decoder import DecoderLayer
-    from turret.server.models.weights.nf4 import BaseLinear
+    from turret.server.models.weights.base_linear import BaseLinear
 
 
 # Layer operations of the cpu path: the compiled kernels (bf16 and fp32).

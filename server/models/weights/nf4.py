@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -19,6 +19,7 @@ from turret.kernels.cpu.native import has_native_products
 from turret.kernels.cpu.row_adapters import Ahead
 from turret.kernels.rows.linear import prepare_linear, row_linear
 from turret.server.adapters.base import WeightRows
+from turret.server.models.weights.base_linear import BaseLinear
 from turret.server.models.weights.nf4_cpu import (
     TILE_ROWS,
     nf4_product,
@@ -178,53 +179,6 @@ def _state_in(name: str, tensors: Mapping[str, torch.Tensor]) -> functional.Quan
         if key.startswith(f"{name}.")
     }
     return functional.QuantState.from_dict(parts, device=torch.device("cpu"))
-
-
-class BaseLinear(Protocol):
-    """A bias-free fused projection of the base model, which hides how its weights are stored.
-
-    Attributes:
-        widths: Outputs of each slice.
-        in_features: Inputs, the same for all slices.
-    """
-
-    widths: tuple[int, ...]
-    in_features: int
-
-    def __call__(
-        self, x: torch.Tensor, ahead: Ahead | None = None, num_decode: int | None = None
-    ) -> torch.Tensor:
-        """Multiply.
-
-        Args:
-            x: ``[rows, in]``.
-            ahead: The memory to prefetch meanwhile.
-            num_decode: The number of first rows that belong to decoding sequences; None for all.
-                The gpu path multiplies them in another way than rows of prompts.
-
-        Returns:
-            ``[rows, sum(widths)]``, dtype of ``x``.
-        """
-        ...
-
-    def served(self, index: int) -> WeightRows:
-        """The weight of slice ``index`` as multiplied, ``[out, in]`` in any dtype, by rows."""
-        return self.dequantize(index)
-
-    def dequantize(self, index: int) -> torch.Tensor:
-        """The weight of slice ``index`` as multiplied, ``[out, in]`` fp32, on the CPU.
-
-        Do not write to it, because it may be the memory that is served.
-        """
-        ...
-
-    def part(self, index: int) -> BaseLinear:
-        """Slice ``index`` alone, on the memory of the whole where its layout allows."""
-        ...
-
-    def _rows(self, index: int) -> slice:
-        start = sum(self.widths[:index])
-        return slice(start, start + self.widths[index])
 
 
 class DenseLinear(BaseLinear):

@@ -9,9 +9,9 @@ import torch
 from turret.kernels.expert_routing import Routing
 from turret.kernels.nf4_matmul import Nf4Matrix
 from turret.server.errors import InvalidRequestError
+from turret.server.models.weights.base_linear import BaseLinear
 from turret.server.models.weights.nf4 import (
     BLOCKSIZE,
-    BaseLinear,
     Nf4Weight,
     PackedLinear,
     fuse_weights,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,10 @@ from turret.kernels.gpu.nf4 import Epilogue, nf4_dequantize, nf4_matmul
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 from turret.kernels.rows.linear import linear_in_pieces
 from turret.server.adapters.base import WeightRows
-from turret.server.models.weights.nf4 import BaseLinear, Nf4Weight
+from turret.server.models.weights.base_linear import BaseLinear
+
+if TYPE_CHECKING:
+    from turret.server.models.weights.nf4 import Nf4Weight
 
 # Library products. A row must get the same bits wherever it is in a product. Rows go to the library
 # in pieces of one shape, so it always uses the same algorithm. But a reduction that is split among

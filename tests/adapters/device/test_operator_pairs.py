@@ -34,7 +34,7 @@ from turret.server.adapters.operators.modulated_base import ModulatedBase
 from turret.server.adapters.operators.pair_rotation import PairRotation
 from turret.server.adapters.operators.sparse import Sparse
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
-from turret.server.models.weights.nf4 import BaseLinear
+from turret.server.models.weights.base_linear import BaseLinear
 
 CPU = torch.device("cpu")
 INNER = 64

@@ -19,7 +19,6 @@ from builders.adapters import (
     tiny_llama,
 )
 from builders.methods import drawing, load_adapter, make_config, quiet, save_adapter
-from gpu_path import gpu_serving
 from hypothesis import given
 from hypothesis import strategies as st
 from method_oracle import (
@@ -32,6 +31,7 @@ from method_oracle import (
 )
 from said import says
 from servers.engine_harness import EngineHarness, make_request
+from servers.gpu_serving import gpu_serving
 from torch import nn
 
 from turret.server.adapters.adapter import AdapterRef

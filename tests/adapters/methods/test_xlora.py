@@ -10,7 +10,6 @@ import pytest
 import torch
 from builders.methods import load_adapter
 from builders.mixes.xloras import KINDS, save_loras, save_xlora
-from gpu_path import gpu_serving
 from method_oracle import (
     check_greedy,
     check_oracles,
@@ -21,6 +20,7 @@ from method_oracle import (
 )
 from said import says
 from servers.engine_harness import EngineHarness, make_request
+from servers.gpu_serving import gpu_serving
 
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.engine.scheduling.request import Request

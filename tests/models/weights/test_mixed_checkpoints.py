@@ -21,11 +21,11 @@ from bitsandbytes.nn.modules import Linear4bit
 from builders.bases.mixed_checkpoints import UNSLOTH, load_4bit, save_4bit
 from builders.bases.tiny_models import save_tiny_model
 from builders.methods import load_adapter, make_config, save_adapter
-from gpu_path import gpu_serving
 from method_oracle import check_greedy, check_score, oracle_logprobs, prompt_of
 from safetensors.torch import load_file, save_file
 from said import says
 from servers.engine_harness import EngineHarness, make_request
+from servers.gpu_serving import gpu_serving
 
 from turret.kernels.cpu.native import has_native_products
 from turret.server.adapters.adapter import AdapterRef

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from turret.kernels.expert_routing import Routing, route_reference
-from turret.server.models.weights.nf4 import BaseLinear, Nf4Weight, nf4_linear
+from turret.server.models.weights.base_linear import BaseLinear
+from turret.server.models.weights.nf4 import Nf4Weight, nf4_linear
 from turret.server.models.weights.nf4_experts import Nf4Experts
 
 CPU = torch.device("cpu")
