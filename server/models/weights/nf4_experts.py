@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
+from turret.kernels.cpu.native import has_native_products
 from turret.kernels.expert_routing import Routing
 from turret.kernels.nf4_matmul import Nf4Matrix
 from turret.server.errors import InvalidRequestError
@@ -176,7 +177,7 @@ class Nf4Experts:
         self._experts = [fuse_weights(slices, dtype, device) for slices in experts]
         # The C product computes all experts in one call if all are quantised.
         packed = [expert for expert in self._experts if isinstance(expert, PackedLinear)]
-        if len(packed) == len(self._experts):
+        if has_native_products() and len(packed) == len(self._experts):
             addresses = [[each.packed.data_ptr(), each.absmax.data_ptr()] for each in packed]
             self._addresses = torch.tensor(addresses, dtype=torch.int64)
 
