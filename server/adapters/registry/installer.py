@@ -147,12 +147,12 @@ class Pins:
         answer: Future[HostResult] = Future()
         try:
             if not mix.ensure_host(answer.set_result):
-                result = answer.result(PIN_TIMEOUT_SECONDS)
+                try:
+                    result = answer.result(PIN_TIMEOUT_SECONDS)
+                except TimeoutError:
+                    raise _no_room(adapter) from None
                 if result.error is not None:
                     raise result.error
-        except TimeoutError:
-            self._table.release(mix)
-            raise _no_room(adapter) from None
         except BaseException:
             self._table.release(mix)
             raise
