@@ -300,6 +300,32 @@ class NoStateDir:
         kept: Sequence[Adapter],
         source: Source | None = None,
     ) -> None:
+        """Saves a generation as the one that its name has after a restart.
+
+        Args:
+            adapter: The generation.
+            pinned: Whether it is pinned after a restart.
+            kept: Replaced generations of the name that requests may name after a restart.
+            source: The future location of its files; None for the present one.
+
+        Raises:
+            StorageFullError: The disk is full; what was saved before still holds.
+        """
+        saved = SavedRegistration(
+            name=adapter.name,
+            uuid=adapter.uuid,
+            generation=adapter.generation,
+            pinned=pinned,
+            source=source or adapter.source,
+            facts=adapter.facts,
+            kept=tuple(
+                SavedGeneration(generation=a.generation, source=a.source, facts=a.facts)
+                for a in kept
+            ),
+        )
+        self.write(saved)
+
+    def write(self, saved: SavedRegistration) -> None:
         pass
 
     def remove(self, name: str) -> None:
@@ -452,39 +478,6 @@ class StateDir(SharedStateDir):
                 if str(path.relative_to(self.path)) not in kept:
                     remove_directory(path)
         return found
-
-    def save(
-        self,
-        adapter: Adapter,
-        *,
-        pinned: bool,
-        kept: Sequence[Adapter],
-        source: Source | None = None,
-    ) -> None:
-        """Saves a generation as the one that its name has after a restart.
-
-        Args:
-            adapter: The generation.
-            pinned: Whether it is pinned after a restart.
-            kept: Replaced generations of the name that requests may name after a restart.
-            source: The future location of its files; None for the present one.
-
-        Raises:
-            StorageFullError: The disk is full; what was saved before still holds.
-        """
-        saved = SavedRegistration(
-            name=adapter.name,
-            uuid=adapter.uuid,
-            generation=adapter.generation,
-            pinned=pinned,
-            source=source or adapter.source,
-            facts=adapter.facts,
-            kept=tuple(
-                SavedGeneration(generation=a.generation, source=a.source, facts=a.facts)
-                for a in kept
-            ),
-        )
-        self.write(saved)
 
     def write(self, saved: SavedRegistration) -> None:
         """Saves a registration, to be restored after a restart.
