@@ -27,6 +27,8 @@ from turret.lazy_torch import torch
 
 # Sizes are padded to multiples of this, so that fewer shapes need a trial.
 GATE_MULTIPLE = 16
+# Maximum number of components of an adapter in the Triton kernel, whose programs hold all scores.
+MAX_COMPONENTS = 64
 
 
 def fusion_gate_reference(

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from turret.kernels.fusion_gate import MAX_COMPONENTS
 from turret.kernels.gpu.common import (
     check_contiguous,
     check_float,
@@ -42,8 +43,6 @@ from turret.kernels.gpu.tables import (
 )
 
 WORDS = 4
-# The components of one adapter at most: a program holds the scores of them all.
-MAX_COMPONENTS = 64
 _RECORD, _GATE_RECORD = tl.constexpr(RECORD), tl.constexpr(GATE_RECORD)
 _GATES, _WORDS = tl.constexpr(GATES), tl.constexpr(WORDS)
 

@@ -113,7 +113,7 @@ def _shared(value: Any) -> Any:
 
 
 def _completed(saved: _G, name: str) -> _G:
-    """What was saved for the adapter of this name, in less memory."""
+    """Restores the name of an upload's source, and shares facts with other adapters."""
     source, facts = saved.source, saved.facts
     if source.is_upload:
         source = dataclasses.replace(source, adapter=name)
@@ -276,14 +276,14 @@ MIN_FREE_BYTES = 16 << 20
 
 
 class NoStateDir:
-    """Replaces ``StateDir`` in a server without ``--state-dir``.
+    """Replaces ``StateDir``, which extends it, in a server without ``--state-dir``.
 
     Registrations do not survive a restart, and adapters cannot be uploaded or fused.
     """
 
     @property
     def path(self) -> Path | None:
-        """The directory."""
+        """The directory, if there is one."""
         return None
 
     def close(self) -> None:
@@ -300,6 +300,32 @@ class NoStateDir:
         kept: Sequence[Adapter],
         source: Source | None = None,
     ) -> None:
+        """Saves a generation as the one that its name has after a restart.
+
+        Args:
+            adapter: The generation.
+            pinned: Whether it is pinned after a restart.
+            kept: Replaced generations of the name that requests may name after a restart.
+            source: The future location of its files; None for the present one.
+
+        Raises:
+            StorageFullError: The disk is full; what was saved before still holds.
+        """
+        saved = SavedRegistration(
+            name=adapter.name,
+            uuid=adapter.uuid,
+            generation=adapter.generation,
+            pinned=pinned,
+            source=source or adapter.source,
+            facts=adapter.facts,
+            kept=tuple(
+                SavedGeneration(generation=a.generation, source=a.source, facts=a.facts)
+                for a in kept
+            ),
+        )
+        self.write(saved)
+
+    def write(self, saved: SavedRegistration) -> None:
         pass
 
     def remove(self, name: str) -> None:
@@ -453,39 +479,6 @@ class StateDir(SharedStateDir):
                     remove_directory(path)
         return found
 
-    def save(
-        self,
-        adapter: Adapter,
-        *,
-        pinned: bool,
-        kept: Sequence[Adapter],
-        source: Source | None = None,
-    ) -> None:
-        """Saves a generation as the one that its name has after a restart.
-
-        Args:
-            adapter: The generation.
-            pinned: Whether it is pinned after a restart.
-            kept: Replaced generations of the name that requests may name after a restart.
-            source: The future location of its files; None for the present one.
-
-        Raises:
-            StorageFullError: The disk is full; what was saved before still holds.
-        """
-        saved = SavedRegistration(
-            name=adapter.name,
-            uuid=adapter.uuid,
-            generation=adapter.generation,
-            pinned=pinned,
-            source=source or adapter.source,
-            facts=adapter.facts,
-            kept=tuple(
-                SavedGeneration(generation=a.generation, source=a.source, facts=a.facts)
-                for a in kept
-            ),
-        )
-        self.write(saved)
-
     def write(self, saved: SavedRegistration) -> None:
         """Saves a registration, to be restored after a restart.
 
@@ -541,7 +534,7 @@ def _file_name(name: str) -> str:
 
 
 def _read_all(directory: Path, parse: Callable[[bytes], _S]) -> tuple[list[_S], bool]:
-    """What the files of a directory contain, by name, and whether all of them can be read."""
+    """Reads the files of a directory, by name; also returns whether all of them can be read."""
     found: list[_S] = []
     is_complete = True
     for path in sorted(directory.iterdir()):

@@ -19,10 +19,8 @@ from turret.server.adapters.methods.kit import (
     Dim,
     LinearFormat,
     Module,
-    Text,
     extent,
-    invalid,
-    is_rank,
+    is_integer,
     is_seed,
     optionally,
     torch,
@@ -105,13 +103,7 @@ _CLUSTER_SEED = 123456789
 _FAR = 2e-2
 _TRAINING = "chooses what is trained; the tensors show the result"
 
-
-def _is_few(value: Any) -> Text | None:
-    if problem := is_rank(value):
-        return problem
-    return None if value <= _MAX_CLUSTERS else invalid(value, f"at most {_MAX_CLUSTERS}")
-
-
+_is_few = is_integer(1, _MAX_CLUSTERS, f"an integer from 1 to {_MAX_CLUSTERS}")
 # Config keys that only training uses.
 _CHOOSING = (
     *("use_asa", "asa_target_subspaces", "init_warmup", "final_warmup", "mask_interval"),

@@ -1,7 +1,7 @@
 """The methods that can be trained: their keys in the config, with their defaults.
 
-Torch is not needed, so that a config is checked before it is loaded. ``training/methods`` has the
-rest of each method.
+This file does not need torch, so that a config can be checked before torch is loaded.
+``training/methods`` has the rest of each method.
 """
 
 from __future__ import annotations
@@ -38,13 +38,9 @@ DECLARED: Mapping[str, Declared] = {
     # A single rate; PEFT's example uses 1e-3 for the vector bank and 1e-2 for the logits.
     "vblora": Declared(1e-2, {**_FACTORS, "rank": 4}),
     "shira": Declared(1e-3, {**_ALL, "rank": 8}),
-    "loha": Declared(2e-3, {**_ALL, "rank": None, "alpha": None, "dropout": 0.0}),
+    "loha": Declared(2e-3, {**_FACTORS, "rank": None, "alpha": None}),
     "lokr": Declared(
-        2e-3,
-        {
-            **{**_ALL, "rank": 8, "alpha": None, "dropout": 0.0},
-            **{"decompose_both": False, "decompose_factor": -1},
-        },
+        2e-3, {**_FACTORS, "alpha": None, "decompose_both": False, "decompose_factor": -1}
     ),
     # The paper adapts keys, values and the feed-forward.
     "ia3": Declared(1e-2, {"targets": ("k_proj", "v_proj", "down_proj")}),

@@ -12,6 +12,7 @@ import torch
 
 from turret.kernels.cpu.row_adapters import Ahead
 from turret.kernels.expert_routing import Routing
+from turret.kernels.fusion_gate import MAX_COMPONENTS
 from turret.server.adapters.device.vocabulary import VocabularyChange, vocabulary_change
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.circulant import Circulant
@@ -89,7 +90,9 @@ KERNELS: Mapping[type[Operator], Mapping[str, Kernel]] = {
     Gate: {
         "gpu": Kernel(
             "fusion_gate",
-            lambda gate: isinstance(gate.score, QueryScore) and len(gate.rank_indptr) <= 65,
+            lambda gate: (
+                isinstance(gate.score, QueryScore) and len(gate.rank_indptr) - 1 <= MAX_COMPONENTS
+            ),
         )
     },
 }

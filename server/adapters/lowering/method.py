@@ -23,25 +23,16 @@ class Method(Format):
 
     Attributes:
         check: Reports faults of names, shapes and dtypes. Of the base only the sizes may be known.
-        make: Makes the operators from a checkpoint without such faults.
+        lower: Makes the operators from a checkpoint without such faults; see
+            ``LinearMethod.lower``.
     """
 
     check: Callable[[Reading], object]
-    make: Callable[[Reading], Lowered]
+    lower: Callable[[Reading], Lowered]
 
     def inspect(self, reading: Reading) -> None:
         """See ``Format.inspect``."""
         self.check(reading)
-
-    def lower(self, reading: Reading) -> Lowered:
-        """Makes the operators of an adapter that ``read`` has checked on the base as served.
-
-        Raises:
-            AdapterCheckpointError: The values of tensors are inconsistent (names all).
-            AdapterMismatchError: The tensors do not fit the base (names all).
-            AdapterComponentError: Some components are not registered (names all).
-        """
-        return self.make(reading)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +52,13 @@ class LinearMethod(LinearFormat):
     complete: Callable[[Lowered, Reading], Lowered] | None = None
 
     def lower(self, reading: Reading) -> Lowered:
-        """See ``Method.lower``."""
+        """Makes the operators of an adapter that ``read`` has checked on the base as served.
+
+        Raises:
+            AdapterCheckpointError: The values of tensors are inconsistent (names all).
+            AdapterMismatchError: The tensors do not fit the base (names all).
+            AdapterComponentError: Some components are not registered (names all).
+        """
         assembly = Assembly(reading.dtype)
         with ExitStack() as stack:
             # Run this thread's work on the device beside the steps, if there is any.

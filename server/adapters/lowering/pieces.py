@@ -75,7 +75,7 @@ class Scaled(NamedTuple):
     scaling: float
 
 
-# One operator of a module.
+# An operator of a module, as a method makes it.
 Piece = Operator | Scaled
 
 

@@ -57,7 +57,9 @@ def lower_checkpoint(
         _check_dense(checkpoint, base, max_dense_bytes)
     base = replace(base, text_prefix=checkpoint.text_prefix)
     is_lora = method.on_vocabulary
-    findings, first = (Findings(checkpoint.path, base.name) for _ in range(2))
+    findings = Findings(checkpoint.path, base.name)
+    # Faults of experts and of the vocabulary's size: the checks of the rest depend on both.
+    first = Findings(checkpoint.path, base.name)
     rest, classifier, head = take_classifier(checkpoint, base, findings)
     rest, experts, expert_ranks = take_experts(rest, base, first, max_rank, is_lora=is_lora)
     rest, added, vocab_size = fit_vocabulary(rest, base, first)

@@ -100,7 +100,7 @@ class SoftTokens(Format):
                 findings.check_shape(name, tensors[name], shape, of_base=False)
 
     def lower(self, reading: Reading) -> Lowered:
-        """See ``Method.lower``."""
+        """See ``LinearMethod.lower``."""
         stored = self.prompt(reading.checkpoint.tensors, reading.task).to(reading.dtype)
         return finish(reading, prompt=self._soft_prompt(stored, reading.model))
 

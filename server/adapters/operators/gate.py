@@ -14,11 +14,11 @@ from turret.kernels.fusion_gate import (
 )
 from turret.kernels.rows.linear import row_addmm_, row_linear
 from turret.lazy_torch import torch
-from turret.server.adapters.operators.operator import BaseRows, Operator
+from turret.server.adapters.operators.operator import BaseRows, Operator, Tensors
 
 
 @dataclass(frozen=True, slots=True)
-class QueryScore(Operator):
+class QueryScore(Tensors):
     """``α = softmax_k((query x) · keys_kᵀ (a_k x))`` (AdapterFusion, arXiv 2005.00247).
 
     Attributes:
@@ -32,7 +32,7 @@ class QueryScore(Operator):
 
 
 @dataclass(frozen=True, slots=True)
-class PrototypeScore(Operator):
+class PrototypeScore(Tensors):
     """``α = softmax over top_k of |prototypes x| / temperature`` (Arrow, arXiv 2405.11157).
 
     Attributes:
@@ -48,7 +48,7 @@ class PrototypeScore(Operator):
 
 
 @dataclass(frozen=True, slots=True)
-class GivenScore(Operator):
+class GivenScore(Tensors):
     """``α`` comes from the adapter's ``TokenRouter``, before the step (X-LoRA, arXiv 2402.07148).
 
     Attributes:

@@ -225,7 +225,7 @@ def optionally(shape: Declared) -> Tensor:
 _BIAS = "bias"
 # PEFT saves a targeted module's own bias under base_layer, any other under its usual name.
 _BIAS_SUFFIXES = (".base_layer.bias", ".bias")
-# Keys with which PEFT's configs select modules; methods that have no such key get its default.
+# Keys with which PEFT's configs select modules. The configs of some methods lack some of them.
 SELECTION: Mapping[str, Check] = {
     "target_modules": is_module_selector,
     "exclude_modules": is_optional_module_selector,

@@ -7,6 +7,7 @@ from tensors to operators gets everything from a ``Module``.
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -268,7 +269,7 @@ Prepare = Callable[[AdapterCheckpoint, Base, Findings], AdapterCheckpoint]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Format(MethodKeys):
+class Format(MethodKeys, ABC):
     """The form of a method's checkpoints.
 
     Attributes:
@@ -312,9 +313,9 @@ class Format(MethodKeys):
         self.conclude(reading, max_rank)
         return reading
 
+    @abstractmethod
     def inspect(self, reading: Reading) -> None:
         """Reports names, shapes and dtypes of tensors that do not agree with config and base."""
-        raise NotImplementedError
 
     def conclude(self, reading: Reading, max_rank: int | None) -> None:
         """Checks what only an adapter without other faults has, such as its ranks."""

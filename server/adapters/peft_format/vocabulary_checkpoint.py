@@ -45,7 +45,7 @@ _SUFFIXES = {
     ".base_layer.weight": FROZEN,
     ".weight": WHOLE,
     ".token_adapter.trainable_tokens_delta": ROWS,
-    # The method that trains nothing else has no other adapter in between.
+    # Trainable tokens, the method that trains only rows, has no ``token_adapter``.
     ".trainable_tokens_delta": ROWS,
     ".lora_embedding_A": A,
     ".lora_embedding_B": B,
@@ -178,7 +178,7 @@ def _finite(name: str, rows: VocabularyRows, findings: Findings) -> VocabularyRo
     return None
 
 
-# The key for trained rows; the method that trains nothing else has one of its own.
+# The keys for trained rows: of all other methods, and of trainable tokens.
 _TOKENS, _ALONE = "trainable_token_indices", "token_indices"
 
 

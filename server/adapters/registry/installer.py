@@ -147,12 +147,12 @@ class Pins:
         answer: Future[HostResult] = Future()
         try:
             if not mix.ensure_host(answer.set_result):
-                result = answer.result(PIN_TIMEOUT_SECONDS)
+                try:
+                    result = answer.result(PIN_TIMEOUT_SECONDS)
+                except TimeoutError:
+                    raise _no_room(adapter) from None
                 if result.error is not None:
                     raise result.error
-        except TimeoutError:
-            self._table.release(mix)
-            raise _no_room(adapter) from None
         except BaseException:
             self._table.release(mix)
             raise
@@ -285,8 +285,7 @@ class Installer:
         self.table.check_active(registration)
         if source != adapter.source and not (source.is_upload or adapter.source.is_upload):
             # The new path was just read and holds the content, whereas the old one may be gone.
-            saved = {"pinned": adapter.pinned, "kept": registration.kept}
-            self.state.save(adapter, **saved, source=source)
+            self.state.save(adapter, pinned=adapter.pinned, kept=registration.kept, source=source)
             adapter.source = source
         if pinned:
             self.pins.pin(registration)

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 from triton.runtime.interpreter import InterpretedFunction
 
-from turret.kernels.gpu.fusion_gate import MAX_COMPONENTS
+from turret.kernels.fusion_gate import MAX_COMPONENTS
 from turret.kernels.gpu.hadamard import MAX_RANK as MAX_HADAMARD_RANK
 from turret.kernels.gpu.kronecker import MAX_IN_M, MAX_RANK
 from turret.kernels.nf4_matmul import Nf4Matrix

@@ -63,7 +63,7 @@ def write_config(folder: Path, *lines: str) -> str:
 
 
 def ended(*arguments: str) -> str:
-    """What ``turret train`` says if it fails before it loads torch."""
+    """The error of a ``turret train`` that fails before it loads torch."""
     code, modules, err = loaded_and_said_by("train", *arguments)
     assert code == 1
     assert not modules & {"torch", "peft", "transformers"}

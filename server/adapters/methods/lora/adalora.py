@@ -59,9 +59,9 @@ METHOD = LinearMethod(
     name="adalora",
     peft_types={"ADALORA"},
     # AdaLoRA's config extends LoRA's.
-    # PEFT would replace an alpha of 0 by a rank, and that rank changes during training.
     keys={
         **without(LORA_KEYS, "target_modules"),
+        # PEFT would replace an alpha of 0 by a rank, and that rank changes during training.
         "lora_alpha": is_positive,
         "rank_pattern": is_pattern_of(_is_mask),
     },

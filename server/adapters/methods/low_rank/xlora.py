@@ -79,7 +79,7 @@ def _layers(reading: Reading) -> _Layers:
     return made
 
 
-def _make(reading: Reading) -> Lowered:
+def _lower(reading: Reading) -> Lowered:
     base, components = reading.model, find_components(reading)
     updates = {name: [update_of(one, name) for one in components] for name in base.modules}
     adapted = [n for n in modules_in_order(base) if any(one is not None for one in updates[n])]
@@ -181,5 +181,5 @@ METHOD = Method(
         "layerwise_scalings",
     ),
     check=lambda reading: reading.once(_layers),
-    make=_make,
+    lower=_lower,
 )

@@ -67,7 +67,7 @@ def _check(found: _Layers, reading: Reading) -> None:
                 findings.check_shape(name, tensor, size, of_base=is_width)
 
 
-def _make(reading: Reading) -> Lowered:
+def _lower(reading: Reading) -> Lowered:
     base, constants, assembly = reading.model, {}, Assembly(reading.dtype)
     reading.depends_on_base = True
     for number, tensors in reading.once(_layers).items():
@@ -108,5 +108,5 @@ METHOD = Method(
     },
     required=("adapter_len", "adapter_layers"),
     check=lambda reading: reading.once(_layers),
-    make=_make,
+    lower=_lower,
 )

@@ -22,7 +22,7 @@ def _check(reading: Reading) -> None:
         reading.fault(TENSORS_FILE, say("NO_TENSORS"))
 
 
-def _make(reading: Reading) -> Lowered:
+def _lower(reading: Reading) -> Lowered:
     base, findings = reading.model, reading.findings
     assembly = Assembly(base.dtype)
     left = dict(reading.checkpoint.tensors)
@@ -75,5 +75,5 @@ METHOD = Method(
     keys={key: SELECTION[key] for key in ("target_modules", "exclude_modules", "modules_to_save")},
     required=("target_modules",),
     check=_check,
-    make=_make,
+    lower=_lower,
 )

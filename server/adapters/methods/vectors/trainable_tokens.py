@@ -18,7 +18,7 @@ def _check(reading: Reading) -> None:
         reading.fault("token_indices", say("REQUIRED"))
 
 
-def _make(reading: Reading) -> Lowered:
+def _lower(reading: Reading) -> Lowered:
     trained_modules(reading.config, reading.model, reading.findings)
     for name in reading.checkpoint.tensors:
         reading.fault(name, say("UNKNOWN_TENSOR"))
@@ -30,5 +30,5 @@ METHOD = Method(
     peft_types={"TRAINABLE_TOKENS"},
     keys={"token_indices": is_token_list, "target_modules": is_optional_module_selector},
     check=_check,
-    make=_make,
+    lower=_lower,
 )
