@@ -42,7 +42,7 @@ from turret.kernels.gpu.tables import (
 )
 
 WORDS = 4
-# The components of one adapter at most: a program holds the scores of them all.
+# The maximum number of components of one adapter: a program holds all their scores.
 MAX_COMPONENTS = 64
 _RECORD, _GATE_RECORD = tl.constexpr(RECORD), tl.constexpr(GATE_RECORD)
 _GATES, _WORDS = tl.constexpr(GATES), tl.constexpr(WORDS)
