@@ -24,6 +24,8 @@ from turret.training.verification.reference import Rows, adapted, logprobs_of
 _ROUNDINGS = 2.0
 # Keys have no effect if the answers are this many times nearer to an adapter without them.
 _NEARER = 2.0
+# The number of requests at the same time.
+_AT_ONCE = 16
 _NAME = "turret-verify"
 BASE = "base"
 DEFAULT_PROMPTS = (
@@ -86,9 +88,9 @@ def verify(
     weights: Weights,
     adapters: Mapping[str, Path],
     *,
-    prompts: Sequence[str] = DEFAULT_PROMPTS,
-    max_tokens: int = 16,
-    on_phase: Callable[[str], None] = lambda text: None,
+    prompts: Sequence[str],
+    max_tokens: int,
+    on_phase: Callable[[str], None],
 ) -> list[Verdict]:
     """Compare the base and all adapters with PEFT.
 
@@ -164,7 +166,8 @@ def ask_together(
     alone: Mapping[str, Sequence[Answer]],
     verdicts: Mapping[str, Verdict],
 ) -> None:
-    with ThreadPoolExecutor(len(verdicts) * len(prompts)) as pool:
+    """Ask for all answers again, with requests for different adapters at the same time."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
         waiting = {
             (name, number): pool.submit(door.ask, None if name == BASE else name, ids, max_tokens)
             for number, ids in enumerate(prompts)
