@@ -167,14 +167,15 @@ def ask_together(
     verdicts: Mapping[str, Verdict],
 ) -> None:
     """Ask for all answers again, with requests for different adapters at the same time."""
+    places = [(name, number) for number in range(len(prompts)) for name in verdicts]
+
+    def ask(place: tuple[str, int]) -> Answer:
+        name, number = place
+        return door.ask(None if name == BASE else name, prompts[number], max_tokens)
+
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        waiting = {
-            (name, number): pool.submit(door.ask, None if name == BASE else name, ids, max_tokens)
-            for number, ids in enumerate(prompts)
-            for name in verdicts
-        }
-        for (name, number), answer in waiting.items():
-            verdicts[name].mixed += answer.result() != alone[name][number]
+        for (name, number), answer in zip(places, pool.map(ask, places), strict=True):
+            verdicts[name].mixed += answer != alone[name][number]
 
 
 def reload(
