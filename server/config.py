@@ -159,7 +159,7 @@ class SchedulerConfig:
     )
     max_queued_requests: Whole = setting(
         1024,
-        "maximum number of waiting requests (three quarters of them from one token); new ones"
+        "maximum number of waiting requests, of which one token may have three quarters; new ones"
         " then get RESOURCE_EXHAUSTED",
         ge=1,
     )

@@ -37,7 +37,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
         metavar="FILE",
         help="file to write (default: train.toml)",
     )
-    init.set_defaults(func=_with_errors(_init))
+    init.set_defaults(func=with_errors(_init))
     plan = _add(verbs, "plan", "show what a run will do and cost", _plan)
     plan.add_argument("--measure", action="store_true", help="run two steps and measure the memory")
     plan.add_argument("--json", action="store_true", help="print JSON")
@@ -52,7 +52,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     text = "write a run's report.html again"
     report = verbs.add_parser("report", help=text, description=text.capitalize())
     report.add_argument("run", type=Path, metavar="DIR", help="directory of the run")
-    report.set_defaults(func=_with_errors(_report))
+    report.set_defaults(func=with_errors(_report))
     sweep = _add(verbs, "sweep", "train at several ranks and compare", _sweep, "--rank")
     sweep.add_argument(
         "--ranks",
@@ -81,12 +81,18 @@ def _add(
     parser = verbs.add_parser(
         name, help=text, description=text.capitalize(), parents=parents, usage=usage
     )
-    parser.set_defaults(func=_with_errors(func))
+    parser.set_defaults(func=with_errors(func))
     return parser
 
 
-def _with_errors(verb: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
-    """Convert a user's mistakes to a one-line error and an exit code."""
+def with_errors(
+    verb: Callable[[argparse.Namespace], int | None],
+) -> Callable[[argparse.Namespace], int]:
+    """Convert a user's mistakes to a one-line error and an exit code.
+
+    Args:
+        verb: Runs a verb, and returns another exit code than 0 if it has one.
+    """
 
     def run(args: argparse.Namespace) -> int:
         from turret.server.command.interrupts import exit_code, raising_terminated
@@ -99,7 +105,7 @@ def _with_errors(verb: Callable[[argparse.Namespace], None]) -> Callable[[argpar
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         try:
             with raising_terminated():
-                verb(args)
+                return verb(args) or 0
         except BrokenPipeError:
             # The reader closed the pipe. Redirect stdout so that the flush at exit succeeds.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -119,7 +125,6 @@ def _with_errors(verb: Callable[[argparse.Namespace], None]) -> Callable[[argpar
             anew = "\r\x1b[K" if sys.stderr.isatty() else ""
             print(f"{anew}stopped{_how_to_go_on(args)}", file=sys.stderr)
             return exit_code(interrupt)
-        return 0
 
     return run
 

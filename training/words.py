@@ -95,6 +95,7 @@ TEXTS = {
     # Verification of a server.
     "SERVER_UNREACHED": "{url} cannot be reached: {problem}",
     "SERVER_REFUSED": "{url} answered {status}: {text}",
+    "NO_MODEL_LIST": "{url} has no list of models at /v1/models",
     "NO_LOGPROBS": "{url} answers without log probabilities, which the comparison needs",
     "NOT_ON_SERVER": "the server has not loaded {names}; it has {choices}",
     "OTHER_WEIGHTS_SERVED": "{url} serves other weights than {name}; pass its base with --model",

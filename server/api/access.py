@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import hmac
 import logging
 import resource
 import secrets
 import stat
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 from turret.server import log
 from turret.server.basics.files import read_regular
+from turret.server.basics.places import Limit, Places
 from turret.server.config import Config
-from turret.server.errors import PermissionDeniedError, QueueFullError, UnauthenticatedError
+from turret.server.errors import PermissionDeniedError, UnauthenticatedError
 from turret.server.words import say
 
 _log = logging.getLogger(__name__)
@@ -266,50 +266,6 @@ def salt_of(tenant: bytes, asked: str) -> bytes:
     if not tenant and not asked:
         return b""
     return blake2b(tenant + asked.encode(), digest_size=16, key=_SECRET).digest()
-
-
-class Limit(NamedTuple):
-    """A limit on the places that one key may take.
-
-    Attributes:
-        key: Identifies the places.
-        most: The number of places.
-        reason: The reason of the error if all places are taken.
-        param: The parameter of that error's message with the number of places.
-    """
-
-    key: Hashable
-    most: int
-    reason: str
-    param: str = "most"
-
-
-class Places:
-    """Counts what is open at the moment, by key. Belongs to one event loop."""
-
-    def __init__(self) -> None:
-        self._taken: dict[Hashable, int] = {}
-
-    @contextlib.contextmanager
-    def hold(self, *limits: Limit) -> Iterator[None]:
-        """Take a place of each key while the block runs.
-
-        Raises:
-            QueueFullError: All places of a key are taken.
-        """
-        taken = self._taken
-        for key, most, reason, param in limits:
-            if taken.get(key, 0) >= most:
-                raise QueueFullError(say(reason, **{param: most}))
-        for limit in limits:
-            taken[limit.key] = taken.get(limit.key, 0) + 1
-        try:
-            yield
-        finally:
-            for limit in limits:
-                taken[limit.key] -= 1
-                if not taken[limit.key]:
-                    del taken[limit.key]
 
 
 @dataclass(frozen=True, slots=True)

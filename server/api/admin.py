@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from google.protobuf import duration_pb2
 
 from turret.server.adapters.state_dir import StagedUpload, UploadedFile
-from turret.server.api.access import Limit, Places
 from turret.server.api.admin_messages import (
     RESIDENCIES,
     adapter_message,
@@ -52,6 +51,7 @@ from turret.server.api.uploads import (
 )
 from turret.server.api.violations import Violations
 from turret.server.basics.names import closest
+from turret.server.basics.places import Limit, Places
 from turret.server.basics.work import Cancellation
 from turret.server.errors import InvalidRequestError, QueueFullError, UnavailableError
 from turret.server.words import say

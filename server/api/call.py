@@ -84,8 +84,8 @@ class Call:
     method: str
     protocol: str
     request_id: str
-    party: Party = field(default_factory=lambda: Party(Shares()))
-    deadline: float | None = None
+    party: Party
+    deadline: float | None
     draw: float = field(default_factory=new_draw)
     adapters: tuple[str, ...] | None = None
     aliases: tuple[tuple[str, str, int], ...] = ()

@@ -111,11 +111,11 @@ class Confined:
 
         Args:
             job: See ``ask``.
-            reason: The reason of the error if the process ended for another reason.
+            reason: The error's reason if the process ended otherwise.
 
         Raises:
             ValueError: The program reports an error, or the job reached a limit.
-            UnavailableError: The process ended for another reason.
+            UnavailableError: The process ended otherwise.
             MemoryError, OSError: See ``ask``.
         """
         try:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import threading
-from collections import Counter
 from typing import Protocol
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from turret.server.basics.places import Limit, Places
 from turret.server.basics.turns import FairPool
 from turret.server.basics.work import PANICS_ARE_ERRORS, work_in_background
 from turret.server.constraints.constraint import (
@@ -18,7 +19,7 @@ from turret.server.constraints.constraint import (
 )
 from turret.server.constraints.grammar import ConstraintSpec, grammar_of, refusal, unforced
 from turret.server.constraints.matcher import Alphabet, alphabet_of, roomy_executor
-from turret.server.errors import BudgetExceededError, InvalidRequestError, QueueFullError
+from turret.server.errors import BudgetExceededError, InvalidRequestError
 from turret.server.words import say
 
 NUM_THREADS = 2
@@ -28,7 +29,6 @@ MAX_RUNNING = 64
 MAX_RUNNING_OF_TOKEN = 48
 # The slowest constraint within the limits below took half a second to compile here.
 COMPILE_SECONDS = 20.0
-_RETRY_SECONDS = 1.0
 # Approximate size of a compiled constraint: up to 9 MB was measured for a schema of 90,000
 # characters.
 _FIXED_BYTES, _CHAR_BYTES = 1 << 20, 128
@@ -71,8 +71,7 @@ class ConstraintCompiler:
         self.kept = KeptConstraints() if kept is None else kept
         self._owner = self.kept.new_owner()
         self._running: dict[bytes, asyncio.Future[Constraint]] = {}
-        # The number of those that each token asked for first.
-        self._tenants: Counter[bytes] = Counter()
+        self._places = Places()
 
     def close(self) -> None:
         """Compile nothing more."""
@@ -100,21 +99,16 @@ class ConstraintCompiler:
             return found
         future = self._running.get(key)
         if future is None:
-            if len(self._running) >= MAX_RUNNING:
-                raise QueueFullError(
-                    say("TOO_MANY_COMPILATIONS", most=MAX_RUNNING),
-                    retry_after_seconds=_RETRY_SECONDS,
-                )
-            if tenant and self._tenants[tenant] >= MAX_RUNNING_OF_TOKEN:
-                raise QueueFullError(
-                    say("TOO_MANY_COMPILATIONS_OF_TOKEN", most=MAX_RUNNING_OF_TOKEN),
-                    retry_after_seconds=_RETRY_SECONDS,
-                )
+            limits = [Limit("all", MAX_RUNNING, "TOO_MANY_COMPILATIONS")]
+            if tenant:
+                most = MAX_RUNNING_OF_TOKEN
+                limits.append(Limit(tenant, most, "TOO_MANY_COMPILATIONS_OF_TOKEN"))
+            held = contextlib.ExitStack()
+            held.enter_context(self._places.hold(*limits))
             job = functools.partial(self._compile, spec)
             future = asyncio.ensure_future(self._pool.run(tenant, job))
             self._running[key] = future
-            self._tenants[tenant] += 1
-            future.add_done_callback(functools.partial(self._keep, key, tenant))
+            future.add_done_callback(functools.partial(self._keep, key, held))
         try:
             # Shield the compilation: other requests may wait for it, and later ones find its
             # result.
@@ -124,11 +118,11 @@ class ConstraintCompiler:
             said = say("COMPILATION_TOO_SLOW", seconds=COMPILE_SECONDS)
             raise BudgetExceededError(said) from None
 
-    def _keep(self, key: bytes, tenant: bytes, future: asyncio.Future[Constraint]) -> None:
+    def _keep(
+        self, key: bytes, held: contextlib.ExitStack, future: asyncio.Future[Constraint]
+    ) -> None:
         del self._running[key]
-        self._tenants[tenant] -= 1
-        if not self._tenants[tenant]:
-            del self._tenants[tenant]
+        held.close()
         if future.cancelled() or future.exception() is not None:
             return
         self.kept.keep(self._owner, key, future.result())

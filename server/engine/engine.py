@@ -41,7 +41,6 @@ from turret.server.errors import (
 from turret.server.metrics import Metrics
 from turret.server.words import say
 
-_RETRY_SECONDS = 1.0
 # Converting more tokens than this to text takes over a millisecond, so it leaves the event loop.
 _INLINE_TOKENS = 128
 
@@ -155,20 +154,15 @@ class Engine:
         if self.is_dead:
             raise UnavailableError(say("ENGINE_FAILED"))
         if self._draining or self._thread is None:
-            raise UnavailableError(say("SHUTTING_DOWN"), retry_after_seconds=_RETRY_SECONDS)
+            raise UnavailableError(say("SHUTTING_DOWN"))
         self._check_token_ids(request)
         text = await self._begin_text(request)
         most = self._max_queued_requests
         if self._loop.num_waiting >= most:
-            raise QueueFullError(
-                say("QUEUE_FULL", max_queued_requests=most), retry_after_seconds=_RETRY_SECONDS
-            )
+            raise QueueFullError(say("QUEUE_FULL", max_queued_requests=most))
         most_of_tenant = most - most // 4
         if request.tenant and self._loop.num_waiting_of(request.tenant) >= most_of_tenant:
-            raise QueueFullError(
-                say("QUEUE_SHARE_FULL", max_queued_requests=most_of_tenant),
-                retry_after_seconds=_RETRY_SECONDS,
-            )
+            raise QueueFullError(say("QUEUE_SHARE_FULL", max_queued_requests=most_of_tenant))
         if request.prompt_logprob_bytes > self.max_queued_bytes:
             raise BudgetExceededError(
                 say(
@@ -180,8 +174,7 @@ class Engine:
         held = self._held_bytes
         if held and held + request.num_bytes > self.max_queued_bytes:
             raise QueueFullError(
-                say("QUEUE_MEMORY_FULL", held=held, max_queued_bytes=self.max_queued_bytes),
-                retry_after_seconds=_RETRY_SECONDS,
+                say("QUEUE_MEMORY_FULL", held=held, max_queued_bytes=self.max_queued_bytes)
             )
         mix = self._adapters.acquire(request.adapters)
         try:

@@ -199,8 +199,7 @@ class EngineLoop:
         self._with_deadline: set[Answer] = set()
         self._ready: set[Sequence] = set()
         self._cold: dict[Sequence, HostResult] = {}
-        # Each counter has one writer: the submitting thread and the engine thread.
-        # The tenants of the requests in the inbox.
+        # The tenants of the requests in the inbox, in order.
         self._posted: deque[bytes] = deque()
         self._has_work = False
         self._stopping = False

@@ -72,18 +72,6 @@ def uses_json(uses: Iterable[inference_pb2.AdapterUse]) -> list[dict[str, Any]]:
     ]
 
 
-def name_tokens(answer: Ended, names_ids: bool) -> Sequence[inference_pb2.TokenLogprob]:
-    """The tokens of an answer; with ``names_ids`` their texts become ``token_id:ID``, as in vLLM.
-
-    An id identifies a token that is only a part of a character.
-    """
-    if names_ids:
-        for token in answer.logprobs:
-            for named in (token, *token.top):
-                named.text = f"token_id:{named.token_id}"
-    return answer.logprobs
-
-
 def finite(logprob: float) -> float:
     return max(logprob, LEAST_LOGPROB)
 
@@ -93,17 +81,24 @@ def _bytes_of(text: str) -> list[int] | None:
     return None if _REPLACEMENT in text else list(text.encode())
 
 
-def chat_logprobs(tokens: Iterable[inference_pb2.TokenLogprob]) -> dict[str, Any]:
+def _name(token: inference_pb2.TokenLogprob | inference_pb2.TopLogprob, *, names_ids: bool) -> str:
+    """The text of a token, or its id as in vLLM, which also identifies a part of a character."""
+    return f"token_id:{token.token_id}" if names_ids else token.text
+
+
+def chat_logprobs(
+    tokens: Iterable[inference_pb2.TokenLogprob], *, names_ids: bool
+) -> dict[str, Any]:
     """Log probabilities in the form of /v1/chat/completions."""
     return {
         "content": [
             {
-                "token": token.text,
+                "token": _name(token, names_ids=names_ids),
                 "logprob": finite(token.logprob),
                 "bytes": _bytes_of(token.text),
                 "top_logprobs": [
                     {
-                        "token": top.text,
+                        "token": _name(top, names_ids=names_ids),
                         "logprob": finite(top.logprob),
                         "bytes": _bytes_of(top.text),
                     }
@@ -122,7 +117,9 @@ class CompletionLogprobs:
     def __init__(self) -> None:
         self._offset = 0
 
-    def render(self, tokens: Iterable[inference_pb2.TokenLogprob]) -> dict[str, Any]:
+    def render(
+        self, tokens: Iterable[inference_pb2.TokenLogprob], *, names_ids: bool
+    ) -> dict[str, Any]:
         """The lists for the next tokens."""
         lists: dict[str, list[Any]] = {
             "tokens": [],
@@ -131,22 +128,19 @@ class CompletionLogprobs:
             "text_offset": [],
         }
         for token in tokens:
-            lists["tokens"].append(token.text)
+            lists["tokens"].append(_name(token, names_ids=names_ids))
             lists["text_offset"].append(self._offset)
             self._offset += len(token.text)
             # The first token of a prompt has no log probability.
             known = token.HasField("logprob")
             lists["token_logprobs"].append(finite(token.logprob) if known else None)
-            lists["top_logprobs"].append(_by_text(token) if known else None)
+            lists["top_logprobs"].append(_by_name(token, names_ids=names_ids) if known else None)
         return lists
 
 
-def _by_text(token: inference_pb2.TokenLogprob) -> dict[str, float]:
-    """The likeliest tokens and the sampled one; of several with the same text, the likeliest."""
+def _by_name(token: inference_pb2.TokenLogprob, *, names_ids: bool) -> dict[str, float]:
+    """The likeliest tokens and the sampled one; of several with the same name, the likeliest."""
     found: dict[str, float] = {}
-    for text, logprob in (
-        *((top.text, top.logprob) for top in token.top),
-        (token.text, token.logprob),
-    ):
-        found.setdefault(text, finite(logprob))
+    for each in (*token.top, token):
+        found.setdefault(_name(each, names_ids=names_ids), finite(each.logprob))
     return found

@@ -11,7 +11,6 @@ from turret.server.http.answers import (
     adapters_of,
     chat_logprobs,
     head,
-    name_tokens,
     stop_reason,
     usage_of,
 )
@@ -113,5 +112,6 @@ def _finish_reason(answer: Ended, reader: AnswerReader) -> str:
 
 
 def _logprobs(asked: Asked, answer: Ended) -> dict[str, Any] | None:
-    tokens = name_tokens(answer, asked.names_ids)
-    return chat_logprobs(tokens) if asked.message.options.logprobs else None
+    if not asked.message.options.logprobs:
+        return None
+    return chat_logprobs(answer.logprobs, names_ids=asked.names_ids)

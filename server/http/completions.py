@@ -15,7 +15,6 @@ from turret.server.http.answers import (
     Ended,
     adapters_of,
     head,
-    name_tokens,
     stop_reason,
     usage_of,
 )
@@ -128,12 +127,13 @@ def _whole(asked: Asked, answers: Sequence[inference_pb2.GenerateResponse]) -> d
 
 
 def _choice(asked: Asked, index: int, answer: Ended, offsets: CompletionLogprobs) -> dict[str, Any]:
-    has_logprobs = asked.message.options.logprobs
-    tokens = name_tokens(answer, asked.names_ids)
+    logprobs = None
+    if asked.message.options.logprobs:
+        logprobs = offsets.render(answer.logprobs, names_ids=asked.names_ids)
     return {
         "index": index,
         "text": answer.text,
-        "logprobs": offsets.render(tokens) if has_logprobs else None,
+        "logprobs": logprobs,
         "finish_reason": FINISH_REASONS.get(answer.finish_reason),
         "stop_reason": stop_reason(answer),
     }

@@ -70,7 +70,7 @@ class Exchange:
         Raises:
             UnauthenticatedError: The client sent no token, or an unknown one.
         """
-        return roles_of(self.services.tokens, _authorization(self.headers))
+        return roles_of(self.services.tokens, self.call.party.authorization)
 
 
 Handler = Callable[[Exchange], Awaitable[None]]
@@ -165,7 +165,7 @@ class Endpoint:
         names = dict(route.body.names) if route.body else {}
         try:
             _check_head(scope, headers)
-            authorize(self._services.tokens, route.service, _authorization(headers))
+            authorize(self._services.tokens, route.service, call.party.authorization)
             exchange = Exchange(
                 call=call,
                 path=scope["path_params"],

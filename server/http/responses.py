@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from turret.server.http.answers import Ended, adapters_of, chat_logprobs, name_tokens, usage_of
+from turret.server.http.answers import Ended, adapters_of, chat_logprobs, usage_of
 from turret.server.http.asked import (
     asked_of,
     read_request,
@@ -221,7 +221,7 @@ class _Response(Dialect):
         if not self._has_logprobs:
             return []
         # In the Responses API ``bytes`` is always a list.
-        found = chat_logprobs(name_tokens(answer, self._names_ids))["content"]
+        found = chat_logprobs(answer.logprobs, names_ids=self._names_ids)["content"]
         for token in found:
             for one in (token, *token["top_logprobs"]):
                 one["bytes"] = one["bytes"] or []

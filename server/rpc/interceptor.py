@@ -17,11 +17,12 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from turret.server import log
-from turret.server.api.access import SERVICE_ROLES, Limit, Party, Places, authorize
+from turret.server.api.access import SERVICE_ROLES, Party, authorize
 from turret.server.api.call import REQUEST_ID_KEY, Call
 from turret.server.api.faults import Fault, fault_of
 from turret.server.api.services import Services
 from turret.server.basics.codes import Code
+from turret.server.basics.places import Limit, Places
 from turret.server.errors import (
     VIOLATION_COUNT,
     DeadlineExceededError,
@@ -380,7 +381,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _limits(method: str, tenant: bytes) -> Iterator[Limit]:
-    """The limits on open calls. Calls of open services have their own, and keep nobody else out."""
+    """The limits on concurrent calls.
+
+    Services that require no token have a limit of their own, so that these keep no others out.
+    """
     is_open = _service_of(method) not in SERVICE_ROLES
     yield Limit(is_open, MOST_OPEN_CALLS if is_open else MOST_CALLS, "TOO_MANY_CALLS")
     if tenant:

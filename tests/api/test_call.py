@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
-from checkout import ROOT
 
 from turret.server.api.call import Call
 from turret.server.basics.codes import Code
@@ -80,19 +76,3 @@ def test_a_call_that_succeeds_has_no_reason(caplog: pytest.LogCaptureFixture) ->
     assert not {"reason", "fields"} & said.keys()
     # The value is a number in a JSON log, as in all other lines.
     assert isinstance(said["seconds"], float)
-
-
-def test_no_door_is_loaded_with_the_house() -> None:
-    script = (
-        "import sys\nimport turret.server.api.inference\n"
-        "import turret.server.api.admin, turret.server.api.access\n"
-        "print([m for m in ('grpc', 'torch', 'transformers') if m in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
-    )
-    assert done.stdout == "[]\n"

@@ -204,18 +204,23 @@ async def test_tokens_are_named_by_their_ids_on_request() -> None:
         async def script(request: Request) -> AsyncIterator[Output]:
             top = (TopLogprob(7, "\ufffd", -1.0),)
             token = TokenLogprob(token_id=5, text="\ufffd", logprob=-2.0, top=top)
-            yield Output(text="", token_ids=(5,), logprobs=(token,), finish=finish(request))
+            both = (token, token)
+            yield Output(text="", token_ids=(5, 5), logprobs=both, finish=finish(request))
 
         server.engine.script = script
         asked = {"model": "base", "return_tokens_as_token_ids": True}
         body = asked | {"messages": TURNS, "logprobs": True, "top_logprobs": 1}
         (choice,) = (await server.post(CHAT, body)).json()["choices"]
-        (token,) = choice["logprobs"]["content"]
+        token, _ = choice["logprobs"]["content"]
         assert (token["token"], token["top_logprobs"][0]["token"]) == ("token_id:5", "token_id:7")
+        # Bytes and offsets are those of the text, not of the names.
+        assert token["bytes"] is None
         body = asked | {"prompt": "ab", "logprobs": 1}
         (choice,) = (await server.post(COMPLETIONS, body)).json()["choices"]
-        assert choice["logprobs"]["tokens"] == ["token_id:5"]
-        assert choice["logprobs"]["top_logprobs"] == [{"token_id:7": -1.0, "token_id:5": -2.0}]
+        assert choice["logprobs"]["tokens"] == ["token_id:5"] * 2
+        assert choice["logprobs"]["text_offset"] == [0, 1]
+        top = {"token_id:7": -1.0, "token_id:5": -2.0}
+        assert choice["logprobs"]["top_logprobs"] == [top, top]
 
 
 async def test_a_logprob_is_a_number_of_json() -> None:

@@ -33,7 +33,7 @@ from turret.training.errors import RunError
 from turret.training.run.folder import RunFolder, checkpoint_path
 from turret.training.run.resuming import check_settings, versions
 from turret.training.settings.config import build_config
-from turret.training.verbs import _how_a_sweep_goes_on, _read, _with_errors
+from turret.training.verbs import _how_a_sweep_goes_on, _read, with_errors
 from turret.training.words import say
 
 
@@ -259,7 +259,7 @@ def test_a_run_that_stops_says_from_where_it_can_go_on(
         time.sleep(10)
 
     def said() -> str:
-        assert _with_errors(stop)(argparse.Namespace()) == 143
+        assert with_errors(stop)(argparse.Namespace()) == 143
         return capsys.readouterr().err
 
     assert said() == "stopped\n"
@@ -293,11 +293,11 @@ def test_a_run_that_stops_says_from_where_it_can_go_on(
 def test_a_reader_who_leaves_is_no_error():
     program = (
         "import argparse, os, sys\n"
-        "from turret.training.verbs import _console, _with_errors\n"
+        "from turret.training.verbs import _console, with_errors\n"
         "reader, writer = os.pipe()\n"
         "os.close(reader)\n"
         "os.dup2(writer, 1)\n"
-        "sys.exit(_with_errors(lambda args: _console().print('a'))(argparse.Namespace()))\n"
+        "sys.exit(with_errors(lambda args: _console().print('a'))(argparse.Namespace()))\n"
     )
     done = run_python(program)
     assert (done.returncode, done.stderr) == (141, "")

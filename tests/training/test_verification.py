@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -12,12 +14,14 @@ import torch
 from builders.bases.tiny_models import save_tiny_model
 from builders.methods import make_config, save_adapter
 from safetensors.torch import load_file, save_file
+from said import says
 from servers.server_under_test import ServerUnderTest, start_server
 from transformers import AutoModelForCausalLM
 
 from turret.server.cli import main
+from turret.training.errors import RunError
 from turret.training.verification.checks import Verdict, ask_together, reload
-from turret.training.verification.door import Answer
+from turret.training.verification.door import Answer, Door
 
 _TWO_KINDS = {"target_modules": ["q_proj", "down_proj"]}
 _SILENT, _HALF, _OTHER = "silent", "half", "other"
@@ -126,6 +130,27 @@ def test_answers_that_change_are_counted() -> None:
     door.is_busy = True
     ask_together(door, prompts, 1, alone, verdicts)  # type: ignore[arg-type]
     assert [verdict.mixed for verdict in verdicts.values()] == [2, 2]
+
+
+def test_a_server_may_answer_unknown_paths_with_a_page() -> None:
+    class Pages(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            is_list = self.path == "/some/v1/models"
+            self.send_response(200)
+            self.send_header("content-type", "application/json" if is_list else "text/html")
+            self.end_headers()
+            self.wfile.write(b'{"data": [{"id": "base"}]}' if is_list else b"<html></html>")
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
+        threading.Thread(target=server.serve_forever).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        try:
+            with Door(f"{url}/some/v1/", None) as door:
+                assert door.names == set()
+            with pytest.raises(RunError, check=says("NO_MODEL_LIST")):
+                Door(url, None)
+        finally:
+            server.shutdown()
 
 
 def test_an_unknown_adapter_is_refused(

@@ -91,17 +91,17 @@ def check_plain_base(model: Path) -> Mapping[str, Any]:
         InvalidRequestError: The directory is a GGUF file, a quantised model, or not a model.
     """
     if model.suffix == SUFFIX:
-        raise InvalidRequestError.of("base", say("BASE_IS_GGUF", path=model))
+        raise InvalidRequestError.of("--base", say("BASE_IS_GGUF", path=model))
     if not model.exists():
-        raise InvalidRequestError.of("base", say("BASE_NOT_FOUND", path=model))
+        raise InvalidRequestError.of("--base", say("BASE_NOT_FOUND", path=model))
     try:
         said = check_model_directory(model)
         weight_files(model)
     except InvalidRequestError as error:
-        found = [("base", text) for _, text in error.violations]
+        found = [("--base", text) for _, text in error.violations]
         raise InvalidRequestError.of_all(found) from None
     if is_4bit(said):
-        raise InvalidRequestError.of("base", say("BASE_IS_4BIT", path=model))
+        raise InvalidRequestError.of("--base", say("BASE_IS_4BIT", path=model))
     return said
 
 

@@ -65,7 +65,7 @@ def _weight(
     tensor = tensors.get(name)
     if not tensor.is_floating_point():
         text = say("TENSOR_QUANTIZED", name=name, dtype=tensor.dtype)
-        raise InvalidRequestError.of("base", text)
+        raise InvalidRequestError.of("--base", text)
     return tensor.to(dtype or tensor.dtype).to(device, torch.float32)
 
 

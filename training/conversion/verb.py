@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from turret.server.basics.names import model_place
+from turret.training.verbs import with_errors
 from turret.training.words import say
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -53,63 +54,39 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
         " the device (default: %(default)s)",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="show no progress")
-    parser.set_defaults(func=_convert)
+    parser.set_defaults(func=with_errors(_convert))
 
 
-def _convert(args: argparse.Namespace) -> int:
+def _convert(args: argparse.Namespace) -> None:
     from turret.server.command.interrupts import ending_at_interrupts
     from turret.server.command.preflight import without_cuda
-    from turret.server.errors import TurretError
     from turret.training.conversion.kinds import check_conversion
-    from turret.training.errors import RunError, TrainingError
+    from turret.training.errors import ConfigError, RunError
 
     if args.device == "cuda" and (why := without_cuda()):
-        print(f"error: --device: {why}", file=sys.stderr)
-        return 1
-    try:
-        check_conversion(args.adapter, args.base, args.output)
-    except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 1
-    except (TrainingError, TurretError) as error:
-        print(f"error: {_in_own_words(error)}", file=sys.stderr)
-        return 1
+        raise ConfigError.of("--device", why)
+    check_conversion(args.adapter, args.base, args.output)
 
     from turret.training.run.progress import training_progress
 
-    try:
-        with training_progress(None, "convert", stays=False, is_quiet=args.quiet) as listen:
-            with ending_at_interrupts("stopped"):
-                import torch
+    with training_progress(None, "convert", stays=False, is_quiet=args.quiet) as listen:
+        with ending_at_interrupts("stopped"):
+            import torch
 
-                from turret.training.conversion.converter import convert
-            if args.device == "cuda" and not torch.cuda.is_available():
-                raise RunError(say("NO_CUDA_DEVICE", device="--device cuda"))
-            done = convert(
-                args.adapter,
-                args.base,
-                args.output,
-                loras=args.lora,
-                dtype=None if args.dtype is None else getattr(torch, args.dtype),
-                device=args.device,
-                progress=lambda what, *counts: listen(
-                    {"kind": "phase", "text": "{}: {} of {}".format(what, *counts)}
-                ),
-            )
-    except OSError as error:
-        where = "" if error.filename is None else f"{error.filename}: "
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-        return 1
-    except (TrainingError, TurretError) as error:
-        print(f"error: {_in_own_words(error)}", file=sys.stderr)
-        return 1
+            from turret.training.conversion.converter import convert
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise RunError(say("NO_CUDA_DEVICE", device="--device cuda"))
+        done = convert(
+            args.adapter,
+            args.base,
+            args.output,
+            loras=args.lora,
+            dtype=None if args.dtype is None else getattr(torch, args.dtype),
+            device=args.device,
+            progress=lambda what, *counts: listen(
+                {"kind": "phase", "text": "{}: {} of {}".format(what, *counts)}
+            ),
+        )
     for note in done.notes:
         print(f"note: {note}", file=sys.stderr)
     print(done.done)
-    return 0
-
-
-def _in_own_words(error: Exception) -> str:
-    """The text of an error, with the flag in place of the field that it sets."""
-    text = str(error)
-    return f"--{text}" if text.startswith("base: ") else text

@@ -98,7 +98,7 @@ def described(args: argparse.Namespace, error: Exception) -> list[str]:
     """A line for each fault, with the flag or the key at fault."""
     if isinstance(error, ConfigError):
         found, path = error.violations, error.path
-    elif isinstance(error, TurretError) and error.violations:
+    elif isinstance(error, TurretError) and error.violations and hasattr(args, "config"):
         # The server's own check of a model does not know the keys of a training config.
         found, path = [(f"base.{field}", text) for field, text in error.violations], None
     else:

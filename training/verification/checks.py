@@ -24,6 +24,8 @@ from turret.training.verification.reference import Rows, adapted, logprobs_of
 _ROUNDINGS = 2.0
 # Keys have no effect if the answers are this many times nearer to an adapter without them.
 _NEARER = 2.0
+# The number of requests at the same time.
+_AT_ONCE = 16
 _NAME = "turret-verify"
 BASE = "base"
 DEFAULT_PROMPTS = (
@@ -86,9 +88,9 @@ def verify(
     weights: Weights,
     adapters: Mapping[str, Path],
     *,
-    prompts: Sequence[str] = DEFAULT_PROMPTS,
-    max_tokens: int = 16,
-    on_phase: Callable[[str], None] = lambda text: None,
+    prompts: Sequence[str],
+    max_tokens: int,
+    on_phase: Callable[[str], None],
 ) -> list[Verdict]:
     """Compare the base and all adapters with PEFT.
 
@@ -164,14 +166,16 @@ def ask_together(
     alone: Mapping[str, Sequence[Answer]],
     verdicts: Mapping[str, Verdict],
 ) -> None:
-    with ThreadPoolExecutor(len(verdicts) * len(prompts)) as pool:
-        waiting = {
-            (name, number): pool.submit(door.ask, None if name == BASE else name, ids, max_tokens)
-            for number, ids in enumerate(prompts)
-            for name in verdicts
-        }
-        for (name, number), answer in waiting.items():
-            verdicts[name].mixed += answer.result() != alone[name][number]
+    """Ask for all answers again, with requests for different adapters at the same time."""
+    places = [(name, number) for number in range(len(prompts)) for name in verdicts]
+
+    def ask(place: tuple[str, int]) -> Answer:
+        name, number = place
+        return door.ask(None if name == BASE else name, prompts[number], max_tokens)
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for (name, number), answer in zip(places, pool.map(ask, places), strict=True):
+            verdicts[name].mixed += answer != alone[name][number]
 
 
 def reload(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from turret.training.errors import RunError
 from turret.training.words import say
 
 _SECONDS = 600.0
-_MOST_ANSWERS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +47,17 @@ class Door:
     def __init__(self, url: str, token: str | None) -> None:
         headers = {} if token is None else {"authorization": f"Bearer {token}"}
         url = re.sub(r"(/v1)?/*$", "", url)
-        limits = httpx2.Limits(max_connections=_MOST_ANSWERS)
         self._url = url
-        self._client = httpx2.Client(base_url=url, headers=headers, timeout=_SECONDS, limits=limits)
-        self.models: list[dict[str, Any]] = self._call("GET", "/v1/models")["data"]
+        self._client = httpx2.Client(base_url=url, headers=headers, timeout=_SECONDS)
+        listed = self._call("GET", "/v1/models")
+        if not isinstance(listed, dict) or "data" not in listed:
+            raise RunError(say("NO_MODEL_LIST", url=url))
+        self.models: list[dict[str, Any]] = listed["data"]
         # llama.cpp's server selects adapters by number, not by the model's name.
-        found = self._client.get("/lora-adapters")
         self._numbers: dict[str, int] | None = None
-        if found.is_success and isinstance(found.json(), list):
-            self._numbers = {Path(each["path"]).stem: each["id"] for each in found.json()}
+        with contextlib.suppress(RunError):
+            if isinstance(found := self._call("GET", "/lora-adapters"), list):
+                self._numbers = {Path(each["path"]).stem: each["id"] for each in found}
 
     def __enter__(self) -> Door:
         return self

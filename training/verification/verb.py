@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import logging
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turret.server.basics.names import how_to_add, model_place
+from turret.training.verbs import with_errors
 from turret.training.words import say
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("-q", "--quiet", action="store_true", help="show no progress")
-    parser.set_defaults(func=_verify)
+    parser.set_defaults(func=with_errors(_verify))
 
 
 def _adapter(text: str) -> tuple[str, Path]:
@@ -68,25 +67,11 @@ def _adapter(text: str) -> tuple[str, Path]:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from turret.server.command.interrupts import ending_at_interrupts
-    from turret.server.errors import TurretError
-    from turret.training.errors import TrainingError
+    if not importlib.util.find_spec("peft"):
+        from turret.training.errors import RunError
 
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    try:
-        if not importlib.util.find_spec("peft"):
-            from turret.training.errors import RunError
-
-            raise RunError(say("NOT_INSTALLED", packages="peft", step=how_to_add("train")))
-        with ending_at_interrupts("stopped"):
-            verdicts = _run(args)
-    except OSError as error:
-        where = "" if error.filename is None else f"{error.filename}: "
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-        return 1
-    except (TrainingError, TurretError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        raise RunError(say("NOT_INSTALLED", packages="peft", step=how_to_add("train")))
+    verdicts = _run(args)
     if args.json:
         from turret.clients.verbs.command import print_json
 
@@ -97,6 +82,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> list[Verdict]:
+    from turret.server.command.interrupts import ending_at_interrupts
     from turret.training.errors import RunError
     from turret.training.verification.door import Door
 
@@ -110,9 +96,11 @@ def _run(args: argparse.Namespace) -> list[Verdict]:
         prompts = [line for line in lines if line.strip()]
         if not prompts:
             raise RunError(say("NO_TEXTS"))
-    from turret.training.base_model import find_base
     from turret.training.run.progress import training_progress
-    from turret.training.verification.checks import DEFAULT_PROMPTS, verify
+
+    with ending_at_interrupts("stopped"):
+        from turret.training.base_model import find_base
+        from turret.training.verification.checks import DEFAULT_PROMPTS, verify
 
     token = args.token or os.environ.get(_TOKEN_VARIABLE)
     with (

@@ -79,7 +79,7 @@ def test_the_cache_gets_what_all_named_parts_leave(
     executor.forms.return_value = [(4, frozenset()), (8, frozenset())]
     executor.run.side_effect = lambda step: memory.take(3 * GIB) or Mock(placed=())
     decoder: Any = Mock(arch=arch, device=DEVICE, dtype=torch.float16)
-    # So little is left that the sequences could use all of it.
+    # Leave so little memory that the sequences could use all of it.
     memory.allocated = memory.peak = 80 * GIB - spare_bytes(DEVICE) - 3 * GIB - (16 << 20)
     caplog.set_level(logging.INFO)
     with (

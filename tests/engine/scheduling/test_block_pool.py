@@ -49,7 +49,7 @@ def test_a_key_keeps_its_first_block_and_a_block_its_first_key() -> None:
         pool.register(block, key)
     assert pool.share(CHAIN[:1]) == [first]
     assert pool.share(CHAIN[1:2]) == []
-    # What comes after a gap was computed in another context.
+    # A block that follows a gap was computed in another context.
     pool.register(second, CHAIN[2])
     assert pool.share(CHAIN[:3]) == [first]
 

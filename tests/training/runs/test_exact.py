@@ -29,7 +29,7 @@ from turret.training.loss import HEAD_ROWS, LossFunction
 from turret.training.run.folder import read_metrics
 from turret.training.settings.config import render_config
 from turret.training.trainer import Trainer
-from turret.training.verbs import _with_errors
+from turret.training.verbs import with_errors
 from turret.training.words import say
 
 EXACT = "base.dtype=float32"
@@ -255,7 +255,7 @@ def test_a_disk_that_fills_up_is_told_with_how_to_go_on(capsys: pytest.CaptureFi
         args.how_to_go_on = lambda: "--resume goes on from step 5"
         raise OSError(errno.ENOSPC, "No space left on device", "adapter_model.safetensors")
 
-    assert _with_errors(fill)(argparse.Namespace()) == 1
+    assert with_errors(fill)(argparse.Namespace()) == 1
     assert capsys.readouterr().err == (
         "error: adapter_model.safetensors: No space left on device; free some; --resume goes on"
         " from step 5\n"

@@ -4,7 +4,7 @@ A step's launches depend on its bucket (the number of rows, rounded up) and on t
 operators in it; everything else is data in buffers of fixed address. A step runs in a larger form
 than its own if that is captured: kernels that it does not need find empty tables. Common shapes are
 captured at startup. Other shapes are launched kernel by kernel, and are captured once they occur
-often. If there are too many graphs, the one that was used longest ago goes.
+often. If there are too many graphs, the least recently used one is dropped.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class DecodeGraphs:
             return
         self._enter(epoch)
         body()
-        # Do not capture so many steps that the first ones go again.
+        # Do not capture so many steps that the first ones are dropped.
         if key not in self._graphs and len(self._graphs) < self._capacity:
             self._add(self._capture, key, body)
 
@@ -232,7 +232,7 @@ class DecodeGraphs:
                 self._on_off()
             return False
         self._failures = 0
-        # Only now does another graph go, because its pool has to stay in use.
+        # Drop a graph only after the capture, so that the pool stays in use.
         if len(self._graphs) > self._capacity:
             self._graphs.popitem(last=False)
         return True
