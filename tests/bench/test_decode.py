@@ -34,6 +34,39 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module
 
 
+def test_rates_count_the_tokens_after_the_first(bench: Any):
+    batch = bench("common.batch")
+    # The second request's first token arrives after three tokens of the first request.
+    answers = [
+        batch.Answer((1, 2, 3, 4, 5), (1.0, 1.5, 2.0, 2.5, 3.0), 0),
+        batch.Answer((1, 2, 3, 4, 5), (2.0, 2.5, 3.0, 3.5, 4.0), 0),
+    ]
+    timing = batch.BatchTiming.of(answers)
+    assert (timing.first_seconds, timing.total_seconds, timing.mean_first_seconds) == (
+        2.0,
+        4.0,
+        1.5,
+    )
+    assert timing.decode_rate == 8 / 2.0
+    assert timing.late_rate == 6 / 2.0
+
+
+def test_the_floor_counts_what_a_step_must_read(bench: Any):
+    floor = bench("common.floor")
+    model = tiny_llama()
+    arch = read_arch(model.config)
+    linear = linear_modules(model)
+    parts = floor.step_bytes(arch, requests=3, loras=2, rank=4, context=10)
+    assert parts["base matmuls"] == sum(m.weight.numel() for m in linear.values()) * (0.5 + 2 / 64)
+    assert parts["adapters"] == 2 * sum(2 * 4 * sum(m.weight.shape) for m in linear.values())
+    # Three requests with ten tokens each, and two layers of keys and values with 2 heads of 16 in
+    # bf16.
+    assert parts["attention"] == 3 * 10 * 2 * 2 * 2 * 16 * 2
+    assert parts["head"] == 2 * model.lm_head.weight.numel()
+    rate = floor.read_bandwidth()
+    assert 1e8 < rate < 1e13
+
+
 def test_random_adapters_of_every_method_load(bench: Any, tmp_path: Path):
     model = tiny_llama()
     modules = linear_modules(model)

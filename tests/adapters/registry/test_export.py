@@ -50,3 +50,19 @@ def test_an_export_that_finds_its_files_gone_looks_again(
     shutil.rmtree(make.root / "c")
     with pytest.raises(AdapterChangedError, check=says("FILES_LOST", adapter="c", path="c")):
         registry.export("c")
+
+
+def test_an_export_is_what_was_loaded(make: Registries, tmp_path: Path) -> None:
+    registry = make(100, state=StateDir(tmp_path / "state", 1 << 20))
+    registry.upload("up", stage_directory(registry, make.root / "a"))
+    with registry.export("up", 1) as export:
+        # Neither of these affects a running export.
+        registry.upload("up", stage_directory(registry, make.root / "b"), replace=True)
+        registry.unload("up")
+        contents: dict[str, bytes] = {}
+        for name, data in export.chunks():
+            contents[name] = contents.get(name, b"") + data
+    for file in export.files:
+        assert contents[file.name] == (make.root / "a" / file.name).read_bytes()
+        assert file.size_bytes == len(contents[file.name])
+    assert export.record.generation == 1
