@@ -8,6 +8,7 @@ import logging
 import resource
 import secrets
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -18,8 +19,8 @@ from typing import Generic, TypeVar
 from turret.server import log
 from turret.server.basics.files import read_regular
 from turret.server.basics.places import Limit, Places
-from turret.server.config import Config
-from turret.server.errors import PermissionDeniedError, UnauthenticatedError
+from turret.server.config import MIB, Config
+from turret.server.errors import PermissionDeniedError, QueueFullError, UnauthenticatedError
 from turret.server.words import say
 
 _log = logging.getLogger(__name__)
@@ -268,6 +269,39 @@ def salt_of(tenant: bytes, asked: str) -> bytes:
     return blake2b(tenant + asked.encode(), digest_size=16, key=_SECRET).digest()
 
 
+class MessageMemory:
+    """Counts the bytes of messages until their calls end. Belongs to one event loop.
+
+    Args:
+        most_bytes: The limit for all clients together; each token has half of it.
+    """
+
+    def __init__(self, most_bytes: int = 512 * MIB) -> None:
+        self._most_bytes = most_bytes
+        self._held: Counter[bytes] = Counter()
+        self._all_held = 0
+
+    def hold(self, tenant: bytes, num_bytes: int) -> None:
+        """Count bytes until ``release`` is called with the same arguments.
+
+        Raises:
+            QueueFullError: The messages of all clients, or of this token, would take too much.
+        """
+        most = self._most_bytes // 2 if tenant else self._most_bytes
+        held = self._held[tenant] if tenant else self._all_held
+        if held + num_bytes > most or self._all_held + num_bytes > self._most_bytes:
+            raise QueueFullError(say("MESSAGES_FULL", held=held, most=most))
+        self._held[tenant] += num_bytes
+        self._all_held += num_bytes
+
+    def release(self, tenant: bytes, num_bytes: int) -> None:
+        """Undo ``hold``."""
+        self._all_held -= num_bytes
+        self._held[tenant] -= num_bytes
+        if not self._held[tenant]:
+            del self._held[tenant]
+
+
 @dataclass(frozen=True, slots=True)
 class Shares:
     """The limits on the open requests of one party.
@@ -277,12 +311,14 @@ class Shares:
         per_peer: Maximum number of requests per client address; 0 is no limit.
         separates_tokens: Whether the requests of one token find no cached prefix of another's.
         places: The open requests of all parties.
+        messages: The memory of the messages of all parties.
     """
 
     per_token: int = 0
     per_peer: int = 0
     separates_tokens: bool = False
     places: Places = field(default_factory=Places)
+    messages: MessageMemory = field(default_factory=MessageMemory)
 
     @classmethod
     def of(cls, config: Config) -> Shares:
@@ -292,6 +328,7 @@ class Shares:
             limits.max_requests_per_token,
             limits.max_requests_per_peer,
             separates_tokens=security.token_file is not None and not security.share_prefixes,
+            messages=MessageMemory(limits.max_queued_bytes),
         )
 
 

@@ -45,6 +45,10 @@ _FIELDS = frozenset(
 _MOST_LOGGED_FIELDS = 8
 
 
+# The first bytes of every message are not counted, so that short messages are accepted while long
+# ones take all of the memory for messages. The limits on connections and calls bound them.
+UNCOUNTED_BYTES = 64 << 10
+
 # No caller can predict or influence it, unlike Python's generator, which tests and libraries seed.
 new_draw = random.SystemRandom().random
 
@@ -75,7 +79,7 @@ class Call:
         aliases: Each alias that the call named, and the adapter and generation that it got.
         prompt_tokens: 0 until the engine has answered; of all prompts of the call together.
         generated_tokens: The number of tokens generated so far.
-        message_bytes: Size of the request message as it came; 0 if it came in parts.
+        message_bytes: Size of the request message as it came; 0 for a stream of messages.
         tenant: Identifies whose cached prefixes it may find; see ``Party.tenant``.
         kept_bytes: Memory of the answers that it collects to send them as a whole.
         trace: Its span; None if it is not traced.
@@ -155,6 +159,20 @@ class Call:
     def turn(self) -> bytes:
         """The party of its requests in the queue: the token's, or one of their own."""
         return self.tenant or self.request_id.encode()
+
+    def receive(self, num_bytes: int) -> None:
+        """Count bytes of its message until the call ends.
+
+        Raises:
+            QueueFullError: See ``MessageMemory.hold``.
+        """
+        counted = max(self.message_bytes - UNCOUNTED_BYTES, 0)
+        self.message_bytes += num_bytes
+        more = max(self.message_bytes - UNCOUNTED_BYTES, 0) - counted
+        if more:
+            messages, tenant = self.party.shares.messages, self.tenant
+            messages.hold(tenant, more)
+            self.at_end(lambda: messages.release(tenant, more))
 
     def rename(self, request_id: str) -> None:
         """Take the id that the request message itself carries."""

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic_core import from_json
 from starlette.types import Receive
 
+from turret.server.api.call import Call
 from turret.server.basics.codes import Code
 from turret.server.basics.turns import FairPool
 from turret.server.errors import InvalidRequestError
@@ -38,18 +39,19 @@ class ClientGoneError(Exception):
 
 
 async def read_json(
-    receive: Receive, headers: Mapping[str, str], model: type[Body], tenant: bytes
-) -> tuple[Sent[Any], int]:
-    """The content of the request's body, and the body's size in bytes.
+    receive: Receive, headers: Mapping[str, str], model: type[Body], call: Call
+) -> Sent[Any]:
+    """The content of the request's body.
 
     Args:
         receive: ASGI's ``receive`` function.
         headers: The request's headers.
         model: The model with the body's fields.
-        tenant: The client's tenant, whose turn it must be for a large body to be parsed.
+        call: The call that counts the body's bytes. A large body waits for its tenant's turn.
 
     Raises:
         HttpRefusal: The body is too large, too slow, compressed, or not declared to be JSON.
+        QueueFullError: See ``Call.receive``.
         InvalidRequestError: The body is not a JSON object, or has too many lists and objects.
         ClientGoneError: The body never arrived in full.
     """
@@ -59,14 +61,13 @@ async def read_json(
     encoding = headers.get("content-encoding", "").strip().lower()
     if media_type != "application/json" or encoding not in ("", "identity"):
         raise HttpRefusal(415, Code.INVALID_ARGUMENT, say("UNSUPPORTED_MEDIA_TYPE"))
-    data = await read_body(receive, headers)
+    data = await _read_body(receive, headers, call)
     if len(data) <= _INLINE_BYTES:
-        return read(model, parse(data)), len(data)
-    return await _parsing.run(tenant, lambda: read(model, parse(data))), len(data)
+        return read(model, parse(data))
+    return await _parsing.run(call.tenant, lambda: read(model, parse(data)))
 
 
-async def read_body(receive: Receive, headers: Mapping[str, str]) -> bytes:
-    """The bytes of a request's body. Raises the same errors as ``read_json``."""
+async def _read_body(receive: Receive, headers: Mapping[str, str], call: Call) -> bytes:
     length = headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
         raise _too_large()
@@ -77,6 +78,7 @@ async def read_body(receive: Receive, headers: Mapping[str, str]) -> bytes:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise ClientGoneError
+                call.receive(len(message.get("body", b"")))
                 parts += message.get("body", b"")
                 if len(parts) > MAX_BODY_BYTES:
                     raise _too_large()

@@ -19,7 +19,7 @@ from turret.server.api.call import REQUEST_ID_KEY, Call
 from turret.server.api.services import Services
 from turret.server.basics.codes import Code
 from turret.server.errors import UnavailableError
-from turret.server.http.body import ClientGoneError, read_body, read_json
+from turret.server.http.body import ClientGoneError, read_json
 from turret.server.http.connection import EXTENSION, MAX_HEAD_BYTES
 from turret.server.http.refusals import HttpRefusal, Refusal, refusal_of
 from turret.server.http.reply import Reply
@@ -181,11 +181,7 @@ class Endpoint:
                 await route.handler(exchange)
                 return Code.OK, None
             if route.body is not None:
-                exchange._sent, call.message_bytes = await read_json(
-                    receive, headers, route.body, call.tenant
-                )
-            else:
-                await read_body(receive, headers)
+                exchange._sent = await read_json(receive, headers, route.body, call)
             return await _answer(route.handler, exchange, receive), None
         except ClientGoneError:
             return Code.CANCELLED, None
@@ -271,6 +267,7 @@ async def _either(work: asyncio.Future[None], gone: asyncio.Future[None]) -> boo
 
 
 async def _disconnect(receive: Receive) -> None:
-    # The body has been read, but uvicorn may report its end more than once before the disconnect.
+    # The body of a POST has been read, but uvicorn may report its end more than once before the
+    # disconnect. The body of a GET is dropped.
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -8,16 +8,17 @@ import contextvars
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
+from weakref import WeakValueDictionary
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from turret.server import log
-from turret.server.api.access import SERVICE_ROLES, Party, authorize
+from turret.server.api.access import SERVICE_ROLES, Party, authorize, peer_address
 from turret.server.api.call import REQUEST_ID_KEY, Call
 from turret.server.api.faults import Fault, fault_of
 from turret.server.api.services import Services
@@ -32,6 +33,47 @@ from turret.server.errors import (
 )
 from turret.server.words import Text, say
 from turret.v1 import adapters_pb2, inference_pb2
+
+# Limits on concurrent gRPC calls over all clients.
+
+# A single connection may open as many (``_OPTIONS`` of server.py), so that no burst is cut.
+MOST_CALLS = 1 << 14
+# Limit for one token, so that its calls do not keep others out.
+MOST_CALLS_PER_TOKEN = MOST_CALLS * 3 // 4
+# Limit for services that require no token: health (a watch never ends) and reflection.
+MOST_OPEN_CALLS = 4096
+# Messages of a service that arrive at the same time. gRPC keeps the parts of a message until it is
+# complete, up to 4 MiB, and does not report their size.
+MOST_ARRIVING = 64
+# The same for a service that requires no token, whose messages are short.
+MOST_ARRIVING_OPEN = 16
+
+
+class Arrivals:
+    """Lets a limited number of messages arrive at the same time.
+
+    One token, or one address without a token, has three quarters of the places. So its messages
+    wait for one another, and not other clients' messages for them.
+
+    Args:
+        most: The number of places.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._all = asyncio.Semaphore(most)
+        self._most_of_one = most - most // 4
+        self._of_one: WeakValueDictionary[Hashable, asyncio.Semaphore] = WeakValueDictionary()
+
+    @contextlib.asynccontextmanager
+    async def place(self, call: Call) -> AsyncIterator[None]:
+        """Wait for a place for a message of the call, and hold it while the block runs."""
+        client = call.tenant or peer_address(call.party.peer)
+        own = self._of_one.get(client)
+        if own is None:
+            own = self._of_one[client] = asyncio.Semaphore(self._most_of_one)
+        async with own, self._all:
+            yield
+
 
 # Request messages on their way from gRPC to a handler.
 
@@ -76,43 +118,56 @@ def tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Re
     return parse
 
 
-async def one_message(requests: AsyncIterator[Received]) -> tuple[Any, int]:
-    """The message of a call that has one, and its size in bytes.
+async def one_message(requests: AsyncIterator[Received], call: Call, arrivals: Arrivals) -> Any:
+    """The message of a call that has one.
+
+    Args:
+        requests: The message from gRPC.
+        call: The call that counts the message's bytes.
+        arrivals: The places in which messages arrive.
 
     Raises:
         InvalidRequestError: It is malformed, or none came.
         DeadlineExceededError: It did not arrive within ``MESSAGE_SECONDS``.
+        QueueFullError: See ``Call.receive``.
     """
-    received = await _next(aiter(requests), MESSAGE_SECONDS)
+    received = await _next(requests, arrivals.place(call))
     if received is None:
         raise InvalidRequestError(say("MESSAGE_MISSING"))
-    return received.take(), received.num_bytes
+    # Take the message first: gRPC may keep ``received`` beyond a rejected call.
+    message = received.take()
+    call.receive(received.num_bytes)
+    return message
 
 
-async def all_messages(
-    requests: AsyncIterator[Received], most_seconds: float | None
+async def open_messages(
+    requests: AsyncIterator[Received], call: Call, arrivals: Arrivals
 ) -> AsyncIterator[Any]:
-    """The messages of a call, one after the other.
-
-    Args:
-        requests: The messages from gRPC.
-        most_seconds: How long each message may take to arrive; None leaves the limit to the reader.
-
-    Raises:
-        InvalidRequestError: One is malformed.
-        DeadlineExceededError: One took longer.
-    """
-    received = aiter(requests)
-    while (each := await _next(received, most_seconds)) is not None:
+    """The messages of a call that needs no token; arguments and errors as for ``one_message``."""
+    while each := await _next(requests, arrivals.place(call)):
         yield each.take()
 
 
-async def _next(requests: AsyncIterator[Received], most_seconds: float | None) -> Received | None:
+async def all_messages(requests: AsyncIterator[Received]) -> AsyncIterator[Any]:
+    """The messages of a call, one after the other.
+
+    The reader limits their number and time.
+
+    Raises:
+        InvalidRequestError: One is malformed.
+    """
+    async for each in requests:
+        yield each.take()
+
+
+async def _next(
+    requests: AsyncIterator[Received], place: contextlib.AbstractAsyncContextManager[None]
+) -> Received | None:
     try:
-        async with asyncio.timeout(most_seconds):
+        async with asyncio.timeout(MESSAGE_SECONDS), place:
             return await anext(requests, None)
     except TimeoutError:
-        raise DeadlineExceededError(say("NO_MESSAGE_IN_TIME", seconds=most_seconds)) from None
+        raise DeadlineExceededError(say("NO_MESSAGE_IN_TIME", seconds=MESSAGE_SECONDS)) from None
 
 
 # A fault in gRPC's form: the rich status that a client receives.
@@ -181,16 +236,6 @@ def to_rich_status(fault: Fault) -> status_pb2.Status:
     return status
 
 
-# Limits on concurrent gRPC calls over all clients.
-
-# A single connection may open as many (``_OPTIONS`` of server.py), so that no burst is cut.
-MOST_CALLS = 1 << 14
-# Limit for one token, so that its calls do not keep others out.
-MOST_CALLS_PER_TOKEN = MOST_CALLS * 3 // 4
-# Limit for services that require no token: health (a watch never ends) and reflection.
-MOST_OPEN_CALLS = 4096
-
-
 # The interceptor itself.
 
 _log = logging.getLogger(__name__)
@@ -244,6 +289,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self, services: Services) -> None:
         self._services = services
         self._open_calls = Places()
+        # By service, so that slow messages to one service delay no other.
+        self._arrivals: dict[str, Arrivals] = {}
 
     async def intercept_service(
         self,
@@ -273,13 +320,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         counted until then.
         """
         behaviour = _behaviour(handler)
-        is_open = _service_of(method) not in SERVICE_ROLES
+        service = _service_of(method)
+        is_open = service not in SERVICE_ROLES
+        most = MOST_ARRIVING_OPEN if is_open else MOST_ARRIVING
+        arrivals = self._arrivals.setdefault(service, Arrivals(most))
 
         async def requested(requests: Any) -> Any:
-            if handler.request_streaming:
-                return all_messages(requests, MESSAGE_SECONDS if is_open else None)
-            message, current_call().message_bytes = await one_message(requests)
-            return message
+            if not handler.request_streaming:
+                return await one_message(requests, current_call(), arrivals)
+            if is_open:
+                return open_messages(requests, current_call(), arrivals)
+            return all_messages(requests)
 
         async def once(requests: Any, context: Any) -> None:
             await context.write(await behaviour(await requested(requests), context))

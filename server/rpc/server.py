@@ -41,6 +41,9 @@ _OPTIONS = (
     # Concurrent calls of one connection. Clients that do not know the limit yet send more, and
     # those calls end with UNAVAILABLE, so it is far above any burst that should be answered.
     ("grpc.max_concurrent_streams", MOST_CALLS),
+    # Calls may send 64 KiB before the server reads their message (see ``Arrivals``). By default
+    # gRPC raises this to megabytes on fast connections.
+    ("grpc.http2.bdp_probe", 0),
     # Close connections after this long without a call; clients reconnect by themselves.
     ("grpc.max_connection_idle_ms", 300_000),
     # Time limit for the TLS handshake and the first bytes of HTTP/2.

@@ -32,6 +32,7 @@ TEXTS = {
     " ({max_queued_requests})",
     "QUEUE_MEMORY_FULL": "requests already take {held!b} of memory, and with this one they"
     " would exceed the limit of {max_queued_bytes!b}",
+    "MESSAGES_FULL": "request messages already take {held!b} of memory; the limit is {most!b}",
     "ANSWERS_NEED_MEMORY": "answers need at least {bytes!b} of memory; the limit is"
     " {max_queued_bytes!b}",
     "ANSWER_UNREAD": "the client has left more than {max_unread_bytes!b} of the answer unread",
@@ -94,6 +95,7 @@ TEXTS = {
     "INDEX_LEAVES_DIRECTORY": "{path} lists {name!q}, which is outside its directory",
     "LFS_POINTER": "is a Git LFS pointer instead of the file; run `git lfs pull` in the clone",
     # Contents of a model.
+    "CONFIG_INVALID": "the model's config.json is invalid: {problem}",
     "CONFIG_UNSUPPORTED": "{key} {value!q} is not supported; supported are {choices}",
     "CONFIG_KEY_UNSUPPORTED": "models whose config sets {key} are not supported",
     "GRANITE_HYBRID_UNSUPPORTED": "granitemoehybrid models with experts or Mamba layers are not"

@@ -18,7 +18,7 @@ from servers.certificates import LOCAL, certify
 from servers.fakes import endless
 from servers.http_harness import HttpHarness, Refused, http_harness
 
-from turret.server.api.access import Shares, TokenTable
+from turret.server.api.access import MessageMemory, Shares, TokenTable
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http import connection
 from turret.server.http.connection import MAX_HEAD_BYTES, Connection
@@ -365,3 +365,55 @@ async def test_requests_sent_ahead_are_answered_in_order() -> None:
         assert answer.count(b"HTTP/1.1 200 OK") == 4
         assert answer.count(b"data: [DONE]") == 3
         assert answer.endswith(b'{"status":"ok"}')
+
+
+async def test_bodies_that_never_end_take_a_bounded_amount_of_memory() -> None:
+    """One token has half of it; short bodies are accepted even when nothing is left."""
+    tokens = TokenTable([(name, frozenset({"inference"})) for name in ("alice", "bob")])
+    messages = MessageMemory(2 << 20)
+    shares = Shares(separates_tokens=True, messages=messages)
+    async with http_harness(tokens=tokens, shares=shares) as server:
+
+        async def begun(name: str, size: int) -> bytes | None:
+            """The status of a request that lacks its last byte; None if it waits for that."""
+            reader, writer = await opened(server.server.address)
+            head = (
+                f"POST {COMPLETIONS} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {name}"
+                f"\r\ncontent-type: application/json\r\ncontent-length: {size + 1}\r\n\r\n"
+            )
+            writer.write(head.encode() + b" " * size)
+            writers.append(writer)
+            try:
+                return (await asyncio.wait_for(reader.readline(), 0.5)).split()[1]
+            except TimeoutError:
+                return None
+
+        async def post(name: str, size: int) -> int:
+            body = {**PROMPT, "user": "x" * size}
+            headers = {"authorization": f"Bearer {name}"}
+            return (await server.post(COMPLETIONS, body, headers)).status_code
+
+        writers: list[asyncio.StreamWriter] = []
+        for expected in (None, None, b"429"):
+            assert await begun("alice", 500_000) == expected
+        assert messages._all_held <= 1 << 20
+        assert await post("alice", 500_000) == 429
+        assert await post("alice", 1000) == 200
+        assert await post("bob", 500_000) == 200
+        for expected in (None, None, b"429"):
+            assert await begun("bob", 500_000) == expected
+        assert await post("bob", 1000) == 200
+        for writer in writers:
+            writer.close()
+        await server.settle()
+        assert (messages._all_held, messages._held) == (0, {})
+        assert await post("alice", 500_000) == 200
+
+
+async def test_the_body_of_a_get_is_not_waited_for() -> None:
+    async with http_harness() as server:
+        reader, writer = await opened(server.server.address)
+        head = b"GET /health HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000000\r\n\r\n"
+        writer.write(head + b"x" * 500_000)
+        assert b" 200 " in await asyncio.wait_for(reader.readline(), 10)
+        writer.close()

@@ -153,11 +153,11 @@ async def _post_and_watch(
     found: list[weakref.ref[_Body]] = []
     read_json = endpoint.read_json
 
-    async def watched(*args: Any) -> tuple[Sent[Any], int]:
-        sent, size = await read_json(*args)
+    async def watched(*args: Any) -> Sent[Any]:
+        sent = await read_json(*args)
         sent.raw = _Body(sent.raw)
         found.append(weakref.ref(sent.raw))
-        return sent, size
+        return sent
 
     gc.collect()
     gc.disable()

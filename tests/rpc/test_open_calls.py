@@ -13,6 +13,7 @@ import grpc
 import pytest
 from grpc import StatusCode as Code
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from servers import raw_grpc
 from servers.http_harness import http_harness
 from servers.rpc_harness import failure_of, harness
 
@@ -125,6 +126,63 @@ async def test_a_call_without_its_message_ends(
 
         failure = await failure_of(server.channel.stream_unary(method)(nothing()))
         assert failure.code is Code.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(
+    ("method", "token"),
+    [
+        ("/grpc.health.v1.Health/Check", None),
+        ("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", None),
+        ("/turret.v1.Inference/Generate", "alice"),
+    ],
+)
+async def test_messages_that_never_end_take_a_bounded_amount_of_memory(
+    monkeypatch: pytest.MonkeyPatch, method: str, token: str | None
+) -> None:
+    """The parts of 100 messages of 1 MiB, of which at most four arrive at the same time."""
+    monkeypatch.setattr(interceptor, "MOST_ARRIVING", 5)
+    monkeypatch.setattr(interceptor, "MOST_ARRIVING_OPEN", 5)
+    tokens = TokenTable([("alice", frozenset({"inference"}))])
+    headers = () if token is None else (("authorization", f"Bearer {token}"),)
+    async with harness(tokens=tokens, shares=Shares(separates_tokens=True)) as server:
+        address = server.rpc.address
+        accepted = await asyncio.to_thread(
+            raw_grpc.accepted_bytes, address, method, headers, 100, 1 << 20, 0.5
+        )
+        # gRPC itself lets each call send 64 KiB before anything reads it.
+        assert accepted < (4 << 20) + 101 * (64 << 10)
+
+
+async def test_messages_wait_only_for_those_of_the_same_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(interceptor, "MOST_ARRIVING", 4)
+    tokens = TokenTable([(name, frozenset({"inference"})) for name in ("alice", "bob")])
+
+    async def silent() -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b""
+
+    async with harness(tokens=tokens, shares=Shares(separates_tokens=True)) as server:
+
+        async def get_model(name: str) -> None:
+            metadata = (("authorization", f"Bearer {name}"),)
+            await server.inference.GetModel(inference_pb2.GetModelRequest(), metadata=metadata)
+
+        method = server.channel.stream_unary("/turret.v1.Inference/Tokenize")
+        metadata = (("authorization", "Bearer alice"),)
+        open_calls = [method(silent(), metadata=metadata) for _ in range(8)]
+        # The server begins these calls in order, so another one comes after them.
+        await get_model("bob")
+        waiting = asyncio.ensure_future(get_model("alice"))
+        health: Any = health_pb2_grpc.HealthStub(server.channel)  # type: ignore[arg-type]
+        for _ in range(5):
+            await get_model("bob")
+            await health.Check(health_pb2.HealthCheckRequest())
+        assert not waiting.done()
+        for call in open_calls:
+            call.cancel()
+        await asyncio.wait_for(waiting, 10)
 
 
 async def test_calls_that_need_no_token_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:

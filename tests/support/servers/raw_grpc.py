@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_DATA, _HEADERS, _SETTINGS, _PING, _GOAWAY = 0, 1, 4, 6, 7
+_DATA, _HEADERS, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE = 0, 1, 4, 6, 7, 8
+_INITIAL_WINDOW = 4  # a setting
 _ACK, _END_STREAM, _END_HEADERS = 1, 1, 4
 
 
@@ -57,8 +59,65 @@ def unary(
 
 def unread(address: str, path: str, message: bytes) -> socket.socket:
     """Make a call without room for its answer, which waits until the connection is closed."""
-    # SETTINGS_INITIAL_WINDOW_SIZE (4) of 0: the server may send headers, but no data.
-    return _begun(address, path, message, (), struct.pack(">HI", 4, 0), 10.0)
+    # With an initial window of 0 the server may send headers, but no data.
+    return _begun(address, path, message, (), struct.pack(">HI", _INITIAL_WINDOW, 0), 10.0)
+
+
+def accepted_bytes(
+    address: str,
+    path: str,
+    headers: Sequence[tuple[str, str]],
+    num_calls: int,
+    size: int,
+    quiet_seconds: float,
+) -> int:
+    """Begin calls whose messages never end, and count the bytes of them that the server accepts.
+
+    Args:
+        address: ``HOST:PORT`` of a server without TLS.
+        path: ``/package.Service/Method``.
+        headers: Headers in addition to those that gRPC requires.
+        num_calls: The number of calls, all on one connection.
+        size: The announced size of each message.
+        quiet_seconds: Stop if the server has accepted nothing for this long.
+    """
+    # The room of the connection (0) and of each call.
+    room = dict.fromkeys((0, *(2 * each + 1 for each in range(num_calls))), 65535)
+    left = {number: size - 1 for number in room if number}
+    initial, accepted = 65535, 0
+    with (
+        _begun(address, path, b"", headers, b"", 10.0, is_open=True) as connection,
+        contextlib.closing(_frames(connection)) as frames,
+    ):
+        for number in left:
+            if number > 1:
+                connection.sendall(_headers(address, path, headers, number))
+            connection.sendall(_frame(_DATA, 0, number, b"\0" + struct.pack(">I", size)))
+            room[number] -= 5
+            room[0] -= 5
+        connection.settimeout(quiet_seconds)
+        while True:
+            for number in left:
+                while (piece := min(room[0], room[number], left[number], 16384)) > 0:
+                    connection.sendall(_frame(_DATA, 0, number, bytes(piece)))
+                    room[0] -= piece
+                    room[number] -= piece
+                    left[number] -= piece
+                    accepted += piece
+            try:
+                kind, flags, number, payload = next(frames)
+            except TimeoutError:
+                return accepted
+            if kind == _WINDOW_UPDATE:
+                room[number] += int.from_bytes(payload, "big")
+            if kind in (_SETTINGS, _PING) and not flags & _ACK:
+                connection.sendall(_frame(kind, _ACK, 0, payload if kind == _PING else b""))
+            if kind == _SETTINGS and not flags & _ACK:
+                for setting, value in struct.iter_unpack(">HI", payload):
+                    if setting == _INITIAL_WINDOW:
+                        for each in left:
+                            room[each] += value - initial
+                        initial = value
 
 
 def _begun(
@@ -68,26 +127,33 @@ def _begun(
     headers: Sequence[tuple[str, str]],
     settings: bytes,
     seconds: float,
+    *,
+    is_open: bool = False,
 ) -> socket.socket:
-    """A connection on which a call was sent."""
+    """A connection on which a call was sent; its message is missing if the call stays open."""
     host, _, port = address.rpartition(":")
-    fields = [
-        *((":method", "POST"), (":scheme", "http"), (":path", path), (":authority", host)),
-        *(("te", "trailers"), ("content-type", "application/grpc")),
-        *headers,
-    ]
-    block = b"".join(_literal(*field) for field in fields)
     connection = socket.create_connection((host, int(port)), seconds)
     connection.sendall(
-        _PREFACE
-        + _frame(_SETTINGS, 0, 0, settings)
-        + _frame(_HEADERS, _END_HEADERS, 1, block)
-        + _frame(_DATA, _END_STREAM, 1, b"\0" + struct.pack(">I", len(message)) + message)
+        _PREFACE + _frame(_SETTINGS, 0, 0, settings) + _headers(address, path, headers, 1)
     )
+    if not is_open:
+        data = b"\0" + struct.pack(">I", len(message)) + message
+        connection.sendall(_frame(_DATA, _END_STREAM, 1, data))
     return connection
 
 
-def _frames(connection: socket.socket) -> Iterator[tuple[int, int, int, bytes]]:
+def _headers(address: str, path: str, headers: Sequence[tuple[str, str]], number: int) -> bytes:
+    """The frame that begins a call."""
+    fields = [
+        *((":method", "POST"), (":scheme", "http"), (":path", path)),
+        *((":authority", address.rpartition(":")[0]), ("te", "trailers")),
+        ("content-type", "application/grpc"),
+        *headers,
+    ]
+    return _frame(_HEADERS, _END_HEADERS, number, b"".join(_literal(*each) for each in fields))
+
+
+def _frames(connection: socket.socket) -> Generator[tuple[int, int, int, bytes]]:
     with connection.makefile("rb") as stream:
         while True:
             head = stream.read(9)
