@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from turret.clients.verbs.command import print_json
 from turret.server.command.start_lines import refuse
+from turret.server.words import say
 from turret.words import about_bytes
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ def _memory(model: Path) -> Memory:
     """
     from transformers import AutoConfig
 
+    from turret.server.errors import InvalidRequestError, TurretError
     from turret.server.models.families import read_arch
     from turret.server.models.memory import memory_of
     from turret.server.models.sources.model_directory import (
@@ -114,7 +116,14 @@ def _memory(model: Path) -> Memory:
     else:
         check_hub_model(hub_id)
         config = checked_config(hub_id)
-    return memory_of(read_arch(AutoConfig.for_model(**config)))
+    try:
+        return memory_of(read_arch(AutoConfig.for_model(**config)))
+    except TurretError:
+        raise
+    except Exception as error:
+        # transformers checks the other keys, and raises errors of any type.
+        problem = " ".join(str(error.args[0] if error.args else error).split())
+        raise InvalidRequestError.of("model", say("CONFIG_INVALID", problem=problem)) from None
 
 
 def _rows(memory: Memory) -> dict[str, str]:

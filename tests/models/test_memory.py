@@ -56,5 +56,24 @@ def test_quantised_weights_take_what_is_computed(
         assert cli.main(["model", "inspect", str(tmp_path), *flags]) == 1
 
 
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads"),
+        ({"hidden_size": -64}, "hidden_size"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
+        ({"hidden_act": 5}, "hidden_act"),
+    ],
+)
+def test_an_invalid_config_is_refused_by_its_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object], key: str
+) -> None:
+    config = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, **changes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert cli.main(["model", "inspect", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert key in line
+
+
 def test_a_directory_that_is_no_model_is_refused(tmp_path: Path) -> None:
     assert cli.main(["model", "inspect", str(tmp_path)]) == 1

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from turret.server.errors import InvalidRequestError
 from turret.server.models.sources.gguf_layouts import LAYOUTS, WANTED, layout_of
+from turret.server.models.sources.model_directory import MOST_SIZES, check_size
 from turret.server.words import say
 
 SUFFIX = ".gguf"
@@ -54,6 +55,10 @@ def check_gguf(path: Path) -> str:
     if architecture not in LAYOUTS:
         served = ", ".join(sorted(LAYOUTS))
         raise refuse(path, "GGUF_ARCHITECTURE", value=architecture[:80], choices=served)
+    # Keys whose values are lists are read later.
+    for key in WANTED.keys() & said.keys():
+        if WANTED[key] in MOST_SIZES:
+            check_size(f"{architecture}.{key}", said[key], WANTED[key])
     return layout_of(architecture, said).model_type
 
 

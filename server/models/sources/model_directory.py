@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -53,8 +54,54 @@ def check_model_directory(model: Path) -> dict[str, Any]:
     return config
 
 
-# More than in any published model.
-_MOST_LAYERS = 1024
+# The limit on layers is higher than in any published model: reading a config takes memory for each.
+MOST_SIZES = {
+    "num_hidden_layers": 1024,
+    **dict.fromkeys(
+        (
+            *("hidden_size", "intermediate_size", "head_dim", "vocab_size"),
+            *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+        ),
+        (1 << 31) - 1,
+    ),
+}
+_POSITIVE = ("rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor")
+_ROPES = ("rope_scaling", "rope_parameters")
+
+
+def check_size(key: str, value: object, known_as: str) -> None:
+    """Reject a size of a model that is not a whole number in its range.
+
+    Args:
+        key: Its key in the file.
+        value: The value.
+        known_as: Its key in a ``config.json``.
+    """
+    most = MOST_SIZES[known_as]
+    if type(value) is not int or not 1 <= value <= most:
+        raise _unsupported(key, value, f"1 to {most}")
+
+
+def _check_numbers(part: Mapping[str, Any]) -> None:
+    for key, value in part.items():
+        if value is None:
+            continue
+        if key in MOST_SIZES:
+            check_size(key, value, key)
+        elif key in _POSITIVE:
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise _unsupported(key, value, "positive numbers")
+        elif key in _ROPES:
+            if not isinstance(value, dict):
+                raise _unsupported(key, value, "objects")
+            for each in (value, *value.values()):
+                if isinstance(each, dict):
+                    _check_numbers(each)
+
+
+def _unsupported(key: str, value: object, choices: str) -> InvalidRequestError:
+    shown = str(value)[:60] if isinstance(value, str | list | dict) else value
+    return _refuse(say("CONFIG_UNSUPPORTED", key=key, value=shown, choices=choices))
 
 
 def check_config(config: dict[str, Any], model: Path | str) -> None:
@@ -70,19 +117,12 @@ def check_config(config: dict[str, Any], model: Path | str) -> None:
     kind = families.text_type(config)
     if kind not in families.FAMILIES:
         raise families.not_served(kind)
-    # Reading the config takes memory for each layer.
     for part in (config, config.get("text_config")):
-        layers = part.get("num_hidden_layers") if isinstance(part, dict) else None
-        if isinstance(layers, int) and layers > _MOST_LAYERS:
-            raise _refuse(
-                say(
-                    "CONFIG_UNSUPPORTED",
-                    key="num_hidden_layers",
-                    value=layers,
-                    choices=f"1 to {_MOST_LAYERS}",
-                )
-            )
+        if isinstance(part, dict):
+            _check_numbers(part)
     quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict | None):
+        raise _unsupported("quantization_config", quantization, "objects")
     if quantization is None or is_4bit(config):
         return
     method = quantization.get("quant_method")

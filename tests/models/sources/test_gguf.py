@@ -223,6 +223,15 @@ def test_files_that_are_none_of_ours_fail_before_torch(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(InvalidRequestError, check=says("GGUF_ARCHITECTURE", value="gemma3n")):
         check_model(file)
+    for architecture, layers in (("llama", 1 << 30), ("qwen3", 0)):
+        writer = gguf.GGUFWriter(file, architecture)
+        writer.add_block_count(layers)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        expected = says("CONFIG_UNSUPPORTED", key=f"{architecture}.block_count", value=layers)
+        with pytest.raises(InvalidRequestError, check=expected):
+            check_model(file)
     write_gguf(tiny("qwen3", tmp_path / "model"), file, Kind.F16)
     whole = file.read_bytes()
     # Cut in the tensors, in their table, and in the vocabulary.

@@ -69,6 +69,16 @@ def test_a_model_that_cannot_be_served(tmp_path: Path) -> None:
     for part in (layers, {"text_config": layers}):
         config.write_text(json.dumps({"model_type": "llama", **part}))
         assert said(tmp_path).params["key"] == "num_hidden_layers"
+    for key, value in (
+        *(("num_attention_heads", 0), ("hidden_size", -64), ("head_dim", 1.5), ("vocab_size", "x")),
+        *(("num_hidden_layers", True), ("hidden_size", 10**30), ("rope_theta", 0)),
+        *(("rms_norm_eps", float("nan")), ("rope_scaling", 5), ("quantization_config", 5)),
+    ):
+        config.write_text(json.dumps({"model_type": "llama", key: value}))
+        assert said(tmp_path).params["key"] == key
+    for scaling in ({"factor": "x"}, {"full_attention": {"factor": float("inf")}}):
+        config.write_text(json.dumps({"model_type": "llama", "rope_scaling": scaling}))
+        assert said(tmp_path).params["key"] == "factor"
     config.write_text('{"model_type": "llama"}')
     assert said(tmp_path).reason == "MODEL_HAS_NO_WEIGHTS"
     (tmp_path / "pytorch_model.bin").touch()
