@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from turret.server.basics.turns import LoopTurns
 from turret.server.errors import ServerStartingError, UnavailableError
 from turret.server.words import Text, say
 
@@ -38,6 +39,7 @@ class Backend:
         model_info: The information about the base model for clients.
         methods: Adapter methods that this build can load, sorted.
         kept: Memory of answers that calls collect, by tenant.
+        turns: The turns in which answers begin.
     """
 
     engine: Engine
@@ -49,6 +51,7 @@ class Backend:
     model_info: ModelInfo
     methods: tuple[str, ...]
     kept: Counter[bytes] = field(default_factory=Counter)
+    turns: LoopTurns = field(default_factory=LoopTurns)
 
     def close(self) -> None:
         """Stop fusing and reading; waiting callers get an error. Blocks; drain the engine first."""

@@ -120,6 +120,7 @@ async def pooled(
     async def one(index: int) -> tuple[_T, Finish]:
         each = message.inputs[index]
         with call.party.hold(), blamed_on(index):
+            await backend.turns.wait(call.turn)
             vocabulary = await backend.vocabularies.of(
                 message.adapters, each.chat.chat_template, draw=call.draw
             )

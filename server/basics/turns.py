@@ -1,4 +1,4 @@
-"""Threads that take the jobs of several tenants in turn."""
+"""Threads, and an event loop, that take the work of several tenants in turn."""
 
 from __future__ import annotations
 
@@ -86,3 +86,38 @@ class FairPool:
                 if found[0].set_running_or_notify_cancel():
                     return found
         return Future(), lambda: None
+
+
+class LoopTurns:
+    """Lets coroutines continue one per turn of the event loop, each tenant's in turn.
+
+    So other events are handled in between, however many coroutines become ready at once. Belongs to
+    one event loop.
+    """
+
+    def __init__(self) -> None:
+        # The tenants that wait, in the order of their turns.
+        self._waiting: dict[bytes, deque[asyncio.Future[None]]] = {}
+
+    async def wait(self, tenant: bytes) -> None:
+        """Wait for the tenant's turn."""
+        loop = asyncio.get_running_loop()
+        if not self._waiting:
+            loop.call_soon(self._next)
+        turn: asyncio.Future[None] = loop.create_future()
+        self._waiting.setdefault(tenant, deque()).append(turn)
+        await turn
+
+    def _next(self) -> None:
+        while self._waiting:
+            tenant = next(iter(self._waiting))
+            turns = self._waiting.pop(tenant)
+            turn = turns.popleft()
+            if turns:
+                self._waiting[tenant] = turns
+            # The caller may have been cancelled meanwhile.
+            if not turn.done():
+                turn.set_result(None)
+                break
+        if self._waiting:
+            asyncio.get_running_loop().call_soon(self._next)

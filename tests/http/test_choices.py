@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from servers.fakes import finish
 from servers.http_harness import http_harness
 
+from turret.server.api import inference as inference_service
 from turret.server.api.access import MAX_AT_A_TIME, Party, Shares
 from turret.server.api.inference_answers import together
 from turret.server.engine.scheduling.request import Output, Request
@@ -140,3 +142,32 @@ async def test_a_client_that_does_not_read_holds_the_answers_back() -> None:
         await asyncio.sleep(0)
         assert talker.num_taken > 1 + choices_module._MAX_ARRIVED + count
     assert talker.num_open == 0
+
+
+async def test_answers_of_many_calls_begin_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Otherwise nothing else would happen until all of them have begun."""
+    begun: Counter[int] = Counter()
+    tick, is_over = 0, False
+    original = inference_service.generate_request
+
+    async def noted(*args: Any) -> Any:
+        begun[tick] += 1
+        return await original(*args)
+
+    async def count() -> None:
+        nonlocal tick
+        while not is_over:
+            tick += 1
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(inference_service, "generate_request", noted)
+    counting = asyncio.ensure_future(count())
+    async with http_harness() as server:
+        bodies = [{"model": "base", "prompt": ["a"] * 64} for _ in range(8)]
+        answers = await asyncio.gather(*(server.post("/v1/completions", body) for body in bodies))
+        assert {answer.status_code for answer in answers} == {200}
+        is_over = True
+        await counting
+    assert (begun.total(), max(begun.values())) == (8 * 64, 1)

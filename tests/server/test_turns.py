@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from turret.server.basics.turns import FairPool
+from turret.server.basics.turns import FairPool, LoopTurns
 
 
 async def test_tenants_take_turns_and_a_cancelled_job_never_runs() -> None:
@@ -60,3 +60,23 @@ async def test_a_job_that_fails_leaves_nothing_behind() -> None:
         assert left() is None
     finally:
         gc.enable()
+
+
+async def test_one_coroutine_continues_per_turn_of_the_event_loop() -> None:
+    turns, ran = LoopTurns(), list[tuple[int, bytes]]()
+    tick = 0
+
+    async def take(tenant: bytes) -> None:
+        await turns.wait(tenant)
+        ran.append((tick, tenant))
+
+    asked = [asyncio.create_task(take(tenant)) for tenant in (b"a", b"a", b"a", b"a", b"b", b"b")]
+    await asyncio.sleep(0)
+    asked[3].cancel()
+    while not all(task.done() for task in asked):
+        tick += 1
+        await asyncio.sleep(0)
+    ticks, tenants = zip(*ran, strict=True)
+    assert len(set(ticks)) == 5
+    assert tenants == (b"a", b"b", b"a", b"b", b"a")
+    await asyncio.wait_for(turns.wait(b"a"), 10)
