@@ -17,8 +17,11 @@ from turret.server.words import Text, say
 
 # Name of the base model over HTTP, whatever its own name.
 BASE = "base"
-# Adapter names that RPCs and --preload accept. They are compared exactly.
-ADAPTER_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._/-]{0,126}[A-Za-z0-9])?")
+# Adapter names that RPCs and --preload accept. They are compared exactly, so parts that a client or
+# proxy might remove from a path (``a//b``, ``a/./b``, ``a/../b``) are not allowed.
+ADAPTER_NAME = re.compile(
+    r"(?![A-Za-z0-9._/-]*/\.{0,2}/)[A-Za-z0-9]([A-Za-z0-9._/-]{0,126}[A-Za-z0-9])?"
+)
 _SHOWN_CHARS = 40
 
 

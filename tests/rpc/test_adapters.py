@@ -94,6 +94,9 @@ async def test_unload_passes_mode_and_timeout() -> None:
             assert server.registry.unloads[-1] == ("a", *expected)
 
 
+ODD_PARTS = ("//", "/./", "/../", "/c/../")
+
+
 @pytest.mark.parametrize(
     ("rpc", "message", "paths"),
     [
@@ -101,6 +104,7 @@ async def test_unload_passes_mode_and_timeout() -> None:
         ("LoadAdapter", Load(name="a" * 129, path="a\0b"), {"name", "path"}),
         ("ReplaceAdapter", pb.ReplaceAdapterRequest(name="Ä"), {"name", "path"}),
         ("ExportAdapter", pb.ExportAdapterRequest(name="a/b/"), {"name"}),
+        *(("LoadAdapter", Load(name=f"a{part}b", path="p"), {"name"}) for part in ODD_PARTS),
         ("GetAdapter", pb.GetAdapterRequest(name="UPPER-"), {"name"}),
         ("PinAdapter", pb.PinAdapterRequest(), {"name"}),
         ("SetAlias", pb.SetAliasRequest(), {"name", "targets"}),
