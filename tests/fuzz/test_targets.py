@@ -8,13 +8,14 @@ from collections.abc import Iterator
 
 import pytest
 from fuzz.corpus import CORPUS, encoded, right, seeds
-from fuzz.doors import METHODS
+from fuzz.doors import METHODS, PATHS
 from fuzz.messages import messages_of
 from fuzz.mutation import mutated
 from fuzz.targets import Broken, Targets, _within_budget, opened
 from google.protobuf.descriptor import MethodDescriptor
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from servers.limits_of_bodies import posts
 
 
 class Sent(bytes):
@@ -38,6 +39,7 @@ def targets() -> Iterator[Targets]:
 
 def test_every_target_has_seeds_and_they_are_those_of_the_code(targets: Targets) -> None:
     assert {name for name, _ in seeds()} == set(targets.by_name) == set(NAMES)
+    assert set(PATHS) == {route.path for route in posts()}
     names = {str(path.relative_to(CORPUS)) for path in CORPUS.glob("*/*")}
     assert {name for name, _ in right()} <= names, "run `python -m fuzz.corpus` in tests/support"
 

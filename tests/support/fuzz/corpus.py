@@ -81,6 +81,7 @@ def _messages() -> dict[str, list[Message]]:
 
 def _bodies() -> dict[str, Any]:
     turns = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    tools = {"tools": [{"name": "f", "input_schema": {"type": "object"}}]}
     repeated = {"user": "u", "metadata": {"k": "v"}, "text": {"format": {"type": "text"}}}
     return {
         "/v1/chat/completions": {"model": "base+a*-0.5", "messages": turns, "stream": True},
@@ -92,6 +93,9 @@ def _bodies() -> dict[str, Any]:
         "/v1/load_lora_adapter": {"lora_name": "c", "lora_path": "c"},
         "/v1/unload_lora_adapter": {"lora_name": "c"},
         "/v1/responses": {"model": "a", "input": turns, "max_output_tokens": 1} | repeated,
+        "/v1/messages": {"model": "a", "messages": turns, "max_tokens": 1, "system": "s"} | tools,
+        "/v1/messages/count_tokens": {"model": "a", "messages": turns} | tools,
+        "/v1/pin_lora_adapter": {"lora_name": "a"},
     }
 
 

@@ -39,9 +39,12 @@ METHODS: tuple[Any, ...] = tuple(
     # Watch never ends, and ignores its input.
     if method.name != "Watch"
 )
+# All paths that take a JSON body; a fuzzer selects one by its position.
 PATHS = (
     *("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/v1/embeddings"),
     *("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/classify", "/v1/responses"),
+    *("/v1/messages", "/v1/messages/count_tokens"),
+    *("/v1/pin_lora_adapter", "/v1/unpin_lora_adapter"),
 )
 
 
