@@ -244,7 +244,7 @@ class Request:
 
     @property
     def num_bytes(self) -> int:
-        """About what it takes in memory until it ends."""
+        """The approximate memory that the request takes until it ends."""
         stop, constraint = self.stop, self.constraint
         return (
             _FIXED_BYTES
@@ -259,7 +259,7 @@ class Request:
 
     @property
     def prompt_logprob_bytes(self) -> int:
-        """About what the log probabilities of its prompt take in memory; 0 without them."""
+        """The approximate memory of the prompt's log probabilities; 0 without them."""
         if not self.wants_prompt_logprobs:
             return 0
         return _LOGPROB_BYTES * (1 + self.options.top_n) * len(self.prompt_token_ids)
@@ -342,7 +342,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finish:
-    """The last word on a request. ``stop`` is the string or token id that ended it, if any."""
+    """How a request ended. ``stop`` is the string or token id that ended it, if any."""
 
     reason: FinishReason
     stop: str | int | None = None
@@ -372,7 +372,7 @@ class Output:
 
     @property
     def answer_bytes(self) -> int:
-        """Approximate memory of what it adds to the answer."""
+        """The approximate memory of what the output adds to the answer."""
         told = (*self.logprobs, *self.prompt_logprobs)
         each = sum(_LOGPROB_BYTES * (1 + len(logprob.top)) for logprob in told)
         each += 0 if self.pooled is None else self.pooled.itemsize * len(self.pooled)
@@ -380,5 +380,5 @@ class Output:
 
     @property
     def num_bytes(self) -> int:
-        """About what it takes in memory until it is read."""
+        """The approximate memory that the output takes until it is read."""
         return _OUTPUT_BYTES + self.answer_bytes

@@ -41,12 +41,12 @@ class Capture(Protocol):
         """Capture a body without running it.
 
         Returns:
-            What replays it, and where its results will be.
+            A function that replays the body, and the tensors that will contain its results.
         """
         ...
 
     def forget(self) -> None:
-        """Called when every graph that it captured has been dropped."""
+        """Note that every captured graph has been dropped."""
         ...
 
 
@@ -93,7 +93,7 @@ class CudaCapture:
         return graph.replay, outputs
 
     def forget(self) -> None:
-        """The next capture takes a pool of its own.
+        """Use a new pool for the next capture.
 
         torch 2.11 cannot capture again into a pool that still holds memory but no graph.
         """
