@@ -45,7 +45,8 @@ _FIELDS = frozenset(
 _MOST_LOGGED_FIELDS = 8
 
 
-# No caller can predict or influence it, unlike Python's generator, which tests and libraries seed.
+# No caller can predict or influence this generator, unlike Python's default generator, which tests
+# and libraries seed.
 new_draw = random.SystemRandom().random
 
 
@@ -62,23 +63,23 @@ def request_id_of(sent_ids: Iterable[str | bytes]) -> str:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Call:
-    """A protocol begins and finishes a call; its handler records what is counted at the end.
+    """One call: the protocol begins and finishes it, and its handler records what is counted.
 
     Attributes:
         method: The method, as the log shows it.
         protocol: The door it came through: ``grpc`` or ``http``.
-        request_id: Every line that the current task logs carries it.
+        request_id: The id in every line that the current task logs.
         party: The client, whose open requests are counted together.
         deadline: ``time.monotonic()`` seconds, or None.
         draw: Chooses among the targets of the aliases that the call names.
-        adapters: Names that the call is about; None until they are known.
+        adapters: The names of the call's adapters; None until they are known.
         aliases: Each alias that the call named, and the adapter and generation that it got.
-        prompt_tokens: 0 until the engine has answered; of all prompts of the call together.
+        prompt_tokens: The tokens of all prompts together; 0 until the engine has answered.
         generated_tokens: The number of tokens generated so far.
-        message_bytes: Size of the request message as it came; 0 if it came in parts.
-        tenant: Identifies whose cached prefixes it may find; see ``Party.tenant``.
-        kept_bytes: Memory of the answers that it collects to send them as a whole.
-        trace: Its span; None if it is not traced.
+        message_bytes: Size of the request message as it arrived; 0 if it arrived in parts.
+        tenant: See ``Party.tenant``.
+        kept_bytes: Memory of the answers that the call collects to send them as a whole.
+        trace: The call's span; None if it is not traced.
     """
 
     method: str
@@ -125,14 +126,14 @@ class Call:
             method: The method.
             sent_ids: The values of ``x-request-id`` that the client sent; the first usable one
                 becomes the call's id. Without one the id is made up.
-            metrics: Where it is counted.
-            headers: Returns its headers or metadata.
+            metrics: The metrics that count the call.
+            headers: Returns the headers or metadata of the call.
             protocol: The door it came through.
-            party: The client; None for one without limits.
+            party: The client; None for a client without limits.
             deadline: ``time.monotonic()`` seconds, or None.
-            failures: Takes it in if it fails; None keeps nothing.
-            is_counted: Whether ``turret_requests_total`` counts it: calls that run on adapters.
-            level: The level of the line that is logged in the end.
+            failures: Records the call if it fails; None records nothing.
+            is_counted: Whether ``turret_requests_total`` counts the call, which runs on adapters.
+            level: The level of the line that is logged when the call ends.
         """
         party = party or Party(Shares())
         call = cls(
@@ -153,7 +154,7 @@ class Call:
 
     @property
     def turn(self) -> bytes:
-        """The party of its requests in the queue: the token's, or one of their own."""
+        """The party of the call's requests in the queue: the tenant's, or one of their own."""
         return self.tenant or self.request_id.encode()
 
     def rename(self, request_id: str) -> None:

@@ -71,7 +71,7 @@ async def test_a_token_file_open_to_others_is_warned_of_once(
     await app.startup()
     await app.shutdown()
     assert [line for line in caplog.messages if "token file" in line] == [
-        "the token file is open to other users; its mode should be 0600"
+        "other users can read the token file; its mode should be 0600"
     ]
 
 
