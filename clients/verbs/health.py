@@ -34,7 +34,7 @@ _NO_SERVICE = "the server has no such service; omit --service"
 _HINTS = {
     **COMMAND_HINTS,
     "DEADLINE_EXCEEDED": "raise --timeout to wait longer for {address}",
-    "NOT_FOUND": _NO_SERVICE,
+    "NOT_FOUND": "omit --service",
 }
 
 

@@ -125,7 +125,7 @@ def _check_tool(tool: inference_pb2.Tool, violations: Violations, path: str) -> 
 
 def _check_name(name: str, violations: Violations, path: str) -> None:
     is_name = TOOL_NAME.fullmatch(name) is not None
-    violations.check(is_name, path, "NOT_MATCHING", pattern=TOOL_NAME.pattern)
+    violations.check(is_name, path, "NOT_MATCHING", pattern=TOOL_NAME.pattern, value=name[:80])
 
 
 def _check_object(text: str, violations: Violations, path: str) -> None:
@@ -144,8 +144,8 @@ def _json(text: str) -> Any:
 def _num_chars(chat: inference_pb2.Chat) -> int:
     said = sum(len(turn.content) for turn in chat.messages)
     called = sum(len(call.arguments) for turn in chat.messages for call in turn.tool_calls)
-    told = sum(len(tool.description) + len(tool.parameters) for tool in chat.tools)
-    return said + called + told + len(chat.chat_template_kwargs)
+    described = sum(len(tool.description) + len(tool.parameters) for tool in chat.tools)
+    return said + called + described + len(chat.chat_template_kwargs)
 
 
 def chat_size(chat: inference_pb2.Chat) -> int:
