@@ -102,7 +102,7 @@ class Call:
     _level: int
     _started: float = field(default_factory=time.monotonic)
     _at_end: list[Callable[[], None]] = field(default_factory=list)
-    _told: tuple[str, str] | None = None
+    _error: tuple[str, str] | None = None
     _logged: dict[str, str | int] = field(default_factory=dict)
 
     @classmethod
@@ -188,7 +188,7 @@ class Call:
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         """Record the error that the client gets, before ``finish``; the log has no messages."""
-        self._told = (reason, message)
+        self._error = (reason, message)
         self._logged = {"reason": reason}
         fields = dict.fromkeys(filter(None, (_known(path) for path, _ in violations)))
         if fields:
@@ -219,8 +219,8 @@ class Call:
                 self._metrics.tokens(
                     names, prompt=self.prompt_tokens, generated=self.generated_tokens
                 )
-        if self._failures is not None and self._told is not None:
-            reason, message = self._told
+        if self._failures is not None and self._error is not None:
+            reason, message = self._error
             self._failures.add(
                 Failure(
                     method=self.method,
@@ -237,7 +237,7 @@ class Call:
         if self.trace is not None:
             self.trace.end(
                 code,
-                reason=None if self._told is None else self._told[0],
+                reason=None if self._error is None else self._error[0],
                 names=shown,
                 request_id=self.request_id,
                 prompt_tokens=self.prompt_tokens,

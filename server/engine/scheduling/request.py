@@ -189,8 +189,8 @@ class ResponseOptions:
 
     def __post_init__(self) -> None:
         _check_range("options.top_n", self.top_n, 0, MAX_TOP_N)
-        is_told = self.top_n == 0 or self.logprobs
-        _check(is_told, "options.top_n", "NEEDS_FIELD", other="options.logprobs")
+        has_logprobs = self.top_n == 0 or self.logprobs
+        _check(has_logprobs, "options.top_n", "NEEDS_FIELD", other="options.logprobs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -373,8 +373,8 @@ class Output:
     @property
     def answer_bytes(self) -> int:
         """The approximate memory of what the output adds to the answer."""
-        told = (*self.logprobs, *self.prompt_logprobs)
-        each = sum(_LOGPROB_BYTES * (1 + len(logprob.top)) for logprob in told)
+        reported = (*self.logprobs, *self.prompt_logprobs)
+        each = sum(_LOGPROB_BYTES * (1 + len(logprob.top)) for logprob in reported)
         each += 0 if self.pooled is None else self.pooled.itemsize * len(self.pooled)
         return len(self.text) + _TOKEN_BYTES * len(self.token_ids) + each
 
