@@ -226,7 +226,7 @@ class DecodeGraphs:
                 _log.warning("no memory to capture a decode step; all CUDA graphs were dropped")
                 return False
             self._failures += 1
-            _log.exception("a decode step could not be captured; going on without CUDA graphs")
+            _log.exception("a decode step could not be captured; continuing without CUDA graphs")
             if self._failures == _MAX_FAILURES:
                 self._capture = None
                 self._on_off()
