@@ -64,9 +64,12 @@ class WatchedFiles(Generic[_T]):
                 read_regular(path)
             self.newest = self._read()
         except (OSError, ValueError) as error:
-            _log.error(f"{self._what} stay as they were", extra=log.fields(reason=error))
+            _log.error(
+                f"cannot read the {self._what} again; keeping the old ones",
+                extra=log.fields(reason=error),
+            )
             return False
-        _log.info(f"{self._what} read again")
+        _log.info(f"{self._what} reloaded")
         return True
 
     def forget(self) -> None:
@@ -169,7 +172,7 @@ class TokenTable:
 SERVICE_ROLES = {
     "turret.v1.Inference": "inference",
     "turret.v1.Adapters": "admin",
-    # Not a service of turret.v1: a listening address may serve the metrics too.
+    # The metrics are not a service of turret.v1, but a listening address may serve them too.
     "metrics": "metrics",
 }
 

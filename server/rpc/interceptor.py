@@ -53,7 +53,7 @@ class Received:
         """Return the message, once, so that the caller decides how long it is kept.
 
         Raises:
-            InvalidRequestError: It is malformed.
+            InvalidRequestError: The message is malformed.
         """
         parsed, self.parsed = self.parsed, None
         if parsed is None:
@@ -80,8 +80,8 @@ async def one_message(requests: AsyncIterator[Received]) -> tuple[Any, int]:
     """The message of a call that has one, and its size in bytes.
 
     Raises:
-        InvalidRequestError: It is malformed, or none came.
-        DeadlineExceededError: It did not arrive within ``MESSAGE_SECONDS``.
+        InvalidRequestError: The message is malformed, or there is none.
+        DeadlineExceededError: The message did not arrive within ``MESSAGE_SECONDS``.
     """
     received = await _next(aiter(requests), MESSAGE_SECONDS)
     if received is None:
@@ -99,8 +99,8 @@ async def all_messages(
         most_seconds: How long each message may take to arrive; None leaves the limit to the reader.
 
     Raises:
-        InvalidRequestError: One is malformed.
-        DeadlineExceededError: One took longer.
+        InvalidRequestError: A message is malformed.
+        DeadlineExceededError: A message took longer.
     """
     received = aiter(requests)
     while (each := await _next(received, most_seconds)) is not None:
