@@ -447,7 +447,8 @@ class AdapterHub:
         name = path.removeprefix(HUB_SCHEME)
         hub_id = HubId.find(name)
         if hub_id is None:
-            raise AdapterCheckpointError.of("path", not_a_hub_id(name))
+            why = not_a_hub_id(name)
+            raise AdapterCheckpointError(why, violations=[("path", why)])
         if self._allowed.isdisjoint((ANY, hub_id.org)):
             choices = ", ".join(sorted(self._allowed))
             raise refuse(
