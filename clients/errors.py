@@ -177,13 +177,13 @@ class TurretRpcError(Exception):
 def _list_of(violations: Sequence[FieldViolation], name_of: Callable[[str], str] = str) -> str:
     """The invalid fields and their errors, on one line."""
     listed = [v for v in violations if v.field != COUNTED]
-    told = [
+    shown = [
         f"{name_of(v.field)}: {v.description}" if v.field else v.description
         for v in listed[:_MAX_LISTED]
     ]
-    if len(violations) > len(told):
-        told.append("and more, see violations")
-    return "; ".join(told)
+    if len(violations) > len(shown):
+        shown.append("and more, see violations")
+    return "; ".join(shown)
 
 
 class InvalidArgumentError(TurretRpcError, status=grpc.StatusCode.INVALID_ARGUMENT):

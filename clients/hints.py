@@ -18,14 +18,14 @@ HINTS: Mapping[str, str] = {
     "UNAUTHENTICATED": "pass a token of the server's --token-file as token=",
     "SERVICE_ELSEWHERE": "pass both address= and admin_address= to the client",
     "SERVER_STARTING": "pass a larger max_retries= to the client to wait for the server",
-    "DEADLINE_EXCEEDED": "the call had timeout={timeout}",
+    "DEADLINE_EXCEEDED": "raise timeout=, which was {timeout}",
     "UNIMPLEMENTED": "check that address= is that of a turret server of this version",
     "NOT_REACHED": "`turret serve` starts a server",
     "NOT_GRPC": "use the address of `turret serve --address` (port 50051 by default), not that of"
     " --http-address",
     "PEM_UNREADABLE": "ca, certificate and key must be PEM files, and the key must be that of the"
     " certificate",
-    "TLS_UNSUPPORTED": "leave tls= out",
+    "TLS_UNSUPPORTED": "omit tls=",
     "CERTIFICATE_UNTRUSTED": "pass the roots that signed it with Tls.from_files(ca=...)",
     "CERTIFICATE_NAME": "pass the certificate's name with Tls(server_name=...)",
     "CONNECTION_CLOSED": "a server with TLS needs tls=Tls(...); otherwise see the server's log",
@@ -51,14 +51,14 @@ COMMAND_HINTS: Mapping[str, str] = {
     " TURRET_TOKEN",
     "SERVICE_ELSEWHERE": "pass that address with --address or TURRET_ADDRESS",
     "SERVER_STARTING": "`turret health --wait 600` returns when the server is ready",
-    "DEADLINE_EXCEEDED": "--timeout was {timeout}",
+    "DEADLINE_EXCEEDED": "raise --timeout, which was {timeout}",
     "UNIMPLEMENTED": "check that {address} is a turret server of this version, and not a proxy",
     "NOT_REACHED": "`turret serve` starts a server; --address or TURRET_ADDRESS selects another",
     "NOT_GRPC": "pass the address of `turret serve --address` (port 50051 by default), not that of"
     " --http-address",
     "PEM_UNREADABLE": "--tls-ca, --tls-cert and --tls-key must be PEM files, and the key must be"
     " that of the certificate",
-    "TLS_UNSUPPORTED": "leave out --tls, --tls-ca and TURRET_TLS_CA",
+    "TLS_UNSUPPORTED": "omit --tls, --tls-ca and TURRET_TLS_CA",
     "CERTIFICATE_UNTRUSTED": "pass the roots that signed it with --tls-ca",
     "CERTIFICATE_NAME": "pass the certificate's name with --tls-server-name",
     "CONNECTION_CLOSED": "a server with TLS needs --tls or --tls-ca; otherwise see the"

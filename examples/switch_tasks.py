@@ -108,7 +108,7 @@ async def run(address: str) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Switch adapters by task.")
-    parser.add_argument("--address", default="127.0.0.1:50051", help="of the server")
+    parser.add_argument("--address", default="127.0.0.1:50051", help="address of the server")
     return asyncio.run(run(parser.parse_args().address))
 
 

@@ -55,10 +55,11 @@ def _add_status(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--state-dir",
         type=Path,
         metavar="DIR",
-        help="of a fleet that was started on this machine (default: the one that runs)",
+        help="state directory of a fleet that was started on this machine (default: that of the"
+        " fleet that runs)",
     )
     parser.add_argument(
-        "--ray-address", metavar="HOST:PORT", help="of a Ray cluster; auto is this machine's"
+        "--ray-address", metavar="HOST:PORT", help="address of a Ray cluster, or auto"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(func=status)
@@ -85,7 +86,7 @@ def serve(args: argparse.Namespace) -> int:
     log.configure(level, log_format=config.log.log_format)
     introduce(settings, config)
     for folder in removed:
-        _log.info("removed what a fleet that was killed had left", extra=log.fields(folder=folder))
+        _log.info("removed the files of a fleet that was killed", extra=log.fields(folder=folder))
     from turret.fleet.serving.serve import run
 
     return run(config.for_replicas())

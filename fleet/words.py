@@ -23,8 +23,8 @@ TEXTS = {
     "REPLICA_CUT_OFF": "the replica has lost the fleet's registry",
     # Ray and its ingress
     "INGRESS_FOLDER": "cannot use {folder} for the files of the ingress: {cause}",
-    "INGRESS_FOLDER_FOREIGN": "{folder}, which must hold the ingress' files, is a link or belongs"
-    " to another user",
+    "INGRESS_FOLDER_FOREIGN": "{folder}, the directory for the files of the ingress, is a link or"
+    " belongs to another user",
     "HAPROXY_MISSING": "HAProxy is not installed; {fix}",
     "RAY_FAILED": "Ray: {cause}",
     "RAY_DEAF": (

@@ -63,7 +63,7 @@ def _preload(registry: AdapterRegistry, name: str, path: str) -> AdapterInfo:
     """Load an adapter of the command line, replacing one registered before a restart.
 
     Raises:
-        PreloadError: The adapter is refused.
+        PreloadError: The adapter was rejected.
     """
     try:
         try:
@@ -85,7 +85,7 @@ class App:
     Args:
         config: The resolved configuration.
         build: Loads the model and makes the engine; blocks.
-        on_loaded: Called when everything that stays for the life of the process is there.
+        on_loaded: Called when all objects that live as long as the process exist.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class App:
         self._watching: asyncio.Future[None] | None = None
 
     async def run(self) -> int:
-        """Serve until told to stop or until the engine dies; returns the exit code."""
+        """Serve until a stop is requested or the engine dies; returns the exit code."""
         asyncio.get_running_loop().set_default_executor(started_pool())
         with self._signals():
             try:
@@ -141,11 +141,11 @@ class App:
     async def startup(self) -> None:
         """Listen at once (health NOT_SERVING, RPCs UNAVAILABLE), load the model, then serve.
 
-        Returns early if a stop is asked for meanwhile.
+        Returns early if a stop is requested meanwhile.
 
         Raises:
             OSError, ValueError, TurretError: A file, an address or the model is not usable.
-            PreloadError: A preloaded adapter is not.
+            PreloadError: A preloaded adapter was rejected.
         """
         config = self.config
         if config.telemetry.otel:
@@ -215,7 +215,7 @@ class App:
         return EXIT_OK
 
     async def shutdown(self) -> None:
-        """Refuse new calls, let running ones finish up to the grace period, close everything."""
+        """Reject new calls, let running ones finish up to the grace period, close everything."""
         backend = self._backend
         is_dead = backend is not None and backend.engine.is_dead
         has_served = self.gate.is_open
@@ -243,7 +243,7 @@ class App:
             await asyncio.to_thread(self.metrics_server.close)
 
     async def _unless_stopped(self, work: Callable[[], _T], what: str) -> _T | None:
-        """Run blocking work in a thread; None if a stop is asked for first.
+        """Run blocking work in a thread; None if a stop is requested first.
 
         The thread is a daemon: a stop during a long load must not wait for the load.
         """

@@ -70,13 +70,13 @@ _log = logging.getLogger(__name__)
 
 # Triton supports no older NVIDIA device; AMD's have larger numbers.
 _LEAST_CAPABILITY = (8, 0)
-# How long another thread may keep the interpreter's lock beside steps of a CUDA device.
+# Maximum time for which another thread keeps the interpreter's lock beside steps of a CUDA device.
 _SWITCH_SECONDS = 5e-4
 # Positions per KV block; divides the attention tile.
 BLOCK_SIZE = 16
 
 
-# Gets ready for an adapter that is being loaded, or raises.
+# Prepares the device for an adapter that is being loaded, or raises.
 Admit = Callable[[AdapterOperators], None]
 
 
@@ -108,18 +108,18 @@ def build_backend(
 
     Args:
         config: The resolved configuration.
-        metrics: Counts.
-        gpu: Whether steps run as Triton kernels; None for what the device wants (on the CPU
-            only Triton's interpreter could run them).
-        replica: Makes what a replica shares with its fleet; None for a server of its own.
+        metrics: The metrics of the server.
+        gpu: Whether steps run as Triton kernels; None lets the device decide (on the CPU, only
+            Triton's interpreter could run them).
+        replica: Makes the parts that a replica shares with its fleet; None for a single server.
 
     Returns:
-        What answers requests. Its engine is not started.
+        The backend, whose engine is not started yet.
 
     Raises:
         InvalidRequestError: The model cannot be served.
         OSError: A file cannot be read.
-        ValueError: The state directory is another server's, or another base model's.
+        ValueError: Another server uses the state directory, or it is for another base model.
     """
     started = time.monotonic()
     device = _choose_device(config.model)
@@ -298,7 +298,7 @@ def _build_engine(
     registry: AdapterRegistry,
     tokenizer: Tokenizer,
 ) -> tuple[Engine, bool]:
-    """The engine, and whether it tells tokens from a copy of the head."""
+    """The engine, and whether it finds tokens with a copy of the head."""
     arch = decoder.arch
     per_block = KvCache.block_bytes(arch, BLOCK_SIZE, decoder.dtype)
     max_num_seqs, max_num_batched_tokens = config.scheduler.sizes(decoder.device.type)
@@ -379,7 +379,7 @@ def _warm_up(executor: Executor, stream: StepStream) -> None:
 
 
 def _kv_bytes(config: Config, decoder: Decoder, store: AdapterStore, metrics: Metrics) -> int:
-    """Size of the KV cache: as configured, or what all else leaves of a CUDA device."""
+    """Size of the KV cache: as configured, or the remaining memory of a CUDA device."""
     wanted, device = config.cache.kv_cache_bytes, decoder.device
     if wanted is not None:
         return wanted

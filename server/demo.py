@@ -35,7 +35,7 @@ class ExamplesNotFoundError(Exception):
 
 @dataclass(slots=True)
 class Question:
-    """One request of the batch and what came back.
+    """One request of the batch, and its answer.
 
     ``seconds`` is the time from the start of the batch to the end of the answer. ``expected`` is
     the text that the answer must equal or, if ``is_prefix``, begin with; None if anything goes.
@@ -76,7 +76,7 @@ def find_examples(given: Path | None) -> Path:
     """The folder with ``adapters/`` and ``prompts.jsonl``.
 
     Raises:
-        ExamplesNotFoundError: There is none; says how to name one.
+        ExamplesNotFoundError: There is no such folder.
     """
     # Only a checkout (with src/turret/__init__.py) has the examples; an installed package does not.
     checkout = Path(turret.__file__).resolve().parents[2] / "examples"
@@ -123,10 +123,10 @@ def run_demo(
 
     Args:
         examples: Folder with ``adapters/`` and ``prompts.jsonl``; None means the checkout's.
-        address: Where the server listens, ``HOST:PORT``; port 0 picks a free one.
+        address: The address of the server, ``HOST:PORT``; port 0 picks a free one.
         metrics_address: The same for its metrics.
         http_address: The same for OpenAI's API and the console.
-        is_once: Stop when everything is shown, instead of serving on until Ctrl-C.
+        is_once: Stop when everything is shown, instead of serving until Ctrl-C.
     """
     console = Console()
     try:
@@ -223,7 +223,7 @@ def _totals(questions: Sequence[Question]) -> str:
 
 
 def read_counts(metrics_address: str) -> dict[str, AdapterCounts]:
-    """Scrape the metrics endpoint; by ``adapter`` label.
+    """The counts from the metrics endpoint, by ``adapter`` label.
 
     Raises:
         OSError: The endpoint does not answer.

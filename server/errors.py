@@ -225,7 +225,7 @@ class StorageFullError(ResourceError):
 
 
 class StorageFailedError(TurretError):
-    """The server's disk is there, and cannot be used (read-only, broken, no descriptor left)."""
+    """The server's disk cannot be used: it is read-only or broken, or no descriptor is left."""
 
     reason = "STORAGE_FAILED"
     # A retry fails in the same way until an operator acts.

@@ -24,7 +24,13 @@ from turret.server.adapters.adapter import (
 from turret.server.adapters.checkpoint.adapter_root import refuse, refuse_missing_tensors
 from turret.server.basics.files import reporting_disk_faults
 from turret.server.basics.names import HUB_SCHEME, HubId, not_a_hub_id
-from turret.server.errors import BudgetExceededError, HubError, HubUnavailableError, QueueFullError
+from turret.server.errors import (
+    AdapterCheckpointError,
+    BudgetExceededError,
+    HubError,
+    HubUnavailableError,
+    QueueFullError,
+)
 from turret.server.words import say
 
 # Conversion of huggingface_hub's errors to the server's errors.
@@ -98,7 +104,7 @@ class Repository:
     Attributes:
         id: The repository's id, with the commit as its revision.
         files: Size in bytes by name; of the cache alone if ``is_cached``.
-        is_cached: Whether the hub was not asked: it is offline, or away.
+        is_cached: Whether only the cache was read, because the hub does not answer or is offline.
     """
 
     id: HubId
@@ -148,7 +154,7 @@ def find_repository(hub_id: HubId, *, may_be_old: bool) -> Repository:
             raise refused from None
         if not is_offline:
             _log.warning(
-                "the hub cannot be asked; the cache's files are used",
+                "the hub cannot be reached; using the files in the cache",
                 extra=log.fields(repository=cached.id, reason=refused.message),
             )
         return cached
@@ -176,7 +182,7 @@ def _remember(hub_id: HubId, commit: str) -> None:
         beside.replace(ref)
     except OSError as error:
         # A read-only cache is still useful.
-        _log.debug("cannot note a revision", extra=log.fields(repository=hub_id, reason=error))
+        _log.debug("cannot record a revision", extra=log.fields(repository=hub_id, reason=error))
 
 
 def cached_repository(hub_id: HubId) -> Repository | None:
@@ -213,9 +219,9 @@ def download(repository: Repository, names: Iterable[str], on_bytes: OnBytes) ->
     every file in the cache is complete.
 
     Args:
-        repository: At a commit.
+        repository: The repository, at a commit.
         names: The names of its files to fetch.
-        on_bytes: Told of progress; files that are there already make none.
+        on_bytes: Called with the number of new bytes; files that are already there have none.
 
     Returns:
         The folder of the commit's files.
@@ -244,7 +250,7 @@ def download(repository: Repository, names: Iterable[str], on_bytes: OnBytes) ->
             # The Xet storage is a separate server, which mirrors and firewalls may not know. The
             # hub serves the same files over plain HTTP.
             _log.warning(
-                "files come over plain HTTP from now on: the hub's Xet storage cannot be read",
+                "the hub's Xet storage cannot be read; downloading over plain HTTP from now on",
                 extra=log.fields(repository=hub_id, file=name, reason=error),
             )
             constants.HF_HUB_DISABLE_XET = True
@@ -332,7 +338,7 @@ class AdapterHub:
     Args:
         allowed: Organisations and users whose adapters may be had; ``*`` is all of them, and
             nothing is none.
-        max_bytes: Most bytes of one adapter's files.
+        max_bytes: Maximum size of one adapter's files, in bytes.
     """
 
     def __init__(self, allowed: Sequence[str] = (), max_bytes: int = 0) -> None:
@@ -441,7 +447,8 @@ class AdapterHub:
         name = path.removeprefix(HUB_SCHEME)
         hub_id = HubId.find(name)
         if hub_id is None:
-            raise refuse(path, not_a_hub_id(name))
+            why = not_a_hub_id(name)
+            raise AdapterCheckpointError(why, violations=[("path", why)])
         if self._allowed.isdisjoint((ANY, hub_id.org)):
             choices = ", ".join(sorted(self._allowed))
             raise refuse(

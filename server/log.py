@@ -62,9 +62,9 @@ class LineFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """Renders the same as a JSON object on one line; numbers and truth values stay what they are.
+    """Renders the same as a JSON object on one line; numbers and booleans keep their type.
 
-    A field that is called like one of the record's own gets an underscore behind it.
+    A field with the name of one of the record's own fields gets a trailing underscore.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -182,7 +182,7 @@ def _noted(bar: Progress) -> Iterator[None]:
 def end_bars() -> None:
     """Show the cursor again, which a bar hides, before its work has ended.
 
-    What a thread loads is not waited for when the process ends.
+    The process may end while a thread still loads something.
     """
     for bar in tuple(_drawn):
         bar.stop()

@@ -200,9 +200,9 @@ class Metrics:
 
         Args:
             protocol: ``grpc`` or ``http``.
-            method: One of the methods that the server has, never a client's text.
-            code: Its code's name.
-            seconds: From its receipt to the end of its answer.
+            method: A method of the server, never a client's text.
+            code: The name of the call's code.
+            seconds: The time from the receipt of the call to the end of its answer.
         """
         self._calls.labels(protocol, code).inc()
         self._duration.labels(method, code).observe(seconds)
@@ -248,7 +248,7 @@ class Metrics:
     def kv_blocks(self, **counts: int) -> None:
         """Set the number of KV blocks by state: ``kv_blocks(free=90, used=8, cached=2)``.
 
-        Those that only the prefix cache holds (``cached``) are free for whoever needs them.
+        Blocks that only the prefix cache holds (``cached``) are free for any request.
         """
         for state, count in counts.items():
             self._kv_blocks.labels(state).set(count)
@@ -264,7 +264,7 @@ class Metrics:
         Args:
             most: Adapters that can run at once.
             running: Names, each once; the first ``MAX_LISTED_ADAPTERS`` by name are listed.
-            waiting: The same of waiting requests.
+            waiting: The same for waiting requests.
         """
         names = (",".join(sorted(some)[:MAX_LISTED_ADAPTERS]) for some in (running, waiting))
         listed = (str(most), next(names), next(names))
@@ -275,7 +275,7 @@ class Metrics:
             self._adapters_info.remove(*before)
 
     def cuda_graphs_off(self) -> None:
-        """Decode steps are no longer captured, for the life of the process."""
+        """Record that decode steps are no longer captured, for the life of the process."""
         self._cuda_graphs_off.set(1)
 
     def preempted(self, count: int) -> None:

@@ -32,7 +32,7 @@ class _Aliases(Collector):
         self._registry = registry
 
     def collect(self) -> Iterator[Metric]:
-        """All aliases whose source has a value by now."""
+        """All aliases whose source already has a value."""
         for name, source, series in self._gauges():
             family = GaugeMetricFamily(f"vllm:{name}", f"Alias of {source}.")
             for labels, value in series:
@@ -41,7 +41,7 @@ class _Aliases(Collector):
                 yield family
 
     def _gauges(self) -> Iterator[tuple[str, str, _Series]]:
-        """Each alias: its name, the series that it is computed from, and its own series."""
+        """For each alias: its name, the series that it is computed from, and its own series."""
         found: dict[str, list[tuple[Mapping[str, str], float]]] = {name: [] for name in _SOURCES}
         for family in self._registry.restricted_registry(_SOURCES).collect():
             for sample in family.samples:

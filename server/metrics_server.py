@@ -1,8 +1,8 @@
 """Serves the metrics as text over HTTP.
 
 A thread with an event loop of its own answers, so that neither a busy engine's event loop delays a
-scrape nor a scrape the calls. Whoever connects gets a few seconds and a few kilobytes, and only so
-many connections are open at once: nothing is held for ever.
+scrape nor a scrape the calls. Every connection has a limit of a few seconds and a few kilobytes,
+and the number of open connections is limited.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class MetricsServer:
         metrics: The metrics to serve.
         address: ``HOST:PORT``; port 0 picks a free one.
         tokens: If one of them has the role ``metrics``, only such tokens may read.
-        num_ports: How many ports are tried, from that of the address on, until one is free.
+        num_ports: The number of ports to try, beginning with that of the address.
 
     Raises:
         OSError: The address cannot be bound.

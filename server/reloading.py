@@ -13,11 +13,11 @@ NOTHING_TO_RELOAD = "nothing to read again: no --token-file"
 
 
 class TokenReloader:
-    """Reads a token file again when it has changed; a file that is no good changes nothing.
+    """Reads a token file again when it has changed; an invalid file changes nothing.
 
     Args:
         path: The file.
-        tokens: Accepts what was read last.
+        tokens: The table that gets the tokens of the file.
     """
 
     def __init__(self, path: Path, tokens: TokenTable) -> None:

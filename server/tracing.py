@@ -44,7 +44,7 @@ _METRICS_PROTOCOL = "OTEL_EXPORTER_OTLP_METRICS_PROTOCOL"
 PROTOCOL_VARIABLES = (_PROTOCOL, _TRACES_PROTOCOL, _METRICS_PROTOCOL)
 # With the value ``none``, this variable turns the metrics off.
 _METRICS_VARIABLE = "OTEL_METRICS_EXPORTER"
-# How the conventions call the system that generates, and the default name of the service.
+# The conventions' name for the system that generates, and the default name of the service.
 PROVIDER = "turret"
 
 # The operation that a method performs, by a word in its name; the first match counts.
@@ -107,7 +107,7 @@ class CallTrace:
         return time.time_ns()
 
     def output(self, output: Output, submitted: int) -> None:
-        """Record what an output reports first or last."""
+        """Record the values that the first or the last output of a request reports."""
         finish = output.finish
         if output.adapters_used and not self._uses:
             self._uses = output.adapters_used
@@ -136,10 +136,10 @@ class CallTrace:
         """End the span, once.
 
         Args:
-            code: How the call ended.
-            reason: The reason of its error.
+            code: The status of the call.
+            reason: The reason of the call's error.
             names: The names of its adapters that are registered; ``?`` for others.
-            request_id: Its id.
+            request_id: The id of the call.
             prompt_tokens: Tokens of all its prompts.
             generated_tokens: Tokens of all its answers.
         """
@@ -282,7 +282,7 @@ def start(registry: CollectorRegistry) -> None:
 
 
 def begin(method: str, headers: Headers) -> CallTrace | None:
-    """Begin the span of a call; None if this process does not trace, or not this call."""
+    """Begin the span of a call; None if this process or this call is not traced."""
     return None if _tracing is None else _tracing.begin(method, headers)
 
 

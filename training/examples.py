@@ -285,7 +285,7 @@ def encode_labelled(
             item = replace(item, tokens=item.tokens[:max_length])
             truncated += 1
         if not item.tokens:
-            raise example.error("prompt", say("HAS_NO_TOKENS"))
+            raise example.error("prompt", say("NO_TOKENS"))
         learned = (*[False] * len(item.tokens), True)
         if example.labels is not None:
             item = replace(item, labels=right)
@@ -354,7 +354,7 @@ def invocation_of(tokenizer: Any, text: str) -> Invocation:
     """
     tokens = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not tokens:
-        raise ConfigError.of(_KEY, say("HAS_NO_TOKENS"))
+        raise ConfigError.of(_KEY, say("NO_TOKENS"))
     return Invocation(text, tokens)
 
 

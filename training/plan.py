@@ -73,10 +73,10 @@ class Plan:
 
     def compared(self, peak: int) -> str:
         """A line that compares a measured peak with the estimate."""
-        told = f"measured peak {peak / _MIB:.0f} MiB"
+        line = f"measured peak {peak / _MIB:.0f} MiB"
         if self.estimate is None:
-            return told
-        return f"{told}; error of the estimate {self.estimate.total / peak - 1:+.1%}"
+            return line
+        return f"{line}; error of the estimate {self.estimate.total / peak - 1:+.1%}"
 
 
 def make_plan(resolved: Resolved) -> Plan:

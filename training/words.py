@@ -41,7 +41,7 @@ TEXTS = {
     "GGUF_NEEDS_NF4": "must be nf4 or nf4-dense for a GGUF file",
     "TEXT_PART_NEEDS_NF4": "must be nf4 for the text part of a multimodal model",
     "WEIGHTS_ARE_QUANTIZED": "must be nf4 or nf4-dense, because the weights in {path} are"
-    " quantized",
+    " quantised",
     "NO_TEXT_MODEL": "transformers has no text-only class for {model_type}",
     # Examples.
     "LABEL_COUNT": "{path} has {found} different labels; {least} to {most} are supported",
@@ -50,7 +50,6 @@ TEXTS = {
     "UNKNOWN_LABEL": "the label {value!q:.60} is not in the training file",
     "ALSO_IN_TRAINING": "is the same as line {line} of the training file",
     "TOO_MANY_TOKENS": "has {found} tokens, more than data.max_length ({most})",
-    "HAS_NO_TOKENS": "has no tokens",
     "NOTHING_TO_LEARN": "has no tokens to learn",
     "ALL_TOO_LONG": "{path}: every example is longer than data.max_length ({most}); the shortest"
     " has {found} tokens",
@@ -101,15 +100,14 @@ TEXTS = {
     "OTHER_WEIGHTS_SERVED": "{url} serves other weights than {name}; pass its base with --model",
     # Conversions.
     "NOT_PEFT_FOLDER": "{path} has no {file}; pass the directory that PEFT's save_pretrained wrote",
-    "NOT_CONVERTED": "{path}: peft_type {value!q:.60} cannot be converted, only {choices};"
-    " `turret serve` may serve the adapter as it is",
+    "NOT_CONVERTED": "{path}: peft_type {value!q:.60} cannot be converted; supported are {choices}",
     "NEEDS_BASE": "{method} requires --base, the model that the adapter was trained on",
     "BASE_IS_GGUF": "{path} is a GGUF file; pass the checkpoint that the adapter was trained on",
     "BASE_NOT_FOUND": "{path} does not exist; pass the directory of the base model or its hub id,"
     " org/name",
     "BASE_IS_4BIT": "{path} is 4-bit; pass the 16-bit or 32-bit checkpoint that the adapter was"
     " trained on",
-    "TENSOR_QUANTIZED": "{name} is {dtype}, which is quantized",
+    "TENSOR_QUANTIZED": "{name} is {dtype}, which is quantised",
     "LORA_COUNT": "the adapter consists of {expected} LoRAs, but {found} were passed",
     "XLORA_NO_LORAS": "adapters must be an object that names the LoRAs",
     "XLORA_NAME": "adapters has the name {value!q:.60}, but PEFT supports only numbers from 0",

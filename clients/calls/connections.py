@@ -218,22 +218,22 @@ async def answer_of(call: grpc.aio.StreamUnaryCall[Any, Any]) -> Any:
     Raises:
         grpc.aio.AioRpcError: The call failed.
     """
-    told: asyncio.Future[grpc.aio.AioRpcError] = asyncio.get_running_loop().create_future()
+    status: asyncio.Future[grpc.aio.AioRpcError] = asyncio.get_running_loop().create_future()
 
     # gRPC calls this for each status that the call receives, not only for the last one.
     def note(ended: grpc.aio.Call) -> None:
         error = _error_of(ended)
-        if not _is_own(error) and not told.done():
-            told.set_result(error)
+        if not _is_own(error) and not status.done():
+            status.set_result(error)
 
     call.add_done_callback(note)
     try:
         return await call
     except grpc.aio.AioRpcError as error:
         if _is_own(error):
-            await asyncio.wait({told}, timeout=_STATUS_SECONDS)
-            if told.done():
-                raise told.result() from None
+            await asyncio.wait({status}, timeout=_STATUS_SECONDS)
+            if status.done():
+                raise status.result() from None
         raise
 
 

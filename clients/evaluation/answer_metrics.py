@@ -174,8 +174,8 @@ def _counts(pairs: Sequence[LabelPair]) -> tuple[Counter[str], Counter[str], Cou
     both: Counter[str] = Counter()
     found: Counter[str] = Counter()
     right: Counter[str] = Counter()
-    for told, wanted in pairs:
-        found.update(told)
+    for predicted, wanted in pairs:
+        found.update(predicted)
         right.update(wanted)
-        both.update({*told} & {*wanted})
+        both.update({*predicted} & {*wanted})
     return both, found, right

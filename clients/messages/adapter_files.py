@@ -24,7 +24,7 @@ _TEMPLATE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.
 _TOKENIZER = ("tokenizer.json", "added_tokens.json")
 _HEADER_BYTES = 16 << 20
 # Limits on the search for adapters, newest checkpoints first, below a directory that is not one.
-_MOST_TOLD = 5
+_MOST_SHOWN = 5
 _MOST_LEVELS = 3
 # A trainer's own pickle files. They do not mean that the weights are pickled.
 _TRAINERS_OWN = ("training_args.bin", "optimizer.bin", "scheduler.bin")
@@ -98,7 +98,7 @@ def _lacking(directory: Path) -> Text:
     if len(below) == 1:
         return say("ADAPTER_BELOW", path=directory, closest=str(directory / below[0]))
     if below:
-        shown = ", ".join(below[-_MOST_TOLD:]) + (", …" if len(below) > _MOST_TOLD else "")
+        shown = ", ".join(below[-_MOST_SHOWN:]) + (", …" if len(below) > _MOST_SHOWN else "")
         return say("ADAPTERS_BELOW", path=directory, count=len(below), names=shown)
     if pickles := _pickles(directory):
         return say("ADAPTER_IS_PICKLED", path=directory, file=pickles[0])

@@ -205,10 +205,10 @@ _ARGUMENTS = {
     "choice.texts": "choice",
     # Only UnloadAdapterRequest has this field.
     "timeout": "drain_seconds",
-    # The client reads what an upload's header says about its files from the files themselves.
+    # The client fills in an upload's header from the files themselves.
     "header.files": "directory",
 }
-# One of several prompts, and the field with its content. Brackets or a dot may follow.
+# Matches one of several prompts with the field of its content; brackets or a dot may follow.
 _WITHIN = re.compile(r"(inputs\[\d+\])\.(?:token_ids\.ids|chat\.messages)")
 
 

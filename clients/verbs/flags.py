@@ -273,6 +273,6 @@ def generation_options(args: argparse.Namespace) -> GenerateOptions:
         name for name in CONSTRAINT_FLAGS if getattr(args, name[2:].replace("-", "_")) is not None
     ]
     if len(given) > 1:
-        raise ValueError(say("FLAGS_CONFLICT", flags=", ".join(given)))
+        raise ValueError(say("FLAGS_CONFLICT", flags=" and ".join(given)))
     names = GenerateOptions.__annotations__.keys() & vars(args).keys()
     return GenerateOptions(**{name: getattr(args, name) for name in names})

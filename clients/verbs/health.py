@@ -34,7 +34,6 @@ _NO_SERVICE = "the server has no such service; omit --service"
 _HINTS = {
     **COMMAND_HINTS,
     "DEADLINE_EXCEEDED": "raise --timeout to wait longer for {address}",
-    "NOT_FOUND": _NO_SERVICE,
 }
 
 
@@ -118,6 +117,9 @@ def _ask(args: argparse.Namespace) -> str:
 
 
 def _described(error: TurretRpcError, args: argparse.Namespace) -> str:
+    if error.code is grpc.StatusCode.NOT_FOUND:
+        # Servers describe this in different words, or not at all.
+        return f"{error.code.name}: {_NO_SERVICE}"
     return error.described(hint_of(error, args, _HINTS))
 
 

@@ -254,7 +254,7 @@ def _keep_haproxy() -> None:
         while self._proc is process and not getattr(self, "_is_stopped", False):
             # Do nothing if a reload is about to replace the process.
             if not self._num_starting:
-                _log.warning("HAProxy has died (%s) and is started again", process.returncode)
+                _log.warning("HAProxy died (%s); restarting it", process.returncode)
                 try:
                     started = await start_and_watch(self)
                 except Exception as error:

@@ -151,7 +151,7 @@ class Ownership:
         self._is_taking = True
         self._ask()
         if self._is_taking:
-            _log.warning("no registry: the command before keeps the fleet until it is back")
+            _log.warning("the previous command owns the fleet until the registry is back")
 
     def look(self) -> bool:
         """Whether this command owns the fleet, or takes it over; the last answer if unreachable."""

@@ -75,7 +75,7 @@ def _end_with_ray(cluster: RayCluster, state_dir: Path, is_over: threading.Event
     """
     while not is_over.wait(_WATCH_SECONDS):
         if dead := cluster.dead_process():
-            _log.error("a process of Ray has died: the fleet ends", extra=log.fields(process=dead))
+            _log.error("a Ray process has died; stopping the fleet", extra=log.fields(process=dead))
             cluster.kill(state_dir)
             os._exit(1)
 
@@ -85,8 +85,8 @@ def _refuse(config: Config, error: Exception) -> int:
     text = str(error)
     why = cause(text)
     if why != text:
-        _log.debug("all that Ray said", extra=log.fields(text=text))
-        why += "" if config.log.verbose else " (--verbose logs all that Ray said)"
+        _log.debug("all output of Ray", extra=log.fields(text=text))
+        why += "" if config.log.verbose else " (--verbose logs all output of Ray)"
     refuse([("", why)], is_json=config.log.log_format == "json", command="turret cluster serve")
     return 1
 
@@ -116,7 +116,7 @@ def _listen(config: Config, stop: threading.Event, hangup: Hangup) -> None:
         elif config.security.token_file is None:
             _log.info(NOTHING_TO_RELOAD)
         else:
-            _log.info("every replica reads --token-file again by itself, when it has changed")
+            _log.info("replicas read --token-file again by themselves when it changes")
 
     signal.signal(signal.SIGHUP, reload)
 
@@ -131,10 +131,10 @@ def warn_if_crowded(replicas: int, devices: int) -> None:
     processors = available_cpus()
     if devices and replicas > devices:
         said = log.fields(replicas=replicas, devices=devices)
-        _log.warning("more replicas than devices: some will wait for one", extra=said)
+        _log.warning("more replicas than devices, so some will not start", extra=said)
     elif not devices and replicas > processors:
         said = log.fields(replicas=replicas, processors=processors)
-        _log.warning("more replicas than processors: they slow each other down", extra=said)
+        _log.warning("more replicas than processors, so they slow each other down", extra=said)
 
 
 def _serve(config: ClusterConfig, stop: threading.Event) -> int:
@@ -187,7 +187,7 @@ def _serve(config: ClusterConfig, stop: threading.Event) -> int:
             _log.info("draining", extra=log.fields(seconds=config.lifecycle.grace_seconds))
             _end()
         else:
-            _log.info("the fleet is another command's, and goes on")
+            _log.info("another command owns the fleet, which keeps running")
     return 0
 
 

@@ -195,7 +195,7 @@ def row_product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return torch.stack([row_linear(*pair) for pair in zip(x, w, strict=True)])
     missing = -num_rows % PIECE_ROWS
     pairs = (torch.nn.functional.pad(t, (0, 0, 0, 0, 0, missing)).split(PIECE_ROWS) for t in (x, w))
-    # In pieces of one shape, since a library chooses its algorithm by the shape.
+    # Multiply pieces of one shape, because a library chooses its algorithm by the shape.
     pieces = [torch.bmm(a, b.transpose(1, 2)) for a, b in zip(*pairs, strict=True)]
     return torch.cat(pieces)[:num_rows]
 

@@ -36,7 +36,7 @@ class AdapterRef:
     def __post_init__(self) -> None:
         ok = math.isfinite(self.weight) and abs(self.weight) <= 100.0
         if not ok:
-            why = say("INVALID_VALUE", value=self.weight, wanted="from -100 to 100")
+            why = say("NOT_IN_RANGE", value=self.weight, least=-100, most=100)
             raise InvalidRequestError.of("adapters.weight", why)
 
 
@@ -148,7 +148,7 @@ class Head:
     """A head without its weights.
 
     Attributes:
-        labels: One for each of its numbers, in their order.
+        labels: One label for each of its numbers, in their order.
         problem_type: One of ``PROBLEM_TYPES``: exactly one label is right, any number of them are,
             or the numbers are the answer.
     """

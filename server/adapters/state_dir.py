@@ -412,7 +412,7 @@ class SharedStateDir(NoStateDir):
 
 
 class StateDir(SharedStateDir):
-    """Thread-safe for different names; one change of a name at a time.
+    """The state directory of a server. Thread-safe, but only one change of a name at a time.
 
     Args:
         path: The directory, made if it does not exist.

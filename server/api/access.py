@@ -1,4 +1,4 @@
-"""Who may call, and how much at once: tokens, roles, shares of callers."""
+"""Access control: bearer tokens, roles, and limits on what each caller may run at once."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class WatchedFiles(Generic[_T]):
     Args:
         paths: The files.
         read: Reads the files; raises OSError or ValueError if they are invalid.
-        what: The name of their content in the log.
+        what: The name of the files' content in the log.
 
     Attributes:
         newest: The value that was read last; invalid files leave it unchanged.
@@ -65,9 +65,12 @@ class WatchedFiles(Generic[_T]):
                 read_regular(path)
             self.newest = self._read()
         except (OSError, ValueError) as error:
-            _log.error(f"{self._what} stay as they were", extra=log.fields(reason=error))
+            _log.error(
+                f"cannot read the {self._what} again; keeping the old ones",
+                extra=log.fields(reason=error),
+            )
             return False
-        _log.info(f"{self._what} read again")
+        _log.info(f"{self._what} reloaded")
         return True
 
     def forget(self) -> None:
@@ -95,12 +98,12 @@ def bearer_token(authorization: str) -> str | None:
 
 
 def token_digest(token: str) -> bytes:
-    """The digest that is stored of a token, which identifies it without disclosing it."""
+    """The digest under which a token is stored; it identifies the token without disclosing it."""
     return hashlib.sha256(token.encode()).digest()
 
 
 class TokenTable:
-    """The accepted tokens. Holds digests only, so a dump of it discloses nothing."""
+    """The accepted tokens. The table has only their digests, so that a dump discloses nothing."""
 
     def __init__(self, entries: Iterable[tuple[str, frozenset[str]]]) -> None:
         self._entries = tuple((token_digest(token), roles) for token, roles in entries)
@@ -110,12 +113,12 @@ class TokenTable:
         """Read lines ``TOKEN ROLE[,ROLE]``; blank lines and ``#`` lines are skipped.
 
         Raises:
-            ValueError: A malformed line, an unknown role, a token given twice, or no token at all.
-                Names the line, never its text.
+            ValueError: A malformed line, an unknown role, a duplicate token, or no token at all.
+                The message has the line's number but not its text.
             OSError: The file cannot be read.
         """
         if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-            _log.warning("the token file is open to other users; its mode should be 0600")
+            _log.warning("other users can read the token file; its mode should be 0600")
         return cls.parse(path)
 
     @classmethod
@@ -170,7 +173,7 @@ class TokenTable:
 SERVICE_ROLES = {
     "turret.v1.Inference": "inference",
     "turret.v1.Adapters": "admin",
-    # Not a service of turret.v1: a listening address may serve the metrics too.
+    # The metrics are not a service of turret.v1, but a listening address may serve them too.
     "metrics": "metrics",
 }
 
@@ -229,8 +232,8 @@ _LEAST_CONNECTIONS = 16
 def most_connections(num_doors: int) -> int:
     """The limit for each of ``num_doors`` listening addresses; connections beyond it are closed.
 
-    All doors together leave ``RESERVED_DESCRIPTORS``. The process's soft limit of descriptors is
-    raised for that, as far as the hard one allows.
+    All addresses together leave ``RESERVED_DESCRIPTORS`` free. For this, the process's soft limit
+    of descriptors is raised, as far as the hard limit allows.
     """
     wanted = num_doors * MOST_CONNECTIONS + RESERVED_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -243,7 +246,7 @@ def most_connections(num_doors: int) -> int:
     return max(min(share, MOST_CONNECTIONS), _LEAST_CONNECTIONS)
 
 
-# Limits on a party's open requests, and whose cached prefixes a party may use.
+# Limits on a party's open requests, and the cached prefixes that a party may use.
 
 # How many requests of one call the engine gets at a time: a list of a thousand prompts must not
 # fill the queue that others wait in.
@@ -350,7 +353,7 @@ class Party:
         """Count a request while the block runs.
 
         Raises:
-            QueueFullError: The party has as many as it may.
+            QueueFullError: The party has reached its limit.
         """
         limits, shares = [], self.shares
         if shares.per_peer:
@@ -363,7 +366,7 @@ class Party:
 
     @property
     def tenant(self) -> bytes:
-        """Identifies whose cached prefixes a request may use; empty if all requests share them."""
+        """An id that cached prefixes are separated by; empty if all requests share them."""
         is_apart = self.shares.separates_tokens and isinstance(self.authorization, str)
         return self._token if is_apart else b""
 
@@ -375,6 +378,6 @@ class Party:
 
     @property
     def most_at_once(self) -> int:
-        """How many answers of one call the engine gets at once, within the party's own limit."""
+        """The number of answers of one call that may run at once, within the party's own limit."""
         limits = (self.shares.per_token, self.shares.per_peer, MAX_AT_A_TIME)
         return min(filter(None, limits))

@@ -69,7 +69,7 @@ class SlowCalls:
     """Runs blocking calls off the event loop.
 
     Args:
-        num_threads: Calls at a time; more wait their turn.
+        num_threads: Maximum number of running calls; further calls wait.
     """
 
     def __init__(self, num_threads: int) -> None:
@@ -82,7 +82,7 @@ class SlowCalls:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def run(self, call: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
-        """Return or raise what ``call`` does. It continues if the caller is cancelled meanwhile."""
+        """Run ``call`` on a thread, where it continues if the caller is cancelled meanwhile."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, functools.partial(call, *args, **kwargs))
 
@@ -144,9 +144,9 @@ class Adapters:
     """Serves adapter calls from the registry behind the gate; all protocols share one instance.
 
     Every method raises UnavailableError while the gate is closed and InvalidRequestError for a
-    message with offending fields (all of them listed); what else it raises is the registry's, the
-    fuser's or the merger's, whose methods have the same names. Each notes in the call which
-    adapters it is about.
+    message with invalid fields, all of which it lists. Other errors are those of the registry, the
+    fuser or the merger, whose methods have the same names. Every method records in the call the
+    names of its adapters.
     """
 
     def __init__(self, gate: ServingGate) -> None:
@@ -194,7 +194,7 @@ class Adapters:
         """Receive the files of an adapter: a header, then chunks in the order of its files.
 
         Raises:
-            QueueFullError: ``MAX_UPLOADS`` are under way, or as many as one token may have.
+            QueueFullError: ``MAX_UPLOADS`` uploads are running, or as many as one token may have.
             DeadlineExceededError: The client was silent for too long.
         """
         with self._upload_of(call) as registry:
@@ -213,12 +213,12 @@ class Adapters:
         """Receive an adapter's files one after another; other files are skipped.
 
         Args:
-            header: Everything but the files.
+            header: The message without the files.
             entries: The files as they arrive; each is read before the next.
             call: The call.
 
         Raises:
-            InvalidRequestError: A file occurs twice, or one that is needed is missing.
+            InvalidRequestError: A file occurs twice, or a required file is missing.
             QueueFullError, DeadlineExceededError: See ``upload``.
         """
         with self._upload_of(call) as registry:
@@ -362,7 +362,7 @@ class Adapters:
         )
 
     async def find(self, text: str, most: int) -> Found:
-        """The first ``most`` adapters, by name, whose names contain a text, without validation."""
+        """The first ``most`` adapters, by name, whose names contain the text, which may be any."""
         registry = self._gate.enter().registry
         records = await asyncio.to_thread(registry.list)
         matching = sorted((r for r in records if text in r.name), key=lambda r: r.name)
@@ -415,7 +415,7 @@ class Adapters:
         """Remove an adapter once no request holds it, or (FORCE) end the requests that do.
 
         Raises:
-            QueueFullError: ``_DRAINS`` others wait for requests to end already.
+            QueueFullError: ``_DRAINS`` other calls already wait for requests to end.
         """
         registry = self._gate.enter().registry
         violations = Violations()
@@ -451,7 +451,7 @@ class Adapters:
         return await self._change_base(merger.merge, refs, precision)
 
     async def unmerge(self) -> adapters_pb2.MergeState:
-        """Put the base's own weights back. Cancelling the task withdraws it."""
+        """Restore the base's own weights. Cancelling the task withdraws the call."""
         return await self._change_base(self._gate.enter().merger.unmerge)
 
     async def _change_base(

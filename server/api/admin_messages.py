@@ -36,7 +36,8 @@ RESIDENCIES = {
 def _sendable(text: str) -> str:
     """The text with a question mark for each half of a surrogate pair, which protobuf rejects.
 
-    Reading refuses such text, but a state directory may hold what an earlier version let in.
+    New adapters with such text are rejected, but a state directory may contain adapters that an
+    earlier version accepted.
     """
     return text.encode("utf-8", "replace").decode()
 
@@ -123,7 +124,7 @@ def read_page_token(token: str, filters: str) -> str:
     """The name that the page starts after; empty for the first page.
 
     Raises:
-        InvalidRequestError: Not a token of this server, or one for other filters.
+        InvalidRequestError: The token is not from this server, or it is for other filters.
     """
     if not token:
         return ""
@@ -138,10 +139,10 @@ def read_page_token(token: str, filters: str) -> str:
 
 
 def page_length(page_size: int) -> int:
-    """0 means the default; more than the maximum means the maximum.
+    """The number of adapters on a page: 0 is the default, and larger values are limited.
 
     Raises:
-        InvalidRequestError: Negative.
+        InvalidRequestError: The value is negative.
     """
     if page_size < 0:
         raise InvalidRequestError.of("page_size", say("TOO_SMALL", least=0, value=page_size))
@@ -208,7 +209,7 @@ def fuse_response(
 # Conversion of merges between proto and domain.
 
 _Request = adapters_pb2.MergeAdaptersRequest
-# The merge chooses if there is none.
+# None lets the merge choose the precision.
 _PRECISIONS: dict[int, Precision | None] = {
     _Request.PRECISION_UNSPECIFIED: None,
     _Request.AUTO: None,

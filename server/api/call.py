@@ -49,7 +49,8 @@ _MOST_LOGGED_FIELDS = 8
 # ones take all of the memory for messages. The limits on connections and calls bound them.
 UNCOUNTED_BYTES = 64 << 10
 
-# No caller can predict or influence it, unlike Python's generator, which tests and libraries seed.
+# No caller can predict or influence this generator, unlike Python's default generator, which tests
+# and libraries seed.
 new_draw = random.SystemRandom().random
 
 
@@ -66,23 +67,23 @@ def request_id_of(sent_ids: Iterable[str | bytes]) -> str:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Call:
-    """A protocol begins and finishes a call; its handler records what is counted at the end.
+    """One call: the protocol begins and finishes it, and its handler records what is counted.
 
     Attributes:
         method: The method, as the log shows it.
         protocol: The door it came through: ``grpc`` or ``http``.
-        request_id: Every line that the current task logs carries it.
+        request_id: The id in every line that the current task logs.
         party: The client, whose open requests are counted together.
         deadline: ``time.monotonic()`` seconds, or None.
         draw: Chooses among the targets of the aliases that the call names.
-        adapters: Names that the call is about; None until they are known.
+        adapters: The names of the call's adapters; None until they are known.
         aliases: Each alias that the call named, and the adapter and generation that it got.
-        prompt_tokens: 0 until the engine has answered; of all prompts of the call together.
+        prompt_tokens: The tokens of all prompts together; 0 until the engine has answered.
         generated_tokens: The number of tokens generated so far.
         message_bytes: Size of the request message as it came; 0 for a stream of messages.
-        tenant: Identifies whose cached prefixes it may find; see ``Party.tenant``.
-        kept_bytes: Memory of the answers that it collects to send them as a whole.
-        trace: Its span; None if it is not traced.
+        tenant: See ``Party.tenant``.
+        kept_bytes: Memory of the answers that the call collects to send them as a whole.
+        trace: The call's span; None if it is not traced.
     """
 
     method: str
@@ -105,7 +106,7 @@ class Call:
     _level: int
     _started: float = field(default_factory=time.monotonic)
     _at_end: list[Callable[[], None]] = field(default_factory=list)
-    _told: tuple[str, str] | None = None
+    _error: tuple[str, str] | None = None
     _logged: dict[str, str | int] = field(default_factory=dict)
 
     @classmethod
@@ -129,14 +130,14 @@ class Call:
             method: The method.
             sent_ids: The values of ``x-request-id`` that the client sent; the first usable one
                 becomes the call's id. Without one the id is made up.
-            metrics: Where it is counted.
-            headers: Returns its headers or metadata.
+            metrics: The metrics that count the call.
+            headers: Returns the headers or metadata of the call.
             protocol: The door it came through.
-            party: The client; None for one without limits.
+            party: The client; None for a client without limits.
             deadline: ``time.monotonic()`` seconds, or None.
-            failures: Takes it in if it fails; None keeps nothing.
-            is_counted: Whether ``turret_requests_total`` counts it: calls that run on adapters.
-            level: The level of the line that is logged in the end.
+            failures: Records the call if it fails; None records nothing.
+            is_counted: Whether ``turret_requests_total`` counts the call, which runs on adapters.
+            level: The level of the line that is logged when the call ends.
         """
         party = party or Party(Shares())
         call = cls(
@@ -157,7 +158,7 @@ class Call:
 
     @property
     def turn(self) -> bytes:
-        """The party of its requests in the queue: the token's, or one of their own."""
+        """The party of the call's requests in the queue: the tenant's, or one of their own."""
         return self.tenant or self.request_id.encode()
 
     def receive(self, num_bytes: int) -> None:
@@ -205,7 +206,7 @@ class Call:
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         """Record the error that the client gets, before ``finish``; the log has no messages."""
-        self._told = (reason, message)
+        self._error = (reason, message)
         self._logged = {"reason": reason}
         fields = dict.fromkeys(filter(None, (_known(path) for path, _ in violations)))
         if fields:
@@ -236,8 +237,8 @@ class Call:
                 self._metrics.tokens(
                     names, prompt=self.prompt_tokens, generated=self.generated_tokens
                 )
-        if self._failures is not None and self._told is not None:
-            reason, message = self._told
+        if self._failures is not None and self._error is not None:
+            reason, message = self._error
             self._failures.add(
                 Failure(
                     method=self.method,
@@ -254,7 +255,7 @@ class Call:
         if self.trace is not None:
             self.trace.end(
                 code,
-                reason=None if self._told is None else self._told[0],
+                reason=None if self._error is None else self._error[0],
                 names=shown,
                 request_id=self.request_id,
                 prompt_tokens=self.prompt_tokens,

@@ -1,4 +1,4 @@
-"""Errors as clients see them: a code, a text, and when to try again."""
+"""Errors as clients see them: a code, a message, and when to try again."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Failure:
         code: Name of the code that the call ended with.
         reason: A constant for programs, such as ``ADAPTER_NOT_FOUND``.
         message: The message for the client.
-        adapters: Names that the call was about, as far as they were known.
-        time: When it ended, Unix seconds.
+        adapters: The names of the call's adapters, as far as they were known.
+        time: When the call ended, in Unix seconds.
     """
 
     method: str
@@ -65,10 +65,10 @@ class Fault:
     Attributes:
         code: The code of the error.
         reason: A constant for programs, such as ``ADAPTER_NOT_FOUND``.
-        message: For people. Like a description, it is a ``Text`` with a reason and parameters of
-            its own if it is a sentence of the catalogue.
-        metadata: Names and numbers that the message speaks of.
-        violations: ``(field path, description)`` of what is wrong with the request.
+        message: The message for people. Like a description, it is a ``Text`` with a reason and
+            parameters of its own if it is a sentence of the catalogue.
+        metadata: Names and numbers that the message contains.
+        violations: ``(field path, description)`` of each invalid field of the request.
         retry_after_seconds: When to try again; None if that would not help.
     """
 

@@ -82,7 +82,7 @@ class ServingGate:
         self._backend = backend
 
     def close(self, reason: Text) -> None:
-        """Refuse every further call with UNAVAILABLE and this text."""
+        """Reject every further call with UNAVAILABLE and this text."""
         self._backend = None
         self._closed_by = reason
 

@@ -48,8 +48,7 @@ class Inference:
     """Answers on behalf of the backend behind the gate.
 
     Every method raises UnavailableError while the gate is closed and InvalidRequestError for a
-    message with offending fields (all of them listed); what else it raises is the engine's (see
-    ``Engine.submit``).
+    message with invalid fields, all of which it lists. Other errors are those of ``Engine.submit``.
     """
 
     def __init__(self, gate: ServingGate) -> None:
@@ -76,7 +75,7 @@ class Inference:
     ) -> AsyncGenerator[inference_pb2.GenerateChunk, None]:
         """The answer, chunk by chunk; the last one carries ``finish_reason``.
 
-        Close the generator if you leave it early. To cancel the task that iterates is enough too.
+        Close the generator if you leave it early, or cancel the task that iterates over it.
         Set ``is_whole`` if the chunks are collected (see ``outputs_of``).
 
         Raises:
@@ -154,11 +153,11 @@ class Inference:
     async def embed(
         self, message: inference_pb2.EmbedRequest, call: Call
     ) -> inference_pb2.EmbedResponse:
-        """A vector for each input. Each counts as a request of the call's party.
+        """A vector for each input. Each input counts as a request of the call's party.
 
         Raises:
             DeadlineExceededError: The deadline passed first.
-            QueueFullError: The party has as many requests as it may.
+            QueueFullError: The party has reached its limit of requests.
         """
         return await embed(message, self._gate.enter(), call)
 

@@ -33,7 +33,7 @@ async def outputs_of(
     """Run a request on behalf of a call; however the call ends, the engine drops the request.
 
     Args:
-        backend: Answers.
+        backend: The backend that runs the request.
         request: The request to run.
         call: The call on whose behalf it runs.
         is_whole: Whether the call collects the answer; see ``keep``.
@@ -123,7 +123,7 @@ async def converted(size: int, convert: Callable[[], _T]) -> _T:
 async def together(work: Sequence[Coroutine[Any, Any, _T]], at_a_time: int) -> list[_T]:
     """The results in order, with at most ``at_a_time`` coroutines running.
 
-    What the first of them to fail raises is raised; the others are cancelled, and have ended.
+    If one of them fails, its error is raised once all others are cancelled and have ended.
     """
     results: dict[int, _T] = {}
     waiting = iter(enumerate(work))
@@ -154,7 +154,7 @@ FINISH_REASONS = {
 
 
 def token_logprobs(tokens: Iterable[TokenLogprob]) -> list[inference_pb2.TokenLogprob]:
-    """A first prompt token's logprob stays unset."""
+    """The log probabilities as messages; the first prompt token has none."""
     return [
         inference_pb2.TokenLogprob(
             token_id=token.token_id,

@@ -1,4 +1,4 @@
-"""Inference requests, proto to domain. Reports every offending field of a message at once."""
+"""Converts inference requests from proto to domain, and reports all invalid fields at once."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def check_chat(chat: inference_pb2.Chat, limits: InputLimits, violations: Violat
     """Check a conversation as far as possible without tokenising it.
 
     Raises:
-        PromptTooLongError: It cannot be as few tokens as the limit, whatever they are.
+        PromptTooLongError: The input exceeds the limit, however it is tokenised.
     """
     turns = chat.messages
     violations.check(len(turns) > 0, "chat.messages", "EMPTY")
@@ -125,7 +125,7 @@ def _check_tool(tool: inference_pb2.Tool, violations: Violations, path: str) -> 
 
 def _check_name(name: str, violations: Violations, path: str) -> None:
     is_name = TOOL_NAME.fullmatch(name) is not None
-    violations.check(is_name, path, "NOT_MATCHING", pattern=TOOL_NAME.pattern)
+    violations.check(is_name, path, "NOT_MATCHING", pattern=TOOL_NAME.pattern, value=name[:80])
 
 
 def _check_object(text: str, violations: Violations, path: str) -> None:
@@ -144,8 +144,8 @@ def _json(text: str) -> Any:
 def _num_chars(chat: inference_pb2.Chat) -> int:
     said = sum(len(turn.content) for turn in chat.messages)
     called = sum(len(call.arguments) for turn in chat.messages for call in turn.tool_calls)
-    told = sum(len(tool.description) + len(tool.parameters) for tool in chat.tools)
-    return said + called + told + len(chat.chat_template_kwargs)
+    described = sum(len(tool.description) + len(tool.parameters) for tool in chat.tools)
+    return said + called + described + len(chat.chat_template_kwargs)
 
 
 def chat_size(chat: inference_pb2.Chat) -> int:
@@ -255,7 +255,7 @@ def _check_ids(ids: Sequence[int], vocab_size: int, violations: Violations, path
 def sampling_params(
     message: inference_pb2.SamplingParams, vocab_size: int, violations: Violations
 ) -> SamplingParams:
-    """Unset scalars keep the domain's defaults."""
+    """Sampling parameters of a message; unset scalars keep the domain's defaults."""
     values = {name: getattr(message, name) for name in _SAMPLING_SCALARS if message.HasField(name)}
     path = "sampling.logit_bias"
     if violations.check_count(len(message.logit_bias), MAX_LOGIT_BIASES, path):
@@ -269,7 +269,7 @@ def sampling_params(
 def stop_conditions(
     message: inference_pb2.StopConditions, vocab_size: int, violations: Violations
 ) -> StopConditions:
-    """Unset scalars keep the domain's defaults."""
+    """Stop conditions of a message; unset scalars keep the domain's defaults."""
     values = {name: getattr(message, name) for name in _STOP_SCALARS if message.HasField(name)}
     if violations.check_count(len(message.stop_strings), MAX_STOP_STRINGS, "stop.stop_strings"):
         values["stop_strings"] = tuple(message.stop_strings)
@@ -305,10 +305,10 @@ def constraint_spec(
 
 
 def check_input(message: Asked, limits: InputLimits, violations: Violations) -> None:
-    """Check a message's ``input`` oneof (prompt, chat or token_ids) as far as it can be unread.
+    """Check a message's ``input`` oneof (prompt, chat or token_ids) before it is tokenised.
 
     Raises:
-        PromptTooLongError: It cannot be as few tokens as the limit, whatever they are.
+        PromptTooLongError: The input exceeds the limit, however it is tokenised.
     """
     which = message.WhichOneof("input")
     if which is None:
@@ -325,7 +325,7 @@ def check_input(message: Asked, limits: InputLimits, violations: Violations) -> 
 
 
 def shared_fields(message: Running, call: Call, violations: Violations) -> dict[str, Any]:
-    """The fields of a ``Request`` that every message for one sets in the same way."""
+    """The fields of a ``Request`` that all kinds of messages set in the same way."""
     refs = adapter_refs(message.adapters, violations, call.draw)
     request_id, salt = message.request_id, message.cache_salt
     is_usable = request_id == "" or is_request_id(request_id)
@@ -362,7 +362,7 @@ async def format_of(
 
     Raises:
         InvalidRequestError, UnavailableError: See ``Tokenizer.render_chat``.
-        PromptTooLongError: It cannot be as few tokens as the limit, whatever they are.
+        PromptTooLongError: The input exceeds the limit, however it is tokenised.
     """
     found = tokenizer.chat_format
     is_usual = not (chat.chat_template_kwargs or chat.HasField("add_generation_prompt"))
@@ -388,7 +388,7 @@ async def input_token_ids(
 
     Raises:
         InvalidRequestError, UnavailableError: See ``Tokenizer.render_chat``.
-        PromptTooLongError: The chat template made a text that cannot be as few tokens as the limit.
+        PromptTooLongError: The rendered conversation exceeds the limit, however it is tokenised.
     """
     which = message.WhichOneof("input")
     if which == "token_ids":
@@ -408,7 +408,7 @@ async def input_token_ids(
 async def generate_request(
     message: inference_pb2.GenerateRequest, vocabulary: Vocabulary, limits: InputLimits, call: Call
 ) -> Request:
-    """A domain request.
+    """The domain request for a message.
 
     Args:
         message: The message from the client.

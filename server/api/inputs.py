@@ -1,4 +1,4 @@
-"""Calls with several inputs: vectors, labels, and what both share."""
+"""Calls with several inputs, which return a vector or labels for each input."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def check_inputs(
     """Check every input as far as possible without tokenising it.
 
     Raises:
-        PromptTooLongError: One cannot be as few tokens as the limit, whatever they are.
+        PromptTooLongError: An input exceeds the limit, however it is tokenised.
     """
     violations.check(len(inputs) > 0, "inputs", "EMPTY")
     if not violations.check_count(len(inputs), MAX_INPUTS, "inputs"):
@@ -93,9 +93,9 @@ async def pooled(
 
     Args:
         message: The message from the client.
-        backend: Answers.
+        backend: The backend that runs the requests.
         call: The call on whose behalf the requests run; each is counted as one of its party.
-        pooling_of: How to pool the hidden states; notes what is wrong with that in the message.
+        pooling_of: Returns how to pool the hidden states, and notes invalid fields of the message.
         convert: Converts a request's last output to its result.
 
     Returns:

@@ -60,9 +60,9 @@ class InputLimits:
     """Bounds of a prompt that follow from the model.
 
     Attributes:
-        vocab_size: Token ids are below it.
-        max_tokens: Most tokens of a prompt.
-        max_chars: Longest text: more characters cannot be so few tokens.
+        vocab_size: Token ids are less than this.
+        max_tokens: Maximum number of tokens of a prompt.
+        max_chars: Maximum number of characters; a longer text always has more tokens than that.
     """
 
     vocab_size: int

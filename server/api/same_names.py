@@ -13,7 +13,10 @@ _M = TypeVar("_M", bound=Message)
 
 
 def message_of(kind: type[_M], value: Any, **others: Any) -> _M:
-    """A message with the fields of a dataclass that it has too; ``others`` are added or replace."""
+    """A message with the values of a dataclass's fields of the same names.
+
+    ``others`` are added, or replace fields of the dataclass.
+    """
     shared = {name: getattr(value, name) for name in _shared(kind, type(value))}
     return kind(**(shared | others))
 

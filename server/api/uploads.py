@@ -1,4 +1,4 @@
-"""Receives an adapter's files: what a header may announce, and the chunks that follow it."""
+"""Receives an adapter's files: checks the header, then takes the chunks that follow it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def next_message(messages: Messages) -> adapters_pb2.UploadAdapterRequest 
     """The next message, or None at the end.
 
     Raises:
-        DeadlineExceededError: None came for ``IDLE_SECONDS``.
+        DeadlineExceededError: No message arrived for ``IDLE_SECONDS``.
     """
     try:
         async with asyncio.timeout(IDLE_SECONDS):
@@ -137,7 +137,7 @@ def check_complete(names: Collection[str]) -> None:
     """Check that the files of an archive are an adapter.
 
     Raises:
-        InvalidRequestError: One that is needed is missing.
+        InvalidRequestError: A required file is missing.
     """
     violations = Violations()
     _check_complete(names, violations, "files")
@@ -157,11 +157,11 @@ async def receive_chunks(
     Args:
         messages: The messages after the header.
         write: Takes a chunk.
-        seconds: Most that all of it may take; trickles of bytes keep a place, too.
+        seconds: Time limit for all chunks, because a slow client occupies a place, too.
 
     Raises:
-        InvalidRequestError: A message is no chunk, or too large a one.
-        DeadlineExceededError: See ``next_message``; or it took longer than ``seconds``.
+        InvalidRequestError: A message is not a chunk, or its chunk is too large.
+        DeadlineExceededError: See ``next_message``; or the upload took longer than ``seconds``.
     """
     try:
         async with asyncio.timeout(seconds):

@@ -22,7 +22,7 @@ MAX_VIOLATIONS = 100
 
 @dataclass(slots=True)
 class Violations:
-    """Collects pairs of a field path and a text until all of a message has been looked at."""
+    """Collects pairs of a field path and a text while a message is checked."""
 
     found: list[tuple[str, str]] = field(default_factory=list)
 
@@ -46,12 +46,12 @@ class Violations:
         self.check(len(text) <= limit, path, "TOO_MANY_CHARACTERS", most=limit, found=len(text))
 
     def check(self, ok: bool, path: str, reason: str, **params: Any) -> None:
-        """Note what ``say(reason, **params)`` says of a field, unless it is ``ok``."""
+        """Note that a field is invalid for a reason, unless ``ok``."""
         if not ok:
             self.add(path, say(reason, **params))
 
     def check_enum(self, message: Message, name: str) -> None:
-        """Note a number in an enum field that this version gives no meaning."""
+        """Note a number in an enum field that this version does not know."""
         kind, value = message.DESCRIPTOR.fields_by_name[name].enum_type, getattr(message, name)
         assert kind is not None
         choices = ", ".join(each.name for each in kind.values)
@@ -59,7 +59,7 @@ class Violations:
         self.check(is_known, name, "NOT_ONE_OF", value=value, choices=choices)
 
     def check_name(self, name: str, path: str) -> None:
-        """Note what cannot be the name of an adapter."""
+        """Note a text that cannot be the name of an adapter."""
         if why := no_adapter_name(name):
             self.add(path, why)
 
@@ -86,7 +86,7 @@ class Violations:
                 del left[name]
 
     def raise_if_any(self) -> None:
-        """Raise one InvalidRequestError that lists them all."""
+        """Raise an InvalidRequestError with all violations, if there are any."""
         if self.found:
             raise InvalidRequestError.of_all(self.found)
 

@@ -57,7 +57,7 @@ class Vocabulary:
 
     @property
     def constraints(self) -> ConstraintCompiler:
-        """Belongs to one event loop, as the vocabulary does."""
+        """The compiler of constraints, which belongs to the vocabulary's event loop."""
         if self._like is not None:
             return self._like.constraints
         if self._constraints is None:
@@ -128,7 +128,7 @@ class Vocabularies:
         This does not check whether the adapters can be combined, and it ignores unknown names.
 
         Raises:
-            AdapterChangedError, AdapterCheckpointError: An adapter's tokenizer is not what it was.
+            AdapterChangedError, AdapterCheckpointError: An adapter's tokenizer has changed.
             InvalidRequestError: The request may not bring a template, or it is not one.
         """
         self._check_trust(chat_template)

@@ -110,7 +110,7 @@ def _refused(folder: Path) -> str:
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".turret-", dir=folder))
     except OSError as error:
-        # A full disk is no lasting reason, because files may be removed.
+        # Ignore a full disk, because files may be removed from it.
         return "" if error.errno in _FULL else error.strerror or str(error)
     return ""
 

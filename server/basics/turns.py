@@ -33,8 +33,8 @@ class FairPool:
         """The result of ``job``, which a thread calls at the tenant's turn.
 
         Args:
-            tenant: On whose behalf the job runs; empty means one that everybody shares.
-            job: Does the work. If the caller is cancelled before it begins, it never runs.
+            tenant: The tenant of the job; empty for the tenant that everybody shares.
+            job: The work. If the caller is cancelled before the job begins, it never runs.
 
         Raises:
             RuntimeError: No thread can be started.
@@ -75,7 +75,7 @@ class FairPool:
         del future, job
 
     def _next(self) -> _Job:
-        """The next job that was not cancelled; one that does nothing if there is none."""
+        """The next job that was not cancelled; without one, a job that does nothing."""
         with self._lock:
             while self._waiting:
                 tenant = next(iter(self._waiting))

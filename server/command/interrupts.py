@@ -104,12 +104,12 @@ def take_signals_of_a_start(*, is_json: bool) -> None:
         name = signal.Signals(number).name
         # Format the line by hand: the logging modules may be half loaded.
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        told = (
+        line = (
             f'{{"time": "{stamp}", "level": "INFO", "logger": "{__name__}",'
             f' "message": "stopped while starting", "signal": "{name}"}}'
         )
         with contextlib.suppress(OSError):
-            os.write(2, f"{told if is_json else f'turret serve: stopped by {name}'}\n".encode())
+            os.write(2, f"{line if is_json else f'turret serve: stopped by {name}'}\n".encode())
         os._exit(0)
 
     def hang_up(number: int, *_: object) -> None:

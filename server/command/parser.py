@@ -9,13 +9,19 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from turret.closest import did_you_mean
+from turret.closest import closest
 from turret.server.command.start_lines import refuse, wants_json
+from turret.words import SUGGESTION, TEXTS, Text
 
 EXIT_USAGE = 2
 # Arguments that take a text.
 _TEXT_ARGUMENTS = ("prompt", "texts")
 _NUMBERS: Mapping[Any, str] = {int: "a whole number", float: "a number"}
+
+
+def _suggestion(meant: str | None) -> str:
+    """The end of an error that suggests a word; empty without one."""
+    return Text.of(SUGGESTION, TEXTS[SUGGESTION], {"closest": meant}) if meant else ""
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -97,9 +103,9 @@ class CommandParser(argparse.ArgumentParser):
             return
         choices = [str(choice) for choice in action.choices]
         whole = self.verbs_below().get(value) if action.nargs == argparse.PARSER else None
-        meant = f"; did you mean {whole}?" if whole else did_you_mean(str(value), choices)
+        suggestion = _suggestion(whole or closest(str(value), choices))
         listed = ", ".join(map(repr, choices))
-        problem = f"invalid choice: {value!r} (choose from {listed}){meant}"
+        problem = f"invalid choice: {value!r} (choose from {listed}){suggestion}"
         raise argparse.ArgumentError(action, problem)
 
     def _flags(self) -> Iterator[str]:
@@ -113,5 +119,5 @@ class CommandParser(argparse.ArgumentParser):
                 yield word.partition("=")[0]
 
     def _refuse_flag(self, flag: str) -> NoReturn:
-        meant = did_you_mean(flag, self._option_string_actions)
-        self.error(f"unrecognized arguments: {flag}{meant}")
+        suggestion = _suggestion(closest(flag, self._option_string_actions))
+        self.error(f"unrecognized arguments: {flag}{suggestion}")

@@ -42,9 +42,9 @@ from turret.server.models.decoding.arch import LAYER_PREFIX
 from turret.server.models.sources.check import (
     check_model,
     check_skip_modules,
+    known_projections,
     name_of_model,
     size_of_model,
-    told_projections,
 )
 from turret.server.words import Text, say
 
@@ -181,7 +181,7 @@ def _torch_version() -> str:
 
 def base_sizes(model: Path | None, model_type: str) -> BaseSizes | None:
     """The sizes of a base that are known before it is read; None for a mixture, or if unknown."""
-    size, projections = size_of_model(model), told_projections(model, model_type)
+    size, projections = size_of_model(model), known_projections(model, model_type)
     if size is None or projections is None or projections.experts is not None:
         return None
     linears = projections.linears()

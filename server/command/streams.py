@@ -74,7 +74,7 @@ def with_streams(run: Callable[[], int]) -> int:
             raise
         code = EXIT_BROKEN_PIPE
     except OutputError as error:
-        code = _told(error)
+        code = _report(error)
     except SystemExit as end:
         # The parser has already printed the reason. It ignores failures to write its help.
         if isinstance(end.code, str):
@@ -85,13 +85,13 @@ def with_streams(run: Callable[[], int]) -> int:
     except BrokenPipeError:
         return code or EXIT_BROKEN_PIPE
     except OutputError as error:
-        return _told(error)
+        return _report(error)
     if code == 0 and isinstance(output.failure, OutputError):
-        return _told(output.failure)
+        return _report(output.failure)
     return code
 
 
-def _told(error: OutputError) -> int:
+def _report(error: OutputError) -> int:
     print(f"error: {error}", file=sys.stderr)
     return EXIT_FAILED
 

@@ -25,7 +25,7 @@ from turret.server.words import say
 NUM_THREADS = 2
 # Maximum number of constraints that are being compiled or waited for at a time.
 MAX_RUNNING = 64
-# Those of one token. The others keep at least a quarter of the places.
+# Maximum number of these for one token, so that a quarter of the places is kept for others.
 MAX_RUNNING_OF_TOKEN = 48
 # The slowest constraint within the limits below took half a second to compile here.
 COMPILE_SECONDS = 20.0
@@ -82,14 +82,14 @@ class ConstraintCompiler:
         self.kept.forget(self._owner)
 
     async def compile(self, spec: ConstraintSpec, tenant: bytes = b"") -> Constraint:
-        """The compiled form of a constraint, of as many characters as there may be.
+        """The compiled form of a constraint, whose length has already been checked.
 
         Args:
             spec: The constraint.
             tenant: The token that asks for it; empty if all requests share one queue.
 
         Raises:
-            InvalidRequestError: It cannot be read or met; names the parts that are to blame.
+            InvalidRequestError: The constraint cannot be read or met; lists the parts at fault.
             QueueFullError: Too many others are being compiled, in total or for this token.
             BudgetExceededError: The compilation took too long.
         """

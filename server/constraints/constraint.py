@@ -24,10 +24,11 @@ class Constraint:
     """Makes matchers, on one thread at a time.
 
     Args:
-        make: Compiles it for a value of ``forces``; does not fail once it has not failed.
-        alphabet: Of its tokenizer.
-        num_bytes: About what the compiled form takes in memory.
-        forces: See ``copy``; what its matchers begin with.
+        make: Compiles the constraint for a value of ``forces``. If the first call succeeds, later
+            calls do too.
+        alphabet: The alphabet of the constraint's tokenizer.
+        num_bytes: The approximate memory of the compiled form.
+        forces: The value of ``forces`` (see ``copy``) with which matchers begin.
     """
 
     def __init__(
@@ -49,11 +50,11 @@ class Constraint:
     # Called by matchers.
 
     def copy(self, *, forces: bool) -> LLMatcher:
-        """One at the beginning, with the newest lexer.
+        """A matcher of llguidance at the beginning of an answer, with the newest lexer.
 
         Args:
-            forces: Whether the tokens of a text that must come are those that the tokenizer makes
-                of it, or any that spell it.
+            forces: Whether forced text consists of the tokens that the tokenizer makes of it. If
+                False, any tokens may spell it.
         """
         found = self._prototypes.get(forces)
         if found is None:
@@ -61,7 +62,7 @@ class Constraint:
         return found.deep_copy()
 
     def renewed(self, *, forces: bool) -> LLMatcher:
-        """One at the beginning, with a lexer that nobody has used."""
+        """A matcher of llguidance at the beginning of an answer, with an unused lexer."""
         self._renew()
         return self.copy(forces=forces)
 
@@ -74,17 +75,17 @@ class Constraint:
         self._seconds = 0.0
 
 
-# The constraints that were compiled lately, of all vocabularies together.
+# The recently compiled constraints of all vocabularies.
 
 MAX_CACHED = 64
 MAX_CACHED_BYTES = 64 << 20
 
 
 class KeptConstraints:
-    """Keeps compiled constraints, those asked for last, within one budget. One event loop's.
+    """Keeps the most recently used constraints within one budget. Belongs to one event loop.
 
     Attributes:
-        num_bytes: About what they take.
+        num_bytes: The approximate memory of the constraints.
     """
 
     def __init__(self) -> None:
@@ -96,7 +97,7 @@ class KeptConstraints:
         return len(self._kept)
 
     def new_owner(self) -> int:
-        """A number for one more vocabulary: each has forms of its own."""
+        """A number for a new vocabulary, because each vocabulary has compiled forms of its own."""
         return next(self._owners)
 
     def find(self, owner: int, digest: bytes) -> Constraint | None:

@@ -37,7 +37,7 @@ class ConstraintSpec:
 
     @property
     def digest(self) -> bytes:
-        """Names what is asked for: equal ones have one compiled form."""
+        """A digest of kind and texts: constraints with the same digest share one compiled form."""
         # Each answer to each prompt looks its constraint up, so do not loop over a thousand texts.
         lengths = ",".join(map(str, map(len, self.texts)))
         whole = f"{self.kind} {lengths} {''.join(self.texts)}"
@@ -145,7 +145,7 @@ def _schemas(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 # Whitespace between the tokens of JSON. It is bounded, because a model that has begun to write
 # blanks may never stop.
 WHITESPACE = r"[\x20\x0A\x0D\x09]{0,32}"
-# Formats that say what a string is for, not what it looks like. Pydantic writes them.
+# Formats of Pydantic's schemas that describe the purpose of a string, not its form.
 _NOTES = ("password", "binary", "path", "file-path", "directory-path")
 _JSON_OPTIONS: Any = {
     "whitespace_flexible": True,

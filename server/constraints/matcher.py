@@ -247,8 +247,8 @@ class Matcher:
             self._alphabet.is_drawable(token) and self._native.validate_tokens([token])
         ):
             return token
-        # The text happens to be a special token's name, which the tokenizer turns into that token.
-        # That token means something else and is not in the grammar, or it has no logit.
+        # The forced text equals the name of a special token, so the tokenizer returns that token.
+        # The grammar does not allow it there, or the model has no logit for it.
         self._forces = False
         self._native = self._source.copy(forces=False)
         self._native.consume_tokens(self._tokens)

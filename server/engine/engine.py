@@ -65,10 +65,10 @@ class Engine:
         on_thread: A context in which the thread does all its work.
 
     Attributes:
-        is_dead: The thread failed; nothing will be served any more.
-        dead: Set on the event loop when that happens.
+        is_dead: Whether the thread has failed, so that nothing will be served any more.
+        dead: An event that is set on the event loop when the thread fails.
         max_model_len: The model's context, or what the KV cache holds if that is less.
-        max_queued_bytes: Most memory of requests that wait or run, and of their answers.
+        max_queued_bytes: Maximum memory of waiting and running requests and of their answers.
     """
 
     def __init__(
@@ -121,12 +121,12 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait to be computed."""
+        """Number of requests that wait to be computed."""
         return self._loop.num_waiting
 
     @property
     def num_open(self) -> int:
-        """Requests that wait or run; call it on the event loop."""
+        """Number of waiting and running requests; call it on the event loop."""
         return self._num_open
 
     def is_ready(self, sequence: Sequence) -> bool:

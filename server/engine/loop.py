@@ -40,7 +40,7 @@ from turret.server.errors import (
 from turret.server.metrics import Metrics
 from turret.server.words import say
 
-# Requests that need a classification head, and those that an adapter with one takes.
+# The check that a request and its adapters agree about a classification head.
 
 
 def check_heads(request: Request, mix: Mix) -> None:
@@ -64,7 +64,7 @@ def check_heads(request: Request, mix: Mix) -> None:
         raise AdapterClassifiesError.of("adapters", said)
 
 
-# Requests that an adapter with its own vocabulary or chat template takes.
+# The check that a request was tokenised with the vocabulary and chat template of its adapters.
 
 
 def check_vocabulary(request: Request, mix: Mix) -> int:
@@ -94,9 +94,10 @@ def check_vocabulary(request: Request, mix: Mix) -> int:
 
 
 def _parts_of_the_base(mix: Mix) -> str:
-    """The adapter of a mix that does not act on everything that is computed; empty without one.
+    """The name of an adapter that leaves a part of the computation to the base; empty without one.
 
-    Before an invocation, and in a first pass, keys and values are the base's, and are shared.
+    The base alone computes the keys and values before an invocation and in a first pass, and all
+    requests share them.
     """
     found = (a.name for a, _ in mix.members if a.facts.invocation or a.facts.first_pass)
     return next(found, "")

@@ -254,7 +254,7 @@ def _chat_of(body: CountRequest, names: dict[str, str]) -> inference_pb2.Chat:
 
 # The answer.
 
-# By the kind of an item: its block without content, the field for the content, and the type and the
+# The kind of an item → its block without content, the field for the content, and the type and the
 # field of a delta.
 _BLOCKS: dict[Kind, tuple[dict[str, Any], str, str, str]] = {
     Said: ({"type": "text", "text": ""}, "text", "text_delta", "text"),

@@ -101,7 +101,7 @@ def _chat_of(
     return chat
 
 
-# By the kind of an item: its type, the prefix of its id, and the prefix of its events' types.
+# The kind of an item → its type, the prefix of its id, and the prefix of its events' types.
 _TYPES = {
     Said: ("message", "msg", "response.output_text"),
     Thought: ("reasoning", "rs", "response.reasoning_text"),

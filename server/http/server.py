@@ -25,6 +25,7 @@ from turret.server.http.endpoint import ADAPTERS, Endpoint, Route
 from turret.server.http.middleware import HostCheck, RequestIds, no_route
 from turret.server.http.openapi import Document
 from turret.server.http.routes import ROUTES
+from turret.server.words import say
 
 # Clients reuse idle connections, and a request fails if its connection was just closed.
 KEEP_ALIVE_SECONDS = 75
@@ -75,7 +76,7 @@ class HttpServer:
                 socket.create_server((host, port), family=family), self._most_connections
             )
         except OSError as error:
-            raise OSError(f"cannot listen on {self.address}: {error}") from None
+            raise OSError(say("ADDRESS_UNUSABLE", value=self.address, why=str(error))) from None
         self.address = f"{shown}:{listener.getsockname()[1]}"
         self._server = _Uvicorn(_configuration(self._app, self._tls, listener))
         self._serving = asyncio.ensure_future(self._server.serve(sockets=[listener]))

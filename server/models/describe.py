@@ -73,7 +73,7 @@ def describe_base(
 
     Args:
         decoder: The model.
-        source: Where it is from.
+        source: The source of the model.
         generation: The generation of its weights.
         named: See ``BaseVocabulary``.
     """

@@ -95,7 +95,7 @@ class Received:
         """Return the message, once, so that the caller decides how long it is kept.
 
         Raises:
-            InvalidRequestError: It is malformed.
+            InvalidRequestError: The message is malformed.
         """
         parsed, self.parsed = self.parsed, None
         if parsed is None:
@@ -127,8 +127,8 @@ async def one_message(requests: AsyncIterator[Received], call: Call, arrivals: A
         arrivals: The places in which messages arrive.
 
     Raises:
-        InvalidRequestError: It is malformed, or none came.
-        DeadlineExceededError: It did not arrive within ``MESSAGE_SECONDS``.
+        InvalidRequestError: The message is malformed, or there is none.
+        DeadlineExceededError: The message did not arrive within ``MESSAGE_SECONDS``.
         QueueFullError: See ``Call.receive``.
     """
     received = await _next(requests, arrivals.place(call))

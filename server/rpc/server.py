@@ -19,6 +19,7 @@ from turret.server.basics.files import read_regular
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.rpc.interceptor import MOST_CALLS, CallInterceptor
 from turret.server.rpc.services import HealthServicer, Servicer
+from turret.server.words import say
 from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 _log = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ def read_credentials(security: SecurityConfig) -> grpc.ServerCredentials | None:
 class RpcServer:
     """The gRPC server. It starts before the model is loaded and reports that it is starting.
 
-    Must be made and used inside the running event loop.
+    Create and use it inside the running event loop.
 
     Args:
         listen: Addresses. Without an admin address the Adapters service shares the main one.
@@ -178,8 +179,7 @@ class RpcServer:
                 port = server.add_secure_port(address, credentials)
         except RuntimeError as error:
             await server.stop(None)
-            hint = "" if credentials is None else " (or the TLS files do not fit together)"
-            raise OSError(f"cannot listen on {address}{hint}: {error}") from None
+            raise OSError(say("ADDRESS_UNUSABLE", value=address, why=str(error))) from None
         is_unix = address.startswith("unix:")
         bound = address if is_unix else f"{address.rpartition(':')[0]}:{port}"
         await server.start()

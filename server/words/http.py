@@ -14,14 +14,14 @@ TEXTS: dict[str, str] = {
         "the body must be uncompressed JSON with the header content-type: application/json"
     ),
     # Fields.
-    "WRONG_TYPE": "must be {expected}",
+    "WRONG_TYPE": "must be {expected}, not {value}",
     "TOO_LONG": "must have at most {most} characters when written as JSON",
     "NUMBER_TOO_LARGE": "must not contain numbers above 1.8e308",
     "TOO_FEW_ENTRIES": "must have {least} or more entries",
     "NOT_TEXT": "must be a text part; this model accepts only text",
     "NOT_A_BIAS": "must map token ids to numbers from -100 to 100; the entry {token!q:.40} does"
     " not",
-    "NOT_SUPPORTED": "is not supported; leave it out",
+    "NOT_SUPPORTED": "is not supported; omit it",
     "NOT_SUPPORTED_USE": "is not supported; use {instead}",
     "NOTHING_STORED": "is not supported: nothing is stored; send the whole conversation as input",
     "TOO_MANY_ANSWERS": "all prompts together may have at most {most} answers, not {found}",
@@ -33,16 +33,15 @@ TEXTS: dict[str, str] = {
     # Models.
     "NEEDS_BASE_MODEL": "requires model to be the base model",
     "NO_SUCH_MODEL": "the model {model!q} does not exist",
-    "MODEL_NOT_A_MIX": "the model {model!q} does not exist; write a mix as {step}",
+    "MODEL_NOT_A_MIX": "the model {model!q} does not exist; write a mix like {step}",
     "MODEL_IS_A_MIX": "{model!q} is a mix; GET /v1/models/{step} describes its first adapter",
-    "NOT_A_WEIGHT": (
-        "the weight {weight!q} of {name!q} is not a decimal number without an exponent, such as 0.5"
-    ),
+    "NOT_A_WEIGHT": "the weight of {name!q} must be a decimal number such as 0.5, not {weight!q}",
     # Requests.
     "HEAD_TOO_LARGE": "the path and headers must be at most {most} bytes",
     "DUPLICATE_HEADER": "the request has more than one {header} header",
     "HOST_MISSING": "the request has no host header",
-    "UNKNOWN_HOST": "unknown host {host!q}; use the server's address, or --http-allowed-host",
+    "UNKNOWN_HOST": "unknown host {host!q}; use the server's address, or allow the host with"
+    " --http-allowed-host",
     "UNKNOWN_URL": "{method} {path} is not served",
     "URL_ELSEWHERE": "{method} {path} is served only at the admin address, over gRPC",
     "METHOD_NOT_ALLOWED": "{path} does not support {method}; use {allowed}",

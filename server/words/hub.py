@@ -4,8 +4,8 @@ _SIGN_IN = "set HF_TOKEN or run `hf auth login`"
 
 TEXTS = {
     # Adapters that may be loaded from the hub.
-    "HUB_NOT_ALLOWED": "the server was started without --adapter-hub, which lists the"
-    " organisations whose adapters it may load",
+    "HUB_NOT_ALLOWED": "needs a server with --adapter-hub, which lists the organisations whose"
+    " adapters it may load",
     "HUB_ORGANISATION_NOT_ALLOWED": "belongs to {organisation}; --adapter-hub allows {choices}",
     "ADAPTER_BELOW_TOP": "contains no adapter_config.json at its top, only in {folder}; download"
     " that directory and load it from --adapter-root",

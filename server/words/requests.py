@@ -14,7 +14,7 @@ TEXTS = {
     "HOLDS_TOO_LONG_STRING": "must not contain a string of {found} characters; the limit is {most}",
     "HOLDS_NUL": "must not contain a NUL character",
     "NOT_PRINTABLE_ASCII": "must be at most {most} printable ASCII characters",
-    "NOT_MATCHING": "must match {pattern}",
+    "NOT_MATCHING": "must match {pattern}, not {value!q:.80}",
     "NOT_AN_ADAPTER_NAME": "{value!q} is not a valid adapter name; use at most 128"
     ' letters, digits, ".", "_", "-" and "/", with a letter or digit at both ends'
     ' and no empty, "." or ".." part',
@@ -33,12 +33,12 @@ TEXTS = {
     "NOT_A_DIGEST": "must be empty or 64 lower-case hexadecimal digits",
     "MORE": "and {count} more",
     # Prompts and answers.
-    "NO_TOKENS": "the prompt has no tokens",
+    "NO_TOKENS": "has no tokens",
     "PROMPT_TOO_LONG": "the prompt has {length} {unit}, more than the limit of {limit}",
     "CONTEXT_TOO_SHORT": "the prompt has {prompt_tokens} tokens, too many for the context of"
     " {max_model_len}",
-    "MAX_TOKENS_TOO_LARGE": "{other} is {max_tokens}, but a prompt of {prompt_tokens} tokens"
-    " leaves room for {room} in the context of {max_model_len}",
+    "MAX_TOKENS_TOO_LARGE": "{other} is {max_tokens}, but this prompt leaves room for {room} in"
+    " the context of {max_model_len} tokens",
     "NOT_A_TOKEN": "token {value} is not in the vocabulary of {size} tokens",
     "ANSWER_COMPLETE": "already has {found} tokens, but {other} allows only {most}",
     "ANSWER_ENDED": "token {index} already ends the answer",

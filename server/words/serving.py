@@ -56,8 +56,8 @@ TEXTS = {
     "FOLDER_IS_A_FILE": "is a file, not a directory",
     "FOLDER_NOT_WRITABLE": "is not writable: {problem}",
     "FOLDER_NOT_CREATABLE": "cannot be created in {folder}: {problem}",
-    "NO_HOME_DIRECTORY": "there is no home directory for the quantized weights; set XDG_CACHE_HOME",
-    "CACHE_NOT_WRITABLE": "the quantized weights cannot be stored: {folder} {problem}; set"
+    "NO_HOME_DIRECTORY": "there is no home directory for the quantised weights; set XDG_CACHE_HOME",
+    "CACHE_NOT_WRITABLE": "the quantised weights cannot be stored: {folder} {problem}; set"
     " XDG_CACHE_HOME to another directory",
     # Child processes for untrusted input.
     "PROCESS_KILLED": "its process was killed",
@@ -101,7 +101,7 @@ TEXTS = {
     "GRANITE_HYBRID_UNSUPPORTED": "granitemoehybrid models with experts or Mamba layers are not"
     " supported",
     "ROTATION_TOO_WIDE": "models whose heads rotate more features than they have are not supported",
-    "QUANTIZATION_UNSUPPORTED": "{model} is quantized with {value!q}; supported are bitsandbytes"
+    "QUANTIZATION_UNSUPPORTED": "{model} is quantised with {value!q}; supported are bitsandbytes"
     " 4-bit, MXFP4 and FP8",
     "ALREADY_QUANTIZED": "{model} is already quantised to 4 bits, so no modules can be skipped",
     "UNKNOWN_MODULE": "no module of the decoder layers matches {value!q}",

@@ -20,8 +20,8 @@ TEXTS = {
     "MORE_THREADS_THAN_CPUS": "{value} is more than the number of processors ({cpus}), which makes"
     " the server slower",
     "ABOVE_MEMORY": "must be at most this machine's memory, {most!b}, not {value!b}",
-    "TORCH_WITHOUT_CUDA": "the installed torch supports only CPUs; `pip install torch` installs one"
-    " for NVIDIA GPUs",
+    "TORCH_WITHOUT_CUDA": "the installed torch supports only CPUs; `pip install torch` installs a"
+    " build for NVIDIA GPUs",
     "STATE_DIR_IN_USE": "another server uses {path}; give this one a directory of its own",
     "KEY_OF_ANOTHER_CERTIFICATE": "{key} is not the key of {certificate}",
     "NOT_A_KEY_PAIR": "{certificate} and {key} must be a PEM certificate and its key without a"

@@ -23,9 +23,3 @@ def closest(word: str, choices: Iterable[str]) -> str | None:
     close = difflib.get_close_matches(plain, bare, 1, cutoff)
     meant = bare[close[0]] if close else word
     return meant if meant != word else None
-
-
-def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """``; did you mean "sql"?`` where a choice is close to the word, else nothing."""
-    close = closest(word, choices)
-    return "" if close is None else f'; did you mean "{close}"?'

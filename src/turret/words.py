@@ -53,9 +53,17 @@ class _Sentences(Formatter):
     """``str.format`` with two more conversions.
 
     ``!q`` is text in double quotes, escaped to one line. ``!b`` is a number of bytes with a unit.
+    Other floats have up to seven digits, as many as single precision has.
     """
 
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if isinstance(value, float) and not format_spec:
+            format_spec = ".7g"
+        return super().format_field(value, format_spec)
+
     def convert_field(self, value: Any, conversion: Any) -> Any:
+        if conversion == "q" and isinstance(value, float):
+            return f"{value:.7g}"
         if conversion == "q":
             text = json.dumps(value, ensure_ascii=False, default=str)
             # JSON leaves some line ends and control characters of Unicode as they are.

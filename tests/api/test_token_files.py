@@ -27,7 +27,7 @@ def test_a_fifo_in_place_of_the_token_file_changes_nothing(
     os.mkfifo(token_file)
     for _ in range(2):
         assert not files.look()
-        assert "tokens stay as they were" in caplog.text
+        assert "cannot read the tokens again" in caplog.text
         assert files.newest.roles_of("alpha-secret") == {"inference"}
         # SIGHUP has the same effect.
         files.forget()

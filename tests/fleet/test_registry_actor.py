@@ -199,7 +199,7 @@ def test_a_command_takes_the_fleet_when_the_registry_is_back(
         registry.silent = GetTimeoutError("timed out")
         with caplog.at_level(logging.WARNING):
             new.take()
-        assert "the command before keeps the fleet" in caplog.text
+        assert "the previous command owns the fleet" in caplog.text
         caplog.clear()
         # The command continues, and does not end a fleet that it does not own yet.
         assert new.look()

@@ -213,7 +213,7 @@ def test_more_replicas_than_the_machine_has_for_them_are_warned_of(
 ) -> None:
     monkeypatch.setattr(serve, "available_cpus", lambda: 2)
     serve.warn_if_crowded(replicas, devices)
-    assert [record.getMessage().partition(":")[0] for record in caplog.records] == (
+    assert [record.getMessage().partition(",")[0] for record in caplog.records] == (
         [said] if said else []
     )
 

@@ -14,7 +14,7 @@ from servers.fake_hub import TOKEN, FakeHub, Repo
 from turret.server.basics.names import HubId
 from turret.server.errors import InvalidRequestError
 from turret.server.models.model_source import ModelSource, resolve_model
-from turret.server.models.sources.check import check_model, size_of_model, told_projections
+from turret.server.models.sources.check import check_model, known_projections, size_of_model
 from turret.server.words import Text, say
 
 NAME = "acme/tiny"
@@ -106,7 +106,7 @@ def test_what_a_config_tells_of_sizes_comes_before_the_weights(
     hub: FakeHub, repo: Repo, tiny_llama: Path
 ) -> None:
     kind = check_model(Path(NAME))
-    assert told_projections(Path(NAME), kind) == told_projections(tiny_llama, kind) is not None
+    assert known_projections(Path(NAME), kind) == known_projections(tiny_llama, kind) is not None
     assert size_of_model(Path(NAME)) == size_of_model(tiny_llama) is not None
     assert [name for name in hub.downloads() if "config.json" not in name] == []
 

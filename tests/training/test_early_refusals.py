@@ -178,11 +178,11 @@ def test_what_a_config_says_of_modules_is_what_the_model_has(
         (tmp_path / "config.json").write_text(json.dumps(told))
         arch = read_arch(type(config).from_dict(told))
         expected = Projections(**{f.name: getattr(arch, f.name) for f in fields(Projections)})
-        assert check.told_projections(tmp_path, model_type) == expected
-        assert check.told_projections(Path("acme/model"), model_type) == expected
+        assert check.known_projections(tmp_path, model_type) == expected
+        assert check.known_projections(Path("acme/model"), model_type) == expected
     del said["num_key_value_heads"]
     (tmp_path / "config.json").write_text(json.dumps(said))
-    assert check.told_projections(tmp_path, model_type) is None
+    assert check.known_projections(tmp_path, model_type) is None
 
 
 def test_what_a_config_leaves_open_is_not_compared_with_the_run(tmp_path: Path):

@@ -15,7 +15,7 @@ from typing import Any
 import turret
 from turret.training.errors import RunError
 from turret.training.run.folder import RunFolder
-from turret.training.settings.checks import PRESETS, ToldBase, expand_targets
+from turret.training.settings.checks import PRESETS, KnownBase, expand_targets
 from turret.training.settings.config import TrainConfig
 from turret.training.settings.declared import DECLARED
 from turret.training.words import Text, say
@@ -91,7 +91,7 @@ class _Difference:
 
 
 def check_settings(
-    config: TrainConfig, folder: RunFolder, data: str | None = None, base: ToldBase | None = None
+    config: TrainConfig, folder: RunFolder, data: str | None = None, base: KnownBase | None = None
 ) -> None:
     """Like :func:`check_same_run`, but compares only inputs that are known before torch is loaded.
 
@@ -104,7 +104,7 @@ def check_settings(
     """
     before = folder.read_facts()
     there = before.get("config", {})
-    told = {
+    asked = {
         table: {
             key: value
             for key, value in keys.items()
@@ -112,7 +112,7 @@ def check_settings(
         }
         for table, keys in dataclasses.asdict(config).items()
     }
-    method, optimizer = told["method"], told["optimizer"]
+    method, optimizer = asked["method"], asked["optimizer"]
     if method["name"] == there.get("method", {}).get("name"):
         learning_rate, defaults = DECLARED[method["name"]]
         rate = {"learning_rate": learning_rate}
@@ -120,7 +120,7 @@ def check_settings(
         for table, filled_in in (("method", keys), ("optimizer", rate)):
             has = there.get(table, {})
             left = {k: v for k, v in filled_in.items() if has.get(k) is not None}
-            told[table].update({k: v for k, v in left.items() if k not in told[table]})
+            asked[table].update({k: v for k, v in left.items() if k not in asked[table]})
     # A run records the components' digests and the names of the target modules, so these keys
     # cannot be compared as they are.
     method.pop("components", None)
@@ -132,8 +132,8 @@ def check_settings(
     if optimizer["name"].startswith("paged"):
         # Without CUDA, paged optimizers are replaced by adamw8bit.
         del optimizer["name"]
-    known = {table: {key: there.get(table, {}).get(key) for key in told[table]} for table in told}
-    now = {"config": told, "versions": versions()}
+    known = {table: {key: there.get(table, {}).get(key) for key in asked[table]} for table in asked}
+    now = {"config": asked, "versions": versions()}
     name = before.get("base", {}).get("name")
     if base is not None and name is not None:
         # The digest is compared later, because computing it may take minutes.

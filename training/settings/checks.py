@@ -20,9 +20,9 @@ from turret.server.models.decoding.arch import MODULES, ROUTER, Experts, Project
 from turret.server.models.families import FAMILIES
 from turret.server.models.sources.check import (
     check_model,
+    known_context,
+    known_projections,
     name_of_model,
-    told_context,
-    told_projections,
 )
 from turret.training.errors import ConfigError
 from turret.training.settings.config import BaseConfig, DataConfig, MethodConfig, TrainConfig
@@ -374,7 +374,7 @@ def check_inputs(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -
 
 
 @dataclass(frozen=True, slots=True)
-class ToldBase:
+class KnownBase:
     """The facts about a base that are known before torch is loaded.
 
     Attributes:
@@ -386,7 +386,7 @@ class ToldBase:
     projections: Projections | None
 
 
-def check_base(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -> ToldBase:
+def check_base(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -> KnownBase:
     """Reject a base that is unusable, at all or with this method; queries the hub if needed.
 
     Args:
@@ -401,15 +401,15 @@ def check_base(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -> 
     """
     base = base_place(config.base, folder)
     model_type = check_model(base)
-    if (context := told_context(base)) is not None:
+    if (context := known_context(base)) is not None:
         check_max_length(config.data, context)
-    projections = told_projections(base, model_type)
+    projections = known_projections(base, model_type)
     if projections is None and config.method.targets is not None:
         check_targets(model_type, config.method.targets)
     if projections is not None:
         for each in with_ranks(config, ranks):
             check_method(each.method, projections)
-    return ToldBase(name_of_model(base), projections)
+    return KnownBase(name_of_model(base), projections)
 
 
 def check_max_length(config: DataConfig, context: int) -> None:

@@ -47,10 +47,10 @@ class Verdict:
         tokens: The number of compared tokens.
         same: The number of tokens that PEFT in fp32 would choose too. A token counts if rounding
             explains why the other one was chosen.
-        error: Mean difference between the server's log probabilities and PEFT's in fp32.
+        error: The mean difference between the server's log probabilities and PEFT's in fp32.
         rounding: The same for PEFT in bf16 on the same base.
         without_effect: Kinds of modules whose keys had no effect; ``*`` means the whole adapter.
-        mixed: The number of answers that differ when asked in one batch with other adapters.
+        mixed: The number of answers that differ beside requests for other adapters.
         reloaded: The number of answers that differ after another adapter had the same name; None
             if the server did not load an adapter.
         problem: Why the adapter was not compared; empty if it was.
@@ -68,14 +68,14 @@ class Verdict:
 
     @property
     def is_right(self) -> bool:
-        """Whether the answers are PEFT's up to rounding, and the same in any company."""
+        """Whether the answers are PEFT's up to rounding, and the same beside other requests."""
         is_near = self.same == self.tokens > 0 and self.error <= _ROUNDINGS * self.rounding
         return is_near and not (self.problem or self.without_effect or self.mixed or self.reloaded)
 
 
 @dataclass(frozen=True, slots=True)
 class _Case:
-    """An answer with its tokens: ``ids`` are those of the answer that have a log probability."""
+    """An answer with its tokens: ``ids`` are those of its tokens that have a log probability."""
 
     prompt: list[int]
     ids: list[int]
@@ -97,17 +97,17 @@ def verify(
     Args:
         door: The server.
         base: The base model of the reference.
-        weights: Its weights: ``full`` as in the checkpoint, ``nf4`` as turret serves it.
+        weights: The base's weights: ``full`` as in the checkpoint, ``nf4`` as turret serves them.
         adapters: The server's name of each adapter → the directory that PEFT wrote.
-        prompts: Texts that are continued.
+        prompts: The texts that the server continues.
         max_tokens: Maximum number of tokens of each answer.
-        on_phase: Called with a description of what is done next.
+        on_phase: Called with a description of each phase.
 
     Returns:
         A verdict on the base, and one on each adapter.
 
     Raises:
-        RunError: The server cannot be reached, or does not give what the comparison needs.
+        RunError: The server cannot be reached, or its answers lack what the comparison needs.
     """
     dense: Weights = "nf4-dense" if weights == "nf4" else weights
     tokenizer = base.tokenizer
@@ -166,7 +166,7 @@ def ask_together(
     alone: Mapping[str, Sequence[Answer]],
     verdicts: Mapping[str, Verdict],
 ) -> None:
-    """Ask for all answers again, with requests for different adapters at the same time."""
+    """Request all answers again, for different adapters at the same time."""
     places = [(name, number) for number in range(len(prompts)) for name in verdicts]
 
     def ask(place: tuple[str, int]) -> Answer:
@@ -187,7 +187,7 @@ def reload(
     verdicts: Mapping[str, Verdict],
 ) -> None:
     """Serve all adapters one after another under the same name, which must not mix them up."""
-    # The first one comes once more at the end, so that even a single adapter is loaded twice.
+    # Repeat the first adapter at the end, so that even a single adapter is loaded twice.
     for name in (*adapters, *list(adapters)[:1]):
         try:
             door.load(_NAME, adapters[name])
@@ -203,7 +203,7 @@ def reload(
 
 
 def _case(tokenizer: Any, prompt: str, ids: list[int], answer: Answer) -> _Case | None:
-    """The answer's tokens, or None if the server does not tell which they were."""
+    """The answer's tokens, or None if the server does not report them."""
     tokens = [token for token in answer.tokens if isinstance(token, int)]
     if len(tokens) < len(answer.tokens):
         tokens = tokenizer(prompt + answer.text).input_ids[len(ids) :]
@@ -224,7 +224,7 @@ def _all_rows(model: Any, cases: Sequence[_Case]) -> Rows:
 
 
 def _compare(model: Any, directory: Path | None, cases: Sequence[_Case], verdict: Verdict) -> Rows:
-    """PEFT's view in fp32; a problem with the adapter goes into the verdict."""
+    """PEFT's result in fp32; a problem with the adapter is recorded in the verdict."""
     if not cases:
         verdict.problem = "the tokens of the answers are not known"
         return torch.empty(0, 2)
@@ -247,7 +247,7 @@ def _judge(verdict: Verdict, cases: Sequence[_Case], exact: Rows, rough: Rows) -
 
 
 def _find_unused(model: Any, directory: Path, cases: Sequence[_Case], verdict: Verdict) -> None:
-    """Find the keys without which PEFT answers as the server does."""
+    """Find the keys that the server ignores: without them, PEFT answers as the server does."""
     served = torch.cat([case.logprobs for case in cases])
 
     def error(found: Any) -> float:

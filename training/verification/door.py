@@ -1,4 +1,4 @@
-"""The server that is verified, through the OpenAI API that all servers of adapters share."""
+"""The client of the verified server. It uses the OpenAI API, which all adapter servers support."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Answer:
 
     Attributes:
         text: The text.
-        tokens: The id of each token, or its text if the server tells no ids. The last one may be
+        tokens: The id of each token, or its text if the server reports no ids. The last one may be
             the token that ended the answer.
         logprobs: The natural log probability of each token.
     """
@@ -34,7 +34,7 @@ class Answer:
 
 
 class Door:
-    """A server's OpenAI API, until its block ends.
+    """A client of a server's OpenAI API, to be used as a context manager.
 
     Args:
         url: The address, with or without ``/v1``.
@@ -86,7 +86,7 @@ class Door:
             max_tokens: Maximum number of tokens of the answer.
 
         Raises:
-            RunError: The server does not answer, or without log probabilities.
+            RunError: The server does not answer, or its answer has no log probabilities.
         """
         base = next(card["id"] for card in self.models if not card.get("parent"))
         body: dict[str, Any] = {"model": adapter or base, "prompt": list(prompt)}
@@ -113,7 +113,7 @@ class Door:
         """Register an adapter by vLLM's API.
 
         Raises:
-            RunError: The server refuses it, or lacks this API.
+            RunError: The server rejects the adapter, or lacks this API.
         """
         body = {"lora_name": name, "lora_path": str(path.resolve())}
         self._call("POST", "/v1/load_lora_adapter", body)

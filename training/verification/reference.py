@@ -24,7 +24,7 @@ Rows = torch.Tensor
 
 @torch.no_grad()
 def logprobs_of(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> Rows:
-    """The model's view of an answer, given its prompt.
+    """The model's log probabilities for an answer, given its prompt.
 
     Returns:
         ``[tokens, 2]`` in fp32: the log probability of each token of the answer, and that of the

@@ -59,7 +59,7 @@ MAX_SEED = 2**64 - 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Combination:
-    """Settings that are None were not given.
+    """The requested combination. Settings that are None were not given.
 
     Attributes:
         name: One of ``NAMES``.

@@ -139,7 +139,7 @@ class _Job:
 
 
 class Fuser:
-    """Thread-safe.
+    """Fuses adapters, one mix at a time. Thread-safe.
 
     Args:
         registry: The registry of members and results. It reports when a member has to be released.

@@ -95,7 +95,7 @@ LYCORIS_IGNORED = {
     "module_dropout": DROPOUT,
     "use_effective_conv2d": "read for convolutions; the models served have none",
 }
-IN_TENSORS = "the tensors hold what training made of it"
+IN_TENSORS = "the saved tensors already include its effect"
 
 
 def always(config: Mapping[str, Any]) -> bool:

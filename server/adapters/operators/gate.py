@@ -136,7 +136,7 @@ class Gate(Operator):
     ) -> torch.Tensor:
         """``α``, ``[rows, K]`` fp32."""
         if isinstance(self.score, GivenScore):
-            assert given is not None, "a first pass has told them"
+            assert given is not None, "the first pass computes the scores"
             return given[:, self.score.module]
         if isinstance(self.score, PrototypeScore):
             similar = row_linear(x.float(), self._prototypes)[:, : len(self.score.prototypes)]

@@ -28,7 +28,7 @@ class PrefixKv(Tensors):
 
 @dataclass(frozen=True, slots=True)
 class SoftPrompt(Tensors):
-    """Exactly one of the two.
+    """Soft tokens or a prefix; exactly one of the two is set.
 
     Attributes:
         soft_tokens: Embeddings, ``[positions, hidden]`` (prompt tuning, arXiv 2104.08691; p-tuning,

@@ -322,7 +322,7 @@ class LinearFormat(Format):
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """Those of rank, alpha and targets, and the method's own."""
+        """The required keys: those of rank, alpha and targets, and the method's own."""
         keys = (self.rank, self.alpha, "target_modules", *self.required)
         return tuple(key for key in keys if key is not None)
 

@@ -60,7 +60,7 @@ def base_name_warning(adapter_base: str, served_base: str) -> Text | None:
 
 
 def base_difference(checkpoint: AdapterCheckpoint, base: BaseModel) -> Text | None:
-    """What proves or suggests that an adapter was trained on other weights than those served.
+    """The difference between the weights an adapter was trained on and those served, if known.
 
     The digest that ``turret train`` wrote decides, if there is one; else the name of the base does.
     """

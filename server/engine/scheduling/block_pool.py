@@ -140,11 +140,11 @@ class BlockPool:
                 if block in self._key_of:
                     self._num_cached += 1
                 else:
-                    # Nothing to find in it: hand it out first.
+                    # The block cannot be found by key, so hand it out first.
                     self._free.move_to_end(block, last=False)
 
     def register(self, block: int, key: bytes) -> None:
-        """Make a full block findable. A key that another block already carries stays with it."""
+        """Make a full block findable by a key, unless another block already has that key."""
         assert self._references[block] > 0
         if key not in self._block_of and block not in self._key_of:
             self._key_of[block] = key

@@ -189,8 +189,8 @@ class ResponseOptions:
 
     def __post_init__(self) -> None:
         _check_range("options.top_n", self.top_n, 0, MAX_TOP_N)
-        is_told = self.top_n == 0 or self.logprobs
-        _check(is_told, "options.top_n", "NEEDS_FIELD", other="options.logprobs")
+        has_logprobs = self.top_n == 0 or self.logprobs
+        _check(has_logprobs, "options.top_n", "NEEDS_FIELD", other="options.logprobs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,7 +244,7 @@ class Request:
 
     @property
     def num_bytes(self) -> int:
-        """About what it takes in memory until it ends."""
+        """The approximate memory that the request takes until it ends."""
         stop, constraint = self.stop, self.constraint
         return (
             _FIXED_BYTES
@@ -259,7 +259,7 @@ class Request:
 
     @property
     def prompt_logprob_bytes(self) -> int:
-        """About what the log probabilities of its prompt take in memory; 0 without them."""
+        """The approximate memory of the prompt's log probabilities; 0 without them."""
         if not self.wants_prompt_logprobs:
             return 0
         return _LOGPROB_BYTES * (1 + self.options.top_n) * len(self.prompt_token_ids)
@@ -342,7 +342,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finish:
-    """The last word on a request. ``stop`` is the string or token id that ended it, if any."""
+    """How a request ended. ``stop`` is the string or token id that ended it, if any."""
 
     reason: FinishReason
     stop: str | int | None = None
@@ -372,13 +372,13 @@ class Output:
 
     @property
     def answer_bytes(self) -> int:
-        """Approximate memory of what it adds to the answer."""
-        told = (*self.logprobs, *self.prompt_logprobs)
-        each = sum(_LOGPROB_BYTES * (1 + len(logprob.top)) for logprob in told)
+        """The approximate memory of what the output adds to the answer."""
+        reported = (*self.logprobs, *self.prompt_logprobs)
+        each = sum(_LOGPROB_BYTES * (1 + len(logprob.top)) for logprob in reported)
         each += 0 if self.pooled is None else self.pooled.itemsize * len(self.pooled)
         return len(self.text) + _TOKEN_BYTES * len(self.token_ids) + each
 
     @property
     def num_bytes(self) -> int:
-        """About what it takes in memory until it is read."""
+        """The approximate memory that the output takes until it is read."""
         return _OUTPUT_BYTES + self.answer_bytes

@@ -231,8 +231,8 @@ class Step:
         scheduled: The items to compute.
         new_blocks: Blocks that changed owner, to be zeroed first.
         num_preempted: Sequences that lost their blocks.
-        presets: Then to be filled from the sequence's adapter: its blocks from this index up to
-            its ``num_preset`` positions.
+        presets: Sequences, each with the index of a block. The blocks from that index up to the
+            sequence's ``num_preset`` positions are then filled from its adapter.
     """
 
     scheduled: tuple[Scheduled, ...]

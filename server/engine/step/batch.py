@@ -58,16 +58,17 @@ class StepRows:
     """The rows of a step as the model needs them.
 
     Attributes:
-        token_ids: Any valid id where ``soft_rows`` or ``added_rows`` says so.
-        positions: Position of each row in its sequence, ``LONG`` more where it is a long one.
-        kv_slots: Where each row's keys and values go.
-        spans: One behind the other five numbers of each sequence: its first row, new tokens, tokens
-            before them, where its block numbers begin (as ``collect_rows`` was told), and leading
-            positions that are not seen.
-        soft_rows: Rows whose embedding is not a token's.
-        soft_values: Their embeddings, on the host, piece by piece.
-        added_rows: Rows of tokens that the base's embedding has no row for.
-        added_values: Their embeddings, on the host, piece by piece.
+        token_ids: The token of each row; any valid id for the rows in ``soft_rows`` and
+            ``added_rows``.
+        positions: The position of each row in its sequence, plus ``LONG`` in a long sequence.
+        kv_slots: The slot in the cache for each row's keys and values.
+        spans: Five numbers for each sequence, in one list: its first row, the number of new tokens,
+            the number of tokens before them, where its block numbers begin (``blocks_at`` of
+            ``collect_rows``), and the number of leading positions that are not seen.
+        soft_rows: Rows with a soft token instead of a token.
+        soft_values: The embeddings of ``soft_rows`` on the host, one tensor for each sequence.
+        added_rows: Rows of tokens for which the base's embedding has no row.
+        added_values: The embeddings of ``added_rows`` on the host, one tensor for each sequence.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -103,7 +104,7 @@ class StepRows:
             self.soft_values.append(soft_tokens[start:stop])
 
     def take_added(self, sequence: Sequence, row_start: int) -> None:
-        """Note which of the last rows, a sequence's, are of tokens that the base lacks."""
+        """Note which rows of the sequence that was added last have tokens that the base lacks."""
         if not sequence.vocab_size or (added := added_rows_of(sequence.mix)) is None:
             return
         rows = range(row_start, len(self.token_ids))
@@ -153,12 +154,12 @@ def collect_decode_rows(
 def decode_spans(
     sequences: SequenceOf[Sequence], blocks_at: SequenceOf[int], ahead: int = 0
 ) -> tuple[list[int], list[int]]:
-    """Positions and spans of a decode step, as ``StepRows`` has them.
+    """Positions and spans of a decode step, in the format of ``StepRows``.
 
     Args:
-        sequences: One new row each.
-        blocks_at: Where each one's block numbers begin.
-        ahead: How many tokens of each are still to come before.
+        sequences: The step's sequences, with one new row each.
+        blocks_at: Where the block numbers of each sequence begin.
+        ahead: The number of tokens that each sequence will get before this step.
     """
     positions: list[int] = []
     spans: list[int] = []
@@ -214,7 +215,7 @@ def plan_vocabulary(
 def changed_embeddings(
     rows: Iterable[tuple[Sequence, range]], store: AdapterStore, device: torch.device
 ) -> list[VocabularyGroup]:
-    """The groups of rows whose embedding is another; see ``plan_vocabulary``."""
+    """The groups of rows whose embeddings adapters change; see ``plan_vocabulary``."""
     groups = plan_vocabulary(rows, store, device)
     return [g for g in groups if any(change.changes_embedding for change, _ in g.members)]
 
@@ -222,7 +223,7 @@ def changed_embeddings(
 def changed_heads(
     rows: Iterable[tuple[Sequence, range]], store: AdapterStore, device: torch.device
 ) -> list[VocabularyGroup]:
-    """The groups of rows whose head is another; see ``plan_vocabulary``."""
+    """The groups of rows whose head adapters change; see ``plan_vocabulary``."""
     groups = plan_vocabulary(rows, store, device)
     return [g for g in groups if any(change.changes_head for change, _ in g.members)]
 
@@ -315,7 +316,10 @@ def first_scalings(router: TokenRouter, num_rows: int, device: torch.device) -> 
 
 
 class SequenceScalings(NamedTuple):
-    """The scalings of a sequence's new rows, ``[rows, modules, components]`` fp32, and whose."""
+    """The scalings of a sequence's new rows, ``[rows, modules, components]`` fp32.
+
+    ``key`` is the key of the adapter whose components they scale.
+    """
 
     key: str
     scalings: torch.Tensor

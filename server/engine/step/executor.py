@@ -54,7 +54,7 @@ class Computed:
         logits: The logits of every row that tokens are drawn from (``Placed.sampled``), in the
             order of ``placed``, ``[samples, vocab]`` fp32; None if there is none. The next step may
             overwrite it.
-        added: Of sequences whose adapter adds tokens to the base's, the logits of those in the same
+        added: For each sequence whose adapter adds tokens, the logits of these tokens in the same
             rows, ``[rows of the sequence, tokens]`` fp32.
         likeliest: Replaces ``logits`` if only the likeliest tokens are needed.
     """
@@ -129,7 +129,7 @@ class Executor(Protocol):
         """Use the time while the host waits for the step's results, if it does."""
 
     def forget(self, sequence: Sequence) -> None:
-        """Drop what is kept for a sequence, if anything is."""
+        """Drop any state that is kept for a sequence."""
 
     def free_memory(self) -> None:
         """Free caches that only save time, if there are any, after a step ran out of memory."""

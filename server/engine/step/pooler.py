@@ -122,7 +122,10 @@ def _by_halves(groups: torch.Tensor) -> torch.Tensor:
 
 
 def _finished(sequence: Sequence, state: torch.Tensor, pooling: Pooling) -> array[float]:
-    """The head's numbers; or cut and normalised, in double precision, zeros as they are."""
+    """The result of a pooled state: the head's numbers, or the state after cutting and normalising.
+
+    The norm is computed in double precision. A state of zeros stays zero.
+    """
     if pooling.classifies:
         logits = _classifier_of(sequence).logits(state)
         return array("f", logits.float().numpy().tobytes())

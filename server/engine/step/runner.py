@@ -34,7 +34,7 @@ NO_MORE_MASKS: Mapping[Sequence, Mask] = {}
 
 @dataclass(slots=True)
 class _Run:
-    """A sequence's rows, and what has been drawn from them so far."""
+    """A sequence's rows, and the tokens drawn from them so far."""
 
     item: Scheduled
     first_row: int
@@ -64,8 +64,8 @@ def draw_tokens(
 
     Args:
         sampler: Draws from rows.
-        logits: ``[samples, vocab]`` fp32: of each item a row, and one for each token of its draft;
-            modified in place.
+        logits: ``[samples, vocab]`` fp32: for each item a row, and a row for each token of its
+            draft; modified in place.
         items: The items that sample, in the order of the rows.
         masks: The masks of the sequences with a constraint, which have no drafts.
         added: See ``Computed``.
@@ -105,11 +105,12 @@ def likeliest_draws(
 
     Args:
         items: See ``draw_tokens``.
-        tokens: ``[samples]``: the likeliest of each row.
-        masks: See ``draw_tokens``; late ones.
+        tokens: ``[samples]``: the likeliest token of each row.
+        masks: See ``draw_tokens``; all of them are late masks.
 
     Returns:
-        None if a constraint forbids a token, so that the logits are needed.
+        The result of ``draw_tokens``. None if a constraint forbids a token, so that the logits are
+        needed.
     """
     drawn: list[list[Draw]] = []
     row = 0

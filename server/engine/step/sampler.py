@@ -595,8 +595,8 @@ def masked_rows(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Rows with a mask, ``[rows]`` int64, and the masks, ``[rows, words]`` int32, on the host.
 
-    They rule out what constraints forbid, after everything else that changes the logits. Rows with
-    a tokenizer of their own, whose masks have other lengths, are left out.
+    The masks are applied after all other changes of the logits. Rows with a tokenizer of their
+    own, whose masks have other lengths, are left out.
     """
     rows, words = [], []
     for row, sequence in enumerate(sequences):
@@ -612,7 +612,10 @@ def masked_rows(
 
 
 def _mask_own(row: torch.Tensor, mask: TokenMask | None) -> None:
-    """Rule out what a constraint forbids in ``[vocab]`` logits of a sequence's own, in place."""
+    """Rule out forbidden tokens in ``[vocab]`` logits, in place.
+
+    This is for a sequence with a vocabulary of its own.
+    """
     if mask is not None and mask.words is not None:
         words = torch.from_numpy(mask.words).unsqueeze(0).to(row.device)
         apply_token_mask(row.unsqueeze(0), torch.zeros(1, dtype=torch.int64).to(row.device), words)

@@ -102,6 +102,23 @@ def not_one_of(value: Any, choices: str) -> Text:
     return say("NOT_ONE_OF", value=str(value)[:_MOST_CHARS], choices=choices)
 
 
+_OTHER_LIST = "a list of other values"
+
+
+def wrong_type(expected: str, value: Any, of_lists: str = "a list") -> Text:
+    """The error for a value of the wrong type; only the type of a list or an object is shown."""
+    if isinstance(value, list):
+        shown = of_lists
+    elif isinstance(value, dict):
+        shown = "an object"
+    elif isinstance(value, int) and value.bit_length() > 64:
+        # Python does not convert the longest numbers to text.
+        shown = "such a large number"
+    else:
+        shown = json.dumps(value[:_MOST_CHARS] if isinstance(value, str) else value)
+    return say("WRONG_TYPE", expected=expected, value=shown)
+
+
 def wrong_at(text: Text, *place: str | int) -> ValidationError:
     """The error that a validator raises for a value, or for a place within it."""
     kind = PydanticCustomError("said", "{text}", {"text": text})
@@ -299,13 +316,13 @@ def _plain(name: str) -> str:
 _SAID: dict[str, Callable[[dict[str, Any], Any], Text]] = {
     "said": lambda ctx, _: ctx["text"],
     "missing": lambda ctx, _: say("REQUIRED"),
-    "string_type": lambda ctx, _: say("WRONG_TYPE", expected="a string"),
-    "bool_type": lambda ctx, _: say("WRONG_TYPE", expected="true or false"),
-    "int_type": lambda ctx, _: say("WRONG_TYPE", expected="an integer"),
-    "float_type": lambda ctx, _: say("WRONG_TYPE", expected="a number"),
-    "list_type": lambda ctx, _: say("WRONG_TYPE", expected="a list"),
-    "dict_type": lambda ctx, _: say("WRONG_TYPE", expected="an object"),
-    "model_type": lambda ctx, _: say("WRONG_TYPE", expected="an object"),
+    "string_type": lambda ctx, value: wrong_type("a string", value),
+    "bool_type": lambda ctx, value: wrong_type("true or false", value),
+    "int_type": lambda ctx, value: wrong_type("an integer", value),
+    "float_type": lambda ctx, value: wrong_type("a number", value),
+    "list_type": lambda ctx, value: wrong_type("a list", value),
+    "dict_type": lambda ctx, value: wrong_type("an object", value),
+    "model_type": lambda ctx, value: wrong_type("an object", value),
     "finite_number": lambda ctx, _: say("NUMBER_TOO_LARGE"),
     "greater_than": lambda ctx, value: say("NOT_ABOVE", bound=f"{ctx['gt']:g}", value=value),
     "greater_than_equal": lambda ctx, value: say("TOO_SMALL", least=ctx["ge"], value=value),
@@ -364,7 +381,7 @@ def _token_ids(most: int) -> PlainValidator:
         if isinstance(value, list) and len(value) > most:
             raise wrong_at(say("TOO_MANY_ENTRIES", most=most, found=len(value)))
         if not isinstance(value, list) or not are_token_ids(value):
-            raise wrong_at(say("WRONG_TYPE", expected="a list of token ids"))
+            raise wrong_at(wrong_type("a list of token ids", value, _OTHER_LIST))
         return value
 
     return PlainValidator(check)
@@ -416,7 +433,7 @@ def _schema_text(value: Any) -> Any:
     if isinstance(value, str):
         return value
     if not isinstance(value, dict):
-        raise wrong_at(say("WRONG_TYPE", expected="an object"))
+        raise wrong_at(wrong_type("an object", value))
     return _json_text(value, MAX_CONSTRAINT_CHARS)
 
 
@@ -475,15 +492,17 @@ def _prompts(value: Any) -> dict[str, str | list[int]]:
     )
     values = [value] if is_one else value
     if not isinstance(values, list):
-        raise wrong_at(say("WRONG_TYPE", expected="a string, token ids, or a list of either"))
+        raise wrong_at(wrong_type("a string, token ids, or a list of either", value))
     if len(values) > MAX_PROMPTS:
         raise wrong_at(say("TOO_MANY_ENTRIES", most=MAX_PROMPTS, found=len(values)))
     for index, each in enumerate(values):
         if isinstance(each, str):
             continue
         place = () if is_one else (index,)
-        if not isinstance(each, list) or not each or not are_token_ids(each):
-            raise wrong_at(say("WRONG_TYPE", expected="a string or token ids"), *place)
+        if each == []:
+            raise wrong_at(say("EMPTY"), *place)
+        if not isinstance(each, list) or not are_token_ids(each):
+            raise wrong_at(wrong_type("a string or token ids", each, _OTHER_LIST), *place)
         if len(each) > MAX_TOKEN_IDS:
             raise wrong_at(say("TOO_MANY_ENTRIES", most=MAX_TOKEN_IDS, found=len(each)), *place)
     return {"" if is_one else f"[{index}]": each for index, each in enumerate(values)}
@@ -498,13 +517,13 @@ def text_of(value: Any, kinds: Iterable[str], *place: str) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise wrong_at(say("WRONG_TYPE", expected="a string or a list of text parts"), *place)
+        raise wrong_at(wrong_type("a string or a list of text parts", value), *place)
     _few_parts(value, *place)
     for index, part in enumerate(value):
         if not isinstance(part, dict) or part.get("type") not in (*kinds,):
             raise wrong_at(say("NOT_TEXT"), *place, index)
         if not isinstance(part.get("text"), str):
-            raise wrong_at(say("WRONG_TYPE", expected="a string"), *place, index, "text")
+            raise wrong_at(wrong_type("a string", part.get("text")), *place, index, "text")
     return "".join(part["text"] for part in value)
 
 

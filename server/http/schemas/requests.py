@@ -43,6 +43,7 @@ from turret.server.http.schemas.fields import (
     text_of,
     unsupported,
     wrong_at,
+    wrong_type,
 )
 from turret.server.words import say
 
@@ -189,7 +190,7 @@ class ResponseFormat(Body):
 
 def _biases(value: Any) -> dict[int, float]:
     if not isinstance(value, dict):
-        raise wrong_at(say("WRONG_TYPE", expected="an object"))
+        raise wrong_at(wrong_type("an object", value))
     if len(value) > MAX_LOGIT_BIASES:
         raise wrong_at(say("TOO_MANY_ENTRIES", most=MAX_LOGIT_BIASES, found=len(value)))
     for key, bias in value.items():

@@ -242,38 +242,39 @@ class AnswerReader:
         if self._channels is not None:
             return self._numbered(self._channels.feed(text))
         if self._reasoning is not None:
-            return self._told(self._reasoning.feed(text))
-        return self._told([Said(text)] if text else [])
+            return self._split(self._reasoning.feed(text))
+        return self._split([Said(text)] if text else [])
 
     def finish(self) -> list[Piece]:
         """The last pieces, after the answer has ended."""
         if self._channels is not None:
             return self._numbered(self._channels.finish())
-        pieces = [] if self._reasoning is None else self._told(self._reasoning.finish())
+        pieces = [] if self._reasoning is None else self._split(self._reasoning.finish())
         if self._calls is not None:
             pieces += self._numbered(self._calls.finish())
         return pieces
 
-    def _told(self, pieces: list[Piece]) -> list[Piece]:
+    def _split(self, pieces: list[Piece]) -> list[Piece]:
+        """The pieces, with calls instead of the text that contains them."""
         if self._calls is None:
             return pieces
-        told: list[Piece] = []
+        found: list[Piece] = []
         for piece in pieces:
             if isinstance(piece, Said):
-                told += self._numbered(self._calls.feed(piece.text))
+                found += self._numbered(self._calls.feed(piece.text))
             else:
-                told.append(piece)
-        return told
+                found.append(piece)
+        return found
 
     def _numbered(self, pieces: list[Piece]) -> list[Piece]:
         """The pieces, with ids for calls and without calls beyond the allowed number."""
-        told: list[Piece] = []
+        found: list[Piece] = []
         for piece in pieces:
             if isinstance(piece, Said) and self._is_forced:
                 continue
             if isinstance(piece, Said | Thought) or self._most is None or piece.index < self._most:
-                told.append(self._with_id(piece) if isinstance(piece, CallBegun) else piece)
-        return told
+                found.append(self._with_id(piece) if isinstance(piece, CallBegun) else piece)
+        return found
 
     def _with_id(self, call: CallBegun) -> CallBegun:
         self.num_calls += 1

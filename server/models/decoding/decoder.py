@@ -268,7 +268,7 @@ class Decoder:
         Args:
             hidden: Final-norm hidden states.
             changes: Rows whose adapters change the head.
-            out: Where they go, ``[at least rows, vocab]`` fp32; None for memory of their own.
+            out: The tensor for the logits, ``[at least rows, vocab]`` fp32; None for a new one.
         """
         return self._scaled(change_logits(hidden, self._head(hidden), self._head, changes, out))
 
@@ -345,7 +345,7 @@ class LikeliestTokens:
 
     @property
     def is_of_use(self) -> bool:
-        """Whether there is a copy of the head to find tokens with."""
+        """Whether tokens can be found with a copy of the head."""
         return self._screen is not None
 
     def find(self, hidden: torch.Tensor) -> list[int] | None:

@@ -42,7 +42,7 @@ class GpuStep(StepInput):
         sample_rows: Rows whose logits are wanted, ``[samples]`` int64.
         num_decode: The first rows, of sequences that generate or whose prompt is short; see
             ``nf4_gpu.py``.
-        logits: Where logits go, ``[at least samples, vocab]`` fp32; None for memory of their own.
+        logits: The tensor for logits, ``[at least samples, vocab]`` fp32; None for a new one.
         embedded: The input of the first layer, ``[rows, hidden]``, if it is already computed.
     """
 

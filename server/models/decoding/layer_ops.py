@@ -89,8 +89,8 @@ class GrowingQueries:
     """``QueryGrowth`` of positions.
 
     Args:
-        growth: See there.
-        max_len: Most positions of a sequence.
+        growth: The growth of the queries.
+        max_len: Maximum number of positions of a sequence.
         device: Where the positions are.
     """
 

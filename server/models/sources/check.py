@@ -19,7 +19,7 @@ from turret.server.models.sources.gguf_header import (
     SUFFIX,
     check_gguf,
     check_whole,
-    told_fields,
+    known_fields,
 )
 from turret.server.models.sources.model_directory import (
     check_hub_model,
@@ -143,7 +143,7 @@ def check_skip_modules(
         skipped_modules(patterns, modules)
 
 
-def told_projections(model: Path | None, model_type: str) -> Projections | None:
+def known_projections(model: Path | None, model_type: str) -> Projections | None:
     """The linear modules of a model as in its ``Arch``, as far as known without torch.
 
     Args:
@@ -189,7 +189,7 @@ def told_projections(model: Path | None, model_type: str) -> Projections | None:
     )
 
 
-def told_context(model: Path | None) -> int | None:
+def known_context(model: Path | None) -> int | None:
     """The maximum number of positions of a model, if it can be determined without torch.
 
     Args:
@@ -202,7 +202,7 @@ def told_context(model: Path | None) -> int | None:
 def _said_of(model: Path | None) -> dict[str, Any]:
     """The language model's fields in the config, or in the header of a GGUF file."""
     if model is None or model.is_file():
-        return told_fields(find_gguf() if model is None else model)
+        return known_fields(find_gguf() if model is None else model)
     return _text_part(_config_of(model))
 
 

@@ -81,7 +81,7 @@ def check_whole(path: Path) -> None:
         raise refuse(path, "FILE_DAMAGED")
 
 
-def told_fields(path: Path) -> dict[str, Any]:
+def known_fields(path: Path) -> dict[str, Any]:
     """Config fields of a file that :func:`check_gguf` accepted, read before its tensors.
 
     Only texts and numbers, by the names of transformers' fields.

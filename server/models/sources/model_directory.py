@@ -32,7 +32,7 @@ _HUB_CACHE = re.compile(r".*/models--(.+?)--(.+)/snapshots/[0-9a-f]{40}")
 
 
 def check_model_directory(model: Path) -> dict[str, Any]:
-    """Refuse what is no model that can be served.
+    """Reject a directory that is not a supported model.
 
     Args:
         model: A directory in Hugging Face format.
@@ -105,7 +105,7 @@ def _unsupported(key: str, value: object, choices: str) -> InvalidRequestError:
 
 
 def check_config(config: dict[str, Any], model: Path | str) -> None:
-    """Refuse a ``config.json`` of what is not served.
+    """Reject the ``config.json`` of an unsupported model.
 
     Args:
         config: Its content.
@@ -140,7 +140,7 @@ def has_tokenizer(names: Iterable[str]) -> bool:
 
 
 def is_4bit(config: dict[str, Any]) -> bool:
-    """Whether a ``config.json`` is of a bitsandbytes 4-bit checkpoint, which is taken as it is."""
+    """Whether a ``config.json`` is of a bitsandbytes 4-bit checkpoint, which is used unchanged."""
     quantization = config.get("quantization_config")
     return (
         quantization is not None
@@ -193,7 +193,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def files_missing(model: object, missing: Sequence[str], names: Sequence[str]) -> Text:
-    """The text about files of an index that are not there."""
+    """The error for files that an index lists but that do not exist."""
     found = {"missing": len(missing), "count": len(names), "name": missing[0]}
     return say("FILES_MISSING", model=model, index=INDEX, **found)
 

@@ -91,7 +91,7 @@ class Nf4Product:
 
         Args:
             x: ``[rows, in_features]``, the rows of decoding sequences and short prompts first.
-            num_decode: How many those are.
+            num_decode: The number of these first rows.
 
         Returns:
             ``[rows, out_features]``, dtype of ``x``.

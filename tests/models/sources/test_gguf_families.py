@@ -28,7 +28,7 @@ from turret.server.errors import InvalidRequestError
 from turret.server.models.decoding.arch import Projections
 from turret.server.models.families import read_arch
 from turret.server.models.model_source import resolve_model
-from turret.server.models.sources.check import check_model, default_cache_dir, told_projections
+from turret.server.models.sources.check import check_model, default_cache_dir, known_projections
 from turret.server.models.sources.gguf_file import open_gguf
 
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
@@ -83,7 +83,7 @@ async def assert_is_the_directory(file: Path, folder: Path, tmp_path: Path) -> N
     # Granite 4 stores its heads per layer, in values that are skipped before torch is loaded.
     kind = check_model(file)
     told = Projections(**{f.name: getattr(archs[0], f.name) for f in fields(Projections)})
-    assert told_projections(file, kind) == (None if kind == "granitemoehybrid" else told)
+    assert known_projections(file, kind) == (None if kind == "granitemoehybrid" else told)
     # The prompt exceeds windows and the switch of LongRoPE.
     request = make_request(prompt_of(70), max_tokens=4)
     answers = []

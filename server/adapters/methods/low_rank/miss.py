@@ -1,6 +1,6 @@
-"""MiSS (arXiv 2409.15371), once Bone: ``Δ(x) = Mᵀ Σ_j x_j``, pieces of ``r`` inputs added up.
+"""MiSS (arXiv 2409.15371), formerly Bone: ``Δ(x) = Mᵀ Σ_j x_j``, the sum of pieces of ``r`` inputs.
 
-As factors: ``A`` is 0 but for ``A[i mod r, i] = 1``, ``B = Mᵀ``. With ``init_weights: "mini"`` the
+As factors: ``A`` is 0 except ``A[i mod r, i] = 1``, ``B = Mᵀ``. With ``init_weights: "mini"`` the
 file has the first ``mini_r`` columns of ``M``, which repeat. ``"bat"`` multiplies blocks of the
 base's weight: ``ΔW_oi = (W_oi + I) M_o`` for each ``r`` outputs and ``r`` inputs, of any rank.
 """

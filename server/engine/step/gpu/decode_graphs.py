@@ -41,12 +41,12 @@ class Capture(Protocol):
         """Capture a body without running it.
 
         Returns:
-            What replays it, and where its results will be.
+            A function that replays the body, and the tensors that will contain its results.
         """
         ...
 
     def forget(self) -> None:
-        """Called when every graph that it captured has been dropped."""
+        """Note that every captured graph has been dropped."""
         ...
 
 
@@ -93,7 +93,7 @@ class CudaCapture:
         return graph.replay, outputs
 
     def forget(self) -> None:
-        """The next capture takes a pool of its own.
+        """Use a new pool for the next capture.
 
         torch 2.11 cannot capture again into a pool that still holds memory but no graph.
         """
@@ -226,7 +226,7 @@ class DecodeGraphs:
                 _log.warning("no memory to capture a decode step; all CUDA graphs were dropped")
                 return False
             self._failures += 1
-            _log.exception("a decode step could not be captured; going on without CUDA graphs")
+            _log.exception("a decode step could not be captured; continuing without CUDA graphs")
             if self._failures == _MAX_FAILURES:
                 self._capture = None
                 self._on_off()

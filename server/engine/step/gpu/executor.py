@@ -76,7 +76,7 @@ def adapter_bytes(device: torch.device) -> int:
 
 
 def spare_bytes(device: torch.device) -> int:
-    """The bytes of device memory that the plan leaves free."""
+    """The device memory that the plan leaves free, in bytes."""
     return int(_SPARE_SHARE * torch.cuda.mem_get_info(device)[1])
 
 
@@ -98,9 +98,9 @@ def largest_step(num_tokens: int, num_seqs: int, block_size: int) -> Step:
 
 
 def measure(run: Callable[[Step], object], step: Step, device: torch.device) -> int:
-    """Bytes that a step takes at its worst moment, beside what is allocated before it.
+    """The peak of a step's own memory, in bytes.
 
-    What it compiled and cached on its way is free again afterwards.
+    Everything that the step compiled and cached is freed afterwards.
     """
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -114,19 +114,20 @@ def measure(run: Callable[[Step], object], step: Step, device: torch.device) -> 
 
 _log = logging.getLogger(__name__)
 
-# Description, done, total.
+# Called with a description, the number of forms that are done, and their total.
 Progress = Callable[[str, int, int], None]
 
 
 def warm_up(executor: GpuExecutor, progress: Progress) -> None:
     """Compile the kernels of steps and capture the common decode steps.
 
-    Kernels that only some adapters need (LoHa, LoKr, of experts) are compiled when one is loaded;
-    see ``GpuStore.admit``. Where memory ends, the server goes on with fewer captured steps.
+    Kernels that only some adapters need (LoHa, LoKr, experts) are compiled when such an adapter is
+    loaded; see ``GpuStore.admit``. If memory runs out, the server continues with fewer captured
+    steps.
 
     Args:
-        executor: Has computed nothing yet, and draws.
-        progress: Told how far it is.
+        executor: An executor that has a sampler and has not computed anything yet.
+        progress: Called before each form with a description and the progress.
     """
     forms, packed = executor.forms(), executor.packed_forms()
     try:
@@ -142,7 +143,7 @@ def warm_up(executor: GpuExecutor, progress: Progress) -> None:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        _log.warning("no memory to capture all decode steps at the start")
+        _log.warning("no memory to capture all decode steps at startup")
         executor.free_memory()
 
 
@@ -151,12 +152,12 @@ class Bound:
     """The use of adapters by the rows of a decode step; it changes only with the sequences.
 
     Attributes:
-        mixes: The mix of every row. They are held, so that none is mistaken for a later one.
+        mixes: The mix of every row. A reference is kept so that no later mix has the same id.
         adapters: The adapters that the store was asked to hold.
         version: The store's version when the tables were loaded.
-        step: The tables; None where every row is the base model's.
+        step: The tables; None if no row uses an adapter.
         embeddings: Rows whose embeddings adapters change.
-        heads: Rows whose heads they change.
+        heads: Rows whose heads adapters change.
     """
 
     mixes: tuple[Mix, ...]
@@ -172,12 +173,12 @@ class Prepared:
     """The part of a decode step that does not depend on the tokens of the step before.
 
     Attributes:
-        sequences: One row each.
-        computed: How many tokens of each are in the cache before the step.
-        begins: Where the block numbers of each begin on the device.
-        positions: The positions of every row.
+        sequences: The step's sequences, with one row each.
+        computed: The number of tokens of each sequence in the cache before the step.
+        begins: Where the block numbers of each sequence begin on the device.
+        positions: The position of every row.
         attention: The metadata for attention.
-        numbers: How tokens are drawn; empty without a sampler.
+        numbers: The sampling parameters; empty without a sampler.
     """
 
     sequences: list[Sequence]
@@ -231,8 +232,8 @@ class GpuExecutor:
         cache: Its KV cache. Blocks are not cleared when they change owner: the kernels read no
             position that was not written.
         store: The adapters.
-        max_num_seqs: Sequences of a step at most.
-        max_num_batched_tokens: Rows of a step at most.
+        max_num_seqs: Maximum number of sequences in a step.
+        max_num_batched_tokens: Maximum number of rows in a step.
         capture: Captures decode steps, or None to launch every kernel of every step.
         on_graphs_off: Called when no step is captured any more, because captures failed.
     """
@@ -289,11 +290,11 @@ class GpuExecutor:
         return self._sampler
 
     def forms(self) -> list[tuple[int, frozenset[str]]]:
-        """The decode steps to be captured at the start, the largest first.
+        """The decode steps to be captured at startup, the largest first.
 
         Returns:
-            Buckets, and the projections with low-rank updates: those of the base model alone, and
-            of LoRA on what PEFT's defaults, attention or all modules come to.
+            Buckets, each with the projections that have low-rank updates: no projections, PEFT's
+            default projections, those of attention, and all.
         """
         projections = frozenset(self._decoder.arch.linears())
         kinds = [frozenset[str](), frozenset({"qkv"}), frozenset({"qkv", "o"}), projections]
@@ -312,7 +313,7 @@ class GpuExecutor:
         self._graphs.prepare(self._epoch(), self._key(inputs), self._body(self._decode, inputs))
 
     def compile(self, packed: Form | None) -> None:
-        """Compile what steps of some packed kinds launch, whatever their rows.
+        """Compile the kernels of all steps with these packed kinds.
 
         Args:
             packed: The kinds, in every projection that has them; None without adapters.
@@ -328,7 +329,7 @@ class GpuExecutor:
             self._body(self._mixed, inputs)()
 
     def packed_forms(self) -> list[Form | None]:
-        """Every set of packed kinds that a step can have, in all projections; None is the base."""
+        """Every set of packed kinds that a step can have; None is a step without adapters."""
         names = self._decoder.arch.linears()
         sets = [(LowRank,), (Gain,), (LowRank, Gain), (LowRank, Gate), (LowRank, Gain, Gate)]
         forms = [frozenset((kind, name) for kind in kinds for name in names) for kinds in sets]
@@ -337,7 +338,7 @@ class GpuExecutor:
     def _padding(
         self, tables: StepTables, form: Form | None, rows: int, num_decode: int | None = None
     ) -> GpuStep:
-        """A step of padding alone, whose keys and values go to block 0, which nobody reads."""
+        """A step with only padding, whose keys and values go to block 0, which nobody reads."""
         num_decode, adapters = rows if num_decode is None else num_decode, None
         if form is not None:
             with tables.adapters():
@@ -382,7 +383,7 @@ class GpuExecutor:
             self._prepared = self._prepare(sequences, begins, ahead=1)
 
     def forget(self, sequence: Sequence) -> None:
-        """Drop what is kept for a sequence."""
+        """Drop the state that is kept for a sequence."""
         for each in sequence.passes:
             self._blocks.forget(each)
         self._last = self._prepared = None
@@ -537,7 +538,7 @@ class GpuExecutor:
         )
 
     def _epoch(self) -> Hashable:
-        """Changes when something has moved that every captured step reads."""
+        """A value that changes when a tensor that every captured step reads has moved."""
         return self._blocks.epoch, self._decoder.epoch
 
     @staticmethod
@@ -571,7 +572,7 @@ class GpuExecutor:
         )
 
     def _bound_to(self, sequences: list[Sequence]) -> Bound:
-        """A decode step's adapters; their tables are loaded only where something has changed."""
+        """The adapters of a decode step; their tables are loaded only if something has changed."""
         mixes = tuple([sequence.active_mix for sequence in sequences])
         bound = self._bound
         if bound is not None and bound.mixes == mixes:

@@ -72,7 +72,7 @@ class GpuSampler:
         self._own.forget(sequence)
 
     def load(self, numbers: SequenceOf[float], table: SamplingTable) -> None:
-        """Put into a step's tables how its rows are drawn.
+        """Copy the sampling parameters of a step's rows into its table.
 
         Args:
             numbers: The result of ``numbers``, in the order of the step's logits.
@@ -82,11 +82,11 @@ class GpuSampler:
         table.load(numbers)
 
     def numbers(self, sequences: SequenceOf[Sequence], ahead: int = 0) -> list[float]:
-        """How rows of these sequences are drawn, in the format of ``SamplingTable``.
+        """The sampling parameters of these sequences' rows, in the format of ``SamplingTable``.
 
         Args:
-            sequences: Those that sample.
-            ahead: How many tokens of each are still to come before.
+            sequences: The sequences that sample.
+            ahead: The number of tokens that each sequence will get before this step.
         """
         numbers: list[float] = []
         for sequence in sequences:
@@ -100,7 +100,7 @@ class GpuSampler:
         return numbers
 
     def launch(self, logits: torch.Tensor, table: SamplingTable) -> None:
-        """Have the device draw a token of every row of ``logits``, ``[rows, vocab]`` fp32."""
+        """Start drawing a token from every row of ``logits``, ``[rows, vocab]`` fp32."""
         sample_rows(logits, table.buffer, self._tokens)
 
     def draw(
@@ -204,7 +204,7 @@ class _Changes:
         self._numbers: list[list[torch.Tensor]] = [[] for _ in range(4)]
 
     def add(self, row: int, adjustment: Adjustment) -> None:
-        """Take in what a row's request asks for."""
+        """Collect the changes that a row's request asks for."""
         for ids, factor in adjustment.factors():
             self._put(0, row, ids, torch.full(ids.shape, factor))
         for ids, amounts in adjustment.penalties():
@@ -219,7 +219,10 @@ class _Changes:
         self._numbers[kind].append(numbers)
 
     def apply(self, logits: torch.Tensor) -> None:
-        """Change ``[rows, vocab]`` fp32 in place: two copies to the device, whatever the rows."""
+        """Change ``[rows, vocab]`` fp32 logits in place.
+
+        This takes two copies to the device, however many rows there are.
+        """
         sizes = [sum(map(len, places)) for places in self._places]
         if not any(sizes):
             return
@@ -241,7 +244,7 @@ class _Changes:
 
 
 def _row(params: SamplingParams) -> tuple[UniformStream | None, _Row]:
-    """Random numbers of a request, and how its rows are drawn."""
+    """The random numbers of a request and the sampling parameters of its rows."""
     # Avoid -0: its bits are no valid distance.
     distance = 0.0 - math.log(params.min_p) if params.min_p > 0.0 else math.inf
     top_k = float(min(params.top_k, _MAX_TOP_K))

@@ -63,8 +63,8 @@ class BlockTables:
     """A row of block numbers per sequence; only new numbers are sent. Not thread-safe.
 
     Args:
-        max_seqs: Sequences of a step at most.
-        max_blocks: Blocks of a sequence; rows become longer when one has more.
+        max_seqs: Maximum number of sequences in a step.
+        max_blocks: Blocks of a sequence; rows become longer when a sequence has more.
         device: Where the buffer is.
 
     Attributes:
@@ -125,7 +125,7 @@ class BlockTables:
         """Write block numbers, on the current stream.
 
         Args:
-            places: ``[updates]`` int64 on the device; 0 for what is to be written nowhere.
+            places: ``[updates]`` int64 on the device; place 0 for unused updates.
             numbers: ``[updates]`` int32 on the device.
         """
         self.buffer.index_copy_(0, places, numbers)
@@ -168,9 +168,9 @@ class StepTables:
     Args:
         arch: The model.
         blocks: The sequences' block numbers, which all kinds of steps share.
-        max_rows: Most rows of a step.
-        max_seqs: Most sequences of a step.
-        max_len: Most positions of a sequence without a prefix.
+        max_rows: Maximum number of rows in a step.
+        max_seqs: Maximum number of sequences in a step.
+        max_len: Maximum number of positions of a sequence without a prefix.
         device: Where the kernels run.
 
     Attributes:
@@ -211,13 +211,13 @@ class StepTables:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Around what loads a step's rows, attention and sampling; then they are sent."""
+        """A context for loading a step's rows, attention and sampling, which its end sends."""
         with self._memory.step():
             yield
 
     @contextlib.contextmanager
     def adapters(self) -> Iterator[None]:
-        """Around what loads the tables of the rows' adapters; then they are sent."""
+        """A context for loading the tables of the rows' adapters, which its end sends."""
         with self._adapter_memory.step():
             yield
 
@@ -273,12 +273,12 @@ class StepTables:
         """Write the step's new block numbers, on the device, before its attention.
 
         Args:
-            num_rows: The step's rows, of which each has a block at most that is new.
+            num_rows: The number of the step's rows; each row has at most one new block.
         """
         self._blocks.write(self._places.buffer[:num_rows], self._numbers.buffer[:num_rows])
 
     def load_segments(self, runs: SequenceOf[LongSegment]) -> SegmentTable:
-        """Load the segment table; a larger one if a mix is larger than it was made for."""
+        """Load the segment table, and replace it by a larger one if a mix does not fit."""
         self._fit_segments(runs)
         self._segments.load(runs)
         return self._segments
