@@ -60,6 +60,7 @@ from turret.server.models.decoding.decoder import Decoder
 from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.describe import BaseEdit, ModelInfo, describe_base, describe_projections
 from turret.server.models.loader import eos_token_ids, formulations, load_decoder
+from turret.server.models.memory import memory_of
 from turret.server.models.model_source import ModelSource, resolve_model
 from turret.server.models.own_tokenizers import OwnTokenizers
 from turret.server.models.sources.check import default_cache_dir
@@ -156,6 +157,7 @@ def build_backend(
             adapter_device_bytes=store.max_bytes,
             digest=source.digest,
             weights=str(decoder.fidelity),
+            weights_bytes=memory_of(decoder.arch, decoder.fidelity.storage()).base,
             **formulations(decoder, is_head_screened=is_screened),
         ),
     )

@@ -164,6 +164,7 @@ class BaseModel:
         head_dim: Width of one head.
         weights: How the weights are stored: kind of module, such as ``down_proj``, and a word of
             ``Fidelity.storage`` to the number of modules.
+        weights_shown: The same as texts for people, with the error of quantisation, by kind.
         generation: The number of the weights, from 1; each merge and each unmerge increases it.
         text_prefix: The prefix of the adapter that is being read, if it was trained on a model of
             text and images (``adapter_checkpoint.text_prefix``).
@@ -185,6 +186,7 @@ class BaseModel:
     renamed: Mapping[str, str] = field(default_factory=dict)
     norms: Mapping[str, BaseNorm] = field(default_factory=dict)
     weights: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    weights_shown: Mapping[str, str] = field(default_factory=dict)
     generation: int = 1
     text_prefix: str = ""
     beside: Callable[[], AbstractContextManager[object]] = nullcontext

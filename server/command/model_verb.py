@@ -13,6 +13,7 @@ from turret.server.words import say
 from turret.words import about_bytes
 
 if TYPE_CHECKING:
+    from turret.server.models.fidelity import Fidelity
     from turret.server.models.memory import Memory
 
 _RANKS = (8, 16, 64)
@@ -47,20 +48,21 @@ def _inspect(args: argparse.Namespace) -> int:
     from turret.server.models.sources.check import check_model, default_cache_dir
 
     model: Path | None = args.model
-    memory = kinds = None
+    memory = found = None
     try:
-        if model is not None and not model.is_file():
-            memory = _memory(model)
         if _is_here(model) or args.skip_modules or args.quantize_all:
             check_model(model)
             skipped = [part for each in args.skip_modules for part in each.split(",")]
-            kinds = inspect_model(
+            found = inspect_model(
                 model, default_cache_dir(), quantizes_all=args.quantize_all, skip_modules=skipped
-            ).kinds()
+            )
+        if model is not None and not model.is_file():
+            memory = _memory(model, found)
     except TurretError as error:
         texts = [text for _, text in error.violations] or [str(error)]
         refuse([("", text) for text in texts], is_json=False, command="turret model inspect")
         return EXIT_FAILED
+    kinds = None if found is None else found.kinds()
     if args.json:
         sizes = {} if memory is None else {n: getattr(memory, n) for n in memory.__slots__}
         modules = None if kinds is None else [dataclasses.asdict(kind) for kind in kinds]
@@ -90,8 +92,8 @@ def _is_here(model: Path | None) -> bool:
     return True
 
 
-def _memory(model: Path) -> Memory:
-    """The memory of a model from its configuration.
+def _memory(model: Path, found: Fidelity | None) -> Memory:
+    """The memory of a model from its configuration, and how its weights are served if known.
 
     Raises:
         InvalidRequestError: The configuration cannot be read, or is that of an unsupported model.
@@ -117,7 +119,8 @@ def _memory(model: Path) -> Memory:
         check_hub_model(hub_id)
         config = checked_config(hub_id)
     try:
-        return memory_of(read_arch(AutoConfig.for_model(**config)))
+        arch = read_arch(AutoConfig.for_model(**config))
+        return memory_of(arch, None if found is None else found.storage())
     except TurretError:
         raise
     except Exception as error:

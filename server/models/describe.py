@@ -114,6 +114,7 @@ def describe_base(
         model_type=arch.model_type,
         digest=source.digest,
         weights=decoder.fidelity.storage(),
+        weights_shown=decoder.fidelity.shown(),
         generation=generation,
         dtype=decoder.dtype,
         modules=modules,

@@ -99,6 +99,13 @@ class Fidelity:
             counts[bits] = counts.get(bits, 0) + int(count)
         return found
 
+    def shown(self) -> dict[str, str]:
+        """Kind of module → its part of the report."""
+        found: dict[str, list[str]] = {}
+        for kind in self.kinds():
+            found.setdefault(kind.module, []).append(str(kind))
+        return {module: ", ".join(parts) for module, parts in found.items()}
+
     def rows(self) -> list[list[Any]]:
         """The contents as JSON values; see ``of_rows``."""
         return [[*key, *sums] for key, sums in self._found.items()]

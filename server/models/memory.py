@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from turret.server.models.decoding.arch import ROUTER, Arch
+from turret.server.models.fidelity import kind_of
 
 # Bytes per number in 16 bits.
 _WIDE = 2
@@ -18,7 +20,7 @@ class Memory:
     """Sizes in bytes.
 
     Attributes:
-        base: The weights as they are served: linear modules in NF4, everything else in 16 bits.
+        base: The weights as they are served.
         base_wide: The weights in 16 bits, which processors without AVX512-BF16 compute with.
         kv_per_token: Keys and values of a token in all layers.
         adapter_per_rank: A LoRA of rank 1 on all linear modules, in 16 bits; without experts.
@@ -30,8 +32,13 @@ class Memory:
     adapter_per_rank: int
 
 
-def memory_of(arch: Arch) -> Memory:
-    """The memory of a model with this architecture; norms and biases are too small to count."""
+def memory_of(arch: Arch, weights: Mapping[str, Mapping[str, int]] | None = None) -> Memory:
+    """The memory of a model with this architecture; norms and biases are too small to count.
+
+    Args:
+        arch: The architecture.
+        weights: ``Fidelity.storage`` of the linear modules; by default all are in NF4.
+    """
     quantized = wide = rank = 0
     for layer in range(arch.num_layers):
         for name, slices in arch.linears().items():
@@ -46,6 +53,10 @@ def memory_of(arch: Arch) -> Memory:
         if arch.experts is not None and arch.has(layer, ROUTER):
             each = sum(out * inner for _, out, inner in arch.expert_linears().values())
             quantized += arch.experts.count * each
+    sizes = _sizes(arch)
+    for kind, counts in (weights or {}).items():
+        kept = counts.get("16-bit", 0) * sizes.get(kind, 0)
+        quantized, wide = quantized - kept, wide + kept
     wide += arch.vocab_size * arch.hidden_size * (1 if arch.tie_word_embeddings else 2)
     return Memory(
         base=round(quantized * _NF4) + wide * _WIDE,
@@ -53,3 +64,18 @@ def memory_of(arch: Arch) -> Memory:
         kv_per_token=2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * _WIDE,
         adapter_per_rank=rank * _WIDE,
     )
+
+
+def _sizes(arch: Arch) -> dict[str, int]:
+    """The number of weights of a module of each kind."""
+    sizes = {
+        kind_of(path): out * inner
+        for slices in arch.linears().values()
+        for path, out, inner in slices
+    }
+    if arch.experts is not None:
+        for projection, (_, out, inner) in arch.expert_linears().items():
+            names = arch.experts.modules[projection]
+            for name in names:
+                sizes[kind_of(f".experts.{name.format(0)}")] = out // len(names) * inner
+    return sizes

@@ -129,7 +129,7 @@ TEXTS: dict[str, str] = {
     " {served!q:.200}: the shapes fit, but the weights may differ",
     "OTHER_WEIGHTS": "trained on base weights with digest {trained}, but served on {served}",
     "STORED_OTHERWISE": "trained on base weights with digest {trained}, but served on {served};"
-    " the number of these modules in 16 bits differs: {modules}",
+    " another number of these modules was in 16 bits: {modules}",
     "OTHER_QUANTIZATION": "trained on {trained!q:.200}, whose weights are stored as {value}, but"
     " served on {served!q:.200}: the weights may differ",
     "BASE_DIFFERS": "adapter {path!q:.200} is rejected by --strict-base: {problem}",

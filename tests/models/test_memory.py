@@ -9,11 +9,13 @@ import pytest
 import torch
 from builders.bases.published_mixtures import MIXTURES
 from builders.bases.published_models import MODELS, Published
+from builders.bases.tiny_models import save_tiny_model
 from transformers import AutoConfig
 
 from turret.server import cli
 from turret.server.models.families import read_arch
 from turret.server.models.memory import memory_of
+from turret.server.models.model_source import inspect_model
 from turret.server.models.weights.nf4 import Nf4Weight
 
 # The published counts of models with a vision tower include the tower.
@@ -73,6 +75,16 @@ def test_an_invalid_config_is_refused_by_its_key(
     assert cli.main(["model", "inspect", str(tmp_path)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert key in line
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen3_moe", "mixtral"])
+def test_modules_in_16_bits_are_counted_as_such(family: str, tmp_path: Path) -> None:
+    save_tiny_model(family, tmp_path / "model")
+    arch = read_arch(AutoConfig.from_pretrained(tmp_path / "model"))
+    kept = inspect_model(tmp_path / "model", tmp_path, skip_modules=["model"]).storage()
+    assert memory_of(arch, kept).base == memory_of(arch).base_wide
+    some = {"o_proj": kept["o_proj"]}
+    assert memory_of(arch).base < memory_of(arch, some).base < memory_of(arch).base_wide
 
 
 def test_a_directory_that_is_no_model_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import httpx2
 import pytest
 import torch
 from builders.bases.tiny_models import save_tiny_model
@@ -132,7 +134,16 @@ def test_answers_that_change_are_counted() -> None:
     assert [verdict.mixed for verdict in verdicts.values()] == [2, 2]
 
 
-def test_a_server_may_answer_unknown_paths_with_a_page() -> None:
+def test_a_server_may_answer_unknown_paths_with_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    class Client(httpx2.Client):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            opened.append(self)
+
+    monkeypatch.setattr(httpx2, "Client", Client)
+
     class Pages(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             is_list = self.path == "/some/v1/models"
@@ -151,6 +162,7 @@ def test_a_server_may_answer_unknown_paths_with_a_page() -> None:
                 Door(url, None)
         finally:
             server.shutdown()
+    assert [client.is_closed for client in opened] == [True, True]
 
 
 def test_an_unknown_adapter_is_refused(
@@ -158,7 +170,7 @@ def test_an_unknown_adapter_is_refused(
 ) -> None:
     code = main(
         [
-            *("verify", "--against", f"http://{server.http_address}"),
+            *("verify", "--against", server.http_address),
             *("--model", str(folder / "model"), f"missing={folder / 'lora'}"),
         ]
     )

@@ -37,7 +37,7 @@ class Door:
     """A client of a server's OpenAI API, to be used as a context manager.
 
     Args:
-        url: The address, with or without ``/v1``.
+        url: The address, with or without ``http://`` and ``/v1``.
         token: The bearer token, if the server needs one.
 
     Raises:
@@ -46,18 +46,22 @@ class Door:
 
     def __init__(self, url: str, token: str | None) -> None:
         headers = {} if token is None else {"authorization": f"Bearer {token}"}
-        url = re.sub(r"(/v1)?/*$", "", url)
+        url = re.sub(r"(/v1)?/*$", "", url if "://" in url else f"http://{url}")
         self._url = url
-        self._client = httpx2.Client(base_url=url, headers=headers, timeout=_SECONDS)
-        listed = self._call("GET", "/v1/models")
-        if not isinstance(listed, dict) or "data" not in listed:
-            raise RunError(say("NO_MODEL_LIST", url=url))
-        self.models: list[dict[str, Any]] = listed["data"]
-        # llama.cpp's server selects adapters by number, not by the model's name.
-        self._numbers: dict[str, int] | None = None
-        with contextlib.suppress(RunError):
-            if isinstance(found := self._call("GET", "/lora-adapters"), list):
-                self._numbers = {Path(each["path"]).stem: each["id"] for each in found}
+        with contextlib.ExitStack() as stack:
+            self._client = stack.enter_context(
+                httpx2.Client(base_url=url, headers=headers, timeout=_SECONDS)
+            )
+            listed = self._call("GET", "/v1/models")
+            if not isinstance(listed, dict) or "data" not in listed:
+                raise RunError(say("NO_MODEL_LIST", url=url))
+            self.models: list[dict[str, Any]] = listed["data"]
+            # llama.cpp's server selects adapters by number, not by the model's name.
+            self._numbers: dict[str, int] | None = None
+            with contextlib.suppress(RunError):
+                if isinstance(found := self._call("GET", "/lora-adapters"), list):
+                    self._numbers = {Path(each["path"]).stem: each["id"] for each in found}
+            stack.pop_all()
 
     def __enter__(self) -> Door:
         return self

@@ -71,7 +71,8 @@ def base_difference(checkpoint: AdapterCheckpoint, base: BaseModel) -> Text | No
         differ = sorted(k for k in base.weights if trained.weights.get(k) != base.weights[k])
         told = {"trained": trained.digest[:12], "served": base.digest[:12]}
         if trained.weights and differ:
-            return say("STORED_OTHERWISE", modules=", ".join(differ), **told)
+            shown = ", ".join(base.weights_shown.get(kind, kind) for kind in differ)
+            return say("STORED_OTHERWISE", modules=shown, **told)
         return say("OTHER_WEIGHTS", **told)
     name = checkpoint.config.get("base_model_name_or_path") or ""
     if found := base_name_warning(name, base.name):

@@ -29,6 +29,7 @@ from turret.server.errors import (
     AdapterMismatchError,
     BudgetExceededError,
 )
+from turret.server.models.fidelity import Fidelity
 from turret.server.words import say
 
 BASE: Any = SimpleNamespace(
@@ -90,7 +91,12 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path / "a"
 
 
-WEIGHTS = {"q_proj": {"4-bit": 2}, "down_proj": {"4-bit": 1, "16-bit": 1}}
+FIDELITY = Fidelity()
+for _ in range(2):
+    FIDELITY.count("layers.0.q_proj.weight", "as-stored")
+FIDELITY.count("layers.0.down_proj.weight", "16-bit")
+FIDELITY.count("layers.1.down_proj.weight", "quantized", squares=(0.01, 1.0))
+WEIGHTS, SHOWN = FIDELITY.storage(), FIDELITY.shown()
 
 
 def load(
@@ -103,7 +109,7 @@ def load(
     base_name: str = "org/Tiny-1B",
 ) -> Any:
     base = dataclasses.replace(
-        base_of(tiny_llama()), name=base_name, digest="d" * 64, weights=WEIGHTS
+        base_of(tiny_llama()), name=base_name, digest="d" * 64, weights=WEIGHTS, weights_shown=SHOWN
     )
     allowed = Allowed(other_base=allow, strict_base=strict)
     loader = AdapterLoader(directory.parent, base, 1 << 30, max_rank, allowed=allowed)
@@ -141,7 +147,7 @@ DIGEST = "d" * 64
         (
             {"digest": "e" * 64, "weights": {**WEIGHTS, "down_proj": {"4-bit": 2}}},
             "STORED_OTHERWISE",
-            {"modules": "down_proj"},
+            {"modules": "1 down_proj 16-bit, 1 down_proj quantized (error 10 %)"},
         ),
     ],
 )
