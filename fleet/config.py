@@ -32,7 +32,6 @@ DEFAULT_HTTP_PORT = 8080
 _LOCAL_CLUSTER = "auto"
 REFUSED = {
     "preload": say("FLEET_NO_PRELOAD"),
-    "keep_generations": say("FLEET_NO_VERSIONS"),
     "admin_address": say("FLEET_ONE_ADDRESS"),
     **dict.fromkeys(("tls_cert", "tls_key", "tls_client_ca"), say("FLEET_NO_TLS")),
 }

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from turret.server.adapters.adapter import AdapterFacts, Source
-from turret.server.adapters.state_dir import SavedRegistration
+from turret.server.adapters.adapter import AdapterFacts, Alias, AliasTarget, Source
+from turret.server.adapters.state_dir import SavedGeneration, SavedRegistration
 from turret.server.errors import TurretError
 
 Precision = Literal["NF4", "BF16"]
@@ -67,6 +67,14 @@ class NameEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class AliasEntry:
+    """The alias of a name from a revision on; None if the name is free."""
+
+    name: str
+    alias: Alias | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class BaseEntry:
     """The base from a revision on, and the merge that is being prepared, if any."""
 
@@ -74,7 +82,7 @@ class BaseEntry:
     preparing: MergePlan | None = None
 
 
-Entry = NameEntry | BaseEntry
+Entry = NameEntry | AliasEntry | BaseEntry
 
 
 @dataclass(slots=True)
@@ -83,28 +91,39 @@ class FleetState:
 
     Attributes:
         names: The registration of each name.
+        aliases: The alias of each name; its targets are registered and keep their generations.
         closed: Names that take no new requests, and whether running ones are ended.
         preparing: The merge under way, or None.
         base: The base that is served.
     """
 
     names: dict[str, SavedRegistration] = field(default_factory=dict)
+    aliases: dict[str, Alias] = field(default_factory=dict)
     closed: dict[str, bool] = field(default_factory=dict)
     preparing: MergePlan | None = None
     base: Base = Base()
 
     def copy(self) -> FleetState:
-        return FleetState(dict(self.names), dict(self.closed), self.preparing, self.base)
+        return FleetState(
+            dict(self.names), dict(self.aliases), dict(self.closed), self.preparing, self.base
+        )
 
     def entries(self) -> Iterator[Entry]:
-        """The entries that turn an empty state into this one. The base is last: it needs names."""
+        """The entries that turn an empty state into this one. Aliases and the base need names."""
         for name, saved in self.names.items():
             yield NameEntry(name, saved, self.closed.get(name))
+        for name, alias in self.aliases.items():
+            yield AliasEntry(name, alias)
         yield BaseEntry(self.base, self.preparing)
 
     def apply(self, entry: Entry) -> None:
         if isinstance(entry, BaseEntry):
             self.base, self.preparing = entry.base, entry.preparing
+            return
+        if isinstance(entry, AliasEntry):
+            self.aliases.pop(entry.name, None)
+            if entry.alias is not None:
+                self.aliases[entry.name] = entry.alias
             return
         self.names.pop(entry.name, None)
         self.closed.pop(entry.name, None)
@@ -114,9 +133,15 @@ class FleetState:
             self.closed[entry.name] = entry.is_forced
 
 
-def key_of(saved: SavedRegistration) -> str:
-    """The key of one generation, as ``Adapter.key`` makes it."""
-    return f"{saved.uuid}.{saved.generation}"
+def key_of(saved: SavedRegistration, generation: int | None = None) -> str:
+    """The key of one generation, by default the current one, as ``Adapter.key`` makes it."""
+    return f"{saved.uuid}.{saved.generation if generation is None else generation}"
+
+
+def generations_of(saved: SavedRegistration) -> tuple[SavedGeneration, ...]:
+    """The generations that requests may name; the current one is first."""
+    current = SavedGeneration(generation=saved.generation, source=saved.source, facts=saved.facts)
+    return (current, *saved.kept)
 
 
 # Messages between a replica and the registry.
@@ -133,11 +158,14 @@ class Join:
     Attributes:
         replica: The replica's name; after a restart it has another one.
         base_name, base_digest: The model that it has loaded.
+        keep_generations: How many replaced generations of a name the fleet keeps. All replicas have
+            the same settings, so the last one to join decides.
     """
 
     replica: str
     base_name: str
     base_digest: str
+    keep_generations: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,6 +259,30 @@ class Register:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rollback:
+    """Make a kept generation current, in place of ``(uuid, generation)``."""
+
+    name: str
+    generation: int
+    replaces: tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetAlias:
+    """Make a name stand for these generations, which are never empty."""
+
+    name: str
+    targets: tuple[AliasTarget, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeleteAlias:
+    """Free the name of an alias."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pin:
     """Pin or unpin a name."""
 
@@ -262,14 +314,15 @@ class Unmerge:
     """Restore the base's own weights."""
 
 
-Proposal = Register | Pin | Unload | Merge | Unmerge
+Proposal = Register | Rollback | SetAlias | DeleteAlias | Pin | Unload | Merge | Unmerge
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The result of a proposal: the registration or base that now holds everywhere."""
+    """The result of a proposal: the registration, alias or base that now holds everywhere."""
 
     saved: SavedRegistration | None = None
+    alias: Alias | None = None
     base: Base | None = None
 
 

@@ -9,17 +9,35 @@ wrong meanwhile, and what guards against it.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import uuid as uuids
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, assert_never
 
 from turret.fleet import protocol as p
-from turret.fleet.protocol import Base, BaseEntry, FleetState, NameEntry, key_of
+from turret.fleet.protocol import (
+    AliasEntry,
+    Base,
+    BaseEntry,
+    FleetState,
+    NameEntry,
+    generations_of,
+    key_of,
+)
 from turret.fleet.words import say
-from turret.server.adapters.adapter import AdapterFacts, Source
-from turret.server.adapters.state_dir import SavedRegistration
+from turret.server import log
+from turret.server.adapters.adapter import (
+    AdapterFacts,
+    Alias,
+    AliasTarget,
+    Source,
+    check_alias,
+    check_no_target,
+    kept_generations,
+)
+from turret.server.adapters.state_dir import SavedGeneration, SavedRegistration
 from turret.server.errors import (
     AdapterBusyError,
     AdapterComponentError,
@@ -29,6 +47,7 @@ from turret.server.errors import (
     AdapterMergedError,
     AdapterNotFoundError,
     AdapterPinnedError,
+    InvalidRequestError,
     MergeActiveError,
     MergeUnderWayError,
     NotMergedError,
@@ -44,6 +63,8 @@ _LOG_ENTRIES = 10_000
 # Minimum number of recent outcomes that are kept for callers that have yet to ask for them.
 _KEPT = 4096
 
+_log = logging.getLogger(__name__)
+
 Stage = Literal["applying", "draining", "preparing", "done"]
 
 
@@ -55,6 +76,9 @@ class Store(Protocol):
     def read_base(self) -> Base: ...
     def write(self, saved: SavedRegistration) -> None: ...
     def remove(self, name: str) -> None: ...
+    def read_aliases(self) -> list[Alias]: ...
+    def save_alias(self, alias: Alias) -> None: ...
+    def remove_alias(self, name: str) -> None: ...
     def write_base(self, base: Base) -> None: ...
     def keep(self, source: Source, key: str) -> Source: ...
     def discard(self, source: Source) -> None: ...
@@ -136,13 +160,15 @@ class FleetRegistry:
         self._lease_seconds = lease_seconds
         self.revision = 0
         names = {saved.name: saved for saved in store.read(sweeps=is_first)}
-        self.state = FleetState(names, base=_usable_base(store.read_base(), names))
+        aliases = {alias.name: alias for alias in _usable_aliases(store.read_aliases(), names)}
+        self.state = FleetState(names, aliases, base=_usable_base(store.read_base(), names))
+        self._keep_generations = 0
         self._living: dict[str, LivingReplica] = {}
         self._log: deque[tuple[int, p.Entry]] = deque(maxlen=_LOG_ENTRIES)
         self._operations: dict[str, Operation] = {}
-        # Uploaded generations that are gone, with the revision that removed each. Their files are
-        # deleted once no replica uses them.
-        self._leftovers: list[tuple[SavedRegistration, int]] = []
+        # The files and key of uploaded generations that are gone, with the revision that removed
+        # each. The files are deleted once no replica uses them.
+        self._leftovers: list[tuple[Source, str, int]] = []
         self._quiet_until = now if is_first else self._expiry(now)
 
     # Replicas
@@ -154,6 +180,7 @@ class FleetRegistry:
             ValueError: The replica serves another base model.
         """
         self._store.bind(join.base_name, join.base_digest)
+        self._keep_generations = join.keep_generations
         session = self._new_uuid()
         nothing = p.Report(replica=join.replica, session=session, received=-1, applied=-1)
         self._living[join.replica] = LivingReplica(
@@ -242,6 +269,12 @@ class FleetRegistry:
         match proposal:
             case p.Register():
                 operation = self._register(proposal)
+            case p.Rollback():
+                operation = self._roll_back(proposal)
+            case p.SetAlias():
+                operation = self._set_alias(Alias(proposal.name, proposal.targets))
+            case p.DeleteAlias():
+                operation = self._delete_alias(proposal.name)
             case p.Pin():
                 operation = self._pin(proposal)
             case p.Unload():
@@ -317,6 +350,8 @@ class FleetRegistry:
     def _register(self, proposal: p.Register) -> Operation:
         name, facts = proposal.name, proposal.facts
         self._check_open(name)
+        if name in self.state.aliases:
+            raise InvalidRequestError.of("name", say("NAME_OF_ALIAS", value=name))
         before = self.state.names.get(name)
         if proposal.replaces is not None:
             before = self._registered(name)
@@ -327,23 +362,51 @@ class FleetRegistry:
             return self._confirm(before, proposal)
         self._check_components(name, facts)
         if before is None:
-            uuid, generation = self._new_uuid(), 1
+            saved = SavedRegistration(
+                name=name,
+                uuid=self._new_uuid(),
+                generation=1,
+                pinned=proposal.pinned,
+                source=proposal.source,
+                facts=facts,
+            )
         else:
             self._check_not_needed(before)
-            uuid, generation = before.uuid, before.generation + 1
-        saved = SavedRegistration(
-            name=name,
-            uuid=uuid,
-            generation=generation,
-            pinned=proposal.pinned or (before is not None and before.pinned),
-            source=proposal.source,
-            facts=facts,
-        )
+            last = max(each.generation for each in generations_of(before))
+            new = SavedGeneration(generation=last + 1, source=proposal.source, facts=facts)
+            saved = self._next(before, new)
+            saved = dataclasses.replace(saved, pinned=proposal.pinned or before.pinned)
         saved = self._save_new(saved, proposal.is_staged)
         self._publish(NameEntry(name, saved))
         if before is not None:
-            self._leave_over(before)
+            self._leave_over(before, saved)
         return self._applying(p.Outcome(saved=saved))
+
+    def _roll_back(self, proposal: p.Rollback) -> Operation:
+        name = proposal.name
+        self._check_open(name)
+        before = self._registered(name)
+        _check_same(before, proposal.replaces)
+        self._check_not_needed(before)
+        return self._change(before, self._next(before, _generation(before, proposal.generation)))
+
+    def _next(self, before: SavedRegistration, new: SavedGeneration) -> SavedRegistration:
+        """The registration in which another generation is current."""
+        current, *kept = generations_of(before)
+        replaced = [*(each for each in kept if each is not new), current]
+        return dataclasses.replace(
+            before,
+            generation=new.generation,
+            source=new.source,
+            facts=new.facts,
+            kept=self._kept(before.name, new, replaced),
+        )
+
+    def _kept(
+        self, name: str, current: SavedGeneration, replaced: list[SavedGeneration]
+    ) -> tuple[SavedGeneration, ...]:
+        aliases = self.state.aliases.values()
+        return kept_generations(name, current, replaced, self._keep_generations, aliases)
 
     def _save_new(self, saved: SavedRegistration, is_staged: bool) -> SavedRegistration:
         """Saves the files first and the registration last; a failure changes nothing."""
@@ -376,7 +439,44 @@ class FleetRegistry:
         if after != before:
             self._store.write(after)
             self._publish(NameEntry(after.name, after))
+            self._leave_over(before, after)
         return self._applying(p.Outcome(saved=after))
+
+    # Aliases
+
+    def _set_alias(self, alias: Alias) -> Operation:
+        for target in alias.targets:
+            self._check_target(target)
+        check_alias(alias, self.state.aliases, is_adapter=alias.name in self.state.names)
+        before = self.state.aliases.get(alias.name)
+        if alias != before:
+            self._store.save_alias(alias)
+            self._publish(AliasEntry(alias.name, alias))
+        if before is not None:
+            self._drop_surplus(before)
+        return self._applying(p.Outcome(alias=alias))
+
+    def _delete_alias(self, name: str) -> Operation:
+        if name not in self.state.aliases:
+            raise AdapterNotFoundError(say("NOT_AN_ALIAS", adapters=name))
+        before = self.state.aliases[name]
+        self._store.remove_alias(name)
+        self._publish(AliasEntry(name))
+        self._drop_surplus(before)
+        return self._applying(p.Outcome())
+
+    def _drop_surplus(self, alias: Alias) -> None:
+        """Drops generations that only this alias kept, which is gone."""
+        for name in sorted({target.name for target in alias.targets}):
+            before = self.state.names[name]
+            current, *replaced = generations_of(before)
+            after = dataclasses.replace(before, kept=self._kept(name, current, replaced))
+            try:
+                self._change(before, after)
+            except TurretError as error:
+                # The next replacement drops them.
+                said = log.fields(adapter=name, reason=error)
+                _log.warning("cannot drop generations", extra=said)
 
     # Unloading
 
@@ -386,6 +486,7 @@ class FleetRegistry:
         if saved.pinned:
             raise AdapterPinnedError(say("ADAPTER_PINNED", adapter=saved.name))
         self._check_not_needed(saved)
+        check_no_target(saved.name, self.state.aliases.values())
         is_forced = proposal.is_forced or self.state.closed.get(saved.name, False)
         if self.state.closed.get(saved.name) != is_forced:
             self._publish(NameEntry(saved.name, saved, is_forced))
@@ -411,7 +512,7 @@ class FleetRegistry:
                 self._reopen(operation, current, error)
                 return
             self._publish(NameEntry(saved.name))
-            self._leave_over(current)
+            self._leave_over(current, None)
             operation.stage, operation.revision = "applying", self.revision
         elif operation.deadline is not None and now >= operation.deadline:
             kind = AdapterInUseError if proposal.is_forced else AdapterBusyError
@@ -425,17 +526,22 @@ class FleetRegistry:
         if not any(o.unload is not None and o.unload[1].uuid == saved.uuid for o in others):
             self._publish(NameEntry(saved.name, saved))
 
-    def _leave_over(self, saved: SavedRegistration) -> None:
-        if saved.source.is_upload:
-            self._leftovers.append((saved, self.revision))
+    def _leave_over(self, before: SavedRegistration, after: SavedRegistration | None) -> None:
+        """Lets the files of uploaded generations go that the name no longer has."""
+        stays = set() if after is None else {each.generation for each in generations_of(after)}
+        self._leftovers += [
+            (each.source, key_of(before, each.generation), self.revision)
+            for each in generations_of(before)
+            if each.source.is_upload and each.generation not in stays
+        ]
 
     def _discard_leftovers(self, now: float) -> None:
-        kept: list[tuple[SavedRegistration, int]] = []
-        for saved, revision in self._leftovers:
-            if self._is_applied(revision, now) and not self._is_held(key_of(saved)):
-                self._store.discard(saved.source)
+        kept: list[tuple[Source, str, int]] = []
+        for source, key, revision in self._leftovers:
+            if self._is_applied(revision, now) and not self._is_held(key):
+                self._store.discard(source)
             else:
-                kept.append((saved, revision))
+                kept.append((source, key, revision))
         self._leftovers = kept
 
     # The base
@@ -501,6 +607,12 @@ class FleetRegistry:
         if name in self.state.closed:
             raise AdapterInUseError(say("BEING_UNLOADED", adapters=name))
 
+    def _check_target(self, target: AliasTarget) -> None:
+        """Raises the errors of ``AdapterRegistry.set_alias`` for a target."""
+        _check_target(target, self.state.names)
+        if target.name in self.state.closed:
+            raise AdapterNotFoundError(say("BEING_UNLOADED", adapters=target.name))
+
     def _is_elsewhere(self, digest: str, name: str) -> bool:
         """Whether another name that is not being unloaded has the same weights."""
         others = (s for s in self.state.names.values() if s.name != name)
@@ -521,8 +633,12 @@ class FleetRegistry:
         plans = [plan for plan in (self.state.base.merge, self.state.preparing) if plan is not None]
         if any(member.name == name for plan in plans for member in plan.members):
             raise AdapterMergedError(say("ADAPTER_IN_BASE", adapter=name))
-        names = self.state.names.values()
-        fusions = [s.name for s in names if s.name != name and digest in s.facts.components]
+        fusions = [
+            other.name
+            for other in self.state.names.values()
+            if other.name != name
+            and any(digest in each.facts.components for each in generations_of(other))
+        ]
         if fusions and not self._is_elsewhere(digest, name):
             which = ", ".join(fusions)
             raise AdapterInUseError(say("ADAPTER_IS_COMPONENT", adapter=name, fusions=which))
@@ -554,6 +670,45 @@ def _check_free(saved: SavedRegistration, facts: AdapterFacts) -> None:
     if saved.facts.content != facts.content:
         taken = say("ADAPTER_EXISTS", adapter=saved.name, digest=saved.facts.digest)
         raise AdapterExistsError(taken)
+
+
+def _generation(saved: SavedRegistration, generation: int) -> SavedGeneration:
+    """A generation that requests may name.
+
+    Raises:
+        AdapterNotFoundError: It is not kept.
+    """
+    found = next((each for each in generations_of(saved) if each.generation == generation), None)
+    if found is None:
+        said = {"adapters": saved.name, "generation": generation}
+        raise AdapterNotFoundError(
+            say("OTHER_GENERATION", **said, current_generation=saved.generation)
+        )
+    return found
+
+
+def _check_target(target: AliasTarget, names: Mapping[str, SavedRegistration]) -> None:
+    if target.name not in names:
+        raise AdapterNotFoundError(say("ADAPTER_NOT_FOUND", adapters=target.name))
+    saved = names[target.name]
+    _generation(saved, target.generation)
+    if saved.uuid != target.uuid:
+        raise AdapterNotFoundError(say("REGISTERED_AGAIN", adapters=target.name))
+
+
+def _usable_aliases(
+    aliases: Iterable[Alias], names: Mapping[str, SavedRegistration]
+) -> Iterator[Alias]:
+    """The saved aliases, without those whose targets another server has changed since."""
+    for alias in aliases:
+        try:
+            check_alias(alias, (), is_adapter=alias.name in names)
+            for target in alias.targets:
+                _check_target(target, names)
+        except TurretError as error:
+            _log.error("cannot restore", extra=log.fields(alias=alias.name, reason=error))
+        else:
+            yield alias
 
 
 def _usable_base(base: Base, names: Mapping[str, SavedRegistration]) -> Base:

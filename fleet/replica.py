@@ -38,7 +38,11 @@ from turret.server.adapters.merger import (
     PreparedMerge,
 )
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
-from turret.server.adapters.registry.name_table import Registration
+from turret.server.adapters.registry.name_table import (
+    Registration,
+    generation_for_rollback,
+    registration_of,
+)
 from turret.server.adapters.registry.registry import AdapterRegistry, UnloadMode
 from turret.server.adapters.residency.leases import AdapterMetrics
 from turret.server.adapters.state_dir import SavedRegistration, SharedStateDir, StagedUpload
@@ -47,7 +51,6 @@ from turret.server.config import AdapterConfig
 from turret.server.errors import (
     AdapterGenerationError,
     MergeActiveError,
-    NotInFleetError,
     TurretError,
     UnavailableError,
 )
@@ -112,9 +115,16 @@ class ReplicaRegistry(AdapterRegistry):
         proposal = p.Register(
             name=name, source=source, facts=facts, pinned=pinned, is_staged=is_staged
         )
-        return self._replaced(proposal, expected_generation) if replace else self._made(proposal)
+        if not replace:
+            return self._made(proposal)
 
-    def _made(self, proposal: p.Register | p.Pin) -> AdapterInfo:
+        def replace_current(registration: Registration) -> AdapterInfo:
+            replaces = (registration.uuid, registration.current.generation)
+            return self._made(dataclasses.replace(proposal, replaces=replaces))
+
+        return self._on_current(name, expected_generation, replace_current)
+
+    def _made(self, proposal: p.Register | p.Rollback | p.Pin) -> AdapterInfo:
         saved = propose(self._channel, proposal).saved
         assert saved is not None
         # Wait until the adapters pinned here have been read into memory.
@@ -125,17 +135,18 @@ class ReplicaRegistry(AdapterRegistry):
             if (record.uuid, record.generation) == (saved.uuid, saved.generation):
                 return record
         # The name has changed again meanwhile, so return the record of this call's change.
-        return Registration(_adapter(saved)).record()
+        return registration_of(saved).record()
 
-    def _replaced(self, proposal: p.Register, expected: int | None) -> AdapterInfo:
+    def _on_current(
+        self, name: str, expected: int | None, change: Callable[[Registration], AdapterInfo]
+    ) -> AdapterInfo:
+        """Changes the current generation; again if it has changed, unless one was expected."""
         attempt = 1
         while True:
-            current = self._table.find(proposal.name).current
-            replaces = (current.uuid, current.generation)
             try:
-                return self._made(dataclasses.replace(proposal, replaces=replaces))
+                return change(self._table.find(name))
             except AdapterGenerationError:
-                # Another replacement will arrive here soon, or this replica lags behind.
+                # Another change will arrive here soon, or this replica lags behind.
                 if expected is not None or attempt == _ATTEMPTS:
                     raise
                 attempt += 1
@@ -168,28 +179,34 @@ class ReplicaRegistry(AdapterRegistry):
     def rollback(
         self, name: str, generation: int | None = None, expected_generation: int | None = None
     ) -> AdapterInfo:
-        """Rejects every rollback.
+        def roll_back(registration: Registration) -> AdapterInfo:
+            self._table.check_active(registration)
+            current = registration.current
+            adapter = generation_for_rollback(registration, generation)
+            if adapter is current:
+                return self.get(name)
+            # Reading it first finds changed files before anything has changed.
+            with self._pins.resident(adapter):
+                return self._made(
+                    p.Rollback(
+                        name=name,
+                        generation=adapter.generation,
+                        replaces=(current.uuid, current.generation),
+                    )
+                )
 
-        Raises:
-            NotInFleetError: Always.
-        """
-        raise NotInFleetError(say("NOT_IN_FLEET", operation="RollbackAdapter"))
+        self._table.check_generation(name, expected_generation)
+        return self._on_current(name, expected_generation, roll_back)
 
     def set_alias(self, name: str, targets: Sequence[AdapterRef]) -> Alias:
-        """Rejects every alias.
-
-        Raises:
-            NotInFleetError: Always.
-        """
-        raise NotInFleetError(say("NOT_IN_FLEET", operation="SetAlias"))
+        self._check_free(name)
+        proposal = p.SetAlias(name=name, targets=tuple(map(self._target, targets)))
+        alias = propose(self._channel, proposal).alias
+        assert alias is not None
+        return alias
 
     def delete_alias(self, name: str) -> None:
-        """Rejects the call: a fleet has no aliases.
-
-        Raises:
-            NotInFleetError: Always.
-        """
-        raise NotInFleetError(say("NOT_IN_FLEET", operation="DeleteAlias"))
+        propose(self._channel, p.DeleteAlias(name=name))
 
     def get(self, name: str, generation: int | None = None) -> AdapterInfo:
         return _with_usage(super().get(name, generation), self._elsewhere(name))
@@ -204,6 +221,13 @@ class ReplicaRegistry(AdapterRegistry):
 
     # Instructions of the registry
 
+    def follow_alias(self, entry: p.AliasEntry) -> None:
+        """Applies an entry: sets or removes the alias of its name."""
+        if entry.alias is not None:
+            self._put_alias(entry.alias)
+        elif self._table.alias(entry.name) is not None:
+            self._take_alias(entry.name)
+
     def follow(self, entry: p.NameEntry) -> None:
         """Applies an entry: registers, replaces or removes the adapter of its name."""
         saved = entry.saved
@@ -216,12 +240,12 @@ class ReplicaRegistry(AdapterRegistry):
             if saved is None:
                 return
             if registration is None:
-                registration = Registration(_adapter(saved))
+                registration = registration_of(saved)
                 self._table.add(registration)
-            elif registration.current.generation != saved.generation:
-                self._table.swap(registration, _adapter(saved))
-                self._leaving.add(registration)
             else:
+                after = registration_of(saved, registration.named)
+                self._table.swap(registration, after.current, after.kept)
+                self._leaving.add(registration)
                 registration.current.source = saved.source
             if entry.is_forced is None:
                 registration.state = "ACTIVE"
@@ -290,15 +314,11 @@ class ReplicaRegistry(AdapterRegistry):
         return self._usage
 
 
-def _adapter(saved: SavedRegistration) -> Adapter:
-    return Adapter(saved.name, saved.uuid, saved.generation, saved.source, saved.facts)
-
-
 def _departing(registration: Registration) -> list[Adapter]:
     """Generations that get no new requests."""
     if registration.state == "ACTIVE" or registration.current.is_retired:
         return list(registration.retired)
-    return [registration.current, *registration.retired]
+    return [*registration.named, *registration.retired]
 
 
 def _with_usage(
@@ -483,6 +503,7 @@ class ReplicaParts:
         self.name = name
         self._channel = channel
         self._stops_alone = stops_alone
+        self._keep_generations = 0
         self._registry: ReplicaRegistry
         self._merger: ReplicaMerger
         self.num_requests: Callable[[], tuple[int, int]] = lambda: (0, 0)
@@ -501,6 +522,7 @@ class ReplicaParts:
         """
         if config.state_dir is None:
             raise ValueError(say("FLEET_NEEDS_STATE"))
+        self._keep_generations = config.keep_generations
         self._registry = ReplicaRegistry(
             self._channel,
             self.name,
@@ -547,21 +569,32 @@ class ReplicaParts:
         """
         base = self._registry.base
         self.num_requests = num_requests
-        join = p.Join(replica=self.name, base_name=base.name, base_digest=base.digest)
+        join = p.Join(
+            replica=self.name,
+            base_name=base.name,
+            base_digest=base.digest,
+            keep_generations=self._keep_generations,
+        )
         link = ReplicaLink(join, self, self._channel, stops_alone=self._stops_alone)
         self._merger.on_prepared = link.report_soon
         return link
 
     def reset(self, state: p.FleetState) -> None:
         """Replaces the whole state by a snapshot."""
-        for name in self._registry.names() - state.names.keys():
-            self.apply(p.NameEntry(name))
+        # Aliases that are gone come before the names that they may stand for.
+        for alias in self._registry.aliases():
+            if alias.name not in state.aliases:
+                self.apply(p.AliasEntry(alias.name))
         for entry in state.entries():
             self.apply(entry)
+        for name in self._registry.names() - state.names.keys():
+            self.apply(p.NameEntry(name))
 
     def apply(self, entry: p.Entry) -> None:
         if isinstance(entry, p.NameEntry):
             self._registry.follow(entry)
+        elif isinstance(entry, p.AliasEntry):
+            self._registry.follow_alias(entry)
         else:
             self._merger.follow(entry.base)
             self._merger.prepare(entry.preparing)

@@ -54,8 +54,6 @@ TEXTS = {
         "no fleet can be joined here ({cause}); choose one with --state-dir or --ray-address"
     ),
     # Settings of ``turret cluster serve``
-    "NOT_IN_FLEET": "{operation} is not supported in a fleet",
-    "FLEET_NO_VERSIONS": "is not supported in a fleet",
     "FLEET_NO_PRELOAD": "is not supported in a fleet; load adapters with `turret adapters load`",
     "FLEET_ONE_ADDRESS": "is not supported in a fleet, which has one address; the token file"
     " decides who may change adapters",

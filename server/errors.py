@@ -33,7 +33,6 @@
     ├── UnauthenticatedError         no token, or an unknown one
     ├── PermissionDeniedError        the token lacks the role
     ├── ServiceElsewhereError        the service is at the server's other address
-    ├── NotInFleetError              a single server can do it, but not a fleet
     ├── UnavailableError             the server is stopping, or the engine is dead
     │   └── ServerStartingError      the model is not loaded yet
     └── DeadlineExceededError        the deadline passed before the request finished
@@ -264,11 +263,6 @@ class PermissionDeniedError(TurretError):
 
 class ServiceElsewhereError(TurretError):
     reason = "SERVICE_ELSEWHERE"
-    code = Code.UNIMPLEMENTED
-
-
-class NotInFleetError(TurretError):
-    reason = "NOT_IN_FLEET"
     code = Code.UNIMPLEMENTED
 
 

@@ -6,13 +6,14 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.basics.names import HUB_SCHEME, HubId
-from turret.server.errors import InvalidRequestError, TurretError
+from turret.server.errors import AdapterInUseError, InvalidRequestError, TurretError
 from turret.server.words import say
 
 
@@ -70,6 +71,71 @@ class Alias:
             if left < 0:
                 return target
         return self.targets[-1]
+
+    def generations_of(self, name: str) -> set[int]:
+        """The generations of an adapter that the alias names."""
+        return {target.generation for target in self.targets if target.name == name}
+
+
+def check_alias(alias: Alias, others: Collection[str], *, is_adapter: bool) -> None:
+    """Checks an alias that is to be set; whether its targets exist is the caller's concern.
+
+    Args:
+        alias: The alias.
+        others: The names of all aliases.
+        is_adapter: Whether an adapter has its name.
+
+    Raises:
+        InvalidRequestError: An adapter has the name, there are too many aliases, or a target occurs
+            twice.
+    """
+    if is_adapter:
+        raise InvalidRequestError.of("name", say("NAME_OF_ADAPTER", value=alias.name))
+    if len(others) >= MAX_ALIASES and alias.name not in others:
+        raise InvalidRequestError.of("name", say("TOO_MANY_ALIASES", most=MAX_ALIASES))
+    keys = [f"{target.name}@{target.generation}" for target in alias.targets]
+    for key, count in Counter(keys).items():
+        if count > 1:
+            raise InvalidRequestError.of("targets", say("DUPLICATE", value=key))
+
+
+def check_no_target(name: str, aliases: Iterable[Alias]) -> None:
+    """Raises AdapterInUseError if an alias names the adapter."""
+    found = sorted(alias.name for alias in aliases if alias.generations_of(name))
+    if found:
+        text = say("ADAPTER_IS_TARGET", adapter=name, aliases=", ".join(found))
+        raise AdapterInUseError(text)
+
+
+class _Numbered(Protocol):
+    @property
+    def generation(self) -> int: ...
+
+
+_N = TypeVar("_N", bound=_Numbered)
+
+
+def kept_generations(
+    name: str, current: _Numbered, replaced: Sequence[_N], keep: int, aliases: Iterable[Alias]
+) -> tuple[_N, ...]:
+    """The replaced generations of an adapter that requests may still name.
+
+    These are the last ones, those that an alias names, and the one with the highest number, because
+    the next new weights get the number after it.
+
+    Args:
+        name: The adapter's name.
+        current: The generation that the name stands for.
+        replaced: The replaced generations; the last one was served last.
+        keep: How many of them are kept.
+        aliases: All aliases.
+    """
+    surplus = max(len(replaced) - keep, 0)
+    needed = {generation for alias in aliases for generation in alias.generations_of(name)}
+    needed.add(max(each.generation for each in (current, *replaced)))
+    return tuple(
+        each for index, each in enumerate(replaced) if index >= surplus or each.generation in needed
+    )
 
 
 # The files of an adapter, and where a generation's files are.

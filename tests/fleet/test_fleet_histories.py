@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import Counter
 
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 from turret.fleet import follower, registry
 from turret.fleet.follower import Follower
 from turret.fleet.registry import FleetRegistry
+from turret.server.adapters.adapter import Alias
 
-NUM_HISTORIES = 700
-NUM_ACTIONS = 150
+NUM_HISTORIES = 300
+NUM_ACTIONS = 400
 
 
 def live_many(count: int) -> None:
@@ -45,6 +47,7 @@ def test_no_two_weights_under_one_generation_and_nothing_acknowledged_is_lost() 
     # All kinds of events must have happened; otherwise, the histories prove little.
     assert counts.keys() >= {
         *("Register", "Pin", "Unload", "Merge", "Unmerge", "joined", "expelled"),
+        *("Rollback", "SetAlias", "DeleteAlias"),
         *("replica crashed", "registry crashed", "crashed at a write"),
         *(
             "AdapterExistsError",
@@ -103,6 +106,12 @@ def _say_it_is_applied(self: Follower, change: follower.Change) -> None:
     self._applied = self._received
 
 
+def _drop_all_generations(self: FleetRegistry, alias: Alias) -> None:
+    for target in alias.targets:
+        before = self.state.names[target.name]
+        self._change(before, dataclasses.replace(before, kept=()))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("where", "name", "mistake"),
@@ -115,6 +124,9 @@ def _say_it_is_applied(self: Follower, change: follower.Change) -> None:
         (registry, "CLOCK_SLACK", 0.5),
         (registry, "_check_same", lambda saved, expected: None),
         (FleetRegistry, "_check_not_needed", lambda self, saved: None),
+        (registry, "kept_generations", lambda name, current, replaced, keep, aliases: ()),
+        (registry, "check_no_target", lambda name, aliases: None),
+        (FleetRegistry, "_drop_surplus", _drop_all_generations),
     ],
 )
 def test_mistakes_are_found(

@@ -8,17 +8,19 @@ from pathlib import Path
 
 import pytest
 from builders.registries import Registries, in_thread, refs, stage_directory, tiny_base, until
-from fleets.replicas import Fleet
+from fleets.replicas import Fleet, Started
 from servers.fake_hub import fake_hub
 
-from turret.server.adapters.adapter import REQUEST, OwnTemplate
+from turret.server.adapters.adapter import REQUEST, AdapterRef, OwnTemplate
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StateDir
 from turret.server.errors import (
+    AdapterChangedError,
     AdapterExistsError,
     AdapterGenerationError,
+    AdapterInUseError,
     AdapterNotFoundError,
-    NotInFleetError,
+    InvalidRequestError,
     UnavailableError,
 )
 
@@ -50,13 +52,6 @@ def test_what_one_loads_all_serve_under_the_same_identity(fleet: Fleet) -> None:
         first.registry.replace("a", "c", expected_generation=1)
     with pytest.raises(AdapterExistsError):
         second.registry.load("a", "c")
-    with pytest.raises(NotInFleetError):
-        second.registry.rollback("a")
-    with pytest.raises(NotInFleetError):
-        second.registry.set_alias("prod", refs("a"))
-    with pytest.raises(NotInFleetError):
-        second.registry.delete_alias("prod")
-    assert second.registry.aliases() == []
 
 
 def test_a_chat_template_is_the_same_on_every_replica(fleet: Fleet, root: Path) -> None:
@@ -72,6 +67,142 @@ def test_a_chat_template_is_the_same_on_every_replica(fleet: Fleet, root: Path) 
     assert (replaced.generation, replaced.facts.digest) == (2, loaded.facts.digest)
     assert second.registry.tokenizers.find(refs("a")) == (None, given.to_json())
     until(lambda: first.registry.tokenizers.find(refs("a")) == (None, given.to_json()))
+
+
+@pytest.fixture
+def keeping(tmp_path: Path, root: Path) -> Iterator[Fleet]:
+    """A fleet that keeps one replaced generation."""
+    made = Fleet(tmp_path / "state", root, keep_generations=1)
+    yield made
+    made.close()
+
+
+def served(started: Started, name: str, generation: int | None = None) -> tuple[str, int]:
+    """The uuid and generation that a request for a name gets; it may go through an alias."""
+    ref = AdapterRef(name=name, generation=generation, draw=0.5)
+    mix = started.registry.acquire([ref])
+    adapter = mix.members[0][0]
+    started.registry.release(mix)
+    return adapter.uuid, adapter.generation
+
+
+def test_generations_are_kept_and_rolled_back_everywhere(keeping: Fleet, root: Path) -> None:
+    first, second = keeping.start(), keeping.start()
+    uuid = first.registry.upload("a", stage_directory(first.registry, root / "a")).uuid
+    first.registry.pin("a")
+    for number, path in enumerate("bc", 2):
+        staged = stage_directory(second.registry, root / path)
+        second.registry.upload("a", staged, replace=True)
+        assert served(first, "a") == (uuid, number)
+        assert served(first, "a", number - 1) == (uuid, number - 1)
+    with pytest.raises(AdapterNotFoundError):
+        served(first, "a", 1)
+    files = keeping.state_dir / "files"
+    until(lambda: {path.name for path in files.iterdir()} == {f"{uuid}.2", f"{uuid}.3"})
+    mix = second.registry.acquire(refs("a"))
+    back = first.registry.rollback("a", expected_generation=3)
+    assert (back.generation, back.kept_generations, back.pinned) == (2, (3,), True)
+    assert [served(each, "a") for each in (first, second)] == [(uuid, 2)] * 2
+    assert mix.members[0][0].generation == 3
+    second.registry.release(mix)
+    with pytest.raises(AdapterGenerationError):
+        second.registry.rollback("a", 3, expected_generation=3)
+    with pytest.raises(AdapterNotFoundError):
+        second.registry.rollback("a")
+    assert second.registry.rollback("a", 3).generation == 3
+    assert first.registry.replace("a", "a").generation == 4
+    # The registry's successor and a later replica know the same.
+    keeping.stop_registry()
+    keeping.start_registry(is_first=False)
+    until(lambda: _is_back(keeping))
+    third = keeping.start()
+    assert served(third, "a", 3) == (uuid, 3)
+    exported = third.registry.export("a", 3)
+    assert exported.record.generation == 3
+    exported.close()
+
+
+def test_a_rollback_to_changed_files_changes_nothing(keeping: Fleet, root: Path) -> None:
+    first, second = keeping.start(), keeping.start()
+    first.registry.load("a", "a")
+    first.registry.replace("a", "b")
+    weights = root / "a" / "adapter_model.safetensors"
+    weights.write_bytes((root / "c" / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(AdapterChangedError):
+        second.registry.rollback("a")
+    assert [served(each, "a")[1] for each in (first, second)] == [2, 2]
+
+
+def test_an_alias_is_one_on_every_replica(keeping: Fleet) -> None:
+    first, second = keeping.start(), keeping.start()
+    uuid = first.registry.load("a", "a").uuid
+    alias = first.registry.set_alias("prod", [AdapterRef(name="a")])
+    assert second.registry.aliases() == [alias]
+    assert served(second, "prod") == (uuid, 1)
+    for path in "bcb":
+        second.registry.replace("a", path)
+    # The alias keeps a generation that the setting would not.
+    assert served(first, "prod") == (uuid, 1)
+    assert second.registry.get("a").kept_generations == (1, 3)
+    with pytest.raises(AdapterInUseError):
+        second.registry.unload("a")
+    for wrong in ("a", "base", "no spaces"):
+        with pytest.raises(InvalidRequestError):
+            first.registry.set_alias(wrong, [AdapterRef(name="a")])
+    with pytest.raises(InvalidRequestError):
+        second.registry.load("prod", "b")
+    with pytest.raises(AdapterNotFoundError):
+        first.registry.set_alias("prod", [AdapterRef(name="a", generation=2)])
+    split = [AdapterRef(name="a", generation=each, weight=each) for each in (1, 3)]
+    second.registry.set_alias("prod", split)
+    assert [served(each, "prod") for each in (first, second)] == [(uuid, 3)] * 2
+    # A running request keeps its generation, even when the alias lets it go.
+    mix = first.registry.acquire([AdapterRef(name="prod", draw=0.0)])
+    second.registry.set_alias("prod", [AdapterRef(name="a")])
+    assert first.registry.get("a").kept_generations == (3,)
+    assert mix.members[0][0].generation == 1
+    first.registry.release(mix)
+    # The registry's successor and a later replica know the alias.
+    keeping.stop_registry()
+    keeping.start_registry(is_first=False)
+    until(lambda: _is_back(keeping))
+    assert served(keeping.start(), "prod") == (uuid, 4)
+    second.registry.delete_alias("prod")
+    for started in (first, second):
+        assert started.registry.aliases() == []
+        with pytest.raises(AdapterNotFoundError):
+            served(started, "prod")
+    with pytest.raises(AdapterNotFoundError):
+        first.registry.delete_alias("prod")
+    first.registry.unload("a")
+
+
+def test_a_fleet_and_a_single_server_read_each_others_versions(tmp_path: Path, root: Path) -> None:
+    path = tmp_path / "state"
+
+    def single() -> AdapterRegistry:
+        state = StateDir(path, 1 << 30)
+        state.bind(tiny_base().name, tiny_base().digest)
+        base, room = tiny_base(), 1 << 30
+        made = AdapterRegistry(root, base, room, 64, state=state, keep_generations=1)
+        made.restore()
+        return made
+
+    registry = single()
+    uuid = registry.load("a", "a").uuid
+    registry.replace("a", "b")
+    registry.set_alias("prod", [AdapterRef(name="a", generation=1)])
+    registry.close()
+    fleet = Fleet(path, root, keep_generations=1)
+    started = fleet.start()
+    assert served(started, "prod") == (uuid, 1)
+    started.registry.set_alias("test", [AdapterRef(name="a")])
+    assert started.registry.rollback("a").generation == 1
+    fleet.close()
+    registry = single()
+    assert (registry.get("a").generation, registry.get("a").kept_generations) == (1, (2,))
+    assert [alias.name for alias in registry.aliases()] == ["prod", "test"]
+    registry.close()
 
 
 def test_what_the_hub_has_is_of_one_commit_everywhere(

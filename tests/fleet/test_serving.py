@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from servers.probe import is_serving
 
 from turret.clients.client import TurretClient, TurretRpcError
+from turret.clients.messages.mix import AdapterWeight
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.long
@@ -36,7 +37,8 @@ HOST = "127.0.0.3" if sys.platform == "linux" else LOOPBACK
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServingFleet]:
-    with start_fleet(tmp_path_factory.mktemp("fleet"), "--replicas", "2", host=HOST) as started:
+    flags = ("--replicas", "2", "--keep-generations", "1")
+    with start_fleet(tmp_path_factory.mktemp("fleet"), *flags, host=HOST) as started:
         yield started
 
 
@@ -111,6 +113,39 @@ def test_changes_hold_for_every_later_request_on_any_replica(fleet: ServingFleet
             with pytest.raises(TurretRpcError):
                 client.adapters.get("sql")
     assert fleet.status().count("\n") >= 3
+
+
+def test_versions_and_aliases_hold_on_any_replica(fleet: ServingFleet) -> None:
+    def used(model: str) -> set[int]:
+        """The generations that requests for a model get over HTTP, where replicas take turns."""
+        found = set()
+        for _ in range(8):
+            body = json.dumps({"model": model, "prompt": "Once", "max_tokens": 1}).encode()
+            request = urllib.request.Request(
+                f"http://{fleet.http_address}/v1/completions",
+                body,
+                {"content-type": "application/json"},
+            )
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                found |= {each["generation"] for each in json.load(answer)["adapters_used"]}
+        return found
+
+    def dates(generation: int) -> AdapterWeight:
+        return AdapterWeight("dates", generation=generation)
+
+    with TurretClient(fleet.address) as client:
+        client.adapters.load("dates", "sql")
+        client.adapters.set_alias("prod", "dates")
+        client.adapters.replace("dates", "json")
+        assert (used("dates"), used("dates@1"), used("prod")) == ({2}, {1}, {1})
+        client.adapters.rollback("dates")
+        assert (used("dates"), used("dates@2")) == ({1}, {2})
+        client.adapters.set_alias("prod", [dates(1), dates(2)])
+        assert used("prod") <= {1, 2}
+        client.adapters.set_alias("prod", [dates(2)])
+        assert used("prod") == {2}
+        client.adapters.delete_alias("prod")
+        client.adapters.unload("dates")
 
 
 def test_error_details_arrive_whole(fleet: ServingFleet) -> None:

@@ -121,7 +121,6 @@ def test_cluster_says_what_is_missing(
             },
         ),
         ("--state-dir s --adapter-root . --preload a=b", {"adapters.preload": "FLEET_NO_PRELOAD"}),
-        ("--state-dir s --keep-generations 1", {"adapters.keep_generations": "FLEET_NO_VERSIONS"}),
         (
             "--state-dir s --address 0.0.0.0:1 --http-address 0.0.0.0:2",
             {"listen.address": "FLEET_EXPOSED", "listen.http_address": "FLEET_EXPOSED"},

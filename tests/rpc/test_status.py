@@ -58,7 +58,6 @@ CODES = {
     "UnauthenticatedError": "UNAUTHENTICATED",
     "PermissionDeniedError": "PERMISSION_DENIED",
     "ServiceElsewhereError": "UNIMPLEMENTED",
-    "NotInFleetError": "UNIMPLEMENTED",
     "UnavailableError": "UNAVAILABLE",
     "ServerStartingError": "UNAVAILABLE",
     "DeadlineExceededError": "DEADLINE_EXCEEDED",

@@ -196,8 +196,7 @@ class AdaptersServicer(object):
         Idempotent if `generation` is set. Returns NOT_FOUND if the name is not registered or the
         generation is not kept, FAILED_PRECONDITION if the adapter is being unloaded, if a learned fusion
         is built from its current weights or if the generation's files have changed, RESOURCE_EXHAUSTED
-        if there is no room for it in memory, UNIMPLEMENTED in a fleet. After an error the adapter is
-        unchanged.
+        if there is no room for it in memory. After an error the adapter is unchanged.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -256,7 +255,7 @@ class AdaptersServicer(object):
 
         Idempotent if every target has a generation. Returns INVALID_ARGUMENT if the name is an adapter's
         or there are 100 aliases, NOT_FOUND if a target is not registered or is being unloaded, or if its
-        generation is not kept, UNIMPLEMENTED in a fleet.
+        generation is not kept.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -264,7 +263,7 @@ class AdaptersServicer(object):
 
     def DeleteAlias(self, request, context):
         """Frees the name of an alias. Requests that were received before finish. Returns NOT_FOUND if
-        there is no such alias, UNIMPLEMENTED in a fleet.
+        there is no such alias.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

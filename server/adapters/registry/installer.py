@@ -27,7 +27,7 @@ from turret.server.adapters.component import component_refs
 from turret.server.adapters.registry.name_table import (
     NameTable,
     Registration,
-    generation_of,
+    generation_for_rollback,
     name_taken,
 )
 from turret.server.adapters.residency.leases import Leases
@@ -227,10 +227,7 @@ class Installer:
         """Makes a kept generation current; see ``AdapterRegistry.rollback``."""
         self.table.check_active(registration)
         old = registration.current
-        if generation is None:
-            adapter = registration.before_current
-        else:
-            adapter = generation_of(registration, generation)
+        adapter = generation_for_rollback(registration, generation)
         if adapter is old:
             return
         # Reading it first finds changed files before anything has changed here.
@@ -239,7 +236,7 @@ class Installer:
             kept = self.table.kept_after(registration, adapter)
             self.state.save(adapter, pinned=old.pinned, kept=kept)
             self.leases.set_pinned(adapter, old.pinned)
-            self.table.swap(registration, adapter)
+            self.table.swap(registration, adapter, kept)
 
     def inspect(
         self, name: str, source: Source, chat_template: OwnTemplate | None = None
@@ -276,7 +273,7 @@ class Installer:
             registration, old = before, before.current
             adapter = Adapter(name, old.uuid, before.next_generation, source, loaded.facts)
             self._admit(adapter, loaded, staged, pinned or old.pinned, replaced=registration)
-            self.table.swap(registration, adapter)
+            self.table.swap(registration, adapter, self.table.kept_after(registration, adapter))
         return registration
 
     def _confirm(self, registration: Registration, source: Source, pinned: bool) -> None:

@@ -19,10 +19,13 @@ from turret.server.adapters.adapter import (
     Mix,
     Source,
     State,
+    check_no_target,
+    kept_generations,
 )
 from turret.server.adapters.checkpoint.adapter_checkpoint import refuse_all
 from turret.server.adapters.component import COMPONENTS_KEY, ComponentRef
 from turret.server.adapters.residency.leases import AdapterMetrics, Leases
+from turret.server.adapters.state_dir import SavedRegistration
 from turret.server.basics.names import closest
 from turret.server.errors import (
     AdapterComponentError,
@@ -85,20 +88,6 @@ class Registration:
         The generation with the highest number is always current or kept.
         """
         return max(adapter.generation for adapter in self.named) + 1
-
-    @property
-    def before_current(self) -> Adapter:
-        """The kept generation with the highest number below the current one's.
-
-        Raises:
-            AdapterNotFoundError: There is none.
-        """
-        current = self.current.generation
-        earlier = [adapter for adapter in self.kept if adapter.generation < current]
-        if not earlier:
-            said = {"adapters": self.name, "current_generation": current}
-            raise AdapterNotFoundError(say("NO_EARLIER_GENERATION", **said))
-        return max(earlier, key=lambda adapter: adapter.generation)
 
     def find(self, generation: int | None) -> Adapter | None:
         """The generation that a request may name; None stands for the current one."""
@@ -178,6 +167,40 @@ def generation_of(registration: Registration, generation: int | None) -> Adapter
         facts = {"adapters": registration.name, "generation": generation}
         raise AdapterNotFoundError(say("OTHER_GENERATION", **facts, current_generation=current))
     return adapter
+
+
+def generation_for_rollback(registration: Registration, generation: int | None) -> Adapter:
+    """A generation that requests may name; None stands for the highest below the current one.
+
+    Raises:
+        AdapterNotFoundError: There is none.
+    """
+    if generation is not None:
+        return generation_of(registration, generation)
+    current = registration.current.generation
+    earlier = [adapter for adapter in registration.kept if adapter.generation < current]
+    if not earlier:
+        said = {"adapters": registration.name, "current_generation": current}
+        raise AdapterNotFoundError(say("NO_EARLIER_GENERATION", **said))
+    return max(earlier, key=lambda adapter: adapter.generation)
+
+
+def registration_of(saved: SavedRegistration, known: Iterable[Adapter] = ()) -> Registration:
+    """The saved registration.
+
+    Args:
+        saved: The registration.
+        known: Generations of it that exist already, and are used instead of new ones.
+    """
+    by_number = {adapter.generation: adapter for adapter in known}
+    current, *kept = (
+        by_number.get(each.generation)
+        or Adapter(saved.name, saved.uuid, each.generation, each.source, each.facts)
+        for each in (saved, *saved.kept)
+    )
+    for adapter in kept:
+        adapter.is_retired = True
+    return Registration(current, tuple(kept))
 
 
 def _check_distinct(names: Iterable[str]) -> None:
@@ -277,42 +300,18 @@ class NameTable:
         with self._changed:
             before = registration.current
             replaced = [*(a for a in registration.kept if a is not adapter), before]
-            return self._without_surplus(adapter, replaced)
+            return self._kept(adapter, replaced)
 
-    def _without_surplus(
-        self, current: Adapter, replaced: Sequence[Adapter]
-    ) -> tuple[Adapter, ...]:
-        """The last of these generations, those that an alias names, and the highest number."""
-        surplus = max(len(replaced) - self._keep_generations, 0)
-        needed = {
-            target.generation
-            for alias in self._aliases.values()
-            for target in alias.targets
-            if target.name == current.name
-        }
-        # See ``next_generation``. After a rollback, this is one of the replaced generations.
-        needed.add(max(adapter.generation for adapter in (current, *replaced)))
-        return tuple(
-            adapter
-            for index, adapter in enumerate(replaced)
-            if index >= surplus or adapter.generation in needed
-        )
+    def _kept(self, current: Adapter, replaced: Sequence[Adapter]) -> tuple[Adapter, ...]:
+        aliases = self._aliases.values()
+        return kept_generations(current.name, current, replaced, self._keep_generations, aliases)
 
-    def surplus(self, registration: Registration) -> tuple[Adapter, ...]:
-        """Kept generations that no setting or alias keeps any more."""
+    def still_kept(self, registration: Registration) -> tuple[Adapter, ...]:
+        """The kept generations that a setting or an alias still keeps."""
         with self._changed:
-            kept = self._without_surplus(registration.current, registration.kept)
-            return tuple(adapter for adapter in registration.kept if adapter not in kept)
+            return self._kept(registration.current, registration.kept)
 
-    def drop_kept(self, registration: Registration, surplus: Sequence[Adapter]) -> None:
-        """No longer lets requests name these generations; they end with their last request."""
-        with self._changed:
-            registration.kept = tuple(a for a in registration.kept if a not in surplus)
-            registration.retired += tuple(surplus)
-            gone = self._forget_retired(registration)
-        self._part_with(gone)
-
-    # Aliases. Their targets are current or kept: ``_without_surplus`` keeps the generations, and
+    # Aliases. Their targets are current or kept: ``kept_generations`` keeps the generations, and
     # ``check_not_aliased`` the names.
 
     def aliases(self) -> list[Alias]:
@@ -336,27 +335,23 @@ class NameTable:
 
     def check_not_aliased(self, registration: Registration) -> None:
         """Raises AdapterInUseError if an alias names the adapter."""
-        aliases = [
-            alias.name
-            for alias in self.aliases()
-            if any(target.name == registration.name for target in alias.targets)
-        ]
-        if aliases:
-            names = ", ".join(aliases)
-            text = say("ADAPTER_IS_TARGET", adapter=registration.name, aliases=names)
-            raise AdapterInUseError(text)
+        check_no_target(registration.name, self.aliases())
 
-    def swap(self, registration: Registration, adapter: Adapter) -> None:
-        """Makes ``adapter`` current; generations that are not kept end with their last request."""
+    def swap(self, registration: Registration, current: Adapter, kept: Sequence[Adapter]) -> None:
+        """Lets requests name these generations alone; others end with their last request."""
         with self._changed:
-            kept = self.kept_after(registration, adapter)
             before, named = registration.current, registration.named
-            registration.current, registration.kept = adapter, kept
-            before.is_retired, adapter.is_retired = True, False
-            registration.retired += tuple(a for a in named if a not in (adapter, *kept))
-            self._metrics.adapter_residency(registration.name, adapter.residency)
+            registration.current, registration.kept = current, tuple(kept)
+            for adapter in registration.named:
+                adapter.is_retired = adapter is not current
+            left = [adapter for adapter in named if adapter not in registration.named]
+            for adapter in left:
+                adapter.is_retired = True
+            registration.retired += tuple(left)
             gone = self._forget_retired(registration)
-            self._leases.set_pinned(before, False)
+            if current is not before:
+                self._metrics.adapter_residency(registration.name, current.residency)
+                self._leases.set_pinned(before, False)
         self._part_with(gone)
 
     def remove(self, registration: Registration) -> None:

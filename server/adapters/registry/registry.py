@@ -12,7 +12,6 @@ import logging
 import math
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import Literal
 
 from turret.server import log
 from turret.server.adapters.adapter import (
-    MAX_ALIASES,
     Adapter,
     AdapterInfo,
     AdapterRef,
@@ -29,6 +27,7 @@ from turret.server.adapters.adapter import (
     Mix,
     OwnTemplate,
     Source,
+    check_alias,
 )
 from turret.server.adapters.base import NOTHING_SPECIAL, Allowed, BaseModel, ChangedBase
 from turret.server.adapters.lowering.lowered import Lowered
@@ -41,6 +40,7 @@ from turret.server.adapters.registry.name_table import (
     NameTable,
     Registration,
     generation_of,
+    registration_of,
 )
 from turret.server.adapters.residency.leases import AdapterMetrics, Leases, NoAdapterMetrics
 from turret.server.adapters.residency.loader import AdapterLoader, lost
@@ -275,13 +275,7 @@ class AdapterRegistry:
         """
         found = self._state.read()
         for saved in found:
-            current, *kept = (
-                Adapter(saved.name, saved.uuid, each.generation, each.source, each.facts)
-                for each in (saved, *saved.kept)
-            )
-            for adapter in kept:
-                adapter.is_retired = True
-            self._table.add(Registration(current, tuple(kept)))
+            self._table.add(registration_of(saved))
         for alias in self._state.read_aliases():
             try:
                 self._check_alias(alias)
@@ -510,8 +504,7 @@ class AdapterRegistry:
             if self._table.alias(name) is None:
                 raise AdapterNotFoundError(say("NOT_AN_ALIAS", adapters=name))
             self._state.remove_alias(name)
-            self._table.remove_alias(name)
-            self._metrics.alias_changed(name, ())
+            self._take_alias(name)
 
     def _target(self, ref: AdapterRef) -> AliasTarget:
         _, adapter = self._table.resolve(ref)
@@ -527,15 +520,8 @@ class AdapterRegistry:
 
     def _check_alias(self, alias: Alias) -> None:
         """Raises the errors of ``set_alias``."""
-        if self._table.get(alias.name) is not None:
-            raise InvalidRequestError.of("name", say("NAME_OF_ADAPTER", value=alias.name))
-        known = self._table.aliases()
-        if len(known) >= MAX_ALIASES and alias.name not in {each.name for each in known}:
-            raise InvalidRequestError.of("name", say("TOO_MANY_ALIASES", most=MAX_ALIASES))
-        keys = [f"{target.name}@{target.generation}" for target in alias.targets]
-        for key, count in Counter(keys).items():
-            if count > 1:
-                raise InvalidRequestError.of("targets", say("DUPLICATE", value=key))
+        known = {each.name for each in self._table.aliases()}
+        check_alias(alias, known, is_adapter=self._table.get(alias.name) is not None)
         for target in alias.targets:
             ref = AdapterRef(name=target.name, generation=target.generation)
             # A name that was registered again has other weights under the same numbers.
@@ -547,6 +533,10 @@ class AdapterRegistry:
         self._metrics.alias_changed(
             alias.name, [(target.name, target.generation) for target in alias.targets]
         )
+
+    def _take_alias(self, name: str) -> None:
+        self._table.remove_alias(name)
+        self._metrics.alias_changed(name, ())
 
     @contextlib.contextmanager
     def _changing_alias(self, name: str, *names: str) -> Iterator[None]:
@@ -565,11 +555,9 @@ class AdapterRegistry:
                 self._drop_surplus(self._table.find(each))
 
     def _drop_surplus(self, registration: Registration) -> None:
-        surplus = self._table.surplus(registration)
-        if not surplus:
+        current, kept = registration.current, self._table.still_kept(registration)
+        if kept == registration.kept:
             return
-        current = registration.current
-        kept = tuple(adapter for adapter in registration.kept if adapter not in surplus)
         try:
             self._state.save(current, pinned=current.pinned, kept=kept)
         except TurretError as error:
@@ -579,7 +567,7 @@ class AdapterRegistry:
                 extra=log.fields(adapter=registration.name, reason=error),
             )
         else:
-            self._table.drop_kept(registration, surplus)
+            self._table.swap(registration, current, kept)
 
     # Lookups
 

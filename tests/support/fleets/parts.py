@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from turret.fleet.follower import Change, Follower
 from turret.fleet.protocol import (
@@ -14,9 +15,10 @@ from turret.fleet.protocol import (
     Entry,
     FleetState,
     Join,
+    generations_of,
     key_of,
 )
-from turret.server.adapters.adapter import AdapterFacts, Source
+from turret.server.adapters.adapter import AdapterFacts, Alias, Source
 from turret.server.adapters.state_dir import SavedRegistration
 from turret.server.errors import StorageFullError, TurretError
 
@@ -40,18 +42,28 @@ def facts_of(digest: str) -> AdapterFacts:
     )
 
 
+def named(saved: SavedRegistration) -> list[SavedRegistration]:
+    """The registration with each generation that requests may name; the current one is first."""
+    return [
+        dataclasses.replace(saved, generation=g.generation, source=g.source, facts=g.facts, kept=())
+        for g in generations_of(saved)
+    ]
+
+
 @dataclass
 class Disk:
     """A disk that survives every crash. ``crash_in`` counts the steps of writes until a crash.
 
     Attributes:
         history: The past registrations of each name, in order: ``(uuid, generation)``, or None.
+            For an alias, the keys of its targets.
         files: The digest of each upload, by path.
     """
 
     names: dict[str, SavedRegistration] = dataclasses.field(default_factory=dict)
+    aliases: dict[str, Alias] = dataclasses.field(default_factory=dict)
     base: Base = dataclasses.field(default_factory=Base)
-    history: dict[str, list[tuple[str, int] | None]] = dataclasses.field(default_factory=dict)
+    history: dict[str, list[tuple[Any, ...] | None]] = dataclasses.field(default_factory=dict)
     files: dict[str, str] = dataclasses.field(default_factory=dict)
     crash_in: int = 0
     is_full: bool = False
@@ -91,7 +103,22 @@ class Disk:
         self._note(name, None)
         self._step()
 
-    def _note(self, name: str, now: tuple[str, int] | None) -> None:
+    def read_aliases(self) -> list[Alias]:
+        return list(self.aliases.values())
+
+    def save_alias(self, alias: Alias) -> None:
+        self._begin_write()
+        self.aliases[alias.name] = alias
+        self._note(alias.name, alias.targets)
+        self._step()
+
+    def remove_alias(self, name: str) -> None:
+        self._begin_write()
+        del self.aliases[name]
+        self._note(name, None)
+        self._step()
+
+    def _note(self, name: str, now: tuple[Any, ...] | None) -> None:
         past = self.history.setdefault(name, [None])
         if past[-1] != now:
             past.append(now)
@@ -130,7 +157,9 @@ class Replica:
         self.requests: list[SavedRegistration] = []
         self.made: dict[str, TurretError | None] = {}
         self.follower = Follower(
-            Join(replica=name, base_name="base", base_digest="base"), self, stops_alone=stops_alone
+            Join(replica=name, base_name="base", base_digest="base", keep_generations=1),
+            self,
+            stops_alone=stops_alone,
         )
         self.changing: Change | None = None
 
@@ -169,7 +198,7 @@ class Replica:
 
     def _is_old(self, saved: SavedRegistration) -> bool:
         current = self.state.names.get(saved.name)
-        return current is None or key_of(current) != key_of(saved)
+        return current is None or key_of(saved) not in map(key_of, named(current))
 
     def prepared(self) -> Mapping[str, TurretError | None]:
         return dict(self.made)

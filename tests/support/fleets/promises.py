@@ -5,20 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fleets.parts import Disk, Replica
+from fleets.parts import Disk, Replica, named
 
 from turret.fleet import protocol as m
 
 NAMES = ("a", "b")
+ALIASES = ("x", "y")
 
 
 @dataclass
 class Caller:
-    """A caller that waits for the outcome of a proposal."""
+    """A caller that waits for the outcome of a proposal.
+
+    ``place`` is that of the name's registration in its history when the proposal was accepted.
+    """
 
     proposal: m.Proposal
     operation: str
     uuid: str
+    place: int
 
 
 class Promises:
@@ -41,14 +46,18 @@ class Promises:
     def hear(self, caller: Caller, outcome: m.Outcome) -> None:
         """Record that a caller received a result, which must hold from now on."""
         if outcome.saved is not None:
-            saved = outcome.saved
-            replaces = getattr(caller.proposal, "replaces", None)
-            if replaces is not None:
-                uuid, generation = replaces
+            saved, proposal = outcome.saved, caller.proposal
+            if isinstance(proposal, m.Register) and proposal.replaces is not None:
+                uuid, generation = proposal.replaces
                 assert saved.uuid == uuid, "replaced what was not asked to be"
-                assert saved.generation - generation in (0, 1)
-            past = self.disk.history[saved.name]
-            self._promise(saved.name, _last(past, (saved.uuid, saved.generation)))
+                assert saved.generation >= generation
+            if isinstance(proposal, m.Rollback):
+                assert (saved.uuid, saved.generation) == (proposal.replaces[0], proposal.generation)
+            was = self.disk.history[saved.name][caller.place]
+            assert was == (saved.uuid, saved.generation), "told of what was never written down"
+            self._promise(saved.name, caller.place)
+        elif isinstance(caller.proposal, m.SetAlias | m.DeleteAlias):
+            self._promise(caller.proposal.name, caller.place)
         elif outcome.base is not None:
             self.told_base = max(self.told_base, outcome.base.generation)
         elif isinstance(caller.proposal, m.Unload):
@@ -64,10 +73,10 @@ class Promises:
         """Check one replica that would answer now."""
         for name in NAMES:
             saved = replica.resolve(name)
-            if saved is not None:
-                key = (saved.uuid, saved.generation)
-                served = self.digests.setdefault(key, saved.facts.digest)
-                assert served == saved.facts.digest, f"two weights under {key}"
+            for each in [] if saved is None else named(saved):
+                key = (each.uuid, each.generation)
+                served = self.digests.setdefault(key, each.facts.digest)
+                assert served == each.facts.digest, f"two weights under {key}"
             is_known = name in self.disk.history and name not in replica.state.closed
             if replica.has_promise(now) and is_known:
                 served_now = None if saved is None else (saved.uuid, saved.generation)
@@ -75,6 +84,15 @@ class Promises:
                 assert served_now in later, (
                     f"{replica.name} serves {served_now} for {name}, not {later}"
                 )
+        for name in ALIASES:
+            alias = replica.state.aliases.get(name)
+            if replica.has_promise(now) and name in self.disk.history:
+                later = self.disk.history[name][self.told.get(name, 0) :]
+                assert (None if alias is None else alias.targets) in later, "an alias is lost"
+            for target in () if alias is None else alias.targets:
+                saved = replica.resolve(target.name)
+                assert saved is not None, f"{name} stands for nothing"
+                assert f"{target.uuid}.{target.generation}" in map(m.key_of, named(saved))
         base = replica.state.base
         merged = "" if base.merge is None else base.merge.uuid
         assert self.bases.setdefault(base.generation, merged) == merged, "two bases under a number"
@@ -88,12 +106,8 @@ class Promises:
             assert not held, f"{name} is removed under a request on {replica.name}"
 
     def _check_unread(self, path: str) -> None:
-        assert all(saved.source.path != path for saved in self.disk.names.values())
+        saved = [each for known in self.disk.names.values() for each in named(known)]
+        assert all(each.source.path != path for each in saved)
         for replica in self._promising():
             held = [saved for saved in replica.requests if saved.source.path == path]
             assert not held, f"{path} is removed under a request on {replica.name}"
-
-
-def _last(past: list[tuple[str, int] | None], what: tuple[str, int]) -> int:
-    assert what in past, "told of what was never written down"
-    return max(i for i, was in enumerate(past) if was == what)

@@ -71,11 +71,9 @@ def _change_at_once(change: Callable[[], ChangedBase]) -> Future[None]:
 class Fleet:
     """A registry, and the started replicas."""
 
-    def __init__(self, state_dir: Path, root: Path, *, adapter_hub: tuple[str, ...] = ()) -> None:
+    def __init__(self, state_dir: Path, root: Path, **settings: Any) -> None:
         self.state_dir = state_dir
-        self._config = AdapterConfig(
-            adapter_root=root, state_dir=state_dir, adapter_hub=adapter_hub
-        )
+        self._config = AdapterConfig(adapter_root=root, state_dir=state_dir, **settings)
         self._replicas: list[Started] = []
         self._store: FleetStore | None = None
         self._host: RegistryHost | None = None

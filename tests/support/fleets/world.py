@@ -11,13 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from fleets.parts import Crash, Disk, Replica, facts_of
-from fleets.promises import NAMES, Caller, Promises
+from fleets.parts import Crash, Disk, Replica, facts_of, named
+from fleets.promises import ALIASES, NAMES, Caller, Promises
 
 from turret.fleet import protocol as m
 from turret.fleet.protocol import MergeMember, key_of
 from turret.fleet.registry import FleetRegistry
-from turret.server.adapters.adapter import Source
+from turret.server.adapters.adapter import AliasTarget, Source
 from turret.server.adapters.state_dir import SavedRegistration
 from turret.server.errors import InvalidRequestError, TurretError, UnavailableError
 
@@ -84,7 +84,8 @@ class World:
         """Run one random event."""
         usual = (
             *(self._beat, self._beat, self._beat, self._beat, self._call, self._deliver),
-            *(self._deliver, self._lose, self._apply, self._propose, self._propose, self._ask),
+            *(self._deliver, self._lose, self._apply, self._ask),
+            *(self._propose, self._propose, self._propose),
             *(self._make, self._make, self._begin, self._begin, self._begin, self._end),
             *(self._wait, self._restart, self._call),
         )
@@ -194,7 +195,8 @@ class World:
         _, replica = self._replica()
         saved = replica.resolve(NAMES[self.draw(len(NAMES))])
         if saved is not None and replica.is_serving(self.now):
-            replica.requests.append(saved)
+            generations = named(saved)
+            replica.requests.append(generations[self.draw(len(generations))])
 
     def _end(self) -> None:
         _, replica = self._replica()
@@ -251,11 +253,22 @@ class World:
             self.counts[type(error).__name__] += 1
             return
         if number is not None:
-            self.callers.append(Caller(proposal, number, "" if saved is None else saved.uuid))
+            name = getattr(proposal, "name", "")
+            place = len(self.disk.history.get(name, ())) - 1
+            uuid = "" if saved is None else saved.uuid
+            self.callers.append(Caller(proposal, number, uuid, place))
 
     def _draw_proposal(self, replica: Replica) -> m.Proposal | None:
-        kind, name = self.draw(11), NAMES[self.draw(len(NAMES))]
+        kind, name = self.draw(15), NAMES[self.draw(len(NAMES))]
         known = replica.state.names.get(name)
+        merge, alias = replica.state.base.merge, ALIASES[self.draw(len(ALIASES))]
+        is_aliased = alias in replica.state.aliases
+        # Most proposals must be possible, or little would happen.
+        is_idle = (kind in (7, 10) and merge is None) or (kind == 14 and not is_aliased)
+        if (known is None or is_idle) and self.draw(4):
+            kind = 0 if known is None else 4 + self.draw(11)
+        elif merge is not None and self.draw(3) == 0:
+            kind = 7
         if kind < 4:
             digest = f"d{next(self._ids)}" if self.draw(3) else "same"
             source, is_staged = Source(digest), bool(self.draw(2))
@@ -281,6 +294,21 @@ class World:
                 name=name, uuid=known.uuid, generation=known.generation, weight=1.0
             )
             return m.Merge(members=(member,), precision="BF16", time=self.now)
+        if kind in (11, 12) and known is not None:
+            generations = named(known)
+            back = generations[self.draw(len(generations))].generation
+            replaces = (known.uuid, known.generation)
+            return m.Rollback(name=name, generation=back, replaces=replaces)
+        if kind == 13 and known is not None:
+            generations = named(known)
+            count = 1 + self.draw(len(generations))
+            targets = [
+                AliasTarget(name=name, uuid=known.uuid, generation=each.generation)
+                for each in generations[-count:]
+            ]
+            return m.SetAlias(name=alias, targets=tuple(targets))
+        if kind == 14:
+            return m.DeleteAlias(name=alias)
         return m.Unmerge() if kind in (7, 10) else None
 
     def _withdraw(self) -> None:
@@ -346,6 +374,7 @@ class World:
             assert replica.has_promise(self.now)
             assert replica.state == registry.state, "replica and registry disagree"
         assert registry.state.names == self.disk.names
+        assert registry.state.aliases == self.disk.aliases
         assert registry.state.base == self.disk.base
         assert not registry.state.closed
         assert registry.state.preparing is None
@@ -367,7 +396,7 @@ class World:
             replica.made.setdefault(replica.state.preparing.uuid, None)
 
     def _check_files(self, names: dict[str, SavedRegistration]) -> None:
-        for saved in names.values():
+        for saved in [each for known in names.values() for each in named(known)]:
             if saved.source.is_upload:
                 assert saved.source.path == f"files/{key_of(saved)}"
                 assert self.disk.files[saved.source.path] == saved.facts.digest

@@ -257,7 +257,7 @@ class World:
         old = registration.current
         adapter = self._adapter(old.name, old.uuid, old.generation + 1)
         if self._enter(adapter):
-            self.table.swap(registration, adapter)
+            self.table.swap(registration, adapter, ())
             self.counts["replaced"] += 1
 
     def _unload(self) -> None:
