@@ -293,10 +293,13 @@ class Scheduler:
         self.waiting.push(sequence)
 
     def change_base(self, generation: int) -> None:
-        """Note that the base weights changed: blocks computed before are never found again."""
+        """Note that the base weights changed.
+
+        The generation is part of every key, so blocks that were computed before are never found
+        again.
+        """
         assert self.is_drained, "a sequence is computed with one base"
         self.base_generation = generation
-        self.blocks.forget_cached()
         for sequence in self.waiting:
             # A sequence that was considered before but did not fit already has its root key.
             for each in sequence.passes:

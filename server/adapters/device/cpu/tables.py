@@ -27,9 +27,14 @@ from turret.kernels.cpu.row_adapters import (
     SparseBlocks,
     blocks_bytes,
 )
-from turret.kernels.expert_routing import Routing
 from turret.kernels.rows.linear import COLUMNS, padded
-from turret.server.adapters.device.store import KERNELS, Part, ProjectionLayout, StepMembers
+from turret.server.adapters.device.store import (
+    KERNELS,
+    ExpertPairs,
+    Part,
+    ProjectionLayout,
+    StepMembers,
+)
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.circulant import Circulant
 from turret.server.adapters.operators.dense import Dense
@@ -57,18 +62,10 @@ class CpuStepExperts:
     adapters: ExpertAdapters
     numbers: dict[str, int]
 
-    def apply(
-        self,
-        layer: int,
-        projection: str,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        routing: Routing,
-        rows: torch.Tensor | None,
-    ) -> None:
-        """Add the updates of one layer's projection to ``y``, in place; see ``AdapterStep``."""
-        update = layer * len(self.numbers) + self.numbers[projection]
-        self.adapters.adapt(update, x, y, routing, rows)
+    def apply(self, pairs: ExpertPairs) -> None:
+        """Add the updates of one layer's projection, in place; see ``AdapterStep``."""
+        update = pairs.layer * len(self.numbers) + self.numbers[pairs.projection]
+        self.adapters.adapt(update, pairs.x, pairs.y, pairs.routing, pairs.rows)
 
 
 class CpuExpertUpdates(Part):
