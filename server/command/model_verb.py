@@ -102,7 +102,6 @@ def _memory(model: Path) -> Memory:
     from turret.server.models.sources.model_directory import (
         check_config,
         check_hub_model,
-        checked_config,
         hub_model_id,
         read_config,
     )
@@ -112,8 +111,7 @@ def _memory(model: Path) -> Memory:
         config = read_config(model)
         check_config(config, model)
     else:
-        check_hub_model(hub_id)
-        config = checked_config(hub_id)
+        config = check_hub_model(hub_id)
     return memory_of(read_arch(AutoConfig.for_model(**config)))
 
 
