@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from fleets.parts import Crash, Disk, Replica, facts_of
+from builders.facts import facts_of
+from fleets.parts import Crash, Disk, Replica
 from fleets.promises import NAMES, Caller, Promises
 
 from turret.fleet import protocol as m
