@@ -118,7 +118,8 @@ class Drafts:
             if drafter is None or sequence.num_computed < sequence.prompt_end or not item.samples:
                 continue
             places = (len(sequence.blocks) + self._blocks.num_free) * self._blocks.block_size
-            draft = plan.draft(drafter, min(budget, places - len(sequence.tokens)))
+            most = min(budget, places - len(sequence.tokens))
+            draft = self._speculation.draft(drafter, plan, most)
             if not draft:
                 continue
             total = self._blocks.blocks_for(len(sequence.tokens) + len(draft))
