@@ -54,7 +54,7 @@ REST = "all else"
 PARTS = (
     Part("turret.server.models.weights.nf4:PackedLinear.__call__", "base matmuls"),
     Part("turret.server.adapters.device.cpu.store:CpuStep.project", "adapters"),
-    Part("turret.server.adapters.device.reference:ReferenceStep.project", "adapters"),
+    Part("turret.server.adapters.device.reference:StepReference.project", "adapters"),
     Part("turret.server.models.decoding.cpu_layers:CpuLayerOps.attend", "attention"),
     Part("turret.server.models.decoding.layer_ops:LayerOps.attend", "attention"),
     Part("turret.server.models.decoding.cpu_layers:CpuLayerOps.add_rms_norm", "norms, residuals"),

@@ -25,8 +25,6 @@ from turret.server.adapters.adapter import (
     AdapterInfo,
     AdapterRef,
     Alias,
-    OwnTemplate,
-    Source,
 )
 from turret.server.adapters.base import Allowed, BaseModel, ChangedBase, Precision
 from turret.server.adapters.merger import (
@@ -38,6 +36,7 @@ from turret.server.adapters.merger import (
     PreparedMerge,
 )
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
+from turret.server.adapters.registry.installer import NewWeights
 from turret.server.adapters.registry.name_table import (
     Registration,
     generation_for_rollback,
@@ -45,7 +44,7 @@ from turret.server.adapters.registry.name_table import (
 )
 from turret.server.adapters.registry.registry import AdapterRegistry, UnloadMode
 from turret.server.adapters.residency.leases import AdapterMetrics
-from turret.server.adapters.state_dir import SavedRegistration, SharedStateDir, StagedUpload
+from turret.server.adapters.state_dir import SavedRegistration, SharedStateDir
 from turret.server.basics.work import Cancellation
 from turret.server.config import AdapterConfig
 from turret.server.errors import (
@@ -97,32 +96,24 @@ class ReplicaRegistry(AdapterRegistry):
     # Requests of callers. In addition to the errors of ``AdapterRegistry``, each method raises
     # UnavailableError if the fleet's registry cannot be reached.
 
-    def _put(
-        self,
-        name: str,
-        source: Source,
-        *,
-        staged: StagedUpload | None = None,
-        pinned: bool = False,
-        replace: bool = False,
-        expected_generation: int | None = None,
-        chat_template: OwnTemplate | None = None,
-    ) -> AdapterInfo:
-        if replace:
-            self._table.find(name)
-        facts = self._installer.inspect(name, source, chat_template)
-        is_staged = staged is not None
+    def _put(self, new: NewWeights) -> AdapterInfo:
+        if new.replace:
+            self._table.find(new.name)
         proposal = p.Register(
-            name=name, source=source, facts=facts, pinned=pinned, is_staged=is_staged
+            name=new.name,
+            source=new.source,
+            facts=self._installer.inspect(new),
+            pinned=new.pinned,
+            is_staged=new.staged is not None,
         )
-        if not replace:
+        if not new.replace:
             return self._made(proposal)
 
         def replace_current(registration: Registration) -> AdapterInfo:
             replaces = (registration.uuid, registration.current.generation)
             return self._made(dataclasses.replace(proposal, replaces=replaces))
 
-        return self._on_current(name, expected_generation, replace_current)
+        return self._on_current(new.name, new.expected_generation, replace_current)
 
     def _made(self, proposal: p.Register | p.Rollback | p.Pin) -> AdapterInfo:
         saved = propose(self._channel, proposal).saved
@@ -267,9 +258,9 @@ class ReplicaRegistry(AdapterRegistry):
                 return
         try:
             if saved.pinned:
-                self._pins.pin(registration)
+                self._installer.pin(registration)
             else:
-                self._pins.unpin(registration)
+                self._installer.unpin(registration)
         except TurretError as error:
             _log.error("cannot pin", extra=log.fields(adapter=saved.name, reason=error))
 

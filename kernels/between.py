@@ -59,38 +59,6 @@ def row_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Ten
     return by_rows("norm", (x.dtype, weight.dtype, x.shape[1]), compute, x, sample)
 
 
-# ``silu(gate) ⊙ up`` (SwiGLU, arXiv 2002.05202) over a fused gate·up projection.
-
-
-def silu_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
-    """Multiply in fp32; the oracle of the Triton kernel.
-
-    Args:
-        gate_up: ``[num_rows, 2 · width]``, the gates first; fp16, bf16 or fp32.
-
-    Returns:
-        ``[num_rows, width]``, one rounding to the dtype of ``gate_up``.
-    """
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    return (F.silu(gate) * up).to(gate_up.dtype)
-
-
-# ``gelu(gate) ⊙ up`` over a fused gate·up projection, by gelu's tanh formula (arXiv 1606.08415).
-
-
-def gelu_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
-    """Multiply in fp32; the oracle of the Triton kernel.
-
-    Args:
-        gate_up: ``[num_rows, 2 · width]``, the gates first; fp16, bf16 or fp32.
-
-    Returns:
-        ``[num_rows, width]``, one rounding to the dtype of ``gate_up``.
-    """
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
-
-
 # The gate of gpt-oss (arXiv 2508.10925) over a fused projection of gates and ups::
 #
 #     g = min(gate, limit)    u = min(max(up, -limit), limit)    (u + 1) · g · σ(alpha · g)
@@ -114,54 +82,10 @@ def clamped_swiglu_reference(gate_up: torch.Tensor, alpha: float, limit: float) 
     return ((up + 1) * gate * (alpha * gate).sigmoid()).to(gate_up.dtype)
 
 
-# Head norms, rotary positions and the KV write: the operations between qkv and attention.
+# Rotary positions (RoFormer, arXiv 2104.09864).
 #
-# Rotary positions (RoFormer, arXiv 2104.09864) turn the first ``2 · pairs`` features of a head; the
-# pairs are ``(i, i + pairs)``, as in most Hugging Face checkpoints, or neighbours.
-
-
-def rope_kv_write_reference(
-    qkv: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    kv_slots: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    *,
-    q_norm: torch.Tensor | None = None,
-    k_norm: torch.Tensor | None = None,
-    eps: float = 1e-6,
-    is_interleaved: bool = False,
-) -> torch.Tensor:
-    """Rotate in fp32 and store; the oracle of the Triton kernel.
-
-    Args:
-        qkv: ``[num_rows, (num_heads + 2 · kv_heads) · head_dim]``, fp16, bf16 or fp32.
-        cos: ``[num_rows, pairs]`` fp32.
-        sin: Same shape.
-        kv_slots: ``block · block_size + offset`` per row, ``[num_rows]`` int64.
-        k_cache: One layer's keys, ``[num_blocks, block_size, kv_heads, head_dim]``, written.
-        v_cache: One layer's values, same shape, written.
-        q_norm: RMSNorm weight of the query heads, ``[head_dim]``, fp32 or as ``qkv``, or None.
-        k_norm: The same for the key heads.
-        eps: The epsilon of the norms.
-        is_interleaved: Whether neighbouring features make a pair.
-
-    Returns:
-        Rotated queries, ``[num_rows, num_heads, head_dim]``, dtype of the cache.
-    """
-    kv_heads, head_dim = k_cache.shape[2:]
-    heads = qkv.view(qkv.shape[0], -1, head_dim)
-    num_heads = heads.shape[1] - 2 * kv_heads
-    q, k, v = heads.split((num_heads, kv_heads, kv_heads), dim=1)
-    if q_norm is not None:
-        q = row_rms_norm(q.flatten(0, 1), q_norm, eps).view(q.shape)
-    if k_norm is not None:
-        k = row_rms_norm(k.flatten(0, 1), k_norm, eps).view(k.shape)
-    k = rotate_heads(k, cos, sin, is_interleaved=is_interleaved)
-    k_cache.flatten(0, 1)[kv_slots] = k.to(k_cache.dtype)
-    v_cache.flatten(0, 1)[kv_slots] = v.to(v_cache.dtype)
-    return rotate_heads(q, cos, sin, is_interleaved=is_interleaved).to(k_cache.dtype)
+# The first ``2 · pairs`` features of a head rotate. The pairs are ``(i, i + pairs)``, as in most
+# Hugging Face checkpoints, or neighbours.
 
 
 def rotate_heads(

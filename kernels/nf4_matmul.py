@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 BLOCK = 64
 CODE = (
@@ -54,16 +53,3 @@ class Nf4Matrix:
             rows.stop - rows.start,
             self.in_features,
         )
-
-
-def nf4_matmul_reference(x: torch.Tensor, weight: Nf4Matrix) -> torch.Tensor:
-    """Dequantise and multiply; the oracle of the Triton kernel.
-
-    Args:
-        x: ``[num_rows, in_features]``, fp16, bf16 or fp32.
-        weight: The weight.
-
-    Returns:
-        ``[num_rows, out_features]``, dtype of ``x``, accumulated in fp32.
-    """
-    return F.linear(x.float(), weight.dequantize(x.dtype).float()).to(x.dtype)

@@ -122,6 +122,72 @@ class ExpertAdapters:
         functions().turret_adapt_experts(ctypes.addressof(self._step), ctypes.addressof(pairs))
 
 
+# Operators of linear modules, as the kernels read them.
+
+
+class Entry(NamedTuple):
+    """An operator of a module, as a struct of ``adapters.h`` declares it.
+
+    Attributes:
+        kind: The operator's field in ``Module``.
+        values: The fields of its struct in their order: contiguous tensors, None for a null
+            pointer, and numbers.
+        scratch: The number of floats of its activations per row.
+    """
+
+    kind: str
+    values: tuple[torch.Tensor | int | None, ...]
+    scratch: int = 0
+
+
+def low_rank(a: torch.Tensor | None, b: torch.Tensor) -> Entry:
+    """``bᵀ (a x)``, ``[rank, in]`` and ``[rank, out]`` bf16.
+
+    If ``a`` is None, it adds up pieces of ``rank`` inputs: ``a[r, i] = 1`` if ``i mod rank = r``.
+    """
+    return Entry("low_rank", (a, b, len(b)), _padded(len(b)))
+
+
+def hadamard(w1a: torch.Tensor, w1b: torch.Tensor, w2a: torch.Tensor, w2b: torch.Tensor) -> Entry:
+    """``((w1aᵀ w1b) ⊙ (w2aᵀ w2b)) x``, ``[rank, out]`` and ``[rank, in]`` bf16.
+
+    The first factors are transposed because columns are computed side by side.
+    """
+    rank = len(w1a)
+    return Entry("hadamard", (w1a, w2a, w1b, w2b, rank), _padded(_padded(rank) * rank))
+
+
+def kronecker(w1: torch.Tensor, *w2: torch.Tensor) -> Entry:
+    """``kron(w1, w2) x``, all bf16.
+
+    Args:
+        w1: ``[out_l, in_m]``.
+        w2: The transposed factor, ``[in_n, out_k]``; or its own factors ``a`` and ``b``, ``[rank,
+            in_n]`` and ``[rank, out_k]``, as in a low-rank update.
+    """
+    if len(w2) == 1:
+        (in_n, out_k), rank, parts = w2[0].shape, 0, (w2[0], None, None)
+    else:
+        (rank, in_n), out_k, parts = w2[0].shape, w2[1].shape[1], (None, *w2)
+    values = (w1, *parts, *w1.shape, out_k, in_n, rank)
+    return Entry("kronecker", values, w1.shape[1] * _padded(rank or out_k))
+
+
+def input_blocks(blocks: torch.Tensor) -> Entry:
+    """Blocks that change the input, ``[count, size, size]`` bf16."""
+    return Entry("input_blocks", (blocks, *blocks.shape[:2]))
+
+
+def pairs(sine: torch.Tensor, group: int) -> Entry:
+    """The factors of partners, ``[out]`` fp32, and the outputs of a group."""
+    return Entry("pairs", (sine, group), _padded(len(sine)))
+
+
+def dense(weight: torch.Tensor) -> Entry:
+    """A whole update, ``[out, in]`` bf16."""
+    return Entry("dense", (weight, weight.shape[1]))
+
+
 # A block-circulant update in the form that ``circulant.c`` reads: its frequencies, padded to whole
 # vectors.
 
@@ -146,56 +212,25 @@ def spectrum(kernel: torch.Tensor) -> torch.Tensor:
     return torch.einsum("cfi,...i->...cf", forward, kernel.double()).float()
 
 
-@dataclass(frozen=True, slots=True)
-class CirculantFactors:
-    """A block-circulant update in frequencies; see ``operators/circulant.py``.
+def circulant(kernel: torch.Tensor) -> Entry:
+    """A block-circulant update, ``[rows, columns, size]``; see ``operators/circulant.py``.
 
-    Attributes:
-        spectra: ``[rows, columns, 2, width]`` fp32, contiguous like the others; ``width`` is the
-            number of frequencies, padded with zeros.
-        forward: ``[16, 2, 16]`` fp32; without parts ``[size, 2, width]``.
-        turns: ``[parts, 2, width]`` fp32.
-        back: ``[parts, 2, width]`` fp32.
-        inverse: ``[2, 16, 16]`` fp32; without parts ``[2, width, padded size]``.
-        size: The number of values in a block.
+    The kernels read the spectra, ``[rows, columns, 2, width]`` fp32, where ``width`` is the number
+    of frequencies, padded with zeros, and the matrices of the transforms (``_matrices``).
     """
+    rows, columns, size = kernel.shape
+    found, matrices = spectrum(kernel), _matrices(size)
+    spectra = _wide(found, found.shape[3])
+    width, parts = spectra.shape[3], len(matrices[1])
+    values = (spectra, *matrices, rows, columns, size, width, parts)
+    return Entry("circulant", values, (columns + 1) * 2 * width + _padded(rows * size))
 
-    spectra: torch.Tensor
-    forward: torch.Tensor
-    turns: torch.Tensor
-    back: torch.Tensor
-    inverse: torch.Tensor
-    size: int
 
-    @classmethod
-    def of(cls, kernel: torch.Tensor) -> CirculantFactors:
-        """Transform kernels ``[rows, columns, size]``."""
-        size, found = kernel.shape[2], spectrum(kernel)
-        return cls(_wide(found, found.shape[-1]), *_matrices(size), size)
-
-    @staticmethod
-    def transform_products(size: int) -> int:
-        """The number of products in a transform of a block, or in its inverse."""
-        if size % LANES:
-            return size * (size + 2)
-        return size * 2 * LANES + size // LANES * 2 * (size + 2)
-
-    @property
-    def parts(self) -> int:
-        """Number of parts in which a block is transformed; 0 if it is transformed as a whole."""
-        return len(self.turns)
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """Rows, columns, size and width."""
-        rows, columns, _, width = self.spectra.shape
-        return rows, columns, self.size, width
-
-    @property
-    def scratch(self) -> int:
-        """The number of floats of its activations."""
-        rows, columns, size, width = self.sizes
-        return (columns + 1) * 2 * width + _padded(rows * size)
+def transform_products(size: int) -> int:
+    """The number of products in a transform of a block of this size, or in its inverse."""
+    if size % LANES:
+        return size * (size + 2)
+    return size * 2 * LANES + size // LANES * 2 * (size + 2)
 
 
 def _wide(tensor: torch.Tensor, size: int) -> torch.Tensor:
@@ -204,7 +239,14 @@ def _wide(tensor: torch.Tensor, size: int) -> torch.Tensor:
 
 @functools.cache
 def _matrices(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``forward``, ``turns``, ``back`` and ``inverse``: the same for all updates of a size."""
+    """The matrices of the transforms of a size, fp32.
+
+    Returns:
+        ``forward``, ``[16, 2, 16]``, and ``inverse``, ``[2, 16, 16]``, transform a part of a block;
+        ``turns`` and ``back``, ``[parts, 2, width]``, join the parts. A block whose size is not a
+        multiple of 16 is transformed as a whole: there are no parts, ``forward`` is ``[size, 2,
+        width]`` and ``inverse`` ``[2, width, padded size]``.
+    """
     if size % LANES:
         forward, inverse = _padded_transforms(size)
         none = torch.empty(0, 2, forward.shape[2])
@@ -255,58 +297,38 @@ _BLOCK = 64  # of sparse.c
 _BEHIND = 64  # elements that the kernel reads past the last entry
 
 
-@dataclass(frozen=True, slots=True)
-class SparseBlocks:
+def sparse(values: torch.Tensor, columns: torch.Tensor, row_starts: torch.Tensor) -> Entry:
     """``S x``, where ``S`` has only a few entries.
 
     A step has 32 slots, two for each of 16 outputs, for entries with inputs of one block of 64.
 
-    Attributes:
-        values: ``[entries + 64]`` bf16: the entries in the slots, step by step.
-        places: ``[entries + 64]`` uint8: the position of an entry's input in its block.
-        masks: ``[steps]`` int32: bit ``s`` is set where slot ``s``, of output ``s % 16``, has an
-            entry.
-        skips: ``[steps]`` uint16: the number of blocks since the previous step, or since block 0.
-        starts: Steps and entries before each 16 outputs, ``[groups + 1, 2]`` int32.
-        outputs: The outputs in the order of the lanes, ``[out]`` uint8, counted from the first
-            column of their unit of work.
-        mean: The approximate number of entries of an output.
+    Args:
+        values: ``[entries]`` bf16, of compressed rows on the CPU.
+        columns: ``[entries]`` uint16.
+        row_starts: ``[out + 1]`` int32.
+
+    Returns:
+        The entry, with these tensors:
+
+        - values, ``[entries + 64]`` bf16: the entries in the slots, step by step;
+        - places, ``[entries + 64]`` uint8: the position of an entry's input in its block;
+        - masks, ``[steps]`` int32: bit ``s`` is set where slot ``s``, of output ``s % 16``, has an
+          entry;
+        - skips, ``[steps]`` uint16: the number of blocks since the previous step, or since block 0;
+        - starts, ``[groups + 1, 2]`` int32: steps and entries before each 16 outputs;
+        - outputs, ``[out]`` uint8: the outputs in the order of the lanes, counted from the first
+          column of their unit of work.
     """
-
-    values: torch.Tensor
-    places: torch.Tensor
-    masks: torch.Tensor
-    skips: torch.Tensor
-    starts: torch.Tensor
-    outputs: torch.Tensor
-    mean: int
-
-    @classmethod
-    def of(
-        cls, values: torch.Tensor, columns: torch.Tensor, row_starts: torch.Tensor
-    ) -> SparseBlocks:
-        """Convert compressed rows, on the CPU.
-
-        Args:
-            values: ``[entries]`` bf16.
-            columns: ``[entries]`` uint16.
-            row_starts: ``[out + 1]`` int32.
-        """
-        made = _filled(values, columns, row_starts)
-        if made is None:
-            order = _by_block(columns, row_starts)
-            made = _filled(values[order], _taken(columns, order), row_starts)
-        assert made is not None
-        return made
-
-    @property
-    def parts(self) -> tuple[torch.Tensor, ...]:
-        """The tensors in the order of the kernel's struct."""
-        return (self.values, self.places, self.masks, self.skips, self.starts, self.outputs)
+    made = _filled(values, columns, row_starts)
+    if made is None:
+        order = _by_block(columns, row_starts)
+        made = _filled(values[order], _taken(columns, order), row_starts)
+    assert made is not None
+    return Entry("sparse", (*made, len(values) // (len(row_starts) - 1)))
 
 
 def blocks_bytes(columns: torch.Tensor, row_starts: torch.Tensor) -> int:
-    """Number of bytes that ``SparseBlocks.of`` takes."""
+    """Number of bytes of the tensors of ``sparse``."""
     out = len(row_starts) - 1
     steps = _steps(columns, row_starts)
     if steps < 0:
@@ -316,7 +338,7 @@ def blocks_bytes(columns: torch.Tensor, row_starts: torch.Tensor) -> int:
 
 def _filled(
     values: torch.Tensor, columns: torch.Tensor, row_starts: torch.Tensor
-) -> SparseBlocks | None:
+) -> tuple[torch.Tensor, ...] | None:
     """Fill the arrays; None if the inputs of some output are not in the order of blocks."""
     entries, out = len(values), len(row_starts) - 1
     # There are at most as many steps as entries; pages that are never written take no memory.
@@ -337,9 +359,8 @@ def _filled(
     )
     if steps < 0:
         return None
-    kept, places, masks, skips, starts, outputs = filled
-    masks, skips = masks[:steps].clone(), skips[:steps].clone()
-    return SparseBlocks(kept, places, masks, skips, starts, outputs, entries // out)
+    kept, places, masks, skips, *others = filled
+    return kept, places, masks[:steps].clone(), skips[:steps].clone(), *others
 
 
 def _taken(columns: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -371,52 +392,10 @@ _AHEAD_BYTES = 3 << 19
 _LEAST_REACH = 4
 
 
-@dataclass(frozen=True, slots=True)
-class HadamardFactors:
-    """``((w1a w1b) ⊙ (w2a w2b)) x``.
-
-    Attributes:
-        w1a: ``[rank, out]`` bf16, contiguous like the others, and transposed because columns are
-            computed side by side.
-        w1b: ``[rank, in]`` bf16.
-        w2a: ``[rank, out]`` bf16.
-        w2b: ``[rank, in]`` bf16.
-    """
-
-    w1a: torch.Tensor
-    w1b: torch.Tensor
-    w2a: torch.Tensor
-    w2b: torch.Tensor
-
-    @property
-    def scratch(self) -> int:
-        """The number of floats of its activations, ``[padded rank, rank]``."""
-        rank = self.w1a.shape[0]
-        return _padded(_padded(rank) * rank)
-
-
-@dataclass(frozen=True, slots=True)
-class KroneckerFactors:
-    """``kron(w1, w2) x``.
-
-    Attributes:
-        w1: ``[out_l, in_m]`` bf16, contiguous like the others.
-        w2: The transposed factor, ``[in_n, out_k]`` bf16; or its own factors ``a`` and ``b``,
-            ``[rank, in_n]`` and ``[rank, out_k]``, as in a low-rank update.
-    """
-
-    w1: torch.Tensor
-    w2: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-
-    @property
-    def scratch(self) -> int:
-        """The number of floats of its activations, ``[in_m, padded width]``."""
-        width = self.w2.shape[1] if isinstance(self.w2, torch.Tensor) else self.w2[0].shape[0]
-        return self.w1.shape[1] * _padded(width)
-
-
-# Fields of a module's entry after its five tensors and rank; each points to an operator's factors.
-_FIELDS = ("hadamard", "kronecker", "input_blocks", "pairs", "circulant", "sparse", "dense")
+# Places of a module's operators in its entry (``Module`` in ``adapters.h``): the numbers of some,
+# and a pointer to those of the others.
+_DIRECT = {"low_rank": (0, 1, 5), "gain": (2,), "bias": (3,), "input_gain": (4,)}
+_POINTERS = ("hadamard", "kronecker", "input_blocks", "pairs", "circulant", "sparse", "dense")
 _FIRST = 6
 
 
@@ -425,93 +404,41 @@ class ModuleTable:
 
     Attributes:
         width: The number of floats of scratch memory per row, for the module that needs most.
-        num_low_rank_bytes: The size of all ``a`` and ``b``.
+        num_low_rank_bytes: The size of all factors of low-rank updates.
     """
 
     def __init__(self, num_modules: int) -> None:
-        self._rows = [[0] * (_FIRST + len(_FIELDS)) for _ in range(num_modules)]
+        self._rows = [[0] * (_FIRST + len(_POINTERS)) for _ in range(num_modules)]
         self._kept: list[torch.Tensor] = []
-        # The operators to which the last fields point: (module, field, values).
+        # The operators to which the last fields point: (module, kind, values).
         self._factors: list[tuple[int, str, list[int]]] = []
         self._table = self._factor_table = torch.empty(0, dtype=torch.int64)
         self.width = 0
         self.num_low_rank_bytes = 0
 
-    def put(
-        self,
-        module: int,
-        *,
-        a: torch.Tensor | None = None,
-        b: torch.Tensor | None = None,
-        gain: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
-        input_gain: torch.Tensor | None = None,
-        hadamard: HadamardFactors | None = None,
-        kronecker: KroneckerFactors | None = None,
-        input_blocks: torch.Tensor | None = None,
-        pairs: tuple[torch.Tensor, int] | None = None,
-        circulant: CirculantFactors | None = None,
-        sparse: SparseBlocks | None = None,
-        dense: torch.Tensor | None = None,
-    ) -> None:
-        """Enter a module's tensors.
-
-        Args:
-            module: The number of the module.
-            a: ``[rank, in]`` bf16, contiguous like the others. If it is None and ``b`` is not, A
-                adds up pieces of ``rank`` inputs: ``A[r, i] = 1`` if ``i mod rank = r``.
-            b: ``[rank, out]`` bf16.
-            gain: ``[out]`` fp32.
-            bias: ``[out]`` fp32.
-            input_gain: ``[in]`` fp32.
-            hadamard: The Hadamard update.
-            kronecker: The Kronecker update.
-            input_blocks: ``[count, size, size]`` bf16.
-            pairs: The factors of the partners, ``[out]`` fp32, and the outputs of a group.
-            circulant: The block-circulant update.
-            sparse: Entries of the weight.
-            dense: ``[out, in]`` bf16.
-        """
-        assert a is None or b is not None
-        rank = 0 if b is None else b.shape[0]
-        pointers = [self._address_of(tensor) for tensor in (a, b, gain, bias, input_gain)]
-        self._rows[module][:_FIRST] = [*pointers, rank]
-        self.num_low_rank_bytes += sum(t.nbytes for t in (a, b) if t is not None)
-        width = _padded(rank)
-        if hadamard is not None:
-            factors = (hadamard.w1a, hadamard.w2a, hadamard.w1b, hadamard.w2b)
-            values = [*map(self._address_of, factors), hadamard.w1a.shape[0]]
-            self._factors.append((module, "hadamard", values))
-            width += hadamard.scratch
-        if kronecker is not None:
-            self._factors.append((module, "kronecker", self._kronecker(kronecker)))
-            width += kronecker.scratch
-        if input_blocks is not None:
-            values = [self._address_of(input_blocks), *input_blocks.shape[:2]]
-            self._factors.append((module, "input_blocks", values))
-        if pairs is not None:
-            self._factors.append((module, "pairs", [self._address_of(pairs[0]), pairs[1]]))
-            width += _padded(len(pairs[0]))
-        if circulant is not None:
-            matrices = (circulant.forward, circulant.turns, circulant.back, circulant.inverse)
-            addresses = map(self._address_of, (circulant.spectra, *matrices))
-            values = [*addresses, *circulant.sizes, circulant.parts]
-            self._factors.append((module, "circulant", values))
-            width += circulant.scratch
-        if sparse is not None:
-            values = [*map(self._address_of, sparse.parts), sparse.mean]
-            self._factors.append((module, "sparse", values))
-        if dense is not None:
-            self._factors.append((module, "dense", [self._address_of(dense), dense.shape[1]]))
-        self.width = max(self.width, width)
+    def put(self, module: int, *entries: Entry) -> None:
+        """Enter the operators of the module with this number."""
+        for kind, values, _ in entries:
+            numbers = [
+                value if isinstance(value, int) else self._address(value) for value in values
+            ]
+            if kind in _DIRECT:
+                for place, number in zip(_DIRECT[kind], numbers, strict=True):
+                    self._rows[module][place] = number
+            else:
+                self._factors.append((module, kind, numbers))
+            if kind == "low_rank":
+                factors = (value for value in values if isinstance(value, torch.Tensor))
+                self.num_low_rank_bytes += sum(factor.nbytes for factor in factors)
+        self.width = max(self.width, sum(entry.scratch for entry in entries))
 
     def close(self) -> None:
         """Build the table from the modules entered so far; no more can be added afterwards."""
         values = [value for _, _, values in self._factors for value in values]
         self._factor_table = torch.tensor(values, dtype=torch.int64)
         address = self._factor_table.data_ptr()
-        for module, field, values in self._factors:
-            self._rows[module][_FIRST + _FIELDS.index(field)] = address
+        for module, kind, values in self._factors:
+            self._rows[module][_FIRST + _POINTERS.index(kind)] = address
             address += 8 * len(values)
         self._table = torch.tensor(self._rows, dtype=torch.int64)
         self._rows, self._factors = [], []
@@ -520,15 +447,7 @@ class ModuleTable:
     def address(self) -> int:
         return self._table.data_ptr()
 
-    def _kronecker(self, factors: KroneckerFactors) -> list[int]:
-        w1, w2 = factors.w1, factors.w2
-        if isinstance(w2, torch.Tensor):
-            (in_n, out_k), rank, parts = w2.shape, 0, (w2, None, None)
-        else:
-            (rank, in_n), out_k, parts = w2[0].shape, w2[1].shape[1], (None, *w2)
-        return [*map(self._address_of, (w1, *parts)), *w1.shape, out_k, in_n, rank]
-
-    def _address_of(self, tensor: torch.Tensor | None) -> int:
+    def _address(self, tensor: torch.Tensor | None) -> int:
         """The address of a tensor, which is kept alive; 0 for None."""
         if tensor is None:
             return 0

@@ -106,7 +106,6 @@ def _memory(model: Path, found: Fidelity | None) -> Memory:
     from turret.server.models.sources.model_directory import (
         check_config,
         check_hub_model,
-        checked_config,
         hub_model_id,
         read_config,
     )
@@ -116,8 +115,7 @@ def _memory(model: Path, found: Fidelity | None) -> Memory:
         config = read_config(model)
         check_config(config, model)
     else:
-        check_hub_model(hub_id)
-        config = checked_config(hub_id)
+        config = check_hub_model(hub_id)
     try:
         arch = read_arch(AutoConfig.for_model(**config))
         return memory_of(arch, None if found is None else found.storage())

@@ -40,11 +40,9 @@ from turret.server.hub import AdapterHub
 from turret.server.models.chat_template import base_template
 from turret.server.models.decoding.arch import LAYER_PREFIX
 from turret.server.models.sources.check import (
+    FoundModel,
     check_model,
     check_skip_modules,
-    known_projections,
-    name_of_model,
-    size_of_model,
 )
 from turret.server.words import Text, say
 
@@ -62,18 +60,17 @@ def problems(config: Config, *, may_run: bool = False) -> list[Violation]:
             directory and the addresses itself.
     """
     adapters = dataclasses.replace(config.adapters, state_dir=None) if may_run else config.adapters
-    model_type, of_model = _model(config.model.model)
-    base = base_sizes(config.model.model, model_type) if model_type else None
-    takes_any = bool(of_model) or adapters.allow_other_base
+    found, of_model = _model(config.model.model)
+    base = None if found is None else base_sizes(found)
     return [
         *of_model,
         *_device(config.model, os.environ),
         *_template(config.model.chat_template),
-        *([] if of_model else _skip_modules(config.model, base)),
+        *([] if found is None else _skip_modules(config.model, found, base)),
         *_memory(config),
         *_adapters(
             adapters,
-            None if takes_any else name_of_model(config.model.model),
+            None if found is None or adapters.allow_other_base else found.name,
             base,
             item_bytes=4 if config.model.dtype == "float32" else 2,
         ),
@@ -92,20 +89,22 @@ def notes(config: Config) -> list[Violation]:
     return [Violation("model.threads", say("MORE_THREADS_THAN_CPUS", value=threads, cpus=there))]
 
 
-def _model(model: Path | None) -> tuple[str, list[Violation]]:
-    """The model's ``model_type``, or the reason why it cannot be served."""
+def _model(model: Path | None) -> tuple[FoundModel | None, list[Violation]]:
+    """The model, or the reason why it cannot be served."""
     try:
         return check_model(model), []
     except InvalidRequestError as error:
         text = error.violations[0][1] if error.violations else error.message
-        return "", [Violation("model.model", text_of(ValueError(text)))]
+        return None, [Violation("model.model", text_of(ValueError(text)))]
     except OSError as error:
-        return "", [Violation("model.model", _unreadable(error.filename, error))]
+        return None, [Violation("model.model", _unreadable(error.filename, error))]
 
 
-def _skip_modules(config: ModelConfig, base: BaseSizes | None) -> Iterator[Violation]:
+def _skip_modules(
+    config: ModelConfig, found: FoundModel, base: BaseSizes | None
+) -> Iterator[Violation]:
     try:
-        check_skip_modules(config.model, config.skip_modules, base and base.modules)
+        check_skip_modules(config.model, found, config.skip_modules, base and base.modules)
     except InvalidRequestError as error:
         yield Violation("model.skip_modules", error.violations[0][1])
 
@@ -179,10 +178,10 @@ def _torch_version() -> str:
         return ""
 
 
-def base_sizes(model: Path | None, model_type: str) -> BaseSizes | None:
+def base_sizes(model: FoundModel) -> BaseSizes | None:
     """The sizes of a base that are known before it is read; None for a mixture, or if unknown."""
-    size, projections = size_of_model(model), known_projections(model, model_type)
-    if size is None or projections is None or projections.experts is not None:
+    projections = model.projections()
+    if projections is None or projections.experts is not None:
         return None
     linears = projections.linears()
     found: dict[str, ModuleSize] = {}
@@ -192,13 +191,13 @@ def base_sizes(model: Path | None, model_type: str) -> BaseSizes | None:
                 name = f"{LAYER_PREFIX}.{number}.{path}"
                 found[name] = ModuleSize(name, inner, out)
     return BaseSizes(
-        name=name_of_model(model),
-        model_type=model_type,
+        name=model.name,
+        model_type=model.model_type,
         modules=found,
         num_layers=projections.num_layers,
         hidden_size=projections.hidden_size,
         kv_width=projections.num_kv_heads * projections.head_dim,
-        vocab_size=size[2],
+        vocab_size=model.vocab_size,
     )
 
 

@@ -179,7 +179,12 @@ class StepCost:
         self.fixed_rows = min(max(fixed, _LEAST_ROWS), _MOST_ROWS)
 
 
-class StepValue:
+# With more rows than this in a step, drafts included, no more drafts are added: large steps are
+# bound by computing, and every draft row computes logits of the whole vocabulary.
+_MAX_ROWS = 96
+
+
+class StepPlan:
     """Decides whether one more draft token in a step is worth the cost of its row.
 
     A step of ``r`` rows takes the time of ``fixed_rows + r`` rows. A draft token pays if its chance
@@ -189,20 +194,24 @@ class StepValue:
     Args:
         num_rows: Rows of the step, each of which a request needs.
         fixed_rows: See ``StepCost``.
+
+    Attributes:
+        num_rows: Rows of the step, drafts included.
     """
 
     def __init__(self, num_rows: int, fixed_rows: float) -> None:
+        self.num_rows = num_rows
+        self._fixed_rows = fixed_rows
         self._tokens = float(num_rows)
-        self._time = fixed_rows + num_rows
 
     def pays(self, chance: float) -> bool:
         """Whether a token that is right with this chance is worth its row."""
-        return chance * self._time > self._tokens
+        return chance * (self._fixed_rows + self.num_rows) > self._tokens
 
     def add(self, chance: float) -> None:
         """Count one more row in the step, for such a token."""
         self._tokens += chance
-        self._time += 1.0
+        self.num_rows += 1
 
 
 # A memory of a mix's recent answers, because answers of one adapter resemble each other.
@@ -245,23 +254,6 @@ class MixMemory:
             self._index = TextIndex(self._tokens, most=_MAX_TOKENS)
         self._tokens.extend(answer[: 1 + _MAX_TOKENS])
         self._index.read()
-
-
-class Memories:
-    """The most recently used memories, one for each mix and salt."""
-
-    def __init__(self) -> None:
-        self._by_key: OrderedDict[Hashable, MixMemory] = OrderedDict()
-
-    def of(self, key: Hashable) -> MixMemory:
-        """The memory for a key; a new one is empty."""
-        found = self._by_key.get(key)
-        if found is None:
-            found = self._by_key[key] = MixMemory()
-            if len(self._by_key) > _MAX_MEMORIES:
-                self._by_key.popitem(last=False)
-        self._by_key.move_to_end(key)
-        return found
 
 
 # Drafts for one answer: from its prompt, from its own text, and from earlier answers of its mix.
@@ -310,12 +302,12 @@ class Drafter:
         # The estimate that the last draft updates, once its result is known.
         self._learns: tuple[Chances, int, int] | None = None
 
-    def draft(self, memory: MixMemory, value: StepValue, most: int) -> tuple[int, ...]:
-        """Draft the next tokens, and count them in the step of ``value``.
+    def draft(self, memory: MixMemory, plan: StepPlan, most: int) -> tuple[int, ...]:
+        """Draft the next tokens, and count them in the step.
 
         Args:
             memory: The memory of its mix.
-            value: Decides which tokens are worth a row.
+            plan: Decides which tokens are worth a row.
             most: The number of tokens for which the step has room.
         """
         self._learns = None
@@ -325,6 +317,7 @@ class Drafter:
         if most <= 0:
             return ()
         self._read()
+        self._index.read()
         place, match = self._index.find(tokens)
         earlier, earlier_match = memory.find(self._answer)
         chances = memory.own
@@ -333,7 +326,7 @@ class Drafter:
             match, chances = earlier_match, memory.earlier
         if match == 0:
             return ()
-        if not value.pays(chances.of(match)):
+        if not plan.pays(chances.of(match)):
             if not chances.pass_over(match):
                 return ()
             most = 1
@@ -342,10 +335,10 @@ class Drafter:
         reached = 1.0
         for number, token in enumerate(found):
             reached *= chances.of(match + number)
-            if token in self._end_ids or (draft and not value.pays(reached)):
+            if token in self._end_ids or (draft and not plan.pays(reached)):
                 break
             draft.append(token)
-            value.add(reached)
+            plan.add(reached)
         if draft:
             self._learns = chances, match, len(draft)
         return tuple(draft)
@@ -359,12 +352,12 @@ class Drafter:
 
     def end(self, memory: MixMemory) -> None:
         """Add the ended answer to the mix's memory."""
-        self._answer += self._tokens[self._prompt_end + len(self._answer) - 1 :]
+        self._read()
         if len(self._answer) > 1:
             memory.add(self._answer)
 
     def _read(self) -> None:
-        self._index.read()
+        """Take in the new tokens of the answer."""
         self._answer += self._tokens[self._prompt_end + len(self._answer) - 1 :]
 
     def _after(self, place: int, count: int) -> list[int]:
@@ -376,11 +369,7 @@ class Drafter:
         return found
 
 
-# The plan of a step's drafts: which sequences get how many draft tokens.
-
-# With more rows than this in a step, drafts included, no more drafts are added: large steps are
-# bound by computing, and every draft row computes logits of the whole vocabulary.
-_MAX_ROWS = 96
+# The drafts of all sequences.
 
 
 class Speculation:
@@ -394,41 +383,28 @@ class Speculation:
     def __init__(self, cost: StepCost, *, remembers: bool = True) -> None:
         self._cost = cost
         self._remembers = remembers
-        self._memories = Memories()
+        # The most recently used memories, one for each mix and salt.
+        self._memories: OrderedDict[Hashable, MixMemory] = OrderedDict()
 
     def plan(self, num_rows: int) -> StepPlan:
-        """Begin the drafts of a step.
+        """Begin the drafts of a step, which has this many rows without them."""
+        return StepPlan(num_rows, self._cost.fixed_rows)
 
-        Args:
-            num_rows: The number of rows without drafts.
-        """
-        return StepPlan(self._memories, StepValue(num_rows, self._cost.fixed_rows), num_rows)
+    def draft(self, drafter: Drafter, plan: StepPlan, most: int) -> tuple[int, ...]:
+        """Draft at most this many tokens for a sequence; often none."""
+        most = min(most, _MAX_ROWS - plan.num_rows)
+        return drafter.draft(self.memory(drafter.memory_key), plan, most) if most > 0 else ()
 
     def ended(self, drafter: Drafter) -> None:
         """Remember the answer of a sequence that ran to its end, if answers are remembered."""
         if self._remembers:
-            drafter.end(self._memories.of(drafter.memory_key))
+            drafter.end(self.memory(drafter.memory_key))
 
-
-class StepPlan:
-    """The drafts of one step.
-
-    Args:
-        memories: The memories of earlier answers.
-        value: The value of the step.
-        num_rows: The number of rows without drafts.
-    """
-
-    def __init__(self, memories: Memories, value: StepValue, num_rows: int) -> None:
-        self._memories = memories
-        self._value = value
-        self._num_rows = num_rows
-
-    def draft(self, drafter: Drafter, most: int) -> tuple[int, ...]:
-        """Draft at most this many tokens for a sequence; often none."""
-        most = min(most, _MAX_ROWS - self._num_rows)
-        if most <= 0:
-            return ()
-        draft = drafter.draft(self._memories.of(drafter.memory_key), self._value, most)
-        self._num_rows += len(draft)
-        return draft
+    def memory(self, key: Hashable) -> MixMemory:
+        """The memory for a key; a new one is empty."""
+        if key not in self._memories:
+            self._memories[key] = MixMemory()
+            if len(self._memories) > _MAX_MEMORIES:
+                self._memories.popitem(last=False)
+        self._memories.move_to_end(key)
+        return self._memories[key]

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from builders.sequences import FakeMix, sequence_of
+from builders.facts import adapter_of
+from builders.sequences import sequence_of
 
+from turret.server.adapters.adapter import Mix
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
 from turret.server.engine.step.batch import MAX_SHORT_ROWS, BatchBuilder
 
@@ -30,8 +32,7 @@ class Recorder:
 
 def scheduled(number: int, num_new: int, *mix: tuple[str, float]) -> Scheduled:
     """A sequence with its number as all of its token ids."""
-    adapters = tuple((SimpleNamespace(key=name, invocation=()), weight) for name, weight in mix)
-    mixed: Any = FakeMix(tuple((name, 1, weight) for name, weight in mix), adapters)
+    mixed = Mix(tuple((adapter_of(name), weight) for name, weight in mix))
     sequence = sequence_of([number] * num_new, mix=mixed)
     sequence.blocks = [number, number + 100]
     return Scheduled(sequence, num_new)
@@ -89,8 +90,8 @@ def test_rows_of_one_mix_lie_side_by_side() -> None:
         expected = [(adapter.key, weight) for adapter, weight in sequence.mix.members]
         if number not in (1, 2):
             assert list(store.members.short[start:row]) == [expected] * count
-    assert store.members.long == [(9, 9 + long, [("b", 1.0)])]
-    assert store.prepared == {"a", "b"}
+    assert store.members.long == [(9, 9 + long, [("b.1", 1.0)])]
+    assert store.prepared == {"a.1", "b.1"}
 
 
 def test_a_step_of_the_base_asks_no_adapter() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from builders.bases.tiny_models import EOS, VOCAB_SIZE, save_tiny_model
 from builders.constraints import compiled, make_tokenizer
-from builders.sequences import mix_of
+from builders.facts import mix_of
 from said import says
 from servers.engine_harness import GREEDY, EngineHarness, make_request
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from builders.bases.tiny_models import VOCAB_SIZE, save_tiny_model, tiny_tokenizer
-from builders.sequences import mix_of
+from builders.facts import mix_of
 from said import says
 from servers.engine_harness import EngineHarness, make_request
 

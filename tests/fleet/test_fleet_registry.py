@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from fleets.parts import Disk, Replica, facts_of
+from builders.facts import facts_of
+from fleets.parts import Disk, Replica
 
 from turret.fleet import protocol as m
 from turret.fleet.registry import FleetRegistry

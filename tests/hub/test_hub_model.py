@@ -14,7 +14,7 @@ from servers.fake_hub import TOKEN, FakeHub, Repo
 from turret.server.basics.names import HubId
 from turret.server.errors import InvalidRequestError
 from turret.server.models.model_source import ModelSource, resolve_model
-from turret.server.models.sources.check import check_model, known_projections, size_of_model
+from turret.server.models.sources.check import check_model
 from turret.server.words import Text, say
 
 NAME = "acme/tiny"
@@ -105,9 +105,9 @@ def test_a_second_start_fetches_nothing(hub: FakeHub, repo: Repo, tmp_path: Path
 def test_what_a_config_tells_of_sizes_comes_before_the_weights(
     hub: FakeHub, repo: Repo, tiny_llama: Path
 ) -> None:
-    kind = check_model(Path(NAME))
-    assert known_projections(Path(NAME), kind) == known_projections(tiny_llama, kind) is not None
-    assert size_of_model(Path(NAME)) == size_of_model(tiny_llama) is not None
+    found, expected = check_model(Path(NAME)), check_model(tiny_llama)
+    assert found.projections() == expected.projections() is not None
+    assert found.vocab_size == expected.vocab_size > 0
     assert [name for name in hub.downloads() if "config.json" not in name] == []
 
 

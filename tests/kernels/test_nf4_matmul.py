@@ -26,7 +26,6 @@ from turret.kernels.nf4_matmul import (
     BLOCK,
     CODE,
     Nf4Matrix,
-    nf4_matmul_reference,
 )
 
 bnb = pytest.importorskip("bitsandbytes.functional")
@@ -66,8 +65,6 @@ def served(matrix: Nf4Matrix, dtype: torch.dtype) -> torch.Tensor:
 def test_product(num_rows, shape, dtype):
     matrix, _ = quantize(*shape)
     x = torch.randn(num_rows, shape[1]).to(DEVICE, dtype)
-    expected = x.double() @ matrix.dequantize(dtype).double().T
-    assert error_ratio(nf4_matmul_reference(x, matrix), expected) < MAX_ERROR[dtype]
     y = nf4_matmul(x, matrix)
     assert error_ratio(y, x.double() @ served(matrix, dtype).T) < MAX_ERROR[dtype]
     if num_rows > 1:

@@ -12,10 +12,10 @@ from kernel_traffic import (
     MAX_ERROR,
     error_ratio,
     make_pack,
+    rope_kv_write_reference,
     traffic,
 )
 
-from turret.kernels.between import rope_kv_write_reference
 from turret.kernels.gpu.low_rank import Shrink, nf4_shrink, segmented_expand, segmented_shrink
 from turret.kernels.gpu.nf4 import nf4_matmul, nf4_rotate
 from turret.kernels.gpu.rope_kv_write import KvWrite, rope_kv_write

@@ -11,7 +11,7 @@ import pytest
 from builders.training import ended, write_config
 from command_modules import loaded_and_said_by
 
-from turret.server.models.sources.check import name_of_model
+from turret.server.models.sources.check import MODEL_NAME
 from turret.training.examples import data_digest
 from turret.training.run.folder import RunFolder
 from turret.training.run.resuming import versions
@@ -67,7 +67,7 @@ def test_a_sweep_without_a_row_to_validate_on_ends_before_torch(
         ("method", "rank", 4, "8"),
         ("optimizer", "learning_rate", 1.0, "0.001"),
         ("data", "digest", "0", None),
-        ("base", "name", "acme/llama", json.dumps(name_of_model(None))),
+        ("base", "name", "acme/llama", json.dumps(MODEL_NAME)),
         (*("method", "targets", ["q_proj", "o_proj"]), '["q_proj", "k_proj", "v_proj", "o_proj"]'),
     ],
 )
@@ -79,7 +79,7 @@ def test_what_is_left_out_and_the_examples_are_compared_before_torch(
     run.path.mkdir()
     there = dataclasses.asdict(build_config({"data": {"train": "t.jsonl"}}))
     data = {"digest": data_digest(tmp_path / "t.jsonl")}
-    base = {"name": name_of_model(None), "digest": "0"}
+    base = {"name": MODEL_NAME, "digest": "0"}
     there["method"]["targets"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     parts = {"data": data, "base": base}
     (parts[table] if key in parts.get(table, {}) else there[table])[key] = value

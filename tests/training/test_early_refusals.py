@@ -27,7 +27,7 @@ from transformers import AutoConfig
 
 from turret.server.models.decoding.arch import Projections
 from turret.server.models.families import FAMILIES, read_arch
-from turret.server.models.sources import check
+from turret.server.models.sources.check import found_in
 from turret.server.models.sources.model_directory import read_config
 from turret.training.errors import RunError
 from turret.training.run.folder import RunFolder, checkpoint_path
@@ -159,11 +159,7 @@ def test_what_no_method_may_have_of_a_mixture_ends_before_torch(tmp_path: Path):
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_what_a_config_says_of_modules_is_what_the_model_has(
-    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    # Simulate a model on the hub with a downloaded config.
-    monkeypatch.setattr(check, "checked_config", lambda _: read_config(tmp_path))
+def test_what_a_config_says_of_modules_is_what_the_model_has(model_type: str):
     config = AutoConfig.for_model(model_type)
     if model_type == "granitemoehybrid":
         config.layer_types = ["attention"] * config.num_hidden_layers
@@ -175,14 +171,11 @@ def test_what_a_config_says_of_modules_is_what_the_model_has(
     said = config.to_dict()
     # Families differ in the default width of a head.
     for told in (said, {key: value for key, value in said.items() if key != "head_dim"}):
-        (tmp_path / "config.json").write_text(json.dumps(told))
         arch = read_arch(type(config).from_dict(told))
         expected = Projections(**{f.name: getattr(arch, f.name) for f in fields(Projections)})
-        assert check.known_projections(tmp_path, model_type) == expected
-        assert check.known_projections(Path("acme/model"), model_type) == expected
+        assert found_in(told, "model").projections() == expected
     del said["num_key_value_heads"]
-    (tmp_path / "config.json").write_text(json.dumps(said))
-    assert check.known_projections(tmp_path, model_type) is None
+    assert found_in(said, "model").projections() is None
 
 
 def test_what_a_config_leaves_open_is_not_compared_with_the_run(tmp_path: Path):

@@ -20,9 +20,6 @@ from turret.server.models.decoding.arch import MODULES, ROUTER, Experts, Project
 from turret.server.models.families import FAMILIES
 from turret.server.models.sources.check import (
     check_model,
-    known_context,
-    known_projections,
-    name_of_model,
 )
 from turret.training.errors import ConfigError
 from turret.training.settings.config import BaseConfig, DataConfig, MethodConfig, TrainConfig
@@ -399,17 +396,16 @@ def check_base(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -> 
             shorter than ``data.max_length``.
         InvalidRequestError: The base is not a supported model.
     """
-    base = base_place(config.base, folder)
-    model_type = check_model(base)
-    if (context := known_context(base)) is not None:
-        check_max_length(config.data, context)
-    projections = known_projections(base, model_type)
+    base = check_model(base_place(config.base, folder))
+    if base.num_positions is not None:
+        check_max_length(config.data, base.num_positions)
+    projections = base.projections()
     if projections is None and config.method.targets is not None:
-        check_targets(model_type, config.method.targets)
+        check_targets(base.model_type, config.method.targets)
     if projections is not None:
         for each in with_ranks(config, ranks):
             check_method(each.method, projections)
-    return KnownBase(name_of_model(base), projections)
+    return KnownBase(base.name, projections)
 
 
 def check_max_length(config: DataConfig, context: int) -> None:

@@ -14,9 +14,9 @@ from typing import TypeVar
 
 import torch
 
-from turret.kernels.expert_routing import Routing
 from turret.server.adapters.device.store import (
     BaseProduct,
+    ExpertPairs,
     Members,
     OnMoved,
     Part,
@@ -98,7 +98,7 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class StepReference:
-    """A step's rows.
+    """A step's rows; alone, it is the ``AdapterStep`` of the torch path.
 
     Attributes:
         groups: The groups; a row is in at most one.
@@ -144,26 +144,36 @@ class StepReference:
                         operator.add(total, inputs, rows, weight)
                 group.put(view, total)
 
-    def apply_experts(
+    def project(
         self,
         layer: int,
         projection: str,
         x: torch.Tensor,
-        y: torch.Tensor,
-        routing: Routing,
-        rows: torch.Tensor | None,
-    ) -> None:
-        """Add the updates of experts to ``y``, in place; see ``AdapterStep``."""
+        *,
+        bias: torch.Tensor | None,
+        base: BaseProduct,
+    ) -> torch.Tensor:
+        """See ``AdapterStep``."""
+        y = base(x)
+        self.apply(layer, projection, x, y, base, is_result=True)
+        if bias is not None:
+            y += bias
+        return y
+
+    def apply_experts(self, pairs: ExpertPairs) -> None:
+        """Add the updates of experts to ``pairs.y``, in place; see ``AdapterStep``."""
+        place, routing, y = (pairs.layer, pairs.projection), pairs.routing, pairs.y
         for group in self.groups:
-            found = [(held.experts.get((layer, projection)), w) for held, w, _ in group.members]
+            found = [(held.experts.get(place), weight) for held, weight, _ in group.members]
             updates = [(update, weight) for update, weight in found if update is not None]
             chosen = group.are_among(routing.rows) if updates else routing.rows
-            for expert, pairs in routing.runs if updates else ():
-                numbers = chosen[pairs].nonzero().squeeze(1) + pairs.start
+            for expert, run in routing.runs if updates else ():
+                numbers = chosen[run].nonzero().squeeze(1) + run.start
                 if not numbers.numel():
                     continue
-                places = numbers if rows is None else rows.index_select(0, numbers)
-                inputs, total = x.index_select(0, places), y.index_select(0, numbers).float()
+                places = numbers if pairs.rows is None else pairs.rows.index_select(0, numbers)
+                inputs = pairs.x.index_select(0, places)
+                total = y.index_select(0, numbers).float()
                 for update, weight in updates:
                     update.expert(expert).add(total, inputs, BaseRows(inputs, _no_base), weight)
                 y.index_copy_(0, numbers, total.to(y.dtype))
@@ -312,41 +322,5 @@ class ReferenceStore(StepStore):
         self._reference = Reference(layout, device)
         super().__init__((self._reference,), device, max_bytes, on_moved)
 
-    def step(self, members: StepMembers) -> ReferenceStep:
-        return ReferenceStep(self._reference.bind(members) or StepReference((), {}))
-
-
-@dataclass(frozen=True, slots=True)
-class ReferenceStep:
-    """See ``AdapterStep``."""
-
-    rows: StepReference
-
-    def attend(self, layer: int, q: torch.Tensor, attended: torch.Tensor) -> None:
-        self.rows.attend(layer, q, attended)
-
-    def apply_experts(
-        self,
-        layer: int,
-        projection: str,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        routing: Routing,
-        rows: torch.Tensor | None,
-    ) -> None:
-        self.rows.apply_experts(layer, projection, x, y, routing, rows)
-
-    def project(
-        self,
-        layer: int,
-        projection: str,
-        x: torch.Tensor,
-        *,
-        bias: torch.Tensor | None,
-        base: BaseProduct,
-    ) -> torch.Tensor:
-        y = base(x)
-        self.rows.apply(layer, projection, x, y, base, is_result=True)
-        if bias is not None:
-            y += bias
-        return y
+    def step(self, members: StepMembers) -> StepReference:
+        return self._reference.bind(members) or StepReference((), {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -207,63 +207,6 @@ class StepMembers:
         return [*((row, row + 1, mix) for row, mix in enumerate(self.short)), *self.long]
 
 
-def passes(
-    runs: Sequence[tuple[int, int, Members]], keys: Container[str]
-) -> list[tuple[str, list[int], list[float]]]:
-    """The rows of some adapters, position by position in the mixes.
-
-    In this way a row's changes are added up in its own order, and no adapter is in a pass twice.
-
-    Args:
-        runs: Runs of rows: first, end, and their mix.
-        keys: The adapters; others are skipped.
-
-    Returns:
-        Adapters, with the numbers of rows that have them at the same position, and mix weights.
-    """
-    mixes = [[(key, w) for key, w in mix if key in keys] for _, _, mix in runs]
-    found: list[tuple[str, list[int], list[float]]] = []
-    for position in range(max(map(len, mixes), default=0)):
-        users: dict[str, tuple[list[int], list[float]]] = {}
-        for (start, end, _), mix in zip(runs, mixes, strict=True):
-            if len(mix) > position:
-                key, weight = mix[position]
-                rows, weights = users.setdefault(key, ([], []))
-                rows.extend(range(start, end))
-                weights.extend([weight] * (end - start))
-        found += [(key, *rows) for key, rows in users.items()]
-    return found
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Rows that use a table: numbers, slots and mix weights; or rows that share one slot.
-
-    ``run`` is a slice of the table if the slots are consecutive. A view then replaces a gather,
-    which would copy.
-    """
-
-    rows: torch.Tensor | slice
-    slots: torch.Tensor | int
-    weights: torch.Tensor | float
-    run: slice | None = None
-
-    def pick(self, table: torch.Tensor) -> torch.Tensor:
-        """The table's entries per row, ``[rows, …]``, or ``[1, …]`` if all rows share one."""
-        if self.run is not None:
-            return table[self.run]
-        assert isinstance(self.slots, torch.Tensor)
-        return table.index_select(0, self.slots)
-
-    def take(self, x: torch.Tensor) -> torch.Tensor:
-        return x[self.rows] if isinstance(self.rows, slice) else x.index_select(0, self.rows)
-
-    def put(self, y: torch.Tensor, part: torch.Tensor) -> None:
-        """Write back the result of ``take`` (a run is a view, so there is nothing to do)."""
-        if not isinstance(self.rows, slice):
-            y.index_copy_(0, self.rows, part)
-
-
 class Part(ABC):
     """The operators of certain kinds, for every adapter in a store, by adapter key."""
 
@@ -327,6 +270,27 @@ class BaseProduct(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertPairs:
+    """A projection of experts in one step: its pairs of a row and an expert.
+
+    Attributes:
+        layer: Layer number.
+        projection: Fused projection of experts (``experts_gate_up``, ``experts_down``).
+        x: Its input, ``[rows, in]`` or ``[pairs, in]``; not changed.
+        y: The results of the pairs, ``[pairs, out]``, contiguous.
+        routing: The pairs.
+        rows: The row of ``x`` that each pair reads, ``[pairs]`` int64; None for its own.
+    """
+
+    layer: int
+    projection: str
+    x: torch.Tensor
+    y: torch.Tensor
+    routing: Routing
+    rows: torch.Tensor | None
+
+
 class AdapterStep(Protocol):
     """The adapters of one step, for the layers' projections (see ``AdaptedLinear``)."""
 
@@ -363,25 +327,8 @@ class AdapterStep(Protocol):
         """
         ...
 
-    def apply_experts(
-        self,
-        layer: int,
-        projection: str,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        routing: Routing,
-        rows: torch.Tensor | None,
-    ) -> None:
-        """Add the updates of experts to ``y``, in place.
-
-        Args:
-            layer: Layer number.
-            projection: Fused projection of experts (``experts_gate_up``, ``experts_down``).
-            x: Its input, ``[rows, in]`` or ``[pairs, in]``; not changed.
-            y: The results of each pair of row and expert, ``[pairs, out]``, contiguous.
-            routing: The pairs.
-            rows: The row of ``x`` that each pair reads, ``[pairs]`` int64; None for its own.
-        """
+    def apply_experts(self, pairs: ExpertPairs) -> None:
+        """Add the updates of experts to ``pairs.y``, in place."""
         ...
 
 

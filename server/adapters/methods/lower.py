@@ -18,7 +18,7 @@ from turret.server.adapters.peft_format.expert_checkpoint import take_experts
 from turret.server.adapters.peft_format.lora_rules import INVOCATION
 from turret.server.adapters.peft_format.refusals import check_rank
 from turret.server.adapters.peft_format.resized_vocabulary import fit_vocabulary
-from turret.server.adapters.peft_format.vocabulary_checkpoint import take_vocabulary
+from turret.server.adapters.peft_format.vocabulary_checkpoint import VocabularyPart, take_vocabulary
 from turret.server.errors import BudgetExceededError
 from turret.server.words import Text, say
 
@@ -62,9 +62,10 @@ def lower_checkpoint(
     first = Findings(checkpoint.path, base.name)
     rest, classifier, head = take_classifier(checkpoint, base, findings)
     rest, experts, expert_ranks = take_experts(rest, base, first, max_rank, is_lora=is_lora)
-    rest, added, vocab_size = fit_vocabulary(rest, base, first)
+    part = VocabularyPart.of(rest, base, first)
+    added, vocab_size = fit_vocabulary(part, rest.config, base, first)
     first.raise_if_any()
-    rest, base, tokens = take_vocabulary(rest, base, findings, is_lora=is_lora)
+    rest, base, tokens = take_vocabulary(rest, part, base, findings, is_lora=is_lora)
     reading = method.read(rest, base, max_rank, findings)
     reading.find_component = find_component
     lowered = method.lower(reading)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from turret.kernels.cpu.row_adapters import CirculantFactors, spectrum, transforms
+from turret.kernels.cpu.row_adapters import spectrum, transform_products, transforms
 from turret.kernels.rows.linear import row_product
 from turret.lazy_torch import torch
 from turret.server.adapters.operators.operator import BaseRows, Operator, ServedWeight
@@ -70,5 +70,4 @@ class Circulant(Operator):
     def multiply_adds(self) -> int:
         # Counts both transforms, and four products per frequency for every pair of blocks.
         rows, columns, size = self.kernel.shape
-        transform = CirculantFactors.transform_products(size)
-        return (rows + columns) * transform + 2 * rows * columns * (size + 2)
+        return (rows + columns) * transform_products(size) + 2 * rows * columns * (size + 2)

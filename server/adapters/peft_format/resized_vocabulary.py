@@ -8,7 +8,6 @@ so that all later code reads it like any checkpoint; rows beyond that are the ad
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 from turret.lazy_torch import torch
@@ -18,20 +17,15 @@ from turret.server.adapters.operators.vocabulary import EMBEDDING, HEAD, AddedRo
 from turret.server.adapters.peft_format.reading import dora_gain
 from turret.server.adapters.peft_format.targets import Targets
 from turret.server.adapters.peft_format.vocabulary_checkpoint import (
-    BY_NAME,
     FROZEN,
     MAGNITUDE,
     ROWS,
     WHOLE,
     A,
     B,
-    Found,
+    VocabularyPart,
     changed_rows,
-    saved_modules,
-    tied_targets,
-    trained_ids,
     vocabulary_targets,
-    without_wrappers,
 )
 from turret.server.words import say
 
@@ -42,49 +36,22 @@ _HEAD_BIAS = f"{HEAD}.lora_B.bias"
 _HEAD_MAGNITUDES = (f"{HEAD}.lora_magnitude_vector", f"{HEAD}.lora_magnitude_vector.weight")
 
 
-@dataclass(slots=True)
-class _Parts:
-    """The contents of a file that concern the vocabulary.
+def _sizes(part: VocabularyPart) -> dict[str, int]:
+    """The number of vocabulary rows according to each tensor that determines it."""
+    sizes: dict[str, int] = {}
+    for module, roles in part.found.items():
+        for role, (name, _) in roles.items():
+            if role in (WHOLE, FROZEN, A) and (tensor := part.tensor(module, role)) is not None:
+                sizes[name] = tensor.shape[1 if role == A else 0]
+    update = part.rest.get(_HEAD_B)
+    if update is not None and update.ndim == 2:
+        sizes[_HEAD_B] = update.shape[0]
+    return sizes
 
-    Attributes:
-        found: The tensors by module and role.
-        ids: Tokens with trained rows, by module, in the order of the rows.
-        tensors: Everything, by name.
-    """
 
-    tensors: Mapping[str, torch.Tensor]
-    found: dict[str, Found] = field(default_factory=dict)
-    ids: dict[str, list[int]] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], base: BaseModel
-    ) -> _Parts:
-        found: dict[str, Found] = {EMBEDDING: {}, HEAD: {}}
-        for name, tensor in tensors.items():
-            module, role = BY_NAME.get(name, (None, None))
-            # Skip tensors with another number of dimensions; the code that reads them reports them.
-            is_sound = tensor.ndim == 2 or role == MAGNITUDE
-            if module is not None and role is not None and is_sound:
-                found[module].setdefault(role, (name, tensor))
-        return cls(tensors, found, trained_ids(config, base) or {})
-
-    def tensor(self, module: str, role: str) -> torch.Tensor | None:
-        return self.found[module].get(role, (None, None))[1]
-
-    def sizes(self) -> dict[str, int]:
-        """The number of vocabulary rows according to each tensor that determines it."""
-        sizes: dict[str, int] = {}
-        for roles in self.found.values():
-            for role, (name, tensor) in roles.items():
-                if role in (WHOLE, FROZEN):
-                    sizes[name] = tensor.shape[0]
-                elif role == A:
-                    sizes[name] = tensor.shape[1]
-        update = self.tensors.get(_HEAD_B)
-        if update is not None and update.ndim == 2:
-            sizes[_HEAD_B] = update.shape[0]
-        return sizes
+def _largest_id(part: VocabularyPart) -> int:
+    """The largest token with a trained row; -1 without any."""
+    return max((max(ids, default=-1) for ids in (part.ids or {}).values()), default=-1)
 
 
 def vocabulary_of(checkpoint: AdapterCheckpoint, base: BaseModel) -> tuple[int, bool]:
@@ -95,21 +62,18 @@ def vocabulary_of(checkpoint: AdapterCheckpoint, base: BaseModel) -> tuple[int, 
         that the base's tokenizer lacks.
     """
     vocabulary = base.vocabulary
-    tensors = without_wrappers(checkpoint.tensors, Findings(""))
-    parts = _Parts.of(checkpoint.config, tensors, base)
-    sizes = set(parts.sizes().values())
-    most = max((max(ids, default=-1) for ids in parts.ids.values()), default=-1)
+    part = VocabularyPart.of(checkpoint, base, Findings(""))
+    sizes, most = set(_sizes(part).values()), _largest_id(part)
     if sizes - {vocabulary.size} or most >= vocabulary.size:
         return max(sizes | {most + 1}), True
     named = vocabulary.size if vocabulary.named is None else vocabulary.named
     if named >= vocabulary.size:
         return 0, False
-    a = parts.tensor(EMBEDDING, A)
+    a = part.tensor(EMBEDDING, A)
     if most >= named or (a is not None and bool(a[:, named:].any())):
         return 0, True
-    saved = saved_modules(checkpoint.config, base)
     for module, served in ((EMBEDDING, vocabulary.embedding), (HEAD, vocabulary.head)):
-        whole = parts.tensor(module, WHOLE) if module in saved else None
+        whole = part.tensor(module, WHOLE) if module in part.saved else None
         if whole is None or whole.shape != served.shape:
             continue
         if len(changed_rows(whole[named:], served[named:])):
@@ -118,30 +82,27 @@ def vocabulary_of(checkpoint: AdapterCheckpoint, base: BaseModel) -> tuple[int, 
 
 
 def fit_vocabulary(
-    checkpoint: AdapterCheckpoint, base: BaseModel, findings: Findings
-) -> tuple[AdapterCheckpoint, AddedRows | None, int]:
-    """Cuts a checkpoint to the base's vocabulary. Raises nothing; problems are in the findings.
+    part: VocabularyPart, config: Mapping[str, Any], base: BaseModel, findings: Findings
+) -> tuple[AddedRows | None, int]:
+    """Cuts a checkpoint's part to the base's vocabulary; problems are in the findings.
 
     Returns:
-        The checkpoint; its rows behind the base's, or None; and the number of rows with which it
-        was trained, 0 if that is the base's.
+        Its rows behind the base's, or None; and the number of rows with which it was trained, 0 if
+        that is the base's.
     """
-    tensors = without_wrappers(checkpoint.tensors, findings)
-    checkpoint = replace(checkpoint, tensors=tensors)
-    parts = _Parts.of(checkpoint.config, tensors, base)
-    size = _size(parts, base, findings)
+    size = _size(part, base, findings)
     if not size:
-        return checkpoint, None, 0
+        return None, 0
     added = None
     if size > base.vocabulary.size:
-        added = _added(parts, checkpoint.config, size, base, findings)
-    return _cut(parts, checkpoint, base), added, size
+        added = _added(part, config, size, base, findings)
+    _cut(part, base)
+    return added, size
 
 
-def _size(parts: _Parts, base: BaseModel, findings: Findings) -> int:
+def _size(part: VocabularyPart, base: BaseModel, findings: Findings) -> int:
     """Rows of the vocabulary; 0 if they are the base's, or something is wrong."""
-    own, sizes = base.vocabulary.size, parts.sizes()
-    most = max((max(ids, default=-1) for ids in parts.ids.values()), default=-1)
+    own, sizes, most = base.vocabulary.size, _sizes(part), _largest_id(part)
     found = set(sizes.values()) or {max(own, most + 1)}
     if found == {own} and most < own:
         return 0
@@ -159,33 +120,33 @@ def _size(parts: _Parts, base: BaseModel, findings: Findings) -> int:
         why = say("TOO_MANY_ADDED_ROWS", rows=size, base_rows=own, most=MAX_ADDED_ROWS)
         findings.mismatch(name, why)
         return 0
-    if parts.tensor(EMBEDDING, MAGNITUDE) is not None:
-        findings.mismatch(parts.found[EMBEDDING][MAGNITUDE][0], say("NEEDS_ALL_TOKENS"))
+    if part.tensor(EMBEDDING, MAGNITUDE) is not None:
+        findings.mismatch(part.found[EMBEDDING][MAGNITUDE][0], say("NEEDS_ALL_TOKENS"))
         return 0
     return size
 
 
 def _added(
-    parts: _Parts, config: Mapping[str, Any], size: int, base: BaseModel, findings: Findings
+    part: VocabularyPart, config: Mapping[str, Any], size: int, base: BaseModel, findings: Findings
 ) -> AddedRows | None:
     """The rows behind the base's, with the values in the trained model's embedding and head."""
     first = base.vocabulary.size
-    targets = vocabulary_targets(config, base)
-    embedding = _rows_of(EMBEDDING, parts, size, base)
-    head = _rows_of(HEAD, parts, size, base)
+    targets, _ = vocabulary_targets(config, base)
+    embedding = _rows_of(EMBEDDING, part, size, base)
+    head = _rows_of(HEAD, part, size, base)
     if head is None and base.vocabulary.is_tied:
         # A tied head shares the embedding's original rows, before any adapter changed them.
-        role = FROZEN if parts.tensor(EMBEDDING, FROZEN) is not None else WHOLE
-        is_trained = role == WHOLE and EMBEDDING in saved_modules(config, base)
-        frozen = None if is_trained else parts.tensor(EMBEDDING, role)
+        role = FROZEN if part.tensor(EMBEDDING, FROZEN) is not None else WHOLE
+        is_trained = role == WHOLE and EMBEDDING in part.saved
+        frozen = None if is_trained else part.tensor(EMBEDDING, role)
         head = None if frozen is None else frozen[first:]
     if head is None and config.get("task_type") == "SEQ_CLS":
         # A classifier generates no tokens, so the embedding can stand in for the head.
         head = embedding
     if embedding is not None and targets is not None:
-        embedding = _with_update(embedding, parts, targets, first)
+        embedding = _with_update(embedding, part, targets, first)
     if head is not None:
-        head = _with_head_update(head, parts, config, targets, base, findings)
+        head = _with_head_update(head, part, targets, base, findings)
     for name, rows in ((EMBEDDING, embedding), (HEAD, head)):
         if rows is None:
             why = say("MISSING_ROWS", first=first, last=size - 1, module=name.rpartition(".")[2])
@@ -201,15 +162,16 @@ def _added(
     return added
 
 
-def _rows_of(module: str, parts: _Parts, size: int, base: BaseModel) -> torch.Tensor | None:
+def _rows_of(module: str, part: VocabularyPart, size: int, base: BaseModel) -> torch.Tensor | None:
     """The added rows of a matrix before LoRA: saved, trained alone, or frozen; None if unknown."""
     first = base.vocabulary.size
-    whole = parts.tensor(module, WHOLE)
-    matrix = parts.tensor(module, FROZEN) if whole is None else whole
+    whole = part.tensor(module, WHOLE)
+    matrix = part.tensor(module, FROZEN) if whole is None else whole
     rows = None if matrix is None else matrix[first:]
-    trained, ids = parts.tensor(module, ROWS), parts.ids.get(module)
-    if trained is None and module == HEAD and ids == parts.ids.get(EMBEDDING):
-        trained = parts.tensor(EMBEDDING, ROWS)
+    wanted = part.ids or {}
+    trained, ids = part.tensor(module, ROWS), wanted.get(module)
+    if trained is None and module == HEAD and ids == wanted.get(EMBEDDING):
+        trained = part.tensor(EMBEDDING, ROWS)
     if trained is None or ids is None or trained.shape != (len(ids), base.hidden_size):
         return rows
     own = [number for number, token in enumerate(ids) if token >= first]
@@ -223,9 +185,11 @@ def _rows_of(module: str, parts: _Parts, size: int, base: BaseModel) -> torch.Te
     return rows.to(trained.dtype).index_copy(0, places, trained[own])
 
 
-def _with_update(rows: torch.Tensor, parts: _Parts, targets: Targets, first: int) -> torch.Tensor:
+def _with_update(
+    rows: torch.Tensor, part: VocabularyPart, targets: Targets, first: int
+) -> torch.Tensor:
     """Applies LoRA to the embedding, ``e(t) + s A[t] B``; wrong shapes are reported elsewhere."""
-    a, b = parts.tensor(EMBEDDING, A), parts.tensor(EMBEDDING, B)
+    a, b = part.tensor(EMBEDDING, A), part.tensor(EMBEDDING, B)
     if a is None or b is None or EMBEDDING not in targets.targeted:
         return rows
     if a.shape[0] != b.shape[1] or b.shape[0] != rows.shape[1]:
@@ -237,19 +201,16 @@ def _with_update(rows: torch.Tensor, parts: _Parts, targets: Targets, first: int
 
 def _with_head_update(
     rows: torch.Tensor,
-    parts: _Parts,
-    config: Mapping[str, Any],
+    part: VocabularyPart,
     targets: Targets | None,
     base: BaseModel,
     findings: Findings,
 ) -> torch.Tensor:
     """Applies LoRA or DoRA to the head: ``g_t (h_t + s B_t A)``; shapes are checked elsewhere."""
-    a, b = parts.tensors.get(_HEAD_A), parts.tensors.get(_HEAD_B)
-    if targets is not None and (implied := tied_targets(config, targets, base)):
-        targets = vocabulary_targets({**config, **implied}, base)
+    a, b = part.rest.get(_HEAD_A), part.rest.get(_HEAD_B)
     if a is None or b is None or targets is None or HEAD not in targets.targeted:
         return rows
-    if _HEAD_BIAS in parts.tensors:
+    if _HEAD_BIAS in part.rest:
         findings.mismatch(_HEAD_BIAS, say("NEEDS_ALL_TOKENS"))
     if not a.ndim == b.ndim == 2 or (a.shape[0], a.shape[1]) != (b.shape[1], rows.shape[1]):
         return rows
@@ -258,40 +219,37 @@ def _with_head_update(
     scaling = targets.scaling(HEAD)
     merged = rows.to(wide) + scaling * (b[first:].to(wide) @ a.to(wide))
     for name in _HEAD_MAGNITUDES:
-        magnitude = parts.tensors.get(name)
+        magnitude = part.rest.get(name)
         if magnitude is not None and magnitude.numel() == b.shape[0]:
             gain = dora_gain(magnitude.reshape(-1)[first:], a, b[first:], scaling, rows.to(wide))
             merged = merged * gain.to(wide)[:, None]
     return merged
 
 
-def _cut(parts: _Parts, checkpoint: AdapterCheckpoint, base: BaseModel) -> AdapterCheckpoint:
-    """The checkpoint with as many rows as the base: cut, or filled up with the base's own."""
+def _cut(part: VocabularyPart, base: BaseModel) -> None:
+    """Gives the part as many rows as the base: cut, or filled up with the base's own."""
     first = base.vocabulary.size
     served = {EMBEDDING: base.vocabulary.embedding, HEAD: base.vocabulary.head}
-    tensors = dict(checkpoint.tensors)
-    for module, roles in parts.found.items():
+    for module, roles in part.found.items():
         for role, (name, tensor) in roles.items():
-            if role in (WHOLE, FROZEN):
-                tensors[name] = _fitted(tensor, first, served[module])
-            elif role == A:
-                tensors[name] = _fitted(tensor.T, first).T
+            if tensor.ndim == 2 and role in (WHOLE, FROZEN):
+                roles[role] = name, _fitted(tensor, first, served[module])
+            elif tensor.ndim == 2 and role == A:
+                roles[role] = name, _fitted(tensor.T, first).T
     for name in (_HEAD_B, _HEAD_BIAS, *_HEAD_MAGNITUDES):
-        if name in tensors and tensors[name].ndim > 0:
-            tensors[name] = _fitted(tensors[name], first)
-    config, is_partial = dict(checkpoint.config), checkpoint.is_partial
-    for module in (HEAD, EMBEDDING):
-        ids = parts.ids.get(module)
-        if ids is None or all(token < first for token in ids):
-            continue
+        if name in part.rest and part.rest[name].ndim > 0:
+            part.rest[name] = _fitted(part.rest[name], first)
+    for module, ids in (part.ids or {}).items():
         kept = [number for number, token in enumerate(ids) if token < first]
-        name, rows = parts.found[module].get(ROWS, ("", None))
-        tensors.pop(name, None)
-        if rows is not None and kept and len(rows) == len(ids):
-            tensors[name] = rows[kept]
-        is_partial = True
-    config = _with_ids_below(config, first)
-    return replace(checkpoint, tensors=tensors, config=config, is_partial=is_partial)
+        if len(kept) == len(ids):
+            continue
+        part.is_cut, roles = True, part.found[module]
+        if (rows := part.tensor(module, ROWS)) is not None:
+            name, _ = roles.pop(ROWS)
+            if kept and len(rows) == len(ids):
+                roles[ROWS] = name, rows[kept]
+        part.ids = {**(part.ids or {}), module: [ids[number] for number in kept]}
+    part.ids = part.ids and {module: ids for module, ids in part.ids.items() if ids}
 
 
 def _fitted(tensor: torch.Tensor, size: int, served: torch.Tensor | None = None) -> torch.Tensor:
@@ -303,19 +261,3 @@ def _fitted(tensor: torch.Tensor, size: int, served: torch.Tensor | None = None)
     else:
         behind = served[len(tensor) :].to(tensor)
     return torch.cat((tensor, behind))
-
-
-def _with_ids_below(config: dict[str, Any], size: int) -> dict[str, Any]:
-    """The config without tokens beyond the base's; entries that become empty are removed."""
-    value = config.get("trainable_token_indices")
-    if isinstance(value, list):
-        config["trainable_token_indices"] = [i for i in value if i < size] or None
-    elif isinstance(value, Mapping):
-        below = {name: [i for i in ids if i < size] for name, ids in value.items()}
-        config["trainable_token_indices"] = {n: ids for n, ids in below.items() if ids} or None
-    alone = config.get("token_indices")
-    if isinstance(alone, list):
-        config["token_indices"] = [i for i in alone if i < size]
-        if not config["token_indices"]:
-            del config["token_indices"]
-    return config

@@ -7,7 +7,7 @@ reads the rest. The method handles LoRA on ``lm_head``, because the head is a li
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from turret.lazy_torch import torch
@@ -53,7 +53,7 @@ _SUFFIXES = {
     ".lora_magnitude_vector.weight": MAGNITUDE,
 }
 LOW_RANK = (A, B, MAGNITUDE)
-BY_NAME = {
+_BY_NAME = {
     module + suffix: (module, role)
     for module in (EMBEDDING, HEAD)
     for suffix, role in _SUFFIXES.items()
@@ -97,6 +97,48 @@ def without_wrappers(
         if not is_alike or not torch.equal(known, copy):
             findings.add(name, say("DIFFERENT_COPY", other=usual))
     return result
+
+
+@dataclass(slots=True)
+class VocabularyPart:
+    """A checkpoint, split into what concerns the vocabulary and the rest.
+
+    Attributes:
+        found: The tensors of the embedding and of the head, by module and role.
+        rest: All other tensors, by name.
+        ids: Tokens with trained rows, by module, in the order of the rows; None if a key for this
+            is at fault, which the method's rules report.
+        saved: The modules that PEFT saves whole.
+        is_cut: Whether tokens beyond the base's were removed.
+    """
+
+    found: dict[str, Found]
+    rest: dict[str, torch.Tensor]
+    ids: dict[str, list[int]] | None
+    saved: set[str]
+    is_cut: bool = False
+
+    @classmethod
+    def of(
+        cls, checkpoint: AdapterCheckpoint, base: BaseModel, findings: Findings
+    ) -> VocabularyPart:
+        found: dict[str, Found] = {EMBEDDING: {}, HEAD: {}}
+        rest = {}
+        for name, tensor in without_wrappers(checkpoint.tensors, findings).items():
+            module, role = _BY_NAME.get(name, (None, None))
+            if module is None or role is None:
+                rest[name] = tensor
+            elif role in found[module]:
+                findings.add(name, say("DUPLICATE_TENSOR", other=found[module][role][0]))
+            else:
+                found[module][role] = (name, tensor)
+        config = checkpoint.config
+        return cls(found, rest, _trained_ids(config, base), _saved_modules(config, base))
+
+    def tensor(self, module: str, role: str) -> torch.Tensor | None:
+        """A tensor, unless it is missing, or its number of dimensions is wrong."""
+        _, tensor = self.found[module].get(role, ("", None))
+        return None if tensor is None or (tensor.ndim != 2 and role != MAGNITUDE) else tensor
 
 
 # The rows of the embedding and the head that an adapter changes.
@@ -183,30 +225,29 @@ _TOKENS, _ALONE = "trainable_token_indices", "token_indices"
 
 
 def take_vocabulary(
-    checkpoint: AdapterCheckpoint, base: BaseModel, findings: Findings, *, is_lora: bool
+    checkpoint: AdapterCheckpoint,
+    part: VocabularyPart,
+    base: BaseModel,
+    findings: Findings,
+    *,
+    is_lora: bool,
 ) -> tuple[AdapterCheckpoint, BaseModel, VocabularyOperators | None]:
-    """Splits a checkpoint. Raises nothing; problems are in the findings.
+    """Reads the vocabulary's part. Raises nothing; problems are in the findings.
 
-    ``is_lora`` is whether the checkpoint's method may adapt the embedding.
+    Args:
+        checkpoint: The checkpoint.
+        part: Its part; with one row per token of the base.
+        base: The base.
+        findings: Takes the problems.
+        is_lora: Whether the checkpoint's method may adapt the embedding.
 
     Returns:
-        The checkpoint without the vocabulary's part, the base for the method, and the changes to
-        the vocabulary; None if there are none.
+        The checkpoint without that part, the base for the method, and the changes to the
+        vocabulary; None if there are none.
     """
-    config = checkpoint.config
-    found: dict[str, Found] = {EMBEDDING: {}, HEAD: {}}
-    rest = {}
-    for name, tensor in checkpoint.tensors.items():
-        module, role = BY_NAME.get(name, (None, None))
-        if module is None or role is None:
-            rest[name] = tensor
-        elif role in found[module]:
-            findings.add(name, say("DUPLICATE_TENSOR", other=found[module][role][0]))
-        else:
-            found[module][role] = (name, tensor)
-    rows = _trained_rows(config, found, base, findings)
-    saved = saved_modules(config, base)
-    rows |= _whole_matrices(saved, found, base, findings)
+    config, found, saved = checkpoint.config, part.found, part.saved
+    rows = _trained_rows(config, part, base, findings)
+    rows |= _whole_matrices(part, base, findings)
     # PEFT does not adapt modules that it saves whole.
     base = replace(
         base,
@@ -221,19 +262,18 @@ def take_vocabulary(
     else:
         for name, _ in (found[EMBEDDING][role] for role in LOW_RANK if role in found[EMBEDDING]):
             findings.add(name, say("UNEXPECTED_TENSOR", by="peft_type"))
-    is_partial = checkpoint.is_partial or any(role in found[EMBEDDING] for role in LOW_RANK)
-    left = replace(checkpoint, config={**config, **changes}, tensors=rest, is_partial=is_partial)
+    is_partial = checkpoint.is_partial or part.is_cut
+    is_partial |= any(role in found[EMBEDDING] for role in LOW_RANK)
+    config = {**config, **changes}
+    left = replace(checkpoint, config=config, tensors=part.rest, is_partial=is_partial)
     embedding, head = rows.get(EMBEDDING), rows.get(HEAD)
     if embedding is None and head is None and low_rank is None:
         return left, base, None
     return left, base, VocabularyOperators(embedding=embedding, low_rank=low_rank, head=head)
 
 
-def trained_ids(config: Mapping[str, Any], base: BaseModel) -> dict[str, list[int]] | None:
-    """Tokens with trained rows, by module, in the rows' order.
-
-    The result is None if a key for this is at fault, which the method's rules report.
-    """
+def _trained_ids(config: Mapping[str, Any], base: BaseModel) -> dict[str, list[int]] | None:
+    """See ``VocabularyPart.ids``."""
     value = config.get(_TOKENS)
     if _ALONE in config:
         findings = Findings("")
@@ -267,11 +307,11 @@ def trained_modules(
 
 
 def _trained_rows(
-    config: Mapping[str, Any], found: Mapping[str, Found], base: BaseModel, findings: Findings
+    config: Mapping[str, Any], part: VocabularyPart, base: BaseModel, findings: Findings
 ) -> dict[str, VocabularyRows | None]:
     """The trained rows of the embedding and of the head."""
     rows: dict[str, VocabularyRows | None] = {}
-    wanted = trained_ids(config, base)
+    found, wanted = part.found, part.ids
     if wanted is None:
         return rows
     is_alone = _ALONE in config
@@ -296,8 +336,8 @@ def _trained_rows(
     return rows
 
 
-def saved_modules(config: Mapping[str, Any], base: BaseModel) -> set[str]:
-    """The modules in ``modules_to_save``; the method's rules report a malformed value."""
+def _saved_modules(config: Mapping[str, Any], base: BaseModel) -> set[str]:
+    """See ``VocabularyPart.saved``; the method's rules report a malformed value."""
     value = config.get("modules_to_save")
     if is_modules_to_save(value) is not None:
         return set()
@@ -307,11 +347,11 @@ def saved_modules(config: Mapping[str, Any], base: BaseModel) -> set[str]:
 
 
 def _whole_matrices(
-    saved: set[str], found: Mapping[str, Found], base: BaseModel, findings: Findings
+    part: VocabularyPart, base: BaseModel, findings: Findings
 ) -> dict[str, VocabularyRows | None]:
     """Saved modules, and matrices that PEFT saved along, which must be the base's own."""
     matrices: dict[str, VocabularyRows | None] = {}
-    vocabulary = base.vocabulary
+    found, saved, vocabulary = part.found, part.saved, base.vocabulary
     served = {EMBEDDING: vocabulary.embedding, HEAD: vocabulary.head}
     for module, matrix in served.items():
         name, tensor = found[module].get(WHOLE, (f"{module}.weight", None))
@@ -359,7 +399,7 @@ def _low_rank(
     With ``ensure_weight_tying`` PEFT adapts the head of a tied base along with the embedding, and
     saves factors for it, without naming it in the config.
     """
-    targets = vocabulary_targets(config, base)
+    targets, changes = vocabulary_targets(config, base)
     name, a = found.get(A, (f"{EMBEDDING}.lora_embedding_A", None))
     if targets is None:
         return None, {}
@@ -368,7 +408,6 @@ def _low_rank(
             if role in found:
                 findings.add(found[role][0], say("UNEXPECTED_TENSOR", by="target_modules"))
         return None, {}
-    changes = tied_targets(config, targets, base)
     if ROWS in found:
         findings.add(found[ROWS][0], say("CONFLICTS_WITH", other="LoRA on the embedding"))
     b = found.get(B, (f"{EMBEDDING}.lora_embedding_B", None))
@@ -412,32 +451,30 @@ def _low_rank(
     return result, changes
 
 
-def tied_targets(
-    config: Mapping[str, Any], targets: Targets, base: BaseModel
-) -> dict[str, str | list[str]]:
-    """Config changes that target a tied head, if PEFT adapts it along with the embedding."""
-    is_tied = config.get("ensure_weight_tying") is True and base.vocabulary.is_tied
-    if not is_tied or EMBEDDING not in targets.targeted or HEAD in targets.targeted:
-        return {}
-    chosen = config["target_modules"]
-    is_regex = isinstance(chosen, str)
-    return {"target_modules": f"(?:{chosen}|{HEAD})" if is_regex else [*chosen, HEAD]}
+def vocabulary_targets(
+    config: Mapping[str, Any], base: BaseModel
+) -> tuple[Targets | None, dict[str, Any]]:
+    """Whether and how LoRA targets the embedding and the head.
 
-
-def vocabulary_targets(config: Mapping[str, Any], base: BaseModel) -> Targets | None:
-    """Whether and how LoRA targets embedding and head; None if a key for this is at fault."""
+    Returns:
+        The targets, None if a key for this is at fault; and config changes that target a tied head,
+        if PEFT adapts it along with the embedding.
+    """
     if not {"r", "lora_alpha", "target_modules"} <= config.keys():
-        return None
+        return None, {}
     selection = well_formed(config, *SIZES, *CHOICE)
     if selection is None:
-        return None
+        return None, {}
     # Faults found here are dropped, because the method's reader reports them.
     findings = Findings("")
-    targets = resolve_targets(
-        {**selection, "use_rslora": config.get("use_rslora")},
-        [HEAD],
-        [EMBEDDING],
-        findings,
-        base.text_prefix,
-    )
-    return None if findings.fields else targets
+    selection = {**selection, "use_rslora": config.get("use_rslora")}
+    targets = resolve_targets(selection, [HEAD], [EMBEDDING], findings, base.text_prefix)
+    if findings.fields:
+        return None, {}
+    is_tied = config.get("ensure_weight_tying") is True and base.vocabulary.is_tied
+    if not is_tied or EMBEDDING not in targets.targeted or HEAD in targets.targeted:
+        return targets, {}
+    chosen = config["target_modules"]
+    is_regex = isinstance(chosen, str)
+    changes = {"target_modules": f"(?:{chosen}|{HEAD})" if is_regex else [*chosen, HEAD]}
+    return vocabulary_targets({**config, **changes}, base)[0], changes

@@ -15,7 +15,6 @@ from turret.server.adapters.adapter import (
     AdapterFacts,
     AdapterRef,
     HostResult,
-    Mix,
     OwnTemplate,
     Source,
     TokenizerFiles,
@@ -88,130 +87,66 @@ class AdapterTokenizers:
         return files
 
 
+_log = logging.getLogger(__name__)
+
 PIN_TIMEOUT_SECONDS = 60.0
 RETRY_SECONDS = 1.0
 
 
-class Pins:
-    """Pins adapters in host memory.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewWeights:
+    """Files to be registered under a name.
 
-    Call every method under the name's lock, so that the current generation stays current.
+    Attributes:
+        name: A well-formed name.
+        source: The present location of the files.
+        staged: The upload that contains ``source``; it is moved to its place.
+        pinned: Whether to pin them too.
+        replace: Whether the name must be registered already. If not, it must not be, unless with
+            the same content.
+        expected_generation: The generation that they replace; None for any.
+        chat_template: The chat template to use instead of the one in the files.
     """
 
-    def __init__(self, table: NameTable, leases: Leases, state: NoStateDir) -> None:
-        self._table = table
-        self._leases = leases
-        self._state = state
-
-    def pin(self, registration: Registration) -> None:
-        """Pins the current generation; see ``AdapterRegistry.pin``."""
-        self._table.check_active(registration)
-        adapter = registration.current
-        with self.resident(adapter):
-            self._table.check_active(registration)
-            self._state.save(adapter, pinned=True, kept=registration.kept)
-            self._leases.set_pinned(adapter, True)
-
-    @contextmanager
-    def resident(self, adapter: Adapter) -> Iterator[None]:
-        """Holds a generation in host memory, and reads it first if it is on disk.
-
-        Raises:
-            AdapterChangedError, BudgetExceededError: See ``AdapterRegistry.pin``.
-        """
-        mix = self._wait_until_resident(adapter)
-        try:
-            yield
-        finally:
-            self._table.release(mix)
-
-    def hold(self, adapter: Adapter) -> None:
-        """Pins a generation that has no name yet, without saving the pin.
-
-        Raises:
-            BudgetExceededError: There is no room for it.
-        """
-        with self.resident(adapter):
-            self._leases.set_pinned(adapter, True)
-
-    def unpin(self, registration: Registration) -> None:
-        """Undoes ``pin``."""
-        adapter = registration.current
-        if adapter.pinned:
-            self._state.save(adapter, pinned=False, kept=registration.kept)
-            self._leases.set_pinned(adapter, False)
-
-    def _wait_until_resident(self, adapter: Adapter) -> Mix:
-        """A mix that holds the adapter in memory; the caller releases it."""
-        mix = self._table.open([(adapter, 1.0)])
-        answer: Future[HostResult] = Future()
-        try:
-            if not mix.ensure_host(answer.set_result):
-                try:
-                    result = answer.result(PIN_TIMEOUT_SECONDS)
-                except TimeoutError:
-                    raise _no_room(adapter) from None
-                if result.error is not None:
-                    raise result.error
-        except BaseException:
-            self._table.release(mix)
-            raise
-        return mix
-
-
-def _no_room(adapter: Adapter) -> BudgetExceededError:
-    text = say("NO_ROOM_TO_PIN", adapter=adapter.name, bytes=adapter.host_bytes_needed)
-    return BudgetExceededError(text, retry_after_seconds=RETRY_SECONDS)
-
-
-_log = logging.getLogger(__name__)
+    name: str
+    source: Source
+    staged: StagedUpload | None = None
+    pinned: bool = False
+    replace: bool = False
+    expected_generation: int | None = None
+    chat_template: OwnTemplate | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Installer:
-    """Call ``install`` under the name's lock."""
+    """Installs generations and pins them in host memory.
+
+    Call every method under the name's lock, so that the current generation stays current.
+    """
 
     loader: AdapterLoader
     table: NameTable
     leases: Leases
     state: NoStateDir
-    pins: Pins
 
-    def install(
-        self,
-        name: str,
-        source: Source,
-        *,
-        staged: StagedUpload | None = None,
-        pinned: bool = False,
-        replace: bool = False,
-        chat_template: OwnTemplate | None = None,
-    ) -> Registration:
-        """Reads ``source`` and registers it under ``name``.
-
-        Args:
-            name: A well-formed name.
-            source: The present location of the files.
-            staged: The upload that contains ``source``; it is moved to its place.
-            pinned: Whether to pin it too.
-            replace: Whether the name must be registered already. If not, it must not be, unless
-                with the same content.
-            chat_template: The chat template to use instead of the one in the files.
+    def install(self, new: NewWeights) -> Registration:
+        """Reads files and registers them.
 
         Raises:
-            AdapterNotFoundError, AdapterExistsError: See ``replace``.
+            AdapterNotFoundError, AdapterExistsError: See ``NewWeights.replace``.
             AdapterInUseError: The name is being unloaded, or a fusion needs the weights it has.
             AdapterCheckpointError, AdapterMismatchError, AdapterComponentError,
                 BudgetExceededError, StorageFullError: The new weights cannot be registered.
         """
-        before = self.table.find(name) if replace else self.table.get(name)
+        name = new.name
+        before = self.table.find(name) if new.replace else self.table.get(name)
         if before is not None:
             self.table.check_active(before)
-        checkpoint = self._read(name, source, chat_template)
+        checkpoint = self._read(new)
         if before is not None and before.current.facts.content == checkpoint.content:
-            self._confirm(before, source, pinned)
+            self._confirm(before, new)
             return before
-        if before is not None and not replace:
+        if before is not None and not new.replace:
             raise name_taken(name, before.current.digest)
         digests = [ref.digest for ref in component_refs(checkpoint.config)]
         with (
@@ -221,7 +156,7 @@ class Installer:
             loaded = self.loader.lower(checkpoint)
             # Entering the adapter may wait for memory; free the checkpoint's weights before.
             del checkpoint
-            return self._enter(name, source, loaded, before, staged=staged, pinned=pinned)
+            return self._enter(new, loaded, before)
 
     def roll_back(self, registration: Registration, generation: int | None) -> None:
         """Makes a kept generation current; see ``AdapterRegistry.rollback``."""
@@ -231,61 +166,89 @@ class Installer:
         if adapter is old:
             return
         # Reading it first finds changed files before anything has changed here.
-        with self.table.replacing(registration), self.pins.resident(adapter):
+        with self.table.replacing(registration), self._resident(adapter):
             self.table.check_active(registration)
             kept = self.table.kept_after(registration, adapter)
             self.state.save(adapter, pinned=old.pinned, kept=kept)
             self.leases.set_pinned(adapter, old.pinned)
             self.table.swap(registration, adapter, kept)
 
-    def inspect(
-        self, name: str, source: Source, chat_template: OwnTemplate | None = None
-    ) -> AdapterFacts:
+    def inspect(self, new: NewWeights) -> AdapterFacts:
         """Reads files as ``install`` would, and keeps nothing of them; errors as there."""
-        return self.loader.lower(self._read(name, source, chat_template)).facts
+        return self.loader.lower(self._read(new)).facts
 
-    def _read(
-        self, name: str, source: Source, chat_template: OwnTemplate | None
-    ) -> AdapterCheckpoint:
-        checkpoint = self.loader.read_new(source, chat_template)
+    def pin(self, registration: Registration) -> None:
+        """Pins the current generation; see ``AdapterRegistry.pin``."""
+        self.table.check_active(registration)
+        adapter = registration.current
+        with self._resident(adapter):
+            self.table.check_active(registration)
+            self.state.save(adapter, pinned=True, kept=registration.kept)
+            self.leases.set_pinned(adapter, True)
+
+    def unpin(self, registration: Registration) -> None:
+        """Undoes ``pin``."""
+        adapter = registration.current
+        if adapter.pinned:
+            self.state.save(adapter, pinned=False, kept=registration.kept)
+            self.leases.set_pinned(adapter, False)
+
+    def _read(self, new: NewWeights) -> AdapterCheckpoint:
+        checkpoint = self.loader.read_new(new.source, new.chat_template)
         origin = origin_of(checkpoint.chat_template) or "the base model's"
-        said = log.fields(adapter=name, digest=checkpoint.digest, chat_template=origin)
+        said = log.fields(adapter=new.name, digest=checkpoint.digest, chat_template=origin)
         _log.info("adapter read", extra=said)
         return checkpoint
 
+    @contextmanager
+    def _resident(self, adapter: Adapter) -> Iterator[None]:
+        """Holds a generation in host memory, and reads it first if it is on disk.
+
+        Raises:
+            AdapterChangedError, BudgetExceededError: See ``AdapterRegistry.pin``.
+        """
+        mix = self.table.open([(adapter, 1.0)])
+        try:
+            answer: Future[HostResult] = Future()
+            if not mix.ensure_host(answer.set_result):
+                try:
+                    result = answer.result(PIN_TIMEOUT_SECONDS)
+                except TimeoutError:
+                    raise _no_room(adapter) from None
+                if result.error is not None:
+                    raise result.error
+            yield
+        finally:
+            self.table.release(mix)
+
     def _enter(
-        self,
-        name: str,
-        source: Source,
-        loaded: LoadedAdapter,
-        before: Registration | None,
-        *,
-        staged: StagedUpload | None,
-        pinned: bool,
+        self, new: NewWeights, loaded: LoadedAdapter, before: Registration | None
     ) -> Registration:
         """Registers lowered weights under the name, or as its next generation."""
         if before is None:
-            adapter = Adapter(name, uuids.uuid4().hex, 1, source, loaded.facts)
-            self._admit(adapter, loaded, staged, pinned)
-            registration = Registration(adapter)
-            self.table.add(registration)
+            uuid, generation, pinned = uuids.uuid4().hex, 1, new.pinned
         else:
-            registration, old = before, before.current
-            adapter = Adapter(name, old.uuid, before.next_generation, source, loaded.facts)
-            self._admit(adapter, loaded, staged, pinned or old.pinned, replaced=registration)
-            self.table.swap(registration, adapter, self.table.kept_after(registration, adapter))
-        return registration
+            uuid, generation = before.uuid, before.next_generation
+            pinned = new.pinned or before.current.pinned
+        adapter = Adapter(new.name, uuid, generation, new.source, loaded.facts)
+        self._admit(adapter, loaded, new.staged, pinned, before)
+        if before is None:
+            before = Registration(adapter)
+            self.table.add(before)
+        else:
+            self.table.swap(before, adapter, self.table.kept_after(before, adapter))
+        return before
 
-    def _confirm(self, registration: Registration, source: Source, pinned: bool) -> None:
+    def _confirm(self, registration: Registration, new: NewWeights) -> None:
         """Accepts content that is registered already, from the same or another place."""
-        adapter = registration.current
+        adapter, source = registration.current, new.source
         self.table.check_active(registration)
         if source != adapter.source and not (source.is_upload or adapter.source.is_upload):
             # The new path was just read and holds the content, whereas the old one may be gone.
             self.state.save(adapter, pinned=adapter.pinned, kept=registration.kept, source=source)
             adapter.source = source
-        if pinned:
-            self.pins.pin(registration)
+        if new.pinned:
+            self.pin(registration)
 
     def _admit(
         self,
@@ -293,13 +256,14 @@ class Installer:
         loaded: LoadedAdapter,
         staged: StagedUpload | None,
         pinned: bool,
-        replaced: Registration | None = None,
+        replaced: Registration | None,
     ) -> None:
         """Enters memory first, because that may fail, then the disk. The caller enters the name."""
         try:
             self.leases.insert(adapter, loaded)
             if pinned:
-                self.pins.hold(adapter)
+                with self._resident(adapter):
+                    self.leases.set_pinned(adapter, True)
             if staged is not None:
                 self.state.adopt(staged, adapter)
             kept: tuple[Adapter, ...] = ()
@@ -323,3 +287,8 @@ class Installer:
             # The earlier write failed, so most likely there is nothing on disk to undo.
             _log.warning("cannot undo", extra=log.fields(adapter=adapter.name, reason=error))
         self.state.discard(adapter.source)
+
+
+def _no_room(adapter: Adapter) -> BudgetExceededError:
+    text = say("NO_ROOM_TO_PIN", adapter=adapter.name, bytes=adapter.host_bytes_needed)
+    return BudgetExceededError(text, retry_after_seconds=RETRY_SECONDS)

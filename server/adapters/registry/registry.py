@@ -26,7 +26,6 @@ from turret.server.adapters.adapter import (
     AliasTarget,
     Mix,
     OwnTemplate,
-    Source,
     check_alias,
 )
 from turret.server.adapters.base import NOTHING_SPECIAL, Allowed, BaseModel, ChangedBase
@@ -34,7 +33,7 @@ from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.peft_format.config_rules import invalid
 from turret.server.adapters.registry.export import AdapterExport
-from turret.server.adapters.registry.installer import AdapterTokenizers, Installer, Pins
+from turret.server.adapters.registry.installer import AdapterTokenizers, Installer, NewWeights
 from turret.server.adapters.registry.name_table import (
     NameLocks,
     NameTable,
@@ -229,10 +228,7 @@ class AdapterRegistry:
             keep_generations=keep_generations,
         )
         self.tokenizers = AdapterTokenizers(table, loader)
-        self._pins = pins = Pins(table, leases, kept)
-        self._installer = Installer(
-            loader=loader, table=table, leases=leases, state=kept, pins=pins
-        )
+        self._installer = Installer(loader=loader, table=table, leases=leases, state=kept)
         self._names = names = NameLocks()
         self._unloads = Unloads(
             lock, table, names, kept, end_users=self._end_users, on_gone=self._notify_gone
@@ -317,7 +313,9 @@ class AdapterRegistry:
         """
         with self._changing(name):
             source = self._loader.find(path, task)
-            return self._put(name, source, pinned=pinned, chat_template=chat_template)
+            return self._put(
+                NewWeights(name=name, source=source, pinned=pinned, chat_template=chat_template)
+            )
 
     def replace(
         self,
@@ -344,11 +342,13 @@ class AdapterRegistry:
             self._table.check_generation(name, expected_generation)
             source = self._loader.find(path, task)
             return self._put(
-                name,
-                source,
-                replace=True,
-                expected_generation=expected_generation,
-                chat_template=chat_template,
+                NewWeights(
+                    name=name,
+                    source=source,
+                    replace=True,
+                    expected_generation=expected_generation,
+                    chat_template=chat_template,
+                )
             )
 
     def stage(self, files: Sequence[UploadedFile]) -> StagedUpload:
@@ -379,37 +379,19 @@ class AdapterRegistry:
         with self._changing(name):
             self._table.check_generation(name, expected_generation)
             return self._put(
-                name,
-                source,
-                staged=staged,
-                pinned=pinned,
-                replace=replace,
-                expected_generation=expected_generation,
-                chat_template=chat_template,
+                NewWeights(
+                    name=name,
+                    source=source,
+                    staged=staged,
+                    pinned=pinned,
+                    replace=replace,
+                    expected_generation=expected_generation,
+                    chat_template=chat_template,
+                )
             )
 
-    def _put(
-        self,
-        name: str,
-        source: Source,
-        *,
-        staged: StagedUpload | None = None,
-        pinned: bool = False,
-        replace: bool = False,
-        expected_generation: int | None = None,
-        chat_template: OwnTemplate | None = None,
-    ) -> AdapterInfo:
-        """Registers the files of a source; see ``Installer.install``."""
-        return self._record(
-            self._installer.install(
-                name,
-                source,
-                staged=staged,
-                pinned=pinned,
-                replace=replace,
-                chat_template=chat_template,
-            )
-        )
+    def _put(self, new: NewWeights) -> AdapterInfo:
+        return self._record(self._installer.install(new))
 
     @contextlib.contextmanager
     def _changing(self, name: str) -> Iterator[None]:
@@ -625,12 +607,12 @@ class AdapterRegistry:
             AdapterNotFoundError: The name is not registered.
             AdapterInUseError: The adapter is being unloaded.
             AdapterChangedError: The adapter's files have changed.
-            BudgetExceededError: There was no room within ``pins.PIN_TIMEOUT_SECONDS``.
+            BudgetExceededError: There was no room within ``installer.PIN_TIMEOUT_SECONDS``.
             StorageFullError: The pin cannot be saved.
         """
         with self._names.only(name):
             registration = self._table.find(name)
-            self._pins.pin(registration)
+            self._installer.pin(registration)
             return self._record(registration)
 
     def unpin(self, name: str) -> AdapterInfo:
@@ -642,7 +624,7 @@ class AdapterRegistry:
         """
         with self._names.only(name):
             registration = self._table.find(name)
-            self._pins.unpin(registration)
+            self._installer.unpin(registration)
             return self._record(registration)
 
     # Unloading

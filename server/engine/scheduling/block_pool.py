@@ -151,7 +151,7 @@ class BlockPool:
             self._block_of[key] = block
 
     def forget_cached(self) -> None:
-        """Drop every key (the base weights changed)."""
+        """Drop every key, because some of the blocks may not hold what their keys say."""
         self._key_of.clear()
         self._block_of.clear()
         self._num_cached = 0

@@ -118,7 +118,8 @@ class Drafts:
             if drafter is None or sequence.num_computed < sequence.prompt_end or not item.samples:
                 continue
             places = (len(sequence.blocks) + self._blocks.num_free) * self._blocks.block_size
-            draft = plan.draft(drafter, min(budget, places - len(sequence.tokens)))
+            most = min(budget, places - len(sequence.tokens))
+            draft = self._speculation.draft(drafter, plan, most)
             if not draft:
                 continue
             total = self._blocks.blocks_for(len(sequence.tokens) + len(draft))
@@ -293,10 +294,13 @@ class Scheduler:
         self.waiting.push(sequence)
 
     def change_base(self, generation: int) -> None:
-        """Note that the base weights changed: blocks computed before are never found again."""
+        """Note that the base weights changed.
+
+        The generation is part of every key, so blocks that were computed before are never found
+        again.
+        """
         assert self.is_drained, "a sequence is computed with one base"
         self.base_generation = generation
-        self.blocks.forget_cached()
         for sequence in self.waiting:
             # A sequence that was considered before but did not fit already has its root key.
             for each in sequence.passes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from turret.kernels.fusion_gate import given_gate_reference
 from turret.kernels.gpu.tables import upload
 from turret.kernels.paged_attention import SequenceSpan
 from turret.kernels.rows.linear import row_linear
+from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.device.store import (
     AdapterStep,
     AdapterStore,
@@ -26,7 +27,7 @@ from turret.server.adapters.operators.token_router import TokenRouter
 from turret.server.adapters.operators.vocabulary import added_rows_of
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
 from turret.server.models.decoding.arch import LONG, Arch
-from turret.server.models.decoding.decoder import Decoder, StepInput
+from turret.server.models.decoding.decoder import Decoder, OwnRows, StepInput
 from turret.server.models.decoding.layer_ops import LayerOps
 
 # The rows of a scheduled step, as plain numbers: the same for every device.
@@ -54,31 +55,42 @@ class Placed(NamedTuple):
 
 
 @dataclass(slots=True)
+class OwnValues:
+    """Numbers of rows, and their embeddings on the host, piece by piece."""
+
+    rows: list[int] = field(default_factory=list)
+    values: list[torch.Tensor] = field(default_factory=list)
+
+    def on(self, device: torch.device) -> OwnRows | None:
+        """Start copying them to the device, if there are any."""
+        if not self.rows:
+            return None
+        parts = torch.tensor(self.rows), torch.cat(self.values)
+        return OwnRows(*(upload(part, device) for part in parts))
+
+
+@dataclass(slots=True)
 class StepRows:
     """The rows of a step as the model needs them.
 
     Attributes:
-        token_ids: The token of each row; any valid id for the rows in ``soft_rows`` and
-            ``added_rows``.
+        token_ids: The token of each row; any valid id for the rows in ``soft`` and
+            ``added``.
         positions: The position of each row in its sequence, plus ``LONG`` in a long sequence.
         kv_slots: The slot in the cache for each row's keys and values.
         spans: Five numbers for each sequence, in one list: its first row, the number of new tokens,
             the number of tokens before them, where its block numbers begin (``blocks_at`` of
             ``collect_rows``), and the number of leading positions that are not seen.
-        soft_rows: Rows with a soft token instead of a token.
-        soft_values: The embeddings of ``soft_rows`` on the host, one tensor for each sequence.
-        added_rows: Rows of tokens for which the base's embedding has no row.
-        added_values: The embeddings of ``added_rows`` on the host, one tensor for each sequence.
+        soft: Rows of soft prompts, and their embeddings.
+        added: Rows of tokens for which the base's embedding has no row, and their embeddings.
     """
 
     token_ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     kv_slots: list[int] = field(default_factory=list)
     spans: list[int] = field(default_factory=list)
-    soft_rows: list[int] = field(default_factory=list)
-    soft_values: list[torch.Tensor] = field(default_factory=list)
-    added_rows: list[int] = field(default_factory=list)
-    added_values: list[torch.Tensor] = field(default_factory=list)
+    soft: OwnValues = field(default_factory=OwnValues)
+    added: OwnValues = field(default_factory=OwnValues)
 
     def add(self, place: Placed, block_size: int, blocks_at: int) -> None:
         """Add a sequence's new rows; soft tokens may be among them."""
@@ -98,10 +110,10 @@ class StepRows:
         self.spans.append(sequence.num_padding)
         if start < sequence.num_virtual:
             stop = min(end, sequence.num_virtual)
-            self.soft_rows.extend(range(place.row_start, place.row_start + stop - start))
+            self.soft.rows.extend(range(place.row_start, place.row_start + stop - start))
             soft_tokens = soft_prompt_of(sequence.mix).soft_tokens
             assert soft_tokens is not None
-            self.soft_values.append(soft_tokens[start:stop])
+            self.soft.values.append(soft_tokens[start:stop])
 
     def take_added(self, sequence: Sequence, row_start: int) -> None:
         """Note which rows of the sequence that was added last have tokens that the base lacks."""
@@ -112,8 +124,8 @@ class StepRows:
         if not found:
             return
         places = torch.tensor([self.token_ids[row] - added.first for row in found])
-        self.added_rows += found
-        self.added_values.append(added.embedding.index_select(0, places))
+        self.added.rows += found
+        self.added.values.append(added.embedding.index_select(0, places))
         for row in found:
             self.token_ids[row] = 0
 
@@ -330,59 +342,62 @@ StepScalings = Mapping[Sequence, SequenceScalings]
 NO_SCALINGS: StepScalings = {}
 
 
-def first_passes_of(step: Step) -> Step | None:
-    """The first passes of a step, as a step; None if there are none."""
+def scalings_of(
+    step: Step,
+    store: AdapterStore,
+    device: torch.device,
+    run: Callable[[Step, StepScalings], tuple[SequenceOf[Placed], torch.Tensor]],
+) -> StepScalings:
+    """Compute the first passes of a step, and from their states the scalings of its sequences.
+
+    Args:
+        step: The step.
+        store: Holds the adapters.
+        device: Where the step is computed.
+        run: Computes the first passes as a step, given their own scalings: where its sequences are,
+            and its states after the final norm, ``[at least all rows, hidden]``.
+    """
     items = [
-        replace(item, sequence=item.sequence.first_pass)
+        (item, item.sequence.first_pass)
         for item in step.scheduled
         if item.sequence.first_pass is not None
     ]
-    return Step(tuple(items), (), 0) if items else None
-
-
-def constant_scalings(
-    first_passes: Step, store: AdapterStore, device: torch.device
-) -> StepScalings:
-    """Scalings of the first passes themselves: constants, for adapters that act in them."""
-    return {
-        item.sequence: SequenceScalings(adapter.key, first_scalings(router, item.num_rows, device))
-        for item in first_passes.scheduled
-        for adapter, _ in item.sequence.mix.members
-        if (router := store.router(adapter.key)) is not None
+    if not items:
+        return NO_SCALINGS
+    store.prepare(adapters_of(step))
+    # An adapter that acts in its own first pass has constants there.
+    constants = {
+        first: SequenceScalings(key, first_scalings(router, item.num_rows, device))
+        for item, first in items
+        for key, router in _routers(first, store)
     }
-
-
-def computed_scalings(
-    items: SequenceOf[Scheduled],
-    placed: SequenceOf[Placed],
-    states: torch.Tensor,
-    store: AdapterStore,
-) -> StepScalings:
-    """The scalings of a step's sequences, computed from the final states of their first passes.
-
-    Args:
-        items: The step's.
-        placed: The first passes, and their rows.
-        states: After the final norm, ``[at least all rows, hidden]``.
-        store: Holds the adapters.
-    """
-    rows = {place.item.sequence: (place.row_start, place.last_row + 1) for place in placed}
-    waiting: dict[str, list[Sequence]] = {}
-    for item in items:
-        sequence = item.sequence
-        if sequence.first_pass is not None:
-            for adapter, _ in sequence.mix.members:
-                if store.router(adapter.key) is not None:
-                    waiting.setdefault(adapter.key, []).append(sequence)
+    firsts = tuple(replace(item, sequence=first) for item, first in items)
+    placed, states = run(Step(firsts, (), 0), constants)
+    states_of = {p.item.sequence: states[p.row_start : p.last_row + 1] for p in placed}
+    # A router runs once for all sequences of its adapter.
+    waiting: dict[str, tuple[TokenRouter, list[Sequence], list[torch.Tensor]]] = {}
+    for item, first in items:
+        for key, router in _routers(item.sequence, store):
+            _, sequences, parts = waiting.setdefault(key, (router, [], []))
+            sequences.append(item.sequence)
+            parts.append(states_of[first])
     found: dict[Sequence, SequenceScalings] = {}
-    for key, sequences in waiting.items():
-        router = store.router(key)
-        assert router is not None
-        # The router runs once for all sequences of an adapter.
-        parts = [states[slice(*rows[s.first_pass])] for s in sequences if s.first_pass is not None]
+    for key, (router, sequences, parts) in waiting.items():
         each = scalings(router, torch.cat(parts)).split([len(part) for part in parts])
         found |= {s: SequenceScalings(key, some) for s, some in zip(sequences, each, strict=True)}
     return found
+
+
+def adapters_of(step: Step) -> list[Adapter]:
+    """Every adapter that acts in a step, once."""
+    members = [item.sequence.active_mix.members for item in step.scheduled]
+    return list({adapter.key: adapter for mix in members for adapter, _ in mix}.values())
+
+
+def _routers(sequence: Sequence, store: AdapterStore) -> list[tuple[str, TokenRouter]]:
+    """The adapters of a sequence that route tokens; the store holds them."""
+    found = [(adapter.key, store.router(adapter.key)) for adapter, _ in sequence.mix.members]
+    return [(key, router) for key, router in found if router is not None]
 
 
 def given_rows(placed: SequenceOf[Placed], found: StepScalings) -> dict[str, torch.Tensor]:
@@ -482,11 +497,9 @@ class BatchBuilder:
             kv_slots=self._tensor(rows.kv_slots),
             attention=attention,
             adapters=adapters,
-            soft_rows=self._tensor(rows.soft_rows) if rows.soft_rows else None,
-            soft_values=torch.cat(rows.soft_values).to(self._device) if rows.soft_rows else None,
+            soft=rows.soft.on(self._device),
+            added=rows.added.on(self._device),
             embeddings=self._changed_embeddings(placed),
-            added_rows=self._tensor(rows.added_rows) if rows.added_rows else None,
-            added_values=torch.cat(rows.added_values).to(self._device) if rows.added_rows else None,
         )
 
     def _span(self, place: Placed) -> SequenceSpan:

@@ -9,21 +9,17 @@ from typing import Protocol
 
 import torch
 
-from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.device.store import AdapterStore, StepStore
 from turret.server.adapters.operators.soft_prompt import soft_prompt_of
 from turret.server.engine.scheduling.sequence import Sequence, Step
 from turret.server.engine.step.batch import (
-    NO_SCALINGS,
     BatchBuilder,
     Placed,
     StepScalings,
     added_logits,
     changed_heads,
-    computed_scalings,
-    constant_scalings,
-    first_passes_of,
     own_logits,
+    scalings_of,
 )
 from turret.server.engine.step.sampler import Draw, Mask, Sampler, takes_likeliest
 from turret.server.models.decoding.decoder import Decoder, LikeliestTokens
@@ -135,12 +131,6 @@ class Executor(Protocol):
         """Free caches that only save time, if there are any, after a step ran out of memory."""
 
 
-def adapters_of(step: Step) -> list[Adapter]:
-    """Every adapter that acts in a step, once."""
-    members = [item.sequence.active_mix.members for item in step.scheduled]
-    return list({adapter.key: adapter for mix in members for adapter, _ in mix}.values())
-
-
 def fill_prefix(cache: KvCache, sequence: Sequence, start: int) -> None:
     """Write an adapter's prefix into the sequence's blocks from ``start`` on."""
     size = cache.block_size
@@ -197,22 +187,22 @@ class TorchExecutor(Executor):
         self._cache.clear(step.new_blocks)
         for sequence, start in step.presets:
             fill_prefix(self._cache, sequence, start)
-        batch = self._builder.build(step, self._scalings(step))
-        hidden = self._decoder.forward(batch.input, self._cache)
-        rows = [row for placed in batch.placed if placed.samples for row in placed.sampled]
+        scalings = scalings_of(step, self._store, self._decoder.device, self._compute)
+        placed, hidden = self._compute(step, scalings)
+        rows = [row for place in placed if place.samples for row in place.sampled]
         if rows:
             index = torch.tensor(rows, device=hidden.device)
-            samples = sampled_rows(batch.placed)
+            samples = sampled_rows(placed)
             changes = changed_heads(samples, self._store, hidden.device)
             states = hidden.index_select(0, index)
             if not changes and all(takes_likeliest(sequence) for sequence, _ in samples):
                 likeliest = self._find_likeliest(states)
                 if likeliest is not None:
-                    return Computed(batch.placed, hidden, None, likeliest=likeliest)
+                    return Computed(placed, hidden, None, likeliest=likeliest)
             logits = self._decoder.logits(states, changes)
             added = added_logits(samples, states, self._decoder, self._store)
-            return Computed(batch.placed, hidden, logits, added)
-        return Computed(batch.placed, hidden, None)
+            return Computed(placed, hidden, logits, added)
+        return Computed(placed, hidden, None)
 
     def _find_likeliest(self, states: torch.Tensor) -> Likeliest | None:
         """The likeliest tokens of ``[samples, hidden]``; None if all logits are needed for that."""
@@ -226,16 +216,12 @@ class TorchExecutor(Executor):
 
         return Likeliest(tokens, logits)
 
-    def _scalings(self, step: Step) -> StepScalings:
-        """Compute the first passes of a step."""
-        first_passes = first_passes_of(step)
-        if first_passes is None:
-            return NO_SCALINGS
-        self._store.prepare(adapters_of(step))
-        scalings = constant_scalings(first_passes, self._store, self._decoder.device)
-        batch = self._builder.build(first_passes, scalings)
-        states = self._decoder.forward(batch.input, self._cache)
-        return computed_scalings(step.scheduled, batch.placed, states, self._store)
+    def _compute(
+        self, step: Step, scalings: StepScalings
+    ) -> tuple[tuple[Placed, ...], torch.Tensor]:
+        """Compute the hidden states of a step."""
+        batch = self._builder.build(step, scalings)
+        return batch.placed, self._decoder.forward(batch.input, self._cache)
 
     def logits(self, sequence: Sequence, hidden: torch.Tensor) -> torch.Tensor:
         rows = [(sequence, range(hidden.shape[0]))]

@@ -9,7 +9,7 @@ import torch
 
 from turret.kernels.cpu.row_adapters import Ahead
 from turret.kernels.expert_routing import Routing
-from turret.server.adapters.device.store import AdapterStep
+from turret.server.adapters.device.store import AdapterStep, ExpertPairs
 
 if TYPE_CHECKING:
     from turret.kernels.gpu.low_rank import Shrink
@@ -197,7 +197,8 @@ class AdaptedExperts:
         if self.bias is not None:
             y += self.bias.index_select(0, routing.experts)
         if adapters is not None:
-            adapters.apply_experts(self.layer, self.projection, x, y, routing, rows)
+            place = self.layer, self.projection
+            adapters.apply_experts(ExpertPairs(*place, x, y, routing, rows))
         return y
 
 

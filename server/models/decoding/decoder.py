@@ -11,7 +11,7 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,22 +35,32 @@ from turret.server.models.decoding.layer_ops import GrowingQueries, RotaryAngles
 from turret.server.models.fidelity import Fidelity
 
 
+class OwnRows(NamedTuple):
+    """Rows whose embedding is not that of a token of the base.
+
+    Attributes:
+        rows: ``[m]`` int64.
+        values: Their embeddings, ``[m, hidden]``.
+    """
+
+    rows: torch.Tensor
+    values: torch.Tensor
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepInput:
     """One step's work on the device.
 
     Attributes:
-        token_ids: ``[rows]`` int64; any valid id where ``soft_rows`` or ``added_rows`` says so.
+        token_ids: ``[rows]`` int64; any valid id where ``soft`` or ``added`` has the row.
         positions: Position of each row in its sequence, ``[rows]`` int64; ``LONG`` more where the
             sequence is long (``Arch.long_from``).
         kv_slots: Where each row's keys and values go, ``[rows]`` int64.
         attention: Plan of the decoder's ``ops`` per distinct window (None is full attention).
         adapters: The step's adapters, or None where every row is the base model's.
-        soft_rows: Rows whose embedding is not a token's, ``[m]`` int64, or None.
-        soft_values: Their embeddings, ``[m, hidden]``, or None.
+        soft: Rows of soft prompts.
+        added: Rows of tokens that the base has no row for.
         embeddings: Rows whose adapters change the embedding.
-        added_rows: Rows of tokens that the base has no row for, ``[m]`` int64, or None.
-        added_values: Their embeddings, ``[m, hidden]``, or None.
     """
 
     token_ids: torch.Tensor
@@ -58,11 +68,9 @@ class StepInput:
     kv_slots: torch.Tensor
     attention: Mapping[int | None, Any]
     adapters: AdapterStep | None
-    soft_rows: torch.Tensor | None = None
-    soft_values: torch.Tensor | None = None
+    soft: OwnRows | None = None
+    added: OwnRows | None = None
     embeddings: Sequence[VocabularyGroup] = ()
-    added_rows: torch.Tensor | None = None
-    added_values: torch.Tensor | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -211,13 +219,13 @@ class Decoder:
         """The first layer's input, ``[rows, hidden]``."""
         hidden = F.embedding(step.token_ids, self.embedding)
         change_embeddings(hidden, step.token_ids, self.embedding, step.embeddings)
-        if step.added_rows is not None and step.added_values is not None:
-            hidden.index_copy_(0, step.added_rows, step.added_values)
+        if step.added is not None:
+            hidden.index_copy_(0, *step.added)
         is_scaled = self._embedding_scale != 1.0
         if is_scaled and not self.arch.scales_soft_tokens:
             hidden *= self._embedding_scale
-        if step.soft_rows is not None and step.soft_values is not None:
-            hidden.index_copy_(0, step.soft_rows, step.soft_values.to(hidden.dtype))
+        if step.soft is not None:
+            hidden.index_copy_(0, step.soft.rows, step.soft.values.to(hidden.dtype))
         if is_scaled and self.arch.scales_soft_tokens:
             hidden *= self._embedding_scale
         return hidden

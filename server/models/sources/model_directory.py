@@ -16,7 +16,6 @@ from turret.server.basics.names import HubId
 from turret.server.errors import HubError, HubUnavailableError, InvalidRequestError
 from turret.server.hub import Repository, cache_dir, cached_repository, download, find_repository
 from turret.server.models import families
-from turret.server.models.families import text_type
 from turret.server.words import Text, say
 
 WEIGHTS = "model.safetensors"
@@ -297,13 +296,13 @@ def hub_model_id(model: Path) -> HubId | None:
     return None if model.exists() else HubId.find(str(model))
 
 
-def check_hub_model(hub_id: HubId) -> str:
+def check_hub_model(hub_id: HubId) -> dict[str, Any]:
     """Check that a repository is a supported model, before its weights are fetched.
 
     Weights that are already in the cache are checked like those of a directory.
 
     Returns:
-        Its ``model_type``.
+        Its ``config.json``.
 
     Raises:
         InvalidRequestError: It is not; the error has the reason and advice.
@@ -314,18 +313,7 @@ def check_hub_model(hub_id: HubId) -> str:
         raise _refuse(say("MODEL_NOT_ON_HUB", model=hub_id, problem=error.message)) from None
     if all((folder / name).is_file() for name in _weights(repository, folder)):
         check_model_directory(folder)
-    return text_type(read_config(folder))
-
-
-def checked_config(hub_id: HubId) -> dict[str, Any]:
-    """The config of a model that ``check_hub_model`` accepted, from the cache without network.
-
-    Empty if the cache does not have the commit.
-    """
-    repository = cached_repository(hub_id)
-    if repository is None or _CONFIG not in repository.files:
-        return {}
-    return read_config(cache_dir() / repository.id.snapshot)
+    return read_config(folder)
 
 
 def cached_model(hub_id: HubId) -> Path:

@@ -8,9 +8,10 @@ import time
 import tracemalloc
 from pathlib import Path
 
+from builders.facts import facts_of
 from builders.registries import refs, tiny_base
 
-from turret.server.adapters.adapter import AdapterFacts, Source
+from turret.server.adapters.adapter import Source
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state_dir import SavedRegistration, StateDir
 from turret.server.metrics import Metrics
@@ -29,15 +30,11 @@ def saved(number: int) -> SavedRegistration:
         generation=1 + number % 3,
         pinned=False,
         source=Source(f"customers/{number:05}/support-v2"),
-        facts=AdapterFacts(
-            digest=digest,
-            method="lora",
+        facts=facts_of(
+            digest,
             ranks=(8 << number % 4,),
             target_modules=TARGETS,
             base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
-            warnings=(),
-            num_soft_tokens=0,
-            num_prefix_positions=0,
             bytes_disk=4_900_000 + number,
             bytes_host=4_800_000 + number,
         ),

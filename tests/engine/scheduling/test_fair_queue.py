@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
+from builders.facts import mix_of
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -243,8 +243,7 @@ def queue_times(
                     prompt_token_ids=(1, 2, 3),
                     stop=StopConditions(max_tokens=10),
                 )
-                mix: Any = FakeMix(name)
-                sequence = Sequence(request, mix, 0.0)
+                sequence = Sequence(request, mix_of(name), 0.0)
                 arrived[sequence] = name, now
                 scheduler.add(sequence)
         step = scheduler.schedule()
@@ -259,21 +258,6 @@ def queue_times(
             if sequence.num_generated == 10:
                 scheduler.finish(sequence)
     return waits
-
-
-@dataclass(frozen=True)
-class FakeMix:
-    """A mix of one adapter."""
-
-    name: str
-    members: tuple[Any, ...] = ()
-
-    @property
-    def key(self) -> tuple[tuple[str, int, float], ...]:
-        return ((self.name, 1, 1.0),)
-
-    def ensure_host(self, callback: Any) -> bool:
-        return True
 
 
 def quantile(values: list[int], q: float) -> int:
@@ -302,8 +286,7 @@ def test_admissions_of_one_step_alternate_between_mixes() -> None:
     for name in ("popular", "rare"):
         for _ in range(10):
             request = Request(request_id="r", prompt_token_ids=(1, 2, 3))
-            mix: Any = FakeMix(name)
-            scheduler.add(Sequence(request, mix, 0.0))
+            scheduler.add(Sequence(request, mix_of(name), 0.0))
     step = scheduler.schedule()
     names = [item.sequence.mix.key[0][0] for item in step.scheduled]
     assert names == ["popular", "rare"] * 4

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
-from typing import Any
 
 import pytest
+from builders.facts import adapter_of
 from said import says
 
+from turret.server.adapters.adapter import Adapter, Mix
 from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.request import Request, StopConditions
 from turret.server.engine.scheduling.scheduler import Scheduler, add_first_pass
@@ -18,44 +18,20 @@ from turret.server.errors import InvalidRequestError
 SIZE = 4
 
 
-@dataclass(frozen=True)
-class FakeAdapter:
-    name: str
-    first_pass: str = ""
-    invocation: tuple[int, ...] = ()
-
-    @property
-    def uuid(self) -> str:
-        return self.name
-
-    generation = 1
-
-
-@dataclass(frozen=True)
-class FakeMix:
-    members: tuple[tuple[FakeAdapter, float], ...] = ()
-
-    @property
-    def key(self) -> tuple[tuple[str, int, float], ...]:
-        return tuple((a.uuid, a.generation, weight) for a, weight in self.members)
-
-    def part(self, members: Any) -> FakeMix:
-        return FakeMix(tuple(members))
-
-
-ROUTED, CONSTANT = FakeAdapter("routed", "base"), FakeAdapter("constant", "adapter")
-PLAIN = FakeAdapter("plain")
+ROUTED = adapter_of("routed", first_pass="base")
+CONSTANT = adapter_of("constant", first_pass="adapter")
+PLAIN = adapter_of("plain")
 
 
 def sequence_of(
-    prompt: list[int], *adapters: FakeAdapter, max_tokens: int = 1, num_virtual: int = 0
+    prompt: list[int], *adapters: Adapter, max_tokens: int = 1, num_virtual: int = 0
 ) -> Sequence:
     request = Request(
         request_id="r",
         prompt_token_ids=tuple(prompt),
         stop=StopConditions(max_tokens=max_tokens),
     )
-    mix: Any = FakeMix(tuple((adapter, 1.0) for adapter in adapters))
+    mix = Mix(tuple((adapter, 1.0) for adapter in adapters))
     sequence = Sequence(request, mix, 0.0, num_virtual=num_virtual)
     add_first_pass(sequence)
     return sequence

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from builders.sequences import BLOCK_SIZE, make_scheduler, mix_of, sequence_of
+from builders.facts import mix_of
+from builders.sequences import BLOCK_SIZE, make_scheduler, sequence_of
 
 from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.request import Request, StopConditions

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
+from builders.facts import adapter_of
 from builders.sequences import make_scheduler, sequence_of
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
+from turret.server.adapters.adapter import Mix
 from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.request import Request, StopConditions
 from turret.server.engine.scheduling.scheduler import Scheduler
@@ -36,28 +35,6 @@ members = st.sampled_from(
 weights = st.sampled_from([1.0, 1.0, 0.5])
 
 
-@dataclass(frozen=True)
-class FakeAdapter:
-    uuid: str
-    generation: int
-    invocation: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class FakeMix:
-    members: tuple[tuple[FakeAdapter, float], ...]
-
-    @property
-    def key(self) -> MixKey:
-        return tuple((a.uuid, a.generation, weight) for a, weight in self.members)
-
-    def part(self, members: Any) -> FakeMix:
-        return FakeMix(tuple(members))
-
-    def ensure_host(self, callback: Any) -> bool:
-        return True
-
-
 class PrefixCacheMachine(RuleBasedStateMachine):
     """Requests run concurrently while adapters are replaced, loaded again, and merged.
 
@@ -81,14 +58,13 @@ class PrefixCacheMachine(RuleBasedStateMachine):
 
     def _content(self, sequence: Sequence, end: int) -> Content:
         prompt: tuple[int, ...] = sequence.request.prompt_token_ids
-        mix: Any = sequence.mix
         starts = [i for i in range(len(prompt)) if prompt[i : i + 2] == INVOCATION]
         start = starts[-1] if starts else None
         parts = []
         for position, token in enumerate(sequence.tokens[:end]):
             is_on = start is not None and position >= start
-            acting = [m for m in mix.members if is_on or not m[0].invocation]
-            parts.append((token, FakeMix(tuple(acting)).key))
+            acting = [m for m in sequence.mix.members if is_on or not m[0].invocation]
+            parts.append((token, Mix(tuple(acting)).key))
         return self.live[sequence], tuple(parts)
 
     @rule(prompt=prompts, members=members, weight=weights, max_tokens=st.integers(1, 6))
@@ -96,7 +72,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         self, prompt: list[int], members: tuple[str, ...], weight: float, max_tokens: int
     ) -> None:
         acting = [
-            (FakeAdapter(*self.versions[name], INVOCATION if name == "c" else ()), weight)
+            (adapter_of(name, *self.versions[name], invocation=INVOCATION * (name == "c")), weight)
             for name in members
         ]
         request = Request(
@@ -104,8 +80,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             prompt_token_ids=tuple(prompt),
             stop=StopConditions(max_tokens=max_tokens),
         )
-        mix: Any = FakeMix(tuple(acting))
-        sequence = Sequence(request, mix, 0.0)
+        sequence = Sequence(request, Mix(tuple(acting)), 0.0)
         self.live[sequence] = self.scheduler.base_generation
         self.scheduler.add(sequence)
 

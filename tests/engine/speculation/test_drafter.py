@@ -16,11 +16,10 @@ from turret.server.engine.speculation import (
     START,
     Chances,
     Drafter,
-    Memories,
     MixMemory,
     Speculation,
     StepCost,
-    StepValue,
+    StepPlan,
     TextIndex,
 )
 
@@ -95,9 +94,9 @@ def make(
     return drafter
 
 
-def cheap() -> StepValue:
+def cheap() -> StepPlan:
     """The cost of a step in which a row costs almost nothing."""
-    return StepValue(1, 1e6)
+    return StepPlan(1, 1e6)
 
 
 def test_a_draft_is_what_followed_in_the_prompt() -> None:
@@ -158,27 +157,28 @@ def test_the_memory_of_a_mix_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_least_recently_asked_mix_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speculation, "_MAX_MEMORIES", 2)
-    memories = Memories()
-    first, second = memories.of("a"), memories.of("b")
-    assert memories.of("a") is first
-    memories.of("c")
-    assert memories.of("a") is first
-    assert memories.of("b") is not second
+    memory = Speculation(StepCost()).memory
+    first, second = memory("a"), memory("b")
+    assert memory("a") is first
+    memory("c")
+    assert memory("a") is first
+    assert memory("b") is not second
 
 
 def test_answers_of_others_are_not_remembered_where_nobody_wants_it() -> None:
     for remembers in (True, False):
         speculation = Speculation(StepCost(), remembers=remembers)
         speculation.ended(make([1], [2, 3, 4, 5]))
-        found = speculation.plan(1).draft(make([9], [2]), 8)
+        found = speculation.draft(make([9], [2]), speculation.plan(1), 8)
         assert bool(found) is remembers
 
 
 def test_nothing_is_guessed_from_the_answers_of_another_memory_key() -> None:
     speculation = Speculation(StepCost())
     speculation.ended(make([1], [2, 3, 4, 5], memory_key="alice"))
-    assert speculation.plan(1).draft(make([9], [2], memory_key="bob"), 8) == ()
-    assert speculation.plan(1).draft(make([9], [2], memory_key="alice"), 8)[:2] == (3, 4)
+    plan = speculation.plan(1)
+    assert speculation.draft(make([9], [2], memory_key="bob"), plan, 8) == ()
+    assert speculation.draft(make([9], [2], memory_key="alice"), plan, 8)[:2] == (3, 4)
 
 
 def test_chances_follow_what_was_right() -> None:
@@ -208,7 +208,7 @@ def run(truth: Callable[[int], int], num_tokens: int, num_rows: int = 1) -> tupl
     tokens, memory = drafter._tokens, MixMemory()
     steps = num_draft = num_right = 0
     while len(tokens) < 64 + num_tokens:
-        draft = drafter.draft(memory, StepValue(num_rows, 7.0), 99)
+        draft = drafter.draft(memory, StepPlan(num_rows, 7.0), 99)
         right = 0
         while right < len(draft) and draft[right] == truth(len(tokens) + right):
             right += 1
@@ -249,7 +249,7 @@ def test_a_wide_batch_guesses_only_what_is_sure() -> None:
         for _ in range(sure):
             memory.own.learn(MAX_MATCH, 8, 8)
         drafter = make([*range(20), *range(8)])
-        return len(drafter.draft(memory, StepValue(num_rows, 7.0), 99))
+        return len(drafter.draft(memory, StepPlan(num_rows, 7.0), 99))
 
     assert draft(1, 5) == MAX_DRAFT
     assert 0 < draft(16, 0) < draft(1, 0)
@@ -262,9 +262,9 @@ def test_a_step_has_a_most_of_rows() -> None:
     cost.fixed_rows = 1e6
     speculation = Speculation(cost)
     plan = speculation.plan(80)
-    drafts = [plan.draft(make([*range(9), *range(9)]), 99) for _ in range(4)]
+    drafts = [speculation.draft(make([*range(9), *range(9)]), plan, 99) for _ in range(4)]
     assert [len(draft) for draft in drafts] == [MAX_DRAFT, 1, 0, 0]
-    assert speculation.plan(512).draft(make([1, 2, 3, 1, 2, 3]), 99) == ()
+    assert speculation.draft(make([1, 2, 3, 1, 2, 3]), speculation.plan(512), 99) == ()
 
 
 def test_the_cost_of_a_row_is_measured() -> None:

@@ -10,7 +10,7 @@ from builders.sequences import BLOCK_SIZE, sequence_of
 from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence
-from turret.server.engine.speculation import Drafter, MixMemory, Speculation, StepCost, StepValue
+from turret.server.engine.speculation import Drafter, MixMemory, Speculation, StepCost, StepPlan
 
 
 class Eager(Drafter):
@@ -19,7 +19,7 @@ class Eager(Drafter):
     asked: int = 0
     learnt: int | None = None
 
-    def draft(self, memory: MixMemory, value: StepValue, most: int) -> tuple[int, ...]:
+    def draft(self, memory: MixMemory, plan: StepPlan, most: int) -> tuple[int, ...]:
         self.asked = most
         return (7,) * min(most, self._last_end - len(self._tokens) - 1)
 

@@ -40,7 +40,7 @@ def make(rank: int, seed: int) -> tuple[ModuleTable, Factors]:
         inner, out = SIZES[module % len(SIZES)]
         a = torch.randn(rank, inner, generator=generator).bfloat16()
         b = torch.randn(rank, out, generator=generator).bfloat16()
-        table.put(module, a=a, b=b)
+        table.put(module, row_adapters.low_rank(a, b))
         factors[module] = [a, b]
     table.close()
     return table, factors

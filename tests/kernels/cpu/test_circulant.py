@@ -6,9 +6,9 @@ import pytest
 import torch
 from kernel_traffic import circulant, error_ratio
 
+from turret.kernels.cpu import row_adapters
 from turret.kernels.cpu.native import has_native_products
 from turret.kernels.cpu.row_adapters import (
-    CirculantFactors,
     ModuleSizes,
     ModuleTable,
     ProjectionShape,
@@ -28,7 +28,7 @@ def applied(kernel: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The results of rows that share the update, each a segment; ``[rows, out]`` bf16."""
     rows, columns, size = kernel.shape
     table = ModuleTable(1)
-    table.put(0, circulant=CirculantFactors.of(kernel))
+    table.put(0, row_adapters.circulant(kernel))
     table.close()
     segments = [RowSegment(row, row + 1, [(table, 1.0)]) for row in range(len(x))]
     sizes = ModuleSizes([(columns * size, rows * size)], 1)
@@ -42,8 +42,8 @@ def applied(kernel: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_blocks_are_multiplied_as_the_dense_matrix_is(shape: tuple[int, int, int]) -> None:
     _, columns, size = shape
-    factors = CirculantFactors.of(torch.zeros(shape))
-    assert factors.parts == (0 if size % 16 else size // 16)
+    *_, parts = row_adapters.circulant(torch.zeros(shape)).values
+    assert parts == (0 if size % 16 else size // 16)
     kernel = torch.randn(shape) / (columns * size) ** 0.5
     x = torch.randn(ROWS, columns * size).bfloat16()
     found = applied(kernel, x)

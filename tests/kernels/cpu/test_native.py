@@ -19,9 +19,10 @@ import pytest
 import torch
 from kernel_traffic import error_ratio
 
-from turret.kernels.cpu import native
+from turret.kernels.cpu import native, row_adapters
 from turret.kernels.cpu.layers import NativeAttentionPlan, paged_attention
 from turret.kernels.cpu.row_adapters import (
+    Entry,
     ModuleSizes,
     ModuleTable,
     ProjectionShape,
@@ -46,6 +47,13 @@ def threads(request: Any) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def _entries(part: dict[str, torch.Tensor]) -> list[Entry]:
+    """A module's operators, from their tensors by name."""
+    vectors = (name for name in part if name not in "ab")
+    low_rank = [row_adapters.low_rank(part["a"], part["b"])] if "a" in part else []
+    return [*low_rank, *(Entry(name, (part[name],)) for name in vectors)]
+
+
 class Adapters:
     """Random adapters on one fused projection of two layers, with every kind of missing part."""
 
@@ -68,7 +76,7 @@ class Adapters:
                     part["bias"] = torch.randn(out)
                 if number == 4:
                     part["input_gain"] = 1 + torch.randn(inner)
-                table.put(len(outs) + s, **part)
+                table.put(len(outs) + s, *_entries(part))
                 slices.append(part)
             table.close()
             self.parts.append(slices)

@@ -17,23 +17,21 @@ import torch
 from kernel_traffic import MAX_ERROR, error_ratio
 from torch import Tensor
 
-from turret.kernels.cpu import native
+from turret.kernels.cpu import native, row_adapters
 from turret.kernels.cpu.row_adapters import (
-    HadamardFactors,
-    KroneckerFactors,
+    Entry,
     ModuleSizes,
     ModuleTable,
     ProjectionShape,
     RowAdapters,
     RowSegment,
-    SparseBlocks,
     blocks_bytes,
 )
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 
-# The parts of a module's table, and the update as a dense matrix in float64.
-Update = tuple[dict[str, Any], Tensor]
+# Entries of a module's table, and the update as a dense matrix in float64.
+Update = tuple[list[Entry], Tensor]
 Mix = Sequence[tuple[int, float]]
 # One row, a row beside it, and more rows than a tile: some end within a tile.
 SEGMENTS: list[tuple[int, int, Mix]] = [
@@ -51,13 +49,13 @@ def factor(*shape: int) -> Tensor:
 
 def low_rank(inner: int, out: int, rank: int) -> Update:
     a, b = factor(rank, inner), factor(rank, out)
-    return {"a": a, "b": b}, b.T.double() @ a.double()
+    return [row_adapters.low_rank(a, b)], b.T.double() @ a.double()
 
 
 def hadamard(inner: int, out: int, rank: int) -> Update:
     w1a, w1b, w2a, w2b = (factor(rank, width) for width in (out, inner) * 2)
     delta = (w1a.T.double() @ w1b.double()) * (w2a.T.double() @ w2b.double())
-    return {"hadamard": HadamardFactors(w1a, w1b, w2a, w2b)}, delta
+    return [row_adapters.hadamard(w1a, w1b, w2a, w2b)], delta
 
 
 def kronecker(shape: tuple[int, int, int, int], rank: int) -> Update:
@@ -67,15 +65,15 @@ def kronecker(shape: tuple[int, int, int, int], rank: int) -> Update:
     if not rank:
         w2 = factor(in_n, out_k)
         dense = torch.kron(w1.double(), w2.T.double().contiguous())
-        return {"kronecker": KroneckerFactors(w1, w2)}, dense
+        return [row_adapters.kronecker(w1, w2)], dense
     a, b = factor(rank, in_n), factor(rank, out_k)
     dense = torch.kron(w1.double(), b.T.double() @ a.double())
-    return {"kronecker": KroneckerFactors(w1, (a, b))}, dense
+    return [row_adapters.kronecker(w1, a, b)], dense
 
 
 def whole(inner: int, out: int) -> Update:
     weight = torch.randn(out, inner).div_(inner**0.5).bfloat16()
-    return {"dense": weight}, weight.double()
+    return [row_adapters.dense(weight)], weight.double()
 
 
 def entries(inner: int, out: int, count: int, slot: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,12 +92,12 @@ def sparse(inner: int, out: int, count: int, slot: int) -> Update:
     dense = torch.zeros(out, inner, dtype=torch.float64)
     places = torch.repeat_interleave(starts.long().diff()), columns.long()
     dense.index_put_(places, values.double(), accumulate=True)
-    return {"sparse": SparseBlocks.of(values, columns, starts)}, dense
+    return [row_adapters.sparse(values, columns, starts)], dense
 
 
 def both(*updates: Update) -> Update:
-    parts = {name: part for parts, _ in updates for name, part in parts.items()}
-    return parts, sum((delta for _, delta in updates), torch.zeros(()))
+    entries = [entry for entries, _ in updates for entry in entries]
+    return entries, sum((delta for _, delta in updates), torch.zeros(()))
 
 
 # Inputs, outputs, the rank of a Hadamard update, and the shape and rank of a Kronecker update.
@@ -128,7 +126,7 @@ def check(inner: int, out: int, updates: Sequence[Update]) -> None:
     tables = []
     for parts, _ in updates:
         table = ModuleTable(4)
-        table.put(2, **parts)
+        table.put(2, *parts)
         table.close()
         tables.append(table)
 
@@ -193,5 +191,6 @@ def test_entries(inner: int, out: int, count: int) -> None:
 def test_the_bytes_of_a_copy_are_known_before_it_is_made(inner: int, out: int, count: int) -> None:
     for slot in range(4):
         parts = entries(inner, out, count, slot)
-        made = SparseBlocks.of(*parts).parts
-        assert blocks_bytes(*parts[1:]) == sum(tensor.nbytes for tensor in made)
+        *made, _ = row_adapters.sparse(*parts).values
+        tensors = [tensor for tensor in made if isinstance(tensor, Tensor)]
+        assert blocks_bytes(*parts[1:]) == sum(tensor.nbytes for tensor in tensors)

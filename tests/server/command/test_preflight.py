@@ -25,6 +25,7 @@ from turret.server.command import preflight
 from turret.server.command.preflight import problems
 from turret.server.hub import AdapterHub
 from turret.server.models.families import served_types
+from turret.server.models.sources.check import FoundModel
 from turret.server.words import Text, say
 from turret.training.errors import ConfigError, RunError
 from turret.training.run.folder import RunFolder
@@ -315,7 +316,8 @@ def test_directories_that_this_user_may_not_use(
 ) -> None:
     # Simulate missing permissions, which do not apply to the superuser.
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    monkeypatch.setattr(preflight, "check_model", lambda model: "llama")
+    model = FoundModel("model", "llama", is_quantized=False, fields={})
+    monkeypatch.setattr(preflight, "check_model", lambda _: model)
     root = ("--adapter-root", str(tmp_path), "--preload", "a=b")
     assert reasons(*root) == [("adapters.adapter_root", "FILE_UNREADABLE")]
 

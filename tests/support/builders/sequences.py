@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 from typing import Any
+
+from builders.facts import mix_of
 
 from turret.server.adapters.adapter import Mix
 from turret.server.engine.scheduling.block_pool import BlockPool
@@ -18,22 +19,6 @@ from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence
 
 BLOCK_SIZE = 4
-
-
-@dataclass(frozen=True)
-class FakeMix:
-    """A stand-in for a mix that consists only of its key."""
-
-    key: tuple[tuple[str, int, float], ...] = ()
-    members: tuple[tuple[Any, float], ...] = ()
-
-    def ensure_host(self, callback: Any) -> bool:
-        return True
-
-
-def mix_of(name: str) -> Any:
-    """A fake mix, typed as a real one."""
-    return FakeMix(((name, 1, 1.0),) if name else ())
 
 
 def sequence_of(

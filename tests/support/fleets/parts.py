@@ -18,28 +18,13 @@ from turret.fleet.protocol import (
     generations_of,
     key_of,
 )
-from turret.server.adapters.adapter import AdapterFacts, Alias, Source
+from turret.server.adapters.adapter import Alias, Source
 from turret.server.adapters.state_dir import SavedRegistration
 from turret.server.errors import StorageFullError, TurretError
 
 
 class Crash(Exception):
     """A simulated end of the registry's process."""
-
-
-def facts_of(digest: str) -> AdapterFacts:
-    return AdapterFacts(
-        digest=digest,
-        method="lora",
-        ranks=(4,),
-        target_modules=("q_proj",),
-        base_model="",
-        warnings=(),
-        num_soft_tokens=0,
-        num_prefix_positions=0,
-        bytes_disk=1,
-        bytes_host=1,
-    )
 
 
 def named(saved: SavedRegistration) -> list[SavedRegistration]:

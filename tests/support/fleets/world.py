@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from fleets.parts import Crash, Disk, Replica, facts_of, named
+from builders.facts import facts_of
+from fleets.parts import Crash, Disk, Replica, named
 from fleets.promises import ALIASES, NAMES, Caller, Promises
 
 from turret.fleet import protocol as m

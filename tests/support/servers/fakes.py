@@ -10,9 +10,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+from builders.facts import facts_of
+
 from turret.server.adapters.adapter import (
     SINGLE_LABEL,
-    AdapterFacts,
     AdapterInfo,
     AdapterRef,
     Alias,
@@ -253,16 +254,12 @@ class FakeRegistry:
             name=name,
             uuid=f"uuid-{name}",
             generation=1,
-            facts=AdapterFacts(
-                digest=digest,
+            facts=facts_of(
+                digest,
                 chat_template="" if chat_template is None else chat_template.to_json(),
                 method="dora" if name.endswith("-dora") else "lora",
                 ranks=(4, 8),
-                target_modules=("q_proj",),
                 base_model="base",
-                warnings=(),
-                num_soft_tokens=0,
-                num_prefix_positions=0,
                 bytes_disk=100,
                 bytes_host=150,
             ),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from unittest.mock import patch
 
-from turret.server.engine.speculation import Drafter, MixMemory, StepValue
+from turret.server.engine.speculation import Drafter, MixMemory, StepPlan
 
 MAX_RIGHT = 11
 
@@ -34,7 +34,7 @@ class PlantedDrafts:
         self.num_draft = self.num_right = 0
 
     def draft(
-        self, drafter: Drafter, _memory: MixMemory, _value: StepValue, most: int
+        self, drafter: Drafter, _memory: MixMemory, _plan: StepPlan, most: int
     ) -> tuple[int, ...]:
         """Replaces ``Drafter.draft``, with the maximum length."""
         tokens, end = drafter._tokens, drafter._prompt_end
@@ -59,9 +59,9 @@ class PlantedDrafts:
         """Make every drafter use these drafts."""
 
         def draft(
-            drafter: Drafter, memory: MixMemory, value: StepValue, most: int
+            drafter: Drafter, memory: MixMemory, plan: StepPlan, most: int
         ) -> tuple[int, ...]:
-            return self.draft(drafter, memory, value, most)
+            return self.draft(drafter, memory, plan, most)
 
         with patch.object(Drafter, "draft", draft):
             yield

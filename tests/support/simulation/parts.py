@@ -11,6 +11,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from builders.facts import facts_of
+
 from turret.server.adapters.adapter import Adapter, AdapterFacts, Source
 from turret.server.adapters.residency.loader import LoadedAdapter
 from turret.server.engine.scheduling.block_pool import BlockPool
@@ -86,19 +88,8 @@ class Operators:
     base_generation: int
 
 
-def facts_of(digest: str, num_bytes: int) -> AdapterFacts:
-    return AdapterFacts(
-        digest=digest,
-        method="lora",
-        ranks=(num_bytes,),
-        target_modules=(),
-        base_model="",
-        warnings=(),
-        num_soft_tokens=0,
-        num_prefix_positions=0,
-        bytes_disk=num_bytes,
-        bytes_host=num_bytes,
-    )
+def facts_of_size(digest: str, num_bytes: int) -> AdapterFacts:
+    return facts_of(digest, bytes_disk=num_bytes, bytes_host=num_bytes)
 
 
 class Files:
@@ -116,7 +107,7 @@ class Files:
         depends = digest.endswith(("1", "3"))
         operators: Any = Operators(size, self.base_generation)
         generation = self.base_generation if depends else None
-        return LoadedAdapter(facts_of(digest, size), operators, generation)
+        return LoadedAdapter(facts_of_size(digest, size), operators, generation)
 
 
 class Runner:

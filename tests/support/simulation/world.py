@@ -22,7 +22,7 @@ from simulation.parts import (
     Threads,
     check_progress,
     drafter_of,
-    facts_of,
+    facts_of_size,
 )
 
 from turret.server.adapters.adapter import Adapter, AdapterRef, Mix, Source
@@ -230,7 +230,7 @@ class World:
     def _adapter(self, name: str, uuid: str, generation: int) -> Adapter:
         size = self.random.randint(1, 4)
         digest = f"{size}-{self.random.randint(0, 3)}"
-        return Adapter(name, uuid, generation, Source(name), facts_of(digest, size))
+        return Adapter(name, uuid, generation, Source(name), facts_of_size(digest, size))
 
     def _enter(self, adapter: Adapter) -> bool:
         """Like the installer, load an adapter to memory if there is room."""

@@ -12,7 +12,6 @@ import torch
 
 from turret.kernels.cpu.native import num_threads
 from turret.kernels.cpu.row_adapters import RowAdapters, RowSegment
-from turret.kernels.expert_routing import Routing
 from turret.server.adapters.device.cpu.inputs import StepInputs
 from turret.server.adapters.device.cpu.tables import (
     AdapterTable,
@@ -24,6 +23,7 @@ from turret.server.adapters.device.cpu.tables import (
 from turret.server.adapters.device.reference import Reference, StepReference
 from turret.server.adapters.device.store import (
     BaseProduct,
+    ExpertPairs,
     Members,
     OnMoved,
     ProjectionLayout,
@@ -146,17 +146,9 @@ class CpuStep:
         if self.others is not None:
             self.others.attend(layer, q, attended)
 
-    def apply_experts(
-        self,
-        layer: int,
-        projection: str,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        routing: Routing,
-        rows: torch.Tensor | None,
-    ) -> None:
+    def apply_experts(self, pairs: ExpertPairs) -> None:
         if self.experts is not None:
-            self.experts.apply(layer, projection, x, y, routing, rows)
+            self.experts.apply(pairs)
 
     def project(
         self,

@@ -10,26 +10,28 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from turret.kernels.cpu import row_adapters
 from turret.kernels.cpu.layers import PROJECTIONS, NativePlace
 from turret.kernels.cpu.row_adapters import (
-    CirculantFactors,
+    Entry,
     ExpertAdapters,
     ExpertTable,
-    HadamardFactors,
-    KroneckerFactors,
     ModuleSizes,
     ModuleTable,
     ProjectionShape,
-    SparseBlocks,
     blocks_bytes,
 )
-from turret.kernels.expert_routing import Routing
 from turret.kernels.rows.linear import COLUMNS, padded
-from turret.server.adapters.device.store import KERNELS, Part, ProjectionLayout, StepMembers
+from turret.server.adapters.device.store import (
+    KERNELS,
+    ExpertPairs,
+    Part,
+    ProjectionLayout,
+    StepMembers,
+)
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.circulant import Circulant
 from turret.server.adapters.operators.dense import Dense
@@ -57,18 +59,10 @@ class CpuStepExperts:
     adapters: ExpertAdapters
     numbers: dict[str, int]
 
-    def apply(
-        self,
-        layer: int,
-        projection: str,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        routing: Routing,
-        rows: torch.Tensor | None,
-    ) -> None:
-        """Add the updates of one layer's projection to ``y``, in place; see ``AdapterStep``."""
-        update = layer * len(self.numbers) + self.numbers[projection]
-        self.adapters.adapt(update, x, y, routing, rows)
+    def apply(self, pairs: ExpertPairs) -> None:
+        """Add the updates of one layer's projection, in place; see ``AdapterStep``."""
+        update = pairs.layer * len(self.numbers) + self.numbers[pairs.projection]
+        self.adapters.adapt(update, pairs.x, pairs.y, pairs.routing, pairs.rows)
 
 
 class CpuExpertUpdates(Part):
@@ -204,10 +198,9 @@ class AdapterTables(Part):
         for name in self._layout.projections:
             found = self._layout.of(operators, name)
             for layer, s, ops in found:
-                given: dict[str, Any] = {}
-                for part in ops.operators:
-                    given |= _arguments(part, pieces)
-                modules.put(self._numbers.first(layer, name) + s, **given)
+                entries = (_entry(part, pieces) for part in ops.operators)
+                given = [entry for entry in entries if entry is not None]
+                modules.put(self._numbers.first(layer, name) + s, *given)
                 kinds = {type(part) for part in ops.operators} & _SERVED
                 if kinds - _INPUT_CHANGES:
                     updates.add(name)
@@ -234,17 +227,18 @@ class AdapterTables(Part):
 
 def _copied_bytes(part: Operator) -> int:
     """Bytes of an operator's factors that the kernels read in another order."""
-    if isinstance(part, Hadamard | Kronecker):
-        return sum(tensor.nbytes for tensor in _transposed(part))
-    if isinstance(part, Circulant):
-        return _spectrum_bytes(part.kernel)
-    return blocks_bytes(part.columns, part.row_starts) if isinstance(part, Sparse) else 0
-
-
-def _spectrum_bytes(kernel: torch.Tensor) -> int:
-    """Bytes of the fp32 transforms that the kernels read in place of a circulant's kernel."""
-    rows, columns, size = kernel.shape
-    return rows * columns * 8 * padded(size // 2 + 1, COLUMNS)
+    match part:
+        case Hadamard():
+            return part.w1a.nbytes + part.w2a.nbytes
+        case Kronecker():
+            return (part.w2 if isinstance(part.w2, torch.Tensor) else part.w2[0]).nbytes
+        case Circulant():
+            # The kernels read fp32 transforms.
+            rows, columns, size = part.kernel.shape
+            return rows * columns * 8 * padded(size // 2 + 1, COLUMNS)
+        case Sparse():
+            return blocks_bytes(part.columns, part.row_starts)
+    return 0
 
 
 class _PieceSums:
@@ -264,28 +258,30 @@ class _PieceSums:
         return self._known[key]
 
 
-def _arguments(part: Operator, pieces: _PieceSums) -> dict[str, Any]:
-    """An operator's entries in its module's table; empty for operators without a kernel."""
+def _entry(part: Operator, pieces: _PieceSums) -> Entry | None:
+    """An operator's entry in its module's table; None if it has no kernel."""
     match part:
         case LowRank():
-            return {"a": None if part.a in pieces else part.a, "b": part.b}
+            return row_adapters.low_rank(None if part.a in pieces else part.a, part.b)
         case Gain() | Bias() | InputGain():
-            return {part.name: part.values}
+            return Entry(part.name, (part.values,))
         case Hadamard():
-            return {"hadamard": _hadamard(part)}
+            w1a, w2a = _transposed(part)
+            return row_adapters.hadamard(w1a, part.w1b, w2a, part.w2b)
         case Kronecker():
-            return {"kronecker": _kronecker(part)}
+            own = () if isinstance(part.w2, torch.Tensor) else (part.w2[1],)
+            return row_adapters.kronecker(part.w1, *own, *_transposed(part))
         case InputBlocks():
-            return {"input_blocks": part.blocks}
+            return row_adapters.input_blocks(part.blocks)
         case PairRotation():
-            return {"pairs": (part.sine, part.group)}
+            return row_adapters.pairs(part.sine, part.group)
         case Circulant():
-            return {"circulant": CirculantFactors.of(part.kernel)}
+            return row_adapters.circulant(part.kernel)
         case Sparse():
-            return {"sparse": SparseBlocks.of(*part.tensors())}
+            return row_adapters.sparse(*part.tensors())
         case Dense():
-            return {"dense": part.weight}
-    return {}
+            return row_adapters.dense(part.weight)
+    return None
 
 
 def _shares_gain(found: Sequence[tuple[int, int, ModuleOperators]], num_slices: int) -> bool:
@@ -300,20 +296,10 @@ def _shares_gain(found: Sequence[tuple[int, int, ModuleOperators]], num_slices: 
     )
 
 
-def _transposed(factors: Hadamard | Kronecker) -> tuple[torch.Tensor, ...]:
-    """The factors that the kernels read transposed."""
-    if isinstance(factors, Hadamard):
-        return factors.w1a, factors.w2a
-    return (factors.w2 if isinstance(factors.w2, torch.Tensor) else factors.w2[0],)
-
-
-def _hadamard(factors: Hadamard) -> HadamardFactors:
-    w1a, w2a = (factor.T.contiguous() for factor in _transposed(factors))
-    return HadamardFactors(w1a, factors.w1b, w2a, factors.w2b)
-
-
-def _kronecker(factors: Kronecker) -> KroneckerFactors:
-    (w2,) = (factor.T.contiguous() for factor in _transposed(factors))
-    if isinstance(factors.w2, torch.Tensor):
-        return KroneckerFactors(factors.w1, w2)
-    return KroneckerFactors(factors.w1, (factors.w2[1], w2))
+def _transposed(part: Hadamard | Kronecker) -> list[torch.Tensor]:
+    """The factors that the kernels read transposed, ``[rank, out]`` or ``[in, out]``."""
+    if isinstance(part, Hadamard):
+        factors = (part.w1a, part.w2a)
+    else:
+        factors = (part.w2 if isinstance(part.w2, torch.Tensor) else part.w2[0],)
+    return [factor.T.contiguous() for factor in factors]

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from turret.kernels.expert_routing import Routing, sort_pairs
+from turret.kernels.expert_routing import sort_pairs
 from turret.kernels.gpu.experts import add_expert_updates
 from turret.kernels.gpu.hadamard import hadamard_expand, hadamard_shrink
 from turret.kernels.gpu.kronecker import kronecker
@@ -25,7 +25,13 @@ from turret.kernels.gpu.tables import (
 )
 from turret.server.adapters.device.gpu.pack import Form, GpuPack
 from turret.server.adapters.device.gpu.uploads import aligned, apart
-from turret.server.adapters.device.store import Members, Part, ProjectionLayout, has_kernel
+from turret.server.adapters.device.store import (
+    ExpertPairs,
+    Members,
+    Part,
+    ProjectionLayout,
+    has_kernel,
+)
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.kronecker import Kronecker
@@ -155,20 +161,13 @@ class GpuStepSlotTables:
                     layer, table, x, y[:, self.columns[projection][slot_table.key.slice]]
                 )
 
-    def apply_experts(
-        self,
-        layer: int,
-        projection: str,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        routing: Routing,
-        rows: torch.Tensor | None,
-    ) -> None:
-        """Add the updates of one layer's projection of experts to ``y``, in place."""
-        for slot_table, tables in self._of(layer, projection):
-            rank, factors = slot_table.key.shapes[0][1], slot_table.table[layer]
+    def apply_experts(self, pairs: ExpertPairs) -> None:
+        """Add the updates of experts to ``pairs.y``, in place; see ``AdapterStep``."""
+        routing, rows = pairs.routing, pairs.rows
+        for slot_table, tables in self._of(pairs.layer, pairs.projection):
+            rank, factors = slot_table.key.shapes[0][1], slot_table.table[pairs.layer]
             for table in tables:
-                add_expert_updates(x, y, factors, rank, table, routing, rows)
+                add_expert_updates(pairs.x, pairs.y, factors, rank, table, routing, rows)
 
     def addresses(self) -> list[object]:
         """Every address and shape that a captured graph depends on."""

@@ -18,7 +18,6 @@ from types import MappingProxyType
 
 import torch
 
-from turret.kernels.expert_routing import Routing
 from turret.kernels.gpu.low_rank import Shrink, segmented_expand
 from turret.kernels.gpu.nf4 import Epilogue
 from turret.kernels.gpu.tables import SegmentTable
@@ -35,6 +34,7 @@ from turret.server.adapters.device.store import (
     AdapterMemoryError,
     AdapterStore,
     BaseProduct,
+    ExpertPairs,
     Members,
     OnMoved,
     ProjectionLayout,
@@ -96,16 +96,8 @@ class GpuAdapterStep:
         if self.others is not None:
             self.others.attend(layer, q, attended)
 
-    def apply_experts(
-        self,
-        layer: int,
-        projection: str,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        routing: Routing,
-        rows: torch.Tensor | None,
-    ) -> None:
-        self.slot_tables.apply_experts(layer, projection, x, y, routing, rows)
+    def apply_experts(self, pairs: ExpertPairs) -> None:
+        self.slot_tables.apply_experts(pairs)
 
     def project(
         self,

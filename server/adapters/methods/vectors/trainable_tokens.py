@@ -14,7 +14,7 @@ from turret.server.adapters.peft_format.vocabulary_checkpoint import trained_mod
 
 def _check(reading: Reading) -> None:
     """Checks the config; the rows are read with the vocabulary's part of the checkpoint."""
-    if "token_indices" not in reading.config and not reading.checkpoint.is_partial:
+    if "token_indices" not in reading.config:
         reading.fault("token_indices", say("REQUIRED"))
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from turret.kernels.gpu.tables import upload
 from turret.server.adapters.adapter import Mix
 from turret.server.adapters.device.gpu.pack import Form
 from turret.server.adapters.device.gpu.store import GpuAdapterStep, GpuStore
@@ -28,7 +27,6 @@ from turret.server.basics.work import is_out_of_memory
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
 from turret.server.engine.step.batch import (
-    NO_SCALINGS,
     Placed,
     StepRows,
     StepScalings,
@@ -37,15 +35,13 @@ from turret.server.engine.step.batch import (
     changed_heads,
     collect_decode_rows,
     collect_rows,
-    computed_scalings,
-    constant_scalings,
     decode_spans,
-    first_passes_of,
     given_rows,
     own_logits,
     runs_of,
+    scalings_of,
 )
-from turret.server.engine.step.executor import Computed, adapters_of, fill_prefix, sampled_rows
+from turret.server.engine.step.executor import Computed, fill_prefix, sampled_rows
 from turret.server.engine.step.gpu.decode_graphs import Body, Capture, DecodeGraphs, Key, buckets
 from turret.server.engine.step.gpu.sampler import GpuSampler
 from turret.server.engine.step.gpu.tables import (
@@ -397,10 +393,10 @@ class GpuExecutor:
     def _run(self, step: Step) -> Computed:
         for sequence, start in step.presets:
             fill_prefix(self._cache, sequence, start)
-        scheduled, first_passes = step.scheduled, first_passes_of(step)
-        scalings = NO_SCALINGS if first_passes is None else self._scalings(step, first_passes)
+        scheduled = step.scheduled
+        scalings = scalings_of(step, self.store, self._decoder.device, self._run_first)
         is_decode = all(item.num_new == 1 and generates(item.sequence) for item in scheduled)
-        if is_decode and first_passes is None:
+        if is_decode and not scalings:
             placed = tuple(map(Placed, scheduled, range(len(scheduled))))
             hidden, logits = self._run_decode([item.sequence for item in scheduled])
             added = added_logits(sampled_rows(placed), hidden, self._decoder, self.store)
@@ -414,13 +410,12 @@ class GpuExecutor:
         added = added_logits(drawn, hidden, self._decoder, self.store)
         return Computed(tuple(placed), hidden, logits[: len(samples)], added)
 
-    def _scalings(self, step: Step, first_passes: Step) -> StepScalings:
-        """Compute the first passes of a step."""
-        self.store.prepare(adapters_of(step))
-        scalings = constant_scalings(first_passes, self.store, self._decoder.device)
-        placed = in_order(first_passes.scheduled)
-        states, _ = self._run_mixed(placed, [], scalings)
-        return computed_scalings(step.scheduled, placed, states, self.store)
+    def _run_first(
+        self, step: Step, scalings: StepScalings
+    ) -> tuple[SequenceOf[Placed], torch.Tensor]:
+        """Compute a step of first passes."""
+        placed = in_order(step.scheduled)
+        return placed, self._run_mixed(placed, [], scalings)[0]
 
     def _run_mixed(
         self, placed: list[Placed], samples: list[int], scalings: StepScalings
@@ -456,10 +451,8 @@ class GpuExecutor:
             num_decode=num_decode,
             attention=tables.attention,
             adapters=adapters,
-            soft_rows=upload(torch.tensor(rows.soft_rows), device) if rows.soft_rows else None,
-            soft_values=upload(torch.cat(rows.soft_values), device) if rows.soft_rows else None,
-            added_rows=upload(torch.tensor(rows.added_rows), device) if rows.added_rows else None,
-            added_values=upload(torch.cat(rows.added_values), device) if rows.added_rows else None,
+            soft=rows.soft.on(device),
+            added=rows.added.on(device),
             embeddings=changed_embeddings(its_rows, self.store, device),
         )
         hidden, logits = self._body(tables, inputs)()
@@ -483,27 +476,16 @@ class GpuExecutor:
             loaded = tables.load_rows(rows, (), updates, prepared.attention)
         self._last, self._prepared = sequences, None
         inputs = self._decode_inputs(loaded, bucket, bound.step)
-        if rows.added_rows or bound.embeddings:
-            inputs = replace(inputs, embedded=self._embed(inputs, rows, bound.embeddings))
+        if rows.added.rows or bound.embeddings:
+            added = rows.added.on(self._decoder.device)
+            changed = replace(inputs, added=added, embeddings=bound.embeddings)
+            embedded = self._embedded[:bucket].copy_(self._decoder.embed(changed))
+            inputs = replace(inputs, embedded=embedded)
         body = self._body(tables, inputs)
         graphs, fixed = self._graphs, inputs.is_fixed
         hidden, logits = graphs.run(self._epoch(), self._key(inputs), body) if fixed else body()
         self._change_heads(hidden, logits, bound.heads, tables)
         return hidden, logits
-
-    def _embed(
-        self, inputs: GpuStep, rows: StepRows, groups: SequenceOf[VocabularyGroup]
-    ) -> torch.Tensor:
-        """The first layer's input in a decode step, made before the launches to be captured."""
-        if rows.added_rows:
-            device = self._decoder.device
-            inputs = replace(
-                inputs,
-                added_rows=upload(torch.tensor(rows.added_rows), device),
-                added_values=upload(torch.cat(rows.added_values), device),
-            )
-        embedded = self._embedded[: len(inputs.token_ids)]
-        return embedded.copy_(self._decoder.embed(replace(inputs, embeddings=groups)))
 
     def _change_heads(
         self,
