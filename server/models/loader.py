@@ -28,6 +28,7 @@ from turret.server.models.weights.base_linear import BaseLinear
 from turret.server.models.weights.nf4 import (
     DenseLinear,
     Nf4Weight,
+    PackedLinear,
     dequantize_stored,
     fuse_weights,
 )
@@ -66,6 +67,8 @@ def formulations(decoder: Decoder, *, is_head_screened: bool) -> dict[str, str]:
 
 
 def _product(base: BaseLinear) -> str:
+    if isinstance(base, PackedLinear):
+        return base.formulation()
     if isinstance(base, DenseLinear):
         return linear_formulation(base.weight)
     return "native" if native.has_kernels(torch.device("cpu")) else "torch"

@@ -17,6 +17,8 @@ from servers.engine_harness import Answer, EngineHarness, make_request
 from turret.kernels.cpu import native
 from turret.kernels.rows.linear import row_addmm_, row_linear, table_product
 from turret.kernels.rows.trial import cancelling, choices, forget_choices
+from turret.server.models.weights import nf4_cpu
+from turret.server.models.weights.nf4 import Nf4Weight, PackedLinear, nf4_linear
 
 pytestmark = pytest.mark.usefixtures("torch_only")
 
@@ -143,3 +145,25 @@ async def test_without_the_trial_answers_would_differ(
     monkeypatch.setattr("turret.kernels.rows.trial._keeps_rows", lambda *_: True)
     alone = await answers(tiny, together=False)
     assert [a.bits for a in await answers(tiny, together=True)] != [a.bits for a in alone]
+
+
+def test_a_quantised_product_that_breaks_the_promise_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not nf4_cpu.has_nf4_product():
+        pytest.skip("bitsandbytes has no product for this processor")
+    gemv = nf4_cpu._gemv
+
+    def spoilt(x: torch.Tensor, *weight: Any) -> torch.Tensor:
+        found = gemv(x, *weight)
+        return found if x.shape[0] >= 16 else found * 1.01
+
+    weight = Nf4Weight.quantize(torch.randn(64, 192))
+    linear = nf4_linear([weight], torch.bfloat16, torch.device("cpu"))
+    assert isinstance(linear, PackedLinear)
+    x = torch.randn(40, 192).to(torch.bfloat16)
+    monkeypatch.setattr(nf4_cpu, "_gemv", spoilt)
+    whole = linear(x)
+    assert linear.formulation() == "bitsandbytes 16 rows or more"
+    for rows in (1, 3, 8, 17):
+        assert torch.equal(linear(x[:rows]), whole[:rows])

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
-from turret.kernels.cpu.native import has_native_products
 from turret.kernels.cpu.row_adapters import Ahead
 from turret.kernels.rows.linear import prepare_linear, row_linear
 from turret.server.adapters.base import WeightRows
 from turret.server.models.weights.base_linear import BaseLinear
 from turret.server.models.weights.nf4_cpu import (
     TILE_ROWS,
+    has_nf4_product,
+    nf4_formulation,
     nf4_product,
     pack,
 )
@@ -250,6 +251,10 @@ class PackedLinear(BaseLinear):
         shape = self.packed.shape[0], self.in_features
         return nf4_product(x, self.packed, self.absmax, shape, ahead)
 
+    def formulation(self) -> str:
+        """A description of the product, which is tried now if it is a library's."""
+        return nf4_formulation((self.packed.shape[0], self.in_features))
+
     def dequantize(self, index: int) -> torch.Tensor:
         # The product rounds absmax and products to bf16 inside; multiplying by the identity shows
         # exactly the weight that it uses.
@@ -310,8 +315,8 @@ def nf4_linear(
 ) -> BaseLinear:
     """Fuse NF4 weights that share their input, in the form that is multiplied fastest.
 
-    With a bf16 model, and compiled kernels for AMX or AVX512-BF16, codes stay packed. Elsewhere on
-    the CPU the weight is held dequantised.
+    On a CPU with AVX512-BF16 and a bf16 model, codes stay packed. Elsewhere on the CPU the weight
+    is held dequantised.
 
     Args:
         slices: The weights.
@@ -328,7 +333,7 @@ def nf4_linear(
     if (
         device.type == "cpu"
         and dtype == torch.bfloat16
-        and has_native_products()
+        and has_nf4_product()
         and all(out % TILE_ROWS == 0 and inner % BLOCKSIZE == 0 for out, inner in shapes)
     ):
         return PackedLinear.pack(slices)

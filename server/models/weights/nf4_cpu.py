@@ -1,16 +1,30 @@
-"""The compiled NF4 products, of weights in the layout that bitsandbytes packs for a CPU.
+"""The fused NF4 product on processors with AVX512-BF16: the compiled kernel, or bitsandbytes'.
 
-They need a processor with AMX or AVX512-BF16 (``has_native_products``).
+bitsandbytes does not guarantee a row's bits in other batches, so its product is tried first, like
+any library's (``turret.kernels.rows.trial``).
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from turret.kernels.cpu.native import functions, num_threads
+from turret.kernels.cpu.native import functions, has_kernels, has_native_products, num_threads
 from turret.kernels.cpu.row_adapters import Ahead
+from turret.kernels.rows.trial import SAMPLE_ROWS, Compute, Sizes, choose, in_sizes, name_of
 
+_BLOCKSIZE = 64
 TILE_ROWS = 32  # outputs whose codes lie together
+
+
+def has_nf4_product() -> bool:
+    """Whether a fused product serves bf16 rows: ours, or bitsandbytes' without ours."""
+    if has_kernels(torch.device("cpu")):
+        return has_native_products()
+    from bitsandbytes import functional
+
+    return bool(functional.has_avx512bf16())
 
 
 def pack(codes: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
@@ -41,7 +55,7 @@ def nf4_product(
     shape: tuple[int, int],
     ahead: Ahead | None = None,
 ) -> torch.Tensor:
-    """Multiply rows by a weight in bitsandbytes' packed CPU layout.
+    """Multiply rows by a weight in bitsandbytes' packed CPU layout; needs ``has_nf4_product``.
 
     Args:
         x: ``[rows, in]`` bf16.
@@ -54,8 +68,10 @@ def nf4_product(
         ``[rows, out]`` bf16.
     """
     if x.stride(1) != 1:
-        # The product walks rows with stride 1.
+        # Both products walk rows with stride 1, and bitsandbytes does not check it.
         x = x.contiguous()
+    if not has_native_products():
+        return in_sizes(lambda rows: _gemv(rows, packed, absmax, shape), x, _sizes(shape))
     rows, (out_features, in_features) = x.shape[0], shape
     out = torch.empty(rows, out_features, dtype=torch.bfloat16)
     step, module = ahead or (None, 0)
@@ -81,7 +97,7 @@ def nf4_expert_products(
     weights: torch.Tensor,
     shape: tuple[int, int],
 ) -> torch.Tensor:
-    """Multiply runs of rows, each by a weight of its own.
+    """Multiply runs of rows, each by a weight of its own; only where ``has_native_products``.
 
     Args:
         x: ``[rows, in]`` bf16.
@@ -108,3 +124,54 @@ def nf4_expert_products(
         num_threads(),
     )
     return out
+
+
+def nf4_formulation(shape: tuple[int, int]) -> str:
+    """A description of the product for weights of this shape, for the log."""
+    return "native" if has_native_products() else f"bitsandbytes {name_of(_sizes(shape))}"
+
+
+def _gemv(
+    x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]
+) -> torch.Tensor:
+    return torch.ops.bitsandbytes.gemv_4bit(x, packed, shape, absmax, _code(), _BLOCKSIZE)
+
+
+@functools.cache
+def _code() -> torch.Tensor:
+    """The 16 values of NF4, fp32."""
+    from bitsandbytes import functional
+
+    return functional.get_4bit_type("nf4", device="cpu")
+
+
+def _sizes(shape: tuple[int, int]) -> Sizes:
+    """The calls in which bitsandbytes' product keeps a row's bits; otherwise one row at a time."""
+
+    def trial() -> tuple[Compute, torch.Tensor]:
+        packed, absmax, x = _cancelling(shape)
+        return lambda rows: _gemv(rows, packed, absmax, shape), x
+
+    return choose("nf4", shape, trial) or (1,)
+
+
+def _cancelling(shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Packed weight, absmax and rows whose second half of blocks cancels the first half.
+
+    So the result of a product depends only on the order of its sums.
+    """
+    out_features, in_features = shape
+    generator = torch.Generator().manual_seed(0)
+    half = in_features // _BLOCKSIZE // 2
+    blocks = torch.arange(in_features // _BLOCKSIZE)
+    blocks[half : 2 * half] = blocks[:half]
+    tiles = out_features // TILE_ROWS, len(blocks), _BLOCKSIZE // 2 * TILE_ROWS
+    packed = torch.randint(0, 256, tiles, generator=generator)[:, blocks]
+    absmax = torch.rand(len(blocks), out_features, generator=generator)[blocks]
+    x = torch.randn(SAMPLE_ROWS, len(blocks), _BLOCKSIZE, generator=generator)[:, blocks]
+    x[:, half : 2 * half] *= -1
+    return (
+        packed.to(torch.uint8).reshape(out_features, in_features // 2),
+        absmax.to(torch.bfloat16),
+        x.reshape(SAMPLE_ROWS, in_features).to(torch.bfloat16),
+    )
