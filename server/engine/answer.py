@@ -79,6 +79,8 @@ class AnswerText:
                 # The end token is not part of the answer's text.
                 return self.flush()
         self._held += self._stream.push(token)
+        if not self._stop.stop_strings:
+            return self.flush()
         stops = self._stop.stop_strings if may_stop else ()
         found = [(at, stop) for stop in stops if (at := self._held.find(stop)) >= 0]
         if found:
@@ -89,7 +91,9 @@ class AnswerText:
             return text
         if self.stopped_by is not None:
             return self.flush()
-        return self._take(len(self._held) - self._possible_start())
+        count = len(self._held) - self._possible_start()
+        text, self._held = self._held[:count], self._held[count:]
+        return text
 
     def replay(self, tokens: Collection[int]) -> None:
         """Take in the tokens of an earlier answer to the same request, without returning its text.
@@ -104,10 +108,7 @@ class AnswerText:
 
     def flush(self) -> str:
         """Text held back, for an answer that ends for another reason."""
-        return self._take(len(self._held))
-
-    def _take(self, count: int) -> str:
-        text, self._held = self._held[:count], self._held[count:]
+        text, self._held = self._held, ""
         return text
 
     def _possible_start(self) -> int:
