@@ -27,75 +27,14 @@ from turret.server.engine.step.sampler import Draw
 from turret.server.errors import BudgetExceededError, InvalidRequestError, TurretError
 from turret.server.words import say
 
-# Turns a sequence's tokens into text that never has to be taken back.
-#
-# Text that might be the beginning of a stop string is held until the next tokens decide.
-
-
-class Detokenizer:
-    """Incremental text of one sequence, with stop strings.
-
-    Attributes:
-        stopped_by: The stop string that was found, or None.
-    """
-
-    def __init__(
-        self, stream: TextStream, stop_strings: Collection[str], include_stop: bool
-    ) -> None:
-        self._stream = stream
-        self._stops = tuple(stop_strings)
-        self._include_stop = include_stop
-        self._held = ""
-        self.stopped_by: str | None = None
-
-    def push(self, token_id: int, *, may_stop: bool = True) -> str:
-        """Add a token.
-
-        Args:
-            token_id: The token.
-            may_stop: False below ``min_tokens``: stop strings in the text so far are ignored.
-
-        Returns:
-            Text that is final. If a stop string was found, everything before it (and, with
-            ``include_stop``, the stop string too).
-        """
-        self._held += self._stream.push(token_id)
-        if not self._stops:
-            return self._take(len(self._held))
-        if not may_stop:
-            return self._take(len(self._held) - self._possible_start())
-        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
-            at, self.stopped_by = min(found, key=lambda f: (f[0], -len(f[1])))
-            text = self._take(at + (len(self.stopped_by) if self._include_stop else 0))
-            self._held = ""
-            return text
-        return self._take(len(self._held) - self._possible_start())
-
-    def flush(self) -> str:
-        """Text held back when the sequence ended for another reason."""
-        return self._take(len(self._held))
-
-    def _take(self, count: int) -> str:
-        text, self._held = self._held[:count], self._held[count:]
-        return text
-
-    def _possible_start(self) -> int:
-        """Length of the longest suffix of the held text with which a stop string begins."""
-        longest = 0
-        for stop in self._stops:
-            for size in range(min(len(stop) - 1, len(self._held)), longest, -1):
-                if self._held.endswith(stop[:size]):
-                    longest = size
-                    break
-        return longest
-
-
 # The text of a growing answer, and the detection of its end.
 
 
 class AnswerText:
     """Turns tokens into final text and reports which token ends the answer.
+
+    Returned text is never taken back: text that might be the beginning of a stop string is held
+    until the next tokens decide.
 
     Args:
         stream: Decodes token by token.
@@ -116,27 +55,44 @@ class AnswerText:
         *,
         is_constrained: bool = False,
     ) -> None:
+        self._stream = stream
         self._stop = stop
         self._always = eos_token_ids if is_constrained else frozenset()
         self._ends = stop.stop_token_ids | (frozenset() if stop.ignore_eos else eos_token_ids)
-        self._detokenizer = Detokenizer(stream, stop.stop_strings, stop.include_stop)
+        self._held = ""
         self._num_tokens = 0
         self.stopped_by: str | int | None = None
 
     def push(self, token: int) -> str:
-        """Add a token; returns the text that it makes final."""
+        """Add a token.
+
+        Returns:
+            The text that it makes final. If a stop string was found, everything before it (and,
+            with ``include_stop``, the stop string too).
+        """
         self._num_tokens += 1
+        # Below ``min_tokens``, stop strings in the text so far are ignored.
         may_stop = self._num_tokens >= self._stop.min_tokens
         if token in self._always or (may_stop and token in self._ends):
-            self.stopped_by = token
-            # An end token is not part of the answer's text, unless the client asks for it.
-            text = self._detokenizer.push(token) if self._stop.include_stop else ""
-        else:
-            text = self._detokenizer.push(token, may_stop=may_stop)
-        if self._detokenizer.stopped_by is None:
-            return text if self.stopped_by is None else text + self.flush()
-        if self.stopped_by is None:
-            self.stopped_by = self._detokenizer.stopped_by
+            self.stopped_by, may_stop = token, True
+            if not self._stop.include_stop:
+                # The end token is not part of the answer's text.
+                return self.flush()
+        self._held += self._stream.push(token)
+        if not self._stop.stop_strings:
+            return self.flush()
+        stops = self._stop.stop_strings if may_stop else ()
+        found = [(at, stop) for stop in stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            at, stop = min(found, key=lambda f: (f[0], -len(f[1])))
+            text = self._held[: at + (len(stop) if self._stop.include_stop else 0)]
+            self._held = ""
+            self.stopped_by = stop if self.stopped_by is None else self.stopped_by
+            return text
+        if self.stopped_by is not None:
+            return self.flush()
+        count = len(self._held) - self._possible_start()
+        text, self._held = self._held[:count], self._held[count:]
         return text
 
     def replay(self, tokens: Collection[int]) -> None:
@@ -152,7 +108,18 @@ class AnswerText:
 
     def flush(self) -> str:
         """Text held back, for an answer that ends for another reason."""
-        return self._detokenizer.flush()
+        text, self._held = self._held, ""
+        return text
+
+    def _possible_start(self) -> int:
+        """Length of the longest suffix of the held text with which a stop string begins."""
+        longest = 0
+        for stop in self._stop.stop_strings:
+            for size in range(min(len(stop) - 1, len(self._held)), longest, -1):
+                if self._held.endswith(stop[:size]):
+                    longest = size
+                    break
+        return longest
 
 
 # The asyncio end of a request: an async iterator of its outputs.

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turret.server.engine.answer import Detokenizer
+from turret.server.engine.answer import AnswerText
+from turret.server.engine.scheduling.request import StopConditions
 
 
 class Pieces:
@@ -23,15 +24,18 @@ class Pieces:
 
 def feed(
     pieces: Sequence[str], stops: Iterable[str], include_stop: bool = False, min_tokens: int = 0
-) -> tuple[list[str], str | None]:
+) -> tuple[list[str], str | int | None]:
     """All outputs until a stop or the end, and the stop."""
-    detokenizer = Detokenizer(Pieces(pieces), tuple(stops), include_stop)
+    stop = StopConditions(
+        stop_strings=tuple(stops), include_stop=include_stop, min_tokens=min_tokens
+    )
+    answer = AnswerText(Pieces(pieces), stop, frozenset())
     out = []
     for i in range(len(pieces)):
-        out.append(detokenizer.push(i, may_stop=i + 1 >= min_tokens))
-        if detokenizer.stopped_by is not None:
-            return out, detokenizer.stopped_by
-    out.append(detokenizer.flush())
+        out.append(answer.push(i))
+        if answer.stopped_by is not None:
+            return out, answer.stopped_by
+    out.append(answer.flush())
     return out, None
 
 

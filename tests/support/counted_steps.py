@@ -8,6 +8,7 @@ operation on device tensors is one, except for views and empty tensors.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
@@ -15,6 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from builders.facts import Resident, resident
 from device_operations import META, Counting
 from transformers import LlamaConfig
 from triton.runtime.interpreter import InterpretedFunction
@@ -31,6 +33,7 @@ from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
 from turret.server.engine.step.gpu.decode_graphs import Body, Outputs
 from turret.server.engine.step.gpu.executor import GpuExecutor
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
+from turret.server.models.decoding.arch import Arch
 from turret.server.models.decoding.decoder import DecoderLayer
 from turret.server.models.decoding.gpu_decoder import GpuDecoder
 from turret.server.models.decoding.kv_cache import KvCache
@@ -88,6 +91,8 @@ def listed_launches() -> Iterator[list[str]]:
 
 
 class Base:
+    """Replaces the weights of a fused projection."""
+
     def __init__(self, widths: tuple[int, ...], inner: int) -> None:
         out = sum(widths)
         packed = torch.empty(out * inner // 2, dtype=torch.uint8, device=META)
@@ -111,92 +116,79 @@ def norm(out: int, inner: int) -> ModuleOperators:
     return ModuleOperators(input_gain=torch.ones(inner))
 
 
-class Adapter:
-    """A LoRA on all or some projections, or another adapter."""
-
-    generation = 1
-    bytes_device = num_soft_tokens = num_prefix_positions = 0
-    invocation = ()
-
-    def __init__(
-        self,
-        key: str,
-        *projections: str,
-        make: Callable[[int, int], ModuleOperators] = low_rank,
-    ) -> None:
-        self.key = self.uuid = self.name = key
-        names = projections or tuple(ARCH.linears())
-        self.operators = AdapterOperators(
-            {
-                f"model.layers.{layer}.{path}": make(out, inner)
-                for layer in range(NUM_LAYERS)
-                for name in names
-                for path, out, inner in ARCH.linears()[name]
-            }
-        )
+def everywhere(
+    arch: Arch, make: Callable[[int, int], ModuleOperators], *projections: str
+) -> AdapterOperators:
+    """Operators on all or some projections."""
+    names = projections or tuple(arch.linears())
+    slices = [one for name in names for one in arch.linears()[name]]
+    return AdapterOperators(
+        {
+            f"model.layers.{layer}.{path}": make(out, inner)
+            for layer in range(arch.num_layers)
+            for path, out, inner in slices
+        }
+    )
 
 
-class Vocabulary(Adapter):
+def lora(key: str, *projections: str) -> Resident:
+    return resident(key, everywhere(ARCH, low_rank, *projections))
+
+
+def vocabulary(key: str, head: Callable[[int, int], ModuleOperators] | None = None) -> Resident:
     """A LoRA with its own rows for some tokens, and another change of the head."""
-
-    def __init__(self, key: str, head: Callable[[int, int], ModuleOperators] | None = None) -> None:
-        super().__init__(key)
-        rows = VocabularyRows(torch.arange(3), torch.zeros(3, HIDDEN).half())
-        self.operators = replace(
-            self.operators,
-            head=None if head is None else head(VOCAB, HIDDEN),
-            tokens=VocabularyOperators(embedding=rows, head=rows),
-        )
+    rows = VocabularyRows(torch.arange(3), torch.zeros(3, HIDDEN).half())
+    operators = replace(
+        everywhere(ARCH, low_rank),
+        head=None if head is None else head(VOCAB, HIDDEN),
+        tokens=VocabularyOperators(embedding=rows, head=rows),
+    )
+    return resident(key, operators)
 
 
-class Gated(Adapter):
+def gated(key: str, components: int, d_k: int, *, arch: Arch = ARCH, rank: int = RANK) -> Resident:
     """A learned fusion on every projection."""
+    ranks = components * rank
 
-    def __init__(self, key: str, components: int, d_k: int) -> None:
-        super().__init__(key)
-        ranks = components * RANK
-        indptr = tuple(range(0, ranks + 1, RANK))
+    @functools.cache
+    def module(out: int, inner: int) -> ModuleOperators:
+        score = QueryScore(torch.zeros(d_k, inner).half(), torch.zeros(ranks, d_k))
+        factors = torch.zeros(ranks, inner).half(), torch.zeros(ranks, out).half()
+        return ModuleOperators(gate=Gate(*factors, score, tuple(range(0, ranks + 1, rank))))
 
-        def module(out: int, inner: int) -> ModuleOperators:
-            score = QueryScore(torch.zeros(d_k, inner).half(), torch.zeros(ranks, d_k))
-            factors = torch.zeros(ranks, inner).half(), torch.zeros(ranks, out).half()
-            return ModuleOperators(gate=Gate(*factors, score, indptr))
-
-        made = {path: module(*of) for own in ARCH.linears().values() for path, *of in own}
-        self.operators = AdapterOperators(
-            {
-                f"model.layers.{layer}.{path}": operators
-                for layer in range(NUM_LAYERS)
-                for path, operators in made.items()
-            }
-        )
+    return resident(key, everywhere(arch, module))
 
 
-def make_executor(capture: Capture, rows: int = ROWS) -> GpuExecutor:
+def meta_decoder(arch: Arch, biased: str = "") -> GpuDecoder:
+    """A decoder on meta tensors; one projection may have a bias."""
+
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=DTYPE, device=META)
 
+    hidden = arch.hidden_size
     layers = []
-    for number in range(NUM_LAYERS):
-        linears: dict[str, Any] = {
-            name: AdaptedLinear(number, name, _base(slices), None)
-            for name, slices in ARCH.linears().items()
-        }
-        norms = {"norm_before_attention": empty(HIDDEN), "norm_before_mlp": empty(HIDDEN)}
+    for number in range(arch.num_layers):
+        linears: dict[str, Any] = {}
+        for name, slices in arch.linears().items():
+            widths = tuple(width for _, width, _ in slices)
+            base: Any = Base(widths, slices[0][2])
+            bias = empty(sum(widths)) if name == biased else None
+            linears[name] = AdaptedLinear(number, name, base, bias)
+        norms = {"norm_before_attention": empty(hidden), "norm_before_mlp": empty(hidden)}
         layers.append(DecoderLayer(**norms, q_norm=None, k_norm=None, **linears))
-    table = empty(VOCAB, HIDDEN)
+    table = empty(arch.vocab_size, hidden)
+    return GpuDecoder(arch, embedding=table, layers=layers, norm=empty(hidden), head=table)
+
+
+def make_executor(capture: Capture, rows: int = ROWS) -> GpuExecutor:
     return GpuExecutor(
-        GpuDecoder(ARCH, embedding=table, layers=layers, norm=empty(HIDDEN), head=table),
+        meta_decoder(ARCH),
         KvCache(ARCH, 8, BLOCK_SIZE, DTYPE, META),
         GpuStore(describe_projections(ARCH), DTYPE, META, 1 << 31),
         max_num_seqs=rows,
         max_num_batched_tokens=256,
         capture=capture,
     )
-
-
-def _base(slices: Any) -> Any:
-    return Base(tuple(out for _, out, _ in slices), slices[0][2])
 
 
 class Decoding:

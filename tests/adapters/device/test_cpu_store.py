@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 import weakref
-from dataclasses import dataclass
 
 import pytest
 import torch
+from builders.facts import Resident, resident
 
 from turret.kernels.cpu.native import library
 from turret.server.adapters.device.cpu.store import CpuStore
@@ -23,17 +23,10 @@ CPU = torch.device("cpu")
 LAYOUT = ProjectionLayout(1, {"o": (SliceShape("o_proj", SIZE, SIZE),)})
 
 
-@dataclass(eq=False)
-class Resident:
-    key: str
-    operators: AdapterOperators
-    bytes_device: int = 0
-
-
-def resident(key: str) -> Resident:
+def low_rank(key: str) -> Resident:
     a, b = torch.randn(4, SIZE).bfloat16(), torch.randn(4, SIZE).bfloat16()
     operators = ModuleOperators(low_rank=LowRank(a, b))
-    return Resident(key, AdapterOperators({LAYOUT.module(0, "o_proj"): operators}))
+    return resident(key, AdapterOperators({LAYOUT.module(0, "o_proj"): operators}))
 
 
 class Base:
@@ -62,7 +55,7 @@ def store() -> CpuStore:
 
 
 def test_the_same_rows_and_adapters_have_the_same_step(store: CpuStore) -> None:
-    one, two = resident("one"), resident("two")
+    one, two = low_rank("one"), low_rank("two")
     store.prepare([one, two])
     x = torch.randn(2, SIZE).bfloat16()
     first = store.step(members(("one", 1.0), ("two", 0.5)))
@@ -81,10 +74,10 @@ def test_an_adapter_that_came_back_is_not_what_it_was(store: CpuStore) -> None:
     """The adapter is unloaded and loaded again, or evicted from host memory and read again."""
     x = torch.randn(1, SIZE).bfloat16()
     for is_dropped in (True, False):
-        adapter = resident("one")
+        adapter = low_rank("one")
         store.prepare([adapter])
         update(store, x, members(("one", 1.0)))
-        adapter.operators = resident("one").operators
+        adapter.operators = low_rank("one").operators
         if is_dropped:
             store.drop("one")
         store.prepare([adapter])
@@ -93,7 +86,7 @@ def test_an_adapter_that_came_back_is_not_what_it_was(store: CpuStore) -> None:
 
 
 def test_an_adapter_that_is_gone_leaves_nothing_behind(store: CpuStore) -> None:
-    adapter = resident("one")
+    adapter = low_rank("one")
     store.prepare([adapter])
     store.step(members(("one", 1.0)))
     (operators,) = adapter.operators.modules.values()
@@ -114,7 +107,7 @@ def test_factors_that_add_pieces_up_are_not_read(store: CpuStore, rank: int) -> 
         if is_other:
             a[-1, -1] += 1
         module = ModuleOperators(low_rank=LowRank(a, b))
-        adapter = Resident(key, AdapterOperators({LAYOUT.module(0, "o_proj"): module}))
+        adapter = resident(key, AdapterOperators({LAYOUT.module(0, "o_proj"): module}))
         store.prepare([adapter])
         like = expected(adapter, x, 0.5)
         if not is_other:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from builders.adapters import tiny_llama
 from builders.every_operator import every_operator
+from builders.facts import resident
 from said import says
 
 from turret.server.adapters.device.gpu.slot_tables import GpuSlotTables
@@ -27,13 +28,6 @@ META = torch.device("meta")
 ARCH = read_arch(tiny_llama().config)
 EXPERTS = {"experts_down": ExpertShape("mlp.experts.down_proj", 4, 64, 24)}
 LAYOUT = replace(describe_projections(ARCH), experts=EXPERTS)
-
-
-@dataclass(eq=False)
-class Adapter:
-    key: str
-    operators: AdapterOperators
-    bytes_device: int = 0
 
 
 def everywhere(make: Any) -> AdapterOperators:
@@ -124,7 +118,7 @@ def test_adapters_of_every_kind_keep_to_the_budget(
                 store.admit(operators)
             except BudgetExceededError:
                 continue
-            store.prepare([Adapter(f"{key} {number}", operators)])
+            store.prepare([resident(f"{key} {number}", operators)])
             held = bytes_on_device(store)
             assert held <= budget
             fullest = max(fullest, held)

@@ -16,11 +16,11 @@ Planted faults, and the number of tests that each of them fails (tried by hand o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from builders.facts import Resident, resident
 from builders.mixes.gates import (
     D_K,
     INNER,
@@ -54,13 +54,6 @@ pytestmark = pytest.mark.usefixtures("coarse_tiles")
 NUM_ROWS = 24
 # An adapter without gates, in some of the mixes.
 OTHER = AdapterOperators({"model.layers.0.q": ModuleOperators()})
-
-
-@dataclass(eq=False)
-class Adapter:
-    key: str
-    operators: AdapterOperators
-    bytes_device: int = 0
 
 
 class Base:
@@ -100,13 +93,13 @@ class _Part:
 Gates = Mapping[str, Mapping[str, Gate]]
 
 
-def adapters_of(gates: Gates) -> dict[str, Adapter]:
-    found = {key: Adapter(key, operators_of(dict(modules))) for key, modules in gates.items()}
-    return {**found, "other": Adapter("other", OTHER)}
+def adapters_of(gates: Gates) -> dict[str, Resident]:
+    found = {key: resident(key, operators_of(dict(modules))) for key, modules in gates.items()}
+    return {**found, "other": resident("other", OTHER)}
 
 
 def store_of(
-    dtype: torch.dtype, adapters: Mapping[str, Adapter], max_bytes: int = 1 << 22
+    dtype: torch.dtype, adapters: Mapping[str, Resident], max_bytes: int = 1 << 22
 ) -> GpuStore:
     store = GpuStore(LAYOUT, dtype, DEVICE, max_bytes)
     store.prepare(adapters.values())
@@ -216,7 +209,7 @@ def test_a_step_s_signature_knows_no_gated_adapter() -> None:
         assert signature_of(store, *keys) == gated, keys
     store.drop("a")
     store.prepare([adapters["b"]])
-    store.prepare([Adapter("later", operators_of({"q": gate_of("b", "q", torch.float32)}))])
+    store.prepare([resident("later", operators_of({"q": gate_of("b", "q", torch.float32)}))])
     assert signature_of(store, "later", "b") == gated
     assert signature_of(store, "other") == plain
 
@@ -233,7 +226,7 @@ def test_adapters_without_gates_and_removed_ones_are_passed_over() -> None:
     assert store._pack.gates("b") is None
 
 
-def neighbours(dtype: torch.dtype) -> dict[str, Adapter]:
+def neighbours(dtype: torch.dtype) -> dict[str, Resident]:
     """Other adapters with tables by slot of the pack."""
 
     def module(out: int) -> ModuleOperators:
@@ -245,7 +238,7 @@ def neighbours(dtype: torch.dtype) -> dict[str, Adapter]:
 
     made = {f"gain {n}": {m: module(out) for m, out in OUTS.items()} for n in range(14)}
     return {
-        key: Adapter(
+        key: resident(
             key, AdapterOperators({f"model.layers.0.{m}": ops for m, ops in modules.items()})
         )
         for key, modules in made.items()
@@ -289,8 +282,8 @@ def test_a_step_in_a_wider_form_has_the_same_bits(dtype: torch.dtype) -> None:
     adapters = {
         **adapters_of(gates_of(dtype)),
         "gain 0": neighbours(dtype)["gain 0"],
-        "loha": Adapter("loha", AdapterOperators({"model.layers.0.q": hadamard})),
-        "low": Adapter("low", AdapterOperators({"model.layers.0.k": low})),
+        "loha": resident("loha", AdapterOperators({"model.layers.0.q": hadamard})),
+        "low": resident("low", AdapterOperators({"model.layers.0.k": low})),
     }
     store = store_of(dtype, adapters)
     everything = store.form(((key, 1.0), ("loha", 0.5)) for key in adapters)
@@ -333,7 +326,7 @@ def test_what_is_stored_of_a_gated_adapter_is_what_it_is_said_to_take() -> None:
     for key in D_K:
         modules = gates_of(torch.float32)[key]
         operators = operators_of(modules)
-        store.prepare([Adapter(key, operators)])
+        store.prepare([resident(key, operators)])
         kept = sum(tensor.nbytes for tensor in store._gates._gated[key].kept)
         assert store.needs(operators) == (store._pack.bytes_of(operators), kept), key
 
@@ -352,6 +345,6 @@ def test_a_gated_adapter_enters_by_as_few_launches_however_many_layers() -> None
             operators = AdapterOperators(in_one_block(modules)[0])
             store = GpuStore(layout, torch.half, torch.device("cpu"), 1 << 24)
             with CountedWrites() as counting:
-                store.prepare([Adapter(key, operators)])
+                store.prepare([resident(key, operators)])
             found[key, num_layers] = counting.count
         assert found[key, 2] == found[key, 24] < 60

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+from builders.facts import Resident, resident
 from gpu_path import CountedWrites, OneStepTables
 
 from turret.server.adapters.device.gpu import slot_tables
@@ -42,26 +42,19 @@ PATHS = [
 ]
 
 
-@dataclass(eq=False)
-class Adapter:
-    key: str
-    operators: AdapterOperators
-    bytes_device: int = 0
-
-
-def low_rank(key: str, rank: int = 8, **more: Any) -> Adapter:
+def low_rank(key: str, rank: int = 8, **more: Any) -> Resident:
     def module() -> ModuleOperators:
         return ModuleOperators(LowRank(torch.randn(rank, WIDTH), torch.randn(rank, WIDTH)), **more)
 
-    return Adapter(key, AdapterOperators({path: module() for path in PATHS}))
+    return resident(key, AdapterOperators({path: module() for path in PATHS}))
 
 
-def hadamard(key: str) -> Adapter:
+def hadamard(key: str) -> Resident:
     def module() -> ModuleOperators:
         narrow, wide = torch.randn(3, WIDTH), torch.randn(WIDTH, 3)
         return ModuleOperators(hadamard=Hadamard(wide, narrow, wide, narrow))
 
-    return Adapter(key, AdapterOperators({path: module() for path in PATHS}))
+    return resident(key, AdapterOperators({path: module() for path in PATHS}))
 
 
 def store_of(max_bytes: int = 1 << 24) -> GpuStore:
@@ -74,7 +67,7 @@ def tensors_on(slot_table: slot_tables.SlotTable) -> dict[int, torch.Tensor]:
     return {row.data_ptr(): row for tensor in kept for row in tensor}
 
 
-def lie_right(store: GpuStore, adapters: list[Adapter], layer: int) -> None:
+def lie_right(store: GpuStore, adapters: list[Resident], layer: int) -> None:
     """Whether the factors of all adapters are at the addresses in the slot tables."""
     for place, slot_table in store._slot_tables._slot_tables.items():
         path = LAYOUT.projections[place.projection][place.slice].path
@@ -128,14 +121,14 @@ MIXTURE = ProjectionLayout(
 )
 
 
-def experts(key: str, rank: int, layers: list[int]) -> Adapter:
+def experts(key: str, rank: int, layers: list[int]) -> Resident:
     updates = {
         MIXTURE.module(layer, "mlp.experts.down_proj"): ExpertLowRank(
             torch.randn(4, rank, 8), torch.randn(4, rank, WIDTH)
         )
         for layer in layers
     }
-    return Adapter(key, AdapterOperators({}, experts=updates))
+    return resident(key, AdapterOperators({}, experts=updates))
 
 
 def test_updates_of_experts_take_their_own_bytes_and_give_them_back() -> None:
@@ -168,7 +161,7 @@ def test_updates_of_experts_take_their_own_bytes_and_give_them_back() -> None:
                     assert torch.equal(known[b], update.b.flatten())
 
 
-def lies_right(store: GpuStore, adapters: list[Adapter]) -> None:
+def lies_right(store: GpuStore, adapters: list[Resident]) -> None:
     """Whether every factor is at its address in the tables."""
     for adapter in adapters:
         place = store._pack.places[adapter.key]
@@ -241,7 +234,7 @@ def test_gains_void_no_step_without_gains() -> None:
 def test_adapters_without_ranks_take_slots() -> None:
     store = store_of(budget_of(64))
     modules = {path: ModuleOperators(gain=torch.rand(WIDTH)) for path in PATHS}
-    gains = [Adapter(f"{number}", AdapterOperators(modules)) for number in range(20)]
+    gains = [resident(f"{number}", AdapterOperators(modules)) for number in range(20)]
     for adapter in gains:
         store.prepare([adapter])
         assert len({place.slot for place in store._pack.places.values()} - {0}) <= 4
@@ -278,7 +271,7 @@ def test_an_adapter_enters_by_few_launches_however_many_layers(gains: bool, most
         for layer in sorted(range(32), key=str)
         for path in paths
     }
-    adapter = Adapter("a", AdapterOperators(in_one_block(modules)[0]))
+    adapter = resident("a", AdapterOperators(in_one_block(modules)[0]))
     store = GpuStore(layout, torch.float32, CPU, 1 << 24)
     with CountedWrites() as counting:
         store.prepare([adapter])

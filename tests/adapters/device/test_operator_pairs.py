@@ -6,13 +6,13 @@ of one step, as single rows and as segments, so each is computed in the same ste
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from itertools import accumulate, combinations, combinations_with_replacement, pairwise
 from typing import Any
 
 import pytest
 import torch
+from builders.facts import Resident, resident
 from gpu_path import OneStepTables
 from kernel_traffic import circulant, error_ratio
 from torch import Tensor
@@ -122,13 +122,6 @@ def adapter_of(kinds: Sequence[str], dtype: torch.dtype) -> AdapterOperators:
     )
 
 
-@dataclasses.dataclass(eq=False)
-class Resident:
-    key: str
-    operators: AdapterOperators
-    bytes_device: int = 0
-
-
 def residents(dtype: torch.dtype) -> dict[str, Resident]:
     """Two adapters with each operator, and one with each pair that an adapter may combine."""
     kinds = {f"{kind} {number}": (kind,) for kind in KINDS for number in (1, 2)}
@@ -136,7 +129,7 @@ def residents(dtype: torch.dtype) -> dict[str, Resident]:
         " and ".join(pair): pair for pair in combinations(KINDS, 2) if set(pair) not in NOT_TOGETHER
     }
     kinds["gate 2"] = ("router",)
-    return {key: Resident(key, adapter_of(pair, dtype)) for key, pair in kinds.items()}
+    return {key: resident(key, adapter_of(pair, dtype)) for key, pair in kinds.items()}
 
 
 def mixes(adapters: dict[str, Resident]) -> list[Members]:

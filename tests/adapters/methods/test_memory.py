@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from builders.adapters import lower_adapter
+from builders.facts import resident
 from peft import LoHaConfig, LoKrConfig
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +19,6 @@ from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
 from turret.server.adapters.device.cpu.store import CpuStore
 from turret.server.adapters.device.reference import ReferenceStore
 from turret.server.adapters.device.store import ProjectionLayout, SliceShape, StepMembers
-from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 
 SIZE = 2048
@@ -39,16 +39,6 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self.elements = max(self.elements, tensor.numel())
         return result
-
-
-class FakeResident:
-    """A resident adapter, as far as the pack needs one."""
-
-    bytes_device = 0
-    key = "a"
-
-    def __init__(self, operators: AdapterOperators) -> None:
-        self.operators = operators
 
 
 def base(dtype: torch.dtype) -> BaseModel:
@@ -139,7 +129,7 @@ def test_no_tensor_is_as_large_as_a_weight(
     with LargestTensor() as largest:
         operators = lower_adapter(tmp_path, base(dtype)).operators
         pack = store(layout, dtype, torch.device("cpu"), 1 << 30)
-        pack.prepare([FakeResident(operators)])
+        pack.prepare([resident("a", operators)])
         # Half of the rows are single rows, half of them form a segment.
         half = ROWS // 2
         members = StepMembers([[("a", 1.0)]] * half, [(half, ROWS, [("a", 1.0)])])

@@ -10,22 +10,25 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from builders.facts import Resident, resident
 from counted_steps import (
+    ARCH,
     HIDDEN,
     META,
     NUM_LAYERS,
     ROWS,
     VOCAB,
-    Adapter,
     Capture,
     Counting,
     Decoding,
-    Gated,
-    Vocabulary,
+    everywhere,
+    gated,
     listed_launches,
+    lora,
     low_rank,
     make_executor,
     norm,
+    vocabulary,
 )
 
 from turret.server.engine.step.gpu.decode_graphs import DecodeGraphs, Outputs
@@ -46,10 +49,10 @@ def launched() -> Iterator[list[str]]:
         yield names
 
 
-def _adapters(kind: str) -> list[Adapter]:
+def _adapters(kind: str) -> list[Resident]:
     return {
         "base": [],
-        "lora": [Adapter("a0"), Adapter("a1")],
+        "lora": [lora("a0"), lora("a1")],
     }[kind]
 
 
@@ -84,8 +87,8 @@ def test_gated_adapters_launch_the_same_however_many(launched: list[str]):
     capture = Capture(launched)
     executor = make_executor(capture)
     executor.sampler(frozenset())
-    fusions = [Gated(f"{n}", 2 + n, 16 * (n + 1)) for n in range(3)]
-    lora = Adapter("lora")
+    fusions = [gated(f"{n}", 2 + n, 16 * (n + 1)) for n in range(3)]
+    plain = lora("lora")
     with torch.no_grad():
         executor.store.prepare(fusions)
         for _ in range(2):
@@ -95,13 +98,13 @@ def test_gated_adapters_launch_the_same_however_many(launched: list[str]):
         for kernel in ("gate_shrink_kernel", "fusion_gate_kernel", "segmented_expand_kernel"):
             assert capture.launches.count(kernel) == 4 * NUM_LAYERS
         epoch = executor._epoch()
-        for adapters in (fusions[:2], fusions, [lora, fusions[1]]):
+        for adapters in (fusions[:2], fusions, [plain, fusions[1]]):
             Decoding(adapters).run(executor)
         # A later adapter needs no separate graph either.
-        Decoding([Gated("late", 7, 48)]).run(executor)
+        Decoding([gated("late", 7, 48)]).run(executor)
         # Adapters without gates use the same graph, with empty tables of gates.
         for _ in range(2):
-            Decoding([lora]).run(executor)
+            Decoding([plain]).run(executor)
         assert capture.num_captures == 1
     assert executor._epoch() == epoch
 
@@ -111,10 +114,10 @@ def test_other_embeddings_and_heads_leave_the_layers_captured(launched: list[str
     capture = Capture(launched)
     executor = make_executor(capture)
     executor.sampler(frozenset())
-    first, second = Vocabulary("0"), Vocabulary("1", head=low_rank)
-    late = [Vocabulary("2", head=low_rank), Vocabulary("3")]
+    first, second = vocabulary("0"), vocabulary("1", head=low_rank)
+    late = [vocabulary("2", head=low_rank), vocabulary("3")]
     with torch.no_grad():
-        for adapters in ([second], [first, second], late, [second, *late, Adapter("lora")]):
+        for adapters in ([second], [first, second], late, [second, *late, lora("lora")]):
             Decoding(adapters).run(executor)
         assert capture.num_captures == 1
         assert len(capture.launches) <= MAX_LAUNCHES["lora"]
@@ -132,10 +135,10 @@ def test_what_has_no_kernel_is_not_captured(launched: list[str]):
     executor.sampler(frozenset())
     with torch.no_grad():
         for _ in range(3):
-            Decoding([Adapter("lora"), Adapter("norms", "qkv", make=norm)]).run(executor)
+            Decoding([lora("lora"), resident("norms", everywhere(ARCH, norm, "qkv"))]).run(executor)
         assert capture.num_captures == 0
         for _ in range(3):
-            Decoding([Adapter("lora")]).run(executor)
+            Decoding([lora("lora")]).run(executor)
     assert capture.num_captures == 1
 
 
@@ -150,7 +153,7 @@ def test_after_the_start_common_steps_are_neither_compiled_nor_captured(launched
     assert told[0] == ("Compiling", 0, len(executor.packed_forms()))
     assert told[-1] == ("Capturing decode steps", forms, forms)
     epoch = executor._epoch()
-    everywhere = [Adapter("all"), Adapter("attention", "qkv", "o"), Adapter("qkv", "qkv")]
+    everywhere = [lora("all"), lora("attention", "qkv", "o"), lora("qkv", "qkv")]
     with torch.no_grad():
         for adapters in ([], everywhere, everywhere[1:], everywhere[2:], everywhere[::2]):
             for rows in (1, 3, 4):
@@ -194,7 +197,7 @@ def test_the_count_sees_everything():
 
 def test_calls_of_the_host_before_the_first_launch(launched: list[str]):
     """Calls are counted, because times depend on other users of the machine's caches."""
-    executor, decoding = make_executor(Capture(launched)), Decoding([Adapter("a")])
+    executor, decoding = make_executor(Capture(launched)), Decoding([lora("a")])
     executor.sampler(frozenset())
     calls = 0
 

@@ -18,7 +18,8 @@ from unittest.mock import patch
 import pytest
 import torch
 from builders.every_operator import every_operator
-from counted_steps import Capture
+from builders.facts import Resident, resident
+from counted_steps import Capture, gated, meta_decoder
 from gpu_path import FakeCapture
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
@@ -27,25 +28,21 @@ from triton.runtime.interpreter import InterpretedFunction
 from turret.kernels.fusion_gate import MAX_COMPONENTS
 from turret.kernels.gpu.hadamard import MAX_RANK as MAX_HADAMARD_RANK
 from turret.kernels.gpu.kronecker import MAX_IN_M, MAX_RANK
-from turret.kernels.nf4_matmul import Nf4Matrix
 from turret.server.adapters.adapter import Mix
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.store import has_kernel
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
-from turret.server.adapters.operators.gate import Gate, QueryScore
+from turret.server.adapters.operators.gate import Gate
 from turret.server.adapters.operators.hadamard import Hadamard
 from turret.server.adapters.operators.kronecker import Kronecker
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
 from turret.server.engine.step.gpu import decode_graphs
 from turret.server.engine.step.gpu.executor import GpuExecutor, largest_step, warm_up
-from turret.server.models.decoding.adapted_linear import AdaptedLinear
-from turret.server.models.decoding.decoder import DecoderLayer
-from turret.server.models.decoding.gpu_decoder import GpuDecoder, GpuStep
+from turret.server.models.decoding.gpu_decoder import GpuStep
 from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.describe import describe_projections
 from turret.server.models.families import read_arch
-from turret.server.models.weights.nf4_gpu import Nf4Product
 
 META = torch.device("meta")
 DTYPE = torch.float16
@@ -69,58 +66,9 @@ READS = {
 }
 
 
-class _Base:
-    """Replaces the weights of a fused projection."""
-
-    def __init__(self, widths: list[int], inner: int) -> None:
-        self.widths, self._inner, out = tuple(widths), inner, sum(widths)
-        packed = torch.empty(out * inner // 2, dtype=torch.uint8, device=META)
-        absmax = torch.empty(out * inner // 64, device=META)
-        self.product = Nf4Product(Nf4Matrix(packed, absmax, out, inner), DTYPE)
-
-    def __call__(self, x: torch.Tensor, ahead: Any = None, num_decode: int = 0) -> torch.Tensor:
-        return self.product(x, num_decode)
-
-    def part(self, index: int) -> _Base:
-        return _Base([self.widths[index]], self._inner)
-
-
-class _Adapter:
-    """A resident adapter."""
-
-    def __init__(self, key: str, operators: AdapterOperators) -> None:
-        self.key = self.uuid = self.name = key
-        self.generation = 1
-        self.operators = operators
-        self.bytes_device = 0
-        soft = operators.soft_prompt
-        self.num_soft_tokens = 0 if soft is None or soft.prefix else soft.num_positions
-        self.num_prefix_positions = 0 if soft is None or not soft.prefix else soft.num_positions
-        self.invocation = operators.invocation or ()
-
-
-def _decoder() -> GpuDecoder:
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=DTYPE, device=META)
-
-    hidden = ARCH.hidden_size
-    layers = []
-    for number in range(ARCH.num_layers):
-        linears: dict[str, Any] = {}
-        for name, slices in ARCH.linears().items():
-            widths = [width for _, width, _ in slices]
-            base: Any = _Base(widths, slices[0][2])
-            bias = empty(sum(widths)) if name == "qkv" else None
-            linears[name] = AdaptedLinear(number, name, base, bias)
-        norms = {"norm_before_attention": empty(hidden), "norm_before_mlp": empty(hidden)}
-        layers.append(DecoderLayer(**norms, q_norm=None, k_norm=None, **linears))
-    table = empty(ARCH.vocab_size, hidden)
-    return GpuDecoder(ARCH, embedding=table, layers=layers, norm=empty(hidden), head=table)
-
-
 def _executor(capture: Any = None) -> GpuExecutor:
     return GpuExecutor(
-        _decoder(),
+        meta_decoder(ARCH, biased="qkv"),
         KvCache(ARCH, 64, 16, DTYPE, META),
         GpuStore(describe_projections(ARCH), DTYPE, META, 1 << 30),
         max_num_seqs=8,
@@ -129,9 +77,9 @@ def _executor(capture: Any = None) -> GpuExecutor:
     )
 
 
-def _adapters() -> dict[str, _Adapter]:
+def _adapters() -> dict[str, Resident]:
     found = every_operator(ARCH, DTYPE)
-    return {name: _Adapter(name, _with_kernels(operators)) for name, operators in found.items()}
+    return {name: resident(name, _with_kernels(operators)) for name, operators in found.items()}
 
 
 def _with_kernels(operators: AdapterOperators) -> AdapterOperators:
@@ -144,10 +92,9 @@ def _with_kernels(operators: AdapterOperators) -> AdapterOperators:
 
 
 def _sequence(
-    first_block: int, computed: int, *mix: tuple[_Adapter, float], prompt: int = 6
+    first_block: int, computed: int, *mix: tuple[Resident, float], prompt: int = 6
 ) -> Sequence:
-    members: Any = mix
-    made = Mix(members)
+    made = Mix(mix)
     request = Request(request_id="r", prompt_token_ids=tuple(range(prompt)))
     virtual = sum(a.num_soft_tokens + a.num_prefix_positions for a, _ in mix)
     padding = 0
@@ -169,7 +116,7 @@ def _with_own_first_pass(operators: AdapterOperators) -> AdapterOperators:
 
 
 def _with_first_pass(
-    first_block: int, computed: int, adapter: _Adapter, *own: _Adapter
+    first_block: int, computed: int, adapter: Resident, *own: Resident
 ) -> Sequence:
     """A sequence with an adapter that needs a first pass: the base's, or one of its ``own``."""
     sequence = _sequence(first_block, computed, (adapter, 0.8))
@@ -179,7 +126,7 @@ def _with_first_pass(
     return sequence
 
 
-def _steps(adapters: dict[str, _Adapter]) -> dict[str, Step]:
+def _steps(adapters: dict[str, Resident]) -> dict[str, Step]:
     """Steps: prompts with all kinds of adapters, decode steps, and steps with first passes."""
     low, other = (adapters["low"], 0.5), (adapters["other"], -1.0)
     gated, turned = (adapters["gated"], 0.7), (adapters["turned"], 1.0)
@@ -200,7 +147,7 @@ def _steps(adapters: dict[str, _Adapter]) -> dict[str, Step]:
     ]
     base = [Scheduled(_sequence(1, 9), 1)]
     router = adapters["router"]
-    constant = _Adapter("constant", _with_own_first_pass(router.operators))
+    constant = resident("constant", _with_own_first_pass(router.operators))
     first = [
         Scheduled(_with_first_pass(33, 0, router), 6),
         Scheduled(_with_first_pass(41, 6, constant, constant), 1),
@@ -367,22 +314,8 @@ def test_the_step_that_memory_is_planned_by_runs_on_a_cache_of_two_blocks(no_lau
     assert "paged_attention_kernel" in no_launches
 
 
-def _gated(components: int, key: str) -> _Adapter:
-    """A learned fusion of components of rank 8, with queries of 64 values."""
-    ranks = 8 * components
-
-    def module(out: int, inner: int) -> ModuleOperators:
-        score = QueryScore(torch.zeros(64, inner, dtype=DTYPE), torch.zeros(ranks, 64))
-        a, b = torch.zeros(ranks, inner, dtype=DTYPE), torch.zeros(ranks, out, dtype=DTYPE)
-        return ModuleOperators(gate=Gate(a, b, score, tuple(range(0, ranks + 1, 8))))
-
-    modules = {
-        f"model.layers.{layer}.{path}": module(out, inner)
-        for layer in range(ARCH.num_layers)
-        for slices in ARCH.linears().values()
-        for path, out, inner in slices
-    }
-    return _Adapter(key, AdapterOperators(modules))
+def _gated(key: str, components: int) -> Resident:
+    return gated(key, components, 64, arch=ARCH, rank=8)
 
 
 def test_nothing_is_compiled_inside_a_step(no_launches: Launched):
@@ -413,7 +346,7 @@ def test_nothing_is_compiled_inside_a_step(no_launches: Launched):
             sequence.blocks = list(range(1, 9))
             executor.run(Step((Scheduled(sequence, chunk),), (), 0))
         # Mixes beyond the first sizes of a step's tables: members, components, ranks and queries.
-        large = [(_gated(components, f"gated {components}"), 1.0) for components in (9, 16, 33)]
+        large = [(_gated(f"gated {components}", components), 1.0) for components in (9, 16, 33)]
         for count in (1, 2, 3):
             for prompt, chunk in ((6, 1), (66, 33)):
                 sequence = _sequence(1, prompt if chunk == 1 else chunk, *large[:count], prompt=66)
@@ -446,15 +379,15 @@ def test_a_fleet_of_six_methods_is_replayed(monkeypatch: pytest.MonkeyPatch):
         "lokr": _only(every["other"], "kronecker"),
         "words": every["words"],
     }
-    adapters = [_Adapter(name, operators) for name, operators in methods.items()]
+    adapters = [resident(name, operators) for name, operators in methods.items()]
 
     def compute(step: GpuStep, cache: KvCache) -> tuple[torch.Tensor, torch.Tensor]:
         computed.append(step)
         return torch.empty(8, 1), torch.empty(8, 1)
 
     monkeypatch.setattr(executor._decoder, "compute", compute)
-    for name in ("_embed", "_change_heads"):
-        monkeypatch.setattr(executor, name, lambda *_: torch.empty(0))
+    monkeypatch.setattr(executor._decoder, "embed", lambda _: torch.empty(1, device=META))
+    monkeypatch.setattr(executor, "_change_heads", lambda *_: None)
     with torch.no_grad():
         warm_up(executor, lambda *_: None)
         prepared, running = capture.num_captures, list[tuple[Sequence, int]]()
@@ -480,7 +413,7 @@ def test_what_no_kernel_takes_is_left_to_torch():
         square = torch.zeros(MAX_HADAMARD_RANK + over, MAX_HADAMARD_RANK + over)
         wide = Kronecker(torch.zeros(2, MAX_IN_M + over), torch.zeros(2, 2))
         deep = Kronecker(torch.zeros(2, 2), (square[:2], torch.zeros(MAX_RANK + over, 2)))
-        fusion = _gated(MAX_COMPONENTS + over, "").operators.modules
+        fusion = _gated("", MAX_COMPONENTS + over).operators.modules
         gate = next(iter(fusion.values())).get(Gate)
         assert gate is not None
         parts = (Hadamard(*(square,) * 4), wide, deep, gate)

@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from builders.facts import Resident, resident
 from fake_cuda import FakeCuda
 from said import says
 from transformers import LlamaConfig
@@ -137,24 +138,16 @@ def test_a_step_that_failed_is_sent_again_whole(cuda: FakeCuda):
     assert decoder.seen == [(list(range(CHUNK)), list(range(CHUNK)), 7)]
 
 
-class _Adapter:
-    """A resident adapter."""
-
-    generation = 1
-    bytes_device = num_soft_tokens = num_prefix_positions = 0
-    invocation = ()
-
-    def __init__(self, key: str) -> None:
-        self.key = self.uuid = self.name = key
-        low_rank = LowRank(torch.randn(8, 64), torch.randn(8, 64))
-        path = "model.layers.0.self_attn.q_proj"
-        self.operators = AdapterOperators({path: ModuleOperators(low_rank)})
+def _adapter(key: str) -> Resident:
+    low_rank = LowRank(torch.randn(8, 64), torch.randn(8, 64))
+    path = "model.layers.0.self_attn.q_proj"
+    return resident(key, AdapterOperators({path: ModuleOperators(low_rank)}))
 
 
 def test_adapters_of_a_mix_come_side_by_side_and_once(cuda: FakeCuda):
     executor, _ = _executor(cuda)
     runner = Runner(executor, frozenset())
-    adapters: Any = [_Adapter(key) for key in "ab"]
+    adapters = [_adapter(key) for key in "ab"]
     mix = Mix(tuple((adapter, 1.0) for adapter in adapters))
     sequence = Sequence(Request(request_id="r", prompt_token_ids=(1, 2)), mix, 0.0)
     assert not runner.is_near(sequence)
@@ -175,7 +168,7 @@ def test_adapters_of_a_mix_come_side_by_side_and_once(cuda: FakeCuda):
 def test_idle_adapters_give_way_to_a_step_that_finds_no_memory(cuda: FakeCuda):
     executor, _ = _executor(cuda)
     runner = Runner(executor, frozenset())
-    adapters: Any = [_Adapter(key) for key in "ab"]
+    adapters = [_adapter(key) for key in "ab"]
     idle, used = adapters
     executor.store.prepare(adapters)
     mix = Mix(((used, 1.0),))
@@ -196,7 +189,7 @@ def test_idle_adapters_give_way_to_a_step_that_finds_no_memory(cuda: FakeCuda):
 def test_an_adapter_that_finds_no_memory_costs_nobody_their_graphs(cuda: FakeCuda):
     executor, _ = _executor(cuda)
     runner = Runner(executor, frozenset())
-    adapters: Any = [_Adapter(key) for key in "ab"]
+    adapters = [_adapter(key) for key in "ab"]
     idle, used = adapters
     executor.store.prepare(adapters[:1])
     mix = Mix(((used, 1.0),))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from turret.server.adapters.adapter import Adapter, AdapterFacts, Mix, Source
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
 
 
 def facts_of(digest: str = "0", **others: Any) -> AdapterFacts:
@@ -25,6 +26,24 @@ def facts_of(digest: str = "0", **others: Any) -> AdapterFacts:
 
 def adapter_of(name: str, uuid: str = "", generation: int = 1, **facts: Any) -> Adapter:
     return Adapter(name, uuid or name, generation, Source(name), facts_of(**facts))
+
+
+class Resident(Adapter):
+    """An adapter in host memory."""
+
+    operators: AdapterOperators  # type: ignore[assignment]
+
+
+def resident(key: str, operators: AdapterOperators) -> Resident:
+    soft = operators.soft_prompt
+    facts = facts_of(
+        num_soft_tokens=0 if soft is None or soft.prefix else soft.num_positions,
+        num_prefix_positions=0 if soft is None or not soft.prefix else soft.num_positions,
+        invocation=operators.invocation or (),
+    )
+    adapter = Resident(key, key, 1, Source(key), facts, operators)
+    adapter.key = key
+    return adapter
 
 
 def mix_of(*names: str) -> Mix:
