@@ -298,6 +298,8 @@ class AdapterFacts:
 # Origins of a template that is not in the adapter's files: the caller sent it, or a fusion took it
 # from its members.
 REQUEST, MEMBERS = "request", "members"
+# A template that a conversation brings, which is not an adapter's.
+IN_CHAT = "chat"
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,7 +307,7 @@ class OwnTemplate:
     """An adapter's own chat template, with the special tokens that it writes.
 
     Attributes:
-        origin: The file that contains it, ``REQUEST`` or ``MEMBERS``.
+        origin: The file that contains it, ``REQUEST``, ``MEMBERS`` or ``IN_CHAT``.
         templates: The template by its name, ``default``, and perhaps one for conversations with
             tools, ``tool_use``.
         tokens: Texts of special tokens by the template's variables, such as ``eos_token``; None for
@@ -315,6 +317,11 @@ class OwnTemplate:
     origin: str
     templates: Mapping[str, str]
     tokens: Mapping[str, str | None] = field(default_factory=dict)
+
+    @property
+    def is_in_chat(self) -> bool:
+        """Whether a conversation brings it."""
+        return self.origin == IN_CHAT
 
     def to_json(self) -> str:
         """The form that ``AdapterFacts.chat_template`` has."""

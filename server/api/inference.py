@@ -62,7 +62,9 @@ class Inference:
     ) -> ChatFormat:
         """The format of answers to a conversation with these adapters; see ``format_of``."""
         backend = self._gate.enter()
-        vocabulary = await backend.vocabularies.of(adapters, chat.chat_template, draw=call.draw)
+        vocabulary = await backend.vocabularies.of(
+            adapters, chat.chat_template, draw=call.draw, tenant=call.tenant
+        )
         limits = InputLimits.of(backend, vocabulary)
         return await format_of(chat, vocabulary.tokenizer, limits, call.tenant)
 
@@ -88,7 +90,7 @@ class Inference:
         # One call may begin 64 answers, and thousands of calls may arrive at once.
         await backend.turns.wait(call.turn)
         vocabulary = await backend.vocabularies.of(
-            message.adapters, message.chat.chat_template, draw=call.draw
+            message.adapters, message.chat.chat_template, draw=call.draw, tenant=call.tenant
         )
         limits = InputLimits.of(backend, vocabulary)
         request = await generate_request(message, vocabulary, limits, call)
@@ -137,7 +139,7 @@ class Inference:
         backend = self._gate.enter()
         call.about(message.adapters)
         vocabulary = await backend.vocabularies.of(
-            message.adapters, message.chat.chat_template, draw=call.draw
+            message.adapters, message.chat.chat_template, draw=call.draw, tenant=call.tenant
         )
         limits = InputLimits.of(backend, vocabulary)
         request = await score_request(message, vocabulary, limits, call)
@@ -173,7 +175,7 @@ class Inference:
         """The tokens of a prompt, a chat or token ids, and their text."""
         backend = self._gate.enter()
         vocabulary = await backend.vocabularies.of(
-            message.adapters, message.chat.chat_template, draw=call.draw
+            message.adapters, message.chat.chat_template, draw=call.draw, tenant=call.tenant
         )
         tokenizer = vocabulary.tokenizer
         violations = Violations()

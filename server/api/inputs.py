@@ -107,7 +107,7 @@ async def pooled(
             inputs' requests end.
     """
     call.about(message.adapters)
-    vocabulary = await backend.vocabularies.of(message.adapters, draw=call.draw)
+    vocabulary = await backend.vocabularies.of(message.adapters, draw=call.draw, tenant=call.tenant)
     violations, limits = Violations(), InputLimits.of(backend, vocabulary)
     check_inputs(message.inputs, limits, violations)
     shared = shared_fields(message, call, violations)
@@ -122,7 +122,7 @@ async def pooled(
         with call.party.hold(), blamed_on(index):
             await backend.turns.wait(call.turn)
             vocabulary = await backend.vocabularies.of(
-                message.adapters, each.chat.chat_template, draw=call.draw
+                message.adapters, each.chat.chat_template, draw=call.draw, tenant=call.tenant
             )
             request = Request(
                 prompt_token_ids=tuple(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from turret.server.adapters.adapter import REQUEST, Adapter, AdapterRef, OwnTemplate
+from turret.server.adapters.adapter import IN_CHAT, Adapter, AdapterRef, OwnTemplate
 from turret.server.api.limits import MAX_MIX_MEMBERS, MAX_TEMPLATE_CHARS
+from turret.server.basics.turns import FairPool
 from turret.server.constraints.constraint import KeptConstraints
 from turret.server.engine.scheduling.request import AdapterTokenizer
 from turret.server.errors import InvalidRequestError
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 
 _FIELD = "chat.chat_template"
+_READERS = 2
 
 
 class Vocabulary:
@@ -105,9 +108,12 @@ class Vocabularies:
         self._made: dict[tuple[Key, str], Vocabulary] = {}
         # Reads in progress, so that concurrent requests share one read.
         self._reading: dict[Key, asyncio.Future[Tokenizer]] = {}
+        # Reading a tokenizer or a template may take seconds of a child process.
+        self._readers = FairPool(ThreadPoolExecutor(_READERS, "turret-tokenizers"))
 
     def close(self) -> None:
         """Compile and render nothing more."""
+        self._readers.close()
         for vocabulary in (self._base, *self._made.values()):
             vocabulary.close()
 
@@ -117,6 +123,7 @@ class Vocabularies:
         chat_template: str = "",
         *,
         draw: float | None = None,
+        tenant: bytes = b"",
     ) -> Vocabulary:
         """The vocabulary for a request with these adapters.
 
@@ -124,6 +131,7 @@ class Vocabularies:
             weights: The adapters.
             chat_template: The chat template that the request brings; empty without one.
             draw: See ``AdapterRef``.
+            tenant: The client's tenant, whose turn it must be for a tokenizer to be read.
 
         This does not check whether the adapters can be combined, and it ignores unknown names.
 
@@ -151,7 +159,7 @@ class Vocabularies:
         tokenizer = self._tokenizers.find(key)
         if tokenizer is None:
             try:
-                tokenizer = await self._read(key, adapter)
+                tokenizer = await self._read(key, adapter, tenant)
             except InvalidRequestError as error:
                 if not chat_template or error.args[0].reason != "CHAT_TEMPLATE_INVALID":
                     raise
@@ -166,12 +174,12 @@ class Vocabularies:
             why = say("TOO_MANY_CHARACTERS", most=most, found=found)
             raise InvalidRequestError.of(_FIELD, why)
 
-    async def _read(self, key: Key, adapter: Adapter | None) -> Tokenizer:
+    async def _read(self, key: Key, adapter: Adapter | None, tenant: bytes) -> Tokenizer:
         reading = self._reading.get(key)
         if reading is None:
             files = None if adapter is None else functools.partial(self._adapters.read, adapter)
-            loop = asyncio.get_running_loop()
-            reading = loop.run_in_executor(None, self._tokenizers.get, key, files)
+            get = functools.partial(self._tokenizers.get, key, files)
+            reading = asyncio.ensure_future(self._readers.run(tenant, get))
             self._reading[key] = reading
             reading.add_done_callback(functools.partial(self._was_read, key))
         # Shield the read, because other requests may wait for it.
@@ -206,4 +214,4 @@ class Vocabularies:
 def _replaced(own: str, chat_template: str) -> str:
     """A request's template, with the special tokens of the one that it replaces."""
     tokens = OwnTemplate.from_json(own).tokens if own else {}
-    return OwnTemplate(REQUEST, {"default": chat_template}, tokens).to_json()
+    return OwnTemplate(IN_CHAT, {"default": chat_template}, tokens).to_json()

@@ -53,12 +53,19 @@ class ChatTemplate:
     Args:
         templates: The template; or several by name, as older tokenizers have them.
         variables: Special tokens by their names, such as ``bos_token``.
+        like: A template whose processes this one uses; None for its own.
     """
 
-    def __init__(self, templates: str | Mapping[str, str], variables: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        templates: str | Mapping[str, str],
+        variables: Mapping[str, str],
+        like: ChatTemplate | None = None,
+    ) -> None:
         self._templates = {"default": templates} if isinstance(templates, str) else templates
         self._variables = variables
-        self._short, self._long = _Lane(), _Lane()
+        self._short = _Lane() if like is None else like._short
+        self._long = _Lane() if like is None else like._long
 
     def pool(self, is_short: bool) -> FairPool:
         """The pool in which to call ``render`` for a short or a long conversation."""

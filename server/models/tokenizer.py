@@ -163,6 +163,8 @@ class Tokenizer:
             template = {} if base is None else base._templates
         templates = {"default": template} if isinstance(template, str) else template
         self._set_templates(templates, inner.special_tokens_map)
+        # The processes of all templates that conversations bring: a client may bring thousands.
+        self._in_chats = ChatTemplate({}, {}) if base is None else base._in_chats
         # Texts of single tokens, by id: log probabilities need thousands of them in each step.
         self._texts: dict[int, str] = {}
         # Special tokens' texts, with their token ids when read as ordinary text.
@@ -233,16 +235,24 @@ class Tokenizer:
             return self
         made = copy.copy(self)
         made.eos_token_ids = ends
-        made._set_templates(templates, variables)
+        made._set_templates(templates, variables, self._in_chats if own.is_in_chat else None)
         return made
 
-    def _set_templates(self, templates: Mapping[str, str], variables: Mapping[str, str]) -> None:
-        """Chat templates by name (none without one), and the special tokens that they write."""
+    def _set_templates(
+        self,
+        templates: Mapping[str, str],
+        variables: Mapping[str, str],
+        like: ChatTemplate | None = None,
+    ) -> None:
+        """Chat templates by name (none without one), and the special tokens that they write.
+
+        They use the processes of ``like``, or their own.
+        """
         added = self._backend.get_added_tokens_decoder().items()
         special = {token.content: number for number, token in added if token.special}
         self._templates, self._variables = templates, variables
         self.chat_format = ChatFormat.of(templates, special)
-        self._chats = ChatTemplate(templates, variables)
+        self._chats = ChatTemplate(templates, variables, like)
 
     @property
     def has_template(self) -> bool:
@@ -406,6 +416,7 @@ class Tokenizer:
     def close(self) -> None:
         """End the processes that render conversations."""
         self._chats.close()
+        self._in_chats.close()
 
     def _marked(self, texts: Sequence[str], mark: str, held: list[str]) -> list[str]:
         """Texts with a mark in place of each special token, whose text is added to ``held``."""

@@ -150,12 +150,16 @@ async def test_the_timing_is_that_of_the_whole_call(monkeypatch: pytest.MonkeyPa
 
 async def test_a_call_takes_part_of_the_queue_and_lets_go_of_it() -> None:
     most = running = 0
+    is_full = asyncio.Event()
 
     async def slow(request: Request) -> AsyncIterator[Output]:
         nonlocal most, running
         running += 1
         most = max(most, running)
-        await asyncio.sleep(0.001)
+        # The answers begin one after the other.
+        if running == MAX_AT_A_TIME:
+            is_full.set()
+        await is_full.wait()
         running -= 1
         async for output in hello(request):
             yield output

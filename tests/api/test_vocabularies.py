@@ -86,6 +86,24 @@ async def test_one_that_many_ask_for_is_read_once(
     assert adapters.read_names == ["a"]
 
 
+async def test_slow_reads_delay_only_other_reads_and_take_turns(
+    adapters: Adapters, vocabularies: Vocabularies
+) -> None:
+    adapters.may_read.clear()
+    asking = [
+        asyncio.create_task(vocabularies.of(weights(f"a{number}"), tenant=b"a"))
+        for number in range(50)
+    ]
+    await asyncio.sleep(0)
+    asking.append(asyncio.create_task(vocabularies.of(weights("b"), tenant=b"b")))
+    await asyncio.sleep(0)
+    # Other work that blocks uses the loop's own threads.
+    assert await asyncio.wait_for(asyncio.to_thread(lambda: 1), 5) == 1
+    adapters.may_read.set()
+    await asyncio.gather(*asking)
+    assert adapters.read_names.index("b") <= 4
+
+
 async def test_a_fault_is_told_to_all_and_not_kept(
     adapters: Adapters, vocabularies: Vocabularies, monkeypatch: pytest.MonkeyPatch
 ) -> None:

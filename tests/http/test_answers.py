@@ -131,12 +131,16 @@ async def test_of_n_answers_the_first_goes_ahead_and_each_has_a_seed() -> None:
 async def test_a_list_of_prompts_leaves_room_in_the_queue() -> None:
     async with http_harness() as server:
         running, most = 0, 0
+        is_full = asyncio.Event()
 
         async def script(request: Request) -> AsyncIterator[Output]:
             nonlocal running, most
             running += 1
             most = max(most, running)
-            await asyncio.sleep(0)
+            # The answers begin one after the other.
+            if running == MAX_AT_A_TIME:
+                is_full.set()
+            await is_full.wait()
             running -= 1
             yield Output(text="x", token_ids=(1,), finish=finish(request))
 

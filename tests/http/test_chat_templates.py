@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import shutil
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from builders.bases.tiny_models import EOS, tiny_tokenizer
 from builders.methods import make_config, save_adapter
@@ -486,3 +488,13 @@ async def test_a_request_brings_a_template_only_where_that_is_allowed(
         broken["chat_template"] = "x" * ((1 << 18) + 1)
         refused = await trusting.http.refused("/tokenize", broken)
         assert refused.param == "chat_template"
+        # All templates of conversations share their processes: a client may send thousands.
+        before = len(psutil.Process().children())
+        await asyncio.gather(
+            *(
+                trusting.tokens(name, chat_template=f"{OTHER}{number}")
+                for name in ("base", "own")
+                for number in range(6)
+            )
+        )
+        assert len(psutil.Process().children()) <= before

@@ -409,7 +409,12 @@ class FakeVocabularies(Vocabularies):
         self._only = base
 
     async def of(
-        self, weights: Any, chat_template: str = "", *, draw: float | None = None
+        self,
+        weights: Any,
+        chat_template: str = "",
+        *,
+        draw: float | None = None,
+        tenant: bytes = b"",
     ) -> Vocabulary:
         return self._only
 
