@@ -194,7 +194,10 @@ class Inference:
         if refs:
             # No step uses these adapters, but they must exist.
             backend.registry.release(backend.registry.acquire(refs))
-        ids = await input_token_ids(message, tokenizer, limits, call.tenant)
+        adds_special = not message.omit_special_tokens
+        ids = await input_token_ids(
+            message, tokenizer, limits, call.tenant, adds_special=adds_special
+        )
         check_length(len(ids), limits.max_tokens, "tokens")
         return await converted(
             len(ids),
