@@ -73,10 +73,12 @@ chaos: setup
 soak: setup
 	$(BIN)/python -m pytest -s --timeout 3000 --soak-seconds $(SOAK_SECONDS) tests/server/test_churn.py $(ARGS)
 
-# Runs other projects' clients against a server, from a separate virtual environment.
+# Runs other projects' clients against a server, from a separate virtual environment. pip would take minutes to find
+# versions that fit together.
 conformance: setup
 	test -x .conformance/bin/python || $(PYTHON) -m venv .conformance
-	.conformance/bin/pip install -q -r tests/conformance/requirements.txt
+	.conformance/bin/pip install -q uv
+	.conformance/bin/uv pip install -q --python .conformance/bin/python -r tests/conformance/requirements.txt
 	$(BIN)/python -m pytest --timeout 3000 -m long $(ARGS) tests/conformance
 
 bench: setup

@@ -54,6 +54,7 @@ from turret.server.errors import (
     UnavailableError,
 )
 from turret.server.hub import AdapterHub
+from turret.server.remote import RemoteAdapters
 
 _log = logging.getLogger(__name__)
 
@@ -527,6 +528,7 @@ class ReplicaParts:
                 config.allow_other_base, config.allow_dense_adapters, config.strict_base
             ),
             hub=AdapterHub(config.adapter_hub, config.max_upload_bytes),
+            remotes=RemoteAdapters(config.adapter_remote, config.max_upload_bytes),
             admit=admit,
         )
         return self._registry

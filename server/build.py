@@ -65,6 +65,7 @@ from turret.server.models.model_source import ModelSource, resolve_model
 from turret.server.models.own_tokenizers import OwnTokenizers
 from turret.server.models.sources.check import default_cache_dir
 from turret.server.models.tokenizer import Tokenizer
+from turret.server.remote import RemoteAdapters
 from turret.server.words import say
 
 _log = logging.getLogger(__name__)
@@ -283,6 +284,7 @@ def _build_registry(
         state=state,
         allowed=Allowed(config.allow_other_base, config.allow_dense_adapters, config.strict_base),
         hub=AdapterHub(config.adapter_hub, config.max_upload_bytes),
+        remotes=RemoteAdapters(config.adapter_remote, config.max_upload_bytes),
         admit=admit,
         keep_generations=config.keep_generations,
     )

@@ -13,7 +13,16 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator
 from pydantic.dataclasses import dataclass
 
-from turret.server.basics.names import HUB_SCHEME, HubId, closest, model_place, no_adapter_name
+from turret.server.basics.names import (
+    HUB_SCHEME,
+    HubId,
+    closest,
+    is_below_remote,
+    is_remote,
+    is_remote_path,
+    model_place,
+    no_adapter_name,
+)
 from turret.server.basics.settings import (
     GIB,
     MIB,
@@ -226,8 +235,14 @@ class AdapterConfig:
         " hub:org/name[@revision], or '*' for all; repeatable",
         shown="ORG",
     )
+    adapter_remote: Names = setting(
+        (),
+        "s3:// or oci:// prefix below which adapters may be loaded, such as s3://bucket/adapters;"
+        " needs --state-dir; repeatable",
+        shown="PREFIX",
+    )
     max_upload_bytes: Bytes = setting(
-        2 * GIB, "maximum size of an adapter that is uploaded or fetched from the hub", ge=1
+        2 * GIB, "maximum size of an adapter that is uploaded or downloaded", ge=1
     )
     adapter_host_bytes: Bytes = setting(GIB, "host memory for adapter weights", ge=1)
     adapter_device_bytes: Bytes | None = setting(
@@ -255,19 +270,26 @@ class AdapterConfig:
     )
     preload: Preloads = setting(
         (),
-        "adapter to load at startup: its path relative to --adapter-root, or"
-        " hub:org/name[@revision]; repeatable",
+        "adapter to load at startup: its path relative to --adapter-root, hub:org/name[@revision],"
+        " s3://… or oci://…; repeatable",
         shown="NAME=PATH",
     )
 
     def __post_init__(self) -> None:
-        if found := [*self._preloads_at_fault(), *self._hubs_at_fault()]:
+        if found := [*self._preloads_at_fault(), *self._hubs_at_fault(), *self._remotes_at_fault()]:
             raise SettingsError(*found)
 
     def _hubs_at_fault(self) -> Iterator[Violation]:
         for org in self.adapter_hub:
             if org != "*" and HubId.find(f"{org}/name") is None:
                 yield Violation("adapters.adapter_hub", say("NOT_AN_ORGANISATION", value=org))
+
+    def _remotes_at_fault(self) -> Iterator[Violation]:
+        for prefix in self.adapter_remote:
+            if not is_remote_path(prefix):
+                yield Violation("adapters.adapter_remote", say("NOT_A_REMOTE", value=prefix))
+        if self.adapter_remote and self.state_dir is None:
+            yield Violation("adapters.adapter_remote", say("NEEDS_FIELD", other="--state-dir"))
 
     def _preloads_at_fault(self) -> Iterator[Violation]:
         names = [name for name, _ in self.preload]
@@ -278,6 +300,10 @@ class AdapterConfig:
                 yield Violation("adapters.preload", say("DUPLICATE", value=name))
         for name, path in self.preload:
             field = f"adapters.preload.{name}"
+            if is_remote(path):
+                if not any(is_below_remote(path, prefix) for prefix in self.adapter_remote):
+                    yield Violation(field, say("NEEDS_FIELD", other="--adapter-remote"))
+                continue
             if not path.startswith(HUB_SCHEME):
                 if self.adapter_root is None:
                     yield Violation(field, say("NEEDS_FIELD", other="--adapter-root"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import turret
@@ -32,7 +32,7 @@ from turret.server.api.inference_requests import (
     score_request,
 )
 from turret.server.api.inputs import classify, embed
-from turret.server.api.limits import InputLimits
+from turret.server.api.limits import MAX_STREAMED_NUMBERS, InputLimits
 from turret.server.api.same_names import message_of
 from turret.server.api.violations import Violations, adapter_refs
 from turret.server.engine.scheduling.request import Output, Request
@@ -163,6 +163,17 @@ class Inference:
         """
         return await embed(message, self._gate.enter(), call)
 
+    async def embed_stream(
+        self, message: inference_pb2.EmbedRequest, call: Call
+    ) -> AsyncIterator[inference_pb2.EmbedResponse]:
+        """The vectors in several messages, of which the last also has the other fields."""
+        answer = await self.embed(message, call)
+        at_once = max(MAX_STREAMED_NUMBERS // len(answer.embeddings[0].values), 1)
+        while len(answer.embeddings) > at_once:
+            yield inference_pb2.EmbedResponse(embeddings=answer.embeddings[:at_once])
+            del answer.embeddings[:at_once]
+        yield answer
+
     async def classify(
         self, message: inference_pb2.ClassifyRequest, call: Call
     ) -> inference_pb2.ClassifyResponse:
@@ -186,7 +197,10 @@ class Inference:
         if refs:
             # No step uses these adapters, but they must exist.
             backend.registry.release(backend.registry.acquire(refs))
-        ids = await input_token_ids(message, tokenizer, limits, call.tenant)
+        adds_special = not message.omit_special_tokens
+        ids = await input_token_ids(
+            message, tokenizer, limits, call.tenant, adds_special=adds_special
+        )
         check_length(len(ids), limits.max_tokens, "tokens")
         return await converted(
             len(ids),

@@ -382,9 +382,21 @@ async def format_of(
 
 
 async def input_token_ids(
-    message: Asked, tokenizer: Tokenizer, limits: InputLimits, tenant: bytes
+    message: Asked,
+    tokenizer: Tokenizer,
+    limits: InputLimits,
+    tenant: bytes,
+    *,
+    adds_special: bool = True,
 ) -> list[int]:
     """The tokens of a checked ``input``; long texts are tokenised off the event loop.
+
+    Args:
+        message: The message with the input.
+        tokenizer: The tokenizer.
+        limits: The limits that the model sets.
+        tenant: The party that the work is for.
+        adds_special: Whether a prompt gets the tokenizer's special tokens.
 
     Raises:
         InvalidRequestError, UnavailableError: See ``Tokenizer.render_chat``.
@@ -400,7 +412,7 @@ async def input_token_ids(
         encode = functools.partial(tokenizer.encode_rendered, chat)
     else:
         size = len(message.prompt)
-        encode = functools.partial(tokenizer.encode, message.prompt)
+        encode = functools.partial(tokenizer.encode, message.prompt, adds_special=adds_special)
     is_short = size <= _INLINE_CHARS and tokenizer.encodes_at_once
     return encode() if is_short else await _encoding.run(tenant, encode)
 

@@ -43,6 +43,8 @@ MAX_CACHE_SALT_CHARS = 256
 # Inputs of one call, and numbers in all the vectors of its answer (32 MiB).
 MAX_INPUTS = 2048
 MAX_EMBEDDING_NUMBERS = 8 << 20
+# Numbers in one message of EmbedStream (2 MiB).
+MAX_STREAMED_NUMBERS = 1 << 19
 # Label scores over all inputs of one call; each takes some hundred bytes.
 MAX_LABEL_SCORES = 1 << 20
 # Limit of Tokenize, which also accepts more than the model can read.

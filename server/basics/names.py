@@ -33,6 +33,36 @@ def no_adapter_name(name: str) -> Text | None:
     return say("NOT_AN_ADAPTER_NAME", value=shown)
 
 
+# Paths of adapters in S3 buckets and OCI registries.
+
+S3_SCHEME, OCI_SCHEME = "s3://", "oci://"
+_REMOTE = re.compile(r"(s3|oci)://[A-Za-z0-9[][A-Za-z0-9._:@/+=\[\]-]{0,1000}")
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path names an adapter in a bucket or a registry."""
+    return path.startswith((S3_SCHEME, OCI_SCHEME))
+
+
+def is_remote_path(path: str) -> bool:
+    """Whether a path has the form of a remote adapter's, or of a prefix of such paths."""
+    parts = path.rstrip("/").split("/")[2:]
+    return _REMOTE.fullmatch(path) is not None and not {"", ".", ".."} & set(parts)
+
+
+def is_below_remote(path: str, prefix: str) -> bool:
+    """Whether a remote path is the prefix, or below it.
+
+    A prefix ends at a slash. That of an OCI repository also ends before a tag or digest, but that
+    of a host does not end before a port.
+    """
+    prefix = prefix.rstrip("/")
+    if not is_remote_path(path) or not path.startswith(prefix):
+        return False
+    is_repository = prefix.startswith(OCI_SCHEME) and "/" in prefix.removeprefix(OCI_SCHEME)
+    return path[len(prefix) : len(prefix) + 1] in ("", "/", *(":@" if is_repository else ""))
+
+
 # Names of repositories on a Hugging Face hub: ``org/name``, or ``org/name@revision``.
 
 # Prefix of an adapter path that names a hub repository.

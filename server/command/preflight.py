@@ -23,7 +23,13 @@ from turret.server.adapters.base import BaseSizes, ModuleSize
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot, check_is_adapter
 from turret.server.api.access import TokenTable
 from turret.server.basics.files import read_regular, unreadable, unwritable
-from turret.server.basics.names import HUB_SCHEME, closest, closest_path, how_to_add
+from turret.server.basics.names import (
+    HUB_SCHEME,
+    closest,
+    closest_path,
+    how_to_add,
+    is_remote,
+)
 from turret.server.basics.settings import Violation, split_address, text_of
 from turret.server.basics.triton_needs import missing_for_triton
 from turret.server.command.threads import available_cpus
@@ -223,7 +229,11 @@ def _adapters(
             )
 
     root = config.adapter_root
-    preload = [(name, path) for name, path in config.preload if not path.startswith(HUB_SCHEME)]
+    preload = [
+        (name, path)
+        for name, path in config.preload
+        if not (path.startswith(HUB_SCHEME) or is_remote(path))
+    ]
     field = "adapters.adapter_root"
     if root is not None and not root.is_dir():
         near = None if root.exists() else closest_path(root, Path.is_dir)

@@ -114,6 +114,7 @@ async def tokenize(exchange: Exchange) -> None:
     message = inference_pb2.TokenizeRequest(adapters=mix)
     if body.messages is None:
         message.prompt = body.prompt or ""
+        message.omit_special_tokens = body.add_special_tokens is False
     else:
         message.chat.CopyFrom(chat_of(body.messages, body))
         tools_of(body.tools, body.tool_choice, body.parallel_tool_calls, message.chat)

@@ -296,12 +296,18 @@ class Tokenizer:
         return self._backend.to_str()
 
     @PANICS_ARE_ERRORS
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, adds_special: bool = True) -> list[int]:
         """Tokenise a raw prompt; the tokenizer's own BOS rule applies.
 
         If the text already begins with a BOS, such as a rendered chat, no other is added.
+
+        Args:
+            text: The prompt.
+            adds_special: Whether the tokenizer adds its special tokens.
         """
-        ids = self._ids(text, add_special_tokens=True)
+        ids = self._ids(text, add_special_tokens=adds_special)
+        if not adds_special:
+            return ids
         is_twice = self._bos is not None and ids[:2] == [self._bos] * 2
         return ids[1:] if is_twice else ids
 

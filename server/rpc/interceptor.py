@@ -243,10 +243,10 @@ _log = logging.getLogger(__name__)
 # The calls that turret_requests_total counts: those that name adapters.
 COUNTED = frozenset(
     f"/turret.v1.Inference/{name}"
-    for name in ("Generate", "GenerateStream", "Score", "Embed", "Classify")
+    for name in ("Generate", "GenerateStream", "Score", "Embed", "EmbedStream", "Classify")
 )
 # Calls with many inputs. Their handlers count each input for the party that sent the call.
-MANY = frozenset(f"/turret.v1.Inference/{name}" for name in ("Embed", "Classify"))
+MANY = frozenset(f"/turret.v1.Inference/{name}" for name in ("Embed", "EmbedStream", "Classify"))
 
 # Every method that some address of the server answers.
 _METHODS = frozenset(

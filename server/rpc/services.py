@@ -43,6 +43,7 @@ _INFERENCE: dict[str, _Method] = {
     "GenerateStream": Inference.generate,
     "Score": Inference.score,
     "Embed": Inference.embed,
+    "EmbedStream": Inference.embed_stream,
     "Classify": Inference.classify,
     "Tokenize": Inference.tokenize,
     "GetModel": lambda api, _, call: api.model(),

@@ -10,6 +10,17 @@ TEXTS = {
     "ADAPTER_BELOW_TOP": "contains no adapter_config.json at its top, only in {folder}; download"
     " that directory and load it from --adapter-root",
     "TOO_MANY_DOWNLOADS": "{most} downloads from the hub are already under way",
+    # Adapters in buckets and registries.
+    "REMOTE_NOT_ALLOWED": "the server's --adapter-remote allows {choices}",
+    "REMOTE_LACKS_FILE": "contains no {file}",
+    "REMOTE_MISSING": "there is no adapter at {path}",
+    "REMOTE_FORBIDDEN": "access to {path} was denied; check the server's credentials",
+    "REMOTE_NEEDS_PACKAGE": "the server lacks the package {package}; install turret's extra s3"
+    " or oci",
+    "REMOTE_NOT_REACHED": "{path} cannot be read ({problem}); check the network and the server's"
+    " credentials",
+    "REMOTE_DAMAGED": "{path} did not arrive as announced: {problem}",
+    "REMOTE_TOO_SLOW": "{path} did not arrive in time; try again",
     # Repositories.
     "HUB_OFFLINE": "{repository} is not in the cache {folder}, and HF_HUB_OFFLINE is set; unset"
     " it, or download the files with `hf download {name}`",

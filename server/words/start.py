@@ -10,6 +10,7 @@ TEXTS = {
     " IPv6 host), not {value!q}",
     "NOT_NAME_PATH": "must be NAME=PATH, not {value!q}",
     "NOT_OF_FORM": "must be * or {form}, not {value!q}",
+    "NOT_A_REMOTE": "must begin with s3:// and a bucket, or oci:// and a host, not {value!q}",
     "NOT_AN_ORGANISATION": "must be * or the name of an organisation or user, not {value!q}",
     "NOT_A_HUB_PATH": "must be a path or hub:org/name[@revision], not {value!q}",
     "BELOW_OTHER": "must be at least {other} ({least}), not {value}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import struct
+from array import array
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -113,6 +114,23 @@ async def test_vectors_of_a_call_have_a_limit_together(monkeypatch: pytest.Monke
         assert failure.reasons == {"inputs": "TOO_MANY_NUMBERS"}
         assert failure.metadata["most"] == "3"
         assert len((await server.inference.Embed(texts(*"abcd", dimensions=6))).embeddings) == 4
+
+
+async def test_a_client_with_the_default_limit_of_messages_gets_every_vector() -> None:
+    async def wide(request: Request) -> AsyncIterator[Output]:
+        values = array("f", [len(request.prompt_token_ids)]) * 4096
+        yield Output(pooled=values, finish=finish(request))
+
+    message = texts(*("a" * (1 + each % 9) for each in range(300)), request_id="mine")
+    async with harness() as server:
+        server.engine.script = wide
+        parts = [part async for part in server.inference.EmbedStream(message)]
+        assert server.sample("turret_requests_total", adapter="base", code="OK") == 1
+    assert max(part.ByteSize() for part in parts) <= (2 << 20) + (1 << 12)
+    assert [part.request_id for part in parts] == ["", "", "mine"]
+    vectors = [each.values for part in parts for each in part.embeddings]
+    assert [values[0] for values in vectors] == [1 + each % 9 for each in range(300)]
+    assert parts[-1].usage.prompt_tokens == sum(values[0] for values in vectors)
 
 
 async def test_an_input_that_is_too_long_is_named() -> None:

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,13 +146,16 @@ def test_llm(url: str, tmp_path: Path) -> None:
 
 
 @needs_clients
-def test_lm_eval(server: ServerUnderTest, url: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tokenizer", ["huggingface", "remote"])
+def test_lm_eval(tokenizer: str, url: str, tmp_path: Path) -> None:
     """The harness scores choices by echo and prompt logprobs, with the server's own tokens."""
     task = (HERE / "tasks" / "colours.yaml").read_text()
     questions = HERE / "tasks" / "colours.jsonl"
     (tmp_path / "colours.yaml").write_text(task.replace("COLOURS_JSONL", str(questions)))
     arguments = f"model=base,base_url={url}/completions,num_concurrent=2,max_retries=1"
-    arguments += f",tokenizer_backend=huggingface,tokenizer={_tokenizer()},tokenized_requests=True"
+    arguments += f",tokenizer_backend={tokenizer},tokenized_requests=True"
+    if tokenizer == "huggingface":
+        arguments += f",tokenizer={_tokenizer()}"
     command = [CLIENTS / "lm_eval", "--model", "local-completions", "--model_args", arguments]
     command += ["--include_path", tmp_path, "--tasks", "colours", "--output_path", tmp_path / "out"]
     quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
@@ -158,6 +163,71 @@ def test_lm_eval(server: ServerUnderTest, url: str, tmp_path: Path) -> None:
     (report,) = (tmp_path / "out").rglob("results_*.json")
     scores = json.loads(report.read_text())["results"]["colours"]
     assert scores["acc,none"] == 1.0
+
+
+@needs_clients
+@pytest.mark.parametrize(
+    ("client", "expected_of"),
+    [
+        ("instructor", lambda found: found["TOOLS"] == found["JSON_SCHEMA"] == "int"),
+        ("outlines", lambda found: found["age"] == "int" and found["choice"] in ("yes", "no")),
+        (
+            "guidance",
+            lambda found: found["colour"] in ("red", "blue") and len(found["number"]) == 3,
+        ),
+        ("pydantic_ai", lambda found: found == {"age": "int"}),
+        ("dspy", lambda found: bool(found["text"])),
+    ],
+)
+def test_python_clients(
+    client: str, expected_of: Callable[[Any], bool], url: str, tools_url: str
+) -> None:
+    found = ask(client, url, tools_url)
+    assert expected_of(found), found
+
+
+def test_the_lora_calls_of_vllm(url: str) -> None:
+    """The requests in its documentation, with an absolute path."""
+
+    def post(name: str, body: dict[str, Any]) -> int:
+        head = {"content-type": "application/json"}
+        request = urllib.request.Request(f"{url}/{name}", json.dumps(body).encode(), head)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    name = "acme/Pirate.v1"
+    adapter = {"lora_name": name, "lora_path": str(ROOT / "examples/adapters/pirate")}
+    assert post("load_lora_adapter", adapter) == 200
+    assert expected(url, name) != expected(url, "base")
+    other = {**adapter, "lora_path": str(ROOT / "examples/adapters/json")}
+    assert post("load_lora_adapter", other) == 409
+    assert post("load_lora_adapter", {**other, "load_inplace": True}) == 200
+    assert expected(url, name) == expected(url, "json")
+    assert post("unload_lora_adapter", {"lora_name": name, "lora_int_id": 1}) == 200
+    assert post("unload_lora_adapter", {"lora_name": name}) == 404
+
+
+@needs_clients
+def test_litellm(url: str, tools_url: str) -> None:
+    text = expected(url)
+    found = ask("litellm", url, tools_url)
+    assert found == {"whole": text, "stream": text, "effort": text, "vectors": 2}
+
+
+@needs_clients
+def test_openai_agents(url: str, tools_url: str) -> None:
+    found = ask("agents", url, tools_url)
+    doubled = [str(2 * number) for number in found.pop("calls")]
+    assert len(doubled) == 2
+    assert list(map(str, found.values())) == doubled
+
+
+def ask(client: str, url: str, tools_url: str) -> Any:
+    """The results of one of the clients in ``ask_clients.py``."""
+    return json.loads(run([CLIENTS / "python", HERE / "ask_clients.py", client, url, tools_url]))
 
 
 def _tokenizer() -> Path:

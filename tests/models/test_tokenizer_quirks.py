@@ -107,6 +107,26 @@ async def test_gemma_begins_with_one_bos(tmp_path: Path) -> None:
     assert tokenizer.encode_chat(TURNS).count(bos) == 1
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+async def test_a_text_is_tokenized_with_or_without_special_tokens(
+    name: str, tmp_path: Path
+) -> None:
+    tokenizer, theirs = load(name, tmp_path)
+    async with harness(serving=False) as rpc, http_harness(serving=False) as http:
+        for door in (rpc, http):
+            fakes = fake_backend(door.engine, door.registry, FakeMerger(), FakeFuser())
+            vocabularies = FakeVocabularies(Vocabulary(tokenizer))
+            door.gate.open(replace(fakes, tokenizer=tokenizer, vocabularies=vocabularies))
+        for adds in (True, False):
+            expected = theirs("hi there", add_special_tokens=adds)["input_ids"]
+            body = {"prompt": "hi there", "add_special_tokens": adds}
+            assert (await http.post("/tokenize", body)).json()["tokens"] == expected
+            message = inference_pb2.TokenizeRequest(prompt="hi there", omit_special_tokens=not adds)
+            assert list((await rpc.inference.Tokenize(message)).token_ids) == expected
+        chat = {"messages": TURNS, "add_special_tokens": True}
+        assert (await http.refused("/tokenize", chat)).param == "add_special_tokens"
+
+
 async def test_a_template_that_takes_no_system_turn_says_so(tmp_path: Path) -> None:
     tokenizer, _ = load("gemma", tmp_path)
     turns = [{"role": "system", "content": "Be kind."}, *TURNS]

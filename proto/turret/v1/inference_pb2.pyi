@@ -421,16 +421,18 @@ class ClassifyResponse(_message.Message):
     def __init__(self, classifications: _Optional[_Iterable[_Union[Classification, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., adapters_used: _Optional[_Iterable[_Union[AdapterUse, _Mapping]]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
-    __slots__ = ("prompt", "chat", "token_ids", "adapters")
+    __slots__ = ("prompt", "chat", "token_ids", "adapters", "omit_special_tokens")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    OMIT_SPECIAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     chat: Chat
     token_ids: TokenIds
     adapters: _containers.RepeatedCompositeFieldContainer[_adapters_pb2.AdapterWeight]
-    def __init__(self, prompt: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[_adapters_pb2.AdapterWeight, _Mapping]]] = ...) -> None: ...
+    omit_special_tokens: bool
+    def __init__(self, prompt: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[_adapters_pb2.AdapterWeight, _Mapping]]] = ..., omit_special_tokens: bool = ...) -> None: ...
 
 class TokenizeResponse(_message.Message):
     __slots__ = ("token_ids", "token_texts", "text")

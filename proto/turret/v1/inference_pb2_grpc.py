@@ -76,6 +76,11 @@ class InferenceStub(object):
                 request_serializer=turret_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
                 response_deserializer=turret_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
                 _registered_method=True)
+        self.EmbedStream = channel.unary_stream(
+                '/turret.v1.Inference/EmbedStream',
+                request_serializer=turret_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=turret_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.Classify = channel.unary_unary(
                 '/turret.v1.Inference/Classify',
                 request_serializer=turret_dot_v1_dot_inference__pb2.ClassifyRequest.SerializeToString,
@@ -144,7 +149,16 @@ class InferenceServicer(object):
         """Turns each input into a vector: the final hidden states of its tokens, pooled. Returns the errors
         of `Generate`; all inputs of a call succeed or fail together. Every input counts as a separate
         request against `--max-requests-per-token` and `--max-requests-per-peer`. The response may have
-        32 MiB: raise the client's limit for received messages, which is 4 MiB by default.
+        32 MiB. If your client's limit for received messages is 4 MiB, the default of gRPC, call
+        `EmbedStream` instead.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EmbedStream(self, request, context):
+        """The answer of `Embed` in messages of at most 2 MiB. Each has the next vectors, in the order of the
+        inputs. The last one also has the other fields.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -190,6 +204,11 @@ def add_InferenceServicer_to_server(servicer, server):
             ),
             'Embed': grpc.unary_unary_rpc_method_handler(
                     servicer.Embed,
+                    request_deserializer=turret_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=turret_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
+            ),
+            'EmbedStream': grpc.unary_stream_rpc_method_handler(
+                    servicer.EmbedStream,
                     request_deserializer=turret_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
                     response_serializer=turret_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
             ),
@@ -371,6 +390,33 @@ class Inference(object):
             request,
             target,
             '/turret.v1.Inference/Embed',
+            turret_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            turret_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EmbedStream(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/turret.v1.Inference/EmbedStream',
             turret_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
             turret_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
             options,

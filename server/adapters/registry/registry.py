@@ -26,6 +26,7 @@ from turret.server.adapters.adapter import (
     AliasTarget,
     Mix,
     OwnTemplate,
+    Source,
     check_alias,
 )
 from turret.server.adapters.base import NOTHING_SPECIAL, Allowed, BaseModel, ChangedBase
@@ -44,7 +45,7 @@ from turret.server.adapters.registry.name_table import (
 from turret.server.adapters.residency.leases import AdapterMetrics, Leases, NoAdapterMetrics
 from turret.server.adapters.residency.loader import AdapterLoader, lost
 from turret.server.adapters.state_dir import NoStateDir, StagedUpload, UploadedFile
-from turret.server.basics.names import BASE, no_adapter_name
+from turret.server.basics.names import BASE, is_remote, no_adapter_name
 from turret.server.errors import (
     AdapterBusyError,
     AdapterCheckpointError,
@@ -55,6 +56,7 @@ from turret.server.errors import (
     TurretError,
 )
 from turret.server.hub import AdapterHub
+from turret.server.remote import RemoteAdapters
 from turret.server.words import say
 
 UnloadMode = Literal["DRAIN", "FORCE"]
@@ -177,6 +179,8 @@ class AdapterRegistry:
         load_threads: Maximum number of adapters that are read in the background at once.
         allowed: Exceptions to what is rejected by default.
         hub: Finds adapters whose paths begin with ``hub:``; None rejects such paths.
+        remotes: Fetches adapters whose paths begin with ``s3://`` or ``oci://``, which are then
+            kept like uploads; None rejects such paths.
         admit: Called with the operators of every adapter that is read; raises if they cannot be
             served.
         keep_generations: The number of replaced generations of a name that requests may still name.
@@ -200,10 +204,12 @@ class AdapterRegistry:
         load_threads: int = 2,
         allowed: Allowed = NOTHING_SPECIAL,
         hub: AdapterHub | None = None,
+        remotes: RemoteAdapters | None = None,
         admit: Callable[[AdapterOperators], None] = lambda operators: None,
         keep_generations: int = 0,
     ) -> None:
         self._state = kept = NoStateDir() if state is None else state
+        self._remotes = remotes or RemoteAdapters()
         self._loader = loader = AdapterLoader(
             root,
             base,
@@ -299,7 +305,8 @@ class AdapterRegistry:
     ) -> AdapterInfo:
         """Reads an adapter and registers it. Blocks, so do not call it on the engine thread.
 
-        ``path`` is below the adapter root, or ``hub:org/name[@revision]``. The same content under
+        ``path`` is below the adapter root, ``hub:org/name[@revision]``, or remote (``s3://…`` or
+        ``oci://…``). The same content under
         the same name is accepted again, and changes at most the pin and the source.
         ``chat_template`` is used instead of the one in the files.
 
@@ -311,10 +318,15 @@ class AdapterRegistry:
             BudgetExceededError: The rank or size exceeds a limit, or a pinned adapter has no room.
             StorageFullError: The registration cannot be saved.
         """
-        with self._changing(name):
-            source = self._loader.find(path, task)
+        with self._changing(name), self._found(name, path, task) as (source, staged):
             return self._put(
-                NewWeights(name=name, source=source, pinned=pinned, chat_template=chat_template)
+                NewWeights(
+                    name=name,
+                    source=source,
+                    staged=staged,
+                    pinned=pinned,
+                    chat_template=chat_template,
+                )
             )
 
     def replace(
@@ -340,16 +352,31 @@ class AdapterRegistry:
         """
         with self._changing(name):
             self._table.check_generation(name, expected_generation)
-            source = self._loader.find(path, task)
-            return self._put(
-                NewWeights(
-                    name=name,
-                    source=source,
-                    replace=True,
-                    expected_generation=expected_generation,
-                    chat_template=chat_template,
+            with self._found(name, path, task) as (source, staged):
+                return self._put(
+                    NewWeights(
+                        name=name,
+                        source=source,
+                        staged=staged,
+                        replace=True,
+                        expected_generation=expected_generation,
+                        chat_template=chat_template,
+                    )
                 )
-            )
+
+    @contextlib.contextmanager
+    def _found(
+        self, name: str, path: str, task: int | None
+    ) -> Iterator[tuple[Source, StagedUpload | None]]:
+        """The source of a path, and the download that contains it, if it is remote."""
+        if not is_remote(path):
+            yield self._loader.find(path, task), None
+            return
+        staged = self._remotes.fetch(path, self._state.stage)
+        try:
+            yield dataclasses.replace(self._state.staged_source(staged, name), task=task), staged
+        finally:
+            staged.discard()
 
     def stage(self, files: Sequence[UploadedFile]) -> StagedUpload:
         """Begins an upload. Pass the finished object to ``upload``, and discard it afterwards.

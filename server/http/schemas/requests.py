@@ -455,7 +455,9 @@ class TokenizeRequest(Asking, ChatOnly):
     parallel_tool_calls: bool | None = Field(None, description=_PARALLEL)
     return_token_strs: bool = False
     echo: Any = unsupported(False)
-    add_special_tokens: bool | None = None
+    add_special_tokens: bool | None = Field(
+        None, description="Whether a prompt gets the tokenizer's special tokens; true by default."
+    )
 
     @model_validator(mode="after")
     def _has_one_input(self) -> TokenizeRequest:
@@ -484,9 +486,10 @@ def _check_input(body: InputsRequest | TokenizeRequest, name: str) -> None:
     for field in () if is_chat else _RENDERING:
         if getattr(body, field):
             raise wrong_at(say("NEEDS_FIELD", other="messages"), field)
-    # The chat template writes special tokens itself, and a text always gets them, so only these
-    # values are right.
-    if body.add_special_tokens not in (None, is_text):
+    # The chat template writes special tokens itself, and a text that is embedded or labelled always
+    # gets them.
+    is_free = is_text and isinstance(body, TokenizeRequest)
+    if not is_free and body.add_special_tokens not in (None, is_text):
         raise wrong_at(say("NOT_SUPPORTED"), "add_special_tokens")
 
 

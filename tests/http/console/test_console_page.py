@@ -6,13 +6,16 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from builders.registries import Registries
 from servers.fakes import finish
 from servers.http_harness import HttpHarness, http_harness
 
 from turret.server.adapters.adapter import AdapterRef
+from turret.server.adapters.state_dir import StateDir
 from turret.server.api.access import TokenTable
 from turret.server.basics.work import Cancellation
 from turret.server.engine.scheduling.request import Output, Request, TokenLogprob, TopLogprob
@@ -310,6 +313,41 @@ async def test_an_administrator_loads_pins_and_unloads(
 
         await visit(do)
         assert http.registry.unloads[0][:2] == ("sql", "DRAIN")
+
+
+async def test_an_administrator_uploads_files(
+    visit: Callable[..., Awaitable[Any]], tmp_path: Path
+) -> None:
+    made = Registries(tmp_path)
+    registry = made(2.5, state=StateDir(tmp_path / "state", 1 << 20))
+    async with http_harness(registry=registry) as http:
+
+        def choose(tab: Browser, folder: str, *names: str) -> None:
+            files = "\n".join(str(made.root / folder / name) for name in names)
+            tab.find("#load-files").send_keys(files)
+            assert not tab.find("#load-path").is_enabled()
+
+        def do(tab: Browser) -> None:
+            open_page(tab, http)
+            status(tab, "Serving")
+            tab.find("#load-open").click()
+            tab.find("#load-name").send_keys("up")
+            choose(tab, "a", "adapter_config.json")
+            tab.find("#load-go").click()
+            tab.until(lambda: "adapter_model" in tab.text("#load-failed"), "what is missing")
+            choose(tab, "a", "adapter_model.safetensors")
+            tab.find("#load-go").click()
+            tab.until(lambda: names(tab) == ["up"], "the adapter")
+            tab.find("button[aria-label='Replace up']").click()
+            assert tab.find("#load-path").is_enabled()
+            choose(tab, "b", "adapter_config.json", "adapter_model.safetensors")
+            tab.find("#load-go").click()
+            tab.until(lambda: registry.get("up").generation == 2, "the next generation")
+
+        await visit(do)
+        uploaded = registry.get("up").facts.digest
+        assert uploaded == made().load("b", "b").facts.digest
+    made.close()
 
 
 async def test_a_merge_is_said_while_it_lasts(visit: Callable[..., Awaitable[Any]]) -> None:

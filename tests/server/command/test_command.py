@@ -234,7 +234,7 @@ def test_every_setting_has_a_variable_and_a_key(tmp_path: Path) -> None:
         "admin_address": "localhost:2", "metrics_address": "localhost:3", "preload": "a=b",
         "http_address": "localhost:4", "http_cors_origin": "http://a:1", "log_format": "json",
         "speculation": "off", "adapter_hub": "o", "http_allowed_host": "h",
-        "metrics_aliases": "vllm", "skip_modules": "m",
+        "metrics_aliases": "vllm", "skip_modules": "m", "adapter_remote": "s3://b",
     }  # fmt: skip
     tables: dict[str, list[str]] = {}
     environ = {}

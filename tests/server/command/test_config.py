@@ -26,6 +26,7 @@ DEFAULTS = {
     "chat_template": None,
     "adapter_root": None,
     "adapter_hub": (),
+    "adapter_remote": (),
     "address": "127.0.0.1:50051",
     "admin_address": None,
     "metrics_address": "127.0.0.1:9464",

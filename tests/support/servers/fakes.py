@@ -73,7 +73,7 @@ class FakeTokenizer:
     def __init__(self) -> None:
         self._pool = FairPool(ThreadPoolExecutor(1))
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, adds_special: bool = True) -> list[int]:
         return list(text.encode())
 
     def chat_pool(self, is_short: bool) -> FairPool:

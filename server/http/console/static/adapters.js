@@ -1,7 +1,8 @@
 // The table of adapters, and an administrator's actions on them.
 
 import { Sparkline, announce, byId, bytes, count, make, rate, say, tell } from "./dom.js";
-import { post } from "./api.js";
+import { post, upload } from "./api.js";
+import { archive } from "./archive.js";
 import { Growth } from "./live.js";
 
 const SHARED = ["base", "other"];
@@ -19,11 +20,14 @@ export function start(changed, chosen) {
   onChange = changed;
   onChoose = chosen;
   byId("load-open").addEventListener("click", () => openLoad());
+  byId("load-files").addEventListener("change", requirePath);
   act("load", async () => {
     const name = byId("load-name").value.trim();
     const isReplaced = byId("load-name").readOnly;
-    const body = { lora_name: name, lora_path: byId("load-path").value.trim() };
-    await post("v1/load_lora_adapter", { ...body, load_inplace: isReplaced, pinned: byId("load-pinned").checked });
+    const options = { lora_name: name, load_inplace: isReplaced, pinned: byId("load-pinned").checked };
+    const { files } = byId("load-files");
+    if (files.length) await upload(`v1/upload_lora_adapter?${new URLSearchParams(options)}`, archive(files));
+    else await post("v1/load_lora_adapter", { ...options, lora_path: byId("load-path").value.trim() });
     byId("load-form").reset();
     return `${isReplaced ? "Replaced" : "Loaded"} ${name}`;
   });
@@ -34,9 +38,17 @@ export function start(changed, chosen) {
   });
 }
 
+/** A directory is needed unless files are chosen. */
+function requirePath() {
+  const hasFiles = byId("load-files").files.length > 0;
+  byId("load-path").required = !hasFiles;
+  byId("load-path").disabled = hasFiles;
+}
+
 /** Open the dialog for a new adapter, or for the next generation of one. */
 function openLoad(replaced = "") {
   byId("load-form").reset();
+  requirePath();
   byId("load-name").value = replaced;
   byId("load-name").readOnly = Boolean(replaced);
   byId("load-pinned").parentElement.hidden = Boolean(replaced);

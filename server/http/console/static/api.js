@@ -16,16 +16,16 @@ export class Refused extends Error {
   }
 }
 
-async function send(method, path, body, signal) {
+async function send(method, path, body, signal, type = "application/json") {
   const headers = {};
   if (token.get()) headers.authorization = `Bearer ${token.get()}`;
-  if (body !== undefined) headers["content-type"] = "application/json";
+  if (body !== undefined) headers["content-type"] = type;
   let answer;
   try {
     answer = await fetch(path, {
       method,
       headers,
-      body: body === undefined ? undefined : JSON.stringify(body),
+      body,
       signal,
       cache: "no-store",
       credentials: "omit",
@@ -46,11 +46,12 @@ async function send(method, path, body, signal) {
 }
 
 export const getJson = async (path, signal) => (await send("GET", path, undefined, signal)).json();
-export const post = (path, body) => send("POST", path, body);
+export const post = (path, body) => send("POST", path, JSON.stringify(body));
+export const upload = (path, tar) => send("POST", path, tar, undefined, "application/x-tar");
 
 /** The events of a streamed answer, parsed. */
 export async function* events(path, body, signal) {
-  const answer = await send("POST", path, body, signal);
+  const answer = await send("POST", path, JSON.stringify(body), signal);
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {

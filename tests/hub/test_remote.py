@@ -1,0 +1,251 @@
+"""``s3://`` and ``oci://``: adapters in real servers of other makers, fetched by their clients."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import start_problems
+from builders.registries import Registries, tiny_base
+from fleets.replicas import Fleet
+from said import says
+from servers.storage import needs_registry, oci_registry, s3_server
+
+from turret.server import remote
+from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.state_dir import NoStateDir, StateDir
+from turret.server.errors import (
+    AdapterCheckpointError,
+    BudgetExceededError,
+    HubError,
+    HubUnavailableError,
+    StateDirRequiredError,
+    TurretError,
+)
+from turret.server.remote import RemoteAdapters
+
+pytest.importorskip("moto")
+oras_provider = pytest.importorskip("oras.provider")
+s3fs = pytest.importorskip("s3fs")
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+_Make = Callable[..., AdapterRegistry]
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Iterator[Path]:
+    made = Registries(tmp_path)
+    yield made.root
+    made.close()
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[_Make]:
+    """Create a registry with a state directory, and close the previous one."""
+    made: list[AdapterRegistry] = []
+
+    def make(*allowed: str, max_bytes: int = 1 << 20) -> AdapterRegistry:
+        while made:
+            made.pop().close()
+        state = StateDir(tmp_path / "state", 1 << 20)
+        state.bind("base", "digest")
+        remotes = RemoteAdapters(allowed, max_bytes)
+        made.append(AdapterRegistry(None, tiny_base(), 1 << 30, 64, state=state, remotes=remotes))
+        made[-1].restore()
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture(scope="module")
+def s3_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with s3_server(tmp_path_factory.mktemp("s3")) as address:
+        yield address
+
+
+@pytest.fixture
+def bucket(s3_address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An empty bucket ``models``, as the variables of AWS describe it."""
+    for name, value in (
+        ("AWS_ENDPOINT_URL", s3_address),
+        ("AWS_ACCESS_KEY_ID", "k"),
+        ("AWS_SECRET_ACCESS_KEY", "s"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+    ):
+        monkeypatch.setenv(name, value)
+    system = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+    system.mkdir("models")
+    yield system
+    system.rm("models", recursive=True)
+
+
+@pytest.fixture(scope="module")
+def oci_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with oci_registry(tmp_path_factory.mktemp("oci")) as address:
+        yield address
+
+
+def refused(
+    registry: AdapterRegistry, path: str, kind: type[TurretError], reason: str, **params: Any
+) -> None:
+    """Check that a load fails for a reason, and leaves nothing."""
+    with pytest.raises(kind, check=says(reason, **params)):
+        registry.load("x", path)
+    assert not {"x"} & {record.name for record in registry.list()}
+    assert not list((Path(str(registry._state.path)) / "incoming").iterdir())
+
+
+def digest_of(root: Path, name: str) -> str:
+    local = AdapterRegistry(root, tiny_base(), 1 << 30, 64)
+    digest = local.load("a", name).facts.digest
+    local.close()
+    return digest
+
+
+def push(address: str, name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Push the files of a folder as ``oras push`` does; returns the manifest's digest."""
+    with monkeypatch.context() as here:
+        here.chdir(folder)
+        client = oras_provider.Registry(insecure=True)
+        answer = client.push(f"{address}/{name}", files=[p.name for p in folder.iterdir()])
+    return answer.headers["Docker-Content-Digest"]
+
+
+def test_an_adapter_in_a_bucket_is_kept_like_an_upload(
+    bucket: Any, registry: _Make, checkpoints: Path, tmp_path: Path
+) -> None:
+    (checkpoints / "a" / "chat_template.jinja").write_text("own")
+    (checkpoints / "a" / "optimizer.pt").write_bytes(b"not fetched")
+    bucket.put(str(checkpoints / "a"), "models/adapters/a", recursive=True)
+    made = registry("s3://models/adapters")
+    loaded = made.load("a", "s3://models/adapters/a")
+    assert loaded.facts.digest == digest_of(checkpoints, "a")
+    assert loaded.facts.chat_template
+    assert made.load("a", "s3://models/adapters/a").generation == 1
+    (kept,) = (tmp_path / "state" / "files").iterdir()
+    assert {path.name for path in kept.iterdir()} == {*FILES, "chat_template.jinja"}
+    for name in FILES:
+        bucket.put(str(checkpoints / "b" / name), f"models/adapters/a/{name}")
+    assert made.replace("a", "s3://models/adapters/a").generation == 2
+    # A restart needs no bucket.
+    bucket.rm("models/adapters", recursive=True)
+    restarted = registry()
+    assert restarted.pin("a").facts.digest == digest_of(checkpoints, "b")
+
+
+def test_what_a_bucket_cannot_give(
+    bucket: Any, registry: _Make, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.put(str(checkpoints / "a"), "models/a", recursive=True)
+    made = registry("s3://models")
+    refused(made, "s3://models/b", HubError, "REMOTE_MISSING")
+    refused(made, "s3://models-of-others/a", AdapterCheckpointError, "BAD_PATH")
+    refused(made, "oci://models/a", AdapterCheckpointError, "BAD_PATH")
+    refused(made, "s3://models/../a", AdapterCheckpointError, "BAD_PATH")
+    small = registry("s3://models", max_bytes=10)
+    refused(small, "s3://models/a", BudgetExceededError, "UPLOAD_TOO_LARGE", max_upload_bytes=10)
+    bucket.rm("models/a/adapter_model.safetensors")
+    refused(registry("s3://models"), "s3://models/a", AdapterCheckpointError, "BAD_PATH")
+    unkept = AdapterRegistry(
+        None, tiny_base(), 1 << 30, 64, remotes=RemoteAdapters(("s3://models",), 1 << 20)
+    )
+    bucket.put(str(checkpoints / "a" / FILES[1]), f"models/a/{FILES[1]}")
+    assert isinstance(unkept._state, NoStateDir)
+    with pytest.raises(StateDirRequiredError):
+        unkept.load("a", "s3://models/a")
+    unkept.close()
+    monkeypatch.setattr(remote, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(remote, "LEAST_BYTES_PER_SECOND", 1 << 60)
+    refused(registry("s3://models"), "s3://models/a", HubUnavailableError, "REMOTE_TOO_SLOW")
+
+
+@needs_registry
+def test_an_adapter_in_an_oci_registry_is_named_by_tag_or_digest(
+    oci_address: str, registry: _Make, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = push(oci_address, "acme/sql:v1", checkpoints / "a", monkeypatch)
+    push(oci_address, "acme/sql:v1", checkpoints / "b", monkeypatch)
+    name = f"oci://{oci_address}/acme/sql"
+    made = registry(name)
+    assert made.load("tag", f"{name}:v1").facts.digest == digest_of(checkpoints, "b")
+    assert made.load("pinned", f"{name}@{first}").facts.digest == digest_of(checkpoints, "a")
+    refused(made, f"{name}:v2", HubError, "REMOTE_MISSING")
+    refused(made, f"{name}@sha256:{'0' * 64}", HubError, "REMOTE_MISSING")
+    refused(made, f"oci://{oci_address}/acme/sqlite:v1", AdapterCheckpointError, "BAD_PATH")
+
+
+@needs_registry
+def test_a_registry_that_sends_other_bytes_is_found_out(
+    oci_address: str,
+    registry: _Make,
+    checkpoints: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    digest = push(oci_address, "acme/bad:v1", checkpoints / "a", monkeypatch)
+    made = registry(f"oci://{oci_address}")
+    blobs = next(tmp_path_factory.getbasetemp().glob("oci*")) / "registry/docker/registry/v2/blobs"
+    weights = (checkpoints / "a" / FILES[1]).read_bytes()
+    for path in blobs.rglob("data"):
+        if path.read_bytes() == weights:
+            path.write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    kind = HubUnavailableError
+    refused(made, f"oci://{oci_address}/acme/bad:v1", kind, "REMOTE_DAMAGED")
+    manifest = blobs / "sha256" / digest[7:9] / digest[7:] / "data"
+    manifest.write_bytes(manifest.read_bytes() + b" ")
+    refused(made, f"oci://{oci_address}/acme/bad@{digest}", kind, "REMOTE_NOT_REACHED")
+
+
+def test_a_fleet_fetches_once_for_all_replicas(
+    bucket: Any, checkpoints: Path, tmp_path: Path
+) -> None:
+    bucket.put(str(checkpoints / "a"), "models/a", recursive=True)
+    fleet = Fleet(tmp_path / "fleet", checkpoints, adapter_remote=("s3://models",))
+    first, second = fleet.start(), fleet.start()
+    loaded = first.registry.load("a", "s3://models/a")
+    bucket.rm("models/a", recursive=True)
+    assert second.registry.pin("a").facts.digest == loaded.facts.digest
+    fleet.close()
+    shutil.rmtree(tmp_path / "fleet")
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        ("--adapter-remote gs://b --state-dir s", ("adapters.adapter_remote", "NOT_A_REMOTE")),
+        ("--adapter-remote s3:// --state-dir s", ("adapters.adapter_remote", "NOT_A_REMOTE")),
+        ("--adapter-remote s3://a/../b --state-dir s", ("adapters.adapter_remote", "NOT_A_REMOTE")),
+        ("--adapter-remote s3://a", ("adapters.adapter_remote", "NEEDS_FIELD")),
+        ("--preload a=s3://b/c", ("adapters.preload.a", "NEEDS_FIELD")),
+        (
+            "--adapter-remote s3://b/d --state-dir s --preload a=s3://b/c",
+            ("adapters.preload.a", "NEEDS_FIELD"),
+        ),
+    ],
+)
+def test_settings_name_what_may_be_fetched(flags: str, found: tuple[str, str]) -> None:
+    assert found in start_problems.refused(*flags.split())
+
+
+def test_a_prefix_ends_between_names() -> None:
+    for path, prefix in (
+        ("oci://host/a/b:v1", "oci://host/a"),
+        ("oci://host/a:v1", "oci://host/a"),
+        ("oci://host/a@sha256:0", "oci://host/a"),
+        ("oci://host/a", "oci://host/"),
+        ("s3://a/b", "s3://a/"),
+    ):
+        assert remote.is_below_remote(path, prefix), (path, prefix)
+    for path, prefix in (
+        ("oci://host:1/a", "oci://host"),
+        ("oci://host.evil/a", "oci://host"),
+        ("oci://host/ab", "oci://host/a"),
+        ("s3://a:b", "s3://a"),
+        ("s3://ab/c", "s3://a"),
+    ):
+        assert not remote.is_below_remote(path, prefix), (path, prefix)
