@@ -25,7 +25,7 @@ _CLIENT_VARIABLES = ("TURRET_ADDRESS", "TURRET_TOKEN", "TURRET_TLS_CA")
 _OWN_VERBS = {
     "serve": "run the server",
     "config": "show the settings of a server, and where each comes from",
-    "model": "show the memory that a base model takes, and how its weights are served",
+    "model": "show how a base model is served, or make an adapter that corrects its rounding",
     "cluster": "run many replicas as one server, or show them",
     "demo": "serve the example adapters and send them one mixed batch",
     "completion": "print a script that completes this command in a shell",

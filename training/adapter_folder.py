@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +46,17 @@ def write_adapter(
     plain["inference_mode"] = True
     text = json.dumps(plain, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder that replaces ``output`` once it is complete."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    build = Path(tempfile.mkdtemp(prefix=".building-", dir=output.parent))
+    try:
+        yield build
+        build.chmod(0o755)
+        build.replace(output)
+    except BaseException:
+        shutil.rmtree(build, ignore_errors=True)
+        raise

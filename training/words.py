@@ -91,6 +91,9 @@ TEXTS = {
     "NO_VALIDATION_LOSS": "{path} has no validation loss",
     "LOHA_RANK_TOO_HIGH": "LoHa rank {rank} costs more than a dense update on a module with"
     " {inputs} inputs and {outputs} outputs; choose a lower rank",
+    # Repair adapters.
+    "NOTHING_TO_REPAIR": "the files in {path} are 4-bit already; pass the model that they were made"
+    " from",
     # Verification of a server.
     "SERVER_UNREACHED": "{url} cannot be reached: {problem}",
     "SERVER_REFUSED": "{url} answered {status}: {text}",

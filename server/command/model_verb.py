@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import pkgutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from turret.server.models.memory import Memory
 
 _RANKS = (8, 16, 64)
+# The server does not import the trainer, so the function that adds its verb is found by name.
+_REPAIR = "turret.training.repair.verb:add_parser"
 EXIT_FAILED = 1
 
 
@@ -40,6 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     inspect.add_argument("--quantize-all", action="store_true", help="as for turret serve")
     inspect.add_argument("--json", action="store_true", help="print JSON, with sizes in bytes")
     inspect.set_defaults(func=_inspect)
+    pkgutil.resolve_name(_REPAIR)(verbs)
 
 
 def _inspect(args: argparse.Namespace) -> int:

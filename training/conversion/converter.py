@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoi
 from turret.server.adapters.fuse.lora_files import lora_config
 from turret.server.adapters.peft_format.refusals import base_name_warning
 from turret.server.models.sources.model_directory import Progress
-from turret.training.adapter_folder import write_adapter
+from turret.training.adapter_folder import new_folder, write_adapter
 from turret.training.conversion.kinds import (
     CONVERTED,
     XLORA,
@@ -80,7 +77,7 @@ def convert(
     checkpoint = read_folder(adapter, str(adapter))
     kind = _kind_of(checkpoint)
     if kind == XLORA:
-        with _new_folder(output) as build:
+        with new_folder(output) as build:
             names = split_xlora(checkpoint, adapter, build, loras)
         *components, router = (f"{output}/{name}" for name in names)
         return Conversion(f"load {router} after {', '.join(components)}")
@@ -94,7 +91,7 @@ def convert(
         CONVERTED[kind].note,
         "" if warning is None else f"it names base {trained_on!r:.200}, not {base.name!r:.200}",
     ]
-    with _new_folder(output) as build:
+    with new_folder(output) as build:
         _write(build, made, saved, checkpoint.config, base)
     rank = max(one.rank for one in made.values())
     done = f"{output}: a LoRA of {counted(len(made), 'module')}, rank {rank} at most"
@@ -138,20 +135,6 @@ def _convert_all(
 
 def _is_saved(module: str, names: list[Any]) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in names)
-
-
-@contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
-    """A folder that replaces ``output`` once it is complete."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    build = Path(tempfile.mkdtemp(prefix=".converting-", dir=output.parent))
-    try:
-        yield build
-        build.chmod(0o755)
-        build.replace(output)
-    except BaseException:
-        shutil.rmtree(build, ignore_errors=True)
-        raise
 
 
 def _write(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from turret.server.adapters.adapter import PROVENANCE_FILE
-from turret.server.models.model_source import stored_weights
+from turret.server.models.model_source import ModelSource, stored_weights
 from turret.training.fusion import component_digests
 from turret.training.run.resuming import WHERE, versions
 from turret.training.settings.resolve import Resolved
@@ -30,11 +30,7 @@ def describe_run(resolved: Resolved, num_parameters: int) -> dict[str, Any]:
         config["method"]["components"] = component_digests(config["method"]["components"])
     source, dataset = resolved.base.source, resolved.dataset
     return {
-        "base": {
-            "name": source.name,
-            "digest": source.digest,
-            "weights": stored_weights(source).storage(),
-        },
+        "base": describe_base(source),
         "data": {
             "digest": dataset.digest,
             "num_examples": dataset.num_examples,
@@ -44,4 +40,13 @@ def describe_run(resolved: Resolved, num_parameters: int) -> dict[str, Any]:
         "seed": resolved.config.run.seed,
         "num_parameters": num_parameters,
         "versions": versions(),
+    }
+
+
+def describe_base(source: ModelSource) -> dict[str, Any]:
+    """What identifies the weights on which an adapter was made."""
+    return {
+        "name": source.name,
+        "digest": source.digest,
+        "weights": stored_weights(source).storage(),
     }

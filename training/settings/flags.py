@@ -140,14 +140,14 @@ def _from_here(flag: str, value: str, folder: Path) -> str:
 
 
 def _threads(text: str) -> int:
-    return _whole(text, 1, (1 << 16) - 1)
+    return whole(text, 1, (1 << 16) - 1)
 
 
 def _niceness(text: str) -> int:
-    return _whole(text, 0, _NICEST)
+    return whole(text, 0, _NICEST)
 
 
-def _whole(text: str, least: int, most: int) -> int:
+def whole(text: str, least: int, most: int) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(say("NOT_A_WHOLE_NUMBER", value=f"{text!r:.40}"))
     if not least <= int(text) <= most:

@@ -1,0 +1,1 @@
+"""``turret model repair``: an adapter that approximates what quantisation took from a model."""
