@@ -26,7 +26,7 @@ from turret.training.verification.checks import Verdict, ask_together, reload
 from turret.training.verification.door import Answer, Door
 
 _TWO_KINDS = {"target_modules": ["q_proj", "down_proj"]}
-_SILENT, _HALF, _OTHER = "silent", "half", "other"
+_SILENT, _HALF, _OTHER, _REPAIR = "silent", "half", "other", "repair"
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 tensors[key] = torch.zeros_like(tensor)
         save_file(tensors, file)
     shutil.copytree(folder / "lora", folder / "adapters" / _OTHER, dirs_exist_ok=True)
+    (folder / "text").write_text("Some words of a language. " * 100)
+    flags = ("--text", str(folder / "text"), "--rank", "8", "--output", str(folder / _REPAIR))
+    assert main(["model", "repair", str(folder / "model"), *flags]) == 0
+    shutil.copytree(folder / _REPAIR, folder / "adapters" / _REPAIR)
     return folder
 
 
@@ -83,12 +87,19 @@ def _verify(
 def test_a_right_server_passes(
     server: ServerUnderTest, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, found = _verify(server, folder, capsys, "lora", "loha", "head")
+    code, found = _verify(server, folder, capsys, "lora", "loha", "head", _REPAIR)
     assert code == 0
-    assert list(found) == ["base", "lora", "loha", "head"]
+    assert list(found) == ["base", "lora", "loha", "head", _REPAIR]
     for verdict in found.values():
         assert verdict["right"]
         assert verdict["same"] == verdict["tokens"] > 0
+
+
+def test_a_repair_adapter_joins_a_mix(server: ServerUnderTest) -> None:
+    body = {"model": f"lora+{_REPAIR}", "prompt": "Some words", "max_tokens": 1}
+    answer = httpx2.post(f"http://{server.http_address}/v1/completions", json=body, timeout=60)
+    used = answer.json()["adapters_used"]
+    assert [each["name"] for each in used] == ["lora", _REPAIR]
 
 
 def test_keys_without_effect_are_named(

@@ -16,6 +16,7 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from peft.utils import ModulesToSaveWrapper
 
 from turret.training.base_model import without_peft_warnings
 
@@ -93,4 +94,12 @@ def adapted(model: Any, directory: Path) -> Iterator[Adapted]:
     finally:
         # A soft prompt leaves the model as it is.
         if not made.model.active_peft_config.is_prompt_learning:
+            # PEFT leaves its copies of ``modules_to_save`` in place.
+            originals = {
+                name: module.original_module
+                for name, module in model.named_modules()
+                if isinstance(module, ModulesToSaveWrapper)
+            }
             made.model.unload()
+            for name, original in originals.items():
+                model.set_submodule(name, original)
