@@ -178,7 +178,7 @@ class ReplicaRegistry(AdapterRegistry):
             if adapter is current:
                 return self.get(name)
             # Reading it first finds changed files before anything has changed.
-            with self._pins.resident(adapter):
+            with self._installer.resident(adapter):
                 return self._made(
                     p.Rollback(
                         name=name,

@@ -166,7 +166,7 @@ class Installer:
         if adapter is old:
             return
         # Reading it first finds changed files before anything has changed here.
-        with self.table.replacing(registration), self._resident(adapter):
+        with self.table.replacing(registration), self.resident(adapter):
             self.table.check_active(registration)
             kept = self.table.kept_after(registration, adapter)
             self.state.save(adapter, pinned=old.pinned, kept=kept)
@@ -181,7 +181,7 @@ class Installer:
         """Pins the current generation; see ``AdapterRegistry.pin``."""
         self.table.check_active(registration)
         adapter = registration.current
-        with self._resident(adapter):
+        with self.resident(adapter):
             self.table.check_active(registration)
             self.state.save(adapter, pinned=True, kept=registration.kept)
             self.leases.set_pinned(adapter, True)
@@ -201,7 +201,7 @@ class Installer:
         return checkpoint
 
     @contextmanager
-    def _resident(self, adapter: Adapter) -> Iterator[None]:
+    def resident(self, adapter: Adapter) -> Iterator[None]:
         """Holds a generation in host memory, and reads it first if it is on disk.
 
         Raises:
@@ -262,7 +262,7 @@ class Installer:
         try:
             self.leases.insert(adapter, loaded)
             if pinned:
-                with self._resident(adapter):
+                with self.resident(adapter):
                     self.leases.set_pinned(adapter, True)
             if staged is not None:
                 self.state.adopt(staged, adapter)
