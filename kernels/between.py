@@ -105,8 +105,8 @@ def rotate_heads(
     first, second = _pairs(x, cos.shape[-1], is_interleaved)
     out_first, out_second = _pairs(out, cos.shape[-1], is_interleaved)
     # Separate products and sums round alike in vector loops and in the scalar loops for the rest.
-    torch.mul(first, cos, out=out_first).sub_(second * sin)
-    torch.mul(second, cos, out=out_second).add_(first * sin)
+    out_first.copy_((first * cos).sub_(second * sin))
+    out_second.copy_((second * cos).add_(first * sin))
     return out
 
 

@@ -179,9 +179,51 @@ EXPORT void turret_nf4_slices(const bf16 *x, int64_t rows, const uint8_t *packed
     in_pieces(multiply_slices, &job, job.job.pieces, threads);
     for (int64_t t = 0; t < threads; t++) end_ahead(&walks[t]);
 }
+
+/* The weight as numbers with inputs and outputs exchanged, [in, out] bf16, for products with gradients. */
+typedef struct {
+    const uint8_t *packed;
+    const bf16 *absmax;
+    bf16 *w;
+    int64_t out_features, in_features;
+} Turned;
+
+INLINE __m512i scaled_pair(__m512 value, __m512 other, const __m512 *scale) {
+    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(other, scale[1]), _mm512_mul_ps(value, scale[0]));
+}
+
+static void turn_tile(const void *job, int64_t thread, int64_t tile) {
+    const Turned *t = job;
+    const __m512i values = _mm512_loadu_si512(VALUES), odd = _mm512_set1_epi32((int)0xffff0000);
+    const uint8_t *packed = t->packed + tile * TILE_OUT * t->in_features / 2;
+    const bf16 *absmax = t->absmax + tile * TILE_OUT;
+    bf16 *w = t->w + tile * TILE_OUT;
+    (void)thread;
+    for (int64_t b = 0; b < t->in_features / BLOCK; b++, absmax += t->out_features) {
+        const __m512 scale[2] = {widen(absmax), widen(absmax + LANES)};
+        for (int k = 0; k < PAIRS; k++, packed += TILE_OUT) {
+            __m512i both[2];
+            look_up(packed, values, both);
+            /* A lane has the weights of two inputs for one output. */
+            _mm512_storeu_si512(w, scaled_pair((__m512)_mm512_slli_epi32(both[0], 16),
+                                               (__m512)_mm512_slli_epi32(both[1], 16), scale));
+            w += t->out_features;
+            _mm512_storeu_si512(w, scaled_pair((__m512)_mm512_and_si512(both[0], odd),
+                                               (__m512)_mm512_and_si512(both[1], odd), scale));
+            w += t->out_features;
+        }
+    }
+}
+
+EXPORT void turret_nf4_turned(const uint8_t *packed, const bf16 *absmax, bf16 *w, int64_t out_features,
+                              int64_t in_features, int64_t num_threads) {
+    Turned job = {packed, absmax, w, out_features, in_features};
+    in_pieces(turn_tile, &job, out_features / TILE_OUT, num_threads);
+}
 #else
 EXPORT int64_t turret_has_products(void) { return 0; }
 EXPORT void turret_nf4_product(void) {}
 EXPORT void turret_nf4_slices(void) {}
 EXPORT void turret_nf4_experts(void) {}
+EXPORT void turret_nf4_turned(void) {}
 #endif

@@ -121,6 +121,9 @@ def in_one_block(
     Returns:
         The same operators, and whether every value is finite.
     """
+    if any(tensor.requires_grad for module in modules.values() for tensor in module.tensors()):
+        # Training differentiates these operators, and drops them at once.
+        return dict(modules), True
     # Files list tensors by name, which puts layer 10 before layer 2.
     tensors = [tensor for name in sorted(modules, key=_place) for tensor in modules[name].tensors()]
     copies, is_finite = _copies(list({id(tensor): tensor for tensor in tensors}.values()))

@@ -48,7 +48,8 @@ def dora_gain(
         rejects.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
-    a, b = (factor.to(weight.device, wide) for factor in (a, b))
+    # In gradients the norms are constants, as in the paper (section 4.3).
+    a, b = (factor.detach().to(weight.device, wide) for factor in (a, b))
     size = max(1, min(_ROWS_PER_BLOCK, _ELEMENTS_PER_BLOCK // weight.shape[1]))
     norms = []
     for start in range(0, weight.shape[0], size):

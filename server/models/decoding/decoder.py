@@ -142,19 +142,20 @@ class Decoder:
             Final-norm hidden states, ``[rows, hidden]``.
         """
         ops = self.ops
-        rotations = self._rotations(step.positions)
-        growth = self._growth_at(step.positions)
-        hidden = self._embed(step)
-        native, adapters = self._in_one_call(cache), step.adapters
-        is_native = isinstance(adapters, CpuStep) and adapters.is_native
-        if native is not None and (adapters is None or is_native):
-            return native.run(
-                hidden,
-                rotations=rotations,
-                slots=step.kv_slots,
-                attention=step.attention,
-                adapters=adapters if isinstance(adapters, CpuStep) else None,
-            )
+        rotations = self.rotations(step.positions)
+        growth = self.growth_at(step.positions)
+        hidden = self.embed(step)
+        adapters = step.adapters
+        if adapters is None or (isinstance(adapters, CpuStep) and adapters.is_native):
+            native = self._in_one_call(cache)
+            if native is not None:
+                return native.run(
+                    hidden,
+                    rotations=rotations,
+                    slots=step.kv_slots,
+                    attention=step.attention,
+                    adapters=adapters,
+                )
         delta = None
         for number, layer in enumerate(self.layers):
             normed = self._enter(hidden, delta, layer.norm_before_attention)
@@ -170,9 +171,9 @@ class Decoder:
                 layer.sinks,
                 step.adapters,
             )
-            delta = self._leave(layer.o(attended, step.adapters), layer.norm_after_attention)
+            delta = self.leave(layer.o(attended, step.adapters), layer.norm_after_attention)
             normed = self._enter(hidden, delta, layer.norm_before_mlp)
-            delta = self._leave(self._mlp(layer, normed, step), layer.norm_after_mlp)
+            delta = self.leave(self._mlp(layer, normed, step), layer.norm_after_mlp)
         return ops.add_rms_norm(hidden, delta, self.norm)
 
     def _in_one_call(self, cache: KvCache) -> CpuLayers | None:
@@ -215,7 +216,7 @@ class Decoder:
     def _gated(self, gate_up: torch.Tensor) -> torch.Tensor:
         return self.ops.gated_activation(gate_up)
 
-    def _embed(self, step: StepInput) -> torch.Tensor:
+    def embed(self, step: StepInput) -> torch.Tensor:
         """The first layer's input, ``[rows, hidden]``."""
         hidden = F.embedding(step.token_ids, self.embedding)
         change_embeddings(hidden, step.token_ids, self.embedding, step.embeddings)
@@ -246,7 +247,7 @@ class Decoder:
             hidden += delta
         return hidden
 
-    def _leave(self, delta: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
+    def leave(self, delta: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
         """Make the update of the residual stream from the last projection of attention or MLP."""
         if norm is not None:
             delta = self._add_norm(delta, None, norm)
@@ -254,11 +255,11 @@ class Decoder:
             delta *= self.arch.residual_scale
         return delta
 
-    def _growth_at(self, positions: torch.Tensor) -> torch.Tensor | None:
+    def growth_at(self, positions: torch.Tensor) -> torch.Tensor | None:
         """The factor of each row's queries, ``[rows, 1, 1]`` fp32, or None."""
         return None if self._growth is None else self._growth.at(positions)
 
-    def _rotations(
+    def rotations(
         self, positions: torch.Tensor
     ) -> dict[str | None, tuple[torch.Tensor, torch.Tensor] | None]:
         """Cosines and sines by kind of layer, ``[rows, pairs]`` fp32 each."""

@@ -74,35 +74,31 @@ class GpuDecoder(Decoder):
             ``[samples, vocab]`` fp32.
         """
         arch = self.arch
-        rotations = self._rotations(step.positions)
+        rotations = self.rotations(step.positions)
         if None in arch.rope_of_layer:
             # Layers without rotary positions rotate by an angle of 0.
             ones = torch.ones(len(step.positions), arch.head_dim // 2, device=self.device)
             rotations[None] = ones, torch.zeros_like(ones)
-        growth = self._growth_at(step.positions)
-        hidden = self._embed(step)
+        growth = self.growth_at(step.positions)
+        hidden = self.embed(step)
         update: torch.Tensor | None = None
         for number, layer in enumerate(self.layers):
             normed = self._enter(hidden, update, layer.norm_before_attention)
             rotation = rotations[arch.rope_of_layer[number]]
             assert rotation is not None, "every kind of layer turns by something"
             attended = self._attention(number, normed, rotation, growth, step, cache)
-            update = self._leave(attended, layer.norm_after_attention)
+            update = self.leave(attended, layer.norm_after_attention)
             normed = self._enter(hidden, update, layer.norm_before_mlp)
-            update = self._leave(self._feed_forward(layer, normed, step), layer.norm_after_mlp)
+            update = self.leave(self._feed_forward(layer, normed, step), layer.norm_after_mlp)
         hidden = self._add_norm(hidden, update, self.norm)
         sampled = hidden.index_select(0, step.sample_rows)
         return hidden, self.logits(sampled, out=step.logits)
 
     def embed(self, step: StepInput) -> torch.Tensor:
-        """The first layer's input in a step, ``[rows, hidden]``."""
-        return super()._embed(step)
-
-    def _embed(self, step: StepInput) -> torch.Tensor:
         if isinstance(step, GpuStep) and step.embedded is not None:
             # Copy it, because the layers add to it in place.
             return step.embedded.clone()
-        return self.embed(step)
+        return super().embed(step)
 
     def _feed_forward(
         self, layer: DecoderLayer, normed: torch.Tensor, step: GpuStep

@@ -48,6 +48,11 @@ class BaseLinear(Protocol):
         """
         ...
 
+    def turned(self) -> torch.Tensor:
+        """The weight with inputs first, ``[in, sum(widths)]``, contiguous, for gradients."""
+        slices = [self.dequantize(index) for index in range(len(self.widths))]
+        return torch.cat(slices).T.contiguous()
+
     def part(self, index: int) -> BaseLinear:
         """Slice ``index`` alone, on the memory of the whole where its layout allows."""
         ...

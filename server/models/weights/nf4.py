@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from turret.kernels.cpu.native import has_native_products
 from turret.kernels.cpu.row_adapters import Ahead
 from turret.kernels.rows.linear import prepare_linear, row_linear
 from turret.server.adapters.base import WeightRows
@@ -24,6 +25,7 @@ from turret.server.models.weights.nf4_cpu import (
     has_nf4_product,
     nf4_formulation,
     nf4_product,
+    nf4_turned,
     pack,
 )
 
@@ -265,6 +267,11 @@ class PackedLinear(BaseLinear):
             identity[torch.arange(high - low), torch.arange(low, high)] = 1.0
             columns.append(self(identity)[:, rows].float().T)
         return torch.cat(columns, dim=1).contiguous()
+
+    def turned(self) -> torch.Tensor:
+        if not has_native_products():
+            return super().turned()
+        return nf4_turned(self.packed, self.absmax, (self.packed.shape[0], self.in_features))
 
     def part(self, index: int) -> PackedLinear:
         rows = self._rows(index)

@@ -91,6 +91,23 @@ def nf4_product(
     return out
 
 
+def nf4_turned(packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """A weight as numbers, inputs first; only where ``has_native_products``.
+
+    Args:
+        packed: See ``nf4_product``.
+        absmax: See there.
+        shape: ``(out, in)``.
+
+    Returns:
+        ``[in, out]`` bf16.
+    """
+    turned = torch.empty(shape[1], shape[0], dtype=torch.bfloat16)
+    addresses = packed.data_ptr(), absmax.data_ptr(), turned.data_ptr()
+    functions().turret_nf4_turned(*addresses, *shape, num_threads())
+    return turned
+
+
 def nf4_expert_products(
     x: torch.Tensor,
     ends: torch.Tensor,
