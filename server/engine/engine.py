@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 from turret.server.adapters.adapter import Mix
 from turret.server.adapters.registry.registry import AdapterRegistry
@@ -20,8 +21,10 @@ from turret.server.engine.answer import Answer, AnswerText, Stream
 from turret.server.engine.loop import (
     BaseChange,
     Change,
+    EngineFailedError,
     EngineLoop,
     Outbox,
+    StoppedError,
     check_heads,
     check_vocabulary,
 )
@@ -41,6 +44,7 @@ from turret.server.errors import (
 from turret.server.metrics import Metrics
 from turret.server.words import say
 
+T = TypeVar("T")
 # Converting more tokens than this to text takes over a millisecond, so it leaves the event loop.
 _INLINE_TOKENS = 128
 
@@ -208,6 +212,36 @@ class Engine:
         waiting.outcome.add_done_callback(lambda _: self._loop.post(lambda: None))
         self._loop.post(lambda: self._loop.change_base(waiting))
         return waiting.outcome
+
+    def run_background(self, work: Callable[[Callable[[], None]], T]) -> Future[T]:
+        """Run work on the engine thread that yields to requests; callable from any thread.
+
+        Args:
+            work: Takes a function that it calls between its parts.
+
+        Returns:
+            Its result; UnavailableError if the engine stops first.
+        """
+        outcome: Future[T] = Future()
+
+        def run(between: Callable[[], None]) -> None:
+            if not outcome.set_running_or_notify_cancel():
+                return
+            try:
+                between()
+                outcome.set_result(work(between))
+            except StoppedError:
+                outcome.set_exception(UnavailableError(say("SHUTTING_DOWN")))
+            except Exception as error:
+                outcome.set_exception(error)
+            except EngineFailedError:
+                outcome.set_exception(UnavailableError(say("ENGINE_FAILED")))
+                raise
+
+        if self._draining or self._thread is None or self.is_dead:
+            raise UnavailableError(say("SHUTTING_DOWN"))
+        self._loop.post_background(run)
+        return outcome
 
     async def drain(self, grace_seconds: float) -> None:
         """Refuse new requests, let running ones finish, cancel what is left, stop the thread."""

@@ -155,6 +155,21 @@ _log = logging.getLogger(__name__)
 
 Outbox = list[tuple[Stream, Output | TurretError]]
 
+# Work that yields to requests, such as training. It is called on the engine thread with a function
+# that it calls at least every few milliseconds, and in which steps of requests may run.
+Background = Callable[[Callable[[], None]], None]
+# The share of the time that background work gets while requests run.
+_BACKGROUND_SHARE = 0.15
+
+
+class StoppedError(Exception):
+    """The engine ends, and background work with it."""
+
+
+class EngineFailedError(BaseException):
+    """A step of requests failed within background work, which must not handle this."""
+
+
 # A lock's time-out overflows at some 292 years; after an hour the loop just looks again.
 _MAX_WAIT_SECONDS = 3600.0
 
@@ -204,6 +219,7 @@ class EngineLoop:
         self._posted: deque[bytes] = deque()
         self._has_work = False
         self._stopping = False
+        self._background: deque[Background] = deque()
         self._change: BaseChange | None = None
         self._allow_merged_twice = allow_merged_twice
         # Uuids of the adapters that are part of the base, and digests of their weights, which other
@@ -215,6 +231,10 @@ class EngineLoop:
     def post(self, command: Callable[[], None]) -> None:
         """Post a command for the engine thread to run between two steps."""
         self._inbox.put(command)
+
+    def post_background(self, work: Background) -> None:
+        """Post work that runs while no request does, and a little beside requests."""
+        self._inbox.put(lambda: self._background.append(work))
 
     @property
     def num_waiting(self) -> int:
@@ -234,6 +254,11 @@ class EngineLoop:
 
         self._posted.append(answer.sequence.tenant)
         self.post(take)
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether nothing new will be computed."""
+        return self._stopping or self.is_dead
 
     # Commands, which other threads post.
 
@@ -304,6 +329,8 @@ class EngineLoop:
                 self._flush()
                 if not self._stopping:
                     self._step()
+                if self._background and not self._stopping:
+                    self._background.popleft()(_Between(self))
         # BaseException includes panics of Rust libraries. If this thread died silently, callers
         # would wait forever.
         except BaseException:
@@ -311,23 +338,46 @@ class EngineLoop:
             _log.exception("the engine failed")
             self._die()
 
+    def serve(self) -> bool:
+        """Run a step of requests within background work, if there is one to run.
+
+        Raises:
+            StoppedError: The engine ends.
+            EngineFailedError: A step failed.
+        """
+        if not self._has_work and self._inbox.empty():
+            return False
+        try:
+            self._read_inbox(waits=False)
+            self._expire(time.monotonic())
+            self._flush()
+            if not self._stopping:
+                self._step()
+        except Exception as error:
+            raise EngineFailedError from error
+        if self._stopping:
+            raise StoppedError
+        return self._has_work
+
     def run_leftovers(self) -> None:
         """Answer commands that were posted after ``run`` ended."""
         while not self._inbox.empty():
             self._inbox.get_nowait()()
+        while self._background:
+            self._background.popleft()(_Between(self))
         self._flush()
 
     def is_ready(self, sequence: Sequence) -> bool:
         """Whether a waiting sequence's adapters are resident (the scheduler asks)."""
         return sequence in self._ready
 
-    def _read_inbox(self) -> None:
-        """Run posted commands; wait for one if there was nothing to compute.
+    def _read_inbox(self, *, waits: bool = True) -> None:
+        """Run posted commands; with ``waits``, wait for one if there was nothing to compute.
 
         Only a command or a deadline can create work. A sequence in the line, even a ready one, may
         still have to wait for others.
         """
-        if not self._has_work:
+        if waits and not self._has_work and not self._background:
             deadlines = [f.sequence.request.deadline for f in self._with_deadline]
             soonest = min((d for d in deadlines if d is not None), default=None)
             timeout = None
@@ -552,3 +602,27 @@ class EngineLoop:
         self._answers.clear()
         self._refuse_change()
         self._flush()
+
+
+class _Between:
+    """Called between the parts of background work: serves requests until they have had their share.
+
+    Args:
+        loop: The loop.
+    """
+
+    def __init__(self, loop: EngineLoop) -> None:
+        self._loop = loop
+        self._owed = 0.0
+        self._since = time.monotonic()
+
+    def __call__(self) -> None:
+        if self._loop.is_ending:
+            raise StoppedError
+        self._owed += (time.monotonic() - self._since) * (1.0 / _BACKGROUND_SHARE - 1.0)
+        while self._owed > 0.0:
+            before = time.monotonic()
+            if not self._loop.serve():
+                self._owed = 0.0
+            self._owed -= time.monotonic() - before
+        self._since = time.monotonic()
