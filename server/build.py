@@ -66,6 +66,7 @@ from turret.server.models.own_tokenizers import OwnTokenizers
 from turret.server.models.sources.check import default_cache_dir
 from turret.server.models.tokenizer import Tokenizer
 from turret.server.remote import RemoteAdapters
+from turret.server.training.trainer import Training
 from turret.server.words import say
 
 _log = logging.getLogger(__name__)
@@ -171,6 +172,9 @@ def build_backend(
         change_base=engine.change_base,
         metrics=metrics,
     )
+    training = None
+    if config.adapters.training:
+        training = _build_training(engine, decoder, store, registry)
     vocabulary = Vocabulary(tokenizer, ConstraintCompiler(tokenizer))
     return Backend(
         engine=engine,
@@ -186,7 +190,27 @@ def build_backend(
         ),
         model_info=_model_info(decoder, source, engine),
         methods=tuple(sorted(METHODS)),
+        training=training,
     )
+
+
+def _build_training(
+    engine: Engine, decoder: Decoder, store: AdapterStore, registry: AdapterRegistry
+) -> Training:
+    """What trains adapters.
+
+    Raises:
+        InvalidRequestError: The GPU path and mixtures of experts are not supported.
+    """
+    if not isinstance(store, StepStore):
+        raise InvalidRequestError.of("training", say("NO_TRAINING_ON_GPU"))
+    if decoder.arch.experts is not None:
+        raise InvalidRequestError.of("training", say("NO_TRAINING_OF_EXPERTS"))
+    # Imported here because few servers train.
+    from turret.server.training.service import TrainingService
+
+    layout = describe_projections(decoder.arch)
+    return TrainingService(engine, decoder, layout, store, registry)
 
 
 def _template_shown(model: ModelConfig, tokenizer: Tokenizer) -> str:

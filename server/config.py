@@ -268,6 +268,9 @@ class AdapterConfig:
     allow_merged_twice: Switch = setting(
         False, "serve requests for adapters that are merged into the base, and apply them twice"
     )
+    training: Switch = setting(
+        False, "let callers with the role training train adapters on the base that serves"
+    )
     preload: Preloads = setting(
         (),
         "adapter to load at startup: its path relative to --adapter-root, hub:org/name[@revision],"
@@ -276,7 +279,10 @@ class AdapterConfig:
     )
 
     def __post_init__(self) -> None:
-        if found := [*self._preloads_at_fault(), *self._hubs_at_fault(), *self._remotes_at_fault()]:
+        found = [*self._preloads_at_fault(), *self._hubs_at_fault(), *self._remotes_at_fault()]
+        if self.training and self.state_dir is None:
+            found.append(Violation("adapters.training", say("NEEDS_FIELD", other="--state-dir")))
+        if found:
             raise SettingsError(*found)
 
     def _hubs_at_fault(self) -> Iterator[Violation]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from turret.server.engine.engine import Engine
     from turret.server.models.describe import ModelInfo
     from turret.server.models.tokenizer import Tokenizer
+    from turret.server.training.trainer import Training
 
 
 # The parts that answer requests once the model is loaded.
@@ -38,6 +39,7 @@ class Backend:
             of constraints for them.
         model_info: The information about the base model for clients.
         methods: Adapter methods that this build can load, sorted.
+        training: Trains adapters; None if the server does not train.
         kept: Memory of answers that calls collect, by tenant.
         turns: The turns in which answers begin.
     """
@@ -50,6 +52,7 @@ class Backend:
     vocabularies: Vocabularies
     model_info: ModelInfo
     methods: tuple[str, ...]
+    training: Training | None = None
     kept: Counter[bytes] = field(default_factory=Counter)
     turns: LoopTurns = field(default_factory=LoopTurns)
 

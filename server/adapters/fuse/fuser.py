@@ -31,7 +31,7 @@ from turret.server.adapters.adapter import (
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.adapter_checkpoint import Finding, refuse_all
 from turret.server.adapters.fuse.combination import Combination, FuseResult, ModuleReport
-from turret.server.adapters.fuse.lora_files import METHOD, FusedFiles
+from turret.server.adapters.fuse.lora_files import METHOD, AdapterFiles, fused_files
 from turret.server.adapters.fuse.module_fuser import Contribution, FusedModule, ModuleFuser, ratio
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.operators.adapter_operators import beyond_low_rank, beyond_updates
@@ -250,7 +250,7 @@ class Fuser:
             finally:
                 self._registry.release(mix)
             named = [member.lowered.base_model for member in members if member.lowered.base_model]
-            files = FusedFiles(modules, base, named[0] if named else base.name)
+            files = fused_files(modules, base, named[0] if named else base.name)
             return _result(self._install(job, files, _template(mix)), modules)
         finally:
             self._end(job)
@@ -313,7 +313,7 @@ class Fuser:
             raise name_taken(name, record.facts.digest)
 
     def _install(
-        self, job: _Job, files: FusedFiles, chat_template: OwnTemplate | None
+        self, job: _Job, files: AdapterFiles, chat_template: OwnTemplate | None
     ) -> AdapterInfo:
         staged = self._registry.stage(files.announced())
         try:

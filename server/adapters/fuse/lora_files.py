@@ -1,4 +1,4 @@
-"""Writes a result as a LoRA in PEFT's layout: a config and a safetensors file.
+"""Writes an adapter in PEFT's layout, such as a fusion's result: a config and a safetensors file.
 
 This code writes tensor by tensor, because the format is simple, and a library's single call would
 build the whole file in memory and hold the GIL while requests are served.
@@ -21,32 +21,44 @@ from turret.server.adapters.state_dir import StagedUpload, UploadedFile
 
 # The method that reads these files.
 METHOD = "lora"
+# PEFT's prefix of names of tensors.
+PREFIX = "base_model.model."
 
 
-class FusedFiles:
-    """The two files of a result.
+def fused_files(
+    modules: Mapping[str, FusedModule], base: BaseModel, base_model: str
+) -> AdapterFiles:
+    """The files of a result.
 
     Args:
         modules: The modules by path, not empty.
         base: The base of the modules.
         base_model: The base's name for the config.
     """
+    has_bias = any(module.bias is not None for module in modules.values())
+    ranks = {name: module.rank for name, module in modules.items()}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, module in modules.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = module.a
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = module.b
+        if has_bias:
+            bias = torch.zeros(len(module.b)) if module.bias is None else module.bias
+            tensors[f"{PREFIX}{name}.lora_B.bias"] = bias
+    return AdapterFiles(lora_config(ranks, base, base_model, has_bias), tensors)
 
-    def __init__(
-        self, modules: Mapping[str, FusedModule], base: BaseModel, base_model: str
-    ) -> None:
-        has_bias = any(module.bias is not None for module in modules.values())
-        ranks = {name: module.rank for name, module in modules.items()}
-        self._config = json.dumps(lora_config(ranks, base, base_model, has_bias), indent=2).encode()
-        self._tensors: dict[str, torch.Tensor] = {}
-        for name, module in modules.items():
-            path = f"base_model.model.{name}"
-            self._tensors[f"{path}.lora_A.weight"] = module.a
-            self._tensors[f"{path}.lora_B.weight"] = module.b
-            if has_bias:
-                bias = torch.zeros(len(module.b)) if module.bias is None else module.bias
-                self._tensors[f"{path}.lora_B.bias"] = bias
-        self._header = _header(self._tensors)
+
+class AdapterFiles:
+    """The two files of an adapter.
+
+    Args:
+        config: PEFT's keys.
+        tensors: fp32 on the CPU, by PEFT's names.
+    """
+
+    def __init__(self, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        self._config = json.dumps(config, indent=2).encode()
+        self._tensors = tensors
+        self._header = _header(tensors)
 
     def announced(self) -> list[UploadedFile]:
         """Names and sizes, in the form in which an upload announces them."""

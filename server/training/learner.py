@@ -1,0 +1,245 @@
+"""An adapter in training: its tensors, their gradients, and its optimizer."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
+from turret.server.adapters.base import BaseModel
+from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
+from turret.server.adapters.fuse.lora_files import PREFIX, AdapterFiles, target_modules
+from turret.server.adapters.methods.lower import lower_checkpoint
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
+from turret.server.adapters.operators.vocabulary import HEAD
+from turret.server.training.trainer import AdamParams
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+_serial = itertools.count(1)
+
+
+@dataclass(slots=True)
+class _Served:
+    """An adapter with its present tensors, for the store of adapters."""
+
+    key: str
+    operators: AdapterOperators | None
+    bytes_device: int = 0
+    # No registration counts where it is.
+    is_retired: bool = True
+
+
+class Learner:
+    """An adapter in training.
+
+    Its operators are lowered from the tensors like those of a loaded adapter. So a method is
+    trained by the formula that serves it.
+
+    Args:
+        config: The adapter's config, as PEFT writes it.
+        tensors: Its tensors by the names in its file, without PEFT's prefix.
+        base: The base model.
+
+    Attributes:
+        parameters: The tensors, fp32.
+        served: The adapter as requests would use it.
+        leaves: See ``Segment``.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], base: BaseModel
+    ) -> None:
+        self.config = config
+        self._base = base
+        self._key = f"training-{next(_serial)}"
+        self.parameters = {
+            name: tensor.to(torch.float32, copy=True).requires_grad_()
+            for name, tensor in tensors.items()
+        }
+        self._count = 0
+        self._optimizer = torch.optim.AdamW(self.parameters.values(), lr=0.0, foreach=False)
+        self.served, self.leaves = self._refreshed()
+
+    def _lower(self, base: BaseModel, tensors: Mapping[str, torch.Tensor]) -> AdapterOperators:
+        checkpoint = AdapterCheckpoint(self._key, self.config, tensors, digest="", bytes_disk=0)
+        return lower_checkpoint(checkpoint, base)[1].operators
+
+    def _refreshed(self) -> tuple[_Served, Mapping[str, Sequence[torch.Tensor]]]:
+        self._count += 1
+        operators = self._lower(
+            self._base, {name: tensor.detach() for name, tensor in self.parameters.items()}
+        )
+        leaves = {
+            path: [tensor.float().clone().requires_grad_() for tensor in module.tensors()]
+            for path, module in _modules(operators).items()
+        }
+        return _Served(f"{self._key}/{self._count}", operators), leaves
+
+    def fresh_leaves(self) -> dict[str, list[torch.Tensor]]:
+        """The leaves with gradients of their own, for one segment."""
+        return {
+            path: [leaf.detach().requires_grad_() for leaf in leaves]
+            for path, leaves in self.leaves.items()
+        }
+
+    def add_gradients(self, fresh: Mapping[str, Sequence[torch.Tensor]]) -> None:
+        """Add the gradients of a segment to those since the last step."""
+        for path, leaves in self.leaves.items():
+            for leaf, other in zip(leaves, fresh[path], strict=True):
+                if other.grad is not None:
+                    leaf.grad = other.grad if leaf.grad is None else leaf.grad + other.grad
+
+    def collect(self) -> None:
+        """Turn the gradients of the operators into gradients of the tensors."""
+        with torch.enable_grad():
+            # In float32, gradients are not rounded on their way through the serving dtype.
+            wide = replace(self._base, dtype=torch.float32)
+            modules = _modules(self._lower(wide, self.parameters))
+        pairs = [
+            (tensor, leaf.grad)
+            for path, leaves in self.leaves.items()
+            for tensor, leaf in zip(modules[path].tensors(), leaves, strict=True)
+            if leaf.grad is not None and tensor.requires_grad
+        ]
+        if pairs:
+            torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
+
+    def step(self, adam: AdamParams) -> dict[str, float]:
+        """Change the tensors by the gradients since the last step, and forget those.
+
+        Returns:
+            The norm of the gradient before it was clipped.
+        """
+        self.collect()
+        tensors = list(self.parameters.values())
+        limit = adam.grad_clip_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(tensors, limit, foreach=False)
+        for group in self._optimizer.param_groups:
+            group |= {
+                "lr": adam.learning_rate,
+                "betas": (adam.beta1, adam.beta2),
+                "eps": adam.eps,
+                "weight_decay": adam.weight_decay,
+            }
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.served, self.leaves = self._refreshed()
+        return {"grad_norm": float(norm)}
+
+    # Files.
+
+    def files(self) -> AdapterFiles:
+        """The adapter in PEFT's layout, with copies of the tensors."""
+        tensors = {f"{PREFIX}{name}": p.detach().clone() for name, p in self.parameters.items()}
+        return AdapterFiles(self.config, tensors)
+
+    def save(self, folder: Path, *, with_optimizer: bool) -> None:
+        """Write the adapter in PEFT's layout, and the optimizer's state beside it."""
+        tensors = {f"{PREFIX}{name}": p.detach() for name, p in self.parameters.items()}
+        save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
+        text = json.dumps(self.config, indent=2, sort_keys=True) + "\n"
+        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        if with_optimizer:
+            save_file(self._state(), folder / OPTIMIZER_FILE)
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        return {
+            f"{name}/{key}": value.reshape(-1) if value.dim() == 0 else value
+            for name, p in self.parameters.items()
+            for key, value in self._optimizer.state[p].items()
+        }
+
+    def load(self, folder: Path, *, with_optimizer: bool) -> None:
+        """Take the tensors, and perhaps the optimizer's state, that ``save`` wrote."""
+        tensors = load_file(folder / TENSORS_FILE)
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(tensors[f"{PREFIX}{name}"])
+        self._optimizer.state.clear()
+        if with_optimizer and (folder / OPTIMIZER_FILE).exists():
+            for key, value in load_file(folder / OPTIMIZER_FILE).items():
+                name, _, field = key.rpartition("/")
+                state = self._optimizer.state[self.parameters[name]]
+                state[field] = value.reshape(()) if field == "step" else value
+        self.served, self.leaves = self._refreshed()
+
+
+def _modules(operators: AdapterOperators) -> dict[str, Any]:
+    """The operators of all linear modules, those of the head among them."""
+    head = {} if operators.head is None else {HEAD: operators.head}
+    return {**operators.modules, **head}
+
+
+# New adapters.
+
+_ALPHA = 32.0
+METHODS = ("lora", "rslora", "dora", "loha", "ia3")
+
+
+def new_adapter(
+    method: str, rank: int, seed: int, modules: Sequence[str], base: BaseModel
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The config and the first tensors of an adapter that changes nothing yet.
+
+    Args:
+        method: One of ``METHODS``.
+        rank: The rank.
+        seed: Determines the tensors.
+        modules: The paths of the trained modules.
+        base: The base model.
+
+    Returns:
+        As PEFT has them; names are without PEFT's prefix.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(rows: int, columns: int) -> torch.Tensor:
+        # Kaiming's with a = √5, as PEFT and torch have it.
+        return (torch.rand(rows, columns, generator=generator) * 2 - 1) / math.sqrt(columns)
+
+    def normal(rows: int, columns: int, scale: float) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator) * scale
+
+    config: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base.name,
+        "target_modules": target_modules(list(modules), base),
+    }
+    tensors: dict[str, torch.Tensor] = {}
+    if method in ("lora", "rslora", "dora"):
+        config |= {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": _ALPHA,
+            "use_rslora": method == "rslora",
+            "use_dora": method == "dora",
+        }
+    elif method == "loha":
+        config |= {"peft_type": "LOHA", "r": rank, "alpha": _ALPHA}
+    else:
+        config |= {"peft_type": "IA3", "feedforward_modules": []}
+    for name in modules:
+        module = base.modules[name]
+        rows, columns = module.out_features, module.in_features
+        if config["peft_type"] == "LORA":
+            tensors[f"{name}.lora_A.weight"] = uniform(rank, columns)
+            tensors[f"{name}.lora_B.weight"] = torch.zeros(rows, rank)
+            if method == "dora":
+                norms = torch.linalg.vector_norm(module.dequantize(), dim=1)
+                tensors[f"{name}.lora_magnitude_vector"] = norms
+        elif method == "loha":
+            tensors[f"{name}.hada_w1_a"] = normal(rows, rank, 0.1)
+            tensors[f"{name}.hada_w1_b"] = normal(rank, columns, 1.0)
+            tensors[f"{name}.hada_w2_a"] = torch.zeros(rows, rank)
+            tensors[f"{name}.hada_w2_b"] = normal(rank, columns, 1.0)
+        else:
+            tensors[f"{name}.ia3_l"] = torch.ones(rows, 1)
+    return config, tensors

@@ -1,0 +1,71 @@
+"""Losses of single tokens, as functions of their log probabilities.
+
+All losses are sums over tokens, not means. ``r = exp(lp − q)`` is the ratio of the log probability
+``lp`` to the ``q`` with which the token was sampled (``logprobs``), ``A`` the advantage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+Inputs = Mapping[str, torch.Tensor]
+Numbers = Mapping[str, float]
+_SAMPLED = ("logprobs", "advantages")
+_CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+
+
+class Loss(NamedTuple):
+    """A loss.
+
+    Attributes:
+        of: The loss of each token, from log probabilities, inputs and numbers; elementwise.
+        inputs: The inputs that it needs beside ``target_tokens``.
+        numbers: The numbers that it takes, with their defaults.
+    """
+
+    of: Callable[[torch.Tensor, Inputs, Numbers], torch.Tensor]
+    inputs: tuple[str, ...]
+    numbers: Mapping[str, float]
+
+
+def _cross_entropy(lp: torch.Tensor, given: Inputs, numbers: Numbers) -> torch.Tensor:
+    return -given["weights"] * lp
+
+
+def _ratio(lp: torch.Tensor, given: Inputs) -> torch.Tensor:
+    return (lp - given["logprobs"]).exp()
+
+
+def _clipped(ratio: torch.Tensor, numbers: Numbers) -> torch.Tensor:
+    return ratio.clamp(numbers["clip_low_threshold"], numbers["clip_high_threshold"])
+
+
+def _importance_sampling(lp: torch.Tensor, given: Inputs, numbers: Numbers) -> torch.Tensor:
+    return -_ratio(lp, given) * given["advantages"]
+
+
+def _ppo(lp: torch.Tensor, given: Inputs, numbers: Numbers) -> torch.Tensor:
+    ratio, advantages = _ratio(lp, given), given["advantages"]
+    return -torch.minimum(ratio * advantages, _clipped(ratio, numbers) * advantages)
+
+
+def _cispo(lp: torch.Tensor, given: Inputs, numbers: Numbers) -> torch.Tensor:
+    return -_clipped(_ratio(lp, given).detach(), numbers) * lp * given["advantages"]
+
+
+def _dro(lp: torch.Tensor, given: Inputs, numbers: Numbers) -> torch.Tensor:
+    distance = lp - given["logprobs"]
+    return -(lp * given["advantages"] - 0.5 * numbers["beta"] * distance * distance)
+
+
+# PPO: arXiv 1707.06347; CISPO: arXiv 2506.13585; DRO: arXiv 2405.19107.
+LOSSES: Mapping[str, Loss] = {
+    "cross_entropy": Loss(_cross_entropy, ("weights",), {}),
+    "importance_sampling": Loss(_importance_sampling, _SAMPLED, {}),
+    "ppo": Loss(_ppo, _SAMPLED, _CLIP),
+    "cispo": Loss(_cispo, _SAMPLED, _CLIP),
+    "dro": Loss(_dro, _SAMPLED, {"beta": 0.05}),
+}

@@ -1,0 +1,398 @@
+"""Adapters in training on the base that serves (``Training``)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import itertools
+import json
+import re
+import secrets
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE, AdapterRef
+from turret.server.adapters.device.store import ProjectionLayout, StepStore
+from turret.server.adapters.operators.vocabulary import HEAD
+from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.state_dir import StagedUpload, UploadedFile
+from turret.server.engine.engine import Engine
+from turret.server.errors import (
+    AdapterInUseError,
+    AdapterNotFoundError,
+    BudgetExceededError,
+    InvalidRequestError,
+)
+from turret.server.models.decoding.decoder import Decoder
+from turret.server.training.learner import METHODS, Learner, new_adapter
+from turret.server.training.losses import LOSSES, Loss
+from turret.server.training.trainer import AdamParams, Datum, DatumLoss, LearnerConfig
+from turret.server.training.training_pass import Segment, TrainingPass
+from turret.server.words import say
+
+T = TypeVar("T")
+TARGETS = "target_tokens"
+# Tokens of one pass, whose activations are in memory together, and of the sequences of one adapter
+# that are computed together. A longer sequence is a pass of its own. An adapter's sequences are cut
+# by their own lengths alone, so that its gradients are added up in the same order in any company.
+PASS_TOKENS, CHUNK_TOKENS = 512, 256
+MAX_RANK = 256
+_PIECE_BYTES = 1 << 20
+# Names that clients' samplers give to adapters: training/<session>/….
+_OF_SAMPLER = re.compile(r"training/[0-9a-f]{32}/.+")
+# Adapters in training, of all callers and of one.
+MAX_LEARNERS, MAX_LEARNERS_EACH = 64, 16
+
+
+@dataclass(slots=True, eq=False)
+class _Work:
+    """Sequences of one adapter that wait for their passes.
+
+    Attributes:
+        chunks: The sequences that are computed together, in order.
+        found: The results so far.
+    """
+
+    learner: Learner
+    chunks: Sequence[Sequence[Datum]]
+    loss: Loss
+    numbers: Mapping[str, float]
+    has_grad: bool
+    done: asyncio.Future[None]
+    num_begun: int = 0
+    found: list[DatumLoss] = field(default_factory=list)
+
+
+class TrainingService:
+    """See ``Training``. Use it on the event loop.
+
+    Args:
+        engine: Runs the passes beside requests.
+        decoder: The base model.
+        layout: The shape of its projections.
+        store: Holds the adapters of requests, and of passes.
+        registry: Describes the base, and takes the adapters that are published.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        decoder: Decoder,
+        layout: ProjectionLayout,
+        store: StepStore,
+        registry: AdapterRegistry,
+    ) -> None:
+        self._engine = engine
+        self._decoder = decoder
+        self._layout = layout
+        self._store = store
+        self._registry = registry
+        self._learners: dict[int, tuple[Learner, str]] = {}
+        self._numbers = itertools.count(1)
+        self._waiting: list[_Work] = []
+        self._runner: asyncio.Task[None] | None = None
+        # The samplers of these ended with the process that served them.
+        for info in registry.list():
+            if _OF_SAMPLER.fullmatch(info.name):
+                with contextlib.suppress(AdapterInUseError):
+                    registry.unload(info.name, "FORCE")
+
+    async def _on_engine(self, work: Callable[[Callable[[], None]], T]) -> T:
+        return await asyncio.wrap_future(self._engine.run_background(work))
+
+    def _learner(self, number: int) -> Learner:
+        return self._learners[number][0]
+
+    # Adapters.
+
+    async def create(self, config: LearnerConfig, owner: str) -> int:
+        """Begin an adapter; see ``Training``."""
+        if config.method not in METHODS:
+            why = say("NOT_ONE_OF", value=config.method, choices=", ".join(METHODS))
+            raise InvalidRequestError.of("method", why)
+        if not 1 <= config.rank <= MAX_RANK:
+            why = say("NOT_IN_RANGE", least=1, most=MAX_RANK, value=config.rank)
+            raise InvalidRequestError.of("rank", why)
+        modules = self._modules(config)
+        if not modules:
+            raise InvalidRequestError.of("train_attn", say("NOTHING_TO_TRAIN"))
+        self._check_room(owner)
+        seed = secrets.randbits(62) if config.seed is None else config.seed
+        number = next(self._numbers)
+
+        def make(between: Callable[[], None]) -> Learner:
+            base = self._registry.base
+            return Learner(*new_adapter(config.method, config.rank, seed, modules, base), base)
+
+        self._learners[number] = await self._on_engine(make), owner
+        return number
+
+    def _check_room(self, owner: str) -> None:
+        owners = Counter(each for _, each in self._learners.values())
+        for found, most in ((owners.total(), MAX_LEARNERS), (owners[owner], MAX_LEARNERS_EACH)):
+            if found >= most:
+                raise BudgetExceededError(say("TOO_MANY_LEARNERS", most=most))
+
+    def _modules(self, config: LearnerConfig) -> list[str]:
+        wanted = {"qkv": config.attention, "o": config.attention}
+        wanted |= {"gate_up": config.mlp, "down": config.mlp}
+        found = [
+            self._layout.module(layer, shape.path)
+            for layer in range(self._layout.num_layers)
+            for projection, shapes in self._layout.projections.items()
+            if wanted.get(projection)
+            for shape in shapes
+        ]
+        return [*found, HEAD] if config.unembed else found
+
+    async def drop(self, learner: int) -> None:
+        """Forget an adapter; see ``Training``."""
+        found = self._learners.pop(learner, None)
+        if found is not None:
+            await self._on_engine(lambda between: self._store.drop(found[0].served.key))
+
+    # Passes.
+
+    async def pass_over(
+        self,
+        learner: int,
+        data: Sequence[Datum],
+        loss: str,
+        config: Mapping[str, float],
+        *,
+        is_forward_only: bool = False,
+    ) -> list[DatumLoss]:
+        """Compute losses and gradients; see ``Training``."""
+        numbers = self._checked(data, loss, config)
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        work = _Work(
+            self._learner(learner),
+            _chunks(data),
+            LOSSES[loss],
+            numbers,
+            has_grad=not is_forward_only,
+            done=done,
+        )
+        self._waiting.append(work)
+        if self._runner is None or self._runner.done():
+            self._runner = asyncio.create_task(self._run())
+        await done
+        return work.found
+
+    def _checked(
+        self, data: Sequence[Datum], loss: str, config: Mapping[str, float]
+    ) -> Mapping[str, float]:
+        known = LOSSES.get(loss)
+        if known is None:
+            why = say("NOT_ONE_OF", value=loss, choices=", ".join(LOSSES))
+            raise InvalidRequestError.of("loss_fn", why)
+        for name in config:
+            if name not in known.numbers:
+                raise InvalidRequestError.of("loss_fn_config", say("UNKNOWN_FIELD", name=name))
+        vocab_size, most = self._decoder.arch.vocab_size, self._engine.max_model_len
+        for index, datum in enumerate(data):
+            place = f"data[{index}]"
+            count = len(datum.tokens)
+            if not 1 <= count <= most:
+                why = say("NOT_IN_RANGE", least=1, most=most, value=count)
+                raise InvalidRequestError.of(f"{place}.model_input", why)
+            _check_tokens(datum.tokens, vocab_size, f"{place}.model_input")
+            for name in (TARGETS, *known.inputs):
+                path = f"{place}.loss_fn_inputs.{name}"
+                tensor = datum.inputs.get(name)
+                if tensor is None:
+                    raise InvalidRequestError.of(path, say("REQUIRED"))
+                if tensor.shape != (count,):
+                    shape, expected = list(tensor.shape), [count]
+                    why = say("WRONG_SHAPE", shape=shape, expected=expected)
+                    raise InvalidRequestError.of(path, why)
+                if name == TARGETS:
+                    _check_tokens(tensor.tolist(), vocab_size, path)
+                elif not bool(tensor.isfinite().all()):
+                    raise InvalidRequestError.of(path, say("NOT_FINITE", dtype=tensor.dtype))
+        return {**known.numbers, **config}
+
+    async def _run(self) -> None:
+        """Run passes until nothing waits, each over chunks of as many adapters as fit."""
+        while self._waiting:
+            batch = self._next_batch()
+            error: Exception | None = None
+            try:
+                if batch:
+                    await self._on_engine(functools.partial(self._pass, batch))
+            except Exception as raised:
+                error = raised
+            for work in {id(work): work for work, _ in batch}.values():
+                if error is not None and not work.done.done():
+                    work.done.set_exception(error)
+                elif work.num_begun == len(work.chunks) and not work.done.done():
+                    work.done.set_result(None)
+            self._waiting = [work for work in self._waiting if not work.done.done()]
+
+    def _next_batch(self) -> list[tuple[_Work, Sequence[Datum]]]:
+        """The chunks of the next pass: in turn one of each adapter, all with gradients or none."""
+        batch: list[tuple[_Work, Sequence[Datum]]] = []
+        waiting = [work for work in self._waiting if not work.done.done()]
+        kind = [work for work in waiting if work.has_grad == waiting[0].has_grad]
+        left = PASS_TOKENS
+        while True:
+            before = len(batch)
+            for work in kind:
+                if work.num_begun < len(work.chunks):
+                    chunk = work.chunks[work.num_begun]
+                    size = sum(len(datum.tokens) for datum in chunk)
+                    if size <= left or not batch:
+                        work.num_begun += 1
+                        batch.append((work, chunk))
+                        left -= size
+            if len(batch) == before:
+                break
+        # The adapter that was first is last in the next pass.
+        self._waiting.append(self._waiting.pop(0))
+        return batch
+
+    def _pass(
+        self, batch: Sequence[tuple[_Work, Sequence[Datum]]], between: Callable[[], None]
+    ) -> None:
+        """Run one pass on the engine thread."""
+        segments = [
+            Segment(work.learner.served, work.learner.fresh_leaves(), [d.tokens for d in chunk])
+            for work, chunk in batch
+        ]
+        results: list[list[DatumLoss]] = []
+        with torch.no_grad():
+            one = TrainingPass(self._decoder, self._layout, self._store, segments, between)
+            one.forward()
+            grad = torch.zeros(one.hidden.shape)
+            for number, (work, chunk) in enumerate(batch):
+                inputs = {
+                    name: torch.cat([datum.inputs[name] for datum in chunk])
+                    for name in (TARGETS, *work.loss.inputs)
+                }
+                logprobs, losses, grad[one.rows[number]] = one.targets(
+                    number,
+                    inputs[TARGETS],
+                    functools.partial(_loss_of, work, inputs),
+                    has_grad=work.has_grad,
+                )
+                lengths = segments[number].lengths
+                pairs = zip(logprobs.split(lengths), losses.split(lengths), strict=True)
+                results.append([DatumLoss(*pair) for pair in pairs])
+            if batch[0][0].has_grad:
+                one.backward(grad)
+        for (work, _), segment, found in zip(batch, segments, results, strict=True):
+            work.found += found
+            work.learner.add_gradients(segment.leaves)
+
+    # Steps and files.
+
+    async def step(self, learner: int, adam: AdamParams) -> dict[str, float]:
+        """Change the tensors by the gradients; see ``Training``."""
+        found = self._learner(learner)
+
+        def run(between: Callable[[], None]) -> dict[str, float]:
+            before = found.served.key
+            metrics = found.step(adam)
+            self._store.drop(before)
+            return metrics
+
+        return await self._on_engine(run)
+
+    async def save(self, learner: int, folder: Path, *, with_optimizer: bool) -> None:
+        """Write the adapter; see ``Training``."""
+        found = self._learner(learner)
+        await asyncio.to_thread(found.save, folder, with_optimizer=with_optimizer)
+
+    async def load(self, learner: int, folder: Path, *, with_optimizer: bool) -> None:
+        """Continue from files; see ``Training``."""
+        found = self._learner(learner)
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        if config != found.config:
+            raise InvalidRequestError.of("path", say("OTHER_ADAPTER_CONFIG"))
+
+        def run(between: Callable[[], None]) -> None:
+            before = found.served.key
+            found.load(folder, with_optimizer=with_optimizer)
+            self._store.drop(before)
+
+        await self._on_engine(run)
+
+    async def publish(self, learner: int, name: str) -> int:
+        """Register the present tensors; see ``Training``."""
+        files = self._learner(learner).files()
+        return await asyncio.to_thread(
+            self._register,
+            name,
+            files.announced(),
+            lambda staged: files.write(staged, lambda: None),
+        )
+
+    async def serve(self, folder: Path, name: str) -> int:
+        """Register a saved folder; see ``Training``."""
+        paths = [folder / each for each in (CONFIG_FILE, TENSORS_FILE)]
+
+        def write(staged: StagedUpload) -> None:
+            for path in paths:
+                with path.open("rb") as file:
+                    while piece := file.read(_PIECE_BYTES):
+                        staged.write(path.name, piece)
+            staged.finish()
+
+        def run() -> int:
+            announced = [UploadedFile(path.name, path.stat().st_size) for path in paths]
+            return self._register(name, announced, write)
+
+        return await asyncio.to_thread(run)
+
+    def _register(
+        self,
+        name: str,
+        announced: Sequence[UploadedFile],
+        write: Callable[[StagedUpload], None],
+    ) -> int:
+        """Register files as a generation of a name; blocks."""
+        staged = self._registry.stage(announced)
+        try:
+            write(staged)
+            replace = self._registry.find(AdapterRef(name=name)) is not None
+            return self._registry.upload(name, staged, replace=replace).generation
+        finally:
+            staged.discard()
+
+    async def withdraw(self, name: str) -> None:
+        """Unregister a name; see ``Training``."""
+        with contextlib.suppress(AdapterNotFoundError):
+            # Requests that still use it belong to a sampler that has ended.
+            await asyncio.to_thread(self._registry.unload, name, "FORCE")
+
+
+def _chunks(data: Sequence[Datum]) -> list[list[Datum]]:
+    chunks: list[list[Datum]] = []
+    left = 0
+    for datum in data:
+        if len(datum.tokens) > left:
+            chunks.append([])
+            left = CHUNK_TOKENS
+        chunks[-1].append(datum)
+        left -= len(datum.tokens)
+    return chunks
+
+
+def _loss_of(
+    work: _Work, inputs: Mapping[str, torch.Tensor], rows: slice, logprobs: torch.Tensor
+) -> torch.Tensor:
+    some = {name: tensor[rows] for name, tensor in inputs.items()}
+    return work.loss.of(logprobs, some, work.numbers)
+
+
+def _check_tokens(tokens: Sequence[int], vocab_size: int, path: str) -> None:
+    low, high = min(tokens), max(tokens)
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise InvalidRequestError.of(path, say("NOT_A_TOKEN", value=wrong, size=vocab_size))

@@ -1,0 +1,139 @@
+"""What doors ask of training: adapters in training, their passes, steps and snapshots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    # Doors import this module before torch is loaded.
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Datum:
+    """One sequence with the inputs of its loss.
+
+    Attributes:
+        tokens: The token ids that the model reads.
+        inputs: Tensors of the loss by name, one number per token: ``target_tokens`` int64,
+            and ``weights``, ``logprobs``, ``advantages`` fp32 as far as the loss needs them.
+    """
+
+    tokens: Sequence[int]
+    inputs: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class DatumLoss:
+    """The result of one sequence, one number per token.
+
+    Attributes:
+        logprobs: The log probability of each target, with the bits that sampling gives it; fp32.
+        losses: Each token's part of the loss, fp32.
+    """
+
+    logprobs: torch.Tensor
+    losses: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdamParams:
+    """One step of AdamW (arXiv 1711.05101); ``grad_clip_norm`` 0 clips nothing."""
+
+    learning_rate: float
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerConfig:
+    """A new adapter in training.
+
+    Attributes:
+        method: ``lora``, ``dora``, …
+        rank: The rank.
+        seed: Determines the first tensors; None for a random one.
+        attention: Whether the projections of attention are trained.
+        mlp: Whether those of MLPs are.
+        unembed: Whether the head is.
+    """
+
+    method: str = "lora"
+    rank: int
+    seed: int | None = None
+    attention: bool = True
+    mlp: bool = True
+    unembed: bool = False
+
+
+class Training(Protocol):
+    """Adapters in training, by a number that is never used twice.
+
+    Calls for one adapter must not overlap; calls for several run together. All raise
+    InvalidRequestError for bad input, naming the field, and change nothing then.
+    """
+
+    async def create(self, config: LearnerConfig, owner: str) -> int:
+        """Begin an adapter; ``owner`` is counted in quotas."""
+        ...
+
+    async def drop(self, learner: int) -> None:
+        """Forget an adapter; unknown ones are ignored."""
+        ...
+
+    async def pass_over(
+        self,
+        learner: int,
+        data: Sequence[Datum],
+        loss: str,
+        config: Mapping[str, float],
+        *,
+        is_forward_only: bool = False,
+    ) -> list[DatumLoss]:
+        """Compute the losses, and add their gradients to those since the last step.
+
+        Args:
+            learner: The adapter.
+            data: Sequences of any lengths; a long list is cut into passes.
+            loss: ``cross_entropy``, ``importance_sampling``, ``ppo``, ``cispo`` or ``dro``.
+            config: Numbers of the loss, such as ``clip_low_threshold``.
+            is_forward_only: Whether to compute no gradients.
+        """
+        ...
+
+    async def step(self, learner: int, adam: AdamParams) -> dict[str, float]:
+        """Change the tensors by the gradients, which are zero afterwards; returns metrics."""
+        ...
+
+    async def save(self, learner: int, folder: Path, *, with_optimizer: bool) -> None:
+        """Write ``adapter_config.json`` and ``adapter_model.safetensors``, and the optimizer."""
+        ...
+
+    async def load(self, learner: int, folder: Path, *, with_optimizer: bool) -> None:
+        """Continue from what ``save`` has written; the config must be the same."""
+        ...
+
+    async def publish(self, learner: int, name: str) -> int:
+        """Register the present tensors as a generation of an adapter's name, for sampling."""
+        ...
+
+    async def serve(self, folder: Path, name: str) -> int:
+        """Register what ``save`` has written as an adapter's name, for sampling.
+
+        Raises:
+            AdapterCheckpointError: The files are not those of an adapter.
+        """
+        ...
+
+    async def withdraw(self, name: str) -> None:
+        """Unregister a name of ``publish`` or ``serve`` once no request uses it.
+
+        Unknown names are ignored.
+        """
+        ...

@@ -1,0 +1,494 @@
+"""The forward and the backward pass of adapters in training, on the weights that are served.
+
+The forward pass is that of requests, so a token's log probability has the bits that it has when
+the token is sampled. A recorder keeps the input and the result of each projection. The backward
+pass goes through the layers in reverse: it differentiates each part in float32 by autograd, and
+multiplies by the transposed weights of the base for all rows at once. The base gets no gradients.
+
+Rows of several adapters run in one pass. Whatever is computed for an adapter is computed from its
+own rows alone, or row by row, so its gradients have the same bits in any company.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from turret.kernels.between import rotate_heads
+from turret.kernels.paged_attention import SequenceSpan
+from turret.kernels.rows.elementwise import row_log_softmax
+from turret.kernels.rows.linear import row_linear
+from turret.server.adapters.device.store import (
+    AdapterStep,
+    BaseProduct,
+    ExpertPairs,
+    ProjectionLayout,
+    Resident,
+    StepMembers,
+    StepStore,
+)
+from turret.server.adapters.device.vocabulary import VocabularyGroup
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
+from turret.server.adapters.operators.operator import BaseRows
+from turret.server.adapters.operators.vocabulary import HEAD
+from turret.server.models.decoding.adapted_linear import AdaptedLinear
+from turret.server.models.decoding.arch import LONG, ClampedSwiglu
+from turret.server.models.decoding.decoder import Decoder, DecoderLayer, StepInput
+from turret.server.models.decoding.kv_cache import KvCache
+from turret.server.models.weights.base_linear import BaseLinear
+from turret.server.models.weights.nf4 import DenseLinear
+
+_BLOCK_SIZE = 16
+# Rows whose logits exist at a time: 256 of a 50,000 token vocabulary are 50 MB.
+_LOGIT_ROWS = 256
+_ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The sequences of one adapter in a pass.
+
+    Attributes:
+        adapter: The adapter as it is served.
+        leaves: The tensors of its modules' operators, fp32, to whose ``grad`` the backward pass
+            adds; by module path, in the order of ``ModuleOperators.tensors``.
+        tokens: The token ids of each sequence, at least one each.
+    """
+
+    adapter: Resident
+    leaves: Mapping[str, Sequence[torch.Tensor]]
+    tokens: Sequence[Sequence[int]]
+
+    @property
+    def lengths(self) -> list[int]:
+        """The number of tokens of each sequence."""
+        return [len(each) for each in self.tokens]
+
+
+class _Recorder(AdapterStep):
+    """The adapters of a step; keeps the inputs and results of projections.
+
+    Attributes:
+        inputs: The input of each projection, by layer and name.
+        results: The result of each.
+    """
+
+    def __init__(self, step: AdapterStep, between: Callable[[], None]) -> None:
+        self._step = step
+        self._between = between
+        self.inputs: dict[tuple[int, str], torch.Tensor] = {}
+        self.results: dict[tuple[int, str], torch.Tensor] = {}
+
+    def project(
+        self,
+        layer: int,
+        projection: str,
+        x: torch.Tensor,
+        *,
+        bias: torch.Tensor | None,
+        base: BaseProduct,
+    ) -> torch.Tensor:
+        self._between()
+        y = self._step.project(layer, projection, x, bias=bias, base=base)
+        # Later operations may change both in place.
+        self.inputs[layer, projection] = x.clone()
+        self.results[layer, projection] = y.clone()
+        return y
+
+    def attend(self, layer: int, q: torch.Tensor, attended: torch.Tensor) -> None:
+        self._step.attend(layer, q, attended)
+
+    def apply_experts(self, pairs: ExpertPairs) -> None:
+        self._step.apply_experts(pairs)
+
+
+class TrainingPass:
+    """A forward pass, and the backward pass through it. Engine thread only.
+
+    Args:
+        decoder: The model; every layer has an MLP.
+        layout: The shape of its projections.
+        store: Holds the adapters of requests; takes those of the segments.
+        segments: The sequences.
+        between: Called before every projection; steps of requests may run in it.
+
+    Attributes:
+        rows: The rows of each segment.
+        hidden: Final-norm hidden states, ``[rows, hidden]``, after ``forward``.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        layout: ProjectionLayout,
+        store: StepStore,
+        segments: Sequence[Segment],
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._decoder = decoder
+        self._arch = decoder.arch
+        self._layout = layout
+        self._store = store
+        self._segments = segments
+        self._between = between
+        ends = itertools.accumulate((sum(each.lengths) for each in segments), initial=0)
+        self.rows = [slice(*pair) for pair in itertools.pairwise(ends)]
+        self._streams: list[torch.Tensor] = []
+
+    # Forward.
+
+    def forward(self) -> None:
+        """Compute ``hidden``."""
+        step, cache = self._prepare()
+        self.hidden = self._decoder.forward(step, cache)
+        self._streams = self._residual_streams(self._decoder.embed(step))
+
+    def _prepare(self) -> tuple[StepInput, KvCache]:
+        decoder, lengths = self._decoder, [n for each in self._segments for n in each.lengths]
+        spans, slots, positions, block = [], [], [], 1
+        for start, length in zip(itertools.accumulate(lengths, initial=0), lengths, strict=False):
+            count = -(-length // _BLOCK_SIZE)
+            spans.append(SequenceSpan(start, length, 0, list(range(block, block + count)), 0))
+            slots += range(block * _BLOCK_SIZE, block * _BLOCK_SIZE + length)
+            positions += self._positions(length)
+            block += count
+        cache = KvCache(self._arch, block, _BLOCK_SIZE, decoder.dtype, decoder.device)
+        cache.clear(range(block))
+        self._store.prepare([segment.adapter for segment in self._segments])
+        # Requests that run meanwhile may evict the adapters, whose tensors this pass keeps.
+        self._changes = [self._store.vocabulary(each.adapter.key) for each in self._segments]
+        members = [
+            (rows.start, rows.stop, [(segment.adapter.key, 1.0)])
+            for rows, segment in zip(self.rows, self._segments, strict=True)
+        ]
+        attention: dict[int | None, Any] = {
+            window: decoder.ops.plan_attention(
+                spans,
+                num_rows=len(positions),
+                block_size=_BLOCK_SIZE,
+                window=window,
+                device=decoder.device,
+            )
+            for window in set(self._arch.windows)
+        }
+        tokens = [token for segment in self._segments for each in segment.tokens for token in each]
+        adapters = self._store.step(StepMembers(short=[], long=members))
+        self._recorder = _Recorder(adapters, self._between)
+        step = StepInput(
+            token_ids=torch.tensor(tokens),
+            positions=torch.tensor(positions),
+            kv_slots=torch.tensor(slots),
+            attention=attention,
+            adapters=self._recorder,
+        )
+        return step, cache
+
+    def _positions(self, length: int) -> range:
+        long_from = self._arch.long_from
+        first = LONG if long_from is not None and length > long_from else 0
+        return range(first, first + length)
+
+    def _residual_streams(self, hidden: torch.Tensor) -> list[torch.Tensor]:
+        """The residual stream before each norm, computed like in the forward pass."""
+        streams = [hidden]
+        results, decoder = self._recorder.results, self._decoder
+        for number, layer in enumerate(decoder.layers):
+            for name, norm in (("o", layer.norm_after_attention), ("down", layer.norm_after_mlp)):
+                streams.append(streams[-1] + decoder.leave(results[number, name].clone(), norm))
+        return streams
+
+    # The head and the loss.
+
+    def targets(
+        self,
+        number: int,
+        targets: torch.Tensor,
+        loss: Callable[[slice, torch.Tensor], torch.Tensor],
+        *,
+        has_grad: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The log probabilities of a segment's targets, and their loss.
+
+        Args:
+            number: The segment.
+            targets: A token per row, ``[rows]`` int64.
+            loss: Each row's loss, from some rows of the segment and their log probabilities.
+            has_grad: Whether to compute the gradient.
+
+        Returns:
+            Log probabilities and losses, ``[rows]`` fp32; the gradient of the segment's rows of
+            ``hidden``, ``[rows, hidden]`` fp32, zero without ``has_grad``.
+        """
+        segment, hidden = self._segments[number], self.hidden[self.rows[number]]
+        change = self._changes[number]
+        grad = torch.zeros(hidden.shape)
+        logprobs, losses = torch.zeros(len(targets)), torch.zeros(len(targets))
+        for start in range(0, len(targets), _LOGIT_ROWS):
+            self._between()
+            rows = slice(start, min(start + _LOGIT_ROWS, len(targets)))
+            some = hidden[rows]
+            groups = []
+            if change is not None and change.changes_head:
+                groups = [VocabularyGroup(torch.arange(len(some)), [(change, 1.0)])]
+            logits = self._decoder.logits(some, groups)
+            each = row_log_softmax(logits)
+            leaf = each.gather(1, targets[rows, None])[:, 0].requires_grad_()
+            with torch.enable_grad():
+                parts = loss(rows, leaf)
+            logprobs[rows], losses[rows] = leaf.detach(), parts.detach()
+            if not has_grad:
+                continue
+            (slope,) = torch.autograd.grad(parts, leaf, torch.ones_like(parts))
+            chosen = slope.nonzero()[:, 0]
+            if len(chosen):
+                # The slope of a target's log probability is 1 at the target, less all shares.
+                back = each[chosen].exp_().mul_(-slope[chosen, None])
+                back[torch.arange(len(chosen)), targets[rows][chosen]] += slope[chosen]
+                back *= self._arch.logit_scale
+                if self._arch.logit_softcap is not None:
+                    back *= 1.0 - (logits[chosen] / self._arch.logit_softcap) ** 2
+                grad[rows.start + chosen] = self._through_head(segment, some[chosen], back)
+        return logprobs, losses, grad
+
+    def _through_head(self, segment: Segment, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        """The gradient of the head's input, ``[rows, hidden]`` fp32."""
+        beside, head = torch.zeros(x.shape), self._decoder.head
+        operators = segment.adapter.operators
+        if operators is not None and operators.head is not None:
+            leaves = segment.leaves[HEAD]
+            beside, grad = _through_operators(
+                operators.head.with_tensors(iter(leaves)),
+                leaves,
+                x,
+                DenseLinear(head, (len(head),)),
+                grad,
+            )
+        return beside + row_linear(grad.to(head.dtype), self._turned_head).float()
+
+    @cached_property
+    def _turned_head(self) -> torch.Tensor:
+        return self._decoder.head.T.contiguous()
+
+    # Backward.
+
+    def backward(self, grad: torch.Tensor) -> None:
+        """Add the gradients of the adapters to the ``grad`` of their leaves.
+
+        Args:
+            grad: The gradient of ``hidden``, ``[rows, hidden]`` fp32.
+        """
+        decoder = self._decoder
+        total = self._through_norm(decoder.norm, grad, self._streams.pop())
+        for number in reversed(range(len(decoder.layers))):
+            layer = decoder.layers[number]
+            assert layer.gate_up is not None
+            assert layer.down is not None
+            part = self._leaving(layer.down, layer.norm_after_mlp, total)
+            part = self._through(
+                lambda gate_up, _: self._gated(gate_up), part, self._taken(layer.gate_up)
+            )
+            part = self._through_linear(layer.gate_up, part)
+            total += self._through_norm(layer.norm_before_mlp, part, self._streams.pop())
+            part = self._leaving(layer.o, layer.norm_after_attention, total)
+            part = self._through(
+                partial(self._attention, number, layer), part, self._taken(layer.qkv)
+            )
+            part = self._through_linear(layer.qkv, part)
+            total += self._through_norm(layer.norm_before_attention, part, self._streams.pop())
+
+    def _taken(self, linear: AdaptedLinear) -> torch.Tensor:
+        return self._recorder.results.pop((linear.layer, linear.projection))
+
+    def _through(
+        self,
+        function: Callable[[torch.Tensor, Segment], torch.Tensor],
+        grad: torch.Tensor,
+        x: torch.Tensor,
+    ) -> torch.Tensor:
+        """The gradient of a function's input, from the gradient of its result, in fp32."""
+        parts: list[torch.Tensor] = []
+        for rows, segment in zip(self.rows, self._segments, strict=True):
+            leaf = x[rows].to(torch.float32, copy=True).requires_grad_()
+            with torch.enable_grad():
+                y = function(leaf, segment)
+            parts += torch.autograd.grad(y, leaf, grad[rows])
+        return torch.cat(parts)
+
+    def _through_norm(
+        self, norm: torch.Tensor | None, grad: torch.Tensor, x: torch.Tensor
+    ) -> torch.Tensor:
+        if norm is None:
+            return grad
+        return self._through(lambda some, _: self._normed(some, norm), grad, x)
+
+    def _leaving(
+        self, linear: AdaptedLinear, norm: torch.Tensor | None, grad: torch.Tensor
+    ) -> torch.Tensor:
+        """The gradient of the input of the last projection of attention or MLP."""
+        part = self._through_norm(norm, grad * self._arch.residual_scale, self._taken(linear))
+        return self._through_linear(linear, part)
+
+    def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, weight.shape, weight.float(), self._arch.rms_norm_eps)
+
+    def _gated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        activation = self._arch.activation
+        assert not isinstance(activation, ClampedSwiglu), "an activation of experts"
+        gate, up = gate_up.chunk(2, dim=-1)
+        return _ACTIVATIONS[activation](gate) * up
+
+    def _through_linear(self, linear: AdaptedLinear, grad: torch.Tensor) -> torch.Tensor:
+        """The gradient of a projection's input; the operators' gradients go to their leaves."""
+        self._between()
+        x = self._recorder.inputs.pop((linear.layer, linear.projection))
+        of_base, beside = grad.clone(), torch.zeros(x.shape)
+        columns = self._layout.columns(linear.projection)
+        for index, shape in enumerate(self._layout.projections[linear.projection]):
+            path = self._layout.module(linear.layer, shape.path)
+            for rows, segment in zip(self.rows, self._segments, strict=True):
+                operators = segment.adapter.operators
+                if operators is None or path not in operators.modules:
+                    continue
+                module, leaves = operators.modules[path], segment.leaves[path]
+                place = grad[rows, columns[index]]
+                beside_part, of_base[rows, columns[index]] = _through_operators(
+                    module.with_tensors(iter(leaves)), leaves, x[rows], linear.part(index), place
+                )
+                beside[rows] += beside_part
+        return beside.add_(transposed_product(linear.base, of_base, x.dtype))
+
+    def _attention(
+        self, number: int, layer: DecoderLayer, qkv: torch.Tensor, segment: Segment
+    ) -> torch.Tensor:
+        """Attention with gradients, ``[rows, (heads + 2 · kv_heads) · head_dim]`` fp32.
+
+        Returns:
+            ``[rows, heads · head_dim]``.
+        """
+        arch, lengths = self._arch, segment.lengths
+        heads, kv_heads = arch.num_heads, arch.num_kv_heads
+        positions = torch.tensor([p for length in lengths for p in self._positions(length)])
+        split = qkv.view(-1, heads + 2 * kv_heads, arch.head_dim)
+        q, k, v = split.split((heads, kv_heads, kv_heads), dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = self._normed(q.reshape(-1, layer.q_norm.shape[0]), layer.q_norm).view(q.shape)
+            k = self._normed(k.reshape(-1, layer.k_norm.shape[0]), layer.k_norm).view(k.shape)
+        angles = self._decoder.rotations(positions)[arch.rope_of_layer[number]]
+        if angles is not None:
+            # Steps of requests may have made these in inference mode.
+            cos, sin = (each.clone() for each in angles)
+            q, k = (rotate_heads(x, cos, sin, is_interleaved=arch.is_interleaved) for x in (q, k))
+        growth = self._decoder.growth_at(positions)
+        if growth is not None:
+            q = q * growth.clone()
+        # Side by side, with shorter sequences filled up at their ends.
+        q, k, v = (pad_sequence(list(x.split(lengths)), batch_first=True) for x in (q, k, v))
+        places = torch.arange(max(lengths))
+        distance = places[:, None] - places[None, :]
+        window = arch.windows[number]
+        is_hidden = (distance < 0) | (distance >= (len(places) if window is None else window))
+        q = q.unflatten(2, (kv_heads, -1))
+        scores = torch.einsum("bqhgd,bkhd->bhgqk", q, k) * arch.attention_scale
+        if arch.attention_softcap is not None:
+            scores = arch.attention_softcap * (scores / arch.attention_softcap).tanh()
+        scores = scores.masked_fill(is_hidden, float("-inf"))
+        if layer.sinks is not None:
+            sinks = layer.sinks.view(kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+            shares = torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1]
+        else:
+            shares = scores.softmax(-1)
+        mixed = torch.einsum("bhgqk,bkhd->bqhgd", shares, v).flatten(2)
+        return torch.cat([row[:length] for row, length in zip(mixed, lengths, strict=True)])
+
+
+def _through_operators(
+    module: ModuleOperators,
+    leaves: Sequence[torch.Tensor],
+    x: torch.Tensor,
+    base: BaseLinear,
+    grad: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Differentiate one adapter's operators of one module; adds to the leaves' gradients.
+
+    Args:
+        module: The operators, with ``leaves`` as their tensors.
+        leaves: fp32.
+        x: The module's input, ``[rows, in]``.
+        base: The module of the base.
+        grad: The gradient of the module's result, ``[rows, out]`` fp32.
+
+    Returns:
+        The part of the input's gradient that does not go through the base's result, ``[rows, in]``,
+        and the gradient of the base's result, ``[rows, out]``; fp32.
+    """
+    given = x.to(torch.float32, copy=True).requires_grad_()
+    rows = _Rows(given, x, base)
+    with torch.enable_grad():
+        y = torch.zeros(grad.shape)
+        module.add(y, given, rows, 1.0)
+    wanted = [given, *([] if rows.used is None else [rows.used]), *leaves]
+    found = list(torch.autograd.grad(y, wanted, grad, allow_unused=True))
+    of_input = found.pop(0)
+    of_result = grad if rows.used is None else grad + found.pop(0)
+    for leaf, each in zip(leaves, found, strict=True):
+        if each is not None:
+            leaf.grad = each if leaf.grad is None else leaf.grad.add_(each)
+    return torch.zeros(x.shape) if of_input is None else of_input, of_result
+
+
+class _Rows(BaseRows):
+    """The base's data about rows, with gradients.
+
+    Args:
+        given: The rows' input, fp32.
+        x: The same in the dtype of activations.
+        base: The base's module.
+
+    Attributes:
+        used: The base's result, fp32, if an operator has asked for it.
+    """
+
+    def __init__(self, given: torch.Tensor, x: torch.Tensor, base: BaseLinear) -> None:
+        super().__init__(given, lambda more: _Multiplied.apply(more, base, x.dtype))
+        self.used: torch.Tensor | None = None
+        self._multiply = lambda: base(x).float().requires_grad_()
+
+    @property
+    def result(self) -> torch.Tensor:
+        if self.used is None:
+            self.used = self._multiply()
+        return self.used
+
+
+class _Multiplied(torch.autograd.Function):
+    """A product of the base with other inputs than the rows' own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, base: BaseLinear, dtype: torch.dtype) -> torch.Tensor:
+        ctx.base, ctx.dtype = base, dtype
+        return base(x.to(dtype)).float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor):  # type: ignore[override]
+        return transposed_product(ctx.base, grads[0], ctx.dtype), None, None
+
+
+def transposed_product(base: BaseLinear, grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``grad · W``, ``[rows, out]`` → ``[rows, in]`` fp32; a row's bits are its own.
+
+    Args:
+        base: The projection.
+        grad: fp32.
+        dtype: The dtype of activations, in which the factors are multiplied.
+    """
+    return row_linear(grad.to(dtype), base.turned().to(dtype)).float()

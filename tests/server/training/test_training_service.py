@@ -1,0 +1,205 @@
+"""Adapters that are trained by the engine that serves them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from method_oracle import prompt_of, twin
+from servers.engine_harness import EngineHarness, make_request
+
+from turret.server.engine.scheduling.request import SamplingParams
+from turret.server.errors import InvalidRequestError
+from turret.server.training.trainer import AdamParams, Datum, LearnerConfig, Training
+
+ADAM = AdamParams(learning_rate=3e-2)
+
+
+@contextlib.asynccontextmanager
+async def started(
+    tmp_path: Path, dtype: str = "bfloat16", **options: Any
+) -> AsyncIterator[tuple[EngineHarness, Training]]:
+    folder = twin("llama", getattr(torch, dtype)).folder
+    async with EngineHarness.start(
+        folder, dtype=dtype, state_dir=tmp_path / "state", training=True, **options
+    ) as harness:
+        training = harness.backend.training
+        assert training is not None
+        yield harness, training
+
+
+def learned(tokens: Sequence[int]) -> Datum:
+    """A text whose every token is learned."""
+    return Datum(
+        tokens[:-1],
+        {
+            "target_tokens": torch.tensor(tokens[1:]),
+            "weights": torch.ones(len(tokens) - 1),
+        },
+    )
+
+
+def texts(seed: int, count: int = 6) -> list[list[int]]:
+    return [prompt_of(20 + 9 * n, seed + n) for n in range(count)]
+
+
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "loha", "ia3"])
+async def test_a_trained_adapter_is_served_with_the_bits_of_its_training(
+    method: str, tmp_path: Path
+) -> None:
+    data = [learned(text) for text in texts(1)]
+    async with started(tmp_path) as (harness, training):
+        learner = await training.create(
+            LearnerConfig(method=method, rank=4, seed=1, unembed=method == "lora"), "me"
+        )
+        losses = []
+        for _ in range(8):
+            found = await training.pass_over(learner, data, "cross_entropy", {})
+            losses.append(sum(float(each.losses.sum()) for each in found))
+            await training.step(learner, AdamParams(learning_rate=1e-2))
+        assert losses[-1] < 0.95 * losses[0], losses
+        await training.publish(learner, "new")
+        found = await training.pass_over(learner, data, "cross_entropy", {}, is_forward_only=True)
+        for datum, each, text in zip(data, found, texts(1), strict=True):
+            answer = await harness.run(make_request(text, "new", score=True))
+            assert answer.prompt_logprobs[1:] == tuple(each.logprobs.tolist()), len(datum.tokens)
+
+
+async def test_a_sampled_token_has_the_logprob_of_training(tmp_path: Path) -> None:
+    async with started(tmp_path) as (harness, training):
+        learner = await training.create(LearnerConfig(rank=4, seed=1), "me")
+        await training.pass_over(learner, [learned(prompt_of(30))], "cross_entropy", {})
+        await training.step(learner, ADAM)
+        await training.publish(learner, "new")
+        prompt = prompt_of(12, 5)
+        sampling = SamplingParams(temperature=1.0, seed=3)
+        answer = await harness.run(make_request(prompt, "new", max_tokens=20, sampling=sampling))
+        whole = [*prompt, *answer.token_ids]
+        (found,) = await training.pass_over(
+            learner, [learned(whole)], "cross_entropy", {}, is_forward_only=True
+        )
+        assert found.logprobs[len(prompt) - 1 :].tolist() == list(answer.logprobs)
+
+
+async def train(training: Training, method: str, seed: int, folder: Path) -> bytes:
+    """Train a new adapter; returns the bytes of its file."""
+    config = LearnerConfig(method=method, rank=4, seed=seed, unembed=method == "lora")
+    learner = await training.create(config, "me")
+    for _ in range(2):
+        data = [learned(text) for text in texts(seed)]
+        await training.pass_over(learner, data, "cross_entropy", {})
+        await training.step(learner, ADAM)
+    await asyncio.to_thread(folder.mkdir)
+    await training.save(learner, folder, with_optimizer=True)
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+async def test_company_changes_no_byte(tmp_path: Path) -> None:
+    methods = list(enumerate(("lora", "dora", "ia3")))
+    # There is no room for two adapters, so requests evict those in training.
+    async with started(tmp_path, adapter_device_bytes=60_000) as (harness, training):
+        alone = [await train(training, method, n, tmp_path / method) for n, method in methods]
+        for name in ("a", "b"):
+            learner = await training.create(LearnerConfig(rank=2), "me")
+            await training.publish(learner, name)
+        is_over = asyncio.Event()
+
+        async def ask() -> int:
+            count = 0
+            while not is_over.is_set():
+                request = make_request(prompt_of(9), "ab"[count % 2], max_tokens=3)
+                await harness.run(request)
+                count += 1
+            return count
+
+        asking = asyncio.create_task(ask())
+        together = await asyncio.gather(
+            *(train(training, method, n, tmp_path / f"{method}2") for n, method in methods)
+        )
+        is_over.set()
+        assert await asking > 3
+    assert alone == list(together)
+
+
+async def test_a_resumed_adapter_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    data = [learned(text) for text in texts(2)]
+    half, whole, resumed = (tmp_path / name for name in ("half", "whole", "resumed"))
+    for folder in (half, whole, resumed):
+        folder.mkdir()
+
+    async def go_on(training: Training, learner: int) -> None:
+        await training.pass_over(learner, data, "cross_entropy", {})
+        await training.step(learner, ADAM)
+
+    async with started(tmp_path) as (_, training):
+        first = await training.create(LearnerConfig(rank=4, seed=1), "me")
+        await go_on(training, first)
+        await training.save(first, half, with_optimizer=True)
+        await go_on(training, first)
+        await training.save(first, whole, with_optimizer=True)
+        second = await training.create(LearnerConfig(rank=4, seed=2), "me")
+        await training.load(second, half, with_optimizer=True)
+        await go_on(training, second)
+        await training.save(second, resumed, with_optimizer=True)
+    for name in ("adapter_model.safetensors", "optimizer.safetensors"):
+        assert (whole / name).read_bytes() == (resumed / name).read_bytes()
+
+
+async def test_requests_run_within_a_pass(tmp_path: Path) -> None:
+    async with started(tmp_path) as (harness, training):
+        learner = await training.create(LearnerConfig(rank=4, seed=1), "me")
+        alone = await harness.run(make_request(prompt_of(9), max_tokens=40))
+        ended: list[str] = []
+
+        async def train() -> None:
+            data = [learned(prompt_of(200, n)) for n in range(12)]
+            await training.pass_over(learner, data, "cross_entropy", {})
+            ended.append("training")
+
+        async def ask() -> None:
+            answer = await harness.run(make_request(prompt_of(9), max_tokens=40))
+            assert answer.token_ids == alone.token_ids
+            assert answer.logprobs == alone.logprobs
+            ended.append("request")
+
+        await asyncio.gather(train(), *(ask() for _ in range(3)))
+        assert ended[-1] == "training", ended
+
+
+async def test_bad_input_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    good = learned(prompt_of(10))
+    n = len(good.tokens)
+    weights = good.inputs["weights"]
+    bad = {
+        "loss_fn": ([good], "mean_squared", {}),
+        "loss_fn_config": ([good], "cross_entropy", {"beta": 1.0}),
+        "data[1].model_input": ([good, Datum([], good.inputs)], "cross_entropy", {}),
+        "data[0].model_input": ([Datum([1, 10**6], good.inputs)], "cross_entropy", {}),
+        "data[0].loss_fn_inputs.weights": (
+            [Datum(good.tokens, {**good.inputs, "weights": weights[1:]})],
+            "cross_entropy",
+            {},
+        ),
+        "data[0].loss_fn_inputs.target_tokens": (
+            [Datum(good.tokens, {**good.inputs, "target_tokens": torch.full((n,), -1)})],
+            "cross_entropy",
+            {},
+        ),
+        "data[0].loss_fn_inputs.logprobs": ([good], "ppo", {}),
+    }
+    async with started(tmp_path) as (_, training):
+        learner = await training.create(LearnerConfig(rank=4, seed=1), "me")
+        for field, (data, loss, config) in bad.items():
+            with pytest.raises(InvalidRequestError) as caught:
+                await training.pass_over(learner, data, loss, config)
+            assert caught.value.violations[0][0] == field
+        for changes in ({"method": "mystery"}, {"rank": 0}, {"attention": False, "mlp": False}):
+            with pytest.raises(InvalidRequestError):
+                await training.create(LearnerConfig(**{"rank": 4, **changes}), "me")
+        metrics = await training.step(learner, ADAM)
+        assert metrics["grad_norm"] == 0.0
