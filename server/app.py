@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import turret
@@ -48,6 +49,12 @@ _DEAD_SECONDS = 1.0
 
 Build = Callable[[Config, Metrics], Backend]
 _T = TypeVar("_T")
+
+
+def _training_dir(config: Config) -> Path | None:
+    """The directory of checkpoints of adapters in training; None if nobody can train."""
+    state_dir = config.adapters.state_dir
+    return state_dir / "training" if config.adapters.training and state_dir is not None else None
 
 
 def _build(config: Config, metrics: Metrics) -> Backend:
@@ -159,6 +166,7 @@ class App:
             tokens=tokens,
             shares=Shares.of(config),
             most_connections=most_connections(len(config.listen.call_addresses)),
+            training=_training_dir(config),
         )
         rpc = RpcServer(config.listen, config.security, services)
         if token_file is not None and tokens is not None:

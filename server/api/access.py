@@ -88,7 +88,7 @@ class WatchedFiles(Generic[_T]):
 
 # Bearer tokens with roles.
 
-ROLES = ("inference", "admin", "metrics")
+ROLES = ("inference", "admin", "metrics", "training")
 
 
 def bearer_token(authorization: str) -> str | None:
@@ -173,6 +173,7 @@ class TokenTable:
 SERVICE_ROLES = {
     "turret.v1.Inference": "inference",
     "turret.v1.Adapters": "admin",
+    "turret.v1.Training": "training",
     # The metrics are not a service of turret.v1, but a listening address may serve them too.
     "metrics": "metrics",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from turret.server.api.access import MOST_CONNECTIONS, Shares, TokenTable
 from turret.server.api.admin import Adapters
@@ -23,6 +24,8 @@ class Services:
         shares: The limits on the open requests of one party, over all protocols.
         failures: Records failed calls.
         most_connections: The maximum number of open connections of a listening address.
+        training: The directory of checkpoints of adapters in training; None if clients cannot
+            train.
         inference: The Inference service.
         adapters: The Adapters service.
     """
@@ -33,6 +36,7 @@ class Services:
     shares: Shares = field(default_factory=Shares)
     failures: Failures = field(default_factory=Failures)
     most_connections: int = MOST_CONNECTIONS
+    training: Path | None = None
     inference: Inference = field(init=False)
     adapters: Adapters = field(init=False)
 

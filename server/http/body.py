@@ -61,13 +61,14 @@ async def read_json(
     encoding = headers.get("content-encoding", "").strip().lower()
     if media_type != "application/json" or encoding not in ("", "identity"):
         raise HttpRefusal(415, Code.INVALID_ARGUMENT, say("UNSUPPORTED_MEDIA_TYPE"))
-    data = await _read_body(receive, headers, call)
+    data = await read_body(receive, headers, call)
     if len(data) <= _INLINE_BYTES:
         return read(model, parse(data))
     return await _parsing.run(call.tenant, lambda: read(model, parse(data)))
 
 
-async def _read_body(receive: Receive, headers: Mapping[str, str], call: Call) -> bytes:
+async def read_body(receive: Receive, headers: Mapping[str, str], call: Call) -> bytes:
+    """The bytes of the request's body; arguments and errors are those of ``read_json``."""
     length = headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
         raise _too_large()

@@ -27,6 +27,7 @@ from turret.server.http.schemas.fields import Body, Sent
 from turret.server.words import say
 
 INFERENCE, ADAPTERS = "turret.v1.Inference", "turret.v1.Adapters"
+TRAINING = "turret.v1.Training"
 # A stream that has been quiet for this long gets a comment.
 HEARTBEAT_SECONDS = 15.0
 _log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class Exchange:
 
     Attributes:
         call: The call, with its id and its counts.
+        scheme: ``http`` or ``https``.
         path: Parts of the path, by name.
         query: The parameters of the query, by name; the last of several with one name counts.
         headers: The request's headers.
@@ -49,6 +51,7 @@ class Exchange:
     """
 
     call: Call
+    scheme: str
     path: Mapping[str, str]
     query: Mapping[str, str]
     headers: Mapping[str, str]
@@ -85,13 +88,15 @@ class Route:
     Attributes:
         path: The path, with ``{name}`` for variable parts.
         handler: Answers a request.
-        body: The model of the JSON body of a POST; None for a GET and an archive.
+        body: The model of the JSON body of a POST; None for a route without JSON.
         answer: The model of the answer, for the OpenAPI document; None if it is text.
         service: The service of turret.v1 whose role the client needs (see ``authorize``); empty if
             the route is open to everyone.
         is_hidden: Whether the OpenAPI document omits the route.
         is_counted: Whether the route runs on adapters, so that metrics count it.
-        is_archive: Whether the route is a POST of an archive, which the handler reads itself.
+        is_raw: Whether the route is a POST whose body the handler reads itself.
+        is_frequent: Whether clients call the route so often that calls are not logged.
+        verb: The method; empty if it is POST for a route with a body, and GET for others.
         refuse: Converts an error, with the id of its request, to the form of another API.
     """
 
@@ -102,17 +107,19 @@ class Route:
     service: str = ""
     is_hidden: bool = False
     is_counted: bool = False
-    is_archive: bool = False
+    is_raw: bool = False
+    is_frequent: bool = False
+    verb: str = ""
     refuse: Callable[[Refusal, str], Refusal] | None = None
 
     @property
     def method(self) -> str:
-        return "POST" if self.body or self.is_archive else "GET"
+        return self.verb or ("POST" if self.body or self.is_raw else "GET")
 
     @property
     def is_polled(self) -> bool:
         """Whether the route is a probe or a page, whose calls are not logged."""
-        return self.method == "GET" and self.service != INFERENCE
+        return self.is_frequent or (self.method == "GET" and self.service != INFERENCE)
 
 
 class Endpoint:
@@ -168,6 +175,7 @@ class Endpoint:
             authorize(self._services.tokens, route.service, call.party.authorization)
             exchange = Exchange(
                 call=call,
+                scheme=scope["scheme"],
                 path=scope["path_params"],
                 query=QueryParams(scope["query_string"]),
                 headers=headers,
@@ -177,7 +185,7 @@ class Endpoint:
                 services=self._services,
                 has_admin=self._has_admin,
             )
-            if route.is_archive:
+            if route.is_raw:
                 await route.handler(exchange)
                 return Code.OK, None
             if route.body is not None:

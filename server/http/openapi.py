@@ -92,7 +92,7 @@ def _described(route: Route) -> Any:
     if route.body is not None:
         parameters.append(_parameter("body", route.body))
     body: dict[str, Any] | None = None
-    if route.is_archive:
+    if route.is_raw:
         binary = {"schema": {"type": "string", "format": "binary"}}
         body = {"requestBody": {"content": {ARCHIVE: binary}, "required": True}}
         parameters.append(_parameter("lora_name", str))

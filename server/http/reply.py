@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
 from pydantic_core import to_json
@@ -100,6 +100,13 @@ class Reply:
         """Send bytes as the whole answer."""
         await self._begin(status, {**headers, "content-length": str(len(body))})
         await self._write(body, is_last=True)
+
+    async def stream(self, parts: AsyncIterator[bytes], headers: Mapping[str, str]) -> None:
+        """Send the parts of a body whose length is among the headers."""
+        await self._begin(200, headers)
+        async for part in parts:
+            await self._write(part)
+        await self._write(b"", is_last=True)
 
     async def event(self, value: Any, name: str = "") -> None:
         """Send an event, with a name if it has one; the first one begins the answer."""

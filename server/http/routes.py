@@ -64,5 +64,5 @@ ROUTES: tuple[Route, ...] = (
     _manage("/v1/unload_lora_adapter", unload_adapter, requests.AdapterName),
     _manage("/v1/pin_lora_adapter", pin_adapter, requests.AdapterName),
     _manage("/v1/unpin_lora_adapter", unpin_adapter, requests.AdapterName),
-    _manage("/v1/upload_lora_adapter", upload, is_archive=True),
+    _manage("/v1/upload_lora_adapter", upload, is_raw=True),
 )

@@ -284,3 +284,29 @@ def test_anthropic(url: str, tools_url: str) -> None:
     }
     assert found["loop"]["called"] == [["double", "int"]] * 2
     assert found["loop"]["last"] == "message_stop"
+
+
+@needs_clients
+def test_tinker_trains_as_the_page_shows(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    page = (ROOT / "docs" / "tenants.md").read_text()
+    program = page.split("```python\n")[1].split("```")[0]
+    # The client loads the tokenizer from a directory with the model's name, if there is one.
+    name = program.split('model = "')[1].split('"')[0]
+    gguf = find_gguf()
+    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.save_pretrained(tmp_path / name)
+    flags = ["--http-address", "127.0.0.1:0", "--training", "--state-dir", str(tmp_path / "state")]
+    with start_server(tmp_path, *flags) as running:
+        environment = {
+            "TINKER_BASE_URL": f"http://{running.http_address}",
+            "TINKER_API_KEY": "tml-none",
+            "HF_HUB_OFFLINE": "1",
+        }
+        said = run([CLIENTS / "python", "-c", program], tmp_path, environment)
+    *steps, answer = said.splitlines()
+    losses = [float(line.split()[1]) for line in steps]
+    assert len(losses) == 8
+    assert losses[-1] < 0.01 * losses[0]
+    assert answer.startswith(" Bastion")

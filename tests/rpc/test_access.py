@@ -116,7 +116,11 @@ async def test_refusals_are_rich_and_cover_streams(
         ("# only a comment", "TOKEN_FILE_EMPTY", {}),
         ("hunter2", "TOKEN_LINE_MALFORMED", {"line": 1}),
         ("hunter2 inference admin", "TOKEN_LINE_MALFORMED", {"line": 1}),
-        ("\nhunter2 root", "ROLE_UNKNOWN", {"line": 2, "choices": "inference, admin, metrics"}),
+        (
+            "\nhunter2 root",
+            "ROLE_UNKNOWN",
+            {"line": 2, "choices": "inference, admin, metrics, training"},
+        ),
         ("admin hunter2", "ROLE_UNKNOWN", {"line": 1}),
         ("x hunter2", "ROLE_UNKNOWN", {"line": 1}),
         ("hunter2 inference,", "ROLE_UNKNOWN", {"line": 1}),

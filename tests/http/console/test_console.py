@@ -82,7 +82,7 @@ async def test_everyone_without_tokens_sees_everything() -> None:
         http.metrics.request_finished(["sql"], "INVALID_ARGUMENT")
         http.metrics.adapter_bytes(device=7)
         state = await state_of(http)
-    assert state["roles"] == sorted(ROLES)
+    assert state["roles"] == sorted((*ROLES, "training"))
     assert state["model"]["name"] == "fake"
     assert state["failures"] == []
     adapters = state["adapters"]

@@ -7,7 +7,8 @@ import contextlib
 import json
 import ssl
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -21,6 +22,7 @@ from turret.server.api.services import Services
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http.server import HttpServer
 from turret.server.metrics import Metrics
+from turret.server.training.trainer import Training
 
 NOTHING: Mapping[str, str] = {}
 ANSWER_SECONDS = 20.0
@@ -124,13 +126,19 @@ async def http_harness(
     serving: bool = True,
     most_connections: int = MOST_CONNECTIONS,
     registry: Any = None,
+    training: Training | None = None,
+    training_dir: Path | None = None,
 ) -> AsyncIterator[HttpHarness]:
-    """A server on a free port, serving fakes; its registry may be a real one."""
+    """A server on a free port, serving fakes; its registry may be a real one.
+
+    It trains if there is a directory for it.
+    """
     services = Services(
         gate=ServingGate(),
         tokens=tokens,
         shares=shares or Shares(),
         most_connections=most_connections,
+        training=training_dir,
     )
     gate, metrics, failures = services.gate, services.metrics, services.failures
     engine, registry, merger = FakeEngine(), registry or FakeRegistry(), FakeMerger()
@@ -138,7 +146,8 @@ async def http_harness(
     server = HttpServer(listen, security or SecurityConfig(), services)
     await server.start()
     if serving:
-        gate.open(fake_backend(engine, registry, merger, FakeFuser()))
+        backend = fake_backend(engine, registry, merger, FakeFuser())
+        gate.open(replace(backend, training=training))
     try:
         base = f"http://{server.address}"
         async with httpx2.AsyncClient(

@@ -1,0 +1,235 @@
+"""Checkpoints of adapters in training: directories with PEFT's files, by ``tinker://`` paths.
+
+    <run>/<kind>/<name>/adapter_config.json, …   as ``Training.save`` writes them
+    <run>/<kind>/<name>/checkpoint.json          what the API tells about the checkpoint
+    incoming/<random>/                           one that is being written; removed at the start
+
+A directory is written completely and then renamed, so a crash leaves no partial checkpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from turret.server import log
+from turret.server.basics.codes import Code
+from turret.server.basics.files import (
+    move_directory,
+    remove_directory,
+    replace_file,
+    reporting_disk_faults,
+)
+from turret.server.errors import InvalidRequestError
+from turret.server.http.refusals import HttpRefusal
+from turret.server.training.trainer import LearnerConfig
+from turret.server.words import say
+
+_log = logging.getLogger(__name__)
+
+KINDS = {
+    "weights": "training",
+    "sampler_weights": "sampler",
+    "external_weights": "external",
+}
+# Limits on one owner's checkpoints, and on the time for which they can be kept.
+MAX_CHECKPOINTS = 256
+MAX_TTL_SECONDS = 10 * 365 * 86400
+_SCHEME = "tinker://"
+_FACTS = "checkpoint.json"
+_INCOMING = "incoming"
+_RUN = re.compile(r"[0-9a-f]{32}:train:[0-9]{1,9}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_SHOWN_CHARS = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint.
+
+    Attributes:
+        run: The id of the model that it was saved from.
+        kind: A key of ``KINDS``.
+        name: Its name.
+        owner: The client that saved it.
+        base: The digest of the base model.
+        config: The config of the adapter.
+        time: When it was saved, Unix seconds.
+        expires: When it is removed; None for never.
+        size: The size of its files in bytes.
+        metadata: The client's own notes.
+    """
+
+    run: str
+    kind: str
+    name: str
+    owner: str
+    base: str
+    config: LearnerConfig
+    time: float = field(default_factory=time.time)
+    expires: float | None = None
+    size: int = 0
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def path(self) -> str:
+        """The path by which clients name it."""
+        return f"{_SCHEME}{self.run}/{self.kind}/{self.name}"
+
+    @property
+    def is_expired(self) -> bool:
+        return self.expires is not None and self.expires <= time.time()
+
+
+_CHECKPOINT = TypeAdapter(Checkpoint)
+
+
+def not_found(path: str) -> HttpRefusal:
+    """The error for a path without a checkpoint that the client may use."""
+    return HttpRefusal(404, Code.NOT_FOUND, say("CHECKPOINT_NOT_FOUND", path=path[:_SHOWN_CHARS]))
+
+
+def _is_valid(checkpoint: Checkpoint) -> bool:
+    is_run = _RUN.fullmatch(checkpoint.run) is not None
+    return is_run and checkpoint.kind in KINDS and NAME.fullmatch(checkpoint.name) is not None
+
+
+class Checkpoints:
+    """All checkpoints in a directory. Belongs to one event loop.
+
+    Args:
+        folder: The directory, which nothing else uses; it is created if it does not exist.
+
+    Raises:
+        OSError: The directory cannot be read or created.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        remove_directory(folder / _INCOMING)
+        (folder / _INCOMING).mkdir(mode=0o700)
+        self._all: dict[str, Checkpoint] = {}
+        for file in sorted(folder.glob(f"*/*/*/{_FACTS}")):
+            try:
+                found = _CHECKPOINT.validate_json(file.read_bytes())
+            except (OSError, ValidationError):
+                found = None
+            is_own = found is not None and _is_valid(found) and self.folder(found) == file.parent
+            if found is None or not is_own:
+                _log.warning("a checkpoint is unreadable", extra=log.fields(path=file.parent))
+            else:
+                self._all[found.path] = found
+
+    def owned(self, owner: str) -> list[Checkpoint]:
+        """The checkpoints of an owner, the newest first."""
+        found = [each for each in self._all.values() if each.owner == owner]
+        return sorted((each for each in found if not each.is_expired), key=lambda it: -it.time)
+
+    def find(self, owner: str, path: str) -> Checkpoint:
+        """The checkpoint with a path.
+
+        Raises:
+            HttpRefusal: There is none, or it is another client's.
+        """
+        found = self._all.get(path)
+        if found is None or found.owner != owner or found.is_expired:
+            raise not_found(path)
+        return found
+
+    def folder(self, checkpoint: Checkpoint) -> Path:
+        """The directory with the files of a checkpoint, whose names are valid."""
+        assert _is_valid(checkpoint), "a name that could lead out of the directory"
+        run = checkpoint.run.replace(":train:", ".")
+        return self._folder / run / checkpoint.kind / checkpoint.name
+
+    async def save(
+        self,
+        checkpoint: Checkpoint,
+        write: Callable[[Path], Awaitable[None]],
+        *,
+        overwrite: bool = False,
+    ) -> Checkpoint:
+        """Save a checkpoint, completely or not at all; returns it with its size.
+
+        Args:
+            checkpoint: The facts about it.
+            write: Writes its files into an empty directory.
+            overwrite: Whether to replace one with the same path.
+
+        Raises:
+            InvalidRequestError: The name is invalid or taken, or the owner has too many.
+            StorageFullError, StorageFailedError: The disk failed.
+        """
+        if NAME.fullmatch(checkpoint.name) is None:
+            raise InvalidRequestError.of(
+                "path", say("NOT_MATCHING", pattern=NAME.pattern, value=checkpoint.name)
+            )
+        before = self._all.get(checkpoint.path)
+        if before is not None and not before.is_expired and not overwrite:
+            text = say("CHECKPOINT_EXISTS", path=checkpoint.path)
+            raise InvalidRequestError.of("path", text)
+        if before is None and len(self.owned(checkpoint.owner)) >= MAX_CHECKPOINTS:
+            text = say("TRAINING_LIMIT_REACHED", most=MAX_CHECKPOINTS, what="checkpoints")
+            raise InvalidRequestError.of("path", text)
+        with reporting_disk_faults():
+            incoming = Path(tempfile.mkdtemp(dir=self._folder / _INCOMING))
+            try:
+                await write(incoming)
+                saved = await asyncio.to_thread(self._complete, checkpoint, incoming)
+            finally:
+                await asyncio.to_thread(remove_directory, incoming)
+        self._all[saved.path] = saved
+        return saved
+
+    async def remove(self, checkpoint: Checkpoint) -> None:
+        """Remove a checkpoint with its files."""
+        self._all.pop(checkpoint.path, None)
+        with reporting_disk_faults():
+            await asyncio.to_thread(self._discard, self.folder(checkpoint))
+
+    async def expire_at(self, checkpoint: Checkpoint, expires: float | None) -> None:
+        """Change the time at which a checkpoint is removed."""
+        changed = dataclasses.replace(checkpoint, expires=expires)
+        with reporting_disk_faults():
+            file = self.folder(checkpoint) / _FACTS
+            await asyncio.to_thread(replace_file, file, _CHECKPOINT.dump_json(changed))
+        self._all[checkpoint.path] = changed
+
+    async def sweep(self) -> None:
+        """Remove the checkpoints whose time is over."""
+        for checkpoint in [each for each in self._all.values() if each.is_expired]:
+            await self.remove(checkpoint)
+
+    def _complete(self, checkpoint: Checkpoint, incoming: Path) -> Checkpoint:
+        """Move a written directory to its place."""
+        size = 0
+        for file in incoming.iterdir():
+            with file.open("rb") as content:
+                os.fsync(content.fileno())
+                size += os.fstat(content.fileno()).st_size
+        saved = dataclasses.replace(checkpoint, size=size)
+        replace_file(incoming / _FACTS, _CHECKPOINT.dump_json(saved))
+        folder = self.folder(saved)
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._discard(folder)
+        move_directory(incoming, folder)
+        return saved
+
+    def _discard(self, folder: Path) -> None:
+        """Remove a directory so that a crash leaves all or nothing of it, and its parents."""
+        if folder.exists():
+            gone = Path(tempfile.mkdtemp(dir=self._folder / _INCOMING)) / folder.name
+            folder.rename(gone)
+            shutil.rmtree(gone.parent, ignore_errors=True)

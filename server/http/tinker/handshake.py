@@ -1,0 +1,112 @@
+"""What clients ask before and beside their work: flags, capabilities, sessions, results."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from turret.server.http.endpoint import Exchange
+from turret.server.http.tinker.door import Door, body_of, gone
+from turret.server.http.tinker.futures import Result
+from turret.server.http.tinker.schemas import OfRequest, OfSession
+from turret.server.http.tinker.wire import MAX_DATUMS
+
+# The client cuts lists of sequences into requests of this size, which leaves room for the rest of
+# a body of 4 MiB.
+_CHUNK_BYTES = 3_000_000
+_CONFIG: dict[str, Any] = {
+    "fwdbwd_max_chunk_len": min(256, MAX_DATUMS),
+    "fwdbwd_max_chunk_bytes_count": _CHUNK_BYTES,
+    "sample_max_concurrent_requests": 256,
+}
+_DYNAMIC_CONFIG: dict[str, Any] = {"sample_cancel_enabled": True}
+# Clients wait for 45 seconds.
+POLL_SECONDS = 20.0
+# How often a waiting call looks whether the server is shutting down.
+_LOOK_SECONDS = 1.0
+
+
+async def config(door: Door, exchange: Exchange) -> None:
+    """Tell the client which features to use; all others are off."""
+    await exchange.reply.json(_CONFIG)
+
+
+async def dynamic_config(door: Door, exchange: Exchange) -> None:
+    """Tell the client which features to use from now on."""
+    await exchange.reply.json(_DYNAMIC_CONFIG)
+
+
+async def telemetry(door: Door, exchange: Exchange) -> None:
+    """Discard the client's telemetry."""
+    await exchange.reply.json({"status": "accepted"})
+
+
+async def healthz(door: Door, exchange: Exchange) -> None:
+    """Report that the server answers."""
+    await exchange.reply.json({"status": "ok"})
+
+
+async def capabilities(door: Door, exchange: Exchange) -> None:
+    """List the base model, which is the only one."""
+    info = door.info()
+    model = {
+        "model_name": info.name,
+        "max_context_length": info.max_model_len,
+        "trainable": True,
+        "sampleable": True,
+    }
+    await exchange.reply.json({"supported_models": [model]})
+
+
+async def create_session(door: Door, exchange: Exchange) -> None:
+    """Begin a session."""
+    door.sessions.training()
+    session = door.sessions.begin(door.owner(exchange))
+    await exchange.reply.json({"type": "create_session", "session_id": session.session_id})
+
+
+async def heartbeat(door: Door, exchange: Exchange) -> None:
+    """Keep a session alive."""
+    body = body_of(exchange, OfSession)
+    door.sessions.find(door.owner(exchange), body.session_id)
+    await exchange.reply.json({"type": "session_heartbeat"})
+
+
+async def finish(door: Door, exchange: Exchange) -> None:
+    """End a session."""
+    session = door.sessions.find(door.owner(exchange), exchange.path["session"])
+    door.sessions.end(session)
+    await exchange.reply.json({})
+
+
+# Results.
+
+
+async def retrieve(door: Door, exchange: Exchange) -> None:
+    """Wait for a result."""
+    body = body_of(exchange, OfRequest)
+    future = door.futures.find(door.owner(exchange), body.request_id)
+    if future is None:
+        raise gone()
+    result: Result | None = None
+    end = time.monotonic() + POLL_SECONDS
+    while result is None:
+        left = end - time.monotonic()
+        result = await future.wait(max(0.0, min(left, _LOOK_SECONDS)))
+        if left <= 0 or not door.services.gate.is_open:
+            break
+    if result is None:
+        again = {"type": "try_again", "request_id": body.request_id, "queue_state": "active"}
+        await exchange.reply.json(again, 408)
+        return
+    future.fetched()
+    await exchange.reply.whole(result.body, 200, {"content-type": result.kind})
+
+
+async def cancel(door: Door, exchange: Exchange) -> None:
+    """Cancel sampling; other work runs to its end."""
+    body = body_of(exchange, OfRequest)
+    future = door.futures.find(door.owner(exchange), body.request_id)
+    if future is not None and future.task is not None:
+        future.task.cancel()
+    await exchange.reply.json({})

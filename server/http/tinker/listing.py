@@ -1,0 +1,253 @@
+"""Handlers of the calls about what was trained: runs, checkpoints and their files."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import tarfile
+import time
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from turret.server.basics.codes import Code
+from turret.server.http.endpoint import Exchange
+from turret.server.http.refusals import HttpRefusal
+from turret.server.http.tinker.checkpoints import KINDS, Checkpoint
+from turret.server.http.tinker.door import Door, Link, body_of
+from turret.server.http.tinker.schemas import OfPath, Ttl
+from turret.server.words import say
+
+_MOST_LISTED = 1000
+# Files that only resume training, and those of the server, are not part of an archive.
+_ARCHIVED = ("adapter_config.json", "adapter_model.safetensors")
+_LINK_SECONDS = 900.0
+_MAX_LINKS = 1024
+_PIECE_BYTES = 1 << 18
+
+
+async def weights_info(door: Door, exchange: Exchange) -> None:
+    """Describe the adapter in a checkpoint."""
+    body = body_of(exchange, OfPath)
+    config = door.checkpoints.find(door.owner(exchange), body.tinker_path).config
+    await exchange.reply.json(
+        {
+            "base_model": door.info().name,
+            "optimizer_config": {"type": "adamw"},
+            "is_lora": True,
+            "lora_rank": config.rank,
+            "train_unembed": config.unembed,
+            "train_mlp": config.mlp,
+            "train_attn": config.attention,
+        }
+    )
+
+
+@dataclass(slots=True)
+class _Run:
+    """A model that is being trained or has checkpoints."""
+
+    run_id: str
+    rank: int
+    used: float
+    metadata: dict[str, str]
+    checkpoints: list[Checkpoint]
+
+
+def _runs(door: Door, owner: str) -> list[_Run]:
+    """The runs of an owner, the latest first."""
+    found: dict[str, _Run] = {}
+    for model in door.sessions.models(owner):
+        run = _Run(model.model_id, model.config.rank, model.used, model.metadata, [])
+        found[run.run_id] = run
+    for checkpoint in door.checkpoints.owned(owner):
+        run = found.setdefault(
+            checkpoint.run,
+            _Run(checkpoint.run, checkpoint.config.rank, checkpoint.time, {}, []),
+        )
+        run.checkpoints.append(checkpoint)
+    return sorted(found.values(), key=lambda run: -run.used)
+
+
+def _run_json(door: Door, run: _Run) -> dict[str, Any]:
+    def newest(kind: str) -> dict[str, Any] | None:
+        return next((_json(each) for each in run.checkpoints if each.kind == kind), None)
+
+    return {
+        "training_run_id": run.run_id,
+        "base_model": door.info().name,
+        "model_owner": "token",
+        "is_lora": True,
+        "lora_rank": run.rank,
+        "last_request_time": _time(run.used),
+        "last_checkpoint": newest("weights"),
+        "last_sampler_checkpoint": newest("sampler_weights"),
+        "user_metadata": run.metadata,
+    }
+
+
+def _json(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "checkpoint_id": f"{checkpoint.kind}/{checkpoint.name}",
+        "checkpoint_type": KINDS[checkpoint.kind],
+        "time": _time(checkpoint.time),
+        "tinker_path": checkpoint.path,
+        "size_bytes": checkpoint.size,
+        "public": False,
+        "user_metadata": dict(checkpoint.metadata),
+        "expires_at": None if checkpoint.expires is None else _time(checkpoint.expires),
+    }
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat()
+
+
+def _page(
+    exchange: Exchange, all_of_them: list[Any], most: int
+) -> tuple[list[Any], dict[str, int]]:
+    """A page of a list, as the query asks for it, and the cursor that describes it."""
+
+    def number(name: str, otherwise: int) -> int:
+        text = exchange.query.get(name, "")
+        return int(text) if text.isdecimal() and len(text) < 10 else otherwise
+
+    limit, offset = min(number("limit", most), _MOST_LISTED), number("offset", 0)
+    cursor = {"offset": offset, "limit": limit, "total_count": len(all_of_them)}
+    return all_of_them[offset : offset + limit], cursor
+
+
+async def list_runs(door: Door, exchange: Exchange) -> None:
+    """List the training runs."""
+    runs, cursor = _page(exchange, _runs(door, door.owner(exchange)), 20)
+    found = [_run_json(door, run) for run in runs]
+    await exchange.reply.json({"training_runs": found, "cursor": cursor})
+
+
+async def get_run(door: Door, exchange: Exchange) -> None:
+    """Describe a training run."""
+    wanted = exchange.path["run"]
+    for run in _runs(door, door.owner(exchange)):
+        if run.run_id == wanted:
+            await exchange.reply.json(_run_json(door, run))
+            return
+    text = say("TRAINED_MODEL_NOT_FOUND", model=wanted[:80])
+    raise HttpRefusal(404, Code.NOT_FOUND, text)
+
+
+async def list_run_checkpoints(door: Door, exchange: Exchange) -> None:
+    """List the checkpoints of a training run."""
+    wanted = exchange.path["run"]
+    owned = door.checkpoints.owned(door.owner(exchange))
+    found = [_json(each) for each in owned if each.run == wanted]
+    await exchange.reply.json({"checkpoints": found})
+
+
+async def list_checkpoints(door: Door, exchange: Exchange) -> None:
+    """List all checkpoints."""
+    found, cursor = _page(exchange, door.checkpoints.owned(door.owner(exchange)), 100)
+    await exchange.reply.json({"checkpoints": [_json(each) for each in found], "cursor": cursor})
+
+
+def _named(door: Door, exchange: Exchange) -> Checkpoint:
+    """The checkpoint in a request's path."""
+    path = exchange.path
+    wanted = f"tinker://{path['run']}/{path['kind']}/{path['name']}"
+    return door.checkpoints.find(door.owner(exchange), wanted)
+
+
+async def delete_checkpoint(door: Door, exchange: Exchange) -> None:
+    """Remove a checkpoint."""
+    await door.checkpoints.remove(_named(door, exchange))
+    await exchange.reply.json({})
+
+
+async def set_ttl(door: Door, exchange: Exchange) -> None:
+    """Change when a checkpoint is removed."""
+    seconds = body_of(exchange, Ttl).ttl_seconds
+    expires = None if seconds is None else time.time() + seconds
+    await door.checkpoints.expire_at(_named(door, exchange), expires)
+    await exchange.reply.json({})
+
+
+# Files. Clients download them without their token, so the links contain a secret.
+
+
+def _link(door: Door, exchange: Exchange, folder: Path, name: str, expires: float) -> str:
+    for old in [key for key, link in door.links.items() if link.expires < time.time()]:
+        del door.links[old]
+    if len(door.links) >= _MAX_LINKS:
+        del door.links[next(iter(door.links))]
+    secret = secrets.token_urlsafe(24)
+    door.links[secret] = Link(folder, name, expires)
+    return f"{exchange.scheme}://{exchange.headers.get('host', '')}/api/v1/archives/{secret}"
+
+
+async def archive(door: Door, exchange: Exchange) -> None:
+    """Make a link to an archive with the adapter's files."""
+    folder, expires = door.checkpoints.folder(_named(door, exchange)), time.time() + _LINK_SECONDS
+    url = _link(door, exchange, folder, "", expires)
+    await exchange.reply.json({"url": url, "expires": _time(expires)})
+
+
+async def file_urls(door: Door, exchange: Exchange) -> None:
+    """Make a link to each of the adapter's files."""
+    folder, expires = door.checkpoints.folder(_named(door, exchange)), time.time() + _LINK_SECONDS
+    files = await asyncio.to_thread(_files, folder)
+    urls = {info.name: _link(door, exchange, folder, info.name, expires) for info, _ in files}
+    await exchange.reply.json({"urls": urls, "expires": _time(expires)})
+
+
+async def download(door: Door, exchange: Exchange) -> None:
+    """Send a file, or an archive: an uncompressed tar file."""
+    link = door.links.get(exchange.path["secret"])
+    files = []
+    if link is not None and link.expires >= time.time():
+        found = await asyncio.to_thread(_files, link.folder)
+        files = [(info, path) for info, path in found if link.name in ("", info.name)]
+    if link is None or not files:
+        raise HttpRefusal(404, Code.NOT_FOUND, say("RESULT_GONE"))
+    if link.name:
+        ((info, path),) = files
+        size, parts, kind = info.size, _content(path, info.size), "application/octet-stream"
+    else:
+        size = sum(tarfile.BLOCKSIZE + _padded(info.size) for info, _ in files)
+        size, parts, kind = size + 2 * tarfile.BLOCKSIZE, _tar(files), "application/x-tar"
+    headers = {"content-type": kind, "content-length": str(size)}
+    await exchange.reply.stream(parts, headers)
+
+
+def _files(folder: Path) -> list[tuple[tarfile.TarInfo, Path]]:
+    found = []
+    for name in _ARCHIVED:
+        path = folder / name
+        if path.is_file():
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = path.stat().st_size, int(path.stat().st_mtime)
+            found.append((info, path))
+    return found
+
+
+def _padded(size: int) -> int:
+    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+async def _tar(files: Iterable[tuple[tarfile.TarInfo, Path]]) -> AsyncIterator[bytes]:
+    for info, path in files:
+        yield info.tobuf(tarfile.USTAR_FORMAT)
+        async for piece in _content(path, info.size):
+            yield piece
+        yield bytes(_padded(info.size) - info.size)
+    yield bytes(2 * tarfile.BLOCKSIZE)
+
+
+async def _content(path: Path, left: int) -> AsyncIterator[bytes]:
+    with path.open("rb") as file:
+        while left:
+            piece = await asyncio.to_thread(file.read, min(left, _PIECE_BYTES))
+            if not piece:
+                raise EOFError("a checkpoint became shorter")
+            left -= len(piece)
+            yield piece

@@ -1,0 +1,223 @@
+"""Handlers of the calls that sample, through the Inference service like all other requests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from turret.server.api.call import Call
+from turret.server.api.inference_answers import converted, together
+from turret.server.basics.codes import Code
+from turret.server.basics.work import turret_error
+from turret.server.errors import InvalidRequestError, QueueFullError, UnavailableError
+from turret.server.http.choices import blamed_on
+from turret.server.http.endpoint import Exchange
+from turret.server.http.tinker.door import Door, body_of
+from turret.server.http.tinker.futures import Future, Result
+from turret.server.http.tinker.schemas import CreateSampler, Sample
+from turret.server.http.tinker.sessions import Sampler
+from turret.server.http.tinker.wire import PROTOBUF, result_of_samples
+from turret.server.words import say
+from turret.v1 import adapters_pb2, inference_pb2
+
+_SEEDS = 1 << 64
+_METHOD = "POST /api/v1/asample"
+# How often, and after how many seconds, a request is repeated because the queue was full.
+_TRIES, _RETRY_SECONDS = 600, 1.0
+
+
+async def create_sampler(door: Door, exchange: Exchange) -> None:
+    """Choose the weights to sample from: the base model's, or those of a checkpoint."""
+    body = body_of(exchange, CreateSampler)
+    owner = door.owner(exchange)
+    session = door.sessions.find(owner, body.session_id)
+    sampler_id = f"{session.session_id}:sample:{body.sampling_session_seq_id}"
+    if sampler_id not in session.samplers:
+        sampler = Sampler(sampler_id=sampler_id, owner=owner, path=body.model_path)
+        if body.model_path is not None:
+            checkpoint = door.checkpoints.find(owner, body.model_path)
+            name = f"training/{session.session_id}/s{body.sampling_session_seq_id}"
+            folder = door.checkpoints.folder(checkpoint)
+            sampler.generation = await door.sessions.training().serve(folder, name)
+            sampler.adapter, sampler.is_own = name, True
+        elif body.base_model is not None:
+            door.check_base(body.base_model)
+        else:
+            choices = "base_model, model_path"
+            raise InvalidRequestError.of("model_path", say("ONE_REQUIRED", choices=choices))
+        door.sessions.add_sampler(session, sampler)
+    answer = {"type": "create_sampling_session", "sampling_session_id": sampler_id}
+    await exchange.reply.json(answer)
+
+
+async def get_sampler(door: Door, exchange: Exchange) -> None:
+    """Describe a sampler."""
+    sampler = door.sessions.sampler(door.owner(exchange), exchange.path["sampler"])
+    await exchange.reply.json(
+        {
+            "sampler_id": sampler.sampler_id,
+            "base_model": door.info().name,
+            "model_path": sampler.path,
+        }
+    )
+
+
+async def sample(door: Door, exchange: Exchange) -> None:
+    """Begin to sample; the sequences are a result that the client retrieves."""
+    body = body_of(exchange, Sample)
+    owner = door.owner(exchange)
+    sampler = door.sessions.sampler(owner, body.sampling_session_id)
+    request_id = f"{sampler.sampler_id}:{body.seq_id}"
+    future = door.futures.find(owner, request_id)
+    if future is None:
+        message = _message(sampler, body)
+        call = Call.begin(
+            _METHOD,
+            [exchange.call.request_id],
+            door.services.metrics,
+            protocol="http",
+            party=exchange.call.party,
+            failures=door.services.failures,
+            is_counted=True,
+        )
+        call.message_bytes = exchange.call.message_bytes // body.num_samples
+        work = _Samples(door, sampler, body, message, call)
+        # Count the request before it is accepted, so that the client hears of a limit at once.
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(call.party.hold())
+                future = door.futures.begin(owner, request_id)
+            except Exception as error:
+                call.finish(turret_error(error).code)
+                raise
+            future.sequence_ids = [f"{request_id}:{index}" for index in range(body.num_samples)]
+            future.task = asyncio.ensure_future(work.run(future, held.pop_all()))
+    await exchange.reply.json(
+        {"request_id": request_id, "sample_sequence_ids": future.sequence_ids}
+    )
+
+
+def _message(sampler: Sampler, body: Sample) -> inference_pb2.GenerateRequest:
+    """The request for one sequence."""
+    params = body.sampling_params
+    message = inference_pb2.GenerateRequest()
+    for chunk in body.prompt.chunks:
+        message.token_ids.ids.extend(chunk.tokens)
+    if sampler.adapter:
+        weight = adapters_pb2.AdapterWeight(name=sampler.adapter)
+        if sampler.generation is not None:
+            weight.generation = sampler.generation
+        message.adapters.append(weight)
+    sampling, stop, options = message.sampling, message.stop, message.options
+    sampling.temperature = params.temperature
+    sampling.top_p = params.top_p
+    sampling.top_k = max(params.top_k, 0)
+    if params.seed is not None:
+        sampling.seed = params.seed % _SEEDS
+    if params.max_tokens is not None:
+        stop.max_tokens = params.max_tokens
+    stop.stop_strings.extend(params.stop.texts)
+    stop.stop_token_ids.extend(params.stop.tokens)
+    stop.ignore_eos = params.stop.ignores_eos
+    options.logprobs = options.token_ids = True
+    options.top_n = max(body.topk_prompt_logprobs, body.topk_sample_logprobs)
+    length = len(message.token_ids.ids)
+    last = body.prompt_logprobs_last_n
+    if last is not None and not (body.prompt_logprobs and last < length):
+        path, most = "prompt_logprobs_last_n", max(length - 1, 1)
+        raise InvalidRequestError.of(path, say("NOT_IN_RANGE", least=1, most=most, value=last))
+    return message
+
+
+class _Samples:
+    """Samples some sequences for one request."""
+
+    def __init__(
+        self,
+        door: Door,
+        sampler: Sampler,
+        body: Sample,
+        message: inference_pb2.GenerateRequest,
+        call: Call,
+    ) -> None:
+        self._door = door
+        self._sampler = sampler
+        self._body = body
+        self._message = message
+        self._call = call
+
+    async def run(self, future: Future, held: contextlib.ExitStack) -> None:
+        """Settle the future, and release what was held for the request."""
+        futures, code = self._door.futures, Code.OK
+        self._sampler.running += 1
+        try:
+            futures.settle(future, await self._result())
+        except asyncio.CancelledError:
+            code = Code.CANCELLED
+            futures.fail(future, UnavailableError(say("REQUEST_ENDED")))
+        except Exception as error:
+            found = turret_error(error)
+            code = found.code
+            self._call.fail(found.reason, found.message, violations=found.violations)
+            futures.fail(future, error)
+        finally:
+            self._sampler.running -= 1
+            held.close()
+            self._call.finish(code)
+
+    async def _result(self) -> Result:
+        body, count = self._body, len(self._message.token_ids.ids)
+        wants_prompt = body.prompt_logprobs or body.topk_prompt_logprobs > 0
+        # The first sequence fills the prefix cache for the others.
+        first = await self._one(0, echo=wants_prompt)
+        prompt = list(first.logprobs[:count]) if wants_prompt else []
+        if wants_prompt:
+            del first.logprobs[:count]
+            del first.token_ids[:count]
+        # All sequences together take the place of one request in the limits of the client.
+        work = [self._one(index) for index in range(1, body.num_samples)]
+        others = await together(work, self._call.party.most_at_once)
+        answers = [first, *others]
+        size = count + sum(len(answer.token_ids) for answer in answers)
+        return Result(
+            await converted(
+                size * (1 + self._message.options.top_n),
+                lambda: result_of_samples(
+                    answers,
+                    prompt,
+                    prompt_top=body.topk_prompt_logprobs,
+                    sample_top=body.topk_sample_logprobs,
+                    scored=body.prompt_logprobs_last_n,
+                    has_scores=body.prompt_logprobs,
+                ),
+            ),
+            PROTOBUF,
+        )
+
+    async def _one(self, index: int, *, echo: bool = False) -> inference_pb2.GenerateResponse:
+        """One sequence. With a seed, each gets a different one."""
+        message = inference_pb2.GenerateRequest()
+        message.CopyFrom(self._message)
+        message.options.echo = echo
+        if index and message.sampling.HasField("seed"):
+            message.sampling.seed = (message.sampling.seed + index) % _SEEDS
+        answer = await self._answer(message)
+        if answer.finish_reason == inference_pb2.GenerateResponse.CANCELLED:
+            raise UnavailableError(say("REQUEST_ENDED"))
+        return answer
+
+    async def _answer(
+        self, message: inference_pb2.GenerateRequest
+    ) -> inference_pb2.GenerateResponse:
+        """The answer to a request, which waits for a place in the queue."""
+        inference, tries = self._door.services.inference, _TRIES
+        while True:
+            try:
+                with blamed_on("prompt"):
+                    return await inference.generate_whole(message, self._call)
+            except QueueFullError:
+                # The client has the promise of a result, so it would not repeat the request.
+                tries -= 1
+                if not tries:
+                    raise
+                await asyncio.sleep(_RETRY_SECONDS)

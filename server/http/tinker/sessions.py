@@ -1,0 +1,292 @@
+"""Sessions of clients, with the models that they train and the samplers that they use.
+
+A session ends when its client has been silent for a while, and everything in it with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections import Counter
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
+
+from turret.server.api.gate import ServingGate
+from turret.server.basics.codes import Code
+from turret.server.errors import QueueFullError, TurretError
+from turret.server.http.refusals import HttpRefusal
+from turret.server.http.tinker.futures import CommandLog, Futures
+from turret.server.training.trainer import LearnerConfig, Training
+from turret.server.words import say
+
+_log = logging.getLogger(__name__)
+
+# Clients send a heartbeat every ten seconds.
+SESSION_SECONDS = 300.0
+# Limits per owner and per session.
+MAX_SESSIONS = 32
+MAX_MODELS = 16
+MAX_SAMPLERS = 64
+_SHOWN_CHARS = 80
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Model:
+    """An adapter in training.
+
+    Attributes:
+        model_id: Identifies it to the client.
+        owner: The client.
+        config: The config of the adapter.
+        metadata: The client's own notes.
+        log: The commands.
+        learner: The number of the adapter; None until it has begun.
+        used: The Unix time of the last command.
+        inflight: The name of the adapter that follows its weights; empty if it has none.
+    """
+
+    model_id: str
+    owner: str
+    config: LearnerConfig
+    metadata: dict[str, str]
+    log: CommandLog
+    learner: int | None = None
+    used: float = field(default_factory=time.time)
+    inflight: str = ""
+
+    @property
+    def number(self) -> int:
+        """The number of the adapter.
+
+        Raises:
+            HttpRefusal: It has not begun, because its creation failed.
+        """
+        if self.learner is None:
+            raise unknown_model(self.model_id)
+        return self.learner
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Sampler:
+    """Weights to sample from.
+
+    Attributes:
+        sampler_id: Identifies it to the client.
+        owner: The client.
+        adapter: The name of the adapter; empty for the base model.
+        generation: The generation of the adapter; None for the newest.
+        path: The path of the checkpoint, if that is what the client named.
+        is_own: Whether the adapter is for this sampler alone, and ends with it.
+        running: The number of requests that run.
+        used: The time of its last use on the monotonic clock.
+    """
+
+    sampler_id: str
+    owner: str
+    adapter: str = ""
+    generation: int | None = None
+    path: str | None = None
+    is_own: bool = False
+    running: int = 0
+    used: float = field(default_factory=time.monotonic)
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Session:
+    """A client's session; ``seen`` is the time of its last sign of life on the monotonic clock."""
+
+    session_id: str
+    owner: str
+    seen: float = field(default_factory=time.monotonic)
+    models: dict[str, Model] = field(default_factory=dict)
+    samplers: dict[str, Sampler] = field(default_factory=dict)
+
+
+def unknown_model(model_id: str) -> HttpRefusal:
+    """The error for a model that the client does not train."""
+    text = say("TRAINED_MODEL_NOT_FOUND", model=model_id[:_SHOWN_CHARS])
+    return HttpRefusal(404, Code.NOT_FOUND, text)
+
+
+class Sessions:
+    """All sessions. Belongs to one event loop.
+
+    Args:
+        gate: Gives access to the training once the model is loaded.
+        futures: Takes the results of commands.
+    """
+
+    def __init__(self, gate: ServingGate, futures: Futures) -> None:
+        self._gate = gate
+        self._futures = futures
+        self._all: dict[str, Session] = {}
+        self._waiting_bytes: Counter[str] = Counter()
+        # Models that are being dropped, and names of adapters that are being unregistered.
+        self._ending: set[asyncio.Task[None]] = set()
+
+    def training(self) -> Training:
+        """The training.
+
+        Raises:
+            UnavailableError: The server is starting or shutting down.
+        """
+        training = self._gate.enter().training
+        assert training is not None, "the server was started with a directory, but cannot train"
+        return training
+
+    def begin(self, owner: str) -> Session:
+        """A new session.
+
+        Raises:
+            QueueFullError: The owner has too many.
+        """
+        self._check_limit(owner, MAX_SESSIONS, "sessions", list(self._all.values()))
+        session = Session(session_id=uuid.uuid4().hex, owner=owner)
+        self._all[session.session_id] = session
+        return session
+
+    def find(self, owner: str, session_id: str) -> Session:
+        """A session, which counts as a sign of life.
+
+        Raises:
+            HttpRefusal: It has ended, or is another client's.
+        """
+        session = self._all.get(session_id)
+        if session is None or session.owner != owner:
+            text = say("SESSION_NOT_FOUND", session=session_id[:_SHOWN_CHARS])
+            # The client stops its heartbeats for this status.
+            raise HttpRefusal(410, Code.NOT_FOUND, text)
+        session.seen = time.monotonic()
+        return session
+
+    def models(self, owner: str) -> list[Model]:
+        """All models of an owner."""
+        return [
+            model
+            for session in self._all.values()
+            for model in session.models.values()
+            if model.owner == owner
+        ]
+
+    def model(self, owner: str, model_id: str) -> Model:
+        """A model, whose use counts as a sign of life.
+
+        Raises:
+            HttpRefusal: There is none, or it is another client's.
+        """
+        session = self._all.get(model_id.partition(":")[0])
+        model = None if session is None else session.models.get(model_id)
+        if session is None or model is None or model.owner != owner:
+            raise unknown_model(model_id)
+        session.seen = time.monotonic()
+        model.used = time.time()
+        return model
+
+    def sampler(self, owner: str, sampler_id: str) -> Sampler:
+        """A sampler, whose use counts as a sign of life.
+
+        Raises:
+            HttpRefusal: There is none, or it is another client's.
+        """
+        session = self._all.get(sampler_id.partition(":")[0])
+        sampler = None if session is None else session.samplers.get(sampler_id)
+        if session is None or sampler is None or sampler.owner != owner:
+            text = say("SAMPLER_NOT_FOUND", sampler=sampler_id[:_SHOWN_CHARS])
+            raise HttpRefusal(404, Code.NOT_FOUND, text)
+        session.seen = sampler.used = time.monotonic()
+        return sampler
+
+    def add_model(
+        self, session: Session, number: int, config: LearnerConfig, metadata: dict[str, str]
+    ) -> Model:
+        """A new model; ``number`` identifies it within the session.
+
+        Raises:
+            QueueFullError: The owner has too many.
+        """
+        owner = session.owner
+        self._check_limit(owner, MAX_MODELS, "models in training", self.models(owner))
+        model_id = f"{session.session_id}:train:{number}"
+        log = CommandLog(self._futures, self._waiting_bytes)
+        model = Model(model_id=model_id, owner=owner, config=config, metadata=metadata, log=log)
+        session.models[model_id] = model
+        return model
+
+    def add_sampler(self, session: Session, sampler: Sampler) -> None:
+        """Add a sampler; the one that was not used for longest makes room."""
+        idle = [each for each in session.samplers.values() if not each.running]
+        if len(session.samplers) >= MAX_SAMPLERS and idle:
+            oldest = min(idle, key=lambda each: each.used)
+            del session.samplers[oldest.sampler_id]
+            self._withdraw(oldest)
+        session.samplers[sampler.sampler_id] = sampler
+
+    def drop_model(self, model: Model) -> None:
+        """Forget a model once the command that runs has ended."""
+        session = self._all.get(model.model_id.partition(":")[0])
+        if session is not None:
+            session.models.pop(model.model_id, None)
+        self._later(self._drop(model))
+
+    def end(self, session: Session) -> None:
+        """End a session, with its models and samplers."""
+        if self._all.pop(session.session_id, None) is None:
+            return
+        for model in session.models.values():
+            self._later(self._drop(model))
+        for sampler in session.samplers.values():
+            self._withdraw(sampler)
+
+    def sweep(self) -> None:
+        """End silent sessions, and give up commands that wait for one that never arrived."""
+        silent = time.monotonic() - SESSION_SECONDS
+        for session in list(self._all.values()):
+            if session.seen < silent:
+                self.end(session)
+            for model in session.models.values():
+                model.log.give_up()
+
+    async def close(self) -> None:
+        """Wait until everything that is ending has ended."""
+        if self._ending:
+            await asyncio.wait(self._ending)
+
+    def _check_limit(
+        self, owner: str, most: int, what: str, found: Sequence[Session] | Sequence[Model]
+    ) -> None:
+        if sum(each.owner == owner for each in found) >= most:
+            raise QueueFullError(say("TRAINING_LIMIT_REACHED", most=most, what=what))
+
+    async def _drop(self, model: Model) -> None:
+        await model.log.close()
+        if not self._gate.is_open:
+            return
+        if model.learner is not None:
+            await self.training().drop(model.learner)
+        if model.inflight:
+            await self.training().withdraw(model.inflight)
+
+    def _withdraw(self, sampler: Sampler) -> None:
+        if sampler.is_own and self._gate.is_open:
+            self._later(self._withdrawn(sampler.adapter))
+
+    async def _withdrawn(self, name: str) -> None:
+        await self.training().withdraw(name)
+
+    def _later(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.ensure_future(_quietly(work))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+
+async def _quietly(work: Coroutine[None, None, None]) -> None:
+    """Run work whose caller is gone."""
+    try:
+        await work
+    except TurretError:
+        # A server that is shutting down refuses it, and forgets everything anyway.
+        pass
+    except Exception:
+        _log.exception("the end of a session failed")

@@ -1,0 +1,346 @@
+"""Handlers of the calls that train: models, passes, steps, and the weights that they save."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from turret.server.basics.codes import Code
+from turret.server.errors import AdapterMismatchError, InvalidRequestError
+from turret.server.http.body import read_body
+from turret.server.http.endpoint import Exchange
+from turret.server.http.refusals import HttpRefusal
+from turret.server.http.schemas.fields import Sent, wrong_type
+from turret.server.http.tinker import wire
+from turret.server.http.tinker.checkpoints import Checkpoint
+from turret.server.http.tinker.door import Door, body_of, checked, gone, number_of
+from turret.server.http.tinker.futures import Future, Result
+from turret.server.http.tinker.schemas import (
+    CreateModel,
+    LoadWeights,
+    OfModel,
+    OptimStep,
+    SaveExternal,
+    SaveForSampler,
+    SaveWeights,
+)
+from turret.server.http.tinker.sessions import Model, Sampler
+from turret.server.training.trainer import AdamParams, LearnerConfig
+from turret.server.words import say
+
+# The client's note that chooses the method of an adapter.
+METHOD_NOTE = "turret.method"
+
+_Run = Callable[[], Awaitable[Result]]
+
+
+async def _promise(exchange: Exchange, future: Future, model_id: str) -> None:
+    """Answer with the id of a result that comes later."""
+    await exchange.reply.json({"request_id": future.request_id, "model_id": model_id})
+
+
+def _raising(error: Exception) -> _Run:
+    """A command that fails: its number is used up, so that later commands do not wait for it."""
+
+    async def run() -> Result:
+        raise error
+
+    return run
+
+
+async def _command(
+    door: Door,
+    exchange: Exchange,
+    sent: Sent[Any],
+    kind: type[Any],
+    work: Callable[[Model, Any], Awaitable[Result]],
+) -> None:
+    """Put a command with a JSON body into its model's log.
+
+    Args:
+        door: The state.
+        exchange: The request.
+        sent: Its body.
+        kind: The model of the body, with ``model_id`` and ``seq_id``.
+        work: Runs the command when its turn comes.
+    """
+    model_id = sent.raw.get("model_id")
+    if not isinstance(model_id, str):
+        raise InvalidRequestError.of("model_id", wrong_type("a string", model_id))
+    number = number_of(sent.raw.get("seq_id"))
+    model = door.sessions.model(door.owner(exchange), model_id)
+    run: _Run
+    try:
+        body = checked(sent, kind)
+    except InvalidRequestError as error:
+        run = _raising(error)
+    else:
+        run = partial(work, model, body)
+    await _promise(exchange, door.command(exchange, model, number, run), model.model_id)
+
+
+# Models.
+
+
+async def create_model(door: Door, exchange: Exchange) -> None:
+    """Begin to train an adapter."""
+    body = body_of(exchange, CreateModel)
+    door.check_base(body.base_model)
+    lora = body.lora_config
+    config = LearnerConfig(
+        method=body.user_metadata.get(METHOD_NOTE, "lora"),
+        rank=lora.rank,
+        seed=lora.seed,
+        attention=lora.train_attn,
+        mlp=lora.train_mlp,
+        unembed=lora.train_unembed,
+    )
+
+    async def begin(model: Model) -> Result:
+        return Result.of(model_id=model.model_id, type="create_model")
+
+    await _create(
+        door, exchange, body.session_id, body.model_seq_id, config, body.user_metadata, begin
+    )
+
+
+async def _create(
+    door: Door,
+    exchange: Exchange,
+    session_id: str,
+    number: int,
+    config: LearnerConfig,
+    metadata: dict[str, str],
+    begin: Callable[[Model], Awaitable[Result]],
+) -> None:
+    """Add a model to a session; its first command creates it.
+
+    Args:
+        door: The state.
+        exchange: The request.
+        session_id: The session.
+        number: The number of the model in the session.
+        config: The config of the adapter.
+        metadata: The client's own notes.
+        begin: Finishes the first command once the adapter is there.
+    """
+    session = door.sessions.find(door.owner(exchange), session_id)
+    model_id = f"{session_id}:train:{number}"
+    future = door.futures.find(session.owner, f"{model_id}:0")
+    if future is None:
+        if model_id in session.models:
+            raise gone()
+        training = door.sessions.training()
+        model = door.sessions.add_model(session, number, config, metadata)
+
+        async def run() -> Result:
+            try:
+                model.learner = await training.create(model.config, model.owner)
+                return await begin(model)
+            except BaseException:
+                door.sessions.drop_model(model)
+                raise
+
+        future = door.command(exchange, model, 0, run)
+    await _promise(exchange, future, model_id)
+
+
+async def get_info(door: Door, exchange: Exchange) -> None:
+    """Describe a model in training."""
+    body = body_of(exchange, OfModel)
+    model = door.sessions.model(door.owner(exchange), body.model_id)
+    info = door.info()
+    data = {"arch": info.model_type, "model_name": info.name, "tokenizer_id": info.name}
+    await exchange.reply.json(
+        {
+            "type": "get_info",
+            "model_data": data,
+            "model_id": model.model_id,
+            "is_lora": True,
+            "lora_rank": model.config.rank,
+            "model_name": info.name,
+            "optimizer_config": {"type": "adamw"},
+        }
+    )
+
+
+async def unload_model(door: Door, exchange: Exchange) -> None:
+    """Forget a model in training."""
+    body = body_of(exchange, OfModel)
+    owner = door.owner(exchange)
+    future = door.futures.find(owner, f"{body.model_id}:unload")
+    if future is None:
+        model = door.sessions.model(owner, body.model_id)
+        future = door.futures.begin(owner, f"{body.model_id}:unload")
+        door.sessions.drop_model(model)
+        result = Result.of(model_id=model.model_id, type="unload_model")
+        door.futures.settle(future, result)
+    await _promise(exchange, future, body.model_id)
+
+
+# Passes and steps.
+
+
+async def forward_backward(door: Door, exchange: Exchange) -> None:
+    """Compute losses and, unless told otherwise, their gradients."""
+    kind = exchange.headers.get("content-type", "").partition(";")[0].strip().lower()
+    encoding = exchange.headers.get("content-encoding", "").strip().lower()
+    if kind != wire.PROTOBUF or encoding not in ("", "identity"):
+        text = say("NOT_A_MESSAGE_TYPE", wanted=wire.PROTOBUF)
+        raise HttpRefusal(415, Code.INVALID_ARGUMENT, text)
+    body = await read_body(exchange.receive, exchange.headers, exchange.call)
+    size = len(body)
+    info, training = door.info(), door.sessions.training()
+    message = await door.read(exchange, lambda: wire.parse_pass(body))
+    number = number_of(message.seq_id)
+    model = door.sessions.model(door.owner(exchange), message.model_id)
+    loss, is_forward_only = message.loss_fn, message.forward_only
+    run: _Run
+    try:
+        data, settings = await door.read(exchange, lambda: wire.read_pass(message, info))
+    except InvalidRequestError as error:
+        run = _raising(error)
+    else:
+
+        async def run_pass() -> Result:
+            losses = await training.pass_over(
+                model.number, data, loss, settings, is_forward_only=is_forward_only
+            )
+            result = await door.read(exchange, lambda: wire.result_of_pass(losses))
+            return Result(result, wire.PROTOBUF)
+
+        run = run_pass
+    await _promise(exchange, door.command(exchange, model, number, run, size), model.model_id)
+
+
+async def optim_step(door: Door, exchange: Exchange) -> None:
+    """Change a model's weights by the gradients since the last step."""
+
+    async def work(model: Model, body: OptimStep) -> Result:
+        adam = AdamParams(**body.adam_params.model_dump())
+        metrics = await door.sessions.training().step(model.number, adam)
+        return Result.of(metrics=wire.finite_metrics(metrics))
+
+    await _command(door, exchange, exchange.take_body(), OptimStep, work)
+
+
+# Weights.
+
+
+async def _save(
+    door: Door,
+    model: Model,
+    kind: str,
+    body: SaveWeights | SaveForSampler | SaveExternal,
+    *,
+    overwrite: bool = False,
+) -> Checkpoint:
+    """Save a checkpoint; only one to continue from has the optimizer."""
+    training = door.sessions.training()
+
+    async def write(folder: Path) -> None:
+        await training.save(model.number, folder, with_optimizer=kind == "weights")
+
+    draft = Checkpoint(
+        run=model.model_id,
+        kind=kind,
+        name=body.path or f"step-{body.seq_id:06d}",
+        owner=model.owner,
+        base=door.info().digest,
+        config=model.config,
+        metadata=body.user_metadata,
+    )
+    if body.ttl_seconds is not None:
+        draft = replace(draft, expires=draft.time + body.ttl_seconds)
+    return await door.checkpoints.save(draft, write, overwrite=overwrite)
+
+
+async def save_weights(door: Door, exchange: Exchange) -> None:
+    """Save a model with its optimizer, to continue from later."""
+
+    async def work(model: Model, body: SaveWeights) -> Result:
+        saved = await _save(door, model, "weights", body, overwrite=body.overwrite)
+        return Result.of(path=saved.path, type="save_weights")
+
+    await _command(door, exchange, exchange.take_body(), SaveWeights, work)
+
+
+async def save_external(door: Door, exchange: Exchange) -> None:
+    """Save a model's weights for download."""
+
+    async def work(model: Model, body: SaveExternal) -> Result:
+        saved = await _save(door, model, "external_weights", body)
+        return Result.of(path=saved.path, size_bytes=saved.size, type="save_weights_external")
+
+    await _command(door, exchange, exchange.take_body(), SaveExternal, work)
+
+
+async def save_for_sampler(door: Door, exchange: Exchange) -> None:
+    """Save a model's weights for sampling, or make a sampler of them without saving."""
+
+    async def work(model: Model, body: SaveForSampler) -> Result:
+        if body.sampling_session_seq_id is None:
+            path, sampler_id = (await _save(door, model, "sampler_weights", body)).path, None
+        else:
+            path, sampler_id = None, (await _snapshot(door, model, body)).sampler_id
+        kind = "save_weights_for_sampler"
+        return Result.of(path=path, sampling_session_id=sampler_id, type=kind)
+
+    await _command(door, exchange, exchange.take_body(), SaveForSampler, work)
+
+
+async def _snapshot(door: Door, model: Model, body: SaveForSampler) -> Sampler:
+    """A sampler with a model's present weights, or with its newest ones at any time."""
+    session_id, _, number = model.model_id.partition(":train:")
+    session = door.sessions.find(model.owner, session_id)
+    name = f"training/{session_id}/{number}"
+    sampler = Sampler(
+        sampler_id=f"{session_id}:sample:{body.sampling_session_seq_id}",
+        owner=model.owner,
+        adapter=name,
+    )
+    if body.kind == "inflight":
+        model.inflight = name
+        await door.sessions.training().publish(model.number, name)
+    else:
+        sampler.adapter = f"{name}/{body.sampling_session_seq_id}"
+        sampler.is_own = True
+        sampler.generation = await door.sessions.training().publish(model.number, sampler.adapter)
+    door.sessions.add_sampler(session, sampler)
+    return sampler
+
+
+async def load_weights(door: Door, exchange: Exchange) -> None:
+    """Continue from a checkpoint, in a model or in a new one."""
+    sent = exchange.take_body()
+
+    async def load(model: Model, body: LoadWeights) -> Result:
+        checkpoint = door.checkpoints.find(model.owner, body.path)
+        if checkpoint.base != door.info().digest:
+            raise AdapterMismatchError(say("CHECKPOINT_OF_OTHER_BASE", path=checkpoint.path))
+        if body.optimizer and checkpoint.kind != "weights":
+            raise InvalidRequestError.of("optimizer", say("CHECKPOINT_WITHOUT_OPTIMIZER"))
+        folder = door.checkpoints.folder(checkpoint)
+        await door.sessions.training().load(model.number, folder, with_optimizer=body.optimizer)
+        return Result.of(path=checkpoint.path, model_id=model.model_id, type="load_weights")
+
+    if sent.raw.get("model_id") is not None:
+        await _command(door, exchange, sent, LoadWeights, load)
+        return
+    body = checked(sent, LoadWeights)
+    if body.session_id is None or body.model_seq_id is None:
+        choices = "model_id, session_id"
+        raise InvalidRequestError.of("model_id", say("ONE_REQUIRED", choices=choices))
+    if body.base_model is not None:
+        door.check_base(body.base_model)
+    checkpoint = door.checkpoints.find(door.owner(exchange), body.path)
+
+    async def begin(model: Model) -> Result:
+        return await load(model, body)
+
+    metadata = body.user_metadata
+    config = checkpoint.config
+    await _create(door, exchange, body.session_id, body.model_seq_id, config, metadata, begin)

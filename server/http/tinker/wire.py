@@ -1,0 +1,281 @@
+"""Protobuf bodies of the Tinker API: sequences with losses in, and results out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from turret.lazy_torch import torch
+from turret.server.api.violations import Violations
+from turret.server.errors import InvalidRequestError
+from turret.server.training.trainer import Datum, DatumLoss
+from turret.server.words import say
+from turret.v1 import inference_pb2, tinker_pb2
+
+if TYPE_CHECKING:
+    from turret.server.models.describe import ModelInfo
+
+PROTOBUF = "application/x-protobuf"
+# The inputs that each loss needs besides the targets.
+LOSSES: dict[str, tuple[str, ...]] = {
+    "cross_entropy": ("weights",),
+    **dict.fromkeys(("importance_sampling", "ppo", "cispo", "dro"), ("logprobs", "advantages")),
+}
+# Limits on one request. The client cuts longer lists into several requests.
+MAX_DATUMS = 1024
+MAX_CHUNKS = 64
+MAX_SETTINGS = 16
+_TARGETS = "target_tokens"
+_INPUTS = frozenset((_TARGETS, "weights", "logprobs", "advantages"))
+_SHOWN_CHARS = 40
+_NO_LOGPROB = -99999.0
+_Pass, _Tensor, _Samples = (
+    tinker_pb2.TinkerPass,
+    tinker_pb2.TinkerTensor,
+    tinker_pb2.TinkerSamples,
+)
+_INT32, _INT64, _FLOAT32 = np.dtype("<i4"), np.dtype("<i8"), np.dtype("<f4")
+
+
+def parse_pass(data: bytes) -> tinker_pb2.TinkerPass:
+    """The message in a body.
+
+    Raises:
+        InvalidRequestError: The bytes are not such a message.
+    """
+    try:
+        return _Pass.FromString(data)
+    except DecodeError:
+        raise InvalidRequestError(say("MESSAGE_MALFORMED")) from None
+
+
+class _Refused(Exception):
+    """The value at hand was noted as a violation."""
+
+
+class _Reader:
+    """Reads the sequences of a pass, and notes what is wrong with them."""
+
+    def __init__(self, info: ModelInfo, violations: Violations) -> None:
+        self._info = info
+        self._violations = violations
+
+    def datum(self, datum: tinker_pb2.TinkerPass.Datum, loss: str, path: str) -> Datum | None:
+        """A sequence; None if anything is wrong with it."""
+        try:
+            tokens = self._tokens(datum, f"{path}.model_input")
+            inputs = self._inputs(datum, loss, len(tokens), f"{path}.loss_fn_inputs")
+        except _Refused:
+            return None
+        return Datum(tokens.tolist(), inputs)
+
+    def _tokens(self, datum: tinker_pb2.TinkerPass.Datum, path: str) -> np.ndarray:
+        self._check(len(datum.model_input) > 0, path, "EMPTY")
+        count = len(datum.model_input)
+        self._check(count <= MAX_CHUNKS, path, "TOO_MANY_ENTRIES", most=MAX_CHUNKS, found=count)
+        parts = []
+        for index, chunk in enumerate(datum.model_input):
+            place = f"{path}[{index}]"
+            self._check(chunk.HasField("encoded_text"), place, "NOT_TEXT")
+            parts.append(self._numbers(chunk.encoded_text.tokens, _INT32, place))
+        tokens = np.concatenate(parts)
+        self._check(len(tokens) > 0, path, "EMPTY")
+        most = self._info.max_model_len
+        fits = len(tokens) <= most
+        self._check(fits, path, "PROMPT_TOO_LONG", length=len(tokens), limit=most, unit="tokens")
+        self._check_vocabulary(tokens, path)
+        return tokens
+
+    def _inputs(
+        self, datum: tinker_pb2.TinkerPass.Datum, loss: str, length: int, path: str
+    ) -> dict[str, Any]:
+        sent = datum.loss_fn_inputs
+        for name in sent:
+            shown = name[:_SHOWN_CHARS]
+            self._check(name in _INPUTS, f"{path}.{shown}", "UNKNOWN_FIELD", name=shown)
+        inputs = {}
+        for name in (_TARGETS, *LOSSES[loss]):
+            place = f"{path}.{name}"
+            if name == "weights" and name not in sent:
+                inputs[name] = torch.ones(length, dtype=torch.float32)
+                continue
+            self._check(name in sent, place, "REQUIRED")
+            numbers = self._tensor(sent[name], name == _TARGETS, length, place)
+            if name == _TARGETS:
+                self._check_vocabulary(numbers, place)
+            else:
+                is_finite = bool(np.isfinite(numbers).all())
+                self._check(is_finite, place, "NOT_FINITE", dtype="float32")
+            # The copy is writable and in the machine's byte order, as torch requires.
+            inputs[name] = torch.from_numpy(numbers.astype(numbers.dtype.newbyteorder("=")))
+        return inputs
+
+    def _tensor(
+        self, tensor: tinker_pb2.TinkerTensor, is_whole: bool, length: int, path: str
+    ) -> np.ndarray:
+        dtype, kind = (_INT64, _Tensor.INT64) if is_whole else (_FLOAT32, _Tensor.FLOAT32)
+        wanted, found = _Tensor.DType.Name(kind), str(tensor.dtype)
+        is_kind = tensor.dtype == kind
+        self._check(is_kind, f"{path}.dtype", "NOT_ONE_OF", value=found, choices=wanted)
+        is_list = len(tensor.shape) <= 1 and not tensor.HasField("sparse_csr")
+        self._check(is_list, path, "NOT_A_VECTOR")
+        count = len(tensor.dense) // dtype.itemsize
+        is_long = count == length and tuple(tensor.shape) in ((), (length,))
+        self._check(is_long, path, "NOT_AS_LONG", expected=length, found=count)
+        return self._numbers(tensor.dense, dtype, path)
+
+    def _numbers(self, data: bytes, dtype: np.dtype, path: str) -> np.ndarray:
+        size = dtype.itemsize
+        self._check(len(data) % size == 0, path, "NOT_WHOLE_NUMBERS", size=size, found=len(data))
+        return np.frombuffer(data, dtype)
+
+    def _check_vocabulary(self, tokens: np.ndarray, path: str) -> None:
+        size = self._info.vocab_size
+        outside = np.flatnonzero((tokens < 0) | (tokens >= size))
+        if len(outside):
+            value = int(tokens[outside[0]])
+            self._check(False, f"{path}[{outside[0]}]", "NOT_A_TOKEN", value=value, size=size)
+
+    def _check(self, ok: bool, path: str, reason: str, **params: Any) -> None:
+        self._violations.check(ok, path, reason, **params)
+        if not ok:
+            raise _Refused
+
+
+def read_pass(
+    message: tinker_pb2.TinkerPass, info: ModelInfo
+) -> tuple[list[Datum], dict[str, float]]:
+    """The sequences of a pass, and the settings of its loss.
+
+    Args:
+        message: The message.
+        info: The model, which sets the limits on tokens.
+
+    Raises:
+        InvalidRequestError: Lists every offending field.
+    """
+    violations = Violations()
+    choices = ", ".join(LOSSES)
+    shown = message.loss_fn[:_SHOWN_CHARS]
+    is_known = message.loss_fn in LOSSES
+    violations.check(is_known, "loss_fn", "NOT_ONE_OF", value=shown, choices=choices)
+    violations.check(len(message.data) > 0, "data", "EMPTY")
+    is_short = violations.check_count(len(message.data), MAX_DATUMS, "data")
+    data: list[Datum | None] = []
+    if is_known and is_short:
+        reader = _Reader(info, violations)
+        for index, datum in enumerate(message.data):
+            data.append(reader.datum(datum, message.loss_fn, f"data[{index}]"))
+            if violations.is_full:
+                break
+    settings = _settings(message, violations)
+    violations.raise_if_any()
+    return [datum for datum in data if datum is not None], settings
+
+
+def _settings(message: tinker_pb2.TinkerPass, violations: Violations) -> dict[str, float]:
+    """The settings of the loss; the newer field counts if it was sent."""
+    path = "loss_fn_config"
+    newer, older = message.loss_fn_config_v2, message.loss_fn_config
+    if not violations.check_count(max(len(newer), len(older)), MAX_SETTINGS, path):
+        return {}
+    settings = dict(older)
+    for name, setting in newer.items():
+        place = f"{path}.{name[:_SHOWN_CHARS]}"
+        is_number = setting.WhichOneof("value") == "number"
+        violations.check(is_number, place, "WRONG_TYPE", expected="a number", value="a text")
+        settings[name] = setting.number
+    for name, value in settings.items():
+        place = f"{path}.{name[:_SHOWN_CHARS]}"
+        violations.check(math.isfinite(value), place, "NOT_FINITE", dtype="float64")
+    return settings
+
+
+def result_of_pass(losses: Sequence[DatumLoss]) -> bytes:
+    """The message with the losses of a pass; they are sums over tokens."""
+    record = tinker_pb2.TinkerPassResult.ArrayRecord(
+        type_tag="LossPerToken", num_datums=len(losses)
+    )
+    fields = {
+        "logprobs": [each.logprobs for each in losses],
+        "elementwise_loss": [each.losses for each in losses],
+    }
+    for name, tensors in fields.items():
+        arrays = [tensor.numpy().astype(_FLOAT32, copy=False) for tensor in tensors]
+        ends = np.cumsum([0, *(array.nbytes for array in arrays)])
+        batch = record.fields[name]
+        batch.data = b"".join(array.tobytes() for array in arrays)
+        batch.offsets = ends.astype(_INT64).tobytes()
+        batch.dtype = _Tensor.FLOAT32
+    total = math.fsum(float(tensor.double().sum()) for tensor in fields["elementwise_loss"])
+    result = tinker_pb2.TinkerPassResult(
+        loss_fn_output_type=record.type_tag, loss_fn_outputs=[record], metrics={"loss:sum": total}
+    )
+    return result.SerializeToString()
+
+
+# Samples.
+
+
+def result_of_samples(
+    answers: Sequence[inference_pb2.GenerateResponse],
+    prompt: Sequence[inference_pb2.TokenLogprob],
+    *,
+    prompt_top: int = 0,
+    sample_top: int = 0,
+    scored: int | None = None,
+    has_scores: bool = False,
+) -> bytes:
+    """The message with sampled sequences.
+
+    Args:
+        answers: The sequences, without their prompt.
+        prompt: The prompt's tokens with their log probabilities, as far as they were asked for.
+        prompt_top: The number of alternatives at each place of the prompt.
+        sample_top: The number of alternatives at each place of a sequence.
+        scored: How many tokens at the prompt's end have log probabilities; None for all.
+        has_scores: Whether the log probabilities of the prompt were asked for.
+    """
+    result = _Samples(prompt_cache_hit_tokens=answers[0].usage.cached_tokens)
+    for answer in answers:
+        is_cut = answer.finish_reason == inference_pb2.GenerateResponse.LENGTH
+        sequence = result.sequences.add(
+            stop_reason=int(is_cut),
+            tokens=np.array(answer.token_ids, _INT32).tobytes(),
+            logprobs=np.array([each.logprob for each in answer.logprobs], _FLOAT32).tobytes(),
+        )
+        if sample_top:
+            sequence.topk_sampled_logprobs.CopyFrom(_top(answer.logprobs, sample_top))
+    first = 0 if scored is None else len(prompt) - scored
+    if has_scores:
+        numbers = [
+            token.logprob if token.HasField("logprob") and index >= first else math.nan
+            for index, token in enumerate(prompt)
+        ]
+        result.prompt_logprobs = np.array(numbers, _FLOAT32).tobytes()
+    if prompt_top:
+        result.topk_prompt_logprobs.CopyFrom(_top(prompt, prompt_top, first))
+    return result.SerializeToString()
+
+
+def _top(
+    tokens: Sequence[inference_pb2.TokenLogprob], width: int, first: int = 0
+) -> tinker_pb2.TinkerSamples.TopLogprobs:
+    """The alternatives to each token; none before the place ``first``."""
+    ids = np.zeros((len(tokens), width), _INT32)
+    logprobs = np.full((len(tokens), width), _NO_LOGPROB, _FLOAT32)
+    for row, token in enumerate(tokens[first:], start=first):
+        for column, each in enumerate(token.top[:width]):
+            ids[row, column], logprobs[row, column] = each.token_id, each.logprob
+    return _Samples.TopLogprobs(
+        token_ids=ids.tobytes(), logprobs=logprobs.tobytes(), k=width, length=len(tokens)
+    )
+
+
+def finite_metrics(values: Mapping[str, float]) -> dict[str, float]:
+    """Metrics that JSON can hold."""
+    return {name: value for name, value in values.items() if math.isfinite(value)}

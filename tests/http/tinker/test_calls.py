@@ -1,0 +1,484 @@
+"""The Tinker API over HTTP: rejections, retries, sessions, owners and limits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fuzz.mutation import mutated
+from servers.fakes import MODEL_INFO, endless
+from servers.http_harness import HttpHarness, http_harness
+from servers.table_training import TableTraining
+from servers.tinker_tenant import API, LORA, PROTOBUF, Pass, Tenant, pass_of, sample_of, tensor
+
+from turret.server.api.access import TokenTable
+from turret.server.http.tinker import handshake, sessions, wire
+from turret.server.http.tinker.checkpoints import Checkpoints
+from turret.server.training.trainer import LearnerConfig
+from turret.v1 import tinker_pb2
+
+
+@dataclass
+class Served(Tenant):
+    """A client with the server."""
+
+    server: HttpHarness = field(kw_only=True)
+
+
+@contextlib.asynccontextmanager
+async def tenant(folder: Path, *, tokens: TokenTable | None = None) -> AsyncIterator[Served]:
+    training = TableTraining(MODEL_INFO.vocab_size)
+    async with http_harness(training=training, training_dir=folder, tokens=tokens) as server:
+        found = Served(server.client, {}, server=server)
+        if tokens is None:
+            await found.begin()
+        yield found
+
+
+def names_in(folder: Path, pattern: str) -> list[str]:
+    return sorted(path.name for path in folder.glob(pattern))
+
+
+def tables(one: Served) -> TableTraining:
+    training = one.server.gate.enter().training
+    assert isinstance(training, TableTraining)
+    return training
+
+
+async def test_there_are_no_routes_without_training() -> None:
+    async with http_harness() as server:
+        assert (await server.client.get(f"{API}/healthz")).status_code == 404
+
+
+async def test_bad_sequences_fail_and_are_not_waited_for(tmp_path: Path) -> None:
+    async with tenant(tmp_path) as one:
+        model_id = await one.model()
+
+        def changed(**inputs: tinker_pb2.TinkerTensor | None) -> tinker_pb2.TinkerPass:
+            message = pass_of(model_id, 0)
+            for name, value in inputs.items():
+                if value is None:
+                    del message.data[0].loss_fn_inputs[name]
+                else:
+                    message.data[0].loss_fn_inputs[name].CopyFrom(value)
+            return message
+
+        def with_tokens(data: bytes) -> tinker_pb2.TinkerPass:
+            message = pass_of(model_id, 0)
+            message.data[0].model_input[0].encoded_text.tokens = data
+            return message
+
+        many = pass_of(model_id, 0)
+        many.data.extend(Pass.Datum() for _ in range(5000))
+        chunks = pass_of(model_id, 0)
+        chunks.data[0].model_input.extend(Pass.Chunk() for _ in range(5000))
+        image = pass_of(model_id, 0)
+        image.data[0].model_input.add()
+        settings = pass_of(model_id, 0)
+        settings.loss_fn_config_v2["beta"].text = "much"
+        sparse = tinker_pb2.TinkerTensor(dtype=tinker_pb2.TinkerTensor.FLOAT32, shape=[3])
+        sparse.sparse_csr.values = b"\0" * 12
+        nothing = pass_of(model_id, 0)
+        del nothing.data[:]
+        bad = {
+            "short": changed(weights=tensor([1.0])),
+            "nan": changed(weights=tensor([1.0, float("nan"), 1.0])),
+            "infinite": changed(weights=tensor([1.0, float("inf"), 1.0])),
+            "no targets": changed(target_tokens=None),
+            "wrong type": changed(target_tokens=tensor([1.0, 2.0, 3.0])),
+            "a matrix": changed(weights=tensor([1.0, 1.0, 1.0], shape=[3, 1])),
+            "another shape": changed(weights=tensor([1.0, 1.0, 1.0], shape=[4])),
+            "sparse": changed(weights=sparse),
+            "a target outside": changed(target_tokens=tensor([1, 2, MODEL_INFO.vocab_size], "i8")),
+            "a negative target": changed(target_tokens=tensor([1, 2, -1], "i8")),
+            "an unknown input": changed(mask=tensor([1.0, 1.0, 1.0])),
+            "a token outside": with_tokens(np.array([1, 2, 1 << 20], "<i4").tobytes()),
+            "half a token": with_tokens(b"12345"),
+            "no tokens": with_tokens(b""),
+            "too long": with_tokens(b"\0" * 4 * (MODEL_INFO.max_model_len + 1)),
+            "an unknown loss": pass_of(model_id, 0, loss_fn="gspo"),
+            "no inputs of the loss": pass_of(model_id, 0, loss_fn="ppo"),
+            "too many": many,
+            "too many chunks": chunks,
+            "an image": image,
+            "a text as a setting": settings,
+            "nothing": nothing,
+        }
+        for number, (name, message) in enumerate(bad.items(), start=1):
+            message.seq_id = number
+            said = await one.run(message)
+            assert isinstance(said, dict), name
+            assert said["category"] == "user", name
+            assert len(said["error"]) < 20_000, name
+        assert tables(one).learners[1].calls == []
+        assert isinstance(await one.run(pass_of(model_id, len(bad) + 1)), bytes)
+        assert tables(one).learners[1].calls == ["pass 1"]
+
+
+async def test_weights_are_one_unless_they_are_sent(tmp_path: Path) -> None:
+    async with tenant(tmp_path) as one:
+        model_id = await one.model()
+        message = pass_of(model_id, 1)
+        with_weights = await one.run(message)
+        del message.data[0].loss_fn_inputs["weights"]
+        message.seq_id = 2
+        assert await one.run(message) == with_weights
+        found = tinker_pb2.TinkerPassResult.FromString(with_weights)
+        losses = np.frombuffer(found.loss_fn_outputs[0].fields["elementwise_loss"].data, "<f4")
+        assert found.metrics["loss:sum"] == pytest.approx(float(losses.sum()), rel=1e-6)
+
+
+async def test_any_body_of_a_pass_is_answered(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    async with tenant(tmp_path) as one:
+        model_id = await one.model()
+        statuses = set()
+        for number in range(1, 120):
+            data = pass_of(model_id, number).SerializeToString()
+            answer = await one.send("/forward_backward", mutated(rng, [data]))
+            statuses.add(answer.status_code)
+            assert answer.status_code in (200, 400, 404, 410), answer.text
+        assert {200, 400} <= statuses
+        assert not [each for each in one.server.failures.newest() if each.code == "INTERNAL"]
+
+
+async def test_a_pass_is_refused_by_its_media_type_and_size(tmp_path: Path) -> None:
+    async with tenant(tmp_path) as one:
+        model_id = await one.model()
+        data = pass_of(model_id, 1).SerializeToString()
+        for headers in (
+            {"content-type": "application/json"},
+            {**PROTOBUF, "content-encoding": "zstd"},
+        ):
+            url = f"{API}/forward_backward"
+            answer = await one.server.client.post(url, content=data, headers=headers)
+            assert answer.status_code == 415
+        assert (await one.send("/forward_backward", bytes(5 << 20))).status_code == 413
+        assert (await one.send("/forward_backward", b"\xff")).status_code == 400
+        none = pass_of(model_id, 0).SerializeToString()
+        assert (await one.send("/forward_backward", none)).status_code == 400
+
+
+async def test_a_command_that_is_sent_again_runs_once(tmp_path: Path) -> None:
+    async with tenant(tmp_path) as one:
+        model_id = await one.model()
+        body = {"session_id": one.session, "model_seq_id": 0, "base_model": "base"}
+        again = await one.ask("/create_model", {**body, "lora_config": LORA})
+        assert (await one.result(again))["model_id"] == model_id
+        assert len(tables(one).learners) == 1
+        step = {"model_id": model_id, "seq_id": 2, "adam_params": {"learning_rate": 0.1}}
+        data = pass_of(model_id, 1).SerializeToString()
+        # The step arrives first, and waits.
+        stepped = await one.ask("/optim_step", step)
+        passed = [await one.ask("/forward_backward", data) for _ in range(3)]
+        assert stepped == await one.ask("/optim_step", step)
+        results = [await one.result(each) for each in passed]
+        assert results[0] == results[1] == results[2]
+        assert (await one.result(stepped))["metrics"].keys() == {"grad_norm"}
+        assert tables(one).learners[1].calls == ["pass 1", "step"]
+
+
+async def test_a_bad_step_fails_and_is_not_waited_for(tmp_path: Path) -> None:
+    async with tenant(tmp_path) as one:
+        model_id = await one.model()
+        for number, adam in enumerate(
+            ({"learning_rate": -1}, {"learning_rate": "much"}, {"beta1": 2}, None), start=1
+        ):
+            step = {"model_id": model_id, "seq_id": number, "adam_params": adam}
+            assert (await one.result(await one.ask("/optim_step", step)))["category"] == "user"
+        step = {"model_id": model_id, "seq_id": 5, "adam_params": {}}
+        assert "metrics" in await one.result(await one.ask("/optim_step", step))
+        for wrong in (0, -1, None, "1", 1 << 40, True, 2.0):
+            answer = await one.send("/optim_step", step | {"seq_id": wrong})
+            assert answer.status_code == 400, wrong
+        assert (await one.send("/optim_step", step | {"model_id": 3})).status_code == 400
+        assert (await one.send("/optim_step", step | {"model_id": "x:train:0"})).status_code == 404
+
+
+async def test_a_result_that_takes_long_is_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handshake, "POLL_SECONDS", 0.05)
+    async with tenant(tmp_path) as one:
+        model_id = await one.model()
+        tables(one).may_run.clear()
+        promise = await one.ask("/forward_backward", pass_of(model_id, 1).SerializeToString())
+        answer = await one.send("/retrieve_future", {"request_id": promise["request_id"]})
+        assert answer.status_code == 408
+        assert answer.json()["type"] == "try_again"
+        tables(one).may_run.set()
+        monkeypatch.undo()
+        assert isinstance(await one.result(promise), bytes)
+        assert (await one.send("/retrieve_future", {"request_id": "none"})).status_code == 410
+
+
+async def test_a_failed_model_leaves_nothing(tmp_path: Path) -> None:
+    async with tenant(tmp_path) as one:
+        body = {"session_id": one.session, "model_seq_id": 0, "base_model": "base"}
+        body |= {"lora_config": LORA, "user_metadata": {"turret.method": "nothing"}}
+        promise = await one.ask("/create_model", body)
+        assert (await one.result(promise))["category"] == "user"
+        assert await one.ask("/create_model", body) == promise
+        door = one.server.server._door
+        assert door is not None
+        await door.sessions.close()
+        assert door.sessions.models("") == []
+        step = {"model_id": promise["model_id"], "seq_id": 1, "adam_params": {}}
+        assert (await one.send("/optim_step", step)).status_code == 404
+        for wrong in (
+            {"base_model": "other"},
+            {"lora_config": None},
+            {"lora_config": {"rank": 0}},
+            {"optimizer_config": {"type": "dimuon"}},
+            {"session_id": "none"},
+        ):
+            answer = await one.send("/create_model", body | wrong)
+            assert answer.status_code in (400, 404, 410), wrong
+
+
+async def test_a_silent_session_ends_with_its_models_and_samplers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with tenant(tmp_path) as one:
+        model_id = await one.model()
+        save = {"model_id": model_id, "seq_id": 1, "sampling_session_seq_id": 0}
+        made = await one.result(await one.ask("/save_weights_for_sampler", save))
+        follow = save | {"seq_id": 2, "sampling_session_seq_id": 1, "kind": "inflight"}
+        await one.result(await one.ask("/save_weights_for_sampler", follow))
+        assert len(tables(one).published) == 2
+        door = one.server.server._door
+        assert door is not None
+        await one.ask("/session_heartbeat", {"session_id": one.session})
+        door.sessions.sweep()
+        assert len(tables(one).learners) == 1
+        monkeypatch.setattr(sessions, "SESSION_SECONDS", -1.0)
+        door.sessions.sweep()
+        await door.sessions.close()
+        assert (tables(one).learners, tables(one).published) == ({}, {})
+        answer = await one.send("/session_heartbeat", {"session_id": one.session})
+        assert answer.status_code == 410
+        sample = sample_of(made["sampling_session_id"])
+        assert (await one.send("/asample", sample)).status_code == 404
+
+
+async def test_samples_are_asked_for_once_and_can_be_cancelled(tmp_path: Path) -> None:
+    async with tenant(tmp_path) as one:
+        body = {"session_id": one.session, "sampling_session_seq_id": 0, "base_model": "base"}
+        sampler = (await one.ask("/create_sampling_session", body))["sampling_session_id"]
+        asked = sample_of(sampler, num_samples=3, prompt_logprobs=True, topk_sample_logprobs=2)
+        promise = await one.ask("/asample", asked)
+        assert promise == await one.ask("/asample", asked)
+        assert len(promise["sample_sequence_ids"]) == 3
+        found = tinker_pb2.TinkerSamples.FromString(await one.result(promise))
+        assert len(one.server.engine.requests) == 3
+        assert [np.frombuffer(each.tokens, "<i4").tolist() for each in found.sequences] == [
+            [72, 105]
+        ] * 3
+        prompt = np.frombuffer(found.prompt_logprobs, "<f4")
+        assert np.isnan(prompt[0])
+        assert prompt[1:].tolist() == [-1.0, -2.0]
+        last = sample_of(sampler, seq_id=1, prompt_logprobs=True, prompt_logprobs_last_n=1)
+        found = tinker_pb2.TinkerSamples.FromString(
+            await one.result(await one.ask("/asample", last))
+        )
+        prompt = np.frombuffer(found.prompt_logprobs, "<f4")
+        assert np.isnan(prompt[:2]).all()
+        assert prompt[2] == -2.0
+        one.server.engine.script = endless
+        promise = await one.ask("/asample", sample_of(sampler, seq_id=2))
+        await one.ask("/cancel_future", {"request_id": promise["request_id"]})
+        assert (await one.result(promise))["category"] == "server"
+        assert one.server.engine.streams[-1].cancelled.is_set()
+
+
+async def test_stops_and_settings_reach_the_engine(tmp_path: Path) -> None:
+    async with tenant(tmp_path) as one:
+        body = {"session_id": one.session, "sampling_session_seq_id": 0, "base_model": "fake"}
+        sampler = (await one.ask("/create_sampling_session", body))["sampling_session_id"]
+        for number, (stop, expected) in enumerate(
+            (
+                (None, ((), frozenset(), False)),
+                ([], ((), frozenset(), True)),
+                ("a", (("a",), frozenset(), False)),
+                (["a", "b"], (("a", "b"), frozenset(), False)),
+                ([4, 5], ((), frozenset((4, 5)), False)),
+            )
+        ):
+            params = {"max_tokens": 3, "stop": stop, "seed": -1, "top_k": -1, "temperature": 0.5}
+            asked = sample_of(sampler, seq_id=number, sampling_params=params)
+            await one.result(await one.ask("/asample", asked))
+            request = one.server.engine.requests[-1]
+            found = request.stop
+            assert (found.stop_strings, found.stop_token_ids, found.ignore_eos) == expected
+            assert (request.sampling.seed, request.sampling.top_k) == ((1 << 64) - 1, 0)
+        bad: list[dict[str, Any]] = [
+            {"sampling_params": {"stop": 3}},
+            {"sampling_params": {"stop": ["a", 3]}},
+            {"sampling_params": {"stop": [""]}},
+            {"sampling_params": {"stop": ["a"] * 100}},
+            {"num_samples": 0},
+            {"num_samples": 100_000},
+            {"topk_prompt_logprobs": 1000},
+            {"prompt_alt_tokens_k": 2},
+            {"target_prompt_logprobs": {"data": [1], "dtype": "int64"}},
+            {"record_stability_info": True},
+            {"prompt_logprobs_last_n": 3, "prompt_logprobs": True},
+            {"prompt": {"chunks": [{"type": "image", "data": "x"}]}},
+            {"prompt": {"chunks": [{"type": "encoded_text", "tokens": [-1]}]}},
+        ]
+        for changes in bad:
+            answer = await one.send("/asample", sample_of(sampler, seq_id=99, **changes))
+            assert answer.status_code == 400, changes
+        outside = {"chunks": [{"type": "encoded_text", "tokens": [MODEL_INFO.vocab_size]}]}
+        promise = await one.ask("/asample", sample_of(sampler, seq_id=98, prompt=outside))
+        assert (await one.result(promise))["category"] == "user"
+
+
+async def test_tokens_see_only_what_is_theirs(tmp_path: Path) -> None:
+    trains = frozenset(("training",))
+    tokens = TokenTable([("tml-a", trains), ("tml-b", trains), ("tml-c", frozenset(("admin",)))])
+    async with tenant(tmp_path, tokens=tokens) as anybody:
+        assert (await anybody.send("/create_session", {})).status_code == 401
+        c = Tenant(anybody.client, {"x-api-key": "tml-c"})
+        assert (await c.send("/create_session", {})).status_code == 403
+        a, b = (Tenant(anybody.client, {"x-api-key": f"tml-{name}"}) for name in "ab")
+        await a.begin()
+        await b.begin()
+        model_id = await a.model()
+        save = {"model_id": model_id, "seq_id": 1, "path": "mine"}
+        promise = await a.ask("/save_weights", save)
+        path = (await a.result(promise))["path"]
+        sampler = {"session_id": a.session, "sampling_session_seq_id": 0, "base_model": "base"}
+        sampler_id = (await a.ask("/create_sampling_session", sampler))["sampling_session_id"]
+        asked = {"request_id": promise["request_id"]}
+        assert (await b.send("/retrieve_future", asked)).status_code == 410
+        assert (await b.send("/session_heartbeat", {"session_id": a.session})).status_code == 410
+        assert (await b.send("/get_info", {"model_id": model_id})).status_code == 404
+        assert (await b.send("/weights_info", {"tinker_path": path})).status_code == 404
+        assert (await b.send("/asample", sample_of(sampler_id))).status_code == 404
+        theft = sampler | {"session_id": b.session, "base_model": None, "model_path": path}
+        assert (await b.send("/create_sampling_session", theft)).status_code == 404
+        load = {"session_id": b.session, "model_seq_id": 0, "path": path, "optimizer": True}
+        assert (await b.send("/load_weights", load)).status_code == 404
+        url = f"/training_runs/{model_id}/checkpoints/weights/mine"
+        for verb, end, body in (
+            ("DELETE", "", None),
+            ("PUT", "/ttl", {"ttl_seconds": 5000}),
+            ("GET", "/archive", None),
+        ):
+            answer = await b.send(f"{url}{end}", body, verb=verb)
+            assert answer.status_code == 404, verb
+        assert (await b.ask("/checkpoints", verb="GET"))["checkpoints"] == []
+        assert (await b.ask("/training_runs", verb="GET"))["training_runs"] == []
+        listed = await a.ask("/checkpoints", verb="GET")
+        assert [each["tinker_path"] for each in listed["checkpoints"]] == [path]
+        await a.ask(url, verb="DELETE")
+        assert (await a.ask("/checkpoints", verb="GET"))["checkpoints"] == []
+
+
+async def test_names_of_checkpoints_are_checked(tmp_path: Path) -> None:
+    async with tenant(tmp_path / "training") as one:
+        model_id = await one.model()
+        for number, name in enumerate(
+            ("../a", "a/b", "..", ".", "", "a\0", "x" * 65, "-"), start=1
+        ):
+            save = {"model_id": model_id, "seq_id": number, "path": name}
+            said = await one.result(await one.ask("/save_weights", save))
+            if name:
+                assert said["category"] == "user", name
+        assert names_in(tmp_path, "*") == ["training"]
+        for path in (
+            "tinker://../../x/weights/a",
+            f"tinker://{model_id}/weights/../a",
+            "/etc/passwd",
+        ):
+            answer = await one.send("/weights_info", {"tinker_path": path})
+            assert answer.status_code == 404
+
+
+async def test_limits_on_sessions_models_and_samplers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MAX_SESSIONS", "MAX_MODELS", "MAX_SAMPLERS"):
+        monkeypatch.setattr(sessions, name, 2)
+    async with tenant(tmp_path) as one:
+        await one.begin()
+        assert (await one.send("/create_session", {})).status_code == 429
+        model_id = await one.model(0)
+        await one.model(1)
+        body = {"session_id": one.session, "model_seq_id": 2, "base_model": "base"}
+        assert (await one.send("/create_model", body | {"lora_config": LORA})).status_code == 429
+        made = []
+        for number in range(4):
+            save = {"model_id": model_id, "seq_id": 1 + number, "sampling_session_seq_id": number}
+            result = await one.result(await one.ask("/save_weights_for_sampler", save))
+            made.append(result["sampling_session_id"])
+        # Samplers that were not used for longest made room, and their adapters are gone.
+        door = one.server.server._door
+        assert door is not None
+        await door.sessions.close()
+        assert len(tables(one).published) == 2
+        for sampler, status in zip(made, (404, 404, 200, 200), strict=True):
+            assert (await one.send("/asample", sample_of(sampler))).status_code == status
+        await one.result(await one.ask("/unload_model", {"model_id": model_id}))
+        assert (await one.send("/create_model", body | {"lora_config": LORA})).status_code == 200
+        await one.ask(f"/sessions/{one.session}/finish", {"reason": {"type": "success"}})
+        await door.sessions.close()
+        assert (tables(one).learners, tables(one).published) == ({}, {})
+
+
+async def test_checkpoints_outlive_the_server(tmp_path: Path) -> None:
+    async with tenant(tmp_path) as one:
+        model_id = await one.model()
+        await one.run(pass_of(model_id, 1))
+        save = {"model_id": model_id, "seq_id": 2, "path": "a", "user_metadata": {"k": "v"}}
+        path = (await one.result(await one.ask("/save_weights", save)))["path"]
+        short = {"model_id": model_id, "seq_id": 3, "path": "b", "ttl_seconds": 1}
+        await one.result(await one.ask("/save_weights", short))
+        before = await one.run(pass_of(model_id, 4, forward_only=True))
+    # An unfinished checkpoint, and files of somebody else.
+    (tmp_path / "incoming" / "x").mkdir()
+    (tmp_path / "y" / "weights" / "z").mkdir(parents=True)
+    (tmp_path / "y" / "weights" / "z" / "checkpoint.json").write_text("{}")
+    await asyncio.sleep(1.0)
+    async with tenant(tmp_path) as one:
+        (listed,) = (await one.ask("/checkpoints", verb="GET"))["checkpoints"]
+        assert (listed["tinker_path"], listed["user_metadata"]) == (path, {"k": "v"})
+        load = {"session_id": one.session, "model_seq_id": 7, "path": path, "optimizer": True}
+        loaded = await one.result(await one.ask("/load_weights", load))
+        assert loaded["model_id"] == f"{one.session}:train:7"
+        info = await one.ask("/get_info", {"model_id": loaded["model_id"]})
+        assert info["lora_rank"] == 4
+        after = await one.run(pass_of(loaded["model_id"], 1, forward_only=True))
+        assert after == before
+        door = one.server.server._door
+        assert door is not None
+        await door.checkpoints.sweep()
+        assert names_in(tmp_path, "*/weights/*") == ["a", "z"]
+        other = [Checkpoints(tmp_path).find("", path).config]
+        assert other == [LearnerConfig(rank=4, seed=1, unembed=True)]
+        assert names_in(tmp_path, "incoming/*") == []
+
+
+async def test_a_pass_of_many_sequences_keeps_their_order(tmp_path: Path) -> None:
+    async with tenant(tmp_path) as one:
+        model_id = await one.model()
+        message = pass_of(model_id, 1)
+        for length in (1, 5, 2):
+            datum = message.data.add()
+            datum.model_input.add().encoded_text.tokens = np.arange(length).astype("<i4").tobytes()
+            targets = tensor(list(range(length)), "i8")
+            datum.loss_fn_inputs["target_tokens"].CopyFrom(targets)
+        found = tinker_pb2.TinkerPassResult.FromString(await one.run(message))
+        (record,) = found.loss_fn_outputs
+        assert record.num_datums == 4
+        offsets = np.frombuffer(record.fields["logprobs"].offsets, "<i8")
+        assert (np.diff(offsets) // 4).tolist() == [3, 1, 5, 2]
+        assert len(wire.LOSSES) == 5

@@ -1,0 +1,160 @@
+"""A small trainer for tests: an adapter is a table of logits, with a row for each token.
+
+The next token's logits are the row of the present token, so losses, gradients and steps are those
+of a real model of one layer, computed by torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from turret.server.errors import InvalidRequestError
+from turret.server.training.trainer import AdamParams, Datum, DatumLoss, LearnerConfig
+from turret.server.words import say
+
+CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+
+
+@dataclass
+class Table:
+    """An adapter, its optimizer and the calls that it has seen."""
+
+    config: LearnerConfig
+    owner: str
+    logits: torch.Tensor
+    optimizer: torch.optim.AdamW
+    calls: list[str] = field(default_factory=list)
+
+
+class TableTraining:
+    """Trains tables.
+
+    Args:
+        vocab_size: The number of tokens.
+
+    Attributes:
+        learners: The adapters in training.
+        published: The tables that are registered for sampling, by name.
+        may_run: Passes wait until it is set.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self._size = vocab_size
+        self._numbers = itertools.count(1)
+        self._generations = itertools.count(1)
+        self.learners: dict[int, Table] = {}
+        self.published: dict[str, torch.Tensor] = {}
+        self.may_run = asyncio.Event()
+        self.may_run.set()
+
+    async def create(self, config: LearnerConfig, owner: str) -> int:
+        if config.method != "lora":
+            why = say("NOT_ONE_OF", value=config.method, choices="lora")
+            raise InvalidRequestError.of("user_metadata", why)
+        seed = torch.Generator().manual_seed(config.seed or 0)
+        logits = (torch.randn(self._size, self._size, generator=seed) * 0.01).requires_grad_()
+        number = next(self._numbers)
+        self.learners[number] = Table(config, owner, logits, torch.optim.AdamW([logits]))
+        return number
+
+    async def drop(self, learner: int) -> None:
+        self.learners.pop(learner, None)
+
+    async def pass_over(
+        self,
+        learner: int,
+        data: Sequence[Datum],
+        loss: str,
+        config: Mapping[str, float],
+        *,
+        is_forward_only: bool = False,
+    ) -> list[DatumLoss]:
+        table = self.learners[learner]
+        await self.may_run.wait()
+        table.calls.append(f"{'forward' if is_forward_only else 'pass'} {len(data)}")
+        results, total = [], torch.zeros(())
+        for datum in data:
+            rows = torch.log_softmax(table.logits[torch.tensor(datum.tokens)], -1)
+            logprobs = rows.gather(1, datum.inputs["target_tokens"][:, None])[:, 0]
+            losses = _losses(loss, logprobs, datum.inputs, {**CLIP, "beta": 0.1, **config})
+            total = total + losses.sum()
+            results.append(DatumLoss(logprobs.detach(), losses.detach()))
+        if not is_forward_only:
+            total.backward()
+        return results
+
+    async def step(self, learner: int, adam: AdamParams) -> dict[str, float]:
+        table = self.learners[learner]
+        table.calls.append("step")
+        if table.logits.grad is None:
+            table.logits.grad = torch.zeros_like(table.logits)
+        norm = float(table.logits.grad.norm())
+        if adam.grad_clip_norm:
+            torch.nn.utils.clip_grad_norm_([table.logits], adam.grad_clip_norm)
+        (group,) = table.optimizer.param_groups
+        group |= {"lr": adam.learning_rate, "betas": (adam.beta1, adam.beta2), "eps": adam.eps}
+        group["weight_decay"] = adam.weight_decay
+        table.optimizer.step()
+        table.optimizer.zero_grad()
+        return {"grad_norm": norm, "nothing": float("nan")}
+
+    async def save(self, learner: int, folder: Path, *, with_optimizer: bool) -> None:
+        table = self.learners[learner]
+        table.calls.append("save")
+        (folder / "adapter_config.json").write_text(json.dumps(asdict(table.config)))
+        tensors = {"logits": table.logits.detach()}
+        safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
+        if with_optimizer:
+            torch.save(table.optimizer.state_dict(), folder / "optimizer.pt")
+
+    async def load(self, learner: int, folder: Path, *, with_optimizer: bool) -> None:
+        table = self.learners[learner]
+        table.calls.append("load")
+        with torch.no_grad():
+            table.logits.copy_(_tensor(folder))
+        if with_optimizer:
+            table.optimizer.load_state_dict(torch.load(folder / "optimizer.pt"))
+
+    async def publish(self, learner: int, name: str) -> int:
+        self.published[name] = self.learners[learner].logits.detach().clone()
+        return next(self._generations)
+
+    async def serve(self, folder: Path, name: str) -> int:
+        self.published[name] = _tensor(folder)
+        return next(self._generations)
+
+    async def withdraw(self, name: str) -> None:
+        self.published.pop(name, None)
+
+
+def _tensor(folder: Path) -> torch.Tensor:
+    return safetensors.torch.load_file(folder / "adapter_model.safetensors")["logits"]
+
+
+def _losses(
+    loss: str,
+    logprobs: torch.Tensor,
+    inputs: Mapping[str, torch.Tensor],
+    config: Mapping[str, float],
+) -> torch.Tensor:
+    if loss == "cross_entropy":
+        return -inputs["weights"] * logprobs
+    advantages, ratio = inputs["advantages"], torch.exp(logprobs - inputs["logprobs"])
+    clipped = ratio.clamp(config["clip_low_threshold"], config["clip_high_threshold"])
+    if loss == "importance_sampling":
+        return -ratio * advantages
+    if loss == "ppo":
+        return -torch.minimum(ratio * advantages, clipped * advantages)
+    if loss == "cispo":
+        return -clipped.detach() * logprobs * advantages
+    assert loss == "dro"
+    difference = logprobs - inputs["logprobs"]
+    return -(logprobs * advantages - 0.5 * config["beta"] * difference**2)
