@@ -17,6 +17,7 @@ from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
 from turret.server.adapters.fuse.lora_files import PREFIX, AdapterFiles, target_modules
+from turret.server.adapters.methods import METHODS as SERVED
 from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.vocabulary import HEAD
@@ -208,28 +209,26 @@ def new_adapter(
     def normal(rows: int, columns: int, scale: float) -> torch.Tensor:
         return torch.randn(rows, columns, generator=generator) * scale
 
+    is_low_rank = method in ("lora", "rslora", "dora")
+    kind = SERVED["lora" if method == "rslora" else method]
     config: dict[str, Any] = {
+        "peft_type": next(iter(kind.peft_types)),
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base.name,
         "target_modules": target_modules(list(modules), base),
     }
-    tensors: dict[str, torch.Tensor] = {}
-    if method in ("lora", "rslora", "dora"):
-        config |= {
-            "peft_type": "LORA",
-            "r": rank,
-            "lora_alpha": _ALPHA,
-            "use_rslora": method == "rslora",
-            "use_dora": method == "dora",
-        }
+    if is_low_rank:
+        config |= {"r": rank, "lora_alpha": _ALPHA}
+        config |= {"use_rslora": method == "rslora", "use_dora": method == "dora"}
     elif method == "loha":
-        config |= {"peft_type": "LOHA", "r": rank, "alpha": _ALPHA}
+        config |= {"r": rank, "alpha": _ALPHA}
     else:
-        config |= {"peft_type": "IA3", "feedforward_modules": []}
+        config |= {"feedforward_modules": []}
+    tensors: dict[str, torch.Tensor] = {}
     for name in modules:
         module = base.modules[name]
         rows, columns = module.out_features, module.in_features
-        if config["peft_type"] == "LORA":
+        if is_low_rank:
             tensors[f"{name}.lora_A.weight"] = uniform(rank, columns)
             tensors[f"{name}.lora_B.weight"] = torch.zeros(rows, rank)
             if method == "dora":
