@@ -46,7 +46,7 @@ def row_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ``[num_rows, out_features]``, dtype of ``x``. On devices other than the CPU by library
         products of one shape, whose sums ``server/models/weights/nf4_gpu.py`` keeps whole.
     """
-    if torch.is_grad_enabled():
+    if x.requires_grad or weight.requires_grad:
         return torch.nn.functional.linear(x.float(), weight.float())
     if x.device.type != "cpu":
         return linear_in_pieces(x, weight)
@@ -127,7 +127,7 @@ def row_addmm_(y: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> None:
         v: ``[num_rows, rank]``, any float dtype.
         b: ``[rank, out_features]``, any float dtype.
     """
-    if torch.is_grad_enabled():
+    if v.requires_grad or b.requires_grad:
         y.addmm_(v.float(), b.float())
     elif v.device.type != "cpu":
         y.copy_(_addmm_in_pieces(y, v.to(y.dtype), b.to(y.dtype)))
@@ -189,7 +189,7 @@ def row_product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         ``[num_rows, m, n]``, fp32. On devices other than the CPU by library products of one shape.
     """
     num_rows, m, _ = x.shape
-    if torch.is_grad_enabled():
+    if x.requires_grad or w.requires_grad:
         return x @ w.transpose(-1, -2)
     if has_kernels(x.device):
         if w.dim() == 3:
