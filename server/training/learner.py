@@ -27,6 +27,10 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 _serial = itertools.count(1)
 
 
+# Tensors of operators by module path; see ``Segment``.
+Leaves = Mapping[str, Sequence[torch.Tensor]]
+
+
 @dataclass(slots=True)
 class _Served:
     """An adapter with its present tensors, for the store of adapters."""
@@ -73,7 +77,7 @@ class Learner:
         checkpoint = AdapterCheckpoint(self._key, self.config, tensors, digest="", bytes_disk=0)
         return lower_checkpoint(checkpoint, base)[1].operators
 
-    def _refreshed(self) -> tuple[_Served, Mapping[str, Sequence[torch.Tensor]]]:
+    def _refreshed(self) -> tuple[_Served, Leaves]:
         self._count += 1
         operators = self._lower(
             self._base, {name: tensor.detach() for name, tensor in self.parameters.items()}
@@ -90,13 +94,6 @@ class Learner:
             path: [leaf.detach().requires_grad_() for leaf in leaves]
             for path, leaves in self.leaves.items()
         }
-
-    def add_gradients(self, fresh: Mapping[str, Sequence[torch.Tensor]]) -> None:
-        """Add the gradients of a segment to those since the last step."""
-        for path, leaves in self.leaves.items():
-            for leaf, other in zip(leaves, fresh[path], strict=True):
-                if other.grad is not None:
-                    leaf.grad = other.grad if leaf.grad is None else leaf.grad + other.grad
 
     def collect(self) -> None:
         """Turn the gradients of the operators into gradients of the tensors."""
@@ -171,6 +168,14 @@ class Learner:
                 state = self._optimizer.state[self.parameters[name]]
                 state[field] = value.reshape(()) if field == "step" else value
         self.served, self.leaves = self._refreshed()
+
+
+def add_gradients(total: Leaves, more: Leaves) -> None:
+    """Add the gradients of leaves to those of others with the same names and shapes."""
+    for path, leaves in total.items():
+        for leaf, other in zip(leaves, more[path], strict=True):
+            if other.grad is not None:
+                leaf.grad = other.grad if leaf.grad is None else leaf.grad + other.grad
 
 
 def _modules(operators: AdapterOperators) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from turret.server.errors import (
     InvalidRequestError,
 )
 from turret.server.models.decoding.decoder import Decoder
-from turret.server.training.learner import METHODS, Learner, new_adapter
+from turret.server.training.learner import METHODS, Learner, Leaves, add_gradients, new_adapter
 from turret.server.training.losses import LOSSES, Loss
 from turret.server.training.trainer import AdamParams, Datum, DatumLoss, LearnerConfig
 from turret.server.training.training_pass import Segment, TrainingPass
@@ -38,14 +38,16 @@ from turret.server.words import say
 
 T = TypeVar("T")
 TARGETS = "target_tokens"
-# Tokens of one pass, whose activations are in memory together, and of the sequences of one adapter
-# that are computed together. A longer sequence is a pass of its own. An adapter's sequences are cut
-# by their own lengths alone, so that its gradients are added up in the same order in any company.
+# The maximum number of tokens in a pass, and in a chunk: consecutive sequences of one adapter. A
+# longer sequence gets a pass to itself. Chunks depend only on the lengths of an adapter's own
+# sequences, so its gradients are added in a fixed order, whatever else is in the passes.
 PASS_TOKENS, CHUNK_TOKENS = 512, 256
+# The backward pass of attention needs memory for the square of a sequence's length.
+MAX_SEQUENCE_TOKENS = 2048
 MAX_RANK = 256
 _PIECE_BYTES = 1 << 20
 # Names that clients' samplers give to adapters: training/<session>/….
-_OF_SAMPLER = re.compile(r"training/[0-9a-f]{32}/.+")
+_SAMPLER_ADAPTER = re.compile(r"training/[0-9a-f]{32}/.+")
 # Adapters in training, of all callers and of one.
 MAX_LEARNERS, MAX_LEARNERS_EACH = 64, 16
 
@@ -56,10 +58,13 @@ class _Work:
 
     Attributes:
         chunks: The sequences that are computed together, in order.
+        leaves: Hold the gradients until all of them are there.
+        num_begun: The number of chunks that have been in a pass.
         found: The results so far.
     """
 
     learner: Learner
+    leaves: Leaves
     chunks: Sequence[Sequence[Datum]]
     loss: Loss
     numbers: Mapping[str, float]
@@ -93,21 +98,22 @@ class TrainingService:
         self._layout = layout
         self._store = store
         self._registry = registry
-        self._learners: dict[int, tuple[Learner, str]] = {}
+        self._learners: dict[int, Learner] = {}
+        self._owners: dict[int, str] = {}
         self._numbers = itertools.count(1)
         self._waiting: list[_Work] = []
         self._runner: asyncio.Task[None] | None = None
-        # The samplers of these ended with the process that served them.
+        # Samplers do not survive a restart; remove their adapters.
         for info in registry.list():
-            if _OF_SAMPLER.fullmatch(info.name):
-                with contextlib.suppress(AdapterInUseError):
-                    registry.unload(info.name, "FORCE")
+            if _SAMPLER_ADAPTER.fullmatch(info.name):
+                self._unload(info.name)
 
     async def _on_engine(self, work: Callable[[Callable[[], None]], T]) -> T:
         return await asyncio.wrap_future(self._engine.run_background(work))
 
-    def _learner(self, number: int) -> Learner:
-        return self._learners[number][0]
+    def _unload(self, name: str) -> None:
+        with contextlib.suppress(AdapterNotFoundError, AdapterInUseError):
+            self._registry.unload(name, "FORCE")
 
     # Adapters.
 
@@ -130,18 +136,27 @@ class TrainingService:
             base = self._registry.base
             return Learner(*new_adapter(config.method, config.rank, seed, modules, base), base)
 
-        self._learners[number] = await self._on_engine(make), owner
+        self._owners[number] = owner
+        try:
+            self._learners[number] = await self._on_engine(make)
+        except BaseException:
+            del self._owners[number]
+            raise
         return number
 
     def _check_room(self, owner: str) -> None:
-        owners = Counter(each for _, each in self._learners.values())
+        owners = Counter(self._owners.values())
         for found, most in ((owners.total(), MAX_LEARNERS), (owners[owner], MAX_LEARNERS_EACH)):
             if found >= most:
                 raise BudgetExceededError(say("TOO_MANY_LEARNERS", most=most))
 
     def _modules(self, config: LearnerConfig) -> list[str]:
-        wanted = {"qkv": config.attention, "o": config.attention}
-        wanted |= {"gate_up": config.mlp, "down": config.mlp}
+        wanted = {
+            "qkv": config.attention,
+            "o": config.attention,
+            "gate_up": config.mlp,
+            "down": config.mlp,
+        }
         found = [
             self._layout.module(layer, shape.path)
             for layer in range(self._layout.num_layers)
@@ -153,9 +168,10 @@ class TrainingService:
 
     async def drop(self, learner: int) -> None:
         """Forget an adapter; see ``Training``."""
+        self._owners.pop(learner, None)
         found = self._learners.pop(learner, None)
         if found is not None:
-            await self._on_engine(lambda between: self._store.drop(found[0].served.key))
+            await self._on_engine(lambda between: self._store.drop(found.served.key))
 
     # Passes.
 
@@ -170,9 +186,13 @@ class TrainingService:
     ) -> list[DatumLoss]:
         """Compute losses and gradients; see ``Training``."""
         numbers = self._checked(data, loss, config)
+        if not data:
+            return []
+        adapter = self._learners[learner]
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         work = _Work(
-            self._learner(learner),
+            adapter,
+            adapter.fresh_leaves(),
             _chunks(data),
             LOSSES[loss],
             numbers,
@@ -195,7 +215,8 @@ class TrainingService:
         for name in config:
             if name not in known.numbers:
                 raise InvalidRequestError.of("loss_fn_config", say("UNKNOWN_FIELD", name=name))
-        vocab_size, most = self._decoder.arch.vocab_size, self._engine.max_model_len
+        vocab_size = self._decoder.arch.vocab_size
+        most = min(self._engine.max_model_len, MAX_SEQUENCE_TOKENS)
         for index, datum in enumerate(data):
             place = f"data[{index}]"
             count = len(datum.tokens)
@@ -228,15 +249,15 @@ class TrainingService:
                     await self._on_engine(functools.partial(self._pass, batch))
             except Exception as raised:
                 error = raised
-            for work in {id(work): work for work, _ in batch}.values():
-                if error is not None and not work.done.done():
+            for work in {work for work, _ in batch if not work.done.done()}:
+                if error is not None:
                     work.done.set_exception(error)
-                elif work.num_begun == len(work.chunks) and not work.done.done():
+                elif work.num_begun == len(work.chunks):
                     work.done.set_result(None)
             self._waiting = [work for work in self._waiting if not work.done.done()]
 
     def _next_batch(self) -> list[tuple[_Work, Sequence[Datum]]]:
-        """The chunks of the next pass: in turn one of each adapter, all with gradients or none."""
+        """The chunks of the next pass, round-robin over adapters; all have gradients, or none."""
         batch: list[tuple[_Work, Sequence[Datum]]] = []
         waiting = [work for work in self._waiting if not work.done.done()]
         kind = [work for work in waiting if work.has_grad == waiting[0].has_grad]
@@ -288,13 +309,16 @@ class TrainingService:
                 one.backward(grad)
         for (work, _), segment, found in zip(batch, segments, results, strict=True):
             work.found += found
-            work.learner.add_gradients(segment.leaves)
+            add_gradients(work.leaves, segment.leaves)
+        for work in {work for work, _ in batch}:
+            if work.num_begun == len(work.chunks):
+                add_gradients(work.learner.leaves, work.leaves)
 
     # Steps and files.
 
     async def step(self, learner: int, adam: AdamParams) -> dict[str, float]:
         """Change the tensors by the gradients; see ``Training``."""
-        found = self._learner(learner)
+        found = self._learners[learner]
 
         def run(between: Callable[[], None]) -> dict[str, float]:
             before = found.served.key
@@ -306,12 +330,12 @@ class TrainingService:
 
     async def save(self, learner: int, folder: Path, *, with_optimizer: bool) -> None:
         """Write the adapter; see ``Training``."""
-        found = self._learner(learner)
+        found = self._learners[learner]
         await asyncio.to_thread(found.save, folder, with_optimizer=with_optimizer)
 
     async def load(self, learner: int, folder: Path, *, with_optimizer: bool) -> None:
         """Continue from files; see ``Training``."""
-        found = self._learner(learner)
+        found = self._learners[learner]
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if config != found.config:
             raise InvalidRequestError.of("path", say("OTHER_ADAPTER_CONFIG"))
@@ -325,7 +349,7 @@ class TrainingService:
 
     async def publish(self, learner: int, name: str) -> int:
         """Register the present tensors; see ``Training``."""
-        files = self._learner(learner).files()
+        files = self._learners[learner].files()
         return await asyncio.to_thread(
             self._register,
             name,
@@ -367,9 +391,8 @@ class TrainingService:
 
     async def withdraw(self, name: str) -> None:
         """Unregister a name; see ``Training``."""
-        with contextlib.suppress(AdapterNotFoundError):
-            # Requests that still use it belong to a sampler that has ended.
-            await asyncio.to_thread(self._registry.unload, name, "FORCE")
+        # Requests that still use it belong to a sampler that has ended.
+        await asyncio.to_thread(self._unload, name)
 
 
 def _chunks(data: Sequence[Datum]) -> list[list[Datum]]:

@@ -1,12 +1,12 @@
 """The forward and the backward pass of adapters in training, on the weights that are served.
 
-The forward pass is that of requests, so a token's log probability has the bits that it has when
-the token is sampled. A recorder keeps the input and the result of each projection. The backward
+The forward pass is that of requests, so a token's log probability is bit-identical to the one that
+is computed in sampling. A recorder keeps the input and the result of each projection. The backward
 pass goes through the layers in reverse: it differentiates each part in float32 by autograd, and
 multiplies by the transposed weights of the base for all rows at once. The base gets no gradients.
 
 Rows of several adapters run in one pass. Whatever is computed for an adapter is computed from its
-own rows alone, or row by row, so its gradients have the same bits in any company.
+own rows alone, or row by row, so its gradients have the same bits whatever else is in the pass.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from turret.server.models.weights.base_linear import BaseLinear
 from turret.server.models.weights.nf4 import DenseLinear
 
 _BLOCK_SIZE = 16
-# Rows whose logits exist at a time: 256 of a 50,000 token vocabulary are 50 MB.
+# Rows whose logits are in memory at once: 256 of a 50,000 token vocabulary are 50 MB.
 _LOGIT_ROWS = 256
 _ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -164,7 +164,8 @@ class TrainingPass:
             block += count
         cache = KvCache(self._arch, block, _BLOCK_SIZE, decoder.dtype, decoder.device)
         cache.clear(range(block))
-        self._store.prepare([segment.adapter for segment in self._segments])
+        # An adapter may have several segments.
+        self._store.prepare({each.adapter.key: each.adapter for each in self._segments}.values())
         # Requests that run meanwhile may evict the adapters, whose tensors this pass keeps.
         self._changes = [self._store.vocabulary(each.adapter.key) for each in self._segments]
         members = [
@@ -199,7 +200,7 @@ class TrainingPass:
         return range(first, first + length)
 
     def _residual_streams(self, hidden: torch.Tensor) -> list[torch.Tensor]:
-        """The residual stream before each norm, computed like in the forward pass."""
+        """The residual stream before each norm, computed as in the forward pass."""
         streams = [hidden]
         results, decoder = self._recorder.results, self._decoder
         for number, layer in enumerate(decoder.layers):
@@ -251,7 +252,7 @@ class TrainingPass:
             (slope,) = torch.autograd.grad(parts, leaf, torch.ones_like(parts))
             chosen = slope.nonzero()[:, 0]
             if len(chosen):
-                # The slope of a target's log probability is 1 at the target, less all shares.
+                # The gradient of a log probability: one-hot of its target minus the softmax.
                 back = each[chosen].exp_().mul_(-slope[chosen, None])
                 back[torch.arange(len(chosen)), targets[rows][chosen]] += slope[chosen]
                 back *= self._arch.logit_scale
@@ -391,7 +392,7 @@ class TrainingPass:
         growth = self._decoder.growth_at(positions)
         if growth is not None:
             q = q * growth.clone()
-        # Side by side, with shorter sequences filled up at their ends.
+        # One sequence in each row, padded on the right.
         q, k, v = (pad_sequence(list(x.split(lengths)), batch_first=True) for x in (q, k, v))
         places = torch.arange(max(lengths))
         distance = places[:, None] - places[None, :]
@@ -439,7 +440,7 @@ def _through_operators(
     wanted = [given, *([] if rows.used is None else [rows.used]), *leaves]
     found = list(torch.autograd.grad(y, wanted, grad, allow_unused=True))
     of_input = found.pop(0)
-    of_result = grad if rows.used is None else grad + found.pop(0)
+    of_result = grad if rows.used is None or (used := found.pop(0)) is None else grad + used
     for leaf, each in zip(leaves, found, strict=True):
         if each is not None:
             leaf.grad = each if leaf.grad is None else leaf.grad.add_(each)
@@ -484,7 +485,7 @@ class _Multiplied(torch.autograd.Function):
 
 
 def transposed_product(base: BaseLinear, grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``grad · W``, ``[rows, out]`` → ``[rows, in]`` fp32; a row's bits are its own.
+    """``grad · W``, ``[rows, out]`` → ``[rows, in]`` fp32; each row's bits depend on it alone.
 
     Args:
         base: The projection.

@@ -114,7 +114,7 @@ class Operator(Tensors):
 
         Args:
             y: ``[rows, out]``, fp32; may be some columns of a wider tensor.
-            x: ``[rows, in]``, serving dtype.
+            x: ``[rows, in]``, serving dtype; fp32 with gradients in training.
             base: The base's data about these rows.
             weight: The adapter's weight in the mix.
         """

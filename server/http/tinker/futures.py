@@ -23,16 +23,16 @@ from turret.server.words import say
 
 _log = logging.getLogger(__name__)
 
-# How long a result is kept, and how long after it was fetched: its answer may have been lost.
+# How long a result is kept, and how long after it was fetched, in case the response was lost.
 RESULT_SECONDS = 600.0
 FETCHED_SECONDS = 60.0
-# Limits on one owner's results. The oldest finished ones make room.
+# Limits on one owner's results. The oldest finished ones are evicted first.
 MAX_FUTURES = 4096
 MAX_RESULT_BYTES = 64 << 20
 # Limits on commands that wait: per model, and of their bodies per owner.
 MAX_COMMANDS = 1024
 MAX_WAITING_BYTES = 64 << 20
-# A command that has not arrived for so long never will. The client retries for five minutes.
+# A command that is still missing after this time will not arrive: clients retry for five minutes.
 GAP_SECONDS = 330.0
 _JSON = "application/json"
 
@@ -208,11 +208,11 @@ class CommandLog:
         self._worker: asyncio.Task[None] | None = None
 
     def is_past(self, number: int) -> bool:
-        """Whether the command with this number has begun or was given up."""
+        """Whether the command with this number has started or been abandoned."""
         return number < self._next
 
     def add(self, number: int, owner: str, request_id: str, run: Run, size: int = 0) -> Future:
-        """Add the command with a number, which is not past and not yet there.
+        """Add the command with a number that has neither run nor been added.
 
         Args:
             number: The number.
