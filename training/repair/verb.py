@@ -59,7 +59,7 @@ def _repair(args: argparse.Namespace) -> None:
         raise RunError(say("PATH_EXISTS", path=output))
     text = args.text.read_text(encoding="utf-8")
     if not text.strip():
-        raise ConfigError.of("--text", say("HAS_NO_TOKENS"))
+        raise ConfigError.of("--text", say("NO_TOKENS"))
 
     from turret.training.run.progress import training_progress
 

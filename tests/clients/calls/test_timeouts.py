@@ -50,7 +50,7 @@ async def test_a_missed_deadline_says_how_long_it_was(server: FakeTurret):
     with TurretClient(server.address) as client, pytest.raises(DeadlineExceededError) as raised:
         list(client.generate_stream(FOREVER, timeout=0.2))
     assert raised.value.metadata == {"timeout": "0.2"}
-    assert str(raised.value).endswith("timeout=0.2")
+    assert "0.2" in str(raised.value)
     async with AsyncTurretClient(server.address) as client:
         stream = client.generate_stream(FOREVER, timeout=0.2)
         with pytest.raises(DeadlineExceededError) as raised:

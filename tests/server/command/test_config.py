@@ -50,6 +50,7 @@ DEFAULTS = {
     "strict_base": False,
     "allow_dense_adapters": False,
     "allow_merged_twice": False,
+    "training": False,
     "max_queued_requests": 1024,
     "max_queued_bytes": 512 << 20,
     "preempt_after_seconds": 5.0,
