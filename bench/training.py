@@ -56,9 +56,7 @@ async def measure_turret(args: argparse.Namespace) -> dict[int, float]:
         assert training is not None
         await backend.engine.start()
         for count in args.tenants:
-            learners = [
-                await training.create(LearnerConfig(rank=8, seed=n), str(n)) for n in range(count)
-            ]
+            learners = [await training.create(LearnerConfig(rank=8, seed=n)) for n in range(count)]
             data = [
                 [
                     Datum(

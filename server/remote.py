@@ -216,7 +216,7 @@ class _S3:
 
     def _reader(self, key: str) -> Callable[[], Iterator[bytes]]:
         def read() -> Iterator[bytes]:
-            # It requires that the object has not changed since it was opened.
+            # s3fs raises an error if the object changes while it is open.
             opened: Any = self._system.open(key, "rb", block_size=8 << 20)
             with opened as file:
                 while data := file.read(_CHUNK_BYTES):

@@ -87,7 +87,7 @@ class Inference:
         call.about(message.adapters)
         if call.trace is not None and message.HasField("chat"):
             call.trace.operation = CHAT
-        # One call may begin 64 answers, and thousands of calls may arrive at once.
+        # A call may begin 64 answers, and thousands of calls may arrive at once.
         await backend.turns.wait(call.turn)
         vocabulary = await backend.vocabularies.of(
             message.adapters, message.chat.chat_template, draw=call.draw, tenant=call.tenant

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-import torch
+from turret.lazy_torch import torch
 
 Inputs = Mapping[str, torch.Tensor]
 Numbers = Mapping[str, float]
+TARGETS = "target_tokens"
 _SAMPLED = ("logprobs", "advantages")
 _CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
 
@@ -22,7 +23,7 @@ class Loss(NamedTuple):
 
     Attributes:
         of: The loss of each token, from log probabilities, inputs and numbers; elementwise.
-        inputs: The inputs that it needs beside ``target_tokens``.
+        inputs: The inputs that it needs besides ``TARGETS``.
         numbers: The numbers that it takes, with their defaults.
     """
 

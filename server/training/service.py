@@ -9,7 +9,6 @@ import itertools
 import json
 import re
 import secrets
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,25 +30,22 @@ from turret.server.errors import (
 )
 from turret.server.models.decoding.decoder import Decoder
 from turret.server.training.learner import METHODS, Learner, Leaves, add_gradients, new_adapter
-from turret.server.training.losses import LOSSES, Loss
+from turret.server.training.losses import LOSSES, TARGETS, Loss
 from turret.server.training.trainer import AdamParams, Datum, DatumLoss, LearnerConfig
 from turret.server.training.training_pass import Segment, TrainingPass
 from turret.server.words import say
 
 T = TypeVar("T")
-TARGETS = "target_tokens"
 # The maximum number of tokens in a pass, and in a chunk: consecutive sequences of one adapter. A
 # longer sequence gets a pass to itself. Chunks depend only on the lengths of an adapter's own
 # sequences, so its gradients are added in a fixed order, whatever else is in the passes.
 PASS_TOKENS, CHUNK_TOKENS = 512, 256
-# The backward pass of attention needs memory for the square of a sequence's length.
-MAX_SEQUENCE_TOKENS = 2048
 MAX_RANK = 256
 _PIECE_BYTES = 1 << 20
 # Names that clients' samplers give to adapters: training/<session>/….
 _SAMPLER_ADAPTER = re.compile(r"training/[0-9a-f]{32}/.+")
-# Adapters in training, of all callers and of one.
-MAX_LEARNERS, MAX_LEARNERS_EACH = 64, 16
+# Adapters in training, of all callers.
+MAX_LEARNERS = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -99,7 +95,7 @@ class TrainingService:
         self._store = store
         self._registry = registry
         self._learners: dict[int, Learner] = {}
-        self._owners: dict[int, str] = {}
+        self._num_reserved = 0
         self._numbers = itertools.count(1)
         self._waiting: list[_Work] = []
         self._runner: asyncio.Task[None] | None = None
@@ -117,8 +113,8 @@ class TrainingService:
 
     # Adapters.
 
-    async def create(self, config: LearnerConfig, owner: str) -> int:
-        """Begin an adapter; see ``Training``."""
+    async def create(self, config: LearnerConfig) -> int:
+        """Create an adapter; see ``Training``."""
         if config.method not in METHODS:
             why = say("NOT_ONE_OF", value=config.method, choices=", ".join(METHODS))
             raise InvalidRequestError.of("method", why)
@@ -128,7 +124,8 @@ class TrainingService:
         modules = self._modules(config)
         if not modules:
             raise InvalidRequestError.of("train_attn", say("NOTHING_TO_TRAIN"))
-        self._check_room(owner)
+        if self._num_reserved >= MAX_LEARNERS:
+            raise BudgetExceededError(say("TOO_MANY_LEARNERS", most=MAX_LEARNERS))
         seed = secrets.randbits(62) if config.seed is None else config.seed
         number = next(self._numbers)
 
@@ -136,19 +133,13 @@ class TrainingService:
             base = self._registry.base
             return Learner(*new_adapter(config.method, config.rank, seed, modules, base), base)
 
-        self._owners[number] = owner
+        self._num_reserved += 1
         try:
             self._learners[number] = await self._on_engine(make)
         except BaseException:
-            del self._owners[number]
+            self._num_reserved -= 1
             raise
         return number
-
-    def _check_room(self, owner: str) -> None:
-        owners = Counter(self._owners.values())
-        for found, most in ((owners.total(), MAX_LEARNERS), (owners[owner], MAX_LEARNERS_EACH)):
-            if found >= most:
-                raise BudgetExceededError(say("TOO_MANY_LEARNERS", most=most))
 
     def _modules(self, config: LearnerConfig) -> list[str]:
         wanted = {
@@ -168,9 +159,9 @@ class TrainingService:
 
     async def drop(self, learner: int) -> None:
         """Forget an adapter; see ``Training``."""
-        self._owners.pop(learner, None)
         found = self._learners.pop(learner, None)
         if found is not None:
+            self._num_reserved -= 1
             await self._on_engine(lambda between: self._store.drop(found.served.key))
 
     # Passes.
@@ -185,7 +176,6 @@ class TrainingService:
         is_forward_only: bool = False,
     ) -> list[DatumLoss]:
         """Compute losses and gradients; see ``Training``."""
-        numbers = self._checked(data, loss, config)
         if not data:
             return []
         adapter = self._learners[learner]
@@ -195,7 +185,7 @@ class TrainingService:
             adapter.fresh_leaves(),
             _chunks(data),
             LOSSES[loss],
-            numbers,
+            {**LOSSES[loss].numbers, **config},
             has_grad=not is_forward_only,
             done=done,
         )
@@ -204,40 +194,6 @@ class TrainingService:
             self._runner = asyncio.create_task(self._run())
         await done
         return work.found
-
-    def _checked(
-        self, data: Sequence[Datum], loss: str, config: Mapping[str, float]
-    ) -> Mapping[str, float]:
-        known = LOSSES.get(loss)
-        if known is None:
-            why = say("NOT_ONE_OF", value=loss, choices=", ".join(LOSSES))
-            raise InvalidRequestError.of("loss_fn", why)
-        for name in config:
-            if name not in known.numbers:
-                raise InvalidRequestError.of("loss_fn_config", say("UNKNOWN_FIELD", name=name))
-        vocab_size = self._decoder.arch.vocab_size
-        most = min(self._engine.max_model_len, MAX_SEQUENCE_TOKENS)
-        for index, datum in enumerate(data):
-            place = f"data[{index}]"
-            count = len(datum.tokens)
-            if not 1 <= count <= most:
-                why = say("NOT_IN_RANGE", least=1, most=most, value=count)
-                raise InvalidRequestError.of(f"{place}.model_input", why)
-            _check_tokens(datum.tokens, vocab_size, f"{place}.model_input")
-            for name in (TARGETS, *known.inputs):
-                path = f"{place}.loss_fn_inputs.{name}"
-                tensor = datum.inputs.get(name)
-                if tensor is None:
-                    raise InvalidRequestError.of(path, say("REQUIRED"))
-                if tensor.shape != (count,):
-                    shape, expected = list(tensor.shape), [count]
-                    why = say("WRONG_SHAPE", shape=shape, expected=expected)
-                    raise InvalidRequestError.of(path, why)
-                if name == TARGETS:
-                    _check_tokens(tensor.tolist(), vocab_size, path)
-                elif not bool(tensor.isfinite().all()):
-                    raise InvalidRequestError.of(path, say("NOT_FINITE", dtype=tensor.dtype))
-        return {**known.numbers, **config}
 
     async def _run(self) -> None:
         """Run passes until nothing waits, each over chunks of as many adapters as fit."""
@@ -317,7 +273,7 @@ class TrainingService:
     # Steps and files.
 
     async def step(self, learner: int, adam: AdamParams) -> dict[str, float]:
-        """Change the tensors by the gradients; see ``Training``."""
+        """Apply an optimizer step; see ``Training``."""
         found = self._learners[learner]
 
         def run(between: Callable[[], None]) -> dict[str, float]:
@@ -348,7 +304,7 @@ class TrainingService:
         await self._on_engine(run)
 
     async def publish(self, learner: int, name: str) -> int:
-        """Register the present tensors; see ``Training``."""
+        """Register the current tensors; see ``Training``."""
         files = self._learners[learner].files()
         return await asyncio.to_thread(
             self._register,
@@ -412,10 +368,3 @@ def _loss_of(
 ) -> torch.Tensor:
     some = {name: tensor[rows] for name, tensor in inputs.items()}
     return work.loss.of(logprobs, some, work.numbers)
-
-
-def _check_tokens(tokens: Sequence[int], vocab_size: int, path: str) -> None:
-    low, high = min(tokens), max(tokens)
-    if low < 0 or high >= vocab_size:
-        wrong = low if low < 0 else high
-        raise InvalidRequestError.of(path, say("NOT_A_TOKEN", value=wrong, size=vocab_size))

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     import torch
 
 
+# The backward pass of attention needs memory for the square of a sequence's length.
+MAX_SEQUENCE_TOKENS = 2048
+
+
 @dataclass(frozen=True, slots=True)
 class Datum:
     """One sequence with the inputs of its loss.
@@ -58,7 +62,7 @@ class LearnerConfig:
     Attributes:
         method: ``lora``, ``dora``, …
         rank: The rank.
-        seed: Determines the first tensors; None for a random one.
+        seed: Determines the initial tensors; None for a random seed.
         attention: Whether the projections of attention are trained.
         mlp: Whether those of MLPs are.
         unembed: Whether the head is.
@@ -75,12 +79,16 @@ class LearnerConfig:
 class Training(Protocol):
     """Adapters in training, by a number that is never used twice.
 
-    Calls for one adapter must not overlap; calls for several run together. All raise
-    InvalidRequestError for bad input, naming the field, and change nothing then.
+    Calls for one adapter must not overlap; calls for several run together.
     """
 
-    async def create(self, config: LearnerConfig, owner: str) -> int:
-        """Begin an adapter; ``owner`` is counted in quotas."""
+    async def create(self, config: LearnerConfig) -> int:
+        """Create an adapter.
+
+        Raises:
+            InvalidRequestError: A part of the config is not supported.
+            BudgetExceededError: Too many adapters are in training.
+        """
         ...
 
     async def drop(self, learner: int) -> None:
@@ -100,15 +108,16 @@ class Training(Protocol):
 
         Args:
             learner: The adapter.
-            data: Sequences of any lengths; a long list is cut into passes.
-            loss: ``cross_entropy``, ``importance_sampling``, ``ppo``, ``cispo`` or ``dro``.
-            config: Numbers of the loss, such as ``clip_low_threshold``.
+            data: Sequences of at most ``MAX_SEQUENCE_TOKENS``, whose tokens are in the vocabulary
+                and whose inputs are finite; a long list is cut into passes.
+            loss: A name in ``LOSSES``.
+            config: Numbers of the loss; the defaults are used for others.
             is_forward_only: Whether to compute no gradients.
         """
         ...
 
     async def step(self, learner: int, adam: AdamParams) -> dict[str, float]:
-        """Change the tensors by the gradients, which are zero afterwards; returns metrics."""
+        """Apply an optimizer step, after which the gradients are zero; returns metrics."""
         ...
 
     async def save(self, learner: int, folder: Path, *, with_optimizer: bool) -> None:
@@ -120,7 +129,7 @@ class Training(Protocol):
         ...
 
     async def publish(self, learner: int, name: str) -> int:
-        """Register the present tensors as a generation of an adapter's name, for sampling."""
+        """Register the current tensors as a generation of an adapter's name, for sampling."""
         ...
 
     async def serve(self, folder: Path, name: str) -> int:
@@ -132,7 +141,7 @@ class Training(Protocol):
         ...
 
     async def withdraw(self, name: str) -> None:
-        """Unregister a name of ``publish`` or ``serve`` once no request uses it.
+        """Unregister a name of ``publish`` or ``serve``, and end the requests that use it.
 
         Unknown names are ignored.
         """

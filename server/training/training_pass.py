@@ -392,7 +392,7 @@ class TrainingPass:
         growth = self._decoder.growth_at(positions)
         if growth is not None:
             q = q * growth.clone()
-        # One sequence in each row, padded on the right.
+        # A sequence in each row, padded on the right.
         q, k, v = (pad_sequence(list(x.split(lengths)), batch_first=True) for x in (q, k, v))
         places = torch.arange(max(lengths))
         distance = places[:, None] - places[None, :]

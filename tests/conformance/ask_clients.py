@@ -125,7 +125,7 @@ def agents_() -> dict[str, Any]:
         agent = agents.Agent(
             name="calculator",
             tools=[double],
-            # What a small model says about the result is beside the point.
+            # The answer of a small model about the result does not matter.
             tool_use_behavior="stop_on_first_tool",
             model=kind(model="base", openai_client=client),
             model_settings=settings,

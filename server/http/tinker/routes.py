@@ -51,7 +51,7 @@ def routes(door: Door) -> tuple[Route, ...]:
         route("/create_sampling_session", sampling.create_sampler, schemas.CreateSampler),
         route("/samplers/{sampler}", sampling.get_sampler),
         route("/asample", sampling.sample, schemas.Sample),
-        # What was trained.
+        # Checkpoints and runs.
         route("/weights_info", listing.weights_info, schemas.OfPath),
         route("/checkpoints", listing.list_checkpoints),
         route("/training_runs", listing.list_runs),

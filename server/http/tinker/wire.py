@@ -12,7 +12,8 @@ from google.protobuf.message import DecodeError
 from turret.lazy_torch import torch
 from turret.server.api.violations import Violations
 from turret.server.errors import InvalidRequestError
-from turret.server.training.trainer import Datum, DatumLoss
+from turret.server.training.losses import LOSSES, TARGETS
+from turret.server.training.trainer import MAX_SEQUENCE_TOKENS, Datum, DatumLoss
 from turret.server.words import say
 from turret.v1 import inference_pb2, tinker_pb2
 
@@ -20,17 +21,11 @@ if TYPE_CHECKING:
     from turret.server.models.describe import ModelInfo
 
 PROTOBUF = "application/x-protobuf"
-# The inputs that each loss needs besides the targets.
-LOSSES: dict[str, tuple[str, ...]] = {
-    "cross_entropy": ("weights",),
-    **dict.fromkeys(("importance_sampling", "ppo", "cispo", "dro"), ("logprobs", "advantages")),
-}
 # Limits on one request. The client cuts longer lists into several requests.
 MAX_DATUMS = 1024
 MAX_CHUNKS = 64
 MAX_SETTINGS = 16
-_TARGETS = "target_tokens"
-_INPUTS = frozenset((_TARGETS, "weights", "logprobs", "advantages"))
+_INPUTS = frozenset((TARGETS, "weights", "logprobs", "advantages"))
 _SHOWN_CHARS = 40
 _NO_LOGPROB = -99999.0
 _Pass, _Tensor, _Samples = (
@@ -84,7 +79,7 @@ class _Reader:
             parts.append(self._numbers(chunk.encoded_text.tokens, _INT32, place))
         tokens = np.concatenate(parts)
         self._check(len(tokens) > 0, path, "EMPTY")
-        most = self._info.max_model_len
+        most = min(self._info.max_model_len, MAX_SEQUENCE_TOKENS)
         fits = len(tokens) <= most
         self._check(fits, path, "PROMPT_TOO_LONG", length=len(tokens), limit=most, unit="tokens")
         self._check_vocabulary(tokens, path)
@@ -98,14 +93,14 @@ class _Reader:
             shown = name[:_SHOWN_CHARS]
             self._check(name in _INPUTS, f"{path}.{shown}", "UNKNOWN_FIELD", name=shown)
         inputs = {}
-        for name in (_TARGETS, *LOSSES[loss]):
+        for name in (TARGETS, *LOSSES[loss].inputs):
             place = f"{path}.{name}"
             if name == "weights" and name not in sent:
                 inputs[name] = torch.ones(length, dtype=torch.float32)
                 continue
             self._check(name in sent, place, "REQUIRED")
-            numbers = self._tensor(sent[name], name == _TARGETS, length, place)
-            if name == _TARGETS:
+            numbers = self._tensor(sent[name], name == TARGETS, length, place)
+            if name == TARGETS:
                 self._check_vocabulary(numbers, place)
             else:
                 is_finite = bool(np.isfinite(numbers).all())
@@ -189,8 +184,11 @@ def _settings(message: tinker_pb2.TinkerPass, violations: Violations) -> dict[st
         is_number = setting.WhichOneof("value") == "number"
         violations.check(is_number, place, "WRONG_TYPE", expected="a number", value="a text")
         settings[name] = setting.number
+    known = LOSSES[message.loss_fn].numbers if message.loss_fn in LOSSES else settings
     for name, value in settings.items():
         place = f"{path}.{name[:_SHOWN_CHARS]}"
+        shown = name[:_SHOWN_CHARS]
+        violations.check(name in known, place, "UNKNOWN_FIELD", name=shown)
         violations.check(math.isfinite(value), place, "NOT_FINITE", dtype="float64")
     return settings
 

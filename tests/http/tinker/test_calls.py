@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from servers.table_training import TableTraining
 from servers.tinker_tenant import API, LORA, PROTOBUF, Pass, Tenant, pass_of, sample_of, tensor
 
 from turret.server.api.access import TokenTable
+from turret.server.errors import InvalidRequestError
 from turret.server.http.tinker import handshake, sessions, wire
 from turret.server.http.tinker.checkpoints import Checkpoints
-from turret.server.training.trainer import LearnerConfig
+from turret.server.training.trainer import MAX_SEQUENCE_TOKENS, LearnerConfig
 from turret.v1 import tinker_pb2
 
 
@@ -83,6 +84,8 @@ async def test_bad_sequences_fail_and_are_not_waited_for(tmp_path: Path) -> None
         image.data[0].model_input.add()
         settings = pass_of(model_id, 0)
         settings.loss_fn_config_v2["beta"].text = "much"
+        unknown = pass_of(model_id, 0)
+        unknown.loss_fn_config_v2["beta"].number = 1.0
         sparse = tinker_pb2.TinkerTensor(dtype=tinker_pb2.TinkerTensor.FLOAT32, shape=[3])
         sparse.sparse_csr.values = b"\0" * 12
         nothing = pass_of(model_id, 0)
@@ -109,6 +112,7 @@ async def test_bad_sequences_fail_and_are_not_waited_for(tmp_path: Path) -> None
             "too many chunks": chunks,
             "an image": image,
             "a text as a setting": settings,
+            "a setting of another loss": unknown,
             "nothing": nothing,
         }
         for number, (name, message) in enumerate(bad.items(), start=1):
@@ -120,6 +124,19 @@ async def test_bad_sequences_fail_and_are_not_waited_for(tmp_path: Path) -> None
         assert tables(one).learners[1].calls == []
         assert isinstance(await one.run(pass_of(model_id, len(bad) + 1)), bytes)
         assert tables(one).learners[1].calls == ["pass 1"]
+
+
+def test_a_sequence_may_not_be_longer_than_the_gradient_of_attention_allows() -> None:
+    info = replace(MODEL_INFO, max_model_len=2 * MAX_SEQUENCE_TOKENS)
+    for length, is_served in ((MAX_SEQUENCE_TOKENS, True), (MAX_SEQUENCE_TOKENS + 1, False)):
+        message = pass_of("any", 1, tokens=[1] * length)
+        if is_served:
+            ((datum,), _) = wire.read_pass(message, info)
+            assert len(datum.tokens) == length
+            continue
+        with pytest.raises(InvalidRequestError) as caught:
+            wire.read_pass(message, info)
+        assert caught.value.violations[0][0] == "data[0].model_input"
 
 
 async def test_weights_are_one_unless_they_are_sent(tmp_path: Path) -> None:
@@ -481,4 +498,3 @@ async def test_a_pass_of_many_sequences_keeps_their_order(tmp_path: Path) -> Non
         assert record.num_datums == 4
         offsets = np.frombuffer(record.fields["logprobs"].offsets, "<i8")
         assert (np.diff(offsets) // 4).tolist() == [3, 1, 5, 2]
-        assert len(wire.LOSSES) == 5

@@ -14,7 +14,8 @@ from method_oracle import prompt_of, twin
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.server.engine.scheduling.request import SamplingParams
-from turret.server.errors import InvalidRequestError
+from turret.server.errors import BudgetExceededError, InvalidRequestError
+from turret.server.training import service
 from turret.server.training.trainer import AdamParams, Datum, LearnerConfig, Training
 
 ADAM = AdamParams(learning_rate=3e-2)
@@ -55,7 +56,7 @@ async def test_a_trained_adapter_is_served_with_the_bits_of_its_training(
     data = [learned(text) for text in texts(1)]
     async with started(tmp_path) as (harness, training):
         learner = await training.create(
-            LearnerConfig(method=method, rank=4, seed=1, unembed=method == "lora"), "me"
+            LearnerConfig(method=method, rank=4, seed=1, unembed=method == "lora")
         )
         losses = []
         for _ in range(8):
@@ -72,7 +73,7 @@ async def test_a_trained_adapter_is_served_with_the_bits_of_its_training(
 
 async def test_a_sampled_token_has_the_logprob_of_training(tmp_path: Path) -> None:
     async with started(tmp_path) as (harness, training):
-        learner = await training.create(LearnerConfig(rank=4, seed=1), "me")
+        learner = await training.create(LearnerConfig(rank=4, seed=1))
         await training.pass_over(learner, [learned(prompt_of(30))], "cross_entropy", {})
         await training.step(learner, ADAM)
         await training.publish(learner, "new")
@@ -89,7 +90,7 @@ async def test_a_sampled_token_has_the_logprob_of_training(tmp_path: Path) -> No
 async def train(training: Training, method: str, seed: int, folder: Path) -> bytes:
     """Train a new adapter; returns the bytes of its file."""
     config = LearnerConfig(method=method, rank=4, seed=seed, unembed=method == "lora")
-    learner = await training.create(config, "me")
+    learner = await training.create(config)
     for _ in range(2):
         data = [learned(text) for text in texts(seed)]
         await training.pass_over(learner, data, "cross_entropy", {})
@@ -105,7 +106,7 @@ async def test_company_changes_no_byte(tmp_path: Path) -> None:
     async with started(tmp_path, adapter_device_bytes=60_000) as (harness, training):
         alone = [await train(training, method, n, tmp_path / method) for n, method in methods]
         for name in ("a", "b"):
-            learner = await training.create(LearnerConfig(rank=2), "me")
+            learner = await training.create(LearnerConfig(rank=2))
             await training.publish(learner, name)
         is_over = asyncio.Event()
 
@@ -137,12 +138,12 @@ async def test_a_resumed_adapter_goes_on_to_the_same_bytes(tmp_path: Path) -> No
         await training.step(learner, ADAM)
 
     async with started(tmp_path) as (_, training):
-        first = await training.create(LearnerConfig(rank=4, seed=1), "me")
+        first = await training.create(LearnerConfig(rank=4, seed=1))
         await go_on(training, first)
         await training.save(first, half, with_optimizer=True)
         await go_on(training, first)
         await training.save(first, whole, with_optimizer=True)
-        second = await training.create(LearnerConfig(rank=4, seed=2), "me")
+        second = await training.create(LearnerConfig(rank=4, seed=2))
         await training.load(second, half, with_optimizer=True)
         await go_on(training, second)
         await training.save(second, resumed, with_optimizer=True)
@@ -152,7 +153,7 @@ async def test_a_resumed_adapter_goes_on_to_the_same_bytes(tmp_path: Path) -> No
 
 async def test_requests_run_within_a_pass(tmp_path: Path) -> None:
     async with started(tmp_path) as (harness, training):
-        learner = await training.create(LearnerConfig(rank=4, seed=1), "me")
+        learner = await training.create(LearnerConfig(rank=4, seed=1))
         alone = await harness.run(make_request(prompt_of(9), max_tokens=40))
         ended: list[str] = []
 
@@ -171,35 +172,33 @@ async def test_requests_run_within_a_pass(tmp_path: Path) -> None:
         assert ended[-1] == "training", ended
 
 
-async def test_bad_input_is_refused_and_changes_nothing(tmp_path: Path) -> None:
-    good = learned(prompt_of(10))
-    n = len(good.tokens)
-    weights = good.inputs["weights"]
-    bad = {
-        "loss_fn": ([good], "mean_squared", {}),
-        "loss_fn_config": ([good], "cross_entropy", {"beta": 1.0}),
-        "data[1].model_input": ([good, Datum([], good.inputs)], "cross_entropy", {}),
-        "data[0].model_input": ([Datum([1, 10**6], good.inputs)], "cross_entropy", {}),
-        "data[0].loss_fn_inputs.weights": (
-            [Datum(good.tokens, {**good.inputs, "weights": weights[1:]})],
-            "cross_entropy",
-            {},
-        ),
-        "data[0].loss_fn_inputs.target_tokens": (
-            [Datum(good.tokens, {**good.inputs, "target_tokens": torch.full((n,), -1)})],
-            "cross_entropy",
-            {},
-        ),
-        "data[0].loss_fn_inputs.logprobs": ([good], "ppo", {}),
-    }
+async def test_an_unsupported_adapter_is_refused(tmp_path: Path) -> None:
     async with started(tmp_path) as (_, training):
-        learner = await training.create(LearnerConfig(rank=4, seed=1), "me")
-        for field, (data, loss, config) in bad.items():
+        for changes, field in (
+            ({"method": "mystery"}, "method"),
+            ({"rank": 0}, "rank"),
+            ({"attention": False, "mlp": False}, "train_attn"),
+        ):
             with pytest.raises(InvalidRequestError) as caught:
-                await training.pass_over(learner, data, loss, config)
+                await training.create(LearnerConfig(**{"rank": 4, **changes}))
             assert caught.value.violations[0][0] == field
-        for changes in ({"method": "mystery"}, {"rank": 0}, {"attention": False, "mlp": False}):
-            with pytest.raises(InvalidRequestError):
-                await training.create(LearnerConfig(**{"rank": 4, **changes}), "me")
-        metrics = await training.step(learner, ADAM)
-        assert metrics["grad_norm"] == 0.0
+
+
+async def test_a_pass_without_sequences_ends(tmp_path: Path) -> None:
+    async with started(tmp_path) as (_, training):
+        learner = await training.create(LearnerConfig(rank=4, seed=1))
+        assert await training.pass_over(learner, [], "cross_entropy", {}) == []
+        assert (await training.step(learner, ADAM))["grad_norm"] == 0.0
+
+
+async def test_the_number_of_adapters_is_limited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "MAX_LEARNERS", 2)
+    async with started(tmp_path) as (_, training):
+        asked = (training.create(LearnerConfig(rank=4)) for _ in range(3))
+        made = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(each) for each in made] == [int, int, BudgetExceededError]
+        assert isinstance(made[0], int)
+        await training.drop(made[0])
+        await training.create(LearnerConfig(rank=4))

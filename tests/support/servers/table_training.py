@@ -28,7 +28,6 @@ class Table:
     """An adapter, its optimizer and the calls that it has seen."""
 
     config: LearnerConfig
-    owner: str
     logits: torch.Tensor
     optimizer: torch.optim.AdamW
     calls: list[str] = field(default_factory=list)
@@ -55,14 +54,14 @@ class TableTraining:
         self.may_run = asyncio.Event()
         self.may_run.set()
 
-    async def create(self, config: LearnerConfig, owner: str) -> int:
+    async def create(self, config: LearnerConfig) -> int:
         if config.method != "lora":
             why = say("NOT_ONE_OF", value=config.method, choices="lora")
             raise InvalidRequestError.of("user_metadata", why)
         seed = torch.Generator().manual_seed(config.seed or 0)
         logits = (torch.randn(self._size, self._size, generator=seed) * 0.01).requires_grad_()
         number = next(self._numbers)
-        self.learners[number] = Table(config, owner, logits, torch.optim.AdamW([logits]))
+        self.learners[number] = Table(config, logits, torch.optim.AdamW([logits]))
         return number
 
     async def drop(self, learner: int) -> None:

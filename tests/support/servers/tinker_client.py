@@ -136,7 +136,7 @@ def main(url: str, model: str) -> dict[str, Any]:
         .result()
     )
     found["top"] = len(answer.topk_prompt_logprobs or ())
-    # What the server does not support, and what is wrong.
+    # Unsupported calls, and calls with errors.
     bad = datum(TOKENS, weights=[1.0, float("nan"), 1.0, 1.0, 1.0, 1.0])
     found["nan"] = failure(lambda: client.forward_backward([bad], "cross_entropy"))
     short = datum(TOKENS, weights=[1.0])
