@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from method_oracle import prompt_of, twin
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.server.engine.scheduling.request import SamplingParams
-from turret.server.errors import BudgetExceededError, InvalidRequestError
+from turret.server.engine.step.runner import Runner, StepResult
+from turret.server.errors import BudgetExceededError, InvalidRequestError, UnavailableError
 from turret.server.training import service
 from turret.server.training.trainer import AdamParams, Datum, LearnerConfig, Training
+from turret.server.training.training_pass import TrainingPass
 
 ADAM = AdamParams(learning_rate=3e-2)
 
@@ -170,6 +173,44 @@ async def test_requests_run_within_a_pass(tmp_path: Path) -> None:
 
         await asyncio.gather(train(), *(ask() for _ in range(3)))
         assert ended[-1] == "training", ended
+
+
+async def test_a_step_that_fails_within_a_pass_ends_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, failed = Runner.run, []
+
+    def fail_once(runner: Runner, step: Any) -> StepResult:
+        if not failed:
+            failed.append(step)
+            raise RuntimeError("planted")
+        return run(runner, step)
+
+    begun, asked = threading.Event(), threading.Event()
+
+    class Waiting(TrainingPass):
+        def backward(self, grad: torch.Tensor) -> None:
+            begun.set()
+            asked.wait(30)
+            super().backward(grad)
+
+    monkeypatch.setattr(service, "TrainingPass", Waiting)
+
+    async def train_and_ask() -> None:
+        async with started(tmp_path) as (harness, training):
+            learner = await training.create(LearnerConfig(rank=4, seed=1))
+            data = [learned(prompt_of(20))]
+            work = asyncio.create_task(training.pass_over(learner, data, "cross_entropy", {}))
+            await asyncio.to_thread(begun.wait)
+            monkeypatch.setattr(Runner, "run", fail_once)
+            asking = asyncio.create_task(harness.run(make_request(prompt_of(9))))
+            await asyncio.sleep(0.2)
+            asked.set()
+            found = await asyncio.gather(work, asking, return_exceptions=True)
+            assert [type(each) for each in found] == [UnavailableError, UnavailableError]
+
+    with pytest.raises(AssertionError, match="the engine failed"):
+        await train_and_ask()
 
 
 async def test_an_unsupported_adapter_is_refused(tmp_path: Path) -> None:
