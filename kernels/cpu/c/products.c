@@ -12,13 +12,7 @@
 #include "vec.h"
 
 #define TILE 4 /* rows, and outputs, of dots that are computed together */
-#if defined(__AVX512F__)
-#define SIDE 4 /* rows, and outputs, of a tile whose sums are in registers at once */
-#define WIDE 4 /* rows, and vectors of columns, that are computed together */
-#else
-#define SIDE 2
-#define WIDE 2
-#endif
+#define SIDE (WIDTH == 16 ? 4 : 2) /* outputs of a tile, or vectors of columns, whose sums are in registers at once */
 #define ROW_BLOCK 64    /* rows that stay in the cache while a thread goes through the outputs */
 #define COLUMN_BLOCK 64 /* outputs of one piece of work */
 
@@ -39,33 +33,51 @@ typedef struct {
     int64_t batch, row, row_end, column, column_end;
 } Part;
 
-/* Converts fp16 to fp32 exactly; infinities and NaN stay. */
-INLINE f32x16 load_f16(const uint16_t *p) {
-    u32x16 bits = __builtin_convertvector(*(const u16x16 *)p, u32x16);
-    u32x16 sign = (bits & 0x8000u) << 16, rest = bits & 0x7fffu;
-    u32x16 found = (u32x16)((f32x16)(rest << 13) * 0x1p112f);
-    u32x16 special = (u32x16)(rest >= 0x7c00u) & 0x7f800000u;
-    return (f32x16)(found | special | sign);
+INLINE fvec load_of_f32(const float *p) { return *(const fvec *)p; }
+
+/* s + a b, rounded once where the instruction set can. */
+INLINE fvec add_product(fvec s, fvec a, fvec b) {
+#if WIDTH == 16
+    return (fvec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)s);
+#elif WIDTH == 8
+    return (fvec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)s);
+#else
+    return s + a * b;
+#endif
 }
 
-INLINE f32x16 load_some_f32(const float *p, int64_t count) {
-    float some[LANES] = {0};
-    memcpy(some, p, count * sizeof(float));
-    return load_f32(some);
+INLINE uvec widened(const uint16_t *p) {
+#if WIDTH == 16 /* for __builtin_convertvector, GCC 12 generates two half-wide conversions */
+    return (uvec)_mm512_cvtepu16_epi32(*(const __m256i_u *)p);
+#elif WIDTH == 8
+    return (uvec)_mm256_cvtepu16_epi32(*(const __m128i_u *)p);
+#else
+    return __builtin_convertvector(*(const hvec *)p, uvec);
+#endif
+}
+
+INLINE fvec load_of_bf16(const bf16 *p) { return (fvec)(widened(p) << 16); }
+
+/* Converts fp16 to fp32 exactly; infinities and NaN stay. */
+INLINE fvec load_of_f16(const uint16_t *p) {
+    uvec bits = widened(p), sign = (bits & 0x8000u) << 16, rest = bits & 0x7fffu;
+    uvec found = (uvec)((fvec)(rest << 13) * 0x1p112f);
+    uvec special = (uvec)(rest >= 0x7c00u) & 0x7f800000u;
+    return (fvec)(found | special | sign);
 }
 
 #define ELEMENT float
-#define LOAD load_f32
+#define LOAD load_of_f32
 #define NAME(name) name##_of_f32
 #include "products.h"
 
 #define ELEMENT bf16
-#define LOAD load_bf16
+#define LOAD load_of_bf16
 #define NAME(name) name##_of_bf16
 #include "products.h"
 
 #define ELEMENT uint16_t
-#define LOAD load_f16
+#define LOAD load_of_f16
 #define NAME(name) name##_of_f16
 #include "products.h"
 

@@ -16,9 +16,6 @@
 #define KERNEL __attribute__((noinline))
 /* The library is compiled once per instruction set (pyproject.toml), and native.py loads the best one that
  * the processor supports. Products of bf16 pairs use VDPBF16PS where the instruction set has it. */
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
 #define HAS_AVX512_BF16 1
 #else
@@ -32,6 +29,23 @@ typedef int32_t i32x16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint8_t u8x16 __attribute__((vector_size(16), aligned(1), may_alias));
 typedef uint16_t bf16;
+
+/* Vectors that one register holds. GCC keeps a wider vector in memory, so that each operation loads and stores
+ * it; loops that are limited by arithmetic use these. */
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define WIDTH 16
+#elif defined(__AVX2__)
+#include <immintrin.h>
+#define WIDTH 8
+#else
+#define WIDTH 4
+#endif
+#define PARTS (LANES / WIDTH) /* registers of sixteen lanes */
+
+typedef float fvec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef uint32_t uvec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef uint16_t hvec __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -95,29 +109,56 @@ INLINE float sum_lanes(f32x16 v) {
 #endif
 #endif
 #ifndef PICK
-#define PICK(a, b, ...) __builtin_shuffle(a, b, (i32x16){__VA_ARGS__})
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (__typeof__(a < b)){__VA_ARGS__})
 #endif
 
-/* Lane i of the result is the sum of the lanes of v[i]. Four times, adds one half of each vector to the
- * other and joins two vectors to one. Overwrites v. */
-INLINE f32x16 sum_each(f32x16 v[LANES]) {
-    for (int i = 0; i < 8; i++) {
-        f32x16 a = v[2 * i], b = v[2 * i + 1];
-        v[i] = PICK(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-               PICK(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-    }
-    for (int i = 0; i < 4; i++) {
-        f32x16 a = v[2 * i], b = v[2 * i + 1];
-        v[i] = PICK(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-               PICK(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    }
-    for (int i = 0; i < 2; i++) {
-        f32x16 a = v[2 * i], b = v[2 * i + 1];
-        v[i] = PICK(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-               PICK(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-    }
-    return PICK(v[0], v[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-           PICK(v[0], v[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+/* The sums of every other group of lanes of a and b and of the groups beside them. */
+#if WIDTH == 16
+#define ADD_LANES(a, b)                                                          \
+    PICK(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +      \
+        PICK(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31)
+#define ADD_PAIRS(a, b)                                                          \
+    PICK(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +       \
+        PICK(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+#define ADD_FOURS(a, b)                                                          \
+    PICK(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +       \
+        PICK(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31)
+#define ADD_EIGHTS(a, b)                                                         \
+    PICK(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +         \
+        PICK(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
+#elif WIDTH == 8
+#define ADD_LANES(a, b) PICK(a, b, 0, 8, 2, 10, 4, 12, 6, 14) + PICK(a, b, 1, 9, 3, 11, 5, 13, 7, 15)
+#define ADD_PAIRS(a, b) PICK(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + PICK(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
+#define ADD_FOURS(a, b) PICK(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + PICK(a, b, 4, 5, 6, 7, 12, 13, 14, 15)
+#else
+#define ADD_LANES(a, b) PICK(a, b, 0, 4, 2, 6) + PICK(a, b, 1, 5, 3, 7)
+#define ADD_PAIRS(a, b) PICK(a, b, 0, 1, 4, 5) + PICK(a, b, 2, 3, 6, 7)
+#endif
+
+/* Lane i of the result is the sum of the lanes of v[i]: neighbours are added until one is left. Each addition
+ * joins two registers to one. */
+INLINE f32x16 sum_each(const f32x16 v[LANES]) {
+    fvec s[PARTS][LANES];
+    for (int p = 0; p < PARTS; p++)
+        for (int i = 0; i < LANES; i++) s[p][i] = ((const fvec *)&v[i])[p];
+#define JOIN(ADD, COUNT)            \
+    for (int p = 0; p < PARTS; p++) \
+        for (int i = 0; i < COUNT; i++) s[p][i] = ADD(s[p][2 * i], s[p][2 * i + 1]);
+    JOIN(ADD_LANES, 8)
+    JOIN(ADD_PAIRS, 4)
+#if WIDTH > 4
+    JOIN(ADD_FOURS, 2)
+#endif
+#if WIDTH > 8
+    JOIN(ADD_EIGHTS, 1)
+#endif
+#undef JOIN
+    for (int n = PARTS / 2; n; n /= 2)
+        for (int p = 0; p < n; p++)
+            for (int i = 0; i < PARTS; i++) s[p][i] = s[2 * p][i] + s[2 * p + 1][i];
+    f32x16 sums;
+    for (int i = 0; i < PARTS; i++) ((fvec *)&sums)[i] = s[0][i];
+    return sums;
 }
 
 /* Transposes: lane j of vector i becomes lane i of vector j. */
