@@ -39,14 +39,14 @@ INLINE void score(const float *q, int64_t vectors, int64_t group, const Slice *k
             f32x16 parts[HEADS][LANES];
             for (int64_t i = 0; i < some; i++) {
                 const element *row = first + i * k->stride;
-                f32x16 key[MAX_VECTORS];
-                for (int64_t d = 0; d < vectors; d++) key[d] = load_element(row + d * LANES);
+                fvec key[MAX_VECTORS * PARTS];
+                for (int64_t d = 0; d < vectors * PARTS; d++) key[d] = fvec_element(row + d * WIDTH);
                 prefetch_head(next + i * k->stride, vectors);
                 for (int64_t j = 0; j < heads; j++) {
-                    f32x16 s = {0};
-                    for (int64_t d = 0; d < vectors; d++)
-                        s += load_f32(q + (g + j) * dim + d * LANES) * key[d];
-                    parts[j][i] = s;
+                    fvec s[PARTS] = {{0}};
+                    for (int64_t d = 0; d < vectors * PARTS; d++)
+                        s[d % PARTS] = add_product(s[d % PARTS], fvec_f32(q + (g + j) * dim + d * WIDTH), key[d]);
+                    memcpy(&parts[j][i], s, sizeof s);
                 }
             }
             for (int64_t j = 0; j < heads; j++) {
@@ -87,20 +87,24 @@ INLINE float softmax(float *s, int64_t count, const float *sink) {
 /* acc[j] += sum_t p[j][t] v_t for a constant number of heads. */
 INLINE void gather(const float *p, int64_t p_stride, int64_t vectors, const int heads,
                    const Slice *v, float *acc) {
-    int64_t dim = vectors * LANES;
-    f32x16 sums[HEADS][MAX_VECTORS];
-    for (int j = 0; j < heads; j++)
-        for (int64_t d = 0; d < vectors; d++) sums[j][d] = load_f32(acc + j * dim + d * LANES);
-    const element *at = v->at, *next = v->next;
-    for (int64_t i = 0; i < v->count; i++, at += v->stride, next += v->stride) {
-        prefetch_head(next, vectors);
-        for (int64_t d = 0; d < vectors; d++) {
-            f32x16 value = load_element(at + d * LANES);
-            for (int j = 0; j < heads; j++) sums[j][d] += p[j * p_stride + i] * value;
+    const int64_t all = vectors * PARTS, most = WIDTH == 16 ? all : 8 / heads; /* registers of a head */
+    for (int64_t low = 0; low < all; low += most) {
+        const int64_t some = least(most, all - low);
+        fvec sums[HEADS][MAX_VECTORS];
+        for (int j = 0; j < heads; j++)
+            for (int64_t d = 0; d < some; d++) sums[j][d] = fvec_f32(acc + (j * all + low + d) * WIDTH);
+        const element *at = v->at + low * WIDTH, *next = v->next;
+        for (int64_t i = 0; i < v->count; i++, at += v->stride, next += v->stride) {
+            if (low == 0) prefetch_head(next, vectors);
+            for (int64_t d = 0; d < some; d++) {
+                fvec value = fvec_element(at + d * WIDTH);
+                for (int j = 0; j < heads; j++)
+                    sums[j][d] = add_product(sums[j][d], p[j * p_stride + i] - (fvec){0}, value);
+            }
         }
+        for (int j = 0; j < heads; j++)
+            memcpy(acc + (j * all + low) * WIDTH, sums[j], some * sizeof(fvec));
     }
-    for (int j = 0; j < heads; j++)
-        for (int64_t d = 0; d < vectors; d++) store_f32(acc + j * dim + d * LANES, sums[j][d]);
 }
 
 /* Computes as many heads together as fit into the registers, so that each value is loaded once for them. */

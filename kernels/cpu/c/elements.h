@@ -9,6 +9,7 @@
 typedef float element;
 #define EXPORTED(name) name##_f32
 INLINE f32x16 load_element(const element *p) { return load_f32(p); }
+INLINE fvec fvec_element(const element *p) { return fvec_f32(p); }
 INLINE void store_element(element *p, f32x16 value) { store_f32(p, value); }
 INLINE float from_element(element value) { return value; }
 INLINE element to_element(float value) { return value; }
@@ -16,6 +17,7 @@ INLINE element to_element(float value) { return value; }
 typedef bf16 element;
 #define EXPORTED(name) name
 INLINE f32x16 load_element(const element *p) { return load_bf16(p); }
+INLINE fvec fvec_element(const element *p) { return fvec_bf16(p); }
 INLINE void store_element(element *p, f32x16 value) { store_bf16(p, value); }
 INLINE float from_element(element value) { return to_f32(value); }
 INLINE element to_element(float value) { return to_bf16(value); }

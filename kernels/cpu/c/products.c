@@ -33,33 +33,8 @@ typedef struct {
     int64_t batch, row, row_end, column, column_end;
 } Part;
 
-INLINE fvec load_of_f32(const float *p) { return *(const fvec *)p; }
-
-/* s + a b, rounded once where the instruction set can. */
-INLINE fvec add_product(fvec s, fvec a, fvec b) {
-#if WIDTH == 16
-    return (fvec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)s);
-#elif WIDTH == 8
-    return (fvec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)s);
-#else
-    return s + a * b;
-#endif
-}
-
-INLINE uvec widened(const uint16_t *p) {
-#if WIDTH == 16 /* for __builtin_convertvector, GCC 12 generates two half-wide conversions */
-    return (uvec)_mm512_cvtepu16_epi32(*(const __m256i_u *)p);
-#elif WIDTH == 8
-    return (uvec)_mm256_cvtepu16_epi32(*(const __m128i_u *)p);
-#else
-    return __builtin_convertvector(*(const hvec *)p, uvec);
-#endif
-}
-
-INLINE fvec load_of_bf16(const bf16 *p) { return (fvec)(widened(p) << 16); }
-
 /* Converts fp16 to fp32 exactly; infinities and NaN stay. */
-INLINE fvec load_of_f16(const uint16_t *p) {
+INLINE fvec fvec_f16(const uint16_t *p) {
     uvec bits = widened(p), sign = (bits & 0x8000u) << 16, rest = bits & 0x7fffu;
     uvec found = (uvec)((fvec)(rest << 13) * 0x1p112f);
     uvec special = (uvec)(rest >= 0x7c00u) & 0x7f800000u;
@@ -67,17 +42,17 @@ INLINE fvec load_of_f16(const uint16_t *p) {
 }
 
 #define ELEMENT float
-#define LOAD load_of_f32
+#define LOAD fvec_f32
 #define NAME(name) name##_of_f32
 #include "products.h"
 
 #define ELEMENT bf16
-#define LOAD load_of_bf16
+#define LOAD fvec_bf16
 #define NAME(name) name##_of_bf16
 #include "products.h"
 
 #define ELEMENT uint16_t
-#define LOAD load_of_f16
+#define LOAD fvec_f16
 #define NAME(name) name##_of_f16
 #include "products.h"
 

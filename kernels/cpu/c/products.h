@@ -19,7 +19,7 @@ INLINE void NAME(add_dots)(const float *const *x, const ELEMENT *const *w, int64
         fvec column[SIDE];
         for (int c = 0; c < SIDE; c++) column[c] = LOAD(w[c] + k + p * WIDTH);
         for (int r = 0; r < TILE; r++) {
-            fvec v = load_of_f32(x[r] + k + p * WIDTH);
+            fvec v = fvec_f32(x[r] + k + p * WIDTH);
             for (int c = 0; c < SIDE; c++) s[r][c] = add_product(s[r][c], v, column[c]);
         }
     }
@@ -67,7 +67,7 @@ INLINE void NAME(dot_row)(const Product *p, const float *x, const ELEMENT *w, fl
         for (int c = 0; c < TILE; c++) {
             __builtin_prefetch(ws[c] + k + TILE * p->w_row, 0, 2);
             for (int q = 0; q < PARTS; q++)
-                s[c][q] = add_product(s[c][q], load_of_f32(x + k + q * WIDTH),
+                s[c][q] = add_product(s[c][q], fvec_f32(x + k + q * WIDTH),
                                       LOAD(ws[c] + k + q * WIDTH));
         }
     for (int q = 0; q < PARTS && k < n; q++) {
@@ -110,7 +110,7 @@ INLINE void NAME(add_columns)(const Product *p, const float *x, const ELEMENT *w
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < vectors; c++) {
             const float *from = y + r * p->y_row + c * WIDTH;
-            s[r][c] = !p->adds ? (fvec){0} : whole ? load_of_f32(from) : load_some_of_f32(from, some, 0);
+            s[r][c] = !p->adds ? (fvec){0} : whole ? fvec_f32(from) : load_some_of_f32(from, some, 0);
         }
     for (int64_t k = 0; k < p->inner; k++, w += p->w_row)
         for (int c = 0; c < vectors; c++) {

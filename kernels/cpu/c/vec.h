@@ -80,6 +80,31 @@ INLINE void store_bf16(bf16 *p, f32x16 value) {
     *(u16x16 *)p = __builtin_convertvector(rounded, u16x16);
 }
 
+INLINE fvec fvec_f32(const float *p) { return *(const fvec *)p; }
+
+/* s + a b, rounded once where the instruction set can. */
+INLINE fvec add_product(fvec s, fvec a, fvec b) {
+#if WIDTH == 16
+    return (fvec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)s);
+#elif WIDTH == 8
+    return (fvec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)s);
+#else
+    return s + a * b;
+#endif
+}
+
+INLINE uvec widened(const uint16_t *p) {
+#if WIDTH == 16 /* for __builtin_convertvector, GCC 12 generates two half-wide conversions */
+    return (uvec)_mm512_cvtepu16_epi32(*(const __m256i_u *)p);
+#elif WIDTH == 8
+    return (uvec)_mm256_cvtepu16_epi32(*(const __m128i_u *)p);
+#else
+    return __builtin_convertvector(*(const hvec *)p, uvec);
+#endif
+}
+
+INLINE fvec fvec_bf16(const bf16 *p) { return (fvec)(widened(p) << 16); }
+
 INLINE f32x16 load_f32(const float *p) { return *(const f32x16 *)p; }
 INLINE void store_f32(float *p, f32x16 value) { *(f32x16 *)p = value; }
 INLINE f32x16 splat(float value) { return value - (f32x16){0}; }
