@@ -59,6 +59,22 @@ def row_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return ordered_product(x, weight).to(x.dtype)
 
 
+def row_linear_turned(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Multiply rows by a transposed weight, each row bit-identical in any batch.
+
+    Args:
+        x: ``[num_rows, out_features]`` fp32; rounded to the dtype of ``weight`` without compiled
+            kernels.
+        weight: ``[out_features, in_features]``, contiguous.
+
+    Returns:
+        ``[num_rows, in_features]`` fp32.
+    """
+    if has_kernels(x.device):
+        return column_products(x.unsqueeze(0), weight.unsqueeze(0))[0]
+    return row_linear(x.to(weight.dtype), weight.T.contiguous()).float()
+
+
 # Elements of the fp32 terms of a piece of ``ordered_product``: 4 MiB stay in the cache.
 _PIECE_ELEMENTS = 1 << 20
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from turret.kernels.between import rotate_heads
 from turret.kernels.paged_attention import SequenceSpan
 from turret.kernels.rows.elementwise import row_log_softmax
-from turret.kernels.rows.linear import row_linear
+from turret.kernels.rows.linear import row_linear_turned
 from turret.server.adapters.device.store import (
     AdapterStep,
     BaseProduct,
@@ -274,11 +274,7 @@ class TrainingPass:
                 DenseLinear(head, (len(head),)),
                 grad,
             )
-        return beside + row_linear(grad.to(head.dtype), self._turned_head).float()
-
-    @cached_property
-    def _turned_head(self) -> torch.Tensor:
-        return self._decoder.head.T.contiguous()
+        return beside + row_linear_turned(grad, head)
 
     # Backward.
 
@@ -366,7 +362,7 @@ class TrainingPass:
                     module.with_tensors(iter(leaves)), leaves, x[rows], linear.part(index), place
                 )
                 beside[rows] += beside_part
-        return beside.add_(transposed_product(linear.base, of_base, x.dtype))
+        return beside.add_(linear.base.turned_product(of_base))
 
     def _attention(
         self, number: int, layer: DecoderLayer, qkv: torch.Tensor, segment: Segment
@@ -476,20 +472,9 @@ class _Multiplied(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, base: BaseLinear, dtype: torch.dtype) -> torch.Tensor:
-        ctx.base, ctx.dtype = base, dtype
+        ctx.base = base
         return base(x.to(dtype)).float()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor):  # type: ignore[override]
-        return transposed_product(ctx.base, grads[0], ctx.dtype), None, None
-
-
-def transposed_product(base: BaseLinear, grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``grad · W``, ``[rows, out]`` → ``[rows, in]`` fp32; each row's bits depend on it alone.
-
-    Args:
-        base: The projection.
-        grad: fp32.
-        dtype: The dtype of activations, in which the factors are multiplied.
-    """
-    return row_linear(grad.to(dtype), base.turned().to(dtype)).float()
+        return ctx.base.turned_product(grads[0]), None, None

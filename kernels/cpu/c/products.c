@@ -15,6 +15,7 @@
 #define SIDE (WIDTH == 16 ? 4 : 2) /* outputs of a tile, or vectors of columns, whose sums are in registers at once */
 #define ROW_BLOCK 64    /* rows that stay in the cache while a thread goes through the outputs */
 #define COLUMN_BLOCK 64 /* outputs of one piece of work */
+#define INNER_BLOCK 1024 /* rows of a weight, in columns, that stay in the cache for ROW_BLOCK rows */
 
 enum Kind { F32, BF16, F16 };
 

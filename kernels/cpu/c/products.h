@@ -133,15 +133,23 @@ INLINE void NAME(columns_of_rows)(const Product *p, const Part *part, const floa
     if (o < end) NAME(add_columns)(p, x, w + o, y + o, rows, 1, end - o);
 }
 
-KERNEL static void NAME(columns)(const Product *p, const Part *part) {
-    const float *x = p->x + part->batch * p->x_batch;
+KERNEL static void NAME(columns)(const Product *whole, const Part *part) {
+    Product piece = *whole, *p = &piece;
+    p->x += part->batch * p->x_batch;
     const ELEMENT *w = (const ELEMENT *)p->w + part->batch * p->w_batch;
     float *y = p->y + part->batch * p->y_batch;
-    int64_t r = part->row;
-    for (; r + TILE <= part->row_end; r += TILE)
-        NAME(columns_of_rows)(p, part, x + r * p->x_row, w, y + r * p->y_row, TILE);
-    for (; r < part->row_end; r++)
-        NAME(columns_of_rows)(p, part, x + r * p->x_row, w, y + r * p->y_row, 1);
+    int64_t k = 0;
+    do {
+        p->inner = least(whole->inner - k, INNER_BLOCK);
+        int64_t r = part->row;
+        for (; r + TILE <= part->row_end; r += TILE)
+            NAME(columns_of_rows)(p, part, p->x + r * p->x_row, w, y + r * p->y_row, TILE);
+        for (; r < part->row_end; r++)
+            NAME(columns_of_rows)(p, part, p->x + r * p->x_row, w, y + r * p->y_row, 1);
+        p->adds = 1;
+        p->x += INNER_BLOCK;
+        w += INNER_BLOCK * p->w_row;
+    } while ((k += INNER_BLOCK) < whole->inner);
 }
 
 #undef ELEMENT

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from turret.kernels.cpu.row_adapters import Ahead
+from turret.kernels.rows.linear import row_linear_turned
 from turret.server.adapters.base import WeightRows
 
 
@@ -48,10 +49,17 @@ class BaseLinear(Protocol):
         """
         ...
 
-    def turned(self) -> torch.Tensor:
-        """The weight with inputs first, ``[in, sum(widths)]``, contiguous, for gradients."""
+    def turned_product(self, grad: torch.Tensor) -> torch.Tensor:
+        """``grad · W`` for gradients; each row's bits depend on it alone.
+
+        Args:
+            grad: ``[rows, sum(widths)]`` fp32.
+
+        Returns:
+            ``[rows, in]`` fp32.
+        """
         slices = [self.dequantize(index) for index in range(len(self.widths))]
-        return torch.cat(slices).T.contiguous()
+        return row_linear_turned(grad, torch.cat(slices))
 
     def part(self, index: int) -> BaseLinear:
         """Slice ``index`` alone, on the memory of the whole where its layout allows."""

@@ -17,7 +17,7 @@ import torch
 
 from turret.kernels.cpu.native import has_native_products
 from turret.kernels.cpu.row_adapters import Ahead
-from turret.kernels.rows.linear import prepare_linear, row_linear
+from turret.kernels.rows.linear import prepare_linear, row_linear, row_linear_turned
 from turret.server.adapters.base import WeightRows
 from turret.server.models.weights.base_linear import BaseLinear
 from turret.server.models.weights.nf4_cpu import (
@@ -210,6 +210,9 @@ class DenseLinear(BaseLinear):
     def dequantize(self, index: int) -> torch.Tensor:
         return self.served(index).float().cpu()
 
+    def turned_product(self, grad: torch.Tensor) -> torch.Tensor:
+        return row_linear_turned(grad, self.weight)
+
     def part(self, index: int) -> DenseLinear:
         return type(self)(self.served(index), (self.widths[index],))
 
@@ -268,10 +271,12 @@ class PackedLinear(BaseLinear):
             columns.append(self(identity)[:, rows].float().T)
         return torch.cat(columns, dim=1).contiguous()
 
-    def turned(self) -> torch.Tensor:
+    def turned_product(self, grad: torch.Tensor) -> torch.Tensor:
         if not has_native_products():
-            return super().turned()
-        return nf4_turned(self.packed, self.absmax, (self.packed.shape[0], self.in_features))
+            return super().turned_product(grad)
+        shape = self.packed.shape[0], self.in_features
+        turned = nf4_turned(self.packed, self.absmax, shape)
+        return row_linear(grad.to(torch.bfloat16), turned).float()
 
     def part(self, index: int) -> PackedLinear:
         rows = self._rows(index)
