@@ -10,6 +10,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +22,7 @@ from turret.server.adapters.device.store import ProjectionLayout, StepStore
 from turret.server.adapters.operators.vocabulary import HEAD
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StagedUpload, UploadedFile
+from turret.server.basics.work import work_in_background
 from turret.server.engine.engine import Engine
 from turret.server.errors import (
     AdapterInUseError,
@@ -37,9 +39,10 @@ from turret.server.words import say
 
 T = TypeVar("T")
 # The maximum number of tokens in a pass, and in a chunk: consecutive sequences of one adapter. A
-# longer sequence gets a pass to itself. Chunks depend only on the lengths of an adapter's own
+# longer sequence gets a pass to itself. While requests run, a pass has one chunk, so that they run
+# often. Chunks depend only on the lengths of an adapter's own
 # sequences, so its gradients are added in a fixed order, whatever else is in the passes.
-PASS_TOKENS, CHUNK_TOKENS = 512, 256
+PASS_TOKENS, CHUNK_TOKENS = 512, 128
 MAX_RANK = 256
 _PIECE_BYTES = 1 << 20
 # Names that clients' samplers give to adapters: training/<session>/….
@@ -99,10 +102,17 @@ class TrainingService:
         self._numbers = itertools.count(1)
         self._waiting: list[_Work] = []
         self._runner: asyncio.Task[None] | None = None
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="training", initializer=work_in_background
+        )
         # Samplers do not survive a restart; remove their adapters.
         for info in registry.list():
             if _SAMPLER_ADAPTER.fullmatch(info.name):
                 self._unload(info.name)
+
+    async def _in_background(self, work: Callable[[], T]) -> T:
+        """Run work that needs no step of the engine on the thread for optimizers."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     async def _on_engine(self, work: Callable[[Callable[[], None]], T]) -> T:
         return await asyncio.wrap_future(self._engine.run_background(work))
@@ -129,13 +139,13 @@ class TrainingService:
         seed = secrets.randbits(62) if config.seed is None else config.seed
         number = next(self._numbers)
 
-        def make(between: Callable[[], None]) -> Learner:
+        def make() -> Learner:
             base = self._registry.base
             return Learner(*new_adapter(config.method, config.rank, seed, modules, base), base)
 
         self._num_reserved += 1
         try:
-            self._learners[number] = await self._on_engine(make)
+            self._learners[number] = await self._in_background(make)
         except BaseException:
             self._num_reserved -= 1
             raise
@@ -217,7 +227,7 @@ class TrainingService:
         batch: list[tuple[_Work, Sequence[Datum]]] = []
         waiting = [work for work in self._waiting if not work.done.done()]
         kind = [work for work in waiting if work.has_grad == waiting[0].has_grad]
-        left = PASS_TOKENS
+        left = CHUNK_TOKENS if self._engine.num_open else PASS_TOKENS
         while True:
             before = len(batch)
             for work in kind:
@@ -275,14 +285,14 @@ class TrainingService:
     async def step(self, learner: int, adam: AdamParams) -> dict[str, float]:
         """Apply an optimizer step; see ``Training``."""
         found = self._learners[learner]
+        return await self._renewing(found, functools.partial(found.step, adam))
 
-        def run(between: Callable[[], None]) -> dict[str, float]:
-            before = found.served.key
-            metrics = found.step(adam)
-            self._store.drop(before)
-            return metrics
-
-        return await self._on_engine(run)
+    async def _renewing(self, learner: Learner, change: Callable[[], T]) -> T:
+        """Change an adapter's tensors, after which the store need not have the former ones."""
+        before = learner.served.key
+        result = await self._in_background(change)
+        await self._on_engine(lambda between: self._store.drop(before))
+        return result
 
     async def save(self, learner: int, folder: Path, *, with_optimizer: bool) -> None:
         """Write the adapter; see ``Training``."""
@@ -296,12 +306,8 @@ class TrainingService:
         if config != found.config:
             raise InvalidRequestError.of("path", say("OTHER_ADAPTER_CONFIG"))
 
-        def run(between: Callable[[], None]) -> None:
-            before = found.served.key
-            found.load(folder, with_optimizer=with_optimizer)
-            self._store.drop(before)
-
-        await self._on_engine(run)
+        load = functools.partial(found.load, folder, with_optimizer=with_optimizer)
+        await self._renewing(found, load)
 
     async def publish(self, learner: int, name: str) -> int:
         """Register the current tensors; see ``Training``."""

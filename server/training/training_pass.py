@@ -46,8 +46,8 @@ from turret.server.models.weights.base_linear import BaseLinear
 from turret.server.models.weights.nf4 import DenseLinear
 
 _BLOCK_SIZE = 16
-# Rows whose logits are in memory at once: 256 of a 50,000 token vocabulary are 50 MB.
-_LOGIT_ROWS = 256
+# Rows whose logits are computed at once; requests run in between.
+_LOGIT_ROWS = 32
 _ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
@@ -252,6 +252,7 @@ class TrainingPass:
             (slope,) = torch.autograd.grad(parts, leaf, torch.ones_like(parts))
             chosen = slope.nonzero()[:, 0]
             if len(chosen):
+                self._between()
                 # The gradient of a log probability: one-hot of its target minus the softmax.
                 back = each[chosen].exp_().mul_(-slope[chosen, None])
                 back[torch.arange(len(chosen)), targets[rows][chosen]] += slope[chosen]
