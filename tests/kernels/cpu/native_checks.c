@@ -358,8 +358,8 @@ int main(int count, char **arguments) {
     allow_tiles();
     threads = count > 1 ? atoi(arguments[1]) : 1;
     turret_own_threads(count > 2);
-    static const int64_t sizes[][2] = {{1, 1}, {5, 17}, {16, 16}, {33, 100}, {70, 192}, {130, 576}};
-    for (int i = 0; i < 6; i++)
+    static const int64_t sizes[][2] = {{1, 1}, {5, 17}, {16, 16}, {33, 100}, {70, 192}, {130, 576}, {18, 1100}};
+    for (int i = 0; i < 7; i++)
         for (int64_t kind = 0; kind < 3; kind++) {
             check_products(sizes[i][0], sizes[i][1], kind, 0);
             check_products(sizes[i][0], sizes[i][1], kind, 1);
