@@ -4,6 +4,9 @@ A byte holds two codes, the first in the high nibble. 64 weights of a row share 
 file has quantised maxima (double quantisation), they are dequantised at load::
 
     W_dq[b·64 + i] = code[nibble] · absmax[b], rounded to the dtype of x
+
+MXFP4 weights (OCP Microscaling Formats 1.0) have the same packing, with other values and with a
+power of two for every 32 weights in place of absmax.
 """
 
 from __future__ import annotations
@@ -19,6 +22,25 @@ CODE = (
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+# The values of E2M1.
+_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A 4-bit format.
+
+    Attributes:
+        code: The values of the 16 codes.
+        block: The number of weights that share a scale.
+    """
+
+    code: tuple[float, ...]
+    block: int
+
+
+NF4 = Format(CODE, BLOCK)
+MXFP4 = Format((*_MAGNITUDES, *(-value for value in _MAGNITUDES)), 32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,29 +49,32 @@ class Nf4Matrix:
 
     Attributes:
         packed: ``[out · in / 2]`` uint8.
-        absmax: ``[out · in / 64]`` fp32.
+        absmax: ``[out · in / block]``: fp32, or bf16 for MXFP4, which is exact.
         out_features: The number of rows.
         in_features: The number of columns, a multiple of 64.
+        format: NF4 or MXFP4. Only the kernel of experts reads MXFP4.
     """
 
     packed: torch.Tensor
     absmax: torch.Tensor
     out_features: int
     in_features: int
+    format: Format = NF4
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """``[out, in]`` in ``dtype``."""
-        code = torch.tensor(CODE, device=self.packed.device)
+        code = torch.tensor(self.format.code, device=self.packed.device)
         nibbles = torch.stack((self.packed >> 4, self.packed & 15), dim=-1).long()
-        blocks = code[nibbles].view(-1, BLOCK) * self.absmax[:, None]
+        blocks = code[nibbles].view(-1, self.format.block) * self.absmax[:, None].float()
         return blocks.view(self.out_features, self.in_features).to(dtype)
 
     def part(self, rows: slice) -> Nf4Matrix:
         """Some rows, on the same memory."""
-        codes, blocks = self.in_features // 2, self.in_features // BLOCK
+        codes, blocks = self.in_features // 2, self.in_features // self.format.block
         return Nf4Matrix(
             self.packed[rows.start * codes : rows.stop * codes],
             self.absmax[rows.start * blocks : rows.stop * blocks],
             rows.stop - rows.start,
             self.in_features,
+            self.format,
         )

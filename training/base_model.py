@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from turret.kernels.nf4_matmul import MXFP4
 from turret.server.log import progress_bar
 from turret.server.models.decoding.arch import LAYER_PREFIX, Arch, Projections
 from turret.server.models.families import read_arch, text_config
@@ -187,9 +188,12 @@ def load_model(base: TrainingBase, weights: Weights, dtype: torch.dtype, device:
         model = _load_nf4(base, dtype)
         if weights == "nf4-dense":
             _make_dense(model, dtype)
-        elif device == "cpu":
+        else:
             for module in _nf4_modules(model).values():
-                FrozenNf4Linear.freeze(module)
+                weight = Nf4Weight(module.weight.data, module.weight.quant_state)
+                # bitsandbytes' kernels do not read MXFP4.
+                if device == "cpu" or weight.format == MXFP4:
+                    FrozenNf4Linear.freeze(module)
     model.config._name_or_path = base.source.name
     return model.to(device).requires_grad_(False)
 

@@ -1,4 +1,4 @@
-"""The NF4 linear modules of a run on a CPU, with or without a LoRA on them.
+"""The NF4 linear modules of a run on a CPU, and those in MXFP4, with or without a LoRA on them.
 
 bitsandbytes multiplies in the activations' dtype. In bfloat16 that is slow on Intel processors
 without AMX: on a Xeon, float32 products ran twice as fast as those of AVX512-BF16. So the weight is
@@ -34,6 +34,10 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 and has_fast_bf16 else torch.float32
 
 
+def _dtype_of_product(x: torch.Tensor) -> torch.dtype:
+    return product_dtype(x.dtype) if x.device.type == "cpu" else x.dtype
+
+
 class _Product(torch.autograd.Function):
     """``W x + scaling · B A x`` for every row; without a LoRA, ``a`` and ``b`` are None."""
 
@@ -46,7 +50,7 @@ class _Product(torch.autograd.Function):
         a: torch.Tensor | None,
         b: torch.Tensor | None,
     ) -> torch.Tensor:
-        dtype = product_dtype(x.dtype)
+        dtype = _dtype_of_product(x)
         rows = x.flatten(0, -2)
         y = rows.to(dtype) @ linear.dequantize(dtype).T
         ctx.linear, ctx.scaling = linear, scaling
@@ -62,7 +66,7 @@ class _Product(torch.autograd.Function):
         grad = grads[0].flatten(0, -2)
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            dtype = product_dtype(grad.dtype)
+            dtype = _dtype_of_product(grad)
             grad_x = grad.to(dtype) @ ctx.linear.dequantize(dtype)
         # Read the attribute once: activations that are computed twice can be read only once.
         saved = ctx.saved_tensors
@@ -80,7 +84,7 @@ class _Product(torch.autograd.Function):
 
 
 class FrozenNf4Linear(Linear4bit):
-    """A ``Linear4bit`` on a CPU; see ``freeze``."""
+    """A ``Linear4bit`` that dequantises its weight for each product; see ``freeze``."""
 
     @classmethod
     def freeze(cls, module: Linear4bit) -> None:

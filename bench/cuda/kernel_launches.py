@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,7 @@ from turret.kernels.gpu.rms_norm import residual_rms_norm
 from turret.kernels.gpu.rope_kv_write import KvWrite, rope_kv_write
 from turret.kernels.gpu.sample_rows import sample_rows
 from turret.kernels.gpu.tables import AttentionTable, RowTable, SamplingTable, SegmentTable
-from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
+from turret.kernels.nf4_matmul import BLOCK, MXFP4, NF4, Format, Nf4Matrix
 
 Launches = Iterable[Callable[[], object]]
 
@@ -197,7 +198,9 @@ def _weight(inner: int, width: int) -> Nf4Matrix:
     return Nf4Matrix(packed, _empty(width * inner // BLOCK, dtype=torch.float32), width, inner)
 
 
-def _experts(hidden: int, inner: int, count: int, per_token: int) -> None:
+def _experts(
+    hidden: int, inner: int, count: int, per_token: int, weight_format: Format = NF4
+) -> None:
     """Launches of a mixture of experts with an adapter."""
     routing = route_rows(_empty(_ROWS, count), per_token, normalizes=True)
     route_rows(_empty(_ROWS, count), per_token, normalizes=False)
@@ -205,9 +208,11 @@ def _experts(hidden: int, inner: int, count: int, per_token: int) -> None:
     for out, into, rows in ((2 * inner, hidden, routing.rows), (hidden, inner, None)):
         size = count * out * into
         packed = _empty(size // 2, dtype=torch.uint8)
-        maxima = _empty(size // BLOCK, dtype=torch.float32)
+        dtype = torch.float32 if weight_format == NF4 else torch.bfloat16
+        maxima = _empty(size // weight_format.block, dtype=dtype)
+        weight = Nf4Matrix(packed, maxima, count * out, into, weight_format)
         x = _empty(pairs if rows is None else _ROWS, into)
-        y = nf4_experts(x, Nf4Matrix(packed, maxima, count * out, into), routing, rows)
+        y = nf4_experts(x, weight, routing, rows)
         factors = _empty(_SLOTS, 2, dtype=torch.int64)
         add_expert_updates(x, y, factors, 16, table, routing, rows)
     combine_experts(_empty(pairs, hidden), routing)
@@ -248,9 +253,11 @@ def _all() -> Iterator[Callable[[], object]]:
     for window in (None, _GPT_OSS.window):
         yield lambda window=window: _attention(replace(_GPT_OSS, window=window), has_sinks=True)
     yield lambda: clamped_swiglu(_empty(_ROWS, 2 * _GPT_OSS.inner), 1.702, 7.0)
-    # gpt-oss-20b and gpt-oss-120b.
-    for count in (32, 128):
-        yield lambda count=count: _experts(_GPT_OSS.hidden, _GPT_OSS.inner, count, 4)
+    # gpt-oss-20b and gpt-oss-120b, as released and in checkpoints of bitsandbytes.
+    for count, stored in itertools.product((32, 128), (MXFP4, NF4)):
+        yield lambda count=count, stored=stored: _experts(
+            _GPT_OSS.hidden, _GPT_OSS.inner, count, 4, stored
+        )
 
 
 LAUNCHES: tuple[Callable[[], object], ...] = tuple(_all())

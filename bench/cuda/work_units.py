@@ -53,7 +53,7 @@ def _unit(compilation: Compilation) -> tuple[str, int, str | None] | None:
     constants = dict(compilation.constants)
     kernel = compilation.function.__name__
     if kernel in _OF_WEIGHTS:
-        return "weight", constants["BLOCK_N"] * 64, "picks"
+        return "weight", constants["BLOCK_N"] * constants.get("BLOCK", 64), "picks"
     if kernel == "segmented_shrink_kernel":
         return "rank and input", constants["BLOCK_R"] * constants["BLOCK_K"], None
     if kernel == "segmented_expand_kernel":

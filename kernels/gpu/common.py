@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from turret.kernels.nf4_matmul import CODE
+from turret.kernels.nf4_matmul import MXFP4, NF4, Format
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -265,7 +265,7 @@ def is_last(
     return last
 
 
-# Conversion of packed NF4 bytes to pairs of neighbouring weights in a kernel.
+# Conversion of packed 4-bit codes to pairs of neighbouring weights in a kernel.
 #
 # On NVIDIA devices the values are looked up in registers: ``prmt`` picks bytes of two words by the
 # low three bits of a code, the fourth bit chooses between two such picks. Two words hold the low
@@ -274,9 +274,9 @@ def is_last(
 # values are gathered from a table of the same rounded values, so the bits are the same.
 
 
-def _lookup(dtype: torch.dtype) -> str:
+def _lookup(weight_format: Format, dtype: torch.dtype) -> str:
     """PTX that turns four bytes (``$4``) into four even (``$0, $1``) and four odd values."""
-    bits = torch.tensor(CODE).to(dtype).view(torch.int16).tolist()
+    bits = torch.tensor(weight_format.code).to(dtype).view(torch.int16).tolist()
     words = {}
     for name, shift in (("low", 0), ("high", 8)):
         for part in range(4):
@@ -309,18 +309,22 @@ def _lookup(dtype: torch.dtype) -> str:
     return "{\n" + "\n".join(lines) + "\n}"
 
 
-_BF16 = tl.constexpr(_lookup(torch.bfloat16))
-_FP16 = tl.constexpr(_lookup(torch.float16))
+_BF16 = tl.constexpr(_lookup(NF4, torch.bfloat16))
+_FP16 = tl.constexpr(_lookup(NF4, torch.float16))
+_MXFP4_BF16 = tl.constexpr(_lookup(MXFP4, torch.bfloat16))
+_MXFP4_FP16 = tl.constexpr(_lookup(MXFP4, torch.float16))
 
 
 @functools.cache
-def code_on(device: torch.device) -> torch.Tensor:
+def code_on(device: torch.device, weight_format: Format = NF4) -> torch.Tensor:
     """The sixteen values, ``[16]`` fp32, copied to each device once."""
-    return torch.tensor(CODE, device=device)
+    return torch.tensor(weight_format.code, device=device)
 
 
 @triton.jit
-def code_pairs(byte, code_ptr, dtype: tl.constexpr, PTX: tl.constexpr):
+def code_pairs(
+    byte, code_ptr, dtype: tl.constexpr, PTX: tl.constexpr, IS_MXFP4: tl.constexpr = False
+):
     """Values of the even and the odd columns of packed bytes, rounded to ``dtype``.
 
     Args:
@@ -328,14 +332,17 @@ def code_pairs(byte, code_ptr, dtype: tl.constexpr, PTX: tl.constexpr):
         code_ptr: ``[16]`` fp32.
         dtype: The dtype of the values.
         PTX: Whether to use inline PTX.
+        IS_MXFP4: Whether ``code_ptr`` has the values of MXFP4.
     """
     if PTX and dtype == tl.bfloat16:
+        bf16_asm: tl.constexpr = _MXFP4_BF16 if IS_MXFP4 else _BF16
         even, odd = tl.inline_asm_elementwise(
-            _BF16, "=r,=r,=r,=r,r", [byte], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+            bf16_asm, "=r,=r,=r,=r,r", [byte], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
         )
     elif PTX and dtype == tl.float16:
+        fp16_asm: tl.constexpr = _MXFP4_FP16 if IS_MXFP4 else _FP16
         even, odd = tl.inline_asm_elementwise(
-            _FP16, "=r,=r,=r,=r,r", [byte], (tl.float16, tl.float16), is_pure=True, pack=4
+            fp16_asm, "=r,=r,=r,=r,r", [byte], (tl.float16, tl.float16), is_pure=True, pack=4
         )
     else:
         wide = byte.to(tl.int32)

@@ -23,7 +23,7 @@ from turret.kernels.gpu.common import (
     tuning,
 )
 from turret.kernels.gpu.tables import ROW_HEADER, RowTable
-from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
+from turret.kernels.nf4_matmul import BLOCK, MXFP4, NF4, Nf4Matrix
 
 MAX_EXPERTS = 1024
 
@@ -114,8 +114,6 @@ def route_rows(scores: torch.Tensor, per_token: int, *, normalizes: bool) -> Rou
 # tensor-core instructions in the same order, regardless of the other pairs of its expert.
 
 _TILE = 16
-_BLOCK = tl.constexpr(BLOCK)
-_HALF = tl.constexpr(BLOCK // 2)
 _PAIRS = tl.constexpr(_TILE)
 
 
@@ -126,12 +124,14 @@ def nf4_experts_kernel(
     ends_ptr,  # [num_experts] int64
     packed_ptr,  # [num_experts, out_features, in_features / 2] uint8; or in_features numbers
     code_ptr,  # [16] fp32
-    absmax_ptr,  # [num_experts, out_features, in_features / 64] fp32; None: packed has numbers
+    absmax_ptr,  # [num_experts, out_features, in_features / BLOCK]; None: packed has numbers
     y_ptr,  # [num_pairs, out_features]
     x_stride,
     in_features,
     out_features,
     num_experts,
+    BLOCK: tl.constexpr,  # inputs that share a scale
+    IS_MXFP4: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PTX: tl.constexpr,
@@ -155,24 +155,24 @@ def nf4_experts_kernel(
             row = tl.load(rows_ptr + pair, mask=live, other=0)
         n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = n < out_features
-        blocks = in_features // _BLOCK
+        blocks = in_features // BLOCK
         first_block = expert * out_features * blocks + n * blocks
-        half, whole = tl.arange(0, _HALF), tl.arange(0, _BLOCK)
+        half, whole = tl.arange(0, BLOCK // 2), tl.arange(0, BLOCK)
         x_at = x_ptr + row[:, None] * x_stride + whole[None, :]
         acc = tl.zeros((_PAIRS, BLOCK_N), dtype=tl.float32)
         for g in range(blocks):
             block = first_block + g
-            x = tl.load(x_at + g * _BLOCK, mask=live[:, None], other=0.0)
+            x = tl.load(x_at + g * BLOCK, mask=live[:, None], other=0.0)
             if absmax_ptr is None:
-                weight_at = packed_ptr + block[:, None] * _BLOCK + whole[None, :]
+                weight_at = packed_ptr + block[:, None] * BLOCK + whole[None, :]
                 weight = tl.trans(tl.load(weight_at, mask=inside[:, None], other=0.0))
                 acc = dot(x, weight, acc)
             else:
-                absmax = tl.load(absmax_ptr + block, mask=inside, other=0.0)
-                byte_at = packed_ptr + block[:, None] * _HALF + half[None, :]
+                absmax = tl.load(absmax_ptr + block, mask=inside, other=0.0).to(tl.float32)
+                byte_at = packed_ptr + block[:, None] * (BLOCK // 2) + half[None, :]
                 byte = tl.load(byte_at, mask=inside[:, None], other=0)
-                even, odd = code_pairs(byte, code_ptr, x_ptr.dtype.element_ty, PTX)
-                weight = tl.trans(tl.reshape(tl.join(even, odd), (BLOCK_N, _BLOCK)))
+                even, odd = code_pairs(byte, code_ptr, x_ptr.dtype.element_ty, PTX, IS_MXFP4)
+                weight = tl.trans(tl.reshape(tl.join(even, odd), (BLOCK_N, BLOCK)))
                 product = dot(x, weight, tl.zeros((_PAIRS, BLOCK_N), dtype=tl.float32))
                 acc += product * absmax[None, :]
         y_at = y_ptr + pair.to(tl.int64)[:, None] * out_features + n[None, :]
@@ -196,7 +196,7 @@ def nf4_experts(
 
     Returns:
         ``[num_pairs, out_features]``, dtype of ``x``, one rounding from fp32. A quantised weight is
-        its value of ``CODE``, rounded to the dtype of ``x``, times its block's maximum, not
+        its value of its format's code, rounded to the dtype of ``x``, times its block's scale, not
         rounded.
 
     Raises:
@@ -208,9 +208,10 @@ def nf4_experts(
     if isinstance(weight, torch.Tensor):
         check_float("weight", weight, x.dtype)
         (all_out, in_features), packed, absmax = weight.shape, weight, None
+        weight_format = NF4
     else:
         all_out, in_features = weight.out_features, weight.in_features
-        packed, absmax = weight.packed, weight.absmax
+        packed, absmax, weight_format = weight.packed, weight.absmax, weight.format
     check_shape("x", x, -1 if rows is not None else num_pairs, in_features)
     if in_features % BLOCK or all_out % num_experts:
         raise ValueError(
@@ -223,7 +224,7 @@ def nf4_experts(
     if absmax is not None:
         check_length("packed", packed, all_out * in_features // 2)
         check_contiguous("absmax", absmax)
-        check_length("absmax", absmax, all_out * in_features // BLOCK)
+        check_length("absmax", absmax, all_out * in_features // weight_format.block)
     out_features = all_out // num_experts
     tuned = tuning(x.device)
     y = torch.empty(num_pairs, out_features, dtype=x.dtype, device=x.device)
@@ -234,13 +235,15 @@ def nf4_experts(
         rows,
         routing.ends,
         packed,
-        code_on(x.device),
+        code_on(x.device, weight_format),
         absmax,
         y,
         x.stride(0),
         in_features,
         out_features,
         num_experts,
+        BLOCK=weight_format.block,
+        IS_MXFP4=weight_format == MXFP4,
         BLOCK_E=triton.next_power_of_2(num_experts),
         BLOCK_N=tuned.nf4_block_n,
         PTX=tuned.inline_ptx,

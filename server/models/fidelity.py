@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from turret.lazy_torch import torch
 
-# A state of a module's weight. ``as-stored``: NF4 codes and scales are those of the file.
+# A state of a module's weight. ``as-stored``: the values of NF4 or MXFP4 are those of the file.
 # ``requantized``: the file has another quantised format, so the weight was rounded twice.
 # ``quantized``: rounded once, from 16 or 32 bits. ``16-bit``: not quantised.
 State = Literal["as-stored", "requantized", "quantized", "16-bit"]

@@ -21,8 +21,14 @@ from turret.server.models.decoding.arch import LAYER_PREFIX, ROUTER, Arch, Exper
 from turret.server.models.decoding.cpu_layers import CpuLayerOps
 from turret.server.models.decoding.decoder import Decoder, DecoderLayer
 from turret.server.models.families import read_arch
-from turret.server.models.fidelity import Fidelity, squared_error
-from turret.server.models.model_source import ModelSource, Progress, StoredTensors, no_progress
+from turret.server.models.fidelity import Fidelity
+from turret.server.models.model_source import (
+    ModelSource,
+    Progress,
+    StoredTensors,
+    no_progress,
+    quantize,
+)
 from turret.server.models.sources.model_directory import weight_files
 from turret.server.models.weights.base_linear import BaseLinear
 from turret.server.models.weights.nf4 import (
@@ -126,20 +132,14 @@ class CheckpointTensors:
             if not source and not self._quantizes_all:
                 self.fidelity.count(name, "16-bit")
                 return tensor
-            return self._quantized(name, tensor, source)
+            return quantize(name, tensor, source, self.fidelity)
         parts[name] = tensor
         exact = Nf4Weight.from_tensors(name, parts)
         if exact is None:
             kind = next(key for key in parts if ".quant_state." in key).rpartition("__")[2]
-            return self._quantized(name, dequantize_stored(name, parts), kind)
+            return quantize(name, dequantize_stored(name, parts), kind, self.fidelity)
         self.fidelity.count(name, "as-stored")
         return exact
-
-    def _quantized(self, name: str, tensor: torch.Tensor, source: str) -> Nf4Weight:
-        weight = Nf4Weight.quantize(tensor.to(torch.bfloat16))
-        squares = squared_error(tensor, weight.dequantize(torch.float32))
-        self.fidelity.count(name, "requantized" if source else "quantized", source, squares)
-        return weight
 
     def plain(self, name: str) -> torch.Tensor:
         """A weight as plain numbers, dequantised if bitsandbytes quantised the module."""

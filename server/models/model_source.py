@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from turret.server.errors import InvalidRequestError
 from turret.server.models.decoding.arch import Experts
 from turret.server.models.families import read_arch
-from turret.server.models.fidelity import Fidelity, squared_error
+from turret.server.models.fidelity import Fidelity, State, squared_error
 from turret.server.models.sources.check import MODEL_NAME, find_gguf
 from turret.server.models.sources.gguf_file import open_gguf
 from turret.server.models.sources.gguf_header import SUFFIX
@@ -42,7 +42,7 @@ from turret.server.models.sources.model_directory import (
     weight_files,
 )
 from turret.server.models.sources.skip_modules import skipped_modules
-from turret.server.models.weights.nf4 import BLOCKSIZE, Nf4Weight
+from turret.server.models.weights.nf4 import BLOCKSIZE, Nf4Weight, reads_mxfp4
 from turret.server.models.weights.nf4_experts import ExpertStacks
 from turret.server.words import say
 
@@ -242,7 +242,7 @@ def experts_in(names: Iterable[str], experts: Experts | None) -> ExpertStacks:
 
 
 # Part of the cache key: raise it when the format of the cached files changes.
-_FORMAT = "3"
+_FORMAT = "4"
 _MANIFEST = "turret.json"
 
 
@@ -466,6 +466,32 @@ def is_quantized(name: str) -> bool:
     return is_of_expert or name.endswith(("_proj.weight", "_linear.weight"))
 
 
+def _state(name: str, source: str) -> State:
+    """The state of a weight after ``quantize``."""
+    if source == "mxfp4" and reads_mxfp4(name):
+        return "as-stored"
+    return "requantized" if source else "quantized"
+
+
+def quantize(name: str, tensor: torch.Tensor, source: str, fidelity: Fidelity) -> Nf4Weight:
+    """Quantise a weight to NF4, unless it keeps the values of MXFP4, and count it.
+
+    Args:
+        name: Its name.
+        tensor: ``[out, in]``.
+        source: The quantised format in the model's files; empty for numbers.
+        fidelity: Counts the weight.
+    """
+    state = _state(name, source)
+    if state == "as-stored" and (exact := Nf4Weight.of_mxfp4(tensor)) is not None:
+        fidelity.count(name, state, source)
+        return exact
+    weight = Nf4Weight.quantize(tensor.to(torch.bfloat16))
+    squares = squared_error(tensor, weight.dequantize(torch.float32))
+    fidelity.count(name, "requantized" if source else "quantized", source, squares)
+    return weight
+
+
 class _Quantizing:
     """Quantises a model and writes it, with a report, as a 4-bit checkpoint.
 
@@ -511,7 +537,7 @@ class _Quantizing:
             if key.removesuffix(_WEIGHT) in self._skipped and is_quantized(key):
                 found.count(key, "16-bit", source)
             elif is_quantized(key):
-                found.count(key, "requantized" if source else "quantized", source)
+                found.count(key, _state(key, source), source)
         return found
 
     def _stored(self, key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -521,10 +547,7 @@ class _Quantizing:
             if is_quantized(key):
                 self._fidelity.count(key, "16-bit", source)
             return {key: tensor.contiguous().clone()}
-        weight = Nf4Weight.quantize(tensor)
-        squares = squared_error(tensor, weight.dequantize(torch.float32))
-        self._fidelity.count(key, "requantized" if source else "quantized", source, squares)
-        return weight.to_tensors(key)
+        return quantize(key, tensor, source, self._fidelity).to_tensors(key)
 
 
 def _read_cached(weights: Path, files: Path) -> ModelSource:

@@ -10,7 +10,7 @@ from ptx.addresses import address_of
 from turret.kernels.expert_routing import Routing, combine_reference, route_reference
 from turret.kernels.gpu.experts import add_expert_updates, combine_experts, nf4_experts, route_rows
 from turret.kernels.gpu.tables import RowTable
-from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
+from turret.kernels.nf4_matmul import MXFP4, NF4, Format, Nf4Matrix
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -18,12 +18,15 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
     return torch.randn(shape, generator=generator).to(DEVICE, dtype)
 
 
-def weight_of(experts: int, out: int, inner: int) -> Nf4Matrix:
+def weight_of(experts: int, out: int, inner: int, weight_format: Format = NF4) -> Nf4Matrix:
     generator = torch.Generator().manual_seed(1)
     size = experts * out * inner
     packed = torch.randint(0, 256, (size // 2,), dtype=torch.uint8, generator=generator)
-    absmax = torch.rand(size // BLOCK, generator=generator) / inner**0.5
-    return Nf4Matrix(packed.to(DEVICE), absmax.to(DEVICE), experts * out, inner)
+    absmax = torch.rand(size // weight_format.block, generator=generator) / inner**0.5
+    if weight_format == MXFP4:
+        absmax = absmax.log2().floor().exp2().to(torch.bfloat16)
+    packed, absmax = packed.to(DEVICE), absmax.to(DEVICE)
+    return Nf4Matrix(packed, absmax, experts * out, inner, weight_format)
 
 
 def check(found: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
@@ -64,14 +67,18 @@ def test_what_is_no_number_stays_in_bounds() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("gathers", "is_dense"), [(True, False), (False, False), (True, True)])
+@pytest.mark.parametrize(
+    ("gathers", "stored"),
+    [(True, NF4), (False, NF4), (True, MXFP4), (False, MXFP4), (True, None)],
+    ids=["nf4", "nf4 of pairs", "mxfp4", "mxfp4 of pairs", "numbers"],
+)
 @pytest.mark.parametrize(("rows", "out", "inner"), [(1, 48, 64), (18, 72, 128)])
 def test_multiplies_every_pair_by_its_expert(
-    rows: int, out: int, inner: int, dtype: torch.dtype, *, gathers: bool, is_dense: bool
+    rows: int, out: int, inner: int, dtype: torch.dtype, *, gathers: bool, stored: Format | None
 ) -> None:
     experts = 6
-    quantized, routing = weight_of(experts, out, inner), skewed(rows, experts, 3)
-    weight = quantized.dequantize(dtype) if is_dense else quantized
+    quantized, routing = weight_of(experts, out, inner, stored or NF4), skewed(rows, experts, 3)
+    weight = quantized if stored else quantized.dequantize(dtype)
     x = random(rows, 2 * inner, dtype=dtype)[:, :inner]
     given = x if gathers else x[routing.rows].contiguous()
     reads = routing.rows if gathers else None

@@ -1,6 +1,7 @@
-/* y = W x for NF4 weights in bitsandbytes' packed CPU layout.
+/* y = W x for NF4 weights in bitsandbytes' packed CPU layout, and for MXFP4 weights, if mxfp4_product.c includes
+ * this file.
  *
- * For each panel of 32 outputs and each block of 64 inputs, products of bf16 numbers are summed in fp32, in
+ * For each panel of 32 outputs and each block of inputs, products of bf16 numbers are summed in fp32, in
  * the same order for any number of rows (nf4_pairs.h, nf4_tiles.h). The sum times the block's absmax is added
  * to the output.
  *
@@ -9,6 +10,13 @@
  */
 #include "adapters/ahead.h"
 #include "entries.h"
+
+#ifdef MXFP4
+#define NAME(name) turret_mxfp4_##name
+#define BLOCK 32 /* inputs that share an absmax (MXFP4: a power of two) */
+#else
+#define NAME(name) turret_nf4_##name
+#define BLOCK 64
 
 /* Lists at most `most` of the cache lines that a thread prefetches during one product, and returns how many.
  * Only tests call this function: prefetching the wrong memory would change no result. */
@@ -21,32 +29,39 @@ EXPORT int64_t turret_ahead(const Step *step, int64_t module, int64_t rows, int6
     return n;
 }
 
+EXPORT int64_t turret_has_products(void) { return HAS_AVX512_BF16; }
+#endif
+
 #if HAS_AVX512_BF16
 #include "team.h"
 #include "tiles.h"
 
 #define TILE_OUT 32 /* outputs of a tile of codes: two vectors */
-#define BLOCK 64    /* inputs that share an absmax */
 #define PAIRS (BLOCK / 2)
 #define BLOCK_BYTES (PAIRS * TILE_OUT) /* bytes of a tile and block; two codes a byte */
-#define DISTANCE (2 * BLOCK_BYTES) /* how far ahead the weight is prefetched */
+#define DISTANCE 2048 /* bytes: how far ahead the weight is prefetched */
 
 typedef struct {
     const bf16 *x;
     const uint8_t *packed; /* [out / 32, in / 2, 32]: low nibbles are outputs 0 to 15, high 16 to 31 */
-    const bf16 *absmax;    /* [in / 64, out] */
+    const bf16 *absmax;    /* [in / BLOCK, out] */
     bf16 *y;
     int64_t rows, x_stride, out_features, in_features;
 } Product;
 
 /* The 16 values in bf16. They are repeated, so that the lookup may include bit 4 of a byte, which belongs to the
  * other code. */
-static const uint16_t VALUES[32] = {
+#define TWICE(...) {__VA_ARGS__, __VA_ARGS__}
+#ifdef MXFP4
+/* E2M1: a sign, two bits of exponent, one bit of mantissa. */
+static const uint16_t VALUES[32] = TWICE(
+    0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,
+    0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0);
+#else
+static const uint16_t VALUES[32] = TWICE(
     0xbf80, 0xbf32, 0xbf06, 0xbeca, 0xbe92, 0xbe3d, 0xbdba, 0x0000,
-    0x3da3, 0x3e25, 0x3e7c, 0x3ead, 0x3ee2, 0x3f10, 0x3f39, 0x3f80,
-    0xbf80, 0xbf32, 0xbf06, 0xbeca, 0xbe92, 0xbe3d, 0xbdba, 0x0000,
-    0x3da3, 0x3e25, 0x3e7c, 0x3ead, 0x3ee2, 0x3f10, 0x3f39, 0x3f80,
-};
+    0x3da3, 0x3e25, 0x3e7c, 0x3ead, 0x3ee2, 0x3f10, 0x3f39, 0x3f80);
+#endif
 
 /* Looks up the weights of one pair of inputs for 32 outputs. */
 INLINE void look_up(const uint8_t *packed, __m512i values, __m512i *w) {
@@ -88,14 +103,11 @@ static void multiply_piece(const void *job, int64_t thread, int64_t piece) {
     j->walks[thread] = walk;
 }
 
-EXPORT int64_t turret_has_products(void) { return 1; }
-
 /* y is contiguous. `step` contains the adapters to prefetch, starting with those of projection `module`. It may
  * be null. */
-EXPORT void turret_nf4_product(const bf16 *x, int64_t x_stride, int64_t rows, const uint8_t *packed,
-                               const bf16 *absmax, bf16 *y, int64_t out_features,
-                               int64_t in_features, int64_t num_threads, const Step *step,
-                               int64_t module) {
+EXPORT void NAME(product)(const bf16 *x, int64_t x_stride, int64_t rows, const uint8_t *packed,
+                          const bf16 *absmax, bf16 *y, int64_t out_features, int64_t in_features,
+                          int64_t num_threads, const Step *step, int64_t module) {
     Product p = {x, packed, absmax, y, rows, x_stride, out_features, in_features};
     Walk walks[MOST_THREADS];
     int64_t tiles = out_features / TILE_OUT, threads = num_threads;
@@ -134,9 +146,9 @@ static void multiply_share(const void *job, int64_t thread, int64_t piece) {
     end_products();
 }
 
-EXPORT void turret_nf4_experts(const bf16 *x, int64_t x_stride, const int64_t *ends,
-                               int64_t num_experts, const void *const *weights, bf16 *y,
-                               int64_t out_features, int64_t in_features, int64_t num_threads) {
+EXPORT void NAME(experts)(const bf16 *x, int64_t x_stride, const int64_t *ends, int64_t num_experts,
+                          const void *const *weights, bf16 *y, int64_t out_features,
+                          int64_t in_features, int64_t num_threads) {
     int64_t tiles = out_features / TILE_OUT, threads = num_threads;
     if (threads > tiles) threads = tiles;
     if (threads > MOST_THREADS) threads = MOST_THREADS;
@@ -145,6 +157,7 @@ EXPORT void turret_nf4_experts(const bf16 *x, int64_t x_stride, const int64_t *e
     in_pieces(multiply_share, &job, job.pieces, threads);
 }
 
+#ifndef MXFP4
 /* The product in which each slice of the outputs has its own input: x is [slices, rows, in]. shape: as in
  * turret_adapt; widths are multiples of TILE_OUT. */
 typedef struct {
@@ -220,10 +233,12 @@ EXPORT void turret_nf4_turned(const uint8_t *packed, const bf16 *absmax, bf16 *w
     Turned job = {packed, absmax, w, out_features, in_features};
     in_pieces(turn_tile, &job, out_features / TILE_OUT, num_threads);
 }
+#endif
 #else
-EXPORT int64_t turret_has_products(void) { return 0; }
-EXPORT void turret_nf4_product(void) {}
+EXPORT void NAME(product)(void) {}
+EXPORT void NAME(experts)(void) {}
+#ifndef MXFP4
 EXPORT void turret_nf4_slices(void) {}
-EXPORT void turret_nf4_experts(void) {}
 EXPORT void turret_nf4_turned(void) {}
+#endif
 #endif

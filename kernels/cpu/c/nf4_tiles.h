@@ -6,7 +6,7 @@
  * only once.
  */
 #define ROW_BLOCK 128 /* most rows for which codes are looked up once */
-#define BLOCK_TILES 4 /* [outputs / 16, inputs / 32] */
+#define HALVES (BLOCK / TILE_INPUTS) /* of a block: NF4 has two, MXFP4 one */
 
 /* Numbers of the tiles: sums for either half of the outputs, x for either half of the inputs, then the weights.
  * They are macros, not an enum, because the number of a tile is part of the instruction. */
@@ -19,7 +19,7 @@
 #define W_10 6
 #define W_11 7
 
-typedef __m512i Weights[BLOCK_TILES][TILE_ROWS];
+typedef __m512i Weights[2 * HALVES][TILE_ROWS]; /* [outputs / 16, inputs / 32] */
 
 INLINE void begin_products(int64_t rows) {
     /* An expert that no row chose has no rows, and a tile cannot have 0 rows. */
@@ -31,13 +31,13 @@ INLINE void end_products(void) { tiles_end(); }
 /* Looks up a block's weights and prefetches the lines. */
 INLINE void look_up_block(const uint8_t *packed, Lines lines, Weights weights) {
     const __m512i values = _mm512_loadu_si512(VALUES);
-    for (int half = 0; half < 2; half++, packed += TILE_ROWS * TILE_OUT) {
+    for (int half = 0; half < HALVES; half++, packed += TILE_ROWS * TILE_OUT) {
 #pragma GCC unroll 16
         for (int k = 0; k < TILE_ROWS; k++) {
             __m512i w[2];
             look_up(packed + k * TILE_OUT, values, w);
             weights[half][k] = w[0];
-            weights[2 + half][k] = w[1];
+            weights[HALVES + half][k] = w[1];
             if (k % 2 == 0) __builtin_prefetch(packed + k * TILE_OUT + DISTANCE);
         }
     }
@@ -52,11 +52,13 @@ INLINE void multiply_group(const bf16 *x, int64_t x_stride, Found found) {
     tile_zero(SUM_0);
     tile_zero(SUM_1);
     tile_load(X_0, x, x_stride * sizeof(bf16));
-    tile_load(X_1, x + TILE_INPUTS, x_stride * sizeof(bf16));
+    if (HALVES == 2) tile_load(X_1, x + TILE_INPUTS, x_stride * sizeof(bf16));
     tile_add_product(SUM_0, X_0, W_00);
     tile_add_product(SUM_1, X_0, W_10);
-    tile_add_product(SUM_0, X_1, W_01);
-    tile_add_product(SUM_1, X_1, W_11);
+    if (HALVES == 2) {
+        tile_add_product(SUM_0, X_1, W_01);
+        tile_add_product(SUM_1, X_1, W_11);
+    }
     tile_store(SUM_0, found[0], TILE_BYTES);
     tile_store(SUM_1, found[1], TILE_BYTES);
 }
@@ -85,9 +87,9 @@ static void multiply_tile(const Product *p, int64_t tile, int64_t first, int64_t
         const __m512i(*w)[TILE_ROWS] = weights[b % 2];
         __m512 scale[2] = {widen(absmax), widen(absmax + LANES)};
         tile_load(W_00, w[0], TILE_BYTES);
-        tile_load(W_01, w[1], TILE_BYTES);
-        tile_load(W_10, w[2], TILE_BYTES);
-        tile_load(W_11, w[3], TILE_BYTES);
+        if (HALVES == 2) tile_load(W_01, w[1], TILE_BYTES);
+        tile_load(W_10, w[HALVES], TILE_BYTES);
+        if (HALVES == 2) tile_load(W_11, w[HALVES + 1], TILE_BYTES);
         packed += BLOCK_BYTES;
         if (b + 1 < blocks) look_up_block(packed, next_lines(walk, rows), weights[(b + 1) % 2]);
         Found found[2] __attribute__((aligned(64)));

@@ -2,6 +2,9 @@
 
 Every HF module is quantised on its own: block 64, double quantisation. Fusing q·k·v and gate·up
 joins the *packed* rows, so the served model equals its bitsandbytes-4bit checkpoint.
+
+Experts whose checkpoint has MXFP4 keep its values. They are stored in the same way, as a weight of
+bitsandbytes' ``fp4`` with its own table of values, blocks of 32 and scales that are not quantised.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import torch
 
 from turret.kernels.cpu.native import has_native_products
 from turret.kernels.cpu.row_adapters import Ahead
+from turret.kernels.nf4_matmul import MXFP4, NF4, Format
 from turret.kernels.rows.linear import prepare_linear, row_linear, row_linear_turned
 from turret.server.adapters.base import WeightRows
 from turret.server.models.weights.base_linear import BaseLinear
@@ -66,6 +70,8 @@ with _without_compiler():
 
 BLOCKSIZE = 64
 _IDENTITY_ROWS = 512
+# The exponent of E8M0's smallest power of two.
+_LEAST_EXPONENT = -127
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +95,39 @@ class Nf4Weight:
         return cls(packed, state)
 
     @classmethod
+    def of_mxfp4(cls, weight: torch.Tensor) -> Nf4Weight | None:
+        """Encode a weight that was dequantised from MXFP4, with exactly its values.
+
+        The codes may differ from those of the file, because several encode the same values.
+
+        Args:
+            weight: ``[out, in]``.
+
+        Returns:
+            None if the weight has other values, or infinite ones.
+        """
+        if weight.shape[1] % MXFP4.block or not weight.isfinite().all():
+            return None
+        blocks = weight.float().reshape(-1, MXFP4.block)
+        # The largest value of a block becomes 4 or 6. The exponent is at least that of E8M0.
+        exponents = (blocks.abs().amax(1).frexp().exponent - 3).clamp_(min=_LEAST_EXPONENT)
+        doubled = torch.ldexp(blocks.abs(), 1 - exponents[:, None]).to(torch.uint8)
+        # The magnitudes, doubled, are 0 to 4, 6, 8 and 12.
+        codes = doubled.clamp(max=4).add_(doubled > 4).add_(doubled > 6).add_(doubled > 8)
+        packed = codes.add_(blocks.signbit(), alpha=8).view(-1, 2)
+        state = functional.QuantState(
+            # bf16 holds every power of two of E8M0.
+            absmax=torch.ldexp(torch.ones(len(exponents)), exponents).to(torch.bfloat16),
+            shape=weight.shape,
+            code=torch.tensor(MXFP4.code),
+            blocksize=MXFP4.block,
+            quant_type="fp4",
+            dtype=torch.bfloat16,
+        )
+        made = cls((packed[:, :1] << 4) | packed[:, 1:], state)
+        return made if torch.equal(made.dequantize(torch.float32), weight.float()) else None
+
+    @classmethod
     def from_tensors(cls, name: str, tensors: Mapping[str, torch.Tensor]) -> Nf4Weight | None:
         """Take a weight from a bitsandbytes-4bit checkpoint, with exactly the values it has there.
 
@@ -97,10 +136,13 @@ class Nf4Weight:
             tensors: At least this weight's tensors.
 
         Returns:
-            None if no kernel reads the weight: FP4, or blocks that are not a multiple of 64.
+            None if no kernel reads the weight: FP4 other than the MXFP4 of experts, or blocks that
+            are not a multiple of 64.
         """
         state = _state_in(name, tensors)
         weight = cls(tensors[name], state)
+        if weight.format == MXFP4 and reads_mxfp4(name):
+            return weight
         if state.quant_type != "nf4" or weight.blocksize % BLOCKSIZE:
             return None
         return weight.in_blocks_of_64()
@@ -129,10 +171,18 @@ class Nf4Weight:
 
     @property
     def blocksize(self) -> int:
-        """The number of weights that share a maximum; no kernel reads others than 64."""
+        """The number of weights that share a maximum."""
         found = self.state.blocksize
         assert found is not None
         return found
+
+    @property
+    def format(self) -> Format:
+        """The format that kernels read, for a weight that one of them reads."""
+        code = self.state.code
+        if self.blocksize == MXFP4.block and code is not None and code.tolist() == [*MXFP4.code]:
+            return MXFP4
+        return NF4
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -153,11 +203,27 @@ class Nf4Weight:
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """``[out, in]`` in ``dtype``."""
+        if self.format == MXFP4:
+            return self.decode().to(dtype)
         # As one row, because bitsandbytes' CPU kernel misreads blocks that span two rows.
         flat = 1, self.shape[0] * self.shape[1]
         return torch.ops.bitsandbytes.dequantize_4bit(
             self.packed, self.absmax(), BLOCKSIZE, "nf4", flat, dtype
         ).view(self.shape)
+
+    def decode(self) -> torch.Tensor:
+        """``[out, in]`` fp32, of a weight in any 4-bit format of bitsandbytes."""
+        codes = self.packed.view(torch.uint8).view(-1)
+        pairs = torch.stack((codes >> 4, codes & 15), dim=1).view(-1).int()
+        out_features, in_features = self.shape
+        scales = self.absmax().repeat_interleave(self.blocksize)[: out_features * in_features]
+        assert self.state.code is not None
+        return (self.state.code[pairs] * scales).view(out_features, in_features)
+
+
+def reads_mxfp4(name: str) -> bool:
+    """Whether the products with a weight of this name support MXFP4, as those of experts do."""
+    return ".experts." in name
 
 
 def dequantize_stored(name: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -165,14 +231,7 @@ def dequantize_stored(name: str, tensors: Mapping[str, torch.Tensor]) -> torch.T
 
     See ``Nf4Weight.from_tensors``.
     """
-    state = _state_in(name, tensors)
-    weight = Nf4Weight(tensors[name], state)
-    codes = weight.packed.view(torch.uint8).view(-1)
-    pairs = torch.stack((codes >> 4, codes & 15), dim=1).view(-1).int()
-    out_features, in_features = weight.shape
-    scales = weight.absmax().repeat_interleave(weight.blocksize)[: out_features * in_features]
-    assert state.code is not None
-    return (state.code[pairs] * scales).view(out_features, in_features)
+    return Nf4Weight(tensors[name], _state_in(name, tensors)).decode()
 
 
 def _state_in(name: str, tensors: Mapping[str, torch.Tensor]) -> functional.QuantState:
@@ -232,7 +291,7 @@ class PackedLinear(BaseLinear):
 
     Args:
         packed: ``[sum(widths), in / 2]`` uint8.
-        absmax: ``[in / 64, sum(widths)]`` bf16.
+        absmax: ``[in / 64, sum(widths)]`` bf16, or ``[in / 32, sum(widths)]`` for MXFP4.
         widths: Outputs of each slice, multiples of ``TILE_ROWS``.
     """
 
@@ -242,8 +301,8 @@ class PackedLinear(BaseLinear):
 
     @classmethod
     def pack(cls, slices: Sequence[Nf4Weight]) -> PackedLinear:
-        """Fuse weights that share their input."""
-        blocks = slices[0].shape[1] // BLOCKSIZE
+        """Fuse weights that share their input and their format."""
+        blocks = slices[0].shape[1] // slices[0].format.block
         absmax = [weight.absmax().view(-1, blocks).T.to(torch.bfloat16) for weight in slices]
         # The layout is tiles of rows, tile-major, so joining rows means joining the bytes.
         packed = torch.cat([pack(weight.packed, weight.shape) for weight in slices])
@@ -255,6 +314,11 @@ class PackedLinear(BaseLinear):
     ) -> torch.Tensor:
         shape = self.packed.shape[0], self.in_features
         return nf4_product(x, self.packed, self.absmax, shape, ahead)
+
+    @property
+    def format(self) -> Format:
+        """The format of the weights."""
+        return MXFP4 if self.absmax.shape[0] * MXFP4.block == self.in_features else NF4
 
     def formulation(self) -> str:
         """A description of the product, which is tried now if it is a library's."""
@@ -272,7 +336,7 @@ class PackedLinear(BaseLinear):
         return torch.cat(columns, dim=1).contiguous()
 
     def turned_product(self, grad: torch.Tensor) -> torch.Tensor:
-        if not has_native_products():
+        if not has_native_products() or self.format == MXFP4:
             return super().turned_product(grad)
         shape = self.packed.shape[0], self.in_features
         turned = nf4_turned(self.packed, self.absmax, shape)
@@ -331,7 +395,7 @@ def nf4_linear(
     is held dequantised.
 
     Args:
-        slices: The weights.
+        slices: The weights, all in one format; on the gpu path, NF4.
         dtype: The dtype of activations.
         device: Where they are served.
         gpu: Whether the gpu path serves them.
@@ -342,10 +406,11 @@ def nf4_linear(
 
         return GpuLinear.fuse(slices, dtype, device)
     shapes = [weight.shape for weight in slices]
+    has_product = has_nf4_product if slices[0].format == NF4 else has_native_products
     if (
         device.type == "cpu"
         and dtype == torch.bfloat16
-        and has_nf4_product()
+        and has_product()
         and all(out % TILE_ROWS == 0 and inner % BLOCKSIZE == 0 for out, inner in shapes)
     ):
         return PackedLinear.pack(slices)
@@ -369,7 +434,7 @@ def fuse_weights(
         gpu: Whether the gpu path serves them.
     """
     parts: list[BaseLinear] = []
-    for _, group in groupby(weights, type):
+    for _, group in groupby(weights, lambda weight: getattr(weight, "format", None)):
         run = list(group)
         nf4 = [weight for weight in run if isinstance(weight, Nf4Weight)]
         dense = [weight.to(dtype) for weight in run if isinstance(weight, torch.Tensor)]

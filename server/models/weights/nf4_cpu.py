@@ -12,6 +12,7 @@ import torch
 
 from turret.kernels.cpu.native import functions, has_kernels, has_native_products, num_threads
 from turret.kernels.cpu.row_adapters import Ahead
+from turret.kernels.nf4_matmul import MXFP4, Format
 from turret.kernels.rows.trial import SAMPLE_ROWS, Compute, Sizes, choose, in_sizes, name_of
 
 _BLOCKSIZE = 64
@@ -60,7 +61,8 @@ def nf4_product(
     Args:
         x: ``[rows, in]`` bf16.
         packed: ``[out, in / 2]`` uint8.
-        absmax: ``[in / 64, out]`` bf16.
+        absmax: ``[in / 64, out]`` bf16. If there are more, they are the scales of MXFP4, which
+            needs ``has_native_products``.
         shape: ``(out, in)``.
         ahead: The memory to prefetch meanwhile.
 
@@ -75,7 +77,9 @@ def nf4_product(
     rows, (out_features, in_features) = x.shape[0], shape
     out = torch.empty(rows, out_features, dtype=torch.bfloat16)
     step, module = ahead or (None, 0)
-    functions().turret_nf4_product(
+    is_mxfp4 = absmax.shape[0] * MXFP4.block == in_features
+    product = functions().turret_mxfp4_product if is_mxfp4 else functions().turret_nf4_product
+    product(
         x.data_ptr(),
         x.stride(0),
         rows,
@@ -113,6 +117,7 @@ def nf4_expert_products(
     ends: torch.Tensor,
     weights: torch.Tensor,
     shape: tuple[int, int],
+    weight_format: Format,
 ) -> torch.Tensor:
     """Multiply runs of rows, each by a weight of its own; only where ``has_native_products``.
 
@@ -122,6 +127,7 @@ def nf4_expert_products(
         weights: Addresses of each one's codes and maxima, as ``nf4_product`` takes them,
             ``[weights, 2]`` int64.
         shape: ``(out, in)``, the same for all.
+        weight_format: The format of all of them.
 
     Returns:
         ``[rows, out]`` bf16; a row has the bits of ``nf4_product``.
@@ -129,7 +135,9 @@ def nf4_expert_products(
     out_features, in_features = shape
     x = x if x.stride(1) == 1 else x.contiguous()
     out = torch.empty(x.shape[0], out_features, dtype=torch.bfloat16)
-    functions().turret_nf4_experts(
+    is_mxfp4 = weight_format == MXFP4
+    product = functions().turret_mxfp4_experts if is_mxfp4 else functions().turret_nf4_experts
+    product(
         x.data_ptr(),
         x.stride(0),
         ends.data_ptr(),

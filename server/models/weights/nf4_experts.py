@@ -8,7 +8,7 @@ import torch
 
 from turret.kernels.cpu.native import has_native_products
 from turret.kernels.expert_routing import Routing
-from turret.kernels.nf4_matmul import Nf4Matrix
+from turret.kernels.nf4_matmul import MXFP4, NF4, Nf4Matrix
 from turret.server.errors import InvalidRequestError
 from turret.server.models.weights.base_linear import BaseLinear
 from turret.server.models.weights.nf4 import (
@@ -35,8 +35,6 @@ from turret.server.words import say
 
 # Bytes of codes that share one scale.
 BYTES = 16
-# Values of E2M1's three lower bits; the fourth bit is the sign.
-_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # The bit pattern of 2^-127 in fp32.
 _LEAST = 1 << 22
 
@@ -51,8 +49,7 @@ def dequantize_mxfp4(codes: torch.Tensor, exponents: torch.Tensor) -> torch.Tens
     Returns:
         ``[out, in]`` bf16.
     """
-    signed = [*_MAGNITUDES, *(-value for value in _MAGNITUDES)]
-    values = torch.tensor(signed, device=codes.device)
+    values = torch.tensor(MXFP4.code, device=codes.device)
     pairs = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).int()
     # Exponents are those of fp32, except that the smallest one gives a subnormal number.
     bits = torch.where(exponents == 0, _LEAST, exponents.int() << 23)
@@ -169,15 +166,18 @@ class Nf4Experts:
         self._dtype = dtype
         self._experts: list[BaseLinear] = []
         self._addresses: torch.Tensor | None = None
-        # On the gpu path. All weights are numbers if one of them is stored as numbers.
+        self._format = NF4
+        # On the gpu path. All weights are numbers unless all have the same format.
         self._stacked: Nf4Matrix | torch.Tensor | None = None
         if gpu:
             self._stacked = self._stack(experts, device)
             return
         self._experts = [fuse_weights(slices, dtype, device) for slices in experts]
-        # The C product computes all experts in one call if all are quantised.
+        # The C product computes all experts in one call if all have the same format.
         packed = [expert for expert in self._experts if isinstance(expert, PackedLinear)]
-        if has_native_products() and len(packed) == len(self._experts):
+        formats = {expert.format for expert in packed}
+        if has_native_products() and len(packed) == len(self._experts) and len(formats) == 1:
+            (self._format,) = formats
             addresses = [[each.packed.data_ptr(), each.absmax.data_ptr()] for each in packed]
             self._addresses = torch.tensor(addresses, dtype=torch.int64)
 
@@ -189,11 +189,15 @@ class Nf4Experts:
             raise InvalidRequestError.of("model", said)
         weights = [weight for expert in experts for weight in expert]
         slices = [weight for weight in weights if isinstance(weight, Nf4Weight)]
-        if len(slices) < len(weights):
+        formats = {weight.format for weight in slices}
+        if len(slices) < len(weights) or len(formats) > 1:
             return torch.cat([self._numbers(weight) for weight in weights]).to(device)
         packed = torch.cat([weight.packed.view(-1) for weight in slices]).to(device)
         absmax = torch.cat([weight.absmax() for weight in slices]).to(device)
-        return Nf4Matrix(packed, absmax, len(experts) * self.out_features, self.in_features)
+        (found,) = formats
+        if found == MXFP4:
+            absmax = absmax.to(torch.bfloat16)
+        return Nf4Matrix(packed, absmax, len(experts) * self.out_features, self.in_features, found)
 
     def _numbers(self, weight: Nf4Weight | torch.Tensor) -> torch.Tensor:
         if isinstance(weight, torch.Tensor):
@@ -221,7 +225,8 @@ class Nf4Experts:
         x = x if rows is None else x.index_select(0, rows)
         if self._addresses is not None:
             shape = self.out_features, self.in_features
-            return nf4_expert_products(x, routing.ends, self._addresses, shape)
+            addresses = self._addresses
+            return nf4_expert_products(x, routing.ends, addresses, shape, self._format)
         parts = [self._experts[expert](x[pairs]) for expert, pairs in routing.runs]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -72,6 +72,9 @@ def over(versions: dict, kernel: str, allowed: Callable[[str], float]) -> dict[s
 
 
 def nf4_limit(name: str) -> float:
+    if "IS_MXFP4=True" in name:
+        # A scale is applied for every 32 weights, not 64.
+        return 8.5
     if "TILES=" not in name:
         # A tile of experts has at most 16 pairs.
         return 7.0

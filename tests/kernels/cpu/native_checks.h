@@ -63,10 +63,6 @@ void turret_dots(const Product *);
 void turret_columns(const Product *);
 void turret_dense_product(const bf16 *, int64_t, int64_t, const bf16 *, bf16 *, int64_t, int64_t, int64_t,
                           int64_t, bf16 *);
-void turret_nf4_product(const bf16 *, int64_t, int64_t, const uint8_t *, const bf16 *, bf16 *, int64_t,
-                        int64_t, int64_t, const Step *, int64_t);
-void turret_nf4_experts(const bf16 *, int64_t, const int64_t *, int64_t, const void *const *, bf16 *, int64_t,
-                        int64_t, int64_t);
 void turret_nf4_slices(const bf16 *, int64_t, const uint8_t *, const bf16 *, bf16 *, int64_t, int64_t, int64_t,
                        const Step *, const int64_t *);
 void turret_change_inputs(const Step *, int64_t, const Inputs *, const bf16 *, int64_t, int64_t, bf16 *);

@@ -79,12 +79,18 @@ static void check_dense(int64_t out, int64_t in) {
     free(x), free(w), free(y), free(one), free(expected), free(scratch);
 }
 
-static void check_nf4(int64_t out, int64_t in) {
-    static const double values[16] = {-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343,
-                                      -0.09105004, 0.0, 0.0795803, 0.1609302, 0.2461123, 0.33791524,
-                                      0.44070983, 0.562617, 0.72295684, 1.0};
+typedef void FourBitProduct(const bf16 *, int64_t, int64_t, const uint8_t *, const bf16 *, bf16 *, int64_t,
+                            int64_t, int64_t, const Step *, int64_t);
+typedef void FourBitExperts(const bf16 *, int64_t, const int64_t *, int64_t, const void *const *, bf16 *,
+                            int64_t, int64_t, int64_t);
+FourBitProduct turret_nf4_product, turret_mxfp4_product;
+FourBitExperts turret_nf4_experts, turret_mxfp4_experts;
+
+/* `format` is the name in failures; `block` inputs share a scale. */
+static void check_4bit(const char *format, const double *values, int64_t block, FourBitProduct *multiply,
+                       FourBitExperts *multiply_experts, int64_t out, int64_t in) {
     if (!turret_has_products()) return;
-    bf16 *x = halves(PRODUCT_ROWS * in), *scale = halves(in / 64 * out), *y = halves(PRODUCT_ROWS * out);
+    bf16 *x = halves(PRODUCT_ROWS * in), *scale = halves(in / block * out), *y = halves(PRODUCT_ROWS * out);
     bf16 *one = halves(out);
     uint8_t *packed = malloc(out * in / 2 + 256);
     for (int64_t i = 0; i < out * in / 2; i++) packed[i] = rand();
@@ -95,23 +101,23 @@ static void check_nf4(int64_t out, int64_t in) {
                 /* Low nibbles are outputs 0 to 15, high ones 16 to 31; inputs lie in pairs. */
                 uint8_t byte = packed[o / 32 * 16 * in + k / 2 * 32 + o % 16 * 2 + k % 2];
                 double w = values[o % 32 < 16 ? byte & 15 : byte >> 4];
-                expected[r * out + o] += to_f32(x[r * in + k]) * w * to_f32(scale[k / 64 * out + o]);
+                expected[r * out + o] += to_f32(x[r * in + k]) * w * to_f32(scale[k / block * out + o]);
             }
-    turret_nf4_product(x, in, PRODUCT_ROWS, packed, scale, y, out, in, threads, 0, 0);
-    near_bf16("nf4", y, expected, PRODUCT_ROWS * out);
+    multiply(x, in, PRODUCT_ROWS, packed, scale, y, out, in, threads, 0, 0);
+    near_bf16(format, y, expected, PRODUCT_ROWS * out);
     add_bits(y, PRODUCT_ROWS * out);
     for (int64_t r = 0; r < PRODUCT_ROWS; r++) {
-        turret_nf4_product(x + r * in, in, 1, packed, scale, one, out, in, threads, 0, 0);
-        same("nf4", one, y + r * out, out * sizeof(bf16));
+        multiply(x + r * in, in, 1, packed, scale, one, out, in, threads, 0, 0);
+        same(format, one, y + r * out, out * sizeof(bf16));
     }
     /* Three weights, the second without rows, of which the first and the last are the same. */
     const void *weights[] = {packed, scale, 0, 0, packed, scale};
     int64_t ends[] = {4, 4, PRODUCT_ROWS};
     bf16 *again = halves(PRODUCT_ROWS * out);
-    turret_nf4_experts(x, in, ends, 3, weights, again, out, in, threads);
-    same("nf4 of experts", again, y, PRODUCT_ROWS * out * sizeof(bf16));
+    multiply_experts(x, in, ends, 3, weights, again, out, in, threads);
+    same(format, again, y, PRODUCT_ROWS * out * sizeof(bf16));
     /* Two slices of inputs of their own: the first has the rows in the other order. */
-    if (out > 64) {
+    if (block == 64 && out > 64) {
         const int64_t shape[] = {in, 2, 0, 32, out - 32};
         bf16 *xs = halves(2 * PRODUCT_ROWS * in);
         memcpy(xs + PRODUCT_ROWS * in, x, PRODUCT_ROWS * in * sizeof(bf16));
@@ -126,6 +132,18 @@ static void check_nf4(int64_t out, int64_t in) {
     }
     free(again);
     free(x), free(scale), free(y), free(one), free(packed), free(expected);
+}
+
+static void check_nf4(int64_t out, int64_t in) {
+    static const double values[16] = {-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343,
+                                      -0.09105004, 0.0, 0.0795803, 0.1609302, 0.2461123, 0.33791524,
+                                      0.44070983, 0.562617, 0.72295684, 1.0};
+    check_4bit("nf4", values, 64, turret_nf4_product, turret_nf4_experts, out, in);
+}
+
+static void check_mxfp4(int64_t out, int64_t in) {
+    static const double values[16] = {0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6};
+    check_4bit("mxfp4", values, 32, turret_mxfp4_product, turret_mxfp4_experts, out, in);
 }
 
 /* The structure that turret_screen reads. */

@@ -7,6 +7,7 @@ directory's config contains the values that llama.cpp assumes and no key stores.
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -107,15 +108,21 @@ async def test_it_is_the_directory_that_it_was_made_of(
 
 
 def in_mxfp4(folder: Path) -> None:
-    """Replace the weights of experts with their MXFP4 values."""
+    """Store the experts as gpt-oss' own checkpoint does, with the values of llama.cpp's blocks."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
-    for name, tensor in tensors.items():
-        if name.endswith(("gate_up_proj", "down_proj")):
-            rows = tensor.transpose(1, 2).float().numpy()
-            values = gguf.dequantize(gguf.quantize(rows, Kind.MXFP4), Kind.MXFP4)
-            tensors[name] = torch.from_numpy(values).transpose(1, 2).to(tensor.dtype).contiguous()
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "experts.down_proj"))]:
+        rows = tensors.pop(name).transpose(1, 2).float().numpy()
+        count, out, inner = rows.shape
+        # A block is an exponent and 16 bytes; the second halves of bytes have the later codes.
+        blocks = torch.from_numpy(gguf.quantize(rows, Kind.MXFP4)).view(count, out, inner // 32, 17)
+        codes = torch.cat((blocks[..., 1:] & 15, blocks[..., 1:] >> 4), dim=-1)
+        tensors[f"{name}_blocks"] = codes[..., ::2] | codes[..., 1::2] << 4
+        tensors[f"{name}_scales"] = blocks[..., 0].contiguous()
     save_file(tensors, file, metadata={"format": "pt"})
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), "quantization_config": {"quant_method": "mxfp4"}}
+    path.write_text(json.dumps(config))
 
 
 async def test_experts_in_mxfp4_are_as_the_file_has_them(
@@ -125,12 +132,16 @@ async def test_experts_in_mxfp4_are_as_the_file_has_them(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     changes, more = FAMILIES["gpt_oss"]
     folder = save_tiny_model("gpt_oss", tmp_path / "model", changes=changes)
-    in_mxfp4(folder)
     file = tmp_path / "tiny.gguf"
     write_gguf(folder, file, Kind.BF16, more=more, experts=Kind.MXFP4)
     kinds = {t.tensor_type for t in gguf.GGUFReader(file).tensors if "_exps.weight" in t.name}
     assert kinds == {Kind.MXFP4}
+    in_mxfp4(folder)
     await assert_is_the_directory(file, folder, tmp_path)
+    fidelity = resolve_model(file, default_cache_dir()).fidelity
+    assert fidelity is not None
+    experts = [kind for kind in fidelity.kinds() if kind.module.startswith("experts.")]
+    assert {(kind.state, kind.source) for kind in experts} == {("as-stored", "mxfp4")}
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from builders.bases.tiny_models import save_tiny_model, served_weights
+from builders.methods import load_adapter, make_config, save_adapter
+from method_oracle import check_greedy, oracle_logprobs, prompt_of
 from safetensors.torch import load_file, save_file
 from said import says
+from servers.engine_harness import EngineHarness, make_request
+from servers.gpu_serving import gpu_serving
+from transformers import AutoModelForCausalLM, Mxfp4Config
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from turret.server.errors import InvalidRequestError
-from turret.server.models.model_source import resolve_model
+from turret.server.models.fidelity import Kind
+from turret.server.models.model_source import inspect_model, resolve_model
+from turret.server.models.weights.nf4 import Nf4Weight
 from turret.server.models.weights.nf4_experts import dequantize_mxfp4
 
 WEIGHTS = "model.safetensors"
@@ -76,11 +83,33 @@ def test_every_code_is_exact(exponent: int) -> None:
     assert torch.equal(found.double(), expected)
 
 
-def test_an_mxfp4_checkpoint_is_the_plain_one_that_it_stands_for(
-    plain: Path, tmp_path: Path
-) -> None:
-    """Codes and exponents may be in different files."""
-    packed = shutil.copytree(plain, tmp_path / "packed")
+@pytest.mark.parametrize("exponents", [(0, 20), (100, 130), (0, 253)])
+def test_an_encoded_weight_has_the_same_values(exponents: tuple[int, int]) -> None:
+    codes, _ = random_codes(64, 192)
+    # A block of zeros, blocks of one magnitude, and one whose largest code is 1.5.
+    codes[0, 0], codes[0, 1], codes[0, 2] = 0, 0x11, 0x90
+    codes[1] &= 0x33
+    scales = torch.randint(*exponents, (64, 6), dtype=torch.uint8)
+    weight = dequantize_mxfp4(codes, scales)
+    made = Nf4Weight.of_mxfp4(weight)
+    assert made is not None
+    stored = Nf4Weight.from_tensors("x.experts.0", made.to_tensors("x.experts.0"))
+    assert stored is not None
+    for found in (made, stored):
+        values = found.dequantize(torch.float32)
+        assert torch.equal(values, weight.float())
+        assert torch.equal(values.signbit(), weight.signbit())
+
+
+@pytest.mark.parametrize("value", [1.25, 7.0, float("inf"), float("nan")])
+def test_other_values_are_not_encoded(value: float) -> None:
+    weight = torch.zeros(32, 64)
+    weight[3, 3], weight[3, 4] = value, 2.0
+    assert Nf4Weight.of_mxfp4(weight) is None
+
+
+def in_mxfp4(folder: Path) -> Path:
+    """Replace the experts by random ones in the released layout, with codes in another file."""
     shards: dict[str, Tensors] = {"a": {}, "b": {}}
 
     def to_codes(tensors: Tensors) -> None:
@@ -90,23 +119,96 @@ def test_an_mxfp4_checkpoint_is_the_plain_one_that_it_stands_for(
             shards["a"][f"{name}_scales"], shards["b"][f"{name}_blocks"] = exponents, codes
         shards["a"].update(tensors)
 
-    change(packed, to_codes, quantization_config={"quant_method": "mxfp4"})
-    (packed / WEIGHTS).unlink()
+    change(folder, to_codes, quantization_config={"quant_method": "mxfp4"})
+    (folder / WEIGHTS).unlink()
     for shard, tensors in shards.items():
-        save_file(tensors, packed / f"{shard}.safetensors")
+        save_file(tensors, folder / f"{shard}.safetensors", metadata={"format": "pt"})
     index = {name: f"{s}.safetensors" for s, tensors in shards.items() for name in tensors}
-    (packed / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return folder
 
-    def to_numbers(tensors: Tensors) -> None:
-        for name, codes in shards["b"].items():
-            stem = name.removesuffix("_blocks")
-            tensors[stem] = convert_moe_packed_tensors(codes, shards["a"][f"{stem}_scales"])
 
-    change(plain, to_numbers)
-    one, other = (resolve_model(folder, tmp_path / "cache") for folder in (packed, plain))
-    assert one.digest == other.digest
-    assert one.weights != other.weights
-    same(served_weights(packed, torch.bfloat16), served_weights(plain, torch.bfloat16))
+@pytest.fixture
+def packed(plain: Path, tmp_path: Path) -> Path:
+    return in_mxfp4(shutil.copytree(plain, tmp_path / "packed"))
+
+
+def transformers_model(folder: Path) -> Any:
+    """Transformers' own model of an MXFP4 checkpoint, dequantised."""
+    config = Mxfp4Config(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.bfloat16
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mxfp4_is_served_as_transformers_dequantises_it(
+    plain: Path, packed: Path, dtype: torch.dtype
+) -> None:
+    found = served_weights(packed, dtype)
+    theirs = transformers_model(packed).state_dict()
+    experts = {name: theirs[name].mT.float() for name in found if ".experts." in name}
+    assert len(experts) == 4
+    same(found, served_weights(plain, dtype) | experts)
+
+
+def test_mxfp4_is_reported_as_stored(packed: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache" / "turret"
+    planned = inspect_model(packed, cache).kinds()
+    made = resolve_model(packed, cache).fidelity
+    assert made is not None
+    for kinds in (planned, made.kinds()):
+        experts = [kind for kind in kinds if kind.module.startswith("experts.")]
+        modules = ("experts.down_projs", "experts.gate_up_projs")
+        expected = [Kind(module, "as-stored", "mxfp4", 12, None) for module in modules]
+        assert sorted(experts, key=lambda kind: kind.module) == expected
+        assert {k.state for k in kinds if k not in experts} == {"quantized"}
+
+
+MAX_TOKENS = 4
+PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+async def check_answers(
+    packed: Path, root: Path, serve: Callable[..., Any], lengths: Sequence[int], **options: Any
+) -> None:
+    """Compare answers in one batch with PEFT and, bit by bit, with the same requests alone."""
+    oracle = transformers_model(packed).float()
+    lora = make_config("lora", target_modules=["q_proj"], target_parameters=PARAMETERS)
+    save_adapter(oracle, lora, root / "a", seed=3)
+    # Other modules as they are served.
+    served = served_weights(packed, torch.float32)
+    with torch.no_grad():
+        for name, weight in served.items():
+            if ".experts." not in name:
+                oracle.get_submodule(name).weight.copy_(weight)
+    prompts = [prompt_of(length, length) for length in lengths]
+    names = [(), ("a",)] * len(prompts)
+    asked = [
+        make_request(prompt, *names[n], max_tokens=MAX_TOKENS) for n, prompt in enumerate(prompts)
+    ]
+    async with serve(packed, root, adapters=["a"], **options) as harness:
+        together = await harness.run_all(asked)
+        for request, answer in zip(asked, together, strict=True):
+            assert (await harness.run(request)).bits == answer.bits
+    adapted = load_adapter(oracle, root / "a")
+    plain = oracle_logprobs(oracle, prompts[0])
+    assert (oracle_logprobs(adapted, prompts[0]) - plain).abs().max() > 0.05
+    for n, (prompt, answer) in enumerate(zip(prompts, together, strict=True)):
+        if options.get("dtype") != "bfloat16":
+            check_greedy(answer, adapted if names[n] else oracle, prompt, str(n))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+async def test_answers_on_mxfp4_equal_peft(packed: Path, tmp_path: Path, dtype: str) -> None:
+    lengths = (40, 3, 25, 1, 17, 30)
+    await check_answers(packed, tmp_path, EngineHarness.start, lengths, dtype=dtype)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter needs CPU tensors")
+@pytest.mark.long
+async def test_answers_on_mxfp4_equal_peft_on_the_gpu_path(packed: Path, tmp_path: Path) -> None:
+    await check_answers(packed, tmp_path, gpu_serving, (9, 3))
 
 
 def test_a_4bit_checkpoint_is_taken_with_experts_in_either_form(

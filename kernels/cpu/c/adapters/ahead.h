@@ -72,7 +72,7 @@ INLINE int64_t all_ranks(const Step *step, int64_t module) {
 }
 
 /* Returns the next lines to prefetch. More rows take longer to compute, so there are more lines for them. */
-static Lines next_lines(Walk *walk, int64_t rows) {
+__attribute__((unused)) static Lines next_lines(Walk *walk, int64_t rows) {
     const Step *step = walk->step;
     int64_t most = rows * 4 < MOST_LINES ? rows * 4 : MOST_LINES;
     if (!step || rows < LEAST_ROWS) return (Lines){0};
