@@ -7,7 +7,6 @@ import contextlib
 import functools
 import itertools
 import json
-import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,12 +20,14 @@ from turret.server.adapters.device.store import ProjectionLayout, StepStore
 from turret.server.adapters.operators.vocabulary import HEAD
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StagedUpload, UploadedFile
+from turret.server.basics.names import is_private
 from turret.server.engine.engine import Engine
 from turret.server.errors import (
     AdapterInUseError,
     AdapterNotFoundError,
     BudgetExceededError,
     InvalidRequestError,
+    UnavailableError,
 )
 from turret.server.models.decoding.decoder import Decoder
 from turret.server.training.learner import METHODS, Learner, Leaves, add_gradients, new_adapter
@@ -42,8 +43,6 @@ T = TypeVar("T")
 PASS_TOKENS, CHUNK_TOKENS = 512, 256
 MAX_RANK = 256
 _PIECE_BYTES = 1 << 20
-# Names that clients' samplers give to adapters: training/<session>/….
-_SAMPLER_ADAPTER = re.compile(r"training/[0-9a-f]{32}/.+")
 # Adapters in training, of all callers.
 MAX_LEARNERS = 64
 
@@ -101,7 +100,7 @@ class TrainingService:
         self._runner: asyncio.Task[None] | None = None
         # Samplers do not survive a restart; remove their adapters.
         for info in registry.list():
-            if _SAMPLER_ADAPTER.fullmatch(info.name):
+            if is_private(info.name):
                 self._unload(info.name)
 
     async def _on_engine(self, work: Callable[[Callable[[], None]], T]) -> T:
@@ -162,6 +161,9 @@ class TrainingService:
         found = self._learners.pop(learner, None)
         if found is not None:
             self._num_reserved -= 1
+            for work in self._waiting:
+                if work.learner is found:
+                    self._end(work, UnavailableError(say("TRAINING_ENDED")))
             await self._on_engine(lambda between: self._store.drop(found.served.key))
 
     # Passes.
@@ -198,25 +200,39 @@ class TrainingService:
     async def _run(self) -> None:
         """Run passes until nothing waits, each over chunks of as many adapters as fit."""
         while self._waiting:
-            batch = self._next_batch()
-            error: Exception | None = None
-            try:
-                if batch:
-                    await self._on_engine(functools.partial(self._pass, batch))
-            except Exception as raised:
-                error = raised
-            for work in {work for work, _ in batch if not work.done.done()}:
-                if error is not None:
-                    work.done.set_exception(error)
-                elif work.num_begun == len(work.chunks):
-                    work.done.set_result(None)
+            await self._run_batch(self._next_batch())
             self._waiting = [work for work in self._waiting if not work.done.done()]
+
+    async def _run_batch(self, batch: Sequence[tuple[_Work, Sequence[Datum]]]) -> None:
+        """Run a pass. If it fails, run it for each adapter alone, to fail only the one at fault."""
+        works = dict.fromkeys(work for work, _ in batch)
+        try:
+            await self._on_engine(functools.partial(self._pass, batch))
+        except Exception as error:
+            if len(works) > 1:
+                for work in works:
+                    if not work.done.done():
+                        await self._run_batch([each for each in batch if each[0] is work])
+                return
+            self._end(batch[0][0], error)
+        for work in works:
+            if work.num_begun == len(work.chunks):
+                self._end(work)
+
+    @staticmethod
+    def _end(work: _Work, error: Exception | None = None) -> None:
+        """Report the end of work, unless its adapter was dropped meanwhile."""
+        if work.done.done():
+            return
+        if error is None:
+            work.done.set_result(None)
+        else:
+            work.done.set_exception(error)
 
     def _next_batch(self) -> list[tuple[_Work, Sequence[Datum]]]:
         """The chunks of the next pass, round-robin over adapters; all have gradients, or none."""
         batch: list[tuple[_Work, Sequence[Datum]]] = []
-        waiting = [work for work in self._waiting if not work.done.done()]
-        kind = [work for work in waiting if work.has_grad == waiting[0].has_grad]
+        kind = [work for work in self._waiting if work.has_grad == self._waiting[0].has_grad]
         left = PASS_TOKENS
         while True:
             before = len(batch)

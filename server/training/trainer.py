@@ -92,7 +92,7 @@ class Training(Protocol):
         ...
 
     async def drop(self, learner: int) -> None:
-        """Forget an adapter; unknown ones are ignored."""
+        """Forget an adapter, and end its pass; unknown ones are ignored."""
         ...
 
     async def pass_over(
@@ -113,6 +113,9 @@ class Training(Protocol):
             loss: A name in ``LOSSES``.
             config: Numbers of the loss; the defaults are used for others.
             is_forward_only: Whether to compute no gradients.
+
+        Raises:
+            UnavailableError: The adapter was dropped meanwhile, or the server is shutting down.
         """
         ...
 

@@ -101,11 +101,12 @@ class OfModel(Body):
 class AdamParams(Body):
     """One step of AdamW."""
 
-    learning_rate: float = Field(0.0001, ge=0)
-    beta1: float = Field(0.9, ge=0, le=1)
-    beta2: float = Field(0.95, ge=0, le=1)
-    eps: float = Field(1e-12, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
+    # Outside of these ranges, float32 overflows or divides by zero.
+    learning_rate: float = Field(0.0001, ge=0, le=1e4)
+    beta1: float = Field(0.9, ge=0, le=0.999999)
+    beta2: float = Field(0.95, ge=0, le=0.999999)
+    eps: float = Field(1e-12, ge=1e-30, le=1e4)
+    weight_decay: float = Field(0.0, ge=0, le=1e4)
     grad_clip_norm: float = Field(0.0, ge=0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,17 +34,40 @@ _Pass, _Tensor, _Samples = (
     tinker_pb2.TinkerTensor,
     tinker_pb2.TinkerSamples,
 )
+_MOST_FLOAT32 = float(np.finfo(np.float32).max)
 _INT32, _INT64, _FLOAT32 = np.dtype("<i4"), np.dtype("<i8"), np.dtype("<f4")
 
 
-def parse_pass(data: bytes) -> tinker_pb2.TinkerPass:
-    """The message in a body.
+@dataclass(frozen=True, slots=True)
+class AskedPass:
+    """A pass as the client asks for it.
+
+    Attributes:
+        data: The sequences.
+        loss: A name in ``LOSSES``.
+        numbers: The settings of the loss.
+        is_forward_only: Whether to compute no gradients.
+    """
+
+    data: Sequence[Datum]
+    loss: str
+    numbers: Mapping[str, float]
+    is_forward_only: bool
+
+
+def read_address(body: bytes) -> tuple[str, int]:
+    """The model of a pass, and the number of the command.
 
     Raises:
-        InvalidRequestError: The bytes are not such a message.
+        InvalidRequestError: The body is not a message.
     """
+    message = _parse(body)
+    return message.model_id, message.seq_id
+
+
+def _parse(body: bytes) -> tinker_pb2.TinkerPass:
     try:
-        return _Pass.FromString(data)
+        return _Pass.FromString(body)
     except DecodeError:
         raise InvalidRequestError(say("MESSAGE_MALFORMED")) from None
 
@@ -141,19 +165,17 @@ class _Reader:
             raise _Refused
 
 
-def read_pass(
-    message: tinker_pb2.TinkerPass, info: ModelInfo
-) -> tuple[list[Datum], dict[str, float]]:
-    """The sequences of a pass, and the settings of its loss.
+def read_pass(body: bytes, info: ModelInfo) -> AskedPass:
+    """The pass in a body.
 
     Args:
-        message: The message.
+        body: A message.
         info: The model, which sets the limits on tokens.
 
     Raises:
         InvalidRequestError: Lists every offending field.
     """
-    violations = Violations()
+    message, violations = _parse(body), Violations()
     choices = ", ".join(LOSSES)
     shown = message.loss_fn[:_SHOWN_CHARS]
     is_known = message.loss_fn in LOSSES
@@ -167,9 +189,10 @@ def read_pass(
             data.append(reader.datum(datum, message.loss_fn, f"data[{index}]"))
             if violations.is_full:
                 break
-    settings = _settings(message, violations)
+    numbers = _settings(message, violations)
     violations.raise_if_any()
-    return [datum for datum in data if datum is not None], settings
+    sequences = [datum for datum in data if datum is not None]
+    return AskedPass(sequences, message.loss_fn, numbers, message.forward_only)
 
 
 def _settings(message: tinker_pb2.TinkerPass, violations: Violations) -> dict[str, float]:
@@ -189,7 +212,9 @@ def _settings(message: tinker_pb2.TinkerPass, violations: Violations) -> dict[st
         place = f"{path}.{name[:_SHOWN_CHARS]}"
         shown = name[:_SHOWN_CHARS]
         violations.check(name in known, place, "UNKNOWN_FIELD", name=shown)
-        violations.check(math.isfinite(value), place, "NOT_FINITE", dtype="float64")
+        # The losses are computed in float32.
+        is_finite = abs(value) <= _MOST_FLOAT32
+        violations.check(is_finite, place, "NOT_FINITE", dtype="float32")
     return settings
 
 
@@ -209,7 +234,8 @@ def result_of_pass(losses: Sequence[DatumLoss]) -> bytes:
         batch.data = b"".join(array.tobytes() for array in arrays)
         batch.offsets = ends.astype(_INT64).tobytes()
         batch.dtype = _Tensor.FLOAT32
-    total = math.fsum(float(tensor.double().sum()) for tensor in fields["elementwise_loss"])
+    # The sum of an infinite and a negative infinite loss is NaN.
+    total = sum(float(tensor.double().sum()) for tensor in fields["elementwise_loss"])
     result = tinker_pb2.TinkerPassResult(
         loss_fn_output_type=record.type_tag, loss_fn_outputs=[record], metrics={"loss:sum": total}
     )

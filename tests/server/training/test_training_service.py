@@ -175,6 +175,51 @@ async def test_requests_run_within_a_pass(tmp_path: Path) -> None:
         assert ended[-1] == "training", ended
 
 
+async def test_a_pass_that_fails_fails_no_other_adapter(tmp_path: Path) -> None:
+    text = prompt_of(20)
+    inputs = {"logprobs": torch.zeros(19), "advantages": torch.ones(19)}
+    faulty = Datum(text[:-1], {"target_tokens": torch.tensor(text[1:]), **inputs})
+    async with started(tmp_path) as (_, training):
+        learners = [await training.create(LearnerConfig(rank=4, seed=n)) for n in range(3)]
+        fine = [training.pass_over(n, [learned(text)], "cross_entropy", {}) for n in learners[1:]]
+        # torch cannot convert this number to float32, and raises an error.
+        fault = training.pass_over(learners[0], [faulty], "ppo", {"clip_high_threshold": 1e308})
+        failed, *found = await asyncio.gather(fault, *fine, return_exceptions=True)
+        assert isinstance(failed, RuntimeError)
+        for learner, result in zip(learners[1:], found, strict=True):
+            assert isinstance(result, list), result
+            assert (await training.step(learner, ADAM))["grad_norm"] > 0.0
+
+
+async def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
+    text = prompt_of(20)
+    async with started(tmp_path) as (_, training):
+        learner = await training.create(LearnerConfig(rank=4, seed=1))
+        data, huge = learned(text), learned(text)
+        huge.inputs["weights"].fill_(3e38)
+        before = await training.pass_over(learner, [data], "cross_entropy", {})
+        expected = await training.step(learner, AdamParams(learning_rate=0.0))
+        for given in ([huge], [data, huge]):
+            await training.pass_over(learner, given, "cross_entropy", {})
+            with pytest.raises(InvalidRequestError):
+                await training.step(learner, ADAM)
+        after = await training.pass_over(learner, [data], "cross_entropy", {})
+        assert torch.equal(after[0].losses, before[0].losses)
+        assert await training.step(learner, ADAM) == expected
+
+
+async def test_the_pass_of_a_dropped_adapter_ends(tmp_path: Path) -> None:
+    async with started(tmp_path) as (_, training):
+        learner = await training.create(LearnerConfig(rank=4, seed=1))
+        data = [learned(prompt_of(200, n)) for n in range(1000)]
+        passed = asyncio.ensure_future(training.pass_over(learner, data, "cross_entropy", {}))
+        await asyncio.sleep(0)
+        async with asyncio.timeout(30):
+            await training.drop(learner)
+            with pytest.raises(UnavailableError):
+                await passed
+
+
 async def test_a_step_that_fails_within_a_pass_ends_the_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
