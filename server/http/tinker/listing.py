@@ -20,7 +20,7 @@ from turret.server.http.tinker.door import Door, Link, body_of
 from turret.server.http.tinker.schemas import OfPath, Ttl
 from turret.server.words import say
 
-_MOST_LISTED = 1000
+_MOST_LISTED = 100
 # Files that only resume training, and those of the server, are not part of an archive.
 _ARCHIVED = ("adapter_config.json", "adapter_model.safetensors")
 _LINK_SECONDS = 900.0
