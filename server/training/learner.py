@@ -200,6 +200,20 @@ _ALPHA = 32.0
 METHODS = ("lora", "rslora", "dora", "loha", "ia3")
 
 
+# A parameter, its gradient and two moments in float32, the same number in an operator, its copy
+# with a gradient, and one more gradient in a pass.
+_BYTES_PER_PARAMETER = 32
+
+
+def num_bytes(method: str, rank: int, modules: Sequence[str], base: BaseModel) -> int:
+    """The approximate memory of an adapter in training; arguments are those of ``new_adapter``."""
+    shapes = [(base.modules[name].out_features, base.modules[name].in_features) for name in modules]
+    outputs = sum(rows for rows, _ in shapes)
+    low_rank = rank * sum(rows + columns for rows, columns in shapes)
+    count = {"loha": 2 * low_rank, "ia3": outputs}.get(method, low_rank + outputs)
+    return _BYTES_PER_PARAMETER * count
+
+
 def new_adapter(
     method: str, rank: int, seed: int, modules: Sequence[str], base: BaseModel
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

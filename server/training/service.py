@@ -8,6 +8,7 @@ import functools
 import itertools
 import json
 import secrets
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,14 @@ from turret.server.errors import (
     UnavailableError,
 )
 from turret.server.models.decoding.decoder import Decoder
-from turret.server.training.learner import METHODS, Learner, Leaves, add_gradients, new_adapter
+from turret.server.training.learner import (
+    METHODS,
+    Learner,
+    Leaves,
+    add_gradients,
+    new_adapter,
+    num_bytes,
+)
 from turret.server.training.losses import LOSSES, TARGETS, Loss
 from turret.server.training.trainer import AdamParams, Datum, DatumLoss, LearnerConfig
 from turret.server.training.training_pass import Segment, TrainingPass
@@ -41,10 +49,7 @@ T = TypeVar("T")
 # longer sequence gets a pass to itself. Chunks depend only on the lengths of an adapter's own
 # sequences, so its gradients are added in a fixed order, whatever else is in the passes.
 PASS_TOKENS, CHUNK_TOKENS = 512, 256
-MAX_RANK = 256
 _PIECE_BYTES = 1 << 20
-# Adapters in training, of all callers.
-MAX_LEARNERS = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -78,6 +83,8 @@ class TrainingService:
         layout: The shape of its projections.
         store: Holds the adapters of requests, and of passes.
         registry: Describes the base, and takes the adapters that are published.
+        max_rank: The highest rank.
+        max_bytes: The memory of all adapters in training; each owner has half of it.
     """
 
     def __init__(
@@ -87,14 +94,20 @@ class TrainingService:
         layout: ProjectionLayout,
         store: StepStore,
         registry: AdapterRegistry,
+        *,
+        max_rank: int,
+        max_bytes: int,
     ) -> None:
+        self._max_rank, self._max_bytes = max_rank, max_bytes
         self._engine = engine
         self._decoder = decoder
         self._layout = layout
         self._store = store
         self._registry = registry
         self._learners: dict[int, Learner] = {}
-        self._num_reserved = 0
+        # The bytes of adapters in training, by owner, and those of each adapter.
+        self._used: Counter[str] = Counter()
+        self._reserved: dict[int, tuple[str, int]] = {}
         self._numbers = itertools.count(1)
         self._waiting: list[_Work] = []
         self._runner: asyncio.Task[None] | None = None
@@ -112,19 +125,17 @@ class TrainingService:
 
     # Adapters.
 
-    async def create(self, config: LearnerConfig) -> int:
+    async def create(self, config: LearnerConfig, owner: str = "") -> int:
         """Create an adapter; see ``Training``."""
         if config.method not in METHODS:
             why = say("NOT_ONE_OF", value=config.method, choices=", ".join(METHODS))
             raise InvalidRequestError.of("method", why)
-        if not 1 <= config.rank <= MAX_RANK:
-            why = say("NOT_IN_RANGE", least=1, most=MAX_RANK, value=config.rank)
+        if not 1 <= config.rank <= self._max_rank:
+            why = say("NOT_IN_RANGE", least=1, most=self._max_rank, value=config.rank)
             raise InvalidRequestError.of("rank", why)
         modules = self._modules(config)
         if not modules:
             raise InvalidRequestError.of("train_attn", say("NOTHING_TO_TRAIN"))
-        if self._num_reserved >= MAX_LEARNERS:
-            raise BudgetExceededError(say("TOO_MANY_LEARNERS", most=MAX_LEARNERS))
         seed = secrets.randbits(62) if config.seed is None else config.seed
         number = next(self._numbers)
 
@@ -132,13 +143,28 @@ class TrainingService:
             base = self._registry.base
             return Learner(*new_adapter(config.method, config.rank, seed, modules, base), base)
 
-        self._num_reserved += 1
+        size = num_bytes(config.method, config.rank, modules, self._registry.base)
+        self._reserve(number, owner, size)
         try:
             self._learners[number] = await self._on_engine(make)
         except BaseException:
-            self._num_reserved -= 1
+            self._release(number)
             raise
         return number
+
+    def _reserve(self, number: int, owner: str, needed: int) -> None:
+        most = self._max_bytes // 2 if owner else self._max_bytes
+        used = self._used[owner] if owner else self._used.total()
+        if needed + used > most or needed + self._used.total() > self._max_bytes:
+            raise BudgetExceededError(say("TRAINING_FULL", bytes=needed, most=most, used=used))
+        self._used[owner] += needed
+        self._reserved[number] = owner, needed
+
+    def _release(self, number: int) -> None:
+        owner, held = self._reserved.pop(number)
+        self._used[owner] -= held
+        if not self._used[owner]:
+            del self._used[owner]
 
     def _modules(self, config: LearnerConfig) -> list[str]:
         wanted = {
@@ -160,7 +186,7 @@ class TrainingService:
         """Forget an adapter; see ``Training``."""
         found = self._learners.pop(learner, None)
         if found is not None:
-            self._num_reserved -= 1
+            self._release(learner)
             for work in self._waiting:
                 if work.learner is found:
                     self._end(work, UnavailableError(say("TRAINING_ENDED")))

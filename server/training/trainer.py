@@ -82,12 +82,16 @@ class Training(Protocol):
     Calls for one adapter must not overlap; calls for several run together.
     """
 
-    async def create(self, config: LearnerConfig) -> int:
+    async def create(self, config: LearnerConfig, owner: str = "") -> int:
         """Create an adapter.
+
+        Args:
+            config: Its config.
+            owner: The client, which may have half of the memory; empty if everybody is one.
 
         Raises:
             InvalidRequestError: A part of the config is not supported.
-            BudgetExceededError: Too many adapters are in training.
+            BudgetExceededError: There is no memory for it.
         """
         ...
 

@@ -138,7 +138,7 @@ async def _create(
 
         async def run() -> Result:
             try:
-                model.learner = await training.create(model.config)
+                model.learner = await training.create(model.config, model.owner)
                 return await begin(model)
             except BaseException:
                 door.sessions.drop_model(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -151,6 +152,27 @@ async def test_weights_are_one_unless_they_are_sent(tmp_path: Path) -> None:
         found = tinker_pb2.TinkerPassResult.FromString(with_weights)
         losses = np.frombuffer(found.loss_fn_outputs[0].fields["elementwise_loss"].data, "<f4")
         assert found.metrics["loss:sum"] == pytest.approx(float(losses.sum()), rel=1e-6)
+
+
+def test_parts_of_a_pass_are_counted_before_they_are_parsed() -> None:
+    entry = b"\x0a\x05%05x\x12\x00"
+    entries = [bytes((len(entry % 0),)) + entry % number for number in range(350_000)]
+    inputs = b"".join(b"\x12" + each for each in entries)
+    size = bytes((len(inputs) & 127 | 128, len(inputs) >> 7 & 127 | 128))
+    size += bytes((len(inputs) >> 14 & 127 | 128, len(inputs) >> 21))
+    for body in (
+        b"".join(b"\x3a" + each for each in entries),
+        b"\x1a\x00" * 2_000_000,
+        b"\x1a" + size + inputs,
+    ):
+        seconds = []
+        for _ in range(3):
+            start = time.thread_time()
+            wire.read_address(body)
+            with pytest.raises(InvalidRequestError, match="must have at most"):
+                wire.read_pass(b"\x22\x0dcross_entropy" + body, MODEL_INFO)
+            seconds.append(time.thread_time() - start)
+        assert min(seconds) < 0.25
 
 
 async def test_any_body_of_a_pass_is_answered(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import torch
 from method_oracle import prompt_of, twin
 from servers.engine_harness import EngineHarness, make_request
 
+from turret.server.adapters.operators.vocabulary import HEAD
 from turret.server.engine.scheduling.request import SamplingParams
 from turret.server.engine.step.runner import Runner, StepResult
 from turret.server.errors import BudgetExceededError, InvalidRequestError, UnavailableError
 from turret.server.training import service
+from turret.server.training.learner import num_bytes
 from turret.server.training.trainer import AdamParams, Datum, LearnerConfig, Training
 from turret.server.training.training_pass import TrainingPass
 
@@ -175,6 +178,28 @@ async def test_requests_run_within_a_pass(tmp_path: Path) -> None:
         assert ended[-1] == "training", ended
 
 
+async def test_work_that_cannot_be_interrupted_gets_no_more_than_its_share(tmp_path: Path) -> None:
+    async with started(tmp_path) as (harness, _):
+        begun: list[float] = []
+
+        def work(between: Callable[[], None]) -> None:
+            begun.append(time.monotonic())
+            time.sleep(0.1)
+
+        async def train() -> None:
+            while True:
+                await asyncio.wrap_future(harness.backend.engine.run_background(work))
+
+        training = [asyncio.ensure_future(train()) for _ in range(2)]
+        start = time.monotonic()
+        await harness.run(make_request(prompt_of(9), max_tokens=200))
+        seconds = time.monotonic() - start
+        for each in training:
+            each.cancel()
+        # The work that waits when the request arrives runs before it.
+        assert 0.1 * sum(each > start + 0.1 for each in begun) < 0.15 * seconds + 0.2
+
+
 async def test_a_pass_that_fails_fails_no_other_adapter(tmp_path: Path) -> None:
     text = prompt_of(20)
     inputs = {"logprobs": torch.zeros(19), "advantages": torch.ones(19)}
@@ -263,6 +288,8 @@ async def test_an_unsupported_adapter_is_refused(tmp_path: Path) -> None:
         for changes, field in (
             ({"method": "mystery"}, "method"),
             ({"rank": 0}, "rank"),
+            # The server could not serve it.
+            ({"rank": 129}, "rank"),
             ({"attention": False, "mlp": False}, "train_attn"),
         ):
             with pytest.raises(InvalidRequestError) as caught:
@@ -277,14 +304,20 @@ async def test_a_pass_without_sequences_ends(tmp_path: Path) -> None:
         assert (await training.step(learner, ADAM))["grad_norm"] == 0.0
 
 
-async def test_the_number_of_adapters_is_limited(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(service, "MAX_LEARNERS", 2)
-    async with started(tmp_path) as (_, training):
-        asked = (training.create(LearnerConfig(rank=4)) for _ in range(3))
+async def test_the_memory_of_adapters_is_limited_and_shared(tmp_path: Path) -> None:
+    async with started(tmp_path) as (harness, training):
+        config, base = LearnerConfig(rank=4), harness.registry.base
+        modules = [path for path in base.modules if path != HEAD]
+        one = num_bytes("lora", 4, modules, base)
+        count = 4 * sum(each.in_features + each.out_features for p, each in base.modules.items())
+        assert 32 * count / 2 < one < 40 * count
+        assert isinstance(training, service.TrainingService)
+        training._max_bytes = 4 * one
+        asked = (training.create(config, owner) for owner in ("a", "a", "a", "b"))
         made = await asyncio.gather(*asked, return_exceptions=True)
-        assert [type(each) for each in made] == [int, int, BudgetExceededError]
+        assert [type(each) for each in made] == [int, int, BudgetExceededError, int]
+        with pytest.raises(BudgetExceededError):
+            await training.create(LearnerConfig(rank=9), "c")
         assert isinstance(made[0], int)
         await training.drop(made[0])
-        await training.create(LearnerConfig(rank=4))
+        await training.create(config, "a")
