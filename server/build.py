@@ -174,7 +174,7 @@ def build_backend(
     )
     training = None
     if config.adapters.training:
-        training = _build_training(engine, decoder, store, registry)
+        training = _build_training(limits, engine, decoder, store, registry)
     vocabulary = Vocabulary(tokenizer, ConstraintCompiler(tokenizer))
     return Backend(
         engine=engine,
@@ -195,7 +195,11 @@ def build_backend(
 
 
 def _build_training(
-    engine: Engine, decoder: Decoder, store: AdapterStore, registry: AdapterRegistry
+    config: AdapterConfig,
+    engine: Engine,
+    decoder: Decoder,
+    store: AdapterStore,
+    registry: AdapterRegistry,
 ) -> Training:
     """What trains adapters.
 
@@ -210,7 +214,15 @@ def _build_training(
     from turret.server.training.service import TrainingService
 
     layout = describe_projections(decoder.arch)
-    return TrainingService(engine, decoder, layout, store, registry)
+    return TrainingService(
+        engine,
+        decoder,
+        layout,
+        store,
+        registry,
+        max_rank=config.max_rank,
+        max_bytes=config.training_bytes,
+    )
 
 
 def _template_shown(model: ModelConfig, tokenizer: Tokenizer) -> str:

@@ -271,6 +271,12 @@ class AdapterConfig:
     training: Switch = setting(
         False, "let callers with the role training train adapters on the base that serves"
     )
+    training_bytes: Bytes = setting(
+        4 * GIB,
+        "memory for adapters in training, of which one token may have half; each takes about 32"
+        " bytes per parameter",
+        ge=1,
+    )
     preload: Preloads = setting(
         (),
         "adapter to load at startup: its path relative to --adapter-root, hub:org/name[@revision],"

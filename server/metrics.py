@@ -21,6 +21,7 @@ from prometheus_client import (
 )
 
 from turret.server.basics.codes import Code
+from turret.server.basics.names import is_private
 
 # Number of adapters with a label value of their own; later ones share "other".
 MAX_ADAPTER_LABELS = 100
@@ -264,10 +265,9 @@ class Metrics:
         Args:
             most: Adapters that can run at once.
             running: Names, each once; the first ``MAX_LISTED_ADAPTERS`` by name are listed.
-            waiting: The same for waiting requests.
+            waiting: The same for waiting requests; private names are listed as ``other``.
         """
-        names = (",".join(sorted(some)[:MAX_LISTED_ADAPTERS]) for some in (running, waiting))
-        listed = (str(most), next(names), next(names))
+        listed = (str(most), _joined(running), _joined(waiting))
         before, self._listed = self._listed, listed
         # Add the new series before removing the old one, so that every scrape finds one.
         self._adapters_info.labels(*listed).set_to_current_time()
@@ -300,7 +300,8 @@ class Metrics:
             if name not in self._labels:
                 own = sum(label != OTHER for label in self._labels.values())
                 plain = f"{PLAIN_NAME}{name}" if name in (BASE, OTHER) else name
-                self._labels[name] = plain if own < self._max_adapter_labels else OTHER
+                is_shown = own < self._max_adapter_labels and not is_private(name)
+                self._labels[name] = plain if is_shown else OTHER
             self._move(name, tier)
 
     def is_registered(self, name: str) -> bool:
@@ -395,3 +396,8 @@ class Metrics:
         if tier is not None:
             self._tiers[name] = tier
             self._residency.labels(label, tier).inc()
+
+
+def _joined(names: Iterable[str]) -> str:
+    shown = {OTHER if is_private(name) else name for name in names}
+    return ",".join(sorted(shown)[:MAX_LISTED_ADAPTERS])

@@ -45,8 +45,8 @@ _FIELDS = frozenset(
 _MOST_LOGGED_FIELDS = 8
 
 
-# The first bytes of every message are not counted, so that short messages are accepted while long
-# ones take all of the memory for messages. The limits on connections and calls bound them.
+# The first bytes of every message and answer are not counted, so that short ones are accepted while
+# long ones take all of the memory for messages. The limits on connections and calls bound them.
 UNCOUNTED_BYTES = 64 << 10
 
 # No caller can predict or influence this generator, unlike Python's default generator, which tests
@@ -169,11 +169,21 @@ class Call:
         """
         counted = max(self.message_bytes - UNCOUNTED_BYTES, 0)
         self.message_bytes += num_bytes
-        more = max(self.message_bytes - UNCOUNTED_BYTES, 0) - counted
-        if more:
+        self._hold(max(self.message_bytes - UNCOUNTED_BYTES, 0) - counted)
+
+    def send(self, num_bytes: int) -> None:
+        """Count bytes of an answer that is sent as a whole until the call ends.
+
+        Raises:
+            QueueFullError: See ``MessageMemory.hold``.
+        """
+        self._hold(max(num_bytes - UNCOUNTED_BYTES, 0))
+
+    def _hold(self, num_bytes: int) -> None:
+        if num_bytes:
             messages, tenant = self.party.shares.messages, self.tenant
-            messages.hold(tenant, more)
-            self.at_end(lambda: messages.release(tenant, more))
+            messages.hold(tenant, num_bytes)
+            self.at_end(lambda: messages.release(tenant, num_bytes))
 
     def rename(self, request_id: str) -> None:
         """Take the id that the request message itself carries."""

@@ -22,7 +22,14 @@ BASE = "base"
 ADAPTER_NAME = re.compile(
     r"(?![A-Za-z0-9._/-]*/\.{0,2}/)[A-Za-z0-9]([A-Za-z0-9._/-]{0,126}[A-Za-z0-9])?"
 )
+# Names of the adapters of samplers: training/<session>/…. Only the client that trains knows them.
+_PRIVATE = re.compile(r"training/[0-9a-f]{32}/.+")
 _SHOWN_CHARS = 40
+
+
+def is_private(name: str) -> bool:
+    """Whether an adapter's name must not be disclosed, because everyone who knows it may use it."""
+    return _PRIVATE.fullmatch(name) is not None
 
 
 def no_adapter_name(name: str) -> Text | None:

@@ -160,6 +160,8 @@ Outbox = list[tuple[Stream, Output | TurretError]]
 Background = Callable[[Callable[[], None]], None]
 # The share of the time that background work gets while requests run.
 _BACKGROUND_SHARE = 0.15
+# The most that requests are owed, so that a process that was paused goes on with both.
+_MOST_OWED_SECONDS = 10.0
 
 
 class StoppedError(Exception):
@@ -220,6 +222,7 @@ class EngineLoop:
         self._has_work = False
         self._stopping = False
         self._background: deque[Background] = deque()
+        self._between = _Between(self)
         self._change: BaseChange | None = None
         self._allow_merged_twice = allow_merged_twice
         # Uuids of the adapters that are part of the base, and digests of their weights, which other
@@ -330,7 +333,7 @@ class EngineLoop:
                 if not self._stopping:
                     self._step()
                 if self._background and not self._stopping:
-                    self._background.popleft()(_Between(self))
+                    self._between.run(self._background.popleft())
         # BaseException includes panics of Rust libraries. If this thread died silently, callers
         # would wait forever.
         except BaseException:
@@ -364,7 +367,7 @@ class EngineLoop:
         while not self._inbox.empty():
             self._inbox.get_nowait()()
         while self._background:
-            self._background.popleft()(_Between(self))
+            self._between.run(self._background.popleft())
         self._flush()
 
     def is_ready(self, sequence: Sequence) -> bool:
@@ -607,6 +610,8 @@ class EngineLoop:
 class _Between:
     """Called between the parts of background work: serves requests until they have had their share.
 
+    What they are owed at the end of one work, they get before the next one.
+
     Args:
         loop: The loop.
     """
@@ -614,12 +619,24 @@ class _Between:
     def __init__(self, loop: EngineLoop) -> None:
         self._loop = loop
         self._owed = 0.0
+        self._since = 0.0
+
+    def run(self, work: Background) -> None:
+        """Run background work."""
         self._since = time.monotonic()
+        try:
+            work(self)
+        finally:
+            self._count()
+
+    def _count(self) -> None:
+        owed = (time.monotonic() - self._since) * (1.0 / _BACKGROUND_SHARE - 1.0)
+        self._owed = min(self._owed + owed, _MOST_OWED_SECONDS)
 
     def __call__(self) -> None:
         if self._loop.is_ending:
             raise StoppedError
-        self._owed += (time.monotonic() - self._since) * (1.0 / _BACKGROUND_SHARE - 1.0)
+        self._count()
         while self._owed > 0.0:
             before = time.monotonic()
             if not self._loop.serve():

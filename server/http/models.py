@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from turret.server.api.admin_messages import MAX_PAGE_SIZE
 from turret.server.api.violations import Violations
-from turret.server.basics.names import BASE, HUB_SCHEME
+from turret.server.basics.names import BASE, HUB_SCHEME, is_private
 from turret.server.errors import AdapterNotFoundError
 from turret.server.http.endpoint import Exchange
 from turret.server.http.model_names import parse_model
@@ -36,7 +36,7 @@ async def list_models(exchange: Exchange) -> None:
         page = await adapters.list_page(
             adapters_pb2.ListAdaptersRequest(page_size=MAX_PAGE_SIZE, page_token=token)
         )
-        found += (_adapter(adapter, base) for adapter in page.adapters)
+        found += (_adapter(each, base) for each in page.adapters if not is_private(each.name))
         token = page.next_page_token
         if not token:
             break

@@ -15,6 +15,7 @@ from turret.server.http.connection import Chunks
 from turret.server.http.refusals import Refusal
 
 _JSON = {"content-type": "application/json"}
+_PIECE_BYTES = 1 << 18
 _DONE = b"data: [DONE]\n\n"
 _COMMENT = b": still working\n\n"
 _EVENTS = {
@@ -83,8 +84,15 @@ class Reply:
     async def json(
         self, value: Any, status: int = 200, headers: Mapping[str, str] | None = None
     ) -> None:
-        """Send a value as the whole answer."""
-        await self.whole(dumps(value), status, {**_JSON, **(headers or {})})
+        """Send a value as the whole answer.
+
+        Raises:
+            QueueFullError: See ``Call.send``; errors have few bytes, which do not count.
+        """
+        body = dumps(value)
+        if status < 400:
+            self._call.send(len(body))
+        await self.whole(body, status, {**_JSON, **(headers or {})})
 
     async def made_json(self, make: Callable[[], Mapping[str, Any]], size: int) -> None:
         """Send an object as the whole answer; a large one is made off the event loop.
@@ -92,14 +100,24 @@ class Reply:
         Args:
             make: Returns the object; iterators in it become lists.
             size: See ``converted``.
+
+        Raises:
+            QueueFullError: See ``Call.send``.
         """
         body = await converted(size, lambda: _object(make()))
+        self._call.send(len(body))
         await self.whole(body, 200, _JSON)
 
     async def whole(self, body: bytes, status: int, headers: Mapping[str, str]) -> None:
-        """Send bytes as the whole answer."""
+        """Send bytes as the whole answer, piece by piece as the client reads them.
+
+        So the call does not end before almost all of the answer has been read.
+        """
         await self._begin(status, {**headers, "content-length": str(len(body))})
-        await self._write(body, is_last=True)
+        last = max(len(body) - 1, 0) // _PIECE_BYTES * _PIECE_BYTES
+        for start in range(0, last, _PIECE_BYTES):
+            await self._write(body[start : start + _PIECE_BYTES])
+        await self._write(body[last:], is_last=True)
 
     async def stream(self, parts: AsyncIterator[bytes], headers: Mapping[str, str]) -> None:
         """Send the parts of a body whose length is among the headers."""

@@ -21,7 +21,9 @@ from turret.server.adapters.methods import METHODS as SERVED
 from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.vocabulary import HEAD
+from turret.server.errors import InvalidRequestError
 from turret.server.training.trainer import AdamParams
+from turret.server.words import say
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 _serial = itertools.count(1)
@@ -115,11 +117,19 @@ class Learner:
 
         Returns:
             The norm of the gradient before it was clipped.
+
+        Raises:
+            InvalidRequestError: The gradient is infinite or NaN; the tensors stay as they were.
         """
         self.collect()
         tensors = list(self.parameters.values())
         limit = adam.grad_clip_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(tensors, limit, foreach=False)
+        if not norm.isfinite():
+            self._optimizer.zero_grad()
+            for leaf in itertools.chain(*self.leaves.values()):
+                leaf.grad = None
+            raise InvalidRequestError(say("GRADIENT_NOT_FINITE"))
         for group in self._optimizer.param_groups:
             group |= {
                 "lr": adam.learning_rate,
@@ -188,6 +198,20 @@ def _modules(operators: AdapterOperators) -> dict[str, Any]:
 
 _ALPHA = 32.0
 METHODS = ("lora", "rslora", "dora", "loha", "ia3")
+
+
+# A parameter, its gradient and two moments in float32, the same number in an operator, its copy
+# with a gradient, and one more gradient in a pass.
+_BYTES_PER_PARAMETER = 32
+
+
+def num_bytes(method: str, rank: int, modules: Sequence[str], base: BaseModel) -> int:
+    """The approximate memory of an adapter in training; arguments are those of ``new_adapter``."""
+    shapes = [(base.modules[name].out_features, base.modules[name].in_features) for name in modules]
+    outputs = sum(rows for rows, _ in shapes)
+    low_rank = rank * sum(rows + columns for rows, columns in shapes)
+    count = {"loha": 2 * low_rank, "ia3": outputs}.get(method, low_rank + outputs)
+    return _BYTES_PER_PARAMETER * count
 
 
 def new_adapter(

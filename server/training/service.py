@@ -7,8 +7,8 @@ import contextlib
 import functools
 import itertools
 import json
-import re
 import secrets
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ from turret.server.adapters.device.store import ProjectionLayout, StepStore
 from turret.server.adapters.operators.vocabulary import HEAD
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StagedUpload, UploadedFile
+from turret.server.basics.names import is_private
 from turret.server.basics.work import work_in_background
 from turret.server.engine.engine import Engine
 from turret.server.errors import (
@@ -29,9 +30,17 @@ from turret.server.errors import (
     AdapterNotFoundError,
     BudgetExceededError,
     InvalidRequestError,
+    UnavailableError,
 )
 from turret.server.models.decoding.decoder import Decoder
-from turret.server.training.learner import METHODS, Learner, Leaves, add_gradients, new_adapter
+from turret.server.training.learner import (
+    METHODS,
+    Learner,
+    Leaves,
+    add_gradients,
+    new_adapter,
+    num_bytes,
+)
 from turret.server.training.losses import LOSSES, TARGETS, Loss
 from turret.server.training.trainer import AdamParams, Datum, DatumLoss, LearnerConfig
 from turret.server.training.training_pass import Segment, TrainingPass
@@ -43,12 +52,7 @@ T = TypeVar("T")
 # often. Chunks depend only on the lengths of an adapter's own
 # sequences, so its gradients are added in a fixed order, whatever else is in the passes.
 PASS_TOKENS, CHUNK_TOKENS = 512, 128
-MAX_RANK = 256
 _PIECE_BYTES = 1 << 20
-# Names that clients' samplers give to adapters: training/<session>/….
-_SAMPLER_ADAPTER = re.compile(r"training/[0-9a-f]{32}/.+")
-# Adapters in training, of all callers.
-MAX_LEARNERS = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -82,6 +86,8 @@ class TrainingService:
         layout: The shape of its projections.
         store: Holds the adapters of requests, and of passes.
         registry: Describes the base, and takes the adapters that are published.
+        max_rank: The highest rank.
+        max_bytes: The memory of all adapters in training; each owner has half of it.
     """
 
     def __init__(
@@ -91,14 +97,20 @@ class TrainingService:
         layout: ProjectionLayout,
         store: StepStore,
         registry: AdapterRegistry,
+        *,
+        max_rank: int,
+        max_bytes: int,
     ) -> None:
+        self._max_rank, self._max_bytes = max_rank, max_bytes
         self._engine = engine
         self._decoder = decoder
         self._layout = layout
         self._store = store
         self._registry = registry
         self._learners: dict[int, Learner] = {}
-        self._num_reserved = 0
+        # The bytes of adapters in training, by owner, and those of each adapter.
+        self._used: Counter[str] = Counter()
+        self._reserved: dict[int, tuple[str, int]] = {}
         self._numbers = itertools.count(1)
         self._waiting: list[_Work] = []
         self._runner: asyncio.Task[None] | None = None
@@ -107,7 +119,7 @@ class TrainingService:
         )
         # Samplers do not survive a restart; remove their adapters.
         for info in registry.list():
-            if _SAMPLER_ADAPTER.fullmatch(info.name):
+            if is_private(info.name):
                 self._unload(info.name)
 
     async def _in_background(self, work: Callable[[], T]) -> T:
@@ -123,19 +135,17 @@ class TrainingService:
 
     # Adapters.
 
-    async def create(self, config: LearnerConfig) -> int:
+    async def create(self, config: LearnerConfig, owner: str = "") -> int:
         """Create an adapter; see ``Training``."""
         if config.method not in METHODS:
             why = say("NOT_ONE_OF", value=config.method, choices=", ".join(METHODS))
             raise InvalidRequestError.of("method", why)
-        if not 1 <= config.rank <= MAX_RANK:
-            why = say("NOT_IN_RANGE", least=1, most=MAX_RANK, value=config.rank)
+        if not 1 <= config.rank <= self._max_rank:
+            why = say("NOT_IN_RANGE", least=1, most=self._max_rank, value=config.rank)
             raise InvalidRequestError.of("rank", why)
         modules = self._modules(config)
         if not modules:
             raise InvalidRequestError.of("train_attn", say("NOTHING_TO_TRAIN"))
-        if self._num_reserved >= MAX_LEARNERS:
-            raise BudgetExceededError(say("TOO_MANY_LEARNERS", most=MAX_LEARNERS))
         seed = secrets.randbits(62) if config.seed is None else config.seed
         number = next(self._numbers)
 
@@ -143,13 +153,28 @@ class TrainingService:
             base = self._registry.base
             return Learner(*new_adapter(config.method, config.rank, seed, modules, base), base)
 
-        self._num_reserved += 1
+        size = num_bytes(config.method, config.rank, modules, self._registry.base)
+        self._reserve(number, owner, size)
         try:
             self._learners[number] = await self._in_background(make)
         except BaseException:
-            self._num_reserved -= 1
+            self._release(number)
             raise
         return number
+
+    def _reserve(self, number: int, owner: str, needed: int) -> None:
+        most = self._max_bytes // 2 if owner else self._max_bytes
+        used = self._used[owner] if owner else self._used.total()
+        if needed + used > most or needed + self._used.total() > self._max_bytes:
+            raise BudgetExceededError(say("TRAINING_FULL", bytes=needed, most=most, used=used))
+        self._used[owner] += needed
+        self._reserved[number] = owner, needed
+
+    def _release(self, number: int) -> None:
+        owner, held = self._reserved.pop(number)
+        self._used[owner] -= held
+        if not self._used[owner]:
+            del self._used[owner]
 
     def _modules(self, config: LearnerConfig) -> list[str]:
         wanted = {
@@ -171,7 +196,10 @@ class TrainingService:
         """Forget an adapter; see ``Training``."""
         found = self._learners.pop(learner, None)
         if found is not None:
-            self._num_reserved -= 1
+            self._release(learner)
+            for work in self._waiting:
+                if work.learner is found:
+                    self._end(work, UnavailableError(say("TRAINING_ENDED")))
             await self._on_engine(lambda between: self._store.drop(found.served.key))
 
     # Passes.
@@ -208,25 +236,39 @@ class TrainingService:
     async def _run(self) -> None:
         """Run passes until nothing waits, each over chunks of as many adapters as fit."""
         while self._waiting:
-            batch = self._next_batch()
-            error: Exception | None = None
-            try:
-                if batch:
-                    await self._on_engine(functools.partial(self._pass, batch))
-            except Exception as raised:
-                error = raised
-            for work in {work for work, _ in batch if not work.done.done()}:
-                if error is not None:
-                    work.done.set_exception(error)
-                elif work.num_begun == len(work.chunks):
-                    work.done.set_result(None)
+            await self._run_batch(self._next_batch())
             self._waiting = [work for work in self._waiting if not work.done.done()]
+
+    async def _run_batch(self, batch: Sequence[tuple[_Work, Sequence[Datum]]]) -> None:
+        """Run a pass. If it fails, run it for each adapter alone, to fail only the one at fault."""
+        works = dict.fromkeys(work for work, _ in batch)
+        try:
+            await self._on_engine(functools.partial(self._pass, batch))
+        except Exception as error:
+            if len(works) > 1:
+                for work in works:
+                    if not work.done.done():
+                        await self._run_batch([each for each in batch if each[0] is work])
+                return
+            self._end(batch[0][0], error)
+        for work in works:
+            if work.num_begun == len(work.chunks):
+                self._end(work)
+
+    @staticmethod
+    def _end(work: _Work, error: Exception | None = None) -> None:
+        """Report the end of work, unless its adapter was dropped meanwhile."""
+        if work.done.done():
+            return
+        if error is None:
+            work.done.set_result(None)
+        else:
+            work.done.set_exception(error)
 
     def _next_batch(self) -> list[tuple[_Work, Sequence[Datum]]]:
         """The chunks of the next pass, round-robin over adapters; all have gradients, or none."""
         batch: list[tuple[_Work, Sequence[Datum]]] = []
-        waiting = [work for work in self._waiting if not work.done.done()]
-        kind = [work for work in waiting if work.has_grad == waiting[0].has_grad]
+        kind = [work for work in self._waiting if work.has_grad == self._waiting[0].has_grad]
         left = CHUNK_TOKENS if self._engine.num_open else PASS_TOKENS
         while True:
             before = len(batch)

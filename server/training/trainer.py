@@ -82,17 +82,21 @@ class Training(Protocol):
     Calls for one adapter must not overlap; calls for several run together.
     """
 
-    async def create(self, config: LearnerConfig) -> int:
+    async def create(self, config: LearnerConfig, owner: str = "") -> int:
         """Create an adapter.
+
+        Args:
+            config: Its config.
+            owner: The client, which may have half of the memory; empty if everybody is one.
 
         Raises:
             InvalidRequestError: A part of the config is not supported.
-            BudgetExceededError: Too many adapters are in training.
+            BudgetExceededError: There is no memory for it.
         """
         ...
 
     async def drop(self, learner: int) -> None:
-        """Forget an adapter; unknown ones are ignored."""
+        """Forget an adapter, and end its pass; unknown ones are ignored."""
         ...
 
     async def pass_over(
@@ -113,6 +117,9 @@ class Training(Protocol):
             loss: A name in ``LOSSES``.
             config: Numbers of the loss; the defaults are used for others.
             is_forward_only: Whether to compute no gradients.
+
+        Raises:
+            UnavailableError: The adapter was dropped meanwhile, or the server is shutting down.
         """
         ...
 

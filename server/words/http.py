@@ -58,6 +58,7 @@ TEXTS: dict[str, str] = {
     "COMMAND_MISSING": "the command with seq_id {number} did not arrive, so this one cannot run",
     "COMMANDS_WAITING": "this model has too many waiting commands; the limit is {most}",
     "TRAINING_ENDED": "the model was unloaded before this command ran",
+    "GRADIENT_NOT_FINITE": "the gradient is infinite or not a number, so the weights are unchanged",
     "TRAINING_LIMIT_REACHED": "a client can have at most {most} {what}",
     "NOT_A_MESSAGE_TYPE": "the body must be uncompressed protobuf with the content type {wanted}",
     "NOT_A_VECTOR": "must be a dense tensor with one dimension",

@@ -41,7 +41,8 @@ TEXTS = {
     " the context of {max_model_len} tokens",
     "NOTHING_TO_TRAIN": "is required if neither `train_mlp` nor `train_unembed` is set",
     "OTHER_ADAPTER_CONFIG": "holds an adapter of another method, rank or set of modules",
-    "TOO_MANY_LEARNERS": "{most} adapters are in training; unload one first",
+    "TRAINING_FULL": "the adapter needs {bytes} bytes; of the {most} bytes for training, {used} are"
+    " in use",
     "NOT_A_TOKEN": "token {value} is not in the vocabulary of {size} tokens",
     "ANSWER_COMPLETE": "already has {found} tokens, but {other} allows only {most}",
     "ANSWER_ENDED": "token {index} already ends the answer",

@@ -21,7 +21,7 @@ from servers.http_harness import HttpHarness, Refused, http_harness
 
 from turret.server.api.access import MessageMemory, Shares, TokenTable
 from turret.server.config import ListenConfig, SecurityConfig
-from turret.server.http import connection
+from turret.server.http import connection, models
 from turret.server.http.connection import MAX_HEAD_BYTES, Connection
 from turret.server.http.server import HttpServer
 
@@ -409,6 +409,34 @@ async def test_bodies_that_never_end_take_a_bounded_amount_of_memory() -> None:
         await server.settle()
         assert (messages._all_held, messages._held) == (0, {})
         assert await post("alice", 500_000) == 200
+
+
+async def test_answers_that_nobody_reads_take_a_bounded_amount_of_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(models, "_base", lambda info: {"id": "x" * (8 << 20)})
+    tokens = TokenTable([(name, frozenset({"inference"})) for name in ("alice", "bob")])
+    messages = MessageMemory(40 << 20)
+    shares = Shares(separates_tokens=True, messages=messages)
+    async with http_harness(tokens=tokens, shares=shares) as server:
+        writers: list[asyncio.StreamWriter] = []
+
+        async def unread(name: str) -> bytes:
+            """The status of an answer whose rest nobody reads."""
+            reader, writer = await opened(server.server.address)
+            head = f"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {name}\r\n"
+            writer.write(f"{head}\r\n".encode())
+            writers.append(writer)
+            return (await reader.read(12))[-3:]
+
+        assert [await unread("alice") for _ in range(4)] == [b"200", b"200", b"429", b"429"]
+        assert await unread("bob") == b"200"
+        for writer in writers:
+            writer.transport.abort()
+        await server.settle()
+        assert (messages._all_held, messages._held) == (0, {})
+        assert await unread("alice") == b"200"
+        writers[-1].transport.abort()
 
 
 async def test_the_body_of_a_get_is_not_waited_for() -> None:

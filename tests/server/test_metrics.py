@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 
 import pytest
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from servers.rpc_harness import harness
 
@@ -146,6 +147,16 @@ def test_the_adapter_label_is_bounded() -> None:
     assert metrics.registry.get_sample_value("turret_adapter_residency", disk) == 47
     metrics.adapter_residency("a40", "host")
     assert metrics.registry.get_sample_value("turret_adapter_residency", disk) == 46
+
+
+def test_private_names_are_in_no_label() -> None:
+    metrics, name = Metrics(), f"training/{'a1' * 16}/0"
+    metrics.adapter_registered(name)
+    metrics.request_finished([name], "OK")
+    assert _requests(metrics) == {"other": 1}
+    metrics.adapters_in_use(most=8, running=[name, "a"], waiting=[name])
+    assert name.encode() not in generate_latest(metrics.registry)
+    metrics.adapter_removed(name)
 
 
 def test_a_mix_counts_once_per_label() -> None:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16turret/v1/tinker.proto\x12\tturret.v1\"\xfa\x05\n\nTinkerPass\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0e\n\x06seq_id\x18\x02 \x01(\x05\x12)\n\x04\x64\x61ta\x18\x03 \x03(\x0b\x32\x1b.turret.v1.TinkerPass.Datum\x12\x0f\n\x07loss_fn\x18\x04 \x01(\t\x12?\n\x0eloss_fn_config\x18\x05 \x03(\x0b\x32\'.turret.v1.TinkerPass.LossFnConfigEntry\x12\x14\n\x0c\x66orward_only\x18\x06 \x01(\x08\x12\x44\n\x11loss_fn_config_v2\x18\x07 \x03(\x0b\x32).turret.v1.TinkerPass.LossFnConfigV2Entry\x1a\x34\n\x07Setting\x12\x10\n\x06number\x18\x01 \x01(\x01H\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x42\x07\n\x05value\x1a\xce\x01\n\x05\x44\x61tum\x12\x30\n\x0bmodel_input\x18\x01 \x03(\x0b\x32\x1b.turret.v1.TinkerPass.Chunk\x12\x45\n\x0eloss_fn_inputs\x18\x02 \x03(\x0b\x32-.turret.v1.TinkerPass.Datum.LossFnInputsEntry\x1aL\n\x11LossFnInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.turret.v1.TinkerTensor:\x02\x38\x01\x1a@\n\x05\x43hunk\x12\x37\n\x0c\x65ncoded_text\x18\x01 \x01(\x0b\x32!.turret.v1.TinkerPass.EncodedText\x1a\x1d\n\x0b\x45ncodedText\x12\x0e\n\x06tokens\x18\x01 \x01(\x0c\x1a\x33\n\x11LossFnConfigEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1aT\n\x13LossFnConfigV2Entry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12,\n\x05value\x18\x02 \x01(\x0b\x32\x1d.turret.v1.TinkerPass.Setting:\x02\x38\x01\"\xf6\x01\n\x0cTinkerTensor\x12\x0f\n\x05\x64\x65nse\x18\x01 \x01(\x0cH\x00\x12\x37\n\nsparse_csr\x18\x02 \x01(\x0b\x32!.turret.v1.TinkerTensor.SparseCsrH\x00\x12,\n\x05\x64type\x18\x03 \x01(\x0e\x32\x1d.turret.v1.TinkerTensor.DType\x12\r\n\x05shape\x18\x04 \x03(\x03\x1a\x1b\n\tSparseCsr\x12\x0e\n\x06values\x18\x01 \x01(\x0c\"6\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46LOAT32\x10\x01\x12\t\n\x05INT64\x10\x02\x42\n\n\x08\x65ncoding\"\xa7\x04\n\x10TinkerPassResult\x12\x1b\n\x13loss_fn_output_type\x18\x01 \x01(\t\x12@\n\x0floss_fn_outputs\x18\x02 \x03(\x0b\x32\'.turret.v1.TinkerPassResult.ArrayRecord\x12\x39\n\x07metrics\x18\x03 \x03(\x0b\x32(.turret.v1.TinkerPassResult.MetricsEntry\x1at\n\rBatchedTensor\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0f\n\x07offsets\x18\x02 \x01(\x0c\x12,\n\x05\x64type\x18\x03 \x01(\x0e\x32\x1d.turret.v1.TinkerTensor.DType\x12\x16\n\x0etrailing_shape\x18\x04 \x03(\x03\x1a\xd2\x01\n\x0b\x41rrayRecord\x12\x10\n\x08type_tag\x18\x01 \x01(\t\x12\x43\n\x06\x66ields\x18\x02 \x03(\x0b\x32\x33.turret.v1.TinkerPassResult.ArrayRecord.FieldsEntry\x12\x12\n\nnum_datums\x18\x03 \x01(\x03\x1aX\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x38\n\x05value\x18\x02 \x01(\x0b\x32).turret.v1.TinkerPassResult.BatchedTensor:\x02\x38\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x83\x04\n\rTinkerSamples\x12\x34\n\tsequences\x18\x01 \x03(\x0b\x32!.turret.v1.TinkerSamples.Sequence\x12\x1c\n\x0fprompt_logprobs\x18\x02 \x01(\x0cH\x00\x88\x01\x01\x12G\n\x14topk_prompt_logprobs\x18\x03 \x01(\x0b\x32$.turret.v1.TinkerSamples.TopLogprobsH\x01\x88\x01\x01\x12\x1f\n\x17prompt_cache_hit_tokens\x18\x04 \x01(\x05\x1a\xb7\x01\n\x08Sequence\x12\x13\n\x0bstop_reason\x18\x01 \x01(\x05\x12\x0e\n\x06tokens\x18\x02 \x01(\x0c\x12\x15\n\x08logprobs\x18\x03 \x01(\x0cH\x00\x88\x01\x01\x12H\n\x15topk_sampled_logprobs\x18\x04 \x01(\x0b\x32$.turret.v1.TinkerSamples.TopLogprobsH\x01\x88\x01\x01\x42\x0b\n\t_logprobsB\x18\n\x16_topk_sampled_logprobs\x1aM\n\x0bTopLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\x12\x10\n\x08logprobs\x18\x02 \x01(\x0c\x12\t\n\x01k\x18\x03 \x01(\r\x12\x0e\n\x06length\x18\x04 \x01(\rB\x12\n\x10_prompt_logprobsB\x17\n\x15_topk_prompt_logprobsB!\n\tturret.v1P\x01Z\x12turret/v1;turretv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16turret/v1/tinker.proto\x12\tturret.v1\"\xfa\x05\n\nTinkerPass\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0e\n\x06seq_id\x18\x02 \x01(\x05\x12)\n\x04\x64\x61ta\x18\x03 \x03(\x0b\x32\x1b.turret.v1.TinkerPass.Datum\x12\x0f\n\x07loss_fn\x18\x04 \x01(\t\x12?\n\x0eloss_fn_config\x18\x05 \x03(\x0b\x32\'.turret.v1.TinkerPass.LossFnConfigEntry\x12\x14\n\x0c\x66orward_only\x18\x06 \x01(\x08\x12\x44\n\x11loss_fn_config_v2\x18\x07 \x03(\x0b\x32).turret.v1.TinkerPass.LossFnConfigV2Entry\x1a\x34\n\x07Setting\x12\x10\n\x06number\x18\x01 \x01(\x01H\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x42\x07\n\x05value\x1a\xce\x01\n\x05\x44\x61tum\x12\x30\n\x0bmodel_input\x18\x01 \x03(\x0b\x32\x1b.turret.v1.TinkerPass.Chunk\x12\x45\n\x0eloss_fn_inputs\x18\x02 \x03(\x0b\x32-.turret.v1.TinkerPass.Datum.LossFnInputsEntry\x1aL\n\x11LossFnInputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.turret.v1.TinkerTensor:\x02\x38\x01\x1a@\n\x05\x43hunk\x12\x37\n\x0c\x65ncoded_text\x18\x01 \x01(\x0b\x32!.turret.v1.TinkerPass.EncodedText\x1a\x1d\n\x0b\x45ncodedText\x12\x0e\n\x06tokens\x18\x01 \x01(\x0c\x1a\x33\n\x11LossFnConfigEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1aT\n\x13LossFnConfigV2Entry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12,\n\x05value\x18\x02 \x01(\x0b\x32\x1d.turret.v1.TinkerPass.Setting:\x02\x38\x01\"\xd6\x01\n\x0fTinkerPassParts\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x0e\n\x06seq_id\x18\x02 \x01(\x05\x12\x0c\n\x04\x64\x61ta\x18\x03 \x03(\x0c\x12\x0f\n\x07loss_fn\x18\x04 \x01(\t\x12\x16\n\x0eloss_fn_config\x18\x05 \x03(\x0c\x12\x14\n\x0c\x66orward_only\x18\x06 \x01(\x08\x12\x19\n\x11loss_fn_config_v2\x18\x07 \x03(\x0c\x1a\x39\n\nDatumParts\x12\x13\n\x0bmodel_input\x18\x01 \x03(\x0c\x12\x16\n\x0eloss_fn_inputs\x18\x02 \x03(\x0c\"\xf6\x01\n\x0cTinkerTensor\x12\x0f\n\x05\x64\x65nse\x18\x01 \x01(\x0cH\x00\x12\x37\n\nsparse_csr\x18\x02 \x01(\x0b\x32!.turret.v1.TinkerTensor.SparseCsrH\x00\x12,\n\x05\x64type\x18\x03 \x01(\x0e\x32\x1d.turret.v1.TinkerTensor.DType\x12\r\n\x05shape\x18\x04 \x03(\x03\x1a\x1b\n\tSparseCsr\x12\x0e\n\x06values\x18\x01 \x01(\x0c\"6\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46LOAT32\x10\x01\x12\t\n\x05INT64\x10\x02\x42\n\n\x08\x65ncoding\"\xa7\x04\n\x10TinkerPassResult\x12\x1b\n\x13loss_fn_output_type\x18\x01 \x01(\t\x12@\n\x0floss_fn_outputs\x18\x02 \x03(\x0b\x32\'.turret.v1.TinkerPassResult.ArrayRecord\x12\x39\n\x07metrics\x18\x03 \x03(\x0b\x32(.turret.v1.TinkerPassResult.MetricsEntry\x1at\n\rBatchedTensor\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0f\n\x07offsets\x18\x02 \x01(\x0c\x12,\n\x05\x64type\x18\x03 \x01(\x0e\x32\x1d.turret.v1.TinkerTensor.DType\x12\x16\n\x0etrailing_shape\x18\x04 \x03(\x03\x1a\xd2\x01\n\x0b\x41rrayRecord\x12\x10\n\x08type_tag\x18\x01 \x01(\t\x12\x43\n\x06\x66ields\x18\x02 \x03(\x0b\x32\x33.turret.v1.TinkerPassResult.ArrayRecord.FieldsEntry\x12\x12\n\nnum_datums\x18\x03 \x01(\x03\x1aX\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x38\n\x05value\x18\x02 \x01(\x0b\x32).turret.v1.TinkerPassResult.BatchedTensor:\x02\x38\x01\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x83\x04\n\rTinkerSamples\x12\x34\n\tsequences\x18\x01 \x03(\x0b\x32!.turret.v1.TinkerSamples.Sequence\x12\x1c\n\x0fprompt_logprobs\x18\x02 \x01(\x0cH\x00\x88\x01\x01\x12G\n\x14topk_prompt_logprobs\x18\x03 \x01(\x0b\x32$.turret.v1.TinkerSamples.TopLogprobsH\x01\x88\x01\x01\x12\x1f\n\x17prompt_cache_hit_tokens\x18\x04 \x01(\x05\x1a\xb7\x01\n\x08Sequence\x12\x13\n\x0bstop_reason\x18\x01 \x01(\x05\x12\x0e\n\x06tokens\x18\x02 \x01(\x0c\x12\x15\n\x08logprobs\x18\x03 \x01(\x0cH\x00\x88\x01\x01\x12H\n\x15topk_sampled_logprobs\x18\x04 \x01(\x0b\x32$.turret.v1.TinkerSamples.TopLogprobsH\x01\x88\x01\x01\x42\x0b\n\t_logprobsB\x18\n\x16_topk_sampled_logprobs\x1aM\n\x0bTopLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x01(\x0c\x12\x10\n\x08logprobs\x18\x02 \x01(\x0c\x12\t\n\x01k\x18\x03 \x01(\r\x12\x0e\n\x06length\x18\x04 \x01(\rB\x12\n\x10_prompt_logprobsB\x17\n\x15_topk_prompt_logprobsB!\n\tturret.v1P\x01Z\x12turret/v1;turretv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -58,26 +58,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TINKERPASS_LOSSFNCONFIGENTRY']._serialized_end=714
   _globals['_TINKERPASS_LOSSFNCONFIGV2ENTRY']._serialized_start=716
   _globals['_TINKERPASS_LOSSFNCONFIGV2ENTRY']._serialized_end=800
-  _globals['_TINKERTENSOR']._serialized_start=803
-  _globals['_TINKERTENSOR']._serialized_end=1049
-  _globals['_TINKERTENSOR_SPARSECSR']._serialized_start=954
-  _globals['_TINKERTENSOR_SPARSECSR']._serialized_end=981
-  _globals['_TINKERTENSOR_DTYPE']._serialized_start=983
-  _globals['_TINKERTENSOR_DTYPE']._serialized_end=1037
-  _globals['_TINKERPASSRESULT']._serialized_start=1052
-  _globals['_TINKERPASSRESULT']._serialized_end=1603
-  _globals['_TINKERPASSRESULT_BATCHEDTENSOR']._serialized_start=1226
-  _globals['_TINKERPASSRESULT_BATCHEDTENSOR']._serialized_end=1342
-  _globals['_TINKERPASSRESULT_ARRAYRECORD']._serialized_start=1345
-  _globals['_TINKERPASSRESULT_ARRAYRECORD']._serialized_end=1555
-  _globals['_TINKERPASSRESULT_ARRAYRECORD_FIELDSENTRY']._serialized_start=1467
-  _globals['_TINKERPASSRESULT_ARRAYRECORD_FIELDSENTRY']._serialized_end=1555
-  _globals['_TINKERPASSRESULT_METRICSENTRY']._serialized_start=1557
-  _globals['_TINKERPASSRESULT_METRICSENTRY']._serialized_end=1603
-  _globals['_TINKERSAMPLES']._serialized_start=1606
-  _globals['_TINKERSAMPLES']._serialized_end=2121
-  _globals['_TINKERSAMPLES_SEQUENCE']._serialized_start=1814
-  _globals['_TINKERSAMPLES_SEQUENCE']._serialized_end=1997
-  _globals['_TINKERSAMPLES_TOPLOGPROBS']._serialized_start=1999
-  _globals['_TINKERSAMPLES_TOPLOGPROBS']._serialized_end=2076
+  _globals['_TINKERPASSPARTS']._serialized_start=803
+  _globals['_TINKERPASSPARTS']._serialized_end=1017
+  _globals['_TINKERPASSPARTS_DATUMPARTS']._serialized_start=960
+  _globals['_TINKERPASSPARTS_DATUMPARTS']._serialized_end=1017
+  _globals['_TINKERTENSOR']._serialized_start=1020
+  _globals['_TINKERTENSOR']._serialized_end=1266
+  _globals['_TINKERTENSOR_SPARSECSR']._serialized_start=1171
+  _globals['_TINKERTENSOR_SPARSECSR']._serialized_end=1198
+  _globals['_TINKERTENSOR_DTYPE']._serialized_start=1200
+  _globals['_TINKERTENSOR_DTYPE']._serialized_end=1254
+  _globals['_TINKERPASSRESULT']._serialized_start=1269
+  _globals['_TINKERPASSRESULT']._serialized_end=1820
+  _globals['_TINKERPASSRESULT_BATCHEDTENSOR']._serialized_start=1443
+  _globals['_TINKERPASSRESULT_BATCHEDTENSOR']._serialized_end=1559
+  _globals['_TINKERPASSRESULT_ARRAYRECORD']._serialized_start=1562
+  _globals['_TINKERPASSRESULT_ARRAYRECORD']._serialized_end=1772
+  _globals['_TINKERPASSRESULT_ARRAYRECORD_FIELDSENTRY']._serialized_start=1684
+  _globals['_TINKERPASSRESULT_ARRAYRECORD_FIELDSENTRY']._serialized_end=1772
+  _globals['_TINKERPASSRESULT_METRICSENTRY']._serialized_start=1774
+  _globals['_TINKERPASSRESULT_METRICSENTRY']._serialized_end=1820
+  _globals['_TINKERSAMPLES']._serialized_start=1823
+  _globals['_TINKERSAMPLES']._serialized_end=2338
+  _globals['_TINKERSAMPLES_SEQUENCE']._serialized_start=2031
+  _globals['_TINKERSAMPLES_SEQUENCE']._serialized_end=2214
+  _globals['_TINKERSAMPLES_TOPLOGPROBS']._serialized_start=2216
+  _globals['_TINKERSAMPLES_TOPLOGPROBS']._serialized_end=2293
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,7 @@ from turret.server.adapters.checkpoint.adapter_checkpoint import refuse_all
 from turret.server.adapters.component import COMPONENTS_KEY, ComponentRef
 from turret.server.adapters.residency.leases import AdapterMetrics, Leases
 from turret.server.adapters.state_dir import SavedRegistration
-from turret.server.basics.names import closest
+from turret.server.basics.names import closest, is_private
 from turret.server.errors import (
     AdapterComponentError,
     AdapterExistsError,
@@ -261,7 +261,8 @@ class NameTable:
             if name in self._aliases:
                 raise AdapterNotFoundError(say("IS_ALIAS", adapters=name))
             names = itertools.chain(self._aliases, self._by_name)
-            compared = list(itertools.islice(names, _MOST_COMPARED if suggests else 0))
+            shown = itertools.filterfalse(is_private, names)
+            compared = list(itertools.islice(shown, _MOST_COMPARED if suggests else 0))
         raise AdapterNotFoundError(_not_found(name, compared))
 
     def get(self, name: str) -> Registration | None:

@@ -2,9 +2,11 @@
 
     <run>/<kind>/<name>/adapter_config.json, …   as ``Training.save`` writes them
     <run>/<kind>/<name>/checkpoint.json          what the API tells about the checkpoint
+    <run>/<kind>/<name>~/                        one that is being replaced
     incoming/<random>/                           one that is being written; removed at the start
 
-A directory is written completely and then renamed, so a crash leaves no partial checkpoint.
+A directory is written completely and then renamed, so a crash leaves no partial checkpoint. If it
+happens between the two renames of a replacement, the next start undoes the first one.
 """
 
 from __future__ import annotations
@@ -49,6 +51,8 @@ MAX_TTL_SECONDS = 10 * 365 * 86400
 _SCHEME = "tinker://"
 _FACTS = "checkpoint.json"
 _INCOMING = "incoming"
+# No name of a checkpoint contains it.
+_REPLACED = "~"
 _RUN = re.compile(r"[0-9a-f]{32}:train:[0-9]{1,9}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHOWN_CHARS = 200
@@ -120,6 +124,12 @@ class Checkpoints:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         remove_directory(folder / _INCOMING)
         (folder / _INCOMING).mkdir(mode=0o700)
+        for replaced in folder.glob(f"*/*/*{_REPLACED}"):
+            name = replaced.with_name(replaced.name.removesuffix(_REPLACED))
+            if name.exists():
+                remove_directory(replaced)
+            else:
+                move_directory(replaced, name)
         self._all: dict[str, Checkpoint] = {}
         for file in sorted(folder.glob(f"*/*/*/{_FACTS}")):
             try:
@@ -205,7 +215,9 @@ class Checkpoints:
         with reporting_disk_faults():
             file = self.folder(checkpoint) / _FACTS
             await asyncio.to_thread(replace_file, file, _CHECKPOINT.dump_json(changed))
-        self._all[checkpoint.path] = changed
+        # It may have been removed meanwhile.
+        if self._all.get(checkpoint.path) is checkpoint:
+            self._all[checkpoint.path] = changed
 
     async def sweep(self) -> None:
         """Remove the checkpoints whose time is over."""
@@ -223,8 +235,11 @@ class Checkpoints:
         replace_file(incoming / _FACTS, _CHECKPOINT.dump_json(saved))
         folder = self.folder(saved)
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._discard(folder)
+        replaced = folder.with_name(f"{folder.name}{_REPLACED}")
+        if folder.exists():
+            move_directory(folder, replaced)
         move_directory(incoming, folder)
+        remove_directory(replaced)
         return saved
 
     def _discard(self, folder: Path) -> None:

@@ -40,11 +40,13 @@ class Link:
     """A link to an archive, or to one file.
 
     Attributes:
+        owner: The client that asked for it.
         folder: The directory with the files.
         name: The name of the file; empty for an archive.
         expires: When it stops working, Unix seconds.
     """
 
+    owner: str
     folder: Path
     name: str
     expires: float
@@ -125,9 +127,9 @@ class Door:
             text = say("NO_SUCH_MODEL", model=name[:_SHOWN_CHARS])
             raise HttpRefusal(404, Code.NOT_FOUND, text)
 
-    async def read(self, exchange: Exchange, read: Callable[[], _T]) -> _T:
+    async def read(self, tenant: bytes, read: Callable[[], _T]) -> _T:
         """The result of reading a message, which may take long, off the event loop."""
-        return await self._reading.run(exchange.call.tenant, read)
+        return await self._reading.run(tenant, read)
 
     def command(
         self,

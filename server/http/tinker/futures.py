@@ -247,9 +247,12 @@ class CommandLog:
         self._next = max(self._waiting) + 1
         self._fail(InvalidRequestError(say("COMMAND_MISSING", number=missing)))
 
-    async def close(self) -> None:
-        """Fail the waiting commands, and wait for the one that runs."""
+    def abandon(self) -> None:
+        """Fail the waiting commands."""
         self._fail(UnavailableError(say("TRAINING_ENDED")))
+
+    async def close(self) -> None:
+        """Wait for the command that runs, once the waiting ones are abandoned."""
         if self._worker is not None:
             await asyncio.wait([self._worker])
 

@@ -20,10 +20,11 @@ from turret.server.http.tinker.door import Door, Link, body_of
 from turret.server.http.tinker.schemas import OfPath, Ttl
 from turret.server.words import say
 
-_MOST_LISTED = 1000
+_MOST_LISTED = 100
 # Files that only resume training, and those of the server, are not part of an archive.
 _ARCHIVED = ("adapter_config.json", "adapter_model.safetensors")
 _LINK_SECONDS = 900.0
+# The limit on one owner's links; the oldest one makes room.
 _MAX_LINKS = 1024
 _PIECE_BYTES = 1 << 18
 
@@ -178,10 +179,12 @@ async def set_ttl(door: Door, exchange: Exchange) -> None:
 def _link(door: Door, exchange: Exchange, folder: Path, name: str, expires: float) -> str:
     for old in [key for key, link in door.links.items() if link.expires < time.time()]:
         del door.links[old]
-    if len(door.links) >= _MAX_LINKS:
-        del door.links[next(iter(door.links))]
+    owner = door.owner(exchange)
+    own = [key for key, link in door.links.items() if link.owner == owner]
+    if len(own) >= _MAX_LINKS:
+        del door.links[own[0]]
     secret = secrets.token_urlsafe(24)
-    door.links[secret] = Link(folder, name, expires)
+    door.links[secret] = Link(owner, folder, name, expires)
     return f"{exchange.scheme}://{exchange.headers.get('host', '')}/api/v1/archives/{secret}"
 
 

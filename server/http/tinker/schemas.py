@@ -32,7 +32,8 @@ from turret.server.words import say
 MAX_SAMPLES = 128
 MAX_ID_CHARS = 128
 MAX_PATH_CHARS = 256
-MAX_NOTES, MAX_NOTE_CHARS = 64, 1024
+# Each checkpoint keeps these, and lists have those of up to 256 checkpoints.
+MAX_NOTES, MAX_KEY_CHARS, MAX_NOTE_CHARS = 16, 64, 512
 _MOST_NUMBER = (1 << 31) - 1
 _MOST_SEED = (1 << 63) - 1
 # A clone of a sampling client numbers its requests from a multiple of a billion.
@@ -42,8 +43,9 @@ Id = Annotated[str, Field(max_length=MAX_ID_CHARS)]
 Path = Annotated[str, Field(max_length=MAX_PATH_CHARS)]
 Number = Annotated[int, Field(ge=0, le=_MOST_NUMBER)]
 Seconds = Annotated[int, Field(ge=1, le=MAX_TTL_SECONDS)]
+_Key = Annotated[str, Field(max_length=MAX_KEY_CHARS)]
 _Note = Annotated[str, Field(max_length=MAX_NOTE_CHARS)]
-Notes = Annotated[dict[_Note, _Note], Field(max_length=MAX_NOTES)]
+Notes = Annotated[dict[_Key, _Note], Field(max_length=MAX_NOTES)]
 
 
 class Anything(Body):
@@ -101,11 +103,12 @@ class OfModel(Body):
 class AdamParams(Body):
     """One step of AdamW."""
 
-    learning_rate: float = Field(0.0001, ge=0)
-    beta1: float = Field(0.9, ge=0, le=1)
-    beta2: float = Field(0.95, ge=0, le=1)
-    eps: float = Field(1e-12, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
+    # Outside of these ranges, float32 overflows or divides by zero.
+    learning_rate: float = Field(0.0001, ge=0, le=1e4)
+    beta1: float = Field(0.9, ge=0, le=0.999999)
+    beta2: float = Field(0.95, ge=0, le=0.999999)
+    eps: float = Field(1e-12, ge=1e-30, le=1e4)
+    weight_decay: float = Field(0.0, ge=0, le=1e4)
     grad_clip_norm: float = Field(0.0, ge=0)
 
 

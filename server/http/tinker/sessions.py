@@ -215,16 +215,32 @@ class Sessions:
         return model
 
     def add_sampler(self, session: Session, sampler: Sampler) -> None:
-        """Add a sampler; the one that was not used for longest makes room."""
-        idle = [each for each in session.samplers.values() if not each.running]
-        if len(session.samplers) >= MAX_SAMPLERS and idle:
-            oldest = min(idle, key=lambda each: each.used)
-            del session.samplers[oldest.sampler_id]
-            self._withdraw(oldest)
+        """Add a sampler; the one that was not used for longest makes room.
+
+        Raises:
+            HttpRefusal: The session has ended meanwhile.
+            QueueFullError: All samplers are in use.
+        """
+        try:
+            self.find(session.owner, session.session_id)
+            self._make_room(session)
+        except (HttpRefusal, QueueFullError):
+            self._withdraw(sampler)
+            raise
         session.samplers[sampler.sampler_id] = sampler
 
+    def _make_room(self, session: Session) -> None:
+        if len(session.samplers) < MAX_SAMPLERS:
+            return
+        idle = [each for each in session.samplers.values() if not each.running]
+        if not idle:
+            raise QueueFullError(say("TRAINING_LIMIT_REACHED", most=MAX_SAMPLERS, what="samplers"))
+        oldest = min(idle, key=lambda each: each.used)
+        del session.samplers[oldest.sampler_id]
+        self._withdraw(oldest)
+
     def drop_model(self, model: Model) -> None:
-        """Forget a model once the command that runs has ended."""
+        """Forget a model; a pass that runs ends early, and other commands run to their end."""
         session = self._all.get(model.model_id.partition(":")[0])
         if session is not None:
             session.models.pop(model.model_id, None)
@@ -260,13 +276,18 @@ class Sessions:
             raise QueueFullError(say("TRAINING_LIMIT_REACHED", most=most, what=what))
 
     async def _drop(self, model: Model) -> None:
+        model.log.abandon()
+        # A pass may take hours, and ends with its adapter.
+        await self._drop_learner(model)
         await model.log.close()
-        if not self._gate.is_open:
-            return
-        if model.learner is not None:
-            await self.training().drop(model.learner)
-        if model.inflight:
+        # That command may have created the adapter.
+        await self._drop_learner(model)
+        if model.inflight and self._gate.is_open:
             await self.training().withdraw(model.inflight)
+
+    async def _drop_learner(self, model: Model) -> None:
+        if model.learner is not None and self._gate.is_open:
+            await self.training().drop(model.learner)
 
     def _withdraw(self, sampler: Sampler) -> None:
         if sampler.is_own and self._gate.is_open:

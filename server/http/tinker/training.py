@@ -138,7 +138,7 @@ async def _create(
 
         async def run() -> Result:
             try:
-                model.learner = await training.create(model.config)
+                model.learner = await training.create(model.config, model.owner)
                 return await begin(model)
             except BaseException:
                 door.sessions.drop_model(model)
@@ -192,28 +192,26 @@ async def forward_backward(door: Door, exchange: Exchange) -> None:
         text = say("NOT_A_MESSAGE_TYPE", wanted=wire.PROTOBUF)
         raise HttpRefusal(415, Code.INVALID_ARGUMENT, text)
     body = await read_body(exchange.receive, exchange.headers, exchange.call)
-    size = len(body)
-    info, training = door.info(), door.sessions.training()
-    message = await door.read(exchange, lambda: wire.parse_pass(body))
-    number = number_of(message.seq_id)
-    model = door.sessions.model(door.owner(exchange), message.model_id)
-    loss, is_forward_only = message.loss_fn, message.forward_only
-    run: _Run
-    try:
-        data, settings = await door.read(exchange, lambda: wire.read_pass(message, info))
-    except InvalidRequestError as error:
-        run = _raising(error)
-    else:
+    tenant, info, training = exchange.call.tenant, door.info(), door.sessions.training()
+    model_id, seq_id = await door.read(tenant, lambda: wire.read_address(body))
+    number = number_of(seq_id)
+    model = door.sessions.model(door.owner(exchange), model_id)
 
-        async def run_pass() -> Result:
-            losses = await training.pass_over(
-                model.number, data, loss, settings, is_forward_only=is_forward_only
-            )
-            result = await door.read(exchange, lambda: wire.result_of_pass(losses))
-            return Result(result, wire.PROTOBUF)
+    async def run() -> Result:
+        # Until its turn, a pass is kept as bytes: its sequences may take 30 times as much memory.
+        asked = await door.read(tenant, lambda: wire.read_pass(body, info))
+        losses = await training.pass_over(
+            model.number,
+            asked.data,
+            asked.loss,
+            asked.numbers,
+            is_forward_only=asked.is_forward_only,
+        )
+        result = await door.read(tenant, lambda: wire.result_of_pass(losses))
+        return Result(result, wire.PROTOBUF)
 
-        run = run_pass
-    await _promise(exchange, door.command(exchange, model, number, run, size), model.model_id)
+    future = door.command(exchange, model, number, run, len(body))
+    await _promise(exchange, future, model.model_id)
 
 
 async def optim_step(door: Door, exchange: Exchange) -> None:

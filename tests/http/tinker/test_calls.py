@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fuzz.mutation import mutated
+from psutil import Process
 from servers.fakes import MODEL_INFO, endless
 from servers.http_harness import HttpHarness, http_harness
 from servers.table_training import TableTraining
@@ -20,7 +22,7 @@ from servers.tinker_tenant import API, LORA, PROTOBUF, Pass, Tenant, pass_of, sa
 
 from turret.server.api.access import TokenTable
 from turret.server.errors import InvalidRequestError
-from turret.server.http.tinker import handshake, sessions, wire
+from turret.server.http.tinker import checkpoints, handshake, listing, sessions, wire
 from turret.server.http.tinker.checkpoints import Checkpoints
 from turret.server.training.trainer import MAX_SEQUENCE_TOKENS, LearnerConfig
 from turret.v1 import tinker_pb2
@@ -131,11 +133,11 @@ def test_a_sequence_may_not_be_longer_than_the_gradient_of_attention_allows() ->
     for length, is_served in ((MAX_SEQUENCE_TOKENS, True), (MAX_SEQUENCE_TOKENS + 1, False)):
         message = pass_of("any", 1, tokens=[1] * length)
         if is_served:
-            ((datum,), _) = wire.read_pass(message, info)
+            (datum,) = wire.read_pass(message.SerializeToString(), info).data
             assert len(datum.tokens) == length
             continue
         with pytest.raises(InvalidRequestError) as caught:
-            wire.read_pass(message, info)
+            wire.read_pass(message.SerializeToString(), info)
         assert caught.value.violations[0][0] == "data[0].model_input"
 
 
@@ -150,6 +152,27 @@ async def test_weights_are_one_unless_they_are_sent(tmp_path: Path) -> None:
         found = tinker_pb2.TinkerPassResult.FromString(with_weights)
         losses = np.frombuffer(found.loss_fn_outputs[0].fields["elementwise_loss"].data, "<f4")
         assert found.metrics["loss:sum"] == pytest.approx(float(losses.sum()), rel=1e-6)
+
+
+def test_parts_of_a_pass_are_counted_before_they_are_parsed() -> None:
+    entry = b"\x0a\x05%05x\x12\x00"
+    entries = [bytes((len(entry % 0),)) + entry % number for number in range(350_000)]
+    inputs = b"".join(b"\x12" + each for each in entries)
+    size = bytes((len(inputs) & 127 | 128, len(inputs) >> 7 & 127 | 128))
+    size += bytes((len(inputs) >> 14 & 127 | 128, len(inputs) >> 21))
+    for body in (
+        b"".join(b"\x3a" + each for each in entries),
+        b"\x1a\x00" * 2_000_000,
+        b"\x1a" + size + inputs,
+    ):
+        seconds = []
+        for _ in range(3):
+            start = time.thread_time()
+            wire.read_address(body)
+            with pytest.raises(InvalidRequestError, match="must have at most"):
+                wire.read_pass(b"\x22\x0dcross_entropy" + body, MODEL_INFO)
+            seconds.append(time.thread_time() - start)
+        assert min(seconds) < 0.25
 
 
 async def test_any_body_of_a_pass_is_answered(tmp_path: Path) -> None:
@@ -206,11 +229,12 @@ async def test_a_bad_step_fails_and_is_not_waited_for(tmp_path: Path) -> None:
     async with tenant(tmp_path) as one:
         model_id = await one.model()
         for number, adam in enumerate(
-            ({"learning_rate": -1}, {"learning_rate": "much"}, {"beta1": 2}, None), start=1
+            ({"learning_rate": -1}, {"learning_rate": 1e38}, {"beta1": 1}, {"eps": 0}, None),
+            start=1,
         ):
             step = {"model_id": model_id, "seq_id": number, "adam_params": adam}
             assert (await one.result(await one.ask("/optim_step", step)))["category"] == "user"
-        step = {"model_id": model_id, "seq_id": 5, "adam_params": {}}
+        step = {"model_id": model_id, "seq_id": 6, "adam_params": {}}
         assert "metrics" in await one.result(await one.ask("/optim_step", step))
         for wrong in (0, -1, None, "1", 1 << 40, True, 2.0):
             answer = await one.send("/optim_step", step | {"seq_id": wrong})
@@ -451,6 +475,61 @@ async def test_limits_on_sessions_models_and_samplers(
         assert (tables(one).learners, tables(one).published) == ({}, {})
 
 
+async def test_waiting_passes_take_no_more_memory_than_their_bodies(tmp_path: Path) -> None:
+    async with tenant(tmp_path) as one:
+        message = pass_of(await one.model(), 1, tokens=[1])
+        del message.data[0].loss_fn_inputs["weights"]
+        message.data.extend([message.data[0]] * 1023)
+        sent, before = 0, 0
+        # Without its predecessor, no command runs.
+        for number in range(2, 130):
+            message.seq_id = number
+            body = message.SerializeToString()
+            await one.ask("/forward_backward", body)
+            if number == 10:
+                before = Process().memory_info().rss
+            sent += len(body) if number > 10 else 0
+        assert Process().memory_info().rss - before < 2 * sent + (16 << 20)
+
+
+async def test_a_session_that_ends_while_a_sampler_is_made_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with tenant(tmp_path) as one:
+        model_id = await one.model()
+        training, door = tables(one), one.server.server._door
+        assert door is not None
+        save = {"model_id": model_id, "seq_id": 1, "path": "a"}
+        path = (await one.result(await one.ask("/save_weights", save)))["path"]
+        kept = one.session
+        for make in ("publish", "serve"):
+            await one.begin()
+            number, is_making, may_end = int(make == "serve"), asyncio.Event(), asyncio.Event()
+            plain = getattr(training, make)
+
+            async def slow(*args: Any, is_making=is_making, may_end=may_end, plain=plain) -> int:
+                is_making.set()
+                await may_end.wait()
+                return await plain(*args)
+
+            monkeypatch.setattr(training, make, slow)
+            if make == "publish":
+                body = {"model_id": await one.model(), "seq_id": 1, "sampling_session_seq_id": 0}
+                asked = one.send("/save_weights_for_sampler", body)
+            else:
+                body = {"session_id": one.session, "sampling_session_seq_id": 0}
+                asked = one.send("/create_sampling_session", body | {"model_path": path})
+            asking = asyncio.ensure_future(asked)
+            await is_making.wait()
+            await one.ask(f"/sessions/{one.session}/finish", {})
+            may_end.set()
+            answer = await asking
+            assert answer.status_code == (410 if number else 200)
+            await door.sessions.close()
+            assert training.published == {}, make
+        one.session = kept
+
+
 async def test_checkpoints_outlive_the_server(tmp_path: Path) -> None:
     async with tenant(tmp_path) as one:
         model_id = await one.model()
@@ -482,6 +561,58 @@ async def test_checkpoints_outlive_the_server(tmp_path: Path) -> None:
         other = [Checkpoints(tmp_path).find("", path).config]
         assert other == [LearnerConfig(rank=4, seed=1, unembed=True)]
         assert names_in(tmp_path, "incoming/*") == []
+
+
+async def test_a_crash_while_a_checkpoint_is_replaced_loses_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with tenant(tmp_path) as one:
+        model_id = await one.model()
+        save = {"model_id": model_id, "seq_id": 1, "path": "a"}
+        path = (await one.result(await one.ask("/save_weights", save)))["path"]
+        again = save | {"seq_id": 2, "overwrite": True}
+        move, left = checkpoints.move_directory, [0]
+
+        def crash(source: Path, target: Path) -> None:
+            if not left[0]:
+                raise OSError("the process was killed")
+            left[0] -= 1
+            move(source, target)
+
+        for number_of_moves in range(2):
+            left[0] = number_of_moves
+            monkeypatch.setattr(checkpoints, "move_directory", crash)
+            said = await one.result(await one.ask("/save_weights", again))
+            monkeypatch.undo()
+            assert said["category"] == "server"
+            again["seq_id"] += 1
+            assert Checkpoints(tmp_path).find("", path).path == path
+            assert names_in(tmp_path, "*/weights/*") == ["a"]
+        await one.result(await one.ask("/save_weights", again))
+        assert names_in(tmp_path, "*/weights/*") == ["a"]
+
+
+async def test_links_of_one_owner_push_out_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing, "_MAX_LINKS", 2)
+    trains = frozenset(("training",))
+    tokens = TokenTable([("a", trains), ("b", trains)])
+    async with tenant(tmp_path, tokens=tokens) as anybody:
+        urls: dict[str, list[str]] = {}
+        for name, count in (("a", 1), ("b", 5)):
+            one = Tenant(anybody.client, {"x-api-key": name})
+            await one.begin()
+            save = {"model_id": await one.model(), "seq_id": 1, "path": "c"}
+            path = (await one.result(await one.ask("/save_weights_external", save)))["path"]
+            run = path.removeprefix("tinker://").partition("/")[0]
+            url = f"/training_runs/{run}/checkpoints/external_weights/c"
+            urls[name] = [
+                (await one.ask(f"{url}/archive", verb="GET"))["url"] for _ in range(count)
+            ]
+        links = [url for each in urls.values() for url in each]
+        found = [(await anybody.client.get(url)).status_code for url in links]
+        assert found == [200, 404, 404, 404, 200, 200]
 
 
 async def test_a_pass_of_many_sequences_keeps_their_order(tmp_path: Path) -> None:

@@ -112,6 +112,7 @@ async def test_a_closed_log_ends_the_command_that_runs_and_fails_the_others() ->
     log.may_run.clear()
     first, second = log.add(0), log.add(1)
     await asyncio.sleep(0)
+    log.log.abandon()
     closing = asyncio.ensure_future(log.log.close())
     assert (await result_of(second))["category"] == "server"
     assert not closing.done()

@@ -64,6 +64,7 @@ async def _train(one: Tenant, harness: EngineHarness) -> None:
     saved = {"model_id": model_id, "seq_id": number + 1, "path": "a"}
     path = (await one.result(await one.ask("/save_weights", saved)))["path"]
     loaded = {"session_id": one.session, "sampling_session_seq_id": 1, "model_path": path}
+    await _check_hidden(one, harness)
     sampler_ids = [made["sampling_session_id"]]
     sampler_ids.append((await one.ask("/create_sampling_session", loaded))["sampling_session_id"])
     found = []
@@ -90,3 +91,15 @@ async def _train(one: Tenant, harness: EngineHarness) -> None:
     assert results[0] == results[1]
     assert len(harness.registry.list()) == 2
     await one.ask(f"/sessions/{one.session}/finish", {})
+
+
+async def _check_hidden(one: Tenant, harness: EngineHarness) -> None:
+    """Check that others learn nothing of a sampler's adapter, which everyone may use by name."""
+    (name,) = (info.name for info in harness.registry.list())
+    listed = (await one.client.get("/v1/models")).json()["data"]
+    assert len(listed) == 1
+    # The error for an unknown name suggests similar ones.
+    similar = {"model": f"{name}0", "prompt": "a"}
+    answer = await one.client.post("/v1/completions", json=similar)
+    assert answer.status_code == 404
+    assert answer.text.count(name) == answer.text.count(f"{name}0")

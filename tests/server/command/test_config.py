@@ -51,6 +51,7 @@ DEFAULTS = {
     "allow_dense_adapters": False,
     "allow_merged_twice": False,
     "training": False,
+    "training_bytes": 4 << 30,
     "max_queued_requests": 1024,
     "max_queued_bytes": 512 << 20,
     "preempt_after_seconds": 5.0,

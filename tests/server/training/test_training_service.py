@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import torch
 from method_oracle import prompt_of, twin
 from servers.engine_harness import EngineHarness, make_request
 
+from turret.server.adapters.operators.vocabulary import HEAD
 from turret.server.engine.scheduling.request import SamplingParams
 from turret.server.engine.step.runner import Runner, StepResult
 from turret.server.errors import BudgetExceededError, InvalidRequestError, UnavailableError
 from turret.server.training import service
+from turret.server.training.learner import num_bytes
 from turret.server.training.trainer import AdamParams, Datum, LearnerConfig, Training
 from turret.server.training.training_pass import TrainingPass
 
@@ -175,6 +178,73 @@ async def test_requests_run_within_a_pass(tmp_path: Path) -> None:
         assert ended[-1] == "training", ended
 
 
+async def test_work_that_cannot_be_interrupted_gets_no_more_than_its_share(tmp_path: Path) -> None:
+    async with started(tmp_path) as (harness, _):
+        begun: list[float] = []
+
+        def work(between: Callable[[], None]) -> None:
+            begun.append(time.monotonic())
+            time.sleep(0.1)
+
+        async def train() -> None:
+            while True:
+                await asyncio.wrap_future(harness.backend.engine.run_background(work))
+
+        training = [asyncio.ensure_future(train()) for _ in range(2)]
+        start = time.monotonic()
+        await harness.run(make_request(prompt_of(9), max_tokens=200))
+        seconds = time.monotonic() - start
+        for each in training:
+            each.cancel()
+        # The work that waits when the request arrives runs before it.
+        assert 0.1 * sum(each > start + 0.1 for each in begun) < 0.15 * seconds + 0.2
+
+
+async def test_a_pass_that_fails_fails_no_other_adapter(tmp_path: Path) -> None:
+    text = prompt_of(20)
+    inputs = {"logprobs": torch.zeros(19), "advantages": torch.ones(19)}
+    faulty = Datum(text[:-1], {"target_tokens": torch.tensor(text[1:]), **inputs})
+    async with started(tmp_path) as (_, training):
+        learners = [await training.create(LearnerConfig(rank=4, seed=n)) for n in range(3)]
+        fine = [training.pass_over(n, [learned(text)], "cross_entropy", {}) for n in learners[1:]]
+        # torch cannot convert this number to float32, and raises an error.
+        fault = training.pass_over(learners[0], [faulty], "ppo", {"clip_high_threshold": 1e308})
+        failed, *found = await asyncio.gather(fault, *fine, return_exceptions=True)
+        assert isinstance(failed, RuntimeError)
+        for learner, result in zip(learners[1:], found, strict=True):
+            assert isinstance(result, list), result
+            assert (await training.step(learner, ADAM))["grad_norm"] > 0.0
+
+
+async def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
+    text = prompt_of(20)
+    async with started(tmp_path) as (_, training):
+        learner = await training.create(LearnerConfig(rank=4, seed=1))
+        data, huge = learned(text), learned(text)
+        huge.inputs["weights"].fill_(3e38)
+        before = await training.pass_over(learner, [data], "cross_entropy", {})
+        expected = await training.step(learner, AdamParams(learning_rate=0.0))
+        for given in ([huge], [data, huge]):
+            await training.pass_over(learner, given, "cross_entropy", {})
+            with pytest.raises(InvalidRequestError):
+                await training.step(learner, ADAM)
+        after = await training.pass_over(learner, [data], "cross_entropy", {})
+        assert torch.equal(after[0].losses, before[0].losses)
+        assert await training.step(learner, ADAM) == expected
+
+
+async def test_the_pass_of_a_dropped_adapter_ends(tmp_path: Path) -> None:
+    async with started(tmp_path) as (_, training):
+        learner = await training.create(LearnerConfig(rank=4, seed=1))
+        data = [learned(prompt_of(200, n)) for n in range(1000)]
+        passed = asyncio.ensure_future(training.pass_over(learner, data, "cross_entropy", {}))
+        await asyncio.sleep(0)
+        async with asyncio.timeout(30):
+            await training.drop(learner)
+            with pytest.raises(UnavailableError):
+                await passed
+
+
 async def test_a_step_that_fails_within_a_pass_ends_the_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,6 +288,8 @@ async def test_an_unsupported_adapter_is_refused(tmp_path: Path) -> None:
         for changes, field in (
             ({"method": "mystery"}, "method"),
             ({"rank": 0}, "rank"),
+            # The server could not serve it.
+            ({"rank": 129}, "rank"),
             ({"attention": False, "mlp": False}, "train_attn"),
         ):
             with pytest.raises(InvalidRequestError) as caught:
@@ -232,14 +304,20 @@ async def test_a_pass_without_sequences_ends(tmp_path: Path) -> None:
         assert (await training.step(learner, ADAM))["grad_norm"] == 0.0
 
 
-async def test_the_number_of_adapters_is_limited(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(service, "MAX_LEARNERS", 2)
-    async with started(tmp_path) as (_, training):
-        asked = (training.create(LearnerConfig(rank=4)) for _ in range(3))
+async def test_the_memory_of_adapters_is_limited_and_shared(tmp_path: Path) -> None:
+    async with started(tmp_path) as (harness, training):
+        config, base = LearnerConfig(rank=4), harness.registry.base
+        modules = [path for path in base.modules if path != HEAD]
+        one = num_bytes("lora", 4, modules, base)
+        count = 4 * sum(each.in_features + each.out_features for p, each in base.modules.items())
+        assert 32 * count / 2 < one < 40 * count
+        assert isinstance(training, service.TrainingService)
+        training._max_bytes = 4 * one
+        asked = (training.create(config, owner) for owner in ("a", "a", "a", "b"))
         made = await asyncio.gather(*asked, return_exceptions=True)
-        assert [type(each) for each in made] == [int, int, BudgetExceededError]
+        assert [type(each) for each in made] == [int, int, BudgetExceededError, int]
+        with pytest.raises(BudgetExceededError):
+            await training.create(LearnerConfig(rank=9), "c")
         assert isinstance(made[0], int)
         await training.drop(made[0])
-        await training.create(LearnerConfig(rank=4))
+        await training.create(config, "a")

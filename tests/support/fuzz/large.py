@@ -6,19 +6,26 @@ fields are included automatically.
 
 from __future__ import annotations
 
+import io
 import itertools
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from fuzz.doors import METHODS
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from servers.limits_of_bodies import body_of, fields, places, with_others
 
 from turret.server.http.body import MAX_BODY_BYTES
+from turret.v1 import tinker_pb2
 
 # gRPC's limit of a message, without the bytes around the field.
 _MAX_MESSAGE_BYTES = (4 << 20) - 64
 _DEPTH = 4
+# The endpoints whose bodies are not JSON.
+PASS, UPLOAD = "/api/v1/forward_backward", "/v1/upload_lora_adapter?lora_name=x"
+TYPES = {PASS: "application/x-protobuf", UPLOAD: "application/x-tar"}
 # Entries of lists, in turn: each has a different cost for parsers and readers.
 ENTRIES = (b"{}", b"0", b"[]", b'""', b'{"a":1}', b"[[]]", b"1e-400", b'"ab"')
 
@@ -50,7 +57,7 @@ def bodies(*, is_short: bool) -> Iterator[Large]:
     """
     kinds = itertools.cycle(ENTRIES)
     seen: set[object] = set()
-    found = places()
+    found = places(has_training=True)
     limits = {(place.path, place.steps): place.most for place in found}
     for place in found:
         if is_short and place.steps in seen:
@@ -71,7 +78,7 @@ def bodies(*, is_short: bool) -> Iterator[Large]:
                 body = body_of(place, count, most_bytes=MAX_BODY_BYTES - 200, entry=entry)
                 data = with_others(place, body)
                 yield Large(place.path, f"{place.blamed}: {len(data)} bytes of {entry!r}", data)
-    for path, names in fields().items():
+    for path, names in fields(has_training=True).items():
         for name in sorted(names):
             if is_short and name in seen:
                 continue
@@ -112,10 +119,32 @@ _VALUES: tuple[Callable[[int], bytes], ...] = (
 
 
 def messages() -> Iterator[Large]:
-    """Messages for every repeated field, at any depth, of every gRPC method."""
-    for method in METHODS:
-        for steps, data in _repeated(method.input_type, 0):
-            yield Large(method.full_name, f"{steps}: {len(data)} bytes", data)
+    """Messages for every repeated field, at any depth, of every gRPC method and of a pass."""
+    a_pass: Any = tinker_pb2.TinkerPass.DESCRIPTOR
+    targets = [(method.full_name, method.input_type) for method in METHODS]
+    for target, kind in (*targets, (PASS, a_pass)):
+        for steps, data in _repeated(kind, 0):
+            yield Large(target, f"{steps}: {len(data)} bytes", data)
+
+
+def archives() -> Iterator[Large]:
+    """Uploads of as many entries as possible, of names as long as possible, and of nothing."""
+    names = {"entries": "adapter_config.json", "folders": "a/" * 49, "long names": "a" * 5000}
+    for what, name in names.items():
+        made = io.BytesIO()
+        with tarfile.open(fileobj=made, mode="w") as archive:
+            for number in range(2000):
+                archive.addfile(tarfile.TarInfo(f"{number}{name}"))
+        yield Large(UPLOAD, what, made.getvalue())
+    yield Large(UPLOAD, "zeros", bytes(16 << 20))
+    yield Large(UPLOAD, "a huge file", _huge(1 << 33) + bytes(16 << 20))
+    yield Large(UPLOAD, "a negative file", _huge(-512) * 1024)
+
+
+def _huge(size: int) -> bytes:
+    info = tarfile.TarInfo("adapter_model.safetensors")
+    info.size = size
+    return info.tobuf(tarfile.GNU_FORMAT)
 
 
 def _repeated(kind: Descriptor, depth: int) -> Iterator[tuple[str, bytes]]:

@@ -9,6 +9,10 @@ from typing import Any
 
 from turret.server.http.endpoint import Route
 from turret.server.http.routes import ROUTES
+from turret.server.http.tinker.routes import routes as tinker_routes
+
+# The fields that are objects with names of the client's choice.
+_OBJECTS = ("logit_bias", "metadata", "user_metadata")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,25 +39,29 @@ class Place:
         return f"{self.path}:{self.blamed}"
 
 
-def posts() -> list[Route]:
-    """Every endpoint that takes a JSON body."""
-    return [route for route in ROUTES if route.body is not None]
+def posts(*, has_training: bool = False) -> list[Route]:
+    """Every endpoint that takes a JSON body in a POST; those of the Tinker API on request."""
+    # The handlers, which need a door, are not called.
+    door: Any = None
+    found = (*ROUTES, *(tinker_routes(door) if has_training else ()))
+    return [route for route in found if route.body is not None and route.method == "POST"]
 
 
-def places() -> list[Place]:
+def places(*, has_training: bool = False) -> list[Place]:
     """All places with a limit."""
     found = []
-    for route in posts():
+    for route in posts(has_training=has_training):
         assert route.body is not None
         schema = route.body.model_json_schema()
         found += list(_within(route.path, (), schema, schema.get("$defs", {})))
     return found
 
 
-def fields() -> dict[str, set[str]]:
+def fields(*, has_training: bool = False) -> dict[str, set[str]]:
     """The fields of the bodies of all endpoints."""
-    schemas = {route.path: route.body.model_json_schema() for route in posts() if route.body}
-    return {path: set(schema["properties"]) for path, schema in schemas.items()}
+    routes = posts(has_training=has_training)
+    schemas = {route.path: route.body.model_json_schema() for route in routes if route.body}
+    return {path: set(schema.get("properties", ())) for path, schema in schemas.items()}
 
 
 def _within(
@@ -84,7 +92,7 @@ def body_of(
         entry: Each entry, or each value of an object.
         times: The number of entries of the list that contains the place, as far as they fit.
     """
-    is_object = not place.steps or place.steps[-1] in ("logit_bias", "metadata")
+    is_object = not place.steps or place.steps[-1] in _OBJECTS
     start, end = (b"{", b"}") if is_object else (b"[", b"]")
     room = most_bytes - 200
     if is_object:

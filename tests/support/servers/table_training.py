@@ -54,7 +54,7 @@ class TableTraining:
         self.may_run = asyncio.Event()
         self.may_run.set()
 
-    async def create(self, config: LearnerConfig) -> int:
+    async def create(self, config: LearnerConfig, owner: str = "") -> int:
         if config.method != "lora":
             why = say("NOT_ONE_OF", value=config.method, choices="lora")
             raise InvalidRequestError.of("user_metadata", why)
