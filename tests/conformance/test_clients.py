@@ -208,7 +208,8 @@ def test_guidellm(url: str, tmp_path: Path) -> None:
     counts = metrics["output_token_count"]["successful"]
     assert (counts["min"], counts["max"]) == (8.0, 8.0)
     for request in benchmark["requests"]["successful"]:
-        assert request["info"]["timings"]["token_iterations"] == 8
+        # A chunk has several tokens where speculation guessed right.
+        assert 1 < request["info"]["timings"]["token_iterations"] <= 8
 
 
 @needs_clients
