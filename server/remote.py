@@ -230,8 +230,8 @@ class _S3:
 class _Oci:
     """An artifact whose layers are files, as ``oras push`` makes it.
 
-    A registry on this machine is asked over HTTP, as Docker does. ``origin`` contains the digest of the
-    manifest, once ``files`` has read it.
+    A registry on this machine is asked over HTTP, as Docker does. ``origin`` contains the digest
+    of the manifest, once ``files`` has read it.
     """
 
     def __init__(self, path: str) -> None:
