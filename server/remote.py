@@ -167,6 +167,7 @@ class _Download:
                 )
             self.ends_at += size / LEAST_BYTES_PER_SECOND
             staged = self._stage([file.announced for file in files.values()])
+            staged.origin = storage.origin
             try:
                 self._receive(staged, files.values())
                 with self._lock:
@@ -196,6 +197,7 @@ class _S3:
         import s3fs
 
         self._folder = path.removeprefix(S3_SCHEME).rstrip("/")
+        self.origin = S3_SCHEME + self._folder
         self._system = s3fs.S3FileSystem(
             skip_instance_cache=True,
             use_listings_cache=False,
@@ -228,7 +230,8 @@ class _S3:
 class _Oci:
     """An artifact whose layers are files, as ``oras push`` makes it.
 
-    A registry on this machine is asked over HTTP, as Docker does.
+    A registry on this machine is asked over HTTP, as Docker does. ``origin`` contains the digest
+    of the manifest, once ``files`` has read it.
     """
 
     def __init__(self, path: str) -> None:
@@ -238,6 +241,7 @@ class _Oci:
         is_local = _LOCAL_HOST.match(self._name) is not None
         self._registry = oras.provider.Registry(insecure=is_local)
         self._container = self._registry.get_container(self._name)
+        self.origin = ""
 
     def close(self) -> None:
         self._registry.session.close()
@@ -246,9 +250,11 @@ class _Oci:
         self._registry.auth.load_configs(self._container)
         url = f"{self._registry.prefix}://{self._container.manifest_url()}"
         data = next(self._ask(url, {"Accept": ", ".join(_MANIFESTS)}, _MAX_MANIFEST_BYTES), b"")
-        expected = self._container.digest
-        if expected and expected != f"sha256:{hashlib.sha256(data).hexdigest()}":
+        found_digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+        if self._container.digest not in (None, found_digest):
             raise ValueError("the manifest does not have the requested digest")
+        place = f"{self._container.registry}/{self._container.api_prefix}"
+        self.origin = f"{OCI_SCHEME}{place}@{found_digest}"
         found: dict[str, _File] = {}
         for layer in json.loads(data).get("layers", []):
             name = (layer.get("annotations") or {}).get(_TITLE)

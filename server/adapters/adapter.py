@@ -173,12 +173,15 @@ class Source:
         is_upload: The server wrote the files itself and removes them when they are not needed.
         adapter: The adapter's name, for an upload.
         task: The task, if the files have several; None if not specified.
+        origin: Where an upload was fetched from, such as ``oci://host/name@sha256:…``; empty if a
+            client sent it.
     """
 
     path: str
     is_upload: bool = False
     adapter: str = field(default="", compare=False)
     task: int | None = None
+    origin: str = ""
 
     @property
     def is_hub(self) -> bool:
@@ -196,6 +199,11 @@ class Source:
     def shown(self) -> str:
         """The path for messages, which must not show where the server keeps uploads."""
         return self.adapter or self.path
+
+    @property
+    def came_from(self) -> str:
+        """Where the files came from, for clients; empty for an upload of a client."""
+        return self.origin if self.is_upload else self.path
 
 
 # Classification heads.

@@ -55,8 +55,8 @@ from turret.server.words import Text, say
 
 # Raise the version when fields change, and keep reading older ones. Version 2 added components to
 # the facts, 3 a source's task, 4 the invocation, 5 labels, 6 the size of the vocabulary and the
-# tokenizer, 7 the first pass, 8 the chat template, 9 kept generations.
-_VERSION = 9
+# tokenizer, 7 the first pass, 8 the chat template, 9 kept generations, 10 a source's origin.
+_VERSION = 10
 _READ_VERSIONS = range(1, _VERSION + 1)
 
 
@@ -167,10 +167,15 @@ class StagedUpload:
     Args:
         directory: An existing, empty directory, owned by this object until it is moved.
         files: The announced files; names are distinct.
+
+    Attributes:
+        directory: The directory.
+        origin: Where the server fetches the files from; empty if a client sends them.
     """
 
     def __init__(self, directory: Path, files: Sequence[UploadedFile]) -> None:
         self.directory = directory
+        self.origin = ""
         self._missing = {file.name: file for file in files}
         self._lock = threading.Lock()
         self._current: UploadedFile | None = None
@@ -408,7 +413,8 @@ class SharedStateDir(NoStateDir):
 
     def staged_source(self, staged: StagedUpload, name: str) -> Source:
         """The source of a staged upload for adapter ``name`` until it is adopted."""
-        return Source(str(staged.directory.relative_to(self.path)), is_upload=True, adapter=name)
+        path = str(staged.directory.relative_to(self.path))
+        return Source(path, is_upload=True, adapter=name, origin=staged.origin)
 
 
 class StateDir(SharedStateDir):

@@ -14,6 +14,7 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 from checkout import ROOT
 from servers.server_under_test import ServerUnderTest, start_server
 
@@ -105,14 +106,21 @@ def run(
     return result.stdout
 
 
-def test_openai_for_node(url: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Run a script of ``node/``; returns the JSON that it prints."""
     if shutil.which("node") is None or shutil.which("npm") is None:
         pytest.skip("node and npm are not installed")
+    folder = tmp_path_factory.mktemp("node")
     for path in (HERE / "node").iterdir():
         if path.is_file():
-            shutil.copy(path, tmp_path)
-    run(["npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts"], tmp_path)
-    found = json.loads(run(["node", "client.mjs", url], tmp_path))
+            shutil.copy(path, folder)
+    run(["npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts"], folder)
+    return lambda *arguments: json.loads(run(["node", *arguments], folder))
+
+
+def test_openai_for_node(url: str, node: Callable[..., Any]) -> None:
+    found = node("openai.mjs", url)
     text = expected(url)
     assert found["models"][1:] == ["json", "sql"]
     assert [found[name] for name in ("whole", "stream", "helped", "response")] == [text] * 4
@@ -120,6 +128,88 @@ def test_openai_for_node(url: str, tmp_path: Path) -> None:
     assert found["kinds"][0] == "response.created"
     assert found["kinds"][-1] == "response.incomplete"
     assert found["refusal"] == {"name": "NotFoundError", "status": 404, "code": "model_not_found"}
+
+
+def test_vercel_for_node(url: str, tools_url: str, node: Callable[..., Any]) -> None:
+    found = node("vercel.mjs", url, tools_url)
+    text = expected(url)
+    assert (found["whole"], found["stream"]) == (text, text)
+    assert found["usage"] == found["streamUsage"] == 6
+    assert found["reason"] == "length"
+    assert (found["age"], found["vectors"]) == ("number", 2)
+    # A forced tool is called once, and the answer has no text beside the call.
+    assert found["call"] == [["double", "number"]]
+    assert found["result"] == [True]
+    assert found["text"] == ""
+    assert {"tool-call", "tool-result"} <= {*found["kinds"]}
+    assert not {"error", "text-delta"} & {*found["kinds"]}
+    assert found["refusal"] == {"name": "AI_APICallError", "status": 404}
+
+
+def test_grpc_for_node(server: ServerUnderTest, url: str, node: Callable[..., Any]) -> None:
+    found = node("grpc.mjs", server.address, str(ROOT / "proto"))
+    text = expected(url)
+    assert found == {
+        **{"whole": text, "gzip": text, "stream": text, "usage": 6, "vectors": 2},
+        "missing": {"code": "NOT_FOUND", "details": 1},
+        "late": {"code": "DEADLINE_EXCEEDED", "details": 0},
+    }
+
+
+def test_grpc_for_go(server: ServerUnderTest, url: str, tmp_path: Path) -> None:
+    """The Go modules are Debian's, and protoc generates the code of the API."""
+    tools = ("go", "protoc", "protoc-gen-go", "protoc-gen-go-grpc")
+    library = Path("/usr/share/gocode")
+    if any(shutil.which(tool) is None for tool in tools) or not library.is_dir():
+        pytest.skip("needs golang-go, golang-google-grpc-dev, protoc-gen-go and protoc-gen-go-grpc")
+    source = tmp_path / "src"
+    shutil.copytree(HERE / "go", source / "ask")
+    protos = (ROOT / "proto" / "turret" / "v1").glob("*.proto")
+    outputs = [f"--go_out={source}", f"--go-grpc_out={source}"]
+    run(["protoc", f"-I{ROOT / 'proto'}", *outputs, *protos])
+    environment = {"GO111MODULE": "off", "GOPATH": f"{tmp_path}:{library}"}
+    command = ["go", "run", "main.go", server.address, ASK]
+    found = json.loads(run(command, source / "ask", environment))
+    text = expected(url)
+    assert found == {
+        **{"whole": text, "stream": text, "usage": 6},
+        **{"missing": True, "details": 1, "late": True},
+    }
+
+
+@needs_clients
+def test_llama_index(url: str, tools_url: str) -> None:
+    found = json.loads(run(script("ask_llama_index.py", url, tools_url, ASK)))
+    text = expected(url)
+    assert (found["whole"], found["stream"]) == (text, text)
+    assert found["completion"] == found["streamed"] != ""
+    assert found["age"] == "int"
+    assert found["tool"] == ["double", "int"]
+    assert found["vectors"] == 2
+
+
+@needs_clients
+def test_guidellm(url: str, tmp_path: Path) -> None:
+    """It asks for the usage after every chunk, and counts tokens by it."""
+    report = tmp_path / "report.json"
+    command = script(
+        *("ask_guidellm.py", "run", "--disable-console-interactive"),
+        *("--backend", f"kind=openai_http,target={url.removesuffix('/v1')},model=json"),
+        *("--profile", "kind=synchronous", "--constraint", "kind=max_requests,count=3"),
+        *("--tokenizer", f"kind=hf_auto,model={_tokenizer()}"),
+        *("--data", "kind=synthetic_text,prompt_tokens=16,output_tokens=8"),
+        *("--output", f"kind=json,path={report}"),
+    )
+    packages = str(Path(torch.__file__).parents[1])
+    run(command, environment={"TORCH_AT": packages, "HF_HUB_OFFLINE": "1"})
+    (benchmark,) = json.loads(report.read_text())["benchmarks"]
+    metrics = benchmark["metrics"]
+    assert metrics["request_totals"]["successful"] == metrics["request_totals"]["total"] == 3
+    counts = metrics["output_token_count"]["successful"]
+    assert (counts["min"], counts["max"]) == (8.0, 8.0)
+    for request in benchmark["requests"]["successful"]:
+        # A chunk has several tokens where speculation guessed right.
+        assert 1 < request["info"]["timings"]["token_iterations"] <= 8
 
 
 @needs_clients
@@ -228,6 +318,12 @@ def test_openai_agents(url: str, tools_url: str) -> None:
 def ask(client: str, url: str, tools_url: str) -> Any:
     """The results of one of the clients in ``ask_clients.py``."""
     return json.loads(run([CLIENTS / "python", HERE / "ask_clients.py", client, url, tools_url]))
+
+
+def script(name: str, *arguments: str) -> list[str | Path]:
+    """The command for a script that names its packages; ``uv`` gives it its own environment."""
+    python = CLIENTS / "python"
+    return [CLIENTS / "uv", "run", "-q", "--python", python, "--script", HERE / name, *arguments]
 
 
 def _tokenizer() -> Path:

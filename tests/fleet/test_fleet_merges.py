@@ -13,7 +13,9 @@ from method_oracle import twin
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.fleet.replica import ReplicaParts
+from turret.server.adapters.adapter import AdapterRef
 from turret.server.adapters.merger import Merger
+from turret.server.basics.work import Cancellation
 from turret.server.errors import AdapterMergedError, InvalidRequestError, MergeActiveError
 
 
@@ -39,6 +41,7 @@ async def test_a_merge_is_everywhere_or_nowhere(
                 root,
                 replica=replica,
                 state_dir=fleet.state_dir,
+                keep_generations=1,
             )
             return await stack.enter_async_context(harness)
 
@@ -84,4 +87,14 @@ async def test_a_merge_is_everywhere_or_nowhere(
             assert await answer(server) == (plain[0], 3)
         mix = first.registry.acquire(refs("lora"))
         first.registry.release(mix)
+
+        # A kept generation can be merged, too, and a later replica merges the same one.
+        await asyncio.to_thread(first.registry.replace, "lora", "dora")
+        kept = [AdapterRef(name="lora", generation=1)]
+        await asyncio.to_thread(second.merger.merge, kept, "BF16", Cancellation())
+        fourth = await start("r3")
+        await unmerge(alone)
+        await merge(alone, "lora")
+        for server in (first, second, fourth):
+            assert (await answer(server))[0] == (await answer(alone))[0] != plain[0]
     fleet.close()

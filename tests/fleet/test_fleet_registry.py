@@ -9,12 +9,14 @@ from builders.facts import facts_of
 from fleets.parts import Disk, Replica
 
 from turret.fleet import protocol as m
+from turret.fleet.protocol import generations_of
 from turret.fleet.registry import FleetRegistry
-from turret.server.adapters.adapter import Source
+from turret.server.adapters.adapter import AliasTarget, Source
 from turret.server.errors import (
     AdapterBusyError,
     AdapterExistsError,
     AdapterGenerationError,
+    AdapterMergedError,
     UnavailableError,
 )
 
@@ -196,3 +198,39 @@ def test_a_name_stays_closed_while_another_unload_waits() -> None:
     with pytest.raises(AdapterBusyError):
         registry.outcome(late, 4.0)
     assert "a" not in registry.state.closed
+
+
+def test_a_kept_generation_stays_while_it_is_in_the_base() -> None:
+    disk = Disk()
+    registry, replicas = fleet(disk=disk)
+
+    def submit(proposal: m.Proposal) -> None:
+        registry.submit(proposal, 1.0)
+        for replica in (*replicas, *replicas):
+            plan = registry.state.preparing
+            replica.made = {} if plan is None else {plan.uuid: None}
+            beat(registry, replica, 1.0)
+
+    submit(register("a", "d1"))
+    uuid = registry.state.names["a"].uuid
+    target = AliasTarget(name="a", uuid=uuid, generation=1)
+    submit(m.SetAlias(name="prod", targets=(target,)))
+    for generation in (1, 2):
+        submit(register("a", f"d{generation + 1}", replaces=(uuid, generation)))
+    gone = m.MergeMember(name="a", uuid=uuid, generation=4, weight=1.0)
+    with pytest.raises(AdapterGenerationError):
+        submit(m.Merge(members=(gone,), precision="BF16", time=1.0))
+    member = dataclasses.replace(gone, generation=1)
+    submit(m.Merge(members=(member,), precision="BF16", time=1.0))
+    assert disk.base.merge is not None
+    assert disk.base.merge.members == (member,)
+    # Only the alias keeps the first generation.
+    submit(m.DeleteAlias(name="prod"))
+    kept = [each.generation for each in generations_of(disk.names["a"])]
+    assert kept == [3, 1, 2]
+    with pytest.raises(AdapterMergedError):
+        submit(m.Rollback(name="a", generation=2, replaces=(uuid, 3)))
+    assert FleetRegistry(disk, now=2.0).state.base == disk.base
+    submit(m.Unmerge())
+    submit(register("a", "d4", replaces=(uuid, 3)))
+    assert [each.generation for each in generations_of(disk.names["a"])] == [4, 3]

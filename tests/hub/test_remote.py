@@ -126,6 +126,7 @@ def test_an_adapter_in_a_bucket_is_kept_like_an_upload(
     loaded = made.load("a", "s3://models/adapters/a")
     assert loaded.facts.digest == digest_of(checkpoints, "a")
     assert loaded.facts.chat_template
+    assert loaded.source == "s3://models/adapters/a"
     assert made.load("a", "s3://models/adapters/a").generation == 1
     (kept,) = (tmp_path / "state" / "files").iterdir()
     assert {path.name for path in kept.iterdir()} == {*FILES, "chat_template.jinja"}
@@ -135,7 +136,9 @@ def test_an_adapter_in_a_bucket_is_kept_like_an_upload(
     # A restart needs no bucket.
     bucket.rm("models/adapters", recursive=True)
     restarted = registry()
-    assert restarted.pin("a").facts.digest == digest_of(checkpoints, "b")
+    again = restarted.pin("a")
+    assert again.facts.digest == digest_of(checkpoints, "b")
+    assert again.source == "s3://models/adapters/a"
 
 
 def test_what_a_bucket_cannot_give(
@@ -169,11 +172,13 @@ def test_an_adapter_in_an_oci_registry_is_named_by_tag_or_digest(
     oci_address: str, registry: _Make, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = push(oci_address, "acme/sql:v1", checkpoints / "a", monkeypatch)
-    push(oci_address, "acme/sql:v1", checkpoints / "b", monkeypatch)
+    second = push(oci_address, "acme/sql:v1", checkpoints / "b", monkeypatch)
     name = f"oci://{oci_address}/acme/sql"
     made = registry(name)
-    assert made.load("tag", f"{name}:v1").facts.digest == digest_of(checkpoints, "b")
-    assert made.load("pinned", f"{name}@{first}").facts.digest == digest_of(checkpoints, "a")
+    tagged, pinned = made.load("tag", f"{name}:v1"), made.load("pinned", f"{name}@{first}")
+    assert tagged.facts.digest == digest_of(checkpoints, "b")
+    assert pinned.facts.digest == digest_of(checkpoints, "a")
+    assert (tagged.source, pinned.source) == (f"{name}@{second}", f"{name}@{first}")
     refused(made, f"{name}:v2", HubError, "REMOTE_MISSING")
     refused(made, f"{name}@sha256:{'0' * 64}", HubError, "REMOTE_MISSING")
     refused(made, f"oci://{oci_address}/acme/sqlite:v1", AdapterCheckpointError, "BAD_PATH")
@@ -209,7 +214,9 @@ def test_a_fleet_fetches_once_for_all_replicas(
     first, second = fleet.start(), fleet.start()
     loaded = first.registry.load("a", "s3://models/a")
     bucket.rm("models/a", recursive=True)
-    assert second.registry.pin("a").facts.digest == loaded.facts.digest
+    pinned = second.registry.pin("a")
+    assert pinned.facts.digest == loaded.facts.digest
+    assert pinned.source == loaded.source == "s3://models/a"
     fleet.close()
     shutil.rmtree(tmp_path / "fleet")
 

@@ -44,13 +44,20 @@ RELEASES: dict[str, tuple[str, dict[str, Any]]] = {
             "adapters": {"existingClaim": "mine"},
             "tokens": {"lines": ["one inference", "two metrics"]},
             "settings": {
-                "adapters": {"preload": {"sql": "sql", "json-2": "hub:a/b"}, "adapter_hub": ["a"]},
+                "adapters": {
+                    "preload": {"sql": "sql", "json-2": "hub:a/b"},
+                    "adapter_hub": ["a"],
+                    "adapter_remote": ["s3://models", "oci://ghcr.io/acme"],
+                    "training": True,
+                },
                 "scheduler": {"max_num_seqs": 8, "preempt_after_seconds": 2.5},
                 "listen": {"http_cors_origin": ["https://example.org"]},
                 "telemetry": {"metrics_aliases": "vllm"},
             },
             "args": ["--verbose"],
             "env": [{"name": "HF_HUB_OFFLINE", "value": "1"}],
+            "serviceAccountName": "reader",
+            "registrySecret": "ghcr",
             "podLabels": {"llm-d.ai/engine-type": "vllm"},
             "podAnnotations": {"c": "d"},
             "nodeSelector": {"disk": "fast"},
@@ -59,7 +66,7 @@ RELEASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gpu": ("values-gpu.yaml", {"tokens": {"existingSecret": "mine"}}),
-    "fleet": ("values-fleet.yaml", MONITORED),
+    "fleet": ("values-fleet.yaml", {"registrySecret": "ghcr", **MONITORED}),
 }
 FILES = sorted(path.name for path in FOLDER.glob("*.yaml"))
 
@@ -310,9 +317,26 @@ def test_settings_and_tokens_of_the_values_reach_the_server(tmp_path: Path) -> N
     assert config.listen.http_cors_origin == ("https://example.org",)
     assert config.log.log_format == "json"
     assert config.telemetry.metrics_aliases == "vllm"
+    assert config.adapters.adapter_remote == ("s3://models", "oci://ghcr.io/acme")
+    assert config.adapters.training
     assert find("Secret", "servers")["stringData"]["tokens"] == "one inference\ntwo metrics"
     assert find("Service", "servers")["spec"]["clusterIP"] == "None"
     assert "clusterIP" not in find("Service", "server")["spec"]
+
+
+@pytest.mark.parametrize("name", ["servers", "fleet"])
+def test_credentials_for_registries_are_where_oras_reads_them(name: str) -> None:
+    pods = [each["spec"] for document in release(name) for each in pod_templates(document)]
+    for pod in pods:
+        (volume,) = [each for each in pod["volumes"] if each["name"] == "registry"]
+        (item,) = volume["secret"]["items"]
+        assert item["key"] == ".dockerconfigjson"
+        (container,) = pod["containers"]
+        (mount,) = [each for each in container["volumeMounts"] if each["name"] == "registry"]
+        # The home directory of the image's user.
+        assert f"{mount['mountPath']}/{item['path']}" == "/home/turret/.docker/config.json"
+    if name == "servers":
+        assert [pod["serviceAccountName"] for pod in pods] == ["reader"]
 
 
 def test_a_changed_setting_replaces_the_pods() -> None:

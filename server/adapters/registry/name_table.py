@@ -118,7 +118,7 @@ class Registration:
             in_flight=self.in_flight,
             last_used_time=self.last_used_time,
             state=self.state,
-            source="" if adapter.source.is_upload else adapter.source.path,
+            source=adapter.source.came_from,
         )
 
 

@@ -317,7 +317,7 @@ def test_registrations_of_the_first_version_are_read(start: Start, tmp_path: Pat
 @pytest.mark.parametrize(
     "change",
     [
-        lambda fields: fields.update(version=10),
+        lambda fields: fields.update(version=11),
         lambda fields: fields.pop("uuid"),
         lambda fields: fields.update(generation="1"),
         lambda fields: fields.update(pinned=1),

@@ -118,6 +118,7 @@ class EngineHarness:
         chat_template: Path | None = None,
         trusts_templates: bool = False,
         allow_merged_twice: bool = False,
+        keep_generations: int = 0,
         training: bool = False,
     ) -> AsyncIterator[EngineHarness]:
         """Build and start an engine, and load ``adapters``, each from the directory of its name.
@@ -146,6 +147,7 @@ class EngineHarness:
                 state_dir=state_dir,
                 allow_dense_adapters=True,
                 allow_merged_twice=allow_merged_twice,
+                keep_generations=keep_generations,
                 training=training,
             ),
             security=SecurityConfig(trust_request_chat_template=trusts_templates),

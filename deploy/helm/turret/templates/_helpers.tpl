@@ -87,6 +87,9 @@ seccompProfile: {type: RuntimeDefault}
 {{- with .Values.imagePullSecrets }}
 imagePullSecrets: {{ toJson . }}
 {{- end }}
+{{- with .Values.serviceAccountName }}
+serviceAccountName: {{ . }}
+{{- end }}
 {{- with .Values.nodeSelector }}
 nodeSelector: {{ toJson . }}
 {{- end }}
@@ -98,7 +101,7 @@ affinity: {{ toJson . }}
 {{- end }}
 {{- end }}
 
-{{/* The volumes of the settings and of the token file. */}}
+{{/* The volumes of the settings, the token file and the credentials for registries. */}}
 {{- define "turret.readVolumes" -}}
 - name: configuration
   configMap: {name: {{ include "turret.name" . }}}
@@ -106,12 +109,21 @@ affinity: {{ toJson . }}
 - name: tokens
   secret: {secretName: {{ . }}}
 {{- end }}
+{{- with .Values.registrySecret }}
+- name: registry
+  secret:
+    secretName: {{ . }}
+    items: [{key: .dockerconfigjson, path: config.json}]
+{{- end }}
 {{- end }}
 
 {{- define "turret.readMounts" -}}
 - {name: configuration, mountPath: /etc/turret-config, readOnly: true}
 {{- if include "turret.tokens" . }}
 - {name: tokens, mountPath: /etc/turret, readOnly: true}
+{{- end }}
+{{- if .Values.registrySecret }}
+- {name: registry, mountPath: /home/turret/.docker, readOnly: true}
 {{- end }}
 {{- end }}
 

@@ -1,5 +1,5 @@
 // Asks a turret server through OpenAI's Node client; prints what came back as JSON.
-// node client.mjs BASE_URL
+// node openai.mjs BASE_URL
 
 import OpenAI from "openai";
 
