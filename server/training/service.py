@@ -23,6 +23,7 @@ from turret.server.adapters.operators.vocabulary import HEAD
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StagedUpload, UploadedFile
 from turret.server.basics.names import is_private
+from turret.server.basics.turns import FairPool
 from turret.server.basics.work import work_in_background
 from turret.server.engine.engine import Engine
 from turret.server.errors import (
@@ -60,12 +61,14 @@ class _Work:
     """Sequences of one adapter that wait for their passes.
 
     Attributes:
+        owner: The client.
         chunks: The sequences that are computed together, in order.
         leaves: Hold the gradients until all of them are there.
         num_begun: The number of chunks that have been in a pass.
         found: The results so far.
     """
 
+    owner: str
     learner: Learner
     leaves: Leaves
     chunks: Sequence[Sequence[Datum]]
@@ -113,18 +116,22 @@ class TrainingService:
         self._reserved: dict[int, tuple[str, int]] = {}
         self._numbers = itertools.count(1)
         self._waiting: list[_Work] = []
+        # The tokens of each owner's passes. The owner with the fewest is next, whose number was
+        # ``_clock`` at its last turn.
+        self._trained: Counter[str] = Counter()
+        self._clock = 0
         self._runner: asyncio.Task[None] | None = None
-        self._thread = ThreadPoolExecutor(
-            1, thread_name_prefix="training", initializer=work_in_background
+        self._thread = FairPool(
+            ThreadPoolExecutor(1, thread_name_prefix="training", initializer=work_in_background)
         )
         # Samplers do not survive a restart; remove their adapters.
         for info in registry.list():
             if is_private(info.name):
                 self._unload(info.name)
 
-    async def _in_background(self, work: Callable[[], T]) -> T:
+    async def _in_background(self, learner: int, work: Callable[[], T]) -> T:
         """Run work that needs no step of the engine on the thread for optimizers."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        return await self._thread.run(self._reserved[learner][0].encode(), work)
 
     async def _on_engine(self, work: Callable[[Callable[[], None]], T]) -> T:
         return await asyncio.wrap_future(self._engine.run_background(work))
@@ -156,7 +163,7 @@ class TrainingService:
         size = num_bytes(config.method, config.rank, modules, self._registry.base)
         self._reserve(number, owner, size)
         try:
-            self._learners[number] = await self._in_background(make)
+            self._learners[number] = await self._in_background(number, make)
         except BaseException:
             self._release(number)
             raise
@@ -175,6 +182,7 @@ class TrainingService:
         self._used[owner] -= held
         if not self._used[owner]:
             del self._used[owner]
+            del self._trained[owner]
 
     def _modules(self, config: LearnerConfig) -> list[str]:
         wanted = {
@@ -219,6 +227,7 @@ class TrainingService:
         adapter = self._learners[learner]
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         work = _Work(
+            self._reserved[learner][0],
             adapter,
             adapter.fresh_leaves(),
             _chunks(data),
@@ -227,6 +236,8 @@ class TrainingService:
             has_grad=not is_forward_only,
             done=done,
         )
+        # Time without work is not made up for later.
+        self._trained[work.owner] = max(self._trained[work.owner], self._clock)
         self._waiting.append(work)
         if self._runner is None or self._runner.done():
             self._runner = asyncio.create_task(self._run())
@@ -266,25 +277,34 @@ class TrainingService:
             work.done.set_exception(error)
 
     def _next_batch(self) -> list[tuple[_Work, Sequence[Datum]]]:
-        """The chunks of the next pass, round-robin over adapters; all have gradients, or none."""
+        """The chunks of the next pass; all have gradients, or none.
+
+        Owners take turns, and so do the adapters of an owner.
+        """
         batch: list[tuple[_Work, Sequence[Datum]]] = []
-        kind = [work for work in self._waiting if work.has_grad == self._waiting[0].has_grad]
+        # The sort keeps the order of an owner's adapters, which take turns.
+        self._waiting.sort(key=lambda work: self._trained[work.owner])
+        first = self._waiting[0]
+        self._clock = self._trained[first.owner]
         left = CHUNK_TOKENS if self._engine.num_open else PASS_TOKENS
         while True:
-            before = len(batch)
-            for work in kind:
-                if work.num_begun < len(work.chunks):
+            served: set[str] = set()
+            for work in list(self._waiting):
+                is_due = work.owner not in served and work.has_grad == first.has_grad
+                if is_due and work.num_begun < len(work.chunks):
                     chunk = work.chunks[work.num_begun]
                     size = sum(len(datum.tokens) for datum in chunk)
                     if size <= left or not batch:
                         work.num_begun += 1
                         batch.append((work, chunk))
                         left -= size
-            if len(batch) == before:
-                break
-        # The adapter that was first is last in the next pass.
-        self._waiting.append(self._waiting.pop(0))
-        return batch
+                        served.add(work.owner)
+                        self._trained[work.owner] += size
+                        # This adapter is the last of its owner in the next turn.
+                        self._waiting.remove(work)
+                        self._waiting.append(work)
+            if not served:
+                return batch
 
     def _pass(
         self, batch: Sequence[tuple[_Work, Sequence[Datum]]], between: Callable[[], None]
@@ -327,12 +347,12 @@ class TrainingService:
     async def step(self, learner: int, adam: AdamParams) -> dict[str, float]:
         """Apply an optimizer step; see ``Training``."""
         found = self._learners[learner]
-        return await self._renewing(found, functools.partial(found.step, adam))
+        return await self._renewing(learner, functools.partial(found.step, adam))
 
-    async def _renewing(self, learner: Learner, change: Callable[[], T]) -> T:
+    async def _renewing(self, learner: int, change: Callable[[], T]) -> T:
         """Change an adapter's tensors, after which the store need not have the former ones."""
-        before = learner.served.key
-        result = await self._in_background(change)
+        before = self._learners[learner].served.key
+        result = await self._in_background(learner, change)
         await self._on_engine(lambda between: self._store.drop(before))
         return result
 
@@ -349,7 +369,7 @@ class TrainingService:
             raise InvalidRequestError.of("path", say("OTHER_ADAPTER_CONFIG"))
 
         load = functools.partial(found.load, folder, with_optimizer=with_optimizer)
-        await self._renewing(found, load)
+        await self._renewing(learner, load)
 
     async def publish(self, learner: int, name: str) -> int:
         """Register the current tensors; see ``Training``."""

@@ -321,3 +321,39 @@ async def test_the_memory_of_adapters_is_limited_and_shared(tmp_path: Path) -> N
         assert isinstance(made[0], int)
         await training.drop(made[0])
         await training.create(config, "a")
+
+
+async def test_owners_take_turns_and_then_their_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[TrainingPass] = []
+
+    class Counted(TrainingPass):
+        def backward(self, grad: torch.Tensor) -> None:
+            passes.append(self)
+            super().backward(grad)
+
+    monkeypatch.setattr(service, "TrainingPass", Counted)
+    for name in ("PASS_TOKENS", "CHUNK_TOKENS"):
+        monkeypatch.setattr(service, name, 20)
+    async with started(tmp_path) as (_, training):
+
+        async def train(owner: str, length: int, count: int) -> int:
+            learner = await training.create(LearnerConfig(rank=1, seed=1), owner)
+            ready.append(owner)
+            if len(ready) == 6:
+                begin.set()
+            await begin.wait()
+            data = [learned(prompt_of(length, n)) for n in range(count)]
+            await training.pass_over(learner, data, "cross_entropy", {})
+            return len(passes)
+
+        ready: list[str] = []
+        begin = asyncio.Event()
+        many = [train("many", 21, 4) for _ in range(4)]
+        *ends, long, one = await asyncio.gather(*many, train("long", 81, 4), train("one", 21, 4))
+        # Four turns of each: "long" has one sequence in the time of four others.
+        assert one <= 4 + 4 + 1
+        assert long <= 16 + 4 + 4
+        # The adapters of an owner take turns, too.
+        assert min(ends) >= 13
