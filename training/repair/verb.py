@@ -27,7 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="DIR|ORG/NAME|FILE",
         type=model_place,
         nargs="?",
-        help="as for turret serve (default: the embedded model)",
+        help="as for turret serve (default: the bundled model)",
     )
     parser.add_argument(
         "--text",
