@@ -44,7 +44,7 @@ MAX_RANK = 256
 _PIECE_BYTES = 1 << 20
 # Names that clients' samplers give to adapters: training/<session>/….
 _SAMPLER_ADAPTER = re.compile(r"training/[0-9a-f]{32}/.+")
-# Adapters in training, of all callers.
+# The maximum number of adapters in training, over all callers.
 MAX_LEARNERS = 64
 
 
@@ -54,7 +54,7 @@ class _Work:
 
     Attributes:
         chunks: The sequences that are computed together, in order.
-        leaves: Hold the gradients until all of them are there.
+        leaves: Collect the gradients until all chunks are done.
         num_begun: The number of chunks that have been in a pass.
         found: The results so far.
     """
@@ -213,7 +213,7 @@ class TrainingService:
             self._waiting = [work for work in self._waiting if not work.done.done()]
 
     def _next_batch(self) -> list[tuple[_Work, Sequence[Datum]]]:
-        """The chunks of the next pass, round-robin over adapters; all have gradients, or none."""
+        """The chunks of the next pass, round-robin over adapters; all or none compute gradients."""
         batch: list[tuple[_Work, Sequence[Datum]]] = []
         waiting = [work for work in self._waiting if not work.done.done()]
         kind = [work for work in waiting if work.has_grad == waiting[0].has_grad]

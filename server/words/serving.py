@@ -112,7 +112,7 @@ TEXTS = {
     "EXPERTS_MISMATCH": "{name} has {found} experts, but the config has {expected}",
     "TENSOR_MISSING": "the checkpoint lacks the tensor {name}",
     "TENSORS_UNEXPECTED": "the checkpoint has tensors that the model does not use: {names}",
-    "TENSORS_DUPLICATE": "{name} and {other} hold the same weights",
+    "TENSORS_DUPLICATE": "{name} and {other} contain the same weights",
     "TENSOR_INVALID": "{name}: {problem}",
     "SCALE_MISSING": "{name} is stored in 8-bit floats but has no scale",
     "SCALES_MISMATCH": "the scales have the shape {found} instead of {expected}",
