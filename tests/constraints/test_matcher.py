@@ -177,11 +177,11 @@ def test_tokens_that_are_withheld_come_where_no_other_may() -> None:
     assert without(words, {0, 1, 3, 95}) is words
 
 
-@pytest.mark.parametrize("how", ["take", "mask"])
+@pytest.mark.parametrize("how", ["try_advance", "mask"])
 def test_an_answer_has_a_budget_of_time(
     compiler: ConstraintCompiler, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     matcher = compiler._compile(ConstraintSpec("regex", ("[a-z]+",))).matcher()
     monkeypatch.setattr("turret.server.constraints.matcher._FIRST_SECONDS", -1.0)
     with pytest.raises(BudgetExceededError, check=says("CONSTRAINT_TOO_SLOW")):
-        matcher.try_advance(5) if how == "take" else matcher.mask()
+        matcher.try_advance(5) if how == "try_advance" else matcher.mask()
