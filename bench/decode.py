@@ -109,7 +109,7 @@ def make_cases(loras: list[str], mixed: list[str], others: list[str], only: str 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", type=Path, metavar="DIR", help="default: the embedded model")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="default: the bundled model")
     for flag, default, text in (
         ("--batch", 16, "requests at once, and different adapters"),
         ("--rank", 16, "rank of the LoRAs, on all seven projections"),

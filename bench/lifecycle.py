@@ -49,7 +49,7 @@ PROBED_RANK = 16
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", type=Path, metavar="DIR", help="default: the embedded model")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="default: the bundled model")
     parser.add_argument(
         "--adapters",
         type=lambda text: sorted(int(number) for number in text.split(",")),

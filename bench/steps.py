@@ -153,7 +153,7 @@ def medians(recorded: list[Recorded]) -> Recorded:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", type=Path, metavar="DIR", help="default: the embedded model")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="default: the bundled model")
     for flag, default in (
         ("--batch", 16),
         ("--rank", 16),

@@ -2,7 +2,7 @@
 
     python bench/training.py [--tenants 1 4 16] [--steps 3] [--rows 4] [--length 44]
 
-Every tenant trains a LoRA of rank 8 on all linear modules of the embedded model in bfloat16; each
+Every tenant trains a LoRA of rank 8 on all linear modules of the bundled model in bfloat16; each
 of its steps is a batch of ``--rows`` texts of ``--length`` tokens and one step of AdamW. turret
 runs the tenants at once in the engine of a server. The reference is transformers, PEFT and
 bitsandbytes on the same quantised weights, for one adapter; n adapters take it n times as long. It

@@ -108,7 +108,7 @@ class TrainingBase:
 
     Attributes:
         source: The quantised model that the server serves, with its digest.
-        directory: The directory as in the config, or an id of the hub; None is the embedded model.
+        directory: The directory as in the config, or an id of the hub; None is the bundled model.
         config: transformers' config.
         arch: The server's description of the config.
         tokenizer: transformers' tokenizer.
@@ -132,7 +132,7 @@ def find_base(
     """Find (and quantise, the first time) the base model.
 
     Args:
-        directory: The directory as in the config, or an id of the hub; None is the embedded model.
+        directory: The directory as in the config, or an id of the hub; None is the bundled model.
         check: Called with the modules of a model in a directory before it is quantised, which takes
             minutes; raises an error if the model cannot be used.
 

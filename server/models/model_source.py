@@ -286,7 +286,7 @@ def resolve_model(
 
     Args:
         model: A Hugging Face model directory, a GGUF file, ``org/name[@revision]`` of the hub, or
-            None for the embedded model.
+            None for the bundled model.
         cache_dir: The directory for quantised checkpoints.
         progress: Called with the progress of quantisation.
         quantizes_all: See ``ModelSource``.
@@ -442,7 +442,7 @@ def _resolve_gguf(
             ends = json.dumps({"eos_token_id": found.eos_token_ids})
             (build / "generation_config.json").write_text(ends)
             quantizing.write(found.tensors, build, name)
-    # The embedded model's file may also be given by its path; it keeps the embedded model's name.
+    # The bundled model's file may also be given by its path; it keeps the bundled model's name.
     return dataclasses.replace(_read_cached(target, target), name=name)
 
 

@@ -61,7 +61,7 @@ class _Work:
 
     Attributes:
         chunks: The sequences that are computed together, in order.
-        leaves: Hold the gradients until all of them are there.
+        leaves: Collect the gradients until all chunks are done.
         num_begun: The number of chunks that have been in a pass.
         found: The results so far.
     """
@@ -266,7 +266,7 @@ class TrainingService:
             work.done.set_exception(error)
 
     def _next_batch(self) -> list[tuple[_Work, Sequence[Datum]]]:
-        """The chunks of the next pass, round-robin over adapters; all have gradients, or none."""
+        """The chunks of the next pass, round-robin over adapters; all or none compute gradients."""
         batch: list[tuple[_Work, Sequence[Datum]]] = []
         kind = [work for work in self._waiting if work.has_grad == self._waiting[0].has_grad]
         left = CHUNK_TOKENS if self._engine.num_open else PASS_TOKENS

