@@ -101,13 +101,13 @@ def measure_peft(args: argparse.Namespace) -> float:
     return args.steps * args.rows * args.length / (time.perf_counter() - began)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compare training of many adapters with PEFT.")
     parser.add_argument("--tenants", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=44)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     reference = measure_peft(args)
     rows = [{"": "PEFT, one adapter", "tokens/s": f"{reference:.0f}", "of PEFT": "1.00"}]
     rows += [
@@ -119,6 +119,7 @@ def main() -> None:
         for count, rate in asyncio.run(measure_turret(args)).items()
     ]
     print_rows(make_console(), "Training", rows)
+    return 0
 
 
 if __name__ == "__main__":
