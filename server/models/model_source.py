@@ -26,7 +26,7 @@ from turret.server.errors import InvalidRequestError
 from turret.server.models.decoding.arch import Experts
 from turret.server.models.families import read_arch
 from turret.server.models.fidelity import Fidelity, State, squared_error
-from turret.server.models.sources.check import MODEL_NAME, find_gguf
+from turret.server.models.sources.check import MODEL_NAME, find_gguf, skipped_modules
 from turret.server.models.sources.gguf_file import open_gguf
 from turret.server.models.sources.gguf_header import SUFFIX
 from turret.server.models.sources.model_directory import (
@@ -41,7 +41,6 @@ from turret.server.models.sources.model_directory import (
     scale_block,
     weight_files,
 )
-from turret.server.models.sources.skip_modules import skipped_modules
 from turret.server.models.weights.nf4 import BLOCKSIZE, Nf4Weight, reads_mxfp4
 from turret.server.models.weights.nf4_experts import ExpertStacks
 from turret.server.words import say

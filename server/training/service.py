@@ -49,8 +49,8 @@ from turret.server.words import say
 T = TypeVar("T")
 # The maximum number of tokens in a pass, and in a chunk: consecutive sequences of one adapter. A
 # longer sequence gets a pass to itself. While requests run, a pass has one chunk, so that they run
-# often. Chunks depend only on the lengths of an adapter's own
-# sequences, so its gradients are added in a fixed order, whatever else is in the passes.
+# often. Chunks depend only on the lengths of an adapter's own sequences, so its gradients are added
+# in a fixed order, whatever else is in the passes.
 PASS_TOKENS, CHUNK_TOKENS = 512, 128
 _PIECE_BYTES = 1 << 20
 
