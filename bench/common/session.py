@@ -23,7 +23,7 @@ from turret.training.base_model import TrainingBase, find_base
 def make_parser(doc: str | None, repeats: int) -> argparse.ArgumentParser:
     """A parser with the flags that all benchmarks have."""
     parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
-    parser.add_argument("--model", type=Path, metavar="DIR", help="default: the embedded model")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="default: the bundled model")
     parser.add_argument(
         "--repeats", type=int, default=repeats, help=f"rounds; the median counts ({repeats})"
     )
