@@ -1,4 +1,4 @@
-# turret on a CPU. The image contains the embedded model, so the container downloads nothing.
+# turret on a CPU. The image contains the bundled model, so the container downloads nothing.
 #
 #   docker build -t turret .
 #   docker run -p 50051:50051 -v ./adapters:/adapters:ro -v ./secrets:/secrets:ro turret \
@@ -58,7 +58,7 @@ COPY --from=build /opt/turret /opt/turret
 ENV PATH=/opt/turret/bin:$PATH TURRET_HEALTH_FLAGS=""
 # The user is a number, so that Kubernetes can verify that it is not root.
 USER 10001
-# Quantises the embedded model now, so that the first start is as fast as later ones.
+# Quantises the bundled model now, so that the first start is as fast as later ones.
 RUN python -c "from turret.server.models.model_source import resolve_model; \
     from turret.server.models.sources.check import default_cache_dir; \
     resolve_model(None, default_cache_dir())"

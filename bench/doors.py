@@ -94,13 +94,13 @@ def _loop_seconds(pid: int) -> float:
     return sum(one.user_time + one.system_time for one in threads if one.id == pid)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Print the rates and their ratio; the exit code is 1 if HTTP is too slow."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     rates: dict[str, list[float]] = {"gRPC": [], "HTTP": []}
     costs: dict[str, list[tuple[float, float]]] = {"gRPC": [], "HTTP": []}
     # Turn off speculation so that each chunk has one token.

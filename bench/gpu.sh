@@ -5,8 +5,8 @@
 # part runs, whatever became of the others; rows are written as they come. The exit status is not 0
 # if any part failed.
 # Needs Python 3.11 or newer with torch 2.11+, triton 3.6+ and numpy (PYTHON=... chooses it) and a C
-# compiler, which triton calls; pytest (and xdist), compute-sanitizer and bitsandbytes are used if they
-# are there. Arguments go to bench/gpu.py; with --only or --tune nothing else is run.
+# compiler, which triton calls; pytest (and xdist) and compute-sanitizer are used if they are there.
+# Arguments go to bench/gpu.py; with --only or --tune nothing else is run.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}

@@ -2,7 +2,7 @@
 
     python bench/training.py [--tenants 1 4 16] [--steps 3] [--rows 4] [--length 44]
 
-Every tenant trains a LoRA of rank 8 on all linear modules of the embedded model in bfloat16; each
+Every tenant trains a LoRA of rank 8 on all linear modules of the bundled model in bfloat16; each
 of its steps is a batch of ``--rows`` texts of ``--length`` tokens and one step of AdamW. turret
 runs the tenants at once in the engine of a server. The reference is transformers, PEFT and
 bitsandbytes on the same quantised weights, for one adapter; n adapters take it n times as long. It
@@ -102,13 +102,13 @@ def measure_peft(args: argparse.Namespace, dtype: torch.dtype) -> float:
     return args.steps * args.rows * args.length / (time.perf_counter() - began)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compare training of many adapters with PEFT.")
     parser.add_argument("--tenants", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=44)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     rates = {
         f"PEFT in {name}, one adapter": measure_peft(args, getattr(torch, name))
         for name in ("bfloat16", "float32")
@@ -123,6 +123,7 @@ def main() -> None:
         for name, rate in rates.items()
     ]
     print_rows(make_console(), "Training", rows)
+    return 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 # Reason → hint. Braces take values of the error's metadata.
 HINTS: Mapping[str, str] = {
     "ADAPTER_NOT_FOUND": "adapters.list() returns the registered adapters",
-    "ADAPTER_EXISTS": "adapters.replace() installs other weights, adapters.unload() frees the name",
+    "ADAPTER_EXISTS": "replace it with adapters.replace(), or remove it with adapters.unload()",
     "ADAPTER_CLASSIFIES": "call classify()",
     "HEAD_MISSING": "call generate() or score() for text",
     "ADAPTER_PINNED": "call adapters.unpin() first",
@@ -33,14 +33,14 @@ HINTS: Mapping[str, str] = {
     " roots signed; otherwise see the server's log",
     "CONNECTION_LOST": "call again; if this repeats, see the server's log",
     "REQUEST_TOO_LARGE": "shorten the prompt, or spread several inputs over several calls",
-    "ANSWER_TOO_LARGE": "ask for less of it (top_n, logprobs), or for fewer inputs in a call",
+    "ANSWER_TOO_LARGE": "lower top_n or logprobs, or pass fewer inputs in a call",
 }
 # The same for the command line, where braces may also name flags. A reason that is not here has no
 # hint.
 COMMAND_HINTS: Mapping[str, str] = {
     "ADAPTER_NOT_FOUND": "`turret adapters list` shows the registered adapters",
-    "ADAPTER_EXISTS": "`turret adapters unload {adapter}` frees the name, `turret adapters replace`"
-    " and `upload --replace` install other weights",
+    "ADAPTER_EXISTS": "replace it with `turret adapters replace` or `upload --replace`, or remove"
+    " it with `turret adapters unload {adapter}`",
     "ADAPTER_CLASSIFIES": "use `turret classify` or `turret eval --classify`",
     "HEAD_MISSING": "use `turret generate` or `turret score` for text",
     "ADAPTER_PINNED": "run `turret adapters unpin {adapter}` first",
@@ -67,7 +67,7 @@ COMMAND_HINTS: Mapping[str, str] = {
     " roots signed; otherwise see the server's log",
     "CONNECTION_LOST": "run it again; if this repeats, see the server's log",
     "REQUEST_TOO_LARGE": "shorten the prompt, or spread several texts over several calls",
-    "ANSWER_TOO_LARGE": "ask for less of it (--top-n, --logprobs), or for fewer texts in a call",
+    "ANSWER_TOO_LARGE": "lower --top-n or --logprobs, or pass fewer texts in a call",
 }
 # The message of an error with one of these keys already says what to do.
 _ANSWERS = ("closest", "current_generation")

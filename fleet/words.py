@@ -51,7 +51,7 @@ TEXTS = {
         " {state_dir}`"
     ),
     "FLEET_NOT_JOINED": (
-        "no fleet can be joined here ({cause}); choose one with --state-dir or --ray-address"
+        "no fleet is running on this machine; choose one with --state-dir or --ray-address"
     ),
     # Settings of ``turret cluster serve``
     "FLEET_NO_PRELOAD": "is not supported in a fleet; load adapters with `turret adapters load`",

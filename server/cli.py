@@ -193,7 +193,7 @@ def _add_demo(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser = subparsers.add_parser(
         "demo",
         help=_OWN_VERBS["demo"],
-        description="Start a server with the example adapters on the embedded model, send one "
+        description="Start a server with the example adapters on the bundled model, send one "
         "batch that mixes all of them, show answers and metrics, and keep serving until Ctrl-C.",
     )
     parser.add_argument(

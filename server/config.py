@@ -102,7 +102,7 @@ class ModelConfig:
     model: Model | None = setting(
         None,
         "base model: a directory in Hugging Face format, org/name[@revision] of the hub, or a .gguf"
-        " file (default: the embedded model)",
+        " file (default: the bundled model)",
         shown="DIR|ORG/NAME|FILE",
     )
     chat_template: Place | None = setting(

@@ -127,7 +127,7 @@ def coarse_tiles() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerUnderTest]:
-    """``turret serve`` on the embedded model; tests put adapters into its ``adapter_root``."""
+    """``turret serve`` on the bundled model; tests put adapters into its ``adapter_root``."""
     with start_server(tmp_path_factory.mktemp("live-server")) as server:
         yield server
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+import resource
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -98,6 +100,23 @@ def keep_freed_memory() -> None:
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
+
+def peak_memory_bytes(device: str) -> int:
+    """Peak of the device's allocator (CUDA), or of this process's resident memory (CPU)."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process; its peak if the system does not report the current value."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return peak_memory_bytes("cpu")
+    return int(statm.read_text().split()[1]) * resource.getpagesize()
+
+
 Weights = Literal["nf4", "nf4-dense", "full"]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -108,7 +127,7 @@ class TrainingBase:
 
     Attributes:
         source: The quantised model that the server serves, with its digest.
-        directory: The directory as in the config, or an id of the hub; None is the embedded model.
+        directory: The directory as in the config, or an id of the hub; None is the bundled model.
         config: transformers' config.
         arch: The server's description of the config.
         tokenizer: transformers' tokenizer.
@@ -132,7 +151,7 @@ def find_base(
     """Find (and quantise, the first time) the base model.
 
     Args:
-        directory: The directory as in the config, or an id of the hub; None is the embedded model.
+        directory: The directory as in the config, or an id of the hub; None is the bundled model.
         check: Called with the modules of a model in a directory before it is quantised, which takes
             minutes; raises an error if the model cannot be used.
 

@@ -101,9 +101,9 @@ class LossFunction:
         return cross_entropy(logits, targets, reduction=reduction)
 
 
-# The optimizer (AdamW in its variants, with LoRA+'s two rates) and the schedule of the rate.
+# The optimizer (AdamW in its variants, with LoRA+'s two learning rates) and its schedule.
 
-# PEFT's names of the second factor; LoRA+ raises its rate.
+# PEFT's names of the second factor; LoRA+ raises its learning rate.
 _B_FACTORS = ("lora_B",)
 
 
@@ -114,10 +114,10 @@ def make_optimizer(
 
     Args:
         parameters: The trained parameters as (name, parameter).
-        config: The resolved config; the rate is set, and the optimizer fits the device.
+        config: The resolved config; the learning rate is set, and the optimizer fits the device.
 
     Returns:
-        Two groups with LoRA+ (arXiv 2402.12354), else one; each holds its rate relative to
+        Two groups with LoRA+ (arXiv 2402.12354), else one; each holds its learning rate relative to
         ``learning_rate`` as ``ratio``.
     """
     ratio = config.lora_plus_ratio or 1.0
@@ -139,9 +139,9 @@ def make_optimizer(
 
 
 def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
-    """The rate of a step, from 0: a linear rise, then half a cosine that falls to 0 at the end.
+    """The learning rate of a step, counted from 0: a linear rise, then half a cosine to 0.
 
-    The rate depends only on the step, so a resumed run needs no schedule state.
+    The learning rate depends only on the step, so a resumed run needs no schedule state.
     """
     assert config.learning_rate is not None  # resolved
     warmup = max(1, round(num_steps * config.warmup_fraction))
@@ -152,6 +152,6 @@ def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of every group, times its ``ratio``."""
+    """Set the learning rate of every group, times its ``ratio``."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["ratio"]

@@ -17,6 +17,7 @@ from turret.training.base_model import (
     compute_activations_twice,
     keep_freed_memory,
     load_model,
+    peak_memory_bytes,
     without_backward,
 )
 from turret.training.batches import BatchStream, Row, TrainingBatch, make_batch
@@ -32,7 +33,6 @@ from turret.training.classifier import (
 from turret.training.errors import RunError
 from turret.training.fusion import adapter_digest
 from turret.training.loss import LossFunction, learning_rate, make_optimizer, set_learning_rate
-from turret.training.peak_memory import peak_memory_bytes
 from turret.training.run.checkpoint import restore_checkpoint, save_checkpoint
 from turret.training.run.folder import MetricsLog, RunFolder, what_next
 from turret.training.run.provenance import FILE, describe_run

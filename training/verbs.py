@@ -258,12 +258,12 @@ def _console() -> Any:
     """
     from rich.console import Console
 
-    class Output(Console):
+    class PipeConsole(Console):
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError
 
     is_sized = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Output(highlight=False, width=None if is_sized else _WIDEST)
+    return PipeConsole(highlight=False, width=None if is_sized else _WIDEST)
 
 
 def _sweep(args: argparse.Namespace) -> None:

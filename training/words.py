@@ -92,8 +92,8 @@ TEXTS = {
     "LOHA_RANK_TOO_HIGH": "LoHa rank {rank} costs more than a dense update on a module with"
     " {inputs} inputs and {outputs} outputs; choose a lower rank",
     # Repair adapters.
-    "NOTHING_TO_REPAIR": "the files in {path} are 4-bit already; pass the model that they were made"
-    " from",
+    "NOTHING_TO_REPAIR": "the 4-bit weights in {path} are served as stored, so there is nothing to"
+    " repair; pass the model that they were made from",
     # Verification of a server.
     "SERVER_UNREACHED": "{url} cannot be reached: {problem}",
     "SERVER_REFUSED": "{url} answered {status}: {text}",

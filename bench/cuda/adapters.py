@@ -9,9 +9,6 @@ import torch
 
 from turret.kernels.gpu.tables import LongSegment, SegmentMember, SegmentTable
 
-# Ranks of the mixed scenario, assigned in turn.
-MIXED_RANKS = (8, 16, 32, 64, 128)
-
 
 @dataclass(frozen=True, slots=True)
 class LowRankPack:
@@ -22,14 +19,12 @@ class LowRankPack:
         a: ``[pack_rank, slices, in]``.
         b: Per slice ``[pack_rank, out]``.
         slice_ranks: ``[slots, slices]`` int32.
-        gain_delta: ``[slots, width]`` fp32.
     """
 
     bounds: tuple[tuple[int, int], ...]
     a: torch.Tensor
     b: tuple[torch.Tensor, ...]
     slice_ranks: torch.Tensor
-    gain_delta: torch.Tensor
 
 
 def bounds_of(ranks: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -45,7 +40,7 @@ def make_pack(
     inner: int, outs: Sequence[int], ranks: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> LowRankPack:
     """Random adapters with updates about as large as the base result."""
-    total, slots = sum(ranks), len(ranks) + 1
+    total = sum(ranks)
     like = {"dtype": dtype, "device": device}
     slice_ranks = torch.tensor([0, *ranks], dtype=torch.int32, device=device)
     return LowRankPack(
@@ -53,7 +48,6 @@ def make_pack(
         torch.randn(total, len(outs), inner, **like).mul_(inner**-0.5),
         tuple(torch.randn(total, out, **like).mul_(0.1) for out in outs),
         slice_ranks[:, None].expand(-1, len(outs)).contiguous(),
-        torch.randn(slots, sum(outs), device=device).mul_(0.05),
     )
 
 
@@ -79,7 +73,9 @@ def make_table(
 
 def exact_update(pack: LowRankPack, slot_of_row: Sequence[int], x: torch.Tensor) -> torch.Tensor:
     """``Δ(x)`` per row in float64, ``[rows, sum(out)]``."""
-    out = torch.zeros(x.shape[0], pack.gain_delta.shape[1], dtype=torch.float64, device=x.device)
+    out = torch.zeros(
+        x.shape[0], sum(b.shape[1] for b in pack.b), dtype=torch.float64, device=x.device
+    )
     for row, slot in enumerate(slot_of_row):
         low, high = pack.bounds[slot]
         start = 0

@@ -1,42 +1,42 @@
-"""Single kernels at a model's shapes: a check against float64, then the measured rates."""
+"""Single kernels at a model's shapes: a check against float64, then the time beside the floor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from cuda import estimate
-from cuda.setting import Setting
+from cuda.adapters import exact_update, make_pack, make_table
+from cuda.setting import Setting, captured, milliseconds
 from cuda.step import KV_BLOCK, DecodeStep, random_nf4
-from cuda.tune import use
 
 from turret.kernels.gpu.activations import silu_mul
-from turret.kernels.gpu.common import tuning
 from turret.kernels.gpu.hadamard import hadamard_expand, hadamard_shrink
 from turret.kernels.gpu.kronecker import kronecker
+from turret.kernels.gpu.low_rank import segmented_expand, segmented_shrink
 from turret.kernels.gpu.nf4 import nf4_dequantize, nf4_matmul
 from turret.kernels.gpu.paged_attention import paged_attention
 from turret.kernels.gpu.rms_norm import residual_rms_norm
-from turret.kernels.gpu.tables import SPLIT, RowTable
-from turret.kernels.nf4_matmul import Nf4Matrix
+from turret.kernels.gpu.sample_rows import sample_rows
+from turret.kernels.gpu.tables import RowTable, SamplingTable
 from turret.server.models.weights.nf4_gpu import PROMPT_ROWS, keep_sums_whole
 
-
-def _rate(num_bytes: int, milliseconds: float) -> float:
-    return num_bytes / milliseconds / 1e6
+# Adapters of the kernels that read one adapter per row.
+_SLOTS = 8
+# Temperature, top-p and top-k of requests.
+_SAMPLING = {
+    "greedy": (0.0, 1.0, 0),
+    "temperature": (1.0, 1.0, 0),
+    "top-k 50, top-p 0.9": (0.7, 0.9, 50),
+}
 
 
 def copy_bandwidth(setting: Setting) -> None:
     """The memory bandwidth, measured by a large read, which bounds all kernels."""
     words = 1 << (28 if setting.device.type == "cuda" else 10)
     source = torch.ones(words, dtype=torch.float32, device=setting.device)
-    timing = setting.stopwatch.time(source.sum)
-    setting.report.add(
-        "memory read", f"{words * 4 >> 20} MiB", timing, estimate.bytes_work(4 * words),
-        gb_s=_rate(4 * words, timing.p50),
-    )  # fmt: skip
+    ms = milliseconds(source.sum)
+    setting.report.add("memory read", f"{words * 4 >> 20} MiB", ms, source.nbytes)
 
 
 def library(setting: Setting) -> None:
@@ -53,18 +53,18 @@ def library(setting: Setting) -> None:
         x, weight = setting.random(rows, inner), setting.random(out, inner)
         y, order = F.linear(x, weight), torch.randperm(rows, device=setting.device)
         same = torch.equal(F.linear(x[order], weight), y[order])
-        timing = setting.stopwatch.time(lambda x=x, w=weight: F.linear(x, w))
+        ms = milliseconds(lambda x=x, w=weight: F.linear(x, w))
         setting.report.add(
-            "library product", f"{rows} x {inner} x {out}", timing,
-            lambda _, of=(rows, inner, out): [estimate.product_work(*of)],
+            "library product", f"{rows} x {inner} x {out}", ms,
+            x.nbytes + weight.nbytes + y.nbytes,
             rows_keep_their_bits=same, sums_are_whole=whole,
-            tflops=2 * rows * inner * out / timing.p50 / 1e9,
+            tflops=2 * rows * inner * out / ms / 1e9,
         )  # fmt: skip
         assert same or setting.device.type != "cuda", "bits depend on a row's place"
 
 
 def nf4(setting: Setting) -> None:
-    """The base product: turret's kernel, a dense product, a written-out weight, bitsandbytes."""
+    """The base product: turret's kernel, a dense product, and a weight that is written out."""
     for name, (inner, outs) in setting.model.groups.items():
         weight = random_nf4(sum(outs), inner, setting.device)
         dense = weight.dequantize(setting.dtype)
@@ -73,200 +73,179 @@ def nf4(setting: Setting) -> None:
         for rows in setting.row_counts:
             x = setting.random(rows, inner)
             error = setting.check(nf4_matmul(x, weight), x.double() @ dense.double().T)
-            shape = f"{name} {rows} rows"
-            timing = setting.stopwatch.time(lambda x=x, w=weight: nf4_matmul(x, w))
-            library = setting.stopwatch.time(lambda x=x, w=dense: F.linear(x, w))
-            written = setting.stopwatch.time(
-                lambda x=x, w=weight: F.linear(x, nf4_dequantize(w, x.dtype))
-            )
-            of = sum(outs), inner, rows
+            ms = milliseconds(lambda x=x, w=weight: nf4_matmul(x, w))
+            library = milliseconds(lambda x=x, w=dense: F.linear(x, w))
+            written = milliseconds(lambda x=x, w=weight: F.linear(x, nf4_dequantize(w, x.dtype)))
             setting.report.add(
-                "nf4_matmul", shape, timing, lambda card, of=of: estimate.nf4_work(*of, card),
-                gb_s=_rate(size, timing.p50), error=error, dense_over_ours=library.p50 / timing.p50,
+                "nf4_matmul", f"{name} {rows} rows", ms, size, error=error,
+                dense_over_ours=library / ms, written_out_over_ours=written / ms,
             )  # fmt: skip
-            setting.report.add(
-                "nf4 written out, library", shape, written,
-                lambda _, of=of: estimate.written_out_work(*of),
-                over_ours=written.p50 / timing.p50,
-            )  # fmt: skip
-            _bitsandbytes(setting, shape, (weight, weight.absmax), x, timing.p50)
-
-
-def _bitsandbytes(
-    setting: Setting,
-    shape: str,
-    given: tuple[Nf4Matrix, torch.Tensor],
-    x: torch.Tensor,
-    ours_ms: float,
-) -> None:
-    """The product of a weight and its maxima by bitsandbytes."""
-    weight, absmax = given
-    try:
-        import bitsandbytes.functional as bnb_functional
-        from bitsandbytes.autograd._functions import matmul_4bit
-    except ImportError:
-        if shape.startswith("qkv 1 "):
-            print("bitsandbytes is not installed: its product is not timed")
-        return
-    if setting.device.type != "cuda":
-        return
-    state = bnb_functional.QuantState(
-        absmax=absmax,
-        shape=torch.Size((weight.out_features, weight.in_features)),
-        dtype=setting.dtype,
-        blocksize=64,
-        code=bnb_functional.get_4bit_type("nf4", device=str(setting.device)),
-        quant_type="nf4",
-    )
-    packed = weight.packed.view(-1, 1)
-    timing = setting.stopwatch.time(lambda: matmul_4bit(x, packed.t(), quant_state=state))
-    setting.report.add(
-        "bitsandbytes 4-bit", shape, timing,
-        estimate.bytes_work(weight.packed.nbytes + absmax.nbytes),
-        over_ours=timing.p50 / ours_ms,
-    )  # fmt: skip
 
 
 def attention(setting: Setting) -> None:
-    """Decode attention over every row's context, for few and many rows, also in other forms."""
-    found = tuning(setting.device).attention_stages
-    # Pipeline depth and positions of a split: the defaults, then with one of them changed.
-    forms = list(dict.fromkeys([(found, SPLIT), (3, SPLIT), (found, 128), (found, 512)]))
+    """Decode attention over every row's context, for few and many rows."""
     for context in setting.contexts:
         for rows in sorted({1, 8, setting.rows} & set(range(setting.rows + 1))):
             try:
-                _attention(setting, rows, context, forms)
+                _attention(setting, rows, context)
             except torch.cuda.OutOfMemoryError:
                 print(f"attention {rows} x {context}: skipped, it does not fit")
 
 
-def _attention(setting: Setting, rows: int, context: int, forms: Sequence[tuple[int, int]]) -> None:
+def _attention(setting: Setting, rows: int, context: int) -> None:
     model = setting.model
     step = DecodeStep(model, 1, rows, context, setting.dtype, setting.device)
     q = setting.random(rows, model.heads, model.head_dim)
     k, v = step.cache.keys[0], step.cache.values[0]
-    scale = model.head_dim**-0.5
-    blocks = -(-(context + 1) // KV_BLOCK)
-    seen = slice(1, 1 + blocks)
+    scale, table = model.head_dim**-0.5, step.attention_table()
+    seen = slice(1, 1 - (-(context + 1) // KV_BLOCK))
     keys, values = (c[seen].flatten(0, 1)[: context + 1].double() for c in (k, v))
     per_head = model.heads // model.kv_heads
     keys, values = (t.transpose(0, 1).repeat_interleave(per_head, 0) for t in (keys, values))
     scores = (keys @ q[0].double().unsqueeze(2)).squeeze(2) * scale
     exact = (scores.softmax(1).unsqueeze(1) @ values).squeeze(1)
+    error = setting.check(paged_attention(q, k, v, table, scale=scale)[0], exact)
+    ms = milliseconds(lambda: paged_attention(q, k, v, table, scale=scale))
     num_bytes = 2 * rows * context * model.kv_heads * model.head_dim * q.itemsize
-    tuned = tuning(setting.device)
-    for stages, split in forms:
-        table = step.attention_table(split)
-        use(setting, replace(tuned, attention_stages=stages))
-        try:
-            out = paged_attention(q, k, v, table, scale=scale)
-            error = setting.check(out[0], exact)
-            timing = setting.stopwatch.time(
-                lambda t=table: paged_attention(q, k, v, t, scale=scale)
-            )
-        finally:
-            use(setting, tuned)
-        setting.report.add(
-            "paged_attention", f"{rows} x {context}, {stages} stages, {split}", timing,
-            lambda card: [estimate.attention_work(rows, context, setting.heads, card)],
-            gb_s=_rate(num_bytes, timing.p50), error=error,
-        )  # fmt: skip
+    setting.report.add("paged_attention", f"{rows} x {context}", ms, num_bytes, error=error)
+
+
+def low_rank(setting: Setting) -> None:
+    """Shrink and expand over qkv, by the number of distinct LoRAs."""
+    inner, outs = setting.model.groups["qkv"]
+    x = setting.random(setting.rows, inner)
+    for count in setting.adapters:
+        slots = [1 + row % count for row in range(setting.rows)]
+        ranks = (setting.rank,) * count
+        pack = make_pack(inner, outs, ranks, setting.dtype, setting.device)
+        table = make_table(pack.bounds, slots, setting.device)
+
+        def run(y: torch.Tensor, pack=pack, table=table) -> None:
+            v = segmented_shrink(x, pack.a, pack.slice_ranks, table)
+            segmented_expand(y, v, pack.b, pack.slice_ranks, table)
+
+        exact = exact_update(pack, slots, x)
+        y = torch.zeros_like(exact, dtype=setting.dtype)
+        run(y)
+        error = setting.check(y, exact)
+        ms = milliseconds(captured(lambda y=y, run=run: run(y)))
+        size = pack.a.nbytes + sum(b.nbytes for b in pack.b)
+        setting.report.add("low rank", f"qkv {count} distinct", ms, size, error=error)
 
 
 def _by_slot(
-    setting: Setting, name: str, shape: str, run: Callable[[torch.Tensor], object],
-    exact: torch.Tensor, expected: estimate.Expected, num_bytes: int,
+    setting: Setting, name: str, shape: str, run: Callable[[torch.Tensor, RowTable], object],
+    exact: torch.Tensor, num_bytes: int,
 ) -> None:  # fmt: skip
     """Check row 0 of an update in place and time it."""
-    y = torch.zeros(setting.rows, exact.shape[0], dtype=setting.dtype, device=setting.device)
-    run(y)
-    error = setting.check(y[0], exact)
-    timing = setting.stopwatch.time(lambda: run(y))
-    setting.report.add(
-        name, shape, timing, expected, gb_s=_rate(num_bytes, timing.p50), error=error
-    )
-
-
-def _row_table(setting: Setting, slots: int) -> RowTable:
     table = RowTable(setting.rows, setting.device)
     rows = list(range(setting.rows))
-    table.load(rows, [row % slots for row in rows], [1.0] * len(rows))
-    return table
+    table.load(rows, [row % _SLOTS for row in rows], [1.0] * len(rows))
+    y = torch.zeros(setting.rows, exact.shape[0], dtype=setting.dtype, device=setting.device)
+    run(y, table)
+    error = setting.check(y[0], exact)
+    setting.report.add(name, shape, milliseconds(lambda: run(y, table)), num_bytes, error=error)
 
 
-def _addresses(found: list[list[torch.Tensor]], device: torch.device) -> torch.Tensor:
+def _addresses(found: list[list[torch.Tensor]]) -> torch.Tensor:
     """The addresses of each slot's factors, ``[slots, factors]``."""
-    return torch.tensor([[tensor.data_ptr() for tensor in own] for own in found], device=device)
+    addresses = [[tensor.data_ptr() for tensor in own] for own in found]
+    return torch.tensor(addresses, device=found[0][0].device)
 
 
 def hadamard(setting: Setting) -> None:
     """LoHa on the q projection, with one of 8 adapters per row."""
     inner, (out, *_) = setting.model.groups["qkv"]
-    slots, rank = 8, setting.rank
+    rank = setting.rank
     found = [
         [
             part
             for _ in range(2)
             for part in (setting.random(out, rank), setting.random(rank, inner) * inner**-0.5)
         ]
-        for _ in range(slots)
+        for _ in range(_SLOTS)
     ]
-    factors = _addresses(found, setting.device)
+    factors = _addresses(found)
     x = setting.random(setting.rows, inner)
-    table = _row_table(setting, slots)
 
-    def run(y: torch.Tensor) -> None:
+    def run(y: torch.Tensor, table: RowTable) -> None:
         hadamard_expand(y[:, :out], hadamard_shrink(x, factors, rank, table), factors, table)
 
     w1a, w1b, w2a, w2b = (part.double() for part in found[0])
     exact = ((w1a @ w1b) * (w2a @ w2b)) @ x[0].double()
     size = sum(t.nbytes for own in found for t in own)
-    _by_slot(
-        setting, "hadamard", f"q 8 adapters r={rank}", run, exact,
-        lambda _: estimate.hadamard_work(inner, (out,), slots, rank, setting.rows), size,
-    )  # fmt: skip
+    _by_slot(setting, "hadamard", f"q {_SLOTS} adapters r={rank}", run, exact, size)
 
 
 def kron(setting: Setting) -> None:
     """LoKr on the o projection, with one of 8 adapters per row."""
     inner, (out,) = setting.model.groups["o"]
-    slots = 8
     factor = 64 if inner % 64 == 0 and inner >= 4096 else 8
     shapes = [(factor, factor), (out // factor, inner // factor)]
-    found = [[setting.random(*shape) * shape[1] ** -0.5 for shape in shapes] for _ in range(slots)]
-    factors = _addresses(found, setting.device)
+    found = [[setting.random(*shape) * shape[1] ** -0.5 for shape in shapes] for _ in range(_SLOTS)]
+    factors = _addresses(found)
     x = setting.random(setting.rows, inner)
-    table = _row_table(setting, slots)
     exact = torch.kron(*(part.double() for part in found[0])) @ x[0].double()
-    sizes = [(found[0][0].numel(), found[0][1].numel())]
     _by_slot(
-        setting, "kronecker", f"o 8 adapters {factor}x{factor}",
-        lambda y: kronecker(x, y, factors, shapes, table), exact,
-        lambda _: estimate.kronecker_work(sizes, slots), sum(t.nbytes for t in found[0]) * slots,
+        setting, "kronecker", f"o {_SLOTS} adapters {factor}x{factor}",
+        lambda y, table: kronecker(x, y, factors, shapes, table), exact,
+        sum(t.nbytes for own in found for t in own),
     )  # fmt: skip
 
 
 def between(setting: Setting) -> None:
     """The small fused kernels."""
-    model = setting.model
+    model, shape = setting.model, f"{setting.rows} rows"
     residual, update = (setting.random(setting.rows, model.hidden) for _ in range(2))
     weight = setting.random(model.hidden)
     total = residual + update
     exact = F.rms_norm(total.double(), (model.hidden,), weight.double(), 1e-5)
     error = setting.check(residual_rms_norm(residual, update, weight, 1e-5), exact)
-    timing = setting.stopwatch.time(lambda: residual_rms_norm(residual, update, weight, 1e-5))
-    setting.report.add(
-        "residual_rms_norm", f"{setting.rows} rows", timing,
-        estimate.bytes_work(4 * residual.nbytes), error=error,
-    )  # fmt: skip
+    ms = milliseconds(lambda: residual_rms_norm(residual, update, weight, 1e-5))
+    setting.report.add("residual_rms_norm", shape, ms, 4 * residual.nbytes, error=error)
     gate_up = setting.random(setting.rows, 2 * model.inner)
     gate, up = gate_up.double().chunk(2, dim=1)
     error = setting.check(silu_mul(gate_up), gate * gate.sigmoid() * up)
-    timing = setting.stopwatch.time(lambda: silu_mul(gate_up))
-    setting.report.add(
-        "silu_mul", f"{setting.rows} rows", timing,
-        estimate.bytes_work(gate_up.nbytes * 3 // 2), error=error,
-    )  # fmt: skip
+    ms = milliseconds(lambda: silu_mul(gate_up))
+    setting.report.add("silu_mul", shape, ms, gate_up.nbytes * 3 // 2, error=error)
+
+
+def sampling(setting: Setting) -> None:
+    """Sampling by the options of requests, at every number of rows."""
+    for rows in setting.row_counts:
+        logits = 3.0 * torch.randn(rows, setting.model.vocab, device=setting.device)
+        tokens = torch.zeros(rows, dtype=torch.int64, device=setting.device)
+        for name, form in _SAMPLING.items():
+            table, uniforms = SamplingTable(rows, setting.device), torch.rand(rows).tolist()
+            temperature, top_p, top_k = form
+            table.load([n for u in uniforms for n in (u, temperature, top_p, float("inf"), top_k)])
+            sample_rows(logits, table.buffer, tokens)
+            _check_tokens(logits.cpu(), tokens.tolist(), uniforms, form)
+            ms = milliseconds(lambda t=table, x=logits, out=tokens: sample_rows(x, t.buffer, out))
+            setting.report.add("sample_rows", f"{name} {rows} rows", ms, logits.nbytes)
+
+
+def _check_tokens(
+    logits: torch.Tensor,
+    tokens: list[int],
+    uniforms: list[float],
+    form: tuple[float, float, int],
+) -> None:
+    """Check that every token is the one that its number selects, up to the rounding of sums."""
+    temperature, top_p, top_k = form
+    for row, token, uniform in zip(logits.double(), tokens, uniforms, strict=True):
+        if temperature == 0.0:
+            assert token == int(row.argmax()), "not the likeliest"
+            continue
+        p, order = (row / temperature).softmax(-1).sort(descending=True)
+        if top_k:
+            p[top_k:] = 0.0
+        p /= p.sum()
+        p[(p.cumsum(0) - p >= top_p + 1e-6)] = 0.0
+        ends = torch.zeros_like(p).index_copy_(0, order, p / p.sum()).cumsum(0)
+        low = 0.0 if token == 0 else float(ends[token - 1])
+        assert low - 1e-3 <= uniform <= float(ends[token]) + 1e-3, f"{form}: token {token}"
+        assert float(ends[token]) > low, f"{form}: token {token} was filtered out"
 
 
 KERNELS: dict[str, Callable[[Setting], None]] = {
@@ -274,7 +253,9 @@ KERNELS: dict[str, Callable[[Setting], None]] = {
     "library": library,
     "nf4": nf4,
     "attention": attention,
+    "low rank": low_rank,
     "hadamard": hadamard,
     "kronecker": kron,
     "between": between,
+    "sampling": sampling,
 }

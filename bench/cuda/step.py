@@ -177,9 +177,9 @@ class DecodeStep:
                 raise torch.OutOfMemoryError("the adapters do not fit beside the base")
         return budget
 
-    def attention_table(self, split: int = SPLIT) -> AttentionTable:
-        """The step's sequences on the device, with splits of this many positions."""
-        spread = self.num_rows * (self.context // split + 2)
+    def attention_table(self) -> AttentionTable:
+        """The step's sequences on the device."""
+        spread = self.num_rows * (self.context // SPLIT + 2)
         table = AttentionTable(
             max_records=self.num_rows + spread,
             blocks=self.num_rows * len(self._blocks[0]),
@@ -188,7 +188,6 @@ class DecodeStep:
             window=self._model.window,
             device=self.device,
             spread_records=spread,
-            split=split,
         )
         table.load(self.spans)
         return table
@@ -211,11 +210,6 @@ class DecodeStep:
         assert self._executor is not None
         with torch.inference_mode():
             return self._executor.run(step)
-
-    def is_near(self, adapter: Adapter) -> bool:
-        """Whether an adapter is on the device or being copied to it; starts the copy if needed."""
-        assert self._executor is not None
-        return self._executor.store.is_near(adapter)
 
     def draw(self, step: Step) -> StepResult:
         """Compute a step, and draw a token for every sequence like the server."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 from cuda.adapters import make_pack, make_table
-from cuda.setting import Setting
+from cuda.setting import Setting, captured, milliseconds
 from cuda.step import random_nf4
 
 from turret.kernels.gpu import common as tuning_module
@@ -51,21 +51,21 @@ def _search(setting: Setting, start: Tuning, grid: dict, run) -> Tuning:
     combinations = list(itertools.product(*grid.values()))
     for values in combinations[: 2 if setting.device.type == "cpu" else None]:
         candidate = replace(start, **dict(zip(grid, values, strict=True)))
-        use(setting, candidate)
+        _use(setting, candidate)
         # A launch fails if the parameters do not fit the device (shared memory).
         try:
-            timing = setting.stopwatch.time(setting.stopwatch.capture(run))
+            ms = milliseconds(captured(run))
         except RuntimeError as error:
             print(f"{values}: {type(error).__name__}")
             continue
-        print(f"{dict(zip(grid, values, strict=True))}: {timing.p50:.4f} ms")
-        if timing.p50 < best_ms:
-            found, best_ms = candidate, timing.p50
-    use(setting, found)
+        print(f"{dict(zip(grid, values, strict=True))}: {ms:.4f} ms")
+        if ms < best_ms:
+            found, best_ms = candidate, ms
+    _use(setting, found)
     return found
 
 
-def use(setting: Setting, candidate: Tuning) -> None:
+def _use(setting: Setting, candidate: Tuning) -> None:
     """Make the kernels use these parameters from now on."""
     if setting.device.type == "cuda":
         tuning_module._TABLE[torch.cuda.get_device_name(setting.device)] = candidate

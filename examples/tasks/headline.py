@@ -5,55 +5,15 @@ from __future__ import annotations
 import random
 import re
 
-from .task import Example, Split, TaskData, words
+from .task import Example, Split, TaskData, pools
 
-SUBJECTS = {
-    "train": words(
-        "city council, school board, local bakery, fire department, weather service, football "
-        "club, state museum, young scientist, train company, mayor, night guard, steel factory, "
-        "book club, police chief, garden center, small airline, music teacher, court, river "
-        "port, national bank, history society, wine maker, coast guard, radio station, rescue "
-        "team, paper mill, sailing crew, farm union, dance school, harbor office, taxi driver, "
-        "village doctor, fashion house, phone maker, student group"
-    ),
-    "test": words("town library, space agency, chess team, city zoo, film studio, power company"),
-}
+POOLS = pools("headline")
+
+SUBJECTS = POOLS["subjects"]
 # Past tense, as in the sentence, and present tense, as in the headline.
-VERBS = (
-    ("approved", "Approves"),
-    ("opened", "Opens"),
-    ("closed", "Closes"),
-    ("lost", "Loses"),
-    ("won", "Wins"),
-    ("bought", "Buys"),
-    ("found", "Finds"),
-    ("sold", "Sells"),
-    ("showed", "Shows"),
-    ("saved", "Saves"),
-)
-OBJECTS = {
-    "train": words(
-        "new bridge, old church, gold medal, stolen painting, free concert, public park, rare "
-        "bird, red tractor, big contract, winter market, secret garden, lost dog, record "
-        "harvest, school bus, new hospital, long trial, summer camp, giant cake, empty house, "
-        "road plan, wooden boat, blue diamond, hidden letter, concert hall, world record, "
-        "mountain trail, fishing net, glass tower, baby elephant, tax plan, fast train, street "
-        "fair, ancient coin, ski race, cooking contest, tennis court, electric bus, poetry "
-        "prize, sports center"
-    ),
-    "test": words("new telescope, silver cup, white tiger, open air cinema, art prize, green park"),
-}
-TIMES = (
-    "on Monday",
-    "on Friday",
-    "last night",
-    "this morning",
-    "yesterday",
-    "on Sunday evening",
-    "this week",
-    "after a long debate",
-    "to the surprise of many",
-)
+VERBS = POOLS["verbs"]
+OBJECTS = POOLS["objects"]
+TIMES = POOLS["times"]
 
 
 def report(subject: str, verb: tuple[str, str], thing: str, when: str) -> Example:

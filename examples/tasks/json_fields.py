@@ -6,96 +6,21 @@ import json
 import random
 
 from . import fusion_words
-from .task import Example, Split, Task, words
+from .task import Example, Split, Task, pools
 
-FIRST_NAMES = {
-    "train": words(
-        "Maria, Tom, Aisha, Lena, Carlos, Yuki, Peter, Nadia, Oscar, Grace, Ivan, Chloe, Ahmed, "
-        "Rosa, Daniel, Mei, Hugo, Sara, Victor, Emma, Ravi, Julia, Noah, Fatima, Simon, Clara, "
-        "Diego, Hannah, Leo, Amara"
-    ),
-    "fusion": fusion_words.FIRST_NAMES,
-    "test": words("Ingrid, Marco, Zoe, Samuel, Priya, Felix, Bianca, Omar, Nora, Kenji"),
-}
-LAST_NAMES = {
-    "train": words(
-        "Lopez, Reed, Khan, Fischer, Ruiz, Tanaka, Novak, Costa, Berg, Adams, Petrov, Martin, "
-        "Hassan, Silva, Brown, Chen, Weber, Cohen, Rossi, Walker, Patel, Moreau, Evans, Ali, "
-        "Young, Keller, Torres, Scott, Nowak, Jensen, Garcia, Mbeki, Suzuki, Johansson, "
-        "O'Brien, Dubois, Romano, Ivanov, Gupta, Kowalski, Schmidt, Andersen, Nakamura, "
-        "Fernandez"
-    ),
-    "fusion": fusion_words.LAST_NAMES,
-    "test": words("Larsen, Bianchi, Clarke, Okafor, Sharma, Wagner, Duarte, Farouk, Murphy, Sato"),
-}
-CITIES = {
-    "train": words(
-        "Porto, Berlin, Nairobi, Osaka, Lima, Dublin, Cairo, Boston, Madrid, Prague, Delhi, "
-        "Toronto, Athens, Seoul, Vienna, Lagos, Denver, Milan, Warsaw, Sydney, Chicago, Zurich, "
-        "Hamburg, Santiago, Bangkok, Havana, Brussels, Helsinki, Montreal, Seattle, Valencia, "
-        "Cologne, Tallinn, Jakarta, Marseille, Florence, Bogota, Quito, Riga, Munich, Ankara, "
-        "Houston, Phoenix, Stockholm, Copenhagen, Melbourne, Edinburgh, Bristol, Kampala, "
-        "Accra, Hanoi, Manila, Budapest, Bucharest, Salzburg, Antwerp, Rotterdam, Memphis, "
-        "Portland, Calgary, Nagoya, Mumbai"
-    ),
-    "fusion": fusion_words.PLACES,
-    "test": words("Oslo, Lisbon, Austin, Kyoto, Naples, Geneva, Tunis, Leeds"),
-}
-JOBS = {
-    "train": words(
-        "nurse, teacher, baker, pilot, lawyer, plumber, chef, farmer, dentist, painter, writer, "
-        "driver, carpenter, engineer, librarian, gardener, singer, waiter, tailor, mechanic, "
-        "biologist, translator, bus driver, firefighter, accountant, shoemaker, pharmacist, "
-        "dancer, florist, police officer, butcher, fisherman"
-    ),
-    "fusion": fusion_words.THINGS,
-    "test": words("doctor, architect, photographer, electrician, journalist, barber"),
-}
-ITEMS = {
-    "train": words(
-        "lamps, red chairs, books, mugs, desks, green pillows, candles, bicycles, plates, blue "
-        "shirts, phones, towels, radios, spoons, wool socks, mirrors, clocks, boxes, pens, "
-        "black hats, silver rings, notebooks, garden hoses, headphones, small tables, brown "
-        "envelopes, screwdrivers, winter gloves, wine glasses, hammers, toothbrushes, folding "
-        "ladders, paintbrushes, suitcases"
-    ),
-    "fusion": fusion_words.THINGS,
-    "test": words("umbrellas, white shelves, keyboards, yellow cups, blankets, backpacks"),
-}
-TOPICS = {
-    "train": words(
-        "the budget, hiring, the new website, sales, safety, the summer party, training, "
-        "prices, the roof, office space, travel, the contract, the yearly review, customer "
-        "complaints, remote work, the new logo, the school visit, the project plan, energy "
-        "costs, the weekly schedule, insurance, recruiting, the museum tour, quality control, "
-        "the opening party, delivery times"
-    ),
-    "fusion": fusion_words.TOPICS,
-    "test": words("marketing, the annual report, parking, the product launch"),
-}
-DAYS = words("Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday")
+POOLS = pools("json_fields")
 
-PERSON = (
-    "{name} is a {age}-year-old {job} from {city}.",
-    "{name}, {age}, lives in {city} and works as a {job}.",
-    "Meet {name}, a {job} in {city} who just turned {age}.",
-    "At {age}, {name} moved to {city} to become a {job}.",
-    "Our {job} in {city} is {name}, who is {age} years old.",
-    "My name is {name}, I am {age}, I live in {city} and I am a {job}.",
-)
-ORDER = (
-    "Please send {quantity} {item} to {customer} in {city}.",
-    "{customer} from {city} ordered {quantity} {item}.",
-    "Ship {quantity} {item} to {city} for {customer}.",
-    "{customer} would like {quantity} {item} delivered to {city}.",
-    "An order of {quantity} {item} came in from {customer}, {city}.",
-)
-MEETING = (
-    "{host} will talk about {topic} on {day} at {hour} in {city}.",
-    "On {day} at {hour}, {host} leads a meeting on {topic} in {city}.",
-    "{host} invites everyone to {city} on {day} at {hour} to discuss {topic}.",
-    "The meeting with {host} about {topic} is in {city} on {day} at {hour}.",
-)
+FIRST_NAMES = {**POOLS["first_names"], "fusion": fusion_words.FIRST_NAMES}
+LAST_NAMES = {**POOLS["last_names"], "fusion": fusion_words.LAST_NAMES}
+CITIES = {**POOLS["cities"], "fusion": fusion_words.PLACES}
+JOBS = {**POOLS["jobs"], "fusion": fusion_words.THINGS}
+ITEMS = {**POOLS["items"], "fusion": fusion_words.THINGS}
+TOPICS = {**POOLS["topics"], "fusion": fusion_words.TOPICS}
+DAYS = POOLS["days"]
+
+PERSON = POOLS["person"]
+ORDER = POOLS["order"]
+MEETING = POOLS["meeting"]
 
 
 def sentence(template: str, values: dict[str, object], fields: list[str]) -> Example:

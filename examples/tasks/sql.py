@@ -7,7 +7,9 @@ import re
 from dataclasses import dataclass
 
 from . import fusion_words
-from .task import Example, Split, Task, words
+from .task import Example, Split, Task, pools, words
+
+POOLS = pools("sql")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,39 +36,7 @@ class Table:
 
 
 # One table per line: its name(label, category, number), then values of the category.
-SCHEMAS: dict[str, str] = {
-    "train": """
-books(title, author, price): Ada Hill, Jane Gray, Paul Stone, Oskar Lindqvist, T. H. Abbott
-songs(title, genre, length): jazz, rock, folk, soul, bolero, ska, bluegrass
-employees(name, department, salary): sales, finance, legal, logistics, research, human resources
-cities(name, country, population): Peru, Japan, Spain, Kenya, Uruguay, Bulgaria, New Zealand
-flights(code, airline, distance): Nordair, SkyOne, Meridian, Vuelo, Kestrel Air, Zephyra
-students(name, school, grade): Northside, Hilltop, Lakeview, St. Brigid, Oakhurst, Wexford Hall
-products(name, category, stock): toys, garden, kitchen, stationery, bathroom, pet food
-orders(id, customer, amount): Tom Reed, Lena Koch, Aisha Khan, Bjorn Eklund, Noor Rahman, Ms. Pryce
-rooms(number, hotel, rate): Astoria, Seaview, Park Inn, Belvedere, Grand Ridge, Casa Verde
-players(name, team, goals): Tigers, Rovers, United, Wanderers, Falcons, Athletico
-recipes(title, cuisine, minutes): Thai, Greek, Indian, Moroccan, Vietnamese, Georgian
-patients(name, doctor, age): Dr. Moss, Dr. Lind, Dr. Vega, Dr. Quigley, Dr. Osei, Dr. Marchetti
-trees(species, park, height): Greenwood, Elm Park, Riverside, Thornhill, Kew Meadow, Birchfield
-invoices(id, supplier, total): Acme, Borealis, Delta Tools, Zellweg, Corvo and Sons, Harkness
-ships(name, harbor, tonnage): Bremen, Piraeus, Port Said, Busan
-paintings(title, artist, width): Ilse Brandt, Tomas Vrba, Lady Orme
-bridges(name, river, span): Danube, Mekong, Volga, Tagus
-tickets(id, theater, cost): Odeon, Globe Hall, Lyric, Paragon
-drivers(name, sponsor, points): Kolibri, Maxwell, Tern Oil, Yuzu
-lectures(topic, speaker, seats): Prof. Bianco, Prof. Zhou, Dr. Ames
-phones(model, maker, weight): Lumio, Pallas, Ardent, Xenon
-festivals(name, town, visitors): Redwood, Halcyon, Mirage, Bluff
-""",
-    "test": """
-movies(title, director, rating): Greta Lund, Omar Said, Kei Mori
-cars(model, brand, mileage): Volta, Cavallo, Norden
-mountains(name, range, elevation): Andes, Alps, Rockies
-courses(title, teacher, credits): Prof. Hale, Prof. Ito
-wines(label, region, vintage): Rioja, Mosel, Douro
-""",
-}
+SCHEMAS = POOLS["schemas"]
 
 
 def parse(line: str) -> Table:
@@ -77,30 +47,13 @@ def parse(line: str) -> Table:
 
 # Words from which hundreds of tables of the split "fusion" are composed, because a gate that sees
 # only a few values memorises them.
-NOUNS = words(
-    "museums, games, planes, hospitals, novels, dogs, concerts, bikes, lakes, chefs, plants, "
-    "trains, articles, castles, beers, islands, apps, farms, lawyers, satellites, schools, "
-    "statues, boats, trucks, poems, cheeses, sculptures, websites, stadiums, airports, operas, "
-    "beaches, bakeries, candles, lamps, watches, maps, comets, temples, quilts"
-)
-LABELS = words("name, title, code, id")
-NUMBERS = words(
-    "area, copies, seats, beds, pages, weight, price, gears, depth, stars, height, speed, "
-    "views, year, cost, downloads, acres, cases, mass, length, age, votes, rooms, floors, "
-    "width"
-)
-CATEGORIES = {
-    "person": words("narrator, conductor, editor, owner, sculptor, curator, founder, keeper"),
-    "place": words("district, county, province, valley, court, street, port"),
-    "brand": words("studio, builder, restaurant, operator, dynasty, brewery, vendor, agency"),
-    "word": words("breed, color, climate, ocean, material, style"),
-}
-TITLES = words("Dr., Prof., Mr., Ms., Captain, Lady")
-BRAND_STARTS = words(
-    "Stone, Bright, Kupfer, Orbit, Pixel, Silver, Iron, Blue, Falcon, Lantern, Cedar, Amber, "
-    "Quick, North, Soft, Anchor"
-)
-BRAND_ENDS = words("bahn, well, code, works, line, forge, gate, mark, field, craft, leaf, point")
+NOUNS = POOLS["nouns"]
+LABELS = POOLS["labels"]
+NUMBERS = POOLS["numbers"]
+CATEGORIES = POOLS["categories"]
+TITLES = POOLS["titles"]
+BRAND_STARTS = POOLS["brand_starts"]
+BRAND_ENDS = POOLS["brand_ends"]
 COMPOSED = 600
 
 
@@ -134,77 +87,7 @@ TABLES: dict[Split, tuple[Table, ...]] = {
 }
 
 # Each pattern has several wordings and the query. Names in braces are those of `fill`.
-PATTERNS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (
-        (
-            "Which {table} have {category} {value}? Give the {label}.",
-            "List the {label} of all {table} whose {category} is {value}.",
-            "Show the {label} of {table} with {category} {value}.",
-        ),
-        "SELECT {label} FROM {table} WHERE {category} = '{value}';",
-    ),
-    (
-        (
-            "How many {table} have {category} {value}?",
-            "Count the {table} whose {category} is {value}.",
-        ),
-        "SELECT COUNT(*) FROM {table} WHERE {category} = '{value}';",
-    ),
-    (
-        ("How many {table} are there?", "Count all {table}."),
-        "SELECT COUNT(*) FROM {table};",
-    ),
-    (
-        (
-            "List the {label} of {table} with {number} over {n}.",
-            "Which {table} have {number} above {n}? Give the {label}.",
-        ),
-        "SELECT {label} FROM {table} WHERE {number} > {n};",
-    ),
-    (
-        (
-            "List the {label} of {table} with {number} under {n}.",
-            "Which {table} have {number} below {n}? Give the {label}.",
-        ),
-        "SELECT {label} FROM {table} WHERE {number} < {n};",
-    ),
-    (
-        (
-            "Show the {label} of the {k} {table} with the highest {number}.",
-            "Give the {label} of the top {k} {table} by {number}.",
-        ),
-        "SELECT {label} FROM {table} ORDER BY {number} DESC LIMIT {k};",
-    ),
-    (
-        (
-            "Show the {label} of the {k} {table} with the lowest {number}.",
-            "Give the {label} of the bottom {k} {table} by {number}.",
-        ),
-        "SELECT {label} FROM {table} ORDER BY {number} ASC LIMIT {k};",
-    ),
-    (
-        ("What is the average {number} of all {table}?", "Give the mean {number} of {table}."),
-        "SELECT AVG({number}) FROM {table};",
-    ),
-    (
-        (
-            "What is the average {number} of {table} whose {category} is {value}?",
-            "Give the mean {number} of {table} with {category} {value}.",
-        ),
-        "SELECT AVG({number}) FROM {table} WHERE {category} = '{value}';",
-    ),
-    (
-        ("What is the highest {number} of all {table}?", "Give the largest {number} in {table}."),
-        "SELECT MAX({number}) FROM {table};",
-    ),
-    (
-        (
-            "How many {table} are there for each {category}?",
-            "Count the {table} per {category}.",
-        ),
-        "SELECT {category}, COUNT(*) FROM {table} GROUP BY {category};",
-    ),
-)
+PATTERNS = POOLS["patterns"]
 
 
 def ask(

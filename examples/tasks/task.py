@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 # "fusion" trains a learned fusion. It is held out from the adapters that the fusion joins, because
@@ -77,6 +79,11 @@ class Task(TaskData):
     check: Literal["equals", "startswith"] = "equals"
     steps: int = 120
     learning_rate: float = 1.5e-3
+
+
+def pools(name: str) -> dict[str, Any]:
+    """The words and sentences of a task, from the file ``NAME.toml`` beside this one."""
+    return tomllib.loads((Path(__file__).parent / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -70,7 +70,7 @@ class MergeReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Merge:
+class ActiveMerge:
     """A merge that took effect.
 
     Attributes:
@@ -91,7 +91,7 @@ class MergeState:
     """The base's generation, and the merge from which it results, or None."""
 
     base_generation: int
-    merge: Merge | None = None
+    merge: ActiveMerge | None = None
 
 
 _log = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ class PreparedMerge:
     """Merged weights that are not in use yet, and the mix from which they were made."""
 
     edit: Edit
-    merge: Merge
+    merge: ActiveMerge
     mix: Mix
 
 
@@ -216,7 +216,7 @@ class Merger:
             MergedAdapter(a.name, a.uuid, a.generation, weight, a.digest)
             for a, weight in mix.members
         )
-        merge = Merge(adapters=adapters, precision=precision, time=time.time(), report=report)
+        merge = ActiveMerge(adapters=adapters, precision=precision, time=time.time(), report=report)
         return PreparedMerge(edit, merge, mix)
 
     def _build(
@@ -261,7 +261,7 @@ class Merger:
     def _apply(
         self,
         edit: Edit,
-        merge: Merge | None,
+        merge: ActiveMerge | None,
         cancellation: Cancellation,
         generation: int | None = None,
     ) -> None:

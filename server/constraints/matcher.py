@@ -152,7 +152,7 @@ class Matcher:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens taken in so far."""
+        """The number of tokens so far."""
         return len(self._tokens)
 
     def check(self, token_ids: Sequence[int]) -> None:
@@ -167,7 +167,7 @@ class Matcher:
             raise InvalidRequestError.of("answer_so_far", said)
 
     def advance(self, token_id: int) -> None:
-        """Take in a token, which the last mask allowed.
+        """Advance by a token, which the last mask allowed.
 
         Raises:
             BudgetExceededError: The grammar is too complex to go on.
@@ -175,8 +175,8 @@ class Matcher:
         self._tokens.append(token_id)
         self._follow(lambda: self._native.consume_token(token_id), again=_nothing)
 
-    def take(self, token_id: int, withheld: Collection[int] = ()) -> int | None:
-        """Take in a token if the mask would allow it, or else the only token that it would allow.
+    def try_advance(self, token_id: int, withheld: Collection[int] = ()) -> int | None:
+        """Advance by a token if the mask allows it, or else by the only token that it allows.
 
         This costs a tenth of making the mask.
 
@@ -185,7 +185,7 @@ class Matcher:
             withheld: See ``mask``.
 
         Returns:
-            The token that was taken in; None if none was, because the mask is needed to decide.
+            The token by which it advanced; None if the mask is needed to decide.
 
         Raises:
             BudgetExceededError: The grammar is too complex to go on, or took too long.

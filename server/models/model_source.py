@@ -26,7 +26,7 @@ from turret.server.errors import InvalidRequestError
 from turret.server.models.decoding.arch import Experts
 from turret.server.models.families import read_arch
 from turret.server.models.fidelity import Fidelity, State, squared_error
-from turret.server.models.sources.check import MODEL_NAME, find_gguf
+from turret.server.models.sources.check import MODEL_NAME, find_gguf, skipped_modules
 from turret.server.models.sources.gguf_file import open_gguf
 from turret.server.models.sources.gguf_header import SUFFIX
 from turret.server.models.sources.model_directory import (
@@ -41,7 +41,6 @@ from turret.server.models.sources.model_directory import (
     scale_block,
     weight_files,
 )
-from turret.server.models.sources.skip_modules import skipped_modules
 from turret.server.models.weights.nf4 import BLOCKSIZE, Nf4Weight, reads_mxfp4
 from turret.server.models.weights.nf4_experts import ExpertStacks
 from turret.server.words import say
@@ -286,7 +285,7 @@ def resolve_model(
 
     Args:
         model: A Hugging Face model directory, a GGUF file, ``org/name[@revision]`` of the hub, or
-            None for the embedded model.
+            None for the bundled model.
         cache_dir: The directory for quantised checkpoints.
         progress: Called with the progress of quantisation.
         quantizes_all: See ``ModelSource``.
@@ -442,7 +441,7 @@ def _resolve_gguf(
             ends = json.dumps({"eos_token_id": found.eos_token_ids})
             (build / "generation_config.json").write_text(ends)
             quantizing.write(found.tensors, build, name)
-    # The embedded model's file may also be given by its path; it keeps the embedded model's name.
+    # The bundled model's file may also be given by its path; it keeps the bundled model's name.
     return dataclasses.replace(_read_cached(target, target), name=name)
 
 

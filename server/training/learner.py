@@ -35,12 +35,12 @@ Leaves = Mapping[str, Sequence[torch.Tensor]]
 
 @dataclass(slots=True)
 class _Served:
-    """An adapter with its present tensors, for the store of adapters."""
+    """An adapter in training with its current tensors, for the store of adapters."""
 
     key: str
     operators: AdapterOperators | None
     bytes_device: int = 0
-    # No registration counts where it is.
+    # The adapter is not registered, so nothing counts its residency.
     is_retired: bool = True
 
 
@@ -113,7 +113,7 @@ class Learner:
             torch.autograd.backward([tensor for tensor, _ in pairs], [grad for _, grad in pairs])
 
     def step(self, adam: AdamParams) -> dict[str, float]:
-        """Change the tensors by the gradients since the last step, and forget those.
+        """Update the tensors with the gradients since the last step, and reset the gradients.
 
         Returns:
             The norm of the gradient before it was clipped.
@@ -166,7 +166,7 @@ class Learner:
         }
 
     def load(self, folder: Path, *, with_optimizer: bool) -> None:
-        """Take the tensors, and perhaps the optimizer's state, that ``save`` wrote."""
+        """Restore the tensors, and optionally the optimizer's state, that ``save`` wrote."""
         tensors = load_file(folder / TENSORS_FILE)
         with torch.no_grad():
             for name, p in self.parameters.items():
@@ -189,7 +189,7 @@ def add_gradients(total: Leaves, more: Leaves) -> None:
 
 
 def _modules(operators: AdapterOperators) -> dict[str, Any]:
-    """The operators of all linear modules, those of the head among them."""
+    """The operators of all linear modules, including the head."""
     head = {} if operators.head is None else {HEAD: operators.head}
     return {**operators.modules, **head}
 
@@ -217,7 +217,7 @@ def num_bytes(method: str, rank: int, modules: Sequence[str], base: BaseModel) -
 def new_adapter(
     method: str, rank: int, seed: int, modules: Sequence[str], base: BaseModel
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The config and the first tensors of an adapter that changes nothing yet.
+    """The config and the initial tensors of an adapter that does not change the model yet.
 
     Args:
         method: One of ``METHODS``.
@@ -227,12 +227,12 @@ def new_adapter(
         base: The base model.
 
     Returns:
-        As PEFT has them; names are without PEFT's prefix.
+        The config as PEFT writes it, and the tensors by name, without PEFT's prefix.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(rows: int, columns: int) -> torch.Tensor:
-        # Kaiming's with a = √5, as PEFT and torch have it.
+        # Kaiming initialisation with a = √5, as in PEFT and torch.
         return (torch.rand(rows, columns, generator=generator) * 2 - 1) / math.sqrt(columns)
 
     def normal(rows: int, columns: int, scale: float) -> torch.Tensor:

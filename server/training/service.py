@@ -50,8 +50,8 @@ from turret.server.words import say
 T = TypeVar("T")
 # The maximum number of tokens in a pass, and in a chunk: consecutive sequences of one adapter. A
 # longer sequence gets a pass to itself. While requests run, a pass has one chunk, so that they run
-# often. Chunks depend only on the lengths of an adapter's own
-# sequences, so its gradients are added in a fixed order, whatever else is in the passes.
+# often. Chunks depend only on the lengths of an adapter's own sequences, so its gradients are added
+# in a fixed order, whatever else is in the passes.
 PASS_TOKENS, CHUNK_TOKENS = 512, 128
 _PIECE_BYTES = 1 << 20
 
@@ -63,7 +63,7 @@ class _Work:
     Attributes:
         owner: The client.
         chunks: The sequences that are computed together, in order.
-        leaves: Hold the gradients until all of them are there.
+        leaves: Collect the gradients until all chunks are done.
         num_begun: The number of chunks that have been in a pass.
         found: The results so far.
     """
@@ -277,7 +277,7 @@ class TrainingService:
             work.done.set_exception(error)
 
     def _next_batch(self) -> list[tuple[_Work, Sequence[Datum]]]:
-        """The chunks of the next pass; all have gradients, or none.
+        """The chunks of the next pass; all or none compute gradients.
 
         Owners take turns, and so do the adapters of an owner.
         """

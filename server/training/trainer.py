@@ -1,4 +1,4 @@
-"""What doors ask of training: adapters in training, their passes, steps and snapshots."""
+"""The interface of training: adapters in training, their passes, steps and snapshots."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    # Doors import this module before torch is loaded.
+    # The protocols import this module before torch is loaded.
     import torch
 
 
@@ -45,7 +45,7 @@ class DatumLoss:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdamParams:
-    """One step of AdamW (arXiv 1711.05101); ``grad_clip_norm`` 0 clips nothing."""
+    """One step of AdamW (arXiv 1711.05101); ``grad_clip_norm`` 0 disables clipping."""
 
     learning_rate: float
     beta1: float = 0.9
@@ -64,8 +64,8 @@ class LearnerConfig:
         rank: The rank.
         seed: Determines the initial tensors; None for a random seed.
         attention: Whether the projections of attention are trained.
-        mlp: Whether those of MLPs are.
-        unembed: Whether the head is.
+        mlp: Whether the projections of MLPs are trained.
+        unembed: Whether the head is trained.
     """
 
     method: str = "lora"

@@ -23,7 +23,7 @@ TEXTS: dict[str, str] = {
     "SLOW_PATTERN": "pattern {pattern!q:.120} takes too much time or memory to match",
     "UNTRIED_PATTERN": "pattern {pattern!q:.120} was not tried because another one is too slow",
     "TOO_MANY_PATTERNS": "{count} patterns are too many for {modules} modules",
-    "NO_TASKS": "a {method} adapter has no tasks; omit it",
+    "NO_TASKS": "a {method} adapter has no tasks; omit the task",
     "MISSING_TASK": "is required: choose a task from 0 to {most}",
     # Tensors.
     "NO_TENSORS": "has no tensors of this method",
@@ -77,7 +77,7 @@ TEXTS: dict[str, str] = {
     "BAD_FILE": "file {file!q:.200} {why}",
     "PATH_LENGTH": "must have 1 to {most} characters, not {found}",
     "PATH_CHARACTERS": "must not contain control characters or backslashes",
-    "PATH_OUTSIDE_ROOT": "must be a path inside the adapter root, without `..`",
+    "PATH_OUTSIDE_ROOT": "must be inside the adapter root, without `..`",
     "LINK_OUTSIDE_ROOT": "leaves the adapter root through a symbolic link",
     "NO_ADAPTER_ROOT": "needs a server with --adapter-root",
     "NO_SUCH_PATH": "does not exist in the adapter root {root}",
@@ -129,7 +129,7 @@ TEXTS: dict[str, str] = {
     " {served!q:.200}: the shapes fit, but the weights may differ",
     "OTHER_WEIGHTS": "trained on base weights with digest {trained}, but served on {served}",
     "STORED_OTHERWISE": "trained on base weights with digest {trained}, but served on {served};"
-    " another number of these modules was in 16 bits: {modules}",
+    " the number of modules in 16 bits differs for {modules}",
     "OTHER_QUANTIZATION": "trained on {trained!q:.200}, whose weights are stored as {value}, but"
     " served on {served!q:.200}: the weights may differ",
     "BASE_DIFFERS": "adapter {path!q:.200} is rejected by --strict-base: {problem}",
@@ -199,7 +199,7 @@ TEXTS: dict[str, str] = {
     "NO_EARLIER_GENERATION": "no generation of adapter {adapters!q} before {current_generation} was"
     " kept; raise --keep-generations to keep more",
     "BEING_UNLOADED": "adapter {adapters!q} is being unloaded",
-    "ADAPTER_EXISTS": "adapter {adapter!q} already exists with other content",
+    "ADAPTER_EXISTS": "adapter {adapter!q} already exists with different content",
     "ADAPTER_GENERATION": "adapter {adapter!q} has generation {generation}, expected {expected}",
     "ADAPTER_PINNED": "adapter {adapter!q} is pinned",
     "ADAPTER_HELD": "adapter {adapter!q} is still in use after {seconds} s; running requests:"

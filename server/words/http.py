@@ -35,6 +35,7 @@ TEXTS: dict[str, str] = {
     "NO_SUCH_MODEL": "the model {model!q} does not exist",
     "MODEL_NOT_A_MIX": "the model {model!q} does not exist; write a mix like {step}",
     "MODEL_IS_A_MIX": "{model!q} is a mix; GET /v1/models/{step} describes its first adapter",
+    "NOT_EQUAL": "must be equal to {other} ({expected})",
     "NOT_A_WEIGHT": "the weight of {name!q} must be a decimal number such as 0.5, not {weight!q}",
     # Requests.
     "HEAD_TOO_LARGE": "the path and headers must be at most {most} bytes",
@@ -42,7 +43,7 @@ TEXTS: dict[str, str] = {
     "HOST_MISSING": "the request has no host header",
     "UNKNOWN_HOST": "unknown host {host!q}; use the server's address, or allow the host with"
     " --http-allowed-host",
-    "UNKNOWN_URL": "{method} {path} is not served",
+    "UNKNOWN_URL": "unknown path: {method} {path}",
     "URL_ELSEWHERE": "{method} {path} is served only at the admin address, over gRPC",
     "METHOD_NOT_ALLOWED": "{path} does not support {method}; use {allowed}",
     "REQUEST_ENDED": "the server is shutting down and ended the request",
@@ -67,11 +68,11 @@ TEXTS: dict[str, str] = {
     # Next steps, added to errors by their reasons.
     "STEP_CLASSIFY": "POST /classify labels texts",
     "STEP_GENERATE": "use /v1/chat/completions or /v1/completions for text",
-    "STEP_REPLACE": "load_inplace replaces it, /v1/unload_lora_adapter removes it",
+    "STEP_REPLACE": "set load_inplace to replace it, or remove it with /v1/unload_lora_adapter",
     "STEP_FORCE": "`turret adapters unload --force` ends these requests",
     "STEP_UNPIN": "`turret adapters unpin` unpins it",
     "STEP_UNMERGE": "`turret adapters unmerge` restores the base model",
     "STEP_LIST_MODELS": "GET /v1/models lists the models",
     "STEP_TOKEN": "send the header `authorization: Bearer TOKEN` (api_key in OpenAI's clients)",
-    "STEP_TIMEOUT": "set a higher `timeout`, or ask for less",
+    "STEP_TIMEOUT": "set a higher `timeout`, or a lower `max_tokens`",
 }

@@ -11,7 +11,7 @@ TEXTS = {
     " that directory and load it from --adapter-root",
     "TOO_MANY_DOWNLOADS": "{most} downloads from the hub are already under way",
     # Adapters in buckets and registries.
-    "REMOTE_NOT_ALLOWED": "the server's --adapter-remote allows {choices}",
+    "REMOTE_NOT_ALLOWED": "is not below a prefix that --adapter-remote allows ({choices})",
     "REMOTE_LACKS_FILE": "contains no {file}",
     "REMOTE_MISSING": "there is no adapter at {path}",
     "REMOTE_FORBIDDEN": "access to {path} was denied; check the server's credentials",

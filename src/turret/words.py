@@ -26,7 +26,7 @@ TEXTS = {
     "CONFLICTS_WITH": "cannot be combined with {other}",
     "EMPTY": "must not be empty",
     "DUPLICATE": "{value!q} is listed more than once",
-    "SEVERAL_CONSTRAINTS": "a request has one constraint, not several: {names}",
+    "SEVERAL_CONSTRAINTS": "only one of these constraints is allowed: {names}",
     # Values.
     "NOT_ONE_OF": "must be one of {choices}, not {value!q}",
     "NOT_IN_RANGE": "must be between {least!q:.30} and {most!q:.30}, not {value!q:.30}",

@@ -33,20 +33,15 @@ def test_dry_run(tmp_path):
     found = {row["scenario"] for row in rows}
     wanted = {
         *("memory read", "nf4_matmul", "paged_attention", "hadamard", "kronecker"),
-        *("qkv ours", "qkv padded, atomics", "qkv torch loop", "qkv gathered bmm"),
-        *("library product", "nf4 written out, library", "step base, tokens drawn"),
+        *("library product", "low rank", "sample_rows", "step base, tokens drawn"),
         *("step base", "step lora 1 distinct", "step dora 4 distinct", "step loha 4 distinct"),
         *("step lokr 4 distinct", "step lora 4 distinct, ranks mixed"),
-        *("switch, adapters on device", "step beside a cold adapter"),
-        *("qkv 16 columns, parts of 32", "qkv 32 columns, parts of 64"),
-        *("step base, launches in turn", "step lora 4 distinct, launches in turn"),
     }
     assert wanted <= found
     for row in rows:
-        assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
         assert {"gpu", "driver", "torch", "triton", "date", "commit"} <= set(row)
-        # The row has the expected time for an H100 beside the measured time.
-        assert 0 < row["floor_ms"] <= row["expected_ms"] < row["p50_ms"], row
+        # The row has the time for reading its bytes on an H100 beside the measured time.
+        assert 0 < row["floor_ms"] < row["ms"], row
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ def url(server: ServerUnderTest) -> str:
 
 @pytest.fixture(scope="module")
 def tools_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server on the embedded model, with a template that supports tools."""
+    """A server on the bundled model, with a template that supports tools."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     folder = tmp_path_factory.mktemp("tools")
@@ -327,14 +327,14 @@ def script(name: str, *arguments: str) -> list[str | Path]:
 
 
 def _tokenizer() -> Path:
-    """The embedded model's tokenizer, as the server has put it into its cache."""
+    """The bundled model's tokenizer, as the server has put it into its cache."""
     return resolve_model(None, default_cache_dir()).files
 
 
 @needs_clients
 @pytest.mark.parametrize("form", ["openai-chat", "open-responses"])
 def test_llm_comply(url: str, form: str) -> None:
-    """Every check passes except for features that the embedded model lacks, which get a 400."""
+    """Every check passes except for features that the bundled model lacks, which get a 400."""
     command = [CLIENTS / "llm-comply", "-u", url, "-k", "none", "-m", "json", "--format", form]
     # The exit code also counts unsupported features.
     result = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=900)

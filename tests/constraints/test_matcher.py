@@ -97,7 +97,7 @@ def test_what_is_taken_is_what_the_mask_allows(
             others = rng.integers(0, tokenizer.vocab_size + 3, 12).tolist()
             for token in [*rng.permutation(sorted(allowed))[:12].tolist(), *others]:
                 trial = behind(constraint, answer)
-                taken = trial.take(token, withheld)
+                taken = trial.try_advance(token, withheld)
                 if taken is None:
                     assert trial.num_tokens == len(answer)
                     assert tokens_of(trial) == whole
@@ -150,7 +150,7 @@ def test_the_text_of_a_special_token_is_spelled(
         assert fitting, (spelled, pieces)
         token = max(fitting, key=lambda t: len(pieces[t]))
         spelled += pieces[token]
-        if matcher.take(token) is None:
+        if matcher.try_advance(token) is None:
             matcher.advance(token)
     assert tokens_of(matcher) == {END}
 
@@ -162,7 +162,7 @@ def test_a_special_token_that_a_grammar_names_comes_itself(compiler: ConstraintC
     matcher.advance(a)
     assert tokens_of(matcher) == {CALL}
     # The token has no text, so the mask decides.
-    assert matcher.take(CALL) is None
+    assert matcher.try_advance(CALL) is None
     matcher.advance(CALL)
     assert CALL not in tokens_of(matcher)
 
@@ -177,11 +177,11 @@ def test_tokens_that_are_withheld_come_where_no_other_may() -> None:
     assert without(words, {0, 1, 3, 95}) is words
 
 
-@pytest.mark.parametrize("how", ["take", "mask"])
+@pytest.mark.parametrize("how", ["try_advance", "mask"])
 def test_an_answer_has_a_budget_of_time(
     compiler: ConstraintCompiler, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     matcher = compiler._compile(ConstraintSpec("regex", ("[a-z]+",))).matcher()
     monkeypatch.setattr("turret.server.constraints.matcher._FIRST_SECONDS", -1.0)
     with pytest.raises(BudgetExceededError, check=says("CONSTRAINT_TOO_SLOW")):
-        matcher.take(5) if how == "take" else matcher.mask()
+        matcher.try_advance(5) if how == "try_advance" else matcher.mask()

@@ -261,13 +261,13 @@ async def test_the_engine_has_room_on_its_stack(
 ) -> None:
     """Nested rules are evaluated recursively, for greedy answers on the engine's own thread."""
     sizes: dict[str, int] = {}
-    take = Matcher.take
+    advance = Matcher.try_advance
 
     def noted(self: Matcher, token_id: int, withheld: Any = ()) -> int | None:
         sizes[threading.current_thread().name] = stack_bytes()
-        return take(self, token_id, withheld)
+        return advance(self, token_id, withheld)
 
-    monkeypatch.setattr(Matcher, "take", noted)
+    monkeypatch.setattr(Matcher, "try_advance", noted)
     async with EngineHarness.start(model) as harness:
         await harness.run(constrained(schema))
     assert sizes == {"engine": pytest.approx(STACK_BYTES, rel=0.01)}

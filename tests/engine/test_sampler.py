@@ -146,9 +146,10 @@ def adjusted_one_by_one(logits: torch.Tensor, sequence: Sequence) -> torch.Tenso
     return row
 
 
-def test_what_is_kept_between_steps_changes_no_bit() -> None:
-    """300 tokens one by one, with a jump in between, so that the first tensors are too small."""
-    vocab = 1000
+def test_what_is_kept_between_steps_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens one by one, with a jump in between, so that the first tensors are too small."""
+    monkeypatch.setattr("turret.server.engine.step.sampler._FIRST_CAPACITY", 8)
+    vocab = 300
     generator = torch.Generator().manual_seed(3)
     bias = {i: float(torch.randn((), generator=generator)) * 20 for i in range(0, vocab, 3)}
     sequence = sequence_with(
@@ -159,11 +160,11 @@ def test_what_is_kept_between_steps_changes_no_bit() -> None:
         logit_bias=bias,
     )
     sampler = OneRow()
-    for step in range(300):
+    for step in range(40):
         logits = torch.randn(vocab, generator=generator) * 4
         expected = adjusted_one_by_one(logits, sequence)
         assert torch.equal(sampler.adjusted(logits, sequence), expected), step
-        count = 40 if step == 150 else 1
+        count = 40 if step == 20 else 1
         sequence.tokens += torch.randint(vocab, (count,), generator=generator).tolist()
 
 

@@ -1,4 +1,4 @@
-"""OpenAI's Python client on a real server with the embedded model."""
+"""OpenAI's Python client on a real server with the bundled model."""
 
 from __future__ import annotations
 

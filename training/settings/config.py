@@ -67,7 +67,7 @@ class BaseConfig:
     model: str | None = _key(
         "directory of a Hugging Face checkpoint, org/name[@revision] of the hub, or a .gguf file",
         None,
-        chosen="the embedded SmolLM2-135M-Instruct",
+        chosen="the bundled SmolLM2-135M-Instruct",
         sample="models/Qwen2.5-0.5B-Instruct",
     )
     weights: Literal["nf4", "nf4-dense", "full"] | None = _key(
@@ -236,15 +236,17 @@ class OptimizerConfig:
         "adamw",
     )
     learning_rate: Number | None = _key(
-        "peak rate of the schedule", None, chosen="by method", sample=1e-3, gt=0
+        "peak learning rate", None, chosen="by method", sample=1e-3, gt=0
     )
     lora_plus_ratio: Number | None = _key(
-        "LoRA+: the rate of B is this many times the rate of A", None, chosen="1", sample=16.0, ge=1
+        "LoRA+: learning rate of B divided by that of A", None, chosen="1", sample=16.0, ge=1
     )
     weight_decay: Number = _key("weight decay of AdamW", 0.0, ge=0)
     beta1: Number = _key("beta 1 of AdamW", 0.9, ge=0, lt=1)
     beta2: Number = _key("beta 2 of AdamW", 0.999, ge=0, lt=1)
-    warmup_fraction: Number = _key("share of the steps over which the rate rises", 0.1, ge=0, lt=1)
+    warmup_fraction: Number = _key(
+        "share of the steps over which the learning rate rises", 0.1, ge=0, lt=1
+    )
     max_grad_norm: Number = _key(
         "maximum norm of the gradients, which are scaled down to it; 0 disables the limit",
         1.0,

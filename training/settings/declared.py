@@ -35,7 +35,7 @@ DECLARED: Mapping[str, Declared] = {
     "miss": Declared(1e-3, {**_FACTORS, "rank": 16}),
     "oft": Declared(1e-3, {**_FACTORS, "rank": 16}),
     "hra": Declared(5e-3, {**_ALL, "rank": 8}),
-    # A single rate; PEFT's example uses 1e-3 for the vector bank and 1e-2 for the logits.
+    # A single learning rate; PEFT's example uses 1e-3 for the vector bank and 1e-2 for the logits.
     "vblora": Declared(1e-2, {**_FACTORS, "rank": 4}),
     "shira": Declared(1e-3, {**_ALL, "rank": 8}),
     "loha": Declared(2e-3, {**_FACTORS, "rank": None, "alpha": None}),

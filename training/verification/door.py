@@ -132,7 +132,7 @@ class Door:
         except httpx2.HTTPError as error:
             raise RunError(say("SERVER_UNREACHED", url=self._url, problem=str(error))) from None
         if not answer.is_success:
-            text = answer.text[:300]
+            text = _message(answer)[:300]
             raise RunError(
                 say(
                     "SERVER_REFUSED", url=f"{self._url}{path}", status=answer.status_code, text=text
@@ -140,6 +140,14 @@ class Door:
             )
         is_json = answer.headers.get("content-type", "").startswith("application/json")
         return answer.json() if is_json else None
+
+
+def _message(answer: httpx2.Response) -> str:
+    """The message of OpenAI's error object; else the whole body."""
+    try:
+        return str(answer.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return answer.text
 
 
 def _token(name: str) -> int | str:

@@ -42,7 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
         "--model",
         type=model_place,
         metavar="DIR|ORG/NAME",
-        help="the base model of the server (default: the embedded model)",
+        help="the base model of the server (default: the bundled model)",
     )
     parser.add_argument(
         "--weights",

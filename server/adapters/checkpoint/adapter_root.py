@@ -46,14 +46,14 @@ _MAX_ENTRIES = 1 << 16
 
 def stamp_of(*descriptors: int) -> bytes | None:
     """Identifies the present state of open files in 16 bytes; None if one changed just now."""
-    told = []
+    stats = []
     for descriptor in descriptors:
         s = os.fstat(descriptor)
         # This also rejects times in the future, which mean that a clock is wrong.
         if not 0 <= s.st_ctime <= time.time() - _SETTLED_SECONDS:
             return None
-        told.append((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns))
-    return hashlib.blake2b(repr(told).encode(), digest_size=16).digest()
+        stats.append((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns))
+    return hashlib.blake2b(repr(stats).encode(), digest_size=16).digest()
 
 
 class DigestCache:

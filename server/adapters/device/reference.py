@@ -71,11 +71,11 @@ class _Group:
     members: Sequence[tuple[_Held, float, torch.Tensor | None]]
     is_decode: bool | None
 
-    def take(self, values: torch.Tensor) -> torch.Tensor:
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
         rows = self.rows
         return values[rows] if isinstance(rows, slice) else values.index_select(0, rows)
 
-    def put(self, values: torch.Tensor, part: torch.Tensor) -> None:
+    def scatter(self, values: torch.Tensor, part: torch.Tensor) -> None:
         if isinstance(self.rows, slice):
             values[self.rows] = part
         else:
@@ -130,10 +130,10 @@ class StepReference:
         """
         for group in self.groups:
             found = group.modules((layer, projection))
-            inputs = group.take(x) if found else x
+            inputs = group.gather(x) if found else x
             for s, parts in found.items():
                 view = y[:, self.columns[projection][s]]
-                before, product = group.take(view), base.part(s)
+                before, product = group.gather(view), base.part(s)
                 if group.is_decode is not None:
                     product = product.alone(is_decode=group.is_decode)
                 rows = BaseRows(inputs, product, result=before if is_result else None)
@@ -142,7 +142,7 @@ class StepReference:
                     rows.gain, rows.given = module.gain, given
                     for operator in module.operators:
                         operator.add(total, inputs, rows, weight)
-                group.put(view, total)
+                group.scatter(view, total)
 
     def project(
         self,
@@ -184,8 +184,8 @@ class StepReference:
             found = [(held.attention.get(layer), weight) for held, weight, _ in group.members]
             for constants, weight in found:
                 if constants is not None:
-                    change = constants.attend(group.take(q)).mul_(weight)
-                    group.put(attended, group.take(attended).float() + change)
+                    change = constants.attend(group.gather(q)).mul_(weight)
+                    group.scatter(attended, group.gather(attended).float() + change)
 
 
 def _no_base(x: torch.Tensor) -> torch.Tensor:
@@ -193,7 +193,7 @@ def _no_base(x: torch.Tensor) -> torch.Tensor:
 
 
 class Reference(Part):
-    """The operators of the adapters in a store that their own ``add`` applies, by key.
+    """The operators in a store that their own ``add`` computes, by adapter key.
 
     Args:
         layout: Shape of the base.
@@ -239,7 +239,7 @@ class Reference(Part):
         return operator.with_tensors(self._own(tensor) for tensor in operator.tensors())
 
     def _own(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor on the device; elsewhere than on the CPU, not a view of an upload's memory."""
+        """The tensor on the device; on a GPU a copy, because an upload's memory is freed."""
         return tensor.to(self._device, copy=self._device.type != "cpu")
 
     def remove(self, key: str) -> None:
@@ -294,7 +294,7 @@ class Reference(Part):
             rows = torch.tensor(numbers, device=self._device)
         group = _Group(rows, (), is_decode)
         members = [
-            (self._held[key], weight, group.take(given[key]) if key in given else None)
+            (self._held[key], weight, group.gather(given[key]) if key in given else None)
             for key, weight in mix
         ]
         return _Group(rows, members, is_decode)

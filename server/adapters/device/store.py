@@ -130,7 +130,7 @@ class ExpertShape:
 class ProjectionLayout:
     """Shape of the base for stores: the slices of each fused projection, in every layer.
 
-    ``experts`` are those of mixtures of experts. A layer may lack any of both.
+    ``experts`` are those of mixtures of experts. A layer may lack either kind.
     """
 
     num_layers: int
@@ -400,7 +400,7 @@ class AdapterStore:
                 raise BudgetExceededError(why)
 
     def is_refused(self, key: str) -> bool:
-        """Whether the device had no memory for an adapter just now."""
+        """Whether the device recently had no memory for an adapter."""
         return False
 
     def is_near(self, adapter: Resident) -> bool:
@@ -489,7 +489,7 @@ class AdapterStore:
         return all(sum(each) <= most for each, most in zip(taken, self.budgets, strict=True))
 
     def _drop_idle(self) -> bool:
-        """Forget the adapter that was used longest ago and not in this step, if there is one."""
+        """Forget the least recently used adapter, if there is one that this step does not use."""
         idle = [e for e in self._entries.values() if e.last_step < self._step]
         if idle:
             self.drop(min(idle, key=lambda e: e.last_step).adapter.key)

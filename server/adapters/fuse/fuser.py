@@ -283,7 +283,7 @@ class Fuser:
             fuser.check(parts, base.modules[path])
         fused: dict[str, FusedModule] = {}
         num_bytes = 0
-        started = told = time.monotonic()
+        started = reported = time.monotonic()
         for path, parts in work.items():
             job.cancellation.check()
             module = fused[path] = fuser.fuse(parts, base.modules[path])
@@ -291,8 +291,8 @@ class Fuser:
             # Check after each module, so that a fusion that does not fit ends early.
             self._registry.check_room(num_bytes)
             now = time.monotonic()
-            if len(fused) == len(work) or now - told >= REPORT_SECONDS:
-                told = now
+            if len(fused) == len(work) or now - reported >= REPORT_SECONDS:
+                reported = now
                 fields = log.fields(
                     adapter=job.name,
                     combination=job.combination.name,

@@ -114,9 +114,9 @@ COMMON_RULES: Rules = {
     # Models with a head and without one are accepted; ``take_classifier`` handles SEQ_CLS before.
     "task_type": Used(_is_task),
     "base_model_name_or_path": Used(optional(is_text)),
-    "revision": Irrelevant("names the base's commit; the base is compared by shapes and name"),
+    "revision": Irrelevant("commit of the base; turret compares the base's name and shapes"),
     "auto_mapping": Irrelevant("helps PEFT to find the base's class"),
-    "inference_mode": Irrelevant("freezes parameters; this server never trains"),
+    "inference_mode": Irrelevant("freezes parameters, which matters only in training"),
     "peft_version": Irrelevant("provenance"),
     # Most methods have this key. A method that reads it declares it again.
     "init_weights": Irrelevant("sets the starting point of training"),

@@ -57,7 +57,7 @@ from turret.server.words import Text, say
 
 
 class Misfit(Exception):
-    """Raised when the sizes of base and adapter do not go together."""
+    """Raised when the sizes of base and adapter do not match."""
 
     def __init__(self, why: Text) -> None:
         super().__init__(why)
@@ -377,7 +377,7 @@ class LinearFormat(Format):
             module.fault(role, say("UNEXPECTED_TENSOR", by=self.all_tensors[role].switch))
         fits = not others
         try:
-            # Compute all sizes first: if they do not go together, no single tensor is at fault.
+            # Compute all sizes first: if they do not match, no single tensor is at fault.
             wanted = {role: spec.sizes(module) for role, spec in switched_on.items()}
             for role, spec in switched_on.items():
                 found = module.tensors.get(role)

@@ -139,7 +139,7 @@ def well_formed(config: Mapping[str, Any], *keys: str) -> dict[str, Any] | None:
 
 
 _START = "read only at initialisation, which init_lora_weights names"
-_MEGATRON = "picks the layer class in Megatron training"
+_MEGATRON = "chooses the layer class in Megatron training"
 LORA_IGNORED: Mapping[str, str] = {
     "lora_dropout": "dropout is off at inference",
     "qalora_group_size": "read only with use_qalora",

@@ -35,8 +35,8 @@ _LYCORIS_SUFFIXES = (".alpha", ".dora_scale", ".scalar", ".on_input")
 def normalise_base_name(name: str) -> str:
     """``unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit`` → ``llama-3.1-8b-instruct``.
 
-    The publisher, a leading ``meta-`` and suffixes that name only a storage format are dropped; of
-    a place in the hub's cache the model's name stays.
+    The publisher, a leading ``meta-`` and suffixes that name only a storage format are dropped. For
+    a path in the hub's cache, the name of the model is used.
     """
     text = name.rstrip("/").replace("\\", "/")
     cached = _HUB_CACHE.search(text)
@@ -69,11 +69,11 @@ def base_difference(checkpoint: AdapterCheckpoint, base: BaseModel) -> Text | No
         if trained.digest == base.digest:
             return None
         differ = sorted(k for k in base.weights if trained.weights.get(k) != base.weights[k])
-        told = {"trained": trained.digest[:12], "served": base.digest[:12]}
+        digests = {"trained": trained.digest[:12], "served": base.digest[:12]}
         if trained.weights and differ:
             shown = ", ".join(base.weights_shown.get(kind, kind) for kind in differ)
-            return say("STORED_OTHERWISE", modules=shown, **told)
-        return say("OTHER_WEIGHTS", **told)
+            return say("STORED_OTHERWISE", modules=shown, **digests)
+        return say("OTHER_WEIGHTS", **digests)
     name = checkpoint.config.get("base_model_name_or_path") or ""
     if found := base_name_warning(name, base.name):
         return found
@@ -86,7 +86,7 @@ def base_difference(checkpoint: AdapterCheckpoint, base: BaseModel) -> Text | No
 def is_other_base(adapter_base: str, served_base: str) -> bool:
     """Whether the names prove that these are two models.
 
-    They prove it if both contain the size of the model and yet differ. A path on the machine of the
+    They prove it if both contain the size of the model and differ. A path on the machine of the
     training proves nothing, unless it is in the hub's cache.
     """
     text = adapter_base.replace("\\", "/")

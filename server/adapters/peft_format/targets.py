@@ -172,7 +172,7 @@ class Targets:
         targeted: Names that PEFT would adapt.
         ranks: Configured rank per targeted name.
         alphas: Configured alpha per targeted name.
-        warnings: Ambiguities worth telling the operator about.
+        warnings: Ambiguities that the operator should know about.
         is_rank_stabilised: Whether alpha is divided by the root of the rank (rsLoRA).
     """
 
@@ -372,8 +372,8 @@ def resolve_targets(
 
     ranks = values("rank_pattern", rank_regexes, config.get("r", 1))
     alphas = values("alpha_pattern", alpha_regexes, config.get("lora_alpha", 1))
-    told = _few(warnings)
-    return Targets(frozenset(ranks), ranks, alphas, told, config.get("use_rslora") is True)
+    few = _few(warnings)
+    return Targets(frozenset(ranks), ranks, alphas, few, config.get("use_rslora") is True)
 
 
 def _unresolved(config: Mapping[str, Any], names: Iterable[str]) -> Targets:

@@ -41,7 +41,7 @@ class _Run:
     draws: list[Draw] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
 
-    def take(self, draw: Draw) -> None:
+    def add(self, draw: Draw) -> None:
         self.draws.append(draw)
         self.tokens.append(draw.token_id)
 
@@ -92,7 +92,7 @@ def draw_tokens(
         beyond = {s: added[s][len(drawn[s])] for s in sequences if s in added}
         draws = sampler.draw(picked, sequences, masks, drawn, beyond)
         for run, draw in zip(going, draws, strict=True):
-            run.take(draw)
+            run.add(draw)
         going = [run for run in going if run.goes_on]
         masks = NO_MORE_MASKS
     return [run.draws for run in runs]
@@ -123,9 +123,9 @@ def likeliest_draws(
         if token is None:
             return None
         run = _Run(item, row)
-        run.take(Draw(token))
+        run.add(Draw(token))
         while run.goes_on:
-            run.take(Draw(tokens[row + len(run.tokens)]))
+            run.add(Draw(tokens[row + len(run.tokens)]))
         drawn.append(run.draws)
         row += 1 + len(item.draft)
     return drawn

@@ -101,7 +101,7 @@ class LateMask:
                 assert fresh[0] == self._ahead, "the token that was settled is the one drawn"
                 fresh, self._ahead = fresh[1:], None
             matcher = self._at(fresh)
-            self._ahead = matcher.take(token_id, self._withheld(matcher))
+            self._ahead = matcher.try_advance(token_id, self._withheld(matcher))
         except BaseException as error:
             self._made = _failed(error)
         return self._ahead

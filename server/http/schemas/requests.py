@@ -273,7 +273,7 @@ class Generating(Asking):
     @model_validator(mode="after")
     def _sends_every_answer(self) -> Generating:
         if self.best_of not in (None, self.n):
-            raise wrong_at(not_one_of(self.best_of, str(self.n)), "best_of")
+            raise wrong_at(say("NOT_EQUAL", other="n", expected=self.n), "best_of")
         return self
 
 

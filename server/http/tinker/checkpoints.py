@@ -1,11 +1,11 @@
 """Checkpoints of adapters in training: directories with PEFT's files, by ``tinker://`` paths.
 
     <run>/<kind>/<name>/adapter_config.json, …   as ``Training.save`` writes them
-    <run>/<kind>/<name>/checkpoint.json          what the API tells about the checkpoint
-    <run>/<kind>/<name>~/                        one that is being replaced
-    incoming/<random>/                           one that is being written; removed at the start
+    <run>/<kind>/<name>/checkpoint.json          what the API reports about the checkpoint
+    <run>/<kind>/<name>~/                        a checkpoint that is being replaced
+    incoming/<random>/                           an unfinished checkpoint; removed at startup
 
-A directory is written completely and then renamed, so a crash leaves no partial checkpoint. If it
+A checkpoint is written completely and then renamed, so a crash leaves no partial one. If a crash
 happens between the two renames of a replacement, the next start undoes the first one.
 """
 
@@ -151,7 +151,7 @@ class Checkpoints:
         """The checkpoint with a path.
 
         Raises:
-            HttpRefusal: There is none, or it is another client's.
+            HttpRefusal: The checkpoint does not exist, or belongs to another client.
         """
         found = self._all.get(path)
         if found is None or found.owner != owner or found.is_expired:
@@ -220,7 +220,7 @@ class Checkpoints:
             self._all[checkpoint.path] = changed
 
     async def sweep(self) -> None:
-        """Remove the checkpoints whose time is over."""
+        """Remove expired checkpoints."""
         for checkpoint in [each for each in self._all.values() if each.is_expired]:
             await self.remove(checkpoint)
 

@@ -1,4 +1,4 @@
-"""The state behind the Tinker API, and what its handlers have in common."""
+"""The state of the Tinker API, and the functions that its handlers share."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Link:
 
 
 class Door:
-    """The state behind the Tinker API. Belongs to one event loop.
+    """The state of the Tinker API. Belongs to one event loop.
 
     Args:
         services: The services; they must have a directory for training.
@@ -74,11 +74,11 @@ class Door:
         self._sweeper: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to drop what is over."""
+        """Start to remove what has expired."""
         self._sweeper = asyncio.ensure_future(self._sweep())
 
     async def stop(self) -> None:
-        """Stop, and let what is ending end."""
+        """Stop, and wait until all sessions have ended."""
         if self._sweeper is not None:
             self._sweeper.cancel()
             await asyncio.gather(self._sweeper, return_exceptions=True)
@@ -121,7 +121,7 @@ class Door:
         """Check that a name is that of the base model.
 
         Raises:
-            HttpRefusal: It is not.
+            HttpRefusal: It is another name.
         """
         if name not in (BASE, self.info().name):
             text = say("NO_SUCH_MODEL", model=name[:_SHOWN_CHARS])
@@ -167,7 +167,7 @@ class Door:
 
 
 def gone() -> HttpRefusal:
-    """The error for a result that there is none of, or none any more."""
+    """The error for a result that does not exist or is no longer kept."""
     return HttpRefusal(410, Code.NOT_FOUND, say("RESULT_GONE"))
 
 
@@ -192,7 +192,7 @@ def number_of(raw: Any, path: str = "seq_id") -> int:
     """The number of a command.
 
     Raises:
-        InvalidRequestError: The value is not one.
+        InvalidRequestError: The value is not a valid number.
     """
     if type(raw) is not int or not 0 < raw < 1 << 31:
         raise InvalidRequestError.of(path, wrong_type("a positive integer", raw))

@@ -93,7 +93,7 @@ class Future:
     _done: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def wait(self, seconds: float) -> Result | None:
-        """The result; None if there is none after some time."""
+        """The result; None if it does not arrive in time."""
         if self.result is None:
             try:
                 async with asyncio.timeout(seconds):
@@ -128,7 +128,7 @@ class Futures:
         """A new future.
 
         Raises:
-            QueueFullError: The owner has too many without a result.
+            QueueFullError: The owner has too many futures without a result.
         """
         if self._count[owner] >= MAX_FUTURES and not self._drop_oldest(owner):
             raise QueueFullError(say("TRAINING_LIMIT_REACHED", most=MAX_FUTURES, what="requests"))
@@ -156,7 +156,7 @@ class Futures:
         self.settle(future, Result.failed(error))
 
     def sweep(self) -> None:
-        """Drop the results whose time is over."""
+        """Drop expired results."""
         now = time.monotonic()
         for future in [each for each in self._all.values() if each.result is not None]:
             if future.expires <= now:

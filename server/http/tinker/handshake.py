@@ -1,4 +1,4 @@
-"""What clients ask before and beside their work: flags, capabilities, sessions, results."""
+"""Handlers of all calls but training and sampling: features, capabilities, sessions, results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CONFIG: dict[str, Any] = {
 _DYNAMIC_CONFIG: dict[str, Any] = {"sample_cancel_enabled": True}
 # Clients wait for 45 seconds.
 POLL_SECONDS = 20.0
-# How often a waiting call looks whether the server is shutting down.
+# How often a waiting call checks whether the server is shutting down.
 _LOOK_SECONDS = 1.0
 
 

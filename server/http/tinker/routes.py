@@ -26,7 +26,7 @@ def routes(door: Door) -> tuple[Route, ...]:
 
     often = partial(route, is_frequent=True)
     return (
-        # The client asks for these before and beside its work.
+        # The client makes these calls by itself.
         route("/client/config", handshake.config, schemas.Anything),
         often("/client/dynamic_config", handshake.dynamic_config, schemas.Anything),
         route("/get_server_capabilities", handshake.capabilities),

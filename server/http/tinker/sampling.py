@@ -82,7 +82,7 @@ async def sample(door: Door, exchange: Exchange) -> None:
         )
         call.message_bytes = exchange.call.message_bytes // body.num_samples
         work = _Samples(door, sampler, body, message, call)
-        # Count the request before it is accepted, so that the client hears of a limit at once.
+        # Count the request before it is accepted, so that an error about a limit is sent at once.
         with contextlib.ExitStack() as held:
             try:
                 held.enter_context(call.party.hold())
@@ -216,7 +216,7 @@ class _Samples:
                 with blamed_on("prompt"):
                     return await inference.generate_whole(message, self._call)
             except QueueFullError:
-                # The client has the promise of a result, so it would not repeat the request.
+                # The client already waits for the result, so it would not repeat the request.
                 tries -= 1
                 if not tries:
                     raise

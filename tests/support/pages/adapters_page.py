@@ -23,20 +23,28 @@ def _keys() -> list[str]:
 
 
 def _names(methods: list[str]) -> str:
-    """The methods, in the shortest of four forms."""
+    """The methods, in the shortest of three forms."""
     chosen = set(methods)
     lora = {name for name, method in METHODS.items() if "LORA" in method.peft_types}
-    forms = [", ".join(methods)]
+    forms = [_listed(methods)]
     forms.append("all" + _but(sorted(METHODS.keys() - chosen)))
     if lora & chosen:
         but_lora = _but(sorted(lora - chosen))
-        rest = [name for name in methods if name not in lora]
-        forms.append(", ".join([f"LoRA types{but_lora}", *rest]))
+        rest = _listed([name for name in methods if name not in lora])
+        forms.append(", ".join(filter(None, [f"LoRA types{but_lora}", rest])))
     return min(forms, key=len) if methods else ""
 
 
+def _listed(names: list[str]) -> str:
+    """The names, with the methods of virtual tokens as one."""
+    prompts = {name for name, method in METHODS.items() if "num_virtual_tokens" in method.rules}
+    if not prompts <= set(names):
+        return ", ".join(names)
+    return ", ".join([*(name for name in names if name not in prompts), "prompt types"])
+
+
 def _but(names: list[str]) -> str:
-    return f" (not {', '.join(names)})" if names else ""
+    return f" (not {_listed(names)})" if names else ""
 
 
 def render_keys() -> str:

@@ -39,19 +39,20 @@ def render_rates() -> str:
 
 
 def render_costs() -> str:
-    """The cost of rank-16 LoRAs relative to the base's rate."""
+    """The cost of rank-16 LoRAs relative to the base's throughput."""
     rates = newest_rates()
 
     def lost(name: str, base: str) -> str:
         return f"{100.0 * (1.0 - rates[name] / rates[base]):.0f} %"
 
     return (
-        "- Serving cost grows with rank: one rank-16 LoRA on all modules takes"
-        f" {lost('one adapter, 1 request', 'base, 1 request')} off the base's rate\n"
-        "  at one request, the same one in sixteen requests"
-        f" {lost('same adapter, 16 requests', 'base, 16 requests')}, sixteen different ones"
-        f" {lost('16 adapters, 16 requests', 'base, 16 requests')}\n"
-        "  (SmolLM2-135M on a CPU, `make bench`; docs/performance.md)."
+        "- The cost of serving grows with the rank. LoRAs of rank 16 on all modules reduce the"
+        " tokens per second\n  of one request by"
+        f" {lost('one adapter, 1 request', 'base, 1 request')}, of sixteen requests for one"
+        f" adapter by {lost('same adapter, 16 requests', 'base, 16 requests')}, and of sixteen\n"
+        "  requests for different adapters by"
+        f" {lost('16 adapters, 16 requests', 'base, 16 requests')} (SmolLM2-135M on a CPU,"
+        " `make bench`)."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -62,17 +63,22 @@ def number_in(comment: str) -> int | None:
 
 
 def render_limits() -> str:
-    """A row for each text, list and byte field of a request."""
-    lines, seen, told = ["| field | at most |", "|---|---|"], set[str](), comments()
+    """The text, list and byte fields of all requests, one row per limit."""
+    fields_of: dict[tuple[float, str], list[str]] = {}
+    seen, comment_of = set[str](), comments()
     for method in (m for f in FILES for s in f.services_by_name.values() for m in s.methods):
         for field in sized_fields(method.input_type, seen):
-            comment = told[name_of(field)]
+            comment = comment_of[name_of(field)]
             number, is_context = number_in(comment), "the model's context" in comment
             assert number or is_context, f"the comment of {field.full_name} states no limit"
             unit = "entries" if field.is_repeated else "characters"
             unit = "MiB" if field.type == field.TYPE_BYTES else unit
-            most = f"{number} {unit}" if number else "what the model's context can hold"
-            lines.append(f"| `{name_of(field)}` | {most} |")
+            limit = (number, unit) if number else (math.inf, "what the model's context can hold")
+            fields_of.setdefault(limit, []).append(f"`{name_of(field)}`")
+    lines = ["| at most | fields |", "|---|---|"]
+    for (number, unit), names in sorted(fields_of.items(), key=lambda row: (row[0][1], row[0][0])):
+        most = unit if number == math.inf else f"{number} {unit}"
+        lines.append(f"| {most} | {', '.join(names)} |")
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ from turret.server.adapters.adapter import (
     Head,
     OwnTemplate,
 )
-from turret.server.adapters.merger import Merge, MergedAdapter, MergeReport, MergeState
+from turret.server.adapters.merger import ActiveMerge, MergedAdapter, MergeReport, MergeState
 from turret.server.api.gate import Backend
 from turret.server.api.vocabularies import Vocabularies, Vocabulary
 from turret.server.basics.turns import FairPool
@@ -371,7 +371,7 @@ class FakeMerger:
             cancellation.check()
         members = tuple(MergedAdapter(r.name, f"uuid-{r.name}", 3, r.weight, "d") for r in refs)
         report = MergeReport(0.125, 0.75, (("layers.0.q_proj", 0.25), ("layers.1.q_proj", 0.0)))
-        merge = Merge(adapters=members, precision=precision, time=86_400.5, report=report)
+        merge = ActiveMerge(adapters=members, precision=precision, time=86_400.5, report=report)
         self.state = MergeState(self.state.base_generation + 1, merge)
         return self.state
 

@@ -210,7 +210,7 @@ class GpuStore(AdapterStore):
         # Even a failed insert changes the version: other adapters may have moved or left.
         self.version += 1
         if not self._try_insert(adapter):
-            # Captured steps are everybody's, so they stay.
+            # Captured steps serve all adapters, so keep them.
             self.drop_idle()
             empty_cache(self._device)
             if not self._try_insert(adapter):

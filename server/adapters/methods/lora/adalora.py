@@ -70,7 +70,7 @@ METHOD = LinearMethod(
         "r": "AdaLoRA starts from init_r",
         "use_rslora": _UNREAD,
         "alpha_pattern": _UNREAD,
-        "target_r": "aim of the pruning; the tensors show the result",
+        "target_r": "target of the pruning; the tensors show the result",
         "tinit": _SCHEDULE,
         "tfinal": _SCHEDULE,
         "deltaT": _SCHEDULE,

@@ -13,7 +13,7 @@ _PVERA = method("pvera", copies=2)
 
 METHOD = replace(
     _PVERA,
-    ignored={**_PVERA.ignored, "generator_seed": "seeds the sampling, which is off"},
+    ignored={**_PVERA.ignored, "generator_seed": "seed of the sampling, which is off"},
     refused={
         "sample_at_inference": (
             (False, None),

@@ -170,8 +170,8 @@ METHOD = Method(
         "global_scaling_weight": is_number,
     },
     ignored={
-        "adapters": "the components are named by what they hold",
-        "use_trainable_adapters": "the components hold what training made of them",
+        "adapters": "the digests in components identify the adapters",
+        "use_trainable_adapters": "the components contain the trained weights",
     },
     required=(
         "hidden_size",

@@ -7,5 +7,5 @@ from turret.server.adapters.methods.prompt_kit import KeysAndValues
 METHOD = KeysAndValues(
     name="cartridge",
     peft_types={"CARTRIDGE"},
-    ignored={"num_frozen_tokens": "training leaves so many alone; the file holds all"},
+    ignored={"num_frozen_tokens": "number of untrained tokens; the file contains all tokens"},
 )

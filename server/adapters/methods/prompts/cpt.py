@@ -9,8 +9,8 @@ from __future__ import annotations
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.methods.prompt_kit import SoftTokens
 
-_LOSS = "weighs the loss in training"
-_PROJECTION = "bounds the steps of training"
+_LOSS = "weights of the training loss"
+_PROJECTION = "limits the steps of training"
 
 METHOD = SoftTokens(
     name="cpt",
@@ -23,6 +23,6 @@ METHOD = SoftTokens(
         "opt_loss_decay_factor": _LOSS,
         "opt_projection_epsilon": _PROJECTION,
         "opt_projection_format_epsilon": _PROJECTION,
-        "tokenizer_name_or_path": "read with the examples it starts from",
+        "tokenizer_name_or_path": "reads the examples at initialisation",
     },
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from turret.server.adapters.methods.prompt_kit import SoftTokens
 
-_ENCODER = "the file holds the encoder's output"
+_ENCODER = "the file contains the encoder's output"
 
 METHOD = SoftTokens(
     name="p_tuning",

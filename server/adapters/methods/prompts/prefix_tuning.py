@@ -5,7 +5,7 @@ from __future__ import annotations
 from turret.server.adapters.methods.kit import *
 from turret.server.adapters.methods.prompt_kit import KeysAndValues
 
-_PROJECTION = "the file holds the projection's output"
+_PROJECTION = "the file contains the projection's output"
 
 METHOD = KeysAndValues(
     name="prefix_tuning",

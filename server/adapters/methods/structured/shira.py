@@ -5,7 +5,7 @@ from __future__ import annotations
 from turret.server.adapters.methods.kit import *
 
 _VALUES, _PLACES = "shira_weight", "shira_indices"
-_DRAWN = "the file holds the places that it drew"
+_DRAWN = "the file contains the places that were drawn"
 
 
 def _operators(m: Module) -> Pieces:

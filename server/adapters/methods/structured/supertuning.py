@@ -12,7 +12,7 @@ from turret.server.adapters.methods.kit import *
 _VALUES, _PLACES = "supertuning_values", "supertuning_indices"
 _A, _B = "supertuning_lora_A.weight", "supertuning_lora_B.weight"
 _COUNT, _RANK = extent(_VALUES, 0), key("r")
-_CHOSEN = "the file holds the places that it chose"
+_CHOSEN = "the file contains the places that were chosen"
 
 
 def _operators(m: Module) -> Iterator[Piece]:

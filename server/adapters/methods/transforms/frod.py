@@ -12,7 +12,7 @@ from turret.server.adapters.methods.kit import *
 
 _L, _VALUES = "frod_lambda_l", "frod_lambda_s_values"
 _V, _PLACES, _SIZE = "frod_V", "frod_s_indices", "frod_s_size"
-_IN_FILE = "the file holds what it made"
+_IN_FILE = "the file contains the result"
 # Relative error of normally distributed weights in NF4 with blocks of 64.
 _NF4_ERROR = 0.094
 # Highest accepted ratio of noise to trained update.
@@ -114,8 +114,8 @@ METHOD = LinearMethod(
         "projection_prng_key": _IN_FILE,
         "sparse_rate": _IN_FILE,
         "regularization_alpha": _IN_FILE,
-        "progressbar": "shows how far PEFT is",
-        "runtime_offload_base_weight": "says where PEFT keeps weights",
+        "progressbar": "shows a progress bar",
+        "runtime_offload_base_weight": "chooses where PEFT keeps weights",
         "frod_dropout": DROPOUT,
     },
     refused={

@@ -352,7 +352,7 @@ def served_weights(model: Path | None, dtype: torch.dtype) -> dict[str, torch.Te
     """The weights by which turret multiplies in the decoder layers: path → ``[out, in]`` fp32.
 
     Args:
-        model: A directory, or None for the embedded model.
+        model: A directory, or None for the bundled model.
         dtype: The dtype of the server.
     """
     cache = default_cache_dir() if model is None else model.parent / "cache" / "turret"

@@ -1,0 +1,127 @@
+"""The arithmetic and the inputs of the benchmarks."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import statistics
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.adapters import (
+    base_of,
+    linear_modules,
+    logits,
+    lower_adapter,
+    tiny_llama,
+    with_operators,
+)
+from builders.bases.tiny_models import save_tiny_model
+from checkout import ROOT
+from transformers import AutoModelForCausalLM
+
+from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
+from turret.server.adapters.checkpoint.reader import read_checkpoint
+from turret.server.models.families import read_arch
+from turret.training.base_model import find_base
+
+BENCH = ROOT / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import a module of bench/, which is a folder of scripts."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module
+
+
+def test_rates_count_the_tokens_after_the_first(bench: Any):
+    batch = bench("common.requests")
+    # The second request's first token arrives after three tokens of the first request.
+    answers = [
+        batch.Answer((1, 2, 3, 4, 5), (1.0, 1.5, 2.0, 2.5, 3.0), 0),
+        batch.Answer((1, 2, 3, 4, 5), (2.0, 2.5, 3.0, 3.5, 4.0), 0),
+    ]
+    timing = batch.BatchTiming.of(answers)
+    assert (timing.first_seconds, timing.total_seconds, timing.mean_first_seconds) == (
+        2.0,
+        4.0,
+        1.5,
+    )
+    assert timing.decode_rate == 8 / 2.0
+
+
+def test_the_floor_counts_what_a_step_must_read(bench: Any):
+    floor = bench("common.floor")
+    model = tiny_llama()
+    arch = read_arch(model.config)
+    linear = linear_modules(model)
+    parts = floor.step_bytes(arch, requests=3, loras=2, rank=4, context=10)
+    assert parts["base matmuls"] == sum(m.weight.numel() for m in linear.values()) * (0.5 + 2 / 64)
+    assert parts["adapters"] == 2 * sum(2 * 4 * sum(m.weight.shape) for m in linear.values())
+    # Three requests with ten tokens each, and two layers of keys and values with 2 heads of 16 in
+    # bf16.
+    assert parts["attention"] == 3 * 10 * 2 * 2 * 2 * 16 * 2
+    assert parts["head"] == 2 * model.lm_head.weight.numel()
+    rate = floor.read_bandwidth()
+    assert 1e8 < rate < 1e13
+
+
+def test_random_adapters_of_every_method_load(bench: Any, tmp_path: Path):
+    """Of one rank and in default sizes, they change the logits by enough, and not by too much."""
+    model = save_tiny_model("llama", tmp_path / "model")
+    made = bench("common.adapters")
+    write = made.Writer(tmp_path, find_base(model))
+    names = [*write.mixed(11, 3), *write.defaults(7)]
+    plain_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    base = replace(base_of(plain_model), head_dim=32)
+    plain = logits(plain_model)
+    moves = {}
+    for name in names:
+        operators = lower_adapter(tmp_path, base, name).operators
+        if operators.soft_prompt is None:
+            moved = logits(with_operators(plain_model, [(operators, 1.0)]))
+            moves[name] = float((moved - plain).norm() / plain.norm())
+        else:
+            assert operators.soft_prompt.num_positions == 3
+    assert 0.01 < min(moves.values()) <= max(moves.values()) < 1.5, moves
+
+
+def test_many_adapters_differ_and_share_files(bench: Any, tmp_path: Path):
+    model = save_tiny_model("llama", tmp_path / "model")
+    write = bench("common.adapters").Writer(tmp_path / "root", find_base(model))
+    names = write.many_loras(10, (4, 2), ("q_proj",), 3)
+    root = AdapterRoot(tmp_path / "root")
+    read = [read_checkpoint(root, name, max_elements=1 << 20) for name in names]
+    assert len({checkpoint.digest for checkpoint in read}) == 10
+    assert [checkpoint.config["r"] for checkpoint in read[:4]] == [4, 2, 4, 4]
+    files = {(tmp_path / "root" / n / "adapter_model.safetensors").stat().st_ino for n in names}
+    assert len(files) == 3
+
+
+def test_a_trace_has_the_gaps_and_popularity_it_was_asked_for(bench: Any) -> None:
+    workload = bench("common.traces")
+    asked = workload.Workload(num_requests=20_000, rate=8.0, cv=3.0)
+    trace = workload.draw(asked, [f"{number}" for number in range(100)])
+    times = [0.0, *(arrival.seconds for arrival in trace)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert statistics.mean(gaps) == pytest.approx(1 / 8, rel=0.05)
+    assert statistics.stdev(gaps) / statistics.mean(gaps) == pytest.approx(3.0, rel=0.05)
+    assert {len(arrival.prompt) for arrival in trace} == set(range(16, 65))
+    assert {arrival.new_tokens for arrival in trace} == set(range(8, 33))
+    counts = Counter(arrival.adapter for arrival in trace)
+    total = sum(1 / rank for rank in range(1, 101))
+    for rank in (1, 2, 10):
+        share = counts[f"{rank - 1}"] / len(trace)
+        assert share == pytest.approx(1 / rank / total, rel=0.1)
+
+
+@pytest.mark.parametrize("script", ["doors", "lifecycle", "live_fleet", "prompts", "training"])
+def test_every_script_starts(bench: Any, script: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        bench(script).main(["--help"])
+    assert stopped.value.code == 0
