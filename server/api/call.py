@@ -169,7 +169,7 @@ class Call:
         """
         counted = max(self.message_bytes - UNCOUNTED_BYTES, 0)
         self.message_bytes += num_bytes
-        self._hold(max(self.message_bytes - UNCOUNTED_BYTES, 0) - counted)
+        self.hold(max(self.message_bytes - UNCOUNTED_BYTES, 0) - counted)
 
     def send(self, num_bytes: int) -> None:
         """Count bytes of an answer that is sent as a whole until the call ends.
@@ -177,9 +177,14 @@ class Call:
         Raises:
             QueueFullError: See ``MessageMemory.hold``.
         """
-        self._hold(max(num_bytes - UNCOUNTED_BYTES, 0))
+        self.hold(max(num_bytes - UNCOUNTED_BYTES, 0))
 
-    def _hold(self, num_bytes: int) -> None:
+    def hold(self, num_bytes: int) -> None:
+        """Count bytes that belong to it until the call ends.
+
+        Raises:
+            QueueFullError: See ``MessageMemory.hold``.
+        """
         if num_bytes:
             messages, tenant = self.party.shares.messages, self.tenant
             messages.hold(tenant, num_bytes)

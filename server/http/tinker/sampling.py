@@ -22,6 +22,8 @@ from turret.v1 import adapters_pb2, inference_pb2
 
 _SEEDS = 1 << 64
 _METHOD = "POST /api/v1/asample"
+# The approximate memory of a request without its tokens.
+_REQUEST_BYTES = 8 << 10
 # How often, and after how many seconds, a request is repeated because the queue was full.
 _TRIES, _RETRY_SECONDS = 600, 1.0
 
@@ -86,6 +88,8 @@ async def sample(door: Door, exchange: Exchange) -> None:
         with contextlib.ExitStack() as held:
             try:
                 held.enter_context(call.party.hold())
+                # A request that waits for a place in the queue is in no limit of the engine.
+                call.hold(_REQUEST_BYTES + message.ByteSize() + 4 * len(message.token_ids.ids))
                 future = door.futures.begin(owner, request_id)
             except Exception as error:
                 call.finish(turret_error(error).code)
@@ -103,6 +107,8 @@ def _message(sampler: Sampler, body: Sample) -> inference_pb2.GenerateRequest:
     message = inference_pb2.GenerateRequest()
     for chunk in body.prompt.chunks:
         message.token_ids.ids.extend(chunk.tokens)
+    # While the request waits, the message alone keeps the tokens.
+    body.prompt.chunks.clear()
     if sampler.adapter:
         weight = adapters_pb2.AdapterWeight(name=sampler.adapter)
         if sampler.generation is not None:

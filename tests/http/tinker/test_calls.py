@@ -20,8 +20,8 @@ from servers.http_harness import HttpHarness, http_harness
 from servers.table_training import TableTraining
 from servers.tinker_tenant import API, LORA, PROTOBUF, Pass, Tenant, pass_of, sample_of, tensor
 
-from turret.server.api.access import TokenTable
-from turret.server.errors import InvalidRequestError
+from turret.server.api.access import MessageMemory, Shares, TokenTable
+from turret.server.errors import InvalidRequestError, QueueFullError
 from turret.server.http.tinker import checkpoints, handshake, listing, sessions, wire
 from turret.server.http.tinker.checkpoints import Checkpoints
 from turret.server.training.trainer import MAX_SEQUENCE_TOKENS, LearnerConfig
@@ -36,9 +36,13 @@ class Served(Tenant):
 
 
 @contextlib.asynccontextmanager
-async def tenant(folder: Path, *, tokens: TokenTable | None = None) -> AsyncIterator[Served]:
+async def tenant(
+    folder: Path, *, tokens: TokenTable | None = None, shares: Shares | None = None
+) -> AsyncIterator[Served]:
     training = TableTraining(MODEL_INFO.vocab_size)
-    async with http_harness(training=training, training_dir=folder, tokens=tokens) as server:
+    async with http_harness(
+        training=training, training_dir=folder, tokens=tokens, shares=shares
+    ) as server:
         found = Served(server.client, {}, server=server)
         if tokens is None:
             await found.begin()
@@ -337,6 +341,24 @@ async def test_samples_are_asked_for_once_and_can_be_cancelled(tmp_path: Path) -
         await one.ask("/cancel_future", {"request_id": promise["request_id"]})
         assert (await one.result(promise))["category"] == "server"
         assert one.server.engine.streams[-1].cancelled.is_set()
+
+
+async def test_samples_that_wait_for_the_queue_take_a_bounded_amount_of_memory(
+    tmp_path: Path,
+) -> None:
+    async with tenant(tmp_path, shares=Shares(messages=MessageMemory(200 << 10))) as one:
+        one.server.engine.refuse = QueueFullError("planted")
+        body = {"session_id": one.session, "sampling_session_seq_id": 0, "base_model": "base"}
+        sampler = (await one.ask("/create_sampling_session", body))["sampling_session_id"]
+        asked = [sample_of(sampler, seq_id=number) for number in range(40)]
+        found = [(await one.send("/asample", each)).status_code for each in asked]
+        accepted = found.index(429)
+        assert 10 < accepted < 30
+        assert found == [200] * accepted + [429] * (40 - accepted)
+        await one.ask("/cancel_future", {"request_id": f"{sampler}:0"})
+        await one.result({"request_id": f"{sampler}:0"})
+        await one.ask("/asample", asked[-1])
+        one.server.engine.refuse = None
 
 
 async def test_stops_and_settings_reach_the_engine(tmp_path: Path) -> None:
