@@ -43,7 +43,7 @@ from turret.server.training.learner import (
     num_bytes,
 )
 from turret.server.training.losses import LOSSES, TARGETS, Loss
-from turret.server.training.trainer import AdamParams, Datum, DatumLoss, LearnerConfig
+from turret.server.training.trainer import AdamParams, Datum, DatumLoss, LearnerConfig, Published
 from turret.server.training.training_pass import Segment, TrainingPass
 from turret.server.words import say
 
@@ -371,7 +371,7 @@ class TrainingService:
         load = functools.partial(found.load, folder, with_optimizer=with_optimizer)
         await self._renewing(learner, load)
 
-    async def publish(self, learner: int, name: str) -> int:
+    async def publish(self, learner: int, name: str) -> Published:
         """Register the current tensors; see ``Training``."""
         files = self._learners[learner].files()
         return await asyncio.to_thread(
@@ -381,7 +381,7 @@ class TrainingService:
             lambda staged: files.write(staged, lambda: None),
         )
 
-    async def serve(self, folder: Path, name: str) -> int:
+    async def serve(self, folder: Path, name: str) -> Published:
         """Register a saved folder; see ``Training``."""
         paths = [folder / each for each in (CONFIG_FILE, TENSORS_FILE)]
 
@@ -392,7 +392,7 @@ class TrainingService:
                         staged.write(path.name, piece)
             staged.finish()
 
-        def run() -> int:
+        def run() -> Published:
             announced = [UploadedFile(path.name, path.stat().st_size) for path in paths]
             return self._register(name, announced, write)
 
@@ -403,13 +403,14 @@ class TrainingService:
         name: str,
         announced: Sequence[UploadedFile],
         write: Callable[[StagedUpload], None],
-    ) -> int:
+    ) -> Published:
         """Register files as a generation of a name; blocks."""
         staged = self._registry.stage(announced)
         try:
             write(staged)
             replace = self._registry.find(AdapterRef(name=name)) is not None
-            return self._registry.upload(name, staged, replace=replace).generation
+            info = self._registry.upload(name, staged, replace=replace)
+            return Published(info.generation, sum(file.size_bytes for file in announced))
         finally:
             staged.discard()
 

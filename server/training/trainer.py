@@ -76,6 +76,14 @@ class LearnerConfig:
     unembed: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A generation that was registered for sampling, and the size of its files in bytes."""
+
+    generation: int
+    size: int
+
+
 class Training(Protocol):
     """Adapters in training, by a number that is never used twice.
 
@@ -135,11 +143,11 @@ class Training(Protocol):
         """Continue from what ``save`` has written; the config must be the same."""
         ...
 
-    async def publish(self, learner: int, name: str) -> int:
+    async def publish(self, learner: int, name: str) -> Published:
         """Register the current tensors as a generation of an adapter's name, for sampling."""
         ...
 
-    async def serve(self, folder: Path, name: str) -> int:
+    async def serve(self, folder: Path, name: str) -> Published:
         """Register what ``save`` has written as an adapter's name, for sampling.
 
         Raises:

@@ -61,6 +61,8 @@ TEXTS: dict[str, str] = {
     "TRAINING_ENDED": "the model was unloaded before this command ran",
     "GRADIENT_NOT_FINITE": "the gradient is infinite or not a number, so the weights are unchanged",
     "TRAINING_LIMIT_REACHED": "a client can have at most {most} {what}",
+    "TRAINING_DISK_FULL": "the disk has no room for more: this client's checkpoints and samplers"
+    " take {used!b}, and may take {most!b}; delete some",
     "NOT_A_MESSAGE_TYPE": "the body must be uncompressed protobuf with the content type {wanted}",
     "NOT_A_VECTOR": "must be a dense tensor with one dimension",
     "NOT_AS_LONG": "must have {expected} entries, one for each token, not {found}",

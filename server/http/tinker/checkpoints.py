@@ -19,6 +19,7 @@ import re
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,6 +147,24 @@ class Checkpoints:
         """The checkpoints of an owner, the newest first."""
         found = [each for each in self._all.values() if each.owner == owner]
         return sorted((each for each in found if not each.is_expired), key=lambda it: -it.time)
+
+    @property
+    def bytes_by_owner(self) -> Counter[str]:
+        """The size of the files of all checkpoints."""
+        found: Counter[str] = Counter()
+        for each in self._all.values():
+            found[each.owner] += each.size
+        return found
+
+    @property
+    def bytes_free(self) -> int:
+        """The free space of the disk.
+
+        Raises:
+            StorageFailedError: The disk failed.
+        """
+        with reporting_disk_faults():
+            return shutil.disk_usage(self._folder).free
 
     def find(self, owner: str, path: str) -> Checkpoint:
         """The checkpoint with a path.

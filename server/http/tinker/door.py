@@ -127,6 +127,23 @@ class Door:
             text = say("NO_SUCH_MODEL", model=name[:_SHOWN_CHARS])
             raise HttpRefusal(404, Code.NOT_FOUND, text)
 
+    def check_disk(self, owner: str) -> None:
+        """Check that a client may write another checkpoint or sampler.
+
+        Those of all clients may take half of the disk that is free without them, and those of one
+        token half of that. What a client is writing is not counted yet: one for each of its models.
+
+        Raises:
+            InvalidRequestError: It has taken its share.
+        """
+        used = self.checkpoints.bytes_by_owner + self.sessions.bytes_by_owner
+        all_used = used.total()
+        most = (self.checkpoints.bytes_free + all_used) // 2
+        share = most // 2 if owner else most
+        if used[owner] >= share or all_used >= most:
+            text = say("TRAINING_DISK_FULL", used=used[owner], most=share)
+            raise InvalidRequestError.of("path", text)
+
     async def read(self, tenant: bytes, read: Callable[[], _T]) -> _T:
         """The result of reading a message, which may take long, off the event loop."""
         return await self._reading.run(tenant, read)

@@ -40,7 +40,10 @@ async def create_sampler(door: Door, exchange: Exchange) -> None:
             checkpoint = door.checkpoints.find(owner, body.model_path)
             name = f"training/{session.session_id}/s{body.sampling_session_seq_id}"
             folder = door.checkpoints.folder(checkpoint)
-            sampler.generation = await door.sessions.training().serve(folder, name)
+            door.check_disk(owner)
+            with door.sessions.arriving(owner, checkpoint.size):
+                published = await door.sessions.training().serve(folder, name)
+            sampler.generation, sampler.size = published.generation, published.size
             sampler.adapter, sampler.is_own = name, True
         elif body.base_model is not None:
             door.check_base(body.base_model)

@@ -10,7 +10,8 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from turret.server.api.gate import ServingGate
@@ -79,6 +80,7 @@ class Sampler:
         generation: The generation of the adapter; None for the newest.
         path: The path of the checkpoint, if that is what the client named.
         is_own: Whether the adapter is for this sampler alone, and ends with it.
+        size: The size of that adapter's files in bytes.
         running: The number of requests that run.
         used: The time of its last use on the monotonic clock.
     """
@@ -89,6 +91,7 @@ class Sampler:
     generation: int | None = None
     path: str | None = None
     is_own: bool = False
+    size: int = 0
     running: int = 0
     used: float = field(default_factory=time.monotonic)
 
@@ -123,6 +126,7 @@ class Sessions:
         self._futures = futures
         self._all: dict[str, Session] = {}
         self._waiting_bytes: Counter[str] = Counter()
+        self._arriving: Counter[str] = Counter()
         # Models that are being dropped, and names of adapters that are being unregistered.
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -169,6 +173,25 @@ class Sessions:
             for model in session.models.values()
             if model.owner == owner
         ]
+
+    @property
+    def bytes_by_owner(self) -> Counter[str]:
+        """The size of the files of samplers, with those that are being made."""
+        found = self._arriving.copy()
+        for session in self._all.values():
+            found[session.owner] += sum(each.size for each in session.samplers.values())
+        return found
+
+    @contextmanager
+    def arriving(self, owner: str, size: int) -> Iterator[None]:
+        """Count the files of a sampler that is being made in the block."""
+        self._arriving[owner] += size
+        try:
+            yield
+        finally:
+            self._arriving[owner] -= size
+            if not self._arriving[owner]:
+                del self._arriving[owner]
 
     def model(self, owner: str, model_id: str) -> Model:
         """A model, whose use counts as a sign of life.

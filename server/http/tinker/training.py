@@ -238,6 +238,7 @@ async def _save(
 ) -> Checkpoint:
     """Save a checkpoint; only one to continue from has the optimizer."""
     training = door.sessions.training()
+    door.check_disk(model.owner)
 
     async def write(folder: Path) -> None:
         await training.save(model.number, folder, with_optimizer=kind == "weights")
@@ -294,6 +295,7 @@ async def _snapshot(door: Door, model: Model, body: SaveForSampler) -> Sampler:
     """A sampler with a model's present weights, or with its newest ones at any time."""
     session_id, _, number = model.model_id.partition(":train:")
     session = door.sessions.find(model.owner, session_id)
+    door.check_disk(model.owner)
     name = f"training/{session_id}/{number}"
     sampler = Sampler(
         sampler_id=f"{session_id}:sample:{body.sampling_session_seq_id}",
@@ -306,7 +308,8 @@ async def _snapshot(door: Door, model: Model, body: SaveForSampler) -> Sampler:
     else:
         sampler.adapter = f"{name}/{body.sampling_session_seq_id}"
         sampler.is_own = True
-        sampler.generation = await door.sessions.training().publish(model.number, sampler.adapter)
+        published = await door.sessions.training().publish(model.number, sampler.adapter)
+        sampler.generation, sampler.size = published.generation, published.size
     door.sessions.add_sampler(session, sampler)
     return sampler
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -495,6 +496,41 @@ async def test_limits_on_sessions_models_and_samplers(
         await one.ask(f"/sessions/{one.session}/finish", {"reason": {"type": "success"}})
         await door.sessions.close()
         assert (tables(one).learners, tables(one).published) == ({}, {})
+
+
+async def test_a_token_fills_no_more_than_its_share_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken() -> int:
+        return sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+
+    def usage(folder: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=room - taken())
+
+    tokens = TokenTable((name, frozenset(("training",))) for name in ("a", "b"))
+    async with tenant(tmp_path, tokens=tokens) as server:
+        a, b = (Tenant(server.client, {"authorization": f"Bearer {name}"}) for name in ("a", "b"))
+        await a.begin()
+        await b.begin()
+        mine, other = await a.model(), await b.model()
+        save = {"model_id": mine, "path": "first", "seq_id": 1}
+        path = (await a.result(await a.ask("/save_weights_external", save)))["path"]
+        room = 20 * taken()
+        monkeypatch.setattr(checkpoints.shutil, "disk_usage", usage)
+        # The token may have five: two checkpoints, and samplers.
+        refused = []
+        for number in range(2, 10):
+            kind, save = "/save_weights_external", {**save, "path": "second", "seq_id": number}
+            if number > 2:
+                kind = "/save_weights_for_sampler"
+                save |= {"path": None, "sampling_session_seq_id": number}
+            refused.append((await a.result(await a.ask(kind, save))).get("category"))
+        assert refused[:4] == [None] * 4
+        assert refused[6:] == ["user"] * 2
+        body = {"session_id": a.session, "sampling_session_seq_id": 99, "model_path": path}
+        assert (await a.send("/create_sampling_session", body)).status_code == 400
+        save = {"model_id": other, "path": "first", "seq_id": 1}
+        assert "path" in await b.result(await b.ask("/save_weights_external", save))
 
 
 async def test_waiting_passes_take_no_more_memory_than_their_bodies(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 
 from turret.server.errors import InvalidRequestError
-from turret.server.training.trainer import AdamParams, Datum, DatumLoss, LearnerConfig
+from turret.server.training.trainer import AdamParams, Datum, DatumLoss, LearnerConfig, Published
 from turret.server.words import say
 
 CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
@@ -122,13 +122,16 @@ class TableTraining:
         if with_optimizer:
             table.optimizer.load_state_dict(torch.load(folder / "optimizer.pt"))
 
-    async def publish(self, learner: int, name: str) -> int:
+    async def publish(self, learner: int, name: str) -> Published:
         self.published[name] = self.learners[learner].logits.detach().clone()
-        return next(self._generations)
+        return self._published(name)
 
-    async def serve(self, folder: Path, name: str) -> int:
+    def _published(self, name: str) -> Published:
+        return Published(next(self._generations), self.published[name].nbytes)
+
+    async def serve(self, folder: Path, name: str) -> Published:
         self.published[name] = _tensor(folder)
-        return next(self._generations)
+        return self._published(name)
 
     async def withdraw(self, name: str) -> None:
         self.published.pop(name, None)
