@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
-from turret.server.adapters.fuse.lora_files import PREFIX, AdapterFiles, target_modules
+from turret.server.adapters.fuse.lora_files import (
+    PREFIX,
+    AdapterFiles,
+    save_tensors,
+    target_modules,
+)
 from turret.server.adapters.methods import METHODS as SERVED
 from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
@@ -152,11 +157,11 @@ class Learner:
     def save(self, folder: Path, *, with_optimizer: bool) -> None:
         """Write the adapter in PEFT's layout, and the optimizer's state beside it."""
         tensors = {f"{PREFIX}{name}": p.detach() for name, p in self.parameters.items()}
-        save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
+        save_tensors(tensors, folder / TENSORS_FILE)
         text = json.dumps(self.config, indent=2, sort_keys=True) + "\n"
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
         if with_optimizer:
-            save_file(self._state(), folder / OPTIMIZER_FILE)
+            save_tensors(self._state(), folder / OPTIMIZER_FILE)
 
     def _state(self) -> dict[str, torch.Tensor]:
         return {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,6 +78,18 @@ class AdapterFiles:
             check()
             staged.write(TENSORS_FILE, tensor.numpy().tobytes())
         staged.finish()
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file of fp32 tensors on the CPU.
+
+    Raises:
+        OSError: The disk is full or broken; safetensors' own function raises another error.
+    """
+    with path.open("wb") as file:
+        file.write(_header(tensors))
+        for tensor in tensors.values():
+            file.write(tensor.numpy().tobytes())
 
 
 def target_modules(names: list[str], base: BaseModel) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -19,6 +20,7 @@ from turret.server.adapters.operators.vocabulary import HEAD
 from turret.server.engine.scheduling.request import SamplingParams
 from turret.server.engine.step.runner import Runner, StepResult
 from turret.server.errors import BudgetExceededError, InvalidRequestError, UnavailableError
+from turret.server.training import learner as learner_module
 from turret.server.training import service
 from turret.server.training.learner import num_bytes
 from turret.server.training.trainer import AdamParams, Datum, LearnerConfig, Training
@@ -357,3 +359,19 @@ async def test_owners_take_turns_and_then_their_adapters(
         assert long <= 16 + 4 + 4
         # The adapters of an owner take turns, too.
         assert min(ends) >= 13
+
+
+async def test_a_full_disk_is_an_error_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with started(tmp_path) as (_, training):
+        learner = await training.create(LearnerConfig(rank=4, seed=1))
+        await training.pass_over(learner, [learned(prompt_of(20))], "cross_entropy", {})
+        await training.step(learner, ADAM)
+        for name in (learner_module.TENSORS_FILE, learner_module.OPTIMIZER_FILE):
+            folder = tmp_path / name
+            folder.mkdir()
+            (folder / name).symlink_to("/dev/full")
+            with pytest.raises(OSError, match="No space") as caught:
+                await training.save(learner, folder, with_optimizer=True)
+            assert caught.value.errno == errno.ENOSPC
