@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from turret.closest import closest
 from turret.server.basics.codes import Code
 from turret.server.errors import AdapterMismatchError, InvalidRequestError
 from turret.server.http.body import read_body
@@ -31,8 +32,9 @@ from turret.server.http.tinker.sessions import Model, Sampler
 from turret.server.training.trainer import AdamParams, LearnerConfig
 from turret.server.words import say
 
-# The client's note that chooses the method of an adapter.
-METHOD_NOTE = "turret.method"
+# The client's note that chooses the method of an adapter. Others cannot begin like it.
+METHOD_NOTE, _OWN_NOTES = "turret.method", "turret."
+_SHOWN_CHARS = 40
 
 _Run = Callable[[], Awaitable[Result]]
 
@@ -90,6 +92,11 @@ async def create_model(door: Door, exchange: Exchange) -> None:
     body = body_of(exchange, CreateModel)
     door.check_base(body.base_model)
     lora = body.lora_config
+    for name in body.user_metadata:
+        if name.startswith(_OWN_NOTES) and name != METHOD_NOTE:
+            shown = name[:_SHOWN_CHARS]
+            text = say("UNKNOWN_FIELD", closest=closest(name, [METHOD_NOTE]))
+            raise InvalidRequestError.of(f"user_metadata.{shown}", text)
     config = LearnerConfig(
         method=body.user_metadata.get(METHOD_NOTE, "lora"),
         rank=lora.rank,

@@ -280,6 +280,7 @@ async def test_a_failed_model_leaves_nothing(tmp_path: Path) -> None:
         assert (await one.send("/optim_step", step)).status_code == 404
         for wrong in (
             {"base_model": "other"},
+            {"user_metadata": {"turret.metod": "dora"}},
             {"lora_config": None},
             {"lora_config": {"rank": 0}},
             {"optimizer_config": {"type": "dimuon"}},
