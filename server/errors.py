@@ -48,7 +48,7 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 from turret.server.basics.codes import Code
-from turret.server.words import Text
+from turret.server.words import Text, printable
 
 # Metadata key: the number of invalid fields, if the answer has no room for all of them.
 VIOLATION_COUNT = "violation_count"
@@ -78,7 +78,9 @@ class TurretError(Exception):
         self.metadata = _metadata_of(message) if metadata is None else metadata
         # (field path, description) pairs, reported as google.rpc.BadRequest. Descriptions are
         # Texts, unless another process sent them.
-        self.violations: tuple[tuple[str, Any], ...] = tuple(violations)
+        self.violations: tuple[tuple[str, Any], ...] = tuple(
+            (printable(field), description) for field, description in violations
+        )
         if retry_after_seconds is not None:
             self.retry_after_seconds = retry_after_seconds
 
@@ -100,7 +102,9 @@ class InvalidRequestError(TurretError):
     @classmethod
     def of_all(cls, violations: Sequence[tuple[str, str]]) -> Self:
         """The error for several fields; only a single one has parameters as metadata."""
-        message = "; ".join(f"{field}: {description}" for field, description in violations)
+        message = "; ".join(
+            f"{printable(field)}: {description}" for field, description in violations
+        )
         metadata = _metadata_of(violations[0][1]) if len(violations) == 1 else None
         return cls(message, metadata=metadata, violations=violations)
 

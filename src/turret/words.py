@@ -49,17 +49,27 @@ TEXTS = {
 }
 
 
+def printable(text: str) -> str:
+    """The text with control characters escaped, so that names in files cannot steer a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
+
+
 class _Sentences(Formatter):
     """``str.format`` with two more conversions.
 
     ``!q`` is text in double quotes, escaped to one line. ``!b`` is a number of bytes with a unit.
-    Other floats have up to seven digits, as many as single precision has.
+    Other floats have up to seven digits, as many as single precision has. Control characters in
+    other values are escaped, except for line ends.
     """
 
     def format_field(self, value: Any, format_spec: str) -> str:
         if isinstance(value, float) and not format_spec:
             format_spec = ".7g"
-        return super().format_field(value, format_spec)
+        return "\n".join(map(printable, super().format_field(value, format_spec).split("\n")))
 
     def convert_field(self, value: Any, conversion: Any) -> Any:
         if conversion == "q" and isinstance(value, float):

@@ -132,3 +132,12 @@ def test_a_text_that_is_scrambled_keeps_its_reason_and_parameters() -> None:
     )
     sentence = "zhfg unir ng zbfg 3 ragevrf, abg 5 TOO_MANY_ENTRIES {'most': 3, 'found': 5}\n"
     assert shown.stdout == sentence
+
+
+def test_names_cannot_steer_a_terminal() -> None:
+    name = "a\x1b[2J\r\u202e"
+    text = say("FOLDER_MISSING", path=name)
+    found = errors.InvalidRequestError.of_all([(name, text)])
+    for each in (text, found.message, found.violations[0][0], found.violations[0][1]):
+        assert each.isprintable(), each
+    assert "\\x1b[2J\\r\\u202e" in found.message
