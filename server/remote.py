@@ -7,6 +7,7 @@ oras, so their settings and credentials apply: AWS's variables and files, and Do
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import re
@@ -41,6 +42,8 @@ MAX_DOWNLOADS = 8
 LEAST_SECONDS = 60.0
 LEAST_BYTES_PER_SECOND = 1 << 20
 _CHUNK_BYTES = 1 << 20
+# The time for a registry to accept a connection, and then to send anything.
+_SOCKET_SECONDS = (10.0, 30.0)
 _MAX_MANIFEST_BYTES = 4 << 20
 _NAMES = frozenset((CONFIG_FILE, TENSORS_FILE, PROVENANCE_FILE, *TOKENIZER_FILES))
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
@@ -154,7 +157,8 @@ class _Download:
 
     def _fetch(self) -> None:
         is_s3 = self._path.startswith(S3_SCHEME)
-        with contextlib.closing(_S3(self._path) if is_s3 else _Oci(self._path)) as storage:
+        storage = _S3(self._path) if is_s3 else _Oci(self._path, self._check)
+        with contextlib.closing(storage):
             files = storage.files()
             for name in (CONFIG_FILE, TENSORS_FILE):
                 if name not in files:
@@ -177,13 +181,16 @@ class _Download:
                 if self._staged is None:
                     staged.discard()
 
+    def _check(self) -> None:
+        if self._is_abandoned:
+            raise TimeoutError
+
     def _receive(self, staged: StagedUpload, files: Iterable[_File]) -> None:
         try:
             for file in files:
                 for data in file.read():
                     staged.write(file.announced.name, data)
-                    if self._is_abandoned:
-                        return
+                    self._check()
             staged.finish()
         except InvalidRequestError as error:
             text = say("REMOTE_DAMAGED", path=self._path, problem=error.message)
@@ -232,14 +239,24 @@ class _Oci:
 
     A registry on this machine is asked over HTTP, as Docker does. ``origin`` contains the digest
     of the manifest, once ``files`` has read it.
+
+    Args:
+        path: The path.
+        check: Called between pieces of an answer; raises an error to end it.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, check: Callable[[], None]) -> None:
         import oras.provider
+
+        self._check = check
 
         self._name = path.removeprefix(OCI_SCHEME)
         is_local = _LOCAL_HOST.match(self._name) is not None
         self._registry = oras.provider.Registry(insecure=is_local)
+        session = self._registry.session
+        # oras passes no timeout.
+        timed = functools.partial(session.request, timeout=_SOCKET_SECONDS)
+        session.request = timed  # type: ignore[method-assign]
         self._container = self._registry.get_container(self._name)
         self.origin = ""
 
@@ -249,7 +266,11 @@ class _Oci:
     def files(self) -> dict[str, _File]:
         self._registry.auth.load_configs(self._container)
         url = f"{self._registry.prefix}://{self._container.manifest_url()}"
-        data = next(self._ask(url, {"Accept": ", ".join(_MANIFESTS)}, _MAX_MANIFEST_BYTES), b"")
+        data = bytearray()
+        for piece in self._ask(url, {"Accept": ", ".join(_MANIFESTS)}):
+            data += piece
+            if len(data) > _MAX_MANIFEST_BYTES:
+                raise ValueError("the manifest is too large")
         found_digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
         if self._container.digest not in (None, found_digest):
             raise ValueError("the manifest does not have the requested digest")
@@ -260,20 +281,26 @@ class _Oci:
             name = (layer.get("annotations") or {}).get(_TITLE)
             digest = _DIGEST.fullmatch(layer["digest"])
             if name in _NAMES and digest is not None:
-                announced = UploadedFile(name, int(layer["size"]), digest[1])
+                size = int(layer["size"])
+                if size < 0:
+                    # It would make room for another file in the sum of all sizes.
+                    raise ValueError("the size of a file is negative")
+                announced = UploadedFile(name, size, digest[1])
                 found[name] = _File(announced, self._reader(layer["digest"]))
         return found
 
     def _reader(self, digest: str) -> Callable[[], Iterator[bytes]]:
         url = f"{self._registry.prefix}://{self._container.get_blob_url(digest)}"
-        return lambda: self._ask(url, {}, _CHUNK_BYTES)
+        return lambda: self._ask(url, {})
 
-    def _ask(self, url: str, headers: Mapping[str, str], num_bytes: int) -> Iterator[bytes]:
-        """The answer in pieces of at most this number of bytes."""
+    def _ask(self, url: str, headers: Mapping[str, str]) -> Iterator[bytes]:
+        """The answer in pieces, each as soon as it arrives."""
         with self._registry.do_request(url, headers=dict(headers), stream=True) as answer:
             if answer.status_code == 404:
                 raise FileNotFoundError
             if answer.status_code in (401, 403):
                 raise PermissionError
             answer.raise_for_status()
-            yield from answer.iter_content(num_bytes)
+            while data := answer.raw.read1(_CHUNK_BYTES, decode_content=True):
+                self._check()
+                yield data

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
+import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -256,3 +260,70 @@ def test_a_prefix_ends_between_names() -> None:
         ("s3://ab/c", "s3://a"),
     ):
         assert not remote.is_below_remote(path, prefix), (path, prefix)
+
+
+class _Registry(http.server.BaseHTTPRequestHandler):
+    """A hostile registry: the repository's name is what it does."""
+
+    protocol_version = "HTTP/1.1"
+    is_over = threading.Event()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("transfer-encoding", "chunked")
+        self.end_headers()
+        if "/slow/" in self.path:
+            while not self.is_over.wait(0.05):
+                self._send(b" ")
+            return
+        sizes = (-(1 << 40), 1 << 40) if "/negative/" in self.path else (4, 4)
+        layers = [
+            {
+                "digest": f"sha256:{'0' * 64}",
+                "size": size,
+                "annotations": {"org.opencontainers.image.title": name},
+            }
+            for name, size in zip(FILES, sizes, strict=True)
+        ]
+        manifest = json.dumps({"layers": layers}).encode()
+        for piece in (manifest[:9], manifest[9:]) if "manifests" in self.path else (b"ab", b"cd"):
+            self._send(piece)
+        self.wfile.write(b"0\r\n\r\n")
+
+    def _send(self, data: bytes) -> None:
+        with contextlib.suppress(OSError):
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+            self.wfile.flush()
+
+
+@pytest.fixture
+def hostile() -> Iterator[str]:
+    _Registry.is_over.clear()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Registry)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"oci://127.0.0.1:{server.server_port}"
+    _Registry.is_over.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_slow_registry_gives_its_place_back(
+    registry: _Make, hostile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "LEAST_SECONDS", 0.3)
+    served = registry(hostile)
+    for _ in range(2 * remote.MAX_DOWNLOADS):
+        refused(served, f"{hostile}/slow/x:v1", HubUnavailableError, "REMOTE_TOO_SLOW")
+
+
+def test_the_pieces_and_sizes_of_a_manifest(registry: _Make, hostile: str) -> None:
+    served = registry(hostile)
+    # Its files are not those of the digest, but its manifest is read.
+    refused(served, f"{hostile}/pieces/x:v1", HubUnavailableError, "REMOTE_DAMAGED")
+    refused(served, f"{hostile}/negative/x:v1", HubUnavailableError, "REMOTE_NOT_REACHED")
