@@ -36,6 +36,7 @@ from turret.server.adapters.adapter import Adapter, AdapterFacts, Alias, Source
 from turret.server.basics.files import (
     PARTIAL_SUFFIX,
     move_directory,
+    read_regular,
     remove_directory,
     remove_file,
     replace_file,
@@ -116,6 +117,9 @@ def _completed(saved: _G, name: str) -> _G:
     """Restores the name of an upload's source, and shares facts with other adapters."""
     source, facts = saved.source, saved.facts
     if source.is_upload:
+        # Its directory is removed with the adapter.
+        if not source.path.startswith("files/") or ".." in Path(source.path).parts:
+            raise ValueError("its files are outside the state directory")
         source = dataclasses.replace(source, adapter=name)
     alike = {field: _shared(getattr(facts, field)) for field in _ALIKE}
     return dataclasses.replace(saved, source=source, facts=dataclasses.replace(facts, **alike))
@@ -456,7 +460,7 @@ class StateDir(SharedStateDir):
             base = {"version": 1, "name": base_name, "digest": base_digest}
             replace_file(path, json.dumps(base, indent=1).encode())
             return
-        base: dict[str, Any] = json.loads(path.read_bytes())
+        base: dict[str, Any] = json.loads(read_regular(path))
         if base.get("digest") != base_digest:
             text = say(
                 "STATE_OF_OTHER_BASE", path=self.path, found=base.get("name"), base_model=base_name
@@ -544,14 +548,14 @@ def _read_all(directory: Path, parse: Callable[[bytes], _S]) -> tuple[list[_S], 
     found: list[_S] = []
     is_complete = True
     for path in sorted(directory.iterdir()):
-        if path.name.endswith(PARTIAL_SUFFIX):
-            path.unlink()
-            continue
         try:
-            saved = parse(path.read_bytes())
+            if path.name.endswith(PARTIAL_SUFFIX):
+                path.unlink()
+                continue
+            saved = parse(read_regular(path))
             if path.name != _file_name(saved.name):
                 raise ValueError(f"is that of {saved.name!r}")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             _log.error("cannot restore", extra=log.fields(file=path, reason=error))
             is_complete = False
             continue

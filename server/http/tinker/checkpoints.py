@@ -30,6 +30,7 @@ from turret.server import log
 from turret.server.basics.codes import Code
 from turret.server.basics.files import (
     move_directory,
+    read_regular,
     remove_directory,
     replace_file,
     reporting_disk_faults,
@@ -134,7 +135,7 @@ class Checkpoints:
         self._all: dict[str, Checkpoint] = {}
         for file in sorted(folder.glob(f"*/*/*/{_FACTS}")):
             try:
-                found = _CHECKPOINT.validate_json(file.read_bytes())
+                found = _CHECKPOINT.validate_json(read_regular(file))
             except (OSError, ValidationError):
                 found = None
             is_own = found is not None and _is_valid(found) and self.folder(found) == file.parent

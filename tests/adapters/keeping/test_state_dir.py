@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -301,6 +302,30 @@ def test_a_damaged_file_costs_one_adapter_and_no_upload(
     path.write_bytes(whole)
     registry = start()
     assert Waiter(registry.acquire(refs(["up"]))).wait().error is None
+
+
+def test_foreign_entries_neither_stop_the_start_nor_lead_outside(
+    start: Start, make: Registries, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = start()
+    registry.load("a", "a")
+    registry.upload("up", stage_directory(registry, make.root / "b"))
+    registry.close()
+    folder = tmp_path / "state" / "adapters"
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    saved = json.loads((folder / "up.json").read_text())
+    saved["source"]["path"] = "files/../../outside"
+    (folder / "up.json").write_text(json.dumps(saved))
+    os.mkfifo(folder / "fifo.json")
+    os.mkfifo(tmp_path / "state" / "aliases" / "fifo.json")
+    (folder / "deep.json").write_text("[" * 200_000)
+    (folder / "folder.json.partial").mkdir()
+    registry = start()
+    assert [record.name for record in registry.list()] == ["a"]
+    assert caplog.text.count("cannot restore") == 5
+    assert outside.exists()
+    registry.close()
 
 
 def test_registrations_of_the_first_version_are_read(start: Start, tmp_path: Path) -> None:
