@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from turret.server.adapters.adapter import TOKENIZER_FILE, OwnTemplate, TokenizerFiles
@@ -31,6 +31,9 @@ MAX_KEPT = 8
 CPU_SECONDS = 20.0
 MAX_BYTES = 1 << 30
 MAX_TOKEN_CHARS = 1024
+# The maximum number of texts in the configs, which transformers reads in this process. The largest
+# published tokenizers list about 6,500 tokens, each with its number.
+MAX_TEXTS = 1 << 15
 _MAX_ANSWER_BYTES = 4 << 20
 _PROGRAM = Path(__file__).with_name("tokenizer_program.py")
 _CONFIG = "config.json"
@@ -187,9 +190,10 @@ class OwnTokenizers:
         numbers: dict[str, int] = {token["content"]: token["id"] for token in file["added_tokens"]}
         if any(len(token) > MAX_TOKEN_CHARS for token in numbers):
             raise ValueError(say("ADDED_TOKEN_TOO_LONG", most=MAX_TOKEN_CHARS))
+        texts = _texts_of_configs(folder)
         if isinstance(file["model"]["vocab"], dict):
             # The tokenizer's rules for text around a prompt need the numbers of these tokens.
-            file["model"]["vocab"] = {**self._named(folder), **numbers}
+            file["model"]["vocab"] = {**self._named(texts), **numbers}
         (folder / TOKENIZER_FILE).write_text(json.dumps(file))
         return numbers
 
@@ -201,12 +205,8 @@ class OwnTokenizers:
         found = (child.ask_one(str(file), "TOKENIZER_UNREAD") for file in files if file.exists())
         return [each["digests"] for each in found]
 
-    def _named(self, folder: Path) -> dict[str, int]:
-        """Tokens of the base that occur in the adapter's config files."""
-        texts: set[str] = set()
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            if (folder / name).exists():
-                each_text(json.loads((folder / name).read_text()), lambda text: texts.add(text))
+    def _named(self, texts: Iterable[str]) -> dict[str, int]:
+        """Tokens of the base that are among the texts."""
         numbers = {text: self._base.number_of(text) for text in texts}
         return {text: number for text, number in numbers.items() if number is not None}
 
@@ -216,6 +216,26 @@ class OwnTokenizers:
         except (OSError, ValueError):
             return {}
         return {key: config[key] for key in _GUESSED if key in config}
+
+
+def _texts_of_configs(folder: Path) -> set[str]:
+    """The texts in the adapter's config files, except for chat templates.
+
+    Raises:
+        ValueError: There are too many, or one is too long.
+    """
+    texts: set[str] = set()
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if (folder / name).exists():
+            content = json.loads((folder / name).read_text())
+            if isinstance(content, dict):
+                content.pop("chat_template", None)
+            each_text(content, texts.add)
+    if len(texts) > MAX_TEXTS:
+        raise ValueError(say("TOO_MANY_ENTRIES", most=MAX_TEXTS, found=len(texts)))
+    if any(len(text) > MAX_TOKEN_CHARS for text in texts):
+        raise ValueError(say("ADDED_TOKEN_TOO_LONG", most=MAX_TOKEN_CHARS))
+    return texts
 
 
 def _invalid(problem: str, folder: Path) -> InvalidRequestError:

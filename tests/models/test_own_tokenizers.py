@@ -9,6 +9,7 @@ import string
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -330,3 +331,22 @@ def test_a_template_that_is_the_bases_brings_nothing_new() -> None:
         assert made.eos_token_ids == {EOS} | ({number} - {None})
         made.close()
     base.close()
+
+
+def test_configs_have_a_limited_number_of_short_texts(
+    tokenizers: OwnTokenizers, tmp_path: Path
+) -> None:
+    files = files_of(tmp_path)
+    config = json.loads(files.files["tokenizer_config.json"])
+    many = {f"q{number}": number for number in range(own_tokenizers.MAX_TEXTS + 1)}
+    long = "x" * (own_tokenizers.MAX_TOKEN_CHARS + 1)
+    for name, content, reason in (
+        ("added_tokens.json", many, "TOO_MANY_ENTRIES"),
+        ("tokenizer_config.json", {**config, "bos_token": long}, "ADDED_TOKEN_TOO_LONG"),
+    ):
+        data = {**files.files, name: json.dumps(content).encode()}
+        changed = replace(files, files=data)
+        begun = time.process_time()
+        with pytest.raises(InvalidRequestError, check=says(reason)):
+            tokenizers.get((name, ROWS, ""), lambda changed=changed: changed)
+        assert time.process_time() - begun < 1
