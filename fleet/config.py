@@ -33,6 +33,7 @@ _LOCAL_CLUSTER = "auto"
 REFUSED = {
     "preload": say("FLEET_NO_PRELOAD"),
     "admin_address": say("FLEET_ONE_ADDRESS"),
+    "training": say("FLEET_NO_TRAINING"),
     **dict.fromkeys(("tls_cert", "tls_key", "tls_client_ca"), say("FLEET_NO_TLS")),
 }
 """Settings of ``turret serve`` that a fleet rejects, with the refusals."""

@@ -41,7 +41,7 @@ def _add_serve(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         description="Start replicas that serve the same adapters behind one address each for gRPC"
         " and HTTP, until SIGTERM or SIGINT. The flags of turret serve are those of every replica.",
     )
-    add_flags(parser, ClusterConfig, hidden=REFUSED)
+    add_flags(parser, ClusterConfig, hidden=(*REFUSED, "training_bytes"))
     assert isinstance(parser, CommandParser)
     parser.logs = True
     parser.set_defaults(func=serve)

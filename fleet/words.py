@@ -57,6 +57,7 @@ TEXTS = {
     "FLEET_NO_PRELOAD": "is not supported in a fleet; load adapters with `turret adapters load`",
     "FLEET_ONE_ADDRESS": "is not supported in a fleet, which has one address; the token file"
     " decides who may change adapters",
+    "FLEET_NO_TRAINING": "is not supported in a fleet; train on a single server",
     "FLEET_NO_TLS": "is not supported in a fleet, which listens in plain text; terminate TLS in a"
     " proxy",
     "FLEET_EXPOSED": "{address} can be reached from other machines, and a fleet listens in plain"

@@ -59,7 +59,7 @@ def row_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return ordered_product(x, weight).to(x.dtype)
 
 
-def row_linear_turned(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def row_linear_transposed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Multiply rows by a transposed weight, each row bit-identical in any batch.
 
     Args:

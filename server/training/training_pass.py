@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from turret.kernels.between import rotate_heads
 from turret.kernels.paged_attention import SequenceSpan
 from turret.kernels.rows.elementwise import row_log_softmax
-from turret.kernels.rows.linear import row_linear_turned
+from turret.kernels.rows.linear import row_linear_transposed
 from turret.server.adapters.device.store import (
     AdapterStep,
     BaseProduct,
@@ -275,7 +275,7 @@ class TrainingPass:
                 DenseLinear(head, (len(head),)),
                 grad,
             )
-        return beside + row_linear_turned(grad, head)
+        return beside + row_linear_transposed(grad, head)
 
     # Backward.
 
@@ -363,7 +363,7 @@ class TrainingPass:
                     module.with_tensors(iter(leaves)), leaves, x[rows], linear.part(index), place
                 )
                 beside[rows] += beside_part
-        return beside.add_(linear.base.turned_product(of_base))
+        return beside.add_(linear.base.transposed_product(of_base))
 
     def _attention(
         self, number: int, layer: DecoderLayer, qkv: torch.Tensor, segment: Segment
@@ -478,4 +478,4 @@ class _Multiplied(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor):  # type: ignore[override]
-        return ctx.base.turned_product(grads[0]), None, None
+        return ctx.base.transposed_product(grads[0]), None, None

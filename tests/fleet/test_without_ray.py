@@ -121,6 +121,7 @@ def test_cluster_says_what_is_missing(
             },
         ),
         ("--state-dir s --adapter-root . --preload a=b", {"adapters.preload": "FLEET_NO_PRELOAD"}),
+        ("--state-dir s --training", {"adapters.training": "FLEET_NO_TRAINING"}),
         (
             "--state-dir s --address 0.0.0.0:1 --http-address 0.0.0.0:2",
             {"listen.address": "FLEET_EXPOSED", "listen.http_address": "FLEET_EXPOSED"},
@@ -173,7 +174,8 @@ def test_its_help_has_no_flag_that_a_fleet_cannot_take(capsys: pytest.CaptureFix
             cli.main([*verbs, "--help"])
         return set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
 
-    refused = {f"--{name.replace('_', '-')}" for name in REFUSED}
+    without = ("training_bytes", "no_training")
+    refused = {f"--{name.replace('_', '-')}" for name in (*REFUSED, *without)}
     assert flags_of("serve") - flags_of("cluster", "serve") == refused
 
 

@@ -1,7 +1,7 @@
 /* Products of fp32 rows with fp32, bf16 or fp16 weights, in which every sum has a fixed order.
  *
  *     dots:     y[b, r, o]  = sum_k x[b, r, k] w[b, o, k]    16 sums, by k modulo 16, added by sum_each
- *     columns:  y[b, r, o] += sum_k x[b, r, k] w[b, k, o]    one sum, in the order of k
+ *     columns:  y[b, r, o]  = sum_k x[b, r, k] w[b, k, o]    one sum, in the order of k; may begin at y
  *
  * The bits of a result do not depend on how many rows, columns or batches are computed together,
  * nor on the thread. Zeros appended to the inner dimension (for columns: zeros anywhere in it) do
@@ -11,7 +11,7 @@
 #include "team.h"
 #include "vec.h"
 
-#define TILE 4 /* rows, and outputs, of dots that are computed together */
+#define TILE 4 /* rows that are computed together; in dots, outputs, too: 16 sums are reduced at once */
 #define SIDE (WIDTH == 16 ? 4 : 2) /* outputs of a tile, or vectors of columns, whose sums are in registers at once */
 #define ROW_BLOCK 64    /* rows that stay in the cache while a thread goes through the outputs */
 #define COLUMN_BLOCK 64 /* outputs of one piece of work */

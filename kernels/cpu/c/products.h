@@ -1,14 +1,14 @@
-/* The two products of products.c for one type of weight. The including file defines ELEMENT, the type, and
- * LOAD, which converts LANES elements to floats. */
+/* The two products of products.c for one type of weight. The including file defines ELEMENT, the type; LOAD,
+ * which loads WIDTH elements as floats; and NAME, which adds a suffix to the names of functions. */
 
-/* Loads part q of at most LANES elements that end with zeros. */
+/* Loads register q of LANES elements, of which only `count` exist; the others are 0. */
 INLINE fvec NAME(load_some)(const ELEMENT *p, int64_t count, int q) {
     ELEMENT some[LANES] = {0};
     memcpy(some, p, count * sizeof(ELEMENT));
     return LOAD(some + q * WIDTH);
 }
 
-/* Sums TILE rows and SIDE outputs, for part p of the sixteen lanes. */
+/* Computes register p of the sixteen sums of TILE rows by SIDE outputs. */
 INLINE void NAME(add_dots)(const float *const *x, const ELEMENT *const *w, int64_t n, int p,
                            f32x16 (*sums)[TILE]) {
     fvec s[TILE][SIDE];
@@ -35,7 +35,8 @@ INLINE void NAME(add_dots)(const float *const *x, const ELEMENT *const *w, int64
         for (int c = 0; c < SIDE; c++) ((fvec *)&sums[r][c])[p] = s[r][c];
 }
 
-/* Computes at most TILE rows by TILE outputs. Missing ones repeat the last one and are not stored. */
+/* Computes at most TILE rows by TILE outputs. If there are fewer, the last one is repeated, and the repeated
+ * results are not stored. */
 INLINE void NAME(dot_tile)(const Product *p, const float *x, const ELEMENT *w, float *y, int64_t rows,
                            int64_t columns) {
     f32x16 sums[TILE][TILE];
@@ -101,8 +102,8 @@ KERNEL static void NAME(dots)(const Product *p, const Part *part) {
     }
 }
 
-/* The numbers of rows and of vectors of columns are constants, so that the sums stay in registers. The
- * last vector has `some` columns. */
+/* Computes `rows` rows by `vectors` vectors of columns, which are constants, so that the sums stay in registers.
+ * A vector has `some` columns; fewer than WIDTH only if there is one vector. */
 INLINE void NAME(add_columns)(const Product *p, const float *x, const ELEMENT *w, float *y,
                               const int rows, const int vectors, int64_t some) {
     fvec s[TILE][SIDE];
@@ -139,7 +140,7 @@ KERNEL static void NAME(columns)(const Product *whole, const Part *part) {
     const ELEMENT *w = (const ELEMENT *)p->w + part->batch * p->w_batch;
     float *y = p->y + part->batch * p->y_batch;
     int64_t k = 0;
-    do {
+    do { /* blocks of w that stay in the cache; all but the first add to y */
         p->inner = least(whole->inner - k, INNER_BLOCK);
         int64_t r = part->row;
         for (; r + TILE <= part->row_end; r += TILE)

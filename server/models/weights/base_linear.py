@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from turret.kernels.cpu.row_adapters import Ahead
-from turret.kernels.rows.linear import row_linear_turned
+from turret.kernels.rows.linear import row_linear_transposed
 from turret.server.adapters.base import WeightRows
 
 
@@ -49,7 +49,7 @@ class BaseLinear(Protocol):
         """
         ...
 
-    def turned_product(self, grad: torch.Tensor) -> torch.Tensor:
+    def transposed_product(self, grad: torch.Tensor) -> torch.Tensor:
         """``grad · W`` for gradients; each row's bits depend on it alone.
 
         Args:
@@ -59,7 +59,7 @@ class BaseLinear(Protocol):
             ``[rows, in]`` fp32.
         """
         slices = [self.dequantize(index) for index in range(len(self.widths))]
-        return row_linear_turned(grad, torch.cat(slices))
+        return row_linear_transposed(grad, torch.cat(slices))
 
     def part(self, index: int) -> BaseLinear:
         """Slice ``index`` alone, on the memory of the whole where its layout allows."""

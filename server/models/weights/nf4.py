@@ -3,8 +3,8 @@
 Every HF module is quantised on its own: block 64, double quantisation. Fusing q·k·v and gate·up
 joins the *packed* rows, so the served model equals its bitsandbytes-4bit checkpoint.
 
-Experts whose checkpoint has MXFP4 keep its values. They are stored in the same way, as a weight of
-bitsandbytes' ``fp4`` with its own table of values, blocks of 32 and scales that are not quantised.
+Experts of MXFP4 checkpoints keep their values exactly. They are stored in the same way, as
+bitsandbytes' ``fp4`` with the values of E2M1, blocks of 32 and scales that are not quantised.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from turret.kernels.cpu.native import has_native_products
 from turret.kernels.cpu.row_adapters import Ahead
 from turret.kernels.nf4_matmul import MXFP4, NF4, Format
-from turret.kernels.rows.linear import prepare_linear, row_linear, row_linear_turned
+from turret.kernels.rows.linear import prepare_linear, row_linear, row_linear_transposed
 from turret.server.adapters.base import WeightRows
 from turret.server.models.weights.base_linear import BaseLinear
 from turret.server.models.weights.nf4_cpu import (
@@ -29,7 +29,7 @@ from turret.server.models.weights.nf4_cpu import (
     has_nf4_product,
     nf4_formulation,
     nf4_product,
-    nf4_turned,
+    nf4_transposed,
     pack,
 )
 
@@ -104,12 +104,13 @@ class Nf4Weight:
             weight: ``[out, in]``.
 
         Returns:
-            None if the weight has other values, or infinite ones.
+            None if MXFP4 cannot represent the weight exactly.
         """
         if weight.shape[1] % MXFP4.block or not weight.isfinite().all():
             return None
         blocks = weight.float().reshape(-1, MXFP4.block)
-        # The largest value of a block becomes 4 or 6. The exponent is at least that of E8M0.
+        # Choose each scale so that the largest magnitude of its block becomes 4 or 6, the two largest
+        # values of E2M1. E8M0 has no exponent below -127.
         exponents = (blocks.abs().amax(1).frexp().exponent - 3).clamp_(min=_LEAST_EXPONENT)
         doubled = torch.ldexp(blocks.abs(), 1 - exponents[:, None]).to(torch.uint8)
         # The magnitudes, doubled, are 0 to 4, 6, 8 and 12.
@@ -148,7 +149,7 @@ class Nf4Weight:
         return weight.in_blocks_of_64()
 
     def in_blocks_of_64(self) -> Nf4Weight:
-        """The same values in smaller blocks: the maximum of a large block is that of its parts."""
+        """The same weights in blocks of 64; each has the scale of the block that it comes from."""
         repeats = self.blocksize // BLOCKSIZE
         if repeats == 1:
             return self
@@ -178,7 +179,7 @@ class Nf4Weight:
 
     @property
     def format(self) -> Format:
-        """The format that kernels read, for a weight that one of them reads."""
+        """NF4 or MXFP4; meaningful only if a kernel reads the weight."""
         code = self.state.code
         if self.blocksize == MXFP4.block and code is not None and code.tolist() == [*MXFP4.code]:
             return MXFP4
@@ -269,8 +270,8 @@ class DenseLinear(BaseLinear):
     def dequantize(self, index: int) -> torch.Tensor:
         return self.served(index).float().cpu()
 
-    def turned_product(self, grad: torch.Tensor) -> torch.Tensor:
-        return row_linear_turned(grad, self.weight)
+    def transposed_product(self, grad: torch.Tensor) -> torch.Tensor:
+        return row_linear_transposed(grad, self.weight)
 
     def part(self, index: int) -> DenseLinear:
         return type(self)(self.served(index), (self.widths[index],))
@@ -283,7 +284,7 @@ class DenseLinear(BaseLinear):
 
 
 class DequantizedLinear(DenseLinear):
-    """NF4 weights that are held as numbers, because no kernel here reads their codes."""
+    """NF4 weights that are held dequantised, because no kernel here reads their codes."""
 
 
 class PackedLinear(BaseLinear):
@@ -321,7 +322,7 @@ class PackedLinear(BaseLinear):
         return MXFP4 if self.absmax.shape[0] * MXFP4.block == self.in_features else NF4
 
     def formulation(self) -> str:
-        """A description of the product, which is tried now if it is a library's."""
+        """The name of the product, for the log; a library's product is tried out first."""
         return nf4_formulation((self.packed.shape[0], self.in_features))
 
     def dequantize(self, index: int) -> torch.Tensor:
@@ -335,11 +336,11 @@ class PackedLinear(BaseLinear):
             columns.append(self(identity)[:, rows].float().T)
         return torch.cat(columns, dim=1).contiguous()
 
-    def turned_product(self, grad: torch.Tensor) -> torch.Tensor:
+    def transposed_product(self, grad: torch.Tensor) -> torch.Tensor:
         if not has_native_products() or self.format == MXFP4:
-            return super().turned_product(grad)
+            return super().transposed_product(grad)
         shape = self.packed.shape[0], self.in_features
-        turned = nf4_turned(self.packed, self.absmax, shape)
+        turned = nf4_transposed(self.packed, self.absmax, shape)
         return row_linear(grad.to(torch.bfloat16), turned).float()
 
     def part(self, index: int) -> PackedLinear:

@@ -95,7 +95,9 @@ def nf4_product(
     return out
 
 
-def nf4_turned(packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+def nf4_transposed(
+    packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]
+) -> torch.Tensor:
     """A weight as numbers, inputs first; only where ``has_native_products``.
 
     Args:
