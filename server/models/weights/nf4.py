@@ -109,7 +109,7 @@ class Nf4Weight:
         if weight.shape[1] % MXFP4.block or not weight.isfinite().all():
             return None
         blocks = weight.float().reshape(-1, MXFP4.block)
-        # Choose each scale so that the largest magnitude of its block becomes 4 or 6, the two largest
+        # Choose each scale so that the largest magnitude of its block becomes 4 or 6, the largest
         # values of E2M1. E8M0 has no exponent below -127.
         exponents = (blocks.abs().amax(1).frexp().exponent - 3).clamp_(min=_LEAST_EXPONENT)
         doubled = torch.ldexp(blocks.abs(), 1 - exponents[:, None]).to(torch.uint8)
