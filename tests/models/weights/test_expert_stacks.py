@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from said import says
 from servers.engine_harness import EngineHarness, make_request
 from servers.gpu_serving import gpu_serving
-from transformers import AutoModelForCausalLM, Mxfp4Config
+from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+from transformers.utils.quantization_config import Mxfp4Config
 
 from turret.server.errors import InvalidRequestError
 from turret.server.models.fidelity import Kind

@@ -384,7 +384,8 @@ class World:
         for member in () if merge is None else merge.members:
             saved = registry.state.names.get(member.name)
             assert saved is not None, "a merged adapter is gone"
-            assert key_of(saved) == f"{member.uuid}.{member.generation}"
+            kept = {key_of(each) for each in named(saved)}
+            assert f"{member.uuid}.{member.generation}" in kept, "a merged generation is gone"
 
     def _settle(self, registry: FleetRegistry, replica: Replica) -> None:
         question, asked = replica.follower.next_call(), replica.clock(self.now)
