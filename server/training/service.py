@@ -49,9 +49,9 @@ from turret.server.words import say
 
 T = TypeVar("T")
 # The maximum number of tokens in a pass, and in a chunk: consecutive sequences of one adapter. A
-# longer sequence gets a pass to itself. While requests run, a pass has one chunk, so that they run
-# often. Chunks depend only on the lengths of an adapter's own sequences, so its gradients are added
-# in a fixed order, whatever else is in the passes.
+# longer sequence is a chunk of its own. While requests run, a pass is no larger than a chunk, so
+# that they run often. Chunks depend only on the lengths of an adapter's own sequences, so its
+# gradients are added in a fixed order, whatever else is in the passes.
 PASS_TOKENS, CHUNK_TOKENS = 512, 128
 _PIECE_BYTES = 1 << 20
 
@@ -90,7 +90,7 @@ class TrainingService:
         store: Holds the adapters of requests, and of passes.
         registry: Describes the base, and takes the adapters that are published.
         max_rank: The highest rank.
-        max_bytes: The memory of all adapters in training; each owner has half of it.
+        max_bytes: The memory of all adapters in training, of which a named owner may have half.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class TrainingService:
                 self._unload(info.name)
 
     async def _in_background(self, learner: int, work: Callable[[], T]) -> T:
-        """Run work that needs no step of the engine on the thread for optimizers."""
+        """Run work that does not need the engine, on the thread for optimizers."""
         return await self._thread.run(self._reserved[learner][0].encode(), work)
 
     async def _on_engine(self, work: Callable[[Callable[[], None]], T]) -> T:
@@ -251,7 +251,7 @@ class TrainingService:
             self._waiting = [work for work in self._waiting if not work.done.done()]
 
     async def _run_batch(self, batch: Sequence[tuple[_Work, Sequence[Datum]]]) -> None:
-        """Run a pass. If it fails, run it for each adapter alone, to fail only the one at fault."""
+        """Run a pass. If it fails, run it for each adapter alone, so that only one fails."""
         works = dict.fromkeys(work for work, _ in batch)
         try:
             await self._on_engine(functools.partial(self._pass, batch))
@@ -350,7 +350,7 @@ class TrainingService:
         return await self._renewing(learner, functools.partial(found.step, adam))
 
     async def _renewing(self, learner: int, change: Callable[[], T]) -> T:
-        """Change an adapter's tensors, after which the store need not have the former ones."""
+        """Change an adapter's tensors, then drop the former ones from the store."""
         before = self._learners[learner].served.key
         result = await self._in_background(learner, change)
         await self._on_engine(lambda between: self._store.drop(before))
