@@ -283,7 +283,7 @@ class _Oci:
             if name in _NAMES and digest is not None:
                 size = int(layer["size"])
                 if size < 0:
-                    # It would make room for another file in the sum of all sizes.
+                    # A negative size would make room for another file in the sum of all sizes.
                     raise ValueError("the size of a file is negative")
                 announced = UploadedFile(name, size, digest[1])
                 found[name] = _File(announced, self._reader(layer["digest"]))

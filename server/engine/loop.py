@@ -160,7 +160,7 @@ Outbox = list[tuple[Stream, Output | TurretError]]
 Background = Callable[[Callable[[], None]], None]
 # The share of the time that background work gets while requests run.
 _BACKGROUND_SHARE = 0.15
-# The most that requests are owed, so that a process that was paused goes on with both.
+# The maximum debt to requests. Without it, background work would wait long after a pause.
 _MOST_OWED_SECONDS = 10.0
 
 
@@ -610,7 +610,7 @@ class EngineLoop:
 class _Between:
     """Called between the parts of background work: serves requests until they have had their share.
 
-    What they are owed at the end of one work, they get before the next one.
+    Time that requests are owed at the end of one work is given to them before the next.
 
     Args:
         loop: The loop.

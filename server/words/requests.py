@@ -41,8 +41,8 @@ TEXTS = {
     " the context of {max_model_len} tokens",
     "NOTHING_TO_TRAIN": "must be true if `train_mlp` and `train_unembed` are false",
     "OTHER_ADAPTER_CONFIG": "contains an adapter of another method, rank or set of modules",
-    "TRAINING_FULL": "the adapter needs {bytes} bytes; of the {most} bytes for training, {used} are"
-    " in use",
+    "TRAINING_FULL": "the adapter needs {bytes!b}; of the {most!b} for training, {used!b} are in"
+    " use",
     "NOT_A_TOKEN": "token {value} is not in the vocabulary of {size} tokens",
     "ANSWER_COMPLETE": "already has {found} tokens, but {other} allows only {most}",
     "ANSWER_ENDED": "token {index} already ends the answer",

@@ -235,7 +235,7 @@ class Checkpoints:
         with reporting_disk_faults():
             file = self.folder(checkpoint) / _FACTS
             await asyncio.to_thread(replace_file, file, _CHECKPOINT.dump_json(changed))
-        # It may have been removed meanwhile.
+        # The checkpoint may have been removed meanwhile.
         if self._all.get(checkpoint.path) is checkpoint:
             self._all[checkpoint.path] = changed
 
