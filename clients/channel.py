@@ -10,7 +10,6 @@ from typing import Any
 import grpc
 
 from turret.clients.messages.fields import ArgumentTypeError, ArgumentValueError, not_of_type
-from turret.clients.unreached import address_problem
 from turret.clients.words import Text, say
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -110,7 +109,7 @@ def _read_pem(name: str, path: str | os.PathLike[str]) -> bytes:
 
 
 def check_address(address: object, tls: object, name: str = "address") -> None:
-    """Reject an address that cannot be a server's.
+    """Reject a URL, and an address without a port. gRPC reports other faults at the first call.
 
     Args:
         address: The server's address.
@@ -125,8 +124,13 @@ def check_address(address: object, tls: object, name: str = "address") -> None:
         raise not_of_type(name, "HOST:PORT", address)
     if not isinstance(tls, Tls | None):
         raise not_of_type("tls", "a Tls or None", tls)
-    if problem := address_problem(address, has_tls=tls is not None):
-        raise ArgumentValueError(name, problem)
+    scheme, _, rest = address.partition("://")
+    if rest and scheme.lower() in ("http", "https"):
+        text = say("ADDRESS_WITH_SCHEME", value=address, scheme=f"{scheme}://")
+        raise ArgumentValueError(name, text)
+    # With TLS, gRPC's default port 443 is a usual choice.
+    if ":" not in address and tls is None:
+        raise ArgumentValueError(name, say("ADDRESS_WITHOUT_PORT", value=address))
 
 
 def open_channel(library: Any, address: str, tls: Tls | None) -> Any:

@@ -1,22 +1,12 @@
-"""The reasons why gRPC reached no turret server, and the check of addresses."""
+"""The reasons why gRPC reached no turret server."""
 
 from __future__ import annotations
 
 import re
-import socket
 
 import grpc
 
-from turret.clients.words import Text, say
-
-# Leave IPv6 hosts without brackets, in which no part is a port, to gRPC.
-_HOST_PORT = re.compile(
-    r"(dns:(//[^/]*/)?)?(?P<host>\[[^\]]*\]|[^:\[\]]+):(?P<port>[^:]*)", re.DOTALL
-)
-# Schemes of addresses, which are not hosts.
-_SCHEMES = ("unix", "unix-abstract", "dns", "ipv4", "ipv6", "vsock", "xds", "google-c2p")
-_MAX_PORT = 65535
-_PORT_DIGITS = re.compile(r"0*([0-9]{1,5})")
+from turret.clients.words import say
 
 # gRPC reports its own failures only as text. The patterns from here to cause_of() match that text,
 # never a message of turret's.
@@ -88,53 +78,3 @@ def cause_of(code: grpc.StatusCode, said: str) -> tuple[grpc.StatusCode, str, st
     if found := _UNRESOLVED.match(said):
         return code, "NOT_REACHED", say("NOT_RESOLVED", place=found["place"])
     return code, "NOT_REACHED", say("NOT_ANSWERED", why=said)
-
-
-def address_problem(address: str, *, has_tls: bool) -> Text | None:
-    """The reason why no server can be at an address; None if one can.
-
-    Without a port, gRPC uses 443, where servers with TLS may listen. gRPC itself checks other forms
-    with a colon, such as dns:///NAME.
-    """
-    scheme, colon, rest = address.partition(":")
-    is_scheme = colon and scheme in _SCHEMES
-    if is_scheme and not rest.strip("/"):
-        is_path = scheme == "unix"
-        return say("SCHEME_WITHOUT_PATH" if is_path else "SCHEME_WITHOUT_ADDRESS", scheme=scheme)
-    if scheme.startswith("unix"):
-        return None
-    if any(each.isspace() or not each.isprintable() for each in address):
-        return say("ADDRESS_WITH_SPACE", value=address)
-    if rest.startswith("//") and not is_scheme:
-        return say("ADDRESS_WITH_SCHEME", value=address, scheme=f"{scheme}://")
-    if "," in address and not is_scheme:
-        return say("ADDRESS_LIST", value=address)
-    if address.startswith("[]") or (colon and not scheme and ":" not in rest):
-        return say("ADDRESS_WITHOUT_HOST", value=address)
-    if (found := _HOST_PORT.fullmatch(address)) and found["host"] not in _SCHEMES:
-        return _port_problem(address, found["port"])
-    if not address or not (has_tls or colon):
-        return say("ADDRESS_WITHOUT_PORT", value=address)
-    return None
-
-
-def _port_problem(address: str, port: str) -> Text | None:
-    """The fault in the port after the last colon; None if gRPC accepts it."""
-    if not port:
-        return say("ADDRESS_WITHOUT_PORT", value=address)
-    digits = _PORT_DIGITS.fullmatch(port)
-    # gRPC would use a larger number modulo 65536.
-    if (digits is not None and int(digits[1]) <= _MAX_PORT) or _is_service(port):
-        return None
-    return say("PORT_NOT_IN_RANGE", value=address, most=_MAX_PORT)
-
-
-def _is_service(port: str) -> bool:
-    """Whether a text names a port, such as ``http``. gRPC knows two names without a file."""
-    if port in ("http", "https"):
-        return True
-    try:
-        socket.getservbyname(port, "tcp")
-    except (OSError, UnicodeError, ValueError):
-        return False
-    return True

@@ -45,13 +45,7 @@ TEXTS = {
     "NO_PRIVATE_KEY": "has no private key",
     "NO_CERTIFICATE": "has no certificate",
     "ADDRESS_WITHOUT_PORT": "{value!q} is not HOST:PORT; the port is missing",
-    "ADDRESS_WITHOUT_HOST": "{value!q} is not HOST:PORT; the host is missing",
-    "ADDRESS_WITH_SPACE": "{value!q} is not HOST:PORT; it contains white space",
     "ADDRESS_WITH_SCHEME": "{value!q} is not HOST:PORT; omit {scheme}",
-    "ADDRESS_LIST": "{value!q} is not HOST:PORT; start a list of addresses with ipv4: or ipv6:",
-    "PORT_NOT_IN_RANGE": "{value!q} is not HOST:PORT with a port from 0 to {most}",
-    "SCHEME_WITHOUT_ADDRESS": "{scheme}: requires an address",
-    "SCHEME_WITHOUT_PATH": "{scheme}: requires a path, such as unix:/run/turret.sock",
     # Directories of adapters.
     "ADAPTER_ON_HUB": "{path} is on a hub; load it instead of uploading it",
     "NOT_AN_ADAPTER_DIRECTORY": "{path} is not a directory; an adapter is a directory with"
