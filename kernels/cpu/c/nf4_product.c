@@ -11,6 +11,10 @@
 #include "adapters/ahead.h"
 #include "entries.h"
 
+#ifdef __aarch64__
+#include <arm_neon.h>
+#endif
+
 #ifdef MXFP4
 #define NAME(name) turret_mxfp4_##name
 #define BLOCK 32 /* inputs that share an absmax (MXFP4: a power of two) */
@@ -82,18 +86,16 @@ INLINE void look_up_pair(const uint8_t *packed, Pair w) {
         w[1][i] = (fvec)((uvec)both[i] & 0xffff0000u);
     }
 }
-#else
-typedef uint8_t bytes __attribute__((vector_size(4 * WIDTH), aligned(1), may_alias));
+#elif WIDTH == 8 || defined(__aarch64__)
+typedef uint8_t bytes __attribute__((vector_size(4 * WIDTH), may_alias));
+typedef uint8_t bytes_at __attribute__((vector_size(4 * WIDTH), aligned(1), may_alias)); /* in memory */
 
 /* The bytes of a table of 16 at the given places, which are below 16. */
 INLINE bytes pick_bytes(const uint8_t *table, bytes places) {
 #if WIDTH == 8
     return (bytes)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(*(const __m128i_u *)table), (__m256i)places);
-#elif defined(__aarch64__)
-    return (bytes)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)places);
 #else
-    for (int i = 0; i < (int)sizeof places; i++) places[i] = table[places[i]];
-    return places;
+    return (bytes)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)places);
 #endif
 }
 
@@ -101,7 +103,7 @@ INLINE void look_up_pair(const uint8_t *packed, Pair w) {
     uint8_t low[16], high[16];
     for (int i = 0; i < 16; i++) low[i] = (uint8_t)VALUES[i], high[i] = VALUES[i] >> 8;
     for (int q = 0; q < TILE_OUT / (int)sizeof(bytes); q++) {
-        bytes codes = *(const bytes *)(packed + q * sizeof(bytes));
+        bytes codes = *(const bytes_at *)(packed + q * sizeof(bytes));
 #if WIDTH == 8 /* instructions that join two registers work on halves; this puts outputs in order again */
         codes = (bytes)_mm256_permute4x64_epi64((__m256i)codes, 0xd8);
 #endif
@@ -123,6 +125,16 @@ INLINE void look_up_pair(const uint8_t *packed, Pair w) {
             }
         }
     }
+}
+#else
+INLINE void look_up_pair(const uint8_t *packed, Pair w) {
+    for (int odd = 0; odd < 2; odd++)
+        for (int i = 0; i < SIDES; i++) {
+            const uint8_t *codes = packed + i % (SIDES / 2) * WIDTH * 2 + odd;
+            uvec found = {0};
+            for (int n = 0; n < WIDTH; n++) found[n] = VALUES[codes[2 * n] >> (i < SIDES / 2 ? 0 : 4) & 15];
+            w[odd][i] = (fvec)(found << 16);
+        }
 }
 #endif
 
@@ -277,7 +289,7 @@ static void turn_tile(const void *job, int64_t thread, int64_t tile) {
         for (int odd = 0; odd < 2; odd++, w += t->out_features) {
             float numbers[TILE_OUT] __attribute__((aligned(64)));
             for (int i = 0; i < SIDES; i++)
-                *(fvec *)(numbers + i * WIDTH) = pair[odd][i] * fvec_bf16(absmax + i * WIDTH);
+                *(fvec_at *)(numbers + i * WIDTH) = pair[odd][i] * fvec_bf16(absmax + i * WIDTH);
             store_row(w, numbers);
         }
         if (k % PAIRS == PAIRS - 1) absmax += t->out_features;

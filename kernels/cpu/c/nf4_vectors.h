@@ -11,7 +11,7 @@ INLINE void end_products(void) {}
 /* A block's inputs of some rows in fp32. */
 INLINE void widen_rows(const bf16 *x, int64_t x_stride, int64_t rows, float *wide) {
     for (int64_t r = 0; r < rows; r++, x += x_stride, wide += BLOCK)
-        for (int i = 0; i < BLOCK; i += WIDTH) *(fvec *)(wide + i) = fvec_bf16(x + i);
+        for (int i = 0; i < BLOCK; i += WIDTH) *(fvec_at *)(wide + i) = fvec_bf16(x + i);
 }
 
 /* sums += absmax * (W x) for one row, while codes are looked up. */
@@ -26,7 +26,7 @@ INLINE void add_row(const float *x, const uint8_t *packed, const bf16 *absmax, f
             for (int i = 0; i < SIDES; i++) s[i] = add_product(s[i], x[odd] - (fvec){0}, w[odd][i]);
     }
     for (int i = 0; i < SIDES; i++) {
-        fvec *sum = (fvec *)(sums + i * WIDTH);
+        fvec_at *sum = (fvec_at *)(sums + i * WIDTH);
         *sum = add_product(*sum, s[i], fvec_bf16(absmax + i * WIDTH));
     }
 }
@@ -46,7 +46,7 @@ INLINE void add_rows(const int rows, const float *x, const Pair *w, const bf16 *
         }
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < 2; i++) {
-            fvec *sum = (fvec *)(sums + r * TILE_OUT + i * WIDTH);
+            fvec_at *sum = (fvec_at *)(sums + r * TILE_OUT + i * WIDTH);
             *sum = add_product(*sum, s[r][i], fvec_bf16(absmax + i * WIDTH));
         }
 }

@@ -32,7 +32,7 @@ INLINE void NAME(add_dots)(const float *const *x, const ELEMENT *const *w, int64
         }
     }
     for (int r = 0; r < TILE; r++)
-        for (int c = 0; c < SIDE; c++) ((fvec *)&sums[r][c])[p] = s[r][c];
+        for (int c = 0; c < SIDE; c++) ((fvec_at *)&sums[r][c])[p] = s[r][c];
 }
 
 /* Computes at most TILE rows by TILE outputs. If there are fewer, the last one is repeated, and the repeated
@@ -75,7 +75,7 @@ INLINE void NAME(dot_row)(const Product *p, const float *x, const ELEMENT *w, ch
     }
     f32x16 sums[LANES] = {{0}};
     for (int c = 0; c < TILE; c++)
-        for (int q = 0; q < PARTS; q++) ((fvec *)&sums[c])[q] = s[c][q];
+        for (int q = 0; q < PARTS; q++) ((fvec_at *)&sums[c])[q] = s[c][q];
     store_dots(p, sum_each(sums), y, 1, columns);
 }
 

@@ -43,7 +43,8 @@ typedef uint16_t bf16;
 #endif
 #define PARTS (LANES / WIDTH) /* registers of sixteen lanes */
 
-typedef float fvec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef float fvec __attribute__((vector_size(4 * WIDTH), may_alias));
+typedef float fvec_at __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias)); /* in memory, at any float */
 typedef int32_t ivec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef uint32_t uvec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef uint16_t hvec __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
@@ -54,7 +55,7 @@ typedef uint16_t hvec __attribute__((vector_size(2 * WIDTH), aligned(2), may_ali
     INLINE i32x16 name(f32x16 a, f32x16 b) {                                                \
         i32x16 found;                                                                       \
         for (int p = 0; p < PARTS; p++)                                                     \
-            ((ivec *)&found)[p] = (ivec)(((const fvec *)&a)[p] OP((const fvec *)&b)[p]);    \
+            ((ivec *)&found)[p] = (ivec)(((const fvec_at *)&a)[p] OP((const fvec_at *)&b)[p]);    \
         return found;                                                                       \
     }
 COMPARISON(are_less, <)
@@ -86,7 +87,7 @@ INLINE void store_bf16(bf16 *p, f32x16 value) {
     *(u16x16 *)p = __builtin_convertvector(rounded, u16x16);
 }
 
-INLINE fvec fvec_f32(const float *p) { return *(const fvec *)p; }
+INLINE fvec fvec_f32(const float *p) { return *(const fvec_at *)p; }
 
 /* s + a b, rounded once where the instruction set can. */
 INLINE fvec add_product(fvec s, fvec a, fvec b) {
@@ -113,7 +114,7 @@ INLINE fvec fvec_bf16(const bf16 *p) { return (fvec)(widened(p) << 16); }
 
 INLINE f32x16 load_bf16(const bf16 *p) {
     f32x16 all;
-    for (int i = 0; i < PARTS; i++) ((fvec *)&all)[i] = fvec_bf16(p + i * WIDTH);
+    for (int i = 0; i < PARTS; i++) ((fvec_at *)&all)[i] = fvec_bf16(p + i * WIDTH);
     return all;
 }
 
@@ -177,7 +178,7 @@ INLINE float sum_lanes(f32x16 v) {
 INLINE f32x16 sum_each(const f32x16 v[LANES]) {
     fvec s[PARTS][LANES];
     for (int p = 0; p < PARTS; p++)
-        for (int i = 0; i < LANES; i++) s[p][i] = ((const fvec *)&v[i])[p];
+        for (int i = 0; i < LANES; i++) s[p][i] = ((const fvec_at *)&v[i])[p];
 #define JOIN(ADD, COUNT)            \
     for (int p = 0; p < PARTS; p++) \
         for (int i = 0; i < COUNT; i++) s[p][i] = ADD(s[p][2 * i], s[p][2 * i + 1]);
@@ -194,7 +195,7 @@ INLINE f32x16 sum_each(const f32x16 v[LANES]) {
         for (int p = 0; p < n; p++)
             for (int i = 0; i < PARTS; i++) s[p][i] = s[2 * p][i] + s[2 * p + 1][i];
     f32x16 sums;
-    for (int i = 0; i < PARTS; i++) ((fvec *)&sums)[i] = s[0][i];
+    for (int i = 0; i < PARTS; i++) ((fvec_at *)&sums)[i] = s[0][i];
     return sums;
 }
 
