@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from turret.kernels.cpu.native import has_native, has_native_products, use_own_threads
+from turret.kernels.cpu.native import has_native, use_own_threads
 from turret.server import log
 from turret.server.adapters.base import Allowed, BaseModel, Precision
 from turret.server.adapters.device.cpu.store import CpuStore
@@ -396,7 +396,7 @@ def _on_stream(stream: StepStream, dtype: torch.dtype, device: torch.device) -> 
         compute_on_this_thread()
         # The device idles while this thread waits for the interpreter's lock.
         sys.setswitchinterval(_SWITCH_SECONDS)
-    elif has_native(dtype, device) and has_native_products():
+    elif has_native(dtype, device):
         # Compiled kernels do all the large work of a step, on threads of their own.
         use_own_threads()
         compute_on_this_thread()

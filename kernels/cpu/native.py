@@ -49,7 +49,6 @@ _SIGNATURES = {
     "turret_nf4_turned": (_pointer, _pointer, _pointer, _int, _int, _int),
     "turret_adapt_experts": (_pointer, _pointer),
     "turret_dense_product": (_pointer, _int, _int, _pointer, _pointer, *(_int,) * 4, _pointer),
-    "turret_has_products": (),
     "turret_own_threads": (_int,),
     "turret_sparse_steps": (_pointer, _pointer, _int),
     "turret_sparse_fill": (*(_pointer,) * 3, _int, *(_pointer,) * 6),
@@ -86,7 +85,7 @@ _BY_ELEMENT = {
 LANES = 16
 _BF16, _FP32 = "", "_f32"  # suffixes of function names
 _COUNTS = (
-    *("turret_has_products", "turret_ahead", "turret_sparse_steps", "turret_sparse_fill"),
+    *("turret_ahead", "turret_sparse_steps", "turret_sparse_fill"),
     *("turret_screen", "turret_screen_bytes"),
 )
 
@@ -170,7 +169,7 @@ def has_kernels(device: torch.device) -> bool:
 
 
 def has_native(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the compiled kernels apply adapters to tensors of this kind."""
+    """Whether the compiled kernels compute with tensors of this kind, adapters included."""
     return dtype == torch.bfloat16 and has_kernels(device)
 
 
@@ -182,12 +181,6 @@ def has_layer_ops(dtype: torch.dtype, device: torch.device) -> bool:
 def by_element(name: str, dtype: torch.dtype) -> Any:
     """The variant of a function for activations of this dtype."""
     return getattr(functions(), name + (_BF16 if dtype == torch.bfloat16 else _FP32))
-
-
-def has_native_products() -> bool:
-    """Whether the compiled NF4 product is available, which needs AVX512-BF16."""
-    found = library()
-    return found is not None and bool(found.turret_has_products())
 
 
 def functions() -> ctypes.CDLL:

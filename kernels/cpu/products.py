@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 
-from turret.kernels.cpu.native import functions, has_native_products, num_threads
+from turret.kernels.cpu.native import functions, has_native, num_threads
 from turret.lazy_torch import torch
 
 
@@ -18,6 +18,7 @@ class _Product(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batches", "rows", "columns", "inner")),
         *((name, ctypes.c_int64) for name in ("x_batch", "x_row", "w_batch", "w_row")),
         *((name, ctypes.c_int64) for name in ("y_batch", "y_row", "kind", "adds", "threads")),
+        ("narrows", ctypes.c_int64),
     )
 
 
@@ -93,8 +94,7 @@ TILE_ROWS = 16  # rows of a tile
 
 def serves_dense(weight: torch.Tensor) -> bool:
     """Whether ``dense_product`` supports a weight."""
-    is_bf16 = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-    return is_bf16 and has_native_products()
+    return has_native(weight.dtype, weight.device)
 
 
 def dense_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -110,7 +110,7 @@ def dense_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if x.stride(1) != 1:
         x = x.contiguous()
     y = torch.empty(x.shape[0], weight.shape[0], dtype=torch.bfloat16)
-    scratch = torch.empty(-(-x.shape[0] // TILE_ROWS) * TILE_ROWS, x.shape[1], dtype=torch.bfloat16)
+    scratch = torch.empty(-(-x.shape[0] // TILE_ROWS) * TILE_ROWS, x.shape[1])
     functions().turret_dense_product(
         x.data_ptr(),
         x.stride(0),

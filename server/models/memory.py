@@ -21,7 +21,7 @@ class Memory:
 
     Attributes:
         base: The weights as they are served.
-        base_wide: The weights in 16 bits, which processors without AVX512-BF16 compute with.
+        base_wide: The weights in 16 bits, as they are held where no kernel reads their codes.
         kv_per_token: Keys and values of a token in all layers.
         adapter_per_rank: A LoRA of rank 1 on all linear modules, in 16 bits; without experts.
     """

@@ -10,7 +10,7 @@ import torch
 from method_oracle import twin
 from servers.engine_harness import EngineHarness
 
-from turret.kernels.cpu.native import has_native_products, num_threads
+from turret.kernels.cpu.native import library, num_threads
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -28,6 +28,6 @@ async def test_torch_computes_alone_where_the_kernels_have_threads(
     async with EngineHarness.start(twin("llama").folder, tmp_path, dtype=dtype) as harness:
         harness.engine._loop.post(ask)
         assert asked.wait(30)
-    has_own = dtype == "bfloat16" and has_native_products()
+    has_own = dtype == "bfloat16" and library() is not None
     every = torch.get_num_threads()
     assert found == [(every, 1 if has_own else every)]

@@ -3,7 +3,8 @@
  *
  * Tiles (dense_tiles.h) are used if the weight's shape allows. Otherwise each output is a sum of pairs of
  * inputs, first in each lane in the order of the inputs, and then over the lanes as sum_each adds them. So the
- * bits do not depend on how many rows or outputs are computed together. Blocks are 4 rows by 4 outputs.
+ * bits do not depend on how many rows or outputs are computed together. Blocks are 4 rows by 4 outputs. Without
+ * instructions for bf16, products.c computes the same product as fp32 sums.
  */
 #include "tiles.h"
 
@@ -80,21 +81,19 @@ static void multiply_chunk(const void *job, int64_t thread, int64_t chunk) {
         multiply_rows(p, row, row + ROW_BLOCK < p->rows ? row + ROW_BLOCK : p->rows, low, high);
 }
 
-/* x: [rows, in], with rows x_stride apart; w: [out, in]; y: [rows, out], with rows y_stride apart. scratch: as large
- * as x, with the rows rounded up to a multiple of 16. */
+/* x: [rows, in], with rows x_stride apart; w: [out, in]; y: [rows, out], with rows y_stride apart. scratch: for
+ * as many numbers as x has, with the rows rounded up to a multiple of 16. */
 EXPORT void turret_dense_product(const bf16 *x, int64_t x_stride, int64_t rows, const bf16 *w, bf16 *y,
                                  int64_t y_stride, int64_t out_features, int64_t in_features,
-                                 int64_t num_threads, bf16 *scratch) {
-    Product p = {x, w, y, scratch, x_stride, y_stride, rows, out_features, in_features};
+                                 int64_t num_threads, float *scratch) {
+    Product p = {x, w, y, (bf16 *)scratch, x_stride, y_stride, rows, out_features, in_features};
     Work *work = multiply_chunk;
 #if HAS_TILES
     if (tiles_serve(&p)) {
-        turn_rows(&p, scratch);
+        turn_rows(&p, (bf16 *)scratch);
         work = multiply_chunk_of_tiles;
     }
 #endif
     in_pieces(work, &p, (out_features + CHUNK - 1) / CHUNK, num_threads);
 }
-#else
-EXPORT void turret_dense_product(void) {}
 #endif

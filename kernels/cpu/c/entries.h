@@ -5,7 +5,6 @@
 #include "adapters/adapters.h"
 #include "attention.h"
 
-#if HAS_AVX512_BF16
 void turret_nf4_product(const bf16 *x, int64_t x_stride, int64_t rows, const uint8_t *packed,
                         const bf16 *absmax, bf16 *y, int64_t out_features, int64_t in_features,
                         int64_t num_threads, const Step *step, int64_t module);
@@ -14,8 +13,7 @@ void turret_nf4_slices(const bf16 *x, int64_t rows, const uint8_t *packed, const
                        const Step *step, const int64_t *shape);
 void turret_dense_product(const bf16 *x, int64_t x_stride, int64_t rows, const bf16 *w, bf16 *y,
                           int64_t y_stride, int64_t out_features, int64_t in_features,
-                          int64_t num_threads, bf16 *scratch);
-#endif
+                          int64_t num_threads, float *scratch);
 void turret_adapt(const Step *step, const int64_t *shape, const bf16 *x, int64_t x_stride, bf16 *y,
                   int64_t y_stride, const bf16 *bias);
 /* out: [inputs->count, rows, in], from x [rows, in]; `module` is the projection's first module. */

@@ -5,7 +5,6 @@
 #include "entries.h"
 #include "team.h"
 
-#if HAS_AVX512_BF16
 enum Projection { QKV, O, GATE_UP, DOWN, PROJECTIONS };
 
 /* A weight is packed and has absmax (see nf4_product.c), or is dense, [out, in]. */
@@ -58,7 +57,7 @@ typedef struct {
     const Step *adapters;     /* or null */
     const Place *places;      /* [layers, PROJECTIONS], with adapters */
     const Inputs *inputs;     /* [PROJECTIONS], or null */
-    bf16 *scratch;            /* see turret_dense_product; wide enough for every dense weight */
+    float *scratch;           /* see turret_dense_product; wide enough for every dense weight */
     bf16 *changed;            /* [slices, rows, in]: inputs of a projection after adapters changed them */
     int64_t updates;          /* bit mask of the projections that adapters change */
     int64_t base_low, base_high; /* range of the rows without adapters */
@@ -204,6 +203,3 @@ EXPORT void turret_layers(const Model *m, const Pass *p) {
     }
     turret_add_rms_norm(p->hidden, delta, m->norm, m->eps, p->out, p->rows, m->hidden, p->threads);
 }
-#else
-EXPORT void turret_layers(void) {}
-#endif

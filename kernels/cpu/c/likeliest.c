@@ -19,7 +19,7 @@ typedef struct {
 /* Whether any of `count` vectors has a value that is not at most `best`: a larger one, or a NaN. */
 INLINE int has_more(const float *values, int64_t count, float best) {
     i32x16 more = {0};
-    for (int64_t v = 0; v < count; v++) more |= ~(*(const f32x16 *)(values + v * LANES) <= (f32x16){0} + best);
+    for (int64_t v = 0; v < count; v++) more |= ~are_at_most(load_f32(values + v * LANES), splat(best));
     uint64_t parts[8];
     memcpy(parts, &more, sizeof parts);
     return ((parts[0] | parts[1] | parts[2] | parts[3]) | (parts[4] | parts[5] | parts[6] | parts[7])) != 0;

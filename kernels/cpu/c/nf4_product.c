@@ -11,6 +11,10 @@
 #include "adapters/ahead.h"
 #include "entries.h"
 
+#ifdef __aarch64__
+#include <arm_neon.h>
+#endif
+
 #ifdef MXFP4
 #define NAME(name) turret_mxfp4_##name
 #define BLOCK 32 /* inputs that share an absmax (MXFP4: a power of two) */
@@ -29,15 +33,14 @@ EXPORT int64_t turret_ahead(const Step *step, int64_t module, int64_t rows, int6
     return n;
 }
 
-EXPORT int64_t turret_has_products(void) { return HAS_AVX512_BF16; }
 #endif
 
-#if HAS_AVX512_BF16
 #include "team.h"
 #include "tiles.h"
 
 #define TILE_OUT 32 /* outputs of a tile of codes: two vectors */
 #define PAIRS (BLOCK / 2)
+#define SIDES (TILE_OUT / WIDTH) /* vectors of a tile's outputs */
 #define BLOCK_BYTES (PAIRS * TILE_OUT) /* bytes of a tile and block; two codes a byte */
 #define DISTANCE 2048 /* bytes: how far ahead the weight is prefetched */
 
@@ -63,13 +66,79 @@ static const uint16_t VALUES[32] = TWICE(
     0x3da3, 0x3e25, 0x3e7c, 0x3ead, 0x3ee2, 0x3f10, 0x3f39, 0x3f80);
 #endif
 
-/* Looks up the weights of one pair of inputs for 32 outputs. */
+/* The weights of one pair of inputs for 32 outputs: those of the even input, then those of the odd input. */
+typedef fvec Pair[2][SIDES];
+
+#if WIDTH == 16
+/* Looks them up. A lane of w has the weights of both inputs for one output. */
 INLINE void look_up(const uint8_t *packed, __m512i values, __m512i *w) {
     __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)packed));
     w[0] = _mm512_permutexvar_epi16(words, values);
     w[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), values);
 }
 
+INLINE void look_up_pair(const uint8_t *packed, Pair w) {
+    const __m512i values = _mm512_loadu_si512(VALUES);
+    __m512i both[2];
+    look_up(packed, values, both);
+    for (int i = 0; i < SIDES; i++) {
+        w[0][i] = (fvec)((uvec)both[i] << 16);
+        w[1][i] = (fvec)((uvec)both[i] & 0xffff0000u);
+    }
+}
+#elif WIDTH == 8 || defined(__aarch64__)
+typedef uint8_t bytes __attribute__((vector_size(4 * WIDTH), may_alias));
+typedef uint8_t bytes_at __attribute__((vector_size(4 * WIDTH), aligned(1), may_alias)); /* in memory */
+
+/* The bytes of a table of 16 at the given places, which are below 16. */
+INLINE bytes pick_bytes(const uint8_t *table, bytes places) {
+#if WIDTH == 8
+    return (bytes)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(*(const __m128i_u *)table), (__m256i)places);
+#else
+    return (bytes)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)places);
+#endif
+}
+
+INLINE void look_up_pair(const uint8_t *packed, Pair w) {
+    uint8_t low[16], high[16];
+    for (int i = 0; i < 16; i++) low[i] = (uint8_t)VALUES[i], high[i] = VALUES[i] >> 8;
+    for (int q = 0; q < TILE_OUT / (int)sizeof(bytes); q++) {
+        bytes codes = *(const bytes_at *)(packed + q * sizeof(bytes));
+#if WIDTH == 8 /* instructions that join two registers work on halves; this puts outputs in order again */
+        codes = (bytes)_mm256_permute4x64_epi64((__m256i)codes, 0xd8);
+#endif
+        for (int half = 0; half < 2; half++) {
+            bytes places = half ? (bytes)(codes >> 4) : (bytes)(codes & 15);
+            bytes lows = pick_bytes(low, places), highs = pick_bytes(high, places);
+#if WIDTH == 8
+            uvec joined[2] = {(uvec)_mm256_unpacklo_epi8((__m256i)lows, (__m256i)highs),
+                              (uvec)_mm256_unpackhi_epi8((__m256i)lows, (__m256i)highs)};
+#else
+            uvec joined[2] = {
+                (uvec)PICK(lows, highs, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
+                (uvec)PICK(lows, highs, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)};
+#endif
+            for (int i = 0; i < 2; i++) {
+                int side = half * SIDES / 2 + 2 * q + i;
+                w[0][side] = (fvec)(joined[i] << 16);
+                w[1][side] = (fvec)(joined[i] & 0xffff0000u);
+            }
+        }
+    }
+}
+#else
+INLINE void look_up_pair(const uint8_t *packed, Pair w) {
+    for (int odd = 0; odd < 2; odd++)
+        for (int i = 0; i < SIDES; i++) {
+            const uint8_t *codes = packed + i % (SIDES / 2) * WIDTH * 2 + odd;
+            uvec found = {0};
+            for (int n = 0; n < WIDTH; n++) found[n] = VALUES[codes[2 * n] >> (i < SIDES / 2 ? 0 : 4) & 15];
+            w[odd][i] = (fvec)(found << 16);
+        }
+}
+#endif
+
+#if HAS_AVX512_BF16
 INLINE __m512 widen(const bf16 *p) {
     return (__m512)_mm512_slli_epi32(
         _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
@@ -84,6 +153,13 @@ INLINE void store_row(bf16 *y, const float *sum) {
 #include "nf4_tiles.h"
 #else
 #include "nf4_pairs.h"
+#endif
+#else
+INLINE void store_row(bf16 *y, const float *sum) {
+    store_bf16(y, load_f32(sum));
+    store_bf16(y + LANES, load_f32(sum + LANES));
+}
+#include "nf4_vectors.h"
 #endif
 
 typedef struct {
@@ -201,30 +277,22 @@ typedef struct {
     int64_t out_features, in_features;
 } Turned;
 
-INLINE __m512i scaled_pair(__m512 value, __m512 other, const __m512 *scale) {
-    return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(other, scale[1]), _mm512_mul_ps(value, scale[0]));
-}
-
 static void turn_tile(const void *job, int64_t thread, int64_t tile) {
     const Turned *t = job;
-    const __m512i values = _mm512_loadu_si512(VALUES), odd = _mm512_set1_epi32((int)0xffff0000);
     const uint8_t *packed = t->packed + tile * TILE_OUT * t->in_features / 2;
     const bf16 *absmax = t->absmax + tile * TILE_OUT;
     bf16 *w = t->w + tile * TILE_OUT;
     (void)thread;
-    for (int64_t b = 0; b < t->in_features / BLOCK; b++, absmax += t->out_features) {
-        const __m512 scale[2] = {widen(absmax), widen(absmax + LANES)};
-        for (int k = 0; k < PAIRS; k++, packed += TILE_OUT) {
-            __m512i both[2];
-            look_up(packed, values, both);
-            /* A lane has the weights of two inputs for one output. */
-            _mm512_storeu_si512(w, scaled_pair((__m512)_mm512_slli_epi32(both[0], 16),
-                                               (__m512)_mm512_slli_epi32(both[1], 16), scale));
-            w += t->out_features;
-            _mm512_storeu_si512(w, scaled_pair((__m512)_mm512_and_si512(both[0], odd),
-                                               (__m512)_mm512_and_si512(both[1], odd), scale));
-            w += t->out_features;
+    for (int64_t k = 0; k < t->in_features / 2; k++, packed += TILE_OUT) {
+        Pair pair;
+        look_up_pair(packed, pair);
+        for (int odd = 0; odd < 2; odd++, w += t->out_features) {
+            float numbers[TILE_OUT] __attribute__((aligned(64)));
+            for (int i = 0; i < SIDES; i++)
+                *(fvec_at *)(numbers + i * WIDTH) = pair[odd][i] * fvec_bf16(absmax + i * WIDTH);
+            store_row(w, numbers);
         }
+        if (k % PAIRS == PAIRS - 1) absmax += t->out_features;
     }
 }
 
@@ -233,12 +301,4 @@ EXPORT void turret_nf4_turned(const uint8_t *packed, const bf16 *absmax, bf16 *w
     Turned job = {packed, absmax, w, out_features, in_features};
     in_pieces(turn_tile, &job, out_features / TILE_OUT, num_threads);
 }
-#endif
-#else
-EXPORT void NAME(product)(void) {}
-EXPORT void NAME(experts)(void) {}
-#ifndef MXFP4
-EXPORT void turret_nf4_slices(void) {}
-EXPORT void turret_nf4_turned(void) {}
-#endif
 #endif

@@ -22,12 +22,13 @@ enum Kind { F32, BF16, F16 };
 typedef struct {
     const float *x;
     const void *w;
-    float *y;
+    void *y; /* fp32, or bf16 if `narrows` */
     int64_t batches, rows, columns, inner;
     int64_t x_batch, x_row, w_batch, w_row, y_batch, y_row; /* strides, in elements */
     int64_t kind;    /* type of w */
     int64_t adds;    /* columns only: whether to add to the values in y */
     int64_t threads;
+    int64_t narrows; /* dots only: whether to round the results to bf16 */
 } Product;
 
 typedef struct {
@@ -40,6 +41,18 @@ INLINE fvec fvec_f16(const uint16_t *p) {
     uvec found = (uvec)((fvec)(rest << 13) * 0x1p112f);
     uvec special = (uvec)(rest >= 0x7c00u) & 0x7f800000u;
     return (fvec)(found | special | sign);
+}
+
+INLINE int64_t result_size(const Product *p) { return p->narrows ? sizeof(bf16) : sizeof(float); }
+
+/* Stores at most TILE rows by TILE outputs. */
+INLINE void store_dots(const Product *p, f32x16 sums, char *y, int64_t rows, int64_t columns) {
+    float found[LANES];
+    int64_t size = result_size(p);
+    if (p->narrows) store_bf16((bf16 *)found, sums);
+    else store_f32(found, sums);
+    for (int r = 0; r < rows; r++)
+        memcpy(y + r * p->y_row * size, (char *)found + r * TILE * size, columns * size);
 }
 
 #define ELEMENT float
@@ -95,3 +108,30 @@ EXPORT void turret_columns(const Product *p) {
     static Kernel *const kernels[] = {columns_of_f32, columns_of_bf16, columns_of_f16};
     in_parts(p, kernels[p->kind]);
 }
+
+#if !HAS_AVX512_BF16
+typedef struct {
+    const bf16 *x;
+    float *wide;
+    int64_t x_stride, width;
+} Rows;
+
+static void widen_row(const void *job, int64_t thread, int64_t row) {
+    const Rows *rows = job;
+    const bf16 *x = rows->x + row * rows->x_stride;
+    float *wide = rows->wide + row * rows->width;
+    (void)thread;
+    for (int64_t i = 0; i < rows->width; i++) wide[i] = to_f32(x[i]);
+}
+
+/* See dense_product.c. */
+EXPORT void turret_dense_product(const bf16 *x, int64_t x_stride, int64_t rows, const bf16 *w, bf16 *y,
+                                 int64_t y_stride, int64_t out_features, int64_t in_features,
+                                 int64_t num_threads, float *scratch) {
+    Rows all = {x, scratch, x_stride, in_features};
+    Product p = {scratch, w, y, 1, rows, out_features, in_features, 0, in_features, 0, in_features,
+                 0, y_stride, BF16, 0, num_threads, 1};
+    in_pieces(widen_row, &all, rows, rows * in_features > SMALL ? num_threads : 1);
+    turret_dots(&p);
+}
+#endif

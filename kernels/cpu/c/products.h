@@ -32,12 +32,12 @@ INLINE void NAME(add_dots)(const float *const *x, const ELEMENT *const *w, int64
         }
     }
     for (int r = 0; r < TILE; r++)
-        for (int c = 0; c < SIDE; c++) ((fvec *)&sums[r][c])[p] = s[r][c];
+        for (int c = 0; c < SIDE; c++) ((fvec_at *)&sums[r][c])[p] = s[r][c];
 }
 
 /* Computes at most TILE rows by TILE outputs. If there are fewer, the last one is repeated, and the repeated
  * results are not stored. */
-INLINE void NAME(dot_tile)(const Product *p, const float *x, const ELEMENT *w, float *y, int64_t rows,
+INLINE void NAME(dot_tile)(const Product *p, const float *x, const ELEMENT *w, char *y, int64_t rows,
                            int64_t columns) {
     f32x16 sums[TILE][TILE];
     const float *xs[TILE];
@@ -49,14 +49,11 @@ INLINE void NAME(dot_tile)(const Product *p, const float *x, const ELEMENT *w, f
     for (int part = 0; part < PARTS; part++)
         for (int c = 0; c < TILE; c += SIDE)
             NAME(add_dots)(xs, ws + c, p->inner, part, (f32x16(*)[TILE])&sums[0][c]);
-    float found[LANES];
-    store_f32(found, sum_each(sums[0]));
-    for (int r = 0; r < rows; r++) memcpy(y + r * p->y_row, found + r * TILE, columns * sizeof(float));
+    store_dots(p, sum_each(sums[0]), y, rows, columns);
 }
 
 /* Computes one row by TILE outputs, with sums in the same order. */
-INLINE void NAME(dot_row)(const Product *p, const float *x, const ELEMENT *w, float *y,
-                          int64_t columns) {
+INLINE void NAME(dot_row)(const Product *p, const float *x, const ELEMENT *w, char *y, int64_t columns) {
     fvec s[TILE][PARTS];
     const ELEMENT *ws[TILE];
     int64_t k = 0, n = p->inner;
@@ -78,22 +75,21 @@ INLINE void NAME(dot_row)(const Product *p, const float *x, const ELEMENT *w, fl
     }
     f32x16 sums[LANES] = {{0}};
     for (int c = 0; c < TILE; c++)
-        for (int q = 0; q < PARTS; q++) ((fvec *)&sums[c])[q] = s[c][q];
-    float found[LANES];
-    store_f32(found, sum_each(sums));
-    memcpy(y, found, columns * sizeof(float));
+        for (int q = 0; q < PARTS; q++) ((fvec_at *)&sums[c])[q] = s[c][q];
+    store_dots(p, sum_each(sums), y, 1, columns);
 }
 
 KERNEL static void NAME(dots)(const Product *p, const Part *part) {
     const float *x = p->x + part->batch * p->x_batch;
     const ELEMENT *w = (const ELEMENT *)p->w + part->batch * p->w_batch;
-    float *y = p->y + part->batch * p->y_batch;
+    int64_t size = result_size(p);
+    char *y = (char *)p->y + part->batch * p->y_batch * size;
     for (int64_t o = part->column; o < part->column_end; o += TILE) {
         int64_t columns = least(part->column_end - o, TILE);
         for (int64_t r = part->row; r < part->row_end; r += TILE) {
             int64_t rows = least(part->row_end - r, TILE);
             const float *xr = x + r * p->x_row;
-            float *yr = y + r * p->y_row + o;
+            char *yr = y + (r * p->y_row + o) * size;
             if (rows == 1)
                 NAME(dot_row)(p, xr, w + o * p->w_row, yr, columns);
             else
@@ -138,7 +134,7 @@ KERNEL static void NAME(columns)(const Product *whole, const Part *part) {
     Product piece = *whole, *p = &piece;
     p->x += part->batch * p->x_batch;
     const ELEMENT *w = (const ELEMENT *)p->w + part->batch * p->w_batch;
-    float *y = p->y + part->batch * p->y_batch;
+    float *y = (float *)p->y + part->batch * p->y_batch;
     int64_t k = 0;
     do { /* blocks of w that stay in the cache; all but the first add to y */
         p->inner = least(whole->inner - k, INNER_BLOCK);

@@ -43,9 +43,24 @@ typedef uint16_t bf16;
 #endif
 #define PARTS (LANES / WIDTH) /* registers of sixteen lanes */
 
-typedef float fvec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef float fvec __attribute__((vector_size(4 * WIDTH), may_alias));
+typedef float fvec_at __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias)); /* in memory, at any float */
+typedef int32_t ivec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef uint32_t uvec __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef uint16_t hvec __attribute__((vector_size(2 * WIDTH), aligned(2), may_alias));
+
+/* Comparisons by lanes: all bits of a lane are set, or none. GCC 12 compares a vector of several registers lane by
+ * lane in scalar code. */
+#define COMPARISON(name, OP)                                                                \
+    INLINE i32x16 name(f32x16 a, f32x16 b) {                                                \
+        i32x16 found;                                                                       \
+        for (int p = 0; p < PARTS; p++)                                                     \
+            ((ivec *)&found)[p] = (ivec)(((const fvec_at *)&a)[p] OP((const fvec_at *)&b)[p]);    \
+        return found;                                                                       \
+    }
+COMPARISON(are_less, <)
+COMPARISON(are_at_most, <=)
+COMPARISON(differ, !=)
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -64,23 +79,15 @@ INLINE bf16 to_bf16(float value) {
     return (bf16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-INLINE f32x16 load_bf16(const bf16 *p) {
-#ifdef __AVX512F__ /* for __builtin_convertvector, GCC 12 generates two half-wide conversions */
-    return (f32x16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(*(const __m256i_u *)p), 16);
-#else
-    return (f32x16)(__builtin_convertvector(*(const u16x16 *)p, u32x16) << 16);
-#endif
-}
-
 INLINE void store_bf16(bf16 *p, f32x16 value) {
     u32x16 bits = (u32x16)value;
     u32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    u32x16 is_nan = (u32x16)(value != value);
+    u32x16 is_nan = (u32x16)differ(value, value);
     rounded = (is_nan & 0x7fc0u) | (~is_nan & rounded);
     *(u16x16 *)p = __builtin_convertvector(rounded, u16x16);
 }
 
-INLINE fvec fvec_f32(const float *p) { return *(const fvec *)p; }
+INLINE fvec fvec_f32(const float *p) { return *(const fvec_at *)p; }
 
 /* s + a b, rounded once where the instruction set can. */
 INLINE fvec add_product(fvec s, fvec a, fvec b) {
@@ -104,6 +111,12 @@ INLINE uvec widened(const uint16_t *p) {
 }
 
 INLINE fvec fvec_bf16(const bf16 *p) { return (fvec)(widened(p) << 16); }
+
+INLINE f32x16 load_bf16(const bf16 *p) {
+    f32x16 all;
+    for (int i = 0; i < PARTS; i++) ((fvec_at *)&all)[i] = fvec_bf16(p + i * WIDTH);
+    return all;
+}
 
 INLINE f32x16 load_f32(const float *p) { return *(const f32x16 *)p; }
 INLINE void store_f32(float *p, f32x16 value) { *(f32x16 *)p = value; }
@@ -165,7 +178,7 @@ INLINE float sum_lanes(f32x16 v) {
 INLINE f32x16 sum_each(const f32x16 v[LANES]) {
     fvec s[PARTS][LANES];
     for (int p = 0; p < PARTS; p++)
-        for (int i = 0; i < LANES; i++) s[p][i] = ((const fvec *)&v[i])[p];
+        for (int i = 0; i < LANES; i++) s[p][i] = ((const fvec_at *)&v[i])[p];
 #define JOIN(ADD, COUNT)            \
     for (int p = 0; p < PARTS; p++) \
         for (int i = 0; i < COUNT; i++) s[p][i] = ADD(s[p][2 * i], s[p][2 * i + 1]);
@@ -182,7 +195,7 @@ INLINE f32x16 sum_each(const f32x16 v[LANES]) {
         for (int p = 0; p < n; p++)
             for (int i = 0; i < PARTS; i++) s[p][i] = s[2 * p][i] + s[2 * p + 1][i];
     f32x16 sums;
-    for (int i = 0; i < PARTS; i++) ((fvec *)&sums)[i] = s[0][i];
+    for (int i = 0; i < PARTS; i++) ((fvec_at *)&sums)[i] = s[0][i];
     return sums;
 }
 
@@ -213,14 +226,14 @@ INLINE void transpose(f32x16 v[LANES]) {
 }
 
 INLINE f32x16 max_vec(f32x16 a, f32x16 b) {
-    i32x16 larger = (i32x16)(a > b);
+    i32x16 larger = are_less(b, a);
     return (f32x16)((larger & (i32x16)a) | (~larger & (i32x16)b));
 }
 
 /* e^x, relative error under 2 ulp for x in [-87, 88]; smaller x give 0, larger ones e^88. Cody and
  * Waite's reduction to |r| <= ln(2)/2, then a polynomial of degree 6. */
 INLINE f32x16 exp_vec(f32x16 x) {
-    i32x16 tiny = (i32x16)(x < -87.0f);
+    i32x16 tiny = are_less(x, splat(-87.0f));
     x = -max_vec(-max_vec(x, splat(-87.0f)), splat(-88.0f));
     f32x16 shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: rounds to an integer */
     f32x16 n = shifted - 12582912.0f;

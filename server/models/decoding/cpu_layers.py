@@ -30,7 +30,7 @@ from turret.kernels.cpu.layers import (
     run_layers,
     silu_mul,
 )
-from turret.kernels.cpu.native import has_layer_ops, has_native_products, num_threads
+from turret.kernels.cpu.native import has_layer_ops, num_threads
 from turret.kernels.cpu.products import TILE_ROWS, serves_dense
 from turret.kernels.paged_attention import SequenceSpan, prepare_attention
 from turret.server.adapters.device.cpu.store import CpuStep
@@ -181,10 +181,8 @@ class CpuLayers:
         if arch.experts is not None or arch.has_sinks or not isinstance(arch.activation, str):
             return False
         bases = [projection.base for layer in layers for projection in _projections(layer)]
-        return (
-            has_native_products()
-            and arch.query_growth is None
-            and all(hasattr(base, "packed") or _dense(base) is not None for base in bases)
+        return arch.query_growth is None and all(
+            hasattr(base, "packed") or _dense(base) is not None for base in bases
         )
 
     def run(
@@ -236,9 +234,9 @@ class CpuLayers:
             threads=num_threads(),
         )
         if self._widest_dense:
-            # Holds the rows of a dense product, transposed for AMX tiles.
+            # Holds the rows of a dense product, transposed for AMX tiles or in fp32.
             groups = -(-rows // TILE_ROWS) * TILE_ROWS
-            scratch = hidden.new_empty(groups, self._widest_dense)
+            scratch = torch.empty(groups, self._widest_dense)
             made.scratch = scratch.data_ptr()
         if adapters is not None:
             low, high, _ = adapters.base_rows.indices(rows)

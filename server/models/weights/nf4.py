@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from turret.kernels.cpu.native import has_native_products
+from turret.kernels.cpu.native import has_kernels
 from turret.kernels.cpu.row_adapters import Ahead
 from turret.kernels.nf4_matmul import MXFP4, NF4, Format
 from turret.kernels.rows.linear import prepare_linear, row_linear, row_linear_transposed
@@ -26,7 +26,7 @@ from turret.server.adapters.base import WeightRows
 from turret.server.models.weights.base_linear import BaseLinear
 from turret.server.models.weights.nf4_cpu import (
     TILE_ROWS,
-    has_nf4_product,
+    has_library_product,
     nf4_formulation,
     nf4_product,
     nf4_transposed,
@@ -337,7 +337,7 @@ class PackedLinear(BaseLinear):
         return torch.cat(columns, dim=1).contiguous()
 
     def transposed_product(self, grad: torch.Tensor) -> torch.Tensor:
-        if not has_native_products() or self.format == MXFP4:
+        if not has_kernels(grad.device) or self.format == MXFP4:
             return super().transposed_product(grad)
         shape = self.packed.shape[0], self.in_features
         turned = nf4_transposed(self.packed, self.absmax, shape)
@@ -392,8 +392,8 @@ def nf4_linear(
 ) -> BaseLinear:
     """Fuse NF4 weights that share their input, in the form that is multiplied fastest.
 
-    On a CPU with AVX512-BF16 and a bf16 model, codes stay packed. Elsewhere on the CPU the weight
-    is held dequantised.
+    On the CPU, codes stay packed for a bf16 model if there is a kernel that reads them. Otherwise
+    the weight is held dequantised.
 
     Args:
         slices: The weights, all in one format; on the gpu path, NF4.
@@ -407,11 +407,10 @@ def nf4_linear(
 
         return GpuLinear.fuse(slices, dtype, device)
     shapes = [weight.shape for weight in slices]
-    has_product = has_nf4_product if slices[0].format == NF4 else has_native_products
+    is_read = has_kernels(device) or (slices[0].format == NF4 and has_library_product(device))
     if (
-        device.type == "cpu"
-        and dtype == torch.bfloat16
-        and has_product()
+        dtype == torch.bfloat16
+        and is_read
         and all(out % TILE_ROWS == 0 and inner % BLOCKSIZE == 0 for out, inner in shapes)
     ):
         return PackedLinear.pack(slices)

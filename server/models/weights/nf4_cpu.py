@@ -1,4 +1,4 @@
-"""The fused NF4 product on processors with AVX512-BF16: the compiled kernel, or bitsandbytes'.
+"""The fused NF4 product on the CPU: the compiled kernel, or bitsandbytes' with AVX512-BF16.
 
 bitsandbytes does not guarantee a row's bits in other batches, so its product is tried first, like
 any library's (``turret.kernels.rows.trial``).
@@ -10,7 +10,7 @@ import functools
 
 import torch
 
-from turret.kernels.cpu.native import functions, has_kernels, has_native_products, num_threads
+from turret.kernels.cpu.native import functions, has_kernels, num_threads
 from turret.kernels.cpu.row_adapters import Ahead
 from turret.kernels.nf4_matmul import MXFP4, Format
 from turret.kernels.rows.trial import SAMPLE_ROWS, Compute, Sizes, choose, in_sizes, name_of
@@ -19,13 +19,11 @@ _BLOCKSIZE = 64
 TILE_ROWS = 32  # outputs whose codes lie together
 
 
-def has_nf4_product() -> bool:
-    """Whether a fused product serves bf16 rows: ours, or bitsandbytes' without ours."""
-    if has_kernels(torch.device("cpu")):
-        return has_native_products()
+def has_library_product(device: torch.device) -> bool:
+    """Whether bitsandbytes has a fused product for bf16 rows on this device."""
     from bitsandbytes import functional
 
-    return bool(functional.has_avx512bf16())
+    return device.type == "cpu" and bool(functional.has_avx512bf16())
 
 
 def pack(codes: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
@@ -56,13 +54,15 @@ def nf4_product(
     shape: tuple[int, int],
     ahead: Ahead | None = None,
 ) -> torch.Tensor:
-    """Multiply rows by a weight in bitsandbytes' packed CPU layout; needs ``has_nf4_product``.
+    """Multiply rows by a weight in bitsandbytes' packed CPU layout.
+
+    Needs a compiled kernel or ``has_library_product``.
 
     Args:
         x: ``[rows, in]`` bf16.
         packed: ``[out, in / 2]`` uint8.
         absmax: ``[in / 64, out]`` bf16. If there are more, they are the scales of MXFP4, which
-            needs ``has_native_products``.
+            needs the compiled kernel.
         shape: ``(out, in)``.
         ahead: The memory to prefetch meanwhile.
 
@@ -72,7 +72,7 @@ def nf4_product(
     if x.stride(1) != 1:
         # Both products walk rows with stride 1, and bitsandbytes does not check it.
         x = x.contiguous()
-    if not has_native_products():
+    if not has_kernels(x.device):
         return in_sizes(lambda rows: _gemv(rows, packed, absmax, shape), x, _sizes(shape))
     rows, (out_features, in_features) = x.shape[0], shape
     out = torch.empty(rows, out_features, dtype=torch.bfloat16)
@@ -98,7 +98,7 @@ def nf4_product(
 def nf4_transposed(
     packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]
 ) -> torch.Tensor:
-    """A weight as numbers, inputs first; only where ``has_native_products``.
+    """A weight as numbers, inputs first; only with compiled kernels.
 
     Args:
         packed: See ``nf4_product``.
@@ -121,7 +121,7 @@ def nf4_expert_products(
     shape: tuple[int, int],
     weight_format: Format,
 ) -> torch.Tensor:
-    """Multiply runs of rows, each by a weight of its own; only where ``has_native_products``.
+    """Multiply runs of rows, each by a weight of its own; only with compiled kernels.
 
     Args:
         x: ``[rows, in]`` bf16.
@@ -155,7 +155,9 @@ def nf4_expert_products(
 
 def nf4_formulation(shape: tuple[int, int]) -> str:
     """A description of the product for weights of this shape, for the log."""
-    return "native" if has_native_products() else f"bitsandbytes {name_of(_sizes(shape))}"
+    if has_kernels(torch.device("cpu")):
+        return "native"
+    return f"bitsandbytes {name_of(_sizes(shape))}"
 
 
 def _gemv(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
-from turret.kernels.cpu.native import has_native_products
+from turret.kernels.cpu.native import has_kernels
 from turret.kernels.expert_routing import Routing
 from turret.kernels.nf4_matmul import MXFP4, NF4, Nf4Matrix
 from turret.server.errors import InvalidRequestError
@@ -176,7 +176,7 @@ class Nf4Experts:
         # The C product computes all experts in one call if all have the same format.
         packed = [expert for expert in self._experts if isinstance(expert, PackedLinear)]
         formats = {expert.format for expert in packed}
-        if has_native_products() and len(packed) == len(self._experts) and len(formats) == 1:
+        if has_kernels(device) and len(packed) == len(self._experts) and len(formats) == 1:
             (self._format,) = formats
             addresses = [[each.packed.data_ptr(), each.absmax.data_ptr()] for each in packed]
             self._addresses = torch.tensor(addresses, dtype=torch.int64)

@@ -55,14 +55,14 @@ static void same(const char *name, const void *a, const void *b, int64_t bytes) 
 typedef struct {
     const float *x;
     const void *w;
-    float *y;
+    void *y;
     int64_t batches, rows, columns, inner, x_batch, x_row, w_batch, w_row, y_batch, y_row, kind, adds,
-        threads;
+        threads, narrows;
 } Product;
 void turret_dots(const Product *);
 void turret_columns(const Product *);
 void turret_dense_product(const bf16 *, int64_t, int64_t, const bf16 *, bf16 *, int64_t, int64_t, int64_t,
-                          int64_t, bf16 *);
+                          int64_t, float *);
 void turret_nf4_slices(const bf16 *, int64_t, const uint8_t *, const bf16 *, bf16 *, int64_t, int64_t, int64_t,
                        const Step *, const int64_t *);
 void turret_change_inputs(const Step *, int64_t, const Inputs *, const bf16 *, int64_t, int64_t, bf16 *);
@@ -70,7 +70,6 @@ void turret_adapt_experts(const void *, const void *);
 void turret_screen_codes(const bf16 *, int64_t, int64_t, int8_t *, float *, double *, int64_t);
 int64_t turret_screen(const void *, const bf16 *, int64_t, int64_t, double, char *, int64_t *, int64_t, int64_t);
 int64_t turret_screen_bytes(int64_t, int64_t, int64_t);
-int64_t turret_has_products(void);
 void turret_own_threads(int64_t are_wanted);
 void turret_add_rms_norm(bf16 *, const bf16 *, const float *, double, bf16 *, int64_t, int64_t, int64_t);
 void turret_add_rms_norm_f32(float *, const float *, const float *, double, float *, int64_t, int64_t,

@@ -23,7 +23,7 @@ static void check_products(int64_t columns, int64_t inner, int64_t kind, int by_
         for (int64_t i = 0; i < 2 * columns * inner; i++) ((uint16_t *)w)[i] = rand() % 0x3c00 | rand() % 2 << 15;
     int64_t w_row = by_columns ? columns : inner;
     Product p = {x, w, y, 2, MAX_ROWS, columns, inner, MAX_ROWS * inner, inner, columns * inner, w_row,
-                 MAX_ROWS * columns, columns, kind, 0, threads};
+                 MAX_ROWS * columns, columns, kind, 0, threads, 0};
     void (*multiply)(const Product *) = by_columns ? turret_columns : turret_dots;
     multiply(&p);
     double *expected = calloc(2 * MAX_ROWS * columns, sizeof(double));
@@ -61,14 +61,13 @@ static void check_products(int64_t columns, int64_t inner, int64_t kind, int by_
 }
 
 static void check_dense(int64_t out, int64_t in) {
-    if (!turret_has_products()) return;
     bf16 *x = halves(PRODUCT_ROWS * in), *w = halves(out * in), *y = halves(PRODUCT_ROWS * out), *one = halves(out);
     double *expected = calloc(PRODUCT_ROWS * out, sizeof(double));
     for (int64_t r = 0; r < PRODUCT_ROWS; r++)
         for (int64_t o = 0; o < out; o++)
             for (int64_t k = 0; k < in; k++)
                 expected[r * out + o] += (double)to_f32(x[r * in + k]) * to_f32(w[o * in + k]);
-    bf16 *scratch = halves((PRODUCT_ROWS + 15) * in);
+    float *scratch = floats((PRODUCT_ROWS + 15) * in);
     turret_dense_product(x, in, PRODUCT_ROWS, w, y, out, out, in, threads, scratch);
     near_bf16("dense", y, expected, PRODUCT_ROWS * out);
     add_bits(y, PRODUCT_ROWS * out);
@@ -89,7 +88,6 @@ FourBitExperts turret_nf4_experts, turret_mxfp4_experts;
 /* `format` is the name in failures; `block` inputs share a scale. */
 static void check_4bit(const char *format, const double *values, int64_t block, FourBitProduct *multiply,
                        FourBitExperts *multiply_experts, int64_t out, int64_t in) {
-    if (!turret_has_products()) return;
     bf16 *x = halves(PRODUCT_ROWS * in), *scale = halves(in / block * out), *y = halves(PRODUCT_ROWS * out);
     bf16 *one = halves(out);
     uint8_t *packed = malloc(out * in / 2 + 256);

@@ -7,7 +7,7 @@ import torch
 from kernel_traffic import circulant, error_ratio
 
 from turret.kernels.cpu import row_adapters
-from turret.kernels.cpu.native import has_native_products
+from turret.kernels.cpu.native import library
 from turret.kernels.cpu.row_adapters import (
     ModuleSizes,
     ModuleTable,
@@ -17,7 +17,7 @@ from turret.kernels.cpu.row_adapters import (
 )
 
 ROWS = 5
-pytestmark = pytest.mark.skipif(not has_native_products(), reason="needs compiled kernels")
+pytestmark = pytest.mark.skipif(library() is None, reason="there is no C compiler")
 # The numbers of blocks of outputs and inputs, and the size of a block: with one part and many, with
 # frequencies in one vector and in more than four, and with sizes without parts.
 SHAPES = [(3, 2, 16), (2, 3, 48), (1, 2, 80), (2, 1, 128), (3, 8, 192), (2, 2, 256)]

@@ -99,6 +99,8 @@ FAULTS = {
                              "xs[i] = x + (i < rows ? i / 2 * 2 : rows - 1) * p->x_row;"),
     "a last vector in another order": ("products.h", "if (k == n) return;",
                                        "if (k == n || SIDE > n) return;"),
+    "an even input twice": ("nf4_vectors.h", "x[r * BLOCK + odd] -", "x[r * BLOCK] -"),
+    "outputs of the other half": ("nf4_product.c", "0xd8", "0xe4"),
     "another expert's factors": ("adapters/experts.c", ".b = u->b + expert *",
                                  ".b = u->b + (expert ^ 1) *"),
     "a window one too long": ("attention.c", "low = end - plan->window;",

@@ -27,7 +27,7 @@ from said import says
 from servers.engine_harness import EngineHarness, make_request
 from servers.gpu_serving import gpu_serving
 
-from turret.kernels.cpu.native import has_native_products
+from turret.kernels.cpu.native import library
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.cli import main
 from turret.server.command.preflight import problems
@@ -47,7 +47,7 @@ from turret.server.models.weights.nf4 import (
 from turret.training.base_model import empty_model, find_base, load_model
 
 # The form of 4-bit weights on this processor.
-QUANTIZED = PackedLinear if has_native_products() else DequantizedLinear
+QUANTIZED = PackedLinear if library() is not None else DequantizedLinear
 # Modules of their own, all of a fused projection, some of it, and none.
 LAYOUTS: dict[str, Sequence[str]] = {
     "unsloth": UNSLOTH,

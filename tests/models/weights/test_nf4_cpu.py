@@ -19,10 +19,11 @@ import torch
 from kernel_traffic import error_ratio
 
 from turret.kernels.cpu import native
-from turret.kernels.cpu.native import has_native_products, library
+from turret.kernels.cpu.native import library
+from turret.kernels.nf4_matmul import NF4
 from turret.server.models.weights import nf4_cpu
 from turret.server.models.weights.nf4 import BLOCKSIZE, Nf4Weight, PackedLinear, nf4_linear
-from turret.server.models.weights.nf4_cpu import nf4_product, pack
+from turret.server.models.weights.nf4_cpu import nf4_product, nf4_transposed, pack
 
 # Codes, maxima and results are rounded to bf16.
 MAX_ERROR = 6e-3
@@ -93,7 +94,7 @@ def test_equals_the_registered_op(
     assert torch.equal(found, op(x, packed, shape, state.absmax, state.code, BLOCKSIZE))
 
 
-@pytest.mark.skipif(not has_native_products(), reason="no compiled products here")
+@pytest.mark.skipif(library() is None, reason="there is no C compiler")
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(("out_features", "in_features"), [(96, 64), (64, 192), (576, 576)])
 def test_rows_equal_float64_and_the_rows_alone(
@@ -116,24 +117,62 @@ def test_rows_equal_float64_and_the_rows_alone(
     assert error_ratio(whole, exact) < MAX_ERROR
 
 
-@needs_avx512bf16
-@pytest.mark.skipif(library() is None, reason="there is no C compiler")
-def test_the_compiled_product_serves() -> None:
-    assert has_native_products()
-
-
-@needs_avx512bf16
 def test_no_rows_are_no_rows() -> None:
     linear = nf4_linear([random_weight(64, 128)], torch.bfloat16, torch.device("cpu"))
     assert linear(torch.empty(0, 128, dtype=torch.bfloat16)).shape == (0, 64)
 
 
-@needs_avx512bf16
 def test_takes_rows_of_a_wider_matrix() -> None:
     linear = nf4_linear([random_weight(64, 128)], torch.bfloat16, torch.device("cpu"))
     wide = torch.randn(5, 256).to(torch.bfloat16)
     assert torch.equal(linear(wide[:, 128:]), linear(wide[:, 128:].contiguous()))
     assert torch.equal(linear(wide.T.contiguous().T[:, :128]), linear(wide[:, :128].contiguous()))
+
+
+@pytest.mark.skipif(library() is None, reason="there is no C compiler")
+@pytest.mark.parametrize("isa", native.usable_isas())
+def test_gradients_are_products_with_the_weight_that_is_multiplied(
+    isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nf4_cpu, "functions", lambda: native.load(isa))
+    linear = PackedLinear.pack([random_weight(96, 192, 1), random_weight(32, 192, 2)])
+    grad = torch.randn(5, 128).to(torch.bfloat16)
+    weight = torch.cat([linear.dequantize(0), linear.dequantize(1)])
+    exact = grad.double() @ weight.double()
+    assert error_ratio(linear.transposed_product(grad.float()), exact) < MAX_ERROR
+    turned = nf4_transposed(linear.packed, linear.absmax, (128, 192))
+    assert torch.equal(turned.T.float(), weight)
+
+
+@pytest.mark.skipif(library() is None, reason="there is no C compiler")
+@pytest.mark.parametrize("rows", [1, 5, 70])
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_terms_are_added_in_the_order_of_the_inputs(
+    isa: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each block from zero, pair by pair, the odd input first, as VDPBF16PS adds them."""
+    if isa not in native.usable_isas():
+        pytest.skip(f"this processor or compiler does not have {isa}")
+    monkeypatch.setattr(nf4_cpu, "functions", lambda: native.load(isa))
+    # The second half of each block cancels the first, so that the rounding of every sum shows.
+    numbers = torch.randn(64, 3, 1, 32).expand(-1, -1, 2, -1).reshape(64, 192)
+    weight = Nf4Weight.quantize(numbers.to(torch.bfloat16))
+    linear = PackedLinear.pack([weight])
+    code = torch.tensor(NF4.code).to(torch.bfloat16).float()
+    codes = weight.packed.view(64, 96)
+    values = code[torch.stack((codes >> 4, codes & 15), dim=2).view(64, 192).int()]
+    halves = torch.randn(rows, 3, 1, 32) * torch.tensor([1.0, -1.0])[:, None]
+    x = halves.reshape(rows, 192).to(torch.bfloat16)
+    total = torch.zeros(rows, 64)
+    for block in range(3):
+        sums = torch.zeros(rows, 64)
+        for k in range(BLOCKSIZE):
+            place = block * BLOCKSIZE + (k ^ 1)
+            # Products of bf16 numbers are exact in fp32.
+            sums += x[:, place, None].float() * values[:, place]
+        # In float64, the product is exact as well, so this rounds like a fused multiply-add.
+        total = (total.double() + sums.double() * linear.absmax[block].double()).float()
+    assert torch.equal(linear(x), total.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
