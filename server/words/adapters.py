@@ -128,8 +128,8 @@ TEXTS: dict[str, str] = {
     "TRAINED_FOR_ANOTHER_BASE": "trained for base model {trained!q:.200} but served on"
     " {served!q:.200}: the shapes fit, but the weights may differ",
     "OTHER_WEIGHTS": "trained on base weights with digest {trained}, but served on {served}",
-    "STORED_OTHERWISE": "trained on base weights with digest {trained}, but served on {served};"
-    " the number of modules in 16 bits differs for {modules}",
+    "STORED_OTHERWISE": "trained on a base with other modules in 16 bits; the served one has"
+    " {modules}",
     "OTHER_QUANTIZATION": "trained on {trained!q:.200}, whose weights are stored as {value}, but"
     " served on {served!q:.200}: the weights may differ",
     "BASE_DIFFERS": "adapter {path!q:.200} is rejected by --strict-base: {problem}",

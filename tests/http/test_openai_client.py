@@ -20,6 +20,8 @@ from checkout import ROOT
 from servers.server_under_test import ServerUnderTest, start_server
 
 from turret.clients.client import TurretClient
+from turret.server.models.model_source import resolve_model
+from turret.server.models.sources.check import default_cache_dir
 
 EXAMPLES = ROOT / "examples" / "adapters"
 ASK: Any = [{"role": "user", "content": "JSON with name, age: Ann is 31 years old."}]
@@ -70,8 +72,10 @@ def test_the_tokenizer_is_described_to_those_who_may_ask(server: ServerUnderTest
 
 
 def test_models_are_listed_and_found(client: openai.OpenAI, rpc: TurretClient) -> None:
-    base = rpc.get_model().name
+    model = rpc.get_model()
+    base, digest = model.name, resolve_model(None, default_cache_dir()).digest
     models = client.models.list().data
+    assert models[0].to_dict()["digest"] == model.digest == digest
     assert [model.id for model in models] == [base, "json", "sql"]
     assert [model.to_dict()["parent"] for model in models] == [None, base, base]
     for name in (base, "base"):

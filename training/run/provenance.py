@@ -30,7 +30,7 @@ def describe_run(resolved: Resolved, num_parameters: int) -> dict[str, Any]:
         config["method"]["components"] = component_digests(config["method"]["components"])
     source, dataset = resolved.base.source, resolved.dataset
     return {
-        "base": describe_base(source),
+        "base": describe_base(source, resolved.config.base.weights == "full"),
         "data": {
             "digest": dataset.digest,
             "num_examples": dataset.num_examples,
@@ -43,10 +43,14 @@ def describe_run(resolved: Resolved, num_parameters: int) -> dict[str, Any]:
     }
 
 
-def describe_base(source: ModelSource) -> dict[str, Any]:
-    """What identifies the weights on which an adapter was made."""
-    return {
-        "name": source.name,
-        "digest": source.digest,
-        "weights": stored_weights(source).storage(),
-    }
+def describe_base(source: ModelSource, is_full: bool = False) -> dict[str, Any]:
+    """What identifies the weights on which an adapter was made.
+
+    Args:
+        source: The quantised model.
+        is_full: Whether the adapter was made on the checkpoint's own weights instead.
+    """
+    weights = stored_weights(source).storage()
+    if is_full:
+        weights = {module: {"16-bit": sum(found.values())} for module, found in weights.items()}
+    return {"name": source.name, "digest": source.digest, "weights": weights}

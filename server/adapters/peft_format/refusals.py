@@ -62,18 +62,18 @@ def base_name_warning(adapter_base: str, served_base: str) -> Text | None:
 def base_difference(checkpoint: AdapterCheckpoint, base: BaseModel) -> Text | None:
     """The difference between the weights an adapter was trained on and those served, if known.
 
-    The digest that ``turret train`` wrote decides, if there is one; else the name of the base does.
+    What ``turret train`` wrote decides, if there is a digest; else the name of the base does.
     """
     trained = checkpoint.trained_base
     if trained.digest:
-        if trained.digest == base.digest:
-            return None
+        # Training with ``full`` weights has the digest of the quantised ones.
         differ = sorted(k for k in base.weights if trained.weights.get(k) != base.weights[k])
-        digests = {"trained": trained.digest[:12], "served": base.digest[:12]}
         if trained.weights and differ:
             shown = ", ".join(base.weights_shown.get(kind, kind) for kind in differ)
-            return say("STORED_OTHERWISE", modules=shown, **digests)
-        return say("OTHER_WEIGHTS", **digests)
+            return say("STORED_OTHERWISE", modules=shown)
+        if trained.digest == base.digest:
+            return None
+        return say("OTHER_WEIGHTS", trained=trained.digest[:12], served=base.digest[:12])
     name = checkpoint.config.get("base_model_name_or_path") or ""
     if found := base_name_warning(name, base.name):
         return found

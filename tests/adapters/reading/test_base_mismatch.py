@@ -149,6 +149,15 @@ DIGEST = "d" * 64
             "STORED_OTHERWISE",
             {"modules": "1 down_proj 16-bit, 1 down_proj quantized (error 10 %)"},
         ),
+        # Trained on the weights of a checkpoint that the server quantises.
+        (
+            {"digest": DIGEST, "weights": {"q_proj": {"16-bit": 2}, "down_proj": {"16-bit": 2}}},
+            "STORED_OTHERWISE",
+            {
+                "modules": "1 down_proj 16-bit, 1 down_proj quantized (error 10 %),"
+                " 2 q_proj as-stored"
+            },
+        ),
     ],
 )
 def test_other_weights_of_the_same_base_are_told(

@@ -230,6 +230,9 @@ def test_the_adapter_says_what_it_was_made_of(tiny_llama: Path, tmp_path: Path):
     assert facts["base"] == {"name": base.source.name, "digest": base.source.digest}
     assert facts["adapter"] == {"digest": adapter_digest(run / "adapter")}
     assert weights["q_proj"] == {"4-bit": base.arch.num_layers}
+    full = train(tmp_path, tiny_llama, "full", "base.weights=full") / "adapter"
+    made = json.loads((full / "provenance.json").read_text())["base"]
+    assert made["weights"]["q_proj"] == {"16-bit": base.arch.num_layers}
     assert len(facts["data"]["digest"]) == 64
     assert facts["data"]["num_examples"] == 22
     assert facts["seed"] == facts["config"]["run"]["seed"] == 5
