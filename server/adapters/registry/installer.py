@@ -284,9 +284,11 @@ class Installer:
                 current = replaced.current
                 self.state.save(current, pinned=current.pinned, kept=replaced.kept)
         except (OSError, TurretError) as error:
-            # The earlier write failed, so most likely there is nothing on disk to undo.
+            # The saved registration may name the files, so they stay. The next start removes them
+            # if it does not.
             _log.warning("cannot undo", extra=log.fields(adapter=adapter.name, reason=error))
-        self.state.discard(adapter.source)
+        else:
+            self.state.discard(adapter.source)
 
 
 def _no_room(adapter: Adapter) -> BudgetExceededError:

@@ -220,6 +220,62 @@ def test_a_full_disk_changes_nothing(
     assert [(r.name, r.generation, r.pinned) for r in registry.list()] == [("a", 1, False)]
 
 
+def test_a_replacement_that_the_disk_reports_as_failed_keeps_its_files(
+    start: Start, make: Registries, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The registration names the new files already, and cannot be written back."""
+    registry = start()
+    registry.upload("up", stage_directory(registry, make.root / "a"))
+    staged = stage_directory(registry, make.root / "b")
+    with monkeypatch.context() as patch:
+        _full_after(patch, "adapters")
+        with pytest.raises(StorageFullError):
+            registry.upload("up", staged, replace=True)
+    staged.discard()
+    assert Waiter(registry.acquire(refs(["up"]))).was_resident
+    registry.close()
+    registry = start()
+    assert Waiter(registry.acquire(refs(["up"]))).wait().error is None
+
+
+def test_an_alias_that_the_disk_reports_as_failed_is_the_one_before(
+    start: Start, make: Registries, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a restart would lose the alias, whose new target nothing has kept."""
+    registry = start()
+    registry.load("a", "a")
+    registry.load("b", "b")
+    before = [registry.set_alias("prod", refs("a"))]
+    for name in ("prod", "new"):
+        with monkeypatch.context() as patch:
+            _full_after(patch, "aliases", once=True)
+            with pytest.raises(StorageFullError):
+                registry.set_alias(name, refs("b"))
+    registry.replace("b", "c")
+    assert registry.aliases() == before
+    registry.close()
+    assert start().aliases() == before
+
+
+def _full_after(patch: pytest.MonkeyPatch, folder: str, *, once: bool = False) -> None:
+    """Replace a file of a folder, and then report a full disk."""
+    original = files.sync_directory
+
+    def full(path: Path) -> None:
+        if path.name != folder:
+            return original(path)
+        if once:
+            patch.setattr(files, "sync_directory", original)
+        else:
+            patch.setattr(files.os, "fsync", full_disk)
+        return full_disk()
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    patch.setattr(files, "sync_directory", full)
+
+
 def test_an_upload_over_the_limits_is_refused_before_it_is_sent(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
