@@ -14,6 +14,7 @@ and the registration last, so a crash leaves the state before it or the state af
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -514,10 +515,20 @@ class StateDir(SharedStateDir):
             StorageFullError: The disk is full; what was saved before still holds.
         """
         fields = {**dataclasses.asdict(alias), "version": 1}
+        path = self._aliases / _file_name(alias.name)
         with reporting_disk_faults():
-            replace_file(
-                self._aliases / _file_name(alias.name), json.dumps(fields, indent=1).encode()
-            )
+            before = path.read_bytes() if path.exists() else None
+            try:
+                replace_file(path, json.dumps(fields, indent=1).encode())
+            except OSError:
+                # The file may have been replaced all the same. A restart could then find targets
+                # that nothing has kept.
+                with contextlib.suppress(OSError):
+                    if before is None:
+                        path.unlink(missing_ok=True)
+                    else:
+                        replace_file(path, before)
+                raise
 
     def remove_alias(self, name: str) -> None:
         """Forgets an alias."""
@@ -533,9 +544,21 @@ class StateDir(SharedStateDir):
         adapter.source = dataclasses.replace(adapter.source, path=path)
 
     def discard(self, source: Source) -> None:
-        """Removes a generation's files if they were uploaded; others belong to the operator."""
-        if source.is_upload:
+        """Removes a generation's files if they were uploaded; others belong to the operator.
+
+        Files that the saved registration names stay: it may have been written although the disk
+        reported an error. The next start removes them if it no longer names them.
+        """
+        if source.is_upload and source.path not in self._saved_paths(source.adapter):
             remove_directory(self.path / source.path)
+
+    def _saved_paths(self, name: str) -> set[str]:
+        try:
+            data = read_regular(self._adapters / _file_name(name))
+            saved = SavedRegistration.from_json(data)
+        except (OSError, ValueError, RecursionError):
+            return set()
+        return {each.source.path for each in (saved, *saved.kept)}
 
 
 def _file_name(name: str) -> str:

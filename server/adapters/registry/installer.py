@@ -284,11 +284,9 @@ class Installer:
                 current = replaced.current
                 self.state.save(current, pinned=current.pinned, kept=replaced.kept)
         except (OSError, TurretError) as error:
-            # The saved registration may name the files, so they stay. The next start removes them
-            # if it does not.
+            # The earlier write failed, so most likely there is nothing on disk to undo.
             _log.warning("cannot undo", extra=log.fields(adapter=adapter.name, reason=error))
-        else:
-            self.state.discard(adapter.source)
+        self.state.discard(adapter.source)
 
 
 def _no_room(adapter: Adapter) -> BudgetExceededError:

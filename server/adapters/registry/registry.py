@@ -498,18 +498,7 @@ class AdapterRegistry:
         with self._changing_alias(name, *(target.name for target in targets)):
             alias = Alias(name, tuple(map(self._target, targets)))
             self._check_alias(alias)
-            try:
-                self._state.save_alias(alias)
-            except TurretError:
-                # The file may have changed all the same. If it stayed, a restart could find targets
-                # that nothing has kept.
-                before = self._table.alias(name)
-                with contextlib.suppress(TurretError):
-                    if before is None:
-                        self._state.remove_alias(name)
-                    else:
-                        self._state.save_alias(before)
-                raise
+            self._state.save_alias(alias)
             self._put_alias(alias)
         return alias
 
