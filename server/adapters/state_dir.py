@@ -23,6 +23,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -440,6 +441,11 @@ class StateDir(SharedStateDir):
         self._aliases = self.path / "aliases"
         self._files = self.path / "files"
         self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if self.path.stat().st_mode & stat.S_IWOTH:
+            _log.warning(
+                "every user of this machine can write to the state directory",
+                extra=log.fields(state_dir=self.path),
+            )
         self._lock = _lock(self.path / "LOCK")
         for directory in (self._adapters, self._aliases, self._files, self._incoming):
             directory.mkdir(exist_ok=True, mode=0o700)
@@ -461,11 +467,13 @@ class StateDir(SharedStateDir):
             base = {"version": 1, "name": base_name, "digest": base_digest}
             replace_file(path, json.dumps(base, indent=1).encode())
             return
-        base: dict[str, Any] = json.loads(read_regular(path))
-        if base.get("digest") != base_digest:
-            text = say(
-                "STATE_OF_OTHER_BASE", path=self.path, found=base.get("name"), base_model=base_name
-            )
+        try:
+            base = json.loads(read_regular(path))
+            name, digest = base["name"], base["digest"]
+        except (KeyError, TypeError, ValueError, RecursionError):
+            raise ValueError(say("STATE_BASE_DAMAGED", path=path)) from None
+        if digest != base_digest:
+            text = say("STATE_OF_OTHER_BASE", path=self.path, found=name, base_model=base_name)
             raise ValueError(text)
 
     def read(self, *, sweeps: bool = True) -> list[SavedRegistration]:

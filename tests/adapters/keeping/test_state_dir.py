@@ -341,6 +341,24 @@ def test_one_server_and_one_base_model_per_directory(tmp_path: Path) -> None:
     again.close()
 
 
+@pytest.mark.parametrize("data", ["", "{", "[]", '{"version": 1}', "[" * 200_000])
+def test_a_damaged_record_of_the_base_is_reported(tmp_path: Path, data: str) -> None:
+    state = StateDir(tmp_path, 1)
+    (tmp_path / "base.json").write_text(data)
+    with pytest.raises(ValueError, check=says("STATE_BASE_DAMAGED", path=tmp_path / "base.json")):
+        state.bind("m", "d" * 64)
+    state.close()
+
+
+def test_a_state_directory_that_everyone_can_change_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for mode, count in ((0o770, 0), (0o777, 1)):
+        tmp_path.chmod(mode)
+        StateDir(tmp_path, 1).close()
+        assert caplog.text.count("every user") == count
+
+
 def test_a_damaged_file_costs_one_adapter_and_no_upload(
     start: Start, make: Registries, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
