@@ -14,6 +14,7 @@ and the registration last, so a crash leaves the state before it or the state af
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -22,6 +23,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -439,6 +441,11 @@ class StateDir(SharedStateDir):
         self._aliases = self.path / "aliases"
         self._files = self.path / "files"
         self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if self.path.stat().st_mode & stat.S_IWOTH:
+            _log.warning(
+                "every user of this machine can write to the state directory",
+                extra=log.fields(state_dir=self.path),
+            )
         self._lock = _lock(self.path / "LOCK")
         for directory in (self._adapters, self._aliases, self._files, self._incoming):
             directory.mkdir(exist_ok=True, mode=0o700)
@@ -460,11 +467,13 @@ class StateDir(SharedStateDir):
             base = {"version": 1, "name": base_name, "digest": base_digest}
             replace_file(path, json.dumps(base, indent=1).encode())
             return
-        base: dict[str, Any] = json.loads(read_regular(path))
-        if base.get("digest") != base_digest:
-            text = say(
-                "STATE_OF_OTHER_BASE", path=self.path, found=base.get("name"), base_model=base_name
-            )
+        try:
+            base = json.loads(read_regular(path))
+            name, digest = base["name"], base["digest"]
+        except (KeyError, TypeError, ValueError, RecursionError):
+            raise ValueError(say("STATE_BASE_DAMAGED", path=path)) from None
+        if digest != base_digest:
+            text = say("STATE_OF_OTHER_BASE", path=self.path, found=name, base_model=base_name)
             raise ValueError(text)
 
     def read(self, *, sweeps: bool = True) -> list[SavedRegistration]:
@@ -514,10 +523,20 @@ class StateDir(SharedStateDir):
             StorageFullError: The disk is full; what was saved before still holds.
         """
         fields = {**dataclasses.asdict(alias), "version": 1}
+        path = self._aliases / _file_name(alias.name)
         with reporting_disk_faults():
-            replace_file(
-                self._aliases / _file_name(alias.name), json.dumps(fields, indent=1).encode()
-            )
+            before = path.read_bytes() if path.exists() else None
+            try:
+                replace_file(path, json.dumps(fields, indent=1).encode())
+            except OSError:
+                # The file may have been replaced all the same. A restart could then find targets
+                # that nothing has kept.
+                with contextlib.suppress(OSError):
+                    if before is None:
+                        path.unlink(missing_ok=True)
+                    else:
+                        replace_file(path, before)
+                raise
 
     def remove_alias(self, name: str) -> None:
         """Forgets an alias."""
@@ -533,9 +552,21 @@ class StateDir(SharedStateDir):
         adapter.source = dataclasses.replace(adapter.source, path=path)
 
     def discard(self, source: Source) -> None:
-        """Removes a generation's files if they were uploaded; others belong to the operator."""
-        if source.is_upload:
+        """Removes a generation's files if they were uploaded; others belong to the operator.
+
+        Files that the saved registration names stay: it may have been written although the disk
+        reported an error. The next start removes them if it no longer names them.
+        """
+        if source.is_upload and source.path not in self._saved_paths(source.adapter):
             remove_directory(self.path / source.path)
+
+    def _saved_paths(self, name: str) -> set[str]:
+        try:
+            data = read_regular(self._adapters / _file_name(name))
+            saved = SavedRegistration.from_json(data)
+        except (OSError, ValueError, RecursionError):
+            return set()
+        return {each.source.path for each in (saved, *saved.kept)}
 
 
 def _file_name(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -172,16 +173,22 @@ class Learner:
 
     def load(self, folder: Path, *, with_optimizer: bool) -> None:
         """Restore the tensors, and optionally the optimizer's state, that ``save`` wrote."""
-        tensors = load_file(folder / TENSORS_FILE)
+        # A save may replace the directory meanwhile, so both files are read from one open directory.
+        directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            opened = Path(f"/proc/self/fd/{directory}")
+            tensors = load_file(opened / TENSORS_FILE)
+            saved = load_file(opened / OPTIMIZER_FILE) if with_optimizer else {}
+        finally:
+            os.close(directory)
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(tensors[f"{PREFIX}{name}"])
         self._optimizer.state.clear()
-        if with_optimizer and (folder / OPTIMIZER_FILE).exists():
-            for key, value in load_file(folder / OPTIMIZER_FILE).items():
-                name, _, field = key.rpartition("/")
-                state = self._optimizer.state[self.parameters[name]]
-                state[field] = value.reshape(()) if field == "step" else value
+        for key, value in saved.items():
+            name, _, field = key.rpartition("/")
+            state = self._optimizer.state[self.parameters[name]]
+            state[field] = value.reshape(()) if field == "step" else value
         self.served, self.leaves = self._refreshed()
 
 

@@ -214,6 +214,8 @@ TEXTS: dict[str, str] = {
     "STATE_DIR_REQUIRED": "uploaded and fused adapters need a server with --state-dir",
     "STATE_OF_OTHER_BASE": "--state-dir: {path} contains adapters of base model {found!q}, not of"
     " {base_model!q}; use another directory",
+    "STATE_BASE_DAMAGED": "--state-dir: {path} is damaged; restore it, or remove it if the base"
+    " model is still the same",
     "STATE_DISK_FULL": "the disk of --state-dir has {free_bytes!b} free, but {needed_bytes!b} are"
     " needed",
     "UPLOAD_TOO_LARGE": "the files have {bytes!b}, but the server's --max-upload-bytes is"

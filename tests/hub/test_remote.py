@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import start_problems
 from builders.registries import Registries, tiny_base
@@ -30,12 +31,15 @@ from turret.server.errors import (
     TurretError,
 )
 from turret.server.remote import RemoteAdapters
+from turret.server.remote_program import check_address
 
 pytest.importorskip("moto")
 oras_provider = pytest.importorskip("oras.provider")
 s3fs = pytest.importorskip("s3fs")
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
+# Where clouds serve a machine's metadata and credentials.
+METADATA = "http://169.254.169.254"
 _Make = Callable[..., AdapterRegistry]
 
 
@@ -272,6 +276,18 @@ class _Registry(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        kind = self.path.split("/")[2]
+        if kind == "redirect":
+            return self._refer(307, "location", f"{METADATA}/latest")
+        if kind == "realm":
+            return self._refer(401, "www-authenticate", f'Bearer realm="{METADATA}/token"')
+        if kind == "endless":
+            token = f"http://{self.headers['host']}/v2/token"
+            return self._refer(401, "www-authenticate", f'Bearer realm="{token}"')
+        if kind.startswith("token"):
+            return self._repeat(bytes(1 << 20))
+        if kind == "header":
+            return self._repeat(b"X", 0.05)
         self.send_response(200)
         self.send_header("transfer-encoding", "chunked")
         self.end_headers()
@@ -292,6 +308,18 @@ class _Registry(http.server.BaseHTTPRequestHandler):
         for piece in (manifest[:9], manifest[9:]) if "manifests" in self.path else (b"ab", b"cd"):
             self._send(piece)
         self.wfile.write(b"0\r\n\r\n")
+
+    def _refer(self, status: int, header: str, value: str) -> None:
+        self.send_response(status)
+        self.send_header(header, value)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def _repeat(self, data: bytes, seconds: float = 0.0) -> None:
+        self.wfile.write(b"HTTP/1.1 200 OK\r\n" if seconds else b"HTTP/1.1 200 OK\r\n\r\n")
+        with contextlib.suppress(OSError):
+            while not self.is_over.wait(seconds):
+                self.wfile.write(data)
 
     def _send(self, data: bytes) -> None:
         with contextlib.suppress(OSError):
@@ -316,10 +344,53 @@ def hostile() -> Iterator[str]:
 def test_a_slow_registry_gives_its_place_back(
     registry: _Make, hostile: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "LEAST_SECONDS", 0.3)
+    monkeypatch.setattr(remote, "LEAST_SECONDS", 0.5)
     served = registry(hostile)
-    for _ in range(2 * remote.MAX_DOWNLOADS):
-        refused(served, f"{hostile}/slow/x:v1", HubUnavailableError, "REMOTE_TOO_SLOW")
+    for kind in ("slow", *["header"] * remote.MAX_DOWNLOADS, "slow"):
+        refused(served, f"{hostile}/{kind}/x:v1", HubUnavailableError, "REMOTE_TOO_SLOW")
+
+
+def test_an_answer_without_end_takes_no_memory_of_the_server(
+    registry: _Make, hostile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "LEAST_SECONDS", 3.0)
+    served, process = registry(hostile), psutil.Process()
+    before = process.memory_info().rss
+    # The registry asks for a token, and the answer with the token never ends.
+    refused(served, f"{hostile}/endless/x:v1", HubUnavailableError, "REMOTE_TOO_SLOW")
+    assert process.memory_info().rss - before < 32 << 20
+
+
+@pytest.mark.parametrize("kind", ["redirect", "realm"])
+def test_a_registry_leads_to_no_internal_address(registry: _Make, hostile: str, kind: str) -> None:
+    problem = "AuthenticationException: the registry refers to the internal address 169.254.169.254"
+    path = f"{hostile}/{kind}/x:v1"
+    refused(registry(hostile), path, HubUnavailableError, "REMOTE_NOT_REACHED", problem=problem)
+
+
+@pytest.mark.parametrize(
+    ("url", "registry", "is_secure", "is_allowed"),
+    [
+        ("https://1.1.1.1/a", "8.8.8.8", True, True),
+        ("https://8.8.8.8/a", "8.8.8.8", True, True),
+        ("http://8.8.8.8/a", "8.8.8.8", True, False),
+        ("https://10.0.0.1/a", "8.8.8.8", True, False),
+        ("https://10.0.0.1/a", "10.0.0.2", True, True),
+        ("https://127.0.0.1/a", "10.0.0.2", True, False),
+        ("https://[::1]/a", "10.0.0.2", True, False),
+        ("https://[::ffff:127.0.0.1]/a", "10.0.0.2", True, False),
+        ("https://0.0.0.0/a", "10.0.0.2", True, False),
+        ("http://127.0.0.1:1/a", "127.0.0.1", False, True),
+        ("http://10.0.0.1/a", "127.0.0.1", False, True),
+        ("http://169.254.169.254/a", "127.0.0.1", False, False),
+        ("http://[fe80::1%25lo]/a", "127.0.0.1", False, False),
+        ("https://169.254.1.1/a", "169.254.1.1", True, True),
+    ],
+)
+def test_where_a_registry_may_lead(
+    url: str, registry: str, *, is_secure: bool, is_allowed: bool
+) -> None:
+    assert (check_address(url, registry, is_secure=is_secure) == "") == is_allowed
 
 
 def test_the_pieces_and_sizes_of_a_manifest(registry: _Make, hostile: str) -> None:

@@ -220,6 +220,62 @@ def test_a_full_disk_changes_nothing(
     assert [(r.name, r.generation, r.pinned) for r in registry.list()] == [("a", 1, False)]
 
 
+def test_a_replacement_that_the_disk_reports_as_failed_keeps_its_files(
+    start: Start, make: Registries, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The registration names the new files already, and cannot be written back."""
+    registry = start()
+    registry.upload("up", stage_directory(registry, make.root / "a"))
+    staged = stage_directory(registry, make.root / "b")
+    with monkeypatch.context() as patch:
+        _full_after(patch, "adapters")
+        with pytest.raises(StorageFullError):
+            registry.upload("up", staged, replace=True)
+    staged.discard()
+    assert Waiter(registry.acquire(refs(["up"]))).was_resident
+    registry.close()
+    registry = start()
+    assert Waiter(registry.acquire(refs(["up"]))).wait().error is None
+
+
+def test_an_alias_that_the_disk_reports_as_failed_is_the_one_before(
+    start: Start, make: Registries, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a restart would lose the alias, whose new target nothing has kept."""
+    registry = start()
+    registry.load("a", "a")
+    registry.load("b", "b")
+    before = [registry.set_alias("prod", refs("a"))]
+    for name in ("prod", "new"):
+        with monkeypatch.context() as patch:
+            _full_after(patch, "aliases", once=True)
+            with pytest.raises(StorageFullError):
+                registry.set_alias(name, refs("b"))
+    registry.replace("b", "c")
+    assert registry.aliases() == before
+    registry.close()
+    assert start().aliases() == before
+
+
+def _full_after(patch: pytest.MonkeyPatch, folder: str, *, once: bool = False) -> None:
+    """Replace a file of a folder, and then report a full disk."""
+    original = files.sync_directory
+
+    def full(path: Path) -> None:
+        if path.name != folder:
+            return original(path)
+        if once:
+            patch.setattr(files, "sync_directory", original)
+        else:
+            patch.setattr(files.os, "fsync", full_disk)
+        return full_disk()
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    patch.setattr(files, "sync_directory", full)
+
+
 def test_an_upload_over_the_limits_is_refused_before_it_is_sent(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -283,6 +339,24 @@ def test_one_server_and_one_base_model_per_directory(tmp_path: Path) -> None:
     with pytest.raises(ValueError, check=says("STATE_OF_OTHER_BASE", found="m")):
         again.bind("m", "e" * 64)
     again.close()
+
+
+@pytest.mark.parametrize("data", ["", "{", "[]", '{"version": 1}', "[" * 200_000])
+def test_a_damaged_record_of_the_base_is_reported(tmp_path: Path, data: str) -> None:
+    state = StateDir(tmp_path, 1)
+    (tmp_path / "base.json").write_text(data)
+    with pytest.raises(ValueError, check=says("STATE_BASE_DAMAGED", path=tmp_path / "base.json")):
+        state.bind("m", "d" * 64)
+    state.close()
+
+
+def test_a_state_directory_that_everyone_can_change_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for mode, count in ((0o770, 0), (0o777, 1)):
+        tmp_path.chmod(mode)
+        StateDir(tmp_path, 1).close()
+        assert caplog.text.count("every user") == count
 
 
 def test_a_damaged_file_costs_one_adapter_and_no_upload(

@@ -159,6 +159,34 @@ async def test_a_resumed_adapter_goes_on_to_the_same_bytes(tmp_path: Path) -> No
         assert (whole / name).read_bytes() == (resumed / name).read_bytes()
 
 
+async def test_a_checkpoint_that_is_replaced_while_it_is_read_is_not_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = learner_module.load_file
+    first, second, loaded = (tmp_path / name for name in ("first", "second", "loaded"))
+    for folder in (first, second, loaded):
+        folder.mkdir()
+
+    def replaced_after(path: Path) -> dict[str, torch.Tensor]:
+        tensors = read(path)
+        if second.exists():
+            first.rename(tmp_path / "gone")
+            second.rename(first)
+        return tensors
+
+    async with started(tmp_path) as (_, training):
+        learner = await training.create(LearnerConfig(rank=4, seed=1))
+        for folder in (first, second):
+            await training.pass_over(learner, [learned(texts(2)[0])], "cross_entropy", {})
+            await training.step(learner, ADAM)
+            await training.save(learner, folder, with_optimizer=True)
+        monkeypatch.setattr(learner_module, "load_file", replaced_after)
+        await training.load(learner, first, with_optimizer=True)
+        await training.save(learner, loaded, with_optimizer=True)
+    for name in ("adapter_model.safetensors", "optimizer.safetensors"):
+        assert (loaded / name).read_bytes() == (tmp_path / "gone" / name).read_bytes()
+
+
 async def test_requests_run_within_a_pass(tmp_path: Path) -> None:
     async with started(tmp_path) as (harness, training):
         learner = await training.create(LearnerConfig(rank=4, seed=1))
