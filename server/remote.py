@@ -1,7 +1,7 @@
-"""Adapters in S3 buckets and OCI registries, whose files are fetched once and then kept as uploads.
+"""Adapters in S3 buckets and OCI registries: their files are fetched once and kept like uploads.
 
-``s3://bucket/folder`` is read by s3fs, and ``oci://host/repository:tag`` or ``…@sha256:digest`` by
-oras, so their settings and credentials apply: AWS's variables and files, and Docker's config.
+s3fs reads ``s3://bucket/folder``, with AWS's variables and credential files. oras reads
+``oci://host/repository:tag`` or ``…@sha256:digest``, with Docker's config.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from turret.server.errors import (
 )
 from turret.server.words import say
 
-# Concurrent downloads; each may use the whole disk budget.
+# The maximum number of concurrent downloads. Each may use the whole disk budget.
 MAX_DOWNLOADS = 8
-# Timeout of a download: a fixed part plus its bytes at the speed of a slow line.
+# The timeout of a download is a fixed time plus the time that its bytes take at this low speed.
 LEAST_SECONDS = 60.0
 LEAST_BYTES_PER_SECOND = 1 << 20
 _CHUNK_BYTES = 1 << 20
-# The time for a registry to accept a connection, and then to send anything.
+# The time for a registry to accept a connection, and the time between the bytes that it sends.
 _SOCKET_SECONDS = (10.0, 30.0)
 _MAX_MANIFEST_BYTES = 4 << 20
 _NAMES = frozenset((CONFIG_FILE, TENSORS_FILE, PROVENANCE_FILE, *TOKENIZER_FILES))
@@ -89,12 +89,12 @@ class RemoteAdapters:
 
         Raises:
             AdapterCheckpointError: The path is not allowed, or not an adapter's.
-            HubError: There is no such path, or not with the server's credentials.
+            HubError: The path does not exist, or the server's credentials do not allow access.
             HubUnavailableError: The storage does not answer, is too slow, or sent other bytes than
                 it announced.
             BudgetExceededError: The files are too large.
             QueueFullError: ``MAX_DOWNLOADS`` are under way.
-            TurretError: Those of ``stage``.
+            TurretError: An error of ``stage``.
         """
         if not any(is_below_remote(path, prefix) for prefix in self._allowed):
             choices = ", ".join(self._allowed) or "none"
@@ -102,8 +102,9 @@ class RemoteAdapters:
         if not self._places.acquire(blocking=False):
             raise QueueFullError(say("TOO_MANY_DOWNLOADS", most=MAX_DOWNLOADS))
         download = _Download(path, self._max_bytes, stage, self._places.release)
-        # The libraries may wait where no exception can stop them. On a thread of its own, only the
-        # caller gives up, and the place stays taken until they return.
+        # The libraries may block where no exception can interrupt them, so the download has its own
+        # thread. After the timeout the caller gives up, but the download's place stays taken until
+        # the thread ends.
         thread = threading.Thread(target=download.run, name="download", daemon=True)
         thread.start()
         while thread.is_alive() and (left := download.ends_at - time.monotonic()) > 0:
@@ -126,7 +127,7 @@ class _Download:
         self.ends_at = time.monotonic() + LEAST_SECONDS
 
     def result(self) -> StagedUpload:
-        """The finished upload; if there is none yet, the download ends."""
+        """The finished upload. If there is none yet, the download is abandoned."""
         with self._lock:
             self._is_abandoned = self._staged is None
             staged, error = self._staged, self._error
@@ -237,12 +238,12 @@ class _S3:
 class _Oci:
     """An artifact whose layers are files, as ``oras push`` makes it.
 
-    A registry on this machine is asked over HTTP, as Docker does. ``origin`` contains the digest
-    of the manifest, once ``files`` has read it.
+    A registry on this machine is read over HTTP without TLS, as Docker does. After ``files``,
+    ``origin`` contains the digest of the manifest.
 
     Args:
-        path: The path.
-        check: Called between pieces of an answer; raises an error to end it.
+        path: The path, with its scheme.
+        check: Called after each received piece. It raises an error to end the download.
     """
 
     def __init__(self, path: str, check: Callable[[], None]) -> None:
@@ -254,7 +255,7 @@ class _Oci:
         is_local = _LOCAL_HOST.match(self._name) is not None
         self._registry = oras.provider.Registry(insecure=is_local)
         session = self._registry.session
-        # oras passes no timeout.
+        # oras sets no timeout.
         timed = functools.partial(session.request, timeout=_SOCKET_SECONDS)
         session.request = timed  # type: ignore[method-assign]
         self._container = self._registry.get_container(self._name)
