@@ -6,7 +6,7 @@ TurretRpcError
 ├── PermissionDeniedError     the token lacks the role
 ├── NotFoundError             no adapter of that name (or generation)
 ├── AlreadyExistsError        the name is taken by other weights
-├── FailedPreconditionError   the state forbids it: in use, pinned, another base, an active merge
+├── FailedPreconditionError   the state does not allow it: in use, pinned, another base, merged
 ├── RateLimitedError          a queue or a budget is full; ``retry_delay`` may be set
 ├── DeadlineExceededError     the deadline passed first
 ├── AbortedError              an adapter was unloaded by force during the call
@@ -70,7 +70,7 @@ class TurretRpcError(Exception):
             sends it; if no server did, the client sets one, such as ``NOT_REACHED``. Empty if
             neither knows more than the status.
         metadata: Values that the message mentions, by name.
-        violations: The fields to blame, if any.
+        violations: The invalid fields, if any.
         retry_delay: Seconds to wait before a retry, if the server proposes one.
         request_id: The id under which the server logged the call; empty if unknown.
         place: The thing at fault, such as a line of a file; empty if the caller set none.
@@ -134,7 +134,7 @@ class TurretRpcError(Exception):
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
     def at(self, place: str) -> Self:
-        """The same error, with a place before its message."""
+        """A copy of the error with a place before its message."""
         found = copy.copy(self)
         found.place = place
         return found
@@ -207,11 +207,11 @@ class AlreadyExistsError(TurretRpcError, status=grpc.StatusCode.ALREADY_EXISTS):
 
 
 class FailedPreconditionError(TurretRpcError, status=grpc.StatusCode.FAILED_PRECONDITION):
-    """The state forbids it: an adapter in use, pinned or for another base; an active merge."""
+    """The state forbids it: an adapter is in use, pinned or for another base; a merge is active."""
 
 
 class RateLimitedError(TurretRpcError, status=grpc.StatusCode.RESOURCE_EXHAUSTED):
-    """A queue or a budget is full; where waiting helps, ``retry_delay`` says how long."""
+    """A queue or a budget is full. If waiting helps, ``retry_delay`` has the seconds to wait."""
 
 
 class DeadlineExceededError(TurretRpcError, status=grpc.StatusCode.DEADLINE_EXCEEDED):
@@ -265,9 +265,9 @@ class AnswerCutError(UnavailableError):
 
 
 class ServerError(TurretRpcError):
-    """Anything else: a fault of the server, or a service that is not at this address.
+    """Any other error: a bug in the server, or a service that is not at this address.
 
-    The latter has the ``reason`` ``SERVICE_ELSEWHERE``, or none if the server is not turret's.
+    In the second case ``reason`` is ``SERVICE_ELSEWHERE``, or empty if the server is not turret.
     """
 
 
@@ -282,5 +282,5 @@ def _details(payload: object) -> Iterable:
                 if packed.Unpack(detail):
                     yield detail
     except message.DecodeError:
-        # A proxy may have garbled the details; the status itself still stands.
+        # A proxy may have damaged the details. The status itself is still valid.
         return

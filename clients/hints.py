@@ -20,7 +20,7 @@ HINTS: Mapping[str, str] = {
     "SERVER_STARTING": "pass a larger max_retries= to the client to wait for the server",
     "DEADLINE_EXCEEDED": "raise timeout=, which was {timeout}",
     "UNIMPLEMENTED": "check that address= is that of a turret server of this version",
-    "NOT_REACHED": "`turret serve` starts a server",
+    "NOT_REACHED": "start one with `turret serve`",
     "NOT_GRPC": "use the address of `turret serve --address` (port 50051 by default), not that of"
     " --http-address",
     "PEM_UNREADABLE": "ca, certificate and key must be PEM files, and the key must be that of the"
@@ -53,7 +53,7 @@ COMMAND_HINTS: Mapping[str, str] = {
     "SERVER_STARTING": "`turret health --wait 600` returns when the server is ready",
     "DEADLINE_EXCEEDED": "raise --timeout, which was {timeout}",
     "UNIMPLEMENTED": "check that {address} is a turret server of this version, and not a proxy",
-    "NOT_REACHED": "`turret serve` starts a server; --address or TURRET_ADDRESS selects another",
+    "NOT_REACHED": "start one with `turret serve`, or pass the address of another with --address",
     "NOT_GRPC": "pass the address of `turret serve --address` (port 50051 by default), not that of"
     " --http-address",
     "PEM_UNREADABLE": "--tls-ca, --tls-cert and --tls-key must be PEM files, and the key must be"

@@ -103,9 +103,9 @@ TEXTS = {
     "FILE_IS_AN_ARRAY": "is a JSON array; every line must be a JSON object",
     "FILE_IS_AN_ARRAY_OF_OBJECTS": "is a JSON array; `{command}` writes one object per line",
     "FILE_IS_A_TABLE": "is a CSV table; `{command}` converts it to one JSON object per line",
-    "EXAMPLE_KEYS": "messages, or prompt and completion, or labels instead of the answer",
-    "TRAINING_EXAMPLE_KEYS": "messages, or prompt and completion, or text, or labels instead of"
-    " the answer",
+    "EXAMPLE_KEYS": "messages, or prompt and completion (labels may replace the answer)",
+    "TRAINING_EXAMPLE_KEYS": "messages, prompt and completion, or text (labels may replace the"
+    " answer)",
     "NO_EXAMPLES": "has no examples; every line must be a JSON object with {keys}",
     # Lines of such a file.
     "LINE_NOT_JSON": "is not valid JSON: {problem}; every line must be one JSON object",

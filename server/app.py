@@ -244,8 +244,8 @@ class App:
             await asyncio.to_thread(backend.close)
         if self._services is not None:
             self._services.adapters.close()
-        doors = [door for door in (self.rpc, self.http) if door is not None]
-        await asyncio.gather(*(door.stop(_FLUSH_SECONDS) for door in doors))
+        servers = [each for each in (self.rpc, self.http) if each is not None]
+        await asyncio.gather(*(each.stop(_FLUSH_SECONDS) for each in servers))
         await asyncio.to_thread(tracing.stop, _FLUSH_SECONDS)
         if self.metrics_server is not None:
             await asyncio.to_thread(self.metrics_server.close)

@@ -53,9 +53,7 @@ _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 
 def _device(value: str) -> str:
     if not _DEVICE.fullmatch(value):
-        near = closest(value, ("auto", "cpu", "cuda", "cuda:0"))
-        choices = "auto, cpu, cuda, cuda:N"
-        raise ValueError(say("NOT_ONE_OF", choices=choices, value=value, closest=near))
+        raise ValueError(say("NOT_ONE_OF", choices="auto, cpu, cuda, cuda:N", value=value))
     return value
 
 
@@ -168,8 +166,8 @@ class SchedulerConfig:
     )
     max_queued_requests: Whole = setting(
         1024,
-        "maximum number of waiting requests, of which one token may have three quarters; new ones"
-        " then get RESOURCE_EXHAUSTED",
+        "maximum number of waiting requests, of which one bearer token may have three quarters;"
+        " new ones then get RESOURCE_EXHAUSTED",
         ge=1,
     )
     max_queued_bytes: Bytes = setting(
@@ -180,8 +178,8 @@ class SchedulerConfig:
     )
     preempt_after_seconds: Seconds = setting(
         5.0,
-        "time that a request waits before a token that holds more places, or a mix that was served"
-        " more, gives up a place; 0: no limit",
+        "time that a request waits before a bearer token that holds more places, or a mix that"
+        " was served more, gives up a place; 0: no limit",
         ge=0,
     )
     speculation: Literal["auto", "prompt", "off"] = setting(
@@ -273,8 +271,8 @@ class AdapterConfig:
     )
     training_bytes: Bytes = setting(
         4 * GIB,
-        "memory for adapters in training, of which one token may have half; each takes about 32"
-        " bytes per parameter",
+        "memory for adapters in training, of which one bearer token may have half; each takes"
+        " about 32 bytes per parameter",
         ge=1,
     )
     preload: Preloads = setting(
@@ -405,8 +403,8 @@ class SecurityConfig:
     insecure: Switch = setting(False, "serve other machines without TLS or tokens")
     share_prefixes: Switch = setting(
         False,
-        "let requests with different tokens share the prefix cache and drafts: faster, but their"
-        " timing then reveals what others asked (default: each token has its own)",
+        "let requests with different bearer tokens share the prefix cache and drafts: faster, but"
+        " their timing then reveals what others asked (default: each bearer token has its own)",
     )
 
     def __post_init__(self) -> None:

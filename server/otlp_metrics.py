@@ -1,4 +1,4 @@
-"""Exports turret's histograms of requests by OTLP, under the names of the conventions.
+"""Exports turret's histograms of requests by OTLP, under the names of OpenTelemetry's conventions.
 
 The values are those of ``Metrics``, read at each export, so nothing is counted twice. Requires the
 packages of ``turret[otel]``.
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _INTERVAL_VARIABLE, _INTERVAL_MILLISECONDS = "OTEL_METRIC_EXPORT_INTERVAL", 60_000.0
-# Series of turret's and their names in the conventions.
+# turret's series → their names in OpenTelemetry's conventions.
 _NAMES = {
     "turret_request_duration_seconds": "gen_ai.server.request.duration",
     "turret_time_to_first_token_seconds": "gen_ai.server.time_to_first_token",
@@ -105,7 +105,7 @@ class MetricsExport:
         for labels, values in found.items():
             bounds = [key for key in values if not key.startswith(series)]
             counts = [values[bound] for bound in bounds]
-            # Prometheus counts what is below each bound, OTLP what is between two of them.
+            # Prometheus counts the values below each bound, OTLP those between two bounds.
             each = [counts[0], *(after - before for before, after in itertools.pairwise(counts))]
             unknown: Any = None
             yield HistogramDataPoint(

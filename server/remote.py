@@ -34,9 +34,9 @@ from turret.server.errors import (
 )
 from turret.server.words import say
 
-# Concurrent downloads; each may use the whole disk budget.
+# The maximum number of concurrent downloads. Each may use the whole disk budget.
 MAX_DOWNLOADS = 8
-# Timeout of a download: a fixed part plus its bytes at the speed of a slow line.
+# The timeout of a download is a fixed time plus the time that its bytes take at this low speed.
 LEAST_SECONDS = 60.0
 LEAST_BYTES_PER_SECOND = 1 << 20
 # Limit of the address space of a download.

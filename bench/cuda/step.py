@@ -1,8 +1,8 @@
 """The server's whole decode step, at a model's shapes.
 
 It runs the server's own decoder, adapter pack and executor, with CUDA graphs and sampling, over
-random NF4 weights and random adapters. Everything before the step, and reading the tokens, is left
-out.
+random NF4 weights and random adapters. It leaves out everything before the step, and reading the
+tokens.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _ADAPTER_SHARE = 0.9
 
 
 def random_nf4(out_features: int, in_features: int, device: torch.device) -> Nf4Matrix:
-    """Random codes with maxima that make a result about as large as the input."""
+    """Random weights whose absmax values make a result about as large as the input."""
     size = out_features * in_features
     packed = torch.randint(0, 256, (size // 2,), dtype=torch.uint8, device=device)
     absmax = torch.rand(size // BLOCK, device=device).mul_(2 * in_features**-0.5)
@@ -107,8 +107,8 @@ class DecodeStep:
     """The model, its cache and one decode step of ``num_rows`` sequences.
 
     Attributes:
-        base_bytes: The minimum number of bytes that a step reads: weights, maxima, head, keys,
-            values.
+        base_bytes: The minimum number of bytes that a step reads: codes, absmax values, head, keys
+            and values.
         cache: The KV cache.
         spans: The sequences, as attention sees them.
     """
@@ -138,10 +138,10 @@ class DecodeStep:
         self.forget()
 
     def forget(self, adapters: SequenceOf[Adapter] = ()) -> None:
-        """Free the adapters' memory and the captured graphs.
+        """Free the memory of all adapters and captured graphs.
 
         Args:
-            adapters: The adapters that must fit from now on.
+            adapters: The adapters for which memory is reserved anew.
 
         Raises:
             torch.OutOfMemoryError: The device is too small for the adapters.
@@ -164,7 +164,7 @@ class DecodeStep:
         self._executor.sampler(frozenset())
 
     def _adapter_bytes(self, layout: ProjectionLayout, adapters: SequenceOf[Adapter]) -> int:
-        """A budget with room for some adapters."""
+        """The number of bytes to reserve for these adapters."""
         store = GpuStore(layout, self.dtype, torch.device("meta"), 0)
         # Two adapters without ranks cover the pack's rounding and its neutral slot.
         needs = [store.needs(AdapterOperators({}))] * 2
@@ -214,7 +214,7 @@ class DecodeStep:
     def draw(self, step: Step) -> StepResult:
         """Compute a step, and draw a token for every sequence like the server."""
         if self._runner is None:
-            # Steps captured so far draw into another sampler's memory.
+            # The captured steps use the memory of another sampler, so drop them.
             self.forget()
             assert self._executor is not None
             self._runner = Runner(self._executor, frozenset())

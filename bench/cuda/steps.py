@@ -12,26 +12,26 @@ from turret.server.engine.scheduling.sequence import Step
 
 
 def scenarios(setting: Setting) -> list[Scenario]:
-    """Distinct adapters of one rank, mixed ranks, and the other methods on 8 adapters."""
+    """LoRA adapters of one rank and of mixed ranks, and 8 adapters of each other method."""
 
-    def dealt(count: int) -> tuple[int, ...]:
+    def in_turn(count: int) -> tuple[int, ...]:
         return tuple(1 + row % count for row in range(setting.rows))
 
     most, rank = setting.adapters[-1], setting.rank
     few = min(8, most)
     mixed = tuple(itertools.islice(itertools.cycle(setting.mixed_ranks), most))
     return [
-        *(Scenario(f"lora {n} distinct", dealt(n), (rank,) * n) for n in setting.adapters),
-        Scenario(f"lora {most} distinct, ranks mixed", dealt(most), mixed),
+        *(Scenario(f"lora {n} distinct", in_turn(n), (rank,) * n) for n in setting.adapters),
+        Scenario(f"lora {most} distinct, ranks mixed", in_turn(most), mixed),
         *(
-            Scenario(f"{method} {few} distinct", dealt(few), (rank,) * few, method)
+            Scenario(f"{method} {few} distinct", in_turn(few), (rank,) * few, method)
             for method in ("dora", "loha", "lokr")
         ),
     ]
 
 
 def one_step(setting: Setting) -> None:
-    """A step of a single layer with adapters, which is not measured, for ``compute-sanitizer``."""
+    """Run a step of one layer with adapters, for ``compute-sanitizer``; nothing is measured."""
     step = DecodeStep(setting.model, 1, setting.rows, 300, setting.dtype, setting.device)
     scenario = scenarios(setting)[min(1, len(setting.adapters) - 1)]
     adapters = step.adapters(scenario)
@@ -41,7 +41,7 @@ def one_step(setting: Setting) -> None:
 
 
 def time_step(setting: Setting) -> None:
-    """The base alone, with its tokens drawn, then every scenario; also for fewer sequences."""
+    """Time the base alone, the base with sampling, and each scenario, at several batch sizes."""
     step = DecodeStep(
         setting.model,
         setting.num_layers,
@@ -54,15 +54,15 @@ def time_step(setting: Setting) -> None:
         base = _time(setting, step, None, rows, 0.0)
         if rows == setting.rows:
             plain = step.plan([None] * rows)
-            drawn = milliseconds(lambda p=plain: step.draw(p), cold=False)
+            ms = milliseconds(lambda p=plain: step.draw(p), cold=False)
             shape = f"{rows} rows, {setting.num_layers} layers"
             setting.report.add(
-                "step base, tokens drawn", shape, drawn, step.base_bytes, over_base=drawn / base
+                "step base, tokens drawn", shape, ms, step.base_bytes, over_base=ms / base
             )
-            own = scenarios(setting)
+            chosen = scenarios(setting)
         else:
-            own = [Scenario(f"lora {rows} distinct", tuple(range(1, rows + 1)), (16,) * rows)]
-        for scenario in own:
+            chosen = [Scenario(f"lora {rows} distinct", tuple(range(1, rows + 1)), (16,) * rows)]
+        for scenario in chosen:
             try:
                 _time(setting, step, scenario, rows, base)
             except torch.cuda.OutOfMemoryError:
@@ -72,7 +72,7 @@ def time_step(setting: Setting) -> None:
 def _time(
     setting: Setting, step: DecodeStep, scenario: Scenario | None, rows: int, base: float
 ) -> float:
-    """The milliseconds of a step, after a check of its bits."""
+    """The time of a step in milliseconds. Captured and replayed steps must have the same bits."""
     adapters = [] if scenario is None else step.adapters(scenario)
     step.forget(adapters)
     slots = (0,) * rows if scenario is None else scenario.slot_of_row

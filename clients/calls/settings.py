@@ -63,7 +63,7 @@ class Retries:
     Args:
         policy: The client's policy.
         seconds: The deadline for all attempts together; None means no deadline.
-        repeatable: Whether a second execution of the call does no harm.
+        repeatable: Whether the call may be executed twice.
 
     Attributes:
         seconds: The deadline for all attempts together; None means no deadline.
@@ -95,8 +95,8 @@ class Retries:
 
         Args:
             error: The error of the last attempt.
-            is_broken: Whether a part of the answer has arrived. Then, attempts that no server has
-                begun do not count for as long as a server takes to restart.
+            is_broken: Whether a part of the answer has arrived. If so, attempts that no server
+                begins are not counted while the server may be restarting.
         """
         if not self._count or not self._may_help(error):
             return None
@@ -165,7 +165,7 @@ class CallSettings:
         """The settings of a call that runs on a mix."""
         # Weights are left out, since all mixes of the same adapters need the same memory.
         key = ",".join(sorted(member.name for member in mix))
-        # Metadata cannot contain such names. No adapter has them, which the server reports.
+        # Metadata cannot contain such names. The server reports that no adapter has them.
         if not (key and key.isascii() and key.isprintable()):
             return self
         return replace(self, metadata=(*self.metadata, (ROUTING_KEY, key)))

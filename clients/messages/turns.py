@@ -23,8 +23,8 @@ from turret.v1 import inference_pb2
 MessageLike = Mapping[str, Any] | tuple[str, str] | inference_pb2.ChatMessage
 
 _TURN_FIELDS = ("content", "tool_calls", "tool_call_id")
-# Keys of OpenAI's messages that returned answers may contain, and that no chat template here reads.
-_PASSED_OVER = ("name", "reasoning_content")
+# Keys that answers in OpenAI's format may contain, but chat templates do not read.
+_IGNORED = ("name", "reasoning_content")
 
 
 def chat_messages(chat: str | Iterable[MessageLike]) -> list[inference_pb2.ChatMessage]:
@@ -90,7 +90,7 @@ def _to_message(place: str, turn: object) -> inference_pb2.ChatMessage:
 def _of_mapping(place: str, role: Any, rest: Mapping[str, Any]) -> inference_pb2.ChatMessage:
     # Libraries fill unused fields with None or an empty list of annotations.
     values = {key: value for key, value in rest.items() if value is not None and value != []}
-    unknown = values.keys() - {*_TURN_FIELDS, *_PASSED_OVER}
+    unknown = values.keys() - {*_TURN_FIELDS, *_IGNORED}
     if unknown:
         known = ", ".join(("role", *_TURN_FIELDS))
         key = min(map(str, unknown))

@@ -79,7 +79,7 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
         _print_table(reports)
         if reports[0].labels:
             print_table(_label_table(reports))
-    # Print the figures first, in case the files cannot be written.
+    # Print the results before writing files, in case a file cannot be written.
     if args.plot is not None:
         args.plot.write_text(eval_svg(reports, args.data.name), encoding="utf-8")
     if args.answers is not None:
@@ -108,7 +108,7 @@ def _judge(
     mixes: Sequence[Mix],
     options: EvalOptions,
 ) -> list[MixReport]:
-    """Run :func:`evaluate` with a progress bar; an interruption reports how far it got.
+    """Run :func:`evaluate` with a progress bar. If it is interrupted, report how far it got.
 
     Raises:
         UnfinishedAnswerError: The server answered some calls and then became unreachable.

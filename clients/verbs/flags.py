@@ -98,7 +98,7 @@ SHARED_FLAGS: Flags = {
     "--request-id": {"metavar": "ID", "help": "identifies the request in the server's log"},
     "--json": {"action": "store_true", "help": "print JSON"},
 }
-# Flags that are not given leave the server's default.
+# If a flag is not given, the server's default applies.
 GENERATION_FLAGS: Flags = {
     "--top-k": {**_COUNT, "help": "keep the k likeliest tokens"},
     "--seed": {**_COUNT, "help": "make the answer repeatable"},
@@ -174,8 +174,8 @@ def generation_parsers() -> list[argparse.ArgumentParser]:
 def add_connection_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of every verb.
 
-    They are not in a parent parser, from which argparse would take the exclusive flags without
-    their group.
+    They are not in a parent parser, because argparse would copy the token flags from it without
+    their exclusive group.
     """
     variable = os.environ.get
     group = parser.add_argument_group("connection")
@@ -228,8 +228,8 @@ def _unreadable(path: str | Path, error: OSError | UnicodeDecodeError) -> Text:
 def as_typed(argument: str, args: argparse.Namespace) -> str:
     """The flag, the positional or the environment variable that sets an argument of the client.
 
-    An argument that no flag of the verb sets stays as it is. For a flag that is given several
-    times, and for one of several texts, a number from 1 follows.
+    Returns an argument unchanged if no flag of the verb sets it. If a flag was given several times,
+    or there are several texts, the result ends with a number, counted from 1.
     """
     found = re.fullmatch(r"(\w+)(?:\[(\d+)\](?:\.\w+)*)?", argument)
     if found is None or not hasattr(args, "parser"):

@@ -11,7 +11,7 @@ from .task import Example, Task, TaskData
 
 # The tasks for which train_examples.py makes an adapter of the same name.
 TASKS: dict[str, Task] = {task.name: task for task in (JSON_FIELDS, SQL, LABEL, PIRATE)}
-# All tasks.
+# The tasks that have data, including those whose adapters are trained in other ways.
 DATA: dict[str, TaskData] = {
     **TASKS,
     **{task.name: task for task in (HEADLINE, LANGUAGE, SENTIMENT)},

@@ -5,8 +5,8 @@ A Ray Serve config file, which KubeRay's ``RayService`` applies, names the appli
     import_path: turret.fleet.serving.application:application
     args: {min_replicas: 2, max_replicas: 8}
 
-All other settings are ``TURRET_…`` variables of the containers. Variables also set HAProxy mode;
-``python -m turret.fleet.serving.ingress`` prints them.
+All other settings are ``TURRET_…`` variables of the containers. The variables of the ingress are
+those that ``python -m turret.fleet.serving.ingress`` prints.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _MOST_ONGOING = 1 << 14
 
 
 def _call(service: str, method: str, *, is_stream: bool) -> Any:
-    """A method of the deployment. Serve calls the one with the name of the gRPC method."""
+    """Make a method of the deployment. For a gRPC call, Serve calls the method of that name."""
 
     async def answer(self: Any, request: Any, grpc_context: Any) -> Any:
         return await self._server.answer(service, method, request, grpc_context)
@@ -125,7 +125,7 @@ class Replica(_CALLS):
     ) -> AsyncIterator[Any]:
         # A watch would keep a replica from ending. Clients treat this status as serving.
         grpc_context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        grpc_context.set_details("a fleet's health cannot be watched; ask for it")
+        grpc_context.set_details("a fleet's health cannot be watched; call Check")
         return
         yield
 
@@ -182,7 +182,7 @@ def application(args: Mapping[str, Any]) -> serve.Application:
         args: The settings of ``FleetConfig`` other than ``ray_address``.
 
     Raises:
-        SettingsError: A value or variable is invalid; the error names it.
+        SettingsError: A value or variable is invalid.
         UnavailableError: The registry does not start.
     """
     environment = read_settings(argparse.Namespace(), os.environ, ClusterConfig)

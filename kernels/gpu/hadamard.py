@@ -1,7 +1,7 @@
 """Hadamard updates: ``U = w1b · diag(x) · w2bᵀ``, then ``y[o] += w · w1a[o] U w2a[o]ᵀ``.
 
-A program of the first step takes one row and one part of the input features. The second adds the
-parts up, in their order.
+In the first step (shrink), a program computes ``U`` of one row over a part of the input features.
+The second step (expand) adds these parts in order.
 """
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -33,7 +33,7 @@ _HEADER = tl.constexpr(ROW_HEADER)
 @triton.jit
 def hadamard_shrink_kernel(
     x_ptr,  # [num_rows, in_features]
-    factors_ptr,  # [num_slots, 4] int64: where w1a, w1b [rank, in_features], w2a and w2b lie
+    factors_ptr,  # [num_slots, 4] int64: addresses of w1a, w1b [rank, in_features], w2a, w2b
     u_ptr,  # [SPLITS, capacity, rank, rank] fp32
     table_ptr,
     x_stride,
@@ -89,13 +89,12 @@ def hadamard_shrink(
         table: The rows and their slots.
 
     Returns:
-        ``[splits, capacity, r, r]``, fp32, by position in the table; the sum over the first axis is
-        ``u``. Positions past the table's count, and without an update, are undefined.
+        ``[splits, capacity, r, r]``, fp32, by position in the table. The sum over the first axis is
+        ``U``. Positions without an update, or beyond the table's count, are undefined.
 
     Raises:
-        ValueError: A shape, dtype or stride breaks the contract, or r is over 64 (build the update
-            tile by tile, or reject the adapter). The memory at the addresses is not checked,
-            because that would synchronise.
+        ValueError: A shape, dtype or stride is invalid, or r is above 64. The memory at the
+            addresses is not checked, because the host would have to wait for the device.
     """
     check_float("x", x)
     check_rows("x", x)
@@ -125,14 +124,11 @@ def hadamard_shrink(
     return u
 
 
-# Triton form of ``hadamard_expand``: ``y[o] += w · w1a[o] · U · w2a[o]ᵀ`` per row, in place.
-
-
 @triton.jit
 def hadamard_expand_kernel(
     y_ptr,  # [num_rows, out] of one slice
     u_ptr,  # [SPLITS, capacity, rank, rank] fp32
-    factors_ptr,  # [num_slots, 4] int64: where w1a [out, rank], w1b, w2a [out, rank] and w2b lie
+    factors_ptr,  # [num_slots, 4] int64: addresses of w1a [out, rank], w1b, w2a [out, rank], w2b
     table_ptr,
     y_stride,
     out,
@@ -178,7 +174,7 @@ def hadamard_expand_kernel(
 def hadamard_expand(
     y: torch.Tensor, u: torch.Tensor, factors: torch.Tensor, table: RowTable
 ) -> None:
-    """Add the updates of the table's rows in place, one rounding to the dtype of ``y``.
+    """Add the updates of the table's rows to ``y`` in place, rounded once to its dtype.
 
     Args:
         y: Base results of one slice for the whole step, ``[num_rows, out]``; rows may be strided.
@@ -187,7 +183,7 @@ def hadamard_expand(
         table: The rows, their slots and their weights.
 
     Raises:
-        ValueError: A shape, dtype or stride breaks the contract.
+        ValueError: A shape, dtype or stride is invalid.
     """
     check_float("y", y)
     check_rows("y", y)

@@ -12,13 +12,12 @@ from turret.lazy_torch import torch
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """Kinds of adapters that the operator allows or rejects.
+    """The kinds of adapters that the operator allows.
 
     Attributes:
-        other_base: Adapters whose base is another one by name, if shapes fit.
-        dense: Adapters whose updates are as large as the weights they change.
-        strict_base: Whether adapters are rejected that only get a warning about their base by
-            default.
+        other_base: Allow adapters whose config names another base, if the shapes fit.
+        dense: Allow adapters whose updates are as large as the weights that they change.
+        strict_base: Reject adapters for other weights of the base, instead of warning.
     """
 
     other_base: bool = False
@@ -53,7 +52,8 @@ class BaseModule:
         dequantize: Returns the weight actually served, ``[out_features, in_features]`` fp32. Costs
             a full dequantisation per call: call it for one module at a time and drop the result.
             Do not write to it: it may be the very memory that is served.
-        served: The same weight in any dtype, by rows and on its device; None for ``dequantize``.
+        served: Returns the same weight in any dtype and on its device, for reading a block of rows
+            at a time; None to use ``dequantize``.
     """
 
     name: str
@@ -78,8 +78,8 @@ class BaseExperts:
 
     Attributes:
         name: Its path, e.g. ``model.layers.0.mlp.experts.gate_up_proj``.
-        modules: The modules of one expert of which it consists, side by side along their outputs,
-            as older checkpoints name them: ``{}`` stands for the expert.
+        modules: The modules of one expert that it joins along their outputs, by their names in
+            older checkpoints; ``{}`` stands for the number of the expert.
         count: The number of experts.
         in_features: Inputs of an expert.
         out_features: Outputs of an expert.
@@ -125,8 +125,8 @@ class BaseVocabulary:
         embedding: Turns input tokens into vectors.
         head: Turns the last hidden states into logits.
         is_tied: Whether the checkpoint declares them to be one (``tie_word_embeddings``).
-        named: The number of rows for which the base's tokenizer has tokens; the others, behind
-            them, are padding. None for all rows.
+        named: The number of rows for which the base's tokenizer has tokens. The rows after them
+            are padding. None means all rows.
     """
 
     embedding: torch.Tensor
@@ -144,31 +144,31 @@ class BaseModel:
     """The description of the base for adapters, with the weights of one generation.
 
     Attributes:
-        name: Model id as its config or directory names it (compared, loosely, with
-            ``base_model_name_or_path``).
+        name: The name of the model in its config, or that of its directory. It is compared loosely
+            with ``base_model_name_or_path``.
         model_type: The name in the checkpoint's config.
         digest: SHA-256 over the weights as loaded, on which an adapter was trained. A merge does
             not change it; ``generation`` identifies the weights served.
         dtype: Serving dtype of activations and operators.
         modules: The quantised linear modules of the decoder layers, by full path, in layer order,
-            and ``lm_head`` behind them.
-        other_modules: Paths that exist but are not linear modules (norms, ``model.embed_tokens``):
-            a method that does not serve one names it in an error, not a silent skip.
+            and ``lm_head`` after them.
+        other_modules: Paths that exist but are not linear modules (norms, ``model.embed_tokens``).
+            A method that does not support one rejects the adapter, instead of skipping it.
         experts: Fused projections of experts, by path, in layer order.
-        renamed: Parts of paths in older checkpoints of adapters, with their present names.
+        renamed: Parts of paths in older adapter checkpoints, with their current names.
         norms: The ``other_modules`` that are norms and feed only linear modules, by path.
         vocabulary: Embedding and head.
         num_layers: Decoder layers.
         hidden_size: Width of an embedding.
         num_kv_heads: Heads of keys and values per layer.
         head_dim: Width of one head.
-        weights: How the weights are stored: kind of module, such as ``down_proj``, and a word of
-            ``Fidelity.storage`` to the number of modules.
-        weights_shown: The same as texts for people, with the error of quantisation, by kind.
+        weights: How the weights are stored: for each kind of module, such as ``down_proj``, the
+            number of modules by a word of ``Fidelity.storage``.
+        weights_shown: For each kind, the same as a text for people, with the quantisation error.
         generation: The number of the weights, from 1; each merge and each unmerge increases it.
         text_prefix: The prefix of the adapter that is being read, if it was trained on a model of
             text and images (``adapter_checkpoint.text_prefix``).
-        beside: Inside ``with base.beside():`` a thread's work on the device runs beside the steps.
+        beside: In ``with base.beside():``, a thread's work on the device does not block steps.
     """
 
     name: str

@@ -184,8 +184,8 @@ def authorize(tokens: TokenTable | None, service: str, authorization: object) ->
 
     Args:
         tokens: The accepted tokens; None accepts every caller.
-        service: Full name of the service that is called, a key of ``SERVICE_ROLES``. A door without
-            services passes the name of the equivalent one.
+        service: Full name of the service that is called, a key of ``SERVICE_ROLES``. A protocol
+            without services passes the name of the equivalent one.
         authorization: The client's ``authorization`` header, ``Bearer TOKEN``. A value that is not
             a string counts as missing.
 

@@ -1,8 +1,8 @@
 """The Adapters service, independent of the protocol: it takes and returns messages.
 
 It loads, replaces, lists, pins, fuses, merges and unloads adapters while requests are served, and
-raises TurretErrors. A door (gRPC or HTTP) parses its input into a message, begins a ``Call`` and
-awaits the result.
+raises TurretErrors. The code of a protocol (gRPC or HTTP) parses its input into a message, begins a
+``Call`` and awaits the result.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class Call:
 
     Attributes:
         method: The method, as the log shows it.
-        protocol: The door it came through: ``grpc`` or ``http``.
+        protocol: The protocol of the call: ``grpc`` or ``http``.
         request_id: The id in every line that the current task logs.
         party: The client, whose open requests are counted together.
         deadline: ``time.monotonic()`` seconds, or None.
@@ -132,7 +132,7 @@ class Call:
                 becomes the call's id. Without one the id is made up.
             metrics: The metrics that count the call.
             headers: Returns the headers or metadata of the call.
-            protocol: The door it came through.
+            protocol: The protocol of the call.
             party: The client; None for a client without limits.
             deadline: ``time.monotonic()`` seconds, or None.
             failures: Records the call if it fails; None records nothing.

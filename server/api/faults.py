@@ -24,7 +24,7 @@ class Failure:
 
     Attributes:
         method: The method, as the log shows it.
-        protocol: The door: ``grpc`` or ``http``.
+        protocol: ``grpc`` or ``http``.
         request_id: The id in the log lines of the call.
         code: Name of the code that the call ended with.
         reason: A constant for programs, such as ``ADAPTER_NOT_FOUND``.
@@ -84,7 +84,7 @@ def fault_of(error: BaseException) -> Fault:
     """The part of an error that clients may know.
 
     An error that turret did not raise on purpose becomes INTERNAL, unless it reports a lack of
-    memory. Its text may contain anything, so clients do not get it; the door must log it.
+    memory. Its text may contain anything, so clients do not get it, and the caller must log it.
     """
     found = turret_error(error)
     if found.code is Code.INTERNAL:

@@ -1,7 +1,8 @@
 """The Inference service, independent of the protocol: it takes and returns messages.
 
-It raises TurretErrors. A door (gRPC or HTTP) parses its input into a message, begins a ``Call`` and
-iterates over the result. It need not count requests or cancel those whose caller has gone.
+It raises TurretErrors. The code of a protocol (gRPC or HTTP) parses its input into a message,
+begins a ``Call`` and iterates over the result. It need not count requests, or cancel those whose
+caller has gone.
 """
 
 from __future__ import annotations

@@ -36,8 +36,6 @@ from turret.server.errors import InvalidRequestError, UnavailableError
 from turret.server.words import say
 from turret.v1 import inference_pb2
 
-# Calls with several inputs: their checks, concurrent execution, and summed usage.
-
 _T = TypeVar("_T")
 # Violations of these fields concern the whole call, not one of its inputs.
 _SHARED = ("adapters", "inputs")
@@ -95,14 +93,14 @@ async def pooled(
         message: The message from the client.
         backend: The backend that runs the requests.
         call: The call on whose behalf the requests run; each is counted as one of its party.
-        pooling_of: Returns how to pool the hidden states, and notes invalid fields of the message.
+        pooling_of: Returns how to pool the hidden states, and reports invalid fields.
         convert: Converts a request's last output to its result.
 
     Returns:
         The results in the order of the inputs, and the other fields of the answer by name.
 
     Raises:
-        InvalidRequestError: Lists every offending field.
+        InvalidRequestError: Lists every invalid field.
         TurretError: The error of the first input that failed; see ``Engine.submit``. The other
             inputs' requests end.
     """
@@ -166,7 +164,7 @@ async def _last(
 
 
 def summed_fields(finishes: Sequence[Finish]) -> dict[str, Any]:
-    """The fields that every finished answer has, by name, over all inputs of a call."""
+    """The fields of an answer that are computed from all inputs of a call, by name."""
     usages = [finish.usage for finish in finishes]
     spans = [finish.timing for finish in finishes]
     total = max(span.total_seconds for span in spans)
@@ -278,7 +276,7 @@ _KINDS = {
 def _pooling_of(
     message: inference_pb2.EmbedRequest, hidden_size: int, violations: Violations
 ) -> Pooling:
-    """How to pool the hidden states; an invalid value is noted, and left at its default."""
+    """How to pool the hidden states. An invalid value is reported, and its default is used."""
     values: dict[str, Any] = {}
     violations.check_enum(message, "pooling")
     if message.pooling in _KINDS:

@@ -1,4 +1,4 @@
-"""The services, and the parts that every door needs to serve them."""
+"""The services, and what every protocol needs to serve them."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ _Job = tuple[Future[Any], Callable[[], Any]]
 class FairPool:
     """A pool of threads that serves tenants in turn, one job each.
 
-    So the jobs of one tenant, however many they are, delay another tenant's next job by at most one
-    of them, besides those that run already.
+    However many jobs one tenant has, another tenant's next job waits for at most one of them, and
+    for those that run already.
 
     Args:
         threads: The threads. Nothing else may use them.
@@ -42,7 +42,7 @@ class FairPool:
         return await asyncio.wrap_future(self._submit(tenant, job))
 
     def close(self) -> None:
-        """Begin no further job, and cancel those that wait."""
+        """Start no more jobs, and cancel those that wait."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         with self._lock:
             waiting = [future for jobs in self._waiting.values() for future, _ in jobs]
@@ -55,7 +55,7 @@ class FairPool:
         with self._lock:
             self._waiting.setdefault(tenant, deque()).append((future, job))
         try:
-            # The thread chooses the job when it begins.
+            # The thread chooses the job when it starts.
             self._threads.submit(self._work)
         except RuntimeError:
             future.cancel()
@@ -70,8 +70,8 @@ class FairPool:
             future.set_exception(error)
         else:
             future.set_result(result)
-        # An error's traceback holds this frame: without this line they would keep each other, and
-        # the job, until the garbage collector looks.
+        # An error's traceback refers to this frame, and the frame's future to the error. Break the
+        # cycle, which would keep the job in memory until the next garbage collection.
         del future, job
 
     def _next(self) -> _Job:
@@ -91,8 +91,8 @@ class FairPool:
 class LoopTurns:
     """Lets coroutines continue one per turn of the event loop, each tenant's in turn.
 
-    So other events are handled in between, however many coroutines become ready at once. Belongs to
-    one event loop.
+    Other events are therefore handled in between, however many coroutines become ready at once. Use
+    an instance on one event loop only.
     """
 
     def __init__(self) -> None:

@@ -164,6 +164,8 @@ _SCHEMA_RULE = re.compile(r"(?m)^\s*(\w+)\s*:\s*%json (\{.*\})\s*$")
 _REGEX_FAULT = re.compile(
     r"\nerror: (.+)|\(in regex\): (?!regex parse error)(.+?)(?: in regex|\n|$)"
 )
+# Lines that show where an error is; without their line breaks, they are unreadable.
+_EXCERPT = re.compile(r"(?m)^ +(?:\d+ \|.*|\^)$")
 # llguidance's messages repeat the whole grammar, so they are cut to this length.
 MAX_FAULT_CHARS = 300
 
@@ -220,8 +222,8 @@ def refusal(spec: ConstraintSpec, why: str) -> InvalidRequestError:
 
 
 def shortened(text: str) -> str:
-    """A fault on one line, without the state of llguidance's parser."""
-    text = " ".join(text.partition("<non-verbose/>")[0].split())
+    """A fault on one line, without excerpts and the state of llguidance's parser."""
+    text = " ".join(_EXCERPT.sub("", text.partition("<non-verbose/>")[0]).split())
     return text if len(text) <= MAX_FAULT_CHARS else text[:MAX_FAULT_CHARS] + "..."
 
 

@@ -1,7 +1,7 @@
 """The difference between the weights that are served and the weights of the model's files.
 
-Every linear module of the decoder layers is in one of four states. The report counts them by kind
-of module, and has the error that quantisation caused where turret quantised.
+Every linear module of the decoder layers is in one of four states. The report counts the modules of
+each kind and state, with the quantisation error of those that turret quantised.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Fidelity:
 
         Args:
             path: The module or its weight.
-            state: See above.
+            state: See ``State``.
             source: See ``Kind``.
             squares: The squared norms of the error and of the weight.
         """
@@ -112,7 +112,7 @@ class Fidelity:
 
     @classmethod
     def of_rows(cls, rows: Iterable[list[Any]]) -> Fidelity:
-        """What ``rows`` returned."""
+        """Restore the contents from what ``rows`` returned."""
         made = cls()
         made._found = {tuple(row[:3]): row[3:] for row in rows}  # type: ignore[misc]
         return made

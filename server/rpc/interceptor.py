@@ -289,7 +289,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self, services: Services) -> None:
         self._services = services
         self._open_calls = Places()
-        # By service, so that slow messages to one service delay no other.
+        # Messages that arrive, by service: slow messages to one service must not delay another.
         self._arrivals: dict[str, Arrivals] = {}
 
     async def intercept_service(

@@ -196,8 +196,8 @@ TEXTS: dict[str, str] = {
     " first",
     "TOO_MANY_ALIASES": "there are {most} aliases already; delete one first",
     "REGISTERED_AGAIN": "adapter {adapters!q} was registered again after the alias was set",
-    "NO_EARLIER_GENERATION": "no generation of adapter {adapters!q} before {current_generation} was"
-    " kept; raise --keep-generations to keep more",
+    "NO_EARLIER_GENERATION": "the server keeps no generation of adapter {adapters!q} before"
+    " {current_generation}; raise --keep-generations to keep some",
     "BEING_UNLOADED": "adapter {adapters!q} is being unloaded",
     "ADAPTER_EXISTS": "adapter {adapter!q} already exists with different content",
     "ADAPTER_GENERATION": "adapter {adapter!q} has generation {generation}, expected {expected}",

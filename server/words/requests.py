@@ -16,8 +16,8 @@ TEXTS = {
     "NOT_PRINTABLE_ASCII": "must be at most {most} printable ASCII characters",
     "NOT_MATCHING": "must match {pattern}, not {value!q:.80}",
     "NOT_AN_ADAPTER_NAME": "{value!q} is not a valid adapter name; use at most 128"
-    ' letters, digits, ".", "_", "-" and "/", with a letter or digit at both ends'
-    ' and no empty, "." or ".." part',
+    ' letters, digits, ".", "_", "-" and "/", start and end with a letter or digit, and leave'
+    ' no part between slashes empty, "." or ".."',
     "NAME_OF_BASE": "{value!q} means the base model; choose another name",
     "NOT_A_HUB_ID": "{value!q} is not of the form org/name or org/name@revision",
     "NOT_A_PAGE_TOKEN": "is not the next_page_token of a list with the same filters",

@@ -18,17 +18,18 @@ TEXTS = {
     "TOKEN_MALFORMED": 'the authorization header is not of the form "Bearer TOKEN"',
     "TOKEN_UNKNOWN": "the bearer token is unknown",
     "ROLE_MISSING": "the bearer token lacks the role {role!q}",
-    "TOKEN_LIMIT_REACHED": "this token has reached its limit of queued and running"
+    "TOKEN_LIMIT_REACHED": "this bearer token has reached its limit of queued and running"
     " requests ({max_requests_per_token})",
     "PEER_LIMIT_REACHED": "this client address has reached its limit of queued and"
     " running requests ({max_requests_per_peer})",
     "TOO_MANY_CALLS": "the limit of {most} concurrent calls of this kind has been reached",
-    "TOO_MANY_UPLOADS_OF_TOKEN": "this token has reached its limit of running uploads ({most})",
+    "TOO_MANY_UPLOADS_OF_TOKEN": "this bearer token has reached its limit of running uploads"
+    " ({most})",
     "TOO_MANY_COMPILATIONS": "{most} constraints are already being compiled",
-    "TOO_MANY_COMPILATIONS_OF_TOKEN": "this token has reached its limit of constraints that"
+    "TOO_MANY_COMPILATIONS_OF_TOKEN": "this bearer token has reached its limit of constraints that"
     " are being compiled ({most})",
     "QUEUE_FULL": "the queue is full; its limit is {max_queued_requests}",
-    "QUEUE_SHARE_FULL": "this token has reached its limit of queued requests"
+    "QUEUE_SHARE_FULL": "this bearer token has reached its limit of queued requests"
     " ({max_queued_requests})",
     "QUEUE_MEMORY_FULL": "requests already take {held!b} of memory, and with this one they"
     " would exceed the limit of {max_queued_bytes!b}",

@@ -134,7 +134,7 @@ async def test_every_offending_field_is_listed_at_once() -> None:
         assert not server.engine.requests
         # A call is counted after its client has the answer, but before the next call is answered.
         await server.inference.GetModel(inference_pb2.GetModelRequest())
-        # None of its adapters is registered.
+        # The rejected call named only unregistered adapters.
         assert server.sample("turret_requests_total", adapter="other", code="INVALID_ARGUMENT") == 1
     assert failure.code is grpc.StatusCode.INVALID_ARGUMENT
     assert failure.reason == "INVALID_REQUEST"

@@ -14,7 +14,7 @@ from peft import PeftModel
 from turret.server.cli import main
 from turret.training.base_model import Weights, find_base, load_model, without_peft_warnings
 
-# As high as every module of the model allows.
+# The highest rank: each module limits it to what its shape allows.
 _FULL = 1024
 
 

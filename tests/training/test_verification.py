@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from turret.server.cli import main
 from turret.training.errors import RunError
 from turret.training.verification.checks import Verdict, ask_together, reload
-from turret.training.verification.door import Answer, Door
+from turret.training.verification.client import Answer, VerifiedServer
 
 _TWO_KINDS = {"target_modules": ["q_proj", "down_proj"]}
 _SILENT, _HALF, _OTHER, _REPAIR = "silent", "half", "other", "repair"
@@ -131,17 +131,17 @@ class _Wavering:
 
 
 def test_answers_that_change_are_counted() -> None:
-    door = _Wavering()
+    server = _Wavering()
     adapters = {name: Path(name) for name in ("one", "two")}
     verdicts = {name: Verdict(name) for name in adapters}
     prompts = [[1], [2]]
-    alone = {name: [door.ask(name, ids, 1) for ids in prompts] for name in adapters}
-    reload(door, adapters, prompts, 1, alone, verdicts)  # type: ignore[arg-type]
+    alone = {name: [server.ask(name, ids, 1) for ids in prompts] for name in adapters}
+    reload(server, adapters, prompts, 1, alone, verdicts)  # type: ignore[arg-type]
     assert [verdict.reloaded for verdict in verdicts.values()] == [0, 2]
-    ask_together(door, prompts, 1, alone, verdicts)  # type: ignore[arg-type]
+    ask_together(server, prompts, 1, alone, verdicts)  # type: ignore[arg-type]
     assert [verdict.mixed for verdict in verdicts.values()] == [0, 0]
-    door.is_busy = True
-    ask_together(door, prompts, 1, alone, verdicts)  # type: ignore[arg-type]
+    server.is_busy = True
+    ask_together(server, prompts, 1, alone, verdicts)  # type: ignore[arg-type]
     assert [verdict.mixed for verdict in verdicts.values()] == [2, 2]
 
 
@@ -167,10 +167,10 @@ def test_a_server_may_answer_unknown_paths_with_a_page(monkeypatch: pytest.Monke
         threading.Thread(target=server.serve_forever).start()
         url = f"http://127.0.0.1:{server.server_port}"
         try:
-            with Door(f"{url}/some/v1/", None) as door:
-                assert door.names == set()
+            with VerifiedServer(f"{url}/some/v1/", None) as verified:
+                assert verified.names == set()
             with pytest.raises(RunError, check=says("NO_MODEL_LIST")):
-                Door(url, None)
+                VerifiedServer(url, None)
         finally:
             server.shutdown()
     assert [client.is_closed for client in opened] == [True, True]

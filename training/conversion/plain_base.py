@@ -1,4 +1,4 @@
-"""The full-precision base of an adapter; its linear modules are read one by one."""
+"""The full-precision base of an adapter. Each linear module is read when it is needed."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _base(name: str, config: Any, tensors: StoredTensors, read: _Read) -> BaseMo
         dtype=torch.float32,
         modules=modules,
         other_modules=frozenset(others | {EMBEDDING}),
-        # The conversion reads neither embedding nor head.
+        # A conversion reads neither the embedding nor the head.
         vocabulary=BaseVocabulary(none, none, is_tied),
         num_layers=0,
         hidden_size=0,

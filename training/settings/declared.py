@@ -15,8 +15,8 @@ class Declared(NamedTuple):
 
     Attributes:
         learning_rate: The rate if the config sets none.
-        defaults: The default of each key, in the order in which keys are filled in; None if the
-            method computes the value from the keys before, or if the key may stay unset.
+        defaults: The default of each key, in the order in which keys are filled in. None means
+            that the method computes the value from earlier keys, or that the key may stay unset.
     """
 
     learning_rate: float
@@ -35,7 +35,7 @@ DECLARED: Mapping[str, Declared] = {
     "miss": Declared(1e-3, {**_FACTORS, "rank": 16}),
     "oft": Declared(1e-3, {**_FACTORS, "rank": 16}),
     "hra": Declared(5e-3, {**_ALL, "rank": 8}),
-    # A single learning rate; PEFT's example uses 1e-3 for the vector bank and 1e-2 for the logits.
+    # PEFT's example uses 1e-3 for the vector bank and 1e-2 for the logits; here all have one rate.
     "vblora": Declared(1e-2, {**_FACTORS, "rank": 4}),
     "shira": Declared(1e-3, {**_ALL, "rank": 8}),
     "loha": Declared(2e-3, {**_FACTORS, "rank": None, "alpha": None}),

@@ -16,7 +16,7 @@ from turret.training.errors import ConfigError
 from turret.training.settings.config import TrainConfig
 from turret.training.words import say
 
-# With this niceness, a server on the same machine has priority over training.
+# The default niceness gives a server on the same machine priority over training.
 _NICENESS = 5
 _NICEST = 19
 # Flags that take paths relative to the working directory. In the file and with --set, paths are
@@ -69,8 +69,7 @@ def config_parser(*left_out: str) -> argparse.ArgumentParser:
         type=_threads,
         metavar="N",
         help="number of computing threads (default: OMP_NUM_THREADS, else the processors that"
-        " affinity and"
-        " the container's quota allow)",
+        " affinity and the container's quota allow)",
     )
     parser.add_argument(
         "--nice",
@@ -130,7 +129,7 @@ def _given(args: argparse.Namespace) -> list[tuple[str, str, Any]]:
 def _from_here(flag: str, value: str, folder: Path) -> str:
     """A flag's value; a path is made absolute, because it is relative to the working directory.
 
-    A model that is not an existing path here is in the config's directory or on the hub.
+    A model that is not a path here may still be one in the config's directory, or be on the hub.
     """
     if flag == "--model" and not Path(value).exists():
         is_path = not (folder / value).exists() and HubId.find(value) is None

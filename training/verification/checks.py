@@ -17,7 +17,7 @@ import torch
 
 from turret.training.base_model import TrainingBase, Weights, load_model
 from turret.training.errors import RunError
-from turret.training.verification.door import Answer, Door
+from turret.training.verification.client import Answer, VerifiedServer
 from turret.training.verification.reference import Rows, adapted, logprobs_of
 
 # A difference is explained by rounding if it is at most this many times that of PEFT in bf16.
@@ -83,7 +83,7 @@ class _Case:
 
 
 def verify(
-    door: Door,
+    server: VerifiedServer,
     base: TrainingBase,
     weights: Weights,
     adapters: Mapping[str, Path],
@@ -95,7 +95,7 @@ def verify(
     """Compare the base and all adapters with PEFT.
 
     Args:
-        door: The server.
+        server: The server.
         base: The base model of the reference.
         weights: The base's weights: ``full`` as in the checkpoint, ``nf4`` as turret serves them.
         adapters: The server's name of each adapter → the directory that PEFT wrote.
@@ -116,13 +116,13 @@ def verify(
 
     on_phase("asking the server for each answer alone")
     alone = {
-        name: [door.ask(None if name == BASE else name, ids, max_tokens) for ids in encoded]
+        name: [server.ask(None if name == BASE else name, ids, max_tokens) for ids in encoded]
         for name in verdicts
     }
     on_phase("asking for all answers at once")
-    ask_together(door, encoded, max_tokens, alone, verdicts)
+    ask_together(server, encoded, max_tokens, alone, verdicts)
     on_phase("loading adapters under one name, one after another")
-    reload(door, adapters, encoded, max_tokens, alone, verdicts)
+    reload(server, adapters, encoded, max_tokens, alone, verdicts)
 
     cases = {
         name: [
@@ -160,7 +160,7 @@ def verify(
 
 
 def ask_together(
-    door: Door,
+    server: VerifiedServer,
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     alone: Mapping[str, Sequence[Answer]],
@@ -171,7 +171,7 @@ def ask_together(
 
     def ask(place: tuple[str, int]) -> Answer:
         name, number = place
-        return door.ask(None if name == BASE else name, prompts[number], max_tokens)
+        return server.ask(None if name == BASE else name, prompts[number], max_tokens)
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for (name, number), answer in zip(places, pool.map(ask, places), strict=True):
@@ -179,7 +179,7 @@ def ask_together(
 
 
 def reload(
-    door: Door,
+    server: VerifiedServer,
     adapters: Mapping[str, Path],
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
@@ -190,14 +190,14 @@ def reload(
     # Repeat the first adapter at the end, so that even a single adapter is loaded twice.
     for name in (*adapters, *list(adapters)[:1]):
         try:
-            door.load(_NAME, adapters[name])
+            server.load(_NAME, adapters[name])
         except RunError:
             # Many servers cannot load adapters, or only with a setting.
             return
         try:
-            found = [door.ask(_NAME, ids, max_tokens) for ids in prompts]
+            found = [server.ask(_NAME, ids, max_tokens) for ids in prompts]
         finally:
-            door.unload(_NAME)
+            server.unload(_NAME)
         differing = sum(a != b for a, b in zip(found, alone[name], strict=True))
         verdicts[name].reloaded = (verdicts[name].reloaded or 0) + differing
 

@@ -84,7 +84,7 @@ def _verify(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> list[Verdict]:
     from turret.server.command.interrupts import ending_at_interrupts
     from turret.training.errors import RunError
-    from turret.training.verification.door import Door
+    from turret.training.verification.client import VerifiedServer
 
     adapters = dict(args.adapters)
     for path in adapters.values():
@@ -104,18 +104,18 @@ def _run(args: argparse.Namespace) -> list[Verdict]:
 
     token = args.token or os.environ.get(_TOKEN_VARIABLE)
     with (
-        Door(args.against, token) as door,
+        VerifiedServer(args.against, token) as server,
         training_progress(None, "verify", stays=False, is_quiet=args.quiet) as listen,
     ):
-        if missing := sorted(adapters.keys() - door.names):
-            raise RunError(say("NOT_ON_SERVER", names=missing, choices=sorted(door.names)))
+        if missing := sorted(adapters.keys() - server.names):
+            raise RunError(say("NOT_ON_SERVER", names=missing, choices=sorted(server.names)))
         base = find_base(args.model)
-        if door.digest not in (None, base.source.digest):
+        if server.digest not in (None, base.source.digest):
             raise RunError(say("OTHER_WEIGHTS_SERVED", url=args.against, name=base.source.name))
         return verify(
-            door,
+            server,
             base,
-            args.weights or ("full" if door.digest is None else "nf4"),
+            args.weights or ("full" if server.digest is None else "nf4"),
             adapters,
             prompts=prompts or DEFAULT_PROMPTS,
             max_tokens=args.max_tokens,

@@ -1,7 +1,8 @@
 """The combinations of updates for ``FuseAdapters``: their names, and the settings of each.
 
-``exact`` and ``svd`` approximate or equal ``Σ w_k ΔW_k``; the others are those of PEFT's
-``add_weighted_adapter``, by its names. This file loads no torch: RPCs are checked with it.
+``exact`` equals ``Σ w_k ΔW_k``, and ``svd`` approximates it. The others are the combinations of
+PEFT's ``add_weighted_adapter``, under PEFT's names. This file does not need torch, so that requests
+can be checked before torch is loaded.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class FuseResult:
 
     Attributes:
         record: The new adapter.
-        relative_error: The same as a module's, over all modules together.
+        relative_error: The relative error of all modules together.
         modules: The modules, in the base model's order.
     """
 
@@ -46,7 +47,7 @@ class FuseResult:
     modules: tuple[ModuleReport, ...]
 
 
-# Keep every direction: the factors side by side.
+# Concatenate the factors, which keeps the whole sum.
 CONCATENATED = frozenset({"exact", "cat"})
 # Combine A with A and B with B; the product of the results is the update.
 ON_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -70,7 +71,7 @@ class Combination:
         seed: Seeds DARE's random pruning; 0 by default.
 
     Raises:
-        InvalidRequestError: A value breaks its range or belongs to other combinations; lists all.
+        InvalidRequestError: Values are out of range or belong to other combinations; lists all.
     """
 
     name: str = "exact"

@@ -1,4 +1,4 @@
-"""Fuses the updates of one module: ``Σ w_k ΔW_k``, or a combination of PEFT's, as two factors.
+"""Fuses the updates of one module into two factors, by the sum or one of PEFT's combinations.
 
 If every update is a pair of factors, sums, SVDs and errors are computed on the factors, in fp64.
 Otherwise the update is dense, in fp32, for one module at a time.
@@ -25,10 +25,7 @@ from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.errors import BudgetExceededError, InvalidRequestError
 from turret.server.words import say
 
-# A matrix as a product of two thin ones, and the truncated SVD that makes it thinner.
-
-
-# Directions weaker than this share of the strongest one are lost in fp32 rounding.
+# Singular values below this share of the largest one are only rounding errors of fp32.
 _NOISE = float(torch.finfo(torch.float32).eps)
 
 # Takes descending singular values and returns how many to keep.
@@ -90,13 +87,13 @@ def truncated_svd(matrix: torch.Tensor, choose_rank: ChooseRank) -> Factors:
     only rounding errors are never kept, so the rank may be less than the chosen one.
     """
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    audible = max(1, int((values > _NOISE * values[0]).sum()))
-    rank = min(choose_rank(values[:audible]), audible)
+    significant = max(1, int((values > _NOISE * values[0]).sum()))
+    rank = min(choose_rank(values[:significant]), significant)
     return Factors(left[:, :rank] * values[:rank], right[:rank].contiguous())
 
 
 def ratio(error: float, reference: float) -> float:
-    """A relative error; 0 if error and reference are 0, infinite if only the reference is."""
+    """The relative error; 0 if both are 0, infinite if only the reference is 0."""
     if reference == 0.0:
         return 0.0 if error == 0.0 else math.inf
     return error / reference
@@ -104,8 +101,8 @@ def ratio(error: float, reference: float) -> float:
 
 # Weighted sums of tensors with pruning and sign election, as PEFT's ``merge_utils`` defines them.
 #
-# Each tensor is made when it is needed and dropped before the next one, so the memory is that of a
-# few tensors, however many are combined. Masks are drawn in PEFT's order, so turret and PEFT draw
+# Each tensor is computed when it is needed and dropped before the next one, so only a few are in
+# memory, however many are combined. Masks are drawn in PEFT's order, so turret and PEFT draw
 # the same masks from the same state of the generator.
 
 

@@ -1,6 +1,6 @@
 """Orthogonal wavelets by name, and one level of the inverse of their two-dimensional transform.
 
-The filters are those that Daubechies (CBMS-NSF 61, 1992; ``db``, ``sym``, ``coif``) tabulated.
+Daubechies tabulated the filters ``db``, ``sym`` and ``coif`` (CBMS-NSF 61, 1992).
 """
 
 from __future__ import annotations
@@ -173,18 +173,18 @@ def inverse_entries(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The entries of the matrix whose transform has the given coefficients.
 
-    A coefficient becomes the outer product of two filters; those that reach out of the matrix are
-    cut off, as they are in PEFT, which pads the coefficients and crops the result.
+    A coefficient becomes the outer product of two filters. Entries outside the matrix are dropped:
+    PEFT pads the coefficients and crops the result, which is the same.
 
     Args:
         name: One of ``WAVELETS``.
-        rows: Places of the coefficients in a matrix of ``shape``, ``[n]`` int64.
-        columns: Places of the coefficients, like ``rows``.
+        rows: The rows of the coefficients in a matrix of ``shape``, ``[n]`` int64.
+        columns: The columns of the coefficients, likewise.
         values: The coefficients, ``[n]``.
         shape: Shape of the coefficients before padding, and of the result.
 
     Returns:
-        Rows, columns and values, ``[entries]`` each; several entries may have one place.
+        Rows, columns and values, ``[entries]`` each. Several may have the same row and column.
     """
     taps = torch.stack(filters(name))
     length = taps.shape[1]
@@ -194,7 +194,8 @@ def inverse_entries(
         wide += wide % 2
         padded = at + (wide - size) // 2
         is_high.append((padded >= wide // 2).long())
-        # Take the place within its band, then that of its first tap after both ends are cropped.
+        # Convert the position to one within its band, and that to the position of the filter's
+        # first tap in the cropped result.
         first = 2 * (padded - is_high[-1] * (wide // 2)) - (length - 2)
         places.append(first - (wide - length + 2 - size) // 2)
     # Coefficients in the right half use the high-pass filter down the rows, those in the lower half

@@ -21,11 +21,8 @@ from turret.server.adapters.peft_format.refusals import check_task
 from turret.server.adapters.peft_format.targets import Targets
 from turret.server.words import Text, say
 
-# DoRA's gain (arXiv 2402.09353): the ratio of its magnitudes to the norms of the updated weight.
-
-
-# Rows of W + sBA held at once: 1024 x 14336 in fp32 is 59 MB. An embedding has a column per token,
-# so it gets fewer rows.
+# The number of rows of W + sBA in memory at once: 1024 x 14336 in fp32 is 59 MB. An embedding has a
+# column per token, so it gets fewer rows.
 _ROWS_PER_BLOCK = 1024
 _ELEMENTS_PER_BLOCK = 1 << 24
 
@@ -33,7 +30,7 @@ _ELEMENTS_PER_BLOCK = 1 << 24
 def dora_gain(
     magnitude: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, weight: WeightRows
 ) -> torch.Tensor:
-    """``m / ‖W + s·B A‖`` per output row.
+    """DoRA's gain (arXiv 2402.09353): ``m / ‖W + s·B A‖`` per output row.
 
     Args:
         magnitude: ``m``, ``out_features`` values in any shape.
@@ -83,8 +80,8 @@ class Reading:
         task: The task, if the files have several.
         modules: The adapted modules by path, in the base's order.
         shared: Tensors that belong to no module.
-        targets: Configured rank and alpha of every adapted module.
-        biases: Whole biases that replace the base's, by module path.
+        targets: The configured rank and alpha of every adapted module.
+        biases: Biases that replace those of the base, by module path.
         ranks: The rank that is served, by module path; empty for a method without ranks.
         findings: The faults found.
         warnings: Warnings for the operator, in order.
@@ -295,10 +292,9 @@ class Format(MethodKeys, ABC):
             findings: The faults that were found in other parts of the checkpoint.
 
         Raises:
-            AdapterCheckpointError: Unsupported or inconsistent; lists all keys and tensors at
-                fault.
-            AdapterMismatchError: Sound, but for another base; lists every module that does not fit.
-            BudgetExceededError: A rank over ``max_rank``.
+            AdapterCheckpointError: Unsupported or inconsistent; lists all invalid keys and tensors.
+            AdapterMismatchError: Valid, but for another base; lists every module that does not fit.
+            BudgetExceededError: A rank is above ``max_rank``.
         """
         found = findings or Findings(checkpoint.path, base.name)
         if self.prepare is not None:
@@ -319,4 +315,4 @@ class Format(MethodKeys, ABC):
         """Reports names, shapes and dtypes of tensors that do not agree with config and base."""
 
     def conclude(self, reading: Reading, max_rank: int | None) -> None:
-        """Checks what only an adapter without other faults has, such as its ranks."""
+        """Checks properties that are defined only if nothing else is wrong, such as ranks."""

@@ -83,7 +83,7 @@ class Registration:
 
     @property
     def next_generation(self) -> int:
-        """The number of the next new weights; no weights of this registration ever had it.
+        """The generation of the next new weights, which this registration has never used.
 
         The generation with the highest number is always current or kept.
         """
@@ -159,7 +159,7 @@ def generation_of(registration: Registration, generation: int | None) -> Adapter
     """A generation that requests may name; None stands for the current one.
 
     Raises:
-        AdapterNotFoundError: It was never there, or is not kept.
+        AdapterNotFoundError: The generation never existed, or is not kept.
     """
     adapter = registration.find(generation)
     if adapter is None:
@@ -180,8 +180,8 @@ def generation_for_rollback(registration: Registration, generation: int | None) 
     current = registration.current.generation
     earlier = [adapter for adapter in registration.kept if adapter.generation < current]
     if not earlier:
-        said = {"adapters": registration.name, "current_generation": current}
-        raise AdapterNotFoundError(say("NO_EARLIER_GENERATION", **said))
+        facts = {"adapters": registration.name, "current_generation": current}
+        raise AdapterNotFoundError(say("NO_EARLIER_GENERATION", **facts))
     return max(earlier, key=lambda adapter: adapter.generation)
 
 
@@ -282,7 +282,7 @@ class NameTable:
         return records
 
     def check_active(self, registration: Registration) -> None:
-        """Raises AdapterInUseError if it is being unloaded, AdapterNotFoundError if it was."""
+        """Raises AdapterInUseError if it is being unloaded, AdapterNotFoundError afterwards."""
         with self._changed:
             if self._by_name.get(registration.name) is not registration:
                 raise AdapterNotFoundError(_not_found(registration.name))
@@ -290,7 +290,7 @@ class NameTable:
                 raise AdapterInUseError(say("BEING_UNLOADED", adapters=registration.name))
 
     def add(self, registration: Registration) -> None:
-        """Lets requests name it."""
+        """Add a registration, so that requests may name it."""
         with self._changed:
             assert registration.name not in self._by_name
             self._by_name[registration.name] = registration
@@ -325,12 +325,12 @@ class NameTable:
             return self._aliases.get(name)
 
     def put_alias(self, alias: Alias) -> None:
-        """Gives later requests for the name one of these targets, which must be current or kept."""
+        """Set an alias for later requests. Its targets must be current or kept generations."""
         with self._changed:
             self._aliases[alias.name] = alias
 
     def remove_alias(self, name: str) -> None:
-        """Frees the name."""
+        """Remove an alias."""
         with self._changed:
             del self._aliases[name]
 
@@ -339,7 +339,7 @@ class NameTable:
         check_no_target(registration.name, self.aliases())
 
     def swap(self, registration: Registration, current: Adapter, kept: Sequence[Adapter]) -> None:
-        """Lets requests name these generations alone; others end with their last request."""
+        """Set the generations that requests may name; others end with their last request."""
         with self._changed:
             before, named = registration.current, registration.named
             registration.current, registration.kept = current, tuple(kept)
@@ -413,7 +413,7 @@ class NameTable:
 
     @contextmanager
     def replacing(self, registration: Registration) -> Iterator[None]:
-        """Until it ends, no new fusion is built from the current generation.
+        """While this context is open, no new fusion is built from the current generation.
 
         Raises:
             AdapterInUseError: A fusion is built from it.
@@ -428,7 +428,7 @@ class NameTable:
                 registration.is_replacing = False
 
     def check_generation(self, name: str, expected: int | None) -> None:
-        """Raises AdapterGenerationError if the name has another; None accepts any."""
+        """Raises AdapterGenerationError if the name has another generation; None allows any."""
         if expected is None:
             return
         with self._changed:

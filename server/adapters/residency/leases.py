@@ -58,7 +58,7 @@ class NoAdapterMetrics(AdapterMetrics):
 
 
 class HostMemory:
-    """The adapters in host memory, within a byte budget; the least recently granted leaves first.
+    """The adapters in host memory, within a byte budget. Evicts the least recently granted first.
 
     Owns ``Adapter.operators`` and ``pinned``.
 
@@ -90,12 +90,12 @@ class HostMemory:
         return self._budget_bytes - self._pinned_bytes
 
     def enter(self, adapter: Adapter) -> None:
-        """Reserves the bytes of an adapter; there is room."""
+        """Reserves the bytes of an adapter. The caller has made room for it."""
         self._entries[adapter.key] = adapter
         self.used_bytes += adapter.host_bytes_needed
 
     def fill(self, adapter: Adapter, loaded: LoadedAdapter) -> None:
-        """Gives an adapter that has entered its operators."""
+        """Stores the operators of an adapter whose bytes are reserved."""
         self._correct_size(adapter, loaded.operators.num_bytes)
         adapter.operators = loaded.operators
         adapter.base_generation = loaded.base_generation
@@ -105,7 +105,7 @@ class HostMemory:
         self._entries.move_to_end(adapter.key)
 
     def leave(self, adapter: Adapter, reason: str | None = None) -> None:
-        """Frees the bytes of an adapter that has entered; ``reason`` counts it as an eviction."""
+        """Frees the bytes of an adapter. With a ``reason``, it is counted as an eviction."""
         del self._entries[adapter.key]
         self.used_bytes -= adapter.host_bytes_needed
         adapter.operators = None
@@ -113,16 +113,17 @@ class HostMemory:
             self._metrics.adapter_evicted("host", reason)
 
     def make_room_for(self, adapters: Iterable[Adapter]) -> bool:
-        """Evicts adapters until those of these that are not in memory fit, or evicts none.
+        """Evicts other adapters until all of ``adapters`` fit; if they cannot fit, evicts nothing.
 
-        None of ``adapters`` themselves is evicted.
+        Returns:
+            Whether they fit.
         """
         adapters = tuple(adapters)
         needed = sum(adapter.host_bytes_needed for adapter in adapters if adapter not in self)
         return self._make_room(needed, {adapter.key for adapter in adapters})
 
     def set_pinned(self, adapter: Adapter, pinned: bool) -> None:
-        """Pins an adapter that has entered, or unpins one."""
+        """Pins an adapter whose bytes are reserved, or unpins one."""
         if adapter.pinned == pinned:
             return
         assert adapter in self or not pinned, adapter
@@ -130,10 +131,10 @@ class HostMemory:
         self._pinned_bytes += adapter.host_bytes_needed if pinned else -adapter.host_bytes_needed
 
     def change_base(self, generation: int) -> list[Adapter]:
-        """Takes the operators from adapters that were computed from other base weights.
+        """Discards all operators that were computed from other base weights.
 
         Returns:
-            These adapters, which keep their bytes.
+            The adapters that lost their operators. Their bytes stay reserved.
         """
         self._base_generation = generation
         stale = [
@@ -188,7 +189,7 @@ _log = logging.getLogger(__name__)
 
 Reload = Callable[[str, Source, str], LoadedAdapter]
 # Callbacks (``OnHost``) to call once the change is complete.
-_Answers = list[Callable[[], None]]
+_Callbacks = list[Callable[[], None]]
 
 
 @dataclass(eq=False, slots=True)
@@ -257,7 +258,7 @@ class Leases:
         return self._memory.used_bytes
 
     def insert(self, adapter: Adapter, loaded: LoadedAdapter) -> bool:
-        """Takes freshly lowered operators if there is room; False leaves the adapter on disk."""
+        """Stores freshly lowered operators. If it returns False, the adapter stays on disk."""
         with self._lock:
             # Waiting mixes come before an adapter that no request has asked for yet.
             if self._line or self._memory.is_stale(loaded.base_generation):
@@ -270,10 +271,11 @@ class Leases:
             return True
 
     def change_base(self, generation: int) -> frozenset[str]:
-        """Reacts to new weights of the base, which make adapters computed from the old ones stale.
+        """Reacts to new weights of the base: operators computed from the old ones are stale.
 
-        A stale adapter that is pinned or held by a mix is read again at once, into the room that it
-        has, and its mixes wait for it (call ``ensure_host`` again). Any other is dropped.
+        A stale adapter that is pinned or held by a mix is read again at once, into the memory that
+        is reserved for it, and its mixes wait for it (call ``ensure_host`` again). Other stale
+        adapters are dropped.
 
         Returns:
             Keys of the adapters whose operators were dropped.
@@ -346,11 +348,11 @@ class Leases:
 
     def shutdown(self) -> None:
         """Stops reading and fails all waiting mixes. Blocks until running reads end."""
-        with self._change() as answers:
+        with self._change() as callbacks:
             self._is_closed = True
             waiting = [lease for lease in self._leases.values() if lease.callback is not None]
             for lease in waiting:
-                self._fail(lease, _shutting_down(), answers)
+                self._fail(lease, _shutting_down(), callbacks)
         self._executor.shutdown(wait=True, cancel_futures=True)
         with self._lock:
             # Reads that never began do not release the memory reserved for them.
@@ -359,34 +361,34 @@ class Leases:
             self._loads.clear()
 
     @contextlib.contextmanager
-    def _change(self) -> Iterator[_Answers]:
-        """Holds the lock; at the end grants leases in order where possible, and answers.
+    def _change(self) -> Iterator[_Callbacks]:
+        """Holds the lock, then grants leases in order where possible, and calls their callbacks.
 
         Yields:
-            The list for answers that result from the change itself.
+            The list for callbacks that result from the change itself.
         """
-        answers: _Answers = []
+        callbacks: _Callbacks = []
         with self._lock:
-            yield answers
-            self._serve_line(answers)
-        for answer in answers:
+            yield callbacks
+            self._serve_line(callbacks)
+        for callback in callbacks:
             try:
-                answer()
+                callback()
             except Exception:
                 _log.exception("an adapter callback failed")
 
     # The methods below run under the lock.
 
-    def _serve_line(self, answers: _Answers) -> None:
+    def _serve_line(self, callbacks: _Callbacks) -> None:
         while self._line and not self._is_closed:
             lease = self._line[0]
             error = self._infeasible(lease)
             if error is not None:
-                self._fail(lease, error, answers)
+                self._fail(lease, error, callbacks)
             elif self._memory.make_room_for(lease.adapters):
                 self._line.popleft()
                 self._grant(lease)
-                self._answer_if_ready(lease, answers)
+                self._notify_if_ready(lease, callbacks)
             else:
                 break
 
@@ -406,7 +408,7 @@ class Leases:
         return not lease.is_resident or waited > PATIENCE_SECONDS
 
     def _grant(self, lease: _Lease) -> None:
-        """Holds every adapter of the lease and starts the reads it needs; there is room."""
+        """Holds every adapter of the lease and starts the missing reads. There is room for them."""
         lease.is_granted = True
         for adapter in lease.adapters:
             adapter.holds += 1
@@ -446,34 +448,34 @@ class Leases:
                 if load is not None:
                     load.leases.remove(lease)
 
-    def _fail(self, lease: _Lease, error: TurretError, answers: _Answers) -> None:
+    def _fail(self, lease: _Lease, error: TurretError, callbacks: _Callbacks) -> None:
         callback, result = lease.callback, HostResult(lease.mix, error)
         self._withdraw(lease)
         if callback is not None:
-            answers.append(lambda: callback(result))
+            callbacks.append(lambda: callback(result))
 
-    def _answer_if_ready(self, lease: _Lease, answers: _Answers) -> None:
+    def _notify_if_ready(self, lease: _Lease, callbacks: _Callbacks) -> None:
         callback = lease.callback
         if lease.pending or callback is None:
             return
         lease.callback = None
         result = HostResult(lease.mix, None, dict(lease.load_seconds))
-        answers.append(lambda: callback(result))
+        callbacks.append(lambda: callback(result))
 
-    # Runs on a loader thread, without the lock until the read is over.
+    # ``_read`` runs on a loader thread. It takes the lock once the file is read.
 
     def _read(self, adapter: Adapter) -> None:
         start = time.monotonic()
         while True:
             outcome = self._try_reload(adapter)
             seconds = time.monotonic() - start
-            with self._change() as answers:
+            with self._change() as callbacks:
                 # The base may have changed during the read.
                 if not (
                     isinstance(outcome, LoadedAdapter)
                     and self._memory.is_stale(outcome.base_generation)
                 ):
-                    self._finish_load(adapter, outcome, seconds, answers)
+                    self._finish_load(adapter, outcome, seconds, callbacks)
                     return
 
     def _try_reload(self, adapter: Adapter) -> LoadedAdapter | TurretError:
@@ -490,27 +492,27 @@ class Leases:
         adapter: Adapter,
         outcome: LoadedAdapter | TurretError,
         seconds: float,
-        answers: _Answers,
+        callbacks: _Callbacks,
     ) -> None:
         load = self._loads.pop(adapter.key)
         self._metrics.adapter_load("read", seconds)
         is_error = isinstance(outcome, TurretError)
         self._metrics.adapter_loaded("error" if is_error else "ok")
         if isinstance(outcome, TurretError) or load.is_abandoned:
-            self._give_up(load, outcome, answers)
+            self._give_up(load, outcome, callbacks)
         else:
             self._memory.fill(adapter, outcome)
             for lease in load.leases:
                 lease.pending.discard(adapter.key)
                 lease.load_seconds[adapter.key] = seconds
-                self._answer_if_ready(lease, answers)
+                self._notify_if_ready(lease, callbacks)
         if load.is_abandoned:
             self._metrics.adapter_bytes(host=self._memory.used_bytes)
         else:
             self._memory.report(adapter)
 
     def _give_up(
-        self, load: _Load, outcome: LoadedAdapter | TurretError, answers: _Answers
+        self, load: _Load, outcome: LoadedAdapter | TurretError, callbacks: _Callbacks
     ) -> None:
         adapter = load.adapter
         if adapter.pinned:
@@ -520,7 +522,7 @@ class Leases:
         self._memory.leave(adapter)
         for lease in load.leases:
             assert isinstance(outcome, TurretError), "an abandoned adapter has no leases"
-            self._fail(lease, outcome, answers)
+            self._fail(lease, outcome, callbacks)
 
 
 def _shutting_down() -> UnavailableError:

@@ -335,7 +335,10 @@ _SAID: dict[str, Callable[[dict[str, Any], Any], Text]] = {
     "string_too_long": lambda ctx, value: say(
         "TOO_MANY_CHARACTERS", most=ctx["max_length"], found=len(value)
     ),
-    "literal_error": lambda ctx, value: not_one_of(value, ctx["expected"]),
+    # pydantic writes the choices as "'a', 'b' or 'c'".
+    "literal_error": lambda ctx, value: not_one_of(
+        value, ctx["expected"].replace("'", "").replace(" or ", ", ")
+    ),
 }
 
 

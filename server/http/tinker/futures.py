@@ -108,10 +108,10 @@ class Future:
 
 
 class Futures:
-    """All futures. Belongs to one event loop."""
+    """All futures. Use an instance on one event loop only."""
 
     def __init__(self) -> None:
-        # In the order in which they began.
+        # Futures by id, the oldest first.
         self._all: dict[str, Future] = {}
         self._bytes: Counter[str] = Counter()
         self._count: Counter[str] = Counter()

@@ -32,7 +32,7 @@ from turret.server.words import say
 MAX_SAMPLES = 128
 MAX_ID_CHARS = 128
 MAX_PATH_CHARS = 256
-# Each checkpoint keeps these, and lists have those of up to 256 checkpoints.
+# Limits of ``user_metadata``. A list of checkpoints contains it for up to 256 of them.
 MAX_NOTES, MAX_KEY_CHARS, MAX_NOTE_CHARS = 16, 64, 512
 _MOST_NUMBER = (1 << 31) - 1
 _MOST_SEED = (1 << 63) - 1

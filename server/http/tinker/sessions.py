@@ -300,10 +300,10 @@ class Sessions:
 
     async def _drop(self, model: Model) -> None:
         model.log.abandon()
-        # A pass may take hours, and ends with its adapter.
+        # Drop the adapter now: this ends a running pass, which could take hours.
         await self._drop_learner(model)
         await model.log.close()
-        # That command may have created the adapter.
+        # A command that was running may have created an adapter; drop that one too.
         await self._drop_learner(model)
         if model.inflight and self._gate.is_open:
             await self.training().withdraw(model.inflight)

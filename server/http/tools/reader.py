@@ -57,7 +57,7 @@ class Reasoning:
             if self._held:
                 self._state = "after"
         if self._state == "after":
-            pieces += self._let_go()
+            pieces += self._release()
         return pieces
 
     def finish(self) -> list[Piece]:
@@ -65,9 +65,9 @@ class Reasoning:
         if self._state == "inside" and self._held:
             held, self._held = self._held, ""
             return [Thought(held)]
-        return self._let_go()
+        return self._release()
 
-    def _let_go(self) -> list[Piece]:
+    def _release(self) -> list[Piece]:
         held, self._held = self._held, ""
         return [Said(held)] if held else []
 
@@ -88,8 +88,8 @@ class Channels:
 
     def __init__(self, names: Container[str]) -> None:
         self._names = names
-        # begin: start of the answer; header: before a message's text; then the kind of that text;
-        # plain: an answer without messages.
+        # begin: at the start of the answer; header: before a message's text; thought, call or said:
+        # in a text of that kind; plain: in an answer without messages.
         self._state = "begin"
         self._held = ""
         self._count = 0
@@ -204,7 +204,7 @@ class AnswerReader:
     """Reads one answer.
 
     Args:
-        form: The way in which the model calls tools; None if it knows of none.
+        form: The format of the model's tool calls; None if it cannot call tools.
         tools: The callable tools, with the JSON schemas of their arguments; empty if none.
         is_parallel: Whether calls after the first are returned.
         has_reasoning: Whether the answer may begin with a block of reasoning.

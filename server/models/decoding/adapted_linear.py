@@ -81,8 +81,8 @@ class StepProduct:
 class AdaptedLinear:
     """``y = G ⊙ (W x) + b + Σ_k w_k Δ_k(x)`` for one fused projection of one layer.
 
-    All compute paths use it: the base computes ``W x``, from which the step's adapters make ``y``;
-    ``adapter_operators.py`` defines ``G`` and ``Δ_k``.
+    All compute paths use it. The base computes ``W x``, and the step's adapters compute ``y`` from
+    that. ``adapter_operators.py`` defines ``G`` and ``Δ_k``.
 
     Attributes:
         layer: Layer number.
@@ -113,7 +113,7 @@ class AdaptedLinear:
         """Project.
 
         Args:
-            x: ``[rows, in]``, rows ordered as ``adapters`` was made for.
+            x: ``[rows, in]``, with the rows in the order for which ``adapters`` was made.
             adapters: The step's adapters, or None if every row is the base model's.
             num_decode: See ``BaseLinear``.
 
@@ -152,9 +152,6 @@ class AdaptedLinear:
             return epilogue(self(x, None, num_decode)) if result is None else result
         place = self.layer, self.projection
         return adapters.project(*place, x, bias=self.bias, base=base, epilogue=epilogue)
-
-
-# A mixture of experts in place of a layer's MLP.
 
 
 class AdaptedExperts:
@@ -208,8 +205,8 @@ class ExpertMixture:
 
     Attributes:
         router: Maps ``[rows, hidden]`` to scores, ``[rows, experts]``; not quantised.
-        gate_up: Gates and ups of each expert.
-        down: Back to the hidden size.
+        gate_up: Computes the gates and ups of each expert.
+        down: Maps the result back to the hidden size.
     """
 
     router: AdaptedLinear

@@ -1,4 +1,4 @@
-"""gpt-oss (arXiv 2508.10925): experts with biases in every layer, sinks, every second window."""
+"""gpt-oss (arXiv 2508.10925): biased experts, attention sinks, a window in every second layer."""
 
 from __future__ import annotations
 

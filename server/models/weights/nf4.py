@@ -206,7 +206,7 @@ class Nf4Weight:
         """``[out, in]`` in ``dtype``."""
         if self.format == MXFP4:
             return self.decode().to(dtype)
-        # As one row, because bitsandbytes' CPU kernel misreads blocks that span two rows.
+        # Pass the matrix as one row: bitsandbytes' CPU kernel misreads blocks that span two rows.
         flat = 1, self.shape[0] * self.shape[1]
         return torch.ops.bitsandbytes.dequantize_4bit(
             self.packed, self.absmax(), BLOCKSIZE, "nf4", flat, dtype

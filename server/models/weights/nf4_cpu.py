@@ -70,7 +70,7 @@ def nf4_product(
         ``[rows, out]`` bf16.
     """
     if x.stride(1) != 1:
-        # Both products walk rows with stride 1, and bitsandbytes does not check it.
+        # Both products read rows with stride 1, and bitsandbytes does not check the stride.
         x = x.contiguous()
     if not has_kernels(x.device):
         return in_sizes(lambda rows: _gemv(rows, packed, absmax, shape), x, _sizes(shape))

@@ -63,7 +63,7 @@ def test_the_same_rows_and_adapters_have_the_same_step(store: CpuStore) -> None:
     assert store.step(members(("one", 1.0), ("two", 0.5))) is first
     assert torch.equal(update(store, x, members(("one", 1.0), ("two", 0.5))), before)
     torch.testing.assert_close(before[1].float(), expected(two, x[1], 0.5), rtol=0.01, atol=0.01)
-    # Each differs in the rows, the order or a weight.
+    # These steps differ from the first one in the rows, the order or a weight.
     for other in (members(("one", 1.0)), members(("two", 0.5), ("one", 1.0))):
         assert store.step(other) is not first
     found = update(store, x, members(("one", 1.0), ("two", 0.25)))

@@ -106,7 +106,7 @@ def operators_of(kind: str, out: int, dtype: torch.dtype) -> Any:
     return 1 + 0.5 * torch.randn(INNER if kind == "input_gain" else out)
 
 
-# Both are gates, and all gates of an adapter use the same score.
+# The kinds "router" and "gate" set the same field: all gates of an adapter use the same score.
 FIELDS = {"router": "gate"}
 
 

@@ -162,7 +162,7 @@ async def test_a_stop_while_it_drains_ends_the_merge(root: Path) -> None:
         merging = asyncio.ensure_future(merge(server, "other"))
         await brake.until_change()
         brake.release()
-        # Both are interrupted, because a stop does not wait.
+        # The stop interrupts the merge and the request, because it does not wait.
         server.engine._loop.post(server.engine._loop.stop)
         with pytest.raises(UnavailableError):
             await merging

@@ -89,7 +89,7 @@ async def test_a_task_that_its_program_cancels_is_cancelled(server: FakeTurret, 
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
                 await _to_the_end(ask, client)
-    # Both at the same time.
+    # The client closes and the task is cancelled at the same time.
     client = AsyncTurretClient(server.address)
     task = asyncio.create_task(_to_the_end(ask, client))
     await asyncio.sleep(0.2)

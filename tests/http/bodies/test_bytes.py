@@ -13,7 +13,7 @@ from turret.server.http.body import parse
 PATH = "/v1/completions"
 JSON = {"content-type": "application/json"}
 TEXT = json.dumps({"model": "base", "prompt": "\u00e9"}, ensure_ascii=False)
-# With a fixed time, because the value is part of a test's name.
+# Compress with a fixed time, because the bytes are part of a test's name.
 ZIPPED = gzip.compress(TEXT.encode(), mtime=0)
 
 

@@ -173,7 +173,7 @@ class World:
         self._apply_at(self._replica()[1])
 
     def _apply_at(self, replica: Replica) -> None:
-        # In two halves, between which other events can happen.
+        # A change is applied in two steps, so that other events can happen in between.
         if replica.changing is None:
             replica.changing = replica.follower.next_change()
         if replica.changing is not None and self.draw(3):

@@ -138,7 +138,7 @@ class Cta:
             at = np.asarray(address).reshape(1)
             found = self._read(space, at, size, count, self._warps[:1])
             if space == "shared":
-                # All warps read it.
+                # Every warp reads the value.
                 at = np.repeat(at, self._threads // 32)
                 self._read(space, at, size, count, self._warps[::32])
             return [value[0] for value in found]

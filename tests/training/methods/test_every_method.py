@@ -141,7 +141,7 @@ SHAPES = [(128, 128), (64, 128), (64, 128), (128, 128), (192, 128), (192, 128), 
 PRODUCTS = {
     "lora": sum(8 * (out + inner) for out, inner in SHAPES),
     "dora": sum(8 * (out + inner) + out for out, inner in SHAPES),
-    # Not 8, because the server supports LoHa only for rank² < 64 · 128 / (64 + 128).
+    # The rank is 6, because the server supports LoHa only for rank² < 64 · 128 / (64 + 128).
     "loha": sum(6 * 6 * (out + inner) for out, inner in SHAPES),
     "miss": sum(16 * (out + inner) for out, inner in SHAPES),
     "oft": sum(32 * inner for _, inner in SHAPES),

@@ -1,7 +1,7 @@
 """AdaLoRA (arXiv 2303.10512): ``Δ(x) = s·B (E ⊙ (A x))``, ranks pruned during training.
 
-``s`` is PEFT's ``lora_alpha / (init_r + 1e-5)``: it divides by the initial rank in every module,
-also in those that were pruned, down to rank 0.
+``s`` is PEFT's ``lora_alpha / (init_r + 1e-5)``. Every module uses the initial rank there, even if
+it was pruned to a lower rank or to 0.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _is_mask(value: Any) -> Text | None:
 
 
 def _check_masks(adapter: Reading) -> None:
-    """The ranks in the file against ``init_r`` and the masks of ``rank_pattern``."""
+    """Check the ranks in the file against ``init_r`` and the masks of ``rank_pattern``."""
     start = adapter.config["init_r"]
     ranks = dict.fromkeys(adapter.modules, start)
     for key, mask in (adapter.config.get("rank_pattern") or {}).items():
@@ -42,16 +42,16 @@ def _check_masks(adapter: Reading) -> None:
         else:
             ranks[name] = sum(mask)
     for name, rank in ranks.items():
-        there = _N.of(adapter.modules[name])
-        if there != rank:
-            why = say("WRONG_RANK", rank=there, by="the config", expected=rank)
+        found = _N.of(adapter.modules[name])
+        if found != rank:
+            why = say("WRONG_RANK", rank=found, by="the config", expected=rank)
             adapter.fault(f"{name}.lora_E", why)
 
 
 def _operators(m: Module) -> Pieces:
     a, b, e = m.wide("lora_A", "lora_B", "lora_E")
     scaling = m.config["lora_alpha"] / (m.config["init_r"] + _EPSILON)
-    # E is folded in where the scaling is, so that both factors are rounded only once.
+    # Fold E into the same factor as the scaling, so that each factor is rounded only once.
     return low_rank(a, b * e.reshape(1, -1) * scaling) if len(a) else ()
 
 

@@ -1,6 +1,6 @@
-"""BD-LoRA (``use_bdlora``): LoRA with one factor block-diagonal, for shards without sums.
+"""BD-LoRA (``use_bdlora``): LoRA with one block-diagonal factor, so that shards exchange no sums.
 
-The file holds the blocks side by side: ``lora_A`` ``[r, in / n]`` or ``lora_B`` ``[out, r / n]``.
+The file has the blocks side by side: ``lora_A`` ``[r, in / n]`` or ``lora_B`` ``[out, r / n]``.
 """
 
 from __future__ import annotations

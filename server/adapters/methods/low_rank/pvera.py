@@ -1,7 +1,7 @@
-"""PVeRA: VeRA with a distribution in the middle; inference uses its mean.
+"""PVeRA: VeRA whose inner vector is drawn from a distribution; inference uses the mean.
 
-``Δ(x) = λ_b ⊙ B (λ_d ⊙ (A x))`` with the first ``r`` of ``2 r`` shared rows of ``A`` and values of
-``λ_d``; the others are the logarithm of the variance.
+``Δ(x) = λ_b ⊙ B (λ_d ⊙ (A x))``, where ``A`` and ``λ_d`` are the first ``r`` of ``2 r`` rows and
+values in the file. The other half computes the logarithm of the variance.
 """
 
 from __future__ import annotations

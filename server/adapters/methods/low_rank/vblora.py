@@ -34,7 +34,7 @@ def _operators(m: Module) -> Pieces:
         if m.reading.findings.fields:
             return ()
     a, b = (_vectors(m, factor) for factor in (_A, _B))
-    # Each place of B holds a piece of every rank's column.
+    # The first axis of B counts the pieces of a column, and the second the ranks.
     return low_rank(a.flatten(1), b.transpose(1, 2).flatten(0, 1))
 
 

@@ -1,7 +1,7 @@
 """LoKr (LyCORIS, arXiv 2309.14859): ``Δ(x) = s·kron(w1, w2) x`` with ``s = alpha/r``.
 
-Either factor may itself be a product of two. The tensors determine this, never ``decompose_both``
-or ``decompose_factor``; the scale is PEFT's even if both factors are whole.
+Either factor may itself be a product of two. The tensors in the file determine this, not
+``decompose_both`` or ``decompose_factor``. As in PEFT, ``s`` applies even if neither is a product.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _check(m: Module) -> None:
     if out_l * out_k != m.outputs or in_m * in_n != m.inputs:
         m.misfit_width(in_m * in_n, out_l * out_k)
     elif "lokr_w1" not in m and out_l * in_m > out_k * in_n:
-        # w1's factors are multiplied out, so w1 must be the smaller factor; it always is in PEFT.
+        # w1 is computed from its two factors, so it must be the smaller one, as it is in PEFT.
         m.fault("lokr_w1_a", say("INVALID_TENSOR", why="lokr_w1 must be the smaller factor"))
 
 
@@ -50,12 +50,12 @@ def _factor_shape(m: Module, which: str) -> tuple[int, int] | None:
 
 
 def _rank(m: Module) -> int:
-    """The module's rank, or 0 if both factors are whole: r is then only a divisor of alpha."""
+    """The module's rank; 0 if both factors are whole, because r then only divides alpha."""
     return 0 if "lokr_w1" in m and "lokr_w2" in m else m.rank
 
 
 def _operators(m: Module) -> Piece:
-    """Multiplies out small factors, scales ``w1``, and rounds each tensor once."""
+    """Multiply small factors, scale ``w1``, and round each tensor once."""
     wide = torch.promote_types(m.reading.dtype, torch.float32)
     whole = {role: found.to(wide) for role, found in m.tensors.items()}
 

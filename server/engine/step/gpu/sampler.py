@@ -57,7 +57,7 @@ class GpuSampler:
         # parameters.
         self._rows: dict[Sequence, tuple[UniformStream | None, _Row]] = {}
         self._adjustments: dict[Sequence, Adjustment] = {}
-        # Draws rows on the host whose vocabulary size differs from the base's.
+        # Samples on the host for sequences whose vocabulary differs from the base's in size.
         self._own = Sampler(stop_token_ids)
         self._table: SamplingTable | None = None
         self._tokens = torch.zeros(max_seqs, dtype=torch.int64, device=device)

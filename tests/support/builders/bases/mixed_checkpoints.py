@@ -14,7 +14,7 @@ from bitsandbytes.nn.modules import Linear4bit
 from builders.methods import quiet
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-# As Unsloth's dynamic 4-bit checkpoints have it: whole modules of some layers.
+# Modules in 16 bits, as in Unsloth's dynamic 4-bit checkpoints: whole modules of some layers.
 UNSLOTH = ("lm_head", "model.layers.1.mlp.down_proj", "model.layers.0.self_attn")
 
 

@@ -33,7 +33,7 @@ class Answer:
     logprobs: tuple[float, ...]
 
 
-class Door:
+class VerifiedServer:
     """A client of a server's OpenAI API, to be used as a context manager.
 
     Args:
@@ -63,7 +63,7 @@ class Door:
                     self._numbers = {Path(each["path"]).stem: each["id"] for each in found}
             stack.pop_all()
 
-    def __enter__(self) -> Door:
+    def __enter__(self) -> VerifiedServer:
         return self
 
     def __exit__(self, *_: object) -> None:
