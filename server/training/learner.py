@@ -173,7 +173,7 @@ class Learner:
 
     def load(self, folder: Path, *, with_optimizer: bool) -> None:
         """Restore the tensors, and optionally the optimizer's state, that ``save`` wrote."""
-        # A save may replace the directory meanwhile, so both files are read from one open directory.
+        # A save may replace the directory meanwhile, so read both files from one open directory.
         directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             opened = Path(f"/proc/self/fd/{directory}")
