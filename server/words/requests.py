@@ -16,7 +16,7 @@ TEXTS = {
     "NOT_PRINTABLE_ASCII": "must be at most {most} printable ASCII characters",
     "NOT_MATCHING": "must match {pattern}, not {value!q:.80}",
     "NOT_AN_ADAPTER_NAME": "{value!q} is not a valid adapter name; use at most 128"
-    ' letters, digits, ".", "_", "-" and "/", start and end with a letter or digit, and leave'
+    ' ASCII letters, digits, ".", "_", "-" and "/", start and end with a letter or digit, and leave'
     ' no part between slashes empty, "." or ".."',
     "NAME_OF_BASE": "{value!q} means the base model; choose another name",
     "NOT_A_HUB_ID": "{value!q} is not of the form org/name or org/name@revision",

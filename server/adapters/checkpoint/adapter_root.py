@@ -335,8 +335,12 @@ class AdapterRoot:
 def _closest_path(root: Path, path: PurePosixPath) -> str | None:
     """A directory whose path differs only in the first name that does not exist, and only slightly.
 
-    Only names are compared; nothing that is found here is opened.
+    The first name may also be that of the root itself. Only names are compared; nothing that is
+    found here is opened.
     """
+    below = root.joinpath(*path.parts[1:])
+    if path.parts[:1] == (root.name,) and below != root and os.path.isdir(below):
+        return "/".join(path.parts[1:])
     for number, name in enumerate(path.parts):
         before = root.joinpath(*path.parts[:number])
         if os.path.isdir(before / name):
