@@ -32,27 +32,38 @@ INLINE void dot4(const bf16 *x, const bf16 *a, int64_t n, float *out) {
     out[3] = sum_lanes(s3) + t3;
 }
 
-/* dot4 for four vectors x, with the same bits; reads `a` once for all of them. */
+#define DOT_SIDE (WIDTH == 16 ? 4 : 2) /* rows of `a` whose sums with four vectors are in registers at once */
+
+/* dot4 for four vectors x, with the same bits; reads `a` once for all of them, or once for each register of sixteen
+ * lanes. */
 INLINE void dot_tile(const bf16 *x, int64_t x_stride, const bf16 *a, int64_t n, float *out,
                      int64_t out_stride) {
-    f32x16 s[4][4] = {{{0}}};
+    f32x16 sums[4][4];
     float t[4][4] = {{0}};
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        f32x16 row[4];
-        for (int q = 0; q < 4; q++) row[q] = load_bf16(a + q * n + i);
-        for (int p = 0; p < 4; p++) {
-            f32x16 v = load_bf16(x + p * x_stride + i);
-            for (int q = 0; q < 4; q++) s[p][q] += v * row[q];
+    int64_t whole = n / LANES * LANES;
+    for (int part = 0; part < PARTS; part++)
+        for (int first = 0; first < 4; first += DOT_SIDE) {
+            fvec s[4][DOT_SIDE];
+            for (int p = 0; p < 4; p++)
+                for (int q = 0; q < DOT_SIDE; q++) s[p][q] = (fvec){0};
+            for (int64_t i = part * WIDTH; i < whole; i += LANES) {
+                fvec row[DOT_SIDE];
+                for (int q = 0; q < DOT_SIDE; q++) row[q] = fvec_bf16(a + (first + q) * n + i);
+                for (int p = 0; p < 4; p++) {
+                    fvec v = fvec_bf16(x + p * x_stride + i);
+                    for (int q = 0; q < DOT_SIDE; q++) s[p][q] = add_product(s[p][q], v, row[q]);
+                }
+            }
+            for (int p = 0; p < 4; p++)
+                for (int q = 0; q < DOT_SIDE; q++) ((fvec_at *)&sums[p][first + q])[part] = s[p][q];
         }
-    }
-    for (; i < n; i++)
+    for (int64_t i = whole; i < n; i++)
         for (int p = 0; p < 4; p++) {
             float v = to_f32(x[p * x_stride + i]);
             for (int q = 0; q < 4; q++) t[p][q] += v * to_f32(a[q * n + i]);
         }
     for (int p = 0; p < 4; p++)
-        for (int q = 0; q < 4; q++) out[p * out_stride + q] = sum_lanes(s[p][q]) + t[p][q];
+        for (int q = 0; q < 4; q++) out[p * out_stride + q] = sum_lanes(sums[p][q]) + t[p][q];
 }
 
 INLINE void dot1(const bf16 *x, const bf16 *a, int64_t n, float *out) {

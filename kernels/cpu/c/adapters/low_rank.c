@@ -31,23 +31,29 @@ KERNEL void low_rank_shrink(const Module *m, const Rows *rows, const ModuleSize 
         for (int64_t q = 0; q < least(m->rank - r, RANKS); q++) v[i * rows->v_stride + q] *= w;
 }
 
-/* The numbers of rows and of vectors of columns are constants, so that the sums stay in registers. Prefetches as
- * many of the next columns. */
+/* The numbers of rows and of vectors of columns are constants, so that the sums stay in registers: with WIDTH lanes,
+ * those of some vectors at a time. Prefetches as many of the next columns. */
 INLINE void add_tile(const Rows *rows, const bf16 *b, int64_t rank, int64_t stride, int64_t low,
                      const int count, const int vectors) {
-    f32x16 s[count][vectors];
-    float *acc = rows->acc + low;
-    for (int i = 0; i < count; i++)
-        for (int j = 0; j < vectors; j++) s[i][j] = load_f32(acc + i * COLUMNS + j * LANES);
-    for (int64_t r = 0; r < rank; r++, b += stride) {
-        for (int j = 0; j < vectors; j += 2) __builtin_prefetch(b + (vectors + j) * LANES);
-        for (int j = 0; j < vectors; j++) {
-            f32x16 column = load_bf16(b + j * LANES);
-            for (int i = 0; i < count; i++) s[i][j] += rows->v[i * rows->v_stride + r] * column;
+    const int every = vectors * PARTS, most = WIDTH == 16 ? every : count == 1 ? 8 : 2;
+    const int some = every < most ? every : most;
+    for (int first = 0; first < every; first += some) {
+        fvec s[count][some];
+        float *acc = rows->acc + low + first * WIDTH;
+        const bf16 *row = b + first * WIDTH;
+        for (int i = 0; i < count; i++)
+            for (int j = 0; j < some; j++) s[i][j] = fvec_f32(acc + i * COLUMNS + j * WIDTH);
+        for (int64_t r = 0; r < rank; r++, row += stride) {
+            for (int j = 0; j < some * WIDTH; j += 2 * LANES) __builtin_prefetch(row + vectors * LANES + j);
+            for (int j = 0; j < some; j++) {
+                fvec column = fvec_bf16(row + j * WIDTH);
+                for (int i = 0; i < count; i++)
+                    s[i][j] = add_product(s[i][j], rows->v[i * rows->v_stride + r] - (fvec){0}, column);
+            }
         }
+        for (int i = 0; i < count; i++)
+            for (int j = 0; j < some; j++) *(fvec_at *)(acc + i * COLUMNS + j * WIDTH) = s[i][j];
     }
-    for (int i = 0; i < count; i++)
-        for (int j = 0; j < vectors; j++) store_f32(acc + i * COLUMNS + j * LANES, s[i][j]);
 }
 
 /* Expands rows->count rows, which is 1 or TILE. */
