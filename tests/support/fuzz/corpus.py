@@ -11,15 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from builders.registries import Registries
 from checkout import ROOT
-from fuzz.doors import METHODS, PATHS
+from fuzz.doors import METHODS, MODEL, PATHS, SESSION, TRAINING_PATHS
 from fuzz.recipes import recipe
 from google.protobuf.message import Message
 
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
 from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.v1 import adapters_pb2, inference_pb2
+from turret.v1 import adapters_pb2, inference_pb2, tinker_pb2
 
 CORPUS = ROOT / "tests" / "fuzz" / "corpus"
 
@@ -121,6 +122,76 @@ def _recipes() -> dict[str, tuple[str, bytes]]:
     }
 
 
+def _sessions() -> dict[str, list[tuple[str, Any]]]:
+    """Calls for training, by the kind of session; those in JSON with their fields."""
+    model, session = {"model_id": MODEL.decode()}, {"session_id": SESSION.decode()}
+    path = f"tinker://{MODEL.decode()}/weights/a"
+    a_pass = tinker_pb2.TinkerPass(loss_fn="cross_entropy")
+    datum = a_pass.data.add()
+    datum.model_input.add().encoded_text.tokens = np.array([1, 2], "<i4").tobytes()
+    for name, values in (
+        ("target_tokens", np.array([2, 1], "<i8")),
+        ("weights", np.ones(2, "<f4")),
+    ):
+        tensor = datum.loss_fn_inputs[name]
+        tensor.dense = values.tobytes()
+        tensor.shape.append(2)
+        kind = tinker_pb2.TinkerTensor
+        tensor.dtype = kind.INT64 if values.dtype == np.int64 else kind.FLOAT32
+    adam = {"learning_rate": 0.1, "grad_clip_norm": 1.0}
+    saved = {"path": "a", "ttl_seconds": 60, "user_metadata": {"k": "v"}}
+    sampler = f"{SESSION.decode()}:sample:0"
+    chosen = {"sampling_session_seq_id": 0}
+    prompt = {"chunks": [{"type": "encoded_text", "tokens": [1, 2]}]}
+    params = {"max_tokens": 1, "stop": ["a"], "seed": 1}
+    second = {**session, "model_seq_id": 1, "base_model": "base", "lora_config": {"rank": 2}}
+    return {
+        "train": [
+            ("forward_backward", a_pass),
+            ("optim_step", {**model, "seq_id": 2, "adam_params": adam}),
+            ("save_weights", {**model, "seq_id": 3, **saved}),
+            ("weights_info", {"tinker_path": path}),
+            ("load_weights", {**model, "seq_id": 4, "path": path, "optimizer": True}),
+            ("get_info", model),
+            ("unload_model", model),
+        ],
+        "sample": [
+            ("save_weights_for_sampler", {**model, "seq_id": 1, **chosen}),
+            ("create_sampling_session", {**session, **chosen, "base_model": "base"}),
+            (
+                "asample",
+                {
+                    "sampling_session_id": sampler,
+                    "seq_id": 0,
+                    "prompt": prompt,
+                    "sampling_params": params,
+                    "num_samples": 2,
+                },
+            ),
+            ("save_weights_external", {**model, "seq_id": 2, "path": "b"}),
+        ],
+        "sessions": [
+            ("create_session", {"tags": []}),
+            ("create_model", second),
+            ("session_heartbeat", session),
+            ("telemetry", {"events": [{"a": 1}]}),
+            ("cancel_future", {"request_id": f"{SESSION.decode()}:0"}),
+            ("retrieve_future", {"request_id": f"{MODEL.decode()}:0"}),
+        ],
+    }
+
+
+def _session(calls: list[tuple[str, Any]]) -> bytes:
+    """The calls of a session in the form of the target ``training``."""
+    made = b""
+    for name, sent in calls:
+        is_message = isinstance(sent, Message)
+        body = sent.SerializeToString() if is_message else json.dumps(sent).encode()
+        number = TRAINING_PATHS.index(f"/api/v1/{name}")
+        made += bytes([number]) + len(body).to_bytes(2, "little") + body
+    return made
+
+
 def encoded(messages: list[Message], method: str) -> bytes:
     """The messages of a call in the form of the target ``message``."""
     number = next(i for i, each in enumerate(METHODS) if each.name == method)
@@ -157,6 +228,8 @@ def right() -> Iterator[tuple[str, bytes]]:
         yield f"http/{path.rpartition('/')[2]}", bytes([number]) + json.dumps(body).encode()
     for name, (path, made) in _recipes().items():
         yield f"bodies/{name}", bytes([PATHS.index(path)]) + made
+    for name, calls in _sessions().items():
+        yield f"training/{name}", _session(calls)
     yield "tokens/two", b"# who\nabc inference\ndef admin,metrics\n"
     with tempfile.TemporaryDirectory() as name:
         yield from _saved(Path(name))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import json
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
-from servers.fakes import FakeEngine, FakeMerger, fake_backend
+from servers.fakes import MODEL_INFO, FakeEngine, FakeMerger, fake_backend
+from servers.table_training import TableTraining
 
 from turret.server.adapters.fuse.fuser import Fuser
 from turret.server.adapters.state_dir import StateDir
@@ -24,7 +27,7 @@ from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http.server import HttpServer
 from turret.server.rpc.interceptor import CallInterceptor
 from turret.server.rpc.services import HealthServicer, Servicer
-from turret.v1 import adapters_pb2, inference_pb2
+from turret.v1 import adapters_pb2, inference_pb2, tinker_pb2
 
 CALL_SECONDS = 20.0
 # All methods; a fuzzer selects one by its position.
@@ -46,6 +49,23 @@ PATHS = (
     *("/v1/messages", "/v1/messages/count_tokens"),
     *("/v1/pin_lora_adapter", "/v1/unpin_lora_adapter"),
 )
+_TINKER = "/api/v1"
+PASS = f"{_TINKER}/forward_backward"
+# The same for training; the body of a pass is a message.
+TRAINING_PATHS = tuple(
+    f"{_TINKER}/{name}"
+    for name in (
+        *("client/config", "client/dynamic_config", "telemetry", "create_session"),
+        *("session_heartbeat", "retrieve_future", "cancel_future", "create_model", "get_info"),
+        *("unload_model", "forward_backward", "optim_step", "save_weights"),
+        *("save_weights_for_sampler", "save_weights_external", "load_weights"),
+        *("create_sampling_session", "asample", "weights_info"),
+    )
+)
+# The ids in bodies for training, which differ each time.
+SESSION, MODEL = b"@session", b"@model"
+# Only invalid bodies let a result wait for longer.
+_RESULT_SECONDS = 0.3
 
 
 class _Context:
@@ -95,10 +115,12 @@ class Doors:
         self._registries = Registries(folder)
         state = StateDir(folder / "state", 1 << 20)
         self.registry = self._registries(load="ab", state=state)
-        services = Services(gate=ServingGate())
+        services = Services(gate=ServingGate(), training=folder / "training")
         self._fuser = Fuser(self.registry, host_bytes=1 << 26, max_rank=64)
         self._adapters = services.adapters
-        services.gate.open(fake_backend(FakeEngine(), self.registry, FakeMerger(), self._fuser))
+        backend = fake_backend(FakeEngine(), self.registry, FakeMerger(), self._fuser)
+        training = TableTraining(MODEL_INFO.vocab_size)
+        services.gate.open(dataclasses.replace(backend, training=training))
         self._servicers: dict[str, Any] = {
             "Inference": Servicer(services.inference),
             "Adapters": Servicer(services.adapters),
@@ -154,10 +176,58 @@ class Doors:
 
     def post(self, path: str, body: bytes) -> int:
         """The status of a POST over HTTP."""
-        return self._loop.run_until_complete(self._post(path, body))
+        return self._loop.run_until_complete(self._post(path, body))[0]
 
-    async def _post(self, path: str, body: bytes) -> int:
+    def train(self, calls: Iterable[tuple[str, bytes]]) -> list[int]:
+        """The statuses of calls in a new session with a model, and of their results.
+
+        Args:
+            calls: Paths and bodies. ``SESSION`` and ``MODEL`` stand for ids in JSON; messages get
+                the model's id and the next number.
+        """
+        return self._loop.run_until_complete(self._train(calls))
+
+    async def _train(self, calls: Iterable[tuple[str, bytes]]) -> list[int]:
+        session = (await self._asked("create_session", {}))["session_id"]
+        model = {"session_id": session, "model_seq_id": 0, "base_model": "base"}
+        promise = await self._asked("create_model", {**model, "lora_config": {"rank": 1}})
+        model_id = (await self._asked("retrieve_future", promise))["model_id"]
+        ids = {SESSION: session.encode(), MODEL: model_id.encode()}
+        statuses, sessions = [], [session]
+        for number, (path, sent) in enumerate(calls, 1):
+            if path == PASS:
+                # The last value of a field counts.
+                head = tinker_pb2.TinkerPass(model_id=model_id, seq_id=number)
+                body, kind = sent + head.SerializeToString(), b"application/x-protobuf"
+            else:
+                body, kind = sent, b"application/json"
+                for name, value in ids.items():
+                    body = body.replace(name, value)
+            status, answer = await self._post(path, body, kind)
+            statuses.append(status)
+            if path == f"{_TINKER}/create_session" and status == 200:
+                sessions.append(json.loads(answer)["session_id"])
+            if b"request_id" in answer and path != f"{_TINKER}/retrieve_future":
+                result = asyncio.ensure_future(self._post(f"{_TINKER}/retrieve_future", answer))
+                if (await asyncio.wait([result], timeout=_RESULT_SECONDS))[0]:
+                    status, answer = await result
+                    statuses += [status, *[500] * (b'"category":"server"' in answer)]
+                result.cancel()
+                await asyncio.wait([result])
+        for each in sessions:
+            await self._asked(f"sessions/{each}/finish", {})
+        return statuses
+
+    async def _asked(self, path: str, body: Mapping[str, object]) -> dict[str, Any]:
+        status, answer = await self._post(f"{_TINKER}/{path}", json.dumps(body).encode())
+        assert status == 200, answer
+        return json.loads(answer)
+
+    async def _post(
+        self, path: str, body: bytes, kind: bytes = b"application/json"
+    ) -> tuple[int, bytes]:
         statuses: list[int] = []
+        answer = bytearray()
         waiting = [{"type": "http.request", "body": body, "more_body": False}]
         gone = asyncio.Event()
 
@@ -170,6 +240,8 @@ class Doors:
         async def send(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 statuses.append(message["status"])
+            elif message["type"] == "http.response.body":
+                answer.extend(message.get("body", b""))
 
         scope = {
             "type": "http",
@@ -181,14 +253,14 @@ class Doors:
             "raw_path": path.encode(),
             "root_path": "",
             "query_string": b"",
-            "headers": [(b"content-type", b"application/json")],
+            "headers": [(b"host", b"127.0.0.1"), (b"content-type", kind)],
             "client": ("10.0.0.1", 1),
             "server": ("10.0.0.2", 80),
         }
         async with asyncio.timeout(CALL_SECONDS):
             await self._app(scope, receive, send)
         assert len(statuses) == 1, "one request, one answer"
-        return statuses[0]
+        return statuses[0], bytes(answer)
 
     def is_listed(self) -> bool:
         """Whether every accepted adapter can be described to clients and read again."""

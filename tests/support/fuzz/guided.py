@@ -19,7 +19,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-ORDER = ("header", "config", "folder", "tokens", "message", "http", "bodies", "registration")
+ORDER = (
+    *("header", "config", "folder", "tokens", "message", "http", "bodies", "training"),
+    "registration",
+)
 
 
 def _note(findings: Path, name: str, data: bytes) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from builders.registries import tiny_base
-from fuzz.doors import METHODS, PATHS, Doors
+from fuzz.doors import METHODS, PATHS, TRAINING_PATHS, Doors
 from fuzz.recipes import body
 
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE, Source
@@ -28,6 +28,8 @@ from turret.server.errors import TurretError
 from turret.v1 import adapters_pb2
 
 MAX_BYTES = 1 << 16
+# The maximum number of calls of an input, so that it stays within its budget of time.
+_MOST_CALLS = 8
 _HTTP = frozenset((200, 400, 404, 409, 413, 415, 429, 501))
 _GRPC = frozenset(
     (
@@ -70,6 +72,7 @@ class Targets:
             "message": self.message,
             "http": self.http,
             "bodies": self.bodies,
+            "training": self.training,
             "registration": self.registration,
         }
         self.by_name: dict[str, Callable[[bytes], None]] = {
@@ -154,6 +157,13 @@ class Targets:
         self.http(data[:1] + made)
         return len(made)
 
+    def training(self, data: bytes) -> None:
+        """Input: calls of one session. Each has a byte for the path, then its length and body."""
+        calls = calls_of(data)
+        statuses = self._doors.train(calls)
+        if not (_HTTP | {410}).issuperset(statuses):
+            raise Broken(f"{[path for path, _ in calls]}: {statuses}")
+
 
 def _within_budget(target: Callable[[bytes], int | None], data: bytes) -> None:
     """Run a target, which returns the size of the data if that differs from the input's."""
@@ -171,6 +181,17 @@ def _within_budget(target: Callable[[bytes], int | None], data: bytes) -> None:
 def _peak_bytes() -> int:
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split(maxsplit=1)[0]) << 10
+
+
+def calls_of(data: bytes) -> list[tuple[str, bytes]]:
+    """The paths and bodies of an input of the target ``training``."""
+    calls = []
+    while data and len(calls) < _MOST_CALLS:
+        path = TRAINING_PATHS[data[0] % len(TRAINING_PATHS)]
+        end = 3 + int.from_bytes(data[1:3], "little")
+        calls.append((path, data[3:end]))
+        data = data[end:]
+    return calls
 
 
 def _parts(data: bytes) -> Iterator[bytes]:
