@@ -31,7 +31,7 @@ from turret.training.words import Text, say
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages made within the block and still referenced, and their peak."""
+    """Counts the bytes of the storages that this context created and that still exist."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -12,13 +12,13 @@ from turret.server.adapters.operators.operator import Tensors
 class TokenRouter(Tensors):
     """Scalings of ``K`` components in ``L`` modules, from a token's state after a first pass.
 
-    ``z = W_n relu(… relu(W_1 h + b_1) …) + b_n``, of which every module has ``K`` values, or all
-    modules the same; ``α = scale · softmax(z / T)``, or ``scale · z``, of which ``top_k`` may be
-    kept.
+    ``z = W_n relu(… relu(W_1 h + b_1) …) + b_n`` has ``K`` values for each module, or ``K`` values
+    that all modules share. The scalings are ``scale · softmax(z / T)`` or ``scale · z``, and only
+    the ``top_k`` largest may be kept.
 
     Attributes:
-        weights: ``[out, in]`` each, fp32, contiguous, filled up with zeros to multiples of 16.
-        biases: ``[out]`` each, fp32, filled up likewise.
+        weights: ``[out, in]`` each, fp32, contiguous, padded with zeros to multiples of 16.
+        biases: ``[out]`` each, fp32, padded likewise.
         components: ``K``.
         modules: ``L``.
         is_shared: Whether all modules have the same scalings.
@@ -26,8 +26,8 @@ class TokenRouter(Tensors):
         top_k: The number of largest scalings of a token that are kept in a module; None for all.
         is_renormalised: Whether the kept scalings other than 0 are replaced with their softmax.
         scale: The factor in the formula.
-        first_pass: Scalings in the first pass, of each component in every module; None if that
-            is the base's own.
+        first_pass: The scaling of each component in the first pass, the same in every module; None
+            if the base computes the first pass.
     """
 
     weights: tuple[torch.Tensor, ...]

@@ -29,7 +29,7 @@ def _read(config: Any, **own: Any) -> Arch:
 
 
 def _read_4(config: Any) -> Arch:
-    """Read Granite 4: other MLP names, gate and up in one module; some models do not rotate."""
+    """Read Granite 4: gate and up are one module, and some models have no rotary positions."""
     layers = config.num_hidden_layers
     if config.num_local_experts or {*config.layer_types} & {"mamba", "linear_attention"}:
         raise InvalidRequestError.of("model", say("GRANITE_HYBRID_UNSUPPORTED"))

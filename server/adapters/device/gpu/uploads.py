@@ -93,7 +93,7 @@ def by_layers(found: Iterable[tuple[int, torch.Tensor]]) -> Iterator[tuple[slice
     """Join the tensors of an adapter's layers that are adjacent in memory.
 
     All tensors of an adapter are in one block, equal shapes side by side (``lowering/lowered.py``).
-    So there is usually one piece, which a device copies in one go.
+    So there is usually one piece, which is a single copy for a device.
 
     Args:
         found: Ascending layers, and a tensor of each.
@@ -215,8 +215,8 @@ def blocks_of(
 
 _CHUNK_BYTES = 16 << 20
 _NUM_CHUNKS = 8
-# Longest that a request waits for a copy beside other steps; after that, its own step makes the
-# copy.
+# The longest time that a request waits for a copy beside other steps. After that, its own step
+# makes the copy.
 _PATIENCE_SECONDS = 1.0
 
 
@@ -313,7 +313,7 @@ class Uploads:
         self._clock = clock
         self._ring = ring
         self._submit = submit
-        # Needed because a step whose adapter was not announced copies on its own thread.
+        # A step whose adapter was not announced copies it on its own thread, so copies need a lock.
         self._lock = threading.Lock()
         self._stream = torch.cuda.Stream(device) if has_streams(device) else None
         self._staged: dict[str, _Staged] = {}
@@ -343,8 +343,8 @@ class Uploads:
     def take(self, key: str, operators: AdapterOperators) -> AdapterOperators:
         """An adapter's operators on the device, for later work on the current stream.
 
-        The soft prompt is not moved. Nor is anything of an adapter that was not announced and for
-        which there is no room; it is copied from host memory later, and the step waits.
+        The soft prompt stays where it is. So does an adapter that was not announced and for which
+        there is no room: it is copied from host memory later, while the step waits.
 
         Raises:
             torch.OutOfMemoryError: There is no memory for it.
@@ -371,7 +371,7 @@ class Uploads:
         return arriving.operators
 
     def taken(self) -> None:
-        """Frees the memory of used adapters when the current stream reaches this point."""
+        """Free the memory of used adapters once the current stream has reached this point."""
         if self._stream is None:
             return
         event = torch.cuda.Event()

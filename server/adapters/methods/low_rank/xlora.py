@@ -1,12 +1,12 @@
-"""X-LoRA (arXiv 2402.07148): LoRAs weighted per token and module by the base's state of the token.
+"""X-LoRA (arXiv 2402.07148): LoRAs weighted per token and module by the token's state in the base.
 
-A first pass, of the base or of all LoRAs at a constant scaling, gives every token a final state
-``h``; a small classifier computes scalings from it, and the pass that answers applies them::
+The first pass, with the base alone or with all LoRAs at a constant scaling, gives every token a
+final state ``h``. A small classifier computes scalings from it, and the second pass applies them::
 
     α = softmax(MLP(h) / T)          y += Σ_k α_k s_k B_k A_k x
 
 The checkpoint holds the classifier. The LoRAs are registered adapters that the config names by
-digest, in the order of the classifier's outputs; ``turret convert`` makes both of what PEFT saves.
+digest, in the order of the classifier's outputs. ``turret convert`` makes both from PEFT's files.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _DEFAULTS: Mapping[str, Any] = {
 
 
 def _layers(reading: Reading) -> _Layers:
-    """Weights and biases of the classifier, in their order, checked except for the last outputs."""
+    """The classifier's weights and biases in order; checks all but the last number of outputs."""
     config, findings = reading.config, reading.findings
     if COMPONENTS_KEY not in config:
         findings.add(COMPONENTS_KEY, say("PART_OF_XLORA"))

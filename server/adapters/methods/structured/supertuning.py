@@ -1,8 +1,8 @@
 """Super-Tuning (arXiv 2607.09287): ``ΔW = S + s·B A``, ``S`` at the places of large weights.
 
-Without ``r`` there is no low-rank part. The places are in the file. If they are left out, they are
-those of the largest weights of the base on which it was trained, and cannot be found from other
-weights.
+Without ``r`` there is no low-rank part. The file must contain the places. PEFT can also derive them
+from the largest weights of the base that the adapter was trained on, but other weights would give
+other places.
 """
 
 from __future__ import annotations
