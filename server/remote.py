@@ -40,7 +40,7 @@ MAX_DOWNLOADS = 8
 LEAST_SECONDS = 60.0
 LEAST_BYTES_PER_SECOND = 1 << 20
 # Limit of the address space of a download.
-_MAX_PROCESS_BYTES = 512 << 20
+_MAX_PROCESS_BYTES = 1 << 30
 _PROGRAM = Path(__file__).with_name("remote_program.py")
 _NAMES = (CONFIG_FILE, TENSORS_FILE, PROVENANCE_FILE, *TOKENIZER_FILES)
 
