@@ -62,7 +62,7 @@ def base_name_warning(adapter_base: str, served_base: str) -> Text | None:
 def base_difference(checkpoint: AdapterCheckpoint, base: BaseModel) -> Text | None:
     """The difference between the weights an adapter was trained on and those served, if known.
 
-    What ``turret train`` wrote decides, if there is a digest; else the name of the base does.
+    The file of ``turret train`` decides, if it has a digest; else the name of the base does.
     """
     trained = checkpoint.trained_base
     if trained.digest:
