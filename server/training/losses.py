@@ -12,7 +12,7 @@ from typing import NamedTuple
 from turret.lazy_torch import torch
 
 Inputs = Mapping[str, torch.Tensor]
-Numbers = Mapping[str, float]
+Settings = Mapping[str, float]
 TARGETS = "target_tokens"
 _SAMPLED = ("logprobs", "advantages")
 _CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
@@ -22,17 +22,17 @@ class Loss(NamedTuple):
     """A loss.
 
     Attributes:
-        of: The loss of each token, from log probabilities, inputs and numbers; elementwise.
+        of: The loss of each token, from log probabilities, inputs and settings; elementwise.
         inputs: The inputs that it needs besides ``TARGETS``.
-        numbers: The numbers that it takes, with their defaults.
+        settings: The names of its settings, with their defaults.
     """
 
-    of: Callable[[torch.Tensor, Inputs, Numbers], torch.Tensor]
+    of: Callable[[torch.Tensor, Inputs, Settings], torch.Tensor]
     inputs: tuple[str, ...]
-    numbers: Mapping[str, float]
+    settings: Mapping[str, float]
 
 
-def _cross_entropy(lp: torch.Tensor, given: Inputs, numbers: Numbers) -> torch.Tensor:
+def _cross_entropy(lp: torch.Tensor, given: Inputs, settings: Settings) -> torch.Tensor:
     return -given["weights"] * lp
 
 
@@ -40,26 +40,26 @@ def _ratio(lp: torch.Tensor, given: Inputs) -> torch.Tensor:
     return (lp - given["logprobs"]).exp()
 
 
-def _clipped(ratio: torch.Tensor, numbers: Numbers) -> torch.Tensor:
-    return ratio.clamp(numbers["clip_low_threshold"], numbers["clip_high_threshold"])
+def _clipped(ratio: torch.Tensor, settings: Settings) -> torch.Tensor:
+    return ratio.clamp(settings["clip_low_threshold"], settings["clip_high_threshold"])
 
 
-def _importance_sampling(lp: torch.Tensor, given: Inputs, numbers: Numbers) -> torch.Tensor:
+def _importance_sampling(lp: torch.Tensor, given: Inputs, settings: Settings) -> torch.Tensor:
     return -_ratio(lp, given) * given["advantages"]
 
 
-def _ppo(lp: torch.Tensor, given: Inputs, numbers: Numbers) -> torch.Tensor:
+def _ppo(lp: torch.Tensor, given: Inputs, settings: Settings) -> torch.Tensor:
     ratio, advantages = _ratio(lp, given), given["advantages"]
-    return -torch.minimum(ratio * advantages, _clipped(ratio, numbers) * advantages)
+    return -torch.minimum(ratio * advantages, _clipped(ratio, settings) * advantages)
 
 
-def _cispo(lp: torch.Tensor, given: Inputs, numbers: Numbers) -> torch.Tensor:
-    return -_clipped(_ratio(lp, given).detach(), numbers) * lp * given["advantages"]
+def _cispo(lp: torch.Tensor, given: Inputs, settings: Settings) -> torch.Tensor:
+    return -_clipped(_ratio(lp, given).detach(), settings) * lp * given["advantages"]
 
 
-def _dro(lp: torch.Tensor, given: Inputs, numbers: Numbers) -> torch.Tensor:
+def _dro(lp: torch.Tensor, given: Inputs, settings: Settings) -> torch.Tensor:
     distance = lp - given["logprobs"]
-    return -(lp * given["advantages"] - 0.5 * numbers["beta"] * distance * distance)
+    return -(lp * given["advantages"] - 0.5 * settings["beta"] * distance * distance)
 
 
 # PPO: arXiv 1707.06347; CISPO: arXiv 2506.13585; DRO: arXiv 2405.19107.

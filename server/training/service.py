@@ -54,7 +54,7 @@ T = TypeVar("T")
 # that they run often. Chunks depend only on the lengths of an adapter's own sequences, so its
 # gradients are added in a fixed order, whatever else is in the passes.
 PASS_TOKENS, CHUNK_TOKENS = 512, 128
-_PIECE_BYTES = 1 << 20
+_READ_BYTES = 1 << 20
 
 
 @dataclass(slots=True, eq=False)
@@ -67,7 +67,7 @@ class _Work:
         leaves: Collect the gradients until all chunks are done.
         num_begun: The number of chunks that have been in a pass.
         num_queued: The number of tokens in the others.
-        found: The results so far.
+        results: The results so far.
     """
 
     owner: str
@@ -75,12 +75,12 @@ class _Work:
     leaves: Leaves
     chunks: Sequence[Sequence[Datum]]
     loss: Loss
-    numbers: Mapping[str, float]
+    settings: Mapping[str, float]
     has_grad: bool
     done: asyncio.Future[None]
     num_queued: int
     num_begun: int = 0
-    found: list[DatumLoss] = field(default_factory=list)
+    results: list[DatumLoss] = field(default_factory=list)
 
 
 class TrainingService:
@@ -120,24 +120,24 @@ class TrainingService:
         # The bytes of adapters in training, by owner, and those of each adapter.
         self._used: Counter[str] = Counter()
         self._reserved: dict[int, tuple[str, int]] = {}
-        self._numbers = itertools.count(1)
+        self._ids = itertools.count(1)
         self._waiting: list[_Work] = []
-        # The tokens of each owner's passes. The owner with the fewest is next, whose number was
-        # ``_clock`` at its last turn.
+        # How many tokens each owner has trained. The owner with the fewest is next; ``_clock`` is
+        # the count of the owner that had the last turn.
         self._trained: Counter[str] = Counter()
         self._clock = 0
         self._runner: asyncio.Task[None] | None = None
         self._thread = FairPool(
             ThreadPoolExecutor(1, thread_name_prefix="training", initializer=work_in_background)
         )
-        # Samplers do not survive a restart; remove their adapters.
+        # Samplers do not survive a restart, so remove their adapters.
         for info in registry.list():
             if is_private(info.name):
                 self._unload(info.name)
 
-    async def _in_background(self, learner: int, work: Callable[[], T]) -> T:
+    async def _in_background(self, adapter_id: int, work: Callable[[], T]) -> T:
         """Run work that does not need the engine, on the thread for optimizers."""
-        return await self._thread.run(self._reserved[learner][0].encode(), work)
+        return await self._thread.run(self._reserved[adapter_id][0].encode(), work)
 
     async def _on_engine(self, work: Callable[[Callable[[], None]], T]) -> T:
         return await asyncio.wrap_future(self._engine.run_background(work))
@@ -160,32 +160,32 @@ class TrainingService:
         if not modules:
             raise InvalidRequestError.of("train_attn", say("NOTHING_TO_TRAIN"))
         seed = secrets.randbits(62) if config.seed is None else config.seed
-        number = next(self._numbers)
+        adapter_id = next(self._ids)
 
         def make() -> Learner:
             base = self._registry.base
             return Learner(*new_adapter(config.method, config.rank, seed, modules, base), base)
 
         size = num_bytes(config.method, config.rank, modules, self._registry.base)
-        self._reserve(number, owner, size)
+        self._reserve(adapter_id, owner, size)
         try:
-            self._learners[number] = await self._in_background(number, make)
+            self._learners[adapter_id] = await self._in_background(adapter_id, make)
         except BaseException:
-            self._release(number)
+            self._release(adapter_id)
             raise
-        return number
+        return adapter_id
 
-    def _reserve(self, number: int, owner: str, needed: int) -> None:
+    def _reserve(self, adapter_id: int, owner: str, needed: int) -> None:
         most = self._max_bytes // 2 if owner else self._max_bytes
         used = self._used[owner] if owner else self._used.total()
         if needed + used > most or needed + self._used.total() > self._max_bytes:
             raise BudgetExceededError(say("TRAINING_FULL", bytes=needed, most=most, used=used))
         self._used[owner] += needed
-        self._reserved[number] = owner, needed
+        self._reserved[adapter_id] = owner, needed
         self._count_adapters()
 
-    def _release(self, number: int) -> None:
-        owner, held = self._reserved.pop(number)
+    def _release(self, adapter_id: int) -> None:
+        owner, held = self._reserved.pop(adapter_id)
         self._used[owner] -= held
         if not self._used[owner]:
             del self._used[owner]
@@ -203,30 +203,30 @@ class TrainingService:
             "gate_up": config.mlp,
             "down": config.mlp,
         }
-        found = [
+        modules = [
             self._layout.module(layer, shape.path)
             for layer in range(self._layout.num_layers)
             for projection, shapes in self._layout.projections.items()
             if wanted.get(projection)
             for shape in shapes
         ]
-        return [*found, HEAD] if config.unembed else found
+        return [*modules, HEAD] if config.unembed else modules
 
-    async def drop(self, learner: int) -> None:
-        """Forget an adapter; see ``Training``."""
-        found = self._learners.pop(learner, None)
-        if found is not None:
-            self._release(learner)
+    async def drop(self, adapter_id: int) -> None:
+        """Drop an adapter; see ``Training``."""
+        learner = self._learners.pop(adapter_id, None)
+        if learner is not None:
+            self._release(adapter_id)
             for work in self._waiting:
-                if work.learner is found:
+                if work.learner is learner:
                     self._end(work, UnavailableError(say("TRAINING_ENDED")))
-            await self._on_engine(lambda between: self._store.drop(found.served.key))
+            await self._on_engine(lambda between: self._store.drop(learner.served.key))
 
     # Passes.
 
     async def pass_over(
         self,
-        learner: int,
+        adapter_id: int,
         data: Sequence[Datum],
         loss: str,
         config: Mapping[str, float],
@@ -236,27 +236,27 @@ class TrainingService:
         """Compute losses and gradients; see ``Training``."""
         if not data:
             return []
-        adapter = self._learners[learner]
+        learner = self._learners[adapter_id]
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         work = _Work(
-            self._reserved[learner][0],
-            adapter,
-            adapter.fresh_leaves(),
+            self._reserved[adapter_id][0],
+            learner,
+            learner.fresh_leaves(),
             _chunks(data),
             LOSSES[loss],
-            {**LOSSES[loss].numbers, **config},
+            {**LOSSES[loss].settings, **config},
             has_grad=not is_forward_only,
             done=done,
             num_queued=sum(len(datum.tokens) for datum in data),
         )
-        # Time without work is not made up for later.
+        # An owner gets no extra turns for the time in which it had no work.
         self._trained[work.owner] = max(self._trained[work.owner], self._clock)
         self._waiting.append(work)
         self._count_queued()
         if self._runner is None or self._runner.done():
             self._runner = asyncio.create_task(self._run())
         await done
-        return work.found
+        return work.results
 
     async def _run(self) -> None:
         """Run passes until nothing waits, each over chunks of as many adapters as fit."""
@@ -339,16 +339,18 @@ class TrainingService:
         ]
         results: list[list[DatumLoss]] = []
         with torch.no_grad():
-            one = TrainingPass(self._decoder, self._layout, self._store, segments, between)
-            one.forward()
-            self._metrics.training_activations(one.num_bytes)
-            grad = torch.zeros(one.hidden.shape)
+            training_pass = TrainingPass(
+                self._decoder, self._layout, self._store, segments, between
+            )
+            training_pass.forward()
+            self._metrics.training_activations(training_pass.num_bytes)
+            grad = torch.zeros(training_pass.hidden.shape)
             for number, (work, chunk) in enumerate(batch):
                 inputs = {
                     name: torch.cat([datum.inputs[name] for datum in chunk])
                     for name in (TARGETS, *work.loss.inputs)
                 }
-                logprobs, losses, grad[one.rows[number]] = one.targets(
+                logprobs, losses, grad[training_pass.rows[number]] = training_pass.targets(
                     number,
                     inputs[TARGETS],
                     functools.partial(_loss_of, work, inputs),
@@ -358,10 +360,10 @@ class TrainingService:
                 pairs = zip(logprobs.split(lengths), losses.split(lengths), strict=True)
                 results.append([DatumLoss(*pair) for pair in pairs])
             if batch[0][0].has_grad:
-                one.backward(grad)
-        self._metrics.training_pass(len(one.hidden))
-        for (work, _), segment, found in zip(batch, segments, results, strict=True):
-            work.found += found
+                training_pass.backward(grad)
+        self._metrics.training_pass(len(training_pass.hidden))
+        for (work, _), segment, datum_losses in zip(batch, segments, results, strict=True):
+            work.results += datum_losses
             add_gradients(work.leaves, segment.leaves)
         for work in {work for work, _ in batch}:
             if work.num_begun == len(work.chunks):
@@ -369,38 +371,38 @@ class TrainingService:
 
     # Steps and files.
 
-    async def step(self, learner: int, adam: AdamParams) -> dict[str, float]:
+    async def step(self, adapter_id: int, adam: AdamParams) -> dict[str, float]:
         """Apply an optimizer step; see ``Training``."""
-        found = self._learners[learner]
-        result = await self._renewing(learner, functools.partial(found.step, adam))
+        learner = self._learners[adapter_id]
+        result = await self._renewing(adapter_id, functools.partial(learner.step, adam))
         self._metrics.training_step()
         return result
 
-    async def _renewing(self, learner: int, change: Callable[[], T]) -> T:
+    async def _renewing(self, adapter_id: int, change: Callable[[], T]) -> T:
         """Change an adapter's tensors, then drop the former ones from the store."""
-        before = self._learners[learner].served.key
-        result = await self._in_background(learner, change)
+        before = self._learners[adapter_id].served.key
+        result = await self._in_background(adapter_id, change)
         await self._on_engine(lambda between: self._store.drop(before))
         return result
 
-    async def save(self, learner: int, folder: Path, *, with_optimizer: bool) -> None:
+    async def save(self, adapter_id: int, folder: Path, *, with_optimizer: bool) -> None:
         """Write the adapter; see ``Training``."""
-        found = self._learners[learner]
-        await asyncio.to_thread(found.save, folder, with_optimizer=with_optimizer)
+        learner = self._learners[adapter_id]
+        await asyncio.to_thread(learner.save, folder, with_optimizer=with_optimizer)
 
-    async def load(self, learner: int, folder: Path, *, with_optimizer: bool) -> None:
+    async def load(self, adapter_id: int, folder: Path, *, with_optimizer: bool) -> None:
         """Continue from files; see ``Training``."""
-        found = self._learners[learner]
+        learner = self._learners[adapter_id]
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        if config != found.config:
+        if config != learner.config:
             raise InvalidRequestError.of("path", say("OTHER_ADAPTER_CONFIG"))
 
-        load = functools.partial(found.load, folder, with_optimizer=with_optimizer)
-        await self._renewing(learner, load)
+        load = functools.partial(learner.load, folder, with_optimizer=with_optimizer)
+        await self._renewing(adapter_id, load)
 
-    async def publish(self, learner: int, name: str) -> Published:
+    async def publish(self, adapter_id: int, name: str) -> Published:
         """Register the current tensors; see ``Training``."""
-        files = self._learners[learner].files()
+        files = self._learners[adapter_id].files()
         return await asyncio.to_thread(
             self._register,
             name,
@@ -415,8 +417,8 @@ class TrainingService:
         def write(staged: StagedUpload) -> None:
             for path in paths:
                 with path.open("rb") as file:
-                    while piece := file.read(_PIECE_BYTES):
-                        staged.write(path.name, piece)
+                    while content := file.read(_READ_BYTES):
+                        staged.write(path.name, content)
             staged.finish()
 
         def run() -> Published:
@@ -462,5 +464,5 @@ def _chunks(data: Sequence[Datum]) -> list[list[Datum]]:
 def _loss_of(
     work: _Work, inputs: Mapping[str, torch.Tensor], rows: slice, logprobs: torch.Tensor
 ) -> torch.Tensor:
-    some = {name: tensor[rows] for name, tensor in inputs.items()}
-    return work.loss.of(logprobs, some, work.numbers)
+    of_rows = {name: tensor[rows] for name, tensor in inputs.items()}
+    return work.loss.of(logprobs, of_rows, work.settings)

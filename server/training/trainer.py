@@ -36,7 +36,7 @@ class DatumLoss:
 
     Attributes:
         logprobs: The log probability of each target, with the bits that sampling gives it; fp32.
-        losses: Each token's part of the loss, fp32.
+        losses: The loss of each token, fp32.
     """
 
     logprobs: torch.Tensor
@@ -85,31 +85,31 @@ class Published:
 
 
 class Training(Protocol):
-    """Adapters in training, by a number that is never used twice.
+    """Adapters in training, by an id that is never used twice.
 
     Calls for one adapter must not overlap; calls for several run together.
     """
 
     async def create(self, config: LearnerConfig, owner: str = "") -> int:
-        """Create an adapter.
+        """Create an adapter, and return its id.
 
         Args:
             config: Its config.
             owner: The client, which may have half of the memory; empty if everybody is one.
 
         Raises:
-            InvalidRequestError: A part of the config is not supported.
+            InvalidRequestError: The config is not supported.
             BudgetExceededError: There is no memory for it.
         """
         ...
 
-    async def drop(self, learner: int) -> None:
+    async def drop(self, adapter_id: int) -> None:
         """Forget an adapter, and end its pass; unknown ones are ignored."""
         ...
 
     async def pass_over(
         self,
-        learner: int,
+        adapter_id: int,
         data: Sequence[Datum],
         loss: str,
         config: Mapping[str, float],
@@ -119,11 +119,11 @@ class Training(Protocol):
         """Compute the losses, and add their gradients to those since the last step.
 
         Args:
-            learner: The adapter.
+            adapter_id: The id of the adapter.
             data: Sequences of at most ``MAX_SEQUENCE_TOKENS``, whose tokens are in the vocabulary
                 and whose inputs are finite; a long list is cut into passes.
             loss: A name in ``LOSSES``.
-            config: Numbers of the loss; the defaults are used for others.
+            config: Settings of the loss; those that are missing have their defaults.
             is_forward_only: Whether to compute no gradients.
 
         Raises:
@@ -131,19 +131,19 @@ class Training(Protocol):
         """
         ...
 
-    async def step(self, learner: int, adam: AdamParams) -> dict[str, float]:
+    async def step(self, adapter_id: int, adam: AdamParams) -> dict[str, float]:
         """Apply an optimizer step, after which the gradients are zero; returns metrics."""
         ...
 
-    async def save(self, learner: int, folder: Path, *, with_optimizer: bool) -> None:
+    async def save(self, adapter_id: int, folder: Path, *, with_optimizer: bool) -> None:
         """Write ``adapter_config.json`` and ``adapter_model.safetensors``, and the optimizer."""
         ...
 
-    async def load(self, learner: int, folder: Path, *, with_optimizer: bool) -> None:
+    async def load(self, adapter_id: int, folder: Path, *, with_optimizer: bool) -> None:
         """Continue from what ``save`` has written; the config must be the same."""
         ...
 
-    async def publish(self, learner: int, name: str) -> Published:
+    async def publish(self, adapter_id: int, name: str) -> Published:
         """Register the current tensors as a generation of an adapter's name, for sampling."""
         ...
 

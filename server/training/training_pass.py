@@ -46,7 +46,7 @@ from turret.server.models.weights.base_linear import BaseLinear
 from turret.server.models.weights.nf4 import DenseLinear
 
 _BLOCK_SIZE = 16
-# Rows whose logits are computed at once; requests run in between.
+# The number of rows whose logits are computed at once; requests run in between.
 _LOGIT_ROWS = 32
 _ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -80,7 +80,7 @@ class _Recorder(AdapterStep):
 
     Attributes:
         inputs: The input of each projection, by layer and name.
-        results: The result of each.
+        results: The result of each projection, likewise.
     """
 
     def __init__(self, step: AdapterStep, between: Callable[[], None]) -> None:
@@ -100,7 +100,7 @@ class _Recorder(AdapterStep):
     ) -> torch.Tensor:
         self._between()
         y = self._step.project(layer, projection, x, bias=bias, base=base)
-        # Later operations may change both in place.
+        # Later operations may change the input and the result in place.
         self.inputs[layer, projection] = x.clone()
         self.results[layer, projection] = y.clone()
         return y
@@ -230,7 +230,7 @@ class TrainingPass:
         Args:
             number: The segment.
             targets: A token per row, ``[rows]`` int64.
-            loss: Each row's loss, from some rows of the segment and their log probabilities.
+            loss: Computes the losses of a range of the segment's rows from their log probabilities.
             has_grad: Whether to compute the gradient.
 
         Returns:
@@ -244,29 +244,29 @@ class TrainingPass:
         for start in range(0, len(targets), _LOGIT_ROWS):
             self._between()
             rows = slice(start, min(start + _LOGIT_ROWS, len(targets)))
-            some = hidden[rows]
+            states = hidden[rows]
             groups = []
             if change is not None and change.changes_head:
-                groups = [VocabularyGroup(torch.arange(len(some)), [(change, 1.0)])]
-            logits = self._decoder.logits(some, groups)
-            each = row_log_softmax(logits)
-            leaf = each.gather(1, targets[rows, None])[:, 0].requires_grad_()
+                groups = [VocabularyGroup(torch.arange(len(states)), [(change, 1.0)])]
+            logits = self._decoder.logits(states, groups)
+            all_logprobs = row_log_softmax(logits)
+            leaf = all_logprobs.gather(1, targets[rows, None])[:, 0].requires_grad_()
             with torch.enable_grad():
-                parts = loss(rows, leaf)
-            logprobs[rows], losses[rows] = leaf.detach(), parts.detach()
+                row_losses = loss(rows, leaf)
+            logprobs[rows], losses[rows] = leaf.detach(), row_losses.detach()
             if not has_grad:
                 continue
-            (slope,) = torch.autograd.grad(parts, leaf, torch.ones_like(parts))
+            (slope,) = torch.autograd.grad(row_losses, leaf, torch.ones_like(row_losses))
             chosen = slope.nonzero()[:, 0]
             if len(chosen):
                 self._between()
                 # The gradient of a log probability: one-hot of its target minus the softmax.
-                back = each[chosen].exp_().mul_(-slope[chosen, None])
-                back[torch.arange(len(chosen)), targets[rows][chosen]] += slope[chosen]
-                back *= self._arch.logit_scale
+                logit_grad = all_logprobs[chosen].exp_().mul_(-slope[chosen, None])
+                logit_grad[torch.arange(len(chosen)), targets[rows][chosen]] += slope[chosen]
+                logit_grad *= self._arch.logit_scale
                 if self._arch.logit_softcap is not None:
-                    back *= 1.0 - (logits[chosen] / self._arch.logit_softcap) ** 2
-                grad[rows.start + chosen] = self._through_head(segment, some[chosen], back)
+                    logit_grad *= 1.0 - (logits[chosen] / self._arch.logit_softcap) ** 2
+                grad[rows.start + chosen] = self._through_head(segment, states[chosen], logit_grad)
         return logprobs, losses, grad
 
     def _through_head(self, segment: Segment, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
@@ -334,7 +334,7 @@ class TrainingPass:
     ) -> torch.Tensor:
         if norm is None:
             return grad
-        return self._through(lambda some, _: self._normed(some, norm), grad, x)
+        return self._through(lambda streams, _: self._normed(streams, norm), grad, x)
 
     def _leaving(
         self, linear: AdaptedLinear, norm: torch.Tensor | None, grad: torch.Tensor
@@ -396,7 +396,7 @@ class TrainingPass:
         growth = self._decoder.growth_at(positions)
         if growth is not None:
             q = q * growth.clone()
-        # A sequence in each row, padded on the right.
+        # Put each sequence into a row of its own, padded on the right.
         q, k, v = (pad_sequence(list(x.split(lengths)), batch_first=True) for x in (q, k, v))
         places = torch.arange(max(lengths))
         distance = places[:, None] - places[None, :]

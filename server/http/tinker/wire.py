@@ -226,7 +226,7 @@ def _settings(parts: tinker_pb2.TinkerPassParts, violations: Violations) -> dict
         is_number = setting.WhichOneof("value") == "number"
         violations.check(is_number, place, "WRONG_TYPE", expected="a number", value="a text")
         settings[name] = setting.number
-    known = LOSSES[message.loss_fn].numbers if message.loss_fn in LOSSES else settings
+    known = LOSSES[message.loss_fn].settings if message.loss_fn in LOSSES else settings
     for name, value in settings.items():
         place = f"{path}.{name[:_SHOWN_CHARS]}"
         shown = name[:_SHOWN_CHARS]

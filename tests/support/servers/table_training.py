@@ -64,19 +64,19 @@ class TableTraining:
         self.learners[number] = Table(config, logits, torch.optim.AdamW([logits]))
         return number
 
-    async def drop(self, learner: int) -> None:
-        self.learners.pop(learner, None)
+    async def drop(self, adapter_id: int) -> None:
+        self.learners.pop(adapter_id, None)
 
     async def pass_over(
         self,
-        learner: int,
+        adapter_id: int,
         data: Sequence[Datum],
         loss: str,
         config: Mapping[str, float],
         *,
         is_forward_only: bool = False,
     ) -> list[DatumLoss]:
-        table = self.learners[learner]
+        table = self.learners[adapter_id]
         await self.may_run.wait()
         table.calls.append(f"{'forward' if is_forward_only else 'pass'} {len(data)}")
         results, total = [], torch.zeros(())
@@ -90,8 +90,8 @@ class TableTraining:
             total.backward()
         return results
 
-    async def step(self, learner: int, adam: AdamParams) -> dict[str, float]:
-        table = self.learners[learner]
+    async def step(self, adapter_id: int, adam: AdamParams) -> dict[str, float]:
+        table = self.learners[adapter_id]
         table.calls.append("step")
         if table.logits.grad is None:
             table.logits.grad = torch.zeros_like(table.logits)
@@ -105,8 +105,8 @@ class TableTraining:
         table.optimizer.zero_grad()
         return {"grad_norm": norm, "nothing": float("nan")}
 
-    async def save(self, learner: int, folder: Path, *, with_optimizer: bool) -> None:
-        table = self.learners[learner]
+    async def save(self, adapter_id: int, folder: Path, *, with_optimizer: bool) -> None:
+        table = self.learners[adapter_id]
         table.calls.append("save")
         (folder / "adapter_config.json").write_text(json.dumps(asdict(table.config)))
         tensors = {"logits": table.logits.detach()}
@@ -114,16 +114,16 @@ class TableTraining:
         if with_optimizer:
             torch.save(table.optimizer.state_dict(), folder / "optimizer.pt")
 
-    async def load(self, learner: int, folder: Path, *, with_optimizer: bool) -> None:
-        table = self.learners[learner]
+    async def load(self, adapter_id: int, folder: Path, *, with_optimizer: bool) -> None:
+        table = self.learners[adapter_id]
         table.calls.append("load")
         with torch.no_grad():
             table.logits.copy_(_tensor(folder))
         if with_optimizer:
             table.optimizer.load_state_dict(torch.load(folder / "optimizer.pt"))
 
-    async def publish(self, learner: int, name: str) -> Published:
-        self.published[name] = self.learners[learner].logits.detach().clone()
+    async def publish(self, adapter_id: int, name: str) -> Published:
+        self.published[name] = self.learners[adapter_id].logits.detach().clone()
         return self._published(name)
 
     def _published(self, name: str) -> Published:
