@@ -1,14 +1,14 @@
 /* The two products of products.c for one type of weight. The including file defines ELEMENT, the type; LOAD,
  * which loads WIDTH elements as floats; and NAME, which adds a suffix to the names of functions. */
 
-/* Loads register q of LANES elements, of which only `count` exist; the others are 0. */
+/* Loads the q-th WIDTH of the LANES elements at p, of which only the first `count` exist. The others are 0. */
 INLINE fvec NAME(load_some)(const ELEMENT *p, int64_t count, int q) {
     ELEMENT some[LANES] = {0};
     memcpy(some, p, count * sizeof(ELEMENT));
     return LOAD(some + q * WIDTH);
 }
 
-/* Computes register p of the sixteen sums of TILE rows by SIDE outputs. */
+/* Multiplies TILE rows by SIDE outputs. Each result has LANES sums, and this computes the p-th WIDTH of them. */
 INLINE void NAME(add_dots)(const float *const *x, const ELEMENT *const *w, int64_t n, int p,
                            f32x16 (*sums)[TILE]) {
     fvec s[TILE][SIDE];
@@ -35,8 +35,8 @@ INLINE void NAME(add_dots)(const float *const *x, const ELEMENT *const *w, int64
         for (int c = 0; c < SIDE; c++) ((fvec *)&sums[r][c])[p] = s[r][c];
 }
 
-/* Computes at most TILE rows by TILE outputs. If there are fewer, the last one is repeated, and the repeated
- * results are not stored. */
+/* Multiplies up to TILE rows by up to TILE outputs. If there are fewer, the last row or output is repeated, and
+ * the repeated results are not stored. */
 INLINE void NAME(dot_tile)(const Product *p, const float *x, const ELEMENT *w, float *y, int64_t rows,
                            int64_t columns) {
     f32x16 sums[TILE][TILE];
@@ -54,7 +54,7 @@ INLINE void NAME(dot_tile)(const Product *p, const float *x, const ELEMENT *w, f
     for (int r = 0; r < rows; r++) memcpy(y + r * p->y_row, found + r * TILE, columns * sizeof(float));
 }
 
-/* Computes one row by TILE outputs, with sums in the same order. */
+/* Multiplies one row by TILE outputs. Its sums have the same order as those of dot_tile. */
 INLINE void NAME(dot_row)(const Product *p, const float *x, const ELEMENT *w, float *y,
                           int64_t columns) {
     fvec s[TILE][PARTS];
@@ -102,8 +102,8 @@ KERNEL static void NAME(dots)(const Product *p, const Part *part) {
     }
 }
 
-/* Computes `rows` rows by `vectors` vectors of columns, which are constants, so that the sums stay in registers.
- * A vector has `some` columns; fewer than WIDTH only if there is one vector. */
+/* Multiplies `rows` rows by `vectors` vectors of columns. Both are compile-time constants, so the sums stay in
+ * registers. A vector has `some` columns: WIDTH, or fewer if there is one vector only. */
 INLINE void NAME(add_columns)(const Product *p, const float *x, const ELEMENT *w, float *y,
                               const int rows, const int vectors, int64_t some) {
     fvec s[TILE][SIDE];
@@ -140,7 +140,7 @@ KERNEL static void NAME(columns)(const Product *whole, const Part *part) {
     const ELEMENT *w = (const ELEMENT *)p->w + part->batch * p->w_batch;
     float *y = p->y + part->batch * p->y_batch;
     int64_t k = 0;
-    do { /* blocks of w that stay in the cache; all but the first add to y */
+    do { /* Each block of w stays in the cache. All blocks after the first add to y. */
         p->inner = least(whole->inner - k, INNER_BLOCK);
         int64_t r = part->row;
         for (; r + TILE <= part->row_end; r += TILE)

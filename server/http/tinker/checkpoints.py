@@ -1,4 +1,4 @@
-"""Checkpoints of adapters in training: directories with PEFT's files, by ``tinker://`` paths.
+"""Checkpoints of adapters in training: directories with PEFT's files, under ``tinker://`` paths.
 
     <run>/<kind>/<name>/adapter_config.json, …   as ``Training.save`` writes them
     <run>/<kind>/<name>/checkpoint.json          what the API reports about the checkpoint
@@ -47,13 +47,13 @@ KINDS = {
     "sampler_weights": "sampler",
     "external_weights": "external",
 }
-# Limits on one owner's checkpoints, and on the time for which they can be kept.
+# How many checkpoints an owner may have, and the longest time to live that a client may set.
 MAX_CHECKPOINTS = 256
 MAX_TTL_SECONDS = 10 * 365 * 86400
 _SCHEME = "tinker://"
 _FACTS = "checkpoint.json"
 _INCOMING = "incoming"
-# No name of a checkpoint contains it.
+# Marks the directory of a checkpoint that is being replaced. Names cannot contain this character.
 _REPLACED = "~"
 _RUN = re.compile(r"[0-9a-f]{32}:train:[0-9]{1,9}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -65,15 +65,15 @@ class Checkpoint:
     """A checkpoint.
 
     Attributes:
-        run: The id of the model that it was saved from.
+        run: The id of the model in training that was saved.
         kind: A key of ``KINDS``.
         name: Its name.
         owner: The client that saved it.
         base: The digest of the base model.
         config: The config of the adapter.
-        time: When it was saved, Unix seconds.
-        expires: When it is removed; None for never.
-        size: The size of its files in bytes.
+        time: When the checkpoint was saved, in Unix seconds.
+        expires: When the server removes it, in Unix seconds; None for never.
+        size: The size of the files in bytes.
         metadata: The client's own notes.
     """
 
@@ -90,7 +90,7 @@ class Checkpoint:
 
     @property
     def path(self) -> str:
-        """The path by which clients name it."""
+        """The path that clients use for this checkpoint."""
         return f"{_SCHEME}{self.run}/{self.kind}/{self.name}"
 
     @property
@@ -102,7 +102,7 @@ _CHECKPOINT = TypeAdapter(Checkpoint)
 
 
 def not_found(path: str) -> HttpRefusal:
-    """The error for a path without a checkpoint that the client may use."""
+    """The error for a path that has no checkpoint, or one that the client must not see."""
     return HttpRefusal(404, Code.NOT_FOUND, say("CHECKPOINT_NOT_FOUND", path=path[:_SHOWN_CHARS]))
 
 
@@ -112,7 +112,7 @@ def _is_valid(checkpoint: Checkpoint) -> bool:
 
 
 class Checkpoints:
-    """All checkpoints in a directory. Belongs to one event loop.
+    """All checkpoints in a directory. Use an instance on one event loop only.
 
     Args:
         folder: The directory, which nothing else uses; it is created if it does not exist.
@@ -151,7 +151,7 @@ class Checkpoints:
 
     @property
     def bytes_by_owner(self) -> Counter[str]:
-        """The size of the files of all checkpoints."""
+        """The total size of each owner's checkpoints."""
         found: Counter[str] = Counter()
         for each in self._all.values():
             found[each.owner] += each.size
@@ -168,7 +168,7 @@ class Checkpoints:
             return shutil.disk_usage(self._folder).free
 
     def find(self, owner: str, path: str) -> Checkpoint:
-        """The checkpoint with a path.
+        """The checkpoint with this path.
 
         Raises:
             HttpRefusal: The checkpoint does not exist, or belongs to another client.
@@ -179,7 +179,7 @@ class Checkpoints:
         return found
 
     def folder(self, checkpoint: Checkpoint) -> Path:
-        """The directory with the files of a checkpoint, whose names are valid."""
+        """The directory of a checkpoint, whose run, kind and name must be valid."""
         assert _is_valid(checkpoint), "a name that could lead out of the directory"
         run = checkpoint.run.replace(":train:", ".")
         return self._folder / run / checkpoint.kind / checkpoint.name
@@ -194,9 +194,9 @@ class Checkpoints:
         """Save a checkpoint, completely or not at all; returns it with its size.
 
         Args:
-            checkpoint: The facts about it.
-            write: Writes its files into an empty directory.
-            overwrite: Whether to replace one with the same path.
+            checkpoint: What to report about it; the size is determined here.
+            write: Writes the files into an empty directory.
+            overwrite: Whether to replace a checkpoint with the same path.
 
         Raises:
             InvalidRequestError: The name is invalid or taken, or the owner has too many.
@@ -245,7 +245,7 @@ class Checkpoints:
             await self.remove(checkpoint)
 
     def _complete(self, checkpoint: Checkpoint, incoming: Path) -> Checkpoint:
-        """Move a written directory to its place."""
+        """Move a written directory to its place, where it replaces an older checkpoint."""
         size = 0
         for file in incoming.iterdir():
             with file.open("rb") as content:
@@ -263,7 +263,7 @@ class Checkpoints:
         return saved
 
     def _discard(self, folder: Path) -> None:
-        """Remove a directory so that a crash leaves all or nothing of it, and its parents."""
+        """Remove a directory. After a crash, a checkpoint is complete or gone."""
         if folder.exists():
             gone = Path(tempfile.mkdtemp(dir=self._folder / _INCOMING)) / folder.name
             folder.rename(gone)
