@@ -226,8 +226,9 @@ class Sessions:
         """
         session = self._all.get(model_id.partition(":")[0])
         model = None if session is None else session.models.get(model_id)
-        is_found = session is not None and session.is_numbered == is_numbered
-        if not is_found or model is None or model.owner != owner:
+        if session is None or model is None or model.owner != owner:
+            raise unknown_model(model_id)
+        if session.is_numbered != is_numbered:
             raise unknown_model(model_id)
         session.seen = time.monotonic()
         model.used = time.time()
