@@ -17,7 +17,15 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from typing import Any, ClassVar, ParamSpec, Self, TypeVar, Unpack
 
 import grpc
@@ -36,19 +44,24 @@ from turret.clients.messages.requests import GenerateOptions, Prompt, filled, ge
 from turret.clients.messages.results import (
     Adapter,
     Alias,
+    Checkpoint,
     Classifications,
     Completion,
     Embeddings,
     Fusion,
     MergeState,
     Model,
+    PassResult,
     Result,
     Score,
+    StepResult,
     Tokens,
+    TrainedModel,
 )
+from turret.clients.messages.sequences import TrainingDatum, pass_requests
 from turret.clients.messages.turns import MessageLike, chat_messages
 from turret.clients.words import say
-from turret.v1 import adapters_pb2, inference_pb2
+from turret.v1 import adapters_pb2, inference_pb2, training_pb2
 
 __all__ = [
     "AdapterWeight",
@@ -63,6 +76,8 @@ __all__ = [
 _NOT_REPEATABLE = (
     *("ReplaceAdapter", "RollbackAdapter", "UnloadAdapter", "DeleteAlias"),
     *("MergeAdapters", "UnmergeAdapters"),
+    *("CreateModel", "DeleteModel", "ForwardBackward", "OptimStep"),
+    *("SaveCheckpoint", "DeleteCheckpoint", "PublishModel"),
 )
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -194,6 +209,11 @@ class AsyncTurretClient(InferenceBase):
     def adapters(self) -> AsyncAdaptersClient:
         """The client of the ``Adapters`` service."""
         return AsyncAdaptersClient(self._connection, self._settings)
+
+    @functools.cached_property
+    def training(self) -> AsyncTrainingClient:
+        """The client of the ``Training`` service."""
+        return AsyncTrainingClient(self._connection, self._settings)
 
     async def close(self) -> None:
         """Close the client. Running calls raise CallCancelledError, later ones RuntimeError."""
@@ -345,16 +365,20 @@ class AsyncTurretClient(InferenceBase):
         ...
 
 
-class AdaptersBase(ServiceClient):
-    """The base class of the clients of the ``Adapters`` service."""
-
-    _service = adapters_pb2.DESCRIPTOR.services_by_name["Adapters"]
+class _PartClient(ServiceClient):
+    """A client that is part of another one, and uses its connection."""
 
     def __init__(
         self, connection: AsyncConnection | BlockingConnection, settings: CallSettings
     ) -> None:
         self._connection = connection
         self._settings = settings
+
+
+class AdaptersBase(_PartClient):
+    """The base class of the clients of the ``Adapters`` service."""
+
+    _service = adapters_pb2.DESCRIPTOR.services_by_name["Adapters"]
 
 
 class AsyncAdaptersClient(AdaptersBase):
@@ -628,3 +652,156 @@ class AsyncAdaptersClient(AdaptersBase):
             finally:
                 call.cancel()
             return Adapter.from_proto(writer.finish())
+
+
+class TrainingBase(_PartClient):
+    """The base class of the clients of the ``Training`` service."""
+
+    _service = training_pb2.DESCRIPTOR.services_by_name["Training"]
+
+
+class AsyncTrainingClient(TrainingBase):
+    """Trains adapters on a server with ``--training``; use it as ``client.training``.
+
+    The calls for one model run one after the other, in the order in which they arrive. Every method
+    raises :class:`~turret.clients.errors.TurretRpcError` if the server rejects the call or fails.
+    ``timeout`` is a deadline in seconds; the server completes a call that it has accepted.
+    """
+
+    async def create_model(
+        self,
+        *,
+        rank: int,
+        method: str = "lora",
+        seed: int | None = None,
+        train_attn: bool = True,
+        train_mlp: bool = True,
+        train_unembed: bool = False,
+        timeout: float | None = None,
+    ) -> TrainedModel:
+        """Create an adapter in training.
+
+        Args:
+            rank: Its rank.
+            method: ``lora``, ``rslora``, ``dora``, ``loha`` or ``ia3``.
+            seed: Determines the initial weights; None for random ones.
+            train_attn: Whether the projections of attention are trained.
+            train_mlp: Whether the projections of MLPs are trained.
+            train_unembed: Whether the head is trained.
+            timeout: Deadline in seconds.
+        """
+        request = self._request("CreateModel")
+        filled(
+            request.config,
+            rank=rank,
+            method=method,
+            seed=seed,
+            train_attn=train_attn,
+            train_mlp=train_mlp,
+            train_unembed=train_unembed,
+        )
+        answer = await self._answer("CreateModel", timeout, lambda: request)
+        return TrainedModel.from_proto(answer)
+
+    async def list_models(self, *, timeout: float | None = None) -> tuple[TrainedModel, ...]:
+        """Return the models of the token."""
+        request = self._request("ListModels")
+        answer = await self._answer("ListModels", timeout, lambda: request)
+        return tuple(map(TrainedModel.from_proto, answer.models))
+
+    @_rpc("DeleteModel", None)
+    async def delete_model(self, model_id: str, *, timeout: float | None = None) -> None:
+        """Drop a model, and the adapter that ``publish_model`` registered."""
+        ...
+
+    async def forward_backward(
+        self,
+        model_id: str,
+        data: Sequence[TrainingDatum],
+        *,
+        loss: str = "cross_entropy",
+        loss_config: Mapping[str, float] | None = None,
+        forward_only: bool = False,
+        timeout: float | None = None,
+    ) -> PassResult:
+        """Compute losses, and add their gradients to those since the last ``optim_step``.
+
+        A long list is sent in several calls. If one fails, the gradients of those before it stay.
+
+        Args:
+            model_id: The model.
+            data: The sequences.
+            loss: ``cross_entropy``, ``importance_sampling``, ``ppo``, ``cispo`` or ``dro``.
+            loss_config: Settings of the loss.
+            forward_only: Whether to compute no gradients.
+            timeout: Deadline of each call in seconds.
+
+        Raises:
+            TypeError: A value has the wrong type.
+            ValueError: A value does not fit its field.
+        """
+        results, total = [], 0.0
+        for request in pass_requests(model_id, data, loss, loss_config, forward_only):
+            answer = await self._answer("ForwardBackward", timeout, lambda each=request: each)
+            found = PassResult.from_proto(answer)
+            results += found.results
+            total += found.loss
+        return PassResult(tuple(results), total)
+
+    @_rpc("OptimStep", StepResult)
+    async def optim_step(
+        self,
+        model_id: str,
+        *,
+        learning_rate: float,
+        beta1: float | None = None,
+        beta2: float | None = None,
+        eps: float | None = None,
+        weight_decay: float = 0.0,
+        grad_clip_norm: float = 0.0,
+        timeout: float | None = None,
+    ) -> StepResult:
+        """Change the weights by the gradients since the last step, with AdamW.
+
+        Args:
+            model_id: The model.
+            learning_rate: The learning rate.
+            beta1: The decay of the mean of gradients; None for 0.9.
+            beta2: The decay of the mean of squared gradients; None for 0.95.
+            eps: The number that is added to the denominator; None for 1e-12.
+            weight_decay: The weight decay.
+            grad_clip_norm: The norm to which larger gradients are clipped; 0 for no clipping.
+            timeout: Deadline in seconds.
+        """
+        ...
+
+    @_rpc("SaveCheckpoint", Checkpoint)
+    async def save_checkpoint(
+        self, model_id: str, name: str, *, overwrite: bool = False, timeout: float | None = None
+    ) -> Checkpoint:
+        """Save a model with its optimizer; ``overwrite`` replaces a checkpoint of that name."""
+        ...
+
+    @_rpc("LoadCheckpoint", TrainedModel)
+    async def load_checkpoint(
+        self, model_id: str, path: str, *, optimizer: bool = True, timeout: float | None = None
+    ) -> TrainedModel:
+        """Continue a model from a checkpoint of the same config, by default with its optimizer."""
+        ...
+
+    async def list_checkpoints(self, *, timeout: float | None = None) -> tuple[Checkpoint, ...]:
+        """Return the checkpoints of the token, the newest first."""
+        request = self._request("ListCheckpoints")
+        answer = await self._answer("ListCheckpoints", timeout, lambda: request)
+        return tuple(map(Checkpoint.from_proto, answer.checkpoints))
+
+    @_rpc("DeleteCheckpoint", None)
+    async def delete_checkpoint(self, path: str, *, timeout: float | None = None) -> None:
+        """Delete a checkpoint."""
+        ...
+
+    async def publish_model(self, model_id: str, *, timeout: float | None = None) -> AdapterWeight:
+        """Register the current weights for sampling; returns a member for ``adapters``."""
+        request = self._request("PublishModel", model_id=model_id)
+        answer = await self._answer("PublishModel", timeout, lambda: request)
+        return AdapterWeight(answer.adapter, generation=answer.generation)

@@ -18,7 +18,14 @@ import functools
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
-from turret.clients.aio import AdaptersBase, AsyncAdaptersClient, AsyncTurretClient, InferenceBase
+from turret.clients.aio import (
+    AdaptersBase,
+    AsyncAdaptersClient,
+    AsyncTrainingClient,
+    AsyncTurretClient,
+    InferenceBase,
+    TrainingBase,
+)
 from turret.clients.calls.answers import AsyncGenerationStream
 from turret.clients.calls.connections import BlockingConnection, completed
 from turret.clients.channel import Tls
@@ -123,6 +130,24 @@ class AdaptersClient(AdaptersBase):
     export = _blocking(AsyncAdaptersClient.export)
 
 
+class TrainingClient(TrainingBase):
+    """Trains adapters on a server with ``--training``; use it as ``client.training``.
+
+    Methods and errors are those of :class:`~turret.clients.aio.AsyncTrainingClient`.
+    """
+
+    create_model = _blocking(AsyncTrainingClient.create_model)
+    list_models = _blocking(AsyncTrainingClient.list_models)
+    delete_model = _blocking(AsyncTrainingClient.delete_model)
+    forward_backward = _blocking(AsyncTrainingClient.forward_backward)
+    optim_step = _blocking(AsyncTrainingClient.optim_step)
+    save_checkpoint = _blocking(AsyncTrainingClient.save_checkpoint)
+    load_checkpoint = _blocking(AsyncTrainingClient.load_checkpoint)
+    list_checkpoints = _blocking(AsyncTrainingClient.list_checkpoints)
+    delete_checkpoint = _blocking(AsyncTrainingClient.delete_checkpoint)
+    publish_model = _blocking(AsyncTrainingClient.publish_model)
+
+
 class TurretClient(InferenceBase):
     """Calls a turret server. It is thread-safe.
 
@@ -154,6 +179,11 @@ class TurretClient(InferenceBase):
     def adapters(self) -> AdaptersClient:
         """The client of the ``Adapters`` service."""
         return AdaptersClient(self._connection, self._settings)
+
+    @functools.cached_property
+    def training(self) -> TrainingClient:
+        """The client of the ``Training`` service."""
+        return TrainingClient(self._connection, self._settings)
 
     def close(self) -> None:
         """Close the client. Running calls raise CallCancelledError, later ones RuntimeError."""

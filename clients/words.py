@@ -70,6 +70,7 @@ TEXTS = {
     "STANDARD_INPUT_EMPTY": "PROMPT: standard input is empty",
     "NO_TEXTS": "no text; pass TEXT, - for standard input, or --file",
     "FLAG_PATH_UNUSABLE": "{flag}: {problem}",
+    "PROVENANCE_INVALID": "{path} is not a JSON object",
     "FLAG_NEEDS_JSON": "{flag} requires --json",
     "FLAGS_CONFLICT": "{flags} cannot be combined",
     "UNKNOWN_CHAT_COMMAND": "unknown command {value}; /help lists the commands",

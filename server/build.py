@@ -168,7 +168,7 @@ def build_backend(
     )
     training = None
     if config.adapters.training:
-        training = _build_training(limits, engine, decoder, store, registry)
+        training = _build_training(limits, engine, decoder, store, registry, metrics)
     vocabulary = Vocabulary(tokenizer, ConstraintCompiler(tokenizer))
     return Backend(
         engine=engine,
@@ -194,6 +194,7 @@ def _build_training(
     decoder: Decoder,
     store: AdapterStore,
     registry: AdapterRegistry,
+    metrics: Metrics,
 ) -> Training:
     """What trains adapters.
 
@@ -216,6 +217,7 @@ def _build_training(
         registry,
         max_rank=config.max_rank,
         max_bytes=config.training_bytes,
+        metrics=metrics,
     )
 
 

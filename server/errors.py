@@ -22,6 +22,7 @@
     │   ├── MergeActiveError         a merge is active
     │   ├── MergeUnderWayError       another merge or unmerge is under way
     │   └── NotMergedError           no merge is active
+    ├── TrainingNotFoundError        no such model in training, sampler, session or checkpoint
     ├── ResourceError
     │   ├── QueueFullError           too many requests wait, or too many uploads or fusions run
     │   ├── BudgetExceededError      a budget of ranks, bytes or blocks is exceeded
@@ -201,6 +202,13 @@ class MergeUnderWayError(AdapterError):
 
 class NotMergedError(AdapterError):
     reason = "NOT_MERGED"
+
+
+class TrainingNotFoundError(TurretError):
+    """A model, sampler, session or checkpoint that is not there, or belongs to another client."""
+
+    reason = "TRAINING_NOT_FOUND"
+    code = Code.NOT_FOUND
 
 
 class ResourceError(TurretError):

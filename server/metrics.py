@@ -188,6 +188,26 @@ class Metrics:
         self._merge_active = gauge("turret_merge_active", "1 while a merge changes the base model.")
         self._info = Info("turret", "What is served.", registry=registry)
 
+        # Training
+
+        self._training_adapters = gauge("turret_training_adapters", "Adapters in training.")
+        self._training_bytes = gauge(
+            "turret_training_bytes",
+            "Memory of training beside serving: adapters with their gradients and optimizers, as"
+            " --training-bytes limits it, and the activations of the current pass.",
+            ["kind"],
+        )
+        self._training_queued = gauge(
+            "turret_training_queued_tokens", "Tokens of sequences that wait for a pass."
+        )
+        self._training_tokens = counter(
+            "turret_training_tokens_total", "Tokens of finished passes, also without gradients."
+        )
+        self._training_steps = counter("turret_training_steps_total", "Steps of optimizers.")
+        self._training_seconds = counter(
+            "turret_training_seconds_total", "Time of the engine that training took."
+        )
+
     # Requests
 
     def request_finished(self, adapter_names: Sequence[str], code: str) -> None:
@@ -376,6 +396,33 @@ class Metrics:
     def merge_active(self, active: bool) -> None:
         """Set whether a merge changes the base model."""
         self._merge_active.set(active)
+
+    # Training
+
+    def training(self, *, num_adapters: int, num_bytes: int) -> None:
+        """Set the number of adapters in training, and their memory."""
+        self._training_adapters.set(num_adapters)
+        self._training_bytes.labels("adapters").set(num_bytes)
+
+    def training_queued(self, num_tokens: int) -> None:
+        """Set the number of tokens that wait for a pass."""
+        self._training_queued.set(num_tokens)
+
+    def training_activations(self, num_bytes: int) -> None:
+        """Set the memory of the current pass; 0 if there is none."""
+        self._training_bytes.labels("activations").set(num_bytes)
+
+    def training_pass(self, num_tokens: int) -> None:
+        """Count the tokens of a finished pass."""
+        self._training_tokens.inc(num_tokens)
+
+    def training_step(self) -> None:
+        """Count a step of an optimizer."""
+        self._training_steps.inc()
+
+    def training_seconds(self, seconds: float) -> None:
+        """Count time of the engine thread that went to training."""
+        self._training_seconds.inc(seconds)
 
     def info(self, version: str, model: str, dtype: str, quantization: str) -> None:
         """Set the labels of ``turret_info``."""

@@ -1,4 +1,4 @@
-"""``turret train init|plan|run|sweep``. Heavy imports wait until a verb runs."""
+"""``turret train init|plan|run|sweep|promote``. Heavy imports wait until a verb runs."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ _RANKS = (2, 4, 8, 16, 32)
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], text: str) -> None:
     """Add the verb; ``text`` is its line in the help."""
+    from turret.clients.verbs.promote import add_promote
+
     parser = subparsers.add_parser("train", help=text)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     text = "write a commented config"
@@ -64,6 +66,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
         help="ranks to train (default: 2,4,8,16,32)",
     )
     sweep.add_argument("--json", action="store_true", help="print JSON")
+    add_promote(verbs, "replace a served adapter if a test set shows that the new one is better")
 
 
 def _add(

@@ -18,7 +18,7 @@ import grpc.aio
 
 from turret.clients.channel import Tls, open_channel
 from turret.clients.words import say
-from turret.v1 import adapters_pb2_grpc, inference_pb2_grpc
+from turret.v1 import adapters_pb2_grpc, inference_pb2_grpc, training_pb2_grpc
 
 # Time for the last event of a call that was cut short, which takes about 1 ms.
 _CUT_SECONDS = 0.05
@@ -39,7 +39,7 @@ def completed(awaitable: Awaitable[_T]) -> _T:
 
 
 class Connection:
-    """The channels of one client, and the stubs of both services.
+    """The channels of one client, and the stubs of the services.
 
     Args:
         address: The address of the server.
@@ -49,6 +49,7 @@ class Connection:
     Attributes:
         inference: The stub of the ``Inference`` service.
         adapters: The stub of the ``Adapters`` service.
+        training: The stub of the ``Training`` service.
     """
 
     _library: Any
@@ -58,9 +59,10 @@ class Connection:
         self._channels = [open_channel(self._library, each, tls) for each in addresses]
         self.inference: Any = inference_pb2_grpc.InferenceStub(self._channels[0])
         self.adapters: Any = adapters_pb2_grpc.AdaptersStub(self._channels[-1])
+        self.training: Any = training_pb2_grpc.TrainingStub(self._channels[0])
 
     def _close_stubs(self) -> None:
-        self.inference = self.adapters = _ClosedStub()
+        self.inference = self.adapters = self.training = _ClosedStub()
 
 
 class _ClosedStub:
@@ -121,6 +123,7 @@ class AsyncConnection(Connection):
         self._cuts = _CutCalls()
         self.inference = _LoopStub(self.inference, loop, self._cuts)
         self.adapters = _LoopStub(self.adapters, loop, self._cuts)
+        self.training = _LoopStub(self.training, loop, self._cuts)
 
     async def close(self) -> None:
         """Cancel running calls, and make later ones raise RuntimeError.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from turret.clients.client import TurretClient
 from turret.clients.errors import (
@@ -31,6 +31,7 @@ from turret.clients.evaluation.answer_metrics import (
     label_figures,
     macro_f1,
     macro_f1_of_sets,
+    mean,
     micro_f1_of_sets,
     named_label,
     perplexity,
@@ -318,17 +319,41 @@ def _called(place: str, call: Callable[[], _T]) -> _T:
 
 def _report(mix: Mix, judged: Sequence[Judged], metrics: Sequence[str]) -> MixReport:
     figures: dict[str, Estimate] = {}
-    sets = [j.labels for j in judged if j.labels is not None]
-    of_sets = {"micro_f1": micro_f1_of_sets, "macro_f1": macro_f1_of_sets}
     for metric in metrics:
-        if metric == "perplexity":
-            scored = [(j.logprob, j.tokens) for j in judged if j.logprob is not None]
-            figures[metric] = estimate(scored, perplexity)
-        elif sets and metric in of_sets:
-            figures[metric] = estimate(sets, of_sets[metric])
-        elif metric == "macro_f1":
-            pairs = [(j.answer, j.reference) for j in judged if j.answer is not None]
-            figures[metric] = estimate(pairs, macro_f1)
-        else:
-            figures[metric] = estimate_mean([j.scores[metric] for j in judged])
-    return MixReport(mix_name(mix), len(judged), figures, tuple(judged), label_figures(sets))
+        part, statistic = _measure(metric, judged)
+        parts = [part(each) for each in judged]
+        is_mean = statistic is mean
+        figures[metric] = estimate_mean(parts) if is_mean else estimate(parts, statistic)
+    labels = label_figures([each.labels for each in judged if each.labels is not None])
+    return MixReport(mix_name(mix), len(judged), figures, tuple(judged), labels)
+
+
+def _measure(
+    metric: str, judged: Sequence[Judged]
+) -> tuple[Callable[[Judged], Any], Callable[[Sequence[Any]], float]]:
+    """What a metric needs of each example, and its figure over these parts."""
+    if metric == "perplexity":
+        return (lambda each: (each.logprob, each.tokens)), perplexity
+    of_sets = {"micro_f1": micro_f1_of_sets, "macro_f1": macro_f1_of_sets}
+    if judged[0].labels is not None and metric in of_sets:
+        return (lambda each: each.labels), of_sets[metric]
+    if metric == "macro_f1":
+        return (lambda each: (each.answer, each.reference)), macro_f1
+    return (lambda each: each.scores[metric]), mean
+
+
+def gain(metric: str, before: MixReport, after: MixReport) -> Estimate:
+    """How much better a mix is than another on the same examples, in the unit of the metric.
+
+    The interval is the bootstrap's for the difference: it draws examples, with both results.
+    """
+    part, statistic = _measure(metric, before.judged)
+    # A lower perplexity is better.
+    sign = -1.0 if metric == "perplexity" else 1.0
+
+    def difference(pairs: Sequence[tuple[Any, Any]]) -> float:
+        first, second = zip(*pairs, strict=True)
+        return sign * (statistic(second) - statistic(first))
+
+    pairs = [(part(a), part(b)) for a, b in zip(before.judged, after.judged, strict=True)]
+    return estimate(pairs, difference)

@@ -528,3 +528,93 @@ class MergeState(Result):
     def __post_init__(self) -> None:
         if not self.active:
             object.__setattr__(self, "precision", "")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingConfig(Result):
+    """The config of an adapter in training.
+
+    Attributes:
+        method: Its method, such as ``lora``.
+        rank: Its rank.
+        seed: Determines the initial weights; None if they are random.
+        train_attn: Whether the projections of attention are trained.
+        train_mlp: Whether the projections of MLPs are trained.
+        train_unembed: Whether the head is trained.
+    """
+
+    method: str
+    rank: int
+    seed: int | None
+    train_attn: bool
+    train_mlp: bool
+    train_unembed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedModel(Result):
+    """An adapter in training.
+
+    Attributes:
+        model_id: Identifies it in other calls.
+        config: Its config.
+    """
+
+    model_id: str
+    config: TrainingConfig
+
+
+@dataclass(frozen=True, slots=True)
+class DatumLoss(Result):
+    """The result of one sequence, with one number for each target.
+
+    Attributes:
+        logprobs: The log probability of each target, with the bits that sampling gives it.
+        losses: The part of the loss of each target.
+    """
+
+    logprobs: tuple[float, ...]
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PassResult(Result):
+    """The result of a pass over sequences.
+
+    Attributes:
+        results: The results, in the order of the sequences.
+        loss: The sum of all losses.
+    """
+
+    results: tuple[DatumLoss, ...]
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult(Result):
+    """The result of an optimizer step.
+
+    Attributes:
+        grad_norm: The norm of the gradient before it was clipped.
+    """
+
+    grad_norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint(Result):
+    """A model that was saved.
+
+    Attributes:
+        path: Identifies it in other calls.
+        config: The config of the adapter.
+        create_time: When it was saved (UTC).
+        size_bytes: The size of its files.
+        has_optimizer: Whether it has the optimizer.
+    """
+
+    path: str
+    config: TrainingConfig
+    create_time: datetime
+    size_bytes: int
+    has_optimizer: bool

@@ -96,17 +96,18 @@ def _lines(text: str) -> list[str]:
 
 
 def with_client(
-    verb: Callable[[argparse.Namespace, TurretClient], None],
+    verb: Callable[[argparse.Namespace, TurretClient], int | None],
 ) -> Callable[[argparse.Namespace], int]:
     """Pass a client to a verb, and convert its errors to one line and an exit code.
 
-    A verb may set ``stopped`` of its arguments to the line that is printed if Ctrl-C ends it.
+    A verb returns another exit code than 0 if it has one. It may set ``stopped`` of its arguments
+    to the line that is printed if Ctrl-C ends it.
     """
 
     def run(args: argparse.Namespace) -> int:
         try:
-            with _connect(args) as client:
-                verb(args, client)
+            with connect(args) as client:
+                return verb(args, client) or 0
         except TurretRpcError as error:
             print_error(error, args)
             _print_details(error, args)
@@ -126,7 +127,6 @@ def with_client(
             said: str = getattr(args, "stopped", "")
             print(f"\n{said}" if said else "", file=sys.stderr)
             return 130
-        return 0
 
     return run
 
@@ -234,7 +234,8 @@ def given_tls(args: argparse.Namespace) -> Tls | None:
     return None
 
 
-def _connect(args: argparse.Namespace) -> TurretClient:
+def connect(args: argparse.Namespace) -> TurretClient:
+    """A client with the flags of the connection."""
     timeout = DEFAULT_TIMEOUT_SECONDS if args.timeout is None else args.timeout
     # On the command line, report an unreachable server at once.
     policy = RetryPolicy(2, unreached=False)

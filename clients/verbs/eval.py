@@ -58,6 +58,28 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
     for flag, path in (("--plot", args.plot), ("--answers", args.answers)):
         if path is not None:
             _check_output(flag, path, args.data)
+    examples, options = read_test_set(args)
+    reports = judge(args, client, examples, mixes, options)
+    if args.json:
+        print_json([_figures(report) for report in reports])
+    else:
+        print_reports(reports)
+        if reports[0].labels:
+            print_table(_label_table(reports))
+    # Print the results before writing files, in case a file cannot be written.
+    if args.plot is not None:
+        args.plot.write_text(eval_svg(reports, args.data.name), encoding="utf-8")
+    if args.answers is not None:
+        args.answers.write_text(_answers(reports, examples), encoding="utf-8")
+
+
+def read_test_set(args: argparse.Namespace) -> tuple[list[EvalExample], EvalOptions]:
+    """The test set, and how the flags ask to evaluate it.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: A line is invalid, or the flags do not fit each other or the file.
+    """
     examples = read_eval_set(args.data, is_raw=args.raw, limit=args.limit)
     first = examples[0]
     if first.labels is not None and not args.classify:
@@ -72,18 +94,7 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
     )
     if "label_accuracy" in options.metrics:
         _check_labels(args.data, examples, options.labels)
-    reports = _judge(args, client, examples, mixes, options)
-    if args.json:
-        print_json([_figures(report) for report in reports])
-    else:
-        _print_table(reports)
-        if reports[0].labels:
-            print_table(_label_table(reports))
-    # Print the results before writing files, in case a file cannot be written.
-    if args.plot is not None:
-        args.plot.write_text(eval_svg(reports, args.data.name), encoding="utf-8")
-    if args.answers is not None:
-        args.answers.write_text(_answers(reports, examples), encoding="utf-8")
+    return examples, options
 
 
 def _check_output(flag: str, path: Path, data: Path) -> None:
@@ -101,7 +112,7 @@ def _check_output(flag: str, path: Path, data: Path) -> None:
         raise ValueError(say("FLAG_PATH_UNUSABLE", flag=flag, problem=problem))
 
 
-def _judge(
+def judge(
     args: argparse.Namespace,
     client: TurretClient,
     examples: Sequence[EvalExample],
@@ -163,7 +174,8 @@ def _check_labels(path: Path, examples: Sequence[EvalExample], labels: Sequence[
             raise RowError(path, example.line, "completion", problem)
 
 
-def _print_table(reports: Sequence[MixReport]) -> None:
+def print_reports(reports: Sequence[MixReport]) -> None:
+    """Print a row for each mix, and what the brackets mean."""
     console = terminal()
     table = _table(reports, " ")
     anywhere = console.options.update(width=10_000)
@@ -277,7 +289,7 @@ def _positive(text: str) -> int:
 
 
 _COUNT = {"type": _positive, "metavar": "N"}
-_FLAGS: Flags = {
+FLAGS: Flags = {
     "data": {"type": Path, "metavar": "FILE", "help": "the test set, in JSON Lines"},
     "-m --mix": {
         "dest": "mixes",
@@ -330,7 +342,7 @@ _FLAGS: Flags = {
 
 def add_eval(subparsers: Subparsers, text: str) -> None:
     """Add the verb; ``text`` is its line in the help."""
-    parents = (shared("--json"), flags_parser(_FLAGS))
+    parents = (shared("--json"), flags_parser(FLAGS))
     add_verb_parser(
         subparsers, "eval", text, with_client(_eval), *parents, description=_DESCRIPTION
     )

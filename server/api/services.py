@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from turret.server.api.access import MOST_CONNECTIONS, Shares, TokenTable
 from turret.server.api.admin import Adapters
@@ -11,6 +12,9 @@ from turret.server.api.faults import Failures
 from turret.server.api.gate import ServingGate
 from turret.server.api.inference import Inference
 from turret.server.metrics import Metrics
+
+if TYPE_CHECKING:
+    from turret.server.api.tenants.tenants import Tenants
 
 
 @dataclass(slots=True, kw_only=True)
@@ -26,6 +30,7 @@ class Services:
         most_connections: The maximum number of open connections of a listening address.
         training: The directory of checkpoints of adapters in training; None if clients cannot
             train.
+        tenants: Who trains what; None if clients cannot train.
         inference: The Inference service.
         adapters: The Adapters service.
     """
@@ -37,9 +42,15 @@ class Services:
     failures: Failures = field(default_factory=Failures)
     most_connections: int = MOST_CONNECTIONS
     training: Path | None = None
+    tenants: Tenants | None = field(init=False, default=None)
     inference: Inference = field(init=False)
     adapters: Adapters = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.training is not None:
+            # Imported here because the import takes time, and few servers train.
+            from turret.server.api.tenants.tenants import Tenants
+
+            self.tenants = Tenants(self.gate, self.training, self.tokens)
         self.inference = Inference(self.gate)
         self.adapters = Adapters(self.gate)

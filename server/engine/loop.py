@@ -222,7 +222,7 @@ class EngineLoop:
         self._has_work = False
         self._stopping = False
         self._background: deque[Background] = deque()
-        self._between = _Between(self)
+        self._between = _Between(self, metrics)
         self._change: BaseChange | None = None
         self._allow_merged_twice = allow_merged_twice
         # Uuids of the adapters that are part of the base, and digests of their weights, which other
@@ -614,10 +614,12 @@ class _Between:
 
     Args:
         loop: The loop.
+        metrics: Counts the time of the work.
     """
 
-    def __init__(self, loop: EngineLoop) -> None:
+    def __init__(self, loop: EngineLoop, metrics: Metrics) -> None:
         self._loop = loop
+        self._metrics = metrics
         self._owed = 0.0
         self._since = 0.0
 
@@ -630,7 +632,9 @@ class _Between:
             self._count()
 
     def _count(self) -> None:
-        owed = (time.monotonic() - self._since) * (1.0 / _BACKGROUND_SHARE - 1.0)
+        seconds = time.monotonic() - self._since
+        self._metrics.training_seconds(seconds)
+        owed = seconds * (1.0 / _BACKGROUND_SHARE - 1.0)
         self._owed = min(self._owed + owed, _MOST_OWED_SECONDS)
 
     def __call__(self) -> None:

@@ -8,7 +8,6 @@ import functools
 import socket
 import ssl
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import uvicorn
 from starlette.applications import Starlette
@@ -27,9 +26,6 @@ from turret.server.http.middleware import HostCheck, RequestIds, no_route
 from turret.server.http.openapi import Document
 from turret.server.http.routes import ROUTES
 from turret.server.words import say
-
-if TYPE_CHECKING:
-    from turret.server.http.tinker.door import Door
 
 # Clients reuse idle connections, and a request fails if its connection was just closed.
 KEEP_ALIVE_SECONDS = 75
@@ -61,13 +57,8 @@ class HttpServer:
     def __init__(self, listen: ListenConfig, security: SecurityConfig, services: Services) -> None:
         assert listen.http_address is not None
         self.address = listen.http_address
-        self._door: Door | None = None
-        if services.training is not None:
-            # Imported here because the import takes time, and few servers train.
-            from turret.server.http.tinker.door import Door
-
-            self._door = Door(services)
-        self._app = application(listen, services, self._door)
+        self._tenants = services.tenants
+        self._app = application(listen, services)
         self._tls = tls_context(security)
         self._most_connections = services.most_connections
         self._server: uvicorn.Server | None = None
@@ -90,8 +81,8 @@ class HttpServer:
         self.address = f"{shown}:{listener.getsockname()[1]}"
         self._server = _Uvicorn(_configuration(self._app, self._tls, listener))
         self._serving = asyncio.ensure_future(self._server.serve(sockets=[listener]))
-        if self._door is not None:
-            self._door.start()
+        if self._tenants is not None:
+            self._tenants.start()
 
     async def stop(self, grace_seconds: float) -> None:
         """Accept no more requests; cancel those that still run after the grace period."""
@@ -109,26 +100,27 @@ class HttpServer:
         for connection in list(server.server_state.connections):
             connection.transport.abort()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._door is not None:
-            await self._door.stop()
+        if self._tenants is not None:
+            await self._tenants.stop()
 
 
-def application(listen: ListenConfig, services: Services, door: Door | None = None) -> Starlette:
+def application(listen: ListenConfig, services: Services) -> Starlette:
     """The ASGI application with all routes.
 
     Args:
         listen: See ``HttpServer``.
         services: See ``HttpServer``.
-        door: The state of the Tinker API; None if nobody can train.
     """
     assert listen.http_address is not None
     has_admin, has_tokens = listen.admin_address is None, services.tokens is not None
     served = [route for route in ROUTES if has_admin or route.service != ADAPTERS]
     apart = {route.path for route in ROUTES} - {route.path for route in served}
-    if door is not None:
+    if services.tenants is not None:
+        # Imported here because the import takes time, and few servers train.
+        from turret.server.http.tinker.door import Door
         from turret.server.http.tinker.routes import routes
 
-        served += routes(door)
+        served += routes(Door(services))
     document = Route("/openapi.json", Document(served, has_tokens=has_tokens), is_hidden=True)
     answered = []
     for route in (*served, document):

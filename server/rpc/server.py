@@ -15,17 +15,26 @@ from turret.server import log
 from turret.server.api.access import WatchedFiles
 from turret.server.api.limits import MAX_MESSAGE_BYTES
 from turret.server.api.services import Services
+from turret.server.api.training import Training
 from turret.server.basics.files import read_regular
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.rpc.interceptor import MOST_CALLS, CallInterceptor
 from turret.server.rpc.services import HealthServicer, Servicer
 from turret.server.words import say
-from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+from turret.v1 import (
+    adapters_pb2,
+    adapters_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    training_pb2,
+    training_pb2_grpc,
+)
 
 _log = logging.getLogger(__name__)
 
 INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 ADAPTERS_SERVICE = adapters_pb2.DESCRIPTOR.services_by_name["Adapters"].full_name
+TRAINING_SERVICE = training_pb2.DESCRIPTOR.services_by_name["Training"].full_name
 
 # Do not limit responses: clients choose how much they ask for, and have limits of their own.
 _UNLIMITED = -1
@@ -128,12 +137,17 @@ class RpcServer:
     def __init__(self, listen: ListenConfig, security: SecurityConfig, services: Services) -> None:
         most = services.most_connections
         self._options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", most))
-        self.health = HealthServicer((INFERENCE_SERVICE, ADAPTERS_SERVICE))
+        # Without --training, the server has no such service.
+        self._tenants = services.tenants
+        own = () if self._tenants is None else (TRAINING_SERVICE,)
+        self._main = (INFERENCE_SERVICE, *own)
+        self.health = HealthServicer((*self._main, ADAPTERS_SERVICE))
         self._listen = listen
         self._security = security
         self._interceptor = CallInterceptor(services)
         self._inference: Any = Servicer(services.inference)
         self._adapters: Any = Servicer(services.adapters)
+        self._training: Any = None if self._tenants is None else Servicer(Training(self._tenants))
         self._listeners: list[_Listener] = []
 
     @property
@@ -152,10 +166,12 @@ class RpcServer:
         Raises:
             OSError: An address cannot be bound, or the TLS files do not fit together.
         """
+        if self._tenants is not None:
+            self._tenants.start()
         if self._listen.admin_address is None:
-            await self._serve(self._listen.address, (INFERENCE_SERVICE, ADAPTERS_SERVICE))
+            await self._serve(self._listen.address, (*self._main, ADAPTERS_SERVICE))
             return
-        await self._serve(self._listen.address, (INFERENCE_SERVICE,))
+        await self._serve(self._listen.address, self._main)
         try:
             await self._serve(self._listen.admin_address, (ADAPTERS_SERVICE,))
         except OSError:
@@ -168,6 +184,8 @@ class RpcServer:
             inference_pb2_grpc.add_InferenceServicer_to_server(self._inference, server)
         if ADAPTERS_SERVICE in services:
             adapters_pb2_grpc.add_AdaptersServicer_to_server(self._adapters, server)
+        if TRAINING_SERVICE in services:
+            training_pb2_grpc.add_TrainingServicer_to_server(self._training, server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         _add_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         # Read them for each listener: a credentials object delivers its certificates to only one.
@@ -190,3 +208,5 @@ class RpcServer:
         """Take no further call; cancel those that still run after the grace period."""
         self.health.close()
         await asyncio.gather(*(each.server.stop(grace_seconds) for each in self._listeners))
+        if self._tenants is not None:
+            await self._tenants.stop()

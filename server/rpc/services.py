@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from turret.server.api.admin import Adapters
 from turret.server.api.call import Call
 from turret.server.api.inference import Inference
+from turret.server.api.training import Training
 from turret.server.rpc.interceptor import current_call
 from turret.v1 import adapters_pb2
 
@@ -38,6 +39,18 @@ _ADAPTERS: dict[str, _Method] = {
     "UnmergeAdapters": lambda api, _, call: api.unmerge(),
     "GetMergeState": lambda api, _, call: api.merge_state(),
 }
+_TRAINING: dict[str, _Method] = {
+    "CreateModel": Training.create_model,
+    "ListModels": lambda api, _, call: api.list_models(call),
+    "DeleteModel": Training.delete_model,
+    "ForwardBackward": Training.forward_backward,
+    "OptimStep": Training.optim_step,
+    "SaveCheckpoint": Training.save_checkpoint,
+    "LoadCheckpoint": Training.load_checkpoint,
+    "ListCheckpoints": lambda api, _, call: api.list_checkpoints(call),
+    "DeleteCheckpoint": Training.delete_checkpoint,
+    "PublishModel": Training.publish_model,
+}
 _INFERENCE: dict[str, _Method] = {
     "Generate": Inference.generate_whole,
     "GenerateStream": Inference.generate,
@@ -49,7 +62,11 @@ _INFERENCE: dict[str, _Method] = {
     "GetModel": lambda api, _, call: api.model(),
 }
 # The methods of ``server/api`` by the names of the services and their RPCs.
-METHODS: Mapping[str, Mapping[str, _Method]] = {"Adapters": _ADAPTERS, "Inference": _INFERENCE}
+METHODS: Mapping[str, Mapping[str, _Method]] = {
+    "Adapters": _ADAPTERS,
+    "Inference": _INFERENCE,
+    "Training": _TRAINING,
+}
 
 
 class Servicer:
@@ -59,12 +76,12 @@ class Servicer:
         api: The service.
     """
 
-    def __init__(self, api: Adapters | Inference) -> None:
+    def __init__(self, api: Adapters | Inference | Training) -> None:
         for name, method in METHODS[type(api).__name__].items():
             setattr(self, name, _handler(api, method))
 
 
-def _handler(api: Adapters | Inference, method: _Method) -> Callable[[Any, Any], Any]:
+def _handler(api: Adapters | Inference | Training, method: _Method) -> Callable[[Any, Any], Any]:
     if inspect.isasyncgenfunction(method):
         return lambda request, _: method(api, request, current_call())
 

@@ -33,6 +33,7 @@ from turret.server.errors import (
     InvalidRequestError,
     UnavailableError,
 )
+from turret.server.metrics import Metrics
 from turret.server.models.decoding.decoder import Decoder
 from turret.server.training.learner import (
     METHODS,
@@ -65,6 +66,7 @@ class _Work:
         chunks: The sequences that are computed together, in order.
         leaves: Collect the gradients until all chunks are done.
         num_begun: The number of chunks that have been in a pass.
+        num_queued: The number of tokens in the others.
         results: The results so far.
     """
 
@@ -76,6 +78,7 @@ class _Work:
     settings: Mapping[str, float]
     has_grad: bool
     done: asyncio.Future[None]
+    num_queued: int
     num_begun: int = 0
     results: list[DatumLoss] = field(default_factory=list)
 
@@ -91,6 +94,7 @@ class TrainingService:
         registry: Describes the base, and takes the adapters that are published.
         max_rank: The highest rank.
         max_bytes: The memory of all adapters in training, of which a named owner may have half.
+        metrics: The metrics of the server.
     """
 
     def __init__(
@@ -103,6 +107,7 @@ class TrainingService:
         *,
         max_rank: int,
         max_bytes: int,
+        metrics: Metrics,
     ) -> None:
         self._max_rank, self._max_bytes = max_rank, max_bytes
         self._engine = engine
@@ -110,6 +115,7 @@ class TrainingService:
         self._layout = layout
         self._store = store
         self._registry = registry
+        self._metrics = metrics
         self._learners: dict[int, Learner] = {}
         # The bytes of adapters in training, by owner, and those of each adapter.
         self._used: Counter[str] = Counter()
@@ -176,6 +182,7 @@ class TrainingService:
             raise BudgetExceededError(say("TRAINING_FULL", bytes=needed, most=most, used=used))
         self._used[owner] += needed
         self._reserved[adapter_id] = owner, needed
+        self._count_adapters()
 
     def _release(self, adapter_id: int) -> None:
         owner, held = self._reserved.pop(adapter_id)
@@ -183,6 +190,11 @@ class TrainingService:
         if not self._used[owner]:
             del self._used[owner]
             del self._trained[owner]
+        self._count_adapters()
+
+    def _count_adapters(self) -> None:
+        count, total = len(self._reserved), self._used.total()
+        self._metrics.training(num_adapters=count, num_bytes=total)
 
     def _modules(self, config: LearnerConfig) -> list[str]:
         wanted = {
@@ -235,10 +247,12 @@ class TrainingService:
             {**LOSSES[loss].settings, **config},
             has_grad=not is_forward_only,
             done=done,
+            num_queued=sum(len(datum.tokens) for datum in data),
         )
         # An owner gets no extra turns for the time in which it had no work.
         self._trained[work.owner] = max(self._trained[work.owner], self._clock)
         self._waiting.append(work)
+        self._count_queued()
         if self._runner is None or self._runner.done():
             self._runner = asyncio.create_task(self._run())
         await done
@@ -247,8 +261,14 @@ class TrainingService:
     async def _run(self) -> None:
         """Run passes until nothing waits, each over chunks of as many adapters as fit."""
         while self._waiting:
-            await self._run_batch(self._next_batch())
+            batch = self._next_batch()
+            self._count_queued()
+            await self._run_batch(batch)
             self._waiting = [work for work in self._waiting if not work.done.done()]
+        self._count_queued()
+
+    def _count_queued(self) -> None:
+        self._metrics.training_queued(sum(work.num_queued for work in self._waiting))
 
     async def _run_batch(self, batch: Sequence[tuple[_Work, Sequence[Datum]]]) -> None:
         """Run a pass. If it fails, run it for each adapter alone, so that only one fails."""
@@ -262,6 +282,8 @@ class TrainingService:
                         await self._run_batch([each for each in batch if each[0] is work])
                 return
             self._end(batch[0][0], error)
+        finally:
+            self._metrics.training_activations(0)
         for work in works:
             if work.num_begun == len(work.chunks):
                 self._end(work)
@@ -296,6 +318,7 @@ class TrainingService:
                     size = sum(len(datum.tokens) for datum in chunk)
                     if size <= left or not batch:
                         work.num_begun += 1
+                        work.num_queued -= size
                         batch.append((work, chunk))
                         left -= size
                         served.add(work.owner)
@@ -320,6 +343,7 @@ class TrainingService:
                 self._decoder, self._layout, self._store, segments, between
             )
             training_pass.forward()
+            self._metrics.training_activations(training_pass.num_bytes)
             grad = torch.zeros(training_pass.hidden.shape)
             for number, (work, chunk) in enumerate(batch):
                 inputs = {
@@ -337,6 +361,7 @@ class TrainingService:
                 results.append([DatumLoss(*pair) for pair in pairs])
             if batch[0][0].has_grad:
                 training_pass.backward(grad)
+        self._metrics.training_pass(len(training_pass.hidden))
         for (work, _), segment, datum_losses in zip(batch, segments, results, strict=True):
             work.results += datum_losses
             add_gradients(work.leaves, segment.leaves)
@@ -349,7 +374,9 @@ class TrainingService:
     async def step(self, adapter_id: int, adam: AdamParams) -> dict[str, float]:
         """Apply an optimizer step; see ``Training``."""
         learner = self._learners[adapter_id]
-        return await self._renewing(adapter_id, functools.partial(learner.step, adam))
+        result = await self._renewing(adapter_id, functools.partial(learner.step, adam))
+        self._metrics.training_step()
+        return result
 
     async def _renewing(self, adapter_id: int, change: Callable[[], T]) -> T:
         """Change an adapter's tensors, then drop the former ones from the store."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,17 @@ class AdamParams:
     eps: float = 1e-12
     weight_decay: float = 0.0
     grad_clip_norm: float = 0.0
+
+
+# Outside of these ranges, float32 overflows or divides by zero.
+ADAM_RANGES: Mapping[str, tuple[float, float]] = {
+    "learning_rate": (0.0, 1e4),
+    "beta1": (0.0, 0.999999),
+    "beta2": (0.0, 0.999999),
+    "eps": (1e-30, 1e4),
+    "weight_decay": (0.0, 1e4),
+    "grad_clip_norm": (0.0, math.inf),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

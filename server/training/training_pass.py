@@ -153,6 +153,13 @@ class TrainingPass:
         self.hidden = self._decoder.forward(step, cache)
         self._streams = self._residual_streams(self._decoder.embed(step))
 
+    @property
+    def num_bytes(self) -> int:
+        """The memory of what ``forward`` has kept for ``backward``."""
+        recorder = self._recorder
+        kept = (*recorder.inputs.values(), *recorder.results.values(), *self._streams)
+        return sum(tensor.nbytes for tensor in kept)
+
     def _prepare(self) -> tuple[StepInput, KvCache]:
         decoder, lengths = self._decoder, [n for each in self._segments for n in each.lengths]
         spans, slots, positions, block = [], [], [], 1

@@ -47,6 +47,12 @@ SERIES = {
     "turret_adapter_loads_total": {"result"},
     "turret_adapter_evictions_total": {"tier", "reason"},
     "turret_merge_active": set(),
+    "turret_training_adapters": set(),
+    "turret_training_bytes": {"kind"},
+    "turret_training_queued_tokens": set(),
+    "turret_training_tokens_total": set(),
+    "turret_training_steps_total": set(),
+    "turret_training_seconds_total": set(),
     "turret_info": {"version", "model", "dtype", "quantization"},
 }
 
@@ -75,6 +81,12 @@ def exercise(metrics: Metrics) -> None:
     metrics.adapter_loaded("ok")
     metrics.adapter_evicted("host", "budget")
     metrics.merge_active(True)
+    metrics.training(num_adapters=1, num_bytes=100)
+    metrics.training_queued(5)
+    metrics.training_activations(1000)
+    metrics.training_pass(7)
+    metrics.training_step()
+    metrics.training_seconds(0.5)
     metrics.info("1", "smol", "bfloat16", "nf4")
 
 

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from turret.server.api.access import bearer_token, token_digest
 from turret.server.api.services import Services
+from turret.server.api.tenants.futures import Future, Result
+from turret.server.api.tenants.sessions import Model, Session
 from turret.server.api.violations import Violations
 from turret.server.basics.codes import Code
-from turret.server.basics.files import reporting_disk_faults
 from turret.server.basics.names import BASE
-from turret.server.basics.turns import FairPool
-from turret.server.errors import InvalidRequestError, TurretError
+from turret.server.errors import InvalidRequestError, TrainingNotFoundError
 from turret.server.http.endpoint import Exchange
 from turret.server.http.refusals import HttpRefusal
 from turret.server.http.schemas.fields import Body, Sent, wrong_type
-from turret.server.http.tinker.checkpoints import Checkpoints
-from turret.server.http.tinker.futures import Future, Futures, Result
-from turret.server.http.tinker.sessions import Model, Sessions
-from turret.server.models.describe import ModelInfo
 from turret.server.words import say
 
-_log = logging.getLogger(__name__)
-
-SWEEP_SECONDS = 10.0
 _SHOWN_CHARS = 200
 _B = TypeVar("_B", bound=Body)
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,66 +44,33 @@ class Door:
     """The state of the Tinker API. Belongs to one event loop.
 
     Args:
-        services: The services; they must have a directory for training.
+        services: The services; they must have tenants.
 
     Attributes:
+        tenants: What all protocols share.
         links: Links to archives and files, by the secret in them.
     """
 
     def __init__(self, services: Services) -> None:
-        assert services.training is not None
+        assert services.tenants is not None
         self.services = services
-        self.futures = Futures()
-        self.sessions = Sessions(services.gate, self.futures)
-        self._checkpoints: Checkpoints | None = None
+        self.tenants = services.tenants
         self.links: dict[str, Link] = {}
-        # Messages with sequences are read one at a time, because each takes memory and a lock.
-        self._reading = FairPool(ThreadPoolExecutor(1, "turret-pass"))
-        self._sweeper: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        """Start to remove what has expired."""
-        self._sweeper = asyncio.ensure_future(self._sweep())
-
-    async def stop(self) -> None:
-        """Stop, and wait until all sessions have ended."""
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-            await asyncio.gather(self._sweeper, return_exceptions=True)
-        await self.sessions.close()
-        self._reading.close()
-
-    @property
-    def checkpoints(self) -> Checkpoints:
-        """The checkpoints.
-
-        Raises:
-            UnavailableError: The server is starting or shutting down.
-            StorageFailedError: The directory cannot be used.
-        """
-        # Before the server serves, another one may still use the directory.
-        self.services.gate.enter()
-        if self._checkpoints is None:
-            assert self.services.training is not None
-            with reporting_disk_faults():
-                self._checkpoints = Checkpoints(self.services.training)
-        return self._checkpoints
 
     def owner(self, exchange: Exchange) -> str:
         """Identifies the client by its token; empty if the server accepts every caller."""
-        if self.services.tokens is None:
-            return ""
-        authorization = exchange.call.party.authorization
-        assert isinstance(authorization, str), "the call was authorised"
-        return token_digest(bearer_token(authorization) or "").hex()
+        return self.tenants.owner(exchange.call.party)
 
-    def info(self) -> ModelInfo:
-        """The base model.
+    def session(self, exchange: Exchange, session_id: str) -> Session:
+        """A session of the client, which counts as a sign of life.
 
         Raises:
-            UnavailableError: The server is starting or shutting down.
+            HttpRefusal: The session has ended, or belongs to another client.
         """
-        return self.services.gate.enter().model_info
+        try:
+            return self.tenants.sessions.find(self.owner(exchange), session_id)
+        except TrainingNotFoundError:
+            raise session_gone(session_id) from None
 
     def check_base(self, name: str) -> None:
         """Check that a name is that of the base model.
@@ -123,30 +78,9 @@ class Door:
         Raises:
             HttpRefusal: It is another name.
         """
-        if name not in (BASE, self.info().name):
+        if name not in (BASE, self.tenants.info().name):
             text = say("NO_SUCH_MODEL", model=name[:_SHOWN_CHARS])
             raise HttpRefusal(404, Code.NOT_FOUND, text)
-
-    def check_disk(self, owner: str) -> None:
-        """Check that a client may write another checkpoint or sampler.
-
-        Those of all clients may take half of the disk that is free without them, and those of one
-        token half of that. What a client is writing is not counted yet: one for each of its models.
-
-        Raises:
-            InvalidRequestError: It has taken its share.
-        """
-        used = self.checkpoints.bytes_by_owner + self.sessions.bytes_by_owner
-        all_used = used.total()
-        most = (self.checkpoints.bytes_free + all_used) // 2
-        share = most // 2 if owner else most
-        if used[owner] >= share or all_used >= most:
-            text = say("TRAINING_DISK_FULL", used=used[owner], most=share)
-            raise InvalidRequestError.of("path", text)
-
-    async def read(self, tenant: bytes, read: Callable[[], _T]) -> _T:
-        """The result of reading a message, which may take long, off the event loop."""
-        return await self._reading.run(tenant, read)
 
     def command(
         self,
@@ -163,24 +97,17 @@ class Door:
             QueueFullError: Too many commands wait.
         """
         owner, request_id = model.owner, f"{model.model_id}:{number}"
-        if found := self.futures.find(owner, request_id):
+        if found := self.tenants.futures.find(owner, request_id):
             return found
         if model.log.is_past(number):
             raise gone()
         return model.log.add(number, owner, request_id, run, size)
 
-    async def _sweep(self) -> None:
-        while True:
-            await asyncio.sleep(SWEEP_SECONDS)
-            try:
-                self.futures.sweep()
-                self.sessions.sweep()
-                await self.checkpoints.sweep()
-            except TurretError:
-                # The server is starting or shutting down, or its disk failed, which was logged.
-                continue
-            except Exception:
-                _log.exception("the sweep of training failed")
+
+def session_gone(session_id: str) -> HttpRefusal:
+    """The error for a session that has ended; clients stop their heartbeats for its status."""
+    text = say("SESSION_NOT_FOUND", session=session_id[:_SHOWN_CHARS])
+    return HttpRefusal(410, Code.NOT_FOUND, text)
 
 
 def gone() -> HttpRefusal:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from turret.server.api.tenants.futures import Result
+from turret.server.api.tenants.reading import MAX_DATUMS
 from turret.server.http.endpoint import Exchange
 from turret.server.http.tinker.door import Door, body_of, gone
-from turret.server.http.tinker.futures import Result
 from turret.server.http.tinker.schemas import OfRequest, OfSession
-from turret.server.http.tinker.wire import MAX_DATUMS
 
 # The client cuts lists of sequences into requests of this size, which leaves room for the rest of
 # a body of 4 MiB.
@@ -48,7 +48,7 @@ async def healthz(door: Door, exchange: Exchange) -> None:
 
 async def capabilities(door: Door, exchange: Exchange) -> None:
     """List the base model, which is the only one."""
-    info = door.info()
+    info = door.tenants.info()
     model = {
         "model_name": info.name,
         "max_context_length": info.max_model_len,
@@ -60,22 +60,22 @@ async def capabilities(door: Door, exchange: Exchange) -> None:
 
 async def create_session(door: Door, exchange: Exchange) -> None:
     """Begin a session."""
-    door.sessions.training()
-    session = door.sessions.begin(door.owner(exchange))
+    door.tenants.sessions.training()
+    session = door.tenants.sessions.begin(door.owner(exchange))
     await exchange.reply.json({"type": "create_session", "session_id": session.session_id})
 
 
 async def heartbeat(door: Door, exchange: Exchange) -> None:
     """Keep a session alive."""
     body = body_of(exchange, OfSession)
-    door.sessions.find(door.owner(exchange), body.session_id)
+    door.session(exchange, body.session_id)
     await exchange.reply.json({"type": "session_heartbeat"})
 
 
 async def finish(door: Door, exchange: Exchange) -> None:
     """End a session."""
-    session = door.sessions.find(door.owner(exchange), exchange.path["session"])
-    door.sessions.end(session)
+    session = door.session(exchange, exchange.path["session"])
+    door.tenants.sessions.end(session)
     await exchange.reply.json({})
 
 
@@ -85,7 +85,7 @@ async def finish(door: Door, exchange: Exchange) -> None:
 async def retrieve(door: Door, exchange: Exchange) -> None:
     """Wait for a result."""
     body = body_of(exchange, OfRequest)
-    future = door.futures.find(door.owner(exchange), body.request_id)
+    future = door.tenants.futures.find(door.owner(exchange), body.request_id)
     if future is None:
         raise gone()
     result: Result | None = None
@@ -106,7 +106,7 @@ async def retrieve(door: Door, exchange: Exchange) -> None:
 async def cancel(door: Door, exchange: Exchange) -> None:
     """Cancel sampling; other work runs to its end."""
     body = body_of(exchange, OfRequest)
-    future = door.futures.find(door.owner(exchange), body.request_id)
+    future = door.tenants.futures.find(door.owner(exchange), body.request_id)
     if future is not None and future.task is not None:
         future.task.cancel()
     await exchange.reply.json({})

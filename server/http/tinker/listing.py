@@ -12,10 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from turret.server.api.tenants.checkpoints import KINDS, Checkpoint
 from turret.server.basics.codes import Code
 from turret.server.http.endpoint import Exchange
 from turret.server.http.refusals import HttpRefusal
-from turret.server.http.tinker.checkpoints import KINDS, Checkpoint
 from turret.server.http.tinker.door import Door, Link, body_of
 from turret.server.http.tinker.schemas import OfPath, Ttl
 from turret.server.words import say
@@ -32,10 +32,10 @@ _PIECE_BYTES = 1 << 18
 async def weights_info(door: Door, exchange: Exchange) -> None:
     """Describe the adapter in a checkpoint."""
     body = body_of(exchange, OfPath)
-    config = door.checkpoints.find(door.owner(exchange), body.tinker_path).config
+    config = door.tenants.checkpoints.find(door.owner(exchange), body.tinker_path).config
     await exchange.reply.json(
         {
-            "base_model": door.info().name,
+            "base_model": door.tenants.info().name,
             "optimizer_config": {"type": "adamw"},
             "is_lora": True,
             "lora_rank": config.rank,
@@ -60,10 +60,10 @@ class _Run:
 def _runs(door: Door, owner: str) -> list[_Run]:
     """The runs of an owner, the latest first."""
     found: dict[str, _Run] = {}
-    for model in door.sessions.models(owner):
+    for model in door.tenants.sessions.models(owner):
         run = _Run(model.model_id, model.config.rank, model.used, model.metadata, [])
         found[run.run_id] = run
-    for checkpoint in door.checkpoints.owned(owner):
+    for checkpoint in door.tenants.checkpoints.owned(owner):
         run = found.setdefault(
             checkpoint.run,
             _Run(checkpoint.run, checkpoint.config.rank, checkpoint.time, {}, []),
@@ -78,7 +78,7 @@ def _run_json(door: Door, run: _Run) -> dict[str, Any]:
 
     return {
         "training_run_id": run.run_id,
-        "base_model": door.info().name,
+        "base_model": door.tenants.info().name,
         "model_owner": "token",
         "is_lora": True,
         "lora_rank": run.rank,
@@ -141,14 +141,14 @@ async def get_run(door: Door, exchange: Exchange) -> None:
 async def list_run_checkpoints(door: Door, exchange: Exchange) -> None:
     """List the checkpoints of a training run."""
     wanted = exchange.path["run"]
-    owned = door.checkpoints.owned(door.owner(exchange))
+    owned = door.tenants.checkpoints.owned(door.owner(exchange))
     found = [_json(each) for each in owned if each.run == wanted]
     await exchange.reply.json({"checkpoints": found})
 
 
 async def list_checkpoints(door: Door, exchange: Exchange) -> None:
     """List all checkpoints."""
-    found, cursor = _page(exchange, door.checkpoints.owned(door.owner(exchange)), 100)
+    found, cursor = _page(exchange, door.tenants.checkpoints.owned(door.owner(exchange)), 100)
     await exchange.reply.json({"checkpoints": [_json(each) for each in found], "cursor": cursor})
 
 
@@ -156,12 +156,16 @@ def _named(door: Door, exchange: Exchange) -> Checkpoint:
     """The checkpoint in a request's path."""
     path = exchange.path
     wanted = f"tinker://{path['run']}/{path['kind']}/{path['name']}"
-    return door.checkpoints.find(door.owner(exchange), wanted)
+    return door.tenants.checkpoints.find(door.owner(exchange), wanted)
+
+
+def _folder(door: Door, exchange: Exchange) -> Path:
+    return door.tenants.checkpoints.folder(_named(door, exchange))
 
 
 async def delete_checkpoint(door: Door, exchange: Exchange) -> None:
     """Remove a checkpoint."""
-    await door.checkpoints.remove(_named(door, exchange))
+    await door.tenants.checkpoints.remove(_named(door, exchange))
     await exchange.reply.json({})
 
 
@@ -169,7 +173,7 @@ async def set_ttl(door: Door, exchange: Exchange) -> None:
     """Change when a checkpoint is removed."""
     seconds = body_of(exchange, Ttl).ttl_seconds
     expires = None if seconds is None else time.time() + seconds
-    await door.checkpoints.expire_at(_named(door, exchange), expires)
+    await door.tenants.checkpoints.expire_at(_named(door, exchange), expires)
     await exchange.reply.json({})
 
 
@@ -190,14 +194,14 @@ def _link(door: Door, exchange: Exchange, folder: Path, name: str, expires: floa
 
 async def archive(door: Door, exchange: Exchange) -> None:
     """Make a link to an archive with the adapter's files."""
-    folder, expires = door.checkpoints.folder(_named(door, exchange)), time.time() + _LINK_SECONDS
+    folder, expires = _folder(door, exchange), time.time() + _LINK_SECONDS
     url = _link(door, exchange, folder, "", expires)
     await exchange.reply.json({"url": url, "expires": _time(expires)})
 
 
 async def file_urls(door: Door, exchange: Exchange) -> None:
     """Make a link to each of the adapter's files."""
-    folder, expires = door.checkpoints.folder(_named(door, exchange)), time.time() + _LINK_SECONDS
+    folder, expires = _folder(door, exchange), time.time() + _LINK_SECONDS
     files = await asyncio.to_thread(_files, folder)
     urls = {info.name: _link(door, exchange, folder, info.name, expires) for info, _ in files}
     await exchange.reply.json({"urls": urls, "expires": _time(expires)})

@@ -7,15 +7,20 @@ import contextlib
 
 from turret.server.api.call import Call
 from turret.server.api.inference_answers import converted, together
+from turret.server.api.tenants.futures import Future, Result
+from turret.server.api.tenants.sessions import Sampler
 from turret.server.basics.codes import Code
 from turret.server.basics.work import turret_error
-from turret.server.errors import InvalidRequestError, QueueFullError, UnavailableError
+from turret.server.errors import (
+    InvalidRequestError,
+    QueueFullError,
+    TrainingNotFoundError,
+    UnavailableError,
+)
 from turret.server.http.choices import blamed_on
 from turret.server.http.endpoint import Exchange
-from turret.server.http.tinker.door import Door, body_of
-from turret.server.http.tinker.futures import Future, Result
+from turret.server.http.tinker.door import Door, body_of, session_gone
 from turret.server.http.tinker.schemas import CreateSampler, Sample
-from turret.server.http.tinker.sessions import Sampler
 from turret.server.http.tinker.wire import PROTOBUF, result_of_samples
 from turret.server.words import say
 from turret.v1 import adapters_pb2, inference_pb2
@@ -32,17 +37,17 @@ async def create_sampler(door: Door, exchange: Exchange) -> None:
     """Choose the weights to sample from: the base model's, or those of a checkpoint."""
     body = body_of(exchange, CreateSampler)
     owner = door.owner(exchange)
-    session = door.sessions.find(owner, body.session_id)
+    session = door.session(exchange, body.session_id)
     sampler_id = f"{session.session_id}:sample:{body.sampling_session_seq_id}"
     if sampler_id not in session.samplers:
         sampler = Sampler(sampler_id=sampler_id, owner=owner, path=body.model_path)
         if body.model_path is not None:
-            checkpoint = door.checkpoints.find(owner, body.model_path)
+            checkpoint = door.tenants.checkpoints.find(owner, body.model_path)
             name = f"training/{session.session_id}/s{body.sampling_session_seq_id}"
-            folder = door.checkpoints.folder(checkpoint)
-            door.check_disk(owner)
-            with door.sessions.arriving(owner, checkpoint.size):
-                published = await door.sessions.training().serve(folder, name)
+            folder = door.tenants.checkpoints.folder(checkpoint)
+            door.tenants.check_disk(owner)
+            with door.tenants.sessions.arriving(owner, checkpoint.size):
+                published = await door.tenants.sessions.training().serve(folder, name)
             sampler.generation, sampler.size = published.generation, published.size
             sampler.adapter, sampler.is_own = name, True
         elif body.base_model is not None:
@@ -50,18 +55,21 @@ async def create_sampler(door: Door, exchange: Exchange) -> None:
         else:
             choices = "base_model, model_path"
             raise InvalidRequestError.of("model_path", say("ONE_REQUIRED", choices=choices))
-        door.sessions.add_sampler(session, sampler)
+        try:
+            door.tenants.sessions.add_sampler(session, sampler)
+        except TrainingNotFoundError:
+            raise session_gone(session.session_id) from None
     answer = {"type": "create_sampling_session", "sampling_session_id": sampler_id}
     await exchange.reply.json(answer)
 
 
 async def get_sampler(door: Door, exchange: Exchange) -> None:
     """Describe a sampler."""
-    sampler = door.sessions.sampler(door.owner(exchange), exchange.path["sampler"])
+    sampler = door.tenants.sessions.sampler(door.owner(exchange), exchange.path["sampler"])
     await exchange.reply.json(
         {
             "sampler_id": sampler.sampler_id,
-            "base_model": door.info().name,
+            "base_model": door.tenants.info().name,
             "model_path": sampler.path,
         }
     )
@@ -71,9 +79,9 @@ async def sample(door: Door, exchange: Exchange) -> None:
     """Begin to sample; the sequences are a result that the client retrieves."""
     body = body_of(exchange, Sample)
     owner = door.owner(exchange)
-    sampler = door.sessions.sampler(owner, body.sampling_session_id)
+    sampler = door.tenants.sessions.sampler(owner, body.sampling_session_id)
     request_id = f"{sampler.sampler_id}:{body.seq_id}"
-    future = door.futures.find(owner, request_id)
+    future = door.tenants.futures.find(owner, request_id)
     if future is None:
         message = _message(sampler, body)
         call = Call.begin(
@@ -93,7 +101,7 @@ async def sample(door: Door, exchange: Exchange) -> None:
                 held.enter_context(call.party.hold())
                 # A request that waits for a place in the queue is in no limit of the engine.
                 call.hold(_REQUEST_BYTES + message.ByteSize() + 4 * len(message.token_ids.ids))
-                future = door.futures.begin(owner, request_id)
+                future = door.tenants.futures.begin(owner, request_id)
             except Exception as error:
                 call.finish(turret_error(error).code)
                 raise
@@ -157,7 +165,7 @@ class _Samples:
 
     async def run(self, future: Future, held: contextlib.ExitStack) -> None:
         """Settle the future, and release what was held for the request."""
-        futures, code = self._door.futures, Code.OK
+        futures, code = self._door.tenants.futures, Code.OK
         self._sampler.running += 1
         try:
             futures.settle(future, await self._result())

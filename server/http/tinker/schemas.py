@@ -16,6 +16,7 @@ from turret.server.api.limits import (
     MAX_STOP_TOKEN_IDS,
     MAX_TOP_LOGPROBS,
 )
+from turret.server.api.tenants.checkpoints import MAX_TTL_SECONDS
 from turret.server.http.schemas.fields import (
     Body,
     TokenIds,
@@ -25,8 +26,8 @@ from turret.server.http.schemas.fields import (
     wrong_at,
     wrong_type,
 )
-from turret.server.http.tinker.checkpoints import MAX_TTL_SECONDS
 from turret.server.http.tinker.wire import MAX_CHUNKS
+from turret.server.training.trainer import ADAM_RANGES
 from turret.server.words import say
 
 MAX_SAMPLES = 128
@@ -100,16 +101,20 @@ class OfModel(Body):
     type: Any = ignored()
 
 
+def _adam(name: str, default: float) -> Any:
+    least, most = ADAM_RANGES[name]
+    return Field(default, ge=least, le=most)
+
+
 class AdamParams(Body):
     """One step of AdamW."""
 
-    # Outside of these ranges, float32 overflows or divides by zero.
-    learning_rate: float = Field(0.0001, ge=0, le=1e4)
-    beta1: float = Field(0.9, ge=0, le=0.999999)
-    beta2: float = Field(0.95, ge=0, le=0.999999)
-    eps: float = Field(1e-12, ge=1e-30, le=1e4)
-    weight_decay: float = Field(0.0, ge=0, le=1e4)
-    grad_clip_norm: float = Field(0.0, ge=0)
+    learning_rate: float = _adam("learning_rate", 0.0001)
+    beta1: float = _adam("beta1", 0.9)
+    beta2: float = _adam("beta2", 0.95)
+    eps: float = _adam("eps", 1e-12)
+    weight_decay: float = _adam("weight_decay", 0.0)
+    grad_clip_norm: float = _adam("grad_clip_norm", 0.0)
 
 
 class OptimStep(OfModel):

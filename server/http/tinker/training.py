@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from turret.closest import closest
+from turret.server.api.tenants.checkpoints import Checkpoint
+from turret.server.api.tenants.futures import Future, Result
+from turret.server.api.tenants.sessions import Model, Sampler
 from turret.server.basics.codes import Code
-from turret.server.errors import AdapterMismatchError, InvalidRequestError
+from turret.server.errors import InvalidRequestError
 from turret.server.http.body import read_body
 from turret.server.http.endpoint import Exchange
 from turret.server.http.refusals import HttpRefusal
 from turret.server.http.schemas.fields import Sent, wrong_type
 from turret.server.http.tinker import wire
-from turret.server.http.tinker.checkpoints import Checkpoint
 from turret.server.http.tinker.door import Door, body_of, checked, gone, number_of
-from turret.server.http.tinker.futures import Future, Result
 from turret.server.http.tinker.schemas import (
     CreateModel,
     LoadWeights,
@@ -28,7 +27,6 @@ from turret.server.http.tinker.schemas import (
     SaveForSampler,
     SaveWeights,
 )
-from turret.server.http.tinker.sessions import Model, Sampler
 from turret.server.training.trainer import AdamParams, LearnerConfig
 from turret.server.words import say
 
@@ -73,7 +71,7 @@ async def _command(
     if not isinstance(model_id, str):
         raise InvalidRequestError.of("model_id", wrong_type("a string", model_id))
     number = number_of(sent.raw.get("seq_id"))
-    model = door.sessions.model(door.owner(exchange), model_id)
+    model = door.tenants.sessions.model(door.owner(exchange), model_id)
     run: _Run
     try:
         body = checked(sent, kind)
@@ -134,21 +132,21 @@ async def _create(
         metadata: The client's own notes.
         begin: Finishes the first command once the adapter is there.
     """
-    session = door.sessions.find(door.owner(exchange), session_id)
+    session = door.session(exchange, session_id)
     model_id = f"{session_id}:train:{number}"
-    future = door.futures.find(session.owner, f"{model_id}:0")
+    future = door.tenants.futures.find(session.owner, f"{model_id}:0")
     if future is None:
         if model_id in session.models:
             raise gone()
-        training = door.sessions.training()
-        model = door.sessions.add_model(session, number, config, metadata)
+        training = door.tenants.sessions.training()
+        model = door.tenants.sessions.add_model(session, number, config, metadata)
 
         async def run() -> Result:
             try:
                 model.learner = await training.create(model.config, model.owner)
                 return await begin(model)
             except BaseException:
-                door.sessions.drop_model(model)
+                door.tenants.sessions.drop_model(model)
                 raise
 
         future = door.command(exchange, model, 0, run)
@@ -158,8 +156,8 @@ async def _create(
 async def get_info(door: Door, exchange: Exchange) -> None:
     """Describe a model in training."""
     body = body_of(exchange, OfModel)
-    model = door.sessions.model(door.owner(exchange), body.model_id)
-    info = door.info()
+    model = door.tenants.sessions.model(door.owner(exchange), body.model_id)
+    info = door.tenants.info()
     data = {"arch": info.model_type, "model_name": info.name, "tokenizer_id": info.name}
     await exchange.reply.json(
         {
@@ -178,13 +176,13 @@ async def unload_model(door: Door, exchange: Exchange) -> None:
     """Forget a model in training."""
     body = body_of(exchange, OfModel)
     owner = door.owner(exchange)
-    future = door.futures.find(owner, f"{body.model_id}:unload")
+    future = door.tenants.futures.find(owner, f"{body.model_id}:unload")
     if future is None:
-        model = door.sessions.model(owner, body.model_id)
-        future = door.futures.begin(owner, f"{body.model_id}:unload")
-        door.sessions.drop_model(model)
+        model = door.tenants.sessions.model(owner, body.model_id)
+        future = door.tenants.futures.begin(owner, f"{body.model_id}:unload")
+        door.tenants.sessions.drop_model(model)
         result = Result.of(model_id=model.model_id, type="unload_model")
-        door.futures.settle(future, result)
+        door.tenants.futures.settle(future, result)
     await _promise(exchange, future, body.model_id)
 
 
@@ -199,22 +197,23 @@ async def forward_backward(door: Door, exchange: Exchange) -> None:
         text = say("NOT_A_MESSAGE_TYPE", wanted=wire.PROTOBUF)
         raise HttpRefusal(415, Code.INVALID_ARGUMENT, text)
     body = await read_body(exchange.receive, exchange.headers, exchange.call)
-    tenant, info, training = exchange.call.tenant, door.info(), door.sessions.training()
-    model_id, seq_id = await door.read(tenant, lambda: wire.read_address(body))
+    tenants, tenant = door.tenants, exchange.call.tenant
+    info, training = tenants.info(), tenants.sessions.training()
+    model_id, seq_id = await tenants.read(tenant, lambda: wire.read_address(body))
     number = number_of(seq_id)
-    model = door.sessions.model(door.owner(exchange), model_id)
+    model = tenants.sessions.model(door.owner(exchange), model_id)
 
     async def run() -> Result:
         # Until its turn, a pass is kept as bytes: its sequences may take 30 times as much memory.
-        asked = await door.read(tenant, lambda: wire.read_pass(body, info))
+        asked = await tenants.read(tenant, lambda: wire.read_pass(body, info))
         losses = await training.pass_over(
             model.number,
             asked.data,
             asked.loss,
-            asked.numbers,
+            asked.settings,
             is_forward_only=asked.is_forward_only,
         )
-        result = await door.read(tenant, lambda: wire.result_of_pass(losses))
+        result = await tenants.read(tenant, lambda: wire.result_of_pass(losses))
         return Result(result, wire.PROTOBUF)
 
     future = door.command(exchange, model, number, run, len(body))
@@ -226,7 +225,7 @@ async def optim_step(door: Door, exchange: Exchange) -> None:
 
     async def work(model: Model, body: OptimStep) -> Result:
         adam = AdamParams(**body.adam_params.model_dump())
-        metrics = await door.sessions.training().step(model.number, adam)
+        metrics = await door.tenants.sessions.training().step(model.number, adam)
         return Result.of(metrics=wire.finite_metrics(metrics))
 
     await _command(door, exchange, exchange.take_body(), OptimStep, work)
@@ -243,25 +242,14 @@ async def _save(
     *,
     overwrite: bool = False,
 ) -> Checkpoint:
-    """Save a checkpoint; only one to continue from has the optimizer."""
-    training = door.sessions.training()
-    door.check_disk(model.owner)
-
-    async def write(folder: Path) -> None:
-        await training.save(model.number, folder, with_optimizer=kind == "weights")
-
-    draft = Checkpoint(
-        run=model.model_id,
-        kind=kind,
-        name=body.path or f"step-{body.seq_id:06d}",
-        owner=model.owner,
-        base=door.info().digest,
-        config=model.config,
+    return await door.tenants.save(
+        model,
+        kind,
+        body.path or f"step-{body.seq_id:06d}",
         metadata=body.user_metadata,
+        ttl_seconds=body.ttl_seconds,
+        overwrite=overwrite,
     )
-    if body.ttl_seconds is not None:
-        draft = replace(draft, expires=draft.time + body.ttl_seconds)
-    return await door.checkpoints.save(draft, write, overwrite=overwrite)
 
 
 async def save_weights(door: Door, exchange: Exchange) -> None:
@@ -300,24 +288,22 @@ async def save_for_sampler(door: Door, exchange: Exchange) -> None:
 
 async def _snapshot(door: Door, model: Model, body: SaveForSampler) -> Sampler:
     """A sampler with a model's present weights, or with its newest ones at any time."""
-    session_id, _, number = model.model_id.partition(":train:")
-    session = door.sessions.find(model.owner, session_id)
-    door.check_disk(model.owner)
-    name = f"training/{session_id}/{number}"
+    session_id = model.model_id.partition(":")[0]
+    session = door.tenants.sessions.find(model.owner, session_id)
     sampler = Sampler(
         sampler_id=f"{session_id}:sample:{body.sampling_session_seq_id}",
         owner=model.owner,
-        adapter=name,
+        adapter=model.adapter,
     )
     if body.kind == "inflight":
-        model.inflight = name
-        await door.sessions.training().publish(model.number, name)
+        await door.tenants.publish(model)
     else:
-        sampler.adapter = f"{name}/{body.sampling_session_seq_id}"
+        door.tenants.check_disk(model.owner)
+        sampler.adapter = f"{model.adapter}/{body.sampling_session_seq_id}"
         sampler.is_own = True
-        published = await door.sessions.training().publish(model.number, sampler.adapter)
+        published = await door.tenants.sessions.training().publish(model.number, sampler.adapter)
         sampler.generation, sampler.size = published.generation, published.size
-    door.sessions.add_sampler(session, sampler)
+    door.tenants.sessions.add_sampler(session, sampler)
     return sampler
 
 
@@ -326,13 +312,7 @@ async def load_weights(door: Door, exchange: Exchange) -> None:
     sent = exchange.take_body()
 
     async def load(model: Model, body: LoadWeights) -> Result:
-        checkpoint = door.checkpoints.find(model.owner, body.path)
-        if checkpoint.base != door.info().digest:
-            raise AdapterMismatchError(say("CHECKPOINT_OF_OTHER_BASE", path=checkpoint.path))
-        if body.optimizer and checkpoint.kind != "weights":
-            raise InvalidRequestError.of("optimizer", say("CHECKPOINT_WITHOUT_OPTIMIZER"))
-        folder = door.checkpoints.folder(checkpoint)
-        await door.sessions.training().load(model.number, folder, with_optimizer=body.optimizer)
+        checkpoint = await door.tenants.load(model, body.path, with_optimizer=body.optimizer)
         return Result.of(path=checkpoint.path, model_id=model.model_id, type="load_weights")
 
     if sent.raw.get("model_id") is not None:
@@ -344,7 +324,7 @@ async def load_weights(door: Door, exchange: Exchange) -> None:
         raise InvalidRequestError.of("model_id", say("ONE_REQUIRED", choices=choices))
     if body.base_model is not None:
         door.check_base(body.base_model)
-    checkpoint = door.checkpoints.find(door.owner(exchange), body.path)
+    checkpoint = door.tenants.checkpoints.find(door.owner(exchange), body.path)
 
     async def begin(model: Model) -> Result:
         return await load(model, body)

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from google.protobuf.message import DecodeError, Message
 
 from turret.lazy_torch import torch
+from turret.server.api.tenants.reading import (
+    MAX_SETTINGS,
+    SHOWN_CHARS,
+    AskedPass,
+    DatumReader,
+    Refused,
+    check_loss,
+    check_settings,
+)
 from turret.server.api.violations import Violations
 from turret.server.errors import InvalidRequestError
 from turret.server.training.losses import LOSSES, TARGETS
-from turret.server.training.trainer import MAX_SEQUENCE_TOKENS, Datum, DatumLoss
+from turret.server.training.trainer import Datum, DatumLoss
 from turret.server.words import say
 from turret.v1 import inference_pb2, tinker_pb2
 
@@ -23,11 +31,9 @@ if TYPE_CHECKING:
 
 PROTOBUF = "application/x-protobuf"
 # Limits on one request. The client cuts longer lists into several requests.
-MAX_DATUMS = 1024
 MAX_CHUNKS = 64
-MAX_SETTINGS = MAX_INPUTS = 16
+MAX_INPUTS = 16
 _INPUTS = frozenset((TARGETS, "weights", "logprobs", "advantages"))
-_SHOWN_CHARS = 40
 _NO_LOGPROB = -99999.0
 _M = TypeVar("_M", bound=Message)
 _Pass, _Parts, _Tensor, _Samples = (
@@ -36,25 +42,7 @@ _Pass, _Parts, _Tensor, _Samples = (
     tinker_pb2.TinkerTensor,
     tinker_pb2.TinkerSamples,
 )
-_MOST_FLOAT32 = float(np.finfo(np.float32).max)
 _INT32, _INT64, _FLOAT32 = np.dtype("<i4"), np.dtype("<i8"), np.dtype("<f4")
-
-
-@dataclass(frozen=True, slots=True)
-class AskedPass:
-    """A pass as the client asks for it.
-
-    Attributes:
-        data: The sequences.
-        loss: A name in ``LOSSES``.
-        numbers: The settings of the loss.
-        is_forward_only: Whether to compute no gradients.
-    """
-
-    data: Sequence[Datum]
-    loss: str
-    numbers: Mapping[str, float]
-    is_forward_only: bool
 
 
 def read_address(body: bytes) -> tuple[str, int]:
@@ -76,16 +64,8 @@ def _parse(kind: type[_M], body: bytes) -> _M:
         raise InvalidRequestError(say("MESSAGE_MALFORMED")) from None
 
 
-class _Refused(Exception):
-    """The value at hand was noted as a violation."""
-
-
-class _Reader:
-    """Reads the sequences of a pass, and notes what is wrong with them."""
-
-    def __init__(self, info: ModelInfo, violations: Violations) -> None:
-        self._info = info
-        self._violations = violations
+class _Reader(DatumReader):
+    """Reads the sequences of a pass."""
 
     def datum(self, data: bytes, loss: str, path: str) -> Datum | None:
         """A sequence; None if anything is wrong with it.
@@ -102,23 +82,19 @@ class _Reader:
         try:
             tokens = self._tokens(datum, f"{path}.model_input")
             inputs = self._inputs(datum, loss, len(tokens), f"{path}.loss_fn_inputs")
-        except _Refused:
+        except Refused:
             return None
         return Datum(tokens.tolist(), inputs)
 
     def _tokens(self, datum: tinker_pb2.TinkerPass.Datum, path: str) -> np.ndarray:
-        self._check(len(datum.model_input) > 0, path, "EMPTY")
+        self.check(len(datum.model_input) > 0, path, "EMPTY")
         parts = []
         for index, chunk in enumerate(datum.model_input):
             place = f"{path}[{index}]"
-            self._check(chunk.HasField("encoded_text"), place, "NOT_TEXT")
+            self.check(chunk.HasField("encoded_text"), place, "NOT_TEXT")
             parts.append(self._numbers(chunk.encoded_text.tokens, _INT32, place))
         tokens = np.concatenate(parts)
-        self._check(len(tokens) > 0, path, "EMPTY")
-        most = min(self._info.max_model_len, MAX_SEQUENCE_TOKENS)
-        fits = len(tokens) <= most
-        self._check(fits, path, "PROMPT_TOO_LONG", length=len(tokens), limit=most, unit="tokens")
-        self._check_vocabulary(tokens, path)
+        self.check_tokens(tokens, path)
         return tokens
 
     def _inputs(
@@ -126,55 +102,36 @@ class _Reader:
     ) -> dict[str, Any]:
         sent = datum.loss_fn_inputs
         for name in sent:
-            shown = name[:_SHOWN_CHARS]
-            self._check(name in _INPUTS, f"{path}.{shown}", "UNKNOWN_FIELD", name=shown)
+            shown = name[:SHOWN_CHARS]
+            self.check(name in _INPUTS, f"{path}.{shown}", "UNKNOWN_FIELD", name=shown)
         inputs = {}
         for name in (TARGETS, *LOSSES[loss].inputs):
             place = f"{path}.{name}"
             if name == "weights" and name not in sent:
                 inputs[name] = torch.ones(length, dtype=torch.float32)
                 continue
-            self._check(name in sent, place, "REQUIRED")
-            numbers = self._tensor(sent[name], name == TARGETS, length, place)
-            if name == TARGETS:
-                self._check_vocabulary(numbers, place)
-            else:
-                is_finite = bool(np.isfinite(numbers).all())
-                self._check(is_finite, place, "NOT_FINITE", dtype="float32")
-            # The copy is writable and in the machine's byte order, as torch requires.
-            inputs[name] = torch.from_numpy(numbers.astype(numbers.dtype.newbyteorder("=")))
+            self.check(name in sent, place, "REQUIRED")
+            numbers = self._tensor(sent[name], name == TARGETS, place)
+            inputs[name] = self.input(name, numbers, length, place)
         return inputs
 
-    def _tensor(
-        self, tensor: tinker_pb2.TinkerTensor, is_whole: bool, length: int, path: str
-    ) -> np.ndarray:
+    def _tensor(self, tensor: tinker_pb2.TinkerTensor, is_whole: bool, path: str) -> np.ndarray:
         dtype, kind = (_INT64, _Tensor.INT64) if is_whole else (_FLOAT32, _Tensor.FLOAT32)
         wanted, found = _Tensor.DType.Name(kind), str(tensor.dtype)
         is_kind = tensor.dtype == kind
-        self._check(is_kind, f"{path}.dtype", "NOT_ONE_OF", value=found, choices=wanted)
+        self.check(is_kind, f"{path}.dtype", "NOT_ONE_OF", value=found, choices=wanted)
         is_list = len(tensor.shape) <= 1 and not tensor.HasField("sparse_csr")
-        self._check(is_list, path, "NOT_A_VECTOR")
-        count = len(tensor.dense) // dtype.itemsize
-        is_long = count == length and tuple(tensor.shape) in ((), (length,))
-        self._check(is_long, path, "NOT_AS_LONG", expected=length, found=count)
-        return self._numbers(tensor.dense, dtype, path)
+        self.check(is_list, path, "NOT_A_VECTOR")
+        numbers = self._numbers(tensor.dense, dtype, path)
+        stated, count = list(tensor.shape), len(numbers)
+        is_stated = stated in ([], [count])
+        self.check(is_stated, path, "NOT_AS_LONG", expected=sum(stated), found=count)
+        return numbers
 
     def _numbers(self, data: bytes, dtype: np.dtype, path: str) -> np.ndarray:
         size = dtype.itemsize
-        self._check(len(data) % size == 0, path, "NOT_WHOLE_NUMBERS", size=size, found=len(data))
+        self.check(len(data) % size == 0, path, "NOT_WHOLE_NUMBERS", size=size, found=len(data))
         return np.frombuffer(data, dtype)
-
-    def _check_vocabulary(self, tokens: np.ndarray, path: str) -> None:
-        size = self._info.vocab_size
-        outside = np.flatnonzero((tokens < 0) | (tokens >= size))
-        if len(outside):
-            value = int(tokens[outside[0]])
-            self._check(False, f"{path}[{outside[0]}]", "NOT_A_TOKEN", value=value, size=size)
-
-    def _check(self, ok: bool, path: str, reason: str, **params: Any) -> None:
-        self._violations.check(ok, path, reason, **params)
-        if not ok:
-            raise _Refused
 
 
 def read_pass(body: bytes, info: ModelInfo) -> AskedPass:
@@ -188,14 +145,9 @@ def read_pass(body: bytes, info: ModelInfo) -> AskedPass:
         InvalidRequestError: Lists every offending field.
     """
     message, violations = _parse(_Parts, body), Violations()
-    choices = ", ".join(LOSSES)
-    shown = message.loss_fn[:_SHOWN_CHARS]
-    is_known = message.loss_fn in LOSSES
-    violations.check(is_known, "loss_fn", "NOT_ONE_OF", value=shown, choices=choices)
-    violations.check(len(message.data) > 0, "data", "EMPTY")
-    is_short = violations.check_count(len(message.data), MAX_DATUMS, "data")
+    is_readable = check_loss(message.loss_fn, len(message.data), violations, "loss_fn")
     data: list[Datum | None] = []
-    if is_known and is_short:
+    if is_readable:
         reader = _Reader(info, violations)
         for index, datum in enumerate(message.data):
             data.append(reader.datum(datum, message.loss_fn, f"data[{index}]"))
@@ -222,18 +174,11 @@ def _settings(parts: tinker_pb2.TinkerPassParts, violations: Violations) -> dict
     newer, older = message.loss_fn_config_v2, message.loss_fn_config
     settings = dict(older)
     for name, setting in newer.items():
-        place = f"{path}.{name[:_SHOWN_CHARS]}"
+        place = f"{path}.{name[:SHOWN_CHARS]}"
         is_number = setting.WhichOneof("value") == "number"
         violations.check(is_number, place, "WRONG_TYPE", expected="a number", value="a text")
         settings[name] = setting.number
-    known = LOSSES[message.loss_fn].settings if message.loss_fn in LOSSES else settings
-    for name, value in settings.items():
-        place = f"{path}.{name[:_SHOWN_CHARS]}"
-        shown = name[:_SHOWN_CHARS]
-        violations.check(name in known, place, "UNKNOWN_FIELD", name=shown)
-        # The losses are computed in float32.
-        is_finite = abs(value) <= _MOST_FLOAT32
-        violations.check(is_finite, place, "NOT_FINITE", dtype="float32")
+    check_settings(message.loss_fn, settings, violations, path)
     return settings
 
 

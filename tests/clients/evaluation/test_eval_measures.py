@@ -21,6 +21,7 @@ from turret.clients.evaluation.answer_metrics import (
     perplexity,
     token_f1,
 )
+from turret.clients.evaluation.evaluate import Judged, MixReport, gain
 
 
 @pytest.mark.parametrize(
@@ -110,3 +111,28 @@ def test_macro_f1_is_that_of_the_textbook():
     assert macro_f1_of_sets(sets) == pytest.approx((a + b + 0) / 3)
     # If each text has one label, micro F1 equals the accuracy.
     assert micro_f1_of_sets(sets) == pytest.approx(2 / 4)
+
+
+def test_a_gain_is_that_of_the_same_examples_and_has_the_sign_of_the_better():
+    def report(scores: list[float], logprobs: list[float]) -> MixReport:
+        judged = tuple(
+            Judged(line, "", logprob, 1, {"exact_match": score})
+            for line, (score, logprob) in enumerate(zip(scores, logprobs, strict=True))
+        )
+        return MixReport("mix", len(judged), {}, judged, {})
+
+    before = report([0.0, 1.0, 0.0, 0.0] * 5, [-3.0, -1.0, -2.0, -2.0] * 5)
+    after = report([1.0, 1.0, 0.0, 1.0] * 5, [-1.0, -0.5, -1.0, -1.5] * 5)
+    found = gain("exact_match", before, after)
+    assert found.value == 0.5
+    assert found.low is not None
+    assert found.high is not None
+    assert 0.0 < found.low < 0.5 < found.high
+    worse = gain("exact_match", after, before)
+    assert (worse.value, worse.high) == (-0.5, -found.low)
+    lower = gain("perplexity", before, after)
+    assert lower.value == pytest.approx(math.exp(2.0) - math.exp(1.0))
+    assert lower.low is not None
+    assert lower.low > 0.0
+    # A gain without an interval is one of which every draw has the same.
+    assert gain("exact_match", before, before).low is None

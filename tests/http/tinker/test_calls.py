@@ -22,9 +22,10 @@ from servers.table_training import TableTraining
 from servers.tinker_tenant import API, LORA, PROTOBUF, Pass, Tenant, pass_of, sample_of, tensor
 
 from turret.server.api.access import MessageMemory, Shares, TokenTable
+from turret.server.api.tenants import checkpoints, sessions
+from turret.server.api.tenants.checkpoints import Checkpoints
 from turret.server.errors import InvalidRequestError, QueueFullError
-from turret.server.http.tinker import checkpoints, handshake, listing, sessions, wire
-from turret.server.http.tinker.checkpoints import Checkpoints
+from turret.server.http.tinker import handshake, listing, wire
 from turret.server.training.trainer import MAX_SEQUENCE_TOKENS, LearnerConfig
 from turret.v1 import tinker_pb2
 
@@ -272,10 +273,10 @@ async def test_a_failed_model_leaves_nothing(tmp_path: Path) -> None:
         promise = await one.ask("/create_model", body)
         assert (await one.result(promise))["category"] == "user"
         assert await one.ask("/create_model", body) == promise
-        door = one.server.server._door
-        assert door is not None
-        await door.sessions.close()
-        assert door.sessions.models("") == []
+        tenants = one.server.server._tenants
+        assert tenants is not None
+        await tenants.sessions.close()
+        assert tenants.sessions.models("") == []
         step = {"model_id": promise["model_id"], "seq_id": 1, "adam_params": {}}
         assert (await one.send("/optim_step", step)).status_code == 404
         for wrong in (
@@ -300,14 +301,14 @@ async def test_a_silent_session_ends_with_its_models_and_samplers(
         follow = save | {"seq_id": 2, "sampling_session_seq_id": 1, "kind": "inflight"}
         await one.result(await one.ask("/save_weights_for_sampler", follow))
         assert len(tables(one).published) == 2
-        door = one.server.server._door
-        assert door is not None
+        tenants = one.server.server._tenants
+        assert tenants is not None
         await one.ask("/session_heartbeat", {"session_id": one.session})
-        door.sessions.sweep()
+        tenants.sessions.sweep()
         assert len(tables(one).learners) == 1
         monkeypatch.setattr(sessions, "SESSION_SECONDS", -1.0)
-        door.sessions.sweep()
-        await door.sessions.close()
+        tenants.sessions.sweep()
+        await tenants.sessions.close()
         assert (tables(one).learners, tables(one).published) == ({}, {})
         answer = await one.send("/session_heartbeat", {"session_id": one.session})
         assert answer.status_code == 410
@@ -486,16 +487,16 @@ async def test_limits_on_sessions_models_and_samplers(
             result = await one.result(await one.ask("/save_weights_for_sampler", save))
             made.append(result["sampling_session_id"])
         # Samplers that were not used for longest made room, and their adapters are gone.
-        door = one.server.server._door
-        assert door is not None
-        await door.sessions.close()
+        tenants = one.server.server._tenants
+        assert tenants is not None
+        await tenants.sessions.close()
         assert len(tables(one).published) == 2
         for sampler, status in zip(made, (404, 404, 200, 200), strict=True):
             assert (await one.send("/asample", sample_of(sampler))).status_code == status
         await one.result(await one.ask("/unload_model", {"model_id": model_id}))
         assert (await one.send("/create_model", body | {"lora_config": LORA})).status_code == 200
         await one.ask(f"/sessions/{one.session}/finish", {"reason": {"type": "success"}})
-        await door.sessions.close()
+        await tenants.sessions.close()
         assert (tables(one).learners, tables(one).published) == ({}, {})
 
 
@@ -556,8 +557,8 @@ async def test_a_session_that_ends_while_a_sampler_is_made_leaves_none(
 ) -> None:
     async with tenant(tmp_path) as one:
         model_id = await one.model()
-        training, door = tables(one), one.server.server._door
-        assert door is not None
+        training, tenants = tables(one), one.server.server._tenants
+        assert tenants is not None
         save = {"model_id": model_id, "seq_id": 1, "path": "a"}
         path = (await one.result(await one.ask("/save_weights", save)))["path"]
         kept = one.session
@@ -584,7 +585,7 @@ async def test_a_session_that_ends_while_a_sampler_is_made_leaves_none(
             may_end.set()
             answer = await asking
             assert answer.status_code == (410 if number else 200)
-            await door.sessions.close()
+            await tenants.sessions.close()
             assert training.published == {}, make
         one.session = kept
 
@@ -613,9 +614,9 @@ async def test_checkpoints_outlive_the_server(tmp_path: Path) -> None:
         assert info["lora_rank"] == 4
         after = await one.run(pass_of(loaded["model_id"], 1, forward_only=True))
         assert after == before
-        door = one.server.server._door
-        assert door is not None
-        await door.checkpoints.sweep()
+        tenants = one.server.server._tenants
+        assert tenants is not None
+        await tenants.checkpoints.sweep()
         assert names_in(tmp_path, "*/weights/*") == ["a", "z"]
         other = [Checkpoints(tmp_path).find("", path).config]
         assert other == [LearnerConfig(rank=4, seed=1, unembed=True)]

@@ -9,9 +9,9 @@ from collections import Counter
 
 import pytest
 
+from turret.server.api.tenants import futures
+from turret.server.api.tenants.futures import CommandLog, Future, Futures, Result, Run
 from turret.server.errors import InvalidRequestError, QueueFullError
-from turret.server.http.tinker import futures
-from turret.server.http.tinker.futures import CommandLog, Future, Futures, Result, Run
 
 OWNER = "somebody"
 

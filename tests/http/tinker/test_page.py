@@ -6,7 +6,8 @@ from typing import Any
 
 from checkout import ROOT
 
-from turret.server.http.tinker import checkpoints, futures, sessions, wire
+from turret.server.api.tenants import checkpoints, futures, sessions
+from turret.server.http.tinker import wire
 from turret.server.http.tinker.routes import routes
 
 PAGE = (ROOT / "docs" / "tenants.md").read_text()

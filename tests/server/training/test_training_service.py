@@ -353,6 +353,49 @@ async def test_the_memory_of_adapters_is_limited_and_shared(tmp_path: Path) -> N
         await training.create(config, "a")
 
 
+async def test_metrics_tell_what_training_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def value(name: str, **labels: str) -> float:
+        found = metrics.registry.get_sample_value(f"turret_training_{name}", labels)
+        assert found is not None
+        return found
+
+    def size(kind: str) -> float:
+        return value("bytes", kind=kind)
+
+    seen: list[tuple[float, float]] = []
+
+    class Seen(TrainingPass):
+        def backward(self, grad: torch.Tensor) -> None:
+            seen.append((size("activations"), value("queued_tokens")))
+            super().backward(grad)
+
+    monkeypatch.setattr(service, "TrainingPass", Seen)
+    for name in ("PASS_TOKENS", "CHUNK_TOKENS"):
+        monkeypatch.setattr(service, name, 20)
+    async with started(tmp_path) as (harness, training):
+        metrics, base = harness.metrics, harness.registry.base
+        learner = await training.create(LearnerConfig(rank=4, seed=1))
+        modules = [path for path in base.modules if path != HEAD]
+        assert value("adapters") == 1
+        assert size("adapters") == num_bytes("lora", 4, modules, base)
+        before = value("seconds_total")
+        start = time.monotonic()
+        data = [learned(prompt_of(21, n)) for n in range(3)]
+        await training.pass_over(learner, data, "cross_entropy", {})
+        assert 0.0 < value("seconds_total") - before < time.monotonic() - start
+        await training.step(learner, ADAM)
+        assert [queued for _, queued in seen] == [40, 20, 0]
+        # The input and the result of each projection, for each token.
+        inputs = sum(base.modules[path].in_features for path in modules)
+        assert all(20 * 2 * inputs < kept < 20 * 8 * inputs for kept, _ in seen)
+        assert (size("activations"), value("queued_tokens")) == (0, 0)
+        assert (value("tokens_total"), value("steps_total")) == (60, 1)
+        await training.drop(learner)
+        assert (value("adapters"), size("adapters")) == (0, 0)
+
+
 async def test_owners_take_turns_and_then_their_adapters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

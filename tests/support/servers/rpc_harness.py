@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -20,7 +21,8 @@ from turret.server.api.services import Services
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.metrics import Metrics
 from turret.server.rpc.server import RpcServer
-from turret.v1 import adapters_pb2_grpc, inference_pb2_grpc
+from turret.server.training.trainer import Training
+from turret.v1 import adapters_pb2_grpc, inference_pb2_grpc, training_pb2_grpc
 
 
 @dataclass
@@ -35,10 +37,15 @@ class Harness:
     metrics: Metrics
     backend: Backend
     channel: grpc.aio.Channel
+    services: Services
 
     @property
     def inference(self) -> Any:
         return inference_pb2_grpc.InferenceStub(self.channel)  # type: ignore[arg-type]
+
+    @property
+    def training(self) -> Any:
+        return training_pb2_grpc.TrainingStub(self.channel)  # type: ignore[arg-type]
 
     @property
     def adapters(self) -> Any:
@@ -60,13 +67,20 @@ async def harness(
     merger: FakeMerger | None = None,
     fuser: Any = None,
     most_connections: int = MOST_CONNECTIONS,
+    training: Training | None = None,
+    training_dir: Path | None = None,
+    backend: Backend | None = None,
 ) -> AsyncIterator[Harness]:
-    """A server on a free port with fakes, or with a registry that the caller closes."""
+    """A server on a free port with fakes, or with a registry or backend that the caller closes.
+
+    It trains if there is a directory for it.
+    """
     services = Services(
         gate=ServingGate(),
         tokens=tokens,
         shares=shares or Shares(),
         most_connections=most_connections,
+        training=training_dir,
     )
     gate, metrics = services.gate, services.metrics
     engine = FakeEngine()
@@ -76,13 +90,14 @@ async def harness(
     listen = listen or ListenConfig(address="127.0.0.1:0")
     rpc = RpcServer(listen, security or SecurityConfig(), services)
     await rpc.start()
-    backend = fake_backend(engine, registry, merger, fuser)
+    if backend is None:
+        backend = replace(fake_backend(engine, registry, merger, fuser), training=training)
     if serving:
         gate.open(backend)
         rpc.health.set_serving(True)
     try:
         async with grpc.aio.insecure_channel(rpc.address) as channel:
-            yield Harness(rpc, gate, engine, registry, merger, metrics, backend, channel)
+            yield Harness(rpc, gate, engine, registry, merger, metrics, backend, channel, services)
     finally:
         services.adapters.close()
         await rpc.stop(0)

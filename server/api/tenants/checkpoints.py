@@ -27,7 +27,6 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from turret.server import log
-from turret.server.basics.codes import Code
 from turret.server.basics.files import (
     move_directory,
     read_regular,
@@ -35,8 +34,7 @@ from turret.server.basics.files import (
     replace_file,
     reporting_disk_faults,
 )
-from turret.server.errors import InvalidRequestError
-from turret.server.http.refusals import HttpRefusal
+from turret.server.errors import InvalidRequestError, TrainingNotFoundError
 from turret.server.training.trainer import LearnerConfig
 from turret.server.words import say
 
@@ -101,9 +99,9 @@ class Checkpoint:
 _CHECKPOINT = TypeAdapter(Checkpoint)
 
 
-def not_found(path: str) -> HttpRefusal:
+def not_found(path: str) -> TrainingNotFoundError:
     """The error for a path that has no checkpoint, or one that the client must not see."""
-    return HttpRefusal(404, Code.NOT_FOUND, say("CHECKPOINT_NOT_FOUND", path=path[:_SHOWN_CHARS]))
+    return TrainingNotFoundError(say("CHECKPOINT_NOT_FOUND", path=path[:_SHOWN_CHARS]))
 
 
 def _is_valid(checkpoint: Checkpoint) -> bool:
@@ -171,7 +169,7 @@ class Checkpoints:
         """The checkpoint with this path.
 
         Raises:
-            HttpRefusal: The checkpoint does not exist, or belongs to another client.
+            TrainingNotFoundError: The checkpoint does not exist, or belongs to another client.
         """
         found = self._all.get(path)
         if found is None or found.owner != owner or found.is_expired:

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+from pydantic_core import to_json
+
 from turret.server.api.faults import fault_of
 from turret.server.basics.codes import Code
 from turret.server.errors import (
@@ -17,8 +19,6 @@ from turret.server.errors import (
     TurretError,
     UnavailableError,
 )
-from turret.server.http.refusals import HttpRefusal
-from turret.server.http.reply import dumps
 from turret.server.words import say
 
 _log = logging.getLogger(__name__)
@@ -55,20 +55,17 @@ class Result:
     @classmethod
     def of(cls, **fields: object) -> Result:
         """A JSON object without the fields that are None."""
-        return cls(dumps({name: value for name, value in fields.items() if value is not None}))
+        given = {name: value for name, value in fields.items() if value is not None}
+        return cls(to_json(given, inf_nan_mode="null"))
 
     @classmethod
     def failed(cls, error: BaseException) -> Result:
         """The failure that an error causes."""
-        if isinstance(error, HttpRefusal):
-            code, message = error.code, str(error.text)
-        else:
-            fault = fault_of(error)
-            code, message = fault.code, fault.message
-            if code is Code.INTERNAL:
-                _log.error("internal error", exc_info=error)
-        category = "user" if code in _BY_CLIENT else "server"
-        return cls.of(error=message, category=category)
+        fault = fault_of(error)
+        if fault.code is Code.INTERNAL:
+            _log.error("internal error", exc_info=error)
+        category = "user" if fault.code in _BY_CLIENT else "server"
+        return cls.of(error=fault.message, category=category)
 
 
 @dataclass(slots=True, eq=False)
@@ -79,6 +76,7 @@ class Future:
         request_id: Identifies it to the client.
         owner: The client that may fetch it.
         result: The result; None while there is none.
+        error: The error behind a result that is a failure.
         expires: The time on the monotonic clock at which a result is dropped.
         task: The work on it, if that can be cancelled.
         sequence_ids: The ids of the sequences that are being sampled.
@@ -87,6 +85,7 @@ class Future:
     request_id: str
     owner: str
     result: Result | None = None
+    error: BaseException | None = None
     expires: float = 0.0
     task: asyncio.Task[None] | None = None
     sequence_ids: list[str] | None = None
@@ -153,7 +152,14 @@ class Futures:
 
     def fail(self, future: Future, error: BaseException) -> None:
         """Set the failure that an error causes."""
+        if future.result is None:
+            future.error = error
         self.settle(future, Result.failed(error))
+
+    def forget(self, future: Future) -> None:
+        """Drop a future whose result needs no second fetch."""
+        if self._all.get(future.request_id) is future and future.result is not None:
+            self._drop(future)
 
     def sweep(self) -> None:
         """Drop expired results."""
@@ -206,6 +212,11 @@ class CommandLog:
         self._next = 0
         self._waiting: dict[int, _Command] = {}
         self._worker: asyncio.Task[None] | None = None
+
+    @property
+    def next_number(self) -> int:
+        """The number of the next command, for clients that do not number theirs."""
+        return max(self._waiting, default=self._next - 1) + 1
 
     def is_past(self, number: int) -> bool:
         """Whether the command with this number has started or been abandoned."""

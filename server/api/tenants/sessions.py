@@ -13,12 +13,11 @@ from collections import Counter
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from turret.server.api.gate import ServingGate
-from turret.server.basics.codes import Code
-from turret.server.errors import QueueFullError, TurretError
-from turret.server.http.refusals import HttpRefusal
-from turret.server.http.tinker.futures import CommandLog, Futures
+from turret.server.api.tenants.futures import CommandLog, Futures
+from turret.server.errors import QueueFullError, TrainingNotFoundError, TurretError
 from turret.server.training.trainer import LearnerConfig, Training
 from turret.server.words import say
 
@@ -58,11 +57,17 @@ class Model:
     inflight: str = ""
 
     @property
+    def adapter(self) -> str:
+        """The name of its adapter for sampling."""
+        session_id, _, number = self.model_id.partition(":train:")
+        return f"training/{session_id}/{number}"
+
+    @property
     def number(self) -> int:
         """The number of the adapter.
 
         Raises:
-            HttpRefusal: The adapter could not be created.
+            TrainingNotFoundError: The adapter could not be created.
         """
         if self.learner is None:
             raise unknown_model(self.model_id)
@@ -98,19 +103,31 @@ class Sampler:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Session:
-    """A client's session; ``seen`` is the time of its last sign of life on the monotonic clock."""
+    """A client's session.
+
+    Attributes:
+        session_id: Identifies it to the client.
+        owner: The client.
+        lasts: After how many seconds without a sign of life it ends; None for ``SESSION_SECONDS``.
+        is_numbered: Whether the client numbers the commands of its models.
+        seen: The time of its last sign of life on the monotonic clock.
+        models: Its models by id.
+        samplers: Its samplers by id.
+    """
 
     session_id: str
     owner: str
+    lasts: float | None = None
+    is_numbered: bool = True
     seen: float = field(default_factory=time.monotonic)
     models: dict[str, Model] = field(default_factory=dict)
     samplers: dict[str, Sampler] = field(default_factory=dict)
 
 
-def unknown_model(model_id: str) -> HttpRefusal:
+def unknown_model(model_id: str) -> TrainingNotFoundError:
     """The error for a model that the client does not train."""
     text = say("TRAINED_MODEL_NOT_FOUND", model=model_id[:_SHOWN_CHARS])
-    return HttpRefusal(404, Code.NOT_FOUND, text)
+    return TrainingNotFoundError(text)
 
 
 class Sessions:
@@ -140,14 +157,14 @@ class Sessions:
         assert training is not None, "the server was started with a directory, but cannot train"
         return training
 
-    def begin(self, owner: str) -> Session:
-        """A new session.
+    def begin(self, owner: str, **options: Any) -> Session:
+        """A new session; options are other fields of ``Session``.
 
         Raises:
             QueueFullError: The owner has too many.
         """
         self._check_limit(owner, MAX_SESSIONS, "sessions", list(self._all.values()))
-        session = Session(session_id=uuid.uuid4().hex, owner=owner)
+        session = Session(session_id=uuid.uuid4().hex, owner=owner, **options)
         self._all[session.session_id] = session
         return session
 
@@ -155,24 +172,27 @@ class Sessions:
         """A session, which counts as a sign of life.
 
         Raises:
-            HttpRefusal: The session has ended, or belongs to another client.
+            TrainingNotFoundError: The session has ended, or belongs to another client.
         """
         session = self._all.get(session_id)
         if session is None or session.owner != owner:
             text = say("SESSION_NOT_FOUND", session=session_id[:_SHOWN_CHARS])
-            # The client stops its heartbeats for this status.
-            raise HttpRefusal(410, Code.NOT_FOUND, text)
+            raise TrainingNotFoundError(text)
         session.seen = time.monotonic()
         return session
 
-    def models(self, owner: str) -> list[Model]:
-        """All models of an owner."""
+    def models(self, owner: str, *, is_numbered: bool | None = None) -> list[Model]:
+        """All models of an owner, or those of one kind of sessions (see ``Session``)."""
         return [
             model
             for session in self._all.values()
             for model in session.models.values()
-            if model.owner == owner
+            if model.owner == owner and is_numbered in (None, session.is_numbered)
         ]
+
+    def of(self, model: Model) -> Session:
+        """The session of a model that was found just now."""
+        return self._all[model.model_id.partition(":")[0]]
 
     @property
     def bytes_by_owner(self) -> Counter[str]:
@@ -193,15 +213,22 @@ class Sessions:
             if not self._arriving[owner]:
                 del self._arriving[owner]
 
-    def model(self, owner: str, model_id: str) -> Model:
+    def model(self, owner: str, model_id: str, *, is_numbered: bool = True) -> Model:
         """A model, whose use counts as a sign of life.
 
+        Args:
+            owner: The client.
+            model_id: The model.
+            is_numbered: See ``Session``; other models do not exist for the caller.
+
         Raises:
-            HttpRefusal: It does not exist, or belongs to another client.
+            TrainingNotFoundError: It does not exist, or belongs to another client.
         """
         session = self._all.get(model_id.partition(":")[0])
         model = None if session is None else session.models.get(model_id)
         if session is None or model is None or model.owner != owner:
+            raise unknown_model(model_id)
+        if session.is_numbered != is_numbered:
             raise unknown_model(model_id)
         session.seen = time.monotonic()
         model.used = time.time()
@@ -211,13 +238,13 @@ class Sessions:
         """A sampler, whose use counts as a sign of life.
 
         Raises:
-            HttpRefusal: It does not exist, or belongs to another client.
+            TrainingNotFoundError: It does not exist, or belongs to another client.
         """
         session = self._all.get(sampler_id.partition(":")[0])
         sampler = None if session is None else session.samplers.get(sampler_id)
         if session is None or sampler is None or sampler.owner != owner:
             text = say("SAMPLER_NOT_FOUND", sampler=sampler_id[:_SHOWN_CHARS])
-            raise HttpRefusal(404, Code.NOT_FOUND, text)
+            raise TrainingNotFoundError(text)
         session.seen = sampler.used = time.monotonic()
         return sampler
 
@@ -241,13 +268,13 @@ class Sessions:
         """Add a sampler; if there are too many, close the least recently used one.
 
         Raises:
-            HttpRefusal: The session has ended meanwhile.
+            TrainingNotFoundError: The session has ended meanwhile.
             QueueFullError: All samplers are in use.
         """
         try:
             self.find(session.owner, session.session_id)
             self._make_room(session)
-        except (HttpRefusal, QueueFullError):
+        except (TrainingNotFoundError, QueueFullError):
             self._withdraw(sampler)
             raise
         session.samplers[sampler.sampler_id] = sampler
@@ -280,9 +307,10 @@ class Sessions:
 
     def sweep(self) -> None:
         """End silent sessions, and give up commands that wait for one that never arrived."""
-        silent = time.monotonic() - SESSION_SECONDS
+        now = time.monotonic()
         for session in list(self._all.values()):
-            if session.seen < silent:
+            lasts = SESSION_SECONDS if session.lasts is None else session.lasts
+            if session.seen + lasts < now:
                 self.end(session)
             for model in session.models.values():
                 model.log.give_up()

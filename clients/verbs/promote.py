@@ -1,0 +1,172 @@
+"""``turret train promote``: replace a served adapter by one that a test set shows to be better."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from turret.clients.client import TurretClient
+from turret.clients.errors import TurretRpcError
+from turret.clients.evaluation.answer_metrics import Estimate
+from turret.clients.evaluation.evaluate import MixReport, gain
+from turret.clients.messages.mix import AdapterWeight
+from turret.clients.messages.results import Adapter
+from turret.clients.verbs.command import (
+    Subparsers,
+    add_verb_parser,
+    connect,
+    print_json,
+    with_client,
+)
+from turret.clients.verbs.eval import FLAGS, judge, print_reports, read_test_set
+from turret.clients.verbs.flags import Flags, flags_parser, shared
+from turret.clients.words import say
+
+NOT_PROMOTED = 3
+_PROVENANCE = "provenance.json"
+_DESCRIPTION = """\
+Evaluate the adapter in DIR beside the one that a running server serves as NAME, and make it the
+next generation of NAME if it is better. It is better if the 95 % interval of the difference in each
+metric lies on its side. Exits with 0 if it was promoted, and with 3 if it is not better.
+"""
+_OWN_FLAGS: Flags = {
+    "name": {"metavar": "NAME", "help": "the served adapter"},
+    "directory": {"type": Path, "metavar": "DIR", "help": "the new adapter, in PEFT's layout"},
+}
+_EVAL_FLAGS = (
+    *("data", "--metric", "--classify", "--labels", "--raw", "--limit"),
+    *("--max-tokens", "--concurrency"),
+)
+
+
+def _promote(args: argparse.Namespace, client: TurretClient) -> int:
+    if args.metrics is None and not args.classify:
+        args.metrics = ["perplexity"]
+    examples, options = read_test_set(args)
+    provenance = _read_provenance(args.directory)
+    served = client.adapters.get(args.name)
+    # Requests that name the adapter must not get the new one yet.
+    name = f"{args.name}-candidate"
+    candidate = client.adapters.upload(name, args.directory)
+    mixes = [
+        (AdapterWeight(args.name, generation=served.generation),),
+        (AdapterWeight(name, generation=candidate.generation),),
+    ]
+    try:
+        reports = judge(args, client, examples, mixes, options)
+    finally:
+        # Ctrl-C has closed the other client.
+        with contextlib.suppress(TurretRpcError), connect(args) as another:
+            another.adapters.unload(name, mode="force")
+    gains = {metric: gain(metric, *reports) for metric in options.metrics}
+    is_better = all(_is_sure(each) for each in gains.values())
+    promotion = _described(args, served, candidate, reports, gains)
+    generation = None
+    if is_better:
+        _write(args.directory / _PROVENANCE, {**provenance, "promotion": promotion})
+        generation = client.adapters.upload(
+            args.name, args.directory, replace=True, expected_generation=served.generation
+        ).generation
+    if args.json:
+        print_json({"promoted": is_better, "generation": generation, **promotion})
+    else:
+        print_reports(reports)
+        for metric, each in gains.items():
+            print(f"gain in {metric.replace('_', ' ')}: {_shown(each)}")
+        print(
+            f"promoted: {args.name}@{generation} is served now"
+            if is_better
+            else f"not promoted: {args.name}@{served.generation} is still served"
+        )
+    return 0 if is_better else NOT_PROMOTED
+
+
+def _is_sure(difference: Estimate) -> bool:
+    """Whether a gain is certain; without an interval, all draws gave the same number."""
+    return (difference.value if difference.low is None else difference.low) > 0.0
+
+
+def _shown(difference: Estimate) -> str:
+    bounds = "[?]"
+    if difference.low is not None:
+        bounds = f"[{difference.low:+.3g}, {difference.high:+.3g}]"
+    return f"{difference.value:+.4g} {bounds}"
+
+
+def _described(
+    args: argparse.Namespace,
+    served: Adapter,
+    candidate: Adapter,
+    reports: Sequence[MixReport],
+    gains: Mapping[str, Estimate],
+) -> dict[str, Any]:
+    before, after = reports
+    return {
+        "name": args.name,
+        "digest": candidate.digest,
+        "parent": {"generation": served.generation, "digest": served.digest},
+        "test": {
+            "digest": hashlib.sha256(args.data.read_bytes()).hexdigest(),
+            "num_examples": before.examples,
+        },
+        "scores": {
+            metric: {
+                "served": _plain(before.metrics[metric]),
+                "candidate": _plain(after.metrics[metric]),
+                "gain": _plain(each),
+            }
+            for metric, each in gains.items()
+        },
+    }
+
+
+def _plain(figure: Estimate) -> dict[str, float | None]:
+    """A figure for JSON, which has no infinity."""
+    numbers = {"value": figure.value, "low": figure.low, "high": figure.high}
+    return {key: n if n is not None and math.isfinite(n) else None for key, n in numbers.items()}
+
+
+def _read_provenance(directory: Path) -> dict[str, Any]:
+    """What is known about the adapter's origin; empty if nothing is.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: The file is not a JSON object.
+    """
+    path = directory / _PROVENANCE
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(say("PROVENANCE_INVALID", path=path))
+    return found
+
+
+def _write(path: Path, value: object) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def add_promote(subparsers: Subparsers, text: str) -> None:
+    """Add the verb; ``text`` is its line in the help."""
+    flags = {**_OWN_FLAGS, **{name: FLAGS[name] for name in _EVAL_FLAGS}}
+    text_of_metric = (
+        "metric in which it must be better; repeatable (default: perplexity, or all that apply"
+        " with --classify)"
+    )
+    flags["--metric"] = {**FLAGS["--metric"], "help": text_of_metric}
+    parents = (shared("--json"), flags_parser(flags))
+    add_verb_parser(
+        subparsers, "promote", text, with_client(_promote), *parents, description=_DESCRIPTION
+    )

@@ -1,0 +1,1 @@
+"""What every protocol for training shares: models, their commands, checkpoints, and limits."""

@@ -1,0 +1,312 @@
+"""The Training service, independent of the protocol: it takes and returns messages.
+
+Its models are sessions of their own, whose commands the server numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+
+import numpy as np
+
+from turret.server.api.call import Call
+from turret.server.api.tenants.checkpoints import Checkpoint
+from turret.server.api.tenants.futures import Result
+from turret.server.api.tenants.reading import (
+    MAX_SETTINGS,
+    AskedPass,
+    DatumReader,
+    Refused,
+    check_loss,
+    check_settings,
+)
+from turret.server.api.tenants.sessions import Model
+from turret.server.api.tenants.tenants import Tenants
+from turret.server.api.violations import Violations
+from turret.server.errors import InvalidRequestError
+from turret.server.models.describe import ModelInfo
+from turret.server.training.losses import LOSSES, TARGETS
+from turret.server.training.trainer import (
+    ADAM_RANGES,
+    AdamParams,
+    Datum,
+    DatumLoss,
+    LearnerConfig,
+)
+from turret.v1 import training_pb2
+
+# After how long without a call a model is dropped. An open call counts all the time.
+IDLE_SECONDS = 3600.0
+_LOOK_SECONDS = 60.0
+# The inputs of losses by the fields of ``TrainingDatum``.
+_INPUTS = {TARGETS: "target_ids", **{n: n for n in ("weights", "logprobs", "advantages")}}
+
+
+class Training:
+    """Trains adapters on behalf of clients. Belongs to one event loop.
+
+    Every method raises TrainingNotFoundError for a model or checkpoint that the client does not
+    have, and InvalidRequestError for a message with invalid fields, all of which it lists.
+
+    Args:
+        tenants: What it shares with other protocols.
+    """
+
+    def __init__(self, tenants: Tenants) -> None:
+        self._tenants = tenants
+
+    async def create_model(
+        self, message: training_pb2.CreateModelRequest, call: Call
+    ) -> training_pb2.TrainedModel:
+        """Create an adapter in training."""
+        sessions, config = self._tenants.sessions, _config(message.config)
+        training, owner = sessions.training(), self._tenants.owner(call.party)
+        session = sessions.begin(owner, lasts=IDLE_SECONDS, is_numbered=False)
+        try:
+            model = sessions.add_model(session, 0, config, {})
+
+            async def create() -> Result:
+                model.learner = await training.create(config, owner)
+                return Result(b"")
+
+            with _renamed(lambda field: f"config.{field}"):
+                await self._command(model, create)
+        except BaseException:
+            sessions.end(session)
+            raise
+        return _model(model)
+
+    def list_models(self, call: Call) -> training_pb2.ListModelsResponse:
+        """The client's models."""
+        models = self._tenants.sessions.models(self._tenants.owner(call.party), is_numbered=False)
+        return training_pb2.ListModelsResponse(models=map(_model, models))
+
+    def delete_model(
+        self, message: training_pb2.DeleteModelRequest, call: Call
+    ) -> training_pb2.DeleteModelResponse:
+        """Drop a model."""
+        model = self._model(message.model_id, call)
+        self._tenants.sessions.end(self._tenants.sessions.of(model))
+        return training_pb2.DeleteModelResponse()
+
+    async def forward_backward(
+        self, message: training_pb2.ForwardBackwardRequest, call: Call
+    ) -> training_pb2.ForwardBackwardResponse:
+        """Compute losses and, unless told otherwise, their gradients."""
+        tenants, tenant = self._tenants, call.tenant
+        model = self._model(message.model_id, call)
+        training, info = tenants.sessions.training(), tenants.info()
+
+        async def run() -> Result:
+            # Until its turn, a pass is kept as a message, which takes less memory.
+            asked = await tenants.read(tenant, lambda: _read_pass(message, info))
+            losses = await training.pass_over(
+                model.number,
+                asked.data,
+                asked.loss,
+                asked.settings,
+                is_forward_only=asked.is_forward_only,
+            )
+            return Result(await tenants.read(tenant, lambda: _losses(losses).SerializeToString()))
+
+        body = await self._command(model, run, message.ByteSize())
+        return training_pb2.ForwardBackwardResponse.FromString(body)
+
+    async def optim_step(
+        self, message: training_pb2.OptimStepRequest, call: Call
+    ) -> training_pb2.OptimStepResponse:
+        """Change a model's weights by the gradients since the last step."""
+        model, adam = self._model(message.model_id, call), _adam(message)
+        training = self._tenants.sessions.training()
+
+        async def run() -> Result:
+            metrics = await training.step(model.number, adam)
+            response = training_pb2.OptimStepResponse(grad_norm=metrics["grad_norm"])
+            return Result(response.SerializeToString())
+
+        return training_pb2.OptimStepResponse.FromString(await self._command(model, run))
+
+    async def save_checkpoint(
+        self, message: training_pb2.SaveCheckpointRequest, call: Call
+    ) -> training_pb2.Checkpoint:
+        """Save a model with its optimizer."""
+        model = self._model(message.model_id, call)
+
+        async def run() -> Result:
+            saved = await self._tenants.save(
+                model, "weights", message.name, overwrite=message.overwrite
+            )
+            return Result(_checkpoint(saved).SerializeToString())
+
+        with _renamed(lambda field: "name" if field == "path" else field):
+            body = await self._command(model, run)
+        return training_pb2.Checkpoint.FromString(body)
+
+    async def load_checkpoint(
+        self, message: training_pb2.LoadCheckpointRequest, call: Call
+    ) -> training_pb2.TrainedModel:
+        """Continue a model from a checkpoint."""
+        model = self._model(message.model_id, call)
+
+        async def run() -> Result:
+            await self._tenants.load(model, message.path, with_optimizer=message.optimizer)
+            return Result(b"")
+
+        await self._command(model, run)
+        return _model(model)
+
+    def list_checkpoints(self, call: Call) -> training_pb2.ListCheckpointsResponse:
+        """The client's checkpoints."""
+        owned = self._tenants.checkpoints.owned(self._tenants.owner(call.party))
+        return training_pb2.ListCheckpointsResponse(checkpoints=map(_checkpoint, owned))
+
+    async def delete_checkpoint(
+        self, message: training_pb2.DeleteCheckpointRequest, call: Call
+    ) -> training_pb2.DeleteCheckpointResponse:
+        """Delete a checkpoint."""
+        owner, checkpoints = self._tenants.owner(call.party), self._tenants.checkpoints
+        await checkpoints.remove(checkpoints.find(owner, message.path))
+        return training_pb2.DeleteCheckpointResponse()
+
+    async def publish_model(
+        self, message: training_pb2.PublishModelRequest, call: Call
+    ) -> training_pb2.PublishModelResponse:
+        """Register a model's weights for sampling."""
+        model = self._model(message.model_id, call)
+
+        async def run() -> Result:
+            generation = (await self._tenants.publish(model)).generation
+            response = training_pb2.PublishModelResponse(
+                adapter=model.inflight, generation=generation
+            )
+            return Result(response.SerializeToString())
+
+        return training_pb2.PublishModelResponse.FromString(await self._command(model, run))
+
+    def _model(self, model_id: str, call: Call) -> Model:
+        owner = self._tenants.owner(call.party)
+        return self._tenants.sessions.model(owner, model_id, is_numbered=False)
+
+    async def _command(
+        self, model: Model, run: Callable[[], Awaitable[Result]], size: int = 0
+    ) -> bytes:
+        """The result of a command, which runs to its end even if the caller is cancelled."""
+        futures, session = self._tenants.futures, self._tenants.sessions.of(model)
+        number = model.log.next_number
+        future = model.log.add(number, model.owner, f"{model.model_id}:{number}", run, size)
+        while (result := await future.wait(_LOOK_SECONDS)) is None:
+            session.seen = time.monotonic()
+        futures.forget(future)
+        if future.error is not None:
+            raise future.error
+        return result.body
+
+
+@contextlib.contextmanager
+def _renamed(name: Callable[[str], str]) -> Iterator[None]:
+    """Give fields at fault the names that they have in the message."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        if not error.violations:
+            raise
+        raise InvalidRequestError.of_all([(name(f), why) for f, why in error.violations]) from None
+
+
+# Messages to values.
+
+
+def _config(message: training_pb2.TrainingConfig) -> LearnerConfig:
+    return LearnerConfig(
+        method=message.method or "lora",
+        rank=message.rank,
+        seed=message.seed if message.HasField("seed") else None,
+        attention=message.train_attn if message.HasField("train_attn") else True,
+        mlp=message.train_mlp if message.HasField("train_mlp") else True,
+        unembed=message.train_unembed,
+    )
+
+
+def _adam(message: training_pb2.OptimStepRequest) -> AdamParams:
+    violations, values = Violations(), {}
+    for name, (least, most) in ADAM_RANGES.items():
+        is_optional = message.DESCRIPTOR.fields_by_name[name].has_presence
+        if is_optional and not message.HasField(name):
+            continue
+        values[name] = value = getattr(message, name)
+        # NaN is in no range.
+        is_fine = least <= value <= most
+        violations.check(is_fine, name, "NOT_IN_RANGE", least=least, most=most, value=value)
+    violations.raise_if_any()
+    return AdamParams(**values)
+
+
+def _read_pass(message: training_pb2.ForwardBackwardRequest, info: ModelInfo) -> AskedPass:
+    violations, loss = Violations(), message.loss
+    is_readable = check_loss(loss, len(message.data), violations, "loss")
+    if violations.check_count(len(message.loss_config), MAX_SETTINGS, "loss_config"):
+        check_settings(loss, message.loss_config, violations, "loss_config")
+    reader, data = DatumReader(info, violations), []
+    for index, datum in enumerate(message.data if is_readable else ()):
+        with contextlib.suppress(Refused):
+            data.append(_read_datum(datum, loss, reader, f"data[{index}]"))
+        if violations.is_full:
+            break
+    violations.raise_if_any()
+    return AskedPass(data, loss, dict(message.loss_config), message.forward_only)
+
+
+def _read_datum(
+    message: training_pb2.TrainingDatum, loss: str, reader: DatumReader, path: str
+) -> Datum:
+    tokens = np.array(message.token_ids, np.int64)
+    reader.check_tokens(tokens, f"{path}.token_ids")
+    inputs = {}
+    for name in (TARGETS, *LOSSES[loss].inputs):
+        field, is_whole = _INPUTS[name], name == TARGETS
+        numbers = np.array(getattr(message, field), np.int64 if is_whole else np.float32)
+        if name == "weights" and not len(numbers):
+            numbers = np.ones(len(tokens), np.float32)
+        inputs[name] = reader.input(name, numbers, len(tokens), f"{path}.{field}")
+    return Datum(tokens.tolist(), inputs)
+
+
+# Values to messages.
+
+
+def _model(model: Model) -> training_pb2.TrainedModel:
+    return training_pb2.TrainedModel(model_id=model.model_id, config=_config_message(model.config))
+
+
+def _config_message(config: LearnerConfig) -> training_pb2.TrainingConfig:
+    return training_pb2.TrainingConfig(
+        method=config.method,
+        rank=config.rank,
+        seed=config.seed,
+        train_attn=config.attention,
+        train_mlp=config.mlp,
+        train_unembed=config.unembed,
+    )
+
+
+def _checkpoint(checkpoint: Checkpoint) -> training_pb2.Checkpoint:
+    message = training_pb2.Checkpoint(
+        path=checkpoint.path,
+        config=_config_message(checkpoint.config),
+        size_bytes=checkpoint.size,
+        has_optimizer=checkpoint.kind == "weights",
+    )
+    message.create_time.FromNanoseconds(int(checkpoint.time * 1e9))
+    return message
+
+
+def _losses(losses: Sequence[DatumLoss]) -> training_pb2.ForwardBackwardResponse:
+    response = training_pb2.ForwardBackwardResponse()
+    for each in losses:
+        result = response.results.add()
+        result.logprobs.extend(each.logprobs.tolist())
+        result.losses.extend(each.losses.tolist())
+    response.loss = sum(float(each.losses.double().sum()) for each in losses)
+    return response
