@@ -48,7 +48,10 @@ _SHARE = {"type": float, "metavar": "X"}
 # Destinations have the names of the arguments of the Python client.
 _FLAGS: Flags = {
     "name": {"metavar": "NAME", "help": "how requests name the adapter"},
-    "path": {"metavar": "PATH", "help": "directory below the server's --adapter-root, or a path with hub:, s3:// or oci://"},
+    "path": {
+        "metavar": "PATH",
+        "help": "directory below the server's --adapter-root, or a path with hub:, s3:// or oci://",
+    },
     "targets": {
         "type": adapter_weight,
         "nargs": "+",
