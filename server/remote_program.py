@@ -57,7 +57,7 @@ class S3:
         # botocore itself handles the redirects of S3. aiohttp would follow any other, and send the
         # session's token along.
         request = functools.partialmethod(aiohttp.ClientSession.request, allow_redirects=False)
-        aiohttp.ClientSession.request = request
+        aiohttp.ClientSession.request = request  # type: ignore[method-assign]
         self._folder = folder.rstrip("/")
         self.origin = f"s3://{self._folder}"
         self._system = s3fs.S3FileSystem(
