@@ -18,11 +18,11 @@ from builders.methods import make_config, save_adapter
 from safetensors.torch import load_file, save_file
 from said import says
 from servers.server_under_test import ServerUnderTest, start_server
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from turret.server.cli import main
 from turret.training.errors import RunError
-from turret.training.verification.checks import Verdict, ask_together, reload
+from turret.training.verification.checks import Verdict, _case, ask_together, reload
 from turret.training.verification.client import Answer, VerifiedServer
 
 _TWO_KINDS = {"target_modules": ["q_proj", "down_proj"]}
@@ -111,6 +111,22 @@ def test_keys_without_effect_are_named(
     wrong = {name: verdict["without_effect"] for name, verdict in found.items() if name != "base"}
     assert wrong == {_SILENT: ["*"], _HALF: ["down_proj"], _OTHER: []}
     assert not any(found[name]["right"] for name in wrong)
+
+
+def test_tokens_after_one_that_is_left_out_are_not_compared(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    prompt, text = "Say: ", "naïve 🙂 day"
+    ids = tokenizer(prompt).input_ids
+    # Each byte is a token.
+    tokens = tokenizer(text).input_ids
+    firsts = [len(text[:place].encode()) for place, char in enumerate(text) for _ in char.encode()]
+    for left_out, first in enumerate(firsts):
+        known = (*tokens[:left_out], *tokens[left_out + 1 :])
+        case = _case(tokenizer, prompt, ids, Answer(text, known, (0.0,) * len(known)))
+        assert (case.ids if case else []) == tokens[:first]
+    case = _case(tokenizer, prompt, ids, Answer(text, tuple(tokens), (0.0,) * len(tokens)))
+    assert case is not None
+    assert case.ids == tokens
 
 
 class _Wavering:

@@ -209,7 +209,15 @@ def _case(tokenizer: Any, prompt: str, ids: list[int], answer: Answer) -> _Case 
         tokens = tokenizer(prompt + answer.text).input_ids[len(ids) :]
         if [tokenizer.decode([token]) for token in tokens] != list(answer.tokens)[: len(tokens)]:
             return None
-    return _Case(ids, tokens, torch.tensor(answer.logprobs[: len(tokens)])) if tokens else None
+    # llama.cpp leaves out tokens within a character, so the context of later tokens is not known.
+    count, before = 0, tokenizer.decode(ids, skip_special_tokens=True)
+    for end in range(1, len(tokens) + 1):
+        text = tokenizer.decode([*ids, *tokens[:end]], skip_special_tokens=True)
+        if (before + answer.text).startswith(text):
+            count = end
+        elif not text.endswith("\ufffd"):
+            break
+    return _Case(ids, tokens[:count], torch.tensor(answer.logprobs[:count])) if count else None
 
 
 def _rows(model: Any, directory: Path | None, cases: Sequence[_Case]) -> Rows:
