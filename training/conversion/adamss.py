@@ -144,7 +144,8 @@ def _check(m: Module) -> None:
     total = 0
     for i in range(_clusters(m)):
         if f"adamss_A.{i}" not in m or len(m.tensors[f"adamss_B.{i}"].shape) != 2:
-            m.fault(f"adamss_A.{i}", say("INVALID_TENSOR", why="adamss_B is not its counterpart"))
+            why = "no two-dimensional adamss_B matches it"
+            m.fault(f"adamss_A.{i}", say("INVALID_TENSOR", why=why))
             return
         total += m.extent(f"adamss_B.{i}", 0)
     if _clusters(m) > m.outputs:
