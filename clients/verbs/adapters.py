@@ -165,7 +165,8 @@ def _run(args: argparse.Namespace, client: TurretClient) -> None:
     print_json(result) if args.json else _SHOWN[action](result, args)
 
 
-# Methods with other names than their actions, and results of methods that return nothing.
+# Methods whose names differ from those of their actions, and results of methods that return
+# nothing.
 _METHODS = {
     "alias": "set_alias",
     "unalias": "delete_alias",

@@ -97,7 +97,7 @@ def _is_here(model: Path | None) -> bool:
 
 
 def _memory(model: Path, found: Fidelity | None) -> Memory:
-    """The memory of a model from its configuration, and how its weights are served if known.
+    """Estimate a model's memory from its configuration and, if known, how its weights are served.
 
     Raises:
         InvalidRequestError: The configuration cannot be read, or is that of an unsupported model.
