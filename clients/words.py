@@ -70,7 +70,7 @@ TEXTS = {
     "STANDARD_INPUT_EMPTY": "PROMPT: standard input is empty",
     "NO_TEXTS": "no text; pass TEXT, - for standard input, or --file",
     "FLAG_PATH_UNUSABLE": "{flag}: {problem}",
-    "PROVENANCE_INVALID": "{path} is not a JSON object",
+    "PROVENANCE_INVALID": "{path} is not a JSON object; repair or delete it",
     "FLAG_NEEDS_JSON": "{flag} requires --json",
     "FLAGS_CONFLICT": "{flags} cannot be combined",
     "UNKNOWN_CHAT_COMMAND": "unknown command {value}; /help lists the commands",
@@ -120,7 +120,7 @@ TEXTS = {
     "HALF_CHARACTER": "contains half of a surrogate pair, {value}; add its other half",
     "NOT_A_MESSAGE": "must be an object with role and content",
     "MESSAGE_HAS_MORE": "must be an object with role and content and no other keys",
-    "LAST_IS_NO_ANSWER": 'must be "assistant" in the last message, which is the answer',
+    "LAST_IS_NO_ANSWER": 'must be "assistant", because the last message is the answer',
     "LAST_IS_ANSWER": 'must not be "assistant" in the last message, because the labels are the'
     " answer",
     "NOTHING_BEFORE_ANSWER": "has only the answer; add the message before it",

@@ -39,7 +39,7 @@ def _add_serve(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "serve",
         help="start the replicas and serve until SIGTERM",
         description="Start replicas that serve the same adapters behind one address each for gRPC"
-        " and HTTP, until SIGTERM or SIGINT. The flags of turret serve are those of every replica.",
+        " and HTTP, until SIGTERM or SIGINT. Flags of turret serve apply to every replica.",
     )
     add_flags(parser, ClusterConfig, hidden=(*REFUSED, "training_bytes"))
     assert isinstance(parser, CommandParser)
@@ -55,8 +55,8 @@ def _add_status(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--state-dir",
         type=Path,
         metavar="DIR",
-        help="state directory of a fleet that was started on this machine (default: that of the"
-        " fleet that runs)",
+        help="state directory of a fleet that was started on this machine (default: the running"
+        " fleet's)",
     )
     parser.add_argument(
         "--ray-address", metavar="HOST:PORT", help="address of a Ray cluster, or auto"

@@ -6,7 +6,7 @@ from turret.words import Text as Text
 from turret.words import sayer
 
 _TRAINED_BASE = (
-    "pass the base that the adapter was trained on, with the --dtype and --device of training"
+    "pass the base that the adapter was trained on, with the --dtype and --device used in training"
 )
 
 TEXTS = {
@@ -100,7 +100,8 @@ TEXTS = {
     "NO_MODEL_LIST": "{url} has no list of models at /v1/models",
     "NO_LOGPROBS": "{url} answers without log probabilities, which the comparison needs",
     "NOT_ON_SERVER": "the server has not loaded {names}; it has {choices}",
-    "OTHER_WEIGHTS_SERVED": "{url} serves other weights than {name}; pass its base with --model",
+    "OTHER_WEIGHTS_SERVED": "the weights that {url} serves differ from those of {name}; pass the"
+    " server's base with --model",
     # Conversions.
     "NOT_PEFT_FOLDER": "{path} has no {file}; pass the directory that PEFT's save_pretrained wrote",
     "NOT_CONVERTED": "{path}: peft_type {value!q:.60} cannot be converted; supported are {choices}",

@@ -17,7 +17,7 @@ from turret.clients.calls.connections import AsyncConnection, BlockingConnection
 from turret.clients.calls.settings import (
     CallSettings,
     Retries,
-    closed_under_a_call,
+    closed_during_call,
     stream_timeout,
 )
 from turret.clients.errors import AnswerCutError, TurretRpcError, UnavailableError
@@ -53,7 +53,7 @@ def waiting(settings: CallSettings, closed: threading.Event | None = None) -> It
         if closed is not None and closed.is_set():
             raise StreamClosedError from None
         if is_cancelled and settings.closed.is_set():
-            raise closed_under_a_call() from None
+            raise closed_during_call() from None
         raise
 
 
@@ -102,7 +102,7 @@ async def call(
             # A partial answer takes precedence over unreachable servers.
             raise cut if cut is not None and isinstance(failure, UnavailableError) else failure
         if await connection.wait(settings.closed, delay):
-            raise closed_under_a_call()
+            raise closed_during_call()
 
 
 class AsyncGenerationStream(AsyncIterator[Chunk]):
@@ -177,7 +177,7 @@ class AsyncGenerationStream(AsyncIterator[Chunk]):
     async def _restart(self, delay: float) -> None:
         if not await self._connection.wait(self._closed, delay):
             if self._settings.closed.is_set():
-                raise closed_under_a_call()
+                raise closed_during_call()
             self._send()
             if self._closed.is_set():
                 self._call.cancel()

@@ -95,8 +95,8 @@ class Retries:
 
         Args:
             error: The error of the last attempt.
-            is_broken: Whether a part of the answer has arrived. If so, attempts that no server
-                begins are not counted while the server may be restarting.
+            is_broken: Whether a part of the answer has arrived. If so, attempts that reach no
+                server are not counted while the server may be restarting.
         """
         if not self._count or not self._may_help(error):
             return None
@@ -179,7 +179,7 @@ class CallSettings:
         """
         failure = TurretRpcError.from_grpc(error)
         if isinstance(failure, CallCancelledError) and self.closed.is_set():
-            return closed_under_a_call()
+            return closed_during_call()
         if isinstance(failure, DeadlineExceededError) and seconds:
             failure.metadata["timeout"] = f"{seconds:g}"
         if failure.reason == "CONNECTION_CLOSED" and self.tls is not None:
@@ -188,7 +188,7 @@ class CallSettings:
         return failure
 
 
-def closed_under_a_call() -> CallCancelledError:
+def closed_during_call() -> CallCancelledError:
     """The error of a call whose client is closed while it runs."""
     return CallCancelledError(grpc.StatusCode.CANCELLED, say("CLOSED_DURING_CALL"))
 

@@ -25,7 +25,7 @@ class ArgumentError(Exception):
     """An argument that no request can carry; raised as one of the two classes below.
 
     Attributes:
-        argument: The argument, and the part of it, such as ``messages[0].role``.
+        argument: The argument, or the part of it that is wrong, such as ``messages[0].role``.
         problem: The fault.
     """
 
@@ -101,7 +101,7 @@ def _within(name: str, number: int, allowed: range) -> int:
 
 
 def as_real(name: str, value: Any) -> float:
-    """The value as a float, of numpy and torch too.
+    """The value as a float, including numpy and torch numbers.
 
     Raises:
         ArgumentTypeError, ArgumentValueError: The value is not a number, or is too large.
@@ -166,7 +166,7 @@ def as_whole(name: str, item: Any) -> int:
 
 
 def several(name: str, value: Any, wanted: str) -> Iterable[Any]:
-    """The value if one can iterate over it and it is no text or mapping.
+    """The value, if it is an iterable other than a string or mapping.
 
     Raises:
         TypeError: The value has another type; names the argument and the ``wanted`` type.
@@ -208,7 +208,7 @@ _ARGUMENTS = {
     # The client fills in an upload's header from the files themselves.
     "header.files": "directory",
 }
-# Matches one of several prompts with the field of its content; brackets or a dot may follow.
+# Matches ``inputs[N]`` and the field of its content, up to an index or subfield.
 _WITHIN = re.compile(r"(inputs\[\d+\])\.(?:token_ids\.ids|chat\.messages)")
 
 

@@ -18,8 +18,8 @@ from turret.clients.messages.fields import (
 from turret.clients.words import say
 from turret.v1 import inference_pb2
 
-# {"role": "user", "content": "hi"}, ("user", "hi"), or the message itself. A mapping is one of
-# OpenAI's, with tool_calls and tool_call_id too.
+# {"role": "user", "content": "hi"}, ("user", "hi"), or the message itself. A mapping has the
+# format of OpenAI's messages and may contain tool_calls and tool_call_id.
 MessageLike = Mapping[str, Any] | tuple[str, str] | inference_pb2.ChatMessage
 
 _TURN_FIELDS = ("content", "tool_calls", "tool_call_id")

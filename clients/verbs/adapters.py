@@ -50,13 +50,15 @@ _FLAGS: Flags = {
     "name": {"metavar": "NAME", "help": "how requests name the adapter"},
     "path": {
         "metavar": "PATH",
-        "help": "directory below the server's --adapter-root, or a path with hub:, s3:// or oci://",
+        "help": "directory below the server's --adapter-root, or a path that starts with hub:,"
+        " s3:// or oci://",
     },
     "targets": {
         "type": adapter_weight,
         "nargs": "+",
         "metavar": "NAME[@GENERATION][=WEIGHT]",
-        "help": "what it stands for; requests are divided by the weights",
+        "help": "generations that the alias stands for; requests are split between them in"
+        " proportion to the weights",
     },
     "--method": {"metavar": "METHOD", "help": "only adapters of this method"},
     "--residency": {"choices": ("disk", "host", "device"), "help": "only adapters in this tier"},
@@ -81,7 +83,7 @@ _FLAGS: Flags = {
         "metavar": "SECONDS",
         "help": "how long to wait for running requests (default: 30)",
     },
-    "--expected-generation": {**_COUNT, "help": "fail if NAME has another generation"},
+    "--expected-generation": {**_COUNT, "help": "fail if the current generation of NAME is not N"},
     "--to": {
         **_COUNT,
         "dest": "generation",
@@ -108,7 +110,7 @@ _FLAGS: Flags = {
     "--precision": {
         "choices": ("auto", "nf4", "bf16"),
         "default": "auto",
-        "help": "default: auto, which is nf4 if the update survives it, else bf16",
+        "help": "default: auto, which uses nf4 if the update survives rounding, else bf16",
     },
 }
 _EXPECTED = "--expected-generation"
@@ -132,19 +134,19 @@ def add_adapters(subparsers: Subparsers, text: str) -> None:
 
     add("list", "list the registered adapters", "--method", "--residency")
     add("get", "show one adapter", "name")
-    text = "register a directory on the server's machine"
+    text = "load an adapter from the server's machine or a remote source"
     add("load", text, "name", "path", "--pin", *_READING)
     add("unload", "unregister an adapter", "name", "--force", "--wait", _EXPECTED)
     add("pin", "keep an adapter resident", "name")
     add("unpin", "let an adapter be evicted and unloaded", "name")
-    text = "send a directory on this machine and register it"
+    text = "upload an adapter from this machine and load it"
     layout = "directory in PEFT's layout"
     add("upload", text, "name", "--pin", "--replace", _EXPECTED, *_READING, directory=layout)
-    text = "replace an adapter with a directory, as its next generation"
+    text = "replace an adapter with another, as its next generation"
     add("replace", text, "name", "path", _EXPECTED, *_READING)
     add("rollback", "serve a kept generation again", "name", "--to", _EXPECTED)
     add("alias", "make a name stand for generations of adapters", "name", "targets")
-    add("unalias", "free the name of an alias", "name")
+    add("unalias", "delete an alias", "name")
     add("aliases", "list the aliases")
     place = "new directory on this machine"
     add("export", "write an adapter to a new directory", "name", "--generation", directory=place)
@@ -163,7 +165,8 @@ def _run(args: argparse.Namespace, client: TurretClient) -> None:
     print_json(result) if args.json else _SHOWN[action](result, args)
 
 
-# Methods with other names than their actions, and results of methods that return nothing.
+# Methods whose names differ from those of their actions, and results of methods that return
+# nothing.
 _METHODS = {
     "alias": "set_alias",
     "unalias": "delete_alias",

@@ -185,8 +185,8 @@ def print_reports(reports: Sequence[MixReport]) -> None:
     print_table(table)
     # Print no caption: a narrow table would break it.
     figures = (figure for report in reports for figure in report.metrics.values())
-    unknown = "; [?]: too few, or too alike, to tell" if any(f.low is None for f in figures) else ""
-    print(f"{reports[0].extent}; in brackets: 95 % intervals{unknown}")
+    unknown = "; [?] if too few or too alike" if any(f.low is None for f in figures) else ""
+    print(f"{reports[0].extent}; 95 % confidence intervals in brackets{unknown}")
 
 
 def _table(reports: Sequence[MixReport], gap: str) -> Table:

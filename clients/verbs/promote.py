@@ -1,4 +1,4 @@
-"""``turret train promote``: replace a served adapter by one that a test set shows to be better."""
+"""``turret train promote``: replace a served adapter with one that is better on a test set."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ NOT_PROMOTED = 3
 _PROVENANCE = "provenance.json"
 _DESCRIPTION = """\
 Evaluate the adapter in DIR beside the one that a running server serves as NAME, and make it the
-next generation of NAME if it is better. It is better if the 95 % interval of the difference in each
-metric lies on its side. Exits with 0 if it was promoted, and with 3 if it is not better.
+next generation of NAME if it is better. It is better if, for each metric, the 95 % confidence
+interval of the difference is entirely in its favour. Exits with 0 if it was promoted, and with 3 if
+it is not better.
 """
 _OWN_FLAGS: Flags = {
     "name": {"metavar": "NAME", "help": "the served adapter"},

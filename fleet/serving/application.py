@@ -37,7 +37,8 @@ from turret.server.command.threads import available_cpus
 from turret.server.config import Config
 from turret.v1 import adapters_pb2, inference_pb2
 
-# Serve lets calls beyond this number wait; --max-queued-requests is far lower, and rejects them.
+# Serve queues calls beyond this number. --max-queued-requests is far lower, so turret rejects them
+# first.
 _MOST_ONGOING = 1 << 14
 
 
@@ -155,7 +156,7 @@ def deployment(config: ClusterConfig) -> serve.Application:
         name="turret",
         max_ongoing_requests=_MOST_ONGOING,
         ray_actor_options=options,
-        # Serve also notices the death of a replica's process only in its health check.
+        # Serve notices even the death of a replica's process only at a health check.
         health_check_period_s=0.5,
         health_check_timeout_s=10.0,
         graceful_shutdown_timeout_s=config.lifecycle.grace_seconds + 5.0,

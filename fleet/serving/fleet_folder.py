@@ -1,4 +1,4 @@
-"""The folders of fleets that were started on this machine, and the removal of those of dead fleets.
+"""The folders of fleets that were started on this machine, and their removal when a fleet has died.
 
 The command that starts a fleet holds a lock in its folder. The kernel releases the lock even if the
 command is killed.
@@ -25,8 +25,8 @@ _OWNER = "OWNER"
 _MOST_BYTES = 1 << 16
 _KILL_SECONDS = 5.0
 _POLL_SECONDS = 0.02
-# Used if the path of the temporary directory is too long. Below a fleet's folder come Ray's node id
-# and a socket's name, and HAProxy allows 97 bytes in all.
+# Used if the path of the temporary directory is too long. Ray appends its node id and a socket name
+# to the folder's path; HAProxy allows 97 bytes in all.
 _SHORT = Path("/tmp")
 _MOST_PATH_BYTES = 97 - len("/metrics.sock") - len("/") - 56
 _RANDOM_CHARS = 8  # of mkdtemp
@@ -120,7 +120,8 @@ def _owned() -> Iterator[tuple[Path, int]]:
 
 
 def _remove(path: Path) -> None:
-    # Ray's manager of the ingress ends it in order, unless the manager itself was killed.
+    # Ray's ingress manager normally shuts the ingress down. Kill what is left, in case the manager
+    # itself was killed.
     end = time.monotonic() + _KILL_SECONDS
     while (left := list(_ingresses(path))) and time.monotonic() < end:
         for process in left:

@@ -31,8 +31,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
         help="show the memory that a base model takes, and which modules are quantised",
         description="Show the memory that a base model, its KV cache and adapters take. If the"
         " model's files are on this machine, show for each kind of module how many are served as"
-        " stored, requantised, quantised or in 16 bits. Reads no weights; the error of quantisation"
-        " is known for a model that has been served before.",
+        " stored, requantised, quantised or in 16 bits. Weights are not read. The quantisation"
+        " error is shown only for a model that has been served before.",
     )
     inspect.add_argument(
         "model", metavar="DIR|ORG/NAME|FILE", type=Path, nargs="?", help="as for turret serve"
@@ -97,7 +97,7 @@ def _is_here(model: Path | None) -> bool:
 
 
 def _memory(model: Path, found: Fidelity | None) -> Memory:
-    """The memory of a model from its configuration, and how its weights are served if known.
+    """Estimate a model's memory from its configuration and, if known, how its weights are served.
 
     Raises:
         InvalidRequestError: The configuration cannot be read, or is that of an unsupported model.

@@ -88,7 +88,7 @@ def _as_blocks(value: Any) -> Any:
 
 
 def _or_text(schema: dict[str, Any]) -> None:
-    """Adds a note to the schema of ``content`` that a text is one block."""
+    """Changes the schema of ``content`` to accept a string, which is read as one text block."""
     blocks = {name: schema.pop(name) for name in ("type", "items", "maxItems")}
     schema["anyOf"] = [{"type": "string"}, blocks]
 
@@ -122,7 +122,7 @@ class MessageTool(Body):
 
     @property
     def function(self) -> FunctionTool:
-        """The tool as OpenAI's APIs have it."""
+        """The tool in the format of OpenAI's APIs."""
         return FunctionTool(
             name=self.name,
             description=self.description,
@@ -138,7 +138,7 @@ class MessageToolChoice(Body):
 
     @property
     def choice(self) -> Any:
-        """The choice as OpenAI's APIs have it."""
+        """The choice in the format of OpenAI's APIs."""
         if self.type == "tool":
             return {"type": "function", "name": self.name}
         return "required" if self.type == "any" else self.type

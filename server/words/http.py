@@ -49,7 +49,7 @@ TEXTS: dict[str, str] = {
     "REQUEST_ENDED": "the server is shutting down and ended the request",
     # Training.
     "SESSION_NOT_FOUND": "the session {session!q} has ended or does not exist",
-    "TRAINED_MODEL_NOT_FOUND": "the model {model!q} is not in training",
+    "TRAINED_MODEL_NOT_FOUND": "no model {model!q} is being trained",
     "SAMPLER_NOT_FOUND": "the sampler {sampler!q} has ended or does not exist",
     "CHECKPOINT_NOT_FOUND": "the checkpoint {path!q} does not exist",
     "CHECKPOINT_EXISTS": "the checkpoint {path!q} already exists",
@@ -66,7 +66,8 @@ TEXTS: dict[str, str] = {
     "NOT_A_MESSAGE_TYPE": "the body must be uncompressed protobuf with the content type {wanted}",
     "NOT_A_VECTOR": "must be a dense tensor with one dimension",
     "NOT_AS_LONG": "must have {expected} entries, one for each token, not {found}",
-    "NOT_WHOLE_NUMBERS": "must be numbers of {size} bytes each; {found} bytes are not a multiple",
+    "NOT_WHOLE_NUMBERS": "must be numbers of {size} bytes each; {found} bytes are not a multiple of"
+    " {size}",
     # Next steps, added to errors by their reasons.
     "STEP_CLASSIFY": "POST /classify labels texts",
     "STEP_GENERATE": "use /v1/chat/completions or /v1/completions for text",

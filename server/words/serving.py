@@ -26,8 +26,8 @@ TEXTS = {
     "TOO_MANY_UPLOADS_OF_TOKEN": "this bearer token has reached its limit of running uploads"
     " ({most})",
     "TOO_MANY_COMPILATIONS": "{most} constraints are already being compiled",
-    "TOO_MANY_COMPILATIONS_OF_TOKEN": "this bearer token has reached its limit of constraints that"
-    " are being compiled ({most})",
+    "TOO_MANY_COMPILATIONS_OF_TOKEN": "this bearer token already has {most} constraints being"
+    " compiled",
     "QUEUE_FULL": "the queue is full; its limit is {max_queued_requests}",
     "QUEUE_SHARE_FULL": "this bearer token has reached its limit of queued requests"
     " ({max_queued_requests})",

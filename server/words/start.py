@@ -15,7 +15,7 @@ TEXTS = {
     "NOT_A_HUB_PATH": "must be a path or hub:org/name[@revision], not {value!q}",
     "BELOW_OTHER": "must be at least {other} ({least}), not {value}",
     "NOT_BELOW": "must be less than {bound}, not {value}",
-    "ADDRESS_EXPOSED": "{value} can be reached from other machines: set --tls-cert, --tls-key and"
+    "ADDRESS_EXPOSED": "{value} can be reached from other machines; set --tls-cert, --tls-key and"
     " --token-file, or --insecure",
     "NOT_TOML": "is not valid TOML: {why}",
     "MORE_THREADS_THAN_CPUS": "{value} is more than the number of processors ({cpus}), which makes"

@@ -1,4 +1,4 @@
-"""AdaMSS: clusters of the weight's rows, ``y[rows_i] += B_i A_i V [x, 1]``, with ``V`` of its SVD.
+"""AdaMSS: ``y[rows_i] += B_i A_i V [x, 1]`` for clusters of rows, with ``V`` from the weight's SVD.
 
 The file holds ``A``, ``B``, ``V`` and only the sizes of the clusters. The rows of each cluster are
 computed again from the left singular vectors, with PEFT's own steps. A comparison with ``V`` shows
@@ -48,7 +48,7 @@ def cluster_rows(rows: npt.ArrayLike, count: int, seed: int) -> _Labels:
 
     Args:
         rows: ``[n, features]``.
-        count: Clusters, at most n.
+        count: Number of clusters, at most n.
         seed: The seed for the rows that clusters start from.
     """
     x = np.array(rows, dtype=np.float32, order="C")
@@ -144,7 +144,8 @@ def _check(m: Module) -> None:
     total = 0
     for i in range(_clusters(m)):
         if f"adamss_A.{i}" not in m or len(m.tensors[f"adamss_B.{i}"].shape) != 2:
-            m.fault(f"adamss_A.{i}", say("INVALID_TENSOR", why="adamss_B is not its counterpart"))
+            why = "no two-dimensional adamss_B matches it"
+            m.fault(f"adamss_A.{i}", say("INVALID_TENSOR", why=why))
             return
         total += m.extent(f"adamss_B.{i}", 0)
     if _clusters(m) > m.outputs:
@@ -168,7 +169,7 @@ def convert(m: Module) -> MadeLora:
     ups = [m.exact(f"adamss_B.{i}") for i in range(_clusters(m))]
     downs = [m.exact(f"adamss_A.{i}") for i in range(len(ups))]
     weight = m.weight()
-    # Use the weight's device: the bias takes part in the weight's decomposition.
+    # Move the bias to the weight's device: PEFT decomposes the weight with the bias as a column.
     bias = None if not m.has_bias else m.bias()
     if bias is not None:
         weight = torch.cat((weight, bias.to(weight)[:, None]), dim=1)

@@ -242,7 +242,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``; skips an incomplete last line, which a kill leaves."""
+    """The lines of a ``metrics.jsonl``, without the incomplete one that a killed process leaves."""
     with path.open(encoding="utf-8") as file:
         for line in file:
             if line.endswith("\n"):

@@ -263,7 +263,7 @@ class BaseProduct(Protocol):
         """The product, and the result of ``shrink`` on all rows, on the gpu path."""
         ...
 
-    def ended(
+    def with_epilogue(
         self, x: torch.Tensor, epilogue: Epilogue, bias: torch.Tensor | None
     ) -> torch.Tensor | None:
         """The product with an epilogue, or None if it cannot be computed in the same launches."""

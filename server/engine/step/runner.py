@@ -20,7 +20,7 @@ from turret.server.engine.step.sampler import NOTHING_DRAWN, Draw, LateMask, Mas
 from turret.server.errors import BudgetExceededError
 from turret.server.words import say
 
-# Draws the tokens of a step whose drafts are checked, position after position.
+# The functions below draw the tokens of a step and check its drafts, position by position.
 #
 # A draft token is right if it equals the token that is drawn in its place, from the logits after
 # the tokens before it and with the request's own random number. So the tokens are the same as
@@ -47,7 +47,7 @@ class _Run:
 
     @property
     def goes_on(self) -> bool:
-        """Whether the next row is that of the token drawn last."""
+        """Whether the last drawn token equals the draft's, so that the next row is valid."""
         count = len(self.tokens)
         draft = self.item.draft
         return count <= len(draft) and draft[count - 1] == self.tokens[-1]
@@ -118,7 +118,7 @@ def likeliest_draws(
         token: int | None = tokens[row]
         mask = masks.get(item.sequence)
         if mask is not None:
-            assert isinstance(mask, LateMask), "greedy"
+            assert isinstance(mask, LateMask), "greedy sequences have late masks"
             token = mask.settle(tokens[row])
         if token is None:
             return None
@@ -161,7 +161,7 @@ class StepResult:
 
 
 class Runner:
-    """Owns what computes steps, and the sampler. One thread only."""
+    """Owns the executor and the sampler. Use it from one thread only."""
 
     def __init__(self, executor: Executor, stop_token_ids: frozenset[int]) -> None:
         self._executor = executor
@@ -209,16 +209,16 @@ class Runner:
         return self._missing((sequence, *running)) is None
 
     def is_near(self, sequence: Sequence) -> bool:
-        """Whether a sequence's adapters, which are in host memory, are on the device or almost.
+        """Whether a sequence can run without waiting for its adapters, which are in host memory.
 
-        Other adapters are copied while steps of other sequences run.
+        Starts the copies of missing ones, which are made while other sequences run.
         """
         # Ask every adapter before ``all``, so that their copies run in parallel.
         near = [self._store.is_near(adapter) for adapter, _ in sequence.mix.members]
         return all(near)
 
     def refusal(self, sequence: Sequence) -> BudgetExceededError | None:
-        """Why a sequence could not run even alone, ever or currently; or None."""
+        """The error if a sequence cannot run even alone, now or ever; otherwise None."""
         if any(self._store.is_refused(adapter.key) for adapter, _ in sequence.mix.members):
             return BudgetExceededError(say("DEVICE_MEMORY_SHORT"))
         missing = self._missing((sequence,))
@@ -271,7 +271,7 @@ class Runner:
             if draws is None:
                 logits = computed.likeliest.logits()
         if draws is None:
-            assert logits is not None, "of every row that is drawn from"
+            assert logits is not None, "the executor returns logits or the likeliest tokens"
             draws = draw_tokens(self._sampler, logits, items, masks, computed.added)
         for item, drawn in zip(items, draws, strict=True):
             result.draws[item.sequence] = drawn

@@ -61,14 +61,14 @@ class StepProduct:
             return self(x), shrink(x)
         return product.with_shrink(x, self._num_decode, shrink)
 
-    def ended(
+    def with_epilogue(
         self, x: torch.Tensor, epilogue: Epilogue, bias: torch.Tensor | None
     ) -> torch.Tensor | None:
         """The epilogue's result, from the product's own launches; None if this is impossible."""
         product = self._product
         if product is None or self._num_decode != x.shape[0]:
             return None
-        return product.ended(x, epilogue, bias)
+        return product.with_epilogue(x, epilogue, bias)
 
     @property
     def _product(self) -> Nf4Product | None:
@@ -128,7 +128,7 @@ class AdaptedLinear:
         base = StepProduct(self, num_decode)
         return adapters.project(self.layer, self.projection, x, bias=self.bias, base=base)
 
-    def ended(
+    def with_epilogue(
         self,
         x: torch.Tensor,
         adapters: GpuAdapterStep | None,
@@ -148,7 +148,7 @@ class AdaptedLinear:
         """
         base = StepProduct(self, num_decode)
         if adapters is None or not adapters.changes(self.layer, self.projection):
-            result = base.ended(x, epilogue, self.bias)
+            result = base.with_epilogue(x, epilogue, self.bias)
             return epilogue(self(x, None, num_decode)) if result is None else result
         place = self.layer, self.projection
         return adapters.project(*place, x, bias=self.bias, base=base, epilogue=epilogue)

@@ -1,7 +1,8 @@
 """The decoder of the gpu path.
 
-The same layers as ``decoder.py``, every operation a kernel of ``kernels/gpu`` or a torch operation
-that a CUDA graph can hold: nothing here reads a value from the device or copies from the host.
+Computes the same layers as ``decoder.py``. Every operation is a kernel of ``kernels/gpu`` or a
+torch operation that a CUDA graph can capture: nothing here reads a value from the device or copies
+from the host.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class GpuStep(StepInput):
         attention: Loaded table per distinct window (None is full attention).
         adapters: The step's adapters, or None where every row is the base model's.
         sample_rows: Rows whose logits are wanted, ``[samples]`` int64.
-        num_decode: The first rows, of sequences that generate or whose prompt is short; see
-            ``nf4_gpu.py``.
+        num_decode: Number of leading rows that belong to sequences that generate or have a short
+            prompt; see ``nf4_gpu.py``.
         logits: The tensor for logits, ``[at least samples, vocab]`` fp32; None for a new one.
         embedded: The input of the first layer, ``[rows, hidden]``, if it is already computed.
     """
@@ -85,7 +86,7 @@ class GpuDecoder(Decoder):
         for number, layer in enumerate(self.layers):
             normed = self._enter(hidden, update, layer.norm_before_attention)
             rotation = rotations[arch.rope_of_layer[number]]
-            assert rotation is not None, "every kind of layer turns by something"
+            assert rotation is not None, "every layer has a rotation"
             attended = self._attention(number, normed, rotation, growth, step, cache)
             update = self.leave(attended, layer.norm_after_attention)
             normed = self._enter(hidden, update, layer.norm_before_mlp)
@@ -109,7 +110,7 @@ class GpuDecoder(Decoder):
         assert layer.down is not None
         adapters, num_decode = step.adapters, step.num_decode
         if self.arch.activation == "silu":
-            inner = layer.gate_up.ended(normed, adapters, num_decode, _GATED_SILU)
+            inner = layer.gate_up.with_epilogue(normed, adapters, num_decode, _GATED_SILU)
         else:
             inner = self._gated(layer.gate_up(normed, adapters, num_decode))
         return layer.down(inner, adapters, num_decode)
@@ -165,7 +166,7 @@ class GpuDecoder(Decoder):
         else:
             norms = {"q_norm": layer.q_norm, "k_norm": layer.k_norm}
             heads = Heads(write=write, eps=arch.rms_norm_eps, **norms)
-            q = layer.qkv.ended(normed, step.adapters, step.num_decode, heads)
+            q = layer.qkv.with_epilogue(normed, step.adapters, step.num_decode, heads)
         if growth is not None:
             q *= growth
         table = step.attention[arch.windows[number]]
@@ -178,7 +179,7 @@ class GpuDecoder(Decoder):
         return layer.o(attended.flatten(1), step.adapters, step.num_decode)
 
     def _norm_projections(self, layer: DecoderLayer, qkv: torch.Tensor) -> torch.Tensor:
-        """``[rows, (heads + 2·kv_heads) · head_dim]``, queries and keys normed each as a whole."""
+        """The projections, with queries and keys each normalised as a whole."""
         assert layer.q_norm is not None
         assert layer.k_norm is not None
         widths = layer.q_norm.shape[0], layer.k_norm.shape[0], layer.k_norm.shape[0]

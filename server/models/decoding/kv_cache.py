@@ -52,8 +52,8 @@ class KvCache:
             blocks: Block numbers, in position order.
             keys: ``[layers, positions, kv_heads, head_dim]``, ready to be attended to.
             values: Same shape.
-            first: The stored position in the first slot of ``blocks``; negative if slots of padding
-                come before position 0, which keep their zeros.
+            first: The stored position that goes into the first slot. Negative if padding slots,
+                which stay zero, come first.
         """
         skip = max(-first, 0)
         places = [b * self.block_size + o for b in blocks for o in range(self.block_size)][skip:]

@@ -129,7 +129,7 @@ class Nf4Product:
             parts.append(linear_in_pieces(x[num_decode:], weight, PROMPT_ROWS))
         return parts[0] if len(parts) == 1 else torch.cat(parts), v
 
-    def ended(
+    def with_epilogue(
         self, x: torch.Tensor, epilogue: Epilogue, bias: torch.Tensor | None
     ) -> torch.Tensor | None:
         """The epilogue's result of decoding rows; None if that takes more launches."""

@@ -207,7 +207,8 @@ def test_the_table_shows_each_mix(run: Run, capitals: Path):
     assert code == 0
     assert "8 [?]" in out
     assert "50.0% [9%, 91%]" in out
-    assert out.endswith("; in brackets: 95 % intervals; [?]: too few, or too alike, to tell\n")
+    note = "; 95 % confidence intervals in brackets; [?] if too few or too alike\n"
+    assert out.endswith(note)
     assert "2 examples" in out
     assert "label accuracy" not in out
 

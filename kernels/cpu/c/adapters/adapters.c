@@ -237,7 +237,7 @@ static int64_t column_cost(const Step *step, const Projection *p, const Segment 
         if (m->pairs) cost += 2;
         if (m->circulant) cost++;
         if (m->kronecker) cost += m->kronecker->w2 ? m->kronecker->in_m : 2 * m->kronecker->rank;
-        /* One entry counts as one product. */
+        /* An entry counts as 8 products: its input must be looked up. */
         if (m->sparse) cost += 8 * m->sparse->mean;
         if (m->dense) cost += m->dense->in_features;
     }
