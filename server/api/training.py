@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,7 +27,6 @@ from turret.server.api.tenants.sessions import Model
 from turret.server.api.tenants.tenants import Tenants
 from turret.server.api.violations import Violations
 from turret.server.errors import InvalidRequestError
-from turret.server.models.describe import ModelInfo
 from turret.server.training.losses import LOSSES, TARGETS
 from turret.server.training.trainer import (
     ADAM_RANGES,
@@ -36,6 +36,9 @@ from turret.server.training.trainer import (
     LearnerConfig,
 )
 from turret.v1 import training_pb2
+
+if TYPE_CHECKING:
+    from turret.server.models.describe import ModelInfo
 
 # After how long without a call a model is dropped. An open call counts all the time.
 IDLE_SECONDS = 3600.0

@@ -7,11 +7,11 @@ All losses are sums over tokens, not means. ``r = exp(lp − q)`` is the ratio o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from turret.lazy_torch import torch
 
-Inputs = Mapping[str, torch.Tensor]
+Inputs: TypeAlias = "Mapping[str, torch.Tensor]"
 Settings = Mapping[str, float]
 TARGETS = "target_tokens"
 _SAMPLED = ("logprobs", "advantages")

@@ -13,7 +13,9 @@ from checkout import ROOT
 from turret.v1 import adapters_pb2, inference_pb2
 
 PROTO = ROOT / "proto"
-SOURCES = tuple(f"turret/v1/{name}.proto" for name in ("adapters", "inference", "tinker"))
+SOURCES = tuple(
+    f"turret/v1/{name}.proto" for name in ("adapters", "inference", "tinker", "training")
+)
 
 
 def test_generated_code_is_up_to_date(tmp_path: Path):

@@ -33,6 +33,7 @@ CODES = {
     "AdapterError": "FAILED_PRECONDITION",
     "AdapterNotFoundError": "NOT_FOUND",
     "AdapterExistsError": "ALREADY_EXISTS",
+    "TrainingNotFoundError": "NOT_FOUND",
     "AdapterCheckpointError": "INVALID_ARGUMENT",
     "AdapterChangedError": "FAILED_PRECONDITION",
     "AdapterMismatchError": "FAILED_PRECONDITION",

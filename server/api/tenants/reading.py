@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from turret.lazy_torch import torch
 from turret.server.api.violations import Violations
-from turret.server.models.describe import ModelInfo
 from turret.server.training.losses import LOSSES, TARGETS
 from turret.server.training.trainer import MAX_SEQUENCE_TOKENS, Datum
+
+if TYPE_CHECKING:
+    from turret.server.models.describe import ModelInfo
 
 # The maximum number of sequences in a request.
 MAX_DATUMS = 1024

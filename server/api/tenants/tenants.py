@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from turret.server.api.access import Party, TokenTable, bearer_token, token_digest
 from turret.server.api.gate import ServingGate
@@ -18,9 +18,11 @@ from turret.server.api.tenants.sessions import Model, Sessions
 from turret.server.basics.files import reporting_disk_faults
 from turret.server.basics.turns import FairPool
 from turret.server.errors import AdapterMismatchError, InvalidRequestError, TurretError
-from turret.server.models.describe import ModelInfo
 from turret.server.training.trainer import Published
 from turret.server.words import say
+
+if TYPE_CHECKING:
+    from turret.server.models.describe import ModelInfo
 
 _log = logging.getLogger(__name__)
 

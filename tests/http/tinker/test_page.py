@@ -24,7 +24,7 @@ def test_the_limits_are_those_of_the_code() -> None:
     assert f"{sessions.MAX_MODELS} models" in PAGE
     assert f"{sessions.MAX_SAMPLERS} samplers" in PAGE
     assert f"{checkpoints.MAX_CHECKPOINTS} checkpoints" in PAGE
-    assert f"{futures.MAX_FUTURES} results" in PAGE
+    assert f"{futures.MAX_FUTURES:,} results" in PAGE
     assert (sessions.SESSION_SECONDS, futures.RESULT_SECONDS) == (300.0, 600.0)
     for loss in wire.LOSSES:
         assert f"`{loss}`" in PAGE
