@@ -152,9 +152,12 @@ class Futures:
 
     def fail(self, future: Future, error: BaseException) -> None:
         """Set the failure that an error causes."""
+        result = Result.failed(error)
+        # The frames of tracebacks hold the body of the request.
+        error.__traceback__ = error.__context__ = error.__cause__ = None
         if future.result is None:
             future.error = error
-        self.settle(future, Result.failed(error))
+        self.settle(future, result)
 
     def forget(self, future: Future) -> None:
         """Drop a future whose result needs no second fetch."""
