@@ -205,7 +205,7 @@ def test_requests_that_wait_take_a_bounded_amount_of_memory(model: Path, tmp_pat
             # Send them one by one, because gRPC keeps messages that are in transit.
             calls.append(call.future(message, timeout=120))
             with contextlib.suppress(grpc.FutureTimeoutError):
-                calls[-1].exception(timeout=0.3)
+                calls[-1].exception(timeout=0.1)
         assert _rss_mib(server) - before < 16 + 2 * LASTING_MIB
         codes = [future.code() for future in calls]
         refused = codes.count(grpc.StatusCode.RESOURCE_EXHAUSTED)
