@@ -188,6 +188,7 @@ def test_links_that_leave_the_root_are_refused(tmp_path: Path, target: str) -> N
         ("hotel/adaptr", "hotel/adapter"),
         ("hotl", "hotel"),
         ("hotl/b", "hub:hotl/b"),
+        ("ROOT/hotel", "hotel"),
         ("quite another", None),
     ],
 )
@@ -197,7 +198,7 @@ def test_for_a_missing_path_the_closest_is_suggested(
     fill(tmp_path / "hotel", "inside")
     (tmp_path / "hotel" / "adapter").mkdir()
     with pytest.raises(AdapterCheckpointError) as refused:
-        AdapterRoot(tmp_path).open_directory(path)
+        AdapterRoot(tmp_path).open_directory(path.replace("ROOT", tmp_path.name))
     (why,) = (text for text in texts_of(refused.value.message) if text.reason == "NO_SUCH_PATH")
     assert why.params.get("closest") == meant
 
