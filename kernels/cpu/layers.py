@@ -140,6 +140,7 @@ def rope_kv_write(
 
 
 MAX_HEAD_DIM = 256
+_MOST_QUERIES = 32  # MOST_QUERIES in attention.c
 
 
 class NativeAttentionPlan:
@@ -173,8 +174,8 @@ class NativeAttentionPlan:
         threads = num_threads()
         # Pad by a whole vector: vectors are stored from any position on.
         padded = -(-longest // LANES) * LANES + LANES
-        # Large enough for attention.c, one row's heads, and for attention_tiles.h, 16 queries.
-        stride = max(num_heads * (2 * head_dim + padded), LANES * (head_dim + padded))
+        # One row's heads, or the queries of several rows.
+        stride = max(num_heads, _MOST_QUERIES) * (2 * head_dim + padded)
         self._scratch = torch.empty(threads * stride)
         self._plan = (ctypes.c_int64 * 6)(
             ctypes.addressof(self._spans),

@@ -1,10 +1,11 @@
-/* Causal attention of new tokens over a paged KV cache, one row at a time.
+/* Causal attention of new tokens over a paged KV cache.
  *
  * A row's scores are computed first, then their softmax, then the weighted sum of the values. So the result
  * of a row depends only on its own query and keys, in the order of the positions. A block of the KV cache
- * holds all KV heads of its positions side by side. All heads of a row therefore go through the blocks
- * together, so that memory is read in order, and the next block is prefetched meanwhile.
- * attention_tiles.h has another order for processors with AMX.
+ * holds all KV heads of its positions side by side. All heads of a single row therefore go through the blocks
+ * together, so that memory is read in order, and the next block is prefetched meanwhile. Consecutive rows of a
+ * prompt are computed together, so that keys and values are converted once for all of them; each row's sums
+ * have the same order as for a single row. attention_tiles.h has another order for processors with AMX.
  */
 #include "entries.h"
 #include "elements.h"
@@ -15,6 +16,8 @@
 
 #define MAX_VECTORS 16 /* vectors of a head: up to 256 dimensions */
 #define HEADS 4        /* query heads that are computed together, at most */
+#define MOST_QUERIES 32 /* query heads of several rows that share a KV head, at most */
+#define FEWEST 6       /* with fewer queries, transposing keys takes longer than it saves */
 
 /* Positions of a block for one KV head; `next` is the same head of the next block. */
 typedef struct {
@@ -57,6 +60,39 @@ INLINE void score(const float *q, int64_t vectors, int64_t group, const Slice *k
     }
 }
 
+#define TOGETHER (WIDTH == 16 ? 4 : 2) /* queries whose sums fit into the registers */
+
+/* Converts up to 16 keys to fp32 and transposes them, to [dimensions, 16 keys]. Missing keys are 0. */
+INLINE void turn_keys(const Slice *k, int64_t vectors, float *turned) {
+    for (int64_t d = 0; d < vectors * LANES; d += WIDTH)
+        for (int64_t t = 0; t < LANES; t += WIDTH) {
+            fvec v[WIDTH];
+            for (int64_t i = 0; i < WIDTH; i++)
+                v[i] = t + i < k->count ? fvec_element(k->at + (t + i) * k->stride + d) : (fvec){0};
+            transpose(v);
+            for (int64_t i = 0; i < WIDTH; i++) *(fvec_at *)(turned + (d + i) * LANES + t) = v[i];
+        }
+}
+
+/* The scores of TOGETHER queries with 16 transposed keys. The order of each sum is that of `score`. */
+INLINE void score_turned(const float *q, int64_t vectors, const float *turned, float *scores, int64_t scores_stride) {
+    for (int p = 0; p < PARTS; p++, turned += WIDTH, scores += WIDTH) {
+        fvec fours[4][TOGETHER];
+        for (int n = 0; n < 4; n++) {
+            fvec s[4][TOGETHER] = {{{0}}};
+            for (int64_t d = 4 * n; d < vectors * LANES; d += LANES)
+                for (int i = 0; i < 4; i++) {
+                    fvec key = fvec_f32(turned + (d + i) * LANES);
+                    for (int j = 0; j < TOGETHER; j++)
+                        s[i][j] = add_product(s[i][j], q[j * vectors * LANES + d + i] - (fvec){0}, key);
+                }
+            for (int j = 0; j < TOGETHER; j++) fours[n][j] = (s[0][j] + s[1][j]) + (s[2][j] + s[3][j]);
+        }
+        for (int j = 0; j < TOGETHER; j++)
+            *(fvec_at *)(scores + j * scores_stride) = (fours[0][j] + fours[1][j]) + (fours[2][j] + fours[3][j]);
+    }
+}
+
 /* cap * tanh(score / cap), in place. The buffer is padded to whole vectors. */
 INLINE void cap_scores(float *s, int64_t count, float cap) {
     for (int64_t t = 0; t < count; t += LANES) store_f32(s + t, cap * tanh_vec(load_f32(s + t) / cap));
@@ -84,20 +120,20 @@ INLINE float softmax(float *s, int64_t count, const float *sink) {
     return sum_lanes(sum);
 }
 
-/* acc[j] += sum_t p[j][t] v_t for a constant number of heads. */
+/* acc[j] += sum_t p[j][t] v_t for a constant number of heads. Values are elements, or fp32 if `wide` holds them. */
 INLINE void gather(const float *p, int64_t p_stride, int64_t vectors, const int heads,
-                   const Slice *v, float *acc) {
-    const int64_t all = vectors * PARTS, most = WIDTH == 16 ? all : 8 / heads; /* registers of a head */
-    for (int64_t low = 0; low < all; low += most) {
-        const int64_t some = least(most, all - low);
+                   const Slice *v, const float *wide, float *acc) {
+    int64_t all = vectors * PARTS, some = WIDTH == 16 ? all : 8 / heads; /* registers of a head */
+    while (all % some) some--; /* a constant, so that the loops over sums are unrolled */
+    for (int64_t low = 0; low < all; low += some) {
         fvec sums[HEADS][MAX_VECTORS];
         for (int j = 0; j < heads; j++)
             for (int64_t d = 0; d < some; d++) sums[j][d] = fvec_f32(acc + (j * all + low + d) * WIDTH);
         const element *at = v->at + low * WIDTH, *next = v->next;
         for (int64_t i = 0; i < v->count; i++, at += v->stride, next += v->stride) {
-            if (low == 0) prefetch_head(next, vectors);
+            if (low == 0 && !wide) prefetch_head(next, vectors);
             for (int64_t d = 0; d < some; d++) {
-                fvec value = fvec_element(at + d * WIDTH);
+                fvec value = wide ? fvec_f32(wide + (i * all + low + d) * WIDTH) : fvec_element(at + d * WIDTH);
                 for (int j = 0; j < heads; j++)
                     sums[j][d] = add_product(sums[j][d], p[j * p_stride + i] - (fvec){0}, value);
             }
@@ -109,23 +145,29 @@ INLINE void gather(const float *p, int64_t p_stride, int64_t vectors, const int 
 
 /* Computes as many heads together as fit into the registers, so that each value is loaded once for them. */
 INLINE void gather_group(const float *p, int64_t p_stride, int64_t vectors, int64_t group,
-                         const Slice *v, float *acc) {
+                         const Slice *v, const float *wide, float *acc) {
     int64_t most = vectors <= 4 ? HEADS : vectors <= 8 ? 2 : 1;
     for (int64_t g = 0; g < group; g += most, p += most * p_stride, acc += most * vectors * LANES)
         switch (group - g < most ? group - g : most) {
-        case 4: gather(p, p_stride, vectors, 4, v, acc); break;
-        case 3: gather(p, p_stride, vectors, 3, v, acc); break;
-        case 2: gather(p, p_stride, vectors, 2, v, acc); break;
-        default: gather(p, p_stride, vectors, 1, v, acc);
+        case 4: gather(p, p_stride, vectors, 4, v, wide, acc); break;
+        case 3: gather(p, p_stride, vectors, 3, v, wide, acc); break;
+        case 2: gather(p, p_stride, vectors, 2, v, wide, acc); break;
+        default: gather(p, p_stride, vectors, 1, v, wide, acc);
         }
 }
 
-/* A row of a span, and the range of its KV heads. */
+/* Rows [number, number + rows) of a span, and the range of their KV heads. */
 typedef struct {
     const Span *span;
     const Span *following; /* the span whose keys are read next */
-    int64_t number, kv_low, kv_high;
-} Row;
+    int64_t number, rows, kv_low, kv_high;
+} Chunk;
+
+/* The first position that a row of a span sees. */
+INLINE int64_t low_of(const Plan *plan, const Span *span, int64_t number) {
+    int64_t low = span->num_context + number + 1 - plan->window;
+    return plan->window && low > span->num_padding ? low : span->num_padding;
+}
 
 /* The part of the block that holds position t, up to `end`, for KV head `kv`, in keys or values. */
 INLINE Slice slice_of(const Heads *h, const Span *span, const element *cache, int64_t t, int64_t end,
@@ -136,25 +178,24 @@ INLINE Slice slice_of(const Heads *h, const Span *span, const element *cache, in
     return (Slice){at, at, stride, stop - t};
 }
 
-INLINE void attend(const Plan *plan, const Heads *h, const Row *row, float *scratch,
+INLINE void attend(const Plan *plan, const Heads *h, const Chunk *chunk, float *scratch,
                    int64_t vectors) {
-    const Span *span = row->span;
+    const Span *span = chunk->span;
     int64_t dim = vectors * LANES, group = h->heads / h->kv_heads;
-    int64_t end = span->num_context + row->number + 1, low = span->num_padding;
-    if (plan->window && end - plan->window > low) low = end - plan->window;
-    int64_t count = end - low, first = row->kv_low * group;
-    int64_t heads = (row->kv_high - row->kv_low) * group;
+    int64_t end = span->num_context + chunk->number + 1, low = low_of(plan, span, chunk->number);
+    int64_t count = end - low, first = chunk->kv_low * group;
+    int64_t heads = (chunk->kv_high - chunk->kv_low) * group;
     /* Pad by a whole vector: vectors are stored from any position on. */
     int64_t scores_stride = (count + LANES - 1) / LANES * LANES + LANES;
     float *q = scratch, *acc = q + heads * dim, *scores = acc + heads * dim;
-    int64_t place = ((span->first_row + row->number) * h->heads + first) * dim;
+    int64_t place = ((span->first_row + chunk->number) * h->heads + first) * dim;
     for (int64_t d = 0; d < heads * dim; d += LANES) {
         store_f32(q + d, load_f32(h->q + place + d) * (float)h->scale);
         store_f32(acc + d, (f32x16){0});
     }
     for (int64_t t = low, stop = end; t < end; t = stop)
-        for (int64_t kv = row->kv_low; kv < row->kv_high; kv++) {
-            int64_t g = (kv - row->kv_low) * group;
+        for (int64_t kv = chunk->kv_low; kv < chunk->kv_high; kv++) {
+            int64_t g = (kv - chunk->kv_low) * group;
             Slice k = slice_of(h, span, h->k, t, end, kv);
             stop = t + k.count;
             k.next = stop < end ? slice_of(h, span, h->k, stop, end, kv).at
@@ -168,13 +209,13 @@ INLINE void attend(const Plan *plan, const Heads *h, const Row *row, float *scra
     for (int64_t g = 0; g < heads; g++)
         sums[g] = softmax(scores + g * scores_stride, count, h->sinks ? h->sinks + first + g : 0);
     for (int64_t t = low, stop = end; t < end; t = stop)
-        for (int64_t kv = row->kv_low; kv < row->kv_high; kv++) {
-            int64_t g = (kv - row->kv_low) * group;
+        for (int64_t kv = chunk->kv_low; kv < chunk->kv_high; kv++) {
+            int64_t g = (kv - chunk->kv_low) * group;
             Slice v = slice_of(h, span, h->v, t, end, kv);
             stop = t + v.count;
             v.next = stop < end ? slice_of(h, span, h->v, stop, end, kv).at
-                                : slice_of(h, row->following, h->k, 0, 1, kv).at;
-            gather_group(scores + g * scores_stride + t - low, scores_stride, vectors, group, &v,
+                                : slice_of(h, chunk->following, h->k, 0, 1, kv).at;
+            gather_group(scores + g * scores_stride + t - low, scores_stride, vectors, group, &v, 0,
                          acc + g * dim);
         }
     for (int64_t g = 0; g < heads; g++)
@@ -183,13 +224,78 @@ INLINE void attend(const Plan *plan, const Heads *h, const Row *row, float *scra
                        load_f32(acc + g * dim + d * LANES) / sums[g]);
 }
 
+/* The first query of a KV head in row i of a chunk, in h->q and h->out. */
+INLINE int64_t first_query(const Heads *h, const Chunk *chunk, int64_t i, int64_t kv) {
+    int64_t row = chunk->span->first_row + chunk->number + i;
+    return (row * h->heads + kv * (h->heads / h->kv_heads)) * h->head_dim;
+}
+
+/* Attention of several rows for one KV head. */
+INLINE void attend_rows(const Plan *plan, const Heads *h, const Chunk *chunk, int64_t kv, float *scratch,
+                        int64_t vectors) {
+    const Span *span = chunk->span;
+    int64_t dim = vectors * LANES, group = h->heads / h->kv_heads, queries = chunk->rows * group;
+    int64_t first_end = span->num_context + chunk->number + 1, end = first_end + chunk->rows - 1;
+    int64_t low = low_of(plan, span, chunk->number), last_low = low_of(plan, span, chunk->number + chunk->rows - 1);
+    int64_t scores_stride = (end - low + LANES - 1) / LANES * LANES + LANES;
+    float *q = scratch, *acc = q + MOST_QUERIES * dim, *scores = acc + MOST_QUERIES * dim;
+    float sums[MOST_QUERIES], wide[dim * LANES] __attribute__((aligned(64)));
+    for (int64_t i = 0; i < chunk->rows; i++)
+        for (int64_t d = 0; d < group * dim; d += LANES)
+            store_f32(q + i * group * dim + d, load_f32(h->q + first_query(h, chunk, i, kv) + d) * (float)h->scale);
+    memset(q + queries * dim, 0, (MOST_QUERIES - queries) * dim * sizeof(float));
+    memset(acc, 0, queries * dim * sizeof(float));
+    for (int64_t t = low, stop = end; t < end; t = stop) {
+        Slice k = slice_of(h, span, h->k, t, end, kv);
+        k.count = least(k.count, LANES);
+        stop = t + k.count;
+        turn_keys(&k, vectors, wide);
+        for (int64_t n = 0; n < queries; n += TOGETHER)
+            score_turned(q + n * dim, vectors, wide, scores + n * scores_stride + t - low, scores_stride);
+    }
+    for (int64_t n = 0; n < queries; n++) {
+        int64_t own = low_of(plan, span, chunk->number + n / group), count = first_end + n / group - own;
+        float *s = scores + n * scores_stride + own - low;
+        if (h->softcap > 0) cap_scores(s, count, (float)h->softcap);
+        sums[n] = softmax(s, count, h->sinks ? h->sinks + kv * group + n % group : 0);
+    }
+    for (int64_t t = low, stop = end; t < end; t = stop) {
+        Slice v = slice_of(h, span, h->v, t, end, kv);
+        v.count = least(v.count, LANES);
+        stop = t + v.count;
+        for (int64_t i = 0; i < v.count; i++)
+            for (int64_t d = 0; d < dim; d += LANES) store_f32(wide + i * dim + d, load_element(v.at + i * v.stride + d));
+        if (t >= last_low && stop <= first_end) {
+            gather_group(scores + t - low, scores_stride, vectors, queries, &v, wide, acc);
+            continue;
+        }
+        /* Each row sees other values of this slice. */
+        for (int64_t i = 0; i < chunk->rows; i++) {
+            int64_t from = low_of(plan, span, chunk->number + i), skip = from > t ? from - t : 0;
+            Slice own = {v.at, v.at, v.stride, least(stop, first_end + i) - t - skip};
+            gather_group(scores + i * group * scores_stride + t + skip - low, scores_stride, vectors, group, &own,
+                         wide + skip * dim, acc + i * group * dim);
+        }
+    }
+    for (int64_t n = 0; n < queries; n++)
+        for (int64_t d = 0; d < dim; d += LANES)
+            store_element((element *)h->out + first_query(h, chunk, n / group, kv) + n % group * dim + d,
+                          load_f32(acc + n * dim + d) / sums[n]);
+}
+
+INLINE void attend_each(const Plan *plan, const Heads *h, const Chunk *chunk, float *scratch, int64_t vectors) {
+    if (chunk->rows == 1) attend(plan, h, chunk, scratch, vectors);
+    else
+        for (int64_t kv = chunk->kv_low; kv < chunk->kv_high; kv++) attend_rows(plan, h, chunk, kv, scratch, vectors);
+}
+
 /* Common sizes have loops of constant length, whose sums stay in registers. */
-KERNEL static void attend_row(const Plan *plan, const Heads *h, const Row *row, float *scratch) {
+KERNEL static void attend_some(const Plan *plan, const Heads *h, const Chunk *chunk, float *scratch) {
     switch (h->head_dim / LANES) {
-    case 4: attend(plan, h, row, scratch, 4); break;
-    case 8: attend(plan, h, row, scratch, 8); break;
-    case 16: attend(plan, h, row, scratch, 16); break;
-    default: attend(plan, h, row, scratch, h->head_dim / LANES);
+    case 4: attend_each(plan, h, chunk, scratch, 4); break;
+    case 8: attend_each(plan, h, chunk, scratch, 8); break;
+    case 16: attend_each(plan, h, chunk, scratch, 16); break;
+    default: attend_each(plan, h, chunk, scratch, h->head_dim / LANES);
     }
 }
 
@@ -199,7 +305,13 @@ typedef struct {
     int64_t total, pieces; /* number of keys to read, and of the pieces that it is divided into */
 } Job;
 
-/* Computes a piece of the work. A KV head of a row is never divided between pieces. */
+/* Number of rows that are computed together. */
+INLINE int64_t chunk_rows(const Heads *h, int64_t left) {
+    int64_t group = h->heads / h->kv_heads, rows = group < MOST_QUERIES ? least(MOST_QUERIES / group, left) : 1;
+    return rows * group < FEWEST ? 1 : rows;
+}
+
+/* Computes a piece of the work. A KV head of a chunk is never divided. */
 static void attend_piece(const void *job, int64_t thread, int64_t piece) {
     const Job *j = job;
     const Plan *plan = j->plan;
@@ -208,15 +320,16 @@ static void attend_piece(const void *job, int64_t thread, int64_t piece) {
     for (int64_t s = 0; s < plan->num_spans; s++) {
         const Span *p = &plan->spans[s];
         int64_t cost = p->num_context + (p->num_new + 1) / 2;
-        for (int64_t i = 0; i < p->num_new; i++) {
-            const Span *following = i + 1 < p->num_new || s + 1 == plan->num_spans ? p : p + 1;
-            Row row = {p, following, i, j->heads->kv_heads, 0};
-            for (int64_t kv = 0; kv < j->heads->kv_heads; kv++, done += cost) {
+        for (int64_t i = 0, count; i < p->num_new; i += count) {
+            count = chunk_rows(j->heads, p->num_new - i);
+            const Span *following = i + count < p->num_new || s + 1 == plan->num_spans ? p : p + 1;
+            Chunk chunk = {p, following, i, count, j->heads->kv_heads, 0};
+            for (int64_t kv = 0; kv < j->heads->kv_heads; kv++, done += count * cost) {
                 if (done < low || done >= high) continue;
-                if (kv < row.kv_low) row.kv_low = kv;
-                row.kv_high = kv + 1;
+                if (kv < chunk.kv_low) chunk.kv_low = kv;
+                chunk.kv_high = kv + 1;
             }
-            if (row.kv_low < row.kv_high) attend_row(plan, j->heads, &row, scratch);
+            if (chunk.kv_low < chunk.kv_high) attend_some(plan, j->heads, &chunk, scratch);
         }
     }
 }

@@ -39,11 +39,6 @@ INLINE int tiles_attend(const Heads *h) {
 /* Number of rows that are computed together. */
 INLINE int64_t rows_of_pack(int64_t group) { return group < QUERIES ? QUERIES / group : 1; }
 
-INLINE int64_t low_of(const Plan *plan, const Span *span, int64_t number) {
-    int64_t low = span->num_context + number + 1 - plan->window;
-    return plan->window && low > span->num_padding ? low : span->num_padding;
-}
-
 /* The address of a tile's keys or values. */
 INLINE const bf16 *keys_at(const Pack *p, const void *cache, int64_t t) {
     const Heads *h = p->h;
@@ -71,7 +66,7 @@ static void turn_queries(const Pack *p, bf16 *turned) {
                 store_bf16(both[1][q] + i, v - load_bf16(both[0][q] + i));
             }
         for (int part = 0; part < SPLIT; part++) {
-            f32x16 v[LANES];
+            fvec v[WIDTH];
             for (int q = 0; q < QUERIES; q++) v[q] = load_f32((const float *)both[part][q]);
             transpose(v);
             for (int i = 0; i < LANES; i++, turned += TILE_INPUTS) store_f32((float *)turned, v[i]);
@@ -126,7 +121,7 @@ static void turn_scores(const Pack *p, int64_t start, float *scores, float *tops
     for (int64_t q = 0; q < queries; q++) top[q] = splat(-INFINITY);
     for (int64_t t = start; t < p->end; t += KEYS) {
         float *s = scores + (t - start) * QUERIES;
-        f32x16 v[KEYS];
+        fvec v[WIDTH];
         for (int i = 0; i < KEYS; i++) v[i] = load_f32(s + i * QUERIES);
         transpose(v);
         int is_whole = t + KEYS <= p->span->num_context + p->number + 1 &&

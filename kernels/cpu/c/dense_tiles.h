@@ -24,7 +24,7 @@ INLINE int tiles_serve(const Product *p) {
 static void turn_rows(const Product *p, bf16 *turned) {
     for (int64_t first = 0; first < p->rows; first += GROUP)
         for (int64_t k = 0; k < p->in_features; k += TILE_INPUTS) {
-            f32x16 v[LANES];
+            fvec v[WIDTH];
             for (int64_t r = 0; r < GROUP; r++)
                 v[r] = first + r < p->rows
                            ? load_f32((const float *)(p->x + (first + r) * p->x_stride + k))
@@ -36,7 +36,7 @@ static void turn_rows(const Product *p, bf16 *turned) {
 
 /* Stores a tile of sums, [outputs, rows]. */
 INLINE void store_sums(const Product *p, const float *sums, int64_t first, int64_t out) {
-    f32x16 v[LANES];
+    fvec v[WIDTH];
     for (int i = 0; i < LANES; i++) v[i] = load_f32(sums + i * LANES);
     transpose(v);
     for (int64_t r = 0; r < least(p->rows - first, GROUP); r++)

@@ -150,27 +150,28 @@ INLINE float sum_lanes(f32x16 v) {
 #define PICK(a, b, ...) __builtin_shuffle(a, b, (__typeof__(a < b)){__VA_ARGS__})
 #endif
 
-/* The sums of every other group of lanes of a and b and of the groups beside them. */
+/* FIRST_* and SECOND_* take every other group of lanes of a and b: one lane, two, four or eight. */
 #if WIDTH == 16
-#define ADD_LANES(a, b)                                                          \
-    PICK(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +      \
-        PICK(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31)
-#define ADD_PAIRS(a, b)                                                          \
-    PICK(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +       \
-        PICK(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
-#define ADD_FOURS(a, b)                                                          \
-    PICK(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +       \
-        PICK(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31)
-#define ADD_EIGHTS(a, b)                                                         \
-    PICK(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +         \
-        PICK(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
+#define FIRST_LANES(a, b) PICK(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30)
+#define SECOND_LANES(a, b) PICK(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31)
+#define FIRST_PAIRS(a, b) PICK(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
+#define SECOND_PAIRS(a, b) PICK(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+#define FIRST_FOURS(a, b) PICK(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27)
+#define SECOND_FOURS(a, b) PICK(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31)
+#define FIRST_EIGHTS(a, b) PICK(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
+#define SECOND_EIGHTS(a, b) PICK(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
 #elif WIDTH == 8
-#define ADD_LANES(a, b) PICK(a, b, 0, 8, 2, 10, 4, 12, 6, 14) + PICK(a, b, 1, 9, 3, 11, 5, 13, 7, 15)
-#define ADD_PAIRS(a, b) PICK(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + PICK(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
-#define ADD_FOURS(a, b) PICK(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + PICK(a, b, 4, 5, 6, 7, 12, 13, 14, 15)
+#define FIRST_LANES(a, b) PICK(a, b, 0, 8, 2, 10, 4, 12, 6, 14)
+#define SECOND_LANES(a, b) PICK(a, b, 1, 9, 3, 11, 5, 13, 7, 15)
+#define FIRST_PAIRS(a, b) PICK(a, b, 0, 1, 8, 9, 4, 5, 12, 13)
+#define SECOND_PAIRS(a, b) PICK(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
+#define FIRST_FOURS(a, b) PICK(a, b, 0, 1, 2, 3, 8, 9, 10, 11)
+#define SECOND_FOURS(a, b) PICK(a, b, 4, 5, 6, 7, 12, 13, 14, 15)
 #else
-#define ADD_LANES(a, b) PICK(a, b, 0, 4, 2, 6) + PICK(a, b, 1, 5, 3, 7)
-#define ADD_PAIRS(a, b) PICK(a, b, 0, 1, 4, 5) + PICK(a, b, 2, 3, 6, 7)
+#define FIRST_LANES(a, b) PICK(a, b, 0, 4, 2, 6)
+#define SECOND_LANES(a, b) PICK(a, b, 1, 5, 3, 7)
+#define FIRST_PAIRS(a, b) PICK(a, b, 0, 1, 4, 5)
+#define SECOND_PAIRS(a, b) PICK(a, b, 2, 3, 6, 7)
 #endif
 
 /* Lane i of the result is the sum of the lanes of v[i]: neighbours are added until one is left. Each addition
@@ -179,16 +180,17 @@ INLINE f32x16 sum_each(const f32x16 v[LANES]) {
     fvec s[PARTS][LANES];
     for (int p = 0; p < PARTS; p++)
         for (int i = 0; i < LANES; i++) s[p][i] = ((const fvec_at *)&v[i])[p];
-#define JOIN(ADD, COUNT)            \
-    for (int p = 0; p < PARTS; p++) \
-        for (int i = 0; i < COUNT; i++) s[p][i] = ADD(s[p][2 * i], s[p][2 * i + 1]);
-    JOIN(ADD_LANES, 8)
-    JOIN(ADD_PAIRS, 4)
+#define JOIN(GROUPS, COUNT)             \
+    for (int p = 0; p < PARTS; p++)     \
+        for (int i = 0; i < COUNT; i++) \
+            s[p][i] = FIRST_##GROUPS(s[p][2 * i], s[p][2 * i + 1]) + SECOND_##GROUPS(s[p][2 * i], s[p][2 * i + 1]);
+    JOIN(LANES, 8)
+    JOIN(PAIRS, 4)
 #if WIDTH > 4
-    JOIN(ADD_FOURS, 2)
+    JOIN(FOURS, 2)
 #endif
 #if WIDTH > 8
-    JOIN(ADD_EIGHTS, 1)
+    JOIN(EIGHTS, 1)
 #endif
 #undef JOIN
     for (int n = PARTS / 2; n; n /= 2)
@@ -200,29 +202,23 @@ INLINE f32x16 sum_each(const f32x16 v[LANES]) {
 }
 
 /* Transposes: lane j of vector i becomes lane i of vector j. */
-INLINE void transpose(f32x16 v[LANES]) {
-    for (int i = 0; i < 8; i++) {
-        f32x16 a = v[i], b = v[i + 8];
-        v[i] = PICK(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-        v[i + 8] = PICK(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    }
-    for (int n = 0; n < 8; n++) {
-        int i = n / 4 * 8 + n % 4;
-        f32x16 a = v[i], b = v[i + 4];
-        v[i] = PICK(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-        v[i + 4] = PICK(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-    }
-    for (int n = 0; n < 8; n++) {
-        int i = n / 2 * 4 + n % 2;
-        f32x16 a = v[i], b = v[i + 2];
-        v[i] = PICK(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-        v[i + 2] = PICK(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    }
-    for (int i = 0; i < LANES; i += 2) {
-        f32x16 a = v[i], b = v[i + 1];
-        v[i] = PICK(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
-        v[i + 1] = PICK(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-    }
+INLINE void transpose(fvec v[WIDTH]) {
+#define EXCHANGE(GROUPS, SIZE)                    \
+    for (int i = 0; i < WIDTH; i++)               \
+        if (!(i & SIZE)) {                        \
+            fvec a = v[i], b = v[i + SIZE];       \
+            v[i] = FIRST_##GROUPS(a, b);          \
+            v[i + SIZE] = SECOND_##GROUPS(a, b);  \
+        }
+#if WIDTH > 8
+    EXCHANGE(EIGHTS, 8)
+#endif
+#if WIDTH > 4
+    EXCHANGE(FOURS, 4)
+#endif
+    EXCHANGE(PAIRS, 2)
+    EXCHANGE(LANES, 1)
+#undef EXCHANGE
 }
 
 INLINE f32x16 max_vec(f32x16 a, f32x16 b) {

@@ -75,7 +75,7 @@ INLINE void shrink_row(const bf16 *a, const bf16 *x, int64_t n, int64_t ranks, f
 
 /* Transposes 32 inputs of `ranks` rows of A to [16 pairs, 16 ranks]. Missing inputs and ranks are 0. */
 INLINE void turn_ranks(const bf16 *a, int64_t n, int64_t ranks, bf16 *turned) {
-    f32x16 v[LANES];
+    fvec v[WIDTH];
     for (int r = 0; r < TILE_ROWS; r++)
         v[r] = r < ranks ? load_f32((const float *)(a + r * n)) : (f32x16){0};
     transpose(v);
