@@ -5,6 +5,7 @@ Its declaration needs no torch, so that adapters can be checked at startup befor
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 import subprocess
@@ -15,13 +16,14 @@ from typing import Any
 import pytest
 import torch
 from builders.adapters import base_of, read_adapter, sizes_of, tiny_llama
+from builders.methods import make_config, save_adapter
 from method_oracle import check_greedy, prompt_of, twin
 from safetensors.torch import save_file
 from said import says
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.server.adapters import methods
-from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
+from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE, AdapterRef
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.methods.check import check_files
 from turret.server.adapters.methods.lower import lower_checkpoint
@@ -125,6 +127,84 @@ def test_a_method_cannot_forget_the_limit_on_ranks(
         check_files(directory, "a", base=sizes, base_name=None, max_rank=5)
         with pytest.raises(BudgetExceededError, check=says("RANK_OVER_LIMIT", rank=5, max_rank=4)):
             check_files(directory, "a", base=sizes, base_name=None, max_rank=4)
+
+
+NEW_OPERATOR = '''
+"""``Δ(x) = s ⊙ tanh(W x)``: not linear in ``x``, and without a kernel on any path."""
+
+from dataclasses import dataclass
+
+from turret.server.adapters.methods.kit import *
+from turret.server.adapters.operators.operator import Operator
+
+
+@dataclass(frozen=True, slots=True)
+class Squashed(Operator):
+    name = "squashed"
+    has_dense = False
+
+    scale: torch.Tensor
+
+    def add(self, y, x, base, weight):
+        y += base.result.float().tanh() * self.scale.float() * weight
+
+
+METHOD = LinearMethod(
+    name="squash",
+    peft_types={"SQUASH"},
+    rank=None,
+    tensors={"scale": (OUT,)},
+    operators=lambda m: Squashed(m.tensors["scale"]),
+)
+'''
+_MIX = (AdapterRef(name="squash", weight=0.5), AdapterRef(name="lora", weight=-0.7))
+
+
+class _Squash(torch.nn.Module):
+    """A module of transformers with the new operator."""
+
+    def __init__(self, base: torch.nn.Module, scale: torch.Tensor) -> None:
+        super().__init__()
+        self.base, self.scale = base, scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.base(x)
+        return y + self.scale * y.tanh()
+
+
+@pytest.mark.parametrize(
+    ("path", "dtype"), [("torch", "float32"), ("gpu", "float32"), ("cpu", "bfloat16")]
+)
+@pytest.mark.usefixtures("coarse_tiles")
+async def test_an_operator_without_kernels_is_served_and_mixed(
+    path: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve("squash", NEW_OPERATOR, tmp_path, monkeypatch)
+    base = twin("llama", getattr(torch, dtype))
+    root = tmp_path / "adapters"
+    modules = [f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1)]
+    scale = torch.linspace(-2, 2, 128)
+    config = {"peft_type": "SQUASH", "target_modules": ["down_proj"]}
+    save(root / "squash", config, {f"{module}.scale": scale.clone() for module in modules})
+    save_adapter(base.model, make_config("lora"), root / "lora")
+    oracle = copy.deepcopy(base.model)
+    for module in modules:
+        parent = oracle.get_submodule(module.rpartition(".")[0])
+        parent.down_proj = _Squash(parent.down_proj, scale)
+    prompt = prompt_of(9)
+    requests: list[tuple[AdapterRef | str, ...]] = [("squash",), ("lora",), (), _MIX]
+    names = ["squash", "lora"]
+    async with EngineHarness.start(
+        base.folder, root, adapters=names, dtype=dtype, gpu=path == "gpu"
+    ) as harness:
+        answers = await asyncio.gather(
+            *(harness.run(make_request(prompt, *refs)) for refs in requests)
+        )
+        alone = [await harness.run(make_request(prompt, *refs)) for refs in requests]
+    assert [answer.bits for answer in answers] == [answer.bits for answer in alone]
+    assert len({answer.logprobs for answer in answers}) == len(requests)
+    if dtype == "float32":
+        check_greedy(answers[0], oracle, prompt, "squash")
 
 
 WITHOUT_TORCH = """
