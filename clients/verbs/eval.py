@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,10 +54,12 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
         raise ValueError(say("NO_MIX", flag=flag))
     if len({mix_name(mix) for mix in mixes}) < len(mixes):
         raise ValueError(say("SAME_MIX_TWICE"))
-    for flag, path in (("--plot", args.plot), ("--answers", args.answers)):
-        if path is not None:
-            _check_output(flag, path, args.data)
     examples, options = read_test_set(args)
+    for path in filter(None, (args.plot, args.answers)):
+        if path.exists() and path.samefile(args.data):
+            raise ValueError(say("IS_TEST_SET", path=path))
+        # A file that cannot be written is reported before the first call.
+        path.open("a").close()
     reports = judge(args, client, examples, mixes, options)
     if args.json:
         print_json([_figures(report) for report in reports])
@@ -95,21 +96,6 @@ def read_test_set(args: argparse.Namespace) -> tuple[list[EvalExample], EvalOpti
     if "label_accuracy" in options.metrics:
         _check_labels(args.data, examples, options.labels)
     return examples, options
-
-
-def _check_output(flag: str, path: Path, data: Path) -> None:
-    """Reject an output file that cannot be written or is the test set, before the first call."""
-    problem = None
-    if path.exists() and data.exists() and path.samefile(data):
-        problem = say("IS_TEST_SET", path=path)
-    elif path.is_dir():
-        problem = say("PATH_IS_A_DIRECTORY", path=path)
-    elif not path.parent.is_dir():
-        problem = say("FOLDER_MISSING", path=path.parent)
-    elif not os.access(path if path.exists() else path.parent, os.W_OK):
-        problem = say("PATH_NOT_WRITABLE", path=path)
-    if problem is not None:
-        raise ValueError(say("FLAG_PATH_UNUSABLE", flag=flag, problem=problem))
 
 
 def judge(

@@ -222,13 +222,11 @@ def test_a_file_that_is_no_jsonl_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("data", "place", "reason"),
     [
-        (b'[{"text": "a"}]\n', "", "FILE_IS_AN_ARRAY_OF_OBJECTS"),
-        (b'["a", "b"]\n', "", "FILE_IS_AN_ARRAY"),
-        (b'[\n  {"text": "a"}\n]\n', "", "FILE_IS_AN_ARRAY_OF_OBJECTS"),
-        ('{"text": "a"}\n'.encode("utf-16"), "", "FILE_IS_UTF16"),
-        (b"prompt,completion\na,b\n", "", "FILE_IS_A_TABLE"),
-        (b'"prompt"\t"completion"\n"a"\t"b"\n', "", "FILE_IS_A_TABLE"),
-        (gzip.compress(b'{"text": "a"}\n', mtime=0), "", "FILE_IS_COMPRESSED"),
+        (b'[{"text": "a"}]\n', ":1: line", "NOT_AN_EXAMPLE"),
+        (b'[\n  {"text": "a"}\n]\n', ":1: column 2", "LINE_NOT_JSON"),
+        ('{"text": "a"}\n'.encode("utf-16"), ":1: byte 1", "NOT_UTF8"),
+        (b'"prompt"\t"completion"\n"a"\t"b"\n', ":1: column 10", "LINE_NOT_JSON"),
+        (gzip.compress(b'{"text": "a"}\n', mtime=0), ":1: byte 2", "NOT_UTF8"),
         (b'{"prompt": "a", "completion": "b", "prompt": "c"}', ":1: prompt", "DUPLICATE_KEY"),
         # Python's parser raises a different error for each of them.
         (b"{" + b'"text": {' * 100_000, ":1: line", "NOT_JSON"),
