@@ -34,7 +34,7 @@ from turret.clients.verbs.command import (
     with_client,
 )
 from turret.clients.verbs.flags import Flags, adapter_weight, flags_parser, shared
-from turret.clients.verbs.tables import print_table, table_of, terminal
+from turret.clients.verbs.tables import print_table, table_of
 from turret.clients.words import say
 
 _DESCRIPTION = """\
@@ -162,30 +162,16 @@ def _check_labels(path: Path, examples: Sequence[EvalExample], labels: Sequence[
 
 def print_reports(reports: Sequence[MixReport]) -> None:
     """Print a row for each mix, and what the brackets mean."""
-    console = terminal()
-    table = _table(reports, " ")
-    anywhere = console.options.update(width=10_000)
-    if console.measure(table, options=anywhere).maximum > console.width:
-        # A figure is unreadable if a line breaks inside its interval.
-        table = _table(reports, "\n")
-    print_table(table)
+    rows = [
+        (report.mix, *(_cell(metric, figure) for metric, figure in report.metrics.items()))
+        for report in reports
+    ]
+    headings = [metric.replace("_", " ") for metric in reports[0].metrics]
+    print_table(table_of({"mix": "text", **dict.fromkeys(headings, "number")}, rows))
     # Print no caption: a narrow table would break it.
     figures = (figure for report in reports for figure in report.metrics.values())
     unknown = "; [?] if too few or too alike" if any(f.low is None for f in figures) else ""
     print(f"{reports[0].extent}; 95 % confidence intervals in brackets{unknown}")
-
-
-def _table(reports: Sequence[MixReport], gap: str) -> Table:
-    """A row per mix; ``gap`` separates a figure and its interval."""
-    rows = [
-        (report.mix, *(_cell(metric, figure, gap) for metric, figure in report.metrics.items()))
-        for report in reports
-    ]
-    headings = [metric.replace("_", " ") for metric in reports[0].metrics]
-    table = table_of({"mix": "text", **dict.fromkeys(headings, "number")}, rows)
-    for column, cells in zip(table.columns[1:], list(zip(*rows, strict=True))[1:], strict=True):
-        column.min_width = max(len(line) for cell in cells for line in cell.split("\n"))
-    return table
 
 
 def _figures(report: MixReport) -> dict[str, object]:
@@ -202,17 +188,17 @@ def _label_table(reports: Sequence[MixReport]) -> Table:
     for label in sorted({label for report in reports for label in report.labels}):
         figures = (report.labels.get(label) for report in reports)
         rows.append((label, *("" if each is None else f"{each.f1:.1%}" for each in figures)))
-    mixes = {report.mix: "long number" for report in reports}
+    mixes = {report.mix: "number" for report in reports}
     return table_of({"label": "text", **mixes}, rows, caption="F1 of each label")
 
 
-def _cell(metric: str, figure: Estimate, gap: str) -> str:
+def _cell(metric: str, figure: Estimate) -> str:
     is_ratio = metric != "perplexity"
     value = f"{figure.value:.1%}" if is_ratio else _plain(figure.value, 4)
     if figure.low is None or figure.high is None:
-        return f"{value}{gap}[?]"
+        return f"{value} [?]"
     low, high = (f"{x:.0%}" if is_ratio else _plain(x, 3) for x in (figure.low, figure.high))
-    return f"{value}{gap}[{low}, {high}]"
+    return f"{value} [{low}, {high}]"
 
 
 def _plain(number: float, digits: int) -> str:
