@@ -103,8 +103,6 @@ def _leave(code: int) -> NoReturn:
     nanobind's) would also add their findings to the end of the log.
     """
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -113,9 +114,7 @@ def with_client(
             _print_details(error, args)
             return 1
         except BrokenPipeError:
-            # The reader has closed the output, so nothing may be written there at exit either.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141
+            raise
         except (OSError, UnfinishedAnswerError) as error:
             print_error(error, args)
             return 1
@@ -157,7 +156,8 @@ def print_error(
         args: The flags that were given.
         hints: Advice by the reason of an error.
     """
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        print(end="", flush=True)
     print(f"error: {_line_of(error, args or argparse.Namespace(), hints)}", file=sys.stderr)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,9 @@ def introduce(settings: Settings[Any], config: Any) -> None:
     if config.log.log_format == "text":
         lines = settings.lines(config, with_defaults=with_defaults)
         said = "\n".join([f"turret {turret.__version__}", *lines])
-        print(said, file=sys.stderr, flush=True)
+        # A server serves on after the reader of its log has left.
+        with contextlib.suppress(BrokenPipeError):
+            print(said, file=sys.stderr, flush=True)
         return
     import logging
 
