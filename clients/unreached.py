@@ -37,11 +37,11 @@ _ANSWERED = {
     # certificate.
     "Socket closed": "CONNECTION_CLOSED",
 }
-# Reasons for calls that no turret server accepted. For those in ANSWERED, something else listens at
-# the address. UNREACHED also includes those where nothing listens, or where the connection or the
-# answer was interrupted.
-ANSWERED = frozenset(("CLIENT_CERTIFICATE", *_ANSWERED.values()))
-UNREACHED = ANSWERED | {"NOT_REACHED", "CONNECTION_LOST", "ANSWER_CUT"}
+# Reasons for calls that no turret server accepted: something else listens at the address, nothing
+# does, or the connection or the answer was interrupted.
+UNREACHED = frozenset(
+    ("CLIENT_CERTIFICATE", *_ANSWERED.values(), "NOT_REACHED", "CONNECTION_LOST", "ANSWER_CUT")
+)
 
 
 def cause_of(code: grpc.StatusCode, said: str) -> tuple[grpc.StatusCode, str, str]:
