@@ -7,17 +7,15 @@ TEXTS = {
     # Arguments.
     "NOT_OF_TYPE": "must be {wanted}, not {value}",
     "REQUIRED_WITH": "is required with {other}",
-    "TOO_LARGE_FOR_A_FLOAT": "is too large for a float: {value}",
     "NOT_ASCII": "must be printable ASCII",
     "INCLUDES_BEARER": "must not include the word Bearer",
     "NOT_A_PLAIN_NAME": '{value!q} is not an adapter name; pass a weight as ("name", weight)',
     "NOT_A_MIX_MEMBER": "{value!q} is not NAME[@GENERATION][=WEIGHT]",
     "HTTP_MIX": "{value!q} is not NAME[@GENERATION][=WEIGHT]; pass the adapters of a mix one by"
     " one: {members}",
-    "INVALID_ADAPTER": "{value}: {problem}",
+    "UNFIT": "{value}: {problem}",
     "UNKNOWN_OPTIONS": "unknown options: {names}",
     "UNKNOWN_MESSAGE_KEY": "unknown key {value!q}; known are {choices}",
-    "SINGLE_PROMPT": "must be a list of prompts, not a single prompt",
     "SINGLE_MESSAGE": "must be a list of messages, not a single message",
     # Calls that no turret server has answered.
     "REQUEST_ABOVE_LIMIT": "the request has {size} bytes, more than the {most} that the server"

@@ -19,7 +19,7 @@ from turret.clients.errors import (
     TurretRpcError,
     UnavailableError,
 )
-from turret.clients.messages.fields import ArgumentTypeError, ArgumentValueError, as_whole
+from turret.clients.messages.fields import ArgumentTypeError, ArgumentValueError
 from turret.clients.words import say
 from turret.v1 import adapters_pb2
 
@@ -52,7 +52,7 @@ class RetryPolicy:
     unreached: bool = True
 
     def __post_init__(self) -> None:
-        if as_whole("max_retries", self.max_retries) < 0:
+        if not isinstance(self.max_retries, int) or self.max_retries < 0:
             text = say("TOO_SMALL", least=0, value=self.max_retries)
             raise ArgumentValueError("max_retries", text)
 

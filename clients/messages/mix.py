@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 
-from turret.clients.messages.fields import (
-    ArgumentTypeError,
-    ArgumentValueError,
-    check_text,
-    not_of_type,
-)
+from turret.clients.messages.fields import ArgumentValueError, check_text, named, not_of_type
 from turret.clients.words import Text, say
 from turret.v1 import adapters_pb2
 
@@ -36,14 +30,6 @@ class AdapterWeight:
     name: str
     weight: float = 1.0
     generation: int | None = None
-
-    def __post_init__(self) -> None:
-        check_text("name", self.name)
-        # A bool is an int in Python, so protobuf would accept it.
-        if not isinstance(self.weight, Real) or isinstance(self.weight, bool):
-            raise ArgumentTypeError("weight", say("NOT_A_NUMBER", value=repr(self.weight)))
-        if not isinstance(self.generation, int | None) or isinstance(self.generation, bool):
-            raise not_of_type("generation", "a whole number or None", self.generation)
 
     @classmethod
     def parse(cls, text: str) -> AdapterWeight:
@@ -113,20 +99,14 @@ def _to_proto(adapter: object) -> adapters_pb2.AdapterWeight:
         case AdapterWeight():
             member = adapter
         case (name, weight):
-            try:
-                member = AdapterWeight(name, weight)
-            except TypeError:
-                raise not_of_type("adapters", _FORMS, adapter) from None
+            member = AdapterWeight(name, weight)
         case _:
             raise not_of_type("adapters", _FORMS, adapter)
     made = adapters_pb2.AdapterWeight(name=_plain_name(member.name))
-    try:
-        made.weight = float(member.weight)
+    with named("adapters", adapter):
+        made.weight = member.weight
         if member.generation is not None:
             made.generation = member.generation
-    except (ValueError, OverflowError) as error:
-        text = say("INVALID_ADAPTER", value=repr(adapter), problem=error)
-        raise ArgumentValueError("adapters", text) from None
     return made
 
 

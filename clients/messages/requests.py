@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Real
 from typing import Any, SupportsIndex, TypedDict, TypeVar
 
 from turret.clients.messages.fields import (
     ArgumentTypeError,
-    ArgumentValueError,
     as_json,
-    as_whole,
     check_text,
-    extend_ids,
-    extend_texts,
+    extend,
     fill,
     given,
+    named,
     not_of_type,
     several,
 )
@@ -124,8 +120,6 @@ _RENDERING = (
 )
 _CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
 _PROMPTS = "text, token ids or messages"
-# Maximum number of seconds that fits a message; the server checks its own limit.
-_MOST_SECONDS = 1e9
 _Request = TypeVar("_Request")
 
 
@@ -165,14 +159,11 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
     for part in (request.sampling, request.stop, request.options):
         scalars = set(part.DESCRIPTOR.fields_by_name) - {"logit_bias", "stop_token_ids"}
         fill(part, {name: value for name, value in values.items() if name in scalars})
-    _set_bias(request.sampling, values.get("logit_bias", {}))
-    stop = values.get("stop", ())
-    stops = (
-        [stop] if isinstance(stop, str) else several("stop", stop, "a string or a list of strings")
-    )
-    extend_texts("stop", request.stop.stop_strings, stops)
-    ids = several("stop_token_ids", values.get("stop_token_ids", ()), "a list of token ids")
-    extend_ids("stop_token_ids", request.stop.stop_token_ids, ids)
+    bias, stop = values.get("logit_bias", {}), values.get("stop", ())
+    with named("logit_bias", bias):
+        request.sampling.logit_bias.update(bias)
+    extend("stop", request.stop.stop_strings, [stop] if isinstance(stop, str) else stop)
+    extend("stop_token_ids", request.stop.stop_token_ids, values.get("stop_token_ids", ()))
     _set_constraint(request, values)
     for index, tool in enumerate(several("tools", values.get("tools", ()), "a list of tools")):
         _check_is_chat(request, "tools")
@@ -190,19 +181,6 @@ def _check_is_chat(request: inference_pb2.GenerateRequest, name: str) -> None:
         raise ArgumentTypeError(name, say("NEEDS_FIELD", other="messages"))
 
 
-def _set_bias(sampling: inference_pb2.SamplingParams, bias: Any) -> None:
-    wanted = "a mapping from token ids to numbers"
-    if not isinstance(bias, Mapping):
-        raise not_of_type("logit_bias", wanted, bias)
-    for token_id, number in bias.items():
-        try:
-            sampling.logit_bias[as_whole("logit_bias", token_id)] = number
-        except (TypeError, ValueError, OverflowError) as error:
-            kind = ArgumentTypeError if isinstance(error, TypeError) else ArgumentValueError
-            text = say("NOT_OF_TYPE", wanted=wanted, value=f"{token_id!r} to {number!r}")
-            raise kind("logit_bias", text) from None
-
-
 def _set_constraint(request: inference_pb2.GenerateRequest, values: Mapping[str, Any]) -> None:
     names = [name for name in _CONSTRAINTS if name in values]
     if len(names) > 1:
@@ -211,7 +189,7 @@ def _set_constraint(request: inference_pb2.GenerateRequest, values: Mapping[str,
         value = values[name]
         if name == "choice":
             request.choice.SetInParent()
-            extend_texts(name, request.choice.texts, several(name, value, "a list of strings"))
+            extend(name, request.choice.texts, value)
             continue
         fill(request, {name: _json(name, value) if name == "json_schema" else value})
 
@@ -226,14 +204,8 @@ def _json(name: str, value: Any) -> str:
 
 
 def set_inputs(request: Any, inputs: str | Sequence[Prompt]) -> None:
-    """Add an ``Input`` for each prompt; a plain text is the only one.
-
-    Raises:
-        TypeError: The value is a single prompt of token ids or turns instead of a list of prompts.
-    """
+    """Add an ``Input`` for each prompt; a plain text is the only one."""
     prompts = [inputs] if isinstance(inputs, str) else _items("inputs", inputs)
-    if prompts and (all(map(_is_whole, prompts)) or all(isinstance(p, Mapping) for p in prompts)):
-        raise ArgumentTypeError("inputs", say("SINGLE_PROMPT"))
     for index, prompt in enumerate(prompts):
         set_input(
             request.inputs.add(), prompt, "inputs" if prompt is inputs else f"inputs[{index}]"
@@ -261,11 +233,9 @@ def set_input(request: Any, prompt: Prompt, place: str = "") -> None:
     items = _items(name, prompt)
     if any(map(is_like_a_turn, items)):
         request.chat.messages.extend(to_messages(place or "messages", items))
-    elif items and (any(isinstance(i, str) for i in items) or not any(map(_is_whole, items))):
-        raise not_of_type(name, _PROMPTS, prompt)
     else:
         request.token_ids.SetInParent()
-        extend_ids(name, request.token_ids.ids, items)
+        extend(name, request.token_ids.ids, items)
 
 
 def _items(name: str, value: Any) -> list[Any]:
@@ -276,32 +246,15 @@ def _items(name: str, value: Any) -> list[Any]:
         raise not_of_type(name, _PROMPTS, value) from None
 
 
-def _is_whole(item: object) -> bool:
-    """Whether an item can be a token id: an int, or an integer of numpy or torch."""
-    if isinstance(item, bool) or getattr(item, "ndim", 0):
-        return False
-    try:
-        operator.index(item)  # type: ignore[arg-type]
-    except TypeError:
-        return False
-    return True
-
-
-def _set_path(request: Any, path: object) -> None:
-    if not isinstance(path, str | os.PathLike):
-        raise not_of_type("path", "a path", path)
-    fill(request, {"path": os.fspath(path)})
+def _set_path(request: Any, path: Any) -> None:
+    with named("path", path):
+        request.path = os.fspath(path)
 
 
 def _set_drain(request: Any, seconds: float | None) -> None:
-    if seconds is None:
-        return
-    is_number = isinstance(seconds, Real) and not isinstance(seconds, bool)
-    if not is_number or not abs(seconds) < _MOST_SECONDS:
-        kind = ArgumentValueError if is_number else ArgumentTypeError
-        wanted = "a number of seconds from 0 to 3600"
-        raise kind("drain_seconds", say("NOT_OF_TYPE", wanted=wanted, value=repr(seconds)))
-    request.timeout.FromNanoseconds(round(float(seconds) * 1e9))
+    if seconds is not None:
+        with named("drain_seconds", seconds):
+            request.timeout.FromNanoseconds(round(seconds * 1e9))
 
 
 # Arguments that are not simply the value of a scalar field of the same name.

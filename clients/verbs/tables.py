@@ -30,7 +30,7 @@ _MOST_LABELS = 20
 
 def print_adapters(adapters: Iterable[Adapter]) -> None:
     """Print one row per adapter."""
-    columns = dict.fromkeys(("name", "method", "ranks", "where"), "text")
+    columns: dict[str, str] = dict.fromkeys(("name", "method", "ranks", "where"), "text")
     columns |= dict.fromkeys(("gen.", "in use", "size"), "number")
     rows = (
         (

@@ -63,7 +63,7 @@ def test_administrative_calls_name_the_argument_that_is_wrong(client: TurretClie
         lambda: client.adapters.load("a", 3),  # type: ignore[arg-type]
         lambda: client.adapters.replace("a", 3),  # type: ignore[arg-type]
     ):
-        with pytest.raises(TypeError, match=r"^path: .* 3$"):
+        with pytest.raises(TypeError, match=r"^path: 3: "):
             call()
     with pytest.raises(TypeError, match=r"^name: .* 3$"):
         client.adapters.unload(3)  # type: ignore[arg-type]
@@ -78,7 +78,7 @@ def test_administrative_calls_name_the_argument_that_is_wrong(client: TurretClie
         with pytest.raises(TypeError, match=f"^{complaint}"):
             client_call()
     for seconds in (math.nan, math.inf, 1e30, 10**400):
-        said = f"^drain_seconds: .* {re.escape(str(seconds))}$"
+        said = f"^drain_seconds: {re.escape(str(seconds)[:60])}: "
         with pytest.raises(ValueError, match=said):
             client.adapters.unload("a", drain_seconds=seconds)
     with pytest.raises(ValueError, match=r'^mode: .* drain, force, .*"x"$'):
@@ -94,7 +94,6 @@ def test_administrative_calls_name_the_argument_that_is_wrong(client: TurretClie
     ("prompt", "options", "complaint"),
     [
         ("a", {"json_schema": {"type": object}}, "json_schema: "),
-        ("a", {"max_tokens": True}, "max_tokens: "),
         ("a", {"tools": 5}, "tools: "),
         ("a", {"stop": 3}, "stop: "),
         ("a", {"stop_token_ids": 3}, "stop_token_ids: "),
@@ -110,7 +109,6 @@ def test_administrative_calls_name_the_argument_that_is_wrong(client: TurretClie
         ("a", {"stop_token_ids": [1, "b"]}, "stop_token_ids: "),
         ("a", {"logit_bias": {5: "b"}}, "logit_bias: "),
         (["hi"], {}, r"prompt: "),
-        ([True], {}, r"prompt: "),
         (
             [("user", "a")],
             {"tools": [{"function": {"name": "x", "parameters": {"a": object}}}]},
