@@ -511,6 +511,13 @@ def _few_parts(value: Any, *place: str) -> Any:
     return value
 
 
+def or_text(schema: dict[str, Any]) -> None:
+    """Changes the schema of a list to accept a text, which stands for a list of one."""
+    kept = ("type", "items", "minItems", "maxItems")
+    items = {name: schema.pop(name) for name in kept if name in schema}
+    schema["anyOf"] = [{"type": "string"}, items]
+
+
 def _content(*kinds: str) -> WithJsonSchema:
     part = {
         "type": "object",
