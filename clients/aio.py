@@ -165,7 +165,7 @@ class InferenceBase(ServiceClient):
         self._resume = resume
         is_policy = isinstance(max_retries, RetryPolicy)
         policy = max_retries if is_policy else RetryPolicy(max_retries)
-        self._settings = CallSettings.of(token, timeout, policy, tls)
+        self._settings = CallSettings.of(token, timeout, policy)
         check_address(address, tls)
         if admin_address is not None:
             check_address(admin_address, tls, "admin_address")

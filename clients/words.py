@@ -27,11 +27,7 @@ TEXTS = {
     "NOT_RESOLVED": "no turret server answers at {place} (the host or port is unknown)",
     "NOT_ANSWERED": "no turret server answers ({why})",
     "NOT_GRPC": "the server at {place} does not speak gRPC",
-    "PEM_UNREADABLE": "no connection to {place} was made: a certificate or key cannot be read",
-    "TLS_UNSUPPORTED": "the server at {place} does not support TLS",
-    "CERTIFICATE_UNTRUSTED": "the server at {place} presents a certificate that the given roots did"
-    " not sign",
-    "CERTIFICATE_NAME": "the server at {place} presents a certificate for another name",
+    "TLS_FAILED": "no secure connection to {place} was made ({why})",
     "CONNECTION_CLOSED": "the server at {place} closed the connection",
     "CLOSED_DURING_CALL": "the client was closed while the call was running",
     "ANSWER_CUT": "the server is shutting down and ended the answer early",
@@ -39,9 +35,6 @@ TEXTS = {
     "CLIENT_CLOSED": "the client is closed",
     "OTHER_EVENT_LOOP": "this AsyncTurretClient belongs to another event loop",
     "NO_EVENT_LOOP": "no event loop is running; use AsyncTurretClient inside an async function",
-    "NO_PEM": "has no PEM data",
-    "NO_PRIVATE_KEY": "has no private key",
-    "NO_CERTIFICATE": "has no certificate",
     "ADDRESS_WITHOUT_PORT": "{value!q} is not HOST:PORT; the port is missing",
     "ADDRESS_WITH_SCHEME": "{value!q} is not HOST:PORT; omit {scheme}",
     # Directories of adapters.

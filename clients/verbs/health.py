@@ -87,7 +87,7 @@ def ask(
     Raises:
         TurretRpcError: The server does not answer.
     """
-    call = CallSettings.of(token, timeout_seconds, RetryPolicy(0), tls)
+    call = CallSettings.of(token, timeout_seconds, RetryPolicy(0))
     check_address(address, tls)
     with open_channel(grpc, address, tls) as channel:
         try:

@@ -68,7 +68,7 @@ def test_health_does_not_wait_for_what_does_not_change(
     assert capsys.readouterr().err.startswith("error: NOT_FOUND")
     # Something else answers at the address, or nothing listens on the port yet.
     assert parse_and_run("health", "--address", address, "--tls", "--wait", "0.1") == 1
-    assert capsys.readouterr().err.startswith("error: UNAVAILABLE (TLS_UNSUPPORTED): ")
+    assert capsys.readouterr().err.startswith("error: UNAVAILABLE (TLS_FAILED): ")
     assert parse_and_run("health", "--address", "127.0.0.1:1", "--wait", "0.1") == 1
     assert capsys.readouterr().err.startswith("error: UNAVAILABLE (NOT_REACHED): ")
 

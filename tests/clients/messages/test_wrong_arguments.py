@@ -20,7 +20,6 @@ from servers.fake_turret import SAME, FakeTurret
 
 from turret.clients import channel
 from turret.clients.aio import AsyncTurretClient
-from turret.clients.channel import Tls
 from turret.clients.client import TurretClient, TurretRpcError
 from turret.clients.errors import FieldViolation, InvalidArgumentError, UnavailableError
 from turret.clients.hints import HINTS
@@ -145,7 +144,6 @@ def test_other_calls_name_the_argument_that_is_wrong(client: TurretClient):
         (lambda: asked.embed("a", pooling=["b"]), r"pooling: "),
         (lambda: asked.classify("a", adapters="b", request_id=3), "request_id: "),
         (lambda: asked.adapters.load("a", "b", pinned="c"), "pinned: "),
-        (lambda: Tls(ca="a"), "ca: "),  # type: ignore[arg-type]
     ):
         with pytest.raises(TypeError, match=f"^{complaint}"):
             call()
@@ -154,7 +152,6 @@ def test_other_calls_name_the_argument_that_is_wrong(client: TurretClient):
         (lambda: asked.generate_stream("a", timeout=math.nan), "timeout: "),
         (lambda: asked.adapters.get("a", timeout=0), "timeout: "),
         (lambda: asked.embed("a", pooling="b"), "pooling: "),
-        (lambda: Tls(ca=b"a"), "ca: "),
         (lambda: asked.chat("a", regex="b", choice=["b"]), ".* regex, choice"),
         (lambda: asked.chat([]), "messages: "),
     ):

@@ -160,7 +160,7 @@ def test_errors_say_what_to_do_next(run: Run, server: FakeTurret, capsys):
     err = capsys.readouterr().err
     assert err.startswith("error: UNIMPLEMENTED: Method not found!; check that 127.0.0.1:")
     err = run("health", "--tls")[2]
-    assert err.startswith("error: UNAVAILABLE (TLS_UNSUPPORTED): ")
+    assert err.startswith("error: UNAVAILABLE (TLS_FAILED): ")
     server.inference.wants_token = True
     err = run("generate", "a")[2]
     assert err == f"error: UNAUTHENTICATED: the token is unknown; {HINTS['UNAUTHENTICATED']}\n"
