@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, SupportsIndex, TypedDict, TypeVar
 
 from turret.clients.messages.fields import (
@@ -111,11 +112,9 @@ class GenerateOptions(TypedDict, total=False):
     chat_template: str | None
 
 
-_KWARGS = "chat_template_kwargs"
-_RENDERING = (
-    _KWARGS,
-    "add_generation_prompt",
-    "continue_final_message",
+# Options of conversations only.
+_OF_CHATS = (
+    *("tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"),
     "chat_template",
 )
 _CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
@@ -128,8 +127,8 @@ def filled(request: _Request, **values: Any) -> _Request:
 
     Args:
         request: An empty message.
-        **values: The values by the names of its fields. None leaves an optional field unset;
-            ``prompt`` and ``inputs`` take any form of a prompt.
+        **values: The values by the names of its fields, or of those of a message in it. None
+            leaves an optional field unset; ``prompt`` and ``inputs`` take any form of a prompt.
 
     Raises:
         TypeError: A value has the wrong type.
@@ -139,7 +138,16 @@ def filled(request: _Request, **values: Any) -> _Request:
         if convert := _CONVERSIONS.get(name):
             convert(request, value)
         elif value is not None or name == "name":
-            fill(request, {name: value})
+            fill(_part_with(request, name), {name: value})
+    return request
+
+
+def _part_with(request: Any, name: str) -> Any:
+    """The message that has a field: the request, or one of the messages in it."""
+    for field in request.DESCRIPTOR.fields:
+        part = None if field.is_repeated else field.message_type
+        if part is not None and name in part.fields_by_name:
+            return getattr(request, field.name)
     return request
 
 
@@ -151,47 +159,36 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
         names = ", ".join(sorted(unknown))
         raise TypeError(say("UNKNOWN_OPTIONS", names=names, closest=near))
     values = given(**options)
-    request = inference_pb2.GenerateRequest()
-    filled(request, adapters=values.get("adapters", ()), request_id=values.get("request_id"))
-    set_input(request, prompt)
+    constraints = [name for name in _CONSTRAINTS if name in values]
+    if len(constraints) > 1:
+        raise ValueError(say("SEVERAL_CONSTRAINTS", names=", ".join(constraints)))
     if values.get("top_n"):
         values.setdefault("logprobs", True)
-    for part in (request.sampling, request.stop, request.options):
-        scalars = set(part.DESCRIPTOR.fields_by_name) - {"logit_bias", "stop_token_ids"}
-        fill(part, {name: value for name, value in values.items() if name in scalars})
-    bias, stop = values.get("logit_bias", {}), values.get("stop", ())
+    request = inference_pb2.GenerateRequest()
+    set_input(request, prompt)
+    for name in _OF_CHATS:
+        if values.get(name) not in (None, []) and request.WhichOneof("input") != "chat":
+            raise ArgumentTypeError(name, say("NEEDS_FIELD", other="messages"))
+    return filled(request, **values)
+
+
+def _set_bias(request: Any, bias: Any) -> None:
     with named("logit_bias", bias):
         request.sampling.logit_bias.update(bias)
-    extend("stop", request.stop.stop_strings, [stop] if isinstance(stop, str) else stop)
-    extend("stop_token_ids", request.stop.stop_token_ids, values.get("stop_token_ids", ()))
-    _set_constraint(request, values)
-    for index, tool in enumerate(several("tools", values.get("tools", ()), "a list of tools")):
-        _check_is_chat(request, "tools")
+
+
+def _set_choice(request: Any, choice: Any) -> None:
+    request.choice.SetInParent()
+    extend("choice", request.choice.texts, choice)
+
+
+def _set_tools(request: Any, tools: Any) -> None:
+    for index, tool in enumerate(several("tools", tools, "a list of tools")):
         request.chat.tools.append(to_tool(f"tools[{index}]", tool))
-    for name in _RENDERING:
-        if name in values:
-            _check_is_chat(request, name)
-            value = values[name]
-            fill(request.chat, {name: _json(name, value) if name == _KWARGS else value})
-    return request
 
 
-def _check_is_chat(request: inference_pb2.GenerateRequest, name: str) -> None:
-    if request.WhichOneof("input") != "chat":
-        raise ArgumentTypeError(name, say("NEEDS_FIELD", other="messages"))
-
-
-def _set_constraint(request: inference_pb2.GenerateRequest, values: Mapping[str, Any]) -> None:
-    names = [name for name in _CONSTRAINTS if name in values]
-    if len(names) > 1:
-        raise ValueError(say("SEVERAL_CONSTRAINTS", names=", ".join(names)))
-    for name in names:
-        value = values[name]
-        if name == "choice":
-            request.choice.SetInParent()
-            extend(name, request.choice.texts, value)
-            continue
-        fill(request, {name: _json(name, value) if name == "json_schema" else value})
+def _set_json(name: str, request: Any, value: Any) -> None:
+    fill(_part_with(request, name), {name: _json(name, value)})
 
 
 def _json(name: str, value: Any) -> str:
@@ -264,4 +261,14 @@ _CONVERSIONS: dict[str, Callable[[Any, Any], None]] = {
     "inputs": set_inputs,
     "path": _set_path,
     "drain_seconds": _set_drain,
+    "stop": lambda request, stop: extend(
+        "stop", request.stop.stop_strings, [stop] if isinstance(stop, str) else stop
+    ),
+    "stop_token_ids": lambda request, ids: extend(
+        "stop_token_ids", request.stop.stop_token_ids, ids
+    ),
+    "logit_bias": _set_bias,
+    "choice": _set_choice,
+    "tools": _set_tools,
+    **{name: partial(_set_json, name) for name in ("json_schema", "chat_template_kwargs")},
 }
