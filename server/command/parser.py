@@ -16,7 +16,6 @@ from turret.words import SUGGESTION, TEXTS, Text
 EXIT_USAGE = 2
 # Arguments that take a text.
 _TEXT_ARGUMENTS = ("prompt", "texts")
-_NUMBERS: Mapping[Any, str] = {int: "a whole number", float: "a number"}
 
 
 def _suggestion(meant: str | None) -> str:
@@ -86,16 +85,6 @@ class CommandParser(argparse.ArgumentParser):
             EXIT_USAGE,
             f"{self.prog}: error: {message}\nrun `{self.prog} --help` for help\n",
         )
-
-    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        """Convert as argparse does, but without the name of Python's type in the error."""
-        kind = _NUMBERS.get(action.type)
-        if kind is None:
-            return super()._get_value(action, arg_string)  # type: ignore[misc]
-        try:
-            return action.type(arg_string)  # type: ignore[operator]
-        except ValueError:
-            raise argparse.ArgumentError(action, f"{arg_string!r} is not {kind}") from None
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Check as argparse does, but suggest the closest choice."""

@@ -19,7 +19,7 @@ from turret.server.errors import (
 )
 from turret.server.http.choices import blamed_on
 from turret.server.http.endpoint import Exchange
-from turret.server.http.tinker.door import Door, body_of, session_gone
+from turret.server.http.tinker.door import Door, session_gone
 from turret.server.http.tinker.schemas import CreateSampler, Sample
 from turret.server.http.tinker.wire import PROTOBUF, result_of_samples
 from turret.server.words import say
@@ -33,9 +33,8 @@ _REQUEST_BYTES = 8 << 10
 _TRIES, _RETRY_SECONDS = 600, 1.0
 
 
-async def create_sampler(door: Door, exchange: Exchange) -> None:
+async def create_sampler(door: Door, exchange: Exchange, body: CreateSampler) -> None:
     """Choose the weights to sample from: the base model's, or those of a checkpoint."""
-    body = body_of(exchange, CreateSampler)
     owner = door.owner(exchange)
     session = door.session(exchange, body.session_id)
     sampler_id = f"{session.session_id}:sample:{body.sampling_session_seq_id}"
@@ -75,9 +74,8 @@ async def get_sampler(door: Door, exchange: Exchange) -> None:
     )
 
 
-async def sample(door: Door, exchange: Exchange) -> None:
+async def sample(door: Door, exchange: Exchange, body: Sample) -> None:
     """Begin to sample; the sequences are a result that the client retrieves."""
-    body = body_of(exchange, Sample)
     owner = door.owner(exchange)
     sampler = door.tenants.sessions.sampler(owner, body.sampling_session_id)
     request_id = f"{sampler.sampler_id}:{body.seq_id}"
