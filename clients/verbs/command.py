@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 from turret.clients.calls.settings import RetryPolicy
 from turret.clients.channel import Tls
 from turret.clients.client import TurretClient
-from turret.clients.errors import COUNTED, AnswerCutError, TurretRpcError
+from turret.clients.errors import AnswerCutError, TurretRpcError
 from turret.clients.hints import COMMAND_HINTS, hint_for
 from turret.clients.messages.fields import ArgumentError
 from turret.clients.verbs.flags import (
@@ -29,8 +29,6 @@ from turret.clients.verbs.flags import (
 )
 from turret.clients.words import say
 
-# Longer lists of violations are only counted, unless --details is given.
-_FEW_VIOLATIONS = 8
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -109,13 +107,9 @@ def with_client(
         try:
             with connect(args) as client:
                 return verb(args, client) or 0
-        except TurretRpcError as error:
-            print_error(error, args)
-            _print_details(error, args)
-            return 1
         except BrokenPipeError:
             raise
-        except (OSError, UnfinishedAnswerError) as error:
+        except (TurretRpcError, OSError, UnfinishedAnswerError) as error:
             print_error(error, args)
             return 1
         except (TypeError, ValueError) as error:
@@ -128,20 +122,6 @@ def with_client(
             return 130
 
     return run
-
-
-def _print_details(error: TurretRpcError, args: argparse.Namespace) -> None:
-    if args.details:
-        for each in error.violations:
-            field = "" if each.field in ("", COUNTED) else f"{as_typed(each.field, args)}: "
-            print(f"  {field}{each.description}", file=sys.stderr)
-        if error.request_id:
-            print(f"  request id: {error.request_id}", file=sys.stderr)
-    elif len(error.violations) > _FEW_VIOLATIONS:
-        listed = sum(each.field not in ("", COUNTED) for each in error.violations)
-        total = int(error.metadata.get("violation_count", listed))
-        which = f"all {total}" if total == listed else f"{listed} of {total}"
-        print(f"  --details lists {which} fields at fault", file=sys.stderr)
 
 
 def print_error(

@@ -204,9 +204,6 @@ def add_connection_flags(parser: argparse.ArgumentParser) -> None:
         "--tls-server-name", metavar="NAME", help="name expected in the server's certificate"
     )
     group.add_argument(
-        "--details", action="store_true", help="print a line for every field that an error reports"
-    )
-    group.add_argument(
         "--timeout",
         type=positive_seconds,
         metavar="SECONDS",

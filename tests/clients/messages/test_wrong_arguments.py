@@ -290,7 +290,7 @@ def test_refusals_name_the_flags_that_were_typed(capsys: pytest.CaptureFixture[s
         "--min-tokens: must be <= stop.max_tokens; --stop: at most 8 entries; --adapter 2: 'json'"
         " occurs twice; drain_seconds: must be in [0, 3600] seconds; inputs[0]: the prompt has no"
         " tokens; inputs[1][2]: 9 is not in [0, 9); inputs[2].chat: this model has no chat"
-        " template; messages[0].role: is none; and more, see violations"
+        " template; messages[0].role: is none; and more"
     )
     assert capsys.readouterr().err == f"error: INVALID_ARGUMENT (INVALID_REQUEST): {said}\n"
     text = say("TOO_SMALL", least=0, value=-1)
