@@ -52,7 +52,6 @@ TEXTS = {
     "PROMPT_EMPTY": "PROMPT: must not be empty",
     "STANDARD_INPUT_EMPTY": "PROMPT: standard input is empty",
     "NO_TEXTS": "no text; pass TEXT, - for standard input, or --file",
-    "FLAG_PATH_UNUSABLE": "{flag}: {problem}",
     "PROVENANCE_INVALID": "{path} is not a JSON object; repair or delete it",
     "FLAG_NEEDS_JSON": "{flag} requires --json",
     "FLAGS_CONFLICT": "{flags} cannot be combined",

@@ -24,8 +24,6 @@ from turret.clients.verbs.flags import (
     TOKEN_VARIABLE,
     add_connection_flags,
     as_typed,
-    flag_of,
-    unusable,
 )
 from turret.clients.words import say
 
@@ -74,17 +72,12 @@ def given_texts(args: argparse.Namespace) -> list[str]:
     """All texts of the arguments and the file, without empty lines.
 
     Raises:
-        OSError: The file cannot be read.
-        ValueError: There is no text, or the file is not UTF-8.
+        ValueError: There is no text.
     """
     texts: list[str] = []
     for text in args.texts:
         texts += _lines(sys.stdin.read()) if text == "-" else [text]
-    if args.file is not None:
-        try:
-            texts += _lines(args.file.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(unusable("--file", args.file, error)) from None
+    texts += _lines(args.file or "")
     if not texts:
         raise ValueError(say("NO_TEXTS"))
     return texts
@@ -178,16 +171,7 @@ def _jsonable(value: Any) -> Any:
 
 
 def given_token(args: argparse.Namespace) -> str | None:
-    """The token from the flags or the environment.
-
-    Raises:
-        OSError: The token's file cannot be read.
-    """
-    if args.token_from is not None:
-        try:
-            return args.token_from.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise OSError(unusable("--token-from", args.token_from, error)) from None
+    """The token from the flags or the environment."""
     return args.token or os.environ.get(TOKEN_VARIABLE)
 
 
@@ -195,23 +179,15 @@ def given_tls(args: argparse.Namespace) -> Tls | None:
     """The TLS settings from the flags; None if no flag sets any.
 
     Raises:
-        OSError: A file cannot be read.
         ValueError: The settings are inconsistent.
     """
-    if args.tls or args.tls_ca or args.tls_cert or args.tls_key or args.tls_server_name:
-        for name in ("tls_ca", "tls_cert", "tls_key"):
-            path: Path = getattr(args, name) or Path(os.devnull)
-            try:
-                path.read_bytes()
-            except OSError as error:
-                raise OSError(unusable(flag_of(name, args), path, error)) from None
-        return Tls.from_files(
-            ca=args.tls_ca,
-            certificate=args.tls_cert,
-            key=args.tls_key,
-            server_name=args.tls_server_name,
-        )
-    return None
+    settings = {
+        "ca": args.tls_ca,
+        "certificate": args.tls_cert,
+        "key": args.tls_key,
+        "server_name": args.tls_server_name,
+    }
+    return Tls(**settings) if args.tls or any(settings.values()) else None
 
 
 def connect(args: argparse.Namespace) -> TurretClient:

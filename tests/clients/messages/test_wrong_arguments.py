@@ -280,7 +280,6 @@ def parsed(*arguments: str) -> argparse.Namespace:
 )
 def test_errors_name_what_was_typed(verb: tuple[str, ...], flags: dict[str, str]):
     args = parsed(*verb)
-    args.tls_ca = Path("a")
     assert {name: as_typed(name, args) for name in flags} == flags
 
 
