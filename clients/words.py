@@ -11,8 +11,6 @@ TEXTS = {
     "INCLUDES_BEARER": "must not include the word Bearer",
     "NOT_A_PLAIN_NAME": '{value!q} is not an adapter name; pass a weight as ("name", weight)',
     "NOT_A_MIX_MEMBER": "{value!q} is not NAME[@GENERATION][=WEIGHT]",
-    "HTTP_MIX": "{value!q} is not NAME[@GENERATION][=WEIGHT]; pass the adapters of a mix one by"
-    " one: {members}",
     "UNFIT": "{value}: {problem}",
     "UNKNOWN_OPTIONS": "unknown options: {names}",
     "UNKNOWN_MESSAGE_KEY": "unknown key {value!q}; known are {choices}",
@@ -60,13 +58,10 @@ TEXTS = {
     # Evaluation.
     "NO_MIX": "{flag} requires at least one --mix",
     "SAME_MIX_TWICE": "--mix: the same mix is listed more than once",
-    "COMMA_IN_MIX": "{value!q} contains a comma; write {mix} for one mix, or {mixes} for several",
     "IS_TEST_SET": "{path} is the test set; choose another file",
-    "NOT_SVG": "{value} is not an SVG file; use {instead}",
     "LABELS_NEED_CLASSIFY": "requires --classify",
     "CLASSIFY_HAS_METRICS": "--classify cannot be combined with --metric or --labels",
     "METRIC_NEEDS_LABELS": "--metric label_accuracy requires --labels",
-    "METRIC_NEEDS_CLASSIFY": "{value} requires --classify instead of --metric",
     "LABELS_NOT_DISTINCT": "labels must be distinct and not empty",
     "ANSWER_NOT_A_LABEL": "{value!q} is not one of --labels",
     "ANSWER_WITHOUT_TOKENS": "line {line}: the answer has no tokens",
@@ -82,7 +77,6 @@ TEXTS = {
     # Lines of such a file.
     "LINE_NOT_JSON": "is not valid JSON: {problem}; every line must be one JSON object",
     "DUPLICATE_KEY": "is in the object twice",
-    "MISSING_KEY": "is missing; an example has {keys}",
     "UNEXPECTED_KEY": "is unexpected here; an example has {keys}",
     "NOT_AN_EXAMPLE": "must be a JSON object with {keys}",
     "HALF_CHARACTER": "contains half of a surrogate pair, {value}; add its other half",

@@ -146,22 +146,14 @@ class Row:
 
     def shape_error(self) -> RowError:
         """The error for a line without one of the known sets of keys; suggests the closest."""
-        keys = set(self.values)
-        asked = "messages" if "messages" in keys else "prompt"
-        texts = ({"text"},) if self.is_learned else ()
-        labelled = ({asked, "labels"},) if "labels" in keys else ()
-        known: tuple[set[str], ...] = (*labelled, {"messages"}, {"prompt", "completion"}, *texts)
-        for shape in filter(keys.intersection, known):
-            others, missing = sorted(keys - shape), sorted(shape - keys)
-            if not others or not (self.is_learned or missing):
-                return self.error(missing[0], say("MISSING_KEY", keys=_keys(self.is_learned)))
-            near = closest(others[0], missing)
-            text = say("UNEXPECTED_KEY", keys=_keys(self.is_learned), closest=near)
-            return self.error(others[0], text)
-        found = (closest(key, set().union(*known)) for key in sorted(keys))
-        near = next(filter(None, found), None)
-        text = say("NOT_AN_EXAMPLE", keys=_keys(self.is_learned), closest=near)
-        return self.error("line", text)
+        texts = ("text",) if self.is_learned else ()
+        known = ("messages", "prompt", "completion", "labels", *texts)
+        keys = _keys(self.is_learned)
+        unknown = sorted(self.values.keys() - known)
+        if not unknown:
+            return self.error("line", say("NOT_AN_EXAMPLE", keys=keys))
+        near = closest(unknown[0], known)
+        return self.error(unknown[0], say("UNEXPECTED_KEY", keys=keys, closest=near))
 
     def text(self, field: str, value: Any, *, may_be_empty: bool = False) -> str:
         """Return a value that must be text."""

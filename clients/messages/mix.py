@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from turret.clients.messages.fields import ArgumentValueError, check_text, named, not_of_type
-from turret.clients.words import Text, say
+from turret.clients.words import say
 from turret.v1 import adapters_pb2
 
 # Separators of members and weights in a model name over HTTP. Adapter names contain neither.
@@ -37,8 +37,7 @@ class AdapterWeight:
 
         Raises:
             TypeError: The value is not text.
-            ValueError: The text has another form. For HTTP's form of a mix (``json+sql*0.5``), the
-                error shows the form to use here.
+            ValueError: The text has another form, such as HTTP's form of a mix.
         """
         check_text("text", text)
         head, equals, weight = text.partition("=")
@@ -48,21 +47,11 @@ class AdapterWeight:
                 raise ValueError
             return cls(name, float(weight) if equals else 1.0, int(generation) if at else None)
         except ValueError:
-            raise ValueError(_no_member(text)) from None
+            raise ValueError(say("NOT_A_MIX_MEMBER", value=text)) from None
 
     def __str__(self) -> str:
         generation = "" if self.generation is None else f"@{self.generation}"
         return f"{self.name}{generation}" + ("" if self.weight == 1.0 else f"={self.weight:g}")
-
-
-def _no_member(text: str) -> Text:
-    """Reports a text that is not a member of a mix; HTTP's notation is converted to this one."""
-    if _OF_HTTP.isdisjoint(text):
-        return say("NOT_A_MIX_MEMBER", value=text)
-    members = [member.strip().replace("*", "=") for member in text.split("+")]
-    if len(members) == 1:
-        return say("NOT_A_MIX_MEMBER", value=text, closest=members[0])
-    return say("HTTP_MIX", value=text, members=", ".join(members))
 
 
 _FORMS = '"name", ("name", weight), {"name": weight} or an AdapterWeight'

@@ -225,17 +225,7 @@ def _answers(reports: Sequence[MixReport], examples: Sequence[EvalExample]) -> s
     return "\n".join(rows) + "\n"
 
 
-def _metric(text: str) -> str:
-    if text in LABEL_SET_METRICS[1:]:
-        raise argparse.ArgumentTypeError(say("METRIC_NEEDS_CLASSIFY", value=text))
-    return text
-
-
 def _mix(text: str) -> Mix:
-    if "," in text:
-        parts = [part.strip() for part in text.split(",")]
-        forms = {"mix": "+".join(parts), "mixes": f"-m {' -m '.join(parts)}"}
-        raise argparse.ArgumentTypeError(say("COMMA_IN_MIX", value=text, **forms))
     return tuple(adapter_weight(member.strip()) for member in text.split("+"))
 
 
@@ -244,14 +234,6 @@ def _labels(text: str) -> tuple[str, ...]:
     if not all(labels) or len(set(labels)) < len(labels):
         raise argparse.ArgumentTypeError(say("LABELS_NOT_DISTINCT"))
     return labels
-
-
-def _svg(text: str) -> Path:
-    path = Path(text)
-    if path.suffix.lower() != ".svg":
-        instead = path.with_suffix(".svg")
-        raise argparse.ArgumentTypeError(say("NOT_SVG", value=text, instead=instead))
-    return path
 
 
 def _positive(text: str) -> int:
@@ -275,7 +257,6 @@ FLAGS: Flags = {
     "--metric": {
         "dest": "metrics",
         "action": "append",
-        "type": _metric,
         "choices": METRICS,
         "help": "metric to compute; repeatable (default: all that apply)",
     },
@@ -303,7 +284,7 @@ FLAGS: Flags = {
         "default": 16,
         "help": "number of concurrent calls (default: %(default)s)",
     },
-    "--plot": {"type": _svg, "metavar": "FILE.svg", "help": "write the figures as an SVG image"},
+    "--plot": {"type": Path, "metavar": "FILE.svg", "help": "write the figures as an SVG image"},
     "--answers": {
         "type": Path,
         "metavar": "FILE",

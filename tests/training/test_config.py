@@ -177,7 +177,7 @@ USER = {"role": "user", "content": "a"}
     [
         ([1], "line", "NOT_AN_EXAMPLE"),
         ({}, "line", "NOT_AN_EXAMPLE"),
-        ({"prompt": "a"}, "completion", "MISSING_KEY"),
+        ({"prompt": "a"}, "line", "NOT_AN_EXAMPLE"),
         ({"prompt": "a", "completion": "b", "id": 1}, "id", "UNEXPECTED_KEY"),
         ({"prompt": 3, "completion": "b"}, "prompt", "NOT_A_STRING"),
         ({"prompt": "a", "completion": ""}, "completion", "EMPTY"),

@@ -329,14 +329,6 @@ def test_arguments_that_make_no_sense_exit_2(
     assert message in err
 
 
-def test_a_picture_of_another_kind_is_refused_at_once(
-    run: Run, capitals: Path, capsys: pytest.CaptureFixture[str]
-):
-    with pytest.raises(SystemExit):
-        run(capitals, "--plot", "figures.png")
-    assert say("NOT_SVG", value="figures.png", instead="figures.svg") in capsys.readouterr().err
-
-
 def test_a_file_that_is_not_there_exits_1(run: Run, tmp_path: Path):
     code, _, err = run(tmp_path / "none.jsonl")
     assert (code, "none.jsonl" in err) == (1, True)

@@ -19,13 +19,13 @@ from turret.training.examples import read_examples
         ("{", "column 2", "LINE_NOT_JSON"),
         ("[" * 100_000, "line", "NOT_JSON"),
         ("[1]", "line", "NOT_AN_EXAMPLE"),
-        ('{"text": "a"}', "line", "NOT_AN_EXAMPLE"),
-        ('{"prompt": "a"}', "completion", "MISSING_KEY"),
+        ('{"text": "a"}', "text", "UNEXPECTED_KEY"),
+        ('{"prompt": "a"}', "line", "NOT_AN_EXAMPLE"),
         ('{"prompt": "a", "labels": []}', "labels", "MIXED_LABELS"),
         ('{"prompt": "a", "labels": "b"}', "labels", "NOT_A_LIST"),
         ('{"prompt": "a", "labels": ["b", "b"]}', "labels[1]", "DUPLICATE"),
         ('{"prompt": "a", "labels": [""]}', "labels[0]", "EMPTY"),
-        ('{"completion": "a"}', "prompt", "MISSING_KEY"),
+        ('{"completion": "a"}', "line", "NOT_AN_EXAMPLE"),
         ('{"prompt": "a", "prompt": "b"}', "prompt", "DUPLICATE_KEY"),
         ('{"prompt": 3, "completion": "a"}', "prompt", "NOT_A_STRING"),
         ('{"prompt": "", "completion": "a"}', "prompt", "EMPTY"),
@@ -124,7 +124,7 @@ def test_other_keys_of_a_row_and_roles_of_a_template_are_passed_over(tmp_path: P
     ("row", "field", "reason", "near"),
     [
         ({"promt": "a", "completion": "b"}, "promt", "UNEXPECTED_KEY", "prompt"),
-        ({"zzz": "a"}, "line", "NOT_AN_EXAMPLE", None),
+        ({"zzz": "a"}, "zzz", "UNEXPECTED_KEY", None),
     ],
 )
 def test_training_and_evaluation_say_the_same_of_a_key_that_is_none(
