@@ -8,6 +8,7 @@ import json
 import math
 
 from turret.clients.client import TurretClient
+from turret.clients.evaluation.answer_metrics import perplexity
 from turret.clients.messages.results import Classification
 from turret.clients.verbs.command import (
     Subparsers,
@@ -59,17 +60,10 @@ def _score(args: argparse.Namespace, client: TurretClient) -> None:
     print_table(table_of(columns, (row[: len(columns)] for row in rows)))
     scored = sum(token.logprob is not None for token in score.tokens)
     if scored:
-        perplexity = _perplexity(score.logprob, scored)
         terminal().print(
-            f"sum {score.logprob:.4f} over {counted(scored, 'token')}, perplexity {perplexity}"
+            f"sum {score.logprob:.4f} over {counted(scored, 'token')},"
+            f" perplexity {perplexity([(score.logprob, scored)]):.4g}"
         )
-
-
-def _perplexity(logprob: float, num_tokens: int) -> str:
-    try:
-        return f"{math.exp(-logprob / num_tokens):.4g}"
-    except OverflowError:
-        return "inf"
 
 
 def add_classify(subparsers: Subparsers, text: str) -> None:

@@ -23,7 +23,6 @@ from turret.server.http.asked import (
     set_text_format,
     tools_of,
 )
-from turret.server.http.choices import Choices, make_readers
 from turret.server.http.endpoint import Exchange
 from turret.server.http.items import Dialect, Event, Item, Kind, answer_in_items
 from turret.server.http.refusals import Refusal
@@ -360,14 +359,10 @@ async def answer_messages(exchange: Exchange) -> None:
     asked = asked_of(body, mix, exchange.names)
     asked.message.stop.stop_strings.extend(body.stop_sequences)
     set_text_format(body.output_config.format, asked.message, exchange.names, "output_config")
-    chat = _chat_of(body, exchange.names)
-    prompt = inference_pb2.GenerateRequest(chat=chat)
+    prompt = inference_pb2.GenerateRequest(chat=_chat_of(body, exchange.names))
     use = tools_of(body.tools, body.tool_choice.choice, _is_parallel(body), prompt.chat)
     del body
-    make_reader = await make_readers(exchange, asked, use, prompt.chat)
-    choices = Choices(exchange, asked, [prompt])
-    message = _Message(exchange, asked.model)
-    await answer_in_items(exchange, choices, make_reader(), message, asked.is_stream)
+    await answer_in_items(exchange, asked, prompt, use, _Message(exchange, asked.model))
 
 
 async def count_tokens(exchange: Exchange) -> None:
