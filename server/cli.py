@@ -169,8 +169,6 @@ def _add_serve(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         " and a variable: --max-rank is max_rank in the table [adapters], and TURRET_MAX_RANK.",
     )
     add_flags(parser)
-    assert isinstance(parser, CommandParser)
-    parser.logs = True
     parser.set_defaults(func=_serve)
 
 

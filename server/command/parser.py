@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from turret.closest import closest
-from turret.server.command.start_lines import refuse, wants_json
 from turret.words import SUGGESTION, TEXTS, Text
 
 EXIT_USAGE = 2
@@ -46,11 +44,9 @@ class CommandParser(argparse.ArgumentParser):
 
     Attributes:
         verbs_below: Returns the subcommands of the verbs: name → whole command.
-        logs: Whether errors are reported in the log's format, which --log-format sets.
     """
 
     verbs_below: Callable[[], Mapping[str, str]] = dict
-    logs = False
     _given: Sequence[str] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -78,9 +74,6 @@ class CommandParser(argparse.ArgumentParser):
         return values, rest
 
     def error(self, message: str) -> NoReturn:
-        if self.logs and wants_json(self._given, os.environ):
-            refuse([("", message)], is_json=True)
-            self.exit(EXIT_USAGE)
         self.exit(
             EXIT_USAGE,
             f"{self.prog}: error: {message}\nrun `{self.prog} --help` for help\n",

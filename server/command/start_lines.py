@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import turret
@@ -12,18 +12,7 @@ import turret
 if TYPE_CHECKING:
     from turret.server.command.flags import Settings
 
-_FLAG, _VARIABLE, _JSON = "--log-format", "TURRET_LOG_FORMAT", "json"
 _REFUSED = "cannot start"
-
-
-def wants_json(arguments: Sequence[str], environ: Mapping[str, str]) -> bool:
-    """Whether a flag or a variable asks for JSON, even if the command line is invalid."""
-    said = environ.get(_VARIABLE, "")
-    for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
-        flag, equals, value = word.partition("=")
-        if flag == _FLAG:
-            said = value if equals else after
-    return said == _JSON
 
 
 def refuse(
@@ -69,6 +58,6 @@ def _say(head: str, message: str, found: Iterable[tuple[str, str]], is_json: boo
     log.configure(log_format="json")
     level = logging.ERROR if message == _REFUSED else logging.WARNING
     for place, text in found:
-        reason = getattr(text, "reason", "USAGE")
+        reason = getattr(text, "reason", "")
         fields = log.fields(reason=reason, field=place, why=str(text))
         logging.getLogger(__name__).log(level, message, extra=fields)

@@ -53,7 +53,6 @@ def test_sighup_does_not_end_a_start() -> None:
     [
         (("--dtype", "bf16"), 2, "--dtype", "NOT_ONE_OF"),
         (("--max-rank", "0"), 2, "--max-rank", "TOO_SMALL"),
-        (("--adress", "0"), 2, "", "USAGE"),
         (("--adapter-root", "/no/such"), 1, "--adapter-root", "FOLDER_MISSING"),
     ],
 )
