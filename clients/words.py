@@ -13,7 +13,6 @@ TEXTS = {
     "NOT_A_MIX_MEMBER": "{value!q} is not NAME[@GENERATION][=WEIGHT]",
     "UNFIT": "{value}: {problem}",
     "UNKNOWN_OPTIONS": "unknown options: {names}",
-    "UNKNOWN_MESSAGE_KEY": "unknown key {value!q}; known are {choices}",
     "SINGLE_MESSAGE": "must be a list of messages, not a single message",
     # Calls that no turret server has answered.
     "REQUEST_ABOVE_LIMIT": "the request has {size} bytes, more than the {most} that the server"

@@ -354,17 +354,6 @@ def are_token_ids(values: list[Any]) -> bool:
     return True
 
 
-def _token_ids(most: int) -> PlainValidator:
-    def check(value: Any) -> list[int]:
-        if isinstance(value, list) and len(value) > most:
-            raise wrong_at(say("TOO_MANY_ENTRIES", most=most, found=len(value)))
-        if not isinstance(value, list) or not are_token_ids(value):
-            raise wrong_at(wrong_type("a list of token ids", value, _OTHER_LIST))
-        return value
-
-    return PlainValidator(check)
-
-
 def is_longer(value: Any, most: int) -> bool:
     """Whether a parsed value has more than ``most`` characters as JSON without blanks.
 
@@ -550,12 +539,9 @@ StopTexts = Annotated[
         }
     ),
 ]
-TokenIds = Annotated[list[int], _token_ids(MAX_TOKEN_IDS), WithJsonSchema(_IDS)]
-StopTokenIds = Annotated[
-    list[int],
-    _token_ids(MAX_STOP_TOKEN_IDS),
-    WithJsonSchema({**_IDS, "maxItems": MAX_STOP_TOKEN_IDS}),
-]
+TokenId = Annotated[int, Field(ge=0, le=UINT32)]
+TokenIds = Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)]
+StopTokenIds = Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)]
 Prompts = Annotated[
     dict[str, str | list[int]],
     PlainValidator(_prompts),
