@@ -428,18 +428,16 @@ class AsyncAdaptersClient(AdaptersBase):
             FileNotFoundError: The directory contains no adapter.
             ValueError: One of the files is empty.
         """
-
-        def messages() -> object:
-            return upload_messages(
-                name,
-                directory,
-                pinned=pinned,
-                replace=replace,
-                expected_generation=expected_generation,
-                task=task,
-                chat_template=chat_template,
-            )
-
+        messages = functools.partial(
+            upload_messages,
+            name,
+            directory,
+            pinned=pinned,
+            replace=replace,
+            expected_generation=expected_generation,
+            task=task,
+            chat_template=chat_template,
+        )
         return Adapter.from_proto(await self._answer("UploadAdapter", timeout, messages))
 
     @_rpc("ReplaceAdapter", Adapter)

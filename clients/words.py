@@ -51,7 +51,6 @@ TEXTS = {
     "NO_TEXTS": "no text; pass TEXT, - for standard input, or --file",
     "PROVENANCE_INVALID": "{path} is not a JSON object; repair or delete it",
     "FLAG_NEEDS_JSON": "{flag} requires --json",
-    "FLAGS_CONFLICT": "{flags} cannot be combined",
     "UNKNOWN_CHAT_COMMAND": "unknown command {value}; /help lists the commands",
     "ANSWER_LOST": "the server closed the connection during the answer; see its log",
     # Evaluation.

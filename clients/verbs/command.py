@@ -181,13 +181,10 @@ def given_tls(args: argparse.Namespace) -> Tls | None:
     Raises:
         ValueError: The settings are inconsistent.
     """
-    settings = {
-        "ca": args.tls_ca,
-        "certificate": args.tls_cert,
-        "key": args.tls_key,
-        "server_name": args.tls_server_name,
-    }
-    return Tls(**settings) if args.tls or any(settings.values()) else None
+    pems = {"ca": args.tls_ca, "certificate": args.tls_cert, "key": args.tls_key}
+    if not (args.tls or args.tls_server_name or any(pems.values())):
+        return None
+    return Tls(**pems, server_name=args.tls_server_name)
 
 
 def connect(args: argparse.Namespace) -> TurretClient:

@@ -266,15 +266,6 @@ def call_with_flags(method: Callable[..., _T], args: argparse.Namespace, **value
 
 
 def generation_options(args: argparse.Namespace) -> GenerateOptions:
-    """The options that the flags set.
-
-    Raises:
-        ValueError: More than one constraint is given.
-    """
-    given = [
-        name for name in CONSTRAINT_FLAGS if getattr(args, name[2:].replace("-", "_")) is not None
-    ]
-    if len(given) > 1:
-        raise ValueError(say("FLAGS_CONFLICT", flags=" and ".join(given)))
+    """The options that the flags set."""
     names = GenerateOptions.__annotations__.keys() & vars(args).keys()
     return GenerateOptions(**{name: getattr(args, name) for name in names})

@@ -11,7 +11,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from turret.clients.calls.settings import CallSettings, RetryPolicy
-from turret.clients.channel import Tls, check_address, open_channel
+from turret.clients.channel import open_channel
 from turret.clients.client import TurretClient
 from turret.clients.errors import TurretRpcError
 from turret.clients.verbs.command import (
@@ -55,14 +55,12 @@ def add_health(subparsers: Subparsers, text: str) -> None:
 
 
 def _health(args: argparse.Namespace, _: TurretClient) -> int:
-    tls, token = given_tls(args), given_token(args)
+    call = CallSettings.of(given_token(args), args.timeout, RetryPolicy(0))
     end = time.monotonic() + args.wait
     while True:
         failure: TurretRpcError | None = None
         try:
-            answer = ask(
-                args.address, args.service, timeout_seconds=args.timeout, tls=tls, token=token
-            )
+            answer = _ask(args, call)
         except TurretRpcError as error:
             answer, failure = error.code.name, error
         if answer not in _MAY_CHANGE or time.monotonic() + _PAUSE_SECONDS > end:
@@ -77,24 +75,20 @@ def _health(args: argparse.Namespace, _: TurretClient) -> int:
     return 0 if answer == "SERVING" else 1
 
 
-def ask(
-    address: str, service: str, *, timeout_seconds: float, tls: Tls | None, token: str | None
-) -> str:
-    """The status of ``service`` (empty: the whole server), such as ``NOT_SERVING``.
+def _ask(args: argparse.Namespace, call: CallSettings) -> str:
+    """The status of the service, such as ``NOT_SERVING``.
 
     A turret server requires no token for this; a proxy in front of it may.
 
     Raises:
         TurretRpcError: The server does not answer.
     """
-    call = CallSettings.of(token, timeout_seconds, RetryPolicy(0))
-    check_address(address, tls)
-    with open_channel(grpc, address, tls) as channel:
+    with open_channel(grpc, args.address, given_tls(args)) as channel:
         try:
             # The generated stub sets its methods in a way that type checkers do not follow.
             stub: Any = health_pb2_grpc.HealthStub(channel)
             answer = stub.Check(
-                health_pb2.HealthCheckRequest(service=service),
+                health_pb2.HealthCheckRequest(service=args.service),
                 timeout=call.timeout,
                 metadata=call.metadata,
             )

@@ -73,9 +73,8 @@ def test_generate_asks_for_a_constraint(run: Run, server: FakeTurret, tmp_path):
     assert list(server.inference.requests[-1].choice.texts) == ["x", "y z"]
     assert run("generate", "a")[0] == 0
     assert server.inference.requests[-1].WhichOneof("constraint") is None
-    said = f"error: {say('FLAGS_CONFLICT', flags='--json-object and --regex')}\n"
-    for verb in (["generate", "a"], ["chat"]):
-        assert run(*verb, "--regex", "a", "--json-object") == (2, "", said)
+    said = f"error: {say('SEVERAL_CONSTRAINTS', names='json_object, regex')}\n"
+    assert run("generate", "a", "--regex", "a", "--json-object") == (2, "", said)
     with pytest.raises(SystemExit) as ended:
         run("generate", "a", "--grammar", str(tmp_path / "none"))
     assert ended.value.code == 2
