@@ -13,6 +13,7 @@ TEXTS = {
     "NOT_A_MIX_MEMBER": "{value!q} is not NAME[@GENERATION][=WEIGHT]",
     "UNFIT": "{value}: {problem}",
     "UNKNOWN_OPTIONS": "unknown options: {names}",
+    "UNKNOWN_MESSAGE_KEY": "unknown key {value!q}; known are {choices}",
     "SINGLE_MESSAGE": "must be a list of messages, not a single message",
     # Calls that no turret server has answered.
     "REQUEST_ABOVE_LIMIT": "the request has {size} bytes, more than the {most} that the server"
@@ -57,6 +58,7 @@ TEXTS = {
     "NO_MIX": "{flag} requires at least one --mix",
     "SAME_MIX_TWICE": "--mix: the same mix is listed more than once",
     "IS_TEST_SET": "{path} is the test set; choose another file",
+    "PATH_NOT_WRITABLE": "{path} is not a file that can be written",
     "LABELS_NEED_CLASSIFY": "requires --classify",
     "CLASSIFY_HAS_METRICS": "--classify cannot be combined with --metric or --labels",
     "METRIC_NEEDS_LABELS": "--metric label_accuracy requires --labels",

@@ -19,8 +19,12 @@ from turret.clients.words import say
 from turret.v1 import inference_pb2
 
 # {"role": "user", "content": "hi"}, ("user", "hi"), or the message itself. A mapping has the
-# format of OpenAI's messages and may contain tool_calls and tool_call_id; other keys are ignored.
+# format of OpenAI's messages and may contain tool_calls and tool_call_id.
 MessageLike = Mapping[str, Any] | tuple[str, str] | inference_pb2.ChatMessage
+
+_TURN_FIELDS = ("content", "tool_calls", "tool_call_id")
+# Keys that answers in OpenAI's format may contain, but chat templates do not read.
+_IGNORED = ("name", "reasoning_content")
 
 
 def chat_messages(chat: str | Iterable[MessageLike]) -> list[inference_pb2.ChatMessage]:
@@ -84,14 +88,20 @@ def _to_message(place: str, turn: object) -> inference_pb2.ChatMessage:
 
 
 def _of_mapping(place: str, role: Any, rest: Mapping[str, Any]) -> inference_pb2.ChatMessage:
+    # Libraries fill unused fields with None or an empty list of annotations.
+    values = {key: value for key, value in rest.items() if value is not None and value != []}
+    unknown = values.keys() - {*_TURN_FIELDS, *_IGNORED}
+    if unknown:
+        known = ", ".join(("role", *_TURN_FIELDS))
+        key = min(map(str, unknown))
+        raise ArgumentTypeError(place, say("UNKNOWN_MESSAGE_KEY", value=key, choices=known))
     # Answers that consist only of calls or reasoning have no content, and callers pass them back
     # like that.
     content = rest.get("content")
     content = "" if content is None and role == "assistant" else content
     made = _said(place, role, _content(f"{place}.content", content))
-    fill(made, given(tool_call_id=rest.get("tool_call_id")), within=f"{place}.")
-    # Libraries fill unused fields with None.
-    calls = several(f"{place}.tool_calls", rest.get("tool_calls") or (), "a list of tool calls")
+    fill(made, given(tool_call_id=values.get("tool_call_id")), within=f"{place}.")
+    calls = several(f"{place}.tool_calls", values.get("tool_calls", ()), "a list of tool calls")
     made.tool_calls.extend(
         _to_call(f"{place}.tool_calls[{index}]", call) for index, call in enumerate(calls)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,8 +59,9 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
     for path in filter(None, (args.plot, args.answers)):
         if path.exists() and path.samefile(args.data):
             raise ValueError(say("IS_TEST_SET", path=path))
-        # A file that cannot be written is reported before the first call.
-        path.open("a").close()
+        # Report a file that cannot be written before the first call.
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ValueError(say("PATH_NOT_WRITABLE", path=path))
     reports = judge(args, client, examples, mixes, options)
     if args.json:
         print_json([_figures(report) for report in reports])

@@ -61,6 +61,7 @@ def test_a_message_may_be_what_a_library_made_of_an_answer(
         ({"role": "user", "content": b"x"}, ".content: "),
         ({"role": "user", "content": None}, ".content: "),
         ({"role": "user", "content": [{"type": "image_url"}]}, ".content[0]: "),
+        ({**USER, "refusal": "no"}, ": "),
         ({"content": "x"}, ": "),
         (("user", 5), ": "),
         (5, ": "),
