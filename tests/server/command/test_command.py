@@ -167,7 +167,6 @@ def test_the_short_help_says_what_the_long_one_says() -> None:
         (["srve"], '"serve"'),
         (["merge", "-a", "json"], '"turret adapters merge"'),
         (["serve", "--adress", "x"], 'turret serve: error: .*"--address"'),
-        (["eval", "x.jsonl", "-m", "a,b"], "-m a -m b"),
         (["eval", "x.jsonl", "--limit", "x"], "--limit: "),
         (
             ["eval", "x.jsonl", "--metric", "macro_f1"],
