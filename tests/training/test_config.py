@@ -183,7 +183,7 @@ USER = {"role": "user", "content": "a"}
         ({"prompt": "a", "completion": ""}, "completion", "EMPTY"),
         ({"text": None}, "text", "NOT_A_STRING"),
         ({"text": "a\ud83d"}, "text", "HALF_CHARACTER"),
-        ({"q": "a", "a": "b"}, "line", "NOT_AN_EXAMPLE"),
+        ({"q": "a", "a": "b"}, "a", "UNEXPECTED_KEY"),
         ({"messages": []}, "messages", "EMPTY"),
         ({"messages": "a"}, "messages", "NOT_A_LIST"),
         ({"messages": [USER, "b"]}, "messages[1]", "MESSAGE_HAS_MORE"),
