@@ -84,13 +84,14 @@ _T = TypeVar("_T")
 
 
 def _rpc(
-    name: str, kind: type[Result] | None
+    name: str, kind: type[Result] | None, listed: str = ""
 ) -> Callable[[Callable[_P, Awaitable[_T]]], Callable[_P, Coroutine[Any, Any, _T]]]:
     """Implement a method as a call, whose request has the arguments as its fields.
 
     Args:
         name: The name of the RPC.
         kind: The class of the result; None for a response without fields.
+        listed: The field of the response with a list of results; empty for a single result.
     """
 
     def implement(
@@ -105,6 +106,8 @@ def _rpc(
             client, timeout = bound.arguments.pop("self"), bound.arguments.pop("timeout")
             request = client._request(name, **bound.arguments)
             answer = await client._answer(name, timeout, lambda: request, client._mix(request))
+            if listed and kind is not None:
+                return tuple(map(kind.from_proto, getattr(answer, listed)))
             return kind.from_proto(answer) if kind else None
 
         return run
@@ -165,7 +168,7 @@ class InferenceBase(ServiceClient):
         self._resume = resume
         is_policy = isinstance(max_retries, RetryPolicy)
         policy = max_retries if is_policy else RetryPolicy(max_retries)
-        self._settings = CallSettings.of(token, timeout, policy, tls)
+        self._settings = CallSettings.of(token, timeout, policy)
         check_address(address, tls)
         if admin_address is not None:
             check_address(admin_address, tls, "admin_address")
@@ -425,18 +428,16 @@ class AsyncAdaptersClient(AdaptersBase):
             FileNotFoundError: The directory contains no adapter.
             ValueError: One of the files is empty.
         """
-
-        def messages() -> object:
-            return upload_messages(
-                name,
-                directory,
-                pinned=pinned,
-                replace=replace,
-                expected_generation=expected_generation,
-                task=task,
-                chat_template=chat_template,
-            )
-
+        messages = functools.partial(
+            upload_messages,
+            name,
+            directory,
+            pinned=pinned,
+            replace=replace,
+            expected_generation=expected_generation,
+            task=task,
+            chat_template=chat_template,
+        )
         return Adapter.from_proto(await self._answer("UploadAdapter", timeout, messages))
 
     @_rpc("ReplaceAdapter", Adapter)
@@ -575,11 +576,10 @@ class AsyncAdaptersClient(AdaptersBase):
         """Free the name of an alias."""
         ...
 
+    @_rpc("ListAliases", Alias, "aliases")
     async def list_aliases(self, *, timeout: float | None = None) -> tuple[Alias, ...]:
         """Return all aliases, by name."""
-        request = self._request("ListAliases")
-        answer = await self._answer("ListAliases", timeout, lambda: request)
-        return tuple(map(Alias.from_proto, answer.aliases))
+        ...
 
     @_rpc("FuseAdapters", Fusion)
     async def fuse(
@@ -668,6 +668,7 @@ class AsyncTrainingClient(TrainingBase):
     ``timeout`` is a deadline in seconds; the server completes a call that it has accepted.
     """
 
+    @_rpc("CreateModel", TrainedModel)
     async def create_model(
         self,
         *,
@@ -690,24 +691,12 @@ class AsyncTrainingClient(TrainingBase):
             train_unembed: Whether the head is trained.
             timeout: Deadline in seconds.
         """
-        request = self._request("CreateModel")
-        filled(
-            request.config,
-            rank=rank,
-            method=method,
-            seed=seed,
-            train_attn=train_attn,
-            train_mlp=train_mlp,
-            train_unembed=train_unembed,
-        )
-        answer = await self._answer("CreateModel", timeout, lambda: request)
-        return TrainedModel.from_proto(answer)
+        ...
 
+    @_rpc("ListModels", TrainedModel, "models")
     async def list_models(self, *, timeout: float | None = None) -> tuple[TrainedModel, ...]:
         """Return the models of the token."""
-        request = self._request("ListModels")
-        answer = await self._answer("ListModels", timeout, lambda: request)
-        return tuple(map(TrainedModel.from_proto, answer.models))
+        ...
 
     @_rpc("DeleteModel", None)
     async def delete_model(self, model_id: str, *, timeout: float | None = None) -> None:
@@ -789,11 +778,10 @@ class AsyncTrainingClient(TrainingBase):
         """Continue a model from a checkpoint of the same config, by default with its optimizer."""
         ...
 
+    @_rpc("ListCheckpoints", Checkpoint, "checkpoints")
     async def list_checkpoints(self, *, timeout: float | None = None) -> tuple[Checkpoint, ...]:
         """Return the checkpoints of the token, the newest first."""
-        request = self._request("ListCheckpoints")
-        answer = await self._answer("ListCheckpoints", timeout, lambda: request)
-        return tuple(map(Checkpoint.from_proto, answer.checkpoints))
+        ...
 
     @_rpc("DeleteCheckpoint", None)
     async def delete_checkpoint(self, path: str, *, timeout: float | None = None) -> None:

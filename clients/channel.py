@@ -10,10 +10,9 @@ from typing import Any
 import grpc
 
 from turret.clients.messages.fields import ArgumentTypeError, ArgumentValueError, not_of_type
-from turret.clients.words import Text, say
+from turret.clients.words import say
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
-_PEM = b"-----BEGIN"
 _OPTIONS: tuple[tuple[str, int], ...] = (
     # Logprobs with alternatives for a long prompt exceed gRPC's own limit of 4 MiB.
     ("grpc.max_receive_message_length", 64 << 20),
@@ -47,18 +46,6 @@ class Tls:
     server_name: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("ca", "certificate", "key"):
-            pem = getattr(self, name)
-            if not isinstance(pem, bytes | None):
-                # Do not repeat the value, which may be a private key.
-                kind = type(pem).__name__
-                raise ArgumentTypeError(name, say("NOT_OF_TYPE", wanted="PEM as bytes", value=kind))
-            if pem is not None and (why := _why_no_pem(name, pem)):
-                raise ArgumentValueError(name, why)
-        if not isinstance(self.server_name, str | None):
-            raise ArgumentTypeError(
-                "server_name", say("NOT_A_STRING", value=repr(self.server_name))
-            )
         if (self.certificate is None) != (self.key is None):
             missing, other = ("key", "certificate")[:: 1 if self.key is None else -1]
             raise ArgumentValueError(missing, say("REQUIRED_WITH", other=other))
@@ -77,21 +64,11 @@ class Tls:
         Raises:
             OSError: A file cannot be read.
             TypeError: An argument has the wrong type.
-            ValueError: Only one of certificate and key is given, or a file does not contain PEM of
-                the right kind.
+            ValueError: Only one of certificate and key is given.
         """
         files = {"ca": ca, "certificate": certificate, "key": key}
         pems = {name: _read_pem(name, path) for name, path in files.items() if path is not None}
         return cls(**pems, server_name=server_name)
-
-
-def _why_no_pem(name: str, pem: bytes) -> Text | None:
-    """The fault in the value of a ``Tls`` attribute, or None."""
-    if _PEM not in pem:
-        return say("NO_PEM")
-    if name == "key":
-        return None if b"PRIVATE KEY-----" in pem else say("NO_PRIVATE_KEY")
-    return None if b"CERTIFICATE-----" in pem else say("NO_CERTIFICATE")
 
 
 def _read_pem(name: str, path: str | os.PathLike[str]) -> bytes:
@@ -100,12 +77,9 @@ def _read_pem(name: str, path: str | os.PathLike[str]) -> bytes:
         kind = type(path).__name__
         raise ArgumentTypeError(name, say("NOT_OF_TYPE", wanted="the path of a file", value=kind))
     try:
-        pem = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise type(error)(f"{name}: {path}: {error.strerror}") from None
-    if why := _why_no_pem(name, pem):
-        raise ArgumentValueError(name, say("PATH_UNUSABLE", path=path, problem=why))
-    return pem
 
 
 def check_address(address: object, tls: object, name: str = "address") -> None:

@@ -182,7 +182,7 @@ def _list_of(violations: Sequence[FieldViolation], name_of: Callable[[str], str]
         for v in listed[:_MAX_LISTED]
     ]
     if len(violations) > len(shown):
-        shown.append("and more, see violations")
+        shown.append("and more")
     return "; ".join(shown)
 
 

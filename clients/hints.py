@@ -23,14 +23,9 @@ HINTS: Mapping[str, str] = {
     "NOT_REACHED": "start one with `turret serve`",
     "NOT_GRPC": "use the address of `turret serve --address` (port 50051 by default), not that of"
     " --http-address",
-    "PEM_UNREADABLE": "ca, certificate and key must be PEM files, and the key must be that of the"
-    " certificate",
-    "TLS_UNSUPPORTED": "omit tls=",
-    "CERTIFICATE_UNTRUSTED": "pass the roots that signed it with Tls.from_files(ca=...)",
-    "CERTIFICATE_NAME": "pass the certificate's name with Tls(server_name=...)",
-    "CONNECTION_CLOSED": "a server with TLS needs tls=Tls(...); otherwise see the server's log",
-    "CLIENT_CERTIFICATE": "a server with --tls-client-ca needs a certificate= and key= that its"
-    " roots signed; otherwise see the server's log",
+    "TLS_FAILED": "check tls=, and the ca, certificate, key and server_name in it",
+    "CONNECTION_CLOSED": "a server with TLS needs tls=Tls(...), and one with --tls-client-ca a"
+    " certificate= and key= that its roots signed; otherwise see the server's log",
     "CONNECTION_LOST": "call again; if this repeats, see the server's log",
     "REQUEST_TOO_LARGE": "shorten the prompt, or spread several inputs over several calls",
     "ANSWER_TOO_LARGE": "lower top_n or logprobs, or pass fewer inputs in a call",
@@ -56,15 +51,9 @@ COMMAND_HINTS: Mapping[str, str] = {
     "NOT_REACHED": "start one with `turret serve`, or pass the address of another with --address",
     "NOT_GRPC": "pass the address of `turret serve --address` (port 50051 by default), not that of"
     " --http-address",
-    "PEM_UNREADABLE": "--tls-ca, --tls-cert and --tls-key must be PEM files, and the key must be"
-    " that of the certificate",
-    "TLS_UNSUPPORTED": "omit --tls, --tls-ca and TURRET_TLS_CA",
-    "CERTIFICATE_UNTRUSTED": "pass the roots that signed it with --tls-ca",
-    "CERTIFICATE_NAME": "pass the certificate's name with --tls-server-name",
-    "CONNECTION_CLOSED": "a server with TLS needs --tls or --tls-ca; otherwise see the"
-    " server's log",
-    "CLIENT_CERTIFICATE": "a server with --tls-client-ca needs a --tls-cert and --tls-key that its"
-    " roots signed; otherwise see the server's log",
+    "TLS_FAILED": "check --tls, --tls-ca, --tls-server-name, --tls-cert and --tls-key",
+    "CONNECTION_CLOSED": "a server with TLS needs --tls or --tls-ca, and one with --tls-client-ca a"
+    " --tls-cert and --tls-key that its roots signed; otherwise see the server's log",
     "CONNECTION_LOST": "run it again; if this repeats, see the server's log",
     "REQUEST_TOO_LARGE": "shorten the prompt, or spread several texts over several calls",
     "ANSWER_TOO_LARGE": "lower --top-n or --logprobs, or pass fewer texts in a call",

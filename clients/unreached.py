@@ -29,19 +29,14 @@ _LOST = re.compile(
 # Failures of a connection to something that listens: pattern → reason.
 _ANSWERED = {
     r"Failed parsing HTTP/2|http1\.x server|HTTP/1\.": "NOT_GRPC",
-    "security handshaker": "PEM_UNREADABLE",
-    "WRONG_VERSION_NUMBER": "TLS_UNSUPPORTED",
-    "CERTIFICATE_VERIFY_FAILED": "CERTIFICATE_UNTRUSTED",
-    "Hostname Verification": "CERTIFICATE_NAME",
+    "handshake|Hostname Verification": "TLS_FAILED",
     # A server with TLS closes the connections of clients without TLS or without a required
     # certificate.
     "Socket closed": "CONNECTION_CLOSED",
 }
-# Reasons for calls that no turret server accepted. For those in ANSWERED, something else listens at
-# the address. UNREACHED also includes those where nothing listens, or where the connection or the
-# answer was interrupted.
-ANSWERED = frozenset(("CLIENT_CERTIFICATE", *_ANSWERED.values()))
-UNREACHED = ANSWERED | {"NOT_REACHED", "CONNECTION_LOST", "ANSWER_CUT"}
+# Reasons for calls that no turret server accepted: something else listens at the address, nothing
+# does, or the connection or the answer was interrupted.
+UNREACHED = frozenset((*_ANSWERED.values(), "NOT_REACHED", "CONNECTION_LOST", "ANSWER_CUT"))
 
 
 def cause_of(code: grpc.StatusCode, said: str) -> tuple[grpc.StatusCode, str, str]:
@@ -73,7 +68,7 @@ def cause_of(code: grpc.StatusCode, said: str) -> tuple[grpc.StatusCode, str, st
         place = failed["place"].replace("%5B", "[").replace("%5D", "]")
         for pattern, reason in _ANSWERED.items():
             if re.search(pattern, failed["why"]):
-                return code, reason, say(reason, place=place)
+                return code, reason, say(reason, place=place, why=failed["why"])
         return code, "NOT_REACHED", say("NOT_REACHED", place=place, why=failed["why"])
     if found := _UNRESOLVED.match(said):
         return code, "NOT_REACHED", say("NOT_RESOLVED", place=found["place"])

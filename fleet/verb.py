@@ -13,7 +13,7 @@ from turret.fleet.serving import fleet_folder
 from turret.server import log
 from turret.server.basics.names import how_to_add
 from turret.server.command.flags import add_flags, resolved
-from turret.server.command.parser import EXIT_USAGE, CommandParser
+from turret.server.command.parser import EXIT_USAGE
 from turret.server.command.preflight import problems
 from turret.server.command.start_lines import introduce, refuse
 
@@ -42,8 +42,6 @@ def _add_serve(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         " and HTTP, until SIGTERM or SIGINT. Flags of turret serve apply to every replica.",
     )
     add_flags(parser, ClusterConfig, hidden=(*REFUSED, "training_bytes"))
-    assert isinstance(parser, CommandParser)
-    parser.logs = True
     parser.set_defaults(func=serve)
 
 

@@ -50,15 +50,14 @@ _METHOD_NAMES = "turret.training.settings.config:METHOD_NAMES"
 def _serve(args: argparse.Namespace) -> int:
     from turret.server import log
     from turret.server.command.flags import resolved
-    from turret.server.command.preflight import notes, problems
-    from turret.server.command.start_lines import introduce, note, refuse
+    from turret.server.command.preflight import problems
+    from turret.server.command.start_lines import introduce, refuse
     from turret.server.command.threads import use_threads
 
     if not (found := resolved(args, "turret serve")):
         return EXIT_USAGE
     settings, config = found
     is_json = config.log.log_format == "json"
-    note(settings.placed(notes(config)), is_json=is_json)
     if found := problems(config):
         refuse(settings.placed(found), is_json=is_json)
         return EXIT_FAILED
@@ -103,8 +102,6 @@ def _leave(code: int) -> NoReturn:
     nanobind's) would also add their findings to the end of the log.
     """
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)
 
 
@@ -172,8 +169,6 @@ def _add_serve(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         " and a variable: --max-rank is max_rank in the table [adapters], and TURRET_MAX_RANK.",
     )
     add_flags(parser)
-    assert isinstance(parser, CommandParser)
-    parser.logs = True
     parser.set_defaults(func=_serve)
 
 

@@ -11,7 +11,6 @@ from numbers import Real
 
 import grpc
 
-from turret.clients.channel import Tls
 from turret.clients.errors import (
     CallCancelledError,
     DeadlineExceededError,
@@ -19,7 +18,7 @@ from turret.clients.errors import (
     TurretRpcError,
     UnavailableError,
 )
-from turret.clients.messages.fields import ArgumentTypeError, ArgumentValueError, as_whole
+from turret.clients.messages.fields import ArgumentTypeError, ArgumentValueError
 from turret.clients.words import say
 from turret.v1 import adapters_pb2
 
@@ -52,7 +51,7 @@ class RetryPolicy:
     unreached: bool = True
 
     def __post_init__(self) -> None:
-        if as_whole("max_retries", self.max_retries) < 0:
+        if not isinstance(self.max_retries, int) or self.max_retries < 0:
             text = say("TOO_SMALL", least=0, value=self.max_retries)
             raise ArgumentValueError("max_retries", text)
 
@@ -138,20 +137,16 @@ class CallSettings:
         metadata: Sent with each call; holds the token.
         timeout: Default deadline in seconds of calls that return one response.
         policy: Decides which failed calls are retried.
-        tls: The TLS settings; None means a connection without TLS.
         closed: Set once the client is closed, even if calls are still running.
     """
 
     metadata: tuple[tuple[str, str], ...]
     timeout: float | None
     policy: RetryPolicy
-    tls: Tls | None
     closed: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
-    def of(
-        cls, token: str | None, timeout: float | None, policy: RetryPolicy, tls: Tls | None
-    ) -> CallSettings:
+    def of(cls, token: str | None, timeout: float | None, policy: RetryPolicy) -> CallSettings:
         if not isinstance(token, str | None):
             raise ArgumentTypeError("token", say("NOT_A_STRING", value=type(token).__name__))
         if token and not (token.isascii() and token.isprintable()):
@@ -159,7 +154,7 @@ class CallSettings:
         if token and token.lower().startswith("bearer "):
             raise ArgumentValueError("token", say("INCLUDES_BEARER"))
         metadata = ((_TOKEN_KEY, f"Bearer {token}"),) if token else ()
-        return cls(metadata, stream_timeout(timeout), policy, tls)
+        return cls(metadata, stream_timeout(timeout), policy)
 
     def routed(self, mix: Iterable[adapters_pb2.AdapterWeight]) -> CallSettings:
         """The settings of a call that runs on a mix."""
@@ -182,9 +177,6 @@ class CallSettings:
             return closed_during_call()
         if isinstance(failure, DeadlineExceededError) and seconds:
             failure.metadata["timeout"] = f"{seconds:g}"
-        if failure.reason == "CONNECTION_CLOSED" and self.tls is not None:
-            # A server that requires a certificate reports a wrong one only by closing.
-            failure.reason = "CLIENT_CERTIFICATE"
         return failure
 
 

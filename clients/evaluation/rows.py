@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import json
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,70 +13,6 @@ from typing import Any
 
 from turret.clients.words import Text, say
 from turret.closest import closest
-
-# Missing files, and files in formats other than JSON Lines.
-
-_KINDS = {
-    codecs.BOM_UTF16_LE: "FILE_IS_UTF16",
-    codecs.BOM_UTF16_BE: "FILE_IS_UTF16",
-    b"\x1f\x8b": "FILE_IS_COMPRESSED",
-    b"PK\x03\x04": "FILE_IS_ZIP",
-    b"PAR1": "FILE_IS_PARQUET",
-}
-_CONFIGS = (".toml", ".yaml", ".yml")
-_DELIMITERS = ",;\t"
-
-_MAX_NAMES = 4
-
-
-def missing_file(path: Path) -> Text:
-    """Reports a missing file, and similar files in its directory."""
-    path = path.absolute()
-    if not path.parent.is_dir():
-        return say("FOLDER_MISSING", path=path.parent)
-    try:
-        there = sorted(each.name for each in path.parent.glob(f"*{path.suffix}") if each.is_file())
-    except OSError:
-        there = []
-    stems = {Path(name).stem: name for name in there}
-    if near := closest(path.stem, stems):
-        return say("PATH_MISSING", path=path, closest=stems[near])
-    if not (path.suffix and there):
-        return say("PATH_MISSING", path=path)
-    names = ", ".join(there[:_MAX_NAMES]) + (", …" if len(there) > _MAX_NAMES else "")
-    return say("PATH_MISSING_BESIDE", path=path, names=names)
-
-
-def other_kind(path: Path, data: bytes) -> Text | None:
-    """Reports a file that is not JSON Lines; None for one that may be.
-
-    Args:
-        path: The file, for commands in the message.
-        data: The whole file, or at least its first two lines.
-    """
-    if path.suffix in _CONFIGS:
-        return say("FILE_IS_A_CONFIG")
-    for start, reason in _KINDS.items():
-        if data.startswith(start):
-            return say(reason)
-    shown = shlex.quote(str(path))
-    text = data.removeprefix(codecs.BOM_UTF8).lstrip()
-    if text.startswith(b"["):
-        if not text[1:].lstrip().startswith((b"{", b"]")):
-            return say("FILE_IS_AN_ARRAY")
-        return say("FILE_IS_AN_ARRAY_OF_OBJECTS", command=f"jq -c '.[]' {shown} >NEW.jsonl")
-    first, _, rest = text.partition(b"\n")
-    if first.startswith((b"{", b'"{')):
-        return None
-    head, row = (line.decode("utf-8", "replace") for line in (first, rest.partition(b"\n")[0]))
-    for delimiter in _DELIMITERS:
-        if delimiter in head and delimiter in row:
-            given = "" if delimiter == "," else f", delimiter={delimiter!r}"
-            reader = f"csv.DictReader(sys.stdin{given})"
-            code = f"import csv, json, sys; [print(json.dumps(row)) for row in {reader}]"
-            return say("FILE_IS_A_TABLE", command=f'python3 -c "{code}" <{shown} >NEW.jsonl')
-    return None
-
 
 # A test set: a JSON Lines file of questions with the right answers.
 #
@@ -124,10 +59,6 @@ def read_eval_set(
         OSError: The file cannot be read.
         RowError: A row has the wrong form, or the file has no rows.
     """
-    if not path.exists():
-        raise FileNotFoundError(missing_file(path))
-    if path.is_dir():
-        raise IsADirectoryError(say("PATH_IS_A_DIRECTORY", path=path))
     examples: list[EvalExample] = []
     for row in read_rows(path, is_learned=False):
         if len(examples) == limit:
@@ -215,22 +146,14 @@ class Row:
 
     def shape_error(self) -> RowError:
         """The error for a line without one of the known sets of keys; suggests the closest."""
-        keys = set(self.values)
-        asked = "messages" if "messages" in keys else "prompt"
-        texts = ({"text"},) if self.is_learned else ()
-        labelled = ({asked, "labels"},) if "labels" in keys else ()
-        known: tuple[set[str], ...] = (*labelled, {"messages"}, {"prompt", "completion"}, *texts)
-        for shape in filter(keys.intersection, known):
-            others, missing = sorted(keys - shape), sorted(shape - keys)
-            if not others or not (self.is_learned or missing):
-                return self.error(missing[0], say("MISSING_KEY", keys=_keys(self.is_learned)))
-            near = closest(others[0], missing)
-            text = say("UNEXPECTED_KEY", keys=_keys(self.is_learned), closest=near)
-            return self.error(others[0], text)
-        found = (closest(key, set().union(*known)) for key in sorted(keys))
-        near = next(filter(None, found), None)
-        text = say("NOT_AN_EXAMPLE", keys=_keys(self.is_learned), closest=near)
-        return self.error("line", text)
+        texts = ("text",) if self.is_learned else ()
+        known = ("messages", "prompt", "completion", "labels", *texts)
+        keys = _keys(self.is_learned)
+        unknown = sorted(self.values.keys() - known)
+        if not unknown:
+            return self.error("line", say("NOT_AN_EXAMPLE", keys=keys))
+        near = closest(unknown[0], known)
+        return self.error(unknown[0], say("UNEXPECTED_KEY", keys=keys, closest=near))
 
     def text(self, field: str, value: Any, *, may_be_empty: bool = False) -> str:
         """Return a value that must be text."""
@@ -300,11 +223,9 @@ def read_rows(path: Path, *, is_learned: bool) -> Iterator[Row]:
 
     Raises:
         OSError: The file cannot be read.
-        RowError: The file is empty or in another format, or a line is not a JSON object.
+        RowError: The file is empty, or a line is not a JSON object.
     """
     data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    if problem := other_kind(path, data):
-        raise RowError(path, None, None, problem)
     is_empty = True
     # Do not use splitlines(): JSON strings may contain U+2028 and other separators.
     for line, raw in enumerate(data.split(b"\n"), start=1):
@@ -330,7 +251,7 @@ def _json_object(path: Path, line: int, text: str, is_learned: bool) -> dict[str
     try:
         row = json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
-        problem = _no_json(error.msg, text.strip(), path)
+        problem = say("LINE_NOT_JSON", problem=error.msg)
         raise RowError(path, line, f"column {error.colno}", problem) from error
     except RowError:
         raise
@@ -340,16 +261,3 @@ def _json_object(path: Path, line: int, text: str, is_learned: bool) -> dict[str
     if not isinstance(row, dict):
         raise RowError(path, line, "line", say("NOT_AN_EXAMPLE", keys=_keys(is_learned)))
     return row
-
-
-def _no_json(problem: str, text: str, path: Path) -> Text:
-    """Reports a line that is not JSON, and how to fix common mistakes."""
-    if text.startswith("{'"):
-        return say("SINGLE_QUOTES", problem=problem)
-    if text.endswith("},"):
-        return say("TRAILING_COMMA", problem=problem)
-    # Either an object spans several lines, or a line contains several objects.
-    if text == "{" or "}{" in text.replace(" ", ""):
-        command = f"jq -c . {shlex.quote(str(path))} >NEW.jsonl"
-        return say("NOT_ONE_OBJECT", problem=problem, command=command)
-    return say("LINE_NOT_JSON", problem=problem)

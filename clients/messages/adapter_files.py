@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import re
@@ -15,7 +14,7 @@ from typing import Any, BinaryIO, Self
 
 from turret.clients.messages.fields import not_of_type
 from turret.clients.messages.requests import filled
-from turret.clients.words import Text, say
+from turret.clients.words import say
 from turret.v1 import adapters_pb2
 
 _CHUNK_BYTES = 256 << 10
@@ -23,12 +22,6 @@ _CHUNK_BYTES = 256 << 10
 _TEMPLATE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _TOKENIZER = ("tokenizer.json", "added_tokens.json")
 _HEADER_BYTES = 16 << 20
-# Limits on the search for adapters, newest checkpoints first, below a directory that is not one.
-_MOST_SHOWN = 5
-_MOST_LEVELS = 3
-# A trainer's own pickle files. They do not mean that the weights are pickled.
-_TRAINERS_OWN = ("training_args.bin", "optimizer.bin", "scheduler.bin")
-_HUB = "hub:"
 # File names only, not hidden and without directories: an export never writes outside its folder.
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
@@ -44,19 +37,18 @@ def upload_messages(
     other fields of ``UploadHeader``.
 
     Raises:
-        FileNotFoundError: ``adapter_config.json`` or the weights are missing.
-        PermissionError: The directory is not readable.
+        OSError: The directory cannot be read, or is not an adapter.
         ValueError: A file is empty.
     """
     header = filled(adapters_pb2.UploadHeader(), name=name, **options)
     directory = _path(directory)
-    if directory.is_dir() and not os.access(directory, os.R_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, say("DIRECTORY_NOT_READABLE"), str(directory))
-    paths = [directory / "adapter_config.json", *sorted(directory.glob("*.safetensors"))]
-    if not paths[0].is_file() or len(paths) == 1:
-        raise FileNotFoundError(_lacking(directory))
-    beside = _TEMPLATE + (_TOKENIZER if any(map(_has_vocabulary, paths[1:])) else ())
-    paths += [path for name in beside if (path := directory / name).is_file()]
+    files = {path.name: path for path in sorted(directory.iterdir()) if path.is_file()}
+    weights = [path for name, path in files.items() if name.endswith(".safetensors")]
+    if "adapter_config.json" not in files or not weights:
+        raise FileNotFoundError(say("ADAPTER_FILES_MISSING", path=directory))
+    beside = _TEMPLATE + (_TOKENIZER if any(map(_has_vocabulary, weights)) else ())
+    others = [files[name] for name in beside if name in files]
+    paths = [files["adapter_config.json"], *weights, *others]
     for path in paths:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -79,51 +71,6 @@ def _has_vocabulary(path: Path) -> bool:
         size = min(int.from_bytes(file.read(8), "little"), _HEADER_BYTES)
         names = file.read(size)
     return any(name in names for name in (b"embed_tokens", b"lm_head"))
-
-
-def _lacking(directory: Path) -> Text:
-    """The error for a directory that is not an adapter, with the next step."""
-    if str(directory).startswith(_HUB) and not directory.exists():
-        return say("ADAPTER_ON_HUB", path=directory)
-    if not directory.exists():
-        return say("PATH_MISSING", path=directory)
-    if not directory.is_dir():
-        return say("NOT_AN_ADAPTER_DIRECTORY", path=directory)
-    if (directory / "adapter_config.json").is_file():
-        pickles = _pickles(directory)
-        if not pickles:
-            return say("NO_SAFETENSORS", path=directory)
-        return say("ADAPTER_IS_PICKLED", path=directory, file=pickles[0])
-    below = _adapters_below(directory)
-    if len(below) == 1:
-        return say("ADAPTER_BELOW", path=directory, closest=str(directory / below[0]))
-    if below:
-        shown = ", ".join(below[-_MOST_SHOWN:]) + (", …" if len(below) > _MOST_SHOWN else "")
-        return say("ADAPTERS_BELOW", path=directory, count=len(below), names=shown)
-    if pickles := _pickles(directory):
-        return say("ADAPTER_IS_PICKLED", path=directory, file=pickles[0])
-    if (directory / "config.json").is_file() and any(directory.glob("model*.safetensors")):
-        return say("ADAPTER_IS_A_MODEL", path=directory)
-    return say("NO_ADAPTER_CONFIG", path=directory)
-
-
-def _pickles(directory: Path) -> list[str]:
-    return sorted(p.name for p in directory.glob("*.bin") if p.name not in _TRAINERS_OWN)
-
-
-def _adapters_below(directory: Path) -> list[str]:
-    """The adapters below a directory, the nearest first, by their relative paths."""
-    for depth in range(1, _MOST_LEVELS + 1):
-        found = directory.glob("*/" * depth + "adapter_config.json")
-        below = [str(path.parent.relative_to(directory)) for path in found]
-        if below := [path for path in below if not path.startswith(".") and "/." not in path]:
-            return sorted(below, key=_numbered)
-    return []
-
-
-def _numbered(name: str) -> tuple[str | int, ...]:
-    """A sort key that puts ``checkpoint-1000`` after ``checkpoint-500``."""
-    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))
 
 
 def _messages(

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
 
 from turret.clients.words import Text, say
-
-_WHOLE = {
-    FieldDescriptor.CPPTYPE_INT32: range(-(2**31), 2**31),
-    FieldDescriptor.CPPTYPE_INT64: range(-(2**63), 2**63),
-    FieldDescriptor.CPPTYPE_UINT32: range(2**32),
-    FieldDescriptor.CPPTYPE_UINT64: range(2**64),
-}
-_REAL = (FieldDescriptor.CPPTYPE_FLOAT, FieldDescriptor.CPPTYPE_DOUBLE)
 
 
 class ArgumentError(Exception):
@@ -46,8 +38,24 @@ class ArgumentValueError(ArgumentError, ValueError):
     """An argument whose value does not fit."""
 
 
+@contextlib.contextmanager
+def named(argument: str, value: object) -> Iterator[None]:
+    """Raise the errors of protobuf in the block with the argument, which they do not name.
+
+    Raises:
+        ArgumentTypeError, ArgumentValueError: The value does not fit its field.
+    """
+    try:
+        yield
+    except ArgumentError:
+        raise
+    except (TypeError, ValueError, OverflowError) as error:
+        kind = ArgumentTypeError if isinstance(error, TypeError) else ArgumentValueError
+        raise kind(argument, say("UNFIT", value=f"{value!r:.60}", problem=error)) from None
+
+
 def fill(message: Any, values: Mapping[str, Any], *, within: str = "") -> None:
-    """Set fields; protobuf's own errors do not say which field they mean.
+    """Set fields.
 
     Args:
         message: The message that has the fields.
@@ -58,30 +66,42 @@ def fill(message: Any, values: Mapping[str, Any], *, within: str = "") -> None:
         ArgumentTypeError, ArgumentValueError: A value does not fit its field.
     """
     for name, value in values.items():
+        argument = f"{within}{name}"
         field = message.DESCRIPTOR.fields_by_name[name]
-        setattr(message, name, _fitting(f"{within}{name}", value, field))
+        if field.cpp_type == FieldDescriptor.CPPTYPE_STRING:
+            check_text(argument, value)
+        # Protobuf would accept 1 and 0 too.
+        elif field.cpp_type == FieldDescriptor.CPPTYPE_BOOL and not isinstance(value, bool):
+            raise ArgumentTypeError(argument, say("NOT_TRUE_OR_FALSE", value=repr(value)))
+        elif field.enum_type is not None:
+            value = _enum_value(argument, value, field.enum_type)
+        with named(argument, value):
+            setattr(message, name, value)
+
+
+def extend(name: str, field: Any, items: Any, wanted: str = "a list") -> None:
+    """Add items to a repeated field, also those of numpy and torch.
+
+    Args:
+        name: The name of the argument in errors.
+        field: The field.
+        items: The items.
+        wanted: The type of the argument, for the error.
+
+    Raises:
+        ArgumentTypeError, ArgumentValueError: The value is not a list, or an item does not fit.
+    """
+    with named(name, items):
+        found = list(several(name, items, wanted))
+        for each in found:
+            if isinstance(each, str | bytes):
+                check_text(name, each)
+        field.extend(found)
 
 
 def given(**values: Any) -> dict[str, Any]:
     """The values that are not None."""
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _fitting(name: str, value: Any, field: FieldDescriptor) -> Any:
-    """The value in the form that a field of this type takes."""
-    kind = field.cpp_type
-    # Protobuf would accept 1 and 0 too.
-    if kind == FieldDescriptor.CPPTYPE_BOOL and not isinstance(value, bool):
-        raise ArgumentTypeError(name, say("NOT_TRUE_OR_FALSE", value=repr(value)))
-    if kind == FieldDescriptor.CPPTYPE_STRING:
-        check_text(name, value)
-    elif field.enum_type is not None:
-        return _enum_value(name, value, field.enum_type)
-    elif kind in _WHOLE:
-        return _within(name, as_whole(name, value), _WHOLE[kind])
-    elif kind in _REAL:
-        return as_real(name, value)
-    return value
 
 
 def _enum_value(name: str, value: Any, enum: EnumDescriptor) -> int:
@@ -91,30 +111,6 @@ def _enum_value(name: str, value: Any, enum: EnumDescriptor) -> int:
         return numbers[value.lower()]
     kind = ArgumentValueError if isinstance(value, str) else ArgumentTypeError
     raise kind(name, say("NOT_ONE_OF", choices=", ".join(numbers), value=value))
-
-
-def _within(name: str, number: int, allowed: range) -> int:
-    if number in allowed:
-        return number
-    limits = {"least": allowed.start, "most": allowed.stop - 1}
-    raise ArgumentValueError(name, say("NOT_IN_RANGE", value=number, **limits))
-
-
-def as_real(name: str, value: Any) -> float:
-    """The value as a float, including numpy and torch numbers.
-
-    Raises:
-        ArgumentTypeError, ArgumentValueError: The value is not a number, or is too large.
-    """
-    # In Python, a bool is a number, and a text can be converted to one.
-    if isinstance(value, str | bytes | bool):
-        raise ArgumentTypeError(name, say("NOT_A_NUMBER", value=repr(value)))
-    try:
-        return float(value)
-    except OverflowError:
-        raise ArgumentValueError(name, say("TOO_LARGE_FOR_A_FLOAT", value=value)) from None
-    except (TypeError, ValueError):
-        raise ArgumentTypeError(name, say("NOT_A_NUMBER", value=repr(value))) from None
 
 
 def check_text(name: str, value: object) -> None:
@@ -130,39 +126,6 @@ def check_text(name: str, value: object) -> None:
         value.encode()
     except UnicodeEncodeError:
         raise ArgumentValueError(name, say("NOT_UTF8")) from None
-
-
-def extend_texts(name: str, field: Any, items: Iterable[Any]) -> None:
-    """Add all texts to a repeated field; an error concerns only the one that does not fit."""
-    for item in items:
-        check_text(name, item)
-        field.append(item)
-
-
-def extend_ids(name: str, field: Any, items: Iterable[Any]) -> None:
-    """Add token ids, also those of numpy and torch, to a repeated field."""
-    ids = [as_whole(name, item) for item in items]
-    try:
-        field.extend(ids)
-    except ValueError:
-        allowed = _WHOLE[FieldDescriptor.CPPTYPE_UINT32]
-        for number in ids:
-            _within(name, number, allowed)
-        raise
-
-
-def as_whole(name: str, item: Any) -> int:
-    """The item as an int.
-
-    Raises:
-        TypeError: The value is not a whole number; names the argument.
-    """
-    if not isinstance(item, bool):
-        try:
-            return operator.index(item)
-        except TypeError:
-            pass
-    raise ArgumentTypeError(name, say("NOT_A_WHOLE_NUMBER", value=repr(item)))
 
 
 def several(name: str, value: Any, wanted: str) -> Iterable[Any]:

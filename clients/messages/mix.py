@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 
-from turret.clients.messages.fields import (
-    ArgumentTypeError,
-    ArgumentValueError,
-    check_text,
-    not_of_type,
-)
-from turret.clients.words import Text, say
+from turret.clients.messages.fields import ArgumentValueError, check_text, named, not_of_type
+from turret.clients.words import say
 from turret.v1 import adapters_pb2
 
 # Separators of members and weights in a model name over HTTP. Adapter names contain neither.
@@ -37,22 +31,13 @@ class AdapterWeight:
     weight: float = 1.0
     generation: int | None = None
 
-    def __post_init__(self) -> None:
-        check_text("name", self.name)
-        # A bool is an int in Python, so protobuf would accept it.
-        if not isinstance(self.weight, Real) or isinstance(self.weight, bool):
-            raise ArgumentTypeError("weight", say("NOT_A_NUMBER", value=repr(self.weight)))
-        if not isinstance(self.generation, int | None) or isinstance(self.generation, bool):
-            raise not_of_type("generation", "a whole number or None", self.generation)
-
     @classmethod
     def parse(cls, text: str) -> AdapterWeight:
         """Read ``NAME[@GENERATION][=WEIGHT]``.
 
         Raises:
             TypeError: The value is not text.
-            ValueError: The text has another form. For HTTP's form of a mix (``json+sql*0.5``), the
-                error shows the form to use here.
+            ValueError: The text has another form, such as HTTP's form of a mix.
         """
         check_text("text", text)
         head, equals, weight = text.partition("=")
@@ -62,21 +47,11 @@ class AdapterWeight:
                 raise ValueError
             return cls(name, float(weight) if equals else 1.0, int(generation) if at else None)
         except ValueError:
-            raise ValueError(_no_member(text)) from None
+            raise ValueError(say("NOT_A_MIX_MEMBER", value=text)) from None
 
     def __str__(self) -> str:
         generation = "" if self.generation is None else f"@{self.generation}"
         return f"{self.name}{generation}" + ("" if self.weight == 1.0 else f"={self.weight:g}")
-
-
-def _no_member(text: str) -> Text:
-    """Reports a text that is not a member of a mix; HTTP's notation is converted to this one."""
-    if _OF_HTTP.isdisjoint(text):
-        return say("NOT_A_MIX_MEMBER", value=text)
-    members = [member.strip().replace("*", "=") for member in text.split("+")]
-    if len(members) == 1:
-        return say("NOT_A_MIX_MEMBER", value=text, closest=members[0])
-    return say("HTTP_MIX", value=text, members=", ".join(members))
 
 
 _FORMS = '"name", ("name", weight), {"name": weight} or an AdapterWeight'
@@ -113,20 +88,14 @@ def _to_proto(adapter: object) -> adapters_pb2.AdapterWeight:
         case AdapterWeight():
             member = adapter
         case (name, weight):
-            try:
-                member = AdapterWeight(name, weight)
-            except TypeError:
-                raise not_of_type("adapters", _FORMS, adapter) from None
+            member = AdapterWeight(name, weight)
         case _:
             raise not_of_type("adapters", _FORMS, adapter)
     made = adapters_pb2.AdapterWeight(name=_plain_name(member.name))
-    try:
-        made.weight = float(member.weight)
+    with named("adapters", adapter):
+        made.weight = member.weight
         if member.generation is not None:
             made.generation = member.generation
-    except (ValueError, OverflowError) as error:
-        text = say("INVALID_ADAPTER", value=repr(adapter), problem=error)
-        raise ArgumentValueError("adapters", text) from None
     return made
 
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Real
+from functools import partial
 from typing import Any, SupportsIndex, TypedDict, TypeVar
 
 from turret.clients.messages.fields import (
     ArgumentTypeError,
-    ArgumentValueError,
     as_json,
-    as_whole,
     check_text,
-    extend_ids,
-    extend_texts,
+    extend,
     fill,
     given,
+    named,
     not_of_type,
     several,
 )
@@ -115,17 +112,13 @@ class GenerateOptions(TypedDict, total=False):
     chat_template: str | None
 
 
-_KWARGS = "chat_template_kwargs"
-_RENDERING = (
-    _KWARGS,
-    "add_generation_prompt",
-    "continue_final_message",
+# Options of conversations only.
+_OF_CHATS = (
+    *("tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"),
     "chat_template",
 )
 _CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
 _PROMPTS = "text, token ids or messages"
-# Maximum number of seconds that fits a message; the server checks its own limit.
-_MOST_SECONDS = 1e9
 _Request = TypeVar("_Request")
 
 
@@ -134,8 +127,8 @@ def filled(request: _Request, **values: Any) -> _Request:
 
     Args:
         request: An empty message.
-        **values: The values by the names of its fields. None leaves an optional field unset;
-            ``prompt`` and ``inputs`` take any form of a prompt.
+        **values: The values by the names of its fields, or of those of a message in it. None
+            leaves an optional field unset; ``prompt`` and ``inputs`` take any form of a prompt.
 
     Raises:
         TypeError: A value has the wrong type.
@@ -145,7 +138,16 @@ def filled(request: _Request, **values: Any) -> _Request:
         if convert := _CONVERSIONS.get(name):
             convert(request, value)
         elif value is not None or name == "name":
-            fill(request, {name: value})
+            fill(_part_with(request, name), {name: value})
+    return request
+
+
+def _part_with(request: Any, name: str) -> Any:
+    """The message that has a field: the request, or one of the messages in it."""
+    for field in request.DESCRIPTOR.fields:
+        part = None if field.is_repeated else field.message_type
+        if part is not None and name in part.fields_by_name:
+            return getattr(request, field.name)
     return request
 
 
@@ -157,63 +159,36 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
         names = ", ".join(sorted(unknown))
         raise TypeError(say("UNKNOWN_OPTIONS", names=names, closest=near))
     values = given(**options)
-    request = inference_pb2.GenerateRequest()
-    filled(request, adapters=values.get("adapters", ()), request_id=values.get("request_id"))
-    set_input(request, prompt)
+    constraints = [name for name in _CONSTRAINTS if name in values]
+    if len(constraints) > 1:
+        raise ValueError(say("SEVERAL_CONSTRAINTS", names=", ".join(constraints)))
     if values.get("top_n"):
         values.setdefault("logprobs", True)
-    for part in (request.sampling, request.stop, request.options):
-        scalars = set(part.DESCRIPTOR.fields_by_name) - {"logit_bias", "stop_token_ids"}
-        fill(part, {name: value for name, value in values.items() if name in scalars})
-    _set_bias(request.sampling, values.get("logit_bias", {}))
-    stop = values.get("stop", ())
-    stops = (
-        [stop] if isinstance(stop, str) else several("stop", stop, "a string or a list of strings")
-    )
-    extend_texts("stop", request.stop.stop_strings, stops)
-    ids = several("stop_token_ids", values.get("stop_token_ids", ()), "a list of token ids")
-    extend_ids("stop_token_ids", request.stop.stop_token_ids, ids)
-    _set_constraint(request, values)
-    for index, tool in enumerate(several("tools", values.get("tools", ()), "a list of tools")):
-        _check_is_chat(request, "tools")
+    request = inference_pb2.GenerateRequest()
+    set_input(request, prompt)
+    for name in _OF_CHATS:
+        if values.get(name) not in (None, []) and request.WhichOneof("input") != "chat":
+            raise ArgumentTypeError(name, say("NEEDS_FIELD", other="messages"))
+    return filled(request, **values)
+
+
+def _set_bias(request: Any, bias: Any) -> None:
+    with named("logit_bias", bias):
+        request.sampling.logit_bias.update(bias)
+
+
+def _set_choice(request: Any, choice: Any) -> None:
+    request.choice.SetInParent()
+    extend("choice", request.choice.texts, choice)
+
+
+def _set_tools(request: Any, tools: Any) -> None:
+    for index, tool in enumerate(several("tools", tools, "a list of tools")):
         request.chat.tools.append(to_tool(f"tools[{index}]", tool))
-    for name in _RENDERING:
-        if name in values:
-            _check_is_chat(request, name)
-            value = values[name]
-            fill(request.chat, {name: _json(name, value) if name == _KWARGS else value})
-    return request
 
 
-def _check_is_chat(request: inference_pb2.GenerateRequest, name: str) -> None:
-    if request.WhichOneof("input") != "chat":
-        raise ArgumentTypeError(name, say("NEEDS_FIELD", other="messages"))
-
-
-def _set_bias(sampling: inference_pb2.SamplingParams, bias: Any) -> None:
-    wanted = "a mapping from token ids to numbers"
-    if not isinstance(bias, Mapping):
-        raise not_of_type("logit_bias", wanted, bias)
-    for token_id, number in bias.items():
-        try:
-            sampling.logit_bias[as_whole("logit_bias", token_id)] = number
-        except (TypeError, ValueError, OverflowError) as error:
-            kind = ArgumentTypeError if isinstance(error, TypeError) else ArgumentValueError
-            text = say("NOT_OF_TYPE", wanted=wanted, value=f"{token_id!r} to {number!r}")
-            raise kind("logit_bias", text) from None
-
-
-def _set_constraint(request: inference_pb2.GenerateRequest, values: Mapping[str, Any]) -> None:
-    names = [name for name in _CONSTRAINTS if name in values]
-    if len(names) > 1:
-        raise ValueError(say("SEVERAL_CONSTRAINTS", names=", ".join(names)))
-    for name in names:
-        value = values[name]
-        if name == "choice":
-            request.choice.SetInParent()
-            extend_texts(name, request.choice.texts, several(name, value, "a list of strings"))
-            continue
-        fill(request, {name: _json(name, value) if name == "json_schema" else value})
+def _set_json(name: str, request: Any, value: Any) -> None:
+    fill(_part_with(request, name), {name: _json(name, value)})
 
 
 def _json(name: str, value: Any) -> str:
@@ -226,14 +201,8 @@ def _json(name: str, value: Any) -> str:
 
 
 def set_inputs(request: Any, inputs: str | Sequence[Prompt]) -> None:
-    """Add an ``Input`` for each prompt; a plain text is the only one.
-
-    Raises:
-        TypeError: The value is a single prompt of token ids or turns instead of a list of prompts.
-    """
+    """Add an ``Input`` for each prompt; a plain text is the only one."""
     prompts = [inputs] if isinstance(inputs, str) else _items("inputs", inputs)
-    if prompts and (all(map(_is_whole, prompts)) or all(isinstance(p, Mapping) for p in prompts)):
-        raise ArgumentTypeError("inputs", say("SINGLE_PROMPT"))
     for index, prompt in enumerate(prompts):
         set_input(
             request.inputs.add(), prompt, "inputs" if prompt is inputs else f"inputs[{index}]"
@@ -261,11 +230,9 @@ def set_input(request: Any, prompt: Prompt, place: str = "") -> None:
     items = _items(name, prompt)
     if any(map(is_like_a_turn, items)):
         request.chat.messages.extend(to_messages(place or "messages", items))
-    elif items and (any(isinstance(i, str) for i in items) or not any(map(_is_whole, items))):
-        raise not_of_type(name, _PROMPTS, prompt)
     else:
         request.token_ids.SetInParent()
-        extend_ids(name, request.token_ids.ids, items)
+        extend(name, request.token_ids.ids, items)
 
 
 def _items(name: str, value: Any) -> list[Any]:
@@ -276,32 +243,15 @@ def _items(name: str, value: Any) -> list[Any]:
         raise not_of_type(name, _PROMPTS, value) from None
 
 
-def _is_whole(item: object) -> bool:
-    """Whether an item can be a token id: an int, or an integer of numpy or torch."""
-    if isinstance(item, bool) or getattr(item, "ndim", 0):
-        return False
-    try:
-        operator.index(item)  # type: ignore[arg-type]
-    except TypeError:
-        return False
-    return True
-
-
-def _set_path(request: Any, path: object) -> None:
-    if not isinstance(path, str | os.PathLike):
-        raise not_of_type("path", "a path", path)
-    fill(request, {"path": os.fspath(path)})
+def _set_path(request: Any, path: Any) -> None:
+    with named("path", path):
+        request.path = os.fspath(path)
 
 
 def _set_drain(request: Any, seconds: float | None) -> None:
-    if seconds is None:
-        return
-    is_number = isinstance(seconds, Real) and not isinstance(seconds, bool)
-    if not is_number or not abs(seconds) < _MOST_SECONDS:
-        kind = ArgumentValueError if is_number else ArgumentTypeError
-        wanted = "a number of seconds from 0 to 3600"
-        raise kind("drain_seconds", say("NOT_OF_TYPE", wanted=wanted, value=repr(seconds)))
-    request.timeout.FromNanoseconds(round(float(seconds) * 1e9))
+    if seconds is not None:
+        with named("drain_seconds", seconds):
+            request.timeout.FromNanoseconds(round(seconds * 1e9))
 
 
 # Arguments that are not simply the value of a scalar field of the same name.
@@ -311,4 +261,14 @@ _CONVERSIONS: dict[str, Callable[[Any, Any], None]] = {
     "inputs": set_inputs,
     "path": _set_path,
     "drain_seconds": _set_drain,
+    "stop": lambda request, stop: extend(
+        "stop", request.stop.stop_strings, [stop] if isinstance(stop, str) else stop
+    ),
+    "stop_token_ids": lambda request, ids: extend(
+        "stop_token_ids", request.stop.stop_token_ids, ids
+    ),
+    "logit_bias": _set_bias,
+    "choice": _set_choice,
+    "tools": _set_tools,
+    **{name: partial(_set_json, name) for name in ("json_schema", "chat_template_kwargs")},
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from turret.clients.messages.fields import as_real, extend_ids, not_of_type, several
+from turret.clients.messages.fields import extend, named, not_of_type, several
 from turret.clients.messages.requests import filled
 from turret.v1 import training_pb2
 
@@ -13,7 +13,6 @@ from turret.v1 import training_pb2
 _MOST_TOKENS = 4096
 # The server's limit on the sequences of a request.
 _MOST_DATA = 1024
-_NUMBERS = "a list of numbers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,8 @@ def pass_requests(
     head = training_pb2.ForwardBackwardRequest()
     filled(head, model_id=model_id, loss=loss, forward_only=forward_only)
     for name, value in (loss_config or {}).items():
-        head.loss_config[name] = as_real(f"loss_config.{name}", value)
+        with named(f"loss_config.{name}", value):
+            head.loss_config[name] = value
     request, count = _copy(head), 0
     for index, datum in enumerate(several("data", data, "a list of sequences")):
         if not isinstance(datum, TrainingDatum):
@@ -73,9 +73,5 @@ def _copy(head: training_pb2.ForwardBackwardRequest) -> training_pb2.ForwardBack
 
 
 def _add(message: training_pb2.TrainingDatum, datum: TrainingDatum, path: str) -> None:
-    for name in ("token_ids", "target_ids"):
-        ids = several(f"{path}.{name}", getattr(datum, name), "a list of token ids")
-        extend_ids(f"{path}.{name}", getattr(message, name), ids)
-    for name in ("weights", "logprobs", "advantages"):
-        numbers = several(f"{path}.{name}", getattr(datum, name), _NUMBERS)
-        getattr(message, name).extend(as_real(f"{path}.{name}", each) for each in numbers)
+    for name in ("token_ids", "target_ids", "weights", "logprobs", "advantages"):
+        extend(f"{path}.{name}", getattr(message, name), getattr(datum, name))

@@ -29,20 +29,6 @@ from turret.clients.verbs.tables import (
     print_merge_state,
 )
 
-_COMBINATIONS = (
-    "exact",
-    "svd",
-    "linear",
-    "cat",
-    "ties",
-    "ties_svd",
-    "dare_linear",
-    "dare_linear_svd",
-    "dare_ties",
-    "dare_ties_svd",
-    "magnitude_prune",
-    "magnitude_prune_svd",
-)
 _COUNT = {"type": int, "metavar": "N"}
 _SHARE = {"type": float, "metavar": "X"}
 # Destinations have the names of the arguments of the Python client.
@@ -92,9 +78,9 @@ _FLAGS: Flags = {
     },
     "--generation": {**_COUNT, "help": "generation to export (default: the current one)"},
     "--combination": {
-        "choices": _COMBINATIONS,
         "metavar": "HOW",
-        "help": f"one of {', '.join(_COMBINATIONS)} (default: exact)",
+        "help": "exact, linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune, or one of"
+        " the last four with _svd (default: exact)",
     },
     "--rank": {**_COUNT, "help": "maximum rank, for combinations with svd"},
     "--energy": {
@@ -126,7 +112,7 @@ def add_adapters(subparsers: Subparsers, text: str) -> None:
     def add(name: str, text: str, *flags: str, directory: str = "", mix: bool = False) -> None:
         parents = [adapter_parser(required=True)] if mix else []
         parents += [shared("--json"), flags_parser({flag: _FLAGS[flag] for flag in flags})]
-        run = with_client(_RUNS.get(name) or _run)
+        run = with_client(_list if name == "list" else _run)
         action = add_verb_parser(actions, name, text, run, *parents)
         if directory:
             action.add_argument("directory", type=Path, metavar="DIR", help=directory)
@@ -177,6 +163,9 @@ _DONE = {"unload": "unloaded", "unalias": "deleted"}
 # The functions that print an action's result for people.
 _SHOWN: Mapping[str, Callable[[Any, argparse.Namespace], None]] = {
     "get": lambda adapter, _: print_adapter(adapter),
+    "load": lambda adapter, _: print_change("loaded", adapter),
+    "upload": lambda adapter, _: print_change("uploaded", adapter),
+    "replace": lambda adapter, _: print_change("replaced", adapter),
     "pin": lambda adapter, _: print(f"pinned {adapter.name}"),
     "unpin": lambda adapter, _: print(f"unpinned {adapter.name}"),
     "rollback": lambda adapter, _: print(f"{adapter.name}@{adapter.generation} is served now"),
@@ -186,6 +175,7 @@ _SHOWN: Mapping[str, Callable[[Any, argparse.Namespace], None]] = {
     ),
     "fuse": lambda fusion, _: print_fusion(fusion),
     "merge": lambda state, _: _print_merge(state),
+    "unmerge": lambda state, _: print(f"unmerged; base generation {state.base_generation}"),
     "merge-state": lambda state, _: print_merge_state(state),
     "alias": lambda alias, _: print(alias_text(alias)),
     "unalias": lambda _, args: print(f"deleted alias {args.name}"),
@@ -198,9 +188,10 @@ def _list(args: argparse.Namespace, client: TurretClient) -> None:
     if args.json:
         print_json(adapters)
         return
-    is_filtered = args.method is not None or args.residency is not None
-    others = client.adapters.list(timeout=args.timeout) if is_filtered and not adapters else ()
-    print_adapters(adapters, others=list(others), method=args.method)
+    if adapters:
+        print_adapters(adapters)
+    else:
+        print("no adapter matches; `turret adapters load NAME PATH` registers one")
     merged = client.adapters.get_merge_state(timeout=args.timeout)
     if merged.active:
         print(
@@ -208,37 +199,6 @@ def _list(args: argparse.Namespace, client: TurretClient) -> None:
         )
 
 
-def _change(args: argparse.Namespace, client: TurretClient) -> None:
-    """Load, upload or replace an adapter."""
-    before = None
-    if not args.json:
-        # Use the list, because a server logs a request for a name that it does not have.
-        listed = client.adapters.list(timeout=args.timeout)
-        before = next((each for each in listed if each.name == args.name), None)
-    adapter = call_with_flags(getattr(client.adapters, args.action), args)
-    verb = f"{args.action.removesuffix('e')}ed"
-    print_json(adapter) if args.json else print_change(verb, adapter, before)
-
-
-def _unmerge(args: argparse.Namespace, client: TurretClient) -> None:
-    before = client.adapters.get_merge_state(timeout=args.timeout)
-    state = client.adapters.unmerge(timeout=args.timeout)
-    if args.json:
-        print_json(state)
-    else:
-        print(f"unmerged {mix_text(before)}; base generation {state.base_generation}")
-
-
 def _print_merge(state: MergeState) -> None:
     print_merge_state(state)
     print("every request uses it until `turret adapters unmerge`; do not name it with -a as well")
-
-
-# Actions that make more than one call.
-_RUNS: Mapping[str, Callable[[argparse.Namespace, TurretClient], None]] = {
-    "list": _list,
-    "load": _change,
-    "upload": _change,
-    "replace": _change,
-    "unmerge": _unmerge,
-}

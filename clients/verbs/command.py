@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Any, TypeAlias
 from turret.clients.calls.settings import RetryPolicy
 from turret.clients.channel import Tls
 from turret.clients.client import TurretClient
-from turret.clients.errors import COUNTED, AnswerCutError, TurretRpcError
+from turret.clients.errors import AnswerCutError, TurretRpcError
 from turret.clients.hints import COMMAND_HINTS, hint_for
 from turret.clients.messages.fields import ArgumentError
 from turret.clients.verbs.flags import (
@@ -23,13 +24,9 @@ from turret.clients.verbs.flags import (
     TOKEN_VARIABLE,
     add_connection_flags,
     as_typed,
-    flag_of,
-    unusable,
 )
 from turret.clients.words import say
 
-# Longer lists of violations are only counted, unless --details is given.
-_FEW_VIOLATIONS = 8
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -75,17 +72,12 @@ def given_texts(args: argparse.Namespace) -> list[str]:
     """All texts of the arguments and the file, without empty lines.
 
     Raises:
-        OSError: The file cannot be read.
-        ValueError: There is no text, or the file is not UTF-8.
+        ValueError: There is no text.
     """
     texts: list[str] = []
     for text in args.texts:
         texts += _lines(sys.stdin.read()) if text == "-" else [text]
-    if args.file is not None:
-        try:
-            texts += _lines(args.file.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(unusable("--file", args.file, error)) from None
+    texts += _lines(args.file or "")
     if not texts:
         raise ValueError(say("NO_TEXTS"))
     return texts
@@ -108,15 +100,9 @@ def with_client(
         try:
             with connect(args) as client:
                 return verb(args, client) or 0
-        except TurretRpcError as error:
-            print_error(error, args)
-            _print_details(error, args)
-            return 1
         except BrokenPipeError:
-            # The reader has closed the output, so nothing may be written there at exit either.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141
-        except (OSError, UnfinishedAnswerError) as error:
+            raise
+        except (TurretRpcError, OSError, UnfinishedAnswerError) as error:
             print_error(error, args)
             return 1
         except (TypeError, ValueError) as error:
@@ -131,20 +117,6 @@ def with_client(
     return run
 
 
-def _print_details(error: TurretRpcError, args: argparse.Namespace) -> None:
-    if args.details:
-        for each in error.violations:
-            field = "" if each.field in ("", COUNTED) else f"{as_typed(each.field, args)}: "
-            print(f"  {field}{each.description}", file=sys.stderr)
-        if error.request_id:
-            print(f"  request id: {error.request_id}", file=sys.stderr)
-    elif len(error.violations) > _FEW_VIOLATIONS:
-        listed = sum(each.field not in ("", COUNTED) for each in error.violations)
-        total = int(error.metadata.get("violation_count", listed))
-        which = f"all {total}" if total == listed else f"{listed} of {total}"
-        print(f"  --details lists {which} fields at fault", file=sys.stderr)
-
-
 def print_error(
     error: Exception,
     args: argparse.Namespace | None = None,
@@ -157,7 +129,8 @@ def print_error(
         args: The flags that were given.
         hints: Advice by the reason of an error.
     """
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        print(end="", flush=True)
     print(f"error: {_line_of(error, args or argparse.Namespace(), hints)}", file=sys.stderr)
 
 
@@ -198,16 +171,7 @@ def _jsonable(value: Any) -> Any:
 
 
 def given_token(args: argparse.Namespace) -> str | None:
-    """The token from the flags or the environment.
-
-    Raises:
-        OSError: The token's file cannot be read.
-    """
-    if args.token_from is not None:
-        try:
-            return args.token_from.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise OSError(unusable("--token-from", args.token_from, error)) from None
+    """The token from the flags or the environment."""
     return args.token or os.environ.get(TOKEN_VARIABLE)
 
 
@@ -215,23 +179,12 @@ def given_tls(args: argparse.Namespace) -> Tls | None:
     """The TLS settings from the flags; None if no flag sets any.
 
     Raises:
-        OSError: A file cannot be read.
         ValueError: The settings are inconsistent.
     """
-    if args.tls or args.tls_ca or args.tls_cert or args.tls_key or args.tls_server_name:
-        for name in ("tls_ca", "tls_cert", "tls_key"):
-            path: Path = getattr(args, name) or Path(os.devnull)
-            try:
-                path.read_bytes()
-            except OSError as error:
-                raise OSError(unusable(flag_of(name, args), path, error)) from None
-        return Tls.from_files(
-            ca=args.tls_ca,
-            certificate=args.tls_cert,
-            key=args.tls_key,
-            server_name=args.tls_server_name,
-        )
-    return None
+    pems = {"ca": args.tls_ca, "certificate": args.tls_cert, "key": args.tls_key}
+    if not (args.tls or args.tls_server_name or any(pems.values())):
+        return None
+    return Tls(**pems, server_name=args.tls_server_name)
 
 
 def connect(args: argparse.Namespace) -> TurretClient:

@@ -35,7 +35,7 @@ from turret.clients.verbs.command import (
     with_client,
 )
 from turret.clients.verbs.flags import Flags, adapter_weight, flags_parser, shared
-from turret.clients.verbs.tables import print_table, table_of, terminal
+from turret.clients.verbs.tables import print_table, table_of
 from turret.clients.words import say
 
 _DESCRIPTION = """\
@@ -55,10 +55,13 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
         raise ValueError(say("NO_MIX", flag=flag))
     if len({mix_name(mix) for mix in mixes}) < len(mixes):
         raise ValueError(say("SAME_MIX_TWICE"))
-    for flag, path in (("--plot", args.plot), ("--answers", args.answers)):
-        if path is not None:
-            _check_output(flag, path, args.data)
     examples, options = read_test_set(args)
+    for path in filter(None, (args.plot, args.answers)):
+        if path.exists() and path.samefile(args.data):
+            raise ValueError(say("IS_TEST_SET", path=path))
+        # Report a file that cannot be written before the first call.
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ValueError(say("PATH_NOT_WRITABLE", path=path))
     reports = judge(args, client, examples, mixes, options)
     if args.json:
         print_json([_figures(report) for report in reports])
@@ -95,21 +98,6 @@ def read_test_set(args: argparse.Namespace) -> tuple[list[EvalExample], EvalOpti
     if "label_accuracy" in options.metrics:
         _check_labels(args.data, examples, options.labels)
     return examples, options
-
-
-def _check_output(flag: str, path: Path, data: Path) -> None:
-    """Reject an output file that cannot be written or is the test set, before the first call."""
-    problem = None
-    if path.exists() and data.exists() and path.samefile(data):
-        problem = say("IS_TEST_SET", path=path)
-    elif path.is_dir():
-        problem = say("PATH_IS_A_DIRECTORY", path=path)
-    elif not path.parent.is_dir():
-        problem = say("FOLDER_MISSING", path=path.parent)
-    elif not os.access(path if path.exists() else path.parent, os.W_OK):
-        problem = say("PATH_NOT_WRITABLE", path=path)
-    if problem is not None:
-        raise ValueError(say("FLAG_PATH_UNUSABLE", flag=flag, problem=problem))
 
 
 def judge(
@@ -176,30 +164,16 @@ def _check_labels(path: Path, examples: Sequence[EvalExample], labels: Sequence[
 
 def print_reports(reports: Sequence[MixReport]) -> None:
     """Print a row for each mix, and what the brackets mean."""
-    console = terminal()
-    table = _table(reports, " ")
-    anywhere = console.options.update(width=10_000)
-    if console.measure(table, options=anywhere).maximum > console.width:
-        # A figure is unreadable if a line breaks inside its interval.
-        table = _table(reports, "\n")
-    print_table(table)
+    rows = [
+        (report.mix, *(_cell(metric, figure) for metric, figure in report.metrics.items()))
+        for report in reports
+    ]
+    headings = [metric.replace("_", " ") for metric in reports[0].metrics]
+    print_table(table_of({"mix": "text", **dict.fromkeys(headings, "number")}, rows))
     # Print no caption: a narrow table would break it.
     figures = (figure for report in reports for figure in report.metrics.values())
     unknown = "; [?] if too few or too alike" if any(f.low is None for f in figures) else ""
     print(f"{reports[0].extent}; 95 % confidence intervals in brackets{unknown}")
-
-
-def _table(reports: Sequence[MixReport], gap: str) -> Table:
-    """A row per mix; ``gap`` separates a figure and its interval."""
-    rows = [
-        (report.mix, *(_cell(metric, figure, gap) for metric, figure in report.metrics.items()))
-        for report in reports
-    ]
-    headings = [metric.replace("_", " ") for metric in reports[0].metrics]
-    table = table_of({"mix": "text", **dict.fromkeys(headings, "number")}, rows)
-    for column, cells in zip(table.columns[1:], list(zip(*rows, strict=True))[1:], strict=True):
-        column.min_width = max(len(line) for cell in cells for line in cell.split("\n"))
-    return table
 
 
 def _figures(report: MixReport) -> dict[str, object]:
@@ -216,17 +190,17 @@ def _label_table(reports: Sequence[MixReport]) -> Table:
     for label in sorted({label for report in reports for label in report.labels}):
         figures = (report.labels.get(label) for report in reports)
         rows.append((label, *("" if each is None else f"{each.f1:.1%}" for each in figures)))
-    mixes = {report.mix: "long number" for report in reports}
+    mixes = {report.mix: "number" for report in reports}
     return table_of({"label": "text", **mixes}, rows, caption="F1 of each label")
 
 
-def _cell(metric: str, figure: Estimate, gap: str) -> str:
+def _cell(metric: str, figure: Estimate) -> str:
     is_ratio = metric != "perplexity"
     value = f"{figure.value:.1%}" if is_ratio else _plain(figure.value, 4)
     if figure.low is None or figure.high is None:
-        return f"{value}{gap}[?]"
+        return f"{value} [?]"
     low, high = (f"{x:.0%}" if is_ratio else _plain(x, 3) for x in (figure.low, figure.high))
-    return f"{value}{gap}[{low}, {high}]"
+    return f"{value} [{low}, {high}]"
 
 
 def _plain(number: float, digits: int) -> str:
@@ -253,17 +227,7 @@ def _answers(reports: Sequence[MixReport], examples: Sequence[EvalExample]) -> s
     return "\n".join(rows) + "\n"
 
 
-def _metric(text: str) -> str:
-    if text in LABEL_SET_METRICS[1:]:
-        raise argparse.ArgumentTypeError(say("METRIC_NEEDS_CLASSIFY", value=text))
-    return text
-
-
 def _mix(text: str) -> Mix:
-    if "," in text:
-        parts = [part.strip() for part in text.split(",")]
-        forms = {"mix": "+".join(parts), "mixes": f"-m {' -m '.join(parts)}"}
-        raise argparse.ArgumentTypeError(say("COMMA_IN_MIX", value=text, **forms))
     return tuple(adapter_weight(member.strip()) for member in text.split("+"))
 
 
@@ -272,14 +236,6 @@ def _labels(text: str) -> tuple[str, ...]:
     if not all(labels) or len(set(labels)) < len(labels):
         raise argparse.ArgumentTypeError(say("LABELS_NOT_DISTINCT"))
     return labels
-
-
-def _svg(text: str) -> Path:
-    path = Path(text)
-    if path.suffix.lower() != ".svg":
-        instead = path.with_suffix(".svg")
-        raise argparse.ArgumentTypeError(say("NOT_SVG", value=text, instead=instead))
-    return path
 
 
 def _positive(text: str) -> int:
@@ -303,7 +259,6 @@ FLAGS: Flags = {
     "--metric": {
         "dest": "metrics",
         "action": "append",
-        "type": _metric,
         "choices": METRICS,
         "help": "metric to compute; repeatable (default: all that apply)",
     },
@@ -331,7 +286,7 @@ FLAGS: Flags = {
         "default": 16,
         "help": "number of concurrent calls (default: %(default)s)",
     },
-    "--plot": {"type": _svg, "metavar": "FILE.svg", "help": "write the figures as an SVG image"},
+    "--plot": {"type": Path, "metavar": "FILE.svg", "help": "write the figures as an SVG image"},
     "--answers": {
         "type": Path,
         "metavar": "FILE",

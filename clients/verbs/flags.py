@@ -13,16 +13,12 @@ from typing import Any, TypeVar
 from turret.clients.channel import DEFAULT_ADDRESS
 from turret.clients.messages.mix import AdapterWeight
 from turret.clients.messages.requests import GenerateOptions
-from turret.clients.words import Text, say
+from turret.clients.words import say
 
 DEFAULT_TIMEOUT_SECONDS = 600.0
 TOKEN_VARIABLE = "TURRET_TOKEN"
 # Destinations of flags that an environment variable may set. Flags take precedence.
-_VARIABLES = {
-    "address": "TURRET_ADDRESS",
-    "token": TOKEN_VARIABLE,
-    "tls_ca": "TURRET_TLS_CA",
-}
+_VARIABLES = {"address": "TURRET_ADDRESS", "token": TOKEN_VARIABLE}
 # Arguments of the Python client → the destinations of their flags, if these have other names.
 _DESTINATIONS = {
     "adapters": "mixes",
@@ -70,12 +66,26 @@ def positive_seconds(text: str) -> float:
     return seconds
 
 
+def file_bytes(path: str) -> bytes:
+    """The content of a file, for the ``type`` of a flag."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        text = say("FILE_UNREADABLE", path=path, why=error.strerror)
+        raise argparse.ArgumentTypeError(text) from None
+
+
 def file_text(path: str) -> str:
     """The text of a file, for the ``type`` of a flag."""
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise argparse.ArgumentTypeError(_unreadable(path, error)) from None
+        return file_bytes(path).decode()
+    except UnicodeDecodeError:
+        text = say("PATH_UNUSABLE", path=path, problem=say("NOT_UTF8"))
+        raise argparse.ArgumentTypeError(text) from None
+
+
+def _token(path: str) -> str:
+    return file_text(path).strip()
 
 
 def _text_or_file(text: str) -> str:
@@ -85,7 +95,7 @@ def _text_or_file(text: str) -> str:
 _COUNT: Mapping[str, Any] = {"type": int, "metavar": "N"}
 _NUMBER: Mapping[str, Any] = {"type": float, "metavar": "X"}
 _SWITCH: Mapping[str, Any] = {"action": "store_true", "default": None}
-_FILE: Mapping[str, Any] = {"type": Path, "metavar": "FILE"}
+_PEM: Mapping[str, Any] = {"type": file_bytes, "metavar": "FILE"}
 
 SHARED_FLAGS: Flags = {
     "prompt": {"metavar": "PROMPT", "help": "text; - reads standard input"},
@@ -94,7 +104,11 @@ SHARED_FLAGS: Flags = {
         "metavar": "TEXT",
         "help": "text; - reads standard input, one text per line",
     },
-    "--file": {**_FILE, "help": "file with one text per line, used after the TEXT arguments"},
+    "--file": {
+        "type": file_text,
+        "metavar": "FILE",
+        "help": "file with one text per line, used after the TEXT arguments",
+    },
     "--request-id": {"metavar": "ID", "help": "identifies the request in the server's log"},
     "--json": {"action": "store_true", "help": "print JSON"},
 }
@@ -190,21 +204,20 @@ def add_connection_flags(parser: argparse.ArgumentParser) -> None:
         "--token",
         help=f"bearer token; process lists may show it to other users (default: ${TOKEN_VARIABLE})",
     )
-    token.add_argument("--token-from", **_FILE, help="file that holds the token")
+    token.add_argument(
+        "--token-from", dest="token", type=_token, metavar="FILE", help="file that holds the token"
+    )
     group.add_argument("--tls", action="store_true", help="use TLS, with the system's roots")
     group.add_argument(
         "--tls-ca",
-        **_FILE,
+        **_PEM,
         default=variable("TURRET_TLS_CA") or None,
         help="PEM roots; implies --tls (default: $TURRET_TLS_CA)",
     )
-    group.add_argument("--tls-cert", **_FILE, help="PEM certificate of the client")
-    group.add_argument("--tls-key", **_FILE, help="PEM key of --tls-cert")
+    group.add_argument("--tls-cert", **_PEM, help="PEM certificate of the client")
+    group.add_argument("--tls-key", **_PEM, help="PEM key of --tls-cert")
     group.add_argument(
         "--tls-server-name", metavar="NAME", help="name expected in the server's certificate"
-    )
-    group.add_argument(
-        "--details", action="store_true", help="print a line for every field that an error reports"
     )
     group.add_argument(
         "--timeout",
@@ -212,17 +225,6 @@ def add_connection_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help=f"deadline of a call (default: none for streams, else {DEFAULT_TIMEOUT_SECONDS:g})",
     )
-
-
-def unusable(flag: str, path: Path, error: OSError | UnicodeDecodeError) -> Text:
-    """The error for a flag's file that cannot be read or is not UTF-8."""
-    return say("FLAG_PATH_UNUSABLE", flag=flag, problem=_unreadable(path, error))
-
-
-def _unreadable(path: str | Path, error: OSError | UnicodeDecodeError) -> Text:
-    if isinstance(error, OSError):
-        return say("FILE_UNREADABLE", path=path, why=error.strerror)
-    return say("PATH_UNUSABLE", path=path, problem=say("NOT_UTF8"))
 
 
 def as_typed(argument: str, args: argparse.Namespace) -> str:
@@ -264,15 +266,6 @@ def call_with_flags(method: Callable[..., _T], args: argparse.Namespace, **value
 
 
 def generation_options(args: argparse.Namespace) -> GenerateOptions:
-    """The options that the flags set.
-
-    Raises:
-        ValueError: More than one constraint is given.
-    """
-    given = [
-        name for name in CONSTRAINT_FLAGS if getattr(args, name[2:].replace("-", "_")) is not None
-    ]
-    if len(given) > 1:
-        raise ValueError(say("FLAGS_CONFLICT", flags=" and ".join(given)))
+    """The options that the flags set."""
     names = GenerateOptions.__annotations__.keys() & vars(args).keys()
     return GenerateOptions(**{name: getattr(args, name) for name in names})

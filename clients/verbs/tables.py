@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -18,38 +17,21 @@ from turret.words import about_bytes, counted
 
 # Warn if rounding loses this share of the change or more.
 _LOST = 0.5
-# Characters of a name that must fit on one line. If there is no room for them, print no table.
-_NAME_WIDTH = 16
 _WIDEST = 10_000
 _KINDS: dict[str, dict[str, Any]] = {
-    "": {},
     # Fold a long name onto the next line, because a cut one is useless.
     "text": {"overflow": "fold"},
-    "whole": {"no_wrap": True},
     "bold": {"no_wrap": True, "style": "bold"},
     "number": {"justify": "right"},
-    "whole number": {"justify": "right", "no_wrap": True},
-    "long number": {"justify": "right", "overflow": "fold"},
 }
 # Maximum number of labels of a head to show.
 _MOST_LABELS = 20
 
 
-def print_adapters(
-    adapters: Sequence[Adapter], *, others: Sequence[Adapter] = (), method: str | None = None
-) -> None:
-    """Print one row per adapter.
-
-    Args:
-        adapters: The adapters to show.
-        others: All registered adapters; used only if ``adapters`` is empty.
-        method: The method that ``adapters`` were filtered by, if any.
-    """
-    if not adapters:
-        print(_none(others, method))
-        return
-    columns = {"name": "text", "method": "whole", "ranks": "", "where": "whole"}
-    columns |= {"gen.": "number", "in use": "number", "size": "whole number"}
+def print_adapters(adapters: Iterable[Adapter]) -> None:
+    """Print one row per adapter."""
+    columns: dict[str, str] = dict.fromkeys(("name", "method", "ranks", "where"), "text")
+    columns |= dict.fromkeys(("gen.", "in use", "size"), "number")
     rows = (
         (
             adapter.name,
@@ -69,7 +51,7 @@ def table_of(columns: Mapping[str, str], rows: Iterable[Sequence[str]], **option
     """A table whose cells are shown as they are, even if they look like rich's markup.
 
     Args:
-        columns: Heading → kind: ``text`` may be broken anywhere, ``whole`` never.
+        columns: Heading → kind.
         rows: The cells.
         options: Options of rich's table.
     """
@@ -82,78 +64,17 @@ def table_of(columns: Mapping[str, str], rows: Iterable[Sequence[str]], **option
 
 
 def print_table(table: Table, console: Console | None = None) -> None:
-    """Print a table, or one line per cell if the terminal is too narrow for it."""
-    console = console or terminal()
-    if _fits(table, console):
-        console.print(table)
-        return
-    headings = [str(column.header) for column in table.columns]
-    for first, *others in zip(*(column.cells for column in table.columns), strict=True):
-        print(first)
-        for heading, cell in zip(headings[1:], others, strict=True):
-            said = " ".join(str(cell).split("\n"))
-            if said:
-                print(f"  {heading}: {said}" if heading else f"  {said}")
-    if table.caption:
-        print(table.caption)
+    """Print a table."""
+    (console or terminal()).print(table)
 
 
-def _fits(table: Table, console: Console) -> bool:
-    """Set the columns' widths so that no word or number is cut; false if there is no room.
-
-    Columns that fold may break long words. By itself, rich would cut numbers of other columns to
-    make room for long texts.
-    """
-    wide = console.options.update(width=_WIDEST)
-    widths: list[tuple[int, int]] = []
-    for column in table.columns:
-        sizes = [console.measure(c, options=wide) for c in (column.header, *column.cells)]
-        least, most = max(s.minimum for s in sizes), max(s.maximum for s in sizes)
-        least = min(least, _NAME_WIDTH) if column.overflow == "fold" else least
-        least = max(least, column.min_width or 0)
-        widths.append((most if column.no_wrap else least, most))
-    # Each column has a border and a space on both sides.
-    spare = console.width - 1 - sum(least + 3 for least, _ in widths)
-    wanted = sum(most - least for least, most in widths)
-    if spare < 0:
-        return False
-    for column, (least, most) in zip(table.columns, widths, strict=True):
-        column.width = least + (most - least) * min(spare, wanted) // max(wanted, 1)
-    return True
-
-
-def _none(others: Sequence[Adapter], method: str | None) -> str:
-    """The reason why a list is empty, and the next step."""
-    if not others:
-        return "no adapter is registered; `turret adapters load NAME PATH` registers one"
-    methods = Counter(adapter.method for adapter in others)
-    if method is None or method in methods:
-        where = Counter(_where(adapter) for adapter in others)
-        return f"no registered adapter matches; {_counts(where)}"
-    return f"no adapter of method {method!r} is registered; {_counts(methods)}"
-
-
-def _counts(kinds: Counter[str]) -> str:
-    verb = "is" if kinds.total() == 1 else "are"
-    return f"there {verb} {', '.join(f'{number} {kind}' for kind, number in sorted(kinds.items()))}"
-
-
-def print_change(verb: str, adapter: Adapter, before: Adapter | None) -> None:
+def print_change(verb: str, adapter: Adapter) -> None:
     """Print a line about an adapter that was registered or replaced, and one per warning.
 
     Args:
         verb: The action, such as ``loaded``.
         adapter: The adapter as it is now.
-        before: The adapter as it was, if it existed. With the same weights, its generation stays.
     """
-    if before is not None and _identity(before) == _identity(adapter):
-        changes = ["pinned"] if adapter.pinned and not before.pinned else []
-        if adapter.source != before.source:
-            changes.append(f"now read from {adapter.source!r} instead of {before.source!r}")
-        nothing = "nothing else changed" if changes else "nothing changed"
-        changed = ", and ".join([*changes, nothing])
-        print(f"{changed}: {adapter.name}@{adapter.generation} has this content already")
-        return
     ranks = f" of rank {_ranks(adapter)}" if adapter.ranks else ""
     print(
         f"{verb} {adapter.name}@{adapter.generation}: {adapter.method}{ranks},"
@@ -163,10 +84,6 @@ def print_change(verb: str, adapter: Adapter, before: Adapter | None) -> None:
         print(f"chat template: {adapter.chat_template}")
     for warning in adapter.warnings:
         print(f"warning: {warning}")
-
-
-def _identity(adapter: Adapter) -> tuple[str, int]:
-    return adapter.uuid, adapter.generation
 
 
 def print_adapter(adapter: Adapter, *, made: str = "uploaded or fused") -> None:
@@ -269,7 +186,7 @@ def _print_kinds(modules: Iterable[ModuleError]) -> None:
         rows.append(
             (kind, str(len(group)), rank, f"{median(errors):.3g}", f"{max(errors):.3g}"),
         )
-    print_table(table_of({"module": "", **dict.fromkeys(headings, "number")}, rows))
+    print_table(table_of({"module": "text", **dict.fromkeys(headings, "number")}, rows))
 
 
 def terminal() -> Console:

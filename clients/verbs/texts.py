@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 
-from rich.cells import cell_len
-from rich.table import Table
-from rich.text import Text
-
 from turret.clients.client import TurretClient
+from turret.clients.evaluation.answer_metrics import perplexity
 from turret.clients.messages.results import Classification
 from turret.clients.verbs.command import (
     Subparsers,
@@ -26,8 +24,6 @@ from turret.words import counted
 
 # Maximum length of a text in the table of labels, and number of labels beside the first.
 _SHOWN_CHARS, _SHOWN_LABELS = 60, 3
-# Maximum length of a text beside cosines, and the length shown however narrow the table is.
-_BESIDE_COSINES, _FEWEST_CHARS = 40, 4
 
 
 def add_score(subparsers: Subparsers, text: str) -> None:
@@ -64,17 +60,10 @@ def _score(args: argparse.Namespace, client: TurretClient) -> None:
     print_table(table_of(columns, (row[: len(columns)] for row in rows)))
     scored = sum(token.logprob is not None for token in score.tokens)
     if scored:
-        perplexity = _perplexity(score.logprob, scored)
         terminal().print(
-            f"sum {score.logprob:.4f} over {counted(scored, 'token')}, perplexity {perplexity}"
+            f"sum {score.logprob:.4f} over {counted(scored, 'token')},"
+            f" perplexity {perplexity([(score.logprob, scored)]):.4g}"
         )
-
-
-def _perplexity(logprob: float, num_tokens: int) -> str:
-    try:
-        return f"{math.exp(-logprob / num_tokens):.4g}"
-    except OverflowError:
-        return "inf"
 
 
 def add_classify(subparsers: Subparsers, text: str) -> None:
@@ -108,7 +97,7 @@ def _classify(args: argparse.Namespace, client: TurretClient) -> None:
     elif args.labels_only:
         print(*found.labels, sep="\n")
     else:
-        columns = {"text": "text", "label": "whole", "": "whole number", "then": ""}
+        columns = {"text": "text", "label": "text", "": "number", "then": "text"}
         rows = (
             (text[:_SHOWN_CHARS], *_ranked(each))
             for text, each in zip(texts, found.classifications, strict=True)
@@ -172,30 +161,9 @@ def _embed(args: argparse.Namespace, client: TurretClient) -> None:
 
 
 def _print_cosines(texts: list[str], cosines: list[list[float]]) -> None:
-    """A table as wide as the terminal, with the columns that it has no room for below it."""
-    console = terminal()
-    rows = [[f"{cosine:.3f}" for cosine in row] for row in cosines]
-    shown = [" ".join(text[:_BESIDE_COSINES].split()) for text in texts]
-    number, figure = len(str(len(texts))), max(len(cell) for row in rows for cell in row)
-    # Each column has a border and a space on both sides.
-    spare = console.width - 1 - (number + 3)
-    longest = max(_FEWEST_CHARS, *map(cell_len, shown))
-    text = min(longest, max(_FEWEST_CHARS, spare // 3, spare - 3 - len(texts) * (figure + 3)))
-    columns = max(1, (spare - text - 3) // (figure + 3))
-    for start in range(0, len(texts), columns):
-        table = Table()
-        table.add_column("", justify="right")
-        # A cut text is only a reminder; the number identifies the input.
-        table.add_column("text", no_wrap=True, width=text)
-        end = min(start + columns, len(texts))
-        for other in range(start, end):
-            table.add_column(str(other + 1), justify="right", min_width=figure)
-        for index, row in enumerate(rows):
-            # Text and not str: it may look like rich's markup.
-            table.add_row(str(index + 1), Text(shown[index]), *row[start:end])
-        console.print(table)
-    if columns < len(texts):
-        print("--json prints them as one matrix")
+    pairs = itertools.combinations(range(len(texts)), 2)
+    rows = ((f"{cosines[a][b]:.3f}", texts[a], texts[b]) for a, b in pairs)
+    print_table(table_of({"cosine": "number", "text": "text", "other text": "text"}, rows))
 
 
 def _cosine(a: tuple[float, ...], b: tuple[float, ...]) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import is_pydantic_dataclass
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticKnownError
@@ -270,17 +270,6 @@ def choices_of(info: FieldInfo) -> tuple[str, ...]:
     """The allowed values of a setting, if it has a fixed list."""
     parts = _parts(info)
     return next((typing.get_args(p) for p in parts if typing.get_origin(p) is Literal), ())
-
-
-def converted(info: FieldInfo, value: Any) -> Any:
-    """The value converted to the type of its setting; unchanged if the setting is unknown."""
-    annotated: Any = (
-        Annotated[(info.annotation, *info.metadata)] if info.metadata else (info.annotation)
-    )
-    try:
-        return TypeAdapter(annotated).validate_python(value)
-    except ValidationError:
-        return value
 
 
 def text_of(error: Exception) -> Text:

@@ -74,18 +74,12 @@ def _prepare(parser: argparse.ArgumentParser, offers: Mapping[str, Sequence[str]
 
 def _adapters(parsed_args: argparse.Namespace, **_: object) -> list[str]:
     """The names of the adapters on the server that the line refers to."""
-    from turret.clients.client import TurretClient
     from turret.clients.errors import TurretRpcError
-    from turret.clients.verbs.command import given_tls, given_token
+    from turret.clients.verbs.command import connect
 
+    parsed_args.timeout = _TIMEOUT_SECONDS
     try:
-        with TurretClient(
-            parsed_args.address,
-            token=given_token(parsed_args),
-            tls=given_tls(parsed_args),
-            timeout=_TIMEOUT_SECONDS,
-            max_retries=0,
-        ) as client:
+        with connect(parsed_args) as client:
             return [adapter.name for adapter in client.adapters.list()]
     except (TurretRpcError, OSError, ValueError):
         return []

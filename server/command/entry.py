@@ -16,9 +16,8 @@ def main() -> int:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.argv[1:2] == ["serve"]:
         from turret.server.command.interrupts import take_signals_of_a_start
-        from turret.server.command.start_lines import wants_json
 
-        take_signals_of_a_start(is_json=wants_json(sys.argv, os.environ))
+        take_signals_of_a_start()
     from turret.server import cli
 
     if "_ARGCOMPLETE" in os.environ:

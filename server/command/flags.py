@@ -24,7 +24,6 @@ from turret.server.basics.settings import (
     SettingsError,
     Typed,
     Violation,
-    converted,
     fields_of,
     is_listed,
     is_optional,
@@ -84,19 +83,6 @@ class Settings(Generic[C]):
     model: type[C]
     layers: tuple[Layer, ...] = ()
     notes: tuple[Violation, ...] = ()
-
-    @property
-    def values(self) -> dict[str, Any]:
-        """Name → value of the settings that were given."""
-        found: dict[str, Any] = {}
-        for layer in reversed(self.layers):
-            for keys in layer.values.values():
-                found |= keys if isinstance(keys, dict) else {}
-        return {
-            n: converted(settings(self.model)[n][1], v)
-            for n, v in found.items()
-            if n in settings(self.model)
-        }
 
     def config(self) -> C:
         """The checked configuration.
@@ -289,7 +275,8 @@ def resolved(
     settings = Settings(model)
     try:
         settings = read_settings(args, os.environ, model)
-        is_json = settings.values.get("log_format") == "json"
+        formats = (_keys(layer, "log").get("log_format") for layer in settings.layers)
+        is_json = next(filter(None, formats), "") == "json"
         config = settings.config()
     except SettingsError as error:
         refuse(settings.placed(error.violations), is_json=is_json, command=command)

@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 
 EXIT_INTERRUPTED = 130
@@ -89,34 +88,16 @@ def _has_terminal() -> bool:
     return any(os.isatty(descriptor) for descriptor in (0, 1, 2))
 
 
-def take_signals_of_a_start(*, is_json: bool) -> None:
+def take_signals_of_a_start() -> None:
     """Handle signals as a server does, until the server handles them itself.
 
-    SIGTERM ends the process with exit code 0 and a line. SIGHUP, which makes a server read files
-    again, has no effect yet, unless the terminal has closed.
-
-    Args:
-        is_json: Whether the line is a JSON object.
+    SIGTERM ends the process with exit code 0. SIGHUP, which makes a server read files again, has
+    no effect yet.
     """
-    hangup = Hangup()
-
-    def end(number: int, *_: object) -> None:
-        name = signal.Signals(number).name
-        # Format the line by hand: the logging modules may be half loaded.
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        line = (
-            f'{{"time": "{stamp}", "level": "INFO", "logger": "{__name__}",'
-            f' "message": "stopped while starting", "signal": "{name}"}}'
-        )
-        with contextlib.suppress(OSError):
-            os.write(2, f"{line if is_json else f'turret serve: stopped by {name}'}\n".encode())
-        os._exit(0)
-
-    def hang_up(number: int, *_: object) -> None:
-        if hangup.is_of_terminal():
-            os._exit(128 + number)
-
-    for kind, how in ((signal.SIGTERM, end), (signal.SIGHUP, hang_up)):
+    for kind, how in (
+        (signal.SIGTERM, lambda *_: os._exit(0)),
+        (signal.SIGHUP, signal.SIG_IGN),
+    ):
         # Leave ignored signals ignored, for instance under nohup.
         if signal.getsignal(kind) is signal.SIG_DFL:
             signal.signal(kind, how)

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from turret.closest import closest
-from turret.server.command.start_lines import refuse, wants_json
 from turret.words import SUGGESTION, TEXTS, Text
 
 EXIT_USAGE = 2
 # Arguments that take a text.
 _TEXT_ARGUMENTS = ("prompt", "texts")
-_NUMBERS: Mapping[Any, str] = {int: "a whole number", float: "a number"}
 
 
 def _suggestion(meant: str | None) -> str:
@@ -47,11 +44,9 @@ class CommandParser(argparse.ArgumentParser):
 
     Attributes:
         verbs_below: Returns the subcommands of the verbs: name → whole command.
-        logs: Whether errors are reported in the log's format, which --log-format sets.
     """
 
     verbs_below: Callable[[], Mapping[str, str]] = dict
-    logs = False
     _given: Sequence[str] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -79,23 +74,10 @@ class CommandParser(argparse.ArgumentParser):
         return values, rest
 
     def error(self, message: str) -> NoReturn:
-        if self.logs and wants_json(self._given, os.environ):
-            refuse([("", message)], is_json=True)
-            self.exit(EXIT_USAGE)
         self.exit(
             EXIT_USAGE,
             f"{self.prog}: error: {message}\nrun `{self.prog} --help` for help\n",
         )
-
-    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        """Convert as argparse does, but without the name of Python's type in the error."""
-        kind = _NUMBERS.get(action.type)
-        if kind is None:
-            return super()._get_value(action, arg_string)  # type: ignore[misc]
-        try:
-            return action.type(arg_string)  # type: ignore[operator]
-        except ValueError:
-            raise argparse.ArgumentError(action, f"{arg_string!r} is not {kind}") from None
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Check as argparse does, but suggest the closest choice."""

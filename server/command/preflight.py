@@ -14,10 +14,9 @@ import importlib.metadata
 import os
 import socket
 import ssl
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from turret.kernels.cpu.isas import ISAS, NATIVE, NO_NATIVE
 from turret.server import tracing
 from turret.server.adapters.base import BaseSizes, ModuleSize
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot, check_is_adapter
@@ -32,7 +31,6 @@ from turret.server.basics.names import (
 )
 from turret.server.basics.settings import Violation, split_address, text_of
 from turret.server.basics.triton_needs import missing_for_triton
-from turret.server.command.threads import available_cpus
 from turret.server.config import (
     AdapterConfig,
     Config,
@@ -70,7 +68,7 @@ def problems(config: Config, *, may_run: bool = False) -> list[Violation]:
     base = None if found is None else base_sizes(found)
     return [
         *of_model,
-        *_device(config.model, os.environ),
+        *_device(config.model),
         *_template(config.model.chat_template),
         *([] if found is None else _skip_modules(config.model, found, base)),
         *_memory(config),
@@ -84,15 +82,6 @@ def problems(config: Config, *, may_run: bool = False) -> list[Violation]:
         *_telemetry(config.telemetry, os.environ),
         *([] if may_run else _addresses(config.listen)),
     ]
-
-
-def notes(config: Config) -> list[Violation]:
-    """Likely mistakes that do not keep the server from starting."""
-    threads, there = config.model.threads or 0, available_cpus()
-    if threads <= there or threads > _most_threads():
-        # Counts above _most_threads() are rejected elsewhere.
-        return []
-    return [Violation("model.threads", say("MORE_THREADS_THAN_CPUS", value=threads, cpus=there))]
 
 
 def _model(model: Path | None) -> tuple[FoundModel | None, list[Violation]]:
@@ -128,7 +117,7 @@ def _unreadable(path: object, error: OSError) -> Text:
     return say("FILE_UNREADABLE", path=path, why=error.strerror)
 
 
-def _device(config: ModelConfig, environ: Mapping[str, str]) -> Iterator[Violation]:
+def _device(config: ModelConfig) -> Iterator[Violation]:
     if config.device.startswith("cuda") and (why := without_cuda()):
         yield Violation("model.device", why)
     elif config.device.startswith("cuda") and (missing := missing_for_triton()):
@@ -136,10 +125,6 @@ def _device(config: ModelConfig, environ: Mapping[str, str]) -> Iterator[Violati
     if (config.threads or 0) > _most_threads():
         text = say("TOO_LARGE", most=_most_threads(), value=config.threads)
         yield Violation("model.threads", text)
-    for name, choices in (("TURRET_ISA", ISAS), ("TURRET_NATIVE", (*NO_NATIVE, *NATIVE))):
-        value = environ.get(name) or choices[-1]
-        if (value if name == "TURRET_ISA" else value.lower()) not in choices:
-            yield _not_one_of(name, value, choices)
 
 
 def _telemetry(config: TelemetryConfig, environ: Mapping[str, str]) -> Iterator[Violation]:
@@ -151,12 +136,9 @@ def _telemetry(config: TelemetryConfig, environ: Mapping[str, str]) -> Iterator[
     for name in tracing.PROTOCOL_VARIABLES:
         value = environ.get(name) or tracing.PROTOCOLS[0]
         if value not in tracing.PROTOCOLS:
-            yield _not_one_of(name, value, tracing.PROTOCOLS)
-
-
-def _not_one_of(name: str, value: str, choices: Sequence[str]) -> Violation:
-    near = closest(value, choices)
-    return Violation(name, say("NOT_ONE_OF", choices=", ".join(choices), value=value, closest=near))
+            near = closest(value, tracing.PROTOCOLS)
+            choices = ", ".join(tracing.PROTOCOLS)
+            yield Violation(name, say("NOT_ONE_OF", choices=choices, value=value, closest=near))
 
 
 def _most_threads() -> int:
@@ -295,34 +277,17 @@ def _files(config: SecurityConfig) -> Iterator[Violation]:
             TokenTable.parse(config.token_file)
         except ValueError as error:
             yield Violation("security.token_file", text_of(error))
-    yield from _tls(config)
+    if config.tls_cert is None:
+        return
+    # Imported here because few servers have TLS.
+    from turret.server.http.connection import tls_context
 
-
-def _tls(config: SecurityConfig) -> Iterator[Violation]:
-    """The problems of TLS files, which gRPC would report in five lines each, without the flags."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    if config.tls_cert is not None and config.tls_key is not None:
-        try:
-            # An empty password keeps OpenSSL from asking for one at the terminal.
-            context.load_cert_chain(config.tls_cert, config.tls_key, password=lambda: b"")
-        except ssl.SSLError as error:
-            files = {"certificate": config.tls_cert, "key": config.tls_key}
-            text = (
-                say("KEY_OF_ANOTHER_CERTIFICATE", **files)
-                if error.reason == "KEY_VALUES_MISMATCH"
-                else say("NOT_A_KEY_PAIR", why=_reason(error), **files)
-            )
-            yield Violation("security.tls_cert", text)
-    if config.tls_client_ca is not None:
-        try:
-            context.load_verify_locations(config.tls_client_ca)
-        except ssl.SSLError as error:
-            text = say("NOT_A_CERTIFICATE", path=config.tls_client_ca, why=_reason(error))
-            yield Violation("security.tls_client_ca", text)
-
-
-def _reason(error: ssl.SSLError) -> str:
-    return error.reason or str(error)
+    try:
+        tls_context(config)
+    except ssl.SSLError as error:
+        # gRPC would report this in five lines, without the flags.
+        why = error.reason or str(error)
+        yield Violation("security.tls_cert", say("TLS_FILES_UNUSABLE", why=why))
 
 
 def _addresses(config: ListenConfig) -> Iterator[Violation]:

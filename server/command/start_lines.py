@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import turret
@@ -11,18 +12,7 @@ import turret
 if TYPE_CHECKING:
     from turret.server.command.flags import Settings
 
-_FLAG, _VARIABLE, _JSON = "--log-format", "TURRET_LOG_FORMAT", "json"
 _REFUSED = "cannot start"
-
-
-def wants_json(arguments: Sequence[str], environ: Mapping[str, str]) -> bool:
-    """Whether a flag or a variable asks for JSON, even if the command line is invalid."""
-    said = environ.get(_VARIABLE, "")
-    for word, after in zip(arguments, [*arguments[1:], ""], strict=True):
-        flag, equals, value = word.partition("=")
-        if flag == _FLAG:
-            said = value if equals else after
-    return said == _JSON
 
 
 def refuse(
@@ -43,7 +33,9 @@ def introduce(settings: Settings[Any], config: Any) -> None:
     if config.log.log_format == "text":
         lines = settings.lines(config, with_defaults=with_defaults)
         said = "\n".join([f"turret {turret.__version__}", *lines])
-        print(said, file=sys.stderr, flush=True)
+        # A server serves on after the reader of its log has left.
+        with contextlib.suppress(BrokenPipeError):
+            print(said, file=sys.stderr, flush=True)
         return
     import logging
 
@@ -66,6 +58,6 @@ def _say(head: str, message: str, found: Iterable[tuple[str, str]], is_json: boo
     log.configure(log_format="json")
     level = logging.ERROR if message == _REFUSED else logging.WARNING
     for place, text in found:
-        reason = getattr(text, "reason", "USAGE")
+        reason = getattr(text, "reason", "")
         fields = log.fields(reason=reason, field=place, why=str(text))
         logging.getLogger(__name__).log(level, message, extra=fields)

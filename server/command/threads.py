@@ -46,33 +46,16 @@ def use_threads(threads: int | None, *, is_background: bool = False, niceness: i
 def _quota(cgroups: Path, own: Path) -> float:
     """The smallest CPU quota of the cgroup and those above it, in processors; inf without one."""
     try:
-        lines = own.read_text(encoding="ascii").splitlines()
+        path = own.read_text(encoding="ascii").rpartition("0::/")[2].strip()
     except (OSError, ValueError):
         return math.inf
-    paths = [line.split(":", 2) for line in lines if line.count(":") >= 2]
-    least = math.inf
-    for _, controllers, path in paths:
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        folder = cgroups / controllers if controllers else cgroups
-        # In a container the path is the host's, but the mount shows the container's own group.
-        parts = Path(path.lstrip("/")).parts
-        places = [folder.joinpath(*parts[:depth]) for depth in range(len(parts) + 1)]
-        least = min([least, *(_share(place) for place in places)])
-    return least
+    # In a container the path is the host's, but the mount shows the container's own group.
+    return min(_share(cgroups / path), *map(_share, (cgroups / path).parents))
 
 
 def _share(folder: Path) -> float:
     try:
         quota, period = (folder / "cpu.max").read_text().split()
+        return int(quota) / int(period)
     except (OSError, ValueError):
-        try:
-            quota = (folder / "cpu.cfs_quota_us").read_text()
-            period = (folder / "cpu.cfs_period_us").read_text()
-        except OSError:
-            return math.inf
-    try:
-        share = int(quota) / int(period)
-    except (ValueError, ZeroDivisionError):
         return math.inf
-    return share if share > 0 else math.inf

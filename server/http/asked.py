@@ -86,9 +86,12 @@ def asked_of(body: Generating, mix: Mix, names: dict[str, str]) -> Asked:
     Raises:
         InvalidRequestError: The request has several constraints or contradictory limits.
     """
-    message = _Message(adapters=mix, cache_salt=body.cache_salt)
-    _set_sampling(body, message.sampling)
-    _set_stop(body, message.stop, names)
+    message = _Message(
+        adapters=mix,
+        cache_salt=body.cache_salt,
+        sampling=_sampling(body),
+        stop=_stop(body, names),
+    )
     _set_constraint(body, message, names)
     includes_usage = body.stream_options.include_usage and body.stream
     message.options.running_usage = includes_usage and body.stream_options.continuous_usage_stats
@@ -102,34 +105,36 @@ def asked_of(body: Generating, mix: Mix, names: dict[str, str]) -> Asked:
     )
 
 
-def _set_sampling(body: Generating, sampling: inference_pb2.SamplingParams) -> None:
-    for name in (
-        *("temperature", "top_p", "min_p", "repetition_penalty"),
-        *("presence_penalty", "frequency_penalty"),
-    ):
-        number = getattr(body, name)
-        if number is not None:
-            setattr(sampling, name, number)
-    # vLLM disables top_k with -1, turret with 0.
-    if body.top_k is not None:
-        sampling.top_k = max(body.top_k, 0)
-    if body.seed is not None:
-        sampling.seed = body.seed % (1 << 64)
-    sampling.logit_bias.update(body.logit_bias)
+# Fields that have the same name and meaning in turret.v1.
+_SAMPLING = (
+    *("temperature", "top_p", "min_p", "repetition_penalty"),
+    *("presence_penalty", "frequency_penalty", "logit_bias"),
+)
 
 
-def _set_stop(body: Generating, stop: inference_pb2.StopConditions, names: dict[str, str]) -> None:
+def _sampling(body: Generating) -> inference_pb2.SamplingParams:
+    return inference_pb2.SamplingParams(
+        # vLLM disables top_k with -1, turret with 0.
+        top_k=None if body.top_k is None else max(body.top_k, 0),
+        seed=None if body.seed is None else body.seed % (1 << 64),
+        **{name: getattr(body, name) for name in _SAMPLING},
+    )
+
+
+def _stop(body: Generating, names: dict[str, str]) -> inference_pb2.StopConditions:
     limit, name = body.max_tokens, "max_tokens"
     if body.max_completion_tokens is not None:
         limit, name = body.max_completion_tokens, "max_completion_tokens"
     if limit is not None:
-        stop.max_tokens, names["stop.max_tokens"] = limit, name
-    if body.min_tokens:
-        stop.min_tokens = body.min_tokens
-    stop.ignore_eos = body.ignore_eos
-    stop.include_stop = body.include_stop_str_in_output or body.include_stop
-    stop.stop_strings.extend(body.stop)
-    stop.stop_token_ids.extend(body.stop_token_ids)
+        names["stop.max_tokens"] = name
+    return inference_pb2.StopConditions(
+        max_tokens=limit,
+        min_tokens=body.min_tokens or None,
+        ignore_eos=body.ignore_eos,
+        include_stop=body.include_stop_str_in_output or body.include_stop,
+        stop_strings=body.stop,
+        stop_token_ids=body.stop_token_ids,
+    )
 
 
 # The fields that other servers have for each kind of constraint. ``structured_outputs`` also has

@@ -326,7 +326,8 @@ def _context(security: SecurityConfig) -> ssl.SSLContext:
     assert security.tls_cert is not None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(security.tls_cert, security.tls_key)
+    # An empty password keeps OpenSSL from asking for one at the terminal.
+    context.load_cert_chain(security.tls_cert, security.tls_key, password=lambda: b"")
     if security.tls_client_ca is not None:
         context.verify_mode = ssl.CERT_REQUIRED
         context.load_verify_locations(security.tls_client_ca)

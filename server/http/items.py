@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from turret.server.http.answers import FINISH_REASONS, Ended
-from turret.server.http.choices import Choices
+from turret.server.http.asked import Asked, ToolUse
+from turret.server.http.choices import Choices, make_readers
 from turret.server.http.endpoint import Exchange
 from turret.server.http.refusals import Refusal, refusal_of
 from turret.server.http.tools.calls import CallBegun, Piece, Said, Thought
-from turret.server.http.tools.reader import AnswerReader
 from turret.v1 import inference_pb2
 
 Logprobs = list[dict[str, Any]]
@@ -154,14 +154,21 @@ def _last(logprobs: Logprobs, num_chars: int) -> Logprobs:
 
 
 async def answer_in_items(
-    exchange: Exchange, choices: Choices, reader: AnswerReader, dialect: Dialect, is_stream: bool
+    exchange: Exchange,
+    asked: Asked,
+    prompt: inference_pb2.GenerateRequest,
+    use: ToolUse,
+    dialect: Dialect,
 ) -> None:
-    """Send the only answer to a request, as events or as a whole.
+    """Send the only answer to a conversation, as events or as a whole.
 
     Raises:
+        InvalidRequestError: See ``make_readers``.
         TurretError: The answer broke off.
     """
-    reply, items = exchange.reply, _Items(dialect)
+    reader = (await make_readers(exchange, asked, use, prompt.chat))()
+    choices = Choices(exchange, asked, [prompt])
+    reply, items, is_stream = exchange.reply, _Items(dialect), asked.is_stream
     reply.is_stream, is_started = is_stream, False
 
     async def send(events: list[Event]) -> None:

@@ -23,7 +23,6 @@ from turret.server.http.asked import (
     set_text_format,
     tools_of,
 )
-from turret.server.http.choices import Choices, make_readers
 from turret.server.http.endpoint import Exchange
 from turret.server.http.items import Dialect, Event, Item, Kind, answer_in_items
 from turret.server.http.refusals import Refusal
@@ -35,6 +34,7 @@ from turret.server.http.schemas.fields import (
     StopTexts,
     ignored,
     not_one_of,
+    or_text,
     short,
     text_of,
     unsupported,
@@ -48,6 +48,7 @@ from turret.server.http.schemas.requests import (
     Generating,
     Parameters,
     TextFormat,
+    names_with,
 )
 from turret.server.http.tools.calls import CallBegun, Said, Thought
 from turret.server.words import say
@@ -87,16 +88,10 @@ def _as_blocks(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-def _or_text(schema: dict[str, Any]) -> None:
-    """Changes the schema of ``content`` to accept a string, which is read as one text block."""
-    blocks = {name: schema.pop(name) for name in ("type", "items", "maxItems")}
-    schema["anyOf"] = [{"type": "string"}, blocks]
-
-
 class Turn(Body):
     role: Literal["user", "assistant", "system"]
     content: Annotated[list[Block], BeforeValidator(_as_blocks)] = Field(
-        max_length=MAX_CHAT_MESSAGES, fail_fast=True, json_schema_extra=_or_text
+        max_length=MAX_CHAT_MESSAGES, fail_fast=True, json_schema_extra=or_text
     )
 
 
@@ -158,12 +153,7 @@ class OutputConfig(Body):
 class CountRequest(Asking, ChatOnly):
     """Asks for the number of tokens in a conversation."""
 
-    names: ClassVar = {
-        "chat": "messages",
-        "chat.messages": "messages",
-        "chat.": "",
-        "input": "messages",
-    }
+    names: ClassVar = names_with("messages")
 
     messages: Annotated[list[Turn], BeforeValidator(_few_blocks)] = Field(
         min_length=1, max_length=MAX_CHAT_MESSAGES
@@ -197,11 +187,7 @@ class CountRequest(Asking, ChatOnly):
 class MessagesRequest(CountRequest, Generating):
     """Asks for the answer to a conversation."""
 
-    names: ClassVar = {
-        **Generating.names,
-        **CountRequest.names,
-        "stop.stop_strings": "stop_sequences",
-    }
+    names: ClassVar = names_with("messages") | {"stop.stop_strings": "stop_sequences"}
 
     max_tokens: Count | None = Field(ge=1)
     stop_sequences: StopTexts = Field([], max_length=MAX_STOP_STRINGS)
@@ -373,14 +359,10 @@ async def answer_messages(exchange: Exchange) -> None:
     asked = asked_of(body, mix, exchange.names)
     asked.message.stop.stop_strings.extend(body.stop_sequences)
     set_text_format(body.output_config.format, asked.message, exchange.names, "output_config")
-    chat = _chat_of(body, exchange.names)
-    prompt = inference_pb2.GenerateRequest(chat=chat)
+    prompt = inference_pb2.GenerateRequest(chat=_chat_of(body, exchange.names))
     use = tools_of(body.tools, body.tool_choice.choice, _is_parallel(body), prompt.chat)
     del body
-    make_reader = await make_readers(exchange, asked, use, prompt.chat)
-    choices = Choices(exchange, asked, [prompt])
-    message = _Message(exchange, asked.model)
-    await answer_in_items(exchange, choices, make_reader(), message, asked.is_stream)
+    await answer_in_items(exchange, asked, prompt, use, _Message(exchange, asked.model))
 
 
 async def count_tokens(exchange: Exchange) -> None:

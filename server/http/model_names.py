@@ -10,28 +10,25 @@ from turret.server.api.violations import Violations, adapter_refs
 from turret.server.basics.names import ADAPTER_NAME, BASE
 from turret.server.errors import AdapterNotFoundError
 from turret.server.http.schemas.requests import MixMember
-from turret.server.words import Text, say
+from turret.server.words import say
 from turret.v1 import adapters_pb2
 
 _SHOWN_CHARS = 40
-# No weight needs more digits. The limit on ``model`` leaves room for generations, blanks, stars and
-# a prefix.
-_MOST_WEIGHT_CHARS = 32
-_MOST_MODEL_CHARS = 2 * MAX_MIX_MEMBERS * (MAX_NAME_CHARS + _MOST_WEIGHT_CHARS)
+# The limit leaves room for generations, weights of 32 characters, blanks and a prefix.
+_MOST_MODEL_CHARS = 2 * MAX_MIX_MEMBERS * (MAX_NAME_CHARS + 32)
 _MOST_ECHOED = 200
 
 # Adapter names contain no plus, star, colon or at sign.
 _MEMBER = re.compile(
-    rf"(?P<name>{ADAPTER_NAME.pattern})(?:@(?P<generation>[0-9]{{1,20}}))?(?:\*(?P<weight>.*))?",
+    rf"(?P<name>{ADAPTER_NAME.pattern})(?:@(?P<generation>[0-9]{{1,19}}))?(?:\*(?P<weight>.*))?",
     re.DOTALL,
 )
-_MOST_GENERATION = (1 << 64) - 1
 _WEIGHT = re.compile(r"-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
 
 Mix = list[adapters_pb2.AdapterWeight]
 
 
-def named_in(raw: dict[str, Any], base_name: str) -> tuple[Mix, list[tuple[str, Text]]]:
+def named_in(raw: dict[str, Any], base_name: str) -> tuple[Mix, list[tuple[str, str]]]:
     """The mix that a parsed request names, and the errors in it.
 
     Also works for rejected requests, because metrics count them for the adapters that they name.
@@ -41,7 +38,7 @@ def named_in(raw: dict[str, Any], base_name: str) -> tuple[Mix, list[tuple[str, 
     """
     model, typed = raw.get("model"), raw.get("adapters")
     mix, invalid = read_model(model, base_name) if isinstance(model, str) else ([], [])
-    wrong = [("model", why) for why in invalid]
+    wrong: list[tuple[str, str]] = [("model", why) for why in invalid]
     if isinstance(typed, list) and typed:
         if mix:
             wrong.append(("adapters", say("NEEDS_BASE_MODEL")))
@@ -60,8 +57,8 @@ def mix_of(members: list[MixMember]) -> Mix:
     ]
 
 
-def parse_model(model: str, base_name: str) -> Mix:
-    """The mix that a model name refers to; empty for the base model.
+def read_model(model: str, base_name: str) -> tuple[Mix, list[str]]:
+    """The mix that a model name refers to, empty for the base model, and the errors in it.
 
     ``base`` and the base model's name are the base, ``sql`` is an adapter, ``sql@2`` a generation
     of it, ``sql+json*-0.5`` a mix. The prefix ``BASE:`` (``base:`` or the base model's name) is
@@ -69,22 +66,6 @@ def parse_model(model: str, base_name: str) -> Mix:
 
     Raises:
         AdapterNotFoundError: The name has none of these forms.
-        InvalidRequestError: The name has one of these forms, but a weight is invalid or an adapter
-            occurs twice.
-    """
-    mix, wrong = read_model(model, base_name)
-    violations = Violations()
-    for text in wrong:
-        violations.add("model", text)
-    violations.raise_if_any()
-    return mix
-
-
-def read_model(model: str, base_name: str) -> tuple[Mix, list[Text]]:
-    """Like ``parse_model``, but returns the errors; a member with an error has no weight.
-
-    Raises:
-        AdapterNotFoundError: See ``parse_model``.
     """
     if model in (BASE, base_name):
         return [], []
@@ -92,42 +73,27 @@ def read_model(model: str, base_name: str) -> tuple[Mix, list[Text]]:
         raise _no_model(model, base_name)
     if len(model) > _MOST_MODEL_CHARS:
         return [], [say("TOO_MANY_CHARACTERS", most=_MOST_MODEL_CHARS, found=len(model))]
-    if (num_members := model.count("+") + 1) > MAX_MIX_MEMBERS:
-        return [], [say("TOO_MANY_ENTRIES", most=MAX_MIX_MEMBERS, found=num_members)]
     rest = model
     for prefix in (base_name, BASE):
         if model.startswith(f"{prefix}:"):
             rest = model[len(prefix) + 1 :]
             break
-    members: dict[str, adapters_pb2.AdapterWeight] = {}
-    wrong: list[Text] = []
+    mix: Mix = []
+    wrong: list[str] = []
     for part in rest.split("+"):
         match = _MEMBER.fullmatch(part.strip())
         if match is None:
             raise _no_model(model, base_name)
-        name, weight = match["name"], match["weight"]
-        if name in members:
-            wrong.append(say("DUPLICATE", value=name))
-            continue
-        members[name] = adapters_pb2.AdapterWeight(name=name)
-        if match["generation"] is not None:
-            generation = int(match["generation"])
-            if generation > _MOST_GENERATION:
-                said = {"least": 0, "most": _MOST_GENERATION, "value": generation}
-                wrong.append(say("NOT_IN_RANGE", **said))
-                continue
-            members[name].generation = generation
-        if weight is None:
-            continue
-        if len(weight) > _MOST_WEIGHT_CHARS or _WEIGHT.fullmatch(weight) is None:
+        name, generation, weight = match["name"], match["generation"], match["weight"]
+        number = None if generation is None else int(generation)
+        mix.append(adapters_pb2.AdapterWeight(name=name, generation=number))
+        if weight is not None and _WEIGHT.fullmatch(weight):
+            mix[-1].weight = float(weight)
+        elif weight is not None:
             wrong.append(say("NOT_A_WEIGHT", name=name, weight=weight[:_SHOWN_CHARS]))
-            continue
-        violations = Violations()
-        adapter_refs([adapters_pb2.AdapterWeight(name=name, weight=float(weight))], violations)
-        wrong += [why for _, why in violations.found]  # type: ignore[misc]
-        if not violations.found:
-            members[name].weight = float(weight)
-    return list(members.values()), wrong
+    violations = Violations()
+    adapter_refs(mix, violations)
+    return mix, [*wrong, *(why for _, why in violations.found)]
 
 
 def _no_model(model: str, base_name: str) -> AdapterNotFoundError:

@@ -10,7 +10,7 @@ from turret.server.api.violations import Violations
 from turret.server.basics.names import BASE, HUB_SCHEME, is_private
 from turret.server.errors import AdapterNotFoundError
 from turret.server.http.endpoint import Exchange
-from turret.server.http.model_names import parse_model
+from turret.server.http.model_names import read_model
 from turret.server.http.schemas.fields import Sent
 from turret.server.http.schemas.requests import AdapterName, LoadAdapter
 from turret.server.words import say
@@ -52,7 +52,8 @@ async def get_model(exchange: Exchange) -> None:
     """
     adapters, base = exchange.services.adapters, exchange.services.inference.model()
     name = exchange.path["model"]
-    members = parse_model(name, base.name)
+    members, wrong = read_model(name, base.name)
+    Violations([("model", why) for why in wrong]).raise_if_any()
     if not members:
         await exchange.reply.json(_base(base))
         return
@@ -130,26 +131,23 @@ async def load_adapter(exchange: Exchange) -> None:
 
 async def unload_adapter(exchange: Exchange) -> None:
     """Remove an adapter once no request uses it."""
-    name = _read(exchange, AdapterName).lora_name
-    question = adapters_pb2.UnloadAdapterRequest(name=name)
-    await exchange.services.adapters.unload(question, exchange.call)
-    await succeed(exchange, name, "removed successfully")
+    await _change(exchange, "unload", adapters_pb2.UnloadAdapterRequest, "removed successfully")
 
 
 async def pin_adapter(exchange: Exchange) -> None:
     """Keep an adapter in memory."""
-    name = _read(exchange, AdapterName).lora_name
-    question = adapters_pb2.PinAdapterRequest(name=name)
-    await exchange.services.adapters.pin(question, exchange.call)
-    await succeed(exchange, name, "pinned")
+    await _change(exchange, "pin", adapters_pb2.PinAdapterRequest, "pinned")
 
 
 async def unpin_adapter(exchange: Exchange) -> None:
     """Let an adapter leave memory again."""
+    await _change(exchange, "unpin", adapters_pb2.UnpinAdapterRequest, "unpinned")
+
+
+async def _change(exchange: Exchange, method: str, kind: type[Any], done: str) -> None:
     name = _read(exchange, AdapterName).lora_name
-    question = adapters_pb2.UnpinAdapterRequest(name=name)
-    await exchange.services.adapters.unpin(question, exchange.call)
-    await succeed(exchange, name, "unpinned")
+    await getattr(exchange.services.adapters, method)(kind(name=name), exchange.call)
+    await succeed(exchange, name, done)
 
 
 def _read(exchange: Exchange, kind: type[_B]) -> _B:

@@ -13,11 +13,9 @@ from turret.server.http.asked import (
     set_text_format,
     tools_of,
 )
-from turret.server.http.choices import Choices, make_readers
 from turret.server.http.endpoint import Exchange
 from turret.server.http.items import Dialect, Event, Item, Logprobs, answer_in_items
 from turret.server.http.refusals import Refusal
-from turret.server.http.schemas import requests
 from turret.server.http.schemas.requests import ResponseRequest, TextFormat
 from turret.server.http.tools.calls import CallBegun, Said, Thought
 from turret.v1 import inference_pb2
@@ -41,16 +39,11 @@ async def respond(exchange: Exchange) -> None:
     message.options.logprobs = _wants_logprobs(body)
     message.options.top_n = body.top_logprobs or 0
     set_text_format(body.text.format, message, exchange.names, "text")
-    prompt = inference_pb2.GenerateRequest(
-        chat=_chat_of(body.input, body.instructions, exchange.names)
-    )
-    set_rendering(body, prompt.chat)
+    prompt = inference_pb2.GenerateRequest(chat=_chat_of(body, exchange.names))
     use = tools_of(body.tools, body.tool_choice, body.parallel_tool_calls, prompt.chat)
-    response, is_stream = _Response(exchange.call.request_id, body), asked.is_stream
+    response = _Response(exchange.call.request_id, body)
     del body
-    make_reader = await make_readers(exchange, asked, use, prompt.chat)
-    choices = Choices(exchange, asked, [prompt])
-    await answer_in_items(exchange, choices, make_reader(), response, is_stream)
+    await answer_in_items(exchange, asked, prompt, use, response)
 
 
 def _wants_logprobs(body: ResponseRequest) -> bool:
@@ -65,15 +58,14 @@ def _text_format(form: TextFormat | None) -> dict[str, Any]:
     return {**blank, **form.model_dump(by_alias=True, exclude_none=True)}
 
 
-def _chat_of(
-    items: list[requests.Item], instructions: str | None, names: dict[str, str]
-) -> inference_pb2.Chat:
+def _chat_of(body: ResponseRequest, names: dict[str, str]) -> inference_pb2.Chat:
     """The turns of a conversation; adds to ``names`` the item that each turn came from.
 
     A function call joins the assistant's turn before it, if there is one, because an answer with
     text and then a call is one turn.
     """
     chat = inference_pb2.Chat()
+    set_rendering(body, chat)
     turns = chat.messages
 
     def add(path: str, role: str, content: str = "", call_id: str = "") -> None:
@@ -81,9 +73,9 @@ def _chat_of(
         names.update({turn: path, f"{turn}.tool_call_id": f"{path}.call_id"})
         turns.add(role=role, content=content, tool_call_id=call_id)
 
-    if instructions is not None:
-        add("instructions", "system", instructions)
-    for index, item in enumerate(items):
+    if body.instructions is not None:
+        add("instructions", "system", body.instructions)
+    for index, item in enumerate(body.input):
         path = f"input[{index}]"
         if item.type == "message":
             role = "system" if item.role == "developer" else item.role or ""

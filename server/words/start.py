@@ -18,16 +18,12 @@ TEXTS = {
     "ADDRESS_EXPOSED": "{value} can be reached from other machines; set --tls-cert, --tls-key and"
     " --token-file, or --insecure",
     "NOT_TOML": "is not valid TOML: {why}",
-    "MORE_THREADS_THAN_CPUS": "{value} is more than the number of processors ({cpus}), which makes"
-    " the server slower",
     "ABOVE_MEMORY": "must be at most this machine's memory, {most!b}, not {value!b}",
     "TORCH_WITHOUT_CUDA": "the installed torch supports only CPUs; `pip install torch` installs a"
     " build for NVIDIA GPUs",
     "STATE_DIR_IN_USE": "another server uses {path}; give this one a directory of its own",
-    "KEY_OF_ANOTHER_CERTIFICATE": "{key} is not the key of {certificate}",
-    "NOT_A_KEY_PAIR": "{certificate} and {key} must be a PEM certificate and its key without a"
-    " password: {why}",
-    "NOT_A_CERTIFICATE": "{path} has no PEM certificate: {why}",
+    "TLS_FILES_UNUSABLE": "the certificate, its key without a password, and the authorities must"
+    " be PEM files that fit together: {why}",
     "NOT_A_SOCKET": "{path} exists and is not a socket",
     "ADDRESS_OF_OTHER": "{value} is already used by {other}",
     "ADDRESS_TAKEN": "{value} is in use by another process",

@@ -148,7 +148,7 @@ def test_every_option_reaches_its_field(client: TurretClient, server: FakeTurret
         ("a", {"temperature": "hot"}, TypeError, "temperature"),
         ("a", {"logit_bias": {-1: 0.0}}, ValueError, "logit_bias"),
         ("a", {"adapters": [3]}, TypeError, "AdapterWeight"),
-        ([1, -1], {}, ValueError, "^prompt: .* -1$"),
+        ([1, -1], {}, ValueError, "^prompt: .* -1"),
         ([1, "a"], {}, TypeError, "^prompt: "),
         (
             [{"role": "user", "content": "a", "nmae": "b"}],
@@ -324,13 +324,11 @@ def test_fuse_and_merge(client: TurretClient, server: FakeTurret):
 
 
 def test_upload_sends_the_adapter_and_nothing_else(client, server, tmp_path):
-    with pytest.raises(FileNotFoundError, check=says("PATH_MISSING")):
+    with pytest.raises(FileNotFoundError) as raised:
         client.adapters.upload("up", tmp_path / "no")
-    with pytest.raises(FileNotFoundError, check=says("NO_ADAPTER_CONFIG")):
-        client.adapters.upload("up", tmp_path)
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).touch()
-    with pytest.raises(FileNotFoundError, check=says("ADAPTER_IS_A_MODEL")):
+    assert raised.value.filename == str(tmp_path / "no")
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(FileNotFoundError, check=says("ADAPTER_FILES_MISSING")):
         client.adapters.upload("up", tmp_path)
     (tmp_path / "model.safetensors").unlink()
     for name, data in PEFT_FILES.items():

@@ -321,7 +321,9 @@ def test_a_second_signal_stops_at_once() -> None:
 def test_turret_health_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["health", "--address", "127.0.0.1:1", "--timeout", "2"]) == 1
     assert "UNAVAILABLE" in capsys.readouterr().err
-    assert main(["health", "--address", "127.0.0.1:1", "--tls-ca", "/nonexistent"]) == 1
+    with pytest.raises(SystemExit) as raised:
+        main(["health", "--address", "127.0.0.1:1", "--tls-ca", "/nonexistent"])
+    assert raised.value.code == 2
 
 
 def test_turret_version_and_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:

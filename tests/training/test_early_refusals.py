@@ -75,9 +75,13 @@ def test_paths_of_flags_are_those_of_where_one_stands(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     _, _, err = loaded_and_said_by("train", "run", config, "--train", "no.jsonl")
-    assert f"error: --train: {tmp_path}/here/no.jsonl " in err
+    missing = {"why": "No such file or directory", "path": tmp_path / "here" / "no.jsonl"}
+    assert f"error: --train: {say('FILE_UNREADABLE', **missing)}\n" in err
     _, _, err = loaded_and_said_by("train", "run", config, "--set", "data.train=no.jsonl")
-    assert f"error: --set data.train: {tmp_path}/there/no.jsonl " in err
+    missing |= {"path": tmp_path / "there" / "no.jsonl"}
+    meant = f"{tmp_path}/there/t.jsonl"
+    said = say("FILE_UNREADABLE", closest=meant, **missing)
+    assert f"error: --set data.train: {said}\n" in err
     (tmp_path / "here" / "taken").touch()
     _, _, err = loaded_and_said_by("train", "run", config, "--output", "taken")
     assert f"error: {tmp_path}/here/taken {say('FOLDER_IS_A_FILE')}" in err

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from turret.clients.evaluation.rows import missing_file
 from turret.server.adapters.component import MAX_COMPONENTS, MIN_COMPONENTS
 from turret.server.adapters.methods.kit import LinearMethod
 from turret.server.adapters.methods.low_rank import miss
 from turret.server.adapters.methods.structured.loha import highest_rank
 from turret.server.adapters.methods.transforms import hra
+from turret.server.basics.files import read_regular, unreadable
 from turret.server.basics.names import closest, model_place
 from turret.server.command.preflight import without_cuda
 from turret.server.config import AdapterConfig
@@ -349,15 +349,12 @@ def check_inputs(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -
     for key, name in (("train", config.data.train), ("validation", config.data.validation)):
         if name is None:
             continue
-        path = folder / name
-        if not path.is_file():
-            text = missing_file(path)
-            if path.is_dir():
-                text = say("PATH_IS_A_DIRECTORY", path=path.absolute())
-            elif path.exists():
-                # Pipes cannot be read twice.
-                text = say("PATH_UNUSABLE", path=path.absolute(), problem=say("NOT_A_FILE"))
-            raise ConfigError.of(f"data.{key}", text)
+        path = (folder / name).absolute()
+        try:
+            # This also rejects pipes, which cannot be read twice.
+            read_regular(path)
+        except OSError as error:
+            raise ConfigError.of(f"data.{key}", unreadable(path, error)) from None
     validation = config.data.validation
     if validation is not None and (folder / validation).samefile(folder / config.data.train):
         text = say("IS_TRAINING_FILE", path=folder / validation)

@@ -127,7 +127,8 @@ def _print(verdicts: list[Verdict]) -> None:
     from turret.clients.verbs.tables import print_table, table_of
 
     columns = {"adapter": "text", "tokens as PEFT": "number", "error": "number"}
-    columns |= {"bf16 PEFT": "number", "in a batch": "", "reloaded": "", "result": "text"}
+    columns |= {"bf16 PEFT": "number", "in a batch": "text", "reloaded": "text"}
+    columns |= {"result": "text"}
     print_table(table_of(columns, map(_cells, verdicts)))
 
 

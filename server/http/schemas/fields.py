@@ -151,26 +151,6 @@ def ignored() -> Any:
     return Field(None, description="Ignored.", json_schema_extra={"x-ignored": True})
 
 
-# Names that other servers use, without capitals and underscores, and the fields that they mean.
-# Ignoring them would silently change the answer.
-_LIMITS = ("max_output_tokens", "max_tokens")
-_FOREIGN: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("maxnewtokens", "maxoutputtokens", "maxtokenstosample"), _LIMITS),
-    **dict.fromkeys(("npredict", "numpredict", "maxlength"), _LIMITS),
-    **dict.fromkeys(("stopsequence", "stopsequences", "stopwords"), ("stop",)),
-    "stopstrings": ("stop",),
-    "temp": ("temperature",),
-    "repeatpenalty": ("repetition_penalty",),
-    "randomseed": ("seed",),
-    "format": ("response_format",),
-}
-# Values of such names that change nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {"repeatpenalty": (1,), "format": ("",)}
-_NEUTRAL |= {"npredict": (-1,), "numpredict": (-1,)}
-# If any of these was sent, no other name for the limit is reported.
-_AS_GOOD: dict[str, tuple[str, ...]] = dict.fromkeys(_LIMITS, (*_LIMITS, "max_completion_tokens"))
-
-
 @dataclass(frozen=True, slots=True)
 class _Unknown:
     """A field that is rejected before the model reads it; ``meant`` is the path it stands for."""
@@ -273,11 +253,8 @@ def _misspelt(
 ) -> Iterator[_Unknown]:
     for name in unknown:
         meant = _meant(model, name) if len(name) <= _MOST_CHARS else ""
-        if not path and sent[name] in _NEUTRAL.get(_plain(name), ()):
-            continue
         # If the field itself was sent too, the unknown one is not a misspelling of it.
-        as_good = _shape(model).names.intersection(_AS_GOOD.get(meant, (meant,)))
-        if meant and all(sent.get(each) is None for each in as_good):
+        if meant and sent.get(meant) is None:
             why = say("UNKNOWN_FIELD", name=name, closest=meant)
             yield _Unknown(path + name, why, path + meant)
         elif issubclass(model, ClosedBody):
@@ -288,11 +265,7 @@ def _misspelt(
 @functools.lru_cache(maxsize=4096)
 def _meant(model: type[Body], name: str) -> str:
     """The field that a client meant by an unknown name; "" if the name has another meaning."""
-    shape = _shape(model)
-    for each in _FOREIGN.get(_plain(name), ()):
-        if each in shape.names and "model" in shape.names:
-            return each
-    return slip_of(name, shape.used)
+    return slip_of(name, _shape(model).used)
 
 
 def slip_of(name: str, choices: Iterable[str]) -> str:
@@ -302,7 +275,9 @@ def slip_of(name: str, choices: Iterable[str]) -> str:
         return ""
     one, other = _plain(name), _plain(meant)
     is_alike = SequenceMatcher(None, one, other).ratio() >= _LEAST_RATIO
-    is_slip = abs(len(one) - len(other)) <= 2 and (is_alike or sorted(one) == sorted(other))
+    # max_new_tokens means max_tokens, but stop_token does not mean stop_token_ids.
+    is_as_long = -2 <= len(one) - len(other) <= 3
+    is_slip = is_as_long and (is_alike or sorted(one) == sorted(other))
     return meant if is_slip else ""
 
 
@@ -377,17 +352,6 @@ def are_token_ids(values: list[Any]) -> bool:
     except OverflowError:
         return False
     return True
-
-
-def _token_ids(most: int) -> PlainValidator:
-    def check(value: Any) -> list[int]:
-        if isinstance(value, list) and len(value) > most:
-            raise wrong_at(say("TOO_MANY_ENTRIES", most=most, found=len(value)))
-        if not isinstance(value, list) or not are_token_ids(value):
-            raise wrong_at(wrong_type("a list of token ids", value, _OTHER_LIST))
-        return value
-
-    return PlainValidator(check)
 
 
 def is_longer(value: Any, most: int) -> bool:
@@ -536,6 +500,13 @@ def _few_parts(value: Any, *place: str) -> Any:
     return value
 
 
+def or_text(schema: dict[str, Any]) -> None:
+    """Changes the schema of a list to accept a text, which stands for a list of one."""
+    kept = ("type", "items", "minItems", "maxItems")
+    items = {name: schema.pop(name) for name in kept if name in schema}
+    schema["anyOf"] = [{"type": "string"}, items]
+
+
 def _content(*kinds: str) -> WithJsonSchema:
     part = {
         "type": "object",
@@ -568,12 +539,9 @@ StopTexts = Annotated[
         }
     ),
 ]
-TokenIds = Annotated[list[int], _token_ids(MAX_TOKEN_IDS), WithJsonSchema(_IDS)]
-StopTokenIds = Annotated[
-    list[int],
-    _token_ids(MAX_STOP_TOKEN_IDS),
-    WithJsonSchema({**_IDS, "maxItems": MAX_STOP_TOKEN_IDS}),
-]
+TokenId = Annotated[int, Field(ge=0, le=UINT32)]
+TokenIds = Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)]
+StopTokenIds = Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)]
 Prompts = Annotated[
     dict[str, str | list[int]],
     PlainValidator(_prompts),

@@ -39,6 +39,7 @@ from turret.server.http.schemas.fields import (
     TokenIds,
     ignored,
     not_one_of,
+    or_text,
     short,
     text_of,
     unsupported,
@@ -55,10 +56,26 @@ MAX_TIMEOUT_SECONDS = 30 * 86400.0
 # The default of OpenAI's API for completions.
 DEFAULT_MAX_TOKENS = 16
 
-# Fields of conversations in turret.v1, which this API has in the request itself.
-_CHAT_NAMES = {"chat": "messages", "chat.messages": "messages", "chat.": ""}
 _PARALLEL = "Whether the answer may have several calls. true by default, unless calls are forced."
 _CONSTRAINT = "A constraint that the answer must match. A request can have one."
+
+
+def names_with(main: str, top_n: str = "", chat: str = "") -> dict[str, str]:
+    """A request's names for the fields of turret.v1, whose groups it has in itself.
+
+    Args:
+        main: The field with the prompt, the conversation or the inputs.
+        top_n: The field with the number of alternatives.
+        chat: The field with the conversation, if it is another one than ``main``.
+    """
+    return {
+        **dict.fromkeys(("sampling.", "stop.", "chat."), ""),
+        "stop.stop_strings": "stop",
+        "stop.include_stop": "include_stop_str_in_output",
+        **dict.fromkeys(("input", "inputs", "token_ids.ids"), main),
+        **dict.fromkeys(("chat", "chat.messages"), chat or main),
+        **dict.fromkeys(("top_n", "options.top_n"), top_n),
+    }
 
 
 class MixMember(ClosedBody):
@@ -202,13 +219,6 @@ def _biases(value: Any) -> dict[int, float]:
 
 class Generating(Asking):
     """Fields of every request for an answer."""
-
-    names: ClassVar = {
-        "sampling.": "",
-        "stop.": "",
-        "stop.stop_strings": "stop",
-        "stop.include_stop": "include_stop_str_in_output",
-    }
 
     temperature: Number | None = Field(None, ge=0, le=100, description="0 is greedy.")
     top_p: Number | None = Field(None, gt=0, le=1)
@@ -360,12 +370,7 @@ ToolChoice = Annotated[
 class ChatRequest(Generating, ChatOnly):
     """Asks for the answer to a conversation."""
 
-    names: ClassVar = {
-        **Generating.names,
-        **_CHAT_NAMES,
-        "input": "messages",
-        "options.top_n": "top_logprobs",
-    }
+    names: ClassVar = names_with("messages", "top_logprobs")
 
     messages: Messages
     logprobs: bool = False
@@ -391,13 +396,7 @@ class ChatRequest(Generating, ChatOnly):
 class CompletionRequest(Generating):
     """Asks for a continuation of each prompt."""
 
-    names: ClassVar = {
-        **Generating.names,
-        "input": "prompt",
-        "token_ids.ids": "prompt",
-        "options.top_n": "logprobs",
-        "top_n": "logprobs",
-    }
+    names: ClassVar = names_with("prompt", "logprobs")
 
     prompt: Prompts
     echo: bool = False
@@ -414,7 +413,7 @@ class CompletionRequest(Generating):
 class InputsRequest(Asking, ChatOnly):
     """A request about texts, token ids, or one conversation."""
 
-    names: ClassVar = {"inputs": "input"}
+    names: ClassVar = names_with("input")
 
     input: Prompts | None = Field(None, description="Either input or messages is required.")
     messages: Messages | None = Field(None, description="One conversation.")
@@ -445,7 +444,7 @@ class ClassifyRequest(InputsRequest):
 class TokenizeRequest(Asking, ChatOnly):
     """Asks for the tokens of a text, or of a conversation as the chat template renders it."""
 
-    names: ClassVar = {**_CHAT_NAMES, "input": "prompt"}
+    names: ClassVar = names_with("prompt", chat="messages")
 
     model: str | None = Field(None, description="The base model's tokenizer by default.")  # type: ignore[assignment]
     prompt: str | None = Field(None, description="Either prompt or messages is required.")
@@ -470,7 +469,7 @@ class TokenizeRequest(Asking, ChatOnly):
 class DetokenizeRequest(Asking):
     """Asks for the text of tokens."""
 
-    names: ClassVar = {"input": "tokens", "token_ids.ids": "tokens"}
+    names: ClassVar = names_with("tokens")
 
     model: str | None = Field(None, description="The base model's tokenizer by default.")  # type: ignore[assignment]
     tokens: TokenIds
@@ -560,30 +559,16 @@ def _as_item(value: Any) -> Any:
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
-def _or_text(schema: dict[str, Any]) -> None:
-    """Adds a note to the schema of ``input`` that a text is a conversation of one message."""
-    items = {name: schema.pop(name) for name in ("type", "items", "minItems", "maxItems")}
-    schema["anyOf"] = [{"type": "string"}, items]
-
-
 ShortText = Annotated[str, Field(max_length=512)]
 
 
 class ResponseRequest(Generating, ChatOnly):
     """Asks for the answer to a conversation, which is not stored."""
 
-    names: ClassVar = {
-        **Generating.names,
-        "input": "input",
-        "chat": "input",
-        "chat.messages": "input",
-        "chat.": "",
-        "options.top_n": "top_logprobs",
-        "stop.max_tokens": "max_output_tokens",
-    }
+    names: ClassVar = names_with("input", "top_logprobs") | {"stop.max_tokens": "max_output_tokens"}
 
     input: Annotated[list[Item], BeforeValidator(_as_item)] = Field(
-        min_length=1, max_length=MAX_CHAT_MESSAGES, json_schema_extra=_or_text
+        min_length=1, max_length=MAX_CHAT_MESSAGES, json_schema_extra=or_text
     )
     instructions: str | None = None
     max_output_tokens: Count | None = Field(None, ge=1)

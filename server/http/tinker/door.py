@@ -115,18 +115,12 @@ def gone() -> HttpRefusal:
     return HttpRefusal(410, Code.NOT_FOUND, say("RESULT_GONE"))
 
 
-def body_of(exchange: Exchange, kind: type[_B]) -> _B:
-    """The body of a request.
+def checked(sent: Sent[Any], kind: type[_B]) -> _B:
+    """The body that was sent.
 
     Raises:
         InvalidRequestError: Lists every offending field.
     """
-    sent: Sent[_B] = exchange.take_body()
-    return checked(sent, kind)
-
-
-def checked(sent: Sent[Any], kind: type[_B]) -> _B:
-    """The body that was sent; errors are those of ``body_of``."""
     Violations(list(sent.wrong)).raise_if_any()
     assert isinstance(sent.body, kind)
     return sent.body

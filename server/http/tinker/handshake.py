@@ -8,7 +8,8 @@ from typing import Any
 from turret.server.api.tenants.futures import Result
 from turret.server.api.tenants.reading import MAX_DATUMS
 from turret.server.http.endpoint import Exchange
-from turret.server.http.tinker.door import Door, body_of, gone
+from turret.server.http.schemas.fields import Body
+from turret.server.http.tinker.door import Door, gone
 from turret.server.http.tinker.schemas import OfRequest, OfSession
 
 # The client cuts lists of sequences into requests of this size, which leaves room for the rest of
@@ -26,17 +27,17 @@ POLL_SECONDS = 20.0
 _LOOK_SECONDS = 1.0
 
 
-async def config(door: Door, exchange: Exchange) -> None:
+async def config(door: Door, exchange: Exchange, _body: Body) -> None:
     """Tell the client which features to use; all others are off."""
     await exchange.reply.json(_CONFIG)
 
 
-async def dynamic_config(door: Door, exchange: Exchange) -> None:
+async def dynamic_config(door: Door, exchange: Exchange, _body: Body) -> None:
     """Tell the client which features to use from now on."""
     await exchange.reply.json(_DYNAMIC_CONFIG)
 
 
-async def telemetry(door: Door, exchange: Exchange) -> None:
+async def telemetry(door: Door, exchange: Exchange, _body: Body) -> None:
     """Discard the client's telemetry."""
     await exchange.reply.json({"status": "accepted"})
 
@@ -58,21 +59,20 @@ async def capabilities(door: Door, exchange: Exchange) -> None:
     await exchange.reply.json({"supported_models": [model]})
 
 
-async def create_session(door: Door, exchange: Exchange) -> None:
+async def create_session(door: Door, exchange: Exchange, _body: Body) -> None:
     """Begin a session."""
     door.tenants.sessions.training()
     session = door.tenants.sessions.begin(door.owner(exchange))
     await exchange.reply.json({"type": "create_session", "session_id": session.session_id})
 
 
-async def heartbeat(door: Door, exchange: Exchange) -> None:
+async def heartbeat(door: Door, exchange: Exchange, body: OfSession) -> None:
     """Keep a session alive."""
-    body = body_of(exchange, OfSession)
     door.session(exchange, body.session_id)
     await exchange.reply.json({"type": "session_heartbeat"})
 
 
-async def finish(door: Door, exchange: Exchange) -> None:
+async def finish(door: Door, exchange: Exchange, _body: Body) -> None:
     """End a session."""
     session = door.session(exchange, exchange.path["session"])
     door.tenants.sessions.end(session)
@@ -82,9 +82,8 @@ async def finish(door: Door, exchange: Exchange) -> None:
 # Results.
 
 
-async def retrieve(door: Door, exchange: Exchange) -> None:
+async def retrieve(door: Door, exchange: Exchange, body: OfRequest) -> None:
     """Wait for a result."""
-    body = body_of(exchange, OfRequest)
     future = door.tenants.futures.find(door.owner(exchange), body.request_id)
     if future is None:
         raise gone()
@@ -103,9 +102,8 @@ async def retrieve(door: Door, exchange: Exchange) -> None:
     await exchange.reply.whole(result.body, 200, {"content-type": result.kind})
 
 
-async def cancel(door: Door, exchange: Exchange) -> None:
+async def cancel(door: Door, exchange: Exchange, body: OfRequest) -> None:
     """Cancel sampling; other work runs to its end."""
-    body = body_of(exchange, OfRequest)
     future = door.tenants.futures.find(door.owner(exchange), body.request_id)
     if future is not None and future.task is not None:
         future.task.cancel()

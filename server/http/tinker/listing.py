@@ -16,7 +16,7 @@ from turret.server.api.tenants.checkpoints import KINDS, Checkpoint
 from turret.server.basics.codes import Code
 from turret.server.http.endpoint import Exchange
 from turret.server.http.refusals import HttpRefusal
-from turret.server.http.tinker.door import Door, Link, body_of
+from turret.server.http.tinker.door import Door, Link
 from turret.server.http.tinker.schemas import OfPath, Ttl
 from turret.server.words import say
 
@@ -29,9 +29,8 @@ _MAX_LINKS = 1024
 _PIECE_BYTES = 1 << 18
 
 
-async def weights_info(door: Door, exchange: Exchange) -> None:
+async def weights_info(door: Door, exchange: Exchange, body: OfPath) -> None:
     """Describe the adapter in a checkpoint."""
-    body = body_of(exchange, OfPath)
     config = door.tenants.checkpoints.find(door.owner(exchange), body.tinker_path).config
     await exchange.reply.json(
         {
@@ -169,9 +168,9 @@ async def delete_checkpoint(door: Door, exchange: Exchange) -> None:
     await exchange.reply.json({})
 
 
-async def set_ttl(door: Door, exchange: Exchange) -> None:
+async def set_ttl(door: Door, exchange: Exchange, body: Ttl) -> None:
     """Change when a checkpoint is removed."""
-    seconds = body_of(exchange, Ttl).ttl_seconds
+    seconds = body.ttl_seconds
     expires = None if seconds is None else time.time() + seconds
     await door.tenants.checkpoints.expire_at(_named(door, exchange), expires)
     await exchange.reply.json({})

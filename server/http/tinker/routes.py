@@ -9,9 +9,9 @@ from typing import Any
 from turret.server.http.endpoint import TRAINING, Exchange, Route
 from turret.server.http.schemas.fields import Body
 from turret.server.http.tinker import handshake, listing, sampling, schemas, training
-from turret.server.http.tinker.door import Door
+from turret.server.http.tinker.door import Door, checked
 
-_Handler = Callable[[Door, Exchange], Awaitable[None]]
+_Handler = Callable[..., Awaitable[None]]
 _API = "/api/v1"
 _RUN = "/training_runs/{run}"
 _CHECKPOINT = f"{_RUN}/checkpoints/{{kind}}/{{name}}"
@@ -21,44 +21,56 @@ def routes(door: Door) -> tuple[Route, ...]:
     """The routes, whose handlers share the state of a door."""
 
     def route(path: str, handler: _Handler, body: type[Body] | None = None, **more: Any) -> Route:
+        """A route; ``handler`` takes the door and the exchange."""
         fields: dict[str, Any] = {"service": TRAINING, "is_hidden": True, **more}
         return Route(f"{_API}{path}", partial(handler, door), body, **fields)
 
-    often = partial(route, is_frequent=True)
+    def sent(path: str, handler: _Handler, body: type[Body], **more: Any) -> Route:
+        """A route whose handler also takes the body."""
+
+        async def handle(door: Door, exchange: Exchange) -> None:
+            await handler(door, exchange, checked(exchange.take_body(), body))
+
+        return route(path, handle, body, **more)
+
+    def command(path: str, work: training.Work, body: type[Body]) -> Route:
+        return route(path, partial(training.command, work, body), body)
+
+    often = partial(sent, is_frequent=True)
     return (
         # The client makes these calls by itself.
-        route("/client/config", handshake.config, schemas.Anything),
+        sent("/client/config", handshake.config, schemas.Anything),
         often("/client/dynamic_config", handshake.dynamic_config, schemas.Anything),
         route("/get_server_capabilities", handshake.capabilities),
         route("/healthz", handshake.healthz, service=""),
         often("/telemetry", handshake.telemetry, schemas.Anything),
-        route("/create_session", handshake.create_session, schemas.CreateSession),
+        sent("/create_session", handshake.create_session, schemas.CreateSession),
         often("/session_heartbeat", handshake.heartbeat, schemas.OfSession),
-        route("/sessions/{session}/finish", handshake.finish, schemas.Anything),
+        sent("/sessions/{session}/finish", handshake.finish, schemas.Anything),
         often("/retrieve_future", handshake.retrieve, schemas.OfRequest),
-        route("/cancel_future", handshake.cancel, schemas.OfRequest),
+        sent("/cancel_future", handshake.cancel, schemas.OfRequest),
         # Training.
-        route("/create_model", training.create_model, schemas.CreateModel),
-        route("/get_info", training.get_info, schemas.OfModel),
-        route("/unload_model", training.unload_model, schemas.OfModel),
+        sent("/create_model", training.create_model, schemas.CreateModel),
+        sent("/get_info", training.get_info, schemas.OfModel),
+        sent("/unload_model", training.unload_model, schemas.OfModel),
         route("/forward_backward", training.forward_backward, is_raw=True),
-        route("/optim_step", training.optim_step, schemas.OptimStep),
-        route("/save_weights", training.save_weights, schemas.SaveWeights),
-        route("/save_weights_for_sampler", training.save_for_sampler, schemas.SaveForSampler),
-        route("/save_weights_external", training.save_external, schemas.SaveExternal),
+        command("/optim_step", training.optim_step, schemas.OptimStep),
+        command("/save_weights", training.save_weights, schemas.SaveWeights),
+        command("/save_weights_for_sampler", training.save_for_sampler, schemas.SaveForSampler),
+        command("/save_weights_external", training.save_external, schemas.SaveExternal),
         route("/load_weights", training.load_weights, schemas.LoadWeights),
         # Sampling.
-        route("/create_sampling_session", sampling.create_sampler, schemas.CreateSampler),
+        sent("/create_sampling_session", sampling.create_sampler, schemas.CreateSampler),
         route("/samplers/{sampler}", sampling.get_sampler),
-        route("/asample", sampling.sample, schemas.Sample),
+        sent("/asample", sampling.sample, schemas.Sample),
         # Checkpoints and runs.
-        route("/weights_info", listing.weights_info, schemas.OfPath),
+        sent("/weights_info", listing.weights_info, schemas.OfPath),
         route("/checkpoints", listing.list_checkpoints),
         route("/training_runs", listing.list_runs),
         route(_RUN, listing.get_run),
         route(f"{_RUN}/checkpoints", listing.list_run_checkpoints),
         route(_CHECKPOINT, listing.delete_checkpoint, verb="DELETE"),
-        route(f"{_CHECKPOINT}/ttl", listing.set_ttl, schemas.Ttl, verb="PUT"),
+        sent(f"{_CHECKPOINT}/ttl", listing.set_ttl, schemas.Ttl, verb="PUT"),
         route(f"{_CHECKPOINT}/archive", listing.archive),
         route(f"{_CHECKPOINT}/external_weights_urls", listing.file_urls),
         route("/archives/{secret}", listing.download, service=""),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from dataclasses import dataclass
 
 from turret.server.api.call import Call
 from turret.server.api.inference_answers import converted, together
@@ -19,7 +20,7 @@ from turret.server.errors import (
 )
 from turret.server.http.choices import blamed_on
 from turret.server.http.endpoint import Exchange
-from turret.server.http.tinker.door import Door, body_of, session_gone
+from turret.server.http.tinker.door import Door, session_gone
 from turret.server.http.tinker.schemas import CreateSampler, Sample
 from turret.server.http.tinker.wire import PROTOBUF, result_of_samples
 from turret.server.words import say
@@ -33,9 +34,8 @@ _REQUEST_BYTES = 8 << 10
 _TRIES, _RETRY_SECONDS = 600, 1.0
 
 
-async def create_sampler(door: Door, exchange: Exchange) -> None:
+async def create_sampler(door: Door, exchange: Exchange, body: CreateSampler) -> None:
     """Choose the weights to sample from: the base model's, or those of a checkpoint."""
-    body = body_of(exchange, CreateSampler)
     owner = door.owner(exchange)
     session = door.session(exchange, body.session_id)
     sampler_id = f"{session.session_id}:sample:{body.sampling_session_seq_id}"
@@ -75,9 +75,8 @@ async def get_sampler(door: Door, exchange: Exchange) -> None:
     )
 
 
-async def sample(door: Door, exchange: Exchange) -> None:
+async def sample(door: Door, exchange: Exchange, body: Sample) -> None:
     """Begin to sample; the sequences are a result that the client retrieves."""
-    body = body_of(exchange, Sample)
     owner = door.owner(exchange)
     sampler = door.tenants.sessions.sampler(owner, body.sampling_session_id)
     request_id = f"{sampler.sampler_id}:{body.seq_id}"
@@ -146,27 +145,20 @@ def _message(sampler: Sampler, body: Sample) -> inference_pb2.GenerateRequest:
     return message
 
 
+@dataclass(slots=True)
 class _Samples:
     """Samples some sequences for one request."""
 
-    def __init__(
-        self,
-        door: Door,
-        sampler: Sampler,
-        body: Sample,
-        message: inference_pb2.GenerateRequest,
-        call: Call,
-    ) -> None:
-        self._door = door
-        self._sampler = sampler
-        self._body = body
-        self._message = message
-        self._call = call
+    door: Door
+    sampler: Sampler
+    body: Sample
+    message: inference_pb2.GenerateRequest
+    call: Call
 
     async def run(self, future: Future, held: contextlib.ExitStack) -> None:
         """Settle the future, and release what was held for the request."""
-        futures, code = self._door.tenants.futures, Code.OK
-        self._sampler.running += 1
+        futures, code = self.door.tenants.futures, Code.OK
+        self.sampler.running += 1
         try:
             futures.settle(future, await self._result())
         except asyncio.CancelledError:
@@ -175,15 +167,15 @@ class _Samples:
         except Exception as error:
             found = turret_error(error)
             code = found.code
-            self._call.fail(found.reason, found.message, violations=found.violations)
+            self.call.fail(found.reason, found.message, violations=found.violations)
             futures.fail(future, error)
         finally:
-            self._sampler.running -= 1
+            self.sampler.running -= 1
             held.close()
-            self._call.finish(code)
+            self.call.finish(code)
 
     async def _result(self) -> Result:
-        body, count = self._body, len(self._message.token_ids.ids)
+        body, count = self.body, len(self.message.token_ids.ids)
         wants_prompt = body.prompt_logprobs or body.topk_prompt_logprobs > 0
         # The first sequence fills the prefix cache for the others.
         first = await self._one(0, echo=wants_prompt)
@@ -193,12 +185,12 @@ class _Samples:
             del first.token_ids[:count]
         # All sequences together take the place of one request in the limits of the client.
         work = [self._one(index) for index in range(1, body.num_samples)]
-        others = await together(work, self._call.party.most_at_once)
+        others = await together(work, self.call.party.most_at_once)
         answers = [first, *others]
         size = count + sum(len(answer.token_ids) for answer in answers)
         return Result(
             await converted(
-                size * (1 + self._message.options.top_n),
+                size * (1 + self.message.options.top_n),
                 lambda: result_of_samples(
                     answers,
                     prompt,
@@ -214,7 +206,7 @@ class _Samples:
     async def _one(self, index: int, *, echo: bool = False) -> inference_pb2.GenerateResponse:
         """One sequence. With a seed, each gets a different one."""
         message = inference_pb2.GenerateRequest()
-        message.CopyFrom(self._message)
+        message.CopyFrom(self.message)
         message.options.echo = echo
         if index and message.sampling.HasField("seed"):
             message.sampling.seed = (message.sampling.seed + index) % _SEEDS
@@ -227,11 +219,11 @@ class _Samples:
         self, message: inference_pb2.GenerateRequest
     ) -> inference_pb2.GenerateResponse:
         """The answer to a request, which waits for a place in the queue."""
-        inference, tries = self._door.services.inference, _TRIES
+        inference, tries = self.door.services.inference, _TRIES
         while True:
             try:
                 with blamed_on("prompt"):
-                    return await inference.generate_whole(message, self._call)
+                    return await inference.generate_whole(message, self.call)
             except QueueFullError:
                 # The client already waits for the result, so it would not repeat the request.
                 tries -= 1

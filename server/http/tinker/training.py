@@ -15,9 +15,9 @@ from turret.server.errors import InvalidRequestError
 from turret.server.http.body import read_body
 from turret.server.http.endpoint import Exchange
 from turret.server.http.refusals import HttpRefusal
-from turret.server.http.schemas.fields import Sent, wrong_type
+from turret.server.http.schemas.fields import Body, Sent, wrong_type
 from turret.server.http.tinker import wire
-from turret.server.http.tinker.door import Door, body_of, checked, gone, number_of
+from turret.server.http.tinker.door import Door, checked, gone, number_of
 from turret.server.http.tinker.schemas import (
     CreateModel,
     LoadWeights,
@@ -35,6 +35,7 @@ METHOD_NOTE, _OWN_NOTES = "turret.method", "turret."
 _SHOWN_CHARS = 40
 
 _Run = Callable[[], Awaitable[Result]]
+Work = Callable[[Door, Model, Any], Awaitable[Result]]
 
 
 async def _promise(exchange: Exchange, future: Future, model_id: str) -> None:
@@ -51,22 +52,21 @@ def _raising(error: Exception) -> _Run:
     return run
 
 
-async def _command(
-    door: Door,
-    exchange: Exchange,
-    sent: Sent[Any],
-    kind: type[Any],
-    work: Callable[[Model, Any], Awaitable[Result]],
-) -> None:
+async def command(work: Work, kind: type[Body], door: Door, exchange: Exchange) -> None:
     """Put a command with a JSON body into its model's log.
 
     Args:
+        work: Runs the command when its turn comes.
+        kind: The model of the body, with ``model_id`` and ``seq_id``.
         door: The state.
         exchange: The request.
-        sent: Its body.
-        kind: The model of the body, with ``model_id`` and ``seq_id``.
-        work: Runs the command when its turn comes.
     """
+    await _command(door, exchange, exchange.take_body(), kind, work)
+
+
+async def _command(
+    door: Door, exchange: Exchange, sent: Sent[Any], kind: type[Body], work: Work
+) -> None:
     model_id = sent.raw.get("model_id")
     if not isinstance(model_id, str):
         raise InvalidRequestError.of("model_id", wrong_type("a string", model_id))
@@ -78,16 +78,15 @@ async def _command(
     except InvalidRequestError as error:
         run = _raising(error)
     else:
-        run = partial(work, model, body)
+        run = partial(work, door, model, body)
     await _promise(exchange, door.command(exchange, model, number, run), model.model_id)
 
 
 # Models.
 
 
-async def create_model(door: Door, exchange: Exchange) -> None:
+async def create_model(door: Door, exchange: Exchange, body: CreateModel) -> None:
     """Begin to train an adapter."""
-    body = body_of(exchange, CreateModel)
     door.check_base(body.base_model)
     lora = body.lora_config
     for name in body.user_metadata:
@@ -153,9 +152,8 @@ async def _create(
     await _promise(exchange, future, model_id)
 
 
-async def get_info(door: Door, exchange: Exchange) -> None:
+async def get_info(door: Door, exchange: Exchange, body: OfModel) -> None:
     """Describe a model in training."""
-    body = body_of(exchange, OfModel)
     model = door.tenants.sessions.model(door.owner(exchange), body.model_id)
     info = door.tenants.info()
     data = {"arch": info.model_type, "model_name": info.name, "tokenizer_id": info.name}
@@ -172,9 +170,8 @@ async def get_info(door: Door, exchange: Exchange) -> None:
     )
 
 
-async def unload_model(door: Door, exchange: Exchange) -> None:
+async def unload_model(door: Door, exchange: Exchange, body: OfModel) -> None:
     """Forget a model in training."""
-    body = body_of(exchange, OfModel)
     owner = door.owner(exchange)
     future = door.tenants.futures.find(owner, f"{body.model_id}:unload")
     if future is None:
@@ -220,15 +217,11 @@ async def forward_backward(door: Door, exchange: Exchange) -> None:
     await _promise(exchange, future, model.model_id)
 
 
-async def optim_step(door: Door, exchange: Exchange) -> None:
+async def optim_step(door: Door, model: Model, body: OptimStep) -> Result:
     """Change a model's weights by the gradients since the last step."""
-
-    async def work(model: Model, body: OptimStep) -> Result:
-        adam = AdamParams(**body.adam_params.model_dump())
-        metrics = await door.tenants.sessions.training().step(model.number, adam)
-        return Result.of(metrics=wire.finite_metrics(metrics))
-
-    await _command(door, exchange, exchange.take_body(), OptimStep, work)
+    adam = AdamParams(**body.adam_params.model_dump())
+    metrics = await door.tenants.sessions.training().step(model.number, adam)
+    return Result.of(metrics=wire.finite_metrics(metrics))
 
 
 # Weights.
@@ -252,38 +245,26 @@ async def _save(
     )
 
 
-async def save_weights(door: Door, exchange: Exchange) -> None:
+async def save_weights(door: Door, model: Model, body: SaveWeights) -> Result:
     """Save a model with its optimizer, to continue from later."""
-
-    async def work(model: Model, body: SaveWeights) -> Result:
-        saved = await _save(door, model, "weights", body, overwrite=body.overwrite)
-        return Result.of(path=saved.path, type="save_weights")
-
-    await _command(door, exchange, exchange.take_body(), SaveWeights, work)
+    saved = await _save(door, model, "weights", body, overwrite=body.overwrite)
+    return Result.of(path=saved.path, type="save_weights")
 
 
-async def save_external(door: Door, exchange: Exchange) -> None:
+async def save_external(door: Door, model: Model, body: SaveExternal) -> Result:
     """Save a model's weights for download."""
-
-    async def work(model: Model, body: SaveExternal) -> Result:
-        saved = await _save(door, model, "external_weights", body)
-        return Result.of(path=saved.path, size_bytes=saved.size, type="save_weights_external")
-
-    await _command(door, exchange, exchange.take_body(), SaveExternal, work)
+    saved = await _save(door, model, "external_weights", body)
+    return Result.of(path=saved.path, size_bytes=saved.size, type="save_weights_external")
 
 
-async def save_for_sampler(door: Door, exchange: Exchange) -> None:
+async def save_for_sampler(door: Door, model: Model, body: SaveForSampler) -> Result:
     """Save a model's weights for sampling, or make a sampler of them without saving."""
-
-    async def work(model: Model, body: SaveForSampler) -> Result:
-        if body.sampling_session_seq_id is None:
-            path, sampler_id = (await _save(door, model, "sampler_weights", body)).path, None
-        else:
-            path, sampler_id = None, (await _snapshot(door, model, body)).sampler_id
-        kind = "save_weights_for_sampler"
-        return Result.of(path=path, sampling_session_id=sampler_id, type=kind)
-
-    await _command(door, exchange, exchange.take_body(), SaveForSampler, work)
+    if body.sampling_session_seq_id is None:
+        path, sampler_id = (await _save(door, model, "sampler_weights", body)).path, None
+    else:
+        path, sampler_id = None, (await _snapshot(door, model, body)).sampler_id
+    kind = "save_weights_for_sampler"
+    return Result.of(path=path, sampling_session_id=sampler_id, type=kind)
 
 
 async def _snapshot(door: Door, model: Model, body: SaveForSampler) -> Sampler:
@@ -310,13 +291,8 @@ async def _snapshot(door: Door, model: Model, body: SaveForSampler) -> Sampler:
 async def load_weights(door: Door, exchange: Exchange) -> None:
     """Continue from a checkpoint, in a model or in a new one."""
     sent = exchange.take_body()
-
-    async def load(model: Model, body: LoadWeights) -> Result:
-        checkpoint = await door.tenants.load(model, body.path, with_optimizer=body.optimizer)
-        return Result.of(path=checkpoint.path, model_id=model.model_id, type="load_weights")
-
     if sent.raw.get("model_id") is not None:
-        await _command(door, exchange, sent, LoadWeights, load)
+        await _command(door, exchange, sent, LoadWeights, _load)
         return
     body = checked(sent, LoadWeights)
     if body.session_id is None or body.model_seq_id is None:
@@ -324,11 +300,15 @@ async def load_weights(door: Door, exchange: Exchange) -> None:
         raise InvalidRequestError.of("model_id", say("ONE_REQUIRED", choices=choices))
     if body.base_model is not None:
         door.check_base(body.base_model)
-    checkpoint = door.tenants.checkpoints.find(door.owner(exchange), body.path)
+    config = door.tenants.checkpoints.find(door.owner(exchange), body.path).config
 
     async def begin(model: Model) -> Result:
-        return await load(model, body)
+        return await _load(door, model, body)
 
     metadata = body.user_metadata
-    config = checkpoint.config
     await _create(door, exchange, body.session_id, body.model_seq_id, config, metadata, begin)
+
+
+async def _load(door: Door, model: Model, body: LoadWeights) -> Result:
+    checkpoint = await door.tenants.load(model, body.path, with_optimizer=body.optimizer)
+    return Result.of(path=checkpoint.path, model_id=model.model_id, type="load_weights")

@@ -289,27 +289,21 @@ def test_a_failure_of_every_line_names_none(run: Run, capitals: Path):
     )
 
 
-def test_intervals_stay_whole_in_few_columns(run: Run, capitals: Path, monkeypatch):
+def test_figures_fit_in_80_columns(run: Run, capitals: Path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     words = (capitals, "-m", "sql", "--labels", "Lima,N'Djamena,Muscat")
     code, out, _ = run(*words)
     assert (code, max(map(len, out.splitlines())) <= 80) == (0, True)
-    assert all(line.count("[") == line.count("]") for line in out.splitlines())
-    monkeypatch.setenv("COLUMNS", "40")
-    assert re.search(r"^  label accuracy: \S+ \[\S+, \S+\]$", run(*words)[1], re.MULTILINE)
+    assert "…" not in out
 
 
 def test_files_that_cannot_be_written_are_told_before_anything_is_asked(
     run: Run, capitals: Path, server: FakeTurret, tmp_path: Path
 ):
     (tmp_path / "d.svg").mkdir()
-    names = {
-        "no/x.svg": say("FOLDER_MISSING", path=tmp_path / "no"),
-        "d.svg": say("PATH_IS_A_DIRECTORY", path=tmp_path / "d.svg"),
-    }
-    for flag, name in itertools.product(("--plot", "--answers"), names):
+    for flag, name in itertools.product(("--plot", "--answers"), ("no/x.svg", "d.svg")):
         code, _, err = run(capitals, flag, str(tmp_path / name))
-        assert (code, err.endswith(f"{flag}: {names[name]}\n")) == (2, True), err
+        assert (code, err) == (2, f"error: {say('PATH_NOT_WRITABLE', path=tmp_path / name)}\n")
     assert not server.inference.requests
     code, out, err = run(capitals, "--answers", "/dev/full")
     assert (code, "exact match" in out, "No space left" in err) == (1, True, True)
@@ -335,18 +329,10 @@ def test_arguments_that_make_no_sense_exit_2(
     assert message in err
 
 
-def test_a_picture_of_another_kind_is_refused_at_once(
-    run: Run, capitals: Path, capsys: pytest.CaptureFixture[str]
-):
-    with pytest.raises(SystemExit):
-        run(capitals, "--plot", "figures.png")
-    assert say("NOT_SVG", value="figures.png", instead="figures.svg") in capsys.readouterr().err
-
-
 def test_a_file_that_is_not_there_exits_1(run: Run, tmp_path: Path):
     code, _, err = run(tmp_path / "none.jsonl")
     assert (code, "none.jsonl" in err) == (1, True)
-    assert say("PATH_IS_A_DIRECTORY", path=tmp_path) in run(tmp_path)[2]
+    assert run(tmp_path)[2].startswith(f"error: {tmp_path}: ")
 
 
 def test_labels_are_judged_by_accuracy_and_macro_f1(

@@ -40,13 +40,11 @@ def test_a_mapping_is_a_mix_with_its_weights(client: TurretClient, server: FakeT
 @pytest.mark.parametrize(
     ("adapters", "error", "text"),
     [
-        ({"sql": "0.5"}, TypeError, r"^adapters: .* \('sql', '0.5'\)$"),
-        ({"sql": True}, TypeError, r"^adapters: .* \('sql', True\)$"),
-        ({3: 0.5}, TypeError, r"^adapters: .* \(3, 0.5\)$"),
-        (("sql", True), TypeError, r"^adapters: .* \('sql', True\)$"),
-        ([("sql", "1")], TypeError, r"^adapters: .* \('sql', '1'\)$"),
+        ({"sql": "0.5"}, TypeError, r"^adapters: \('sql', '0.5'\): "),
+        ({3: 0.5}, TypeError, r"^adapters: .* 3$"),
+        ([("sql", "1")], TypeError, r"^adapters: \('sql', '1'\): "),
         ("caf\udcff", ValueError, "^adapters: "),
-        (("sql", 10**400), ValueError, r"^adapters: \('sql', 10*\): int too large"),
+        (("sql", 10**400), ValueError, r"^adapters: \('sql', 10*: int too large"),
         (AdapterWeight("sql", generation=-1), ValueError, "^adapters: AdapterWeight.*: Value out"),
         ({"sql=2": 1.0}, ValueError, "^adapters: .sql=2. "),
         (b"sql", TypeError, "^adapters: .* 115$"),
@@ -56,20 +54,6 @@ def test_a_mapping_is_a_mix_with_its_weights(client: TurretClient, server: FakeT
 def test_what_is_no_mix_names_adapters(client: TurretClient, adapters, error, text):
     with pytest.raises(error, match=text):
         client.score("a", adapters=adapters)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (("sql", "1"), "^weight: .* '1'$"),
-        (("sql", True), "^weight: .* True$"),
-        ((b"sql",), "^name: .* b'sql'$"),
-        (("sql", 1.0, "2"), "^generation: .* '2'$"),
-    ],
-)
-def test_a_member_is_refused_where_it_is_made(arguments, text):
-    with pytest.raises(TypeError, match=text):
-        AdapterWeight(*arguments)
 
 
 def test_what_is_no_text_is_no_member():

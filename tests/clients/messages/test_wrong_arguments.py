@@ -20,7 +20,6 @@ from servers.fake_turret import SAME, FakeTurret
 
 from turret.clients import channel
 from turret.clients.aio import AsyncTurretClient
-from turret.clients.channel import Tls
 from turret.clients.client import TurretClient, TurretRpcError
 from turret.clients.errors import FieldViolation, InvalidArgumentError, UnavailableError
 from turret.clients.hints import HINTS
@@ -63,7 +62,7 @@ def test_administrative_calls_name_the_argument_that_is_wrong(client: TurretClie
         lambda: client.adapters.load("a", 3),  # type: ignore[arg-type]
         lambda: client.adapters.replace("a", 3),  # type: ignore[arg-type]
     ):
-        with pytest.raises(TypeError, match=r"^path: .* 3$"):
+        with pytest.raises(TypeError, match=r"^path: 3: "):
             call()
     with pytest.raises(TypeError, match=r"^name: .* 3$"):
         client.adapters.unload(3)  # type: ignore[arg-type]
@@ -78,7 +77,7 @@ def test_administrative_calls_name_the_argument_that_is_wrong(client: TurretClie
         with pytest.raises(TypeError, match=f"^{complaint}"):
             client_call()
     for seconds in (math.nan, math.inf, 1e30, 10**400):
-        said = f"^drain_seconds: .* {re.escape(str(seconds))}$"
+        said = f"^drain_seconds: {re.escape(str(seconds)[:60])}: "
         with pytest.raises(ValueError, match=said):
             client.adapters.unload("a", drain_seconds=seconds)
     with pytest.raises(ValueError, match=r'^mode: .* drain, force, .*"x"$'):
@@ -94,7 +93,6 @@ def test_administrative_calls_name_the_argument_that_is_wrong(client: TurretClie
     ("prompt", "options", "complaint"),
     [
         ("a", {"json_schema": {"type": object}}, "json_schema: "),
-        ("a", {"max_tokens": True}, "max_tokens: "),
         ("a", {"tools": 5}, "tools: "),
         ("a", {"stop": 3}, "stop: "),
         ("a", {"stop_token_ids": 3}, "stop_token_ids: "),
@@ -110,7 +108,6 @@ def test_administrative_calls_name_the_argument_that_is_wrong(client: TurretClie
         ("a", {"stop_token_ids": [1, "b"]}, "stop_token_ids: "),
         ("a", {"logit_bias": {5: "b"}}, "logit_bias: "),
         (["hi"], {}, r"prompt: "),
-        ([True], {}, r"prompt: "),
         (
             [("user", "a")],
             {"tools": [{"function": {"name": "x", "parameters": {"a": object}}}]},
@@ -147,7 +144,6 @@ def test_other_calls_name_the_argument_that_is_wrong(client: TurretClient):
         (lambda: asked.embed("a", pooling=["b"]), r"pooling: "),
         (lambda: asked.classify("a", adapters="b", request_id=3), "request_id: "),
         (lambda: asked.adapters.load("a", "b", pinned="c"), "pinned: "),
-        (lambda: Tls(ca="a"), "ca: "),  # type: ignore[arg-type]
     ):
         with pytest.raises(TypeError, match=f"^{complaint}"):
             call()
@@ -156,7 +152,6 @@ def test_other_calls_name_the_argument_that_is_wrong(client: TurretClient):
         (lambda: asked.generate_stream("a", timeout=math.nan), "timeout: "),
         (lambda: asked.adapters.get("a", timeout=0), "timeout: "),
         (lambda: asked.embed("a", pooling="b"), "pooling: "),
-        (lambda: Tls(ca=b"a"), "ca: "),
         (lambda: asked.chat("a", regex="b", choice=["b"]), ".* regex, choice"),
         (lambda: asked.chat([]), "messages: "),
     ):
@@ -285,7 +280,6 @@ def parsed(*arguments: str) -> argparse.Namespace:
 )
 def test_errors_name_what_was_typed(verb: tuple[str, ...], flags: dict[str, str]):
     args = parsed(*verb)
-    args.tls_ca = Path("a")
     assert {name: as_typed(name, args) for name in flags} == flags
 
 
@@ -295,7 +289,7 @@ def test_refusals_name_the_flags_that_were_typed(capsys: pytest.CaptureFixture[s
         "--min-tokens: must be <= stop.max_tokens; --stop: at most 8 entries; --adapter 2: 'json'"
         " occurs twice; drain_seconds: must be in [0, 3600] seconds; inputs[0]: the prompt has no"
         " tokens; inputs[1][2]: 9 is not in [0, 9); inputs[2].chat: this model has no chat"
-        " template; messages[0].role: is none; and more, see violations"
+        " template; messages[0].role: is none; and more"
     )
     assert capsys.readouterr().err == f"error: INVALID_ARGUMENT (INVALID_REQUEST): {said}\n"
     text = say("TOO_SMALL", least=0, value=-1)

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from checkout import ROOT
 from servers.fake_turret import CUT, FOREVER, GONE, FakeTurret
 
 from turret.clients.words import say
@@ -22,10 +21,8 @@ Run = Callable[..., tuple[int, str, str]]
 
 def command(*arguments: str) -> subprocess.Popen[bytes]:
     """The command in a separate process, with pipes."""
-    program = "import sys; from servers.command import *; sys.exit(parse_and_run(*sys.argv[1:]))"
     return subprocess.Popen(
-        [sys.executable, "-c", program, *arguments],
-        cwd=ROOT / "tests" / "support",
+        [sys.executable, "-m", "turret.server.command.entry", *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -119,7 +119,7 @@ async def test_what_is_not_sent_has_the_defaults_of_both_worlds() -> None:
         ({"stop": ["a", ""]}, "stop[1]"),
         ({"logit_bias": {"a": 1}}, "logit_bias"),
         ({"logit_bias": {"1": 10**400}}, "logit_bias"),
-        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
         ({"messages": []}, "messages"),
         ({"messages": None}, "messages"),
         ({"messages": ["hi"]}, "messages[0]"),

@@ -19,11 +19,6 @@ from turret.server.command.threads import available_cpus
         ("0::/\n", {"cpu.max": "max 100000"}, None),
         ("0::/\n", {"cpu.max": "100000 100000"}, 1),
         ("0::/a/b\n", {"a/cpu.max": "50000 100000", "a/b/cpu.max": "max 100000"}, 1),
-        ("4:cpu,cpuacct:/\n", {"cpu,cpuacct/cpu.cfs_quota_us": "90000\n",
-                               "cpu,cpuacct/cpu.cfs_period_us": "100000\n"}, 1),
-        ("4:cpu,cpuacct:/\n", {"cpu,cpuacct/cpu.cfs_quota_us": "-1",
-                               "cpu,cpuacct/cpu.cfs_period_us": "100000"}, None),
-        ("9:memory:/\n", {"memory/cpu.max": "100000 100000"}, None),
         ("", {}, None),
     ],
 )  # fmt: skip

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from turret.clients.channel import Tls
-from turret.clients.errors import TurretRpcError
-from turret.clients.verbs.health import ask
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from turret.clients.channel import Tls, open_channel
+
+_SECONDS = 5.0
 
 
 def is_serving(
     address: str, service: str = "", *, tls: Tls | None = None, token: str | None = None
 ) -> tuple[bool, str]:
     """Whether ``service`` (empty: the whole server) answers SERVING, and its answer."""
-    try:
-        answer = ask(address, service, timeout_seconds=5.0, tls=tls, token=token)
-    except TurretRpcError as error:
-        answer = error.code.name
+    metadata = (("authorization", f"Bearer {token}"),) if token else ()
+    request = health_pb2.HealthCheckRequest(service=service)
+    with open_channel(grpc, address, tls) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        try:
+            status = stub.Check(request, timeout=_SECONDS, metadata=metadata).status
+        except grpc.RpcError as error:
+            return False, error.code().name  # type: ignore[attr-defined]
+    answer = health_pb2.HealthCheckResponse.ServingStatus.Name(status)
     return answer == "SERVING", answer

@@ -152,9 +152,9 @@ def test_a_conversation_is_asked_as_it_stands() -> None:
         ({"prompt": "a", "labels": ["b", 1]}, "labels[1]", "NOT_A_STRING"),
         ({"prompt": "a", "labels": ["b", "b"]}, "labels[1]", "DUPLICATE"),
         ({"prompt": "a", "labels": ["b" * 257]}, "labels", "TOO_MANY_CHARACTERS"),
-        ({"labels": ["b"]}, "prompt", "MISSING_KEY"),
+        ({"labels": ["b"]}, "line", "NOT_AN_EXAMPLE"),
         ({"prompt": "a", "labels": [], "x": 1}, "x", "UNEXPECTED_KEY"),
-        ({"text": "a", "labels": []}, "text", "UNEXPECTED_KEY"),
+        ({"text": "a", "labels": []}, "line", "NOT_AN_EXAMPLE"),
         (
             {"messages": [{"role": "assistant", "content": "a"}], "labels": []},
             "messages[0].role",
