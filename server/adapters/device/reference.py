@@ -1,9 +1,9 @@
 """Adapters by their operators' formulas: for the torch path, and for operators without a kernel.
 
 The rows of a step are grouped by mix. A group's calls take only its own rows and its own adapters'
-tensors, each call gives a row the same bits for any other rows, and the members of a mix are added
-in the request's order, in fp32, with one rounding at the end. So a row's bits are those that it has
-alone.
+tensors. In each call, the bits of a row do not depend on the other rows. The members of a mix are
+added in the request's order, in fp32, with one rounding at the end. So a row has the same bits as
+if it were computed alone.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Module:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """The operators of one adapter that are kept here."""
+    """The operators of one adapter that are stored here."""
 
     modules: dict[_Place, list[_Module]] = field(default_factory=dict)
     experts: dict[_Place, ExpertLowRank] = field(default_factory=dict)
@@ -63,8 +63,8 @@ class _Group:
     Attributes:
         rows: The rows' numbers, ``[n]`` int64, or a run of them.
         members: Adapters, their mix weights, and the rows' scalings from a first pass.
-        is_decode: On the gpu path, whether all of them decode (see ``nf4_gpu.py``); if not, none
-            does.
+        is_decode: On the gpu path, whether all of the rows decode (see ``nf4_gpu.py``); if not,
+            none does.
     """
 
     rows: torch.Tensor | slice
@@ -198,7 +198,7 @@ class Reference(Part):
     Args:
         layout: Shape of the base.
         device: The device on which they are applied; on the CPU the host's own tensors are used.
-        takes: Selects the operators to hold.
+        takes: Selects the operators to store.
     """
 
     def __init__(
