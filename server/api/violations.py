@@ -37,7 +37,7 @@ class Violations:
         return len(self.found) >= MAX_VIOLATIONS
 
     def check_count(self, count: int, limit: int, path: str) -> bool:
-        """Note a repeated field of more than ``limit`` entries; returns whether it has no more."""
+        """Note a repeated field with more than ``limit`` entries; returns whether it is valid."""
         self.check(count <= limit, path, "TOO_MANY_ENTRIES", most=limit, found=count)
         return count <= limit
 
@@ -64,9 +64,9 @@ class Violations:
             self.add(path, why)
 
     def build(self, kind: Callable[..., _T], values: Mapping[str, Any], path: str) -> _T:
-        """A domain object; every value that it rejects is noted and left at its default.
+        """A domain object. Every value that it rejects is noted, and left at its default.
 
-        The domain objects own the ranges and stop at their first complaint, hence the loop.
+        The domain objects check their own ranges and stop at the first violation, hence the loop.
 
         Args:
             kind: The class of the object.

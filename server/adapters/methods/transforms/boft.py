@@ -68,7 +68,7 @@ def _product(saved: torch.Tensor) -> torch.Tensor:
 
 
 def _order(run: int, width: int, half: int) -> torch.Tensor:
-    """The butterfly's order: of every ``width`` inputs, first the even half-blocks, then the odd."""
+    """The butterfly's order: of every ``width`` inputs, the even half-blocks, then the odd ones."""
     halves = torch.arange(run).view(run // width, width // half, half)
     return torch.cat((halves[:, ::2], halves[:, 1::2]), dim=1).flatten()
 
