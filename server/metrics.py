@@ -1,4 +1,4 @@
-"""Prometheus metrics in a registry of their own, with a bounded ``adapter`` label.
+"""Prometheus metrics in a separate registry, with a bounded number of ``adapter`` labels.
 
 The engine, the adapter registry and the protocols call the small methods of ``Metrics``; none of
 them sees a Prometheus type. All methods are safe to call from any thread and never raise for a
@@ -23,7 +23,7 @@ from prometheus_client import (
 from turret.server.basics.codes import Code
 from turret.server.basics.names import is_private
 
-# Number of adapters with a label value of their own; later ones share "other".
+# Number of adapters with their own label value. Later ones share "other".
 MAX_ADAPTER_LABELS = 100
 # Maximum number of names in a label that lists adapters.
 MAX_LISTED_ADAPTERS = 100
@@ -46,8 +46,8 @@ class Metrics:
     """Every series of one server.
 
     Args:
-        max_adapter_labels: Registered adapters that get a label value of their own; the rest is
-            counted under ``other``, a request without adapters under ``base``.
+        max_adapter_labels: Number of registered adapters that get their own label value. The rest
+            are counted under ``other``, and requests without adapters under ``base``.
     """
 
     def __init__(self, max_adapter_labels: int = MAX_ADAPTER_LABELS) -> None:
@@ -280,10 +280,10 @@ class Metrics:
         self._kv_cache_info.labels(str(block_size), str(num_blocks)).set(1)
 
     def adapters_in_use(self, *, most: int, running: Iterable[str], waiting: Iterable[str]) -> None:
-        """Set which adapters requests run on and wait for; one thread calls it.
+        """Set the adapters that requests use and wait for. Only one thread calls this.
 
         Args:
-            most: Adapters that can run at once.
+            most: Maximum number of adapters that can run at once.
             running: Names, each once; the first ``MAX_LISTED_ADAPTERS`` by name are listed.
             waiting: The same for waiting requests; private names are listed as ``other``.
         """
@@ -303,7 +303,7 @@ class Metrics:
         self._preemptions.inc(count)
 
     def speculation(self, *, num_draft: int, num_accepted: int) -> None:
-        """Count the draft tokens that a step checked, and those of them that were right."""
+        """Count the draft tokens that a step checked, and how many of them were right."""
         self._draft_tokens.inc(num_draft)
         self._accepted_tokens.inc(num_accepted)
 
@@ -315,7 +315,7 @@ class Metrics:
     # Adapters
 
     def adapter_registered(self, name: str, tier: str = "disk") -> None:
-        """Give a newly registered adapter its label; a known name keeps the one it has."""
+        """Give a newly registered adapter its label. A known name keeps its label."""
         with self._lock:
             if name not in self._labels:
                 own = sum(label != OTHER for label in self._labels.values())
@@ -421,7 +421,7 @@ class Metrics:
         self._training_steps.inc()
 
     def training_seconds(self, seconds: float) -> None:
-        """Count time of the engine thread that went to training."""
+        """Count time of the engine thread that was used for training."""
         self._training_seconds.inc(seconds)
 
     def info(self, version: str, model: str, dtype: str, quantization: str) -> None:
@@ -435,7 +435,7 @@ class Metrics:
         return list(labels) or [BASE]
 
     def _move(self, name: str, tier: str | None) -> None:
-        """Count an adapter in ``tier`` and no longer where it was."""
+        """Count an adapter in ``tier``, and no longer in its previous tier."""
         label = self._labels[name]
         before = self._tiers.pop(name, None)
         if before is not None:

@@ -72,12 +72,12 @@ class RemoteAdapters:
 
         Raises:
             AdapterCheckpointError: The path is not allowed, or not an adapter's.
-            HubError: There is no such path, or not with the server's credentials.
-            HubUnavailableError: The storage does not answer, is too slow, or sent other bytes than
+            HubError: The path does not exist, or the server's credentials give no access.
+            HubUnavailableError: The storage does not answer, is too slow, or sent other data than
                 it announced.
             BudgetExceededError: The files are too large.
             QueueFullError: ``MAX_DOWNLOADS`` are under way.
-            TurretError: Those of ``stage``.
+            TurretError: An error of ``stage``.
         """
         if not any(is_below_remote(path, prefix) for prefix in self._allowed):
             choices = ", ".join(self._allowed) or "none"

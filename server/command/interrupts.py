@@ -29,7 +29,7 @@ def exit_code(interrupt: KeyboardInterrupt) -> int:
 
 @contextlib.contextmanager
 def raising_terminated() -> Iterator[None]:
-    """Make SIGTERM raise :class:`Terminated` in the block, unless another handler is installed."""
+    """Make SIGTERM raise :class:`Terminated` in the block, unless it already has a handler."""
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
@@ -50,7 +50,7 @@ def ending_at_interrupts(said: str) -> Iterator[None]:
     """Make signals end the process at once in the block, without an exception.
 
     Args:
-        said: The last line that the process prints.
+        said: The last line for the process to print.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -85,15 +85,15 @@ class Hangup:
 
 
 def _has_terminal() -> bool:
-    # A terminal that has closed no longer counts.
+    # A closed terminal no longer counts as one.
     return any(os.isatty(descriptor) for descriptor in (0, 1, 2))
 
 
 def take_signals_of_a_start(*, is_json: bool) -> None:
     """Handle signals as a server does, until the server handles them itself.
 
-    SIGTERM ends the process with exit code 0 and a line. SIGHUP, which makes a server read files
-    again, has no effect yet, unless the terminal has closed.
+    SIGTERM ends the process with exit code 0 and prints a line. SIGHUP, which makes a running
+    server read files again, has no effect yet, unless the terminal has closed.
 
     Args:
         is_json: Whether the line is a JSON object.

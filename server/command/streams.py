@@ -16,13 +16,13 @@ EXIT_BROKEN_PIPE = 141
 
 
 class OutputError(OSError):
-    """Standard output could not be written; the text contains the reason."""
+    """Standard output could not be written. The text contains the reason."""
 
 
 class _Messages(io.FileIO):
     """Standard error, which never fails: lines that nobody reads are dropped.
 
-    A server therefore keeps serving after ``head`` has read its log.
+    A server therefore keeps running after ``head`` has read its log.
     """
 
     def write(self, data: ReadableBuffer, /) -> int:
@@ -33,7 +33,7 @@ class _Messages(io.FileIO):
 
 
 class _Output(io.FileIO):
-    """Standard output, which fails once: later output is dropped.
+    """Standard output, which fails only once. Later output is dropped.
 
     Otherwise every later flush would fail again, including the interpreter's own at exit.
     """
@@ -76,7 +76,7 @@ def with_streams(run: Callable[[], int]) -> int:
     except OutputError as error:
         code = _report(error)
     except SystemExit as end:
-        # The parser has already printed the reason. It ignores failures to write its help.
+        # The parser has already printed the reason. It ignores errors from writing its help.
         if isinstance(end.code, str):
             raise
         code = end.code or 0

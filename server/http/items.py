@@ -80,7 +80,7 @@ class Dialect(ABC):
 
 
 class _Items:
-    """Groups an answer's pieces into items: each call is one, as is each run of other pieces."""
+    """Groups an answer's pieces into items: an item is a call, or a run of other pieces."""
 
     def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect
@@ -156,10 +156,10 @@ def _last(logprobs: Logprobs, num_chars: int) -> Logprobs:
 async def answer_in_items(
     exchange: Exchange, choices: Choices, reader: AnswerReader, dialect: Dialect, is_stream: bool
 ) -> None:
-    """Send the only answer to a request, as events or as a whole.
+    """Send the single answer to a request, as events or as a whole.
 
     Raises:
-        TurretError: The answer broke off.
+        TurretError: The answer failed.
     """
     reply, items = exchange.reply, _Items(dialect)
     reply.is_stream, is_started = is_stream, False

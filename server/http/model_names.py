@@ -63,9 +63,9 @@ def mix_of(members: list[MixMember]) -> Mix:
 def parse_model(model: str, base_name: str) -> Mix:
     """The mix that a model name refers to; empty for the base model.
 
-    ``base`` and the base model's name are the base, ``sql`` is an adapter, ``sql@2`` a generation
-    of it, ``sql+json*-0.5`` a mix. The prefix ``BASE:`` (``base:`` or the base model's name) is
-    allowed before an adapter or a mix.
+    ``base`` and the base model's name mean the base. ``sql`` is an adapter, ``sql@2`` one of its
+    generations, and ``sql+json*-0.5`` a mix. The prefix ``BASE:`` (``base:`` or the base model's
+    name) is allowed before an adapter or a mix.
 
     Raises:
         AdapterNotFoundError: The name has none of these forms.
@@ -81,7 +81,7 @@ def parse_model(model: str, base_name: str) -> Mix:
 
 
 def read_model(model: str, base_name: str) -> tuple[Mix, list[Text]]:
-    """Like ``parse_model``, but returns the errors; a member with an error has no weight.
+    """Like ``parse_model``, but returns the errors. A member with an error has no weight.
 
     Raises:
         AdapterNotFoundError: See ``parse_model``.

@@ -1,4 +1,4 @@
-"""The difference between the weights that are served and the weights of the model's files.
+"""The difference between the served weights and the weights in the model's files.
 
 Every linear module of the decoder layers is in one of four states. The report counts the modules of
 each kind and state, with the quantisation error of those that turret quantised.

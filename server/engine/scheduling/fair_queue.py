@@ -209,7 +209,7 @@ class FairQueue(Generic[T]):
         return line
 
     def _floor(self) -> float:
-        """Counter at which a group enters: the lowest of the busy groups, or a higher fair share."""
+        """Counter at which a group enters: the lowest of the busy groups, or the fair share."""
         return max(self._fair_share, min(self._served.values(), default=0.0))
 
     def _forget(self, group: Hashable) -> None:

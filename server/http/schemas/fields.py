@@ -39,7 +39,7 @@ MAX_PROMPTS = 2048
 # Limits on the comparison of unknown fields, which would otherwise take long. No client sends so
 # many unknown fields, or names as long.
 _MOST_UNKNOWN, _MOST_CHARS = 32, 40
-# At most one letter in five differs: "stops" means "stop", but "top_a" does not mean "top_k".
+# At most one letter in five may differ: "stops" means "stop", but "top_a" does not mean "top_k".
 _LEAST_RATIO = 0.8
 # Longer lists are rejected for their length, so their entries are not examined.
 _MOST_OBJECTS = 4096
@@ -167,7 +167,7 @@ _FOREIGN: dict[str, tuple[str, ...]] = {
 # Values of such names that change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {"repeatpenalty": (1,), "format": ("",)}
 _NEUTRAL |= {"npredict": (-1,), "numpredict": (-1,)}
-# If any of these was sent, no other name for the limit is reported.
+# If any of these fields was sent, no other name for the limit is reported.
 _AS_GOOD: dict[str, tuple[str, ...]] = dict.fromkeys(_LIMITS, (*_LIMITS, "max_completion_tokens"))
 
 
@@ -231,7 +231,7 @@ def _model_in(annotation: Any) -> tuple[type[Body], bool] | None:
 def _tidied(
     model: type[Body], value: dict[str, Any], path: str, found: list[_Unknown]
 ) -> dict[str, Any]:
-    """The object without nulls and unknown fields; records the fields that must not be ignored."""
+    """The object without nulls and unknown fields. Records the fields that must not be ignored."""
     shape = _shape(model)
     kept: dict[str, Any] = {}
     unknown: list[str] = []
@@ -275,7 +275,7 @@ def _misspelt(
         meant = _meant(model, name) if len(name) <= _MOST_CHARS else ""
         if not path and sent[name] in _NEUTRAL.get(_plain(name), ()):
             continue
-        # If the field itself was sent too, the unknown one is not a misspelling of it.
+        # If the field itself was also sent, the unknown one is not a misspelling of it.
         as_good = _shape(model).names.intersection(_AS_GOOD.get(meant, (meant,)))
         if meant and all(sent.get(each) is None for each in as_good):
             why = say("UNKNOWN_FIELD", name=name, closest=meant)
@@ -432,7 +432,7 @@ def _json_text(value: Any, most: int) -> str:
 
 
 def _schema_text(value: Any) -> Any:
-    """A JSON schema as text; a value that is already text stays as it is."""
+    """A JSON schema as text. A value that is already text stays unchanged."""
     if isinstance(value, str):
         return value
     if not isinstance(value, dict):
@@ -603,6 +603,6 @@ ClosedSchema = Annotated[
     ),
 ]
 Content = Annotated[str, BeforeValidator(lambda value: text_of(value, ("text",))), _content("text")]
-# Read later by the item that contains it, because only some items have text as content.
+# The item that contains the content reads it later, because only some items have text as content.
 ItemContent = Annotated[Any, BeforeValidator(_few_parts), _content(*ITEM_PARTS)]
 Function = Literal["function"]

@@ -1,4 +1,4 @@
-"""Handlers of all calls but training and sampling: features, capabilities, sessions, results."""
+"""Handlers of all calls except training and sampling: features, capabilities, sessions, results."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from turret.server.http.endpoint import Exchange
 from turret.server.http.tinker.door import Door, body_of, gone
 from turret.server.http.tinker.schemas import OfRequest, OfSession
 
-# The client cuts lists of sequences into requests of this size, which leaves room for the rest of
-# a body of 4 MiB.
+# The client divides lists of sequences into requests of this size, which leaves room for the rest
+# of a body of 4 MiB.
 _CHUNK_BYTES = 3_000_000
 _CONFIG: dict[str, Any] = {
     "fwdbwd_max_chunk_len": min(256, MAX_DATUMS),
@@ -104,7 +104,7 @@ async def retrieve(door: Door, exchange: Exchange) -> None:
 
 
 async def cancel(door: Door, exchange: Exchange) -> None:
-    """Cancel sampling; other work runs to its end."""
+    """Cancel sampling. Other work continues to its end."""
     body = body_of(exchange, OfRequest)
     future = door.tenants.futures.find(door.owner(exchange), body.request_id)
     if future is not None and future.task is not None:

@@ -21,10 +21,10 @@ from turret.server.http.tinker.schemas import OfPath, Ttl
 from turret.server.words import say
 
 _MOST_LISTED = 100
-# Files that only resume training, and those of the server, are not part of an archive.
+# An archive contains neither files that only serve to resume training, nor the server's own files.
 _ARCHIVED = ("adapter_config.json", "adapter_model.safetensors")
 _LINK_SECONDS = 900.0
-# The limit on one owner's links; the oldest one makes room.
+# Maximum number of links of one owner. At the limit, the oldest link is dropped.
 _MAX_LINKS = 1024
 _PIECE_BYTES = 1 << 18
 
@@ -177,7 +177,7 @@ async def set_ttl(door: Door, exchange: Exchange) -> None:
     await exchange.reply.json({})
 
 
-# Files. Clients download them without their token, so the links contain a secret.
+# Files. Clients download them without a token, so the links contain a secret.
 
 
 def _link(door: Door, exchange: Exchange, folder: Path, name: str, expires: float) -> str:

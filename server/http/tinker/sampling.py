@@ -76,7 +76,7 @@ async def get_sampler(door: Door, exchange: Exchange) -> None:
 
 
 async def sample(door: Door, exchange: Exchange) -> None:
-    """Begin to sample; the sequences are a result that the client retrieves."""
+    """Begin to sample. The client retrieves the sequences later."""
     body = body_of(exchange, Sample)
     owner = door.owner(exchange)
     sampler = door.tenants.sessions.sampler(owner, body.sampling_session_id)
@@ -95,11 +95,11 @@ async def sample(door: Door, exchange: Exchange) -> None:
         )
         call.message_bytes = exchange.call.message_bytes // body.num_samples
         work = _Samples(door, sampler, body, message, call)
-        # Count the request before it is accepted, so that an error about a limit is sent at once.
+        # Count the request before it is accepted, so that errors about limits are sent at once.
         with contextlib.ExitStack() as held:
             try:
                 held.enter_context(call.party.hold())
-                # A request that waits for a place in the queue is in no limit of the engine.
+                # The engine's limits do not count a request that waits for a place in the queue.
                 call.hold(_REQUEST_BYTES + message.ByteSize() + 4 * len(message.token_ids.ids))
                 future = door.tenants.futures.begin(owner, request_id)
             except Exception as error:
@@ -118,7 +118,7 @@ def _message(sampler: Sampler, body: Sample) -> inference_pb2.GenerateRequest:
     message = inference_pb2.GenerateRequest()
     for chunk in body.prompt.chunks:
         message.token_ids.ids.extend(chunk.tokens)
-    # While the request waits, the message alone keeps the tokens.
+    # While the request waits, only the message keeps the tokens.
     body.prompt.chunks.clear()
     if sampler.adapter:
         weight = adapters_pb2.AdapterWeight(name=sampler.adapter)
@@ -191,7 +191,7 @@ class _Samples:
         if wants_prompt:
             del first.logprobs[:count]
             del first.token_ids[:count]
-        # All sequences together take the place of one request in the limits of the client.
+        # All sequences together count as one request against the client's limits.
         work = [self._one(index) for index in range(1, body.num_samples)]
         others = await together(work, self._call.party.most_at_once)
         answers = [first, *others]
@@ -212,7 +212,7 @@ class _Samples:
         )
 
     async def _one(self, index: int, *, echo: bool = False) -> inference_pb2.GenerateResponse:
-        """One sequence. With a seed, each gets a different one."""
+        """One sequence. With a seed, each sequence gets a different one."""
         message = inference_pb2.GenerateRequest()
         message.CopyFrom(self._message)
         message.options.echo = echo

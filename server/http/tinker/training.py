@@ -30,7 +30,8 @@ from turret.server.http.tinker.schemas import (
 from turret.server.training.trainer import AdamParams, LearnerConfig
 from turret.server.words import say
 
-# The client's note that chooses the method of an adapter. Others cannot begin like it.
+# The entry of ``user_metadata`` that chooses the method of an adapter. Other entries must not begin
+# with the prefix.
 METHOD_NOTE, _OWN_NOTES = "turret.method", "turret."
 _SHOWN_CHARS = 40
 
@@ -43,7 +44,7 @@ async def _promise(exchange: Exchange, future: Future, model_id: str) -> None:
 
 
 def _raising(error: Exception) -> _Run:
-    """A command that fails: its number is used up, so that later commands do not wait for it."""
+    """A command that fails. It uses its number, so that later commands do not wait for it."""
 
     async def run() -> Result:
         raise error
@@ -130,7 +131,7 @@ async def _create(
         number: The number of the model in the session.
         config: The config of the adapter.
         metadata: The client's own notes.
-        begin: Finishes the first command once the adapter is there.
+        begin: Finishes the first command once the adapter exists.
     """
     session = door.session(exchange, session_id)
     model_id = f"{session_id}:train:{number}"
@@ -204,7 +205,8 @@ async def forward_backward(door: Door, exchange: Exchange) -> None:
     model = tenants.sessions.model(door.owner(exchange), model_id)
 
     async def run() -> Result:
-        # Until its turn, a pass is kept as bytes: its sequences may take 30 times as much memory.
+        # Until it is its turn, a pass is kept as bytes, because its sequences may take 30 times as
+        # much memory.
         asked = await tenants.read(tenant, lambda: wire.read_pass(body, info))
         losses = await training.pass_over(
             model.number,
@@ -287,7 +289,7 @@ async def save_for_sampler(door: Door, exchange: Exchange) -> None:
 
 
 async def _snapshot(door: Door, model: Model, body: SaveForSampler) -> Sampler:
-    """A sampler with a model's present weights, or with its newest ones at any time."""
+    """A sampler with a model's present weights, or one that always uses its newest ones."""
     session_id = model.model_id.partition(":")[0]
     session = door.tenants.sessions.find(model.owner, session_id)
     sampler = Sampler(
