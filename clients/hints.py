@@ -35,8 +35,8 @@ HINTS: Mapping[str, str] = {
     "REQUEST_TOO_LARGE": "shorten the prompt, or spread several inputs over several calls",
     "ANSWER_TOO_LARGE": "lower top_n or logprobs, or pass fewer inputs in a call",
 }
-# The same for the command line, where braces may also name flags. A reason that is not here has no
-# hint.
+# The same for the command line, where braces may also name flags. Reasons that are not listed have
+# no hint.
 COMMAND_HINTS: Mapping[str, str] = {
     "ADAPTER_NOT_FOUND": "`turret adapters list` shows the registered adapters",
     "ADAPTER_EXISTS": "replace it with `turret adapters replace` or `upload --replace`, or remove"

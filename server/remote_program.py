@@ -179,7 +179,7 @@ def check_address(url: str, registry: str, *, is_secure: bool) -> str:
 
 
 def _nearness(host: str) -> int:
-    """How near the nearest address of a host is: 0 on the internet, 1 in a private network, or more."""
+    """How near the nearest address of a host is: 0 on the internet, 1 in a private network …"""
     try:
         # A link-local address may have a zone after a percent sign.
         found = {str(entry[4][0]) for entry in socket.getaddrinfo(host.partition("%")[0], None)}

@@ -41,7 +41,7 @@ class RankResult:
         file_bytes: The size of the adapter's tensors.
         relative_multiply_adds: The multiply-adds that the adapter adds per token, over the base's.
         seconds: The duration of the training.
-        what_next: The path of the adapter, and the commands to serve and ask it.
+        what_next: The path of the adapter, and the commands that serve and prompt it.
     """
 
     rank: int

@@ -24,7 +24,7 @@ from turret.clients.verbs.flags import adapter_parser, call_with_flags, shared
 from turret.clients.verbs.tables import print_table, table_of, terminal
 from turret.words import counted
 
-# Maximum length of a text in the table of labels, and number of labels beside the first.
+# Maximum length of a text in the table of labels, and the number of labels shown after the first.
 _SHOWN_CHARS, _SHOWN_LABELS = 60, 3
 # Maximum length of a text beside cosines, and the length shown however narrow the table is.
 _BESIDE_COSINES, _FEWEST_CHARS = 40, 4
@@ -172,7 +172,7 @@ def _embed(args: argparse.Namespace, client: TurretClient) -> None:
 
 
 def _print_cosines(texts: list[str], cosines: list[list[float]]) -> None:
-    """A table as wide as the terminal, with the columns that it has no room for below it."""
+    """A table as wide as the terminal; columns that do not fit are printed below it."""
     console = terminal()
     rows = [[f"{cosine:.3f}" for cosine in row] for row in cosines]
     shown = [" ".join(text[:_BESIDE_COSINES].split()) for text in texts]

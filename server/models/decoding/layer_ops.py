@@ -197,7 +197,7 @@ class LayerOps:
         return attended.view(qkv.shape[0], -1)
 
     def gated_activation(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """Gate an activation (``activation(gate) · up``): ``[rows, 2·width]`` → ``[rows, width]``."""
+        """``activation(gate) · up``: ``[rows, 2·width]`` → ``[rows, width]``."""
         activation = self._arch.activation
         if isinstance(activation, ClampedSwiglu):
             return row_clamped_swiglu(gate_up, activation.alpha, activation.limit)
