@@ -101,11 +101,11 @@ class RemoteAdapters:
         ) as process:
             try:
                 assert process.stdout is not None
-                return self._receive(_Output(path, process), stage)
+                return self._receive(_DownloadOutput(path, process), stage)
             finally:
                 process.kill()
 
-    def _receive(self, output: _Output, stage: Stage) -> StagedUpload:
+    def _receive(self, output: _DownloadOutput, stage: Stage) -> StagedUpload:
         listed = output.line()
         files = [UploadedFile(*file) for file in listed["files"]]
         for name in (CONFIG_FILE, TENSORS_FILE):
@@ -133,7 +133,7 @@ class RemoteAdapters:
         return staged
 
 
-class _Output:
+class _DownloadOutput:
     """The output of a download; see ``remote_program.py``."""
 
     def __init__(self, path: str, process: subprocess.Popen[bytes]) -> None:

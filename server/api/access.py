@@ -231,20 +231,20 @@ RESERVED_DESCRIPTORS = 512
 _LEAST_CONNECTIONS = 16
 
 
-def most_connections(num_doors: int) -> int:
-    """The limit for each of ``num_doors`` listening addresses; connections beyond it are closed.
+def most_connections(num_addresses: int) -> int:
+    """The maximum number of connections of each listening address; further ones are closed.
 
     All addresses together leave ``RESERVED_DESCRIPTORS`` free. For this, the process's soft limit
     of descriptors is raised, as far as the hard limit allows.
     """
-    wanted = num_doors * MOST_CONNECTIONS + RESERVED_DESCRIPTORS
+    wanted = num_addresses * MOST_CONNECTIONS + RESERVED_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft == resource.RLIM_INFINITY:
         return MOST_CONNECTIONS
-    share = (soft - RESERVED_DESCRIPTORS) // num_doors
+    share = (soft - RESERVED_DESCRIPTORS) // num_addresses
     return max(min(share, MOST_CONNECTIONS), _LEAST_CONNECTIONS)
 
 

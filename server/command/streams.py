@@ -32,7 +32,7 @@ class _Messages(io.FileIO):
             return memoryview(data).nbytes
 
 
-class _Output(io.FileIO):
+class _StandardOutput(io.FileIO):
     """Standard output, which fails only once. Later output is dropped.
 
     Otherwise every later flush would fail again, including the interpreter's own at exit.
@@ -63,7 +63,7 @@ def with_streams(run: Callable[[], int]) -> int:
         The exit code of the command or of its SystemExit, or 1 if output was lost.
     """
     _open_closed()
-    output = _Output(sys.stdout.fileno(), "w", closefd=False)
+    output = _StandardOutput(sys.stdout.fileno(), "w", closefd=False)
     sys.stdout = _through(output, sys.stdout)
     sys.stderr = _through(_Messages(sys.stderr.fileno(), "w", closefd=False), sys.stderr)
     try:

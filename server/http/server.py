@@ -117,10 +117,10 @@ def application(listen: ListenConfig, services: Services) -> Starlette:
     apart = {route.path for route in ROUTES} - {route.path for route in served}
     if services.tenants is not None:
         # Imported here because the import takes time, and few servers train.
-        from turret.server.http.tinker.door import Door
         from turret.server.http.tinker.routes import routes
+        from turret.server.http.tinker.state import TinkerState
 
-        served += routes(Door(services))
+        served += routes(TinkerState(services))
     document = Route("/openapi.json", Document(served, has_tokens=has_tokens), is_hidden=True)
     answered = []
     for route in (*served, document):

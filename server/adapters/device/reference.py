@@ -57,7 +57,7 @@ class _Held:
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class _SameMix:
     """Rows that share a mix.
 
     Attributes:
@@ -105,7 +105,7 @@ class StepReference:
         columns: The columns of each slice, by projection.
     """
 
-    groups: Sequence[_Group]
+    groups: Sequence[_SameMix]
     columns: Mapping[str, Sequence[slice]]
 
     def apply(
@@ -286,18 +286,18 @@ class Reference(Part):
         runs: Sequence[tuple[int, int]],
         is_decode: bool | None,
         given: Mapping[str, torch.Tensor],
-    ) -> _Group:
+    ) -> _SameMix:
         if len(runs) == 1:
             rows = slice(*runs[0])
         else:
             numbers = [row for start, end in runs for row in range(start, end)]
             rows = torch.tensor(numbers, device=self._device)
-        group = _Group(rows, (), is_decode)
+        group = _SameMix(rows, (), is_decode)
         members = [
             (self._held[key], weight, group.gather(given[key]) if key in given else None)
             for key, weight in mix
         ]
-        return _Group(rows, members, is_decode)
+        return _SameMix(rows, members, is_decode)
 
 
 class ReferenceStore(StepStore):

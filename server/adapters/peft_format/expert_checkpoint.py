@@ -145,7 +145,7 @@ def take_experts(
     updates: dict[str, ExpertLowRank] = {}
     ranks: tuple[int, ...] = ()
     if selection and not findings.fields and {"r", "lora_alpha"} <= selection.keys():
-        reader = _Reader(checkpoint.path, tensors, base, findings, max_rank)
+        reader = _FactorReader(checkpoint.path, tensors, base, findings, max_rank)
         if chosen:
             updates, ranks = reader.read_parameters(chosen, selection)
         else:
@@ -233,7 +233,7 @@ def _check_method(
 
 
 @dataclass
-class _Reader:
+class _FactorReader:
     """Reads factors, and keeps track of the tensors that it has used."""
 
     path: str

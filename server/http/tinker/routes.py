@@ -9,20 +9,20 @@ from typing import Any
 from turret.server.http.endpoint import TRAINING, Exchange, Route
 from turret.server.http.schemas.fields import Body
 from turret.server.http.tinker import handshake, listing, sampling, schemas, training
-from turret.server.http.tinker.door import Door
+from turret.server.http.tinker.state import TinkerState
 
-_Handler = Callable[[Door, Exchange], Awaitable[None]]
+_Handler = Callable[[TinkerState, Exchange], Awaitable[None]]
 _API = "/api/v1"
 _RUN = "/training_runs/{run}"
 _CHECKPOINT = f"{_RUN}/checkpoints/{{kind}}/{{name}}"
 
 
-def routes(door: Door) -> tuple[Route, ...]:
-    """The routes, whose handlers share the state of a door."""
+def routes(state: TinkerState) -> tuple[Route, ...]:
+    """The routes, whose handlers share the state."""
 
     def route(path: str, handler: _Handler, body: type[Body] | None = None, **more: Any) -> Route:
         fields: dict[str, Any] = {"service": TRAINING, "is_hidden": True, **more}
-        return Route(f"{_API}{path}", partial(handler, door), body, **fields)
+        return Route(f"{_API}{path}", partial(handler, state), body, **fields)
 
     often = partial(route, is_frequent=True)
     return (

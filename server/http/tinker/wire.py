@@ -64,7 +64,7 @@ def _parse(kind: type[_M], body: bytes) -> _M:
         raise InvalidRequestError(say("MESSAGE_MALFORMED")) from None
 
 
-class _Reader(DatumReader):
+class _PassReader(DatumReader):
     """Reads the sequences of a pass."""
 
     def datum(self, data: bytes, loss: str, path: str) -> Datum | None:
@@ -148,7 +148,7 @@ def read_pass(body: bytes, info: ModelInfo) -> AskedPass:
     is_readable = check_loss(message.loss_fn, len(message.data), violations, "loss_fn")
     data: list[Datum | None] = []
     if is_readable:
-        reader = _Reader(info, violations)
+        reader = _PassReader(info, violations)
         for index, datum in enumerate(message.data):
             data.append(reader.datum(datum, message.loss_fn, f"data[{index}]"))
             if violations.is_full:

@@ -40,7 +40,7 @@ class Link:
     expires: float
 
 
-class Door:
+class TinkerState:
     """The state of the Tinker API. Belongs to one event loop.
 
     Args:
