@@ -31,8 +31,8 @@ TEXTS = {
     "NOT_GRPC": "the server at {place} does not speak gRPC",
     "PEM_UNREADABLE": "no connection to {place} was made: a certificate or key cannot be read",
     "TLS_UNSUPPORTED": "the server at {place} does not support TLS",
-    "CERTIFICATE_UNTRUSTED": "the server at {place} presents a certificate that the given roots did"
-    " not sign",
+    "CERTIFICATE_UNTRUSTED": "the server at {place} presents a certificate that no trusted"
+    " authority signed",
     "CERTIFICATE_NAME": "the server at {place} presents a certificate for another name",
     "CONNECTION_CLOSED": "the server at {place} closed the connection",
     "CLOSED_DURING_CALL": "the client was closed while the call was running",

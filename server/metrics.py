@@ -69,25 +69,26 @@ class Metrics:
 
         self._requests = counter(
             "turret_requests_total",
-            "Finished calls that run on adapters, over both protocols, also rejected ones whose"
-            " adapters could be read; a mix counts for each member.",
+            "Finished calls that run the model, over both protocols, including rejected ones whose"
+            " adapters could be read; a mix counts once for each member.",
             ["adapter", "code"],
         )
         self._alias_requests = counter(
             "turret_alias_requests_total",
-            "Finished calls that named an alias, by the generation that they got. When an alias"
+            "Finished calls that named an alias, by the generation that they used. When an alias"
             " moves, the series of its former targets are removed.",
             ["alias", "adapter", "generation", "code"],
         )
         self._calls = counter(
             "turret_calls_total",
-            "All calls of that kind, each once, by protocol (grpc or http); one call may ask for"
-            " several answers.",
+            "Finished calls that run the model, each counted once, by protocol (grpc or http); one"
+            " call may ask for several answers.",
             ["protocol", "code"],
         )
         self._duration = histogram(
             "turret_request_duration_seconds",
-            "The same calls, from receipt to the end of the answer, by method and code.",
+            "Duration of calls that run the model, from receipt to the end of the answer, by method"
+            " and code.",
             ["method", "code"],
             buckets=_DURATION,
         )
@@ -109,13 +110,13 @@ class Metrics:
         )
         self._adapter_first_token = histogram(
             "turret_adapter_time_to_first_token_seconds",
-            "Time from receipt to the first token, by adapter; a mix counts for each member.",
+            "Time from receipt to the first token, by adapter; a mix counts once for each member.",
             ["adapter"],
             buckets=_LATENCY,
         )
         self._adapter_inter_token = histogram(
             "turret_adapter_inter_token_seconds",
-            "Time between two tokens, by adapter; a mix counts for each member.",
+            "Time between two tokens, by adapter; a mix counts once for each member.",
             ["adapter"],
             buckets=_TOKEN_GAP,
         )
@@ -155,7 +156,7 @@ class Metrics:
             "Adapters of running and waiting requests, for routers; the value is the time.",
             ["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
         )
-        self._preemptions = counter("turret_preemptions_total", "Sequences that lost their blocks.")
+        self._preemptions = counter("turret_preemptions_total", "Preempted sequences.")
         self._draft_tokens = counter(
             "turret_spec_decode_num_draft_tokens_total", "Draft tokens that steps checked."
         )
@@ -174,7 +175,9 @@ class Metrics:
             "Registered adapters by their fastest tier.",
             ["adapter", "tier"],
         )
-        self._adapter_bytes = gauge("turret_adapter_bytes", "Adapter weights held.", ["tier"])
+        self._adapter_bytes = gauge(
+            "turret_adapter_bytes", "Bytes of adapter weights, by tier.", ["tier"]
+        )
         self._load_seconds = histogram(
             "turret_adapter_load_seconds",
             "Time to load an adapter, by stage.",
@@ -186,7 +189,7 @@ class Metrics:
             "turret_adapter_evictions_total", "Adapter evictions.", ["tier", "reason"]
         )
         self._merge_active = gauge("turret_merge_active", "1 while a merge changes the base model.")
-        self._info = Info("turret", "What is served.", registry=registry)
+        self._info = Info("turret", "Version, model, dtype and quantisation.", registry=registry)
 
         # Training
 
@@ -201,11 +204,12 @@ class Metrics:
             "turret_training_queued_tokens", "Tokens of sequences that wait for a pass."
         )
         self._training_tokens = counter(
-            "turret_training_tokens_total", "Tokens of finished passes, also without gradients."
+            "turret_training_tokens_total",
+            "Tokens of finished passes, including those without gradients.",
         )
-        self._training_steps = counter("turret_training_steps_total", "Steps of optimizers.")
+        self._training_steps = counter("turret_training_steps_total", "Optimizer steps.")
         self._training_seconds = counter(
-            "turret_training_seconds_total", "Time of the engine that training took."
+            "turret_training_seconds_total", "Engine time that training used."
         )
 
     # Requests

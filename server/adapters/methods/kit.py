@@ -121,7 +121,7 @@ def drawn(names: str, seed: str = "projection_prng_key") -> Text:
 
 def drawn_places(m: Module, count: int) -> torch.Tensor:
     """Positions of coefficients in a weight, drawn from ``random_loc_seed`` as PEFT draws them."""
-    m.warn(drawn("the places of the coefficients", "random_loc_seed"))
+    m.warn(drawn("the positions of the coefficients", "random_loc_seed"))
     return m.once(_place_drawer)(m.outputs * m.inputs, count)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from turret.server.adapters.methods.kit import *
 
 _VALUES, _PLACES = "shira_weight", "shira_indices"
-_DRAWN = "the file contains the places that were drawn"
+_DRAWN = "the file contains the positions that were drawn"
 
 
 def _operators(m: Module) -> Pieces:
