@@ -96,7 +96,7 @@ class AnswerText:
         return text
 
     def replay(self, tokens: Collection[int]) -> None:
-        """Take in the tokens of an earlier answer to the same request, without returning its text.
+        """Add the tokens of an earlier answer to the same request, without returning its text.
 
         Raises:
             InvalidRequestError: One of these tokens already ends the answer.

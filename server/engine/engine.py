@@ -146,7 +146,7 @@ class Engine:
         start_roomy(self._thread)
 
     async def submit(self, request: Request) -> Stream:
-        """Take in a request.
+        """Accept a request.
 
         Raises:
             UnavailableError: Not started, draining or dead.

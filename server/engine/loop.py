@@ -268,7 +268,7 @@ class EngineLoop:
     # Commands, which other threads post.
 
     def add(self, answer: Answer) -> None:
-        """Take in a request."""
+        """Accept a request."""
         sequence = answer.sequence
         self._answers[sequence] = answer
         if sequence.request.deadline is not None:

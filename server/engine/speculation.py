@@ -33,7 +33,7 @@ class Chances:
         return min(self._chances[min(match, MAX_MATCH)], _MOST)
 
     def pass_over(self, match: int) -> bool:
-        """Note a draft that does not pay off; returns whether to try it anyway, as a test."""
+        """Record a draft that does not pay off; returns whether to try it anyway, as a test."""
         self._passed_over[match] += 1
         if self._passed_over[match] < _TRY_EVERY:
             return False
@@ -358,7 +358,7 @@ class Drafter:
             memory.add(self._answer)
 
     def _read(self) -> None:
-        """Take in the new tokens of the answer."""
+        """Add the new tokens of the answer."""
         self._answer += self._tokens[self._prompt_end + len(self._answer) - 1 :]
 
     def _after(self, place: int, count: int) -> list[int]:

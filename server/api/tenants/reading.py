@@ -86,7 +86,7 @@ class DatumReader:
         return torch.from_numpy(numbers.astype(np.int64 if name == TARGETS else np.float32))
 
     def check(self, ok: bool, path: str, reason: str, **params: Any) -> None:
-        """Note a violation unless ``ok``.
+        """Record a violation unless ``ok``.
 
         Raises:
             Refused: There is a violation.

@@ -290,11 +290,11 @@ class Scheduler:
         return not self.running and not any(s.num_preemptions for s in self.waiting)
 
     def add(self, sequence: Sequence) -> None:
-        """Take in a new sequence."""
+        """Add a new sequence."""
         self.waiting.push(sequence)
 
     def change_base(self, generation: int) -> None:
-        """Note that the base weights changed.
+        """Record that the base weights changed.
 
         The generation is part of every key, so blocks that were computed before are never found
         again.

@@ -116,7 +116,7 @@ class StepRows:
             self.soft.values.append(soft_tokens[start:stop])
 
     def take_added(self, sequence: Sequence, row_start: int) -> None:
-        """Note which rows of the sequence that was added last have tokens that the base lacks."""
+        """Record which rows of the sequence that was added last have tokens that the base lacks."""
         if not sequence.vocab_size or (added := added_rows_of(sequence.mix)) is None:
             return
         rows = range(row_start, len(self.token_ids))

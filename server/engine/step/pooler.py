@@ -32,7 +32,7 @@ class Pooler:
     def pool(
         self, placed: SequenceOf[Placed], hidden: torch.Tensor
     ) -> dict[Sequence, array[float]]:
-        """Take in a step. A position that is computed again is not counted twice.
+        """Add the states of a step. A position that is computed again is not counted twice.
 
         Args:
             placed: Its sequences.

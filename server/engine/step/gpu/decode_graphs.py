@@ -46,7 +46,7 @@ class Capture(Protocol):
         ...
 
     def forget(self) -> None:
-        """Note that every captured graph has been dropped."""
+        """Record that every captured graph has been dropped."""
         ...
 
 
@@ -204,7 +204,7 @@ class DecodeGraphs:
             self._epoch = epoch
 
     def _is_due(self, key: Key) -> bool:
-        """Note that a form occurs in this step; returns whether it should be captured."""
+        """Record that a form occurs in this step; returns whether it should be captured."""
         self._step += 1
         if len(self._seen) > 8 * self._capacity:
             self._seen.clear()
