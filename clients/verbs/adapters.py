@@ -231,7 +231,7 @@ def _unmerge(args: argparse.Namespace, client: TurretClient) -> None:
 
 def _print_merge(state: MergeState) -> None:
     print_merge_state(state)
-    print("all requests use it until `turret adapters unmerge`; do not pass it with -a as well")
+    print("every request uses it until `turret adapters unmerge`; do not name it with -a as well")
 
 
 # Actions that make more than one call.
