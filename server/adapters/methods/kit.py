@@ -70,7 +70,7 @@ from turret.server.adapters.peft_format.linear_format import (
     R,
     Shape,
     Shared,
-    Stop,
+    StopChecks,
     either,
     extent,
     indices,

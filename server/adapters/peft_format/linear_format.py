@@ -65,7 +65,7 @@ class Misfit(Exception):
         self.why = why
 
 
-class Stop(Exception):
+class StopChecks(Exception):
     """Raised when the fault was reported and the module needs no further checks."""
 
 
@@ -389,7 +389,7 @@ class LinearFormat(Format):
         except Misfit as error:
             module.misfit(error.why)
             return
-        except Stop:
+        except StopChecks:
             return
         most = None if self.most_rank is None else self.most_rank(module.inputs, module.outputs)
         if fits and most is not None and module.rank > most:

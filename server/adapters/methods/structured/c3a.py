@@ -22,7 +22,7 @@ def _block_size(m: Module) -> int:
     known = ", ".join(map(str, sorted(sizes)))
     wanted = known if size not in sizes else f"at most {MAX_BLOCK_SIZE}"
     m.fault(_KERNEL, say("WRONG_COUNT", found=size, what="rows in a block", expected=wanted))
-    raise Stop
+    raise StopChecks
 
 
 _SIZE = Dim(_block_size)
