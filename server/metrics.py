@@ -175,9 +175,7 @@ class Metrics:
             "Registered adapters by their fastest tier.",
             ["adapter", "tier"],
         )
-        self._adapter_bytes = gauge(
-            "turret_adapter_bytes", "Bytes of adapter weights, by tier.", ["tier"]
-        )
+        self._adapter_bytes = gauge("turret_adapter_bytes", "Adapter weights in bytes.", ["tier"])
         self._load_seconds = histogram(
             "turret_adapter_load_seconds",
             "Time to load an adapter, by stage.",
@@ -204,8 +202,7 @@ class Metrics:
             "turret_training_queued_tokens", "Tokens of sequences that wait for a pass."
         )
         self._training_tokens = counter(
-            "turret_training_tokens_total",
-            "Tokens of finished passes, including those without gradients.",
+            "turret_training_tokens_total", "Tokens of finished passes, with or without gradients."
         )
         self._training_steps = counter("turret_training_steps_total", "Optimizer steps.")
         self._training_seconds = counter(
