@@ -530,7 +530,7 @@ class FleetRegistry:
             self._publish(NameEntry(saved.name, saved))
 
     def _leave_over(self, before: SavedRegistration, after: SavedRegistration | None) -> None:
-        """Removes the files of uploaded generations that the name no longer has."""
+        """Lists uploaded generations that the name no longer has, to delete their files later."""
         stays = set() if after is None else {each.generation for each in generations_of(after)}
         self._leftovers += [
             (each.source, key_of(before, each.generation), self.revision)
