@@ -106,7 +106,7 @@ def unwritable(path: Path) -> Text | None:
 
 
 def _refused(folder: Path) -> str:
-    """The error of an attempt to write, for file systems that ignore permissions, such as /proc."""
+    """The error of an attempt to write; on file systems such as /proc, permissions mean little."""
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".turret-", dir=folder))
     except OSError as error:

@@ -76,7 +76,7 @@ is_seed = is_integer(-(2**63), 2**63 - 1, "a 64-bit integer")
 
 
 def is_number(value: Any) -> Text | None:
-    # Values up to this limit cannot overflow in fp32 arithmetic. The limit also excludes
+    # Values up to this limit are far from an overflow in fp32 arithmetic. The limit also excludes
     # infinities.
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e9
     return None if ok else invalid(value, "a number from -1e9 to 1e9")

@@ -209,7 +209,7 @@ class FairQueue(Generic[T]):
         return line
 
     def _floor(self) -> float:
-        """Counter at which a group enters: the lowest of the busy groups, or the fair share."""
+        """Counter at which a group enters: the lowest busy group's, or the fair share if higher."""
         return max(self._fair_share, min(self._served.values(), default=0.0))
 
     def _forget(self, group: Hashable) -> None:
