@@ -1,7 +1,8 @@
-"""Builds the C libraries, tags one wheel for every Python, refuses a copy without links.
+"""Builds the C libraries and one wheel for every Python; rejects a copy without the links.
 
-The compiled libraries are plain C that ctypes loads. They know nothing of Python, so their names
-carry no Python's tag, and neither does the wheel: ``py3-none`` and the platform.
+The compiled libraries are plain C, which ctypes loads. They do not depend on Python, so neither
+their names nor the wheel have the tag of a Python version: the wheel has ``py3-none`` and the
+platform.
 """
 
 import copy
@@ -32,7 +33,7 @@ if missing:
 
 
 def isas_of_this_machine(folder: Path, known: list[str]) -> list[str]:
-    """The sets that this machine's server loads; all of them if that cannot be found out."""
+    """The instruction sets that this machine's server uses; all of them if that is unknown."""
     with tempfile.TemporaryDirectory() as made:
         library = Path(made, "isa.so")
         command = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-o", str(library)]
@@ -46,8 +47,8 @@ def isas_of_this_machine(folder: Path, known: list[str]) -> list[str]:
 def libraries() -> list[Extension]:
     """One library of C kernels per instruction set; the server loads the best one at startup.
 
-    With ``TURRET_BUILD=machine``, only what this machine needs is built, in a fifth of the time:
-    its own library and, in the baseline's, the function that finds out the instruction set.
+    With ``TURRET_BUILD=machine``, only the libraries for this machine are built, in a fifth of the
+    time: its own, and the baseline's, which has the function that detects the instruction set.
     """
     folder = Path("kernels", "cpu", "c")
     isas = runpy.run_path(str(PACKAGE / "kernels" / "cpu" / "isas.py"))
@@ -64,7 +65,7 @@ def libraries() -> list[Extension]:
             depends=sorted(map(str, folder.rglob("*.h"))),
             include_dirs=[str(folder)],
             extra_compile_args=[*isas["FLAGS"], *flags],
-            # Without a compiler the package installs all the same, and torch serves.
+            # Without a compiler, the package still installs, and torch computes instead.
             optional=True,
         )
         for isa, flags in isas["ISA_FLAGS"].items()
@@ -87,10 +88,11 @@ class BuildLibraries(build_ext):
         super().build_extensions()
 
     def build_extension(self, ext: Any) -> None:
-        # The libraries share sources, and an object file has the name of its source.
+        # The libraries share sources, and an object file has the name of its source, so use
+        # separate folders.
         own = copy.copy(self)
         own.build_temp = str(Path(self.build_temp, ext.name))
-        # Python's own flags ask for debug information, which is two thirds of a library.
+        # Python's own flags include debug information, which would be two thirds of a library.
         ext.extra_compile_args = [*ext.extra_compile_args, "-g0"]
         super(BuildLibraries, own).build_extension(ext)
 
@@ -99,7 +101,8 @@ class BuildLibraries(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()
-        # Python would find libraries first that were built in place with a version's tag.
+        # Remove libraries that were built in place with a version tag, which Python would find
+        # first.
         for extension in self.extensions:
             name = extension.name.rpartition(".")[2]
             for stale in (PACKAGE / "kernels" / "cpu").glob(f"{name}.*-*.so"):

@@ -37,7 +37,7 @@ EXIT_WRONG = 4
 # Number of requests whose tokens are compared with those that they get alone.
 _CHECKED = 4
 _WARM_UP_TOKENS = 8
-# The length that constraints ask for, in items or characters.
+# The length that constraints require, in items or characters.
 _LENGTH = 2000
 
 

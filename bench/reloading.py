@@ -28,7 +28,7 @@ _SKIPPED = 2
 
 
 def served(url: str, name: str, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The server's log probabilities of the tokens, and its likeliest token in each place."""
+    """The server's log probabilities of the tokens, and its likeliest token at each position."""
     body = {"model": name, "prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 1}
     body["return_tokens_as_token_ids"] = True
     answer = httpx2.post(f"{url}/v1/completions", json=body, timeout=600)

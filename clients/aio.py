@@ -634,8 +634,8 @@ class AsyncAdaptersClient(AdaptersBase):
         """Write an adapter's files, in PEFT's layout, to a new directory.
 
         Raises:
-            FileExistsError: The directory is already there.
-            ValueError: What arrived is incomplete or garbled.
+            FileExistsError: The directory already exists.
+            ValueError: The received files are incomplete or damaged.
         """
         request = self._request("ExportAdapter", name=name, generation=generation)
         seconds = stream_timeout(timeout)

@@ -13,7 +13,7 @@ HINTS: Mapping[str, str] = {
     "HEAD_MISSING": "call generate() or score() for text",
     "ADAPTER_PINNED": "call adapters.unpin() first",
     "ADAPTER_BUSY": 'mode="force" ends these requests',
-    "ADAPTER_MERGED": "call adapters.unmerge() first",
+    "ADAPTER_MERGED": "adapters.unmerge() restores the base model",
     "MERGE_ACTIVE": "call adapters.unmerge() first",
     "UNAUTHENTICATED": "pass a token of the server's --token-file as token=",
     "SERVICE_ELSEWHERE": "pass both address= and admin_address= to the client",
@@ -30,8 +30,8 @@ HINTS: Mapping[str, str] = {
     "REQUEST_TOO_LARGE": "shorten the prompt, or spread several inputs over several calls",
     "ANSWER_TOO_LARGE": "lower top_n or logprobs, or pass fewer inputs in a call",
 }
-# The same for the command line, where braces may also name flags. A reason that is not here has no
-# hint.
+# The same for the command line, where braces may also name flags. Reasons that are not listed have
+# no hint.
 COMMAND_HINTS: Mapping[str, str] = {
     "ADAPTER_NOT_FOUND": "`turret adapters list` shows the registered adapters",
     "ADAPTER_EXISTS": "replace it with `turret adapters replace` or `upload --replace`, or remove"
@@ -40,7 +40,7 @@ COMMAND_HINTS: Mapping[str, str] = {
     "HEAD_MISSING": "use `turret generate` or `turret score` for text",
     "ADAPTER_PINNED": "run `turret adapters unpin {adapter}` first",
     "ADAPTER_BUSY": "--force ends these requests",
-    "ADAPTER_MERGED": "run `turret adapters unmerge` first",
+    "ADAPTER_MERGED": "`turret adapters unmerge` restores the base model",
     "MERGE_ACTIVE": "run `turret adapters unmerge` first",
     "UNAUTHENTICATED": "pass a token of the server's --token-file with --token, --token-from or"
     " TURRET_TOKEN",

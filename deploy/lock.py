@@ -26,7 +26,7 @@ CONSTRAINTS = ROOT / "deploy" / "constraints.txt"
 CLUSTER = ROOT / "deploy" / "constraints-cluster.txt"
 PYTHON = "3.12"
 MACHINES = ("x86_64", "aarch64")
-# The minor version of the image's glibc. Wheels must not need a newer one.
+# The minor version of the image's glibc. Wheels must not require a newer one.
 NEWEST_GLIBC = 41
 # Packages that build turret, and dependencies of torch.
 EXTRA = (

@@ -174,7 +174,7 @@ class Follower:
         )
 
     def joined(self, answer: Joined, asked: float) -> None:
-        """Takes in the snapshot that was requested at the time ``asked``; ignores an older one."""
+        """Records the snapshot that was requested at the time ``asked``; ignores an older one."""
         if asked <= self._joined_at:
             return
         self._joined_at = asked
@@ -187,7 +187,7 @@ class Follower:
         self._changes.append(Change(session, answer.revision, answer.state))
 
     def take_news(self, call: Report, news: News, asked: float) -> None:
-        """Takes in the answer to a report; ignores a late or repeated one."""
+        """Records the answer to a report; ignores a late or repeated one."""
         session = self._session
         if session is None or session != call.session:
             return

@@ -153,7 +153,7 @@ class NotJoinedError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Join:
-    """A replica asks for the whole state.
+    """A replica's request for the whole state.
 
     Attributes:
         replica: The replica's name; after a restart it has another one.

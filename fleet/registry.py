@@ -194,7 +194,7 @@ class FleetRegistry:
         )
 
     def report(self, report: p.Report, now: float) -> p.News:
-        """Takes in a replica's report, and returns the changes that the replica lacks.
+        """Records a replica's report, and returns the changes that the replica lacks.
 
         Raises:
             NotJoinedError: The replica was silent for too long, joined an earlier run, or lacks
@@ -530,7 +530,7 @@ class FleetRegistry:
             self._publish(NameEntry(saved.name, saved))
 
     def _leave_over(self, before: SavedRegistration, after: SavedRegistration | None) -> None:
-        """Lets the files of uploaded generations go that the name no longer has."""
+        """Lists uploaded generations that the name no longer has, to delete their files later."""
         stays = set() if after is None else {each.generation for each in generations_of(after)}
         self._leftovers += [
             (each.source, key_of(before, each.generation), self.revision)

@@ -338,7 +338,7 @@ def _with_usage(
 
 @dataclass(slots=True)
 class _Preparation:
-    """A plan whose merged weights are being made, are ready or cannot be made."""
+    """A plan whose merged weights are being computed, are ready or cannot be computed."""
 
     plan: p.MergePlan
     cancellation: Cancellation = field(default_factory=Cancellation)
@@ -355,7 +355,7 @@ class ReplicaMerger(Merger):
         arguments, options: Those of ``Merger``.
 
     Attributes:
-        on_prepared: Called when a plan's weights are ready or cannot be made.
+        on_prepared: Called when a plan's weights are ready or cannot be computed.
     """
 
     def __init__(self, channel: Channel, *arguments: Any, **options: Any) -> None:
@@ -452,14 +452,15 @@ class ReplicaMerger(Merger):
         """Switches to this base; blocks until the engine has exchanged the weights.
 
         Raises:
-            TurretError: The weights cannot be made, so the replica cannot serve.
+            TurretError: The weights cannot be computed, so the replica cannot serve.
             UnavailableError: The engine stops.
         """
         plan = base.merge
         if base.generation == self._state.base_generation:
             return
         if self._active is not None:
-            # Unmerge, then merge. In between, the base has a number that no other state uses.
+            # Unmerge, then merge. In between, the base has a generation number that no other state
+            # uses.
             number = base.generation if plan is None else -base.generation
             with self._turn:
                 self._apply(self._active, None, Cancellation(), number)
@@ -472,7 +473,8 @@ class ReplicaMerger(Merger):
             finally:
                 self._give_up()
         elif base.generation != self._state.base_generation:
-            # A merge was made and undone meanwhile: the weights are the same under another number.
+            # A merge was made and undone meanwhile: the weights are the same, with another
+            # generation number.
             self._change_base(lambda: self._renumbered(base.generation)).result()
             self._state = MergeState(base.generation)
 

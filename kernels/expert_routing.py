@@ -26,7 +26,8 @@ class Routing:
         rows: The row of each pair, ``[pairs]`` int64.
         experts: The expert of each pair, ``[pairs]`` int64, ascending.
         ends: The end of each expert's pairs, ``[experts]`` int64.
-        places: The places of each row's pairs, ``[rows, per_token]`` int64, by falling weight.
+        places: The positions of each row's pairs, ``[rows, per_token]`` int64, by descending
+            weight.
         weights: The weights of those pairs, ``[rows, per_token]`` fp32.
     """
 

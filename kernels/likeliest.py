@@ -39,7 +39,7 @@ def apply_token_mask(logits: torch.Tensor, rows: torch.Tensor, words: torch.Tens
         )
         return
     vocab, size = logits.shape[1], 32 * words.shape[1]
-    # Unlike filling scattered places, this takes the same time for all masks.
+    # Unlike filling scattered positions, this takes the same time for all masks.
     codes = words.view(torch.uint8).flatten().int()
     bias = _biases(words.device).index_select(0, codes).view(words.shape[0], size)
     if size < vocab:
@@ -143,7 +143,7 @@ class _Patience:
         return True
 
     def pause(self) -> None:
-        """Note that the last call was useless."""
+        """Record that the last call was useless."""
         self.was_told = False
         self.left_out = self.next_pause
         self.next_pause = min(2 * self.next_pause, _MOST_PAUSE)
@@ -234,5 +234,5 @@ class Screen:
         return self._found[:count]
 
     def pause(self) -> None:
-        """Note that the last call's result was useless; skip the next calls, at first one."""
+        """Record that the last call's result was useless; skip the next calls, at first one."""
         self._patience.pause()

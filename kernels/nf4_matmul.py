@@ -52,7 +52,7 @@ class Nf4Matrix:
         absmax: ``[out · in / block]``: fp32, or bf16 for MXFP4, which is exact.
         out_features: The number of rows.
         in_features: The number of columns, a multiple of 64.
-        format: NF4 or MXFP4. Only the kernel of experts reads MXFP4.
+        format: NF4 or MXFP4. On GPUs, only the kernel of experts reads MXFP4.
     """
 
     packed: torch.Tensor

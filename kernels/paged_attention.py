@@ -58,7 +58,7 @@ class _Tile:
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class _SameLength:
     """Sequences with equally many new tokens, longest first: each tile takes a leading slice."""
 
     rows: torch.Tensor  # [num_sequences * num_new] int64
@@ -71,7 +71,7 @@ class _Group:
 class AttentionPlan:
     """Attention metadata of a step, shared by all layers with the same window."""
 
-    groups: tuple[_Group, ...]
+    groups: tuple[_SameLength, ...]
     num_rows: int
 
 
@@ -112,7 +112,7 @@ def _plan_group(
     queries_per_head: int,
     window: int | None,
     device: torch.device,
-) -> _Group:
+) -> _SameLength:
     members = sorted(members, key=lambda span: -(span.num_context + num_new))
     per_tile = TILE // block_size
     lengths = [span.num_context + num_new for span in members]
@@ -131,7 +131,7 @@ def _plan_group(
         )
     starts = torch.tensor([span.row_start for span in members])
     rows = (starts[:, None] + torch.arange(num_new)).view(-1).to(device)
-    return _Group(rows, len(members), num_new, tuple(tiles))
+    return _SameLength(rows, len(members), num_new, tuple(tiles))
 
 
 def _tile_mask(
@@ -208,7 +208,7 @@ def paged_attention_reference(
 def _attend(
     q: torch.Tensor,
     caches: tuple[torch.Tensor, torch.Tensor],
-    group: _Group,
+    group: _SameLength,
     scale: float,
     softcap: float | None,
     sinks: torch.Tensor | None,
@@ -255,7 +255,7 @@ def _attend(
 
 
 def _sinks_of_rows(
-    sinks: torch.Tensor, group: _Group, kv_heads: int, query_rows: int
+    sinks: torch.Tensor, group: _SameLength, kv_heads: int, query_rows: int
 ) -> torch.Tensor:
     """The sink of every query row, ``[num_sequences · kv_heads, query_rows, 1]``."""
     of_rows = sinks.view(kv_heads, -1).repeat(1, group.num_new)

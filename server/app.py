@@ -58,8 +58,9 @@ def _training_dir(config: Config) -> Path | None:
 
 
 def _build(config: Config, metrics: Metrics) -> Backend:
-    # The server listens before torch and transformers are imported, which takes seconds; and a
-    # device is chosen before, since a library asks for devices when it is imported.
+    # Import these late: the server listens before torch and transformers are loaded, which takes
+    # seconds, and the device must be chosen before, because a library looks for devices when it is
+    # imported.
     see_only(config.model.device)
     from turret.server.build import build_backend
 
@@ -67,7 +68,7 @@ def _build(config: Config, metrics: Metrics) -> Backend:
 
 
 def _preload(registry: AdapterRegistry, name: str, path: str) -> AdapterInfo:
-    """Load an adapter of the command line, replacing one registered before a restart.
+    """Load an adapter from the command line. Replaces one that was registered before a restart.
 
     Raises:
         PreloadError: The adapter was rejected.
@@ -91,8 +92,8 @@ class App:
 
     Args:
         config: The resolved configuration.
-        build: Loads the model and makes the engine; blocks.
-        on_loaded: Called when all objects that live as long as the process exist.
+        build: Loads the model and creates the engine. Blocks.
+        on_loaded: Called once all objects exist that live as long as the process.
     """
 
     def __init__(
@@ -178,7 +179,7 @@ class App:
         self.rpc = rpc
         await rpc.start()
         if config.listen.http_address is not None:
-            # Starlette and uvicorn are loaded only where they are used.
+            # Starlette and uvicorn are loaded only if they are used.
             from turret.server.http.server import HttpServer
 
             self.http = HttpServer(config.listen, config.security, services)
@@ -206,7 +207,7 @@ class App:
         _log.info("serving", extra=log.fields(model=model.name, address=rpc.address))
 
     async def main_loop(self) -> int:
-        """Wait for a stop or for the engine's death; the exit code says which it was."""
+        """Wait for a stop or the engine's death; returns the exit code for it."""
         if self._backend is None:
             return EXIT_OK
         engine = self._backend.engine
@@ -253,7 +254,7 @@ class App:
     async def _unless_stopped(self, work: Callable[[], _T], what: str) -> _T | None:
         """Run blocking work in a thread; None if a stop is requested first.
 
-        The thread is a daemon: a stop during a long load must not wait for the load.
+        The thread is a daemon, because a stop during a long load must not wait for the load.
         """
         loop = asyncio.get_running_loop()
         done: asyncio.Future[_T] = loop.create_future()

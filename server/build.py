@@ -65,9 +65,10 @@ from turret.server.words import say
 
 _log = logging.getLogger(__name__)
 
-# Triton supports no older NVIDIA device; AMD's have larger numbers.
+# Triton supports no older NVIDIA devices. AMD devices have higher numbers.
 _LEAST_CAPABILITY = (8, 0)
-# Maximum time for which another thread keeps the interpreter's lock beside steps of a CUDA device.
+# Maximum time for which another thread may hold the interpreter's lock while steps run on a CUDA
+# device.
 _SWITCH_SECONDS = 5e-4
 # Positions per KV block; divides the attention tile.
 BLOCK_SIZE = 16
@@ -101,7 +102,7 @@ def build_backend(
     gpu: bool | None = None,
     replica: ReplicaParts | None = None,
 ) -> Backend:
-    """Load the model. Blocks for as long as that takes; runs in a thread of its own.
+    """Load the model. Blocks until it is loaded; call it in a separate thread.
 
     Args:
         config: The resolved configuration.
@@ -196,7 +197,7 @@ def _build_training(
     registry: AdapterRegistry,
     metrics: Metrics,
 ) -> Training:
-    """What trains adapters.
+    """The service that trains adapters.
 
     Raises:
         InvalidRequestError: The GPU path and mixtures of experts are not supported.
@@ -253,7 +254,7 @@ def _build_store(
 def _store_type(path: str) -> Callable[..., AdapterStore]:
     if path != "gpu":
         return CpuStore if path == "cpu" else ReferenceStore
-    # Import it here: other device paths run where Triton is not installed.
+    # Import this here, because the other compute paths run without Triton.
     from turret.server.adapters.device.gpu.store import GpuStore
 
     return GpuStore
@@ -284,7 +285,7 @@ def _build_executor(
 
 
 def _choose_device(model: ModelConfig) -> torch.device:
-    """The device that serves; ``see_only`` has made it the first, if it is a CUDA device."""
+    """The serving device. If it is a CUDA device, ``see_only`` has made it the first one."""
     wanted = model.device
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -355,7 +356,8 @@ def _build_engine(
         _warm_up(executor, stream)
 
     def is_ready(sequence: Sequence) -> bool:
-        # A sequence that runs alone waits for its adapters in its first step, as it delays nobody.
+        # A sequence that runs alone waits for its adapters in its first step, because it delays no
+        # other.
         return engine.is_ready(sequence) and (not scheduler.running or runner.is_near(sequence))
 
     engine: Engine
@@ -399,7 +401,7 @@ def _on_stream(stream: StepStream, dtype: torch.dtype, device: torch.device) -> 
         # The device idles while this thread waits for the interpreter's lock.
         sys.setswitchinterval(_SWITCH_SECONDS)
     elif has_native(dtype, device):
-        # Compiled kernels do all the large work of a step, on threads of their own.
+        # Compiled kernels do most of the work of a step, on their own threads.
         use_own_threads()
         compute_on_this_thread()
     with stream.entered():
@@ -441,13 +443,13 @@ def _kv_bytes(config: Config, decoder: Decoder, store: AdapterStore, metrics: Me
     taken = {"step_bytes": measure(runner.run, step, device)}
     assert isinstance(executor, GpuExecutor)
     assert isinstance(store, GpuStore)
-    # Each captured step keeps its final hidden states; all share the memory of their logits.
+    # Each captured step keeps its final hidden states. All of them share the memory of the logits.
     rows = sum(bucket for bucket, _ in executor.forms())
     taken |= {"captured_bytes": rows * decoder.arch.hidden_size * decoder.dtype.itemsize}
     taken |= {"adapter_bytes": store.later_bytes, "spare_bytes": spare_bytes(device)}
     left = torch.cuda.mem_get_info(device)[0] - sum(taken.values())
-    # Beyond twice the memory of all sequences at their longest, blocks would only hold prefixes
-    # that nobody asks for.
+    # Beyond twice the memory of all sequences at maximum length, blocks would only hold prefixes
+    # that are not requested again.
     arch = decoder.arch
     most = 2 * max_num_seqs * KvCache.block_bytes(arch, arch.max_model_len, decoder.dtype)
     _log.info("memory planned", extra=log.fields(**taken, kv_cache_bytes=min(left, most)))

@@ -1,4 +1,7 @@
-"""The ``turret`` command. Imports are lazy: a verb loads only its own modules, help none."""
+"""The ``turret`` command.
+
+Imports are lazy: a verb loads only its own modules, and help loads none.
+"""
 
 from __future__ import annotations
 
@@ -98,8 +101,8 @@ def _leave(code: int) -> NoReturn:
     """End the process without the interpreter's own cleanup.
 
     A thread that loads a model or reads from a dead disk must not keep a stopped server alive, and
-    must not lose the modules that it uses. Libraries that look for leaked objects at exit (such as
-    nanobind's) would also add their findings to the end of the log.
+    must not lose the modules that it uses. Libraries that look for leaked objects at exit, such as
+    nanobind, would also add their reports to the log.
     """
     logging.shutdown()
     os._exit(code)
@@ -149,10 +152,10 @@ def complete() -> None:
 def _freeze_heap() -> None:
     """Exclude permanent objects from garbage collection, and run it less often.
 
-    A full collection walks half a million objects of torch and transformers. No engine step runs
-    meanwhile, and adapters, which consist of many small objects, trigger collections often. Frozen
-    objects are not walked. Full collections still run every 20 million objects, so that cycles that
-    requests leave behind do not pile up.
+    A full collection walks half a million objects of torch and transformers, and blocks engine
+    steps meanwhile. Adapters, which consist of many small objects, trigger collections often.
+    Frozen objects are not walked. Full collections still run every 20 million objects, so that
+    reference cycles from requests do not accumulate.
     """
     gc.collect()
     gc.freeze()
@@ -224,7 +227,7 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     """The command's parser.
 
     Args:
-        verb: The verb whose flags are needed; other verbs get only a name and a line of help. None
+        verb: The verb whose flags are needed. Other verbs get only a name and a line of help. None
             adds all flags of all verbs.
     """
     from turret.clients.verbs import VERBS, add_verb
@@ -272,7 +275,7 @@ def main(argv: Sequence[str] | None = None, *, catches_interrupts: bool = False)
     """Run a command.
 
     Args:
-        argv: The command's arguments; None takes those of the process.
+        argv: The command's arguments; None uses those of the process.
         catches_interrupts: Make Ctrl-C raise KeyboardInterrupt as soon as the verb can handle it.
 
     Returns:
@@ -290,7 +293,7 @@ def main(argv: Sequence[str] | None = None, *, catches_interrupts: bool = False)
 
 
 def _interrupt(*_: object) -> None:
-    """End a call to a server cleanly; a second Ctrl-C ends it at once.
+    """End a call to a server cleanly. A second Ctrl-C ends it at once.
 
     A second exception during the cleanup after the first one could leave gRPC waiting forever.
     """

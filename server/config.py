@@ -105,7 +105,7 @@ class ModelConfig:
     )
     chat_template: Place | None = setting(
         None,
-        "chat template of the base model: a file in Jinja, or chatml for the built-in one (default:"
+        "chat template of the base model: a Jinja file, or chatml for the built-in one (default:"
         " the model's own)",
         shown="FILE|chatml",
     )
@@ -119,14 +119,14 @@ class ModelConfig:
     )
     skip_modules: Names = setting(
         (),
-        "module that stays in 16 bits when a model is quantised, as q_proj,"
-        " layers.0.mlp.down_proj or a regular expression for whole paths, by the rule of"
+        "module that stays in 16 bits when a model is quantised: a name such as q_proj or"
+        " layers.0.mlp.down_proj, or a regular expression for whole paths, matched like"
         " bitsandbytes' llm_int8_skip_modules; repeatable",
         shown="MODULE",
     )
     quantize_all: Switch = setting(
         False,
-        "quantise the modules that a bitsandbytes 4-bit checkpoint keeps in 16 bits as well: less"
+        "also quantise the modules that a bitsandbytes 4-bit checkpoint keeps in 16 bits: less"
         " memory, but another base than the one that adapters were trained on",
     )
 
@@ -178,8 +178,8 @@ class SchedulerConfig:
     )
     preempt_after_seconds: Seconds = setting(
         5.0,
-        "time that a request waits before a bearer token that holds more places, or a mix that"
-        " was served more, gives up a place; 0: no limit",
+        "time after which a waiting request takes the place of a running one, if that one's bearer"
+        " token holds more places or its mix was served more; 0: never",
         ge=0,
     )
     speculation: Literal["auto", "prompt", "off"] = setting(
@@ -189,10 +189,10 @@ class SchedulerConfig:
         " request alone",
     )
     max_requests_per_token: Whole = setting(
-        0, "maximum of waiting and running requests per bearer token; 0: no limit", ge=0
+        0, "maximum number of waiting and running requests per bearer token; 0: no limit", ge=0
     )
     max_requests_per_peer: Whole = setting(
-        0, "maximum of waiting and running requests per client address; 0: no limit", ge=0
+        0, "maximum number of waiting and running requests per client address; 0: no limit", ge=0
     )
 
     def __post_init__(self) -> None:
@@ -257,8 +257,8 @@ class AdapterConfig:
     )
     strict_base: Switch = setting(
         False,
-        "reject adapters that were trained on other weights of the base than those served, by"
-        " provenance.json or the base's name; by default they get a warning",
+        "reject adapters that were trained on other weights than those of the served base,"
+        " according to provenance.json or the base's name (default: warn)",
     )
     allow_dense_adapters: Switch = setting(
         False, "serve adapters whose updates are as large as the weights they change"
@@ -267,7 +267,7 @@ class AdapterConfig:
         False, "serve requests for adapters that are merged into the base, and apply them twice"
     )
     training: Switch = setting(
-        False, "let callers with the role training train adapters on the base that serves"
+        False, "let callers with the role training train adapters on the served base"
     )
     training_bytes: Bytes = setting(
         4 * GIB,
@@ -442,10 +442,10 @@ class LogConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
 class TelemetryConfig:
-    """What is reported in other tools' terms."""
+    """Metrics and traces for other tools."""
 
     metrics_aliases: Literal["vllm"] | None = setting(
-        None, "report the metrics that routers read under vLLM's names too (default: none)"
+        None, "also report, under vLLM's names, the metrics that routers read (default: none)"
     )
     otel: Switch = setting(
         False,

@@ -26,7 +26,7 @@
     ├── ResourceError
     │   ├── QueueFullError           too many requests wait, or too many uploads or fusions run
     │   ├── BudgetExceededError      a budget of ranks, bytes or blocks is exceeded
-    │   ├── OutOfMemoryError         the process could get no memory, or no thread, for the call
+    │   ├── OutOfMemoryError         the process could not get memory or a thread for the call
     │   └── StorageFullError         no room on the disk of --state-dir
     ├── StorageFailedError           the disk is read-only or broken, or no file can be opened
     ├── HubError                     the hub has no such repository, or denies access to it

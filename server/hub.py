@@ -56,7 +56,7 @@ def refusal(hub_id: HubId, error: Exception) -> HubError | HubUnavailableError:
     }
     if isinstance(error, OfflineModeIsEnabled):
         return HubUnavailableError(say("HUB_OFFLINE", folder=constants.HF_HUB_CACHE, **about))
-    # Check for this class first: it is a subclass of RepositoryNotFoundError.
+    # Check for this class first, because it is a subclass of RepositoryNotFoundError.
     if isinstance(error, GatedRepoError):
         return HubError.of(say("HUB_GATED", **about))
     if isinstance(error, DisabledRepoError):
@@ -79,7 +79,7 @@ def refusal(hub_id: HubId, error: Exception) -> HubError | HubUnavailableError:
 
 
 def without_password(url: str) -> str:
-    """A mirror's address without the user name and password, as clients may see it."""
+    """A mirror's address without user name and password, because clients may see it."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
@@ -103,7 +103,7 @@ class Repository:
 
     Attributes:
         id: The repository's id, with the commit as its revision.
-        files: Size in bytes by name; of the cache alone if ``is_cached``.
+        files: Sizes in bytes by name; only cached files if ``is_cached``.
         is_cached: Whether only the cache was read, because the hub does not answer or is offline.
     """
 
@@ -129,11 +129,12 @@ def find_repository(hub_id: HubId, *, may_be_old: bool) -> Repository:
 
     Args:
         hub_id: The repository and the revision.
-        may_be_old: Where the hub does not answer, take the commit in the cache that the revision
-            was when it was last asked; ``HF_HUB_OFFLINE`` asks for that in any case.
+        may_be_old: Whether to use the last known commit from the cache if the hub does not answer.
+            With ``HF_HUB_OFFLINE``, the cache is always used.
 
     Raises:
-        HubError: There is no such repository or revision, or not for this machine's token.
+        HubError: The repository or revision does not exist, or this machine's token gives no
+            access.
         HubUnavailableError: The hub does not answer, and the cache has nothing.
     """
     import httpx2
@@ -206,8 +207,8 @@ def cached_repository(hub_id: HubId) -> Repository | None:
 # Download of a repository's files to the hub's cache.
 
 
-# Called with the bytes received since the last call, negative if a file is fetched again. An
-# exception from it ends the download.
+# Called with the number of bytes received since the last call, which is negative if a file is
+# fetched again. An exception ends the download.
 OnBytes = Callable[[int], None]
 
 
@@ -221,14 +222,15 @@ def download(repository: Repository, names: Iterable[str], on_bytes: OnBytes) ->
     Args:
         repository: The repository, at a commit.
         names: The names of its files to fetch.
-        on_bytes: Called with the number of new bytes; files that are already there have none.
+        on_bytes: Called with the number of new bytes. Files that are already in the cache have
+            none.
 
     Returns:
         The folder of the commit's files.
 
     Raises:
-        HubError: The repository, or a file of it, is no longer there for this machine.
-        HubUnavailableError: The hub does not answer, or not with what it announced.
+        HubError: This machine can no longer access the repository or one of its files.
+        HubUnavailableError: The hub does not answer, or sent other data than it announced.
     """
     hub_id = repository.id
     for name in names:
@@ -247,8 +249,8 @@ def download(repository: Repository, names: Iterable[str], on_bytes: OnBytes) ->
         except (RuntimeError, ValueError) as error:
             from huggingface_hub import constants
 
-            # The Xet storage is a separate server, which mirrors and firewalls may not know. The
-            # hub serves the same files over plain HTTP.
+            # The Xet storage is a separate server, which mirrors and firewalls may block. The hub
+            # serves the same files over plain HTTP.
             _log.warning(
                 "the hub's Xet storage cannot be read; downloading over plain HTTP from now on",
                 extra=log.fields(repository=hub_id, file=name, reason=error),
@@ -290,7 +292,7 @@ def _bar(on_bytes: OnBytes) -> Any:
     """The class that ``huggingface_hub`` takes for its progress bars."""
 
     class Bar:
-        """Counts bytes written to disk, which are reported in finer steps than network traffic."""
+        """Counts bytes written to disk, which are reported in smaller steps than traffic."""
 
         total: int | None = None
 
@@ -336,8 +338,8 @@ class AdapterHub:
     """Resolves paths that begin with ``hub:``. Safe to use from several threads.
 
     Args:
-        allowed: Organisations and users whose adapters may be had; ``*`` is all of them, and
-            nothing is none.
+        allowed: Organisations and users whose adapters may be loaded; ``*`` allows all. If empty,
+            none are allowed.
         max_bytes: Maximum size of one adapter's files, in bytes.
     """
 
@@ -352,10 +354,10 @@ class AdapterHub:
         return cache_dir() if self._allowed else None
 
     def fetch(self, path: str) -> str:
-        """Have an adapter's files in the cache.
+        """Make sure that an adapter's files are in the cache.
 
-        Nothing is asked of the hub for a commit whose files are there. Blocks for as long as a
-        download may take, and no longer.
+        For a commit whose files are in the cache, the hub is not contacted. Blocks until the
+        download ends or reaches its time limit.
 
         Args:
             path: ``hub:org/name`` or ``hub:org/name@revision``.
@@ -364,12 +366,13 @@ class AdapterHub:
             The same path with the commit as its revision.
 
         Raises:
-            AdapterCheckpointError: Not such a path, an organisation that is not allowed, or no
-                adapter.
-            HubError: There is no such repository or revision, or not for this machine's token.
+            AdapterCheckpointError: The path has another form, the organisation is not allowed, or
+                the repository contains no adapter.
+            HubError: The repository or revision does not exist, or this machine's token gives no
+                access.
             HubUnavailableError: The hub does not answer, or too slowly.
-            BudgetExceededError: Too large.
-            StorageFullError, StorageFailedError: The disk of the cache takes nothing.
+            BudgetExceededError: The adapter is too large.
+            StorageFullError, StorageFailedError: The cache cannot be written.
             QueueFullError: ``MAX_DOWNLOADS`` are under way.
         """
         repository = self.check(path)
@@ -382,13 +385,14 @@ class AdapterHub:
         return f"{HUB_SCHEME}{repository.id}"
 
     def check(self, path: str) -> Repository | None:
-        """Refuse what ``fetch`` would refuse, before any weights are downloaded.
+        """Raise the errors of ``fetch``, before any weights are downloaded.
 
         Args:
             path: See ``fetch``.
 
         Returns:
-            The repository; None for a commit whose files are there, of which nobody is asked.
+            The repository; None for a commit whose files are in the cache, for which the hub is not
+            contacted.
 
         Raises:
             See ``fetch``.
@@ -404,17 +408,17 @@ class AdapterHub:
         return repository
 
     def find(self, path: str, repository: Repository | None) -> str | None:
-        """The files of ``path`` below ``root``, if the cache has them; the hub is not asked.
+        """The files of ``path`` below ``root``, if they are in the cache. Does not contact the hub.
 
         Args:
-            path: One that ``check`` took.
-            repository: What it returned.
+            path: A path that ``check`` accepted.
+            repository: The result of ``check``.
         """
         hub_id = self._checked(path) if repository is None else repository.id
         return hub_id.snapshot if hub_id.is_commit and _is_there(hub_id) else None
 
     def fetch_tokenizer(self, path: str) -> None:
-        """Have the tokenizer beside an adapter's files in the cache, if there is one.
+        """Make sure that an adapter's tokenizer, if it has one, is in the cache.
 
         Args:
             path: The result of ``fetch``.
@@ -428,7 +432,7 @@ class AdapterHub:
         repository = find_repository(hub_id, may_be_old=True)
         if TOKENIZER_FILE not in repository.files:
             return
-        # Fetch the largest file last: if it is in the cache, all of them are.
+        # Fetch the largest file last. If it is in the cache, all of them are.
         names = [name for name in TOKENIZER_FILES if name in repository.files][::-1]
         size = sum(repository.files[name] for name in names)
         self._check_size(path, size)
@@ -479,8 +483,8 @@ class AdapterHub:
             finally:
                 self._places.release()
 
-        # The library may hang where no exception can stop it. On a thread of its own, only the
-        # caller gives up, and the place stays taken until the library does.
+        # The library may hang in a way that no exception can stop, so it runs on a separate thread.
+        # The caller can then give up, while the place stays taken until the library returns.
         thread = threading.Thread(target=work, name=f"download {repository.id}", daemon=True)
         thread.start()
         thread.join(seconds)
@@ -514,5 +518,5 @@ def _names(path: str, files: Mapping[str, int]) -> list[str]:
         raise refuse(path, say("NOT_AN_ADAPTER"))
     if TENSORS_FILE not in files:
         refuse_missing_tensors(path, sorted(name for name in files if "/" not in name))
-    # Fetch the tensors last: if they are in the cache, the other files are too.
+    # Fetch the tensors last. If they are in the cache, the other files are, too.
     return [name for name in (PROVENANCE_FILE, *TEMPLATE_FILES, *_NEEDED) if name in files]

@@ -23,7 +23,8 @@ from rich.text import Text
 
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
 
-# Values made of these need no quotes; everything else is quoted, so a value never breaks the line.
+# Values of these characters need no quotes. All others are quoted, so that no value breaks the
+# line.
 _PLAIN = re.compile(r"[A-Za-z0-9._:/,+@-]+")
 
 
@@ -100,7 +101,7 @@ def configure(
 
 
 class _Lines(io.TextIOBase):
-    """A stream that passes on each line; a handler writes whole lines."""
+    """A stream that passes on each line. Handlers write whole lines."""
 
     def __init__(self, take: Callable[[str], None]) -> None:
         self._take = take
@@ -158,7 +159,8 @@ def progress_bar() -> Iterator[Report]:
     def above(line: str) -> None:
         console.print(Text(line), highlight=False, soft_wrap=True)
 
-    # Printing above the bar redraws it. A line written past it would end up beside the bar.
+    # Print lines above the bar, which redraws it. A line that is written directly would end up next
+    # to the bar.
     with taken_by(above), Progress(*columns, console=console) as bar, _noted(bar):
         tasks = {}
 
@@ -180,7 +182,7 @@ def _noted(bar: Progress) -> Iterator[None]:
 
 
 def end_bars() -> None:
-    """Show the cursor again, which a bar hides, before its work has ended.
+    """Show the cursor again, which a bar hides, even if the bar's work has not ended.
 
     The process may end while a thread still loads something.
     """

@@ -1,4 +1,4 @@
-"""Prometheus metrics in a registry of their own, with a bounded ``adapter`` label.
+"""Prometheus metrics in a separate registry, with a bounded number of ``adapter`` labels.
 
 The engine, the adapter registry and the protocols call the small methods of ``Metrics``; none of
 them sees a Prometheus type. All methods are safe to call from any thread and never raise for a
@@ -23,7 +23,7 @@ from prometheus_client import (
 from turret.server.basics.codes import Code
 from turret.server.basics.names import is_private
 
-# Number of adapters with a label value of their own; later ones share "other".
+# Number of adapters with their own label value. Later ones share "other".
 MAX_ADAPTER_LABELS = 100
 # Maximum number of names in a label that lists adapters.
 MAX_LISTED_ADAPTERS = 100
@@ -46,8 +46,8 @@ class Metrics:
     """Every series of one server.
 
     Args:
-        max_adapter_labels: Registered adapters that get a label value of their own; the rest is
-            counted under ``other``, a request without adapters under ``base``.
+        max_adapter_labels: Number of registered adapters that get their own label value. The rest
+            are counted under ``other``, and requests without adapters under ``base``.
     """
 
     def __init__(self, max_adapter_labels: int = MAX_ADAPTER_LABELS) -> None:
@@ -69,25 +69,26 @@ class Metrics:
 
         self._requests = counter(
             "turret_requests_total",
-            "Finished calls that run on adapters, over both protocols, also rejected ones whose"
-            " adapters could be read; a mix counts for each member.",
+            "Finished calls that run the model, over both protocols, including rejected ones whose"
+            " adapters could be read; a mix counts once for each member.",
             ["adapter", "code"],
         )
         self._alias_requests = counter(
             "turret_alias_requests_total",
-            "Finished calls that named an alias, by the generation that they got. When an alias"
+            "Finished calls that named an alias, by the generation that they used. When an alias"
             " moves, the series of its former targets are removed.",
             ["alias", "adapter", "generation", "code"],
         )
         self._calls = counter(
             "turret_calls_total",
-            "All calls of that kind, each once, by protocol (grpc or http); one call may ask for"
-            " several answers.",
+            "Finished calls that run the model, each counted once, by protocol (grpc or http); one"
+            " call may ask for several answers.",
             ["protocol", "code"],
         )
         self._duration = histogram(
             "turret_request_duration_seconds",
-            "The same calls, from receipt to the end of the answer, by method and code.",
+            "Duration of calls that run the model, from receipt to the end of the answer, by method"
+            " and code.",
             ["method", "code"],
             buckets=_DURATION,
         )
@@ -109,13 +110,13 @@ class Metrics:
         )
         self._adapter_first_token = histogram(
             "turret_adapter_time_to_first_token_seconds",
-            "Time from receipt to the first token, by adapter; a mix counts for each member.",
+            "Time from receipt to the first token, by adapter; a mix counts once for each member.",
             ["adapter"],
             buckets=_LATENCY,
         )
         self._adapter_inter_token = histogram(
             "turret_adapter_inter_token_seconds",
-            "Time between two tokens, by adapter; a mix counts for each member.",
+            "Time between two tokens, by adapter; a mix counts once for each member.",
             ["adapter"],
             buckets=_TOKEN_GAP,
         )
@@ -155,7 +156,7 @@ class Metrics:
             "Adapters of running and waiting requests, for routers; the value is the time.",
             ["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
         )
-        self._preemptions = counter("turret_preemptions_total", "Sequences that lost their blocks.")
+        self._preemptions = counter("turret_preemptions_total", "Preempted sequences.")
         self._draft_tokens = counter(
             "turret_spec_decode_num_draft_tokens_total", "Draft tokens that steps checked."
         )
@@ -174,7 +175,7 @@ class Metrics:
             "Registered adapters by their fastest tier.",
             ["adapter", "tier"],
         )
-        self._adapter_bytes = gauge("turret_adapter_bytes", "Adapter weights held.", ["tier"])
+        self._adapter_bytes = gauge("turret_adapter_bytes", "Adapter weights in bytes.", ["tier"])
         self._load_seconds = histogram(
             "turret_adapter_load_seconds",
             "Time to load an adapter, by stage.",
@@ -186,7 +187,7 @@ class Metrics:
             "turret_adapter_evictions_total", "Adapter evictions.", ["tier", "reason"]
         )
         self._merge_active = gauge("turret_merge_active", "1 while a merge changes the base model.")
-        self._info = Info("turret", "What is served.", registry=registry)
+        self._info = Info("turret", "Version, model, dtype and quantisation.", registry=registry)
 
         # Training
 
@@ -201,11 +202,11 @@ class Metrics:
             "turret_training_queued_tokens", "Tokens of sequences that wait for a pass."
         )
         self._training_tokens = counter(
-            "turret_training_tokens_total", "Tokens of finished passes, also without gradients."
+            "turret_training_tokens_total", "Tokens of finished passes, with or without gradients."
         )
-        self._training_steps = counter("turret_training_steps_total", "Steps of optimizers.")
+        self._training_steps = counter("turret_training_steps_total", "Optimizer steps.")
         self._training_seconds = counter(
-            "turret_training_seconds_total", "Time of the engine that training took."
+            "turret_training_seconds_total", "Engine time that training used."
         )
 
     # Requests
@@ -280,10 +281,10 @@ class Metrics:
         self._kv_cache_info.labels(str(block_size), str(num_blocks)).set(1)
 
     def adapters_in_use(self, *, most: int, running: Iterable[str], waiting: Iterable[str]) -> None:
-        """Set which adapters requests run on and wait for; one thread calls it.
+        """Set the adapters that requests use and wait for. Only one thread calls this.
 
         Args:
-            most: Adapters that can run at once.
+            most: Maximum number of adapters that can run at once.
             running: Names, each once; the first ``MAX_LISTED_ADAPTERS`` by name are listed.
             waiting: The same for waiting requests; private names are listed as ``other``.
         """
@@ -303,7 +304,7 @@ class Metrics:
         self._preemptions.inc(count)
 
     def speculation(self, *, num_draft: int, num_accepted: int) -> None:
-        """Count the draft tokens that a step checked, and those of them that were right."""
+        """Count the draft tokens that a step checked, and how many of them were right."""
         self._draft_tokens.inc(num_draft)
         self._accepted_tokens.inc(num_accepted)
 
@@ -315,7 +316,7 @@ class Metrics:
     # Adapters
 
     def adapter_registered(self, name: str, tier: str = "disk") -> None:
-        """Give a newly registered adapter its label; a known name keeps the one it has."""
+        """Give a newly registered adapter its label. A known name keeps its label."""
         with self._lock:
             if name not in self._labels:
                 own = sum(label != OTHER for label in self._labels.values())
@@ -421,7 +422,7 @@ class Metrics:
         self._training_steps.inc()
 
     def training_seconds(self, seconds: float) -> None:
-        """Count time of the engine thread that went to training."""
+        """Count time of the engine thread that was used for training."""
         self._training_seconds.inc(seconds)
 
     def info(self, version: str, model: str, dtype: str, quantization: str) -> None:
@@ -435,7 +436,7 @@ class Metrics:
         return list(labels) or [BASE]
 
     def _move(self, name: str, tier: str | None) -> None:
-        """Count an adapter in ``tier`` and no longer where it was."""
+        """Count an adapter in ``tier``, and no longer in its previous tier."""
         label = self._labels[name]
         before = self._tiers.pop(name, None)
         if before is not None:

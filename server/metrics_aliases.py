@@ -41,7 +41,7 @@ class _Aliases(Collector):
                 yield family
 
     def _gauges(self) -> Iterator[tuple[str, str, _Series]]:
-        """For each alias: its name, the series that it is computed from, and its own series."""
+        """For each alias: its name, the series from which it is computed, and its own series."""
         found: dict[str, list[tuple[Mapping[str, str], float]]] = {name: [] for name in _SOURCES}
         for family in self._registry.restricted_registry(_SOURCES).collect():
             for sample in family.samples:

@@ -1,8 +1,8 @@
 """Serves the metrics as text over HTTP.
 
-A thread with an event loop of its own answers, so that neither a busy engine's event loop delays a
-scrape nor a scrape the calls. Every connection has a limit of a few seconds and a few kilobytes,
-and the number of open connections is limited.
+A separate thread with its own event loop answers, so that calls do not delay scrapes, and scrapes
+do not delay calls. Every connection has a limit of a few seconds and a few kilobytes, and the
+number of open connections is limited.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class MetricsServer:
     Args:
         metrics: The metrics to serve.
         address: ``HOST:PORT``; port 0 picks a free one.
-        tokens: If one of them has the role ``metrics``, only such tokens may read.
+        tokens: If one of them has the role ``metrics``, only such tokens may read the metrics.
         num_ports: The number of ports to try, beginning with that of the address.
 
     Raises:

@@ -105,7 +105,7 @@ class MetricsExport:
         for labels, values in found.items():
             bounds = [key for key in values if not key.startswith(series)]
             counts = [values[bound] for bound in bounds]
-            # Prometheus counts the values below each bound, OTLP those between two bounds.
+            # Prometheus counts the values below each bound, OTLP the values between two bounds.
             each = [counts[0], *(after - before for before, after in itertools.pairwise(counts))]
             unknown: Any = None
             yield HistogramDataPoint(

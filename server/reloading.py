@@ -7,13 +7,13 @@ from pathlib import Path
 
 from turret.server.api.access import TokenTable, WatchedFiles
 
-# How soon a changed token file is noticed without SIGHUP.
+# How often the token file is checked for changes, without SIGHUP.
 POLL_SECONDS = 5.0
 NOTHING_TO_RELOAD = "nothing to read again: no --token-file"
 
 
 class TokenReloader:
-    """Reads a token file again when it has changed; an invalid file changes nothing.
+    """Reads a token file again when it has changed. An invalid file changes nothing.
 
     Args:
         path: The file.
@@ -26,7 +26,7 @@ class TokenReloader:
         self._asked = asyncio.Event()
 
     def reload(self) -> None:
-        """Check the file now, changed or not."""
+        """Read the file now, even if it has not changed."""
         self._files.forget()
         self._asked.set()
 

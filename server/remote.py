@@ -72,12 +72,12 @@ class RemoteAdapters:
 
         Raises:
             AdapterCheckpointError: The path is not allowed, or not an adapter's.
-            HubError: There is no such path, or not with the server's credentials.
-            HubUnavailableError: The storage does not answer, is too slow, or sent other bytes than
+            HubError: The path does not exist, or the server's credentials give no access.
+            HubUnavailableError: The storage does not answer, is too slow, or sent other data than
                 it announced.
             BudgetExceededError: The files are too large.
             QueueFullError: ``MAX_DOWNLOADS`` are under way.
-            TurretError: Those of ``stage``.
+            TurretError: An error of ``stage``.
         """
         if not any(is_below_remote(path, prefix) for prefix in self._allowed):
             choices = ", ".join(self._allowed) or "none"
@@ -101,11 +101,11 @@ class RemoteAdapters:
         ) as process:
             try:
                 assert process.stdout is not None
-                return self._receive(_Output(path, process), stage)
+                return self._receive(_DownloadOutput(path, process), stage)
             finally:
                 process.kill()
 
-    def _receive(self, output: _Output, stage: Stage) -> StagedUpload:
+    def _receive(self, output: _DownloadOutput, stage: Stage) -> StagedUpload:
         listed = output.line()
         files = [UploadedFile(*file) for file in listed["files"]]
         for name in (CONFIG_FILE, TENSORS_FILE):
@@ -133,7 +133,7 @@ class RemoteAdapters:
         return staged
 
 
-class _Output:
+class _DownloadOutput:
     """The output of a download; see ``remote_program.py``."""
 
     def __init__(self, path: str, process: subprocess.Popen[bytes]) -> None:

@@ -1,11 +1,11 @@
 """Downloads an adapter from a bucket or a registry; ``remote.py`` runs it in a child process.
 
 The answers of a registry are untrusted, and the clients of buckets and registries limit neither
-their size nor their duration. The process has limits of both: the kernel ends it.
+their size nor their duration. The process limits both, and the kernel ends it at the limits.
 
 The process writes lines of JSON to standard output. The first line lists the files. Each further
 line announces bytes of a file, which follow it, and an empty object is the last line. A line with
-the key ``error`` reports why there is no download.
+the key ``error`` reports why the download failed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 _CHUNK_BYTES = 1 << 20
-# The time for a registry to accept a connection, and then to send anything.
+# Time limits for a registry to accept a connection, and for it to send anything.
 _SOCKET_SECONDS = (10.0, 30.0)
 _MAX_MANIFEST_BYTES = 4 << 20
 _MAX_REDIRECTS = 3
@@ -54,8 +54,8 @@ class S3:
         import aiohttp
         import s3fs
 
-        # botocore itself handles the redirects of S3. aiohttp would follow any other, and send the
-        # session's token along.
+        # botocore itself handles the redirects of S3. aiohttp would follow any other redirect and
+        # send the session's token with it.
         request = functools.partialmethod(aiohttp.ClientSession.request, allow_redirects=False)
         aiohttp.ClientSession.request = request  # type: ignore[method-assign]
         self._folder = folder.rstrip("/")
@@ -90,8 +90,8 @@ class S3:
 class Oci:
     """An artifact whose layers are files, as ``oras push`` makes it.
 
-    A registry on this machine is asked over HTTP, as Docker does. ``origin`` contains the digest
-    of the manifest, once ``files`` has read it.
+    A registry on this machine is contacted over HTTP, as Docker does. ``origin`` contains the
+    digest of the manifest once ``files`` has read it.
     """
 
     def __init__(self, name: str) -> None:
@@ -109,7 +109,7 @@ class Oci:
 
             def send(self, request: Any, *args: Any, **options: Any) -> Any:
                 if problem := check_address(request.url, host, is_secure=not is_local):
-                    # oras repeats requests after other errors.
+                    # oras would repeat the request after any other error.
                     raise oras.auth.AuthenticationException(problem)
                 # oras passes no timeout.
                 options["timeout"] = _SOCKET_SECONDS
@@ -147,7 +147,7 @@ class Oci:
         return lambda: self._ask(url, {})
 
     def _ask(self, url: str, headers: Mapping[str, str]) -> Iterator[bytes]:
-        """The answer in pieces, each as soon as it arrives, as it was sent."""
+        """The raw answer in pieces, each as soon as it arrives."""
         headers = {"Accept-Encoding": "identity", **headers}
         with self._registry.do_request(url, headers=headers, stream=True) as answer:
             if answer.status_code == 404:
@@ -160,7 +160,7 @@ class Oci:
 
 
 def check_address(url: str, registry: str, *, is_secure: bool) -> str:
-    """Why a registry may not send the server to an address; empty if it may.
+    """The reason why a registry may not redirect the server to an address; empty if it may.
 
     The server can reach addresses that the owner of a registry cannot, such as a cloud's metadata.
 
@@ -179,9 +179,9 @@ def check_address(url: str, registry: str, *, is_secure: bool) -> str:
 
 
 def _nearness(host: str) -> int:
-    """How near the nearest address of a host is: 0 on the Internet, 1 in a private network."""
+    """How near a host is, by its nearest address; see ``_nearness_of``."""
     try:
-        # An address of this machine's link may have a zone, after a percent sign.
+        # A link-local address may have a zone after a percent sign.
         found = {str(entry[4][0]) for entry in socket.getaddrinfo(host.partition("%")[0], None)}
     except OSError:
         # A proxy may know the name.
@@ -190,7 +190,7 @@ def _nearness(host: str) -> int:
 
 
 def _nearness_of(text: str) -> int:
-    """2 for this machine, and 3 for its link, where clouds serve metadata."""
+    """0 on the internet, 1 in a private network, 2 here, 3 on the link with a cloud's metadata."""
     address = ipaddress.ip_address(text.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped
@@ -211,7 +211,7 @@ def _download(path: str, names: list[str], ends_at: float, bytes_per_second: flo
     found = storage.files()
     files = {name: found[name] for name in names if name in found}
     if any(file.size < 0 for file in files.values()):
-        # A negative size would make room for another file in the sum of all sizes.
+        # A negative size would allow a larger file in the sum of all sizes.
         raise ValueError("the size of a file is negative")
     _write(
         {
@@ -234,7 +234,7 @@ def main(seconds: str, bytes_per_second: str, max_bytes: str, path: str, *names:
 
     Args:
         seconds: The time until the sizes of the files are known; the signal ends the process.
-        bytes_per_second: The time for the files is their size at this rate.
+        bytes_per_second: The files may take as long as their bytes take at this rate.
         max_bytes: The limit of the address space.
         path: The path of the adapter, with its scheme.
         names: The files to download, if they exist.

@@ -16,7 +16,7 @@ _HTTP = re.compile(rb"turret\.server\.app http address=(\S+)")
 _SERVING = re.compile(rb"turret\.server\.app serving .*address=(\S+)")
 _TAIL_LINES = 20
 _READ_BYTES = 4096
-# A program that replaces itself with a command, which the kernel ends when the parent process dies.
+# A program that replaces itself with a command that the kernel ends when the parent process dies.
 # Its arguments are the parent's process id and the command. A function between fork and exec could
 # do the same, but may hang if the parent has other threads.
 _TIED_TO_PARENT = """
@@ -30,26 +30,28 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 class ServerProcessError(Exception):
-    """The server did not start, or ended; the message ends with its last lines if not yet shown."""
+    """The server did not start, or ended.
+
+    The message ends with its last lines, unless shown before.
+    """
 
 
 class ServerProcess:
     """Runs ``turret serve`` on free ports of the loopback interface.
 
-    The server's output is read all the time, because a full pipe would block the server. With
-    ``echo``, the output is repeated on standard error until the server serves, progress bars
-    included. On Linux, the server also ends if this process is killed, or if the thread that made
+    The server's output is read continuously, because a full pipe would block the server. With
+    ``echo``, the output, including progress bars, is repeated on standard error until the server is
+    ready. On Linux, the server also ends if this process is killed, or if the thread that created
     this object ends.
 
     Args:
-        flags: Flags of ``turret serve``. ``--address`` and ``--metrics-address`` may be among
-            them.
+        flags: Flags of ``turret serve``, which may include ``--address`` and ``--metrics-address``.
         environment: Variables set for the server in addition to this process's.
-        echo: Repeat what the server writes until it serves.
+        echo: Whether to repeat the server's output until it is ready.
 
     Attributes:
-        process: The child. In a session of its own, so that a Ctrl-C in the terminal reaches the
-            parent alone, which then stops the child in order.
+        process: The child. It has its own session, so that Ctrl-C in the terminal only reaches the
+            parent, which then stops the child in an orderly way.
         address: ``HOST:PORT`` of the gRPC server; empty until ``wait`` returns.
         metrics_address: ``HOST:PORT`` of the metrics; empty until ``wait`` returns.
         http_address: ``HOST:PORT`` of the HTTP server; empty without its flag.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from turret.server.engine.scheduling.request import AdapterUse, Output, Request
 
-# Returns a call's headers or metadata, which may name the span of the caller.
+# Returns a call's headers or metadata, which may identify the caller's span.
 Headers = Callable[[], Iterable[tuple[str, str | bytes]]]
 
 # The packages that export by each protocol; the first protocol is the default.
@@ -47,7 +47,7 @@ _METRICS_VARIABLE = "OTEL_METRICS_EXPORTER"
 # The conventions' name for the system that generates, and the default name of the service.
 PROVIDER = "turret"
 
-# The operation that a method performs, by a word in its name; the first match counts.
+# The operation that a method performs, by a word in its name. The first match counts.
 _OPERATIONS = (
     (re.compile(r"chat|messages|responses"), "chat"),
     (re.compile(r"embed", re.IGNORECASE), "embeddings"),
@@ -55,7 +55,7 @@ _OPERATIONS = (
     (re.compile(r"Score"), "score"),
 )
 TEXT_COMPLETION, CHAT = "text_completion", "chat"
-# Only these codes are errors of a server's span; with others the client is at fault.
+# Only these codes are errors of the server. Other codes mean that the client is at fault.
 _SERVER_FAULTS = {
     *(Code.UNKNOWN, Code.DEADLINE_EXCEEDED, Code.UNIMPLEMENTED),
     *(Code.INTERNAL, Code.UNAVAILABLE, Code.DATA_LOSS),
@@ -74,7 +74,7 @@ def missing_packages() -> bool:
 
 
 def operation_of(method: str) -> str:
-    """The conventions' name for what a method does."""
+    """The conventions' name for the operation of a method."""
     found = (name for pattern, name in _OPERATIONS if pattern.search(method))
     return next(found, TEXT_COMPLETION)
 
@@ -83,7 +83,7 @@ class CallTrace:
     """The span of one call.
 
     Attributes:
-        operation: The conventions' name for what the call does.
+        operation: The conventions' name for the operation of the call.
     """
 
     def __init__(self, span: Span, operation: str) -> None:
@@ -96,7 +96,7 @@ class CallTrace:
         self._cached_tokens = 0
 
     def submitted(self, request: Request, base: str, *, is_stream: bool) -> int:
-        """Record a request's parameters, unless an earlier request of the call had them too.
+        """Record a request's parameters, unless an earlier request of the call had them.
 
         Returns:
             The time, for ``output``.
@@ -254,7 +254,8 @@ class Tracing:
     def close(self, seconds: float) -> None:
         """Export the last spans and metrics; blocks for at most this long."""
         end = time.monotonic() + seconds
-        # This thread may wait longer than that: the processor's shutdown takes no limit.
+        # The processor's shutdown has no time limit and may take longer, so it runs on another
+        # thread.
         ending = threading.Thread(target=self._processor.shutdown, daemon=True)
         ending.start()
         if self._metrics is not None:
@@ -287,7 +288,7 @@ def begin(method: str, headers: Headers) -> CallTrace | None:
 
 
 def stop(seconds: float) -> None:
-    """Export what is left and trace no more; blocks for at most this long."""
+    """Export the rest and stop tracing; blocks for at most this long."""
     global _tracing
     tracing, _tracing = _tracing, None
     if tracing is not None:

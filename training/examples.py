@@ -304,8 +304,8 @@ def _numbers(example: Example, numbers: dict[str, int]) -> tuple[int, ...]:
     return tuple(sorted(numbers[label] for label in right_labels(example)))
 
 
-# The invocation of an aLoRA: the adapter acts from its last occurrence before the answer, as in the
-# server (``server/engine/scheduling/sequence.py``).
+# The invocation of an aLoRA: the adapter takes effect at its last occurrence before the answer, as
+# in the server (``server/engine/scheduling/sequence.py``).
 
 _KEY = "method.invocation"
 

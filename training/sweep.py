@@ -20,7 +20,7 @@ from turret.training.serving_cost import serving_cost
 from turret.training.settings.checks import base_place, check_fit, check_method, with_ranks
 from turret.training.settings.config import TrainConfig
 from turret.training.settings.resolve import resolve
-from turret.training.trainer import Listener, Result, Trainer
+from turret.training.trainer import FinishedRun, Listener, Trainer
 from turret.training.words import say
 
 
@@ -41,7 +41,7 @@ class RankResult:
         file_bytes: The size of the adapter's tensors.
         relative_multiply_adds: The multiply-adds that the adapter adds per token, over the base's.
         seconds: The duration of the training.
-        what_next: The path of the adapter, and the commands to serve and ask it.
+        what_next: The path of the adapter, and the commands that serve and prompt it.
     """
 
     rank: int
@@ -106,7 +106,7 @@ def _check_ranks(config: TrainConfig, folder: Path, ranks: Sequence[int]) -> Non
         method_named(each.method.name).resolve(each.method, base)
 
 
-def _train(trainer: Trainer, folder: RunFolder) -> Result:
+def _train(trainer: Trainer, folder: RunFolder) -> FinishedRun:
     with folder.held():
         if finished := trainer.finished():
             return finished

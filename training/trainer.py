@@ -54,7 +54,7 @@ def _nobody(row: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class FinishedRun:
     """A finished run.
 
     Attributes:
@@ -117,7 +117,7 @@ class Trainer:
         self._device: str = config.base.device
         self._folder = RunFolder(Path(config.run.output))
 
-    def run(self, *, resume: bool = False, overwrite: bool = False) -> Result:
+    def run(self, *, resume: bool = False, overwrite: bool = False) -> FinishedRun:
         """Train, from the start or from the newest checkpoint, and write the adapter.
 
         Args:
@@ -172,14 +172,14 @@ class Trainer:
         # Wall time of this attempt plus the training time of earlier ones.
         waited = before + time.monotonic() - started
         self._folder.write_facts(facts | {"result": result, "waited_seconds": round(waited, 1)})
-        return Result(self._folder, loss, log.seconds, memory)
+        return FinishedRun(self._folder, loss, log.seconds, memory)
 
     @property
     def is_started(self) -> bool:
         """Whether the directory contains a run, this one or another, finished or not."""
         return self._folder.facts.exists()
 
-    def finished(self) -> Result | None:
+    def finished(self) -> FinishedRun | None:
         """The result of this run, if it is already finished.
 
         Raises:
@@ -187,7 +187,7 @@ class Trainer:
         """
         if not self._folder.is_finished:
             return None
-        return Result(self._folder, **self._check_same()["result"])
+        return FinishedRun(self._folder, **self._check_same()["result"])
 
     def _check_same(self) -> dict[str, Any]:
         """The facts of the existing run; raises RunError if it has other inputs."""

@@ -40,7 +40,7 @@ def copy_bandwidth(setting: Setting) -> None:
 
 
 def library(setting: Setting) -> None:
-    """Check that a row of a library product has the same bits at every place in a piece."""
+    """Check that a row of a library product has the same bits at every position in a piece."""
     whole = keep_sums_whole(setting.device)
     # Try the number of rows that prompts are cut into, and twice that, which reads weights half as
     # often.

@@ -227,7 +227,7 @@ class AnswerProgress:
             self.request.options.token_ids = True
 
     def take(self, proto: inference_pb2.GenerateChunk) -> Chunk:
-        """Record a part of the answer; returns it in the form that the caller asked for.
+        """Record a part of the answer; returns it in the form that the caller requested.
 
         Raises:
             AnswerCutError: The server is stopping; another server may continue the answer.

@@ -97,7 +97,7 @@ class BlockingConnection(Connection):
 
 
 class _BlockingResponses(AsyncIterator[Any]):
-    """Not a generator, because event loops keep track of asynchronous generators."""
+    """The responses of a stream. Not a generator, because event loops keep track of those."""
 
     def __init__(self, call: Any) -> None:
         self._responses = iter(call)

@@ -52,7 +52,7 @@ def token_f1(answer: str, reference: str) -> float:
 def named_label(answer: str, labels: Sequence[str]) -> str | None:
     """The first label that occurs in an answer as a whole word, ignoring case, or None.
 
-    If several labels begin at the same place, the longest counts.
+    If several labels begin at the same position, the longest counts.
     """
     longest_first = sorted(labels, key=len, reverse=True)
     choices = "|".join(re.escape(label.casefold()) for label in longest_first)
@@ -66,7 +66,7 @@ def macro_f1(pairs: Sequence[tuple[str, str]]) -> float:
     """The mean over labels of each one's F1: 2 TP / (2 TP + FP + FN), in [0, 1].
 
     Args:
-        pairs: Pairs of the label found and the right one. Labels in neither place are ignored.
+        pairs: Pairs of the label found and the right one. Labels that occur in neither are ignored.
     """
     return macro_f1_of_sets([((found,), (right,)) for found, right in pairs])
 
@@ -165,7 +165,7 @@ def micro_f1_of_sets(pairs: Sequence[LabelPair]) -> float:
 
 
 def macro_f1_of_sets(pairs: Sequence[LabelPair]) -> float:
-    """The mean over labels of each one's F1; labels in neither place are ignored."""
+    """The mean F1 over all labels; labels that occur on neither side are ignored."""
     figures = label_figures(pairs).values()
     return mean([each.f1 for each in figures]) if figures else 1.0
 

@@ -151,7 +151,7 @@ class ExportWriter:
         """Check every file's size and digest, move them into place and return the adapter.
 
         Raises:
-            ValueError: A file is incomplete or garbled, or the server sent nothing.
+            ValueError: A file is incomplete or damaged, or the server sent nothing.
             FileExistsError: The directory has appeared meanwhile.
         """
         if self.adapter is None:

@@ -74,11 +74,11 @@ def _converter(field: FieldDescriptor, is_optional: bool) -> Callable[[Any], Any
 
 @dataclass(frozen=True, slots=True)
 class TopLogprob(Result):
-    """A token that could have stood at a position.
+    """A possible token at a position.
 
     Attributes:
         token_id: The token.
-        text: Its text; bytes that are not a whole character are U+FFFD.
+        text: Its text, in which bytes that do not form a whole character are U+FFFD.
         logprob: Its natural log probability.
     """
 
@@ -93,7 +93,7 @@ class TokenLogprob(Result):
 
     Attributes:
         token_id: The token.
-        text: Its text; bytes that are not a whole character are U+FFFD.
+        text: Its text, in which bytes that do not form a whole character are U+FFFD.
         logprob: Its natural log probability before sampling parameters; None for the first token
             of a prompt.
         top: The likeliest tokens at its position, likeliest first, if requested.
@@ -392,8 +392,8 @@ class Adapter(Result):
         state: ``LOADING``, ``ACTIVE`` or ``DELETING``.
         source: The path that it was loaded from, with the commit for the hub; "" if it was
             uploaded or fused.
-        invocation_token_ids: The invocation of an aLoRA, which acts from its last occurrence in
-            the prompt on; empty for an adapter that acts on every token.
+        invocation_token_ids: The invocation of an aLoRA, which takes effect at its last occurrence
+            in the prompt; empty for an adapter that affects every token.
         labels: The labels of its classification head; empty if it has none.
         chat_template: The origin of the adapter's chat template: one of its files, ``request`` if
             it was loaded with one, ``members`` for a fused adapter; "" if conversations use the
@@ -569,7 +569,7 @@ class DatumLoss(Result):
     """The result of one sequence, with one number for each target.
 
     Attributes:
-        logprobs: The log probability of each target, with the bits that sampling gives it.
+        logprobs: The log probability of each target, bit-identical to that of sampling.
         losses: The part of the loss of each target.
     """
 

@@ -21,7 +21,8 @@ class TrainingDatum:
 
     Attributes:
         token_ids: The tokens that the model reads.
-        target_ids: The token whose log probability is computed at each place, normally the next.
+        target_ids: The token whose log probability is computed at each position, usually the next
+            one.
         weights: For ``cross_entropy``: the weight of each target; empty for 1.
         logprobs: For other losses: the log probability with which each target was sampled.
         advantages: For other losses: the advantage of each target.

@@ -18,7 +18,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 VERBS = {
     "generate": "complete a prompt",
     "chat": "talk to the model",
-    "score": "log probabilities of a prompt",
+    "score": "print log probabilities of a prompt",
     "classify": "label texts",
     "embed": "turn texts into vectors",
     "eval": "evaluate adapters on a test set",

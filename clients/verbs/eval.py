@@ -1,4 +1,4 @@
-"""``turret eval``: judge the base model, adapters and mixes on a test set, as they are served."""
+"""``turret eval``: evaluate the base model, adapters and mixes on a test set, as served."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
 
 
 def read_test_set(args: argparse.Namespace) -> tuple[list[EvalExample], EvalOptions]:
-    """The test set, and how the flags ask to evaluate it.
+    """The test set, and the options of the evaluation that the flags set.
 
     Raises:
         OSError: The file cannot be read.

@@ -121,7 +121,7 @@ def _prompt(args: argparse.Namespace) -> Prompt:
 
 
 def summary(last: Chunk) -> str:
-    """One line on what an answer took, from its last chunk."""
+    """One line about the cost of an answer, from its last chunk."""
     parts = [last.finish_reason or "unfinished"]
     if last.usage is not None:
         usage = last.usage
@@ -238,9 +238,9 @@ class Conversation:
                 self._answer(line)
 
     def _answer(self, message: str) -> None:
-        """Stream the answer and keep both turns; a failed answer keeps neither.
+        """Stream the answer and keep both turns, or neither if the answer fails.
 
-        An interrupted answer is kept as far as it went, because the user has read it.
+        The part of an interrupted answer that arrived is kept, because the user has read it.
         """
         turns = [*self.turns, ("user", message)]
         system = [] if self.system is None else [("system", self.system)]

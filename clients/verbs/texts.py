@@ -22,7 +22,7 @@ from turret.clients.verbs.flags import adapter_parser, call_with_flags, shared
 from turret.clients.verbs.tables import print_table, table_of, terminal
 from turret.words import counted
 
-# Maximum length of a text in the table of labels, and number of labels beside the first.
+# Maximum length of a text in the table of labels, and the number of labels shown after the first.
 _SHOWN_CHARS, _SHOWN_LABELS = 60, 3
 
 

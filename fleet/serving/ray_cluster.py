@@ -170,7 +170,7 @@ class RayCluster:
         self._remove(state_dir)
 
     def close(self, state_dir: Path) -> None:
-        """Leaves the cluster, and ends it if it was started here."""
+        """Disconnects from the cluster, and ends it if it was started here."""
         import ray
 
         ray.shutdown()

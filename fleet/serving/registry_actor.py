@@ -114,7 +114,7 @@ def _find_or_make(state_dir: Path, lease_seconds: float) -> tuple[Any, bool]:
         "max_restarts": -1,
         "max_concurrency": _MOST_CALLS,
         "num_cpus": 0,
-        # Run on Ray's head node: the loss of another machine then does not take the registry along.
+        # Run on Ray's head node, so that the loss of another machine does not affect the registry.
         "resources": {"node:__internal_head__": 0.001},
     }
     # Ray's types of actors do not know the class's methods, so this and RayChannel use Any. The
@@ -147,7 +147,7 @@ class Ownership:
         self._ask()
 
     def take(self) -> None:
-        """Takes ownership; if the registry is away, as soon as it is back."""
+        """Takes ownership, as soon as the registry can be reached."""
         self._is_taking = True
         self._ask()
         if self._is_taking:
@@ -170,7 +170,7 @@ class Ownership:
 
 
 def stop_registry() -> None:
-    """Ends the registry of the cluster, for good."""
+    """Ends the registry of the cluster permanently."""
     try:
         ray.kill(ray.get_actor(NAME, namespace=NAMESPACE))
     except (RayError, ValueError):

@@ -1,6 +1,6 @@
 """Answers calls in a replica: the composition root like ``server/app.py``, without listeners.
 
-Ray Serve hands the calls over; ``CallContext`` is their gRPC context in turret's form.
+Ray Serve passes the calls on; ``CallContext`` is their gRPC context in turret's form.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ _COUNTS = (
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None if they were not built or are switched off.
+    """The compiled kernels, or None if they were not built or are disabled.
 
     Raises:
         ValueError: ``TURRET_ISA`` is not in ``ISAS``, or ``TURRET_NATIVE`` is not a boolean.

@@ -196,8 +196,8 @@ def nf4_experts(
 
     Returns:
         ``[num_pairs, out_features]``, dtype of ``x``, one rounding from fp32. A quantised weight is
-        its value of its format's code, rounded to the dtype of ``x``, times its block's scale, not
-        rounded.
+        the value of its code, rounded to the dtype of ``x``, times the scale of its block, which is
+        not rounded.
 
     Raises:
         ValueError: A shape, dtype or stride breaks the contract.

@@ -100,7 +100,7 @@ def gate_shrink_kernel(
 
 @triton.jit
 def _parts(ptr, at, stride, keep, SPLITS: tl.constexpr):
-    """The sum of the parts of a shrink at some places, in their order."""
+    """The sum of the parts of a shrink at some positions, in their order."""
     total = tl.load(ptr + at, mask=keep, other=0.0)
     for split in tl.static_range(1, SPLITS):
         total += tl.load(ptr + split * stride + at, mask=keep, other=0.0)
@@ -219,8 +219,8 @@ def gate_shrink(x: torch.Tensor, words: torch.Tensor, table: SegmentTable) -> to
 
     Returns:
         ``[splits, asked_capacity · num_slices]`` fp32, for ``fusion_gate``, with a row's queries at
-        the places that ``tables.py`` defines and the slice innermost. The sum over the first axis
-        is the query. Places without a row are undefined.
+        the positions that ``tables.py`` defines and the slice innermost. The sum over the first
+        axis is the query. Positions without a row are undefined.
 
     Raises:
         ValueError: A shape, dtype or stride breaks the contract. Values on the device, including

@@ -48,7 +48,7 @@ _CHUNKS, _RECORD = tl.constexpr(CHUNKS), tl.constexpr(RECORD)
 @triton.jit
 def shrink_items(
     first,  # work of the list that this program takes first, and
-    step,  # how far it is to the next
+    step,  # the step to the next
     x_ptr, a_ptr, slice_ranks_ptr, v_ptr, table_ptr, x_stride, in_features, v_stride,
     NUM_SLICES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
@@ -155,7 +155,8 @@ def segmented_shrink(
 
     Returns:
         ``[splits, rank_capacity · num_slices]``, fp32, in the layout of ``tables.py`` with the
-        slice innermost. The sum over the first axis is ``v``. Places without a row are undefined.
+        slice innermost. The sum over the first axis is ``v``. Positions without a row are
+        undefined.
 
     Raises:
         ValueError: A shape, dtype or stride breaks the contract. Values on the device are not

@@ -6,10 +6,10 @@ the rows with the block's sixteen-valued codes on tensor cores, times the block'
 Up to four tiles of 16 rows share the decoded codes. Every row goes through the same tensor-core
 instruction in the same order, so its bits do not depend on how many rows there are.
 
-If a weight has few columns, the input features are cut into parts at fixed places that depend only
-on the weight's shape; the program of a tile of columns that finishes last adds the parts in their
-order. For a weight of gates and ups, that program can also compute the activation of the gates
-times the ups, and write only that.
+If a weight has few columns, the input features are cut into parts at fixed positions that depend
+only on the weight's shape; the program of a tile of columns that finishes last adds the parts in
+their order. For a weight of gates and ups, that program can also compute the activation of the
+gates times the ups, and write only that.
 """
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -211,8 +211,8 @@ def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix, *, gated: bool = False) -> to
 
     Returns:
         ``[num_rows, out_features]`` (``gated``: half as many), dtype of ``x``, one rounding from
-        fp32 (and one after the activation). A weight is its value of ``CODE``, rounded to the dtype
-        of ``x``, times its block's maximum, not rounded.
+        fp32 (and one after the activation). A weight is its value in ``CODE``, rounded to the dtype
+        of ``x``, times the maximum of its block, which is not rounded.
 
     Raises:
         ValueError: A shape, dtype or stride breaks the contract, or there are more than 64 rows
@@ -555,7 +555,7 @@ class Epilogue(Protocol):
 
         Args:
             x: The rows, at most 64, ``[rows, in]``.
-            first_row: The place of the first row in the step.
+            first_row: The position of the first row in the step.
             weight: The base's weight.
             bias: The base's bias, ``[out]``, or None.
         """
@@ -582,7 +582,7 @@ class Heads:
     """Rotated queries, ``[rows, heads, head_dim]``; keys and values are stored.
 
     Attributes:
-        write: The rotation of the heads, and the places of keys and values.
+        write: The rotation of the heads, and the slots of keys and values.
         q_norm: RMSNorm weight of the query heads, ``[head_dim]``, or None.
         k_norm: The same for the key heads.
         eps: The epsilon of the norms.

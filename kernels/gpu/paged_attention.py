@@ -82,7 +82,7 @@ def _merge_records(
 
 @triton.jit
 def _attend_split(
-    q,  # [BLOCK_M, BLOCK_D], as it came: scaled and rounded again it would lose as much as it has
+    q,  # [BLOCK_M, BLOCK_D], not scaled yet: rounding it again would double its error
     k_ptr,  # [num_blocks, block_size, kv_heads, head_dim], at the head
     v_ptr,
     blocks_ptr,  # block numbers of the sequence

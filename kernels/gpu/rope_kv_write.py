@@ -20,7 +20,7 @@ from turret.kernels.gpu.common import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvWrite:
-    """The rotation of a layer's heads, and the places of its keys and values.
+    """The rotation of a layer's heads, and the slots of its keys and values.
 
     Attributes:
         cos: ``[num_rows, pairs]`` fp32, contiguous; ``2 · pairs`` features of a head rotate.
@@ -231,7 +231,7 @@ def rope_kv_write(
     Args:
         qkv: ``[num_rows, (num_heads + 2 · kv_heads) · head_dim]``, fp16, bf16 or fp32; rows may be
             strided.
-        write: The rotation of the heads, and the places of keys and values.
+        write: The rotation of the heads, and the slots of keys and values.
         q_norm: RMSNorm weight of the query heads, ``[head_dim]`` contiguous, or None.
         k_norm: The same for the key heads.
         eps: The epsilon of the norms.

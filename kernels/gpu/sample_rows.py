@@ -28,8 +28,8 @@ _MANY = tl.constexpr(0x7FFFFFFF)
 def _distances(row_ptr, at, vocab, top, temperature):
     """Distances of scaled logits from the largest, as the bits of fp32 numbers ≥ 0.
 
-    The bits of such numbers have the same order as the numbers. NaN and places past the vocabulary
-    are infinitely far.
+    The bits of such numbers have the same order as the numbers. NaN and positions past the
+    vocabulary are infinitely far away.
     """
     x = tl.load(row_ptr + at, mask=at < vocab, other=float("-inf"))
     distance = (top - x) / temperature

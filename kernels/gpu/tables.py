@@ -386,7 +386,7 @@ class _Gates:
     longest: int = 0
 
     def add(self, gated: GatedMembers, slot: int, chunk: Sequence[int]) -> None:
-        """A chunk's rows of one adapter; ``chunk`` is its record."""
+        """Add the rows of a chunk that use one adapter; ``chunk`` is its record."""
         position, count, first, _, v_base, v_stride = chunk[:6]
         asked, vectors = self.asked, gated.asked
         components = (first + gated.begin, gated.end - gated.begin, gated.begin)
@@ -754,9 +754,9 @@ class AttentionTable:
 
 
 def _repeated(begins: torch.Tensor, total: int) -> torch.Tensor:
-    """For each of ``total`` places, the index of its run; runs are not empty.
+    """For each of ``total`` positions, the index of its run; runs are not empty.
 
-    ``torch.repeat_interleave`` would wake a team of threads for it.
+    ``torch.repeat_interleave`` would wake a team of threads for that.
     """
     places = torch.zeros(total, dtype=torch.int64)
     places[begins[1:]] = 1

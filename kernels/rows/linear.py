@@ -43,8 +43,8 @@ def row_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             product is tried for this shape, once.
 
     Returns:
-        ``[num_rows, out_features]``, dtype of ``x``. On devices other than the CPU by library
-        products of one shape, whose sums ``server/models/weights/nf4_gpu.py`` keeps whole.
+        ``[num_rows, out_features]``, dtype of ``x``. On devices other than the CPU, these are
+        library products of one shape, whose sums ``server/models/weights/nf4_gpu.py`` keeps whole.
     """
     if x.requires_grad or weight.requires_grad:
         return torch.nn.functional.linear(x.float(), weight.float())
@@ -202,7 +202,7 @@ def row_product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
             columns changes no bit of the rest.
 
     Returns:
-        ``[num_rows, m, n]``, fp32. On devices other than the CPU by library products of one shape.
+        ``[num_rows, m, n]``, fp32. On devices other than the CPU, library products of one shape.
     """
     num_rows, m, _ = x.shape
     if x.requires_grad or w.requires_grad:

@@ -2,7 +2,7 @@
 
 A library does not guarantee bits. Its kernel and its blocking of a sum depend on the whole shape,
 so row 0 of a 1-row product and row 0 of a 16-row product may differ, and so may equal rows at
-different places. Rows therefore go to a library only in calls of a few sizes; the last call is
+different positions. Rows therefore go to a library only in calls of a few sizes; the last call is
 filled up with zeros. Each of these calls is tried for the operation, shape, dtype and number of
 threads. If a row's bits change, the next set of sizes is tried. The last set is one row at a time;
 if a library computes even that same call differently each time, no set is left. A choice is made
@@ -41,7 +41,7 @@ _choices: dict[tuple[str, Hashable, int], Sizes] = {}
 
 
 def forget_choices() -> None:
-    """Repeat each trial at the next use, for instance after the libraries were exchanged."""
+    """Repeat each trial at the next use, for instance after the libraries were replaced."""
     _choices.clear()
 
 
@@ -126,7 +126,7 @@ def in_sizes(compute: Compute, x: torch.Tensor, sizes: Sizes) -> torch.Tensor:
 
 
 def _keeps_rows(compute: Compute, rows: torch.Tensor, sizes: Sizes, largest: int) -> bool:
-    """Whether rows have the same bits in any number and at any place as when alone."""
+    """Whether rows have the same bits, in any number and at any position, as when alone."""
     total = rows.shape[0]
     alone = torch.cat([in_sizes(compute, rows[i : i + 1].clone(), sizes) for i in range(total)])
     # Every call up to a size, and some that need padding.

@@ -1,1 +1,1 @@
-"""Adapters: the types that all rooms share, and one room for each thing that is done with them."""
+"""Adapters: the types that all rooms share, and one room for each task."""

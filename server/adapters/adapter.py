@@ -78,7 +78,7 @@ class Alias:
 
 
 def check_alias(alias: Alias, others: Collection[str], *, is_adapter: bool) -> None:
-    """Checks an alias that is to be set; whether its targets exist is the caller's concern.
+    """Checks an alias before it is set. The caller checks that its targets exist.
 
     Args:
         alias: The alias.
@@ -144,8 +144,8 @@ def kept_generations(
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
-# Further files of an adapter with its own tokens, and the maximum size of each. No other tokenizer
-# files are read. The tokenizer.json of Gemma 3 has 33 MB.
+# Further files of an adapter with its own tokens, and their maximum sizes. No other tokenizer files
+# are read. The tokenizer.json of Gemma 3 has 33 MB.
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
@@ -172,7 +172,7 @@ class Source:
             ``hub:org/name@commit``.
         is_upload: The server wrote the files itself and removes them when they are not needed.
         adapter: The adapter's name, for an upload.
-        task: The task, if the files have several; None if not specified.
+        task: The task, if the files contain several; None if not specified.
         origin: Where an upload was fetched from, such as ``oci://host/name@sha256:…``; empty if a
             client sent it.
     """
@@ -202,7 +202,7 @@ class Source:
 
     @property
     def came_from(self) -> str:
-        """Where the files came from, for clients; empty for an upload of a client."""
+        """Where the files came from, for clients; empty if a client uploaded them."""
         return self.origin if self.is_upload else self.path
 
 
@@ -222,9 +222,9 @@ class Head:
     """A head without its weights.
 
     Attributes:
-        labels: One label for each of its numbers, in their order.
-        problem_type: One of ``PROBLEM_TYPES``: exactly one label is right, any number of them are,
-            or the numbers are the answer.
+        labels: One label for each number that the head computes, in order.
+        problem_type: One of ``PROBLEM_TYPES``: exactly one label applies, any number of labels
+            apply, or the numbers themselves are the answer.
     """
 
     labels: tuple[str, ...]
@@ -263,15 +263,15 @@ class AdapterFacts:
         num_prefix_positions: Positions before the prompt for which it has keys and values.
         bytes_disk: Size of the checkpoint's files.
         bytes_host: Size of its operators in host memory, in the dtype served when it was read.
-        invocation: Tokens; it applies from their last occurrence in the prompt on. Empty if it
-            applies everywhere.
+        invocation: Tokens. The adapter takes effect at their last occurrence in the prompt. Empty
+            if it applies everywhere.
         labels: Labels of its classification head; empty without one.
         problem_type: See ``Head``; empty without one.
         first_pass: The pass that runs before every pass of its own to compute its scalings:
             ``base``, or ``adapter`` (itself, at constant scalings); empty for none.
-        components: Digests of the adapters it is built from; they must stay registered.
-        vocab_size: Rows of its vocabulary, if the base has another number or it has a
-            tokenizer of its own; else 0.
+        components: Digests of the adapters that it is built from, which must stay registered.
+        vocab_size: Number of rows of its vocabulary, if it differs from the base's or the adapter
+            has its own tokenizer; otherwise 0.
         tokenizer: SHA-256 over the files of its own tokenizer, hex; empty if its requests use the
             base's.
         chat_template: Its own chat template, as ``OwnTemplate`` writes it; empty
@@ -306,7 +306,7 @@ class AdapterFacts:
 # Origins of a template that is not in the adapter's files: the caller sent it, or a fusion took it
 # from its members.
 REQUEST, MEMBERS = "request", "members"
-# A template that a conversation brings, which is not an adapter's.
+# Origin of a template that a conversation brings, which does not belong to an adapter.
 IN_CHAT = "chat"
 
 
@@ -332,7 +332,7 @@ class OwnTemplate:
         return self.origin == IN_CHAT
 
     def to_json(self) -> str:
-        """The form that ``AdapterFacts.chat_template`` has."""
+        """The template in the form of ``AdapterFacts.chat_template``."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     @classmethod
@@ -364,16 +364,16 @@ class Adapter:
         name: Registered name.
         uuid: Identifies the registration; all its generations have it.
         generation: From 1.
-        key: Names this generation and no other, for as long as its uuid lives.
+        key: Identifies this generation uniquely.
         facts: The facts that reading its files found.
         source: The location of its files.
-        operators: By module path; None while on disk. While a mix that was granted residency (see
-            ``Mix.ensure_host``) holds the adapter, it stays as it is, unless the base changes.
-        base_generation: The generation of the base weights that ``operators`` were computed from;
-            None if they are the same on any.
+        operators: By module path; None while on disk. They do not change while a mix that was
+            granted residency (see ``Mix.ensure_host``) holds the adapter, unless the base changes.
+        base_generation: The generation of the base weights from which ``operators`` were computed;
+            None if they do not depend on these weights.
         host_bytes_needed: Host memory that its operators take when resident.
-        in_flight: Mixes that hold the adapter.
-        holds: The mixes of these that were granted residency; an adapter with holds is not evicted.
+        in_flight: Number of mixes that hold the adapter.
+        holds: How many of these mixes were granted residency; an adapter with holds is not evicted.
         pinned: Never evicted.
         is_retired: Another generation has replaced it.
         bytes_device: Set by the code that copies the operators to a device.
@@ -449,11 +449,12 @@ State = Literal["LOADING", "ACTIVE", "DELETING"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterInfo:
-    """A snapshot of an adapter; it does not follow later changes.
+    """A snapshot of an adapter, which later changes do not affect.
 
     Attributes:
         name: Registered name.
-        uuid: Identifies this registration; a name loaded again after an unload has another one.
+        uuid: Identifies this registration. A name that is loaded again after an unload gets a new
+            one.
         generation: From 1; a replacement under the same registration is the next one.
         kept_generations: Replaced generations that requests may still name, ascending.
         facts: The facts that reading its files found.
@@ -461,7 +462,7 @@ class AdapterInfo:
         bytes_device: Bytes held on the device now.
         residency: The fastest tier that holds it now.
         pinned: Never evicted, never unloaded.
-        in_flight: Requests that hold it.
+        in_flight: Number of requests that hold it.
         last_used_time: Unix seconds of the last request, or None.
         state: ``DELETING`` refuses new requests.
         source: The path that it was loaded from, with the hub's commit; "" if it was uploaded.
@@ -509,8 +510,8 @@ class Mix:
     """The result of ``AdapterRegistry.acquire``; compared by identity, released once.
 
     Attributes:
-        members: ``(adapter, weight)`` in the request's order. A member of weight 0 adds nothing but
-            is like any other: reported, counted and resident.
+        members: ``(adapter, weight)`` in the request's order. A member of weight 0 adds nothing,
+            but is reported, counted and resident like any other.
     """
 
     members: tuple[tuple[Adapter, float], ...]
@@ -538,10 +539,10 @@ class Mix:
         """Asks for the operators of every member in host memory.
 
         Returns:
-            True if they are there now and stay until release; the callback is not called. False
-            if they are being read or wait for room: the callback is called once, from whichever
-            thread finishes the work and perhaps under the registry's lock, so it must only hand the
-            result over; never after release.
+            True if they are in memory now and stay until release; the callback is then not called.
+            False if they are being read or wait for room. The callback is then called once, and
+            never after release. Any thread may call it, perhaps under the registry's lock, so it
+            must only pass the result on.
 
         Raises:
             BudgetExceededError: The members can never be resident together.

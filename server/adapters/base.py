@@ -17,7 +17,8 @@ class Allowed:
     Attributes:
         other_base: Allow adapters whose config names another base, if the shapes fit.
         dense: Allow adapters whose updates are as large as the weights that they change.
-        strict_base: Reject adapters for other weights of the base, instead of warning.
+        strict_base: Reject adapters that were trained on other weights of the base, instead of
+            warning.
     """
 
     other_base: bool = False
@@ -29,7 +30,7 @@ NOTHING_SPECIAL = Allowed()
 
 
 class WeightRows(Protocol):
-    """A weight, ``[out_features, in_features]``, that need not be in memory as a whole."""
+    """A weight, ``[out_features, in_features]``, that may be in memory only in part."""
 
     @property
     def shape(self) -> Sequence[int]: ...
@@ -49,9 +50,9 @@ class BaseModule:
         in_features: Columns of the weight.
         out_features: Rows of the weight.
         bias: The module's bias, ``[out_features]`` fp32, or None.
-        dequantize: Returns the weight actually served, ``[out_features, in_features]`` fp32. Costs
-            a full dequantisation per call: call it for one module at a time and drop the result.
-            Do not write to it: it may be the very memory that is served.
+        dequantize: Returns the weight as served, ``[out_features, in_features]`` fp32. Each call
+            dequantises the whole weight, so call it for one module at a time and drop the result.
+            Do not write to the result, because it may be the memory that is served.
         served: Returns the same weight in any dtype and on its device, for reading a block of rows
             at a time; None to use ``dequantize``.
     """
@@ -108,7 +109,7 @@ class BaseNorm:
 
     Attributes:
         weight: The checkpoint's weight, ``[hidden]`` fp32.
-        offset: Number that the model adds to the weight before it multiplies.
+        offset: Number that the model adds to the weight before the multiplication.
         feeds: The modules that take its result, by path.
     """
 
@@ -124,7 +125,7 @@ class BaseVocabulary:
     Attributes:
         embedding: Turns input tokens into vectors.
         head: Turns the last hidden states into logits.
-        is_tied: Whether the checkpoint declares them to be one (``tie_word_embeddings``).
+        is_tied: Whether the checkpoint declares that they are the same (``tie_word_embeddings``).
         named: The number of rows for which the base's tokenizer has tokens. The rows after them
             are padding. None means all rows.
     """
@@ -144,7 +145,7 @@ class BaseModel:
     """The description of the base for adapters, with the weights of one generation.
 
     Attributes:
-        name: The name of the model in its config, or that of its directory. It is compared loosely
+        name: The model's name in its config, or the name of its directory. It is compared loosely
             with ``base_model_name_or_path``.
         model_type: The name in the checkpoint's config.
         digest: SHA-256 over the weights as loaded, on which an adapter was trained. A merge does
@@ -164,11 +165,12 @@ class BaseModel:
         head_dim: Width of one head.
         weights: How the weights are stored: for each kind of module, such as ``down_proj``, the
             number of modules by a word of ``Fidelity.storage``.
-        weights_shown: For each kind, the same as a text for people, with the quantisation error.
+        weights_shown: The same for each kind as readable text, with the quantisation error.
         generation: The number of the weights, from 1; each merge and each unmerge increases it.
         text_prefix: The prefix of the adapter that is being read, if it was trained on a model of
             text and images (``adapter_checkpoint.text_prefix``).
-        beside: In ``with base.beside():``, a thread's work on the device does not block steps.
+        beside: A context manager. Inside ``with base.beside():``, a thread's work on the device
+            does not block steps.
     """
 
     name: str

@@ -88,7 +88,7 @@ def component_refs(config: Mapping[str, Any]) -> tuple[ComponentRef, ...]:
 
 
 def find_no_component(ref: ComponentRef) -> NoReturn:
-    """Rejects components, because there are no registered adapters if a checkpoint is read alone.
+    """Rejects every component, for checkpoints that are read without a registry.
 
     Raises:
         AdapterComponentError: Always.

@@ -1,8 +1,9 @@
 """Merges a mix into the base and removes it again, while the server answers requests.
 
-The merged weights are made beside those in use, module by module, on the caller's thread. Only then
-do requests wait: running ones finish, the weights are exchanged between two steps, and waiting
-requests continue with the new base. A merge that ends before the exchange leaves no trace.
+The merged weights are computed module by module on the caller's thread, and stored beside those in
+use. Only then do requests wait: running ones finish, the weights are exchanged between two steps,
+and waiting requests continue with the new base. A merge that ends before the exchange leaves no
+trace.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ class MergeReport:
     Attributes:
         relative_error: ``‖stored − exact‖ / ‖exact‖``, Frobenius norms over all changed modules,
             where ``exact = W + Σ w_k ΔW_k`` in fp32, and ``stored`` is the weight in use.
-        update_error: ``‖stored − exact‖ / ‖exact − W‖``: the error as a share of the change. At 1,
-            the mix is lost in the rounding. 0 if there was no change.
+        update_error: ``‖stored − exact‖ / ‖exact − W‖``, the error as a share of the change. At 1,
+            the rounding has removed the mix. 0 if there was no change.
         modules: ``relative_error`` of each changed module, by path, in the base's order.
     """
 
@@ -99,7 +100,7 @@ _log = logging.getLogger(__name__)
 # NF4 keeps an update if rounding loses at most this share of it. For the example adapters, BF16
 # loses 0.08 to 0.14 and NF4 loses everything (docs/combining.md).
 KEPT_ERROR = 0.1
-# Modules of one decoder layer: NF4 is tried on this many before BF16 is used instead.
+# NF4 is tried on this many modules, those of one decoder layer, before BF16 is used instead.
 _TRIAL_MODULES = 7
 
 # Makes the engine change the base once no request runs; see ``Engine.change_base``.
@@ -116,7 +117,7 @@ class Edit(Protocol):
 
 
 class MergeMetrics(Protocol):
-    """The part of the server's metrics that merges feed."""
+    """The part of the server's metrics that merges update."""
 
     def merge_active(self, active: bool) -> None: ...
 
@@ -167,10 +168,10 @@ class Merger:
     def merge(
         self, refs: Sequence[AdapterRef], precision: Precision | None, cancellation: Cancellation
     ) -> MergeState:
-        """Makes ``W + Σ w_k ΔW_k`` (and the biases likewise) the base of every later request.
+        """Makes ``W + Σ w_k ΔW_k``, with biases added likewise, the base of every later request.
 
-        The update is that of the adapters as served: operators in the serving dtype, gains by the
-        served weight; it is added in fp32. At no time is more than one module dense.
+        The update is that of the adapters as served, with operators in the serving dtype and gains
+        computed from the served weight. It is added in fp32. Only one module at a time is dense.
 
         Args:
             refs: The mix.
@@ -180,12 +181,12 @@ class Merger:
                 undoes the merge.
 
         Raises:
-            InvalidRequestError: Empty, or a member does more than change weights and biases, or a
-                merged weight is not finite.
+            InvalidRequestError: The mix is empty, a member changes more than weights and biases, or
+                a merged weight is not finite.
             MergeActiveError: A merge is active, or another change is under way.
             AdapterNotFoundError, BudgetExceededError, AdapterCheckpointError: The adapters cannot
                 be used.
-            UnavailableError: The server stops.
+            UnavailableError: The server is stopping.
             TurretError: The one that ``cancellation`` was set with.
         """
         with self._only_change():
@@ -203,7 +204,7 @@ class Merger:
     def _prepare(
         self, refs: Sequence[AdapterRef], precision: Precision | None, cancellation: Cancellation
     ) -> PreparedMerge:
-        """Makes merged weights beside those in use; release their mix in the end."""
+        """Makes merged weights beside those in use. The caller must release their mix."""
         mix = self._registry.acquire(refs)
         try:
             _wait_until_resident(mix, cancellation)
@@ -333,10 +334,10 @@ def _build(
 ) -> MergeReport | None:
     """Stores every changed module in ``edit``; None once ``update_error`` is over ``most_error``.
 
-    The limit applies once a layer's worth of modules is stored, as a single one is not typical.
+    The limit applies once a whole layer is stored, because a single module is not typical.
 
     Raises:
-        InvalidRequestError: A merged weight is not finite (names every such module).
+        InvalidRequestError: Merged weights are not finite. The error lists all such modules.
         TurretError: The one that ``cancellation`` was set with.
     """
     compute_on_this_thread()

@@ -1,15 +1,13 @@
 """The directory with which the registry survives a restart.
 
-    LOCK                       held by the one server that uses the directory
-    base.json                  the base model of the adapters
-    adapters/<name>.json       one registration per file
-    aliases/<name>.json        one alias per file
-    files/<uuid>.<generation>/ the files of an uploaded generation
-    incoming/<random>/         a running upload; emptied at the start
+    LOCK                       held by the one server that uses the directory base.json
+    the base model of the adapters adapters/<name>.json       one registration per file
+    aliases/<name>.json        one alias per file files/<uuid>.<generation>/ the files of an
+    uploaded generation incoming/<random>/         a running upload; emptied at startup
 
-Only the registrations' files count. Other content of ``files/`` is left over from a crash or from a
-generation that was in use at the time, and is removed at the start. An operation writes files first
-and the registration last, so a crash leaves the state before it or the state after it.
+Only the registrations' files count. Other content of ``files/`` is left over from a crash, or from
+a generation that was still in use at shutdown, and is removed at startup. An operation writes files
+first and the registration last, so a crash leaves the state before it or the state after it.
 """
 
 from __future__ import annotations
@@ -56,8 +54,8 @@ from turret.server.words import Text, say
 # Registrations, each saved in a file of the state directory.
 
 
-# Raise the version when fields change, and keep reading older ones. Version 2 added components to
-# the facts, 3 a source's task, 4 the invocation, 5 labels, 6 the size of the vocabulary and the
+# Raise the version when fields change, and continue to read older ones. Version 2 added components
+# to the facts, 3 a source's task, 4 the invocation, 5 labels, 6 the size of the vocabulary and the
 # tokenizer, 7 the first pass, 8 the chat template, 9 kept generations, 10 a source's origin.
 _VERSION = 10
 _READ_VERSIONS = range(1, _VERSION + 1)
@@ -106,7 +104,7 @@ class SavedRegistration:
 _G = TypeVar("_G", SavedGeneration, SavedRegistration)
 _S = TypeVar("_S", SavedRegistration, Alias)
 _REGISTRATION, _ALIAS = TypeAdapter(SavedRegistration), TypeAdapter(Alias)
-# Facts that most adapters have in common, so that all of them refer to one object.
+# Facts that are equal for most adapters, which therefore share one object.
 _ALIKE = ("method", "ranks", "target_modules", "base_model", "warnings", "labels", "chat_template")
 
 
@@ -136,7 +134,7 @@ def _parse(kind: str, adapter: TypeAdapter[_S], data: bytes, versions: Sequence[
     fields = json.loads(data)
     if not isinstance(fields, dict) or fields.pop("version", None) not in versions:
         raise ValueError(f"is not {kind} of version {versions[-1]} or earlier")
-    # Earlier versions accepted halves of characters, which no message can hold.
+    # Earlier versions accepted halves of surrogate pairs, which messages cannot contain.
     data = json.dumps(fields, ensure_ascii=False).encode(errors="replace")
     try:
         return adapter.validate_json(data, strict=True, extra="forbid")
@@ -146,7 +144,7 @@ def _parse(kind: str, adapter: TypeAdapter[_S], data: bytes, versions: Sequence[
         raise ValueError(f"is not {kind}: {field}: {first['msg']}") from None
 
 
-# Uploads: either all files of an adapter arrive, or none is kept.
+# Uploads: either all files of an adapter arrive, or none are kept.
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +189,7 @@ class StagedUpload:
         self._is_over = False
 
     def announce(self, file: UploadedFile) -> None:
-        """Adds a file, whose name is new, to those that must arrive; the caller checks the room."""
+        """Adds a file with a new name to those that must arrive. The caller checks the room."""
         with self._lock:
             self._missing[file.name] = file
 
@@ -231,7 +229,7 @@ class StagedUpload:
             sync_directory(self.directory)
 
     def move(self, target: Path) -> None:
-        """Gives the finished files to the caller, at ``target``; ``discard`` does nothing then."""
+        """Moves the finished files to ``target``. After that, ``discard`` does nothing."""
         with self._lock:
             self._check_open()
             assert not self._missing, "finish comes first"
@@ -282,7 +280,7 @@ def _refuse(name: str, why: Text) -> InvalidRequestError:
 
 _log = logging.getLogger(__name__)
 
-# An upload must leave this much disk space, so that registrations can still be written.
+# An upload must leave this much disk space free, so that registrations can still be written.
 MIN_FREE_BYTES = 16 << 20
 
 
@@ -372,7 +370,7 @@ def _required() -> StateDirRequiredError:
 
 
 class SharedStateDir(NoStateDir):
-    """A state directory that somebody else writes; only uploads are staged in it.
+    """A state directory that another process owns; this process only stages uploads in it.
 
     A fleet's replicas use it: they read it, and only the fleet's registry changes anything else.
 
@@ -404,7 +402,7 @@ class SharedStateDir(NoStateDir):
     def check_room(self, num_bytes: int, received: int = 0) -> None:
         """Raises what ``stage`` raises for files of this size.
 
-        ``received`` bytes of them are on the disk already, or are not written to it.
+        ``received`` bytes of them are already on the disk, or will not be written to it.
         """
         most = self._max_upload_bytes
         if num_bytes > most:
@@ -457,7 +455,7 @@ class StateDir(SharedStateDir):
             self._lock = -1
 
     def bind(self, base_name: str, base_digest: str) -> None:
-        """Ties the directory to a base model, the first time; later checks that it is the same.
+        """Binds the directory to a base model the first time. Later, checks that it is the same.
 
         Raises:
             ValueError: The directory belongs to another base model.
@@ -479,7 +477,8 @@ class StateDir(SharedStateDir):
     def read(self, *, sweeps: bool = True) -> list[SavedRegistration]:
         """Every registration, by name, after removing incomplete files from a crash.
 
-        A file that cannot be read is reported and kept, and then all uploaded files are kept too.
+        A registration that cannot be read is logged and kept. All uploaded files are then kept,
+        too.
 
         Args:
             sweeps: Whether to remove uploads without a registration. In a directory that a fleet
@@ -529,8 +528,8 @@ class StateDir(SharedStateDir):
             try:
                 replace_file(path, json.dumps(fields, indent=1).encode())
             except OSError:
-                # The file may have been replaced all the same. A restart could then find targets
-                # that nothing has kept.
+                # The file may have been replaced nevertheless. A restart could then find targets
+                # that were not kept.
                 with contextlib.suppress(OSError):
                     if before is None:
                         path.unlink(missing_ok=True)
@@ -554,8 +553,9 @@ class StateDir(SharedStateDir):
     def discard(self, source: Source) -> None:
         """Removes a generation's files if they were uploaded; others belong to the operator.
 
-        Files that the saved registration names stay: it may have been written although the disk
-        reported an error. The next start removes them if it no longer names them.
+        Files that the saved registration names are not removed, because it may have been written
+        although the disk reported an error. The next start removes them if the registration no
+        longer names them.
         """
         if source.is_upload and source.path not in self._saved_paths(source.adapter):
             remove_directory(self.path / source.path)
@@ -570,7 +570,7 @@ class StateDir(SharedStateDir):
 
 
 def _file_name(name: str) -> str:
-    """The file of an adapter or alias; no name contains a plus."""
+    """The file name of an adapter or alias. No adapter name contains a plus."""
     return f"{name.replace('/', '+')}.json"
 
 

@@ -30,7 +30,7 @@ _Stamp = tuple[tuple[int, int, int], ...]
 
 
 class WatchedFiles(Generic[_T]):
-    """A value read from files, which is read again when they change. Not thread-safe.
+    """A value that is read from files, and read again when they change. Not thread-safe.
 
     Args:
         paths: The files.
@@ -49,7 +49,8 @@ class WatchedFiles(Generic[_T]):
         self._paths = tuple(paths)
         self._read = read
         self._what = what
-        # Take the stamp before reading: the next look then notices a change made meanwhile.
+        # Take the stamp before reading, so that the next look notices a change that happens
+        # meanwhile.
         self._seen = self._stamp()
         self.newest = read()
 
@@ -74,11 +75,11 @@ class WatchedFiles(Generic[_T]):
         return True
 
     def forget(self) -> None:
-        """Make the next look read the files, changed or not."""
+        """Make the next look read the files even if they have not changed."""
         self._seen = None
 
     def _stamp(self) -> _Stamp | None:
-        """Changes whenever a file is written or replaced; None while one is missing."""
+        """A stamp that changes when a file is written or replaced; None while a file is missing."""
         try:
             stats = [path.stat() for path in self._paths]
         except OSError:
@@ -230,27 +231,27 @@ RESERVED_DESCRIPTORS = 512
 _LEAST_CONNECTIONS = 16
 
 
-def most_connections(num_doors: int) -> int:
-    """The limit for each of ``num_doors`` listening addresses; connections beyond it are closed.
+def most_connections(num_addresses: int) -> int:
+    """The maximum number of connections of each listening address; further ones are closed.
 
     All addresses together leave ``RESERVED_DESCRIPTORS`` free. For this, the process's soft limit
     of descriptors is raised, as far as the hard limit allows.
     """
-    wanted = num_doors * MOST_CONNECTIONS + RESERVED_DESCRIPTORS
+    wanted = num_addresses * MOST_CONNECTIONS + RESERVED_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft == resource.RLIM_INFINITY:
         return MOST_CONNECTIONS
-    share = (soft - RESERVED_DESCRIPTORS) // num_doors
+    share = (soft - RESERVED_DESCRIPTORS) // num_addresses
     return max(min(share, MOST_CONNECTIONS), _LEAST_CONNECTIONS)
 
 
 # Limits on a party's open requests, and the cached prefixes that a party may use.
 
-# How many requests of one call the engine gets at a time: a list of a thousand prompts must not
-# fill the queue that others wait in.
+# How many requests of one call the engine gets at a time. A list of a thousand prompts must not
+# fill the queue in which others wait.
 MAX_AT_A_TIME = 64
 # Keeps salts unpredictable outside this process, even for somebody who knows the tokens.
 _SECRET = secrets.token_bytes(32)
@@ -313,7 +314,7 @@ class Shares:
     Attributes:
         per_token: Maximum number of requests per token; 0 is no limit.
         per_peer: Maximum number of requests per client address; 0 is no limit.
-        separates_tokens: Whether the requests of one token find no cached prefix of another's.
+        separates_tokens: Whether requests of one token never find cached prefixes of another.
         places: The open requests of all parties.
         messages: The memory of the messages of all parties.
     """
@@ -367,13 +368,14 @@ class Party:
 
     @property
     def tenant(self) -> bytes:
-        """An id that cached prefixes are separated by; empty if all requests share them."""
+        """An id that separates cached prefixes; empty if all requests share them."""
         is_apart = self.shares.separates_tokens and isinstance(self.authorization, str)
         return self._token if is_apart else b""
 
     @property
     def _token(self) -> bytes:
-        # Use the token alone, so that spellings of the header do not turn one party into several.
+        # Use the token alone, so that different spellings of the header do not make one party count
+        # as several.
         authorization = str(self.authorization)
         return token_digest(bearer_token(authorization) or authorization)
 

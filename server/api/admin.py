@@ -78,7 +78,7 @@ class SlowCalls:
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="turret-adapters")
 
     def close(self) -> None:
-        """Start no further call; those that run end by themselves."""
+        """Start no further calls. Running calls continue to their end."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def run(self, call: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
@@ -100,7 +100,7 @@ class SlowCalls:
 
         self._num_running += 1
         running = asyncio.ensure_future(self.run(call, *args, **kwargs))
-        # If the caller is cancelled the thread continues, and is counted until it is done.
+        # If the caller is cancelled, the thread continues, and is counted until it is done.
         running.add_done_callback(ended)
         return await asyncio.shield(running)
 
@@ -133,7 +133,7 @@ _DRAINS = 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """A part of the matching adapters, with the numbers of all matches and of all adapters."""
+    """Some of the matching adapters, with the number of matches and the number of all adapters."""
 
     shown: list[adapters_pb2.Adapter]
     num_matching: int
@@ -143,21 +143,21 @@ class Found:
 class Adapters:
     """Serves adapter calls from the registry behind the gate; all protocols share one instance.
 
-    Every method raises UnavailableError while the gate is closed and InvalidRequestError for a
-    message with invalid fields, all of which it lists. Other errors are those of the registry, the
-    fuser or the merger, whose methods have the same names. Every method records in the call the
-    names of its adapters.
+    Every method raises UnavailableError while the gate is closed, and InvalidRequestError, which
+    lists all invalid fields of a message. Other errors are those of the registry, the fuser or the
+    merger, whose methods have the same names. Every method records in the call the names of its
+    adapters.
     """
 
     def __init__(self, gate: ServingGate) -> None:
         self._gate = gate
         self._uploads = Places()
         self._slow = SlowCalls(_SLOW_CALLS)
-        # Drains wait up to an hour for other people's requests: keep them off the loading threads.
+        # Drains wait up to an hour for the requests of others, so they have separate threads.
         self._drains = SlowCalls(_DRAINS)
 
     def close(self) -> None:
-        """Start no further call; those that run end by themselves."""
+        """Start no further calls. Running calls continue to their end."""
         self._slow.close()
         self._drains.close()
 
@@ -271,7 +271,7 @@ class Adapters:
             options |= {"pinned": header.pinned, "replace": header.replace}
             return await self._change(registry.upload, header.name, staged, **options)
         finally:
-            # Start a thread for it, because the pool rejects work while the server stops.
+            # Start a thread for this, because the pool rejects work while the server is stopping.
             threading.Thread(target=staged.discard, name="discard upload").start()
 
     async def fuse(
@@ -320,7 +320,7 @@ class Adapters:
     async def list_page(
         self, message: adapters_pb2.ListAdaptersRequest
     ) -> adapters_pb2.ListAdaptersResponse:
-        """One page of all adapters, by name, and the token of the next."""
+        """One page of all adapters, by name, and the token of the next page."""
         backend = self._gate.enter()
         violations = Violations()
         violations.check_chars(message.method, MAX_WORD_CHARS, "method")
@@ -362,7 +362,7 @@ class Adapters:
         )
 
     async def find(self, text: str, most: int) -> Found:
-        """The first ``most`` adapters, by name, whose names contain the text, which may be any."""
+        """The first ``most`` adapters, by name, whose names contain a text. Any text is allowed."""
         registry = self._gate.enter().registry
         records = await asyncio.to_thread(registry.list)
         matching = sorted((r for r in records if text in r.name), key=lambda r: r.name)
@@ -428,7 +428,7 @@ class Adapters:
         call.adapters = (message.name,)
         is_forced = message.mode == adapters_pb2.UnloadAdapterRequest.FORCE
         mode: UnloadMode = "FORCE" if is_forced else "DRAIN"
-        # Start a drain at once: in a queue it would also wait for the requests of other drains.
+        # Start a drain at once. In a queue, it would also wait for the requests of other drains.
         run = self._slow.run if is_forced else self._drains.run_now
         await run(
             registry.unload,

@@ -101,7 +101,7 @@ def checked_alias(message: adapters_pb2.SetAliasRequest) -> tuple[str, list[Adap
     return message.name, refs
 
 
-# Page tokens of ``ListAdapters``: the last name of the page before, tied to its filters.
+# Page tokens of ``ListAdapters``: the last name of the previous page, with its filters.
 
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
@@ -227,7 +227,7 @@ def checked_merge_request(request: _Request) -> tuple[tuple[AdapterRef, ...], Pr
     violations = Violations()
     violations.check(len(request.adapters) > 0, "adapters", "EMPTY")
     refs = adapter_refs(request.adapters, violations)
-    # A mix of zero weights would change nothing, yet block a merge that does.
+    # A mix whose weights are all zero would change nothing, but would prevent another merge.
     is_nothing = bool(refs) and all(ref.weight == 0 for ref in refs)
     violations.check(not is_nothing, "adapters", "NO_WEIGHT")
     violations.check_enum(request, "precision")

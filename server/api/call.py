@@ -23,8 +23,8 @@ from turret.v1 import adapters_pb2, inference_pb2
 _log = logging.getLogger(__name__)
 
 REQUEST_ID_KEY = "x-request-id"
-# The log holds no prompts. For a rejected call it holds the reason, names of turret.v1's own
-# fields, and these entries of the error's metadata, which are names and numbers of the server's.
+# The log holds no prompts. For a rejected call, it holds the reason, names of fields of turret.v1,
+# and these entries of the error's metadata, which contain only names and numbers of the server.
 _LOGGED = frozenset(
     (
         *("path", "base_model", "peft_type", "repository", "role", "service"),
@@ -45,8 +45,9 @@ _FIELDS = frozenset(
 _MOST_LOGGED_FIELDS = 8
 
 
-# The first bytes of every message and answer are not counted, so that short ones are accepted while
-# long ones take all of the memory for messages. The limits on connections and calls bound them.
+# The first bytes of every message and answer are not counted, so that short ones are accepted even
+# when long ones fill the memory for messages. The limits on connections and calls bound the
+# uncounted bytes.
 UNCOUNTED_BYTES = 64 << 10
 
 # No caller can predict or influence this generator, unlike Python's default generator, which tests
@@ -80,7 +81,7 @@ class Call:
         aliases: Each alias that the call named, and the adapter and generation that it got.
         prompt_tokens: The tokens of all prompts together; 0 until the engine has answered.
         generated_tokens: The number of tokens generated so far.
-        message_bytes: Size of the request message as it came; 0 for a stream of messages.
+        message_bytes: Size of the request message as received; 0 for a stream of messages.
         tenant: See ``Party.tenant``.
         kept_bytes: Memory of the answers that the call collects to send them as a whole.
         trace: The call's span; None if it is not traced.
@@ -129,7 +130,7 @@ class Call:
         Args:
             method: The method.
             sent_ids: The values of ``x-request-id`` that the client sent; the first usable one
-                becomes the call's id. Without one the id is made up.
+                becomes the call's id. Without one, the server generates an id.
             metrics: The metrics that count the call.
             headers: Returns the headers or metadata of the call.
             protocol: The protocol of the call.
@@ -158,11 +159,11 @@ class Call:
 
     @property
     def turn(self) -> bytes:
-        """The party of the call's requests in the queue: the tenant's, or one of their own."""
+        """The party of the call's requests in the queue: the tenant, or one for this call alone."""
         return self.tenant or self.request_id.encode()
 
     def receive(self, num_bytes: int) -> None:
-        """Count bytes of its message until the call ends.
+        """Count bytes of the call's message until the call ends.
 
         Raises:
             QueueFullError: See ``MessageMemory.hold``.
@@ -180,7 +181,7 @@ class Call:
         self.hold(max(num_bytes - UNCOUNTED_BYTES, 0))
 
     def hold(self, num_bytes: int) -> None:
-        """Count bytes that belong to it until the call ends.
+        """Count bytes that belong to the call until it ends.
 
         Raises:
             QueueFullError: See ``MessageMemory.hold``.
@@ -191,7 +192,7 @@ class Call:
             self.at_end(lambda: messages.release(tenant, num_bytes))
 
     def rename(self, request_id: str) -> None:
-        """Take the id that the request message itself carries."""
+        """Use the id that the request message itself contains."""
         self.request_id = request_id
         log.request_id.set(request_id)
 
@@ -231,11 +232,11 @@ class Call:
                 self._logged[key] = int(value) if value.isdecimal() else value
 
     def at_end(self, release: Callable[[], None]) -> None:
-        """Have ``finish`` call ``release``, however the call ends; it must not raise."""
+        """Have ``finish`` call ``release``, however the call ends. ``release`` must not raise."""
         self._at_end.append(release)
 
     def finish(self, code: Code) -> None:
-        """Count the call and log its end; once, and last."""
+        """Count the call and log its end. Call this once, after everything else."""
         for release in self._at_end:
             release()
         self._at_end.clear()
@@ -288,6 +289,6 @@ class Call:
 
 
 def _known(path: str) -> str:
-    """The start of a field's path, without indices, as far as it has names of turret.v1."""
+    """The beginning of a field's path that consists of names of turret.v1, without indices."""
     names = [part.partition("[")[0] for part in path.split(".")]
     return ".".join(itertools.takewhile(_FIELDS.__contains__, names))

@@ -14,7 +14,7 @@ from turret.server.words import say
 # The latest calls that failed, over any protocol, for operators who watch the server.
 
 MAX_FAILURES = 50
-# The message repeats what the client sent, so limit it to what explains the failure.
+# The message may repeat what the client sent, so keep only as much as explains the failure.
 MAX_MESSAGE_CHARS = 500
 
 
@@ -29,7 +29,7 @@ class Failure:
         code: Name of the code that the call ended with.
         reason: A constant for programs, such as ``ADAPTER_NOT_FOUND``.
         message: The message for the client.
-        adapters: The names of the call's adapters, as far as they were known.
+        adapters: The names of the call's adapters, if they were known.
         time: When the call ended, in Unix seconds.
     """
 
@@ -65,8 +65,8 @@ class Fault:
     Attributes:
         code: The code of the error.
         reason: A constant for programs, such as ``ADAPTER_NOT_FOUND``.
-        message: The message for people. Like a description, it is a ``Text`` with a reason and
-            parameters of its own if it is a sentence of the catalogue.
+        message: The message for people. If it is a sentence of the catalogue, it is a ``Text`` with
+            its own reason and parameters, and so is each description.
         metadata: Names and numbers that the message contains.
         violations: ``(field path, description)`` of each invalid field of the request.
         retry_after_seconds: When to try again; None if that would not help.

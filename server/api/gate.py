@@ -57,14 +57,14 @@ class Backend:
     turns: LoopTurns = field(default_factory=LoopTurns)
 
     def close(self) -> None:
-        """Stop fusing and reading; waiting callers get an error. Blocks; drain the engine first."""
+        """Stop fusing and reading. Waiting callers get an error. Blocks. Drain the engine first."""
         self.vocabularies.close()
         self.fuser.close()
         self.registry.close()
 
 
 class ServingGate:
-    """Closed while the model loads and from shutdown on; open in between.
+    """The gate is closed while the model loads and after shutdown begins, and open in between.
 
     Args:
         check: Called before every call; raises UnavailableError while none may be answered.
@@ -94,7 +94,7 @@ class ServingGate:
 
         Raises:
             ServerStartingError: The model is not loaded yet.
-            UnavailableError: The server is draining or dead, or may answer nothing now.
+            UnavailableError: The server is draining or dead, or must not answer anything now.
         """
         if self._backend is None:
             if self._closed_by is None:

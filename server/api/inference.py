@@ -1,8 +1,8 @@
 """The Inference service, independent of the protocol: it takes and returns messages.
 
 It raises TurretErrors. The code of a protocol (gRPC or HTTP) parses its input into a message,
-begins a ``Call`` and iterates over the result. It need not count requests, or cancel those whose
-caller has gone.
+begins a ``Call`` and iterates over the result. It does not have to count requests, or to cancel
+those whose caller has gone.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 class Inference:
     """Answers on behalf of the backend behind the gate.
 
-    Every method raises UnavailableError while the gate is closed and InvalidRequestError for a
-    message with invalid fields, all of which it lists. Other errors are those of ``Engine.submit``.
+    Every method raises UnavailableError while the gate is closed, and InvalidRequestError, which
+    lists all invalid fields of a message. Other errors are those of ``Engine.submit``.
     """
 
     def __init__(self, gate: ServingGate) -> None:
@@ -217,7 +217,7 @@ class Inference:
         return self._gate.enter().tokenizer
 
     def model(self) -> inference_pb2.GetModelResponse:
-        """The base model, this build, and the adapter methods it can load."""
+        """The base model, this build, and the adapter methods that it can load."""
         backend = self._gate.enter()
         return message_of(
             inference_pb2.GetModelResponse,

@@ -49,21 +49,21 @@ if TYPE_CHECKING:
     from turret.server.models.chat_template import ChatFormat
     from turret.server.models.tokenizer import RenderedChat, Tokenizer
 
-# Conversations, from proto to the chat template's form: turns, tools and calls of tools.
+# Conversations, from proto to the chat template's form: turns, tools and tool calls.
 
 
 TOOL_NAME = re.compile(rf"[A-Za-z0-9_.-]{{1,{MAX_TOOL_NAME_CHARS}}}")
 # Cost of every turn, call and tool, in characters, in addition to its text.
 _TURN_CHARS = 32
-# Variables of a chat template that fields of their own set.
+# Variables of a chat template that have separate fields.
 _FIELDS = ("messages", "tools", "add_generation_prompt")
 
 
 def check_chat(chat: inference_pb2.Chat, limits: InputLimits, violations: Violations) -> None:
-    """Check a conversation as far as possible without tokenising it.
+    """Check everything in a conversation that can be checked before it is tokenised.
 
     Raises:
-        PromptTooLongError: The input exceeds the limit, however it is tokenised.
+        PromptTooLongError: The input exceeds the limit however it is tokenised.
     """
     turns = chat.messages
     violations.check(len(turns) > 0, "chat.messages", "EMPTY")
@@ -133,7 +133,7 @@ def _check_object(text: str, violations: Violations, path: str) -> None:
 
 
 def _json(text: str) -> Any:
-    """A value; an empty object for an empty text, and None for one that is not JSON."""
+    """The value of a JSON text: an empty object if it is empty, and None if it is not JSON."""
     try:
         # Unlike ``json.loads``, this rejects halves of surrogate pairs, which no tokenizer takes.
         return from_json(text, allow_inf_nan=False) if text else {}
@@ -198,7 +198,7 @@ def _turn(message: inference_pb2.ChatMessage) -> dict[str, Any]:
 
 
 def _tool(tool: inference_pb2.Tool) -> dict[str, Any]:
-    """A tool in the form that templates are written for, which is OpenAI's."""
+    """A tool in OpenAI's form, which chat templates expect."""
     parameters = _object(tool.parameters) or {"type": "object", "properties": {}}
     function = {"name": tool.name, "description": tool.description, "parameters": parameters}
     return {"type": "function", "function": function}
@@ -308,7 +308,7 @@ def check_input(message: Asked, limits: InputLimits, violations: Violations) -> 
     """Check a message's ``input`` oneof (prompt, chat or token_ids) before it is tokenised.
 
     Raises:
-        PromptTooLongError: The input exceeds the limit, however it is tokenised.
+        PromptTooLongError: The input exceeds the limit however it is tokenised.
     """
     which = message.WhichOneof("input")
     if which is None:
@@ -362,7 +362,7 @@ async def format_of(
 
     Raises:
         InvalidRequestError, UnavailableError: See ``Tokenizer.render_chat``.
-        PromptTooLongError: The input exceeds the limit, however it is tokenised.
+        PromptTooLongError: The input exceeds the limit however it is tokenised.
     """
     found = tokenizer.chat_format
     is_usual = not (chat.chat_template_kwargs or chat.HasField("add_generation_prompt"))

@@ -44,7 +44,7 @@ _SHARED = ("adapters", "inputs")
 def check_inputs(
     inputs: Sequence[inference_pb2.Input], limits: InputLimits, violations: Violations
 ) -> None:
-    """Check every input as far as possible without tokenising it.
+    """Check everything in the inputs that can be checked before they are tokenised.
 
     Raises:
         PromptTooLongError: An input exceeds the limit, however it is tokenised.
@@ -130,7 +130,7 @@ async def pooled(
                 own_tokenizer=vocabulary.own,
                 **shared,
             )
-            # The engine does not know how long the input has waited for others of its call.
+            # The engine does not know how long the input has waited for other inputs of its call.
             waited = time.monotonic() - start
             outputs = outputs_of(backend, request, call, is_whole=True)
             result, finish = await _last(outputs, convert)
@@ -208,7 +208,8 @@ async def classify(
         head, logits = output.head, output.pooled
         assert head is not None
         assert logits is not None
-        # This cannot be checked earlier: the adapter may be replaced until the engine holds it.
+        # This cannot be checked earlier, because the adapter may be replaced until the engine holds
+        # it.
         if count > (most := MAX_LABEL_SCORES // len(logits)):
             raise InvalidRequestError.of(
                 "inputs",

@@ -1,7 +1,7 @@
 """The limits on texts, lists and bytes in requests.
 
-The checks themselves are where the fields are read. The comments in the proto files state the same
-limits, and a test sends more than each.
+The code that reads a field checks its limit. The comments in the proto files state the same limits,
+and a test exceeds each of them.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ MAX_MIX_MEMBERS = 64
 MAX_ALIAS_TARGETS = 16
 MAX_NAME_CHARS = 128
 # Limits on turns of a chat and on entries of logit_bias and of stop_token_ids. Each entry costs
-# time at every step or before the first step, and no client sends as many.
+# time at every step or before the first one, and no client needs this many.
 MAX_CHAT_MESSAGES = 4096
 MAX_ROLE_CHARS = 64
 MAX_TOOLS = MAX_TOOL_CALLS = 128
-# Limit of all turns together: checking this many takes about 50 ms of the event loop.
+# Limit for all turns together. Checking this many blocks the event loop for about 50 ms.
 MAX_CHAT_TOOL_CALLS = 8192
 MAX_TOOL_NAME_CHARS = 64
 MAX_LOGIT_BIASES = 1024
@@ -45,7 +45,7 @@ MAX_INPUTS = 2048
 MAX_EMBEDDING_NUMBERS = 8 << 20
 # Numbers in one message of EmbedStream (2 MiB).
 MAX_STREAMED_NUMBERS = 1 << 19
-# Label scores over all inputs of one call; each takes some hundred bytes.
+# Label scores over all inputs of one call. Each takes a few hundred bytes.
 MAX_LABEL_SCORES = 1 << 20
 # Limit of Tokenize, which also accepts more than the model can read.
 MAX_TOKENIZED = 1 << 17
@@ -62,7 +62,7 @@ class InputLimits:
     """Bounds of a prompt that follow from the model.
 
     Attributes:
-        vocab_size: Token ids are less than this.
+        vocab_size: Token ids must be less than this.
         max_tokens: Maximum number of tokens of a prompt.
         max_chars: Maximum number of characters; a longer text always has more tokens than that.
     """

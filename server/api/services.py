@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, kw_only=True)
 class Services:
-    """The services behind one gate, who may call them, and where calls are counted.
+    """The services behind one gate, with the accepted tokens and the metrics that count calls.
 
     Attributes:
         gate: The gate.

@@ -1,6 +1,6 @@
 """The Training service, independent of the protocol: it takes and returns messages.
 
-Its models are sessions of their own, whose commands the server numbers.
+Each of its models is a separate session, and the server numbers the commands.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from turret.v1 import training_pb2
 if TYPE_CHECKING:
     from turret.server.models.describe import ModelInfo
 
-# After how long without a call a model is dropped. An open call counts all the time.
+# A model is dropped after this time without a call. An open call counts until it ends.
 IDLE_SECONDS = 3600.0
 _LOOK_SECONDS = 60.0
 # The inputs of losses by the fields of ``TrainingDatum``.
@@ -54,7 +54,7 @@ class Training:
     have, and InvalidRequestError for a message with invalid fields, all of which it lists.
 
     Args:
-        tenants: What it shares with other protocols.
+        tenants: The state that it shares with other protocols.
     """
 
     def __init__(self, tenants: Tenants) -> None:
@@ -103,7 +103,7 @@ class Training:
         training, info = tenants.sessions.training(), tenants.info()
 
         async def run() -> Result:
-            # Until its turn, a pass is kept as a message, which takes less memory.
+            # Until it is its turn, a pass is kept as a message, which takes less memory.
             asked = await tenants.read(tenant, lambda: _read_pass(message, info))
             losses = await training.pass_over(
                 model.number,

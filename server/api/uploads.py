@@ -21,12 +21,12 @@ from turret.server.errors import DeadlineExceededError, InvalidRequestError
 from turret.server.words import say
 from turret.v1 import adapters_pb2
 
-# A checkpoint is read from these files; any other file would be stored for nothing.
+# An adapter is read from these files. Any other file would be stored for nothing.
 _REQUIRED = (CONFIG_FILE, TENSORS_FILE)
 UPLOAD_FILES = (*_REQUIRED, *TOKENIZER_FILES)
 _MOST_BYTES = {CONFIG_FILE: MAX_CONFIG_BYTES, **TOKENIZER_FILES}
 MAX_CHUNK_BYTES = 1 << 20
-# A client that is silent for this long has gone, or holds a slot that others wait for.
+# A client that is silent for this long has gone, or holds a place for which others wait.
 IDLE_SECONDS = 60.0
 # Time limit of a whole upload: a base, plus the time that its bytes take at this rate.
 BASE_SECONDS = 120.0
@@ -58,7 +58,7 @@ _New = (
 
 
 def reading_options(message: _New) -> dict[str, Any]:
-    """Options with which the registry reads an adapter's files: a task, a chat template."""
+    """Options with which the registry reads an adapter's files: the task and the chat template."""
     text = message.chat_template
     return {
         "task": message.task if message.HasField("task") else None,
@@ -72,7 +72,7 @@ def check_template(message: _New, violations: Violations, path: str = "chat_temp
 
 
 def checked_header(message: adapters_pb2.UploadAdapterRequest | None) -> adapters_pb2.UploadHeader:
-    """The header, which the first message must be, with every field in its range.
+    """The header, which must be the first message, with every field in its range.
 
     Raises:
         InvalidRequestError: The header is invalid; lists every offending field.
@@ -134,7 +134,7 @@ def check_entry(name: str, size: int, before: Collection[str]) -> None:
 
 
 def check_complete(names: Collection[str]) -> None:
-    """Check that the files of an archive are an adapter.
+    """Check that an archive contains all files of an adapter.
 
     Raises:
         InvalidRequestError: A required file is missing.
@@ -152,12 +152,12 @@ def most_seconds(header: adapters_pb2.UploadHeader) -> float:
 async def receive_chunks(
     messages: Messages, write: Callable[[str, bytes], Awaitable[Any]], seconds: float
 ) -> None:
-    """Hands every chunk to ``write``, in order, until the client is done.
+    """Passes every chunk to ``write``, in order, until the client is done.
 
     Args:
         messages: The messages after the header.
         write: Takes a chunk.
-        seconds: Time limit for all chunks, because a slow client occupies a place, too.
+        seconds: Time limit for all chunks together, because a slow client also occupies a place.
 
     Raises:
         InvalidRequestError: A message is not a chunk, or its chunk is too large.

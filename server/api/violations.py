@@ -37,21 +37,21 @@ class Violations:
         return len(self.found) >= MAX_VIOLATIONS
 
     def check_count(self, count: int, limit: int, path: str) -> bool:
-        """Note a repeated field of more than ``limit`` entries; returns whether it has no more."""
+        """Record a repeated field with more than ``limit`` entries; returns whether it is valid."""
         self.check(count <= limit, path, "TOO_MANY_ENTRIES", most=limit, found=count)
         return count <= limit
 
     def check_chars(self, text: str, limit: int, path: str) -> None:
-        """Note a text of more than ``limit`` characters."""
+        """Record a text of more than ``limit`` characters."""
         self.check(len(text) <= limit, path, "TOO_MANY_CHARACTERS", most=limit, found=len(text))
 
     def check(self, ok: bool, path: str, reason: str, **params: Any) -> None:
-        """Note that a field is invalid for a reason, unless ``ok``."""
+        """Record that a field is invalid for a reason, unless ``ok``."""
         if not ok:
             self.add(path, say(reason, **params))
 
     def check_enum(self, message: Message, name: str) -> None:
-        """Note a number in an enum field that this version does not know."""
+        """Record a number in an enum field that this version does not know."""
         kind, value = message.DESCRIPTOR.fields_by_name[name].enum_type, getattr(message, name)
         assert kind is not None
         choices = ", ".join(each.name for each in kind.values)
@@ -59,14 +59,14 @@ class Violations:
         self.check(is_known, name, "NOT_ONE_OF", value=value, choices=choices)
 
     def check_name(self, name: str, path: str) -> None:
-        """Note a text that cannot be the name of an adapter."""
+        """Record a text that cannot be the name of an adapter."""
         if why := no_adapter_name(name):
             self.add(path, why)
 
     def build(self, kind: Callable[..., _T], values: Mapping[str, Any], path: str) -> _T:
-        """A domain object; every value that it rejects is noted and left at its default.
+        """A domain object. Every value that it rejects is noted, and left at its default.
 
-        The domain objects own the ranges and stop at their first complaint, hence the loop.
+        The domain objects check their own ranges and stop at the first violation, hence the loop.
 
         Args:
             kind: The class of the object.

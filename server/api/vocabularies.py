@@ -35,7 +35,7 @@ class Vocabulary:
     Args:
         tokenizer: Turns text into tokens and back.
         constraints: Compiles constraints; None for a compiler that is made when it is needed.
-        own: The engine's interface to it; None for the base's vocabulary.
+        own: The engine's interface to the vocabulary; None for the base's.
         kept: The compiled constraints of vocabularies that share a budget, if ``constraints`` is
             None; None for a budget of its own.
         like: A vocabulary with the same tokens and end tokens, whose compiler is used; None for a
@@ -86,7 +86,7 @@ class Vocabularies:
 
     Args:
         base: The base model's vocabulary.
-        adapters: Knows which adapters have their own tokenizer or chat template.
+        adapters: Finds adapters with their own tokenizer or chat template.
         tokenizers: Reads them.
         trusts_templates: Whether requests may bring a chat template.
     """
@@ -131,7 +131,7 @@ class Vocabularies:
             weights: The adapters.
             chat_template: The chat template that the request brings; empty without one.
             draw: See ``AdapterRef``.
-            tenant: The client's tenant, whose turn it must be for a tokenizer to be read.
+            tenant: The client's tenant. Tenants take turns in reading tokenizers.
 
         This does not check whether the adapters can be combined, and it ignores unknown names.
 
@@ -188,7 +188,7 @@ class Vocabularies:
     def _was_read(self, key: Key, reading: asyncio.Future[Tokenizer]) -> None:
         del self._reading[key]
         if not reading.cancelled():
-            # Retrieve the exception, or asyncio logs it if no request waits any more.
+            # Retrieve the exception: asyncio would log it if no request waits for it any more.
             reading.exception()
 
     def _vocabulary(self, tokenizer: Tokenizer, key: Key, own: str) -> Vocabulary:

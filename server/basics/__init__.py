@@ -1,1 +1,1 @@
-"""Helpers that all packages use and that import no package: sizes, names, addresses, files."""
+"""Helpers for all packages, such as sizes, names, addresses and files. They import no package."""

@@ -56,7 +56,7 @@ class Confined:
         cpu_seconds: Limit of processor time for each job, so that a job's outcome does not depend
             on the machine's load.
         max_bytes: Limit of the address space.
-        max_answer_bytes: Limit of all answers to a job.
+        max_answer_bytes: Limit on the total size of the answers to a job.
         packages: Installed packages that the program imports.
     """
 
@@ -80,7 +80,7 @@ class Confined:
         self._end: Callable[[], object] = lambda: None
 
     def ask(self, job: object) -> list[Any]:
-        """The answers to a job; both are JSON.
+        """The answers to a job. Both job and answers are JSON.
 
         Raises:
             ConfinedError: The job reached a limit, or the process ended for another reason.
@@ -111,11 +111,11 @@ class Confined:
 
         Args:
             job: See ``ask``.
-            reason: The error's reason if the process ended otherwise.
+            reason: The error's reason if the process ended in another way.
 
         Raises:
             ValueError: The program reports an error, or the job reached a limit.
-            UnavailableError: The process ended otherwise.
+            UnavailableError: The process ended in another way.
             MemoryError, OSError: See ``ask``.
         """
         try:

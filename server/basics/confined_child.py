@@ -37,7 +37,7 @@ def main(program: str, cpu_seconds: str, max_bytes: str, *packages: str) -> None
     try:
         answers = runpy.run_path(program)["answers"]
     except Exception:
-        # No job is to blame for a lack of memory here.
+        # Memory ran out before any job, so no job is to blame.
         sys.exit(_START_FAILED)
     resource.setrlimit(resource.RLIMIT_AS, (int(max_bytes), int(max_bytes)))
     output = sys.stdout.buffer

@@ -24,7 +24,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def sync_directory(path: Path) -> None:
-    """Makes creations, renames and removals in a directory outlive a power failure."""
+    """Makes creations, renames and removals in a directory survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -58,7 +58,7 @@ def replace_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
 
 
 def move_directory(source: Path, target: Path) -> None:
-    """Renames a directory with content that is already synced; ``target`` must not exist."""
+    """Renames a directory whose content is already synced. ``target`` must not exist."""
     source.rename(target)
     sync_directory(target.parent)
 
@@ -106,7 +106,7 @@ def unwritable(path: Path) -> Text | None:
 
 
 def _refused(folder: Path) -> str:
-    """The error of an attempt to write, for file systems without permissions, such as /proc."""
+    """The error of an attempt to write; on file systems such as /proc, permissions mean little."""
     try:
         os.rmdir(tempfile.mkdtemp(prefix=".turret-", dir=folder))
     except OSError as error:

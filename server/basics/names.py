@@ -15,7 +15,7 @@ from turret.server.words import Text, say
 
 # Names of adapters.
 
-# Name of the base model over HTTP, whatever its own name.
+# Name of the base model over HTTP, in addition to its own name.
 BASE = "base"
 # Adapter names that RPCs and --preload accept. They are compared exactly, so parts that a client or
 # proxy might remove from a path (``a//b``, ``a/./b``, ``a/../b``) are not allowed.
@@ -33,7 +33,7 @@ def is_private(name: str) -> bool:
 
 
 def no_adapter_name(name: str) -> Text | None:
-    """The fault in an adapter's name, or None."""
+    """What is wrong with an adapter's name, or None."""
     if ADAPTER_NAME.fullmatch(name):
         return None
     shown = name if len(name) <= _SHOWN_CHARS else f"{name[:_SHOWN_CHARS]}..."
@@ -60,8 +60,8 @@ def is_remote_path(path: str) -> bool:
 def is_below_remote(path: str, prefix: str) -> bool:
     """Whether a remote path is the prefix, or below it.
 
-    A prefix ends at a slash. That of an OCI repository also ends before a tag or digest, but that
-    of a host does not end before a port.
+    A prefix ends at a slash. The prefix of an OCI repository also ends before a tag or digest, but
+    the prefix of a host does not end before a port.
     """
     prefix = prefix.rstrip("/")
     if not is_remote_path(path) or not path.startswith(prefix):
@@ -151,7 +151,7 @@ class HubId:
 def model_place(written: str, folder: Path = Path()) -> Path:
     """The path of a model given by a user; for a model on the hub, the path equals its id.
 
-    Only a text in the form of an id is an id. A missing path that would look like one once it is
+    Only a text in the form of an id is an id. A missing path that would look like an id after it is
     joined with a folder, or without its ``./``, becomes absolute, so that it cannot name a
     stranger's repository.
 

@@ -17,7 +17,7 @@ class Limit(NamedTuple):
         key: Identifies the places.
         most: The number of places.
         reason: The reason of the error if all places are taken.
-        param: The parameter of that error's message with the number of places.
+        param: The parameter of that error's message that contains the number of places.
     """
 
     key: Hashable

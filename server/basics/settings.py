@@ -181,7 +181,7 @@ class Layer(NamedTuple):
 
 
 class _Layers(BaseSettings, Generic[T]):
-    """Layers over each other; the first that has a value wins."""
+    """Layers of settings. The first one that has a value wins."""
 
     config: T
 
@@ -199,14 +199,14 @@ class _Layers(BaseSettings, Generic[T]):
 
 
 def load(model: type[T], layers: Iterable[Layer]) -> T:
-    """The settings of all layers together.
+    """The combined settings of all layers.
 
     Args:
         model: The dataclass of all tables.
         layers: The layers; the first one that has a value wins.
 
     Raises:
-        SettingsError: Keys are unknown, or values are invalid, alone or in combination.
+        SettingsError: Keys are unknown, or values are invalid by themselves or in combination.
     """
     given: dict[str, Any] = {"layers": [each.values for each in layers] or [{}]}
     try:
@@ -284,7 +284,7 @@ def _violations(model: type, error: ValidationError) -> Iterator[Violation]:
         if isinstance(cause, SettingsError):
             yield from cause.violations
             continue
-        # Omit indices, which say little about a list from a variable or a flag.
+        # Omit indices, which mean little for a list from a variable or a flag.
         place = [str(part) for part in each["loc"][1:] if not isinstance(part, int)]
         yield Violation(".".join(place[:2]), _text(model, place, each))
 
@@ -398,7 +398,7 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 
 
 def show(info: FieldInfo | None, value: Any) -> str:
-    """A value as people write it."""
+    """A value in the form in which people write it."""
     if value is None:
         return "-" if info is None or info.default is None else "none"
     if info is not None and is_bytes(info):
@@ -409,7 +409,7 @@ def show(info: FieldInfo | None, value: Any) -> str:
 
 
 def is_optional(info: FieldInfo) -> bool:
-    """Whether None is allowed; it is written ``none``."""
+    """Whether None is allowed, which is written ``none``."""
     return types.NoneType in _parts(info)
 
 

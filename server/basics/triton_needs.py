@@ -1,8 +1,8 @@
-"""The GPU that a process sees, and the other things that Triton needs on a machine.
+"""The GPU that a process sees, and other requirements of Triton.
 
 Triton compiles C code at its first use: its driver and, in version 3.6, a launcher for each form of
-a kernel. For that it needs a C compiler and Python's headers. It writes the results to a folder
-below the home directory, which services and containers often cannot write to.
+a kernel. For this it needs a C compiler and Python's headers. It writes the results to a folder in
+the home directory, to which services and containers often cannot write.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def see_only(device: str, environ: MutableMapping[str, str] = os.environ) -> Non
 
 
 def missing_for_triton() -> str:
-    """The packages that Triton needs and that are missing, in words; empty if none is."""
+    """The missing packages that Triton needs, in words; empty if there are none."""
     missing = []
     if "CC" not in os.environ and not any(map(shutil.which, _COMPILERS)):
         missing.append("a C compiler (gcc or clang, or another one that CC names)")
@@ -52,5 +52,5 @@ def missing_for_triton() -> str:
 
 
 def keep_compiled_in(folder: Path, environ: MutableMapping[str, str] = os.environ) -> None:
-    """Make Triton keep what it compiles in a folder, unless the environment names one."""
+    """Make Triton keep its compiled code in a folder, unless the environment names one."""
     environ.setdefault("TRITON_CACHE_DIR", str(folder))

@@ -16,8 +16,8 @@ _Job = tuple[Future[Any], Callable[[], Any]]
 class FairPool:
     """A pool of threads that serves tenants in turn, one job each.
 
-    However many jobs one tenant has, another tenant's next job waits for at most one of them, and
-    for those that run already.
+    However many jobs one tenant has, another tenant's next job waits for at most one of them, in
+    addition to those that already run.
 
     Args:
         threads: The threads. Nothing else may use them.
@@ -55,7 +55,7 @@ class FairPool:
         with self._lock:
             self._waiting.setdefault(tenant, deque()).append((future, job))
         try:
-            # The thread chooses the job when it starts.
+            # The thread chooses its job when it starts.
             self._threads.submit(self._work)
         except RuntimeError:
             future.cancel()
@@ -89,10 +89,10 @@ class FairPool:
 
 
 class LoopTurns:
-    """Lets coroutines continue one per turn of the event loop, each tenant's in turn.
+    """Lets waiting coroutines continue one per turn of the event loop, with tenants in turn.
 
-    Other events are therefore handled in between, however many coroutines become ready at once. Use
-    an instance on one event loop only.
+    Other events are handled in between, however many coroutines become ready at once. Use an
+    instance on one event loop only.
     """
 
     def __init__(self) -> None:

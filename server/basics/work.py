@@ -1,10 +1,9 @@
-"""Keeps a thread's torch work on that thread, for the engine's sake.
+"""Keeps a thread's torch work on that thread, so that it does not slow down the engine.
 
-libgomp gives every thread that runs a parallel region its own team of workers. Once the teams of
-all threads together outnumber the cores, it stops spinning at barriers and sleeps instead, in all
-of them: on two cores, a decode step of 16 sequences took 43 ms instead of 25 ms as soon as one
-other thread had multiplied a matrix. So threads that read and lower adapters must not open parallel
-regions.
+libgomp gives every thread that runs a parallel region its own team of workers. Once the workers of
+all teams outnumber the cores, libgomp stops spinning at barriers, in all teams, and sleeps instead:
+on two cores, a decode step of 16 sequences took 43 ms instead of 25 ms as soon as one other thread
+had multiplied a matrix. So threads that read and lower adapters must not open parallel regions.
 """
 
 from __future__ import annotations
@@ -34,13 +33,12 @@ _done = threading.local()
 def compute_on_this_thread() -> None:
     """Make the calling thread compute alone from now on. Other threads are not affected.
 
-    Does nothing where torch was built with another OpenMP runtime or another BLAS than it was
-    measured with.
+    Does nothing if torch was built with another OpenMP runtime or BLAS than the measured one.
     """
     if getattr(_done, "value", False):
         return
     _done.value = True
-    # torch sets a thread's team size when first asked for it; later, that would undo this.
+    # Ask for the team size now: torch sets it at the first request, which would later undo this.
     torch.get_num_threads()
     folder = Path(torch.__file__).parent / "lib"
     for pattern, function in (
@@ -48,7 +46,7 @@ def compute_on_this_thread() -> None:
         ("libtorch_cpu.so", "MKL_Set_Num_Threads_Local"),
     ):
         for path in folder.glob(pattern):
-            # The library is already loaded: this looks it up and loads no other.
+            # The library is already loaded, so this only looks it up.
             set_threads = getattr(ctypes.CDLL(str(path)), function, None)
             if set_threads is not None:
                 set_threads(1)
@@ -57,7 +55,7 @@ def compute_on_this_thread() -> None:
 def work_in_background() -> None:
     """Compute on this thread alone, with a low priority, for as long as the thread lives.
 
-    Only Linux has a priority per thread. On other systems, the priority stays as it is.
+    Only Linux has priorities per thread. On other systems, the priority stays the same.
     """
     compute_on_this_thread()
     if sys.platform == "linux":
@@ -67,8 +65,8 @@ def work_in_background() -> None:
 def started_pool() -> ThreadPoolExecutor:
     """A pool of as many threads as asyncio's own, all of them started.
 
-    If the system grants no further thread, a growing pool raises an error for the work, but may
-    still do it later. With started threads, that cannot happen.
+    If the system allows no further thread, a growing pool raises an error for the work, but may
+    still run it later. If all threads are started, this cannot happen.
     """
     count = min(32, (os.cpu_count() or 1) + 4)
     pool = ThreadPoolExecutor(count, thread_name_prefix="worker")
@@ -80,15 +78,15 @@ def started_pool() -> ThreadPoolExecutor:
     return pool
 
 
-# Memory that glibc keeps.
+# Free memory that glibc keeps.
 
 
 def return_free_memory() -> None:
-    """Return to the system what the process has freed. Does nothing where glibc is missing.
+    """Return free memory of the process to the system. Does nothing without glibc.
 
     Each thread that allocates has an arena. glibc returns only the free memory at the end of an
-    arena, so a few small blocks keep hundreds of megabytes behind them. The call takes about 30 ms
-    per 100 MB that it returns, during which other Python threads run.
+    arena, so a few small blocks at the end can retain hundreds of megabytes. The call takes about
+    30 ms per 100 MB that it returns, during which other Python threads run.
     """
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
@@ -108,7 +106,7 @@ class Cancellation:
         return self._cause.done()
 
     def set(self, error: TurretError) -> None:
-        """Ask the work to end with this error; the first one counts."""
+        """Ask the work to end with this error. Only the first error counts."""
         with contextlib.suppress(InvalidStateError):
             self._cause.set_result(error)
 
@@ -129,7 +127,7 @@ class Cancellation:
 # driver (loading a kernel or instantiating a graph), libraries that create a handle, Triton, torch
 # on a CPU, and Python when it starts a thread.
 _WORDS = ("out of memory", "alloc_failed", "can't allocate memory", "can't start new thread")
-# fork() fails with EAGAIN where the number of processes is limited.
+# fork() fails with EAGAIN if the number of processes is limited.
 _NUMBERS = (errno.ENOMEM, errno.EAGAIN)
 
 
@@ -146,7 +144,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def turret_error(error: BaseException, otherwise: str | None = None) -> TurretError:
-    """The error for a caller: a lack of memory, ``otherwise``, or an internal error."""
+    """The error for a caller: out of memory, ``otherwise``, or an internal error."""
     if isinstance(error, TurretError):
         return error
     if is_out_of_memory(error):
@@ -155,10 +153,10 @@ def turret_error(error: BaseException, otherwise: str | None = None) -> TurretEr
 
 
 class _Raises(contextlib.ContextDecorator):
-    """A reusable context manager and decorator that raises another error in place of some.
+    """A reusable context manager and decorator that replaces some errors by others.
 
     Args:
-        other: The error to raise in place of one; None if it stays as it is.
+        other: Returns the replacement for an error; None to keep the error.
     """
 
     def __init__(self, other: Callable[[BaseException], BaseException | None]) -> None:

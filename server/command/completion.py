@@ -16,10 +16,10 @@ _PATHS = ("FILE", "DIR", "PATH", "FILE.svg", "CONFIG")
 _ADAPTER_ARGUMENTS = ("adapters", "mixes")
 # Verbs in which NAME is the name of a new adapter.
 _VERBS_WITH_NEW_NAME = ("turret adapters load", "turret adapters fuse")
-# A zsh without a configuration has not loaded its completion.
+# A zsh without a configuration has not loaded its completion system.
 _ZSH = "#compdef turret\n(( ${+functions[compdef]} )) || { autoload -U compinit && compinit; }\n"
-# Timeout of the call that lists the server's adapters. It usually takes 0.15 s; without an answer,
-# no names are offered.
+# Timeout of the call that lists the server's adapters. It usually takes 0.15 s. Without an answer,
+# no names are suggested.
 _TIMEOUT_SECONDS = 1.0
 
 
@@ -73,7 +73,7 @@ def _prepare(parser: argparse.ArgumentParser, offers: Mapping[str, Sequence[str]
 
 
 def _adapters(parsed_args: argparse.Namespace, **_: object) -> list[str]:
-    """The names of the adapters on the server that the line refers to."""
+    """The names of the adapters on the server to which the line refers."""
     from turret.clients.errors import TurretRpcError
     from turret.clients.verbs.command import connect
 

@@ -1,4 +1,4 @@
-"""The start of the ``turret`` command: it loads the rest, and takes no time itself."""
+"""The entry point of the ``turret`` command. It loads quickly, and then loads the rest."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 
 def main() -> int:
-    """Run the command of ``sys.argv``; returns its exit code."""
+    """Run the command in ``sys.argv``; returns its exit code."""
     # Until something catches KeyboardInterrupt, Ctrl-C ends the process without a traceback. If it
     # is ignored (a background job), it stays ignored.
     is_caught = signal.getsignal(signal.SIGINT) is signal.default_int_handler

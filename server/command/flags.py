@@ -1,8 +1,9 @@
-"""The settings of ``turret serve``: flags over ``TURRET_…`` variables over a TOML file.
+"""The settings of ``turret serve``, from flags, ``TURRET_…`` variables and a TOML file.
 
-All three are derived from ``server/config.py``. The file has a table for each of its dataclasses
-and the flags' names with underscores as keys: ``[listen]`` holds ``http_address``, whose variable
-is ``TURRET_HTTP_ADDRESS``.
+Flags override variables, and variables override the file. All three are derived from
+``server/config.py``. The file has a table for each of its dataclasses. Its keys are the flags'
+names with underscores: ``[listen]`` holds ``http_address``, whose variable is
+``TURRET_HTTP_ADDRESS``.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ class Settings(Generic[C]):
         ]
 
     def as_json(self, config: C, *, with_defaults: bool = False) -> dict[str, Any]:
-        """The settings with where they come from, for machines."""
+        """The settings and their origins, for programs."""
         return {
             key: {"value": value, "origin": origin or "default"}
             for key, value, origin in self.entries(config)
@@ -225,7 +226,7 @@ def unknown_variables(
 ) -> tuple[Violation, ...]:
     """A note for each ``TURRET_…`` variable that looks like a misspelt one."""
     known = {variable_of(name) for name in settings(model)} | _OTHERS
-    # Compare without the prefix that all names share.
+    # Compare the names without their common prefix.
     endings = [name.removeprefix(PREFIX) for name in known]
     notes = []
     for name in sorted(environ):
@@ -270,7 +271,7 @@ def _from_file(info: FieldInfo, name: str, value: str, folder: Path) -> Any:
 def resolved(
     args: argparse.Namespace, command: str, model: type[C] = Config
 ) -> tuple[Settings[C], C] | None:
-    """The settings of the process and the configuration; None if an error was reported."""
+    """The settings of the process, and the configuration; None if an error was reported."""
     is_json = getattr(args, "log_format", os.environ.get("TURRET_LOG_FORMAT")) == "json"
     settings = Settings(model)
     try:

@@ -28,7 +28,7 @@ def exit_code(interrupt: KeyboardInterrupt) -> int:
 
 @contextlib.contextmanager
 def raising_terminated() -> Iterator[None]:
-    """Make SIGTERM raise :class:`Terminated` in the block, unless another handler is installed."""
+    """Make SIGTERM raise :class:`Terminated` in the block, unless it already has a handler."""
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
@@ -49,7 +49,7 @@ def ending_at_interrupts(said: str) -> Iterator[None]:
     """Make signals end the process at once in the block, without an exception.
 
     Args:
-        said: The last line that the process prints.
+        said: The last line for the process to print.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -84,7 +84,7 @@ class Hangup:
 
 
 def _has_terminal() -> bool:
-    # A terminal that has closed no longer counts.
+    # A closed terminal no longer counts as one.
     return any(os.isatty(descriptor) for descriptor in (0, 1, 2))
 
 

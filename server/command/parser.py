@@ -1,4 +1,4 @@
-"""An argument parser with errors on two lines: the fault, and the command to type."""
+"""An argument parser whose errors have two lines: the error, and a command for help."""
 
 from __future__ import annotations
 
@@ -50,16 +50,17 @@ class CommandParser(argparse.ArgumentParser):
     _given: Sequence[str] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Forbid abbreviated flags, because flags of a later version may make them ambiguous."""
+        """Forbid abbreviated flags, because new flags in later versions may make them ambiguous."""
         own: dict[str, Any] = {"allow_abbrev": False, "formatter_class": _Formatter}
         super().__init__(*args, **{**own, **kwargs})
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
-        """Parse as argparse does, but let a verb itself reject unknown arguments, in its name."""
+        """Parse as argparse does, but let a verb itself reject its unknown arguments."""
         self._given = list(sys.argv[1:] if args is None else args)
-        # Check flags first: argparse would report the argument after an unknown flag instead.
+        # Check flags first, because argparse would report the argument after an unknown flag
+        # instead.
         for flag in self._flags():
             if flag not in self._option_string_actions:
                 self._refuse_flag(flag)

@@ -1,7 +1,7 @@
-"""Checks that are possible before torch is imported and the model is read.
+"""Checks that run before torch is imported and the model is read.
 
 A start takes many seconds. Problems with files and ports are reported together in the first second.
-The parts that use the files and ports check them again when they open them.
+The code that uses the files and ports checks them again when it opens them.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def _torch_version() -> str:
 
 
 def base_sizes(model: FoundModel) -> BaseSizes | None:
-    """The sizes of a base that are known before it is read; None for a mixture, or if unknown."""
+    """The sizes of a base, before it is read; None for a mixture of experts, or if unknown."""
     projections = model.projections()
     if projections is None or projections.experts is not None:
         return None

@@ -1,4 +1,4 @@
-"""Messages of ``turret serve`` before it serves: plain lines, or JSON as in the log."""
+"""Messages of ``turret serve`` during startup: plain lines, or JSON as in the log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _REFUSED = "cannot start"
 def refuse(
     found: Iterable[tuple[str, str]], *, is_json: bool, command: str = "turret serve"
 ) -> None:
-    """Report why the server does not start, with one line per fault."""
+    """Report why the server does not start, with one line per error."""
     _say(f"{command}: error", _REFUSED, found, is_json)
 
 

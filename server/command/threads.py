@@ -12,7 +12,7 @@ _OWN_CGROUP = Path("/proc/self/cgroup")
 
 
 def available_cpus(cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUP) -> int:
-    """The number of processors that this process may use, by its affinity and its cgroup's quota.
+    """The number of processors that this process may use, from its affinity and its cgroup's quota.
 
     Without the quota, a container with two of a machine's 64 processors would start 64 threads,
     which would take turns on two processors.
@@ -22,7 +22,7 @@ def available_cpus(cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUP) -> int:
 
 
 def use_threads(threads: int | None, *, is_background: bool = False, niceness: int = 0) -> None:
-    """Set the threads of this process; without effect once torch is loaded.
+    """Set the number of threads of this process. This has no effect once torch is loaded.
 
     Args:
         threads: The configured number; None means ``OMP_NUM_THREADS``, or else ``available_cpus``.

@@ -1,1 +1,1 @@
-"""Constraints on answers: read, compiled by llguidance, and followed token by token."""
+"""Constraints on answers, which llguidance compiles and follows token by token."""

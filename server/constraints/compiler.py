@@ -25,18 +25,20 @@ from turret.server.words import say
 NUM_THREADS = 2
 # Maximum number of constraints that are being compiled or waited for at a time.
 MAX_RUNNING = 64
-# Maximum number of these for one token, so that a quarter of the places is kept for others.
+# Maximum number of these for one token, which leaves a quarter of the places to others.
 MAX_RUNNING_OF_TOKEN = 48
-# The slowest constraint within the limits below took half a second to compile here.
+# Much longer than the half second that the slowest constraint within the limits took.
 COMPILE_SECONDS = 20.0
 # Approximate size of a compiled constraint: up to 9 MB was measured for a schema of 90,000
 # characters.
 _FIXED_BYTES, _CHAR_BYTES = 1 << 20, 128
-# Token slices: where every token that matches one of these is allowed, llguidance allows them
-# together instead of one by one. An expression with a count, such as [a-z ]{1,500}, has a state per
-# character and never reuses a mask: 0.5 ms a mask without slices, 0.02 ms with (49,152 tokens).
+# Token slices: if every token that matches one of these expressions is allowed, llguidance allows
+# them together instead of one by one. An expression with a count, such as [a-z ]{1,500}, has a
+# state per character and never reuses a mask, which takes 0.5 ms without slices and 0.02 ms with
+# them (49,152 tokens).
 _SLICES = ["[a-z ]{1,16}", "[a-zA-Z ]{1,16}", *LLTokenizer.general_slices()]
-# Limit of a lexer, which all answers under one constraint share: 45 MB at worst.
+# Maximum number of states of a lexer, which all answers under one constraint share. They take at
+# most 45 MB.
 _MAX_LEXER_STATES = 1 << 15
 _Followable = tuple[LLTokenizer, Alphabet]
 
@@ -58,7 +60,7 @@ class ConstraintCompiler:
     Args:
         tokens: The model's tokenizer. Another thread begins to read it, which takes half a second
             or more.
-        kept: Keeps compiled constraints; None for a budget of its own.
+        kept: Keeps compiled constraints; None for a separate budget.
     """
 
     def __init__(self, tokens: TokenSource, kept: KeptConstraints | None = None) -> None:
@@ -89,7 +91,8 @@ class ConstraintCompiler:
             tenant: The token that asks for it; empty if all requests share one queue.
 
         Raises:
-            InvalidRequestError: The constraint cannot be read or met; lists the parts at fault.
+            InvalidRequestError: The constraint cannot be read or met. The error lists the invalid
+                parts.
             QueueFullError: Too many others are being compiled, in total or for this token.
             BudgetExceededError: The compilation took too long.
         """
@@ -110,8 +113,8 @@ class ConstraintCompiler:
             self._running[key] = future
             future.add_done_callback(functools.partial(self._keep, key, held))
         try:
-            # Shield the compilation: other requests may wait for it, and later ones find its
-            # result.
+            # Shield the compilation, because other requests may wait for it, and later ones find
+            # its result.
             async with asyncio.timeout(COMPILE_SECONDS):
                 return await asyncio.shield(future)
         except TimeoutError:
@@ -147,7 +150,7 @@ class ConstraintCompiler:
 
         num_bytes = _FIXED_BYTES + _CHAR_BYTES * spec.num_chars
         # Counts and repeated terminals can force texts of megabytes, and llguidance holds the
-        # interpreter's lock while it makes tokens of them. Choices are as long as they were sent.
+        # interpreter's lock while it tokenises them. Choices are only as long as they were sent.
         constraint = Constraint(make, alphabet, num_bytes, forces=spec.kind == "choice")
         # A grammar that matches nothing, or that is too wide at its start, fails at its first mask.
         try:

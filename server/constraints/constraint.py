@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # Copies of a matcher share one lexer's states, which are never freed. After a constraint has used
 # this much processor time (thousands of ordinary answers), it starts with a new lexer.
 RENEW_SECONDS = 0.5
-# Approximate memory of one answer's position in the grammar, without what it shares with others.
+# Approximate memory of one answer's position in the grammar, without the parts that answers share.
 MATCHER_BYTES = 64 << 10
 
 
@@ -67,7 +67,7 @@ class Constraint:
         return self.copy(forces=forces)
 
     def count(self, seconds: float) -> None:
-        """Note processor time that a matcher took."""
+        """Count processor time that a matcher took."""
         self._seconds += seconds
 
     def _renew(self) -> None:
@@ -97,7 +97,7 @@ class KeptConstraints:
         return len(self._kept)
 
     def new_owner(self) -> int:
-        """A number for a new vocabulary, because each vocabulary has compiled forms of its own."""
+        """A number for a new vocabulary, because each vocabulary has its own compiled forms."""
         return next(self._owners)
 
     def find(self, owner: int, digest: bytes) -> Constraint | None:
@@ -108,7 +108,7 @@ class KeptConstraints:
         return found
 
     def keep(self, owner: int, digest: bytes, constraint: Constraint) -> None:
-        """Keep a new compiled form; drop those that were not used for the longest time."""
+        """Keep a new compiled form, and drop the least recently used ones."""
         self._kept[owner, digest] = constraint
         self.num_bytes += constraint.num_bytes
         while len(self._kept) > MAX_CACHED or self.num_bytes > MAX_CACHED_BYTES:

@@ -14,7 +14,8 @@ from turret.server.words import Text, say
 
 Kind = Literal["json_schema", "json_object", "regex", "grammar", "choice"]
 
-# Longest text of a constraint; compiling and following one costs time and stack in proportion.
+# Maximum length of a constraint, because compiling and following it takes time and stack in
+# proportion.
 MAX_CONSTRAINT_CHARS = 1 << 16
 MAX_CHOICES = 1024
 
@@ -38,13 +39,13 @@ class ConstraintSpec:
     @property
     def digest(self) -> bytes:
         """A digest of kind and texts: constraints with the same digest share one compiled form."""
-        # Each answer to each prompt looks its constraint up, so do not loop over a thousand texts.
+        # Each answer to each prompt looks up its constraint, so do not loop over a thousand texts.
         lengths = ",".join(map(str, map(len, self.texts)))
         whole = f"{self.kind} {lengths} {''.join(self.texts)}"
         return hashlib.sha256(whole.encode()).digest()
 
 
-# Search for the places in a JSON schema that llguidance rejects, whose message has only the
+# Finds the places in a JSON schema that llguidance rejects, because its message contains only the
 # keyword.
 
 # Keywords that hold a schema, a list of schemas, or schemas by name.
@@ -142,7 +143,7 @@ def _schemas(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         left += reversed(inner)
 
 
-# Whitespace between the tokens of JSON. It is bounded, because a model that has begun to write
+# Whitespace between the tokens of JSON. It is limited, because a model that has begun to write
 # blanks may never stop.
 WHITESPACE = r"[\x20\x0A\x0D\x09]{0,32}"
 # Formats of Pydantic's schemas that describe the purpose of a string, not its form.
@@ -156,7 +157,7 @@ _JSON_OPTIONS: Any = {
 }
 _ANY_OBJECT = '{"type":"object"}'
 _META = re.compile(r"([\\.+*?()|\[\]{}^$#&~/-])")
-# A second grammar beside the constraint's own; its option applies to both.
+# A second grammar in addition to the constraint's own. Its option applies to both.
 _UNFORCED = {"name": "unforced", "lark_grammar": '%llguidance {"no_forcing": true}\nstart: "x"'}
 # Matches a rule of a Lark grammar, on one line, whose body is a JSON schema.
 _SCHEMA_RULE = re.compile(r"(?m)^\s*(\w+)\s*:\s*%json (\{.*\})\s*$")
@@ -171,7 +172,7 @@ MAX_FAULT_CHARS = 300
 
 
 def grammar_of(spec: ConstraintSpec) -> str:
-    """The grammar of a constraint; only its form has been checked.
+    """The grammar of a constraint. Only its form has been checked.
 
     Raises:
         InvalidRequestError: The constraint cannot be read.
@@ -185,7 +186,8 @@ def grammar_of(spec: ConstraintSpec) -> str:
     if spec.kind == "json_schema":
         return _schema_grammar(spec.texts[0])
     if spec.kind == "choice":
-        # Use one alternation: with a rule per choice, the parser would follow all of them at once.
+        # Use one alternation, because with a rule per choice the parser would follow all of them at
+        # once.
         texts = "|".join(_META.sub(r"\\\1", text) for text in spec.texts)
         return LLMatcher.grammar_from_regex(f"(?:{texts})")
     if spec.kind == "regex":

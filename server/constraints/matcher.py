@@ -55,7 +55,7 @@ class Alphabet:
         """Leave in a mask, in place, the tokens that can be drawn.
 
         Args:
-            words: ``[num_words]`` int32, with a token at least.
+            words: ``[num_words]`` int32, with at least one token.
 
         Returns:
             Whether any is left.
@@ -82,12 +82,12 @@ def words_of(token_ids: Iterable[int], num_words: int) -> Words:
     return np.packbits(bits, bitorder="little").view(np.int32)
 
 
-# Threads with room on their stacks: llguidance follows nested rules by recursion.
+# Threads with large stacks, because llguidance follows nested rules by recursion.
 #
 # On an ordinary stack of 8 MiB, a grammar of a few thousand nested rules crashes the process. The
 # length of a constraint limits how deeply its rules nest, so these stacks are large enough for
 # every accepted constraint (measured: 2 KiB per rule, of at least 8 characters). A stack only
-# reserves address space; it takes memory as far as it is used.
+# reserves address space, and takes memory only where it is used.
 
 STACK_BYTES = MAX_CONSTRAINT_CHARS * (4 << 10)
 
@@ -96,8 +96,8 @@ _lock = threading.Lock()
 
 @contextlib.contextmanager
 def _roomy_stacks() -> Iterator[None]:
-    # The stack size is a setting of the whole process: a thread started meanwhile elsewhere gets it
-    # too.
+    # The stack size is a setting of the whole process, so a thread that starts elsewhere meanwhile
+    # gets it, too.
     with _lock:
         before = threading.stack_size(STACK_BYTES)
         try:
@@ -159,7 +159,7 @@ class Matcher:
         """Check that the constraint allows the beginning of an answer.
 
         Raises:
-            InvalidRequestError: It does not.
+            InvalidRequestError: The constraint does not allow it.
         """
         num_allowed = self._native.validate_tokens(list(token_ids))
         if num_allowed < len(token_ids):
@@ -170,7 +170,7 @@ class Matcher:
         """Advance by a token, which the last mask allowed.
 
         Raises:
-            BudgetExceededError: The grammar is too complex to go on.
+            BudgetExceededError: The grammar is too complex to continue.
         """
         self._tokens.append(token_id)
         self._follow(lambda: self._native.consume_token(token_id), again=_nothing)
@@ -178,7 +178,7 @@ class Matcher:
     def try_advance(self, token_id: int, withheld: Collection[int] = ()) -> int | None:
         """Advance by a token if the mask allows it, or else by the only token that it allows.
 
-        This costs a tenth of making the mask.
+        This costs a tenth as much as a mask.
 
         Args:
             token_id: The token.
@@ -211,7 +211,7 @@ class Matcher:
         """The tokens that may come next, ``[words]`` int32: token ``t`` is bit ``t % 32``.
 
         Args:
-            withheld: Tokens that may not come while another one may.
+            withheld: Tokens that are forbidden as long as another token is allowed.
 
         Raises:
             BudgetExceededError: The grammar is too complex to go on, or took too long.
@@ -225,7 +225,7 @@ class Matcher:
 
         self._follow(fill, again=fill)
         self._check_time()
-        # llguidance raises an error where a mask would be empty.
+        # llguidance raises an error if a mask would be empty.
         if not self._alphabet.keep_drawable(words):
             raise BudgetExceededError(say("CONSTRAINT_DEAD_END"))
         return without(words, withheld)
@@ -235,7 +235,7 @@ class Matcher:
             raise BudgetExceededError(say("CONSTRAINT_TOO_SLOW"))
 
     def _forced(self) -> int | None:
-        """The only allowed token, if the grammar forces a text here; else None."""
+        """The only allowed token, if the grammar forces a text here; otherwise None."""
         if not self._forces:
             return None
         forced = self._native.compute_ff_tokens()
@@ -255,10 +255,10 @@ class Matcher:
         return None
 
     def _follow(self, work: Callable[[], object], again: Callable[[], object]) -> None:
-        """Do something with the native matcher, and if its lexer is full, ``again`` with a new one.
+        """Use the native matcher. If its lexer is full, call ``again`` with a new matcher.
 
-        The new matcher first takes in all tokens so far. Other answers may have filled the lexer,
-        and an answer must not depend on them.
+        The new matcher first consumes all tokens so far. Other answers may have filled the lexer,
+        and an answer must not depend on other answers.
         """
         start = time.thread_time()
         work()
@@ -275,7 +275,7 @@ class Matcher:
 
 
 def without(words: Words, withheld: Collection[int]) -> Words:
-    """A mask without some tokens, unless nothing would be left of it."""
+    """A mask without some tokens, unless it would then be empty."""
     size = 32 * words.shape[0]
     # Common case: the mask contains none of the withheld tokens.
     present = [t for t in withheld if t < size and words[t >> 5] >> (t & 31) & 1]

@@ -1,1 +1,1 @@
-"""The engine: the waiting line, the step, and the thread that owns the device."""
+"""The engine: the queue, the step, and the thread that owns the device."""

@@ -33,15 +33,15 @@ from turret.server.words import say
 class AnswerText:
     """Turns tokens into final text and reports which token ends the answer.
 
-    Returned text is never taken back: text that might be the beginning of a stop string is held
-    until the next tokens decide.
+    Returned text is final: text that might be the beginning of a stop string is held back until the
+    next tokens decide.
 
     Args:
         stream: Decodes token by token.
         stop: When the answer ends; ``max_tokens`` is ignored.
         eos_token_ids: The model's end-of-sequence tokens.
-        is_constrained: Whether a constraint applies: end tokens are then drawn only if the answer
-            is complete, and always end it.
+        is_constrained: Whether a constraint applies. If so, end tokens are drawn only when the
+            answer is complete, and always end it.
 
     Attributes:
         stopped_by: The stop string or token that has ended the answer, or None.
@@ -67,8 +67,8 @@ class AnswerText:
         """Add a token.
 
         Returns:
-            The text that it makes final. If a stop string was found, everything before it (and,
-            with ``include_stop``, the stop string too).
+            The text that is now final. If a stop string was found, this is everything before it,
+            and with ``include_stop`` the stop string as well.
         """
         self._num_tokens += 1
         # Below ``min_tokens``, stop strings in the text so far are ignored.
@@ -96,7 +96,7 @@ class AnswerText:
         return text
 
     def replay(self, tokens: Collection[int]) -> None:
-        """Take in the tokens of an earlier answer to the same request, without returning its text.
+        """Add the tokens of an earlier answer to the same request, without returning its text.
 
         Raises:
             InvalidRequestError: One of these tokens already ends the answer.
@@ -107,7 +107,7 @@ class AnswerText:
                 raise InvalidRequestError.of("answer_so_far", say("ANSWER_ENDED", index=index))
 
     def flush(self) -> str:
-        """Text held back, for an answer that ends for another reason."""
+        """The text that was held back, for an answer that ends for another reason."""
         text, self._held = self._held, ""
         return text
 
@@ -125,8 +125,8 @@ class AnswerText:
 # The asyncio end of a request: an async iterator of its outputs.
 
 
-# Maximum unread output of one answer, without the item to be read next (which may hold a long
-# prompt's logprobs).
+# Maximum unread output of one answer, not counting the next item to be read, which may hold the
+# logprobs of a long prompt.
 MAX_UNREAD_BYTES = 8 << 20
 
 
@@ -153,7 +153,7 @@ class Stream:
         self._hold = hold
         self._held = 0
         self._items: deque[tuple[Output | TurretError, int]] = deque()
-        # The reader's future; cheaper per token than an asyncio.Event.
+        # The reader's future, which costs less per token than an asyncio.Event.
         self._waiter: asyncio.Future[None] | None = None
         self._ended = False
         self._overflowed = False
@@ -212,7 +212,7 @@ class Stream:
         self._hold(num_bytes)
 
     def _let_go(self) -> None:
-        """Stop accounting for memory and release the request, whatever items still arrive."""
+        """Stop counting memory and release the request, even if more items arrive."""
         self._hold(-self._held)
         self._held = 0
         self._own_bytes = 0
@@ -267,7 +267,7 @@ class Answer:
         self._prompt_logprobs_taken = False
 
     def add_prompt_logprobs(self, found: SequenceOf[PromptLogprob]) -> None:
-        """Collect scored prompt positions; a recomputed position is not counted twice."""
+        """Collect scored prompt positions. A recomputed position is not counted twice."""
         if self._prompt_logprobs_taken:
             return
         prompt = self.sequence.request.prompt_token_ids

@@ -59,8 +59,8 @@ class Engine:
         tokenizer: The base's tokenizer.
         metrics: Counts.
         max_model_len: Maximum number of tokens (prompt and output) of one sequence.
-        max_queued_requests: Maximum number of waiting requests; one more is rejected. A quarter of
-            the places is kept from each tenant, for others.
+        max_queued_requests: Maximum number of waiting requests. Further ones are rejected. One
+            tenant may have three quarters of the places.
         max_queued_bytes: Maximum memory of waiting and running requests and of unread answers. A
             request that would exceed it is rejected, unless it is the only one.
         long_from: ``Arch.long_from`` of the model.
@@ -98,7 +98,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._max_queued_requests = max_queued_requests
         self.max_queued_bytes = max_queued_bytes
-        self._held_bytes = 0  # counted on the event loop
+        self._held_bytes = 0  # Counted on the event loop.
         self._block_size = scheduler.blocks.block_size
         self._num_blocks = scheduler.blocks.num_blocks - 1
         self.max_model_len = min(max_model_len, self._num_blocks * self._block_size)
@@ -116,7 +116,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._event_loop: asyncio.AbstractEventLoop | None = None
         self._idle = asyncio.Event()
-        self._num_open = 0  # streams not ended, counted on the event loop
+        self._num_open = 0  # Streams that have not ended, counted on the event loop.
         self.dead = asyncio.Event()
 
     @property
@@ -146,7 +146,7 @@ class Engine:
         start_roomy(self._thread)
 
     async def submit(self, request: Request) -> Stream:
-        """Take in a request.
+        """Accept a request.
 
         Raises:
             UnavailableError: Not started, draining or dead.
@@ -214,7 +214,7 @@ class Engine:
         return waiting.outcome
 
     def run_background(self, work: Callable[[Callable[[], None]], T]) -> Future[T]:
-        """Run work on the engine thread that yields to requests; callable from any thread.
+        """Run work that yields to requests on the engine thread. Callable from any thread.
 
         Args:
             work: Takes a function that it calls between its parts.
@@ -244,7 +244,7 @@ class Engine:
         return outcome
 
     async def drain(self, grace_seconds: float) -> None:
-        """Refuse new requests, let running ones finish, cancel what is left, stop the thread."""
+        """Reject new requests, let running ones finish, cancel the rest, and stop the thread."""
         self._draining = True
         if self._thread is None:
             return
@@ -320,7 +320,7 @@ class Engine:
         return text
 
     def _make_sequence(self, request: Request, mix: Mix, arrival: float) -> Sequence:
-        """Lay out the positions before the prompt that an adapter of the mix fills."""
+        """Make the sequence, with the positions before the prompt that an adapter fills."""
         soft = [
             (adapter, weight)
             for adapter, weight in mix.members
@@ -357,7 +357,7 @@ class Engine:
     def _check_length(self, request: Request, sequence: Sequence) -> int:
         """The maximum number of tokens to generate. Virtual positions do not count as text."""
         prompt = len(request.prompt_token_ids)
-        # A sequence with a first pass holds twice the blocks.
+        # A sequence with a first pass takes twice as many blocks.
         capacity = self._num_blocks // len(sequence.passes) * self._block_size
         limit = min(self.max_model_len, capacity - sequence.num_virtual)
         wanted = request.stop.max_tokens
@@ -391,7 +391,7 @@ class Engine:
         return max_tokens
 
     def hold(self, num_bytes: int) -> None:
-        """Count memory that requests or their answers take (negative: no longer take)."""
+        """Count memory that requests or their answers take. Negative numbers free memory."""
         self._held_bytes += num_bytes
 
     def _deliver(self, outbox: Outbox) -> None:

@@ -1,7 +1,7 @@
-"""The engine thread's loop: read commands, expire deadlines, schedule, run, hand out.
+"""The engine thread's loop: reads commands, ends expired requests, schedules and runs steps.
 
-Everything here belongs to the engine thread. Other threads reach it through ``post``. It reaches
-the event loop through ``send``, with one call for all outputs of a step.
+Everything here belongs to the engine thread. Other threads call it through ``post``. It passes all
+outputs of a step to the event loop in one call of ``send``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from turret.server.words import say
 
 
 def check_heads(request: Request, mix: Mix) -> None:
-    """Reject a request that the mix's adapters were not trained for.
+    """Reject a request for which the mix's adapters were not trained.
 
     Raises:
         InvalidRequestError: Classifying requires exactly one adapter with a head; generating and
@@ -68,10 +68,10 @@ def check_heads(request: Request, mix: Mix) -> None:
 
 
 def check_vocabulary(request: Request, mix: Mix) -> int:
-    """Reject a request whose tokens are not those of its adapters.
+    """Reject a request whose tokens come from another tokenizer than that of its adapters.
 
     Returns:
-        The number of logits of the model that answers; 0 for the base's number.
+        The number of logits of the model with these adapters; 0 for the base's number.
 
     Raises:
         InvalidRequestError: Several adapters have their own vocabulary, or one does and its weight
@@ -155,24 +155,26 @@ _log = logging.getLogger(__name__)
 
 Outbox = list[tuple[Stream, Output | TurretError]]
 
-# Work that yields to requests, such as training. It is called on the engine thread with a function
-# that it calls at least every few milliseconds, and in which steps of requests may run.
+# Work that yields to requests, such as training. It is called on the engine thread. Its argument is
+# a function that it must call at least every few milliseconds; steps of requests run inside that
+# call.
 Background = Callable[[Callable[[], None]], None]
 # The share of the time that background work gets while requests run.
 _BACKGROUND_SHARE = 0.15
-# The maximum debt to requests. Without it, background work would wait long after a pause.
+# Maximum time that background work can owe to requests. Without it, background work would wait too
+# long after a pause.
 _MOST_OWED_SECONDS = 10.0
 
 
 class StoppedError(Exception):
-    """The engine ends, and background work with it."""
+    """The engine is stopping, so background work must end."""
 
 
 class EngineFailedError(BaseException):
-    """A step of requests failed within background work, which must not handle this."""
+    """A step of requests failed within background work, which must not catch this."""
 
 
-# A lock's time-out overflows at some 292 years; after an hour the loop just looks again.
+# The timeout of a lock overflows at 292 years. After an hour, the loop just looks again.
 _MAX_WAIT_SECONDS = 3600.0
 
 
@@ -192,7 +194,7 @@ class EngineLoop:
         allow_merged_twice: Whether requests may name adapters that are part of the base.
 
     Attributes:
-        is_dead: The loop failed; nothing will be served any more.
+        is_dead: Whether the loop has failed. Nothing is served after that.
     """
 
     def __init__(
@@ -225,8 +227,8 @@ class EngineLoop:
         self._between = _Between(self, metrics)
         self._change: BaseChange | None = None
         self._allow_merged_twice = allow_merged_twice
-        # Uuids of the adapters that are part of the base, and digests of their weights, which other
-        # names may have too.
+        # Uuids of the adapters that are part of the base, and digests of their weights, because
+        # other names may have the same weights.
         self._merged: frozenset[str] = frozenset()
 
     # Callable from any thread, except ``submit``.
@@ -236,7 +238,7 @@ class EngineLoop:
         self._inbox.put(command)
 
     def post_background(self, work: Background) -> None:
-        """Post work that runs while no request does, and a little beside requests."""
+        """Post work that runs while no request does, and a little of the time otherwise."""
         self._inbox.put(lambda: self._background.append(work))
 
     @property
@@ -245,11 +247,11 @@ class EngineLoop:
         return len(self._scheduler.waiting) + len(self._posted)
 
     def num_waiting_of(self, tenant: bytes) -> int:
-        """The number of a tenant's requests among these."""
+        """Number of waiting requests of one tenant."""
         return self._scheduler.waiting.num_waiting(tenant) + self._posted.count(tenant)
 
     def submit(self, answer: Answer) -> None:
-        """Post a request; always from the same thread."""
+        """Post a request. Always call this from the same thread."""
 
         def take() -> None:
             self.add(answer)
@@ -260,13 +262,13 @@ class EngineLoop:
 
     @property
     def is_ending(self) -> bool:
-        """Whether nothing new will be computed."""
+        """Whether the engine is stopping, so that nothing new will be computed."""
         return self._stopping or self.is_dead
 
     # Commands, which other threads post.
 
     def add(self, answer: Answer) -> None:
-        """Take in a request."""
+        """Accept a request."""
         sequence = answer.sequence
         self._answers[sequence] = answer
         if sequence.request.deadline is not None:
@@ -301,12 +303,12 @@ class EngineLoop:
         self._flush()
 
     def forget_adapter(self, key: str) -> None:
-        """Free what the device holds of an adapter that is gone, unloaded or replaced."""
+        """Free the device memory of an adapter that was unloaded or replaced."""
         self._runner.forget_adapter(key)
         self._observer.adapter_bytes()
 
     def change_base(self, change: BaseChange) -> None:
-        """Change the base weights once no request runs; those that wait stay in the line."""
+        """Change the base weights once no request runs. Waiting requests stay in the queue."""
         if self._stopping or self.is_dead:
             change.refuse()
             return
@@ -345,7 +347,7 @@ class EngineLoop:
         """Run a step of requests within background work, if there is one to run.
 
         Raises:
-            StoppedError: The engine ends.
+            StoppedError: The engine is stopping.
             EngineFailedError: A step failed.
         """
         if not self._has_work and self._inbox.empty():
@@ -377,7 +379,7 @@ class EngineLoop:
     def _read_inbox(self, *, waits: bool = True) -> None:
         """Run posted commands; with ``waits``, wait for one if there was nothing to compute.
 
-        Only a command or a deadline can create work. A sequence in the line, even a ready one, may
+        Only a command or a deadline can create work. A sequence in the queue, even a ready one, may
         still have to wait for others.
         """
         if waits and not self._has_work and not self._background:
@@ -492,7 +494,7 @@ class EngineLoop:
             self._observer.preempted(num_preempted)
 
     def _advance(self, answer: Answer, item: Scheduled, result: StepResult, now: float) -> None:
-        """Hand out what a step produced for one request."""
+        """Deliver the results of a step for one request."""
         sequence = answer.sequence
         scored = result.prompt_logprobs.get(sequence)
         if scored is not None:
@@ -608,9 +610,10 @@ class EngineLoop:
 
 
 class _Between:
-    """Called between the parts of background work: serves requests until they have had their share.
+    """Called between parts of background work; serves requests until they have had their share.
 
-    Time that requests are owed at the end of one work is given to them before the next.
+    Time that is still owed to requests when the work ends is given to them before the next work
+    begins.
 
     Args:
         loop: The loop.

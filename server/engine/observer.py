@@ -11,12 +11,13 @@ from turret.server.engine.scheduling.sequence import Sequence, Step
 from turret.server.engine.step.runner import Runner, StepResult
 from turret.server.metrics import Metrics
 
-# How old the lists of adapters in use may be: a thousand waiting requests are not walked each step.
+# Maximum age of the lists of adapters in use, so that not every step walks a thousand waiting
+# requests.
 _LISTED_SECONDS = 0.25
 
 
 class LoopObserver:
-    """Reads the engine thread's state and feeds the metrics; changes nothing but time stamps.
+    """Reports the engine thread's state to the metrics; changes nothing but time stamps.
 
     Args:
         scheduler: The scheduler whose sequences and blocks are counted.
@@ -30,7 +31,7 @@ class LoopObserver:
         self._metrics = metrics
         self._listed_at = 0.0
         blocks = scheduler.blocks
-        # The first block holds padding.
+        # The first block is padding.
         metrics.kv_cache(block_size=blocks.block_size, num_blocks=blocks.num_blocks - 1)
         # Publish an idle state before the first step.
         self.state()
@@ -41,7 +42,7 @@ class LoopObserver:
             self._metrics.preempted(count)
 
     def scheduled(self, sequence: Sequence, now: float) -> None:
-        """Record that a sequence is part of the step that begins, and the time of its first one."""
+        """Record that a sequence is part of the coming step, and the time of its first step."""
         if sequence.scheduled_at is None:
             sequence.scheduled_at = now
             self._metrics.queued(now - sequence.arrival)

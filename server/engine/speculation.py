@@ -1,4 +1,4 @@
-"""Speculative decoding: drafts from earlier text, and statistics of when drafts pay."""
+"""Speculative decoding: drafts from earlier text, and statistics that show when drafts pay off."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PRIOR = (0.0, 0.15, 0.35, 0.5, 0.65, 0.75, 0.8, 0.85, 0.9)
 _RATE = 0.2
 # Upper bound of a probability: any answer may end.
 _MOST = 0.97
-# When drafts do not pay, one token is still tried each time this many drafts were skipped.
+# If drafts do not pay off, one token is still tried after this many skipped drafts.
 _TRY_EVERY = 32
 
 
@@ -33,7 +33,7 @@ class Chances:
         return min(self._chances[min(match, MAX_MATCH)], _MOST)
 
     def pass_over(self, match: int) -> bool:
-        """Note a draft that does not pay; returns whether to try it anyway, to notice a change."""
+        """Record a draft that does not pay off; returns whether to try it anyway, as a test."""
         self._passed_over[match] += 1
         if self._passed_over[match] < _TRY_EVERY:
             return False
@@ -56,17 +56,17 @@ class Chances:
 
 # Search for earlier occurrences of a text's last tokens.
 
-# Maximum number of tokens to compare at one place; a longer match does not predict better.
+# Maximum number of tokens to compare at one position. A longer match does not predict better.
 MAX_MATCH = 8
-# Maximum number of places to compare for one token, the latest first.
+# Maximum number of positions to compare for one token, the latest first.
 _MAX_PLACES = 16
 
 
 class TextIndex:
     """Finds the last tokens of a text earlier in the same text, or in another text.
 
-    A dictionary has the latest place of each token, and a table has the previous place for each
-    place. A token is added in constant time and takes about forty bytes.
+    A dictionary has the latest position of each token, and a table has the previous position of the
+    same token for each position. A token is added in constant time and takes about forty bytes.
 
     Args:
         tokens: The text, which may only grow at its end.
@@ -78,7 +78,7 @@ class TextIndex:
         self._tokens = tokens
         self._start = start
         self._most = most
-        # The index after a token's latest place: where its follower stands.
+        # The index after a token's latest position, where the following token is.
         self._latest: dict[int, int] = {}
         # Position minus ``_start`` → the token's previous position, or -1.
         self._before = array("q")
@@ -100,14 +100,14 @@ class TextIndex:
             latest[token] = index
 
     def find(self, tail: Sequence[int]) -> tuple[int, int]:
-        """The place with the longest match between the tokens before it and the end of ``tail``.
+        """The position with the longest match between the tokens before it and the end of ``tail``.
 
         Args:
             tail: At least one token; the text itself, or another.
 
         Returns:
-            The index of the token that followed there, and the number of agreeing tokens, at most
-            ``MAX_MATCH``; the latest of equal places. (0, 0) if there is none.
+            The index of the token that follows the match, and the number of matching tokens, at
+            most ``MAX_MATCH``. Of equal matches, the latest one. (0, 0) if there is none.
         """
         tokens, end = self._tokens, len(tail) - 1
         best, longest = 0, 0
@@ -172,7 +172,7 @@ class StepCost:
         if self._spread <= 0.0 or self._seconds <= 0.0:
             return
         # Least squares. The initial guess counts as observations of spread _SPREAD on the line
-        # through the mean that ``_FIRST`` gives.
+        # through the mean that follows from ``_FIRST``.
         guess = self._seconds / (_FIRST + self._rows)
         each = (self._slope + _SPREAD * guess) / (self._spread + _SPREAD)
         fixed = _MOST_ROWS if each <= 0.0 else self._seconds / each - self._rows
@@ -185,11 +185,11 @@ _MAX_ROWS = 96
 
 
 class StepPlan:
-    """Decides whether one more draft token in a step is worth the cost of its row.
+    """Decides whether one more draft token in a step is worth its row.
 
-    A step of ``r`` rows takes the time of ``fixed_rows + r`` rows. A draft token pays if its chance
-    is higher than the step's tokens per row of time. So a single request drafts if one in eight
-    tokens is right, but 64 requests only if nine in ten are.
+    A step of ``r`` rows takes the time of ``fixed_rows + r`` rows. A draft token pays off if its
+    chance is higher than the number of tokens that the step produces per row of time. So a single
+    request drafts if one in eight tokens is right, but 64 requests only if nine in ten are.
 
     Args:
         num_rows: Rows of the step, each of which a request needs.
@@ -259,10 +259,11 @@ class MixMemory:
 # Drafts for one answer: from its prompt, from its own text, and from earlier answers of its mix.
 #
 # Prompt lookup (A. Saxena, 2023; the copying of arXiv 2304.04487): an answer that extracts, quotes
-# or formats repeats runs of its prompt's tokens, so what followed there is a guess at what follows
-# here. Answers of one adapter resemble each other as well (retrieval, arXiv 2311.08252).
+# or formats repeats runs of its prompt's tokens, so the tokens that followed such a run earlier are
+# a guess at the next tokens. Answers of one adapter resemble each other as well (retrieval, arXiv
+# 2311.08252).
 
-# Draft tokens per sequence and step. With the known token that is 16 rows, two groups of rows in
+# Draft tokens per sequence and step. With the known token, these are 16 rows, two groups of rows in
 # the kernels.
 MAX_DRAFT = 15
 # Tokens of a sequence that are searched, prompt included.
@@ -357,7 +358,7 @@ class Drafter:
             memory.add(self._answer)
 
     def _read(self) -> None:
-        """Take in the new tokens of the answer."""
+        """Add the new tokens of the answer."""
         self._answer += self._tokens[self._prompt_end + len(self._answer) - 1 :]
 
     def _after(self, place: int, count: int) -> list[int]:

@@ -77,12 +77,13 @@ def finite(logprob: float) -> float:
 
 
 def _bytes_of(text: str) -> list[int] | None:
-    # A token that is part of a character has no text of its own, so its bytes are not known here.
+    # A token that is only part of a character has no text of its own, so its bytes are unknown
+    # here.
     return None if _REPLACEMENT in text else list(text.encode())
 
 
 def _name(token: inference_pb2.TokenLogprob | inference_pb2.TopLogprob, *, names_ids: bool) -> str:
-    """The text of a token, or its id as in vLLM, which also identifies a part of a character."""
+    """The text of a token, or its id as in vLLM, which also identifies parts of characters."""
     return f"token_id:{token.token_id}" if names_ids else token.text
 
 
@@ -139,7 +140,10 @@ class CompletionLogprobs:
 
 
 def _by_name(token: inference_pb2.TokenLogprob, *, names_ids: bool) -> dict[str, float]:
-    """The likeliest tokens and the sampled one; of several with the same name, the likeliest."""
+    """The likeliest tokens and the sampled one.
+
+    Of several with the same name, the likeliest counts.
+    """
     found: dict[str, float] = {}
     for each in (*token.top, token):
         found.setdefault(_name(each, names_ids=names_ids), finite(each.logprob))

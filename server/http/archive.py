@@ -34,7 +34,8 @@ _BLOCK = tarfile.BLOCKSIZE
 # A folder of checkpoints has fewer files.
 _MAX_ENTRIES = 1024
 _MAX_PADDING = 1 << 20
-# Entries with the next entry's name if that has over 100 characters, in GNU's and POSIX's form.
+# Entries that contain the next entry's name if it has over 100 characters, in GNU's and POSIX's
+# form.
 _LONG_NAMES = {
     tarfile.GNUTYPE_LONGNAME: re.compile(rb"([^\0]+)"),
     tarfile.XHDTYPE: re.compile(rb"^\d+ path=(.+)$", re.MULTILINE),
@@ -75,7 +76,7 @@ def _header(query: Mapping[str, str]) -> adapters_pb2.UploadHeader:
 
 
 class _Archive:
-    """Reads a tar archive while it arrives; at most a message of it is in memory.
+    """Reads a tar archive while it arrives. Only one message of it is in memory at a time.
 
     Args:
         receive: ASGI's function.
@@ -92,7 +93,7 @@ class _Archive:
         """The entries: name without folders, or empty unless it is a file; size in bytes; content.
 
         Raises:
-            InvalidRequestError: The body is not an archive, is cut, or has too many entries.
+            InvalidRequestError: The body is not an archive, is truncated, or has too many entries.
             DeadlineExceededError: The client was silent for too long, or is too slow.
             ClientGoneError: The client closed the connection.
         """

@@ -229,7 +229,7 @@ def chat_of(messages: list[Message], body: ChatOnly) -> inference_pb2.Chat:
 
 
 def inputs_of(body: InputsRequest, names: dict[str, str]) -> list[inference_pb2.Input]:
-    """The entries of ``input``, or the one conversation in ``messages``, which is vLLM's form."""
+    """The entries of ``input``, or the single conversation in vLLM's field ``messages``."""
     if body.messages is not None:
         names.update(_CHAT_INPUT_NAMES)
         return [inference_pb2.Input(chat=chat_of(body.messages, body))]
@@ -305,7 +305,7 @@ def tools_of(
         del chat.tools[:]
         chat.tools.extend(shown)
     if is_parallel is None:
-        # Clients that force a call read only the first.
+        # Clients that force a call read only the first one.
         is_parallel = not must_call
     return ToolUse(
         {name: functions[name].parameters for name in names}, must_call, is_parallel, paths

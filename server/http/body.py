@@ -20,7 +20,7 @@ from turret.server.words import say
 
 # The same limit as for a gRPC message.
 MAX_BODY_BYTES = 4 << 20
-# A slower client has probably gone, and would hold a slot that others wait for.
+# A slower client has probably gone, and would hold a place for which others wait.
 BODY_SECONDS = 60.0
 # Maximum number of lists and objects in a body; 4096 turns with tool calls have 30,000.
 MAX_CONTAINERS = 1 << 15
@@ -119,7 +119,7 @@ def _num_containers(data: bytes) -> int:
     if most <= MAX_CONTAINERS:
         return most
     # Brackets in strings do not count. Once escapes are removed, every second part between quotes
-    # is outside of strings.
+    # is outside strings.
     bare = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     return sum(map(len, bare.translate(None, _ALL_BUT_STRUCTURE).split(b'"')[::2]))
 

@@ -42,7 +42,7 @@ def blamed_on(place: str) -> Iterator[None]:
 class Choices:
     """The answers to some prompts, ``num_choices`` to each.
 
-    The first answer to a prompt starts alone. The others start when its first token is there, and
+    The first answer to a prompt starts alone. The others start once it has its first token, and
     then find the prompt in the prefix cache.
 
     Args:
@@ -287,12 +287,13 @@ def _constrain(
         names["grammar"] = "tools"
         return
     value = _value(message, kind)
-    # Leave an unreadable constraint as it is: compiling it reports the error.
+    # Leave an unreadable constraint unchanged, because compiling it reports the error.
     if value is None:
         return
     name = names.get(kind) or names.get(f"{kind}.texts") or kind
     if grammar.is_object and kind in ("json_schema", "json_object"):
-        # Use one schema: of two grammars that begin alike, the one with longer tokens would win.
+        # Use one schema, because of two grammars that begin in the same way, the one with longer
+        # tokens would win.
         schema = value if kind == "json_schema" else {"type": "object"}
         message.json_schema = json.dumps(grammar.schema_beside(schema), ensure_ascii=False)
         names["json_schema"] = names["json_schema.anyOf[0]"] = name

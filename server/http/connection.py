@@ -27,11 +27,12 @@ LINGER_BYTES = MAX_BODY_BYTES
 # Limit on the bytes of chunk framing in a request. A body in chunks of a few bytes would be many
 # times its size, and each chunk takes time. Handlers limit the bodies themselves.
 MAX_FRAMING_BYTES = 4 << 20
-# The parser gets at most this much at once (10,000 chunks of one byte), so that others get a turn.
+# The parser gets at most this much at once (10,000 chunks of one byte), so that other connections
+# get a turn.
 _PIECE_BYTES = 64 << 10
 # Time limit for the TLS handshake, from the connection on; asyncio's default is a minute.
 HANDSHAKE_SECONDS = 10.0
-# When more than this is held back, it is sent at once.
+# Held-back bytes beyond this limit are sent at once.
 _MAX_HELD_BYTES = 64 << 10
 # Name of the ASGI extension that holds a request's ``Chunks``.
 EXTENSION = "turret.chunks"
@@ -41,7 +42,7 @@ class Connection(HttpToolsProtocol):
     """A connection whose requests have limits of time and bytes.
 
     A connection is closed if a head takes too long, or if a head or the framing of a body has too
-    many bytes. If the answer was sent before the request was read to its end, the rest of the
+    many bytes. If the answer is sent before the request has been read completely, the rest of the
     request is dropped unparsed.
 
     Args:
@@ -279,7 +280,7 @@ class Listener(socket.socket):
         return accepted, address
 
     def met(self, descriptor: int) -> None:
-        """Notes that a connection's handshake has ended; without TLS it ends at once."""
+        """Notes that a connection's handshake has ended. Without TLS, it ends at once."""
         timer = self._unmet.pop(descriptor, None)
         if timer is not None:
             timer.cancel()
@@ -303,7 +304,7 @@ def tls_context(security: SecurityConfig) -> ssl.SSLContext | None:
     The files are read again at the next connection after they have changed.
 
     Raises:
-        OSError: A file cannot be read, or the files do not fit together.
+        OSError: A file cannot be read, or the files do not match each other.
     """
     if security.tls_cert is None or security.tls_key is None:
         return None

@@ -41,7 +41,8 @@ class Exchange:
         call: The call, with its id and its counts.
         scheme: ``http`` or ``https``.
         path: Parts of the path, by name.
-        query: The parameters of the query, by name; the last of several with one name counts.
+        query: The parameters of the query, by name. If a name occurs several times, the last one
+            counts.
         headers: The request's headers.
         receive: ASGI's function, for a handler that reads the body itself.
         reply: Writes the answer.
@@ -146,7 +147,7 @@ class Endpoint:
             headers=headers.items,
             protocol="http",
             party=Party(services.shares, _authorization(headers), _peer(scope)),
-            # Failures of endpoints that are polled would crowd out all others.
+            # Failures of polled endpoints would crowd out all others.
             failures=None if route.is_polled else services.failures,
             is_counted=route.is_counted,
             level=logging.DEBUG if route.is_polled else logging.INFO,
@@ -261,13 +262,13 @@ async def _answer(handler: Handler, exchange: Exchange, receive: Receive) -> Cod
         gone.cancel()
         work.cancel()
         await asyncio.gather(work, gone, return_exceptions=True)
-        # A task holds its exception, whose traceback holds this frame: without this line they
-        # would keep each other, and the body of the request, until the garbage collector looks.
+        # A task refers to its exception, whose traceback refers to this frame. Without this line,
+        # the cycle would keep the body of the request in memory until the next garbage collection.
         del work, gone
 
 
 async def _either(work: asyncio.Future[None], gone: asyncio.Future[None]) -> bool:
-    """Wait a while until one of two tasks is done; returns whether one is."""
+    """Wait for a limited time until one of two tasks is done; returns whether one is."""
     done, _ = await asyncio.wait(
         (work, gone), timeout=HEARTBEAT_SECONDS / 2, return_when=asyncio.FIRST_COMPLETED
     )

@@ -80,7 +80,7 @@ class Dialect(ABC):
 
 
 class _Items:
-    """Groups an answer's pieces into items: each call is one, as is each run of other pieces."""
+    """Groups an answer's pieces into items: an item is a call, or a run of other pieces."""
 
     def __init__(self, dialect: Dialect) -> None:
         self._dialect = dialect

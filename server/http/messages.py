@@ -195,7 +195,7 @@ class MessagesRequest(CountRequest, Generating):
 
 
 def _chat_of(body: CountRequest, names: dict[str, str]) -> inference_pb2.Chat:
-    """The conversation; adds to ``names`` the part of the request that each turn came from."""
+    """The conversation. Adds to ``names`` the part of the request from which each turn comes."""
     chat = inference_pb2.Chat()
     set_rendering(body, chat)
 
@@ -208,7 +208,7 @@ def _chat_of(body: CountRequest, names: dict[str, str]) -> inference_pb2.Chat:
     for index, turn in enumerate(body.messages):
         path = f"messages[{index}]"
         # The texts and calls of a turn form one message, and each result forms another. Texts are
-        # joined at once: each assignment to a protobuf field copies the whole text.
+        # joined at once, because each assignment to a protobuf field copies the whole text.
         is_open, texts = False, list[str]()
         for place, block in enumerate(turn.content):
             at = f"{path}.content[{place}]"

@@ -1,4 +1,4 @@
-"""The layers around the routes: the check of host names, request ids, and unknown paths.
+"""The layers around the routes: the check of host names, request ids, and errors for unknown paths.
 
 The check of the host name protects against DNS rebinding: after a page of evil.example was loaded,
 its owner can make that name resolve to this server. The browser then treats requests to this server
@@ -125,7 +125,7 @@ async def no_route(apart: Collection[str], request: Request, error: Exception) -
 
 
 def _meant(request: Request) -> str:
-    """The served path that a client probably meant, also with or without ``/v1``; "" if none."""
+    """The path that a client probably meant, also with or without ``/v1``; "" if none."""
     parts = [part for part in request.url.path.split("/") if part]
     while parts and parts[0].lower() == "v1":
         del parts[0]

@@ -60,9 +60,9 @@ def mix_of(members: list[MixMember]) -> Mix:
 def read_model(model: str, base_name: str) -> tuple[Mix, list[str]]:
     """The mix that a model name refers to, empty for the base model, and the errors in it.
 
-    ``base`` and the base model's name are the base, ``sql`` is an adapter, ``sql@2`` a generation
-    of it, ``sql+json*-0.5`` a mix. The prefix ``BASE:`` (``base:`` or the base model's name) is
-    allowed before an adapter or a mix.
+    ``base`` and the base model's name mean the base. ``sql`` is an adapter, ``sql@2`` one of its
+    generations, and ``sql+json*-0.5`` a mix. The prefix ``BASE:`` (``base:`` or the base model's
+    name) is allowed before an adapter or a mix.
 
     Raises:
         AdapterNotFoundError: The name has none of these forms.

@@ -81,7 +81,7 @@ def document(routes: Iterable[Route], *, has_tokens: bool) -> dict[str, Any]:
 
 
 def _described(route: Route) -> Any:
-    """A route as FastAPI describes it; requests never reach it."""
+    """A route as FastAPI describes it. Requests never reach it."""
     from fastapi.routing import APIRoute
 
     def stub() -> None: ...

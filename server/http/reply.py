@@ -72,7 +72,7 @@ class Reply:
         self._was_quiet = False
 
     async def keep_alive(self) -> None:
-        """Send a comment if nothing was sent since the last call; the comment may begin the answer.
+        """Send a comment if nothing was sent since the last call. The comment may begin the answer.
 
         Otherwise, proxies and clients would close the idle connection.
         """
@@ -87,7 +87,7 @@ class Reply:
         """Send a value as the whole answer.
 
         Raises:
-            QueueFullError: See ``Call.send``; errors have few bytes, which do not count.
+            QueueFullError: See ``Call.send``. Errors are too small to count.
         """
         body = dumps(value)
         if status < 400:
@@ -95,7 +95,7 @@ class Reply:
         await self.whole(body, status, {**_JSON, **(headers or {})})
 
     async def made_json(self, make: Callable[[], Mapping[str, Any]], size: int) -> None:
-        """Send an object as the whole answer; a large one is made off the event loop.
+        """Send an object as the whole answer. A large one is built off the event loop.
 
         Args:
             make: Returns the object; iterators in it become lists.
@@ -111,7 +111,7 @@ class Reply:
     async def whole(self, body: bytes, status: int, headers: Mapping[str, str]) -> None:
         """Send bytes as the whole answer, piece by piece as the client reads them.
 
-        So the call does not end before almost all of the answer has been read.
+        The call therefore does not end before almost all of the answer has been read.
         """
         await self._begin(status, {**headers, "content-length": str(len(body))})
         last = max(len(body) - 1, 0) // _PIECE_BYTES * _PIECE_BYTES
@@ -127,11 +127,11 @@ class Reply:
         await self._write(b"", is_last=True)
 
     async def event(self, value: Any, name: str = "") -> None:
-        """Send an event, with a name if it has one; the first one begins the answer."""
+        """Send an event, with a name if it has one. The first event begins the answer."""
         await self.send_event(event_bytes(value, name))
 
     async def send_event(self, event: bytes) -> None:
-        """Send an event that is already encoded; the first one begins the answer."""
+        """Send an event that is already encoded. The first event begins the answer."""
         self._was_quiet = False
         if not self.is_begun:
             await self._begin(200, _EVENTS)

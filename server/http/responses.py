@@ -61,8 +61,8 @@ def _text_format(form: TextFormat | None) -> dict[str, Any]:
 def _chat_of(body: ResponseRequest, names: dict[str, str]) -> inference_pb2.Chat:
     """The turns of a conversation; adds to ``names`` the item that each turn came from.
 
-    A function call joins the assistant's turn before it, if there is one, because an answer with
-    text and then a call is one turn.
+    A function call joins the preceding turn of the assistant, if there is one, because an answer
+    with text followed by a call is one turn.
     """
     chat = inference_pb2.Chat()
     set_rendering(body, chat)
@@ -181,7 +181,7 @@ class _Response(Dialect):
         return [*events, ("response.output_item.done", place)]
 
     def finish(self, answer: Ended, is_cut: bool) -> list[Event]:
-        """The whole response; its status is incomplete if a limit cut it."""
+        """The whole response. Its status is incomplete if a limit cut it off."""
         used = usage_of([answer], 1)
         self.whole |= {
             "status": "incomplete" if is_cut else "completed",
@@ -220,7 +220,7 @@ class _Response(Dialect):
         return found
 
     def _id(self, item: Item) -> str:
-        """The id of an item: the answer's id, with a number from the second item on."""
+        """The id of an item: the answer's id, followed by a number for all items but the first."""
         number = f"_{item.index}" if item.index else ""
         return f"{_TYPES[item.kind][1]}_{self._request_id}{number}"
 

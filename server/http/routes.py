@@ -57,7 +57,7 @@ ROUTES: tuple[Route, ...] = (
     _hidden("/docs", _docs),
     _hidden("/docs/{file}", _docs),
     _hidden("/", _console),
-    # The state is open to every role: the handler itself rejects callers without one.
+    # The state is open to every role. The handler itself rejects callers without a role.
     _hidden("/console/state", state),
     _hidden("/console/{file}", _console),
     _manage("/v1/load_lora_adapter", load_adapter, requests.LoadAdapter),

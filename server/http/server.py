@@ -51,7 +51,7 @@ class HttpServer:
         services: The services that answer.
 
     Raises:
-        OSError: A TLS file cannot be read, or the files do not fit together.
+        OSError: A TLS file cannot be read, or the files do not match each other.
     """
 
     def __init__(self, listen: ListenConfig, security: SecurityConfig, services: Services) -> None:
@@ -65,7 +65,7 @@ class HttpServer:
         self._serving: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Bind and listen; ``address`` then has the actual port.
+        """Bind and listen. Afterwards, ``address`` has the actual port.
 
         Raises:
             OSError: The address cannot be bound.
@@ -92,8 +92,8 @@ class HttpServer:
         server.config.timeout_graceful_shutdown = grace_seconds  # type: ignore[assignment]
         server.should_exit = True
         await self._serving
-        # These tasks were just cancelled. Let each send its last message, but do not wait for a
-        # client that does not read.
+        # These tasks were just cancelled. Let each of them send its last message, but do not wait
+        # for clients that do not read.
         tasks = list(server.server_state.tasks)
         if tasks:
             await asyncio.wait(tasks, timeout=_LAST_WORD_SECONDS)
@@ -117,22 +117,22 @@ def application(listen: ListenConfig, services: Services) -> Starlette:
     apart = {route.path for route in ROUTES} - {route.path for route in served}
     if services.tenants is not None:
         # Imported here because the import takes time, and few servers train.
-        from turret.server.http.tinker.door import Door
         from turret.server.http.tinker.routes import routes
+        from turret.server.http.tinker.state import TinkerState
 
-        served += routes(Door(services))
+        served += routes(TinkerState(services))
     document = Route("/openapi.json", Document(served, has_tokens=has_tokens), is_hidden=True)
     answered = []
     for route in (*served, document):
         endpoint = Endpoint(route, services, has_admin=has_admin)
-        # Serve the path with a slash too, because a redirect would have no JSON body.
+        # Serve the path with a trailing slash as well, because a redirect would have no JSON body.
         ends = ("",) if route.path.endswith(("}", "/")) else ("", "/")
         answered += [
             StarletteRoute(f"{route.path}{end}", endpoint, methods=[route.method]) for end in ends
         ]
     middleware = _cross_origin(listen.http_cors_origin)
     if not has_tokens or listen.http_allowed_host:
-        # Without tokens, check the host: otherwise, a page of another origin could call the server.
+        # Without tokens, check the host. Otherwise, a page of another origin could call the server.
         names = (split_address(listen.http_address)[0], *listen.http_allowed_host)
         middleware.insert(0, Middleware(HostCheck, names=names))
     middleware.insert(0, Middleware(RequestIds))

@@ -46,12 +46,12 @@ USUAL = Rendering()
 class ChatTemplate:
     """Renders conversations in a child process, because templates are untrusted code.
 
-    Thread-safe. Short conversations have a process and a thread of their own, so that they do not
-    wait for long ones. Each template has its own processes, so that a slow template delays nobody
-    else's conversations.
+    Thread-safe. Short conversations have a separate process and thread, so that they do not wait
+    for long ones. Each template has its own processes, so that a slow template delays no
+    conversations with other templates.
 
     Args:
-        templates: The template; or several by name, as older tokenizers have them.
+        templates: The template, or several by name, as in older tokenizers.
         variables: Special tokens by their names, such as ``bos_token``.
         like: A template whose processes this one uses; None for its own.
     """
@@ -78,11 +78,11 @@ class ChatTemplate:
         is_short: bool,
         how: Rendering = USUAL,
     ) -> str:
-        """The text of a conversation, as if ``how.continues`` were not set. Blocks.
+        """The text of a conversation. Ignores ``how.continues``. Blocks.
 
         Raises:
             ValueError: The template rejects the messages, fails, or exceeds a limit.
-            UnavailableError: The process was ended, or got hardly any processor time.
+            UnavailableError: The process was killed, or got hardly any processor time.
         """
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
         if name not in self._templates:
@@ -141,11 +141,11 @@ _MARKS: dict[ToolForm, tuple[str, ...]] = {
     "mistral11": ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
     "harmony": codes.MARKS,
 }
-# Adapters bring templates too, so these patterns match in time linear in a template's length.
+# Adapters can bring templates, so these patterns must match in time linear in a template's length.
 _ROLES = ("system", "user", "assistant", "tool", "developer")
 _OPENING = re.compile(r"\{[{%]")
 _TOOLS = re.compile(r"\btools\b")
-# Matches a template whose prompt ends inside the block: the answer contains only its end.
+# Matches a template whose prompt ends inside the block, so that the answer contains only its end.
 _OPENS = re.compile(r"<think>(?:\\n|\n)*+['\"]?\s*+(?:-?[}%]\}|\{%)")
 
 
@@ -180,7 +180,7 @@ class ChatFormat:
             special: Ids of its special tokens, by their texts.
         """
         if isinstance(template, dict):
-            # Older tokenizers have one template for tools and one for other chats.
+            # Older tokenizers have one template for chats with tools and one for other chats.
             template = template.get("tool_use") or template.get("default")
         if not isinstance(template, str):
             return cls()
@@ -202,12 +202,12 @@ class ChatFormat:
 def unknown_role(template: object, role: str) -> Text | None:
     """Why a role is invalid; None for the common roles and those that occur in the template.
 
-    Many templates write any role that they are given, but the model has learned only these roles.
-    With another role, the answer would be wrong without an error.
+    Many templates write any role, but the model has learned only these roles. With another role,
+    the answer would be wrong without an error.
 
     Args:
         template: The template of the tokenizer.
-        role: The role that speaks.
+        role: The role of a message.
     """
     if role in _ROLES:
         return None
@@ -224,7 +224,7 @@ def unknown_role(template: object, role: str) -> Text | None:
 
 
 def _uses_tools(template: str) -> bool:
-    """Whether tools are named between an opening and the next brace that closes."""
+    """Whether ``tools`` occurs between an opening brace and the next closing one."""
     return any(
         (opening := _OPENING.search(part)) and _TOOLS.search(part, opening.end())
         for part in template.split("}")

@@ -30,14 +30,14 @@ from turret.server.models.weights.nf4 import (
     nf4_linear,
 )
 
-# The facts about the served model that clients may ask for.
+# The facts about the served model that clients can request.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
     """Identity and sizes of the base model.
 
-    ``dtype`` is that of activations. ``commit`` is the hub's, if the model is from the hub.
+    ``dtype`` is the dtype of activations. ``commit`` is the commit of a model from the hub.
     """
 
     name: str
@@ -56,7 +56,7 @@ _FINAL_NORM = "model.norm"
 
 
 def projections(decoder: Decoder) -> Iterator[tuple[AdaptedLinear, tuple[str, ...]]]:
-    """Every fused projection in layer order, with the full paths of its slices; no experts."""
+    """Every fused projection in layer order, with the full paths of its slices, without experts."""
     linears = decoder.arch.linears()
     for number, layer in enumerate(decoder.layers):
         for name, slices in linears.items():
@@ -69,7 +69,7 @@ def projections(decoder: Decoder) -> Iterator[tuple[AdaptedLinear, tuple[str, ..
 def describe_base(
     decoder: Decoder, source: ModelSource, generation: int = 1, *, named: int | None = None
 ) -> BaseModel:
-    """The base model as adapters see it, with the weights that it has now.
+    """The base model as adapters see it, with its present weights.
 
     Args:
         decoder: The model.
@@ -144,11 +144,11 @@ def _experts(decoder: Decoder) -> dict[str, BaseExperts]:
 def describe_experts(
     arch: Arch, dequantize: Callable[[int, str], Callable[[int], torch.Tensor]]
 ) -> dict[str, BaseExperts]:
-    """The experts of a model as adapters see them, by name; none where it has none.
+    """The experts of a model as adapters see them, by name; empty if it has none.
 
     Args:
-        arch: The model's.
-        dequantize: From a layer and the name of a projection, ``BaseExperts.dequantize``.
+        arch: The model's architecture.
+        dequantize: Returns ``BaseExperts.dequantize`` for a layer and the name of a projection.
     """
     found: dict[str, BaseExperts] = {}
     if arch.experts is None:
@@ -214,16 +214,16 @@ def describe_projections(arch: Arch) -> ProjectionLayout:
     return ProjectionLayout(arch.num_layers, projections, experts, layer_prefix=LAYER_PREFIX)
 
 
-# New weights for some modules of the base, held beside the original ones.
+# New weights for some modules of the base, in addition to the original ones.
 
 
 class BaseEdit:
     """Collects weights; ``swap`` then exchanges them with the decoder's own, back and forth.
 
     The decoder's weights are never written to, so a failure before ``swap`` leaves the base
-    unchanged. They are not freed either, so that a second ``swap`` restores the same memory. An
-    edit takes the packed size of the fused projections that it changes (NF4), or two bytes per
-    weight of the changed modules (BF16).
+    unchanged. They are not freed either, so a second ``swap`` restores the same memory. An edit
+    takes as much memory as the fused projections that it changes (NF4), or two bytes per weight of
+    the changed modules (BF16).
 
     Args:
         decoder: The decoder, with every projection as loaded.
@@ -295,7 +295,7 @@ class BaseEdit:
         return total.to(self._dtype)
 
     def swap(self) -> None:
-        """Exchange the weights, while nothing runs on them. Cannot fail half-way."""
+        """Exchange the weights, while nothing runs on them. This cannot fail halfway."""
         if self._device.type == "cuda":
             # The new weights were computed on another stream, and the last prompt chunks may still
             # be running.

@@ -1,4 +1,4 @@
-"""Encodes texts: in this process, or in one that can be killed if the patterns are not known."""
+"""Encodes texts in this process, or in one that can be killed if the patterns are not known."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _PROGRAM = Path(__file__).with_name("encoding_program.py")
 CPU_SECONDS = 10.0
 _MAX_BYTES = 2 << 30
 _MAX_ANSWER_BYTES = 64 << 20
-# Characters from which the memory that encoding took is returned. The library allocates several
-# small blocks per token, about 500 bytes in all.
+# After encoding at least this many characters, free memory is returned to the system. The library
+# allocates several small blocks per token, about 500 bytes in all.
 _MANY_CHARS = 1 << 16
 
 _ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -50,15 +50,15 @@ KNOWN = frozenset(
 
 
 class Encoder:
-    """The token ids of texts, by a backend of the ``tokenizers`` library. Thread-safe.
+    """Encodes texts with a backend of the ``tokenizers`` library. Thread-safe.
 
-    Oniguruma, which matches the patterns of a tokenizer, gives up on one place of a text after ten
-    million steps, but it may take as many at each place of a long text, and no thread of this
-    process can be ended. So a tokenizer with a pattern that is not among ``KNOWN`` encodes in a
-    child process, which is killed when a text takes too much processor time.
+    Oniguruma, which matches the patterns of a tokenizer, gives up on a position of a text after ten
+    million steps. But it may take as many steps at each position of a long text, and threads of
+    this process cannot be killed. So a tokenizer with a pattern that is not among ``KNOWN`` encodes
+    in a child process, which is killed when a text takes too much processor time.
 
     Attributes:
-        is_confined: Whether a child process encodes, so that a call may take up to seconds.
+        is_confined: Whether a child process encodes, so that a call may take seconds.
     """
 
     def __init__(self, backend: Any) -> None:
@@ -83,11 +83,11 @@ class Encoder:
 
         Raises:
             InvalidRequestError: The tokenizer takes too long for one of the texts, or fails.
-            UnavailableError: There is no process to encode in.
+            UnavailableError: The child process is not available.
         """
         if self._child is None:
-            # ``encode`` would hold the interpreter's lock; ``encode_batch_fast`` does not, and does
-            # not compute offsets.
+            # ``encode`` would hold the interpreter's lock. ``encode_batch_fast`` does not, and
+            # computes no offsets.
             found = self._backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
             ids = [one.ids for one in found]
             if sum(map(len, texts)) > _MANY_CHARS:
@@ -103,7 +103,7 @@ class Encoder:
 
 
 def _patterns(backend: Any) -> Iterator[str]:
-    """The regular expressions that a tokenizer matches texts with."""
+    """The regular expressions with which a tokenizer matches texts."""
     for part in (backend.normalizer, backend.pre_tokenizer):
         if part is not None:
             yield from _expressions(json.loads(part.__getstate__()))

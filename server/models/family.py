@@ -11,7 +11,7 @@ from turret.server.models.decoding.arch import MODULES, Arch, Experts, Rope
 from turret.server.words import say
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
-# Name of the only kind of layer in models whose layers are all alike.
+# Name of the kind of layer in models whose layers are all of the same kind.
 _ALL_LAYERS = "all"
 
 
@@ -20,9 +20,9 @@ class Family:
     """A model family.
 
     Attributes:
-        readers: By ``model_type`` in ``config.json``: turns a transformers config into an ``Arch``,
-            which need not have the modules and the experts. Raises InvalidRequestError if the
-            config has something that the family's file does not support.
+        readers: Functions by ``model_type`` in ``config.json``. Each turns a transformers config
+            into an ``Arch``, which may lack the modules and the experts, and raises
+            InvalidRequestError if the family's file does not support something in the config.
         text_part_of: ``model_type`` of models of text and images whose ``text_config`` belongs to
             the family → the ``model_type`` of that part, if it does not have one.
         modules: The modules of a layer by ``model_type``, if they are not ``MODULES``; see
@@ -31,8 +31,8 @@ class Family:
             divided by the number of heads.
         inner_keys: The config key of the MLP's width by ``model_type``, if it is not
             ``intermediate_size``.
-        experts: For mixtures of experts: reads the experts from a config, or from the JSON of one,
-            which need not have all keys.
+        experts: For mixtures of experts: reads the experts from a config, or from its JSON, which
+            may lack some keys.
     """
 
     readers: Mapping[str, Callable[[Any], Arch]]
@@ -58,7 +58,7 @@ def read_decoder(config: Any, **own: Any) -> Arch:
         own: Fields of ``Arch`` in which the family differs.
 
     Raises:
-        InvalidRequestError: The rope type is not served; names those that are.
+        InvalidRequestError: The rope type is not supported. The error lists the supported ones.
     """
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -110,13 +110,13 @@ def read_rope(
     """Rotary positions.
 
     Args:
-        config: For the scaling formulas, which read more of it.
+        config: The whole config, because the scaling formulas read further keys.
         parameters: ``rope_parameters``, or its part for one kind of layer.
-        head_dim: Features of a head; ``partial_rotary_factor`` says how many rotate.
+        head_dim: Features of a head. ``partial_rotary_factor`` determines how many rotate.
         kind_of_layer: The kind of layer that ``parameters`` belong to.
 
     Raises:
-        InvalidRequestError: The rope type is not served; names those that are.
+        InvalidRequestError: The rope type is not supported. The error lists the supported ones.
     """
     kind = parameters.get("rope_type", "default")
     if kind not in _ROPE_TYPES:
@@ -160,5 +160,5 @@ def read_windows(config: Any) -> tuple[int | None, ...]:
 
 
 def without_rope(rotates: list[bool] | None, num_layers: int) -> tuple[str | None, ...]:
-    """``Arch.rope_of_layer`` from one flag per layer; None as flags means all layers rotate."""
+    """``Arch.rope_of_layer`` from one flag per layer. None instead of flags: all layers rotate."""
     return tuple(_ALL_LAYERS if flag else None for flag in rotates or [True] * num_layers)

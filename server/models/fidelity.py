@@ -1,4 +1,4 @@
-"""The difference between the weights that are served and the weights of the model's files.
+"""The difference between the served weights and the weights in the model's files.
 
 Every linear module of the decoder layers is in one of four states. The report counts the modules of
 each kind and state, with the quantisation error of those that turret quantised.
@@ -30,7 +30,7 @@ def kind_of(path: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class ModuleKind:
     """Modules of one kind in one state.
 
     Attributes:
@@ -73,17 +73,17 @@ class Fidelity:
         Args:
             path: The module or its weight.
             state: See ``State``.
-            source: See ``Kind``.
+            source: See ``ModuleKind``.
             squares: The squared norms of the error and of the weight.
         """
         found = self._found.setdefault((kind_of(path), state, source), [0, 0.0, 0.0])
         for i, value in enumerate((1, *squares)):
             found[i] += value
 
-    def kinds(self) -> list[Kind]:
+    def kinds(self) -> list[ModuleKind]:
         """The report."""
         return [
-            Kind(*key, int(count), (error / norm) ** 0.5 if norm else None)
+            ModuleKind(*key, int(count), (error / norm) ** 0.5 if norm else None)
             for key, (count, error, norm) in self._found.items()
         ]
 

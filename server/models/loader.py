@@ -51,8 +51,8 @@ def formulations(decoder: Decoder, *, is_head_screened: bool) -> dict[str, str]:
         decoder: The decoder that computes.
         is_head_screened: Whether greedy tokens are found with a copy of the head.
 
-    ``isa`` is the instruction set of the native kernels. A part that has not been used or tried yet
-    has just ``torch``.
+    ``isa`` is the instruction set of the native kernels. The value for a part that has not been
+            used or tried yet is just ``torch``.
     """
     if decoder.device.type != "cpu":
         return {}
@@ -99,7 +99,8 @@ class CheckpointTensors:
         self._quantizes_all = quantizes_all
         self._stored = StoredTensors(weight_files(folder), experts)
         self._read: set[str] = set()
-        # Weight → names of its quantisation state. Indexed once: there may be 100,000 names.
+        # Weight → names of its quantisation state. They are indexed once, because there may be
+        # 100,000 names.
         self._beside: dict[str, list[str]] = {}
         for name in self._stored:
             module, found, _ = name.partition(".weight.")
@@ -119,7 +120,7 @@ class CheckpointTensors:
         return tensor
 
     def weight(self, name: str, shape: tuple[int, int]) -> Nf4Weight | torch.Tensor:
-        """The weight of a linear module: a tensor if it is stored, and so served, in 16 bits."""
+        """The weight of a linear module; a tensor if it is stored and served in 16 bits."""
         weight = self._weight(name)
         _check_shape(name, tuple(weight.shape), shape)
         return weight
@@ -172,7 +173,7 @@ def load_decoder(
     Args:
         source: Result of ``resolve_model``.
         dtype: Dtype of activations, embeddings, norms and head.
-        device: Where it is served.
+        device: The serving device.
         gpu: Whether the gpu path serves it (a ``GpuDecoder``, whose layers run as Triton kernels).
         progress: Called with the progress of loading.
 
@@ -216,7 +217,7 @@ def load_decoder(
 def _decoder_type(gpu: bool) -> type[Decoder]:
     if not gpu:
         return Decoder
-    # Imported here: the other paths run where Triton is not installed.
+    # Imported here, because the other paths run without Triton.
     from turret.server.models.decoding.gpu_decoder import GpuDecoder
 
     return GpuDecoder

@@ -21,7 +21,7 @@ class Memory:
 
     Attributes:
         base: The weights as they are served.
-        base_wide: The weights in 16 bits, as they are held where no kernel reads their codes.
+        base_wide: The weights in 16 bits, as they are kept if no kernel reads their codes.
         kv_per_token: Keys and values of a token in all layers.
         adapter_per_rank: A LoRA of rank 1 on all linear modules, in 16 bits; without experts.
     """
@@ -33,7 +33,7 @@ class Memory:
 
 
 def memory_of(arch: Arch, weights: Mapping[str, Mapping[str, int]] | None = None) -> Memory:
-    """The memory of a model with this architecture; norms and biases are too small to count.
+    """The memory of a model with this architecture, except norms and biases, which are small.
 
     Args:
         arch: The architecture.

@@ -1,8 +1,8 @@
 """Turns any supported source into a bitsandbytes-4bit checkpoint directory, once.
 
-A plain Hugging Face directory or a GGUF file is quantised tensor by tensor (the bf16 model
-is never held whole) and written to the cache; later starts read the cache. A directory that is
-already bitsandbytes-4bit is taken as it is.
+A plain Hugging Face directory or a GGUF file is quantised tensor by tensor (the bf16 model is never
+in memory as a whole) and written to the cache. Later starts read the cache. A directory that is
+already bitsandbytes-4bit is used unchanged.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from turret.server.models.weights.nf4 import BLOCKSIZE, Nf4Weight, reads_mxfp4
 from turret.server.models.weights.nf4_experts import ExpertStacks
 from turret.server.words import say
 
-# Multimodal models. Their checkpoints hold a language model, a vision tower and a projector between
-# them. Only the language model is read, because requests are text.
+# Multimodal models. Their checkpoints contain a language model, a vision tower, and a projector
+# between them. Only the language model is read, because requests are text.
 
 # Prefixes of the language model within a multimodal model, as checkpoints write them (the names
 # before transformers 4.52) and as current models do.
@@ -74,7 +74,7 @@ def text_name(name: str) -> str | None:
 # Ministral 3, Qwen3's ``-FP8`` releases and older checkpoints of llm-compressor use this format.
 
 DTYPE = "F8_E4M3"
-# Suffixes of a weight's scale. DeepSeek's files call it inverse but mean this same factor.
+# Suffixes of a weight's scale. DeepSeek's files call it inverse, but mean the same factor.
 SCALES = ("_scale_inv", "_scale")
 # Scales for 8-bit activations and KV caches, which turret does not use.
 NOT_USED = (".activation_scale", ".input_scale", ".k_scale", ".v_scale", ".kv_scale")
@@ -116,7 +116,7 @@ _QUANT_STATE = ".weight.quant_state.bitsandbytes__"
 
 
 class StoredTensors:
-    """Reads tensors across files, as if each were stored by itself and as numbers.
+    """Reads tensors across files, as if each were stored separately and as numbers.
 
     Experts that are stored in one tensor appear as separate tensors, and weights in 8-bit floats
     are dequantised.
@@ -163,23 +163,23 @@ class StoredTensors:
         return len(self._owner) - len(self._stacks.names) + len(self._stacks.parts)
 
     def get(self, name: str) -> torch.Tensor:
-        """Read a tensor into memory of its own.
+        """Read a tensor into separate memory.
 
         Raises:
-            InvalidRequestError: There is none of that name.
+            InvalidRequestError: There is no tensor with that name.
         """
         if name in self._stacks.parts:
             return self._stacks.read(name, self._expert)
         file, stored = self._place(name)
-        # A copy: the result must not keep the file mapped.
+        # Copy the tensor, because the result must not keep the file mapped.
         tensor = file.get_tensor(stored).clone()
         return self._scaled(name, tensor) if self._is_float8(name) else tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor that is stored by itself, read from its file's header.
+        """The shape of a tensor that is stored separately, from its file's header.
 
         Raises:
-            InvalidRequestError: There is none of that name.
+            InvalidRequestError: There is no tensor with that name.
         """
         file, stored = self._place(name)
         return tuple(file.get_slice(stored).get_shape())
@@ -191,7 +191,7 @@ class StoredTensors:
         return "fp8" if self._is_float8(name) else ""
 
     def codes(self) -> list[str]:
-        """Names of the tensors that hold bytes, which are codes, not numbers to multiply by."""
+        """Names of the tensors whose bytes are codes instead of numbers."""
         return [
             name
             for name, (file, stored) in self._owner.items()
@@ -254,7 +254,7 @@ class ModelSource:
     """A model that is ready to be loaded.
 
     Attributes:
-        name: Model id on the hub or as the checkpoint names itself, else the directory's name.
+        name: The model id on the hub, the checkpoint's own name, or the directory's name.
         weights: Directory of a bitsandbytes-4bit checkpoint.
         files: Directory with config.json and the tokenizer.
         digest: Identifies the weights as served: SHA-256 of the weight files, and of
@@ -292,8 +292,8 @@ def resolve_model(
         skip_modules: Patterns of modules that stay in 16 bits; see ``skipped_modules``.
 
     Raises:
-        InvalidRequestError: ``model`` is none of these, or has an unsupported format; or a pattern
-            matches no module, or the model is quantised already.
+        InvalidRequestError: ``model`` is none of these or has an unsupported format; a pattern
+            matches no module; or the model is already quantised.
     """
     hub_id = None if model is None else hub_model_id(model)
     if hub_id is None:
@@ -306,7 +306,7 @@ def resolve_model(
 
 
 def _with_all_quantized(source: ModelSource) -> ModelSource:
-    """The source with all weights quantised; one that turret quantised stays as it is."""
+    """The source with all weights quantised. A source that turret quantised stays unchanged."""
     if source.fidelity is not None or not modules_in_16_bits(source.weights):
         return source
     digest = hashlib.sha256(f"{source.digest} quantize-all".encode()).hexdigest()
@@ -323,7 +323,7 @@ def modules_in_16_bits(weights: Path) -> list[str]:
 
 
 def stored_weights(source: ModelSource) -> Fidelity:
-    """How the weights of a source are served, as far as the headers of its files determine it."""
+    """How the weights of a source are served, according to the headers of its files."""
     if source.fidelity is not None:
         return source.fidelity
     found = Fidelity()
@@ -344,11 +344,11 @@ def inspect_model(
     quantizes_all: bool = False,
     skip_modules: Sequence[str] = (),
 ) -> Fidelity:
-    """How a model would be served, without reading its weights or asking the hub.
+    """How a model would be served, without reading its weights or contacting the hub.
 
     Args:
-        model: One that ``check_model`` accepted.
-        cache_dir: See ``resolve_model``. Errors are known for models that are in it.
+        model: A model that ``check_model`` accepted.
+        cache_dir: See ``resolve_model``. Quantisation errors are known only for models in it.
         quantizes_all: See ``resolve_model``.
         skip_modules: See ``resolve_model``.
 
@@ -365,7 +365,8 @@ def inspect_model(
 def _stored_modules(weights: Path) -> dict[str, str]:
     """The format of each linear module in a 4-bit checkpoint, by path.
 
-    ``as-stored`` if turret serves its values, else ``nf4`` or ``fp4``; empty for 16 bits.
+    ``as-stored`` if turret serves the stored values, otherwise ``nf4`` or ``fp4``; empty for 16
+    bits.
     """
     sizes: dict[str, int] = {}
     for path in weight_files(weights):
@@ -396,8 +397,8 @@ def _resolve(
 ) -> ModelSource:
     """Find or make the checkpoint of a model on this machine.
 
-    With ``is_plan``, nothing is made or hashed. The result then lacks a digest, and the checkpoint
-    if it is not in the cache.
+    With ``is_plan``, nothing is created or hashed. The result then lacks a digest, and also the
+    checkpoint if it is not in the cache.
     """
     if model is None:
         return _resolve_gguf(find_gguf(), MODEL_NAME, cache_dir, progress, skip, is_plan)
@@ -558,14 +559,14 @@ def _read_cached(weights: Path, files: Path) -> ModelSource:
 
 @contextlib.contextmanager
 def _new_directory(target: Path) -> Iterator[Path]:
-    """Fill a directory beside its final place, then rename it there: readers see all or nothing."""
+    """Fill a directory beside its final path, then rename it: readers see all or nothing."""
     target.parent.mkdir(parents=True, exist_ok=True)
     build = Path(tempfile.mkdtemp(prefix=".building-", dir=target.parent))
     try:
         yield build
         build.rename(target)
     except OSError:
-        # Another process was faster; its result is the same.
+        # Another process was faster. Its result is the same.
         if not (target / _MANIFEST).exists():
             raise
     finally:

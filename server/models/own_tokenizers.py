@@ -23,11 +23,11 @@ from turret.server.words import Text, say
 Key = tuple[str, int, str]
 BASE_TOKENIZER: Key = ("", 0, "")
 
-# Maximum number of tokenizers in memory, since each may have two processes that render chats.
-# Running requests keep their tokenizers even beyond this number.
+# Maximum number of tokenizers in memory, because each may have two processes that render chats.
+# Running requests keep their tokenizers even beyond this limit.
 MAX_KEPT = 8
-# Limits for reading one tokenizer: a file of 64 MiB takes less time. Tokens are short because they
-# are shown to clients.
+# Limits for reading one tokenizer. A file of 64 MiB takes less time. Tokens must be short, because
+# they are shown to clients.
 CPU_SECONDS = 20.0
 MAX_BYTES = 1 << 30
 MAX_TOKEN_CHARS = 1024
@@ -37,12 +37,12 @@ MAX_TEXTS = 1 << 15
 _MAX_ANSWER_BYTES = 4 << 20
 _PROGRAM = Path(__file__).with_name("tokenizer_program.py")
 _CONFIG = "config.json"
-# Keys of the base's config that help transformers to read a tokenizer.
+# Keys of the base's config that help transformers read a tokenizer.
 _GUESSED = ("model_type",)
 
 
 class OwnTokenizers:
-    """Reads tokenizers from their files. Thread-safe; reading takes up to seconds.
+    """Reads tokenizers from their files. Thread-safe. Reading may take seconds.
 
     An adapter's tokenizer is the base's with added tokens. Its file repeats the whole tokenizer,
     and a child process compares it with the base's. Reading it in this process would block every
@@ -128,7 +128,8 @@ class OwnTokenizers:
         with reporting_disk_faults():
             folder = Path(tempfile.mkdtemp(prefix="turret-tokenizer-"))
         try:
-            # The folder is the server's own, so errors of the disk say nothing about the files.
+            # The folder belongs to the server, so disk errors say nothing about the adapter's
+            # files.
             with reporting_disk_faults(), LACK_OF_MEMORY_IS_REPORTED:
                 for name, data in files.items():
                     (folder / name).write_bytes(data)
@@ -143,8 +144,8 @@ class OwnTokenizers:
         except TurretError:
             raise
         except Exception as error:
-            # Any type of exception is possible, even from Rust; all of them are about the files'
-            # content.
+            # Any type of exception is possible, even from Rust. All of them are about the content
+            # of the files.
             found = (part for part in error.args if isinstance(part, Text))
             raise _invalid(next(found, str(error)), folder) from None
         finally:
@@ -165,10 +166,10 @@ class OwnTokenizers:
         return tokenizer
 
     def _reduce(self, folder: Path) -> dict[str, int]:
-        """Take the base's vocabulary out of a ``tokenizer.json``, which must be the base's.
+        """Remove the vocabulary from a ``tokenizer.json``, which must be the same as the base's.
 
         Returns:
-            The added tokens with their numbers.
+            The added tokens with their ids.
         """
         child = Confined(
             _PROGRAM,
@@ -192,13 +193,13 @@ class OwnTokenizers:
             raise ValueError(say("ADDED_TOKEN_TOO_LONG", most=MAX_TOKEN_CHARS))
         texts = _texts_of_configs(folder)
         if isinstance(file["model"]["vocab"], dict):
-            # The tokenizer's rules for text around a prompt need the numbers of these tokens.
+            # The tokenizer's rules for text around a prompt need the ids of these tokens.
             file["model"]["vocab"] = {**self._named(texts), **numbers}
         (folder / TOKENIZER_FILE).write_text(json.dumps(file))
         return numbers
 
     def _parts_of_base(self, child: Confined, folder: Path) -> list[dict[str, str]]:
-        """Digests of the base's tokenizer, as transformers made it and as its file has it."""
+        """Digests of the base's tokenizer, as transformers builds it and as its file has it."""
         made = folder / "base.json"
         made.write_text(self._base.serialized())
         files = [made, self._config.with_name(TOKENIZER_FILE)]

@@ -34,8 +34,8 @@ from turret.server.words import say
 class TokenStream:
     """Decodes one sequence token by token.
 
-    Text is returned only when it is complete: a character that spans several byte tokens comes with
-    its last token. Spaces at the beginning of words are correct.
+    Text is returned only when it is complete: a character that spans several byte tokens is
+    returned with the last of them. Spaces at the beginning of words are correct.
 
     Args:
         backend: The tokenizer.
@@ -48,7 +48,7 @@ class TokenStream:
         self._stream = DecodeStream(skip_special_tokens=True)
 
     def push(self, token_id: int) -> str:
-        """Add a token; returns the text that became certain (often one word, sometimes none)."""
+        """Add a token; returns the text that is now certain (often one word, sometimes none)."""
         with PANICS_ARE_ERRORS:
             text = self._stream.step(self._backend, token_id) or ""
         return text + self._shown[token_id] if token_id in self._shown else text
@@ -57,8 +57,7 @@ class TokenStream:
 class SaidStream(TokenStream):
     """Keeps only the messages meant for the user, for answers in channels.
 
-    An answer that does not begin with a mark is text from its beginning, such as one under a
-    constraint.
+    If an answer does not begin with a mark, all of it is text. This is the case under a constraint.
 
     Args:
         backend: The tokenizer.
@@ -97,8 +96,8 @@ class RenderedChat:
     """The result of rendering a conversation with a chat template.
 
     Attributes:
-        parts: In turn, text in which special tokens count, and the text of a special token that was
-            part of the conversation and does not count.
+        parts: Alternately, text in which special tokens count, and the text of a special token that
+            was part of the conversation and does not count.
     """
 
     parts: Sequence[str]
@@ -115,17 +114,17 @@ class RenderedChat:
 
 
 class Tokenizer:
-    """Text to token ids and back. Safe to call from several threads.
+    """Converts text to token ids and back. Thread-safe.
 
     If contradictory rules make the library panic, a RuntimeError is raised.
 
     Attributes:
-        vocab_size: Upper bound of token ids, in the tokenizer and in the model: a tokenizer may
-            have tokens without a row in the model. Not every id below it is a token.
+        vocab_size: Upper bound of token ids in the tokenizer and in the model, because a tokenizer
+            may have tokens without a row in the model. Not every id below it is a token.
         num_rows: Rows of the model's embedding.
-        longest_token: Characters of the longest token; a text has at least its length divided by
-            this number of tokens.
-        chat_format: The features of the chat template besides turns.
+        longest_token: Number of characters of the longest token. A text has at least its length
+            divided by this number of tokens.
+        chat_format: The features of the chat template beyond turns.
     """
 
     def __init__(
@@ -148,7 +147,8 @@ class Tokenizer:
         self._backend = backend
         self._encoder = Encoder(backend)
         self.longest_token = max((longest, *map(len, vocabulary)))
-        # Use the largest id, not the count: ids may have a gap between words and special tokens.
+        # Use the largest id instead of the count, because ids may have a gap between words and
+        # special tokens.
         self._last = max((last, *vocabulary.values()))
         self.vocab_size: int = min(self._last + 1, model_vocab_size)
         self.num_rows = model_vocab_size
@@ -163,13 +163,15 @@ class Tokenizer:
             template = {} if base is None else base._templates
         templates = {"default": template} if isinstance(template, str) else template
         self._set_templates(templates, inner.special_tokens_map)
-        # The processes of all templates that conversations bring: a client may bring thousands.
+        # All templates from conversations share these processes, because clients may send thousands
+        # of templates.
         self._in_chats = ChatTemplate({}, {}) if base is None else base._in_chats
-        # Texts of single tokens, by id: log probabilities need thousands of them in each step.
+        # Texts of single tokens, by id, because log probabilities need thousands of them in each
+        # step.
         self._texts: dict[int, str] = {}
-        # Special tokens' texts, with their token ids when read as ordinary text.
+        # The texts of special tokens, with the token ids that they have as ordinary text.
         self._as_text = _special_as_text(backend)
-        # Finds special tokens in texts in linear time, however many there are.
+        # Finds special tokens in texts, in linear time even if there are many.
         self._finder: Any = tokenizers.Tokenizer(WordLevel({"": 0}, unk_token=""))
         self._finder.add_special_tokens(
             [tokenizers.AddedToken(text, normalized=False) for text in self._as_text]
@@ -188,11 +190,10 @@ class Tokenizer:
 
         Args:
             files: The directory.
-            eos_token_ids: Ends of sequence that the model's config names.
+            eos_token_ids: End-of-sequence tokens in the model's config.
             model_vocab_size: Rows of the model's embedding.
             base: The tokenizer to which the directory's added tokens are added. Both share its
-                memory, and only the special tokens' part of the directory's vocabulary and rules is
-                read.
+                memory. Only the special tokens are read from the directory's vocabulary and rules.
 
         Raises:
             InvalidRequestError: The directory has no tokenizer that converts to a fast one.
@@ -214,9 +215,9 @@ class Tokenizer:
         return cls(inner, eos_token_ids, model_vocab_size, base)
 
     def with_template(self, own: OwnTemplate) -> Tokenizer:
-        """This tokenizer with an adapter's chat template; itself if nothing differs.
+        """This tokenizer with an adapter's chat template, or the same object if nothing differs.
 
-        Answers end at the adapter's end token too.
+        Answers also end at the adapter's end token.
         """
         tokens = {**self._variables, **own.tokens}
         variables = {name: token for name, token in tokens.items() if token is not None}
@@ -227,8 +228,8 @@ class Tokenizer:
             ends |= {number}
         templates = own.templates
         if templates.get("default") == self._templates.get("default"):
-            # If this file exists, transformers saves the other templates in files that are not
-            # read.
+            # If this file exists, transformers saves the other templates in files that turret does
+            # not read.
             templates = {**self._templates, **templates}
         content = templates, variables, ends
         if content == (self._templates, self._variables, self.eos_token_ids):
@@ -282,11 +283,11 @@ class Tokenizer:
             raise InvalidRequestError(say("CHAT_TEMPLATE_INVALID", problem=error)) from error
 
     def number_of(self, token: str) -> int | None:
-        """The number of a token by its text; None if there is no such token."""
+        """The id of a token by its text; None if there is no such token."""
         return self._backend.token_to_id(token)
 
     def beyond(self, rows: int) -> dict[str, int]:
-        """Tokens whose numbers are not below ``rows``."""
+        """Tokens whose ids are not below ``rows``."""
         found = ((self._backend.id_to_token(i), i) for i in range(rows, self._last + 1))
         return {token: number for token, number in found if token is not None}
 
@@ -297,9 +298,9 @@ class Tokenizer:
 
     @PANICS_ARE_ERRORS
     def encode(self, text: str, *, adds_special: bool = True) -> list[int]:
-        """Tokenise a raw prompt; the tokenizer's own BOS rule applies.
+        """Tokenise a raw prompt. The tokenizer's own BOS rule applies.
 
-        If the text already begins with a BOS, such as a rendered chat, no other is added.
+        If the text already begins with a BOS, as a rendered chat does, no other is added.
 
         Args:
             text: The prompt.
@@ -313,7 +314,7 @@ class Tokenizer:
 
     @property
     def encodes_at_once(self) -> bool:
-        """Whether a short text is encoded in so little time that the event loop may do it."""
+        """Whether encoding a short text is fast enough for the event loop."""
         return not self._encoder.is_confined
 
     def chat_pool(self, is_short: bool) -> FairPool:
@@ -331,9 +332,9 @@ class Tokenizer:
     ) -> RenderedChat:
         """Apply the chat template. Blocks.
 
-        Only the template can write special tokens. In roles, contents and tools, their texts are
-        ordinary text unless ``special``, as with ``split_special_tokens`` in transformers. So text
-        inside a turn cannot end it and begin another.
+        Only the template can write special tokens. In roles, contents and tools, the texts of
+        special tokens are ordinary text unless ``special``, as with ``split_special_tokens`` in
+        transformers. So text inside a turn cannot end the turn and begin another.
 
         Raises:
             InvalidRequestError: There is no chat template, the template does not support tools, a
@@ -351,7 +352,7 @@ class Tokenizer:
             if any("tool_calls" in m or m["role"] == "tool" for m in messages):
                 raise InvalidRequestError.of("chat.messages", say("TOOLS_UNSUPPORTED"))
         held: list[str] = []
-        # Use letters and digits only: templates change no such text.
+        # Use letters and digits only, because templates do not change such text.
         mark = f"turret{uuid.uuid4().hex}x"
 
         try:
@@ -461,8 +462,8 @@ def _with_added(base: Any, other: Any) -> Any:
         if (value := getattr(base, part)) is not None:
             setattr(grown, part, value)
     added = other.get_added_tokens_decoder()
-    # transformers may add special tokens of its own. Without the vocabulary it gives them numbers
-    # that words have, so they come after the tokens of the file.
+    # transformers may add its own special tokens. Without the vocabulary, it gives them the ids of
+    # words, so add them after the tokens of the file.
     words = base.get_vocab_size(with_added_tokens=False)
     order = sorted(added, key=lambda number: (number < words, number))
     grown.add_tokens([added[number] for number in order])
@@ -477,7 +478,7 @@ def _with_added(base: Any, other: Any) -> Any:
 
 
 def _processor_template(files: Path) -> str | None:
-    """The chat template that a model of text and images stores for its processor."""
+    """The chat template that a multimodal model stores for its processor."""
     try:
         template = json.loads((files / "chat_template.json").read_text())["chat_template"]
     except (OSError, ValueError, LookupError, TypeError):
@@ -486,7 +487,7 @@ def _processor_template(files: Path) -> str | None:
 
 
 def each_text(value: Any, change: Callable[[str], Any]) -> Any:
-    """A JSON value with every text in it changed."""
+    """A JSON value with every text in it converted."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, list):
@@ -497,10 +498,10 @@ def each_text(value: Any, change: Callable[[str], Any]) -> Any:
 
 
 def _special_as_text(backend: Any) -> dict[str, list[int]]:
-    """Every special token's text, with the ids that it has as ordinary text."""
+    """The text of every special token, with the ids that it has as ordinary text."""
     tokens = backend.get_added_tokens_decoder().values()
     texts = [token.content for token in tokens if token.special]
-    # The switch belongs to the tokenizer, so this is done before anybody else uses it.
+    # The switch belongs to the tokenizer, so use it before anything else uses the tokenizer.
     before = backend.encode_special_tokens
     backend.encode_special_tokens = True
 
@@ -518,8 +519,8 @@ def _ids_within(
 ) -> list[list[int]]:
     """The ids that texts have when they follow other text.
 
-    Some tokenizers put a space before every text. Here a line end comes first, and the tokens of
-    both are removed again.
+    Some tokenizers put a space before every text. So a line end is put first here, and the tokens
+    of both are removed again.
     """
 
     def begun_by(before: str) -> list[list[int]]:
@@ -528,6 +529,7 @@ def _ids_within(
     before, *after = begun_by(_BEFORE)
     _, *alone = begun_by("")
     size = len(before)
-    # A text that itself begins with a line end may merge with the one before; then use its own ids.
+    # A text that itself begins with a line end may merge with the preceding one. Use its own ids
+    # then.
     pairs = zip(after, alone, strict=True)
     return [ids[size:] if ids[:size] == before else own for ids, own in pairs]

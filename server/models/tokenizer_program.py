@@ -22,13 +22,13 @@ def answers(path: str) -> Iterator[dict[str, Any]]:
         model["vocab"] = {}
         vocab = sorted(vocab.items(), key=lambda item: item[1])
     else:
-        # Unigram refuses a vocabulary without the unknown token.
+        # Unigram rejects a vocabulary without the unknown token.
         model["vocab"] = vocab[: (model.get("unk_id") or 0) + 1]
     if "merges" in model:
         model["merges"] = []
     added, said["added_tokens"] = said["added_tokens"], []
     said["padding"] = said["truncation"] = None
-    # The library writes every setting in its latest form, whatever version the file has.
+    # The library writes every setting in its latest form, even if the file has an older version.
     small = json.loads(Tokenizer.from_str(json.dumps(said)).to_str())
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
     content = {**small, "model": [small["model"], vocab, pairs]}

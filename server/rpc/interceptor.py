@@ -36,7 +36,7 @@ from turret.v1 import adapters_pb2, inference_pb2
 
 # Limits on concurrent gRPC calls over all clients.
 
-# A single connection may open as many (``_OPTIONS`` of server.py), so that no burst is cut.
+# A single connection may open as many (``_OPTIONS`` in server.py), so that no burst is cut off.
 MOST_CALLS = 1 << 14
 # Limit for one token, so that its calls do not keep others out.
 MOST_CALLS_PER_TOKEN = MOST_CALLS * 3 // 4
@@ -52,8 +52,8 @@ MOST_ARRIVING_OPEN = 16
 class Arrivals:
     """Lets a limited number of messages arrive at the same time.
 
-    One token, or one address without a token, has three quarters of the places. So its messages
-    wait for one another, and not other clients' messages for them.
+    One token, or one address without a token, has three quarters of the places. Its messages then
+    wait for one another, and the messages of other clients do not wait for them.
 
     Args:
         most: The number of places.
@@ -77,7 +77,7 @@ class Arrivals:
 
 # Request messages on their way from gRPC to a handler.
 
-# A client that sends a message more slowly has gone, or holds a slot that others wait for.
+# A client that sends a message more slowly has gone, or holds a place for which others wait.
 MESSAGE_SECONDS = 60.0
 
 
@@ -104,9 +104,9 @@ class Received:
 
 
 def tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Received]:
-    """A deserialiser that passes invalid bytes on, so that the handler reports them.
+    """A deserialiser that returns invalid bytes unchanged, so that the handler reports them.
 
-    By itself, gRPC would report them as a bug of the server.
+    By default, gRPC would report them as a bug of the server.
     """
 
     def parse(data: bytes) -> Received:
@@ -170,13 +170,13 @@ async def _next(
         raise DeadlineExceededError(say("NO_MESSAGE_IN_TIME", seconds=MESSAGE_SECONDS)) from None
 
 
-# A fault in gRPC's form: the rich status that a client receives.
+# A fault as a rich gRPC status.
 
 ERROR_DOMAIN = "turret"
 DETAILS_KEY = "grpc-status-details-bin"
 
-# Clients refuse response headers over 8 KiB. The message travels twice (percent-encoded on its own
-# and in the details, which grow by a third in base64), so both are cut well below that.
+# Clients refuse response headers over 8 KiB. The message is sent twice (percent-encoded on its own,
+# and in the details, which base64 makes a third larger), so both are cut well below that.
 MAX_MESSAGE_BYTES = 800
 MAX_VIOLATION_BYTES = 3000
 MAX_METADATA_BYTES = 600
@@ -245,7 +245,7 @@ COUNTED = frozenset(
     f"/turret.v1.Inference/{name}"
     for name in ("Generate", "GenerateStream", "Score", "Embed", "EmbedStream", "Classify")
 )
-# Calls with many inputs. Their handlers count each input for the party that sent the call.
+# Calls with many inputs. Their handlers count each input against the limits of the calling party.
 MANY = frozenset(f"/turret.v1.Inference/{name}" for name in ("Embed", "EmbedStream", "Classify"))
 
 # Every method that some address of the server answers.
@@ -256,8 +256,8 @@ _METHODS = frozenset(
     for method in service.methods
 )
 
-# A client whose deadline passes resets the call, and by this machine's clock that can be a little
-# before the deadline: a cancellation so close to it was the deadline's.
+# A client whose deadline passes resets the call. By this machine's clock, that can be slightly
+# before the deadline, so a cancellation this close to it counts as a passed deadline.
 DEADLINE_SLACK_SECONDS = 0.1
 
 # gRPC allows timeouts of up to 11,000 years, but no request runs for longer than 30 days.
@@ -289,7 +289,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self, services: Services) -> None:
         self._services = services
         self._open_calls = Places()
-        # Messages that arrive, by service: slow messages to one service must not delay another.
+        # Arriving messages, by service, because slow messages to one service must not delay
+        # another.
         self._arrivals: dict[str, Arrivals] = {}
 
     async def intercept_service(
@@ -313,10 +314,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _answer(self, method: str, handler: Any) -> Any:
         """A handler that runs the servicer's method within ``run``.
 
-        Handlers for single messages are turned into ones for streams of messages; the two look the
-        same on the wire. Such a handler starts before the request has arrived. So the call is
-        counted, and the wait for the request is limited. It ends after the client has received the
-        answer, except for what fits into the transport's buffers. So what the answer holds is
+        Handlers for single messages are turned into handlers for streams of messages, which look
+        the same on the wire. Such a handler starts before the request has arrived, so the call is
+        counted and the wait for the request is limited. It ends after the client has received the
+        answer, except for the part in the transport's buffers, so the memory of the answer is
         counted until then.
         """
         behaviour = _behaviour(handler)
@@ -335,8 +336,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def once(requests: Any, context: Any) -> None:
             await context.write(await behaviour(await requested(requests), context))
 
-        # Write the messages instead of yielding them: a cancelled call then raises inside the
-        # handler, which frees what it holds at once, not when its generator is collected.
+        # Write the messages instead of yielding them. A cancelled call then raises inside the
+        # handler, which frees its memory at once instead of when its generator is collected.
         async def stream(requests: Any, context: Any) -> None:
             responses = behaviour(await requested(requests), context)
             async with contextlib.aclosing(responses):
@@ -368,9 +369,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def run(self, method: str, context: Any, body: Callable[[], Awaitable[Any]]) -> Any:
         """Run a handler's body, and turn its exception into the call's status.
 
-        The status is set, not raised: ``context.abort`` keeps its exception in the context, and
-        the exception's frames keep the context and the request, a cycle that holds the request's
-        memory until the next full garbage collection.
+        The status is set instead of raised: ``context.abort`` stores its exception in the context,
+        and the frames of the exception refer to the context and the request. This cycle would keep
+        the request's memory until the next full garbage collection.
         """
         metadata = context.invocation_metadata() or ()
         sent_ids = (v for k, v in metadata if k == REQUEST_ID_KEY)
@@ -424,7 +425,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     (DETAILS_KEY, status.SerializeToString()),
                 )
             )
-            # ``body`` may hold the error, whose frames hold ``body``.
+            # ``body`` may refer to the error, whose frames refer to ``body``.
             error.with_traceback(None)
             return None
         finally:
@@ -434,7 +435,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 def _limits(method: str, tenant: bytes) -> Iterator[Limit]:
     """The limits on concurrent calls.
 
-    Services that require no token have a limit of their own, so that these keep no others out.
+    Services that require no token have a separate limit, so that their calls keep no others out.
     """
     is_open = _service_of(method) not in SERVICE_ROLES
     yield Limit(is_open, MOST_OPEN_CALLS if is_open else MOST_CALLS, "TOO_MANY_CALLS")
@@ -445,14 +446,14 @@ def _limits(method: str, tenant: bytes) -> Iterator[Limit]:
 def authorization_of(metadata: Iterable[tuple[str, str | bytes]]) -> str | bytes | None:
     """The call's only ``authorization``; None if it has several."""
     found = [value for key, value in metadata if key == "authorization"]
-    # A proxy in front may have checked another one of several.
+    # If there are several headers, a proxy in front may have checked another one.
     return found[0] if len(found) == 1 else None
 
 
 def _elsewhere(service: str) -> ServiceElsewhereError:
     """The error for a service that only another listener of this server offers.
 
-    The error does not contain the address, which may belong to a network that is not the caller's.
+    The error does not contain the address, which may be in another network than the caller.
     """
     is_admin = service.endswith(".Adapters")
     flag = "--admin-address" if is_admin else "--address"

@@ -36,20 +36,21 @@ INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_
 ADAPTERS_SERVICE = adapters_pb2.DESCRIPTOR.services_by_name["Adapters"].full_name
 TRAINING_SERVICE = training_pb2.DESCRIPTOR.services_by_name["Training"].full_name
 
-# Do not limit responses: clients choose how much they ask for, and have limits of their own.
+# Do not limit responses, because clients choose how much they ask for and have their own limits.
 _UNLIMITED = -1
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", _UNLIMITED),
-    # With this option on, a second server on the same port would silently take half of the calls.
+    # With this option, a second server on the same port would silently take half of the calls.
     ("grpc.so_reuseport", 0),
-    # Calls that the event loop has not accepted yet. By default gRPC cancels some of them from
-    # 1,000 on. --max-queued-requests limits waiting requests instead, and answers those it rejects.
+    # Calls that the event loop has not accepted yet. By default, gRPC cancels some of them if there
+    # are 1,000 or more. --max-queued-requests limits waiting requests instead, and rejected
+    # requests get an answer.
     ("grpc.server.max_pending_requests", MOST_CALLS),
     ("grpc.server.max_pending_requests_hard_limit", MOST_CALLS),
-    # Concurrent calls of one connection. Clients that do not know the limit yet send more, and
-    # those calls end with UNAVAILABLE, so it is far above any burst that should be answered.
+    # Concurrent calls of one connection. Clients that do not know the limit yet may send more, and
+    # these calls end with UNAVAILABLE, so the limit is far above any legitimate burst.
     ("grpc.max_concurrent_streams", MOST_CALLS),
     # Calls may send 64 KiB before the server reads their message (see ``Arrivals``). By default
     # gRPC raises this to megabytes on fast connections.
@@ -63,8 +64,8 @@ _OPTIONS = (
     # Detect within a minute and a half that a client has vanished.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    # Clients may ping idle connections every 10 s, as load balancers often require; turret's own
-    # ping during calls. Pings may arrive a little closer together than they were sent.
+    # Clients may ping idle connections every 10 s, as load balancers often require. turret's own
+    # clients ping during calls. Pings may arrive a little closer together than they were sent.
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 )
@@ -77,7 +78,7 @@ class _Listener:
 
 
 def _add_reflection(names: tuple[str, ...], server: grpc.aio.Server) -> None:
-    """Offers reflection as v1alpha and as v1, which has the same messages under another name."""
+    """Offers reflection as v1alpha, and as v1, which has the same messages under another name."""
     reflection.enable_server_reflection(names, server)
     servicer: Any = reflection.aio.ReflectionServicer(names)
     handler = grpc.stream_stream_rpc_method_handler(
@@ -129,7 +130,7 @@ class RpcServer:
     Create and use it inside the running event loop.
 
     Args:
-        listen: Addresses. Without an admin address the Adapters service shares the main one.
+        listen: Addresses. Without an admin address, the Adapters service uses the main one.
         security: TLS files; its token file is read by the caller.
         services: The services that answer.
     """
@@ -164,7 +165,7 @@ class RpcServer:
         """Bind and listen.
 
         Raises:
-            OSError: An address cannot be bound, or the TLS files do not fit together.
+            OSError: An address cannot be bound, or the TLS files do not match each other.
         """
         if self._tenants is not None:
             self._tenants.start()
@@ -188,7 +189,7 @@ class RpcServer:
             training_pb2_grpc.add_TrainingServicer_to_server(self._training, server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         _add_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-        # Read them for each listener: a credentials object delivers its certificates to only one.
+        # Read them for each listener, because a credentials object works for only one.
         credentials = read_credentials(self._security)
         try:
             if credentials is None:
@@ -205,7 +206,7 @@ class RpcServer:
         _log.info("listening", extra=log.fields(address=bound, services=",".join(services)))
 
     async def stop(self, grace_seconds: float) -> None:
-        """Take no further call; cancel those that still run after the grace period."""
+        """Accept no further calls, and cancel those that still run after the grace period."""
         self.health.close()
         await asyncio.gather(*(each.server.stop(grace_seconds) for each in self._listeners))
         if self._tenants is not None:

@@ -70,7 +70,7 @@ METHODS: Mapping[str, Mapping[str, _Method]] = {
 
 
 class Servicer:
-    """A gRPC servicer that hands every call to a service of ``server/api``.
+    """A gRPC servicer that passes every call to a service of ``server/api``.
 
     Args:
         api: The service.
@@ -109,7 +109,8 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
     """Reports the same status for all services, because all of them depend on the engine.
 
     Args:
-        services: Full service names. The empty name, the whole server, is always there.
+        services: Full service names. The empty name, which stands for the whole server, is always
+            included.
     """
 
     def __init__(self, services: Iterable[str]) -> None:
@@ -124,7 +125,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self._wake()
 
     def close(self) -> None:
-        """Set NOT_SERVING for good; watchers are notified and their calls end."""
+        """Set NOT_SERVING permanently. Watchers are notified, and their calls end."""
         self._is_closed = True
         self.set_serving(False)
 

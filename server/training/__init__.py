@@ -1,1 +1,1 @@
-"""Training of adapters on the weights that the server serves."""
+"""Trains adapters on the weights that the server serves."""

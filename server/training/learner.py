@@ -53,8 +53,8 @@ class _Served:
 class Learner:
     """An adapter in training.
 
-    Its operators are lowered from the tensors like those of a loaded adapter. So a method is
-    trained by the formula that serves it.
+    Its operators are lowered from the tensors like those of a loaded adapter. So training uses the
+    same formula as serving.
 
     Args:
         config: The adapter's config, as PEFT writes it.
@@ -97,7 +97,7 @@ class Learner:
         return _Served(f"{self._key}/{self._count}", operators), leaves
 
     def fresh_leaves(self) -> dict[str, list[torch.Tensor]]:
-        """The leaves with gradients of their own, for one segment."""
+        """The leaves with separate gradients, for one segment."""
         return {
             path: [leaf.detach().requires_grad_() for leaf in leaves]
             for path, leaves in self.leaves.items()
@@ -173,7 +173,8 @@ class Learner:
 
     def load(self, folder: Path, *, with_optimizer: bool) -> None:
         """Restore the tensors, and optionally the optimizer's state, that ``save`` wrote."""
-        # A save may replace the directory meanwhile, so read both files from one open directory.
+        # A save may replace the directory meanwhile, so read both files from the same open
+        # directory.
         directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             opened = Path(f"/proc/self/fd/{directory}")
@@ -212,8 +213,8 @@ _ALPHA = 32.0
 METHODS = ("lora", "rslora", "dora", "loha", "ia3")
 
 
-# A parameter, its gradient and two moments in float32, the same number in an operator, its copy
-# with a gradient, and one more gradient in a pass.
+# A parameter, its gradient and two moments, the same number in an operator, its copy with a
+# gradient, and one more gradient in a pass: eight numbers in float32.
 _BYTES_PER_PARAMETER = 32
 
 

@@ -1,7 +1,8 @@
 """Losses of single tokens, as functions of their log probabilities.
 
-All losses are sums over tokens, not means. ``r = exp(lp − q)`` is the ratio of the log probability
-``lp`` to the ``q`` with which the token was sampled (``logprobs``), ``A`` the advantage.
+All losses are sums over tokens, not means. ``r = exp(lp − q)`` is the probability ratio, where
+``lp`` is the log probability and ``q`` the one with which the token was sampled (``logprobs``).
+``A`` is the advantage.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Loss(NamedTuple):
 
     Attributes:
         of: The loss of each token, from log probabilities, inputs and settings; elementwise.
-        inputs: The inputs that it needs besides ``TARGETS``.
+        inputs: The inputs that it needs in addition to ``TARGETS``.
         settings: The names of its settings, with their defaults.
     """
 

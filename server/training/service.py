@@ -1,4 +1,4 @@
-"""Adapters in training on the base that serves (``Training``)."""
+"""Adapters in training on the base that is served (``Training``)."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ from turret.server.words import say
 
 T = TypeVar("T")
 # The maximum number of tokens in a pass, and in a chunk: consecutive sequences of one adapter. A
-# longer sequence is a chunk of its own. While requests run, a pass is no larger than a chunk, so
-# that they run often. Chunks depend only on the lengths of an adapter's own sequences, so its
-# gradients are added in a fixed order, whatever else is in the passes.
+# longer sequence is a separate chunk. While requests run, a pass is no larger than a chunk, so that
+# steps of requests run often. Chunks depend only on the lengths of an adapter's own sequences, so
+# its gradients are added in a fixed order, whatever else is in the passes.
 PASS_TOKENS, CHUNK_TOKENS = 512, 128
 _READ_BYTES = 1 << 20
 
@@ -87,13 +87,13 @@ class TrainingService:
     """See ``Training``. Use it on the event loop.
 
     Args:
-        engine: Runs the passes beside requests.
+        engine: Runs the passes between steps of requests.
         decoder: The base model.
         layout: The shape of its projections.
         store: Holds the adapters of requests, and of passes.
-        registry: Describes the base, and takes the adapters that are published.
+        registry: Describes the base, and registers published adapters.
         max_rank: The highest rank.
-        max_bytes: The memory of all adapters in training, of which a named owner may have half.
+        max_bytes: The memory for all adapters in training. A named owner may have half of it.
         metrics: The metrics of the server.
     """
 
@@ -249,7 +249,7 @@ class TrainingService:
             done=done,
             num_queued=sum(len(datum.tokens) for datum in data),
         )
-        # An owner gets no extra turns for the time in which it had no work.
+        # An owner gets no additional turns for the time in which it had no work.
         self._trained[work.owner] = max(self._trained[work.owner], self._clock)
         self._waiting.append(work)
         self._count_queued()
@@ -259,7 +259,7 @@ class TrainingService:
         return work.results
 
     async def _run(self) -> None:
-        """Run passes until nothing waits, each over chunks of as many adapters as fit."""
+        """Run passes until nothing waits. Each pass contains chunks of as many adapters as fit."""
         while self._waiting:
             batch = self._next_batch()
             self._count_queued()
@@ -271,7 +271,10 @@ class TrainingService:
         self._metrics.training_queued(sum(work.num_queued for work in self._waiting))
 
     async def _run_batch(self, batch: Sequence[tuple[_Work, Sequence[Datum]]]) -> None:
-        """Run a pass. If it fails, run it for each adapter alone, so that only one fails."""
+        """Run a pass.
+
+        If it fails, run it for each adapter separately, so that only one of them fails.
+        """
         works = dict.fromkeys(work for work, _ in batch)
         try:
             await self._on_engine(functools.partial(self._pass, batch))

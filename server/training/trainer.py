@@ -23,8 +23,8 @@ class Datum:
 
     Attributes:
         tokens: The token ids that the model reads.
-        inputs: Tensors of the loss by name, one number per token: ``target_tokens`` int64,
-            and ``weights``, ``logprobs``, ``advantages`` fp32 as far as the loss needs them.
+        inputs: Tensors of the loss by name, one number per token: ``target_tokens`` int64, and
+            those of ``weights``, ``logprobs``, ``advantages`` that the loss needs, fp32.
     """
 
     tokens: Sequence[int]
@@ -36,7 +36,7 @@ class DatumLoss:
     """The result of one sequence, one number per token.
 
     Attributes:
-        logprobs: The log probability of each target, with the bits that sampling gives it; fp32.
+        logprobs: The log probability of each target, fp32, bit-identical to that of sampling.
         losses: The loss of each token, fp32.
     """
 
@@ -56,7 +56,7 @@ class AdamParams:
     grad_clip_norm: float = 0.0
 
 
-# Outside of these ranges, float32 overflows or divides by zero.
+# Outside these ranges, float32 overflows or divides by zero.
 ADAM_RANGES: Mapping[str, tuple[float, float]] = {
     "learning_rate": (0.0, 1e4),
     "beta1": (0.0, 0.999999),
@@ -99,7 +99,7 @@ class Published:
 class Training(Protocol):
     """Adapters in training, by an id that is never used twice.
 
-    Calls for one adapter must not overlap; calls for several run together.
+    Calls for the same adapter must not overlap. Calls for different adapters run together.
     """
 
     async def create(self, config: LearnerConfig, owner: str = "") -> int:
@@ -107,7 +107,8 @@ class Training(Protocol):
 
         Args:
             config: Its config.
-            owner: The client, which may have half of the memory; empty if everybody is one.
+            owner: The client, which may have half of the memory; empty if all callers count as one
+                client.
 
         Raises:
             InvalidRequestError: The config is not supported.
@@ -116,7 +117,7 @@ class Training(Protocol):
         ...
 
     async def drop(self, adapter_id: int) -> None:
-        """Forget an adapter, and end its pass; unknown ones are ignored."""
+        """Forget an adapter, and end its pass. Unknown ones are ignored."""
         ...
 
     async def pass_over(
@@ -133,9 +134,9 @@ class Training(Protocol):
         Args:
             adapter_id: The id of the adapter.
             data: Sequences of at most ``MAX_SEQUENCE_TOKENS``, whose tokens are in the vocabulary
-                and whose inputs are finite; a long list is cut into passes.
+                and whose inputs are finite. A long list is divided into passes.
             loss: A name in ``LOSSES``.
-            config: Settings of the loss; those that are missing have their defaults.
+            config: Settings of the loss. Missing ones have their defaults.
             is_forward_only: Whether to compute no gradients.
 
         Raises:
@@ -152,15 +153,15 @@ class Training(Protocol):
         ...
 
     async def load(self, adapter_id: int, folder: Path, *, with_optimizer: bool) -> None:
-        """Continue from what ``save`` has written; the config must be the same."""
+        """Continue from the files of ``save``. The config must be the same."""
         ...
 
     async def publish(self, adapter_id: int, name: str) -> Published:
-        """Register the current tensors as a generation of an adapter's name, for sampling."""
+        """Register the current tensors as a generation of an adapter name, for sampling."""
         ...
 
     async def serve(self, folder: Path, name: str) -> Published:
-        """Register what ``save`` has written as an adapter's name, for sampling.
+        """Register the files of ``save`` under an adapter's name, for sampling.
 
         Raises:
             AdapterCheckpointError: The files are not those of an adapter.

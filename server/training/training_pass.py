@@ -1,12 +1,12 @@
-"""The forward and the backward pass of adapters in training, on the weights that are served.
+"""The forward and backward passes of adapters in training, on the served weights.
 
-The forward pass is that of requests, so a token's log probability is bit-identical to the one that
-is computed in sampling. A recorder keeps the input and the result of each projection. The backward
-pass goes through the layers in reverse: it differentiates each part in float32 by autograd, and
-multiplies by the transposed weights of the base for all rows at once. The base gets no gradients.
+The forward pass is that of requests, so a token's log probability is bit-identical to the one in
+sampling. A recorder keeps the input and the result of each projection. The backward pass goes
+through the layers in reverse. It differentiates each part in float32 with autograd, and multiplies
+by the transposed weights of the base for all rows at once. The base gets no gradients.
 
-Rows of several adapters run in one pass. Whatever is computed for an adapter is computed from its
-own rows alone, or row by row, so its gradients have the same bits whatever else is in the pass.
+Rows of several adapters run in one pass. Everything for an adapter is computed from its own rows
+alone, or row by row, so the bits of its gradients do not depend on the rest of the pass.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class TrainingPass:
         layout: The shape of its projections.
         store: Holds the adapters of requests; takes those of the segments.
         segments: The sequences.
-        between: Called before every projection; steps of requests may run in it.
+        between: Called before every projection. Steps of requests may run inside this call.
 
     Attributes:
         rows: The rows of each segment.
@@ -155,7 +155,7 @@ class TrainingPass:
 
     @property
     def num_bytes(self) -> int:
-        """The memory of what ``forward`` has kept for ``backward``."""
+        """The memory that ``forward`` keeps for ``backward``."""
         recorder = self._recorder
         kept = (*recorder.inputs.values(), *recorder.results.values(), *self._streams)
         return sum(tensor.nbytes for tensor in kept)
@@ -173,7 +173,7 @@ class TrainingPass:
         cache.clear(range(block))
         # An adapter may have several segments.
         self._store.prepare({each.adapter.key: each.adapter for each in self._segments}.values())
-        # Requests that run meanwhile may evict the adapters, whose tensors this pass keeps.
+        # Requests that run meanwhile may evict the adapters, so this pass keeps their tensors.
         self._changes = [self._store.vocabulary(each.adapter.key) for each in self._segments]
         members = [
             (rows.start, rows.stop, [(segment.adapter.key, 1.0)])
@@ -396,7 +396,7 @@ class TrainingPass:
         growth = self._decoder.growth_at(positions)
         if growth is not None:
             q = q * growth.clone()
-        # Put each sequence into a row of its own, padded on the right.
+        # Put each sequence into a separate row, padded on the right.
         q, k, v = (pad_sequence(list(x.split(lengths)), batch_first=True) for x in (q, k, v))
         places = torch.arange(max(lengths))
         distance = places[:, None] - places[None, :]
@@ -460,7 +460,7 @@ class _Rows(BaseRows):
         base: The base's module.
 
     Attributes:
-        used: The base's result, fp32, if an operator has asked for it.
+        used: The base's result, fp32, if an operator has requested it.
     """
 
     def __init__(self, given: torch.Tensor, x: torch.Tensor, base: BaseLinear) -> None:
@@ -476,7 +476,7 @@ class _Rows(BaseRows):
 
 
 class _Multiplied(torch.autograd.Function):
-    """A product of the base with other inputs than the rows' own."""
+    """A product of the base with inputs other than the rows' own."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, base: BaseLinear, dtype: torch.dtype) -> torch.Tensor:

@@ -18,7 +18,7 @@ TEXTS: dict[str, str] = {
     "NOT_DIVISIBLE": "{size} {what} cannot be divided by {by}",
     "WRONG_COUNT": "has {found} {what}, expected {expected}",
     "SELECTS_NOTHING": "selects no module that this method can adapt",
-    "SELECTED_TWICE": "selects {module!q:.120}, as {other} does",
+    "SELECTED_TWICE": "selects {module!q:.120}, which {other} also selects",
     "NOT_ADAPTABLE": "method {method} cannot adapt module {module!q:.120}",
     "SLOW_PATTERN": "pattern {pattern!q:.120} takes too much time or memory to match",
     "UNTRIED_PATTERN": "pattern {pattern!q:.120} was not tried because another one is too slow",
@@ -116,7 +116,7 @@ TEXTS: dict[str, str] = {
     "OVER_HOST_MEMORY": "adapter {path!q:.200} needs {bytes!b} of host memory, but all"
     " adapters together may use {host_bytes!b}; raise --adapter-host-bytes",
     "PINNED_LEAVE_NO_ROOM": "{adapters} needs {bytes!b} of host memory, but"
-    " --adapter-host-bytes leaves {free_bytes!b} beside pinned adapters; raise it or unpin one",
+    " --adapter-host-bytes leaves {free_bytes!b} after the pinned adapters; raise it or unpin one",
     "NO_ROOM_TO_PIN": "no room in host memory to pin adapter {adapter!q} ({bytes!b})",
     "DENSE_NOT_ALLOWED": "{method} adapter {path!q:.200} has updates as large as the weights that"
     " they change ({bytes!b}); start the server with {flag} to serve it",
@@ -197,7 +197,7 @@ TEXTS: dict[str, str] = {
     "TOO_MANY_ALIASES": "there are {most} aliases already; delete one first",
     "REGISTERED_AGAIN": "adapter {adapters!q} was registered again after the alias was set",
     "NO_EARLIER_GENERATION": "the server keeps no generation of adapter {adapters!q} before"
-    " {current_generation}; raise --keep-generations to keep some",
+    " {current_generation}; --keep-generations sets how many it keeps",
     "BEING_UNLOADED": "adapter {adapters!q} is being unloaded",
     "ADAPTER_EXISTS": "adapter {adapter!q} already exists with different content",
     "ADAPTER_GENERATION": "adapter {adapter!q} has generation {generation}, expected {expected}",

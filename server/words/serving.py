@@ -140,9 +140,9 @@ TEXTS = {
     "TOKENIZER_UNREAD": "the tokenizer could not be read: {problem}",
     "TOKENIZER_DIFFERS": "its {part} differs from the base model's tokenizer; an adapter may only"
     " add tokens",
-    "TOKEN_NUMBER_TAKEN": "gives the token {token!q} the number {number}, but after the base"
+    "TOKEN_NUMBER_TAKEN": "gives the token {token!q} the id {number}, but after the base"
     " model's tokens it must be {found}",
-    "TOKEN_WITHOUT_ROW": "gives the token {token!q} the number {number}, but the adapter has rows"
+    "TOKEN_WITHOUT_ROW": "gives the token {token!q} the id {number}, but the adapter has rows"
     " for only {rows} tokens",
     "ADDED_TOKEN_TOO_LONG": "an added token has more than {most} characters",
     "POST_PROCESSOR_UNSUPPORTED": "its post_processor adds more than {most} tokens around a text",

@@ -1,6 +1,6 @@
 """turret: many adapters of many methods on one 4-bit base model, served over gRPC.
 
-The Python client can be taken from here, without torch::
+The Python client can be imported from here, without torch::
 
     from turret import AsyncTurretClient, TurretClient, TurretRpcError
 """
@@ -22,7 +22,7 @@ __version__ = "0.2.0"
 
 __all__ = ["AdapterWeight", "AsyncTurretClient", "Tls", "TurretClient", "TurretRpcError"]
 
-# Names that are imported at their first use: the server and the trainer do not need them.
+# Names that are imported at their first use, because the server and the trainer do not need them.
 _PLACES = {
     "AdapterWeight": "messages.mix",
     "AsyncTurretClient": "aio",
@@ -39,9 +39,10 @@ def __getattr__(name: str) -> Any:
 
 
 def _quietly_imported(module: str) -> Any:
-    """The module, and gRPC so that it writes no lines of its own where errors tell the same.
+    """The module, imported so that gRPC does not log lines that repeat errors.
 
-    It reads the variable when it is loaded. Whoever has set it, or has loaded gRPC before, decides.
+    gRPC reads the variable when it is loaded. If it is already set, or gRPC is already loaded,
+    nothing changes.
     """
     is_unset = "GRPC_VERBOSITY" not in os.environ
     if is_unset:

@@ -1,4 +1,4 @@
-"""The closest match for a name that does not exist; any part of turret may use it."""
+"""The closest match for a name that does not exist. Any part of turret may import this file."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _FEW_CHARS = 3
 
 
 def closest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice that is close to the word and not the word itself, if there is one."""
+    """The choice that is closest to the word, if one is close and is not the word itself."""
     if len(word) > _MOST_CHARS:
         return None
     known = {choice.lower(): choice for choice in choices}
     # The common prefix of flags must not make them similar.
     bare = {choice.removeprefix("--"): whole for choice, whole in known.items()}
     plain = word.lower().removeprefix("--")
-    # In a short name, one letter of three may differ.
+    # In a short name, one letter in three may differ.
     cutoff = 0.6 if len(plain) <= _FEW_CHARS else 0.7
     close = difflib.get_close_matches(plain, bare, 1, cutoff)
     meant = bare[close[0]] if close else word

@@ -1,6 +1,6 @@
 """``torch``, imported at its first use: ``from turret.lazy_torch import torch``.
 
-For modules whose declarations are read before torch is loaded, which takes seconds.
+This is for modules whose declarations are read before torch is loaded, which takes seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ else:
     class _Torch:
         def __getattr__(self, name: str) -> Any:
             value = getattr(importlib.import_module("torch"), name)
-            setattr(self, name, value)  # The next use looks it up like any attribute.
+            setattr(self, name, value)  # Later uses find it as an ordinary attribute.
             return value
 
     torch = _Torch()

@@ -1,4 +1,4 @@
-"""Sentences for people, which keep the reason and the values that they were made from.
+"""Sentences for people, which keep the reason and the values from which they were made.
 
 Programs use ``reason`` and ``params``, never the words of a sentence. With ``PSEUDOLOCALE=rot13``
 in the environment, every sentence is unreadable, so that tests that compare words fail.
@@ -16,7 +16,8 @@ from typing import Any
 _IS_SCRAMBLED = os.environ.get("PSEUDOLOCALE") == "rot13"
 # Reason of the text that ends a sentence with a suggestion.
 SUGGESTION = "DID_YOU_MEAN"
-# Sentences about any field, value or file. All other sentences are in the catalogues of the parts.
+# Sentences about any field, value or file. All other sentences are in the catalogues of the
+# packages.
 TEXTS = {
     "DID_YOU_MEAN": "; did you mean {closest!q}?",
     # Fields.
@@ -106,7 +107,8 @@ def sayer(*catalogues: Mapping[str, str]) -> Callable[..., Text]:
     """The function that makes a text by its reason; ``closest`` adds a suggestion.
 
     Args:
-        catalogues: Templates of ``str.format`` by their reasons, beside those of this module.
+        catalogues: Templates for ``str.format`` by their reasons, in addition to those of this
+            module.
     """
     templates = {reason: each[reason] for each in (TEXTS, *catalogues) for reason in each}
 

@@ -49,18 +49,18 @@ def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.asynccontextmanager
-async def grpc_door(security: SecurityConfig) -> AsyncIterator[str]:
+async def grpc_server(security: SecurityConfig) -> AsyncIterator[str]:
     async with harness(security=security) as server:
         yield server.rpc.address
 
 
 @contextlib.asynccontextmanager
-async def http_door(security: SecurityConfig) -> AsyncIterator[str]:
+async def http_server(security: SecurityConfig) -> AsyncIterator[str]:
     async with http_harness(security=security) as server:
         yield server.server.address
 
 
-DOORS = pytest.mark.parametrize("door", [grpc_door, http_door])
+SERVERS = pytest.mark.parametrize("start", [grpc_server, http_server])
 
 
 def secured(pem: Path, *, mutual: bool) -> SecurityConfig:
@@ -70,15 +70,15 @@ def secured(pem: Path, *, mutual: bool) -> SecurityConfig:
     )
 
 
-def context_of(pem: Path, door: Any, certificate: str | None = None) -> ssl.SSLContext:
+def context_of(pem: Path, start: Any, certificate: str | None = None) -> ssl.SSLContext:
     context = ssl.create_default_context(cafile=str(pem / "ca.crt"))
-    context.set_alpn_protocols(["h2"] if door is grpc_door else ["http/1.1"])
+    context.set_alpn_protocols(["h2"] if start is grpc_server else ["http/1.1"])
     if certificate is not None:
         context.load_cert_chain(pem / f"{certificate}.crt", pem / f"{certificate}.key")
     return context
 
 
-async def is_served(address: str, door: Any, context: ssl.SSLContext | None) -> bool:
+async def is_served(address: str, start: Any, context: ssl.SSLContext | None) -> bool:
     """Whether the server answers in its protocol after such a handshake."""
     host, _, port = address.rpartition(":")
     name = host if context is not None else None
@@ -88,7 +88,7 @@ async def is_served(address: str, door: Any, context: ssl.SSLContext | None) -> 
                 host, int(port), ssl=context, server_hostname=name
             )
             try:
-                writer.write(_GREETING if door is grpc_door else _GET)
+                writer.write(_GREETING if start is grpc_server else _GET)
                 await writer.drain()
                 found = await reader.readexactly(9)
             finally:
@@ -96,45 +96,45 @@ async def is_served(address: str, door: Any, context: ssl.SSLContext | None) -> 
     except (OSError, EOFError):
         return False
     # A SETTINGS frame, or the beginning of an answer; anything else may be an alert.
-    return found[3] == 4 if door is grpc_door else found == b"HTTP/1.1 "
+    return found[3] == 4 if start is grpc_server else found == b"HTTP/1.1 "
 
 
-@DOORS
-async def test_only_new_versions_and_strong_ciphers_are_spoken(pem: Path, door: Any) -> None:
-    async with door(secured(pem, mutual=False)) as address:
+@SERVERS
+async def test_only_new_versions_and_strong_ciphers_are_spoken(pem: Path, start: Any) -> None:
+    async with start(secured(pem, mutual=False)) as address:
         for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
-            context = context_of(pem, door)
+            context = context_of(pem, start)
             context.minimum_version = context.maximum_version = version
-            assert await is_served(address, door, context), version
+            assert await is_served(address, start, context), version
         for version in (ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1):
-            context = context_of(pem, door)
+            context = context_of(pem, start)
             context.set_ciphers("ALL:@SECLEVEL=0")
             with pytest.warns(DeprecationWarning, match="TLSVersion"):
                 context.minimum_version = context.maximum_version = version
-            assert not await is_served(address, door, context), version
+            assert not await is_served(address, start, context), version
         for ciphers in ("aNULL", "eNULL"):
-            context = context_of(pem, door)
+            context = context_of(pem, start)
             context.maximum_version = ssl.TLSVersion.TLSv1_2
             context.set_ciphers(f"{ciphers}:@SECLEVEL=0")
-            assert not await is_served(address, door, context), ciphers
+            assert not await is_served(address, start, context), ciphers
 
 
-@DOORS
-async def test_plain_text_on_a_tls_port_is_not_answered(pem: Path, door: Any) -> None:
-    async with door(secured(pem, mutual=False)) as address:
-        assert not await is_served(address, door, None)
+@SERVERS
+async def test_plain_text_on_a_tls_port_is_not_answered(pem: Path, start: Any) -> None:
+    async with start(secured(pem, mutual=False)) as address:
+        assert not await is_served(address, start, None)
         # Later clients are not affected.
-        assert await is_served(address, door, context_of(pem, door))
+        assert await is_served(address, start, context_of(pem, start))
 
 
-@DOORS
-async def test_only_certificates_of_the_authority_come_in(pem: Path, door: Any) -> None:
-    async with door(secured(pem, mutual=True)) as address:
-        assert await is_served(address, door, context_of(pem, door, "client"))
+@SERVERS
+async def test_only_certificates_of_the_authority_come_in(pem: Path, start: Any) -> None:
+    async with start(secured(pem, mutual=True)) as address:
+        assert await is_served(address, start, context_of(pem, start, "client"))
         for refused in (None, "stranger", "alone", "expired", "purpose"):
-            context = context_of(pem, door, refused)
-            assert not await is_served(address, door, context), refused
-        assert await is_served(address, door, context_of(pem, door, "client"))
+            context = context_of(pem, start, refused)
+            assert not await is_served(address, start, context), refused
+        assert await is_served(address, start, context_of(pem, start, "client"))
 
 
 async def test_a_certificate_gives_no_role(pem: Path, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ async def test_a_certificate_gives_no_role(pem: Path, tmp_path: Path) -> None:
             call = stub.GetModel(inference_pb2.GetModelRequest(), metadata=metadata)
             assert (await failure_of(call)).code is code
     async with http_harness(security=security, tokens=tokens) as server:
-        context = context_of(pem, http_door, "client")
+        context = context_of(pem, http_server, "client")
         async with httpx2.AsyncClient(verify=context) as client:
             for token, status in ((None, 401), ("guess", 401), ("operator", 403)):
                 headers = {} if token is None else {"authorization": f"Bearer {token}"}

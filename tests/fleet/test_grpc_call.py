@@ -149,7 +149,7 @@ def test_a_call_is_its_clients_and_not_the_ingresss(
     assert from_client(scope)["client"] == client
 
 
-async def test_both_doors_close_while_the_replica_may_answer_nothing(
+async def test_both_protocols_close_while_the_replica_may_answer_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = Config(listen=ListenConfig(http_address="127.0.0.1:8080"))

@@ -19,8 +19,8 @@ import pytest
 from builders.bases.tiny_models import save_tiny_model
 from builders.random_adapters import AdapterSpec, arch_of, write_adapter
 from fuzz.corpus import seeds
-from fuzz.doors import METHODS, PATHS
 from fuzz.mutation import mutated
+from fuzz.protocols import METHODS, PATHS
 from servers.server_under_test import ServerUnderTest, start_server
 
 from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc

@@ -18,8 +18,8 @@ import grpc
 import psutil
 import pytest
 from builders.bases.tiny_models import save_tiny_model
-from fuzz.doors import METHODS
 from fuzz.large import PASS, TYPES, Large, archives, bodies, messages
+from fuzz.protocols import METHODS
 from servers.server_under_test import ServerUnderTest, start_server
 
 from turret.v1 import tinker_pb2

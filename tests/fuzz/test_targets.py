@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 from fuzz.corpus import CORPUS, encoded, right, seeds
-from fuzz.doors import METHODS, PASS, PATHS, TRAINING_PATHS
 from fuzz.guided import ORDER
 from fuzz.messages import messages_of
 from fuzz.mutation import mutated
+from fuzz.protocols import METHODS, PASS, PATHS, TRAINING_PATHS
 from fuzz.targets import Broken, Targets, _within_budget, calls_of, opened
 from google.protobuf.descriptor import MethodDescriptor
 from hypothesis import HealthCheck, given, settings
@@ -75,9 +75,9 @@ def test_valid_bodies_reach_the_handlers(targets: Targets) -> None:
     """Otherwise damaged bodies would be rejected for what all of them have in common."""
     for name, data in right():
         if name.startswith("http/"):
-            assert targets._doors.post(PATHS[data[0]], data[1:]) != 400, name
+            assert targets._protocols.post(PATHS[data[0]], data[1:]) != 400, name
         if name.startswith("training/"):
-            assert set(targets._doors.train(calls_of(data))) == {200}, name
+            assert set(targets._protocols.train(calls_of(data))) == {200}, name
 
 
 @pytest.mark.parametrize("name", NAMES)

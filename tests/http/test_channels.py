@@ -122,14 +122,14 @@ def test_another_models_text_is_left_alone(tmp_path: Path) -> None:
 async def test_what_is_said_alone_is_asked_for_a_chat_over_grpc() -> None:
     chat = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="hi")])
     marks = inference_pb2.ResponseOptions(call_marks=True)
-    async with harness() as door:
+    async with harness() as protocol:
         for message, said_only in (
             (inference_pb2.GenerateRequest(chat=chat), True),
             (inference_pb2.GenerateRequest(chat=chat, options=marks), False),
             (inference_pb2.GenerateRequest(prompt="hi"), False),
         ):
-            await door.inference.Generate(message)
-            assert door.engine.requests[-1].options.said_only is said_only
+            await protocol.inference.Generate(message)
+            assert protocol.engine.requests[-1].options.said_only is said_only
 
 
 async def asked(http: HttpHarness, tokenizer: Tokenizer, text: str, **body: Any) -> Any:

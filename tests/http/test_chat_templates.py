@@ -59,7 +59,7 @@ def rendered(folder: Path, tools: Any = None) -> list[int]:
 
 
 @dataclass
-class Doors:
+class Protocols:
     """A real backend with both protocols."""
 
     http: HttpHarness
@@ -113,7 +113,7 @@ async def serving(
     state: Path,
     template: Path | None = None,
     trusts: bool = False,
-) -> AsyncIterator[Doors]:
+) -> AsyncIterator[Protocols]:
     async with contextlib.AsyncExitStack() as stack:
         start = EngineHarness.start(
             model,
@@ -128,28 +128,30 @@ async def serving(
         rpc = await stack.enter_async_context(harness(serving=False))
         for gate in (http.gate, rpc.gate):
             gate.open(engine.backend)
-        yield Doors(http, rpc, engine, root)
+        yield Protocols(http, rpc, engine, root)
 
 
 NAMES = ("plain", "own", "config", "named", "same", "ends")
 
 
 @pytest.fixture
-async def doors(base: Path, root: Path, tmp_path: Path) -> AsyncIterator[Doors]:
-    async with serving(base, root, *NAMES, state=tmp_path / "state") as doors:
-        yield doors
+async def protocols(base: Path, root: Path, tmp_path: Path) -> AsyncIterator[Protocols]:
+    async with serving(base, root, *NAMES, state=tmp_path / "state") as protocols:
+        yield protocols
 
 
-async def test_the_adapters_template_is_transformers(doors: Doors, base: Path) -> None:
-    expected = {name: rendered(doors.root / name) for name in ("own", "config", "named", "ends")}
+async def test_the_adapters_template_is_transformers(protocols: Protocols, base: Path) -> None:
+    expected = {
+        name: rendered(protocols.root / name) for name in ("own", "config", "named", "ends")
+    }
     expected["same"] = expected["plain"] = rendered(base)
     for name, tokens in expected.items():
-        assert await doors.tokens(name) == tokens, name
+        assert await protocols.tokens(name) == tokens, name
     assert len({tuple(tokens) for tokens in expected.values()}) == 4
     tool = {"type": "function", "function": {"name": "look", "description": "", "parameters": {}}}
-    shown = await doors.tokens("named", tools=[tool])
-    assert shown == rendered(doors.root / "named", [tool])
-    origins = {name: await doors.template_of(name) for name in NAMES}
+    shown = await protocols.tokens("named", tools=[tool])
+    assert shown == rendered(protocols.root / "named", [tool])
+    origins = {name: await protocols.template_of(name) for name in NAMES}
     assert origins == {
         "plain": "",
         "own": "chat_template.jinja",
@@ -160,45 +162,45 @@ async def test_the_adapters_template_is_transformers(doors: Doors, base: Path) -
     }
 
 
-async def test_a_mix_has_the_template_of_its_first_member_with_one(doors: Doors) -> None:
-    own, other = await doors.tokens("own"), await doors.tokens("config")
-    assert await doors.tokens("plain+own+config") == own
-    assert await doors.tokens("config*0.5+own") == other
-    assert await doors.tokens("same+own") == await doors.tokens("base")
+async def test_a_mix_has_the_template_of_its_first_member_with_one(protocols: Protocols) -> None:
+    own, other = await protocols.tokens("own"), await protocols.tokens("config")
+    assert await protocols.tokens("plain+own+config") == own
+    assert await protocols.tokens("config*0.5+own") == other
+    assert await protocols.tokens("same+own") == await protocols.tokens("base")
 
 
-async def test_every_door_answers_a_chat_in_it(doors: Doors) -> None:
-    prompt = await doors.tokens("own")
-    oracle = save(doors.root.parent / "again", "own", seed=1)
+async def test_every_protocol_answers_a_chat_in_it(protocols: Protocols) -> None:
+    prompt = await protocols.tokens("own")
+    oracle = save(protocols.root.parent / "again", "own", seed=1)
     expected, _ = oracle_greedy(oracle, prompt, 6)
     text = tiny_tokenizer().decode(expected[: expected.index(EOS)] if EOS in expected else expected)
     fields = {"model": "own", "temperature": 0}
-    chat = await doors.http.post(
+    chat = await protocols.http.post(
         "/v1/chat/completions", {**fields, "messages": ASK, "max_tokens": 6}
     )
     assert chat.json()["usage"]["prompt_tokens"] == len(prompt)
     assert chat.json()["choices"][0]["message"]["content"] == text
-    response = await doors.http.post(
+    response = await protocols.http.post(
         "/v1/responses", {**fields, "input": ASK, "max_output_tokens": 6}
     )
     assert response.json()["usage"]["input_tokens"] == len(prompt)
-    embedded = await doors.http.post("/v1/embeddings", {"model": "own", "messages": ASK})
+    embedded = await protocols.http.post("/v1/embeddings", {"model": "own", "messages": ASK})
     assert embedded.json()["usage"]["prompt_tokens"] == len(prompt)
-    async with AsyncTurretClient(doors.rpc.rpc.address) as client:
+    async with AsyncTurretClient(protocols.rpc.rpc.address) as client:
         answer = await client.chat(ASK, adapters="own", temperature=0.0, max_tokens=6)
         assert (answer.usage.prompt_tokens, answer.text) == (len(prompt), text)
         assert len((await client.score(ASK, adapters="own")).tokens) == len(prompt)
 
 
-async def test_answers_end_at_the_adapters_end_token(doors: Doors) -> None:
+async def test_answers_end_at_the_adapters_end_token(protocols: Protocols) -> None:
     """``a`` ends conversations of the adapter that defines it, and is text for the others."""
     (letter,) = tiny_tokenizer()("a")["input_ids"]
     body = {"messages": ASK, "max_tokens": 4, "temperature": 0, "logit_bias": {str(letter): 100}}
     for name, reason in (("ends", "stop"), ("own", "length")):
-        answer = await doors.http.post("/v1/chat/completions", {"model": name, **body})
+        answer = await protocols.http.post("/v1/chat/completions", {"model": name, **body})
         assert answer.json()["choices"][0]["finish_reason"] == reason
     chosen = {**body, "model": "ends", "structured_outputs": {"choice": ["ba", "b"]}}
-    answer = await doors.http.post("/v1/chat/completions", {**chosen, "logit_bias": {}})
+    answer = await protocols.http.post("/v1/chat/completions", {**chosen, "logit_bias": {}})
     assert answer.json()["choices"][0]["message"]["content"] in ("ba", "b")
 
 
@@ -208,63 +210,67 @@ async def test_it_changes_with_the_weights_and_stays_over_a_restart(
     files = tmp_path / "root"
     shutil.copytree(root / "own", files / "a")
     state = tmp_path / "state"
-    async with serving(base, files, "a", state=state) as doors:
-        own = await doors.tokens("a")
+    async with serving(base, files, "a", state=state) as protocols:
+        own = await protocols.tokens("a")
         with_template(files / "a", OTHER)
         # A changed file has no effect before it is loaded again, and then makes a new generation.
-        assert await doors.tokens("a") == own
+        assert await protocols.tokens("a") == own
         again = adapters_pb2.LoadAdapterRequest(name="a", path="a")
-        assert (await failure_of(doors.rpc.adapters.LoadAdapter(again))).reason == "ADAPTER_EXISTS"
+        assert (
+            await failure_of(protocols.rpc.adapters.LoadAdapter(again))
+        ).reason == "ADAPTER_EXISTS"
         change = adapters_pb2.ReplaceAdapterRequest(name="a", path="a")
-        assert (await doors.rpc.adapters.ReplaceAdapter(change)).generation == 2
-        other = await doors.tokens("a")
+        assert (await protocols.rpc.adapters.ReplaceAdapter(change)).generation == 2
+        other = await protocols.tokens("a")
         assert other == rendered(files / "a") != own
-        assert (await doors.rpc.adapters.ReplaceAdapter(change)).generation == 2
+        assert (await protocols.rpc.adapters.ReplaceAdapter(change)).generation == 2
         change.chat_template = BASE
-        replaced = await doors.rpc.adapters.ReplaceAdapter(change)
+        replaced = await protocols.rpc.adapters.ReplaceAdapter(change)
         assert (replaced.generation, replaced.chat_template) == (3, "request")
-        assert await doors.tokens("a") == await doors.tokens("base")
+        assert await protocols.tokens("a") == await protocols.tokens("base")
         # A request that was rendered before a replacement is not answered after it.
-        vocabulary = await doors.engine.vocabulary_of("a")
+        vocabulary = await protocols.engine.vocabulary_of("a")
         again = adapters_pb2.LoadAdapterRequest(name="b", path="a", chat_template=OWN)
-        assert (await doors.rpc.adapters.LoadAdapter(again)).chat_template == "request"
-        assert await doors.tokens("b") == own
+        assert (await protocols.rpc.adapters.LoadAdapter(again)).chat_template == "request"
+        assert await protocols.tokens("b") == own
         assert vocabulary.own is not None
         with pytest.MonkeyPatch.context() as patch:
 
             async def before(*asked: Any, **more: Any) -> Any:
                 return vocabulary
 
-            patch.setattr(doors.engine.backend.vocabularies, "of", before)
+            patch.setattr(protocols.engine.backend.vocabularies, "of", before)
             body = {"model": "b", "messages": ASK, "max_tokens": 1}
-            assert (await doors.http.refused("/v1/chat/completions", body)).status == 503
+            assert (await protocols.http.refused("/v1/chat/completions", body)).status == 503
     (files / "a" / "chat_template.jinja").unlink()
-    async with serving(base, files, state=state) as doors:
-        assert await doors.tokens("b") == own
-        assert await doors.template_of("b") == "request"
-        assert await doors.tokens("a") == await doors.tokens("base")
+    async with serving(base, files, state=state) as protocols:
+        assert await protocols.tokens("b") == own
+        assert await protocols.template_of("b") == "request"
+        assert await protocols.tokens("a") == await protocols.tokens("base")
 
 
-async def test_it_is_uploaded_and_exported_with_its_adapter(doors: Doors, tmp_path: Path) -> None:
-    own = await doors.tokens("own")
-    async with AsyncTurretClient(doors.rpc.rpc.address) as client:
-        await client.adapters.upload("up", doors.root / "own")
-        assert await doors.tokens("up") == own
+async def test_it_is_uploaded_and_exported_with_its_adapter(
+    protocols: Protocols, tmp_path: Path
+) -> None:
+    own = await protocols.tokens("own")
+    async with AsyncTurretClient(protocols.rpc.rpc.address) as client:
+        await client.adapters.upload("up", protocols.root / "own")
+        assert await protocols.tokens("up") == own
         await client.adapters.export("up", tmp_path / "out")
         assert not (tmp_path / "out" / "tokenizer.json").exists()
         await client.adapters.upload("again", tmp_path / "out")
-        assert await doors.tokens("again") == own
-        given = await client.adapters.upload("given", doors.root / "own", chat_template=OTHER)
+        assert await protocols.tokens("again") == own
+        given = await client.adapters.upload("given", protocols.root / "own", chat_template=OTHER)
         assert given.chat_template == "request"
-        assert await doors.tokens("given") == await doors.tokens("config")
+        assert await protocols.tokens("given") == await protocols.tokens("config")
         await client.adapters.export("given", tmp_path / "given")
         fused = await client.adapters.fuse("fused", ["plain", "own"])
         assert fused.adapter.chat_template == "members"
-        assert await doors.tokens("fused") == own
+        assert await protocols.tokens("fused") == own
         await client.adapters.export("fused", tmp_path / "fused")
 
 
-async def test_a_broken_template_is_refused_at_load(doors: Doors) -> None:
+async def test_a_broken_template_is_refused_at_load(protocols: Protocols) -> None:
     for file, content, reason in (
         ("chat_template.jinja", b"a\n{% for %}", "CHAT_TEMPLATE_INVALID"),
         ("chat_template.jinja", b"x" * (256 << 10) + b"x", "FILE_TOO_LARGE"),
@@ -277,38 +283,38 @@ async def test_a_broken_template_is_refused_at_load(doors: Doors) -> None:
         ),
         ("tokenizer_config.json", b'{"chat_template"', "NOT_JSON"),
     ):
-        folder = doors.root / f"broken-{reason.lower()}"
+        folder = protocols.root / f"broken-{reason.lower()}"
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(doors.root / "plain", folder)
+        shutil.copytree(protocols.root / "plain", folder)
         (folder / file).write_bytes(content)
         load = adapters_pb2.LoadAdapterRequest(name="broken", path=folder.name)
-        failure = await failure_of(doors.rpc.adapters.LoadAdapter(load))
+        failure = await failure_of(protocols.rpc.adapters.LoadAdapter(load))
         assert (failure.reason, failure.reasons) == ("ADAPTER_CHECKPOINT", {file: reason})
         if reason == "CHAT_TEMPLATE_INVALID":
             assert "line 2" in failure.violations[file]
             # A template in the call replaces the broken one.
             load.name, load.chat_template = f"given-{file}", OWN
-            await doors.rpc.adapters.LoadAdapter(load)
-            assert await doors.tokens(load.name) == await doors.tokens("own")
+            await protocols.rpc.adapters.LoadAdapter(load)
+            assert await protocols.tokens(load.name) == await protocols.tokens("own")
     load = adapters_pb2.LoadAdapterRequest(name="broken", path="plain", chat_template="{{ a")
-    failure = await failure_of(doors.rpc.adapters.LoadAdapter(load))
+    failure = await failure_of(protocols.rpc.adapters.LoadAdapter(load))
     assert failure.reasons == {"chat_template": "CHAT_TEMPLATE_INVALID"}
     load = adapters_pb2.LoadAdapterRequest(name="long", path="plain", chat_template="é" * (1 << 18))
-    assert (await doors.rpc.adapters.LoadAdapter(load)).chat_template == "request"
+    assert (await protocols.rpc.adapters.LoadAdapter(load)).chat_template == "request"
 
 
 async def test_a_base_without_a_template_has_conversations_for_adapters_that_bring_one(
     root: Path, tmp_path: Path
 ) -> None:
     model = twin("llama").folder
-    async with serving(model, root, "own", "plain", state=tmp_path / "state") as doors:
-        assert await doors.tokens("own") == rendered(root / "own")
+    async with serving(model, root, "own", "plain", state=tmp_path / "state") as protocols:
+        assert await protocols.tokens("own") == rendered(root / "own")
         for name in ("base", "plain"):
-            refused = await doors.http.refused("/tokenize", {"model": name, "messages": ASK})
+            refused = await protocols.http.refused("/tokenize", {"model": name, "messages": ASK})
             assert refused.code == "no_chat_template"
         chat = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="hi")])
         question = inference_pb2.TokenizeRequest(chat=chat)
-        failure = await failure_of(doors.rpc.inference.Tokenize(question))
+        failure = await failure_of(protocols.rpc.inference.Tokenize(question))
         assert failure.reasons == {"chat": "NO_CHAT_TEMPLATE"}
 
 
@@ -316,14 +322,14 @@ async def test_a_template_can_be_set_for_the_base(root: Path, base: Path, tmp_pa
     file = tmp_path / "t.jinja"
     file.write_text(OTHER)
     names = ("own", "plain")
-    async with serving(base, root, *names, state=tmp_path / "a", template=file) as doors:
+    async with serving(base, root, *names, state=tmp_path / "a", template=file) as protocols:
         other = rendered(root / "config")
-        assert await doors.tokens("base") == await doors.tokens("plain") == other
-        assert await doors.tokens("own") == rendered(root / "own")
+        assert await protocols.tokens("base") == await protocols.tokens("plain") == other
+        assert await protocols.tokens("own") == rendered(root / "own")
     built_in = Path("chatml")
-    async with serving(base, root, *names, state=tmp_path / "b", template=built_in) as doors:
-        answer = await doors.http.post("/tokenize", {"model": "base", "messages": ASK})
-        back = await doors.http.post("/detokenize", {"model": "base", **answer.json()})
+    async with serving(base, root, *names, state=tmp_path / "b", template=built_in) as protocols:
+        answer = await protocols.http.post("/tokenize", {"model": "base", "messages": ASK})
+        back = await protocols.http.post("/detokenize", {"model": "base", **answer.json()})
         text = "<|im_start|>user\nhi <eos><|im_end|>\n<|im_start|>assistant\n"
         assert back.json()["prompt"] == text
 
@@ -351,16 +357,16 @@ def as_text(folder: Path, messages: Any, **variables: Any) -> str:
 
 
 async def test_variables_of_the_template_are_set_as_in_transformers(
-    doors: Doors, thinking: Path
+    protocols: Protocols, thinking: Path
 ) -> None:
-    await doors.rpc.adapters.LoadAdapter(
+    await protocols.rpc.adapters.LoadAdapter(
         adapters_pb2.LoadAdapterRequest(name="thinking", path="thinking")
     )
     asked = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": " so far "}]
 
     async def text_of(**fields: Any) -> str:
         body = {"model": "thinking", "messages": asked, **fields}
-        answer = await doors.http.post("/tokenize", body)
+        answer = await protocols.http.post("/tokenize", body)
         assert answer.status_code == 200, answer.text
         text: Any = tiny_tokenizer().decode(answer.json()["tokens"])
         return text
@@ -386,13 +392,13 @@ async def test_variables_of_the_template_are_set_as_in_transformers(
         assert await text_of(**fields) == as_text(thinking, asked, **expected), fields
     # A special token in a variable is text.
     assert "<eos>" in await text_of(chat_template_kwargs={"extra": "<eos>"})
-    answer = await doors.http.post(
+    answer = await protocols.http.post(
         "/tokenize",
         {"model": "thinking", "messages": asked, "chat_template_kwargs": {"extra": "<eos>"}},
     )
     assert EOS not in answer.json()["tokens"]
     wanted = {"effort": "low"}
-    response = await doors.http.post(
+    response = await protocols.http.post(
         "/v1/responses",
         {"model": "thinking", "input": "hi", "reasoning": wanted, "max_output_tokens": 1},
     )
@@ -402,8 +408,10 @@ async def test_variables_of_the_template_are_set_as_in_transformers(
     assert told["reasoning"]["effort"] == "low"
 
 
-async def test_reasoning_is_read_where_the_prompt_begins_it(doors: Doors, thinking: Path) -> None:
-    await doors.rpc.adapters.LoadAdapter(
+async def test_reasoning_is_read_where_the_prompt_begins_it(
+    protocols: Protocols, thinking: Path
+) -> None:
+    await protocols.rpc.adapters.LoadAdapter(
         adapters_pb2.LoadAdapterRequest(name="thinking", path="thinking")
     )
     (letter,) = tiny_tokenizer()("b")["input_ids"]
@@ -417,13 +425,13 @@ async def test_reasoning_is_read_where_the_prompt_begins_it(doors: Doors, thinki
         ([*ASK, {**half[1], "content": "So"}], {"continue_final_message": True}, False),
     ):
         sent = {**body, "temperature": 0, "messages": messages, **fields}
-        answer = await doors.http.post("/v1/chat/completions", sent)
+        answer = await protocols.http.post("/v1/chat/completions", sent)
         message = answer.json()["choices"][0]["message"]
         thought, said = message.get("reasoning_content", ""), message["content"]
         assert (thought, said) == (("bb", "") if is_thought else ("", "bb")), fields
 
 
-async def test_variables_that_make_no_sense_are_refused(doors: Doors) -> None:
+async def test_variables_that_make_no_sense_are_refused(protocols: Protocols) -> None:
     chat = {"model": "own", "messages": ASK}
     for path, fields, param in (
         ("/v1/chat/completions", {"chat_template_kwargs": 3}, "chat_template_kwargs"),
@@ -441,33 +449,33 @@ async def test_variables_that_make_no_sense_are_refused(doors: Doors) -> None:
         ("/tokenize", {"chat_template_kwargs": {"x": "y" * 70000}}, "chat_template_kwargs"),
         ("/v1/embeddings", {"chat_template_kwargs": {"tools": 1}}, "chat_template_kwargs.tools"),
     ):
-        refused = await doors.http.refused(path, {**chat, **fields})
+        refused = await protocols.http.refused(path, {**chat, **fields})
         assert (refused.status, refused.param) == (400, param), fields
     plain = {"model": "own", "prompt": "hi", "chat_template_kwargs": {"a": 1}}
-    assert (await doors.http.refused("/tokenize", plain)).param == "chat_template_kwargs"
+    assert (await protocols.http.refused("/tokenize", plain)).param == "chat_template_kwargs"
     for text in ("[]", '{"a": NaN}', '{"a": "half of a pair: \\ud800"}'):
         call = inference_pb2.ToolCall(name="f", arguments=text)
         turn = inference_pb2.ChatMessage(role="assistant", tool_calls=[call])
         given = inference_pb2.Chat(messages=[turn], chat_template_kwargs=text)
         failure = await failure_of(
-            doors.rpc.inference.Tokenize(inference_pb2.TokenizeRequest(chat=given))
+            protocols.rpc.inference.Tokenize(inference_pb2.TokenizeRequest(chat=given))
         )
         places = ("chat.chat_template_kwargs", "chat.messages[0].tool_calls[0].arguments")
         assert failure.reasons == dict.fromkeys(places, "NOT_A_JSON_OBJECT"), text
 
 
 async def test_a_request_brings_a_template_only_where_that_is_allowed(
-    doors: Doors, base: Path, root: Path, tmp_path: Path
+    protocols: Protocols, base: Path, root: Path, tmp_path: Path
 ) -> None:
     asked = {"messages": ASK, "chat_template": OTHER}
     for path in ("/v1/chat/completions", "/tokenize", "/v1/embeddings"):
-        refused = await doors.http.refused(path, {"model": "own", **asked})
+        refused = await protocols.http.refused(path, {"model": "own", **asked})
         assert (refused.status, refused.param) == (400, "chat_template")
     chat = inference_pb2.Chat(
         messages=[inference_pb2.ChatMessage(role="user", content="hi")], chat_template=OTHER
     )
     message = inference_pb2.TokenizeRequest(chat=chat)
-    failure = await failure_of(doors.rpc.inference.Tokenize(message))
+    failure = await failure_of(protocols.rpc.inference.Tokenize(message))
     assert failure.reasons == {"chat.chat_template": "TEMPLATE_NOT_TRUSTED"}
     names = ("own", "ends", "config")
     async with serving(base, root, *names, state=tmp_path / "b", trusts=True) as trusting:

@@ -97,7 +97,7 @@ def test_models_are_listed_and_found(client: openai.OpenAI, rpc: TurretClient) -
         ("json*0.5", [("json", 0.5)]),
     ],
 )
-def test_both_doors_give_the_same_answer(
+def test_both_protocols_give_the_same_answer(
     client: openai.OpenAI, rpc: TurretClient, model: str, mix: list[Any]
 ) -> None:
     chat = client.chat.completions.create(
@@ -331,7 +331,7 @@ def test_adapters_come_and_go(server: ServerUnderTest, client: openai.OpenAI) ->
         client.models.retrieve("label")
 
 
-def test_metrics_know_the_door(server: ServerUnderTest, client: openai.OpenAI) -> None:
+def test_metrics_know_the_protocol(server: ServerUnderTest, client: openai.OpenAI) -> None:
     client.completions.create(model="sql", prompt=PROMPT, **GREEDY)
     url = f"http://{server.http_address}/metrics"
     with pytest.raises(urllib.error.HTTPError) as refused:

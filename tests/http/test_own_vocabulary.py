@@ -26,7 +26,7 @@ WITH = [adapters_pb2.AdapterWeight(name="grown")]
 
 
 @dataclass
-class Doors:
+class Protocols:
     """A real backend with both protocols, a PEFT model, and the files."""
 
     http: HttpHarness
@@ -44,7 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 
 @pytest.fixture
-async def doors(root: tuple[Path, Any], tmp_path: Path) -> AsyncIterator[Doors]:
+async def protocols(root: tuple[Path, Any], tmp_path: Path) -> AsyncIterator[Protocols]:
     async with contextlib.AsyncExitStack() as stack:
         start = EngineHarness.start(
             twin("llama").folder, root[0], adapters=["grown"], state_dir=tmp_path / "state"
@@ -54,48 +54,50 @@ async def doors(root: tuple[Path, Any], tmp_path: Path) -> AsyncIterator[Doors]:
         rpc = await stack.enter_async_context(harness(serving=False))
         for gate in (http.gate, rpc.gate):
             gate.open(engine.backend)
-        yield Doors(http, rpc, engine, root[1], root[0])
+        yield Protocols(http, rpc, engine, root[1], root[0])
 
 
-async def test_text_is_the_adapters(doors: Doors) -> None:
+async def test_text_is_the_adapters(protocols: Protocols) -> None:
     """Tests Tokenize, GetAdapter and the HTTP equivalents."""
     text = "a turret <|end|> b"
     expected = grown_tokenizer()(text)["input_ids"]
     assert FIRST in expected
     assert END in expected
-    plain = await doors.rpc.inference.Tokenize(inference_pb2.TokenizeRequest(prompt=text))
+    plain = await protocols.rpc.inference.Tokenize(inference_pb2.TokenizeRequest(prompt=text))
     assert max(plain.token_ids) < FIRST
-    own = await doors.rpc.inference.Tokenize(
+    own = await protocols.rpc.inference.Tokenize(
         inference_pb2.TokenizeRequest(prompt=text, adapters=WITH)
     )
     assert list(own.token_ids) == expected
     assert own.text == text
     assert own.token_texts[expected.index(FIRST)] == "turret"
-    answer = await doors.http.post("/tokenize", {"model": "grown", "prompt": text})
+    answer = await protocols.http.post("/tokenize", {"model": "grown", "prompt": text})
     assert answer.json()["tokens"] == expected
-    back = await doors.http.post("/detokenize", {"model": "grown", "tokens": expected})
+    back = await protocols.http.post("/detokenize", {"model": "grown", "tokens": expected})
     assert back.json() == {"prompt": text}
-    refused = await doors.http.refused("/detokenize", {"tokens": expected})
+    refused = await protocols.http.refused("/detokenize", {"tokens": expected})
     assert (refused.status, refused.param) == (400, f"tokens[{expected.index(FIRST)}]")
     unknown = inference_pb2.TokenizeRequest(
         prompt=text, adapters=[adapters_pb2.AdapterWeight(name="other")]
     )
-    assert (await failure_of(doors.rpc.inference.Tokenize(unknown))).reason == "ADAPTER_NOT_FOUND"
+    assert (
+        await failure_of(protocols.rpc.inference.Tokenize(unknown))
+    ).reason == "ADAPTER_NOT_FOUND"
     question = adapters_pb2.GetAdapterRequest(name="grown")
-    assert (await doors.rpc.adapters.GetAdapter(question)).vocab_size == ROWS
+    assert (await protocols.rpc.adapters.GetAdapter(question)).vocab_size == ROWS
 
 
-async def test_a_chat_has_the_adapters_template(doors: Doors) -> None:
+async def test_a_chat_has_the_adapters_template(protocols: Protocols) -> None:
     """Special tokens in messages are text; those of the template are tokens."""
     body = {"messages": ASK, "max_tokens": 6, "temperature": 0, "logprobs": True}
-    refused = await doors.http.refused("/v1/chat/completions", {"model": "base", **body})
+    refused = await protocols.http.refused("/v1/chat/completions", {"model": "base", **body})
     assert refused.code == "no_chat_template"
-    answer = (await doors.http.post("/v1/chat/completions", {"model": "grown", **body})).json()
-    tokens = (await doors.http.post("/tokenize", {"model": "grown", "messages": ASK})).json()
+    answer = (await protocols.http.post("/v1/chat/completions", {"model": "grown", **body})).json()
+    tokens = (await protocols.http.post("/tokenize", {"model": "grown", "messages": ASK})).json()
     prompt = tokens["tokens"]
     assert answer["usage"]["prompt_tokens"] == len(prompt)
     assert (prompt[0], prompt.count(END), prompt.count(FIRST)) == (FIRST + 1, 1, 1)
-    expected, logprobs = oracle_greedy(doors.oracle, prompt, 6)
+    expected, logprobs = oracle_greedy(protocols.oracle, prompt, 6)
     if END in expected:
         expected = expected[: expected.index(END) + 1]
     told = answer["choices"][0]["logprobs"]["content"]
@@ -106,13 +108,13 @@ async def test_a_chat_has_the_adapters_template(doors: Doors) -> None:
         assert abs(item["logprob"] - logprob) <= 1e-4 * max(1.0, abs(logprob))
 
 
-async def test_scores_are_pefts(doors: Doors) -> None:
+async def test_scores_are_pefts(protocols: Protocols) -> None:
     text = "<|user|>turret abc turret<|end|>"
     request = inference_pb2.ScoreRequest(prompt=text, adapters=WITH, top_n=2)
-    scored = await doors.rpc.inference.Score(request)
+    scored = await protocols.rpc.inference.Score(request)
     ids = grown_tokenizer()(text)["input_ids"]
     assert [token.token_id for token in scored.tokens] == ids
-    rows = oracle_logprobs(doors.oracle, ids)
+    rows = oracle_logprobs(protocols.oracle, ids)
     for index, token in enumerate(scored.tokens[1:]):
         expected = float(rows[index, ids[index + 1]])
         assert abs(token.logprob - expected) <= 1e-4 * max(1.0, abs(expected))
@@ -128,8 +130,8 @@ def _request(**fields: Any) -> inference_pb2.GenerateRequest:
     return inference_pb2.GenerateRequest(**{**given, "options": options, **fields})
 
 
-async def test_stops_and_biases_know_added_tokens(doors: Doors) -> None:
-    generate = doors.rpc.inference.Generate
+async def test_stops_and_biases_know_added_tokens(protocols: Protocols) -> None:
+    generate = protocols.rpc.inference.Generate
     bias = {"logit_bias": {FIRST: 90.0, FIRST + 3: 89.0}}
     answer = await generate(_request(sampling=bias, stop={"stop_strings": ["rettur"]}))
     assert (answer.text, list(answer.token_ids)) == ("tur", [FIRST, FIRST])
@@ -149,8 +151,8 @@ async def test_stops_and_biases_know_added_tokens(doors: Doors) -> None:
         assert path in failure.violations, failure
 
 
-async def test_constraints_speak_the_adapters_tokens(doors: Doors) -> None:
-    generate = doors.rpc.inference.Generate
+async def test_constraints_speak_the_adapters_tokens(protocols: Protocols) -> None:
+    generate = protocols.rpc.inference.Generate
     choice = inference_pb2.Choice(texts=["turrets", "tower"])
     free = await generate(_request(choice=choice, stop={"max_tokens": 9}))
     assert free.text in choice.texts
@@ -176,16 +178,16 @@ def answer_ids(answer: inference_pb2.GenerateResponse) -> list[int]:
 
 
 async def test_a_tokenizer_travels_with_its_adapter(
-    doors: Doors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    protocols: Protocols, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The adapter is uploaded, served, exported, and replaced with another template."""
-    async with AsyncTurretClient(doors.rpc.rpc.address) as client:
-        first = await client.adapters.upload("up", doors.root / "grown")
+    async with AsyncTurretClient(protocols.rpc.rpc.address) as client:
+        first = await client.adapters.upload("up", protocols.root / "grown")
         assert first.generation == 1
         tokens = await client.tokenize(ASK, adapters="up")
         assert tokens.text.startswith("<|user|>user: hi turret")
         await client.adapters.export("up", tmp_path / "out")
-        names = {path.name for path in (doors.root / "grown").iterdir()}
+        names = {path.name for path in (protocols.root / "grown").iterdir()}
         assert {p.name for p in (tmp_path / "out").iterdir()} == names - {"README.md"}
         (tmp_path / "out" / "chat_template.jinja").write_text(TEMPLATE.replace("user|>", "end|>"))
         second = await client.adapters.upload("up", tmp_path / "out", replace=True)
@@ -198,25 +200,25 @@ async def test_a_tokenizer_travels_with_its_adapter(
         assert tokens.text == "<|end|>turret hi turret <|end|>"
         assert tokens.token_ids[:2] == (END, FIRST)
         # A request that was tokenised before the replacement is not answered after it.
-        vocabulary = await doors.engine.vocabulary_of("grown")
+        vocabulary = await protocols.engine.vocabulary_of("grown")
 
         async def before(*asked: Any, **more: Any) -> Any:
             return vocabulary
 
-        monkeypatch.setattr(doors.engine.backend.vocabularies, "of", before)
+        monkeypatch.setattr(protocols.engine.backend.vocabularies, "of", before)
         failure = await failure_of(
-            doors.rpc.inference.Generate(
+            protocols.rpc.inference.Generate(
                 _request(adapters=[adapters_pb2.AdapterWeight(name="up")], prompt="turret")
             )
         )
         assert failure.reason == "UNAVAILABLE"
 
 
-async def test_it_is_neither_merged_nor_fused(doors: Doors) -> None:
+async def test_it_is_neither_merged_nor_fused(protocols: Protocols) -> None:
     """The resulting base would have another number of tokens."""
     merge = adapters_pb2.MergeAdaptersRequest(adapters=WITH)
-    failure = await failure_of(doors.rpc.adapters.MergeAdapters(merge))
+    failure = await failure_of(protocols.rpc.adapters.MergeAdapters(merge))
     assert failure.reasons == {"adapters": "NOT_MERGEABLE"}
     fuse = adapters_pb2.FuseAdaptersRequest(name="fused", adapters=WITH)
-    failure = await failure_of(doors.rpc.adapters.FuseAdapters(fuse))
+    failure = await failure_of(protocols.rpc.adapters.FuseAdapters(fuse))
     assert "grown" in failure.message

@@ -48,13 +48,13 @@ def load(name: str, tmp_path: Path) -> tuple[Tokenizer, Any]:
 
 
 @contextlib.asynccontextmanager
-async def doors(tokenizer: Tokenizer) -> AsyncIterator[Any]:
+async def protocols(tokenizer: Tokenizer) -> AsyncIterator[Any]:
     """Send a chat over either protocol; returns the engine's prompt."""
     async with harness(serving=False) as rpc, http_harness(serving=False) as http:
-        for door in (rpc, http):
-            fakes = fake_backend(door.engine, door.registry, FakeMerger(), FakeFuser())
+        for protocol in (rpc, http):
+            fakes = fake_backend(protocol.engine, protocol.registry, FakeMerger(), FakeFuser())
             vocabularies = FakeVocabularies(Vocabulary(tokenizer))
-            door.gate.open(replace(fakes, tokenizer=tokenizer, vocabularies=vocabularies))
+            protocol.gate.open(replace(fakes, tokenizer=tokenizer, vocabularies=vocabularies))
 
         async def ask(turns: list[dict[str, str]]) -> list[list[int]]:
             messages = [
@@ -65,13 +65,13 @@ async def doors(tokenizer: Tokenizer) -> AsyncIterator[Any]:
             await rpc.inference.Generate(inference_pb2.GenerateRequest(chat=chat))
             answer = await http.post("/v1/chat/completions", {"model": "m", "messages": turns})
             assert answer.status_code == 200, answer.text
-            return [list(door.engine.requests[-1].prompt_token_ids) for door in (rpc, http)]
+            return [list(protocol.engine.requests[-1].prompt_token_ids) for protocol in (rpc, http)]
 
         async def complete(prompt: str) -> list[list[int]]:
             await rpc.inference.Generate(inference_pb2.GenerateRequest(prompt=prompt))
             answer = await http.post("/v1/completions", {"model": "m", "prompt": prompt})
             assert answer.status_code == 200, answer.text
-            return [list(door.engine.requests[-1].prompt_token_ids) for door in (rpc, http)]
+            return [list(protocol.engine.requests[-1].prompt_token_ids) for protocol in (rpc, http)]
 
         yield ask, complete
 
@@ -81,7 +81,7 @@ async def test_a_chat_has_the_tokens_of_its_template(name: str, tmp_path: Path) 
     tokenizer, theirs = load(name, tmp_path)
     expected = theirs.apply_chat_template(TURNS, add_generation_prompt=True)["input_ids"]
     assert max(expected) < tokenizer.vocab_size
-    async with doors(tokenizer) as (ask, _):
+    async with protocols(tokenizer) as (ask, _):
         assert await ask(TURNS) == [expected, expected]
 
 
@@ -90,7 +90,7 @@ async def test_a_rendered_chat_is_a_prompt_of_the_same_tokens(name: str, tmp_pat
     """A client that applies the template and sends text also gets one BOS."""
     tokenizer, theirs = load(name, tmp_path)
     text = theirs.apply_chat_template(TURNS, add_generation_prompt=True, tokenize=False)
-    async with doors(tokenizer) as (ask, complete):
+    async with protocols(tokenizer) as (ask, complete):
         assert await complete(text) == await ask(TURNS)
 
 
@@ -113,10 +113,10 @@ async def test_a_text_is_tokenized_with_or_without_special_tokens(
 ) -> None:
     tokenizer, theirs = load(name, tmp_path)
     async with harness(serving=False) as rpc, http_harness(serving=False) as http:
-        for door in (rpc, http):
-            fakes = fake_backend(door.engine, door.registry, FakeMerger(), FakeFuser())
+        for protocol in (rpc, http):
+            fakes = fake_backend(protocol.engine, protocol.registry, FakeMerger(), FakeFuser())
             vocabularies = FakeVocabularies(Vocabulary(tokenizer))
-            door.gate.open(replace(fakes, tokenizer=tokenizer, vocabularies=vocabularies))
+            protocol.gate.open(replace(fakes, tokenizer=tokenizer, vocabularies=vocabularies))
         for adds in (True, False):
             expected = theirs("hi there", add_special_tokens=adds)["input_ids"]
             body = {"prompt": "hi there", "add_special_tokens": adds}

@@ -20,8 +20,8 @@ FORBIDDEN = {
     ): "adapters",
     ("fleet/follower.py", "from turret.fleet import replica"): "fleet",
     ("fleet/replica.py", "import ray"): "the fleet's state machines need no Ray",
-    ("clients/client.py", "import torch"): "the doors and clients need no torch",
-    ("server/api/call.py", "import grpc"): "gRPC is one door of two",
+    ("clients/client.py", "import torch"): "servers and clients need no torch",
+    ("server/api/call.py", "import grpc"): "only the gRPC server needs grpc",
 }
 
 

@@ -29,13 +29,13 @@ MOST = 4
 
 
 @contextlib.asynccontextmanager
-async def grpc_door() -> AsyncIterator[str]:
+async def grpc_server() -> AsyncIterator[str]:
     async with harness(most_connections=MOST) as server:
         yield server.rpc.address
 
 
 @contextlib.asynccontextmanager
-async def http_door() -> AsyncIterator[str]:
+async def http_server() -> AsyncIterator[str]:
     async with http_harness(most_connections=MOST) as server:
         yield server.server.address
 
@@ -53,9 +53,9 @@ async def is_kept(reader: asyncio.StreamReader) -> bool:
     return False
 
 
-@pytest.mark.parametrize("door", [grpc_door, http_door])
-async def test_connections_beyond_the_bound_are_closed(door: Any) -> None:
-    async with door() as address:
+@pytest.mark.parametrize("start", [grpc_server, http_server])
+async def test_connections_beyond_the_bound_are_closed(start: Any) -> None:
+    async with start() as address:
         host, _, port = address.rpartition(":")
         opened = [await asyncio.open_connection(host, int(port)) for _ in range(MOST + 3)]
         kept = await asyncio.gather(*(is_kept(reader) for reader, _ in opened))
@@ -74,7 +74,9 @@ async def test_connections_beyond_the_bound_are_closed(door: Any) -> None:
             assert found
 
 
-def test_all_doors_together_leave_descriptors_for_files(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_protocols_together_leave_descriptors_for_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     limits = [0, 0]
     monkeypatch.setattr(resource, "getrlimit", lambda _: (limits[0], limits[1]))
     monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.__setitem__(0, pair[0]))

@@ -41,7 +41,7 @@ ALICE = (("authorization", "Bearer alice"),)
 Generate = inference_pb2.GenerateRequest
 
 
-class Doors:
+class Protocols:
     """A served model with both protocols; each method returns the number of cached tokens."""
 
     def __init__(self, channel: grpc.aio.Channel, client: httpx2.AsyncClient) -> None:
@@ -110,7 +110,7 @@ async def serving(
     speculation: Literal["auto", "off"] = "off",
     limits: dict[str, Any] | None = None,
     **security: Any,
-) -> AsyncIterator[Doors]:
+) -> AsyncIterator[Protocols]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     config = Config(
         model=ModelConfig(model=folder / "model", device="cpu", dtype="float32"),
@@ -132,7 +132,7 @@ async def serving(
             grpc.aio.insecure_channel(app.rpc.address) as channel,
             httpx2.AsyncClient(base_url=f"http://{app.http.address}", timeout=60) as client,
         ):
-            yield Doors(channel, client)
+            yield Protocols(channel, client)
     finally:
         app.stop()
         await app.shutdown()
@@ -141,26 +141,28 @@ async def serving(
 async def test_a_token_finds_no_cached_prefix_of_another(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with serving(folder, monkeypatch, token_file=folder / "tokens") as doors:
-        assert await doors.rpc("alice") == 0
-        assert await doors.rpc("alice") == 48
+    async with serving(folder, monkeypatch, token_file=folder / "tokens") as protocols:
+        assert await protocols.rpc("alice") == 0
+        assert await protocols.rpc("alice") == 48
         # Both protocols and all spellings of the header belong to the same tenant.
-        assert await doors.http("alice") == 48
-        assert await doors.rpc("alice", scheme="bEARER ") == 48
-        assert await doors.embed("alice") == 48
-        assert await doors.rpc("bob") == 0
-        assert await doors.http("bob") == await doors.embed("bob") == 48
+        assert await protocols.http("alice") == 48
+        assert await protocols.rpc("alice", scheme="bEARER ") == 48
+        assert await protocols.embed("alice") == 48
+        assert await protocols.rpc("bob") == 0
+        assert await protocols.http("bob") == await protocols.embed("bob") == 48
         # As always, the base does not share an adapter's blocks.
         for token in ("alice", "bob"):
-            assert [await doors.rpc(token, "a") for _ in range(2)] == [0, 48]
-            assert [await doors.classify(token) for _ in range(2)] == [0, 48]
+            assert [await protocols.rpc(token, "a") for _ in range(2)] == [0, 48]
+            assert [await protocols.classify(token) for _ in range(2)] == [0, 48]
 
 
 async def test_a_token_that_fills_all_places_yields_one_to_another(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits = {"max_num_seqs": 2, "preempt_after_seconds": 0.01}
-    async with serving(folder, monkeypatch, limits=limits, token_file=folder / "tokens") as doors:
+    async with serving(
+        folder, monkeypatch, limits=limits, token_file=folder / "tokens"
+    ) as protocols:
 
         async def answer(begun: asyncio.Event) -> str:
             asked = Generate(token_ids=inference_pb2.TokenIds(ids=PROMPT))
@@ -168,7 +170,7 @@ async def test_a_token_that_fills_all_places_yields_one_to_another(
             asked.sampling.temperature = 0.0
             asked.stop.ignore_eos = True
             text = ""
-            async for chunk in doors.stub.GenerateStream(asked, metadata=ALICE):
+            async for chunk in protocols.stub.GenerateStream(asked, metadata=ALICE):
                 text += chunk.text
                 begun.set()
             return text
@@ -177,7 +179,7 @@ async def test_a_token_that_fills_all_places_yields_one_to_another(
         begun = [asyncio.Event() for _ in range(limits["max_num_seqs"])]
         long = [asyncio.create_task(answer(event)) for event in begun]
         await asyncio.gather(*(event.wait() for event in begun))
-        await doors.rpc("bob")
+        await protocols.rpc("bob")
         assert not any(task.done() for task in long)
         # The one that yielded goes on with the same tokens.
         assert await asyncio.gather(*long) == [alone] * len(long)
@@ -186,27 +188,33 @@ async def test_a_token_that_fills_all_places_yields_one_to_another(
 async def test_a_scored_prompt_is_found_by_its_own_token_alone(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with serving(folder, monkeypatch, token_file=folder / "tokens") as doors:
-        await doors.score("alice")
-        assert await doors.rpc("bob") == 0
-        assert await doors.rpc("alice") == 48
+    async with serving(folder, monkeypatch, token_file=folder / "tokens") as protocols:
+        await protocols.score("alice")
+        assert await protocols.rpc("bob") == 0
+        assert await protocols.rpc("alice") == 48
 
 
 async def test_a_salt_keeps_the_requests_of_one_token_apart(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with serving(folder, monkeypatch, token_file=folder / "tokens") as doors:
-        assert await doors.http("alice", "red") == 0
-        assert await doors.rpc("alice", salt="red") == await doors.embed("alice", "red") == 48
-        assert await doors.rpc("alice", salt="blue") == 0
-        await doors.http("alice", "green", max_tokens=0)
-        assert await doors.rpc("alice") == 0
-        assert await doors.rpc("alice", salt="green") == 48
-        assert [await doors.classify("alice", salt) for salt in ("red", "", "red")] == [0, 0, 48]
+    async with serving(folder, monkeypatch, token_file=folder / "tokens") as protocols:
+        assert await protocols.http("alice", "red") == 0
+        assert (
+            await protocols.rpc("alice", salt="red") == await protocols.embed("alice", "red") == 48
+        )
+        assert await protocols.rpc("alice", salt="blue") == 0
+        await protocols.http("alice", "green", max_tokens=0)
+        assert await protocols.rpc("alice") == 0
+        assert await protocols.rpc("alice", salt="green") == 48
+        assert [await protocols.classify("alice", salt) for salt in ("red", "", "red")] == [
+            0,
+            0,
+            48,
+        ]
         # Knowing a salt does not help another token.
-        assert await doors.rpc("bob", salt="red") == 0
+        assert await protocols.rpc("bob", salt="red") == 0
         with pytest.raises(grpc.aio.AioRpcError, match="cache_salt: "):
-            await doors.rpc("alice", salt="s" * 257)
+            await protocols.rpc("alice", salt="s" * 257)
 
 
 async def test_drafts_come_from_earlier_answers_to_the_same_token_alone(
@@ -228,14 +236,14 @@ async def test_drafts_come_from_earlier_answers_to_the_same_token_alone(
         return key
 
     tokens = {"token_file": folder / "tokens", "speculation": "auto"}
-    async with serving(folder, monkeypatch, **tokens) as doors:
-        alice = await memory(doors.rpc("alice", max_tokens=4))
-        assert await memory(doors.http("alice", max_tokens=4)) == alice
+    async with serving(folder, monkeypatch, **tokens) as protocols:
+        alice = await memory(protocols.rpc("alice", max_tokens=4))
+        assert await memory(protocols.http("alice", max_tokens=4)) == alice
         others = [
-            await memory(doors.rpc("bob", max_tokens=4)),
-            await memory(doors.http("alice", "red", max_tokens=4)),
-            await memory(doors.http("bob", "red", max_tokens=4)),
-            await memory(doors.rpc("alice", "a", max_tokens=4)),
+            await memory(protocols.rpc("bob", max_tokens=4)),
+            await memory(protocols.http("alice", "red", max_tokens=4)),
+            await memory(protocols.http("bob", "red", max_tokens=4)),
+            await memory(protocols.rpc("alice", "a", max_tokens=4)),
         ]
         assert len({alice, *others}) == 1 + len(others)
 
@@ -245,11 +253,11 @@ async def test_prefixes_are_shared_where_that_is_asked_for_and_without_tokens(
     folder: Path, monkeypatch: pytest.MonkeyPatch, has_tokens: bool
 ) -> None:
     security = {"token_file": folder / "tokens", "share_prefixes": True} if has_tokens else {}
-    async with serving(folder, monkeypatch, **security) as doors:
-        assert await doors.rpc("alice") == 0
-        assert await doors.rpc("bob") == await doors.http("bob") == 48
-        assert [await doors.rpc("bob", salt="s") for _ in range(2)] == [0, 48]
-        assert await doors.http("alice", "s") == 48
+    async with serving(folder, monkeypatch, **security) as protocols:
+        assert await protocols.rpc("alice") == 0
+        assert await protocols.rpc("bob") == await protocols.http("bob") == 48
+        assert [await protocols.rpc("bob", salt="s") for _ in range(2)] == [0, 48]
+        assert await protocols.http("alice", "s") == 48
 
 
 def test_a_token_has_one_share_however_the_header_spells_it() -> None:
@@ -285,13 +293,13 @@ async def test_work_before_the_queue_is_done_for_tokens_in_turn(
         time.sleep(0.02)
         return took(*arguments, **more)
 
-    async with serving(folder, monkeypatch, token_file=folder / "tokens") as doors:
+    async with serving(folder, monkeypatch, token_file=folder / "tokens") as protocols:
         monkeypatch.setattr(kind, function, slow)
         monkeypatch.setattr(Tokenizer, "encodes_at_once", False)
 
         async def ask(token: str) -> httpx2.Response:
             headers = {"authorization": f"Bearer {token}"}
-            return await doors.client.post("/tokenize", json=asked, headers=headers)
+            return await protocols.client.post("/tokenize", json=asked, headers=headers)
 
         of_alice = [asyncio.create_task(ask("alice")) for _ in range(number)]
         await asyncio.wait(of_alice, return_when=asyncio.FIRST_COMPLETED)

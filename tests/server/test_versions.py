@@ -278,7 +278,7 @@ def test_what_an_alias_may_not_be(server: ServerUnderTest, client: TurretClient)
     adapters.set_alias("a7", "dates")
 
 
-def test_a_merged_adapter_is_refused_at_both_doors(
+def test_a_merged_adapter_is_refused_at_both_protocols(
     server: ServerUnderTest, client: TurretClient
 ) -> None:
     expected = load_versions(client)

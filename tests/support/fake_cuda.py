@@ -60,7 +60,7 @@ class FakeStream:
 
 
 class FakeEvent:
-    """A place in a stream."""
+    """A position in a stream."""
 
     def __init__(self) -> None:
         self._stream: FakeStream | None = None
@@ -72,7 +72,7 @@ class FakeEvent:
         token = self._token = object()
 
         def reached() -> None:
-            # An event that was recorded again refers to the later place.
+            # An event that was recorded again refers to the later position.
             if self._token is token:
                 self._done = True
 

@@ -165,7 +165,7 @@ def update_in_float64(
 
 
 def circulant(kernel: torch.Tensor) -> torch.Tensor:
-    """The dense matrix of kernels ``[out / b, in / b, b]``; row j is shifted by j places."""
+    """The dense matrix of kernels ``[out / b, in / b, b]``; row j is shifted by j positions."""
     size = kernel.shape[2]
     rows = [kernel.roll(j, dims=2) for j in range(size)]
     return torch.stack(rows, dim=1).flatten(2).flatten(0, 1)

@@ -50,8 +50,8 @@ DORA = PeftMethod(
 )
 
 
-# aLoRA (arXiv 2504.12397): a LoRA that acts from its invocation in the prompt on. The base computes
-# the tokens before, so their keys and values are shared with all other requests.
+# aLoRA (arXiv 2504.12397): a LoRA that takes effect at its invocation in the prompt. The base
+# computes the tokens before it, so their keys and values are shared with all other requests.
 
 
 def _written_by_the_template(config: Settings, base: TrainingBase) -> str:
@@ -232,7 +232,7 @@ def _vblora_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
 VBLORA = PeftMethod(name="vblora", peft_config=_vblora_config)
 
 
-# SHiRA (arXiv 2406.13175): a few entries of each weight, at random places, are trained.
+# SHiRA (arXiv 2406.13175): a few entries of each weight, at random positions, are trained.
 
 
 def _shira_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
@@ -251,8 +251,8 @@ def _shira_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
 class _MaskDrawer:
     """PEFT's ``random_mask``, but always on the CPU and only once per shape.
 
-    In PEFT, too, modules of one shape get the same places. Permuting the entries of a large weight
-    takes seconds.
+    In PEFT, too, modules of the same shape get the same positions. Permuting the entries of a large
+    weight takes seconds.
     """
 
     def __init__(self, seed: int) -> None:

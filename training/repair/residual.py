@@ -1,8 +1,8 @@
-"""The LoRA that brings a quantised model nearer to the weights in its files.
+"""The LoRA that best corrects the quantisation of a model.
 
-For each module it is the best approximation of a rank to the error of quantisation, as in LQER
-(arXiv 2402.02446): each input of the module counts by its mean square in a text, which the
-quantised model reads once.
+For each module, it is the best approximation of the quantisation error by a matrix of the given
+rank, as in LQER (arXiv 2402.02446). Each input of the module is weighted by its mean square over a
+text, which the quantised model reads once.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Repair:
 
     Attributes:
         num_modules: The number of modules with a LoRA.
-        before: The error of the modules' weights, ``‖Δ‖ / ‖W‖`` over all of them, in which each
-            input counts as described above.
+        before: The error of the modules' weights, ``‖Δ‖ / ‖W‖`` over all of them, with inputs
+            weighted as described above.
         after: The same with the LoRA.
     """
 

@@ -186,9 +186,9 @@ def check_fit(config: TrainConfig) -> None:
     name = config.method.name
     _check_keys(config.method)
     if name == "hra" and (config.method.rank or 0) % 2:
-        # HRA starts from pairs of reflections that undo each other.
+        # HRA starts from pairs of reflections that cancel out.
         raise ConfigError.of("method.rank", say("ODD_RANK", value=config.method.rank))
-    # These methods act on one place of a row, which a packed row has several times.
+    # These methods take effect at one position of a row; a packed row has several such positions.
     if config.data.packing and name in (*PROMPTS, "alora"):
         raise _unsupported("data.packing", "true", name)
     if config.data.task == "classification" and name in _WITHOUT_HEAD:

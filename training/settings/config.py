@@ -154,7 +154,7 @@ class MethodConfig:
         sample="Answer with one word.",
     )
     invocation: str | None = _key(
-        "aLoRA: text that every prompt contains; the adapter acts from its last occurrence on",
+        "aLoRA: text that every prompt contains; the adapter takes effect at its last occurrence",
         None,
         chosen="the text that the chat template writes before an answer",
         sample="<|im_start|>assistant\n",

@@ -30,7 +30,7 @@ DECLARED: Mapping[str, Declared] = {
     # The scale falls with the square root of the rank; at rank 16 it is LoRA's default.
     "rslora": Declared(1e-3, {**_FACTORS, "alpha": 8.0}),
     "dora": Declared(1e-3, {**_FACTORS, "alpha": None}),
-    # aLoRA acts on fewer tokens than LoRA; a higher rank compensates.
+    # aLoRA affects fewer tokens than LoRA; a higher rank compensates for that.
     "alora": Declared(1e-3, {**_FACTORS, "rank": 32, "alpha": None, "invocation": None}),
     "miss": Declared(1e-3, {**_FACTORS, "rank": 16}),
     "oft": Declared(1e-3, {**_FACTORS, "rank": 16}),

@@ -22,7 +22,7 @@ from turret.training.verification.reference import Rows, adapted, logprobs_of
 
 # A difference is explained by rounding if it is at most this many times that of PEFT in bf16.
 _ROUNDINGS = 2.0
-# Keys have no effect if the answers are this many times nearer to an adapter without them.
+# Keys have no effect if the answers are this many times nearer to those of an adapter without them.
 _NEARER = 2.0
 # The number of requests at the same time.
 _AT_ONCE = 16
@@ -40,7 +40,7 @@ DEFAULT_PROMPTS = (
 
 @dataclass(slots=True)
 class Verdict:
-    """What was found about one adapter, or about the base.
+    """The result for one adapter, or for the base.
 
     Attributes:
         name: The adapter's name on the server.
@@ -50,7 +50,8 @@ class Verdict:
         error: The mean difference between the server's log probabilities and PEFT's in fp32.
         rounding: The same for PEFT in bf16 on the same base.
         without_effect: Kinds of modules whose keys had no effect; ``*`` means the whole adapter.
-        mixed: The number of answers that differ beside requests for other adapters.
+        mixed: The number of answers that change when requests for other adapters run at the same
+            time.
         reloaded: The number of answers that differ after another adapter had the same name; None
             if the server did not load an adapter.
         problem: Why the adapter was not compared; empty if it was.
@@ -68,7 +69,7 @@ class Verdict:
 
     @property
     def is_right(self) -> bool:
-        """Whether the answers are PEFT's up to rounding, and the same beside other requests."""
+        """Whether the answers are PEFT's up to rounding, and independent of other requests."""
         is_near = self.same == self.tokens > 0 and self.error <= _ROUNDINGS * self.rounding
         return is_near and not (self.problem or self.without_effect or self.mixed or self.reloaded)
 

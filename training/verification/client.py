@@ -143,7 +143,7 @@ class VerifiedServer:
 
 
 def _message(answer: httpx2.Response) -> str:
-    """The message of OpenAI's error object; else the whole body."""
+    """The message of OpenAI's error object, or the whole body if there is none."""
     try:
         return str(answer.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
@@ -151,6 +151,6 @@ def _message(answer: httpx2.Response) -> str:
 
 
 def _token(name: str) -> int | str:
-    """The id in vLLM's name of a token, ``token_id:17``; else the name."""
+    """The id in vLLM's name of a token, ``token_id:17``; for any other name, the name itself."""
     found = re.fullmatch(r"token_id:(\d+)", name)
     return int(found[1]) if found else name

@@ -50,7 +50,7 @@ class Adapted:
     def __init__(self, model: Any, directory: Path) -> None:
         config = PeftConfig.from_pretrained(str(directory))
         for name in ("init_lora_weights", "init_weights"):
-            # An adapter that starts at random would not leave the base as it is.
+            # An adapter with random initial weights would change the base.
             if getattr(config, name, None) is False:
                 setattr(config, name, True)
         self.model = PeftModelForCausalLM(model, config)  # type: ignore[arg-type]
@@ -92,7 +92,7 @@ def adapted(model: Any, directory: Path) -> Iterator[Adapted]:
     try:
         yield made
     finally:
-        # A soft prompt leaves the model as it is.
+        # A soft prompt does not change the model.
         if not made.model.active_peft_config.is_prompt_learning:
             # PEFT leaves its copies of ``modules_to_save`` in place.
             originals = {

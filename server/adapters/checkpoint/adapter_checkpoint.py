@@ -87,9 +87,11 @@ class Findings:
             more: Further metadata of faults of the checkpoint.
 
         Raises:
-            AdapterCheckpointError: Unsupported or inconsistent; ``violations`` name everything at
-                fault (past ``MAX_REPORTED``, how many more there are), the message the beginning.
-            AdapterMismatchError: Sound, but for another base; likewise.
+            AdapterCheckpointError: Unsupported or inconsistent; ``violations`` lists every fault
+                (after ``MAX_REPORTED``, the number of further ones), and the message only the first
+                ones.
+            AdapterMismatchError: The adapter is valid, but for another base. The faults are
+                reported in the same way.
         """
         if self._faults:
             text = say(
@@ -153,8 +155,8 @@ def _summary(found: Iterable[Finding], causes: Iterable[Text] = ()) -> Text:
 # Name of the tensor in methods that learn a prompt.
 PROMPT_EMBEDDINGS = "prompt_embeddings"
 PEFT_PREFIX = "base_model.model."
-# Inserted by torch.compile, FSDP and activation checkpointing around an unchanged module: the
-# parameter is the same one, so dropping the component cannot change what it means.
+# torch.compile, FSDP and activation checkpointing insert these components around an unchanged
+# module. They do not change which parameter a name means, so they are dropped.
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 # A raw state dict has the adapter's name after the parameter's (lora_A.default.weight).
 DEFAULT_NAME = "default"
@@ -256,7 +258,7 @@ class TrainedBase:
 
 @dataclass(frozen=True, slots=True)
 class AdapterCheckpoint:
-    """A directory's content, structurally sound and finite, not yet interpreted.
+    """The content of a directory: structurally valid and finite, but not yet interpreted.
 
     Attributes:
         path: The adapter's name in messages: its path below the adapter root, or the name of an
@@ -269,7 +271,7 @@ class AdapterCheckpoint:
         is_partial: Whether tensors were left out on purpose, so that the method must not report
             them as missing.
         trained_base: The base in ``provenance.json`` beside the files.
-        task: The task, if the files have several, or None. The digest includes it.
+        task: The task, if the files contain several; otherwise None. The digest includes it.
         text_prefix: The prefix of the language model's names, if the adapter was trained on a model
             of text and images; "" for no prefix.
         tokenizer: The adapter's own tokenizer, or None. The digest includes it.
@@ -294,13 +296,13 @@ class AdapterCheckpoint:
         return self.digest, self.chat_template
 
     def of_task(self, task: int | None) -> AdapterCheckpoint:
-        """A copy for one task of the files: another adapter, with its own digest."""
+        """A copy for one task in the files, which counts as another adapter with its own digest."""
         if task is None:
             return self
         return replace(self, task=task, digest=digest_of_task(self.digest, task))
 
     def with_tokenizer(self, tokenizer: TokenizerFiles) -> AdapterCheckpoint:
-        """A copy with its own tokenizer: another adapter, with its own digest."""
+        """A copy with its own tokenizer, which counts as another adapter with its own digest."""
         return replace(
             self,
             tokenizer=tokenizer,

@@ -1,10 +1,10 @@
 """The one directory from which adapters are loaded, and the only way to open a file below it.
 
 Paths are walked one name at a time. Each name is opened relative to the directory before it and
-never through a link: a link is read, and its text is walked in turn. Replacing a directory with a
-link during the walk therefore gains nothing over a link that was there before, and no path is
-checked by one look-up and opened by another. (``openat2`` with RESOLVE_BENEATH would reject
-absolute links to places inside the root, which Hugging Face caches and users create.)
+never through a link: a link is read, and its text is walked in turn. An attacker who replaces a
+directory with a link during the walk therefore gains nothing over a link that was there before, and
+no path is checked by one lookup and opened by another. (``openat2`` with RESOLVE_BENEATH would
+reject absolute links to places inside the root, which Hugging Face caches and users create.)
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ _MOST_LEVELS = 3
 _MOST_SEARCHED = 2000
 # Maximum number of names to compare a missing one with, which takes a millisecond or two.
 _MOST_COMPARED = 200
-# O_PATH needs no permission to list the directory.
+# O_PATH does not require permission to list the directory.
 _DIRECTORY = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
 _LISTED = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 # O_NONBLOCK keeps the open from hanging on a FIFO.
@@ -131,7 +131,7 @@ class AdapterDirectory:
     Use it as a context manager.
 
     Args:
-        root: The root, outside of which its links may not lead.
+        root: The root, which links in the directory must not leave.
         descriptor: The directory's descriptor; closed with this object.
         parts: The directory's path below the root, free of links when it was walked.
         path: The directory's path in messages.
@@ -232,7 +232,7 @@ class AdapterRoot:
         self._root = None if root is None else root.resolve()
 
     def relative(self, path: str) -> str:
-        """The path from the root, for an absolute path inside it; any other as it is."""
+        """An absolute path inside the root as a path relative to it; any other path unchanged."""
         if self._root is None or not Path(path).is_relative_to(self._root):
             return path
         return str(Path(path).relative_to(self._root))
@@ -274,7 +274,7 @@ class AdapterRoot:
         return AdapterDirectory(self, descriptor, parts, shown)
 
     def walk(self, start: list[str], rest: str, flags: int, shown: str) -> tuple[int, list[str]]:
-        """Opens the place that ``rest`` names as seen from the directory ``start``.
+        """Opens the file or directory that ``rest`` names, relative to the directory ``start``.
 
         Args:
             start: A directory's path below the root.
@@ -325,7 +325,7 @@ class AdapterRoot:
         assert self._root is not None
         if not rest.startswith("/"):
             return [*start, *_names(rest)]
-        # Only names are taken from this look-up; they are walked like any others.
+        # This lookup only determines names, which are walked like any others.
         for target in (Path(rest), Path(os.path.realpath(rest))):
             if target.is_relative_to(self._root):
                 return _names(str(target.relative_to(self._root)))
@@ -333,10 +333,10 @@ class AdapterRoot:
 
 
 def _closest_path(root: Path, path: PurePosixPath) -> str | None:
-    """A directory whose path differs only in the first name that does not exist, and only slightly.
+    """An existing directory whose path differs slightly from this one, in the first missing name.
 
-    The first name may also be that of the root itself. Only names are compared; nothing that is
-    found here is opened.
+    The path may also begin with the name of the root itself. Only names are compared; nothing that
+    is found here is opened.
     """
     below = root.joinpath(*path.parts[1:])
     if path.parts[:1] == (root.name,) and below != root and os.path.isdir(below):
@@ -377,7 +377,7 @@ def _open_or_read_link(directory: int, name: str, flags: int) -> int | str:
             raise error from None
 
 
-# The check that a directory holds an adapter; if not, the error reports what it holds instead.
+# The check that a directory contains an adapter. If not, the error reports what it contains.
 
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -390,7 +390,7 @@ def check_is_adapter(directory: AdapterDirectory, path: str) -> None:
     """Reject a directory that lacks one of an adapter's two files.
 
     Args:
-        directory: The directory; its other names show what it holds instead.
+        directory: The directory. Its other files show what it contains instead.
         path: The adapter's name in messages.
 
     Raises:
@@ -406,10 +406,10 @@ def check_is_adapter(directory: AdapterDirectory, path: str) -> None:
 
 
 def refuse_missing_tensors(path: str, names: Iterable[str]) -> None:
-    """Reject an adapter without its tensors; ``names`` are those of its other files.
+    """Reject an adapter without its tensors. ``names`` are the names of its other files.
 
     Raises:
-        AdapterCheckpointError: Always; a pickle file is named, if there is one.
+        AdapterCheckpointError: Always. The error names a pickle file, if there is one.
     """
     findings = Findings(path)
     for name in names:

@@ -20,7 +20,8 @@ from turret.server.words import Text, say
 # Strict JSON: one object without repeated keys, NaN or invalid Unicode.
 
 
-# Longest key of the outermost object: error messages repeat it, and no format needs more.
+# Maximum length of a key in the outermost object. Error messages repeat keys, and no format needs
+# longer ones.
 MAX_KEY_CHARS = 512
 
 
@@ -53,10 +54,10 @@ def parse_object(data: bytes) -> dict[str, Any]:
     """Parses UTF-8 JSON whose top level is an object.
 
     Returns:
-        The object. Every string in it can be encoded as UTF-8, so it can be sent to a client.
+        The object. All of its strings can be encoded as UTF-8, and so be sent to clients.
 
     Raises:
-        FormatError: It is something else.
+        FormatError: The data is something else.
     """
     try:
         value = json.loads(data.decode(), object_pairs_hook=_pairs, parse_constant=_constant)
@@ -207,7 +208,7 @@ def read_header(file: BinaryIO, file_bytes: int) -> SafetensorsHeader:
 
     Args:
         file: Open at its start.
-        file_bytes: Size of the whole file.
+        file_bytes: The size of the whole file.
 
     Raises:
         FormatError: The file breaks the format or its limits.
@@ -272,7 +273,7 @@ def _parse(text: bytes, data_bytes: int) -> tuple[TensorEntry, ...]:
     return tuple(entries)
 
 
-# Adapters made by one recipe differ only in their weights, so thousands share a header.
+# Adapters from the same recipe differ only in their weights, so thousands share one header.
 _parse_shared = functools.lru_cache(maxsize=16)(_parse)
 
 
@@ -298,7 +299,7 @@ def _entry(name: str, spec: Any) -> TensorEntry:
     if not is_pair or not (_is_index(offsets[0]) and _is_index(offsets[1])):
         raise _invalid_entry(name)
     begin, end = offsets
-    # The number in a dtype's name is that of its bits.
+    # The number in a dtype's name is its number of bits.
     if end - begin != math.prod(shape) * int(dtype.strip("BFIU")) // 8:
         raise _invalid_entry(name)
     return TensorEntry(name, dtype, tuple(shape), begin, end)

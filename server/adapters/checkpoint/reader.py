@@ -47,7 +47,8 @@ def all_finite(tensor: torch.Tensor) -> bool:
     """Whether no value is NaN or Inf; true for an empty tensor and for integers.
 
     ``torch.aminmax`` propagates NaN and takes a seventh of the time of ``torch.isfinite``, which
-    took half of the time of reading an adapter. Adapters are read while others are served.
+    took half of the time for reading an adapter. This matters because adapters are read while
+    others are served.
     """
     if not tensor.numel() or not tensor.is_floating_point():
         return True
@@ -74,7 +75,8 @@ def read_checkpoint(
         root: The allow-listed root.
         path: Directory, relative to the root.
         max_elements: The maximum number of elements, over all tensors.
-        item_bytes: Bytes that each element takes as served, for the error about too many.
+        item_bytes: Bytes that each element takes as served, for the error about an adapter that is
+            too large.
         known: Digests of files that were hashed before; receives those of files hashed now.
         shown: The adapter's name in messages; None for its path.
 

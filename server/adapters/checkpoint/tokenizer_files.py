@@ -1,4 +1,4 @@
-"""The tokenizer and the chat template in an adapter's folder.
+"""The tokenizer and the chat template in an adapter's directory.
 
 Adapters with tokens that the base lacks have their own tokenizer, whose files are read as bytes and
 not interpreted here. Only files with known names are opened, up to their maximum size. Of the
@@ -50,19 +50,19 @@ _SAID = frozenset(
     )
 )
 _CODE = ("auto_map", "custom_code")
-# Templates that are used, by the names that older tokenizers give them.
+# The templates that turret uses, with their names in older tokenizers.
 _TEMPLATES = ("default", "tool_use")
 
 
 def read_tokenizer_files(directory: AdapterDirectory, findings: Findings) -> TokenizerFiles | None:
-    """Reads the tokenizer of a folder; None if it has none or adds findings.
+    """Reads the tokenizer in a directory. Returns None if there is none, or if findings were added.
 
     Args:
         directory: The adapter's.
         findings: Receives the faults of a file, by its name.
 
     Raises:
-        AdapterCheckpointError: A file leads out of the root, or is no regular file.
+        AdapterCheckpointError: A file is a link out of the root, or not a regular file.
     """
     if not directory.has(TOKENIZER_FILE):
         return None
@@ -90,18 +90,19 @@ def tokenizer_digest(files: Mapping[str, bytes]) -> str:
 def read_chat_template(
     directory: AdapterDirectory, findings: Findings, given: OwnTemplate | None = None
 ) -> str:
-    """Reads the chat template of a folder, with the special tokens that it writes.
+    """Reads the chat template in a directory, with the special tokens that it writes.
 
     Args:
         directory: The adapter's.
         findings: Receives the faults of a file, by its name.
-        given: The template to use instead. Special tokens that it does not name are the folder's.
+        given: The template to use instead. Special tokens that it does not name come from the
+            directory.
 
     Returns:
-        The form that ``AdapterFacts.chat_template`` has; empty without a template.
+        The template in the form of ``AdapterFacts.chat_template``; empty if there is none.
 
     Raises:
-        AdapterCheckpointError: A file leads out of the root, or is no regular file.
+        AdapterCheckpointError: A file is a link out of the root, or not a regular file.
     """
     config = _object(directory, TOKENIZER_CONFIG_FILE, findings)
     if given is None:
@@ -121,7 +122,7 @@ def read_chat_template(
 def _template(
     directory: AdapterDirectory, config: Mapping[str, Any], findings: Findings
 ) -> OwnTemplate:
-    """The template of a folder, without special tokens: in its own file, or in the config."""
+    """The template in a directory, from its own file or the config, without special tokens."""
     if directory.has(TEMPLATE_FILE):
         origin, value = TEMPLATE_FILE, _text(directory, TEMPLATE_FILE, findings)
     else:
@@ -150,7 +151,7 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str | None]:
 
 
 def _object(directory: AdapterDirectory, name: str, findings: Findings) -> dict[str, Any]:
-    """A JSON file of the folder; empty without it."""
+    """A JSON file in the directory; empty if it is missing."""
     data = _data(directory, name, findings) if directory.has(name) else None
     try:
         return {} if data is None else parse_object(data)
@@ -160,7 +161,7 @@ def _object(directory: AdapterDirectory, name: str, findings: Findings) -> dict[
 
 
 def _text(directory: AdapterDirectory, name: str, findings: Findings) -> str:
-    """A text file of the folder; empty if it is invalid."""
+    """A text file in the directory; empty if it is invalid."""
     try:
         return (_data(directory, name, findings) or b"").decode()
     except UnicodeDecodeError:
@@ -169,7 +170,7 @@ def _text(directory: AdapterDirectory, name: str, findings: Findings) -> str:
 
 
 def _data(directory: AdapterDirectory, name: str, findings: Findings) -> bytes | None:
-    """A file of the folder, or None if it is too large."""
+    """A file in the directory, or None if it is too large."""
     most = TOKENIZER_FILES[name]
     with directory.open_file(name) as file:
         data = file.read(most + 1)

@@ -1,9 +1,9 @@
 """Adapters by their operators' formulas: for the torch path, and for operators without a kernel.
 
 The rows of a step are grouped by mix. A group's calls take only its own rows and its own adapters'
-tensors, each call gives a row the same bits for any other rows, and the members of a mix are added
-in the request's order, in fp32, with one rounding at the end. So a row's bits are those that it has
-alone.
+tensors. In each call, the bits of a row do not depend on the other rows. The members of a mix are
+added in the request's order, in fp32, with one rounding at the end. So a row has the same bits as
+if it were computed alone.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _Module:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """The operators of one adapter that are kept here."""
+    """The operators of one adapter that are stored here."""
 
     modules: dict[_Place, list[_Module]] = field(default_factory=dict)
     experts: dict[_Place, ExpertLowRank] = field(default_factory=dict)
@@ -57,14 +57,14 @@ class _Held:
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class _SameMix:
     """Rows that share a mix.
 
     Attributes:
         rows: The rows' numbers, ``[n]`` int64, or a run of them.
         members: Adapters, their mix weights, and the rows' scalings from a first pass.
-        is_decode: On the gpu path, whether all of them decode (see ``nf4_gpu.py``); if not, none
-            does.
+        is_decode: On the gpu path, whether all of the rows decode (see ``nf4_gpu.py``); if not,
+            none does.
     """
 
     rows: torch.Tensor | slice
@@ -105,7 +105,7 @@ class StepReference:
         columns: The columns of each slice, by projection.
     """
 
-    groups: Sequence[_Group]
+    groups: Sequence[_SameMix]
     columns: Mapping[str, Sequence[slice]]
 
     def apply(
@@ -198,7 +198,7 @@ class Reference(Part):
     Args:
         layout: Shape of the base.
         device: The device on which they are applied; on the CPU the host's own tensors are used.
-        takes: Selects the operators to hold.
+        takes: Selects the operators to store.
     """
 
     def __init__(
@@ -286,18 +286,18 @@ class Reference(Part):
         runs: Sequence[tuple[int, int]],
         is_decode: bool | None,
         given: Mapping[str, torch.Tensor],
-    ) -> _Group:
+    ) -> _SameMix:
         if len(runs) == 1:
             rows = slice(*runs[0])
         else:
             numbers = [row for start, end in runs for row in range(start, end)]
             rows = torch.tensor(numbers, device=self._device)
-        group = _Group(rows, (), is_decode)
+        group = _SameMix(rows, (), is_decode)
         members = [
             (self._held[key], weight, group.gather(given[key]) if key in given else None)
             for key, weight in mix
         ]
-        return _Group(rows, members, is_decode)
+        return _SameMix(rows, members, is_decode)
 
 
 class ReferenceStore(StepStore):

@@ -256,7 +256,10 @@ class BaseProduct(Protocol):
         ...
 
     def alone(self, *, is_decode: bool) -> BaseProduct:
-        """The product for rows outside the step, on the gpu path: all decode, or none does."""
+        """On the gpu path, the product for rows outside the step.
+
+        All of them decode, or none does.
+        """
         ...
 
     def with_shrink(self, x: torch.Tensor, shrink: Shrink) -> tuple[torch.Tensor, torch.Tensor]:
@@ -280,7 +283,8 @@ class ExpertPairs:
         x: Its input, ``[rows, in]`` or ``[pairs, in]``; not changed.
         y: The results of the pairs, ``[pairs, out]``, contiguous.
         routing: The pairs.
-        rows: The row of ``x`` that each pair reads, ``[pairs]`` int64; None for its own.
+        rows: The row of ``x`` that each pair reads, ``[pairs]`` int64; None if each pair has its
+            own.
     """
 
     layer: int
@@ -336,7 +340,7 @@ class AdapterStep(Protocol):
 class _Entry:
     """An adapter in a store.
 
-    ``operators`` are those in host memory; only the parts hold those on the device.
+    ``operators`` are the ones in host memory. Those on the device are only in the store's parts.
     """
 
     adapter: Resident
@@ -346,10 +350,10 @@ class _Entry:
 
 
 class AdapterStore:
-    """Holds the adapters that run, ready for the device. The engine thread owns it.
+    """Holds the running adapters as the device uses them. The engine thread owns it.
 
-    Adapters that left the batch keep their place until it is needed, so a popular adapter is stored
-    once.
+    An adapter that no running request uses stays until its place is needed, so a popular adapter is
+    stored only once.
 
     Args:
         parts: The holders of the operators of the layers' projections.
@@ -406,7 +410,7 @@ class AdapterStore:
     def is_near(self, adapter: Resident) -> bool:
         """Whether a step that uses an adapter can begin without waiting for a copy of it.
 
-        If not, the copy has been started. Called before a request joins running ones.
+        If not, the copy has been started. Called before a request joins the running ones.
         """
         return True
 
@@ -474,7 +478,8 @@ class AdapterStore:
                 )
                 self._routers[adapter.key] = operators.router.with_tensors(moved)
         except (RuntimeError, MemoryError):
-            # Leave no trace of an adapter that is not stored: the step may be retried.
+            # Leave no trace of an adapter that could not be stored, because the step may be
+            # retried.
             for part in self._parts:
                 part.remove(adapter.key)
             raise
@@ -497,9 +502,9 @@ class AdapterStore:
 
 
 class StepStore(AdapterStore, ABC):
-    """A store of the CPU's paths, which needs only the members to bind a step.
+    """A store for the paths on the CPU, which bind a step by its members alone.
 
-    Nothing is copied: it reads an adapter's tensors in place in host memory.
+    It copies nothing, and reads the tensors of adapters in place in host memory.
     """
 
     @abstractmethod

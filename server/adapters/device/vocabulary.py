@@ -1,9 +1,9 @@
-"""The embedding and the head of one step's rows, where their adapters change them.
+"""The embedding and the head for those rows of a step whose adapters change them.
 
-Rows are grouped by mix. A group's calls take only its own rows and only its own adapters' tensors,
-each call gives a row the same bits for any other rows, and the members of a mix are added in the
-request's order. So a row's bits are those that it has alone. Rows outside the groups, including
-those of the base alone, are never touched.
+Rows are grouped by mix. A group's calls take only its own rows and its own adapters' tensors. In
+each call, the bits of a row do not depend on the other rows. The members of a mix are added in the
+request's order. So a row has the same bits as if it were computed alone. Rows outside the groups,
+including those of the base alone, are never changed.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def change_logits(
 
     Args:
         x: Final hidden states, ``[num_rows, hidden]``.
-        y: The base's logits of them, ``[num_rows, vocab]``, dtype of ``x``.
+        y: The base's logits of these states, ``[num_rows, vocab]``, dtype of ``x``.
         head: The base's head, ``[rows, hidden]`` → ``[rows, vocab]``.
         groups: Every row in at most one.
         out: Memory for the logits, ``[at least num_rows, vocab]`` fp32; None to allocate it.

@@ -71,7 +71,8 @@ class Combination:
         seed: Seeds DARE's random pruning; 0 by default.
 
     Raises:
-        InvalidRequestError: Values are out of range or belong to other combinations; lists all.
+        InvalidRequestError: Values are out of range or belong to other combinations. The error
+            lists all of them.
     """
 
     name: str = "exact"

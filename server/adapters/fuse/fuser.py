@@ -1,8 +1,8 @@
 """Fuses registered adapters into a new one, on a separate thread.
 
 One fusion runs at a time, at a low priority, one module after the other. It reads its members'
-files again, in fp32, because the operators that are served may be rounded. The members are held as
-by a request, so that none is unloaded during the fusion.
+files again, in fp32, because the operators that are served may be rounded. The fusion holds its
+members as a request does, so that none is unloaded meanwhile.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def check_operators(members: Sequence[FusionMember], combination: Combination) -
     """Rejects members that the combination cannot represent.
 
     Raises:
-        InvalidRequestError: Lists all of them, each with the part that does not fit.
+        InvalidRequestError: There are such members. The error lists all of them, each with the part
+            that does not fit.
     """
     found: list[Finding] = []
     for index, member in enumerate(members):
@@ -96,8 +97,8 @@ def check_operators(members: Sequence[FusionMember], combination: Combination) -
             found.append(_unfit(index, adapter, why))
         elif not combination.is_on_updates and (extra := beyond_low_rank(operators, Bias)):
             why = (
-                f"{combination.name} needs low-rank factors, but it has a"
-                f" {' and a '.join(extra)}; use a combination with svd"
+                f"{combination.name} combines only low-rank factors, not its"
+                f" {' and '.join(extra)}; use a combination with svd"
             )
             found.append(_unfit(index, adapter, why))
     refuse_all(found)
@@ -129,7 +130,7 @@ REPORT_SECONDS = 5.0
 
 @dataclass(eq=False, slots=True)
 class _Job:
-    """The current fusion, as requested, and the members it holds, if it already does."""
+    """The current fusion: its request, and the members that it holds as soon as it does."""
 
     name: str
     refs: Sequence[AdapterRef]
@@ -182,12 +183,13 @@ class Fuser:
             name: A well-formed name.
             refs: The mix, not empty.
             combination: How to combine the mix.
-            cancellation: Ends the fusion with its error at the next module, without a trace.
+            cancellation: Ends the fusion with its error before the next module. Nothing is
+                registered then.
 
         Returns:
             A future of the result, or of an error: InvalidRequestError (the combination cannot
-            represent the mix; names the members), BudgetExceededError (rank or bytes),
-            StateDirRequiredError (there is no place for files), an error of
+            represent the mix; the error names the members), BudgetExceededError (rank or bytes),
+            StateDirRequiredError (there is no directory for the files), an error of
             ``AdapterRegistry.acquire`` or ``upload``, or UnavailableError.
 
         Raises:
@@ -205,7 +207,8 @@ class Fuser:
         except RuntimeError as error:
             self._end(job)
             refusal = turret_error(error, "") if is_out_of_memory(error) else _shutting_down()
-            # The executor may keep the work although no thread could start, so cancel it.
+            # The executor may keep the work even if it could not start a thread, so cancel the
+            # work.
             cancellation.set(refusal)
             raise refusal from None
         # A future that is cancelled before it starts never runs, so _run cannot do this.
@@ -303,7 +306,7 @@ class Fuser:
         return fused
 
     def _check_free(self, name: str, paths: list[str]) -> None:
-        """Rejects a name whose content cannot be the result, before any work is done."""
+        """Rejects a name that has other content than the result, before any work is done."""
         try:
             record = self._registry.get(name)
         except AdapterNotFoundError:
@@ -336,7 +339,7 @@ def _work(members: Sequence[FusionMember], base: BaseModel) -> dict[str, list[Co
 
 
 def _template(mix: Mix) -> OwnTemplate | None:
-    """The chat template of the mix, which is that of the result too."""
+    """The chat template of the mix, which the result gets as well."""
     text = template_of(adapter.facts for adapter, _ in mix.members)
     return replace(OwnTemplate.from_json(text), origin=MEMBERS) if text else None
 

@@ -93,7 +93,7 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 def target_modules(names: list[str], base: BaseModel) -> list[str]:
-    """Last components if they select exactly these modules of the base, else whole paths."""
+    """The last components if they select exactly these modules, otherwise the whole paths."""
     leaves = {_leaf(name) for name in names}
     selected = [name for name in base.modules if _leaf(name) in leaves]
     return sorted(leaves) if len(selected) == len(names) else names
@@ -106,7 +106,7 @@ def _leaf(name: str) -> str:
 def lora_config(
     ranks: Mapping[str, int], base: BaseModel, base_model: str, has_bias: bool
 ) -> dict[str, Any]:
-    """The config of a LoRA that has the ranks; alpha equals them, so nothing is scaled.
+    """The config of a LoRA with these ranks. Alpha equals the rank, so nothing is scaled.
 
     Args:
         ranks: The ranks by path of the module, not empty.

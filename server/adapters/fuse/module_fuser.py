@@ -49,13 +49,13 @@ class Factors:
         return self.a.shape[0]
 
     def norm(self) -> float:
-        """The Frobenius norm, without building the product and without loss by cancellation."""
+        """The Frobenius norm, computed without the product and without cancellation."""
         left = torch.linalg.qr(self.b.double(), mode="r").R
         right = torch.linalg.qr(self.a.double().T, mode="r").R
         return float(torch.linalg.matrix_norm(left @ right.T))
 
     def truncated(self, choose_rank: ChooseRank) -> Factors:
-        """The nearest product of the chosen rank, fp32; its cost depends on the factors' rank."""
+        """The nearest product of the chosen rank, fp32. The cost grows with the factors' rank."""
         qb, rb = torch.linalg.qr(self.b.double())
         qa, ra = torch.linalg.qr(self.a.double().T)
         core = truncated_svd(rb @ ra.T, choose_rank)
@@ -70,7 +70,7 @@ def side_by_side(parts: Sequence[Factors]) -> Factors:
 
 
 def energy_rank(values: torch.Tensor, energy: float) -> int:
-    """The least number of singular values that hold a share of the sum of squares.
+    """The smallest number of singular values that make up a share of the sum of squares.
 
     Args:
         values: The singular values, descending, not empty.
@@ -83,8 +83,8 @@ def energy_rank(values: torch.Tensor, energy: float) -> int:
 def truncated_svd(matrix: torch.Tensor, choose_rank: ChooseRank) -> Factors:
     """The nearest product of the chosen rank (Eckart and Young), in the dtype of the matrix.
 
-    As in PEFT, ``a`` has orthonormal rows and ``b`` holds the singular values. Directions that are
-    only rounding errors are never kept, so the rank may be less than the chosen one.
+    As in PEFT, ``a`` has orthonormal rows and ``b`` holds the singular values. Directions that
+    consist of rounding errors are never kept, so the rank may be lower than the chosen one.
     """
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     significant = max(1, int((values > _NOISE * values[0]).sum()))
@@ -102,8 +102,8 @@ def ratio(error: float, reference: float) -> float:
 # Weighted sums of tensors with pruning and sign election, as PEFT's ``merge_utils`` defines them.
 #
 # Each tensor is computed when it is needed and dropped before the next one, so only a few are in
-# memory, however many are combined. Masks are drawn in PEFT's order, so turret and PEFT draw
-# the same masks from the same state of the generator.
+# memory at a time. Masks are drawn in PEFT's order, so turret and PEFT draw the same masks from the
+# same state of the generator.
 
 
 Task = Callable[[], torch.Tensor]
@@ -354,7 +354,7 @@ def _sum_of_factors(parts: Sequence[Contribution], module: BaseModule) -> Factor
     """``Σ w_k ΔW_k`` in fp64, or None if it is not made of factors."""
     if not all(is_low_rank(part.operators) for part in parts):
         return None
-    # A member of weight 0 would only use up ranks.
+    # A member of weight 0 would only take up ranks.
     factors = [
         Factors(part.low_rank.b.T.double() * part.weight, part.low_rank.a.double())
         for part in parts

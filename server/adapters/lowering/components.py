@@ -26,8 +26,8 @@ def find_components(reading: Reading) -> list[Component]:
     """Finds the adapter's components, in the config's order; each has only low-rank updates.
 
     Raises:
-        AdapterComponentError: Some are not registered; names all.
-        AdapterCheckpointError: Some cannot be fused; names all, and why.
+        AdapterComponentError: Some are not registered. The error lists all of them.
+        AdapterCheckpointError: Some cannot be fused. The error lists all of them, with the reasons.
     """
     components: list[Component] = []
     missing: list[tuple[str, str]] = []
@@ -48,10 +48,11 @@ def find_components(reading: Reading) -> list[Component]:
 
 
 def check_fusable(components: Sequence[Component], path: str) -> None:
-    """Whether components have low-rank updates and nothing else.
+    """Rejects components that have anything but low-rank updates.
 
     Raises:
-        AdapterCheckpointError: Some do not; names all, and why. ``path`` is the fusion's.
+        AdapterCheckpointError: Some do. The error lists all of them, with the reasons, under the
+            fusion's ``path``.
     """
     findings = Findings(path)
     for component in components:
@@ -75,7 +76,8 @@ def gate_of(
 
     Args:
         updates: Each component's update of the module; None if it has none.
-        score_of: From the factors ``b`` of all, the score that determines a token's weights.
+        score_of: Makes the score that determines a token's weights from the factors ``b`` of all
+            components.
     """
     some = [update for update in updates if update is not None]
     a = filled_up(torch.cat([update.a for update in some]), GATE_MULTIPLE)

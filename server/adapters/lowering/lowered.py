@@ -33,13 +33,13 @@ class Lowered:
         operators: CPU tensors that own their memory.
         ranks: Distinct ranks, ascending.
         base_model: The base that the checkpoint names, or "".
-        warnings: Warnings for the operator; nothing here makes the result inexact.
+        warnings: Warnings for the operator. None of them means that the result is inexact.
         scalings: The scaling that a method folded into ``b`` of a module; 1 where it is missing.
         components: Digests of the adapters from which it is built.
-        depends_on_base: Whether the operators were computed from the base's weights or biases; they
-            are then lowered again when a merge changes the base.
+        depends_on_base: Whether the operators were computed from the base's weights or biases. If
+            so, the adapter is lowered again when a merge changes the base.
         head: The labels and problem type of its classification head, or None.
-        vocab_size: Rows of its vocabulary, if that has another size than the base's; else 0.
+        vocab_size: Number of rows of its vocabulary, if it differs from the base's; otherwise 0.
     """
 
     operators: AdapterOperators
@@ -101,12 +101,12 @@ class Lowered:
 # All operators of an adapter are in one block of memory.
 #
 # Hundreds of tensors of all sizes that come and go with thousands of adapters would fragment the
-# heap. A block is a mapping of its own, which the system takes back whole when the adapter leaves.
-# Tensors of one shape are side by side in the order of the layers, so that a store whose matrices
-# hold all layers needs only one copy.
+# heap. A block is a separate memory mapping, which is returned to the system as a whole when the
+# adapter leaves. Tensors of the same shape are side by side in the order of the layers, so that a
+# store whose matrices contain all layers needs only one copy.
 
 
-# Every group of tensors begins on a cache line.
+# Every group of tensors begins at a cache line.
 _ALIGNMENT = 64
 
 
@@ -122,7 +122,7 @@ def in_one_block(
         The same operators, and whether every value is finite.
     """
     if any(tensor.requires_grad for module in modules.values() for tensor in module.tensors()):
-        # Training differentiates these operators, and drops them at once.
+        # Training differentiates these operators and drops them at once, so they need no block.
         return dict(modules), True
     # Files list tensors by name, which puts layer 10 before layer 2.
     tensors = [tensor for name in sorted(modules, key=_place) for tensor in modules[name].tensors()]
@@ -192,7 +192,8 @@ def finish(
         scalings: See ``Lowered``.
 
     Raises:
-        AdapterCheckpointError: A value is not finite in the serving dtype (names everything).
+        AdapterCheckpointError: Values are not finite in the serving dtype. The error lists all of
+            them.
     """
     base, findings = reading.model, reading.findings
     blocked, is_finite = in_one_block(_with_biases(modules, reading.biases, base))
@@ -224,7 +225,7 @@ def finish(
 def _with_biases(
     operators: Mapping[str, ModuleOperators], biases: Mapping[str, torch.Tensor], base: BaseModel
 ) -> dict[str, ModuleOperators]:
-    """Adds whole biases that replace those of the base, which has a bias in the same modules."""
+    """Adds whole biases that replace the base's; the base has a bias in each of these modules."""
     result = dict(operators)
     for name, bias in biases.items():
         served = base.modules[name].bias

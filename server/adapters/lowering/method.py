@@ -22,7 +22,7 @@ class Method(Format):
     A file in ``methods/`` binds one, or a ``LinearMethod``, to the name ``METHOD``.
 
     Attributes:
-        check: Reports faults of names, shapes and dtypes. Of the base only the sizes may be known.
+        check: Reports faults of names, shapes and dtypes. Only the sizes of the base may be known.
         lower: Makes the operators from a checkpoint without such faults; see
             ``LinearMethod.lower``.
     """
@@ -40,7 +40,7 @@ class LinearMethod(LinearFormat):
     """An adapter method that changes linear modules.
 
     Attributes:
-        operators: Turns a module's tensors into pieces; without pieces the module is unchanged.
+        operators: Turns a module's tensors into pieces. A module without pieces is unchanged.
         order: The modules in the order in which they are computed, if that is not the base's.
         after: Checks the whole adapter, after every module is done.
         complete: Adds to the result everything that does not belong to modules.
@@ -55,13 +55,14 @@ class LinearMethod(LinearFormat):
         """Makes the operators of an adapter that ``read`` has checked on the base as served.
 
         Raises:
-            AdapterCheckpointError: The values of tensors are inconsistent (names all).
-            AdapterMismatchError: The tensors do not fit the base (names all).
-            AdapterComponentError: Some components are not registered (names all).
+            AdapterCheckpointError: The values of tensors are inconsistent. The error lists all of
+                them.
+            AdapterMismatchError: Tensors do not fit the base. The error lists all of them.
+            AdapterComponentError: Some components are not registered. The error lists all of them.
         """
         assembly = Assembly(reading.dtype)
         with ExitStack() as stack:
-            # Run this thread's work on the device beside the steps, if there is any.
+            # Run this thread's work on the device, if there is any, concurrently with the steps.
             reading.beside = partial(stack.enter_context, reading.model.beside())
             order = reading.modules.values() if self.order is None else self.order(reading)
             for module in order:

@@ -60,14 +60,14 @@ def _blocks(weight: WeightRows) -> list[slice]:
 
 
 # Elements of ``b`` folded at once: 1 MB in fp32. Larger temporaries are returned to the system
-# after every adapter, and touching their memory anew took a quarter of the time.
+# after every adapter, and touching fresh memory took a quarter of the time.
 _BATCH_ELEMENTS = 1 << 18
 
 
 class Scaled(NamedTuple):
     """``scaling · b (a x)`` of LoRA, with the file's factors ``[rank, in]`` and ``[out, rank]``.
 
-    The factors of all modules are rounded together, which is faster, and the scaling is recorded.
+    The factors of all modules are rounded together, which is faster. The scaling is recorded.
     """
 
     a: torch.Tensor
@@ -87,7 +87,10 @@ def low_rank(a: torch.Tensor, b: torch.Tensor) -> LowRank:
 def sparse(
     rows: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]
 ) -> Sparse:
-    """Entries of a weight ``[out, in]``, in any order; those of one place are added up."""
+    """Entries of a weight ``[out, in]``, in any order.
+
+    Entries at the same position are added up.
+    """
     flat = rows.to(torch.int64) * shape[1] + columns.to(torch.int64)
     places, order = flat.unique(return_inverse=True)
     wide = torch.promote_types(values.dtype, torch.float32)
@@ -98,7 +101,7 @@ def sparse(
 
 
 def _rounded(factors: Mapping[str, Scaled], dtype: torch.dtype) -> dict[str, LowRank]:
-    """Scales ``b`` of all modules in fp32 and rounds once; one call does all of one shape.
+    """Scales ``b`` of all modules in fp32 and rounds once, with one call for each shape.
 
     Args:
         factors: The factors by module, in the file's dtype.
@@ -128,7 +131,7 @@ def _rounded(factors: Mapping[str, Scaled], dtype: torch.dtype) -> dict[str, Low
 
 
 class Assembly:
-    """Assembles modules; each operator is rounded as soon as it is made, if possible."""
+    """Assembles modules. Each operator is rounded as soon as it is made, if possible."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype

@@ -173,8 +173,8 @@ def inverse_entries(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The entries of the matrix whose transform has the given coefficients.
 
-    A coefficient becomes the outer product of two filters. Entries outside the matrix are dropped:
-    PEFT pads the coefficients and crops the result, which is the same.
+    A coefficient becomes the outer product of two filters. Entries outside the matrix are dropped.
+    This is equivalent to PEFT, which pads the coefficients and crops the result.
 
     Args:
         name: One of ``WAVELETS``.

@@ -1,6 +1,8 @@
-"""The adapter methods, one file each: a new file in a room here that binds ``METHOD`` is served.
+"""The adapter methods, one file each.
 
-Nothing here loads torch, so that a start can check adapters before it loads the model.
+A new file in one of these rooms that assigns ``METHOD`` is used.
+
+Nothing here loads torch, so that a starting server can check adapters before it loads the model.
 """
 
 from __future__ import annotations
@@ -49,8 +51,8 @@ def method_for(checkpoint: AdapterCheckpoint) -> AnyMethod:
     """The method of a checkpoint.
 
     Raises:
-        AdapterCheckpointError: ``peft_type`` is missing or none of ``METHODS`` accepts it;
-            the metadata lists all methods.
+        AdapterCheckpointError: ``peft_type`` is missing, or no method in ``METHODS`` accepts it.
+            The metadata lists all methods.
     """
     kind = _peft_type_of(checkpoint.config)
     for method in METHODS.values():
@@ -63,10 +65,10 @@ def method_for(checkpoint: AdapterCheckpoint) -> AnyMethod:
 
 
 def check_common(checkpoint: AdapterCheckpoint, method: AnyMethod) -> None:
-    """Rejects tensors of integers, or a task, if the method has no such thing.
+    """Rejects integer tensors or a task that the method does not have.
 
     Raises:
-        AdapterCheckpointError: Names them.
+        AdapterCheckpointError: There are such tensors or tasks. The error names them.
     """
     findings, integers = Findings(checkpoint.path), method.integers
     for name, tensor in checkpoint.tensors.items():

@@ -1,8 +1,8 @@
 """Checks of an adapter by its config and the header of its tensors, without the tensors' values.
 
-A server that is to load adapters at startup checks them in this way before it loads the model. The
-checks are the methods' own. Checks that need the values of tensors or concern the vocabulary are
-made only when the adapter is loaded.
+A server that loads adapters at startup checks them in this way before it loads the model. These are
+the methods' own checks. Checks that need the values of tensors, or concern the vocabulary, run only
+when the adapter is loaded.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from turret.server.adapters.peft_format.refusals import is_other_base, of_other_
 from turret.server.words import say
 
 _BASE = "base_model_name_or_path"
-# Names of whole matrices with a row for each token.
+# Names of whole matrices that have one row per token.
 _ALL_TOKENS = (
     *(f"{EMBEDDING}{end}" for end in (".weight", ".base_layer.weight")),
     f"{HEAD}.weight",
@@ -58,7 +58,7 @@ def check_files(
     host_bytes: int | None = None,
     item_bytes: int = 2,
 ) -> None:
-    """Rejects an adapter that cannot be served, as far as can be decided without its weights.
+    """Rejects an adapter that cannot be served, as far as its config and header show.
 
     Args:
         directory: The adapter's directory, with its two files.
@@ -90,7 +90,7 @@ def check_files(
     rest = without_classifier(checkpoint)
     method.check_config(rest.config, findings)
     findings.raise_if_any()
-    # If a digest of the base is beside the adapter, the base's name alone proves nothing.
+    # If the adapter comes with the digest of its base, the name of the base alone proves nothing.
     trained = None if read_trained_base(directory).digest else config.get(_BASE)
     if base_name is not None and isinstance(trained, str) and is_other_base(trained, base_name):
         raise of_other_base(path, trained, base_name)
@@ -115,7 +115,7 @@ def _header(directory: AdapterDirectory, findings: Findings) -> SafetensorsHeade
 def _check_tensors(
     checkpoint: AdapterCheckpoint, method: AnyMethod, base: BaseSizes, max_rank: int | None
 ) -> None:
-    """Runs the method's own check, without the tensors of the vocabulary."""
+    """Runs the method's own check on all tensors but those of the vocabulary."""
     tensors = {
         name: tensor
         for name, tensor in checkpoint.tensors.items()

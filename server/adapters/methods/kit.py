@@ -1,6 +1,6 @@
 """Everything that a method's file imports, for its declaration and for making operators.
 
-A method is one file that binds ``METHOD``. Its declaration names the values of ``peft_type``, the
+A method is one file that assigns ``METHOD``. Its declaration names the values of ``peft_type``, the
 config keys that it reads (each with a check), the keys that it ignores (each with the reason) and
 the tensors with their shapes. The declaration determines which adapters are served, every
 rejection, the check of a header before the weights are read, and the tables in docs/adapters.md.
@@ -70,7 +70,7 @@ from turret.server.adapters.peft_format.linear_format import (
     R,
     Shape,
     Shared,
-    Stop,
+    StopChecks,
     either,
     extent,
     indices,
@@ -99,12 +99,12 @@ IN_TENSORS = "the saved tensors already include its effect"
 
 
 def always(config: Mapping[str, Any]) -> bool:
-    """``is_dense`` of methods whose updates are whole matrices, whatever the config."""
+    """``is_dense`` for methods whose updates are whole matrices with every config."""
     return True
 
 
 def is_saved(adapter: Module | Reading) -> bool:
-    """The condition under which a file contains fixed random matrices, which it may leave out."""
+    """Whether a file contains the fixed random matrices, which it may leave out."""
     return adapter.config.get("save_projection", True)
 
 
@@ -120,31 +120,31 @@ def drawn(names: str, seed: str = "projection_prng_key") -> Text:
 
 
 def drawn_places(m: Module, count: int) -> torch.Tensor:
-    """Places of coefficients in a weight, drawn from ``random_loc_seed`` as PEFT draws them."""
-    m.warn(drawn("the places of the coefficients", "random_loc_seed"))
+    """Positions of coefficients in a weight, drawn from ``random_loc_seed`` as PEFT draws them."""
+    m.warn(drawn("the positions of the coefficients", "random_loc_seed"))
     return m.once(_place_drawer)(m.outputs * m.inputs, count)
 
 
 def _place_drawer(adapter: Reading) -> Callable[[int, int], torch.Tensor]:
-    """Draws places of a module's entries as PEFT does.
+    """Draws positions of a module's entries as PEFT does.
 
     Returns:
-        ``(count, size)`` → the first ``size`` of a permutation of ``count`` places, int64. The
-        function keeps some permutations for modules of the same size, and they are freed with it,
-        because those of a large weight can be half a gigabyte.
+        ``(count, size)`` → the first ``size`` of a permutation of ``count`` positions, int64. The
+        function keeps some permutations for modules of the same size. They are freed with the
+        function, because those for a large weight can take half a gigabyte.
     """
 
     @functools.lru_cache(maxsize=8)
     def draw(count: int, size: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(adapter.config["random_loc_seed"])
-        # Copy the part that is needed: a permutation of all places can take more than 100 MB.
+        # Copy the part that is needed: a permutation of all positions can take more than 100 MB.
         return torch.randperm(count, generator=generator)[:size].clone()
 
     return draw
 
 
 def check_coefficients(m: Module, role: str) -> None:
-    """Reports a coefficient vector that is empty, or longer than the weight has entries."""
+    """Reports a coefficient vector that is empty, or has more entries than the weight."""
     shape, size = tuple(m.tensors[role].shape), m.inputs * m.outputs
     if len(shape) != 1 or not shape[0]:
         wanted = "a vector with at least one coefficient"

@@ -46,9 +46,9 @@ def lower_checkpoint(
         The method's name, and the operators.
 
     Raises:
-        AdapterCheckpointError: Unsupported or inconsistent (names everything at fault).
+        AdapterCheckpointError: Unsupported or inconsistent. The error lists all faults.
         AdapterMismatchError: The adapter was made for another base.
-        AdapterComponentError: Some components are not registered (names all).
+        AdapterComponentError: Some components are not registered. The error lists all of them.
         BudgetExceededError: A rank over ``max_rank``, or bytes over ``max_dense_bytes``.
     """
     method = method_for(checkpoint)
@@ -58,7 +58,7 @@ def lower_checkpoint(
     base = replace(base, text_prefix=checkpoint.text_prefix)
     is_lora = method.on_vocabulary
     findings = Findings(checkpoint.path, base.name)
-    # Faults of experts and of the vocabulary's size: the checks of the rest depend on both.
+    # Faults of experts and of the vocabulary's size, on which all other checks depend.
     first = Findings(checkpoint.path, base.name)
     rest, classifier, head = take_classifier(checkpoint, base, findings)
     rest, experts, expert_ranks = take_experts(rest, base, first, max_rank, is_lora=is_lora)

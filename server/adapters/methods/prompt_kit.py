@@ -1,7 +1,7 @@
 """The declaration of methods that learn positions before the prompt.
 
-Their files hold ``prompt_embeddings``, a row for each virtual token: embeddings (``SoftTokens``),
-or keys and values (``KeysAndValues``).
+Their files contain ``prompt_embeddings`` with one row per virtual token. A row is an embedding
+(``SoftTokens``), or keys and values (``KeysAndValues``).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from turret.server.words import say
 _SIZES: Rules = {
     "num_virtual_tokens": Used(is_rank),
     "token_dim": Used(is_rank),
-    # PEFT uses two for an encoder and a decoder.
+    # PEFT uses two submodules for an encoder and a decoder.
     "num_transformer_submodules": Used(is_one_of(1, None)),
 }
 # Keys that PEFT's configs have for a text from which training starts.
@@ -64,7 +64,7 @@ class SoftTokens(Format):
 
     @property
     def common(self) -> Rules:
-        """The keys of the size, and those that only prefixes need."""
+        """The keys for the size, and those that only prefixes need."""
         return {
             **_SIZES,
             "modules_to_save": Used(is_head_to_save),
@@ -74,7 +74,7 @@ class SoftTokens(Format):
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """The keys of the size, and the method's own."""
+        """The keys for the size, and the method's own."""
         return ("num_virtual_tokens", "token_dim", *self.required)
 
     def inspect(self, reading: Reading) -> None:
@@ -119,13 +119,13 @@ class SoftTokens(Format):
 class KeysAndValues(SoftTokens):
     """A method that learns keys and values, ``[num_virtual_tokens, layers · 2 · token_dim]``.
 
-    PEFT saves them layer by layer, key before value. The keys are used unchanged in place of
-    rotated keys, and are not rotated again.
+    PEFT saves them layer by layer, key before value. The keys take the place of rotated keys, so
+    they are not rotated again.
     """
 
     @property
     def common(self) -> Rules:
-        """The keys of the size."""
+        """The keys for the size."""
         counts = dict.fromkeys(("num_layers", "num_attention_heads"), Used(optional(is_rank)))
         return {**_SIZES, **counts, "modules_to_save": Used(is_modules_to_save)}
 

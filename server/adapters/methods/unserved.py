@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 CONVERT = (
-    "`turret convert DIR --base MODEL --output NEW`, with the model it was trained on, makes an"
-    " exact LoRA of it, which is served"
+    "convert it to an exact LoRA with `turret convert DIR --base MODEL --output NEW`, where MODEL"
+    " is the model it was trained on"
 )
 # ``peft_type`` → advice; tests compare the keys with the installed PEFT.
 UNSERVED: Mapping[str, str] = {
-    "ADAMSS": f"the clusters of rows it adapts are not in its file; {CONVERT}",
-    "PSOFT": f"the factors it turns are not in its file; {CONVERT}",
+    "ADAMSS": f"its file lacks the clusters of rows that it adapts; {CONVERT}",
+    "PSOFT": f"its file lacks the factors that it rotates; {CONVERT}",
     "LILY": (
         "its routers average over all tokens of a call, so that no token has a result of its own;"
         " train one of the served methods"

@@ -23,12 +23,14 @@ _MASKED = -1e30
 
 @dataclass(frozen=True)
 class ConstantKv(Operator):
-    """See the module. Not of a linear module: it has an ``attend`` in place of ``add``.
+    """See the module docstring.
+
+    It has ``attend`` instead of ``add``, as it is not part of a linear module.
 
     Attributes:
-        keys: ``[positions, kv_heads, head_dim]``, serving dtype, contiguous: not rotated, and the
-            scale of the scores folded in.
-        values: Same shape, the gate folded in.
+        keys: ``[positions, kv_heads, head_dim]``, serving dtype, contiguous; not rotated, and
+            multiplied by the scale of the scores.
+        values: Same shape, multiplied by the gate.
     """
 
     name = "prompt_that_layers_attend_to"

@@ -1,8 +1,8 @@
-"""The classification head of a checkpoint with ``task_type`` SEQ_CLS, possible for every method.
+"""The classification head of a checkpoint with ``task_type`` SEQ_CLS, which any method may have.
 
-PEFT saves the head whole, beside the method's tensors (``PeftModelForSequenceClassification``
-adds ``classifier`` and ``score`` to ``modules_to_save``). It saves no labels: they come from the
-config's ``id2label``, as transformers writes it, if somebody put it there.
+PEFT saves the head whole, beside the method's tensors (``PeftModelForSequenceClassification`` adds
+``classifier`` and ``score`` to ``modules_to_save``). It saves no labels. They come from
+``id2label`` in the config, in transformers' format, if somebody added it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ TASK_TYPE = "SEQ_CLS"
 HEAD_NAMES = ("score", "classifier")
 _KEYS = ("id2label", "label2id", "problem_type", "num_labels")
 _HEADS = "|".join(HEAD_NAMES)
-# PEFT's prefix is shorter beside a learned prompt. A raw state dict keeps PEFT's wrapper, and in it
-# the head as it was before training.
+# PEFT's prefix is shorter for methods that learn a prompt. A raw state dict keeps PEFT's wrapper,
+# which also contains the head from before the training.
 _OWN = re.compile(
     rf"(?:base_model\.)?(?:{_HEADS})\.(?:modules_to_save\.(?:[^.]+\.)?)?(weight|bias)"
 )
@@ -42,10 +42,10 @@ _ORIGINAL = re.compile(rf"(?:base_model\.)?(?:{_HEADS})\.original_module\.(weigh
 def take_classifier(
     checkpoint: AdapterCheckpoint, base: BaseModel, findings: Findings
 ) -> tuple[AdapterCheckpoint, Classifier | None, Head | None]:
-    """Splits a checkpoint. Raises nothing; problems are in the findings.
+    """Splits a checkpoint. Raises nothing: problems are added to the findings.
 
     Returns:
-        The rest for the method, and the head's weights and labels; None if the adapter does not
+        The rest, for the method; and the head's weights and labels, or None if the adapter does not
         classify.
     """
     rest = without_classifier(checkpoint)
@@ -69,7 +69,7 @@ def take_classifier(
 
 
 def without_classifier(checkpoint: AdapterCheckpoint) -> AdapterCheckpoint:
-    """The part of the checkpoint that is left for the method, split by names only."""
+    """The part of the checkpoint for the method, selected by names only."""
     if checkpoint.config.get("task_type") != TASK_TYPE:
         return checkpoint
     tensors = {
@@ -124,13 +124,13 @@ def _head(config: Mapping[str, Any], count: int, findings: Findings) -> Head:
     if problem is not None and problem not in PROBLEM_TYPES:
         findings.add("problem_type", invalid(problem, f"{', '.join(PROBLEM_TYPES)} or null"))
     if problem not in PROBLEM_TYPES:
-        # A single number is one label that applies or does not.
+        # A single number means one label, which applies or not.
         problem = SINGLE_LABEL if count > 1 else MULTI_LABEL
     return Head(_labels(config, count, findings), problem)
 
 
 def _labels(config: Mapping[str, Any], count: int, findings: Findings) -> tuple[str, ...]:
-    """One label per number: from ``id2label``, else from ``label2id``, else numbered."""
+    """One label per number: from ``id2label`` or ``label2id``, otherwise ``LABEL_0`` and so on."""
     plain = tuple(f"LABEL_{index}" for index in range(count))
     by_id, by_label = config.get("id2label"), config.get("label2id")
     if by_label is not None:

@@ -1,4 +1,4 @@
-"""Every key of ``adapter_config.json`` is used, proved irrelevant, or rejected by name.
+"""Rules for the keys of ``adapter_config.json``: each is used, known to be irrelevant, or rejected.
 
 A method declares its keys in a table of rules; a key without a rule is rejected. A server that
 ignores unknown keys may compute the wrong function without an error.
@@ -19,7 +19,7 @@ from turret.server.adapters.operators.vocabulary import EMBEDDING, HEAD
 from turret.server.basics.names import closest
 from turret.server.words import Text, say
 
-# Returns the fault in a value, or None.
+# Returns what is wrong with a value, or None.
 Check = Callable[[Any], Text | None]
 
 
@@ -32,14 +32,14 @@ class Used:
 
 @dataclass(frozen=True, slots=True)
 class Irrelevant:
-    """A key without effect on the forward pass for any value; ``why`` is the proof in brief."""
+    """A key that never affects the forward pass. ``why`` is the reason in brief."""
 
     why: str
 
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A key that changes the forward pass in an unsupported way, unless its value is in ``off``."""
+    """A key that changes the forward pass in an unsupported way unless its value is in ``off``."""
 
     off: tuple[Any, ...]
     advice: str
@@ -64,7 +64,7 @@ def is_bool(value: Any) -> Text | None:
 
 
 def is_integer(least: int, most: float, wanted: str) -> Check:
-    """A check of integers, which excludes true and false."""
+    """A check for integers other than true and false."""
     return lambda value: (
         None if type(value) is int and least <= value <= most else invalid(value, wanted)
     )
@@ -76,7 +76,8 @@ is_seed = is_integer(-(2**63), 2**63 - 1, "a 64-bit integer")
 
 
 def is_number(value: Any) -> Text | None:
-    # Such values stay exactly representable in fp32 arithmetic; the limit also excludes infinities.
+    # Values up to this limit are far from an overflow in fp32 arithmetic. The limit also excludes
+    # infinities.
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e9
     return None if ok else invalid(value, "a number from -1e9 to 1e9")
 
@@ -162,21 +163,21 @@ class MethodKeys:
     Attributes:
         name: The name for clients, e.g. ``lora``.
         peft_types: The values of ``peft_type`` (upper case) that it may accept.
-        keys: The config keys that it reads, with a function that returns the fault of a value.
-        ignored: Config keys without effect on the forward pass, with the reason.
+        keys: The config keys that it reads, each with a check.
+        ignored: Config keys that do not affect the forward pass, each with the reason.
         refused: Config keys that change the forward pass in an unsupported way, with the values
             that switch them off, and advice.
         required: Config keys that must be present in addition to those in ``needed``.
-        tasks: The config key of the number of tasks in the files, or None.
-        bias: Values of ``bias`` that stand for the targeted modules' biases; none means that the
+        tasks: The config key for the number of tasks in the files, or None.
+        bias: Values of ``bias`` that stand for the targeted modules' biases. If there are none, the
             config has no such key.
-        conflicts: Returns faults between keys that are each well-formed: pairs of key and reason.
-        accepts: Whether a config means this method, among those of the same ``peft_type``.
+        conflicts: Returns pairs of a key and the reason why it conflicts with others. Each key
+            alone is well-formed.
+        accepts: Whether a config means this method, and no other one with the same ``peft_type``.
         is_dense: Whether the updates of an adapter with this config are whole matrices, which a
             server has to allow.
-        on_vocabulary: Whether its factors may also be those of the embedding and of experts.
-        more_integers: Parts of names of further tensors that may hold integers without being
-            declared so.
+        on_vocabulary: Whether it may also adapt the embedding and experts.
+        more_integers: Parts of the names of further tensors that may hold integers.
     """
 
     name: str
@@ -234,7 +235,7 @@ class MethodKeys:
                 findings.add(name, say("REQUIRED"))
 
 
-# The config keys for the embedding and the head, which all methods share.
+# The config keys for the embedding and the head. All methods share them.
 
 
 _NAMES = {name: module for module in (EMBEDDING, HEAD) for name in (module, module.split(".")[-1])}
@@ -247,7 +248,7 @@ def vocabulary_module(name: str) -> str | None:
 
 
 def is_modules_to_save(value: Any) -> Text | None:
-    """``modules_to_save``: embedding and head are served, other modules are not."""
+    """Checks ``modules_to_save``: only the embedding and the head are supported."""
     if value is None:
         return None
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
@@ -260,7 +261,7 @@ def is_modules_to_save(value: Any) -> Text | None:
 
 
 def is_head_to_save(value: Any) -> Text | None:
-    """``modules_to_save`` of methods whose prompt PEFT embeds with the base's own matrix."""
+    """Checks ``modules_to_save`` of methods whose prompt PEFT embeds with the base's matrix."""
     problem = is_modules_to_save(value)
     if problem is None and EMBEDDING in map(vocabulary_module, value or ()):
         why = "PEFT does not use a saved embedding beside soft tokens; train it with another method"
@@ -269,7 +270,7 @@ def is_head_to_save(value: Any) -> Text | None:
 
 
 def is_token_indices(value: Any) -> Text | None:
-    """``trainable_token_indices``: a list of ids for the embedding, or lists by module."""
+    """Checks ``trainable_token_indices``: a list of ids for the embedding, or a list per module."""
     if value is None or isinstance(value, list):
         return None if value is None else is_token_list(value)
     if not isinstance(value, Mapping):
@@ -299,8 +300,8 @@ def listed_twice(values: Sequence[Any]) -> Text | None:
 def token_ids_by_module(value: Any, *, is_tied: bool) -> dict[str, list[int]]:
     """The rows that ``trainable_token_indices`` (well-formed) selects, by module.
 
-    With tied embeddings the rows of the embedding are rows of the head too, unless the head has
-    other ones of its own (PEFT's ``set_additional_trainable_modules``).
+    With tied embeddings, the rows of the embedding are rows of the head as well, unless the head
+    has its own list (PEFT's ``set_additional_trainable_modules``).
     """
     if value is None:
         return {}

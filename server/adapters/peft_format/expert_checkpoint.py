@@ -1,12 +1,12 @@
-"""The part of a LoRA checkpoint that is about experts, in both forms that PEFT has written.
+"""The experts' part of a LoRA checkpoint, in both forms that PEFT has written.
 
 If experts are modules (transformers before 5), each has its own factors::
 
     model.layers.0.mlp.experts.7.gate_proj.lora_A.weight     [r, in]     target_modules
 
 If they are parameters of three dimensions, ``target_parameters`` names them, and the factors of all
-experts are in one matrix. PEFT wraps the module that holds them once per parameter: of two, the
-factors of the first are below ``base_layer``::
+experts are in one matrix. PEFT wraps the module that contains them once per parameter. If there are
+two, the factors of the first are below ``base_layer``::
 
     model.layers.0.mlp.experts.base_layer.lora_A.weight      [experts·r, in]   gate_up_proj
     model.layers.0.mlp.experts.lora_B.weight                 [out, r·experts]  down_proj
@@ -37,7 +37,7 @@ from turret.server.words import say
 
 
 _KEY = "target_parameters"
-# Keys that PEFT ignores for parameters, or rejects together with them.
+# Keys that PEFT ignores for parameters, or rejects in combination with them.
 _ALONE = (
     *("exclude_modules", "layers_to_transform", "layers_pattern", "lora_bias", "use_dora"),
     *("use_bdlora", "use_qalora", "kasa_config", "velora_config", "monteclora_config"),
@@ -51,8 +51,8 @@ def name_modules(
     """The checkpoint with the modules of the targeted weights added to ``target_modules``.
 
     Reports parameters that are not weights of linear modules, and keys that conflict with
-    ``target_parameters``. A malformed list is left to the rules. Parameters of experts have
-    already been removed.
+    ``target_parameters``. The rules report a malformed list. Parameters of experts have already
+    been removed.
     """
     config = checkpoint.config
     targets, modules = config.get(_KEY), config.get("target_modules")
@@ -102,7 +102,7 @@ def _patterns(
 
 
 def _both(modules: object, chosen: list[str]) -> object:
-    """A value of ``target_modules`` that selects what ``modules`` does, and the chosen paths."""
+    """A value of ``target_modules`` that selects the same as ``modules``, and the chosen paths."""
     if not modules:
         return chosen
     if isinstance(modules, str) and modules.lower() != ALL_LINEAR:
@@ -128,8 +128,8 @@ def take_experts(
     ``is_lora`` is whether the checkpoint's method may adapt experts.
 
     Returns:
-        The rest for the method; the updates by path of the parameter, None if there are none; and
-        their configured ranks.
+        The rest, for the method; the updates by path of the parameter, or None; and their
+        configured ranks.
 
     Raises:
         BudgetExceededError: A rank over ``max_rank``.
@@ -145,7 +145,7 @@ def take_experts(
     updates: dict[str, ExpertLowRank] = {}
     ranks: tuple[int, ...] = ()
     if selection and not findings.fields and {"r", "lora_alpha"} <= selection.keys():
-        reader = _Reader(checkpoint.path, tensors, base, findings, max_rank)
+        reader = _FactorReader(checkpoint.path, tensors, base, findings, max_rank)
         if chosen:
             updates, ranks = reader.read_parameters(chosen, selection)
         else:
@@ -162,7 +162,7 @@ def take_experts(
 def _split(
     checkpoint: AdapterCheckpoint, base: BaseModel, findings: Findings
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The experts' tensors, and all others by their names in this base."""
+    """The experts' tensors, and all others, by their names in this base."""
     parameters = {experts.folder for experts in base.experts.values()}
     modules = {
         f"{module.partition('.experts.')[0]}.experts"
@@ -233,8 +233,8 @@ def _check_method(
 
 
 @dataclass
-class _Reader:
-    """Reads factors; knows which tensors it has used."""
+class _FactorReader:
+    """Reads factors, and keeps track of the tensors that it has used."""
 
     path: str
     tensors: Mapping[str, torch.Tensor]
@@ -248,7 +248,7 @@ class _Reader:
     ) -> tuple[dict[str, ExpertLowRank], tuple[int, ...]]:
         """Reads checkpoints in which one matrix holds the factors of all experts."""
         names = [experts.name for experts in chosen]
-        # PEFT applies the keys that select modules to modules only.
+        # In PEFT, the keys that select modules do not apply to parameters.
         of_parameters = {key: value for key, value in selection.items() if key not in CHOICE}
         targets = self._resolve({**of_parameters, "target_modules": names}, names)
         folders = [experts.folder for experts in chosen]
@@ -282,7 +282,8 @@ class _Reader:
         targets = self._resolve(selection, names)
         factors = self._factors(targets)
         if self.findings.fields or self.findings.mismatched:
-            # Stop before the updates are allocated: they may take a hundred times the file's size.
+            # Stop before the updates are allocated, because they may be a hundred times as large as
+            # the file.
             return {}, ()
         updates = {}
         for experts in self.base.experts.values():

@@ -1,8 +1,9 @@
-"""The checkpoint format of methods that adapt linear modules, and its only check. Needs no torch.
+"""The checkpoint format of methods that adapt linear modules, and its check. Needs no torch.
 
 A method declares its keys and tensors as a ``LinearFormat``. The check reads a config and tensors,
 or only the entries of a safetensors header. It uses names, shapes and dtypes, but no values, so the
-server can check an adapter at startup before it loads the model. A load checks nothing else.
+server can check an adapter at startup before it loads the model. Loading an adapter runs the same
+check.
 
 The tensors determine the updates, and the config their scaling. If the two disagree, it is unknown
 which function was trained, so the checkpoint is rejected.
@@ -64,7 +65,7 @@ class Misfit(Exception):
         self.why = why
 
 
-class Stop(Exception):
+class StopChecks(Exception):
     """Raised when the fault was reported and the module needs no further checks."""
 
 
@@ -75,8 +76,8 @@ class Dim:
     Attributes:
         of: Computes it for a module.
         what: Name of the counted things, for messages.
-        is_served: Whether the base determines it, so that a tensor of another size may be sound but
-            is for another base. Any other extent follows from the config or from another tensor.
+        is_served: Whether the base determines it. A tensor of another size may then be valid, but
+            for another base. Any other extent follows from the config or from another tensor.
     """
 
     of: Callable[[Any], int]
@@ -126,7 +127,7 @@ def is_served(dim: Dim | int) -> bool:
     return isinstance(dim, Dim) and dim.is_served
 
 
-# When a tensor is expected: if a config key is set, or if a function of the module is true.
+# The condition for a tensor: a config key that is set, or a function of the module that is true.
 If = str | Callable[[Any], Any]
 Shape = tuple[Dim | int, ...]
 
@@ -155,7 +156,7 @@ class Tensor:
 
     @property
     def switch(self) -> str | None:
-        """The config key that switches it, if there is one."""
+        """The config key that switches it on, if there is one."""
         return self.condition if isinstance(self.condition, str) else None
 
     def wanted(self, module: Any) -> tuple[Shape, ...] | None:
@@ -223,9 +224,10 @@ def optionally(shape: Declared) -> Tensor:
 
 
 _BIAS = "bias"
-# PEFT saves a targeted module's own bias under base_layer, any other under its usual name.
+# PEFT saves the bias of a targeted module under base_layer, and any other bias under its usual
+# name.
 _BIAS_SUFFIXES = (".base_layer.bias", ".bias")
-# Keys with which PEFT's configs select modules. The configs of some methods lack some of them.
+# Keys with which PEFT's configs select modules. Some methods do not have all of them.
 SELECTION: Mapping[str, Check] = {
     "target_modules": is_module_selector,
     "exclude_modules": is_optional_module_selector,
@@ -253,12 +255,12 @@ class LinearFormat(Format):
     """The checkpoint format of a method.
 
     Attributes:
-        tensors: Role → shape. The role is the end of the tensor's name, behind the module's path.
+        tensors: Role → shape. The role is the end of the tensor's name, after the module's path.
         rank: Config key of the rank, or None (no rank).
         rank_name: The name of the rank in messages.
-        rank_of: The rank that is served, if the tensors determine it and not the config.
+        rank_of: Computes the served rank, if the tensors determine it instead of the config.
         most_rank: The maximum rank of a module by its inputs and outputs, or None (any).
-        alpha: Config key of alpha, or None (not scaled by it).
+        alpha: Config key of alpha, or None (no alpha).
         root: Config key that is true if alpha is divided by the root of the rank, or None.
         has_patterns: Whether ``rank_pattern`` and ``alpha_pattern`` are regular expressions for
             ranks and alphas, as in LoRA.
@@ -269,7 +271,7 @@ class LinearFormat(Format):
         factors: The two tensors that map inputs to ranks and ranks to outputs. If an adapter is for
             another base, both are reported as one.
         check: Checks a module whose tensors all have their shapes.
-        check_all: Checks all modules together, after each of them was found sound.
+        check_all: Checks all modules together, once each of them is valid.
     """
 
     tensors: Mapping[str, Declared]
@@ -387,7 +389,7 @@ class LinearFormat(Format):
         except Misfit as error:
             module.misfit(error.why)
             return
-        except Stop:
+        except StopChecks:
             return
         most = None if self.most_rank is None else self.most_rank(module.inputs, module.outputs)
         if fits and most is not None and module.rank > most:
@@ -417,7 +419,10 @@ class LinearFormat(Format):
         return not wanted or tuple(found.shape) in wanted or self._fits(owner, role, spec, found)
 
     def _fits(self, owner: Module | Reading, role: str, spec: Tensor, found: Any) -> bool:
-        """Reports a wrong shape; if only the rank differs, that becomes the module's rank."""
+        """Reports a wrong shape.
+
+        If only the rank differs, the tensor's becomes the module's rank.
+        """
         # An earlier tensor may have changed the rank, and so the wanted shapes.
         shapes, wanted, shape = spec.wanted(owner), spec.sizes(owner), tuple(found.shape)
         assert shapes, "it has a shape"
@@ -449,7 +454,7 @@ class LinearFormat(Format):
             module.rank, module.ranked_by = rank, role
 
     def _sort(self, reading: Reading) -> dict[str, dict[str, Any]]:
-        """Gives every tensor a module and a role, or else reports a fault or mismatch."""
+        """Assigns a module and a role to every tensor, or reports a fault or mismatch."""
         base, findings = reading.base, reading.findings
         names = () if callable(self.shared) else self.shared
         modules: dict[str, dict[str, Any]] = {}
@@ -482,11 +487,11 @@ class LinearFormat(Format):
 
     @cached_property
     def _depth(self) -> int:
-        """The most parts that a role's name has."""
+        """The maximum number of parts in a role's name."""
         return max(role.count(".") for role in self.roles)
 
     def _resolve(self, config: Mapping[str, Any], base: Base, findings: Findings) -> Targets | None:
-        """The modules that the config selects, or None if a key for this is at fault."""
+        """The modules that the config selects, or None if a key for this is invalid."""
         patterns = PATTERNS if self.has_patterns else ()
         keys = {*self.needed, *SELECTION, *patterns}
         if findings.fields & keys:

@@ -25,7 +25,7 @@ MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga")
 
 
 def is_served_init(value: Any) -> Text | None:
-    """``init_lora_weights``: refuses the kinds whose adapter only fits a changed base."""
+    """Checks ``init_lora_weights``: rejects the kinds whose adapters only fit a changed base."""
     if isinstance(value, bool) or (isinstance(value, str) and value.lower() in PLAIN_INITS):
         return None
     text = str(value).lower()
@@ -45,7 +45,7 @@ def is_served_init(value: Any) -> Text | None:
 INVOCATION = "alora_invocation_tokens"
 # Config key of a router between LoRAs.
 ARROW = "arrow_config"
-# Keys that each make LoRA another method; PEFT allows one of them at a time.
+# Keys that select a variant of LoRA. PEFT allows one of them at a time.
 VARIANTS = (
     "use_dora",
     "use_bdlora",
@@ -133,7 +133,7 @@ CHOICE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pa
 
 
 def well_formed(config: Mapping[str, Any], *keys: str) -> dict[str, Any] | None:
-    """Some keys of a config; None if a value is at fault, which the method's rules report."""
+    """Some keys of a config; None if a value is invalid, which the method's rules report."""
     chosen = {key: config[key] for key in keys if key in config}
     return None if any(LORA_KEYS[key](value) for key, value in chosen.items()) else chosen
 

@@ -1,7 +1,7 @@
-"""An adapter for linear modules while it is read, and each module of it.
+"""An adapter for linear modules while it is being read, and each of its modules.
 
-A method's checks use names, shapes and dtypes, which the entries of a header have too. Its function
-from tensors to operators gets everything from a ``Module``.
+A method's checks use names, shapes and dtypes, which the entries of a header have as well. Its
+function from tensors to operators gets everything from a ``Module``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def dora_gain(
         rejects.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
-    # In gradients the norms are constants, as in the paper (section 4.3).
+    # The norms count as constants in gradients, as in the paper (section 4.3).
     a, b = (factor.detach().to(weight.device, wide) for factor in (a, b))
     size = max(1, min(_ROWS_PER_BLOCK, _ELEMENTS_PER_BLOCK // weight.shape[1]))
     norms = []
@@ -67,7 +67,7 @@ def _nothing() -> None:
 
 
 class Reading:
-    """An adapter while it is read: the properties that its modules have in common.
+    """An adapter while it is being read: the properties that its modules share.
 
     The parts of a reading have only weak references to it, because a cycle would keep the adapter's
     tensors until the next full garbage collection.
@@ -85,7 +85,7 @@ class Reading:
         ranks: The rank that is served, by module path; empty for a method without ranks.
         findings: The faults found.
         warnings: Warnings for the operator, in order.
-        depends_on_base: Whether weights or biases of the base were used.
+        depends_on_base: Whether the base's weights or biases were used.
         beside: Called before the base's weights are read.
         find_component: Finds an adapter that the config names as a component.
         components: The components that were found.
@@ -132,7 +132,7 @@ class Reading:
 
     @property
     def model(self) -> BaseModel:
-        """The base as served, which the check of a header does not have."""
+        """The base as served, which is not available when only a header is checked."""
         assert isinstance(self.base, BaseModel)
         return self.base
 
@@ -247,7 +247,7 @@ class Module:
         return self._served().rows()
 
     def weight(self) -> torch.Tensor:
-        """The whole weight of the base as served; use one at a time, and do not write to it."""
+        """The whole weight of the base as served. Use one at a time, and do not write to it."""
         return self._served().dequantize()
 
     def bias(self) -> torch.Tensor | None:
@@ -315,4 +315,4 @@ class Format(MethodKeys, ABC):
         """Reports names, shapes and dtypes of tensors that do not agree with config and base."""
 
     def conclude(self, reading: Reading, max_rank: int | None) -> None:
-        """Checks properties that are defined only if nothing else is wrong, such as ranks."""
+        """Checks properties, such as ranks, that are defined only if nothing else is wrong."""

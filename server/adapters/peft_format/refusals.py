@@ -16,7 +16,7 @@ _REPACKAGED = re.compile(
     r"[-_.](unsloth|bnb|4bit|8bit|nf4|int4|int8|fp4|fp8|bf16|fp16|f16|f32|hf|gguf|awq|gptq|dynamic"
     r"|quantized)$"
 )
-# Suffixes of weights that are not those of NF4 over all modules.
+# Suffixes for weights in formats other than NF4 in all modules.
 _OTHER_FORMAT = re.compile(
     r"[-_.](unsloth[-_.]bnb[-_.]4bit|8bit|int4|int8|fp4|fp8|awq|gptq|dynamic)(?=$|[-_.])"
 )
@@ -24,7 +24,7 @@ _EXTENSION = re.compile(r"\.(gguf|safetensors)$")
 _GGUF_TYPE = re.compile(r"[-_.](ud-)?(i?q[1-8]_([0-9k]|xxs|xs|s|m|nl)(_(s|m|l|xl))?|f16|f32|bf16)$")
 # Matches ~/.cache/huggingface/hub/models--ORG--NAME/snapshots/COMMIT.
 _HUB_CACHE = re.compile(r"(?:^|/)models--[^/]*?--([^/]+)(?:/|$)")
-# A name with a size is a model's; "model" or "checkpoint" are names of folders.
+# A name with a size belongs to a model. Names such as "model" or "checkpoint" are just directories.
 _SIZE = re.compile(r"(?:^|[-_.x])\d+(?:\.\d+)?[bm](?:$|[-_.])")
 _LOCAL = re.compile(r"^(?:[/~.]|[a-z]:/)|/.*/", re.IGNORECASE)
 # LyCORIS joins a module's path into one word after a prefix, and stores alpha as a tensor.
@@ -35,8 +35,8 @@ _LYCORIS_SUFFIXES = (".alpha", ".dora_scale", ".scalar", ".on_input")
 def normalise_base_name(name: str) -> str:
     """``unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit`` → ``llama-3.1-8b-instruct``.
 
-    The publisher, a leading ``meta-`` and suffixes that name only a storage format are dropped. For
-    a path in the hub's cache, the name of the model is used.
+    The publisher, a leading ``meta-``, and suffixes that only name a storage format are dropped.
+    For a path in the hub's cache, the name of the model is used.
     """
     text = name.rstrip("/").replace("\\", "/")
     cached = _HUB_CACHE.search(text)
@@ -62,11 +62,11 @@ def base_name_warning(adapter_base: str, served_base: str) -> Text | None:
 def base_difference(checkpoint: AdapterCheckpoint, base: BaseModel) -> Text | None:
     """The difference between the weights an adapter was trained on and those served, if known.
 
-    The file of ``turret train`` decides, if it has a digest; else the name of the base does.
+    The digest in ``provenance.json`` decides, if there is one; otherwise the name of the base does.
     """
     trained = checkpoint.trained_base
     if trained.digest:
-        # Training with ``full`` weights has the digest of the quantised ones.
+        # Training with ``full`` weights records the digest of the quantised ones.
         differ = sorted(k for k in base.weights if trained.weights.get(k) != base.weights[k])
         if trained.weights and differ:
             shown = ", ".join(base.weights_shown.get(kind, kind) for kind in differ)
@@ -84,10 +84,10 @@ def base_difference(checkpoint: AdapterCheckpoint, base: BaseModel) -> Text | No
 
 
 def is_other_base(adapter_base: str, served_base: str) -> bool:
-    """Whether the names prove that these are two models.
+    """Whether the names prove that these are different models.
 
-    They prove it if both contain the size of the model and differ. A path on the machine of the
-    training proves nothing, unless it is in the hub's cache.
+    They do if both contain a size and differ. A local path from the training machine proves
+    nothing, unless it is in the hub's cache.
     """
     text = adapter_base.replace("\\", "/")
     if _LOCAL.search(text) and not _HUB_CACHE.search(text):
@@ -110,24 +110,24 @@ def of_other_base(path: str, trained: str, served: str) -> AdapterMismatchError:
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _A = (".lora_A.weight", ".hada_w1_b", ".lora_A")
-# Modules outside the language model in models of text and images; they are not served.
+# Modules of multimodal models that are outside the language model and not served.
 _VISION = ("vision_tower.", "visual.", "multi_modal_projector.", "vision_model.")
 
 
 def causes_of_mismatch(
     config: Mapping[str, Any], tensors: Mapping[str, Any], base: BaseModel | BaseSizes
 ) -> tuple[Text, ...]:
-    """The likeliest cause, and the base of the adapter's training, as far as they are known.
+    """The likeliest cause, and the base on which the adapter was trained, if they are known.
 
     Args:
         config: ``adapter_config.json``.
         tensors: By canonical name; each has a shape.
-        base: The base model as served, or what is known of it.
+        base: The base model as served, or the known facts about it.
     """
     causes = (_vision(tensors), too_many_layers(tensors, base.num_layers), _width(tensors, base))
     cause = next((text for text in causes if text), None)
     trained = config.get("base_model_name_or_path")
-    # If the names are equal, leave them out: they would contradict the cause.
+    # Leave out equal names, because they would contradict the cause.
     is_other = trained and trained != base.name
     names = say("TRAINED_FOR", trained=trained, served=base.name) if is_other else None
     return tuple(text for text in (cause, names) if text)
@@ -142,7 +142,7 @@ def _vision(names: Iterable[str]) -> Text | None:
 
 
 def too_many_layers(names: Iterable[str], num_layers: int) -> Text | None:
-    """The fault of tensors of layers that the base lacks; None if it has them all."""
+    """The message about tensors of layers that the base lacks; None if it has all of them."""
     found = [int(match[1]) for name in names if (match := _LAYER.search(name))]
     count = max(found, default=-1) + 1
     if count <= num_layers:
@@ -178,7 +178,7 @@ def check_rank(path: str, rank: int, max_rank: int | None, *, name: str = "rank"
 
 
 def check_task(checkpoint: AdapterCheckpoint, count_key: str, findings: Findings) -> int:
-    """The chosen task: the named one, or the only one.
+    """The chosen task: the requested one, or the only one.
 
     Args:
         checkpoint: The checkpoint as read.

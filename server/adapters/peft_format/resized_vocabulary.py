@@ -29,7 +29,7 @@ from turret.server.adapters.peft_format.vocabulary_checkpoint import (
 )
 from turret.server.words import say
 
-# Maximum number of rows beyond the base's, which take memory and an extra product in every step.
+# Maximum number of rows after the base's. They take memory and an extra product in every step.
 MAX_ADDED_ROWS = 4096
 _HEAD_A, _HEAD_B = f"{HEAD}.lora_A.weight", f"{HEAD}.lora_B.weight"
 _HEAD_BIAS = f"{HEAD}.lora_B.bias"
@@ -50,16 +50,16 @@ def _sizes(part: VocabularyPart) -> dict[str, int]:
 
 
 def _largest_id(part: VocabularyPart) -> int:
-    """The largest token with a trained row; -1 without any."""
+    """The largest id of a token with a trained row; -1 if there is none."""
     return max((max(ids, default=-1) for ids in (part.ids or {}).values()), default=-1)
 
 
 def vocabulary_of(checkpoint: AdapterCheckpoint, base: BaseModel) -> tuple[int, bool]:
-    """The size of a checkpoint's vocabulary, reading no more of it than necessary.
+    """The size of a checkpoint's vocabulary, from as few of its tensors as possible.
 
     Returns:
-        The number of its rows, 0 if that is the base's or unknown; and whether it may have tokens
-        that the base's tokenizer lacks.
+        The number of its rows, or 0 if it equals the base's or is unknown; and whether it may have
+        tokens that the base's tokenizer lacks.
     """
     vocabulary = base.vocabulary
     part = VocabularyPart.of(checkpoint, base, Findings(""))
@@ -84,11 +84,11 @@ def vocabulary_of(checkpoint: AdapterCheckpoint, base: BaseModel) -> tuple[int, 
 def fit_vocabulary(
     part: VocabularyPart, config: Mapping[str, Any], base: BaseModel, findings: Findings
 ) -> tuple[AddedRows | None, int]:
-    """Cuts a checkpoint's part to the base's vocabulary; problems are in the findings.
+    """Cuts a checkpoint's part to the base's vocabulary. Problems are added to the findings.
 
     Returns:
-        Its rows behind the base's, or None; and the number of rows with which it was trained, 0 if
-        that is the base's.
+        The rows after the base's, or None; and the number of rows with which it was trained, or 0
+        if it equals the base's.
     """
     size = _size(part, base, findings)
     if not size:
@@ -101,7 +101,7 @@ def fit_vocabulary(
 
 
 def _size(part: VocabularyPart, base: BaseModel, findings: Findings) -> int:
-    """Rows of the vocabulary; 0 if they are the base's, or something is wrong."""
+    """The number of rows in the vocabulary; 0 if it equals the base's, or if something is wrong."""
     own, sizes, most = base.vocabulary.size, _sizes(part), _largest_id(part)
     found = set(sizes.values()) or {max(own, most + 1)}
     if found == {own} and most < own:
@@ -129,7 +129,7 @@ def _size(part: VocabularyPart, base: BaseModel, findings: Findings) -> int:
 def _added(
     part: VocabularyPart, config: Mapping[str, Any], size: int, base: BaseModel, findings: Findings
 ) -> AddedRows | None:
-    """The rows behind the base's, with the values in the trained model's embedding and head."""
+    """The rows after the base's, with the values in the trained model's embedding and head."""
     first = base.vocabulary.size
     targets, _ = vocabulary_targets(config, base)
     embedding = _rows_of(EMBEDDING, part, size, base)
@@ -227,7 +227,7 @@ def _with_head_update(
 
 
 def _cut(part: VocabularyPart, base: BaseModel) -> None:
-    """Gives the part as many rows as the base: cut, or filled up with the base's own."""
+    """Gives the part as many rows as the base has: cuts it, or adds the base's own rows."""
     first = base.vocabulary.size
     served = {EMBEDDING: base.vocabulary.embedding, HEAD: base.vocabulary.head}
     for module, roles in part.found.items():
@@ -253,7 +253,7 @@ def _cut(part: VocabularyPart, base: BaseModel) -> None:
 
 
 def _fitted(tensor: torch.Tensor, size: int, served: torch.Tensor | None = None) -> torch.Tensor:
-    """The first ``size`` rows; if there are too few, served rows or zeros follow."""
+    """The first ``size`` rows. If there are too few, served rows or zeros are appended."""
     if len(tensor) >= size:
         return tensor[:size]
     if served is None or served.shape[1:] != tensor.shape[1:]:

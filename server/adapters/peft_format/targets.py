@@ -1,8 +1,9 @@
-"""PEFT's rules for which modules an adapter touches, and with which rank and alpha.
+"""PEFT's rules for which modules an adapter changes, and with which rank and alpha.
 
 Written to agree with PEFT 0.21 (``tuners_utils.check_target_module_exists``,
-``_maybe_include_all_linear_layers``, ``utils.other.get_pattern_key``), including its corners: an
-exact name in ``target_modules`` skips ``layers_to_transform``, and the first matching pattern wins.
+``_maybe_include_all_linear_layers``, ``utils.other.get_pattern_key``), including its corner cases:
+an exact name in ``target_modules`` skips ``layers_to_transform``, and the first matching pattern
+wins.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from turret.server.words import Text, say
 # matched several times.
 
 
-# Processor time rather than elapsed time, so that a busy machine rejects no more patterns.
+# Processor time rather than elapsed time, so that a busy machine does not reject more patterns.
 CPU_SECONDS = 2
 MAX_CHILD_BYTES = 256 << 20
 _MAX_ANSWER_BYTES = 64 << 20
@@ -74,8 +75,8 @@ def match_all(patterns: Sequence[Pattern], names: Sequence[str]) -> list[Pattern
     """Matches every pattern against every name.
 
     Returns:
-        One result per pattern, in order. Never raises for a bad or slow pattern: that is an
-        ``error`` in its result.
+        One result per pattern, in order. A bad or slow pattern raises nothing: its result has an
+        ``error``.
     """
     results: dict[int, PatternResult] = {}
     child: list[int] = []
@@ -157,8 +158,8 @@ MAX_LIST_ITEMS = 4096
 # stay in memory and go to every client that lists adapters.
 _MAX_WARNINGS = 16
 _SHOWN_PATTERNS = 4
-# Maximum number of pairs of pattern and name, which take about fifteen seconds. Experts can have
-# thirty thousand names.
+# Maximum number of pairs of a pattern and a name. Matching this many takes about fifteen seconds.
+# Experts can have thirty thousand names.
 _MAX_MATCHES = 1 << 24
 _REGEX = "a regular expression in target_modules"
 _ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
@@ -238,7 +239,7 @@ is_alpha_pattern = is_pattern_of(is_number)
 
 
 class _Patterns:
-    """Collects all patterns of a config, so that they are matched in one go."""
+    """Collects all patterns of a config, so that one call matches them all."""
 
     def __init__(self, names: Sequence[str], findings: Findings) -> None:
         self._names = names
@@ -252,7 +253,7 @@ class _Patterns:
         return pattern
 
     def run(self) -> bool:
-        """Matches all patterns; False, with a fault, if that would take too long."""
+        """Matches all patterns. Returns False and adds a fault if that would take too long."""
         wanted = list(self._wanted)
         if len(wanted) * len(self._names) > _MAX_MATCHES:
             why = say("TOO_MANY_PATTERNS", count=len(wanted), modules=len(self._names))
@@ -318,10 +319,10 @@ def resolve_targets(
         linear_names: Linear modules.
         other_names: Modules that exist but are not linear.
         findings: Receives bad patterns and contradictory keys.
-        text_prefix: The checkpoint's prefix: the config uses the names of its training.
+        text_prefix: The checkpoint's prefix, because the config uses the names from the training.
 
     Returns:
-        The outcome, by the base's names; meaningless if a fault was added.
+        The targets, by the base's names; meaningless if a fault was added.
     """
     _check_combination(config, findings)
     own_names = {name_in_training(n, text_prefix): n for n in (*linear_names, *other_names)}

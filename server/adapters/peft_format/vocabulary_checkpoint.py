@@ -1,6 +1,6 @@
-"""The part of a checkpoint that is about the vocabulary: embedding, and rows of the head.
+"""The vocabulary's part of a checkpoint: the embedding, and rows of the head.
 
-Every method's checkpoint may have it, in the same form, so it is removed first, and the method
+Checkpoints of all methods may have this part, in the same form. It is removed first, and the method
 reads the rest. The method handles LoRA on ``lm_head``, because the head is a linear module.
 """
 
@@ -41,7 +41,7 @@ from turret.server.words import say
 
 WHOLE, FROZEN, ROWS, A, B, MAGNITUDE = "weight", "base", "rows", "a", "b", "magnitude"
 _SUFFIXES = {
-    # PEFT saves the original matrix along with an adapter that targets the module.
+    # PEFT saves the original matrix with an adapter that targets the module.
     ".base_layer.weight": FROZEN,
     ".weight": WHOLE,
     ".token_adapter.trainable_tokens_delta": ROWS,
@@ -59,7 +59,8 @@ _BY_NAME = {
     for suffix, role in _SUFFIXES.items()
     if module == EMBEDDING or role not in LOW_RANK
 } | {
-    # With a learned prompt, PEFT's prefix is only "base_model.", which leaves these names.
+    # For methods that learn a prompt, PEFT's prefix is only "base_model.", which leaves these
+    # names.
     "embed_tokens.weight": (EMBEDDING, WHOLE),
     f"base_model.{HEAD}.weight": (HEAD, WHOLE),
 }
@@ -101,13 +102,13 @@ def without_wrappers(
 
 @dataclass(slots=True)
 class VocabularyPart:
-    """A checkpoint, split into what concerns the vocabulary and the rest.
+    """A checkpoint, split into the vocabulary's part and the rest.
 
     Attributes:
         found: The tensors of the embedding and of the head, by module and role.
         rest: All other tensors, by name.
         ids: Tokens with trained rows, by module, in the order of the rows; None if a key for this
-            is at fault, which the method's rules report.
+            is invalid, which the method's rules report.
         saved: The modules that PEFT saves whole.
         is_cut: Whether tokens beyond the base's were removed.
     """
@@ -198,7 +199,7 @@ def read_matrix(
 
 
 def changed_rows(tensor: torch.Tensor, base_matrix: torch.Tensor) -> torch.Tensor:
-    """Ids of the rows that differ if both matrices are cast to the coarser of their dtypes."""
+    """Ids of the rows that differ after a cast of both matrices to the coarser dtype."""
     served = base_matrix.cpu()
     found = []
     for start in range(0, len(tensor), _ROWS_PER_BLOCK):
@@ -220,7 +221,7 @@ def _finite(name: str, rows: VocabularyRows, findings: Findings) -> VocabularyRo
     return None
 
 
-# The keys for trained rows: of all other methods, and of trainable tokens.
+# The keys for trained rows: the one of all other methods, and the one of trainable tokens.
 _TOKENS, _ALONE = "trainable_token_indices", "token_indices"
 
 
@@ -232,18 +233,18 @@ def take_vocabulary(
     *,
     is_lora: bool,
 ) -> tuple[AdapterCheckpoint, BaseModel, VocabularyOperators | None]:
-    """Reads the vocabulary's part. Raises nothing; problems are in the findings.
+    """Reads the vocabulary's part. Raises nothing: problems are added to the findings.
 
     Args:
         checkpoint: The checkpoint.
-        part: Its part; with one row per token of the base.
+        part: The vocabulary's part, with one row per token of the base.
         base: The base.
-        findings: Takes the problems.
+        findings: Receives the problems.
         is_lora: Whether the checkpoint's method may adapt the embedding.
 
     Returns:
-        The checkpoint without that part, the base for the method, and the changes to the
-        vocabulary; None if there are none.
+        The checkpoint without that part; the base for the method; and the changes to the
+        vocabulary, or None.
     """
     config, found, saved = checkpoint.config, part.found, part.saved
     rows = _trained_rows(config, part, base, findings)
@@ -289,7 +290,7 @@ def _trained_ids(config: Mapping[str, Any], base: BaseModel) -> dict[str, list[i
 def trained_modules(
     config: Mapping[str, Any], base: BaseModel, findings: Findings
 ) -> frozenset[str]:
-    """The matrices that the method which trains only rows adapts: by default the embedding."""
+    """The matrices that the method for trained rows adapts: by default, the embedding."""
     chosen = config.get("target_modules") or [EMBEDDING]
     if (why := is_optional_module_selector(chosen)) is not None:
         findings.add("target_modules", why)
@@ -323,7 +324,7 @@ def _trained_rows(
         if module == HEAD and is_shared:
             rows[HEAD] = rows.get(EMBEDDING)
             ids = None
-            # With save_embedding_layers, PEFT saves the shared rows a second time.
+            # With save_embedding_layers, PEFT saves shared rows a second time.
             copied = found[EMBEDDING].get(ROWS, (name, None))[1]
             if tensor is not None and copied is not None and tensor.dtype == copied.dtype:
                 tensor = None if torch.equal(tensor, copied) else tensor
@@ -349,7 +350,7 @@ def _saved_modules(config: Mapping[str, Any], base: BaseModel) -> set[str]:
 def _whole_matrices(
     part: VocabularyPart, base: BaseModel, findings: Findings
 ) -> dict[str, VocabularyRows | None]:
-    """Saved modules, and matrices that PEFT saved along, which must be the base's own."""
+    """Modules that were saved whole, and matrices that PEFT added, which must equal the base's."""
     matrices: dict[str, VocabularyRows | None] = {}
     found, saved, vocabulary = part.found, part.saved, base.vocabulary
     served = {EMBEDDING: vocabulary.embedding, HEAD: vocabulary.head}
@@ -454,11 +455,11 @@ def _low_rank(
 def vocabulary_targets(
     config: Mapping[str, Any], base: BaseModel
 ) -> tuple[Targets | None, dict[str, Any]]:
-    """Whether and how LoRA targets the embedding and the head.
+    """How LoRA targets the embedding and the head, if it does.
 
     Returns:
-        The targets, None if a key for this is at fault; and config changes that target a tied head,
-        if PEFT adapts it along with the embedding.
+        The targets, or None if a key for this is invalid; and changes to the config that target a
+        tied head, if PEFT adapts it together with the embedding.
     """
     if not {"r", "lora_alpha", "target_modules"} <= config.keys():
         return None, {}

@@ -1,1 +1,1 @@
-"""Names and generations: load, replace, pin, unload, resolve for requests."""
+"""Names and generations: loads, replaces, pins and unloads adapters, and resolves their names."""

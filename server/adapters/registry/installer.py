@@ -1,4 +1,4 @@
-"""Turns files into a registered generation, or leaves everything as it was."""
+"""Registers files as a generation, or leaves everything as it was."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ class NewWeights:
         source: The present location of the files.
         staged: The upload that contains ``source``; it is moved to its place.
         pinned: Whether to pin them too.
-        replace: Whether the name must be registered already. If not, it must not be, unless with
-            the same content.
+        replace: If True, the name must be registered already. If False, it must be free or have the
+            same content.
         expected_generation: The generation that they replace; None for any.
         chat_template: The chat template to use instead of the one in the files.
     """
@@ -134,7 +134,7 @@ class Installer:
 
         Raises:
             AdapterNotFoundError, AdapterExistsError: See ``NewWeights.replace``.
-            AdapterInUseError: The name is being unloaded, or a fusion needs the weights it has.
+            AdapterInUseError: The name is being unloaded, or a fusion needs its present weights.
             AdapterCheckpointError, AdapterMismatchError, AdapterComponentError,
                 BudgetExceededError, StorageFullError: The new weights cannot be registered.
         """
@@ -154,7 +154,7 @@ class Installer:
             nullcontext() if before is None else self.table.replacing(before),
         ):
             loaded = self.loader.lower(checkpoint)
-            # Entering the adapter may wait for memory; free the checkpoint's weights before.
+            # Entering the adapter may wait for memory, so free the checkpoint's weights first.
             del checkpoint
             return self._enter(new, loaded, before)
 
@@ -165,7 +165,7 @@ class Installer:
         adapter = generation_for_rollback(registration, generation)
         if adapter is old:
             return
-        # Reading it first finds changed files before anything has changed here.
+        # Read the adapter first, to find changed files before anything changes here.
         with self.table.replacing(registration), self.resident(adapter):
             self.table.check_active(registration)
             kept = self.table.kept_after(registration, adapter)
@@ -174,7 +174,7 @@ class Installer:
             self.table.swap(registration, adapter, kept)
 
     def inspect(self, new: NewWeights) -> AdapterFacts:
-        """Reads files as ``install`` would, and keeps nothing of them; errors as there."""
+        """Reads files as ``install`` does and raises the same errors, but keeps nothing."""
         return self.loader.lower(self._read(new)).facts
 
     def pin(self, registration: Registration) -> None:
@@ -240,11 +240,11 @@ class Installer:
         return before
 
     def _confirm(self, registration: Registration, new: NewWeights) -> None:
-        """Accepts content that is registered already, from the same or another place."""
+        """Accepts content that is registered already, from the same source or another one."""
         adapter, source = registration.current, new.source
         self.table.check_active(registration)
         if source != adapter.source and not (source.is_upload or adapter.source.is_upload):
-            # The new path was just read and holds the content, whereas the old one may be gone.
+            # The new path was just read and contains these files, whereas the old one may be gone.
             self.state.save(adapter, pinned=adapter.pinned, kept=registration.kept, source=source)
             adapter.source = source
         if new.pinned:
@@ -258,7 +258,10 @@ class Installer:
         pinned: bool,
         replaced: Registration | None,
     ) -> None:
-        """Enters memory first, because that may fail, then the disk. The caller enters the name."""
+        """Puts the adapter into memory first, because that may fail, and then on disk.
+
+        The caller adds the name.
+        """
         try:
             self.leases.insert(adapter, loaded)
             if pinned:

@@ -39,7 +39,7 @@ from turret.server.words import Text, say
 
 @dataclass(eq=False, slots=True)
 class Registration:
-    """A registered name: the generation it serves, and the replaced ones that are still there.
+    """A registered name: its current generation, and the replaced ones that still exist.
 
     It belongs to the registry and changes under the registry's lock.
 
@@ -50,7 +50,7 @@ class Registration:
         kept: Replaced generations that requests may still name; the last one was served last.
         retired: Other replaced generations, which mixes still hold.
         state: ``DELETING`` refuses new requests.
-        unloaders: Calls that wait to unload it.
+        unloaders: Number of calls that wait to unload it.
         is_replacing: Whether other content is being loaded.
         last_used_time: Unix seconds of the last request, or None.
     """
@@ -95,7 +95,7 @@ class Registration:
 
     @property
     def is_staying(self) -> bool:
-        """Whether the current generation is neither being unloaded nor replaced."""
+        """Whether the current generation is being neither unloaded nor replaced."""
         return self.state == "ACTIVE" and not self.is_replacing
 
     def is_built_from(self, digest: str) -> bool:
@@ -103,7 +103,7 @@ class Registration:
         return any(digest in a.facts.components for a in (*self.named, *self.retired))
 
     def record(self, adapter: Adapter | None = None) -> AdapterInfo:
-        """A snapshot of the name and a generation of it; None stands for the current one."""
+        """A snapshot of the name and one of its generations; None stands for the current one."""
         adapter = adapter or self.current
         return AdapterInfo(
             name=self.name,
@@ -190,7 +190,7 @@ def registration_of(saved: SavedRegistration, known: Iterable[Adapter] = ()) -> 
 
     Args:
         saved: The registration.
-        known: Generations of it that exist already, and are used instead of new ones.
+        known: Generations that exist already, which are used instead of new objects.
     """
     by_number = {adapter.generation: adapter for adapter in known}
     current, *kept = (
@@ -220,7 +220,7 @@ class NameTable:
         leases: Manages the use of adapters in memory.
         metrics: Receives the registered names.
         keep_generations: The number of replaced generations of a name that requests may still name.
-        on_gone: Called, without the lock, with a generation that no request will use any more.
+        on_gone: Called, without the lock, with a generation that no request will use again.
     """
 
     def __init__(
@@ -270,7 +270,10 @@ class NameTable:
             return self._by_name.get(name)
 
     def records(self) -> list[AdapterInfo]:
-        """Snapshots of all adapters, by name; each is consistent, the list as a whole is not."""
+        """Snapshots of all adapters, by name.
+
+        Each is consistent, but the list as a whole may not be.
+        """
         with self._changed:
             registrations = list(self._by_name.values())
         registrations.sort(key=lambda registration: registration.name)
@@ -282,7 +285,7 @@ class NameTable:
         return records
 
     def check_active(self, registration: Registration) -> None:
-        """Raises AdapterInUseError if it is being unloaded, AdapterNotFoundError afterwards."""
+        """Raises AdapterInUseError during its unload, and AdapterNotFoundError afterwards."""
         with self._changed:
             if self._by_name.get(registration.name) is not registration:
                 raise AdapterNotFoundError(_not_found(registration.name))
@@ -339,7 +342,7 @@ class NameTable:
         check_no_target(registration.name, self.aliases())
 
     def swap(self, registration: Registration, current: Adapter, kept: Sequence[Adapter]) -> None:
-        """Set the generations that requests may name; others end with their last request."""
+        """Set the generations that requests may name. The others end with their last request."""
         with self._changed:
             before, named = registration.current, registration.named
             registration.current, registration.kept = current, tuple(kept)
@@ -378,13 +381,13 @@ class NameTable:
             self._metrics.adapter_removed(registration.name)
         self._part_with(gone)
 
-    # Components: an adapter that a fusion is built from stays registered as long as the fusion.
+    # Components: an adapter from which a fusion is built stays registered as long as the fusion.
 
     def source_of(self, ref: ComponentRef) -> Source:
         """The directory with the files of a component.
 
         Raises:
-            AdapterComponentError: No registered adapter that stays has its digest.
+            AdapterComponentError: No adapter with this digest is registered and staying.
         """
         with self._changed:
             for registration in self._by_name.values():
@@ -519,7 +522,7 @@ class NameTable:
             if mix not in self._mixes:
                 return
             self._mixes.remove(mix)
-        # Release the hold first: a thread that sees 0 in flight may forget the adapter.
+        # Release the hold first, because a thread that sees 0 in flight may forget the adapter.
         self._leases.close_lease(mix)
         gone: list[Adapter] = []
         with self._changed:

@@ -1,4 +1,4 @@
-"""The adapters of one server: load, upload, replace, resolve for requests, pin, unload, restore.
+"""The adapters of one server: load, upload, replace, pin, unload, restore, resolve for requests.
 
 Every method is thread-safe. Each name is changed by one thread at a time (``NameLocks``). Engine
 steps may wait for the registry's lock, so it is never held while a file is read or written.
@@ -128,8 +128,8 @@ class Unloads:
     ) -> None:
         end = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
         while mode == "FORCE" and registration.in_flight:
-            # Repeat this: a request that acquired its adapters just before the name was closed may
-            # reach the engine after the first call.
+            # Repeat the call: a request that acquired its adapters just before the name was closed
+            # may reach the engine after the first call.
             self._end_users(registration.uuid)
             left = end - time.monotonic()
             self._table.wait_until_unheld(registration, max(min(left, _FORCE_AGAIN_SECONDS), 0.0))
@@ -141,7 +141,7 @@ class Unloads:
         name = registration.name
         with self._lock:
             if self._table.get(name) is not registration:
-                return  # another unload was faster
+                return  # Another call has unloaded it already.
             if registration.in_flight:
                 kind = AdapterInUseError if mode == "FORCE" else AdapterBusyError
                 count, waited = registration.in_flight, timeout_seconds
@@ -159,7 +159,7 @@ class Unloads:
 
 _log = logging.getLogger(__name__)
 
-# The key of the lock of all aliases among those of names, none of which contains this character.
+# The key of the lock for all aliases, among those of names. No name contains this character.
 _ALL_ALIASES = "@"
 
 
@@ -175,7 +175,7 @@ class AdapterRegistry:
         metrics: Receives counts; see ``AdapterMetrics``.
         state: Keeps registrations and uploads across restarts. None keeps neither.
         on_unloaded: Called with the key of a generation that is gone (unloaded, or replaced and no
-            longer in use), so that copies of its operators can go too. May be set later.
+            longer in use), so that copies of its operators can be freed. May be set later.
         load_threads: Maximum number of adapters that are read in the background at once.
         allowed: Exceptions to what is rejected by default.
         hub: Finds adapters whose paths begin with ``hub:``; None rejects such paths.
@@ -241,7 +241,8 @@ class AdapterRegistry:
         )
         self.on_force_unload: list[Callable[[str], None]] = []
         self.on_unloaded = on_unloaded
-        # Removes files on its own thread: the last user of a generation may be the engine thread.
+        # Removes files on a separate thread, because the last user of a generation may be the
+        # engine thread.
         self._janitor = ThreadPoolExecutor(1, thread_name_prefix="adapter-files")
 
     @property
@@ -255,7 +256,7 @@ class AdapterRegistry:
         return self._loader.base
 
     def change_base(self, base: BaseModel) -> ChangedBase:
-        """Uses another base for later reads; call it between two steps.
+        """Uses another base for later reads. Call it between two steps.
 
         Adapters that were computed from the old base, such as DoRA's gains, are computed again.
         Those that are neither held nor pinned are computed again when they are next requested.
@@ -340,8 +341,8 @@ class AdapterRegistry:
         """Makes the adapter in ``path`` the next generation of a registered name.
 
         Requests that hold the previous generation finish on it; the last of them frees it. A pinned
-        adapter stays pinned, so both generations must fit in memory at once. The same content makes
-        no new generation, but is read from ``path`` from then on.
+        adapter stays pinned, so both generations must fit in memory at once. The same content does
+        not make a new generation, but is read from ``path`` from then on.
 
         Raises:
             AdapterNotFoundError: The name is not registered.
@@ -479,8 +480,8 @@ class AdapterRegistry:
     def set_alias(self, name: str, targets: Sequence[AdapterRef]) -> Alias:
         """Makes a name stand for generations of adapters, of which each request gets one.
 
-        Requests that hold a generation of the alias before finish on it. A generation that an alias
-        names stays, like a kept one.
+        Requests that already hold a generation of the alias finish on it. A generation that an
+        alias names is kept.
 
         Args:
             name: A new name, or that of an alias.
@@ -549,7 +550,7 @@ class AdapterRegistry:
 
     @contextlib.contextmanager
     def _changing_alias(self, name: str, *names: str) -> Iterator[None]:
-        """Makes this the only change of an alias, and of the names that it has or gets as targets.
+        """Makes this the only change of an alias and of the names of its old and new targets.
 
         At the end, it drops generations that only the alias kept.
         """
@@ -618,7 +619,7 @@ class AdapterRegistry:
                     raise lost(name, adapter.source, error) from None
 
     def reread(self, adapter: Adapter, base: BaseModel) -> Lowered:
-        """Lowers a generation from its files, for a base whose dtype is not the served one's.
+        """Lowers a generation from its files, for a base with another dtype than the served one.
 
         Raises:
             AdapterChangedError: The files have changed since, or are gone.
@@ -710,8 +711,8 @@ class AdapterRegistry:
 
         Raises:
             InvalidRequestError: A name appears twice.
-            AdapterNotFoundError: Unknown names, other generations, or names being unloaded;
-                lists all of them.
+            AdapterNotFoundError: Names or generations are unknown, or names are being unloaded. The
+                error lists all of them.
         """
         return self._table.acquire(refs)
 

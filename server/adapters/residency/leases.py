@@ -2,7 +2,7 @@
 
 A mix is granted all its adapters at once, or waits and holds none, so two mixes never wait for each
 other. Grants are first come, first served. A mix whose adapters are all resident may overtake, but
-only until the first in line has waited ``PATIENCE_SECONDS``, so popular adapters cannot keep a cold
+only until the first in line has waited ``PATIENCE_SECONDS``. So popular adapters cannot keep a cold
 one out forever.
 """
 
@@ -54,7 +54,7 @@ class AdapterMetrics(Protocol):
 
 
 class NoAdapterMetrics(AdapterMetrics):
-    """Counts nothing: the methods are the protocol's own, which do nothing."""
+    """Counts nothing: it inherits the protocol's methods, which do nothing."""
 
 
 class HostMemory:
@@ -62,8 +62,8 @@ class HostMemory:
 
     Owns ``Adapter.operators`` and ``pinned``.
 
-    An adapter that has entered has its bytes reserved, and is either resident or being read. Not
-    thread-safe: ``Leases`` calls every method under its lock.
+    The bytes of an adapter that has entered are reserved, and it is either resident or being read.
+    Not thread-safe: ``Leases`` calls every method under its lock.
 
     Args:
         budget_bytes: Resident and arriving adapters never exceed it.
@@ -148,7 +148,7 @@ class HostMemory:
         return stale
 
     def is_stale(self, base_generation: int | None) -> bool:
-        """Whether operators of this generation (None: of any) do not fit the base."""
+        """Whether operators of this base generation do not fit the present base. None fits any."""
         return base_generation not in (None, self._base_generation)
 
     def report(self, adapter: Adapter) -> None:
@@ -211,7 +211,7 @@ class _Lease:
 
 @dataclass(eq=False, slots=True)
 class _Load:
-    """A running read. ``is_abandoned`` means that nothing will use the adapter any more."""
+    """A running read. ``is_abandoned`` means that nothing will use its result."""
 
     adapter: Adapter
     leases: list[_Lease] = field(default_factory=list)
@@ -260,7 +260,7 @@ class Leases:
     def insert(self, adapter: Adapter, loaded: LoadedAdapter) -> bool:
         """Stores freshly lowered operators. If it returns False, the adapter stays on disk."""
         with self._lock:
-            # Waiting mixes come before an adapter that no request has asked for yet.
+            # Waiting mixes take precedence over an adapter that no request has asked for yet.
             if self._line or self._memory.is_stale(loaded.base_generation):
                 return False
             if not self._memory.make_room_for([adapter]):

@@ -1,4 +1,4 @@
-"""Disk to operators: read, choose the method, lower, check the budgets."""
+"""From files to operators: reads and lowers adapters, and checks the budgets."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def changed(name: str, source: Source, digest: str, found: str) -> AdapterChange
 def lost(name: str, source: Source, error: AdapterCheckpointError) -> AdapterChangedError:
     """The error for files that are missing or broken.
 
-    The reason is only logged, because it shows the server's directories.
+    The reason is only logged, because it would show clients the server's directories.
 
     Args:
         name: The adapter's name.
@@ -112,7 +112,7 @@ class LoadedAdapter:
 class AdapterLoader:
     """Reads and lowers adapters. Keeps only the digests of uploads; thread-safe.
 
-    It does not keep digests of files below the adapter root, because unchanged times do not prove
+    It keeps no digests of files below the adapter root, because unchanged times do not prove
     unchanged content: a program that has mapped a file can write to it without changing its times.
 
     Attributes:
@@ -178,7 +178,7 @@ class AdapterLoader:
         """Reads and hashes; see ``read_checkpoint`` for the errors."""
         compute_on_this_thread()
         if source.is_hub:
-            # Fetches nothing unless the cache was emptied.
+            # This downloads nothing unless the cache was emptied.
             self._hub.fetch(source.path)
         # Operators have at least one element per weight, so a larger adapter cannot fit.
         item_bytes = self.base.dtype.itemsize
@@ -212,7 +212,7 @@ class AdapterLoader:
         return replace(checkpoint, chat_template=template)
 
     def _with_tokenizer(self, checkpoint: AdapterCheckpoint, source: Source) -> AdapterCheckpoint:
-        """The checkpoint, with the tokenizer beside it if its tokens may differ from the base's."""
+        """The checkpoint, with its own tokenizer if its tokens may differ from the base's."""
         vocabulary = self.base.vocabulary
         rows, is_other = vocabulary_of(checkpoint, self.base)
         if not is_other:

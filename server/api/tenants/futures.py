@@ -70,12 +70,12 @@ class Result:
 
 @dataclass(slots=True, eq=False)
 class Future:
-    """A result that may not be there yet.
+    """A result that may not exist yet.
 
     Attributes:
         request_id: Identifies it to the client.
         owner: The client that may fetch it.
-        result: The result; None while there is none.
+        result: The result; None until it exists.
         error: The error behind a result that is a failure.
         expires: The time on the monotonic clock at which a result is dropped.
         task: The work on it, if that can be cancelled.
@@ -119,7 +119,7 @@ class Futures:
         return len(self._all)
 
     def find(self, owner: str, request_id: str) -> Future | None:
-        """A future of an owner; None if there is none or its result was dropped."""
+        """A future of an owner; None if it does not exist or its result was dropped."""
         found = self._all.get(request_id)
         return found if found is not None and found.owner == owner else None
 
@@ -153,7 +153,7 @@ class Futures:
     def fail(self, future: Future, error: BaseException) -> None:
         """Set the failure that an error causes."""
         result = Result.failed(error)
-        # The frames of tracebacks hold the body of the request.
+        # The frames of tracebacks hold the body of the request, so drop them.
         error.__traceback__ = error.__context__ = error.__cause__ = None
         if future.result is None:
             future.error = error
@@ -226,13 +226,13 @@ class CommandLog:
         return number < self._next
 
     def add(self, number: int, owner: str, request_id: str, run: Run, size: int = 0) -> Future:
-        """Add the command with a number that has neither run nor been added.
+        """Add a command whose number has neither run nor been added.
 
         Args:
             number: The number.
             owner: The client.
             request_id: The id of the result's future.
-            run: Does the work; what it raises becomes the failure.
+            run: Does the work. An exception becomes the failure.
             size: Size of the data that the command holds until it has run, in bytes.
 
         Raises:

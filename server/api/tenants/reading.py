@@ -42,15 +42,15 @@ class AskedPass:
 
 
 class Refused(Exception):
-    """The value at hand was noted as a violation."""
+    """The value that was being checked is invalid, and noted as a violation."""
 
 
 class DatumReader:
-    """Checks sequences, and notes what is wrong with them.
+    """Checks sequences, and notes violations.
 
     Args:
         info: The model, which sets the limits on tokens.
-        violations: Takes what is wrong.
+        violations: Receives the violations.
     """
 
     def __init__(self, info: ModelInfo, violations: Violations) -> None:
@@ -70,7 +70,7 @@ class DatumReader:
         self._check_vocabulary(tokens, path)
 
     def input(self, name: str, numbers: np.ndarray, length: int, path: str) -> Any:
-        """An input of a loss as a tensor, int64 for targets and else fp32.
+        """An input of a loss as a tensor: int64 for targets, otherwise fp32.
 
         Raises:
             Refused: It has another length than the sequence, or a number that is not allowed.
@@ -86,10 +86,10 @@ class DatumReader:
         return torch.from_numpy(numbers.astype(np.int64 if name == TARGETS else np.float32))
 
     def check(self, ok: bool, path: str, reason: str, **params: Any) -> None:
-        """Note a violation unless ``ok``.
+        """Record a violation unless ``ok``.
 
         Raises:
-            Refused: It is one.
+            Refused: There is a violation.
         """
         self._violations.check(ok, path, reason, **params)
         if not ok:
@@ -118,7 +118,7 @@ def check_loss(loss: str, count: int, violations: Violations, path: str) -> bool
 def check_settings(
     loss: str, settings: Mapping[str, float], violations: Violations, path: str
 ) -> None:
-    """Check the settings of a loss, which may be unknown itself."""
+    """Check the settings of a loss. The loss itself may be unknown."""
     known = LOSSES[loss].settings if loss in LOSSES else settings
     for name, value in settings.items():
         shown = name[:SHOWN_CHARS]

@@ -83,7 +83,7 @@ class Sampler:
         owner: The client.
         adapter: The name of the adapter; empty for the base model.
         generation: The generation of the adapter; None for the newest.
-        path: The path of the checkpoint, if that is what the client named.
+        path: The path of the checkpoint, if the client named one.
         is_own: Whether the adapter is for this sampler alone, and ends with it.
         size: The size of that adapter's files in bytes.
         running: The number of requests that run.
@@ -108,7 +108,8 @@ class Session:
     Attributes:
         session_id: Identifies it to the client.
         owner: The client.
-        lasts: After how many seconds without a sign of life it ends; None for ``SESSION_SECONDS``.
+        lasts: The session ends after this many seconds without a sign of life; None for
+            ``SESSION_SECONDS``.
         is_numbered: Whether the client numbers the commands of its models.
         seen: The time of its last sign of life on the monotonic clock.
         models: Its models by id.
@@ -191,12 +192,12 @@ class Sessions:
         ]
 
     def of(self, model: Model) -> Session:
-        """The session of a model that was found just now."""
+        """The session of a model that was just found."""
         return self._all[model.model_id.partition(":")[0]]
 
     @property
     def bytes_by_owner(self) -> Counter[str]:
-        """The size of the files of samplers, with those that are being made."""
+        """The size of each owner's sampler files, including those that are being written."""
         found = self._arriving.copy()
         for session in self._all.values():
             found[session.owner] += sum(each.size for each in session.samplers.values())
@@ -204,7 +205,7 @@ class Sessions:
 
     @contextmanager
     def arriving(self, owner: str, size: int) -> Iterator[None]:
-        """Count the files of a sampler that is being made in the block."""
+        """Count the files of a sampler that is written while the block runs."""
         self._arriving[owner] += size
         try:
             yield
@@ -290,7 +291,7 @@ class Sessions:
         self._withdraw(oldest)
 
     def drop_model(self, model: Model) -> None:
-        """Forget a model; a pass that runs ends early, and other commands run to their end."""
+        """Forget a model. A running pass ends early, and any other running command completes."""
         session = self._all.get(model.model_id.partition(":")[0])
         if session is not None:
             session.models.pop(model.model_id, None)
@@ -306,7 +307,7 @@ class Sessions:
             self._withdraw(sampler)
 
     def sweep(self) -> None:
-        """End silent sessions, and give up commands that wait for one that never arrived."""
+        """End silent sessions, and fail commands that wait for one that never arrived."""
         now = time.monotonic()
         for session in list(self._all.values()):
             lasts = SESSION_SECONDS if session.lasts is None else session.lasts

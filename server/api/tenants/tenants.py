@@ -1,4 +1,4 @@
-"""The state of training that all protocols share, and what they do with it in the same way."""
+"""The state of training that all protocols share, and their common operations on it."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ class Tenants:
         self._sweeper: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Start to remove what has expired; every protocol calls it."""
+        """Start the removal of expired data. Every protocol calls this."""
         if self._sweeper is None:
             self._sweeper = asyncio.ensure_future(self._sweep())
 
     async def stop(self) -> None:
-        """Stop, and wait until all sessions have ended; every protocol calls it."""
+        """Stop, and wait until all sessions have ended. Every protocol calls this."""
         if self._sweeper is not None:
             self._sweeper.cancel()
             await asyncio.gather(self._sweeper, return_exceptions=True)
@@ -100,11 +100,12 @@ class Tenants:
     def check_disk(self, owner: str) -> None:
         """Check that a client may write another checkpoint or sampler.
 
-        Those of all clients may take half of the disk that is free without them, and those of one
-        token half of that. What a client is writing is not counted yet: one for each of its models.
+        All clients together may use half of the disk space that would be free without their files,
+        and one token half of that. Files that a client is still writing, one set per model, do not
+        count yet.
 
         Raises:
-            InvalidRequestError: It has taken its share.
+            InvalidRequestError: The client has used its share.
         """
         used = self.checkpoints.bytes_by_owner + self.sessions.bytes_by_owner
         all_used = used.total()
@@ -118,7 +119,7 @@ class Tenants:
         """The result of reading a message, which may take long, off the event loop."""
         return await self._reading.run(tenant, read)
 
-    # Commands, when their turn has come.
+    # Commands, which run when it is their turn.
 
     async def save(
         self,
@@ -130,7 +131,7 @@ class Tenants:
         ttl_seconds: float | None = None,
         overwrite: bool = False,
     ) -> Checkpoint:
-        """Save a checkpoint; only one to continue from (``weights``) has the optimizer.
+        """Save a checkpoint. It includes the optimizer only if its kind is ``weights``.
 
         Raises:
             InvalidRequestError: The name is invalid or taken, or the client has too many.

@@ -1,1 +1,1 @@
-"""Decides what each step computes and who is next: requests, sequences, blocks. No torch."""
+"""Decides which request is next and what each step computes. No torch."""

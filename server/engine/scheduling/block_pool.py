@@ -1,11 +1,11 @@
-"""Accounting of KV blocks: who owns which, and which can be found again by content. No torch.
+"""Accounting of KV blocks: which sequences own them, and which can be found by content. No torch.
 
-A full block is named by a key that chains from (base generation, mix, soft tokens) over the token
-ids up to its end, so a block is found again only by a request that would compute the same values.
-The first block that holds text of the request is keyed with the request's salt, so requests with
-different salts share only the blocks before their text: an adapter's prefix or soft tokens. If a
-mix grows within the text, the key of the block in which it grows includes that; earlier blocks have
-the keys of the smaller mix.
+The key of a full block is a hash chain that begins with the base generation, mix and soft tokens,
+and covers the token ids up to its end. So only a request that would compute the same values finds a
+block. The first block that holds text of the request is keyed with the request's salt, so requests
+with different salts share only the blocks before their text: an adapter's prefix or soft tokens. If
+more adapters take effect within the text, the key of that block includes the change. Earlier blocks
+have the keys of the smaller mix.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ MixKey = Sequence[tuple[str, int, float]]
 def root_key(
     base_generation: int, mix: MixKey, *, is_long: bool = False, is_first_pass: bool = False
 ) -> bytes:
-    """The first key of the chain, which identifies the weights that a sequence is computed with.
+    """The first key of the chain, which identifies the weights with which a sequence is computed.
 
     Args:
         base_generation: Changes when the base weights change.
-        mix: (adapter uuid, generation, weight) in the request's order; never names, which may be
-            loaded again with other weights.
+        mix: (adapter uuid, generation, weight) in the request's order. Names are not used, because
+            a name may be loaded again with other weights.
         is_long: Whether its keys are rotated like those of long sequences.
         is_first_pass: Whether it is the first pass of an adapter, at constant scalings.
     """
@@ -45,15 +45,15 @@ def next_key(
     *,
     salt: bytes = b"",
 ) -> bytes:
-    """Key of the block that holds ``token_ids`` after the block named ``previous``.
+    """Key of the block that holds ``token_ids`` and follows the block with the key ``previous``.
 
     Args:
-        previous: The key of the block before, or the root.
+        previous: The key of the previous block, or the root key.
         token_ids: The tokens of the block.
         changes: Where in the block another mix begins, and which one.
         salt: A secret of at most 64 bytes, without which the key cannot be computed.
     """
-    # Soft tokens have the placeholder id -1; the root key says which ones they are.
+    # Soft tokens have the placeholder id -1. The root key identifies them.
     data = b"".join((token & 0xFFFFFFFF).to_bytes(4, "little") for token in token_ids)
     changed = [f"@{offset}|" + "|".join(map(_member, mix)) for offset, mix in changes]
     chained = previous + data + "".join(changed).encode()
@@ -66,10 +66,11 @@ def _member(member: tuple[str, int, float]) -> str:
 
 
 class BlockPool:
-    """Owner of blocks ``1 … num_blocks − 1``; block 0 is padding and never handed out.
+    """Owner of blocks ``1 … num_blocks − 1``. Block 0 is padding and is never allocated.
 
-    A block is *active* while some sequence holds it, else *free*; a free block may still be
-    *cached*: findable by key until it is handed out again, least recently freed first.
+    A block is *active* while some sequence holds it, otherwise *free*. A free block may still be
+    *cached*, which means that it can be found by key until it is allocated again. The least
+    recently freed block is allocated first.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -97,11 +98,11 @@ class BlockPool:
         return self._num_cached
 
     def blocks_for(self, num_tokens: int) -> int:
-        """How many blocks hold ``num_tokens``."""
+        """The number of blocks that ``num_tokens`` need."""
         return -(-num_tokens // self.block_size)
 
     def allocate(self, count: int) -> list[int] | None:
-        """Hand out ``count`` blocks, or None (and nothing) if there are not enough."""
+        """Allocate ``count`` blocks; returns None and allocates none if there are not enough."""
         if count > len(self._free):
             return None
         taken = []
@@ -140,7 +141,7 @@ class BlockPool:
                 if block in self._key_of:
                     self._num_cached += 1
                 else:
-                    # The block cannot be found by key, so hand it out first.
+                    # The block cannot be found by key, so allocate it first.
                     self._free.move_to_end(block, last=False)
 
     def register(self, block: int, key: bytes) -> None:
@@ -151,7 +152,7 @@ class BlockPool:
             self._block_of[key] = block
 
     def forget_cached(self) -> None:
-        """Drop every key, because some of the blocks may not hold what their keys say."""
+        """Drop every key, because the content of some blocks may not match their keys."""
         self._key_of.clear()
         self._block_of.clear()
         self._num_cached = 0

@@ -1,10 +1,10 @@
-"""The waiting line: tenants by places, then mixes by service, then parties in turn. No torch.
+"""The queue: orders tenants by places, then mixes by service, then parties in turn. No torch.
 
 Each group has a virtual token counter (VTC, arXiv 2401.00588). A group is one mix of adapters; the
 base alone is a group, too. Every token computed for a group advances its counter, and the waiting
 group with the lowest counter is served next. A group that was idle re-enters at the lowest counter
 of the busy groups, so that idle time is not a credit. So a popular adapter delays a rare one at
-most by the work that is already running, however long its own queue is.
+most by the work that is already running, however many requests wait for the popular one.
 
 A request whose adapters are still being read is not ready: all ready requests may overtake it, even
 those of its own mix.
@@ -17,8 +17,8 @@ Tenants, which are bearer tokens, come before mixes: the tenant that runs the fe
 next, whatever mixes it asks for. So neither many requests nor many mixes give a tenant more than
 its share of the running places while others wait. Without tenants, only mixes and parties count.
 
-Within a mix, parties take turns. A party is a bearer token, or a call if there are no tokens. Its
-requests have one turn each, so a call with a thousand prompts delays the next party by only one of
+Within a mix, parties take turns. A party is a bearer token, or a call if there are no tokens. Each
+of its requests needs a turn, so a call with a thousand prompts delays the next party by only one of
 them. The turn at which a party enters also advances by one per round of the parties.
 """
 
@@ -33,7 +33,7 @@ from typing import Generic, Protocol, TypeVar
 
 
 class Grouped(Protocol):
-    """Anything that belongs to a group, and to a party that shares the group with others."""
+    """An item that belongs to a group, and to one of the parties that share the group."""
 
     @property
     def group(self) -> Hashable: ...
@@ -52,9 +52,9 @@ class _Line(Generic[T]):
     """The items of one group, in the order of their turns."""
 
     def __init__(self) -> None:
-        # Turns rise; items of the same turn are in the order in which they came.
+        # Turns ascend. Items with the same turn are in the order in which they came.
         self._items: list[tuple[float, T]] = []
-        # A party that has nothing in line enters at this turn.
+        # A party without waiting items enters at this turn.
         self._now = 0.0
         # Party → number of its items and the last of their turns.
         self._parties: dict[Hashable, tuple[int, float]] = {}
@@ -68,7 +68,7 @@ class _Line(Generic[T]):
     def first(self, ready: Callable[[T], bool], places: Callable[[T], int]) -> T | None:
         """The first ready item among those whose tenants run the fewest."""
         best, fewest, seen = None, math.inf, set[Hashable]()
-        # Look past the head: a ready request may hold memory that the head waits for.
+        # Look past the head, because a ready request may hold memory for which the head waits.
         for _, item in self._items:
             if item.party in seen or not ready(item):
                 continue
@@ -98,7 +98,7 @@ class _Line(Generic[T]):
         del self._items[index]
         self._now += 1 / len(self._parties)
         if self._items:
-            # Items that were cancelled, not served, must not delay those who enter.
+            # Items that were cancelled instead of served must not delay new ones.
             self._now = min(self._now, self._items[0][0] + 1)
         count, last = self._parties.pop(item.party)
         if count > 1:
@@ -106,7 +106,7 @@ class _Line(Generic[T]):
 
 
 class FairQueue(Generic[T]):
-    """Waiting items by group. Report to ``charge`` what was served."""
+    """Waiting items by group. Report served tokens to ``charge``."""
 
     def __init__(self) -> None:
         self._lines: dict[Hashable, _Line[T]] = {}
@@ -125,12 +125,12 @@ class FairQueue(Generic[T]):
             yield from line
 
     def push(self, item: T) -> None:
-        """Join the group's line, at the party's next turn."""
+        """Add an item to the group's queue, at the party's next turn."""
         self._line(item.group).push(item)
         self._count(item, 1)
 
     def push_front(self, item: T) -> None:
-        """Return a preempted item to the head of its group's line."""
+        """Return a preempted item to the head of its group's queue."""
         self._line(item.group).push_front(item)
         self._count(item, 1)
 
@@ -145,19 +145,19 @@ class FairQueue(Generic[T]):
         return self._served[group]
 
     def places(self, item: T) -> int:
-        """Items of this one's tenant that run; 0 if it has no tenant."""
+        """Number of running items of this item's tenant; 0 if it has no tenant."""
         return self._places[item.tenant] if item.tenant else 0
 
     def num_waiting(self, tenant: bytes) -> int:
-        """Items of a tenant that wait."""
+        """Number of waiting items of a tenant."""
         return self._waiting[tenant]
 
     def num_running(self, group: Hashable) -> int:
-        """Items of a group that run."""
+        """Number of running items of a group."""
         return self._running.get(group, 0)
 
     def remove(self, item: T) -> None:
-        """Remove an item from any place in the line. Raises ValueError if it is not waiting."""
+        """Remove an item from any position in the queue. Raises ValueError if it is not waiting."""
         line = self._lines.get(item.group)
         if line is None:
             raise ValueError("not waiting")
@@ -168,13 +168,13 @@ class FairQueue(Generic[T]):
             self._forget(item.group)
 
     def start(self, item: T) -> None:
-        """The item left the line and runs: its group stays busy."""
+        """Record that an item left the queue and runs, so its group stays busy."""
         self._running[item.group] = self._running.get(item.group, 0) + 1
         self._served.setdefault(item.group, self._floor())
         self._places[item.tenant] += 1
 
     def stop(self, item: T) -> None:
-        """The item no longer runs."""
+        """Record that an item no longer runs."""
         self._places[item.tenant] -= 1
         if not self._places[item.tenant]:
             del self._places[item.tenant]
@@ -192,7 +192,7 @@ class FairQueue(Generic[T]):
             self._fair_share += num_tokens / len(self._served)
 
     def refund(self, group: Hashable, num_tokens: int) -> None:
-        """Take back a charge for tokens that were not computed after all, at once."""
+        """Take back a charge, right after it, for tokens that were not computed after all."""
         self.charge(group, -num_tokens)
 
     def _count(self, item: T, change: int) -> None:
@@ -209,7 +209,7 @@ class FairQueue(Generic[T]):
         return line
 
     def _floor(self) -> float:
-        """Counter at which a group enters: the lowest among the busy, or a fair share if higher."""
+        """Counter at which a group enters: the lowest busy group's, or the fair share if higher."""
         return max(self._fair_share, min(self._served.values(), default=0.0))
 
     def _forget(self, group: Hashable) -> None:

@@ -1,4 +1,4 @@
-"""Requests and their outputs in the engine's own terms, without proto and torch."""
+"""Requests and their outputs, independent of proto and torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from turret.server.constraints.constraint import MATCHER_BYTES, Constraint
 from turret.server.errors import InvalidRequestError
 from turret.server.words import say
 
-# Requests for a pooled vector of the prompt's final states instead of an answer.
+# Requests for a pooled vector of the prompt's final states, instead of an answer.
 
 
 class PoolingKind(enum.Enum):
@@ -31,11 +31,11 @@ class Pooling:
     """How a prompt becomes a vector.
 
     Attributes:
-        kind: The states that count.
+        kind: Which states are used.
         dimensions: How many numbers of the state are kept, from the first; None keeps all.
-        classifies: Whether the state goes through the classification head of the mix, whose
-            numbers are the vector; then nothing is cut or normalised.
-        normalize: Whether what is kept is divided by its Euclidean length.
+        classifies: Whether the classification head of the mix computes the vector from the state.
+            Nothing is then cut or normalised.
+        normalize: Whether the kept numbers are divided by their Euclidean length.
     """
 
     kind: PoolingKind = PoolingKind.LAST
@@ -63,7 +63,7 @@ class RequestTokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AdapterTokenizer:
-    """The tokenizer of a mix with a tokenizer or a chat template of its own.
+    """The tokenizer of a mix that has its own tokenizer or chat template.
 
     Attributes:
         content: ``AdapterFacts.tokenizer`` of the member that brings it, and the mix's chat
@@ -112,7 +112,7 @@ class SamplingParams:
     """How the next token is drawn. Defaults leave the model's distribution as it is.
 
     Raises:
-        InvalidRequestError: A value is outside its range (or NaN); names the field.
+        InvalidRequestError: A value is outside its range, or NaN. The error names the field.
     """
 
     temperature: float = 1.0
@@ -199,11 +199,11 @@ class Request:
 
     ``deadline`` is a ``time.monotonic()`` value in seconds. ``score`` asks for prompt logprobs
     only: nothing is generated. ``message_bytes`` is the size of the message that asks, which is
-    kept while the request waits or runs. ``answer_so_far`` are tokens that an earlier answer began
-    with: this one goes on after them. ``constraint`` is what the answer must match.
-    ``own_tokenizer`` made its tokens, if an adapter has one. Requests find each other's cached
-    prefixes and drafts only if their ``salt`` is the same. ``party`` tells whose turn it uses
-    while it waits, and ``tenant`` whose places it uses while it runs (see ``FairQueue``).
+    kept while the request waits or runs. ``answer_so_far`` are the first tokens of an earlier
+    answer, which this one continues. ``constraint`` is what the answer must match.
+    ``own_tokenizer`` produced the tokens, if an adapter has one. Requests find each other's cached
+    prefixes and drafts only if their ``salt`` is the same. The request uses the turns of its
+    ``party`` while it waits, and the places of its ``tenant`` while it runs (see ``FairQueue``).
     """
 
     request_id: str
@@ -280,12 +280,12 @@ class Request:
 
     @property
     def classifies(self) -> bool:
-        """Whether the vector asked for is that of a classification head."""
+        """Whether the requested vector is that of a classification head."""
         return self.pooling is not None and self.pooling.classifies
 
     @property
     def needs_every_position(self) -> bool:
-        """Whether something is read at every prompt position: the prefix cache cannot help."""
+        """Whether every prompt position has a result, so that the prefix cache cannot help."""
         is_mean = self.pooling is not None and self.pooling.kind is PoolingKind.MEAN
         return is_mean or self.wants_prompt_logprobs
 
@@ -320,7 +320,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterUse:
-    """The weights that answered; the name may stand for a later generation by now."""
+    """The weights that answered. The name may already stand for a later generation."""
 
     name: str
     uuid: str

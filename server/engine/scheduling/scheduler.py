@@ -10,16 +10,16 @@ are still loading is skipped and delays no other. A step's remaining room goes t
 (``Drafts``), which are further rows of their sequences.
 
 On compute paths where a row of a prompt costs as much as a decode row, prompts must not slow down
-decoding too much: if at least four times as many sequences decode as read their prompts, a step
-takes only as many tokens of prompts as double its time, but at least 16. Attention makes a row cost
-more the longer its context is. So beside decoding sequences, the tokens of prompts may cost at most
-twice what as many would cost without attention.
+decoding too much. If at least four times as many sequences decode as read their prompts, a step
+takes only as many prompt tokens as double its time, but at least 16. Attention makes a row more
+expensive the longer its context is. So while other sequences decode, prompt tokens may cost at most
+twice as much as the same number of tokens without attention.
 
-Fairness covers running places, not only admissions. The sequence that is next in line, once it has
-waited for ``preempt_after_seconds``, takes the place of the latest sequence of the tenant with the
-most places, if that makes their places more equal. Otherwise it takes the place of the latest
-sequence of the most served mix, if that mix was served more and holds more places. Callers pass the
-time.
+Fairness also applies to running places, not only to admissions. The sequence that is next in line,
+once it has waited for ``preempt_after_seconds``, takes the place of the latest sequence of the
+tenant with the most places, if that makes their places more equal. Otherwise it takes the place of
+the latest sequence of the most served mix, if that mix was served more and holds more places.
+Callers pass the current time.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def add_first_pass(sequence: Sequence) -> None:
     """Give a sequence the first pass that its mix needs, if it needs one.
 
     Raises:
-        InvalidRequestError: The mix holds two adapters that need one, or one and an adapter that
-            puts something before the prompt.
+        InvalidRequestError: The mix contains two adapters that need a first pass, or one and an
+            adapter that puts something before the prompt.
     """
     mix = sequence.mix
     routed = [adapter for adapter, _ in mix.members if adapter.first_pass]
@@ -71,16 +71,15 @@ def add_first_pass(sequence: Sequence) -> None:
     is_base = routed[0].first_pass == "base"
     own = mix.part([] if is_base else [(routed[0], 1.0)])
     sequence.first_pass = Sequence(sequence.request, own, sequence.arrival)
-    # Share the token list: generated tokens are the first pass's next tokens too.
+    # Share the token list, because generated tokens are also the next tokens of the first pass.
     sequence.first_pass.tokens = sequence.tokens
 
 
 # The draft tokens of a step: which sequences get some, and the blocks for them.
 #
-# Draft tokens take the tokens and free blocks that a step has left
-# (``server/engine/speculation``). Nobody waits for one and nobody is preempted for one. What was
-# computed for those that turn out wrong is overwritten; blocks that hold nothing else are free
-# again after the step.
+# Draft tokens take the tokens and free blocks that a step has left (``server/engine/speculation``).
+# No sequence waits or is preempted for them. The results for wrong draft tokens are overwritten,
+# and blocks that hold nothing else are freed after the step.
 
 
 class Drafts:
@@ -137,7 +136,7 @@ class Drafts:
         self.take_back(sequence)
 
     def take_back(self, sequence: Sequence) -> None:
-        """Free the blocks that hold nothing but draft tokens that were wrong."""
+        """Free the blocks that hold only wrong draft tokens."""
         kept = self._blocks.blocks_for(len(sequence.tokens))
         if kept < len(sequence.blocks):
             self._blocks.release(sequence.blocks[kept:])
@@ -151,14 +150,15 @@ class Drafts:
 
 # Whether a sequence can be admitted without having to preempt one later.
 #
-# A prompt that fits now may no longer fit when other sequences have grown, and a preempted
-# sequence must be computed again. So the scheduler looks ahead, like the Past-Future scheduler
-# (arXiv 2507.10150). It assumes that every answer becomes as long as a recent one, and computes
-# the memory at each end of a sequence to find the peak. A wrong forecast costs a preemption, or a
-# place that stays empty for a while; nothing else depends on it.
+# A prompt that fits now may no longer fit when other sequences have grown, and a preempted sequence
+# must be computed again. So the scheduler looks ahead, like the Past-Future scheduler (arXiv
+# 2507.10150). It assumes that every answer becomes as long as a recent one, and computes the memory
+# at each end of a sequence to find the peak. A wrong forecast only causes a preemption, or leaves a
+# place empty for a while.
 
 
-# Answers that the forecast is drawn from: enough for their spread, few enough to follow a change.
+# Number of answers from which the forecast is drawn: enough to show their spread, few enough to
+# follow changes.
 _WINDOW = 64
 
 
@@ -191,7 +191,7 @@ class LengthForecast:
         """The maximum number of positions that these sequences will hold at once.
 
         Unused positions of blocks count. The peak is just before the end of some sequence, when all
-        sequences that end later have grown as much as it. 0 as long as no answer has ended.
+        sequences that end later have grown as much. Returns 0 until an answer has ended.
         """
         if not self._lengths:
             return 0
@@ -206,7 +206,7 @@ class LengthForecast:
         )
 
 
-# Share of the blocks that is kept free for answers that grow longer than forecast.
+# Share of the blocks that is kept free for answers longer than forecast.
 _SPARE_SHARE = 0.05
 # Smallest prompt chunk: smaller ones cost more per token than they save the decoding rows.
 _LEAST_CHUNK = 16
@@ -228,12 +228,12 @@ class Scheduler:
         max_num_seqs: Maximum number of sequences running at once.
         max_num_batched_tokens: Maximum number of tokens in a step.
         is_ready: Whether a waiting sequence's adapters are resident.
-        fits: Whether a sequence's adapters fit beside those of the running ones.
+        fits: Whether a sequence's adapters fit in addition to those of the running sequences.
         preempt_after_seconds: How long a sequence waits before it takes another's place; None means
             forever.
         speculation: Drafts for sequences that have a drafter; None for no drafts.
-        cost: The cost of a step's rows, by which prompts are limited beside decoding sequences;
-            None for no such limit.
+        cost: The cost of a step's rows, which limits prompts while sequences decode; None for no
+            such limit.
         attention_span: The context at which a row's attention costs as much as the rest of the row
             (see ``Arch.attention_span``); infinite if prompts need not be limited by it.
     """
@@ -290,11 +290,11 @@ class Scheduler:
         return not self.running and not any(s.num_preemptions for s in self.waiting)
 
     def add(self, sequence: Sequence) -> None:
-        """Take in a new sequence."""
+        """Add a new sequence."""
         self.waiting.push(sequence)
 
     def change_base(self, generation: int) -> None:
-        """Note that the base weights changed.
+        """Record that the base weights changed.
 
         The generation is part of every key, so blocks that were computed before are never found
         again.
@@ -384,8 +384,8 @@ class Scheduler:
             is_too_large: Whether a smaller step would help.
 
         Returns:
-            How many sequences were preempted; None if no step could be smaller than this one, of
-            one sequence: it cannot run.
+            How many sequences were preempted; None if the step has a single sequence and cannot be
+            smaller, so that the sequence cannot run.
         """
         for item in step.scheduled:
             self._drafts.take_back(item.sequence)
@@ -405,7 +405,8 @@ class Scheduler:
             if len(sequences) > 1:
                 victims.add(max(sequences, key=self.running.index))
         if step.presets:
-            # Their prefix blocks are already findable by key but may not have been filled.
+            # The keys of their prefix blocks are already registered, but the blocks may not have
+            # been filled.
             self.blocks.forget_cached()
             victims |= {sequence for sequence in sequences if sequence.num_preset}
         # Push back the latest first, so that the sequence admitted first is at the head again.
@@ -414,7 +415,7 @@ class Scheduler:
         return len(victims)
 
     def finish(self, sequence: Sequence) -> None:
-        """Let a sequence go, whatever its state, and free its blocks. Idempotent."""
+        """Remove a sequence in any state, and free its blocks. Idempotent."""
         if sequence.state is SequenceState.FINISHED:
             return
         if sequence.state is SequenceState.RUNNING:
@@ -437,7 +438,7 @@ class Scheduler:
             cost.took(sum(item.num_rows for item in step.scheduled), seconds)
 
     def _step_tokens(self) -> int:
-        """Most tokens of the next step: fewer where prompts are read beside decoding rows."""
+        """Maximum number of tokens in the next step: fewer if prompts are read beside decodes."""
         num_decodes = sum(len(s.tokens) - s.num_computed == 1 for s in self.running)
         num_running = len(self.running)
         admissible = min(len(self.waiting), max(self._num_seqs - num_running, 0))
@@ -454,7 +455,7 @@ class Scheduler:
         if chunk == 0 or len(sequence.tokens) - sequence.num_computed == 1:
             return chunk
         weight = 1.0 + sequence.num_computed / self._attention_span
-        # At least one token, so that a prompt always goes on.
+        # Take at least one token, so that a prompt always advances.
         chunk = max(int(min(self._room / weight, chunk)), 1) if self._room > 0 else 0
         self._room -= chunk * weight
         return chunk
@@ -521,14 +522,14 @@ class Scheduler:
         self._blocked = None
         while budget > 0 and self._room > 0 and len(self.running) < self._num_seqs:
             sequence = self.waiting.peek(self._may_start)
-            # A sequence that does not fit beside the running ones blocks those behind it: passing
-            # it over could starve it.
+            # A sequence that does not fit in addition to the running ones blocks those behind it,
+            # because passing it over could starve it.
             if sequence is None or not self._fits(sequence, self.running):
                 self._blocked = sequence
                 return
             self._find_prefix(sequence)
-            # Room for all tokens known so far, not only the first chunk: admitting a sequence
-            # that cannot finish its prompt would only preempt another.
+            # Require room for all tokens known so far, not only the first chunk: a sequence that
+            # cannot finish its prompt would only preempt another.
             missing = self._held.missing(sequence, len(sequence.tokens))
             if missing > self.blocks.num_free or self._will_run_out(sequence):
                 self._held.free(sequence)
@@ -566,7 +567,7 @@ class Scheduler:
 
     def _find_prefix(self, sequence: Sequence) -> None:
         size = self.blocks.block_size
-        # The last token is always computed: its logits are needed.
+        # The last token is always computed, because its logits are needed.
         usable = (len(sequence.tokens) - 1) // size
         if sequence.request.needs_every_position:
             # Cached positions are not computed, so they have no logits and no states.

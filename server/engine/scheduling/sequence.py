@@ -1,4 +1,4 @@
-"""A request while it is served: its tokens, its blocks and how far it is. No torch."""
+"""A request while it is served: its tokens, blocks and progress. No torch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from turret.server.adapters.adapter import Mix
 
 
-# Activated adapters. An activated adapter (``Adapter.invocation``) acts from the last occurrence of
-# its invocation in the prompt on, and on the generated tokens; without an occurrence it never acts.
-# Generated tokens are not searched, because an answer would then depend on whether it was
-# interrupted and resumed.
+# Activated adapters. An activated adapter (``Adapter.invocation``) takes effect at the last
+# occurrence of its invocation in the prompt, and applies to all later tokens. Without an
+# occurrence, it has no effect. Generated tokens are not searched, because an answer would then
+# depend on whether it was interrupted and resumed.
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,8 @@ def stages_of(mix: Mix, prompt: SequenceOf[int], num_virtual: int) -> tuple[Stag
         num_virtual: Positions before them.
 
     Returns:
-        The first begins at 0, without any activated adapter; it is the whole mix if there is none.
+        The first stage begins at 0 and contains no activated adapter. Without activated adapters,
+        it is the whole mix.
     """
     starts = {
         index: None if found is None else num_virtual + found
@@ -70,7 +71,7 @@ def stages_of(mix: Mix, prompt: SequenceOf[int], num_virtual: int) -> tuple[Stag
 
 
 class SequenceState(enum.Enum):
-    """Preempted sequences are waiting again."""
+    """The state of a sequence. A preempted sequence is waiting again."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -87,26 +88,26 @@ class Sequence:
 
     Attributes:
         request: The request.
-        mix: Its adapters, references held until it finishes.
+        mix: Its adapters, which it holds until it finishes.
         stages: The adapters that act from each position on (``stages_of``).
         arrival: ``time.monotonic()`` seconds when the request was received.
         num_virtual: Positions before the prompt that an adapter fills: soft tokens (computed like
             any token) or a prefix (keys and values come from the adapter).
         num_preset: Virtual positions whose keys and values come from the adapter, in whole blocks.
-        num_padding: Leading positions of a prefix that are not seen: it ends, not begins, at a
-            block boundary, so that all requests share all of its blocks.
-        is_long: Whether it may pass the length from which the model rotates by other frequencies
+        num_padding: Leading positions of a prefix that are masked. A prefix ends at a block
+            boundary instead of beginning at one, so that all requests share all of its blocks.
+        is_long: Whether it may exceed the length after which the model rotates by other frequencies
             (``Arch.long_from``).
         vocab_size: The number of tokens that can be drawn, if an adapter changes it; 0 for the
             base's number.
-        tokens: A placeholder per virtual position, then prompt and generated token ids, those that
-            an earlier answer began with included.
+        tokens: A placeholder per virtual position, then the token ids of the prompt and of the
+            answer, including those of ``answer_so_far``.
         num_computed: Leading tokens whose keys and values are in the cache.
         num_cached: Prompt tokens that came from the prefix cache at first admission.
         blocks: KV blocks in position order. The list only grows; after the blocks are freed, there
             is a new list.
-        keys: Chain keys of the full blocks that were named so far; ``keys[0]`` is the root.
-        waiting_since: ``time.monotonic()`` seconds when it joined the line, the last time.
+        keys: Keys of the full blocks so far; ``keys[0]`` is the root key.
+        waiting_since: ``time.monotonic()`` seconds when it last joined the queue.
         forecast: The assumed number of generated tokens (``LengthForecast``).
         first_pass: The pass that computes its adapter's scalings (``add_first_pass``), with the
             same tokens and blocks of its own; None if no adapter needs one.
@@ -190,7 +191,7 @@ class Sequence:
         return next(starts, len(self.tokens)) - self.num_computed
 
     def extend_keys(self, num_tokens: int, block_size: int) -> None:
-        """Name every full block within the first ``num_tokens`` tokens."""
+        """Compute the key of every full block within the first ``num_tokens`` tokens."""
         while len(self.keys) * block_size <= num_tokens:
             start = (len(self.keys) - 1) * block_size
             block = range(start, start + block_size)
@@ -203,9 +204,9 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """Compute ``num_new`` tokens of a sequence, from its ``num_computed`` on, with one mix.
+    """``num_new`` tokens to compute with one mix, after a sequence's first ``num_computed``.
 
-    The tokens of ``draft``, which are guesses at the next ones, follow them.
+    They are followed by the tokens of ``draft``, which are guesses at the next ones.
     """
 
     sequence: Sequence
@@ -219,7 +220,7 @@ class Scheduled:
 
     @property
     def samples(self) -> bool:
-        """Whether this completes the tokens known so far, so that a next one can be drawn."""
+        """Whether all known tokens are then computed, so that the next one can be drawn."""
         return self.sequence.num_computed + self.num_new == len(self.sequence.tokens)
 
 
@@ -244,13 +245,13 @@ class Step:
 # The blocks that sequences hold: their own and those of their first passes.
 #
 # A sequence with a first pass (``Sequence.first_pass``) has keys and values of two passes over the
-# same positions, which come and go together. The blocks of each pass have keys of their own, so a
-# first pass of the base model shares blocks with the base's requests. What the cache has of both
-# passes need not be computed.
+# same positions, which are allocated and freed together. The blocks of each pass have their own
+# keys, so a first pass of the base model shares blocks with the base's requests. Positions that are
+# cached for both passes are not computed.
 
 
 class HeldBlocks:
-    """Takes blocks from a pool for sequences, and names what is in them.
+    """Takes blocks from a pool for sequences, and registers their keys.
 
     Args:
         pool: The KV blocks.
@@ -297,10 +298,10 @@ class HeldBlocks:
             each.num_computed = 0
 
     def find(self, sequence: Sequence, num_usable: int, base_generation: int) -> None:
-        """Take the blocks of the sequence's beginning that are in the cache.
+        """Take the cached blocks for the beginning of the sequence.
 
         Args:
-            sequence: Holds none.
+            sequence: A sequence that holds no blocks.
             num_usable: Blocks of the beginning that it may take.
             base_generation: The generation of the weights.
         """
@@ -327,7 +328,7 @@ class HeldBlocks:
                 self._pool.register(each.blocks[index], each.keys[index + 1])
 
     def num_repeated(self, sequences: Iterable[Sequence]) -> int:
-        """How many more blocks these sequences would hold if they shared none."""
+        """How many more blocks these sequences would hold if they shared no blocks."""
         held = sum(len(each.blocks) for sequence in sequences for each in sequence.passes)
         return held - self._pool.num_active
 

@@ -1,4 +1,4 @@
-"""Turns a scheduled step into the tensors the model runs on."""
+"""Turns a scheduled step into the model's input tensors."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Placed(NamedTuple):
 
     @property
     def sampled(self) -> range:
-        """The rows that tokens are drawn from: its last, and those of its draft."""
+        """The rows from which tokens are drawn: its last row, and those of its draft."""
         return range(self.last_row - len(self.item.draft), self.last_row + 1)
 
     @property
@@ -80,7 +80,7 @@ class StepRows:
         kv_slots: The slot in the cache for each row's keys and values.
         spans: Five numbers for each sequence, in one list: its first row, the number of new tokens,
             the number of tokens before them, where its block numbers begin (``blocks_at`` of
-            ``collect_rows``), and the number of leading positions that are not seen.
+            ``collect_rows``), and the number of leading positions that are masked.
         soft: Rows of soft prompts, and their embeddings.
         added: Rows of tokens for which the base's embedding has no row, and their embeddings.
     """
@@ -116,7 +116,7 @@ class StepRows:
             self.soft.values.append(soft_tokens[start:stop])
 
     def take_added(self, sequence: Sequence, row_start: int) -> None:
-        """Note which rows of the sequence that was added last have tokens that the base lacks."""
+        """Record which rows of the sequence that was added last have tokens that the base lacks."""
         if not sequence.vocab_size or (added := added_rows_of(sequence.mix)) is None:
             return
         rows = range(row_start, len(self.token_ids))
@@ -151,7 +151,7 @@ def collect_decode_rows(
 ) -> StepRows:
     """Like ``collect_rows``, for sequences with one new row each, that of a generated token.
 
-    What does not depend on that token may have been collected before (``decode_spans``).
+    Data that does not depend on that token may have been collected before (``decode_spans``).
     """
     rows = StepRows(positions=positions)
     ids, slots = rows.token_ids, rows.kv_slots
@@ -196,10 +196,10 @@ NOTHING_ADDED: Mapping[Sequence, torch.Tensor] = {}
 def plan_vocabulary(
     rows: Iterable[tuple[Sequence, range]], store: AdapterStore, device: torch.device
 ) -> list[VocabularyGroup]:
-    """Groups rows by what their mixes do to the vocabulary.
+    """Groups rows by the changes that their mixes make to the vocabulary.
 
     Args:
-        rows: Sequences and their rows; the store holds what their mixes name.
+        rows: Sequences and their rows. The store holds the adapters of their mixes.
         store: Holds the adapters.
         device: Where the step is computed.
 
@@ -248,10 +248,10 @@ def added_logits(
 ) -> Mapping[Sequence, torch.Tensor]:
     """The logits of tokens that the base lacks.
 
-    Each sequence's are computed on their own: they are those it has alone.
+    They are computed separately for each sequence, so its bits do not depend on the others.
 
     Args:
-        rows: Sequences and their rows; the store holds what their mixes name.
+        rows: Sequences and their rows. The store holds the adapters of their mixes.
         hidden: Final-norm hidden states, ``[at least all rows, hidden]``.
         decoder: Projects them.
         store: Holds the adapters.
@@ -281,7 +281,8 @@ def own_logits(row: torch.Tensor, sequence: Sequence, added: torch.Tensor | None
         added: Logits over the tokens that an adapter adds, ``[..., tokens]``, or None.
 
     Returns:
-        ``[..., sequence.vocab_size]``, memory of its own; ``row`` where those are the base's.
+        ``[..., sequence.vocab_size]`` in separate memory, or ``row`` itself if the vocabulary is
+        the base's.
     """
     if added is not None:
         return torch.cat((row, added), dim=-1)
@@ -322,7 +323,7 @@ def scalings(router: TokenRouter, states: torch.Tensor) -> torch.Tensor:
 def first_scalings(router: TokenRouter, num_rows: int, device: torch.device) -> torch.Tensor:
     """Scalings of the adapter's own first pass, ``[rows, modules, components]`` fp32."""
     assert router.first_pass is not None, "the first pass is not the base's own"
-    # Write the values on the device: a copy from the host would make it wait for the device.
+    # Write the values on the device, because a copy from the host would wait for the device.
     each = [torch.full((1,), value, device=device) for value in router.first_pass]
     return torch.cat(each).expand(num_rows, router.modules, -1)
 
@@ -354,8 +355,8 @@ def scalings_of(
         step: The step.
         store: Holds the adapters.
         device: Where the step is computed.
-        run: Computes the first passes as a step, given their own scalings: where its sequences are,
-            and its states after the final norm, ``[at least all rows, hidden]``.
+        run: Computes the first passes as a step with their own scalings. Returns the places of its
+            sequences, and its states after the final norm, ``[at least all rows, hidden]``.
     """
     items = [
         (item, item.sequence.first_pass)
@@ -365,7 +366,7 @@ def scalings_of(
     if not items:
         return NO_SCALINGS
     store.prepare(adapters_of(step))
-    # An adapter that acts in its own first pass has constants there.
+    # An adapter that takes part in its own first pass has constant scalings there.
     constants = {
         first: SequenceScalings(key, first_scalings(router, item.num_rows, device))
         for item, first in items
@@ -389,7 +390,7 @@ def scalings_of(
 
 
 def adapters_of(step: Step) -> list[Adapter]:
-    """Every adapter that acts in a step, once."""
+    """Every adapter that a step uses, once."""
     members = [item.sequence.active_mix.members for item in step.scheduled]
     return list({adapter.key: adapter for mix in members for adapter, _ in mix}.values())
 
@@ -415,8 +416,8 @@ def given_rows(placed: SequenceOf[Placed], found: StepScalings) -> dict[str, tor
     return given
 
 
-# Segments of at most this many rows join the wide masked product; longer ones multiply only their
-# own ranks (measured: the wide product wins while rows · adapters stays small).
+# Segments of at most this many rows join the wide masked product. Longer ones multiply only their
+# own ranks. Measurements show that the wide product is faster while rows · adapters is small.
 MAX_SHORT_ROWS = 8
 
 # Sequences and their rows.
@@ -425,7 +426,7 @@ Rows = SequenceOf[tuple[Sequence, range]]
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A step's input and where each sequence sits in it."""
+    """A step's input, and the place of each sequence in it."""
 
     input: StepInput
     placed: tuple[Placed, ...]
@@ -449,7 +450,7 @@ class BatchBuilder:
         self._device = device
 
     def build(self, step: Step, scalings: StepScalings = NO_SCALINGS) -> Batch:
-        """Order the rows (short adapted ones by mix, base, long adapted ones); prepare metadata.
+        """Order the rows (short adapted ones by mix, base, long adapted ones) and prepare metadata.
 
         Args:
             step: The scheduled step.

@@ -28,7 +28,7 @@ from turret.server.models.decoding.kv_cache import KvCache
 
 @dataclass(frozen=True, slots=True)
 class Likeliest:
-    """The token with the largest logit of every row that tokens are drawn from.
+    """The token with the largest logit of every row from which tokens are drawn.
 
     Attributes:
         tokens: The tokens, in the order of ``Computed.placed``.
@@ -47,9 +47,9 @@ class Computed:
     Attributes:
         placed: Its sequences and their rows.
         hidden: Final-norm hidden states, ``[at least all rows, hidden]``.
-        logits: The logits of every row that tokens are drawn from (``Placed.sampled``), in the
-            order of ``placed``, ``[samples, vocab]`` fp32; None if there is none. The next step may
-            overwrite it.
+        logits: The logits of every row from which tokens are drawn (``Placed.sampled``), in the
+            order of ``placed``, ``[samples, vocab]`` fp32; None if there are no such rows. The next
+            step may overwrite it.
         added: For each sequence whose adapter adds tokens, the logits of these tokens in the same
             rows, ``[rows of the sequence, tokens]`` fp32.
         likeliest: Replaces ``logits`` if only the likeliest tokens are needed.
@@ -117,12 +117,12 @@ class Executor(Protocol):
         """Make the sampler for its steps; called once, before the first.
 
         Args:
-            stop_token_ids: The model's end tokens, not drawn while under ``min_tokens``.
+            stop_token_ids: The model's end tokens, which are not drawn before ``min_tokens``.
         """
         ...
 
     def look_ahead(self) -> None:
-        """Use the time while the host waits for the step's results, if it does."""
+        """Do useful work while the host waits for the step's results, if it waits."""
 
     def forget(self, sequence: Sequence) -> None:
         """Drop any state that is kept for a sequence."""
@@ -132,7 +132,7 @@ class Executor(Protocol):
 
 
 def fill_prefix(cache: KvCache, sequence: Sequence, start: int) -> None:
-    """Write an adapter's prefix into the sequence's blocks from ``start`` on."""
+    """Write an adapter's prefix into the sequence's blocks, beginning at ``start``."""
     size = cache.block_size
     prefix = soft_prompt_of(sequence.mix).prefix
     assert prefix is not None

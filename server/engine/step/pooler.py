@@ -1,7 +1,8 @@
 """Pools final hidden states to one vector per prompt, independent of chunks and batch.
 
-A mean is summed in a fixed order, so that its bits do not depend on how the prompt was cut: groups
-of 64 positions, counted from the start of the text, are summed by halves, and then added in order.
+A mean is summed in a fixed order, so that its bits do not depend on how the prompt was divided into
+chunks. Groups of 64 positions, counted from the start of the text, are summed by halves, and the
+sums are added in order.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Pooler:
     def pool(
         self, placed: SequenceOf[Placed], hidden: torch.Tensor
     ) -> dict[Sequence, array[float]]:
-        """Take in a step; a position that is computed again is not counted twice.
+        """Add the states of a step. A position that is computed again is not counted twice.
 
         Args:
             placed: Its sequences.
@@ -69,8 +70,8 @@ class Pooler:
         if total is None:
             total = self._sums[sequence] = _Sum(hidden.new_zeros(hidden.shape[1:]).float())
         first, end = sequence.num_computed, sequence.num_computed + place.item.num_new
-        # After a preemption or a step without memory, some positions were counted before; their
-        # states have the same bits.
+        # After a preemption, or a step that ran out of memory, some positions have been counted
+        # already. Their states have the same bits.
         for low in range(sequence.num_virtual + total.count, end, _ROWS):
             assert low >= first, "no position was left out"
             row = place.row_start + low - first
@@ -101,7 +102,7 @@ class _Sum:
         groups = self._groups
         for group in _by_halves(begun[:whole].view(-1, _GROUP, begun.shape[1])):
             groups = groups + group
-        # Assign both together: a step that fails before this line is computed again.
+        # Assign both together, because a step that fails before this line is computed again.
         self._groups, self._begun = groups, begun[whole:].clone()
         self.count += rows.shape[0]
 
@@ -113,7 +114,7 @@ class _Sum:
 
 
 def _by_halves(groups: torch.Tensor) -> torch.Tensor:
-    """The sums of ``[count, _GROUP, hidden]`` over each group, added element by element."""
+    """The sums of ``[count, _GROUP, hidden]`` over each group, with elementwise additions."""
     size = groups.shape[1]
     while size > 1:
         size //= 2
@@ -122,7 +123,7 @@ def _by_halves(groups: torch.Tensor) -> torch.Tensor:
 
 
 def _finished(sequence: Sequence, state: torch.Tensor, pooling: Pooling) -> array[float]:
-    """The result of a pooled state: the head's numbers, or the state after cutting and normalising.
+    """The result for a pooled state: the head's numbers, or the cut and normalised state.
 
     The norm is computed in double precision. A state of zeros stays zero.
     """

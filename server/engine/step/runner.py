@@ -71,7 +71,7 @@ def draw_tokens(
         added: See ``Computed``.
 
     Returns:
-        For each item the tokens in order: those of its draft that were right, and one more.
+        The tokens of each item, in order: the right ones of its draft, and one more.
     """
     runs: list[_Run] = []
     row = 0
@@ -131,8 +131,8 @@ def likeliest_draws(
     return drawn
 
 
-# Vocabulary logits of prompt positions are made this many rows at a time: 64 rows of a 150,000
-# token vocabulary are 38 MB in fp32.
+# Logits of prompt positions are computed for this many rows at a time: 64 rows of a vocabulary of
+# 150,000 tokens are 38 MB in fp32.
 _PROMPT_LOGIT_ROWS = 64
 
 
@@ -142,7 +142,7 @@ class DeviceFullError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprob:
-    """Logprob of the prompt token at ``position`` (from 0), given those before it."""
+    """Logprob of the prompt token at ``position`` (from 0), given the tokens before it."""
 
     position: int
     draw: Draw
@@ -211,14 +211,14 @@ class Runner:
     def is_near(self, sequence: Sequence) -> bool:
         """Whether a sequence can run without waiting for its adapters, which are in host memory.
 
-        Starts the copies of missing ones, which are made while other sequences run.
+        Starts copies of missing adapters, which continue while other sequences run.
         """
-        # Ask every adapter before ``all``, so that their copies run in parallel.
+        # Ask for every adapter before ``all``, so that the copies run in parallel.
         near = [self._store.is_near(adapter) for adapter, _ in sequence.mix.members]
         return all(near)
 
     def refusal(self, sequence: Sequence) -> BudgetExceededError | None:
-        """The error if a sequence cannot run even alone, now or ever; otherwise None."""
+        """The error for a sequence that can never run, even alone; None if it can."""
         if any(self._store.is_refused(adapter.key) for adapter, _ in sequence.mix.members):
             return BudgetExceededError(say("DEVICE_MEMORY_SHORT"))
         missing = self._missing((sequence,))
@@ -228,7 +228,7 @@ class Runner:
         return BudgetExceededError(say("MIX_TOO_LARGE", bytes=needed, budget_bytes=budget))
 
     def _missing(self, sequences: Iterable[Sequence]) -> tuple[int, int] | None:
-        """The size of the sequences' adapters together and the budget that it exceeds, or None.
+        """The total size of the sequences' adapters and the budget that it exceeds, or None.
 
         Each adapter counts once.
         """

@@ -1,8 +1,8 @@
 """Draws the next token of every sequence from the step's logits.
 
-Each row is treated on its own: penalties, temperature, filters and the random number come from its
-own request, so a request's tokens under a seed do not depend on the batch. The torch and cpu paths
-draw the rows one by one here; the gpu path draws all rows at once (``gpu/sampler.py``).
+Each row is treated separately: penalties, temperature, filters and the random number come from its
+own request, so a request's tokens for a given seed do not depend on the batch. The torch and cpu
+paths draw the rows one by one here; the gpu path draws all rows at once (``gpu/sampler.py``).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from turret.server.engine.step.batch import NOTHING_ADDED, own_logits
 from turret.server.errors import TurretError
 from turret.server.words import say
 
-# Masks of the next tokens that constraints allow in a step.
+# Masks of the tokens that constraints allow next, in a step.
 #
-# Masks are made on a separate thread while the step is computed. If the likeliest token is drawn
-# and the host itself computes the logits, usually no mask is needed: the grammar checks that one
-# token once it is known, at a tenth of the cost of a mask. The matcher takes the token in at the
-# same time, before the sequence has it, because the data is then in the processor's caches.
+# Masks are computed on a separate thread while the step runs. If the likeliest token is drawn and
+# the host itself computes the logits, usually no mask is needed: the grammar checks the one token
+# once it is known, at a tenth of the cost of a mask. The matcher consumes the token at the same
+# time, before the sequence has it, because the data is then in the processor's caches.
 
 
 _log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class TokenMask:
 
     Attributes:
         words: ``[words]`` int32: token ``t`` is bit ``t % 32`` of word ``t // 32``.
-        error: Why there is no mask and the request ends; None if there is one.
+        error: The reason why there is no mask and the request ends; None if there is a mask.
     """
 
     words: Words | None
@@ -92,7 +92,8 @@ class LateMask:
             None if only ``make`` can determine it.
         """
         fresh = self.news()
-        # Without a new token, the step is computed again with the same logits and the same result.
+        # Without a new token, the step is being computed again, with the same logits and the same
+        # result.
         if not fresh and (self._ahead is not None or self._made is not None):
             return self._ahead
         self._made = None
@@ -110,9 +111,9 @@ class LateMask:
         """Make the mask of the next token.
 
         Args:
-            fresh: The result of ``news``, if it is not taken in yet.
+            fresh: The result of ``news``, if it has not been consumed yet.
         """
-        # No new token means that a step ran out of memory and is computed again: keep its mask.
+        # Without a new token, a step ran out of memory and is being computed again: keep its mask.
         if self._made is None or fresh:
             try:
                 matcher = self._at(fresh)
@@ -152,7 +153,7 @@ Mask = TokenMask | LateMask
 class Masks:
     """The constraints of running sequences. Used by the engine thread alone.
 
-    A sequence keeps its place in its grammar when it is preempted.
+    A preempted sequence keeps its position in its grammar.
 
     Args:
         end_ids: The model's end tokens.
@@ -187,7 +188,8 @@ class Masks:
                 work.append((followed, followed.news()))
         if work:
             if self._thread is None:
-                # A thread of our own: matchers need a larger stack than a library's executor has.
+                # Use a separate thread, because matchers need a larger stack than the threads of a
+                # standard executor have.
                 self._thread = roomy_executor(1, "masks")
             self._making = self._thread.submit(lambda: [one.make(tokens) for one, tokens in work])
 
@@ -202,7 +204,7 @@ class Masks:
         return masks
 
     def forget(self, sequence: Sequence) -> None:
-        """Drop a finished sequence's place."""
+        """Drop a finished sequence's position."""
         self._followed.pop(sequence, None)
 
 
@@ -213,8 +215,8 @@ def _is_greedy(sequence: Sequence) -> bool:
 
 # Penalties, biases and bans: the change of a row of logits by a request's sampling parameters.
 #
-# The tensors for biases and bans are made once per request. For penalties, a step looks only at
-# the tokens that are new since the last step. So a step does no Python work per bias, stop or old
+# The tensors for biases and bans are made once per request. For penalties, a step looks only at the
+# tokens that are new since the last step. So a step does no Python work for each bias, stop or old
 # token.
 
 
@@ -235,7 +237,7 @@ class _TokenCounts:
         self._num_read = 0
 
     def read(self, text: list[int], start: int, drawn: SequenceOf[int] = ()) -> None:
-        """Take in the tokens of ``text`` from ``start`` on that were not there the last time.
+        """Count the tokens of ``text``, beginning at ``start``, that are new since the last call.
 
         Args:
             text: The text, which only grows, except for the tokens in ``drawn``.
@@ -292,7 +294,8 @@ class Adjustment:
 
     Args:
         sequence: The sequence whose logits change; its tokens may only grow.
-        stop_token_ids: The model's end tokens, banned with the request's own under ``min_tokens``.
+        stop_token_ids: The model's end tokens, which are banned before ``min_tokens``, like the
+            request's own.
         device: Where the logits are.
     """
 
@@ -308,8 +311,8 @@ class Adjustment:
             biases = torch.tensor(values, dtype=torch.float32, device=device)
             self._biases = _id_tensor(params.logit_bias, device), biases
         self._banned = None
-        # With a constraint, its mask withholds end tokens: only the mask knows whether another
-        # token is allowed.
+        # If there is a constraint, its mask withholds end tokens, because only the mask shows
+        # whether another token is allowed.
         is_free = sequence.request.constraint is None
         if is_free and stop.min_tokens > 0 and (stop_token_ids or stop.stop_token_ids):
             self._banned = _id_tensor(stop_token_ids | stop.stop_token_ids, device)
@@ -361,7 +364,7 @@ class Adjustment:
             yield self._banned
 
 
-# Random numbers of running sequences: one per sampled token, from each sequence's own seed.
+# Random numbers of running sequences: one for each sampled token, from the sequence's own seed.
 
 # Numbers are drawn in blocks: a generator call takes microseconds, a number a thousandth of that.
 _BLOCK = 64
@@ -380,7 +383,7 @@ class UniformStream:
         self._numbers: list[float] = []
 
     def at(self, index: int) -> float:
-        """The ``index``-th number; never one from before the last two blocks."""
+        """The ``index``-th number, which must be in one of the last two blocks."""
         while index >= self._first + len(self._numbers):
             fresh = torch.rand(_BLOCK, generator=self._generator, dtype=torch.float64).tolist()
             dropped = max(len(self._numbers) - _BLOCK, 0)
@@ -413,13 +416,13 @@ class Uniforms:
 
 NO_MASKS: Mapping[Sequence, Mask] = {}
 NOTHING_DRAWN: Mapping[Sequence, SequenceOf[int]] = {}
-# Filters look at this many of the likeliest tokens first; a full sort is the exception.
+# Filters first look at this many of the likeliest tokens. A full sort is rarely needed.
 _FIRST_CANDIDATES = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """A drawn token and, if asked for, logprobs under the unmodified distribution (natural log).
+    """A drawn token and, if requested, logprobs under the unmodified distribution (natural log).
 
     With an ``error`` nothing was drawn, and the request ends with it.
     """
@@ -508,7 +511,7 @@ class Sampler:
     def _report(
         self, rows: SequenceOf[torch.Tensor], sequences: SequenceOf[Sequence]
     ) -> list[tuple[torch.Tensor, tuple[tuple[int, float], ...]] | None]:
-        """Logprobs before any sampling parameter touches them."""
+        """Logprobs before any sampling parameter changes the logits."""
         out: list[tuple[torch.Tensor, tuple[tuple[int, float], ...]] | None] = []
         for row, sequence in zip(rows, sequences, strict=True):
             options = sequence.request.options
@@ -541,7 +544,7 @@ def takes_likeliest(sequence: Sequence) -> bool:
 
 def _sample(row: torch.Tensor, params: SamplingParams, uniform: float) -> int:
     """A token of ``[vocab]`` logits that a uniform number in [0, 1) picks."""
-    # Subtract the largest logit, which stays at 0 however small the temperature is.
+    # Subtract the largest logit first, so that it stays 0 however low the temperature is.
     scaled = (row - row.max()) / params.temperature
     if params.top_k == 0 and params.top_p == 1.0:
         if params.min_p > 0.0:
@@ -558,12 +561,12 @@ def _greedy_tokens(
     """The tokens of the sequences that are not drawn at random.
 
     Args:
-        logits: ``[rows, vocab]``, to which the masks that are already made have been applied.
+        logits: ``[rows, vocab]``, with all available masks applied.
         sequences: The sequence of each row. Those with a tokenizer of their own are left out.
         masks: The masks of the sequences with a constraint.
 
     Returns:
-        The token of each row, by its number; the late masks that had to be made.
+        The token of each row, by row number; and the late masks that had to be computed.
     """
     numbers = [
         row
@@ -640,7 +643,7 @@ def _sample_filtered(scaled: torch.Tensor, params: SamplingParams, uniform: floa
             break
         size = min(size * 8, vocab)
     if params.top_k:
-        # top-p applies to the probability mass that top-k left.
+        # Top-p applies to the probability mass that is left after top-k.
         values = values / values.sum()
         cumulative = values.double().cumsum(0)
     keep = cumulative - values < params.top_p

@@ -1,4 +1,4 @@
-"""The server's state for those who watch it: the console, probes and metrics."""
+"""The server's state for the console, probes and metrics."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ MAX_SEARCH_CHARS = 128
 
 
 async def state(exchange: Exchange) -> None:
-    """The whole state, as far as each role can also read it from other paths.
+    """The whole state. Each role gets only what it can also read from other paths.
 
     ``find`` in the query selects the adapters whose names contain it.
 

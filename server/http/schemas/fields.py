@@ -39,7 +39,7 @@ MAX_PROMPTS = 2048
 # Limits on the comparison of unknown fields, which would otherwise take long. No client sends so
 # many unknown fields, or names as long.
 _MOST_UNKNOWN, _MOST_CHARS = 32, 40
-# At most one letter in five differs: "stops" means "stop", but "top_a" does not mean "top_k".
+# At most one letter in five may differ: "stops" means "stop", but "top_a" does not mean "top_k".
 _LEAST_RATIO = 0.8
 # Longer lists are rejected for their length, so their entries are not examined.
 _MOST_OBJECTS = 4096
@@ -211,7 +211,7 @@ def _model_in(annotation: Any) -> tuple[type[Body], bool] | None:
 def _tidied(
     model: type[Body], value: dict[str, Any], path: str, found: list[_Unknown]
 ) -> dict[str, Any]:
-    """The object without nulls and unknown fields; records the fields that must not be ignored."""
+    """The object without nulls and unknown fields. Records the fields that must not be ignored."""
     shape = _shape(model)
     kept: dict[str, Any] = {}
     unknown: list[str] = []
@@ -396,7 +396,7 @@ def _json_text(value: Any, most: int) -> str:
 
 
 def _schema_text(value: Any) -> Any:
-    """A JSON schema as text; a value that is already text stays as it is."""
+    """A JSON schema as text. A value that is already text stays unchanged."""
     if isinstance(value, str):
         return value
     if not isinstance(value, dict):
@@ -571,6 +571,6 @@ ClosedSchema = Annotated[
     ),
 ]
 Content = Annotated[str, BeforeValidator(lambda value: text_of(value, ("text",))), _content("text")]
-# Read later by the item that contains it, because only some items have text as content.
+# The item that contains the content reads it later, because only some items have text as content.
 ItemContent = Annotated[Any, BeforeValidator(_few_parts), _content(*ITEM_PARTS)]
 Function = Literal["function"]

@@ -316,7 +316,7 @@ class Message(Body):
         if self.role == "function":
             raise wrong_at(say("NOT_SUPPORTED_USE", instead="`tool`"), "role")
         # Answers that consist only of calls or reasoning have no content, and clients send them
-        # back like that.
+        # back without it.
         if self.content is None and self.role != "assistant":
             raise wrong_at(say("REQUIRED"), "content")
         return self

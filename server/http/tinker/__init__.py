@@ -1,1 +1,1 @@
-"""The Tinker API: trains adapters on the base model that serves (``/api/v1``)."""
+"""The Tinker API (``/api/v1``), which trains adapters on the base model that is served."""

@@ -16,25 +16,25 @@ from turret.server.api.tenants.checkpoints import KINDS, Checkpoint
 from turret.server.basics.codes import Code
 from turret.server.http.endpoint import Exchange
 from turret.server.http.refusals import HttpRefusal
-from turret.server.http.tinker.door import Door, Link
 from turret.server.http.tinker.schemas import OfPath, Ttl
+from turret.server.http.tinker.state import Link, TinkerState
 from turret.server.words import say
 
 _MOST_LISTED = 100
-# Files that only resume training, and those of the server, are not part of an archive.
+# An archive contains neither files that only serve to resume training, nor the server's own files.
 _ARCHIVED = ("adapter_config.json", "adapter_model.safetensors")
 _LINK_SECONDS = 900.0
-# The limit on one owner's links; the oldest one makes room.
+# Maximum number of links of one owner. At the limit, the oldest link is dropped.
 _MAX_LINKS = 1024
 _PIECE_BYTES = 1 << 18
 
 
-async def weights_info(door: Door, exchange: Exchange, body: OfPath) -> None:
+async def weights_info(state: TinkerState, exchange: Exchange, body: OfPath) -> None:
     """Describe the adapter in a checkpoint."""
-    config = door.tenants.checkpoints.find(door.owner(exchange), body.tinker_path).config
+    config = state.tenants.checkpoints.find(state.owner(exchange), body.tinker_path).config
     await exchange.reply.json(
         {
-            "base_model": door.tenants.info().name,
+            "base_model": state.tenants.info().name,
             "optimizer_config": {"type": "adamw"},
             "is_lora": True,
             "lora_rank": config.rank,
@@ -46,7 +46,7 @@ async def weights_info(door: Door, exchange: Exchange, body: OfPath) -> None:
 
 
 @dataclass(slots=True)
-class _Run:
+class _TrainingRun:
     """A model that is being trained or has checkpoints."""
 
     run_id: str
@@ -56,28 +56,28 @@ class _Run:
     checkpoints: list[Checkpoint]
 
 
-def _runs(door: Door, owner: str) -> list[_Run]:
+def _runs(state: TinkerState, owner: str) -> list[_TrainingRun]:
     """The runs of an owner, the latest first."""
-    found: dict[str, _Run] = {}
-    for model in door.tenants.sessions.models(owner):
-        run = _Run(model.model_id, model.config.rank, model.used, model.metadata, [])
+    found: dict[str, _TrainingRun] = {}
+    for model in state.tenants.sessions.models(owner):
+        run = _TrainingRun(model.model_id, model.config.rank, model.used, model.metadata, [])
         found[run.run_id] = run
-    for checkpoint in door.tenants.checkpoints.owned(owner):
+    for checkpoint in state.tenants.checkpoints.owned(owner):
         run = found.setdefault(
             checkpoint.run,
-            _Run(checkpoint.run, checkpoint.config.rank, checkpoint.time, {}, []),
+            _TrainingRun(checkpoint.run, checkpoint.config.rank, checkpoint.time, {}, []),
         )
         run.checkpoints.append(checkpoint)
     return sorted(found.values(), key=lambda run: -run.used)
 
 
-def _run_json(door: Door, run: _Run) -> dict[str, Any]:
+def _run_json(state: TinkerState, run: _TrainingRun) -> dict[str, Any]:
     def newest(kind: str) -> dict[str, Any] | None:
         return next((_json(each) for each in run.checkpoints if each.kind == kind), None)
 
     return {
         "training_run_id": run.run_id,
-        "base_model": door.tenants.info().name,
+        "base_model": state.tenants.info().name,
         "model_owner": "token",
         "is_lora": True,
         "lora_rank": run.rank,
@@ -119,96 +119,96 @@ def _page(
     return all_of_them[offset : offset + limit], cursor
 
 
-async def list_runs(door: Door, exchange: Exchange) -> None:
+async def list_runs(state: TinkerState, exchange: Exchange) -> None:
     """List the training runs."""
-    runs, cursor = _page(exchange, _runs(door, door.owner(exchange)), 20)
-    found = [_run_json(door, run) for run in runs]
+    runs, cursor = _page(exchange, _runs(state, state.owner(exchange)), 20)
+    found = [_run_json(state, run) for run in runs]
     await exchange.reply.json({"training_runs": found, "cursor": cursor})
 
 
-async def get_run(door: Door, exchange: Exchange) -> None:
+async def get_run(state: TinkerState, exchange: Exchange) -> None:
     """Describe a training run."""
     wanted = exchange.path["run"]
-    for run in _runs(door, door.owner(exchange)):
+    for run in _runs(state, state.owner(exchange)):
         if run.run_id == wanted:
-            await exchange.reply.json(_run_json(door, run))
+            await exchange.reply.json(_run_json(state, run))
             return
     text = say("TRAINED_MODEL_NOT_FOUND", model=wanted[:80])
     raise HttpRefusal(404, Code.NOT_FOUND, text)
 
 
-async def list_run_checkpoints(door: Door, exchange: Exchange) -> None:
+async def list_run_checkpoints(state: TinkerState, exchange: Exchange) -> None:
     """List the checkpoints of a training run."""
     wanted = exchange.path["run"]
-    owned = door.tenants.checkpoints.owned(door.owner(exchange))
+    owned = state.tenants.checkpoints.owned(state.owner(exchange))
     found = [_json(each) for each in owned if each.run == wanted]
     await exchange.reply.json({"checkpoints": found})
 
 
-async def list_checkpoints(door: Door, exchange: Exchange) -> None:
+async def list_checkpoints(state: TinkerState, exchange: Exchange) -> None:
     """List all checkpoints."""
-    found, cursor = _page(exchange, door.tenants.checkpoints.owned(door.owner(exchange)), 100)
+    found, cursor = _page(exchange, state.tenants.checkpoints.owned(state.owner(exchange)), 100)
     await exchange.reply.json({"checkpoints": [_json(each) for each in found], "cursor": cursor})
 
 
-def _named(door: Door, exchange: Exchange) -> Checkpoint:
+def _named(state: TinkerState, exchange: Exchange) -> Checkpoint:
     """The checkpoint in a request's path."""
     path = exchange.path
     wanted = f"tinker://{path['run']}/{path['kind']}/{path['name']}"
-    return door.tenants.checkpoints.find(door.owner(exchange), wanted)
+    return state.tenants.checkpoints.find(state.owner(exchange), wanted)
 
 
-def _folder(door: Door, exchange: Exchange) -> Path:
-    return door.tenants.checkpoints.folder(_named(door, exchange))
+def _folder(state: TinkerState, exchange: Exchange) -> Path:
+    return state.tenants.checkpoints.folder(_named(state, exchange))
 
 
-async def delete_checkpoint(door: Door, exchange: Exchange) -> None:
+async def delete_checkpoint(state: TinkerState, exchange: Exchange) -> None:
     """Remove a checkpoint."""
-    await door.tenants.checkpoints.remove(_named(door, exchange))
+    await state.tenants.checkpoints.remove(_named(state, exchange))
     await exchange.reply.json({})
 
 
-async def set_ttl(door: Door, exchange: Exchange, body: Ttl) -> None:
+async def set_ttl(state: TinkerState, exchange: Exchange, body: Ttl) -> None:
     """Change when a checkpoint is removed."""
     seconds = body.ttl_seconds
     expires = None if seconds is None else time.time() + seconds
-    await door.tenants.checkpoints.expire_at(_named(door, exchange), expires)
+    await state.tenants.checkpoints.expire_at(_named(state, exchange), expires)
     await exchange.reply.json({})
 
 
-# Files. Clients download them without their token, so the links contain a secret.
+# Files. Clients download them without a token, so the links contain a secret.
 
 
-def _link(door: Door, exchange: Exchange, folder: Path, name: str, expires: float) -> str:
-    for old in [key for key, link in door.links.items() if link.expires < time.time()]:
-        del door.links[old]
-    owner = door.owner(exchange)
-    own = [key for key, link in door.links.items() if link.owner == owner]
+def _link(state: TinkerState, exchange: Exchange, folder: Path, name: str, expires: float) -> str:
+    for old in [key for key, link in state.links.items() if link.expires < time.time()]:
+        del state.links[old]
+    owner = state.owner(exchange)
+    own = [key for key, link in state.links.items() if link.owner == owner]
     if len(own) >= _MAX_LINKS:
-        del door.links[own[0]]
+        del state.links[own[0]]
     secret = secrets.token_urlsafe(24)
-    door.links[secret] = Link(owner, folder, name, expires)
+    state.links[secret] = Link(owner, folder, name, expires)
     return f"{exchange.scheme}://{exchange.headers.get('host', '')}/api/v1/archives/{secret}"
 
 
-async def archive(door: Door, exchange: Exchange) -> None:
+async def archive(state: TinkerState, exchange: Exchange) -> None:
     """Make a link to an archive with the adapter's files."""
-    folder, expires = _folder(door, exchange), time.time() + _LINK_SECONDS
-    url = _link(door, exchange, folder, "", expires)
+    folder, expires = _folder(state, exchange), time.time() + _LINK_SECONDS
+    url = _link(state, exchange, folder, "", expires)
     await exchange.reply.json({"url": url, "expires": _time(expires)})
 
 
-async def file_urls(door: Door, exchange: Exchange) -> None:
+async def file_urls(state: TinkerState, exchange: Exchange) -> None:
     """Make a link to each of the adapter's files."""
-    folder, expires = _folder(door, exchange), time.time() + _LINK_SECONDS
+    folder, expires = _folder(state, exchange), time.time() + _LINK_SECONDS
     files = await asyncio.to_thread(_files, folder)
-    urls = {info.name: _link(door, exchange, folder, info.name, expires) for info, _ in files}
+    urls = {info.name: _link(state, exchange, folder, info.name, expires) for info, _ in files}
     await exchange.reply.json({"urls": urls, "expires": _time(expires)})
 
 
-async def download(door: Door, exchange: Exchange) -> None:
+async def download(state: TinkerState, exchange: Exchange) -> None:
     """Send a file, or an archive: an uncompressed tar file."""
-    link = door.links.get(exchange.path["secret"])
+    link = state.links.get(exchange.path["secret"])
     files = []
     if link is not None and link.expires >= time.time():
         found = await asyncio.to_thread(_files, link.folder)

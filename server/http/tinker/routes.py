@@ -9,7 +9,7 @@ from typing import Any
 from turret.server.http.endpoint import TRAINING, Exchange, Route
 from turret.server.http.schemas.fields import Body
 from turret.server.http.tinker import handshake, listing, sampling, schemas, training
-from turret.server.http.tinker.door import Door, checked
+from turret.server.http.tinker.state import TinkerState, checked
 
 _Handler = Callable[..., Awaitable[None]]
 _API = "/api/v1"
@@ -17,19 +17,19 @@ _RUN = "/training_runs/{run}"
 _CHECKPOINT = f"{_RUN}/checkpoints/{{kind}}/{{name}}"
 
 
-def routes(door: Door) -> tuple[Route, ...]:
-    """The routes, whose handlers share the state of a door."""
+def routes(state: TinkerState) -> tuple[Route, ...]:
+    """The routes, whose handlers share the state."""
 
     def route(path: str, handler: _Handler, body: type[Body] | None = None, **more: Any) -> Route:
-        """A route; ``handler`` takes the door and the exchange."""
+        """A route; ``handler`` takes the state and the exchange."""
         fields: dict[str, Any] = {"service": TRAINING, "is_hidden": True, **more}
-        return Route(f"{_API}{path}", partial(handler, door), body, **fields)
+        return Route(f"{_API}{path}", partial(handler, state), body, **fields)
 
     def sent(path: str, handler: _Handler, body: type[Body], **more: Any) -> Route:
         """A route whose handler also takes the body."""
 
-        async def handle(door: Door, exchange: Exchange) -> None:
-            await handler(door, exchange, checked(exchange.take_body(), body))
+        async def handle(state: TinkerState, exchange: Exchange) -> None:
+            await handler(state, exchange, checked(exchange.take_body(), body))
 
         return route(path, handle, body, **more)
 

@@ -20,8 +20,8 @@ from turret.server.errors import (
 )
 from turret.server.http.choices import blamed_on
 from turret.server.http.endpoint import Exchange
-from turret.server.http.tinker.door import Door, session_gone
 from turret.server.http.tinker.schemas import CreateSampler, Sample
+from turret.server.http.tinker.state import TinkerState, session_gone
 from turret.server.http.tinker.wire import PROTOBUF, result_of_samples
 from turret.server.words import say
 from turret.v1 import adapters_pb2, inference_pb2
@@ -34,73 +34,73 @@ _REQUEST_BYTES = 8 << 10
 _TRIES, _RETRY_SECONDS = 600, 1.0
 
 
-async def create_sampler(door: Door, exchange: Exchange, body: CreateSampler) -> None:
+async def create_sampler(state: TinkerState, exchange: Exchange, body: CreateSampler) -> None:
     """Choose the weights to sample from: the base model's, or those of a checkpoint."""
-    owner = door.owner(exchange)
-    session = door.session(exchange, body.session_id)
+    owner = state.owner(exchange)
+    session = state.session(exchange, body.session_id)
     sampler_id = f"{session.session_id}:sample:{body.sampling_session_seq_id}"
     if sampler_id not in session.samplers:
         sampler = Sampler(sampler_id=sampler_id, owner=owner, path=body.model_path)
         if body.model_path is not None:
-            checkpoint = door.tenants.checkpoints.find(owner, body.model_path)
+            checkpoint = state.tenants.checkpoints.find(owner, body.model_path)
             name = f"training/{session.session_id}/s{body.sampling_session_seq_id}"
-            folder = door.tenants.checkpoints.folder(checkpoint)
-            door.tenants.check_disk(owner)
-            with door.tenants.sessions.arriving(owner, checkpoint.size):
-                published = await door.tenants.sessions.training().serve(folder, name)
+            folder = state.tenants.checkpoints.folder(checkpoint)
+            state.tenants.check_disk(owner)
+            with state.tenants.sessions.arriving(owner, checkpoint.size):
+                published = await state.tenants.sessions.training().serve(folder, name)
             sampler.generation, sampler.size = published.generation, published.size
             sampler.adapter, sampler.is_own = name, True
         elif body.base_model is not None:
-            door.check_base(body.base_model)
+            state.check_base(body.base_model)
         else:
             choices = "base_model, model_path"
             raise InvalidRequestError.of("model_path", say("ONE_REQUIRED", choices=choices))
         try:
-            door.tenants.sessions.add_sampler(session, sampler)
+            state.tenants.sessions.add_sampler(session, sampler)
         except TrainingNotFoundError:
             raise session_gone(session.session_id) from None
     answer = {"type": "create_sampling_session", "sampling_session_id": sampler_id}
     await exchange.reply.json(answer)
 
 
-async def get_sampler(door: Door, exchange: Exchange) -> None:
+async def get_sampler(state: TinkerState, exchange: Exchange) -> None:
     """Describe a sampler."""
-    sampler = door.tenants.sessions.sampler(door.owner(exchange), exchange.path["sampler"])
+    sampler = state.tenants.sessions.sampler(state.owner(exchange), exchange.path["sampler"])
     await exchange.reply.json(
         {
             "sampler_id": sampler.sampler_id,
-            "base_model": door.tenants.info().name,
+            "base_model": state.tenants.info().name,
             "model_path": sampler.path,
         }
     )
 
 
-async def sample(door: Door, exchange: Exchange, body: Sample) -> None:
+async def sample(state: TinkerState, exchange: Exchange, body: Sample) -> None:
     """Begin to sample; the sequences are a result that the client retrieves."""
-    owner = door.owner(exchange)
-    sampler = door.tenants.sessions.sampler(owner, body.sampling_session_id)
+    owner = state.owner(exchange)
+    sampler = state.tenants.sessions.sampler(owner, body.sampling_session_id)
     request_id = f"{sampler.sampler_id}:{body.seq_id}"
-    future = door.tenants.futures.find(owner, request_id)
+    future = state.tenants.futures.find(owner, request_id)
     if future is None:
         message = _message(sampler, body)
         call = Call.begin(
             _METHOD,
             [exchange.call.request_id],
-            door.services.metrics,
+            state.services.metrics,
             protocol="http",
             party=exchange.call.party,
-            failures=door.services.failures,
+            failures=state.services.failures,
             is_counted=True,
         )
         call.message_bytes = exchange.call.message_bytes // body.num_samples
-        work = _Samples(door, sampler, body, message, call)
-        # Count the request before it is accepted, so that an error about a limit is sent at once.
+        work = _Samples(state, sampler, body, message, call)
+        # Count the request before it is accepted, so that errors about limits are sent at once.
         with contextlib.ExitStack() as held:
             try:
                 held.enter_context(call.party.hold())
-                # A request that waits for a place in the queue is in no limit of the engine.
+                # The engine's limits do not count a request that waits for a place in the queue.
                 call.hold(_REQUEST_BYTES + message.ByteSize() + 4 * len(message.token_ids.ids))
-                future = door.tenants.futures.begin(owner, request_id)
+                future = state.tenants.futures.begin(owner, request_id)
             except Exception as error:
                 call.finish(turret_error(error).code)
                 raise
@@ -117,7 +117,7 @@ def _message(sampler: Sampler, body: Sample) -> inference_pb2.GenerateRequest:
     message = inference_pb2.GenerateRequest()
     for chunk in body.prompt.chunks:
         message.token_ids.ids.extend(chunk.tokens)
-    # While the request waits, the message alone keeps the tokens.
+    # While the request waits, only the message keeps the tokens.
     body.prompt.chunks.clear()
     if sampler.adapter:
         weight = adapters_pb2.AdapterWeight(name=sampler.adapter)
@@ -149,7 +149,7 @@ def _message(sampler: Sampler, body: Sample) -> inference_pb2.GenerateRequest:
 class _Samples:
     """Samples some sequences for one request."""
 
-    door: Door
+    state: TinkerState
     sampler: Sampler
     body: Sample
     message: inference_pb2.GenerateRequest
@@ -157,7 +157,7 @@ class _Samples:
 
     async def run(self, future: Future, held: contextlib.ExitStack) -> None:
         """Settle the future, and release what was held for the request."""
-        futures, code = self.door.tenants.futures, Code.OK
+        futures, code = self.state.tenants.futures, Code.OK
         self.sampler.running += 1
         try:
             futures.settle(future, await self._result())
@@ -183,7 +183,7 @@ class _Samples:
         if wants_prompt:
             del first.logprobs[:count]
             del first.token_ids[:count]
-        # All sequences together take the place of one request in the limits of the client.
+        # All sequences together count as one request against the client's limits.
         work = [self._one(index) for index in range(1, body.num_samples)]
         others = await together(work, self.call.party.most_at_once)
         answers = [first, *others]
@@ -204,7 +204,7 @@ class _Samples:
         )
 
     async def _one(self, index: int, *, echo: bool = False) -> inference_pb2.GenerateResponse:
-        """One sequence. With a seed, each gets a different one."""
+        """One sequence. With a seed, each sequence gets a different one."""
         message = inference_pb2.GenerateRequest()
         message.CopyFrom(self.message)
         message.options.echo = echo
@@ -219,7 +219,7 @@ class _Samples:
         self, message: inference_pb2.GenerateRequest
     ) -> inference_pb2.GenerateResponse:
         """The answer to a request, which waits for a place in the queue."""
-        inference, tries = self.door.services.inference, _TRIES
+        inference, tries = self.state.services.inference, _TRIES
         while True:
             try:
                 with blamed_on("prompt"):

@@ -1,6 +1,6 @@
 """The JSON bodies of the Tinker API.
 
-Fields that are only for the hosted service, such as projects, are ignored like unknown ones.
+Fields for the hosted service alone, such as projects, are ignored like unknown ones.
 """
 
 from __future__ import annotations
@@ -197,12 +197,12 @@ class Prompt(Body):
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """What ends a sequence besides its length.
+    """The conditions that end a sequence, other than its length.
 
     Attributes:
         texts: Texts that end it.
         tokens: Tokens that end it.
-        ignores_eos: Whether the model's end tokens do not end it.
+        ignores_eos: Whether the sequence continues after the model's end tokens.
     """
 
     texts: tuple[str, ...] = ()
@@ -211,7 +211,7 @@ class Stop:
 
 
 def _stop(value: Any) -> Stop:
-    """A text, or a list of texts or tokens; an empty list disables even the end tokens."""
+    """A text, or a list of texts or tokens. An empty list disables even the end tokens."""
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list):

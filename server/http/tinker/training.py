@@ -17,7 +17,6 @@ from turret.server.http.endpoint import Exchange
 from turret.server.http.refusals import HttpRefusal
 from turret.server.http.schemas.fields import Body, Sent, wrong_type
 from turret.server.http.tinker import wire
-from turret.server.http.tinker.door import Door, checked, gone, number_of
 from turret.server.http.tinker.schemas import (
     CreateModel,
     LoadWeights,
@@ -27,15 +26,17 @@ from turret.server.http.tinker.schemas import (
     SaveForSampler,
     SaveWeights,
 )
+from turret.server.http.tinker.state import TinkerState, checked, gone, number_of
 from turret.server.training.trainer import AdamParams, LearnerConfig
 from turret.server.words import say
 
-# The client's note that chooses the method of an adapter. Others cannot begin like it.
+# The entry of ``user_metadata`` that chooses the method of an adapter. Other entries must not begin
+# with the prefix.
 METHOD_NOTE, _OWN_NOTES = "turret.method", "turret."
 _SHOWN_CHARS = 40
 
-_Run = Callable[[], Awaitable[Result]]
-Work = Callable[[Door, Model, Any], Awaitable[Result]]
+_Started = Callable[[], Awaitable[Result]]
+Work = Callable[[TinkerState, Model, Any], Awaitable[Result]]
 
 
 async def _promise(exchange: Exchange, future: Future, model_id: str) -> None:
@@ -43,8 +44,8 @@ async def _promise(exchange: Exchange, future: Future, model_id: str) -> None:
     await exchange.reply.json({"request_id": future.request_id, "model_id": model_id})
 
 
-def _raising(error: Exception) -> _Run:
-    """A command that fails: its number is used up, so that later commands do not wait for it."""
+def _raising(error: Exception) -> _Started:
+    """A command that fails. It uses its number, so that later commands do not wait for it."""
 
     async def run() -> Result:
         raise error
@@ -52,42 +53,42 @@ def _raising(error: Exception) -> _Run:
     return run
 
 
-async def command(work: Work, kind: type[Body], door: Door, exchange: Exchange) -> None:
+async def command(work: Work, kind: type[Body], state: TinkerState, exchange: Exchange) -> None:
     """Put a command with a JSON body into its model's log.
 
     Args:
         work: Runs the command when its turn comes.
         kind: The model of the body, with ``model_id`` and ``seq_id``.
-        door: The state.
+        state: The state.
         exchange: The request.
     """
-    await _command(door, exchange, exchange.take_body(), kind, work)
+    await _command(state, exchange, exchange.take_body(), kind, work)
 
 
 async def _command(
-    door: Door, exchange: Exchange, sent: Sent[Any], kind: type[Body], work: Work
+    state: TinkerState, exchange: Exchange, sent: Sent[Any], kind: type[Body], work: Work
 ) -> None:
     model_id = sent.raw.get("model_id")
     if not isinstance(model_id, str):
         raise InvalidRequestError.of("model_id", wrong_type("a string", model_id))
     number = number_of(sent.raw.get("seq_id"))
-    model = door.tenants.sessions.model(door.owner(exchange), model_id)
-    run: _Run
+    model = state.tenants.sessions.model(state.owner(exchange), model_id)
+    run: _Started
     try:
         body = checked(sent, kind)
     except InvalidRequestError as error:
         run = _raising(error)
     else:
-        run = partial(work, door, model, body)
-    await _promise(exchange, door.command(exchange, model, number, run), model.model_id)
+        run = partial(work, state, model, body)
+    await _promise(exchange, state.command(exchange, model, number, run), model.model_id)
 
 
 # Models.
 
 
-async def create_model(door: Door, exchange: Exchange, body: CreateModel) -> None:
+async def create_model(state: TinkerState, exchange: Exchange, body: CreateModel) -> None:
     """Begin to train an adapter."""
-    door.check_base(body.base_model)
+    state.check_base(body.base_model)
     lora = body.lora_config
     for name in body.user_metadata:
         if name.startswith(_OWN_NOTES) and name != METHOD_NOTE:
@@ -107,12 +108,12 @@ async def create_model(door: Door, exchange: Exchange, body: CreateModel) -> Non
         return Result.of(model_id=model.model_id, type="create_model")
 
     await _create(
-        door, exchange, body.session_id, body.model_seq_id, config, body.user_metadata, begin
+        state, exchange, body.session_id, body.model_seq_id, config, body.user_metadata, begin
     )
 
 
 async def _create(
-    door: Door,
+    state: TinkerState,
     exchange: Exchange,
     session_id: str,
     number: int,
@@ -123,39 +124,39 @@ async def _create(
     """Add a model to a session; its first command creates it.
 
     Args:
-        door: The state.
+        state: The state of the API.
         exchange: The request.
         session_id: The session.
         number: The number of the model in the session.
         config: The config of the adapter.
         metadata: The client's own notes.
-        begin: Finishes the first command once the adapter is there.
+        begin: Finishes the first command once the adapter exists.
     """
-    session = door.session(exchange, session_id)
+    session = state.session(exchange, session_id)
     model_id = f"{session_id}:train:{number}"
-    future = door.tenants.futures.find(session.owner, f"{model_id}:0")
+    future = state.tenants.futures.find(session.owner, f"{model_id}:0")
     if future is None:
         if model_id in session.models:
             raise gone()
-        training = door.tenants.sessions.training()
-        model = door.tenants.sessions.add_model(session, number, config, metadata)
+        training = state.tenants.sessions.training()
+        model = state.tenants.sessions.add_model(session, number, config, metadata)
 
         async def run() -> Result:
             try:
                 model.learner = await training.create(model.config, model.owner)
                 return await begin(model)
             except BaseException:
-                door.tenants.sessions.drop_model(model)
+                state.tenants.sessions.drop_model(model)
                 raise
 
-        future = door.command(exchange, model, 0, run)
+        future = state.command(exchange, model, 0, run)
     await _promise(exchange, future, model_id)
 
 
-async def get_info(door: Door, exchange: Exchange, body: OfModel) -> None:
+async def get_info(state: TinkerState, exchange: Exchange, body: OfModel) -> None:
     """Describe a model in training."""
-    model = door.tenants.sessions.model(door.owner(exchange), body.model_id)
-    info = door.tenants.info()
+    model = state.tenants.sessions.model(state.owner(exchange), body.model_id)
+    info = state.tenants.info()
     data = {"arch": info.model_type, "model_name": info.name, "tokenizer_id": info.name}
     await exchange.reply.json(
         {
@@ -170,23 +171,23 @@ async def get_info(door: Door, exchange: Exchange, body: OfModel) -> None:
     )
 
 
-async def unload_model(door: Door, exchange: Exchange, body: OfModel) -> None:
+async def unload_model(state: TinkerState, exchange: Exchange, body: OfModel) -> None:
     """Forget a model in training."""
-    owner = door.owner(exchange)
-    future = door.tenants.futures.find(owner, f"{body.model_id}:unload")
+    owner = state.owner(exchange)
+    future = state.tenants.futures.find(owner, f"{body.model_id}:unload")
     if future is None:
-        model = door.tenants.sessions.model(owner, body.model_id)
-        future = door.tenants.futures.begin(owner, f"{body.model_id}:unload")
-        door.tenants.sessions.drop_model(model)
+        model = state.tenants.sessions.model(owner, body.model_id)
+        future = state.tenants.futures.begin(owner, f"{body.model_id}:unload")
+        state.tenants.sessions.drop_model(model)
         result = Result.of(model_id=model.model_id, type="unload_model")
-        door.tenants.futures.settle(future, result)
+        state.tenants.futures.settle(future, result)
     await _promise(exchange, future, body.model_id)
 
 
 # Passes and steps.
 
 
-async def forward_backward(door: Door, exchange: Exchange) -> None:
+async def forward_backward(state: TinkerState, exchange: Exchange) -> None:
     """Compute losses and, unless told otherwise, their gradients."""
     kind = exchange.headers.get("content-type", "").partition(";")[0].strip().lower()
     encoding = exchange.headers.get("content-encoding", "").strip().lower()
@@ -194,14 +195,15 @@ async def forward_backward(door: Door, exchange: Exchange) -> None:
         text = say("NOT_A_MESSAGE_TYPE", wanted=wire.PROTOBUF)
         raise HttpRefusal(415, Code.INVALID_ARGUMENT, text)
     body = await read_body(exchange.receive, exchange.headers, exchange.call)
-    tenants, tenant = door.tenants, exchange.call.tenant
+    tenants, tenant = state.tenants, exchange.call.tenant
     info, training = tenants.info(), tenants.sessions.training()
     model_id, seq_id = await tenants.read(tenant, lambda: wire.read_address(body))
     number = number_of(seq_id)
-    model = tenants.sessions.model(door.owner(exchange), model_id)
+    model = tenants.sessions.model(state.owner(exchange), model_id)
 
     async def run() -> Result:
-        # Until its turn, a pass is kept as bytes: its sequences may take 30 times as much memory.
+        # Until it is its turn, a pass is kept as bytes, because its sequences may take 30 times as
+        # much memory.
         asked = await tenants.read(tenant, lambda: wire.read_pass(body, info))
         losses = await training.pass_over(
             model.number,
@@ -213,14 +215,14 @@ async def forward_backward(door: Door, exchange: Exchange) -> None:
         result = await tenants.read(tenant, lambda: wire.result_of_pass(losses))
         return Result(result, wire.PROTOBUF)
 
-    future = door.command(exchange, model, number, run, len(body))
+    future = state.command(exchange, model, number, run, len(body))
     await _promise(exchange, future, model.model_id)
 
 
-async def optim_step(door: Door, model: Model, body: OptimStep) -> Result:
+async def optim_step(state: TinkerState, model: Model, body: OptimStep) -> Result:
     """Change a model's weights by the gradients since the last step."""
     adam = AdamParams(**body.adam_params.model_dump())
-    metrics = await door.tenants.sessions.training().step(model.number, adam)
+    metrics = await state.tenants.sessions.training().step(model.number, adam)
     return Result.of(metrics=wire.finite_metrics(metrics))
 
 
@@ -228,14 +230,14 @@ async def optim_step(door: Door, model: Model, body: OptimStep) -> Result:
 
 
 async def _save(
-    door: Door,
+    state: TinkerState,
     model: Model,
     kind: str,
     body: SaveWeights | SaveForSampler | SaveExternal,
     *,
     overwrite: bool = False,
 ) -> Checkpoint:
-    return await door.tenants.save(
+    return await state.tenants.save(
         model,
         kind,
         body.path or f"step-{body.seq_id:06d}",
@@ -245,70 +247,70 @@ async def _save(
     )
 
 
-async def save_weights(door: Door, model: Model, body: SaveWeights) -> Result:
+async def save_weights(state: TinkerState, model: Model, body: SaveWeights) -> Result:
     """Save a model with its optimizer, to continue from later."""
-    saved = await _save(door, model, "weights", body, overwrite=body.overwrite)
+    saved = await _save(state, model, "weights", body, overwrite=body.overwrite)
     return Result.of(path=saved.path, type="save_weights")
 
 
-async def save_external(door: Door, model: Model, body: SaveExternal) -> Result:
+async def save_external(state: TinkerState, model: Model, body: SaveExternal) -> Result:
     """Save a model's weights for download."""
-    saved = await _save(door, model, "external_weights", body)
+    saved = await _save(state, model, "external_weights", body)
     return Result.of(path=saved.path, size_bytes=saved.size, type="save_weights_external")
 
 
-async def save_for_sampler(door: Door, model: Model, body: SaveForSampler) -> Result:
+async def save_for_sampler(state: TinkerState, model: Model, body: SaveForSampler) -> Result:
     """Save a model's weights for sampling, or make a sampler of them without saving."""
     if body.sampling_session_seq_id is None:
-        path, sampler_id = (await _save(door, model, "sampler_weights", body)).path, None
+        path, sampler_id = (await _save(state, model, "sampler_weights", body)).path, None
     else:
-        path, sampler_id = None, (await _snapshot(door, model, body)).sampler_id
+        path, sampler_id = None, (await _snapshot(state, model, body)).sampler_id
     kind = "save_weights_for_sampler"
     return Result.of(path=path, sampling_session_id=sampler_id, type=kind)
 
 
-async def _snapshot(door: Door, model: Model, body: SaveForSampler) -> Sampler:
-    """A sampler with a model's present weights, or with its newest ones at any time."""
+async def _snapshot(state: TinkerState, model: Model, body: SaveForSampler) -> Sampler:
+    """A sampler with a model's present weights, or one that always uses its newest ones."""
     session_id = model.model_id.partition(":")[0]
-    session = door.tenants.sessions.find(model.owner, session_id)
+    session = state.tenants.sessions.find(model.owner, session_id)
     sampler = Sampler(
         sampler_id=f"{session_id}:sample:{body.sampling_session_seq_id}",
         owner=model.owner,
         adapter=model.adapter,
     )
     if body.kind == "inflight":
-        await door.tenants.publish(model)
+        await state.tenants.publish(model)
     else:
-        door.tenants.check_disk(model.owner)
+        state.tenants.check_disk(model.owner)
         sampler.adapter = f"{model.adapter}/{body.sampling_session_seq_id}"
         sampler.is_own = True
-        published = await door.tenants.sessions.training().publish(model.number, sampler.adapter)
+        published = await state.tenants.sessions.training().publish(model.number, sampler.adapter)
         sampler.generation, sampler.size = published.generation, published.size
-    door.tenants.sessions.add_sampler(session, sampler)
+    state.tenants.sessions.add_sampler(session, sampler)
     return sampler
 
 
-async def load_weights(door: Door, exchange: Exchange) -> None:
+async def load_weights(state: TinkerState, exchange: Exchange) -> None:
     """Continue from a checkpoint, in a model or in a new one."""
     sent = exchange.take_body()
     if sent.raw.get("model_id") is not None:
-        await _command(door, exchange, sent, LoadWeights, _load)
+        await _command(state, exchange, sent, LoadWeights, _load)
         return
     body = checked(sent, LoadWeights)
     if body.session_id is None or body.model_seq_id is None:
         choices = "model_id, session_id"
         raise InvalidRequestError.of("model_id", say("ONE_REQUIRED", choices=choices))
     if body.base_model is not None:
-        door.check_base(body.base_model)
-    config = door.tenants.checkpoints.find(door.owner(exchange), body.path).config
+        state.check_base(body.base_model)
+    config = state.tenants.checkpoints.find(state.owner(exchange), body.path).config
 
     async def begin(model: Model) -> Result:
-        return await _load(door, model, body)
+        return await _load(state, model, body)
 
     metadata = body.user_metadata
-    await _create(door, exchange, body.session_id, body.model_seq_id, config, metadata, begin)
+    await _create(state, exchange, body.session_id, body.model_seq_id, config, metadata, begin)
 
 
-async def _load(door: Door, model: Model, body: LoadWeights) -> Result:
-    checkpoint = await door.tenants.load(model, body.path, with_optimizer=body.optimizer)
+async def _load(state: TinkerState, model: Model, body: LoadWeights) -> Result:
+    checkpoint = await state.tenants.load(model, body.path, with_optimizer=body.optimizer)
     return Result.of(path=checkpoint.path, model_id=model.model_id, type="load_weights")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from turret.server.models.describe import ModelInfo
 
 PROTOBUF = "application/x-protobuf"
-# Limits on one request. The client cuts longer lists into several requests.
+# Limits on one request. The client divides longer lists into several requests.
 MAX_CHUNKS = 64
 MAX_INPUTS = 16
 _INPUTS = frozenset((TARGETS, "weights", "logprobs", "advantages"))
@@ -64,11 +64,11 @@ def _parse(kind: type[_M], body: bytes) -> _M:
         raise InvalidRequestError(say("MESSAGE_MALFORMED")) from None
 
 
-class _Reader(DatumReader):
+class _PassReader(DatumReader):
     """Reads the sequences of a pass."""
 
     def datum(self, data: bytes, loss: str, path: str) -> Datum | None:
-        """A sequence; None if anything is wrong with it.
+        """A sequence; None if it has violations.
 
         Raises:
             InvalidRequestError: The bytes are not a sequence.
@@ -148,7 +148,7 @@ def read_pass(body: bytes, info: ModelInfo) -> AskedPass:
     is_readable = check_loss(message.loss_fn, len(message.data), violations, "loss_fn")
     data: list[Datum | None] = []
     if is_readable:
-        reader = _Reader(info, violations)
+        reader = _PassReader(info, violations)
         for index, datum in enumerate(message.data):
             data.append(reader.datum(datum, message.loss_fn, f"data[{index}]"))
             if violations.is_full:
@@ -160,7 +160,7 @@ def read_pass(body: bytes, info: ModelInfo) -> AskedPass:
 
 
 def _settings(parts: tinker_pb2.TinkerPassParts, violations: Violations) -> dict[str, float]:
-    """The settings of the loss; the newer field counts if it was sent."""
+    """The settings of the loss. The newer field takes precedence if it was sent."""
     path = "loss_fn_config"
     count = max(len(parts.loss_fn_config), len(parts.loss_fn_config_v2))
     if not violations.check_count(count, MAX_SETTINGS, path):
@@ -183,7 +183,7 @@ def _settings(parts: tinker_pb2.TinkerPassParts, violations: Violations) -> dict
 
 
 def result_of_pass(losses: Sequence[DatumLoss]) -> bytes:
-    """The message with the losses of a pass; they are sums over tokens."""
+    """The message with the losses of a pass, which are sums over tokens."""
     record = tinker_pb2.TinkerPassResult.ArrayRecord(
         type_tag="LossPerToken", num_datums=len(losses)
     )
@@ -222,11 +222,11 @@ def result_of_samples(
 
     Args:
         answers: The sequences, without their prompt.
-        prompt: The prompt's tokens with their log probabilities, as far as they were asked for.
-        prompt_top: The number of alternatives at each place of the prompt.
-        sample_top: The number of alternatives at each place of a sequence.
+        prompt: The prompt's tokens, with log probabilities if they were requested.
+        prompt_top: The number of alternatives at each position of the prompt.
+        sample_top: The number of alternatives at each position of a sequence.
         scored: How many tokens at the prompt's end have log probabilities; None for all.
-        has_scores: Whether the log probabilities of the prompt were asked for.
+        has_scores: Whether the log probabilities of the prompt were requested.
     """
     result = _Samples(prompt_cache_hit_tokens=answers[0].usage.cached_tokens)
     for answer in answers:
@@ -253,7 +253,7 @@ def result_of_samples(
 def _top(
     tokens: Sequence[inference_pb2.TokenLogprob], width: int, first: int = 0
 ) -> tinker_pb2.TinkerSamples.TopLogprobs:
-    """The alternatives to each token; none before the place ``first``."""
+    """The alternatives to each token; none before position ``first``."""
     ids = np.zeros((len(tokens), width), _INT32)
     logprobs = np.full((len(tokens), width), _NO_LOGPROB, _FLOAT32)
     for row, token in enumerate(tokens[first:], start=first):

@@ -89,7 +89,7 @@ FORMS = {
     "xml": Form("<tool_call>", "</tool_call>", syntax="xml"),
     "llama3": Form("<|python_tag|>", separators=";", is_bare=True, parameters="parameters"),
     "mistral": Form("[TOOL_CALLS]", separators=",", is_bare=True, is_list=True),
-    # Mistral's tokenizers from version 11 on write a mark before each call instead of a list.
+    # Mistral's tokenizers, since version 11, write a mark before each call instead of a list.
     "mistral11": Form("[TOOL_CALLS]", syntax="named"),
     # gpt-oss: a call ends the answer.
     "harmony": Form(CHANNEL, syntax="channels"),
@@ -220,10 +220,10 @@ class CallReader(ABC):
         tools: The JSON schema of the arguments of each known tool.
 
     Attributes:
-        is_begun: The call's name is known.
-        is_done: The call is complete.
-        is_none: The text turned out not to be a call; ``held`` has all of it.
-        held: Text that is not read yet. After a complete call, the text that follows it.
+        is_begun: Whether the call's name is known.
+        is_done: Whether the call is complete.
+        is_none: Whether the text turned out not to be a call. ``held`` then contains all of it.
+        held: Text that has not been read yet. After a complete call, the text that follows it.
     """
 
     def __init__(self, index: int, tools: Mapping[str, Mapping[str, Any]]) -> None:
@@ -389,7 +389,7 @@ class XmlReader(CallReader):
             marks = (_PARAMETER, _XML_END)
             if any(mark.startswith(begun) or begun.startswith(mark) for mark in marks):
                 return ""
-            # If neither a parameter nor the end follows, end the call here; the rest is text.
+            # If neither a parameter nor the end follows, end the call here. The rest is text.
             self.is_done = True
             return "}"
         self.held = self.held[found.end() :]
@@ -461,7 +461,7 @@ class Calls:
         self._form = FORMS[form]
         self._tools = tools
         self._held = ""
-        # Text skipped as the beginning of a call, kept in case it turns out not to be one.
+        # Text that was skipped as the beginning of a call, kept in case it is not a call.
         self._skipped = ""
         self._reader: CallReader | None = None
         # begin: start of the answer; text; call: where a call may begin or continue;

@@ -127,7 +127,7 @@ class Channels:
             size = len(text) - max(possible_start(text, m) for m in MARKS)
             self._held = text[size:]
             return self._grown(text[:size])
-        # Keep the mark: it begins the next header.
+        # Keep the mark, which begins the next header.
         self._held = self._held[len(text) :]
         pieces = [*self._grown(text), *self._end()]
         self._state = "header"
@@ -210,8 +210,8 @@ class AnswerReader:
         has_reasoning: Whether the answer may begin with a block of reasoning.
         is_open: Whether the prompt has begun that block.
         has_channels: Whether the answer consists of messages in channels, with their marks.
-        is_forced: Whether the answer consists only of calls. Then the beginning of a cut call is
-            not text.
+        is_forced: Whether the answer consists only of calls. The beginning of a call that is cut
+            off then does not count as text.
 
     Attributes:
         num_calls: The number of tool calls returned so far.

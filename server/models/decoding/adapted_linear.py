@@ -51,7 +51,7 @@ class StepProduct:
         return StepProduct(self._linear, self._num_decode, index)
 
     def alone(self, *, is_decode: bool) -> StepProduct:
-        """The product for rows outside the step; either all of them decode, or none does."""
+        """The product for rows outside the step. Either all of them decode, or none does."""
         return StepProduct(self._linear, _ALL if is_decode else 0, self._index)
 
     def with_shrink(self, x: torch.Tensor, shrink: Shrink) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,7 +64,7 @@ class StepProduct:
     def with_epilogue(
         self, x: torch.Tensor, epilogue: Epilogue, bias: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """The epilogue's result, from the product's own launches; None if this is impossible."""
+        """The epilogue's result, in the launches of the product; None if this is impossible."""
         product = self._product
         if product is None or self._num_decode != x.shape[0]:
             return None
@@ -99,7 +99,7 @@ class AdaptedLinear:
         self._parts: tuple[BaseLinear, dict[int, BaseLinear]] = (base, {})
 
     def part(self, index: int) -> BaseLinear:
-        """Slice ``index`` of the base alone; made once for each base."""
+        """Slice ``index`` of the base alone; created once for each base."""
         whole, parts = self._parts
         if whole is not self.base:
             self._parts = whole, parts = self.base, {}

@@ -13,7 +13,7 @@ from turret.server.words import say
 
 # Prefix of a layer's modules in a checkpoint, as in ``model.layers.0.self_attn.q_proj``.
 LAYER_PREFIX = "model.layers"
-# The layer's modules behind each fused projection, in models that store them separately.
+# The modules of a layer that form each fused projection, in models that store them separately.
 MODULES: Mapping[str, tuple[str, ...]] = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
@@ -26,7 +26,7 @@ ROUTER = "router"
 LONG = 1 << 32
 # A module's path, its outputs and its inputs.
 Linear = tuple[str, int, int]
-# Activations of the gate that every path has a kernel for.
+# Activations of the gate for which every path has a kernel.
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
 
@@ -36,9 +36,9 @@ class Rope:
 
     Attributes:
         inv_freq: Radians per position, ``[pairs]`` fp32: the first ``2 · pairs`` features of a head
-            rotate, the others pass.
+            rotate, and the others stay unchanged.
         scaling: Multiplies cosines and sines.
-        long_inv_freq: In place of ``inv_freq`` for sequences that may pass ``Arch.long_from``
+        long_inv_freq: Used instead of ``inv_freq`` for sequences that may exceed ``Arch.long_from``
             (LongRoPE, arXiv 2402.13753), or None.
     """
 
@@ -65,9 +65,9 @@ class QueryGrowth:
 
 @dataclass(frozen=True, slots=True)
 class LayerNorms:
-    """The places of a layer's norms, by the name of each one's module; None for no norm.
+    """The positions of a layer's norms, with the names of their modules; None for no norm.
 
-    A norm *after* attention or MLP is applied to its result before that is added to the residual.
+    A norm *after* attention or MLP is applied to the result before it is added to the residual.
     """
 
     before_attention: str | None = "input_layernorm"
@@ -85,9 +85,9 @@ class LayerNorms:
 class Experts:
     """A mixture of experts in place of the MLP (arXiv 1701.06538; 2101.03961 on routing).
 
-    A router, a linear module in full precision, gives each token a score per expert. The experts,
-    which are gated MLPs, with the highest scores process the token. Their outputs are summed,
-    weighted by the softmax of the scores.
+    A router, which is a linear module in full precision, gives each token a score per expert.
+    Experts are gated MLPs. The experts with the highest scores process the token. Their outputs are
+    summed, weighted by the softmax of the scores.
 
     Attributes:
         layers: The layers that have experts; the others have an MLP.
@@ -133,15 +133,15 @@ class Projections:
     """The linear modules of a model's layers, read from ``config.json`` without torch.
 
     Attributes:
-        model_type: The name in the config. For information only: no code depends on it.
+        model_type: The name in the config. It is only informative: no code depends on it.
         num_layers: All layers.
         hidden_size: Width of the residual.
         intermediate_size: The inner width of the MLP.
         num_heads: Heads of queries.
         num_kv_heads: Heads of keys, and of values.
         head_dim: Width of one head.
-        modules: The modules of a layer, by the projection that they make when they are fused. A
-            checkpoint may hold ``qkv`` or ``gate_up`` fused: then it is one module.
+        modules: The modules of a layer, by the projection that they form when they are fused. If a
+            checkpoint contains ``qkv`` or ``gate_up`` already fused, the projection is one module.
         experts: The experts of the layers that are mixtures of experts, or None.
     """
 
@@ -205,7 +205,7 @@ class Projections:
 class Arch(Projections):
     """The architecture of a model, which configures the decoder.
 
-    The decoders read every attribute except ``model_type``, those of ``Projections`` included.
+    The decoders read every attribute, including those of ``Projections``, except ``model_type``.
     ``check_served`` rejects values for which there are no kernels.
 
     Attributes:
@@ -218,15 +218,15 @@ class Arch(Projections):
         logit_scale: Multiplies the logits.
         norm_offset: Added to the weights of all norms (1 where a norm is ``1 + w``).
         norms: The norms of a layer.
-        qk_norm: Whether queries and keys are normed, head by head or the whole projection at once.
-        attention_softcap: ``c · tanh(score / c)`` where it is not None.
-        has_sinks: Whether every head has a learned score without a position, which takes part in
-            the softmax.
+        qk_norm: Whether queries and keys are normalised: per head, or over the whole projection.
+        attention_softcap: If not None, scores become ``c · tanh(score / c)``.
+        has_sinks: Whether every head has a learned score without a position, which is part of the
+            softmax.
         logit_softcap: The same for logits.
         windows: Each layer's sliding window in tokens, or None.
         is_interleaved: Whether a pair that rotates is two neighbouring features of a head, not
             (i, i + pairs).
-        query_growth: Multiplies queries by their position, or None.
+        query_growth: Multiplies queries by a factor that grows with the position, or None.
         ropes: Rotary positions by kind of layer.
         long_from: A sequence is long if its prompt and ``max_tokens`` together have more tokens
             than this; None if no ``Rope`` depends on it.
@@ -264,8 +264,8 @@ class Arch(Projections):
     def attention_span(self) -> float:
         """The context at which a row's attention costs as much as the rest of the row, on a CPU.
 
-        A multiplication of attention takes about 1.5 times as long as one by a weight. Windows
-        bound the context, so their layers do not count.
+        A multiplication in attention takes about 1.5 times as long as one by a weight. Layers with
+        windows do not count, because windows limit the context.
         """
         attending = sum(window is None for window in self.windows)
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
@@ -281,7 +281,7 @@ def check_served(arch: Arch) -> None:
     """Checks that the decoders support an architecture.
 
     Raises:
-        InvalidRequestError: They do not; names everything that is missing.
+        InvalidRequestError: They do not. The error names everything that is missing.
     """
     kind = arch.activation
     if isinstance(kind, str) and kind not in ACTIVATIONS:

@@ -1,8 +1,8 @@
 """The decoder's layers in one native call, if every part of them is a compiled kernel.
 
-If Python calls the kernels one by one, a step of one row takes 1.5 times as long, because of about
-250 calls, each with its checks, the memory of its result and the interpreter's lock. The kernels
-and their order are the same, so the bits are, too.
+If Python called the kernels one by one, a step of one row would take 1.5 times as long: about 250
+calls would each check arguments, allocate a result and take the interpreter's lock. The kernels and
+their order are the same, and so are the bits.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 
 _HEAD_DIM_MULTIPLE = 32
-# Name in ``Arch`` → kernel that multiplies the activation by ``up`` in the same pass.
+# Name in ``Arch`` → kernel that also multiplies the activation by ``up``.
 _GATED_ACTIVATIONS = {"silu": silu_mul, "gelu_pytorch_tanh": gelu_mul}
 
 
@@ -58,7 +58,7 @@ class CpuLayerOps(LayerOps):
 
     @staticmethod
     def serves(arch: Arch) -> bool:
-        """Whether the kernels know the model's head size and activation."""
+        """Whether the kernels support the model's head size and activation."""
         is_head_known = arch.head_dim % _HEAD_DIM_MULTIPLE == 0 and arch.head_dim <= MAX_HEAD_DIM
         activation = arch.activation
         is_clamped = isinstance(activation, ClampedSwiglu)
@@ -131,7 +131,7 @@ class CpuLayers:
 
     Args:
         arch: An architecture for which ``serves`` is true.
-        layers: The decoder's layers. After their weights are exchanged, this object is invalid.
+        layers: The decoder's layers. This object becomes invalid when their weights are exchanged.
         norm: The last norm, ``[hidden]`` fp32.
         cache: The cache of the layers' keys and values.
     """
@@ -143,7 +143,7 @@ class CpuLayers:
         self._cache = cache
         self._kinds = tuple(dict.fromkeys(arch.rope_of_layer))
         self._windows = tuple(dict.fromkeys(arch.windows))
-        # Keep alive what the C structures point to.
+        # Keep everything alive to which the C structures point.
         self._kept = (layers, norm, cache.keys, cache.values)
         self._layers = (NativeLayer * arch.num_layers)(
             *(self._layer(number, layer) for number, layer in enumerate(layers))
@@ -201,7 +201,7 @@ class CpuLayers:
             rotations: Cosines and sines by kind of layer.
             slots: Where each row's keys and values go, ``[rows]`` int64.
             attention: Plans by window.
-            adapters: Native alone, or None.
+            adapters: The adapters, all of them native, or None.
 
         Returns:
             Final-norm hidden states, ``[rows, hidden]``.
@@ -234,7 +234,7 @@ class CpuLayers:
             threads=num_threads(),
         )
         if self._widest_dense:
-            # Holds the rows of a dense product, transposed for AMX tiles or in fp32.
+            # Scratch memory for the rows of a dense product, transposed for AMX tiles or in fp32.
             groups = -(-rows // TILE_ROWS) * TILE_ROWS
             scratch = torch.empty(groups, self._widest_dense)
             made.scratch = scratch.data_ptr()
@@ -273,7 +273,7 @@ class CpuLayers:
         )
         for place, projection in enumerate(_projections(layer)):
             base, bias = projection.base, projection.bias
-            # A weight is a ``PackedLinear``'s or a ``DenseLinear``'s.
+            # A weight belongs to a ``PackedLinear`` or a ``DenseLinear``.
             weights = getattr(base, "packed", None), getattr(base, "absmax", None), _dense(base)
             made.linears[place] = NativeLinear(
                 *(None if tensor is None else tensor.data_ptr() for tensor in (*weights, bias)),

@@ -1,8 +1,8 @@
 """One decoder for every supported model, driven by its ``Arch``.
 
-Tokens of all sequences are packed ``[num_rows, hidden]``; there is no batch axis. A transformer
-with RMSNorm before or after attention and MLP, rotary positions, grouped-query attention and a
-gated MLP.
+The model is a transformer with RMSNorm before or after attention and MLP, rotary positions,
+grouped-query attention and a gated MLP. The tokens of all sequences are packed, ``[num_rows,
+hidden]``, without a batch axis.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from turret.server.models.fidelity import Fidelity
 
 
 class OwnRows(NamedTuple):
-    """Rows whose embedding is not that of a token of the base.
+    """Rows whose embeddings do not come from the base's embedding matrix.
 
     Attributes:
         rows: ``[m]`` int64.
@@ -57,9 +57,9 @@ class StepInput:
             sequence is long (``Arch.long_from``).
         kv_slots: Where each row's keys and values go, ``[rows]`` int64.
         attention: Plan of the decoder's ``ops`` per distinct window (None is full attention).
-        adapters: The step's adapters, or None where every row is the base model's.
+        adapters: The step's adapters, or None if every row is the base model's.
         soft: Rows of soft prompts.
-        added: Rows of tokens that the base has no row for.
+        added: Rows of tokens that the base lacks.
         embeddings: Rows whose adapters change the embedding.
     """
 
@@ -75,7 +75,7 @@ class StepInput:
 
 @dataclass(slots=True, kw_only=True)
 class DecoderLayer:
-    """Weights of one layer. Norms are fp32, ``Arch.norm_offset`` added to them; None is no norm.
+    """Weights of one layer. Norms are fp32 and include ``Arch.norm_offset``; None means no norm.
 
     ``q_norm`` and ``k_norm`` are ``[head_dim]``, or as wide as all heads together, ``sinks``
     ``[heads]`` fp32. A layer has an MLP (``gate_up`` and ``down``) or ``experts``.
@@ -100,7 +100,7 @@ class Decoder:
 
     Attributes:
         arch: Its architecture.
-        layers: Its layers; adapters see their linear modules as ``describe_base`` does.
+        layers: Its layers. ``describe_base`` describes their linear modules to adapters.
         dtype: Dtype of activations.
         ops: Computes the operations between the projections on this path.
         epoch: Changes when a merge exchanges weights, which makes earlier graphs invalid.
@@ -177,7 +177,7 @@ class Decoder:
         return ops.add_rms_norm(hidden, delta, self.norm)
 
     def _in_one_call(self, cache: KvCache) -> CpuLayers | None:
-        """All layers as one call, or None if some part of them is not a compiled kernel."""
+        """All layers as one call, or None if some part of them has no compiled kernel."""
         if not isinstance(self.ops, CpuLayerOps) or self.dtype != torch.bfloat16:
             return None
         if self._native is None or self._native[:2] != (self.epoch, cache):
@@ -187,7 +187,7 @@ class Decoder:
         return self._native[2]
 
     def _mlp(self, layer: DecoderLayer, normed: torch.Tensor, step: StepInput) -> torch.Tensor:
-        """The output of the MLP, or of the experts in its place, ``[rows, hidden]``."""
+        """The output of the MLP, or of the experts that replace it, ``[rows, hidden]``."""
         if layer.experts is not None:
             return self._mix_experts(layer.experts, normed, step)
         assert layer.gate_up is not None
@@ -240,7 +240,7 @@ class Decoder:
     def _enter(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, norm: torch.Tensor | None
     ) -> torch.Tensor:
-        """Add the last part's result and return the next part's input, which is read-only."""
+        """Add the previous part's result and return the next part's input, which is read-only."""
         if norm is not None:
             return self._add_norm(hidden, delta, norm)
         if delta is not None:
@@ -248,7 +248,7 @@ class Decoder:
         return hidden
 
     def leave(self, delta: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
-        """Make the update of the residual stream from the last projection of attention or MLP."""
+        """Compute the residual stream's update from the last projection of attention or MLP."""
         if norm is not None:
             delta = self._add_norm(delta, None, norm)
         if self.arch.residual_scale != 1.0:
@@ -282,7 +282,7 @@ class Decoder:
         return self._scaled(change_logits(hidden, self._head(hidden), self._head, changes, out))
 
     def some_logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Project ``[rows, hidden]`` onto some tokens, the base's or others.
+        """Project ``[rows, hidden]`` onto some tokens of the base or of an adapter.
 
         Args:
             hidden: Final-norm hidden states.
@@ -316,24 +316,24 @@ class Decoder:
         return torch.cat((self._norm(q, layer.q_norm), self._norm(k, layer.k_norm), v), dim=1)
 
     def _norm(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """RMSNorm of every head, or of all of a row at once: ``[rows, heads, head_dim]``."""
+        """RMSNorm of every head, or of all heads of a row together, ``[rows, heads, head_dim]``."""
         flat = heads.reshape(-1, weight.shape[0]).contiguous()
         return self.ops.add_rms_norm(flat, None, weight).view(heads.shape)
 
 
-# The likeliest tokens of rows, without all of their logits.
+# Finds the likeliest tokens of rows without computing all of their logits.
 
 
 # AMX's tiles need at least this many outputs. Each output is computed separately, but with fewer
 # outputs the order of its sum differs.
 _LEAST_OUTPUTS = 16
-# A cap can make distinct logits equal. This is the case for logits closer than _CAP_SLACK times the
-# cap, which covers its own error, and for logits beyond _CAP_REACH times the cap.
+# A cap can make distinct logits equal: logits that differ by less than _CAP_SLACK times the cap,
+# which includes rounding errors, and logits beyond _CAP_REACH times the cap.
 _CAP_SLACK, _CAP_REACH = 1e-3, 4.0
 
 
 class LikeliestTokens:
-    """Finds the likeliest tokens from a part of the head's bytes, exactly (``Screen``).
+    """Finds exactly the likeliest tokens while reading only a part of the head (``Screen``).
 
     Args:
         decoder: A decoder whose head does not change.
@@ -358,7 +358,7 @@ class LikeliestTokens:
         return self._screen is not None
 
     def find(self, hidden: torch.Tensor) -> list[int] | None:
-        """The token with the largest logit of each row; of equal ones the first.
+        """The token with the largest logit of each row, and the first one of equal logits.
 
         Args:
             hidden: Final-norm hidden states, ``[rows, hidden]``.
@@ -374,7 +374,7 @@ class LikeliestTokens:
         if len(tokens) == 1 and self._most == float("inf"):
             return [int(tokens)] * hidden.shape[0]
         if len(tokens) < _LEAST_OUTPUTS:
-            # Pad with the first token: of equal logits the first is chosen, so the result stays the
+            # Pad with the first token. Of equal logits the first is chosen, so the result stays the
             # same.
             tokens = torch.cat((tokens, tokens[:1].expand(_LEAST_OUTPUTS - len(tokens))))
         rows = self._decoder.head.index_select(0, tokens)
@@ -385,6 +385,6 @@ class LikeliestTokens:
         return found
 
     def was_of_no_use(self) -> None:
-        """Skip the next calls, because the tokens that the last one found were of no use."""
+        """Skip the next calls, because the tokens that the last call found could not be used."""
         if self._screen is not None:
             self._screen.pause()

@@ -1,6 +1,6 @@
 """The decoder of the gpu path.
 
-Computes the same layers as ``decoder.py``. Every operation is a kernel of ``kernels/gpu`` or a
+It computes the same layers as ``decoder.py``. Every operation is a kernel of ``kernels/gpu`` or a
 torch operation that a CUDA graph can capture: nothing here reads a value from the device or copies
 from the host.
 """
@@ -28,19 +28,19 @@ from turret.server.models.decoding.decoder import Decoder, DecoderLayer, StepInp
 from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.weights.nf4_gpu import keep_sums_whole
 
-# Name in ``Arch`` → kernel that multiplies the activation by ``up`` in the same pass.
+# Name in ``Arch`` → kernel that also multiplies the activation by ``up``.
 _GATED_ACTIVATIONS = {"silu": silu_mul, "gelu_pytorch_tanh": gelu_mul}
 _GATED_SILU = GatedSilu()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuStep(StepInput):
-    """One step's work, everything on the device: a ``StepInput`` and what a captured step needs.
+    """The work of a step, entirely on the device: a ``StepInput``, and data for captured steps.
 
     Attributes:
-        attention: Loaded table per distinct window (None is full attention).
-        adapters: The step's adapters, or None where every row is the base model's.
-        sample_rows: Rows whose logits are wanted, ``[samples]`` int64.
+        attention: The loaded table for each distinct window (None is full attention).
+        adapters: The step's adapters, or None if every row is the base model's.
+        sample_rows: Rows whose logits are needed, ``[samples]`` int64.
         num_decode: Number of leading rows that belong to sequences that generate or have a short
             prompt; see ``nf4_gpu.py``.
         logits: The tensor for logits, ``[at least samples, vocab]`` fp32; None for a new one.
@@ -97,7 +97,7 @@ class GpuDecoder(Decoder):
 
     def embed(self, step: StepInput) -> torch.Tensor:
         if isinstance(step, GpuStep) and step.embedded is not None:
-            # Copy it, because the layers add to it in place.
+            # Copy the input, because the layers add to it in place.
             return step.embedded.clone()
         return super().embed(step)
 

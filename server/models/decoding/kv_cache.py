@@ -13,8 +13,8 @@ from turret.server.models.decoding.arch import Arch
 class KvCache:
     """Keys and values of all layers, ``[layers, num_blocks, block_size, kv_heads, head_dim]``.
 
-    Block 0 is never handed out, because tiles are padded with it. The memory is only reserved: a
-    block takes RAM when it is first handed out (and cleared).
+    Block 0 is never allocated, because it pads tiles. The memory is only reserved: a block takes
+    RAM when it is first allocated (and cleared).
     """
 
     def __init__(
@@ -35,8 +35,8 @@ class KvCache:
     def clear(self, blocks: Sequence[int]) -> None:
         """Zero blocks that change owner.
 
-        A masked position still multiplies its value by 0, so a NaN of the previous owner would
-        spread.
+        The value at a masked position is still multiplied by 0, so a NaN of the previous owner
+        would spread.
         """
         if blocks:
             index = torch.tensor(blocks, device=self.keys.device)
@@ -50,7 +50,7 @@ class KvCache:
 
         Args:
             blocks: Block numbers, in position order.
-            keys: ``[layers, positions, kv_heads, head_dim]``, ready to be attended to.
+            keys: ``[layers, positions, kv_heads, head_dim]``, as attention reads them.
             values: Same shape.
             first: The stored position that goes into the first slot. Negative if padding slots,
                 which stay zero, come first.

@@ -23,11 +23,11 @@ from turret.server.adapters.device.store import AdapterStep
 from turret.server.models.decoding.arch import LONG, Arch, ClampedSwiglu, QueryGrowth, Rope
 from turret.server.models.decoding.kv_cache import KvCache
 
-# Cosines and sines of positions, made once.
+# Cosines and sines of positions, computed once.
 #
-# A library's sine may round differently depending on an element's place in a vector, and a
-# position's place in a step depends on the batch. So positions are computed in fixed blocks, and
-# looked up.
+# A library's sine may round differently depending on an element's index in a vector, and the index
+# of a position in a step depends on the batch. So the values are computed for fixed blocks of
+# positions, and then looked up.
 
 
 _BLOCK = 1024
@@ -38,7 +38,7 @@ class RotaryAngles:
     """The rotary angles of a kind of layer (RoFormer, arXiv 2104.09864).
 
     Args:
-        rope: See there.
+        rope: The rotary positions; see ``Rope``.
         device: Where the positions are.
     """
 
@@ -52,7 +52,7 @@ class RotaryAngles:
         """Cosines and sines, ``[rows, pairs]`` fp32.
 
         Args:
-            positions: ``[rows]`` int64; those of long sequences are ``LONG`` more.
+            positions: ``[rows]`` int64, plus ``LONG`` for long sequences.
         """
         if self._long is None:
             return self._all.at(positions)
@@ -111,7 +111,7 @@ _ACTIVATIONS = {"silu": row_silu, "gelu_pytorch_tanh": row_gelu}
 
 
 class LayerOps:
-    """The operations of a layer by torch, on any device. Tokens are packed, ``[rows, …]``.
+    """The operations of a layer in torch, on any device. Tokens are packed, ``[rows, …]``.
 
     Args:
         arch: The architecture of the decoder.
@@ -129,7 +129,10 @@ class LayerOps:
         window: int | None,
         device: torch.device,
     ) -> Any:
-        """Prepare a step's attention for the layers with this window; ``attend`` takes it."""
+        """Prepare a step's attention for the layers with this window.
+
+        The result is for ``attend``.
+        """
         return plan_attention(
             spans,
             num_rows=num_rows,
@@ -164,11 +167,11 @@ class LayerOps:
             qkv: ``[rows, heads + 2·kv_heads, head_dim]``.
             angles: Cosines and sines, ``[rows, pairs]`` fp32 each, or None (no rotation).
             slots: Where each row's keys and values go, ``[rows]`` int64.
-            cache: Written to, then read.
+            cache: The KV cache, which is written and then read.
             plan: Result of ``plan_attention`` for the layer's window.
             growth: Multiplies each row's queries, ``[rows, 1, 1]`` fp32, or None.
-            sinks: The layer's, ``[heads]`` fp32, or None.
-            adapters: The step's, which may attend to more, or None.
+            sinks: The layer's sinks, ``[heads]`` fp32, or None.
+            adapters: The step's adapters, which may attend to further keys, or None.
 
         Returns:
             ``[rows, heads · head_dim]``.
@@ -194,7 +197,7 @@ class LayerOps:
         return attended.view(qkv.shape[0], -1)
 
     def gated_activation(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """``activation(gate) · up`` or the like, ``[rows, 2·width]`` → ``[rows, width]``."""
+        """``activation(gate) · up``: ``[rows, 2·width]`` → ``[rows, width]``."""
         activation = self._arch.activation
         if isinstance(activation, ClampedSwiglu):
             return row_clamped_swiglu(gate_up, activation.alpha, activation.limit)

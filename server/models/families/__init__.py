@@ -1,4 +1,4 @@
-"""The model families, one file each: a new file here that binds ``FAMILY`` is served."""
+"""The model families, one file each. A new file here that assigns ``FAMILY`` is used."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def served_types() -> list[str]:
 
 
 def text_type(config: Mapping[str, Any]) -> Any:
-    """The ``model_type`` that a ``config.json`` is read by: its text part's, if it has one."""
+    """The ``model_type`` of a ``config.json``, or that of its text part, if it has one."""
     kind, parts = config.get("model_type"), _text_parts()
     if kind not in parts:
         return kind

@@ -1,6 +1,6 @@
 """Gemma, Gemma 2 and Gemma 3: norms are 1 + w, embeddings times √hidden, the gate a gelu.
 
-Gemma 3 from 4B on is released with a vision tower beside it.
+Gemma 3, from 4B up, is released with a vision tower.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _read_2(config: Any, **own: Any) -> Arch:
 
 
 def _read_3(config: Any) -> Arch:
-    """Read Gemma 3: normed query and key heads, frequencies by kind of layer, no score cap."""
+    """Read Gemma 3: normalised query and key heads, frequencies by kind of layer, no score cap."""
     if config.use_bidirectional_attention:
         said = say("CONFIG_KEY_UNSUPPORTED", key="use_bidirectional_attention")
         raise InvalidRequestError.of("model", said)

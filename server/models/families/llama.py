@@ -1,4 +1,4 @@
-"""Llama, and what is saved as one: SmolLM, SmolLM2, TinyLlama."""
+"""Llama, and models that are saved as Llama: SmolLM, SmolLM2, TinyLlama."""
 
 from __future__ import annotations
 

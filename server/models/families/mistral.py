@@ -1,6 +1,6 @@
 """Mistral and Ministral: windows in every layer, in none, or in some.
 
-Mistral Small 3.1 and later and Ministral 3 are released with a vision tower beside one of these.
+Mistral Small 3.1 and later, and Ministral 3, consist of one of these and a vision tower.
 """
 
 from __future__ import annotations

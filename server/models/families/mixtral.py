@@ -1,4 +1,4 @@
-"""Mixtral: Mistral with experts in every layer, by names of its own in the checkpoint."""
+"""Mixtral: Mistral with experts in every layer, which have their own names in the checkpoint."""
 
 from __future__ import annotations
 

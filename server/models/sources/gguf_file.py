@@ -35,7 +35,7 @@ _NUMBERS = ("f32", "f16", "bf16")
 
 
 class GgufTensors:
-    """Iterates over name and float32 values of each weight; one is in memory at a time.
+    """Iterates over name and float32 values of each weight. Only one is in memory at a time.
 
     Args:
         path: The path for messages.
@@ -151,10 +151,10 @@ def _whole(
 
 
 def _unpermuted(name: str, values: torch.Tensor, config: Any) -> torch.Tensor:
-    """Rows of q and k of a Llama in Hugging Face's order.
+    """Rows of q and k of a Llama, in Hugging Face's order.
 
     llama.cpp rotates neighbouring features, and stores rows in that order (``permute`` in its
-    convert_hf_to_gguf.py). transformers rotates a feature with the one half a head away.
+    convert_hf_to_gguf.py). transformers rotates a feature together with the one half a head away.
     """
     for module, heads in (
         ("q_proj", config.num_attention_heads),
@@ -168,15 +168,15 @@ def _unpermuted(name: str, values: torch.Tensor, config: Any) -> torch.Tensor:
 
 # The tokenizer of a GGUF file, with its chat template.
 
-# Key for the pre-tokenizer, the rules by which a text is split before merging, by llama.cpp's
-# names.
+# Key for the pre-tokenizer, the rules that split a text before merging, by llama.cpp's names.
 _PRE = "tokenizer.ggml.pre"
-# Pre-tokenizers with a BOS before every text where the file does not say (llama.cpp's own rule).
+# Pre-tokenizers that put a BOS before every text if the file does not specify it (llama.cpp's
+# rule).
 _WITH_BOS = ("llama3", "llama-v3", "llama-bpe", "tekken")
 # Pre-tokenizers that equal Llama 3's but that transformers does not know.
 _AS_LLAMA3 = ("chatglm-bpe", "glm4")
-# Pre-tokenizers that transformers knows, and those equal to GPT-2's, its fallback. Some of the
-# latter split digits, which makes no difference: none of their merges joins digits.
+# Pre-tokenizers that transformers supports, and those that equal its fallback, GPT-2's. Some of the
+# latter split digits, which makes no difference, because none of their merges joins digits.
 _KNOWN = frozenset(
     {
         *("dbrx", "falcon3", "falcon-h1", "llama3", "llama-bpe", "llama-v3", "midm-2.0", "pixtral"),

@@ -25,7 +25,7 @@ _SCALARS = {
     **{6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"},
 }
 _MAX_TEXT = 1 << 16
-# Maximum number of keys to read: keys about the model come before the vocabulary, which is long.
+# Maximum number of keys to read. Keys about the model come before the vocabulary, which is long.
 _MAX_KEYS = 256
 _MAX_SIZES = 8
 _VOCABULARY = "tokenizer."
@@ -47,7 +47,7 @@ def check_gguf(path: Path) -> str:
         Its ``model_type``.
 
     Raises:
-        InvalidRequestError: It is not; the error says what it is instead.
+        InvalidRequestError: It is not. The error states what it is instead.
     """
     architecture, said = _own_keys(path)
     if not architecture:
@@ -63,7 +63,7 @@ def check_gguf(path: Path) -> str:
 
 
 def check_whole(path: Path) -> None:
-    """Check that a file which :func:`check_gguf` accepted does not end before its tensors do.
+    """Check that a file that :func:`check_gguf` accepted does not end before its tensors do.
 
     Raises:
         InvalidRequestError: The file is cut short.
@@ -84,7 +84,7 @@ def check_whole(path: Path) -> None:
 def known_fields(path: Path) -> dict[str, Any]:
     """Config fields of a file that :func:`check_gguf` accepted, read before its tensors.
 
-    Only texts and numbers, by the names of transformers' fields.
+    Only texts and numbers are read. The names are those of transformers' fields.
     """
     architecture, said = _own_keys(path)
     layout = layout_of(architecture, said)

@@ -2,8 +2,8 @@
 
 ``general.architecture`` of a file determines its layout. A layout maps the file to one of
 transformers' models: the keys of the file to the fields of the config, and the tensors of a layer
-to their names in Hugging Face's checkpoints. It also has the values that llama.cpp assumes without
-a key. The facts come from llama.cpp's ``conversion/`` and ``src/models/``.
+to their names in Hugging Face's checkpoints. It also has the values that llama.cpp assumes if a key
+is missing. The facts come from ``conversion/`` and ``src/models/`` in llama.cpp.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Pair:
         first: The name of the first tensor in a layer, such as ``ffn_gate``.
         second: The name of the second tensor, which has the same shape.
         name: The name of the fused tensor, below the layer.
-        alternates: Whether their rows alternate; else the second's follow the first's.
+        alternates: Whether their rows alternate. If not, the rows of the second follow those of the
+            first.
     """
 
     first: str
@@ -61,7 +62,7 @@ class GgufLayout:
             for the expert if a tensor holds all of them.
         pairs: The fused tensors that are two tensors in the file.
         bare: Those of ``parts`` whose name in a checkpoint has no ``.weight``.
-        key: The layout is for files in which this key is not zero; None for all other files.
+        key: The layout applies to files in which this key is not zero; None for all other files.
         fields: Config field by key; a file without one of the keys is rejected.
         optional: Config field by key, for keys that a file may lack.
         constants: Values of the config for which there is no key.

@@ -20,12 +20,12 @@ from turret.server.words import Text, say
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Quantised checkpoints that are read like plain ones.
+# Formats of quantised checkpoints that are read like plain ones.
 _READ = ("mxfp4", "fp8")
-# Files that transformers builds a fast tokenizer from. tokenizer_config.json is not enough.
+# Files from which transformers builds a fast tokenizer. tokenizer_config.json alone is not enough.
 _TOKENIZERS = ("tokenizer*.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-# The limit that safetensors itself has.
+# The limit of safetensors itself.
 _MAX_HEADER_BYTES = 100_000_000
 _HUB_CACHE = re.compile(r".*/models--(.+?)--(.+)/snapshots/[0-9a-f]{40}")
 
@@ -40,7 +40,7 @@ def check_model_directory(model: Path) -> dict[str, Any]:
         Its ``config.json``.
 
     Raises:
-        InvalidRequestError: Says what is there instead, and what to do.
+        InvalidRequestError: The error states what is there instead, and what to do.
     """
     if not model.exists():
         raise _refuse(say("MODEL_NOT_FOUND", model=model))
@@ -53,7 +53,8 @@ def check_model_directory(model: Path) -> dict[str, Any]:
     return config
 
 
-# The limit on layers is higher than in any published model: reading a config takes memory for each.
+# Reading a config takes memory for each layer, so their number is limited. No published model has
+# as many.
 MOST_SIZES = {
     "num_hidden_layers": 1024,
     **dict.fromkeys(
@@ -111,7 +112,7 @@ def check_config(config: dict[str, Any], model: Path | str) -> None:
         model: The name of the model in messages.
 
     Raises:
-        InvalidRequestError: Says what is there instead, and what to do.
+        InvalidRequestError: The error states what is there instead, and what to do.
     """
     kind = families.text_type(config)
     if kind not in families.FAMILIES:
@@ -281,7 +282,7 @@ def _refuse(why: str) -> InvalidRequestError:
 
 # A base model on the Hugging Face hub: whether it can be served, and its files in the cache.
 #
-# Only safetensors is fetched, with the configs and the tokenizer beside it; never code.
+# Only safetensors, configs and the tokenizer are downloaded, but never code.
 
 
 # Configs, tokenizers and chat templates, at the top of the repository.
@@ -319,7 +320,7 @@ def check_hub_model(hub_id: HubId) -> dict[str, Any]:
 
 
 def cached_model(hub_id: HubId) -> Path:
-    """The directory of a hub model in the cache, without network.
+    """The directory of a hub model in the cache, without using the network.
 
     Raises:
         InvalidRequestError: The cache does not have all of its files.
@@ -341,7 +342,7 @@ def fetch_hub_model(hub_id: HubId, progress: Progress) -> tuple[Path, str]:
         progress: Called with the number of MiB that have arrived.
 
     Returns:
-        The directory, all of whose files are of one commit; that commit.
+        The directory, whose files all belong to one commit, and the commit.
 
     Raises:
         InvalidRequestError: See ``check_hub_model``; or the hub does not answer.
@@ -358,7 +359,7 @@ def fetch_hub_model(hub_id: HubId, progress: Progress) -> tuple[Path, str]:
 
 
 def _describe(hub_id: HubId) -> tuple[Repository, Path]:
-    """The repository, and the folder of its config, which is checked to be supported."""
+    """The repository, and the directory of its config. Checks that the config is supported."""
     repository = find_repository(hub_id, may_be_old=True)
     files = repository.files
     if repository.is_cached and not (_CONFIG in files and {WEIGHTS, INDEX} & set(files)):
@@ -397,7 +398,7 @@ def _small(files: Iterable[str]) -> list[str]:
 
 
 def _weights(repository: Repository, folder: Path) -> list[str]:
-    """The files that hold the weights: those that the index names, where there is one."""
+    """The files with the weights: those in the index, if there is one."""
     if INDEX not in repository.files:
         return [WEIGHTS]
     names = indexed_files(folder / INDEX)

@@ -1,1 +1,1 @@
-"""How projections store their weights and multiply by them."""
+"""The ways in which projections store their weights and multiply by them."""

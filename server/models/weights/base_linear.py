@@ -30,8 +30,8 @@ class BaseLinear(Protocol):
         Args:
             x: ``[rows, in]``.
             ahead: The memory to prefetch meanwhile.
-            num_decode: The number of first rows that belong to decoding sequences; None for all.
-                The gpu path multiplies them in another way than rows of prompts.
+            num_decode: The number of leading rows that belong to decoding sequences; None for all.
+                The gpu path multiplies them differently from rows of prompts.
 
         Returns:
             ``[rows, sum(widths)]``, dtype of ``x``.
@@ -62,7 +62,7 @@ class BaseLinear(Protocol):
         return row_linear_transposed(grad, torch.cat(slices))
 
     def part(self, index: int) -> BaseLinear:
-        """Slice ``index`` alone, on the memory of the whole where its layout allows."""
+        """Slice ``index`` alone, in the memory of the whole projection if its layout allows."""
         ...
 
     def _rows(self, index: int) -> slice:

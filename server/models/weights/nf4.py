@@ -1,7 +1,8 @@
 """NF4 weights (QLoRA, arXiv 2305.14314) as bitsandbytes stores them, and fused linears on them.
 
-Every HF module is quantised on its own: block 64, double quantisation. Fusing q·k·v and gate·up
-joins the *packed* rows, so the served model equals its bitsandbytes-4bit checkpoint.
+Every module of the checkpoint is quantised separately, with blocks of 64 and double quantisation.
+Fusing q·k·v and gate·up joins the *packed* rows, so the served model equals its bitsandbytes-4bit
+checkpoint.
 
 Experts of MXFP4 checkpoints keep their values exactly. They are stored in the same way, as
 bitsandbytes' ``fp4`` with the values of E2M1, blocks of 32 and scales that are not quantised.
@@ -36,17 +37,17 @@ from turret.server.models.weights.nf4_cpu import (
 # ``bitsandbytes.functional``, imported in a tenth of its time.
 #
 # bitsandbytes imports torch's compiler, which takes seconds of processor time and 70 MiB. At
-# import it passes a few functions to ``torch.compile``. These are for devices without kernels of
-# its own, and also work uncompiled. Later, the first call of each of its operators would import
-# the compiler, only to exclude the operator from compilation. A server that runs out of memory
-# during that import could not call the operator until it restarts.
+# import, it passes a few functions to ``torch.compile``. These are for devices without bitsandbytes
+# kernels, and also work uncompiled. Later, the first call of each operator would import the
+# compiler only to exclude the operator from compilation. A server that runs out of memory during
+# that import could not call the operator until it restarts.
 
 
 __all__ = ["functional"]
 
 
 def _as_it_is(function: Callable[..., object] | None = None, **_: object) -> object:
-    """Replaces both functions of torch, called directly and as a decorator with arguments."""
+    """Replaces both of torch's functions, called directly or as decorators with arguments."""
     return _as_it_is if function is None else function
 
 
@@ -62,7 +63,7 @@ def _without_compiler() -> Iterator[None]:
             setattr(torch, name, function)
 
 
-# bitsandbytes warns at import that an optional kernel of the hub is not installed.
+# bitsandbytes warns at import that an optional kernel from the hub is not installed.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 with _without_compiler():
     from bitsandbytes import functional
@@ -79,7 +80,7 @@ class Nf4Weight:
     """One module's quantised weight.
 
     Attributes:
-        packed: Two 4-bit codes a byte, ``[out·in/2, 1]`` uint8.
+        packed: Two 4-bit codes per byte, ``[out·in/2, 1]`` uint8.
         state: bitsandbytes' quantisation state (absmax, possibly nested; code; shape).
     """
 
@@ -130,10 +131,10 @@ class Nf4Weight:
 
     @classmethod
     def from_tensors(cls, name: str, tensors: Mapping[str, torch.Tensor]) -> Nf4Weight | None:
-        """Take a weight from a bitsandbytes-4bit checkpoint, with exactly the values it has there.
+        """Take a weight from a bitsandbytes-4bit checkpoint, with exactly its stored values.
 
         Args:
-            name: The weight's name; ``tensors`` holds it and ``{name}.absmax`` and so on.
+            name: The weight's name. ``tensors`` contains it, ``{name}.absmax`` and so on.
             tensors: At least this weight's tensors.
 
         Returns:
@@ -149,7 +150,7 @@ class Nf4Weight:
         return weight.in_blocks_of_64()
 
     def in_blocks_of_64(self) -> Nf4Weight:
-        """The same weights in blocks of 64; each has the scale of the block that it comes from."""
+        """The same weights in blocks of 64. Each has the scale of the block from which it comes."""
         repeats = self.blocksize // BLOCKSIZE
         if repeats == 1:
             return self
@@ -284,7 +285,7 @@ class DenseLinear(BaseLinear):
 
 
 class DequantizedLinear(DenseLinear):
-    """NF4 weights that are held dequantised, because no kernel here reads their codes."""
+    """NF4 weights that are kept dequantised, because no kernel here reads their codes."""
 
 
 class PackedLinear(BaseLinear):
@@ -305,7 +306,8 @@ class PackedLinear(BaseLinear):
         """Fuse weights that share their input and their format."""
         blocks = slices[0].shape[1] // slices[0].format.block
         absmax = [weight.absmax().view(-1, blocks).T.to(torch.bfloat16) for weight in slices]
-        # The layout is tiles of rows, tile-major, so joining rows means joining the bytes.
+        # The layout consists of tiles of rows, one after another, so joining rows means joining
+        # bytes.
         packed = torch.cat([pack(weight.packed, weight.shape) for weight in slices])
         widths = tuple(weight.shape[0] for weight in slices)
         return cls(packed, torch.cat(absmax, dim=1).contiguous(), widths)
@@ -322,12 +324,12 @@ class PackedLinear(BaseLinear):
         return MXFP4 if self.absmax.shape[0] * MXFP4.block == self.in_features else NF4
 
     def formulation(self) -> str:
-        """The name of the product, for the log; a library's product is tried out first."""
+        """The name of the product, for the log. A library's product is tried first."""
         return nf4_formulation((self.packed.shape[0], self.in_features))
 
     def dequantize(self, index: int) -> torch.Tensor:
-        # The product rounds absmax and products to bf16 inside; multiplying by the identity shows
-        # exactly the weight that it uses.
+        # The product rounds absmax and products to bf16 internally. Multiplying by the identity
+        # shows exactly the weight that it uses.
         rows, columns = self._rows(index), []
         for low in range(0, self.in_features, _IDENTITY_ROWS):
             high = min(low + _IDENTITY_ROWS, self.in_features)
@@ -390,10 +392,10 @@ class MixedLinear(BaseLinear):
 def nf4_linear(
     slices: Sequence[Nf4Weight], dtype: torch.dtype, device: torch.device, *, gpu: bool = False
 ) -> BaseLinear:
-    """Fuse NF4 weights that share their input, in the form that is multiplied fastest.
+    """Fuse NF4 weights that share their input, in the form that multiplies fastest.
 
-    On the CPU, codes stay packed for a bf16 model if there is a kernel that reads them. Otherwise
-    the weight is held dequantised.
+    On the CPU, codes stay packed for a bf16 model if a kernel reads them. Otherwise, the weight is
+    kept dequantised.
 
     Args:
         slices: The weights, all in one format; on the gpu path, NF4.
@@ -402,7 +404,7 @@ def nf4_linear(
         gpu: Whether the gpu path serves them.
     """
     if gpu:
-        # Imported here: the other paths run where Triton is not installed.
+        # Imported here, because the other paths run without Triton.
         from turret.server.models.weights.nf4_gpu import GpuLinear
 
         return GpuLinear.fuse(slices, dtype, device)
@@ -425,7 +427,9 @@ def fuse_weights(
     *,
     gpu: bool = False,
 ) -> BaseLinear:
-    """Fuse weights of one input, in order, with one product per run of equal storage.
+    """Fuse weights with the same input, in order.
+
+    Adjacent weights in the same format share a product.
 
     Args:
         weights: Each is quantised, or a tensor ``[out, in]``.
@@ -447,7 +451,9 @@ def fuse_weights(
 
 
 def join_linears(parts: Sequence[Any]) -> BaseLinear:
-    """Fuse projections of one input, in order, with one product per run of equal storage.
+    """Fuse projections with the same input, in order.
+
+    Adjacent ones in the same format share a product.
 
     Args:
         parts: Results of ``nf4_linear``, ``DenseLinear`` or their parts.

@@ -16,7 +16,7 @@ from turret.kernels.nf4_matmul import MXFP4, Format
 from turret.kernels.rows.trial import SAMPLE_ROWS, Compute, Sizes, choose, in_sizes, name_of
 
 _BLOCKSIZE = 64
-TILE_ROWS = 32  # outputs whose codes lie together
+TILE_ROWS = 32  # Number of outputs whose codes are stored together.
 
 
 def has_library_product(device: torch.device) -> bool:
@@ -29,8 +29,8 @@ def has_library_product(device: torch.device) -> bool:
 def pack(codes: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     """A weight in bitsandbytes' packed CPU layout.
 
-    In each tile, two features of all rows take 32 bytes: a row of the first half has the low four
-    bits of a byte, and the row 16 further on has the high ones.
+    In each tile, two features of all rows take 32 bytes. A row of the first half has the low four
+    bits of a byte, and the row 16 rows further has the high ones.
 
     Args:
         codes: The codes as quantised, row by row, with the earlier feature in the high bits;
@@ -70,7 +70,7 @@ def nf4_product(
         ``[rows, out]`` bf16.
     """
     if x.stride(1) != 1:
-        # Both products read rows with stride 1, and bitsandbytes does not check the stride.
+        # Both products expect rows with stride 1, and bitsandbytes does not check the stride.
         x = x.contiguous()
     if not has_kernels(x.device):
         return in_sizes(lambda rows: _gemv(rows, packed, absmax, shape), x, _sizes(shape))
@@ -98,11 +98,11 @@ def nf4_product(
 def nf4_transposed(
     packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]
 ) -> torch.Tensor:
-    """A weight as numbers, inputs first; only with compiled kernels.
+    """A weight as numbers, with inputs first. Needs the compiled kernels.
 
     Args:
         packed: See ``nf4_product``.
-        absmax: See there.
+        absmax: See ``nf4_product``.
         shape: ``(out, in)``.
 
     Returns:
@@ -121,12 +121,12 @@ def nf4_expert_products(
     shape: tuple[int, int],
     weight_format: Format,
 ) -> torch.Tensor:
-    """Multiply runs of rows, each by a weight of its own; only with compiled kernels.
+    """Multiply runs of rows, each by its own weight. Needs the compiled kernels.
 
     Args:
         x: ``[rows, in]`` bf16.
         ends: Where the rows of each weight end, ``[weights]`` int64.
-        weights: Addresses of each one's codes and maxima, as ``nf4_product`` takes them,
+        weights: Addresses of the codes and maxima of each weight, in the format of ``nf4_product``,
             ``[weights, 2]`` int64.
         shape: ``(out, in)``, the same for all.
         weight_format: The format of all of them.
@@ -175,7 +175,7 @@ def _code() -> torch.Tensor:
 
 
 def _sizes(shape: tuple[int, int]) -> Sizes:
-    """The calls in which bitsandbytes' product keeps a row's bits; otherwise one row at a time."""
+    """The sizes of calls in which bitsandbytes' product keeps a row's bits, at worst one row."""
 
     def trial() -> tuple[Compute, torch.Tensor]:
         packed, absmax, x = _cancelling(shape)

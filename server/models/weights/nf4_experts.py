@@ -1,4 +1,4 @@
-"""The same fused projection of every expert of a layer, each stored on its own."""
+"""The same fused projection of every expert of a layer, each stored separately."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from turret.server.words import say
 
 # MXFP4 weights (OCP Microscaling Formats 1.0): every 32 FP4 codes share a power of two.
 
-# Bytes of codes that share one scale.
+# Number of bytes of codes that share one scale.
 BYTES = 16
 # The bit pattern of 2^-127 in fp32.
 _LEAST = 1 << 22
@@ -43,7 +43,7 @@ def dequantize_mxfp4(codes: torch.Tensor, exponents: torch.Tensor) -> torch.Tens
     """The numbers that a weight's codes stand for; bf16 holds all of them.
 
     Args:
-        codes: ``[out, in / 32, 16]`` uint8, two a byte, the first in the lower half.
+        codes: ``[out, in / 32, 16]`` uint8, two codes per byte, the first in the lower half.
         exponents: ``[out, in / 32]`` uint8: the exponent of two of each 32 codes, plus 127.
 
     Returns:
@@ -167,7 +167,7 @@ class Nf4Experts:
         self._experts: list[BaseLinear] = []
         self._addresses: torch.Tensor | None = None
         self._format = NF4
-        # On the gpu path. All weights are numbers unless all have the same format.
+        # Used on the gpu path. All weights are numbers unless all have the same format.
         self._stacked: Nf4Matrix | torch.Tensor | None = None
         if gpu:
             self._stacked = self._stack(experts, device)
@@ -218,7 +218,7 @@ class Nf4Experts:
             ``[pairs, out]``, dtype of ``x``.
         """
         if self._stacked is not None:
-            # Imported here: the other paths run where Triton is not installed.
+            # Imported here, because the other paths run without Triton.
             from turret.kernels.gpu.experts import nf4_experts
 
             return nf4_experts(x, self._stacked, routing, rows)
@@ -231,7 +231,7 @@ class Nf4Experts:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def dequantize(self, expert: int) -> torch.Tensor:
-        """An expert's weight as multiplied, ``[out, in]`` fp32, on the CPU; do not write to it."""
+        """An expert's weight as multiplied, ``[out, in]`` fp32, on the CPU. Do not write to it."""
         if self._stacked is not None:
             first = expert * self.out_features
             rows, stacked = slice(first, first + self.out_features), self._stacked

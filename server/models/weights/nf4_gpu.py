@@ -1,8 +1,8 @@
 """The base projection on the gpu path: NF4 weights on the device, multiplied in two ways.
 
-Rows of sequences that decode and of short prompts go through ``nf4_matmul``, rows of longer prompts
-through a dequantised copy of the weight and a library's product. The way of a row, and the shape of
-its product, depend only on its own sequence, so its bits do not depend on the rest of the step.
+Rows of decoding sequences and of short prompts go through ``nf4_matmul``. Rows of longer prompts go
+through a dequantised copy of the weight and a library's product. The path of a row and the shape of
+its product depend only on its own sequence, so its bits do not depend on the rest of the step.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from turret.server.models.weights.base_linear import BaseLinear
 if TYPE_CHECKING:
     from turret.server.models.weights.nf4 import Nf4Weight
 
-# Library products. A row must get the same bits wherever it is in a product. Rows go to the library
-# in pieces of one shape, so it always uses the same algorithm. But a reduction that is split among
-# programs (split-K) may depend on the row's place, and may add its parts in the dtype of
-# activations. ``keep_sums_whole`` switches both off.
+# Library products. A row must get the same bits at every position in a product. Rows go to the
+# library in pieces of one shape, so it always uses the same algorithm. But a reduction that is
+# split among programs (split-K) may depend on the row's position, and may add its parts in the
+# dtype of activations. ``keep_sums_whole`` switches both off.
 # ``tests/models/weights/test_library_products.py`` permutes rows on a GPU.
 
-# Rows and columns of a trial product: torch rejects products whose sums it cannot keep whole.
+# Rows and columns of a trial product. torch rejects products whose sums it cannot keep whole.
 _TRIAL = 64
 
 
@@ -40,7 +40,7 @@ def keep_sums_whole(device: torch.device) -> bool:
     """Set torch up for the process, before the first product and before anything is captured.
 
     Args:
-        device: The device of the products; other than CUDA devices need no settings.
+        device: The device of the products. Only CUDA devices need settings.
 
     Returns:
         Whether sums are never split. If False, this version of torch lacks the setting, and parts
@@ -66,7 +66,7 @@ def keep_sums_whole(device: torch.device) -> bool:
     return True
 
 
-# Libraries choose their algorithm by shape: prompts are multiplied in pieces of one shape.
+# Libraries choose their algorithm by shape, so prompts are multiplied in pieces of one shape.
 PROMPT_ROWS = 256
 
 
@@ -74,7 +74,7 @@ class Nf4Product:
     """``x Wᵀ`` for a fused weight.
 
     Args:
-        weight: The weight, every tensor on the device; or written out,
+        weight: The quantised weight, with every tensor on the device; or the dense weight,
             ``[out_features, in_features]``.
         dtype: The dtype of activations.
     """
@@ -101,9 +101,9 @@ class Nf4Product:
     def with_shrink(
         self, x: torch.Tensor, num_decode: int, shrink: Shrink
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The product, and the rank activations of all rows: with the first pass over the weight.
+        """The product, and the rank activations of all rows, in the first pass over the weight.
 
-        The bits of both are their own kernels'.
+        Both have the bits of their separate kernels.
         """
         y, v = self._multiply(x, num_decode, shrink)
         return y, shrink(x) if v is None else v
@@ -171,7 +171,7 @@ class Nf4Product:
 
 
 class GpuLinear(BaseLinear):
-    """NF4 weights on the device, and the part of their rows that ``served`` dequantises there.
+    """NF4 weights on the device, or the part of their rows that ``served`` returns.
 
     Args:
         product: The fused weight.

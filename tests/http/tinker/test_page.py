@@ -14,8 +14,8 @@ PAGE = (ROOT / "docs" / "tenants.md").read_text()
 
 
 def test_every_call_is_listed() -> None:
-    door: Any = None
-    for route in routes(door):
+    state: Any = None
+    for route in routes(state):
         assert f"`{route.method} {route.path}`" in PAGE, route.path
 
 

@@ -22,7 +22,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.utils.quantization_config import Mxfp4Config
 
 from turret.server.errors import InvalidRequestError
-from turret.server.models.fidelity import Kind
+from turret.server.models.fidelity import ModuleKind
 from turret.server.models.model_source import inspect_model, resolve_model
 from turret.server.models.weights.nf4 import Nf4Weight
 from turret.server.models.weights.nf4_experts import dequantize_mxfp4
@@ -161,7 +161,7 @@ def test_mxfp4_is_reported_as_stored(packed: Path, tmp_path: Path) -> None:
     for kinds in (planned, made.kinds()):
         experts = [kind for kind in kinds if kind.module.startswith("experts.")]
         modules = ("experts.down_projs", "experts.gate_up_projs")
-        expected = [Kind(module, "as-stored", "mxfp4", 12, None) for module in modules]
+        expected = [ModuleKind(module, "as-stored", "mxfp4", 12, None) for module in modules]
         assert sorted(experts, key=lambda kind: kind.module) == expected
         assert {k.state for k in kinds if k not in experts} == {"quantized"}
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from builders.registries import Registries
 from checkout import ROOT
-from fuzz.doors import METHODS, MODEL, PATHS, SESSION, TRAINING_PATHS
+from fuzz.protocols import METHODS, MODEL, PATHS, SESSION, TRAINING_PATHS
 from fuzz.recipes import recipe
 from google.protobuf.message import Message
 

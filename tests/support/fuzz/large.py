@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fuzz.doors import METHODS
+from fuzz.protocols import METHODS
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from servers.limits_of_bodies import body_of, fields, places, with_others
 
@@ -64,7 +64,8 @@ def bodies(*, is_short: bool) -> Iterator[Large]:
             continue
         seen.add(place.steps)
         if 0 in place.steps:
-            # For many lists in a list, which contain numbers or objects, a text is invalid in each.
+            # For many lists inside a list. A text is invalid in all of them: they contain numbers
+            # or objects.
             times = limits[place.path, place.steps[: place.steps.index(0)]]
             for entry in [b'""'] if is_short else ENTRIES:
                 most_bytes = MAX_BODY_BYTES - 200
@@ -119,7 +120,7 @@ _VALUES: tuple[Callable[[int], bytes], ...] = (
 
 
 def messages() -> Iterator[Large]:
-    """Messages for every repeated field, at any depth, of every gRPC method and of a pass."""
+    """Messages that fill each repeated field, at any depth, of all gRPC methods and of a pass."""
     a_pass: Any = tinker_pb2.TinkerPass.DESCRIPTOR
     targets = [(method.full_name, method.input_type) for method in METHODS]
     for target, kind in (*targets, (PASS, a_pass)):
@@ -128,7 +129,7 @@ def messages() -> Iterator[Large]:
 
 
 def archives() -> Iterator[Large]:
-    """Uploads of as many entries as possible, of names as long as possible, and of nothing."""
+    """Uploads with as many entries or as long names as possible, and empty ones."""
     names = {"entries": "adapter_config.json", "folders": "a/" * 49, "long names": "a" * 5000}
     for what, name in names.items():
         made = io.BytesIO()
@@ -158,7 +159,7 @@ def _repeated(kind: Descriptor, depth: int) -> Iterator[tuple[str, bytes]]:
 
 
 def _filled(field: FieldDescriptor) -> bytes:
-    """As many entries as fit a message: empty messages and texts, and ones for numbers."""
+    """As many entries as fit in a message: empty messages and texts, and the number 1."""
     if field.message_type is None and field.cpp_type != FieldDescriptor.CPPTYPE_STRING:
         return _tag(field) + _varint(_MAX_MESSAGE_BYTES - 200) + b"\1" * (_MAX_MESSAGE_BYTES - 200)
     entry = _tag(field) + b"\0"

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from builders.registries import tiny_base
-from fuzz.doors import METHODS, PATHS, TRAINING_PATHS, Doors
+from fuzz.protocols import METHODS, PATHS, TRAINING_PATHS, Protocols
 from fuzz.recipes import body
 
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE, Source
@@ -28,7 +28,7 @@ from turret.server.errors import TurretError
 from turret.v1 import adapters_pb2
 
 MAX_BYTES = 1 << 16
-# The maximum number of calls of an input, so that it stays within its budget of time.
+# The maximum number of calls of an input, so that it stays within its time budget.
 _MOST_CALLS = 8
 _HTTP = frozenset((200, 400, 404, 409, 413, 415, 429, 501))
 _GRPC = frozenset(
@@ -63,7 +63,7 @@ class Targets:
         self._folder = folder
         (folder / "fuzzed").mkdir()
         self._loader = AdapterLoader(folder, tiny_base(), 1 << 26, 64)
-        self._doors = Doors(folder)
+        self._protocols = Protocols(folder)
         targets: dict[str, Callable[[bytes], int | None]] = {
             "header": self.header,
             "config": self.config,
@@ -80,7 +80,7 @@ class Targets:
         }
 
     def close(self) -> None:
-        self._doors.close()
+        self._protocols.close()
 
     def header(self, data: bytes) -> None:
         """Input: the beginning of a tensor file."""
@@ -138,16 +138,16 @@ class Targets:
     def message(self, data: bytes) -> None:
         """Input: a byte for the method, then its messages, each after two bytes of length."""
         method = METHODS[data[0] % len(METHODS)] if data else METHODS[0]
-        code = self._doors.call(method, _parts(data[1:]))
+        code = self._protocols.call(method, _parts(data[1:]))
         if code not in _GRPC:
             raise Broken(f"{method.full_name}: {code}")
-        if method.containing_service.name == "Adapters" and not self._doors.is_listed():
+        if method.containing_service.name == "Adapters" and not self._protocols.is_listed():
             raise Broken(f"{method.full_name}: adapters cannot be listed any more")
 
     def http(self, data: bytes) -> None:
         """Input: a byte for the path, then the body."""
         path = PATHS[data[0] % len(PATHS)] if data else PATHS[0]
-        status = self._doors.post(path, data[1:])
+        status = self._protocols.post(path, data[1:])
         if status not in _HTTP:
             raise Broken(f"{path}: {status}")
 
@@ -160,7 +160,7 @@ class Targets:
     def training(self, data: bytes) -> None:
         """Input: calls of one session. Each has a byte for the path, then its length and body."""
         calls = calls_of(data)
-        statuses = self._doors.train(calls)
+        statuses = self._protocols.train(calls)
         if not (_HTTP | {410}).issuperset(statuses):
             raise Broken(f"{[path for path, _ in calls]}: {statuses}")
 

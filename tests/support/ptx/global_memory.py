@@ -11,7 +11,7 @@ from ptx.numbers import UNSIGNED, Value, i8, u8
 # The first address, and the minimum distance of storages.
 _FIRST = 1 << 32
 _ROOM = 1 << 12
-# The reader of a place that several programs have read.
+# The reader of bytes that several programs have read.
 _SEVERAL = -2
 # Minimum number of reads of one kind that are looked up together.
 _MANY = 256

@@ -33,7 +33,7 @@ class Translation:
         }
         self._constants: dict[str, Value] = {}
         self._lines: list[str] = []
-        # The instruction by line of the function.
+        # The instruction that each line of the function comes from.
         self._origin: dict[int, Instruction] = {}
         self._write()
         self._function = self._compile()
@@ -90,7 +90,7 @@ class Translation:
         self._lines.append("  return")
 
     def _products(self, first: int, starts: set[int]) -> list[Instruction]:
-        """The ``mma`` from an instruction on that are independent, so can be computed at once."""
+        """Consecutive independent ``mma`` instructions, which can be computed at once."""
         found: list[Instruction] = []
         written: set[str] = set()
         for at, instruction in enumerate(self._program.instructions[first:], start=first):

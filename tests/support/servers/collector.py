@@ -71,7 +71,7 @@ class Collector:
         return found
 
     def span(self, value: str, key: str = "gen_ai.response.id") -> Span:
-        """The span with this attribute, once it is here; there is only one."""
+        """The span with this attribute, once it has arrived; there is only one."""
 
         def found() -> list[Span]:
             return [span for span in self.spans if attributes(span.attributes).get(key) == value]

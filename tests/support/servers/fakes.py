@@ -313,7 +313,7 @@ class FakeRegistry:
         del self.records[name]
 
     def find(self, ref: AdapterRef) -> None:
-        """Names nothing, so that calls count for the names that they were sent."""
+        """Finds nothing, so that calls count for the names in their requests."""
 
     def aliases(self) -> list[Alias]:
         return list(self.by_alias.values())

@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator
 
 import grpc
 from fuzz.corpus import seeds
-from fuzz.doors import METHODS
 from fuzz.mutation import mutated
+from fuzz.protocols import METHODS
 
 from turret.v1 import inference_pb2, inference_pb2_grpc
 

@@ -41,9 +41,9 @@ class Place:
 
 def posts(*, has_training: bool = False) -> list[Route]:
     """Every endpoint that takes a JSON body in a POST; those of the Tinker API on request."""
-    # The handlers, which need a door, are not called.
-    door: Any = None
-    found = (*ROUTES, *(tinker_routes(door) if has_training else ()))
+    # The handlers, which need a state, are not called.
+    state: Any = None
+    found = (*ROUTES, *(tinker_routes(state) if has_training else ()))
     return [route for route in found if route.body is not None and route.method == "POST"]
 
 

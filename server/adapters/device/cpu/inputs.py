@@ -32,7 +32,8 @@ class InputRows:
     Attributes:
         rows: The rows' numbers, ``[n]`` int64.
         members: First and last number of the members whose changes are summed, ``[n, 2]`` int64.
-        gained: Adapters whose gains apply to their own changes, with places among the rows.
+        gained: Adapters whose gains apply to their own changes, with their positions among the
+            rows.
     """
 
     rows: torch.Tensor
@@ -41,7 +42,7 @@ class InputRows:
     _others: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
 
     def others(self, num_rows: int) -> torch.Tensor:
-        """The other ones of ``num_rows`` rows; kept, because every layer needs them."""
+        """The other rows of a step of ``num_rows`` rows; cached, because every layer needs them."""
         if num_rows not in self._others:
             is_other = torch.ones(num_rows, dtype=torch.bool).index_fill_(0, self.rows, False)
             self._others[num_rows] = is_other.nonzero().squeeze(1)
@@ -67,7 +68,7 @@ class _Found:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepInputs:
-    """A step's rows whose input changes, by projection; see the module.
+    """A step's rows whose input changes, by projection; see the module docstring.
 
     Attributes:
         layout: Shape of the base.
@@ -100,7 +101,7 @@ class StepInputs:
         layout: ProjectionLayout,
         numbers: ModuleNumbers,
     ) -> StepInputs:
-        """Make the input changes of a step from its segments: (first row, end row, mix)."""
+        """Determine a step's input changes from its segments (first row, end row, mix)."""
         common: dict[str, _Found] = {}
         own: dict[str, _Found] = {}
         added: dict[str, list[_Found]] = {}

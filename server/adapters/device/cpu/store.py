@@ -40,7 +40,7 @@ class CpuStore(StepStore):
         layout: Shape of the base.
         dtype: Serving dtype, bf16.
         device: The CPU.
-        max_bytes: Budget of what is in the store.
+        max_bytes: Budget for the adapters in the store.
         on_moved: Called with every adapter that enters or leaves.
     """
 

@@ -169,7 +169,8 @@ class AdapterTable:
         updates: Projections with an update, gain or bias in some layer.
         gains: Projections with a gain or pairs in some layer, which change the base's own result.
         input_changes: Projections with an input gain or input blocks in some layer.
-        shared_gains: The ``input_changes`` whose slices all share one input gain, in every layer.
+        shared_gains: The ``input_changes`` in which all slices share one input gain, in every
+            layer.
     """
 
     operators: AdapterOperators
@@ -233,7 +234,7 @@ def _copied_bytes(part: Operator) -> int:
         case Kronecker():
             return (part.w2 if isinstance(part.w2, torch.Tensor) else part.w2[0]).nbytes
         case Circulant():
-            # The kernels read fp32 transforms.
+            # The kernels read transforms in fp32.
             rows, columns, size = part.kernel.shape
             return rows * columns * 8 * padded(size // 2 + 1, COLUMNS)
         case Sparse():
@@ -252,7 +253,7 @@ class _PieceSums:
         key = a.data_ptr(), a.shape
         if key not in self._known:
             rank, inner = a.shape
-            # Check one element first; any other factor almost always differs there.
+            # Check one element first: almost every factor of another kind differs there.
             is_like = a.numel() > 0 and a[0, 0].item() == 1
             self._known[key] = is_like and torch.equal(a, piece_sums(rank, inner, a.dtype))
         return self._known[key]
@@ -285,7 +286,7 @@ def _entry(part: Operator, pieces: _PieceSums) -> Entry | None:
 
 
 def _shares_gain(found: Sequence[tuple[int, int, ModuleOperators]], num_slices: int) -> bool:
-    """Whether in every layer all slices have the input gain, one tensor, and no other change."""
+    """Whether all slices share one input gain and have no other change, in every layer."""
     by_layer: dict[int, list[torch.Tensor | None]] = {}
     for layer, _, ops in found:
         gain = None if ops.get(InputBlocks) is not None else ops.input_gain

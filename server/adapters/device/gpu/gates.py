@@ -1,4 +1,4 @@
-"""Learned fusions on the gpu path: their components are members of the one pack.
+"""Learned fusions on the gpu path, whose components are members of the pack.
 
 For the kernels, the components of a gated adapter are members of a mix like any other, so that the
 step's own shrink and expand include them. Between the two, two launches compute their weights per
@@ -43,9 +43,9 @@ class _Gated:
     """A gated adapter.
 
     Attributes:
-        bounds: First rank and end of each component, from the adapter's first rank on.
+        bounds: First rank and end of each component, relative to the adapter's first rank.
         asked: Length of the longest query.
-        kept: Queries and keys; keeps the addresses in the tables valid.
+        kept: Queries and keys. Keeping them keeps the addresses in the tables valid.
     """
 
     bounds: tuple[tuple[int, int], ...]
@@ -70,7 +70,7 @@ class GpuStepGates:
     def of(
         self, layer: int, projection: str, x: torch.Tensor, v: torch.Tensor, table: SegmentTable
     ) -> torch.Tensor | None:
-        """The component weights for ``segmented_expand``, if some are gated.
+        """The component weights for ``segmented_expand``, if some components are gated.
 
         Args:
             layer: Layer number.
@@ -90,8 +90,9 @@ class GpuGates(Part):
     """The gated adapters of the gpu path, by key.
 
     Queries and keys differ in length from adapter to adapter, so each adapter has its own memory
-    for them. Tables by slot of the pack have the addresses. So a step's launches do not depend on
-    its adapters, and captured graphs stay valid when adapters enter and leave.
+    for them. Tables, indexed by the pack's slots, contain the addresses. A step's launches
+    therefore do not depend on its adapters, and captured graphs stay valid when adapters enter and
+    leave.
 
     Args:
         layout: Shape of the base.
@@ -136,7 +137,7 @@ class GpuGates(Part):
         self._gated.pop(key, None)
 
     def extra_bytes(self, operators: AdapterOperators) -> int:
-        """Bytes of keys beyond those in host memory: the pack's ranks determine their layout."""
+        """Additional bytes of the keys on the device, where the pack pads their ranks."""
         ranks, more = sum(components_of(operators)), 0
         for gate in gates_of(operators):
             query, keys = gate.score.tensors()
@@ -199,7 +200,7 @@ class GpuGates(Part):
             def laid(
                 keys: torch.Tensor, moves: Sequence[tuple[slice, slice]] = moves
             ) -> torch.Tensor:
-                """Keys by the component's ranks in the pack."""
+                """Keys in the order of the components' ranks in the pack."""
                 own = keys.new_zeros(len(keys), sum(components), keys.shape[2])
                 for ranks, target in moves:
                     own[:, target] = keys[:, ranks]

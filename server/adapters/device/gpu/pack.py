@@ -20,16 +20,16 @@ from turret.server.adapters.operators.gate import Gate
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.adapters.operators.vectors import Gain
 
-# The launches of a step, as kinds of packed operators with their projections, and slot tables with
-# positions in the mixes. A step can run in any form that contains its own: kernels that it has no
-# use for find empty tables.
+# The form of a step, which determines its launches: pairs of a kind of packed operator and a
+# projection, and pairs of a slot table and a position in the mixes. A step can run in any form that
+# contains its own, because the additional kernels find empty tables.
 Form = frozenset[tuple[Hashable, Hashable]]
 
-# The kinds that a form names for what is packed. A bias is looked up with a gain, or the other way
-# around, so that fewer forms of kernels are compiled.
+# The kinds of packed operators in a form. A bias counts as a gain: the kernel looks up both or
+# neither, so that fewer variants are compiled.
 PACKED = (LowRank, Gain, Gate)
 
-# Rank ranges start at multiples of this.
+# Every adapter's ranks start at a multiple of this.
 RANK_ALIGNMENT = 8
 
 
@@ -67,7 +67,7 @@ class Placement:
         return self._find(width) is not None
 
     def put(self, key: str, width: int) -> Place:
-        """Places an adapter at the first gap that fits; the caller has made room."""
+        """Places an adapter in the first gap that is large enough. The caller has made room."""
         start = self._find(width)
         assert start is not None, "the pack makes room before an adapter is placed"
         place = self._places[key] = Place(start, start + width, self._find_slot())
@@ -80,9 +80,9 @@ class Placement:
         """Bring all adapters together at the front.
 
         Returns:
-            The moves: first rank and end, and the new first rank. No adapter moves up. If the moves
-            are made in this order within the same matrices, none overwrites the source of a later
-            one.
+            The moves: first rank, end, and new first rank of each adapter. No adapter moves up. If
+            the moves are made in this order within the same matrices, none overwrites the source of
+            a later one.
         """
         cursor, moves = 0, []
         for place in sorted(self._places.values(), key=lambda place: place.rank_start):
@@ -108,8 +108,8 @@ class Placement:
         return next(i for i in range(1, len(taken) + 2) if i not in taken)
 
 
-# An adapter takes at least so many ranks: each has a slot, which costs rows in the tables of gains
-# and biases.
+# An adapter takes at least this many ranks, to pay for its slot, which costs rows in the tables of
+# gains and biases.
 _RANKS_PER_SLOT = 16
 
 
@@ -189,8 +189,8 @@ class GpuPackedProjection:
         """Move ranks down within the matrices.
 
         Args:
-            moves: First rank and end, and the new first rank; no range moves up, and lower ones
-                come first.
+            moves: First rank, end, and new first rank of each range. No range moves up, and lower
+                ones come first.
         """
         for start, end, first in moves:
             if first != start:
@@ -302,11 +302,11 @@ class GpuPack(Part):
 
     @property
     def places(self) -> Mapping[str, Place]:
-        """Each adapter's place, by key."""
+        """The place of each adapter, by key."""
         return self._placement.places
 
     def form(self, key: str) -> Form:
-        """The packed kinds of operators that an adapter has, with their projections."""
+        """The form of an adapter's packed operators."""
         return self._forms[key]
 
     def gates(self, key: str) -> Place | None:

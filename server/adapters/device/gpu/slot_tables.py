@@ -1,7 +1,8 @@
-"""Operators outside the pack on the gpu path: Hadamard, Kronecker, low rank of experts.
+"""Operators outside the pack on the gpu path: Hadamard, Kronecker, and low-rank updates of experts.
 
-A *slot table* has the addresses of each adapter's tensors, for one operator of one shape in one
-place. Rows find their adapter's slot in a row table, one for each position in their mixes.
+A *slot table* contains the addresses of each adapter's tensors, for operators of one kind and shape
+in one module. Rows find their adapter's slot in a row table. There is one row table for each
+position in the mixes.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class SlotTable:
 
     @property
     def is_addressed(self) -> bool:
-        """Whether rows are looked up by their number."""
+        """Whether the kernel looks rows up by their number."""
         return self.key.kind is ExpertLowRank
 
     def put(self, key: str, slot: int, found: Mapping[int, Operator]) -> torch.Tensor:
@@ -137,7 +138,7 @@ class SlotTable:
             kronecker(x, y, factors, shapes, table)
 
     def addresses(self) -> list[object]:
-        """The address of the table, and the layers that use it."""
+        """The table's address, and the layers that use it."""
         return [self.key, sorted(self.layers), self.table.data_ptr()]
 
 
@@ -183,7 +184,9 @@ class GpuStepSlotTables:
 
 
 class GpuSlotTables(Part):
-    """All slot tables: made when an adapter needs them, dropped with the last that does.
+    """All slot tables.
+
+    Each is created for the first adapter that needs it, and dropped with the last.
 
     Args:
         layout: Shape of the base.
@@ -239,7 +242,7 @@ class GpuSlotTables(Part):
             self._compiled.add(place)
 
     def extra_bytes(self, operators: AdapterOperators) -> int:
-        """Bytes of the tables, and those that fill tensors up to where the next begins."""
+        """Bytes of the tables, and of the padding between tensors."""
         more = 0
         for place, parts in self._by_key(operators).items():
             more += 8 * self._like[0] * self._like[1] * len(place.shapes)
@@ -271,7 +274,7 @@ class GpuSlotTables(Part):
                 del self._slot_tables[place]
 
     def form(self, mix: Members) -> Iterable[tuple[SlotTableKey, int]]:
-        """The slot tables that rows of a mix use, with their positions in it."""
+        """The slot tables that rows of a mix use, with the positions of their members."""
         for place, slot_table in self._slot_tables.items():
             count = sum(key in slot_table.slots for key, _ in mix)
             yield from ((place, position) for position in range(count))

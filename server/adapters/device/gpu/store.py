@@ -1,8 +1,8 @@
 """The gpu path's store: Triton kernels for operators that have one, ``add`` for the others.
 
-A step's metadata is in tables of fixed address, and the pack never moves, so what a step launches
-depends only on which kinds of operators it has and on where the tables of those kinds are
-(``GpuAdapterStep.signature``): as long as that stays the same, a captured CUDA graph stays valid. A
+A step's metadata is in tables of fixed address, and the pack never moves. So the launches of a step
+depend only on the kinds of its operators and the addresses of their tables
+(``GpuAdapterStep.signature``). A captured CUDA graph stays valid as long as these do not change. A
 step in which some row has an operator without a kernel is launched without a graph.
 
 One part of the budget is the pack, which exists from the start. The other part is for everything
@@ -51,10 +51,10 @@ from turret.server.basics.work import is_out_of_memory
 # Runs of rows as (first, end, mix).
 Runs = Sequence[tuple[int, int, Members]]
 
-# The part of the budget for what is not in the pack, and copies on their way to the device in
-# addition to the budget: one part in this many each.
+# The share of the budget for everything outside the pack is 1/4. Copies on their way to the device
+# may take another 1/8 on top of the budget.
 _OTHER_SHARE, _STAGED_SHARE = 4, 8
-# How long an adapter that the device had no memory for is refused without another try.
+# How long an adapter is refused without another try after the device had no memory for it.
 _REFUSED_SECONDS = 30.0
 
 
@@ -68,8 +68,8 @@ class GpuAdapterStep:
         form: The kinds of kernels that the step launches.
         slot_tables: Rows of the slot tables.
         gates: Gates of learned fusions.
-        addresses: Addresses of the tables that this step reads but not every step with adapters
-            does.
+        addresses: Addresses of the tables that this step reads, except those that every step with
+            adapters reads.
         others: Rows of operators that have no kernel, or None. Such operators are never captured.
     """
 
@@ -83,7 +83,7 @@ class GpuAdapterStep:
 
     @property
     def signature(self) -> tuple[Form, Hashable]:
-        """Identifies a step's launches and the addresses they read; see the module."""
+        """Identifies a step's launches and their addresses; see the module docstring."""
         return self.form, self.addresses
 
     def changes(self, layer: int, projection: str) -> bool:
@@ -109,7 +109,7 @@ class GpuAdapterStep:
         base: BaseProduct,
         epilogue: Epilogue | None = None,
     ) -> torch.Tensor:
-        """See ``AdapterStep``; with an epilogue, its result on the projection."""
+        """See ``AdapterStep``. With an epilogue, returns its result on the projection."""
         packed, has_ranks = self.projections[projection], (LowRank, projection) in self.form
         has_vectors = (Gain, projection) in self.form
         (a, b), ranks = packed.layers[layer], packed.slice_ranks[layer]
@@ -148,12 +148,12 @@ class GpuStore(AdapterStore):
         dtype: Serving dtype.
         device: Where the kernels run.
         max_bytes: Budget of the copies.
-        on_moved: Called with every adapter that is packed or forgotten.
+        on_moved: Called with every adapter that enters or leaves.
 
     Attributes:
         later_bytes: Bytes that will be allocated when adapters enter.
-        version: Changes whenever an adapter enters or leaves, because tables that were loaded
-            before may have wrong places.
+        version: Changes whenever an adapter enters or leaves, because places in tables that were
+            loaded before may then be wrong.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class GpuStore(AdapterStore):
         # Even a failed insert changes the version: other adapters may have moved or left.
         self.version += 1
         if not self._try_insert(adapter):
-            # Captured steps serve all adapters, so keep them.
+            # Captured steps do not depend on single adapters, so keep them.
             self.drop_idle()
             empty_cache(self._device)
             if not self._try_insert(adapter):
@@ -235,7 +235,7 @@ class GpuStore(AdapterStore):
         parts = set[tuple[Hashable, Hashable]]()
         for mix in {tuple(mix) for mix in mixes}:
             parts.update(*(self._pack.form(key) for key, _ in mix), self._slot_tables.form(mix))
-        # Components of gates are ranks like any other.
+        # The ranks of gates' components need the low-rank kernels, too.
         return frozenset(parts | {(LowRank, name) for kind, name in parts if kind is Gate})
 
     def bind(

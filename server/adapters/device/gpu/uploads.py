@@ -1,4 +1,4 @@
-"""Copies of adapters to the device, which run beside the steps.
+"""Copies of adapters to the device, which run concurrently with the steps.
 
 A thread copies them into pinned memory that is allocated once, and from there on a separate stream.
 The stream of the steps waits for them by an event, only at the first use.
@@ -23,10 +23,10 @@ from turret.server.adapters.operators.adapter_operators import AdapterOperators
 
 @functools.cache
 def _beside(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all work beside the steps.
+    """The stream for all work that runs concurrently with the steps.
 
-    torch hands out 32 streams per priority and then reuses them, and libraries and torch's
-    allocator keep memory for every stream.
+    There is only one, because torch hands out 32 streams per priority and then reuses them, and
+    because libraries and torch's allocator keep memory for every stream.
     """
     return torch.cuda.Stream(device)
 
@@ -39,12 +39,12 @@ class StepStream:
     """
 
     def __init__(self, device: torch.device) -> None:
-        # High priority: steps go before work beside them when both want the device.
+        # High priority: steps precede concurrent work when both need the device.
         self._stream = torch.cuda.Stream(device, priority=-1) if has_streams(device) else None
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Run the calling thread's work on it, after all work on the thread's stream."""
+        """Run the thread's work on this stream, after all work on the thread's own stream."""
         if self._stream is None:
             yield
             return
@@ -59,8 +59,8 @@ class StepStream:
 def beside_steps(device: torch.device) -> Iterator[None]:
     """Run the calling thread's work on a separate stream, after all work on the default stream.
 
-    The weights that such work reads are made on the default stream. The steps, on their own stream,
-    write nothing that it reads. The work has ended at the end of the block.
+    The weights that such work reads were computed on the default stream. The steps, on their own
+    stream, write nothing that it reads. When the block ends, the work has finished.
     """
     if not has_streams(device):
         yield
@@ -75,7 +75,7 @@ def beside_steps(device: torch.device) -> Iterator[None]:
 def empty_cache(device: torch.device) -> None:
     """Give back what torch's allocator holds in reserve.
 
-    After a failed capture, torch 2.11 and 2.12.0 raise an error instead.
+    After a failed capture, torch 2.11 and 2.12.0 raise an error here, which is ignored.
     """
     if has_streams(device):
         with contextlib.suppress(RuntimeError):
@@ -85,21 +85,23 @@ def empty_cache(device: torch.device) -> None:
 # Tensors that are adjacent or evenly spaced in memory are copied as one.
 
 _ALIGNMENT = 16
-# Largest gap between neighbouring tensors of a block: groups of them begin on cache lines.
+# Maximum gap between neighbouring tensors in a block, because groups of tensors begin on cache
+# lines.
 _MAX_GAP_BYTES = 64
 
 
 def by_layers(found: Iterable[tuple[int, torch.Tensor]]) -> Iterator[tuple[slice, torch.Tensor]]:
     """Join the tensors of an adapter's layers that are adjacent in memory.
 
-    All tensors of an adapter are in one block, equal shapes side by side (``lowering/lowered.py``).
-    So there is usually one piece, which is a single copy for a device.
+    All tensors of an adapter are in one block, with equal shapes side by side
+    (``lowering/lowered.py``). There is usually only one piece, so a single copy moves it to the
+    device.
 
     Args:
         found: Ascending layers, and a tensor of each.
 
     Yields:
-        Layers, and their tensors, ``[layers, …]``, on the same memory.
+        Layers, and their tensors, ``[layers, …]``, as a view of the same memory.
     """
     run: list[tuple[int, torch.Tensor]] = []
     for layer, tensor in found:
@@ -152,7 +154,7 @@ def apart(
         found: Ascending layers, and a tensor of each.
         kept: The list to which the copies are added.
         device: The device of the copies.
-        laid: Turns the tensors of some layers, ``[layers, …]``, into the tensor to copy.
+        laid: Converts the tensors of some layers, ``[layers, …]``, to the tensor to copy.
 
     Returns:
         The address of each copy.
@@ -275,9 +277,9 @@ class _Staged:
     """An adapter for which a request waits.
 
     Attributes:
-        copying: Done when its copy is queued on the stream; fails if there is no memory.
+        copying: Completes when its copy is queued on the stream; fails if there is no memory.
         num_bytes: Bytes that it takes on the device.
-        since: The time of the request for it, in seconds.
+        since: When the request asked for it, in seconds.
     """
 
     copying: Future[_Arriving]
@@ -317,13 +319,14 @@ class Uploads:
         self._lock = threading.Lock()
         self._stream = torch.cuda.Stream(device) if has_streams(device) else None
         self._staged: dict[str, _Staged] = {}
-        # Memory that queued steps may still copy from, kept until its event has passed.
+        # Memory from which queued steps may still copy; kept until its event has passed.
         self._leaving: list[tuple[torch.cuda.Event | None, torch.Tensor]] = []
 
     def is_near(self, key: str, operators: AdapterOperators) -> bool:
-        """Whether an adapter has arrived, or is not worth a wait; starts its copy if needed.
+        """Whether the device has an adapter, or a step should not wait for it; starts its copy.
 
-        It is called again and again while others run, and returns False for at most a second.
+        The caller asks repeatedly while other requests run. The answer is False for at most a
+        second.
         """
         if self._stream is None:
             return True
@@ -343,8 +346,8 @@ class Uploads:
     def take(self, key: str, operators: AdapterOperators) -> AdapterOperators:
         """An adapter's operators on the device, for later work on the current stream.
 
-        The soft prompt stays where it is. So does an adapter that was not announced and for which
-        there is no room: it is copied from host memory later, while the step waits.
+        The soft prompt stays in host memory. So does an adapter that was not announced and for
+        which there is no room: it is copied later, while the step waits.
 
         Raises:
             torch.OutOfMemoryError: There is no memory for it.

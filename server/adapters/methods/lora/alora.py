@@ -1,8 +1,8 @@
-"""aLoRA (arXiv 2504.12397, ``alora_invocation_tokens``): LoRA from its invocation in the prompt on.
+"""aLoRA (arXiv 2504.12397, ``alora_invocation_tokens``): LoRA that starts at an invocation.
 
-Tokens before the last occurrence of the invocation are computed by the base alone, so that their
-keys and values are the base's own; if the prompt does not contain it, this holds for all tokens.
-PEFT begins with the invocation's first token.
+The base alone computes the tokens before the last occurrence of the invocation, so that their keys
+and values are the base's own. If the prompt does not contain the invocation, the base computes all
+tokens. As in PEFT, the LoRA starts at the first token of the invocation.
 """
 
 from __future__ import annotations

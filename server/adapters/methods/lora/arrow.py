@@ -1,14 +1,14 @@
 """Arrow (arXiv 2405.11157, `arrow_config`): each token is routed to the LoRAs it resembles most.
 
 Every expert ``e`` has a prototype ``p_e`` per module, the direction of inputs to which ``B_e A_e``
-responds most, and needs no training::
+responds most. Prototypes need no training::
 
     α = softmax over top_k of |p_e · x| / T          y += Σ_e α_e s_e B_e A_e x
 
-General knowledge subtraction (GenKnowSub, ACL 2025, short paper 54) first takes the mean ``A`` and
-the mean ``B`` of general LoRAs from every expert's. The experts and the general LoRAs are
-registered adapters; the config names them by digest, as a learned fusion's does. PEFT's file of a
-router holds factors that its forward pass never reads.
+General knowledge subtraction (GenKnowSub, ACL 2025, short paper 54) first subtracts the mean ``A``
+and the mean ``B`` of general LoRAs from those of every expert. The experts and the general LoRAs
+are registered adapters; the config identifies them by digest, like that of a learned fusion. PEFT's
+file of a router holds factors that its forward pass never reads.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def _updates(adapter: Reading) -> dict[str, list[_Expert]]:
     """Every expert's factors on every module, after the subtraction.
 
     Raises:
-        AdapterCheckpointError: Some component lacks a module, or the factors cannot be subtracted;
-            names all.
+        AdapterCheckpointError: Components lack a module, or the factors cannot be subtracted. The
+            error lists all of them.
     """
     settings, findings = _settings(adapter), adapter.findings
     by_name = {component.ref.name: component for component in adapter.once(components_of)}
@@ -132,7 +132,7 @@ def _unscaled(component: Component, name: str) -> _Expert:
 
 
 def _starts(adapter: Reading) -> dict[int, torch.Tensor]:
-    """The start vectors of the search for prototypes, as PEFT draws them; by number of inputs."""
+    """The start vectors of the search for prototypes, as PEFT draws them, by number of inputs."""
     seed = _settings(adapter).get("rng_seed")
     if seed is None:
         adapter.warn(say("ARROW_WITHOUT_SEED"))
@@ -154,9 +154,10 @@ def _operators(m: Module) -> Piece:
 
 
 def _prototype(expert: _Expert, start: torch.Tensor) -> torch.Tensor:
-    """The top right singular vector of ``B A``, ``[in]`` fp32, as far as PEFT's steps lead to it.
+    """An approximation of the top right singular vector of ``B A``, ``[in]`` fp32, by PEFT's steps.
 
-    The products and layouts are PEFT's, because rounding matters where singular values are close.
+    The products and layouts are PEFT's, because rounding matters if singular values are close to
+    each other.
     """
     a, b = expert.a.float(), expert.b.T.float().contiguous()
     squares = b.T @ b

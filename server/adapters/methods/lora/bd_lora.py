@@ -25,10 +25,10 @@ def _shape(m: Module, role: str) -> Shape:
     if len(blocked) > 1:
         why = "both of its factors would be block-diagonal"
         m.reading.fault(_KEY, say("UNSUPPORTED_VALUE", value=m.name, why=why))
-        raise Stop
+        raise StopChecks
     if blocked and m.rank % blocks:
         m.reading.fault(_KEY, say("NOT_DIVISIBLE", size=m.rank, what="ranks", by=blocks))
-        raise Stop
+        raise StopChecks
     if role == A:
         return (R, IN / _BLOCKS) if A in blocked else (R, IN)
     if B not in blocked:

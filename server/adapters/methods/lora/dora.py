@@ -1,8 +1,8 @@
 """DoRA (arXiv 2402.09353): ``y = g ⊙ (W x + s·B A x) + b`` with ``g = m / ‖W + s·B A‖_row``.
 
 As operators: gain ``g`` on the bias-free base result, and a low-rank update whose ``B`` is scaled
-by ``s·g``. ``W`` is the weight actually served, so the norms belong to this base and are computed
-at load, never taken from elsewhere.
+by ``s·g``. ``W`` is the weight as served. The norms depend on it, so they are always computed at
+load.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from turret.server.adapters.peft_format.reading import dora_gain
 
 def _operators(m: Module) -> list[Piece]:
     a, b = m.tensors[A], m.tensors[B]
-    # At most one dequantised weight is held: it is freed before the next module's is made.
+    # Only one dequantised weight is in memory: it is freed before the next one is computed.
     own = dora_gain(m.tensors[MAGNITUDE], a, b, m.scaling, m.rows())
     (wide,) = m.wide(B)
     return [low_rank(a, wide * m.scaling * own[:, None]), Gain(own)]

@@ -1,8 +1,8 @@
 """KaSA (arXiv 2412.06071, ``kasa_config``): LoRA with a diagonal, on a weight without its noise.
 
-``ΔW = s·B diag(σ) A − W_r``, where ``W_r`` is the part of the weight served that belongs to its
-``r`` smallest singular values: a low-rank update of rank ``2 r``. Signs of singular vectors cancel
-in ``W_r``, so that it is the same whoever computes it.
+``ΔW = s·B diag(σ) A − W_r``, where ``W_r`` is the part of the served weight that belongs to its
+``r`` smallest singular values. The update has rank ``2 r``. The signs of singular vectors cancel in
+``W_r``, so it does not depend on the library that computes them.
 """
 
 from __future__ import annotations

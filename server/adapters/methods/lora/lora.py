@@ -1,8 +1,8 @@
 """LoRA (arXiv 2106.09685) and rsLoRA (arXiv 2312.03732): ``Δ(x) = s·B A x``.
 
 ``s`` is alpha/r, or alpha/√r for rsLoRA, with each module's own r and alpha. A bias inside
-``lora_B`` is scaled with it; biases that PEFT saved whole become differences from the base's.
-VeLoRA and MonteCLoRA differ from LoRA only in training.
+``lora_B`` is scaled, too. Biases that PEFT saved whole are converted to differences from the
+base's. VeLoRA and MonteCLoRA differ from LoRA only in training.
 
 The variants of LoRA in this room declare their changes to ``METHOD``.
 """
@@ -27,7 +27,10 @@ _SAMPLER_PARTS = ("expert_weights", "expert_weights_prior", "gaussian_var_prior"
 
 
 def _is_plain(config: Mapping[str, Any]) -> bool:
-    """Whether the config selects no variant of LoRA; malformed values are reported here."""
+    """Whether the config selects plain LoRA.
+
+    Malformed values count as plain, and are reported then.
+    """
     flags = any(config.get(key) is True for key in ("use_dora", "use_qalora"))
     flags = flags or isinstance(config.get(INVOCATION), list)
     return not flags and not any(

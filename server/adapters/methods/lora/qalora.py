@@ -1,7 +1,7 @@
-"""QA-LoRA (arXiv 2309.14717, ``use_qalora``): ``Δ(x) = s·B A p``, ``p`` groups of inputs added.
+"""QA-LoRA (arXiv 2309.14717, ``use_qalora``): ``Δ(x) = s·B A p``, ``p`` sums of groups of inputs.
 
-PEFT pools by ``mean · in / g``, ``g`` the group's size: a LoRA whose ``A`` repeats each column
-``g`` times, times ``in / g²``.
+PEFT pools by ``mean · in / g``, where ``g`` is the size of a group. This equals a LoRA whose ``A``
+repeats each column ``g`` times, scaled by ``in / g²``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _GROUP = "qalora_group_size"
 
 def _operators(m: Module) -> Iterator[Piece]:
     group = m.config[_GROUP]
-    # The pooling goes into b with the scaling, so that a is rounded as PEFT rounds it.
+    # Fold the pooling into b with the scaling, so that a is rounded as PEFT rounds it.
     a = m.tensors[A].repeat_interleave(group, dim=1)
     return with_bias(m, Scaled(a, m.tensors[B], m.scaling * (m.inputs / group**2)))
 

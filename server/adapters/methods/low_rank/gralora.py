@@ -25,7 +25,7 @@ def _has_whole(m: Module) -> bool:
 
 
 def _operators(m: Module) -> Piece:
-    """The blocks' factors in their places: one set of ``r/k`` ranks per pair of blocks."""
+    """The factors of all blocks in one pair of matrices, with ``r/k`` ranks per pair of blocks."""
     a, b = m.tensors[_A], m.tensors[_B]
     blocks, inputs, rank = a.shape
     outputs, part = b.shape[2], rank // blocks

@@ -4,12 +4,12 @@
 
     α = softmax_k((Wq x) · (Wk Δ_k(x)))          y += Σ_k α_k Δ_k(x)
 
-``Δ_k(x) = B_k A_k x`` is the component's own update, its scale included, and 0 where it does not
-adapt the module. The paper's value matrix is the identity here. ``Wk B_k`` is folded at load, so
-the score is taken in rank space (``kernels/fusion_gate.py``).
+``Δ_k(x) = B_k A_k x`` is the component's own update, including its scale. It is 0 if the component
+does not adapt the module. The paper's value matrix is the identity here. ``Wk B_k`` is folded at
+load, so the score is computed in rank space (``kernels/fusion_gate.py``).
 
-The checkpoint holds ``…fusion_query.weight`` ``[d_k, in]`` and ``…fusion_key.weight``
-``[d_k, out]`` per module; the components are registered adapters that the config names by digest.
+The checkpoint holds ``…fusion_query.weight`` ``[d_k, in]`` and ``…fusion_key.weight`` ``[d_k,
+out]`` per module; the components are registered adapters, which the config identifies by digest.
 """
 
 from __future__ import annotations

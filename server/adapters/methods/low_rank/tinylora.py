@@ -1,7 +1,7 @@
 """TinyLoRA (arXiv 2602.04118): ``Δ(x) = B (Σ_i v_i P_i) A x``, a handful of trained ``v``.
 
 A and B are singular directions of the weight on which it was trained; the file contains them, so
-that the update is the same on any base. ``v`` belongs to a group of modules, ``P`` is random and
+the update does not depend on the base. All modules of a group share ``v``, and ``P`` is random and
 fixed.
 """
 

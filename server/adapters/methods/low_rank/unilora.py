@@ -1,9 +1,9 @@
 """Uni-LoRA (arXiv 2506.00799): ``Δ(x) = B A x``, every entry one of ``D`` shared values, scaled.
 
-``A = θ[i_A] ⊙ s_A``, ``B = θ[i_B] ⊙ s_B``. Unless ``save_indices`` put them into the file, the
-indices are drawn again as PEFT draws them: ``0 … D − 1``, repeated as often as needed, shuffled,
-and dealt to the modules in the model's order, A before B. If ``n`` entries share a value, their
-scale is ``1/√n``.
+``A = θ[i_A] ⊙ s_A``, ``B = θ[i_B] ⊙ s_B``. If the file does not contain the indices
+(``save_indices``), they are drawn again as PEFT draws them: the numbers ``0 … D − 1``, repeated as
+often as needed and shuffled, are assigned to the modules in the model's order, A before B. If ``n``
+entries share a value, their scale is ``1/√n``.
 """
 
 from __future__ import annotations

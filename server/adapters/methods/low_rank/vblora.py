@@ -1,8 +1,7 @@
 """VB-LoRA (arXiv 2405.15179): ``Δ(x) = B A x``, both factors cut from one bank of vectors.
 
 A sub-vector of a factor is ``Σ_t softmax(l)_t bank[t]`` over the ``topk`` largest logits. The file
-has the logits or, with ``save_only_topk_weights``, the softmax of the largest ones without the
-last.
+has the logits or, with ``save_only_topk_weights``, all but the last of the largest softmax values.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def _check_indices(m: Module, role: str) -> None:
 
 
 def _vectors(m: Module, factor: str) -> torch.Tensor:
-    """The mixed vectors of a factor's places, ``[…, vector_length]``."""
+    """The sub-vectors of a factor, ``[…, vector_length]``."""
     bank = m.reading.wide(_BANK)
     if factor in m:
         kept, chosen = m.tensors[factor].to(bank.dtype).topk(m.config["topk"], dim=-1)

@@ -1,7 +1,7 @@
-"""VeRA (arXiv 2310.11454): ``Δ(x) = λ_b ⊙ B (λ_d ⊙ (A x))`` with A, B that all modules share.
+"""VeRA (arXiv 2310.11454): ``Δ(x) = λ_b ⊙ B (λ_d ⊙ (A x))`` with A and B that all modules share.
 
-Each module multiplies the corner of A and B that fits its sizes, so it has a low-rank update with
-the two vectors folded in.
+Each module uses the corner of A and B that fits its sizes, so its update is low-rank, with the two
+vectors folded in.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from turret.server.adapters.methods.kit import *
 
 
 def method(name: str, copies: int = 1) -> LinearMethod:
-    """VeRA, or a method that uses only the first part of ``copies`` in A and ``λ_d``."""
+    """VeRA, or a method whose A and ``λ_d`` have ``copies`` parts, of which it uses the first."""
     a_name, b_name = (f"base_model.{name}_{factor}" for factor in "AB")
 
     def projections(adapter: Reading) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,7 +41,7 @@ def method(name: str, copies: int = 1) -> LinearMethod:
 
 
 def _fixed(adapter: Reading, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """PEFT's fixed random A ``[rows, in]`` and B ``[out, rank]``, as large as any module.
+    """PEFT's fixed random A ``[rows, in]`` and B ``[out, rank]``, large enough for every module.
 
     A and then B are drawn uniformly by Kaiming's rule, from one generator of the CPU.
     """

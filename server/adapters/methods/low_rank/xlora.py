@@ -1,12 +1,13 @@
-"""X-LoRA (arXiv 2402.07148): LoRAs weighted per token and module by the token's state in the base.
+"""X-LoRA (arXiv 2402.07148): LoRAs weighted per token and module, by a first pass.
 
 The first pass, with the base alone or with all LoRAs at a constant scaling, gives every token a
 final state ``h``. A small classifier computes scalings from it, and the second pass applies them::
 
     α = softmax(MLP(h) / T)          y += Σ_k α_k s_k B_k A_k x
 
-The checkpoint holds the classifier. The LoRAs are registered adapters that the config names by
-digest, in the order of the classifier's outputs. ``turret convert`` makes both from PEFT's files.
+The checkpoint contains the classifier. The LoRAs are registered adapters, which the config
+identifies by digest, in the order of the classifier's outputs. ``turret convert`` makes both from
+PEFT's files.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ _DEFAULTS: Mapping[str, Any] = {
 
 
 def _layers(reading: Reading) -> _Layers:
-    """The classifier's weights and biases in order; checks all but the last number of outputs."""
+    """The classifier's weights and biases in order.
+
+    Checks all sizes but the last number of outputs.
+    """
     config, findings = reading.config, reading.findings
     if COMPONENTS_KEY not in config:
         findings.add(COMPONENTS_KEY, say("PART_OF_XLORA"))
@@ -125,7 +129,7 @@ def _router(reading: Reading, modules: int) -> TokenRouter:
     findings.raise_if_any()
     weights, biases = [], []
     for weight, bias in layers:
-        # The hidden states have no padding, but the output of a padded layer has.
+        # The hidden states are not padded, but the outputs of a padded layer are.
         wide = weight.float()
         if weights:
             wide = torch.nn.functional.pad(wide, (0, len(weights[-1]) - wide.shape[1]))

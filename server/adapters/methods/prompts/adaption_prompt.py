@@ -2,10 +2,10 @@
 
     y = o_proj(attention(x) + g · softmax(q K_aᵀ / √d) V_a),    K_a, V_a = k_proj(P), v_proj(P)
 
-``P`` is the layer's prompt, ``q`` the rotated queries; the prompt's keys have no position and are
-not rotated. ``K_a`` and ``V_a`` are the same for every token, so they are computed at load, with
-the projections served; the scale is folded into the keys and the gate into the values. If
-``o_proj`` has a bias, PEFT adds it once more, for any gate.
+``P`` is the layer's prompt, and ``q`` are the rotated queries. The prompt's keys have no position
+and are not rotated. ``K_a`` and ``V_a`` are the same for every token, so they are computed at load
+with the served projections. The scale is folded into the keys, and the gate into the values. If
+``o_proj`` has a bias, PEFT adds it a second time, for every value of the gate.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Multitask prompt tuning (arXiv 2303.02861): soft tokens ``P ⊙ (c_t r_t)`` of task ``t``.
 
-``P`` is shared by all tasks, the columns ``c_t`` and rows ``r_t`` are a task's own. An adapter is
-one task of its files.
+All tasks share ``P``, and each task has its own columns ``c_t`` and rows ``r_t``. An adapter is one
+task in its files.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Methods whose update has few parameters but a high rank: products of factors, entries."""
+"""Methods whose update has few parameters but a high rank, such as products or single entries."""

@@ -1,6 +1,6 @@
 """C3A (arXiv 2407.19342): ``Δ(x)`` of circulant blocks, ``y_m = Σ_n w_mn ⋆ x_n / in``.
 
-Each block of ``b × b`` entries is one kernel of ``b`` values, moved by one from row to row. PEFT
+Each block of ``b × b`` entries is one kernel of ``b`` values, shifted by one position per row. PEFT
 divides by the number of inputs.
 """
 
@@ -14,7 +14,7 @@ MAX_BLOCK_SIZE = 2048
 
 
 def _block_size(m: Module) -> int:
-    """The module's block size: the one among the config's sizes that its tensor has."""
+    """The module's block size: the one of the config's sizes that matches its tensor."""
     sizes = {m.config["block_size"], *(m.config.get("block_size_pattern") or {}).values()}
     size = m.extent(_KERNEL, 2)
     if size in sizes and size <= MAX_BLOCK_SIZE:
@@ -22,7 +22,7 @@ def _block_size(m: Module) -> int:
     known = ", ".join(map(str, sorted(sizes)))
     wanted = known if size not in sizes else f"at most {MAX_BLOCK_SIZE}"
     m.fault(_KERNEL, say("WRONG_COUNT", found=size, what="rows in a block", expected=wanted))
-    raise Stop
+    raise StopChecks
 
 
 _SIZE = Dim(_block_size)

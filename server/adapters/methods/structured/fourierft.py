@@ -1,6 +1,6 @@
 """FourierFT (arXiv 2405.03003): ``ΔW = s·Re F⁻¹(c)``, a few coefficients of a Fourier transform.
 
-The places of the coefficients are drawn again from the seed, exactly as PEFT draws them. Every
+The positions of the coefficients are drawn again from the seed, exactly as PEFT draws them. Every
 coefficient is a wave over the whole weight, so the update is dense.
 """
 

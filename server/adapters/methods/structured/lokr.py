@@ -16,7 +16,7 @@ def _check(m: Module) -> None:
         if len(found.shape) != 2:
             why = say("WRONG_SHAPE", shape=list(found.shape), expected="2 dimensions")
             m.fault(role, why)
-            raise Stop
+            raise StopChecks
     first, second = (_factor_shape(m, which) for which in ("w1", "w2"))
     if first is None or second is None:
         return

@@ -1,7 +1,7 @@
 """RandLoRA (arXiv 2502.00987): ``ΔW = s·Σ_n B_n diag(λ_n) A diag(γ_n)``, fixed random bases.
 
-``A`` and ``B`` are shared by all modules. Each uses the corner that fits its sizes, transposed if
-it has more inputs than outputs. The number of summed bases is that which gives the full rank.
+``A`` and ``B`` are shared by all modules. Each module uses the corner that fits its sizes,
+transposed if it has more inputs than outputs. As many bases are summed as the full rank needs.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def _operators(m: Module) -> Piece | tuple[()]:
     lambdas, gamma = m.wide(_LAMBDA, _GAMMA)
     count, wide = len(gamma), gamma.dtype
     scaled = lambdas[:, :, None] * a[:, :, : _LEAST.of(m)].to(wide) * gamma
-    # PEFT flattens one by ranks first and the other by bases first; the training used that.
+    # PEFT flattens one by ranks first and the other by bases first, and the adapter was trained
+    # that way.
     update = b[: _MOST.of(m), :count].to(wide).flatten(1) @ scaled.flatten(0, 1)
     update = update if m.inputs == _LEAST.of(m) else update.T
     return Dense(update * (m.config["randlora_alpha"] / m.config["r"]))

@@ -1,11 +1,11 @@
-"""SHiRA (arXiv 2406.13175): ``ΔW[i, j] = v`` at a few places, which the file names."""
+"""SHiRA (arXiv 2406.13175): ``ΔW[i, j] = v`` at a few positions, which the file contains."""
 
 from __future__ import annotations
 
 from turret.server.adapters.methods.kit import *
 
 _VALUES, _PLACES = "shira_weight", "shira_indices"
-_DRAWN = "the file contains the places that were drawn"
+_DRAWN = "the file contains the positions that were drawn"
 
 
 def _operators(m: Module) -> Pieces:
@@ -29,7 +29,7 @@ METHOD = LinearMethod(
     rank_of=lambda m: 0,
     tensors={
         _VALUES: (R * (IN + OUT),),
-        # PEFT writes the places as floating-point numbers on some systems.
+        # PEFT writes the positions as floating-point numbers on some systems.
         _PLACES: indices(2, R * (IN + OUT), or_floats=True),
     },
     check=check_places,

@@ -1,8 +1,8 @@
-"""Super-Tuning (arXiv 2607.09287): ``ΔW = S + s·B A``, ``S`` at the places of large weights.
+"""Super-Tuning (arXiv 2607.09287): ``ΔW = S + s·B A``, ``S`` at the positions of large weights.
 
-Without ``r`` there is no low-rank part. The file must contain the places. PEFT can also derive them
-from the largest weights of the base that the adapter was trained on, but other weights would give
-other places.
+Without ``r`` there is no low-rank part. The file must contain the positions. PEFT can also derive
+them from the largest weights of the base that the adapter was trained on, but other weights would
+give other positions.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from turret.server.adapters.methods.kit import *
 _VALUES, _PLACES = "supertuning_values", "supertuning_indices"
 _A, _B = "supertuning_lora_A.weight", "supertuning_lora_B.weight"
 _COUNT, _RANK = extent(_VALUES, 0), key("r")
-_CHOSEN = "the file contains the places that were chosen"
+_CHOSEN = "the file contains the positions that were chosen"
 
 
 def _operators(m: Module) -> Iterator[Piece]:
@@ -38,7 +38,7 @@ METHOD = LinearMethod(
     refused={
         "save_precomputed_indices": (
             (True,),
-            "the places of the update are then not in the file; save the adapter with"
+            "the file then lacks the positions of the update; save the adapter with"
             " save_precomputed_indices=True on the base model it was trained on",
         )
     },

@@ -1,8 +1,9 @@
-"""BOFT (arXiv 2311.06243): ``y = s ⊙ W (x M) + b``, ``M`` a product of butterfly factors.
+"""BOFT (arXiv 2311.06243): ``y = s ⊙ W (x M) + b``, where ``M`` is a product of butterfly factors.
 
-``M = M_N … M_1``, ``M_i = P_i diag(R) P_iᵀ``, each block of ``R`` Cayley's of the skew part of what
-is saved. ``P_i`` moves inputs only within runs of ``b 2ⁱ⁻¹``, so ``M`` is block-diagonal again,
-with blocks of ``b 2ᴺ⁻¹``. PEFT makes one factor if its CUDA extension is missing, for any config.
+``M = M_N … M_1`` and ``M_i = P_i diag(R) P_iᵀ``. Each block of ``R`` is the Cayley transform of the
+skew part of the saved block. ``P_i`` moves inputs only within runs of ``b 2ⁱ⁻¹``, so ``M`` is
+block-diagonal again, with blocks of ``b 2ᴺ⁻¹``. If PEFT's CUDA extension is missing, it makes only
+one factor, whatever the config says.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def _product(saved: torch.Tensor) -> torch.Tensor:
 
 
 def _order(run: int, width: int, half: int) -> torch.Tensor:
-    """The butterfly's order: in every ``width`` inputs the even halves of blocks, then the odd."""
+    """The butterfly's order: of every ``width`` inputs, the even half-blocks, then the odd ones."""
     halves = torch.arange(run).view(run // width, width // half, half)
     return torch.cat((halves[:, ::2], halves[:, 1::2]), dim=1).flatten()
 

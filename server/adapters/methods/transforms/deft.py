@@ -1,7 +1,7 @@
 """DEFT (and PaRa): a subspace of the outputs is removed from ``W`` and filled again.
 
 ``ΔW = Q (s R − Fᵀ W)``: with ``relu``, ``Q = P`` and ``F = relu(P)``; with ``qr``, both are the
-orthonormal factor of ``P``. ``para`` only removes (no ``R``). ``s`` is ``alpha / r``, or 1
+orthonormal factor of ``P``. ``para`` only removes, and has no ``R``. ``s`` is ``alpha / r``, or 1
 without ``alpha``.
 """
 

@@ -1,9 +1,10 @@
 """FRoD (doi 10.1609/aaai.v40i31.39813): ``y = U (S + diag(l)) Vᵀ x + b`` instead of ``W x + b``.
 
-The file has ``V``, which modules of one kind share, the sparse ``S``, and ``l``; ``U`` is solved
-from the weight: the columns of ``W V⁻ᵀ``, each divided by its length. So the error of a 4-bit
-weight gets into ``U``, and the worse the condition of ``V``, the more of it reaches the update. The
-error is estimated and reported, and the adapter is rejected if most of the update would be noise.
+The file contains ``V``, which modules of the same kind share, the sparse ``S``, and ``l``. ``U`` is
+computed from the weight: its columns are those of ``W V⁻ᵀ``, each divided by its length. The error
+of a 4-bit weight therefore affects ``U``, and the worse the condition of ``V``, the more it affects
+the update. The error is estimated and reported. The adapter is rejected if most of the update would
+be noise.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def _check_noise(adapter: Reading) -> None:
 
 
 def _update(m: Module, inverse: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """The update, fp64, and the expected norm of its error because of NF4.
+    """The update, fp64, and the expected norm of the error that NF4 causes in it.
 
     With ``W = U diag(l₀) Vᵀ`` it is ``U C Vᵀ``, ``C = S + diag(l − l₀)``; an error ``E`` of the
     weight adds ``E V⁻ᵀ diag(1 / l₀) C Vᵀ``.

@@ -1,8 +1,8 @@
 """GLoRA (arXiv 2306.07967): ``y = (W + W ⊙ A + B) x + b + b ⊙ D + E + W C``.
 
-``A`` as a vector or a number is a gain, and ``B`` an update of rank 1; with ``lora``, PEFT's
-default, ``A`` is a low-rank matrix that multiplies the weight entry by entry, and ``B`` a low-rank
-update. ``C``, ``D`` and ``E`` change the bias, if the base has one.
+If ``A`` is a vector or a number, it is a gain; ``B`` is then an update of rank 1. With ``lora``,
+PEFT's default, ``A`` is a low-rank matrix that multiplies the weight elementwise, and ``B`` a
+low-rank update. ``C``, ``D`` and ``E`` change the bias, if the base has one.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _operators(m: Module) -> Iterator[Piece]:
 
 
 def _bias(m: Module) -> torch.Tensor | None:
-    """``b ⊙ D + E + W C``, or None if there are none of the three."""
+    """``b ⊙ D + E + W C``, or None if all three are missing."""
     served = m.bias()
     if served is None:
         return None
@@ -81,7 +81,7 @@ def _bias(m: Module) -> torch.Tensor | None:
 
 
 def _rank(m: Module) -> int:
-    """The rank that is served: 1 for a vector, and C has none once it is multiplied out."""
+    """The served rank: 1 for a vector. C has no rank, because it is multiplied out."""
     return {"lora": m.rank, "none": 0}.get(m.config["config_A_B"], 1)
 
 

@@ -1,7 +1,7 @@
-"""HiRA (ICLR 2025): ``y = (W + W ⊙ B A) x + b``, the weight times a low-rank matrix entry by entry.
+"""HiRA (ICLR 2025): ``y = (W + W ⊙ B A) x + b``, the weight times a low-rank matrix, elementwise.
 
-``(W ⊙ B A) x = Σ_r b_r ⊙ W (a_r ⊙ x)``: the base multiplies ``r`` more rows for a token, and
-nothing as large as the weight is made. There is no scale.
+``(W ⊙ B A) x = Σ_r b_r ⊙ W (a_r ⊙ x)``: the base multiplies ``r`` more rows for a token, and no
+matrix as large as the weight is computed. There is no scale.
 """
 
 from __future__ import annotations

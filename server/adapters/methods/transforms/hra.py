@@ -1,9 +1,9 @@
 """HRA (arXiv 2405.17484): ``y = W R x``, ``R = Π (I − 2 u_i u_iᵀ)``; ``apply_GS``: ``I − 2 U Uᵀ``.
 
-``R − I`` has rank ``r``: with ``V`` the unit reflection vectors it is ``P Vᵀ`` (the compact WY
-form), so ``ΔW = W P Vᵀ``. Training starts from pairs of equal reflections, in which ``P Vᵀ`` is a
-small difference of large factors; with ``V = Q T`` (QR) the factors are ``Qᵀ`` and ``W (P Tᵀ)``,
-which are of the update's own size and lose nothing when they are rounded.
+``R − I`` has rank ``r``. If the columns of ``V`` are the unit reflection vectors, it is ``P Vᵀ``
+(the compact WY form), so ``ΔW = W P Vᵀ``. Training starts from pairs of equal reflections, for
+which ``P Vᵀ`` is a small difference of large factors. With ``V = Q T`` (QR), the factors are ``Qᵀ``
+and ``W (P Tᵀ)``. These are as small as the update itself, so rounding them loses nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _operators(m: Module) -> Pieces:
 
 
 def _reflections(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``R − I`` of reflections one after another as ``change @ a``.
+    """``R − I`` for successive reflections, as ``change @ a``.
 
     Args:
         u: ``[in_features, r]`` fp64, a direction in each column.

@@ -2,12 +2,12 @@
 
 - PEFT from 0.16: ``oft_R.weight``, the upper triangle of a skew ``Q`` per block. ``R`` is Cayley's
   ``(I − Q)(I + Q)⁻¹``, or with ``use_cayley_neumann`` a series of ``(I + Q)(I − Q)⁻¹``, which PEFT
-  changed with 0.18: ``I + 2Q + … + 2Qᵗ⁻¹`` before, and half of its last term since. An adapter
-  needs the series with which it was trained, and ``peft_version`` determines it.
+  changed in 0.18: before, it was ``I + 2Q + … + 2Qᵗ⁻¹``; since then, the last term is halved. An
+  adapter needs the series with which it was trained. ``peft_version`` determines it.
 - The same with ``block_share``: one block for all inputs.
 - PEFT 0.14 and 0.15: ``oft_r``, whose skew part is ``Q``, and ``oft_s``, a gain.
 
-Before 0.14 PEFT turned outputs; those files have no ``oft_block_size``.
+Before 0.14, PEFT rotated outputs. Files from those versions have no ``oft_block_size``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ def _block_size(m: Module) -> int:
 
 
 def dividing(in_features: int, wanted: int) -> int:
-    """The divisor of the inputs next to a number, the smaller of two; PEFT turns blocks of it."""
+    """The divisor of the inputs that is closest to a number, or the smaller of the two closest.
+
+    PEFT derives the block size from it.
+    """
     if wanted >= in_features:
         return in_features
     lower = next(n for n in range(wanted, 0, -1) if in_features % n == 0)
@@ -90,7 +93,7 @@ def _rotation(m: Module) -> torch.Tensor:
 
 def _series(skew: torch.Tensor, terms: int, is_new: bool) -> torch.Tensor:
     """The first powers of ``(I + Q)(I − Q)⁻¹ − I = 2 (Q + Q² + …)``."""
-    # PEFT 0.18 and later use Q to Q³ whenever they use Q².
+    # PEFT 0.18 and later always use Q³ if they use Q².
     last = max(terms - 1, 3) if is_new and terms > 2 else terms - 1
     power, total = torch.eye(skew.shape[1], dtype=skew.dtype), torch.zeros_like(skew)
     for exponent in range(1, last + 1):
@@ -100,7 +103,10 @@ def _series(skew: torch.Tensor, terms: int, is_new: bool) -> torch.Tensor:
 
 
 def _is_new(version: str | None) -> bool:
-    """Whether a version of PEFT, written since 0.18, has the series of 0.18."""
+    """Whether this version of PEFT has the series of 0.18.
+
+    Configs from earlier versions do not contain the version.
+    """
     parts = re.match(r"(\d+)\.(\d+)", version or "")
     return parts is not None and (int(parts[1]), int(parts[2])) >= _NEW_SERIES
 
@@ -113,7 +119,7 @@ def _skew(triangle: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _projected(blocks: torch.Tensor, eps: float) -> torch.Tensor:
-    """Blocks no farther from zero than ``eps`` over the root of their number (``coft``)."""
+    """The blocks, limited to a norm of ``eps`` over the root of their number (``coft``)."""
     limit = eps / math.sqrt(len(blocks))
     norms = blocks.flatten(1).norm(dim=1)[:, None, None]
     return torch.where(norms <= limit, blocks, limit * (blocks / norms))

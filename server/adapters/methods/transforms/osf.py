@@ -1,7 +1,7 @@
 """OSF (arXiv 2504.07097): replaces the tail of the weight's singular value decomposition.
 
-``ΔW = U diag(S) V − (U diag(S) V)₀``: the file has the trained tail, and the weight served has the
-tail that it replaces.
+``ΔW = U diag(S) V − (U diag(S) V)₀``: the file contains the trained tail, which replaces the tail
+of the served weight.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from turret.server.adapters.methods.kit import *
 
 _U, _S, _V = (f"osf_svd_params.{name}" for name in ("U_low", "S_low", "V_low"))
 _COUNTED = "the tensors show how many singular values are trained"
-# PEFT leaves at least one singular value untrained, or all of them.
+# The number of trained singular values. PEFT never trains all of them.
 _N = extent(_S, 0)
 
 

@@ -1,7 +1,8 @@
 """PEANuT (arXiv 2410.01870): ``ΔWᵀ = s · f(… f(Wᵀ Aᵀ) …) Bᵀ``, a network that reads the weight.
 
-``depth`` encoders and as many decoders follow ``A``, each a square matrix and the activation, and
-each decoder adds the input of its encoder. The network runs once, at load; its result is a factor.
+``A`` is followed by ``depth`` encoders and as many decoders. Each consists of a square matrix and
+the activation, and each decoder adds the input of its encoder. The network runs once, at load, and
+its result is a factor.
 """
 
 from __future__ import annotations

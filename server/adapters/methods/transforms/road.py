@@ -1,9 +1,10 @@
-"""RoAd (arXiv 2409.00119): pairs of outputs are turned and scaled, ``y = R (W x + b)``.
+"""RoAd (arXiv 2409.00119): pairs of outputs are rotated and scaled, ``y = R (W x + b)``.
 
-Outputs come in groups, whose halves are partners. With ``z = W x + b``, ``y_o = c_o z_o − s_o
-z_p(o)`` in the first half and ``c_o z_o + s_o z_p(o)`` in the second. ``c = α cos θ`` and ``s = α
-sin θ``, of a pair (``road_1``), of an output (``road_2``), or each with its own ``α`` and ``θ``
-(``road_4``). That is a gain ``c``, the addends of partners, and ``R b − b`` added to the bias.
+Outputs form groups, and the outputs in the two halves of a group are partners. With ``z = W x +
+b``, ``y_o = c_o z_o − s_o z_p(o)`` in the first half, and ``c_o z_o + s_o z_p(o)`` in the second.
+``c = α cos θ`` and ``s = α sin θ`` are the same for a pair (``road_1``), for an output
+(``road_2``), or have different ``α`` and ``θ`` (``road_4``). The operators are a gain ``c``, the
+additions of partners, and ``R b − b`` added to the bias.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ def _is_selector(value: Any) -> Text | None:
 
 
 def _feedforward(adapter: Reading) -> frozenset[str]:
-    """The modules whose input is scaled; as in PEFT, a listed name matches any path's ending."""
+    """The modules whose input is scaled. As in PEFT, a listed name matches the end of any path."""
     chosen, names = adapter.config[_KEY], list(adapter.modules)
     if not isinstance(chosen, str):
         return frozenset(name for name in names if name.endswith(tuple(chosen)))
@@ -37,7 +37,7 @@ def _check(adapter: Reading) -> None:
         found = list(m.tensors[_VECTOR].shape)
         wanted = [1, m.inputs] if name in is_feedforward else [m.outputs, 1]
         if found != wanted:
-            # The vector is for the other side, so config and tensor contradict each other.
+            # The vector has the size of the other side, so config and tensor contradict each other.
             m.fault(_VECTOR, say("WRONG_SHAPE", shape=found, expected=wanted))
 
 

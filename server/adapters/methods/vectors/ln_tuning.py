@@ -1,7 +1,7 @@
 """LN tuning (arXiv 2312.11420): new weights for the norms.
 
-A norm's weight multiplies the input of its linear modules, so a new one is an input gain ``w' / w``
-of each of them: of q, k and v, of gate and up, or of the head.
+A norm's weight multiplies the input of its linear modules, so a new weight is an input gain ``w' /
+w`` of each of them: of q, k and v, of gate and up, or of the head.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _lower(reading: Reading) -> Lowered:
         else:
             findings.mismatch(name, say("NO_SUCH_MODULE", module=module))
     findings.raise_if_any()
-    # A merge changes no norm, so the gains stay right.
+    # A merge changes no norm, so the gains stay correct.
     return finish(reading, assembly.modules())
 
 

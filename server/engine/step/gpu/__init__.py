@@ -1,1 +1,1 @@
-"""Steps on a GPU: tables that stay there, captured steps, tokens drawn on the device."""
+"""Steps on a GPU: tables on the device, captured steps, and sampling on the device."""

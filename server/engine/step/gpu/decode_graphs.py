@@ -1,10 +1,10 @@
-"""Decode steps as CUDA graphs: captured once per shape of step, replayed from then on.
+"""Decode steps as CUDA graphs: captured once per shape of step, and replayed after that.
 
 A step's launches depend on its bucket (the number of rows, rounded up) and on the kinds of
-operators in it; everything else is data in buffers of fixed address. A step runs in a larger form
-than its own if that is captured: kernels that it does not need find empty tables. Common shapes are
-captured at startup. Other shapes are launched kernel by kernel, and are captured once they occur
-often. If there are too many graphs, the least recently used one is dropped.
+operators in it; everything else is data in buffers of fixed address. A step can run in a captured
+form that is larger than its own, because kernels that it does not need find empty tables. Common
+shapes are captured at startup. Other shapes are launched kernel by kernel, and are captured once
+they occur often. If there are too many graphs, the least recently used one is dropped.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _log = logging.getLogger(__name__)
 # Outputs of a step; the tensors keep their addresses, and a replay overwrites them.
 Outputs = tuple[torch.Tensor, torch.Tensor]
 Body = Callable[[], Outputs]
-# Kind (rows, and whether embeddings are made before), form and addresses.
+# Kind (number of rows, and whether embeddings are computed before), form and addresses.
 Key = Any
 
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 _LARGE_BUCKET = 64
 # A step is captured when it occurs for the eighth time within a window of steps. After a failed
-# capture, a whole window passes before the next attempt. After three failures in a row for other
-# reasons than memory, there are no more attempts.
+# capture, a whole window passes before the next attempt. After three consecutive failures for
+# reasons other than memory, there are no more attempts.
 SIGHTS, WINDOW, _MAX_FAILURES = 8, 256, 3
 
 
@@ -46,7 +46,7 @@ class Capture(Protocol):
         ...
 
     def forget(self) -> None:
-        """Note that every captured graph has been dropped."""
+        """Record that every captured graph has been dropped."""
         ...
 
 
@@ -60,16 +60,16 @@ def buckets(max_rows: int) -> tuple[int, ...]:
 class CudaCapture:
     """Captures with one memory pool for all graphs that are alive, of which one runs at a time.
 
-    The pool also holds the workspace of cuBLAS. From torch 2.12 on, the end of a graph gives the
-    workspace back to the pool, so the other graphs may still use its memory.
+    The pool also holds the workspace of cuBLAS. Since torch 2.12, the end of a graph returns the
+    workspace to the pool, although other graphs may still use its memory.
 
     Args:
         device: Where the bodies run.
     """
 
     def __init__(self, device: torch.device) -> None:
-        # Kernels of a graph keep the priority of the stream that they were captured on, so it is
-        # that of ``StepStream``, the only other stream of this priority.
+        # Kernels in a graph keep the priority of the stream on which they were captured, so this
+        # stream has the priority of ``StepStream``, the only other one with it.
         self._stream = torch.cuda.Stream(device, priority=-1)
         self._pool: Any = None
 
@@ -87,7 +87,7 @@ class CudaCapture:
             with torch.cuda.stream(before), capturing:
                 outputs = body()
         except RuntimeError:
-            # The failed graph does not give the workspace back, and its pool is never used again.
+            # The failed graph does not return the workspace, and its pool is never used again.
             torch._C._cuda_clearCublasWorkspaces()
             raise
         return graph.replay, outputs
@@ -109,7 +109,7 @@ class DecodeGraphs:
     """The captured steps. Not thread-safe.
 
     Args:
-        capture: Captures a body, or None to run every step as it is.
+        capture: Captures a body; None runs every step uncaptured.
         capacity: Maximum number of graphs.
         on_off: Called if there will be no more captures, so that steps stay slow.
     """
@@ -127,13 +127,14 @@ class DecodeGraphs:
         self._step = self._resumes = self._failures = 0
         # The latest steps in which a form was seen.
         self._seen: dict[Key, deque[int]] = {}
-        # Kind → the step from which on steps were noted that no graph served, and their joint form.
+        # Kind → the number of the first recent step without a suitable graph, and the joint form of
+        # all such steps.
         self._missing: dict[Hashable, tuple[int, frozenset[Any]]] = {}
         # The graph that was used last comes last.
         self._graphs: OrderedDict[Key, tuple[Callable[[], None], Outputs]] = OrderedDict()
 
     def run(self, epoch: Hashable, key: Key, body: Body) -> Outputs:
-        """Run a step, captured if it can be.
+        """Run a step, captured if possible.
 
         Args:
             epoch: Changes when a tensor that bodies read has moved, which makes all graphs invalid.
@@ -153,7 +154,7 @@ class DecodeGraphs:
         return outputs
 
     def form_for(self, kind: Hashable, own: frozenset[Any]) -> frozenset[Any]:
-        """The form in which to run a step, so that few graphs serve all.
+        """The form in which to run a step, chosen so that a few graphs suffice for all steps.
 
         This is the smallest captured form that includes the step's own form, or else a joint form
         of all recent steps without a captured form. If steps are not captured, it is the step's
@@ -175,7 +176,7 @@ class DecodeGraphs:
         return union | own
 
     def prepare(self, epoch: Hashable, key: Key, body: Body) -> None:
-        """Capture a step before it is needed; runs it once as it is, which compiles it.
+        """Capture a step before it is needed. Runs it uncaptured once, which compiles its kernels.
 
         Args:
             epoch: See ``run``.
@@ -203,7 +204,7 @@ class DecodeGraphs:
             self._epoch = epoch
 
     def _is_due(self, key: Key) -> bool:
-        """Note that a form occurs in this step; returns whether it is worth a capture."""
+        """Record that a form occurs in this step; returns whether it should be captured."""
         self._step += 1
         if len(self._seen) > 8 * self._capacity:
             self._seen.clear()

@@ -61,8 +61,8 @@ from turret.server.models.decoding.kv_cache import KvCache
 
 # Share of the memory left free by the model.
 _ADAPTER_SHARE = 1 / 7
-# Share of the device's memory for what captured steps and libraries keep, gaps between allocations,
-# and a merge's second copy of a projection.
+# Share of the device's memory for captured steps, libraries, gaps between allocations, and a
+# merge's second copy of a projection.
 _SPARE_SHARE = 0.05
 
 
@@ -79,8 +79,8 @@ def spare_bytes(device: torch.device) -> int:
 def largest_step(num_tokens: int, num_seqs: int, block_size: int) -> Step:
     """A step of prompts with as many rows and as many samples as a step may have.
 
-    One prompt is as long as can be, since short ones are multiplied with less memory. All its
-    sequences lie in KV block 1. It uses no adapters.
+    One prompt is as long as possible, because the products of short ones need less memory. All
+    sequences use KV block 1. It uses no adapters.
     """
     num_seqs = min(num_seqs, num_tokens)
     scheduled = []
@@ -96,7 +96,7 @@ def largest_step(num_tokens: int, num_seqs: int, block_size: int) -> Step:
 def measure(run: Callable[[Step], object], step: Step, device: torch.device) -> int:
     """The peak of a step's own memory, in bytes.
 
-    Everything that the step compiled and cached is freed afterwards.
+    Everything that the step compiled or cached is freed afterwards.
     """
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -110,7 +110,7 @@ def measure(run: Callable[[Step], object], step: Step, device: torch.device) -> 
 
 _log = logging.getLogger(__name__)
 
-# Called with a description, the number of forms that are done, and their total.
+# Called with a description, the number of finished forms, and the total number.
 Progress = Callable[[str, int, int], None]
 
 
@@ -196,7 +196,7 @@ _SHORT_PROMPT = 64
 
 
 def generates(sequence: Sequence) -> bool:
-    """Whether its one new row is the last generated token's, so that the next is drawn from it."""
+    """Whether its only new row is the last generated token's, from which the next is drawn."""
     return sequence.prompt_end <= sequence.num_computed == len(sequence.tokens) - 1
 
 
@@ -212,9 +212,9 @@ def in_order(items: SequenceOf[Scheduled]) -> list[Placed]:
 def is_fused(item: Scheduled) -> bool:
     """Whether the item's rows go through ``nf4_matmul``: decoding rows, and short prompts.
 
-    A step with any other row dequantises all weights, which delays all of its rows by more than
-    many decode steps. The length of the whole prompt decides, not that of the chunk, because chunks
-    depend on the batch.
+    A step with any other row dequantises all weights, which takes longer than many decode steps and
+    delays all of its rows. The length of the whole prompt decides, not that of the chunk, because
+    chunks depend on the batch.
     """
     sequence = item.sequence
     return sequence.num_computed >= sequence.prompt_end or sequence.prompt_end <= _SHORT_PROMPT
@@ -225,8 +225,8 @@ class GpuExecutor:
 
     Args:
         decoder: The model.
-        cache: Its KV cache. Blocks are not cleared when they change owner: the kernels read no
-            position that was not written.
+        cache: Its KV cache. Blocks are not cleared when they change owner, because the kernels read
+            only positions that were written.
         store: The adapters.
         max_num_seqs: Maximum number of sequences in a step.
         max_num_batched_tokens: Maximum number of rows in a step.
@@ -267,8 +267,8 @@ class GpuExecutor:
 
         self._decode, self._mixed = tables(max_num_seqs), tables(max_num_batched_tokens)
         self._every_row = torch.arange(max_num_seqs, device=device)
-        # Outputs shared by all decode steps: a captured step writes to the same addresses each
-        # time.
+        # All decode steps share these outputs, because a captured step always writes to the same
+        # addresses.
         size = (max_num_seqs, decoder.arch.vocab_size)
         self._logits = torch.empty(size, dtype=torch.float32, device=device)
         size = (max_num_seqs, decoder.arch.hidden_size)
@@ -289,8 +289,8 @@ class GpuExecutor:
         """The decode steps to be captured at startup, the largest first.
 
         Returns:
-            Buckets, each with the projections that have low-rank updates: no projections, PEFT's
-            default projections, those of attention, and all.
+            Buckets, each with the projections that have low-rank updates: none, PEFT's default
+            ones, those of attention, and all.
         """
         projections = frozenset(self._decoder.arch.linears())
         kinds = [frozenset[str](), frozenset({"qkv"}), frozenset({"qkv", "o"}), projections]
@@ -316,8 +316,8 @@ class GpuExecutor:
         """
         for bucket in self._buckets:
             self._body(self._decode, self._padding(self._decode, packed, bucket))()
-        # Cover long prompts, whose products are a library's, alone and beside decoding rows, and
-        # short prompts.
+        # Cover short prompts, and long ones, whose products come from a library, both alone and
+        # together with decoding rows.
         most = min(_SHORT_PROMPT + 1, self._mixed.max_rows)
         few = min(32, most)
         for rows, num_decode in ((most, 0), (most, 1), (most, few), (few, few), (most, most)):
@@ -334,7 +334,7 @@ class GpuExecutor:
     def _padding(
         self, tables: StepTables, form: Form | None, rows: int, num_decode: int | None = None
     ) -> GpuStep:
-        """A step with only padding, whose keys and values go to block 0, which nobody reads."""
+        """A step with only padding, whose keys and values go to block 0, which is never read."""
         num_decode, adapters = rows if num_decode is None else num_decode, None
         if form is not None:
             with tables.adapters():
@@ -356,7 +356,7 @@ class GpuExecutor:
         try:
             return self._run(step)
         except BaseException:
-            # The tables may not have been sent, so what the device holds is unknown.
+            # The tables may not have been sent, so the content of the device is unknown.
             self._blocks.clear()
             self._bound = self._last = self._prepared = None
             raise
@@ -385,7 +385,7 @@ class GpuExecutor:
         self._last = self._prepared = None
 
     def free_memory(self) -> None:
-        """Give back captured steps, idle adapters and what torch's allocator holds."""
+        """Free captured steps, idle adapters and the memory that torch's allocator holds."""
         self._graphs.drop()
         self.store.drop_idle()
         empty_cache(self._decoder.device)
@@ -494,7 +494,7 @@ class GpuExecutor:
         groups: SequenceOf[VocabularyGroup],
         tables: StepTables,
     ) -> None:
-        """Make the logits of a step whose adapters change the head, and draw once more."""
+        """Compute the logits of a step whose adapters change the head, and draw again."""
         if groups:
             self._decoder.logits(hidden, groups, logits)
             if self._sampler is not None:

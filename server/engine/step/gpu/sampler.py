@@ -1,8 +1,9 @@
 """Draws the tokens of a step on the device, all rows at once, with one wait.
 
-The drawing kernel is part of the step's launches, so a captured step draws too; its parameters are
-sent with the step's tables. Rows with parameters that the kernel does not support (penalties,
-biases, bans) are drawn again after their logits were changed; the host still waits only once.
+The sampling kernel is part of the step's launches, so a captured step also draws tokens. Its
+parameters are sent with the step's tables. Rows with parameters that the kernel does not support
+(penalties, biases, bans) are drawn again after their logits were changed; the host still waits only
+once.
 """
 
 from __future__ import annotations
@@ -32,22 +33,23 @@ from turret.server.engine.step.sampler import (
 )
 
 _HOST = torch.device("cpu")
-# Larger numbers are not exact in fp32, and no vocabulary has this many tokens.
+# Larger numbers are not exact in fp32, and no vocabulary has as many tokens.
 _MAX_TOP_K = 1 << 24
 # Temperature, top-p, distance and top-k, in the format of ``SamplingTable``.
 _Row = tuple[float, float, float, float]
 
 
 class GpuSampler:
-    """Keeps each running sequence's random numbers and what changes its logits.
+    """Keeps the random numbers of each running sequence, and the changes to its logits.
 
     Args:
         stop_token_ids: The model's end tokens, not drawn while under ``min_tokens``.
-        max_seqs: Sequences of a step at most.
+        max_seqs: Maximum number of sequences in a step.
         device: Where the logits are.
     """
 
-    # Masks are made while the device computes; a late mask would cost another wait for the device.
+    # Masks are computed while the device computes. A late mask would require another wait for the
+    # device.
     takes_late_masks = False
 
     def __init__(self, stop_token_ids: frozenset[int], max_seqs: int, device: torch.device) -> None:
@@ -154,7 +156,7 @@ class GpuSampler:
         return draws
 
     def _to_host(self, tokens: torch.Tensor, *reports: torch.Tensor) -> list[torch.Tensor]:
-        """Copy results to the host: the step's only wait."""
+        """Copy results to the host. This is the step's only wait."""
         if self._read is None:
             return [tokens, *reports]
         targets = [self._host[: len(tokens)]]
@@ -166,10 +168,10 @@ class GpuSampler:
         return targets
 
     def _change(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> bool:
-        """Apply what the requests ask of their rows, in place; whether there was anything.
+        """Change the logits as the requests ask, in place; returns whether anything changed.
 
-        The order is that of ``Adjustment``; every kind is one operation for all rows, by flat
-        places in ``logits``, which no two rows share.
+        The order is that of ``Adjustment``. Each kind of change is one operation for all rows, on
+        flat indices into ``logits`` that no two rows share.
         """
         rows = [(i, s) for i, s in enumerate(sequences) if _is_adjusted(s)]
         if not rows:
@@ -183,7 +185,7 @@ class GpuSampler:
     def _adjustment(self, sequence: Sequence) -> Adjustment:
         found = self._adjustments.get(sequence)
         if found is None:
-            # Its tensors stay on the host, where new tokens are read; all changes are copied
+            # Its tensors stay on the host, where new tokens are read. All changes are copied
             # together.
             found = Adjustment(sequence, self._stop_token_ids, _HOST)
             self._adjustments[sequence] = found
@@ -199,7 +201,7 @@ class _Changes:
 
     def __init__(self, vocab: int) -> None:
         self._vocab = vocab
-        # Places and numbers of the changes, by kind, in the order in which they are applied.
+        # Indices and numbers of the changes, by kind, in the order in which they are applied.
         self._places: list[list[torch.Tensor]] = [[] for _ in range(4)]
         self._numbers: list[list[torch.Tensor]] = [[] for _ in range(4)]
 
@@ -245,7 +247,7 @@ class _Changes:
 
 def _row(params: SamplingParams) -> tuple[UniformStream | None, _Row]:
     """The random numbers of a request and the sampling parameters of its rows."""
-    # Avoid -0: its bits are no valid distance.
+    # Avoid -0, whose bits are not a valid distance.
     distance = 0.0 - math.log(params.min_p) if params.min_p > 0.0 else math.inf
     top_k = float(min(params.top_k, _MAX_TOP_K))
     row = (params.temperature, params.top_p, distance, top_k)

@@ -50,7 +50,7 @@ class BlockUpdates:
 
     Attributes:
         begins: Where each sequence's block numbers begin.
-        places: Places in the buffer to be written before the step's kernels.
+        places: Indices of the buffer that must be written before the step's kernels.
         numbers: The block numbers that belong there.
     """
 
@@ -68,8 +68,8 @@ class BlockTables:
         device: Where the buffer is.
 
     Attributes:
-        buffer: ``[(max_seqs + 1) · row length]`` int32 on the device. Place 0 is read by nobody.
-        epoch: Moves with the buffer's address.
+        buffer: ``[(max_seqs + 1) · row length]`` int32 on the device. Index 0 is never read.
+        epoch: Changes with the buffer's address.
     """
 
     def __init__(self, max_seqs: int, max_blocks: int, device: torch.device) -> None:
@@ -100,7 +100,7 @@ class BlockTables:
         return [self._rows[sequence].begin for sequence in sequences]
 
     def update(self, sequences: SequenceOf[Sequence]) -> BlockUpdates:
-        """Find what must be sent for a step; from then on it counts as sent."""
+        """Find what must be sent for a step. From then on, it counts as sent."""
         longest = max([len(sequence.blocks) for sequence in sequences], default=0)
         if longest > self._max_blocks:
             self.epoch += 1
@@ -125,7 +125,7 @@ class BlockTables:
         """Write block numbers, on the current stream.
 
         Args:
-            places: ``[updates]`` int64 on the device; place 0 for unused updates.
+            places: ``[updates]`` int64 on the device; index 0 for unused updates.
             numbers: ``[updates]`` int32 on the device.
         """
         self.buffer.index_copy_(0, places, numbers)
@@ -137,7 +137,7 @@ class BlockTables:
         self.write(places, numbers)
 
     def _assign(self, sequence: Sequence, step: SequenceOf[Sequence]) -> _Row:
-        """Give a sequence an empty row: its own, a free one, or that of one not in the step."""
+        """Give a sequence an empty row: its own, a free one, or one from outside the step."""
         self.forget(sequence)
         if not self._free:
             needed = set(step)
@@ -149,11 +149,11 @@ class BlockTables:
 
 AttentionWords = dict[int | None, torch.Tensor]
 
-# Limits attention's scratch memory: beyond this, a long context is read by one program.
+# Limit on attention's scratch memory. Beyond this, one program reads a long context.
 _MAX_SPREAD_RECORDS = 2048
 # Ranks per row for which the first segment table has room; the table grows if a step needs more.
 _FIRST_ROW_RANK = 256
-# A multiple of 16, like all sizes after it: kernels are compiled for that.
+# A multiple of 16, like all later sizes, because kernels are compiled for that.
 _FIRST_MEMBERS = 16
 _FIRST_GATES = 2
 _FIRST_ROW_ASKED = 64
@@ -162,8 +162,9 @@ _FIRST_ROW_ASKED = 64
 class StepTables:
     """Everything that a step's kernels read, at fixed addresses (``GpuTables``).
 
-    There are two memories: one for data that every step changes (rows, attention, sampling), and
-    one for data that changes with the adapters of the rows. Usually each is filled by one copy.
+    There are two buffers: one for data that changes with every step (rows, attention, sampling),
+    and one for data that changes with the adapters of the rows. Usually one copy fills each of
+    them.
 
     Args:
         arch: The model.
@@ -211,13 +212,16 @@ class StepTables:
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """A context for loading a step's rows, attention and sampling, which its end sends."""
+        """A context in which a step's rows, attention and sampling are loaded.
+
+        Its end sends them.
+        """
         with self._memory.step():
             yield
 
     @contextlib.contextmanager
     def adapters(self) -> Iterator[None]:
-        """A context for loading the tables of the rows' adapters, which its end sends."""
+        """A context in which the tables of the rows' adapters are loaded. Its end sends them."""
         with self._adapter_memory.step():
             yield
 
@@ -236,7 +240,7 @@ class StepTables:
 
         Args:
             rows: The rows.
-            sample_rows: Rows that tokens are drawn from.
+            sample_rows: Rows from which tokens are drawn.
             updates: Block numbers to be written; see ``write_blocks``.
             attention: The result of ``attention_words``.
 
@@ -259,13 +263,13 @@ class StepTables:
     def _load_updates(self, updates: BlockUpdates) -> None:
         places, numbers = updates.places, updates.numbers
         if len(places) > self.max_rows:
-            # A long prompt was found in the prefix cache: its blocks are too many for the step's
+            # A long prompt was found in the prefix cache and has too many blocks for the step's
             # buffers.
             self._blocks.write_at_once(updates)
             places = numbers = []
         for part, values in ((self._places, places), (self._numbers, numbers)):
             staged = part.staged(self.max_rows)
-            # Unused entries write a 0 to place 0, which nothing reads.
+            # Unused entries write a 0 to index 0, which is never read.
             staged.zero_()
             staged[: len(values)] = host_tensor(values, staged.dtype)
 

@@ -103,7 +103,7 @@ class _Context:
         self.num_written += 1
 
 
-class Doors:
+class Protocols:
     """Answers calls one after the other. Close it at the end.
 
     Args:

@@ -1,6 +1,6 @@
 """The same streams through both APIs of one server: compares the throughput of HTTP and gRPC.
 
-    python bench/doors.py [--rounds 5] [--streams 16] [--tokens 64]
+    python bench/protocols.py [--rounds 5] [--streams 16] [--tokens 64]
 
 Both APIs run in every round, in alternating order, so that other load on the machine affects both
 alike. The result is the ratio of the rates. The table also shows the processor time per token of
@@ -106,12 +106,12 @@ def main(argv: list[str] | None = None) -> int:
     # Turn off speculation so that each chunk has one token.
     with ServerProcess(["--http-address", "127.0.0.1:0", "--speculation", "off"]) as server:
         server.wait()
-        doors = [
+        protocols = [
             ("gRPC", lambda: through_grpc(server.address, args.streams, args.tokens)),
             ("HTTP", lambda: through_http(server.http_address, args.streams, args.tokens)),
         ]
         for number in range(args.rounds + 1):
-            for name, run in doors if number % 2 else reversed(doors):
+            for name, run in protocols if number % 2 else reversed(protocols):
                 before = _loop_seconds(server.process.pid), sum(os.times()[:2])
                 rate = asyncio.run(run())
                 after = _loop_seconds(server.process.pid), sum(os.times()[:2])

@@ -31,7 +31,7 @@ class Link:
         owner: The client that asked for it.
         folder: The directory with the files.
         name: The name of the file; empty for an archive.
-        expires: When it stops working, Unix seconds.
+        expires: When the link expires, in Unix seconds.
     """
 
     owner: str
@@ -40,14 +40,14 @@ class Link:
     expires: float
 
 
-class Door:
+class TinkerState:
     """The state of the Tinker API. Belongs to one event loop.
 
     Args:
         services: The services; they must have tenants.
 
     Attributes:
-        tenants: What all protocols share.
+        tenants: The state of training that all protocols share.
         links: Links to archives and files, by the secret in them.
     """
 
@@ -90,7 +90,7 @@ class Door:
         run: Callable[[], Awaitable[Result]],
         size: int = 0,
     ) -> Future:
-        """The future of a command; one that was sent before has its future already.
+        """The future of a command. A command that was sent before already has one.
 
         Raises:
             HttpRefusal: The command was sent before, and its result is no longer kept.
@@ -105,7 +105,7 @@ class Door:
 
 
 def session_gone(session_id: str) -> HttpRefusal:
-    """The error for a session that has ended; clients stop their heartbeats for its status."""
+    """The error for a session that has ended. Its status makes clients stop their heartbeats."""
     text = say("SESSION_NOT_FOUND", session=session_id[:_SHOWN_CHARS])
     return HttpRefusal(410, Code.NOT_FOUND, text)
 

@@ -42,7 +42,7 @@ Generate = inference_pb2.GenerateRequest
 
 
 @dataclass
-class House:
+class Parts:
     """All parts behind the protocols."""
 
     gate: ServingGate = field(default_factory=ServingGate)
@@ -63,13 +63,13 @@ class House:
 
 
 @pytest.fixture
-async def house() -> AsyncIterator[House]:
-    made = House()
+async def parts() -> AsyncIterator[Parts]:
+    made = Parts()
     yield made
     made.adapters.close()
 
 
-def test_no_door_is_loaded_with_the_house() -> None:
+def test_no_protocol_is_loaded() -> None:
     script = (
         "import sys\nimport turret.server.api.inference\n"
         "import turret.server.api.admin, turret.server.api.access\n"
@@ -86,23 +86,23 @@ def test_no_door_is_loaded_with_the_house() -> None:
 
 
 async def test_an_answer_is_counted_and_logged_when_its_call_is_finished(
-    house: House, caplog: pytest.LogCaptureFixture
+    parts: Parts, caplog: pytest.LogCaptureFixture
 ) -> None:
-    house.metrics.adapter_registered("sql")
-    call = house.begin("r-1")
+    parts.metrics.adapter_registered("sql")
+    call = parts.begin("r-1")
     message = Generate(prompt="abc", adapters=[pb.AdapterWeight(name="sql")])
     call.deadline = deadline = time.monotonic() + 60
-    texts = [chunk.text async for chunk in house.inference.generate(message, call)]
+    texts = [chunk.text async for chunk in parts.inference.generate(message, call)]
     assert texts == ["H", "i"]
-    (request,) = house.engine.requests
+    (request,) = parts.engine.requests
     assert (request.request_id, request.deadline) == ("r-1", deadline)
     labels = {"adapter": "sql", "code": "OK"}
-    assert house.sample("turret_requests_total", **labels) is None
+    assert parts.sample("turret_requests_total", **labels) is None
     with caplog.at_level(logging.INFO, "turret.server.api"):
         call.finish(Code.OK)
-    assert house.sample("turret_requests_total", **labels) == 1
-    assert house.sample("turret_prompt_tokens_total", adapter="sql") == 3
-    assert house.sample("turret_generated_tokens_total", adapter="sql") == 2
+    assert parts.sample("turret_requests_total", **labels) == 1
+    assert parts.sample("turret_prompt_tokens_total", adapter="sql") == 3
+    assert parts.sample("turret_generated_tokens_total", adapter="sql") == 2
     (record,) = caplog.records
     said: dict[str, Any] = record.__dict__["fields"]
     assert record.message == "call finished"
@@ -110,29 +110,29 @@ async def test_an_answer_is_counted_and_logged_when_its_call_is_finished(
     assert (said["prompt_tokens"], said["generated_tokens"]) == (3, 2)
 
 
-async def test_a_call_that_is_not_counted_is_logged_alone(house: House) -> None:
-    call = house.begin(is_counted=False)
-    answer = await house.inference.tokenize(inference_pb2.TokenizeRequest(prompt="a"), call)
+async def test_a_call_that_is_not_counted_is_logged_alone(parts: Parts) -> None:
+    call = parts.begin(is_counted=False)
+    answer = await parts.inference.tokenize(inference_pb2.TokenizeRequest(prompt="a"), call)
     assert list(answer.token_ids) == [97]
     call.finish(Code.OK)
-    assert house.sample("turret_requests_total", adapter="base", code="OK") is None
+    assert parts.sample("turret_requests_total", adapter="base", code="OK") is None
 
 
-async def test_a_message_names_its_call_anew(house: House) -> None:
-    call = house.begin(b"\xff", "bad\nid", "", "good")
+async def test_a_message_names_its_call_anew(parts: Parts) -> None:
+    call = parts.begin(b"\xff", "bad\nid", "", "good")
     assert call.request_id == log.request_id.get() == "good"
-    await house.inference.generate_whole(Generate(prompt="a", request_id="own"), call)
+    await parts.inference.generate_whole(Generate(prompt="a", request_id="own"), call)
     assert call.request_id == log.request_id.get() == "own"
-    assert len(house.begin().request_id) == 32
+    assert len(parts.begin().request_id) == 32
 
 
 @pytest.mark.parametrize("how", ["close", "cancel", "finish"])
-async def test_the_engine_lets_go_of_a_call_that_ends_early(house: House, how: str) -> None:
-    house.engine.script = endless
-    call = house.begin()
-    chunks = house.inference.generate(Generate(prompt="a"), call)
+async def test_the_engine_lets_go_of_a_call_that_ends_early(parts: Parts, how: str) -> None:
+    parts.engine.script = endless
+    call = parts.begin()
+    chunks = parts.inference.generate(Generate(prompt="a"), call)
     assert (await anext(chunks)).text == "H"
-    stream = house.engine.streams[0]
+    stream = parts.engine.streams[0]
     assert not stream.cancelled.is_set()
     if how == "close":
         await chunks.aclose()
@@ -150,61 +150,61 @@ async def test_the_engine_lets_go_of_a_call_that_ends_early(house: House, how: s
         call.finish(Code.CANCELLED)
     else:
         await chunks.aclose()
-    assert house.sample("turret_requests_total", adapter="base", code="CANCELLED") == 1
+    assert parts.sample("turret_requests_total", adapter="base", code="CANCELLED") == 1
 
 
-async def test_a_deadline_is_an_error_after_the_last_chunk(house: House) -> None:
+async def test_a_deadline_is_an_error_after_the_last_chunk(parts: Parts) -> None:
     async def late(request: Request) -> AsyncIterator[Output]:
         yield Output(text="H", finish=finish(request, FinishReason.DEADLINE))
 
-    house.engine.script = late
-    chunks = house.inference.generate(Generate(prompt="a"), house.begin())
+    parts.engine.script = late
+    chunks = parts.inference.generate(Generate(prompt="a"), parts.begin())
     assert (await anext(chunks)).finish_reason == inference_pb2.GenerateResponse.DEADLINE
     with pytest.raises(errors.DeadlineExceededError):
         await anext(chunks)
 
 
-async def test_a_closed_gate_and_a_bad_message_are_errors_of_turret(house: House) -> None:
+async def test_a_closed_gate_and_a_bad_message_are_errors_of_turret(parts: Parts) -> None:
     with pytest.raises(errors.InvalidRequestError) as bad:
-        await house.inference.score(inference_pb2.ScoreRequest(top_n=21), house.begin())
+        await parts.inference.score(inference_pb2.ScoreRequest(top_n=21), parts.begin())
     assert {path for path, _ in fault_of(bad.value).violations} == {"input", "top_n"}
-    house.gate.close(say("SHUTTING_DOWN"))
+    parts.gate.close(say("SHUTTING_DOWN"))
     with pytest.raises(errors.UnavailableError) as closed:
-        house.inference.model()
+        parts.inference.model()
     fault = fault_of(closed.value)
     assert (fault.code, fault.retry_after_seconds) == (Code.UNAVAILABLE, 1.0)
     with pytest.raises(errors.UnavailableError):
-        await house.adapters.pin(pb.PinAdapterRequest(name="a"), house.begin())
+        await parts.adapters.pin(pb.PinAdapterRequest(name="a"), parts.begin())
 
 
-async def test_adapters_are_loaded_listed_pinned_and_unloaded(house: House) -> None:
-    call = house.begin(is_counted=False)
+async def test_adapters_are_loaded_listed_pinned_and_unloaded(parts: Parts) -> None:
+    call = parts.begin(is_counted=False)
     for name in ("a", "b", "c"):
-        await house.adapters.load(pb.LoadAdapterRequest(name=name, path=name), call)
+        await parts.adapters.load(pb.LoadAdapterRequest(name=name, path=name), call)
     assert call.adapters == ("c",)
-    page = await house.adapters.list_page(pb.ListAdaptersRequest(page_size=2))
+    page = await parts.adapters.list_page(pb.ListAdaptersRequest(page_size=2))
     assert [a.name for a in page.adapters] == ["a", "b"]
     token = page.next_page_token
-    page = await house.adapters.list_page(pb.ListAdaptersRequest(page_size=2, page_token=token))
+    page = await parts.adapters.list_page(pb.ListAdaptersRequest(page_size=2, page_token=token))
     assert ([a.name for a in page.adapters], page.total_size) == (["c"], 3)
-    assert (await house.adapters.pin(pb.PinAdapterRequest(name="b"), call)).pinned
-    await house.adapters.unload(pb.UnloadAdapterRequest(name="a"), call)
-    assert house.registry.unloads == [("a", "DRAIN", 30.0)]
-    state = await house.adapters.merge(
+    assert (await parts.adapters.pin(pb.PinAdapterRequest(name="b"), call)).pinned
+    await parts.adapters.unload(pb.UnloadAdapterRequest(name="a"), call)
+    assert parts.registry.unloads == [("a", "DRAIN", 30.0)]
+    state = await parts.adapters.merge(
         pb.MergeAdaptersRequest(adapters=[pb.AdapterWeight(name="b")]), call
     )
-    assert state == house.adapters.merge_state()
+    assert state == parts.adapters.merge_state()
 
 
-async def test_a_caller_that_goes_away_withdraws_its_merge(house: House) -> None:
-    house.merger.is_slow = True
+async def test_a_caller_that_goes_away_withdraws_its_merge(parts: Parts) -> None:
+    parts.merger.is_slow = True
     message = pb.MergeAdaptersRequest(adapters=[pb.AdapterWeight(name="b")])
-    merging = asyncio.ensure_future(house.adapters.merge(message, house.begin()))
-    assert await asyncio.to_thread(house.merger.begun.wait, 5)
+    merging = asyncio.ensure_future(parts.adapters.merge(message, parts.begin()))
+    assert await asyncio.to_thread(parts.merger.begun.wait, 5)
     merging.cancel()
     with pytest.raises(asyncio.CancelledError):
         await merging
-    assert await asyncio.to_thread(house.merger.withdrawn.wait, 5)
+    assert await asyncio.to_thread(parts.merger.withdrawn.wait, 5)
 
 
 def test_a_service_asks_for_its_role_and_others_for_none() -> None:
