@@ -200,19 +200,28 @@ class FleetRegistry:
             NotJoinedError: The replica was silent for too long, joined an earlier run, or lacks
                 changes that are no longer in the log.
         """
-        living = self._living.get(report.replica)
-        oldest = self._log[0][0] if self._log else self.revision + 1
-        is_known = living is not None and living.session == report.session
-        if living is None or not is_known or report.received < oldest - 1:
-            raise p.NotJoinedError(report.replica)
+        living = self._reporting(report)
         living.expires = self._expiry(now)
         if report.usage is not None:
             living.usage = report.usage
         living.report = report
         self.tick(now)
+        return self.news(report)
+
+    def news(self, report: p.Report) -> p.News:
+        """The changes that the replica of an earlier report lacks; errors as for ``report``."""
+        self._reporting(report)
         first = len(self._log) - (self.revision - report.received)
         entries = tuple(self._log[index] for index in range(max(first, 0), len(self._log)))
         return p.News(entries=entries, lease_seconds=self._lease_seconds)
+
+    def _reporting(self, report: p.Report) -> LivingReplica:
+        living = self._living.get(report.replica)
+        oldest = self._log[0][0] if self._log else self.revision + 1
+        is_known = living is not None and living.session == report.session
+        if living is None or not is_known or report.received < oldest - 1:
+            raise p.NotJoinedError(report.replica)
+        return living
 
     def leave(self, replica: str, now: float) -> None:
         """Removes a replica that is stopping and answers no more calls."""

@@ -126,17 +126,17 @@ class RegistryHost:
         """Like ``FleetRegistry.report``, but waits for news, up to a time limit."""
         end = time.monotonic() + wait_seconds
         with self._changed:
-            while True:
-                news = self._registry.report(report, time.monotonic())
-                # Other callers may be waiting for what this report contains.
-                self._changed.notify_all()
-                left = end - time.monotonic()
-                if news.entries or left <= 0 or self._is_closed:
-                    return news
-                revision = self._registry.revision
-                self._changed.wait_for(
-                    lambda seen=revision: self._registry.revision > seen or self._is_closed, left
-                )
+            news = self._registry.report(report, time.monotonic())
+            # Other callers may be waiting for what this report contains.
+            self._changed.notify_all()
+            revision, left = self._registry.revision, end - time.monotonic()
+            if news.entries or left <= 0:
+                return news
+            self._changed.wait_for(
+                lambda: self._registry.revision > revision or self._is_closed, left
+            )
+            # The replica may have died meanwhile, so the report does not count again.
+            return self._registry.news(report)
 
     def submit(self, proposal: p.Proposal) -> str:
         """See ``FleetRegistry``."""

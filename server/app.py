@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import turret
 from turret.server import log, tracing
+from turret.server.adapters.state_dir import NoStateDir, open_state_dir
 from turret.server.api.access import Shares, TokenTable, most_connections
 from turret.server.api.gate import Backend, ServingGate
 from turret.server.api.services import Services
@@ -47,7 +48,7 @@ _FLUSH_SECONDS = 2.0
 # How long health checks get NOT_SERVING after the engine has failed.
 _DEAD_SECONDS = 1.0
 
-Build = Callable[[Config, Metrics], Backend]
+Build = Callable[[Config, Metrics, NoStateDir], Backend]
 _T = TypeVar("_T")
 
 
@@ -57,14 +58,14 @@ def _training_dir(config: Config) -> Path | None:
     return state_dir / "training" if config.adapters.training and state_dir is not None else None
 
 
-def _build(config: Config, metrics: Metrics) -> Backend:
+def _build(config: Config, metrics: Metrics, state: NoStateDir) -> Backend:
     # Import these late: the server listens before torch and transformers are loaded, which takes
     # seconds, and the device must be chosen before, because a library looks for devices when it is
     # imported.
     see_only(config.model.device)
     from turret.server.build import build_backend
 
-    return build_backend(config, metrics)
+    return build_backend(config, metrics, state=state)
 
 
 def _preload(registry: AdapterRegistry, name: str, path: str) -> AdapterInfo:
@@ -156,6 +157,10 @@ class App:
             PreloadError: A preloaded adapter was rejected.
         """
         config = self.config
+        # Another server may have started at the same time, after the checks before the start. The
+        # one that comes second ends here, and not after it has loaded a model.
+        limits = config.adapters
+        state = open_state_dir(limits.state_dir, limits.max_upload_bytes)
         if config.telemetry.otel:
             tracing.start(self.metrics.registry)
         token_file = config.security.token_file
@@ -185,7 +190,8 @@ class App:
             self.http = HttpServer(config.listen, config.security, services)
             await self.http.start()
             _log.info("http", extra=log.fields(address=self.http.address))
-        backend = await self._unless_stopped(lambda: self._build(config, self.metrics), "model")
+        build = functools.partial(self._build, config, self.metrics, state)
+        backend = await self._unless_stopped(build, "model")
         if backend is None:
             return
         await backend.engine.start()

@@ -25,7 +25,7 @@ from turret.server.adapters.merger import ChangeBase, Edit, Merger
 from turret.server.adapters.methods import METHODS
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.adapters.state_dir import StateDir
+from turret.server.adapters.state_dir import NoStateDir, open_state_dir
 from turret.server.api.gate import Backend
 from turret.server.api.vocabularies import Vocabularies, Vocabulary
 from turret.server.basics.triton_needs import keep_compiled_in, missing_for_triton
@@ -101,6 +101,7 @@ def build_backend(
     *,
     gpu: bool | None = None,
     replica: ReplicaParts | None = None,
+    state: NoStateDir | None = None,
 ) -> Backend:
     """Load the model. Blocks until it is loaded; call it in a separate thread.
 
@@ -110,6 +111,7 @@ def build_backend(
         gpu: Whether steps run as Triton kernels; None lets the device decide (on the CPU, only
             Triton's interpreter could run them).
         replica: Makes the parts that a replica shares with its fleet; None for a single server.
+        state: The state directory of a single server; None opens the one of the configuration.
 
     Returns:
         The backend, whose engine is not started yet.
@@ -140,7 +142,9 @@ def build_backend(
     base = describe(1)
     path = "gpu" if gpu else "cpu" if has_native(dtype, device) else "torch"
     store = _build_store(path, config.adapters, decoder, metrics)
-    make_registry = _build_registry if replica is None else replica.registry
+    make_registry = functools.partial(_build_registry, state)
+    if replica is not None:
+        make_registry = replica.registry
     registry = make_registry(config.adapters, base, metrics, store.admit)
     registry.tokenizers.check_with(own.check)
     engine, is_screened = _build_engine(config, metrics, decoder, store, registry, tokenizer)
@@ -306,12 +310,15 @@ def _choose_device(model: ModelConfig) -> torch.device:
 
 
 def _build_registry(
-    config: AdapterConfig, base: BaseModel, metrics: Metrics, admit: Admit
+    state: NoStateDir | None,
+    config: AdapterConfig,
+    base: BaseModel,
+    metrics: Metrics,
+    admit: Admit,
 ) -> AdapterRegistry:
-    state = None
-    if config.state_dir is not None:
-        state = StateDir(config.state_dir, config.max_upload_bytes)
-        state.bind(base.name, base.digest)
+    if state is None:
+        state = open_state_dir(config.state_dir, config.max_upload_bytes)
+    state.bind(base.name, base.digest)
     registry = AdapterRegistry(
         config.adapter_root,
         base,
@@ -326,7 +333,7 @@ def _build_registry(
         keep_generations=config.keep_generations,
     )
     count = registry.restore()
-    if state is not None:
+    if state.path is not None:
         _log.info("adapters restored", extra=log.fields(count=count, state_dir=state.path))
     return registry
 

@@ -172,8 +172,8 @@ class SchedulerConfig:
     )
     max_queued_bytes: Bytes = setting(
         512 * MIB,
-        "maximum memory of waiting and running requests, with their messages and unsent answers;"
-        " new ones then get RESOURCE_EXHAUSTED",
+        "maximum memory of waiting and running requests, with their messages and unsent answers,"
+        " of which one bearer token may have three quarters; new ones then get RESOURCE_EXHAUSTED",
         ge=MIB,
     )
     preempt_after_seconds: Seconds = setting(

@@ -173,20 +173,21 @@ def check_address(url: str, registry: str, *, is_secure: bool) -> str:
     host = parts.hostname or ""
     if is_secure and parts.scheme != "https":
         return f"the registry refers to {parts.scheme}://{host}, which has no TLS"
-    if host != registry and _nearness(host) > _nearness(registry):
+    # The owner of a registry could add an internal address to the public ones of its name.
+    if host != registry and max(_nearness(host)) > min(_nearness(registry)):
         return f"the registry refers to the internal address {host}"
     return ""
 
 
-def _nearness(host: str) -> int:
-    """How near a host is, by its nearest address; see ``_nearness_of``."""
+def _nearness(host: str) -> list[int]:
+    """How near each address of a host is: 0 on the Internet, 1 in a private network."""
     try:
         # A link-local address may have a zone after a percent sign.
         found = {str(entry[4][0]) for entry in socket.getaddrinfo(host.partition("%")[0], None)}
     except OSError:
         # A proxy may know the name.
-        return 0
-    return max(map(_nearness_of, found))
+        return [0]
+    return [*map(_nearness_of, found)]
 
 
 def _nearness_of(text: str) -> int:
@@ -199,6 +200,32 @@ def _nearness_of(text: str) -> int:
     if address.is_loopback:
         return 2
     return 0 if address.is_global else 1
+
+
+def resolve_once() -> None:
+    """Makes every look-up of a host return what its first one found, in the whole process.
+
+    Otherwise, a name could have one address when it is checked, and another one for the connection.
+    """
+    look_up: Any = socket.getaddrinfo
+    found: dict[object, list[Any] | OSError] = {}
+
+    def look_up_once(host: Any, port: Any, family: int = 0, *arguments: Any, **named: Any) -> Any:
+        if host not in found:
+            try:
+                found[host] = look_up(host, None)
+            except OSError as error:
+                found[host] = error
+        first = found[host]
+        if isinstance(first, OSError):
+            raise first
+        kinds = {each[4][0]: each[0] for each in first if family in (0, each[0])}
+        answers = [
+            look_up(address, port, kind, *arguments, **named) for address, kind in kinds.items()
+        ]
+        return [each for answer in answers for each in answer]
+
+    socket.getaddrinfo = look_up_once
 
 
 def _write(line: Mapping[str, object]) -> None:
@@ -245,6 +272,7 @@ def main(seconds: str, bytes_per_second: str, max_bytes: str, path: str, *names:
     signal.setitimer(signal.ITIMER_REAL, max(float(seconds), 1e-6))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (int(max_bytes), int(max_bytes)))
+    resolve_once()
     try:
         _download(path, list(names), ends_at, float(bytes_per_second))
     except FileNotFoundError:

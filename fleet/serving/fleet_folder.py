@@ -28,7 +28,7 @@ _POLL_SECONDS = 0.02
 # Used if the path of the temporary directory is too long. Ray appends its node id and a socket name
 # to the folder's path; HAProxy allows 97 bytes in all.
 _SHORT = Path("/tmp")
-_MOST_PATH_BYTES = 97 - len("/metrics.sock") - len("/") - 56
+_MOST_PATH_BYTES = 97 - len("/admin.sock") - len("/") - 56
 _RANDOM_CHARS = 8  # of mkdtemp
 
 

@@ -55,6 +55,9 @@ _BALANCE = "\n    ".join(
         "clitcpka-cnt 3",
         # Pass on the client's address, for --max-requests-per-peer.
         "option forwardfor",
+        # The same limit as turret serve's. Without it, a client that never ends the head of a
+        # request would keep one of HAProxy's 4096 connections for an hour.
+        "timeout http-request 10s",
     )
 )
 # The same path on every machine. It is short because Ray's node id comes below it, and HAProxy
@@ -90,7 +93,8 @@ def ingress_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": _BALANCE,
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        # Serve would count requests by their methods, and a client may send any word as a method.
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
@@ -193,6 +197,8 @@ def prepare() -> None:
     if ray.util.get_node_ip_address() == LOOPBACK:
         _listen_locally()
     _limit_messages()
+    _limit_arrivals()
+    _limit_bodies()
     _keep_haproxy()
 
 
@@ -223,9 +229,48 @@ def _limit_messages() -> None:
     """
     from ray.serve._private import grpc_util
 
-    name, patched = "grpc.max_receive_message_length", cast(Any, grpc_util)
-    others = [each for each in patched.DEFAULT_GRPC_SERVER_OPTIONS if each[0] != name]
-    patched.DEFAULT_GRPC_SERVER_OPTIONS = [*others, (name, MAX_MESSAGE_BYTES)]
+    # Without the second option, gRPC takes in megabytes of a call before its message is read.
+    own = {"grpc.max_receive_message_length": MAX_MESSAGE_BYTES, "grpc.http2.bdp_probe": 0}
+    patched = cast(Any, grpc_util)
+    others = [each for each in patched.DEFAULT_GRPC_SERVER_OPTIONS if each[0] not in own]
+    patched.DEFAULT_GRPC_SERVER_OPTIONS = [*others, *own.items()]
+
+
+def _limit_arrivals() -> None:
+    """Checks the tokens of gRPC calls, and limits messages that arrive, before they are read.
+
+    Serve starts a handler once its message has arrived, so callers without a token could fill the
+    memory with parts of messages.
+    """
+    from ray.serve._private.grpc_util import gRPCGenericServer
+
+    server: Any = gRPCGenericServer
+    override = server._override_method_handler
+
+    def override_limited(self: Any, method: str, handler: Any) -> Any:
+        # Imported here because only processes that answer calls need it.
+        from turret.fleet.serving.calls import receiving
+
+        return receiving(method, override(self, method, handler))
+
+    server._override_method_handler = override_limited
+
+
+def _limit_bodies() -> None:
+    """Reads the body of an HTTP request no faster than its handler takes it.
+
+    Serve reads ahead without a limit, so an upload that is faster than the disk would be in memory.
+    """
+    from ray.serve._private.direct_ingress_http_util import ASGIDIReceiveProxy
+
+    patched: Any = ASGIDIReceiveProxy
+    begin = patched.__init__
+
+    def begin_limited(self: Any, *arguments: Any) -> None:
+        begin(self, *arguments)
+        self._queue = asyncio.Queue(1)
+
+    patched.__init__ = begin_limited
 
 
 def _keep_haproxy() -> None:

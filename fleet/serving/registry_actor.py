@@ -114,6 +114,8 @@ def _find_or_make(state_dir: Path, lease_seconds: float) -> tuple[Any, bool]:
         "max_restarts": -1,
         "max_concurrency": _MOST_CALLS,
         "num_cpus": 0,
+        # Ray would record every call in its GCS, and clients can cause any number of them.
+        "enable_task_events": False,
         # Run on Ray's head node, so that the loss of another machine does not affect the registry.
         "resources": {"node:__internal_head__": 0.001},
     }

@@ -298,6 +298,9 @@ class NoStateDir:
     def close(self) -> None:
         pass
 
+    def bind(self, base_name: str, base_digest: str) -> None:
+        pass
+
     def read(self) -> list[SavedRegistration]:
         return []
 
@@ -567,6 +570,11 @@ class StateDir(SharedStateDir):
         except (OSError, ValueError, RecursionError):
             return set()
         return {each.source.path for each in (saved, *saved.kept)}
+
+
+def open_state_dir(path: Path | None, max_upload_bytes: int) -> NoStateDir:
+    """The state directory of a server, if it has one; arguments and errors as for ``StateDir``."""
+    return NoStateDir() if path is None else StateDir(path, max_upload_bytes)
 
 
 def _file_name(name: str) -> str:

@@ -52,6 +52,7 @@ from turret.server.api.uploads import (
 from turret.server.api.violations import Violations
 from turret.server.basics.names import closest
 from turret.server.basics.places import Limit, Places
+from turret.server.basics.turns import FairPool
 from turret.server.basics.work import Cancellation
 from turret.server.errors import InvalidRequestError, QueueFullError, UnavailableError
 from turret.server.words import say
@@ -129,6 +130,7 @@ MAX_UPLOADS_PER_TOKEN = 6
 # Threads for calls that may take long, so that they do not delay tokenising or listing.
 _SLOW_CALLS = 32
 _DRAINS = 32
+_LOOKUPS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,11 +157,15 @@ class Adapters:
         self._slow = SlowCalls(_SLOW_CALLS)
         # Drains wait up to an hour for the requests of others, so they have separate threads.
         self._drains = SlowCalls(_DRAINS)
+        # In a fleet, lookups ask the fleet's registry, which may be away. Clients without the role
+        # admin may list adapters, too.
+        self._lookups = FairPool(ThreadPoolExecutor(_LOOKUPS, "turret-lookups"))
 
     def close(self) -> None:
         """Start no further calls. Running calls continue to their end."""
         self._slow.close()
         self._drains.close()
+        self._lookups.close()
 
     # New weights
 
@@ -315,10 +321,15 @@ class Adapters:
     ) -> adapters_pb2.Adapter:
         registry = self._gate.enter().registry
         name, generation = _checked_name(message.name, call), _generations(message)["generation"]
-        return adapter_message(await asyncio.to_thread(registry.get, name, generation))
+        lookup = functools.partial(registry.get, name, generation)
+        return adapter_message(await self._lookups.run(call.tenant, lookup))
+
+    async def records(self, call: Call) -> list[AdapterInfo]:
+        """All adapters, by name."""
+        return await self._lookups.run(call.tenant, self._gate.enter().registry.list)
 
     async def list_page(
-        self, message: adapters_pb2.ListAdaptersRequest
+        self, message: adapters_pb2.ListAdaptersRequest, call: Call
     ) -> adapters_pb2.ListAdaptersResponse:
         """One page of all adapters, by name, and the token of the next page."""
         backend = self._gate.enter()
@@ -348,7 +359,7 @@ class Adapters:
         violations.raise_if_any()
         records = [
             record
-            for record in await asyncio.to_thread(backend.registry.list)
+            for record in await self.records(call)
             if message.method in ("", record.facts.method)
             and message.residency in (0, RESIDENCIES[record.residency])
         ]
@@ -361,10 +372,9 @@ class Adapters:
             total_size=len(records),
         )
 
-    async def find(self, text: str, most: int) -> Found:
-        """The first ``most`` adapters, by name, whose names contain a text. Any text is allowed."""
-        registry = self._gate.enter().registry
-        records = await asyncio.to_thread(registry.list)
+    async def find(self, text: str, most: int, call: Call) -> Found:
+        """The first ``most`` adapters, by name, whose names contain the text, which may be any."""
+        records = await self.records(call)
         matching = sorted((r for r in records if text in r.name), key=lambda r: r.name)
         return Found(
             shown=[adapter_message(record) for record in matching[:most]],

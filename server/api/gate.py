@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -40,7 +39,6 @@ class Backend:
         model_info: The information about the base model for clients.
         methods: Adapter methods that this build can load, sorted.
         training: Trains adapters; None if the server does not train.
-        kept: Memory of answers that calls collect, by tenant.
         turns: The turns in which answers begin.
     """
 
@@ -53,7 +51,6 @@ class Backend:
     model_info: ModelInfo
     methods: tuple[str, ...]
     training: Training | None = None
-    kept: Counter[bytes] = field(default_factory=Counter)
     turns: LoopTurns = field(default_factory=LoopTurns)
 
     def close(self) -> None:

@@ -109,7 +109,7 @@ class Inference:
                     is_echoed = True
                     size = len(request.prompt_token_ids) * (1 + request.options.top_n)
                     prompt = functools.partial(_prompt_chunk, request, output, vocabulary.tokenizer)
-                    yield await converted(size, prompt)
+                    yield await converted(call.tenant, size, prompt)
                 chunk = _chunk(request, output)
                 if counts and output.finish is None:
                     num_tokens += len(output.token_ids)
@@ -150,7 +150,8 @@ class Inference:
         async with contextlib.aclosing(outputs):
             async for output in outputs:
                 size = len(output.prompt_logprobs) * (1 + request.options.top_n)
-                await converted(size, functools.partial(_add_scores, response, output))
+                add = functools.partial(_add_scores, response, output)
+                await converted(call.tenant, size, add)
         return response
 
     async def embed(
@@ -204,6 +205,7 @@ class Inference:
         )
         check_length(len(ids), limits.max_tokens, "tokens")
         return await converted(
+            call.tenant,
             len(ids),
             lambda: inference_pb2.TokenizeResponse(
                 token_ids=ids,

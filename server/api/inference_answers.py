@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from turret.server.api.call import Call
 from turret.server.api.gate import Backend
 from turret.server.api.same_names import message_of
+from turret.server.basics.turns import FairPool
 from turret.server.engine.scheduling.request import (
     AdapterUse,
     Finish,
@@ -73,27 +74,23 @@ def keep(backend: Backend, call: Call, num_bytes: int) -> None:
     """Count memory of answers that a call collects, until it ends.
 
     Raises:
-        BudgetExceededError: The call has collected more than ``--max-queued-bytes``, or the calls
-            of its token more than half of that. A client may take any time to read its answer.
+        BudgetExceededError: The call has collected more than ``--max-queued-bytes``, or the
+            requests and answers of its token take more than three quarters of that. A client may
+            take any time to read its answer.
     """
     if not num_bytes:
         return
-    kept, engine, tenant = backend.kept, backend.engine, call.tenant
+    memory, tenant = backend.engine.memory, call.tenant
 
-    def count(change: int) -> None:
-        engine.hold(change)
-        kept[tenant] += change
-        if not kept[tenant]:
-            del kept[tenant]
+    def release() -> None:
+        memory.hold(-call.kept_bytes, tenant)
 
     if not call.kept_bytes:
-        call.at_end(lambda: count(-call.kept_bytes))
+        call.at_end(release)
     call.kept_bytes += num_bytes
-    count(num_bytes)
-    most = engine.max_queued_bytes
-    if tenant:
-        most //= 2
-    found = kept[tenant] if tenant else call.kept_bytes
+    memory.hold(num_bytes, tenant)
+    most = memory.most_of_answers(tenant)
+    found = memory.held_of(tenant) if tenant else call.kept_bytes
     if found > most:
         raise BudgetExceededError(say("ANSWERS_NEED_MEMORY", bytes=found, max_queued_bytes=most))
 
@@ -103,21 +100,22 @@ def keep(backend: Backend, call: Call, num_bytes: int) -> None:
 _T = TypeVar("_T")
 # Converting more tokens than this takes over a millisecond.
 _INLINE_TOKENS = 128
-# Large answers share one thread. Several would contend with the event loop and the engine for the
-# interpreter's lock.
-_converter = ThreadPoolExecutor(1, thread_name_prefix="turret-answer")
+# Large answers share one thread, in turn. Several threads would contend with the event loop and the
+# engine for the interpreter's lock.
+_converting = FairPool(ThreadPoolExecutor(1, "turret-answer"))
 
 
-async def converted(size: int, convert: Callable[[], _T]) -> _T:
+async def converted(tenant: bytes, size: int, convert: Callable[[], _T]) -> _T:
     """The result of ``convert``, which runs off the event loop for more than a few tokens.
 
     Args:
+        tenant: The tenant, at whose turn a large answer is converted.
         size: Number of tokens, including alternatives.
         convert: Converts them.
     """
     if size <= _INLINE_TOKENS:
         return convert()
-    return await asyncio.get_running_loop().run_in_executor(_converter, convert)
+    return await _converting.run(tenant, convert)
 
 
 async def together(work: Sequence[Coroutine[Any, Any, _T]], at_a_time: int) -> list[_T]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as SequenceOf
 
@@ -14,6 +14,7 @@ from turret.server.engine.scheduling.request import (
     Finish,
     FinishReason,
     Output,
+    Request,
     StopConditions,
     TextStream,
     Timing,
@@ -24,7 +25,12 @@ from turret.server.engine.scheduling.request import (
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.runner import PromptLogprob
 from turret.server.engine.step.sampler import Draw
-from turret.server.errors import BudgetExceededError, InvalidRequestError, TurretError
+from turret.server.errors import (
+    BudgetExceededError,
+    InvalidRequestError,
+    QueueFullError,
+    TurretError,
+)
 from turret.server.words import say
 
 # The text of a growing answer, and the detection of its end.
@@ -125,9 +131,74 @@ class AnswerText:
 # The asyncio end of a request: an async iterator of its outputs.
 
 
+class AnswerMemory:
+    """Counts the memory of requests and their answers. Belongs to one event loop.
+
+    Args:
+        most: The limit in bytes. One tenant may have half of it when a request of it arrives, and
+            three quarters while its answers grow, so that a quarter is left to others.
+
+    Attributes:
+        most: The limit.
+        held: The memory that is held.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.held = 0
+        self._held_of: Counter[bytes] = Counter()
+
+    def hold(self, num_bytes: int, tenant: bytes) -> bool:
+        """Count memory (negative: that is free again).
+
+        Returns:
+            Whether an answer that takes it may grow further.
+        """
+        self.held += num_bytes
+        if not tenant:
+            return self.held <= self.most
+        self._held_of[tenant] += num_bytes
+        held = self._held_of[tenant]
+        if not held:
+            del self._held_of[tenant]
+        return held <= self.most_of_answers(tenant)
+
+    def held_of(self, tenant: bytes) -> int:
+        """The memory that a tenant holds."""
+        return self._held_of.get(tenant, 0)
+
+    def most_of_answers(self, tenant: bytes) -> int:
+        """The limit for the requests of a tenant and their growing answers."""
+        return self.most * 3 // 4 if tenant else self.most
+
+    def admit(self, request: Request) -> None:
+        """Check that a request fits. One that is alone may take more than the limit.
+
+        Raises:
+            QueueFullError: It would fit later.
+            BudgetExceededError: It never fits.
+        """
+        tenant, num_bytes = request.tenant, request.num_bytes
+        most = self.most // 2 if tenant else self.most
+        if request.prompt_logprob_bytes > most:
+            text = say(
+                "ANSWERS_NEED_MEMORY", bytes=request.prompt_logprob_bytes, max_queued_bytes=most
+            )
+            raise BudgetExceededError(text)
+        held = self.held_of(tenant)
+        if held and held + num_bytes > most:
+            raise QueueFullError(say("QUEUE_MEMORY_SHARE_FULL", held=held, max_queued_bytes=most))
+        if self.held and self.held + num_bytes > self.most:
+            text = say("QUEUE_MEMORY_FULL", held=self.held, max_queued_bytes=self.most)
+            raise QueueFullError(text)
+
+
 # Maximum unread output of one answer, not counting the next item to be read, which may hold the
 # logprobs of a long prompt.
 MAX_UNREAD_BYTES = 8 << 20
+# The same for an answer whose tenant already holds too much memory. A client that reads as fast as
+# it can has less.
+_LEAST_UNREAD_BYTES = 64 << 10
 
 
 class Stream:
@@ -139,14 +210,14 @@ class Stream:
     Args:
         cancel: Ends the request.
         hold: Called with each change of the memory that the request and its unread output take, in
-            bytes; negative if it shrinks.
+            bytes; negative if it shrinks. Returns whether the answer may grow further.
         num_bytes: The approximate memory of the request itself.
     """
 
     def __init__(
         self,
         cancel: Callable[[], None],
-        hold: Callable[[int], None] = lambda _: None,
+        hold: Callable[[int], bool] = lambda _: True,
         num_bytes: int = 0,
     ) -> None:
         self._cancel = cancel
@@ -166,9 +237,9 @@ class Stream:
             return
         num_bytes = item.num_bytes if isinstance(item, Output) else 0
         self._items.append((item, num_bytes))
-        self._keep(num_bytes)
-        if self._held - self._own_bytes - self._items[0][1] > MAX_UNREAD_BYTES:
-            self._overflow()
+        most = MAX_UNREAD_BYTES if self._keep(num_bytes) else _LEAST_UNREAD_BYTES
+        if self._held - self._own_bytes - self._items[0][1] > most:
+            self._overflow(most)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -196,10 +267,10 @@ class Stream:
             self._end()
         return item
 
-    def _overflow(self) -> None:
+    def _overflow(self, most: int) -> None:
         self._overflowed = True
         self._items.clear()
-        error = BudgetExceededError(say("ANSWER_UNREAD", max_unread_bytes=MAX_UNREAD_BYTES))
+        error = BudgetExceededError(say("ANSWER_UNREAD", max_unread_bytes=most))
         self._items.append((error, 0))
         self.cancel()
 
@@ -207,16 +278,16 @@ class Stream:
         self._ended = True
         self._let_go()
 
-    def _keep(self, num_bytes: int) -> None:
+    def _keep(self, num_bytes: int) -> bool:
         self._held += num_bytes
-        self._hold(num_bytes)
+        return self._hold(num_bytes)
 
     def _let_go(self) -> None:
         """Stop counting memory and release the request, even if more items arrive."""
         self._hold(-self._held)
         self._held = 0
         self._own_bytes = 0
-        self._hold = lambda _: None
+        self._hold = lambda _: True
         self._cancel = lambda: None
 
 

@@ -10,14 +10,15 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 from turret.server.adapters.adapter import Mix
 from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.basics.turns import FairPool
 from turret.server.constraints.matcher import start_roomy
-from turret.server.engine.answer import Answer, AnswerText, Stream
+from turret.server.engine.answer import Answer, AnswerMemory, AnswerText, Stream
 from turret.server.engine.loop import (
     BaseChange,
     Change,
@@ -34,7 +35,6 @@ from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.speculation import Drafter
 from turret.server.engine.step.runner import Runner
 from turret.server.errors import (
-    BudgetExceededError,
     InvalidRequestError,
     PromptTooLongError,
     QueueFullError,
@@ -47,6 +47,8 @@ from turret.server.words import say
 T = TypeVar("T")
 # Converting more tokens than this to text takes over a millisecond, so it leaves the event loop.
 _INLINE_TOKENS = 128
+# Longer ones are replayed one at a time, because that holds the interpreter's lock.
+_replaying = FairPool(ThreadPoolExecutor(1, "turret-replay"))
 
 
 class Engine:
@@ -62,7 +64,8 @@ class Engine:
         max_queued_requests: Maximum number of waiting requests. Further ones are rejected. One
             tenant may have three quarters of the places.
         max_queued_bytes: Maximum memory of waiting and running requests and of unread answers. A
-            request that would exceed it is rejected, unless it is the only one.
+            request that would exceed it is rejected, unless it is the only one; see
+            ``AnswerMemory``.
         long_from: ``Arch.long_from`` of the model.
         speculates: Whether answers get drafters, which the scheduler's speculation uses.
         allow_merged_twice: Whether requests may name adapters that are part of the base.
@@ -72,7 +75,7 @@ class Engine:
         is_dead: Whether the thread has failed, so that nothing will be served any more.
         dead: An event that is set on the event loop when the thread fails.
         max_model_len: The model's context, or what the KV cache holds if that is less.
-        max_queued_bytes: Maximum memory of waiting and running requests and of their answers.
+        memory: The memory of waiting and running requests and of their answers.
     """
 
     def __init__(
@@ -97,8 +100,7 @@ class Engine:
         self._adapters = adapters
         self._tokenizer = tokenizer
         self._max_queued_requests = max_queued_requests
-        self.max_queued_bytes = max_queued_bytes
-        self._held_bytes = 0  # Counted on the event loop.
+        self.memory = AnswerMemory(max_queued_bytes)
         self._block_size = scheduler.blocks.block_size
         self._num_blocks = scheduler.blocks.num_blocks - 1
         self.max_model_len = min(max_model_len, self._num_blocks * self._block_size)
@@ -167,19 +169,7 @@ class Engine:
         most_of_tenant = most - most // 4
         if request.tenant and self._loop.num_waiting_of(request.tenant) >= most_of_tenant:
             raise QueueFullError(say("QUEUE_SHARE_FULL", max_queued_requests=most_of_tenant))
-        if request.prompt_logprob_bytes > self.max_queued_bytes:
-            raise BudgetExceededError(
-                say(
-                    "ANSWERS_NEED_MEMORY",
-                    bytes=request.prompt_logprob_bytes,
-                    max_queued_bytes=self.max_queued_bytes,
-                )
-            )
-        held = self._held_bytes
-        if held and held + request.num_bytes > self.max_queued_bytes:
-            raise QueueFullError(
-                say("QUEUE_MEMORY_FULL", held=held, max_queued_bytes=self.max_queued_bytes)
-            )
+        self.memory.admit(request)
         mix = self._adapters.acquire(request.adapters)
         try:
             check_heads(request, mix)
@@ -267,8 +257,11 @@ class Engine:
             sequence.first_pass.is_long = sequence.is_long
         sequence.drafter = self._make_drafter(sequence, max_tokens)
         loop = self._loop
+        memory, tenant = self.memory, request.tenant
         stream = Stream(
-            lambda: loop.post(lambda: loop.cancel(sequence)), self.hold, request.num_bytes
+            lambda: loop.post(lambda: loop.cancel(sequence)),
+            lambda num_bytes: memory.hold(num_bytes, tenant),
+            request.num_bytes,
         )
         return Answer(
             sequence,
@@ -316,7 +309,7 @@ class Engine:
         if len(so_far) <= _INLINE_TOKENS:
             text.replay(so_far)
         else:
-            await asyncio.to_thread(text.replay, so_far)
+            await _replaying.run(request.tenant, lambda: text.replay(so_far))
         return text
 
     def _make_sequence(self, request: Request, mix: Mix, arrival: float) -> Sequence:
@@ -389,10 +382,6 @@ class Engine:
             max_tokens = min(max_tokens, self._long_from - start)
         sequence.is_long = start + max_tokens > self._long_from
         return max_tokens
-
-    def hold(self, num_bytes: int) -> None:
-        """Count memory that requests or their answers take. Negative numbers free memory."""
-        self._held_bytes += num_bytes
 
     def _deliver(self, outbox: Outbox) -> None:
         for stream, item in outbox:

@@ -144,6 +144,7 @@ class _Events(EventStream):
 
     def __init__(self, exchange: Exchange, asked: Asked, first: dict[str, Any]) -> None:
         super().__init__(exchange, asked, first)
+        self._tenant = exchange.call.tenant
         self._offsets: defaultdict[int, CompletionLogprobs] = defaultdict(CompletionLogprobs)
 
     async def _chunk(self, index: int, chunk: Chunk, is_last: bool) -> None:
@@ -151,7 +152,9 @@ class _Events(EventStream):
         if options.logprobs or is_last:
             if is_last or chunk.text or chunk.logprobs:
                 size = len(chunk.logprobs) * (1 + options.top_n)
-                event = await converted(size, lambda: event_bytes(self._value(index, chunk)))
+                event = await converted(
+                    self._tenant, size, lambda: event_bytes(self._value(index, chunk))
+                )
                 await self._reply.send_event(event)
         elif chunk.text:
             await self._text(index, chunk.text)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
-from turret.server.api.admin_messages import MAX_PAGE_SIZE
+from turret.server.api.admin_messages import adapter_message
 from turret.server.api.violations import Violations
 from turret.server.basics.names import BASE, HUB_SCHEME, is_private
 from turret.server.errors import AdapterNotFoundError
@@ -22,6 +23,8 @@ OWNER = "turret"
 _CREATED = int(time.time())
 # Other servers' scheme for repositories on the hub.
 _HF_SCHEME = "hf://"
+# The tokens with log probabilities that take as long to serialise as one adapter.
+_TOKENS_PER_CARD = 2
 _TEXT = {"content-type": "text/plain; charset=utf-8"}
 
 _B = TypeVar("_B", bound=AdapterName)
@@ -30,18 +33,18 @@ _B = TypeVar("_B", bound=AdapterName)
 async def list_models(exchange: Exchange) -> None:
     """List models: the base model first, then the adapters and the aliases by name."""
     adapters, base = exchange.services.adapters, exchange.services.inference.model()
-    found = [_base(base)]
-    token = ""
-    while True:
-        page = await adapters.list_page(
-            adapters_pb2.ListAdaptersRequest(page_size=MAX_PAGE_SIZE, page_token=token)
-        )
-        found += (_adapter(each, base) for each in page.adapters if not is_private(each.name))
-        token = page.next_page_token
-        if not token:
-            break
-    found += (_alias(alias, base) for alias in adapters.aliases())
-    await exchange.reply.json({"object": "list", "data": found})
+    records = await adapters.records(exchange.call)
+    aliases = adapters.aliases()
+
+    def listed() -> Iterator[dict[str, Any]]:
+        yield _base(base)
+        for record in records:
+            if not is_private(record.name):
+                yield _adapter(adapter_message(record), base)
+        yield from (_alias(alias, base) for alias in aliases)
+
+    size = (len(records) + len(aliases)) * _TOKENS_PER_CARD
+    await exchange.reply.made_json(lambda: {"object": "list", "data": listed()}, size)
 
 
 async def get_model(exchange: Exchange) -> None:

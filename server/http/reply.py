@@ -104,7 +104,7 @@ class Reply:
         Raises:
             QueueFullError: See ``Call.send``.
         """
-        body = await converted(size, lambda: _object(make()))
+        body = await converted(self._call.tenant, size, lambda: _object(make()))
         self._call.send(len(body))
         await self.whole(body, 200, _JSON)
 

@@ -65,9 +65,9 @@ class Arrivals:
         self._of_one: WeakValueDictionary[Hashable, asyncio.Semaphore] = WeakValueDictionary()
 
     @contextlib.asynccontextmanager
-    async def place(self, call: Call) -> AsyncIterator[None]:
-        """Wait for a place for a message of the call, and hold it while the block runs."""
-        client = call.tenant or peer_address(call.party.peer)
+    async def place(self, party: Party) -> AsyncIterator[None]:
+        """Wait for a place for a message of a party, and hold it while the block runs."""
+        client = party.tenant or peer_address(party.peer)
         own = self._of_one.get(client)
         if own is None:
             own = self._of_one[client] = asyncio.Semaphore(self._most_of_one)
@@ -118,33 +118,31 @@ def tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Re
     return parse
 
 
-async def one_message(requests: AsyncIterator[Received], call: Call, arrivals: Arrivals) -> Any:
+async def one_message(
+    requests: AsyncIterator[Received], party: Party, arrivals: Arrivals
+) -> Received:
     """The message of a call that has one.
 
     Args:
         requests: The message from gRPC.
-        call: The call that counts the message's bytes.
+        party: The client.
         arrivals: The places in which messages arrive.
 
     Raises:
-        InvalidRequestError: The message is malformed, or there is none.
+        InvalidRequestError: There is no message.
         DeadlineExceededError: The message did not arrive within ``MESSAGE_SECONDS``.
-        QueueFullError: See ``Call.receive``.
     """
-    received = await _next(requests, arrivals.place(call))
+    received = await _next(requests, arrivals.place(party))
     if received is None:
         raise InvalidRequestError(say("MESSAGE_MISSING"))
-    # Take the message first: gRPC may keep ``received`` beyond a rejected call.
-    message = received.take()
-    call.receive(received.num_bytes)
-    return message
+    return received
 
 
 async def open_messages(
-    requests: AsyncIterator[Received], call: Call, arrivals: Arrivals
+    requests: AsyncIterator[Received], party: Party, arrivals: Arrivals
 ) -> AsyncIterator[Any]:
     """The messages of a call that needs no token; arguments and errors as for ``one_message``."""
-    while each := await _next(requests, arrivals.place(call)):
+    while each := await _next(requests, arrivals.place(party)):
         yield each.take()
 
 
@@ -289,8 +287,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self, services: Services) -> None:
         self._services = services
         self._open_calls = Places()
-        # Arriving messages, by service, because slow messages to one service must not delay
-        # another.
+        # Calls whose message another server's handler waits for (see ``receiving``).
+        self._receiving_calls = Places()
+        # Messages that arrive, by service: slow messages to one service must not delay another.
         self._arrivals: dict[str, Arrivals] = {}
 
     async def intercept_service(
@@ -322,15 +321,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """
         behaviour = _behaviour(handler)
         service = _service_of(method)
-        is_open = service not in SERVICE_ROLES
-        most = MOST_ARRIVING_OPEN if is_open else MOST_ARRIVING
-        arrivals = self._arrivals.setdefault(service, Arrivals(most))
+        arrivals = self._arrivals_of(service)
 
         async def requested(requests: Any) -> Any:
+            call = current_call()
             if not handler.request_streaming:
-                return await one_message(requests, current_call(), arrivals)
-            if is_open:
-                return open_messages(requests, current_call(), arrivals)
+                received = await one_message(requests, call.party, arrivals)
+                # Take the message first: gRPC may keep ``received`` beyond a rejected call.
+                message = received.take()
+                call.receive(received.num_bytes)
+                return message
+            if service not in SERVICE_ROLES:
+                return open_messages(requests, call.party, arrivals)
             return all_messages(requests)
 
         async def once(requests: Any, context: Any) -> None:
@@ -349,22 +351,68 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def answer(requests: Any, context: Any) -> None:
             await self.run(method, context, lambda: body(requests, context))
 
-        return grpc.stream_stream_rpc_method_handler(
-            answer,
-            request_deserializer=tolerant(handler.request_deserializer),
-            response_serializer=handler.response_serializer,
-        )
+        return _streaming(answer, handler)
+
+    def receiving(self, method: str, handler: Any, context_of: Callable[[Any], Any]) -> Any:
+        """A handler that checks a call and receives its message before ``handler`` runs.
+
+        It is for a server that would otherwise read the messages of any number of callers first.
+        ``handler`` calls ``run`` itself.
+
+        Args:
+            method: The method, as ``/package.Service/Method``.
+            handler: The handler that answers. One for a stream of messages is returned unchanged.
+            context_of: Makes the context for ``run`` from gRPC's own.
+        """
+        if handler.request_streaming:
+            return handler
+        behaviour, service = _behaviour(handler), _service_of(method)
+        arrivals = self._arrivals_of(service)
+
+        async def received(requests: Any, context: Any) -> Any:
+            authorization = authorization_of(context.invocation_metadata() or ())
+            authorize(self._services.tokens, service, authorization)
+            party = Party(self._services.shares, authorization, context.peer())
+            with self._receiving_calls.hold(*_limits(method, party.tenant)):
+                return (await one_message(requests, party, arrivals)).take()
+
+        async def answer(requests: Any, context: Any) -> None:
+            try:
+                message = await received(requests, context_of(context))
+            except TurretError as error:
+                await self._refuse(method, context_of(context), error.with_traceback(None))
+                return
+            answers = behaviour(message, context)
+            # Drop it here, so that ``handler`` decides how long it is kept.
+            del message
+            if handler.response_streaming:
+                async with contextlib.aclosing(answers):
+                    async for each in answers:
+                        await context.write(each)
+                return
+            whole = await answers
+            if (context.code() or grpc.StatusCode.OK) is grpc.StatusCode.OK:
+                await context.write(whole)
+
+        return _streaming(answer, handler)
+
+    def _arrivals_of(self, service: str) -> Arrivals:
+        most = MOST_ARRIVING if service in SERVICE_ROLES else MOST_ARRIVING_OPEN
+        return self._arrivals.setdefault(service, Arrivals(most))
 
     def _refusal(self, method: str, error: TurretError) -> Any:
         """A handler that answers with an error, without reading what the client sends."""
 
+        async def answer(requests: Any, context: Any) -> None:
+            await self._refuse(method, context, error)
+
+        return grpc.stream_stream_rpc_method_handler(answer)
+
+    async def _refuse(self, method: str, context: Any, error: TurretError) -> None:
         async def refuse() -> None:
             raise error
 
-        async def answer(requests: Any, context: Any) -> None:
-            await self.run(method, context, refuse)
-
-        return grpc.stream_stream_rpc_method_handler(answer)
+        await self.run(method, context, refuse)
 
     async def run(self, method: str, context: Any, body: Callable[[], Awaitable[Any]]) -> Any:
         """Run a handler's body, and turn its exception into the call's status.
@@ -467,6 +515,15 @@ def _service_of(method: str) -> str:
 
 def _code(status: grpc.StatusCode) -> Code:
     return Code[status.name]
+
+
+def _streaming(answer: Callable[[Any, Any], Awaitable[None]], handler: Any) -> Any:
+    """A handler for streams of messages, in the place of another."""
+    return grpc.stream_stream_rpc_method_handler(
+        answer,
+        request_deserializer=tolerant(handler.request_deserializer),
+        response_serializer=handler.response_serializer,
+    )
 
 
 def _behaviour(handler: Any) -> Callable[..., Any]:

@@ -29,7 +29,7 @@ _ADAPTERS: dict[str, _Method] = {
     "DeleteAlias": Adapters.delete_alias,
     "ListAliases": lambda api, _, call: adapters_pb2.ListAliasesResponse(aliases=api.aliases()),
     "GetAdapter": Adapters.get,
-    "ListAdapters": lambda api, message, call: api.list_page(message),
+    "ListAdapters": Adapters.list_page,
     "UnloadAdapter": Adapters.unload,
     "PinAdapter": Adapters.pin,
     "UnpinAdapter": Adapters.unpin,

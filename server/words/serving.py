@@ -33,6 +33,8 @@ TEXTS = {
     " ({max_queued_requests})",
     "QUEUE_MEMORY_FULL": "requests already take {held!b} of memory, and with this one they"
     " would exceed the limit of {max_queued_bytes!b}",
+    "QUEUE_MEMORY_SHARE_FULL": "requests of this bearer token already take {held!b} of memory, and"
+    " with this one they would exceed its limit of {max_queued_bytes!b}",
     "MESSAGES_FULL": "request messages already take {held!b} of memory; the limit is {most!b}",
     "ANSWERS_NEED_MEMORY": "answers need at least {bytes!b} of memory; the limit is"
     " {max_queued_bytes!b}",

@@ -182,10 +182,11 @@ async def test_adapters_are_loaded_listed_pinned_and_unloaded(parts: Parts) -> N
     for name in ("a", "b", "c"):
         await parts.adapters.load(pb.LoadAdapterRequest(name=name, path=name), call)
     assert call.adapters == ("c",)
-    page = await parts.adapters.list_page(pb.ListAdaptersRequest(page_size=2))
+    page = await parts.adapters.list_page(pb.ListAdaptersRequest(page_size=2), call)
     assert [a.name for a in page.adapters] == ["a", "b"]
     token = page.next_page_token
-    page = await parts.adapters.list_page(pb.ListAdaptersRequest(page_size=2, page_token=token))
+    asked = pb.ListAdaptersRequest(page_size=2, page_token=token)
+    page = await parts.adapters.list_page(asked, call)
     assert ([a.name for a in page.adapters], page.total_size) == (["c"], 3)
     assert (await parts.adapters.pin(pb.PinAdapterRequest(name="b"), call)).pinned
     await parts.adapters.unload(pb.UnloadAdapterRequest(name="a"), call)

@@ -35,13 +35,15 @@ class Held:
     def __init__(self) -> None:
         self.num_bytes = 0
         self.num_cancels = 0
+        self.may_grow = True
         self.stream = Stream(self._cancelled, self._hold, REQUEST_BYTES)
 
     def _cancelled(self) -> None:
         self.num_cancels += 1
 
-    def _hold(self, num_bytes: int) -> None:
+    def _hold(self, num_bytes: int) -> bool:
         self.num_bytes += num_bytes
+        return self.may_grow
 
 
 async def test_what_is_unread_is_held_and_the_end_frees_all() -> None:
@@ -104,6 +106,24 @@ async def test_an_answer_that_nobody_reads_ends() -> None:
         await anext(held.stream)
     with pytest.raises(StopAsyncIteration):
         await anext(held.stream)
+
+
+async def test_an_unread_answer_ends_early_if_its_tenant_holds_too_much() -> None:
+    held, part = Held(), Output(text="x" * 1000)
+    for _ in range(100):
+        held.stream.deliver(part)
+    assert held.num_cancels == 0
+    # A client that reads as fast as it can has only the last parts left.
+    held.may_grow = False
+    for _ in range(90):
+        await anext(held.stream)
+    for _ in range(30):
+        held.stream.deliver(part)
+    assert held.num_cancels == 0
+    for _ in range(30):
+        held.stream.deliver(part)
+    assert held.num_cancels == 1
+    assert held.num_bytes == 0
 
 
 async def test_one_large_part_is_no_backlog() -> None:

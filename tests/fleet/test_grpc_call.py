@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -13,14 +14,19 @@ import pytest
 from fleets.replicas import Wire
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
+from servers import raw_grpc
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
+from servers.rpc_harness import failure_of
 
-from turret.fleet.serving.replica_server import CallContext, ReplicaServer, from_client
+from turret.fleet.serving.calls import CallContext, from_client
+from turret.fleet.serving.replica_server import ReplicaServer
+from turret.server.api.access import Shares, TokenTable
 from turret.server.api.gate import ServingGate
 from turret.server.api.services import Services
 from turret.server.config import Config, ListenConfig
 from turret.server.errors import AdapterNotFoundError, QueueFullError
 from turret.server.http.server import application
+from turret.server.rpc import interceptor as interceptors
 from turret.server.rpc.interceptor import DETAILS_KEY, CallInterceptor, current_call
 from turret.v1 import inference_pb2
 
@@ -185,3 +191,92 @@ async def test_both_protocols_close_while_the_replica_may_answer_nothing(
         assert await answers() == (503, 503, grpc.StatusCode.UNAVAILABLE)
         assert await health() == (health_pb2.HealthCheckResponse.NOT_SERVING, None)
     server.services.adapters.close()
+
+
+ALICE = (("authorization", "Bearer alice"),)
+ASKED, ANSWER = inference_pb2.GenerateRequest, inference_pb2.GenerateResponse
+
+
+@contextlib.asynccontextmanager
+async def serve(begun: list[str]) -> AsyncIterator[str]:
+    """The address of a server like Serve's, whose handlers run as the fleet makes them run."""
+
+    async def generate(request: Any, context: Any) -> bytes:
+        begun.append(request.prompt)
+        # Serve sets the status of every call.
+        if request.prompt == "fail":
+            context.set_code(grpc.StatusCode.NOT_FOUND)
+            return b""
+        context.set_code(grpc.StatusCode.OK)
+        return bytes(ANSWER(text=request.prompt).SerializeToString())
+
+    async def stream(request: Any, context: Any) -> AsyncIterator[bytes]:
+        for _ in range(3):
+            yield await generate(request, context)
+
+    tokens = TokenTable([("alice", frozenset({"inference"}))])
+    services = Services(gate=ServingGate(), tokens=tokens, shares=Shares(separates_tokens=True))
+    receiving = CallInterceptor(services).receiving
+    parse: dict[str, Any] = {"request_deserializer": ASKED.FromString}
+    given = {
+        "Generate": grpc.unary_unary_rpc_method_handler(generate, **parse),
+        "GenerateStream": grpc.unary_stream_rpc_method_handler(stream, **parse),
+    }
+    service = "turret.v1.Inference"
+    handlers = {n: receiving(f"/{service}/{n}", each, CallContext) for n, each in given.items()}
+    server = grpc.aio.server(options=[("grpc.http2.bdp_probe", 0)])
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, handlers)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(None)
+        services.adapters.close()
+
+
+async def test_serves_handlers_answer_as_before() -> None:
+    begun: list[str] = []
+    async with serve(begun) as address, grpc.aio.insecure_channel(address) as channel:
+        one: Any = channel.unary_unary(
+            "/turret.v1.Inference/Generate", ASKED.SerializeToString, ANSWER.FromString
+        )
+        assert (await one(ASKED(prompt="a"), metadata=ALICE)).text == "a"
+        assert (await failure_of(one(ASKED(prompt="fail"), metadata=ALICE))).code is (
+            grpc.StatusCode.NOT_FOUND
+        )
+        many: Any = channel.unary_stream(
+            "/turret.v1.Inference/GenerateStream", ASKED.SerializeToString, ANSWER.FromString
+        )
+        assert [each.text async for each in many(ASKED(prompt="b"), metadata=ALICE)] == ["b"] * 3
+        broken: Any = channel.unary_unary("/turret.v1.Inference/Generate")
+        failure = await failure_of(broken(b"\xff", metadata=ALICE))
+        assert failure.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert begun == ["a", "fail", "b", "b", "b"]
+
+
+async def test_tokens_are_checked_before_the_message_has_arrived() -> None:
+    async def silent() -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b""
+
+    begun: list[str] = []
+    async with serve(begun) as address, grpc.aio.insecure_channel(address) as channel:
+        method: Any = channel.stream_unary("/turret.v1.Inference/Generate")
+        for metadata in ((), (("authorization", "Bearer nobody"),)):
+            failure = await failure_of(method(silent(), metadata=metadata, timeout=10))
+            assert failure.code is grpc.StatusCode.UNAUTHENTICATED
+    assert begun == []
+
+
+async def test_parts_of_messages_take_a_bounded_amount_of_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The parts of 100 messages of 1 MiB, of which at most four arrive at the same time."""
+    monkeypatch.setattr(interceptors, "MOST_ARRIVING", 5)
+    method = "/turret.v1.Inference/Generate"
+    async with serve([]) as address:
+        accepted = await asyncio.to_thread(
+            raw_grpc.accepted_bytes, address, method, ALICE, 100, 1 << 20, 0.5
+        )
+    assert accepted < (4 << 20) + 101 * (64 << 10)

@@ -16,6 +16,7 @@ import asyncio, sys
 import grpc.aio
 from ray._private import ray_constants
 from ray.serve._private import grpc_util
+from ray.serve._private.direct_ingress_http_util import ASGIDIReceiveProxy
 from ray.serve._private.haproxy import HAProxyApi
 from turret.fleet.serving import ingress
 from turret.fleet.serving.ingress import ingress_environment
@@ -53,12 +54,39 @@ HAProxyApi._start_and_wait_for_haproxy = start
 ingress._listen_locally()
 ingress._keep_haproxy()
 ingress._limit_messages()
+ingress._limit_arrivals()
+ingress._limit_bodies()
+
+
+# The number of parts of a body that are read although the handler takes none.
+async def read_ahead():
+    parts = 0
+
+    async def receive():
+        nonlocal parts
+        parts += 1
+        await asyncio.sleep(0)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    proxy = ASGIDIReceiveProxy({"type": "http"}, receive, asyncio.get_running_loop())
+    task = proxy.fetch_until_disconnect_task()
+    done, _ = await asyncio.wait([task], timeout=0.05)
+    assert not done
+    ahead = parts
+    assert (await proxy())["body"] == b"x"
+    task.cancel()
+    return ahead
 
 
 async def main():
+    assert await read_ahead() == 2
     received = [v for n, v in grpc_util.DEFAULT_GRPC_SERVER_OPTIONS if "receive" in n]
     assert received == [4 << 20], received
-    server = grpc_util.gRPCGenericServer(None)
+    assert ("grpc.http2.bdp_probe", 0) in grpc_util.DEFAULT_GRPC_SERVER_OPTIONS
+    server = grpc_util.gRPCGenericServer(lambda **_: None)
+    unary = grpc.unary_unary_rpc_method_handler(None)
+    # The changed handler starts before its message has arrived, and checks the call.
+    assert server._override_method_handler("/turret.v1.Inference/Score", unary).request_streaming
     plain = grpc.aio.server()
     for each in (server, plain):
         port = each.add_insecure_port("[::]:0")

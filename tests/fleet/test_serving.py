@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import sys
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -21,6 +23,7 @@ from builders.adapters import edit_config
 from builders.random_adapters import ALL, AdapterSpec, arch_of, write_adapter
 from fleets.serving import ServingFleet, listening, start_fleet, status_rows
 from safetensors.torch import load_file, save_file
+from servers import raw_grpc
 from servers.probe import is_serving
 
 from turret.clients.client import TurretClient, TurretRpcError
@@ -176,6 +179,45 @@ def test_large_messages_are_rejected_before_they_are_in_memory(fleet: ServingFle
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         told = caught.value.trailing_metadata() or ()
         assert all(each[0] != "grpc-status-details-bin" for each in told)  # type: ignore[index]
+
+
+def test_parts_of_messages_take_a_bounded_amount_of_memory(fleet: ServingFleet) -> None:
+    """The parts of 4 × 100 messages of 4 MiB, of which 64 arrive at a replica at the same time."""
+
+    def held() -> int:
+        return sum(each.memory_info().rss for each in fleet.replicas())
+
+    before, after = held(), []
+
+    def send(_: int) -> None:
+        raw_grpc.accepted_bytes(
+            fleet.address, "/turret.v1.Inference/Generate", (), 100, (4 << 20) - 16, 3.0
+        )
+
+    sample = threading.Event()
+
+    def watch() -> None:
+        while not sample.wait(0.2):
+            after.append(held())
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    with ThreadPoolExecutor(4) as senders:
+        list(senders.map(send, range(4)))
+    sample.set()
+    watching.join()
+    assert max(after) - before < 700 << 20
+
+
+def test_a_head_that_never_ends_is_cut(fleet: ServingFleet) -> None:
+    host, _, port = fleet.http_address.rpartition(":")
+    with socket.create_connection((host, int(port)), 30.0) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n")
+        began = time.monotonic()
+        # HAProxy answers with status 408.
+        while connection.recv(1000):
+            pass
+        assert time.monotonic() - began < 20.0
 
 
 def test_http_answers_too(fleet: ServingFleet) -> None:

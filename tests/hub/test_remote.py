@@ -6,6 +6,7 @@ import contextlib
 import http.server
 import json
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +32,7 @@ from turret.server.errors import (
     TurretError,
 )
 from turret.server.remote import RemoteAdapters
-from turret.server.remote_program import check_address
+from turret.server.remote_program import check_address, resolve_once
 
 pytest.importorskip("moto")
 oras_provider = pytest.importorskip("oras.provider")
@@ -391,6 +392,44 @@ def test_where_a_registry_may_lead(
     url: str, registry: str, *, is_secure: bool, is_allowed: bool
 ) -> None:
     assert (check_address(url, registry, is_secure=is_secure) == "") == is_allowed
+
+
+@pytest.mark.parametrize("first", ["1.1.1.1", None])
+def test_a_name_keeps_the_address_that_was_checked(
+    monkeypatch: pytest.MonkeyPatch, first: str | None
+) -> None:
+    """A name server of the registry's owner returns another address at the second question."""
+    look_up: Any = socket.getaddrinfo
+    answers = iter([first, "169.254.169.254"])
+
+    def rebound(host: str, *arguments: Any) -> Any:
+        found = next(answers) if host.endswith(".example") else host
+        if found is None:
+            raise socket.gaierror(socket.EAI_NONAME, "no such name")
+        return look_up(found, *arguments)
+
+    monkeypatch.setattr(socket, "getaddrinfo", rebound)
+    resolve_once()
+    assert check_address("https://cdn.example/a", "8.8.8.8", is_secure=True) == ""
+    try:
+        found = socket.getaddrinfo("cdn.example", 443, 0, socket.SOCK_STREAM)
+    except socket.gaierror:
+        found = []
+    assert [each[4] for each in found] == ([(first, 443)] if first else [])
+
+
+def test_a_name_of_a_registry_with_an_internal_address_opens_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    look_up: Any = socket.getaddrinfo
+
+    def several(host: str, *arguments: Any) -> Any:
+        hosts = ("8.8.8.8", "169.254.169.254") if host == "registry.example" else (host,)
+        return [each for one in hosts for each in look_up(one, *arguments)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", several)
+    assert check_address("https://10.0.0.1/a", "registry.example", is_secure=True) != ""
+    assert check_address("https://1.1.1.1/a", "registry.example", is_secure=True) == ""
 
 
 def test_the_pieces_and_sizes_of_a_manifest(registry: _Make, hostile: str) -> None:

@@ -30,6 +30,7 @@ from turret.server.config import (
     ModelConfig,
     SchedulerConfig,
 )
+from turret.server.engine.answer import AnswerMemory
 from turret.server.errors import BudgetExceededError
 from turret.server.metrics import Metrics
 from turret.v1 import inference_pb2, inference_pb2_grpc
@@ -82,7 +83,7 @@ async def test_what_a_call_collects_is_bounded(app: App, monkeypatch: pytest.Mon
         echoed = LARGE | {"max_tokens": 1}
         for each in (LARGE, echoed, SAMPLED):
             assert await post(**each) == 429
-            assert backend.engine._held_bytes == 0
+            assert backend.engine.memory.held == 0
         # Some of them fit, and a streamed answer is not collected.
         assert await post(**LARGE | {"prompt": PROMPT}) == 200
         assert await post(**LARGE | {"logprobs": 0}) == 200
@@ -105,13 +106,13 @@ async def test_what_a_call_collects_is_bounded(app: App, monkeypatch: pytest.Mon
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call(message)
             assert reason_of(caught.value) == "BUDGET_EXCEEDED"
-        assert backend.engine._held_bytes == 0
+        assert backend.engine.memory.held == 0
 
 
 async def test_every_call_that_collects_its_answer_counts_it() -> None:
     inputs = [inference_pb2.Input(prompt="a")] * 2
     async with harness() as server:
-        server.engine.max_queued_bytes = 10
+        server.engine.memory.most = 10
         stub = server.inference
         for call in (
             stub.Generate(inference_pb2.GenerateRequest(prompt="a")),
@@ -120,7 +121,7 @@ async def test_every_call_that_collects_its_answer_counts_it() -> None:
             stub.Classify(inference_pb2.ClassifyRequest(inputs=inputs)),
         ):
             assert (await failure_of(call)).reason == "BUDGET_EXCEEDED"
-        assert server.engine.held == 0
+        assert server.engine.memory.held == 0
         stream = stub.GenerateStream(inference_pb2.GenerateRequest(prompt="a"))
         assert [chunk.text async for chunk in stream] == ["H", "i"]
 
@@ -137,20 +138,20 @@ async def test_an_answer_counts_until_its_client_has_read_it() -> None:
             # Without the answer's memory, a call is over as soon as its results are there.
             for _ in range(50):
                 await asyncio.sleep(0.01)
-            held = server.engine.held
+            held = server.engine.memory.held
             assert held > 0
             await server.inference.Embed(inference_pb2.EmbedRequest(inputs=inputs))
-            assert server.engine.held == held
+            assert server.engine.memory.held == held
         for _ in range(500):
-            if not server.engine.held:
+            if not server.engine.memory.held:
                 break
             await asyncio.sleep(0.01)
-        assert server.engine.held == 0
+        assert server.engine.memory.held == 0
 
 
-def test_answers_to_one_token_leave_half_of_the_memory_to_others() -> None:
+def test_answers_to_one_token_leave_a_quarter_of_the_memory_to_others() -> None:
     engine = FakeEngine()
-    engine.max_queued_bytes = 100
+    engine.memory = memory = AnswerMemory(100)
     backend = fake_backend(engine, FakeRegistry(), FakeMerger(), FakeFuser())
 
     def call_of(tenant: bytes) -> Call:
@@ -159,14 +160,16 @@ def test_answers_to_one_token_leave_half_of_the_memory_to_others() -> None:
         return call
 
     calls = [call_of(b"alice"), call_of(b"alice"), call_of(b"bob")]
-    for call, num_bytes in zip(calls, (20, 30, 50), strict=True):
+    # Alice's requests and her answers share one limit.
+    memory.hold(25, b"alice")
+    for call, num_bytes in zip(calls, (20, 30, 25), strict=True):
         keep(backend, call, num_bytes)
-    assert (engine.held, backend.kept) == (100, {b"alice": 50, b"bob": 50})
+    assert (memory.held, memory.held_of(b"alice"), memory.held_of(b"bob")) == (100, 75, 25)
     with pytest.raises(BudgetExceededError):
         keep(backend, calls[0], 1)
     for call in calls:
         call.finish(Code.OK)
-    assert (engine.held, backend.kept) == (0, {})
+    assert (memory.held, memory.held_of(b"alice"), memory.held_of(b"bob")) == (25, 25, 0)
 
 
 def reason_of(error: grpc.aio.AioRpcError) -> str:

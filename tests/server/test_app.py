@@ -22,7 +22,7 @@ from unittest.mock import Mock
 import grpc
 import pytest
 from checkout import ROOT
-from servers.app_parts import Parts, make_app
+from servers.app_parts import LISTEN, Parts, make_app
 from servers.probe import is_serving
 from servers.rpc_harness import failure_of, soon
 from start_problems import read
@@ -30,10 +30,11 @@ from start_problems import read
 import turret
 from turret.server import log
 from turret.server.adapters.adapter import AdapterInfo
-from turret.server.app import App
+from turret.server.adapters.state_dir import StateDir
+from turret.server.app import EXIT_FAILED, App
 from turret.server.cli import main
 from turret.server.command.start_lines import introduce
-from turret.server.config import AdapterConfig, SecurityConfig
+from turret.server.config import AdapterConfig, Config, ModelConfig, SecurityConfig
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.errors import AdapterCheckpointError
 from turret.server.words import say
@@ -245,7 +246,7 @@ SERVER = textwrap.dedent(
     """
     import asyncio, sys
     sys.path[:0] = {paths!r}
-    from servers.app_parts import Parts, make_app
+    from servers.app_parts import LISTEN, Parts, make_app
     from turret.server import log
 
     log.configure()
@@ -345,6 +346,20 @@ def test_the_server_listens_before_torch_is_loaded() -> None:
         env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
     )  # fmt: skip
     assert done.stdout == "loaded []\n"
+
+
+async def test_the_state_directory_is_taken_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = StateDir(tmp_path, 0)
+    config = Config(
+        listen=LISTEN,
+        model=ModelConfig(model=tmp_path / "missing"),
+        adapters=AdapterConfig(state_dir=tmp_path),
+    )
+    assert await App(config).run() == EXIT_FAILED
+    assert say("STATE_DIR_IN_USE", path=tmp_path) in capsys.readouterr().err
+    first.close()
 
 
 def test_a_log_record_is_one_line_with_its_request_id() -> None:

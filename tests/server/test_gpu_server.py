@@ -96,7 +96,7 @@ async def answers(root: Path, *, gpu: bool) -> list[Completion]:
         adapters=AdapterConfig(adapter_root=root, preload=tuple((n, n) for n in names)),
         listen=ListenConfig(address="127.0.0.1:0", metrics_address=None),
     )
-    app = App(config, build=lambda c, m: build_backend(c, m, gpu=gpu))
+    app = App(config, build=lambda c, m, s: build_backend(c, m, gpu=gpu, state=s))
     await app.startup()
     assert app.rpc is not None
     try:

@@ -19,6 +19,7 @@ from builders.random_adapters import AdapterSpec, arch_of, write_adapter
 from safetensors.numpy import load_file, save_file
 
 from turret.server.adapters.adapter import TENSORS_FILE
+from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.api.access import Party, Shares
 from turret.server.app import App
 from turret.server.config import (
@@ -277,10 +278,12 @@ def test_a_token_has_one_share_however_the_header_spells_it() -> None:
         (Tokenizer, "render_chat", {"messages": [{"role": "user", "content": "a"}]}),
         (Tokenizer, "encode", {"prompt": "a"}),
         (body, "parse", {"prompt": "a" * 40_000}),
+        (Tokenizer, "decode", {"prompt": "a b " * 60}),
+        (AdapterRegistry, "list", {}),
     ],
-    ids=["templates", "tokenizer", "parser"],
+    ids=["templates", "tokenizer", "parser", "answers", "adapters"],
 )
-async def test_work_before_the_queue_is_done_for_tokens_in_turn(
+async def test_work_beside_the_engine_is_done_for_tokens_in_turn(
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     kind: Any,
@@ -299,6 +302,8 @@ async def test_work_before_the_queue_is_done_for_tokens_in_turn(
 
         async def ask(token: str) -> httpx2.Response:
             headers = {"authorization": f"Bearer {token}"}
+            if not asked:
+                return await protocols.client.get("/v1/models", headers=headers)
             return await protocols.client.post("/tokenize", json=asked, headers=headers)
 
         of_alice = [asyncio.create_task(ask("alice")) for _ in range(number)]

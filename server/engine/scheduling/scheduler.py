@@ -15,7 +15,9 @@ takes only as many prompt tokens as double its time, but at least 16. Attention 
 expensive the longer its context is. So while other sequences decode, prompt tokens may cost at most
 twice as much as the same number of tokens without attention.
 
-Fairness also applies to running places, not only to admissions. The sequence that is next in line,
+Prompts of several tenants share the tokens of a step, also with the next sequence in line.
+
+Fairness also applies to running places, not only admissions. The sequence that is next in line,
 once it has waited for ``preempt_after_seconds``, takes the place of the latest sequence of the
 tenant with the most places, if that makes their places more equal. Otherwise it takes the place of
 the latest sequence of the most served mix, if that mix was served more and holds more places.
@@ -322,12 +324,17 @@ class Scheduler:
         num_preempted = 0
         # Decodes before prompts, so that a long prompt never delays a token that is due.
         order = sorted(self.running, key=lambda s: len(s.tokens) - s.num_computed > 1)
+        shares = self._shares(budget)
         for sequence in order:
             if sequence.state is not SequenceState.RUNNING:
                 continue
-            num_new = self._chunk(sequence, budget)
+            is_prompt = len(sequence.tokens) - sequence.num_computed > 1
+            share = shares.get(sequence.tenant, budget) if is_prompt else budget
+            num_new = self._chunk(sequence, min(share, budget))
             if num_new == 0:
                 continue
+            if is_prompt and shares:
+                shares[sequence.tenant] -= num_new
             while sequence.state is SequenceState.RUNNING:
                 if self._reserve(sequence, num_new, new_blocks):
                     scheduled.append(Scheduled(sequence, num_new))
@@ -448,6 +455,27 @@ class Scheduler:
         # Allow as many prompt rows as double the time of the decode step alone.
         beside = max(_LEAST_CHUNK, num_decodes + int(self._cost.fixed_rows))
         return min(self._num_tokens, num_decodes + beside)
+
+    def _shares(self, budget: int) -> dict[bytes, int]:
+        """The most tokens of running prompts in the next step, by tenant.
+
+        Tenants share what decoding rows leave of a step, also with the tenant of the next sequence
+        in line. Otherwise, that one would wait until a long prompt has been read. Without other
+        tenants there is no limit.
+        """
+        prompts = [s for s in self.running if len(s.tokens) - s.num_computed > 1]
+        tenants = {sequence.tenant for sequence in prompts}
+        if not prompts:
+            return {}
+        if len(self.running) < self._num_seqs:
+            waiting = self.waiting.peek(self._may_start)
+            # One that did not fit into the last step would leave its share unused.
+            if waiting is not None and waiting is not self._blocked:
+                tenants.add(waiting.tenant)
+        if len(tenants) == 1:
+            return {}
+        left = budget - (len(self.running) - len(prompts))
+        return dict.fromkeys(tenants, max(left // len(tenants), 1))
 
     def _chunk(self, sequence: Sequence, budget: int) -> int:
         """How many tokens of a sequence a step takes: fewer of a prompt far into its context."""

@@ -112,7 +112,7 @@ async def state(exchange: Exchange) -> None:
         }
     if is_admin or "inference" in roles:
         text = exchange.query.get("find", "")[:MAX_SEARCH_CHARS]
-        some = await services.adapters.find(text.strip().lower(), MAX_ADAPTERS)
+        some = await services.adapters.find(text.strip().lower(), MAX_ADAPTERS, exchange.call)
         found["adapters"] = {
             "shown": [_row(adapter, is_admin) for adapter in some.shown],
             "matching": some.num_matching,

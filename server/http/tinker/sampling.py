@@ -190,6 +190,7 @@ class _Samples:
         size = count + sum(len(answer.token_ids) for answer in answers)
         return Result(
             await converted(
+                self.call.tenant,
                 size * (1 + self.message.options.top_n),
                 lambda: result_of_samples(
                     answers,

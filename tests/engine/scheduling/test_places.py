@@ -38,10 +38,12 @@ class Clock:
         self.started: dict[Sequence, float] = {}
         self.ended: dict[Sequence, float] = {}
 
-    def ask(self, name: str, max_tokens: int, tenant: bytes = b"") -> Sequence:
+    def ask(
+        self, name: str, max_tokens: int, tenant: bytes = b"", prompt_tokens: int = 3
+    ) -> Sequence:
         request = Request(
             request_id="r",
-            prompt_token_ids=(1, 2, next(_numbers)),
+            prompt_token_ids=(next(_numbers), *range(1, prompt_tokens)),
             stop=StopConditions(max_tokens=max_tokens),
             party=tenant,
             tenant=tenant,
@@ -219,3 +221,27 @@ def test_a_step_that_was_not_computed_is_charged_to_nobody() -> None:
         scheduler.abandon(step)
         assert {group: lines.served(group) for group in groups} == served
         assert lines._floor() == pytest.approx(floor)
+
+
+def test_a_long_prompt_of_one_tenant_delays_no_other_tenants_answer() -> None:
+    clock = Clock()
+    # Reading this prompt alone takes 100 steps.
+    long = clock.ask("base", 1, b"greedy", prompt_tokens=6400)
+    clock.step()
+    short = clock.ask("base", SHORT, b"other")
+    clock.run_until_ended([short], (SHORT + 1) * STEP_SECONDS)
+    # Two long prompts share each step, and a tenant does not delay its own prompts more.
+    second = clock.ask("base", 1, b"other", prompt_tokens=1600)
+    began = clock.now
+    clock.run_until_ended([second], 60 * STEP_SECONDS)
+    assert clock.now - began > 45 * STEP_SECONDS
+    clock.run_until_ended([long], 100 * STEP_SECONDS)
+    # Nothing of the steps is lost while nobody else waits.
+    assert clock.now < (100 + SHORT + 26 + 5) * STEP_SECONDS
+
+
+def test_prompts_are_read_one_after_the_other_without_tenants() -> None:
+    clock = Clock()
+    first, second = (clock.ask("base", 1, prompt_tokens=640) for _ in range(2))
+    clock.run_until_ended([first], 11 * STEP_SECONDS)
+    assert second not in clock.started

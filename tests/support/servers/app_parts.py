@@ -30,7 +30,7 @@ class Parts:
         # Set once the build runs, after the server has begun to listen.
         self.building = asyncio.Event()
 
-    def build(self, config: Config, metrics: Any) -> Backend:
+    def build(self, config: Config, metrics: Any, state: Any) -> Backend:
         self.loop.call_soon_threadsafe(self.building.set)
         self.may_finish.wait(20)
         if self.error is not None:

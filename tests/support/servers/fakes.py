@@ -27,6 +27,7 @@ from turret.server.api.vocabularies import Vocabularies, Vocabulary
 from turret.server.basics.turns import FairPool
 from turret.server.basics.work import Cancellation
 from turret.server.constraints.constraint import KeptConstraints
+from turret.server.engine.answer import AnswerMemory
 from turret.server.engine.scheduling.request import (
     AdapterUse,
     Finish,
@@ -203,8 +204,7 @@ class FakeEngine:
         self.dead = asyncio.Event()
         self.drained: list[float] = []
         self.started = asyncio.Event()
-        self.max_queued_bytes = 1 << 30
-        self.held = 0
+        self.memory = AnswerMemory(1 << 30)
 
     @property
     def is_dead(self) -> bool:
@@ -215,9 +215,6 @@ class FakeEngine:
 
     async def drain(self, grace_seconds: float) -> None:
         self.drained.append(grace_seconds)
-
-    def hold(self, num_bytes: int) -> None:
-        self.held += num_bytes
 
     async def submit(self, request: Request) -> FakeStream:
         self.requests.append(request)

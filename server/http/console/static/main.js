@@ -98,7 +98,8 @@ function openToken() {
 function showRoles(state) {
   const has = state.roles.join(", ");
   say(byId("token-roles"), token.get() ? `This token has the roles ${has}.` : `Without a token you have the roles ${has}.`);
-  byId("token-open").hidden = !token.get() && state.roles.length === 3;
+  // Without a token, only a server without a token file answers.
+  byId("token-open").hidden = !token.get();
 }
 
 function start() {
