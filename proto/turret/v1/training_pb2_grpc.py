@@ -26,9 +26,9 @@ if _version_not_supported:
 
 
 class TrainingStub(object):
-    """Trains adapters on the base model while it serves (`turret serve --training`). Another protocol for
-    the same is the Tinker API over HTTP, with the same limits, and with the same checkpoints. If the
-    server has a token file, each token sees only what it made itself.
+    """Trains adapters on the base model while it serves (`turret serve --training`). The Tinker API over
+    HTTP does the same, with the same limits and the same checkpoints. If the server has a token file,
+    each token sees only what it created itself.
 
     Calls for one model run one after the other, in the order in which they arrived. A call that was
     accepted runs to its end, even if the client has gone. Calls for different models run together, and
@@ -106,9 +106,9 @@ class TrainingStub(object):
 
 
 class TrainingServicer(object):
-    """Trains adapters on the base model while it serves (`turret serve --training`). Another protocol for
-    the same is the Tinker API over HTTP, with the same limits, and with the same checkpoints. If the
-    server has a token file, each token sees only what it made itself.
+    """Trains adapters on the base model while it serves (`turret serve --training`). The Tinker API over
+    HTTP does the same, with the same limits and the same checkpoints. If the server has a token file,
+    each token sees only what it created itself.
 
     Calls for one model run one after the other, in the order in which they arrived. A call that was
     accepted runs to its end, even if the client has gone. Calls for different models run together, and
@@ -274,9 +274,9 @@ def add_TrainingServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Training(object):
-    """Trains adapters on the base model while it serves (`turret serve --training`). Another protocol for
-    the same is the Tinker API over HTTP, with the same limits, and with the same checkpoints. If the
-    server has a token file, each token sees only what it made itself.
+    """Trains adapters on the base model while it serves (`turret serve --training`). The Tinker API over
+    HTTP does the same, with the same limits and the same checkpoints. If the server has a token file,
+    each token sees only what it created itself.
 
     Calls for one model run one after the other, in the order in which they arrived. A call that was
     accepted runs to its end, even if the client has gone. Calls for different models run together, and
