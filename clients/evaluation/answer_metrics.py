@@ -62,15 +62,6 @@ def named_label(answer: str, labels: Sequence[str]) -> str | None:
     return next(label for label in labels if label.casefold() == found.group())
 
 
-def macro_f1(pairs: Sequence[tuple[str, str]]) -> float:
-    """The mean over labels of each one's F1: 2 TP / (2 TP + FP + FN), in [0, 1].
-
-    Args:
-        pairs: Pairs of the label found and the right one. Labels that occur in neither are ignored.
-    """
-    return macro_f1_of_sets([((found,), (right,)) for found, right in pairs])
-
-
 def mean(values: Sequence[float]) -> float:
     """The arithmetic mean of some numbers."""
     return math.fsum(values) / len(values)

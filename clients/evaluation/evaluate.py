@@ -29,7 +29,6 @@ from turret.clients.evaluation.answer_metrics import (
     estimate_mean,
     exact_match,
     label_figures,
-    macro_f1,
     macro_f1_of_sets,
     mean,
     micro_f1_of_sets,
@@ -338,7 +337,7 @@ def _measure(
     if judged[0].labels is not None and metric in of_sets:
         return (lambda each: each.labels), of_sets[metric]
     if metric == "macro_f1":
-        return (lambda each: (each.answer, each.reference)), macro_f1
+        return (lambda each: ((each.answer,), (each.reference,))), macro_f1_of_sets
     return (lambda each: each.scores[metric]), mean
 
 

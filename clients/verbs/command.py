@@ -101,6 +101,7 @@ def with_client(
             with connect(args) as client:
                 return verb(args, client) or 0
         except BrokenPipeError:
+            # The command as a whole handles a reader that has closed the output.
             raise
         except (TurretRpcError, OSError, UnfinishedAnswerError) as error:
             print_error(error, args)

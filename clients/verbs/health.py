@@ -43,9 +43,6 @@ def add_health(subparsers: Subparsers, text: str) -> None:
     )
     parser.set_defaults(timeout=_TIMEOUT_SECONDS)
     parser.add_argument(
-        "--service", default="", help="full service name (default: the whole server)"
-    )
-    parser.add_argument(
         "--wait",
         type=positive_seconds,
         default=0.0,
@@ -76,7 +73,7 @@ def _health(args: argparse.Namespace, _: TurretClient) -> int:
 
 
 def _ask(args: argparse.Namespace, call: CallSettings) -> str:
-    """The status of the service, such as ``NOT_SERVING``.
+    """The status of the server, such as ``NOT_SERVING``.
 
     A turret server requires no token for this; a proxy in front of it may.
 
@@ -87,11 +84,8 @@ def _ask(args: argparse.Namespace, call: CallSettings) -> str:
         try:
             # The generated stub sets its methods in a way that type checkers do not follow.
             stub: Any = health_pb2_grpc.HealthStub(channel)
-            answer = stub.Check(
-                health_pb2.HealthCheckRequest(service=args.service),
-                timeout=call.timeout,
-                metadata=call.metadata,
-            )
+            request = health_pb2.HealthCheckRequest()
+            answer = stub.Check(request, timeout=call.timeout, metadata=call.metadata)
         except grpc.RpcError as error:
             raise call.failure(error, call.timeout) from None
     return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)

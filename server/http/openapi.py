@@ -35,24 +35,19 @@ _STATUSES: dict[int, str] = {
 }
 
 
-class Document:
-    """Sends the document, which is as public as the console.
+def sender(routes: Iterable[Route], *, has_tokens: bool) -> Handler:
+    """A handler that sends the document, which is as public as the console.
 
     Args:
         routes: The routes that the document describes.
         has_tokens: Whether callers need a token.
     """
+    made = functools.cache(lambda: dumps(document(routes, has_tokens=has_tokens)))
 
-    def __init__(self, routes: Iterable[Route], *, has_tokens: bool) -> None:
-        self._routes = routes
-        self._has_tokens = has_tokens
+    async def send(exchange: Exchange) -> None:
+        await exchange.reply.whole(made(), 200, {"content-type": "application/json"})
 
-    @functools.cached_property
-    def _document(self) -> bytes:
-        return dumps(document(self._routes, has_tokens=self._has_tokens))
-
-    async def __call__(self, exchange: Exchange) -> None:
-        await exchange.reply.whole(self._document, 200, {"content-type": "application/json"})
+    return send
 
 
 def document(routes: Iterable[Route], *, has_tokens: bool) -> dict[str, Any]:

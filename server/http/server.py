@@ -23,7 +23,7 @@ from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http.connection import Connection, Listener, tls_context
 from turret.server.http.endpoint import ADAPTERS, Endpoint, Route
 from turret.server.http.middleware import HostCheck, RequestIds, no_route
-from turret.server.http.openapi import Document
+from turret.server.http.openapi import sender
 from turret.server.http.routes import ROUTES
 from turret.server.words import say
 
@@ -121,7 +121,7 @@ def application(listen: ListenConfig, services: Services) -> Starlette:
         from turret.server.http.tinker.state import TinkerState
 
         served += routes(TinkerState(services))
-    document = Route("/openapi.json", Document(served, has_tokens=has_tokens), is_hidden=True)
+    document = Route("/openapi.json", sender(served, has_tokens=has_tokens), is_hidden=True)
     answered = []
     for route in (*served, document):
         endpoint = Endpoint(route, services, has_admin=has_admin)

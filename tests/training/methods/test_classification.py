@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from said import says
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.clients.evaluation.answer_metrics import macro_f1
+from turret.clients.evaluation.answer_metrics import macro_f1_of_sets
 from turret.server.engine.scheduling.request import Pooling
 from turret.training.batches import make_batch
 from turret.training.classifier import ClassifierLoss, label_scores, make_loss
@@ -121,7 +121,8 @@ def test_the_loss_is_the_cross_entropy_of_the_last_state(model: Path, tmp_path: 
     assert [label for _, label in pairs] == [example.tokens[-1] for (example,) in rows]
     scores = label_scores(loss, rows, resolved.dataset.labels, 3, 0)
     assert scores["accuracy"] == sum(found == right for found, right in pairs) / 7
-    assert scores["macro_f1"] == macro_f1([(str(found), str(right)) for found, right in pairs])
+    sets = [((str(found),), (str(right),)) for found, right in pairs]
+    assert scores["macro_f1"] == macro_f1_of_sets(sets)
     assert 0 < scores["macro_f1"] < 1
 
 
