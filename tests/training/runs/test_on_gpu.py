@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.optim import PagedAdamW8bit
+from bitsandbytes.optim.adamw import PagedAdamW8bit
 from builders.bases.tiny_models import save_tiny_model
 from builders.training import resolve_tiny
 from torch.utils._python_dispatch import TorchDispatchMode
