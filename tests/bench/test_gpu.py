@@ -97,6 +97,14 @@ def test_verdict(
     assert ("FAILED" in capsys.readouterr().out) is not is_good
 
 
+def test_verdict_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The first call only compiles and tests."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    verdict: Any = importlib.import_module("cuda.verdict").verdict
+    (tmp_path / "kernel-tests.exit").write_text("0 300\n")
+    assert verdict(tmp_path, is_dry=False) == 0
+
+
 @pytest.mark.slow
 @WITHOUT_GPU
 def test_tuning_prints_a_row_for_the_table():
