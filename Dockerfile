@@ -14,7 +14,8 @@
 # TURRET_HEALTH_FLAGS="--tls-ca /secrets/ca.pem".
 #
 # For a GPU, build with --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 (or cu126 for
-# drivers older than 580). For a fleet on Ray, build with --build-arg EXTRA=cluster.
+# drivers older than 580), and mount a volume at /home/turret/.cache: the first start compiles kernels for
+# minutes, and keeps them there. For a fleet on Ray, build with --build-arg EXTRA=cluster.
 #
 # deploy/constraints.txt pins the packages by version and hash, and TORCH_VERSION pins torch. The base image
 # is pinned by a digest for all platforms, so that every build uses the same one. docs/security.md

@@ -102,9 +102,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def peak_memory_bytes(device: str) -> int:
-    """Peak of the device's allocator (CUDA), or of this process's resident memory (CPU)."""
+    """Peak of the device memory that torch reserved (CUDA), or of the resident memory (CPU)."""
     if device == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_reserved()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10
 

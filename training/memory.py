@@ -75,6 +75,7 @@ class LiveBytes(TorchDispatchMode):
 
 # Bytes of AdamW state per weight: two moments in fp32 or in 8 bits.
 _STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "paged-adamw8bit": 2}
+_CUDA_BYTES = 1 << 30
 _ATTENTION = "turret_shapes"
 # Any: ``patch`` is created at run time, so type checkers do not see it.
 _SHAPES: Any = _config
@@ -109,7 +110,8 @@ class MemoryEstimate:
     """The bytes that each part of a run takes.
 
     Attributes:
-        process: This process with its libraries and data (CPU only; a GPU does not hold them).
+        process: This process with its libraries and data; on a GPU, an allowance for the CUDA
+            context, workspaces of libraries and gaps between allocations.
         base: The base model's weights.
         adapter: Trained weights (fp32) and the optimizer's states.
         step: Activations and gradients at their peak, in the largest batch of the run.
@@ -134,7 +136,7 @@ def estimate_memory(resolved: Resolved) -> MemoryEstimate:
     assert base.weights is not None
     assert base.dtype is not None
     assert base.device is not None
-    process = resident_bytes() if base.device == "cpu" else 0
+    process = resident_bytes() if base.device == "cpu" else _CUDA_BYTES
     model = empty_model(resolved.base, base.weights, DTYPES[base.dtype], base.device)
     model.set_attn_implementation(_ATTENTION)
     model = attach_to(model, resolved)

@@ -60,22 +60,25 @@ class ExpertModules(torch.nn.Module):
         """
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         total = torch.zeros_like(x)
-        for expert in range(self._experts.count):
-            rows, places = self._pairs(top_k_index, expert)
-            if len(rows):
-                found = self._one(expert, x[rows]) * top_k_weights[rows, places, None]
+        # The pairs of a token and one of its experts, sorted by expert.
+        pairs = top_k_index.flatten().argsort(stable=True)
+        of_expert = pairs.split(self._counts(top_k_index))
+        for expert, own in enumerate(of_expert):
+            if len(own):
+                rows = own // top_k_index.shape[1]
+                found = self._one(expert, x[rows]) * top_k_weights.flatten()[own, None]
                 total = total.index_add(0, rows, found.to(total.dtype))
         return total.reshape(hidden_states.shape)
 
-    def _pairs(self, chosen: torch.Tensor, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _counts(self, chosen: torch.Tensor) -> list[int]:
+        """The number of tokens of each expert; the only wait for the device in a layer."""
+        count = self._experts.count
         if chosen.is_meta:
-            # Only the shapes matter: assume that the rows are spread evenly.
-            rows = torch.empty(
-                -(-chosen.numel() // self._experts.count), dtype=torch.int64, device=chosen.device
-            )
-            return rows, torch.empty_like(rows)
-        rows, places = torch.where(chosen == expert)
-        return rows, places
+            # Only the shapes matter: assume that the tokens are spread evenly.
+            share, rest = divmod(chosen.numel(), count)
+            return [share + (expert < rest) for expert in range(count)]
+        numbers = torch.arange(count, device=chosen.device)
+        return (chosen.flatten() == numbers[:, None]).sum(1).tolist()
 
     def _one(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         modules, activation = self._experts.modules, self._activation

@@ -73,10 +73,14 @@ class Plan:
 
     def compared(self, peak: int) -> str:
         """A line that compares a measured peak with the estimate."""
-        line = f"measured peak {peak / _MIB:.0f} MiB"
-        if self.estimate is None:
+        line, estimate = f"measured peak {peak / _MIB:.0f} MiB", self.estimate
+        if estimate is None:
             return line
-        return f"{line}; error of the estimate {self.estimate.total / peak - 1:+.1%}"
+        total = estimate.total
+        if self.resolved.config.base.device == "cuda":
+            # torch does not count what CUDA itself takes.
+            line, total = f"{line} without CUDA's context", total - estimate.process
+        return f"{line}; error of the estimate {total / peak - 1:+.1%}"
 
 
 def make_plan(resolved: Resolved) -> Plan:

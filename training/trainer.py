@@ -78,6 +78,9 @@ def attach(resolved: Resolved) -> Any:
     assert base.device is not None
     if base.device == "cpu":
         keep_freed_memory()
+    else:
+        # Adapters are float32. TF32 multiplies as fast as bfloat16, and rounds operands less.
+        torch.backends.cuda.matmul.allow_tf32 = base.dtype != "float32"
     model = load_model(resolved.base, base.weights, DTYPES[base.dtype], base.device)
     return attach_to(model, resolved).to(base.device)
 

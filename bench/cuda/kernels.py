@@ -89,7 +89,7 @@ def attention(setting: Setting) -> None:
             try:
                 _attention(setting, rows, context)
             except torch.cuda.OutOfMemoryError:
-                print(f"attention {rows} x {context}: skipped, it does not fit")
+                setting.report.skip("paged_attention", f"{rows} x {context}")
 
 
 def _attention(setting: Setting, rows: int, context: int) -> None:
@@ -253,7 +253,7 @@ KERNELS: dict[str, Callable[[Setting], None]] = {
     "library": library,
     "nf4": nf4,
     "attention": attention,
-    "low rank": low_rank,
+    "low-rank": low_rank,
     "hadamard": hadamard,
     "kronecker": kron,
     "between": between,

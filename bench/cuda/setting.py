@@ -148,14 +148,21 @@ class Report:
         if self.gb_s is not None:
             floor = num_bytes / self.gb_s / 1e6
             found = {"floor_ms": floor, "over_floor": ms / floor, **found}
-        row = {"scenario": scenario, "shape": shape, "ms": ms, **found}
+        self._store({"scenario": scenario, "shape": shape, "ms": ms, **found})
+        text = "  ".join(f"{k} {_shown(v)}" for k, v in found.items())
+        print(f"{scenario:<34}{shape:<26}{ms:>9.4f} ms  {text}", flush=True)
+
+    def skip(self, scenario: str, shape: str) -> None:
+        """Note that a scenario does not fit into the memory of this device."""
+        self._store({"scenario": scenario, "shape": shape, "skipped": True})
+        print(f"{scenario:<34}{shape:<26}skipped, it does not fit", flush=True)
+
+    def _store(self, row: dict[str, Any]) -> None:
         self._where = self._where or _where(self.name)
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(self._where | row, sort_keys=True) + "\n")
         self.num_rows += 1
-        text = "  ".join(f"{k} {_shown(v)}" for k, v in found.items())
-        print(f"{scenario:<34}{shape:<26}{ms:>9.4f} ms  {text}", flush=True)
 
 
 def _shown(value: Any) -> str:
@@ -179,6 +186,7 @@ class Setting:
         device: The device.
         report: Collects rows.
         contexts: The contexts for which attention is measured.
+        prompt: The length of the prompt, which takes two steps.
     """
 
     model: Model
@@ -193,6 +201,7 @@ class Setting:
     device: torch.device
     report: Report
     contexts: tuple[int, ...]
+    prompt: int
 
     @classmethod
     def full(cls, folder: Path) -> Setting:
@@ -212,6 +221,7 @@ class Setting:
             device=device,
             report=Report(name, bandwidth_of(name), folder),
             contexts=(512, 4096, 32768),
+            prompt=4096,
         )
 
     @classmethod
@@ -231,6 +241,7 @@ class Setting:
             # Any known card, so that the floors are printed too.
             report=Report("interpreter", bandwidth_of("H100"), folder),
             contexts=(20, 300),
+            prompt=24,
         )
 
     def random(self, *shape: int) -> torch.Tensor:

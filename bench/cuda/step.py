@@ -1,8 +1,7 @@
 """The server's whole decode step, at a model's shapes.
 
-It runs the server's own decoder, adapter pack and executor, with CUDA graphs and sampling, over
-random NF4 weights and random adapters. It leaves out everything before the step, and reading the
-tokens.
+It runs the server's own decoder, adapter pack, executor and sampler, with CUDA graphs, over random
+NF4 weights and random adapters. It leaves out everything before and after the step.
 """
 
 from __future__ import annotations
@@ -11,9 +10,11 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from cuda.kernel_launches import Model
+from gpu_path import FakeCapture
 
 from turret.kernels.gpu.tables import SPLIT, AttentionTable
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
@@ -27,7 +28,8 @@ from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
 from turret.server.engine.step.executor import Computed
-from turret.server.engine.step.gpu.decode_graphs import capture_for
+from turret.server.engine.step.gpu import decode_graphs
+from turret.server.engine.step.gpu.decode_graphs import Body, Capture, Outputs, capture_for
 from turret.server.engine.step.gpu.executor import GpuExecutor
 from turret.server.engine.step.runner import Runner, StepResult
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
@@ -38,6 +40,8 @@ from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.weights.nf4_gpu import Nf4Product
 
 KV_BLOCK = 16
+# Tokens that sequences have room for beyond their context.
+ROOM = 64
 # Maximum share for adapters of the memory that the base leaves.
 _ADAPTER_SHARE = 0.9
 
@@ -103,8 +107,33 @@ class _Mix:
         return True
 
 
+class _Captures:
+    """Captures like the server, and keeps the last replay, which is the device's work alone."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._capture: Capture = capture_for(device) or FakeCapture()
+        self.replay: Callable[[], None] | None = None
+
+    def __call__(self, body: Body) -> tuple[Callable[[], None], Outputs]:
+        replay, outputs = self._capture(body)
+        self.replay = torch.inference_mode()(replay)
+        return replay, outputs
+
+    def forget(self) -> None:
+        self._capture.forget()
+
+
 class DecodeStep:
-    """The model, its cache and one decode step of ``num_rows`` sequences.
+    """The model, its cache and steps of ``num_rows`` sequences, of which each decodes one token.
+
+    Args:
+        model: The shapes of the model.
+        num_layers: The number of layers.
+        num_rows: The number of sequences.
+        context: The number of tokens of each sequence before the step.
+        dtype: The dtype of activations and adapters.
+        device: The device.
+        num_tokens: The largest number of rows of a step with prompts; None for ``num_rows``.
 
     Attributes:
         base_bytes: The minimum number of bytes that a step reads: codes, absmax values, head, keys
@@ -121,11 +150,13 @@ class DecodeStep:
         context: int,
         dtype: torch.dtype,
         device: torch.device,
+        num_tokens: int | None = None,
     ) -> None:
         self.num_rows, self.context, self.dtype, self.device = num_rows, context, dtype, device
+        self._num_tokens = num_tokens or num_rows
         self._model = model
         self._arch = _arch(model, num_layers, context)
-        blocks = -(-(context + 1) // KV_BLOCK)
+        blocks = -(-(context + ROOM) // KV_BLOCK)
         self.cache = KvCache(self._arch, num_rows * blocks + 1, KV_BLOCK, dtype, device)
         self.cache.keys.normal_()
         self.cache.values.normal_()
@@ -153,15 +184,16 @@ class DecodeStep:
         layout = ProjectionLayout(self._arch.num_layers, projections)
         self._executor: GpuExecutor | None = None
         self._runner: Runner | None = None
+        self._captures = _Captures(self.device)
         self._executor = GpuExecutor(
             self._decoder,
             self.cache,
             GpuStore(layout, self.dtype, self.device, self._adapter_bytes(layout, adapters)),
             max_num_seqs=self.num_rows,
-            max_num_batched_tokens=self.num_rows,
-            capture=capture_for(self.device),
+            max_num_batched_tokens=self._num_tokens,
+            capture=self._captures,
         )
-        self._executor.sampler(frozenset())
+        self._runner = Runner(self._executor, frozenset())
 
     def _adapter_bytes(self, layout: ProjectionLayout, adapters: SequenceOf[Adapter]) -> int:
         """The number of bytes to reserve for these adapters."""
@@ -206,19 +238,42 @@ class DecodeStep:
         return Step(tuple(scheduled), (), 0)
 
     def run(self, step: Step) -> Computed:
-        """Compute a step, from the metadata to the logits."""
+        """Launch a step, from the metadata to drawn tokens that nobody reads."""
         assert self._executor is not None
         with torch.inference_mode():
             return self._executor.run(step)
 
     def draw(self, step: Step) -> StepResult:
-        """Compute a step, and draw a token for every sequence like the server."""
-        if self._runner is None:
-            # The captured steps use the memory of another sampler, so drop them.
-            self.forget()
-            assert self._executor is not None
-            self._runner = Runner(self._executor, frozenset())
+        """Compute a step, and read its tokens like the server."""
+        assert self._runner is not None
         return self._runner.run(step)
+
+    def advance(self, step: Step) -> None:
+        """Compute a step, and append its tokens to its sequences; possible ``ROOM`` times."""
+        for sequence, (drawn,) in self.draw(step).draws.items():
+            sequence.num_computed += 1
+            sequence.tokens.append(drawn.token_id)
+
+    def advance_eagerly(self, step: Step) -> None:
+        """Like ``advance``, by launching every kernel."""
+        assert self._executor is not None
+        with patch.object(self._executor._graphs, "_capture", None):
+            self.advance(step)
+
+    def capture(self, step: Step) -> Callable[[], None]:
+        """Run a step until it is captured; returns the replay that was captured last."""
+        for _ in range(decode_graphs.SIGHTS):
+            self.draw(step)
+        assert self._captures.replay is not None, "the step was not captured"
+        return self._captures.replay
+
+    def prompt(self, start: int, end: int) -> Step:
+        """A step with these positions of the first sequence's prompt."""
+        request = Request(request_id="prompt", prompt_token_ids=(1,) * (self.context + 1))
+        mix: Any = _Mix(())
+        sequence = Sequence(request, mix, 0.0)
+        sequence.num_computed, sequence.blocks = start, self._blocks[0]
+        return Step((Scheduled(sequence, end - start),), (), 0)
 
     def adapters(self, scenario: Scenario) -> list[Adapter]:
         """One adapter per slot. Adapters of one rank have the same numbers, but separate memory."""
@@ -299,7 +354,7 @@ def _arch(model: Model, num_layers: int, context: int) -> Arch:
         num_kv_heads=model.kv_heads,
         head_dim=model.head_dim,
         rms_norm_eps=1e-5,
-        max_model_len=context + KV_BLOCK,
+        max_model_len=context + ROOM,
         tie_word_embeddings=True,
         activation="silu",
         attention_scale=model.head_dim**-0.5,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import time
+from collections.abc import Callable
 
 import torch
 from cuda.setting import Setting, milliseconds
-from cuda.step import DecodeStep, Scenario
+from cuda.step import ROOM, DecodeStep, Scenario
 
 from turret.server.engine.scheduling.sequence import Step
 
@@ -32,7 +34,7 @@ def scenarios(setting: Setting) -> list[Scenario]:
 
 def one_step(setting: Setting) -> None:
     """Run a step of one layer with adapters, for ``compute-sanitizer``; nothing is measured."""
-    step = DecodeStep(setting.model, 1, setting.rows, 300, setting.dtype, setting.device)
+    step = _decode_step(setting, num_layers=1, context=min(300, setting.context))
     scenario = scenarios(setting)[min(1, len(setting.adapters) - 1)]
     adapters = step.adapters(scenario)
     step.forget(adapters)
@@ -41,54 +43,107 @@ def one_step(setting: Setting) -> None:
 
 
 def time_step(setting: Setting) -> None:
-    """Time the base alone, the base with sampling, and each scenario, at several batch sizes."""
-    step = DecodeStep(
-        setting.model,
-        setting.num_layers,
-        setting.rows,
-        setting.context,
-        setting.dtype,
-        setting.device,
-    )
-    for rows in sorted({1, 8, setting.rows} & set(range(setting.rows + 1))):
+    """Time the base alone, and each scenario, at several batch sizes."""
+    step = _decode_step(setting)
+    for rows in sorted({1, 16, setting.rows} & set(range(setting.rows + 1))):
         base = _time(setting, step, None, rows, 0.0)
-        if rows == setting.rows:
-            plain = step.plan([None] * rows)
-            ms = milliseconds(lambda p=plain: step.draw(p), cold=False)
-            shape = f"{rows} rows, {setting.num_layers} layers"
-            setting.report.add(
-                "step base, tokens drawn", shape, ms, step.base_bytes, over_base=ms / base
-            )
-            chosen = scenarios(setting)
-        else:
-            chosen = [Scenario(f"lora {rows} distinct", tuple(range(1, rows + 1)), (16,) * rows)]
+        chosen = scenarios(setting)
+        if rows < setting.rows:
+            ranks = (setting.rank,) * rows
+            chosen = [Scenario(f"lora {rows} distinct", tuple(range(1, rows + 1)), ranks)]
         for scenario in chosen:
             try:
                 _time(setting, step, scenario, rows, base)
             except torch.cuda.OutOfMemoryError:
-                print(f"step {scenario.name}: skipped, its adapters do not fit beside the base")
+                setting.report.skip(f"step {scenario.name}", f"{rows} rows")
+
+
+def same_bits(setting: Setting) -> None:
+    """Check that a row has the same bits in every batch, and captured or not."""
+    step = _decode_step(setting, num_layers=min(4, setting.num_layers))
+    scenario = scenarios(setting)[1]
+    adapters = step.adapters(scenario)
+    step.forget(adapters)
+    # Every other row uses the base alone.
+    slots = [slot if row % 2 else 0 for row, slot in enumerate(scenario.slot_of_row)]
+    plan = step.plan([adapters[slot - 1] if slot else None for slot in slots])
+    whole = _logits(step, plan)
+    for count in sorted({1, 2, 3, 4, 8, 12, 16, 24, 32, 48} & set(range(setting.rows))):
+        part = Step(plan.scheduled[:count], (), 0)
+        alone = _logits(step, part)
+        step.capture(part)
+        for name, found in (("eager", alone), ("captured", _logits(step, part))):
+            differ = int((found != whole[:count]).any(dim=1).sum())
+            assert differ == 0, f"{differ} of {count} rows differ from the whole batch, {name}"
+
+
+def prefill(setting: Setting) -> None:
+    """Time a prompt of the base in two steps, as the server computes it."""
+    length, size = setting.prompt, setting.prompt // 2
+    model, layers = setting.model, setting.num_layers
+    step = DecodeStep(model, layers, 1, length, setting.dtype, setting.device, num_tokens=size)
+    parts = [step.prompt(0, size), step.prompt(size, length)]
+    ms = _wall(lambda: [step.draw(part) for part in parts], setting)
+    setting.report.add(
+        "prefill", f"{length} tokens", ms, step.base_bytes, tokens_s=round(1e3 * length / ms)
+    )
+
+
+def _decode_step(
+    setting: Setting, num_layers: int | None = None, context: int | None = None
+) -> DecodeStep:
+    return DecodeStep(
+        setting.model,
+        num_layers or setting.num_layers,
+        setting.rows,
+        context or setting.context,
+        setting.dtype,
+        setting.device,
+    )
 
 
 def _time(
     setting: Setting, step: DecodeStep, scenario: Scenario | None, rows: int, base: float
 ) -> float:
-    """The time of a step in milliseconds. Captured and replayed steps must have the same bits."""
+    """The time of a step on the device in ms. Captured and replayed steps must have the same bits.
+
+    The row also has the time of the whole step with reading its tokens, and that of a step that is
+    not captured.
+    """
     adapters = [] if scenario is None else step.adapters(scenario)
     step.forget(adapters)
     slots = (0,) * rows if scenario is None else scenario.slot_of_row
     plan = step.plan([adapters[slot - 1] if slot else None for slot in slots])
     name = "base" if scenario is None else scenario.name
-    # The first run compiles, the second captures, the third replays.
-    runs = [_logits(step, plan) for _ in range(3)]
-    assert torch.isfinite(runs[0]).all(), name
-    assert torch.equal(runs[0], runs[1]), f"{name}: captured bits differ"
-    assert torch.equal(runs[0], runs[2]), f"{name}: replayed bits differ"
-    ms = milliseconds(lambda: step.run(plan), cold=False)
+    first = _logits(step, plan)
+    assert torch.isfinite(first).all(), name
+    replay = step.capture(plan)
+    assert torch.equal(first, _logits(step, plan)), f"{name}: replayed bits differ"
+    ms = milliseconds(replay, cold=False)
     size = step.base_bytes + sum(adapter.operators.num_bytes for adapter in adapters)
     found = {"over_base": ms / base} if base else {}
-    shape = f"{rows} rows, {setting.num_layers} layers"
-    setting.report.add(f"step {name}", shape, ms, size, **found)
+    wall = _wall(lambda: step.advance(plan), setting)
+    eager = _wall(lambda: step.advance_eagerly(plan), setting)
+    setting.report.add(
+        f"step {name}",
+        f"{rows} rows, {setting.num_layers} layers",
+        ms,
+        size,
+        **found,
+        host_ms=wall - ms,
+        eager_ms=eager,
+    )
     return ms
+
+
+def _wall(run: Callable[[], object], setting: Setting) -> float:
+    """The median time of a function that ends when the device has, in milliseconds."""
+    times = []
+    for _ in range(ROOM // 4 if setting.device.type == "cuda" else 1):
+        start = time.perf_counter()
+        run()
+        times.append(1e3 * (time.perf_counter() - start))
+    return sorted(times)[len(times) // 2]
 
 
 def _logits(step: DecodeStep, plan: Step) -> torch.Tensor:

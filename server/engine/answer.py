@@ -67,23 +67,47 @@ class AnswerText:
         self._ends = stop.stop_token_ids | (frozenset() if stop.ignore_eos else eos_token_ids)
         self._held = ""
         self._num_tokens = 0
+        self._final = ""
+        # Tokens that are not decoded yet, and whether the answer may stop and does stop there.
+        self._added: list[tuple[int, bool, bool]] = []
         self.stopped_by: str | int | None = None
 
-    def push(self, token: int) -> str:
-        """Add a token.
-
-        Returns:
-            The text that is now final. If a stop string was found, this is everything before it,
-            and with ``include_stop`` the stop string as well.
-        """
+    def add(self, token: int) -> None:
+        """Add a token, which ``take`` will decode, unless its text may end the answer."""
         self._num_tokens += 1
         # Below ``min_tokens``, stop strings in the text so far are ignored.
         may_stop = self._num_tokens >= self._stop.min_tokens
-        if token in self._always or (may_stop and token in self._ends):
-            self.stopped_by, may_stop = token, True
-            if not self._stop.include_stop:
-                # The end token is not part of the answer's text.
-                return self.flush()
+        is_end = token in self._always or (may_stop and token in self._ends)
+        if is_end:
+            self.stopped_by = token
+        self._added.append((token, may_stop or is_end, is_end))
+        if self._stop.stop_strings:
+            self._decode()
+
+    def take(self) -> str:
+        """The text that has become final since the last call.
+
+        If a stop string was found, everything before it (and, with ``include_stop``, the stop
+        string too).
+        """
+        self._decode()
+        text, self._final = self._final, ""
+        return text
+
+    def push(self, token: int) -> str:
+        """Add a token; returns the text that it makes final."""
+        self.add(token)
+        return self.take()
+
+    def _decode(self) -> None:
+        for token, may_stop, is_end in self._added:
+            self._final += self._text_of(token, may_stop, is_end)
+        self._added.clear()
+
+    def _text_of(self, token: int, may_stop: bool, is_end: bool) -> str:
+        if is_end and not self._stop.include_stop:
+            # The end token is not part of the answer's text.
+            return self.flush()
         self._held += self._stream.push(token)
         if not self._stop.stop_strings:
             return self.flush()
@@ -336,6 +360,8 @@ class Answer:
         self._max_tokens = max_tokens
         self._prompt_logprobs: list[TokenLogprob] = []
         self._prompt_logprobs_taken = False
+        self._accepted: list[Draw] = []
+        self._has_begun = False
 
     def add_prompt_logprobs(self, found: SequenceOf[PromptLogprob]) -> None:
         """Collect scored prompt positions. A recomputed position is not counted twice."""
@@ -348,48 +374,50 @@ class Answer:
             if item.position == len(self._prompt_logprobs):
                 self._prompt_logprobs.append(self._logprob(item.draw))
 
-    def accept(
-        self, draws: SequenceOf[Draw], cold: HostResult | None = None
-    ) -> tuple[Output, FinishReason | None, str | int | None]:
+    def accept(self, draws: SequenceOf[Draw]) -> tuple[int, FinishReason | None, str | int | None]:
         """Add the tokens that a step drew, until one of them ends the sequence.
 
         Args:
             draws: The tokens, in order; at least one.
-            cold: The adapters that were read for the request, which the first output reports.
 
         Returns:
-            The output that is now final, and why (and by what) the sequence ends, if it does.
+            How many were added, and why (and by what) the sequence ends, if it does.
 
         Raises:
             TurretError: A draw failed.
         """
         sequence = self.sequence
-        options = sequence.request.options
-        is_first = sequence.num_generated == len(sequence.request.answer_so_far)
-        text, taken = "", list[Draw]()
-        ended, by = None, None
-        for draw in draws:
+        for count, draw in enumerate(draws, 1):
             if draw.error is not None:
                 raise draw.error
             sequence.tokens.append(draw.token_id)
-            taken.append(draw)
-            text += self._text.push(draw.token_id)
+            self._accepted.append(draw)
+            self._text.add(draw.token_id)
             by = self._text.stopped_by
             if by is not None:
-                ended = FinishReason.STOP
-            elif sequence.num_generated >= self._max_tokens:
-                ended = FinishReason.LENGTH
-                text += self._text.flush()
-            if ended is not None:
-                break
-        output = Output(
-            text=text,
+                return count, FinishReason.STOP, by
+            if sequence.num_generated >= self._max_tokens:
+                return count, FinishReason.LENGTH, None
+        return len(draws), None, None
+
+    def output(self, cold: HostResult | None = None, *, is_last: bool) -> Output:
+        """The output of the tokens that were accepted since the last one.
+
+        Args:
+            cold: The adapters that were read for the request, which the first output reports.
+            is_last: Whether the sequence has ended.
+        """
+        sequence = self.sequence
+        taken, self._accepted = self._accepted, []
+        is_first, self._has_begun = not self._has_begun, True
+        text = self._text.take()
+        return Output(
+            text=text + self._text.flush() if is_last else text,
             token_ids=tuple([draw.token_id for draw in taken]),
-            logprobs=tuple(map(self._logprob, taken)) if options.logprobs else (),
+            logprobs=tuple(map(self._logprob, taken)) if sequence.request.options.logprobs else (),
             prompt_logprobs=self._take_prompt_logprobs(),
             adapters_used=uses_of(sequence.mix, cold) if is_first else (),
         )
-        return output, ended, by
 
     def of_prompt(self, pooled: array[float] | None) -> Output:
         """The answer to a request that generates nothing, once its prompt is computed."""

@@ -215,6 +215,9 @@ class EngineLoop:
         self._send = send
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._outbox: Outbox = []
+        # Answers with new tokens that are not handed out yet, the number of tokens and their time.
+        self._later: list[tuple[Answer, int, float]] = []
+        self._broken: list[tuple[Answer, Exception]] = []
         self._answers: dict[Sequence, Answer] = {}
         self._with_deadline: set[Answer] = set()
         self._ready: set[Sequence] = set()
@@ -451,6 +454,7 @@ class EngineLoop:
             self._ready.update(s for s in self._scheduler.waiting if s.num_preemptions > 0)
         self._observer.preempted(step.num_preempted)
         if not step.scheduled:
+            self._hand_out()
             # A cancellation may have ended what the last report counted.
             self._observer.state()
             return
@@ -458,7 +462,7 @@ class EngineLoop:
             self._ready.discard(item.sequence)
             self._observer.scheduled(item.sequence, start)
         try:
-            result = self._runner.run(step)
+            result = self._runner.run(step, self._meanwhile)
         except DeviceFullError as error:
             self._abandon(step, str(error))
             return
@@ -467,12 +471,37 @@ class EngineLoop:
             return
         now = time.monotonic()
         self._scheduler.complete(step, now - start)
+        self._fail_broken()
         for item in step.scheduled:
             answer = self._answers.get(item.sequence)
             if answer is not None:
                 self._guard(answer, functools.partial(self._advance, answer, item, result, now))
+        if not self._runner.is_asynchronous:
+            self._hand_out()
         self._flush()
         self._observer.step(step, result, now - start)
+
+    def _meanwhile(self) -> None:
+        """Hand out the tokens of the last step, while the device computes the next one."""
+        later, self._later = self._later, []
+        for answer, count, now in later:
+            try:
+                output = self._output(answer, count, now, is_last=False)
+                self._outbox.append((answer.stream, output))
+            except Exception as error:
+                # The sequence is part of the step, so it ends after the step.
+                self._broken.append((answer, error))
+        self._flush()
+
+    def _hand_out(self) -> None:
+        """Hand out all tokens between two steps."""
+        self._meanwhile()
+        self._fail_broken()
+
+    def _fail_broken(self) -> None:
+        broken, self._broken = self._broken, []
+        for answer, error in broken:
+            self._fail_for(answer, error)
 
     def _abandon(self, step: Step, reason: str, key: str | None = None) -> None:
         """Continue after a step for which the device had no memory.
@@ -506,14 +535,17 @@ class EngineLoop:
                 output = answer.of_prompt(result.pooled.get(sequence))
                 self._end(answer, FinishReason.STOP, None, output, now)
             return
-        output, reason, stop = answer.accept(draws, self._cold.get(sequence))
-        self._observer.tokens(answer, len(output.token_ids), now)
+        count, reason, stop = answer.accept(draws)
         if item.draft:
-            self._scheduler.accept(item, len(output.token_ids) - 1)
+            self._scheduler.accept(item, count - 1)
         if reason is None:
-            self._outbox.append((answer.stream, output))
+            self._later.append((answer, count, now))
         else:
-            self._end(answer, reason, stop, output, now)
+            self._end(answer, reason, stop, self._output(answer, count, now, is_last=True), now)
+
+    def _output(self, answer: Answer, count: int, now: float, *, is_last: bool) -> Output:
+        self._observer.tokens(answer, count, now)
+        return answer.output(self._cold.get(answer.sequence), is_last=is_last)
 
     def _loaded(self, sequence: Sequence, result: HostResult) -> None:
         answer = self._answers.get(sequence)
@@ -548,16 +580,20 @@ class EngineLoop:
         """
         try:
             work()
-        except TurretError as error:
-            self._fail(answer, error)
         except Exception as error:
-            _log.exception(
-                "a request failed", extra=log.fields(request_id=answer.sequence.request.request_id)
-            )
-            if answer.sequence in self._answers:
-                self._fail(answer, turret_error(error))
+            self._fail_for(answer, error)
+
+    def _fail_for(self, answer: Answer, error: Exception) -> None:
+        if not isinstance(error, TurretError):
+            request_id = answer.sequence.request.request_id
+            _log.error("a request failed", exc_info=error, extra=log.fields(request_id=request_id))
+            error = turret_error(error)
+        if answer.sequence in self._answers:
+            self._fail(answer, error)
 
     def _cut(self, answer: Answer, reason: FinishReason, now: float) -> None:
+        self._hand_out()
+
         def cut() -> None:
             self._end(answer, reason, None, Output(text=answer.flush()), now)
 
@@ -577,6 +613,7 @@ class EngineLoop:
         self._let_go(answer)
 
     def _fail(self, answer: Answer, error: TurretError) -> None:
+        self._hand_out()
         self._outbox.append((answer.stream, error))
         self._let_go(answer)
 
@@ -601,6 +638,7 @@ class EngineLoop:
 
     def _die(self) -> None:
         self.is_dead = True
+        self._meanwhile()
         for answer in list(self._answers.values()):
             self._outbox.append((answer.stream, UnavailableError(say("ENGINE_FAILED"))))
             self._adapters.release(answer.sequence.mix)

@@ -18,7 +18,7 @@ from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.engine.answer import Answer, AnswerText, Stream
 from turret.server.engine.loop import EngineLoop, Outbox
 from turret.server.engine.scheduling.block_pool import BlockPool
-from turret.server.engine.scheduling.request import Request, StopConditions
+from turret.server.engine.scheduling.request import Output, Request, StopConditions
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence, Step
 from turret.server.engine.step.runner import DeviceFullError, StepResult
@@ -43,8 +43,10 @@ class FakeRunner:
     """Draws token 1 for all sequences."""
 
     adapter_bytes = 0
+    is_asynchronous = False
 
-    def run(self, step: Step) -> StepResult:
+    def run(self, step: Step, meanwhile: Callable[[], None] = lambda: None) -> StepResult:
+        meanwhile()
         return StepResult(
             {item.sequence: [Draw(1, 0.0)] for item in step.scheduled if item.samples}
         )
@@ -59,6 +61,7 @@ class Driven:
 
     Attributes:
         ended: The ended requests, in order.
+        events: The number of each request's tokens that an output holds, as they are handed out.
         errors: The errors of requests that did not finish.
         num_schedules: The number of calls of the scheduler.
     """
@@ -69,6 +72,7 @@ class Driven:
         fits: Callable[[Sequence, list[Sequence]], bool] = lambda _s, _r: True,
     ) -> None:
         self.ended: list[str] = []
+        self.events: list[str] = []
         self.errors: dict[str, TurretError] = {}
         self.num_schedules = 0
         self.registry = registry
@@ -151,10 +155,19 @@ class Driven:
 
     def _took(self, outbox: Outbox) -> None:
         for stream, item in outbox:
+            if isinstance(item, Output):
+                self.events.append(f"{self._names[stream]} {len(item.token_ids)}")
             if isinstance(item, TurretError):
                 self.errors[self._names[stream]] = item
             if isinstance(item, TurretError) or item.finish is not None:
                 self.ended.append(self._names[stream])
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["at once", "later"])
+def is_asynchronous(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether tokens are handed out while the device computes the next step."""
+    monkeypatch.setattr(FakeRunner, "is_asynchronous", request.param)
+    return request.param
 
 
 @pytest.fixture
@@ -170,7 +183,7 @@ def test_requests_survive_a_device_without_memory(make: Registries) -> None:
     runner = FakeRunner()
     sizes = []
 
-    def run(step: Step) -> StepResult:
+    def run(step: Step, meanwhile: Callable[[], None]) -> StepResult:
         sizes.append(sum(item.num_new for item in step.scheduled))
         if sizes[-1] > 12:
             raise DeviceFullError("CUDA out of memory")
@@ -191,7 +204,7 @@ def test_a_request_that_never_fits_ends_alone(make: Registries) -> None:
     driven = Driven(make(2, load="a"))
     runner = FakeRunner()
 
-    def run(step: Step) -> StepResult:
+    def run(step: Step, meanwhile: Callable[[], None]) -> StepResult:
         if any(item.sequence.mix.members for item in step.scheduled):
             raise DeviceFullError("CUDA out of memory")
         return FakeRunner.run(runner, step)
@@ -209,7 +222,7 @@ def test_an_adapter_without_memory_ends_its_own_requests_alone(make: Registries)
     driven = Driven(make(2, load="ab"))
     runner, sizes = FakeRunner(), list[int]()
 
-    def run(step: Step) -> StepResult:
+    def run(step: Step, meanwhile: Callable[[], None]) -> StepResult:
         sizes.append(len(step.scheduled))
         for item in step.scheduled:
             for adapter, _ in item.sequence.mix.members:
@@ -301,18 +314,18 @@ class BrokenText(AnswerText):
         super().__init__(FakeText(), StopConditions(), frozenset())
         self._broken = broken
 
-    def push(self, token: int) -> str:
-        if self._broken == "push":
-            raise OverflowError("push")
+    def take(self) -> str:
+        if self._broken == "take":
+            raise OverflowError("take")
         return ""
 
     def flush(self) -> str:
-        if self._broken != "push":
+        if self._broken != "take":
             raise OverflowError("flush")
         return ""
 
 
-@pytest.mark.parametrize("broken", ["push", "flush", "wait", "cancel", "late"])
+@pytest.mark.parametrize("broken", ["take", "flush", "wait", "cancel", "late"])
 def test_a_fault_in_one_request_ends_that_request_alone(
     make: Registries, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
@@ -383,3 +396,47 @@ def test_a_deadline_in_ten_thousand_years_is_waited_for(make: Registries) -> Non
     driven.loop.post(driven.loop.stop)
     thread.join(10)
     assert not thread.is_alive()
+
+
+def test_tokens_are_handed_out_while_the_next_step_is_computed(
+    make: Registries, is_asynchronous: bool
+) -> None:
+    driven = Driven(make(1, load="a"))
+    events, run = driven.events, driven.loop._runner.run
+
+    def noting(step: Step, meanwhile: Callable[[], None]) -> StepResult:
+        events.append("launched")
+        meanwhile()
+        events.append("computed")
+        return run(step, lambda: None)
+
+    with patch.object(driven.loop._runner, "run", noting):
+        driven.ask("one", "a", max_tokens=3)
+        cut = driven.ask("two", "a", max_tokens=9)
+        for _ in range(3):
+            driven.step()
+        driven.loop.post(lambda: driven.loop.cancel(cut))
+        driven.read()
+        driven.loop._flush()
+    between = ["one 1", "two 1"]
+    first = ["launched", "computed", *([] if is_asynchronous else between)]
+    second = ["launched", *(between if is_asynchronous else []), "computed"]
+    third = ["launched", *(between if is_asynchronous else []), "computed"]
+    # An answer that ends is handed out at once. A cancelled one gets its tokens first.
+    last = ["one 1", "two 1", "two 0"]
+    assert events == [*first, *second, *([] if is_asynchronous else between), *third, *last]
+    assert driven.ended == ["one", "two"]
+
+
+def test_tokens_are_handed_out_if_there_is_no_next_step(make: Registries) -> None:
+    """The scheduler may hold a running sequence back."""
+    driven = Driven(make(1, load="a"))
+    driven.ask("one", "a", max_tokens=3)
+    driven.step()
+    schedule = driven.scheduler.schedule
+    driven.scheduler.schedule = lambda now: Step((), (), 0)  # type: ignore[method-assign]
+    driven.step()
+    assert driven.events == ["one 1"]
+    driven.scheduler.schedule = schedule  # type: ignore[method-assign]
+    driven.finish("one")
+    assert driven.events == ["one 1"] * 3

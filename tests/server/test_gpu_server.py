@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -84,14 +86,17 @@ MIXES: list[list[tuple[str, float]]] = [
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-async def answers(root: Path, *, gpu: bool) -> list[Completion]:
-    """Serve every mix at once over gRPC."""
-    names = (*ADAPTERS, "fusion", "fusion-2", "arrow")
+@contextlib.asynccontextmanager
+async def serving(
+    root: Path, names: Iterable[str], *, gpu: bool
+) -> AsyncIterator[tuple[App, AsyncTurretClient]]:
+    """A server with these adapters of ``root``, and a client over gRPC."""
     config = Config(
         model=ModelConfig(
             model=twin("llama").folder, device=DEVICE if gpu else "cpu", dtype="float32"
         ),
-        cache=CacheConfig(kv_cache_bytes=4 << 20),
+        # On a real card, the server plans its memory.
+        cache=CacheConfig(kv_cache_bytes=None if gpu and DEVICE == "cuda" else 4 << 20),
         scheduler=SchedulerConfig(max_num_seqs=13, max_num_batched_tokens=52),
         adapters=AdapterConfig(adapter_root=root, preload=tuple((n, n) for n in names)),
         listen=ListenConfig(address="127.0.0.1:0", metrics_address=None),
@@ -101,40 +106,63 @@ async def answers(root: Path, *, gpu: bool) -> list[Completion]:
     assert app.rpc is not None
     try:
         async with AsyncTurretClient(app.rpc.address) as client:
-            calls = [
-                client.generate(
-                    prompt_of(2 + number % 3, number),
-                    adapters=[AdapterWeight(name, weight) for name, weight in mix],
-                    temperature=0.0,
-                    max_tokens=MAX_TOKENS,
-                    ignore_eos=True,
-                    logprobs=True,
-                    token_ids=True,
-                )
-                for number, mix in enumerate(MIXES)
-            ]
-            return await asyncio.gather(*calls)
+            yield app, client
     finally:
         await app.shutdown()
 
 
-# Rows that only pad a step compute on uninitialised memory, which may cause warnings.
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.gpu
-async def test_every_method_in_one_batch_as_on_plain_torch(tmp_path: Path) -> None:
+async def ask(
+    client: AsyncTurretClient, number: int, mix: list[tuple[str, float]], max_tokens: int
+) -> Completion:
+    return await client.generate(
+        prompt_of(2 + number % 3, number),
+        adapters=[AdapterWeight(name, weight) for name, weight in mix],
+        temperature=0.0,
+        max_tokens=max_tokens,
+        ignore_eos=True,
+        logprobs=True,
+        token_ids=True,
+    )
+
+
+async def answers(root: Path, *, gpu: bool) -> list[Completion]:
+    """Serve every mix at once."""
+    names = (*ADAPTERS, "fusion", "fusion-2", "arrow")
+    async with serving(root, names, gpu=gpu) as (_, client):
+        calls = [ask(client, number, mix, MAX_TOKENS) for number, mix in enumerate(MIXES)]
+        return await asyncio.gather(*calls)
+
+
+@contextlib.contextmanager
+def captures() -> Iterator[FakeCapture]:
+    """Capture steps as Python objects where there is no GPU."""
+    capture = FakeCapture()
+    with contextlib.ExitStack() as stack:
+        if DEVICE == "cpu":
+            fake = patch.object(decode_graphs, "capture_for", lambda device: capture)
+            stack.enter_context(fake)
+        yield capture
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> Path:
+    """A directory with every adapter."""
     model = twin("llama").model
     for seed, (name, (method, keys)) in enumerate(ADAPTERS.items()):
         save_adapter(model, make_config(method, **keys), tmp_path / name, seed=seed)
     save_fusion(model, tmp_path, "fusion", ("lora", "rslora"), ("q_proj", "down_proj"))
     save_fusion(model, tmp_path, "fusion-2", ("rslora", "lora"), ("q_proj", "up_proj"), seed=1)
     write_router(tmp_path, "arrow", ("lora", "rslora"), ["q_proj", "down_proj"], top_k=1)
-    expected = await answers(tmp_path, gpu=False)
-    capture = FakeCapture()
-    with contextlib.ExitStack() as stack:
-        if DEVICE == "cpu":
-            fake = patch.object(decode_graphs, "capture_for", lambda device: capture)
-            stack.enter_context(fake)
-        found = await answers(tmp_path, gpu=True)
+    return tmp_path
+
+
+# Rows that only pad a step compute on uninitialised memory, which may cause warnings.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.gpu
+async def test_every_method_in_one_batch_as_on_plain_torch(adapters: Path) -> None:
+    expected = await answers(adapters, gpu=False)
+    with captures() as capture:
+        found = await answers(adapters, gpu=True)
     for mix, one, two in zip(MIXES, found, expected, strict=True):
         assert len(one.logprobs) == MAX_TOKENS
         assert one.token_ids == two.token_ids, mix
@@ -146,3 +174,45 @@ async def test_every_method_in_one_batch_as_on_plain_torch(tmp_path: Path) -> No
     assert len({answer.token_ids for answer in expected}) == len(MIXES), "adapters without effect"
     # Some of them have no kernels; test_beside_projections.py tests captured steps.
     assert capture.num_captures == 0
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.gpu
+@pytest.mark.long
+async def test_loads_beside_captured_steps(
+    adapters: Path, monkeypatch: pytest.MonkeyPatch, soak_seconds: float
+) -> None:
+    """Adapters come and go while requests decode; no answer changes, and captures go on."""
+    # Capture often, so that many captures meet loads.
+    monkeypatch.setattr(decode_graphs, "SIGHTS", 2)
+    mixes = [[("lora", 1.0)], [("dora", 0.8)], [("ia3", 1.0)], []]
+    loads, ends = 0, time.monotonic() + soak_seconds / 2
+
+    async def generate(client: AsyncTurretClient, number: int) -> set[tuple[int, ...]]:
+        found = set()
+        while time.monotonic() < ends or not loads:
+            found.add((await ask(client, number, mixes[number], 8)).token_ids)
+        return found
+
+    async def load(client: AsyncTurretClient, method: str, mix: int) -> None:
+        nonlocal loads
+        while time.monotonic() < ends or not loads:
+            name = f"another-{method}"
+            await client.adapters.load(name, method)
+            again = await ask(client, mix, [(name, mixes[mix][0][1])], 3)
+            assert again.token_ids == expected[mix].token_ids[:3]
+            await client.adapters.unload(name)
+            loads += 1
+
+    with captures() as capture:
+        names = ("lora", "dora", "ia3")
+        async with serving(adapters, names, gpu=True) as (app, client):
+            expected = [await ask(client, number, mix, 8) for number, mix in enumerate(mixes)]
+            tasks = [generate(client, number) for number in range(len(mixes))]
+            others = [load(client, "dora", 1), load(client, "lora", 0)]
+            found = await asyncio.gather(*tasks, *others)
+            assert app.metrics.registry.get_sample_value("turret_cuda_graphs_off") == 0.0
+    for answer, one in zip(found, expected, strict=False):
+        assert answer == {one.token_ids}
+    assert loads
+    assert DEVICE == "cuda" or capture.num_replays

@@ -105,6 +105,8 @@ def _trust(self: EngineLoop, sequence: Sequence, result: HostResult) -> None:
         (Scheduler, "accept", _accept_all),
         (Drafts, "take_back", lambda self, sequence: None),
         (EngineLoop, "_loaded", _trust),
+        # Tokens are lost if answers are cut before they are handed out.
+        (EngineLoop, "_hand_out", lambda self: None),
         (leases.Leases, "close_lease", lambda self, mix: None),
         (leases.Leases, "change_base", lambda self, generation: frozenset()),
     ],

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
+import threading
 import types
 from typing import Any
 
@@ -28,6 +29,7 @@ def adapt_interpreter() -> None:
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     _search_language_once(interpreter)
     _share_types(interpreter)
+    _launch_one_at_a_time(interpreter)
 
 
 def _sum_products_in_fp64(interpreter: Any) -> None:
@@ -72,6 +74,18 @@ def _search_language_once(interpreter: Any) -> None:
     interpreter._patch_lang = replace_language
     device_function = interpreter.InterpretedFunction
     device_function.__call__ = lambda self, *args, **keywords: self.rewrite()(*args, **keywords)
+
+
+def _launch_one_at_a_time(interpreter: Any) -> None:
+    """Let threads wait for each other, since a launch replaces parts of ``triton.language``."""
+    executor, lock = interpreter.GridExecutor, threading.RLock()
+    launch = executor.__call__
+
+    def alone(self: Any, *args: Any, **keywords: Any) -> Any:
+        with lock:
+            return launch(self, *args, **keywords)
+
+    executor.__call__ = alone
 
 
 def _share_types(interpreter: Any) -> None:

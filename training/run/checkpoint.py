@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.optim.optimizer import Optimizer8bit
 
 from turret.server.basics.files import replace_file
 from turret.training.run.folder import checkpoint_path, checkpoints_in
@@ -47,8 +48,25 @@ def restore_checkpoint(
     assert state["parameters"].keys() == parameters.keys()
     for name, parameter in parameters.items():
         parameter.data.copy_(state["parameters"][name])
-    optimizer.load_state_dict(state["optimizer"])
+    if isinstance(optimizer, Optimizer8bit) and optimizer.is_paged:
+        _restore_paged(optimizer, state["optimizer"])
+    else:
+        optimizer.load_state_dict(state["optimizer"])
     torch.set_rng_state(state["rng"])
-    if state["cuda_rng"]:
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    # The machine may have another number of GPUs than the one that saved the checkpoint.
+    for device, generator in enumerate(state["cuda_rng"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(generator, device)
     return state["step"]
+
+
+def _restore_paged(optimizer: Optimizer8bit, state: dict[str, Any]) -> None:
+    """Restore the states of an optimizer into memory that can move to the host.
+
+    bitsandbytes would restore them as ordinary tensors on the GPU, which may have no room for them.
+    """
+    # The first step moves tensors that are not paged to the GPU.
+    optimizer.load_state_dict(state, move_to_device=False)
+    for parameter, found in optimizer.state.items():
+        for name in ("state1", "state2"):
+            buffer = optimizer.get_state_buffer(parameter, dtype=found[name].dtype)
+            found[name] = buffer.copy_(found[name])

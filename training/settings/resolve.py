@@ -129,7 +129,11 @@ def _resolve_base(config: BaseConfig, directory: Path | None) -> BaseConfig:
     if config.device == "cuda" and not has_cuda:
         raise ConfigError.of("base.device", say("NO_CUDA_DEVICE", device="cuda"))
     device = config.device or ("cuda" if has_cuda else "cpu")
-    has_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else has_avx512bf16()
+    if device == "cuda":
+        # Cards that only emulate bfloat16 are faster in float32.
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bf16 = has_avx512bf16()
     return replace(
         config,
         model=None if directory is None else str(directory),

@@ -19,6 +19,7 @@ from turret.server.adapters.component import Component, FindComponent, find_no_c
 from turret.server.adapters.peft_format.config_rules import MethodKeys
 from turret.server.adapters.peft_format.refusals import check_task
 from turret.server.adapters.peft_format.targets import Targets
+from turret.server.basics.work import is_out_of_memory
 from turret.server.words import Text, say
 
 # The number of rows of W + sBA in memory at once: 1024 x 14336 in fp32 is 59 MB. An embedding has a
@@ -245,6 +246,20 @@ class Module:
     def rows(self) -> WeightRows:
         """The base's weight as served, for reading block by block on its device."""
         return self._served().rows()
+
+    def decomposed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The singular value decomposition of the base's weight as served, fp32 like PEFT's.
+
+        The results are on the base's device, unless that has too little memory for it.
+        """
+        rows = self.rows()
+        weight = rows[0 : rows.shape[0]].float()
+        try:
+            return torch.linalg.svd(weight, full_matrices=False)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        return torch.linalg.svd(weight.cpu(), full_matrices=False)
 
     def weight(self) -> torch.Tensor:
         """The whole weight of the base as served. Use one at a time, and do not write to it."""

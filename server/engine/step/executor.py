@@ -96,7 +96,13 @@ class Draws(Protocol):
 
 
 class Executor(Protocol):
-    """Computes steps. One thread only."""
+    """Computes steps. One thread only.
+
+    Attributes:
+        is_asynchronous: Whether ``run`` returns before the step is computed.
+    """
+
+    is_asynchronous: bool = False
 
     @property
     def store(self) -> AdapterStore: ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
@@ -161,9 +161,14 @@ class StepResult:
 
 
 class Runner:
-    """Owns the executor and the sampler. Use it from one thread only."""
+    """Owns the executor and the sampler. Use it from one thread only.
+
+    Attributes:
+        is_asynchronous: Whether the device computes while the host does something else.
+    """
 
     def __init__(self, executor: Executor, stop_token_ids: frozenset[int]) -> None:
+        self.is_asynchronous = executor.is_asynchronous
         self._executor = executor
         self._store = executor.store
         self._sampler = executor.sampler(stop_token_ids)
@@ -172,8 +177,12 @@ class Runner:
         # Adapter key → bytes on the device. Cached because it is summed over every module.
         self._needs: dict[str, tuple[int, ...]] = {}
 
-    def run(self, step: Step) -> StepResult:
+    def run(self, step: Step, meanwhile: Callable[[], None] = lambda: None) -> StepResult:
         """Compute a step. Keys and values of its tokens are in the cache afterwards.
+
+        Args:
+            step: The step.
+            meanwhile: Called once the step is launched.
 
         Raises:
             DeviceFullError: There is too little memory; a smaller step may succeed.
@@ -182,7 +191,7 @@ class Runner:
         reason = ""
         for _ in range(2):
             try:
-                return self._compute(step)
+                return self._compute(step, meanwhile)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -191,10 +200,11 @@ class Runner:
             self._executor.free_memory()
         raise DeviceFullError(reason)
 
-    def _compute(self, step: Step) -> StepResult:
+    def _compute(self, step: Step, meanwhile: Callable[[], None]) -> StepResult:
         self._masks.begin([item.sequence for item in step.scheduled if item.samples])
         with torch.inference_mode():
             computed = self._executor.run(step)
+            meanwhile()
             self._executor.look_ahead()
             result = StepResult()
             self._sample(computed, result)

@@ -222,7 +222,7 @@ class GpuLinear(BaseLinear):
         return self.part(index)
 
     def dequantize(self, index: int) -> torch.Tensor:
-        return self.product.dequantize(self.dtype)[self._rows(index)].float().cpu()
+        return self.product.part(self._rows(index)).dequantize(self.dtype).float().cpu()
 
     def part(self, index: int) -> GpuLinear:
         product = self.product.part(self._rows(index))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,10 +12,17 @@ import torch.nn.functional as F
 from fake_cuda import FakeCuda
 from gpu_path import FakeCapture
 
+from turret.server.adapters.device.gpu.uploads import StepStream, beside_steps
 from turret.server.engine.step.gpu import decode_graphs
 from turret.server.engine.step.gpu.decode_graphs import WINDOW, CudaCapture, DecodeGraphs, buckets
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def captured_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in conftest.py, which ``bench/gpu.sh`` does not load."""
+    monkeypatch.setattr(decode_graphs, "SIGHTS", 2)
 
 
 @pytest.mark.parametrize("most", [1, 7, 64, 200])
@@ -294,3 +302,37 @@ def test_a_real_graph_reads_its_buffers_anew():
     assert again.data_ptr() == doubled.data_ptr()
     assert again.tolist() == [10.0] * 4
     assert raised.tolist() == [6.0] * 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_real_captures_and_real_loads_go_on_side_by_side():
+    device = torch.device("cuda", torch.cuda.current_device())
+    weight = torch.randn(2048, 2048, dtype=torch.bfloat16, device=device)
+    x = torch.randn(16, 2048, dtype=torch.bfloat16, device=device)
+    ended, offs = threading.Event(), list[str]()
+    graphs = DecodeGraphs(CudaCapture(device), on_off=lambda: offs.append("off"))
+
+    def load() -> int:
+        count = 0
+        while not ended.is_set():
+            with beside_steps(device):
+                float((weight.float() @ weight.float()).sum())
+            count += 1
+        return count
+
+    def body() -> tuple[torch.Tensor, torch.Tensor]:
+        return F.linear(F.linear(x, weight).relu(), weight), x
+
+    with ThreadPoolExecutor(2) as pool, StepStream(device).entered(), torch.inference_mode():
+        expected = body()[0].clone()
+        loads = [pool.submit(load) for _ in range(2)]
+        try:
+            for number in range(200):
+                for _ in range(3):
+                    assert torch.equal(graphs.run(0, number, body)[0], expected)
+        finally:
+            ended.set()
+        assert all(each.result() for each in loads)
+    assert not offs
+    torch.cuda.empty_cache()

@@ -121,6 +121,20 @@ def test_chunks_of_a_prompt_that_nobody_waits_for(cuda: FakeCuda):
     assert decoder.seen == expected
 
 
+def test_the_host_is_free_once_a_step_is_launched(cuda: FakeCuda):
+    executor, decoder = _executor(cuda)
+    runner, found = Runner(executor, frozenset()), list[tuple[int, bool]]()
+    assert runner.is_asynchronous
+    sequence = Sequence(Request(request_id="r", prompt_token_ids=tuple(range(9))), Mix(()), 0.0)
+    sequence.blocks = [7]
+
+    def meanwhile() -> None:
+        found.append((len(decoder.seen), bool(cuda.default.pending)))
+
+    runner.run(Step((Scheduled(sequence, CHUNK),), (), 0), meanwhile)
+    assert found == [(0, True)]
+
+
 def test_a_step_that_failed_is_sent_again_whole(cuda: FakeCuda):
     """Block numbers of a failed step are transferred with the next one."""
     executor, decoder = _executor(cuda)

@@ -280,11 +280,11 @@ async def test_a_step_that_fails_within_a_pass_ends_the_engine(
 ) -> None:
     run, failed = Runner.run, []
 
-    def fail_once(runner: Runner, step: Any) -> StepResult:
+    def fail_once(runner: Runner, step: Any, meanwhile: Any) -> StepResult:
         if not failed:
             failed.append(step)
             raise RuntimeError("planted")
-        return run(runner, step)
+        return run(runner, step, meanwhile)
 
     begun, asked = threading.Event(), threading.Event()
 

@@ -119,8 +119,14 @@ class Runner:
     """
 
     def __init__(
-        self, source: random.Random, files: Files, block_size: int, max_tokens: int
+        self,
+        source: random.Random,
+        files: Files,
+        block_size: int,
+        max_tokens: int,
+        is_asynchronous: bool,
     ) -> None:
+        self.is_asynchronous = is_asynchronous
         self._source = source
         self._files = files
         self._block_size, self._max_tokens = block_size, max_tokens
@@ -128,7 +134,8 @@ class Runner:
         self._cache: dict[tuple[int, int], int] = {}
         self.num_full = self.num_accepted = 0
 
-    def run(self, step: Step) -> StepResult:
+    def run(self, step: Step, meanwhile: Callable[[], None]) -> StepResult:
+        meanwhile()
         result = StepResult()
         assert sum(item.num_rows for item in step.scheduled) <= self._max_tokens
         assert len({item.sequence for item in step.scheduled}) == len(step.scheduled)

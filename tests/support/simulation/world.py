@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -97,7 +97,9 @@ class World:
             speculation=Speculation(cost),
             cost=cost,
         )
-        self.runner = Runner(self.random, self.files, BLOCK_SIZE, MAX_TOKENS)
+        # Every other device computes while the host does something else.
+        is_asynchronous = bool(seed % 2)
+        self.runner = Runner(self.random, self.files, BLOCK_SIZE, MAX_TOKENS, is_asynchronous)
         adapters: Any = self
         runner: Any = self.runner
         self.loop = EngineLoop(
@@ -111,6 +113,7 @@ class World:
         # Every accepted request, and the end that its client received.
         self.requests: list[Answer] = []
         self.ended: dict[Any, str] = {}
+        self.received: defaultdict[Any, list[int]] = defaultdict(list)
         self.open_mixes: set[Mix] = set()
         self.change: BaseChange | None = None
         self._blocked: tuple[Sequence | None, float] = (None, 0.0)
@@ -129,6 +132,8 @@ class World:
     def _deliver(self, outbox: Outbox) -> None:
         for stream, item in outbox:
             assert stream not in self.ended, "an output after the last one"
+            if isinstance(item, Output):
+                self.received[stream] += item.token_ids
             if isinstance(item, TurretError):
                 self.ended[stream] = type(item).__name__
             elif isinstance(item, Output) and item.finish is not None:
@@ -382,6 +387,9 @@ class World:
             self.check()
         missing = [a for a in self.requests if a.stream not in self.ended]
         assert not missing, f"{len(missing)} requests never ended"
+        for answer in self.requests:
+            generated = answer.sequence.tokens[answer.sequence.prompt_end :]
+            assert self.received[answer.stream] == generated, "other tokens than generated"
         while len(self.threads):
             self._read()
         self._turn()

@@ -21,8 +21,7 @@ def _check(m: Module) -> None:
 def _operators(m: Module) -> Iterator[Piece]:
     a, b, diagonal = m.wide(A, B, DIAGONAL)
     rank = len(diagonal)
-    # PEFT decomposes the weight in fp32.
-    u, s, v = torch.linalg.svd(m.weight().to(torch.float32), full_matrices=False)
+    u, s, v = m.decomposed()
     noise = (-u[:, -rank:] * s[-rank:]).to(b)
     a = torch.cat((a, v[-rank:].to(a)))
     return with_bias(m, low_rank(a, torch.cat((b * diagonal * m.scaling, noise), dim=1)))

@@ -23,10 +23,10 @@ def _check(m: Module) -> None:
 def _operators(m: Module) -> Piece:
     m.warn(say("DECOMPOSED_FROM_BASE"))
     trained_u, trained_s, trained_v = m.wide(_U, _S, _V)
-    # Decompose in fp32 like PEFT; signs cancel in products of singular vectors.
-    u, s, v = torch.linalg.svd(m.weight().to(torch.float32), full_matrices=False)
-    kept, wide = len(s) - len(trained_s), trained_u.dtype
-    tail = (u[:, kept:] * s[kept:]).to(wide) @ v[kept:].to(wide)
+    # Signs cancel in products of singular vectors.
+    u, s, v = m.decomposed()
+    kept = len(s) - len(trained_s)
+    tail = (u[:, kept:] * s[kept:]).to(trained_u) @ v[kept:].to(trained_u)
     return Dense((trained_u * trained_s) @ trained_v - tail)
 
 

@@ -234,6 +234,8 @@ class GpuExecutor:
         on_graphs_off: Called when no step is captured any more, because captures failed.
     """
 
+    is_asynchronous = True
+
     def __init__(
         self,
         decoder: GpuDecoder,

@@ -199,24 +199,26 @@ def test_a_conv1d_flag_warns(tmp_path: Path) -> None:
     assert warning.reason == "NO_CONV1D"
 
 
-class _Blocks:
-    """A weight that is read by rows, as on a device whose steps must not be delayed."""
+class _Rows:
+    """A weight that is read where it is, as on a device whose steps must not be delayed."""
 
-    def __init__(self, weight: torch.Tensor, beside: list[bool]) -> None:
+    def __init__(self, weight: torch.Tensor, beside: list[bool], most: int) -> None:
         self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
-        self._weight, self._beside = weight, beside
+        self._weight, self._beside, self._most = weight, beside, most
 
     def __getitem__(self, rows: slice) -> torch.Tensor:
         assert self._beside, "on the stream of the steps"
-        assert rows.stop - rows.start <= 24, "more than a block"
+        assert rows.stop - rows.start <= self._most, "more than a block"
         return self._weight[rows]
 
 
-def test_dora_reads_the_base_by_blocks_and_beside_the_steps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# A decomposition needs the whole weight, DoRA's norms only blocks of it.
+@pytest.mark.parametrize(("kind", "most"), [("dora", 24), ("kasa", 1 << 20), ("osf", 1 << 20)])
+def test_the_base_is_read_where_it_is_and_beside_the_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, most: int
 ) -> None:
     monkeypatch.setattr(dora_gain_module, "_ROWS_PER_BLOCK", 24)
-    save(tmp_path, "dora")
+    save(tmp_path, kind)
     plain, beside = base_of(tiny_llama()), list[bool]()
 
     @contextlib.contextmanager
@@ -225,18 +227,42 @@ def test_dora_reads_the_base_by_blocks_and_beside_the_steps(
         yield
         beside.clear()
 
-    def whole() -> torch.Tensor:
-        raise AssertionError("a whole weight")
+    def copied() -> torch.Tensor:
+        raise AssertionError("a whole weight on the host")
 
     def by_blocks(module: BaseModule) -> BaseModule:
         weight = module.dequantize()
-        return replace(module, dequantize=whole, served=lambda: _Blocks(weight, beside))
+        return replace(module, dequantize=copied, served=lambda: _Rows(weight, beside, most))
 
     modules = {name: by_blocks(module) for name, module in plain.modules.items()}
     found = lower_adapter(tmp_path, replace(plain, modules=modules, beside=entered)).operators
     expected = lower_adapter(tmp_path, plain).operators
     for name, module in expected.modules.items():
-        gain, other = module.gain, found.modules[name].gain
-        assert gain is not None
-        assert other is not None
-        torch.testing.assert_close(other, gain)
+        assert module.operators
+        for operator, other in zip(module.operators, found.modules[name].operators, strict=True):
+            for one, two in zip(operator.tensors(), other.tensors(), strict=True):
+                torch.testing.assert_close(two, one)
+
+
+def test_a_weight_is_decomposed_on_the_host_if_the_device_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, "kasa")
+    base, svd = base_of(tiny_llama()), torch.linalg.svd
+    expected = lower_adapter(tmp_path, base).operators.modules[Q].low_rank
+    refused = list[int]()
+
+    def second_try(weight: torch.Tensor, **keywords: Any) -> Any:
+        if len(refused) % 2 == 0:
+            refused.append(0)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        refused.append(1)
+        return svd(weight, **keywords)
+
+    monkeypatch.setattr(torch.linalg, "svd", second_try)
+    found = lower_adapter(tmp_path, base).operators.modules[Q].low_rank
+    assert refused
+    assert expected is not None
+    assert found is not None
+    torch.testing.assert_close(found.a, expected.a)
+    torch.testing.assert_close(found.b, expected.b)
