@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from turret.server.basics.files import replace_file
-from turret.training.run.folder import checkpoint_path, checkpoints_in
+from turret.training.run.folder import checkpoint_path
 
 
 def save_checkpoint(
@@ -17,10 +17,8 @@ def save_checkpoint(
     step: int,
     parameters: dict[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    *,
-    keep: int,
 ) -> None:
-    """Write ``step-NNNNNNNN.pt`` atomically, then remove the oldest ones beyond ``keep``."""
+    """Write ``step-NNNNNNNN.pt`` atomically."""
     state: dict[str, Any] = {
         "step": step,
         "parameters": {name: parameter.data for name, parameter in parameters.items()},
@@ -32,8 +30,6 @@ def save_checkpoint(
     torch.save(state, buffer)
     folder.mkdir(exist_ok=True)
     replace_file(checkpoint_path(folder, step), buffer.getvalue())
-    for path in checkpoints_in(folder)[:-keep]:
-        path.unlink()
 
 
 def restore_checkpoint(
