@@ -37,7 +37,11 @@ from turret.clients.calls.connections import AsyncConnection, BlockingConnection
 from turret.clients.calls.settings import CallSettings, Retries, RetryPolicy, stream_timeout
 from turret.clients.channel import DEFAULT_ADDRESS, Tls, check_address
 from turret.clients.errors import TurretRpcError
-from turret.clients.messages.adapter_files import ExportWriter, upload_messages
+from turret.clients.messages.adapter_files import (
+    ExportWriter,
+    NewDirectory,
+    upload_messages,
+)
 from turret.clients.messages.fields import ArgumentTypeError
 from turret.clients.messages.mix import AdaptersLike, AdapterWeight, to_mix
 from turret.clients.messages.requests import GenerateOptions, Prompt, filled, generate_request
@@ -377,6 +381,21 @@ class _PartClient(ServiceClient):
         self._connection = connection
         self._settings = settings
 
+    async def _receive(
+        self, rpc: Any, request: Any, timeout: float | None, take: Callable[[Any], None]
+    ) -> None:
+        """Hand over each message of a stream."""
+        seconds = stream_timeout(timeout)
+        call = rpc(request, timeout=seconds, metadata=self._settings.metadata)
+        try:
+            with waiting(self._settings):
+                async for message in self._connection.responses(call):
+                    take(message)
+        except grpc.RpcError as error:
+            raise self._settings.failure(error, seconds) from None
+        finally:
+            call.cancel()
+
 
 class AdaptersBase(_PartClient):
     """The base class of the clients of the ``Adapters`` service."""
@@ -638,19 +657,10 @@ class AsyncAdaptersClient(AdaptersBase):
             ValueError: The received files are incomplete or damaged.
         """
         request = self._request("ExportAdapter", name=name, generation=generation)
-        seconds = stream_timeout(timeout)
         with ExportWriter(directory) as writer:
-            call = self._connection.adapters.ExportAdapter(
-                request, timeout=seconds, metadata=self._settings.metadata
+            await self._receive(
+                self._connection.adapters.ExportAdapter, request, timeout, writer.write
             )
-            try:
-                with waiting(self._settings):
-                    async for message in self._connection.responses(call):
-                        writer.write(message)
-            except grpc.RpcError as error:
-                raise self._settings.failure(error, seconds) from None
-            finally:
-                call.cancel()
             return Adapter.from_proto(writer.finish())
 
 
@@ -675,6 +685,8 @@ class AsyncTrainingClient(TrainingBase):
         rank: int,
         method: str = "lora",
         seed: int | None = None,
+        alpha: float | None = None,
+        targets: Sequence[str] = (),
         train_attn: bool = True,
         train_mlp: bool = True,
         train_unembed: bool = False,
@@ -684,8 +696,10 @@ class AsyncTrainingClient(TrainingBase):
 
         Args:
             rank: Its rank.
-            method: ``lora``, ``rslora``, ``dora``, ``loha`` or ``ia3``.
+            method: Such as ``lora``; see docs/tenants.md.
             seed: Determines the initial weights; None for random ones.
+            alpha: The scale of the update, which is divided by the rank; None for 32.
+            targets: The trained modules, such as ``q_proj``; empty to choose by the following.
             train_attn: Whether the projections of attention are trained.
             train_mlp: Whether the projections of MLPs are trained.
             train_unembed: Whether the head is trained.
@@ -782,6 +796,22 @@ class AsyncTrainingClient(TrainingBase):
     async def list_checkpoints(self, *, timeout: float | None = None) -> tuple[Checkpoint, ...]:
         """Return the checkpoints of the token, the newest first."""
         ...
+
+    async def export_checkpoint(
+        self, path: str, directory: str | os.PathLike[str], *, timeout: float | None = None
+    ) -> None:
+        """Write the adapter of a checkpoint, in PEFT's layout, to a new directory.
+
+        Raises:
+            FileExistsError: The directory is already there.
+        """
+        request = self._request("ExportCheckpoint", path=path)
+        rpc = self._connection.training.ExportCheckpoint
+        with NewDirectory(directory) as writer:
+            await self._receive(
+                rpc, request, timeout, lambda piece: writer.append(piece.file, piece.data)
+            )
+            writer.complete()
 
     @_rpc("DeleteCheckpoint", None)
     async def delete_checkpoint(self, path: str, *, timeout: float | None = None) -> None:

@@ -144,6 +144,7 @@ class TrainingClient(TrainingBase):
     save_checkpoint = _blocking(AsyncTrainingClient.save_checkpoint)
     load_checkpoint = _blocking(AsyncTrainingClient.load_checkpoint)
     list_checkpoints = _blocking(AsyncTrainingClient.list_checkpoints)
+    export_checkpoint = _blocking(AsyncTrainingClient.export_checkpoint)
     delete_checkpoint = _blocking(AsyncTrainingClient.delete_checkpoint)
     publish_model = _blocking(AsyncTrainingClient.publish_model)
 

@@ -58,6 +58,11 @@ COMMAND_HINTS: Mapping[str, str] = {
     "REQUEST_TOO_LARGE": "shorten the prompt, or spread several texts over several calls",
     "ANSWER_TOO_LARGE": "lower --top-n or --logprobs, or pass fewer texts in a call",
 }
+# The same for `turret train --server`.
+TRAIN_HINTS: Mapping[str, str] = {
+    **COMMAND_HINTS,
+    "NOT_REACHED": "start one with `turret serve --training --state-dir DIR`",
+}
 # The message of an error with one of these keys already says what to do.
 _ANSWERS = ("closest", "current_generation")
 

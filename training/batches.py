@@ -197,9 +197,12 @@ class BatchStream:
 
     def batch(self, index: int) -> TrainingBatch:
         """The batch at a position, from 0."""
+        return make_batch(self.rows(index), pad=self._pad, is_packed=self._is_packed)
+
+    def rows(self, index: int) -> list[Row]:
+        """The rows of a batch."""
         start = index * self._batch_size
-        rows = [self._row(place) for place in range(start, start + self._batch_size)]
-        return make_batch(rows, pad=self._pad, is_packed=self._is_packed)
+        return [self._row(place) for place in range(start, start + self._batch_size)]
 
     def _row(self, place: int) -> Row:
         epoch, offset = divmod(place, len(self._rows))

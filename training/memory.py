@@ -20,11 +20,12 @@ from turret.server.models.sources.model_directory import weight_files
 from turret.training.base_model import DTYPES, empty_model, peak_memory_bytes, resident_bytes
 from turret.training.batches import TrainingBatch, make_batch
 from turret.training.classifier import classifier_loss, make_loss
+from turret.training.engine import attach, attach_to, pad_token, trainable
 from turret.training.errors import RunError
 from turret.training.loss import LossFunction, make_optimizer, set_learning_rate
 from turret.training.settings.config import read_config, render_config
 from turret.training.settings.resolve import Resolved, resolve
-from turret.training.trainer import attach, attach_to, make_stream, pad_token, trainable
+from turret.training.trainer import make_stream
 from turret.training.words import Text, say
 
 # A count of the memory that tensors take, which also works on the meta device.

@@ -21,8 +21,8 @@ from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.models.describe import describe_experts
 from turret.training.base_model import DTYPES, TrainingBase, empty_model
+from turret.training.engine import attach_to
 from turret.training.settings.resolve import Resolved
-from turret.training.trainer import attach_to
 
 _ANY_RANK = 1 << 30
 _CACHE_DTYPE_BYTES = 2

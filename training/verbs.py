@@ -8,6 +8,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+import math
 import os
 import shlex
 import sys
@@ -25,6 +26,7 @@ _RANKS = (2, 4, 8, 16, 32)
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], text: str) -> None:
     """Add the verb; ``text`` is its line in the help."""
+    from turret.clients.verbs.flags import add_connection_flags
     from turret.clients.verbs.promote import add_promote
 
     parser = subparsers.add_parser("train", help=text)
@@ -44,6 +46,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     plan.add_argument("--measure", action="store_true", help="run two steps and measure the memory")
     plan.add_argument("--json", action="store_true", help="print JSON")
     run = _add(verbs, "run", "train an adapter", _run)
+    add_connection_flags(run, "train on a server with --training (default: in this process)")
     how = run.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="continue a run that was stopped")
     how.add_argument(
@@ -66,6 +69,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
         help="ranks to train (default: 2,4,8,16,32)",
     )
     sweep.add_argument("--json", action="store_true", help="print JSON")
+    add_connection_flags(sweep, "train all ranks at once on a server with --training")
     add_promote(verbs, "replace a served adapter if a test set shows that the new one is better")
 
 
@@ -84,7 +88,7 @@ def _add(
     parser = verbs.add_parser(
         name, help=text, description=text.capitalize(), parents=parents, usage=usage
     )
-    parser.set_defaults(func=with_errors(func))
+    parser.set_defaults(func=with_errors(func), parser=parser, address=None)
     return parser
 
 
@@ -98,6 +102,10 @@ def with_errors(
     """
 
     def run(args: argparse.Namespace) -> int:
+        from turret.clients.errors import TurretRpcError
+        from turret.clients.hints import TRAIN_HINTS
+        from turret.clients.messages.fields import ArgumentError
+        from turret.clients.verbs.command import print_error
         from turret.server.command.interrupts import exit_code, raising_terminated
         from turret.server.command.parser import EXIT_USAGE
         from turret.server.errors import TurretError
@@ -123,6 +131,11 @@ def with_errors(
             for line in described(args, error):
                 print(f"error: {line}", file=sys.stderr)
             return EXIT_USAGE if isinstance(error, ConfigFileError) else 1
+        except (TurretRpcError, ArgumentError) as error:
+            print_error(error, args, TRAIN_HINTS)
+            if how := _how_to_go_on(args):
+                print(f"stopped{how}", file=sys.stderr)
+            return 1
         except KeyboardInterrupt as interrupt:
             # Overwrite the ^C that the terminal echoed.
             anew = "\r\x1b[K" if sys.stderr.isatty() else ""
@@ -184,7 +197,7 @@ def _read(args: argparse.Namespace, ranks: Sequence[int] = ()) -> tuple[Any, Any
     from turret.server.command.threads import use_threads
     from turret.training.errors import RunError
     from turret.training.examples import check_compared, read_files
-    from turret.training.settings.checks import check_base, check_inputs
+    from turret.training.settings.checks import check_base, check_inputs, check_served
     from turret.training.settings.config import read_config
     from turret.training.settings.flags import given
 
@@ -193,6 +206,8 @@ def _read(args: argparse.Namespace, ranks: Sequence[int] = ()) -> tuple[Any, Any
     config = read_config(args.config, args.set, given(args))
     use_threads(args.threads, is_background=True, niceness=args.nice)
     check_inputs(config, args.config.parent, ranks)
+    if args.address is not None:
+        check_served(config)
     # The files are read again together with the base. Reading them here as well reports a bad line
     # at once, before the base is loaded or fetched from the hub.
     files = read_files(config.data, args.config.parent)
@@ -215,11 +230,55 @@ def _load(args: argparse.Namespace, module: str) -> None:
         importlib.import_module(module)
 
 
-def _resolve(args: argparse.Namespace, config: Any) -> Any:
+def _connect(args: argparse.Namespace) -> Any:
+    """A client of the server that trains; its calls take as long as the server needs."""
+    from turret.clients.verbs.command import connect
+
+    if args.timeout is None:
+        args.timeout = math.inf
+    return connect(args)
+
+
+def _served(args: argparse.Namespace) -> Any:
+    """The model of the server that trains; None without a server.
+
+    Raises:
+        RunError: The server does not train.
+        TurretRpcError: It cannot be reached, or the token lacks a role.
+    """
+    from turret.clients.errors import TurretRpcError
+    from turret.training.errors import RunError
+
+    if args.address is None:
+        return None
+    with _connect(args) as client:
+        try:
+            client.training.list_models()
+        except TurretRpcError as error:
+            if error.code.name != "UNIMPLEMENTED":
+                raise
+            raise RunError(say("SERVER_DOES_NOT_TRAIN", address=args.address)) from None
+        return client.get_model()
+
+
+def _opener(args: argparse.Namespace) -> Any:
+    """Creates the engine of a run."""
+    if args.address is None:
+        from turret.training.engine import LocalEngine
+
+        return LocalEngine
+
+    from turret.training.server_engine import ServerEngine
+
+    connect = functools.partial(_connect, args)
+    return functools.partial(ServerEngine, address=args.address, connect=connect)
+
+
+def _resolve(args: argparse.Namespace, config: Any, served: Any = None) -> Any:
     _load(args, "turret.training.trainer")
     from turret.training.settings.resolve import resolve
 
-    resolved = resolve(config, args.config.parent)
+    resolved = resolve(config, args.config.parent, served)
     for note in resolved.notes:
         print(f"note: {note}", file=sys.stderr)
     return resolved
@@ -272,7 +331,8 @@ def _console() -> Any:
 def _sweep(args: argparse.Namespace) -> None:
     config, base = _read(args, args.ranks)
     output = args.config.parent / config.run.output
-    _check_sweep(config, output, args.ranks, _digest(args, config), base)
+    is_served = args.address is not None
+    _check_sweep(config, output, args.ranks, _digest(args, config), base, is_served=is_served)
     args.how_to_go_on = lambda: _how_a_sweep_goes_on(output, args.ranks)
     ranks = ", ".join(map(str, args.ranks))
     hint = "; use --ranks to choose others" if args.ranks is _RANKS else ""
@@ -282,13 +342,15 @@ def _sweep(args: argparse.Namespace) -> None:
     from turret.clients.verbs.tables import print_table
     from turret.training.run.progress import training_progress
 
+    served = _served(args)
     announce = functools.partial(training_progress, is_quiet=args.quiet)
     with announce(None, "sweep") as listen:
         listen({"kind": "phase", "text": "reading the base model"})
         _load(args, "turret.training.sweep")
         from turret.training.sweep import sweep
 
-        results = sweep(config, args.config.parent, args.ranks, announce)
+        folder, opener = args.config.parent, _opener(args)
+        results = sweep(config, folder, args.ranks, announce, opener, served)
     if args.json:
         from turret.clients.verbs.command import print_json
 
@@ -312,7 +374,9 @@ def _sweep(args: argparse.Namespace) -> None:
     print(f"the lowest validation loss has rank {best.rank}", best.what_next, sep="\n")
 
 
-def _check_sweep(config: Any, output: Path, ranks: Sequence[int], data: str, base: Any) -> None:
+def _check_sweep(
+    config: Any, output: Path, ranks: Sequence[int], data: str, base: Any, *, is_served: bool
+) -> None:
     """Check the output directories of all ranks, before the first one is trained."""
     from turret.training.errors import RunError
     from turret.training.run.folder import RunFolder, rank_folder
@@ -324,7 +388,7 @@ def _check_sweep(config: Any, output: Path, ranks: Sequence[int], data: str, bas
     for rank, each in zip(ranks, with_ranks(config, ranks), strict=True):
         run = RunFolder(rank_folder(output, rank))
         if run.facts.exists():
-            check_settings(each, run, data, base)
+            check_settings(each, run, data, base, is_served=is_served)
         else:
             run.check(resume=False, overwrite=False)
 
@@ -349,18 +413,21 @@ def _run(args: argparse.Namespace) -> None:
     output.check(resume=args.resume, overwrite=args.overwrite)
     args.how_to_go_on = output.how_to_go_on
     if args.resume:
-        check_settings(config, output, _digest(args, config), base)
+        digest, is_served = _digest(args, config), args.address is not None
+        check_settings(config, output, digest, base, is_served=is_served)
+    served = _served(args)
 
     from turret.training.run.progress import training_progress
 
     with output.held(), training_progress(None, is_quiet=args.quiet) as listen:
         listen({"kind": "phase", "text": "reading the base model and the data"})
-        resolved = _resolve(args, config)
+        resolved = _resolve(args, config, served)
 
         from turret.training.report import write_report
         from turret.training.trainer import Trainer
 
-        result = Trainer(resolved, listen).run(resume=args.resume, overwrite=args.overwrite)
+        trainer = Trainer(resolved, listen, _opener(args))
+        result = trainer.run(resume=args.resume, overwrite=args.overwrite)
     report = write_report(result.folder)
     if sys.stdout.isatty() and not args.quiet:
         # The trainer's last note has already shown the path of the adapter.

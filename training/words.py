@@ -88,6 +88,11 @@ TEXTS = {
     "REHEARSAL_KILLED": "the process that measures memory was killed, perhaps because memory ran"
     " out; lower run.batch_size or data.max_length",
     "REHEARSAL_FAILED": "the process that measures memory failed: {problem:.500}",
+    "OTHER_BASE_SERVED": "the server's weights of {served} differ from those of {name}; set"
+    " base.model to the server's model",
+    "SERVER_DOES_NOT_TRAIN": "{address} does not train; start it with `turret serve --training"
+    " --state-dir DIR`",
+    "RUN_ELSEWHERE": "{path} was not begun there; `{command}` continues it",
     "NO_VALIDATION_LOSS": "{path} has no validation loss",
     "LOHA_RANK_TOO_HIGH": "LoHa rank {rank} costs more than a dense update on a module with"
     " {inputs} inputs and {outputs} outputs; choose a lower rank",

@@ -84,10 +84,10 @@ def _messages(
                 yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
 
 
-class ExportWriter:
-    """Writes an export to a new directory, which appears only once every file is complete.
+class NewDirectory:
+    """Writes files to a new directory, which appears only once every file is complete.
 
-    Use it as a context manager. A block that ends without :meth:`finish` leaves nothing behind,
+    Use it as a context manager. A block that ends without :meth:`complete` leaves nothing behind,
     neither files nor parent directories.
 
     Raises:
@@ -109,9 +109,7 @@ class ExportWriter:
             # Name the requested directory, not the temporary one beside it.
             why = f"cannot be created: {error.strerror}"
             raise OSError(error.errno, why, str(self._directory)) from None
-        self._expected: dict[str, adapters_pb2.FileInfo] = {}
         self._open: dict[str, BinaryIO] = {}
-        self.adapter: adapters_pb2.Adapter | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -128,6 +126,42 @@ class ExportWriter:
             with contextlib.suppress(OSError):
                 above.rmdir()
 
+    def append(self, name: str, data: bytes) -> None:
+        """Add bytes to a file, which is created if it is new.
+
+        Raises:
+            ValueError: The name is a path.
+        """
+        if name not in self._open:
+            if not _FILE_NAME.fullmatch(name):
+                raise ValueError(say("EXPORT_FILE_NAME", name=name))
+            self._open[name] = (self._partial / name).open("xb")
+        self._open[name].write(data)
+
+    def complete(self) -> None:
+        """Move the files into place.
+
+        Raises:
+            FileExistsError: The directory has appeared meanwhile.
+        """
+        for file in self._open.values():
+            file.close()
+        # mkdtemp made the directory private, but an export is an ordinary directory.
+        self._partial.chmod(0o755)
+        try:
+            self._partial.rename(self._directory)
+        except OSError as error:
+            raise FileExistsError(say("PATH_EXISTS", path=self._directory)) from error
+
+
+class ExportWriter(NewDirectory):
+    """Writes an export of an adapter; arguments and errors are those of :class:`NewDirectory`."""
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        super().__init__(directory)
+        self._expected: dict[str, adapters_pb2.FileInfo] = {}
+        self._adapter: adapters_pb2.Adapter | None = None
+
     def write(self, message: adapters_pb2.ExportAdapterResponse) -> None:
         """Take the next message of the stream.
 
@@ -135,15 +169,15 @@ class ExportWriter:
             ValueError: The message breaks the order that the RPC promises, or names a path.
         """
         match message.WhichOneof("part"):
-            case "header" if self.adapter is None:
-                self.adapter = message.header.adapter
+            case "header" if self._adapter is None:
+                self._adapter = message.header.adapter
                 for info in message.header.files:
-                    if not _FILE_NAME.fullmatch(info.path) or info.path in self._expected:
+                    if info.path in self._expected:
                         raise ValueError(say("EXPORT_FILE_NAME", name=info.path))
                     self._expected[info.path] = info
-                    self._open[info.path] = (self._partial / info.path).open("xb")
-            case "chunk" if message.chunk.path in self._open:
-                self._open[message.chunk.path].write(message.chunk.data)
+                    self.append(info.path, b"")
+            case "chunk" if message.chunk.path in self._expected:
+                self.append(message.chunk.path, message.chunk.data)
             case _:
                 raise ValueError(say("EXPORT_OUT_OF_ORDER"))
 
@@ -154,7 +188,7 @@ class ExportWriter:
             ValueError: A file is incomplete or damaged, or the server sent nothing.
             FileExistsError: The directory has appeared meanwhile.
         """
-        if self.adapter is None:
+        if self._adapter is None:
             raise ValueError(say("EXPORT_WITHOUT_HEADER"))
         for name, info in self._expected.items():
             self._open[name].close()
@@ -163,10 +197,5 @@ class ExportWriter:
                 size = file.tell()
             if size != info.size_bytes or (info.sha256 and info.sha256 != digest):
                 raise ValueError(say("EXPORT_FILE_DAMAGED", name=name))
-        # mkdtemp made the directory private, but an export is an ordinary directory.
-        self._partial.chmod(0o755)
-        try:
-            self._partial.rename(self._directory)
-        except OSError as error:
-            raise FileExistsError(say("PATH_EXISTS", path=self._directory)) from error
-        return self.adapter
+        self.complete()
+        return self._adapter

@@ -267,6 +267,9 @@ _CONVERSIONS: dict[str, Callable[[Any, Any], None]] = {
     "stop_token_ids": lambda request, ids: extend(
         "stop_token_ids", request.stop.stop_token_ids, ids
     ),
+    "targets": lambda request, targets: extend(
+        "targets", request.config.targets, targets, "a list of modules"
+    ),
     "logit_bias": _set_bias,
     "choice": _set_choice,
     "tools": _set_tools,

@@ -538,6 +538,8 @@ class TrainingConfig(Result):
         method: Its method, such as ``lora``.
         rank: Its rank.
         seed: Determines the initial weights; None if they are random.
+        alpha: The scale of the update, which is divided by the rank; None for 32.
+        targets: The trained modules; empty if the following chose them.
         train_attn: Whether the projections of attention are trained.
         train_mlp: Whether the projections of MLPs are trained.
         train_unembed: Whether the head is trained.
@@ -546,6 +548,8 @@ class TrainingConfig(Result):
     method: str
     rank: int
     seed: int | None
+    alpha: float | None
+    targets: tuple[str, ...]
     train_attn: bool
     train_mlp: bool
     train_unembed: bool

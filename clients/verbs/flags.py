@@ -185,20 +185,28 @@ def generation_parsers() -> list[argparse.ArgumentParser]:
     ]
 
 
-def add_connection_flags(parser: argparse.ArgumentParser) -> None:
+def add_connection_flags(parser: argparse.ArgumentParser, server: str = "") -> None:
     """Add the flags of every verb.
 
     They are not in a parent parser, because argparse would copy the token flags from it without
     their exclusive group.
+
+    Args:
+        parser: The verb's parser.
+        server: For a verb that also works without a server, the help of ``--server``, which takes
+            the place of ``--address``.
     """
     variable = os.environ.get
     group = parser.add_argument_group("connection")
-    group.add_argument(
-        "--address",
-        default=variable("TURRET_ADDRESS") or DEFAULT_ADDRESS,
-        metavar="HOST:PORT",
-        help=f"default: $TURRET_ADDRESS, or {DEFAULT_ADDRESS}",
-    )
+    if server:
+        group.add_argument("--server", dest="address", metavar="HOST:PORT", help=server)
+    else:
+        group.add_argument(
+            "--address",
+            default=variable("TURRET_ADDRESS") or DEFAULT_ADDRESS,
+            metavar="HOST:PORT",
+            help=f"default: $TURRET_ADDRESS, or {DEFAULT_ADDRESS}",
+        )
     token = group.add_mutually_exclusive_group()
     token.add_argument(
         "--token",

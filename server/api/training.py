@@ -5,13 +5,15 @@ Each of its models is a separate session, and the server numbers the commands.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
 from turret.server.api.call import Call
 from turret.server.api.tenants.checkpoints import Checkpoint
 from turret.server.api.tenants.futures import Result
@@ -26,6 +28,7 @@ from turret.server.api.tenants.reading import (
 from turret.server.api.tenants.sessions import Model
 from turret.server.api.tenants.tenants import Tenants
 from turret.server.api.violations import Violations
+from turret.server.basics.files import reporting_disk_faults
 from turret.server.errors import InvalidRequestError
 from turret.server.training.losses import LOSSES, TARGETS
 from turret.server.training.trainer import (
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
 # A model is dropped after this time without a call. An open call counts until it ends.
 IDLE_SECONDS = 3600.0
 _LOOK_SECONDS = 60.0
+_MAX_TARGETS = 64
+_PIECE_BYTES = 256 << 10
 # The inputs of losses by the fields of ``TrainingDatum``.
 _INPUTS = {TARGETS: "target_ids", **{n: n for n in ("weights", "logprobs", "advantages")}}
 
@@ -165,6 +170,23 @@ class Training:
         owned = self._tenants.checkpoints.owned(self._tenants.owner(call.party))
         return training_pb2.ListCheckpointsResponse(checkpoints=map(_checkpoint, owned))
 
+    async def export_checkpoint(
+        self, message: training_pb2.ExportCheckpointRequest, call: Call
+    ) -> AsyncGenerator[training_pb2.ExportCheckpointResponse, None]:
+        """The files of a checkpoint, piece by piece."""
+        checkpoints = self._tenants.checkpoints
+        found = checkpoints.find(self._tenants.owner(call.party), message.path)
+        folder = checkpoints.folder(found)
+        with contextlib.ExitStack() as stack, reporting_disk_faults():
+            # Open all files first: then another call may delete or replace the checkpoint.
+            files = {
+                name: stack.enter_context((folder / name).open("rb"))
+                for name in (CONFIG_FILE, TENSORS_FILE)
+            }
+            for name, file in files.items():
+                while data := await asyncio.to_thread(file.read, _PIECE_BYTES):
+                    yield training_pb2.ExportCheckpointResponse(file=name, data=data)
+
     async def delete_checkpoint(
         self, message: training_pb2.DeleteCheckpointRequest, call: Call
     ) -> training_pb2.DeleteCheckpointResponse:
@@ -222,10 +244,15 @@ def _renamed(name: Callable[[str], str]) -> Iterator[None]:
 
 
 def _config(message: training_pb2.TrainingConfig) -> LearnerConfig:
+    violations = Violations()
+    violations.check_count(len(message.targets), _MAX_TARGETS, "config.targets")
+    violations.raise_if_any()
     return LearnerConfig(
         method=message.method or "lora",
         rank=message.rank,
         seed=message.seed if message.HasField("seed") else None,
+        alpha=message.alpha if message.HasField("alpha") else None,
+        targets=tuple(message.targets),
         attention=message.train_attn if message.HasField("train_attn") else True,
         mlp=message.train_mlp if message.HasField("train_mlp") else True,
         unembed=message.train_unembed,
@@ -288,6 +315,8 @@ def _config_message(config: LearnerConfig) -> training_pb2.TrainingConfig:
         method=config.method,
         rank=config.rank,
         seed=config.seed,
+        alpha=config.alpha,
+        targets=config.targets,
         train_attn=config.attention,
         train_mlp=config.mlp,
         train_unembed=config.unembed,

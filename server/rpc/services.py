@@ -48,6 +48,7 @@ _TRAINING: dict[str, _Method] = {
     "SaveCheckpoint": Training.save_checkpoint,
     "LoadCheckpoint": Training.load_checkpoint,
     "ListCheckpoints": lambda api, _, call: api.list_checkpoints(call),
+    "ExportCheckpoint": Training.export_checkpoint,
     "DeleteCheckpoint": Training.delete_checkpoint,
     "PublishModel": Training.publish_model,
 }

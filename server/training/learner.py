@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,25 @@ import torch
 from safetensors.torch import load_file
 
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
-from turret.server.adapters.base import BaseModel
-from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint
+from turret.server.adapters.base import BaseModel, BaseModule
+from turret.server.adapters.checkpoint.adapter_checkpoint import (
+    PROMPT_EMBEDDINGS,
+    AdapterCheckpoint,
+)
 from turret.server.adapters.fuse.lora_files import (
     PREFIX,
     AdapterFiles,
     save_tensors,
     target_modules,
 )
-from turret.server.adapters.methods import METHODS as SERVED
+from turret.server.adapters.lowering.method import LinearMethod
+from turret.server.adapters.lowering.start import NewModule
 from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.operators.vocabulary import HEAD
 from turret.server.errors import InvalidRequestError
-from turret.server.training.trainer import AdamParams
+from turret.server.training.methods import served_method
+from turret.server.training.trainer import AdamParams, LearnerConfig
 from turret.server.words import say
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -40,7 +45,7 @@ Leaves = Mapping[str, Sequence[torch.Tensor]]
 
 
 @dataclass(slots=True)
-class _Served:
+class _Resident:
     """An adapter in training with its current tensors, for the store of adapters."""
 
     key: str
@@ -85,7 +90,7 @@ class Learner:
         checkpoint = AdapterCheckpoint(self._key, self.config, tensors, digest="", bytes_disk=0)
         return lower_checkpoint(checkpoint, base)[1].operators
 
-    def _refreshed(self) -> tuple[_Served, Leaves]:
+    def _refreshed(self) -> tuple[_Resident, Leaves]:
         self._count += 1
         operators = self._lower(
             self._base, {name: tensor.detach() for name, tensor in self.parameters.items()}
@@ -94,7 +99,14 @@ class Learner:
             path: [tensor.float().clone().requires_grad_() for tensor in module.tensors()]
             for path, module in _modules(operators).items()
         }
-        return _Served(f"{self._key}/{self._count}", operators), leaves
+        return _Resident(f"{self._key}/{self._count}", operators), leaves
+
+    @property
+    def num_soft_tokens(self) -> int:
+        """The number of soft tokens before each sequence."""
+        operators = self.served.operators
+        prompt = None if operators is None else operators.soft_prompt
+        return 0 if prompt is None else prompt.num_positions
 
     def fresh_leaves(self) -> dict[str, list[torch.Tensor]]:
         """The leaves with separate gradients, for one segment."""
@@ -152,12 +164,12 @@ class Learner:
 
     def files(self) -> AdapterFiles:
         """The adapter in PEFT's layout, with copies of the tensors."""
-        tensors = {f"{PREFIX}{name}": p.detach().clone() for name, p in self.parameters.items()}
+        tensors = {_in_file(name): p.detach().clone() for name, p in self.parameters.items()}
         return AdapterFiles(self.config, tensors)
 
     def save(self, folder: Path, *, with_optimizer: bool) -> None:
         """Write the adapter in PEFT's layout, and the optimizer's state beside it."""
-        tensors = {f"{PREFIX}{name}": p.detach() for name, p in self.parameters.items()}
+        tensors = {_in_file(name): p.detach() for name, p in self.parameters.items()}
         save_tensors(tensors, folder / TENSORS_FILE)
         text = json.dumps(self.config, indent=2, sort_keys=True) + "\n"
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
@@ -184,7 +196,7 @@ class Learner:
             os.close(directory)
         with torch.no_grad():
             for name, p in self.parameters.items():
-                p.copy_(tensors[f"{PREFIX}{name}"])
+                p.copy_(tensors[_in_file(name)])
         self._optimizer.state.clear()
         for key, value in saved.items():
             name, _, field = key.rpartition("/")
@@ -202,85 +214,95 @@ def add_gradients(total: Leaves, more: Leaves) -> None:
 
 
 def _modules(operators: AdapterOperators) -> dict[str, Any]:
-    """The operators of all linear modules, including the head."""
+    """The operators of all linear modules, including the head, and the prompt."""
     head = {} if operators.head is None else {HEAD: operators.head}
-    return {**operators.modules, **head}
+    prompt = {} if operators.soft_prompt is None else {PROMPT_EMBEDDINGS: operators.soft_prompt}
+    return {**operators.modules, **head, **prompt}
+
+
+def _in_file(name: str) -> str:
+    """The name of a tensor in PEFT's file."""
+    return name if name == PROMPT_EMBEDDINGS else f"{PREFIX}{name}"
 
 
 # New adapters.
 
-_ALPHA = 32.0
-METHODS = ("lora", "rslora", "dora", "loha", "ia3")
-
-
-# A parameter, its gradient and two moments, the same number in an operator, its copy with a
-# gradient, and one more gradient in a pass: eight numbers in float32.
+# A parameter, its gradient and two moments in float32, the same number in an operator, its copy
+# with a gradient, and one more gradient in a pass.
 _BYTES_PER_PARAMETER = 32
+_ALPHA = 32.0
 
 
-def num_bytes(method: str, rank: int, modules: Sequence[str], base: BaseModel) -> int:
+def num_bytes(new: LearnerConfig, modules: Sequence[str], base: BaseModel) -> int:
     """The approximate memory of an adapter in training; arguments are those of ``new_adapter``."""
-    shapes = [(base.modules[name].out_features, base.modules[name].in_features) for name in modules]
-    outputs = sum(rows for rows, _ in shapes)
-    low_rank = rank * sum(rows + columns for rows, columns in shapes)
-    count = {"loha": 2 * low_rank, "ia3": outputs}.get(method, low_rank + outputs)
-    return _BYTES_PER_PARAMETER * count
+    method, _ = served_method(new.method)
+    has_rank = isinstance(method, LinearMethod) and method.rank is not None
+    numbers = 0
+    for module, tensors in _start(new, modules, base, None):
+        count = sum(tensor.numel() for tensor in tensors.values())
+        # Operators may have more numbers than the tensors, such as two factors for one tensor.
+        low_rank = new.rank * (module.inputs + module.outputs)
+        numbers += max(count, low_rank) if has_rank else 2 * count
+    return _BYTES_PER_PARAMETER * numbers
 
 
 def new_adapter(
-    method: str, rank: int, seed: int, modules: Sequence[str], base: BaseModel
+    new: LearnerConfig, modules: Sequence[str], base: BaseModel
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The config and the initial tensors of an adapter that does not change the model yet.
+    """The config and the initial tensors of an adapter.
+
+    Unless it learns a prompt, it does not change the model yet.
 
     Args:
-        method: One of ``METHODS``.
-        rank: The rank.
-        seed: Determines the tensors.
+        new: What to train, with a method of ``METHODS`` and a seed.
         modules: The paths of the trained modules.
         base: The base model.
 
     Returns:
         The config as PEFT writes it, and the tensors by name, without PEFT's prefix.
+
+    Raises:
+        InvalidRequestError: The method cannot have this rank.
     """
-    generator = torch.Generator().manual_seed(seed)
-
-    def uniform(rows: int, columns: int) -> torch.Tensor:
-        # Kaiming initialisation with a = √5, as in PEFT and torch.
-        return (torch.rand(rows, columns, generator=generator) * 2 - 1) / math.sqrt(columns)
-
-    def normal(rows: int, columns: int, scale: float) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=generator) * scale
-
-    is_low_rank = method in ("lora", "rslora", "dora")
-    kind = SERVED["lora" if method == "rslora" else method]
+    assert new.seed is not None
+    method, changes = served_method(new.method)
+    assert method.start is not None
     config: dict[str, Any] = {
-        "peft_type": next(iter(kind.peft_types)),
+        "peft_type": next(iter(method.peft_types)),
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base.name,
-        "target_modules": target_modules(list(modules), base),
     }
-    if is_low_rank:
-        config |= {"r": rank, "lora_alpha": _ALPHA}
-        config |= {"use_rslora": method == "rslora", "use_dora": method == "dora"}
-    elif method == "loha":
-        config |= {"r": rank, "alpha": _ALPHA}
+    targets: list[str] = []
+    if isinstance(method, LinearMethod):
+        config["target_modules"] = targets = target_modules(list(modules), base)
+        if method.rank is not None:
+            config[method.rank] = new.rank
+        if method.alpha is not None:
+            config[method.alpha] = _ALPHA if new.alpha is None else new.alpha
     else:
-        config |= {"feedforward_modules": []}
-    tensors: dict[str, torch.Tensor] = {}
-    for name in modules:
-        module = base.modules[name]
-        rows, columns = module.out_features, module.in_features
-        if is_low_rank:
-            tensors[f"{name}.lora_A.weight"] = uniform(rank, columns)
-            tensors[f"{name}.lora_B.weight"] = torch.zeros(rows, rank)
-            if method == "dora":
-                norms = torch.linalg.vector_norm(module.dequantize(), dim=1)
-                tensors[f"{name}.lora_magnitude_vector"] = norms
-        elif method == "loha":
-            tensors[f"{name}.hada_w1_a"] = normal(rows, rank, 0.1)
-            tensors[f"{name}.hada_w1_b"] = normal(rank, columns, 1.0)
-            tensors[f"{name}.hada_w2_a"] = torch.zeros(rows, rank)
-            tensors[f"{name}.hada_w2_b"] = normal(rank, columns, 1.0)
-        else:
-            tensors[f"{name}.ia3_l"] = torch.ones(rows, 1)
-    return config, tensors
+        config["token_dim"] = base.hidden_size
+    config |= {**method.start.config(new.rank, targets), **changes}
+    generator = torch.Generator().manual_seed(new.seed)
+    return config, {
+        f"{module.name}.{role}".removeprefix("."): tensor
+        for module, tensors in _start(new, modules, base, generator)
+        for role, tensor in tensors.items()
+    }
+
+
+def _start(
+    new: LearnerConfig, modules: Sequence[str], base: BaseModel, generator: torch.Generator | None
+) -> Iterator[tuple[NewModule, Mapping[str, torch.Tensor]]]:
+    """The tensors of each module by role; without a generator, their shapes.
+
+    A prompt is that of a module without a name, which has as many inputs as an embedding.
+    """
+    method, _ = served_method(new.method)
+    assert method.start is not None
+    adapted = [base.modules[name] for name in modules]
+    if not isinstance(method, LinearMethod):
+        width = base.hidden_size
+        adapted = [BaseModule("", width, width, None, lambda: torch.empty(width, width))]
+    for module in adapted:
+        made = NewModule(module, new.rank, generator)
+        yield made, method.start.tensors(made)

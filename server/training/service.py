@@ -11,7 +11,7 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,7 +36,6 @@ from turret.server.errors import (
 from turret.server.metrics import Metrics
 from turret.server.models.decoding.decoder import Decoder
 from turret.server.training.learner import (
-    METHODS,
     Learner,
     Leaves,
     add_gradients,
@@ -44,6 +43,7 @@ from turret.server.training.learner import (
     num_bytes,
 )
 from turret.server.training.losses import LOSSES, TARGETS, Loss
+from turret.server.training.methods import METHODS
 from turret.server.training.trainer import AdamParams, Datum, DatumLoss, LearnerConfig, Published
 from turret.server.training.training_pass import Segment, TrainingPass
 from turret.server.words import say
@@ -55,6 +55,8 @@ T = TypeVar("T")
 # its gradients are added in a fixed order, whatever else is in the passes.
 PASS_TOKENS, CHUNK_TOKENS = 512, 128
 _READ_BYTES = 1 << 20
+_MAX_ALPHA = 1e6
+_SHOWN_CHARS = 40
 
 
 @dataclass(slots=True, eq=False)
@@ -156,17 +158,21 @@ class TrainingService:
         if not 1 <= config.rank <= self._max_rank:
             why = say("NOT_IN_RANGE", least=1, most=self._max_rank, value=config.rank)
             raise InvalidRequestError.of("rank", why)
+        if config.alpha is not None and not 0 < config.alpha <= _MAX_ALPHA:
+            why = say("NOT_IN_RANGE", least=0, most=_MAX_ALPHA, value=config.alpha)
+            raise InvalidRequestError.of("alpha", why)
         modules = self._modules(config)
         if not modules:
             raise InvalidRequestError.of("train_attn", say("NOTHING_TO_TRAIN"))
-        seed = secrets.randbits(62) if config.seed is None else config.seed
+        if config.seed is None:
+            config = replace(config, seed=secrets.randbits(62))
         adapter_id = next(self._ids)
 
         def make() -> Learner:
             base = self._registry.base
-            return Learner(*new_adapter(config.method, config.rank, seed, modules, base), base)
+            return Learner(*new_adapter(config, modules, base), base)
 
-        size = num_bytes(config.method, config.rank, modules, self._registry.base)
+        size = num_bytes(config, modules, self._registry.base)
         self._reserve(adapter_id, owner, size)
         try:
             self._learners[adapter_id] = await self._in_background(adapter_id, make)
@@ -203,12 +209,22 @@ class TrainingService:
             "gate_up": config.mlp,
             "down": config.mlp,
         }
+        known = {
+            shape.path.rpartition(".")[2]: projection
+            for projection, shapes in self._layout.projections.items()
+            for shape in shapes
+        }
+        for index, name in enumerate(config.targets):
+            if name not in known:
+                why = say("NOT_ONE_OF", value=name[:_SHOWN_CHARS], choices=", ".join(known))
+                raise InvalidRequestError.of(f"targets[{index}]", why)
+        targets = config.targets or [name for name in known if wanted.get(known[name])]
         modules = [
             self._layout.module(layer, shape.path)
             for layer in range(self._layout.num_layers)
-            for projection, shapes in self._layout.projections.items()
-            if wanted.get(projection)
+            for shapes in self._layout.projections.values()
             for shape in shapes
+            if shape.path.rpartition(".")[2] in targets
         ]
         return [*modules, HEAD] if config.unembed else modules
 
@@ -237,6 +253,12 @@ class TrainingService:
         if not data:
             return []
         learner = self._learners[adapter_id]
+        most = self._decoder.arch.max_model_len - learner.num_soft_tokens
+        for index, datum in enumerate(data):
+            if len(datum.tokens) > most:
+                length = len(datum.tokens)
+                text = say("PROMPT_TOO_LONG", length=length, limit=most, unit="tokens")
+                raise InvalidRequestError.of(f"data[{index}]", text)
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         work = _Work(
             self._reserved[adapter_id][0],
@@ -359,7 +381,7 @@ class TrainingService:
                     functools.partial(_loss_of, work, inputs),
                     has_grad=work.has_grad,
                 )
-                lengths = segments[number].lengths
+                lengths = [len(datum.tokens) for datum in chunk]
                 pairs = zip(logprobs.split(lengths), losses.split(lengths), strict=True)
                 results.append([DatumLoss(*pair) for pair in pairs])
             if batch[0][0].has_grad:

@@ -75,6 +75,9 @@ class LearnerConfig:
         method: ``lora``, ``dora``, …
         rank: The rank.
         seed: Determines the initial tensors; None for a random seed.
+        alpha: The numerator of the scaling; None for 32.
+        targets: The last parts of the paths of the trained modules; empty to choose by the
+            following three.
         attention: Whether the projections of attention are trained.
         mlp: Whether the projections of MLPs are trained.
         unembed: Whether the head is trained.
@@ -83,6 +86,8 @@ class LearnerConfig:
     method: str = "lora"
     rank: int
     seed: int | None = None
+    alpha: float | None = None
+    targets: Sequence[str] = ()
     attention: bool = True
     mlp: bool = True
     unembed: bool = False

@@ -25,6 +25,7 @@ from turret.kernels.between import rotate_heads
 from turret.kernels.paged_attention import SequenceSpan
 from turret.kernels.rows.elementwise import row_log_softmax
 from turret.kernels.rows.linear import row_linear_transposed
+from turret.server.adapters.checkpoint.adapter_checkpoint import PROMPT_EMBEDDINGS
 from turret.server.adapters.device.store import (
     AdapterStep,
     BaseProduct,
@@ -40,7 +41,7 @@ from turret.server.adapters.operators.operator import BaseRows
 from turret.server.adapters.operators.vocabulary import HEAD
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.arch import LONG, ClampedSwiglu
-from turret.server.models.decoding.decoder import Decoder, DecoderLayer, StepInput
+from turret.server.models.decoding.decoder import Decoder, DecoderLayer, OwnRows, StepInput
 from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.weights.base_linear import BaseLinear
 from turret.server.models.weights.nf4 import DenseLinear
@@ -70,9 +71,34 @@ class Segment:
     tokens: Sequence[Sequence[int]]
 
     @property
+    def prompt(self) -> torch.Tensor | None:
+        """The soft tokens before each sequence, ``[positions, hidden]``."""
+        operators = self.adapter.operators
+        prompt = None if operators is None else operators.soft_prompt
+        return None if prompt is None else prompt.soft_tokens
+
+    @property
+    def num_soft(self) -> int:
+        """The number of soft tokens before each sequence."""
+        return 0 if self.prompt is None else len(self.prompt)
+
+    @property
     def lengths(self) -> list[int]:
-        """The number of tokens of each sequence."""
-        return [len(each) for each in self.tokens]
+        """The number of rows of each sequence: soft tokens and tokens."""
+        return [self.num_soft + len(each) for each in self.tokens]
+
+    @property
+    def starts(self) -> list[int]:
+        """The first row of each sequence."""
+        return list(itertools.accumulate(self.lengths[:-1], initial=0))
+
+    @property
+    def texts(self) -> slice | torch.Tensor:
+        """The rows of tokens."""
+        if not self.num_soft:
+            return slice(None)
+        pairs = zip(self.starts, self.lengths, strict=True)
+        return torch.cat([torch.arange(n + self.num_soft, n + length) for n, length in pairs])
 
 
 class _Recorder(AdapterStep):
@@ -189,7 +215,13 @@ class TrainingPass:
             )
             for window in set(self._arch.windows)
         }
-        tokens = [token for segment in self._segments for each in segment.tokens for token in each]
+        # Any token is fine in the rows of soft tokens.
+        tokens = [
+            token
+            for segment in self._segments
+            for each in segment.tokens
+            for token in (*[0] * segment.num_soft, *each)
+        ]
         adapters = self._store.step(StepMembers(short=[], long=members))
         self._recorder = _Recorder(adapters, self._between)
         step = StepInput(
@@ -198,8 +230,17 @@ class TrainingPass:
             kv_slots=torch.tensor(slots),
             attention=attention,
             adapters=self._recorder,
+            soft=self._soft_rows(),
         )
         return step, cache
+
+    def _soft_rows(self) -> OwnRows | None:
+        rows, values = [], []
+        for place, segment in zip(self.rows, self._segments, strict=True):
+            if (prompt := segment.prompt) is not None:
+                rows += [torch.arange(len(prompt)) + place.start + n for n in segment.starts]
+                values += [prompt] * len(segment.tokens)
+        return OwnRows(torch.cat(rows), torch.cat(values)) if rows else None
 
     def _positions(self, length: int) -> range:
         long_from = self._arch.long_from
@@ -229,15 +270,17 @@ class TrainingPass:
 
         Args:
             number: The segment.
-            targets: A token per row, ``[rows]`` int64.
-            loss: Computes the losses of a range of the segment's rows from their log probabilities.
+            targets: A token for each token, ``[tokens]`` int64.
+            loss: Computes the losses of a range of the segment's tokens from their log
+                probabilities.
             has_grad: Whether to compute the gradient.
 
         Returns:
-            Log probabilities and losses, ``[rows]`` fp32; the gradient of the segment's rows of
+            Log probabilities and losses, ``[tokens]`` fp32; the gradient of the segment's rows of
             ``hidden``, ``[rows, hidden]`` fp32, zero without ``has_grad``.
         """
-        segment, hidden = self._segments[number], self.hidden[self.rows[number]]
+        segment = self._segments[number]
+        hidden = self.hidden[self.rows[number]][segment.texts]
         change = self._changes[number]
         grad = torch.zeros(hidden.shape)
         logprobs, losses = torch.zeros(len(targets)), torch.zeros(len(targets))
@@ -267,7 +310,9 @@ class TrainingPass:
                 if self._arch.logit_softcap is not None:
                     logit_grad *= 1.0 - (logits[chosen] / self._arch.logit_softcap) ** 2
                 grad[rows.start + chosen] = self._through_head(segment, states[chosen], logit_grad)
-        return logprobs, losses, grad
+        whole = torch.zeros(self.hidden[self.rows[number]].shape)
+        whole[segment.texts] = grad
+        return logprobs, losses, whole
 
     def _through_head(self, segment: Segment, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         """The gradient of the head's input, ``[rows, hidden]`` fp32."""
@@ -310,6 +355,18 @@ class TrainingPass:
             )
             part = self._through_linear(layer.qkv, part)
             total += self._through_norm(layer.norm_before_attention, part, self._streams.pop())
+        self._through_prompts(total)
+
+    def _through_prompts(self, grad: torch.Tensor) -> None:
+        """Add the gradients of the first layer's input to those of soft tokens."""
+        scale = self._arch.embedding_scale if self._arch.scales_soft_tokens else 1.0
+        for rows, segment in zip(self.rows, self._segments, strict=True):
+            if segment.prompt is None:
+                continue
+            (leaf,) = segment.leaves[PROMPT_EMBEDDINGS]
+            parts = [grad[rows][start : start + segment.num_soft] for start in segment.starts]
+            more = torch.stack(parts).sum(0) * scale
+            leaf.grad = more if leaf.grad is None else leaf.grad + more
 
     def _taken(self, linear: AdaptedLinear) -> torch.Tensor:
         return self._recorder.results.pop((linear.layer, linear.projection))

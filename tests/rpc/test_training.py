@@ -176,6 +176,8 @@ async def test_bad_input_names_its_fields_and_changes_nothing(tmp_path: Path) ->
         assert set((await failure_of(stub.SaveCheckpoint(save))).violations) == {"name"}
         failure = await failure_of(stub.CreateModel(new(method="mystery")))
         assert all(field.startswith("config.") for field in failure.violations)
+        failure = await failure_of(stub.CreateModel(new(targets=["q_proj"] * 65)))
+        assert set(failure.violations) == {"config.targets"}
         (only,) = tables.learners.values()
         assert only.calls == []
 
@@ -189,10 +191,12 @@ async def test_a_token_needs_the_role_and_sees_only_its_own(tmp_path: Path) -> N
         model = await stub.CreateModel(new(), **called("ann"))
         save = pb.SaveCheckpointRequest(model_id=model.model_id, name="a")
         saved = await stub.SaveCheckpoint(save, **called("ann"))
+        export = pb.ExportCheckpointRequest(path=saved.path)
         for call in (
             stub.ForwardBackward(asked(model), **called("bob")),
             stub.DeleteModel(pb.DeleteModelRequest(model_id=model.model_id), **called("bob")),
             stub.DeleteCheckpoint(pb.DeleteCheckpointRequest(path=saved.path), **called("bob")),
+            anext(aiter(stub.ExportCheckpoint(export, **called("bob")))),
         ):
             assert (await failure_of(call)).code is Code.NOT_FOUND
         assert not (await stub.ListModels(pb.ListModelsRequest(), **called("bob"))).models
@@ -348,12 +352,20 @@ async def test_the_python_clients_train(tmp_path: Path, monkeypatch: pytest.Monk
         def blocking() -> list[Any]:
             with TurretClient(server.rpc.address) as client:
                 training = client.training
-                made = training.create_model(rank=4, seed=1)
+                made = training.create_model(rank=4, seed=1, alpha=8.0, targets=["q_proj"])
+                assert (made.config.alpha, made.config.targets) == (8.0, ("q_proj",))
                 passed = training.forward_backward(made.model_id, data * 2)
                 stepped = training.optim_step(made.model_id, learning_rate=1e-2)
                 saved = training.save_checkpoint(made.model_id, "a")
                 assert training.list_checkpoints() == (saved,)
                 training.load_checkpoint(made.model_id, saved.path)
+                training.export_checkpoint(saved.path, tmp_path / "out")
+                written = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+                (folder,) = tmp_path.glob("**/weights/a")
+                names = ("adapter_config.json", "adapter_model.safetensors")
+                assert written == {name: (folder / name).read_bytes() for name in names}
+                with pytest.raises(FileExistsError):
+                    training.export_checkpoint(saved.path, tmp_path / "out")
                 member = training.publish_model(made.model_id)
                 assert (member.name in tables.published, member.generation) == (True, 1)
                 training.delete_checkpoint(saved.path)
@@ -366,7 +378,7 @@ async def test_the_python_clients_train(tmp_path: Path, monkeypatch: pytest.Monk
         async def asynchronous() -> list[Any]:
             async with AsyncTurretClient(server.rpc.address) as client:
                 training = client.training
-                made = await training.create_model(rank=4, seed=1)
+                made = await training.create_model(rank=4, seed=1, alpha=8.0, targets=["q_proj"])
                 passed = await training.forward_backward(made.model_id, data * 2)
                 stepped = await training.optim_step(made.model_id, learning_rate=1e-2)
                 with pytest.raises(InvalidArgumentError):

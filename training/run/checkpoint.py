@@ -10,7 +10,7 @@ import torch
 from bitsandbytes.optim.optimizer import Optimizer8bit
 
 from turret.server.basics.files import replace_file
-from turret.training.run.folder import checkpoint_path, checkpoints_in
+from turret.training.run.folder import checkpoint_path
 
 
 def save_checkpoint(
@@ -18,10 +18,8 @@ def save_checkpoint(
     step: int,
     parameters: dict[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    *,
-    keep: int,
 ) -> None:
-    """Write ``step-NNNNNNNN.pt`` atomically, then remove the oldest ones beyond ``keep``."""
+    """Write ``step-NNNNNNNN.pt`` atomically."""
     state: dict[str, Any] = {
         "step": step,
         "parameters": {name: parameter.data for name, parameter in parameters.items()},
@@ -33,8 +31,6 @@ def save_checkpoint(
     torch.save(state, buffer)
     folder.mkdir(exist_ok=True)
     replace_file(checkpoint_path(folder, step), buffer.getvalue())
-    for path in checkpoints_in(folder)[:-keep]:
-        path.unlink()
 
 
 def restore_checkpoint(

@@ -7,6 +7,7 @@
 | ``metrics.jsonl`` | one JSON object per line, see below |
 | ``tensorboard/`` | the metrics as TensorBoard events, with ``run.report_to = "tensorboard"`` |
 | ``checkpoints/step-00000050.pt`` | weights, optimizer and random state after that many steps |
+| ``checkpoints/step-00000050.json`` | the path of the same on a server |
 | ``samples.jsonl`` | answers before and after, once the run is finished (``samples.py``) |
 | ``report.html`` | the report of the run, once it is finished or requested (``report.py``) |
 | ``adapter/`` | the result, once the run is finished: PEFT's layout and ``provenance.json`` |
@@ -182,10 +183,16 @@ class RunFolder:
         if self.is_finished or not self.facts.exists():
             return ""
         newest = self.newest_checkpoint
-        command = f"`turret train run {shlex.quote(str(self.config))} --resume`"
+        command = f"`{self.resume_command()}`"
         if newest is None:
             return f"{self._why_no_checkpoint()}, so {command} starts at step 0"
         return f"{command} continues from step {step_of(newest)}"
+
+    def resume_command(self) -> str:
+        """The command that continues the run where it was trained."""
+        server = self.read_facts().get("server")
+        where = "" if server is None else f" --server {shlex.quote(server)}"
+        return f"turret train run {shlex.quote(str(self.config))} --resume{where}"
 
     def _how_to_report(self) -> str:
         samples = "" if self.samples.exists() else " without samples"
@@ -226,14 +233,19 @@ def rank_folder(output: Path, rank: int) -> Path:
     return output / f"rank-{rank}"
 
 
-def checkpoint_path(folder: Path, step: int) -> Path:
+# The suffixes of checkpoints, and of references to checkpoints on a server.
+LOCAL_SUFFIX, SERVER_SUFFIX = ".pt", ".json"
+
+
+def checkpoint_path(folder: Path, step: int, suffix: str = LOCAL_SUFFIX) -> Path:
     """The path of the checkpoint after a step."""
-    return folder / f"step-{step:08d}.pt"
+    return folder / f"step-{step:08d}{suffix}"
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """All checkpoints of a run, oldest first."""
-    return sorted(folder.glob("step-*.pt"))
+    found = folder.glob("step-*")
+    return sorted(path for path in found if path.suffix in (LOCAL_SUFFIX, SERVER_SUFFIX))
 
 
 def step_of(checkpoint: Path) -> int:

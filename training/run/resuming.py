@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -63,8 +62,7 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], folder: Pa
     run = RunFolder(folder)
     about = {"path": folder, "found": ", ".join(each.text for each in found)}
     if not run.is_finished and all(each.key.startswith("config.") for each in found):
-        command = f"turret train run {shlex.quote(str(run.config))} --resume"
-        raise RunError(say("RUN_SETTINGS_DIFFER", command=command, **about))
+        raise RunError(say("RUN_SETTINGS_DIFFER", command=run.resume_command(), **about))
     raise RunError(say("RUN_DIFFERS", **about))
 
 
@@ -91,9 +89,16 @@ class _Difference:
 
 
 def check_settings(
-    config: TrainConfig, folder: RunFolder, data: str | None = None, base: KnownBase | None = None
+    config: TrainConfig,
+    folder: RunFolder,
+    data: str | None = None,
+    base: KnownBase | None = None,
+    *,
+    is_served: bool = False,
 ) -> None:
     """Like :func:`check_same_run`, but compares only inputs that are known before torch is loaded.
+
+    A run continues only where it began, on a server or not.
 
     Args:
         config: The config as read. Of the keys that it omits, only those that the method determines
@@ -101,8 +106,12 @@ def check_settings(
         folder: The run's directory.
         data: The digest of the files that the config names; None if it is not compared.
         base: The known facts about the base; None if it is not compared.
+        is_served: Whether the run is to continue on a server.
     """
     before = folder.read_facts()
+    if not folder.is_finished and ("server" in before) != is_served:
+        command = folder.resume_command()
+        raise RunError(say("RUN_ELSEWHERE", path=folder.path, command=command))
     there = before.get("config", {})
     asked = {
         table: {

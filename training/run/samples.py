@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, TypeAlias
 
 import torch
 
@@ -14,27 +14,31 @@ from turret.training.examples import Encoded
 # Longer answers say little more about a run, and every token takes a pass through the model.
 _MOST_TOKENS = 64
 
+# Called before each answer with the numbers of finished and of all answers.
+Progress: TypeAlias = Callable[[int, int], None]
+# The tokens of a greedy answer to a prompt of an example: at most as many as the third argument,
+# with the end of text if it came. The last argument is whether the adapter answers.
+Answer: TypeAlias = Callable[[Sequence[int], Encoded, int, bool], list[int]]
+
 
 def _nobody(done: int, total: int) -> None:
     """A listener that does nothing."""
 
 
 def draw_samples(
-    model: Any,
+    answer: Answer,
     tokenizer: Any,
     examples: Sequence[Encoded],
-    device: str,
-    on_progress: Callable[[int, int], None] = _nobody,
+    on_progress: Progress = _nobody,
 ) -> list[dict[str, Any]]:
     """Answer greedily, each prompt on its own.
 
     Args:
-        model: The result of a method's ``attach``; not changed.
+        answer: Answers a prompt.
         tokenizer: transformers' tokenizer.
         examples: The examples. A prompt is the part before the first learned token, or the first
             half if all tokens are learned.
-        device: The device of the model.
-        on_progress: Called before each answer with the numbers of finished and of all answers.
+        on_progress: See ``Progress``.
 
     Returns:
         Per example ``prompt``, ``turns`` (a chat's prompt as a list of ``[role, content]``),
@@ -42,26 +46,32 @@ def draw_samples(
         (the answer with the adapter) and ``cut``: the keys of these two answers that were cut a
         little past the reference's length.
     """
-    model.eval()
     total = 2 * len(examples)
-    after, before = [], []
-    for example in examples:
-        on_progress(len(after), total)
-        after.append(_answer(model, tokenizer, example, device))
-    with model.disable_adapter():
-        for example in examples:
-            on_progress(len(after) + len(before), total)
-            before.append(_answer(model, tokenizer, example, device))
+    texts: dict[str, list[str]] = {"after": [], "before": []}
+    cut: list[list[str]] = [[] for _ in examples]
+    for key, found in texts.items():
+        for number, example in enumerate(examples):
+            on_progress(sum(map(len, texts.values())), total)
+            most = min(_MOST_TOKENS, 2 * len(_reference(example)) + 8)
+            tokens = answer(_prompt(example), example, most, key == "after")
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            if tokens[-1:] != [tokenizer.eos_token_id]:
+                cut[number].insert(0, key)
+                # An answer that is cut at the limit may end within a character.
+                text = text.rstrip("\ufffd")
+            found.append(text)
     return [
         {
             "prompt": tokenizer.decode(_prompt(example)),
             "turns": [list(turn) for turn in example.turns],
             "reference": tokenizer.decode(_reference(example), skip_special_tokens=True),
-            "before": old.text,
-            "after": new.text,
-            "cut": [key for key, each in (("before", old), ("after", new)) if each.is_cut],
+            "before": before,
+            "after": after,
+            "cut": keys,
         }
-        for example, old, new in zip(examples, before, after, strict=True)
+        for example, before, after, keys in zip(
+            examples, texts["before"], texts["after"], cut, strict=True
+        )
     ]
 
 
@@ -77,38 +87,39 @@ def _reference(example: Encoded) -> tuple[int, ...]:
     return example.tokens[start : start + (rest.index(False) if False in rest else len(rest))]
 
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    text: str
-    is_cut: bool
-
-
-@torch.no_grad()
-def _answer(model: Any, tokenizer: Any, example: Encoded, device: str) -> _Answer:
-    """Answer greedily with training's call: PEFT's ``generate`` treats prompts differently.
+def model_answers(model: Any, tokenizer: Any, device: str) -> Answer:
+    """Answers of a model with training's call: PEFT's ``generate`` treats prompts differently.
 
     After the first call, soft tokens or a prefix are in the cache. So later calls go to the base
     model, where adapters inside its layers still work.
+
+    Args:
+        model: The result of a method's ``attach``; not changed.
+        tokenizer: transformers' tokenizer.
+        device: The device of the model.
     """
-    prompt = _prompt(example)
-    answer: list[int] = []
-    call, tokens = model, list(prompt)
-    past: dict[str, Any] = {}
-    if example.start is not None:
-        past["alora_offsets"] = [len(prompt) - example.start]
-    for _ in range(min(_MOST_TOKENS, 2 * len(_reference(example)) + 8)):
-        with without_peft_warnings():
-            output = call(input_ids=torch.tensor([tokens], device=device), use_cache=True, **past)
-        answer.append(int(output.logits[0, -1].argmax()))
-        if answer[-1] == tokenizer.eos_token_id:
-            break
-        # Late 5.x versions of transformers use the first name, earlier ones the second.
-        name = "cache" if "cache" in output else "past_key_values"
-        call, tokens, past = model.get_base_model(), answer[-1:], {name: output[name]}
+
+    @torch.no_grad()
+    def answer(prompt: Sequence[int], example: Encoded, most: int, is_adapted: bool) -> list[int]:
+        model.eval()
+        found: list[int] = []
+        call, tokens = model, list(prompt)
+        past: dict[str, Any] = {}
         if example.start is not None:
-            # aLoRA adds no soft prompt, and only the outer model passes offsets to its layers.
-            call, past = model, past | {"alora_offsets": [1]}
-    is_cut = answer[-1] != tokenizer.eos_token_id
-    text = tokenizer.decode(answer, skip_special_tokens=True)
-    # An answer that is cut at the limit may end within a character.
-    return _Answer(text.rstrip("\ufffd") if is_cut else text, is_cut)
+            past["alora_offsets"] = [len(prompt) - example.start]
+        with without_peft_warnings(), nullcontext() if is_adapted else model.disable_adapter():
+            for _ in range(most):
+                ids = torch.tensor([tokens], device=device)
+                output = call(input_ids=ids, use_cache=True, **past)
+                found.append(int(output.logits[0, -1].argmax()))
+                if found[-1] == tokenizer.eos_token_id:
+                    break
+                # Late 5.x versions of transformers use the first name, earlier ones the second.
+                name = "cache" if "cache" in output else "past_key_values"
+                call, tokens, past = model.get_base_model(), found[-1:], {name: output[name]}
+                if example.start is not None:
+                    # aLoRA adds no soft prompt, and only the outer model passes offsets on.
+                    call, past = model, past | {"alora_offsets": [1]}
+        return found
+
+    return answer

@@ -14,6 +14,7 @@ from turret.server.adapters.methods.structured.loha import highest_rank
 from turret.server.adapters.methods.transforms import hra
 from turret.server.basics.files import read_regular, unreadable
 from turret.server.basics.names import closest, model_place
+from turret.server.basics.settings import Violation
 from turret.server.command.preflight import without_cuda
 from turret.server.config import AdapterConfig
 from turret.server.models.decoding.arch import MODULES, ROUTER, Experts, Projections
@@ -21,6 +22,8 @@ from turret.server.models.families import FAMILIES
 from turret.server.models.sources.check import (
     check_model,
 )
+from turret.server.training.methods import METHODS
+from turret.server.training.trainer import MAX_SEQUENCE_TOKENS
 from turret.training.errors import ConfigError
 from turret.training.settings.config import BaseConfig, DataConfig, MethodConfig, TrainConfig
 from turret.training.settings.declared import DECLARED
@@ -199,6 +202,43 @@ def check_fit(config: TrainConfig) -> None:
     ratio = config.optimizer.lora_plus_ratio
     if ratio is not None and name not in WITH_FACTORS:
         raise _unsupported("optimizer.lora_plus_ratio", ratio, name)
+
+
+def check_served(config: TrainConfig) -> None:
+    """Reject settings that only a run in this process supports.
+
+    Args:
+        config: The config as read, for a run on a server.
+
+    Raises:
+        ConfigError: A setting is not supported; the error has all of them.
+    """
+    base, method, optimizer = config.base, config.method, config.optimizer
+    allowed: dict[str, tuple[object, tuple[object, ...]]] = {
+        "base.weights": (base.weights, (None, "nf4")),
+        "base.device": (base.device, (None,)),
+        "method.name": (method.name, METHODS),
+        "method.dropout": (method.dropout, (None, 0.0)),
+        "method.init_text": (method.init_text, (None,)),
+        "method.decompose_both": (method.decompose_both, (None, False)),
+        "method.decompose_factor": (method.decompose_factor, (None, -1)),
+        "data.task": (config.data.task, ("generation",)),
+        "optimizer.name": (optimizer.name, ("adamw",)),
+        "optimizer.lora_plus_ratio": (optimizer.lora_plus_ratio, (None, 1.0)),
+        "run.gradient_checkpointing": (config.run.gradient_checkpointing, (False,)),
+    }
+    violations = [
+        Violation(key, say("VALUE_UNSUPPORTED_BY", value=value, method="--server"))
+        for key, (value, values) in allowed.items()
+        if value not in values
+    ]
+    # The last token of an example is only a target.
+    if config.data.max_length > MAX_SEQUENCE_TOKENS + 1:
+        most = MAX_SEQUENCE_TOKENS + 1
+        text = say("NOT_IN_RANGE", least=2, most=most, value=config.data.max_length)
+        violations.append(Violation("data.max_length", text))
+    if violations:
+        raise ConfigError(*violations)
 
 
 def _unsupported(key: str, value: object, method: str) -> ConfigError:

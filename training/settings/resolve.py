@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from bitsandbytes.functional import has_avx512bf16
 
+from turret.clients.messages.results import Model
 from turret.training.base_model import TrainingBase, find_base
 from turret.training.batches import Dataset, load_dataset
 from turret.training.errors import ConfigError
@@ -57,12 +58,13 @@ class Resolved:
     notes: tuple[str, ...]
 
 
-def resolve(config: TrainConfig, folder: Path) -> Resolved:
+def resolve(config: TrainConfig, folder: Path, served: Model | None = None) -> Resolved:
     """Fill in the config, and read the files that it names.
 
     Args:
         config: The config as read.
         folder: The directory to which its paths are relative.
+        served: The model of the server that trains; None for a run in this process.
 
     Raises:
         TrainingError: The config and the data do not make a valid run.
@@ -74,7 +76,10 @@ def resolve(config: TrainConfig, folder: Path) -> Resolved:
     method = method_named(config.method.name)
     directory = base_place(config.base, folder)
     base = find_base(directory, functools.partial(check_method, config.method))
-    settings = _resolve_base(config.base, directory)
+    if served is None:
+        settings = _resolve_base(config.base, directory)
+    else:
+        settings = _served_base(config.base, directory, base, served)
     config = replace(
         config,
         base=settings,
@@ -140,6 +145,28 @@ def _resolve_base(config: BaseConfig, directory: Path | None) -> BaseConfig:
         device=device,
         weights=config.weights or "nf4",
         dtype=config.dtype or ("bfloat16" if has_bf16 else "float32"),
+    )
+
+
+def _served_base(
+    config: BaseConfig, directory: Path | None, base: TrainingBase, served: Model
+) -> BaseConfig:
+    """The base as a server has it.
+
+    Raises:
+        ConfigError: The server has another base, or another dtype.
+    """
+    if served.digest != base.source.digest:
+        text = say("OTHER_BASE_SERVED", name=base.source.name, served=served.name)
+        raise ConfigError.of("base.model", text)
+    if config.dtype not in (None, served.dtype):
+        why = say("NOT_ONE_OF", value=config.dtype, choices=served.dtype)
+        raise ConfigError.of("base.dtype", why)
+    return replace(
+        config,
+        model=None if directory is None else str(directory),
+        weights="nf4",
+        dtype=served.dtype,
     )
 
 

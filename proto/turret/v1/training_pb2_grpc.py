@@ -93,6 +93,11 @@ class TrainingStub(object):
                 request_serializer=turret_dot_v1_dot_training__pb2.ListCheckpointsRequest.SerializeToString,
                 response_deserializer=turret_dot_v1_dot_training__pb2.ListCheckpointsResponse.FromString,
                 _registered_method=True)
+        self.ExportCheckpoint = channel.unary_stream(
+                '/turret.v1.Training/ExportCheckpoint',
+                request_serializer=turret_dot_v1_dot_training__pb2.ExportCheckpointRequest.SerializeToString,
+                response_deserializer=turret_dot_v1_dot_training__pb2.ExportCheckpointResponse.FromString,
+                _registered_method=True)
         self.DeleteCheckpoint = channel.unary_unary(
                 '/turret.v1.Training/DeleteCheckpoint',
                 request_serializer=turret_dot_v1_dot_training__pb2.DeleteCheckpointRequest.SerializeToString,
@@ -197,6 +202,14 @@ class TrainingServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExportCheckpoint(self, request, context):
+        """Sends the files of a checkpoint, `adapter_config.json` and `adapter_model.safetensors`, in PEFT's
+        format.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteCheckpoint(self, request, context):
         """Deletes a checkpoint.
         """
@@ -254,6 +267,11 @@ def add_TrainingServicer_to_server(servicer, server):
                     servicer.ListCheckpoints,
                     request_deserializer=turret_dot_v1_dot_training__pb2.ListCheckpointsRequest.FromString,
                     response_serializer=turret_dot_v1_dot_training__pb2.ListCheckpointsResponse.SerializeToString,
+            ),
+            'ExportCheckpoint': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportCheckpoint,
+                    request_deserializer=turret_dot_v1_dot_training__pb2.ExportCheckpointRequest.FromString,
+                    response_serializer=turret_dot_v1_dot_training__pb2.ExportCheckpointResponse.SerializeToString,
             ),
             'DeleteCheckpoint': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteCheckpoint,
@@ -501,6 +519,33 @@ class Training(object):
             '/turret.v1.Training/ListCheckpoints',
             turret_dot_v1_dot_training__pb2.ListCheckpointsRequest.SerializeToString,
             turret_dot_v1_dot_training__pb2.ListCheckpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/turret.v1.Training/ExportCheckpoint',
+            turret_dot_v1_dot_training__pb2.ExportCheckpointRequest.SerializeToString,
+            turret_dot_v1_dot_training__pb2.ExportCheckpointResponse.FromString,
             options,
             channel_credentials,
             insecure,

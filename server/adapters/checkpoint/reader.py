@@ -52,7 +52,7 @@ def all_finite(tensor: torch.Tensor) -> bool:
     """
     if not tensor.numel() or not tensor.is_floating_point():
         return True
-    least, most = torch.aminmax(tensor)
+    least, most = torch.aminmax(tensor.detach())
     return math.isfinite(least) and math.isfinite(most)
 
 

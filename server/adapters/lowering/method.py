@@ -9,6 +9,7 @@ from functools import partial
 
 from turret.server.adapters.lowering.lowered import Lowered, finish
 from turret.server.adapters.lowering.pieces import Assembly, Piece
+from turret.server.adapters.lowering.start import Start
 from turret.server.adapters.peft_format.linear_format import LinearFormat
 from turret.server.adapters.peft_format.reading import Format, Module, Reading
 
@@ -44,12 +45,14 @@ class LinearMethod(LinearFormat):
         order: The modules in the order in which they are computed, if that is not the base's.
         after: Checks the whole adapter, after every module is done.
         complete: Adds to the result everything that does not belong to modules.
+        start: How a server trains it from scratch; None if it cannot.
     """
 
     operators: Callable[[Module], Pieces]
     order: Callable[[Reading], Iterable[Module]] | None = None
     after: Callable[[Reading], None] | None = None
     complete: Callable[[Lowered, Reading], Lowered] | None = None
+    start: Start | None = None
 
     def lower(self, reading: Reading) -> Lowered:
         """Makes the operators of an adapter that ``read`` has checked on the base as served.

@@ -37,6 +37,7 @@ from turret.server.adapters.lowering.pieces import (
     times_weight,
     weight_times,
 )
+from turret.server.adapters.lowering.start import NewModule, Start
 from turret.server.adapters.operators.circulant import Circulant
 from turret.server.adapters.operators.dense import Dense
 from turret.server.adapters.operators.hadamard import Hadamard

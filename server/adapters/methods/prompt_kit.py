@@ -14,6 +14,7 @@ from turret.lazy_torch import torch
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.adapter_checkpoint import PROMPT_EMBEDDINGS
 from turret.server.adapters.lowering.lowered import Lowered, finish
+from turret.server.adapters.lowering.start import Start
 from turret.server.adapters.operators.soft_prompt import PrefixKv, SoftPrompt
 from turret.server.adapters.peft_format.config_rules import (
     Irrelevant,
@@ -57,10 +58,12 @@ class SoftTokens(Format):
     Attributes:
         more_tensors: The shapes of tensors beside the prompt.
         prompt: Makes the prompt of a task from the tensors.
+        start: How a server trains it from scratch; None if it cannot.
     """
 
     more_tensors: Shapes = _no_more
     prompt: Callable[[Mapping[str, torch.Tensor], int], torch.Tensor] = _plain
+    start: Start | None = None
 
     @property
     def common(self) -> Rules:

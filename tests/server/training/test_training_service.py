@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import json
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from method_oracle import prompt_of, twin
+from safetensors.torch import load_file
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.server.adapters.operators.vocabulary import HEAD
@@ -23,6 +26,7 @@ from turret.server.errors import BudgetExceededError, InvalidRequestError, Unava
 from turret.server.training import learner as learner_module
 from turret.server.training import service
 from turret.server.training.learner import num_bytes
+from turret.server.training.methods import METHODS
 from turret.server.training.trainer import AdamParams, Datum, LearnerConfig, Training
 from turret.server.training.training_pass import TrainingPass
 
@@ -57,7 +61,7 @@ def texts(seed: int, count: int = 6) -> list[list[int]]:
     return [prompt_of(20 + 9 * n, seed + n) for n in range(count)]
 
 
-@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "loha", "ia3"])
+@pytest.mark.parametrize("method", METHODS)
 async def test_a_trained_adapter_is_served_with_the_bits_of_its_training(
     method: str, tmp_path: Path
 ) -> None:
@@ -70,7 +74,9 @@ async def test_a_trained_adapter_is_served_with_the_bits_of_its_training(
         for _ in range(8):
             found = await training.pass_over(learner, data, "cross_entropy", {})
             losses.append(sum(float(each.losses.sum()) for each in found))
-            await training.step(learner, AdamParams(learning_rate=1e-2))
+            # A prompt is far from those that the model knows.
+            rate = 0.3 if method == "prompt_tuning" else 1e-2
+            await training.step(learner, AdamParams(learning_rate=rate))
         assert losses[-1] < 0.95 * losses[0], losses
         await training.publish(learner, "new")
         found = await training.pass_over(learner, data, "cross_entropy", {}, is_forward_only=True)
@@ -109,7 +115,7 @@ async def train(training: Training, method: str, seed: int, folder: Path) -> byt
 
 
 async def test_company_changes_no_byte(tmp_path: Path) -> None:
-    methods = list(enumerate(("lora", "dora", "ia3")))
+    methods = list(enumerate(("lora", "dora", "ia3", "prompt_tuning")))
     # There is no room for two adapters, so requests evict those in training.
     async with started(tmp_path, adapter_device_bytes=60_000) as (harness, training):
         alone = [await train(training, method, n, tmp_path / method) for n, method in methods]
@@ -327,6 +333,37 @@ async def test_an_unsupported_adapter_is_refused(tmp_path: Path) -> None:
             assert caught.value.violations[0][0] == field
 
 
+async def test_the_scale_and_the_modules_can_be_chosen(tmp_path: Path) -> None:
+    async with started(tmp_path) as (_, training):
+        learner = await training.create(
+            LearnerConfig(rank=4, seed=1, alpha=2.0, targets=("down_proj", "q_proj"))
+        )
+        await training.save(learner, tmp_path, with_optimizer=False)
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        assert (config["lora_alpha"], config["r"]) == (2.0, 4)
+        assert config["target_modules"] == ["down_proj", "q_proj"]
+        names = load_file(tmp_path / "adapter_model.safetensors")
+        assert {name.split(".")[-3] for name in names} == {"down_proj", "q_proj"}
+        for changes, field in (
+            ({"alpha": 0.0}, "alpha"),
+            ({"alpha": math.nan}, "alpha"),
+            ({"targets": ("q_proj", "nothing")}, "targets[1]"),
+        ):
+            with pytest.raises(InvalidRequestError) as caught:
+                await training.create(LearnerConfig(rank=4, **changes))
+            assert [name for name, _ in caught.value.violations] == [field]
+
+
+async def test_a_prompt_and_a_text_fit_the_context(tmp_path: Path) -> None:
+    async with started(tmp_path) as (harness, training):
+        most = harness.backend.model_info.max_model_len
+        learner = await training.create(LearnerConfig(method="prompt_tuning", rank=4, seed=1))
+        data = [learned(prompt_of(9)), learned(prompt_of(most - 2))]
+        with pytest.raises(InvalidRequestError) as caught:
+            await training.pass_over(learner, data, "cross_entropy", {})
+        assert [name for name, _ in caught.value.violations] == ["data[1]"]
+
+
 async def test_a_pass_without_sequences_ends(tmp_path: Path) -> None:
     async with started(tmp_path) as (_, training):
         learner = await training.create(LearnerConfig(rank=4, seed=1))
@@ -338,7 +375,7 @@ async def test_the_memory_of_adapters_is_limited_and_shared(tmp_path: Path) -> N
     async with started(tmp_path) as (harness, training):
         config, base = LearnerConfig(rank=4), harness.registry.base
         modules = [path for path in base.modules if path != HEAD]
-        one = num_bytes("lora", 4, modules, base)
+        one = num_bytes(LearnerConfig(rank=4), modules, base)
         count = 4 * sum(each.in_features + each.out_features for p, each in base.modules.items())
         assert 32 * count / 2 < one < 40 * count
         assert isinstance(training, service.TrainingService)
@@ -379,7 +416,7 @@ async def test_metrics_tell_what_training_takes(
         learner = await training.create(LearnerConfig(rank=4, seed=1))
         modules = [path for path in base.modules if path != HEAD]
         assert value("adapters") == 1
-        assert size("adapters") == num_bytes("lora", 4, modules, base)
+        assert size("adapters") == num_bytes(LearnerConfig(rank=4), modules, base)
         before = value("seconds_total")
         start = time.monotonic()
         data = [learned(prompt_of(21, n)) for n in range(3)]

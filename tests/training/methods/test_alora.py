@@ -17,6 +17,8 @@ from servers.engine_harness import EngineHarness, make_request
 
 from turret.training.base_model import load_model, without_peft_warnings
 from turret.training.batches import make_batch
+from turret.training.classifier import make_loss
+from turret.training.engine import attach, trainable
 from turret.training.errors import ConfigError, DataError
 from turret.training.examples import (
     Encoded,
@@ -25,9 +27,9 @@ from turret.training.examples import (
     invocation_before_answers,
     invocation_of,
 )
-from turret.training.run.samples import draw_samples
+from turret.training.run.samples import draw_samples, model_answers
 from turret.training.settings.config import DataConfig
-from turret.training.trainer import Trainer, attach, make_loss, trainable
+from turret.training.trainer import Trainer
 
 INVOCATION = "[judge]"
 KEYS = ("method.name=alora", f"method.invocation={INVOCATION}", "method.rank=4")
@@ -146,7 +148,7 @@ def test_a_sample_is_answered_from_the_invocation_on(model: Path, tmp_path: Path
     for parameter in trainable(attached).values():
         torch.nn.init.normal_(parameter, std=0.3)
     (example,) = resolved.dataset.validation[0]
-    (sample,) = draw_samples(attached, tokenizer, [example], "cpu")
+    (sample,) = draw_samples(model_answers(attached, tokenizer, "cpu"), tokenizer, [example])
     tokens = list(example.tokens[: example.learned.index(True)])
     count = len(tokens)
     assert example.start is not None

@@ -17,10 +17,11 @@ from turret.clients.evaluation.answer_metrics import macro_f1_of_sets
 from turret.server.engine.scheduling.request import Pooling
 from turret.training.batches import make_batch
 from turret.training.classifier import ClassifierLoss, label_scores, make_loss
+from turret.training.engine import attach
 from turret.training.errors import ConfigError, DataError
 from turret.training.report import render_report
 from turret.training.run.folder import read_metrics
-from turret.training.trainer import Trainer, attach
+from turret.training.trainer import Trainer
 
 CLASSIFY = Pooling(classifies=True)
 FRUIT, TOOLS = ("apple", "pear", "plum", "fig"), ("saw", "axe", "drill", "file")

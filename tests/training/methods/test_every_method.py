@@ -22,6 +22,8 @@ from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.errors import BudgetExceededError
 from turret.training.base_model import load_model, without_peft_warnings
+from turret.training.batches import make_batch
+from turret.training.engine import attach, pad_token, trainable
 from turret.training.errors import ConfigError
 from turret.training.loss import LossFunction, learning_rate, make_optimizer, set_learning_rate
 from turret.training.methods import METHODS
@@ -32,7 +34,7 @@ from turret.training.serving_cost import served_base, serving_cost
 from turret.training.settings.config import OptimizerConfig, build_config
 from turret.training.settings.resolve import Resolved
 from turret.training.sweep import sweep
-from turret.training.trainer import Trainer, attach, pad_token, trainable, validation_loss
+from turret.training.trainer import Trainer, validation_loss
 
 # Learned fusion is trained over other adapters, without PEFT; see test_fusion_training.py.
 NAMES = tuple(name for name in METHODS if name != "learned_fusion")
@@ -119,7 +121,12 @@ def test_peft_reads_the_adapter(runs: dict[str, Resolved], name: str):
         model = PeftModel.from_pretrained(base, f"{resolved.config.run.output}/adapter").eval()
     loss = LossFunction(model, base.get_output_embeddings(), "cpu")
     pad = pad_token(resolved.base.tokenizer)
-    found = validation_loss(loss, resolved.dataset.validation, 4, pad)
+    with torch.no_grad():
+        found = validation_loss(
+            lambda rows: loss(make_batch(rows, pad=pad, is_packed=False)).item(),
+            resolved.dataset.validation,
+            4,
+        )
     trained = metrics_of(resolved, "validation")[-1]["loss"]
     assert found == pytest.approx(trained, rel=1e-4)
 

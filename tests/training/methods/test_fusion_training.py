@@ -19,10 +19,11 @@ from servers.engine_harness import EngineHarness, make_request
 from torch import nn
 
 from turret.server.errors import AdapterCheckpointError
+from turret.training.engine import attach
 from turret.training.errors import ConfigError
 from turret.training.fusion import FusionLayer, FusionModel, read_components
 from turret.training.settings.resolve import Resolved
-from turret.training.trainer import Trainer, attach
+from turret.training.trainer import Trainer
 
 INNER, OUT, D_K = 24, 16, 5
 

@@ -22,12 +22,13 @@ from turret.clients.evaluation.answer_metrics import (
 from turret.server.engine.scheduling.request import Pooling
 from turret.training.batches import make_batch
 from turret.training.classifier import MultiLabelLoss, label_scores, make_loss
+from turret.training.engine import attach
 from turret.training.errors import DataError
 from turret.training.examples import Example, encode_prompt, read_examples
 from turret.training.memory import estimate_memory
 from turret.training.run.folder import read_metrics
 from turret.training.settings.config import DataConfig
-from turret.training.trainer import Trainer, attach
+from turret.training.trainer import Trainer
 
 WORDS = {"fruit": ("apple", "pear"), "tool": ("saw", "axe"), "loud": ("BANG", "CRASH")}
 LABELS = tuple(sorted(WORDS))

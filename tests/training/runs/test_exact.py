@@ -20,7 +20,7 @@ from builders.training import resolve_tiny, write_words
 from said import says
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from turret.training import trainer
+from turret.training import engine
 from turret.training.base_model import find_base, load_model
 from turret.training.batches import make_batch, pack_rows
 from turret.training.errors import RunError
@@ -212,7 +212,7 @@ def test_a_directory_is_neither_overwritten_nor_mixed_up(
     (run / "run.json").write_text(json.dumps(facts))
     changed = say("DIGEST_CHANGED", key="base.digest")
     # Before the base is loaded.
-    monkeypatch.setattr(trainer, "attach", None)
+    monkeypatch.setattr(engine, "attach", None)
     with pytest.raises(RunError, check=says("RUN_DIFFERS", found=changed)):
         train(tmp_path, tiny_llama, "run", "run.seed=1", resume=True)
     (tmp_path / "mine").mkdir()

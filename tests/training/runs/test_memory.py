@@ -13,9 +13,9 @@ from builders.bases.tiny_models import BOS, EOS, VOCAB_SIZE, tiny_tokenizer
 from builders.training import REQUIRED, resolve_tiny, write_jsonl
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from turret.training.engine import attach, trainable
 from turret.training.memory import LiveBytes, _why_failed, estimate_memory
 from turret.training.methods import METHODS
-from turret.training.trainer import attach, trainable
 
 NAMES = tuple(name for name in METHODS if name != "learned_fusion")
 

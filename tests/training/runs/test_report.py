@@ -17,13 +17,14 @@ from rich.console import Console
 
 from turret.server.cli import main
 from turret.training.base_model import without_peft_warnings
+from turret.training.engine import attach, trainable
 from turret.training.examples import Encoded
 from turret.training.report import Curve, curves_svg, render_report
 from turret.training.run import progress
 from turret.training.run.folder import RunFolder, read_metrics
 from turret.training.run.progress import training_progress
-from turret.training.run.samples import draw_samples
-from turret.training.trainer import Trainer, attach, trainable
+from turret.training.run.samples import draw_samples, model_answers
+from turret.training.trainer import Trainer
 from turret.training.words import say
 
 VOID = {"meta", "line", "circle", "polyline"}
@@ -189,7 +190,8 @@ def test_the_cache_changes_no_answer(method: str, tmp_path: Path, monkeypatch):
     for parameter in trainable(attached).values():
         torch.nn.init.normal_(parameter, std=0.3)
     (example,) = resolved.dataset.validation[0]
-    (sample,) = draw_samples(attached, tokenizer, [example], "cpu")
+    answers = model_answers(attached, tokenizer, "cpu")
+    (sample,) = draw_samples(answers, tokenizer, [example])
     prompt = list(example.tokens[: example.learned.index(True)])
     tokens = list(prompt)
     with torch.no_grad():
@@ -210,7 +212,8 @@ def test_the_right_answer_is_the_first_of_several_turns(tmp_path: Path, monkeypa
     tokens = tuple(tokenizer("What is it? A duck. And that? A goose.")["input_ids"])
     answers = [range(3, 6), range(9, 11)]
     learned = tuple(any(index in one for one in answers) for index in range(len(tokens)))
-    (sample,) = draw_samples(attached, tokenizer, [Encoded(tokens, learned)], "cpu")
+    answers = model_answers(attached, tokenizer, "cpu")
+    (sample,) = draw_samples(answers, tokenizer, [Encoded(tokens, learned)])
     assert len(tokens) > 11
     assert sample["reference"] == tokenizer.decode(tokens[3:6])
 

@@ -8,7 +8,7 @@ load.
 from __future__ import annotations
 
 from turret.server.adapters.methods.kit import *
-from turret.server.adapters.methods.lora.lora import MAGNITUDE, A, B
+from turret.server.adapters.methods.lora.lora import MAGNITUDE, A, B, start
 from turret.server.adapters.methods.lora.lora import METHOD as LORA
 from turret.server.adapters.peft_format.reading import dora_gain
 
@@ -21,9 +21,14 @@ def _operators(m: Module) -> list[Piece]:
     return [low_rank(a, wide * m.scaling * own[:, None]), Gain(own)]
 
 
+def _start(m: NewModule) -> dict[str, torch.Tensor]:
+    return {**start(m), MAGNITUDE: m.norms()}
+
+
 METHOD = replace(
     LORA,
     name="dora",
     accepts=lambda config: config.get("use_dora") is True,
     operators=_operators,
+    start=Start(_start, lambda rank, targets: {"use_rslora": False, "use_dora": True}),
 )

@@ -57,6 +57,10 @@ def operators(m: Module) -> Iterator[Piece]:
     return with_bias(m, Scaled(m.tensors[A], m.tensors[B], m.scaling))
 
 
+def start(m: NewModule) -> dict[str, torch.Tensor]:
+    return {A: m.kaiming(m.rank, m.inputs), B: m.zeros(m.outputs, m.rank)}
+
+
 METHOD = LinearMethod(
     name="lora",
     peft_types={"LORA"},
@@ -86,4 +90,5 @@ METHOD = LinearMethod(
         **{f"{_SAMPLER}.{part}": when("monteclora_config", UNREAD) for part in _SAMPLER_PARTS},
     },
     operators=operators,
+    start=Start(start, lambda rank, targets: {"use_rslora": False, "use_dora": False}),
 )

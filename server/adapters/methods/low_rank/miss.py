@@ -82,4 +82,8 @@ METHOD = LinearMethod(
     },
     is_dense=_is_bat,
     operators=_operators,
+    start=Start(
+        lambda m: {_TENSORS["MISS"]: m.zeros(m.rank, m.outputs)},
+        lambda rank, targets: {"peft_type": "MISS", "init_weights": True},
+    ),
 )

@@ -41,6 +41,12 @@ def _operators(m: Module) -> Piece:
     return Hadamard(first.to(wide) * m.scaling, *others)
 
 
+def _start(m: NewModule) -> dict[str, torch.Tensor]:
+    first = m.kaiming(m.outputs, m.rank), m.kaiming(m.rank, m.inputs)
+    second = m.kaiming(m.outputs, m.rank), m.zeros(m.rank, m.inputs)
+    return dict(zip(_ROLES, (*first, *second), strict=True))
+
+
 METHOD = LinearMethod(
     name="loha",
     peft_types={"LOHA"},
@@ -50,4 +56,5 @@ METHOD = LinearMethod(
     tensors=dict(zip(_ROLES, ((OUT, R), (R, IN), (OUT, R), (R, IN)), strict=True)),
     check_all=_check_cost,
     operators=_operators,
+    start=Start(_start),
 )

@@ -73,6 +73,20 @@ def _operators(m: Module) -> Piece:
     return Kronecker(w1, factor("w2"))
 
 
+def _start(m: NewModule) -> dict[str, torch.Tensor]:
+    """PEFT's defaults: nearly square factors, of which the large one is decomposed."""
+    (out_l, out_k), (in_m, in_n) = _factors(m.outputs), _factors(m.inputs)
+    small = {"lokr_w1": m.zeros(out_l, in_m)}
+    if m.rank >= max(out_k, in_n) / 2:
+        return {**small, "lokr_w2": m.kaiming(out_k, in_n)}
+    return {**small, "lokr_w2_a": m.kaiming(out_k, m.rank), "lokr_w2_b": m.kaiming(m.rank, in_n)}
+
+
+def _factors(size: int) -> tuple[int, int]:
+    small = next(n for n in range(math.isqrt(size), 0, -1) if size % n == 0)
+    return small, size // small
+
+
 METHOD = LinearMethod(
     name="lokr",
     peft_types={"LOKR"},
@@ -88,4 +102,5 @@ METHOD = LinearMethod(
     tensors=dict.fromkeys(_ROLES, optionally(ANY)),
     check=_check,
     operators=_operators,
+    start=Start(_start),
 )

@@ -125,6 +125,20 @@ def _projected(blocks: torch.Tensor, eps: float) -> torch.Tensor:
     return torch.where(norms <= limit, blocks, limit * (blocks / norms))
 
 
+def _start(m: NewModule) -> dict[str, torch.Tensor]:
+    size = dividing(m.inputs, 2 * m.rank)
+    return {_TRIANGLE: m.zeros(m.inputs // size, size * (size - 1) // 2)}
+
+
+def _start_config(rank: int, targets: Sequence[str]) -> dict[str, Any]:
+    """PEFT's defaults, with blocks that cost as much as a LoRA of the rank."""
+    return {
+        **{"r": 0, "oft_block_size": 2 * rank, "coft": False, "block_share": False},
+        **{"use_cayley_neumann": True, "num_cayley_neumann_terms": 5},
+        "peft_version": ".".join(map(str, _NEW_SERIES)),
+    }
+
+
 _BLOCK = Dim(_block_size)
 _ABOVE = Dim(lambda m: _block_size(m) * (_block_size(m) - 1) // 2)
 
@@ -156,4 +170,5 @@ METHOD = LinearMethod(
         _SCALE: when(_is_old, (OUT, 1)),
     },
     operators=_operators,
+    start=Start(_start, _start_config),
 )

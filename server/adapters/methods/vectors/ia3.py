@@ -51,6 +51,19 @@ def _operators(m: Module) -> Iterator[Piece]:
         yield Bias((vector.reshape(-1).float() - 1.0) * served)
 
 
+# The paper scales the inputs of the last module of the feed-forward.
+_FEEDFORWARD = "down_proj"
+
+
+def _start(m: NewModule) -> dict[str, torch.Tensor]:
+    is_feedforward = m.name.endswith(_FEEDFORWARD)
+    return {_VECTOR: m.ones(1, m.inputs) if is_feedforward else m.ones(m.outputs, 1)}
+
+
+def _start_config(rank: int, targets: Sequence[str]) -> dict[str, Any]:
+    return {_KEY: [target for target in targets if target.endswith(_FEEDFORWARD)]}
+
+
 METHOD = LinearMethod(
     name="ia3",
     peft_types={"IA3"},
@@ -61,4 +74,5 @@ METHOD = LinearMethod(
     tensors={_VECTOR: either((OUT, 1), (1, IN))},
     check_all=_check,
     operators=_operators,
+    start=Start(_start, _start_config),
 )

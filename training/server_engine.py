@@ -1,0 +1,168 @@
+"""Trains the adapter of a run on a server with ``--training``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from turret.clients.client import TurretClient
+from turret.clients.errors import NotFoundError, TurretRpcError
+from turret.clients.messages.sequences import TrainingDatum
+from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
+from turret.server.basics.files import replace_file
+from turret.training.adapter_folder import write_adapter
+from turret.training.base_model import DTYPES, empty_model, peak_memory_bytes
+from turret.training.batches import Row
+from turret.training.engine import attach_to, trainable
+from turret.training.examples import Encoded
+from turret.training.run.folder import SERVER_SUFFIX, checkpoint_path
+from turret.training.run.samples import Progress, draw_samples
+from turret.training.settings.resolve import Resolved
+
+# torch's default, which a run in this process has, too.
+_EPSILON = 1e-8
+_RESULT = "result"
+
+
+class ServerEngine:
+    """A tenant of a server; see ``Engine``.
+
+    Args:
+        resolved: The run, which ``check_served`` has accepted.
+        address: The address of the server, for ``run.json``.
+        connect: Makes a client of the server.
+
+    Raises:
+        TurretRpcError: The server does not train the adapter.
+    """
+
+    def __init__(
+        self, resolved: Resolved, address: str, connect: Callable[[], TurretClient]
+    ) -> None:
+        self._resolved = resolved
+        self._config = resolved.config
+        self._connect = connect
+        self._client = connect()
+        method = self._config.method
+        self._training = self._client.training
+        self._model_id = self._training.create_model(
+            method=method.name,
+            # Every method has this field: for IA3 it means nothing.
+            rank=method.rank or method.num_virtual_tokens or 1,
+            seed=self._config.run.seed,
+            alpha=method.alpha,
+            targets=method.targets or (),
+        ).model_id
+        self.facts = {"server": address}
+        shapes = attach_to(empty_model(resolved.base, "nf4-dense", torch.float32, "cpu"), resolved)
+        self.num_parameters = sum(p.numel() for p in trainable(shapes).values())
+
+    def backward(self, parts: Sequence[Sequence[Row]]) -> float:
+        examples = [example for rows in parts for row in rows for example in row]
+        weight = 1.0 / sum(sum(example.learned[1:]) for example in examples)
+        data = [_datum(example, weight) for example in examples]
+        return self._training.forward_backward(self._model_id, data).loss
+
+    def step(self, learning_rate: float) -> float:
+        optimizer = self._config.optimizer
+        return self._training.optim_step(
+            self._model_id,
+            learning_rate=learning_rate,
+            beta1=optimizer.beta1,
+            beta2=optimizer.beta2,
+            eps=_EPSILON,
+            weight_decay=optimizer.weight_decay,
+            grad_clip_norm=optimizer.max_grad_norm,
+        ).grad_norm
+
+    def loss(self, rows: Sequence[Row]) -> float:
+        data = [_datum(example, 1.0) for row in rows for example in row]
+        return self._training.forward_backward(self._model_id, data, forward_only=True).loss
+
+    def scores(self, rows: Sequence[Row]) -> dict[str, Any]:
+        return {}
+
+    def save(self, checkpoints: Path, step: int) -> None:
+        """Save a checkpoint on the server, and its path in the directory."""
+        saved = self._training.save_checkpoint(self._model_id, f"step-{step:08d}", overwrite=True)
+        checkpoints.mkdir(exist_ok=True)
+        content = json.dumps({"path": saved.path, "step": step}).encode()
+        replace_file(checkpoint_path(checkpoints, step, SERVER_SUFFIX), content)
+
+    def restore(self, checkpoint: Path) -> int:
+        found = json.loads(checkpoint.read_text(encoding="utf-8"))
+        self._training.load_checkpoint(self._model_id, found["path"])
+        return found["step"]
+
+    def discard(self, checkpoint: Path) -> None:
+        self._delete(json.loads(checkpoint.read_text(encoding="utf-8"))["path"])
+        checkpoint.unlink()
+
+    def _delete(self, path: str) -> None:
+        with contextlib.suppress(NotFoundError):
+            self._training.delete_checkpoint(path)
+
+    def write(self, folder: Path) -> None:
+        saved = self._training.save_checkpoint(self._model_id, _RESULT, overwrite=True)
+        try:
+            with tempfile.TemporaryDirectory() as scratch:
+                made = Path(scratch) / _RESULT
+                self._training.export_checkpoint(saved.path, made)
+                config = json.loads((made / CONFIG_FILE).read_text(encoding="utf-8"))
+                dtype = DTYPES[self._config.run.adapter_dtype]
+                write_adapter(folder, config, load_file(made / TENSORS_FILE), dtype)
+        finally:
+            self._delete(saved.path)
+
+    def end(self, checkpoints: Sequence[Path]) -> None:
+        for checkpoint in checkpoints:
+            if checkpoint.suffix == SERVER_SUFFIX:
+                self.discard(checkpoint)
+
+    def samples(self, rows: Sequence[Row], on_progress: Progress) -> list[dict[str, Any]]:
+        adapter = self._training.publish_model(self._model_id)
+        tokenizer = self._resolved.base.tokenizer
+
+        def answer(prompt: Sequence[int], example: Encoded, most: int, is_adapted: bool) -> Any:
+            found = self._client.generate(
+                list(prompt),
+                adapters=[adapter] if is_adapted else [],
+                max_tokens=most,
+                temperature=0,
+                token_ids=True,
+            )
+            is_ended = found.finish_reason == "STOP"
+            return [*found.token_ids, *([tokenizer.eos_token_id] if is_ended else [])]
+
+        examples = [example for row in rows for example in row]
+        return draw_samples(answer, tokenizer, examples, on_progress)
+
+    def peak_memory(self) -> int:
+        """The peak of this process, which does not hold the model."""
+        return peak_memory_bytes("cpu")
+
+    def cancel(self) -> None:
+        """Make the call that runs in another thread, and all later ones, fail."""
+        self._client.close()
+
+    def close(self) -> None:
+        """Drop the adapter on the server, which may have gone."""
+        self._client.close()
+        with contextlib.suppress(TurretRpcError), self._connect() as another:
+            another.training.delete_model(self._model_id)
+
+
+def _datum(example: Encoded, weight: float) -> TrainingDatum:
+    """A sequence whose learned tokens have this weight in the loss, and others none."""
+    return TrainingDatum(
+        example.tokens[:-1],
+        example.tokens[1:],
+        [weight if is_learned else 0.0 for is_learned in example.learned[1:]],
+    )
