@@ -19,8 +19,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from unittest.mock import patch
 
-from doors import through_grpc, through_http
+from protocols import through_grpc, through_http
 
+from turret.server.adapters.state_dir import NoStateDir
 from turret.server.app import App
 from turret.server.build import Backend, build_backend
 from turret.server.config import CacheConfig, Config, ListenConfig, ModelConfig, SchedulerConfig
@@ -91,8 +92,8 @@ async def compare(args: argparse.Namespace) -> bool:
     )
     loops: list[EngineLoop] = []
 
-    def build(config: Config, metrics: Metrics) -> Backend:
-        backend = build_backend(config, metrics)
+    def build(config: Config, metrics: Metrics, state: NoStateDir) -> Backend:
+        backend = build_backend(config, metrics, state=state)
         loops.append(backend.engine._loop)
         return backend
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,10 @@ class Brake:
         """Wait until a merge has requested its change of the base."""
         assert await asyncio.to_thread(self._posted.wait, 20)
 
-    def _slowly(self, step: Any) -> Any:
+    def _slowly(self, step: Any, meanwhile: Callable[[], None] = lambda: None) -> Any:
         assert self._open.wait(20)
         time.sleep(self.seconds)
-        return self._run(step)
+        return self._run(step, meanwhile)
 
     def _noted(self, change: Any) -> Any:
         outcome = self._change_base(change)

@@ -14,7 +14,7 @@ from builders.bases.tiny_models import save_tiny_model
 from builders.training import resolve_tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from turret.training import trainer
+from turret.training import engine
 from turret.training.base_model import find_base, load_model
 from turret.training.memory import estimate_memory
 from turret.training.mixture import ExpertModules
@@ -54,12 +54,12 @@ def test_adapters_are_multiplied_as_fast_as_the_base(
     def load(*args: Any) -> None:
         raise LoadedError
 
-    monkeypatch.setattr(trainer, "load_model", load)
+    monkeypatch.setattr(engine, "load_model", load)
     matmul = torch.backends.cuda.matmul
     before, matmul.allow_tf32 = matmul.allow_tf32, dtype == "float32"
     try:
         with pytest.raises(LoadedError):
-            trainer.attach(on_cuda(tmp_path, tiny_llama, dtype))
+            engine.attach(on_cuda(tmp_path, tiny_llama, dtype))
         assert matmul.allow_tf32 is (dtype != "float32")
     finally:
         matmul.allow_tf32 = before
@@ -97,7 +97,7 @@ def test_states_are_paged_again_after_a_resume(tmp_path: Path):
     second = torch.nn.Parameter(torch.zeros(64, 128))
     before, after = PagingOptimizer(first), PagingOptimizer(second)
     run(2, first, before)
-    save_checkpoint(tmp_path, 2, {"a": first}, before, keep=1)
+    save_checkpoint(tmp_path, 2, {"a": first}, before)
     run(2, first, before)
     (path,) = tmp_path.iterdir()
     assert restore_checkpoint(path, {"a": second}, after) == 2
@@ -113,7 +113,7 @@ def test_a_run_continues_with_fewer_gpus(tmp_path: Path, monkeypatch: pytest.Mon
     states = [torch.tensor([n], dtype=torch.uint8) for n in range(2)]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states)
-    save_checkpoint(tmp_path, 1, parameters, optimizer, keep=1)
+    save_checkpoint(tmp_path, 1, parameters, optimizer)
     found: dict[int, int] = {}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(
