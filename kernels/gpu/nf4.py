@@ -279,7 +279,7 @@ def parts_of(out_features: int, blocks: int, tuned: Tuning) -> tuple[int, int]:
     parts = 1
     while 2 * parts * columns <= tuned.nf4_programs and blocks >= 2 * parts * tuned.nf4_part_blocks:
         parts *= 2
-    return parts, triton.cdiv(blocks, parts)
+    return parts, -(-blocks // parts)
 
 
 def check_product(x: torch.Tensor, weight: Nf4Matrix) -> None:

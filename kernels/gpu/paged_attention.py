@@ -311,7 +311,7 @@ def paged_attention(
 
 def _tile(table: AttentionTable, head_dim: int) -> tuple[int, int]:
     """The numbers of keys and features in a tile."""
-    block_d = triton.next_power_of_2(max(16, head_dim))
+    block_d = 1 << (max(16, head_dim) - 1).bit_length()  # the next power of two
     # A head twice as wide leaves room for half as many keys.
     tile = _TILES[table.tile_rows] // max(1, block_d // 128)
     if table.split % tile:
