@@ -98,14 +98,14 @@ async def test_collected_answers_count_towards_the_limit(
 
         async def script(request: Request) -> AsyncIterator[Output]:
             yield Output(text="abc", token_ids=(1,))
-            held.append(server.engine.held)
+            held.append(server.engine.memory.held)
             yield Output(text="", token_ids=(2,), finish=finish(request))
 
         server.engine.script = script
         assert (await server.post(path, {"model": "base", **body})).status_code == 200
         await server.settle()
         assert [num_bytes > 0 for num_bytes in held] == [is_collected]
-        assert server.engine.held == 0
+        assert server.engine.memory.held == 0
 
 
 class Talker:
