@@ -511,10 +511,12 @@ class Mix:
     Attributes:
         members: ``(adapter, weight)`` in the request's order. A member of weight 0 adds nothing but
             is like any other: reported, counted and resident.
+        tenant: The tenant of the request, whose mixes wait for memory in turn with others'.
     """
 
     members: tuple[tuple[Adapter, float], ...]
     _ensure_host: Callable[[Mix, OnHost], bool] | None = field(default=None, repr=False)
+    tenant: bytes = b""
 
     @property
     def key(self) -> tuple[tuple[str, int, float], ...]:
