@@ -512,10 +512,12 @@ class Mix:
     Attributes:
         members: ``(adapter, weight)`` in the request's order. A member of weight 0 adds nothing,
             but is reported, counted and resident like any other.
+        tenant: The tenant of the request. Tenants whose mixes wait for memory take turns.
     """
 
     members: tuple[tuple[Adapter, float], ...]
     _ensure_host: Callable[[Mix, OnHost], bool] | None = field(default=None, repr=False)
+    tenant: bytes = b""
 
     @property
     def key(self) -> tuple[tuple[str, int, float], ...]:

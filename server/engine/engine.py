@@ -170,7 +170,7 @@ class Engine:
         if request.tenant and self._loop.num_waiting_of(request.tenant) >= most_of_tenant:
             raise QueueFullError(say("QUEUE_SHARE_FULL", max_queued_requests=most_of_tenant))
         self.memory.admit(request)
-        mix = self._adapters.acquire(request.adapters)
+        mix = self._adapters.acquire(request.adapters, request.tenant)
         try:
             check_heads(request, mix)
             answer = self._make_answer(request, text, mix, arrival)

@@ -482,7 +482,7 @@ class NameTable:
                 raise AdapterNotFoundError(say("BEING_UNLOADED", adapters=name))
             return registration, generation_of(registration, generation)
 
-    def acquire(self, refs: Sequence[AdapterRef]) -> Mix:
+    def acquire(self, refs: Sequence[AdapterRef], tenant: bytes) -> Mix:
         """See ``AdapterRegistry.acquire``."""
         if not refs:
             return BASE_MIX
@@ -504,14 +504,14 @@ class NameTable:
             now = time.time()
             for registration, _, _ in found:
                 registration.last_used_time = now
-            return self.open([(adapter, weight) for _, adapter, weight in found])
+            return self.open([(adapter, weight) for _, adapter, weight in found], tenant)
 
-    def open(self, members: Sequence[tuple[Adapter, float]]) -> Mix:
+    def open(self, members: Sequence[tuple[Adapter, float]], tenant: bytes = b"") -> Mix:
         """A mix of these generations; ``release`` ends it."""
         with self._changed:
             for adapter, _ in members:
                 adapter.in_flight += 1
-            mix = Mix(tuple(members), self._leases.ensure_host)
+            mix = Mix(tuple(members), self._leases.ensure_host, tenant)
             self._mixes.add(mix)
             self._leases.open_lease(mix)
             return mix

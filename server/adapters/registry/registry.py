@@ -703,7 +703,7 @@ class AdapterRegistry:
         except AdapterNotFoundError:
             return None
 
-    def acquire(self, refs: Sequence[AdapterRef]) -> Mix:
+    def acquire(self, refs: Sequence[AdapterRef], tenant: bytes = b"") -> Mix:
         """Resolves a request's adapters, all or none, and counts them in flight.
 
         The mix must be passed to ``release`` once. Before the operators are used,
@@ -714,7 +714,7 @@ class AdapterRegistry:
             AdapterNotFoundError: Names or generations are unknown, or names are being unloaded. The
                 error lists all of them.
         """
-        return self._table.acquire(refs)
+        return self._table.acquire(refs, tenant)
 
     def release(self, mix: Mix) -> None:
         """Ends a request's use of its adapters. Releasing twice, or ``BASE_MIX``, is harmless."""

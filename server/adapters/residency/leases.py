@@ -1,9 +1,9 @@
 """Leases on adapters in host memory, the queue of waiting mixes, and the reads for them.
 
 A mix is granted all its adapters at once, or waits and holds none, so two mixes never wait for each
-other. Grants are first come, first served. A mix whose adapters are all resident may overtake, but
-only until the first in line has waited ``PATIENCE_SECONDS``. So popular adapters cannot keep a cold
-one out forever.
+other. Grants are first come, first served, and tenants take turns. A mix whose adapters are all
+resident may overtake, but only until the first in line has waited ``PATIENCE_SECONDS``. So popular
+adapters cannot keep a cold one out forever.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -331,7 +331,7 @@ class Leases:
             lease.callback = callback
             lease.waiting_since = time.monotonic()
             if self._must_wait(lease) or not self._memory.make_room_for(lease.adapters):
-                self._line.append(lease)
+                self._join_line(lease)
                 return False
             self._grant(lease)
             if lease.pending:
@@ -391,6 +391,17 @@ class Leases:
                 self._notify_if_ready(lease, callbacks)
             else:
                 break
+
+    def _join_line(self, lease: _Lease) -> None:
+        """Puts a lease in line, so that each tenant's next one is granted in turn."""
+        turn = sum(each.mix.tenant == lease.mix.tenant for each in self._line)
+        seen = Counter[bytes]()
+        for place, each in enumerate(self._line):
+            if seen[each.mix.tenant] > turn:
+                self._line.insert(place, lease)
+                return
+            seen[each.mix.tenant] += 1
+        self._line.append(lease)
 
     def _infeasible(self, lease: _Lease) -> BudgetExceededError | None:
         needed = sum(a.host_bytes_needed for a in lease.adapters if not a.pinned)

@@ -167,6 +167,19 @@ def test_popular_adapters_do_not_starve_a_cold_one(
     assert late.wait().error is None
 
 
+def test_tenants_get_memory_in_turn(make: Registries) -> None:
+    registry = make(1, load="abcd")
+    first = registry.acquire(refs("d"))
+    # One tenant waits for many adapters before another one asks for its own.
+    waiting = [Waiter(registry.acquire(refs(name), b"greedy")) for name in "aba"]
+    other = Waiter(registry.acquire(refs("c"), b"other"))
+    last = Waiter(registry.acquire(refs("b"), b"other"))
+    registry.release(first)
+    for waiter in (waiting[0], other, waiting[1], last, waiting[2]):
+        assert waiter.wait().error is None
+        registry.release(waiter.mix)
+
+
 def test_a_released_mix_is_never_called_back(make: Registries) -> None:
     registry = make(1, load="ab")
     gate = Gate(registry)

@@ -328,7 +328,7 @@ class FakeRegistry:
     def delete_alias(self, name: str) -> None:
         del self.by_alias[name]
 
-    def acquire(self, refs: Any) -> Any:
+    def acquire(self, refs: Any, tenant: bytes = b"") -> Any:
         """Grant any adapter."""
         return refs
 
