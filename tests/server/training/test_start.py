@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import peft
@@ -21,7 +22,7 @@ from turret.server.training.trainer import LearnerConfig
 PREFIX = "base_model.model."
 
 
-def started(base: Base, method: str, rank: int = 4, targets: tuple[str, ...] = ALL) -> Learner:
+def started(base: Base, method: str, rank: int = 4, targets: Sequence[str] = ALL) -> Learner:
     """An adapter in training on every linear module."""
     described = describe_base(base.decoder, base.source)
     modules = [name for name in described.modules if name.rpartition(".")[2] in targets]

@@ -344,11 +344,12 @@ async def test_the_scale_and_the_modules_can_be_chosen(tmp_path: Path) -> None:
         assert config["target_modules"] == ["down_proj", "q_proj"]
         names = load_file(tmp_path / "adapter_model.safetensors")
         assert {name.split(".")[-3] for name in names} == {"down_proj", "q_proj"}
-        for changes, field in (
+        wrong: list[tuple[dict[str, Any], str]] = [
             ({"alpha": 0.0}, "alpha"),
             ({"alpha": math.nan}, "alpha"),
             ({"targets": ("q_proj", "nothing")}, "targets[1]"),
-        ):
+        ]
+        for changes, field in wrong:
             with pytest.raises(InvalidRequestError) as caught:
                 await training.create(LearnerConfig(rank=4, **changes))
             assert [name for name, _ in caught.value.violations] == [field]
