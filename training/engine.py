@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -30,80 +30,9 @@ from turret.training.run.checkpoint import restore_checkpoint, save_checkpoint
 from turret.training.run.samples import Progress, draw_samples, model_answers
 from turret.training.settings.resolve import Resolved
 
-
-class Engine(Protocol):
-    """Trains one adapter.
-
-    Attributes:
-        num_parameters: The number of trained weights.
-        facts: What ``run.json`` records about it.
-    """
-
-    num_parameters: int
-    facts: Mapping[str, Any]
-
-    def backward(self, parts: Sequence[Sequence[Row]]) -> float:
-        """Compute the gradients of a step.
-
-        Args:
-            parts: The rows of each pass.
-
-        Returns:
-            The mean loss over the learned tokens of all parts (nats).
-        """
-        ...
-
-    def step(self, learning_rate: float) -> float:
-        """Change the weights by the gradients; returns their norm before clipping."""
-        ...
-
-    def loss(self, rows: Sequence[Row]) -> float:
-        """The sum of the loss over rows, without gradients (nats)."""
-        ...
-
-    def scores(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """Other figures of a validation."""
-        ...
-
-    def save(self, checkpoints: Path, step: int) -> None:
-        """Write a checkpoint to a directory."""
-        ...
-
-    def restore(self, checkpoint: Path) -> int:
-        """Continue from a checkpoint; returns the number of finished steps."""
-        ...
-
-    def discard(self, checkpoint: Path) -> None:
-        """Remove a checkpoint."""
-        ...
-
-    def write(self, folder: Path) -> None:
-        """Write the adapter in PEFT's layout to an existing directory.
-
-        Raises:
-            RunError: A weight is not finite in the dtype of the saved adapter.
-        """
-        ...
-
-    def end(self, checkpoints: Sequence[Path]) -> None:
-        """Remove what the checkpoints of a finished run hold outside its directory."""
-        ...
-
-    def samples(self, rows: Sequence[Row], on_progress: Progress) -> list[dict[str, Any]]:
-        """Answers to the examples of rows; see ``run/samples.py``."""
-        ...
-
-    def peak_memory(self) -> int:
-        """The peak so far in bytes, as in ``metrics.jsonl``."""
-        ...
-
-    def cancel(self) -> None:
-        """Make a call that runs in another thread fail, if there can be one."""
-        ...
-
-    def close(self) -> None:
-        """Free what it holds."""
-        ...
+if TYPE_CHECKING:
+    # Only a run on a server needs it.
+    from turret.training.server_engine import ServerEngine
 
 
 def attach(resolved: Resolved) -> Any:
@@ -144,10 +73,14 @@ def pad_token(tokenizer: Any) -> int:
 
 
 class LocalEngine:
-    """Trains with transformers and PEFT in this process; see ``Engine``.
+    """Trains an adapter with transformers and PEFT in this process.
 
     Args:
         resolved: The run.
+
+    Attributes:
+        num_parameters: The number of trained weights.
+        facts: What ``run.json`` records about the engine.
     """
 
     facts: Mapping[str, Any] = {}
@@ -166,6 +99,14 @@ class LocalEngine:
         self.num_parameters = sum(p.numel() for p in self._parameters.values())
 
     def backward(self, parts: Sequence[Sequence[Row]]) -> float:
+        """Compute the gradients of a step.
+
+        Args:
+            parts: The rows of each pass.
+
+        Returns:
+            The mean loss over the learned tokens of all parts (nats).
+        """
         is_packed = self._config.data.packing
         batches = [make_batch(rows, pad=self._pad, is_packed=is_packed) for rows in parts]
         num_targets = sum(batch.num_targets for batch in batches)
@@ -179,6 +120,7 @@ class LocalEngine:
         return total
 
     def step(self, learning_rate: float) -> float:
+        """Change the weights by the gradients; returns their norm before clipping."""
         limit = self._config.optimizer.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), limit)
         set_learning_rate(self._optimizer, learning_rate)
@@ -188,6 +130,7 @@ class LocalEngine:
 
     @torch.no_grad()
     def loss(self, rows: Sequence[Row]) -> float:
+        """The sum of the loss over rows, without gradients (nats)."""
         with without_backward(self._model):
             return self._loss(self._validation_batch(rows)).item()
 
@@ -195,6 +138,7 @@ class LocalEngine:
         return make_batch(rows, pad=self._pad, is_packed=False)
 
     def scores(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Other figures of a validation."""
         if not isinstance(self._loss, ClassifierLoss):
             return {}
         labels, size = self._resolved.dataset.labels, self._config.run.batch_size
@@ -202,24 +146,33 @@ class LocalEngine:
             return label_scores(self._loss, rows, labels, size, self._pad)
 
     def save(self, checkpoints: Path, step: int) -> None:
+        """Write a checkpoint to a directory."""
         save_checkpoint(checkpoints, step, self._parameters, self._optimizer)
 
     def restore(self, checkpoint: Path) -> int:
+        """Continue from a checkpoint; returns the number of finished steps."""
         return restore_checkpoint(checkpoint, self._parameters, self._optimizer)
 
     def discard(self, checkpoint: Path) -> None:
+        """Remove a checkpoint."""
         checkpoint.unlink()
 
     def write(self, folder: Path) -> None:
+        """Write the adapter in PEFT's layout to an existing directory.
+
+        Raises:
+            RunError: A weight is not finite in the dtype of the saved adapter.
+        """
         dtype, dataset = DTYPES[self._config.run.adapter_dtype], self._resolved.dataset
         self._resolved.method.save(self._model, folder, dtype)
         if dataset.labels:
             write_head(self._model, folder, dataset, dtype)
 
     def end(self, checkpoints: Sequence[Path]) -> None:
-        pass
+        """Remove what the checkpoints of a finished run hold outside its directory."""
 
     def samples(self, rows: Sequence[Row], on_progress: Progress) -> list[dict[str, Any]]:
+        """Answers to the examples of rows; see ``run/samples.py``."""
         examples = [example for row in rows for example in row]
         tokenizer, labels = self._resolved.base.tokenizer, self._resolved.dataset.labels
         with without_backward(self._model):
@@ -229,10 +182,11 @@ class LocalEngine:
             return draw_samples(answers, tokenizer, examples, on_progress)
 
     def peak_memory(self) -> int:
+        """The peak so far in bytes, as in ``metrics.jsonl``."""
         return peak_memory_bytes(self._device)
 
-    def cancel(self) -> None:
-        pass
-
     def close(self) -> None:
-        pass
+        """Free what it holds outside this process."""
+
+
+Engine: TypeAlias = "LocalEngine | ServerEngine"

@@ -32,7 +32,7 @@ _RESULT = "result"
 
 
 class ServerEngine:
-    """A tenant of a server; see ``Engine``.
+    """Trains an adapter on a server; attributes and methods are those of ``LocalEngine``.
 
     Args:
         resolved: The run, which ``check_served`` has accepted.

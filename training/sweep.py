@@ -185,13 +185,13 @@ def _together(
     served: Model,
 ) -> Iterator[RankResult]:
     """Train all ranks at the same time on a server; if one fails, the others stop."""
-    engines: list[Engine] = []
+    engines: list[Any] = []
     opening, is_over = threading.Lock(), threading.Event()
 
-    def opened(resolved: Resolved) -> Engine:
+    def opened(resolved: Resolved) -> Any:
         # transformers changes torch's global state when it makes a model without weights.
         with opening:
-            engine = open_engine(resolved)
+            engine: Any = open_engine(resolved)
         engines.append(engine)
         if is_over.is_set():
             engine.cancel()

@@ -92,7 +92,7 @@ TEXTS = {
     " base.model to the server's model",
     "SERVER_DOES_NOT_TRAIN": "{address} does not train; start it with `turret serve --training"
     " --state-dir DIR`",
-    "RUN_ELSEWHERE": "{path} was not begun there; `{command}` continues it",
+    "RUN_ELSEWHERE": "the run in {path} was begun elsewhere; `{command}` continues it",
     "NO_VALIDATION_LOSS": "{path} has no validation loss",
     "LOHA_RANK_TOO_HIGH": "LoHa rank {rank} costs more than a dense update on a module with"
     " {inputs} inputs and {outputs} outputs; choose a lower rank",

@@ -87,7 +87,7 @@ class LearnerConfig:
     rank: int
     seed: int | None = None
     alpha: float | None = None
-    targets: Sequence[str] = ()
+    targets: tuple[str, ...] = ()
     attention: bool = True
     mlp: bool = True
     unembed: bool = False

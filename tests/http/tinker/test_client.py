@@ -1,14 +1,8 @@
-"""The client ``tinker`` trains on a server, in a process of its own.
-
-Each version that is installed below ``TINKER_CLIENTS`` is tried, as
-``pip install --target TINKER_CLIENTS/0.38.0 tinker==0.38.0`` installs it; otherwise the one that
-this Python has.
-"""
+"""The client ``tinker`` trains on a server, in a process of its own."""
 
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import io
 import json
 import os
@@ -21,15 +15,9 @@ import pytest
 from servers.fakes import MODEL_INFO
 from servers.http_harness import http_harness
 from servers.table_training import TableTraining
+from servers.tinker_versions import CLIENTS
 
 PROGRAM = Path(__file__).parents[2] / "support" / "servers" / "tinker_client.py"
-
-
-def clients() -> list[str]:
-    """The folders with clients; empty for the one of this Python."""
-    if folder := os.environ.get("TINKER_CLIENTS"):
-        return sorted(str(path) for path in Path(folder).iterdir())
-    return [""] if importlib.util.find_spec("tinker") else []
 
 
 async def run(url: str, folder: str) -> dict[str, Any]:
@@ -47,10 +35,7 @@ async def run(url: str, folder: str) -> dict[str, Any]:
     return json.loads(said)
 
 
-NONE = [pytest.param("", marks=pytest.mark.skip("the client tinker is not installed"))]
-
-
-@pytest.mark.parametrize("folder", clients() or NONE)
+@pytest.mark.parametrize("folder", CLIENTS)
 async def test_a_client_trains_saves_and_samples(folder: str, tmp_path: Path) -> None:
     training = TableTraining(MODEL_INFO.vocab_size)
     async with http_harness(training=training, training_dir=tmp_path / "training") as server:

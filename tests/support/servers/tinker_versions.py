@@ -1,0 +1,26 @@
+"""The installed versions of the client ``tinker``.
+
+Each version that is installed below ``TINKER_CLIENTS`` is tried, as
+``pip install --target TINKER_CLIENTS/0.38.0 tinker==0.38.0`` installs it; otherwise the one that
+this Python has.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+
+def _installed() -> list[str]:
+    """The folders with clients; empty for the one of this Python."""
+    if folder := os.environ.get("TINKER_CLIENTS"):
+        return sorted(str(path) for path in Path(folder).iterdir())
+    return [""] if importlib.util.find_spec("tinker") else []
+
+
+_NONE = [pytest.param("", marks=pytest.mark.skip("the client tinker is not installed"))]
+# The values of a parameter for tests.
+CLIENTS = _installed() or _NONE
