@@ -39,8 +39,8 @@ def draw_samples(
     Returns:
         Per example ``prompt``, ``turns`` (a chat's prompt as a list of ``[role, content]``),
         ``reference`` (the right answer), ``before`` (the answer of the base model alone), ``after``
-        (the answer with the adapter) and ``cut``: the keys of these two answers that were cut a
-        little past the reference's length.
+        (the answer with the adapter) and ``cut``: which of the keys ``before`` and ``after`` hold
+        answers that were cut off. The limit is a little more than the reference's length.
     """
     model.eval()
     total = 2 * len(examples)
@@ -85,10 +85,11 @@ class _Answer:
 
 @torch.no_grad()
 def _answer(model: Any, tokenizer: Any, example: Encoded, device: str) -> _Answer:
-    """Answer greedily with training's call: PEFT's ``generate`` treats prompts differently.
+    """Answer greedily, with the forward call that training uses.
 
-    After the first call, soft tokens or a prefix are in the cache. So later calls go to the base
-    model, where adapters inside its layers still work.
+    PEFT's ``generate`` would treat the prompt differently. After the first call, the cache contains
+    any soft tokens or prefix, so later calls go to the base model. Adapters inside its layers still
+    work there.
     """
     prompt = _prompt(example)
     answer: list[int] = []
