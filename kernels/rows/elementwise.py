@@ -84,7 +84,8 @@ def row_softcap_(x: torch.Tensor, cap: float) -> torch.Tensor:
 def row_clamped_swiglu(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
     """Apply the gate to ``[num_rows, 2 · width]``, in which gate and up columns alternate.
 
-    Returns ``[num_rows, width]`` in the dtype of ``gate_up``; each row is bit-identical in any batch.
+    Returns ``[num_rows, width]`` in the dtype of ``gate_up``.
+    Each row is bit-identical in any batch.
     """
     gate, up = gate_up.float().unflatten(1, (-1, 2)).unbind(-1)
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit).add_(1.0)
