@@ -53,7 +53,7 @@ def test_tuning_prints_a_row_for_the_table():
 
 
 @WITHOUT_GPU
-def test_without_a_gpu_it_says_so():
+def test_without_a_gpu_the_script_suggests_a_dry_run():
     done = run()
     assert done.returncode == 2
     assert "--dry-run" in done.stderr

@@ -73,7 +73,7 @@ def test_health_does_not_wait_for_what_does_not_change(
     assert capsys.readouterr().err.startswith("error: UNAVAILABLE (NOT_REACHED): ")
 
 
-def test_a_call_says_how_to_wait_for_the_model(
+def test_a_call_suggests_how_to_wait_for_the_model(
     run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(server.inference, "_accept", _refuse)

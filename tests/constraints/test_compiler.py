@@ -78,7 +78,7 @@ def schema(value: Any) -> ConstraintSpec:
         ),
     ],
 )  # fmt: skip
-def test_what_is_let_through(
+def test_answers_that_a_constraint_allows_and_rejects(
     tokenizer: Tokenizer, kind: Kind, text: str, good: list[str], bad: list[str]
 ) -> None:
     constraint = compiled(kind, *([text] if text else []))
@@ -202,7 +202,7 @@ def test_random_walks_through_a_schema_give_what_it_describes(tokenizer: Tokeniz
         (ConstraintSpec("grammar", ("start: @other",)), ["grammar"], "CONSTRAINT_INVALID"),
     ],
 )  # fmt: skip
-async def test_what_cannot_be_met_is_refused_with_its_path(
+async def test_an_unsupported_schema_is_rejected_with_its_path(
     compiler: ConstraintCompiler, spec: ConstraintSpec, paths: list[str], reason: str
 ) -> None:
     with pytest.raises(InvalidRequestError, check=says(reason)) as refused:
@@ -408,7 +408,9 @@ def test_an_answer_does_not_depend_on_who_filled_the_lexer(
     assert renewals, "the lexer never filled up"
 
 
-def test_what_takes_too_long_ends_its_own_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_constraint_that_is_too_slow_ends_only_its_own_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     constraint = compiled("regex", "a*")
     clock = iter(range(0, 1000, 1))
     slow = constraint.matcher()

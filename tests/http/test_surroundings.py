@@ -74,7 +74,7 @@ async def test_an_error_of_the_engine_becomes_a_status(
         assert await server.sample("turret_calls_total", protocol="http", code=counted) == 1
 
 
-async def test_a_bug_is_told_to_the_log_alone(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_bug_is_reported_only_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     async with http_harness() as server:
         server.engine.refuse = RuntimeError("secret")
         refused = await server.refused(COMPLETIONS, PROMPT)
@@ -128,7 +128,7 @@ async def test_a_role_opens_its_paths_and_no_others() -> None:
 
 
 @pytest.mark.parametrize("sent", [None, "Bearer other", "ask", "Basic ask", "Bearer"])
-async def test_who_has_no_token_is_told_how_to_send_one(sent: str | None) -> None:
+async def test_a_missing_token_is_reported_with_how_to_send_one(sent: str | None) -> None:
     async with http_harness(tokens=TOKENS) as server:
         headers = {} if sent is None else {"authorization": sent}
         refused = await server.refused(COMPLETIONS, PROMPT, headers)
@@ -228,7 +228,7 @@ async def test_other_paths_and_methods_are_refused_in_the_same_form() -> None:
             assert (refused.status, refused.code) == (404, "unknown_url")
 
 
-async def test_a_closed_gate_is_said_and_health_shows_it() -> None:
+async def test_a_closed_gate_is_reported_by_calls_and_health() -> None:
     async with http_harness(serving=False) as server:
         answer = await server.client.get("/health")
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")

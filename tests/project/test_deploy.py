@@ -34,7 +34,7 @@ def test_dashboard_asks_for_metrics_that_exist():
     assert asked <= known
 
 
-def test_a_page_says_what_each_file_is_for():
+def test_a_page_describes_every_file():
     text = (ROOT / "docs" / "deploy.md").read_text() + (ROOT / "docs/security.md").read_text()
     names = [path.name for path in DEPLOY.iterdir() if path.is_file()]
     assert {"turret.service", "compose.yaml"} <= set(names)

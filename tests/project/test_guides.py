@@ -154,7 +154,7 @@ def test_the_router_made_by_hand_is_loaded_and_answers(
     assert "Nora" in capsys.readouterr().out
 
 
-def test_the_python_of_the_first_page_prints_what_it_says(
+def test_the_python_example_of_the_readme_prints_its_stated_output(
     live_server: ServerUnderTest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = (ROOT / "README.md").read_text()

@@ -181,7 +181,7 @@ async def test_health_and_reflection_are_open_and_health_follows_the_server(
             assert {*services[1:], "grpc.health.v1.Health"} <= listed
 
 
-async def test_calls_before_the_model_is_there_are_unavailable() -> None:
+async def test_calls_before_the_model_is_loaded_are_unavailable() -> None:
     async with harness(serving=False) as server:
         calls = [
             lambda: server.inference.GetModel(inference_pb2.GetModelRequest()),

@@ -231,7 +231,7 @@ async def test_messages_out_of_order_are_refused(server: Harness, tmp_path: Path
     await until(lambda: leftovers(tmp_path) == [])
 
 
-async def test_what_the_registry_refuses_leaves_no_file(server: Harness, tmp_path: Path) -> None:
+async def test_a_rejected_upload_leaves_no_files(server: Harness, tmp_path: Path) -> None:
     broken = announced(tmp_path / "root" / "a", size_bytes=3, sha256="")
     config = (tmp_path / "root" / "a" / CONFIG).read_bytes()
     messages = [header(broken), chunk(CONFIG, config), chunk(TENSORS, b"abc")]

@@ -181,7 +181,7 @@ def test_a_released_mix_is_never_called_back(make: Registries) -> None:
     assert not queued.is_answered
 
 
-def test_a_failing_callback_harms_nobody(
+def test_a_failing_callback_does_not_affect_others(
     make: Registries, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry = make(1, load="ab")
@@ -197,7 +197,7 @@ def test_a_failing_callback_harms_nobody(
     assert "an adapter callback failed" in caplog.text
 
 
-def test_close_tells_everyone_who_waits(make: Registries) -> None:
+def test_close_fails_every_waiting_request(make: Registries) -> None:
     registry = make(1, load="ab")
     gate = Gate(registry)
     loading = Waiter(registry.acquire(refs("a")))

@@ -124,7 +124,7 @@ def test_a_pinned_adapter_that_is_gone_does_not_keep_the_server_from_starting(
     assert "cannot pin" in caplog.text
 
 
-def test_what_another_process_measured_is_corrected(start: Start, tmp_path: Path) -> None:
+def test_sizes_that_another_process_measured_are_corrected(start: Start, tmp_path: Path) -> None:
     registry = start()
     registry.load("a", "a")
     registry.load("b", "b")

@@ -208,7 +208,7 @@ UNFIT: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", [*BROKEN, *UNFIT])
-def test_what_does_not_agree_is_refused_by_name(case: str, tmp_path: Path) -> None:
+def test_an_error_names_the_inconsistent_field(case: str, tmp_path: Path) -> None:
     save_adapter(tiny_llama(), make_config("adaption_prompt"), tmp_path / "a")
     change, field = {**BROKEN, **UNFIT}[case]
     if isinstance(change, dict):

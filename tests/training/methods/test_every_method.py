@@ -103,7 +103,7 @@ async def score_all(model: Path, root: Path, runs: dict[str, Resolved]) -> dict[
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_served_is_what_was_trained(
+def test_the_served_adapter_has_the_trained_loss(
     runs: dict[str, Resolved], served: dict[str, float], name: str
 ):
     trained = metrics_of(runs[name], "validation")[-1]["loss"]

@@ -222,7 +222,7 @@ def test_a_directory_is_neither_overwritten_nor_mixed_up(
             train(tmp_path, tiny_llama, "mine", overwrite=overwrite)
 
 
-def test_the_adapter_says_what_it_was_made_of(tiny_llama: Path, tmp_path: Path):
+def test_the_provenance_describes_data_base_and_versions(tiny_llama: Path, tmp_path: Path):
     run = train(tmp_path, tiny_llama, "run", "run.seed=5")
     facts = json.loads((run / "adapter" / "provenance.json").read_text())
     base = find_base(tiny_llama)
@@ -243,7 +243,7 @@ def test_the_adapter_says_what_it_was_made_of(tiny_llama: Path, tmp_path: Path):
     assert str(tmp_path) not in (run / "adapter" / "adapter_config.json").read_text()
 
 
-def test_a_disk_without_room_is_told_before_training(
+def test_a_full_disk_is_reported_before_training(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     usage = shutil.disk_usage(tmp_path)._replace(free=2000)
@@ -253,7 +253,7 @@ def test_a_disk_without_room_is_told_before_training(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_disk_that_fills_up_is_told_with_how_to_go_on(capsys: pytest.CaptureFixture[str]):
+def test_a_disk_that_fills_up_is_reported_with_how_to_resume(capsys: pytest.CaptureFixture[str]):
     def fill(args: argparse.Namespace) -> None:
         args.how_to_go_on = lambda: "--resume goes on from step 5"
         raise OSError(errno.ENOSPC, "No space left on device", "adapter_model.safetensors")

@@ -215,7 +215,7 @@ def test_the_right_answer_is_the_first_of_several_turns(tmp_path: Path, monkeypa
     assert sample["reference"] == tokenizer.decode(tokens[3:6])
 
 
-def test_a_run_off_a_terminal_says_where_it_is(capsys: pytest.CaptureFixture[str]):
+def test_a_run_without_a_terminal_prints_its_progress(capsys: pytest.CaptureFixture[str]):
     row = {"kind": "step", "step": 3, "loss": 1.5, "seconds": 1.0}
     with training_progress(None, line_seconds=0.05) as listen:
         listen({"kind": "begin", "steps": 9})
@@ -233,7 +233,7 @@ def test_a_run_off_a_terminal_says_where_it_is(capsys: pytest.CaptureFixture[str
     assert "adapter written: here\n" in last
 
 
-def test_a_run_of_labels_tells_their_figures(
+def test_a_classification_run_shows_its_metrics(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     figures = {"accuracy": 0.75, "macro_f1": 0.5}
