@@ -133,7 +133,7 @@ def test_choices_are_taken_literally(tokenizer: Tokenizer) -> None:
         assert not is_followed(constraint, tokenizer.encode(text)), text
 
 
-def test_random_walks_through_a_schema_give_what_it_describes(tokenizer: Tokenizer) -> None:
+def test_random_walks_through_a_schema_give_valid_values(tokenizer: Tokenizer) -> None:
     constraint = compiled("json_schema", json.dumps(PERSON))
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -219,7 +219,7 @@ async def test_an_unsupported_schema_is_rejected_with_its_path(
         ("grammar", 'start: "b" ' + "A " * 3000 + '| "cx"\nA: "' + "ab" * 1500 + '"'),
     ],
 )
-async def test_a_text_of_megabytes_that_must_come_is_not_made(
+async def test_a_forced_text_of_megabytes_is_not_tokenized(
     compiler: ConstraintCompiler, kind: Kind, text: str
 ) -> None:
     """The library would hold the GIL for seconds while it tokenizes the text."""
@@ -340,7 +340,7 @@ async def test_tokens_take_turns_and_leave_places_for_others(
     assert isinstance(await compiler.compile(ConstraintSpec("regex", ("a",)), b"alice"), Constraint)
 
 
-async def test_tokenizers_that_cannot_be_followed() -> None:
+async def test_tokenizers_that_do_not_support_constraints() -> None:
     class Odd:
         eos_token_ids: frozenset[int] = frozenset()
         vocab_size = 5
@@ -385,7 +385,7 @@ async def test_panics_of_the_library_are_errors(
     made.close()
 
 
-def test_an_answer_does_not_depend_on_who_filled_the_lexer(
+def test_an_answer_does_not_depend_on_earlier_use_of_the_lexer(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiler_module, "_MAX_LEXER_STATES", 400)

@@ -185,7 +185,7 @@ def test_the_hubs_refusals_reach_the_caller(
     assert one.load("a", PATH).name == "a"
 
 
-def test_a_branch_is_what_it_is_now_or_nothing(
+def test_a_branch_is_resolved_now_or_the_load_fails(
     registry: _Make, hub: FakeHub, repo: Repo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = registry("acme")
@@ -303,7 +303,7 @@ def test_a_full_disk_is_reported(
     assert one.load("a", PATH).name == "a"
 
 
-def test_downloads_are_few_at_a_time(
+def test_concurrent_downloads_are_limited(
     registry: _Make, repo: Repo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub_adapters, "MAX_DOWNLOADS", 1)

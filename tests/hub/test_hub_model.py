@@ -74,7 +74,7 @@ def test_valid_and_invalid_hub_ids() -> None:
         assert HubId.find(text) is None, text
 
 
-def test_only_what_is_served_is_fetched(hub: FakeHub, repo: Repo, tmp_path: Path) -> None:
+def test_only_needed_files_are_fetched(hub: FakeHub, repo: Repo, tmp_path: Path) -> None:
     reports: list[tuple[str, int, int]] = []
     source = resolve_model(Path(NAME), tmp_path / "cache", lambda *said: reports.append(said))
     assert source.name == NAME
@@ -220,7 +220,7 @@ def test_a_cache_with_half_of_a_model(
     assert refused() == say("HUB_CACHE_INCOMPLETE", model=NAME)
 
 
-def test_a_token_opens_what_is_private(
+def test_a_token_gives_access_to_private_repositories(
     repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     repo.is_private = True

@@ -38,7 +38,7 @@ from turret.server.models.chat_template import ChatFormat, unknown_role
         ),
     ],
 )
-def test_templates_say_what_they_know(template: Any, expected: ChatFormat) -> None:
+def test_the_format_is_detected_from_the_template(template: Any, expected: ChatFormat) -> None:
     assert ChatFormat.of(template) == expected
 
 

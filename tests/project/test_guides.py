@@ -110,7 +110,7 @@ def test_commands_over_several_lines_are_found() -> None:
     assert any(words[:3] == ["generate", "--chat", "-a"] and len(words) > 6 for words in found)
 
 
-def test_the_service_and_the_compose_file_set_what_there_is() -> None:
+def test_the_service_and_the_compose_file_set_existing_settings() -> None:
     known = set(map(variable_of, settings()))
     for name in ("turret.service", "compose.yaml"):
         named = set(re.findall(r"\bTURRET_[A-Z_]+", (ROOT / "deploy" / name).read_text()))

@@ -19,7 +19,7 @@ from turret.training.settings.config import build_config
 from turret.training.words import say
 
 
-def test_only_what_is_written_as_an_id_is_one_of_the_hub(
+def test_only_a_name_written_as_an_id_is_looked_up_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A path that is joined with a file's folder may look like an id."""

@@ -329,7 +329,7 @@ def test_a_sweep_is_refused_before_the_first_rank(tmp_path: Path):
     assert str(say("OUTPUT_IS_A_RUN", path=tmp_path / "run")) in ended(*words, "9")
 
 
-def test_a_sweep_that_stops_goes_on_where_it_has_something(tmp_path: Path):
+def test_an_interrupted_sweep_suggests_the_same_command_if_it_can_resume(tmp_path: Path):
     assert _how_a_sweep_goes_on(tmp_path, (2, 4)) == ""
     run = RunFolder(tmp_path / "rank-4")
     run.checkpoints.mkdir(parents=True)

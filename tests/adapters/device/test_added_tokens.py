@@ -66,7 +66,7 @@ def save_all(architecture: str, root: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-async def test_scores_and_answers_are_pefts(architecture: str, tmp_path: Path) -> None:
+async def test_scores_and_answers_match_peft(architecture: str, tmp_path: Path) -> None:
     """Llama has separate matrices for embedding and head; in qwen2 they are tied."""
     oracles = save_all(architecture, tmp_path)
     async with EngineHarness.start(

@@ -431,7 +431,7 @@ def test_registrations_of_the_first_version_are_read(start: Start, tmp_path: Pat
         lambda fields: fields["kept"][0].pop("facts"),
     ],
 )
-def test_only_what_was_saved_is_read(start: Start, tmp_path: Path, change: Callable) -> None:
+def test_invalid_registrations_are_rejected(start: Start, tmp_path: Path, change: Callable) -> None:
     registry = start(keep_generations=1)
     registry.load("a", "a")
     registry.replace("a", "b")

@@ -105,7 +105,7 @@ async def test_a_soft_prompt_works_on_the_merged_base(server: EngineHarness, roo
         check_score(await score(server, name), load_adapter(oracle, root / name), PROMPT, name)
 
 
-async def test_after_unmerge_every_answer_is_what_it_was(server: EngineHarness) -> None:
+async def test_unmerge_restores_every_answer(server: EngineHarness) -> None:
     """Merges in both precisions, in sequence, also with adapters that depend on the base."""
     mixes: Sequence[tuple[str, ...]] = ((), *((name,) for name in NAMES), ("lora", "dora", "ia3"))
 
@@ -283,7 +283,9 @@ async def test_an_error_names_parts_that_cannot_be_merged(
     assert server.registry.get("lora").in_flight == 0
 
 
-async def test_one_change_at_a_time(server: EngineHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_only_one_change_runs_at_a_time(
+    server: EngineHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(NotMergedError):
         await unmerge(server)
     may_go_on, put = threading.Event(), BaseEdit.put_weight

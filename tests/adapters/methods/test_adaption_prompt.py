@@ -53,7 +53,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("architecture", ["llama", pytest.param("mistral", marks=pytest.mark.long)])
-async def test_scores_and_answers_are_pefts(architecture: str, tmp_path: Path) -> None:
+async def test_scores_and_answers_match_peft(architecture: str, tmp_path: Path) -> None:
     await check_methods(architecture, tmp_path, VARIANTS)
 
 

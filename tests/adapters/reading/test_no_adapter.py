@@ -121,7 +121,7 @@ def write_adapter(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_a_load_and_a_start_say_what_is_wrong(root: Path, kind: str) -> None:
+def test_a_load_and_a_start_report_the_same_error(root: Path, kind: str) -> None:
     spoil, field, reason = FAULTS[kind]
     spoil(root / "m")
     error = refused(root, "m")

@@ -111,7 +111,7 @@ def test_replacements_that_are_rejected(make: Registries) -> None:
     thread.join(WAIT_SECONDS)
 
 
-def test_of_two_who_expect_the_same_generation_one_changes_it(make: Registries) -> None:
+def test_only_one_of_two_replacements_of_the_same_generation_succeeds(make: Registries) -> None:
     registry = make(3, load="a")
     with ThreadPoolExecutor(4) as pool:
         tries = [pool.submit(registry.replace, "a", path, 1) for path in ("b", "c")]

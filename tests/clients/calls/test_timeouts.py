@@ -69,7 +69,7 @@ class Punctual(FakeInference):
         abort(context, grpc.StatusCode.DEADLINE_EXCEEDED, said, info)
 
 
-def test_a_server_whose_clock_is_first_gives_what_there_is():
+def test_a_server_that_reaches_the_deadline_first_returns_the_partial_answer():
     with fake_turret(Punctual) as server, TurretClient(server.address) as client:
         stream = client.generate_stream("a", timeout=5)
         assert next(stream).finish_reason == "DEADLINE"

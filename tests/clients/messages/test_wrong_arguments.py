@@ -278,7 +278,7 @@ def parsed(*arguments: str) -> argparse.Namespace:
         ),
     ],
 )
-def test_errors_name_what_was_typed(verb: tuple[str, ...], flags: dict[str, str]):
+def test_errors_name_the_flag_that_was_typed(verb: tuple[str, ...], flags: dict[str, str]):
     args = parsed(*verb)
     assert {name: as_typed(name, args) for name in flags} == flags
 

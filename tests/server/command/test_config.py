@@ -250,7 +250,7 @@ def test_settings_are_shown_as_they_were_given() -> None:
     ]
 
 
-def test_config_show_prints_what_a_server_would_take(
+def test_config_show_prints_the_settings_of_a_server(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TURRET_MAX_RANK", "64")

@@ -299,7 +299,7 @@ def test_the_command_that_serves_allows_the_rank(
         assert refused.value.metadata["max_rank"] == str(served - 1)
 
 
-def test_what_was_chosen_is_in_the_config(tiny_llama: Path, tmp_path: Path):
+def test_resolved_defaults_are_in_the_config(tiny_llama: Path, tmp_path: Path):
     overrides = ["optimizer.name=paged-adamw8bit", "method.targets=attention", "base.device=cpu"]
     resolved = resolve_tiny(tmp_path, tiny_llama, *overrides)
     config = resolved.config

@@ -128,7 +128,7 @@ def _has_step(run: Path, number: int) -> bool:
     return metrics.exists() and f'"step": {number},' in metrics.read_text()
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(tiny_llama: Path, tmp_path: Path):
+def test_a_killed_run_resumes_with_the_same_result(tiny_llama: Path, tmp_path: Path):
     settings = (*LONG, "optimizer.name=adamw8bit")
     expected = train(tmp_path, tiny_llama, "whole", *settings)
     resolved = resolve_tiny(tmp_path, tiny_llama, EXACT, "run.output=killed", *settings)
@@ -152,7 +152,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tiny_llama: Path, tmp_path: 
     assert names == ["step-00000040.pt", "step-00000050.pt"]
 
 
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tiny_llama: Path, tmp_path: Path):
+def test_an_interrupted_run_resumes_with_the_same_result(tiny_llama: Path, tmp_path: Path):
     """TensorBoard shows the resumed run only once: its steps replace those after the checkpoint."""
 
     def interrupt(row: dict[str, Any]) -> None:

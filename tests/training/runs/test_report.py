@@ -128,7 +128,7 @@ def test_samples_are_answers_of_the_base_and_of_the_adapter(run: RunFolder):
     assert samples[0]["prompt"] in page.turns
 
 
-def test_an_answer_that_goes_on_is_shown_so(run: RunFolder, tmp_path: Path):
+def test_a_cut_answer_is_marked(run: RunFolder, tmp_path: Path):
     """An answer is cut a little past the right answer's length."""
     samples = [json.loads(line) for line in run.samples.read_text().splitlines()]
     # With random weights, no text ends; the file stores the answer unchanged.

@@ -112,7 +112,7 @@ def peft_greedy(model: Any, prompt: list[int], count: int) -> tuple[list[int], l
 
 
 @pytest.mark.parametrize("name", ["one", "two"])
-async def test_scores_and_answers_are_pefts(name: str, root: Path) -> None:
+async def test_scores_and_answers_match_peft(name: str, root: Path) -> None:
     oracle = load_adapter(twin("qwen2").model, root / name)
     plain = twin("qwen2").model
     wanted = ONE if name == "one" else TWO
