@@ -5,9 +5,9 @@ parentheses.
 
 - Hadamard: the weight ignored (18; 10 if only in the last columns), the last columns (10) or inputs
   (4) skipped, u transposed (16), ranks beyond a multiple of four dropped (12).
-- Kronecker: the weight ignored (18), half of the columns of X w2ᵀ not written (6), one row of X used
-  for four (2) or one of w1 for all (8), ranks beyond sixteen (4) or beyond a multiple of four (6)
-  dropped, narrow factors skipped (4), activations written over those of Hadamard (18).
+- Kronecker: the weight ignored (18), half of the columns of X w2ᵀ not written (6), one row of X
+  used for four (2) or one of w1 for all (8), ranks beyond sixteen (4) or beyond a multiple of four
+  (6) dropped, narrow factors skipped (4), activations written over those of Hadamard (18).
 """
 
 from __future__ import annotations

@@ -129,9 +129,10 @@ import turret.server.cli
 from turret.server.app import _build
 from turret.server.config import Config, ModelConfig
 from turret.server.errors import InvalidRequestError
+from turret.server.adapters.state_dir import NoStateDir
 from turret.server.metrics import Metrics
 try:
-    _build(Config(model=ModelConfig(device="cuda:1")), Metrics())
+    _build(Config(model=ModelConfig(device="cuda:1")), Metrics(), NoStateDir())
 except InvalidRequestError as error:
     assert [path for path, _ in error.violations] == ["device"], error
 print(seen)
