@@ -137,7 +137,7 @@ def measure_prompts(run: Session, loras: list[str]) -> None:
                 "seconds": f"{seconds:.2f}",
                 "all": ", ".join(f"{s:.2f}" for s in case.seconds),
                 "tokens/s": f"{case.prompt_tokens * len(case.adapters) / seconds:.0f}",
-                "of base's time": f"{seconds / alone:.2f}" if alone else "",
+                "relative to base": f"{seconds / alone:.2f}" if alone else "",
             }
         )
     print_rows(run.console, "Prompts, until the last request's first token; medians", rows)
@@ -165,12 +165,12 @@ def measure_gaps(run: Session, loras: list[str]) -> None:
                     "case": name,
                     "a step": f"{1e3 * step:.1f}",
                     "the longest gap, for each prompt": shown,
-                    "in steps, median": f"{statistics.median(longest) / step:.2f}",
+                    "median, in steps": f"{statistics.median(longest) / step:.2f}",
                 }
             )
             values = {"step_seconds": step, "gaps_seconds": longest}
             saved.append(({"name": f"a prompt comes, {name}", "rank": _RANK}, values))
-    title = f"{_BATCH - 1} requests decode, a prompt of {_SHORT_TOKENS} tokens comes; ms"
+    title = f"{_BATCH - 1} requests decode while prompts of {_SHORT_TOKENS} tokens arrive; ms"
     print_rows(run.console, title, rows)
     run.save(saved)
 

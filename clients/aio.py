@@ -76,7 +76,7 @@ __all__ = [
     "TurretRpcError",
 ]
 
-# Calls whose second execution would do something else.
+# Calls that are not retried, because executing them twice would have another effect.
 _NOT_REPEATABLE = (
     *("ReplaceAdapter", "RollbackAdapter", "UnloadAdapter", "DeleteAlias"),
     *("MergeAdapters", "UnmergeAdapters"),
@@ -90,7 +90,7 @@ _T = TypeVar("_T")
 def _rpc(
     name: str, kind: type[Result] | None, listed: str = ""
 ) -> Callable[[Callable[_P, Awaitable[_T]]], Callable[_P, Coroutine[Any, Any, _T]]]:
-    """Implement a method as a call, whose request has the arguments as its fields.
+    """Implement a method as an RPC. The arguments become the fields of its request.
 
     Args:
         name: The name of the RPC.
@@ -324,7 +324,7 @@ class AsyncTurretClient(InferenceBase):
             adapters: The mix; empty means the base model.
             pooling: ``last`` (the final state of the last token, the server's default) or ``mean``.
             normalize: Whether each vector has length 1; None means yes.
-            dimensions: How many of the first numbers of each vector are kept; None means all.
+            dimensions: How many leading numbers of each vector to keep; None means all.
             request_id: Identifies the request in the server's log.
             timeout: Deadline in seconds.
         """
@@ -489,7 +489,7 @@ class AsyncAdaptersClient(AdaptersBase):
     ) -> Adapter:
         """Make a kept generation the adapter's current one again.
 
-        Without ``generation``, that is the highest kept one below the current one.
+        The default ``generation`` is the highest kept one below the current one.
         ``expected_generation`` is as in :meth:`replace`.
         """
         ...
@@ -571,7 +571,7 @@ class AsyncAdaptersClient(AdaptersBase):
     async def set_alias(
         self, name: str, targets: AdaptersLike, *, timeout: float | None = None
     ) -> Alias:
-        """Make a name stand for generations of adapters, between which requests are divided.
+        """Point a name at one or several generations, among which requests are divided.
 
         Args:
             name: The name that requests use.
@@ -592,7 +592,7 @@ class AsyncAdaptersClient(AdaptersBase):
 
     @_rpc("DeleteAlias", None)
     async def delete_alias(self, name: str, *, timeout: float | None = None) -> None:
-        """Free the name of an alias."""
+        """Delete an alias."""
         ...
 
     @_rpc("ListAliases", Alias, "aliases")
@@ -729,7 +729,7 @@ class AsyncTrainingClient(TrainingBase):
     ) -> PassResult:
         """Compute losses, and add their gradients to those since the last ``optim_step``.
 
-        A long list is sent in several calls. If one fails, the gradients of those before it stay.
+        A long list is sent in several calls. If one fails, the gradients of earlier calls are kept.
 
         Args:
             model_id: The model.
@@ -764,7 +764,7 @@ class AsyncTrainingClient(TrainingBase):
         grad_clip_norm: float = 0.0,
         timeout: float | None = None,
     ) -> StepResult:
-        """Change the weights by the gradients since the last step, with AdamW.
+        """Update the weights with AdamW, by the gradients added since the last step.
 
         Args:
             model_id: The model.

@@ -11,7 +11,7 @@ TEXTS = {
     "INCLUDES_BEARER": "must not include the word Bearer",
     "NOT_A_PLAIN_NAME": '{value!q} is not an adapter name; pass a weight as ("name", weight)',
     "NOT_A_MIX_MEMBER": "{value!q} is not NAME[@GENERATION][=WEIGHT]",
-    "UNFIT": "{value}: {problem}",
+    "UNFIT": "invalid value {value} ({problem})",
     "UNKNOWN_OPTIONS": "unknown options: {names}",
     "UNKNOWN_MESSAGE_KEY": "unknown key {value!q}; known are {choices}",
     "SINGLE_MESSAGE": "must be a list of messages, not a single message",

@@ -52,7 +52,7 @@ class Nf4Matrix:
         absmax: ``[out · in / block]``: fp32, or bf16 for MXFP4, which is exact.
         out_features: The number of rows.
         in_features: The number of columns, a multiple of 64.
-        format: NF4 or MXFP4. On GPUs, only the kernel of experts reads MXFP4.
+        format: NF4 or MXFP4. On GPUs, only the kernel for experts reads MXFP4.
     """
 
     packed: torch.Tensor
@@ -69,7 +69,7 @@ class Nf4Matrix:
         return blocks.view(self.out_features, self.in_features).to(dtype)
 
     def part(self, rows: slice) -> Nf4Matrix:
-        """Some rows, on the same memory."""
+        """Some rows, as a view of the same memory."""
         codes, blocks = self.in_features // 2, self.in_features // self.format.block
         return Nf4Matrix(
             self.packed[rows.start * codes : rows.stop * codes],

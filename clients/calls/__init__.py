@@ -1,1 +1,1 @@
-"""The course of a call: what it sends, its retries, and its answer, whole or as a stream."""
+"""One call: what it sends, its retries, and its answer, complete or as a stream."""

@@ -91,7 +91,7 @@ def _attend_split(
     last,  # last position any row sees
     start,  # of the split
     row_elements: tl.constexpr,  # KV_HEADS * HEAD_DIM
-    scale,  # times log2(e); times 2 / SOFTCAP as well where there is one
+    scale,  # multiplied by log2(e), and by 2 / SOFTCAP if there is a cap
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WIDE: tl.constexpr,
@@ -147,7 +147,7 @@ def _finish(
     """Store a whole item's result, or a spread item's state; the last program stores the result."""
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
-    # Load again instead of keeping it in registers through the loop over keys.
+    # Load the number of rows again, to free its register during the loop over keys.
     live = m // PER_HEAD < tl.load(record_ptr + 1, volatile=True)
     keep = live[:, None] & (d < HEAD_DIM)[None, :]
     count = tl.load(record_ptr + 8)

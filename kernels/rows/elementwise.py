@@ -1,8 +1,9 @@
 """Elementwise functions in which a row's bits do not depend on the batch.
 
-For ``e^x``, a library computes the last few elements of every thread's share with other
-instructions than the vectors, which may round differently. So the compiled kernel is used, or the
-library for rows that consist of whole vectors, in calls that were tried (``trial.py``).
+A library computes most elements with vector instructions, and the last few of each thread's share
+with scalar ones, which may round differently. This module therefore uses the compiled kernel. Where
+there is none, it pads rows to whole vectors and uses library calls that passed a trial
+(``trial.py``).
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ def _sample(like: torch.Tensor, scale: float) -> torch.Tensor:
 
 # ``silu(x) = x / (1 + e^−x)``; a row's bits do not depend on the batch.
 #
-# torch uses vector instructions, and scalar ones for the last few elements of every thread's share,
-# which round differently. The end of a share depends on the size of the whole tensor. So rows are
-# padded to whole vectors, and computed in calls that were tried (``trial.py``).
+# torch uses scalar instructions for the last few elements of every thread's share, and the end of a
+# share depends on the size of the whole tensor. So rows are padded to whole vectors, in calls that
+# passed a trial (``trial.py``).
 
 
 def row_silu(x: torch.Tensor) -> torch.Tensor:
@@ -55,7 +56,7 @@ def row_silu(x: torch.Tensor) -> torch.Tensor:
 # gelu by its tanh formula (arXiv 1606.08415); a row's bits do not depend on the batch.
 #
 # ``gelu(x) = x / (1 + e^−y)`` with ``y = 2 √(2/π) (x + 0.044715 x³)``, by ``row_exp_`` and
-# operations that are exact to the last bit.
+# operations that are correctly rounded.
 
 
 def row_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -81,8 +82,9 @@ def row_softcap_(x: torch.Tensor, cap: float) -> torch.Tensor:
 
 
 def row_clamped_swiglu(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
-    """``[num_rows, 2 · width]``, alternating, to ``[num_rows, width]``; dtype of ``gate_up``.
+    """Apply the gate to ``[num_rows, 2 · width]``, in which gate and up columns alternate.
 
+    Returns ``[num_rows, width]`` in the dtype of ``gate_up``.
     Each row is bit-identical in any batch.
     """
     gate, up = gate_up.float().unflatten(1, (-1, 2)).unbind(-1)

@@ -3,7 +3,7 @@
 A request's tokens must not depend on the other requests of its batch, and a library does not
 guarantee bits. On a CPU with compiled kernels, these fix the order of every sum
 (``cpu/c/products.c``, ``cpu/c/dense_product.c``). Otherwise a library product is used in calls that
-were tried on this machine (``trial.py``), or else a product of elementwise operations.
+passed a trial on this machine (``trial.py``), or else a product of elementwise operations.
 """
 
 from __future__ import annotations

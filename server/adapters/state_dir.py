@@ -531,8 +531,8 @@ class StateDir(SharedStateDir):
             try:
                 replace_file(path, json.dumps(fields, indent=1).encode())
             except OSError:
-                # The file may have been replaced nevertheless. A restart could then find targets
-                # that were not kept.
+                # The file may have been replaced despite the error. A restart could then find
+                # targets that were not kept.
                 with contextlib.suppress(OSError):
                     if before is None:
                         path.unlink(missing_ok=True)

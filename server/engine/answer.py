@@ -159,8 +159,8 @@ class AnswerMemory:
     """Counts the memory of requests and their answers. Belongs to one event loop.
 
     Args:
-        most: The limit in bytes. One tenant may have half of it when a request of it arrives, and
-            three quarters while its answers grow, so that a quarter is left to others.
+        most: The limit in bytes. A tenant may hold half of it when one of its requests arrives,
+            and three quarters while its answers grow, so that a quarter is left to others.
 
     Attributes:
         most: The limit.
@@ -173,10 +173,10 @@ class AnswerMemory:
         self._held_of: Counter[bytes] = Counter()
 
     def hold(self, num_bytes: int, tenant: bytes) -> bool:
-        """Count memory (negative: that is free again).
+        """Count memory that is taken, or memory that is freed if the number is negative.
 
         Returns:
-            Whether an answer that takes it may grow further.
+            Whether an answer that takes this memory may grow further.
         """
         self.held += num_bytes
         if not tenant:
@@ -196,11 +196,11 @@ class AnswerMemory:
         return self.most * 3 // 4 if tenant else self.most
 
     def admit(self, request: Request) -> None:
-        """Check that a request fits. One that is alone may take more than the limit.
+        """Check that a request fits. A request that is alone may take more than the limit.
 
         Raises:
-            QueueFullError: It would fit later.
-            BudgetExceededError: It never fits.
+            QueueFullError: The request would fit later.
+            BudgetExceededError: The request never fits.
         """
         tenant, num_bytes = request.tenant, request.num_bytes
         most = self.most // 2 if tenant else self.most
@@ -221,7 +221,7 @@ class AnswerMemory:
 # logprobs of a long prompt.
 MAX_UNREAD_BYTES = 8 << 20
 # The same for an answer whose tenant already holds too much memory. A client that reads as fast as
-# it can has less.
+# it can never has this much unread.
 _LEAST_UNREAD_BYTES = 64 << 10
 
 

@@ -75,8 +75,8 @@ def check_vocabulary(request: Request, mix: Mix) -> int:
 
     Raises:
         InvalidRequestError: Several adapters have their own vocabulary, or one does and its weight
-            is not 1, because the base has no row with which a new token's row could be weighted. Or
-            it is combined with an adapter that leaves a part of the computation to the base.
+            is not 1, because the base has no row for a new token to be weighted with. Or such an
+            adapter is combined with one that leaves a part of the computation to the base.
         UnavailableError: The adapter was replaced since the request was tokenised.
     """
     own = [(a, weight) for a, weight in mix.members if a.facts.vocab_size]
@@ -189,7 +189,7 @@ class EngineLoop:
         scheduler: Made for the same cache and adapters as ``runner``.
         runner: Computes steps.
         adapters: Holds adapters until their requests end.
-        metrics: Counts.
+        metrics: The metrics to update.
         send: Hands outputs to the event loop; callable from the engine thread.
         allow_merged_twice: Whether requests may name adapters that are part of the base.
 
@@ -241,7 +241,7 @@ class EngineLoop:
         self._inbox.put(command)
 
     def post_background(self, work: Background) -> None:
-        """Post work that runs while no request does, and a little of the time otherwise."""
+        """Post work that runs while no request does, and for a small share of time otherwise."""
         self._inbox.put(lambda: self._background.append(work))
 
     @property
@@ -455,7 +455,7 @@ class EngineLoop:
         self._observer.preempted(step.num_preempted)
         if not step.scheduled:
             self._hand_out()
-            # A cancellation may have ended what the last report counted.
+            # Report again: a cancellation may have ended requests that the last report counted.
             self._observer.state()
             return
         for item in step.scheduled:

@@ -36,24 +36,25 @@ from turret.v1 import adapters_pb2, inference_pb2
 
 # Limits on concurrent gRPC calls over all clients.
 
-# A single connection may open as many (``_OPTIONS`` in server.py), so that no burst is cut off.
+# The total. A single connection may open all of them (``_OPTIONS`` in server.py), so that no burst
+# is cut off.
 MOST_CALLS = 1 << 14
 # Limit for one token, so that its calls do not keep others out.
 MOST_CALLS_PER_TOKEN = MOST_CALLS * 3 // 4
 # Limit for services that require no token: health (a watch never ends) and reflection.
 MOST_OPEN_CALLS = 4096
-# Messages of a service that arrive at the same time. gRPC keeps the parts of a message until it is
-# complete, up to 4 MiB, and does not report their size.
+# Limit for messages of one service that are being received at the same time. gRPC buffers a message
+# until it is complete, up to 4 MiB, and does not report how much it holds.
 MOST_ARRIVING = 64
 # The same for a service that requires no token, whose messages are short.
 MOST_ARRIVING_OPEN = 16
 
 
 class Arrivals:
-    """Lets a limited number of messages arrive at the same time.
+    """Limits how many messages are received at the same time.
 
-    One token, or one address without a token, has three quarters of the places. Its messages then
-    wait for one another, and the messages of other clients do not wait for them.
+    One token, or one address without a token, may take three quarters of the places. Its further
+    messages wait for one another, and those of other clients do not wait for them.
 
     Args:
         most: The number of places.
@@ -77,7 +78,7 @@ class Arrivals:
 
 # Request messages on their way from gRPC to a handler.
 
-# A client that sends a message more slowly has gone, or holds a place for which others wait.
+# A client that takes longer to send a message is gone, or holds a place that others wait for.
 MESSAGE_SECONDS = 60.0
 
 
@@ -104,9 +105,9 @@ class Received:
 
 
 def tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Received]:
-    """A deserialiser that returns invalid bytes unchanged, so that the handler reports them.
+    """A deserialiser that accepts invalid bytes, so that the handler can report them.
 
-    By default, gRPC would report them as a bug of the server.
+    If the deserialiser raised an error, gRPC would report a bug of the server.
     """
 
     def parse(data: bytes) -> Received:
@@ -121,10 +122,10 @@ def tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Re
 async def one_message(
     requests: AsyncIterator[Received], party: Party, arrivals: Arrivals
 ) -> Received:
-    """The message of a call that has one.
+    """The request of a call with a single request message.
 
     Args:
-        requests: The message from gRPC.
+        requests: gRPC's stream of the call's messages.
         party: The client.
         arrivals: The places in which messages arrive.
 
@@ -246,7 +247,7 @@ COUNTED = frozenset(
 # Calls with many inputs. Their handlers count each input against the limits of the calling party.
 MANY = frozenset(f"/turret.v1.Inference/{name}" for name in ("Embed", "EmbedStream", "Classify"))
 
-# Every method that some address of the server answers.
+# Every method that the server offers, at any of its addresses.
 _METHODS = frozenset(
     f"/{service.full_name}/{method.name}"
     for file in (inference_pb2.DESCRIPTOR, adapters_pb2.DESCRIPTOR)
@@ -287,9 +288,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self, services: Services) -> None:
         self._services = services
         self._open_calls = Places()
-        # Calls whose message another server's handler waits for (see ``receiving``).
+        # Calls that still send their message to another server's handler (see ``receiving``).
         self._receiving_calls = Places()
-        # Messages that arrive, by service: slow messages to one service must not delay another.
+        # Places by service: slow messages to one service must not delay another service.
         self._arrivals: dict[str, Arrivals] = {}
 
     async def intercept_service(
@@ -356,12 +357,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def receiving(self, method: str, handler: Any, context_of: Callable[[Any], Any]) -> Any:
         """A handler that checks a call and receives its message before ``handler`` runs.
 
-        It is for a server that would otherwise read the messages of any number of callers first.
+        Use it for a server that would otherwise read messages before it checks the calls.
         ``handler`` calls ``run`` itself.
 
         Args:
             method: The method, as ``/package.Service/Method``.
-            handler: The handler that answers. One for a stream of messages is returned unchanged.
+            handler: The handler that answers. A handler for streams is returned unchanged.
             context_of: Makes the context for ``run`` from gRPC's own.
         """
         if handler.request_streaming:
@@ -383,7 +384,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 await self._refuse(method, context_of(context), error.with_traceback(None))
                 return
             answers = behaviour(message, context)
-            # Drop it here, so that ``handler`` decides how long it is kept.
+            # Drop this reference, so that ``handler`` decides how long the message is kept.
             del message
             if handler.response_streaming:
                 async with contextlib.aclosing(answers):
@@ -494,7 +495,7 @@ def _limits(method: str, tenant: bytes) -> Iterator[Limit]:
 def authorization_of(metadata: Iterable[tuple[str, str | bytes]]) -> str | bytes | None:
     """The call's only ``authorization``; None if it has several."""
     found = [value for key, value in metadata if key == "authorization"]
-    # If there are several headers, a proxy in front may have checked another one.
+    # If there are several headers, a proxy in front may have checked a different one.
     return found[0] if len(found) == 1 else None
 
 
@@ -518,7 +519,7 @@ def _code(status: grpc.StatusCode) -> Code:
 
 
 def _streaming(answer: Callable[[Any, Any], Awaitable[None]], handler: Any) -> Any:
-    """A handler for streams of messages, in the place of another."""
+    """A handler for streams of messages that replaces ``handler``."""
     return grpc.stream_stream_rpc_method_handler(
         answer,
         request_deserializer=tolerant(handler.request_deserializer),

@@ -77,7 +77,7 @@ TEXTS: dict[str, str] = {
     "BAD_FILE": "file {file!q:.200} {why}",
     "PATH_LENGTH": "must have 1 to {most} characters, not {found}",
     "PATH_CHARACTERS": "must not contain control characters or backslashes",
-    "PATH_OUTSIDE_ROOT": "must be inside the adapter root, without `..`",
+    "PATH_OUTSIDE_ROOT": "must be relative to the adapter root, without `..`",
     "LINK_OUTSIDE_ROOT": "leaves the adapter root through a symbolic link",
     "NO_ADAPTER_ROOT": "needs a server with --adapter-root",
     "NO_SUCH_PATH": "does not exist in the adapter root {root}",

@@ -48,7 +48,7 @@ async def test_every_input_gets_its_label() -> None:
     assert answer.usage.prompt_tokens == 7
 
 
-async def test_what_the_engine_refuses_of_the_mix_is_the_calls() -> None:
+async def test_an_engine_error_about_the_mix_fails_the_whole_call() -> None:
     async with harness() as server:
         server.engine.refuse = InvalidRequestError.of("adapters", "the mix has no head")
         failure = await failure_of(server.inference.Classify(texts("a", "b")))
@@ -93,7 +93,7 @@ def test_probabilities_of_each_kind() -> None:
     assert probabilities(Head(("a",), REGRESSION), logits[:1]) == [None]
 
 
-async def test_vllms_form_of_labels() -> None:
+async def test_labels_in_vllms_format() -> None:
     async with http_harness() as server:
         found = (await server.post(PATH, {"model": "sql", "input": ["abc", [1]]})).json()
         turns = [{"role": "user", "content": "hi"}]
@@ -113,7 +113,9 @@ async def test_vllms_form_of_labels() -> None:
     assert chat["data"][0]["label"] == "long"
 
 
-async def test_many_labels_are_written_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_many_labels_are_serialised_outside_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """2,048 inputs with 77 labels each take a quarter of a second."""
     threads: list[bool] = []
     write = texts_module._labels

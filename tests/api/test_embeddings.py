@@ -282,16 +282,14 @@ async def test_openais_form_of_vectors() -> None:
         ({"model": None}, "model"),
     ],
 )
-async def test_what_is_wrong_is_named_as_the_client_named_it(
-    change: dict[str, Any], param: str
-) -> None:
+async def test_errors_use_the_clients_field_names(change: dict[str, Any], param: str) -> None:
     async with http_harness() as server:
         refused = await server.refused(PATH, {"model": "base", "input": "a", **change})
         assert (refused.status, refused.param) == (400, param), refused.message
         assert not server.engine.requests
 
 
-def test_distinct_generations_are_told_once_each() -> None:
+def test_each_generation_is_reported_once() -> None:
     def ended(generation: int, cold: bool) -> Finish:
         request = Request(request_id="r", prompt_token_ids=(1,), adapters=(AdapterRef(name="a"),))
         done = finish(request)

@@ -100,7 +100,7 @@ async def is_served(address: str, start: Any, context: ssl.SSLContext | None) ->
 
 
 @SERVERS
-async def test_only_new_versions_and_strong_ciphers_are_spoken(pem: Path, start: Any) -> None:
+async def test_only_new_versions_and_strong_ciphers_are_accepted(pem: Path, start: Any) -> None:
     async with start(secured(pem, mutual=False)) as address:
         for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
             context = context_of(pem, start)
@@ -128,7 +128,9 @@ async def test_plain_text_on_a_tls_port_is_not_answered(pem: Path, start: Any) -
 
 
 @SERVERS
-async def test_only_certificates_of_the_authority_come_in(pem: Path, start: Any) -> None:
+async def test_only_client_certificates_of_the_authority_are_accepted(
+    pem: Path, start: Any
+) -> None:
     async with start(secured(pem, mutual=True)) as address:
         assert await is_served(address, start, context_of(pem, start, "client"))
         for refused in (None, "stranger", "alone", "expired", "purpose"):

@@ -104,7 +104,7 @@ async def test_slow_reads_delay_only_other_reads_and_take_turns(
     assert adapters.read_names.index("b") <= 4
 
 
-async def test_a_fault_is_told_to_all_and_not_kept(
+async def test_an_error_reaches_every_caller_and_is_not_cached(
     adapters: Adapters, vocabularies: Vocabularies, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(adapter: Any) -> Any:

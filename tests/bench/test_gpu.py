@@ -115,7 +115,7 @@ def test_tuning_prints_a_row_for_the_table():
 
 @WITHOUT_GPU
 @pytest.mark.parametrize("args", [(), ("2",), ("--only", "step")])
-def test_without_a_gpu_it_says_so(args: tuple[str, ...]):
+def test_without_a_gpu_the_script_suggests_a_dry_run(args: tuple[str, ...]):
     done = run(*args)
     assert done.returncode == 2
     assert "--dry" in done.stderr

@@ -21,7 +21,7 @@ UNREACHED = ["localhost:abc", ":50051", "a b:1", "127.0.0.1:1,127.0.0.1:2", "uni
 
 
 @pytest.mark.parametrize(("address", "reason"), WRONG.items(), ids=map(repr, WRONG))
-def test_an_address_that_is_none_is_refused(address: str, reason: str):
+def test_an_invalid_address_is_rejected(address: str, reason: str):
     for name in ("address", "admin_address"):
         with pytest.raises(ValueError, check=says(reason)) as raised:
             TurretClient(**{name: address})  # type: ignore[arg-type]

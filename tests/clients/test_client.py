@@ -211,7 +211,7 @@ def test_unary_deadline_defaults_to_the_clients(client: TurretClient, server: Fa
     assert server.inference.time_remaining is None
 
 
-def test_error_carries_what_the_server_said(client: TurretClient):
+def test_an_error_has_the_details_that_the_server_sent(client: TurretClient):
     with pytest.raises(TurretRpcError) as raised:
         client.generate("a", adapters="nope")
     error = raised.value

@@ -24,7 +24,7 @@ def pickled(protocol: int) -> Callable[[TurretRpcError], TurretRpcError]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, *map(pickled, (0, 2, 5))])
-def test_an_error_of_another_process_is_the_same(kind: type[TurretRpcError], again):
+def test_an_error_survives_pickling(kind: type[TurretRpcError], again):
     error = kind(
         grpc.StatusCode.NOT_FOUND,
         "no adapter a",
@@ -40,7 +40,7 @@ def test_an_error_of_another_process_is_the_same(kind: type[TurretRpcError], aga
     assert (str(made), made.args, vars(made)) == (str(error), error.args, vars(error))
 
 
-def test_a_cut_answer_keeps_what_there_was_of_it():
+def test_a_cut_answer_keeps_its_partial_text():
     answer = inference_pb2.GenerateResponse(text="Once", token_ids=[1, 2])
     error = AnswerCutError.of(Completion.from_proto(answer))
     made = pickle.loads(pickle.dumps(error))

@@ -73,7 +73,7 @@ async def test_the_asyncio_client_asks_the_same(server: FakeTurret) -> None:
         ("a", {"dimensions": -1}, ValueError),
     ],
 )
-def test_what_is_no_list_of_prompts_is_refused(
+def test_inputs_that_are_not_prompts_are_rejected(
     server: FakeTurret, inputs: object, options: dict[str, object], error: type[Exception]
 ) -> None:
     with TurretClient(server.address) as client, pytest.raises(error):
@@ -137,7 +137,7 @@ def test_a_narrow_terminal_cuts_no_share_of_a_label(
     assert printed.replace("label", "").replace("[b]", "").count("b") == 60
 
 
-def test_labels_come_with_all_that_a_head_says(server: FakeTurret) -> None:
+def test_labels_have_all_details_of_the_head(server: FakeTurret) -> None:
     with TurretClient(server.address) as client:
         found = client.classify(["a b", [1]], adapters="sql", request_id="r")
     assert found.labels == ("[b]", "[b]")

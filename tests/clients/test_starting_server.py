@@ -70,7 +70,7 @@ def test_health_reports_what_answers_instead_of_a_server(
     assert capsys.readouterr().err.startswith("error: UNAVAILABLE (NOT_REACHED): ")
 
 
-def test_a_call_says_how_to_wait_for_the_model(
+def test_a_call_suggests_how_to_wait_for_the_model(
     run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(server.inference, "_accept", _refuse)

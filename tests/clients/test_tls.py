@@ -102,7 +102,7 @@ def test_nothing_less_will_do(pem: Path, address: str, missing: str):
         (["--tls-cert", "server.crt"], "error: --tls-key: "),
     ],
 )
-def test_the_command_says_which_flag_is_missing(
+def test_the_command_reports_invalid_tls_flags(
     pem: Path, address: str, flags: list[str], meaning: str, capfd: pytest.CaptureFixture[str]
 ):
     (pem / "text").write_text("no PEM")
@@ -114,7 +114,7 @@ def test_the_command_says_which_flag_is_missing(
 
 
 @pytest.mark.parametrize("own", [None, "server"])
-async def test_a_client_with_tls_is_told_of_the_certificate(
+async def test_a_missing_or_wrong_client_certificate_is_reported(
     pem: Path, address: str, own: str | None, capfd
 ):
     """A server that requires a certificate just closes connections with none or a wrong one."""
@@ -169,7 +169,7 @@ def test_no_line_of_grpcs_own_comes_beside_the_error():
     assert done.stdout.count("\n") == 1
 
 
-def test_what_is_no_certificate_is_told_as_such(address: str):
+def test_an_invalid_certificate_is_reported(address: str):
     tls = Tls(ca=b"-----BEGIN CERTIFICATE-----\nno\n")
     with (
         TurretClient(address, tls=tls, max_retries=0) as client,
@@ -179,7 +179,7 @@ def test_what_is_no_certificate_is_told_as_such(address: str):
     assert raised.value.reason == "TLS_FAILED"
 
 
-def test_the_command_says_of_a_server_without_tls_that_it_has_none(
+def test_the_command_reports_a_server_without_tls(
     capfd: pytest.CaptureFixture[str],
 ):
     with fake_turret() as server:
@@ -187,7 +187,7 @@ def test_the_command_says_of_a_server_without_tls_that_it_has_none(
     assert "UNAVAILABLE (TLS_FAILED): " in capfd.readouterr().err
 
 
-def test_a_pem_file_that_is_not_there_is_told_by_its_argument(tmp_path: Path):
+def test_a_missing_pem_file_is_reported_with_its_path(tmp_path: Path):
     with pytest.raises(FileNotFoundError) as raised:
         Tls.from_files(ca=tmp_path / "a")
     assert str(raised.value).endswith("a: No such file or directory")

@@ -78,7 +78,7 @@ def schema(value: Any) -> ConstraintSpec:
         ),
     ],
 )  # fmt: skip
-def test_what_is_let_through(
+def test_answers_that_a_constraint_allows_and_rejects(
     tokenizer: Tokenizer, kind: Kind, text: str, good: list[str], bad: list[str]
 ) -> None:
     constraint = compiled(kind, *([text] if text else []))
@@ -133,7 +133,7 @@ def test_choices_are_taken_literally(tokenizer: Tokenizer) -> None:
         assert not is_followed(constraint, tokenizer.encode(text)), text
 
 
-def test_random_walks_through_a_schema_give_what_it_describes(tokenizer: Tokenizer) -> None:
+def test_random_walks_through_a_schema_give_valid_values(tokenizer: Tokenizer) -> None:
     constraint = compiled("json_schema", json.dumps(PERSON))
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -202,7 +202,7 @@ def test_random_walks_through_a_schema_give_what_it_describes(tokenizer: Tokeniz
         (ConstraintSpec("grammar", ("start: @other",)), ["grammar"], "CONSTRAINT_INVALID"),
     ],
 )  # fmt: skip
-async def test_what_cannot_be_met_is_refused_with_its_path(
+async def test_an_unsupported_schema_is_rejected_with_its_path(
     compiler: ConstraintCompiler, spec: ConstraintSpec, paths: list[str], reason: str
 ) -> None:
     with pytest.raises(InvalidRequestError, check=says(reason)) as refused:
@@ -219,7 +219,7 @@ async def test_what_cannot_be_met_is_refused_with_its_path(
         ("grammar", 'start: "b" ' + "A " * 3000 + '| "cx"\nA: "' + "ab" * 1500 + '"'),
     ],
 )
-async def test_a_text_of_megabytes_that_must_come_is_not_made(
+async def test_a_forced_text_of_megabytes_is_not_tokenized(
     compiler: ConstraintCompiler, kind: Kind, text: str
 ) -> None:
     """The library would hold the GIL for seconds while it tokenizes the text."""
@@ -340,7 +340,7 @@ async def test_tokens_take_turns_and_leave_places_for_others(
     assert isinstance(await compiler.compile(ConstraintSpec("regex", ("a",)), b"alice"), Constraint)
 
 
-async def test_tokenizers_that_cannot_be_followed() -> None:
+async def test_tokenizers_that_do_not_support_constraints() -> None:
     class Odd:
         eos_token_ids: frozenset[int] = frozenset()
         vocab_size = 5
@@ -385,7 +385,7 @@ async def test_panics_of_the_library_are_errors(
     made.close()
 
 
-def test_an_answer_does_not_depend_on_who_filled_the_lexer(
+def test_an_answer_does_not_depend_on_earlier_use_of_the_lexer(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiler_module, "_MAX_LEXER_STATES", 400)
@@ -408,7 +408,9 @@ def test_an_answer_does_not_depend_on_who_filled_the_lexer(
     assert renewals, "the lexer never filled up"
 
 
-def test_what_takes_too_long_ends_its_own_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_constraint_that_is_too_slow_ends_only_its_own_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     constraint = compiled("regex", "a*")
     clock = iter(range(0, 1000, 1))
     slow = constraint.matcher()

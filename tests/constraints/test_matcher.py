@@ -82,7 +82,7 @@ def behind(constraint: Constraint, tokens: list[int]) -> Matcher:
 
 
 @pytest.mark.parametrize(("kind", "text"), CONSTRAINTS)
-def test_what_is_taken_is_what_the_mask_allows(
+def test_the_matcher_accepts_exactly_what_its_mask_allows(
     tokenizer: Tokenizer, compiler: ConstraintCompiler, kind: Kind, text: str
 ) -> None:
     constraint = compiler._compile(ConstraintSpec(kind, (text,)))

@@ -286,7 +286,7 @@ def stack_bytes() -> int:
     return size.value
 
 
-async def test_what_cannot_be_followed_ends_its_own_request_alone(model: Path) -> None:
+async def test_a_constraint_that_cannot_be_followed_ends_only_its_own_request(model: Path) -> None:
     # The grammar has many alternatives only from the second character on.
     names = [f"B{i}" for i in range(2100)]
     rules = [f"{name}: /[b-y]{{1,9}}{name}/" for name in names]
@@ -300,7 +300,7 @@ async def test_what_cannot_be_followed_ends_its_own_request_alone(model: Path) -
         assert (await harness.run(beside)).bits == alone.bits
 
 
-def test_a_fault_of_the_library_is_no_fault_of_the_engine(
+def test_a_panic_of_the_library_does_not_end_the_engine(
     schema: Constraint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Panic(BaseException):

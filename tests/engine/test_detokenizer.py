@@ -69,7 +69,7 @@ def test_text_under_min_tokens_does_not_stop() -> None:
     assert ("".join(out), stopped) == ("ENDmore", "END")
 
 
-def test_what_is_held_at_the_end_is_not_lost() -> None:
+def test_text_held_back_at_the_end_is_returned() -> None:
     out, stopped = feed(["abc EN"], ["END"])
     assert (out, stopped) == (["abc ", "EN"], None)
 

@@ -112,7 +112,7 @@ async def test_refused_requests_leave_the_engine_as_it_was(model: Path) -> None:
         assert (await harness.run(make_request([5, 6, 7]))).bits == before.bits
 
 
-async def test_a_prompt_that_is_too_long_is_told_once_with_what_fits(model: Path) -> None:
+async def test_a_prompt_that_is_too_long_is_reported_once(model: Path) -> None:
     alone: dict[str, Any] = {"prompt_token_ids": (1,) * 513}
     with_answer: dict[str, Any] = {"prompt_token_ids": (1,), "stop": StopConditions(max_tokens=600)}
     async with EngineHarness.start(model) as harness:

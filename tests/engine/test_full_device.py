@@ -88,7 +88,7 @@ async def test_answers_are_those_of_a_device_with_memory(
         assert one.bits == two.bits
 
 
-async def test_a_step_that_fits_once_memory_was_freed_preempts_nobody(tmp_path: Path) -> None:
+async def test_a_step_that_fits_after_memory_is_freed_preempts_no_request(tmp_path: Path) -> None:
     base = twin("llama")
     async with EngineHarness.start(base.folder, tmp_path) as harness:
         run, failed = TorchExecutor.run, []

@@ -76,7 +76,7 @@ async def test_answers_are_those_given_alone(
         assert [answer.bits for answer in await harness.run_all(requests)] == alone
 
 
-async def test_the_log_says_what_serves(
+async def test_the_log_lists_the_implementations_in_use(
     tiny: tuple[Path, Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def said() -> dict[str, str]:

@@ -130,7 +130,7 @@ async def test_logits_that_reach_their_cap_tell_themselves(root: Path, asked: Co
     ],
     ids=["repetition", "presence", "frequency", "bias", "drawn", "logprobs"],
 )
-async def test_who_asks_for_more_gets_all_logits(
+async def test_a_request_for_more_logits_gets_all_of_them(
     root: Path, asked: Counter[str], changes: dict[str, Any]
 ) -> None:
     """The other requests of the step also get all logits, with the same tokens as alone."""
@@ -171,7 +171,7 @@ async def test_end_tokens_are_banned_until_min_tokens(root: Path, asked: Counter
         ("[ab]{12}", range(1)),  # forbids nearly all tokens
     ],
 )
-async def test_a_grammar_is_asked_of_what_was_told(
+async def test_a_grammar_checks_the_likeliest_token_first(
     root: Path, asked: Counter[str], pattern: str, told: range
 ) -> None:
     """If the grammar rejects a token, this step and the next ones use all logits."""
@@ -226,7 +226,7 @@ async def test_it_can_be_left_out(root: Path, asked: Counter[str]) -> None:
 
 
 @pytest.mark.parametrize("is_finite", [True, False])
-def test_the_start_says_screened_only_of_a_head_that_is(
+def test_the_log_reports_screening_only_for_a_screened_head(
     is_finite: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = save_tiny_model("qwen3", tmp_path / "model", changes=FAMILIES["qwen3"])

@@ -364,7 +364,7 @@ def test_a_fault_in_one_request_ends_that_request_alone(
 
 
 @pytest.mark.parametrize("kind", [OverflowError, BaseException])
-def test_whatever_ends_the_thread_ends_every_request(
+def test_an_error_that_ends_the_thread_ends_every_request(
     make: Registries, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
 ) -> None:
     """Panics of libraries in Rust are not Exceptions."""

@@ -75,7 +75,7 @@ def test_products_keep_their_bits(
     assert torch.equal(table_product(x[:, 5:], table), alone[:, 5:])
 
 
-def test_the_choice_says_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_choice_reports_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = cancelling(4, 80, 192, torch.float32)
     found = {}
     for library in LIBRARIES:

@@ -146,7 +146,7 @@ def adjusted_one_by_one(logits: torch.Tensor, sequence: Sequence) -> torch.Tenso
     return row
 
 
-def test_what_is_kept_between_steps_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_kept_between_steps_does_not_change_results(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens one by one, with a jump in between, so that the first tensors are too small."""
     monkeypatch.setattr("turret.server.engine.step.sampler._FIRST_CAPACITY", 8)
     vocab = 300

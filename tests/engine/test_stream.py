@@ -46,7 +46,7 @@ class Held:
         return self.may_grow
 
 
-async def test_what_is_unread_is_held_and_the_end_frees_all() -> None:
+async def test_unread_output_is_counted_until_the_stream_ends() -> None:
     held = Held()
     assert held.num_bytes == REQUEST_BYTES
     output = Output(text="x" * 500)
@@ -126,7 +126,7 @@ async def test_an_unread_answer_ends_early_if_its_tenant_holds_too_much() -> Non
     assert held.num_bytes == 0
 
 
-async def test_one_large_part_is_no_backlog() -> None:
+async def test_one_large_part_does_not_count_as_a_backlog() -> None:
     """A long prompt's logprobs arrive in one piece, and the first token during their conversion."""
     held = Held()
     logprob = TokenLogprob(token_id=1, text="a", logprob=-1.0)

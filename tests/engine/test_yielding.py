@@ -14,7 +14,7 @@ from turret.server.engine.scheduling.request import SamplingParams
 LONG, SHORT = 120, 4
 
 
-async def test_who_yields_a_place_gets_equal_bits(tmp_path: Path) -> None:
+async def test_a_preempted_request_gets_the_same_bits(tmp_path: Path) -> None:
     model = save_tiny_model("llama", tmp_path / "model")
     write_adapter(tmp_path / "adapters", arch_of(model), AdapterSpec("polite", rank=4), 0)
     sampled = SamplingParams(temperature=0.9, seed=7, repetition_penalty=1.2, presence_penalty=0.3)

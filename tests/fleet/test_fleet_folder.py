@@ -128,7 +128,7 @@ def test_a_fleet_is_found_while_its_command_lives(tmp_path: Path) -> None:
     assert not folder.path.exists()
 
 
-def test_what_a_killed_fleet_left_is_removed_and_a_living_one_is_let_be(
+def test_files_of_a_killed_fleet_are_removed_and_those_of_a_live_one_kept(
     tmp_path: Path, temporary: Path
 ) -> None:
     # The folder of joined clusters, and a file: both have no owner.

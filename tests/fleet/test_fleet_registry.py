@@ -59,7 +59,7 @@ def test_an_operation_of_another_incarnation_is_not_taken_for_ones_own() -> None
         other.outcome(operation, 1.0)
 
 
-def test_who_replaces_says_what() -> None:
+def test_a_replacement_names_the_generation_it_replaces() -> None:
     registry, _ = fleet()
     registry.submit(register("a", "d1"), 1.0)
     with pytest.raises(AdapterExistsError):
@@ -109,7 +109,7 @@ def test_a_replica_with_another_base_is_refused() -> None:
         registry.join(m.Join(replica="x", base_name="other", base_digest="other"), 1.0)
 
 
-def test_use_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_usage_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     registry, (first, _) = fleet()
     used = {"a": m.AdapterUsage(in_flight=1), "b": m.AdapterUsage(residency="host")}
     monkeypatch.setattr(first, "usage", lambda: used)
@@ -159,7 +159,7 @@ def test_a_merge_whose_member_was_changed_by_another_server_is_not_restored() ->
     assert FleetRegistry(disk, now=3.0).state.base == m.Base(generation=3)
 
 
-def test_what_belongs_to_an_earlier_session_counts_for_nothing() -> None:
+def test_reports_of_an_earlier_session_are_ignored() -> None:
     registry, (first, _) = fleet()
     question = first.follower.next_call()
     assert isinstance(question, m.Report)

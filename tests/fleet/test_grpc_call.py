@@ -145,7 +145,7 @@ async def test_a_refusal_before_any_message(interceptor: CallInterceptor) -> Non
         (["10.0.0.7", "somebody"], "ipv4:127.0.0.1:1", ("127.0.0.1", 1)),
     ],
 )
-def test_a_call_is_its_clients_and_not_the_ingresss(
+def test_a_call_belongs_to_its_client_and_not_to_the_ingress(
     said: list[str], peer: str, client: tuple[str, int]
 ) -> None:
     inner = Inner(*(("x-forwarded-for", value) for value in said))

@@ -61,7 +61,7 @@ def test_a_block_that_breaks_off_hides_nothing_behind_it() -> None:
     assert lines.kept("a", None, [*NOISE[:4], *OTHER]) == OTHER
 
 
-def test_a_controller_that_was_asked_to_end_is_no_failure() -> None:
+def test_the_requested_end_of_a_controller_is_not_reported() -> None:
     lines = LineFilter(lambda: False)
     assert lines.kept("raylet", None, [ENDS, DIES]) == [DIES]
 
@@ -107,5 +107,5 @@ _REMOTE = (
         (f"{_REMOTE}gone\n", "gone"),
     ],
 )
-def test_of_a_traceback_its_end_is_said(text: str, said: str) -> None:
+def test_the_last_line_of_a_traceback_is_reported(text: str, said: str) -> None:
     assert cause(text) == said

@@ -37,7 +37,7 @@ def fleet(tmp_path: Path, root: Path) -> Iterator[Fleet]:
     made.close()
 
 
-def test_what_one_loads_all_serve_under_the_same_identity(fleet: Fleet) -> None:
+def test_an_adapter_loaded_by_one_replica_has_the_same_identity_on_all(fleet: Fleet) -> None:
     first, second = fleet.start(), fleet.start()
     loaded = first.registry.load("a", "a")
     there = second.registry.get("a")
@@ -205,7 +205,7 @@ def test_a_fleet_and_a_single_server_read_each_others_versions(tmp_path: Path, r
     registry.close()
 
 
-def test_what_the_hub_has_is_of_one_commit_everywhere(
+def test_all_replicas_load_the_same_commit_from_the_hub(
     tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fleet = Fleet(tmp_path / "state", root, adapter_hub=("acme",))
@@ -234,7 +234,7 @@ def test_a_replica_that_comes_later_serves_when_it_knows_everything(fleet: Fleet
     until(lambda: second.registry.get("b").pinned)
 
 
-def test_use_is_told_again_to_a_registry_that_comes_back(fleet: Fleet) -> None:
+def test_usage_is_reported_again_to_a_restarted_registry(fleet: Fleet) -> None:
     first, second = fleet.start(), fleet.start()
     first.registry.load("a", "a")
     mix = second.registry.acquire(refs("a"))

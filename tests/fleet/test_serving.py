@@ -355,7 +355,7 @@ def test_a_merge_is_every_replicas_and_that_of_one_which_comes_later(fleet: Serv
         assert everywhere(fleet, "base") == plain
 
 
-def test_health_is_told_by_service(fleet: ServingFleet) -> None:
+def test_health_is_reported_per_service(fleet: ServingFleet) -> None:
     assert is_serving(fleet.address) == (True, "SERVING")
     assert is_serving(fleet.address, "turret.v1.Inference") == (True, "SERVING")
     assert is_serving(fleet.address, "turret.v1.Nobody") == (False, "NOT_FOUND")

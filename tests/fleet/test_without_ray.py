@@ -87,7 +87,7 @@ def test_a_signal_waits_until_ray_has_connected() -> None:
     )
 
 
-def test_cluster_says_what_is_missing(
+def test_cluster_reports_the_missing_extra(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -277,7 +277,7 @@ def test_a_shell_reads_the_variables_of_the_ingress(tmp_path: Path) -> None:
     assert json.loads(shell.stdout).items() >= wanted.items()
 
 
-def test_the_files_of_the_ingress_are_nobody_elses(
+def test_the_files_of_the_ingress_are_private(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ingress, "_JOINED_FOLDER", f"{tmp_path}/turret-{{user}}")
@@ -346,7 +346,7 @@ def test_there_has_to_be_an_haproxy(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "'/opt/it'\"'\"'s/haproxy'" in ingress.haproxy_path(tmp_path).read_text()
 
 
-def test_a_cluster_that_is_gone_is_said_to_be_at_once(tmp_path: Path) -> None:
+def test_a_cluster_that_is_gone_is_reported_at_once(tmp_path: Path) -> None:
     with socket.socket() as taken:
         # The port is bound, but nothing listens.
         taken.bind(("127.0.0.1", 0))

@@ -26,7 +26,7 @@ from turret.v1 import tinker_pb2
 
 JSON = {"content-type": "application/json"}
 LASTING_MIB = 100
-# The number of first bodies, which cause lasting allocations: arenas, caches, the parsing thread.
+# The number of first messages, which cause lasting allocations: arenas, caches, a parsing thread.
 NUM_FIRST = 10
 MOST_SECONDS, STRICT_SECONDS = 2.0, 0.5
 # The number of attempts, because a message may be slow by chance.
@@ -94,14 +94,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerUnderTest
         yield started
 
 
-def test_large_messages_hold_nobody_up(server: ServerUnderTest) -> None:
+def test_large_messages_do_not_delay_other_clients(server: ServerUnderTest) -> None:
     """Each field is tried at one endpoint; the test below tries all endpoints and values."""
     sent = itertools.chain(bodies(is_short=True), messages(), archives())
     _try(server, sent, MOST_SECONDS)
 
 
 @pytest.mark.long
-def test_no_large_message_holds_anybody_up(server: ServerUnderTest) -> None:
+def test_no_large_message_delays_other_clients(server: ServerUnderTest) -> None:
     sent = itertools.chain(bodies(is_short=False), messages(), archives())
     _try(server, sent, STRICT_SECONDS)
 
@@ -120,7 +120,7 @@ CHOICES = [f"word {number}" for number in range(1000)]
     ],
     ids=["scored", "chosen", "streamed"],
 )
-def test_much_work_for_one_client_holds_nobody_up(
+def test_much_work_for_one_client_does_not_delay_others(
     server: ServerUnderTest, asked: dict[str, object]
 ) -> None:
     body = json.dumps({"model": "base", "prompt": PROMPTS, **asked}).encode()
@@ -131,7 +131,7 @@ def test_much_work_for_one_client_holds_nobody_up(
 
 
 @pytest.mark.long
-def test_clients_that_leave_at_once_hold_nobody_up(server: ServerUnderTest) -> None:
+def test_clients_that_leave_at_once_do_not_delay_others(server: ServerUnderTest) -> None:
     body = json.dumps({"model": "base", "prompt": PROMPTS, "max_tokens": 8}).encode()
     with Neighbour(server) as neighbour:
         for _ in range(20):
@@ -154,7 +154,7 @@ def _try(server: ServerUnderTest, sent: Iterable[Large], most_seconds: float) ->
                 neighbour.worst = 0.0
                 code = _send(server, channel, large)
                 assert code not in BUGS, (code, str(large))
-                # Include waits at the end of a message.
+                # Wait a little, to include delays at the end of the message.
                 time.sleep(0.02)
                 worst = neighbour.worst
                 if worst <= most_seconds or worst <= most_seconds * _slowness():
@@ -205,7 +205,7 @@ def _send(server: ServerUnderTest, channel: grpc.Channel, large: Large) -> str:
 
 
 def _send_pass(server: ServerUnderTest, data: bytes) -> str:
-    """Send a pass of a new model, and wait for its result, in which the server reads the rest."""
+    """Send a training pass, and wait for its result: until then, the server may still read it."""
     session = _ask(server, "create_session", {})["session_id"]
     model = {"session_id": session, "model_seq_id": 0, "base_model": "base"}
     model |= {"lora_config": {"rank": 1}}

@@ -103,7 +103,7 @@ async def test_completions_take_four_kinds_of_prompts() -> None:
             assert (refused.param or "").startswith("prompt"), bad
 
 
-async def test_of_n_answers_the_first_goes_ahead_and_each_has_a_seed() -> None:
+async def test_the_first_of_n_answers_runs_first_and_each_has_its_own_seed() -> None:
     async with http_harness() as server:
         waiting = asyncio.Event()
 
@@ -128,7 +128,7 @@ async def test_of_n_answers_the_first_goes_ahead_and_each_has_a_seed() -> None:
         assert await server.sample("turret_prompt_tokens_total", adapter="base") == 6
 
 
-async def test_a_list_of_prompts_leaves_room_in_the_queue() -> None:
+async def test_a_list_of_prompts_does_not_fill_the_queue() -> None:
     async with http_harness() as server:
         running, most = 0, 0
         is_full = asyncio.Event()
@@ -167,7 +167,7 @@ async def test_echo_and_logprobs_of_a_prompt() -> None:
         assert offsets == [0, 1, 2, 3]
 
 
-async def test_no_tokens_score_the_prompt() -> None:
+async def test_a_request_for_no_tokens_scores_the_prompt() -> None:
     async with http_harness() as server:
         body = {"model": "sql", "prompt": ["ab", "c"], "echo": True, "logprobs": 1, "max_tokens": 0}
         answer = (await server.post(COMPLETIONS, body)).json()
@@ -179,7 +179,7 @@ async def test_no_tokens_score_the_prompt() -> None:
         assert (await server.refused(COMPLETIONS, body)).status == 429
 
 
-async def test_a_large_answer_is_built_off_the_event_loop_and_in_pieces(
+async def test_a_large_answer_is_built_in_pieces_outside_the_event_loop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The encoder holds the GIL, so it must not get thousands of answers at once."""
@@ -227,7 +227,7 @@ async def test_tokens_are_named_by_their_ids_on_request() -> None:
         assert choice["logprobs"]["top_logprobs"] == [top, top]
 
 
-async def test_a_logprob_is_a_number_of_json() -> None:
+async def test_an_infinite_logprob_is_a_valid_json_number() -> None:
     async with http_harness() as server:
 
         async def script(request: Request) -> AsyncIterator[Output]:
@@ -243,7 +243,7 @@ async def test_a_logprob_is_a_number_of_json() -> None:
         assert token["top_logprobs"] == [{"token": "\ufffd", "logprob": -9999.0, "bytes": None}]
 
 
-async def test_why_an_answer_ended() -> None:
+async def test_the_finish_reason_is_reported() -> None:
     async with http_harness() as server:
         for reason, stop, expected in (
             (FinishReason.LENGTH, None, ("length", None)),

@@ -120,7 +120,7 @@ async def test_a_disk_needs_room_only_for_the_bytes_still_to_be_written(
     assert Refused.of(await send(server, "m", body)).code == "storage_full"
 
 
-async def test_what_is_no_adapter_leaves_nothing(server: HttpHarness, tmp_path: Path) -> None:
+async def test_a_rejected_archive_leaves_no_files(server: HttpHarness, tmp_path: Path) -> None:
     whole = archive(tmp_path / "root" / "a")
     config = (CONFIG, b"{}")
     for body, found in (

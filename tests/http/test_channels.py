@@ -97,7 +97,7 @@ def tokens_of(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 @pytest.mark.parametrize("text", [THOUGHT + FINAL, THOUGHT + CALL, "<|message|>Hi", "Hi, é!"])
-def test_the_text_of_a_chat_is_what_is_said(text: str, tmp_path: Path) -> None:
+def test_the_text_of_a_chat_is_the_final_channel(text: str, tmp_path: Path) -> None:
     """Answers are not split over gRPC; with ``call_marks``, the text includes all marks."""
     tokenizer = load(tmp_path)
     ids = tokens_of(tokenizer, text)
@@ -119,7 +119,7 @@ def test_another_models_text_is_left_alone(tmp_path: Path) -> None:
     assert "".join(stream.push(token) for token in tokenizer.encode("a b")) == "a b"
 
 
-async def test_what_is_said_alone_is_asked_for_a_chat_over_grpc() -> None:
+async def test_a_chat_over_grpc_requests_only_the_final_channel() -> None:
     chat = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="hi")])
     marks = inference_pb2.ResponseOptions(call_marks=True)
     async with harness() as protocol:

@@ -63,7 +63,7 @@ def said(events: bytes) -> str:
     return "".join(c["text"] if "text" in c else c["delta"].get("content", "") for c in choices)
 
 
-async def test_what_is_there_at_once_is_sent_at_once() -> None:
+async def test_output_that_is_available_together_is_sent_together() -> None:
     async with http_harness() as http:
         http.engine.script = words
         for path in ("completions", "chat/completions"):
@@ -74,7 +74,7 @@ async def test_what_is_there_at_once_is_sent_at_once() -> None:
             assert chunks[0].count(b"data: ") >= len(WORDS)
 
 
-async def test_what_is_there_later_is_not_waited_for() -> None:
+async def test_available_output_is_sent_without_waiting_for_more() -> None:
     async with http_harness() as http:
         http.engine.script = endless
         asked = {"model": "base", "prompt": "hi", "stream": True}

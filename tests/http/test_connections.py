@@ -204,7 +204,7 @@ async def test_a_party_has_its_share_of_answers() -> None:
         *((host, 421) for host in ("[::1].evil.example", "[::1", "localhost:80:90", "a/localhost")),
     ],
 )
-async def test_a_host_of_an_odd_form_is_none_of_this_server(host: str, status: int) -> None:
+async def test_a_malformed_host_is_rejected(host: str, status: int) -> None:
     async with http_harness() as server:
         answer = await server.client.get("/health", headers={"host": host})
         assert answer.status_code == status
@@ -259,7 +259,7 @@ async def answered(server: HttpHarness, sent: bytes) -> bytes:
         b"transfer-encoding: gzip\r\n",
     ],
 )
-async def test_a_body_whose_length_is_told_twice_is_refused(head: bytes) -> None:
+async def test_a_body_with_two_lengths_is_rejected(head: bytes) -> None:
     """A proxy in front may use the other length, and treat the rest as a request."""
     async with http_harness() as server:
         answer = await answered(server, POST + head + b"\r\n0\r\n\r\n" + b"GET /health HTTP/1.1")
@@ -268,7 +268,7 @@ async def test_a_body_whose_length_is_told_twice_is_refused(head: bytes) -> None
         assert server.engine.requests == []
 
 
-async def test_a_trailer_is_no_header() -> None:
+async def test_trailers_do_not_count_as_headers() -> None:
     tokens = TokenTable([("a", frozenset({"inference"}))])
     async with http_harness(tokens=tokens) as server:
         body = b"2\r\n{}\r\n0\r\nauthorization: Bearer a\r\n\r\n"
@@ -303,7 +303,9 @@ async def test_nothing_is_parsed_after_a_refusal(monkeypatch: pytest.MonkeyPatch
     assert num_parsed < 10
 
 
-async def test_who_sends_on_after_a_refusal_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_that_keeps_sending_after_a_rejection_is_disconnected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(connection, "LINGER_BYTES", 1 << 20)
     tokens = TokenTable([("a", frozenset({"inference"}))])
     async with http_harness(tokens=tokens) as server:

@@ -39,7 +39,7 @@ async def test_a_repository_may_be_named_as_elsewhere() -> None:
         (UNLOAD, {"lora_name": 3}, {"lora_name": "wrong_type"}),
     ],
 )
-async def test_what_is_missing_or_wrong_is_named(
+async def test_errors_name_missing_and_invalid_fields(
     path: str, body: dict[str, Any], violations: dict[str, str]
 ) -> None:
     async with http_harness() as server:

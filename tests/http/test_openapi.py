@@ -73,7 +73,7 @@ async def test_each_answer_and_error_has_the_documented_form() -> None:
         assert len(asked) == 22
 
 
-async def test_what_is_not_supported_is_marked() -> None:
+async def test_unsupported_fields_are_marked() -> None:
     async with http_harness() as server:
         document = (await server.client.get("/openapi.json")).json()
     fields = document["components"]["schemas"]["ChatRequest"]["properties"]

@@ -35,7 +35,7 @@ async def test_a_slash_at_the_end_of_a_path_makes_no_difference() -> None:
         ("/v1/" + "x" * 50, ""),
     ],
 )
-async def test_a_slip_in_a_path_is_told(path: str, meant: str) -> None:
+async def test_the_closest_path_is_suggested(path: str, meant: str) -> None:
     async with http_harness() as server:
         refused = await server.refused(path, {})
         assert (refused.status, refused.code) == (404, "unknown_url")

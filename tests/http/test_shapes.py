@@ -123,7 +123,7 @@ async def test_the_longest_conversation_is_within_the_limits() -> None:
         (RESPONSES, {"tool_choice": {"x": "x" * 20_000}}, "tool_choice"),
     ],
 )
-async def test_what_is_repeated_or_compiled_is_bounded(
+async def test_repeated_and_compiled_inputs_are_bounded(
     path: str, sent: dict[str, Any], param: str
 ) -> None:
     async with http_harness() as server:

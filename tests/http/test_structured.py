@@ -144,7 +144,7 @@ def test_every_kind_over_grpc(rpc: TurretClient) -> None:
     assert free.text == rpc.generate("a", seed=2, max_tokens=4).text
 
 
-def test_a_schema_that_cannot_be_met_is_refused_by_both_protocols(
+def test_an_unsupported_schema_is_rejected_by_both_protocols(
     client: openai.OpenAI, rpc: TurretClient
 ) -> None:
     schema = {"type": "object", "properties": {"tags": {"type": "array", "uniqueItems": True}}}

@@ -1,4 +1,4 @@
-"""Handling that all HTTP requests share: access, limits, errors, ids, the drain."""
+"""Handling that all HTTP requests share: access, limits, errors, ids, shutdown."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ async def test_an_error_of_the_engine_becomes_a_status(
         assert await server.sample("turret_calls_total", protocol="http", code=counted) == 1
 
 
-async def test_a_bug_is_told_to_the_log_alone(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_bug_is_reported_only_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     async with http_harness() as server:
         server.engine.refuse = RuntimeError("secret")
         refused = await server.refused(COMPLETIONS, PROMPT)
@@ -128,7 +128,7 @@ async def test_a_role_opens_its_paths_and_no_others() -> None:
 
 
 @pytest.mark.parametrize("sent", [None, "Bearer other", "ask", "Basic ask", "Bearer"])
-async def test_who_has_no_token_is_told_how_to_send_one(sent: str | None) -> None:
+async def test_a_missing_token_is_reported_with_how_to_send_one(sent: str | None) -> None:
     async with http_harness(tokens=TOKENS) as server:
         headers = {} if sent is None else {"authorization": sent}
         refused = await server.refused(COMPLETIONS, PROMPT, headers)
@@ -136,7 +136,7 @@ async def test_who_has_no_token_is_told_how_to_send_one(sent: str | None) -> Non
         assert refused.message.endswith(say("STEP_TOKEN"))
 
 
-async def test_no_byte_is_read_of_who_may_not_call() -> None:
+async def test_no_byte_of_an_unauthorised_request_is_read() -> None:
     async with http_harness(tokens=TOKENS) as server:
         answer = await server.client.post(COMPLETIONS, content=b"no json")
         assert answer.status_code == 401
@@ -159,7 +159,7 @@ async def test_a_request_has_the_id_that_was_sent(caplog: pytest.LogCaptureFixtu
     assert (said["method"], said["code"]) == ("POST /v1/completions", "OK")
 
 
-async def test_every_answer_has_an_id_and_takes_over_one_that_a_header_can_hold() -> None:
+async def test_every_answer_has_an_id_and_keeps_a_valid_one_of_the_client() -> None:
     listen = ListenConfig(http_address="127.0.0.1:0", http_cors_origin=("https://a.example",))
     preflight = {"origin": "https://a.example", "access-control-request-method": "POST"}
     async with http_harness(listen=listen) as server:
@@ -202,7 +202,7 @@ async def test_a_body_has_limits() -> None:
         assert server.engine.requests == []
 
 
-async def test_other_paths_and_methods_are_refused_in_the_same_form() -> None:
+async def test_unknown_paths_and_methods_get_the_same_form_of_error() -> None:
     async with http_harness() as server:
         refused = await server.refused("/v1/nothing", {})
         assert (refused.status, refused.code) == (404, "unknown_url")
@@ -228,7 +228,7 @@ async def test_other_paths_and_methods_are_refused_in_the_same_form() -> None:
             assert (refused.status, refused.code) == (404, "unknown_url")
 
 
-async def test_a_closed_gate_is_said_and_health_shows_it() -> None:
+async def test_a_closed_gate_is_reported_by_calls_and_health() -> None:
     async with http_harness(serving=False) as server:
         answer = await server.client.get("/health")
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
@@ -237,7 +237,7 @@ async def test_a_closed_gate_is_said_and_health_shows_it() -> None:
             assert (refused.status, refused.code) == (503, "server_starting"), path
 
 
-async def test_a_page_of_another_origin_needs_leave() -> None:
+async def test_a_page_of_another_origin_needs_permission() -> None:
     asked = {
         "origin": "https://a.example",
         "access-control-request-method": "POST",
@@ -303,7 +303,7 @@ async def test_a_stop_waits_a_little_and_then_ends_what_runs() -> None:
         assert (refused.status, refused.code) == (503, "unavailable")
 
 
-async def test_a_stop_does_not_wait_for_who_does_not_read() -> None:
+async def test_a_stop_does_not_wait_for_a_client_that_does_not_read() -> None:
     """A client that requests a long stream and reads nothing does not delay the stop."""
 
     async def flood(request: Request) -> AsyncIterator[Output]:

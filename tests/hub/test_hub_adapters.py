@@ -92,7 +92,7 @@ def test_it_is_the_adapter_that_was_pushed(registry: _Make, repo: Repo, checkpoi
     assert loaded.source == f"{PATH}@{repo.refs['main']}"
 
 
-def test_what_is_preloaded_is_asked_for_before_the_model_is_loaded(
+def test_preloaded_adapters_are_checked_before_the_model_is_loaded(
     hub: FakeHub, repo: Repo, checkpoints: Path
 ) -> None:
     def found(path: str, max_bytes: int = 1 << 20) -> list[Text]:
@@ -117,7 +117,9 @@ def test_what_is_preloaded_is_asked_for_before_the_model_is_loaded(
     assert says("HUB_STATUS", status=503)(problem)
 
 
-def test_who_may_be_asked_for(registry: _Make, hub: FakeHub, repo: Repo) -> None:
+def test_only_allowed_organisations_are_contacted(
+    registry: _Make, hub: FakeHub, repo: Repo
+) -> None:
     refused(registry(), PATH, AdapterCheckpointError, "HUB_NOT_ALLOWED")
     reason = "HUB_ORGANISATION_NOT_ALLOWED"
     refused(registry("other"), PATH, AdapterCheckpointError, reason, choices="other")
@@ -127,7 +129,7 @@ def test_who_may_be_asked_for(registry: _Make, hub: FakeHub, repo: Repo) -> None
     assert registry("*").load("a", PATH).source
 
 
-def test_a_restart_serves_the_same_commit_and_asks_nobody(
+def test_a_restart_serves_the_same_commit_without_network_access(
     registry: _Make, hub: FakeHub, repo: Repo, checkpoints: Path
 ) -> None:
     first = registry("acme").load("a", PATH)
@@ -183,7 +185,7 @@ def test_the_hubs_refusals_reach_the_caller(
     assert one.load("a", PATH).name == "a"
 
 
-def test_a_branch_is_what_it_is_now_or_nothing(
+def test_a_branch_is_resolved_now_or_the_load_fails(
     registry: _Make, hub: FakeHub, repo: Repo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = registry("acme")
@@ -199,7 +201,7 @@ def test_a_branch_is_what_it_is_now_or_nothing(
         one.load("b", "hub:acme/b")
 
 
-def test_what_is_no_adapter(registry: _Make, repo: Repo) -> None:
+def test_repositories_without_an_adapter_are_rejected(registry: _Make, repo: Repo) -> None:
     one, files = registry("acme"), repo.commits[repo.refs["main"]]
     repo.push({"config.json": b"{}"})
     refused(one, PATH, AdapterCheckpointError, "NOT_AN_ADAPTER")
@@ -219,7 +221,7 @@ def test_files_pass_the_checks_of_local_ones(registry: _Make, repo: Repo) -> Non
     refused(registry("acme"), PATH, AdapterCheckpointError, "FILE_CUT_SHORT")
 
 
-def test_what_is_in_the_cache_is_looked_at_before_the_model_is_loaded(
+def test_cached_adapters_are_checked_before_the_model_is_loaded(
     hub: FakeHub, registry: _Make, repo: Repo
 ) -> None:
     files = repo.commits[repo.refs["main"]]
@@ -261,13 +263,15 @@ def test_a_chat_template_comes_before_the_weights(
     assert one.load("b", PATH).facts.chat_template == loaded.facts.chat_template
 
 
-def test_what_xet_does_not_have_counts_once(registry: _Make, hub: FakeHub, repo: Repo) -> None:
+def test_a_file_missing_from_xet_counts_once(registry: _Make, hub: FakeHub, repo: Repo) -> None:
     hub.has_xet = True
     assert registry("acme", max_bytes=1 << 20).load("a", PATH).name == "a"
     assert any("/xet-storage/" in line for line in hub.requests)
 
 
-def test_a_hub_that_sends_more_than_it_says(registry: _Make, hub: FakeHub, repo: Repo) -> None:
+def test_a_hub_that_sends_more_than_announced_is_rejected(
+    registry: _Make, hub: FakeHub, repo: Repo
+) -> None:
     repo.lied_sizes["adapter_model.safetensors"] = 10
     one = registry("acme", max_bytes=5000)
     refused(one, PATH, HubUnavailableError, "HUB_SENT_TOO_MUCH")
@@ -285,7 +289,7 @@ def test_a_slow_hub_does_not_hold_the_caller(
     assert one.load("a", PATH).name == "a"
 
 
-def test_a_disk_that_is_full_is_said_to_be(
+def test_a_full_disk_is_reported(
     registry: _Make, repo: Repo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = registry("acme")
@@ -299,7 +303,7 @@ def test_a_disk_that_is_full_is_said_to_be(
     assert one.load("a", PATH).name == "a"
 
 
-def test_downloads_are_few_at_a_time(
+def test_concurrent_downloads_are_limited(
     registry: _Make, repo: Repo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub_adapters, "MAX_DOWNLOADS", 1)

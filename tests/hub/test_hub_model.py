@@ -46,7 +46,7 @@ def refused(name: str = NAME) -> Text:
     ("file", "has_xet"),
     [("config.json", False), ("model.safetensors", False), ("model.safetensors", True)],
 )
-def test_a_hub_that_sends_more_than_it_says_does_not_fill_the_disk(
+def test_a_hub_that_sends_more_than_announced_does_not_fill_the_disk(
     hub: FakeHub,
     repo: Repo,
     tmp_path: Path,
@@ -66,7 +66,7 @@ def offline(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
-def test_what_is_an_id() -> None:
+def test_valid_and_invalid_hub_ids() -> None:
     assert HubId.parse("a/b") == HubId("a", "b")
     assert HubId.parse("a/b-1.5_x@refs/pr/3") == HubId("a", "b-1.5_x", "refs/pr/3")
     assert str(HubId.parse("a/b@v1")) == "a/b@v1"
@@ -74,7 +74,7 @@ def test_what_is_an_id() -> None:
         assert HubId.find(text) is None, text
 
 
-def test_only_what_is_served_is_fetched(hub: FakeHub, repo: Repo, tmp_path: Path) -> None:
+def test_only_needed_files_are_fetched(hub: FakeHub, repo: Repo, tmp_path: Path) -> None:
     reports: list[tuple[str, int, int]] = []
     source = resolve_model(Path(NAME), tmp_path / "cache", lambda *said: reports.append(said))
     assert source.name == NAME
@@ -102,7 +102,7 @@ def test_a_second_start_fetches_nothing(hub: FakeHub, repo: Repo, tmp_path: Path
     assert len(hub.downloads()) == before
 
 
-def test_what_a_config_tells_of_sizes_comes_before_the_weights(
+def test_sizes_are_read_from_the_config_without_the_weights(
     hub: FakeHub, repo: Repo, tiny_llama: Path
 ) -> None:
     found, expected = check_model(Path(NAME)), check_model(tiny_llama)
@@ -141,7 +141,7 @@ def test_a_broken_connection_is_taken_up(
     assert source.digest == resolve_model(tiny_llama, tmp_path / "other").digest
 
 
-def test_what_xet_does_not_have_comes_from_the_hub(
+def test_a_file_missing_from_xet_comes_from_the_hub(
     hub: FakeHub, repo: Repo, tmp_path: Path, tiny_llama: Path
 ) -> None:
     """The hub keeps large files in a separate storage, which a mirror may lack."""
@@ -220,7 +220,7 @@ def test_a_cache_with_half_of_a_model(
     assert refused() == say("HUB_CACHE_INCOMPLETE", model=NAME)
 
 
-def test_a_token_opens_what_is_private(
+def test_a_token_gives_access_to_private_repositories(
     repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     repo.is_private = True
@@ -256,7 +256,7 @@ def test_refusals_say_what_to_do(hub: FakeHub, repo: Repo, tiny_llama: Path) -> 
     assert hub.downloads() == ["config.json"]
 
 
-def test_a_mirrors_password_is_told_to_nobody(
+def test_a_mirrors_password_is_not_shown(
     hub: FakeHub, repo: Repo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = hub.endpoint.removeprefix("http://")

@@ -150,7 +150,7 @@ def test_an_adapter_in_a_bucket_is_kept_like_an_upload(
     assert again.source == "s3://models/adapters/a"
 
 
-def test_what_a_bucket_cannot_give(
+def test_failures_of_a_bucket_are_reported(
     bucket: Any, registry: _Make, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bucket.put(str(checkpoints / "a"), "models/a", recursive=True)

@@ -1,4 +1,4 @@
-"""A server with model and adapters from the hub, by ``HF_ENDPOINT`` and ``HF_HOME`` alone."""
+"""A server with model and adapters from the hub; only ``HF_ENDPOINT`` and ``HF_HOME`` are set."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def test_routes_every_row_to_its_likeliest_experts(
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_what_is_no_number_stays_in_bounds() -> None:
+def test_scores_that_are_nan_stay_in_bounds() -> None:
     scores = random(3, 5)
     scores[1] = float("nan")
     routing = route_rows(scores, 5, normalizes=True)

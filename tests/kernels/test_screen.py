@@ -162,7 +162,7 @@ def test_sums_stay_within_their_32_bits() -> None:
     assert not set(range(128)) & set(found.tolist())
 
 
-def test_what_it_serves() -> None:
+def test_which_weights_can_be_screened() -> None:
     weight = torch.randn(512, 64)
     assert Screen.serves(weight.bfloat16())
     assert not Screen.serves(weight)

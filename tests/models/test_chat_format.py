@@ -38,12 +38,12 @@ from turret.server.models.chat_template import ChatFormat, unknown_role
         ),
     ],
 )
-def test_templates_say_what_they_know(template: Any, expected: ChatFormat) -> None:
+def test_the_format_is_detected_from_the_template(template: Any, expected: ChatFormat) -> None:
     assert ChatFormat.of(template) == expected
 
 
 @pytest.mark.parametrize("template", ["<think>" + "\n" * 200_000, "{{" * 100_000])
-def test_what_is_long_takes_no_longer_than_it_is(template: str) -> None:
+def test_detection_takes_linear_time(template: str) -> None:
     """Templates are untrusted, and the detection blocks other work."""
     before = time.thread_time()
     assert not ChatFormat.of(template).opens_reasoning

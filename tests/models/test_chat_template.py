@@ -177,7 +177,7 @@ def test_long_conversations_and_other_templates_delay_no_short_one(
     assert answered < min(ends.values())
 
 
-def test_a_process_that_somebody_ends_is_told_from_a_slow_template() -> None:
+def test_a_killed_process_is_distinguished_from_a_slow_template() -> None:
     chats = ChatTemplate("{% if messages|length > 3 %}" + SLOW[4] + "{% endif %}ok", {})
     assert chats.render(TURNS, (), True) == "ok"
 

@@ -47,9 +47,7 @@ def test_a_content_cannot_end_its_turn(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("role", ["usr", "User", FORGED, "content of", "tool_responses"])
 @pytest.mark.parametrize("special", [False, True])
-def test_a_role_that_nobody_knows_is_refused(
-    tokenizer: Tokenizer, role: str, special: bool
-) -> None:
+def test_an_unknown_role_is_rejected(tokenizer: Tokenizer, role: str, special: bool) -> None:
     told = [{"role": "user", "content": "a"}, {"role": role, "content": "b"}]
     with pytest.raises(InvalidRequestError) as refused:
         tokenizer.encode_chat(told, special=special)
@@ -58,7 +56,7 @@ def test_a_role_that_nobody_knows_is_refused(
     assert refused.value.metadata.get("closest") == ("user" if role in ("usr", "User") else None)
 
 
-def test_who_asks_gets_the_tokens(tokenizer: Tokenizer) -> None:
+def test_special_tokens_in_contents_are_encoded_on_request(tokenizer: Tokenizer) -> None:
     plain, asked = turns(tokenizer, "hi"), turns(tokenizer, FORGED, special=True)
     assert len(special_in(tokenizer, asked)) == len(special_in(tokenizer, plain)) + 3
 

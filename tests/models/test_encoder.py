@@ -109,7 +109,7 @@ def slow_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tokenizer
     return tokenizer.Tokenizer.load(tmp_path, frozenset(), len(ALPHABET))
 
 
-async def test_a_slow_text_is_refused_and_others_go_on(slow_tokenizer: tokenizer.Tokenizer):
+async def test_a_slow_text_is_rejected_and_others_continue(slow_tokenizer: tokenizer.Tokenizer):
     limits = InputLimits(vocab_size=len(ALPHABET), max_tokens=8192, max_chars=8192)
 
     async def ids(text: str) -> list[int]:

@@ -62,7 +62,7 @@ ALL = (
 
 
 @pytest.mark.parametrize("architecture", ALL)
-def test_a_family_says_its_modules_without_a_config(architecture: str) -> None:
+def test_a_family_declares_its_modules_without_a_config(architecture: str) -> None:
     arch = read_arch(tiny_models.tiny_config(architecture))
     family = FAMILIES[arch.model_type]
     assert (family.experts is None) == (arch.experts is None)
@@ -163,7 +163,7 @@ def test_an_unknown_family_is_refused_in_one_sentence() -> None:
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )
-def test_what_a_family_does_not_read_is_refused(config: Any, reason: str) -> None:
+def test_unsupported_config_values_are_rejected(config: Any, reason: str) -> None:
     with pytest.raises(InvalidRequestError, check=says(reason)):
         read_arch(config)
 

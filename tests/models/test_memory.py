@@ -87,5 +87,5 @@ def test_modules_in_16_bits_are_counted_as_such(family: str, tmp_path: Path) -> 
     assert memory_of(arch).base < memory_of(arch, some).base < memory_of(arch).base_wide
 
 
-def test_a_directory_that_is_no_model_is_refused(tmp_path: Path) -> None:
+def test_a_directory_without_a_model_is_rejected(tmp_path: Path) -> None:
     assert cli.main(["model", "inspect", str(tmp_path)]) == 1

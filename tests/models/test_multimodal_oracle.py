@@ -199,7 +199,7 @@ def test_a_4bit_checkpoint_of_the_whole_is_taken_as_it_is(
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-async def test_a_head_of_its_own_counts_whatever_the_config_says(tmp_path: Path) -> None:
+async def test_a_separate_head_is_used_whatever_the_config_declares(tmp_path: Path) -> None:
     """Published configs of Mistral Small 3 omit ``tie_word_embeddings``, with a default of true."""
     base = twin("mistral3")
     folder = shutil.copytree(base.folder, tmp_path / "model")

@@ -51,7 +51,9 @@ def tokenizers(tmp_path: Path) -> OwnTokenizers:
     return OwnTokenizers(base, tmp_path / "base" / "config.json")
 
 
-def test_what_transformers_reads_is_read(tokenizers: OwnTokenizers, tmp_path: Path) -> None:
+def test_tokenizers_are_read_as_transformers_reads_them(
+    tokenizers: OwnTokenizers, tmp_path: Path
+) -> None:
     files = files_of(tmp_path)
     found = tokenizers.get((files.digest, ROWS, ""), lambda: files)
     expected: Any = grown_tokenizer()
@@ -98,7 +100,9 @@ def with_rule(files: TokenizerFiles, part: str, rule: Any) -> TokenizerFiles:
     return TokenizerFiles(changed, part, files.bytes_disk)
 
 
-def test_what_the_library_panics_of_is_refused(tokenizers: OwnTokenizers, tmp_path: Path) -> None:
+def test_a_file_that_makes_the_library_panic_is_rejected(
+    tokenizers: OwnTokenizers, tmp_path: Path
+) -> None:
     files = with_rule(files_of(tmp_path), "post_processor", UNKNOWN_BEFORE)
     with pytest.raises(InvalidRequestError, check=says("TOKENIZER_INVALID")):
         tokenizers.check(files, ROWS, "")
@@ -206,7 +210,7 @@ def test_a_file_is_read_under_limits(
         ("process", OSError(errno.EMFILE, "no"), UnavailableError),
     ],
 )
-def test_what_the_server_lacks_is_not_blamed_on_the_files(
+def test_a_shortage_on_the_server_is_not_reported_as_a_fault_of_the_files(
     tokenizers: OwnTokenizers,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -236,7 +240,7 @@ def test_what_the_server_lacks_is_not_blamed_on_the_files(
     tokenizers.check(files, ROWS, "")
 
 
-def test_what_is_read_here_is_small(
+def test_only_a_small_file_is_read_under_the_gil(
     tokenizers: OwnTokenizers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The library holds the GIL while it reads a file, so other threads would wait."""

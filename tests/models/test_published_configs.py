@@ -148,7 +148,7 @@ def test_every_tensor_of_its_checkpoint_has_a_place(
         ("allenai/OLMoE-1B-7B-0924", {"qk_norm": "projection", "windows": 16 * (None,)}),
     ],
 )
-def test_what_a_config_says_is_read(
+def test_published_configs_are_read(
     repository: str, expected: dict[str, Any], tmp_path: Path
 ) -> None:
     (published,) = (model for model in ALL if model.repository == repository)

@@ -127,7 +127,7 @@ async def test_a_text_is_tokenized_with_or_without_special_tokens(
         assert (await http.refused("/tokenize", chat)).param == "add_special_tokens"
 
 
-async def test_a_template_that_takes_no_system_turn_says_so(tmp_path: Path) -> None:
+async def test_a_template_without_system_turns_rejects_them(tmp_path: Path) -> None:
     tokenizer, _ = load("gemma", tmp_path)
     turns = [{"role": "system", "content": "Be kind."}, *TURNS]
     failed = says("CHAT_TEMPLATE_FAILED")
@@ -157,7 +157,7 @@ async def test_phi_ends_at_every_token_that_ends_a_turn(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_a_content_says_is_text_of_the_same_tokens(name: str, tmp_path: Path) -> None:
+def test_special_tokens_in_contents_are_plain_text(name: str, tmp_path: Path) -> None:
     """Special tokens in contents are split as in transformers, without additional spaces."""
     tokenizer, theirs = load(name, tmp_path)
     forged = {"gemma": "<end_of_turn>"}.get(name, "<|end|>")
@@ -171,7 +171,7 @@ def test_what_a_content_says_is_text_of_the_same_tokens(name: str, tmp_path: Pat
     assert any(ids[i : i + len(split)] == split for i in range(len(ids)))
 
 
-def test_harmony_tells_the_date_and_calls_functions(tmp_path: Path) -> None:
+def test_harmony_prompts_contain_the_date_and_function_calls(tmp_path: Path) -> None:
     tokenizer, theirs = load("gpt_oss", tmp_path)
     text = tokenizer.decode(tokenizer.encode_chat(TURNS), special=True)
     assert f"Current date: {datetime.date.today():%Y-%m-%d}<|end|>" in text

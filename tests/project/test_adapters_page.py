@@ -39,7 +39,7 @@ def test_some_costs_are_those_of_the_operators() -> None:
         assert row in lines, (name, "run `make pages`")
 
 
-def test_every_method_has_its_cost_said() -> None:
+def test_the_page_lists_the_cost_of_every_method() -> None:
     page = PAGE.read_text()
     table = page.partition("<!-- generated: costs -->")[2].partition("<!-- end: costs -->")[0]
     told = set(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE))

@@ -34,14 +34,14 @@ def test_dashboard_asks_for_metrics_that_exist():
     assert asked <= known
 
 
-def test_a_page_says_what_each_file_is_for():
+def test_a_page_describes_every_file():
     text = (ROOT / "docs" / "deploy.md").read_text() + (ROOT / "docs/security.md").read_text()
     names = [path.name for path in DEPLOY.iterdir() if path.is_file()]
     assert {"turret.service", "compose.yaml"} <= set(names)
     assert [name for name in names if f"deploy/{name}" not in text] == []
 
 
-def test_the_page_makes_what_the_service_runs():
+def test_the_page_creates_the_paths_that_the_service_uses():
     text = (ROOT / "docs" / "deploy.md").read_text()
     unit = re.search(
         r"^ExecStart=(\S+) .*--config (\S+)$", (DEPLOY / "turret.service").read_text(), re.M
@@ -104,7 +104,7 @@ def test_image_warms_the_cache_that_the_server_reads(tmp_path: Path):
     assert weights.with_name("turret.json").is_file()
 
 
-def test_image_is_built_from_what_the_package_needs():
+def test_the_image_includes_all_files_of_the_package():
     """The build's context includes all files that pyproject.toml names."""
     ignored = (ROOT / ".dockerignore").read_text().split()
     needed = ("server", "kernels", "clients", "fleet", "training", "proto", "src", "setup.py")

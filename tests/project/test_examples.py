@@ -68,7 +68,7 @@ def prompts(name: str) -> set[str]:
     return {json.loads(line)["prompt"] for line in lines}
 
 
-def test_data_is_what_the_script_writes_and_test_rows_are_held_out():
+def test_data_matches_the_script_and_test_rows_are_held_out():
     command = [sys.executable, str(EXAMPLES / "write_data.py"), "--check"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (0, "")

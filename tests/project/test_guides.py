@@ -110,7 +110,7 @@ def test_commands_over_several_lines_are_found() -> None:
     assert any(words[:3] == ["generate", "--chat", "-a"] and len(words) > 6 for words in found)
 
 
-def test_the_service_and_the_compose_file_set_what_there_is() -> None:
+def test_the_service_and_the_compose_file_set_existing_settings() -> None:
     known = set(map(variable_of, settings()))
     for name in ("turret.service", "compose.yaml"):
         named = set(re.findall(r"\bTURRET_[A-Z_]+", (ROOT / "deploy" / name).read_text()))
@@ -154,7 +154,7 @@ def test_the_router_made_by_hand_is_loaded_and_answers(
     assert "Nora" in capsys.readouterr().out
 
 
-def test_the_python_of_the_first_page_prints_what_it_says(
+def test_the_python_example_of_the_readme_prints_its_stated_output(
     live_server: ServerUnderTest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = (ROOT / "README.md").read_text()

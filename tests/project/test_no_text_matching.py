@@ -68,7 +68,7 @@ def test_code_matches_no_text_of_messages() -> None:
     assert found == ALLOWED
 
 
-def test_the_check_finds_what_it_looks_for(tmp_path: Path) -> None:
+def test_the_check_finds_planted_violations(tmp_path: Path) -> None:
     file = tmp_path / "a.py"
     file.write_text(
         "import re\n"

@@ -34,7 +34,7 @@ def documented() -> set[type]:
     return found
 
 
-def test_every_public_name_is_there() -> None:
+def test_every_public_name_is_listed() -> None:
     kinds = documented()
     public = {getattr(turret, name) for name in turret.__all__}
     raised = {kind for name, kind in vars(errors).items() if name.endswith("Error")}

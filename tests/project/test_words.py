@@ -16,7 +16,7 @@ from turret.server import errors
 from turret.server.words import say
 from turret.words import SUGGESTION
 
-# Functions with a reason and parameters, and the parameters that they add.
+# Functions that take a reason and parameters, with the parameters that they add themselves.
 SAYERS: dict[str, set[str]] = {
     **{"say": set(), "check": set(), "_check": set(), "refuse": {"path"}},
     "ask_one": {"problem"},
@@ -67,7 +67,7 @@ def in_tables() -> set[str]:
     }
 
 
-def test_no_reason_and_no_sentence_stands_twice() -> None:
+def test_reasons_and_sentences_are_unique() -> None:
     assert len(TEXTS) == sum(map(len, CATALOGUES))
     assert [text for text, count in Counter(TEXTS.values()).items() if count > 1] == []
 
@@ -89,7 +89,7 @@ def test_each_text_has_its_parameters() -> None:
     assert asked == TEXTS.keys()
 
 
-def test_no_error_says_more_than_the_catalogue() -> None:
+def test_every_error_text_is_from_the_catalogue() -> None:
     """The test covers the packages whose errors all come from the catalogue."""
     kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type)}
     free = []
@@ -118,7 +118,7 @@ def test_a_quoted_value_is_printable_whatever_it_holds() -> None:
         assert say("DUPLICATE", value=f"ü{chr(code)}").isprintable(), hex(code)
 
 
-def test_a_text_that_is_scrambled_keeps_its_reason_and_parameters() -> None:
+def test_a_scrambled_text_keeps_its_reason_and_parameters() -> None:
     code = (
         "from turret.server.words import say;"
         " text = say('TOO_MANY_ENTRIES', most=3, found=5); print(text, text.reason, text.params)"

@@ -181,7 +181,7 @@ async def test_health_and_reflection_are_open_and_health_follows_the_server(
             assert {*services[1:], "grpc.health.v1.Health"} <= listed
 
 
-async def test_calls_before_the_model_is_there_are_unavailable() -> None:
+async def test_calls_before_the_model_is_loaded_are_unavailable() -> None:
     async with harness(serving=False) as server:
         calls = [
             lambda: server.inference.GetModel(inference_pb2.GetModelRequest()),
@@ -225,7 +225,7 @@ async def test_an_admin_address_takes_the_adapters_service_away() -> None:
             assert (failure.code, failure.reason) == (grpc.StatusCode.UNIMPLEMENTED, "")
 
 
-async def test_only_who_may_call_a_service_learns_that_it_is_elsewhere(token_file: Path) -> None:
+async def test_only_authorised_callers_learn_that_a_service_is_elsewhere(token_file: Path) -> None:
     listen = ListenConfig(address="127.0.0.1:0", admin_address="127.0.0.1:0")
     codes = {"alpha-secret": "PERMISSION_DENIED", "beta-secret": "UNIMPLEMENTED"}
     async with harness(listen=listen, tokens=TokenTable.read(token_file)) as server:

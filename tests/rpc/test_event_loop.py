@@ -1,4 +1,4 @@
-"""Messages of megabytes do not keep the event loop from answering health checks.
+"""Messages of several megabytes do not keep the event loop from answering health checks.
 
 ``tests/fuzz/test_neighbour.py`` sends as many entries of every list as a message can have.
 """

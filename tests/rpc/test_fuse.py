@@ -92,7 +92,7 @@ async def test_every_offending_field_is_listed(
     assert set(failure.violations) == paths
 
 
-async def test_what_is_no_name_is_quoted(server: Harness) -> None:
+async def test_an_invalid_name_is_quoted(server: Harness) -> None:
     for name, shown in (
         ("json-", "json-"),
         ("json,pirate", "json,pirate"),

@@ -43,7 +43,7 @@ async def test_a_merge_its_state_and_its_end() -> None:
         assert failure.reason == "NOT_MERGED"
 
 
-async def test_the_precision_is_the_merge_s_choice_unless_told_otherwise() -> None:
+async def test_the_merge_chooses_the_precision_by_default() -> None:
     async with harness() as server:
         for precision in (Merge.PRECISION_UNSPECIFIED, Merge.AUTO, Merge.NF4):
             await server.adapters.MergeAdapters(
@@ -78,7 +78,7 @@ async def test_every_bad_field_is_named() -> None:
         (RuntimeError("can't start new thread"), "RESOURCE_EXHAUSTED", "OUT_OF_MEMORY"),
     ],
 )
-async def test_a_merge_that_fails_says_why(error: Exception, code: str, reason: str) -> None:
+async def test_a_failed_merge_reports_its_reason(error: Exception, code: str, reason: str) -> None:
     async with harness() as server:
         server.merger.error = error
         request = Merge(adapters=[pb.AdapterWeight(name="a")])

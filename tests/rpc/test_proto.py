@@ -43,7 +43,7 @@ def test_every_proto_file_is_generated():
     assert sorted(SOURCES) == sorted(str(p.relative_to(PROTO)) for p in PROTO.rglob("*.proto"))
 
 
-def test_zero_is_told_from_unset():
+def test_zero_is_distinguished_from_unset():
     """Scalars have presence if 0 is a valid value other than the default."""
     for message in (inference_pb2.SamplingParams, inference_pb2.StopConditions):
         for field in message.DESCRIPTOR.fields:

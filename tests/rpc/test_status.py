@@ -66,7 +66,7 @@ CODES = {
 PROMPT = inference_pb2.GenerateRequest(prompt="hi")
 
 
-def test_what_has_no_room_in_an_answer_is_counted() -> None:
+def test_violations_that_do_not_fit_are_counted() -> None:
     findings = Findings("a")
     for layer in range(200):
         findings.add(f"layers.{layer}.{'x' * 100}", say("UNKNOWN_FIELD"))

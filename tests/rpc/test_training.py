@@ -70,7 +70,7 @@ async def serving(folder: Path, **options: Any) -> AsyncIterator[tuple[Harness, 
         yield server, tables
 
 
-async def test_there_is_no_service_without_training() -> None:
+async def test_without_training_the_service_is_unimplemented() -> None:
     async with harness() as server:
         assert (await failure_of(server.training.CreateModel(new()))).code is Code.UNIMPLEMENTED
 

@@ -166,7 +166,7 @@ async def test_upload_then_export_gives_the_same_files(server: Harness, tmp_path
     await until(lambda: len(leftovers(tmp_path)) == 1)
 
 
-async def test_export_names_what_it_cannot_find(server: Harness, tmp_path: Path) -> None:
+async def test_export_names_the_missing_adapter(server: Harness, tmp_path: Path) -> None:
     export = server.adapters.ExportAdapter
     await server.adapters.LoadAdapter(pb.LoadAdapterRequest(name="a", path="a"))
     unknown = await failure_of(export(pb.ExportAdapterRequest(name="x")))
@@ -231,7 +231,7 @@ async def test_messages_out_of_order_are_refused(server: Harness, tmp_path: Path
     await until(lambda: leftovers(tmp_path) == [])
 
 
-async def test_what_the_registry_refuses_leaves_no_file(server: Harness, tmp_path: Path) -> None:
+async def test_a_rejected_upload_leaves_no_files(server: Harness, tmp_path: Path) -> None:
     broken = announced(tmp_path / "root" / "a", size_bytes=3, sha256="")
     config = (tmp_path / "root" / "a" / CONFIG).read_bytes()
     messages = [header(broken), chunk(CONFIG, config), chunk(TENSORS, b"abc")]
@@ -300,7 +300,7 @@ async def test_a_trickle_of_chunks_is_given_up(
     await until(lambda: leftovers(tmp_path) == [])
 
 
-async def test_uploads_at_a_time_are_limited(
+async def test_concurrent_uploads_are_limited(
     server: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(admin, "MAX_UPLOADS", 1)

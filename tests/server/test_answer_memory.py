@@ -64,7 +64,9 @@ async def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[
         await app.shutdown()
 
 
-async def test_what_a_call_collects_is_bounded(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_results_that_a_call_collects_are_bounded(
+    app: App, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert app.rpc is not None
     assert app.http is not None
     backend = app.gate.enter()

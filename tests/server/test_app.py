@@ -99,7 +99,7 @@ async def test_it_listens_while_loading_and_serves_afterwards() -> None:
     assert parts.registry.is_closed
 
 
-async def test_a_start_says_what_a_load_would_warn_of(caplog: pytest.LogCaptureFixture) -> None:
+async def test_warnings_of_preloaded_adapters_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     parts = Parts()
     load = parts.registry.load
 
@@ -165,7 +165,7 @@ async def test_a_dead_engine_ends_the_process_with_an_error() -> None:
     assert parts.engine.drained == [0]
 
 
-async def test_health_says_so_before_a_dead_engine_ends_the_process() -> None:
+async def test_health_reports_a_dead_engine_before_the_process_ends() -> None:
     parts = Parts()
     app = make_app(parts)
     running = asyncio.ensure_future(app.run())
@@ -212,7 +212,7 @@ async def test_a_preload_that_fails_ends_the_process_with_an_error(
     assert capsys.readouterr().err == f"turret serve: error: {said}\n"
 
 
-async def test_a_token_file_that_is_none_is_said_as_other_settings_are(
+async def test_an_invalid_token_file_is_reported_like_other_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "tokens"
@@ -385,7 +385,7 @@ def test_a_log_record_is_one_line_with_its_request_id() -> None:
 
 
 @pytest.mark.parametrize("verbose", [False, True])
-def test_a_log_of_json_says_version_and_settings_too(
+def test_a_json_log_contains_the_version_and_the_settings(
     verbose: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = ("--log-format", "json", *(["--verbose"] if verbose else []))

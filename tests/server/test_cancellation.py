@@ -24,7 +24,7 @@ def test_the_first_error_counts() -> None:
 
 
 @pytest.mark.parametrize("is_answered", [True, False])
-def test_who_waits_is_woken_by_the_answer_or_by_the_cancellation(is_answered: bool) -> None:
+def test_a_waiting_thread_is_woken_by_the_answer_or_the_cancellation(is_answered: bool) -> None:
     cancellation, future = Cancellation(), Future[int]()
     outcomes: list[bool] = []
     waiting = threading.Thread(target=lambda: outcomes.append(cancellation.wait(future)))

@@ -106,7 +106,7 @@ def test_demo_shows_the_expected_answers_and_serves_on_until_it_is_stopped():
     assert main(["health", "--address", address, "--timeout", "2"]) == 1
 
 
-def test_demo_without_examples_says_how_to_name_them(
+def test_demo_without_examples_suggests_the_flag(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert main(["demo", "--once", "--examples", str(tmp_path)]) == 2
@@ -126,7 +126,7 @@ def test_demo_reports_a_server_that_does_not_start(
 
 
 @pytest.mark.parametrize("flag", ["--address", "--metrics-address", "--http-address"])
-def test_an_address_that_is_none_is_refused_once_and_at_once(
+def test_an_invalid_address_is_rejected_once_and_at_once(
     flag: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["demo", flag, "foo"]) == 2

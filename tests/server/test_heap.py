@@ -56,7 +56,7 @@ BODIES: tuple[tuple[str, dict[str, Any], int], ...] = (
 )
 
 
-async def test_objects_of_http_requests_do_not_gather(frozen_heap: int) -> None:
+async def test_objects_of_http_requests_do_not_accumulate(frozen_heap: int) -> None:
     async with http_harness() as server:
 
         async def ask() -> None:
@@ -67,7 +67,7 @@ async def test_objects_of_http_requests_do_not_gather(frozen_heap: int) -> None:
         assert await most_gathered(ask) < 4 * frozen_heap
 
 
-async def test_objects_of_grpc_calls_do_not_gather(frozen_heap: int) -> None:
+async def test_objects_of_grpc_calls_do_not_accumulate(frozen_heap: int) -> None:
     async with harness() as server:
 
         async def ask() -> None:

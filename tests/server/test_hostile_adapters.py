@@ -116,7 +116,7 @@ def family_bytes(server: ServerUnderTest) -> int:
     return total
 
 
-def test_a_neighbour_of_hostile_templates_and_tokenizers_goes_on(
+def test_hostile_templates_and_tokenizers_do_not_stop_other_requests(
     model: Path, tmp_path: Path
 ) -> None:
     environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}

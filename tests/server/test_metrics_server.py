@@ -82,7 +82,7 @@ def test_unfinished_requests_are_few_and_end(server: MetricsServer) -> None:
     assert "turret_step_tokens" in scrape(server)
 
 
-def test_only_so_many_are_open_at_once(server: MetricsServer) -> None:
+def test_the_number_of_open_connections_is_limited(server: MetricsServer) -> None:
     waiting = [connect(server) for _ in range(MAX_CONNECTIONS)]
     time.sleep(0.2)
     with connect(server) as refused:

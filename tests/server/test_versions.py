@@ -238,7 +238,7 @@ def test_a_canary_gets_its_share_and_the_metrics_tell(
         client.generate(PROMPT, adapters=["prod", "other"], max_tokens=1)
 
 
-def test_what_an_alias_may_not_be(server: ServerUnderTest, client: TurretClient) -> None:
+def test_invalid_aliases_are_rejected(server: ServerUnderTest, client: TurretClient) -> None:
     load_versions(client)
     adapters = client.adapters
     adapters.set_alias("prod", AdapterWeight("dates", generation=1))

@@ -204,7 +204,7 @@ def test_a_bad_example_names_file_line_and_field(tmp_path: Path, row: Any, field
     assert caught.value.problem.reason == reason
 
 
-def test_a_file_that_is_no_jsonl_is_refused(tmp_path: Path):
+def test_a_file_that_is_not_jsonl_is_rejected(tmp_path: Path):
     path = tmp_path / "train.jsonl"
     with pytest.raises(DataError, check=says("FILE_UNREADABLE")):
         read_examples(path)
@@ -234,7 +234,9 @@ def test_a_file_that_is_no_jsonl_is_refused(tmp_path: Path):
         (b'\n{"text": "caf\xff"}\n', ":2: byte 14", "NOT_UTF8"),
     ],
 )
-def test_files_of_other_kinds_are_told_apart(tmp_path: Path, data: bytes, place: str, reason: str):
+def test_files_of_other_formats_are_distinguished(
+    tmp_path: Path, data: bytes, place: str, reason: str
+):
     path = tmp_path / "train.jsonl"
     path.write_bytes(data)
     with pytest.raises(DataError) as caught:

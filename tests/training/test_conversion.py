@@ -156,7 +156,7 @@ def test_clusters_are_those_of_scikit_learn(seed: int) -> None:
     np.testing.assert_array_equal(cluster_rows(rows, count, SEED), wanted)
 
 
-def test_another_base_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_different_base_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(peft.AdamssConfig, tmp_path, **ADAMSS[0])
     tiny_llama(attention_bias=True, seed=1).save_pretrained(tmp_path / "base")
     assert convert(tmp_path) == 1
@@ -166,7 +166,7 @@ def test_another_base_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert not list(tmp_path.glob(".converting*"))
 
 
-def test_clusters_of_other_sizes_are_told(
+def test_clusters_of_different_sizes_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(peft.AdamssConfig, tmp_path, **ADAMSS[0])
@@ -184,7 +184,7 @@ def test_clusters_of_other_sizes_are_told(
     assert words.removeprefix("N") in capsys.readouterr().err
 
 
-def test_more_clusters_than_outputs_are_told(
+def test_more_clusters_than_outputs_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(peft.AdamssConfig, tmp_path, **ADAMSS[0])
@@ -212,7 +212,7 @@ def test_too_many_clusters_are_refused(tmp_path: Path, capsys: pytest.CaptureFix
     assert "num_subspaces" in capsys.readouterr().err
 
 
-def test_what_is_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(peft.PsoftConfig, tmp_path, r=4)
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "mine").touch()
@@ -255,5 +255,5 @@ def test_a_base_of_another_name_is_noted(
     assert "a LoRA of 4 modules, rank 4 at most" in said.out
 
 
-def test_what_is_converted_is_known_before_torch_is_loaded() -> None:
+def test_the_kinds_of_conversion_match_those_listed_without_torch() -> None:
     assert {*KINDS} == {*CONVERTED, "XLORA"}

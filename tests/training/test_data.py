@@ -62,7 +62,7 @@ def test_a_prompt_becomes_a_chat_turn_if_there_is_a_template():
     )
 
 
-def test_what_a_template_cannot_render_names_the_line():
+def test_an_error_of_the_template_names_the_line():
     place = r"^train.jsonl:7: messages"
     with pytest.raises(DataError, match=f"{place}: ", check=says("NEEDS_CHAT_TEMPLATE")):
         encode(tokenizer(None), example(messages=TURNS), config())
@@ -165,7 +165,7 @@ def test_an_example_in_both_sets_is_refused(tiny_llama: Path, tmp_path: Path):
         resolve_tiny(tmp_path, tiny_llama, "data.validation=validation.jsonl")
 
 
-def test_what_validates_nothing_or_little_is_noted(tiny_llama: Path, tmp_path: Path):
+def test_too_little_validation_data_is_noted(tiny_llama: Path, tmp_path: Path):
     def notes(texts: list[str], *overrides: str) -> str:
         write_jsonl(tmp_path / "train.jsonl", [{"text": text} for text in texts])
         return "\n".join(resolve_tiny(tmp_path, tiny_llama, *overrides).notes)

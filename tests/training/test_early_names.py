@@ -19,7 +19,7 @@ from turret.training.settings.config import build_config
 from turret.training.words import say
 
 
-def test_only_what_is_written_as_an_id_is_one_of_the_hub(
+def test_only_a_name_written_as_an_id_is_looked_up_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A path that is joined with a file's folder may look like an id."""
@@ -71,7 +71,7 @@ def test_a_sweep_without_a_row_to_validate_on_ends_before_torch(
         (*("method", "targets", ["q_proj", "o_proj"]), '["q_proj", "k_proj", "v_proj", "o_proj"]'),
     ],
 )
-def test_what_is_left_out_and_the_examples_are_compared_before_torch(
+def test_omitted_settings_and_examples_are_compared_before_torch_is_loaded(
     table: str, key: str, value: Any, now: str | None, tmp_path: Path
 ):
     config = write_config(tmp_path, '{"prompt": "a", "completion": "b"}')

@@ -67,7 +67,7 @@ def test_a_rank_that_no_update_has_ends_before_torch(tmp_path: Path):
     assert ended("run", config, "--rank", "100000") == said
 
 
-def test_paths_of_flags_are_those_of_where_one_stands(
+def test_paths_in_flags_are_relative_to_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Paths in the file and in ``--set`` are relative to the file."""
@@ -152,7 +152,7 @@ def test_weights_that_are_cut_short_end_before_torch(verb: str, tmp_path: Path):
     assert err.count("\n") == 1
 
 
-def test_what_no_method_may_have_of_a_mixture_ends_before_torch(tmp_path: Path):
+def test_unsupported_targets_in_a_mixture_end_before_torch_is_loaded(tmp_path: Path):
     config = write_config(tmp_path, '{"prompt": "a", "completion": "b"}')
     model = str(write_mixture(tmp_path / "mixture"))
     for targets, name in (("mlp", "gate_proj"), ("gate", '"gate"'), ("q_proj,qate", '"qate"')):
@@ -163,7 +163,7 @@ def test_what_no_method_may_have_of_a_mixture_ends_before_torch(tmp_path: Path):
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_what_a_config_says_of_modules_is_what_the_model_has(model_type: str):
+def test_modules_derived_from_a_config_match_the_model(model_type: str):
     config = AutoConfig.for_model(model_type)
     if model_type == "granitemoehybrid":
         config.layer_types = ["attention"] * config.num_hidden_layers
@@ -182,7 +182,7 @@ def test_what_a_config_says_of_modules_is_what_the_model_has(model_type: str):
     assert found_in(said, "model").projections() is None
 
 
-def test_what_a_config_leaves_open_is_not_compared_with_the_run(tmp_path: Path):
+def test_settings_that_a_config_omits_are_not_compared_with_the_run(tmp_path: Path):
     """Keys that the trainer fills in, or writes in another form, do not count as differences."""
     tables = {"data": {"train": "t.jsonl"}, "method": {"targets": ["all-linear"]}}
     run = RunFolder(tmp_path)
@@ -216,7 +216,7 @@ def test_what_a_config_leaves_open_is_not_compared_with_the_run(tmp_path: Path):
         check_settings(build_config(tables, []), run)
 
 
-def test_a_missing_extra_is_told_before_anything_is_read(
+def test_a_missing_extra_is_reported_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     find_spec = importlib.util.find_spec
@@ -245,7 +245,7 @@ def test_plan_and_sweep_speak_before_they_load_torch(verb: str, tmp_path: Path):
     assert (done.returncode, done.stderr) == (7, said)
 
 
-def test_a_run_that_stops_says_from_where_it_can_go_on(
+def test_an_interrupted_run_reports_where_it_can_resume(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     run = RunFolder(tmp_path)
@@ -287,7 +287,7 @@ def test_a_run_that_stops_says_from_where_it_can_go_on(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_a_reader_who_leaves_is_no_error():
+def test_a_closed_output_pipe_is_not_an_error():
     program = (
         "import argparse, os, sys\n"
         "from turret.training.verbs import _console, with_errors\n"
@@ -329,7 +329,7 @@ def test_a_sweep_is_refused_before_the_first_rank(tmp_path: Path):
     assert str(say("OUTPUT_IS_A_RUN", path=tmp_path / "run")) in ended(*words, "9")
 
 
-def test_a_sweep_that_stops_goes_on_where_it_has_something(tmp_path: Path):
+def test_an_interrupted_sweep_suggests_the_same_command_if_it_can_resume(tmp_path: Path):
     assert _how_a_sweep_goes_on(tmp_path, (2, 4)) == ""
     run = RunFolder(tmp_path / "rank-4")
     run.checkpoints.mkdir(parents=True)
@@ -340,7 +340,7 @@ def test_a_sweep_that_stops_goes_on_where_it_has_something(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_what_stops_while_libraries_load_ends_the_process(kind: signal.Signals, code: int):
+def test_a_signal_while_libraries_load_ends_the_process(kind: signal.Signals, code: int):
     stop = (
         "import os, signal, time\n"
         "from turret.server.command.interrupts import ending_at_interrupts, raising_terminated\n"

@@ -52,7 +52,7 @@ def test_every_key_has_a_flag(tmp_path: Path):
         (("run", "t.toml", "--resme"), "--resume"),
     ],
 )
-def test_the_closest_flag_is_told(
+def test_the_closest_flag_is_suggested(
     words: tuple[str, ...], meant: str, capsys: pytest.CaptureFixture[str]
 ):
     assert meant in refusal(capsys, *words)
@@ -63,7 +63,7 @@ def test_ranks_are_set_once(capsys: pytest.CaptureFixture[str]):
     assert "argument --ranks/--rank:" in refused
 
 
-def test_init_says_what_it_wrote_and_where_it_cannot(
+def test_init_reports_what_it_wrote_or_could_not_write(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert main(["train", "init", str(tmp_path / "t.toml")]) == 0

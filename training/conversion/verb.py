@@ -36,7 +36,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
         action="append",
         default=[],
         metavar="DIR",
-        help="a LoRA of the X-LoRA, if the LoRAs have moved since the training; pass all, in order",
+        help="a LoRA of the X-LoRA, if the LoRAs have moved since training; pass all, in order",
     )
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="directory for the result"
@@ -50,8 +50,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
         "--device",
         choices=("cpu", "cuda"),
         default="cpu",
-        help="device of the training, if this machine has it: results of a decomposition depend on"
-        " the device (default: %(default)s)",
+        help="device that was used in training, if this machine has it, because the results of a"
+        " decomposition depend on the device (default: %(default)s)",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="show no progress")
     parser.set_defaults(func=with_errors(_convert))

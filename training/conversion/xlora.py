@@ -1,9 +1,9 @@
 """Splits an X-LoRA as PEFT saves it into a complete classifier and separate LoRAs.
 
-PEFT calls the LoRAs ``0``, ``1``, …. Since 0.20 it omits from each file the tensors with another
-LoRA's name in their path, which are layers of the model and of the classifier. The classifier is
-spread over all folders: its layer ``n`` is ``layers.weight`` in folder ``n``. The first layers of
-the LoRAs are not saved at all. The original LoRAs have them, unless they were trained further.
+PEFT names the LoRAs ``0``, ``1``, …. Since 0.20, it omits from each file every tensor whose path
+contains the name of another LoRA, such as ``layers.1``. The classifier is therefore spread over all
+folders: its layer ``n`` is ``layers.weight`` in folder ``n``. The first layers of the LoRAs are not
+saved at all; they are taken from the original LoRAs, unless the LoRAs were trained further.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def _write_lora(folder: Path, saved: AdapterCheckpoint | None, original: Path | 
             # Copy byte for byte, so that the digest equals that of the same LoRA on a server.
             shutil.copyfile(original / name, folder / name)
         return
-    assert saved is not None, "it is whole"
+    assert saved is not None, "the saved LoRA is complete"
     tensors = {
         f"base_model.model.{name.removeprefix(_LORA_PREFIX)}": tensor
         for name, tensor in saved.tensors.items()

@@ -43,8 +43,8 @@ def draw_samples(
     Returns:
         Per example ``prompt``, ``turns`` (a chat's prompt as a list of ``[role, content]``),
         ``reference`` (the right answer), ``before`` (the answer of the base model alone), ``after``
-        (the answer with the adapter) and ``cut``: the keys of these two answers that were cut a
-        little past the reference's length.
+        (the answer with the adapter) and ``cut``: which of the keys ``before`` and ``after`` hold
+        answers that were cut off. The limit is a little more than the reference's length.
     """
     total = 2 * len(examples)
     texts: dict[str, list[str]] = {"after": [], "before": []}
@@ -88,10 +88,11 @@ def _reference(example: Encoded) -> tuple[int, ...]:
 
 
 def model_answers(model: Any, tokenizer: Any, device: str) -> Answer:
-    """Answers of a model with training's call: PEFT's ``generate`` treats prompts differently.
+    """Greedy answers from the forward call of training.
 
-    After the first call, soft tokens or a prefix are in the cache. So later calls go to the base
-    model, where adapters inside its layers still work.
+    PEFT's ``generate`` treats prompts differently. After the first call, the cache contains any
+    soft tokens or prefix, so later calls go to the base model. Adapters inside its layers still
+    work there.
 
     Args:
         model: The result of a method's ``attach``; not changed.

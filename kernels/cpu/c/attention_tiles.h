@@ -3,7 +3,7 @@
  * Up to 16 queries of a KV head are computed together: the heads of one row, or of several consecutive
  * rows. Keys are taken 16 at a time, from positions that are multiples of 16, so that each lane of a softmax's
  * sum has every sixteenth key. Keys that a query does not see have weight 0, which adds nothing to its sums.
- * So a row has the same bits alone.
+ * A row therefore has the same bits alone and in a batch.
  *
  * Queries and weights are each represented as the sum of two bf16 numbers, which is exact to 2^-17. Queries
  * take two products. For weights, the pair (high, low) is multiplied by the pair (value, value).

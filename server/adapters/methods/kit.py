@@ -100,7 +100,7 @@ IN_TENSORS = "the saved tensors already include its effect"
 
 
 def always(config: Mapping[str, Any]) -> bool:
-    """``is_dense`` for methods whose updates are whole matrices with every config."""
+    """A value of ``is_dense`` for methods whose updates are full matrices with any config."""
     return True
 
 
@@ -110,7 +110,7 @@ def is_saved(adapter: Module | Reading) -> bool:
 
 
 def needs_seed(config: Mapping[str, Any]) -> Iterable[tuple[str, Text]]:
-    """Reports a config that leaves these matrices out and has no seed to draw them from."""
+    """Reports a config that omits the fixed random matrices and has no seed to draw them from."""
     if not config.get("save_projection", True) and "projection_prng_key" not in config:
         yield "projection_prng_key", say("REQUIRED")
 
@@ -131,8 +131,8 @@ def _place_drawer(adapter: Reading) -> Callable[[int, int], torch.Tensor]:
 
     Returns:
         ``(count, size)`` → the first ``size`` of a permutation of ``count`` positions, int64. The
-        function keeps some permutations for modules of the same size. They are freed with the
-        function, because those for a large weight can take half a gigabyte.
+        function caches permutations for modules of the same size. The cache lives only as long as
+        the function, because the permutations for a large weight can take half a gigabyte.
     """
 
     @functools.lru_cache(maxsize=8)

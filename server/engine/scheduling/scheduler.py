@@ -3,7 +3,7 @@
 Continuous batching with chunked prefill: running sequences first (a decode token each, then the
 rest of their prompts), then waiting ones by ``FairQueue``, until ``max_num_batched_tokens``. A
 sequence is admitted if all sequences that run with it will probably have room for their answers
-(``LengthForecast``). If blocks run out nevertheless, the sequence that was admitted last is
+(``LengthForecast``). If blocks still run out, the sequence that was admitted last is
 preempted: its blocks are freed, and it is recomputed later (its tokens are kept). A chunk ends
 where other adapters begin to act, so one mix acts on all of it. A waiting sequence whose adapters
 are still loading is skipped and delays no other. A step's remaining room goes to draft tokens

@@ -40,9 +40,9 @@ def stages_of(mix: Mix, prompt: SequenceOf[int], num_virtual: int) -> tuple[Stag
     """The stages of a request, in the order of their positions.
 
     Args:
-        mix: All its adapters.
-        prompt: Its text's tokens.
-        num_virtual: Positions before them.
+        mix: All adapters of the request.
+        prompt: The tokens of its text.
+        num_virtual: The number of positions before these tokens.
 
     Returns:
         The first stage begins at 0 and contains no activated adapter. Without activated adapters,
@@ -78,7 +78,7 @@ class SequenceState(enum.Enum):
     FINISHED = "finished"
 
 
-# Stands for a position that has no token: a soft token, a prefix position or its padding.
+# The token id of a position that has no token: a soft token, a prefix position or its padding.
 PLACEHOLDER = -1
 
 
@@ -96,8 +96,8 @@ class Sequence:
         num_preset: Virtual positions whose keys and values come from the adapter, in whole blocks.
         num_padding: Leading positions of a prefix that are masked. A prefix ends at a block
             boundary instead of beginning at one, so that all requests share all of its blocks.
-        is_long: Whether it may exceed the length after which the model rotates by other frequencies
-            (``Arch.long_from``).
+        is_long: Whether the sequence may exceed the length from which the model uses other rotary
+            frequencies (``Arch.long_from``).
         vocab_size: The number of tokens that can be drawn, if an adapter changes it; 0 for the
             base's number.
         tokens: A placeholder per virtual position, then the token ids of the prompt and of the
@@ -169,12 +169,12 @@ class Sequence:
 
     @property
     def party(self) -> bytes:
-        """Requests of the same mix take turns by party."""
+        """The key of the client; requests of the same mix take turns between clients."""
         return self.request.party
 
     @property
     def tenant(self) -> bytes:
-        """Tenants share the running places; empty if it has none."""
+        """The key of the tenant, with which it shares running places; empty if there is none."""
         return self.request.tenant
 
     @property
@@ -302,7 +302,7 @@ class HeldBlocks:
 
         Args:
             sequence: A sequence that holds no blocks.
-            num_usable: Blocks of the beginning that it may take.
+            num_usable: The most blocks that the sequence may take.
             base_generation: The generation of the weights.
         """
         size = self._pool.block_size

@@ -188,7 +188,7 @@ class Text(Answer):
 
 
 class TokenizerInfo(BaseModel):
-    """Other fields are the special tokens, such as ``eos_token``."""
+    """The fields that are not listed are special tokens, such as ``eos_token``."""
 
     model_config = ConfigDict(extra="allow")
     tokenizer_class: str

@@ -234,7 +234,7 @@ class CallReader(ABC):
         self.held = ""
 
     def feed(self, text: str) -> list[Piece]:
-        """The pieces that are certain after more text."""
+        """Append text, and return the pieces that are now certain."""
         self.held += text
         pieces = [] if self.is_begun else self._begin()
         grown = self._grow() if self.is_begun and not self.is_done else ""
@@ -470,7 +470,7 @@ class Calls:
         self.count = 0
 
     def feed(self, text: str) -> list[Piece]:
-        """The pieces that are certain after more text."""
+        """Append text, and return the pieces that are now certain."""
         self._held += text
         pieces: list[Piece] = []
         while True:

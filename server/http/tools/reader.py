@@ -34,7 +34,7 @@ class Reasoning:
         self._held = ""
 
     def feed(self, text: str) -> list[Piece]:
-        """The pieces that are certain after more text."""
+        """Append text, and return the pieces that are now certain."""
         self._held += text
         pieces: list[Piece] = []
         if self._state == "before":
@@ -96,7 +96,7 @@ class Channels:
         self._has_arguments = False
 
     def feed(self, text: str) -> list[Piece]:
-        """The pieces that are certain after more text."""
+        """Append text, and return the pieces that are now certain."""
         self._held += text
         pieces: list[Piece] = []
         while True:
@@ -190,7 +190,7 @@ def _until(text: str, marks: tuple[str, ...]) -> tuple[str, str | None]:
 
 
 def _last_message(header: str) -> str:
-    """A header and its role, without the end of the message before it."""
+    """The header of a message, without the end of the message before it."""
     for end in ENDS:
         header = header.rpartition(end)[2]
     return header
@@ -238,7 +238,7 @@ class AnswerReader:
         self.num_calls = 0
 
     def feed(self, text: str) -> list[Piece]:
-        """The pieces that are certain after more text; every call has an id."""
+        """Append text, and return the pieces that are now certain; every call has an id."""
         if self._channels is not None:
             return self._numbered(self._channels.feed(text))
         if self._reasoning is not None:

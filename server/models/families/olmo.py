@@ -1,4 +1,4 @@
-"""OLMo 2 and 3: norms after attention and MLP only, and over whole queries and keys."""
+"""OLMo 2 and 3: norms only after attention and MLP, and over whole queries and keys."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _read_2(config: Any, **own: Any) -> Arch:
 
 
 def _read_3(config: Any) -> Arch:
-    """Read OLMo 3: some layers have windows, and these have their own frequencies."""
+    """Read OLMo 3: layers with a sliding window have their own rotary frequencies."""
     return _read_2(config, windows=read_windows(config), **read_ropes(config))
 
 

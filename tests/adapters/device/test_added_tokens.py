@@ -66,7 +66,7 @@ def save_all(architecture: str, root: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-async def test_scores_and_answers_are_pefts(architecture: str, tmp_path: Path) -> None:
+async def test_scores_and_answers_match_peft(architecture: str, tmp_path: Path) -> None:
     """Llama has separate matrices for embedding and head; in qwen2 they are tied."""
     oracles = save_all(architecture, tmp_path)
     async with EngineHarness.start(
@@ -206,7 +206,7 @@ async def test_a_mix_has_one_vocabulary(tmp_path: Path) -> None:
                 await harness.run(await own_request(harness, [65], *mix))
 
 
-async def test_what_the_base_computes_alone_has_no_added_tokens(tmp_path: Path) -> None:
+async def test_added_tokens_do_not_combine_with_parts_of_the_base(tmp_path: Path) -> None:
     """Otherwise, an adapter with other tokens would find the blocks before an invocation."""
     model = twin("llama").model
     invoked = make_config("alora", **Q, alora_invocation_tokens=[65])

@@ -70,7 +70,9 @@ def test_the_same_rows_and_adapters_have_the_same_step(store: CpuStore) -> None:
     torch.testing.assert_close(found[1].float(), expected(two, x[1], 0.25), rtol=0.01, atol=0.01)
 
 
-def test_an_adapter_that_came_back_is_not_what_it_was(store: CpuStore) -> None:
+def test_an_adapter_that_is_loaded_again_is_not_confused_with_its_predecessor(
+    store: CpuStore,
+) -> None:
     """The adapter is unloaded and loaded again, or evicted from host memory and read again."""
     x = torch.randn(1, SIZE).bfloat16()
     for is_dropped in (True, False):

@@ -321,7 +321,7 @@ def test_a_gated_adapter_that_had_to_leave_comes_back_the_same() -> None:
     assert adapters["c"].bytes_device == 0, "it had to leave"
 
 
-def test_what_is_stored_of_a_gated_adapter_is_what_it_is_said_to_take() -> None:
+def test_a_gated_adapter_takes_the_memory_that_was_announced() -> None:
     store = store_of(torch.float32, {})
     for key in D_K:
         modules = gates_of(torch.float32)[key]

@@ -185,7 +185,7 @@ def budget_of(ranks: int) -> int:
     return budget
 
 
-def test_an_adapter_that_is_there_costs_nothing_and_nothing_moves() -> None:
+def test_a_resident_adapter_costs_nothing_and_nothing_moves() -> None:
     store = store_of(budget_of(128))
     adapters = [low_rank(f"{number}") for number in range(8)]
     for adapter in adapters:

@@ -174,7 +174,9 @@ def added(operator: Operator, x: Tensor, weight: Tensor, mixed: float, start: Te
 @pytest.mark.usefixtures("formulation")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", CASES)
-def test_rows_get_the_formula_and_the_bits_they_have_alone(name: str, dtype: torch.dtype) -> None:
+def test_each_row_matches_the_formula_and_has_the_same_bits_alone(
+    name: str, dtype: torch.dtype
+) -> None:
     torch.manual_seed(len(name))
     inner, out, make = CASES[name]
     weight = noise(out, inner, dtype=dtype)
@@ -189,7 +191,7 @@ def test_rows_get_the_formula_and_the_bits_they_have_alone(name: str, dtype: tor
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_dense_form_is_that_of_the_formula(name: str) -> None:
+def test_the_dense_form_matches_the_formula(name: str) -> None:
     torch.manual_seed(len(name))
     inner, out, make = CASES[name]
     weight = noise(out, inner)
@@ -202,7 +204,7 @@ def test_the_dense_form_is_that_of_the_formula(name: str) -> None:
     assert [id(t) for t in made.tensors()] == [id(t) for t in operator.tensors()]
 
 
-def test_blocks_stand_under_the_gain_of_their_own_module() -> None:
+def test_blocks_are_scaled_by_the_gain_of_their_module() -> None:
     inner, out, make = CASES["blocks"]
     weight, x, gain = noise(out, inner), torch.randn(ROWS, inner), 1 + torch.randn(out)
     operator, delta = make(torch.float32, weight.double())
@@ -228,7 +230,7 @@ def test_a_bias_changes_no_weight() -> None:
     ("positions", "heads", "kv_heads", "head_dim"),
     [(1, 2, 1, 16), (10, 6, 2, 32), (16, 4, 4, 64), (37, 9, 3, 24)],
 )
-def test_constants_get_the_formula_whatever_rows_are_beside(
+def test_constants_match_the_formula_with_any_neighbouring_rows(
     positions: int, heads: int, kv_heads: int, head_dim: int
 ) -> None:
     torch.manual_seed(positions)

@@ -1,4 +1,4 @@
-"""Tensors at even distances in memory form one piece."""
+"""Tensors that are evenly spaced in memory form one piece."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pieces(found: list[tuple[int, torch.Tensor]]) -> list[tuple[int, int]]:
     return [(layers.start, layers.stop) for layers, _ in made]
 
 
-def test_what_lies_evenly_is_one_piece():
+def test_evenly_spaced_tensors_form_one_piece():
     memory = torch.randn(40, 3, 5)
     assert pieces([(i, memory[i]) for i in range(40)]) == [(0, 40)]
     assert pieces([(i, memory[3 * i]) for i in range(10)]) == [(0, 10)]
@@ -32,7 +32,7 @@ def test_what_lies_evenly_is_one_piece():
     assert pieces([(7, memory[2])]) == [(7, 8)]
 
 
-def test_a_gap_another_shape_and_other_memory_begin_a_piece():
+def test_a_gap_or_another_shape_or_memory_begins_a_new_piece():
     memory = torch.randn(40, 6)
     layers = [(i, memory[i]) for i in (0, 1, 2, 5, 6)]
     assert pieces(layers) == [(0, 3), (5, 7)]
@@ -46,7 +46,7 @@ def test_a_gap_another_shape_and_other_memory_begin_a_piece():
     assert pieces([(0, memory[0]), (1, memory[0])]) == [(0, 1), (1, 2)]
 
 
-def test_an_adapter_with_its_layers_in_a_files_order_is_a_piece_for_each_factor():
+def test_layers_in_the_order_of_a_file_form_one_piece_per_factor():
     """In files, layer 10 precedes layer 2."""
     names = sorted(f"model.layers.{i}.{p}" for i in range(12) for p in ("q_proj", "k_proj"))
     modules = {name: ModuleOperators(LowRank(*torch.randn(2, 4, 8))) for name in names}
@@ -60,7 +60,7 @@ def test_an_adapter_with_its_layers_in_a_files_order_is_a_piece_for_each_factor(
     assert len(blocks_of(tensors)[0]) == 1
 
 
-def test_blocks_hold_every_tensor_as_aligned_as_it_was():
+def test_blocks_keep_the_content_and_alignment_of_every_tensor():
     chance = random.Random(0)
     for _ in range(50):
         memory = [torch.randn(4096).view(torch.uint8) for _ in range(3)]

@@ -24,7 +24,7 @@ def check(placement: Placement) -> None:
     assert all(slot > 0 for slot in slots)
 
 
-def test_places_keep_the_rules_whoever_comes_and_goes() -> None:
+def test_placement_stays_valid_as_adapters_enter_and_leave() -> None:
     source, compacted = random.Random(0), 0
     for _ in range(30):
         placement = Placement(CAPACITY)

@@ -111,7 +111,7 @@ def test_one_has_arrived_when_its_copy_is_over(cuda: FakeCuda):
     assert held.is_near("a", operators(0))
 
 
-def test_nobody_waits_for_longer_than_a_second(cuda: FakeCuda):
+def test_no_request_waits_longer_than_a_second(cuda: FakeCuda):
     clock = _Clock()
     held = uploads(clock=clock)
     assert not held.is_near("a", operators(0))
@@ -119,7 +119,7 @@ def test_nobody_waits_for_longer_than_a_second(cuda: FakeCuda):
     assert held.is_near("a", operators(0))
 
 
-def test_what_does_not_fit_is_not_waited_for_and_what_is_unused_goes(cuda: FakeCuda):
+def test_uploads_that_do_not_fit_are_not_awaited_and_unused_ones_are_dropped(cuda: FakeCuda):
     clock = _Clock()
     size = sum(-(-t.nbytes // 16) * 16 for t in tensors(operators(0)))
     held = uploads(2 * size, clock)
@@ -134,7 +134,7 @@ def test_what_does_not_fit_is_not_waited_for_and_what_is_unused_goes(cuda: FakeC
     assert set(held._staged) == {"d"}
 
 
-def test_a_device_without_memory_leaves_it_to_the_step(cuda: FakeCuda):
+def test_without_device_memory_the_step_copies_the_adapter(cuda: FakeCuda):
     held = uploads()
     full = torch.OutOfMemoryError("CUDA out of memory")
     with patch.object(Uploads, "_copy", side_effect=full):
@@ -147,7 +147,7 @@ def test_a_device_without_memory_leaves_it_to_the_step(cuda: FakeCuda):
     assert held._staged.keys() == {"a"}
 
 
-def test_steps_go_on_while_the_thread_copies(cuda: FakeCuda):
+def test_steps_continue_while_the_thread_copies(cuda: FakeCuda):
     """Only a step that needs an adapter without a started copy waits for the thread."""
     clock, thread = _Clock(), Thread()
     thread.is_late = True

@@ -66,7 +66,7 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-async def test_scores_and_answers_are_pefts(architecture: str, tmp_path: Path) -> None:
+async def test_scores_and_answers_match_peft(architecture: str, tmp_path: Path) -> None:
     """Llama has separate matrices for embedding and head; in qwen2 they are tied."""
     await check_methods(architecture, tmp_path, VARIANTS)
 
@@ -238,7 +238,7 @@ def test_config_and_tensors_must_agree(
     assert all(any(name in field for field in fields) for name in names), fields
 
 
-def test_a_base_matrix_saved_along_must_be_the_bases(tmp_path: Path) -> None:
+def test_a_saved_base_matrix_must_equal_that_of_the_base(tmp_path: Path) -> None:
     directory = save(tmp_path, "lora", target_modules=["embed_tokens"])
     assert load(tmp_path).facts.target_modules == ("embed_tokens",)
     edit_tensors(directory, edited(f"{EMBEDDING}.base_layer.weight", lambda m: m + 1e-3))

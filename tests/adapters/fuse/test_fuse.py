@@ -228,7 +228,7 @@ def test_members_that_do_not_fit_are_named(
 
 
 @pytest.mark.parametrize(("how", "other"), [("linear", "svd"), ("ties", "ties_svd")])
-def test_members_of_several_ranks_are_told_a_combination_for_them(
+def test_an_error_suggests_a_combination_for_members_of_several_ranks(
     fusions: Fusions, how: str, other: str
 ) -> None:
     mix = {"lora": 1.0, "narrow": 1.0}
@@ -325,7 +325,7 @@ def test_files_that_changed_are_not_fused(tmp_path: Path) -> None:
     fusions.close()
 
 
-def test_what_has_no_weight_update_is_found_by_exclusion() -> None:
+def test_operators_without_a_weight_update_are_found_by_exclusion() -> None:
     """An operator that fusing does not know is rejected, not omitted."""
 
     @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def test_a_cancellation_ends_it_while_it_writes(
     check_nothing_is_left(fusions)
 
 
-def test_one_runs_at_a_time(fusions: Fusions, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_fusion_runs_at_a_time(fusions: Fusions, monkeypatch: pytest.MonkeyPatch) -> None:
     turnstile = Turnstile(monkeypatch)
     running = fusions.start(MIX)
     turnstile.wait()

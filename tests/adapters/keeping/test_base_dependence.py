@@ -80,7 +80,9 @@ def tensors_of(loaded: LoadedAdapter) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_method_says_whether_the_base_went_into_its_operators(root: Path, variant: str) -> None:
+def test_a_method_declares_whether_its_operators_depend_on_the_base(
+    root: Path, variant: str
+) -> None:
     """The operators for two bases differ if and only if the method declares it."""
     loaded = []
     for generation in (1, 2):
@@ -132,7 +134,7 @@ def test_idle_adapters_of_another_base_are_dropped(registry: AdapterRegistry) ->
     assert registry.change_base(make_base(3)).stale == {keys["dora"]}
 
 
-def test_what_a_request_holds_is_read_again_before_it_is_resident(
+def test_an_adapter_in_use_is_read_again_before_it_is_resident(
     registry: AdapterRegistry,
 ) -> None:
     """The request was told that the adapter is resident, and asks again after the change."""

@@ -17,7 +17,7 @@ COUNT = 60
 MOST_LASTING = 15
 
 
-def test_what_is_unloaded_leaves_nothing(tmp_path: Path) -> None:
+def test_unloaded_adapters_leave_nothing_behind(tmp_path: Path) -> None:
     registries, metrics = Registries(tmp_path), Metrics()
     registry = registries(3, state=StateDir(tmp_path / "state", 1 << 30), metrics=metrics)
 

@@ -122,7 +122,7 @@ def test_an_unexpected_failure_of_a_read_is_reported(
     assert registry.host_bytes_used == 0
 
 
-def test_two_mixes_never_hold_what_the_other_needs(make: Registries) -> None:
+def test_two_mixes_do_not_deadlock(make: Registries) -> None:
     registry = make(2, load="abcd")
     gate = Gate(registry)
     gate.open()
@@ -194,7 +194,7 @@ def test_a_released_mix_is_never_called_back(make: Registries) -> None:
     assert not queued.is_answered
 
 
-def test_a_failing_callback_harms_nobody(
+def test_a_failing_callback_does_not_affect_others(
     make: Registries, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry = make(1, load="ab")
@@ -210,7 +210,7 @@ def test_a_failing_callback_harms_nobody(
     assert "an adapter callback failed" in caplog.text
 
 
-def test_close_tells_everyone_who_waits(make: Registries) -> None:
+def test_close_fails_every_waiting_request(make: Registries) -> None:
     registry = make(1, load="ab")
     gate = Gate(registry)
     loading = Waiter(registry.acquire(refs("a")))
@@ -224,7 +224,7 @@ def test_close_tells_everyone_who_waits(make: Registries) -> None:
     assert not thread.is_alive()
 
 
-def test_close_frees_what_was_to_be_read(make: Registries) -> None:
+def test_close_frees_the_memory_of_pending_reads(make: Registries) -> None:
     registry = make(2, load="abcd")
     size = registry.host_bytes_used // 2
     registry._leases._executor = ThreadPoolExecutor(1)
@@ -288,7 +288,7 @@ def test_pins_that_leave_no_room_are_refused(
     assert registry.pin("a").pinned
 
 
-def test_a_pin_that_takes_the_last_room_answers_who_waits(make: Registries) -> None:
+def test_a_pin_that_takes_the_last_memory_fails_waiting_requests(make: Registries) -> None:
     registry = make(1, load="ab")
     running = registry.acquire(refs("b"))
     waiting = Waiter(registry.acquire(refs("a")))
@@ -300,7 +300,7 @@ def test_a_pin_that_takes_the_last_room_answers_who_waits(make: Registries) -> N
 # Metrics and load
 
 
-def test_feeds_the_servers_metrics(make: Registries) -> None:
+def test_residency_updates_the_servers_metrics(make: Registries) -> None:
     metrics = Metrics()
     registry = make(2, load="ab", metrics=metrics)
 

@@ -124,7 +124,7 @@ def test_a_pinned_adapter_that_is_gone_does_not_keep_the_server_from_starting(
     assert "cannot pin" in caplog.text
 
 
-def test_what_another_process_measured_is_corrected(start: Start, tmp_path: Path) -> None:
+def test_sizes_that_another_process_measured_are_corrected(start: Start, tmp_path: Path) -> None:
     registry = start()
     registry.load("a", "a")
     registry.load("b", "b")
@@ -431,7 +431,7 @@ def test_registrations_of_the_first_version_are_read(start: Start, tmp_path: Pat
         lambda fields: fields["kept"][0].pop("facts"),
     ],
 )
-def test_only_what_was_saved_is_read(start: Start, tmp_path: Path, change: Callable) -> None:
+def test_invalid_registrations_are_rejected(start: Start, tmp_path: Path, change: Callable) -> None:
     registry = start(keep_generations=1)
     registry.load("a", "a")
     registry.replace("a", "b")

@@ -105,7 +105,7 @@ async def test_running_requests_finish_first_and_others_wait(server: EngineHarne
     assert again[0][0] != expected[0][0][:4]
 
 
-async def test_what_waits_for_the_merge_of_its_own_adapter_is_refused(
+async def test_a_request_that_waits_for_the_merge_of_its_own_adapter_is_rejected(
     server: EngineHarness,
 ) -> None:
     brake = Brake(server)
@@ -126,7 +126,7 @@ async def test_what_waits_for_the_merge_of_its_own_adapter_is_refused(
             await stream.answer
 
 
-async def test_who_gives_up_while_it_drains_changes_nothing(server: EngineHarness) -> None:
+async def test_a_merge_cancelled_while_it_drains_changes_nothing(server: EngineHarness) -> None:
     before = await score(server)
     brake = Brake(server)
     brake.seconds = 0.005

@@ -97,9 +97,7 @@ def _distance(one: Answer, other: Answer) -> float:
     return sum(abs((a or 0.0) - (b or 0.0)) for a, b in pairs)
 
 
-async def test_a_soft_prompt_stands_before_the_merged_base(
-    server: EngineHarness, root: Path
-) -> None:
+async def test_a_soft_prompt_works_on_the_merged_base(server: EngineHarness, root: Path) -> None:
     oracle = merged_model(root / "lora", twin(ARCHITECTURE).model)
     await score(server, "prefix_tuning")
     await merge(server, "lora")
@@ -107,7 +105,7 @@ async def test_a_soft_prompt_stands_before_the_merged_base(
         check_score(await score(server, name), load_adapter(oracle, root / name), PROMPT, name)
 
 
-async def test_after_unmerge_every_answer_is_what_it_was(server: EngineHarness) -> None:
+async def test_unmerge_restores_every_answer(server: EngineHarness) -> None:
     """Merges in both precisions, in sequence, also with adapters that depend on the base."""
     mixes: Sequence[tuple[str, ...]] = ((), *((name,) for name in NAMES), ("lora", "dora", "ia3"))
 
@@ -227,7 +225,7 @@ async def test_a_failure_half_way_leaves_the_base_as_it_was(
     await merge(server, "lora")
 
 
-async def test_a_merge_that_nobody_waits_for_stops_at_the_next_module(
+async def test_a_cancelled_merge_stops_at_the_next_module(
     server: EngineHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cancellation = Cancellation()
@@ -247,7 +245,7 @@ async def test_a_merge_that_nobody_waits_for_stops_at_the_next_module(
     assert server.merger.state == MergeState(1)
 
 
-async def test_what_overflows_is_refused_by_module(server: EngineHarness, root: Path) -> None:
+async def test_an_overflow_is_reported_with_its_module(server: EngineHarness, root: Path) -> None:
     huge = make_config("lora", target_modules=["o_proj"])
     save_adapter(twin(ARCHITECTURE).model, huge, root / "huge", seed=1)
     file = root / "huge" / "adapter_model.safetensors"
@@ -260,7 +258,7 @@ async def test_what_overflows_is_refused_by_module(server: EngineHarness, root: 
     assert server.merger.state == MergeState(1)
 
 
-async def test_what_is_more_than_weights_of_layers_is_refused_by_name(
+async def test_an_error_names_parts_that_cannot_be_merged(
     server: EngineHarness, root: Path
 ) -> None:
     head = make_config("lora", target_modules=["q_proj", "lm_head"])
@@ -285,7 +283,9 @@ async def test_what_is_more_than_weights_of_layers_is_refused_by_name(
     assert server.registry.get("lora").in_flight == 0
 
 
-async def test_one_change_at_a_time(server: EngineHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_only_one_change_runs_at_a_time(
+    server: EngineHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(NotMergedError):
         await unmerge(server)
     may_go_on, put = threading.Event(), BaseEdit.put_weight

@@ -218,7 +218,7 @@ def test_parts_join_to_the_same_projection(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_stored_differently_multiplies_side_by_side(dtype: torch.dtype) -> None:
+def test_weights_in_different_formats_are_multiplied_side_by_side(dtype: torch.dtype) -> None:
     weights = [Nf4Weight.quantize(torch.randn(rows, 128)) for rows in (128, 64, 96)]
     whole = nf4_linear(weights, dtype, torch.device("cpu"))
     dense = DenseLinear(torch.randn(64, 128).to(dtype), (64,))

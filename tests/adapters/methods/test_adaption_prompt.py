@@ -53,7 +53,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("architecture", ["llama", pytest.param("mistral", marks=pytest.mark.long)])
-async def test_scores_and_answers_are_pefts(architecture: str, tmp_path: Path) -> None:
+async def test_scores_and_answers_match_peft(architecture: str, tmp_path: Path) -> None:
     await check_methods(architecture, tmp_path, VARIANTS)
 
 
@@ -208,7 +208,7 @@ UNFIT: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", [*BROKEN, *UNFIT])
-def test_what_does_not_agree_is_refused_by_name(case: str, tmp_path: Path) -> None:
+def test_an_error_names_the_inconsistent_field(case: str, tmp_path: Path) -> None:
     save_adapter(tiny_llama(), make_config("adaption_prompt"), tmp_path / "a")
     change, field = {**BROKEN, **UNFIT}[case]
     if isinstance(change, dict):

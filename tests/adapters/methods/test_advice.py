@@ -30,7 +30,9 @@ def follows(advice: str) -> set[str]:
 
 
 @pytest.mark.parametrize("kind", sorted(follows(CONVERT)))
-def test_what_is_to_be_converted_is_served_then(kind: str, tmp_path: Path) -> None:
+def test_the_suggested_conversion_makes_an_adapter_that_is_served(
+    kind: str, tmp_path: Path
+) -> None:
     model = tiny_llama()
     make, values = CONFIGS[kind]
     with quiet():

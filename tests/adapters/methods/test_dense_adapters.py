@@ -51,7 +51,7 @@ def test_they_are_refused_with_the_flag_and_the_bytes(kind: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_where_they_are_allowed_their_bytes_are_told(kind: str, tmp_path: Path) -> None:
+def test_allowed_dense_adapters_report_their_size(kind: str, tmp_path: Path) -> None:
     reader = loader(tmp_path, kind, allowed=Allowed(dense=True))
     loaded = reader.lower(reader.read(Source("a")))
     assert loaded.operators.num_bytes == loaded.facts.bytes_host == NEEDED
@@ -66,7 +66,7 @@ def test_over_the_host_budget_none_is_made(tmp_path: Path, monkeypatch: Any) -> 
         reader.lower(reader.read(Source("a")))
 
 
-def test_what_has_factors_needs_no_permission(tmp_path: Path) -> None:
+def test_low_rank_factors_need_no_permission(tmp_path: Path) -> None:
     save_adapter(tiny_llama(), make_config("miss", **TARGETS), tmp_path / "a")
     reader = AdapterLoader(tmp_path, base_of(tiny_llama()), 1 << 30, 128)
     loaded = reader.lower(reader.read(Source("a")))

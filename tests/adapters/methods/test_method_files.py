@@ -255,7 +255,7 @@ BROKEN: dict[str, tuple[str, dict[str, Any], Any, str]] = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_what_does_not_agree_is_named(kind: str, tmp_path: Path) -> None:
+def test_an_error_names_the_inconsistent_field(kind: str, tmp_path: Path) -> None:
     method, changes, edit, named = BROKEN[kind]
     directory = save(tmp_path, method, **changes)
     if isinstance(edit, dict):

@@ -44,7 +44,9 @@ VARIANTS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "mistral", "qwen3"])
 @pytest.mark.parametrize("method", VARIANTS)
-async def test_scores_and_answers_are_pefts(method: str, architecture: str, tmp_path: Path) -> None:
+async def test_scores_and_answers_match_peft(
+    method: str, architecture: str, tmp_path: Path
+) -> None:
     variants = VARIANTS[method]
     if method == "prefix_tuning" and architecture == "qwen3":
         # PEFT assumes a head width of hidden / heads, but this base has wider heads.

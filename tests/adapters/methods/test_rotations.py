@@ -55,7 +55,7 @@ def skew_of(triangle: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("version", ["0.17.1", "0.18.0.dev0@abc", None])
 @pytest.mark.parametrize("terms", [1, 2, 3, 4, 5, 6])
-def test_the_series_is_that_of_the_version_it_was_trained_with(
+def test_the_series_is_that_of_the_peft_version_used_in_training(
     terms: int, version: str | None, tmp_path: Path
 ) -> None:
     folder = save(tmp_path, "oft", num_cayley_neumann_terms=terms)
@@ -78,7 +78,7 @@ def test_the_series_is_that_of_the_version_it_was_trained_with(
 
 
 @pytest.mark.parametrize("share", [False, True])
-def test_whole_matrices_and_a_gain_are_those_of_peft_0_14(share: bool, tmp_path: Path) -> None:
+def test_full_matrices_and_a_gain_match_peft_0_14(share: bool, tmp_path: Path) -> None:
     folder = save(tmp_path, "oft", block_share=share)
     saved, scale = noise(1 if share else 8, SIZE, SIZE), 1 + noise(WIDTH, 1)
     edit_config(folder, peft_version=..., use_cayley_neumann=..., num_cayley_neumann_terms=...)
@@ -93,7 +93,7 @@ def test_whole_matrices_and_a_gain_are_those_of_peft_0_14(share: bool, tmp_path:
     assert (matrix(operators) - torch.block_diag(*expected)).abs().max() < 1e-12
 
 
-def test_whole_matrices_are_projected_by_the_outputs(tmp_path: Path) -> None:
+def test_full_matrices_are_projected_with_the_number_of_outputs(tmp_path: Path) -> None:
     folder = save(tmp_path, "oft", coft=True, eps=0.004)
     saved, scale = noise(8, SIZE, SIZE), 1 + noise(WIDTH, 1)
     edit_config(folder, peft_version=..., use_cayley_neumann=...)
@@ -110,7 +110,7 @@ def test_whole_matrices_are_projected_by_the_outputs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("factors", "size"), [(1, 4), (2, 4), (3, 4), (4, 8), (2, 2), (5, 4)])
 def test_butterfly_factors_are_multiplied_out(factors: int, size: int, tmp_path: Path) -> None:
-    """Compared with PEFT's own permutations, which it needs its CUDA extension to create."""
+    """Compare with PEFT's permutations, which PEFT itself creates only with its CUDA extension."""
     folder = save(tmp_path, "boft", boft_block_size=size, boft_n_butterfly_factor=factors)
     saved = noise(factors, WIDTH // size, size, size)
     edit_tensors(folder, lambda tensors: {**tensors, f"{KEY}.boft_R": saved})
@@ -126,7 +126,7 @@ def test_butterfly_factors_are_multiplied_out(factors: int, size: int, tmp_path:
     assert (matrix(lowered(tmp_path)) - expected).abs().max() < 2e-6
 
 
-def test_one_factor_is_what_peft_makes_without_its_extension(tmp_path: Path) -> None:
+def test_boft_matches_peft_without_its_cuda_extension(tmp_path: Path) -> None:
     model = tiny_llama(dtype=torch.float64)
     save_adapter(model, make_config("boft", boft_n_butterfly_factor=3), tmp_path / "a")
     oracle = load_adapter(model, tmp_path / "a")

@@ -161,7 +161,7 @@ def test_the_only_task_need_not_be_named(tmp_path: Path) -> None:
     lower_checkpoint(read_adapter(tmp_path).of_task(0), base)
 
 
-def test_an_adapter_without_tasks_is_none(tmp_path: Path) -> None:
+def test_asking_for_a_task_of_an_adapter_without_tasks_fails(tmp_path: Path) -> None:
     save_adapter(tiny_llama(), make_config("lora"), tmp_path / "a")
     ((field, why),) = refusal(read_adapter(tmp_path).of_task(0))
     assert (field, why.reason) == ("task", "NO_TASKS")

@@ -70,7 +70,7 @@ def test_every_key_that_peft_writes_has_a_rule(root: Path) -> None:
     assert fields | checkpoint.config.keys() <= method_for(checkpoint).rules.keys()
 
 
-def test_it_says_what_runs_before_it(root: Path) -> None:
+def test_an_xlora_declares_its_first_pass(root: Path) -> None:
     lowered = lower(root)
     facts = lowered.facts(read_adapter(root, "deep"), "xlora")
     assert (facts.first_pass, facts.method) == ("base", "xlora")
@@ -98,7 +98,7 @@ def test_it_says_what_runs_before_it(root: Path) -> None:
         ({"what": 1}, "what", "UNKNOWN_FIELD"),
     ],
 )
-def test_what_contradicts_is_refused_by_name(
+def test_an_error_names_the_contradictory_field(
     changes: dict[str, Any], field: str, reason: str, root: Path
 ) -> None:
     edit_config(root / "deep", **changes)
@@ -119,7 +119,7 @@ def test_another_base_s_states_are_a_mismatch(root: Path) -> None:
         lower(root, base)
 
 
-def test_a_component_that_is_no_plain_lora_is_refused(root: Path) -> None:
+def test_a_component_that_is_not_a_plain_lora_is_rejected(root: Path) -> None:
     edit_config(root / "0", use_dora=True)
     names = [name for name in linear_modules(make_llama()) if name.endswith("q_proj")]
     assert names
@@ -158,7 +158,7 @@ def test_modules_are_counted_in_peft_s_order(architecture: str) -> None:
     assert modules_in_order(base) == linear
 
 
-def test_what_peft_saves_lacks_layers_and_is_made_whole(root: Path) -> None:
+def test_layers_that_peft_does_not_save_are_restored(root: Path) -> None:
     """The conversion exists because of this.
 
     Once PEFT saves all layers, the main file can be read directly.
@@ -214,7 +214,7 @@ def test_more_than_ten_loras_keep_their_order(root: Path) -> None:
     ]
 
 
-def test_what_cannot_be_found_again_is_said(root: Path, reasons: list[str]) -> None:
+def test_parts_that_cannot_be_restored_are_reported(root: Path, reasons: list[str]) -> None:
     edit_config(root / "deep-saved", use_trainable_adapters=True)
     assert convert(root) == 1
     edit_config(root / "deep-saved", use_trainable_adapters=False)
@@ -226,7 +226,7 @@ def test_what_cannot_be_found_again_is_said(root: Path, reasons: list[str]) -> N
     assert not (root / "new").exists()
 
 
-def test_what_older_versions_saved_is_taken_as_it_is(root: Path) -> None:
+def test_files_of_older_peft_versions_are_copied_unchanged(root: Path) -> None:
     """The files are complete: the main one has the classifier, the folders have only LoRAs."""
     folder = root / "deep-saved"
     shutil.copy(root / "deep" / "adapter_model.safetensors", folder)

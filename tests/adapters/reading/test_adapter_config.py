@@ -81,7 +81,7 @@ def test_zero_is_not_false(root: Path, key: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("task", ["SEQ_2_SEQ_LM", True, [None]])
-def test_a_task_of_another_kind_of_base_is_told_which_are_served(root: Path, task: object) -> None:
+def test_a_task_of_an_unsupported_kind_is_rejected(root: Path, task: object) -> None:
     edit_config(root / "a", task_type=task)
     ((field, why),) = refusal_of(root).violations
     assert (field, why.reason) == ("task_type", "INVALID_VALUE")
@@ -281,7 +281,7 @@ def test_a_flood_of_findings_stays_small(
     assert len(str(caught.value)) < 1000
 
 
-def test_a_fault_that_many_keys_have_is_told_once() -> None:
+def test_a_fault_of_many_keys_is_reported_once() -> None:
     findings = Findings("a")
     for i in range(10 * MAX_REPORTED):
         findings.add(f"layers.{i}.lora_A", say("WRONG_RANK", rank=4, by="the config", expected=i))

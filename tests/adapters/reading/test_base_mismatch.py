@@ -122,7 +122,7 @@ def test_another_base_of_the_same_shapes_is_refused_unless_it_is_allowed(directo
     assert any("org/Other-7B" in line for line in load(directory, allow=True).facts.warnings)
 
 
-def test_the_digest_of_the_base_says_more_than_names(directory: Path) -> None:
+def test_the_digest_of_the_base_takes_precedence_over_its_name(directory: Path) -> None:
     provenance = directory / "provenance.json"
     provenance.write_text(json.dumps({"base": {"name": "x", "digest": "d" * 64}}))
     load(directory)
@@ -160,7 +160,7 @@ DIGEST = "d" * 64
         ),
     ],
 )
-def test_other_weights_of_the_same_base_are_told(
+def test_different_weights_of_the_same_base_are_reported(
     directory: Path, trained: dict[str, Any], reason: str | None, params: dict[str, Any]
 ) -> None:
     edit_config(directory, base_model_name_or_path="org/Tiny-1B")
@@ -199,7 +199,7 @@ def test_the_name_of_the_base_may_tell_another_quantisation(
         load(directory, base_name=served, strict=True)
 
 
-def test_a_rank_over_the_limit_says_which_flag(directory: Path) -> None:
+def test_a_rank_over_the_limit_is_rejected(directory: Path) -> None:
     with pytest.raises(BudgetExceededError, check=says("RANK_OVER_LIMIT", max_rank=1)):
         load(directory, max_rank=1, allow=True)
 

@@ -76,7 +76,9 @@ def test_unchanged_files_are_hashed_once(tmp_path: Path, hashed: list[int]) -> N
     assert len(hashed) > count
 
 
-def test_content_of_the_same_size_and_age_is_seen(tmp_path: Path, hashed: list[int]) -> None:
+def test_changed_content_of_the_same_size_and_time_is_noticed(
+    tmp_path: Path, hashed: list[int]
+) -> None:
     folder = tmp_path / "a"
     write(folder, 0)
     known = DigestCache()
@@ -116,7 +118,7 @@ def test_a_known_file_that_changes_while_it_is_read_is_refused(
         read(folder, known)
 
 
-def test_another_config_is_seen(tmp_path: Path, hashed: list[int]) -> None:
+def test_a_changed_config_is_noticed(tmp_path: Path, hashed: list[int]) -> None:
     write(tmp_path / "a", 0)
     known = DigestCache()
     first = read(tmp_path / "a", known)

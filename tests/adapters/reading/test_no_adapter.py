@@ -121,7 +121,7 @@ def write_adapter(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_a_load_and_a_start_say_what_is_wrong(root: Path, kind: str) -> None:
+def test_a_load_and_a_start_report_the_same_error(root: Path, kind: str) -> None:
     spoil, field, reason = FAULTS[kind]
     spoil(root / "m")
     error = refused(root, "m")
@@ -162,7 +162,7 @@ def test_a_file_is_not_an_adapter(root: Path) -> None:
 
 @pytest.mark.parametrize("locked", ["m", f"m/{CONFIG_FILE}", f"m/{TENSORS_FILE}", ""])
 @pytest.mark.parametrize("mode", [0o000, 0o444, 0o711])
-def test_what_may_not_be_read_is_said_with_who_may_not(locked: str, mode: int) -> None:
+def test_an_unreadable_file_is_reported_with_the_user(locked: str, mode: int) -> None:
     # A directory that every user may enter, unlike pytest's.
     with pretending_not_to_be_root() as user, tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "root"
@@ -178,7 +178,7 @@ def test_what_may_not_be_read_is_said_with_who_may_not(locked: str, mode: int) -
             (root / locked).chmod(0o755)
 
 
-def test_what_is_near_may_be_locked(tmp_path: Path) -> None:
+def test_suggestions_skip_unreadable_directories(tmp_path: Path) -> None:
     with pretending_not_to_be_root(), tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "root"
         write_adapter(root / "hotel" / "adapter")

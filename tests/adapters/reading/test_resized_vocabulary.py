@@ -102,7 +102,7 @@ def test_rows_that_pad_the_base_may_be_tokens(
     assert (facts.tokenizer != "", facts.vocab_size) == (is_own, 258 if is_own else 0)
 
 
-def test_without_a_tokenizer_nobody_knows_the_tokens(loader_of: Any, tmp_path: Path) -> None:
+def test_new_tokens_without_a_tokenizer_are_rejected(loader_of: Any, tmp_path: Path) -> None:
     (grown(tmp_path) / "tokenizer.json").unlink()
     with pytest.raises(AdapterCheckpointError, check=says("ADAPTER_LACKS_TOKENIZER", rows=272)):
         load(loader_of(tmp_path))
@@ -151,7 +151,7 @@ def test_an_export_gives_the_tokenizer_that_was_loaded(
         exported()
 
 
-def test_a_tokenizer_that_has_gone_is_told_by_the_adapters_name(
+def test_a_missing_tokenizer_is_reported_with_the_adapters_name(
     loader_of: Any, tmp_path: Path
 ) -> None:
     folder, loader = grown(tmp_path), loader_of(tmp_path)
@@ -224,7 +224,7 @@ def cut(name: str, rows: int) -> Any:
     return lambda tensors: {**tensors, name: tensors[name][:rows].contiguous()}
 
 
-def test_what_is_not_served_is_refused_by_name(loader_of: Any, tmp_path: Path) -> None:
+def test_an_error_names_the_unsupported_field(loader_of: Any, tmp_path: Path) -> None:
     def refused(field: str, reason: str, **params: object) -> None:
         with pytest.raises((AdapterMismatchError, AdapterCheckpointError)) as caught:
             load(loader_of(tmp_path))

@@ -38,7 +38,7 @@ from turret.server.errors import (
 # Loading
 
 
-def test_a_record_says_what_was_loaded(make: Registries) -> None:
+def test_a_record_describes_what_was_loaded(make: Registries) -> None:
     record = make().load("sql-1.0_x", "a")
     assert (record.name, record.generation, record.facts.method) == ("sql-1.0_x", 1, "lora")
     assert record.facts.ranks == (4,)

@@ -59,7 +59,7 @@ def test_later_requests_get_the_new_generation_and_running_ones_keep_theirs(
     assert registry.get("a").in_flight == 0
 
 
-def test_a_generation_nobody_uses_goes_at_once(make: Registries) -> None:
+def test_an_unused_generation_is_removed_at_once(make: Registries) -> None:
     registry = make(load="a")
     gone: list[str] = []
     registry.on_unloaded = gone.append
@@ -89,7 +89,7 @@ def test_an_older_generation_is_not_found(make: Registries) -> None:
     registry.release(running)
 
 
-def test_what_cannot_be_replaced(make: Registries) -> None:
+def test_replacements_that_are_rejected(make: Registries) -> None:
     registry = make(1.5, load="a")
     before = registry.get("a")
     with pytest.raises(AdapterNotFoundError):
@@ -111,7 +111,7 @@ def test_what_cannot_be_replaced(make: Registries) -> None:
     thread.join(WAIT_SECONDS)
 
 
-def test_of_two_who_expect_the_same_generation_one_changes_it(make: Registries) -> None:
+def test_only_one_of_two_replacements_of_the_same_generation_succeeds(make: Registries) -> None:
     registry = make(3, load="a")
     with ThreadPoolExecutor(4) as pool:
         tries = [pool.submit(registry.replace, "a", path, 1) for path in ("b", "c")]

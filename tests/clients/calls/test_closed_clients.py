@@ -48,7 +48,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("ask", CALLS.values(), ids=CALLS)
-def test_a_running_call_says_that_its_client_was_closed(server: FakeTurret, ask):
+def test_a_running_call_reports_that_its_client_was_closed(server: FakeTurret, ask):
     client = TurretClient(server.address)
     closes = threading.Timer(0.2, client.close)
     closes.start()
@@ -69,7 +69,7 @@ async def _to_the_end(ask: Any, client: AsyncTurretClient) -> None:
 
 
 @pytest.mark.parametrize("ask", CALLS.values(), ids=CALLS)
-async def test_a_running_asyncio_call_says_so_too(server: FakeTurret, ask):
+async def test_a_running_asyncio_call_reports_that_its_client_was_closed(server: FakeTurret, ask):
     client = AsyncTurretClient(server.address)
     task = asyncio.create_task(_to_the_end(ask, client))
     await asyncio.sleep(0.2)
@@ -108,7 +108,9 @@ async def test_a_stream_that_another_task_closes_ends(server: FakeTurret):
         await task
 
 
-async def test_an_export_says_so_too(server: FakeTurret, tmp_path: Path, monkeypatch):
+async def test_an_export_reports_that_its_client_was_closed(
+    server: FakeTurret, tmp_path: Path, monkeypatch
+):
     export = FakeAdapters.ExportAdapter
 
     def slow(self, request, context):

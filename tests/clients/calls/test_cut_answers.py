@@ -101,7 +101,7 @@ def _streamed(address: str, is_async: bool, **options: Any) -> tuple[list[Any], 
         ({"resume": False}, 1, None, "ab"),
     ],
 )
-def test_a_stream_goes_on_or_raises_after_what_it_has(
+def test_a_stream_continues_or_raises_after_its_last_chunk(
     server, is_async: bool, options, cuts: int, then, text: str
 ) -> None:
     stopping, address = server
@@ -140,7 +140,7 @@ def test_a_broken_stream_waits_for_a_server_that_starts_again(
     ("seconds", "options", "timeout"),
     [(0.3, {}, None), (60, {}, 0.5), (60, {"max_retries": 0}, None)],
 )
-def test_a_server_that_stays_away_is_not_waited_for_for_ever(
+def test_waiting_for_a_lost_server_ends(
     monkeypatch: pytest.MonkeyPatch, seconds: float, options: dict[str, Any], timeout: float | None
 ) -> None:
     monkeypatch.setattr("turret.clients.calls.settings._FIRST_DELAY_SECONDS", 0.02)

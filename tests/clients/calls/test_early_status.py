@@ -52,7 +52,7 @@ def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-async def test_the_servers_status_is_raised_whenever_it_comes(address: str, adapter: Path) -> None:
+async def test_an_early_status_of_the_server_is_raised(address: str, adapter: Path) -> None:
     async with AsyncTurretClient(address) as client:
         for _ in range(UPLOADS):
             with pytest.raises(AlreadyExistsError, match="taken") as caught:
@@ -60,7 +60,7 @@ async def test_the_servers_status_is_raised_whenever_it_comes(address: str, adap
             assert caught.value.request_id == "the-id"
 
 
-async def test_a_synchronous_client_raises_it_too(address: str, adapter: Path) -> None:
+async def test_a_synchronous_client_raises_an_early_status(address: str, adapter: Path) -> None:
     def upload() -> None:
         with TurretClient(address) as client, pytest.raises(AlreadyExistsError, match="taken"):
             client.adapters.upload("a", adapter)
@@ -68,7 +68,7 @@ async def test_a_synchronous_client_raises_it_too(address: str, adapter: Path) -
     await asyncio.to_thread(upload)
 
 
-async def test_an_upload_that_no_server_takes_fails_as_ever(adapter: Path) -> None:
+async def test_an_upload_without_a_server_raises_the_usual_error(adapter: Path) -> None:
     async with AsyncTurretClient("127.0.0.1:1", max_retries=0) as client:
         with pytest.raises(UnavailableError) as raised:
             await client.adapters.upload("a", adapter)

@@ -133,7 +133,7 @@ def test_without_resume_a_broken_stream_is_unavailable(server: ServerUnderTest) 
         list(client.generate_stream("a b", max_tokens=200, ignore_eos=True))
 
 
-def test_an_answer_goes_on_with_its_own_weights_or_not_at_all(server: ServerUnderTest) -> None:
+def test_an_answer_resumes_only_with_the_same_weights(server: ServerUnderTest) -> None:
     model = server.adapter_root.parent / "model"
     write_adapter(server.adapter_root, arch_of(model), AdapterSpec("moving", rank=4), 5)
     write_adapter(server.adapter_root, arch_of(model), AdapterSpec("moved", rank=4), 6)
@@ -150,7 +150,7 @@ def test_an_answer_goes_on_with_its_own_weights_or_not_at_all(server: ServerUnde
             list(stream)
 
 
-def test_an_answer_of_an_alias_goes_on_with_the_target_that_began_it(
+def test_an_answer_of_an_alias_resumes_with_the_same_target(
     server: ServerUnderTest,
 ) -> None:
     options: GenerateOptions = {"max_tokens": 300, "ignore_eos": True, "temperature": 0.0}

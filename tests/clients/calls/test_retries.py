@@ -136,7 +136,7 @@ async def test_asyncio_does_the_same(server: tuple[Moody, str]) -> None:
             await client.adapters.get("a")
 
 
-def test_the_server_says_how_long(server: tuple[Moody, str]) -> None:
+def test_the_server_determines_the_delay(server: tuple[Moody, str]) -> None:
     servicer, address = server
     servicer.failures, servicer.delay = 1, 0.4
     with TurretClient(address) as client:
@@ -151,7 +151,7 @@ def test_the_server_says_how_long(server: tuple[Moody, str]) -> None:
         assert time.monotonic() - before < 0.3
 
 
-def test_what_waiting_does_not_help_is_final(server: tuple[Moody, str]) -> None:
+def test_errors_that_waiting_cannot_fix_are_not_retried(server: tuple[Moody, str]) -> None:
     servicer, address = server
     for code, reason, delay in (
         (grpc.StatusCode.RESOURCE_EXHAUSTED, "BUDGET_EXCEEDED", None),

@@ -22,7 +22,7 @@ LONG = [1e9, 3e9, 9.2e9, 1e10, sys.maxsize, pytest.param(10**400, id="10**400"),
 
 
 @pytest.mark.parametrize("seconds", LONG)
-async def test_a_timeout_that_no_clock_can_hold_is_none(server: FakeTurret, seconds: Any):
+async def test_an_enormous_timeout_sets_no_deadline(server: FakeTurret, seconds: Any):
     def has_no_deadline() -> bool:
         left, server.inference.time_remaining = server.inference.time_remaining, 0.0
         return left is None
@@ -46,7 +46,7 @@ def test_any_real_number_is_a_timeout(client: TurretClient, server: FakeTurret):
     assert 4 < (server.inference.time_remaining or 0) < 5.1
 
 
-async def test_a_missed_deadline_says_how_long_it_was(server: FakeTurret):
+async def test_a_missed_deadline_reports_the_timeout(server: FakeTurret):
     with TurretClient(server.address) as client, pytest.raises(DeadlineExceededError) as raised:
         list(client.generate_stream(FOREVER, timeout=0.2))
     assert raised.value.metadata == {"timeout": "0.2"}
@@ -69,7 +69,7 @@ class Punctual(FakeInference):
         abort(context, grpc.StatusCode.DEADLINE_EXCEEDED, said, info)
 
 
-def test_a_server_whose_clock_is_first_gives_what_there_is():
+def test_a_server_that_reaches_the_deadline_first_returns_the_partial_answer():
     with fake_turret(Punctual) as server, TurretClient(server.address) as client:
         stream = client.generate_stream("a", timeout=5)
         assert next(stream).finish_reason == "DEADLINE"
@@ -78,7 +78,7 @@ def test_a_server_whose_clock_is_first_gives_what_there_is():
     assert (raised.value.reason, raised.value.metadata["timeout"]) == ("DEADLINE_EXCEEDED", "5")
 
 
-def test_a_missed_deadline_of_the_client_says_so_too():
+def test_a_deadline_that_the_client_enforces_reports_the_timeout():
     over = threading.Event()
 
     class Late(FakeInference):

@@ -213,7 +213,7 @@ def test_the_table_shows_each_mix(run: Run, capitals: Path):
     assert "label accuracy" not in out
 
 
-def test_an_interrupt_says_how_far_it_was_and_waits_for_nobody(
+def test_an_interrupt_reports_progress_and_ends_at_once(
     run: Run, server: FakeTurret, capitals: Path, tmp_path: Path, monkeypatch
 ):
     accept, left = server.inference._accept, threading.Event()
@@ -241,9 +241,7 @@ def test_an_interrupt_says_how_far_it_was_and_waits_for_nobody(
     assert took < 20
 
 
-def test_a_server_that_goes_away_is_said_to_be_gone(
-    run: Run, server: FakeTurret, capitals: Path, monkeypatch
-):
+def test_a_lost_connection_is_reported(run: Run, server: FakeTurret, capitals: Path, monkeypatch):
     def close(request, context):
         abort(context, grpc.StatusCode.UNAVAILABLE, "Socket closed")
 
@@ -297,7 +295,7 @@ def test_figures_fit_in_80_columns(run: Run, capitals: Path, monkeypatch):
     assert "…" not in out
 
 
-def test_files_that_cannot_be_written_are_told_before_anything_is_asked(
+def test_unwritable_files_are_reported_before_any_request(
     run: Run, capitals: Path, server: FakeTurret, tmp_path: Path
 ):
     (tmp_path / "d.svg").mkdir()

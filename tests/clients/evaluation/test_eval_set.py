@@ -71,7 +71,7 @@ def test_a_bad_row_is_named(tmp_path: Path, row: str, field: str, reason: str):
         (b"\x1f\x8b\x08", "byte 2", "NOT_UTF8"),
     ],
 )
-def test_a_file_of_another_kind_is_told_by_its_first_line(
+def test_a_file_of_another_format_is_rejected_at_its_first_line(
     data: bytes, field: str, reason: str, tmp_path: Path
 ):
     path = tmp_path / "test.jsonl"
@@ -104,7 +104,7 @@ def test_other_bytes_and_no_rows_are_named(tmp_path: Path):
         read_eval_set(path)
 
 
-def test_rows_keep_their_line_and_a_byte_order_mark_is_none(tmp_path: Path):
+def test_rows_keep_their_line_number_and_a_byte_order_mark_is_ignored(tmp_path: Path):
     path = tmp_path / "test.jsonl"
     path.write_bytes(b'\xef\xbb\xbf\r\n\n{"prompt": "a", "completion": "b"}\r\n')
     assert read_eval_set(path, is_raw=True) == [EvalExample(3, "a", "b")]
@@ -127,7 +127,7 @@ def test_other_keys_of_a_row_and_roles_of_a_template_are_passed_over(tmp_path: P
         ({"zzz": "a"}, "zzz", "UNEXPECTED_KEY", None),
     ],
 )
-def test_training_and_evaluation_say_the_same_of_a_key_that_is_none(
+def test_training_and_evaluation_report_an_unknown_key_alike(
     row: dict[str, str], field: str, reason: str, near: str | None, tmp_path: Path
 ):
     path = tmp_path / "rows.jsonl"

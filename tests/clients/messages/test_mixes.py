@@ -40,22 +40,22 @@ def test_a_mapping_is_a_mix_with_its_weights(client: TurretClient, server: FakeT
 @pytest.mark.parametrize(
     ("adapters", "error", "text"),
     [
-        ({"sql": "0.5"}, TypeError, r"^adapters: \('sql', '0.5'\): "),
+        ({"sql": "0.5"}, TypeError, r"^adapters: .*\('sql', '0.5'\)"),
         ({3: 0.5}, TypeError, r"^adapters: .* 3$"),
-        ([("sql", "1")], TypeError, r"^adapters: \('sql', '1'\): "),
+        ([("sql", "1")], TypeError, r"^adapters: .*\('sql', '1'\)"),
         ("caf\udcff", ValueError, "^adapters: "),
-        (("sql", 10**400), ValueError, r"^adapters: \('sql', 10*: int too large"),
-        (AdapterWeight("sql", generation=-1), ValueError, "^adapters: AdapterWeight.*: Value out"),
+        (("sql", 10**400), ValueError, r"^adapters: .*\('sql', 10*.*int too large"),
+        (AdapterWeight("sql", generation=-1), ValueError, "^adapters: .*AdapterWeight.*Value out"),
         ({"sql=2": 1.0}, ValueError, "^adapters: .sql=2. "),
         (b"sql", TypeError, "^adapters: .* 115$"),
         (None, TypeError, "^adapters: .* None$"),
     ],
 )
-def test_what_is_no_mix_names_adapters(client: TurretClient, adapters, error, text):
+def test_an_invalid_mix_is_reported_as_adapters(client: TurretClient, adapters, error, text):
     with pytest.raises(error, match=text):
         client.score("a", adapters=adapters)
 
 
-def test_what_is_no_text_is_no_member():
+def test_a_member_must_be_text():
     with pytest.raises(TypeError, match=r"^text: .* 5$"):
         AdapterWeight.parse(5)  # type: ignore[arg-type]

@@ -67,7 +67,9 @@ def test_a_message_may_be_what_a_library_made_of_an_answer(
         (5, ": "),
     ],
 )
-def test_a_turn_that_is_none_is_told_where_it_is(client: TurretClient, turn: Any, complaint: str):
+def test_an_invalid_turn_is_reported_with_its_index(
+    client: TurretClient, turn: Any, complaint: str
+):
     for ask in (client.chat, client.generate, client.tokenize):
         with pytest.raises(TypeError) as raised:
             ask([USER, turn])
@@ -95,16 +97,16 @@ def test_a_tensor_is_token_ids(client: TurretClient, server: FakeTurret):
 @pytest.mark.parametrize(
     ("prompt", "complaint"),
     [
-        ([5, None], "[5, None]: "),
-        ([5, 6.0], "[5, 6.0]: "),
+        ([5, None], "[5, None]"),
+        ([5, 6.0], "[5, 6.0]"),
         (None, "None"),
-        (["hi", "a"], "['hi', 'a']: "),
-        (np.array([5.0]), "[np.float64(5.0)]: "),
+        (["hi", "a"], "['hi', 'a']"),
+        (np.array([5.0]), "[np.float64(5.0)]"),
         (np.array(5), "array(5)"),
         (b"a", "b'a'"),
     ],
 )
-def test_a_prompt_that_is_none_is_told_by_its_argument(
+def test_an_invalid_prompt_is_reported_with_its_argument(
     client: TurretClient, prompt: Any, complaint: str
 ):
     with pytest.raises(TypeError) as raised:
@@ -118,7 +120,7 @@ def test_a_prompt_that_is_none_is_told_by_its_argument(
         assert complaint in str(raised.value)
 
 
-def test_one_turn_is_no_conversation(client: TurretClient):
+def test_a_single_turn_is_rejected_as_a_conversation(client: TurretClient):
     for turn in (USER, ("user", "hi"), inference_pb2.ChatMessage(role="user")):
         for ask, name in ((client.chat, "messages"), (client.generate, "prompt")):
             with pytest.raises(TypeError) as raised:
@@ -126,7 +128,7 @@ def test_one_turn_is_no_conversation(client: TurretClient):
             assert str(raised.value).startswith(f"{name}: ")
 
 
-def test_one_prompt_is_no_list_of_prompts(client: TurretClient):
+def test_a_single_prompt_is_rejected_as_a_list_of_prompts(client: TurretClient):
     for inputs in ([5, 6], np.array([5, 6]), [USER], [USER, USER]):
         with pytest.raises(TypeError, match=r"^inputs\[0\]: "):
             client.embed(inputs)  # type: ignore[arg-type]

@@ -62,7 +62,7 @@ def test_administrative_calls_name_the_argument_that_is_wrong(client: TurretClie
         lambda: client.adapters.load("a", 3),  # type: ignore[arg-type]
         lambda: client.adapters.replace("a", 3),  # type: ignore[arg-type]
     ):
-        with pytest.raises(TypeError, match=r"^path: 3: "):
+        with pytest.raises(TypeError, match=r"^path: .* 3 "):
             call()
     with pytest.raises(TypeError, match=r"^name: .* 3$"):
         client.adapters.unload(3)  # type: ignore[arg-type]
@@ -77,7 +77,7 @@ def test_administrative_calls_name_the_argument_that_is_wrong(client: TurretClie
         with pytest.raises(TypeError, match=f"^{complaint}"):
             client_call()
     for seconds in (math.nan, math.inf, 1e30, 10**400):
-        said = f"^drain_seconds: {re.escape(str(seconds)[:60])}: "
+        said = f"^drain_seconds: .*{re.escape(str(seconds)[:60])}"
         with pytest.raises(ValueError, match=said):
             client.adapters.unload("a", drain_seconds=seconds)
     with pytest.raises(ValueError, match=r'^mode: .* drain, force, .*"x"$'):
@@ -165,7 +165,7 @@ def test_a_path_may_be_a_path(client: TurretClient, server: FakeTurret):
     assert client.adapters.replace("new", Path(SAME)).generation == 1
 
 
-def test_an_asyncio_client_says_where_it_can_be_used(server: FakeTurret):
+def test_an_asyncio_client_requires_its_own_event_loop(server: FakeTurret):
     with pytest.raises(RuntimeError, check=says("NO_EVENT_LOOP")):
         AsyncTurretClient(server.address)
 
@@ -278,7 +278,7 @@ def parsed(*arguments: str) -> argparse.Namespace:
         ),
     ],
 )
-def test_errors_name_what_was_typed(verb: tuple[str, ...], flags: dict[str, str]):
+def test_errors_name_the_flag_that_was_typed(verb: tuple[str, ...], flags: dict[str, str]):
     args = parsed(*verb)
     assert {name: as_typed(name, args) for name in flags} == flags
 
@@ -303,7 +303,7 @@ def test_refusals_name_the_flags_that_were_typed(capsys: pytest.CaptureFixture[s
     assert all(as_typed(name, args).startswith("--") for name in names)
 
 
-def test_a_message_that_is_too_large_is_said_to_be(client: TurretClient):
+def test_a_message_that_is_too_large_is_reported(client: TurretClient):
     for ask in (lambda: client.generate(LONG), lambda: list(client.generate_stream(LONG))):
         with pytest.raises(InvalidArgumentError) as raised:
             ask()
@@ -313,7 +313,7 @@ def test_a_message_that_is_too_large_is_said_to_be(client: TurretClient):
         assert raised.value.message.params["size"].startswith("50000")
 
 
-def test_an_answer_that_is_too_large_is_said_to_be(server: FakeTurret, monkeypatch):
+def test_an_answer_that_is_too_large_is_reported(server: FakeTurret, monkeypatch):
     options = [(n, 64 if n.endswith("receive_message_length") else v) for n, v in channel._OPTIONS]
     monkeypatch.setattr(channel, "_OPTIONS", tuple(options))
     with (
@@ -324,7 +324,7 @@ def test_an_answer_that_is_too_large_is_said_to_be(server: FakeTurret, monkeypat
     assert raised.value.reason == "ANSWER_TOO_LARGE"
 
 
-def test_a_closed_client_says_so(server: FakeTurret, tmp_path: Path):
+def test_a_closed_client_rejects_calls(server: FakeTurret, tmp_path: Path):
     client = TurretClient(server.address)
     client.close()
     for call in (
@@ -348,7 +348,7 @@ def test_a_closed_client_says_so(server: FakeTurret, tmp_path: Path):
     asyncio.run(closed())
 
 
-def test_what_is_no_turret_server_is_told_with_what_to_do():
+def test_an_address_without_a_turret_server_is_reported():
     with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as other:
         threading.Thread(target=other.serve_forever, daemon=True).start()
         address = f"127.0.0.1:{other.server_port}"
@@ -372,7 +372,7 @@ def test_a_summary_of_an_adapters_faults_is_not_made_longer():
     assert len(error.violations) == 30
 
 
-def test_what_was_said_is_said_once():
+def test_errors_repeat_nothing():
     said = TurretRpcError(grpc.StatusCode.UNAVAILABLE, "it starts", reason="UNAVAILABLE")
     assert str(said) == "UNAVAILABLE: it starts"
     with (

@@ -36,7 +36,7 @@ from turret.server.rpc.interceptor import to_rich_status
 Run = Callable[..., tuple[int, str, str]]
 
 
-def test_what_eval_calls_a_mix_is_no_part_of_a_servers_flag(
+def test_eval_renames_its_own_flag_but_not_the_servers(
     run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     def refuse(_request: object, context: grpc.ServicerContext) -> None:
@@ -71,7 +71,7 @@ def test_many_fields_at_fault_are_one_line(
         ["config.json", "model.safetensors"],
     ],
 )
-def test_an_upload_of_no_adapter_says_what_one_is(
+def test_an_upload_without_adapter_files_is_rejected(
     run: Run, server: FakeTurret, tmp_path: Path, files: list[str]
 ):
     for name in files:
@@ -189,7 +189,7 @@ def test_a_test_set_is_not_written_over(run: Run, server: FakeTurret, tmp_path: 
     assert "completion" in data.read_text()
 
 
-def test_texts_of_a_file_that_is_no_text(
+def test_a_file_of_texts_that_is_not_utf8_is_rejected(
     run: Run, server: FakeTurret, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     (tmp_path / "f").write_bytes(b"ab\xff")

@@ -95,13 +95,14 @@ def test_failed_call_prints_one_line(run: Run):
     assert err == "error: INVALID_ARGUMENT (INVALID_REQUEST): --top-p: <= 1\n"
 
 
-def test_one_thing_is_no_plural():
+def test_one_thing_is_counted_in_the_singular():
     assert [counted(n, "token") for n in (0, 1, 2)] == ["0 tokens", "1 token", "2 tokens"]
 
 
 def test_usage_errors_exit_2(run: Run, capsys):
     code, _, err = run("generate", "a", "--top-k", "-1")
-    assert (code, err.startswith("error: --top-k: -1: ")) == (2, True)
+    assert (code, err.startswith("error: --top-k: ")) == (2, True)
+    assert " -1 " in err
     for arguments in (["-a", "sql=much"], ["-a", "=1"], ["--timeout", "0"], ["--token", "a"] * 2):
         with pytest.raises(SystemExit) as raised:
             parse_and_run("generate", *arguments)
@@ -127,7 +128,9 @@ def test_token_comes_from_flag_or_file(run: Run, server: FakeTurret, tmp_path, c
         assert capsys.readouterr().err.endswith(f"argument --token-from: {said}\n")
 
 
-def test_environment_stands_for_connection_flags(server: FakeTurret, capsys, monkeypatch, tmp_path):
+def test_environment_variables_replace_connection_flags(
+    server: FakeTurret, capsys, monkeypatch, tmp_path
+):
     monkeypatch.setenv("TURRET_ADDRESS", server.address)
     monkeypatch.setenv("TURRET_TOKEN", "t3")
     assert parse_and_run("generate", "a") == 0
@@ -183,14 +186,14 @@ def test_errors_say_what_to_do_next(run: Run, server: FakeTurret, capsys):
         (["--logprobs"], say("FLAG_NEEDS_JSON", flag="--logprobs")),
     ],
 )
-def test_flags_that_cannot_work_are_told_by_name(arguments: list[str], complaint: str, capfd):
+def test_an_error_names_the_flag_that_cannot_work(arguments: list[str], complaint: str, capfd):
     assert parse_and_run("generate", "a", *arguments) != 0
     err = capfd.readouterr().err
     assert complaint in err
     assert err.count("\n") == 1
 
 
-def test_values_that_no_flag_takes_are_told_by_flag(capsys, tmp_path):
+def test_an_invalid_value_is_reported_with_its_flag(capsys, tmp_path):
     none = str(tmp_path / "none")
     for arguments, complaint in (
         (["--timeout", "soon"], f"argument --timeout: {say('NOT_SECONDS', value='soon')}"),
@@ -205,7 +208,7 @@ def test_values_that_no_flag_takes_are_told_by_flag(capsys, tmp_path):
         assert capsys.readouterr().err.splitlines()[-1].endswith(complaint)
 
 
-def test_a_missed_deadline_is_told_once(run: Run):
+def test_a_missed_deadline_is_reported_once(run: Run):
     code, _, err = run("generate", FOREVER, "--timeout", "0.2")
     assert code == 1
     hint = HINTS["DEADLINE_EXCEEDED"].format(timeout=0.2)
@@ -230,7 +233,7 @@ def test_an_adapter_s_name_is_never_cut(run: Run, server: FakeTurret, monkeypatc
     assert name in run("adapters", "list")[1]
 
 
-def test_an_empty_list_says_so(run: Run, server: FakeTurret):
+def test_an_empty_list_suggests_a_load(run: Run, server: FakeTurret):
     server.adapters.adapters.clear()
     assert "`turret adapters load NAME PATH`" in run("adapters", "list")[1]
     assert "`turret adapters load NAME PATH`" in run("adapters", "list", "--method", "x")[1]

@@ -58,7 +58,7 @@ def test_chat_remembers_turns_and_switches_adapters(run: Run, server: FakeTurret
     assert "sql@1=1; json@1=0.5" in out
 
 
-def test_chat_ends_at_the_first_failure_where_nobody_is_there(
+def test_chat_without_a_terminal_ends_at_the_first_failure(
     run: Run, server: FakeTurret, monkeypatch
 ):
     for line, code in (("/adapter nope", 1), ("/nonsense", 2), (CUT, 1)):
@@ -72,7 +72,7 @@ def test_chat_ends_at_the_first_failure_where_nobody_is_there(
     assert err.startswith("error: NOT_FOUND (ADAPTER_NOT_FOUND): no adapter jsn")
 
 
-def test_an_answer_that_the_server_cuts_is_no_success(run: Run):
+def test_a_cut_answer_ends_the_command_with_an_error(run: Run):
     cut = f"error: {say('ANSWER_CUT')}\n"
     assert run("generate", f"a {CUT}") == (1, f"a{CUT}\n", cut)
     code, out, err = run("generate", f"a {CUT}", "--json")
@@ -82,7 +82,7 @@ def test_an_answer_that_the_server_cuts_is_no_success(run: Run):
     assert err == f"error: {say('ANSWER_LOST')}\n"
 
 
-def test_text_that_is_no_utf8_is_named(run: Run):
+def test_text_that_is_not_utf8_is_reported_with_its_argument(run: Run):
     code, _, err = run("generate", "caf\udcff")
     assert (code, err) == (2, f"error: PROMPT: {say('NOT_UTF8')}\n")
     code, _, err = run("generate", "caf\udcff", "--chat")
@@ -92,7 +92,7 @@ def test_text_that_is_no_utf8_is_named(run: Run):
         assert (code, err) == (2, f"error: --system: {say('NOT_UTF8')}\n")
 
 
-def test_a_reader_that_has_enough_is_no_error(server: FakeTurret):
+def test_a_closed_output_pipe_prints_no_error(server: FakeTurret):
     with command("generate", FOREVER, "--address", server.address) as process:
         assert process.stdout is not None
         assert process.stderr is not None

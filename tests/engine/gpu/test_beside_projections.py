@@ -108,7 +108,7 @@ async def test_captured_steps_have_the_bits_of_those_that_are_not(root: Path) ->
     assert len({answer.token_ids for answer in captured}) == len(requests)
 
 
-async def test_what_no_kernel_has_is_computed_beside_the_others(root: Path) -> None:
+async def test_operators_without_a_kernel_run_beside_the_others(root: Path) -> None:
     capture = FakeCapture()
     requests = [asked(("adaption", 1.0)), asked(("adaption", 0.5), ("both", 1.0)), asked()]
     async with serving(root, capture, "adaption", "both") as harness:

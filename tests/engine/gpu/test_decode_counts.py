@@ -129,7 +129,7 @@ def test_other_embeddings_and_heads_leave_the_layers_captured(launched: list[str
     assert capture.num_captures == 1
 
 
-def test_what_has_no_kernel_is_not_captured(launched: list[str]):
+def test_operators_without_a_kernel_are_not_captured(launched: list[str]):
     capture = Capture(launched)
     executor = make_executor(capture)
     executor.sampler(frozenset())

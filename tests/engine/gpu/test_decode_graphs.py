@@ -185,7 +185,7 @@ def test_a_capture_that_failed_is_tried_again(caplog: pytest.LogCaptureFixture):
     assert "without CUDA graphs" in caplog.text
 
 
-def test_after_three_failures_in_a_row_graphs_stay_off_and_that_is_told():
+def test_three_failures_in_a_row_turn_graphs_off_and_are_reported():
     capture, offs = Broken(9), list[str]()
     graphs = DecodeGraphs(capture, on_off=lambda: offs.append("off"))
     for _ in range(5 * WINDOW):

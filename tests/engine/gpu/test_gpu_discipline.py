@@ -118,7 +118,7 @@ def _with_own_first_pass(operators: AdapterOperators) -> AdapterOperators:
 def _with_first_pass(
     first_block: int, computed: int, adapter: Resident, *own: Resident
 ) -> Sequence:
-    """A sequence with an adapter that needs a first pass: the base's, or one of its ``own``."""
+    """A sequence whose adapter needs a first pass, by the base or with the adapters ``own``."""
     sequence = _sequence(first_block, computed, (adapter, 0.8))
     first_pass = _sequence(first_block + 4, computed, *((adapter, 1.0) for adapter in own))
     first_pass.tokens = sequence.tokens
@@ -274,21 +274,21 @@ def test_a_step_never_waits_for_the_device(name: str, no_launches: list[str]):
     executor = _executor()
     step = _steps(_adapters())[name]
     with torch.no_grad():
-        # This copies constants once per process.
+        # The first run in a process copies constants.
         executor.run(step)
         no_launches.clear()
         with watched() as copies:
             computed = executor.run(step)
     assert copies.waits == []
-    # Copies for the rows; those for adapters were part of the first step. A prompt step copies
-    # both, soft tokens, a prefix, and the rows with other embeddings and heads. A first pass counts
-    # as a step.
+    # A decode step copies only its rows, because the first run copied the adapters. A step with
+    # prompts also copies adapters, soft tokens, a prefix, and the rows whose embeddings or heads
+    # change. A first pass counts as a step.
     limits = {"prompts": 10, "prompts, two passes": 5, "decode, two passes": 6}
     assert copies.uploads <= limits.get(name, 1), copies.uploads
     assert computed.logits is not None
     assert len(computed.logits) == sum(item.samples for item in step.scheduled)
     kernels = set(no_launches)
-    # No kernel computes the routed adapters.
+    # Routed adapters have no kernel.
     is_plain = name in ("decode, base only", "prompts, two passes")
     heads = "nf4_rotate_kernel" if is_plain else "rope_kv_write_kernel"
     assert {"paged_attention_kernel", heads} <= kernels
@@ -302,7 +302,7 @@ def test_a_step_never_waits_for_the_device(name: str, no_launches: list[str]):
         assert no_launches.count("paged_attention_kernel") == 2 * ARCH.num_layers
 
 
-def test_the_step_that_memory_is_planned_by_runs_on_a_cache_of_two_blocks(no_launches: list[str]):
+def test_the_largest_step_runs_with_a_cache_of_two_blocks(no_launches: list[str]):
     executor = _executor()
     executor._cache = KvCache(ARCH, 2, 16, DTYPE, META)
     step = largest_step(48, 8, 16)
@@ -365,8 +365,8 @@ def _only(operators: AdapterOperators, *kinds: str) -> AdapterOperators:
     return dataclasses.replace(operators, modules=modules)
 
 
-def test_a_fleet_of_six_methods_is_replayed(monkeypatch: pytest.MonkeyPatch):
-    """Up to eight sequences of some 150 tokens come and go. LoRA was captured at startup."""
+def test_steps_with_six_methods_are_replayed_from_graphs(monkeypatch: pytest.MonkeyPatch):
+    """Up to eight sequences of about 150 tokens start and end. LoRA was captured at startup."""
     monkeypatch.setattr(decode_graphs, "SIGHTS", 8)
     computed, draw, steps, replayed = list[GpuStep](), random.Random(3), 4000, 0
     capture = Capture([])
@@ -408,7 +408,7 @@ def test_a_fleet_of_six_methods_is_replayed(monkeypatch: pytest.MonkeyPatch):
     assert 0 < capture.num_captures - prepared < steps / 200
 
 
-def test_what_no_kernel_takes_is_left_to_torch():
+def test_operators_beyond_the_kernels_limits_are_left_to_torch():
     for over in (0, 1):
         square = torch.zeros(MAX_HADAMARD_RANK + over, MAX_HADAMARD_RANK + over)
         wide = Kronecker(torch.zeros(2, MAX_IN_M + over), torch.zeros(2, 2))
@@ -426,17 +426,17 @@ def test_an_adapter_enters_the_pack_by_one_copy():
     with torch.no_grad(), watched() as copies:
         executor.store.prepare([adapters["low"], adapters["other"]])
     assert copies.waits == []
-    # The addresses in slot tables are another table.
+    # The addresses in slot tables need a separate copy.
     assert copies.uploads == 3
     with torch.no_grad(), watched() as copies:
         executor.store.prepare([adapters["gated"]])
     assert copies.waits == []
-    # The gates' scores are another table.
+    # The gates' scores need a separate copy.
     assert copies.uploads == 2
     with torch.no_grad(), watched() as copies:
         executor.store.prepare([adapters["router"]])
     assert copies.waits == []
-    # The router is copied along, and its gates are computed by their operator.
+    # The same copy contains the router, and its operator computes its gates.
     assert copies.uploads == 1
 
 

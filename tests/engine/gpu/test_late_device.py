@@ -105,7 +105,7 @@ def _executor(cuda: FakeCuda) -> tuple[GpuExecutor, _Decoder]:
     return executor, decoder
 
 
-def test_chunks_of_a_prompt_that_nobody_waits_for(cuda: FakeCuda):
+def test_chunks_of_a_prompt_before_the_one_that_samples(cuda: FakeCuda):
     """Only the last chunk samples, so the host could be far ahead of the device."""
     executor, decoder = _executor(cuda)
     expected = []
@@ -200,7 +200,7 @@ def test_idle_adapters_give_way_to_a_step_that_finds_no_memory(cuda: FakeCuda):
     assert here == [(size, size), (0, size)]
 
 
-def test_an_adapter_that_finds_no_memory_costs_nobody_their_graphs(cuda: FakeCuda):
+def test_an_adapter_that_finds_no_memory_keeps_the_graphs_of_others(cuda: FakeCuda):
     executor, _ = _executor(cuda)
     runner = Runner(executor, frozenset())
     adapters = [_adapter(key) for key in "ab"]
@@ -332,7 +332,7 @@ def test_loads_beside_captures_take_one_stream_that_is_not_theirs(cuda: FakeCuda
 
 
 @pytest.mark.parametrize("spoil", ["synchronize", "wait_stream", "launch", "whole"])
-def test_what_a_capturing_stream_refuses_spoils_the_capture(cuda: FakeCuda, spoil: str):
+def test_a_forbidden_operation_during_capture_spoils_the_capture(cuda: FakeCuda, spoil: str):
     stream = torch.cuda.Stream(CPU, priority=-1)
 
     def disturb() -> None:

@@ -194,7 +194,7 @@ def test_a_party_with_many_requests_delays_another_of_its_group_by_one() -> None
     assert [item.number for item in served if item.party == "other"] == [0, 1, 2]
 
 
-def test_requests_that_a_party_withdraws_delay_nobody() -> None:
+def test_withdrawn_requests_delay_no_others() -> None:
     queue: FairQueue[Item] = FairQueue()
     items = [Item("base", number, party="bulk") for number in range(64)]
     for item in items:
@@ -274,7 +274,7 @@ def test_a_rare_adapter_does_not_wait_for_a_popular_ones_overload() -> None:
     assert p50_popular > 100
 
 
-def test_without_overload_nobody_waits_long() -> None:
+def test_without_overload_waits_are_short() -> None:
     waits = queue_times({"popular": 0.9, "rare": 0.1}, load=0.8)
     assert quantile(waits["rare"], 0.99) <= 20
     assert quantile(waits["popular"], 0.99) <= 20

@@ -114,7 +114,9 @@ def advance(scheduler: Scheduler) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(("history", "together"), [([], 2), ([40], 1), ([8], 2)])
-def test_who_would_be_preempted_later_is_not_admitted(history: list[int], together: int) -> None:
+def test_a_request_that_would_be_preempted_later_is_not_admitted(
+    history: list[int], together: int
+) -> None:
     """19 blocks of 4: two prompts of 16 fit with answers of 12 tokens each, but not of 40."""
     scheduler = make_scheduler(20, history)
     first, second = (sequence_of(range(16), name, max_tokens=40) for name in "ab")
@@ -128,7 +130,7 @@ def test_who_would_be_preempted_later_is_not_admitted(history: list[int], togeth
     assert second.state is SequenceState.RUNNING
 
 
-def test_what_may_not_become_long_is_admitted() -> None:
+def test_requests_with_short_limits_are_admitted() -> None:
     scheduler = make_scheduler(20, [40])
     for name in "ab":
         scheduler.add(sequence_of(range(16), name, max_tokens=8))

@@ -91,7 +91,7 @@ def test_a_mix_that_fills_all_places_yields_one() -> None:
     assert all(hog.num_generated == LONG for hog in hogs)
 
 
-def test_without_a_wait_stated_nobody_yields() -> None:
+def test_without_a_waiting_limit_no_request_is_preempted() -> None:
     clock = Clock(preempt_after_seconds=None)
     for _ in range(SLOTS):
         clock.ask("hog", LONG)
@@ -191,7 +191,7 @@ def test_blocks_are_places_too() -> None:
 
 
 @pytest.mark.parametrize("after", [None, AFTER_SECONDS])
-def test_nobody_yields_while_the_base_is_about_to_change(after: float | None) -> None:
+def test_no_request_is_preempted_before_a_change_of_the_base(after: float | None) -> None:
     clock = Clock(preempt_after_seconds=after)
     hogs = [clock.ask("hog", LONG) for _ in range(SLOTS)]
     clock.step()
@@ -202,7 +202,7 @@ def test_nobody_yields_while_the_base_is_about_to_change(after: float | None) ->
     assert clock.scheduler.is_drained
 
 
-def test_a_step_that_was_not_computed_is_charged_to_nobody() -> None:
+def test_a_step_that_was_not_computed_is_not_charged() -> None:
     """Otherwise, a device without memory would charge a mix repeatedly for the same tokens."""
     scheduler = make_scheduler()
     for name in ("a", "b"):

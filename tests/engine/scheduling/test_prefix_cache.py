@@ -15,14 +15,14 @@ from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import PLACEHOLDER, Sequence
 
 BLOCK_SIZE = 4
-# The invocation of "c".
+# The tokens that invoke the adapter "c".
 INVOCATION = (2, 2)
 MixKey = tuple[tuple[str, int, float], ...]
-# The inputs of the values in a block: the base generation, and each token up to its end with its
-# mix.
+# What determines the values in a block: the base generation, and every token up to the block's
+# end, each with the mix that acts on it.
 Content = tuple[int, tuple[tuple[int, MixKey], ...]]
 
-# Prompts are beginnings of two texts, so most share blocks with others. Some contain invocations.
+# Prompts are prefixes of two texts, so most share blocks with others. Some contain invocations.
 prompts = st.builds(
     lambda text, length, more: [text] * length + more,
     st.sampled_from([0, 1]),
@@ -96,7 +96,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
 
     @rule()
     def merge(self) -> None:
-        """Wait for all running and waiting requests, like the server, and change the base."""
+        """Wait for all running and waiting requests, as the server does, and change the base."""
         self._drain()
         self.scheduler.base_generation += 1
 
@@ -131,9 +131,9 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         assert pool.num_cached == sum(block in pool._key_of for block in pool._free)
 
     def _check_hit(self, sequence: Sequence) -> None:
-        """The found blocks have the content that would be computed.
+        """Check that each cached block holds what would have been computed.
 
-        With enough blocks, all of them are found.
+        With enough blocks, also check that the cache misses none.
         """
         given = sequence.num_computed // BLOCK_SIZE
         for index in range(given):

@@ -74,7 +74,7 @@ def test_another_salt_is_another_key(salt: bytes, other: bytes, tokens: list) ->
 @pytest.mark.parametrize(
     ("num_virtual", "num_preset", "num_shared"), [(0, 0, 0), (32, 32, 2), (32, 0, 2), (20, 0, 1)]
 )
-def test_what_an_adapter_puts_before_the_text_is_shared_across_salts(
+def test_blocks_before_the_text_are_shared_across_salts(
     num_virtual: int, num_preset: int, num_shared: int
 ) -> None:
     """The shared part is a prefix or soft tokens, up to the block in which the text begins."""

@@ -108,7 +108,7 @@ def test_a_chunk_ends_where_an_adapter_begins_and_the_rest_is_shared_with_the_ba
     ]
 
 
-def test_what_was_generated_invokes_nothing() -> None:
+def test_generated_tokens_invoke_no_adapter() -> None:
     scheduler = make_scheduler()
     assert chunks(scheduler, sequence([1, 2, 3], PAIR, so_far=(6, 7, 1))) == [(6, "")]
     resumed = sequence([1, 6, 7], PAIR, so_far=(6, 7, 1))

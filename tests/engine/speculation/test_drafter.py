@@ -106,7 +106,7 @@ def test_a_draft_is_what_followed_in_the_prompt() -> None:
     assert make([1, 2, 3], [4]).draft(MixMemory(), cheap(), 5) == ()
 
 
-def test_what_repeats_itself_goes_on_repeating() -> None:
+def test_repeated_text_is_drafted_again() -> None:
     drafter = make([5], [1, 2, 3, 1, 2])
     assert drafter.draft(MixMemory(), cheap(), 8) == (3, 1, 2, 3, 1, 2, 3, 1)
 
@@ -165,7 +165,7 @@ def test_the_least_recently_asked_mix_is_forgotten(monkeypatch: pytest.MonkeyPat
     assert memory("b") is not second
 
 
-def test_answers_of_others_are_not_remembered_where_nobody_wants_it() -> None:
+def test_answers_of_others_are_remembered_only_if_enabled() -> None:
     for remembers in (True, False):
         speculation = Speculation(StepCost(), remembers=remembers)
         speculation.ended(make([1], [2, 3, 4, 5]))

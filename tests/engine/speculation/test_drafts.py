@@ -160,7 +160,7 @@ def test_a_device_without_memory_for_drafts_gets_steps_without(num_others: int) 
         assert any(item.draft for item in step(scheduler))
 
 
-def test_who_has_no_drafter_gets_no_draft() -> None:
+def test_a_request_without_a_drafter_gets_no_draft() -> None:
     scheduler = make()
     sequence = sequence_of([1, 2, 1, 2, 1, 2], max_tokens=50)
     scheduler.add(sequence)

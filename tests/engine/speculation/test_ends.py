@@ -82,7 +82,7 @@ def conditions(answer: Answer) -> list[StopConditions]:
 
 
 @pytest.mark.parametrize("adapters", [(), ("lora",), ("prefix_tuning",), ("prompt_tuning",)])
-async def test_answers_end_where_they_would(
+async def test_answers_end_where_they_end_without_drafts(
     plain: EngineHarness, drafting: EngineHarness, adapters: Sequence[str]
 ) -> None:
     whole = await plain.run(asked(*adapters))
@@ -115,7 +115,9 @@ async def test_the_rest_of_an_answer_is_drafted_too(
         assert rest.finish.usage.completion_tokens == NUM_TOKENS
 
 
-async def test_prompt_logprobs_and_echo_stay(plain: EngineHarness, drafting: EngineHarness) -> None:
+async def test_prompt_logprobs_and_echo_do_not_change(
+    plain: EngineHarness, drafting: EngineHarness
+) -> None:
     request = asked(options=ResponseOptions(logprobs=True, top_n=2, echo=True))
     whole = await plain.run(request)
     with right(whole).planted():
@@ -123,7 +125,7 @@ async def test_prompt_logprobs_and_echo_stay(plain: EngineHarness, drafting: Eng
     assert len(whole.prompt_logprobs) == len(PROMPT)
 
 
-async def test_the_same_is_found_in_the_prefix_cache(
+async def test_the_prefix_cache_has_the_same_blocks(
     plain: EngineHarness, drafting: EngineHarness
 ) -> None:
     """A continuation of prompt and answer finds as many blocks, with the same contents."""
@@ -143,7 +145,7 @@ async def test_the_same_is_found_in_the_prefix_cache(
         assert found.finish.usage.cached_tokens >= (len(PROMPT) + end) // 16 * 16 - 16
 
 
-async def test_a_cancelled_answer_is_the_beginning_of_the_whole(
+async def test_a_cancelled_answer_is_a_prefix_of_the_whole(
     plain: EngineHarness, drafting: EngineHarness
 ) -> None:
     whole = await plain.run(asked())
@@ -158,7 +160,7 @@ async def test_a_cancelled_answer_is_the_beginning_of_the_whole(
     assert value("turret_kv_blocks", {"state": "used"}) == 0
 
 
-async def test_a_deadline_ends_between_two_steps(
+async def test_a_deadline_ends_an_answer_between_two_steps(
     plain: EngineHarness, drafting: EngineHarness
 ) -> None:
     request = asked(stop=StopConditions(max_tokens=400, ignore_eos=True))
@@ -170,7 +172,7 @@ async def test_a_deadline_ends_between_two_steps(
     assert late.finish.usage.completion_tokens == len(late.token_ids)
 
 
-async def test_every_token_of_a_stream_comes_once_and_in_order(
+async def test_a_stream_has_every_token_once_and_in_order(
     plain: EngineHarness, drafting: EngineHarness
 ) -> None:
     whole = await plain.run(asked())

@@ -66,7 +66,7 @@ async def test_every_field_reaches_the_engine() -> None:
         assert (options.logprobs, options.top_n, options.echo) == (True, 2, True)
 
 
-async def test_what_is_not_sent_has_the_defaults_of_both_worlds() -> None:
+async def test_omitted_fields_have_their_defaults() -> None:
     async with http_harness() as server:
         request = await asked(server, temperature=None, stop=None, logit_bias=None, n=None)
         assert (request.sampling.temperature, request.sampling.seed) == (1.0, None)
@@ -136,7 +136,7 @@ async def test_what_is_not_sent_has_the_defaults_of_both_worlds() -> None:
         ),
     ],
 )
-async def test_what_cannot_be_done_is_refused(body: dict[str, Any], param: str) -> None:
+async def test_unsupported_values_are_rejected(body: dict[str, Any], param: str) -> None:
     async with http_harness() as server:
         sent = {"model": "base", "messages": TURNS, **body}
         answer = await server.client.post(CHAT, content=json.dumps(sent), headers=JSON)
@@ -154,7 +154,7 @@ async def test_conversations_and_prompts_refuse_alike(name: str) -> None:
             assert refused.code in ("not_supported", "not_supported_use")
 
 
-async def test_what_asks_for_nothing_is_let_pass() -> None:
+async def test_unsupported_fields_with_neutral_values_are_accepted() -> None:
     async with http_harness() as server:
         await asked(
             server, CHAT, tools=[], tool_choice="auto", response_format={"type": "text"},

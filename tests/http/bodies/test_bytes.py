@@ -38,7 +38,7 @@ ZIPPED = gzip.compress(TEXT.encode(), mtime=0)
         (b"[1]", "body_not_object"),
     ],
 )
-async def test_what_is_not_json_is_refused(body: bytes, code: str) -> None:
+async def test_a_body_that_is_not_json_is_rejected(body: bytes, code: str) -> None:
     async with http_harness() as server:
         refused = Refused.of(await server.client.post(PATH, content=body, headers=JSON))
         assert (refused.status, refused.code, refused.param) == (400, code, None)
@@ -59,7 +59,7 @@ async def test_a_body_that_is_declared_to_be_compressed_is_not_read() -> None:
         assert answer.status_code == 200
 
 
-async def test_a_mark_of_utf_8_is_no_part_of_the_json() -> None:
+async def test_a_byte_order_mark_is_skipped() -> None:
     async with http_harness() as server:
         answer = await server.client.post(PATH, content=TEXT.encode("utf-8-sig"), headers=JSON)
         assert answer.status_code == 200

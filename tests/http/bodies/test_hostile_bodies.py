@@ -116,7 +116,7 @@ async def test_any_body_is_answered_or_refused() -> None:
         ("/detokenize", {"tokens": "a"}, "tokens", "wrong_type"),
     ],
 )
-async def test_what_is_wrong_is_told_once(
+async def test_each_error_is_reported_once(
     path: str, body: dict[str, Any], param: str, code: str
 ) -> None:
     async with http_harness() as server:

@@ -94,7 +94,7 @@ async def test_adapters_may_be_typed() -> None:
             assert refused.param == "model"
 
 
-async def test_what_is_wrong_with_a_mix_is_said_of_model() -> None:
+async def test_errors_in_a_mix_are_reported_for_the_field_model() -> None:
     async with http_harness() as server:
         for model, code in (
             ("sql*x", "not_a_weight"),
@@ -117,7 +117,7 @@ async def test_what_is_wrong_with_a_mix_is_said_of_model() -> None:
     ("model", "meant"),
     [("FAKE", "fake"), ("sql=2", "sql+json*-0.5")],
 )
-async def test_what_may_be_meant_by_a_model_that_there_is_not(model: str, meant: str) -> None:
+async def test_a_model_is_suggested_for_an_unknown_one(model: str, meant: str) -> None:
     async with http_harness() as server:
         asked_for = await server.refused(CHAT, {"messages": TURNS, "model": model})
         looked_up = Refused.of(await server.client.get(f"/v1/models/{model}"))

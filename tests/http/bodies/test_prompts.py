@@ -28,7 +28,7 @@ PATHS = (("/v1/completions", "prompt"), ("/v1/embeddings", "input"), ("/classify
 
 
 @pytest.mark.parametrize(("path", "field"), PATHS)
-async def test_what_is_wrong_with_a_prompt_says_which_it_is(path: str, field: str) -> None:
+async def test_an_error_gives_the_index_of_the_prompt(path: str, field: str) -> None:
     async with http_harness() as server:
         for sent, place in WRONG:
             refused = await server.refused(path, {"model": "base", field: sent})
@@ -78,13 +78,13 @@ async def test_a_limit_is_called_as_it_was_sent(
         assert refused.message.endswith(say("EXCEEDS_FIELD", other=limit, most=2, value=3))
 
 
-async def test_a_prompt_alone_is_not_told_from_others() -> None:
+async def test_an_error_in_a_single_prompt_has_no_index() -> None:
     async with http_harness() as server:
         refused = await server.refused("/v1/completions", {"model": "base", "prompt": [1] * 9000})
         assert (refused.param, refused.code) == ("prompt", "context_length_exceeded")
 
 
-async def test_what_is_wrong_with_all_prompts_names_none() -> None:
+async def test_an_error_that_concerns_all_prompts_names_none() -> None:
     async with http_harness() as server:
         body = {"model": "base", "prompt": ["a", "b"], "temperature": -3}
         refused = await server.refused("/v1/completions", body)

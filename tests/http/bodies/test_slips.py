@@ -66,7 +66,7 @@ async def test_a_misspelt_field_is_refused(path: str, sent: str, meant: str) -> 
         assert meant in refused.message
 
 
-async def test_what_stands_for_a_required_field_is_the_cause_alone() -> None:
+async def test_a_misspelt_required_field_is_the_only_error() -> None:
     async with http_harness() as server:
         for path, sent, meant in (
             (CHAT, "message", "messages"),
@@ -142,7 +142,7 @@ async def test_a_misspelt_field_of_an_object_within_is_refused(
         assert meant in refused.message
 
 
-async def test_a_field_without_a_name_is_no_slip() -> None:
+async def test_a_field_with_an_empty_name_is_ignored() -> None:
     async with http_harness() as server:
         for name in ("", "_"):
             answer = await server.post(CHAT, {"model": "base", "messages": TURNS, name: 1})

@@ -32,7 +32,7 @@ async def state_of(http: HttpHarness, token: str = "", find: str = "") -> dict[s
     return answer.json()
 
 
-async def test_the_page_needs_nobody_else_and_runs_nothing_but_its_own_scripts() -> None:
+async def test_the_page_loads_only_its_own_files_and_scripts() -> None:
     async with http_harness() as http:
         page = await http.client.get("/")
         assert page.headers["content-type"] == "text/html; charset=utf-8"
@@ -119,7 +119,7 @@ async def test_each_role_sees_what_other_paths_tell_it() -> None:
     assert watches["figures"]["sequences"] == {}
 
 
-async def test_a_merge_is_told_to_who_may_merge() -> None:
+async def test_a_merge_is_shown_only_to_admins() -> None:
     tokens = TokenTable([(role, frozenset({role})) for role in ROLES])
     async with http_harness(tokens=tokens) as http:
         assert (await state_of(http, "admin"))["merged"] is None
@@ -157,7 +157,7 @@ async def test_a_thousand_adapters_are_searched_not_sent() -> None:
     assert (nothing["matching"], nothing["total"]) == (0, 1000)
 
 
-async def test_the_last_failures_are_told_with_their_ids() -> None:
+async def test_the_latest_failures_are_listed_with_their_ids() -> None:
     async with http_harness() as http:
         await http.post("/v1/completions", {**ASK, "temperature": -1}, {"x-request-id": "mine"})
         http.engine.script = failing(ResourceError("x" * 9000))
@@ -178,7 +178,7 @@ async def test_the_last_failures_are_told_with_their_ids() -> None:
         assert len((await state_of(http))["failures"]) == MAX_FAILURES
 
 
-async def test_looking_is_no_failure() -> None:
+async def test_a_rejected_view_of_the_console_is_not_listed_as_a_failure() -> None:
     """Otherwise, a page that is open on a stopping server would displace relevant errors."""
     async with http_harness(serving=False) as http:
         refused = Refused.of(await http.client.get("/console/state"))
@@ -204,7 +204,7 @@ async def test_pins_come_and_go() -> None:
 
 
 @pytest.mark.parametrize(("names", "param"), [(AdapterName.names, "lora_name"), ({}, "model")])
-def test_an_adapter_that_is_not_there_is_told_by_the_field_that_names_it(
+def test_a_missing_adapter_is_reported_for_the_field_that_names_it(
     names: dict[str, str], param: str
 ) -> None:
     refusal = refusal_of(AdapterNotFoundError("adapter not found: 'x'"), names)

@@ -350,7 +350,7 @@ async def test_an_administrator_uploads_files(
     made.close()
 
 
-async def test_a_merge_is_said_while_it_lasts(visit: Callable[..., Awaitable[Any]]) -> None:
+async def test_an_active_merge_is_shown(visit: Callable[..., Awaitable[Any]]) -> None:
     async with http_harness() as http:
         http.merger.merge((AdapterRef(name=EVIL, weight=0.5),), "NF4", Cancellation())
 
@@ -365,7 +365,7 @@ async def test_a_merge_is_said_while_it_lasts(visit: Callable[..., Awaitable[Any
         await visit(do)
 
 
-async def test_a_server_that_starts_stops_or_refuses_says_so(
+async def test_the_page_shows_that_the_server_starts_stops_or_rejects(
     visit: Callable[..., Awaitable[Any]],
 ) -> None:
     async with http_harness(serving=False) as http:

@@ -139,7 +139,7 @@ async def test_the_events_of_calls(rendered: Any) -> None:
             assert told.arguments == item.arguments
 
 
-async def test_logprobs_are_those_of_what_is_said(rendered: Any) -> None:
+async def test_logprobs_cover_the_text_of_the_answer(rendered: Any) -> None:
     asked: Any = {"model": "base", "input": "hi", "tools": [WEATHER, CLOCK], "top_logprobs": 1}
     async with http_harness() as http:
         http.engine.script = saying(ANSWER)
@@ -163,7 +163,7 @@ async def test_an_item_that_was_cut_is_incomplete(rendered: Any) -> None:
     assert answer.status == "incomplete"
 
 
-async def test_what_came_goes_back_as_turns(rendered: Any) -> None:
+async def test_output_items_can_be_sent_back_as_input(rendered: Any) -> None:
     async with http_harness() as http, connect(http) as client:
         http.engine.script = saying(ANSWER)
         asked: Any = {"model": "base", "tools": [WEATHER, CLOCK]}
@@ -220,7 +220,7 @@ async def test_what_came_goes_back_as_turns(rendered: Any) -> None:
         ),
     ],
 )
-async def test_which_tools_are_told_and_forced(
+async def test_tool_choice_determines_which_tools_are_offered_and_forced(
     rendered: Any, choice: Any, told: list[str], forced: list[str] | None
 ) -> None:
     async with http_harness() as http, connect(http) as client:

@@ -123,7 +123,7 @@ async def test_an_answer_that_was_cut_is_incomplete() -> None:
         assert events[-1].type == "response.incomplete"
 
 
-async def test_an_answer_that_breaks_off_says_so() -> None:
+async def test_an_answer_that_fails_midway_reports_the_error() -> None:
     async with http_harness() as http, connect(http) as client:
         http.engine.script = failing(UnavailableError("the engine is dead"))
         stream = await client.responses.create(stream=True, **ASK)
@@ -175,7 +175,7 @@ async def test_an_answer_that_breaks_off_says_so() -> None:
         ("temperature", -1, 1),
     ],
 )
-async def test_what_cannot_be_meant_is_refused(field: str, value: Any, neutral: Any) -> None:
+async def test_unsupported_values_are_rejected(field: str, value: Any, neutral: Any) -> None:
     name = field.partition(".")[0].partition("[")[0]
     async with http_harness() as http:
         refused = await http.refused(PATH, {**ASK, name: value})
@@ -203,7 +203,7 @@ async def test_a_disconnect_cancels() -> None:
         await http.engine.streams[0].cancelled.wait()
 
 
-async def test_what_came_is_refused_when_it_is_no_response() -> None:
+async def test_get_is_rejected() -> None:
     async with http_harness() as http:
         answer = await http.client.get(PATH)
         assert Refused.of(answer).status == 405

@@ -73,7 +73,7 @@ async def test_openais_fields_close_objects_and_the_others_do_not() -> None:
     assert given == [CLOSED, OBJECT]
 
 
-async def test_a_forced_call_that_is_cut_is_no_text() -> None:
+async def test_a_forced_call_that_is_cut_is_not_returned_as_text() -> None:
     async def script(request: Request) -> AsyncIterator[Output]:
         yield Output(text='<tool_call>\n{"name": "', token_ids=(1,))
         end = finish(request, FinishReason.LENGTH)

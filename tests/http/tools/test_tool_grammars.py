@@ -124,7 +124,7 @@ async def test_an_answer_is_calls_or_what_a_constraint_allows(
 
 
 @pytest.mark.parametrize("form", ["hermes", "llama3"], indirect=True)
-async def test_what_cannot_be_kept_to_is_refused_where_it_is(form: str) -> None:
+async def test_an_unenforceable_schema_is_rejected_with_its_path(form: str) -> None:
     parameters = {**PARAMETERS, "properties": {"city": {"type": "string", "not": {}}}}
     broken = {"type": "function", "function": {"name": "f", "parameters": parameters}}
     async with http_harness() as http:
@@ -165,7 +165,7 @@ async def test_what_cannot_be_kept_to_is_refused_where_it_is(form: str) -> None:
          ".properties.a.anyOf[0]"),
     ],
 )  # fmt: skip
-def test_what_xml_cannot_say_is_refused(schema: dict[str, Any], path: str) -> None:
+def test_schemas_that_xml_cannot_express_are_rejected(schema: dict[str, Any], path: str) -> None:
     with pytest.raises(UnenforceableError) as refused:
         CallsGrammar("xml", {"f": schema}, is_parallel=True).alone()
     assert (refused.value.tool, refused.value.path) == ("f", path)
@@ -237,7 +237,7 @@ async def test_a_refusal_names_the_parameter(form: str) -> None:
     assert refused.param == "tools[0].function.parameters.properties.a.format"
 
 
-def test_values_in_xml_are_what_the_schema_says() -> None:
+def test_values_in_xml_follow_the_schema() -> None:
     schema = {
         "properties": {
             "text": {"type": "string", "maxLength": 3},

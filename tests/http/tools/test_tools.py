@@ -348,7 +348,7 @@ async def test_a_conversation_with_tools(monkeypatch: pytest.MonkeyPatch) -> Non
         ),
     ],
 )
-async def test_what_makes_no_sense_is_refused(
+async def test_invalid_tools_are_rejected(
     monkeypatch: pytest.MonkeyPatch, body: dict[str, Any], param: str
 ) -> None:
     knows(monkeypatch, "hermes")

@@ -1,10 +1,13 @@
 """The compiled updates of rows, compared with float64 and with each row alone.
 
-Faults planted in the C code, and how many tests each one failed: Hadamard: no weight (18; 10 in the
-last columns), the last columns (10) or inputs (4) skipped, u transposed (16), ranks beyond the
-fours dropped (12); Kronecker: no weight (18), half of the columns of X w2ᵀ not written (6), one row
-of X for four (2) or of w1 for all (8), ranks beyond sixteen (4) or the fours (6) missing, narrow
-factors skipped (4), its activations on the Hadamard ones (18).
+Each of these faults was planted in the C code once. The number of tests that failed is in
+parentheses.
+
+- Hadamard: the weight ignored (18; 10 if only in the last columns), the last columns (10) or inputs
+  (4) skipped, u transposed (16), ranks beyond a multiple of four dropped (12).
+- Kronecker: the weight ignored (18), half of the columns of X w2ᵀ not written (6), one row of X
+  used for four (2) or one of w1 for all (8), ranks beyond sixteen (4) or beyond a multiple of four
+  (6) dropped, narrow factors skipped (4), activations written over those of Hadamard (18).
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def test_the_tokenizer_and_its_template(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("pre", "has_bos"), [("default", False), ("llama-bpe", True), ("tekken", True)]
 )
-def test_a_text_begins_with_a_bos_where_older_files_do_not_say_so(
+def test_older_files_without_a_setting_get_a_bos_by_family(
     pre: str, has_bos: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Texts of Llama 3 and Mistral Nemo do, by llama.cpp's own rule."""
@@ -179,7 +179,7 @@ def test_scaled_rotary_positions_are_read_or_refused(tmp_path: Path) -> None:
         open_gguf(file)
 
 
-def test_what_nobody_reads_is_refused_by_name(tmp_path: Path) -> None:
+def test_unknown_keys_and_tensors_are_rejected_by_name(tmp_path: Path) -> None:
     folder, file = tiny("llama", tmp_path / "model"), tmp_path / "tiny.gguf"
     for key, value in (("attention.sliding_window", 24), ("expert_shared_count", 8)):
         write_gguf(folder, file, Kind.F16, more={key: value})
@@ -204,7 +204,7 @@ def test_what_nobody_reads_is_refused_by_name(tmp_path: Path) -> None:
         open_gguf(more)
 
 
-def test_files_that_are_none_of_ours_fail_before_torch(tmp_path: Path) -> None:
+def test_files_that_are_not_gguf_fail_before_torch(tmp_path: Path) -> None:
     file = tmp_path / "m.gguf"
     for data in (
         b"",
@@ -255,7 +255,9 @@ def test_the_sizes_of_blocks_are_those_of_gguf() -> None:
     assert {Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.MXFP4} <= {*gguf_header._BLOCKS}
 
 
-def test_reading_is_told_and_not_drawn(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_reading_reports_progress_without_drawing_a_bar(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder, file = tiny("llama", tmp_path / "model"), tmp_path / "tiny.gguf"
     write_gguf(folder, file, Kind.F16)
     capfd.readouterr()

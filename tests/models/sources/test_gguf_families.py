@@ -196,7 +196,7 @@ def test_tensors_are_those_that_transformers_reads(family: str, tmp_path: Path) 
         ),
     ],
 )
-def test_what_a_file_lacks_or_says_beside_is_refused(
+def test_missing_and_contradictory_keys_are_rejected(
     family: str, more: dict[str, Any], said: Any, tmp_path: Path
 ) -> None:
     folder = save_tiny_model(family, tmp_path / "model", changes=FAMILIES[family][0])

@@ -124,7 +124,7 @@ def test_texts_are_split_by_the_rules_that_the_file_names(
 
 # transformers then uses GPT-2's rules for every architecture.
 @pytest.mark.parametrize("architecture", ["granite", "llama", "phi3", "qwen2", "qwen3moe"])
-def test_rules_that_nobody_knows_are_refused(architecture: str, tmp_path: Path) -> None:
+def test_unknown_pretokenizer_rules_are_rejected(architecture: str, tmp_path: Path) -> None:
     file = tmp_path / "t.gguf"
     fields = write(file, architecture, **BYTES, tokenizer_pre="viking")
     with pytest.raises(InvalidRequestError, check=says("GGUF_TOKENIZER_UNSUPPORTED", pre="viking")):

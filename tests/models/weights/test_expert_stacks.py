@@ -311,7 +311,7 @@ def test_a_tensor_of_another_shape_is_named(name: str, plain: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_is_missing_is_named(fault: str, plain: Path, tmp_path: Path) -> None:
+def test_an_error_names_the_faulty_tensor(fault: str, plain: Path, tmp_path: Path) -> None:
     edit, check = FAULTS[fault]
 
     def plant(tensors: Tensors) -> None:

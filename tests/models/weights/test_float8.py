@@ -131,7 +131,7 @@ def resolve(folder: Path) -> ModelSource:
     return resolve_model(folder, default_cache_dir())
 
 
-def test_what_is_not_whole_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_incomplete_weights_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = save_tiny_model("llama", tmp_path / "model")
     name = "model.layers.0.self_attn.q_proj.weight"

@@ -218,7 +218,7 @@ def bases(folder: Path, dtype: torch.dtype = torch.bfloat16, **options: Any) -> 
     }
 
 
-def test_the_file_says_which_modules_are_in_16_bits(mixed: Any) -> None:
+def test_the_file_determines_which_modules_are_in_16_bits(mixed: Any) -> None:
     folder = mixed("llama", "unsloth").folder
     found = bases(folder)
     dense = {name for name, kind in found.items() if kind is DenseLinear}

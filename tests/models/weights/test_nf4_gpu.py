@@ -41,7 +41,7 @@ def test_rows_are_multiplied_by_the_weight_whatever_else_is_in_the_step(in_featu
 
 
 @pytest.mark.parametrize("in_features", [128, 96])
-def test_parts_and_what_they_are_joined_to(in_features):
+def test_parts_can_be_joined_to_other_weights(in_features):
     linear, weight = make(in_features)
     parts = [linear.part(0), linear.part(1)]
     assert torch.equal(parts[1].dequantize(0), weight[48:])

@@ -75,7 +75,7 @@ def test_wrong_input_ends_before_torch(tmp_path: Path) -> None:
         ("psoft", ("--output", "{}/psoft"), say("PATH_EXISTS", path="{}/psoft")),
     ],
 )
-def test_what_cannot_be_converted_ends_before_torch(
+def test_an_invalid_conversion_ends_before_torch_is_loaded(
     adapter: str, flags: tuple[str, ...], said: str, tmp_path: Path
 ) -> None:
     for name, config in (("damaged", "{"), ("psoft", '{"peft_type": "PSOFT"}')):
@@ -157,7 +157,7 @@ def test_an_interrupt_while_modules_load_leaves_no_traceback(
     assert command is serve or done.stderr.endswith("\nstopped\n")
 
 
-def test_the_short_help_says_what_the_long_one_says() -> None:
+def test_the_help_is_the_same_without_heavy_imports() -> None:
     assert build_parser("").format_help() == build_parser(None).format_help()
 
 
@@ -308,7 +308,7 @@ def test_a_bad_file_is_refused_by_key(
     } == expected
 
 
-def test_what_is_wrong_is_told_where_it_was_given(
+def test_an_invalid_setting_is_reported_with_its_source(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TURRET_MAX_RANK", "x")
@@ -361,7 +361,7 @@ def test_help_has_room_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
         waiting += [verb for each in below if isinstance(each, dict) for verb in each.values()]
 
 
-def test_a_model_of_the_hub_in_a_file_is_no_path_of_its_folder(tmp_path: Path) -> None:
+def test_a_hub_model_in_a_file_is_not_taken_for_a_relative_path(tmp_path: Path) -> None:
     file = tmp_path / "t.toml"
     file.write_text('[model]\nmodel = "org/name@v1"\n')
     assert parse("--config", str(file)).model.model == Path("org/name@v1")

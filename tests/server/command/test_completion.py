@@ -57,7 +57,7 @@ def test_every_shell_takes_its_script(shell: str) -> None:
         ("turret adapters load s", set()),
     ],
 )
-def test_what_is_completed(line: str, expected: set[str], tmp_path: Path) -> None:
+def test_completions_of_command_lines(line: str, expected: set[str], tmp_path: Path) -> None:
     (tmp_path / "file.toml").touch()
     assert completed(line, tmp_path) == expected
 

@@ -203,7 +203,7 @@ def test_an_exposed_address_needs_tls_and_tokens(name: str, address: str) -> Non
     parse(flag, address, "--insecure")
 
 
-def test_a_misspelt_localhost_is_told() -> None:
+def test_localhost_is_suggested_for_a_misspelling() -> None:
     with pytest.raises(SettingsError) as caught:
         parse("--address", "locahost:1")
     assert caught.value.violations[0].text.params["closest"] == "localhost"
@@ -240,7 +240,7 @@ def test_every_value_is_shown_with_its_origin() -> None:
         assert line in shown
 
 
-def test_what_was_given_is_shown_as_it_was_meant() -> None:
+def test_settings_are_shown_as_they_were_given() -> None:
     sizes = ("--kv-cache-bytes", "900TB", "--adapter-host-bytes", "3GiB")
     assert lines(read("--metrics-address", "none", *sizes, "--verbose")) == [
         "cache.kv_cache_bytes = 900TB  (--kv-cache-bytes)",
@@ -250,7 +250,7 @@ def test_what_was_given_is_shown_as_it_was_meant() -> None:
     ]
 
 
-def test_config_show_prints_what_a_server_would_take(
+def test_config_show_prints_the_settings_of_a_server(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TURRET_MAX_RANK", "64")

@@ -56,7 +56,7 @@ def choose(
         ("cuda:1", "GPU-aa,GPU-bb", "GPU-bb"),
     ],
 )
-def test_one_device_is_seen_and_it_is_number_0(
+def test_only_the_chosen_device_is_visible_as_number_0(
     monkeypatch: pytest.MonkeyPatch, wanted: str, visible: str | None, left: str | None
 ):
     device, seen = choose(monkeypatch, wanted, visible)
@@ -129,16 +129,17 @@ import turret.server.cli
 from turret.server.app import _build
 from turret.server.config import Config, ModelConfig
 from turret.server.errors import InvalidRequestError
+from turret.server.adapters.state_dir import NoStateDir
 from turret.server.metrics import Metrics
 try:
-    _build(Config(model=ModelConfig(device="cuda:1")), Metrics())
+    _build(Config(model=ModelConfig(device="cuda:1")), Metrics(), NoStateDir())
 except InvalidRequestError as error:
     assert [path for path, _ in error.violations] == ["device"], error
 print(seen)
 """
 
 
-def test_whoever_asks_first_sees_the_device_that_was_chosen(tmp_path: Path):
+def test_the_first_library_to_query_devices_sees_the_chosen_one(tmp_path: Path):
     """Libraries query devices when they are imported, and CUDA reads the variable only once."""
     environ = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
     done = subprocess.run(

@@ -121,9 +121,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 123\
         (lambda _: b"<!doctype html><title>Sign in", "FILE_DAMAGED"),
     ],
 )
-def test_weights_that_are_not_whole(
-    spoil: Callable[[bytes], bytes], reason: str, tmp_path: Path
-) -> None:
+def test_damaged_weights(spoil: Callable[[bytes], bytes], reason: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     names = ("1.safetensors", "2.safetensors")
     for name in names:
@@ -141,7 +139,7 @@ def test_weights_that_are_not_whole(
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
-def test_a_pointer_in_the_place_of_a_models_json(name: str, tmp_path: Path) -> None:
+def test_a_git_lfs_pointer_instead_of_a_json_file(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / name).write_bytes(POINTER)
     (problem,) = found("--model", str(tmp_path))
@@ -150,7 +148,7 @@ def test_a_pointer_in_the_place_of_a_models_json(name: str, tmp_path: Path) -> N
     assert str(tmp_path / name) in problem.text
 
 
-def test_adapters_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_adapters(tmp_path: Path) -> None:
     (problem,) = found("--adapter-root", str(tmp_path / "no"))
     assert (problem.field, problem.text.reason) == ("adapters.adapter_root", "FOLDER_MISSING")
     (tmp_path / "hotel").mkdir()
@@ -192,7 +190,7 @@ def test_a_state_dir_in_use(tmp_path: Path) -> None:
     assert found("--state-dir", str(tmp_path)) == []
 
 
-def test_paths_that_can_be_no_unix_socket(tmp_path: Path) -> None:
+def test_paths_that_cannot_be_unix_sockets(tmp_path: Path) -> None:
     def said(path: Path) -> list[tuple[str, str]]:
         return reasons("--address", f"unix:{path}", "--metrics-address", "none")
 
@@ -215,7 +213,7 @@ def test_paths_that_can_be_no_unix_socket(tmp_path: Path) -> None:
         assert said(tmp_path / "used") == [("listen.address", "ADDRESS_TAKEN")]
 
 
-def test_addresses_that_cannot_be_had() -> None:
+def test_addresses_that_cannot_be_bound() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         (problem,) = problems(parse("--address", "127.0.0.1:0", "--metrics-address", address))
@@ -269,7 +267,7 @@ def key_pair(folder: Path, name: str) -> tuple[str, str]:
     return certificate, key
 
 
-def test_tls_files_that_are_none_or_no_pair(tmp_path: Path) -> None:
+def test_tls_files_that_are_invalid_or_do_not_match(tmp_path: Path) -> None:
     (certificate, key), (_, other) = key_pair(tmp_path, "a"), key_pair(tmp_path, "b")
     text = str(tmp_path / "text")
     Path(text).write_text("no PEM")
@@ -286,7 +284,7 @@ def test_tls_files_that_are_none_or_no_pair(tmp_path: Path) -> None:
 UNUSABLE = [("adapters.state_dir", "PATH_UNUSABLE")]
 
 
-def test_a_state_dir_that_cannot_be_made(tmp_path: Path) -> None:
+def test_a_state_dir_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert reasons("--state-dir", str(tmp_path / "file" / "state")) == UNUSABLE
     # The check changes nothing.
@@ -295,7 +293,7 @@ def test_a_state_dir_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a file system that takes no files")
-def test_a_state_dir_where_the_system_lets_nobody_write() -> None:
+def test_a_state_dir_on_a_read_only_file_system() -> None:
     """The superuser has the permission, so only an attempt shows the failure."""
     assert reasons("--state-dir", "/proc/x") == UNUSABLE
     assert reasons("--state-dir", "/proc") == UNUSABLE
@@ -335,7 +333,9 @@ def test_directories_that_this_user_may_not_write(
         RunFolder(tmp_path / "new").check(resume=False, overwrite=False)
 
 
-def test_quantised_weights_without_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_directory_for_quantised_weights_that_cannot_be_created(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     (problem,) = found()
@@ -351,7 +351,7 @@ def test_the_newest_checkpoint_is_suggested(tmp_path: Path) -> None:
     assert says("NOT_AN_ADAPTER", closest="run/checkpoint-1000")(problem.text)
 
 
-def test_a_path_that_is_nowhere_is_no_repository_of_the_hub(
+def test_a_missing_local_path_is_not_looked_up_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cases: a path in a config file, to which its folder is added, and one with ``./``."""
@@ -367,7 +367,7 @@ def test_a_path_that_is_nowhere_is_no_repository_of_the_hub(
         assert f"{tmp_path}/{place} " in problem.text
 
 
-def test_a_device_and_threads_that_are_not_there(
+def test_an_unavailable_device_and_too_many_threads(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(preflight, "_torch_version", lambda: "2.13.0+cpu")
@@ -398,7 +398,7 @@ def test_a_device_and_threads_that_are_not_there(
     assert reasons("--otel") == [("OTEL_EXPORTER_OTLP_PROTOCOL", "NOT_ONE_OF")]
 
 
-def test_what_is_refused_says_which_variable_asked_for_it(
+def test_an_error_names_the_environment_variable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TURRET_ADAPTER_ROOT", str(tmp_path / "no"))

@@ -68,7 +68,7 @@ def write_adapter(
         ({"base_model_name_or_path": "meta-llama/Llama-3.1-8B"}, "OTHER_BASE"),
     ],
 )
-def test_adapters_whose_config_says_that_they_are_not_served(
+def test_adapters_with_unsupported_configs(
     config: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     write_adapter(tmp_path / "m", **config)

@@ -22,7 +22,7 @@ def test_a_file_that_would_keep_its_reader_waiting_is_refused(flag: str, tmp_pat
     assert (text.reason, text.params["path"]) == ("FILE_UNREADABLE", tmp_path / "fifo")
 
 
-def test_a_user_without_a_home_directory_is_told_of_the_variable(
+def test_a_user_without_a_home_directory_gets_an_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A container that runs as a numeric user is like this."""

@@ -12,7 +12,7 @@ from rich.console import Console
 from turret.server import log
 
 
-def test_what_takes_long_is_said_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+def test_progress_of_long_work_is_logged_at_intervals(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     clock = iter(range(1000))
     report = log._lines(lambda: 0.5 * next(clock))
@@ -26,7 +26,7 @@ def test_what_takes_long_is_said_now_and_then(caplog: pytest.LogCaptureFixture) 
     assert len(caplog.records) == len(said)
 
 
-def test_a_line_of_log_stands_above_the_bar_and_a_stop_ends_it(
+def test_log_lines_appear_above_the_progress_bar_and_a_stop_removes_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = io.StringIO()

@@ -74,7 +74,7 @@ def test_refusals_and_notes_have_the_form_of_the_log(
             assert (lines[0]["field"], lines[0]["reason"]) == ("TURRET_ADRESS", "UNKNOWN_VARIABLE")
 
 
-def test_a_file_of_settings_that_is_not_there_is_named_by_who_asked_for_it() -> None:
+def test_a_missing_settings_file_is_reported_with_the_flag_or_variable() -> None:
     for flags, environ, place, reason in (
         (("--config", "no.toml"), {}, "--config", "FILE_UNREADABLE"),
         ((), {"TURRET_CONFIG": "no.toml"}, "TURRET_CONFIG", "FILE_UNREADABLE"),
@@ -87,7 +87,7 @@ def test_a_file_of_settings_that_is_not_there_is_named_by_who_asked_for_it() -> 
         assert (said["field"], said["reason"]) == (place, reason)
 
 
-def test_a_fleet_that_cannot_be_told_its_flags_says_so_in_the_form_of_the_log() -> None:
+def test_invalid_flags_of_a_fleet_are_reported_in_the_logs_format() -> None:
     done = run("cluster", "serve", "--log-format", "json", "--dtype", "bfloat")
     assert done.returncode == 2
     said = json.loads(done.stderr)

@@ -37,7 +37,7 @@ def test_output_that_is_lost_is_one_line() -> None:
             assert err.endswith("No space left on device\n")
 
 
-def test_a_reader_that_has_left_is_no_failure() -> None:
+def test_a_closed_output_pipe_is_not_reported_as_an_error() -> None:
     program = f"{sys.executable} -m {ENTRY} completion bash; echo $? >&2"
     done = subprocess.run(
         ["bash", "-c", f"({program}) | true"], capture_output=True, text=True
@@ -60,7 +60,7 @@ def test_a_server_without_an_output_stops_with_0(tmp_path: Path) -> None:
     assert rest.splitlines()[-1].endswith("stopped exit_code=0")
 
 
-def test_a_server_whose_log_nobody_reads_any_more_serves_on(tmp_path: Path) -> None:
+def test_a_server_keeps_running_after_its_log_pipe_is_closed(tmp_path: Path) -> None:
     """The server runs like with ``2>&1 | head -1``."""
     model = save_tiny_model("llama", tmp_path / "model")
     socket_path = tmp_path / "socket"

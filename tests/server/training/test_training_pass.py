@@ -18,7 +18,7 @@ METHODS = (
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_gradients_are_pefts(method: str, tmp_path: Path) -> None:
+def test_gradients_match_peft(method: str, tmp_path: Path) -> None:
     base = Base("llama", torch.float32)
     peft_model = save_adapter(base.twin.model, make_config(method), tmp_path / "a", strength=0.1)
     check(base, peft_model, base.learner(tmp_path / "a"), texts_of(1), 2e-4)

@@ -141,7 +141,7 @@ async def test_company_changes_no_byte(tmp_path: Path) -> None:
     assert alone == list(together)
 
 
-async def test_a_resumed_adapter_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+async def test_a_resumed_adapter_ends_with_the_same_bytes(tmp_path: Path) -> None:
     data = [learned(text) for text in texts(2)]
     half, whole, resumed = (tmp_path / name for name in ("half", "whole", "resumed"))
     for folder in (half, whole, resumed):

@@ -1,6 +1,7 @@
-"""A registry, replicas and a network that loses, delays and reorders, on one thread and clock.
+"""A registry, replicas and an unreliable network, simulated on one thread with one clock.
 
-The state machines are the server's. Events are drawn, so that a sequence of draws is a history.
+The network loses, delays and reorders messages. The state machines are the production ones. Events
+are drawn at random, so a sequence of draws determines a history.
 """
 
 from __future__ import annotations
@@ -186,7 +187,7 @@ class World:
             self._make_at(replica)
 
     def _make_at(self, replica: Replica) -> None:
-        """A replica has prepared a merge's weights, or cannot."""
+        """Let a replica report that a merge's weights are prepared, or why they cannot be."""
         plan = replica.state.preparing
         if plan is not None and self.draw(2):
             error = None if self.draw(6) else InvalidRequestError("the weights are not finite")
@@ -355,7 +356,7 @@ class World:
     # The end
 
     def finish(self) -> None:
-        """After a repair of everything, all received results hold, and all replicas agree."""
+        """Repair everything, then check that all reported results hold and all replicas agree."""
         self.cut.clear()
         self.letters.clear()
         self.disk.crash_in, self.disk.is_full = 0, False
@@ -370,7 +371,7 @@ class World:
                 self._settle(registry, replica)
             self._ask()
             self.check()
-        assert not self.callers, "somebody waits for ever"
+        assert not self.callers, "a caller waits forever"
         for replica in self.replicas:
             assert replica.has_promise(self.now)
             assert replica.state == registry.state, "replica and registry disagree"

@@ -100,7 +100,7 @@ HEAD = Head(("long", "short"), SINGLE_LABEL)
 
 
 def uses(request: Request) -> tuple[AdapterUse, ...]:
-    """The weights that answer, as reported with the first token and at the end."""
+    """The adapters that a request used, as reported with the first token and at the end."""
     return tuple(
         AdapterUse(
             name=ref.name,
@@ -148,7 +148,8 @@ Script = Callable[[Request], AsyncIterator[Output]]
 async def hello(request: Request) -> AsyncIterator[Output]:
     """A script with two tokens and the end.
 
-    Or with a vector or logits that begin with the prompt's length.
+    For embeddings and classification, it instead yields a vector or logits that begin with the
+    prompt's length.
     """
     if request.pooling is not None:
         size = request.pooling.dimensions or MODEL_INFO.hidden_size
@@ -310,7 +311,7 @@ class FakeRegistry:
         del self.records[name]
 
     def find(self, ref: AdapterRef) -> None:
-        """Finds nothing, so that calls count for the names in their requests."""
+        """Finds nothing, so that calls are counted under the names in their requests."""
 
     def aliases(self) -> list[Alias]:
         return list(self.by_alias.values())

@@ -65,6 +65,8 @@ class World:
 
     def __init__(self, seed: int, clock: Clock) -> None:
         self.random = random.Random(seed)
+        # Half of the histories have two tenants.
+        self._tenants = (b"a", b"b") if seed % 2 else (b"",)
         self.clock = clock
         self.files = Files(self.random)
         self.threads = Threads(self.random)
@@ -192,8 +194,9 @@ class World:
         is_long = self._is_crowded and self.random.random() < 0.7
         count = 0 if is_long else self.random.choice((0, 1, 1, 1, 2))
         names = self.random.sample(NAMES, count)
+        tenant = self._tenants[self._numbers % len(self._tenants)]
         try:
-            mix = self.table.acquire([AdapterRef(name=name) for name in names])
+            mix = self.table.acquire([AdapterRef(name=name) for name in names], tenant)
         except TurretError:
             return
         self._numbers += 1
@@ -208,6 +211,7 @@ class World:
                 ignore_eos=is_long,
             ),
             deadline=deadline,
+            tenant=tenant,
         )
         assert request.stop.max_tokens is not None
         stream: Any = object()

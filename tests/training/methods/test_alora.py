@@ -57,9 +57,7 @@ def write_judged(path: Path) -> Path:
     return write_jsonl(path, rows)
 
 
-async def test_what_is_trained_is_what_the_engine_and_peft_compute(
-    model: Path, tmp_path: Path
-) -> None:
+async def test_training_the_engine_and_peft_agree(model: Path, tmp_path: Path) -> None:
     write_judged(tmp_path / "train.jsonl")
     resolved = resolve_tiny(tmp_path, model, *RUN)
     result = Trainer(resolved).run()
@@ -183,7 +181,7 @@ def parts(item: Encoded) -> tuple[str, str]:
     return str(decode(before)), str(decode([token for token, is_learned in pairs if is_learned]))
 
 
-def test_what_precedes_the_last_invocation_is_masked() -> None:
+def test_tokens_before_the_last_invocation_are_masked() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT
     assert invocation_before_answers(tokenizer) == "<a>"

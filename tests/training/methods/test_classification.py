@@ -127,7 +127,9 @@ def test_the_loss_is_the_cross_entropy_of_the_last_state(model: Path, tmp_path: 
     assert 0 < scores["macro_f1"] < 1
 
 
-def test_what_cannot_be_classified_is_refused_by_name(model: Path, tmp_path: Path) -> None:
+def test_an_error_names_the_setting_that_does_not_fit_classification(
+    model: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "train.jsonl"
     write_things(path)
     for override, error in (

@@ -105,7 +105,7 @@ async def score_all(model: Path, root: Path, runs: dict[str, Resolved]) -> dict[
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_served_is_what_was_trained(
+def test_the_served_adapter_has_the_trained_loss(
     runs: dict[str, Resolved], served: dict[str, float], name: str
 ):
     trained = metrics_of(runs[name], "validation")[-1]["loss"]
@@ -306,7 +306,7 @@ def test_the_command_that_serves_allows_the_rank(
         assert refused.value.metadata["max_rank"] == str(served - 1)
 
 
-def test_what_was_chosen_is_in_the_config(tiny_llama: Path, tmp_path: Path):
+def test_resolved_defaults_are_in_the_config(tiny_llama: Path, tmp_path: Path):
     overrides = ["optimizer.name=paged-adamw8bit", "method.targets=attention", "base.device=cpu"]
     resolved = resolve_tiny(tmp_path, tiny_llama, *overrides)
     config = resolved.config

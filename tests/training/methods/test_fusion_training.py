@@ -80,7 +80,7 @@ def save(model: FusionModel, directory: Path) -> None:
     save_file(model.fusion_state(), directory / "adapter_model.safetensors")
 
 
-async def test_what_is_trained_is_what_is_served(tmp_path: Path) -> None:
+async def test_the_served_fusion_computes_what_was_trained(tmp_path: Path) -> None:
     base = twin("qwen2")
     for name, method in (("a", "lora"), ("b", "adalora")):
         config = make_config(method, target_modules=["q_proj", "v_proj", "down_proj"])
@@ -183,7 +183,7 @@ async def test_the_trainer_trains_a_fusion(components: Path, tiny_llama: Path) -
         ("method.components=['a=a/adapter', 'none']", "FOLDER_MISSING"),
     ],
 )
-def test_what_cannot_be_fused_is_refused(
+def test_components_that_cannot_be_fused_are_rejected(
     components: Path, tiny_llama: Path, override: str, reason: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:

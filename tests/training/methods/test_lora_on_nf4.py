@@ -132,7 +132,7 @@ def run(model: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"lora_dropout": 0.5}], ids=str)
-def test_a_joined_lora_is_pefts(settings: dict[str, Any]) -> None:
+def test_a_joined_lora_matches_peft(settings: dict[str, Any]) -> None:
     theirs = adapted(**settings)
     assert type(layer_of(theirs)) is LoraLinear4bit
     ours = copy.deepcopy(theirs)

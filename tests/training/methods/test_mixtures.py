@@ -53,7 +53,7 @@ def test_it_is_the_model_that_is_served(model: Path, weights: str) -> None:
     assert not [name for name, p in ours.named_parameters() if p.is_meta]
 
 
-async def test_what_is_trained_is_served(model: Path, tmp_path: Path) -> None:
+async def test_the_trained_adapter_is_served(model: Path, tmp_path: Path) -> None:
     has_experts = model.name in WITH_EXPERTS
     overrides = ("base.weights=nf4-dense", "base.dtype=float32")
     resolved = resolve_tiny(tmp_path, model, *overrides)
@@ -91,7 +91,7 @@ async def test_what_is_trained_is_served(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["qwen3_moe"], indirect=True)
-def test_what_it_takes_is_told_before(model: Path, tmp_path: Path) -> None:
+def test_memory_and_cost_are_estimated_beforehand(model: Path, tmp_path: Path) -> None:
     resolved = resolve_tiny(tmp_path, model)
     estimate, cost = estimate_memory(resolved), serving_cost(resolved)
     rank, experts, per_token, hidden, inner = 8, 6, 3, 128, 64
@@ -107,7 +107,7 @@ def test_what_it_takes_is_told_before(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["qwen3_moe", "mixtral"], indirect=True)
-def test_what_is_not_trained_on_experts(model: Path, tmp_path: Path) -> None:
+def test_settings_that_experts_do_not_support_are_rejected(model: Path, tmp_path: Path) -> None:
     if model.name == "mixtral":
         with pytest.raises(ConfigError, check=says("NO_TARGETS")):
             resolve_tiny(tmp_path, model, "method.targets=mlp")

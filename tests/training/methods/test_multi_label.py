@@ -133,7 +133,7 @@ def test_labels_are_read_in_both_shapes(tmp_path: Path) -> None:
     ]
 
 
-def test_a_conversation_is_asked_as_it_stands() -> None:
+def test_a_conversation_is_rendered_unchanged() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}{% endfor %}"

@@ -128,7 +128,7 @@ def _has_step(run: Path, number: int) -> bool:
     return metrics.exists() and f'"step": {number},' in metrics.read_text()
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(tiny_llama: Path, tmp_path: Path):
+def test_a_killed_run_resumes_with_the_same_result(tiny_llama: Path, tmp_path: Path):
     settings = (*LONG, "optimizer.name=adamw8bit")
     expected = train(tmp_path, tiny_llama, "whole", *settings)
     resolved = resolve_tiny(tmp_path, tiny_llama, EXACT, "run.output=killed", *settings)
@@ -152,7 +152,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tiny_llama: Path, tmp_path: 
     assert names == ["step-00000040.pt", "step-00000050.pt"]
 
 
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tiny_llama: Path, tmp_path: Path):
+def test_an_interrupted_run_resumes_with_the_same_result(tiny_llama: Path, tmp_path: Path):
     """TensorBoard shows the resumed run only once: its steps replace those after the checkpoint."""
 
     def interrupt(row: dict[str, Any]) -> None:
@@ -222,7 +222,7 @@ def test_a_directory_is_neither_overwritten_nor_mixed_up(
             train(tmp_path, tiny_llama, "mine", overwrite=overwrite)
 
 
-def test_the_adapter_says_what_it_was_made_of(tiny_llama: Path, tmp_path: Path):
+def test_the_provenance_describes_data_base_and_versions(tiny_llama: Path, tmp_path: Path):
     run = train(tmp_path, tiny_llama, "run", "run.seed=5")
     facts = json.loads((run / "adapter" / "provenance.json").read_text())
     base = find_base(tiny_llama)
@@ -243,7 +243,7 @@ def test_the_adapter_says_what_it_was_made_of(tiny_llama: Path, tmp_path: Path):
     assert str(tmp_path) not in (run / "adapter" / "adapter_config.json").read_text()
 
 
-def test_a_disk_without_room_is_told_before_training(
+def test_a_full_disk_is_reported_before_training(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     usage = shutil.disk_usage(tmp_path)._replace(free=2000)
@@ -253,7 +253,7 @@ def test_a_disk_without_room_is_told_before_training(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_disk_that_fills_up_is_told_with_how_to_go_on(capsys: pytest.CaptureFixture[str]):
+def test_a_disk_that_fills_up_is_reported_with_how_to_resume(capsys: pytest.CaptureFixture[str]):
     def fill(args: argparse.Namespace) -> None:
         args.how_to_go_on = lambda: "--resume goes on from step 5"
         raise OSError(errno.ENOSPC, "No space left on device", "adapter_model.safetensors")

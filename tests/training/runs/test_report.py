@@ -129,7 +129,7 @@ def test_samples_are_answers_of_the_base_and_of_the_adapter(run: RunFolder):
     assert samples[0]["prompt"] in page.turns
 
 
-def test_an_answer_that_goes_on_is_shown_so(run: RunFolder, tmp_path: Path):
+def test_a_cut_answer_is_marked(run: RunFolder, tmp_path: Path):
     """An answer is cut a little past the right answer's length."""
     samples = [json.loads(line) for line in run.samples.read_text().splitlines()]
     # With random weights, no text ends; the file stores the answer unchanged.
@@ -218,7 +218,7 @@ def test_the_right_answer_is_the_first_of_several_turns(tmp_path: Path, monkeypa
     assert sample["reference"] == tokenizer.decode(tokens[3:6])
 
 
-def test_a_run_off_a_terminal_says_where_it_is(capsys: pytest.CaptureFixture[str]):
+def test_a_run_without_a_terminal_prints_its_progress(capsys: pytest.CaptureFixture[str]):
     row = {"kind": "step", "step": 3, "loss": 1.5, "seconds": 1.0}
     with training_progress(None, line_seconds=0.05) as listen:
         listen({"kind": "begin", "steps": 9})
@@ -236,7 +236,7 @@ def test_a_run_off_a_terminal_says_where_it_is(capsys: pytest.CaptureFixture[str
     assert "adapter written: here\n" in last
 
 
-def test_a_run_of_labels_tells_their_figures(
+def test_a_classification_run_shows_its_metrics(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     figures = {"accuracy": 0.75, "macro_f1": 0.5}

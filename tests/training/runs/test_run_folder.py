@@ -29,7 +29,7 @@ def test_two_runs_do_not_write_into_one_directory(tmp_path: Path):
         assert run.facts.exists()
 
 
-def test_a_run_that_comes_to_nothing_leaves_no_directory(tmp_path: Path):
+def test_a_failed_run_leaves_no_directory(tmp_path: Path):
     run = RunFolder(tmp_path / "run")
     with pytest.raises(ZeroDivisionError), run.held():
         raise ZeroDivisionError
@@ -40,7 +40,7 @@ def test_a_run_that_comes_to_nothing_leaves_no_directory(tmp_path: Path):
     assert run.path.exists()
 
 
-def test_what_a_run_wrote_is_overwritten_and_nothing_else(tmp_path: Path):
+def test_only_the_files_of_a_run_are_overwritten(tmp_path: Path):
     there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
     (there / "adapter").mkdir(parents=True)
     (there / "run.json").touch()

@@ -17,7 +17,7 @@ METHOD = replace(
     refused={
         "sample_at_inference": (
             (False, None),
-            "it draws another update at every call; set it to false",
+            "it draws a new update at every call; set it to false",
         )
     },
 )

@@ -131,7 +131,7 @@ class BlockTables:
         self.buffer.index_copy_(0, places, numbers)
 
     def write_at_once(self, updates: BlockUpdates) -> None:
-        """Write updates that are too many for a step's tables."""
+        """Write updates that do not fit into a step's tables."""
         places = upload(torch.tensor(updates.places), self._device)
         numbers = upload(torch.tensor(updates.numbers, dtype=torch.int32), self._device)
         self.write(places, numbers)

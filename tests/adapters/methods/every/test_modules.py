@@ -68,7 +68,9 @@ VARIANTS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
 
 @pytest.mark.parametrize("architecture", COMMON)
 @pytest.mark.parametrize("method", VARIANTS)
-async def test_scores_and_answers_are_pefts(method: str, architecture: str, tmp_path: Path) -> None:
+async def test_scores_and_answers_match_peft(
+    method: str, architecture: str, tmp_path: Path
+) -> None:
     await check_methods(architecture, tmp_path, VARIANTS[method])
 
 

@@ -184,7 +184,7 @@ def test_prompts_of_another_size_are_mismatches(method: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("method", ["prefix_tuning", "prompt_tuning"])
-def test_a_prompt_must_have_the_shape_its_config_says(method: str, tmp_path: Path) -> None:
+def test_a_prompt_must_have_the_shape_that_its_config_states(method: str, tmp_path: Path) -> None:
     directory = save(tmp_path, method)
     edit_config(directory, num_virtual_tokens=6)
     assert "prompt_embeddings" in named(refusal_of(tmp_path))
@@ -256,7 +256,7 @@ def test_adalora_alpha_that_peft_would_replace_is_refused(alpha: int, tmp_path: 
     assert named(refusal_of(tmp_path)) == {"lora_alpha"}
 
 
-def test_ia3_vectors_must_be_on_the_side_the_config_says(tmp_path: Path) -> None:
+def test_ia3_vectors_must_be_on_the_side_that_the_config_states(tmp_path: Path) -> None:
     directory = save(tmp_path, "ia3")
     edit_config(directory, feedforward_modules=["up_proj"])
     fields = named(refusal_of(tmp_path))
@@ -268,7 +268,7 @@ def test_ia3_vectors_must_be_on_the_side_the_config_says(tmp_path: Path) -> None
     assert "feedforward_modules" in named(refusal_of(tmp_path))
 
 
-def test_vera_projections_must_be_where_the_config_says(tmp_path: Path) -> None:
+def test_vera_projections_must_be_where_the_config_states(tmp_path: Path) -> None:
     edit_config(save(tmp_path, "vera"), save_projection=False)
     assert {"base_model.vera_A", "base_model.vera_B"} <= named(refusal_of(tmp_path))
     edit_config(save(tmp_path, "vera", save_projection=False), save_projection=True)

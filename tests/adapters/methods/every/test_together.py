@@ -166,7 +166,7 @@ MIXES: list[Mix] = [
 INVOCATION = 7
 
 
-async def test_scores_and_answers_are_pefts(tmp_path: Path) -> None:
+async def test_scores_and_answers_match_peft(tmp_path: Path) -> None:
     await check_methods("qwen2", tmp_path, VARIANTS)
 
 

@@ -112,7 +112,7 @@ def peft_greedy(model: Any, prompt: list[int], count: int) -> tuple[list[int], l
 
 
 @pytest.mark.parametrize("name", ["one", "two"])
-async def test_scores_and_answers_are_pefts(name: str, root: Path) -> None:
+async def test_scores_and_answers_match_peft(name: str, root: Path) -> None:
     oracle = load_adapter(twin("qwen2").model, root / name)
     plain = twin("qwen2").model
     wanted = ONE if name == "one" else TWO
@@ -317,7 +317,7 @@ async def test_after_a_base_conversation_only_the_invocation_is_computed(
             assert later.finish.usage.cached_tokens == 480 > usage.cached_tokens
 
 
-async def test_it_is_no_change_of_weights(root: Path) -> None:
+async def test_an_alora_cannot_be_merged(root: Path) -> None:
     async with start(root) as harness:
         with pytest.raises(InvalidRequestError, check=says("NOT_MERGEABLE", parts="invocation")):
             await merge(harness, "one")

@@ -50,7 +50,7 @@ def save(folder: Path, **changes: Any) -> Path:
         ({"target_parameters": ["q_proj.weight"]}, "alora_invocation_tokens"),
     ],
 )
-def test_what_would_act_before_the_invocation_is_refused(
+def test_parts_that_act_before_the_invocation_are_rejected(
     changes: dict[str, Any], field: str, tmp_path: Path
 ) -> None:
     directory = save(tmp_path, target_modules=["q_proj"])

@@ -229,7 +229,7 @@ REFUSALS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], dict[str, An
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-async def test_what_does_not_agree_is_refused(case: str, tmp_path: Path) -> None:
+async def test_inconsistent_files_are_rejected(case: str, tmp_path: Path) -> None:
     change, config, field = REFUSALS[case]
     edit(save_new("qwen3_moe", tmp_path / "a"), change, **config)
     async with EngineHarness.start(twin("qwen3_moe").folder, tmp_path, adapters=[]) as harness:

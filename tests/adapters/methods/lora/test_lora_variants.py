@@ -101,7 +101,7 @@ def test_qalora_groups_must_divide_the_inputs(tmp_path: Path) -> None:
     assert named(tmp_path) == {"qalora_group_size"}
 
 
-def test_what_training_adds_is_dropped_and_needs_its_switch(tmp_path: Path) -> None:
+def test_tensors_used_only_in_training_are_dropped_and_need_their_key(tmp_path: Path) -> None:
     base = base_of(tiny_llama())
     for method, key, part in (
         ("velora", "velora_config", "lora_velora_embed"),

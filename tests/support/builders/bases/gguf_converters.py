@@ -1,7 +1,7 @@
 """The output of llama.cpp's converter for each family's config and tensors.
 
-It follows the rules of llama.cpp's ``conversion/`` folder: keys below the architecture, and tensors
-under names that the ``gguf`` package maps to those of a file.
+The rules are those of llama.cpp's ``conversion/`` folder: keys start with the architecture's name,
+and the ``gguf`` package maps the checkpoint's tensor names to those of the file.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Converter:
     Attributes:
         arch: The architecture in the ``gguf`` package.
         own: Keys in addition to the common ones.
-        tensors: Returns the names and values in the file's order of rows, by the checkpoint's
-            names.
+        tensors: Returns the tensors under the checkpoint's names, with their rows in the file's
+            order.
         factors: Returns the tensors of rotary factors.
         lacks: Common keys that this family lacks.
     """
@@ -195,7 +195,7 @@ def _multipliers(config: Config) -> dict[str, Any]:
 
 
 def _granite4(config: Config) -> dict[str, Any]:
-    """The converter is that of models with Mamba layers."""
+    """The keys of llama.cpp's converter for models with Mamba layers, which it uses here, too."""
     kv_heads = [config["num_key_value_heads"]] * config["num_hidden_layers"]
     return {
         **_multipliers(config),
@@ -286,7 +286,7 @@ def _qwen3_moe(config: Config) -> dict[str, Any]:
 _LLAMA = Converter(ARCH.LLAMA, _rope_dimensions, _permuted)
 _QWEN2 = Converter(ARCH.QWEN2)
 _OLMO = Converter(ARCH.OLMO2, _pattern)
-# The converters of the first two Gemma versions write no rotary positions.
+# The converters of the first two Gemma versions write no base frequency.
 _GEMMA_LACKS = ("rope.freq_base",)
 CONVERTERS: dict[str, Converter] = {
     "gemma": Converter(ARCH.GEMMA, tensors=_shifted, lacks=_GEMMA_LACKS),
