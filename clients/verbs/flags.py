@@ -238,17 +238,18 @@ def add_connection_flags(parser: argparse.ArgumentParser, server: str = "") -> N
 def as_typed(argument: str, args: argparse.Namespace) -> str:
     """The flag, the positional or the environment variable that sets an argument of the client.
 
-    Returns an argument unchanged if no flag of the verb sets it. If a flag was given several times,
-    or there are several texts, the result ends with a number, counted from 1.
+    Returns an argument unchanged if no flag of the verb sets it. For an item of a list, the result
+    has the number of the item, counted from 1: ``--adapter 1``, or ``--adapter 1 weight``.
     """
-    found = re.fullmatch(r"(\w+)(?:\[(\d+)\](?:\.\w+)*)?", argument)
+    found = re.fullmatch(r"(\w+)(?:\[(\d+)\](?:\.(\w+))*)?", argument)
     if found is None or not hasattr(args, "parser"):
         return argument
     destinations = (found[1], _DESTINATIONS.get(found[1]))
     for action in args.parser._actions:
         if action.dest in destinations:
             name = flag_of(str(action.dest), args) if action.option_strings else action.metavar
-            return name if found[2] is None else f"{name} {int(found[2]) + 1}"
+            number = "" if found[2] is None else f" {int(found[2]) + 1}"
+            return name + number + (" weight" if found[3] == "weight" else "")
     return argument
 
 

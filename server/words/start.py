@@ -2,7 +2,7 @@
 
 TEXTS = {
     "INVALID": "{why}",
-    "UNKNOWN_VARIABLE": "is not a setting of turret",
+    "UNKNOWN_VARIABLE": "unknown setting",
     "NOT_A_TABLE": "must be a table, not {value}",
     "NOT_A_SIZE": "must be a size such as 512MiB, 2GB or 1048576, not {value!q}",
     "NOT_A_DURATION": "must be a duration such as 2.5, 30s or 5min, not {value}",
