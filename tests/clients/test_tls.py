@@ -103,12 +103,12 @@ def test_nothing_less_will_do(pem: Path, address: str, missing: str):
     ],
 )
 def test_the_command_reports_invalid_tls_flags(
-    pem: Path, address: str, flags: list[str], meaning: str, capfd: pytest.CaptureFixture[str]
+    pem: Path, address: str, flags: list[str], meaning: str, capsys: pytest.CaptureFixture[str]
 ):
     (pem / "text").write_text("no PEM")
     given = [str(pem / flag) if not flag.startswith("-") else flag for flag in flags]
     assert parse_and_run("generate", "a", "--address", address, *given) != 0
-    err = capfd.readouterr().err
+    err = capsys.readouterr().err
     assert meaning in err
     assert err.count("\n") == 1
 

@@ -11,7 +11,7 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import grpc
@@ -96,14 +96,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerUnderTest
 
 def test_large_messages_do_not_delay_other_clients(server: ServerUnderTest) -> None:
     """Each field is tried at one endpoint; the test below tries all endpoints and values."""
-    sent = itertools.chain(bodies(is_short=True), messages(), archives())
-    _try(server, sent, MOST_SECONDS)
+    _try(server, lambda: [bodies(is_short=True), messages(), archives()], MOST_SECONDS)
 
 
 @pytest.mark.long
 def test_no_large_message_delays_other_clients(server: ServerUnderTest) -> None:
-    sent = itertools.chain(bodies(is_short=False), messages(), archives())
-    _try(server, sent, STRICT_SECONDS)
+    _try(server, lambda: [bodies(is_short=False), messages(), archives()], STRICT_SECONDS)
 
 
 PROMPTS = [f"{number:4} " + "the quick brown fox jumps " * 4 for number in range(2048)]
@@ -142,29 +140,36 @@ def test_clients_that_leave_at_once_do_not_delay_others(server: ServerUnderTest)
     assert neighbour.worst <= STRICT_SECONDS * max(_slowness(), 1.0)
 
 
-def _try(server: ServerUnderTest, sent: Iterable[Large], most_seconds: float) -> None:
+def _try(
+    server: ServerUnderTest, make: Callable[[], Iterable[Iterable[Large]]], most_seconds: float
+) -> None:
     process = psutil.Process(server.process.pid)
-    before = 0
     options = (("grpc.max_send_message_length", -1),)
     slow: list[str] = []
+    grown = before = 0
     with grpc.insecure_channel(server.address, options) as channel, Neighbour(server) as neighbour:
-        for number, large in enumerate(sent):
-            worst = 0.0
-            for _ in range(NUM_TRIES):
-                neighbour.worst = 0.0
-                code = _send(server, channel, large)
-                assert code not in BUGS, (code, str(large))
-                # Wait a little, to include delays at the end of the message.
-                time.sleep(0.02)
-                worst = neighbour.worst
-                if worst <= most_seconds or worst <= most_seconds * _slowness():
-                    break
-            else:
-                slow.append(f"{large}: {worst:.2f} s")
-            if number == NUM_FIRST:
-                before = process.memory_info().rss
+        # Arenas of threads may grow beyond the limit once. Only a leak would grow again.
+        for _ in range(2):
+            for number, large in enumerate(itertools.chain.from_iterable(make())):
+                worst = 0.0
+                for _ in range(NUM_TRIES):
+                    neighbour.worst = 0.0
+                    code = _send(server, channel, large)
+                    assert code not in BUGS, (code, str(large))
+                    # Wait a little, to include delays at the end of the message.
+                    time.sleep(0.02)
+                    worst = neighbour.worst
+                    if worst <= most_seconds or worst <= most_seconds * _slowness():
+                        break
+                else:
+                    slow.append(f"{large}: {worst:.2f} s")
+                if number == NUM_FIRST:
+                    before = process.memory_info().rss
+            grown = (process.memory_info().rss - before) >> 20
+            if grown <= LASTING_MIB:
+                break
     assert not slow
-    assert (process.memory_info().rss - before) >> 20 <= LASTING_MIB
+    assert grown <= LASTING_MIB
     assert "internal error" not in server.log.read_text()
 
 
