@@ -41,7 +41,7 @@ def test_a_refused_call_is_logged_by_its_fields_alone(caplog: pytest.LogCaptureF
     assert said["fields"] == "stop.stop_strings,messages.content,json_schema"
 
 
-def test_numbers_of_an_error_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_numeric_metadata_of_an_error_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     call = Call.begin("/x/Generate", (), Metrics())
     metadata = {"prompt_tokens": "9", "max_model_len": "8", "unit": "secret", "path": "a/b"}
     call.fail("PROMPT_TOO_LONG", "9 secret tokens", metadata=metadata)

@@ -37,7 +37,7 @@ LIMITED = ("too_many_entries", "too_long")
     ],
     ids=("quotes", "brackets in a string", "lists", "objects", "escapes", "texts", "digits", "_"),
 )
-def test_parsing_takes_time_that_grows_with_the_bytes(data: bytes) -> None:
+def test_parsing_takes_linear_time(data: bytes) -> None:
     """4 MiB take milliseconds; quadratic time would take hours."""
     start = time.thread_time()
     with pytest.raises(errors.InvalidRequestError):
@@ -171,7 +171,7 @@ async def _post_and_watch(
         gc.enable()
 
 
-async def test_nothing_of_a_body_is_held_after_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_body_is_freed_after_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     async with http_harness() as server:
         for path, body, status in (
             (COMPLETIONS, {"model": "base", "prompt": "a"}, 200),

@@ -113,7 +113,7 @@ def test_a_classifier_without_its_first_layer_is_refused(root: Path) -> None:
     assert found[f"{LAYERS}.0"] == "PART_OF_XLORA"
 
 
-def test_another_base_s_states_are_a_mismatch(root: Path) -> None:
+def test_states_of_another_base_are_a_mismatch(root: Path) -> None:
     base = dataclasses.replace(base_of(make_llama()), hidden_size=65)
     with pytest.raises(AdapterMismatchError, check=says("DIFFERS_FROM_BASE", expected=65)):
         lower(root, base)

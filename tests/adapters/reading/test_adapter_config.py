@@ -115,7 +115,7 @@ def test_other_initialisations_are_refused(root: Path, init: Any) -> None:
 
 
 @pytest.mark.parametrize("key", ["r", "lora_alpha", "target_modules"])
-def test_keys_that_would_be_guessed_are_required(root: Path, key: str) -> None:
+def test_keys_without_a_safe_default_are_required(root: Path, key: str) -> None:
     edit_config(root / "a", **{key: ...})
     assert (key, say("REQUIRED")) in refusal_of(root).violations
 
@@ -231,7 +231,7 @@ def test_dora_excludes_lora_bias(root: Path) -> None:
     assert "lora_bias" in {field for field, _ in refusal_of(root).violations}
 
 
-def test_biases_must_be_announced_and_complete(tmp_path: Path) -> None:
+def test_biases_must_be_declared_and_complete(tmp_path: Path) -> None:
     model = tiny_llama(attention_bias=True)
     base = base_of(model)
     save_peft_adapter(model, lora_config(bias="lora_only"), tmp_path / "a")
@@ -266,7 +266,7 @@ def test_an_adapter_without_lora_tensors_is_refused(root: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "error"), [("add", AdapterCheckpointError), ("mismatch", AdapterMismatchError)]
 )
-def test_a_flood_of_findings_stays_small(
+def test_a_report_of_many_faults_stays_short(
     kind: str, error: type[AdapterCheckpointError | AdapterMismatchError]
 ) -> None:
     findings = Findings("a", "the base")
@@ -281,7 +281,7 @@ def test_a_flood_of_findings_stays_small(
     assert len(str(caught.value)) < 1000
 
 
-def test_a_fault_of_many_keys_is_reported_once() -> None:
+def test_a_fault_that_many_keys_share_is_reported_once() -> None:
     findings = Findings("a")
     for i in range(10 * MAX_REPORTED):
         findings.add(f"layers.{i}.lora_A", say("WRONG_RANK", rank=4, by="the config", expected=i))
@@ -293,7 +293,7 @@ def test_a_fault_of_many_keys_is_reported_once() -> None:
     assert len(text) < 500
 
 
-def test_faults_of_the_checkpoint_come_before_what_does_not_fit() -> None:
+def test_faults_of_the_checkpoint_precede_mismatches_with_the_base() -> None:
     findings = Findings("a", "the base")
     findings.raise_if_any()
     findings.mismatch("q", say("NO_BASE_BIAS"))

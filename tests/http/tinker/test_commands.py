@@ -73,7 +73,7 @@ async def test_a_failed_command_does_not_stop_those_after_it() -> None:
     assert await result_of(after) == {"number": 2}
 
 
-async def test_a_full_queue_accepts_only_the_command_that_others_wait_for(
+async def test_a_full_queue_accepts_only_the_next_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(futures, "MAX_WAITING_BYTES", 100)

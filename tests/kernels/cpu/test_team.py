@@ -100,7 +100,7 @@ def test_a_planted_fault_is_found(fault: str, tmp_path: Path, sanitizer: str) ->
 
 
 @pytest.mark.skipif(native.library() is None, reason="no compiled kernels")
-def test_a_thread_has_its_own_or_what_torch_has() -> None:
+def test_a_thread_uses_its_own_number_of_threads_or_that_of_torch() -> None:
     found: list[int] = []
 
     def compute() -> None:

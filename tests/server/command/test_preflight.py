@@ -299,7 +299,7 @@ def test_a_state_dir_on_a_read_only_file_system() -> None:
     assert reasons("--state-dir", "/proc") == UNUSABLE
 
 
-def test_a_disk_that_is_full_does_not_keep_a_server_from_starting(
+def test_a_full_disk_does_not_prevent_startup(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def mkdtemp(**_: object) -> str:
@@ -309,7 +309,7 @@ def test_a_disk_that_is_full_does_not_keep_a_server_from_starting(
     assert found("--state-dir", str(tmp_path)) == []
 
 
-def test_directories_that_this_user_may_not_use(
+def test_directories_that_this_user_may_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Simulate missing permissions, which do not apply to the superuser.

@@ -65,7 +65,7 @@ def test_adapters_are_multiplied_as_fast_as_the_base(
         matmul.allow_tf32 = before
 
 
-def test_the_estimate_counts_what_cuda_takes(tiny_llama: Path, tmp_path: Path):
+def test_the_estimate_includes_the_memory_of_cuda(tiny_llama: Path, tmp_path: Path):
     resolved = on_cuda(tmp_path, tiny_llama, "bfloat16")
     estimate = estimate_memory(resolved)
     assert estimate.process == GIB
