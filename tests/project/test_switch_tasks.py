@@ -1,4 +1,4 @@
-"""The example that routes tasks to adapters, run as in its page, on the bundled model."""
+"""The example that routes tasks to adapters, run as on its page, on the bundled model."""
 
 from __future__ import annotations
 

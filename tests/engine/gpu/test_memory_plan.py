@@ -72,7 +72,7 @@ def test_the_step_and_a_reserve_are_kept_free(memory: _Memory):
 def test_the_cache_gets_the_memory_that_the_other_parts_leave(
     memory: _Memory, caplog: pytest.LogCaptureFixture
 ):
-    """The pack of adapters is already allocated; the plan names what comes later."""
+    """The pack of adapters is already allocated; the plan lists only later allocations."""
     arch, budget = read_arch(tiny_llama().config), 8 << 20
     store = GpuStore(describe_projections(arch), torch.float16, torch.device("meta"), budget)
     executor: Any = Mock(spec=GpuExecutor, store=store)

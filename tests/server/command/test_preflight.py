@@ -1,4 +1,4 @@
-"""Problems that a start reports within a second, before torch is loaded."""
+"""Problems that the server reports within a second of its start, before it loads torch."""
 
 from __future__ import annotations
 
@@ -354,7 +354,7 @@ def test_the_newest_checkpoint_is_suggested(tmp_path: Path) -> None:
 def test_a_missing_local_path_is_not_looked_up_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cases: a path in a config file, to which its folder is added, and one with ``./``."""
+    """Cases: a path in a config file, which is relative to its folder, and one with ``./``."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "acme").mkdir()
     (tmp_path / "acme" / "s.toml").write_text('[model]\nmodel = "my-model"\n')
