@@ -113,7 +113,7 @@ def test_a_dropped_wait(launch):
 
 
 @pytest.mark.parametrize("launch", [attention, gated_product])
-def test_the_result_does_not_depend_on_the_last_program(launch):
+def test_the_result_does_not_depend_on_the_order_of_programs(launch):
     with emulated("sm_90") as launcher:
         forwards = launch()
         launcher.backwards = True
@@ -137,7 +137,7 @@ def not_behind_a_barrier(ptx: str) -> str:
 
 @pytest.mark.parametrize("edit", [relaxed, not_behind_a_barrier])
 @pytest.mark.parametrize("launch", [attention, gated_product])
-def test_partial_sums_that_were_not_released(launch, edit):
+def test_partial_results_that_were_not_released(launch, edit):
     # A failed launch does not reset its counters.
     nf4.counters_on.cache_clear()
     with (

@@ -93,7 +93,7 @@ async def test_others_get_the_same_bits_beside_constrained_requests(
             assert mine.bits == other.bits
 
 
-async def test_logprobs_are_those_of_the_model_alone(model: Path, schema: Constraint) -> None:
+async def test_logprobs_ignore_the_constraint(model: Path, schema: Constraint) -> None:
     async with EngineHarness.start(model) as harness:
         answer = await harness.run(constrained(schema))
         scored = await harness.run(make_request([*PROMPT, *answer.token_ids], score=True))

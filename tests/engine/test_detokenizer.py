@@ -54,7 +54,7 @@ def test_a_stop_string_over_three_tokens_ends_the_text_before_it() -> None:
     assert ("".join(out), stopped) == ("a ", "END")
 
 
-def test_the_stop_string_is_shown_if_asked_for() -> None:
+def test_the_stop_string_is_included_on_request() -> None:
     out, stopped = feed(["a E", "ND b"], ["END"], include_stop=True)
     assert ("".join(out), stopped) == ("a END", "END")
 

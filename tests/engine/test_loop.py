@@ -383,7 +383,7 @@ def test_an_error_that_ends_the_thread_ends_every_request(
     assert registry.get("a").in_flight == 0
 
 
-def test_a_deadline_in_ten_thousand_years_is_waited_for(make: Registries) -> None:
+def test_a_deadline_in_ten_thousand_years_is_accepted(make: Registries) -> None:
     driven = Driven(make(2, load="a"))
     thread = threading.Thread(target=driven.loop.run, daemon=True)
     thread.start()

@@ -47,7 +47,7 @@ def test_only_lines_about_cancelled_calls_are_dropped() -> None:
     assert lines.kept("a", "ProxyActor", said) == kept
 
 
-def test_lines_come_in_any_portions_and_from_several_processes() -> None:
+def test_lines_arrive_in_any_chunks_and_from_several_processes() -> None:
     lines = LineFilter(lambda: False)
     shown: dict[str, list[str]] = {"a": [], "b": []}
     for noise, other in zip([*NOISE, "end"], [*OTHER, *["more"] * 5], strict=True):

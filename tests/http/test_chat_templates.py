@@ -410,7 +410,7 @@ async def test_variables_of_the_template_are_set_as_in_transformers(
     assert told["reasoning"]["effort"] == "low"
 
 
-async def test_reasoning_is_read_where_the_prompt_begins_it(
+async def test_reasoning_is_recognised_if_the_prompt_begins_it(
     protocols: Protocols, thinking: Path
 ) -> None:
     await protocols.rpc.adapters.LoadAdapter(
@@ -466,7 +466,7 @@ async def test_invalid_template_variables_are_refused(protocols: Protocols) -> N
         assert failure.reasons == dict.fromkeys(places, "NOT_A_JSON_OBJECT"), text
 
 
-async def test_a_request_brings_a_template_only_where_that_is_allowed(
+async def test_a_request_may_bring_a_template_only_if_that_is_allowed(
     protocols: Protocols, base: Path, root: Path, tmp_path: Path
 ) -> None:
     asked = {"messages": ASK, "chat_template": OTHER}

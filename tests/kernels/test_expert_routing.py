@@ -58,7 +58,9 @@ def test_an_expert_without_rows_has_no_run() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normalizes", [True, False])
-def test_a_row_alone_is_routed_alike(dtype: torch.dtype, *, normalizes: bool) -> None:
+def test_a_row_is_routed_the_same_alone_and_in_a_batch(
+    dtype: torch.dtype, *, normalizes: bool
+) -> None:
     scores = scores_of(33, 7, dtype)
     y = torch.randn(33 * 3, 20).to(dtype)
     routing = route_reference(scores, 3, normalizes=normalizes)

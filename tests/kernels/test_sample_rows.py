@@ -93,7 +93,7 @@ PARAMS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("params", PARAMS, ids=str)
-def test_every_uniform_number_leads_to_its_token(params: dict[str, Any]):
+def test_every_uniform_number_selects_its_token(params: dict[str, Any]):
     torch.manual_seed(3)
     logits = torch.randn(VOCAB) * 2
     found, ends = swept(logits.to(DEVICE), **params), exact(logits, **params).cumsum(0)

@@ -230,7 +230,7 @@ def test_a_process_without_memory_at_its_start_is_not_blamed_on_the_template(
         ChatTemplate("hi", {}).render(TURNS, (), True)
 
 
-def test_surrogates_and_line_ends_come_back_as_they_are() -> None:
+def test_surrogates_and_line_ends_are_preserved() -> None:
     text = "a\udc80\n\u2028\r\n\x00"
     turns = [{"role": "user", "content": text}]
     assert ChatTemplate("{{ messages[0].content }}", {}).render(turns, (), True) == text

@@ -72,7 +72,7 @@ def _converter() -> Any:
         ("lokr", {"r": 32, "alpha": 3}, True),
     ],
 )
-def test_its_converter_keeps_the_function(
+def test_the_converter_on_the_page_preserves_the_adapters_function(
     method: str, changes: dict[str, Any], is_whole: bool, tmp_path: Path
 ) -> None:
     model = tiny_llama()

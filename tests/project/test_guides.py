@@ -35,7 +35,7 @@ _LINK = re.compile(r"\]\(([^)#\s]+)(?:#([^)\s]*))?\)")
 
 
 @EACH_PAGE
-def test_links_have_existing_targets(page: Path) -> None:
+def test_the_targets_of_links_exist(page: Path) -> None:
     for target, anchor in _LINK.findall(page.read_text()):
         if "://" in target:
             continue

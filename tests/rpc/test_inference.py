@@ -168,7 +168,7 @@ async def test_every_offending_field_is_listed_at_once() -> None:
         ({"prompt": "a", "adapters": [{"name": f"a{n}"} for n in range(65)]}, "adapters"),
     ],
 )
-async def test_a_bad_field_is_named(fields: dict[str, Any], path: str) -> None:
+async def test_an_invalid_field_is_reported(fields: dict[str, Any], path: str) -> None:
     async with harness() as server:
         failure = await failure_of(server.inference.GenerateStream(Generate(**fields)))
         await server.inference.Generate(Generate(prompt="still serving"))

@@ -52,7 +52,7 @@ async def test_the_merge_chooses_the_precision_by_default() -> None:
         assert [precision for _, precision in server.merger.calls] == [None, None, "NF4"]
 
 
-async def test_every_bad_field_is_named() -> None:
+async def test_every_invalid_field_is_reported() -> None:
     async with harness() as server:
         failure = await failure_of(server.adapters.MergeAdapters(Merge()))
         assert failure.code is grpc.StatusCode.INVALID_ARGUMENT

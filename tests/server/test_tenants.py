@@ -261,7 +261,7 @@ async def test_prefixes_are_shared_on_request_and_without_tokens(
         assert await protocols.http("alice", "s") == 48
 
 
-def test_a_token_has_one_share_however_the_header_spells_it() -> None:
+def test_a_token_has_one_share_in_any_spelling_of_the_header() -> None:
     shares = Shares(per_token=1)
     with Party(shares, "Bearer alice", "ipv4:127.0.0.1:1").hold():
         for header in ("bearer alice", "BEARER  alice "):

@@ -125,7 +125,7 @@ def runs_of() -> list[tuple[int, int, Members]]:
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float16, 2e-3)])
-def test_rows_get_the_formula(dtype: torch.dtype, bound: float) -> None:
+def test_rows_match_the_formula(dtype: torch.dtype, bound: float) -> None:
     torch.manual_seed(3)
     gates = gates_of(dtype)
     store = store_of(dtype, adapters_of(gates))

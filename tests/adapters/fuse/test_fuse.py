@@ -266,7 +266,7 @@ def test_invalid_fusions_are_rejected(
     assert [field for field, _ in raised.value.violations] == fields
 
 
-def test_ranks_over_the_limit_are_refused_before_the_work(tmp_path: Path) -> None:
+def test_ranks_over_the_limit_are_refused_before_the_fusion_starts(tmp_path: Path) -> None:
     fusions = Fusions(tmp_path, max_rank=8)
     for seed, name in enumerate("ab"):
         fusions.add(name, "rslora", seed)

@@ -359,7 +359,7 @@ def test_a_state_directory_that_everyone_can_change_is_reported(
         assert caplog.text.count("every user") == count
 
 
-def test_a_damaged_file_loses_one_adapter_and_no_upload(
+def test_a_damaged_file_loses_one_adapter_but_no_upload(
     start: Start, make: Registries, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry = start()
@@ -378,7 +378,7 @@ def test_a_damaged_file_loses_one_adapter_and_no_upload(
     assert Waiter(registry.acquire(refs(["up"]))).wait().error is None
 
 
-def test_foreign_entries_neither_stop_the_start_nor_lead_outside(
+def test_foreign_entries_neither_prevent_startup_nor_leave_the_directory(
     start: Start, make: Registries, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry = start()

@@ -317,7 +317,7 @@ def test_an_old_bone_adapter_loads_as_miss(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations_are_those_that_transformers_names(name: str) -> None:
+def test_activations_match_transformers(name: str) -> None:
     x = torch.linspace(-8, 8, 97)
     torch.testing.assert_close(activation(name)(x), ACT2FN[name](x))
 

@@ -134,7 +134,7 @@ async def test_echoed_logprobs_belong_to_the_text(name: str, root: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["prefix", "soft"])
-async def test_preemption_changes_nothing(name: str, root: Path) -> None:
+async def test_preemption_does_not_change_answers(name: str, root: Path) -> None:
     requests = [make_request(prompt_of(190, i), name, max_tokens=40) for i in range(6)]
     folder = twin("llama").folder
     async with EngineHarness.start(folder, root, adapters=NAMES) as harness:

@@ -141,7 +141,7 @@ def test_a_component_that_is_not_a_plain_lora_is_rejected(root: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "glm4", "granitemoehybrid", "phi3"])
-def test_modules_are_counted_in_peft_s_order(architecture: str) -> None:
+def test_modules_are_counted_in_pefts_order(architecture: str) -> None:
     config = tiny_config(architecture)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -93,7 +93,7 @@ def test_each_unsupported_key_is_refused_by_name(root: Path, key: str) -> None:
     assert key in {field for field, _ in refusal_of(root).violations}
 
 
-def test_one_answer_names_every_bad_key_and_tensor(root: Path) -> None:
+def test_one_error_reports_every_invalid_key_and_tensor(root: Path) -> None:
     edit_config(root / "a", **UNSUPPORTED)
     stray = f"{PREFIX}{Q}.lora_stray"
     edit_tensors(root / "a", lambda tensors: {**tensors, stray: torch.ones(4)})
@@ -219,7 +219,7 @@ def test_targets_that_cannot_be_adapted_are_named(root: Path, target: str) -> No
     ("switch", "label"),
     [("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")],
 )
-def test_switches_need_their_tensors(root: Path, switch: str, label: str) -> None:
+def test_config_switches_need_their_tensors(root: Path, switch: str, label: str) -> None:
     edit_config(root / "a", **{switch: True})
     fields = {field for field, _ in refusal_of(root).violations}
     assert f"{Q}.{label}" in fields
@@ -252,7 +252,7 @@ def test_biases_must_be_declared_and_complete(tmp_path: Path) -> None:
     assert fields() == {f"{K}.bias"}
 
 
-def test_a_bias_where_the_base_has_none_is_a_mismatch(tmp_path: Path) -> None:
+def test_a_bias_that_the_base_lacks_is_a_mismatch(tmp_path: Path) -> None:
     save_peft_adapter(tiny_llama(attention_bias=True), lora_config(bias="all"), tmp_path / "a")
     with pytest.raises(AdapterMismatchError, check=says("NO_BASE_BIAS")):
         lower_checkpoint(read_adapter(tmp_path), base_of(tiny_llama()))

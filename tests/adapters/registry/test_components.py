@@ -180,7 +180,7 @@ def test_bad_components_are_refused(case: str, open_registry: Any, root: Path) -
     assert says(reason, value=wrong)(why)
 
 
-def test_every_wrong_key_and_tensor_is_named_at_once(open_registry: Any, root: Path) -> None:
+def test_every_invalid_key_and_tensor_is_reported_at_once(open_registry: Any, root: Path) -> None:
     def edit(tensors: dict[str, torch.Tensor]) -> None:
         del tensors[f"{PREFIX}{Q}.fusion_key.weight"]
         key = f"{PREFIX}model.layers.1.self_attn.v_proj.fusion_query.weight"

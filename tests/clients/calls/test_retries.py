@@ -248,7 +248,7 @@ def test_an_argument_of_the_wrong_type_is_reported_by_name(
         client.generate(**wrong)
 
 
-def test_the_client_comes_from_the_package_without_torch() -> None:
+def test_the_client_is_imported_without_torch() -> None:
     code = (
         "import sys\n"
         "from turret import AdapterWeight, AsyncTurretClient, Tls, TurretClient, TurretRpcError\n"

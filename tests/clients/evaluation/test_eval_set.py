@@ -51,7 +51,7 @@ from turret.training.examples import read_examples
         ),
     ],
 )
-def test_a_bad_row_is_named(tmp_path: Path, row: str, field: str, reason: str):
+def test_an_invalid_row_is_reported(tmp_path: Path, row: str, field: str, reason: str):
     path = tmp_path / "test.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n' + row + "\n")
     with pytest.raises(RowError) as raised:

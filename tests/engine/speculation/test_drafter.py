@@ -218,7 +218,7 @@ def run(truth: Callable[[int], int], num_tokens: int, num_rows: int = 1) -> tupl
     return steps, num_draft, num_right
 
 
-def test_repeating_text_takes_few_steps() -> None:
+def test_repetitive_text_takes_few_steps() -> None:
     steps, num_draft, num_right = run(lambda i: i % 20, 640)
     assert steps < 640 / 8
     assert num_right > 0.9 * num_draft
@@ -231,7 +231,7 @@ def noise(size: int) -> Callable[[int], int]:
 
 
 @pytest.mark.parametrize("size", [2000, 300, 40])
-def test_text_that_repeats_nothing_loses_little(size: int) -> None:
+def test_text_without_repetition_loses_little_speed(size: int) -> None:
     """A row costs an eighth of a step. Few different tokens lead to more wrong drafts."""
     steps, num_draft, _ = run(noise(size), 1000)
     assert (steps * 8 + num_draft) / (1000 * 8) < 1.02

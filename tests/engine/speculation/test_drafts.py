@@ -62,7 +62,7 @@ def step(scheduler: Scheduler, right: int = 0) -> list[Scheduled]:
     return list(found.scheduled)
 
 
-def test_a_draft_gets_the_tokens_that_the_step_has_left() -> None:
+def test_drafts_use_the_tokens_that_the_step_has_left() -> None:
     scheduler = make()
     first, second = eager([1, 2, 3]), eager([4] * 30)
     scheduler.add(first)
@@ -75,7 +75,7 @@ def test_a_draft_gets_the_tokens_that_the_step_has_left() -> None:
     assert sum(item.num_rows for item in step(scheduler)) == 24
 
 
-def test_right_tokens_are_computed_and_wrong_ones_leave_nothing() -> None:
+def test_correct_drafts_are_kept_and_wrong_ones_leave_nothing_behind() -> None:
     scheduler = make()
     sequence = eager([1, 2, 3])
     scheduler.add(sequence)

@@ -93,7 +93,7 @@ def test_bans_end_in_the_middle_of_a_draft() -> None:
     assert [draw.token_id for draw in draws] == [8, 8, 3]
 
 
-def test_steps_without_drafts_draw_all_rows_at_once() -> None:
+def test_steps_without_drafts_sample_all_rows_at_once() -> None:
     calls: list[int] = []
     draw = Sampler.draw
 

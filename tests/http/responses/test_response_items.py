@@ -64,7 +64,7 @@ def rendered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
     return given
 
 
-async def test_an_answer_has_an_item_for_each_thing_in_it(rendered: Any) -> None:
+async def test_an_answer_has_an_item_for_each_part(rendered: Any) -> None:
     async with http_harness() as http, connect(http) as client:
         http.engine.script = saying(ANSWER)
         answer = await client.responses.create(model="base", input="hi", tools=[WEATHER, CLOCK])

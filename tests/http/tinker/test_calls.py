@@ -61,7 +61,7 @@ def tables(one: Served) -> TableTraining:
     return training
 
 
-async def test_there_are_no_routes_without_training() -> None:
+async def test_the_routes_exist_only_with_training() -> None:
     async with http_harness() as server:
         assert (await server.client.get(f"{API}/healthz")).status_code == 404
 

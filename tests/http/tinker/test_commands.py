@@ -45,7 +45,7 @@ async def result_of(future: Future) -> dict[str, object]:
     return json.loads(result.body)
 
 
-async def test_commands_run_in_the_order_of_their_numbers_however_they_arrive() -> None:
+async def test_commands_run_in_numerical_order_regardless_of_arrival() -> None:
     for seed in range(20):
         log, numbers = Log(), list(range(30))
         random.Random(seed).shuffle(numbers)

@@ -148,7 +148,7 @@ ANSWERS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
 
 
 @pytest.mark.parametrize(("form", "text", "said", "calls"), ANSWERS)
-def test_calls_are_found_however_the_text_is_cut(
+def test_calls_are_found_however_the_text_is_split(
     form: str, text: str, said: str, calls: list[tuple[str, str]]
 ) -> None:
     rng = random.Random(0)

@@ -196,7 +196,7 @@ def test_reference():
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
-def test_the_reference_ignores_other_rows_and_the_position_of_a_row(num_threads):
+def test_reference_ignores_other_rows_and_the_position_of_a_row(num_threads):
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:

@@ -73,7 +73,7 @@ def rows_of(runs: list[LongSegment]) -> list[int]:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_traffic(name, dtype):
+def test_adapted_rows_match_float64_and_other_rows_are_unchanged(name, dtype):
     pack = make_pack(INNER, OUTS, dtype)
     runs, num_rows = shape_of(pack, name)
     x = torch.randn(num_rows, INNER).to(DEVICE, dtype)

@@ -58,7 +58,7 @@ def sanitizer(tmp_path: Path) -> str:
     return "-fsanitize=thread"
 
 
-def test_nothing_races(tmp_path: Path, sanitizer: str) -> None:
+def test_there_are_no_data_races(tmp_path: Path, sanitizer: str) -> None:
     checks = build(tmp_path, "-O1", sanitizer)
     for threads in ("2", "7"):
         result = run(checks, threads, "own")

@@ -35,13 +35,13 @@ def run(*arguments: str, program: str = "", **environ: str) -> subprocess.Comple
 
 
 @pytest.mark.parametrize("module", ["turret.server.command.flags", "turret.server.app"])
-def test_sigterm_ends_a_start_without_a_failure(module: str) -> None:
+def test_sigterm_ends_startup_without_a_failure(module: str) -> None:
     done = run(module, str(int(signal.SIGTERM)), "serve", *FREE, program=PROGRAM)
     assert done.returncode == 0
     assert "Traceback" not in done.stderr
 
 
-def test_sighup_does_not_end_a_start() -> None:
+def test_sighup_does_not_end_startup() -> None:
     flags = ("serve", "--adapter-root", "/no/such", *FREE)
     done = run("turret.server.command.flags", str(int(signal.SIGHUP)), *flags, program=PROGRAM)
     assert done.returncode == 1

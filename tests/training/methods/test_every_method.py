@@ -347,7 +347,7 @@ def test_lora_plus_moves_b_faster(tiny_llama: Path, tmp_path: Path):
         assert moved == pytest.approx(expected, rel=1e-2), name
 
 
-def test_the_rate_rises_and_falls():
+def test_the_learning_rate_rises_and_falls():
     config = OptimizerConfig(learning_rate=1.0, warmup_fraction=0.1)
     rates = [learning_rate(step, 100, config) for step in range(100)]
     assert rates[:3] == pytest.approx([1 / 11, 2 / 11, 3 / 11])

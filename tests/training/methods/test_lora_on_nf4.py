@@ -158,7 +158,7 @@ def test_a_joined_lora_matches_peft(settings: dict[str, Any]) -> None:
         ({}, torch.float32),
     ],
 )
-def test_bfloat16_is_multiplied_where_that_is_faster(
+def test_bfloat16_products_are_used_where_they_are_faster(
     capabilities: dict[str, Any], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)

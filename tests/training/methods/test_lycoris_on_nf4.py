@@ -208,7 +208,7 @@ def test_the_layers_are_used_on_4_bit_modules_only():
 
 
 @pytest.mark.parametrize("method", ["loha", "lokr"])
-def test_dropout_drops_outputs_in_training_alone(method: str):
+def test_dropout_drops_outputs_only_in_training(method: str):
     register_nf4_layers()
     base = nn.ModuleDict({"q_proj": Linear4bit(64, 128, bias=False, compute_dtype=torch.float32)})
     base.to("cpu")

@@ -181,7 +181,7 @@ def test_every_method_can_be_sampled(method: str, tmp_path: Path, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["prefix_tuning", "prompt_tuning", "lora"])
-def test_the_cache_changes_no_answer(method: str, tmp_path: Path, monkeypatch):
+def test_the_cache_does_not_change_answers(method: str, tmp_path: Path, monkeypatch):
     """Compared with a pass over the whole text for every token, as in training."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = save_tiny_model("llama", tmp_path / "model")

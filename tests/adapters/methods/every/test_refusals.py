@@ -268,7 +268,7 @@ def test_ia3_vectors_must_be_on_the_side_that_the_config_states(tmp_path: Path) 
     assert "feedforward_modules" in named(refusal_of(tmp_path))
 
 
-def test_vera_projections_must_be_where_the_config_states(tmp_path: Path) -> None:
+def test_vera_projections_must_be_saved_if_the_config_says_so(tmp_path: Path) -> None:
     edit_config(save(tmp_path, "vera"), save_projection=False)
     assert {"base_model.vera_A", "base_model.vera_B"} <= named(refusal_of(tmp_path))
     edit_config(save(tmp_path, "vera", save_projection=False), save_projection=True)

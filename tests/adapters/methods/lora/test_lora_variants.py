@@ -214,7 +214,7 @@ class _Rows:
 
 # A decomposition needs the whole weight, DoRA's norms only blocks of it.
 @pytest.mark.parametrize(("kind", "most"), [("dora", 24), ("kasa", 1 << 20), ("osf", 1 << 20)])
-def test_the_base_is_read_where_it_is_and_beside_the_steps(
+def test_the_base_is_read_in_blocks_on_its_device_beside_the_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, most: int
 ) -> None:
     monkeypatch.setattr(dora_gain_module, "_ROWS_PER_BLOCK", 24)
