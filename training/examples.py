@@ -33,7 +33,7 @@ from turret.training.words import Text, say
 
 @dataclass(frozen=True, slots=True)
 class DataFiles:
-    """The content of the files of examples.
+    """The content of the example files.
 
     Attributes:
         paths: The files, the training one first.
@@ -56,7 +56,7 @@ def data_paths(config: DataConfig, folder: Path) -> tuple[Path, ...]:
 
 
 def read_files(config: DataConfig, folder: Path) -> DataFiles:
-    """Read the files of examples.
+    """Read the example files.
 
     Args:
         config: The config; its paths are relative to ``folder``.

@@ -292,8 +292,8 @@ def _constrain(
         return
     name = names.get(kind) or names.get(f"{kind}.texts") or kind
     if grammar.is_object and kind in ("json_schema", "json_object"):
-        # Use one schema, because of two grammars that begin in the same way, the one with longer
-        # tokens would win.
+        # Combine both in one schema. With two grammars that begin in the same way, the one with
+        # longer tokens would win.
         schema = value if kind == "json_schema" else {"type": "object"}
         message.json_schema = json.dumps(grammar.schema_beside(schema), ensure_ascii=False)
         names["json_schema"] = names["json_schema.anyOf[0]"] = name

@@ -26,7 +26,7 @@ def finished(
     return record.__dict__["fields"]
 
 
-def test_a_refused_call_is_logged_by_its_fields_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_only_the_fields_of_a_refused_call_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     call = Call.begin("/x/Generate", (), Metrics())
     found = [
         ("stop.stop_strings[0]", "must be text, not 'secret'"),
@@ -41,7 +41,7 @@ def test_a_refused_call_is_logged_by_its_fields_alone(caplog: pytest.LogCaptureF
     assert said["fields"] == "stop.stop_strings,messages.content,json_schema"
 
 
-def test_numbers_of_an_error_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_numeric_metadata_of_an_error_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     call = Call.begin("/x/Generate", (), Metrics())
     metadata = {"prompt_tokens": "9", "max_model_len": "8", "unit": "secret", "path": "a/b"}
     call.fail("PROMPT_TOO_LONG", "9 secret tokens", metadata=metadata)
@@ -50,7 +50,7 @@ def test_numbers_of_an_error_are_logged(caplog: pytest.LogCaptureFixture) -> Non
     assert "unit" not in said
 
 
-def test_what_a_client_sent_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_values_sent_by_a_client_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     call = Call.begin("/x/Generate", (), Metrics())
     bad = InvalidRequestError.of("stop", say("NOT_ONE_OF", value="4711", choices="a", closest="b"))
     call.fail(bad.reason, bad.message, violations=bad.violations, metadata=bad.metadata)

@@ -56,7 +56,7 @@ async def test_an_engine_error_about_the_mix_fails_the_whole_call() -> None:
     assert set(failure.violations) == {"adapters"}
 
 
-async def test_the_labels_of_a_call_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_number_of_labels_per_call_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a bound, 2,048 inputs with 4,096 labels each would take gigabytes."""
     monkeypatch.setattr(inputs, "MAX_LABEL_SCORES", 5)
     async with harness() as server, http_harness() as web:
@@ -69,7 +69,7 @@ async def test_the_labels_of_a_call_are_bounded(monkeypatch: pytest.MonkeyPatch)
     assert (refused.status, refused.param) == (400, "input")
 
 
-async def test_a_head_for_numbers_has_no_probabilities() -> None:
+async def test_a_regression_head_has_no_probabilities() -> None:
     async def numbers(request: Request) -> AsyncIterator[Output]:
         head = Head(("price",), REGRESSION)
         yield Output(pooled=array("f", [2.5]), head=head, finish=finish(request))

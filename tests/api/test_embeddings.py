@@ -106,7 +106,7 @@ async def test_every_offending_field_is_listed_with_its_input() -> None:
     assert set(nothing.violations) == set(too_many.violations) == {"inputs"}
 
 
-async def test_vectors_of_a_call_have_a_limit_together(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_vectors_of_a_call_share_one_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, "MAX_EMBEDDING_NUMBERS", 3 * MODEL_INFO.hidden_size)
     async with harness() as server:
         assert len((await server.inference.Embed(texts(*"abc"))).embeddings) == 3
@@ -149,7 +149,7 @@ async def test_an_input_that_is_too_long_is_named() -> None:
     assert missing.code is grpc.StatusCode.NOT_FOUND
 
 
-async def test_the_timing_is_that_of_the_whole_call(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_timing_covers_the_whole_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's times leave out an input's wait for other inputs of its call."""
 
     async def slow(request: Request) -> AsyncIterator[Output]:
@@ -166,7 +166,7 @@ async def test_the_timing_is_that_of_the_whole_call(monkeypatch: pytest.MonkeyPa
     assert timing.total.ToTimedelta().total_seconds() >= 0.4 + 1.75
 
 
-async def test_a_call_takes_part_of_the_queue_and_lets_go_of_it() -> None:
+async def test_a_call_takes_and_releases_a_part_of_the_queue() -> None:
     most = running = 0
     is_full = asyncio.Event()
 
@@ -232,7 +232,7 @@ async def test_inputs_count_as_requests_of_their_party() -> None:
         assert sorted((one.status_code, other.status_code)) == [200, 429]
 
 
-async def test_openais_form_of_vectors() -> None:
+async def test_vectors_in_openais_format() -> None:
     async with http_harness() as server:
         body = {"model": "sql*0.5", "input": ["abc", "d"], "pooling": "mean", "user": "u"}
         plain = (await server.post(PATH, body)).json()

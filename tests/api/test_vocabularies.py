@@ -71,7 +71,7 @@ def weights(name: str) -> list[adapters_pb2.AdapterWeight]:
     return [adapters_pb2.AdapterWeight(name=name)]
 
 
-async def test_one_that_many_ask_for_is_read_once(
+async def test_concurrent_requests_read_a_tokenizer_once(
     adapters: Adapters, vocabularies: Vocabularies
 ) -> None:
     adapters.may_read.clear()
@@ -118,7 +118,9 @@ async def test_an_error_reaches_every_caller_and_is_not_cached(
     assert (await vocabularies.of(weights("a"))).own is not None
 
 
-async def test_the_latest_used_are_kept(adapters: Adapters, vocabularies: Vocabularies) -> None:
+async def test_the_most_recently_used_vocabularies_are_kept(
+    adapters: Adapters, vocabularies: Vocabularies
+) -> None:
     for name in "abcad":
         await vocabularies.of(weights(name))
     # The fourth tokenizer replaced b; this did not count as a use of the others.
@@ -129,7 +131,9 @@ async def test_the_latest_used_are_kept(adapters: Adapters, vocabularies: Vocabu
     assert adapters.read_names == ["a", "b", "c", "d", "e"]
 
 
-async def test_all_share_one_budget_for_what_is_compiled(vocabularies: Vocabularies) -> None:
+async def test_all_vocabularies_share_one_budget_for_compiled_constraints(
+    vocabularies: Vocabularies,
+) -> None:
     base, first = await vocabularies.of([]), await vocabularies.of(weights("a"))
     assert first.kept is base.kept
     forgotten: list[Vocabulary] = []
@@ -144,7 +148,7 @@ async def test_all_share_one_budget_for_what_is_compiled(vocabularies: Vocabular
     assert forgotten == [first]
 
 
-async def test_all_that_compile_are_closed(vocabularies: Vocabularies) -> None:
+async def test_closing_closes_every_compiler(vocabularies: Vocabularies) -> None:
     base, own = await vocabularies.of([]), await vocabularies.of(weights("a"))
     compilers = [Closed(), Closed()]
     for vocabulary, compiler in zip((base, own), compilers, strict=True):

@@ -110,7 +110,7 @@ async def test_an_answer_is_counted_and_logged_when_its_call_is_finished(
     assert (said["prompt_tokens"], said["generated_tokens"]) == (3, 2)
 
 
-async def test_a_call_that_is_not_counted_is_logged_alone(parts: Parts) -> None:
+async def test_a_call_that_is_not_counted_is_only_logged(parts: Parts) -> None:
     call = parts.begin(is_counted=False)
     answer = await parts.inference.tokenize(inference_pb2.TokenizeRequest(prompt="a"), call)
     assert list(answer.token_ids) == [97]
@@ -118,7 +118,7 @@ async def test_a_call_that_is_not_counted_is_logged_alone(parts: Parts) -> None:
     assert parts.sample("turret_requests_total", adapter="base", code="OK") is None
 
 
-async def test_a_message_names_its_call_anew(parts: Parts) -> None:
+async def test_the_request_id_of_a_message_replaces_that_of_its_call(parts: Parts) -> None:
     call = parts.begin(b"\xff", "bad\nid", "", "good")
     assert call.request_id == log.request_id.get() == "good"
     await parts.inference.generate_whole(Generate(prompt="a", request_id="own"), call)
@@ -127,7 +127,7 @@ async def test_a_message_names_its_call_anew(parts: Parts) -> None:
 
 
 @pytest.mark.parametrize("how", ["close", "cancel", "finish"])
-async def test_the_engine_lets_go_of_a_call_that_ends_early(parts: Parts, how: str) -> None:
+async def test_the_engine_releases_a_call_that_ends_early(parts: Parts, how: str) -> None:
     parts.engine.script = endless
     call = parts.begin()
     chunks = parts.inference.generate(Generate(prompt="a"), call)
@@ -164,7 +164,7 @@ async def test_a_deadline_is_an_error_after_the_last_chunk(parts: Parts) -> None
         await anext(chunks)
 
 
-async def test_a_closed_gate_and_a_bad_message_are_errors_of_turret(parts: Parts) -> None:
+async def test_a_closed_gate_and_an_invalid_message_raise_turret_errors(parts: Parts) -> None:
     with pytest.raises(errors.InvalidRequestError) as bad:
         await parts.inference.score(inference_pb2.ScoreRequest(top_n=21), parts.begin())
     assert {path for path, _ in fault_of(bad.value).violations} == {"input", "top_n"}
@@ -197,7 +197,7 @@ async def test_adapters_are_loaded_listed_pinned_and_unloaded(parts: Parts) -> N
     assert state == parts.adapters.merge_state()
 
 
-async def test_a_caller_that_goes_away_withdraws_its_merge(parts: Parts) -> None:
+async def test_a_caller_that_disconnects_cancels_its_merge(parts: Parts) -> None:
     parts.merger.is_slow = True
     message = pb.MergeAdaptersRequest(adapters=[pb.AdapterWeight(name="b")])
     merging = asyncio.ensure_future(parts.adapters.merge(message, parts.begin()))
@@ -208,7 +208,7 @@ async def test_a_caller_that_goes_away_withdraws_its_merge(parts: Parts) -> None
     assert await asyncio.to_thread(parts.merger.withdrawn.wait, 5)
 
 
-def test_a_service_asks_for_its_role_and_others_for_none() -> None:
+def test_each_turret_service_requires_its_role_and_others_none() -> None:
     tokens = TokenTable([("t", frozenset({"inference"}))])
     authorize(tokens, "turret.v1.Inference", "Bearer t")
     authorize(None, "turret.v1.Adapters", None)

@@ -55,7 +55,7 @@ def test_rates_count_the_tokens_after_the_first(bench: Any):
     assert timing.decode_rate == 8 / 2.0
 
 
-def test_the_floor_counts_what_a_step_must_read(bench: Any):
+def test_the_floor_counts_the_bytes_that_a_step_must_read(bench: Any):
     floor = bench("common.floor")
     model = tiny_llama()
     arch = read_arch(model.config)
@@ -103,7 +103,7 @@ def test_many_adapters_differ_and_share_files(bench: Any, tmp_path: Path):
     assert len(files) == 3
 
 
-def test_a_trace_has_the_gaps_and_popularity_it_was_asked_for(bench: Any) -> None:
+def test_a_trace_has_the_requested_gaps_and_popularity(bench: Any) -> None:
     workload = bench("common.traces")
     asked = workload.Workload(num_requests=20_000, rate=8.0, cv=3.0)
     trace = workload.draw(asked, [f"{number}" for number in range(100)])

@@ -76,7 +76,7 @@ KEPT: dict[tuple[str, str], dict[str, float]] = {
         ({("step lora 64 distinct", "64 rows, 32 layers"): {"skipped": True}}, 0, True),
     ],
 )
-def test_verdict(
+def test_the_verdict_follows_the_figures_and_exit_codes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -188,7 +188,7 @@ def named_tests() -> list[str]:
 
 
 @WITHOUT_GPU
-def test_the_tests_it_names_are_there_and_are_no_reference_tests():
+def test_the_tests_it_names_exist_and_are_not_reference_tests():
     """A missing file would end pytest before its first test."""
     named = named_tests()
     # The tests of every kernel that also run without a GPU.

@@ -16,7 +16,7 @@ LEAST_SHARE = 0.15
 
 @pytest.mark.long
 @pytest.mark.skipif(library() is None, reason="there is no C compiler")
-def test_one_request_keeps_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_request_keeps_its_share_beside_a_busy_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "bench")
     neighbours = importlib.import_module("neighbours")
     common = importlib.import_module("common.session")

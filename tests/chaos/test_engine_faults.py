@@ -70,7 +70,7 @@ async def _live(model: Path, root: Path, mode: Counted) -> tuple[list[Any], list
 
 
 @pytest.mark.slow
-async def test_a_fault_in_any_operation_ends_every_request_and_holds_nothing(
+async def test_a_fault_in_any_operation_ends_every_request_and_releases_everything(
     tiny_llama: Path,
 ) -> None:
     root = tiny_llama.parent / "adapters"

@@ -198,7 +198,7 @@ def test_a_server_that_exceeds_its_groups_memory_comes_back_with_every_adapter(
 
 
 @pytest.mark.slow
-def test_nothing_waits_by_the_wall_clock(
+def test_no_wait_depends_on_the_wall_clock(
     start: Callable[..., Served], tmp_path: Path, clock: WallClock
 ) -> None:
     """Setting the clock during a stream neither ends nor extends anything."""
@@ -264,7 +264,7 @@ def test_five_hundred_adapters_come_and_go(start: Callable[..., Served], tmp_pat
 
 
 @pytest.mark.slow
-def test_a_model_directory_that_vanishes_is_not_missed(
+def test_a_server_keeps_serving_without_its_model_directory(
     start: Callable[..., Served], model: Path, tmp_path: Path
 ) -> None:
     """The served model was read at startup; later reads report the missing file."""
@@ -284,7 +284,7 @@ def test_a_model_directory_that_vanishes_is_not_missed(
 
 
 @pytest.mark.slow
-def test_clients_that_die_or_never_read_leave_nothing(
+def test_clients_that_die_or_never_read_leave_nothing_behind(
     start: Callable[..., Served], tmp_path: Path
 ) -> None:
     served = start(tmp_path / "state")
@@ -335,7 +335,7 @@ def _abandon(served: Served, count: int) -> None:
         channel.close()
 
 
-def test_the_census_counts(tmp_path: Path) -> None:
+def test_the_descriptor_count_sees_an_open_file(tmp_path: Path) -> None:
     process = psutil.Process()
     before = process.num_fds()
     with (tmp_path / "file").open("w"):

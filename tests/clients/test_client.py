@@ -74,9 +74,7 @@ def test_tools_and_calls_reach_their_fields(client: TurretClient, server: FakeTu
         client.generate("hi", tools=[{"function": {"name": "f"}}])
 
 
-def test_how_a_conversation_is_rendered_reaches_its_fields(
-    client: TurretClient, server: FakeTurret
-) -> None:
+def test_rendering_options_reach_their_fields(client: TurretClient, server: FakeTurret) -> None:
     client.chat("hi", chat_template_kwargs={"enable_thinking": False}, add_generation_prompt=False)
     chat = server.inference.requests[-1].chat
     assert (json.loads(chat.chat_template_kwargs), chat.add_generation_prompt) == (
@@ -158,7 +156,9 @@ def test_every_option_reaches_its_field(client: TurretClient, server: FakeTurret
         ),
     ],
 )
-def test_refuses_nonsense_before_it_is_sent(client, server, prompt, options, error, text):
+def test_invalid_arguments_are_refused_before_the_call(
+    client, server, prompt, options, error, text
+):
     with pytest.raises(error, match=text):
         client.generate(prompt, **options)
     assert not server.inference.requests
@@ -193,7 +193,7 @@ def test_closing_a_stream_cancels_the_request(client: TurretClient, server: Fake
     stream.close()
 
 
-def test_stream_has_a_deadline_only_if_asked(client: TurretClient, server: FakeTurret):
+def test_stream_has_a_deadline_only_on_request(client: TurretClient, server: FakeTurret):
     list(client.generate_stream("a"))
     assert server.inference.time_remaining is None
     with pytest.raises(TurretRpcError) as raised:
@@ -354,7 +354,7 @@ def test_export_is_all_or_nothing(client: TurretClient, server: FakeTurret, tmp_
         client.adapters.export("sql", target)
 
 
-async def test_aio_client_mirrors_the_other(server: FakeTurret, tmp_path):
+async def test_aio_client_mirrors_the_synchronous_one(server: FakeTurret, tmp_path):
     async with AsyncTurretClient(server.address, token="t") as client:
         answer = await client.generate("a b", adapters=["sql"])
         assert (answer.text, answer.adapters_used[0].name) == ("ab", "sql")

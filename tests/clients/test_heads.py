@@ -53,7 +53,7 @@ def test_every_kind_of_input_becomes_a_vector(server: FakeTurret) -> None:
     assert plain == Embed(inputs=[inference_pb2.Input(prompt="a b")])
 
 
-async def test_the_asyncio_client_asks_the_same(server: FakeTurret) -> None:
+async def test_the_asyncio_client_embeds_too(server: FakeTurret) -> None:
     async with AsyncTurretClient(server.address) as client:
         found = await client.embed(["a", "b c"], adapters="sql", pooling="last", request_id="r")
     assert [vector[0] for vector in found.vectors] == [1, 2]
@@ -80,7 +80,7 @@ def test_inputs_that_are_not_prompts_are_rejected(
         client.embed(inputs, **options)  # type: ignore[arg-type]
 
 
-def test_the_command_prints_an_array_a_line(
+def test_the_command_prints_one_array_per_line(
     server: FakeTurret, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "texts").write_text("from file\n\nlast\n")
@@ -123,7 +123,7 @@ def test_each_pair_of_texts_has_its_cosine(
 
 
 @pytest.mark.parametrize("columns", [40, 80])
-def test_a_narrow_terminal_cuts_no_share_of_a_label(
+def test_a_narrow_terminal_truncates_no_probability(
     columns: int,
     server: FakeTurret,
     capsys: pytest.CaptureFixture[str],
@@ -148,7 +148,7 @@ def test_labels_have_all_details_of_the_head(server: FakeTurret) -> None:
     assert ([a.name for a in sent.adapters], sent.request_id) == (["sql"], "r")
 
 
-async def test_the_asyncio_client_asks_for_labels_too(server: FakeTurret) -> None:
+async def test_the_asyncio_client_classifies_too(server: FakeTurret) -> None:
     async with AsyncTurretClient(server.address) as client:
         assert (await client.classify("a", adapters=["sql"])).labels == ("[b]",)
 

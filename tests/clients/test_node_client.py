@@ -38,7 +38,7 @@ def node_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_node_client_is_served(node_folder: Path, live_server: LiveServer):
+def test_the_node_client_is_served(node_folder: Path, live_server: LiveServer):
     command = ["node", "client.mjs", live_server.address, str(PROTO)]
     result = subprocess.run(command, cwd=node_folder, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

@@ -59,7 +59,7 @@ def test_health_waits_until_the_server_serves(
     loaded.join()
 
 
-def test_health_reports_what_answers_instead_of_a_server(
+def test_health_reports_why_no_turret_server_answers(
     starting: tuple[str, health.HealthServicer], capsys: pytest.CaptureFixture[str]
 ):
     address, _ = starting

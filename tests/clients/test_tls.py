@@ -74,7 +74,7 @@ async def test_both_sides_are_verified(pem: Path, address: str):
 
 
 @pytest.mark.parametrize("missing", ["name", "certificate", "roots", "tls"])
-def test_nothing_less_will_do(pem: Path, address: str, missing: str):
+def test_incomplete_tls_settings_cannot_connect(pem: Path, address: str, missing: str):
     own = {} if missing == "certificate" else {"certificate": pem / "client.crt"}
     tls = Tls.from_files(
         ca=pem / ("client.crt" if missing == "roots" else "server.crt"),
@@ -137,7 +137,7 @@ async def test_a_missing_or_wrong_client_certificate_is_reported(
         assert "UNAVAILABLE (CONNECTION_CLOSED): " in capfd.readouterr().err
 
 
-async def test_a_server_of_several_addresses_goes_by_the_first_ones_name(pem: Path):
+async def test_the_first_of_several_addresses_gives_the_server_name(pem: Path):
     """With the whole list as its name, no certificate would match, and proxies would reject it."""
     tls = Tls.from_files(
         ca=pem / "here.crt", certificate=pem / "client.crt", key=pem / "client.key"
@@ -150,7 +150,7 @@ async def test_a_server_of_several_addresses_goes_by_the_first_ones_name(pem: Pa
             assert await client.get_model(timeout=30)
 
 
-def test_no_line_of_grpcs_own_comes_beside_the_error():
+def test_grpc_prints_no_line_beside_the_error():
     with fake_turret() as server:
         code = (
             "from turret import Tls, TurretClient, TurretRpcError\n"

@@ -78,7 +78,7 @@ def schema(value: Any) -> ConstraintSpec:
         ),
     ],
 )  # fmt: skip
-def test_answers_that_a_constraint_allows_and_rejects(
+def test_each_constraint_accepts_and_rejects_the_expected_answers(
     tokenizer: Tokenizer, kind: Kind, text: str, good: list[str], bad: list[str]
 ) -> None:
     constraint = compiled(kind, *([text] if text else []))
@@ -284,7 +284,7 @@ async def test_vocabularies_share_one_budget(
         made.close()
 
 
-async def test_a_caller_that_leaves_takes_nothing_from_the_others(
+async def test_a_cancelled_caller_does_not_affect_the_others(
     compiler: ConstraintCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_go_on = threading.Event()
@@ -311,7 +311,7 @@ async def test_a_caller_that_leaves_takes_nothing_from_the_others(
     may_go_on.set()
 
 
-async def test_tokens_take_turns_and_leave_places_for_others(
+async def test_compilation_alternates_between_bearer_tokens(
     compiler: ConstraintCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     may_go_on, order = threading.Event(), []

@@ -134,7 +134,7 @@ def compiler_is_sure(compiler: ConstraintCompiler, token: int) -> bool:
         ("a(<end>|<call>)b", "a<call>b"),
     ],
 )
-def test_the_text_of_a_special_token_is_spelled(
+def test_the_text_of_a_special_token_is_matched_as_characters(
     tokenizer: Tokenizer, compiler: ConstraintCompiler, expression: str, text: str
 ) -> None:
     """The library would expect the special token, and reject it."""
@@ -155,7 +155,9 @@ def test_the_text_of_a_special_token_is_spelled(
     assert tokens_of(matcher) == {END}
 
 
-def test_a_special_token_that_a_grammar_names_comes_itself(compiler: ConstraintCompiler) -> None:
+def test_a_special_token_named_in_a_grammar_is_matched_as_a_token(
+    compiler: ConstraintCompiler,
+) -> None:
     spec = ConstraintSpec("grammar", ('start: "a" <call> "word"',))
     matcher = compiler._compile(spec).matcher()
     (a,) = tokens_of(matcher)
@@ -167,7 +169,7 @@ def test_a_special_token_that_a_grammar_names_comes_itself(compiler: ConstraintC
     assert CALL not in tokens_of(matcher)
 
 
-def test_tokens_that_are_withheld_come_where_no_other_may() -> None:
+def test_banned_tokens_are_allowed_only_if_no_other_token_is() -> None:
     words = np.array([0b1011, 0, -(2**31)], dtype=np.int32)
     assert without(words, ()) is words
     assert without(words, {2, 64, 99, 5000}) is words
@@ -178,7 +180,7 @@ def test_tokens_that_are_withheld_come_where_no_other_may() -> None:
 
 
 @pytest.mark.parametrize("how", ["try_advance", "mask"])
-def test_an_answer_has_a_budget_of_time(
+def test_an_answer_has_a_time_budget(
     compiler: ConstraintCompiler, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     matcher = compiler._compile(ConstraintSpec("regex", ("[a-z]+",))).matcher()

@@ -113,7 +113,7 @@ def test_a_dropped_wait(launch):
 
 
 @pytest.mark.parametrize("launch", [attention, gated_product])
-def test_the_result_does_not_depend_on_who_is_last(launch):
+def test_the_result_does_not_depend_on_the_order_of_programs(launch):
     with emulated("sm_90") as launcher:
         forwards = launch()
         launcher.backwards = True
@@ -137,7 +137,7 @@ def not_behind_a_barrier(ptx: str) -> str:
 
 @pytest.mark.parametrize("edit", [relaxed, not_behind_a_barrier])
 @pytest.mark.parametrize("launch", [attention, gated_product])
-def test_parts_that_were_not_released(launch, edit):
+def test_partial_results_that_were_not_released(launch, edit):
     # A failed launch does not reset its counters.
     nf4.counters_on.cache_clear()
     with (
@@ -148,7 +148,7 @@ def test_parts_that_were_not_released(launch, edit):
     nf4.counters_on.cache_clear()
 
 
-def test_a_weight_too_short(monkeypatch):
+def test_a_weight_that_is_too_short(monkeypatch):
     monkeypatch.setattr(nf4, "check_contiguous", lambda name, values: None)
     monkeypatch.setattr(nf4, "check_length", lambda *arguments: None)
     with emulated("sm_90"), pytest.raises(Fault, match=r"load of \d+ bytes at \d+, out of bounds"):
@@ -163,7 +163,7 @@ def test_shared_memory_read_before_it_is_written():
         shrink()
 
 
-def test_scratch_that_no_program_wrote_is_not_a_number():
+def test_unwritten_scratch_memory_makes_the_result_nan():
     """NaN from the fixture ``poisoned_scratch`` reaches the result."""
     pack = make_pack(64, (40,), HALF)
     table = SegmentTable(max_rows=64, max_row_rank=256, max_components=4, device=DEVICE)

@@ -275,7 +275,7 @@ async def test_a_prefix_cache_hit_gives_the_bits_of_a_miss(tiny: Any, dtype: str
             assert longer.bits == alone.bits
 
 
-async def test_a_seed_draws_the_same_tokens_alone_and_in_company(tiny: Any) -> None:
+async def test_a_seed_draws_the_same_tokens_alone_and_in_a_batch(tiny: Any) -> None:
     model, root = tiny("llama")
     sampling = SamplingParams(temperature=1.1, top_p=0.95, top_k=50, seed=11)
     requests = mixed_requests(max_tokens=12, sampling=sampling)

@@ -53,7 +53,7 @@ def build(items: list[Scheduled]) -> tuple[list[tuple[Sequence, int]], list[int]
     return placed, batch.input.token_ids.tolist(), store
 
 
-def test_rows_of_one_mix_lie_side_by_side() -> None:
+def test_rows_of_one_mix_are_adjacent() -> None:
     a, b, both = ("a", 1.0), ("b", 1.0), (("a", 1.0), ("b", 0.5))
     long = MAX_SHORT_ROWS + 1
     items = [
@@ -94,7 +94,7 @@ def test_rows_of_one_mix_lie_side_by_side() -> None:
     assert store.prepared == {"a.1", "b.1"}
 
 
-def test_a_step_of_the_base_asks_no_adapter() -> None:
+def test_a_step_of_the_base_binds_no_adapter() -> None:
     placed, token_ids, store = build([scheduled(0, 3), scheduled(1, 1)])
     assert [start for _, start in placed] == [0, 3]
     assert token_ids == [0, 0, 0, 1]

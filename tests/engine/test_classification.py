@@ -203,7 +203,7 @@ async def test_labels_come_from_the_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["raw", "classifier", "bias"])
-async def test_other_forms_of_the_heads_keys(form: str, tmp_path: Path) -> None:
+async def test_other_spellings_of_the_heads_keys_are_read(form: str, tmp_path: Path) -> None:
     save("llama", tmp_path, "lora")
     plain = await load(tmp_path)
     key = "base_model.model.score.weight"

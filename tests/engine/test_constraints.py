@@ -57,7 +57,9 @@ def constrained(constraint: Constraint, **changes: Any) -> Any:
     return make_request(PROMPT, constraint=constraint, **{"stop": stop(), **changes})
 
 
-async def test_answers_match_whatever_shapes_the_draw(model: Path, schema: Constraint) -> None:
+async def test_answers_match_the_constraint_with_any_sampling_parameters(
+    model: Path, schema: Constraint
+) -> None:
     drawn = SamplingParams(temperature=1.5, seed=3, top_k=20, top_p=0.9, repetition_penalty=1.3)
     pushed = SamplingParams(temperature=0.7, seed=4, logit_bias={EOS: 100.0, 5: -100.0})
     flat = SamplingParams(temperature=100.0, seed=5, min_p=0.0, presence_penalty=2.0)
@@ -91,7 +93,7 @@ async def test_others_get_the_same_bits_beside_constrained_requests(
             assert mine.bits == other.bits
 
 
-async def test_logprobs_are_those_of_the_model_alone(model: Path, schema: Constraint) -> None:
+async def test_logprobs_ignore_the_constraint(model: Path, schema: Constraint) -> None:
     async with EngineHarness.start(model) as harness:
         answer = await harness.run(constrained(schema))
         scored = await harness.run(make_request([*PROMPT, *answer.token_ids], score=True))
@@ -120,7 +122,7 @@ async def test_logprobs_are_those_of_the_model_alone(model: Path, schema: Constr
         ("abcdef", {"stop_strings": ("cd",), "include_stop": True}, "abcd", FinishReason.STOP),
     ],
 )
-async def test_ends(
+async def test_constrained_answers_end_for_the_expected_reason(
     model: Path, regex: str, conditions: dict[str, Any], text: str, reason: FinishReason
 ) -> None:
     # A forbidden token must not be drawn because of a bias.
@@ -132,7 +134,7 @@ async def test_ends(
         assert (answer.text, answer.finish.reason) == (text, reason)
 
 
-async def test_a_stop_token_that_must_come_is_let_through_early(model: Path) -> None:
+async def test_a_stop_token_is_allowed_before_min_tokens_if_nothing_else_is(model: Path) -> None:
     constraint = compiled("regex", "ab+c")
     (b,) = make_tokenizer().encode("b")
     wanted = stop(max_tokens=20, min_tokens=6, stop_token_ids=frozenset({b}))
@@ -142,7 +144,7 @@ async def test_a_stop_token_that_must_come_is_let_through_early(model: Path) -> 
         assert answer.text == "abc"
 
 
-async def test_preemption_keeps_the_place(
+async def test_preemption_keeps_the_state_of_the_constraint(
     model: Path, schema: Constraint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     preempted: list[int] = []
@@ -167,9 +169,7 @@ async def test_preemption_keeps_the_place(
         assert (await harness.run(requests[3])).bits == together[3].bits
 
 
-async def test_an_answer_that_broke_off_goes_on_in_its_place(
-    model: Path, schema: Constraint
-) -> None:
+async def test_a_resumed_answer_continues_its_constraint(model: Path, schema: Constraint) -> None:
     sampling = SamplingParams(seed=7, temperature=1.5)
     async with EngineHarness.start(model) as harness:
         whole = await harness.run(constrained(schema, sampling=sampling))
@@ -183,7 +183,7 @@ async def test_an_answer_that_broke_off_goes_on_in_its_place(
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(seed=2)], ids=["greedy", "drawn"])
-async def test_a_step_that_is_computed_again_draws_the_same(
+async def test_a_recomputed_step_draws_the_same_tokens(
     model: Path, schema: Constraint, monkeypatch: pytest.MonkeyPatch, sampling: SamplingParams
 ) -> None:
     request = constrained(schema, sampling=sampling)
@@ -218,7 +218,7 @@ async def test_a_step_that_is_computed_again_draws_the_same(
         assert num_failed > 3
 
 
-async def test_masks_that_are_not_made_change_nothing(
+async def test_skipping_masks_changes_no_answer(
     model: Path, schema: Constraint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Most greedy answers need few masks; all answers are the same as with all masks."""
@@ -256,7 +256,7 @@ async def test_masks_that_are_not_made_change_nothing(
     assert 0 < num_late < len(made)
 
 
-async def test_the_engine_has_room_on_its_stack(
+async def test_the_engines_stack_is_large_enough_for_nested_rules(
     model: Path, schema: Constraint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nested rules are evaluated recursively, for greedy answers on the engine's own thread."""
@@ -330,7 +330,7 @@ def test_a_panic_of_the_library_does_not_end_the_engine(
 
 @pytest.mark.parametrize("by_torch", [False, True])
 @pytest.mark.parametrize("vocab", [1, 31, 32, 33, VOCAB_SIZE, 1000])
-def test_the_kernel_changes_its_own_rows_alone(
+def test_the_kernel_changes_only_its_own_rows(
     vocab: int, by_torch: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if by_torch:

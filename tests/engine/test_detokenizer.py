@@ -39,11 +39,11 @@ def feed(
     return out, None
 
 
-def test_text_comes_at_once_without_stop_strings() -> None:
+def test_text_is_returned_at_once_without_stop_strings() -> None:
     assert feed(["Hel", "lo", " you"], []) == (["Hel", "lo", " you", ""], None)
 
 
-def test_a_possible_beginning_is_held_until_it_is_decided() -> None:
+def test_a_possible_stop_string_is_held_back_until_it_is_decided() -> None:
     out, stopped = feed(["one E", "N", "d two"], ["END"])
     assert out == ["one ", "", "ENd two", ""]
     assert stopped is None
@@ -54,12 +54,12 @@ def test_a_stop_string_over_three_tokens_ends_the_text_before_it() -> None:
     assert ("".join(out), stopped) == ("a ", "END")
 
 
-def test_the_stop_string_is_shown_if_asked_for() -> None:
+def test_the_stop_string_is_included_on_request() -> None:
     out, stopped = feed(["a E", "ND b"], ["END"], include_stop=True)
     assert ("".join(out), stopped) == ("a END", "END")
 
 
-def test_the_earliest_stop_string_wins_and_the_longer_at_the_same_place() -> None:
+def test_the_earliest_then_longest_stop_string_wins() -> None:
     assert feed(["x--- y |"], ["|", "--", "---"])[1] == "---"
     assert feed(["x| ---"], ["---", "|"])[1] == "|"
 
@@ -79,7 +79,7 @@ def test_text_held_back_at_the_end_is_returned() -> None:
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
     st.booleans(),
 )
-def test_equals_a_search_in_the_whole_text(
+def test_stop_strings_match_a_search_of_the_whole_text(
     pieces: list[str], stops: list[str], include_stop: bool
 ) -> None:
     out, stopped = feed(pieces, stops, include_stop)

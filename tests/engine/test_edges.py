@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("length", [1, 2, 30, 150])
-async def test_prompt_logprobs_come_once(model: Path, length: int) -> None:
+async def test_prompt_logprobs_are_returned_once(model: Path, length: int) -> None:
     prompt = list(range(length))
     async with EngineHarness.start(model) as harness:
         echoed = await harness.run(make_request(prompt, max_tokens=5, options=ECHO))
@@ -45,7 +45,7 @@ async def test_prompt_logprobs_come_once(model: Path, length: int) -> None:
         assert (scored.token_ids, scored.finish.usage.completion_tokens) == ((), 0)
 
 
-async def test_prompt_logprobs_come_once_though_preempted(
+async def test_prompt_logprobs_are_returned_once_despite_preemption(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     preempted = []
@@ -76,7 +76,7 @@ async def test_metrics_are_true_after_a_cancellation(model: Path) -> None:
     assert value("turret_sequences", {"state": "waiting"}) == 0
 
 
-async def test_a_tokenizer_larger_than_the_model_cannot_reach_past_it(tmp_path: Path) -> None:
+async def test_token_ids_beyond_the_model_are_rejected(tmp_path: Path) -> None:
     model = save_tiny_model("qwen2", tmp_path / "model")
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<extra>", "<more>"])

@@ -14,7 +14,7 @@ from turret.kernels.cpu.native import library, num_threads
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-async def test_torch_computes_alone_where_the_kernels_have_threads(
+async def test_torch_uses_one_thread_if_the_kernels_have_their_own(
     dtype: str, tmp_path: Path
 ) -> None:
     """Two teams that spin while they wait compete for the processors."""

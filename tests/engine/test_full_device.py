@@ -106,7 +106,7 @@ async def test_a_step_that_fits_after_memory_is_freed_preempts_no_request(tmp_pa
     assert len(answer.token_ids) == 8
 
 
-async def test_a_processor_without_memory_is_a_device_without_memory(tmp_path: Path) -> None:
+async def test_running_out_of_memory_on_a_cpu_is_handled_as_on_a_gpu(tmp_path: Path) -> None:
     """On a CPU, torch raises a RuntimeError, as for any other fault."""
     base = twin("llama")
     told = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 5 bytes"

@@ -56,7 +56,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-async def test_answers_are_those_given_alone(
+async def test_answers_match_those_given_alone(
     tiny: tuple[Path, Path], isa: str, threads: int, dtype: str
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -121,7 +121,7 @@ def test_products_keep_their_bits(isa: str, dtype: torch.dtype) -> None:
             assert torch.equal(got, added[first:last])
 
 
-def test_fused_multiply_adds_give_the_same_bits_on_all_that_have_them(
+def test_every_isa_with_fused_multiply_add_gives_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     x, w, table = torch.randn(9, 7, 100), torch.randn(9, 33, 100), torch.randn(9, 100, 40)
@@ -144,7 +144,7 @@ def chosen() -> str:
     return str(found.isa)
 
 
-def test_the_variable_names_the_best_that_may_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_variable_limits_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
     usable = native.usable_isas()
     for wanted in ISAS:
         monkeypatch.setenv("TURRET_ISA", wanted)
@@ -157,7 +157,7 @@ def test_the_variable_names_the_best_that_may_serve(monkeypatch: pytest.MonkeyPa
     assert chosen() == usable[-1]
 
 
-def test_a_library_that_does_not_load_is_passed_over(
+def test_a_library_that_does_not_load_is_skipped(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     best, load = native.usable_isas()[-1], native.load

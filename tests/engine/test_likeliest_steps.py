@@ -90,7 +90,9 @@ OPTIONS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-async def test_tokens_are_those_of_all_logits(root: Path, family: str, asked: Counter[str]) -> None:
+async def test_screened_steps_choose_the_tokens_of_all_logits(
+    root: Path, family: str, asked: Counter[str]
+) -> None:
     requests = [
         make_request(prompt, *(["lora8"] if n % 2 else []), max_tokens=24)
         for n, prompt in enumerate(prompts(6))
@@ -106,7 +108,9 @@ async def test_tokens_are_those_of_all_logits(root: Path, family: str, asked: Co
     assert asked["screen"] > 50, asked
 
 
-async def test_logits_that_reach_their_cap_tell_themselves(root: Path, asked: Counter[str]) -> None:
+async def test_logits_that_reach_their_cap_are_not_screened(
+    root: Path, asked: Counter[str]
+) -> None:
     """Different logits may become equal at the cap, and then the first token counts."""
     model = save_tiny_model("gemma2", root / "capped", changes={"final_logit_softcapping": 1.0})
     requests = [make_request(prompt, max_tokens=8) for prompt in prompts(3)]
@@ -200,7 +204,7 @@ async def test_a_grammar_checks_the_likeliest_token_first(
     assert len(alone.token_ids) - len(whole) in told, (len(whole), asked)
 
 
-async def test_drafts_are_checked_by_it(root: Path, asked: Counter[str]) -> None:
+async def test_drafts_are_checked_with_the_screen(root: Path, asked: Counter[str]) -> None:
     pattern = prompts(1)[0] * 12
     request = make_request(pattern, max_tokens=48)
     async with EngineHarness.start(*served(root, "llama"), speculation="off", **OPTIONS) as harness:
@@ -212,7 +216,7 @@ async def test_drafts_are_checked_by_it(root: Path, asked: Counter[str]) -> None
     assert 0 < asked["screen"] < 48, "some steps gave several tokens"
 
 
-async def test_it_can_be_left_out(root: Path, asked: Counter[str]) -> None:
+async def test_the_screen_can_be_disabled(root: Path, asked: Counter[str]) -> None:
     request = make_request(prompts(1)[0], max_tokens=8, options=PLAIN)
     folders = served(root, "llama")
     async with EngineHarness.start(*folders, **OPTIONS) as harness:

@@ -200,7 +200,7 @@ def test_requests_survive_a_device_without_memory(make: Registries) -> None:
     assert not driven.loop.is_dead
 
 
-def test_a_request_that_never_fits_ends_alone(make: Registries) -> None:
+def test_a_request_that_can_never_fit_is_the_only_one_to_end(make: Registries) -> None:
     driven = Driven(make(2, load="a"))
     runner = FakeRunner()
 
@@ -217,7 +217,7 @@ def test_a_request_that_never_fits_ends_alone(make: Registries) -> None:
     assert isinstance(driven.errors["large"], BudgetExceededError)
 
 
-def test_an_adapter_without_memory_ends_its_own_requests_alone(make: Registries) -> None:
+def test_an_adapter_that_does_not_fit_ends_only_its_own_requests(make: Registries) -> None:
     """No other request is preempted, and steps stay as large."""
     driven = Driven(make(2, load="ab"))
     runner, sizes = FakeRunner(), list[int]()
@@ -326,7 +326,7 @@ class BrokenText(AnswerText):
 
 
 @pytest.mark.parametrize("broken", ["take", "flush", "wait", "cancel", "late"])
-def test_a_fault_in_one_request_ends_that_request_alone(
+def test_a_fault_in_one_request_ends_only_that_request(
     make: Registries, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
     """After any fault in a single request, the others continue, and nothing of it remains."""
@@ -383,7 +383,7 @@ def test_an_error_that_ends_the_thread_ends_every_request(
     assert registry.get("a").in_flight == 0
 
 
-def test_a_deadline_in_ten_thousand_years_is_waited_for(make: Registries) -> None:
+def test_a_deadline_in_ten_thousand_years_is_accepted(make: Registries) -> None:
     driven = Driven(make(2, load="a"))
     thread = threading.Thread(target=driven.loop.run, daemon=True)
     thread.start()
@@ -398,7 +398,7 @@ def test_a_deadline_in_ten_thousand_years_is_waited_for(make: Registries) -> Non
     assert not thread.is_alive()
 
 
-def test_tokens_are_handed_out_while_the_next_step_is_computed(
+def test_tokens_are_delivered_while_the_next_step_is_computed(
     make: Registries, is_asynchronous: bool
 ) -> None:
     driven = Driven(make(1, load="a"))
@@ -428,7 +428,7 @@ def test_tokens_are_handed_out_while_the_next_step_is_computed(
     assert driven.ended == ["one", "two"]
 
 
-def test_tokens_are_handed_out_if_there_is_no_next_step(make: Registries) -> None:
+def test_tokens_are_delivered_if_there_is_no_next_step(make: Registries) -> None:
     """The scheduler may hold a running sequence back."""
     driven = Driven(make(1, load="a"))
     driven.ask("one", "a", max_tokens=3)

@@ -75,7 +75,7 @@ def test_products_keep_their_bits(
     assert torch.equal(table_product(x[:, 5:], table), alone[:, 5:])
 
 
-def test_the_choice_reports_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reported_choice_describes_each_library(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = cancelling(4, 80, 192, torch.float32)
     found = {}
     for library in LIBRARIES:
@@ -127,7 +127,7 @@ first, *others = LIBRARIES
     "library",
     [first, *(pytest.param(name, marks=pytest.mark.long) for name in others)],
 )
-async def test_answers_are_those_given_alone(
+async def test_answers_match_those_given_alone(
     library: str, tiny: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.set_num_threads(2 if "threads" in library else 1)
@@ -137,7 +137,7 @@ async def test_answers_are_those_given_alone(
     assert len({a.bits for a in alone}) == len(alone)
 
 
-async def test_without_the_trial_answers_would_differ(
+async def test_answers_differ_without_the_trial(
     tiny: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The engine test above can fail: here, every trial passes."""

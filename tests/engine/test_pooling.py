@@ -182,9 +182,7 @@ async def test_a_mean_that_is_preempted_midway_counts_no_position_twice(
 @pytest.mark.parametrize(
     "targets", [["q_proj", "down_proj"], r"layers\.[01]\.(self_attn\.q|mlp\.up)_proj", "all-linear"]
 )
-async def test_adapters_of_the_model_without_its_head_are_pefts(
-    targets: Any, tmp_path: Path
-) -> None:
+async def test_adapters_for_the_headless_model_match_peft(targets: Any, tmp_path: Path) -> None:
     """Sentence embedders adapt modules of ``AutoModel``, with names without ``model.``."""
     base = twin("qwen3")
     config = make_config("lora", r=4, target_modules=targets, task_type="FEATURE_EXTRACTION")
@@ -204,7 +202,7 @@ async def test_adapters_of_the_model_without_its_head_are_pefts(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter needs CPU tensors")
 @pytest.mark.long
-async def test_the_gpu_path_pools_as_transformers_do(root: Path) -> None:
+async def test_the_gpu_path_pools_like_transformers(root: Path) -> None:
     base = twin("qwen3")
     prompts = [prompt_of(length, length) for length in (20, 5)]
     small: dict[str, Any] = {

@@ -95,7 +95,7 @@ async def test_a_tenant_cannot_take_the_whole_queue(tmp_path: Path) -> None:
         assert [output.finish async for output in streams[-1]][-1] is not None
 
 
-async def test_answers_so_far_are_replayed_for_tenants_in_turn(
+async def test_partial_answers_are_replayed_for_tenants_in_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replay, number = AnswerText.replay, 60

@@ -94,7 +94,7 @@ async def prefixes(stepwise: EngineHarness, request: Request, count: int) -> lis
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-async def test_the_rest_has_the_bits_of_the_whole(
+async def test_a_resumed_answer_has_the_bits_of_the_whole(
     engine: EngineHarness, stepwise: EngineHarness, shape: str
 ) -> None:
     for adapters in ((), *((name,) for name in ADAPTERS)):
@@ -102,7 +102,7 @@ async def test_the_rest_has_the_bits_of_the_whole(
         await check_all_cuts(engine, stepwise, request)
 
 
-async def test_stops_and_least_lengths_count_from_the_beginning(
+async def test_stop_conditions_count_from_the_beginning_of_the_answer(
     engine: EngineHarness, stepwise: EngineHarness
 ) -> None:
     plain = make_request(PROMPT, max_tokens=NUM_TOKENS, sampling=SEEDED)
@@ -125,7 +125,7 @@ async def test_stops_and_least_lengths_count_from_the_beginning(
         await check_all_cuts(engine, stepwise, replace(plain, stop=conditions))
 
 
-async def test_an_answer_that_has_ended_does_not_go_on(engine: EngineHarness) -> None:
+async def test_an_answer_that_has_ended_cannot_be_resumed(engine: EngineHarness) -> None:
     request = make_request(PROMPT, max_tokens=NUM_TOKENS)
     whole = await engine.run(request)
     token = whole.token_ids[4]

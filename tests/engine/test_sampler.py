@@ -55,7 +55,7 @@ def test_temperature_zero_is_the_likeliest_token() -> None:
         ({"min_p": 0.1}, MinPLogitsWarper(0.1)),
     ],
 )
-def test_filters_keep_what_transformers_keeps(params: dict[str, Any], warper: Any) -> None:
+def test_filters_keep_the_same_tokens_as_transformers(params: dict[str, Any], warper: Any) -> None:
     for seed in range(4):
         logits = logits_of(seed, scale=1.0)
         ids: Any = torch.zeros(1, 1, dtype=torch.long)
@@ -186,7 +186,7 @@ class CountedBiases(dict[int, float]):
         return super().items()
 
 
-def test_biases_are_walked_once_for_a_request() -> None:
+def test_biases_are_read_once_per_request() -> None:
     biases = CountedBiases(dict.fromkeys(range(VOCAB), 0.5))
     sequence, sampler = sequence_with(temperature=0.0, logit_bias=biases), Sampler()
     draw(logits_of(), sequence, sampler)
@@ -224,7 +224,7 @@ def test_a_seed_repeats_and_ignores_the_batch() -> None:
     assert len({tuple(row) for row in together}) > 1
 
 
-def test_the_last_token_with_mass_takes_the_rounding() -> None:
+def test_the_last_possible_token_absorbs_rounding() -> None:
     logits = torch.full((VOCAB,), float("-inf"))
     logits[2] = 0.0
     assert set(drawn(logits, count=20)) == {2}

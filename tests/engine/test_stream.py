@@ -80,7 +80,7 @@ async def test_a_stream_that_has_ended_keeps_no_request_alive() -> None:
         stream.cancel()
 
 
-async def test_an_error_and_a_cancellation_free_all() -> None:
+async def test_an_error_or_a_cancellation_releases_all_output() -> None:
     failed, cancelled = Held(), Held()
     failed.stream.deliver(UnavailableError("gone"))
     with pytest.raises(UnavailableError):

@@ -91,7 +91,7 @@ def start_ingress(at: Path, folder: Path, stack: ExitStack) -> tuple[subprocess.
 
 
 @pytest.mark.parametrize("length", [13, 14])
-def test_a_folder_of_temporary_files_with_a_long_path_gives_way(
+def test_a_temporary_folder_with_a_long_path_is_not_used(
     length: int, tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fleet's folder contains sockets, and HAProxy limits their paths to 97 bytes."""
@@ -161,7 +161,7 @@ def test_a_fleet_starts_on_the_addresses_of_one_that_was_killed(
         assert cli.main(["cluster", "serve", *flags, "--http-address", http]) == 7
 
 
-def test_status_asks_the_fleet_that_runs(
+def test_status_reports_the_running_fleet(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one, other = tmp_path / "one", tmp_path / "other"

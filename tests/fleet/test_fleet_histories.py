@@ -40,7 +40,7 @@ def live(seed: int, counts: Counter[str] | None = None) -> None:
         counts.update(world.counts)
 
 
-def test_no_two_weights_under_one_generation_and_nothing_acknowledged_is_lost() -> None:
+def test_a_generation_has_one_set_of_weights_and_no_acknowledged_change_is_lost() -> None:
     counts: Counter[str] = Counter()
     for seed in range(NUM_HISTORIES):
         live(seed, counts)
@@ -69,7 +69,7 @@ def test_no_two_weights_under_one_generation_and_nothing_acknowledged_is_lost() 
     num_replicas=st.sampled_from([2, 3]),
     stops_alone=st.booleans(),
 )
-def test_every_script_keeps_the_promises(
+def test_every_interleaving_keeps_the_guarantees(
     script: list[int], num_replicas: int, stops_alone: bool
 ) -> None:
     rest = iter(script)
@@ -129,7 +129,7 @@ def _drop_all_generations(self: FleetRegistry, alias: Alias) -> None:
         (FleetRegistry, "_drop_surplus", _drop_all_generations),
     ],
 )
-def test_mistakes_are_found(
+def test_planted_mistakes_are_found(
     where: object, name: str, mistake: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(where, name, mistake)

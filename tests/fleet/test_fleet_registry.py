@@ -49,7 +49,7 @@ def fleet(count: int = 2, disk: Disk | None = None) -> tuple[FleetRegistry, list
     return registry, replicas
 
 
-def test_an_operation_of_another_incarnation_is_not_taken_for_ones_own() -> None:
+def test_a_registry_rejects_operations_of_its_previous_incarnation() -> None:
     disk = Disk()
     registry, _ = fleet(disk=disk)
     operation = registry.submit(register("a", "d1"), 1.0)
@@ -59,7 +59,7 @@ def test_an_operation_of_another_incarnation_is_not_taken_for_ones_own() -> None
         other.outcome(operation, 1.0)
 
 
-def test_a_replacement_names_the_generation_it_replaces() -> None:
+def test_a_replacement_must_name_the_generation_it_replaces() -> None:
     registry, _ = fleet()
     registry.submit(register("a", "d1"), 1.0)
     with pytest.raises(AdapterExistsError):
@@ -76,7 +76,7 @@ def test_a_replacement_names_the_generation_it_replaces() -> None:
     assert refused.value.metadata == now
 
 
-def test_an_unload_waits_for_requests_on_every_replica_and_gives_up() -> None:
+def test_an_unload_waits_for_requests_on_every_replica_until_its_timeout() -> None:
     registry, (first, second) = fleet()
     registry.submit(register("a", "d1"), 1.0)
     for replica in (first, second):

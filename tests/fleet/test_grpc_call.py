@@ -71,7 +71,7 @@ def stream(interceptor: CallInterceptor, inner: Inner, body: Any) -> AsyncIterat
     return context.messages(lambda: interceptor.run(METHOD, context, lambda: body(context)))
 
 
-async def test_messages_come_in_order_and_the_status_after_them(
+async def test_messages_arrive_in_order_before_the_status(
     interceptor: CallInterceptor,
 ) -> None:
     inner = Inner()
@@ -85,7 +85,7 @@ async def test_messages_come_in_order_and_the_status_after_them(
     assert inner.trailers == {"x-request-id": "mine"}
 
 
-async def test_an_error_after_messages_is_set_whole_and_not_raised(
+async def test_an_error_after_messages_is_set_as_the_status(
     interceptor: CallInterceptor,
 ) -> None:
     inner = Inner()
@@ -103,7 +103,7 @@ async def test_an_error_after_messages_is_set_whole_and_not_raised(
     assert (info.reason, dict(info.metadata)) == ("ADAPTER_NOT_FOUND", {"adapters": "x"})
 
 
-async def test_whoever_reads_no_further_ends_the_work(interceptor: CallInterceptor) -> None:
+async def test_a_client_that_stops_reading_ends_the_call(interceptor: CallInterceptor) -> None:
     ended = asyncio.Event()
     written: list[int] = []
 
@@ -145,7 +145,7 @@ async def test_a_refusal_before_any_message(interceptor: CallInterceptor) -> Non
         (["10.0.0.7", "somebody"], "ipv4:127.0.0.1:1", ("127.0.0.1", 1)),
     ],
 )
-def test_a_call_belongs_to_its_client_and_not_to_the_ingress(
+def test_a_call_is_attributed_to_its_client_not_the_ingress(
     said: list[str], peer: str, client: tuple[str, int]
 ) -> None:
     inner = Inner(*(("x-forwarded-for", value) for value in said))
@@ -155,7 +155,7 @@ def test_a_call_belongs_to_its_client_and_not_to_the_ingress(
     assert from_client(scope)["client"] == client
 
 
-async def test_both_protocols_close_while_the_replica_may_answer_nothing(
+async def test_both_protocols_are_closed_while_the_replica_must_not_answer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = Config(listen=ListenConfig(http_address="127.0.0.1:8080"))
@@ -235,7 +235,7 @@ async def serve(begun: list[str]) -> AsyncIterator[str]:
         services.adapters.close()
 
 
-async def test_serves_handlers_answer_as_before() -> None:
+async def test_ray_serves_own_handlers_still_answer() -> None:
     begun: list[str] = []
     async with serve(begun) as address, grpc.aio.insecure_channel(address) as channel:
         one: Any = channel.unary_unary(

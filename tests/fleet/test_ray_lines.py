@@ -40,14 +40,14 @@ OPENS = (
 )
 
 
-def test_a_call_that_was_cancelled_is_left_out_and_nothing_else() -> None:
+def test_only_lines_about_cancelled_calls_are_dropped() -> None:
     lines = LineFilter(lambda: False)
     said = ["before", *NOISE, *NOISE, *OTHER, "Traceback (most recent call last):", "  after"]
     kept = ["before", *OTHER, "Traceback (most recent call last):", "  after"]
     assert lines.kept("a", "ProxyActor", said) == kept
 
 
-def test_lines_come_in_any_portions_and_from_several_processes() -> None:
+def test_lines_arrive_in_any_chunks_and_from_several_processes() -> None:
     lines = LineFilter(lambda: False)
     shown: dict[str, list[str]] = {"a": [], "b": []}
     for noise, other in zip([*NOISE, "end"], [*OTHER, *["more"] * 5], strict=True):
@@ -56,7 +56,7 @@ def test_lines_come_in_any_portions_and_from_several_processes() -> None:
     assert shown == {"a": ["end"], "b": [*OTHER, *["more"] * 5]}
 
 
-def test_a_block_that_breaks_off_hides_nothing_behind_it() -> None:
+def test_an_incomplete_block_hides_no_later_line() -> None:
     lines = LineFilter(lambda: False)
     assert lines.kept("a", None, [*NOISE[:4], *OTHER]) == OTHER
 
@@ -66,12 +66,12 @@ def test_the_requested_end_of_a_controller_is_not_reported() -> None:
     assert lines.kept("raylet", None, [ENDS, DIES]) == [DIES]
 
 
-def test_advice_for_several_machines_is_left_out_where_there_is_one() -> None:
+def test_advice_for_several_machines_is_dropped_on_one_machine() -> None:
     assert LineFilter(lambda: False, has_others=False).kept("a", None, [OPENS, DIES]) == [DIES]
     assert LineFilter(lambda: False, has_others=True).kept("a", None, [OPENS]) == [OPENS]
 
 
-def test_the_ingress_is_heard_until_the_fleet_is_stopped() -> None:
+def test_lines_of_the_ingress_are_kept_until_the_fleet_stops() -> None:
     stops = False
     lines = LineFilter(lambda: stops)
     said = ["HAProxy graceful reload failed: HAProxy crashed during startup: exit code 1"]

@@ -126,7 +126,7 @@ def test_a_worker_listens_on_loopback_and_keeps_its_haproxy() -> None:
     assert done.stdout == "done\n", done.stderr
 
 
-def test_ray_would_replace_loopback_by_the_name_that_is_patched() -> None:
+def test_ray_still_calls_the_patched_function() -> None:
     found = importlib.util.find_spec("ray")
     assert found is not None
     assert found.origin is not None

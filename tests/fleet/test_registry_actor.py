@@ -141,7 +141,7 @@ class Serving:
         return str(self._state_dir)
 
 
-def test_a_registry_of_a_running_fleet_that_does_not_answer_lives_on(
+def test_an_unresponsive_registry_of_a_running_fleet_is_not_ended(
     ray: StubRay, module: Any, tmp_path: Path
 ) -> None:
     ray.named = running = Handle(Serving(tmp_path))
@@ -157,7 +157,7 @@ def test_a_registry_of_a_running_fleet_that_does_not_answer_lives_on(
     assert (ray.named, ray.made, ray.killed) == (running, [], [])
 
 
-def test_a_registry_that_was_made_here_and_does_not_start_is_ended(
+def test_a_registry_created_by_this_command_is_ended_if_it_does_not_start(
     ray: StubRay, module: Any, tmp_path: Path
 ) -> None:
     ray.silent = RayError("The actor died:\nValueError: the directory is another server's")
@@ -171,7 +171,7 @@ def test_a_registry_that_was_made_here_and_does_not_start_is_ended(
     assert ray.named is ray.made[1]
 
 
-def test_a_registry_that_another_command_made_meanwhile_is_found(
+def test_a_registry_created_concurrently_by_another_command_is_found(
     ray: StubRay, module: Any, tmp_path: Path
 ) -> None:
     others = Handle(Serving(tmp_path))
@@ -187,7 +187,7 @@ def test_a_registry_that_another_command_made_meanwhile_is_found(
     assert (ray.named, ray.killed) == (others, [])
 
 
-def test_a_command_takes_the_fleet_when_the_registry_is_back(
+def test_a_command_takes_over_the_fleet_once_the_registry_is_back(
     ray: StubRay, module: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     module.start_registry(tmp_path, 5.0)
@@ -224,7 +224,7 @@ def end(actor: Any) -> None:
     actor._host._registry._store.close()
 
 
-def test_a_registry_that_starts_again_knows_whose_the_fleet_is(module: Any, tmp_path: Path) -> None:
+def test_a_restarted_registry_knows_the_owner_of_the_fleet(module: Any, tmp_path: Path) -> None:
     first = module.RegistryActor(str(tmp_path), 5.0, "run")
     assert first.owner("old") == "old"
     assert first.owner("new", True) == "new"

@@ -133,7 +133,7 @@ def test_a_rollback_to_changed_files_changes_nothing(keeping: Fleet, root: Path)
     assert [served(each, "a")[1] for each in (first, second)] == [2, 2]
 
 
-def test_an_alias_is_one_on_every_replica(keeping: Fleet) -> None:
+def test_an_alias_has_the_same_target_on_every_replica(keeping: Fleet) -> None:
     first, second = keeping.start(), keeping.start()
     uuid = first.registry.load("a", "a").uuid
     alias = first.registry.set_alias("prod", [AdapterRef(name="a")])
@@ -225,7 +225,7 @@ def test_all_replicas_load_the_same_commit_from_the_hub(
         fleet.close()
 
 
-def test_a_replica_that_comes_later_serves_when_it_knows_everything(fleet: Fleet) -> None:
+def test_a_late_replica_serves_only_after_it_has_caught_up(fleet: Fleet) -> None:
     first = fleet.start()
     uuids = {name: first.registry.load(name, name).uuid for name in "abc"}
     first.registry.pin("b")
@@ -272,7 +272,7 @@ def _is_refused(registry: AdapterRegistry, name: str) -> bool:
     return False
 
 
-def test_uploads_are_read_by_all_and_kept_by_one(fleet: Fleet, root: Path) -> None:
+def test_uploads_are_stored_once_and_read_by_every_replica(fleet: Fleet, root: Path) -> None:
     first, second = fleet.start(), fleet.start()
     record = first.registry.upload("up", stage_directory(first.registry, root / "a"))
     files = fleet.state_dir / "files"
@@ -291,7 +291,7 @@ def test_uploads_are_read_by_all_and_kept_by_one(fleet: Fleet, root: Path) -> No
     assert not list((fleet.state_dir / "incoming").iterdir())
 
 
-def test_the_registry_comes_back_and_nothing_is_lost(fleet: Fleet) -> None:
+def test_a_restarted_registry_loses_nothing(fleet: Fleet) -> None:
     first, second = fleet.start(), fleet.start()
     loaded = first.registry.load("a", "a")
     fleet.stop_registry()
@@ -320,7 +320,7 @@ def _is_back(fleet: Fleet) -> bool:
         return False
 
 
-def test_a_single_server_goes_on_with_what_the_fleet_wrote(fleet: Fleet, tmp_path: Path) -> None:
+def test_a_single_server_continues_with_the_state_of_a_fleet(fleet: Fleet, tmp_path: Path) -> None:
     replica = fleet.start()
     uuid = replica.registry.load("a", "a").uuid
     fleet.close()

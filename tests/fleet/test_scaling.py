@@ -26,13 +26,13 @@ from turret.fleet.serving.scaling import policy, wanted
         (1, 0, 0, 1),
     ],
 )
-def test_one_more_while_lines_are_long(
+def test_a_replica_is_added_while_queues_are_long(
     num_replicas: int, waiting: float, running: float, number: int
 ) -> None:
     assert wanted(num_replicas, waiting, running) == number
 
 
-def test_serves_bounds_hold() -> None:
+def test_the_bounds_of_ray_serve_are_respected() -> None:
     context = SimpleNamespace(
         aggregated_metrics={"waiting": {"r0": 30.0, "r1": 4.0}, "running": {"r0": 9.0}},
         current_num_replicas=2,

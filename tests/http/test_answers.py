@@ -266,7 +266,7 @@ async def test_the_finish_reason_is_reported() -> None:
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-async def test_an_error_is_a_status_before_the_first_event_and_an_event_after_it(path: str) -> None:
+async def test_an_error_after_the_first_event_is_sent_as_an_event(path: str) -> None:
     async with http_harness() as server:
         body = {"model": "base", "messages": TURNS, "prompt": "a", "stream": True}
         server.engine.refuse = AdapterNotFoundError("no adapter")
@@ -314,7 +314,7 @@ def _left(engine: FakeEngine) -> int:
     return sum(not stream.cancelled.is_set() for stream in engine.streams)
 
 
-async def test_a_client_that_goes_away_leaves_nothing() -> None:
+async def test_a_client_that_disconnects_leaves_nothing_behind() -> None:
     """Fifty streams and whole answers are dropped before, during and after their first event."""
     source = random.Random(7)
     async with http_harness() as server:

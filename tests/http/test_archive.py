@@ -145,7 +145,9 @@ async def test_a_rejected_archive_leaves_no_files(server: HttpHarness, tmp_path:
     await asyncio.to_thread(registries.until, gone)
 
 
-async def test_a_page_of_another_origin_cannot_send_it(server: HttpHarness, tmp_path: Path) -> None:
+async def test_a_page_of_another_origin_cannot_send_an_archive(
+    server: HttpHarness, tmp_path: Path
+) -> None:
     """Browsers send forms and plain text to other origins without asking."""
     body = archive(tmp_path / "root" / "a")
     for kind in ("text/plain", "multipart/form-data; boundary=a", ""):
@@ -161,7 +163,7 @@ async def test_a_page_of_another_origin_cannot_send_it(server: HttpHarness, tmp_
         assert field in refused.violations
 
 
-async def test_broken_archives_are_refused_or_taken(server: HttpHarness, tmp_path: Path) -> None:
+async def test_broken_archives_are_refused_or_loaded(server: HttpHarness, tmp_path: Path) -> None:
     whole, draw = archive(tmp_path / "root" / "a"), random.Random(5)
     statuses = set()
     for _ in range(100):

@@ -75,7 +75,7 @@ def reader(*, is_parallel: bool = True) -> AnswerReader:
 
 
 @pytest.mark.parametrize(("text", "thought", "said", "calls"), ANSWERS)
-def test_an_answer_is_taken_apart_however_it_is_cut(
+def test_an_answer_is_parsed_however_it_is_split(
     text: str, thought: str, said: str, calls: list[tuple[str, str]]
 ) -> None:
     rng = random.Random(0)
@@ -112,7 +112,7 @@ def test_the_text_of_a_chat_is_the_final_channel(text: str, tmp_path: Path) -> N
     assert streamed() == tokenizer.decode(ids)
 
 
-def test_another_models_text_is_left_alone(tmp_path: Path) -> None:
+def test_text_of_other_models_is_left_unchanged(tmp_path: Path) -> None:
     folder = tiny_tokenizers.gemma(tmp_path / "gemma")
     tokenizer = Tokenizer.load(folder, eos_token_ids(folder), VOCAB_SIZE)
     stream = tokenizer.stream(said_only=True)
@@ -185,7 +185,7 @@ async def test_the_other_endpoint_over_http(tmp_path: Path) -> None:
         assert said["content"][0]["text"] == "Hi, é!"
 
 
-def test_a_call_that_must_be_made_may_be_thought_about(tmp_path: Path) -> None:
+def test_reasoning_may_precede_a_forced_call(tmp_path: Path) -> None:
     tokenizer = load(tmp_path)
     marks = tokenizer.chat_format.marks
     grammar = CallsGrammar("harmony", {"f": SCHEMA}, is_parallel=True, marks=marks)
@@ -213,7 +213,7 @@ def test_a_call_that_must_be_made_may_be_thought_about(tmp_path: Path) -> None:
     assert json.loads(put_together(reader(), [THOUGHT + CALL])[2][0][1]) == {"a": 1}
 
 
-def test_a_call_where_marks_are_no_tokens() -> None:
+def test_forced_calls_work_without_mark_tokens() -> None:
     grammar = CallsGrammar("harmony", {"f": SCHEMA}, is_parallel=True)
     constraint, tokenizer = compiled("grammar", grammar.alone()), make_tokenizer()
     assert is_followed(constraint, tokenizer.encode(CALL.removeprefix("<|start|>assistant")))

@@ -140,7 +140,9 @@ async def protocols(base: Path, root: Path, tmp_path: Path) -> AsyncIterator[Pro
         yield protocols
 
 
-async def test_the_adapters_template_is_transformers(protocols: Protocols, base: Path) -> None:
+async def test_the_adapters_template_renders_like_transformers(
+    protocols: Protocols, base: Path
+) -> None:
     expected = {
         name: rendered(protocols.root / name) for name in ("own", "config", "named", "ends")
     }
@@ -204,7 +206,7 @@ async def test_answers_end_at_the_adapters_end_token(protocols: Protocols) -> No
     assert answer.json()["choices"][0]["message"]["content"] in ("ba", "b")
 
 
-async def test_it_changes_with_the_weights_and_stays_over_a_restart(
+async def test_a_template_changes_with_the_weights_and_survives_a_restart(
     base: Path, root: Path, tmp_path: Path
 ) -> None:
     files = tmp_path / "root"
@@ -249,7 +251,7 @@ async def test_it_changes_with_the_weights_and_stays_over_a_restart(
         assert await protocols.tokens("a") == await protocols.tokens("base")
 
 
-async def test_it_is_uploaded_and_exported_with_its_adapter(
+async def test_a_template_is_uploaded_and_exported_with_its_adapter(
     protocols: Protocols, tmp_path: Path
 ) -> None:
     own = await protocols.tokens("own")
@@ -303,7 +305,7 @@ async def test_a_broken_template_is_refused_at_load(protocols: Protocols) -> Non
     assert (await protocols.rpc.adapters.LoadAdapter(load)).chat_template == "request"
 
 
-async def test_a_base_without_a_template_has_conversations_for_adapters_that_bring_one(
+async def test_adapters_can_bring_a_template_to_a_base_without_one(
     root: Path, tmp_path: Path
 ) -> None:
     model = twin("llama").folder
@@ -408,7 +410,7 @@ async def test_variables_of_the_template_are_set_as_in_transformers(
     assert told["reasoning"]["effort"] == "low"
 
 
-async def test_reasoning_is_read_where_the_prompt_begins_it(
+async def test_reasoning_is_recognised_if_the_prompt_begins_it(
     protocols: Protocols, thinking: Path
 ) -> None:
     await protocols.rpc.adapters.LoadAdapter(
@@ -431,7 +433,7 @@ async def test_reasoning_is_read_where_the_prompt_begins_it(
         assert (thought, said) == (("bb", "") if is_thought else ("", "bb")), fields
 
 
-async def test_variables_that_make_no_sense_are_refused(protocols: Protocols) -> None:
+async def test_invalid_template_variables_are_refused(protocols: Protocols) -> None:
     chat = {"model": "own", "messages": ASK}
     for path, fields, param in (
         ("/v1/chat/completions", {"chat_template_kwargs": 3}, "chat_template_kwargs"),
@@ -464,7 +466,7 @@ async def test_variables_that_make_no_sense_are_refused(protocols: Protocols) ->
         assert failure.reasons == dict.fromkeys(places, "NOT_A_JSON_OBJECT"), text
 
 
-async def test_a_request_brings_a_template_only_where_that_is_allowed(
+async def test_a_request_may_bring_a_template_only_if_that_is_allowed(
     protocols: Protocols, base: Path, root: Path, tmp_path: Path
 ) -> None:
     asked = {"messages": ASK, "chat_template": OTHER}

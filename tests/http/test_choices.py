@@ -54,7 +54,7 @@ async def test_a_request_has_no_more_tasks_than_answers_that_run() -> None:
     assert len(asyncio.all_tasks()) == before
 
 
-async def test_calls_of_a_list_have_no_more_tasks_than_run() -> None:
+async def test_calls_with_a_list_of_prompts_have_no_more_tasks_than_run() -> None:
     before, most = len(asyncio.all_tasks()), 0
 
     async def call(index: int) -> int:
@@ -127,7 +127,7 @@ class Talker:
             self.num_open -= 1
 
 
-async def test_a_client_that_does_not_read_holds_the_answers_back() -> None:
+async def test_answers_wait_for_a_client_that_does_not_read() -> None:
     talker, count = Talker(), 3
     choices = choices_of(talker, count, 1)
     async with contextlib.aclosing(choices.chunks()) as chunks:

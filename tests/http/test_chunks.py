@@ -92,7 +92,7 @@ async def test_an_old_client_gets_no_chunks() -> None:
         assert said(body) == "".join(WORDS)
 
 
-async def test_a_client_that_does_not_read_holds_the_stream_up() -> None:
+async def test_a_stream_waits_for_a_client_that_does_not_read() -> None:
     num_made = 0
 
     async def flood(request: Request) -> AsyncIterator[Output]:

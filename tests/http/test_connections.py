@@ -39,7 +39,7 @@ async def opened(address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWrit
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\n", b"\x00"])
-async def test_a_head_that_does_not_come_closes_the_connection(
+async def test_a_connection_without_request_headers_is_closed(
     sent: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "HEAD_SECONDS", 0.2)
@@ -50,7 +50,7 @@ async def test_a_head_that_does_not_come_closes_the_connection(
         writer.close()
 
 
-async def test_a_small_write_waits_for_nothing() -> None:
+async def test_small_writes_are_sent_without_delay() -> None:
     async with http_harness() as server:
         reader, writer = await opened(server.server.address)
         writer.write(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
@@ -62,7 +62,7 @@ async def test_a_small_write_waits_for_nothing() -> None:
         writer.close()
 
 
-async def test_a_head_has_a_limit_of_bytes() -> None:
+async def test_request_headers_have_a_size_limit() -> None:
     async with http_harness() as server:
         assert (await server.client.get("/health", headers={"x": "y" * 8000})).status_code == 200
         answer = await server.client.get("/health", headers={"x": "y" * MAX_HEAD_BYTES})
@@ -73,7 +73,7 @@ async def test_a_head_has_a_limit_of_bytes() -> None:
         writer.close()
 
 
-async def test_only_heads_are_hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_only_request_headers_have_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A long answer, or a connection that waits for its next request, has no such limit."""
     monkeypatch.setattr(connection, "HEAD_SECONDS", 0.2)
     ask = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
@@ -135,7 +135,7 @@ async def test_tls_and_certificates_that_change(pem: Path, tmp_path: Path) -> No
         assert await status_of(address, pem / "second.crt") == 200
 
 
-async def test_a_client_certificate_is_asked_for(pem: Path, tmp_path: Path) -> None:
+async def test_a_client_certificate_is_required(pem: Path, tmp_path: Path) -> None:
     use(pem, tmp_path, "first")
     roots = tmp_path / "roots.crt"
     shutil.copy(pem / "client.crt", roots)
@@ -157,14 +157,14 @@ async def test_a_client_certificate_is_asked_for(pem: Path, tmp_path: Path) -> N
             await status_of(address, pem / "first.crt", own)
 
 
-async def test_files_that_do_not_fit_stop_the_start(pem: Path) -> None:
+async def test_mismatched_tls_files_prevent_startup(pem: Path) -> None:
     security = SecurityConfig(tls_cert=pem / "first.crt", tls_key=pem / "second.key")
     with pytest.raises(OSError, match=r"(?i)mismatch"):
         async with http_harness(security=security):
             pass
 
 
-async def test_an_address_in_use_stops_the_start() -> None:
+async def test_an_address_in_use_prevents_startup() -> None:
     async with http_harness() as server:
         taken = ListenConfig(http_address=server.server.address)
         with pytest.raises(OSError, check=says("ADDRESS_UNUSABLE")):
@@ -173,7 +173,7 @@ async def test_an_address_in_use_stops_the_start() -> None:
         assert isinstance(server.server, HttpServer)
 
 
-async def test_a_party_has_its_share_of_answers() -> None:
+async def test_each_party_has_its_share_of_answers() -> None:
     async with http_harness(shares=Shares(per_token=2)) as server:
         mine, other = {"authorization": "Bearer a"}, {"authorization": "Bearer b"}
         # Answers beyond the limit in one request are computed one after the other.
@@ -234,7 +234,7 @@ async def test_a_second_authorization_header_is_refused() -> None:
         (b"1.0\r\n", 200),
     ],
 )
-async def test_a_request_has_one_host(head: bytes, status: int) -> None:
+async def test_a_request_must_have_exactly_one_host(head: bytes, status: int) -> None:
     async with http_harness() as server:
         sent = b"GET /health HTTP/" + head + b"connection: close\r\n\r\n"
         assert (await answered(server, sent)).split()[1] == str(status).encode()
@@ -318,7 +318,7 @@ async def test_a_client_that_keeps_sending_after_a_rejection_is_disconnected(
         writer.close()
 
 
-async def test_a_body_in_tiny_chunks_has_a_limit_of_bytes_and_leaves_others_their_turn(
+async def test_a_body_in_tiny_chunks_is_limited_and_does_not_delay_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     num_parsed = 0

@@ -18,7 +18,7 @@ LISTEN = ListenConfig(address="127.0.0.1:0", metrics_address=None, http_address=
 BODY = {"model": "base", "prompt": "a"}
 
 
-async def test_it_listens_while_loading_and_finishes_what_runs_while_stopping() -> None:
+async def test_the_server_listens_while_loading_and_finishes_requests_while_stopping() -> None:
     parts = Parts()
     finishing = asyncio.Event()
 

@@ -21,7 +21,7 @@ async def test_a_task_is_registered() -> None:
         assert server.registry.get("a").generation == 2
 
 
-async def test_a_repository_may_be_named_as_elsewhere() -> None:
+async def test_a_repository_may_be_given_as_an_hf_uri() -> None:
     async with http_harness() as server:
         assert (await server.post(LOAD, ADAPTER | {"lora_path": "hf://org/a"})).status_code == 200
         assert server.registry.get("a").facts.digest.endswith("hub:org/a")

@@ -79,7 +79,7 @@ def events_of(answer: httpx2.Response) -> list[dict[str, Any]]:
     return found
 
 
-async def test_an_answer_has_a_block_for_each_thing_in_it(rendered: Any) -> None:
+async def test_an_answer_has_a_block_for_each_part(rendered: Any) -> None:
     async with http_harness() as http:
         http.engine.script = saying(ANSWER)
         asked = ASKED | {"tools": TOOLS, "system": [{"type": "text", "text": "be short"}]}
@@ -164,7 +164,7 @@ async def test_turns_become_messages_of_the_template(rendered: Any) -> None:
         (saying("a", stop="END"), "stop_sequence", "END"),
     ],
 )
-async def test_why_an_answer_ended(script: Any, reason: str, sequence: str | None) -> None:
+async def test_stop_reasons_are_reported(script: Any, reason: str, sequence: str | None) -> None:
     async with http_harness() as http:
         http.engine.script = script
         whole = (await http.post(PATH, ASKED | {"stop_sequences": ["END"]})).json()
@@ -181,7 +181,7 @@ async def test_why_an_answer_ended(script: Any, reason: str, sequence: str | Non
         ({"type": "tool", "name": "clock"}, True, ["weather", "clock"]),
     ],
 )
-async def test_tools_are_chosen(
+async def test_tool_choice_is_applied(
     rendered: Any, choice: Any, is_forced: bool, names: list[str]
 ) -> None:
     async with http_harness() as http:
@@ -224,7 +224,7 @@ async def test_tools_are_chosen(
         ),
     ],
 )
-async def test_a_refusal_has_the_form_of_anthropic(changed: Any, param: str, code: str) -> None:
+async def test_errors_have_the_format_of_anthropic(changed: Any, param: str, code: str) -> None:
     async with http_harness() as http:
         answer = await http.post(PATH, ASKED | changed)
     body = answer.json()

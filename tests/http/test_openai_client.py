@@ -60,7 +60,7 @@ def connect(server: ServerUnderTest, key: str = "ask") -> openai.OpenAI:
     return openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=120)
 
 
-def test_the_tokenizer_is_described_to_those_who_may_ask(server: ServerUnderTest) -> None:
+def test_only_authorised_callers_see_the_tokenizer(server: ServerUnderTest) -> None:
     url = f"http://{server.http_address}/tokenizer_info"
     asked = urllib.request.Request(url, headers={"authorization": "Bearer ask"})
     with urllib.request.urlopen(asked, timeout=60) as answer:
@@ -143,7 +143,7 @@ def test_the_stream_helper_of_the_client(client: openai.OpenAI) -> None:
     assert final.choices[0].finish_reason == whole.choices[0].finish_reason
 
 
-def test_typed_adapters_mean_the_mix_of_the_same_name(client: openai.OpenAI) -> None:
+def test_adapters_as_objects_equal_the_mix_of_the_same_name(client: openai.OpenAI) -> None:
     named = client.chat.completions.create(model="sql*0.5+json", messages=ASK, **GREEDY)
     adapters = [{"name": "sql", "weight": 0.5}, {"name": "json"}]
     typed = client.chat.completions.create(
@@ -171,7 +171,9 @@ def test_n_answers(client: openai.OpenAI) -> None:
     ]
 
 
-def test_answers_to_one_prompt_share_it(server: ServerUnderTest, client: openai.OpenAI) -> None:
+def test_answers_to_one_prompt_share_its_blocks(
+    server: ServerUnderTest, client: openai.OpenAI
+) -> None:
     """The first answer computes the prompt, and the other three find all of its whole blocks."""
     prompt = " ".join(f"number {index}" for index in range(60))
     before = _samples(server)
@@ -291,7 +293,7 @@ def test_vectors_are_those_of_grpc(client: openai.OpenAI, rpc: TurretClient) -> 
     assert short.data[0].embedding == pytest.approx([x / length for x in whole[:8]], rel=1e-5)
 
 
-def test_tokens_come_back_as_text(client: openai.OpenAI, rpc: TurretClient) -> None:
+def test_tokens_are_detokenized(client: openai.OpenAI, rpc: TurretClient) -> None:
     root = client.base_url.copy_with(path="/")
     read = client.post(
         f"{root}tokenize",
@@ -331,7 +333,7 @@ def test_adapters_come_and_go(server: ServerUnderTest, client: openai.OpenAI) ->
         client.models.retrieve("label")
 
 
-def test_metrics_know_the_protocol(server: ServerUnderTest, client: openai.OpenAI) -> None:
+def test_metrics_are_labelled_by_protocol(server: ServerUnderTest, client: openai.OpenAI) -> None:
     client.completions.create(model="sql", prompt=PROMPT, **GREEDY)
     url = f"http://{server.http_address}/metrics"
     with pytest.raises(urllib.error.HTTPError) as refused:

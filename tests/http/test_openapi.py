@@ -83,7 +83,7 @@ async def test_unsupported_fields_are_marked() -> None:
     assert fields["temperature"]["anyOf"][0] == {"type": "number", "minimum": 0, "maximum": 100}
 
 
-async def test_tokens_are_asked_for_where_a_role_is_needed() -> None:
+async def test_operations_that_need_a_role_document_their_token() -> None:
     tokens = TokenTable([("a", frozenset({"inference"}))])
     async with http_harness(tokens=tokens) as server:
         document = (await server.client.get("/openapi.json")).json()
@@ -110,7 +110,7 @@ async def test_the_page_loads_nothing_from_elsewhere() -> None:
 
 
 @pytest.mark.parametrize("path", ["/docs", "/openapi.json"])
-async def test_the_document_is_behind_the_check_of_the_host(path: str) -> None:
+async def test_the_document_requires_an_allowed_host(path: str) -> None:
     async with http_harness() as server:
         answer = await server.client.get(path, headers={"host": "evil.example"})
         assert answer.status_code == 421

@@ -57,7 +57,7 @@ async def protocols(root: tuple[Path, Any], tmp_path: Path) -> AsyncIterator[Pro
         yield Protocols(http, rpc, engine, root[1], root[0])
 
 
-async def test_text_is_the_adapters(protocols: Protocols) -> None:
+async def test_text_uses_the_adapters_vocabulary(protocols: Protocols) -> None:
     """Tests Tokenize, GetAdapter and the HTTP equivalents."""
     text = "a turret <|end|> b"
     expected = grown_tokenizer()(text)["input_ids"]
@@ -108,7 +108,7 @@ async def test_a_chat_has_the_adapters_template(protocols: Protocols) -> None:
         assert abs(item["logprob"] - logprob) <= 1e-4 * max(1.0, abs(logprob))
 
 
-async def test_scores_are_pefts(protocols: Protocols) -> None:
+async def test_scores_match_peft(protocols: Protocols) -> None:
     text = "<|user|>turret abc turret<|end|>"
     request = inference_pb2.ScoreRequest(prompt=text, adapters=WITH, top_n=2)
     scored = await protocols.rpc.inference.Score(request)
@@ -130,7 +130,7 @@ def _request(**fields: Any) -> inference_pb2.GenerateRequest:
     return inference_pb2.GenerateRequest(**{**given, "options": options, **fields})
 
 
-async def test_stops_and_biases_know_added_tokens(protocols: Protocols) -> None:
+async def test_stops_and_biases_accept_added_tokens(protocols: Protocols) -> None:
     generate = protocols.rpc.inference.Generate
     bias = {"logit_bias": {FIRST: 90.0, FIRST + 3: 89.0}}
     answer = await generate(_request(sampling=bias, stop={"stop_strings": ["rettur"]}))
@@ -151,7 +151,7 @@ async def test_stops_and_biases_know_added_tokens(protocols: Protocols) -> None:
         assert path in failure.violations, failure
 
 
-async def test_constraints_speak_the_adapters_tokens(protocols: Protocols) -> None:
+async def test_constraints_use_the_adapters_tokens(protocols: Protocols) -> None:
     generate = protocols.rpc.inference.Generate
     choice = inference_pb2.Choice(texts=["turrets", "tower"])
     free = await generate(_request(choice=choice, stop={"max_tokens": 9}))
@@ -214,7 +214,9 @@ async def test_a_tokenizer_travels_with_its_adapter(
         assert failure.reason == "UNAVAILABLE"
 
 
-async def test_it_is_neither_merged_nor_fused(protocols: Protocols) -> None:
+async def test_an_adapter_with_its_own_vocabulary_is_neither_merged_nor_fused(
+    protocols: Protocols,
+) -> None:
     """The resulting base would have another number of tokens."""
     merge = adapters_pb2.MergeAdaptersRequest(adapters=WITH)
     failure = await failure_of(protocols.rpc.adapters.MergeAdapters(merge))

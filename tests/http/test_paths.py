@@ -8,7 +8,7 @@ from servers.http_harness import http_harness
 from turret.server.words import say
 
 
-async def test_a_slash_at_the_end_of_a_path_makes_no_difference() -> None:
+async def test_a_trailing_slash_is_ignored() -> None:
     async with http_harness() as server:
         assert (
             await server.post("/v1/load_lora_adapter/", {"lora_name": "a", "lora_path": "b"})

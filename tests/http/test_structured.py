@@ -71,7 +71,7 @@ def rpc(server: ServerUnderTest) -> Iterator[TurretClient]:
         yield connected
 
 
-def test_a_response_has_the_format_it_was_asked_for(client: openai.OpenAI) -> None:
+def test_a_response_has_the_requested_format(client: openai.OpenAI) -> None:
     answer = client.responses.parse(
         model="base", input="hi", text_format=Order, max_output_tokens=400
     )
@@ -101,7 +101,7 @@ def test_a_response_has_the_format_it_was_asked_for(client: openai.OpenAI) -> No
     assert refused.value.param == "text.format.schema.not"
 
 
-def test_parse_gives_pydantic_objects(client: openai.OpenAI) -> None:
+def test_parse_returns_pydantic_objects(client: openai.OpenAI) -> None:
     kinds = set()
     for seed in range(3):
         answer = client.chat.completions.parse(
@@ -114,7 +114,7 @@ def test_parse_gives_pydantic_objects(client: openai.OpenAI) -> None:
     assert len(kinds) > 1
 
 
-def test_answers_are_streamed_and_several(client: openai.OpenAI) -> None:
+def test_structured_answers_can_be_streamed_and_repeated(client: openai.OpenAI) -> None:
     with client.chat.completions.stream(
         model="base", messages=ASK, response_format=Order, seed=1, max_tokens=400
     ) as stream:

@@ -83,7 +83,7 @@ async def test_a_bug_is_reported_only_in_the_log(caplog: pytest.LogCaptureFixtur
     assert any(r.exc_info and "secret" in str(r.exc_info[1]) for r in caplog.records)
 
 
-async def test_fields_are_named_as_the_client_knows_them() -> None:
+async def test_errors_use_the_field_names_of_the_client() -> None:
     async with http_harness() as server:
         body = {"temperature": -3, "stop": [""], "logprobs": 21, "model": "base", "prompt": "a"}
         refused = await server.refused(COMPLETIONS, body)
@@ -98,7 +98,7 @@ async def test_fields_are_named_as_the_client_knows_them() -> None:
     )
 
 
-async def test_a_role_opens_its_paths_and_no_others() -> None:
+async def test_a_role_gives_access_only_to_its_paths() -> None:
     asks: list[tuple[str, Any]] = [
         (COMPLETIONS, PROMPT),
         ("/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "a"}),
@@ -291,7 +291,7 @@ def test_the_page_names_every_path_field_and_status() -> None:
     assert (MAX_BODY_BYTES, BODY_SECONDS) == (4 << 20, 60)
 
 
-async def test_a_stop_waits_a_little_and_then_ends_what_runs() -> None:
+async def test_a_shutdown_waits_briefly_and_then_ends_running_requests() -> None:
     async with http_harness() as server:
         server.engine.script = endless
         asking = asyncio.ensure_future(server.post(COMPLETIONS, PROMPT))
@@ -303,7 +303,7 @@ async def test_a_stop_waits_a_little_and_then_ends_what_runs() -> None:
         assert (refused.status, refused.code) == (503, "unavailable")
 
 
-async def test_a_stop_does_not_wait_for_a_client_that_does_not_read() -> None:
+async def test_a_shutdown_does_not_wait_for_a_client_that_does_not_read() -> None:
     """A client that requests a long stream and reads nothing does not delay the stop."""
 
     async def flood(request: Request) -> AsyncIterator[Output]:

@@ -84,7 +84,9 @@ def load_in_vain(registry: AdapterRegistry) -> None:
         registry.load("b", PATH)
 
 
-def test_it_is_the_adapter_that_was_pushed(registry: _Make, repo: Repo, checkpoints: Path) -> None:
+def test_the_loaded_adapter_is_the_one_that_was_pushed(
+    registry: _Make, repo: Repo, checkpoints: Path
+) -> None:
     loaded = registry("acme").load("a", PATH)
     local = AdapterRegistry(checkpoints, tiny_base(), 1 << 30, 64)
     assert loaded.facts.digest == local.load("a", "a").facts.digest
@@ -171,7 +173,7 @@ def test_a_cache_that_was_emptied_is_filled_again(
     again.release(mix)
 
 
-def test_the_hubs_refusals_reach_the_caller(
+def test_errors_of_the_hub_reach_the_caller(
     registry: _Make, repo: Repo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = registry("acme")
@@ -243,13 +245,13 @@ def test_cached_adapters_are_checked_before_the_model_is_loaded(
     assert hub.requests == []
 
 
-def test_size_is_checked_before_a_byte_comes(registry: _Make, hub: FakeHub, repo: Repo) -> None:
+def test_the_size_is_checked_before_the_download(registry: _Make, hub: FakeHub, repo: Repo) -> None:
     one = registry("acme", max_bytes=1000)
     refused(one, PATH, BudgetExceededError, "UPLOAD_TOO_LARGE", max_upload_bytes=1000)
     assert hub.downloads() == []
 
 
-def test_a_chat_template_comes_before_the_weights(
+def test_a_chat_template_is_checked_before_the_weights(
     registry: _Make, hub: FakeHub, repo: Repo, tmp_path: Path
 ) -> None:
     """Cached weights do not hide a missing template."""
@@ -277,7 +279,7 @@ def test_a_hub_that_sends_more_than_announced_is_rejected(
     refused(one, PATH, HubUnavailableError, "HUB_SENT_TOO_MUCH")
 
 
-def test_a_slow_hub_does_not_hold_the_caller(
+def test_a_slow_hub_does_not_block_the_caller(
     registry: _Make, hub: FakeHub, repo: Repo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub_adapters, "LEAST_SECONDS", 0.3)

@@ -91,7 +91,9 @@ def test_only_needed_files_are_fetched(hub: FakeHub, repo: Repo, tmp_path: Path)
     assert what[-1][1] == what[-1][2]
 
 
-def test_it_is_the_directory_it_was_made_of(repo: Repo, tmp_path: Path, tiny_llama: Path) -> None:
+def test_a_downloaded_model_equals_its_directory(
+    repo: Repo, tmp_path: Path, tiny_llama: Path
+) -> None:
     assert resolved(tmp_path).digest == resolve_model(tiny_llama, tmp_path / "other").digest
 
 
@@ -122,7 +124,7 @@ def test_a_revision_is_one_commit(hub: FakeHub, repo: Repo, tmp_path: Path) -> N
     assert says("HUB_NO_REVISION", revision="v2")(refused(f"{NAME}@v2"))
 
 
-def test_a_broken_connection_is_taken_up(
+def test_a_broken_download_is_resumed(
     hub: FakeHub,
     repo: Repo,
     tmp_path: Path,
@@ -170,7 +172,9 @@ def test_a_file_that_never_arrives_is_refused(
     assert resolved(tmp_path).commit == repo.refs["main"]
 
 
-def test_sharded_weights_come_by_their_index(hub: FakeHub, repo: Repo, tmp_path: Path) -> None:
+def test_sharded_weights_are_fetched_by_their_index(
+    hub: FakeHub, repo: Repo, tmp_path: Path
+) -> None:
     files = dict(repo.commits[repo.refs["main"]])
     files["x-1.safetensors"] = files.pop("model.safetensors")
     index = {"weight_map": {"model.embed_tokens.weight": "x-1.safetensors"}}
@@ -184,9 +188,7 @@ def test_sharded_weights_come_by_their_index(hub: FakeHub, repo: Repo, tmp_path:
         resolved(tmp_path)
 
 
-def test_weights_in_the_cache_are_looked_at_before_they_are_read(
-    repo: Repo, tmp_path: Path
-) -> None:
+def test_cached_weights_are_checked_before_they_are_read(repo: Repo, tmp_path: Path) -> None:
     folder = resolved(tmp_path).files
     check_model(Path(NAME))
     file = folder / "model.safetensors"
@@ -196,7 +198,7 @@ def test_weights_in_the_cache_are_looked_at_before_they_are_read(
     file.write_bytes(whole)
 
 
-def test_offline_the_cache_serves(
+def test_the_cache_is_used_offline(
     hub: FakeHub, repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = resolved(tmp_path).commit
@@ -212,7 +214,7 @@ def test_offline_the_cache_serves(
     assert says("HUB_STATUS", status=503)(refused("acme/other"))
 
 
-def test_a_cache_with_half_of_a_model(
+def test_an_incomplete_model_in_the_cache_is_reported(
     repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check_model(Path(NAME))
@@ -229,7 +231,7 @@ def test_a_token_gives_access_to_private_repositories(
     assert resolved(tmp_path).commit == repo.refs["main"]
 
 
-def test_refusals_say_what_to_do(hub: FakeHub, repo: Repo, tiny_llama: Path) -> None:
+def test_errors_suggest_the_next_step(hub: FakeHub, repo: Repo, tiny_llama: Path) -> None:
     repo.is_gated = True
     assert says("HUB_GATED", hub=hub.endpoint, name=NAME)(refused())
     repo.is_gated = False
@@ -269,7 +271,7 @@ def test_a_mirrors_password_is_not_shown(
         assert "secret" not in said
 
 
-def test_a_hub_that_is_not_there_fails_fast(hub: FakeHub) -> None:
+def test_an_unreachable_hub_fails_fast(hub: FakeHub) -> None:
     hub.close()
     started = time.monotonic()
     assert says("HUB_NOT_REACHED")(refused())

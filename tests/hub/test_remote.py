@@ -194,7 +194,7 @@ def test_an_adapter_in_an_oci_registry_is_named_by_tag_or_digest(
 
 
 @needs_registry
-def test_a_registry_that_sends_other_bytes_is_found_out(
+def test_wrong_bytes_from_a_registry_are_detected(
     oci_address: str,
     registry: _Make,
     checkpoints: Path,
@@ -244,11 +244,11 @@ def test_a_fleet_fetches_once_for_all_replicas(
         ),
     ],
 )
-def test_settings_name_what_may_be_fetched(flags: str, found: tuple[str, str]) -> None:
+def test_invalid_remote_settings_are_reported(flags: str, found: tuple[str, str]) -> None:
     assert found in start_problems.refused(*flags.split())
 
 
-def test_a_prefix_ends_between_names() -> None:
+def test_a_prefix_matches_only_whole_names() -> None:
     for path, prefix in (
         ("oci://host/a/b:v1", "oci://host/a"),
         ("oci://host/a:v1", "oci://host/a"),
@@ -342,7 +342,7 @@ def hostile() -> Iterator[str]:
     thread.join()
 
 
-def test_a_slow_registry_gives_its_place_back(
+def test_a_slow_registry_does_not_use_up_the_download_slots(
     registry: _Make, hostile: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "LEAST_SECONDS", 0.5)
@@ -351,7 +351,7 @@ def test_a_slow_registry_gives_its_place_back(
         refused(served, f"{hostile}/{kind}/x:v1", HubUnavailableError, "REMOTE_TOO_SLOW")
 
 
-def test_an_answer_without_end_takes_no_memory_of_the_server(
+def test_an_endless_answer_does_not_fill_the_memory(
     registry: _Make, hostile: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "LEAST_SECONDS", 3.0)
@@ -363,7 +363,9 @@ def test_an_answer_without_end_takes_no_memory_of_the_server(
 
 
 @pytest.mark.parametrize("kind", ["redirect", "realm"])
-def test_a_registry_leads_to_no_internal_address(registry: _Make, hostile: str, kind: str) -> None:
+def test_a_registry_cannot_redirect_to_an_internal_address(
+    registry: _Make, hostile: str, kind: str
+) -> None:
     problem = "AuthenticationException: the registry refers to the internal address 169.254.169.254"
     path = f"{hostile}/{kind}/x:v1"
     refused(registry(hostile), path, HubUnavailableError, "REMOTE_NOT_REACHED", problem=problem)
@@ -388,14 +390,14 @@ def test_a_registry_leads_to_no_internal_address(registry: _Make, hostile: str, 
         ("https://169.254.1.1/a", "169.254.1.1", True, True),
     ],
 )
-def test_where_a_registry_may_lead(
+def test_addresses_that_a_registry_may_redirect_to(
     url: str, registry: str, *, is_secure: bool, is_allowed: bool
 ) -> None:
     assert (check_address(url, registry, is_secure=is_secure) == "") == is_allowed
 
 
 @pytest.mark.parametrize("first", ["1.1.1.1", None])
-def test_a_name_keeps_the_address_that_was_checked(
+def test_a_host_name_keeps_the_address_that_was_checked(
     monkeypatch: pytest.MonkeyPatch, first: str | None
 ) -> None:
     """A name server of the registry's owner returns another address at the second question."""
@@ -418,7 +420,7 @@ def test_a_name_keeps_the_address_that_was_checked(
     assert [each[4] for each in found] == ([(first, 443)] if first else [])
 
 
-def test_a_name_of_a_registry_with_an_internal_address_opens_no_other(
+def test_an_internal_registry_gives_no_access_to_other_internal_addresses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     look_up: Any = socket.getaddrinfo
@@ -432,7 +434,7 @@ def test_a_name_of_a_registry_with_an_internal_address_opens_no_other(
     assert check_address("https://1.1.1.1/a", "registry.example", is_secure=True) == ""
 
 
-def test_the_pieces_and_sizes_of_a_manifest(registry: _Make, hostile: str) -> None:
+def test_layers_and_sizes_of_a_manifest(registry: _Make, hostile: str) -> None:
     served = registry(hostile)
     # Its files are not those of the digest, but its manifest is read.
     refused(served, f"{hostile}/pieces/x:v1", HubUnavailableError, "REMOTE_DAMAGED")

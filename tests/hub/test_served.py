@@ -14,7 +14,9 @@ from turret.clients.client import TurretClient
 
 
 @pytest.mark.long
-def test_a_model_and_adapters_of_the_hub(hub: FakeHub, tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_server_serves_a_model_and_adapters_from_the_hub(
+    hub: FakeHub, tiny_llama: Path, tmp_path: Path
+) -> None:
     model = hub.repo("acme/tiny", tiny_llama)
     for seed, name in enumerate(("one", "two")):
         write_adapter(tmp_path, arch_of(tiny_llama), AdapterSpec(name, rank=4), seed)

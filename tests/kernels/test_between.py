@@ -115,7 +115,7 @@ def fused(
 @pytest.mark.parametrize("is_interleaved", [False, True])
 @pytest.mark.parametrize("pairs", [3, 16, 32])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_heads_that_rotate_in_part(pairs, is_interleaved, dtype):
+def test_partially_rotated_heads(pairs, is_interleaved, dtype):
     """Kernel and reference are compared with complex numbers in float64."""
     heads, kv_heads, rows, head_dim = 3, 1, 4, 64
     qkv = torch.randn(rows, (heads + 2 * kv_heads) * head_dim).to(DEVICE, dtype)

@@ -29,7 +29,7 @@ def test_weights_are_those_of_a_softmax(experts: int, per_token: int, *, normali
     )
 
 
-def test_an_experts_pairs_are_one_run_in_the_order_of_rows() -> None:
+def test_the_pairs_of_an_expert_are_contiguous_in_row_order() -> None:
     routing = route_reference(scores_of(40, 6), 2, normalizes=True)
     assert torch.equal(routing.experts, routing.experts.sort().values)
     found = []
@@ -42,7 +42,7 @@ def test_an_experts_pairs_are_one_run_in_the_order_of_rows() -> None:
     assert routing.ends[-1] == 80
 
 
-def test_experts_of_equal_score_are_taken_by_their_number() -> None:
+def test_experts_with_equal_scores_are_chosen_by_index() -> None:
     scores = torch.tensor([[1.0, 3.0, 2.0, 3.0, 2.0, 2.0]])
     routing = route_reference(scores, 4, normalizes=True)
     assert routing.experts[routing.places].tolist() == [[1, 3, 2, 4]]
@@ -58,7 +58,9 @@ def test_an_expert_without_rows_has_no_run() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normalizes", [True, False])
-def test_a_row_alone_is_routed_alike(dtype: torch.dtype, *, normalizes: bool) -> None:
+def test_a_row_is_routed_the_same_alone_and_in_a_batch(
+    dtype: torch.dtype, *, normalizes: bool
+) -> None:
     scores = scores_of(33, 7, dtype)
     y = torch.randn(33 * 3, 20).to(dtype)
     routing = route_reference(scores, 3, normalizes=normalizes)

@@ -20,7 +20,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("vocab", [1, 15, 16, 17, 127, 128, 129, 256, 1000, 4099])
-def test_it_is_torchs_argmax(vocab: int) -> None:
+def test_the_likeliest_token_is_torchs_argmax(vocab: int) -> None:
     generator = torch.Generator().manual_seed(vocab)
     for _ in range(20):
         wide = torch.randn(6, vocab + 3, generator=generator)
@@ -53,7 +53,7 @@ def test_odd_values_are_as_in_torch(values: list[float]) -> None:
 
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("vocab", [1, 31, 32, 33, 259, 1000])
-def test_a_mask_leaves_its_own_tokens(vocab: int) -> None:
+def test_only_tokens_in_the_mask_are_chosen(vocab: int) -> None:
     generator = np.random.default_rng(vocab)
     logits = torch.from_numpy(generator.normal(size=(5, vocab)).round(1).astype(np.float32))
     before, rows = logits.clone(), torch.tensor([3, 0])
@@ -72,7 +72,7 @@ def test_a_mask_leaves_its_own_tokens(vocab: int) -> None:
     assert torch.equal(logits, before)
 
 
-def test_every_library_finds_the_same() -> None:
+def test_every_library_finds_the_same_token() -> None:
     logits = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0))
     rows, found = torch.arange(3), torch.empty(3, dtype=torch.int64)
     for isa in native.usable_isas():

@@ -45,7 +45,7 @@ def quantize(out_features: int, in_features: int) -> tuple[Nf4Matrix, torch.Tens
 
 
 @pytest.mark.parametrize("shape", [(48, 64), (96, 128), (300, 192)])
-def test_dequantisation_is_bitsandbytes_own(shape):
+def test_dequantisation_matches_bitsandbytes(shape):
     matrix, dequantized = quantize(*shape)
     assert torch.equal(matrix.dequantize(torch.float32), dequantized)
     assert torch.equal(matrix.dequantize(torch.bfloat16), dequantized.bfloat16())
@@ -82,7 +82,7 @@ def test_a_gated_product_has_the_bits_of_two_kernels(num_rows, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_weight_is_as_near_as_a_rounded_one(dtype):
+def test_the_weight_is_as_accurate_as_a_rounded_one(dtype):
     """Rounding the sixteen values is as accurate as rounding every weight."""
     matrix, _ = quantize(300, 320)
     exact = matrix.dequantize(torch.float32).double()
@@ -90,7 +90,7 @@ def test_the_weight_is_as_near_as_a_rounded_one(dtype):
     assert error_ratio(served(matrix, dtype), exact) <= 1.3 * rounded + 1e-7
 
 
-def test_the_parts_of_a_sum_depend_on_the_weight_alone():
+def test_the_parts_of_a_sum_depend_only_on_the_weight():
     """Wide weights are not cut, parts have a minimum size, and the limits of the tuning hold."""
     tuned = Tuning()
     for out_features, blocks in ((4096, 64), (4096, 224), (6144, 64), (28672, 64), (64, 3)):
@@ -105,6 +105,6 @@ def test_the_parts_of_a_sum_depend_on_the_weight_alone():
 
 @pytest.mark.parametrize("shape", [(48, 64), (31, 192)])
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
-def test_writing_the_weight_out(shape, dtype):
+def test_writing_out_the_dequantised_weight(shape, dtype):
     matrix, _ = quantize(*shape)
     assert torch.equal(nf4_dequantize(matrix, dtype), matrix.dequantize(dtype))

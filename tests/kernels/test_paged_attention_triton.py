@@ -151,7 +151,7 @@ def test_agrees_with_the_torch_path(shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_heads_that_take_fewer_keys_at_a_time(dtype):
+def test_heads_that_process_fewer_keys_at_a_time(dtype):
     step = Step(WIDE, dtype)
     exact = step.exact()
     step.poison_padding()
@@ -215,7 +215,7 @@ def test_splits_of_other_lengths(split):
     assert torch.equal(step.attend(step.table(split=split)), whole)
 
 
-def test_decoding_rows_are_spread_beside_a_prompt():
+def test_decoding_rows_are_split_over_programs_beside_a_prompt():
     """Many programs process a long context, regardless of the rest of the step."""
     step = Step((2, 4, 32, None), HALF, [(1, 700, 0), (33, 270, 0), (1, 300, 0)])
     table = step.table(spread=5)

@@ -93,7 +93,7 @@ PARAMS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("params", PARAMS, ids=str)
-def test_every_uniform_number_leads_to_its_token(params: dict[str, Any]):
+def test_every_uniform_number_selects_its_token(params: dict[str, Any]):
     torch.manual_seed(3)
     logits = torch.randn(VOCAB) * 2
     found, ends = swept(logits.to(DEVICE), **params), exact(logits, **params).cumsum(0)
@@ -107,7 +107,7 @@ def test_every_uniform_number_leads_to_its_token(params: dict[str, Any]):
 @pytest.mark.parametrize(
     "params", [{"top_k": 4}, {"top_p": 0.31}, {"top_k": 6, "top_p": 0.45}, {"min_p": 1.0}], ids=str
 )
-def test_of_equals_the_first_are_kept(params: dict[str, Any]):
+def test_the_first_of_equal_tokens_are_kept(params: dict[str, Any]):
     """The ten likeliest tokens are equal and lie in two blocks; 100 others are less likely."""
     logits = torch.full((110,), -1.0)
     best = torch.tensor([3, 7, 20, 60, 61, 66, 70, 90, 100, 109])
@@ -119,7 +119,7 @@ def test_of_equals_the_first_are_kept(params: dict[str, Any]):
     assert (found[0], found[-1]) == (kept[0], kept[-1])
 
 
-def test_equals_below_the_likeliest_are_cut_too():
+def test_equal_tokens_below_the_likeliest_are_cut_too():
     logits = torch.full((90,), -3.0)
     logits[50], logits[[10, 30, 70, 80]] = 3.0, 2.5
     found = set(swept(logits.to(DEVICE), top_k=3))
@@ -133,7 +133,7 @@ def test_a_vocabulary_of_one():
     assert set(draw(torch.randn(len(rows), 1, device=DEVICE), rows)) == {0}
 
 
-def test_greedy_and_hopeless_rows():
+def test_greedy_rows_and_rows_without_a_possible_token():
     torch.manual_seed(0)
     logits = torch.randn(5, 150).to(DEVICE)
     logits[1, [20, 130]] = 9.0
@@ -153,7 +153,7 @@ def test_greedy_and_hopeless_rows():
     assert all(0 <= token < 150 for token in tokens + sampled)
 
 
-def test_the_ends_of_the_uniform_numbers():
+def test_the_extremes_of_the_uniform_numbers():
     logits = torch.full((1, 150), -INF)
     logits[0, [5, 64, 101]] = 0.0
     for uniform, token in ((0.0, 5), (1.0 - 2**-30, 101), (0.34, 64)):
@@ -161,7 +161,7 @@ def test_the_ends_of_the_uniform_numbers():
         assert draw(logits.to(DEVICE), [how(uniform, top_p=0.99999)]) == [token]
 
 
-def test_a_row_does_not_depend_on_its_mates():
+def test_a_row_does_not_depend_on_other_rows():
     torch.manual_seed(1)
     logits = (torch.randn(7, 150) * 3).to(DEVICE)
     rows = [how((i + 0.3) / 7, **PARAMS[i]) for i in range(7)]

@@ -67,7 +67,7 @@ def largest(x: torch.Tensor, weight: torch.Tensor, slack: float) -> set[int]:
 
 @pytest.mark.parametrize("make", MAKES)
 @pytest.mark.parametrize(("out", "size"), [(256, 2), (300, 64), (1001, 576), (4097, 130)])
-def test_every_largest_output_is_left_over(make: Make, out: int, size: int) -> None:
+def test_the_screen_never_excludes_the_largest_output(make: Make, out: int, size: int) -> None:
     generator = torch.Generator().manual_seed(out + size)
     weight = make(generator, out, size).bfloat16()
     screen = Screen(weight)
@@ -98,7 +98,7 @@ def test_every_largest_output_is_left_over(make: Make, out: int, size: int) -> N
     assert told or make is alike
 
 
-def test_few_are_left_over() -> None:
+def test_the_screen_leaves_few_candidates() -> None:
     """The weight is noise, whose largest logits are the closest to each other."""
     generator = torch.Generator().manual_seed(1)
     weight = (0.1 * torch.randn(20_000, 576, generator=generator)).bfloat16()
@@ -109,7 +109,7 @@ def test_few_are_left_over() -> None:
         assert len(found) < 200
 
 
-def test_rows_that_are_no_numbers_are_for_the_logits_to_tell() -> None:
+def test_rows_that_are_not_finite_are_not_screened() -> None:
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn(300, 64, generator=generator).bfloat16()
     for value in (float("nan"), float("inf"), float("-inf"), 1e38):
@@ -126,7 +126,7 @@ def test_a_weight_that_is_not_finite_has_no_screen(value: float) -> None:
         Screen(weight)
 
 
-def test_calls_that_cannot_tell_become_rare() -> None:
+def test_screening_becomes_rare_if_it_excludes_nothing() -> None:
     """If all outputs are alike, none can be excluded, and soon not every call tries it."""
     weight = torch.ones(512, 64).bfloat16()
     screen, x = Screen(weight), torch.ones(1, 64).bfloat16()

@@ -67,7 +67,7 @@ def test_a_step_takes_one_copy_unless_its_parts_are_far_apart(cuda: FakeCuda):
     assert last.buffer[0] == 6
 
 
-def test_too_much_is_refused_and_the_memory_stays_usable():
+def test_oversized_data_is_refused_and_the_memory_stays_usable():
     part = StagedMemory(CPU, 0).part(2, torch.int32)
     with pytest.raises(ValueError, match="3 words"):
         part.load([1, 2, 3])

@@ -50,7 +50,7 @@ def test_detection_takes_linear_time(template: str) -> None:
     assert time.thread_time() - before < 1
 
 
-def test_roles_are_those_that_all_know_and_those_that_a_template_names() -> None:
+def test_roles_are_the_common_ones_and_those_of_the_template() -> None:
     template = """{% if m.role == "ipython" or m.role.startswith('document ') %}critic{{ '' ~ ' ' }}
     {% endif %}"""
     for known in ("system", "user", "assistant", "tool", "developer", "ipython", "document 7"):
@@ -60,7 +60,7 @@ def test_roles_are_those_that_all_know_and_those_that_a_template_names() -> None
         assert unknown_role(template, other) is not None
 
 
-def test_marks_are_the_special_tokens_of_the_form() -> None:
+def test_marks_are_the_special_tokens_of_the_format() -> None:
     template = "{% if tools %}[TOOL_CALLS]f[ARGS]{% endif %}"
     special = {"[TOOL_CALLS]": 9, "[ARGS]": 32, "[INST]": 3, "<tool_call>": 4}
     assert ChatFormat.of(template, special).marks == {"[TOOL_CALLS]": 9, "[ARGS]": 32}

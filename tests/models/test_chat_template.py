@@ -76,7 +76,7 @@ def test_a_template_renders_as_in_transformers(template: str) -> None:
     assert outcome(lambda: ours.render(TURNS, TOOLS, True)) == outcome(expected)
 
 
-def test_templates_know_what_they_know_in_transformers() -> None:
+def test_templates_have_the_same_globals_as_in_transformers() -> None:
     theirs = chat_template_utils._compile_jinja_template("").environment  # type: ignore[no-untyped-call]
     ours = template_program._compiled("").environment
     for part in ("filters", "tests", "globals", "extensions", "policies"):
@@ -90,7 +90,7 @@ def test_templates_know_what_they_know_in_transformers() -> None:
         assert getattr(ours, part) == getattr(theirs, part)
 
 
-def test_the_template_for_tools_is_taken_where_there_are_tools() -> None:
+def test_the_tool_template_is_used_if_there_are_tools() -> None:
     both = ChatTemplate({"default": "a", "tool_use": "b"}, {})
     assert [both.render(TURNS, tools, True) for tools in ((), TOOLS)] == ["a", "b"]
     with pytest.raises(ValueError, check=says("NO_DEFAULT_TEMPLATE", found="other")):
@@ -230,7 +230,7 @@ def test_a_process_without_memory_at_its_start_is_not_blamed_on_the_template(
         ChatTemplate("hi", {}).render(TURNS, (), True)
 
 
-def test_surrogates_and_line_ends_come_back_as_they_are() -> None:
+def test_surrogates_and_line_ends_are_preserved() -> None:
     text = "a\udc80\n\u2028\r\n\x00"
     turns = [{"role": "user", "content": text}]
     assert ChatTemplate("{{ messages[0].content }}", {}).render(turns, (), True) == text

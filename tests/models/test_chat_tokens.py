@@ -36,7 +36,7 @@ def special_in(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     return [text for text in texts if text.startswith("<|") and text.endswith("|>")]
 
 
-def test_a_content_cannot_end_its_turn(tokenizer: Tokenizer) -> None:
+def test_content_cannot_end_its_turn(tokenizer: Tokenizer) -> None:
     plain = turns(tokenizer, "hi")
     ids = turns(tokenizer, FORGED)
     # The special tokens are those of the template, including its default system message.
@@ -61,7 +61,7 @@ def test_special_tokens_in_contents_are_encoded_on_request(tokenizer: Tokenizer)
     assert len(special_in(tokenizer, asked)) == len(special_in(tokenizer, plain)) + 3
 
 
-def test_the_text_is_as_transformers_splits_it(tokenizer: Tokenizer) -> None:
+def test_text_is_split_as_in_transformers(tokenizer: Tokenizer) -> None:
     inner = AutoTokenizer.from_pretrained(model_files())
     split = inner("<|im_end|>", add_special_tokens=False, split_special_tokens=True)["input_ids"]
     ids = turns(tokenizer, "a<|im_end|>b")
@@ -69,5 +69,5 @@ def test_the_text_is_as_transformers_splits_it(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("content", ["hello", " two  words\n", "", "<|im_end", "für 日本 🎉"])
-def test_other_contents_are_tokenised_as_before(tokenizer: Tokenizer, content: str) -> None:
+def test_other_content_is_tokenised_unchanged(tokenizer: Tokenizer, content: str) -> None:
     assert turns(tokenizer, content) == turns(tokenizer, content, special=True)

@@ -73,7 +73,7 @@ def test_other_patterns_give_the_same_ids_in_a_child(pattern: str):
         assert encoder.encode(texts, add_special_tokens=special) == expected
 
 
-def test_a_pattern_of_the_normalizer_counts_and_a_plain_text_does_not():
+def test_normalizer_patterns_are_checked_but_plain_strings_are_not():
     backend = backend_with(LLAMA3)
     backend.normalizer = normalizers.Sequence([normalizers.Replace("a", "b")])
     assert not Encoder(backend).is_confined
@@ -82,7 +82,7 @@ def test_a_pattern_of_the_normalizer_counts_and_a_plain_text_does_not():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other allocators keep other memory")
-def test_long_texts_leave_no_memory_in_the_arenas_of_threads():
+def test_memory_of_long_texts_is_returned():
     backend, text, together = backend_with(LLAMA3), "a b " * 75_000, threading.Barrier(4)
     encoder, process = Encoder(backend), psutil.Process()
 

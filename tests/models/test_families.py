@@ -98,7 +98,7 @@ def seed_oss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )
-def test_a_config_becomes_an_arch(config: Any, expected: dict[str, Any]) -> None:
+def test_a_config_is_read_as_an_architecture(config: Any, expected: dict[str, Any]) -> None:
     arch = read_arch(config)
     plain = {
         "model_type": config.model_type,
@@ -118,7 +118,7 @@ def test_a_config_becomes_an_arch(config: Any, expected: dict[str, Any]) -> None
     torch.testing.assert_close(arch.ropes["all"].inv_freq, theta**-exponents)
 
 
-def test_layers_with_experts_are_those_of_the_config() -> None:
+def test_the_config_determines_the_layers_with_experts() -> None:
     """Every ``decoder_sparse_step``-th layer has experts, except for listed ones."""
     sizes = {**SIZES, "num_hidden_layers": 6}
     own: dict[str, Any] = {

@@ -34,7 +34,7 @@ def test_the_parameters_are_those_of_the_published_model(
     assert memory_of(arch).base_wide / 2 == pytest.approx(published.num_parameters, rel=0.002)
 
 
-def test_quantised_weights_take_what_is_computed(
+def test_quantised_weights_take_the_computed_size(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One layer whose vocabulary is too small to count."""

@@ -167,7 +167,7 @@ async def test_an_adapter_on_the_vision_tower_is_refused(target: str, tmp_path: 
 
 
 @pytest.mark.parametrize("architecture", MULTIMODAL_ARCHITECTURES)
-def test_a_4bit_checkpoint_of_the_whole_is_taken_as_it_is(
+def test_a_4bit_checkpoint_of_the_whole_model_is_used_unchanged(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tensors have older or newer names; those of vision are ignored."""

@@ -200,7 +200,7 @@ async def test_a_mix_is_the_weighted_sum_of_deltas(tiny: Any, architecture: str)
             await assert_equals_oracle(harness, mix, oracle)
 
 
-def test_the_mix_oracle_of_one_adapter_is_peft(tiny: Any) -> None:
+def test_the_mix_oracle_of_one_adapter_matches_peft(tiny: Any) -> None:
     subject = tiny("qwen2")
     base = oracle_of(subject.model, torch.float32)
     for name in CONFIGS:

@@ -68,7 +68,7 @@ def test_tokenizers_are_read_as_transformers_reads_them(
     assert found.eos_token_ids == {EOS, FIRST + ADDED.index("<|end|>")}
 
 
-def test_the_latest_are_kept(
+def test_the_most_recently_used_tokenizers_are_kept(
     tokenizers: OwnTokenizers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(own_tokenizers, "MAX_KEPT", 2)
@@ -116,7 +116,7 @@ def test_a_file_that_makes_the_library_panic_is_rejected(
         lambda found, a: found.stream().push(a),
     ],
 )
-def test_a_panic_is_an_error_as_others_are(
+def test_a_panic_becomes_an_ordinary_error(
     tmp_path: Path, ask: Callable[[Tokenizer, int], str]
 ) -> None:
     """A panic would end even a thread that handles errors, such as the engine's."""
@@ -156,7 +156,7 @@ REPEATED = {
         ("post_processor", REPEATED, "POST_PROCESSOR_UNSUPPORTED"),
     ],
 )
-def test_rules_that_are_not_the_bases_are_refused_and_never_run(
+def test_rules_that_differ_from_the_base_are_refused_and_never_run(
     tokenizers: OwnTokenizers, tmp_path: Path, part: str, rule: dict[str, Any], reason: str
 ) -> None:
     kinds = {"max_input_chars_per_word": 1 << 30, "continuing_subword_prefix": ""}
@@ -166,7 +166,7 @@ def test_rules_that_are_not_the_bases_are_refused_and_never_run(
         tokenizers.check(with_rule(files_of(tmp_path), part, rule), ROWS, "")
 
 
-def test_a_vocabulary_that_is_not_the_bases_is_refused(
+def test_a_vocabulary_that_differs_from_the_base_is_refused(
     tokenizers: OwnTokenizers, tmp_path: Path
 ) -> None:
     files = files_of(tmp_path)
@@ -176,7 +176,7 @@ def test_a_vocabulary_that_is_not_the_bases_is_refused(
             tokenizers.check(with_rule(files, "model", {**model, **change}), ROWS, "")
 
 
-def test_a_file_is_read_under_limits(
+def test_files_are_read_under_limits(
     tokenizers: OwnTokenizers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = files_of(tmp_path)
@@ -317,7 +317,7 @@ def test_many_special_tokens_are_found_in_a_text_in_linear_time(
     assert max(ids) < FIRST
 
 
-def test_a_template_that_is_the_bases_brings_nothing_new() -> None:
+def test_a_template_equal_to_that_of_the_base_is_ignored() -> None:
     inner: Any = tiny_tokenizer()
     inner.chat_template = {"default": "a{{ eos_token }}", "tool_use": "b"}
     base = Tokenizer(inner, frozenset({EOS}), VOCAB_SIZE)

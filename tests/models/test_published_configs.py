@@ -156,7 +156,7 @@ def test_published_configs_are_read(
     assert {name: getattr(arch, name) for name in expected} == expected
 
 
-def test_a_part_of_a_head_rotates(tmp_path: Path) -> None:
+def test_partial_rotation_of_heads_is_read(tmp_path: Path) -> None:
     for repository, pairs in (("microsoft/Phi-4-mini-instruct", 48), ("zai-org/GLM-4-9B-0414", 32)):
         (published,) = (model for model in ALL if model.repository == repository)
         (tmp_path / str(pairs)).mkdir()

@@ -108,9 +108,7 @@ async def test_gemma_begins_with_one_bos(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-async def test_a_text_is_tokenized_with_or_without_special_tokens(
-    name: str, tmp_path: Path
-) -> None:
+async def test_text_is_tokenized_with_or_without_special_tokens(name: str, tmp_path: Path) -> None:
     tokenizer, theirs = load(name, tmp_path)
     async with harness(serving=False) as rpc, http_harness(serving=False) as http:
         for protocol in (rpc, http):
@@ -143,7 +141,7 @@ async def test_a_template_without_system_turns_rejects_them(tmp_path: Path) -> N
         assert "no system role" in told.message
 
 
-async def test_a_tokenizer_that_adds_no_bos_takes_none_away(tmp_path: Path) -> None:
+async def test_a_tokenizer_that_adds_no_bos_removes_none(tmp_path: Path) -> None:
     tokenizer, theirs = load("phi_3", tmp_path)
     for text in ("hi", "<s>hi", "<s><s>hi"):
         assert tokenizer.encode(text) == theirs(text)["input_ids"]

@@ -20,18 +20,18 @@ from turret.server.adapters.methods import METHODS
 from turret.server.adapters.methods.structured.loha import highest_rank
 
 
-def test_the_tables_are_those_of_the_code() -> None:
+def test_the_tables_match_the_code() -> None:
     page = PAGE.read_text()
     assert page == rendered(page), "run `make pages`"
 
 
 @pytest.mark.long
-def test_the_costs_are_those_of_the_operators() -> None:
+def test_the_costs_match_the_operators() -> None:
     page = PAGE.read_text()
     assert page == rendered(page, COSTS), "run `make pages`"
 
 
-def test_some_costs_are_those_of_the_operators() -> None:
+def test_some_costs_match_the_operators() -> None:
     """Checks the cheapest method of each operator."""
     names = ("lora", "loha", "lokr", "c3a", "oft", "road", "ia3", "glora", "supertuning", "osf")
     lines = set(PAGE.read_text().splitlines())
@@ -47,7 +47,7 @@ def test_the_page_lists_the_cost_of_every_method() -> None:
     assert not told & ELSEWHERE
 
 
-def test_the_loha_bounds_it_gives_are_right() -> None:
+def test_the_loha_bounds_on_the_page_are_correct() -> None:
     assert "width 576 up to rank 16, of width 4096 up to rank 45" in " ".join(
         PAGE.read_text().split()
     )
@@ -72,7 +72,7 @@ def _converter() -> Any:
         ("lokr", {"r": 32, "alpha": 3}, True),
     ],
 )
-def test_its_converter_keeps_the_function(
+def test_the_converter_on_the_page_preserves_the_adapters_function(
     method: str, changes: dict[str, Any], is_whole: bool, tmp_path: Path
 ) -> None:
     model = tiny_llama()
@@ -99,7 +99,7 @@ def test_its_converter_keeps_the_function(
         assert all(torch.equal(one, other) for one, other in tensors[1:])
 
 
-def test_every_type_is_in_the_page() -> None:
+def test_every_type_is_on_the_page() -> None:
     page = PAGE.read_text()
     for kind in PeftType:
         assert f"| `{kind.value}` | " in page, kind

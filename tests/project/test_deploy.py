@@ -22,7 +22,7 @@ DEPLOY = ROOT / "deploy"
 DOCKERFILE = ROOT / "Dockerfile"
 
 
-def test_dashboard_asks_for_metrics_that_exist():
+def test_the_dashboard_queries_existing_metrics():
     dashboard = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
     text = " ".join(target["expr"] for p in dashboard["panels"] for target in p["targets"])
     asked = set(re.findall(r"turret_\w+", text))
@@ -55,7 +55,7 @@ def test_prometheus_scrapes_the_default_address():
     assert f'"{ListenConfig().metrics_address}"' in (DEPLOY / "prometheus.yml").read_text()
 
 
-def test_image_runs_commands_that_exist():
+def test_image_runs_existing_commands():
     dockerfile = DOCKERFILE.read_text()
     found = re.search(r"^CMD (\[.+\])$", dockerfile, re.MULTILINE)
     assert found is not None
@@ -67,12 +67,12 @@ def test_image_runs_commands_that_exist():
     assert build_parser("health").parse_args(health[1].split()).address == "127.0.0.1:50051"
 
 
-def test_image_runs_as_a_user_without_rights():
+def test_image_runs_as_an_unprivileged_user():
     users = re.findall(r"^USER (\S+)$", DOCKERFILE.read_text(), re.MULTILINE)
     assert users[-1] == "10001"
 
 
-def test_image_is_made_from_one_that_cannot_change():
+def test_image_is_built_from_a_pinned_digest():
     dockerfile = DOCKERFILE.read_text()
     assert re.search(
         r"^ARG PYTHON_IMAGE=python:3\.\d+\.\d+-slim-\w+@sha256:[0-9a-f]{64}$",

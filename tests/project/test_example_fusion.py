@@ -10,7 +10,7 @@ from turret.server.adapters.component import component_refs
 EXAMPLES = ROOT / "examples"
 
 
-def test_its_components_are_those_beside_it() -> None:
+def test_the_fusions_components_are_the_example_adapters() -> None:
     (fusion,) = (EXAMPLES / "fusions").iterdir()
     refs = component_refs(read_adapter(EXAMPLES, f"fusions/{fusion.name}").config)
     assert len(refs) == 2

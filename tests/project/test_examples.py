@@ -82,7 +82,7 @@ def test_data_matches_the_script_and_test_rows_are_held_out():
             assert not test & prompts(path.name)
 
 
-def test_no_value_is_in_two_splits(monkeypatch: pytest.MonkeyPatch):
+def test_splits_share_no_value(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     json_fields, sql = (importlib.import_module(f"tasks.{name}") for name in ("json_fields", "sql"))
     names = ("FIRST_NAMES", "LAST_NAMES", "CITIES", "JOBS", "ITEMS", "TOPICS")

@@ -35,7 +35,7 @@ _LINK = re.compile(r"\]\(([^)#\s]+)(?:#([^)\s]*))?\)")
 
 
 @EACH_PAGE
-def test_links_lead_somewhere(page: Path) -> None:
+def test_the_targets_of_links_exist(page: Path) -> None:
     for target, anchor in _LINK.findall(page.read_text()):
         if "://" in target:
             continue
@@ -47,7 +47,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in slugs, f"{target}#{anchor}"
 
 
-def test_the_index_names_every_page() -> None:
+def test_the_index_lists_every_page() -> None:
     for folder in (DOCS, DOCS / "adr"):
         named = {target for target, _ in _LINK.findall((folder / "README.md").read_text())}
         pages = {path.name for path in folder.glob("*.md")} - {"README.md"}
@@ -77,7 +77,7 @@ def commands(page: Path) -> list[list[str]]:
 
 
 @EACH_PAGE
-def test_every_command_of_a_page_is_one(page: Path) -> None:
+def test_every_command_on_a_page_is_valid(page: Path) -> None:
     for words in commands(page):
         try:
             build_parser(words[0]).parse_args(words)
@@ -86,7 +86,7 @@ def test_every_command_of_a_page_is_one(page: Path) -> None:
 
 
 @EACH_PAGE
-def test_every_command_of_a_sentence_has_its_flags(page: Path) -> None:
+def test_every_command_in_a_sentence_has_valid_flags(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     for said in re.findall(r"`turret ([a-z][^`]*)`", text):
         parser = build_parser(None)
@@ -118,7 +118,7 @@ def test_the_service_and_the_compose_file_set_existing_settings() -> None:
         assert named <= known
 
 
-def test_the_config_in_operations_is_one(tmp_path: Path) -> None:
+def test_the_config_in_operations_is_valid(tmp_path: Path) -> None:
     blocks = re.findall(r"```toml\n(.*?)```", (DOCS / "operations.md").read_text(), re.DOTALL)
     assert blocks
     for block in blocks:
@@ -134,7 +134,7 @@ def blocks_of(page: str, heading: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
 
 
-def test_the_router_made_by_hand_is_loaded_and_answers(
+def test_the_handmade_router_loads_and_answers(
     live_server: ServerUnderTest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (block,) = blocks_of("combining.md", "Arrow", "python")
@@ -167,7 +167,7 @@ def test_the_python_example_of_the_readme_prints_its_stated_output(
 
 
 @pytest.mark.long
-def test_the_classifier_of_the_page_is_made_and_labels(tmp_path: Path) -> None:
+def test_the_classifier_of_the_page_can_be_made_and_labels_text(tmp_path: Path) -> None:
     make, _ = blocks_of("heads.md", "Classify", "sh")[0].rsplit("\n", 2)[:2]
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -204,7 +204,7 @@ def says(output: str, shown: str) -> bool:
     return re.fullmatch(lines, output) is not None
 
 
-def test_a_page_that_shows_something_else_is_found() -> None:
+def test_a_page_with_other_output_is_detected() -> None:
     shown = "a\n…\nb …/c 1.0% │\nend"
     assert says("a\nx\ny\nb /d/c   22% │\nend\n", shown)
     assert says("x\ny\nend\nz", "…\nend\n…")
@@ -213,7 +213,7 @@ def test_a_page_that_shows_something_else_is_found() -> None:
 
 
 @pytest.mark.long
-def test_the_tutorial_makes_an_adapter_that_answers(tmp_path: Path) -> None:
+def test_the_tutorial_produces_an_adapter_that_answers(tmp_path: Path) -> None:
     port = free_port()
     environment = {
         **os.environ,

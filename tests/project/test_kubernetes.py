@@ -179,7 +179,7 @@ def test_values_that_cannot_work_are_refused(values: dict[str, Any]) -> None:
         rendered({"tokens": {"insecure": True}, **values})
 
 
-def test_the_fleets_variables_make_a_configuration(tmp_path: Path) -> None:
+def test_the_fleets_variables_are_a_valid_configuration(tmp_path: Path) -> None:
     data = find("ConfigMap", "fleet", "-ray")["data"]
     assert data["TURRET_CONFIG"] == "/etc/turret-config/turret.toml"
     mine = {"TURRET_CONFIG": str(settings_of("fleet", tmp_path))}
@@ -201,7 +201,7 @@ def test_the_fleets_variables_make_a_configuration(tmp_path: Path) -> None:
         ("PRELOAD", "a=a"),
     ],
 )
-def test_variables_that_a_fleet_cannot_honour_are_refused(
+def test_variables_that_a_fleet_does_not_support_are_refused(
     variable: str, value: str, tmp_path: Path
 ) -> None:
     """A replica must not serve in plain text if a key is configured, even without the command."""
@@ -233,7 +233,7 @@ def test_each_replicas_metrics_can_be_read(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", RELEASES)
-def test_volumes_and_secrets_are_in_the_release_or_named_in_its_values(name: str) -> None:
+def test_volumes_and_secrets_are_created_or_named_in_the_values(name: str) -> None:
     text = json.dumps(release(name))
     file, values = RELEASES[name]
     made = {each["metadata"]["name"] for each in release(name)}
@@ -245,13 +245,13 @@ def test_volumes_and_secrets_are_in_the_release_or_named_in_its_values(name: str
     assert [each for each in wanted - made if each not in said] == []
 
 
-def test_a_gateways_secret_is_made_by_its_commands() -> None:
+def test_the_commands_create_the_gateways_secret() -> None:
     text = (FOLDER / "envoy-gateway.yaml").read_text()
     (secret,) = re.findall(r"kind: Secret, name: ([\w-]+)", text)
     assert f"#   kubectl create secret tls {secret} " in text
 
 
-def test_the_gateway_leads_to_what_tokens_of_inference_may_ask_for() -> None:
+def test_the_gateway_routes_every_inference_path() -> None:
     path = "envoy-gateway.yaml"
     (rule,) = find("HTTPRoute", path)["spec"]["rules"]
     led = [match["path"]["value"] for match in rule["matches"]]
@@ -284,7 +284,7 @@ def test_the_serve_config_names_things_that_exist() -> None:
 
 
 @pytest.mark.parametrize("name", ["server", "servers", "gpu"])
-def test_a_servers_settings_make_a_configuration(name: str, tmp_path: Path) -> None:
+def test_a_servers_settings_are_a_valid_configuration(name: str, tmp_path: Path) -> None:
     config = Settings(Config, (read_file(settings_of(name, tmp_path)),)).config()
     assert config.listen.http_address == "0.0.0.0:8000"
     pod = find("StatefulSet", name)["spec"]["template"]["spec"]
@@ -325,7 +325,7 @@ def test_settings_and_tokens_of_the_values_reach_the_server(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["servers", "fleet"])
-def test_credentials_for_registries_are_where_oras_reads_them(name: str) -> None:
+def test_registry_credentials_are_at_the_path_that_oras_reads(name: str) -> None:
     pods = [each["spec"] for document in release(name) for each in pod_templates(document)]
     for pod in pods:
         (volume,) = [each for each in pod["volumes"] if each["name"] == "registry"]
@@ -359,12 +359,12 @@ def test_a_release_of_another_name_has_objects_of_its_own() -> None:
     assert stateful["spec"]["selector"]["matchLabels"]["app.kubernetes.io/instance"] == "blue"
 
 
-def test_the_charts_version_is_turrets() -> None:
+def test_the_chart_has_turrets_version() -> None:
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert chart["version"] == chart["appVersion"] == turret.__version__
 
 
-def test_routers_read_series_that_exist() -> None:
+def test_routers_read_existing_series() -> None:
     text = find("ConfigMap", "llm-d.yaml")["data"]["config.yaml"]
     asked = set(re.findall(r"turret_\w+", text))
     assert asked <= {family.name for family in Metrics().registry.collect()}
@@ -372,7 +372,7 @@ def test_routers_read_series_that_exist() -> None:
     assert json.dumps(yaml.safe_load(text))
 
 
-def test_the_header_is_the_clients() -> None:
+def test_the_gateway_uses_the_routing_header_of_the_clients() -> None:
     from turret.clients.calls.settings import ROUTING_KEY
 
     policies = documents("envoy-gateway.yaml")

@@ -58,7 +58,7 @@ def broken(package: Path) -> set[str]:
     return found
 
 
-def test_imports_go_one_way(package: Path) -> None:
+def test_imports_follow_the_layers(package: Path) -> None:
     assert broken(package) == set()
 
 
@@ -73,7 +73,7 @@ def test_a_forbidden_import_is_found(package: Path) -> None:
         path.write_text(text)
 
 
-def test_root_folders_are_no_packages() -> None:
+def test_root_folders_are_not_packages() -> None:
     """A ``kernels/__init__.py`` would shadow Hugging Face's package of that name."""
     assert sorted(ROOT.glob("*/__init__.py")) == []
 

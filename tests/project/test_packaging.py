@@ -112,7 +112,7 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build("wheel", source, tmp_path_factory.mktemp("wheel"))
 
 
-def test_wheel_holds_the_checkout(wheel: Path):
+def test_wheel_contains_the_files_of_the_checkout(wheel: Path):
     expected, built = expected_files(), wheel_files(wheel)
     libraries = {name for name in built if name.startswith("turret/kernels/cpu/_native")}
     if shutil.which("cc"):
@@ -137,7 +137,7 @@ def test_the_wheel_is_for_every_python(wheel: Path):
     assert all(Path(name).name.count(".") == 1 for name in libraries)
 
 
-def test_the_libraries_hold_no_debug_information(wheel: Path):
+def test_the_libraries_contain_no_debug_information(wheel: Path):
     """Debug information would be two thirds of the libraries."""
     with zipfile.ZipFile(wheel) as archive:
         libraries = {n: archive.read(n) for n in archive.namelist() if n.endswith(".so")}

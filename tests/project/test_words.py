@@ -89,7 +89,7 @@ def test_each_text_has_its_parameters() -> None:
     assert asked == TEXTS.keys()
 
 
-def test_every_error_text_is_from_the_catalogue() -> None:
+def test_every_error_text_comes_from_the_catalogue() -> None:
     """The test covers the packages whose errors all come from the catalogue."""
     kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type)}
     free = []
@@ -134,7 +134,7 @@ def test_a_scrambled_text_keeps_its_reason_and_parameters() -> None:
     assert shown.stdout == sentence
 
 
-def test_names_cannot_steer_a_terminal() -> None:
+def test_names_cannot_control_a_terminal() -> None:
     name = "a\x1b[2J\r\u202e"
     text = say("FOLDER_MISSING", path=name)
     found = errors.InvalidRequestError.of_all([(name, text)])

@@ -47,7 +47,7 @@ def token_file(tmp_path: Path) -> Path:
     return path
 
 
-async def test_a_role_opens_its_service_and_no_other(token_file: Path) -> None:
+async def test_a_role_gives_access_only_to_its_service(token_file: Path) -> None:
     expected = {
         "alpha-secret": ("OK", "PERMISSION_DENIED"),
         "beta-secret": ("PERMISSION_DENIED", "OK"),
@@ -78,7 +78,7 @@ async def test_a_role_opens_its_service_and_no_other(token_file: Path) -> None:
         assert await code_of(model) == "UNAUTHENTICATED"
 
 
-async def test_refusals_are_rich_and_cover_streams(
+async def test_errors_have_details_for_unary_calls_and_streams(
     token_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     message = inference_pb2.GenerateRequest(prompt="a")
@@ -128,7 +128,7 @@ async def test_refusals_are_rich_and_cover_streams(
         ("hünter2 admin", "TOKEN_NOT_ASCII", {"line": 1}),
     ],
 )
-def test_a_bad_token_file_is_refused_without_quoting_it(
+def test_an_invalid_token_file_is_refused_without_quoting_it(
     tmp_path: Path, text: str, reason: str, params: dict[str, Any]
 ) -> None:
     path = tmp_path / "tokens"
@@ -138,7 +138,7 @@ def test_a_bad_token_file_is_refused_without_quoting_it(
     assert "nter2" not in str(raised.value)
 
 
-async def test_health_and_reflection_are_open_and_health_follows_the_server(
+async def test_health_and_reflection_need_no_token_and_health_follows_the_server(
     token_file: Path,
 ) -> None:
     async with harness(tokens=TokenTable.read(token_file), serving=False) as server:
@@ -202,7 +202,7 @@ async def test_calls_before_the_model_is_loaded_are_unavailable() -> None:
         assert (await failure_of(calls[1]())).reason == "UNAVAILABLE"
 
 
-async def test_an_admin_address_takes_the_adapters_service_away() -> None:
+async def test_an_admin_address_moves_the_adapters_service() -> None:
     listen = ListenConfig(address="127.0.0.1:0", admin_address="127.0.0.1:0")
     async with harness(listen=listen) as server:
         assert server.rpc.address != server.rpc.admin_address
@@ -235,14 +235,14 @@ async def test_only_authorised_callers_learn_that_a_service_is_elsewhere(token_f
             assert (await failure_of(listing)).code is grpc.StatusCode[code]
 
 
-async def test_a_taken_address_is_an_error() -> None:
+async def test_an_address_in_use_is_an_error() -> None:
     async with harness() as server:
         with pytest.raises(OSError, check=says("ADDRESS_UNUSABLE")):
             async with harness(listen=ListenConfig(address=server.rpc.address)):
                 raise AssertionError("two servers share a port")
 
 
-async def test_a_unix_socket_serves(tmp_path: Path) -> None:
+async def test_a_unix_socket_is_served(tmp_path: Path) -> None:
     listen = ListenConfig(address=f"unix:{tmp_path}/turret.sock")
     async with harness(listen=listen) as server:
         await server.inference.GetModel(inference_pb2.GetModelRequest())

@@ -199,7 +199,7 @@ async def test_a_page_ends_before_it_is_too_large(monkeypatch: pytest.MonkeyPatc
         assert await _pages(server) == [[name] for name in names]
 
 
-async def test_filters_hold_over_pages() -> None:
+async def test_filters_apply_across_pages() -> None:
     async with harness() as server:
         _fill(server)
         assert await _pages(server, method="dora", page_size=1) == [["b-dora"], ["cold-d-dora"]]

@@ -108,7 +108,7 @@ async def test_an_invalid_name_is_quoted(server: Harness) -> None:
         assert failure.reasons == {"adapters[0].name": "NOT_AN_ADAPTER_NAME"}
 
 
-async def test_other_refusals(server: Harness) -> None:
+async def test_other_invalid_fusions_are_refused(server: Harness) -> None:
     for request, code, reason in (
         (fuse(members="abx"), Code.NOT_FOUND, "ADAPTER_NOT_FOUND"),
         (fuse(combination="svd", rank=65), Code.RESOURCE_EXHAUSTED, "BUDGET_EXCEEDED"),
@@ -123,7 +123,7 @@ async def test_other_refusals(server: Harness) -> None:
 
 
 @pytest.mark.parametrize("goes", ["cancel", "deadline"])
-async def test_a_caller_that_goes_away_ends_it(
+async def test_a_caller_that_disconnects_ends_its_fusion(
     server: Harness, fusions: Fusions, monkeypatch: pytest.MonkeyPatch, goes: str
 ) -> None:
     turnstile, cancelled = Turnstile(monkeypatch), cancellations(monkeypatch)

@@ -45,7 +45,7 @@ def _request(**fields: Any) -> inference_pb2.GenerateRequest:
 TIME_OUTS = {"a": "99999999H", "b": "2600000H", "c": "99999999S"}
 
 
-def test_time_outs_of_thousands_of_years_are_served(model: Path, tmp_path: Path) -> None:
+def test_timeouts_of_thousands_of_years_are_accepted(model: Path, tmp_path: Path) -> None:
     """After the restart, adapters are only on disk, so the engine waits with the deadline."""
     flags = ("--model", str(model), "--state-dir", str(tmp_path / "state"))
     for seed, name in enumerate(TIME_OUTS):
@@ -158,7 +158,7 @@ def _rss_mib(server: ServerUnderTest) -> float:
     return psutil.Process(server.process.pid).memory_info().rss / (1 << 20)
 
 
-def test_refused_messages_leave_nothing_behind(guarded: ServerUnderTest) -> None:
+def test_refused_messages_free_their_memory(guarded: ServerUnderTest) -> None:
     """All of 504 messages of 3 MB are rejected; each of them could leave up to 24 MiB."""
     options = (("grpc.max_send_message_length", -1),)
     with grpc.insecure_channel(guarded.address, options) as channel:
@@ -218,7 +218,7 @@ def test_requests_that_wait_take_a_bounded_amount_of_memory(tmp_path: Path) -> N
             call(_padded(LARGE, 2), timeout=60)
 
 
-def test_one_party_has_no_more_than_its_share(model: Path, tmp_path: Path) -> None:
+def test_a_party_gets_no_more_than_its_share(model: Path, tmp_path: Path) -> None:
     """Two tokens from one address have separate limits, and ended requests do not count."""
     tokens = tmp_path / "tokens"
     tokens.write_text("first inference\nsecond inference\n")

@@ -24,7 +24,7 @@ MIX = [
 ]
 
 
-async def test_generate_joins_what_generate_stream_streams() -> None:
+async def test_generate_returns_the_joined_chunks_of_generate_stream() -> None:
     message = Generate(
         prompt="ab",
         adapters=MIX,
@@ -85,7 +85,7 @@ async def test_unset_scalars_are_defaults_and_set_zeros_are_zeros() -> None:
     assert (explicit.stop.stop_token_ids, explicit.stop.ignore_eos) == ({7}, True)
 
 
-async def test_a_text_a_chat_and_token_ids_become_tokens() -> None:
+async def test_text_chats_and_token_ids_become_tokens() -> None:
     chat = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="hi")])
     long_text = "word " * 5000
     async with harness() as server:
@@ -168,7 +168,7 @@ async def test_every_offending_field_is_listed_at_once() -> None:
         ({"prompt": "a", "adapters": [{"name": f"a{n}"} for n in range(65)]}, "adapters"),
     ],
 )
-async def test_a_bad_field_is_named(fields: dict[str, Any], path: str) -> None:
+async def test_an_invalid_field_is_reported(fields: dict[str, Any], path: str) -> None:
     async with harness() as server:
         failure = await failure_of(server.inference.GenerateStream(Generate(**fields)))
         await server.inference.Generate(Generate(prompt="still serving"))
@@ -208,7 +208,7 @@ async def test_score_and_tokenize_and_get_model() -> None:
     assert model.server_version
 
 
-async def test_request_ids_come_back_in_the_trailers() -> None:
+async def test_request_ids_are_returned_in_the_trailers() -> None:
     async with harness() as server:
 
         async def echoed(message: Any, *metadata: tuple[str, str]) -> str:

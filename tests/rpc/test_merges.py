@@ -16,7 +16,7 @@ from turret.v1 import adapters_pb2 as pb
 Merge = pb.MergeAdaptersRequest
 
 
-async def test_a_merge_its_state_and_its_end() -> None:
+async def test_a_merge_reports_its_state_and_can_be_undone() -> None:
     async with harness() as server:
         nothing = await server.adapters.GetMergeState(pb.GetMergeStateRequest())
         assert nothing == pb.MergeState(base_generation=1)
@@ -52,7 +52,7 @@ async def test_the_merge_chooses_the_precision_by_default() -> None:
         assert [precision for _, precision in server.merger.calls] == [None, None, "NF4"]
 
 
-async def test_every_bad_field_is_named() -> None:
+async def test_every_invalid_field_is_reported() -> None:
     async with harness() as server:
         failure = await failure_of(server.adapters.MergeAdapters(Merge()))
         assert failure.code is grpc.StatusCode.INVALID_ARGUMENT
@@ -87,7 +87,7 @@ async def test_a_failed_merge_reports_its_reason(error: Exception, code: str, re
 
 
 @pytest.mark.parametrize("seconds", [None, 0.3])
-async def test_a_caller_that_goes_away_withdraws_its_merge(seconds: float | None) -> None:
+async def test_a_caller_that_disconnects_cancels_its_merge(seconds: float | None) -> None:
     async with harness() as server:
         server.merger.is_slow = True
         request = Merge(adapters=[pb.AdapterWeight(name="a")])

@@ -90,7 +90,7 @@ def test_all_protocols_together_leave_descriptors_for_files(
     assert most_connections(3) == MOST_CONNECTIONS
 
 
-async def test_a_handshake_that_never_ends_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_handshake_that_never_ends_is_timed_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection is accepted, but the handshake never completes."""
     monkeypatch.setattr(connection, "HANDSHAKE_SECONDS", 0.1)
     bound = connection.socket.create_server(("127.0.0.1", 0))
@@ -108,7 +108,7 @@ async def test_a_handshake_that_never_ends_is_cut(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     "method", ["/grpc.health.v1.Health/Check", "/turret.v1.Inference/Generate"]
 )
-async def test_a_call_without_its_message_ends(
+async def test_a_call_without_its_message_is_timed_out(
     monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     monkeypatch.setattr(interceptor, "MESSAGE_SECONDS", 0.2)
@@ -187,7 +187,7 @@ async def test_messages_wait_only_for_those_of_the_same_token(
         await asyncio.wait_for(waiting, 10)
 
 
-async def test_calls_that_need_no_token_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_calls_that_need_no_token_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interceptor, "MOST_OPEN_CALLS", 2)
     async with harness() as server:
         stub: Any = health_pb2_grpc.HealthStub(server.channel)  # type: ignore[arg-type]
@@ -211,7 +211,9 @@ async def test_calls_that_need_no_token_have_a_bound(monkeypatch: pytest.MonkeyP
         watches[1].cancel()
 
 
-async def test_calls_of_one_token_keep_no_other_token_out(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_calls_of_one_token_do_not_block_other_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(interceptor, "MOST_CALLS_PER_TOKEN", 2)
     monkeypatch.setattr(interceptor, "MOST_OPEN_CALLS", 2)
     tokens = TokenTable([(name, frozenset({"inference"})) for name in ("alice", "bob")])
@@ -251,7 +253,7 @@ async def test_calls_of_one_token_keep_no_other_token_out(monkeypatch: pytest.Mo
             pytest.fail("calls that ended are counted still")
 
 
-async def test_a_call_that_may_not_wait_for_its_turn_is_refused() -> None:
+async def test_a_call_is_refused_if_it_cannot_wait_for_its_turn() -> None:
     slow, go = SlowCalls(2), threading.Event()
     waiting = [asyncio.ensure_future(slow.run_now(go.wait)) for _ in range(2)]
     await asyncio.sleep(0)

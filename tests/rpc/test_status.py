@@ -157,7 +157,7 @@ async def test_an_error_of_any_size_fits_the_headers_a_client_accepts() -> None:
     assert to_rich_status(fault_of(error)).ByteSize() < 6000
 
 
-def test_the_codes_are_those_of_grpc() -> None:
+def test_codes_match_grpc() -> None:
     assert {code.name: code.value for code in Code} == {
         status.name: status.value[0] for status in grpc.StatusCode
     }

@@ -128,7 +128,7 @@ async def test_a_model_is_trained_saved_published_and_deleted(tmp_path: Path) ->
         assert (failure.code, failure.reason) == (Code.NOT_FOUND, "TRAINING_NOT_FOUND")
 
 
-async def test_bad_input_names_its_fields_and_changes_nothing(tmp_path: Path) -> None:
+async def test_invalid_input_is_reported_by_field_and_changes_nothing(tmp_path: Path) -> None:
     async with serving(tmp_path) as (server, tables):
         stub = server.training
         model = await stub.CreateModel(new())
@@ -204,7 +204,7 @@ async def test_a_token_needs_the_role_and_sees_only_its_own(tmp_path: Path) -> N
         assert not listed.checkpoints
 
 
-async def test_quotas_are_errors_and_leave_nothing(
+async def test_exceeded_quotas_are_errors_and_leave_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sessions, "MAX_MODELS", 1)
@@ -230,7 +230,7 @@ async def _passed(stub: Any, model: pb.TrainedModel) -> pb.ForwardBackwardRespon
     return await stub.ForwardBackward(asked(model))
 
 
-async def test_a_call_whose_client_has_gone_runs_to_its_end(tmp_path: Path) -> None:
+async def test_a_call_whose_client_disconnected_runs_to_its_end(tmp_path: Path) -> None:
     async with serving(tmp_path) as (server, tables):
         stub = server.training
         model = await stub.CreateModel(new())

@@ -72,7 +72,7 @@ def chunk(path: str, data: bytes) -> pb.UploadAdapterRequest:
     return pb.UploadAdapterRequest(chunk=pb.FileChunk(path=path, data=data))
 
 
-async def test_replace(server: Harness) -> None:
+async def test_an_adapter_is_replaced(server: Harness) -> None:
     replace = server.adapters.ReplaceAdapter
     await server.adapters.LoadAdapter(pb.LoadAdapterRequest(name="a", path="a"))
     new = await replace(pb.ReplaceAdapterRequest(name="a", path="b"))
@@ -91,7 +91,7 @@ async def test_replace(server: Harness) -> None:
     assert await server.adapters.GetAdapter(pb.GetAdapterRequest(name="a")) == new
 
 
-async def test_text_that_no_answer_can_hold_registers_nothing(
+async def test_text_that_cannot_be_encoded_registers_nothing(
     server: Harness, tmp_path: Path
 ) -> None:
     folder = tmp_path / "root" / "a"
@@ -182,7 +182,7 @@ async def test_export_names_the_missing_adapter(server: Harness, tmp_path: Path)
     assert gone.metadata == {"adapter": "a", "path": "a"}
 
 
-async def test_a_header_lists_every_offence(server: Harness) -> None:
+async def test_every_error_of_a_header_is_listed(server: Harness) -> None:
     files = [
         pb.FileInfo(path="../x", size_bytes=1),
         pb.FileInfo(path=CONFIG, size_bytes=(1 << 20) + 1, sha256="A" * 64),
@@ -200,7 +200,7 @@ async def test_a_header_lists_every_offence(server: Harness) -> None:
     assert len(failure.violations) < 20
 
 
-async def test_no_adapter_has_a_name_that_means_the_base(server: Harness) -> None:
+async def test_an_adapter_cannot_have_a_name_of_the_base(server: Harness) -> None:
     server.registry.change_base(replace(server.registry.base, name="tiny"))
     for name in ("base", "tiny"):
         failure = await failure_of(
@@ -251,7 +251,7 @@ def test_an_empty_file_is_named_before_anything_is_sent(name: str, tmp_path: Pat
         upload_messages("a", tmp_path, pinned=False, replace=False)
 
 
-async def test_a_client_that_goes_away_leaves_no_file(server: Harness, tmp_path: Path) -> None:
+async def test_a_client_that_disconnects_leaves_no_file(server: Harness, tmp_path: Path) -> None:
     started = asyncio.Event()
 
     async def messages() -> AsyncIterator[pb.UploadAdapterRequest]:
@@ -268,7 +268,7 @@ async def test_a_client_that_goes_away_leaves_no_file(server: Harness, tmp_path:
     assert (await upload(server, tmp_path / "root" / "a")).generation == 1
 
 
-async def test_a_silent_client_is_given_up(
+async def test_a_silent_client_is_disconnected(
     server: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(uploads, "IDLE_SECONDS", 0.05)
@@ -282,7 +282,7 @@ async def test_a_silent_client_is_given_up(
     await until(lambda: leftovers(tmp_path) == [])
 
 
-async def test_a_trickle_of_chunks_is_given_up(
+async def test_a_trickle_of_chunks_is_disconnected(
     server: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A client that occasionally sends an empty chunk never triggers the timeout for silence."""
@@ -325,7 +325,7 @@ async def test_concurrent_uploads_are_limited(
     assert (await upload(server, tmp_path / "root" / "b")).name == "up"
 
 
-async def test_a_token_with_all_its_uploads_leaves_some_for_others(tmp_path: Path) -> None:
+async def test_one_token_cannot_take_every_upload_slot(tmp_path: Path) -> None:
     (tmp_path / "tokens").write_text("alice admin\nbob admin\n")
     (tmp_path / "tokens").chmod(0o600)
     tokens = TokenTable.read(tmp_path / "tokens")

@@ -111,7 +111,7 @@ async def test_the_results_that_a_call_collects_are_bounded(
         assert backend.engine.memory.held == 0
 
 
-async def test_every_call_that_collects_its_answer_counts_it() -> None:
+async def test_every_call_that_collects_its_answer_counts_its_bytes() -> None:
     inputs = [inference_pb2.Input(prompt="a")] * 2
     async with harness() as server:
         server.engine.memory.most = 10
@@ -151,7 +151,7 @@ async def test_an_answer_counts_until_its_client_has_read_it() -> None:
         assert server.engine.memory.held == 0
 
 
-def test_answers_to_one_token_leave_a_quarter_of_the_memory_to_others() -> None:
+def test_answers_for_one_token_leave_a_quarter_of_the_memory_for_others() -> None:
     engine = FakeEngine()
     engine.memory = memory = AnswerMemory(100)
     backend = fake_backend(engine, FakeRegistry(), FakeMerger(), FakeFuser())

@@ -62,7 +62,7 @@ class ConnectedApp:
         await self._channel.close()
 
 
-async def test_a_token_file_open_to_others_is_warned_of_once(
+async def test_a_token_file_that_others_can_read_causes_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "tokens"
@@ -76,7 +76,7 @@ async def test_a_token_file_open_to_others_is_warned_of_once(
     ]
 
 
-async def test_it_listens_while_loading_and_serves_afterwards() -> None:
+async def test_the_server_listens_while_loading_and_serves_afterwards() -> None:
     parts = Parts()
     parts.may_finish.clear()
     adapters = AdapterConfig(adapter_root=Path("r"), preload=(("sql", "a"), ("json", "b")))
@@ -118,7 +118,7 @@ async def test_warnings_of_preloaded_adapters_are_logged(caplog: pytest.LogCaptu
     assert told == {"adapter": "sql", "why": "made for another base"}
 
 
-async def test_shutdown_refuses_new_calls_and_lets_running_ones_finish() -> None:
+async def test_shutdown_refuses_new_calls_and_finishes_running_ones() -> None:
     parts = Parts()
     finishing = asyncio.Event()
 
@@ -184,7 +184,7 @@ async def test_health_reports_a_dead_engine_before_the_process_ends() -> None:
 
 
 @pytest.mark.parametrize("error", [OSError("no such model"), ZeroDivisionError("a bug")])
-async def test_a_build_that_fails_ends_the_process_with_an_error(error, caplog, capsys) -> None:
+async def test_a_failed_startup_ends_the_process_with_an_error(error, caplog, capsys) -> None:
     parts = Parts()
     parts.error = error
     caplog.set_level(logging.INFO, "turret")
@@ -193,7 +193,7 @@ async def test_a_build_that_fails_ends_the_process_with_an_error(error, caplog, 
     assert is_printed or caplog.records[-1].levelno == logging.ERROR, "the cause comes last"
 
 
-async def test_a_preload_that_fails_ends_the_process_with_an_error(
+async def test_a_failed_preload_ends_the_process_with_an_error(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     parts = Parts()
@@ -224,7 +224,7 @@ async def test_an_invalid_token_file_is_reported_like_other_settings(
     assert capsys.readouterr().err == said
 
 
-async def test_a_stop_while_loading_does_not_wait_for_the_load(
+async def test_a_shutdown_while_loading_does_not_wait_for_the_load(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bar = Mock()
@@ -283,7 +283,7 @@ def test_a_signal_stops_with_exit_code_0(kind: signal.Signals) -> None:
         assert process.wait(20) == 0
 
 
-def test_a_reload_with_nothing_to_reload_is_one_line() -> None:
+def test_a_reload_with_nothing_to_reload_logs_one_line() -> None:
     with start_server(drain_hangs=False) as process:
         assert process.stderr is not None
         process.send_signal(signal.SIGHUP)
@@ -348,7 +348,7 @@ def test_the_server_listens_before_torch_is_loaded() -> None:
     assert done.stdout == "loaded []\n"
 
 
-async def test_the_state_directory_is_taken_before_the_model_is_loaded(
+async def test_the_state_directory_is_locked_before_the_model_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = StateDir(tmp_path, 0)

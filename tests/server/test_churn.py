@@ -178,7 +178,9 @@ def check_export(exported: Path, original: Path) -> None:
 
 
 @pytest.mark.slow
-async def test_everything_at_once(checkpoints: Path, tmp_path: Path, soak_seconds: float) -> None:
+async def test_all_operations_run_concurrently(
+    checkpoints: Path, tmp_path: Path, soak_seconds: float
+) -> None:
     busy, alone, exports = (tmp_path / name for name in ("busy", "alone", "exports"))
     for folder in (busy, alone, exports):
         folder.mkdir()

@@ -29,7 +29,7 @@ needs_model = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("columns", [60, 80])
-def test_no_name_is_cut(columns: int):
+def test_no_name_is_truncated(columns: int):
     name = "sentiment-ptuning"
     console = Console(width=columns, record=True, file=io.StringIO())
     console.print(_counts_table({name: AdapterCounts(3, 12345, 12345, ["device"])}))
@@ -80,7 +80,7 @@ def test_demo_ends_when_everything_is_shown():
 
 @pytest.mark.slow
 @needs_model
-def test_demo_shows_the_expected_answers_and_serves_on_until_it_is_stopped():
+def test_demo_shows_the_expected_answers_and_serves_until_it_is_stopped():
     with start("0") as process:
         assert process.stdout is not None
         try:

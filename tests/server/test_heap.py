@@ -80,7 +80,7 @@ async def test_objects_of_grpc_calls_do_not_accumulate(frozen_heap: int) -> None
         assert await most_gathered(ask) < 4 * frozen_heap
 
 
-async def test_calls_without_a_token_leave_few_objects_to_the_collector() -> None:
+async def test_calls_without_a_token_leave_few_objects_for_the_collector() -> None:
     """A client without a token can send thousands of calls per second."""
     count, message = 50, inference_pb2.GenerateRequest(prompt="a").SerializeToString()
     async with harness(tokens=TokenTable([("alice", frozenset({"inference"}))])) as server:

@@ -179,7 +179,7 @@ def test_a_mix_counts_once_per_label() -> None:
     assert _requests(metrics) == {"a": 1, "b": 1, "other": 1}
 
 
-def test_times_of_a_mix_count_once_in_all_and_once_for_each_member() -> None:
+def test_times_of_a_mix_count_once_in_total_and_once_for_each_member() -> None:
     metrics = Metrics(max_adapter_labels=2)
     for name in ("a", "b", "c", "d"):
         metrics.adapter_registered(name)
@@ -198,7 +198,7 @@ def test_times_of_a_mix_count_once_in_all_and_once_for_each_member() -> None:
         assert counts == {"base": 1, "a": 2, "b": 1, "c": None, "other": 1}
 
 
-def test_adapters_in_use_are_one_series_of_bounded_length() -> None:
+def test_adapters_in_use_are_one_series_of_limited_length() -> None:
     metrics = Metrics()
 
     def labels() -> list[dict[str, str]]:
@@ -219,7 +219,7 @@ def test_adapters_in_use_are_one_series_of_bounded_length() -> None:
     assert [label["running_lora_adapters"] for label in labels()] == [""]
 
 
-def test_unload_removes_every_series_of_an_adapter_and_frees_its_label() -> None:
+def test_unloading_an_adapter_removes_its_series_and_frees_its_label() -> None:
     metrics = Metrics(max_adapter_labels=1)
     for name in ("first", "second"):
         metrics.adapter_registered(name, "host")

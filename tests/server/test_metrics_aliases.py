@@ -80,7 +80,7 @@ def scraped(metrics: Metrics) -> str:
     return generate_latest(metrics.registry).decode()
 
 
-def test_a_picker_reads_what_turret_counts() -> None:
+def test_an_endpoint_picker_reads_turrets_counts() -> None:
     metrics = aliased()
     metrics.info("1", "smol", "bfloat16", "nf4")
     metrics.sequences(waiting=3, running=2)
@@ -116,7 +116,7 @@ def test_before_the_model_is_loaded_a_server_does_not_seem_idle() -> None:
         extract(scraped(aliased()))
 
 
-def test_aliases_are_there_only_if_asked_for() -> None:
+def test_metric_aliases_are_exposed_only_on_request() -> None:
     metrics = Metrics()
     add_aliases(metrics.registry, None)
     metrics.sequences(waiting=3, running=2)

@@ -65,7 +65,7 @@ def num_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def test_unfinished_requests_are_few_and_end(server: MetricsServer) -> None:
+def test_unfinished_requests_are_limited_and_time_out(server: MetricsServer) -> None:
     scrape(server)
     threads, descriptors = threading.active_count(), num_descriptors()
     clients = [connect(server) for _ in range(3 * MAX_CONNECTIONS)]
@@ -95,7 +95,7 @@ def test_the_number_of_open_connections_is_limited(server: MetricsServer) -> Non
     assert "turret_step_tokens" in scrape(server)
 
 
-def test_a_trickle_and_a_reader_that_reads_nothing_end(
+def test_slow_writers_and_silent_readers_are_timed_out(
     server: MetricsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with connect(server) as client:
@@ -125,7 +125,7 @@ def test_a_trickle_and_a_reader_that_reads_nothing_end(
         (b"\xff\xfe\r\n\r\n", b"400 Bad Request"),
     ],
 )
-def test_requests_get_the_status_they_should(
+def test_requests_get_the_expected_status(
     server: MetricsServer, request_: bytes, status: bytes
 ) -> None:
     assert status_of(server, request_) == b"HTTP/1.1 " + status
@@ -136,7 +136,7 @@ def test_a_request_that_is_too_long_gets_no_answer(server: MetricsServer) -> Non
     assert "turret_step_tokens" in scrape(server)
 
 
-def test_a_token_with_the_role_closes_the_endpoint_to_others() -> None:
+def test_a_configured_metrics_role_makes_the_endpoint_private() -> None:
     inference = ("a", frozenset({"inference"}))
     open_to_all = MetricsServer(Metrics(), "127.0.0.1:0", TokenTable([inference]))
     tokens = TokenTable([inference, ("m", frozenset({"metrics"}))])
@@ -171,7 +171,7 @@ def test_servers_that_share_an_address_take_ports_that_follow_each_other() -> No
         first.close()
 
 
-def test_metrics_that_others_can_read_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_metrics_that_others_can_read_cause_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     tokens = TokenTable([("m", frozenset({"metrics"}))])
     for address, guard, is_said in (
         ("127.0.0.1:0", None, False),

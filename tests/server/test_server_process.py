@@ -28,7 +28,7 @@ def _is_there(process: psutil.Process) -> bool:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux's kernel ends it")
 @pytest.mark.parametrize("is_early", [True, False])
-def test_the_server_of_a_parent_that_was_killed_ends(is_early: bool, tmp_path: Path):
+def test_a_server_ends_if_its_parent_is_killed(is_early: bool, tmp_path: Path):
     # This replaces the real server, which takes seconds and may end because of its output.
     silent = tmp_path / "turret" / "server" / "cli.py"
     silent.parent.mkdir(parents=True)

@@ -157,7 +157,7 @@ async def test_a_token_finds_no_cached_prefix_of_another(
             assert [await protocols.classify(token) for _ in range(2)] == [0, 48]
 
 
-async def test_a_token_that_fills_all_places_yields_one_to_another(
+async def test_a_token_that_occupies_all_places_yields_one_to_another(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits = {"max_num_seqs": 2, "preempt_after_seconds": 0.01}
@@ -186,7 +186,7 @@ async def test_a_token_that_fills_all_places_yields_one_to_another(
         assert await asyncio.gather(*long) == [alone] * len(long)
 
 
-async def test_a_scored_prompt_is_found_by_its_own_token_alone(
+async def test_a_scored_prompt_is_cached_only_for_its_own_token(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with serving(folder, monkeypatch, token_file=folder / "tokens") as protocols:
@@ -218,7 +218,7 @@ async def test_a_salt_keeps_the_requests_of_one_token_apart(
             await protocols.rpc("alice", salt="s" * 257)
 
 
-async def test_drafts_come_from_earlier_answers_to_the_same_token_alone(
+async def test_drafts_come_only_from_earlier_answers_to_the_same_token(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys: list[Any] = []
@@ -250,7 +250,7 @@ async def test_drafts_come_from_earlier_answers_to_the_same_token_alone(
 
 
 @pytest.mark.parametrize("has_tokens", [True, False])
-async def test_prefixes_are_shared_where_that_is_asked_for_and_without_tokens(
+async def test_prefixes_are_shared_on_request_and_without_tokens(
     folder: Path, monkeypatch: pytest.MonkeyPatch, has_tokens: bool
 ) -> None:
     security = {"token_file": folder / "tokens", "share_prefixes": True} if has_tokens else {}
@@ -261,7 +261,7 @@ async def test_prefixes_are_shared_where_that_is_asked_for_and_without_tokens(
         assert await protocols.http("alice", "s") == 48
 
 
-def test_a_token_has_one_share_however_the_header_spells_it() -> None:
+def test_a_token_has_one_share_in_any_spelling_of_the_header() -> None:
     shares = Shares(per_token=1)
     with Party(shares, "Bearer alice", "ipv4:127.0.0.1:1").hold():
         for header in ("bearer alice", "BEARER  alice "):

@@ -173,7 +173,7 @@ def test_the_digest_of_an_adapter_is_the_same_everywhere(
         assert found["turret.adapter.digests"] == [digest]
 
 
-def test_operations_have_the_conventions_names(
+def test_operations_have_the_names_of_the_semantic_conventions(
     server: ServerUnderTest, collector: Collector
 ) -> None:
     chat = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="hi")])
@@ -194,7 +194,7 @@ def test_operations_have_the_conventions_names(
     assert not any("GetModel" in str(span) for span in collector.spans)
 
 
-def test_histograms_have_the_values_of_the_servers_own(
+def test_otel_histograms_match_the_servers_own(
     server: ServerUnderTest, collector: Collector
 ) -> None:
     with stub(server) as calls:
@@ -267,7 +267,7 @@ def test_a_caller_that_does_not_sample_gets_no_span(
     assert "unsampled" not in str(collector.spans)
 
 
-def test_the_last_spans_arrive_and_a_dead_collector_delays_nothing(tmp_path: Path) -> None:
+def test_the_last_spans_are_sent_and_a_dead_collector_delays_nothing(tmp_path: Path) -> None:
     with collecting("http/protobuf") as collector:
         # Spans would wait for an hour.
         environment = {**collector.environment, "OTEL_BSP_SCHEDULE_DELAY": "3600000"}

@@ -186,7 +186,7 @@ def test_an_alias_moves_under_load_and_streams_keep_their_target(client: TurretC
     assert [use.generation for use in rest[-1].adapters_used] == [1]
 
 
-def test_a_canary_gets_its_share_and_the_metrics_tell(
+def test_a_canary_gets_its_share_and_metrics_show_it(
     server: ServerUnderTest, client: TurretClient
 ) -> None:
     expected = load_versions(client)

@@ -48,7 +48,7 @@ def _live_many(count: int, clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("num_histories", [500, pytest.param(20_000, marks=pytest.mark.long)])
-def test_every_history_keeps_the_promises(clock: Clock, num_histories: int) -> None:
+def test_every_history_keeps_the_guarantees(clock: Clock, num_histories: int) -> None:
     endings: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     start = time.monotonic()
@@ -71,7 +71,7 @@ def test_every_history_keeps_the_promises(clock: Clock, num_histories: int) -> N
     }
 
 
-def test_a_seed_is_a_history(clock: Clock) -> None:
+def test_a_seed_determines_a_history(clock: Clock) -> None:
     first, second = (live(7, clock) for _ in range(2))
     assert list(first.ended.values()) == list(second.ended.values())
     assert first.counts == second.counts
@@ -111,7 +111,7 @@ def _trust(self: EngineLoop, sequence: Sequence, result: HostResult) -> None:
         (leases.Leases, "change_base", lambda self, generation: frozenset()),
     ],
 )
-def test_a_fault_shows_within_few_histories(
+def test_a_fault_is_detected_within_few_histories(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, broken: Any
 ) -> None:
     monkeypatch.setattr(owner, name, broken)

@@ -67,7 +67,7 @@ def test_later_overrides_win_and_bare_words_are_strings():
     assert config.method.targets == ("attention",)
 
 
-def test_the_names_of_methods_are_those_that_there_are():
+def test_method_names_match_the_existing_methods():
     assert tuple(TRAINED) == METHOD_NAMES
 
 
@@ -117,7 +117,7 @@ def wrong(error: ConfigError) -> set[tuple[str, str, str | None]]:
         ),
     ],
 )
-def test_a_bad_value_is_refused_by_name(
+def test_an_invalid_value_is_reported_by_name(
     overrides: list[str], expected: set[tuple[str, str, str | None]]
 ):
     with pytest.raises(ConfigError) as caught:
@@ -137,7 +137,9 @@ def test_a_bad_value_is_refused_by_name(
         ("rank = 8\n[data]\ntrain = 'a'\n", ("rank", "UNKNOWN_FIELD", "method.rank")),
     ],
 )
-def test_a_bad_file_is_refused(tmp_path: Path, text: str, expected: tuple[str, str, str | None]):
+def test_an_invalid_file_is_refused(
+    tmp_path: Path, text: str, expected: tuple[str, str, str | None]
+):
     path = tmp_path / "train.toml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError) as caught:
@@ -146,7 +148,7 @@ def test_a_bad_file_is_refused(tmp_path: Path, text: str, expected: tuple[str, s
     assert caught.value.path == path
 
 
-def test_a_byte_order_mark_is_passed_over(tmp_path: Path):
+def test_a_byte_order_mark_is_skipped(tmp_path: Path):
     path = tmp_path / "train.toml"
     path.write_text('[data]\ntrain = "t.jsonl"\n', encoding="utf-8-sig", newline="\r\n")
     assert read_config(path).data.train == "t.jsonl"
@@ -196,7 +198,9 @@ USER = {"role": "user", "content": "a"}
         ),
     ],
 )
-def test_a_bad_example_names_file_line_and_field(tmp_path: Path, row: Any, field: str, reason: str):
+def test_an_invalid_example_is_reported_with_file_line_and_field(
+    tmp_path: Path, row: Any, field: str, reason: str
+):
     path = write_jsonl(tmp_path / "train.jsonl", [{"text": "good"}, row])
     with pytest.raises(DataError) as caught:
         read_examples(path)
@@ -245,7 +249,7 @@ def test_files_of_other_formats_are_distinguished(
     assert caught.value.problem.reason == reason
 
 
-def test_a_config_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "train.toml"
     assert main(["train", "init", str(file)]) == 0
     before = file.read_text()
@@ -254,7 +258,7 @@ def test_a_config_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixt
     assert file.read_text() == before
 
 
-def test_a_config_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_config_is_reported(tmp_path: Path) -> None:
     def said(path: Path) -> tuple[str, str, str | None]:
         assert main(["train", "run", str(path)]) == 2
         with pytest.raises(ConfigError) as caught:
@@ -274,7 +278,7 @@ def test_a_config_that_is_not_there(tmp_path: Path) -> None:
     assert said(path) == ("", "FILE_UNREADABLE", str(tmp_path / "now.toml"))
 
 
-def test_no_line_of_a_plan_ends_in_blanks(tmp_path: Path, tiny_llama: Path) -> None:
+def test_no_line_of_a_plan_has_trailing_blanks(tmp_path: Path, tiny_llama: Path) -> None:
     resolved = resolve_tiny(tmp_path, tiny_llama)
     written = io.StringIO()
     plan = Plan(resolved, (("data", "1 example"), ("steps", "one of a row " * 20)))

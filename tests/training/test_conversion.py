@@ -80,7 +80,9 @@ def worst_error(model: nn.Module, root: Path) -> float:
 
 
 @pytest.mark.parametrize(("kind", "values"), CASES, ids=lambda v: getattr(v, "__name__", None))
-def test_the_lora_is_the_adapter(kind: Any, values: dict[str, Any], tmp_path: Path) -> None:
+def test_the_converted_lora_equals_the_adapter(
+    kind: Any, values: dict[str, Any], tmp_path: Path
+) -> None:
     model = make(kind, tmp_path, **values)
     assert convert(tmp_path) == 0
     assert worst_error(model, tmp_path) < 1e-5
@@ -108,7 +110,7 @@ def test_a_base_in_bf16(tmp_path: Path) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("terms", range(1, 8))
-def test_every_length_of_the_series_is_that_of_peft(terms: int) -> None:
+def test_every_length_of_the_series_matches_peft(terms: int) -> None:
     theirs = OrthLayer(6, use_cayley_neumann=True, num_cayley_neumann_terms=terms)
     draw = torch.Generator().manual_seed(1)
     for parameter in theirs.parameters():
@@ -120,7 +122,7 @@ def test_every_length_of_the_series_is_that_of_peft(terms: int) -> None:
 
 
 @pytest.mark.parametrize("has_bias", [True, False])  # wide and square modules
-def test_vectors_from_another_seed_tell_the_clusters(has_bias: bool, tmp_path: Path) -> None:
+def test_clusters_are_recovered_if_the_seed_is_wrong(has_bias: bool, tmp_path: Path) -> None:
     model = tiny_llama(attention_bias=has_bias)
     make(peft.AdamssConfig, tmp_path, model=model, **ADAMSS[1])
     edit_config(tmp_path / "a", random_seed=...)
@@ -129,7 +131,7 @@ def test_vectors_from_another_seed_tell_the_clusters(has_bias: bool, tmp_path: P
     assert worst_error(model, tmp_path) < 1e-5
 
 
-def test_whole_modules_go_along(tmp_path: Path) -> None:
+def test_whole_modules_are_copied(tmp_path: Path) -> None:
     model = make(peft.PsoftConfig, tmp_path, r=4, modules_to_save=["lm_head"])
     assert convert(tmp_path) == 0
     heads = [
@@ -142,7 +144,7 @@ def test_whole_modules_go_along(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_clusters_are_those_of_scikit_learn(seed: int) -> None:
+def test_clusters_match_scikit_learn(seed: int) -> None:
     draw = np.random.default_rng(seed)
     count = int(draw.integers(1, 12))
     rows = draw.normal(size=(int(draw.integers(count, 700)), int(draw.integers(1, 40))))
@@ -244,7 +246,7 @@ def test_a_quantised_base_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert str(say("BASE_IS_4BIT", path=tmp_path / "base")) in capsys.readouterr().err
 
 
-def test_a_base_of_another_name_is_noted(
+def test_a_base_with_another_name_causes_a_note(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(peft.PsoftConfig, tmp_path, r=4)

@@ -40,7 +40,7 @@ def texts(encoded: Encoded) -> tuple[str, str]:
     return decode(list(encoded.tokens)), decode(learned)
 
 
-def test_every_turn_of_the_assistant_is_learned_up_to_its_end():
+def test_every_assistant_turn_is_learned_including_its_end_token():
     encoded = encode(tokenizer(), example(messages=TURNS), config())
     assert texts(encoded) == (
         "<u>one\n<a>two<eos>\n<u>three\n<a>four<eos>",
@@ -74,7 +74,7 @@ def test_an_error_of_the_template_names_the_line():
         encode(tokenizer(forgets), example(messages=TURNS), config())
 
 
-def test_long_examples_are_dropped_cut_or_refused():
+def test_long_examples_are_dropped_truncated_or_refused():
     rows = [example(prompt="p", completion="c" * count) for count in (3, 9)]
 
     def encoded(too_long: Any, max_length: int = 8):
@@ -100,7 +100,7 @@ def encoded_of(*lengths: int) -> list[Encoded]:
     ]
 
 
-def test_targets_are_the_learned_tokens_one_ahead():
+def test_targets_are_the_learned_tokens_shifted_by_one():
     pair = Encoded((1, 2, 3, 4), (False, False, True, True))
     batch = make_batch([(pair,), (encoded_of(2)[0],)], pad=EOS, is_packed=False)
     assert batch.tokens.tolist() == [[1, 2, 3, 4], [0, 0, EOS, EOS]]

@@ -53,7 +53,7 @@ def test_the_data_are_read_before_the_hub_is_asked(tmp_path: Path):
 @pytest.mark.parametrize(
     ("lines", "flags"), [(1, ()), (3, ("--set", "data.validation_fraction=0"))]
 )
-def test_a_sweep_without_a_row_to_validate_on_ends_before_torch(
+def test_a_sweep_without_validation_data_is_rejected_before_torch_is_loaded(
     lines: int, flags: tuple[str, ...], tmp_path: Path
 ):
     config = write_config(tmp_path, *(f'{{"text": "{line}"}}' for line in range(lines)))

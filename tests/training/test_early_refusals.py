@@ -54,13 +54,15 @@ def run_python(program: str) -> subprocess.CompletedProcess[str]:
         (['{"text": "a"}'], lambda path: f"{path}:1: text: {say('NO_LABEL')}"),
     ],
 )
-def test_data_without_labels_ends_before_torch(lines: list[str], said: Any, tmp_path: Path):
+def test_data_without_labels_is_rejected_before_torch_is_loaded(
+    lines: list[str], said: Any, tmp_path: Path
+):
     config = write_config(tmp_path, *lines)
     err = ended("run", config, "--set", "data.task=classification")
     assert err == f"error: {said(tmp_path / 't.jsonl')}\n"
 
 
-def test_a_rank_that_no_update_has_ends_before_torch(tmp_path: Path):
+def test_a_rank_that_is_too_large_is_rejected_before_torch_is_loaded(tmp_path: Path):
     config = write_config(tmp_path, '{"prompt": "a", "completion": "b"}')
     limits = {"most": 192, "value": 100000, "module": "k_proj"}
     said = f"error: --rank: {say('RANK_TOO_HIGH', method='lora', **limits)}\n"
@@ -129,7 +131,9 @@ def test_a_rank_is_checked_before_a_mixture_is_loaded_or_fetched(
 
 
 @pytest.mark.parametrize("context", [8192, 300])
-def test_a_length_beyond_the_context_ends_before_torch(context: int, tmp_path: Path):
+def test_a_length_beyond_the_context_is_rejected_before_torch_is_loaded(
+    context: int, tmp_path: Path
+):
     """Tested with the bundled model and with a directory."""
     config = write_config(tmp_path, '{"prompt": "a", "completion": "b"}')
     flags = ["--set", "data.max_length=8193"]
@@ -143,7 +147,7 @@ def test_a_length_beyond_the_context_ends_before_torch(context: int, tmp_path: P
 
 
 @pytest.mark.parametrize("verb", ["plan", "run"])
-def test_weights_that_are_cut_short_end_before_torch(verb: str, tmp_path: Path):
+def test_truncated_weights_are_rejected_before_torch_is_loaded(verb: str, tmp_path: Path):
     config = write_config(tmp_path, '{"prompt": "a", "completion": "b"}')
     weights = write_mixture(tmp_path / "mixture") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -152,7 +156,7 @@ def test_weights_that_are_cut_short_end_before_torch(verb: str, tmp_path: Path):
     assert err.count("\n") == 1
 
 
-def test_unsupported_targets_in_a_mixture_end_before_torch_is_loaded(tmp_path: Path):
+def test_unsupported_targets_in_a_mixture_are_rejected_before_torch_is_loaded(tmp_path: Path):
     config = write_config(tmp_path, '{"prompt": "a", "completion": "b"}')
     model = str(write_mixture(tmp_path / "mixture"))
     for targets, name in (("mlp", "gate_proj"), ("gate", '"gate"'), ("q_proj,qate", '"qate"')):
@@ -228,7 +232,7 @@ def test_a_missing_extra_is_reported_before_anything_is_read(
 
 
 @pytest.mark.parametrize("verb", ["plan", "sweep"])
-def test_plan_and_sweep_speak_before_they_load_torch(verb: str, tmp_path: Path):
+def test_plan_and_sweep_print_before_they_load_torch(verb: str, tmp_path: Path):
     config = write_config(tmp_path, '{"text": "a"}', '{"text": "b"}')
     # Loading torch ends the process, so that only earlier output is visible.
     stop = (
@@ -300,7 +304,7 @@ def test_a_closed_output_pipe_is_not_an_error():
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_a_pipe_takes_lines_of_any_length(monkeypatch: pytest.MonkeyPatch):
+def test_lines_of_any_length_can_be_read_from_a_pipe(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     path = "/srv/" + "long/" * 60 + "adapter"
     program = (

@@ -24,7 +24,7 @@ from turret.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "granite"])
-def test_the_loss_is_that_of_the_models_own_logits(
+def test_the_loss_matches_the_models_own_logits(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -106,7 +106,9 @@ async def test_the_text_part_of_a_4_bit_checkpoint_is_trained_and_served(
     assert answers[0].prompt_logprobs != answers[1].prompt_logprobs
 
 
-def test_text_parts_that_are_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_text_models_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(ConfigError, check=says("NO_TEXT_MODEL", model_type="qwen2_5_vl")):
         find_base(save_tiny_model("qwen2_5_vl", tmp_path / "qwen"))

@@ -58,7 +58,7 @@ def test_the_closest_flag_is_suggested(
     assert meant in refusal(capsys, *words)
 
 
-def test_ranks_are_set_once(capsys: pytest.CaptureFixture[str]):
+def test_ranks_may_be_set_only_once(capsys: pytest.CaptureFixture[str]):
     refused = refusal(capsys, "sweep", "t.toml", "--ranks", "4", "--rank", "8")
     assert "argument --ranks/--rank:" in refused
 
@@ -77,9 +77,7 @@ def test_init_reports_what_it_wrote_or_could_not_write(
     ("flag", "value"),
     [("--threads", "many"), ("--threads", "0"), ("--nice", "20"), ("--nice", "x")],
 )
-def test_a_number_that_cannot_be_is_refused(
-    flag: str, value: str, capsys: pytest.CaptureFixture[str]
-):
+def test_impossible_numbers_are_refused(flag: str, value: str, capsys: pytest.CaptureFixture[str]):
     assert flag in refusal(capsys, "run", "t.toml", flag, value)
 
 
@@ -99,7 +97,7 @@ def test_a_number_that_cannot_be_is_refused(
         (("sweep", "--rank", "5000"), ["--ranks"]),
     ],
 )
-def test_a_value_is_refused_by_the_name_that_was_typed(
+def test_an_invalid_value_is_reported_under_the_name_that_was_typed(
     words: tuple[str, ...], place: list[str], tmp_path: Path
 ):
     (tmp_path / "t.toml").write_text('[data]\ntrain = "t.jsonl"\n')

@@ -13,7 +13,7 @@ from turret.training.errors import DataError
 from turret.training.examples import read_examples
 
 
-def test_the_tables_are_those_of_the_code() -> None:
+def test_the_tables_match_the_code() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert page == rendered(page), "run `make pages`"
 

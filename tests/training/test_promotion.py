@@ -84,7 +84,7 @@ def test_only_a_better_adapter_is_promoted_and_can_be_rolled_back(
     assert [each.name for each in client.adapters.list()] == ["served"]
 
 
-def test_nothing_is_left_of_a_promotion_that_fails(
+def test_a_failed_promotion_leaves_nothing_behind(
     client: TurretClient, promote: Promote, tmp_path: Path
 ):
     folder = tmp_path / "sql"

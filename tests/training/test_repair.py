@@ -32,7 +32,7 @@ def _repair(folder: Path, model: str, rank: int) -> tuple[int, Path]:
     return main(["model", "repair", str(folder / model), *flags]), made
 
 
-def test_more_rank_brings_the_base_nearer_to_its_files(folder: Path) -> None:
+def test_a_larger_rank_reduces_the_quantisation_error(folder: Path) -> None:
     base = find_base(folder / "model")
     ids = torch.arange(3, 60)[None]
 

@@ -122,7 +122,7 @@ def loss_by_peft(resolved: Resolved, adapter: Path) -> float:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_server_trains_as_this_process_does(
+def test_training_on_a_server_matches_local_training(
     server: ServerUnderTest, tiny_llama: Path, tmp_path: Path, method: str
 ) -> None:
     more = (f"method.name={method}", f"optimizer.learning_rate={RATES.get(method, 0.02)}")
@@ -154,7 +154,7 @@ def test_a_server_trains_as_this_process_does(
 
 
 @pytest.mark.long
-def test_the_bundled_model_learns_on_a_server_as_in_this_process(tmp_path: Path) -> None:
+def test_training_the_bundled_model_on_a_server_matches_local_training(tmp_path: Path) -> None:
     lines = (ROOT / "examples/data/headline.train.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "train.jsonl").write_text("".join(lines[:60]))
     run = {"steps": 16, "batch_size": 4, "validate_every": 4, "checkpoint_every": 0, "samples": 0}
@@ -186,7 +186,7 @@ def stopping_at(step: int) -> Any:
     return listen
 
 
-def test_a_stopped_run_goes_on_to_the_same_bytes(
+def test_a_resumed_run_ends_with_the_same_bytes(
     server: ServerUnderTest, tiny_llama: Path, tmp_path: Path
 ) -> None:
     more = ("run.steps=8", "run.validate_every=3", "run.checkpoint_every=2", "method.rank=4")
@@ -204,7 +204,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     assert left_on(server) == (0, 0)
 
 
-def test_a_run_goes_on_where_it_began(
+def test_a_run_resumes_only_where_it_began(
     server: ServerUnderTest, tiny_llama: Path, tmp_path: Path
 ) -> None:
     resolved = resolved_on(server, tmp_path, tiny_llama, "run")

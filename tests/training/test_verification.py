@@ -84,7 +84,7 @@ def _verify(
     return code, {verdict["name"]: verdict for verdict in json.loads(out)}
 
 
-def test_a_right_server_passes(
+def test_a_correct_server_passes(
     server: ServerUnderTest, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, found = _verify(server, folder, capsys, "lora", "loha", "head", _REPAIR)
@@ -113,7 +113,7 @@ def test_keys_without_effect_are_named(
     assert not any(found[name]["right"] for name in wrong)
 
 
-def test_tokens_after_one_that_is_left_out_are_not_compared(folder: Path) -> None:
+def test_tokens_after_an_omitted_one_are_not_compared(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     prompt, text = "Say: ", "naïve 🙂 day"
     ids = tokenizer(prompt).input_ids
@@ -161,7 +161,7 @@ def test_answers_that_change_are_counted() -> None:
     assert [verdict.mixed for verdict in verdicts.values()] == [2, 2]
 
 
-def test_a_server_may_answer_unknown_paths_with_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_paths_may_be_answered_with_an_html_page(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
 
     class Client(httpx2.Client):

@@ -1,4 +1,4 @@
-"""``turret convert``: converts adapters whose files lack a part to complete ones."""
+"""``turret convert``: turns adapters with incomplete files into complete ones."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def convert(
         output: A new or an empty directory.
         loras: The LoRAs of an X-LoRA, if they are not where its config says.
         dtype: The dtype of the base's weights in training; None means that of its files.
-        device: The device for decompositions, if possible the one of the training.
+        device: The device for decompositions, preferably the one used in training.
         progress: Called with the progress.
 
     Raises:
@@ -81,7 +81,7 @@ def convert(
             names = split_xlora(checkpoint, adapter, build, loras)
         *components, router = (f"{output}/{name}" for name in names)
         return Conversion(f"load {router} after {', '.join(components)}")
-    assert model is not None  # or it was refused
+    assert model is not None  # ``check_conversion`` rejects other adapters without a base.
     base = read_plain_base(model, dtype, device, progress)
     base = replace(base, text_prefix=checkpoint.text_prefix)
     made, saved = _convert_all(checkpoint, CONVERTED[kind], base, progress)

@@ -42,7 +42,7 @@ DECLARED: Mapping[str, Declared] = {
     "lokr": Declared(
         2e-3, {**_FACTORS, "alpha": None, "decompose_both": False, "decompose_factor": -1}
     ),
-    # The paper adapts keys, values and the feed-forward.
+    # The paper adapts keys, values and the feed-forward layers.
     "ia3": Declared(1e-2, {"targets": ("k_proj", "v_proj", "down_proj")}),
     "prefix_tuning": Declared(
         1e-3, {"num_virtual_tokens": 16, "prefix_projection": True, "encoder_hidden_size": None}

@@ -16,7 +16,7 @@ from turret.server.adapters.operators.operator import BaseRows, Operator, Served
 
 @dataclass(frozen=True, slots=True)
 class InputBlocks(Operator):
-    """See the module.
+    """Adds a block-diagonal change to the input of a module; see the formula above.
 
     Attributes:
         blocks: ``[in / b, b, b]``, or ``[1, b, b]`` for a shared one; serving dtype, contiguous.

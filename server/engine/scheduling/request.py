@@ -66,8 +66,8 @@ class AdapterTokenizer:
     """The tokenizer of a mix that has its own tokenizer or chat template.
 
     Attributes:
-        content: ``AdapterFacts.tokenizer`` of the member that brings it, and the mix's chat
-            template (``template_of``); empty where the base's are used.
+        content: ``AdapterFacts.tokenizer`` of the member that has one, and the mix's chat
+            template (``template_of``); an empty part means that of the base.
         tokenizer: The tokenizer.
     """
 
@@ -198,12 +198,12 @@ class Request:
     """A tokenised request, checked but not yet admitted.
 
     ``deadline`` is a ``time.monotonic()`` value in seconds. ``score`` asks for prompt logprobs
-    only: nothing is generated. ``message_bytes`` is the size of the message that asks, which is
-    kept while the request waits or runs. ``answer_so_far`` are the first tokens of an earlier
-    answer, which this one continues. ``constraint`` is what the answer must match.
-    ``own_tokenizer`` produced the tokens, if an adapter has one. Requests find each other's cached
-    prefixes and drafts only if their ``salt`` is the same. The request uses the turns of its
-    ``party`` while it waits, and the places of its ``tenant`` while it runs (see ``FairQueue``).
+    only: nothing is generated. ``message_bytes`` is the size of the client's message, which is kept
+    while the request waits or runs. ``answer_so_far`` contains the first tokens of an earlier
+    answer, which this one continues. The answer must match ``constraint``. ``own_tokenizer``
+    produced the tokens, if an adapter has one. Requests share cached prefixes and drafts only if
+    their ``salt`` is the same. A waiting request takes its turn among those of its ``party``; a
+    running one occupies a place of its ``tenant`` (see ``FairQueue``).
     """
 
     request_id: str
@@ -333,7 +333,7 @@ class AdapterUse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Seconds since the request was received: until scheduled, first token, finished."""
+    """Seconds from the receipt of a request until its scheduling, its first token and its end."""
 
     queue_seconds: float
     time_to_first_token_seconds: float

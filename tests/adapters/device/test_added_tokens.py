@@ -89,7 +89,9 @@ async def test_scores_and_answers_match_peft(architecture: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "granite"])
-async def test_a_familys_factors_reach_added_tokens(architecture: str, tmp_path: Path) -> None:
+async def test_embedding_scales_and_logit_caps_apply_to_added_tokens(
+    architecture: str, tmp_path: Path
+) -> None:
     """Embeddings that are scaled, and logits that are capped or divided."""
     model = twin(architecture).model
     config = make_config("lora", **Q, modules_to_save=BOTH)
@@ -103,7 +105,7 @@ async def test_a_familys_factors_reach_added_tokens(architecture: str, tmp_path:
         check_greedy(answer, oracle, prompt, architecture)
 
 
-async def test_padding_that_was_cut_off_is_not_drawn(tmp_path: Path) -> None:
+async def test_removed_padding_rows_are_never_sampled(tmp_path: Path) -> None:
     """A base with more rows than its tokenizer has tokens, resized to the tokenizer's length."""
     rows, model = 240, twin("llama").model
     config = make_config("lora", **Q, modules_to_save=BOTH)
@@ -177,7 +179,7 @@ async def test_drafts_with_added_tokens_change_no_bit(tmp_path: Path) -> None:
     assert any(token >= FIRST for token in answers[0][0].token_ids)
 
 
-async def test_an_answer_ends_by_the_adapters_own_token(tmp_path: Path) -> None:
+async def test_an_answer_ends_at_the_adapters_own_end_token(tmp_path: Path) -> None:
     save_grown(twin("llama").model, make_config("lora", **Q), tmp_path / "grown")
     async with EngineHarness.start(twin("llama").folder, tmp_path, adapters=["grown"]) as harness:
         force = SamplingParams(temperature=0.0, logit_bias={END: 100.0})
@@ -190,7 +192,9 @@ async def test_an_answer_ends_by_the_adapters_own_token(tmp_path: Path) -> None:
             assert "<|end|>" not in answer.text
 
 
-async def test_a_mix_has_one_vocabulary(tmp_path: Path) -> None:
+async def test_an_adapter_with_its_own_vocabulary_must_be_alone_at_weight_one(
+    tmp_path: Path,
+) -> None:
     model = twin("llama").model
     for name in ("one", "two"):
         save_grown(model, make_config("lora", **Q), tmp_path / name)

@@ -54,7 +54,7 @@ def store() -> CpuStore:
     return CpuStore(LAYOUT, torch.bfloat16, CPU, 1 << 30)
 
 
-def test_the_same_rows_and_adapters_have_the_same_step(store: CpuStore) -> None:
+def test_a_step_is_reused_for_the_same_rows_and_adapters(store: CpuStore) -> None:
     one, two = low_rank("one"), low_rank("two")
     store.prepare([one, two])
     x = torch.randn(2, SIZE).bfloat16()
@@ -101,7 +101,7 @@ def test_an_adapter_that_is_gone_leaves_nothing_behind(store: CpuStore) -> None:
 
 
 @pytest.mark.parametrize("rank", [1, 5, 16, 40])
-def test_factors_that_add_pieces_up_are_not_read(store: CpuStore, rank: int) -> None:
+def test_factors_that_only_sum_inputs_are_not_read(store: CpuStore, rank: int) -> None:
     """The factors are those of MiSS; a factor that differs in a single element is read."""
     x = torch.randn(3, SIZE).bfloat16()
     for key, is_other in (("sums", False), ("other", True)):

@@ -125,7 +125,7 @@ def runs_of() -> list[tuple[int, int, Members]]:
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float16, 2e-3)])
-def test_rows_get_the_formula(dtype: torch.dtype, bound: float) -> None:
+def test_rows_match_the_formula(dtype: torch.dtype, bound: float) -> None:
     torch.manual_seed(3)
     gates = gates_of(dtype)
     store = store_of(dtype, adapters_of(gates))
@@ -199,7 +199,7 @@ def signature_of(store: GpuStore, *keys: str) -> Any:
     return step.form, str(step.addresses).replace(str(known), "table")
 
 
-def test_a_step_s_signature_knows_no_gated_adapter() -> None:
+def test_gated_adapters_do_not_change_the_signature_of_a_step() -> None:
     adapters = adapters_of(gates_of(torch.float32))
     store = store_of(torch.float32, adapters)
     plain = signature_of(store, "other")
@@ -214,7 +214,7 @@ def test_a_step_s_signature_knows_no_gated_adapter() -> None:
     assert signature_of(store, "other") == plain
 
 
-def test_adapters_without_gates_and_removed_ones_are_passed_over() -> None:
+def test_ungated_and_removed_adapters_are_skipped() -> None:
     store = store_of(torch.float32, adapters_of(gates_of(torch.float32)))
     step = store.bind([(0, 1, (("other", 1.0),))], OneStepTables(4, DEVICE))
     assert not step.changes(0, "qkv")
@@ -245,7 +245,7 @@ def neighbours(dtype: torch.dtype) -> dict[str, Resident]:
     }
 
 
-def test_a_slot_that_was_another_s_changes_nothing() -> None:
+def test_a_reused_slot_gives_the_same_results() -> None:
     """Its slots and ranks held gains, biases or gates before."""
     torch.manual_seed(6)
     adapters = adapters_of(gates_of(torch.float32))
@@ -271,7 +271,7 @@ def test_a_slot_that_was_another_s_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_step_in_a_wider_form_has_the_same_bits(dtype: torch.dtype) -> None:
+def test_unused_parts_of_a_step_do_not_change_its_bits(dtype: torch.dtype) -> None:
     """Kernels for unused parts (gates, gains, biases, slot tables) find empty tables."""
     torch.manual_seed(8)
     factors = (torch.randn(OUTS["q"], 4), torch.randn(4, INNER)) * 2
@@ -303,7 +303,7 @@ def test_a_step_in_a_wider_form_has_the_same_bits(dtype: torch.dtype) -> None:
         assert torch.equal(found[1][0], y[0]), "of the base's row"
 
 
-def test_a_gated_adapter_that_had_to_leave_comes_back_the_same() -> None:
+def test_an_evicted_gated_adapter_comes_back_unchanged() -> None:
     torch.manual_seed(7)
     adapters = adapters_of(gates_of(torch.float32))
     taken = [store_of(torch.float32, {}).needs(adapters[key].operators) for key in "bc"]
@@ -321,7 +321,7 @@ def test_a_gated_adapter_that_had_to_leave_comes_back_the_same() -> None:
     assert adapters["c"].bytes_device == 0, "it had to leave"
 
 
-def test_a_gated_adapter_takes_the_memory_that_was_announced() -> None:
+def test_a_gated_adapter_takes_the_estimated_memory() -> None:
     store = store_of(torch.float32, {})
     for key in D_K:
         modules = gates_of(torch.float32)[key]
@@ -331,7 +331,7 @@ def test_a_gated_adapter_takes_the_memory_that_was_announced() -> None:
         assert store.needs(operators) == (store._pack.bytes_of(operators), kept), key
 
 
-def test_a_gated_adapter_enters_by_as_few_launches_however_many_layers() -> None:
+def test_launches_to_copy_a_gated_adapter_do_not_grow_with_its_layers() -> None:
     """The adapter is in the layout of host memory: the layers of each tensor side by side."""
     found: dict[tuple[str, int], int] = {}
     for key in ("a", "b"):

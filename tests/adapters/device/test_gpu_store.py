@@ -81,7 +81,7 @@ def lie_right(store: GpuStore, adapters: list[Resident], layer: int) -> None:
                 assert torch.equal(known[address][: own.numel()], own.flatten())
 
 
-def test_an_adapter_that_found_no_memory_can_come_again() -> None:
+def test_an_adapter_that_did_not_fit_can_be_prepared_again() -> None:
     store = store_of()
     first = [low_rank("here"), hadamard("there")]
     store.prepare(first)
@@ -131,7 +131,7 @@ def experts(key: str, rank: int, layers: list[int]) -> Resident:
     return resident(key, AdapterOperators({}, experts=updates))
 
 
-def test_updates_of_experts_take_their_own_bytes_and_give_them_back() -> None:
+def test_expert_updates_take_their_exact_size_and_release_it() -> None:
     store = GpuStore(MIXTURE, torch.float32, CPU, 1 << 24)
     adapters = [experts(f"{n}", 2 + n % 3, [n % 6, 5]) for n in range(9)]
 
@@ -185,7 +185,7 @@ def budget_of(ranks: int) -> int:
     return budget
 
 
-def test_a_resident_adapter_costs_nothing_and_nothing_moves() -> None:
+def test_preparing_a_resident_adapter_copies_nothing() -> None:
     store = store_of(budget_of(128))
     adapters = [low_rank(f"{number}") for number in range(8)]
     for adapter in adapters:
@@ -202,7 +202,7 @@ def test_a_resident_adapter_costs_nothing_and_nothing_moves() -> None:
     assert [a.key for a in adapters if not a.bytes_device] == ["0"], "the least recently used left"
 
 
-def test_scattered_ranks_come_together_in_place() -> None:
+def test_scattered_ranks_are_compacted_in_place() -> None:
     store = store_of(budget_of(64))
     generator = random.Random(3)
     for _ in range(60):
@@ -215,7 +215,7 @@ def test_scattered_ranks_come_together_in_place() -> None:
         lies_right(store, batch)
 
 
-def test_gains_void_no_step_without_gains() -> None:
+def test_gains_do_not_invalidate_steps_without_gains() -> None:
     store = store_of(budget_of(256))
     store.prepare([low_rank("plain")])
     tables = OneStepTables(4, CPU)
@@ -241,7 +241,7 @@ def test_adapters_without_ranks_take_slots() -> None:
     assert [a.key for a in gains if a.bytes_device] == ["16", "17", "18", "19"]
 
 
-def test_a_step_stays_captured_where_adapters_come_to_its_slot_tables() -> None:
+def test_new_adapters_in_its_slot_tables_do_not_invalidate_a_captured_step() -> None:
     store, tables = store_of(), OneStepTables(4, CPU)
     table = tables.load_segments([])
     tables.load_segments = lambda runs: table  # type: ignore[method-assign]
@@ -259,7 +259,7 @@ def test_a_step_stays_captured_where_adapters_come_to_its_slot_tables() -> None:
 
 
 @pytest.mark.parametrize(("gains", "most"), [(False, 60), (True, 80)])
-def test_an_adapter_enters_by_few_launches_however_many_layers(gains: bool, most: int) -> None:
+def test_launches_to_copy_an_adapter_do_not_grow_with_its_layers(gains: bool, most: int) -> None:
     """The adapter is in the layout of host memory: the layers of each factor side by side."""
     layout = ProjectionLayout(32, LAYOUT.projections)
     paths = [slice_.path for slices in LAYOUT.projections.values() for slice_ in slices]

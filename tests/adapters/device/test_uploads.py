@@ -100,7 +100,7 @@ def test_the_first_use_comes_after_the_copy(cuda: FakeCuda):
         assert torch.equal(one, two)
 
 
-def test_one_has_arrived_when_its_copy_is_over(cuda: FakeCuda):
+def test_an_adapter_is_ready_once_its_copy_ends(cuda: FakeCuda):
     clock = _Clock()
     held = uploads(clock=clock)
     assert not held.is_near("a", operators(0))
@@ -165,7 +165,7 @@ def test_steps_continue_while_the_thread_copies(cuda: FakeCuda):
         assert torch.equal(found, expected)
 
 
-def test_a_thread_of_its_own_copies(cuda: FakeCuda):
+def test_a_separate_thread_copies(cuda: FakeCuda):
     """The real thread copies."""
     held = Uploads(CPU, 1 << 16, _Clock(), PinnedRing(CPU, chunk_bytes=64, num_chunks=3))
     wanted = [operators(seed) for seed in range(3)]
@@ -178,7 +178,7 @@ def test_a_thread_of_its_own_copies(cuda: FakeCuda):
             assert torch.equal(found, expected)
 
 
-def test_an_adapter_in_one_block_goes_by_few_copies(cuda: FakeCuda):
+def test_an_adapter_in_one_block_takes_few_copies(cuda: FakeCuda):
     """The adapter comes from ``in_one_block``: it is one range of memory, also on the device."""
     modules, _ = in_one_block(operators(3).modules)
     held = Uploads(CPU, 1 << 16, _Clock(), PinnedRing(CPU, chunk_bytes=1 << 14), Thread())
@@ -210,7 +210,7 @@ def test_memory_that_steps_read_outlives_them(cuda: FakeCuda):
     assert len(held._leaving) == 1
 
 
-def test_without_streams_an_adapter_goes_by_one_copy():
+def test_without_streams_an_adapter_takes_one_copy():
     held = Uploads(torch.device("meta"), 1 << 16)
     assert held.is_near("a", operators(0))
     taken = tensors(held.take("a", operators(0)))

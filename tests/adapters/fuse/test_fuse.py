@@ -63,7 +63,7 @@ def fusions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fusions]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_svd_is_the_best_approximation_of_any_method(fusions: Fusions, method: str) -> None:
+def test_svd_gives_the_best_approximation_for_every_method(fusions: Fusions, method: str) -> None:
     mix = {method: -1.5}
     exact = fusions.exact(mix)
     result = fusions.fuse(mix, how="svd", rank=3)
@@ -88,7 +88,7 @@ def test_all_methods_at_once(fusions: Fusions) -> None:
 
 
 @pytest.mark.parametrize("how", ["exact", "cat"])
-def test_concatenation_is_exact_for_everything_low_rank(fusions: Fusions, how: str) -> None:
+def test_concatenation_is_exact_for_low_rank_updates(fusions: Fusions, how: str) -> None:
     mix = {"lora": 0.7, "rslora": -2.0, "adalora": 1.0, "vera": 0.25, "narrow": 3.0}
     result = fusions.fuse(mix, how=how)
     assert difference(fusions.deltas(result), fusions.exact(mix)) < CLOSE
@@ -105,7 +105,7 @@ def test_a_weight_of_zero_takes_up_no_rank(fusions: Fusions) -> None:
     assert (nothing.relative_error, nothing.record.facts.ranks) == (0.0, (1,))
 
 
-def test_energy_keeps_the_least_rank_that_suffices(fusions: Fusions) -> None:
+def test_energy_keeps_the_smallest_sufficient_rank(fusions: Fusions) -> None:
     mix = {"lora": 1.0, "dora": 0.5}
     exact = fusions.exact(mix)
     result = fusions.fuse(mix, how="svd", energy=0.9)
@@ -174,7 +174,9 @@ def test_the_result_is_a_plain_lora(fusions: Fusions) -> None:
     assert difference(fusions.deltas(twice), fusions.exact({"narrow": 1.0, "lora": 0.0})) < CLOSE
 
 
-def test_one_module_is_dense_at_a_time(fusions: Fusions, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_module_is_dense_at_a_time(
+    fusions: Fusions, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made: list[tuple[str, weakref.ref[torch.Tensor]]] = []
     most = 0
     zeros = fused_module._zeros
@@ -252,7 +254,7 @@ def test_an_error_suggests_a_combination_for_members_of_several_ranks(
         ({"lora": 1}, {"name": "narrow"}, AdapterExistsError, []),
     ],
 )
-def test_refusals(
+def test_invalid_fusions_are_rejected(
     fusions: Fusions,
     mix: Mapping[str, float],
     settings: dict[str, Any],
@@ -264,7 +266,7 @@ def test_refusals(
     assert [field for field, _ in raised.value.violations] == fields
 
 
-def test_ranks_over_the_limit_are_refused_before_the_work(tmp_path: Path) -> None:
+def test_ranks_over_the_limit_are_refused_before_the_fusion_starts(tmp_path: Path) -> None:
     fusions = Fusions(tmp_path, max_rank=8)
     for seed, name in enumerate("ab"):
         fusions.add(name, "rslora", seed)
@@ -282,7 +284,7 @@ def test_ranks_over_the_limit_are_refused_before_the_work(tmp_path: Path) -> Non
     fusions.close()
 
 
-def test_members_must_fit_the_budget_in_fp32(tmp_path: Path) -> None:
+def test_members_in_fp32_must_fit_the_budget(tmp_path: Path) -> None:
     fusions = Fusions(tmp_path)
     size = fusions.registry.get(fusions.add("a")).bytes_host
     fusions.close()

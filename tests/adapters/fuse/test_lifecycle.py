@@ -53,7 +53,7 @@ def check_nothing_is_left(fusions: Fusions) -> None:
     ]
 
 
-def test_a_cancellation_ends_it_between_modules(
+def test_a_cancellation_ends_a_fusion_between_modules(
     fusions: Fusions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     turnstile, cancellation = Turnstile(monkeypatch), Cancellation()
@@ -70,7 +70,7 @@ def test_a_cancellation_ends_it_between_modules(
     assert fusions.fuse(MIX).relative_error < 1e-6
 
 
-def test_a_cancellation_ends_it_while_it_writes(
+def test_a_cancellation_ends_a_fusion_while_it_writes(
     fusions: Fusions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cancellation = Cancellation()
@@ -105,7 +105,9 @@ def test_only_one_fusion_runs_at_a_time(fusions: Fusions, monkeypatch: pytest.Mo
     assert fusions.fuse(MIX).record.name == "fused-2"
 
 
-def test_unload_waits_for_it_or_ends_it(fusions: Fusions, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unload_waits_for_a_fusion_or_ends_it(
+    fusions: Fusions, monkeypatch: pytest.MonkeyPatch
+) -> None:
     turnstile = Turnstile(monkeypatch)
     running = fusions.start(MIX)
     turnstile.wait()
@@ -123,7 +125,7 @@ def test_unload_waits_for_it_or_ends_it(fusions: Fusions, monkeypatch: pytest.Mo
         fusions.fuse(MIX)
 
 
-def test_a_member_that_is_replaced_meanwhile_is_fused_as_it_was(
+def test_a_member_replaced_during_a_fusion_is_fused_as_it_was(
     fusions: Fusions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = fusions.fuse(MIX).record.facts.digest
@@ -136,7 +138,7 @@ def test_a_member_that_is_replaced_meanwhile_is_fused_as_it_was(
     assert fusions.fuse(MIX).record.facts.digest != before
 
 
-def test_closing_ends_it(fusions: Fusions, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_ends_a_fusion(fusions: Fusions, monkeypatch: pytest.MonkeyPatch) -> None:
     turnstile = Turnstile(monkeypatch)
     running = fusions.start(MIX)
     turnstile.wait()
@@ -162,7 +164,7 @@ def test_a_retry_finds_the_result_and_other_content_is_refused(fusions: Fusions)
     assert len(list((fusions.state / "files").iterdir())) == 1
 
 
-def test_the_result_survives_a_restart_and_goes_with_its_name(fusions: Fusions) -> None:
+def test_a_fused_adapter_survives_a_restart_and_is_deleted_when_unloaded(fusions: Fusions) -> None:
     result = fusions.fuse(MIX, name="both")
     exact = fusions.exact(MIX)
     fusions.close()
@@ -180,7 +182,9 @@ def test_the_result_survives_a_restart_and_goes_with_its_name(fusions: Fusions) 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities on Linux alone")
-def test_requests_come_first(fusions: Fusions, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_take_precedence_over_a_fusion(
+    fusions: Fusions, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if os.getpriority(os.PRIO_PROCESS, 0) >= 10:
         pytest.skip("everything here is nice already")
     priorities: list[int] = []
@@ -197,7 +201,7 @@ def test_requests_come_first(fusions: Fusions, monkeypatch: pytest.MonkeyPatch) 
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == mine < 10
 
 
-def test_a_result_too_large_ends_the_work_at_once(
+def test_a_result_that_is_too_large_ends_the_fusion_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fusions = Fusions(tmp_path, max_upload_bytes=1 << 12)

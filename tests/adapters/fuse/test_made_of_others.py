@@ -37,13 +37,13 @@ def test_concatenation_is_exact(fusions: Fusions) -> None:
     assert result.relative_error < 1e-6
 
 
-def test_a_gain_goes_into_the_whole_update(fusions: Fusions) -> None:
+def test_gains_are_fused_into_the_whole_update(fusions: Fusions) -> None:
     mix = {"glora": 0.7, "hra": 1.0}
     result = fusions.fuse(mix, how="svd", rank=64)
     assert difference(fusions.deltas(result), fusions.exact(mix)) < 1e-5
 
 
-def test_entries_go_into_the_whole_update(fusions: Fusions) -> None:
+def test_single_entries_are_fused_into_the_whole_update(fusions: Fusions) -> None:
     mix = {"shira": 0.7, "supertuning": -1.0, "waveft": 0.5, "hra": 1.0}
     result = fusions.fuse(mix, how="svd", rank=64)
     assert difference(fusions.deltas(result), fusions.exact(mix)) < 1e-5
@@ -51,7 +51,7 @@ def test_entries_go_into_the_whole_update(fusions: Fusions) -> None:
         fusions.fuse({"shira": 1.0, "hra": 1.0})
 
 
-def test_whole_matrices_go_into_the_whole_update(fusions: Fusions) -> None:
+def test_whole_matrices_are_fused_into_the_whole_update(fusions: Fusions) -> None:
     mix = {"fourierft": 0.7, "randlora": -1.0, "osf": 0.5, "frod": 0.4, "hra": 1.0}
     result = fusions.fuse(mix, how="svd", rank=64)
     assert difference(fusions.deltas(result), fusions.exact(mix)) < 1e-5
@@ -59,7 +59,7 @@ def test_whole_matrices_go_into_the_whole_update(fusions: Fusions) -> None:
         fusions.fuse({"osf": 1.0, "hra": 1.0})
 
 
-def test_prompts_are_no_updates(fusions: Fusions) -> None:
+def test_prompts_cannot_be_fused(fusions: Fusions) -> None:
     for name in ("cpt", "cartridge"):
         with pytest.raises(InvalidRequestError, check=says("NOT_FUSABLE", adapter=name)):
             fusions.fuse({name: 1.0, "hra": 1.0}, how="svd", rank=4)

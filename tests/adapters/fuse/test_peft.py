@@ -89,7 +89,7 @@ def test_peft_ignores_the_combination_of_a_single_adapter(fusions: Fusions) -> N
             assert difference(found, truncated(exact, 2)) < CLOSE
 
 
-def test_ranks_may_differ_where_members_do_not_meet(tmp_path: Path) -> None:
+def test_ranks_may_differ_if_members_share_no_module(tmp_path: Path) -> None:
     """PEFT compares the ranks in the configs, regardless of the modules."""
     fusions = Fusions(tmp_path)
     fusions.add("a", r=2, target_modules=["q_proj"])

@@ -160,7 +160,9 @@ def _bytes(registry: AdapterRegistry, name: str) -> int:
     return registry._table.find(name).current.host_bytes_needed
 
 
-def test_a_request_that_goes_away_meanwhile_leaves_nothing(registry: AdapterRegistry) -> None:
+def test_a_request_released_during_the_change_leaves_nothing_behind(
+    registry: AdapterRegistry,
+) -> None:
     held = Waiter(registry.acquire(refs(["dora"])))
     gate = Gate(registry)
     registry.change_base(make_base(2))
@@ -198,7 +200,7 @@ def test_a_pinned_adapter_whose_files_are_gone_loses_its_pin(
         (root / "away").rename(root / "dora")
 
 
-def test_a_load_that_the_base_overtakes_is_not_kept(registry: AdapterRegistry) -> None:
+def test_a_load_overtaken_by_a_base_change_is_discarded(registry: AdapterRegistry) -> None:
     """The adapter is lowered for the old base, and registered after the change."""
     loader, lower = registry._loader, registry._loader.lower
 

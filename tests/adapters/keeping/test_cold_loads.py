@@ -75,7 +75,9 @@ async def test_others_run_to_their_end_while_an_adapter_is_read(engine: EngineHa
     assert all(len(answer.token_ids) == 8 for answer in answers)
 
 
-async def test_a_request_that_is_cancelled_while_it_waits_lets_go(engine: EngineHarness) -> None:
+async def test_a_request_cancelled_while_it_waits_releases_its_adapter(
+    engine: EngineHarness,
+) -> None:
     gate = make_cold(engine)
     stream = await engine.engine.submit(make_request(PROMPT, "cold"))
     await asyncio.to_thread(gate.entered.acquire)
@@ -89,7 +91,7 @@ async def test_a_request_that_is_cancelled_while_it_waits_lets_go(engine: Engine
     await engine.run(make_request(PROMPT, "warm"))
 
 
-async def test_a_replacement_meanwhile_serves_what_each_request_named(
+async def test_each_request_gets_the_generation_it_named_despite_a_replacement(
     engine: EngineHarness,
 ) -> None:
     by_name = {name: await engine.run(make_request(PROMPT, name)) for name in ("warm", "cold")}

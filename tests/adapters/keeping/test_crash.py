@@ -97,7 +97,7 @@ class PowerCut(BaseException):
         *[(kind, 1) for kind in ("replace_upload", "rollback", "unload")],
     ],
 )
-def test_every_step_on_the_disk_may_be_the_last(
+def test_the_state_is_consistent_after_a_crash_at_any_disk_operation(
     make: Registries,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

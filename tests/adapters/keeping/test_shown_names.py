@@ -15,7 +15,7 @@ from turret.server.adapters.state_dir import StateDir
 from turret.server.errors import AdapterChangedError, AdapterCheckpointError, TurretError
 
 
-def test_messages_name_an_upload_and_not_where_it_is_kept(make: Registries, tmp_path: Path) -> None:
+def test_messages_name_an_upload_but_not_its_path(make: Registries, tmp_path: Path) -> None:
     """Messages during the check, after a loss of its files, and after a restart."""
 
     def start() -> AdapterRegistry:

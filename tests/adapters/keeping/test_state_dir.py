@@ -79,7 +79,7 @@ def test_a_restart_keeps_everything_but_residency(start: Start, make: Registries
     assert registry.host_bytes_used == 3 * adapter_bytes()
 
 
-def test_nothing_is_read_at_the_start(start: Start, make: Registries) -> None:
+def test_nothing_is_read_at_startup(start: Start, make: Registries) -> None:
     registry = start()
     registry.load("a", "a")
     registry.close()
@@ -93,7 +93,7 @@ def test_nothing_is_read_at_the_start(start: Start, make: Registries) -> None:
     assert Waiter(registry.acquire(refs("a"))).wait().error is None
 
 
-def test_files_that_changed_meanwhile_are_found_at_first_use(
+def test_files_that_changed_during_downtime_are_detected_at_first_use(
     start: Start, make: Registries
 ) -> None:
     registry = start()
@@ -111,7 +111,7 @@ def test_files_that_changed_meanwhile_are_found_at_first_use(
     assert Waiter(registry.acquire(refs("a"))).was_resident
 
 
-def test_a_pinned_adapter_that_is_gone_does_not_keep_the_server_from_starting(
+def test_a_missing_pinned_adapter_does_not_prevent_startup(
     start: Start, make: Registries, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry = start()
@@ -177,7 +177,7 @@ def test_a_waiting_request_still_finds_the_files_of_its_generation(
     assert waiting.mix.key[0][1] == 1
 
 
-def test_the_same_content_again_keeps_the_first_files(
+def test_uploading_the_same_content_again_keeps_the_first_files(
     start: Start, make: Registries, tmp_path: Path
 ) -> None:
     registry = start()
@@ -220,7 +220,7 @@ def test_a_full_disk_changes_nothing(
     assert [(r.name, r.generation, r.pinned) for r in registry.list()] == [("a", 1, False)]
 
 
-def test_a_replacement_that_the_disk_reports_as_failed_keeps_its_files(
+def test_a_replacement_with_a_failed_disk_write_keeps_its_files(
     start: Start, make: Registries, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The registration names the new files already, and cannot be written back."""
@@ -238,7 +238,7 @@ def test_a_replacement_that_the_disk_reports_as_failed_keeps_its_files(
     assert Waiter(registry.acquire(refs(["up"]))).wait().error is None
 
 
-def test_an_alias_that_the_disk_reports_as_failed_is_the_one_before(
+def test_an_alias_that_cannot_be_saved_keeps_its_previous_target(
     start: Start, make: Registries, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise a restart would lose the alias, whose new target nothing has kept."""
@@ -276,7 +276,7 @@ def _full_after(patch: pytest.MonkeyPatch, folder: str, *, once: bool = False) -
     patch.setattr(files, "sync_directory", full)
 
 
-def test_an_upload_over_the_limits_is_refused_before_it_is_sent(
+def test_an_upload_over_the_limits_is_refused_before_any_data(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = start()
@@ -291,7 +291,7 @@ def test_an_upload_over_the_limits_is_refused_before_it_is_sent(
     registry.stage([UploadedFile("x", 9)]).discard()
 
 
-def test_chunks_must_come_as_announced(start: Start) -> None:
+def test_chunks_must_match_the_announced_files(start: Start) -> None:
     registry = start()
     sha = "2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae"  # of "foo"
     files = [UploadedFile("x", 3, sha), UploadedFile("y", 4)]
@@ -359,7 +359,7 @@ def test_a_state_directory_that_everyone_can_change_is_reported(
         assert caplog.text.count("every user") == count
 
 
-def test_a_damaged_file_costs_one_adapter_and_no_upload(
+def test_a_damaged_file_loses_one_adapter_but_no_upload(
     start: Start, make: Registries, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry = start()
@@ -378,7 +378,7 @@ def test_a_damaged_file_costs_one_adapter_and_no_upload(
     assert Waiter(registry.acquire(refs(["up"]))).wait().error is None
 
 
-def test_foreign_entries_neither_stop_the_start_nor_lead_outside(
+def test_foreign_entries_neither_prevent_startup_nor_leave_the_directory(
     start: Start, make: Registries, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry = start()

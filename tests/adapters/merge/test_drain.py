@@ -152,7 +152,7 @@ async def test_a_merge_cancelled_while_it_drains_changes_nothing(server: EngineH
     await merge(server, "other")
 
 
-async def test_a_stop_while_it_drains_ends_the_merge(root: Path) -> None:
+async def test_a_shutdown_during_the_drain_ends_the_merge(root: Path) -> None:
     async with start(root) as server:
         brake = Brake(server)
         brake.seconds = 0.005

@@ -201,7 +201,7 @@ async def test_only_what_depends_on_the_base_is_read_again(server: EngineHarness
 # Failures
 
 
-async def test_a_failure_half_way_leaves_the_base_as_it_was(
+async def test_a_failure_halfway_leaves_the_base_unchanged(
     server: EngineHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = [await score(server, *mix) for mix in ((), ("dora",))]

@@ -100,7 +100,7 @@ MIXES = [[AdapterRef(name=name)] for name in METHODS] + [
 
 
 @pytest.mark.parametrize("precision", ["BF16", "NF4"])
-async def test_stores_the_exact_weights_rounded_once(root: Path, precision: Precision) -> None:
+async def test_merging_rounds_the_exact_weights_once(root: Path, precision: Precision) -> None:
     """Checks weights, biases and the report, for every method and for mixes."""
     async with EngineHarness.start(
         twin(ARCHITECTURE).folder, root, adapters=[*METHODS, "some"]
@@ -135,7 +135,7 @@ async def test_stores_the_exact_weights_rounded_once(root: Path, precision: Prec
             server.merger.unmerge(Cancellation())
 
 
-async def test_auto_is_nf4_only_where_that_keeps_the_update(root: Path) -> None:
+async def test_auto_chooses_nf4_only_if_the_update_survives(root: Path) -> None:
     """An update as large as the weights survives quantisation to 16 levels.
 
     A small one does not.
@@ -174,7 +174,7 @@ def snapshot(server: EngineHarness) -> list[Any]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("precision", ["BF16", "NF4"])
-async def test_unmerge_brings_back_every_byte(root: Path, dtype: str, precision: Precision) -> None:
+async def test_unmerge_restores_every_byte(root: Path, dtype: str, precision: Precision) -> None:
     async with EngineHarness.start(
         twin(ARCHITECTURE).folder, root, adapters=EVERYWHERE, dtype=dtype
     ) as server:
@@ -202,7 +202,7 @@ def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_parts_join_to_the_same_projection(dtype: torch.dtype) -> None:
+def test_joined_parts_give_the_same_projection(dtype: torch.dtype) -> None:
     weights = [Nf4Weight.quantize(torch.randn(rows, 128)) for rows in (128, 64, 96)]
     whole = nf4_linear(weights, dtype, torch.device("cpu"))
     joined = join_linears(

@@ -221,7 +221,7 @@ def test_an_error_names_the_inconsistent_field(case: str, tmp_path: Path) -> Non
     assert any(field in name for name, _ in caught.value.violations), caught.value
 
 
-def test_only_the_models_that_peft_trains_it_on_take_it(tmp_path: Path) -> None:
+def test_only_models_that_peft_supports_are_accepted(tmp_path: Path) -> None:
     save_adapter(tiny_llama(), make_config("adaption_prompt"), tmp_path / "a")
     base = base_of(tiny_llama())
     lowered = lower_checkpoint(read_adapter(tmp_path), base)[1]

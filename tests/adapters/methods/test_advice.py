@@ -50,7 +50,7 @@ def test_the_suggested_conversion_makes_an_adapter_that_is_served(
     assert (logits(served) - logits(oracle)).norm() < 1e-5 * effect
 
 
-def test_every_kind_has_advice_that_is_followed_or_names_what_is_served() -> None:
+def test_every_unsupported_type_has_advice_that_works() -> None:
     served = {kind for method in METHODS.values() for kind in method.peft_types}
     assert follows(CONVERT) == CONFIGS.keys()
     for kind in UNSERVED.keys() - follows(CONVERT):

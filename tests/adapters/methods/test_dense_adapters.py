@@ -42,7 +42,7 @@ def loader(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_they_are_refused_with_the_flag_and_the_bytes(kind: str, tmp_path: Path) -> None:
+def test_dense_adapters_are_refused_with_the_flag_and_their_size(kind: str, tmp_path: Path) -> None:
     reader = loader(tmp_path, kind)
     with pytest.raises(BudgetExceededError) as caught:
         reader.lower(reader.read(Source("a")))
@@ -59,7 +59,9 @@ def test_allowed_dense_adapters_report_their_size(kind: str, tmp_path: Path) -> 
     assert [t.params for t in warnings if t.reason == "LARGE_UPDATES"] == [{"bytes": NEEDED}]
 
 
-def test_over_the_host_budget_none_is_made(tmp_path: Path, monkeypatch: Any) -> None:
+def test_dense_updates_over_the_host_budget_are_never_built(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
     reader = loader(tmp_path, "FOURIERFT", NEEDED - 1, Allowed(dense=True))
     monkeypatch.setattr("torch.fft.ifft2", lambda *_: pytest.fail("it was made"))
     with pytest.raises(BudgetExceededError, check=says("DENSE_OVER_BUDGET", bytes=NEEDED)):
@@ -74,7 +76,7 @@ def test_low_rank_factors_need_no_permission(tmp_path: Path) -> None:
     assert "LARGE_UPDATES" not in [warning.reason for warning in warnings]
 
 
-async def test_they_count_against_the_device_budget(tmp_path: Path) -> None:
+async def test_dense_adapters_count_against_the_device_budget(tmp_path: Path) -> None:
     base = twin("qwen2")
     for name in ("first", "second"):
         config = make_config("fourierft", target_modules=["q_proj"])

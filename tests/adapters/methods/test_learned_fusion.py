@@ -48,7 +48,7 @@ def save_all(architecture: str, root: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-async def test_scores_and_answers_are_the_formula_s(architecture: str, tmp_path: Path) -> None:
+async def test_scores_and_answers_match_the_formula(architecture: str, tmp_path: Path) -> None:
     save_all(architecture, tmp_path)
     base = twin(architecture)
 

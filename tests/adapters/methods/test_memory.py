@@ -142,7 +142,7 @@ def test_no_tensor_is_as_large_as_a_weight(
     assert operators.num_bytes <= 4 * stored
 
 
-def test_the_watch_sees_a_dense_update() -> None:
+def test_a_dense_update_is_detected() -> None:
     with LargestTensor() as largest:
         dense = random(SIZE, 8) @ random(8, SIZE)
     assert largest.elements == dense.numel() == SIZE * SIZE

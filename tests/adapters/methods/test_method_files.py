@@ -278,7 +278,7 @@ def test_pieces_must_fit_the_base(method: str, changes: dict[str, Any], tmp_path
         lower_adapter(tmp_path, base_of(tiny_llama()))
 
 
-def test_a_tail_or_a_v_of_another_base_does_not_fit(tmp_path: Path) -> None:
+def test_tails_and_v_matrices_must_fit_the_base(tmp_path: Path) -> None:
     values = f"{KEY}.osf_svd_params."
     whole = {f"{values}{name}": torch.ones(64, 64) for name in ("U_low", "V_low")}
     whole[f"{values}S_low"] = torch.ones(64)
@@ -301,7 +301,7 @@ def test_a_norm_of_zeros_has_no_gain(tmp_path: Path) -> None:
         lower_adapter(tmp_path, base_of(model))
 
 
-def test_an_old_bone_is_a_miss(tmp_path: Path) -> None:
+def test_an_old_bone_adapter_loads_as_miss(tmp_path: Path) -> None:
     directory = save(tmp_path, "miss", r=6)
     base = base_of(tiny_llama())
     before = lower_adapter(tmp_path, base).operators.modules
@@ -317,7 +317,7 @@ def test_an_old_bone_is_a_miss(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations_are_those_that_transformers_names(name: str) -> None:
+def test_activations_match_transformers(name: str) -> None:
     x = torch.linspace(-8, 8, 97)
     torch.testing.assert_close(activation(name)(x), ACT2FN[name](x))
 
@@ -344,6 +344,6 @@ def test_nearly_equal_reflections_lose_nothing_to_rounding(tmp_path: Path) -> No
     assert error.norm() < 0.005 * change.norm()
 
 
-def test_only_indices_may_be_integers() -> None:
+def test_only_index_tensors_may_be_integers() -> None:
     with_integers = {name for name, method in METHODS.items() if method.integers}
     assert with_integers == {"vblora", "unilora", "shira", "supertuning", "frod"}

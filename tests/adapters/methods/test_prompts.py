@@ -134,7 +134,7 @@ async def test_echoed_logprobs_belong_to_the_text(name: str, root: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["prefix", "soft"])
-async def test_preemption_changes_nothing(name: str, root: Path) -> None:
+async def test_preemption_does_not_change_answers(name: str, root: Path) -> None:
     requests = [make_request(prompt_of(190, i), name, max_tokens=40) for i in range(6)]
     folder = twin("llama").folder
     async with EngineHarness.start(folder, root, adapters=NAMES) as harness:
@@ -150,7 +150,7 @@ async def test_preemption_changes_nothing(name: str, root: Path) -> None:
     assert [a.bits for a in crowded] == [a.bits for a in alone]
 
 
-async def test_the_context_counts_text_alone(root: Path) -> None:
+async def test_only_text_counts_towards_the_context(root: Path) -> None:
     async with EngineHarness.start(twin("llama").folder, root, adapters=NAMES) as harness:
         limit = harness.engine.max_model_len
         stop = StopConditions(max_tokens=1, ignore_eos=True)
@@ -170,13 +170,15 @@ async def test_the_context_counts_text_alone(root: Path) -> None:
     ],
     ids=["two", "weighted", "zero"],
 )
-async def test_a_mix_holds_one_soft_prompt_at_weight_one(mix: list[AdapterRef], root: Path) -> None:
+async def test_a_mix_allows_one_soft_prompt_at_weight_one(
+    mix: list[AdapterRef], root: Path
+) -> None:
     async with EngineHarness.start(twin("llama").folder, root, adapters=NAMES) as harness:
         with pytest.raises(InvalidRequestError, check=says("PREFIX_NOT_ALONE")):
             await harness.run(make_request(prompt_of(4), *mix))
 
 
-async def test_a_prefix_beside_a_lora_is_both(root: Path) -> None:
+async def test_a_mix_of_a_prefix_and_a_lora_applies_both(root: Path) -> None:
     model = twin("llama").model
     prompt = prompt_of(23)
     # PEFT runs one adapter at a time: give the prefix a base that has the LoRA merged in.

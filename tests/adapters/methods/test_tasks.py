@@ -120,7 +120,7 @@ def test_drawn_polys_compute_what_peft_computes(
 
 @drawing(20)
 @given(tasks=st.integers(1, 4), rank=st.integers(1, 5), tokens=st.integers(1, 9))
-def test_drawn_prompts_are_those_of_their_task(tasks: int, rank: int, tokens: int) -> None:
+def test_drawn_prompts_match_their_task(tasks: int, rank: int, tokens: int) -> None:
     plain, base = small()
     keys = {"num_tasks": tasks, "num_ranks": rank, "num_virtual_tokens": tokens}
     task = (rank + tokens) % tasks
@@ -145,7 +145,7 @@ def test_a_task_is_part_of_the_digest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["poly", "multitask_prompt"])
-def test_a_task_must_be_named_where_there_are_several(method: str, tmp_path: Path) -> None:
+def test_a_task_must_be_named_if_there_are_several(method: str, tmp_path: Path) -> None:
     save_adapter(tiny_llama(), make_config(method), tmp_path / "a")
     checkpoint = read_adapter(tmp_path)
     ((field, why),) = refusal(checkpoint)

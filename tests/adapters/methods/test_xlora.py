@@ -37,14 +37,14 @@ def save_all(model: Any, root: Path, *names: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("architecture", ["llama", pytest.param("qwen2", marks=pytest.mark.long)])
-async def test_scores_and_answers_are_peft_s(architecture: str, tmp_path: Path) -> None:
+async def test_scores_and_answers_match_peft(architecture: str, tmp_path: Path) -> None:
     base = twin(architecture)
     oracles = save_all(base.model, tmp_path, *KINDS)
     await check_oracles(base, tmp_path, [*COMPONENTS, *KINDS], oracles.items())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.long)])
-async def test_bits_alone_and_in_company(
+async def test_bits_do_not_depend_on_other_requests(
     dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bits are the same in chunks, beside other rows, from the cache, and after preemption."""
@@ -99,7 +99,7 @@ async def test_bits_alone_and_in_company(
     assert any(sequence.first_pass is not None for sequence in preempted)
 
 
-async def test_its_first_pass_shares_blocks_with_the_base(tmp_path: Path) -> None:
+async def test_the_first_pass_of_an_xlora_shares_blocks_with_the_base(tmp_path: Path) -> None:
     base = twin("llama")
     oracles = save_all(base.model, tmp_path, "deep", "constant")
     prompt = prompt_of(70, 5)
@@ -147,7 +147,7 @@ async def test_mixes_are_sums_of_changes(tmp_path: Path) -> None:
             await harness.run(make_request(prompt, "deep", "shallow"))
 
 
-async def test_at_weight_0_it_is_the_base(tmp_path: Path) -> None:
+async def test_an_xlora_at_weight_0_is_the_base(tmp_path: Path) -> None:
     """In every step, its rows get scalings that no adapter reads."""
     base = twin("llama")
     save_all(base.model, tmp_path, "deep")

@@ -113,7 +113,7 @@ def test_a_classifier_without_its_first_layer_is_refused(root: Path) -> None:
     assert found[f"{LAYERS}.0"] == "PART_OF_XLORA"
 
 
-def test_another_base_s_states_are_a_mismatch(root: Path) -> None:
+def test_states_of_another_base_are_a_mismatch(root: Path) -> None:
     base = dataclasses.replace(base_of(make_llama()), hidden_size=65)
     with pytest.raises(AdapterMismatchError, check=says("DIFFERS_FROM_BASE", expected=65)):
         lower(root, base)
@@ -141,7 +141,7 @@ def test_a_component_that_is_not_a_plain_lora_is_rejected(root: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "glm4", "granitemoehybrid", "phi3"])
-def test_modules_are_counted_in_peft_s_order(architecture: str) -> None:
+def test_modules_are_counted_in_pefts_order(architecture: str) -> None:
     config = tiny_config(architecture)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

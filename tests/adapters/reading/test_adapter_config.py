@@ -93,7 +93,7 @@ def test_each_unsupported_key_is_refused_by_name(root: Path, key: str) -> None:
     assert key in {field for field, _ in refusal_of(root).violations}
 
 
-def test_one_answer_names_every_bad_key_and_tensor(root: Path) -> None:
+def test_one_error_reports_every_invalid_key_and_tensor(root: Path) -> None:
     edit_config(root / "a", **UNSUPPORTED)
     stray = f"{PREFIX}{Q}.lora_stray"
     edit_tensors(root / "a", lambda tensors: {**tensors, stray: torch.ones(4)})
@@ -115,7 +115,7 @@ def test_other_initialisations_are_refused(root: Path, init: Any) -> None:
 
 
 @pytest.mark.parametrize("key", ["r", "lora_alpha", "target_modules"])
-def test_keys_that_would_be_guessed_are_required(root: Path, key: str) -> None:
+def test_keys_without_a_safe_default_are_required(root: Path, key: str) -> None:
     edit_config(root / "a", **{key: ...})
     assert (key, say("REQUIRED")) in refusal_of(root).violations
 
@@ -219,7 +219,7 @@ def test_targets_that_cannot_be_adapted_are_named(root: Path, target: str) -> No
     ("switch", "label"),
     [("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")],
 )
-def test_switches_need_their_tensors(root: Path, switch: str, label: str) -> None:
+def test_config_switches_need_their_tensors(root: Path, switch: str, label: str) -> None:
     edit_config(root / "a", **{switch: True})
     fields = {field for field, _ in refusal_of(root).violations}
     assert f"{Q}.{label}" in fields
@@ -231,7 +231,7 @@ def test_dora_excludes_lora_bias(root: Path) -> None:
     assert "lora_bias" in {field for field, _ in refusal_of(root).violations}
 
 
-def test_biases_must_be_announced_and_complete(tmp_path: Path) -> None:
+def test_biases_must_be_declared_and_complete(tmp_path: Path) -> None:
     model = tiny_llama(attention_bias=True)
     base = base_of(model)
     save_peft_adapter(model, lora_config(bias="lora_only"), tmp_path / "a")
@@ -252,7 +252,7 @@ def test_biases_must_be_announced_and_complete(tmp_path: Path) -> None:
     assert fields() == {f"{K}.bias"}
 
 
-def test_a_bias_where_the_base_has_none_is_a_mismatch(tmp_path: Path) -> None:
+def test_a_bias_that_the_base_lacks_is_a_mismatch(tmp_path: Path) -> None:
     save_peft_adapter(tiny_llama(attention_bias=True), lora_config(bias="all"), tmp_path / "a")
     with pytest.raises(AdapterMismatchError, check=says("NO_BASE_BIAS")):
         lower_checkpoint(read_adapter(tmp_path), base_of(tiny_llama()))
@@ -266,7 +266,7 @@ def test_an_adapter_without_lora_tensors_is_refused(root: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "error"), [("add", AdapterCheckpointError), ("mismatch", AdapterMismatchError)]
 )
-def test_a_flood_of_findings_stays_small(
+def test_a_report_of_many_faults_stays_short(
     kind: str, error: type[AdapterCheckpointError | AdapterMismatchError]
 ) -> None:
     findings = Findings("a", "the base")
@@ -281,7 +281,7 @@ def test_a_flood_of_findings_stays_small(
     assert len(str(caught.value)) < 1000
 
 
-def test_a_fault_of_many_keys_is_reported_once() -> None:
+def test_a_fault_that_many_keys_share_is_reported_once() -> None:
     findings = Findings("a")
     for i in range(10 * MAX_REPORTED):
         findings.add(f"layers.{i}.lora_A", say("WRONG_RANK", rank=4, by="the config", expected=i))
@@ -293,7 +293,7 @@ def test_a_fault_of_many_keys_is_reported_once() -> None:
     assert len(text) < 500
 
 
-def test_faults_of_the_checkpoint_come_before_what_does_not_fit() -> None:
+def test_faults_of_the_checkpoint_precede_mismatches_with_the_base() -> None:
     findings = Findings("a", "the base")
     findings.raise_if_any()
     findings.mismatch("q", say("NO_BASE_BIAS"))

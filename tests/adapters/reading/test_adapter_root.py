@@ -78,7 +78,7 @@ def tree(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / "root"
 
 
-def test_a_swap_before_any_system_call_leads_nowhere(
+def test_a_swap_before_any_system_call_never_leaves_the_root(
     tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The directory is swapped just before the first, second, … lookup of its files."""
@@ -135,7 +135,7 @@ def swapper(tree: Path) -> Iterator[None]:
     process.wait()
 
 
-def test_swaps_without_a_pause_lead_nowhere(tree: Path, swapper: None) -> None:
+def test_continuous_swaps_never_leave_the_root(tree: Path, swapper: None) -> None:
     root, outcomes = AdapterRoot(tree), collections.Counter[str]()
     while outcomes.total() < TRIES or len(outcomes) < 2:
         try:
@@ -148,7 +148,7 @@ def test_swaps_without_a_pause_lead_nowhere(tree: Path, swapper: None) -> None:
     assert sorted(outcomes) == ["read", "refused"]
 
 
-def test_links_inside_are_followed_however_they_are_written(tmp_path: Path) -> None:
+def test_links_within_the_root_are_followed_in_any_spelling(tmp_path: Path) -> None:
     root = tmp_path / "root"
     fill(root / "blobs" / "x", "inside")
     (tmp_path / "alias").symlink_to(root)
@@ -203,13 +203,13 @@ def test_for_a_missing_path_the_closest_is_suggested(
     assert why.params.get("closest") == meant
 
 
-def test_the_root_itself_may_be_gone(tmp_path: Path) -> None:
+def test_a_missing_root_is_reported(tmp_path: Path) -> None:
     for path in (".", "./", "hotel"):
         with pytest.raises(AdapterCheckpointError, check=says("NO_SUCH_PATH")):
             AdapterRoot(tmp_path / "gone").open_directory(path)
 
 
-def test_a_walk_ends_and_leaves_no_descriptor(tmp_path: Path) -> None:
+def test_a_walk_ends_and_closes_every_descriptor(tmp_path: Path) -> None:
     root = tmp_path / "root"
     fill(root / "a", "inside")
     (root / "loop").symlink_to("loop")

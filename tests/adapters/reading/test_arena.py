@@ -72,7 +72,7 @@ def test_every_operator_keeps_its_values_in_one_storage() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_values_that_are_not_finite_are_seen(value: float) -> None:
+def test_non_finite_values_are_detected(value: float) -> None:
     for place in range(3):
         modules = {str(i): ModuleOperators(low_rank=low_rank(2, 64)) for i in range(3)}
         changed = modules[str(place)].low_rank

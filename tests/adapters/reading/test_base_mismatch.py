@@ -80,7 +80,7 @@ def test_the_cause_comes_first(name: str, shape: tuple[int, ...], cause: str) ->
         ("", "org/Llama-3.1-8B", False),
     ],
 )
-def test_which_names_prove_another_base(trained: str, served: str, is_other: bool) -> None:
+def test_names_that_prove_another_base(trained: str, served: str, is_other: bool) -> None:
     assert is_other_base(trained, served) is is_other
 
 
@@ -186,7 +186,7 @@ def test_different_weights_of_the_same_base_are_reported(
         ("org/Small-Chat", "org/Tiny-1B", "TRAINED_FOR_ANOTHER_BASE"),
     ],
 )
-def test_the_name_of_the_base_may_tell_another_quantisation(
+def test_the_name_of_the_base_may_indicate_another_quantisation(
     directory: Path, trained: str, served: str, reason: str | None
 ) -> None:
     edit_config(directory, base_model_name_or_path=trained)
@@ -204,13 +204,13 @@ def test_a_rank_over_the_limit_is_rejected(directory: Path) -> None:
         load(directory, max_rank=1, allow=True)
 
 
-def test_an_upload_is_called_by_its_name(directory: Path) -> None:
+def test_an_upload_is_reported_by_its_name(directory: Path) -> None:
     edit_config(directory, base_model_name_or_path="", r="x")
     with pytest.raises(AdapterCheckpointError, check=says("ADAPTER_UNUSABLE", path="mine")):
         load(directory, name="mine")
 
 
-def test_an_unknown_key_that_is_null_passes(directory: Path) -> None:
+def test_an_unknown_key_that_is_null_is_accepted(directory: Path) -> None:
     edit_config(directory, base_model_name_or_path="", a_key_of_tomorrow=None)
     load(directory)
     edit_config(directory, a_key_of_tomorrow=False)

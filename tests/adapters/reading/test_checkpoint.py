@@ -140,7 +140,7 @@ def test_malformed_tensor_files_are_refused_before_any_tensor_is_read(
     assert caught.value.violations[0][0] == TENSORS_FILE
 
 
-def test_the_size_cap_holds_before_any_tensor_is_read(
+def test_the_size_limit_is_checked_before_any_tensor_is_read(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     total = sum(t.numel() for t in read_adapter(root).tensors.values())
@@ -228,14 +228,14 @@ def test_half_a_surrogate_pair_in_a_key_or_a_tensors_name_is_refused(root: Path)
     assert says("JSON_HALF_CHARACTER")(refusal_of(root))
 
 
-def test_a_whole_surrogate_pair_is_text(root: Path) -> None:
+def test_a_complete_surrogate_pair_is_accepted(root: Path) -> None:
     edit_config(root / "a", base_model_name_or_path="org/🦙 äöü")
     assert r"\ud83e" in (root / "a" / CONFIG_FILE).read_text()
     assert read_adapter(root).config["base_model_name_or_path"] == "org/🦙 äöü"
 
 
 @pytest.mark.parametrize("key", ["base_model_name_or_path", "revision"])
-def test_names_have_a_longest_length(root: Path, key: str) -> None:
+def test_names_have_a_maximum_length(root: Path, key: str) -> None:
     edit_config(root / "a", **{key: "x" * 512})
     assert read_adapter(root).config[key] == "x" * 512
     edit_config(root / "a", **{key: "x" * 513})
@@ -243,7 +243,7 @@ def test_names_have_a_longest_length(root: Path, key: str) -> None:
     assert (field, why.reason, why.params["found"]) == (key, "TOO_MANY_CHARACTERS", 513)
 
 
-def test_keys_have_a_longest_length(root: Path) -> None:
+def test_keys_have_a_maximum_length(root: Path) -> None:
     edit_config(root / "a", **{"k" * 513: 1})
     error = refusal_of(root)
     assert error.violations[0][0] == CONFIG_FILE

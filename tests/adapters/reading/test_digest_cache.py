@@ -98,7 +98,7 @@ def test_changed_content_of_the_same_size_and_time_is_noticed(
     assert read(folder, known).digest != first.digest
 
 
-def test_a_known_file_that_changes_while_it_is_read_is_refused(
+def test_a_cached_file_that_changes_while_it_is_read_is_refused(
     tmp_path: Path, hashed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "a"
@@ -133,7 +133,7 @@ def loader_of(folder: Path) -> AdapterLoader:
     return AdapterLoader(folder / "root", tiny_base(), 1 << 20, 8, uploads=folder / "state")
 
 
-def test_only_uploads_are_known(tmp_path: Path, hashed: list[int]) -> None:
+def test_only_uploads_are_cached(tmp_path: Path, hashed: list[int]) -> None:
     loader = loader_of(tmp_path)
     for is_upload, is_hashed_again in ((True, False), (False, True)):
         source = Source("a", is_upload=is_upload)
@@ -143,7 +143,7 @@ def test_only_uploads_are_known(tmp_path: Path, hashed: list[int]) -> None:
         assert bool(hashed) is is_hashed_again, source
 
 
-def test_uploads_are_not_known_where_others_may_write(tmp_path: Path, hashed: list[int]) -> None:
+def test_uploads_are_not_cached_if_others_may_write(tmp_path: Path, hashed: list[int]) -> None:
     for name in ("root", "state"):
         (tmp_path / name).mkdir()
     (tmp_path / "state").chmod(0o770)
@@ -156,7 +156,7 @@ def test_uploads_are_not_known_where_others_may_write(tmp_path: Path, hashed: li
 
 
 @pytest.mark.parametrize("place", ["disk", "memory"])
-def test_weights_changed_through_a_mapping_are_seen(
+def test_weights_changed_through_a_mapping_are_detected(
     tmp_path: Path, hashed: list[int], place: str
 ) -> None:
     """Mapped pages can be written a second time without a change of the file's times."""
@@ -176,14 +176,14 @@ def test_weights_changed_through_a_mapping_are_seen(
             loader.reload("a", source, digest)
 
 
-def test_files_that_changed_just_now_have_no_stamp(tmp_path: Path) -> None:
+def test_recently_changed_files_have_no_stamp(tmp_path: Path) -> None:
     file = tmp_path / "a"
     file.write_text("x")
     with file.open() as opened:
         assert stamp_of(opened.fileno()) is None
 
 
-def test_the_longest_unused_is_forgotten() -> None:
+def test_the_least_recently_used_digest_is_forgotten() -> None:
     known = DigestCache(max_entries=2)
     for name in (b"a", b"b"):
         known.remember(name, name.decode())

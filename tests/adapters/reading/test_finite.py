@@ -12,7 +12,7 @@ from turret.server.adapters.checkpoint.reader import DTYPES, all_finite
     "dtype", [d for name in DTYPES.values() if (d := getattr(torch, name)).is_floating_point]
 )
 @pytest.mark.parametrize("size", [1, 2, 7, 63, 64, 65, 1000])
-def test_finds_it_at_every_place(dtype: torch.dtype, size: int) -> None:
+def test_a_non_finite_value_is_found_at_every_position(dtype: torch.dtype, size: int) -> None:
     limits = torch.finfo(dtype)
     tensor = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
     tensor[0], tensor[-1] = limits.max, limits.min

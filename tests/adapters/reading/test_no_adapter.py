@@ -129,7 +129,7 @@ def test_a_load_and_a_start_report_the_same_error(root: Path, kind: str) -> None
     assert error.message in said_by_a_start(root, "m")
 
 
-def test_weights_that_are_no_numbers_are_named(root: Path) -> None:
+def test_weights_that_are_not_numbers_are_named(root: Path) -> None:
     values = load_file(root / "m" / TENSORS_FILE)
     name = next(iter(values))
     values[name][0, 0] = np.nan

@@ -63,7 +63,7 @@ def grown(root: Path, method: str = "lora", rows: int = ROWS, **keys: Any) -> Pa
     return root / "a"
 
 
-def test_facts_tell_the_vocabulary(loader_of: Any, tmp_path: Path) -> None:
+def test_the_facts_of_an_adapter_include_its_vocabulary(loader_of: Any, tmp_path: Path) -> None:
     folder = grown(tmp_path)
     loader = loader_of(tmp_path)
     loaded = load(loader)
@@ -108,7 +108,7 @@ def test_new_tokens_without_a_tokenizer_are_rejected(loader_of: Any, tmp_path: P
         load(loader_of(tmp_path))
 
 
-def test_fewer_rows_need_none_where_the_bases_tokens_have_theirs(
+def test_fewer_rows_need_no_tokenizer_if_every_base_token_has_one(
     loader_of: Any, tmp_path: Path
 ) -> None:
     (grown(tmp_path, rows=250) / "tokenizer.json").unlink()
@@ -118,7 +118,7 @@ def test_fewer_rows_need_none_where_the_bases_tokens_have_theirs(
         load(loader_of(tmp_path, named=251))
 
 
-def test_an_export_gives_the_tokenizer_that_was_loaded(
+def test_an_export_contains_the_loaded_tokenizer(
     loader_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, loader = grown(tmp_path), loader_of(tmp_path)
@@ -192,7 +192,7 @@ def test_bad_tokenizers_are_named(
     assert "/tmp" not in str(caught.value)
 
 
-def test_a_config_names_no_file_elsewhere(loader_of: Any, tmp_path: Path) -> None:
+def test_file_paths_in_a_tokenizer_config_are_ignored(loader_of: Any, tmp_path: Path) -> None:
     """Otherwise, transformers would open ``tokenizer_file`` and others at any path."""
     other = tmp_path / "other.json"
     other.write_text("{}")
@@ -250,9 +250,7 @@ def test_an_error_names_the_unsupported_field(loader_of: Any, tmp_path: Path) ->
     refused("lm_head.ia3_l", "WRONG_SHAPE")
 
 
-def test_rows_of_the_bases_tokens_must_be_named_to_be_others(
-    loader_of: Any, tmp_path: Path
-) -> None:
+def test_changed_rows_of_base_tokens_must_be_declared(loader_of: Any, tmp_path: Path) -> None:
     folder = grown(tmp_path, modules_to_save=None)
     assert load(loader_of(tmp_path)).operators.tokens.embedding is None
 

@@ -199,7 +199,7 @@ def children(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     pattern_match._too_slow.clear()
 
 
-def test_a_catastrophic_pattern_is_stopped_and_named_and_not_tried_again(
+def test_a_catastrophic_pattern_is_stopped_reported_and_not_retried(
     children: list[Any],
 ) -> None:
     config = {
@@ -234,7 +234,7 @@ def test_a_pattern_cannot_fill_the_memory(
     assert after.matches == ("",)
 
 
-def test_children_take_turns(children: list[Any]) -> None:
+def test_child_processes_take_turns(children: list[Any]) -> None:
     patterns = [Pattern("fullmatch", f"(a|b){{{i}}}", f"(a|b){{{i}}}") for i in range(1, 7)]
     with ThreadPoolExecutor(len(patterns)) as pool:
         results = list(pool.map(lambda pattern: match_all([pattern], ["ab"])[0], patterns))
@@ -255,7 +255,7 @@ def test_results_keep_the_order_of_the_patterns() -> None:
     assert [r.error is None for r in results] == [True, True, False, True]
 
 
-def test_an_ambiguous_pattern_warns_and_the_first_counts() -> None:
+def test_the_first_of_several_matching_patterns_wins_with_a_warning() -> None:
     found, _ = resolve(
         target_modules=["q_proj"], alpha_pattern={"q_proj": 3, "self_attn.q_proj": 5}
     )
@@ -279,7 +279,7 @@ def test_warnings_stay_few_and_short() -> None:
     assert targets.warnings[-1].params == {"count": 14}
 
 
-def test_as_many_patterns_as_would_take_minutes_are_refused() -> None:
+def test_patterns_that_would_take_minutes_are_refused() -> None:
     """The patterns are for a mixture whose experts are modules."""
     names = [f"model.layers.{i // 128}.mlp.experts.{i % 128}.up_proj" for i in range(1 << 15)]
     patterns = {f"x{i}": 3 for i in range(513)}

@@ -104,7 +104,7 @@ TOOLS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_a_tools_folder_loads_as_it_is(tool: str, tmp_path: Path) -> None:
+def test_the_output_folder_of_each_training_tool_loads_unchanged(tool: str, tmp_path: Path) -> None:
     path, beside, said = TOOLS[tool]
     model, folder = tiny_llama(), tmp_path / path
     save_peft_adapter(model, lora_config(target_modules=["q_proj", "down_proj"]), folder)
@@ -128,7 +128,7 @@ def test_a_tools_folder_loads_as_it_is(tool: str, tmp_path: Path) -> None:
     assert json.loads((folder / "adapter_config.json").read_text())["peft_version"] == "0.18.0"
 
 
-def test_a_folder_of_checkpoints_names_the_last(tmp_path: Path) -> None:
+def test_the_last_checkpoint_of_a_run_folder_is_suggested(tmp_path: Path) -> None:
     for number in (9, 30, 500):
         folder = tmp_path / "out" / f"checkpoint-{number}"
         folder.mkdir(parents=True)

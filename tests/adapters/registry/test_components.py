@@ -180,7 +180,7 @@ def test_bad_components_are_refused(case: str, open_registry: Any, root: Path) -
     assert says(reason, value=wrong)(why)
 
 
-def test_every_wrong_key_and_tensor_is_named_at_once(open_registry: Any, root: Path) -> None:
+def test_every_invalid_key_and_tensor_is_reported_at_once(open_registry: Any, root: Path) -> None:
     def edit(tensors: dict[str, torch.Tensor]) -> None:
         del tensors[f"{PREFIX}{Q}.fusion_key.weight"]
         key = f"{PREFIX}model.layers.1.self_attn.v_proj.fusion_query.weight"
@@ -218,14 +218,14 @@ def test_a_module_that_no_component_adapts_is_refused(open_registry: Any, root: 
     ]
 
 
-def test_modules_left_out_are_a_warning(open_registry: Any, root: Path) -> None:
+def test_omitted_modules_cause_a_warning(open_registry: Any, root: Path) -> None:
     save_fusion(tiny_llama(), root, "g", ("a", "b"), ("v_proj",))
     registry = open_registry("ab")
     (warning,) = registry.load("g", "g").facts.warnings
     assert (warning.reason, warning.params) == ("COMPONENTS_ADAPT_MORE", {"count": 4})
 
 
-def test_another_base_s_fusion_is_a_mismatch(open_registry: Any, root: Path) -> None:
+def test_a_fusion_for_another_base_is_a_mismatch(open_registry: Any, root: Path) -> None:
     def widen(tensors: dict[str, torch.Tensor]) -> None:
         key = f"{PREFIX}{Q}.fusion_query.weight"
         tensors[key] = torch.ones(8, 65)
@@ -243,7 +243,7 @@ def test_d_k_counts_as_a_rank(open_registry: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", ["DRAIN", "FORCE"])
-def test_a_component_cannot_leave_before_its_fusion(mode: Any, open_registry: Any) -> None:
+def test_a_component_cannot_be_unloaded_before_its_fusion(mode: Any, open_registry: Any) -> None:
     registry = open_registry("abf")
     for call in (lambda: registry.unload("a", mode), lambda: registry.replace("a", "dora")):
         error = refusal(call, AdapterInUseError, "FAILED_PRECONDITION")
@@ -336,7 +336,7 @@ def test_components_stay_while_a_fusion_of_them_is_loading(open_registry: Any) -
     assert loaded.facts.method == "learned_fusion"
 
 
-def test_a_component_on_its_way_out_is_not_there(open_registry: Any) -> None:
+def test_a_component_that_is_being_unloaded_cannot_be_fused(open_registry: Any) -> None:
     registry = open_registry("ab")
     mix = registry.acquire(refs("a"))
     thread, results = in_thread(lambda: registry.unload("a", timeout_seconds=10.0))

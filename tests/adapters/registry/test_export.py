@@ -22,7 +22,7 @@ def files_of(tmp_path: Path) -> list[str]:
     return sorted(p.name for p in folders if (p / "adapter_model.safetensors").exists())
 
 
-def test_an_export_that_finds_its_files_gone_looks_again(
+def test_an_export_retries_if_its_files_were_replaced(
     make: Registries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = make(100, state=StateDir(tmp_path / "state", 1 << 20))
@@ -54,7 +54,7 @@ def test_an_export_that_finds_its_files_gone_looks_again(
         registry.export("c")
 
 
-def test_an_export_is_what_was_loaded(make: Registries, tmp_path: Path) -> None:
+def test_an_export_equals_the_loaded_adapter(make: Registries, tmp_path: Path) -> None:
     registry = make(100, state=StateDir(tmp_path / "state", 1 << 20))
     registry.upload("up", stage_directory(registry, make.root / "a"))
     with registry.export("up", 1) as export:

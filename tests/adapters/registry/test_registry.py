@@ -115,7 +115,7 @@ def test_one_adapter_over_the_budget_is_refused(make: Registries) -> None:
 # Resolving
 
 
-def test_acquire_is_all_or_none_and_names_everything_missing(make: Registries) -> None:
+def test_acquire_takes_all_or_none_and_names_every_missing_adapter(make: Registries) -> None:
     registry = make(load="ab")
     with pytest.raises(AdapterNotFoundError) as caught:
         registry.acquire([*refs("axy"), AdapterRef(name="b", generation=2)])
@@ -140,7 +140,7 @@ def test_only_one_missing_name_is_compared_with_others(make: Registries) -> None
             registry.acquire(one)
 
 
-def test_a_name_twice_is_invalid(make: Registries) -> None:
+def test_a_repeated_name_is_invalid(make: Registries) -> None:
     registry = make(load="ab")
     with pytest.raises(InvalidRequestError, check=says("DUPLICATE", value="a")):
         registry.acquire(refs("aba"))
@@ -164,7 +164,7 @@ def test_a_mix_keeps_order_weights_and_identity(make: Registries) -> None:
     assert registry.get("a").in_flight == 0
 
 
-def test_no_adapters_is_the_base(make: Registries) -> None:
+def test_a_request_without_adapters_uses_the_base(make: Registries) -> None:
     registry = make()
     mix = registry.acquire([])
     assert mix is BASE_MIX
@@ -191,7 +191,7 @@ def test_unload_frees_the_name_and_the_bytes(make: Registries) -> None:
     assert registry.load("a", "b").uuid != uuid
 
 
-def test_drain_refuses_new_requests_and_waits_for_running_ones(make: Registries) -> None:
+def test_a_drain_refuses_new_requests_and_waits_for_running_ones(make: Registries) -> None:
     registry = make(load="a")
     mix = registry.acquire(refs("a"))
     thread, results = in_thread(lambda: registry.unload("a", "DRAIN", WAIT_SECONDS))
@@ -210,7 +210,7 @@ def test_drain_refuses_new_requests_and_waits_for_running_ones(make: Registries)
     assert registry.list() == []
 
 
-def test_drain_that_times_out_serves_on(make: Registries) -> None:
+def test_a_drain_that_times_out_resumes_serving(make: Registries) -> None:
     registry = make(load="a")
     mix = registry.acquire(refs("a"))
     with pytest.raises(AdapterInUseError, check=says("ADAPTER_HELD", requests=1)):
@@ -221,7 +221,7 @@ def test_drain_that_times_out_serves_on(make: Registries) -> None:
     registry.unload("a", "DRAIN", 0.0)
 
 
-def test_force_ends_running_requests(make: Registries) -> None:
+def test_a_forced_unload_ends_running_requests(make: Registries) -> None:
     registry = make(load="ab")
     mixes = {registry.get(name).uuid: registry.acquire(refs(name)) for name in "ab"}
     registry.on_force_unload.append(lambda uuid: registry.release(mixes[uuid]))
@@ -229,7 +229,7 @@ def test_force_ends_running_requests(make: Registries) -> None:
     assert [(r.name, r.in_flight) for r in registry.list()] == [("b", 1)]
 
 
-def test_force_also_ends_a_request_that_the_engine_had_not_seen(make: Registries) -> None:
+def test_a_forced_unload_also_ends_requests_that_the_engine_has_not_seen(make: Registries) -> None:
     registry = make(load="a")
     mix = registry.acquire(refs("a"))
     told: list[str] = []
@@ -245,7 +245,7 @@ def test_force_also_ends_a_request_that_the_engine_had_not_seen(make: Registries
     assert len(told) == 2
 
 
-def test_force_overtakes_a_drain(make: Registries) -> None:
+def test_a_forced_unload_overtakes_a_drain(make: Registries) -> None:
     registry = make(load="a")
     mix = registry.acquire(refs("a"))
     thread, results = in_thread(lambda: registry.unload("a", "DRAIN", None))
@@ -256,7 +256,7 @@ def test_force_overtakes_a_drain(make: Registries) -> None:
     assert results == [None]
 
 
-def test_an_unload_that_gives_up_leaves_another_one_waiting(make: Registries) -> None:
+def test_an_unload_that_times_out_does_not_affect_another_one(make: Registries) -> None:
     registry = make(load="a")
     mix = registry.acquire(refs("a"))
     thread, results = in_thread(lambda: registry.unload("a", "DRAIN", WAIT_SECONDS))
@@ -269,7 +269,7 @@ def test_an_unload_that_gives_up_leaves_another_one_waiting(make: Registries) ->
     assert results == [None]
 
 
-def test_unload_during_a_read_drops_what_arrives(make: Registries) -> None:
+def test_an_unload_during_a_read_discards_the_result(make: Registries) -> None:
     registry = make(1, load="ab")
     gate = Gate(registry)
     waiter = Waiter(registry.acquire(refs("a")))

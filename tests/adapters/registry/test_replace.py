@@ -69,7 +69,7 @@ def test_an_unused_generation_is_removed_at_once(make: Registries) -> None:
     assert registry.host_bytes_used == adapter_bytes()
 
 
-def test_the_same_content_makes_no_generation(make: Registries) -> None:
+def test_the_same_content_creates_no_generation(make: Registries) -> None:
     registry = make(load="a")
     before = registry.get("a")
     shutil.copytree(make.root / "a", make.root / "copy")
@@ -144,7 +144,7 @@ def test_without_room_the_new_generation_waits_on_disk(make: Registries) -> None
     assert registry.host_bytes_used == adapter_bytes()
 
 
-def test_a_replacement_during_a_read_drops_what_arrives(make: Registries) -> None:
+def test_a_replacement_during_a_read_discards_the_result(make: Registries) -> None:
     registry = make(1, load="ab")
     gate = Gate(registry)
     waiting = Waiter(registry.acquire(refs("a")))
@@ -183,7 +183,7 @@ def test_a_replaced_generation_is_no_longer_pinned(make: Registries) -> None:
     assert waiting.wait().error is None
 
 
-def test_a_pinned_adapter_without_room_for_both_stays_as_it_is(
+def test_a_pinned_adapter_is_not_replaced_without_room_for_both_generations(
     make: Registries, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = make(1.5)
@@ -212,7 +212,7 @@ def test_unload_waits_for_every_generation(make: Registries) -> None:
     assert registry.host_bytes_used == 0
 
 
-def test_force_ends_the_requests_of_every_generation(make: Registries) -> None:
+def test_a_forced_unload_ends_the_requests_of_every_generation(make: Registries) -> None:
     registry = make(load="a")
     mixes = [registry.acquire(refs("a"))]
     registry.replace("a", "b")
@@ -249,7 +249,7 @@ def test_metrics_follow_the_name(make: Registries) -> None:
     assert tier("host") is None
 
 
-def test_a_pin_that_gives_up_leaves_nothing_behind(
+def test_a_pin_that_times_out_leaves_nothing_behind(
     make: Registries, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(installer, "PIN_TIMEOUT_SECONDS", 0.05)

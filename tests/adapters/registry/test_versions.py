@@ -114,7 +114,7 @@ def test_a_rollback_serves_a_kept_generation_with_its_number(make: Registries) -
     assert versions(registry) == (3, (1,))
 
 
-def test_the_metrics_have_the_tier_of_the_current_generation(make: Registries) -> None:
+def test_metrics_report_the_tier_of_the_current_generation(make: Registries) -> None:
     metrics = Metrics()
     registry = make(1.5, keep_generations=1, metrics=metrics)
 
@@ -134,7 +134,7 @@ def test_the_metrics_have_the_tier_of_the_current_generation(make: Registries) -
     assert not is_resident()
 
 
-def test_numbers_of_generations_that_only_an_alias_kept_are_not_used_again(
+def test_generation_numbers_kept_only_by_an_alias_are_not_reused(
     make: Registries,
 ) -> None:
     registry = make(load="a")
@@ -150,7 +150,7 @@ def test_numbers_of_generations_that_only_an_alias_kept_are_not_used_again(
     assert versions(registry) == (3, ())
 
 
-def test_nothing_is_kept_unless_asked_for(make: Registries) -> None:
+def test_no_generation_is_kept_by_default(make: Registries) -> None:
     registry = make(load="a")
     registry.replace("a", "b")
     assert versions(registry, "a") == (2, ())
@@ -188,7 +188,7 @@ def test_a_restart_keeps_generations_and_their_files(
     assert list((tmp_path / "state" / "files").iterdir()) == []
 
 
-def test_changed_files_are_found_before_a_rollback_changes_anything(
+def test_changed_files_are_detected_before_a_rollback_changes_anything(
     start: Start, make: Registries
 ) -> None:
     registry = start()
@@ -225,7 +225,7 @@ def test_a_rollback_that_cannot_be_saved_changes_nothing(
     assert not registry.get("x", 2).pinned
 
 
-def test_an_export_may_be_of_a_kept_generation(make: Registries) -> None:
+def test_a_kept_generation_can_be_exported(make: Registries) -> None:
     registry = make(load="a", keep_generations=1)
     first = registry.get("a").facts.digest
     registry.replace("a", "b")

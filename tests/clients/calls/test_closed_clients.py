@@ -79,7 +79,7 @@ async def test_a_running_asyncio_call_reports_that_its_client_was_closed(server:
 
 
 @pytest.mark.parametrize("ask", CALLS.values(), ids=CALLS)
-async def test_a_task_that_its_program_cancels_is_cancelled(server: FakeTurret, ask):
+async def test_a_task_cancelled_by_its_program_is_cancelled(server: FakeTurret, ask):
     async with AsyncTurretClient(server.address) as client:
         task = asyncio.create_task(_to_the_end(ask, client))
         await asyncio.sleep(0.2)

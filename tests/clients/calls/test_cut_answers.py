@@ -158,7 +158,7 @@ def test_waiting_for_a_lost_server_ends(
         assert time.monotonic() - started < 10
 
 
-def test_a_stream_that_its_reader_leaves_at_the_cut_raises_nothing(server) -> None:
+def test_closing_a_stream_at_its_cut_raises_nothing(server) -> None:
     stopping, address = server
     stopping.cuts = 1
     with (
@@ -171,7 +171,7 @@ def test_a_stream_that_its_reader_leaves_at_the_cut_raises_nothing(server) -> No
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_a_whole_answer_is_asked_for_again_or_is_an_error(server, is_async: bool) -> None:
+def test_a_unary_call_that_was_cut_is_retried_or_raises(server, is_async: bool) -> None:
     stopping, address = server
 
     def ask(**options: Any) -> Any:
@@ -199,7 +199,7 @@ def test_a_whole_answer_is_asked_for_again_or_is_an_error(server, is_async: bool
 
 
 @pytest.mark.parametrize("is_cut_by_close", [False, True])
-def test_closing_an_asyncio_client_leaves_nothing_of_a_cut_stream_to_the_next_loop(
+def test_closing_an_asyncio_client_ends_a_cut_stream_in_its_own_loop(
     is_cut_by_close: bool,
 ) -> None:
     """Otherwise, gRPC prints a traceback when a call's last event finds its loop closed."""
@@ -217,7 +217,7 @@ def test_closing_an_asyncio_client_leaves_nothing_of_a_cut_stream_to_the_next_lo
         assert asyncio.run(cut(server.address)) == []
 
 
-async def test_closing_an_asyncio_client_waits_for_nothing_where_no_call_was_cut(
+async def test_closing_an_asyncio_client_does_not_wait_if_no_call_was_cut(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("turret.clients.calls.connections._CUT_SECONDS", 60.0)

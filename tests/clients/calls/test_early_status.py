@@ -52,7 +52,7 @@ def adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-async def test_an_early_status_of_the_server_is_raised(address: str, adapter: Path) -> None:
+async def test_an_early_status_from_the_server_is_raised(address: str, adapter: Path) -> None:
     async with AsyncTurretClient(address) as client:
         for _ in range(UPLOADS):
             with pytest.raises(AlreadyExistsError, match="taken") as caught:

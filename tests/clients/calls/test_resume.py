@@ -83,7 +83,7 @@ def _joined(chunks: list[Chunk]) -> tuple[Any, ...]:
     )
 
 
-def test_broken_streams_give_what_whole_ones_give(server: ServerUnderTest) -> None:
+def test_broken_streams_give_the_same_answer_as_whole_ones(server: ServerUnderTest) -> None:
     numbers = range(NUM_CLIENTS * NUM_EACH)
 
     def ask(client: TurretClient, number: int) -> tuple[Any, ...]:
@@ -171,7 +171,7 @@ def test_an_answer_of_an_alias_resumes_with_the_same_target(
         assert found == _joined(list(direct.generate_stream("a", **by_name)))
 
 
-def test_a_proxy_that_falls_silent_is_given_up(
+def test_a_silent_proxy_is_abandoned(
     server: ServerUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: GenerateOptions = {"max_tokens": 200, "ignore_eos": True, "temperature": 0.0}
@@ -216,7 +216,7 @@ class _Failure(grpc.RpcError):
         (grpc.StatusCode.INTERNAL, "a division by zero", ServerError),
     ],
 )
-def test_a_proxy_that_lost_the_server_reads_as_unavailable(
+def test_a_proxy_without_its_server_is_reported_as_unavailable(
     code: grpc.StatusCode, details: str, kind: type[TurretRpcError]
 ) -> None:
     error = TurretRpcError.from_grpc(_Failure(code, details))
@@ -246,7 +246,7 @@ class _Recorder(inference_pb2_grpc.InferenceServicer):
         return inference_pb2.ScoreResponse()
 
 
-def test_calls_name_their_adapters_for_balancers() -> None:
+def test_calls_carry_their_adapters_in_a_header_for_load_balancers() -> None:
     recorder = _Recorder()
     serving = grpc.server(futures.ThreadPoolExecutor(2))
     inference_pb2_grpc.add_InferenceServicer_to_server(recorder, serving)

@@ -103,7 +103,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("turret.clients.calls.settings._FIRST_DELAY_SECONDS", 0.02)
 
 
-def test_a_full_queue_is_asked_again(server: tuple[Moody, str]) -> None:
+def test_a_call_is_retried_if_the_queue_is_full(server: tuple[Moody, str]) -> None:
     servicer, address = server
     with TurretClient(address) as client:
         servicer.failures = 2
@@ -119,7 +119,7 @@ def test_a_full_queue_is_asked_again(server: tuple[Moody, str]) -> None:
             client.generate("x")
 
 
-async def test_asyncio_does_the_same(server: tuple[Moody, str]) -> None:
+async def test_the_asyncio_client_retries_too(server: tuple[Moody, str]) -> None:
     servicer, address = server
     async with AsyncTurretClient(address) as client:
         servicer.failures = 2
@@ -166,7 +166,7 @@ def test_errors_that_waiting_cannot_fix_are_not_retried(server: tuple[Moody, str
         assert servicer.calls == 1, code
 
 
-def test_a_stream_is_sent_again_only_before_its_text(server: tuple[Moody, str]) -> None:
+def test_a_stream_is_retried_only_before_its_first_text(server: tuple[Moody, str]) -> None:
     servicer, address = server
     with TurretClient(address) as client:
         servicer.failures = 2
@@ -178,7 +178,7 @@ def test_a_stream_is_sent_again_only_before_its_text(server: tuple[Moody, str]) 
         assert servicer.calls == 1
 
 
-def test_a_closed_stream_does_not_come_back(server: tuple[Moody, str]) -> None:
+def test_a_closed_stream_is_not_retried(server: tuple[Moody, str]) -> None:
     servicer, address = server
     servicer.failures, servicer.delay = 5, 30.0
     with TurretClient(address) as client, futures.ThreadPoolExecutor(1) as pool:
@@ -192,7 +192,7 @@ def test_a_closed_stream_does_not_come_back(server: tuple[Moody, str]) -> None:
         assert servicer.calls == 1
 
 
-def test_a_change_is_not_made_twice(server: tuple[Moody, str]) -> None:
+def test_a_change_is_retried_only_if_the_server_did_nothing(server: tuple[Moody, str]) -> None:
     """A merge that reached no server is not repeated, because gRPC cannot tell whether it ran."""
     servicer, address = server
     servicer.code, servicer.reason, servicer.delay = grpc.StatusCode.UNAVAILABLE, "", None
@@ -219,7 +219,7 @@ def test_every_status_has_its_exception() -> None:
     assert str(moved) == "NOT_FOUND (R): x: no"
 
 
-def test_a_refused_number_of_retries_names_itself() -> None:
+def test_an_invalid_number_of_retries_is_reported_by_name() -> None:
     with pytest.raises(ValueError, match="max_retries"):
         RetryPolicy(-1)
 
@@ -241,12 +241,14 @@ def test_a_refused_number_of_retries_names_itself() -> None:
         ({"prompt": [{"role": "user"}]}, r"messages\[0\]"),
     ],
 )
-def test_a_wrong_type_names_its_argument(wrong: dict[str, Any], named: str) -> None:
+def test_an_argument_of_the_wrong_type_is_reported_by_name(
+    wrong: dict[str, Any], named: str
+) -> None:
     with TurretClient("127.0.0.1:1") as client, pytest.raises(TypeError, match=f"^{named}: "):
         client.generate(**wrong)
 
 
-def test_the_client_comes_from_the_package_without_torch() -> None:
+def test_the_client_is_imported_without_torch() -> None:
     code = (
         "import sys\n"
         "from turret import AdapterWeight, AsyncTurretClient, Tls, TurretClient, TurretRpcError\n"

@@ -196,7 +196,7 @@ def test_base_adapters_and_mixes_are_judged_together(
     assert widths[4] == pytest.approx(3 * widths[3], rel=0.01)
 
 
-def test_a_perplexity_has_no_exponent():
+def test_perplexity_is_printed_without_an_exponent():
     figures = [(2394.6, 3), (7.654, 3), (867.94, 4), (12345.6, 4), (1e12, 3), (math.inf, 3)]
     said = ["2,395", "7.65", "867.9", "12,346", "1e+12", "inf"]
     assert [_plain(*figure) for figure in figures] == said
@@ -253,7 +253,7 @@ def test_a_lost_connection_is_reported(run: Run, server: FakeTurret, capitals: P
     assert "(CONNECTION_LOST)" in run(capitals)[2]
 
 
-def test_progress_knows_its_end_from_the_start(run: Run, capitals: Path, monkeypatch):
+def test_progress_shows_the_total_from_the_start(run: Run, capitals: Path, monkeypatch):
     noted = Mock(return_value=TaskID(0))
     monkeypatch.setattr(Progress, "add_task", noted)
     monkeypatch.setattr(Progress, "update", Mock())
@@ -271,7 +271,7 @@ def test_metrics_can_be_chosen_and_prompts_sent_raw(run: Run, server: FakeTurret
     assert [r.prompt for r in server.inference.requests[-2:]] != ["", ""]
 
 
-def test_a_full_queue_is_waited_for(run: Run, server: FakeTurret, capitals: Path):
+def test_eval_waits_while_the_queue_is_full(run: Run, server: FakeTurret, capitals: Path):
     assert isinstance(server.inference, Geographer)
     server.inference.full = 5
     code, out, _ = run(capitals, "-m", "sql", "--no-base", "--metric", "exact_match", "--json")
@@ -279,7 +279,7 @@ def test_a_full_queue_is_waited_for(run: Run, server: FakeTurret, capitals: Path
     assert server.inference.full == 0
 
 
-def test_a_failure_of_every_line_names_none(run: Run, capitals: Path):
+def test_an_error_that_affects_every_line_names_no_line(run: Run, capitals: Path):
     code, out, err = run(capitals, "-m", "nope")
     assert (code, out) == (1, "")
     assert re.search(
@@ -319,15 +319,13 @@ def test_unwritable_files_are_reported_before_any_request(
         ),
     ],
 )
-def test_arguments_that_make_no_sense_exit_2(
-    run: Run, capitals: Path, arguments: list[str], message: str
-):
+def test_invalid_arguments_exit_2(run: Run, capitals: Path, arguments: list[str], message: str):
     code, out, err = run(capitals, *arguments)
     assert (code, out) == (2, "")
     assert message in err
 
 
-def test_a_file_that_is_not_there_exits_1(run: Run, tmp_path: Path):
+def test_a_missing_file_exits_1(run: Run, tmp_path: Path):
     code, _, err = run(tmp_path / "none.jsonl")
     assert (code, "none.jsonl" in err) == (1, True)
     assert run(tmp_path)[2].startswith(f"error: {tmp_path}: ")
@@ -355,7 +353,7 @@ def test_labels_are_judged_by_accuracy_and_macro_f1(
     assert "macro f1" in (tmp_path / "a.svg").read_text()
 
 
-def test_sets_of_labels_are_judged_by_every_f1(run: Run, tmp_path: Path):
+def test_label_sets_are_judged_by_every_kind_of_f1(run: Run, tmp_path: Path):
     path, answers = tmp_path / "sets.jsonl", tmp_path / "answers.jsonl"
     turns = [{"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Oman?"}]
     rows = [

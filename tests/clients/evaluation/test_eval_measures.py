@@ -36,25 +36,25 @@ from turret.clients.evaluation.evaluate import Judged, MixReport, gain
         ("!", "?", 0, 1),
     ],
 )
-def test_answers_are_compared(answer: str, reference: str, exact: float, f1: float):
+def test_exact_match_and_token_f1_of_answers(answer: str, reference: str, exact: float, f1: float):
     assert exact_match(answer, reference) == exact
     assert token_f1(answer, reference) == pytest.approx(f1)
 
 
-def test_the_first_label_named_counts():
+def test_the_first_label_in_an_answer_counts():
     labels = ("bug", "bug report", "praise")
     assert named_label("This is PRAISE, no bug", labels) == "praise"
     assert named_label("a bug report", labels) == "bug report"
     assert named_label("debugging", labels) is None
 
 
-def test_perplexity_weighs_tokens_and_not_texts():
+def test_perplexity_weights_tokens_not_texts():
     scores = [(-8.0, 8), (-4.0, 1)]
     assert perplexity(scores) == pytest.approx(math.exp(12 / 9))
     assert perplexity([(-1e9, 1)]) == math.inf
 
 
-def test_intervals_hold_the_value_and_shrink_with_examples():
+def test_intervals_contain_the_value_and_shrink_with_more_examples():
     few, many = ([0.0, 1.0] * n for n in (5, 500))
     narrow, wide = estimate(many, mean), estimate(few, mean)
     assert wide.low is not None
@@ -68,7 +68,7 @@ def test_intervals_hold_the_value_and_shrink_with_examples():
 
 
 @pytest.mark.parametrize("total", [1, 5, 24, 1000])
-def test_the_interval_of_a_proportion_is_that_of_wilson(total: int):
+def test_the_interval_of_a_proportion_is_the_wilson_interval(total: int):
     for right in {0, 1, total // 3, total - 1, total}:
         values = [1.0] * right + [0.0] * (total - right)
         expected = binomtest(right, total).proportion_ci(0.95, method="wilson")
@@ -83,7 +83,7 @@ def test_the_interval_of_a_proportion_is_that_of_wilson(total: int):
     assert (estimate_mean([0.0] * total).low, estimate_mean([1.0] * total).high) == (0, 1)
 
 
-def test_examples_that_are_alike_tell_no_interval_but_of_a_proportion():
+def test_identical_examples_give_an_interval_only_for_a_proportion():
     for values in ([0.4], [0.4] * 50):
         found = estimate_mean(values)
         assert (found.value, found.low, found.high) == (pytest.approx(0.4), None, None)
@@ -96,13 +96,13 @@ def test_examples_that_are_alike_tell_no_interval_but_of_a_proportion():
     assert estimate(same, macro_f1_of_sets) == Estimate(1, None, None)
 
 
-def test_nothing_found_where_nothing_holds_is_right():
+def test_predicting_no_label_is_correct_if_there_is_none():
     nothing = [((), ()), ((), ())]
     assert (micro_f1_of_sets(nothing), macro_f1_of_sets(nothing)) == (1, 1)
     assert label_figures(nothing) == {}
 
 
-def test_macro_f1_is_that_of_the_textbook():
+def test_macro_f1_matches_the_textbook_formula():
     # Labels a, b, c: precision and recall 1/2 and 1, 1 and 1/3, 0 and 0.
     pairs = [("a", "a"), ("a", "b"), ("b", "b"), ("c", "b")]
     a, b = 2 * (1 / 2) / (3 / 2), 2 * (1 / 3) / (4 / 3)
@@ -112,7 +112,7 @@ def test_macro_f1_is_that_of_the_textbook():
     assert micro_f1_of_sets(sets) == pytest.approx(2 / 4)
 
 
-def test_a_gain_is_that_of_the_same_examples_and_has_the_sign_of_the_better():
+def test_a_gain_is_paired_and_positive_if_the_result_improved():
     def report(scores: list[float], logprobs: list[float]) -> MixReport:
         judged = tuple(
             Judged(line, "", logprob, 1, {"exact_match": score})

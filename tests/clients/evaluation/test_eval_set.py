@@ -51,7 +51,7 @@ from turret.training.examples import read_examples
         ),
     ],
 )
-def test_a_bad_row_is_named(tmp_path: Path, row: str, field: str, reason: str):
+def test_an_invalid_row_is_reported(tmp_path: Path, row: str, field: str, reason: str):
     path = tmp_path / "test.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n' + row + "\n")
     with pytest.raises(RowError) as raised:
@@ -92,7 +92,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path):
         assert raised.value.filename == str(path)
 
 
-def test_other_bytes_and_no_rows_are_named(tmp_path: Path):
+def test_invalid_utf8_and_empty_files_are_reported(tmp_path: Path):
     path = tmp_path / "test.jsonl"
     path.write_bytes(b"\n\xff\n")
     with pytest.raises(RowError) as raised:
@@ -110,7 +110,7 @@ def test_rows_keep_their_line_number_and_a_byte_order_mark_is_ignored(tmp_path: 
     assert read_eval_set(path, is_raw=True) == [EvalExample(3, "a", "b")]
 
 
-def test_other_keys_of_a_row_and_roles_of_a_template_are_passed_over(tmp_path: Path):
+def test_unknown_keys_and_template_roles_are_accepted(tmp_path: Path):
     turns = [{"role": "tool", "content": "a", "name": "t"}, {"role": "assistant", "content": "b"}]
     rows = [{"prompt": "a", "completion": "b", "id": 3}, {"messages": turns, "source": "c"}]
     path = tmp_path / "test.jsonl"

@@ -15,9 +15,7 @@ USER = {"role": "user", "content": "hi"}
 CALL = {"type": "function", "function": {"name": "find", "arguments": "{}"}}
 
 
-def test_a_message_may_be_what_a_library_made_of_an_answer(
-    client: TurretClient, server: FakeTurret
-):
+def test_a_message_may_be_a_dumped_openai_message(client: TurretClient, server: FakeTurret):
     """The message has the form of ``ChatCompletionMessage.model_dump()`` in the openai package."""
     filled = {**dict.fromkeys(("refusal", "audio", "tool_calls")), "annotations": []}
     asked = [
@@ -82,12 +80,12 @@ def test_an_invalid_turn_is_reported_with_its_index(
 @pytest.mark.parametrize(
     "ids", [np.array([5, 6]), [np.int64(5), np.uint8(6)], (5, 6), range(5, 7), iter([5, 6])]
 )
-def test_any_whole_numbers_are_token_ids(client: TurretClient, server: FakeTurret, ids: Any):
+def test_any_integers_are_accepted_as_token_ids(client: TurretClient, server: FakeTurret, ids: Any):
     client.generate(ids)
     assert list(server.inference.requests[-1].token_ids.ids) == [5, 6]
 
 
-def test_a_tensor_is_token_ids(client: TurretClient, server: FakeTurret):
+def test_a_tensor_is_accepted_as_token_ids(client: TurretClient, server: FakeTurret):
     torch = pytest.importorskip("torch")
     client.embed(torch.tensor([[5, 6], [7, 8]]))
     inputs = server.inference.requests[-1].inputs
@@ -120,7 +118,7 @@ def test_an_invalid_prompt_is_reported_with_its_argument(
         assert complaint in str(raised.value)
 
 
-def test_a_single_turn_is_rejected_as_a_conversation(client: TurretClient):
+def test_a_single_turn_is_not_accepted_as_a_conversation(client: TurretClient):
     for turn in (USER, ("user", "hi"), inference_pb2.ChatMessage(role="user")):
         for ask, name in ((client.chat, "messages"), (client.generate, "prompt")):
             with pytest.raises(TypeError) as raised:
@@ -128,7 +126,7 @@ def test_a_single_turn_is_rejected_as_a_conversation(client: TurretClient):
             assert str(raised.value).startswith(f"{name}: ")
 
 
-def test_a_single_prompt_is_rejected_as_a_list_of_prompts(client: TurretClient):
+def test_a_single_prompt_is_not_accepted_as_a_list_of_prompts(client: TurretClient):
     for inputs in ([5, 6], np.array([5, 6]), [USER], [USER, USER]):
         with pytest.raises(TypeError, match=r"^inputs\[0\]: "):
             client.embed(inputs)  # type: ignore[arg-type]
@@ -153,13 +151,13 @@ def test_a_single_prompt_is_rejected_as_a_list_of_prompts(client: TurretClient):
         ({"logit_bias": {5: 10**400}}, "logit_bias: "),
     ],
 )
-def test_an_option_is_refused_by_its_name(client: TurretClient, options: Any, complaint: str):
+def test_an_invalid_option_is_reported_by_name(client: TurretClient, options: Any, complaint: str):
     with pytest.raises((TypeError, ValueError)) as raised:
         client.chat("a", **options)
     assert str(raised.value).startswith(complaint)
 
 
-def test_arguments_of_the_connection_are_refused_by_their_names(client: TurretClient):
+def test_invalid_administration_and_tls_arguments_are_reported_by_name(client: TurretClient):
     asked: Any = client
     kind: Any = Tls
     for call, complaint in (
@@ -184,5 +182,5 @@ def test_arguments_of_the_connection_are_refused_by_their_names(client: TurretCl
         assert str(raised.value).startswith(complaint)
 
 
-def test_a_member_of_a_mix_can_be_printed_whatever_its_numbers_are():
+def test_a_member_of_a_mix_can_be_printed_with_numpy_numbers():
     assert str(AdapterWeight("json", np.float32(0.5), 2)) == "json@2=0.5"  # type: ignore[arg-type]

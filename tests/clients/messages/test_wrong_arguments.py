@@ -48,7 +48,7 @@ LONG = "a" * 5_000_000
         ({"resume": "no"}, TypeError, "resume: "),
     ],
 )
-def test_a_client_names_the_argument_that_is_wrong(arguments, error, text):
+def test_a_client_reports_the_invalid_argument(arguments, error, text):
     with pytest.raises(error, match=text):
         TurretClient(**arguments)
     if "address" in arguments:
@@ -57,7 +57,7 @@ def test_a_client_names_the_argument_that_is_wrong(arguments, error, text):
             AsyncTurretClient(**arguments)
 
 
-def test_administrative_calls_name_the_argument_that_is_wrong(client: TurretClient):
+def test_administrative_calls_report_the_invalid_argument(client: TurretClient):
     for call in (
         lambda: client.adapters.load("a", 3),  # type: ignore[arg-type]
         lambda: client.adapters.replace("a", 3),  # type: ignore[arg-type]
@@ -120,9 +120,7 @@ def test_administrative_calls_name_the_argument_that_is_wrong(client: TurretClie
         ),
     ],
 )
-def test_a_generation_names_the_argument_that_is_wrong(
-    client: TurretClient, prompt, options, complaint
-):
+def test_generate_reports_the_invalid_argument(client: TurretClient, prompt, options, complaint):
     for ask in (client.generate, client.generate_stream):
         with pytest.raises(TypeError, match=f"^{complaint}"):
             ask(prompt, **options)
@@ -135,7 +133,7 @@ def test_a_generation_names_the_argument_that_is_wrong(
     asyncio.run(ask_async())
 
 
-def test_other_calls_name_the_argument_that_is_wrong(client: TurretClient):
+def test_other_calls_report_the_invalid_argument(client: TurretClient):
     asked: Any = client
     for call, complaint in (
         (lambda: asked.score("a", top_n="b"), "top_n: "),
@@ -159,7 +157,7 @@ def test_other_calls_name_the_argument_that_is_wrong(client: TurretClient):
             call()
 
 
-def test_a_path_may_be_a_path(client: TurretClient, server: FakeTurret):
+def test_paths_may_be_pathlib_paths(client: TurretClient, server: FakeTurret):
     client.adapters.load("new", Path("a") / "b")
     assert server.adapters.requests[-1].path == str(Path("a") / "b")
     assert client.adapters.replace("new", Path(SAME)).generation == 1
@@ -363,7 +361,7 @@ def test_an_address_without_a_turret_server_is_reported():
     assert (said[1], "no.such:3" in said[2]) == ("NOT_REACHED", True)
 
 
-def test_a_summary_of_an_adapters_faults_is_not_made_longer():
+def test_violations_are_not_appended_to_a_summary_of_faults():
     said = "adapter 'a' does not fit: it is for 32 layers; and 117 more"
     found = [FieldViolation(f"layers.{i}", "the base has no such module") for i in range(30)]
     code = grpc.StatusCode.FAILED_PRECONDITION
@@ -372,7 +370,7 @@ def test_a_summary_of_an_adapters_faults_is_not_made_longer():
     assert len(error.violations) == 30
 
 
-def test_errors_repeat_nothing():
+def test_errors_do_not_repeat_the_status():
     said = TurretRpcError(grpc.StatusCode.UNAVAILABLE, "it starts", reason="UNAVAILABLE")
     assert str(said) == "UNAVAILABLE: it starts"
     with (

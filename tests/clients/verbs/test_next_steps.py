@@ -48,7 +48,7 @@ def test_eval_renames_its_own_flag_but_not_the_servers(
     assert "--mix 1: see --adapter-root" in run("eval", str(data), "-m", "sql")[2]
 
 
-def test_many_fields_at_fault_are_one_line(
+def test_many_invalid_fields_are_reported_on_one_line(
     run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch
 ):
     def refuse(_request: object, context: grpc.ServicerContext) -> None:
@@ -104,7 +104,7 @@ def _refuse_mix(_request: object, context: grpc.ServicerContext) -> None:
         (AdapterNotFoundError("no sqk", metadata={"closest": "sql"}), ""),
     ],
 )
-def test_a_refusal_ends_with_what_one_types(
+def test_an_error_ends_with_the_command_to_run_next(
     run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch, error: TurretError, hint: str
 ):
     def refuse(_request: object, context: grpc.ServicerContext) -> None:
@@ -131,7 +131,7 @@ def test_both_tables_have_a_hint_for_the_same_reasons():
         ("TURRET_TOKEN", "a\nb", "--token"),
     ],
 )
-def test_a_variable_is_blamed_by_its_own_name(
+def test_an_invalid_environment_variable_is_reported_by_name(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     verb: tuple[str, ...],
@@ -168,7 +168,7 @@ def _abort(context: grpc.ServicerContext, error: TurretError) -> None:
     ("argument", "said"), [("", say("PROMPT_EMPTY")), ("-", say("STANDARD_INPUT_EMPTY"))]
 )
 @pytest.mark.parametrize("flags", [("--chat",), ("--system", "a")])
-def test_a_chat_of_nothing_is_refused(
+def test_an_empty_chat_is_refused(
     run: Run, monkeypatch: pytest.MonkeyPatch, argument: str, said: str, flags: tuple[str, ...]
 ):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
@@ -177,7 +177,7 @@ def test_a_chat_of_nothing_is_refused(
 
 
 @pytest.mark.parametrize("flag", ["--answers", "--plot"])
-def test_a_test_set_is_not_written_over(run: Run, server: FakeTurret, tmp_path: Path, flag: str):
+def test_a_test_set_is_not_overwritten(run: Run, server: FakeTurret, tmp_path: Path, flag: str):
     data = tmp_path / "d.svg"
     data.write_text('{"prompt": "a", "completion": "b"}\n')
     (tmp_path / "link.svg").symlink_to(data)
@@ -199,7 +199,7 @@ def test_a_file_of_texts_that_is_not_utf8_is_rejected(
     assert capsys.readouterr().err.endswith(f"argument --file: {said}\n")
 
 
-def test_of_an_adapter_that_does_not_classify_no_line_is_blamed(
+def test_no_line_is_blamed_for_an_adapter_without_a_head(
     run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     monkeypatch.setattr(server.inference, "_accept", _refuse_mix)

@@ -95,7 +95,7 @@ def test_failed_call_prints_one_line(run: Run):
     assert err == "error: INVALID_ARGUMENT (INVALID_REQUEST): --top-p: <= 1\n"
 
 
-def test_one_thing_is_counted_in_the_singular():
+def test_a_count_of_one_is_printed_in_the_singular():
     assert [counted(n, "token") for n in (0, 1, 2)] == ["0 tokens", "1 token", "2 tokens"]
 
 
@@ -215,13 +215,13 @@ def test_a_missed_deadline_is_reported_once(run: Run):
     assert err == f"error: DEADLINE_EXCEEDED: {say('NOT_IN_TIME')}; {hint}\n"
 
 
-def test_an_error_in_the_middle_of_an_answer_has_a_line_of_its_own(run: Run):
+def test_an_error_in_the_middle_of_an_answer_starts_a_new_line(run: Run):
     code, out, _ = run("generate", FOREVER, "--timeout", "0.5")
     assert (code, out.rstrip("\n") + "\n") == (1, out)
     assert out.startswith(FOREVER)
 
 
-def test_an_adapter_s_name_is_never_cut(run: Run, server: FakeTurret, monkeypatch):
+def test_an_adapters_name_is_never_truncated(run: Run, server: FakeTurret, monkeypatch):
     name = "customer-" + "0123456789" * 8
     run("adapters", "load", name, "dir", "--pin")
     monkeypatch.setenv("COLUMNS", "80")
@@ -239,12 +239,12 @@ def test_an_empty_list_suggests_a_load(run: Run, server: FakeTurret):
     assert "`turret adapters load NAME PATH`" in run("adapters", "list", "--method", "x")[1]
 
 
-def test_an_empty_choice_is_an_empty_list(run: Run, server: FakeTurret):
+def test_a_filter_without_matches_prints_an_empty_list(run: Run, server: FakeTurret):
     assert "`turret adapters load NAME PATH`" in run("adapters", "list", "--method", "dora")[1]
     assert json.loads(run("adapters", "list", "--method", "dora", "--json")[1]) == []
 
 
-def test_weights_that_are_there_already_keep_their_generation(
+def test_loading_the_same_weights_keeps_their_generation(
     run: Run, server: FakeTurret, tmp_path: Path
 ):
     assert run("adapters", "replace", "sql", "other")[1].startswith("replaced sql@2: lora")
@@ -264,7 +264,7 @@ def test_score_prints_a_table(run: Run):
 
 
 @pytest.mark.parametrize("columns", [60, 80])
-def test_a_narrow_terminal_cuts_no_number(
+def test_a_narrow_terminal_truncates_no_number(
     columns: int, run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch
 ):
     server.adapters.adapters["sql"].digest = "0123456789abcdef" * 4
@@ -279,7 +279,7 @@ def test_a_narrow_terminal_cuts_no_number(
         assert "│" not in out or max(map(len, out.splitlines())) <= columns
 
 
-def test_an_export_that_fails_leaves_nothing_behind(run: Run, tmp_path: Path):
+def test_a_failed_export_leaves_nothing_behind(run: Run, tmp_path: Path):
     (tmp_path / "mine").mkdir()
     code, _, err = run("adapters", "export", "nobody", str(tmp_path / "mine/new/er/a"))
     assert (code, "NOT_FOUND" in err) == (1, True)

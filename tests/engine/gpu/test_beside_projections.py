@@ -81,7 +81,7 @@ def asked(*mix: tuple[str, float], seed: int = 0) -> Request:
     return make_request(prompt_of(5, seed), *refs, max_tokens=NUM_TOKENS)
 
 
-async def test_captured_steps_have_the_bits_of_those_that_are_not(root: Path) -> None:
+async def test_captured_and_uncaptured_steps_have_the_same_bits(root: Path) -> None:
     names = [name for name in ADAPTERS if name != "adaption"]
     requests = [asked((name, 1.0), seed=number) for number, name in enumerate(names)]
     requests += [asked(*MIX, seed=6), asked(seed=7)]
@@ -121,7 +121,7 @@ async def test_operators_without_a_kernel_run_beside_the_others(root: Path) -> N
     check_greedy(together[0], model, list(requests[0].prompt_token_ids), "adaption")
 
 
-async def test_adapters_come_and_go_and_captured_steps_stay(
+async def test_captured_steps_survive_changes_of_adapters(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Adapters are evicted, unloaded, and replaced by others in their place or name."""

@@ -33,7 +33,7 @@ def make(*blocks: int) -> Sequence:
     return sequence
 
 
-def test_only_new_numbers_are_sent():
+def test_only_new_block_numbers_are_sent():
     tables = BlockTables(4, 8, CPU)
     one, two = make(5, 6, 7), make(8)
     assert send(tables, [one, two]) == 4
@@ -59,7 +59,7 @@ def test_rows_grow_with_the_longest_sequence():
     assert tables.buffer is not before
 
 
-def test_any_traffic():
+def test_tables_stay_correct_under_random_traffic():
     """More sequences than rows alternate, grow, are preempted and end."""
     tables, generator = BlockTables(5, 6, CPU), random.Random(2)
     sequences = [make(generator.randrange(1, 99)) for _ in range(9)]

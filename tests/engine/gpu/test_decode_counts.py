@@ -57,7 +57,7 @@ def _adapters(kind: str) -> list[Resident]:
 
 
 @pytest.mark.parametrize("kind", MAX_LAUNCHES)
-def test_a_decode_step(kind: str, launched: list[str]):
+def test_a_decode_step_has_few_launches_and_copies(kind: str, launched: list[str]):
     capture = Capture(launched)
     adapters = _adapters(kind)
     executor, decoding = make_executor(capture), Decoding(adapters)
@@ -82,7 +82,7 @@ def test_a_decode_step(kind: str, launched: list[str]):
     assert executor._prepared is not None
 
 
-def test_gated_adapters_launch_the_same_however_many(launched: list[str]):
+def test_launches_do_not_grow_with_the_number_of_gated_adapters(launched: list[str]):
     """Fusions, and LoRA beside them, share one graph, without a launch per adapter."""
     capture = Capture(launched)
     executor = make_executor(capture)
@@ -109,7 +109,7 @@ def test_gated_adapters_launch_the_same_however_many(launched: list[str]):
     assert executor._epoch() == epoch
 
 
-def test_other_embeddings_and_heads_leave_the_layers_captured(launched: list[str]):
+def test_layers_stay_captured_beside_other_embeddings_and_heads(launched: list[str]):
     """The head and the embedding are computed by torch, around the replayed launches."""
     capture = Capture(launched)
     executor = make_executor(capture)
@@ -142,7 +142,7 @@ def test_operators_without_a_kernel_are_not_captured(launched: list[str]):
     assert capture.num_captures == 1
 
 
-def test_after_the_start_common_steps_are_neither_compiled_nor_captured(launched: list[str]):
+def test_after_startup_common_steps_are_neither_compiled_nor_captured(launched: list[str]):
     capture = Capture(launched)
     executor = make_executor(capture, rows=4)
     executor.sampler(frozenset())
@@ -171,7 +171,7 @@ def test_after_the_start_common_steps_are_neither_compiled_nor_captured(launched
     assert executor._epoch() == epoch
 
 
-def test_a_start_without_memory_goes_on_with_less(launched: list[str]):
+def test_startup_continues_if_a_capture_runs_out_of_memory(launched: list[str]):
     executor = make_executor(Capture(launched), rows=2)
     with patch.object(GpuExecutor, "capture", side_effect=torch.OutOfMemoryError("full")):
         warm_up(executor, lambda *_: None)
@@ -179,7 +179,7 @@ def test_a_start_without_memory_goes_on_with_less(launched: list[str]):
         Decoding(rows=2).run(executor)
 
 
-def test_the_count_sees_everything():
+def test_every_kind_of_event_is_counted():
     """Provoke each event that the limits above count."""
     host, device = torch.ones(4), torch.empty(4, device=META)
     with Counting() as counting:
@@ -195,7 +195,7 @@ def test_the_count_sees_everything():
     assert counting.memory == ["add", "empty"]
 
 
-def test_calls_of_the_host_before_the_first_launch(launched: list[str]):
+def test_host_calls_before_the_first_launch_are_limited(launched: list[str]):
     """Calls are counted, because times depend on other users of the machine's caches."""
     executor, decoding = make_executor(Capture(launched)), Decoding([lora("a")])
     executor.sampler(frozenset())

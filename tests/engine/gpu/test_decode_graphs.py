@@ -35,7 +35,7 @@ def test_buckets_cover_every_count_with_little_waste(most: int):
         assert size < 2 * count or size - count < 64
 
 
-def test_a_body_is_captured_the_second_time_and_replayed_from_then_on():
+def test_a_step_is_captured_the_second_time_and_then_replayed():
     capture = FakeCapture()
     graphs = DecodeGraphs(capture, capacity=2)
     calls: list[str] = []
@@ -79,7 +79,7 @@ def multiply() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("frees_workspaces", [False, True])
-def test_steps_are_captured_again_after_an_epoch_and_beyond_the_capacity(frees_workspaces: bool):
+def test_steps_are_recaptured_after_an_epoch_and_beyond_the_capacity(frees_workspaces: bool):
     """The test simulates the treatment of pools and workspaces in torch 2.11 and later.
 
     Captures at startup run on the loading thread, later ones on the engine's thread.
@@ -120,7 +120,7 @@ def test_after_a_failed_capture_no_step_uses_its_workspace():
 
 
 @pytest.mark.parametrize("frees_workspaces", [False, True])
-def test_the_fake_breaks_what_torch_breaks(frees_workspaces: bool):
+def test_the_fake_capture_fails_like_torch(frees_workspaces: bool):
     """The faults are a permanent pool, and a workspace outside the pool."""
     cuda = FakeCuda(frees_workspaces=frees_workspaces)
     with cuda.installed():
@@ -174,7 +174,7 @@ class Broken(FakeCapture):
         return found
 
 
-def test_a_capture_that_failed_is_tried_again(caplog: pytest.LogCaptureFixture):
+def test_a_failed_capture_is_retried(caplog: pytest.LogCaptureFixture):
     capture, offs = Broken(2), list[str]()
     graphs = DecodeGraphs(capture, on_off=lambda: offs.append("off"))
     results = [graphs.run(0, "a", multiply)[0] for _ in range(2 * WINDOW + 4)]
@@ -196,7 +196,7 @@ def test_three_failures_in_a_row_turn_graphs_off_and_are_reported():
     assert [graphs.form_for("kind", form) for form in forms] == forms
 
 
-def test_a_form_that_is_seen_now_and_then_is_not_captured(monkeypatch: pytest.MonkeyPatch):
+def test_a_rare_form_of_step_is_not_captured(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(decode_graphs, "SIGHTS", 8)
     capture = FakeCapture()
     graphs = DecodeGraphs(capture)
@@ -209,7 +209,7 @@ def test_a_form_that_is_seen_now_and_then_is_not_captured(monkeypatch: pytest.Mo
     assert capture.num_captures == 1
 
 
-def test_a_capture_that_fails_leaves_the_stream_as_it_was(caplog: pytest.LogCaptureFixture):
+def test_a_failed_capture_leaves_the_stream_unchanged(caplog: pytest.LogCaptureFixture):
     """Work without graphs continues in order."""
     cuda, streams = FakeCuda(), []
 
@@ -238,7 +238,7 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(caplog: pytest.LogCapt
         RuntimeError("CUDA error: out of memory"),
     ],
 )
-def test_graphs_make_room_when_memory_ends_and_are_captured_again(error: RuntimeError):
+def test_graphs_are_dropped_when_memory_runs_out_and_captured_again(error: RuntimeError):
     """An attempt delays everybody's step, so there is none for a while."""
 
     class Full(FakeCapture):
@@ -287,7 +287,7 @@ def test_real_graphs_are_captured_again_after_an_epoch():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_real_graph_reads_its_buffers_anew():
+def test_a_replayed_graph_reads_the_current_buffers():
     buffer = torch.ones(4, device="cuda")
 
     def body() -> tuple[torch.Tensor, torch.Tensor]:
@@ -306,7 +306,7 @@ def test_a_real_graph_reads_its_buffers_anew():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_real_captures_and_real_loads_go_on_side_by_side():
+def test_real_captures_and_loads_run_concurrently():
     device = torch.device("cuda", torch.cuda.current_device())
     weight = torch.randn(2048, 2048, dtype=torch.bfloat16, device=device)
     x = torch.randn(16, 2048, dtype=torch.bfloat16, device=device)

@@ -420,7 +420,7 @@ def test_operators_beyond_the_kernels_limits_are_left_to_torch():
         assert {has_kernel(one, "gpu") for one in parts} == {not over}
 
 
-def test_an_adapter_enters_the_pack_by_one_copy():
+def test_one_copy_moves_an_adapter_into_the_pack():
     executor = _executor()
     adapters = _adapters()
     with torch.no_grad(), watched() as copies:
@@ -452,7 +452,7 @@ def test_an_adapter_enters_the_pack_by_one_copy():
         lambda x: x.nonzero(),
     ],
 )
-def test_a_wait_is_noticed(wait: Callable[[torch.Tensor], object]):
+def test_a_wait_for_the_device_is_detected(wait: Callable[[torch.Tensor], object]):
     # Some of these raise on a meta tensor; others would wait only on a GPU.
     with watched() as copies, contextlib.suppress(RuntimeError, NotImplementedError):
         wait(torch.empty(3, device=META))

@@ -43,7 +43,7 @@ def drawn(sampler: GpuSampler, logits: torch.Tensor, sequences: list[Sequence]) 
 
 
 @pytest.mark.parametrize("chosen", [REQUESTS, REQUESTS[:4], REQUESTS[4:5]], ids=len)
-def test_draws_are_those_of_the_other_sampler(chosen: list[dict[str, Any]]):
+def test_draws_match_the_cpu_sampler(chosen: list[dict[str, Any]]):
     stops = frozenset({5, 6})
     device, rows = GpuSampler(stops, len(chosen), CPU), Sampler(stops)
     sequences = [sequence_with((7, 8, 8), **params) for params in chosen]
@@ -61,7 +61,7 @@ def test_draws_are_those_of_the_other_sampler(chosen: list[dict[str, Any]]):
             sequence.tokens.append(one.token_id)
 
 
-def test_a_step_that_is_computed_again_draws_the_same():
+def test_a_recomputed_step_draws_the_same_tokens():
     sampler, logits = GpuSampler(frozenset(), 1, CPU), torch.zeros(1, VOCAB)
     sequence = sequence_with(seed=9)
     first = drawn(sampler, logits, [sequence])
@@ -77,7 +77,7 @@ def test_a_step_that_is_computed_again_draws_the_same():
     assert sampler.numbers([sequence]) == now
 
 
-def test_a_late_device_is_waited_for_once(monkeypatch: pytest.MonkeyPatch):
+def test_sampling_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatch):
     """The device uploads, draws and copies the tokens only when the host waits for them."""
     sequences = [sequence_with((7, 8), **REQUESTS[i]) for i in (0, 1, 3, 5)]
     logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(1))

@@ -105,7 +105,7 @@ def _executor(cuda: FakeCuda) -> tuple[GpuExecutor, _Decoder]:
     return executor, decoder
 
 
-def test_chunks_of_a_prompt_before_the_one_that_samples(cuda: FakeCuda):
+def test_queued_chunks_of_a_prompt_keep_their_own_inputs(cuda: FakeCuda):
     """Only the last chunk samples, so the host could be far ahead of the device."""
     executor, decoder = _executor(cuda)
     expected = []
@@ -135,7 +135,7 @@ def test_the_host_is_free_once_a_step_is_launched(cuda: FakeCuda):
     assert found == [(0, True)]
 
 
-def test_a_step_that_failed_is_sent_again_whole(cuda: FakeCuda):
+def test_a_failed_step_is_sent_again_completely(cuda: FakeCuda):
     """Block numbers of a failed step are transferred with the next one."""
     executor, decoder = _executor(cuda)
     sequence = Sequence(Request(request_id="r", prompt_token_ids=tuple(range(9))), Mix(()), 0.0)
@@ -158,7 +158,7 @@ def _adapter(key: str) -> Resident:
     return resident(key, AdapterOperators({path: ModuleOperators(low_rank)}))
 
 
-def test_adapters_of_a_mix_come_side_by_side_and_once(cuda: FakeCuda):
+def test_each_adapter_of_a_mix_is_uploaded_once_and_in_parallel(cuda: FakeCuda):
     executor, _ = _executor(cuda)
     runner = Runner(executor, frozenset())
     adapters = [_adapter(key) for key in "ab"]
@@ -179,7 +179,7 @@ def test_adapters_of_a_mix_come_side_by_side_and_once(cuda: FakeCuda):
     assert stream.pending == deque()
 
 
-def test_idle_adapters_give_way_to_a_step_that_finds_no_memory(cuda: FakeCuda):
+def test_idle_adapters_are_evicted_if_a_step_runs_out_of_memory(cuda: FakeCuda):
     executor, _ = _executor(cuda)
     runner = Runner(executor, frozenset())
     adapters = [_adapter(key) for key in "ab"]
@@ -200,7 +200,7 @@ def test_idle_adapters_give_way_to_a_step_that_finds_no_memory(cuda: FakeCuda):
     assert here == [(size, size), (0, size)]
 
 
-def test_an_adapter_that_finds_no_memory_keeps_the_graphs_of_others(cuda: FakeCuda):
+def test_an_adapter_that_does_not_fit_keeps_the_graphs_of_others(cuda: FakeCuda):
     executor, _ = _executor(cuda)
     runner = Runner(executor, frozenset())
     adapters = [_adapter(key) for key in "ab"]
@@ -258,9 +258,7 @@ def test_memory_is_freed_after_a_failed_capture(cuda: FakeCuda):
         (ValueError("out of memory"), False),
     ],
 )
-def test_whoever_finds_no_memory_the_step_can_come_again(
-    cuda: FakeCuda, error: Exception, is_full: bool
-):
+def test_out_of_memory_errors_are_recognised(cuda: FakeCuda, error: Exception, is_full: bool):
     """The driver, libraries and Triton have no specific type for this error."""
     runner = Runner(_executor(cuda)[0], frozenset())
     sequence = Sequence(Request(request_id="r", prompt_token_ids=(1, 2, 3)), Mix(()), 0.0)
@@ -272,7 +270,7 @@ def test_whoever_finds_no_memory_the_step_can_come_again(
         runner.run(Step((Scheduled(sequence, 2),), (), 0))
 
 
-def test_steps_have_a_stream_of_their_own(cuda: FakeCuda):
+def test_steps_run_on_their_own_stream(cuda: FakeCuda):
     """The stream runs after earlier work and before later work."""
     order: list[str] = []
     stream = uploads_module.StepStream(CPU)
@@ -290,7 +288,7 @@ def test_steps_have_a_stream_of_their_own(cuda: FakeCuda):
         assert cuda.current is steps
 
 
-def test_work_beside_the_steps_begins_after_them_and_is_over_at_the_end(cuda: FakeCuda):
+def test_work_beside_the_steps_starts_after_them_and_ends_within_its_block(cuda: FakeCuda):
     order: list[str] = []
     cuda.launch(lambda: order.append("merged weights"))
     with uploads_module.beside_steps(CPU):
@@ -306,7 +304,7 @@ def dora_norms(weight: torch.Tensor) -> torch.Tensor:
         return dora_gain(torch.ones(len(weight)), a, b, 0.5, weight)
 
 
-def test_loads_beside_captures_take_one_stream_that_is_not_theirs(cuda: FakeCuda):
+def test_loads_never_use_the_stream_of_a_capture(cuda: FakeCuda):
     """PyTorch assigns 32 streams in turn; the 33rd load must not get the capturing one.
 
     Loads run on a few threads, except preloads, which have a thread each.

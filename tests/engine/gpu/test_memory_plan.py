@@ -69,10 +69,10 @@ def test_the_step_and_a_reserve_are_kept_free(memory: _Memory):
     assert spare_bytes(DEVICE) == 4 * GIB
 
 
-def test_the_cache_gets_what_all_named_parts_leave(
+def test_the_cache_gets_the_memory_that_the_other_parts_leave(
     memory: _Memory, caplog: pytest.LogCaptureFixture
 ):
-    """The pack of adapters is already allocated; the plan names what comes later."""
+    """The pack of adapters is already allocated; the plan lists only later allocations."""
     arch, budget = read_arch(tiny_llama().config), 8 << 20
     store = GpuStore(describe_projections(arch), torch.float16, torch.device("meta"), budget)
     executor: Any = Mock(spec=GpuExecutor, store=store)
@@ -100,7 +100,7 @@ def test_the_cache_gets_what_all_named_parts_leave(
 
 
 @pytest.mark.parametrize(("tokens", "seqs"), [(64, 4), (67, 8), (5, 5), (3, 8)])
-def test_the_largest_step_has_all_rows_and_samples(tokens: int, seqs: int):
+def test_the_largest_step_fills_all_rows_and_samples_for_all_sequences(tokens: int, seqs: int):
     step = largest_step(tokens, seqs, 16)
     assert sum(item.num_new for item in step.scheduled) == tokens
     assert sum(item.samples for item in step.scheduled) == min(tokens, seqs)
@@ -109,7 +109,7 @@ def test_the_largest_step_has_all_rows_and_samples(tokens: int, seqs: int):
         assert set(item.sequence.blocks) == {1}
 
 
-def test_defaults_follow_the_device_and_what_was_set():
+def test_defaults_follow_the_device_and_the_settings():
     assert SchedulerConfig().sizes("cpu") == (64, 512)
     assert SchedulerConfig().sizes("cuda") == (256, 2048)
     assert SchedulerConfig(max_num_seqs=1000).sizes("cpu") == (1000, 1000)

@@ -20,14 +20,14 @@ def scheduled(prompt: int, computed: int, num_new: int) -> Scheduled:
     ("prompt", "computed", "fused"),
     [(64, 0, True), (64, 63, True), (65, 0, False), (65, 64, False), (65, 65, True), (9, 30, True)],
 )
-def test_short_prompts_are_multiplied_as_decoding_rows_are(prompt, computed, fused):
+def test_short_prompts_use_the_kernels_of_decoding_rows(prompt, computed, fused):
     """This holds for all chunks, because the cuts depend on the rest of the step."""
     for num_new in (1, 3):
         assert is_fused(scheduled(prompt, computed, num_new)) is fused
 
 
 @pytest.mark.parametrize(("tokens", "seqs"), [(512, 64), (8192, 64), (48, 8), (4, 8)])
-def test_memory_is_planned_by_a_long_prompt_beside_short_ones(tokens, seqs):
+def test_memory_is_planned_for_a_long_prompt_beside_short_ones(tokens, seqs):
     step = largest_step(tokens, seqs, 16)
     sizes = [item.num_new for item in step.scheduled]
     assert sum(sizes) == tokens

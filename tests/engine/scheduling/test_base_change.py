@@ -22,7 +22,7 @@ def test_a_prefix_is_not_found_after_the_base_changed() -> None:
     assert again.num_cached == 0
 
 
-def test_a_sequence_that_found_no_room_starts_with_the_base_of_its_time() -> None:
+def test_a_waiting_sequence_starts_with_the_new_base() -> None:
     """The sequence was considered, has some keys, and waits while the base changes."""
     scheduler = make_scheduler()
     hog, late = sequence_of(range(200), "a"), sequence_of(range(100), "b")

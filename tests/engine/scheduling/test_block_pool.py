@@ -64,7 +64,7 @@ def test_sharing_saves_a_block_from_reuse() -> None:
     assert pool.allocate(1) is None
 
 
-def test_releasing_what_is_not_held_is_a_bug() -> None:
+def test_releasing_a_block_that_is_not_held_is_a_bug() -> None:
     pool = BlockPool(4, 4)
     blocks = pool.allocate(2)
     assert blocks is not None
@@ -74,5 +74,5 @@ def test_releasing_what_is_not_held_is_a_bug() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (4, 1), (5, 2), (8, 2)])
-def test_blocks_for(tokens: int, blocks: int) -> None:
+def test_blocks_for_rounds_up(tokens: int, blocks: int) -> None:
     assert BlockPool(4, 4).blocks_for(tokens) == blocks

@@ -149,7 +149,7 @@ def serve_one(queue: FairQueue[Item], tokens: int = 10) -> Item:
     return item
 
 
-def test_newcomers_do_not_keep_out_a_group_that_is_ahead() -> None:
+def test_newcomers_do_not_starve_a_group_that_is_ahead() -> None:
     """A popular adapter had the server to itself; now new adapters arrive continuously."""
     queue: FairQueue[Item] = FairQueue()
     for _ in range(400):
@@ -205,7 +205,7 @@ def test_withdrawn_requests_delay_no_others() -> None:
     assert "other" in [serve_one(queue).party for _ in range(3)]
 
 
-def test_newcomers_do_not_keep_out_a_party_of_their_group() -> None:
+def test_newcomers_do_not_starve_a_party_of_their_group() -> None:
     queue: FairQueue[Item] = FairQueue()
     for number in range(50):
         queue.push(Item("base", number, party="bulk"))

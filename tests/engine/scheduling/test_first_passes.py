@@ -83,14 +83,14 @@ def test_a_first_pass_has_the_tokens_of_its_sequence() -> None:
     assert sequence_of([1], PLAIN).first_pass is None
 
 
-def test_one_first_pass_and_nothing_before_the_prompt() -> None:
+def test_a_mix_allows_one_first_pass_and_no_prefix_with_it() -> None:
     with pytest.raises(InvalidRequestError, check=says("SEVERAL_FIRST_PASSES")):
         sequence_of([1], ROUTED, CONSTANT)
     with pytest.raises(InvalidRequestError, check=says("FIRST_PASS_WITH_PREFIX")):
         sequence_of([1], ROUTED, PLAIN, num_virtual=2)
 
 
-def test_the_base_s_pass_is_the_base_s_in_the_cache() -> None:
+def test_a_first_pass_on_the_base_shares_the_cache_of_the_base() -> None:
     text = list(range(20))
     scheduler = make()
     assert run(scheduler, sequence_of(text, ROUTED)).num_cached == 0
@@ -106,7 +106,7 @@ def test_the_base_s_pass_is_the_base_s_in_the_cache() -> None:
     assert run(scheduler, sequence_of(text, ROUTED)).num_cached == 0
 
 
-def test_a_pass_at_constant_scalings_is_not_the_adapter_s_own() -> None:
+def test_a_first_pass_with_constant_scalings_shares_no_block_with_the_adapter() -> None:
     sequence = sequence_of(list(range(8)), CONSTANT)
     run(make(), sequence)
     assert sequence.first_pass is not None
@@ -114,7 +114,7 @@ def test_a_pass_at_constant_scalings_is_not_the_adapter_s_own() -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_no_block_is_lost_when_few_are_there(seed: int) -> None:
+def test_no_block_leaks_when_the_cache_is_small(seed: int) -> None:
     draw = random.Random(seed)
     scheduler = make(num_blocks=15)
     for _ in range(12):

@@ -28,12 +28,12 @@ def forecast_of(lengths: SequenceOf[int]) -> LengthForecast:
     return forecast
 
 
-def test_without_an_answer_nothing_is_foreseen() -> None:
+def test_without_earlier_answers_there_is_no_forecast() -> None:
     assert LengthForecast().tokens_left(answered(0)) == 0
     assert LengthForecast().peak_tokens([answered(0)], 16) == 0
 
 
-def test_an_answer_becomes_as_long_as_one_that_ended() -> None:
+def test_the_forecast_is_the_length_of_an_earlier_answer() -> None:
     forecast = forecast_of([10, 20, 30])
     assert {forecast.tokens_left(answered(0)) for _ in range(100)} == {10, 20, 30}
     assert {forecast.tokens_left(answered(15)) for _ in range(100)} == {5, 15}
@@ -51,13 +51,13 @@ def test_a_forecast_stays_until_it_is_wrong() -> None:
     assert forecast.tokens_left(sequence) == 30
 
 
-def test_no_answer_is_longer_than_it_may_be() -> None:
+def test_a_forecast_never_exceeds_max_tokens() -> None:
     forecast = forecast_of([10, 20, 30])
     lefts = {forecast.tokens_left(answered(2, max_tokens=12)) for _ in range(100)}
     assert lefts == {8, 10}
 
 
-def test_a_scored_prompt_does_not_grow_and_teaches_nothing() -> None:
+def test_a_scored_prompt_neither_grows_nor_changes_the_forecast() -> None:
     forecast = LengthForecast()
     scored = sequence_of(range(5), score=True)
     forecast.ended(scored)
@@ -71,7 +71,7 @@ def test_old_answers_are_forgotten() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), min_size=1, max_size=12))
-def test_the_peak_is_that_of_growing_step_by_step(spans: list[tuple[int, int]]) -> None:
+def test_the_peak_matches_a_simulation_of_every_step(spans: list[tuple[int, int]]) -> None:
     # No finished answer was longer than one token, so an answer with one token ends now.
     forecast = forecast_of([1])
     sequences = [answered(0 if left else 1, prompt) for prompt, left in spans]
@@ -138,7 +138,7 @@ def test_requests_with_short_limits_are_admitted() -> None:
     assert len(scheduler.running) == 2
 
 
-def test_a_sequence_alone_is_admitted_whatever_is_foreseen() -> None:
+def test_a_lone_sequence_is_admitted_whatever_its_forecast() -> None:
     scheduler = make_scheduler(20, [60])
     only = sequence_of(range(40), "a", max_tokens=1000)
     scheduler.add(only)
@@ -160,7 +160,7 @@ def test_blocks_that_are_shared_are_counted_once() -> None:
     assert scheduler.blocks.num_active == 14
 
 
-def test_less_is_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forecast_reduces_recomputation(monkeypatch: pytest.MonkeyPatch) -> None:
     """With more requests than fit, compare the recomputed tokens with and without a forecast."""
 
     def serve(num_requests: int = 150) -> tuple[int, int]:

@@ -77,7 +77,7 @@ class Clock:
         return self.started[sequence] - sequence.arrival
 
 
-def test_a_mix_that_fills_all_places_yields_one() -> None:
+def test_a_mix_that_occupies_all_places_yields_one() -> None:
     clock = Clock()
     hogs = [clock.ask("hog", LONG) for _ in range(100)]
     for _ in range(20):
@@ -103,7 +103,7 @@ def test_without_a_waiting_limit_no_request_is_preempted() -> None:
 
 
 @pytest.mark.parametrize("num_mixes", [1, 60])
-def test_a_tenant_that_fills_all_places_yields_half_of_them(num_mixes: int) -> None:
+def test_a_tenant_that_occupies_all_places_yields_half_of_them(num_mixes: int) -> None:
     clock = Clock()
     hogs = [clock.ask(f"mix {n % num_mixes}", LONG, b"hog") for n in range(60)]
     for _ in range(20):
@@ -138,7 +138,7 @@ def test_a_third_tenant_takes_from_the_one_with_the_most_places() -> None:
     assert all(s in clock.started for s in new[:2])
 
 
-def test_several_mixes_each_get_a_place_a_step_after_the_other() -> None:
+def test_several_waiting_mixes_get_one_place_per_step() -> None:
     clock = Clock()
     for _ in range(100):
         clock.ask("hog", LONG)
@@ -164,7 +164,7 @@ def test_a_mix_that_was_served_less_does_not_yield() -> None:
     assert rare.num_preemptions == 0
 
 
-def test_two_mixes_that_want_everything_take_turns() -> None:
+def test_two_mixes_with_unlimited_demand_take_turns() -> None:
     clock = Clock()
     names = ("a", "b")
     asked = {name: [clock.ask(name, LONG) for _ in range(60)] for name in names}
@@ -176,7 +176,7 @@ def test_two_mixes_that_want_everything_take_turns() -> None:
     assert clock.num_preempted <= SLOTS * clock.now / AFTER_SECONDS
 
 
-def test_blocks_are_places_too() -> None:
+def test_a_mix_that_fills_the_cache_yields_blocks() -> None:
     """Places are free, but another mix's long answers fill the cache."""
     clock = Clock(num_blocks=4 * (LONG // BLOCK_SIZE) + 8, max_num_seqs=64)
     for _ in range(40):

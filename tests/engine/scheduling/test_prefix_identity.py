@@ -41,7 +41,7 @@ def chain(base_generation: int, mix: MixKey, tokens: SequenceOf[SequenceOf[int]]
 
 
 @given(mixes, mixes, st.integers(1, 3), st.integers(1, 3), blocks, blocks)
-def test_keys_are_shared_by_equal_weights_and_tokens_alone(
+def test_only_equal_weights_and_tokens_share_keys(
     one: MixKey, other: MixKey, base: int, other_base: int, tokens: list, other_tokens: list
 ) -> None:
     same = (one, base, tokens) == (other, other_base, other_tokens)
@@ -49,7 +49,7 @@ def test_keys_are_shared_by_equal_weights_and_tokens_alone(
 
 
 @given(mixes.filter(bool), st.data(), blocks)
-def test_any_change_of_a_mix_is_another_key(mix: tuple, data: st.DataObject, tokens: list) -> None:
+def test_any_change_of_a_mix_changes_the_key(mix: tuple, data: st.DataObject, tokens: list) -> None:
     index = data.draw(st.integers(0, len(mix) - 1))
     uuid, generation, weight = mix[index]
     nearest = math.nextafter(weight, math.inf)
@@ -66,7 +66,7 @@ def test_any_change_of_a_mix_is_another_key(mix: tuple, data: st.DataObject, tok
 
 
 @given(st.binary(min_size=1, max_size=64), st.binary(max_size=64), blocks.filter(bool))
-def test_another_salt_is_another_key(salt: bytes, other: bytes, tokens: list) -> None:
+def test_another_salt_changes_the_key(salt: bytes, other: bytes, tokens: list) -> None:
     keys = {next_key(root_key(1, ()), tokens[0], salt=each) for each in (salt, other)}
     assert len(keys) == len({salt, other})
 

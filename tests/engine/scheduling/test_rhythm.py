@@ -40,7 +40,7 @@ def decoding(scheduler: Scheduler, count: int) -> None:
 @pytest.mark.parametrize(
     ("decodes", "fixed_rows", "expected"), [(4, 7.0, 16), (15, 7.0, 22), (15, 40.0, 55)]
 )
-def test_a_prompt_comes_in_chunks_that_cost_one_more_step(
+def test_each_chunk_of_a_prompt_costs_at_most_one_more_step(
     decodes: int, fixed_rows: float, expected: int
 ) -> None:
     cost = StepCost()
@@ -58,7 +58,7 @@ def test_a_prompt_comes_in_chunks_that_cost_one_more_step(
     assert set(taken[:-1]) == {expected}
 
 
-def test_several_prompts_share_what_a_step_takes() -> None:
+def test_several_prompts_share_the_token_budget_of_a_step() -> None:
     scheduler = scheduler_of(StepCost())
     decoding(scheduler, 15)
     for number in range(3):
@@ -121,7 +121,7 @@ def test_prompts_alone_take_whole_steps() -> None:
     assert prompt_tokens(run(scheduler)) == 400
 
 
-def test_where_a_row_of_a_prompt_costs_less_nothing_is_held_back() -> None:
+def test_prompts_are_not_split_if_their_rows_are_cheap() -> None:
     scheduler = scheduler_of(None)
     decoding(scheduler, 15)
     scheduler.add(sequence_of(list(range(400)), "", 4))

@@ -17,7 +17,7 @@ tokens = st.lists(st.integers(0, 2) | st.sampled_from([0xD800, 0xFEFF, 0x10FFFF]
 
 
 @given(tokens, tokens.filter(bool))
-def test_the_last_occurrence_is_what_a_plain_search_finds(text: list[int], wanted: list[int]):
+def test_the_last_occurrence_matches_a_plain_search(text: list[int], wanted: list[int]):
     starts = [i for i in range(len(text)) if text[i : i + len(wanted)] == wanted]
     assert last_occurrence(text, wanted) == (starts[-1] if starts else None)
     assert last_occurrence([*text, *wanted], wanted) == len(text)

@@ -37,7 +37,7 @@ def agreement(text: Sequence[int], place: int, tail: Sequence[int]) -> int:
     st.lists(st.integers(0, 3), min_size=1, max_size=9),
 )
 @settings(max_examples=100, derandomize=True, deadline=None, database=None)
-def test_the_index_finds_the_longest_agreement_of_the_latest_places(
+def test_the_index_finds_the_longest_match_among_recent_positions(
     text: list[int], piece: int, other: list[int]
 ) -> None:
     """Compare the index, which reads the text as it grows, with a search of every place."""
@@ -57,7 +57,7 @@ def test_the_index_finds_the_longest_agreement_of_the_latest_places(
                 assert place == 0
 
 
-def test_an_index_forgets_and_still_finds_what_is_new() -> None:
+def test_an_index_forgets_old_positions_and_finds_new_ones() -> None:
     tokens = [7, 8, 9]
     index = TextIndex(tokens, most=50)
     for number in range(1000):
@@ -111,7 +111,7 @@ def test_repeated_text_is_drafted_again() -> None:
     assert drafter.draft(MixMemory(), cheap(), 8) == (3, 1, 2, 3, 1, 2, 3, 1)
 
 
-def test_soft_tokens_are_no_text() -> None:
+def test_soft_tokens_are_not_drafted_from() -> None:
     drafter = make([1, 2, 3, 1], start=4)
     assert drafter.draft(MixMemory(), cheap(), 8)[:2] == (2, 3)
     assert -1 not in drafter.draft(MixMemory(), cheap(), 8)
@@ -128,7 +128,7 @@ def test_a_draft_ends_before_an_end_token_and_before_max_tokens() -> None:
     assert len(same.draft(MixMemory(), cheap(), 99)) == MAX_DRAFT
 
 
-def test_earlier_answers_of_the_mix_are_guessed_from() -> None:
+def test_drafts_come_from_earlier_answers_of_the_mix() -> None:
     memory = MixMemory()
     earlier = make([50], [1, 2, 3, 4])
     earlier.end(memory)
@@ -155,7 +155,7 @@ def test_the_memory_of_a_mix_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(memory._tokens) <= 2 * 20 + 29
 
 
-def test_the_least_recently_asked_mix_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recently_used_mix_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speculation, "_MAX_MEMORIES", 2)
     memory = Speculation(StepCost()).memory
     first, second = memory("a"), memory("b")
@@ -173,7 +173,7 @@ def test_answers_of_others_are_remembered_only_if_enabled() -> None:
         assert bool(found) is remembers
 
 
-def test_nothing_is_guessed_from_the_answers_of_another_memory_key() -> None:
+def test_no_draft_comes_from_the_answers_of_another_memory_key() -> None:
     speculation = Speculation(StepCost())
     speculation.ended(make([1], [2, 3, 4, 5], memory_key="alice"))
     plan = speculation.plan(1)
@@ -181,7 +181,7 @@ def test_nothing_is_guessed_from_the_answers_of_another_memory_key() -> None:
     assert speculation.draft(make([9], [2], memory_key="alice"), plan, 8)[:2] == (3, 4)
 
 
-def test_chances_follow_what_was_right() -> None:
+def test_acceptance_estimates_follow_the_accepted_drafts() -> None:
     chances = Chances()
     before = chances.of(3)
     # Each further token of the draft has a match one token longer; the third token was wrong.
@@ -218,7 +218,7 @@ def run(truth: Callable[[int], int], num_tokens: int, num_rows: int = 1) -> tupl
     return steps, num_draft, num_right
 
 
-def test_repeating_text_takes_few_steps() -> None:
+def test_repetitive_text_takes_few_steps() -> None:
     steps, num_draft, num_right = run(lambda i: i % 20, 640)
     assert steps < 640 / 8
     assert num_right > 0.9 * num_draft
@@ -231,7 +231,7 @@ def noise(size: int) -> Callable[[int], int]:
 
 
 @pytest.mark.parametrize("size", [2000, 300, 40])
-def test_text_that_repeats_nothing_loses_little(size: int) -> None:
+def test_text_without_repetition_loses_little_speed(size: int) -> None:
     """A row costs an eighth of a step. Few different tokens lead to more wrong drafts."""
     steps, num_draft, _ = run(noise(size), 1000)
     assert (steps * 8 + num_draft) / (1000 * 8) < 1.02
@@ -243,7 +243,7 @@ def test_drafts_are_tried_again_after_a_while() -> None:
     assert steps < 1000 + 1000 / 3
 
 
-def test_a_wide_batch_guesses_only_what_is_sure() -> None:
+def test_a_wide_batch_drafts_only_likely_tokens() -> None:
     def draft(num_rows: int, sure: int) -> int:
         memory = MixMemory()
         for _ in range(sure):
@@ -257,7 +257,7 @@ def test_a_wide_batch_guesses_only_what_is_sure() -> None:
     assert draft(64, 5) > draft(64, 0)
 
 
-def test_a_step_has_a_most_of_rows() -> None:
+def test_the_rows_of_a_step_are_limited() -> None:
     cost = StepCost()
     cost.fixed_rows = 1e6
     speculation = Speculation(cost)
@@ -278,7 +278,7 @@ def test_the_cost_of_a_row_is_measured() -> None:
         assert fixed / 1.6 < cost.fixed_rows < fixed * 1.6, fixed
 
 
-def test_steps_of_one_size_say_nothing_of_rows() -> None:
+def test_steps_of_one_size_do_not_change_the_cost_of_a_row() -> None:
     cost = StepCost()
     for _ in range(1000):
         cost.took(4, 0.02)

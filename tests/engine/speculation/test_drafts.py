@@ -62,7 +62,7 @@ def step(scheduler: Scheduler, right: int = 0) -> list[Scheduled]:
     return list(found.scheduled)
 
 
-def test_a_draft_gets_the_tokens_that_the_step_has_left() -> None:
+def test_drafts_use_the_tokens_that_the_step_has_left() -> None:
     scheduler = make()
     first, second = eager([1, 2, 3]), eager([4] * 30)
     scheduler.add(first)
@@ -75,7 +75,7 @@ def test_a_draft_gets_the_tokens_that_the_step_has_left() -> None:
     assert sum(item.num_rows for item in step(scheduler)) == 24
 
 
-def test_right_tokens_are_computed_and_wrong_ones_leave_nothing() -> None:
+def test_correct_drafts_are_kept_and_wrong_ones_leave_nothing_behind() -> None:
     scheduler = make()
     sequence = eager([1, 2, 3])
     scheduler.add(sequence)
@@ -98,7 +98,7 @@ def test_right_tokens_are_computed_and_wrong_ones_leave_nothing() -> None:
     assert other.num_cached == 8
 
 
-def test_an_answer_that_ends_within_its_draft_gives_all_back() -> None:
+def test_an_answer_that_ends_within_its_draft_releases_every_block() -> None:
     scheduler = make()
     sequence = eager([1, 2, 3])
     scheduler.add(sequence)
@@ -111,7 +111,7 @@ def test_an_answer_that_ends_within_its_draft_gives_all_back() -> None:
     assert scheduler.blocks.num_active == 0
 
 
-def test_drafts_take_free_blocks_alone() -> None:
+def test_drafts_take_only_free_blocks() -> None:
     """Three blocks for two sequences: a sequence that needs one gets it, despite drafts."""
     scheduler = make(num_blocks=4)
     first, second = eager([1, 2, 3], 8), eager([4, 5], 8)
@@ -130,7 +130,7 @@ def test_drafts_take_free_blocks_alone() -> None:
     )
 
 
-def test_nothing_is_guessed_beyond_max_tokens() -> None:
+def test_nothing_is_drafted_beyond_max_tokens() -> None:
     scheduler = make()
     sequence = eager([1, 2, 3], max_tokens=4)
     scheduler.add(sequence)
@@ -139,7 +139,7 @@ def test_nothing_is_guessed_beyond_max_tokens() -> None:
 
 
 @pytest.mark.parametrize("num_others", [0, 2])
-def test_a_device_without_memory_for_drafts_gets_steps_without(num_others: int) -> None:
+def test_steps_have_no_drafts_if_the_device_lacks_memory_for_them(num_others: int) -> None:
     scheduler = make()
     sequences = [eager([1, 2, 3], name=f"{i}") for i in range(1 + num_others)]
     for sequence in sequences:

@@ -82,7 +82,7 @@ def conditions(answer: Answer) -> list[StopConditions]:
 
 
 @pytest.mark.parametrize("adapters", [(), ("lora",), ("prefix_tuning",), ("prompt_tuning",)])
-async def test_answers_end_where_they_end_without_drafts(
+async def test_answers_end_at_the_same_token_with_and_without_drafts(
     plain: EngineHarness, drafting: EngineHarness, adapters: Sequence[str]
 ) -> None:
     whole = await plain.run(asked(*adapters))

@@ -158,7 +158,7 @@ async def test_every_family(architecture: str, tmp_path: Path) -> None:
     await check(tmp_path, ["lora"], requests, "bfloat16", architecture)
 
 
-async def test_answers_that_are_asked_again_come_from_memory(root: Path) -> None:
+async def test_repeated_requests_are_drafted_from_memory(root: Path) -> None:
     """With the real drafters, earlier answers are correct drafts and save steps."""
     requests = requests_of(["lora", "dora"])
     plain, _, _ = await answers(root, ["lora", "dora"], requests, speculation="off")
@@ -195,7 +195,7 @@ def _add_late(rows: StepRows, place: Placed, block_size: int, blocks_at: int) ->
         (StepRows, "add", _add_late),
     ],
 )
-async def test_a_planted_fault_shows(
+async def test_a_planted_fault_is_detected(
     root: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, broken: Any
 ) -> None:
     requests = requests_of(["lora", "dora"])

@@ -54,7 +54,7 @@ def make(name: str) -> Sequence:
 
 
 @pytest.mark.parametrize("num_right", [0, 1, 4])
-def test_drafts_are_drawn_as_if_each_token_came_alone(num_right: int) -> None:
+def test_drafts_are_sampled_as_if_tokens_came_one_by_one(num_right: int) -> None:
     """A step with all kinds of requests, one of them without a draft."""
     items, expected, logits = [], [], []
     for number, name in enumerate(PARAMS):
@@ -93,7 +93,7 @@ def test_bans_end_in_the_middle_of_a_draft() -> None:
     assert [draw.token_id for draw in draws] == [8, 8, 3]
 
 
-def test_steps_without_drafts_draw_all_rows_at_once() -> None:
+def test_steps_without_drafts_sample_all_rows_at_once() -> None:
     calls: list[int] = []
     draw = Sampler.draw
 
@@ -108,7 +108,7 @@ def test_steps_without_drafts_draw_all_rows_at_once() -> None:
     assert calls == [3]
 
 
-def test_counts_are_those_of_the_text_after_a_step_that_is_computed_again() -> None:
+def test_token_counts_match_the_text_after_a_step_is_recomputed() -> None:
     """Tokens that are drawn differently in the repetition are not counted."""
     sequence = sequence_with((5, 5), temperature=0.0, frequency_penalty=1.0)
     adjustment = Adjustment(sequence, frozenset(), torch.device("cpu"))

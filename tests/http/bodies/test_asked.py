@@ -146,7 +146,7 @@ async def test_unsupported_values_are_rejected(body: dict[str, Any], param: str)
 
 
 @pytest.mark.parametrize("name", ["suffix", "prompt_embeds", "functions", "function_call"])
-async def test_conversations_and_prompts_refuse_alike(name: str) -> None:
+async def test_chat_and_completions_refuse_the_same_values(name: str) -> None:
     async with http_harness() as server:
         for path, sent in ((CHAT, {"messages": TURNS}), (COMPLETIONS, {"prompt": "a"})):
             refused = await server.refused(path, {"model": "base", name: "x", **sent})
@@ -166,7 +166,7 @@ async def test_unsupported_fields_with_neutral_values_are_accepted() -> None:
         await asked(server, suffix="", add_special_tokens=True, length_penalty=1.0)
 
 
-async def test_a_limit_that_no_message_holds_is_the_context_s_to_refuse() -> None:
+async def test_huge_token_limits_are_left_to_the_context_check() -> None:
     async with http_harness() as server:
         for name in ("max_tokens", "max_completion_tokens"):
             request = await asked(server, CHAT, **{name: 10**12})
@@ -229,7 +229,7 @@ async def test_numbers_that_no_float_holds_are_refused(sent: bytes, param: str) 
         assert refused.violations[param] == "number_too_large"
 
 
-def test_the_ranges_of_the_model_are_those_of_the_engine() -> None:
+def test_the_ranges_of_fields_match_the_engine() -> None:
     """Both accept each bound, and neither accepts a value beyond it."""
     for name, info in Generating.model_fields.items():
         if name not in SamplingParams.__dataclass_fields__:
@@ -253,7 +253,7 @@ def test_the_ranges_of_the_model_are_those_of_the_engine() -> None:
         (MergeActiveError("is merged"), "merge_active", "STEP_UNMERGE"),
     ],
 )
-async def test_a_next_step_is_a_path_of_this_api(error: TurretError, code: str, step: str) -> None:
+async def test_a_hint_names_a_path_of_this_api(error: TurretError, code: str, step: str) -> None:
     async with http_harness() as server:
         server.engine.refuse = error
         refused = await server.refused("/classify", {"model": "base", "input": "a"})
@@ -261,7 +261,7 @@ async def test_a_next_step_is_a_path_of_this_api(error: TurretError, code: str, 
         assert refused.message.endswith(say(step))
 
 
-async def test_a_chat_is_rendered_by_its_turns() -> None:
+async def test_a_chat_is_rendered_from_its_turns() -> None:
     async with http_harness() as server:
         parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
         turns = [

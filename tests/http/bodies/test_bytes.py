@@ -44,7 +44,7 @@ async def test_a_body_that_is_not_json_is_rejected(body: bytes, code: str) -> No
         assert (refused.status, refused.code, refused.param) == (400, code, None)
 
 
-def test_the_last_of_equal_names_counts() -> None:
+def test_the_last_of_duplicate_keys_counts() -> None:
     assert parse(b'{"a": 1, "a": 2, "b": "\\ud83d\\ude00"}') == {"a": 2, "b": "😀"}
 
 

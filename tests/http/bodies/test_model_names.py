@@ -54,7 +54,7 @@ async def test_a_model_may_be_a_generation() -> None:
             assert (refused.status, refused.code) == (404, "model_not_found"), model
 
 
-async def test_adapters_may_be_typed() -> None:
+async def test_adapters_may_be_given_as_objects() -> None:
     async with http_harness() as server:
         adapters = [{"name": "sql"}, {"name": "json", "weight": -0.5, "generation": 2}]
         request = await asked(server, model="fake", adapters=adapters)
@@ -126,7 +126,7 @@ async def test_a_model_is_suggested_for_an_unknown_one(model: str, meant: str) -
             assert meant in refused.message
 
 
-async def test_an_adapter_that_is_not_there_is_blamed_on_the_field_that_names_it() -> None:
+async def test_a_missing_adapter_is_reported_for_the_field_that_names_it() -> None:
     typed = {"model": "base", "adapters": [{"name": "sql", "generation": 9}]}
     async with http_harness() as server:
         server.engine.refuse = AdapterNotFoundError("adapter 'sql' has no generation 9")
@@ -142,7 +142,7 @@ async def test_an_adapter_that_is_not_there_is_blamed_on_the_field_that_names_it
             assert (await server.refused(path, {"model": "sql"} | body)).param == "model", path
 
 
-async def test_adapters_of_another_kind_are_blamed_on_their_field() -> None:
+async def test_adapters_of_another_kind_are_reported_for_their_field() -> None:
     async with http_harness() as server:
         for path, body in (
             (CHAT, {"messages": TURNS}),
@@ -177,7 +177,7 @@ async def test_a_refused_request_is_counted_for_the_adapters_that_it_names() -> 
         assert await server.sample("turret_requests_total", adapter="base", **labels) is None
 
 
-async def test_a_mix_is_not_looked_up() -> None:
+async def test_a_mix_is_not_a_listed_model() -> None:
     async with http_harness() as server:
         for name in ("sql+json*-0.5", "base:sql*2"):
             refused = Refused.of(await server.client.get(f"/v1/models/{name}"))

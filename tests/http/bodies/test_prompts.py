@@ -36,7 +36,7 @@ async def test_an_error_gives_the_index_of_the_prompt(path: str, field: str) -> 
 
 
 @pytest.mark.parametrize("options", [{"max_tokens": 0}, {"n": 2}, {"stream": True}])
-async def test_which_prompt_it_is_however_it_is_answered(options: dict[str, Any]) -> None:
+async def test_the_prompt_is_named_for_every_form_of_answer(options: dict[str, Any]) -> None:
     async with http_harness() as server:
         body = {"model": "base", "prompt": [[1000000], "a"], **options}
         refused = await server.refused("/v1/completions", body)
@@ -44,7 +44,7 @@ async def test_which_prompt_it_is_however_it_is_answered(options: dict[str, Any]
 
 
 @pytest.mark.parametrize(("path", "field"), PATHS[:2])
-async def test_the_engine_s_own_words_name_the_prompt_too(path: str, field: str) -> None:
+async def test_errors_of_the_engine_name_the_prompt_too(path: str, field: str) -> None:
     said = "prompt of 70 tokens exceeds the context of 64"
     async with http_harness() as server:
         server.engine.refuse = PromptTooLongError(
@@ -65,7 +65,7 @@ async def test_the_engine_s_own_words_name_the_prompt_too(path: str, field: str)
         ("/v1/responses", {"input": "a"}, "max_tokens"),
     ],
 )
-async def test_a_limit_is_called_as_it_was_sent(
+async def test_a_limit_is_reported_under_the_name_that_was_sent(
     path: str, given: dict[str, Any], limit: str
 ) -> None:
     numbers = {"max_tokens": 99, "prompt_tokens": 7, "room": 57, "max_model_len": 64}

@@ -81,7 +81,7 @@ async def test_a_misspelt_required_field_is_the_only_error() -> None:
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-async def test_fields_of_others_are_ignored(path: str) -> None:
+async def test_fields_of_other_servers_are_ignored(path: str) -> None:
     async with http_harness() as server:
         body = {"model": "base", **BODIES[path], **dict.fromkeys(OTHERS, 0.5)}
         answer = await server.post(path, body)
@@ -132,7 +132,7 @@ async def test_fields_of_others_are_ignored(path: str) -> None:
         ("/v1/responses", {"input": [{"rol": "user", "content": "a"}]}, "input[0].rol", "role"),
     ],
 )
-async def test_a_misspelt_field_of_an_object_within_is_refused(
+async def test_a_misspelt_field_of_a_nested_object_is_refused(
     path: str, body: dict[str, Any], sent: str, meant: str
 ) -> None:
     async with http_harness() as server:
@@ -149,7 +149,7 @@ async def test_a_field_with_an_empty_name_is_ignored() -> None:
             assert answer.status_code == 200, answer.text
 
 
-async def test_fields_of_others_in_objects_within_are_ignored() -> None:
+async def test_fields_of_other_servers_in_nested_objects_are_ignored() -> None:
     turn = {"role": "assistant", "content": "a", "refusal": None, "annotations": [], "name": "b"}
     body = {
         "messages": [{"role": "user", "content": "a", "contnt": 1}, turn | {"audio": None}],
@@ -174,7 +174,7 @@ async def test_structured_outputs_without_a_constraint_are_refused() -> None:
         assert refused.code == "unknown_field"
 
 
-async def test_one_answer_names_all_that_is_wrong() -> None:
+async def test_one_answer_reports_every_error() -> None:
     wrong = {"temperature": 3000, "max_tokens": -3, "top_p": 7, "min_token": 1, "stop": 5}
     async with http_harness() as server:
         refused = await server.refused(CHAT, {"model": "base", "messages": TURNS, **wrong})
@@ -184,7 +184,7 @@ async def test_one_answer_names_all_that_is_wrong() -> None:
             assert refused.message.count(f"{field}: ") == 1, field
 
 
-async def test_a_kind_of_response_format_that_there_is_not() -> None:
+async def test_an_unknown_response_format_is_refused() -> None:
     async with http_harness() as server:
         for path, body in (
             (CHAT, {"response_format": {"type": "xml"}}),

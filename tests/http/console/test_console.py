@@ -55,7 +55,7 @@ async def test_the_page_loads_only_its_own_files_and_scripts() -> None:
             assert (lost.status_code, lost.json()["error"]["code"]) == (404, "unknown_url")
 
 
-def test_no_script_makes_markup_of_text_or_names_another_server() -> None:
+def test_no_script_inserts_markup_or_contacts_another_server() -> None:
     sources = {path.name: path.read_text() for path in STATIC.iterdir()}
     assert len(sources) > 5
     for name, text in sources.items():
@@ -66,7 +66,7 @@ def test_no_script_makes_markup_of_text_or_names_another_server() -> None:
         assert len(text.splitlines()) <= 400, name
 
 
-async def test_everyone_without_tokens_sees_everything() -> None:
+async def test_without_configured_tokens_everyone_sees_everything() -> None:
     async with http_harness() as http:
         http.registry.load("cold", "cold")
         http.registry.load("sql", "sql", pinned=True)
@@ -101,7 +101,7 @@ async def test_everyone_without_tokens_sees_everything() -> None:
     assert figures["traffic"]["base"]["tokens"] == 1
 
 
-async def test_each_role_sees_what_other_paths_tell_it() -> None:
+async def test_each_role_sees_what_other_paths_show_it() -> None:
     tokens = TokenTable([(role, frozenset({role})) for role in ROLES])
     async with http_harness(tokens=tokens) as http:
         http.registry.load("sql", "sql")
@@ -132,7 +132,7 @@ async def test_a_merge_is_shown_only_to_admins() -> None:
     assert asks is watches is None
 
 
-async def test_an_admin_address_keeps_administration_to_itself() -> None:
+async def test_administration_is_served_only_at_the_admin_address() -> None:
     listen = ListenConfig(http_address="127.0.0.1:0", admin_address="127.0.0.1:1")
     async with http_harness(listen=listen) as http:
         http.registry.load("sql", "sql")
@@ -145,7 +145,7 @@ async def test_an_admin_address_keeps_administration_to_itself() -> None:
     assert state["failures"] is None
 
 
-async def test_a_thousand_adapters_are_searched_not_sent() -> None:
+async def test_a_thousand_adapters_are_searched_on_the_server() -> None:
     async with http_harness() as http:
         for number in range(1000):
             http.registry.load(f"a{number:04}", "x")
@@ -187,7 +187,7 @@ async def test_a_rejected_view_of_the_console_is_not_listed_as_a_failure() -> No
         assert http.failures.newest() == []
 
 
-async def test_pins_come_and_go() -> None:
+async def test_adapters_are_pinned_and_unpinned() -> None:
     async with http_harness() as http:
         http.registry.load("sql", "sql")
         said = await http.post("/v1/pin_lora_adapter", {"lora_name": "sql"})
@@ -217,7 +217,7 @@ OTHERS = ("evil.example", "127.0.0.1.evil.example:80", "localhost.evil.example",
 
 
 @pytest.mark.parametrize("path", ["/", "/v1/models", "/console/state", "/nothing"])
-async def test_a_rebound_name_reaches_nothing(path: str) -> None:
+async def test_a_rebound_host_name_is_rejected(path: str) -> None:
     async with http_harness() as http:
         for name in NAMES:
             answer = await http.client.get(path, headers={"host": name})
@@ -227,7 +227,7 @@ async def test_a_rebound_name_reaches_nothing(path: str) -> None:
             assert (refused.status, refused.code) == (421, "unknown_host"), name
 
 
-async def test_further_names_are_let_in() -> None:
+async def test_configured_host_names_are_accepted() -> None:
     listen = ListenConfig(http_address="127.0.0.1:0", http_allowed_host=("turret.example",))
     for tokens in (None, TokenTable([("a", frozenset({"inference"}))])):
         async with http_harness(listen=listen, tokens=tokens) as http:
@@ -240,14 +240,14 @@ async def test_further_names_are_let_in() -> None:
         assert answer.status_code == 200
 
 
-async def test_with_tokens_any_name_will_do() -> None:
+async def test_with_tokens_any_host_name_is_accepted() -> None:
     """A page under another name has no token, so names in a cluster need not be configured."""
     async with http_harness(tokens=TokenTable([("a", frozenset({"inference"}))])) as http:
         answer = await http.client.get("/v1/models", headers={"host": "turret.svc"})
         assert answer.status_code == 401
 
 
-def test_allowed_hosts_are_names() -> None:
+def test_allowed_hosts_must_be_names() -> None:
     for wrong in ("https://a", "a:80", "", "-a"):
         with pytest.raises(ValueError, match="http_allowed_host"):
             ListenConfig(http_address="127.0.0.1:0", http_allowed_host=(wrong,))

@@ -91,7 +91,7 @@ def ask(tab: Browser, prompt: str) -> list[str]:
     return [element.text for element in tab.all(".pane .text")]
 
 
-async def test_three_answers_beside_each_other(visit: Callable[..., Awaitable[Any]]) -> None:
+async def test_three_answers_are_shown_side_by_side(visit: Callable[..., Awaitable[Any]]) -> None:
     async with http_harness() as http:
         for name in ("json", "pirate", "sql"):
             http.registry.load(name, name)
@@ -130,7 +130,7 @@ async def test_three_answers_beside_each_other(visit: Callable[..., Awaitable[An
         assert len(set(bodies)) == 1
 
 
-async def test_tokens_that_come_together_have_a_colour_each(
+async def test_tokens_that_arrive_together_have_distinct_colours(
     visit: Callable[..., Awaitable[Any]],
 ) -> None:
     """Accepted draft tokens arrive together, and so does the end, a token without text."""
@@ -177,7 +177,7 @@ async def test_an_empty_answer_is_shown_as_empty(visit: Callable[..., Awaitable[
         await visit(do)
 
 
-async def test_hostile_texts_stay_texts(visit: Callable[..., Awaitable[Any]]) -> None:
+async def test_hostile_text_is_shown_as_text(visit: Callable[..., Awaitable[Any]]) -> None:
     """Names, methods, warnings, answers and errors are untrusted input."""
     async with http_harness() as http:
         record = http.registry.load("a", "a")
@@ -211,7 +211,7 @@ _LOAD = {"method": "POST", "body": '{"lora_name": "b", "lora_path": "sql"}'}
 _JSON = {"headers": {"content-type": "application/json"}}
 
 
-async def test_pages_of_others_reach_nothing(visit: Callable[..., Awaitable[Any]]) -> None:
+async def test_pages_of_other_origins_are_rejected(visit: Callable[..., Awaitable[Any]]) -> None:
     """A page under a rebound name, and a page from another origin, are rejected."""
     async with http_harness() as http:
         http.registry.load("a", "a")
@@ -389,7 +389,7 @@ async def test_the_page_shows_that_the_server_starts_stops_or_rejects(
         await visit(do)
 
 
-async def test_the_enter_key_asks_nothing_that_the_button_would_not(
+async def test_the_enter_key_sends_only_what_the_button_would(
     visit: Callable[..., Awaitable[Any]],
 ) -> None:
     async with http_harness() as http:
@@ -434,7 +434,7 @@ async def test_an_answer_can_be_stopped(visit: Callable[..., Awaitable[Any]]) ->
 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [1280, 360])
-async def test_it_fits_and_can_be_read(
+async def test_the_page_fits_and_is_readable(
     visit: Callable[..., Awaitable[Any]], width: int, dark: bool
 ) -> None:
     """No horizontal scrolling, names for all controls, and contrast according to WCAG AA."""

@@ -20,7 +20,7 @@ PICTURE = ROOT / "docs" / "images" / "console.png"
 ADAPTERS = ("json", "label", "pirate", "sql")
 
 
-def test_the_picture_of_the_console_is_taken(tmp_path: Path) -> None:
+def test_the_screenshot_of_the_console_is_taken(tmp_path: Path) -> None:
     """Times and rates differ from run to run."""
     preloads = [f"--preload={name}={name}" for name in ADAPTERS]
     examples = ROOT / "examples" / "adapters"

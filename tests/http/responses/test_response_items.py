@@ -64,7 +64,7 @@ def rendered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
     return given
 
 
-async def test_an_answer_has_an_item_for_each_thing_in_it(rendered: Any) -> None:
+async def test_an_answer_has_an_item_for_each_part(rendered: Any) -> None:
     async with http_harness() as http, connect(http) as client:
         http.engine.script = saying(ANSWER)
         answer = await client.responses.create(model="base", input="hi", tools=[WEATHER, CLOCK])
@@ -151,7 +151,7 @@ async def test_logprobs_cover_the_text_of_the_answer(rendered: Any) -> None:
     assert '"logprobs":[{"token":"W"' in events.text
 
 
-async def test_an_item_that_was_cut_is_incomplete(rendered: Any) -> None:
+async def test_a_truncated_item_is_incomplete(rendered: Any) -> None:
     async with http_harness() as http, connect(http) as client:
         http.engine.script = saying(ANSWER[: -len(END)], FinishReason.LENGTH)
         answer = await client.responses.create(model="base", input="hi", tools=[WEATHER, CLOCK])

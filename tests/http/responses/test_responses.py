@@ -58,7 +58,7 @@ async def test_an_answer_is_what_the_client_expects() -> None:
     assert body.json()["output"][0]["content"][0]["logprobs"] == []
 
 
-async def test_items_are_turns() -> None:
+async def test_items_become_turns() -> None:
     turns: Any = [
         {"role": "developer", "content": "d"},
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "a"}]},
@@ -109,7 +109,7 @@ async def test_the_events_of_a_stream() -> None:
             assert f'"type":"{name.removeprefix("event: ")}"' in data
 
 
-async def test_an_answer_that_was_cut_is_incomplete() -> None:
+async def test_a_truncated_answer_is_incomplete() -> None:
     async def cut(request: Request) -> AsyncIterator[Output]:
         yield Output(text="H", token_ids=(72,), finish=finish(request, FinishReason.LENGTH))
 
@@ -184,7 +184,7 @@ async def test_unsupported_values_are_rejected(field: str, value: Any, neutral: 
         assert fine.status_code == 200, fine.text
 
 
-async def test_input_and_model_must_be_there() -> None:
+async def test_input_and_model_are_required() -> None:
     async with http_harness() as http:
         assert (await http.refused(PATH, {"model": "base"})).param == "input"
         assert (await http.refused(PATH, {"input": "hi"})).param == "model"

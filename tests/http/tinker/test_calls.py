@@ -61,12 +61,12 @@ def tables(one: Served) -> TableTraining:
     return training
 
 
-async def test_there_are_no_routes_without_training() -> None:
+async def test_the_routes_exist_only_with_training() -> None:
     async with http_harness() as server:
         assert (await server.client.get(f"{API}/healthz")).status_code == 404
 
 
-async def test_bad_sequences_fail_and_are_not_waited_for(tmp_path: Path) -> None:
+async def test_invalid_sequences_fail_at_once(tmp_path: Path) -> None:
     async with tenant(tmp_path) as one:
         model_id = await one.model()
 
@@ -147,7 +147,7 @@ def test_a_sequence_may_not_be_longer_than_the_gradient_of_attention_allows() ->
         assert caught.value.violations[0][0] == "data[0].model_input"
 
 
-async def test_weights_are_one_unless_they_are_sent(tmp_path: Path) -> None:
+async def test_loss_weights_default_to_one(tmp_path: Path) -> None:
     async with tenant(tmp_path) as one:
         model_id = await one.model()
         message = pass_of(model_id, 1)
@@ -182,7 +182,7 @@ def test_parts_of_a_pass_are_counted_before_they_are_parsed() -> None:
         assert min(seconds) < 0.25
 
 
-async def test_any_body_of_a_pass_is_answered(tmp_path: Path) -> None:
+async def test_a_pass_with_any_body_is_answered(tmp_path: Path) -> None:
     rng = random.Random(0)
     async with tenant(tmp_path) as one:
         model_id = await one.model()
@@ -213,7 +213,7 @@ async def test_a_pass_is_refused_by_its_media_type_and_size(tmp_path: Path) -> N
         assert (await one.send("/forward_backward", none)).status_code == 400
 
 
-async def test_a_command_that_is_sent_again_runs_once(tmp_path: Path) -> None:
+async def test_a_repeated_command_runs_once(tmp_path: Path) -> None:
     async with tenant(tmp_path) as one:
         model_id = await one.model()
         body = {"session_id": one.session, "model_seq_id": 0, "base_model": "base"}
@@ -232,7 +232,7 @@ async def test_a_command_that_is_sent_again_runs_once(tmp_path: Path) -> None:
         assert tables(one).learners[1].calls == ["pass 1", "step"]
 
 
-async def test_a_bad_step_fails_and_is_not_waited_for(tmp_path: Path) -> None:
+async def test_an_invalid_step_fails_at_once(tmp_path: Path) -> None:
     async with tenant(tmp_path) as one:
         model_id = await one.model()
         for number, adam in enumerate(
@@ -250,7 +250,7 @@ async def test_a_bad_step_fails_and_is_not_waited_for(tmp_path: Path) -> None:
         assert (await one.send("/optim_step", step | {"model_id": "x:train:0"})).status_code == 404
 
 
-async def test_a_result_that_takes_long_is_asked_for_again(
+async def test_a_slow_result_is_polled_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(handshake, "POLL_SECONDS", 0.05)
@@ -267,7 +267,7 @@ async def test_a_result_that_takes_long_is_asked_for_again(
         assert (await one.send("/retrieve_future", {"request_id": "none"})).status_code == 410
 
 
-async def test_a_failed_model_leaves_nothing(tmp_path: Path) -> None:
+async def test_a_failed_model_leaves_nothing_behind(tmp_path: Path) -> None:
     async with tenant(tmp_path) as one:
         body = {"session_id": one.session, "model_seq_id": 0, "base_model": "base"}
         body |= {"lora_config": LORA, "user_metadata": {"turret.method": "nothing"}}
@@ -317,7 +317,7 @@ async def test_a_silent_session_ends_with_its_models_and_samplers(
         assert (await one.send("/asample", sample)).status_code == 404
 
 
-async def test_samples_are_asked_for_once_and_can_be_cancelled(tmp_path: Path) -> None:
+async def test_samples_are_retrieved_once_and_can_be_cancelled(tmp_path: Path) -> None:
     async with tenant(tmp_path) as one:
         body = {"session_id": one.session, "sampling_session_seq_id": 0, "base_model": "base"}
         sampler = (await one.ask("/create_sampling_session", body))["sampling_session_id"]
@@ -408,7 +408,7 @@ async def test_stops_and_settings_reach_the_engine(tmp_path: Path) -> None:
         assert (await one.result(promise))["category"] == "user"
 
 
-async def test_tokens_see_only_what_is_theirs(tmp_path: Path) -> None:
+async def test_each_token_sees_only_its_own_objects(tmp_path: Path) -> None:
     trains = frozenset(("training",))
     tokens = TokenTable([("tml-a", trains), ("tml-b", trains), ("tml-c", frozenset(("admin",)))])
     async with tenant(tmp_path, tokens=tokens) as anybody:
@@ -553,7 +553,7 @@ async def test_waiting_passes_take_no_more_memory_than_their_bodies(tmp_path: Pa
         assert Process().memory_info().rss - before < 2 * sent + (16 << 20)
 
 
-async def test_a_session_that_ends_while_a_sampler_is_made_leaves_none(
+async def test_a_session_that_ends_while_a_sampler_is_created_leaves_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with tenant(tmp_path) as one:
@@ -653,7 +653,7 @@ async def test_a_crash_while_a_checkpoint_is_replaced_loses_none(
         assert names_in(tmp_path, "*/weights/*") == ["a"]
 
 
-async def test_links_of_one_owner_push_out_no_others(
+async def test_links_of_one_owner_do_not_displace_those_of_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(listing, "_MAX_LINKS", 2)

@@ -45,7 +45,7 @@ async def result_of(future: Future) -> dict[str, object]:
     return json.loads(result.body)
 
 
-async def test_commands_run_in_the_order_of_their_numbers_however_they_arrive() -> None:
+async def test_commands_run_in_numerical_order_regardless_of_arrival() -> None:
     for seed in range(20):
         log, numbers = Log(), list(range(30))
         random.Random(seed).shuffle(numbers)
@@ -73,7 +73,7 @@ async def test_a_failed_command_does_not_stop_those_after_it() -> None:
     assert await result_of(after) == {"number": 2}
 
 
-async def test_a_full_queue_accepts_only_the_command_that_others_wait_for(
+async def test_a_full_queue_accepts_only_the_next_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(futures, "MAX_WAITING_BYTES", 100)

@@ -19,7 +19,7 @@ def test_every_call_is_listed() -> None:
         assert f"`{route.method} {route.path}`" in PAGE, route.path
 
 
-def test_the_limits_are_those_of_the_code() -> None:
+def test_the_limits_match_the_code() -> None:
     assert f"{sessions.MAX_SESSIONS} sessions" in PAGE
     assert f"{sessions.MAX_MODELS} models" in PAGE
     assert f"{sessions.MAX_SAMPLERS} samplers" in PAGE

@@ -56,11 +56,11 @@ def knows_tools(monkeypatch: pytest.MonkeyPatch) -> None:
         ({**OBJECT, "anyOf": [OBJECT]}, {**OBJECT, "anyOf": [OBJECT]}),
     ],
 )
-def test_objects_are_closed_unless_others_share_them(schema: Any, expected: Any) -> None:
+def test_schemas_of_objects_are_closed_unless_they_are_shared(schema: Any, expected: Any) -> None:
     assert closed(schema) == expected
 
 
-async def test_openais_fields_close_objects_and_the_others_do_not() -> None:
+async def test_only_openais_fields_close_objects() -> None:
     schema = {"name": "a", "schema": OBJECT}
     asked = {"model": "base", "messages": ASKED["messages"]}
     async with http_harness() as http:
@@ -73,7 +73,7 @@ async def test_openais_fields_close_objects_and_the_others_do_not() -> None:
     assert given == [CLOSED, OBJECT]
 
 
-async def test_a_forced_call_that_is_cut_is_not_returned_as_text() -> None:
+async def test_a_truncated_forced_call_is_not_returned_as_text() -> None:
     async def script(request: Request) -> AsyncIterator[Output]:
         yield Output(text='<tool_call>\n{"name": "', token_ids=(1,))
         end = finish(request, FinishReason.LENGTH)
@@ -91,9 +91,7 @@ async def test_a_forced_call_that_is_cut_is_not_returned_as_text() -> None:
 
 
 @pytest.mark.parametrize(("is_parallel", "is_one"), [(None, True), (True, False), (False, True)])
-async def test_a_forced_call_is_one_unless_several_are_asked_for(
-    is_parallel: bool | None, is_one: bool
-) -> None:
+async def test_only_one_call_is_forced_by_default(is_parallel: bool | None, is_one: bool) -> None:
     async with http_harness() as http:
         asked = ASKED | {"parallel_tool_calls": is_parallel}
         assert (await http.post("/v1/chat/completions", asked)).status_code == 200

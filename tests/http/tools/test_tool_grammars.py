@@ -171,7 +171,7 @@ def test_schemas_that_xml_cannot_express_are_rejected(schema: dict[str, Any], pa
     assert (refused.value.tool, refused.value.path) == ("f", path)
 
 
-def test_any_schema_makes_a_grammar_or_is_refused() -> None:
+def test_any_schema_becomes_a_grammar_or_is_refused() -> None:
     rng = random.Random(0)
     words = [
         "type",
@@ -283,7 +283,7 @@ def with_marks() -> tuple[Tokenizer, Constraint]:
         compiler.close()
 
 
-def test_marks_are_tokens_where_the_model_has_them() -> None:
+def test_marks_are_tokens_if_the_model_has_them() -> None:
     tokenizer, constraint = with_marks()
     arguments = tokenizer.encode('{"city": "Rome"}')
     name = tokenizer.encode("weather")

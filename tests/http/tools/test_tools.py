@@ -148,7 +148,7 @@ ANSWERS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
 
 
 @pytest.mark.parametrize(("form", "text", "said", "calls"), ANSWERS)
-def test_calls_are_found_however_the_text_is_cut(
+def test_calls_are_found_however_the_text_is_split(
     form: str, text: str, said: str, calls: list[tuple[str, str]]
 ) -> None:
     rng = random.Random(0)
@@ -172,7 +172,9 @@ def test_calls_are_found_however_the_text_is_cut(
         ("  x", False, "", "  x"),
     ],
 )
-def test_reasoning_is_set_apart(text: str, is_open: bool, thought: str, said: str) -> None:
+def test_reasoning_is_separated_from_the_text(
+    text: str, is_open: bool, thought: str, said: str
+) -> None:
     def reader() -> AnswerReader:
         return AnswerReader("hermes", NAMES, has_reasoning=True, is_open=is_open)
 
@@ -184,7 +186,7 @@ def test_reasoning_is_set_apart(text: str, is_open: bool, thought: str, said: st
 
 
 @pytest.mark.parametrize("form", ["hermes", "llama3", "mistral", "mistral11", "xml"])
-def test_forced_calls_are_what_the_parser_reads(form: str) -> None:
+def test_the_parser_reads_forced_calls(form: str) -> None:
     parameters = {"weather": PARAMETERS, "clock": {}}
     tokenizer = make_tokenizer()
     for is_parallel in (True, False):

@@ -139,7 +139,7 @@ def test_a_row_has_the_same_bits_alone_and_in_a_table_of_another_size(pack):
             assert column <= 16
 
 
-def test_no_gates(pack):
+def test_a_step_without_gates_writes_nothing(pack):
     """A step without gated adapters writes nothing."""
     x = torch.randn(NUM_ROWS, INNER).to(DEVICE, HALF)
     table = pack.table()
@@ -196,7 +196,7 @@ def test_reference():
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
-def test_reference_ignores_other_rows_and_the_row_s_place(num_threads):
+def test_reference_ignores_other_rows_and_the_position_of_a_row(num_threads):
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
@@ -239,7 +239,7 @@ def test_gates_by_a_classifier(temperature, top_k, is_renormalised):
         assert torch.equal(given_gate_reference(logits[rows], **options), found[rows])
 
 
-def test_a_component_without_ranks_scores_zero():
+def test_a_component_of_rank_zero_scores_zero():
     q, v, keys = torch.randn(5, 8), torch.randn(5, 6), torch.randn(6, 8)
     gates = fusion_gate_reference(q, v, keys, [0, 4, 4])
     score = ((v[:, :4].double() @ keys[:4].double()) * q.double()).sum(1)

@@ -73,7 +73,7 @@ def rows_of(runs: list[LongSegment]) -> list[int]:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_traffic(name, dtype):
+def test_adapted_rows_match_float64_and_other_rows_are_unchanged(name, dtype):
     pack = make_pack(INNER, OUTS, dtype)
     runs, num_rows = shape_of(pack, name)
     x = torch.randn(num_rows, INNER).to(DEVICE, dtype)
@@ -139,7 +139,7 @@ def test_gain_biases_and_gates():
             assert error_ratio(out[row], expected) < MAX_ERROR[HALF], row
 
 
-def test_gates_of_others_leave_a_row_its_bits():
+def test_gates_of_other_rows_do_not_change_a_rows_bits():
     pack = make_pack(INNER, OUTS, HALF)
     runs, num_rows = shape_of(pack, "decode beside prefill")
     x = torch.randn(num_rows, INNER).to(DEVICE, HALF)
@@ -227,7 +227,7 @@ def test_an_adapter_that_overflows_does_not_touch_other_rows():
     assert torch.isfinite(out[1]).all()
 
 
-def test_the_device_buffer_keeps_its_address_and_forgets_the_last_step():
+def test_the_device_buffer_is_reused_without_traces_of_the_last_step():
     pack = make_pack(INNER, OUTS, HALF)
     table = make_table()
     address = table.buffer.data_ptr()

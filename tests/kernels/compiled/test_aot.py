@@ -121,7 +121,7 @@ def test_the_table_is_current(compiled, recorded):
     assert any(len(known) == len(compiled["kernels"]) for known in recorded.values())
 
 
-def test_the_table_holds_no_spill_and_everything_fits(recorded):
+def test_the_table_has_no_spill_and_everything_fits(recorded):
     """Checks the committed table, without compilation."""
     rows = rows_of(recorded)
     assert len(rows) > 800
@@ -130,7 +130,7 @@ def test_the_table_holds_no_spill_and_everything_fits(recorded):
     assert large == []
 
 
-def test_the_table_is_of_the_oldest_and_the_newest_version(recorded):
+def test_the_table_covers_the_oldest_and_the_newest_version(recorded):
     """Machines with GPUs have either version; other versions only have to meet the limits."""
     oldest, newest = sorted(recorded, key=lambda version: [int(p) for p in version.split(".")])
     assert oldest == "3.6.0"
@@ -138,27 +138,27 @@ def test_the_table_is_of_the_oldest_and_the_newest_version(recorded):
 
 
 @pytest.mark.parametrize(("version", "stages"), [("3.6.0", 1), ("3.9.0", 4), ("3.10.1", 4)])
-def test_no_copies_run_beside_wgmma_where_triton_forgets_the_fence(monkeypatch, version, stages):
+def test_copies_do_not_overlap_wgmma_if_triton_omits_the_fence(monkeypatch, version, stages):
     """The emulator rejects the code of Triton 3.6 for sm_90 for this reason."""
     monkeypatch.setattr(triton, "__version__", version)
     assert wgmma_stages(4) == stages
 
 
-def test_the_table_keeps_to_the_bounds(recorded):
+def test_the_table_is_within_the_bounds(recorded):
     for kernel in NF4_KERNELS:
         assert over(recorded, kernel, nf4_limit) == {}
     assert over(recorded, "segmented_expand", expand_limit) == {}
     assert over(recorded, "segmented_shrink", lambda name: 3.5) == {}
 
 
-def test_a_bound_is_a_bound():
+def test_a_value_over_its_bound_is_reported():
     """The checks above detect a form that takes too much."""
     row = {"sm_90": {"instructions": 11.1}}
     versions = {"x": {"nf4_matmul[TILES=4]": row, "nf4_sum[PARTS=2]": {"sm_90": {}}}}
     assert list(over(versions, "nf4_matmul", nf4_limit).values()) == [11.1]
 
 
-def test_attention_loads_keys_while_it_multiplies(recorded):
+def test_attention_overlaps_loads_of_keys_with_products(recorded):
     """The loop over keys does not wait for at least two groups of copies."""
     rows = [row for row in rows_of(recorded, "paged_attention[") if row[1].startswith("sm_")]
     assert len(rows) >= 8

@@ -63,7 +63,7 @@ def asked(
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("reach", [0, 2, 3, 4])
-def test_every_factor_is_asked_for_once_and_in_time(
+def test_every_factor_is_prefetched_once_and_in_time(
     threads: int, reach: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)

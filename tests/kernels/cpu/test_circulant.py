@@ -40,7 +40,7 @@ def applied(kernel: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_blocks_are_multiplied_as_the_dense_matrix_is(shape: tuple[int, int, int]) -> None:
+def test_circulant_blocks_match_the_dense_matrix(shape: tuple[int, int, int]) -> None:
     _, columns, size = shape
     *_, parts = row_adapters.circulant(torch.zeros(shape)).values
     assert parts == (0 if size % 16 else size // 16)

@@ -42,6 +42,6 @@ def test_rows_equal_float64_and_the_rows_alone(
         assert torch.equal(y, torch.stack(alone[: len(y)]))
 
 
-def test_other_weights_are_not_served() -> None:
+def test_unsupported_weights_are_not_served() -> None:
     assert not serves_dense(torch.empty(2, 2))
     assert not serves_dense(torch.empty(2, 2, dtype=torch.bfloat16, device="meta"))

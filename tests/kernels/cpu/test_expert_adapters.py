@@ -22,7 +22,7 @@ def factors(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("gathers", [True, False])
-def test_equals_float64_and_a_pair_alone(*, gathers: bool) -> None:
+def test_updates_match_float64_and_a_pair_alone(*, gathers: bool) -> None:
     torch.manual_seed(0)
     updates = [factors(rank) for rank in (1, 8, 20)]
     tables = [ExpertTable([None, pair]) for pair in updates]

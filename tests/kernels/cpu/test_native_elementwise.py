@@ -87,7 +87,7 @@ def test_clamped_swiglu(width: int, dtype: torch.dtype, threads: None) -> None:
 
 @pytest.mark.parametrize("is_interleaved", [False, True])
 @pytest.mark.parametrize("pairs", [5, 16, 24, 48])
-def test_heads_that_rotate_in_part(pairs: int, is_interleaved: bool, threads: None) -> None:
+def test_partially_rotated_heads(pairs: int, is_interleaved: bool, threads: None) -> None:
     heads, kv_heads, dim = 3, 1, 96
     qkv = torch.randn(6, heads + 2 * kv_heads, dim).to(BF16)
     angles = 10 * torch.rand(6, pairs)

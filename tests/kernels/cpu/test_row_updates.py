@@ -191,7 +191,7 @@ def test_entries(inner: int, out: int, count: int) -> None:
 
 
 @pytest.mark.parametrize(("inner", "out", "count"), SPARSE)
-def test_the_bytes_of_a_copy_are_known_before_it_is_made(inner: int, out: int, count: int) -> None:
+def test_the_size_of_a_copy_is_known_beforehand(inner: int, out: int, count: int) -> None:
     for slot in range(4):
         parts = entries(inner, out, count, slot)
         *made, _ = row_adapters.sparse(*parts).values

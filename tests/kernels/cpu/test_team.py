@@ -58,7 +58,7 @@ def sanitizer(tmp_path: Path) -> str:
     return "-fsanitize=thread"
 
 
-def test_nothing_races(tmp_path: Path, sanitizer: str) -> None:
+def test_there_are_no_data_races(tmp_path: Path, sanitizer: str) -> None:
     checks = build(tmp_path, "-O1", sanitizer)
     for threads in ("2", "7"):
         result = run(checks, threads, "own")
@@ -100,7 +100,7 @@ def test_a_planted_fault_is_found(fault: str, tmp_path: Path, sanitizer: str) ->
 
 
 @pytest.mark.skipif(native.library() is None, reason="no compiled kernels")
-def test_a_thread_has_its_own_or_what_torch_has() -> None:
+def test_a_thread_uses_its_own_number_of_threads_or_that_of_torch() -> None:
     found: list[int] = []
 
     def compute() -> None:

@@ -51,7 +51,7 @@ def tiny(architecture: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize("kind", [Kind.F16, Kind.Q8_0, Kind.Q4_0], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-async def test_it_is_the_directory_of_its_dequantised_weights(
+async def test_a_gguf_file_equals_the_directory_of_its_dequantised_weights(
     architecture: str, kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -83,7 +83,7 @@ def ropes_of(arch: Any) -> dict[str, list[float]]:
     return {kind: rope.inv_freq.tolist() for kind, rope in arch.ropes.items()}
 
 
-def test_tensors_are_those_that_transformers_reads(tmp_path: Path) -> None:
+def test_tensors_match_those_that_transformers_reads(tmp_path: Path) -> None:
     folder, file = tiny("llama", tmp_path / "model"), tmp_path / "tiny.gguf"
     write_gguf(folder, file, Kind.Q8_0)
     theirs = AutoModelForCausalLM.from_pretrained(
@@ -99,7 +99,9 @@ def test_tensors_are_those_that_transformers_reads(tmp_path: Path) -> None:
     assert (packed - original.float()).abs().max() < 0.01 * original.float().abs().max()
 
 
-def test_the_tokenizer_and_its_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tokenizer_and_its_template_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder, file = tiny("llama", tmp_path / "model"), tmp_path / "tiny.gguf"
     write_gguf(folder, file, Kind.F16)
@@ -248,7 +250,7 @@ def test_files_that_are_not_gguf_fail_before_torch(tmp_path: Path) -> None:
         open_gguf(file)
 
 
-def test_the_sizes_of_blocks_are_those_of_gguf() -> None:
+def test_block_sizes_match_gguf() -> None:
     for kind, sizes in gguf_header._BLOCKS.items():
         assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)] == sizes
     # With a missing type, the end of the file would be unknown.
@@ -268,7 +270,7 @@ def test_reading_reports_progress_without_drawing_a_bar(
     assert capfd.readouterr().err == ""
 
 
-def test_the_embedded_file_given_by_its_path_has_the_name_of_the_file(
+def test_the_embedded_model_given_by_path_is_named_after_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, file = tiny("llama", tmp_path / "model"), tmp_path / "tiny.gguf"
@@ -279,7 +281,7 @@ def test_the_embedded_file_given_by_its_path_has_the_name_of_the_file(
 
 
 @pytest.mark.long
-def test_the_embedded_model_is_what_transformers_makes_of_its_file() -> None:
+def test_the_embedded_model_matches_transformers() -> None:
     """The file is SmolLM2-135M-Instruct in Q4_1."""
     file = find_gguf()
     found, theirs = open_gguf(file), transformers_state(file)

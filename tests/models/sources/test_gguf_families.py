@@ -96,7 +96,7 @@ async def assert_is_the_directory(file: Path, folder: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-async def test_it_is_the_directory_that_it_was_made_of(
+async def test_a_gguf_file_equals_the_directory_it_was_made_from(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -125,7 +125,7 @@ def in_mxfp4(folder: Path) -> None:
     path.write_text(json.dumps(config))
 
 
-async def test_experts_in_mxfp4_are_as_the_file_has_them(
+async def test_experts_in_mxfp4_are_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """gpt-oss is released like this, as Hugging Face's checkpoint and in ggml-org's files."""
@@ -145,7 +145,7 @@ async def test_experts_in_mxfp4_are_as_the_file_has_them(
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
-def test_tensors_are_those_that_transformers_reads(family: str, tmp_path: Path) -> None:
+def test_tensors_match_those_that_transformers_reads(family: str, tmp_path: Path) -> None:
     """For the families whose files transformers reads itself."""
     changes, more = FAMILIES[family]
     folder = save_tiny_model(family, tmp_path / "model", changes=changes)
@@ -206,7 +206,7 @@ def test_missing_and_contradictory_keys_are_rejected(
         open_gguf(file)
 
 
-def test_half_of_a_pair_is_refused(tmp_path: Path) -> None:
+def test_an_incomplete_pair_of_tensors_is_refused(tmp_path: Path) -> None:
     folder = save_tiny_model("gpt_oss", tmp_path / "model")
     file = tmp_path / "tiny.gguf"
     write_gguf(folder, file, Kind.BF16, without="blk.1.ffn_up_exps.bias")

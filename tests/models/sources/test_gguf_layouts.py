@@ -104,7 +104,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "tiny.Q4_K_M.gguf"
 
 
-def test_every_kind_of_weight_is_what_transformers_reads(file: Path) -> None:
+def test_every_kind_of_weight_matches_transformers(file: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(
         file.parent,
         gguf_file=file.name,
@@ -119,7 +119,7 @@ def test_every_kind_of_weight_is_what_transformers_reads(file: Path) -> None:
         torch.testing.assert_close(tensor, theirs[name].float(), rtol=0, atol=1e-6)
 
 
-def test_its_vocabulary_is_sentencepieces(file: Path) -> None:
+def test_the_vocabulary_matches_sentencepiece(file: Path) -> None:
     source = resolve_model(file, default_cache_dir())
     decoder = load_decoder(source, dtype=torch.bfloat16, device=torch.device("cpu"))
     assert (decoder.arch.num_kv_heads, decoder.arch.tie_word_embeddings) == (KV_HEADS, False)

@@ -41,7 +41,7 @@ def published() -> list[Published]:
 
 
 @pytest.mark.parametrize("model", published(), ids=lambda model: model.repository)
-def test_a_published_size_is_read_as_its_config(model: Published, tmp_path: Path) -> None:
+def test_a_published_file_is_read_as_its_config(model: Published, tmp_path: Path) -> None:
     config = text_config(AutoConfig.from_pretrained(model.write(tmp_path)))
     expected = read_arch(config)
     said = config.to_dict()

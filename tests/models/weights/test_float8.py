@@ -74,7 +74,7 @@ def pack(
 
 
 @pytest.mark.parametrize("block", [None, (16, 16), (24, 40)])
-def test_the_numbers_are_those_of_transformers(block: tuple[int, int] | None) -> None:
+def test_float8_values_match_transformers(block: tuple[int, int] | None) -> None:
     codes, scale = packed(torch.randn(96, 80), block)
     theirs: Any = Fp8Dequantize(Quantizer(block))
     grid = scale.reshape(1, 1) if block is None else scale
@@ -110,7 +110,7 @@ BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_s
         ("llama", ("_scale", ".input_scale"), {"quant_method": "fp8"}),
     ],
 )
-def test_it_is_the_model_of_its_numbers(
+def test_a_float8_model_equals_the_model_of_its_values(
     architecture: str,
     names: tuple[str, str],
     quantization: dict[str, Any],

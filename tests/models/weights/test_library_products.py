@@ -33,7 +33,7 @@ PRODUCTS = [
 
 
 @pytest.mark.parametrize("refused", [None, RuntimeError, TypeError])
-def test_sums_are_whole_or_at_least_in_fp32(monkeypatch, refused):
+def test_reduced_precision_sums_are_disabled_where_possible(monkeypatch, refused):
     matmul = SimpleNamespace()
     libraries = []
 
@@ -121,7 +121,7 @@ def test_products_on_a_device_have_one_shape_for_any_number_of_rows(product):
 
 
 @pytest.mark.parametrize("rows", [1, 64, 131])
-def test_pieces_are_the_product(rows):
+def test_the_pieces_equal_the_product(rows):
     y, v, b = torch.randn(rows, 24), torch.randn(rows, 8), torch.randn(8, 24)
     torch.testing.assert_close(_addmm_in_pieces(y, v, b), y + v @ b)
     x, w = torch.randn(rows, 8), torch.randn(24, 8)

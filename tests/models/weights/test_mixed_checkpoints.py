@@ -229,7 +229,7 @@ def test_the_file_determines_which_modules_are_in_16_bits(mixed: Any) -> None:
     assert modules_in_16_bits(mixed("llama", "none").folder) == []
 
 
-def test_quantize_all_is_another_base(mixed: Any) -> None:
+def test_quantize_all_makes_another_base(mixed: Any) -> None:
     folder = mixed("llama", "unsloth").folder
     assert set(bases(folder, quantizes_all=True).values()) == {QUANTIZED}
     kept, quantized = (
@@ -425,7 +425,7 @@ async def test_the_report_of_a_model(
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "large blocks", "experts"])
-def test_training_has_the_weights_that_are_served(kind: str, tmp_path: Path) -> None:
+def test_training_uses_the_served_weights(kind: str, tmp_path: Path) -> None:
     if kind == "experts":
         _, packed = with_experts_in_16_bits(tmp_path)
     else:

@@ -74,7 +74,7 @@ def test_weights_are_loaded_and_quantised_without_torchs_compiler(tmp_path: Path
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 16, 17, 64, 65, 130])
 @pytest.mark.parametrize(("out_features", "in_features"), [(96, 64), (64, 192), (576, 576)])
-def test_equals_the_registered_op(
+def test_products_match_the_registered_op(
     rows: int, out_features: int, in_features: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if native.isa() == "amx":
@@ -117,12 +117,12 @@ def test_rows_equal_float64_and_the_rows_alone(
     assert error_ratio(whole, exact) < MAX_ERROR
 
 
-def test_no_rows_are_no_rows() -> None:
+def test_zero_rows_give_zero_rows() -> None:
     linear = nf4_linear([random_weight(64, 128)], torch.bfloat16, torch.device("cpu"))
     assert linear(torch.empty(0, 128, dtype=torch.bfloat16)).shape == (0, 64)
 
 
-def test_takes_rows_of_a_wider_matrix() -> None:
+def test_strided_rows_of_a_wider_matrix_are_accepted() -> None:
     linear = nf4_linear([random_weight(64, 128)], torch.bfloat16, torch.device("cpu"))
     wide = torch.randn(5, 256).to(torch.bfloat16)
     assert torch.equal(linear(wide[:, 128:]), linear(wide[:, 128:].contiguous()))
@@ -131,9 +131,7 @@ def test_takes_rows_of_a_wider_matrix() -> None:
 
 @pytest.mark.skipif(library() is None, reason="there is no C compiler")
 @pytest.mark.parametrize("isa", native.usable_isas())
-def test_gradients_are_products_with_the_weight_that_is_multiplied(
-    isa: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_use_the_weight_of_the_product(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nf4_cpu, "functions", lambda: native.load(isa))
     linear = PackedLinear.pack([random_weight(96, 192, 1), random_weight(32, 192, 2)])
     grad = torch.randn(5, 128).to(torch.bfloat16)
@@ -176,7 +174,7 @@ def test_terms_are_added_in_the_order_of_the_inputs(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dequantize_is_the_weight_that_is_multiplied(dtype: torch.dtype) -> None:
+def test_dequantize_returns_the_weight_of_the_product(dtype: torch.dtype) -> None:
     parts = [random_weight(96, 64, 1), random_weight(32, 64, 2)]
     linear = nf4_linear(parts, dtype, torch.device("cpu"))
     x = torch.randn(3, 64).to(dtype)

@@ -70,7 +70,7 @@ def test_a_pair_has_the_bits_of_its_expert(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_dequantize_is_the_weight_that_is_multiplied(kind: str, dtype: torch.dtype) -> None:
+def test_dequantize_returns_the_weight_of_the_product(kind: str, dtype: torch.dtype) -> None:
     experts, linears = make(dtype, kind)
     for expert, linear in enumerate(linears):
         parts = [linear.dequantize(0), linear.dequantize(1)]

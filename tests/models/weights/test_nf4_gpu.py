@@ -28,7 +28,7 @@ def make(in_features: int) -> tuple[GpuLinear, torch.Tensor]:
 # With 96 inputs, quantisation blocks span rows.
 @pytest.mark.parametrize("in_features", [128, 96])
 @pytest.mark.parametrize("num_decode", [0, 3, 9, 12])
-def test_rows_are_multiplied_by_the_weight_whatever_else_is_in_the_step(in_features, num_decode):
+def test_products_of_rows_do_not_depend_on_the_rest_of_the_step(in_features, num_decode):
     linear, weight = make(in_features)
     x = torch.randn(12, in_features)
     y = linear.product(x, num_decode)
@@ -55,7 +55,7 @@ def test_parts_can_be_joined_to_other_weights(in_features):
 
 
 @pytest.mark.parametrize("in_features", [128, 96])
-def test_rows_are_written_out_where_they_are_and_no_more_of_them(in_features):
+def test_only_the_requested_rows_are_dequantised(in_features):
     """A DoRA adapter's norms are computed from these rows."""
     linear, whole = make(in_features)
     start = 0

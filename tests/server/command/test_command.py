@@ -22,19 +22,19 @@ from turret.training.words import say
 
 
 @pytest.mark.parametrize(("verb", "more"), [((), {"rich", "asyncio"}), (("serve",), set())])
-def test_help_loads_nothing_that_takes_long(verb: tuple[str, ...], more: set[str]) -> None:
+def test_help_imports_no_slow_module(verb: tuple[str, ...], more: set[str]) -> None:
     code, modules = loaded_by(*verb, "--help")
     assert code == 0
     assert not modules & {"torch", "grpc", "transformers", *more}
 
 
-def test_a_client_verb_loads_no_torch_and_not_the_others() -> None:
+def test_a_client_verb_imports_neither_torch_nor_other_verbs() -> None:
     code, modules = loaded_by("generate", "x", "--address", "127.0.0.1:1")
     assert code == 1
     assert not modules & {"torch", "transformers", "rich", "turret.server.config", "pydantic"}
 
 
-def test_wrong_input_ends_before_torch(tmp_path: Path) -> None:
+def test_invalid_input_is_rejected_before_torch_is_loaded(tmp_path: Path) -> None:
     nothing = ("--model", "no/such", "--adapter-root", "no", "--tls-cert", "a", "--tls-key", "b")
     code, modules = loaded_by("serve", *nothing)
     assert code == 1
@@ -75,7 +75,7 @@ def test_wrong_input_ends_before_torch(tmp_path: Path) -> None:
         ("psoft", ("--output", "{}/psoft"), say("PATH_EXISTS", path="{}/psoft")),
     ],
 )
-def test_an_invalid_conversion_ends_before_torch_is_loaded(
+def test_an_invalid_conversion_is_rejected_before_torch_is_loaded(
     adapter: str, flags: tuple[str, ...], said: str, tmp_path: Path
 ) -> None:
     for name, config in (("damaged", "{"), ("psoft", '{"peft_type": "PSOFT"}')):
@@ -102,7 +102,7 @@ def test_an_invalid_conversion_ends_before_torch_is_loaded(
         ("data.validation", "./t.jsonl", say("IS_TRAINING_FILE", path="t.jsonl")),
     ],
 )
-def test_settings_that_do_not_fit_end_before_torch(
+def test_contradictory_settings_are_rejected_before_torch_is_loaded(
     key: str, value: str, complaint: str, tmp_path: Path
 ) -> None:
     methods = {"method.rank": "hra" if value == "3" else "ia3", "data.packing": "prefix_tuning"}
@@ -191,7 +191,7 @@ def test_the_help_is_the_same_without_heavy_imports() -> None:
         (["adapters", "list", "--jsn"], 'turret adapters list: .*"--json"'),
     ],
 )
-def test_a_typo_is_two_lines(
+def test_a_typo_is_reported_on_two_lines(
     arguments: list[str], meant: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as raised:
@@ -202,7 +202,7 @@ def test_a_typo_is_two_lines(
     assert err.count("\n") == 2
 
 
-def test_flags_win_over_variables_and_those_over_the_file(tmp_path: Path) -> None:
+def test_flags_override_variables_and_variables_override_the_file(tmp_path: Path) -> None:
     file = tmp_path / "turret.toml"
     file.write_text(
         '[adapters]\nmax_rank = 1\nadapter_root = "a"\nadapter_host_bytes = "2GiB"\n'
@@ -295,7 +295,7 @@ def test_every_setting_has_a_variable_and_a_key(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_bad_file_is_refused_by_key(
+def test_an_invalid_file_is_reported_by_key(
     tmp_path: Path, text: str, expected: set[tuple[str, str, str | None]]
 ) -> None:
     file = tmp_path / "t.toml"
@@ -327,7 +327,7 @@ def test_an_invalid_setting_is_reported_with_its_source(
     )
 
 
-def test_every_verb_notes_a_misspelt_variable(
+def test_every_verb_warns_about_a_misspelt_variable(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # A port without a listener.
@@ -352,7 +352,7 @@ def test_every_verb_notes_a_misspelt_variable(
         assert first == f"turret {words[0]}: note: TURRET_ADRESS: {text}"
 
 
-def test_help_has_room_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_fits_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     waiting = [build_parser(None)]
     for parser in waiting:
@@ -361,7 +361,7 @@ def test_help_has_room_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
         waiting += [verb for each in below if isinstance(each, dict) for verb in each.values()]
 
 
-def test_a_hub_model_in_a_file_is_not_taken_for_a_relative_path(tmp_path: Path) -> None:
+def test_a_hub_model_in_a_file_is_not_treated_as_a_relative_path(tmp_path: Path) -> None:
     file = tmp_path / "t.toml"
     file.write_text('[model]\nmodel = "org/name@v1"\n')
     assert parse("--config", str(file)).model.model == Path("org/name@v1")

@@ -34,7 +34,7 @@ def completed(line: str, folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_every_shell_takes_its_script(shell: str) -> None:
+def test_every_shell_accepts_its_completion_script(shell: str) -> None:
     if path := shutil.which(shell):
         subprocess.run([path, "-n"], input=script(shell), text=True, check=True)
     assert "turret" in script(shell)
@@ -62,7 +62,9 @@ def test_completions_of_command_lines(line: str, expected: set[str], tmp_path: P
     assert completed(line, tmp_path) == expected
 
 
-def test_adapters_are_those_of_the_server(live_server: ServerUnderTest, tmp_path: Path) -> None:
+def test_completion_lists_the_adapters_of_the_server(
+    live_server: ServerUnderTest, tmp_path: Path
+) -> None:
     with examples_loaded(live_server, "json"):
         names = completed(f"turret adapters get --address {live_server.address} ", tmp_path)
     assert "json" in names

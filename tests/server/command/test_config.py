@@ -124,7 +124,7 @@ def test_byte_sizes(text: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "MiB", "-1", "1e9", "12XB", "1 2", "nan", "0x10"])
-def test_no_byte_sizes(text: str) -> None:
+def test_invalid_byte_sizes_are_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="not a byte size"):
         parse_byte_size(text)
 
@@ -173,11 +173,13 @@ def test_no_byte_sizes(text: str) -> None:
         (["--tls-client-ca", "c"], "security.tls_client_ca", "NEEDS_FIELD"),
     ],
 )
-def test_a_bad_value_is_refused_by_name(arguments: list[str], field: str, reason: str) -> None:
+def test_an_invalid_value_is_reported_by_name(
+    arguments: list[str], field: str, reason: str
+) -> None:
     assert refused(*arguments) == {(field, reason)}
 
 
-def test_all_bad_values_are_refused_at_once() -> None:
+def test_all_invalid_values_are_reported_at_once() -> None:
     assert refused("--max-rank", "0", "--dtype", "b", "--address", "x", "--tls-key", "k") == {
         ("adapters.max_rank", "TOO_SMALL"),
         ("model.dtype", "NOT_ONE_OF"),
@@ -209,7 +211,7 @@ def test_localhost_is_suggested_for_a_misspelling() -> None:
     assert caught.value.violations[0].text.params["closest"] == "localhost"
 
 
-def test_a_flag_that_is_given_twice_counts_twice() -> None:
+def test_a_repeated_flag_adds_a_value() -> None:
     origins = ["--http-cors-origin", "https://a.example", "--http-cors-origin", "http://b:8"]
     config = parse("--http-address", "localhost:1", *origins)
     assert config.listen.http_cors_origin == ("https://a.example", "http://b:8")

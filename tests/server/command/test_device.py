@@ -56,7 +56,7 @@ def choose(
         ("cuda:1", "GPU-aa,GPU-bb", "GPU-bb"),
     ],
 )
-def test_only_the_chosen_device_is_visible_as_number_0(
+def test_only_the_chosen_device_is_visible_as_device_0(
     monkeypatch: pytest.MonkeyPatch, wanted: str, visible: str | None, left: str | None
 ):
     device, seen = choose(monkeypatch, wanted, visible)
@@ -64,7 +64,7 @@ def test_only_the_chosen_device_is_visible_as_number_0(
     assert set(seen) == {left}, "before torch looks for the first time"
 
 
-def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_device_is_refused(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(InvalidRequestError, check=says("DEVICE_NOT_VISIBLE", visible="4,5")):
         choose(monkeypatch, "cuda:2", "4,5")
     with pytest.raises(InvalidRequestError, check=says("NO_CUDA_DEVICE", device="cuda:7")):
@@ -73,7 +73,7 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch):
     assert choose(monkeypatch, "cpu", None)[0] == torch.device("cpu")
 
 
-def test_without_a_compiler_no_gpu_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_gpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Otherwise, Triton would raise only in the first step, after the model was read."""
     monkeypatch.setattr(build, "missing_for_triton", lambda: "a C compiler")
     for wanted in ("auto", "cuda"):
@@ -90,7 +90,7 @@ def test_without_a_compiler_no_gpu_serves(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert missing_for_triton() == ""
 
 
-def test_triton_writes_where_the_server_may(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_triton_writes_to_a_writable_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Services and containers often have no writable home directory."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     set_before: dict[str, str] = {"TRITON_CACHE_DIR": "elsewhere"}
@@ -104,7 +104,7 @@ def test_triton_writes_where_the_server_may(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 @pytest.mark.parametrize("capability", [(7, 0), (7, 5)])
-def test_a_gpu_that_triton_does_not_support_is_not_taken(
+def test_a_gpu_that_triton_does_not_support_is_not_chosen(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], caplog: pytest.LogCaptureFixture
 ):
     device, _ = choose(monkeypatch, "auto", None, capability=capability)

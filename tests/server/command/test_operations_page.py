@@ -17,7 +17,7 @@ LIFECYCLE = ROOT / "docs" / "lifecycle.md"
 SECURITY = ROOT / "docs" / "security.md"
 
 
-def test_the_tables_are_those_of_the_code() -> None:
+def test_the_tables_match_the_code() -> None:
     page = PAGE.read_text()
     assert page == rendered(page), "run `make pages`"
 
@@ -36,7 +36,7 @@ def test_every_series_is_listed() -> None:
             assert f"`{family.name}" in page
 
 
-def test_the_numbers_it_gives_are_right() -> None:
+def test_the_numbers_on_the_page_are_correct() -> None:
     page = " ".join((PAGE.read_text() + LIFECYCLE.read_text() + SECURITY.read_text()).split())
     assert (MAX_UPLOADS, IDLE_SECONDS, MAX_CONFIG_BYTES) == (8, 60.0, 1 << 20)
     assert "may pause for one minute" in page
@@ -45,7 +45,7 @@ def test_the_numbers_it_gives_are_right() -> None:
     assert f"first {MAX_ADAPTER_LABELS} registered adapters" in page
 
 
-def test_the_calls_it_names_exist() -> None:
+def test_the_calls_on_the_page_exist() -> None:
     service = adapters_pb2.DESCRIPTOR.services_by_name["Adapters"]
     named = set(re.findall(r"`(\w+Adapters?)`", LIFECYCLE.read_text()))
     assert len(named) >= 7

@@ -1,4 +1,4 @@
-"""Problems that a start reports within a second, before torch is loaded."""
+"""Problems that the server reports within a second of its start, before it loads torch."""
 
 from __future__ import annotations
 
@@ -299,7 +299,7 @@ def test_a_state_dir_on_a_read_only_file_system() -> None:
     assert reasons("--state-dir", "/proc") == UNUSABLE
 
 
-def test_a_disk_that_is_full_does_not_keep_a_server_from_starting(
+def test_a_full_disk_does_not_prevent_startup(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def mkdtemp(**_: object) -> str:
@@ -309,7 +309,7 @@ def test_a_disk_that_is_full_does_not_keep_a_server_from_starting(
     assert found("--state-dir", str(tmp_path)) == []
 
 
-def test_directories_that_this_user_may_not_use(
+def test_directories_that_this_user_may_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Simulate missing permissions, which do not apply to the superuser.
@@ -354,7 +354,7 @@ def test_the_newest_checkpoint_is_suggested(tmp_path: Path) -> None:
 def test_a_missing_local_path_is_not_looked_up_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cases: a path in a config file, to which its folder is added, and one with ``./``."""
+    """Cases: a path in a config file, which is relative to its folder, and one with ``./``."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "acme").mkdir()
     (tmp_path / "acme" / "s.toml").write_text('[model]\nmodel = "my-model"\n')

@@ -89,7 +89,7 @@ def test_adapters_that_the_host_budget_cannot_hold(tmp_path: Path) -> None:
     assert says("OVER_HOST_MEMORY", bytes=9216, host_bytes=10)(problem)
 
 
-def test_adapters_of_another_base_where_that_is_allowed_or_not_certain(tmp_path: Path) -> None:
+def test_adapters_of_another_base_if_that_is_allowed_or_uncertain(tmp_path: Path) -> None:
     flags = ("--adapter-root", str(tmp_path), "--preload", "a=m")
     folder = write_adapter(tmp_path / "m", base_model_name_or_path="meta-llama/Llama-3.1-8B")
     assert says("OTHER_BASE")(found(*flags)[0])
@@ -123,7 +123,7 @@ def test_adapters_whose_ranks_are_too_large(tmp_path: Path) -> None:
         (64, "0.self_attn.other", "NO_SUCH_MODULE", {}),
     ],
 )
-def test_adapters_of_other_shapes_than_the_base(
+def test_adapters_whose_shapes_differ_from_the_base(
     width: int, module: str, reason: str, params: dict[str, Any], tmp_path: Path
 ) -> None:
     flags = ("--adapter-root", str(tmp_path), "--preload", "a=m")
@@ -241,7 +241,7 @@ def test_loras_whose_tensors_contradict_their_config(
         ("lm_head.weight", 49000, False),
     ],
 )
-def test_tokens_of_its_own_without_their_tokenizer(
+def test_added_tokens_without_their_tokenizer(
     name: str, rows: int, has_tokenizer: bool, tmp_path: Path
 ) -> None:
     folder = write_adapter(tmp_path / "m", modules_to_save=["embed_tokens", "lm_head"])

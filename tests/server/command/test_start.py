@@ -35,13 +35,13 @@ def run(*arguments: str, program: str = "", **environ: str) -> subprocess.Comple
 
 
 @pytest.mark.parametrize("module", ["turret.server.command.flags", "turret.server.app"])
-def test_sigterm_ends_a_start_without_a_failure(module: str) -> None:
+def test_sigterm_ends_startup_without_a_failure(module: str) -> None:
     done = run(module, str(int(signal.SIGTERM)), "serve", *FREE, program=PROGRAM)
     assert done.returncode == 0
     assert "Traceback" not in done.stderr
 
 
-def test_sighup_does_not_end_a_start() -> None:
+def test_sighup_does_not_end_startup() -> None:
     flags = ("serve", "--adapter-root", "/no/such", *FREE)
     done = run("turret.server.command.flags", str(int(signal.SIGHUP)), *flags, program=PROGRAM)
     assert done.returncode == 1
@@ -56,7 +56,7 @@ def test_sighup_does_not_end_a_start() -> None:
         (("--adapter-root", "/no/such"), 1, "--adapter-root", "FOLDER_MISSING"),
     ],
 )
-def test_refusals_and_notes_have_the_form_of_the_log(
+def test_errors_and_notes_have_the_format_of_the_log(
     flags: tuple[str, ...], code: int, place: str, reason: str
 ) -> None:
     misspelt = {"TURRET_ADRESS": "x"}
@@ -94,7 +94,7 @@ def test_invalid_flags_of_a_fleet_are_reported_in_the_logs_format() -> None:
     assert (said["field"], said["reason"]) == ("--dtype", "NOT_ONE_OF")
 
 
-def test_a_token_file_that_makes_no_sense_is_named_with_its_line(tmp_path: Path) -> None:
+def test_an_invalid_token_file_is_reported_with_its_line(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     file.write_text("# ours\nhunter2 root\n")
     file.chmod(0o600)

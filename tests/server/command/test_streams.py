@@ -27,7 +27,7 @@ def shell(arguments: str, redirection: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_output_that_is_lost_is_one_line() -> None:
+def test_lost_output_is_reported_on_one_line() -> None:
     with fake_turret() as server:
         at = f"--address {server.address}"
         verbs = [f"generate hi {at}", f"generate hi --json {at}", f"adapters list {at}"]

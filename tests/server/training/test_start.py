@@ -69,7 +69,7 @@ def test_training_starts_as_in_peft(method: str, tmp_path: Path) -> None:
     check(base, theirs, learner, texts_of(1), 2e-3)
 
 
-def test_the_feedforward_of_ia3_scales_its_inputs() -> None:
+def test_the_feedforward_modules_of_ia3_scale_their_inputs() -> None:
     base = Base("llama", torch.float32)
     learner = started(base, "ia3", targets=("k_proj", "down_proj"))
     assert learner.config["feedforward_modules"] == ["down_proj"]

@@ -41,7 +41,7 @@ def test_gradients_in_bfloat16(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_gradients_have_the_same_bits_in_any_company(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_gradients_have_the_same_bits_beside_any_others(dtype: torch.dtype, tmp_path: Path) -> None:
     base = Base("llama", dtype)
     methods = ("lora", "dora", "ia3", "loha", "lokr", "oft")
     for number, method in enumerate(methods):

@@ -114,7 +114,7 @@ async def train(training: Training, method: str, seed: int, folder: Path) -> byt
     return (folder / "adapter_model.safetensors").read_bytes()
 
 
-async def test_company_changes_no_byte(tmp_path: Path) -> None:
+async def test_other_adapters_change_no_byte_of_the_result(tmp_path: Path) -> None:
     methods = list(enumerate(("lora", "dora", "ia3", "prompt_tuning")))
     # There is no room for two adapters, so requests evict those in training.
     async with started(tmp_path, adapter_device_bytes=60_000) as (harness, training):
@@ -354,7 +354,7 @@ async def test_the_scale_and_the_modules_can_be_chosen(tmp_path: Path) -> None:
             assert [name for name, _ in caught.value.violations] == [field]
 
 
-async def test_a_prompt_and_a_text_fit_the_context(tmp_path: Path) -> None:
+async def test_prompts_and_texts_must_fit_the_context(tmp_path: Path) -> None:
     async with started(tmp_path) as (harness, training):
         most = harness.backend.model_info.max_model_len
         learner = await training.create(LearnerConfig(method="prompt_tuning", rank=4, seed=1))
@@ -364,7 +364,7 @@ async def test_a_prompt_and_a_text_fit_the_context(tmp_path: Path) -> None:
         assert [name for name, _ in caught.value.violations] == ["data[1]"]
 
 
-async def test_a_pass_without_sequences_ends(tmp_path: Path) -> None:
+async def test_an_empty_pass_ends(tmp_path: Path) -> None:
     async with started(tmp_path) as (_, training):
         learner = await training.create(LearnerConfig(rank=4, seed=1))
         assert await training.pass_over(learner, [], "cross_entropy", {}) == []
@@ -390,7 +390,7 @@ async def test_the_memory_of_adapters_is_limited_and_shared(tmp_path: Path) -> N
         await training.create(config, "a")
 
 
-async def test_metrics_tell_what_training_takes(
+async def test_metrics_report_the_cost_of_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def value(name: str, **labels: str) -> float:
@@ -469,7 +469,7 @@ async def test_owners_take_turns_and_then_their_adapters(
         assert min(ends) >= 13
 
 
-async def test_a_full_disk_is_an_error_of_the_disk(
+async def test_a_full_disk_is_reported_as_such(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with started(tmp_path) as (_, training):

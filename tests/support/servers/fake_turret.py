@@ -16,7 +16,7 @@ from google.rpc import error_details_pb2, status_pb2
 from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 FOREVER = "forever"
-# Last words of prompts, for which the server cuts the answer or vanishes.
+# For prompts that end in one of these words, the server truncates the answer or disappears.
 CUT, GONE = "cut", "gone"
 # A directory with an adapter's current weights and their config.
 SAME = "same"
@@ -34,7 +34,7 @@ def abort(context: grpc.ServicerContext, code: grpc.StatusCode, text: str, *deta
         (("grpc-status-details-bin", status.SerializeToString()), ("x-request-id", "r-7"))
     )
     context.abort(code, text)
-    raise AssertionError("abort returns never")
+    raise AssertionError("abort never returns")
 
 
 class FakeInference(inference_pb2_grpc.InferenceServicer):
@@ -55,7 +55,7 @@ class FakeInference(inference_pb2_grpc.InferenceServicer):
         if self.wants_token:
             info = error_details_pb2.ErrorInfo(reason="UNAUTHENTICATED", domain="turret")
             abort(context, grpc.StatusCode.UNAUTHENTICATED, "the token is unknown", info)
-        # Without a deadline, grpc reports the largest integer of nanoseconds.
+        # Without a deadline, grpc reports the largest number of nanoseconds.
         remaining = context.time_remaining()
         self.time_remaining = None if remaining is None or remaining > 1e9 else remaining
         self._find(request, context)

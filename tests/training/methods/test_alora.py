@@ -57,7 +57,7 @@ def write_judged(path: Path) -> Path:
     return write_jsonl(path, rows)
 
 
-async def test_training_the_engine_and_peft_agree(model: Path, tmp_path: Path) -> None:
+async def test_training_engine_and_peft_agree(model: Path, tmp_path: Path) -> None:
     write_judged(tmp_path / "train.jsonl")
     resolved = resolve_tiny(tmp_path, model, *RUN)
     result = Trainer(resolved).run()
@@ -98,7 +98,7 @@ async def test_training_the_engine_and_peft_agree(model: Path, tmp_path: Path) -
     assert ours[1 : start + 1] == the_bases[1 : start + 1]
 
 
-def test_an_answer_is_not_searched(model: Path, tmp_path: Path) -> None:
+def test_the_answer_is_not_searched_for_the_invocation(model: Path, tmp_path: Path) -> None:
     write_judged(tmp_path / "train.jsonl")
     resolved = resolve_tiny(tmp_path, model, *RUN)
     attached = attach(resolved).eval()
@@ -128,7 +128,7 @@ def test_an_answer_is_not_searched(model: Path, tmp_path: Path) -> None:
         assert not torch.allclose(own, right, rtol=1e-3)
 
 
-def test_activations_may_be_computed_twice(model: Path, tmp_path: Path) -> None:
+def test_activations_may_be_recomputed(model: Path, tmp_path: Path) -> None:
     write_judged(tmp_path / "train.jsonl")
     written = []
     for value in ("false", "true"):
@@ -198,7 +198,7 @@ def test_tokens_before_the_last_invocation_are_masked() -> None:
     assert parts(encoded("ne", prompt="one", completion="ne", template=None)) == ("o", "ne<eos>")
 
 
-def test_an_example_without_the_invocation_is_refused_by_name() -> None:
+def test_an_example_without_the_invocation_is_reported() -> None:
     cases: dict[str, dict[str, Any]] = {
         "messages": {"messages": NAMING},
         "prompt": {"prompt": "one", "completion": "four"},

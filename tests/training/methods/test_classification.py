@@ -151,7 +151,7 @@ def test_an_error_names_the_setting_that_does_not_fit_classification(
         resolve_tiny(tmp_path, model, *RUN, "data.validation=held.jsonl")
 
 
-def test_a_label_that_is_only_set_aside_is_one(model: Path, tmp_path: Path) -> None:
+def test_a_label_that_occurs_only_in_validation_data_counts(model: Path, tmp_path: Path) -> None:
     rows = [{"prompt": str(n), "completion": f"label {n}"} for n in range(4)]
     write_jsonl(tmp_path / "train.jsonl", rows)
     dataset = resolve_tiny(tmp_path, model, *RUN).dataset
@@ -160,7 +160,7 @@ def test_a_label_that_is_only_set_aside_is_one(model: Path, tmp_path: Path) -> N
     assert found == {0, 1, 2, 3}
 
 
-def test_a_long_text_that_is_cut_keeps_its_label(model: Path, tmp_path: Path) -> None:
+def test_a_truncated_text_keeps_its_label(model: Path, tmp_path: Path) -> None:
     rows = [{"prompt": "word " * 90 + str(n), "completion": "ab"[n % 2]} for n in range(6)]
     write_jsonl(tmp_path / "train.jsonl", rows)
     resolved = resolve_tiny(tmp_path, model, *RUN, "data.too_long=truncate")

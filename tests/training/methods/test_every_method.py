@@ -132,7 +132,7 @@ def test_peft_reads_the_adapter(runs: dict[str, Resolved], name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_plan_knows_the_size_of_the_file(runs: dict[str, Resolved], name: str):
+def test_the_plan_predicts_the_size_of_the_file(runs: dict[str, Resolved], name: str):
     path = Path(runs[name].config.run.output) / "adapter" / "adapter_model.safetensors"
     cost = serving_cost(runs[name])
     assert cost.file_bytes == path.stat().st_size
@@ -209,7 +209,7 @@ def test_the_plan_counts_products_per_token(runs: dict[str, Resolved], name: str
         (["data.max_length=513"], "data.max_length"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(
+def test_incompatible_settings_are_refused(
     tiny_llama: Path, tmp_path: Path, overrides: list[str], key: str
 ):
     with pytest.raises(ConfigError) as caught:
@@ -228,7 +228,7 @@ HIGHEST = [
 
 
 @pytest.mark.parametrize(("method", "targets", "module", "highest"), HIGHEST)
-def test_a_rank_is_at_most_that_of_the_smallest_module(
+def test_a_rank_is_limited_by_the_smallest_module(
     tiny_llama: Path, tmp_path: Path, method: str, targets: str, module: str, highest: int
 ):
     keys = (f"method.name={method}", f"method.targets={targets}", *REQUIRED.get(method, ()))
@@ -280,7 +280,7 @@ OVER = [
 
 
 @pytest.mark.parametrize(("method", "targets", "rank", "served"), OVER)
-def test_the_command_that_serves_allows_the_rank(
+def test_the_suggested_serve_command_allows_the_rank(
     tiny_llama: Path, tmp_path: Path, method: str, targets: str, rank: int | None, served: int
 ):
     keys = [f"method.name={method}", f"method.targets={targets}", "run.steps=1"]
@@ -319,7 +319,7 @@ def test_resolved_defaults_are_in_the_config(tiny_llama: Path, tmp_path: Path):
     assert (config.base.weights, config.optimizer.learning_rate) == ("nf4", 1e-3)
 
 
-def test_blocks_that_divide_no_module_are_told_in_one_note(tiny_llama: Path, tmp_path: Path):
+def test_blocks_that_divide_no_module_are_reported_in_one_note(tiny_llama: Path, tmp_path: Path):
     keys = ("method.name=oft", "method.targets=all-linear")
     assert resolve_tiny(tmp_path, tiny_llama, *keys, "method.rank=16").notes == ()
     assert resolve_tiny(tmp_path, tiny_llama, *keys, "method.rank=50").notes == (
@@ -347,7 +347,7 @@ def test_lora_plus_moves_b_faster(tiny_llama: Path, tmp_path: Path):
         assert moved == pytest.approx(expected, rel=1e-2), name
 
 
-def test_the_rate_rises_and_falls():
+def test_the_learning_rate_rises_and_falls():
     config = OptimizerConfig(learning_rate=1.0, warmup_fraction=0.1)
     rates = [learning_rate(step, 100, config) for step in range(100)]
     assert rates[:3] == pytest.approx([1 / 11, 2 / 11, 3 / 11])

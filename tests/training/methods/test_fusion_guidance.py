@@ -121,7 +121,7 @@ def test_the_loss_is_that_of_dense_matrices_and_of_peft(fused: Fused, is_packed:
     )
 
 
-def test_an_example_is_asked_about_once_however_it_is_padded(fused: Fused) -> None:
+def test_targets_are_computed_once_per_example_for_any_padding(fused: Fused) -> None:
     given, loss, calls = examples(), fused.loss(), 0
     ask = loss.of_targets
 

@@ -87,7 +87,7 @@ def test_values_and_gradients_equal_float64(
         assert error(b.grad, exact_b.grad) < 1e-6
 
 
-def test_only_the_input_and_the_factors_are_kept() -> None:
+def test_only_the_input_and_the_factors_are_saved_for_the_backward_pass() -> None:
     module = linear(torch.bfloat16)
     x = numbers(*SHAPE, seed=1, dtype=torch.bfloat16)
     a, b = numbers(RANK, IN, seed=3), numbers(OUT, RANK, seed=4)
@@ -158,7 +158,7 @@ def test_a_joined_lora_matches_peft(settings: dict[str, Any]) -> None:
         ({}, torch.float32),
     ],
 )
-def test_bfloat16_is_multiplied_where_that_is_faster(
+def test_bfloat16_products_are_used_where_they_are_faster(
     capabilities: dict[str, Any], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)

@@ -77,7 +77,7 @@ def test_products_and_gradients_are_those_of_the_dense_formula():
         check_against_dense(lokr, dense_lokr, x, lokr_factors(rank))
 
 
-def test_a_bf16_input_gets_a_bf16_gradient_and_is_kept_as_it_is():
+def test_a_bf16_input_is_saved_unchanged_and_gets_a_bf16_gradient():
     x = random(6, 12, dtype=torch.bfloat16)
     factors = loha_factors(10, 12, 2, torch.float32)
     kept: list[torch.Tensor] = []
@@ -167,7 +167,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-async def test_training_on_nf4_makes_what_peft_and_the_server_read(variant: str, tmp_path: Path):
+async def test_peft_and_the_server_read_adapters_trained_on_nf4(variant: str, tmp_path: Path):
     register_nf4_layers()
     base = twin("llama")
     method = variant.partition("-")[0]
@@ -208,7 +208,7 @@ def test_the_layers_are_used_on_4_bit_modules_only():
 
 
 @pytest.mark.parametrize("method", ["loha", "lokr"])
-def test_dropout_drops_outputs_in_training_alone(method: str):
+def test_dropout_drops_outputs_only_in_training(method: str):
     register_nf4_layers()
     base = nn.ModuleDict({"q_proj": Linear4bit(64, 128, bias=False, compute_dtype=torch.float32)})
     base.to("cpu")

@@ -34,7 +34,7 @@ def model(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("weights", ["nf4", "nf4-dense"])
-def test_it_is_the_model_that_is_served(model: Path, weights: str) -> None:
+def test_the_trained_model_is_the_served_model(model: Path, weights: str) -> None:
     """Every logit, and the gradient of the embeddings, equals that of transformers' model."""
     ours = load_model(find_base(model), weights, torch.float32, "cpu")  # type: ignore[arg-type]
     theirs = load_oracle(model, served_weights(model, torch.float32))

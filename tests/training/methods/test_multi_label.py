@@ -164,7 +164,7 @@ def test_a_conversation_is_rendered_unchanged() -> None:
         ({"prompt": "a", "completion": "b"}, "labels", "MIXED_LABELS"),
     ],
 )
-def test_a_bad_line_is_refused_by_name(
+def test_an_invalid_line_is_reported(
     model: Path, tmp_path: Path, row: dict, field: str, reason: str
 ) -> None:
     path = write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a", "labels": ["c"]}, row])

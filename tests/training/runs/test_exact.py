@@ -51,7 +51,9 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "smollm3"])
-def test_packed_examples_do_not_see_each_other(architecture: str, tmp_path: Path, monkeypatch):
+def test_packed_examples_do_not_attend_to_each_other(
+    architecture: str, tmp_path: Path, monkeypatch
+):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model_folder = save_tiny_model(architecture, tmp_path / "model")
     resolved = resolve_tiny(tmp_path, model_folder, "data.loss_on=all")
@@ -68,7 +70,7 @@ def test_packed_examples_do_not_see_each_other(architecture: str, tmp_path: Path
         assert loss(together).item() != pytest.approx(loss(packed).item(), rel=1e-3)
 
 
-def test_the_head_in_pieces_has_the_same_gradient(tiny_llama: Path, tmp_path: Path):
+def test_computing_the_head_in_pieces_gives_the_same_gradient(tiny_llama: Path, tmp_path: Path):
     resolved = resolve_tiny(tmp_path, tiny_llama, "data.loss_on=all")
     model = load_model(resolved.base, "full", torch.float32, "cpu")
     embedding = model.get_input_embeddings().weight.requires_grad_()
@@ -87,7 +89,7 @@ def test_the_head_in_pieces_has_the_same_gradient(tiny_llama: Path, tmp_path: Pa
     torch.testing.assert_close(found, embedding.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_accumulation_and_checkpointing_leave_the_gradient_as_it_is(
+def test_accumulation_and_checkpointing_do_not_change_the_gradient(
     tiny_llama: Path, tmp_path: Path
 ):
     whole = steps_of(train(tmp_path, tiny_llama, "whole", "run.batch_size=8"))

@@ -20,7 +20,7 @@ from turret.training.methods import METHODS
 NAMES = tuple(name for name in METHODS if name != "learned_fusion")
 
 
-def test_live_bytes_are_those_of_tensors_that_are_referenced():
+def test_live_bytes_count_only_referenced_tensors():
     with LiveBytes() as live:
         x = torch.zeros(100, device="meta", requires_grad=True)
         y = x * 2

@@ -1,4 +1,4 @@
-"""What a run does on a GPU, without one: choices by the card, and states that it restores."""
+"""What a run does on a GPU, tested without one: its choices per card and its restored states."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_bfloat16_is_not_emulated(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     card = SimpleNamespace(major=major)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    # torch can emulate it on every card.
+    # torch can emulate bfloat16 on every card.
     monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
     base = resolve_tiny(tmp_path, tiny_llama).config.base
     assert (base.device, base.dtype) == ("cuda", dtype)
@@ -65,17 +65,17 @@ def test_adapters_are_multiplied_as_fast_as_the_base(
         matmul.allow_tf32 = before
 
 
-def test_the_estimate_counts_what_cuda_takes(tiny_llama: Path, tmp_path: Path):
+def test_the_estimate_includes_the_memory_of_cuda(tiny_llama: Path, tmp_path: Path):
     resolved = on_cuda(tmp_path, tiny_llama, "bfloat16")
     estimate = estimate_memory(resolved)
     assert estimate.process == GIB
-    # torch reports its own part alone, with which the estimate is compared.
+    # torch reports only its own memory, without that of the CUDA process.
     plan = Plan(resolved, (), estimate)
     assert "+0.0%" in plan.compared(estimate.total - GIB)
 
 
 class PagingOptimizer(PagedAdamW8bit):
-    """Notes which states were given memory that can be moved to the host."""
+    """Records the optimizer states whose memory can be moved to the host."""
 
     def __init__(self, parameter: torch.nn.Parameter) -> None:
         super().__init__([parameter], lr=1e-2)

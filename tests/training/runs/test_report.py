@@ -129,7 +129,7 @@ def test_samples_are_answers_of_the_base_and_of_the_adapter(run: RunFolder):
     assert samples[0]["prompt"] in page.turns
 
 
-def test_a_cut_answer_is_marked(run: RunFolder, tmp_path: Path):
+def test_a_truncated_answer_is_marked(run: RunFolder, tmp_path: Path):
     """An answer is cut a little past the right answer's length."""
     samples = [json.loads(line) for line in run.samples.read_text().splitlines()]
     # With random weights, no text ends; the file stores the answer unchanged.
@@ -148,7 +148,7 @@ def test_a_cut_answer_is_marked(run: RunFolder, tmp_path: Path):
     assert "…" not in text
 
 
-def test_a_run_under_way_has_a_page_too(run: RunFolder, tmp_path: Path):
+def test_a_running_training_run_has_a_page_too(run: RunFolder, tmp_path: Path):
     for path in (run.config, run.facts):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     first = run.metrics.read_text().splitlines(keepends=True)[0]
@@ -170,7 +170,7 @@ def test_the_command_writes_the_page(run: RunFolder, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("method", ["prefix_tuning", "prompt_tuning", "p_tuning", "dora", "ia3"])
-def test_every_way_of_adapting_can_be_sampled(method: str, tmp_path: Path, monkeypatch):
+def test_every_method_can_be_sampled(method: str, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = save_tiny_model("llama", tmp_path / "model")
     overrides = (f"method.name={method}", "optimizer.learning_rate=0.05", "run.samples=1")
@@ -181,7 +181,7 @@ def test_every_way_of_adapting_can_be_sampled(method: str, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("method", ["prefix_tuning", "prompt_tuning", "lora"])
-def test_the_cache_changes_no_answer(method: str, tmp_path: Path, monkeypatch):
+def test_the_cache_does_not_change_answers(method: str, tmp_path: Path, monkeypatch):
     """Compared with a pass over the whole text for every token, as in training."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = save_tiny_model("llama", tmp_path / "model")
@@ -259,7 +259,7 @@ def test_a_classification_run_shows_its_metrics(
     assert re.search(r"2/2 loss 1\.500  accuracy 0\.750 \d:\d\d gone", drawn.getvalue())
 
 
-def test_a_chat_is_shown_by_its_turns(run: RunFolder, tmp_path: Path):
+def test_a_chat_is_shown_as_turns(run: RunFolder, tmp_path: Path):
     for path in (run.config, run.facts, run.metrics):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     turns = [["system", "Be <brief>"], ["user", "When?"]]
@@ -272,7 +272,7 @@ def test_a_chat_is_shown_by_its_turns(run: RunFolder, tmp_path: Path):
     assert "overflow-wrap:anywhere" not in text
 
 
-def test_no_samples_if_none_are_asked_for(tmp_path: Path, monkeypatch):
+def test_samples_are_optional(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = save_tiny_model("llama", tmp_path / "model")
     resolved = resolve_tiny(tmp_path, model, "run.samples=0", "run.steps=1")

@@ -337,7 +337,7 @@ def test_drawn_configs_compute_what_peft_computes(
     seed=st.integers(0, 99),
 )
 @torch.no_grad()
-def test_drawn_norms_are_the_gains_of_what_they_feed(targets: list[str], seed: int) -> None:
+def test_drawn_norms_are_the_gains_of_the_modules_they_feed(targets: list[str], seed: int) -> None:
     plain, base = model()
     with tempfile.TemporaryDirectory() as folder:
         config = make_config("ln_tuning", target_modules=targets)

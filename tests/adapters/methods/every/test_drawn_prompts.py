@@ -81,7 +81,7 @@ def lowered(method: str, keys: dict[str, Any], seed: int) -> tuple[Any, AdapterO
 
 
 @pytest.mark.parametrize("method", [prompt_tuning, p_tuning, cpt], ids=lambda one: one.__name__)
-def test_drawn_soft_tokens_are_what_peft_puts_before_a_prompt(
+def test_drawn_soft_tokens_match_those_that_peft_prepends(
     method: Callable[[Draw], dict[str, Any]],
 ) -> None:
     @DRAWING
@@ -101,7 +101,7 @@ def test_drawn_soft_tokens_are_what_peft_puts_before_a_prompt(
 
 
 @pytest.mark.parametrize("method", [prefix_tuning, cartridge], ids=lambda one: one.__name__)
-def test_drawn_prefixes_are_the_keys_and_values_of_peft_s_cache(
+def test_drawn_prefixes_match_the_keys_and_values_of_pefts_cache(
     method: Callable[[Draw], dict[str, Any]],
 ) -> None:
     @DRAWING
@@ -129,7 +129,7 @@ def test_drawn_prefixes_are_the_keys_and_values_of_peft_s_cache(
     seed=st.integers(0, 99),
 )
 @torch.no_grad()
-def test_drawn_rows_are_those_of_peft_s_embedding(ids: list[int], seed: int) -> None:
+def test_drawn_rows_match_pefts_embedding(ids: list[int], seed: int) -> None:
     oracle, operators = lowered("trainable_tokens", {"token_indices": ids}, seed)
     assert operators.tokens is not None
     rows = operators.tokens.embedding
@@ -181,7 +181,7 @@ def check_fusion(root: Path, names: list[str], targets: list[str], d_k: int, see
     return largest
 
 
-def test_drawn_fusions_are_the_formula_s(components: Path) -> None:
+def test_drawn_fusions_match_the_formula(components: Path) -> None:
     moved: list[float] = []
 
     @DRAWING

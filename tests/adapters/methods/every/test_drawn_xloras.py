@@ -120,7 +120,7 @@ def check_passes(loras: Path, keys: dict[str, Any]) -> float:
     return largest
 
 
-def test_drawn_routers_tell_what_peft_s_tell(loras: Path) -> None:
+def test_drawn_routers_match_pefts(loras: Path) -> None:
     moved: list[float] = []
 
     @drawing(EXAMPLES)

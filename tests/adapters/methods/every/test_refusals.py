@@ -110,7 +110,7 @@ def test_unserved_values_and_unknown_keys_are_refused_by_name(method: str, tmp_p
 
 
 @pytest.mark.parametrize("method", NEW)
-def test_no_tensor_may_be_left_over(method: str, tmp_path: Path) -> None:
+def test_unused_tensors_are_refused(method: str, tmp_path: Path) -> None:
     directory = save(tmp_path, method)
     strays = {f"{KEY}.lora_diag": torch.ones(3), "lycoris_x.alpha": torch.ones(1)}
     edit_tensors(directory, lambda tensors: {**tensors, **strays})
@@ -118,7 +118,7 @@ def test_no_tensor_may_be_left_over(method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", NEW)
-def test_no_tensor_may_be_missing(method: str, tmp_path: Path) -> None:
+def test_missing_tensors_are_refused(method: str, tmp_path: Path) -> None:
     directory = save(tmp_path, method)
     names = set(read_adapter(tmp_path).tensors)
     tensor_file = directory / "adapter_model.safetensors"
@@ -237,7 +237,7 @@ def test_rank_over_the_limit_is_a_budget_error(
         lower_checkpoint(checkpoint, base, rank - 1)
 
 
-def test_an_adalora_of_no_rank_touches_nothing_there(tmp_path: Path) -> None:
+def test_an_adalora_leaves_modules_of_rank_zero_unchanged(tmp_path: Path) -> None:
     directory = save(tmp_path, "adalora")
     pruned = [n for n, t in read_adapter(tmp_path).tensors.items() if 0 in t.shape]
     assert len(pruned) == 3
@@ -268,7 +268,7 @@ def test_ia3_vectors_must_be_on_the_side_that_the_config_states(tmp_path: Path) 
     assert "feedforward_modules" in named(refusal_of(tmp_path))
 
 
-def test_vera_projections_must_be_where_the_config_states(tmp_path: Path) -> None:
+def test_vera_projections_must_be_saved_if_the_config_says_so(tmp_path: Path) -> None:
     edit_config(save(tmp_path, "vera"), save_projection=False)
     assert {"base_model.vera_A", "base_model.vera_B"} <= named(refusal_of(tmp_path))
     edit_config(save(tmp_path, "vera", save_projection=False), save_projection=True)
@@ -280,7 +280,7 @@ def test_vera_projections_must_be_where_the_config_states(tmp_path: Path) -> Non
     assert named(refusal_of(tmp_path)) == {"projection_prng_key"}
 
 
-def test_lokr_factors_must_be_one_factor_each(tmp_path: Path) -> None:
+def test_lokr_factors_must_be_complete_and_unambiguous(tmp_path: Path) -> None:
     directory = save(tmp_path, "lokr", target_modules=["q_proj"])
 
     def double(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

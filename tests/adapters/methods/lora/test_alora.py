@@ -211,7 +211,7 @@ def mixed_oracle(root: Path, mix: list[tuple[str, float]], prompt: list[int]) ->
     return model.eval()
 
 
-async def test_mixes_sum_what_each_adds_from_its_own_start_on(root: Path) -> None:
+async def test_each_member_of_a_mix_contributes_from_its_own_start(root: Path) -> None:
     async with start(root) as harness:
         for number, mix in enumerate(MIXES[:5]):
             prompt = [3, *text_of(mix, number)]
@@ -232,7 +232,7 @@ def requests_of(max_tokens: int = 6) -> list[Any]:
 
 
 @pytest.mark.parametrize("formulation", ["float32", "bfloat16", "bfloat16 by torch"])
-async def test_bits_do_not_depend_on_company_chunks_preemption_cache_or_resumption(
+async def test_bits_do_not_depend_on_neighbours_chunks_preemption_cache_or_resumption(
     formulation: str, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dtype, _, by_torch = formulation.partition(" ")

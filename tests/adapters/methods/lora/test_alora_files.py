@@ -76,7 +76,7 @@ def test_the_embedding_and_unknown_tokens_are_refused(tmp_path: Path) -> None:
     assert {field.rpartition(".lora_")[2] for field in fields} == {"B.weight"}
 
 
-def test_neither_fused_nor_a_component(tmp_path: Path) -> None:
+def test_an_alora_can_be_neither_fused_nor_a_component(tmp_path: Path) -> None:
     fusions = Fusions(tmp_path)
     fusions.add("lora")
     fusions.add("activated", "alora")
@@ -91,7 +91,7 @@ def test_neither_fused_nor_a_component(tmp_path: Path) -> None:
     fusions.close()
 
 
-def test_its_window_survives_a_restart(tmp_path: Path) -> None:
+def test_the_window_of_an_alora_survives_a_restart(tmp_path: Path) -> None:
     facts = lower_adapter(save(tmp_path).parent, base_of(tiny_llama())).facts(
         read_adapter(tmp_path), "alora"
     )

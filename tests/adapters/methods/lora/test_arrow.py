@@ -70,7 +70,7 @@ def weighted(model: nn.Module, weight: float) -> nn.Module:
 
 
 @pytest.mark.parametrize("architecture", ["llama", pytest.param("qwen2", marks=pytest.mark.long)])
-async def test_scores_and_answers_are_peft_s(architecture: str, tmp_path: Path) -> None:
+async def test_scores_and_answers_match_peft(architecture: str, tmp_path: Path) -> None:
     save_all(architecture, tmp_path)
     base = twin(architecture)
 

@@ -314,7 +314,7 @@ def test_experts_of_other_methods_and_ranks_are_routed(made: Path, tmp_path: Pat
     assert abs(float(first @ score.prototypes[0].double())) > 0.9
 
 
-def test_a_file_that_peft_wrote_must_fit_the_base(made: Path, tmp_path: Path) -> None:
+def test_a_router_saved_by_peft_must_fit_the_base(made: Path, tmp_path: Path) -> None:
     root = saved(made, tmp_path, *TWO)
     save_router(model(), root, "router", TWO)
     lower(root, "router", base_of(model()))

@@ -138,9 +138,7 @@ async def test_experts_as_parameters(changes: dict[str, Any], tmp_path: Path) ->
     ],
     ids=["both", "router", "down", "recipe"],
 )
-async def test_experts_whose_weights_lie_the_other_way(
-    changes: dict[str, Any], tmp_path: Path
-) -> None:
+async def test_experts_with_transposed_weights(changes: dict[str, Any], tmp_path: Path) -> None:
     """gpt-oss has ``[experts, in, out]`` weights, alternating gates and ups, and a router bias."""
     save_new("gpt_oss", tmp_path / "a", **changes)
     await check("gpt_oss", tmp_path, "a")

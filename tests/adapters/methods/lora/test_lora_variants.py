@@ -56,7 +56,7 @@ def save_qalora(root: Path, group: int, **changes: Any) -> Path:
 
 @drawing(20)
 @given(group=st.sampled_from([1, 2, 8, 32]), rank=st.integers(1, 9), alpha=st.sampled_from([1, 6]))
-def test_drawn_qaloras_are_what_pefts_own_class_computes(group: int, rank: int, alpha: int) -> None:
+def test_drawn_qaloras_match_pefts_own_class(group: int, rank: int, alpha: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         check_qalora(Path(folder), group, rank, alpha)
 
@@ -122,7 +122,7 @@ def test_tensors_used_only_in_training_are_dropped_and_need_their_key(tmp_path: 
 
 
 @pytest.mark.parametrize("key", ["use_qalora", "use_bdlora", "kasa_config", "velora_config"])
-def test_one_variant_at_a_time(key: str, tmp_path: Path) -> None:
+def test_variants_cannot_be_combined(key: str, tmp_path: Path) -> None:
     directory = save(tmp_path, "dora", target_modules=["q_proj"])
     values = {"use_qalora": True, "use_bdlora": {"nblocks": 1, "match_strict": False}}
     if key == "kasa_config":
@@ -181,7 +181,7 @@ def test_block_diagonal_factors_must_fit_their_config(tmp_path: Path) -> None:
         ({"target_parameters": []}, "target_modules"),
     ],
 )
-def test_parameters_that_are_no_modules_weights_are_refused(
+def test_target_parameters_must_be_the_weights_of_modules(
     changes: dict[str, Any], field: str, tmp_path: Path
 ) -> None:
     directory = save(tmp_path, target_modules=[], target_parameters=["q_proj.weight"])
@@ -214,7 +214,7 @@ class _Rows:
 
 # A decomposition needs the whole weight, DoRA's norms only blocks of it.
 @pytest.mark.parametrize(("kind", "most"), [("dora", 24), ("kasa", 1 << 20), ("osf", 1 << 20)])
-def test_the_base_is_read_where_it_is_and_beside_the_steps(
+def test_the_base_is_read_in_blocks_on_its_device_beside_the_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, most: int
 ) -> None:
     monkeypatch.setattr(dora_gain_module, "_ROWS_PER_BLOCK", 24)
