@@ -253,7 +253,7 @@ def test_a_base_with_another_name_causes_a_note(
     edit_config(tmp_path / "a", base_model_name_or_path=BASE_NAME)
     assert convert(tmp_path) == 0
     said = capsys.readouterr()
-    assert f"it names base {BASE_NAME!r}" in said.err
+    assert f"it was trained on base {BASE_NAME!r}" in said.err
     assert "a LoRA of 4 modules, rank 4 at most" in said.out
 
 

@@ -89,7 +89,9 @@ def convert(
     warning = base_name_warning(trained_on, base.name)
     notes = [
         CONVERTED[kind].note,
-        "" if warning is None else f"it names base {trained_on!r:.200}, not {base.name!r:.200}",
+        ""
+        if warning is None
+        else f"it was trained on base {trained_on!r:.200}, not {base.name!r:.200}",
     ]
     with new_folder(output) as build:
         _write(build, made, saved, checkpoint.config, base)
