@@ -174,7 +174,7 @@ class NativeAttentionPlan:
         threads = num_threads()
         # Pad by a whole vector: vectors are stored from any position on.
         padded = -(-longest // LANES) * LANES + LANES
-        # One row's heads, or the queries of several rows.
+        # Enough for one row's heads, and for the queries of several rows.
         stride = max(num_heads, _MOST_QUERIES) * (2 * head_dim + padded)
         self._scratch = torch.empty(threads * stride)
         self._plan = (ctypes.c_int64 * 6)(

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import pytest
 from method_oracle import twin
@@ -19,80 +20,73 @@ from turret.server.errors import BudgetExceededError, QueueFullError
 PROMPT = [1] * 10
 
 
-async def test_a_tenant_cannot_take_the_whole_memory_of_the_queue(tmp_path: Path) -> None:
-    go_on = threading.Event()
+class Asked:
+    """Requests that wait while the base is changed."""
 
-    def pause() -> ChangedBase:
-        assert go_on.wait(30)
+    def __init__(self, harness: EngineHarness, **options: Any) -> None:
+        self.streams: list[Any] = []
+        self._engine, self._options = harness.engine, options
+        self._go_on = threading.Event()
+        self._engine.change_base(self._pause)
+
+    def _pause(self) -> ChangedBase:
+        assert self._go_on.wait(30)
         return ChangedBase(2, frozenset())
 
+    async def ask(self, tenant: bytes) -> None:
+        request = make_request(PROMPT, tenant=tenant, **self._options)
+        self.streams.append(await self._engine.submit(request))
+
+    async def refused(self, tenant: bytes) -> str:
+        with pytest.raises(QueueFullError) as caught:
+            await self.ask(tenant)
+        return caught.value.args[0].reason
+
+    async def answers(self) -> None:
+        """Let all requests run to their ends."""
+        self._go_on.set()
+        for stream in self.streams:
+            assert [output.finish async for output in stream][-1] is not None
+        self.streams.clear()
+
+
+async def test_a_tenant_cannot_take_the_whole_memory_of_the_queue(tmp_path: Path) -> None:
     async with EngineHarness.start(twin("llama").folder, tmp_path) as harness:
-        engine = harness.engine
+        memory = harness.engine.memory
         # Most of its memory is for the log probabilities of its prompt.
         size = make_request(PROMPT, score=True).num_bytes
-        engine.memory.most = 8 * size
-        engine.change_base(pause)
-        streams = []
-
-        async def ask(tenant: bytes) -> None:
-            streams.append(await engine.submit(make_request(PROMPT, score=True, tenant=tenant)))
-
-        async def refused(tenant: bytes) -> str:
-            with pytest.raises(QueueFullError) as caught:
-                await ask(tenant)
-            return caught.value.args[0].reason
-
+        memory.most = 8 * size
+        asked = Asked(harness, score=True)
         for _ in range(4):
-            await ask(b"greedy")
-        assert await refused(b"greedy") == "QUEUE_MEMORY_SHARE_FULL"
+            await asked.ask(b"greedy")
+        assert await asked.refused(b"greedy") == "QUEUE_MEMORY_SHARE_FULL"
         for tenant in (b"other", b"another", b"", b""):
-            await ask(tenant)
-        assert await refused(b"other") == await refused(b"") == "QUEUE_MEMORY_FULL"
+            await asked.ask(tenant)
+        assert await asked.refused(b"other") == await asked.refused(b"") == "QUEUE_MEMORY_FULL"
         # A request that would take more than the share of its tenant is never accepted.
-        engine.memory.most = size
+        memory.most = size
         with pytest.raises(BudgetExceededError):
-            await ask(b"new")
-        engine.memory.most = 8 * size
-        go_on.set()
-        for stream in streams:
-            assert [output.finish async for output in stream][-1] is not None
-        assert engine.memory.held == 0
+            await asked.ask(b"new")
+        memory.most = 8 * size
+        await asked.answers()
+        assert memory.held == 0
 
 
 async def test_a_tenant_cannot_take_the_whole_queue(tmp_path: Path) -> None:
-    go_on = threading.Event()
-
-    def pause() -> ChangedBase:
-        assert go_on.wait(30)
-        return ChangedBase(2, frozenset())
-
     async with EngineHarness.start(twin("llama").folder, tmp_path) as harness:
-        engine = harness.engine
-        engine._max_queued_requests = 8
-        engine.change_base(pause)
-
-        async def ask(tenant: bytes) -> None:
-            streams.append(await engine.submit(make_request([1], max_tokens=1, tenant=tenant)))
-
-        async def refused(tenant: bytes) -> str:
-            with pytest.raises(QueueFullError) as caught:
-                await ask(tenant)
-            return caught.value.args[0].reason
-
-        streams = []
+        harness.engine._max_queued_requests = 8
+        asked = Asked(harness, max_tokens=1)
         for _ in range(6):
-            await ask(b"greedy")
-        assert await refused(b"greedy") == "QUEUE_SHARE_FULL"
-        await ask(b"other")
+            await asked.ask(b"greedy")
+        assert await asked.refused(b"greedy") == "QUEUE_SHARE_FULL"
+        await asked.ask(b"other")
         # Requests without a token have no tenant.
-        await ask(b"")
+        await asked.ask(b"")
         for tenant in (b"", b"other", b"greedy"):
-            assert await refused(tenant) == "QUEUE_FULL"
-        go_on.set()
-        for stream in streams:
-            assert [output.finish async for output in stream][-1] is not None
-        await ask(b"greedy")
-        assert [output.finish async for output in streams[-1]][-1] is not None
+            assert await asked.refused(tenant) == "QUEUE_FULL"
+        await asked.answers()
+        await asked.ask(b"greedy")
+        await asked.answers()
 
 
 async def test_partial_answers_are_replayed_for_tenants_in_turn(

@@ -215,7 +215,7 @@ def test_a_run_resumes_only_where_it_began(
     with pytest.raises(RunError, check=says("RUN_ELSEWHERE")):
         check_settings(resolved.config, folder, is_served=False)
     check_settings(resolved.config, folder, is_served=True)
-    # What the server holds goes with the run that is overwritten.
+    # Overwriting a run also deletes its checkpoints on the server.
     assert left_on(server) == (0, 1)
     Trainer(resolved, open_engine=opener(server)).run(overwrite=True)
     assert left_on(server) == (0, 0)
@@ -253,15 +253,19 @@ def unannounced(num_steps: int | None, title: str) -> Iterator[Any]:
     yield lambda row: None
 
 
+def sweep_tables(folder: Path, model: Path, steps: int) -> dict[str, dict[str, Any]]:
+    write_words(folder / "train.jsonl")
+    return {
+        "base": {"model": str(model)},
+        "data": {"train": "train.jsonl", "max_length": 64},
+        "run": {"steps": steps, "batch_size": 4, "output": "sweep", "adapter_dtype": "float32"},
+    }
+
+
 def test_a_sweep_trains_all_ranks_at_once(
     server: ServerUnderTest, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    write_words(tmp_path / "train.jsonl")
-    tables = {
-        "base": {"model": str(tiny_llama)},
-        "data": {"train": "train.jsonl", "max_length": 64},
-        "run": {"steps": 4, "batch_size": 4, "output": "sweep", "adapter_dtype": "float32"},
-    }
+    tables = sweep_tables(tmp_path, tiny_llama, 4)
     seen: list[int] = []
 
     def counting(resolved: Resolved) -> Any:
@@ -292,12 +296,7 @@ def test_a_sweep_trains_all_ranks_at_once(
 def test_a_failed_rank_stops_the_others(
     server: ServerUnderTest, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    write_words(tmp_path / "train.jsonl")
-    tables = {
-        "base": {"model": str(tiny_llama)},
-        "data": {"train": "train.jsonl", "max_length": 64},
-        "run": {"steps": 100_000, "output": "sweep"},
-    }
+    tables = sweep_tables(tmp_path, tiny_llama, 100_000)
     with TurretClient(server.address) as client:
         served = client.get_model()
 

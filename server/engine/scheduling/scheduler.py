@@ -469,7 +469,7 @@ class Scheduler:
             return {}
         if len(self.running) < self._num_seqs:
             waiting = self.waiting.peek(self._may_start)
-            # One that did not fit into the last step would leave its share unused.
+            # A sequence that did not fit into the last step would leave its share unused.
             if waiting is not None and waiting is not self._blocked:
                 tenants.add(waiting.tenant)
         if len(tenants) == 1:

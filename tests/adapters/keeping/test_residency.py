@@ -170,7 +170,7 @@ def test_popular_adapters_do_not_starve_a_cold_one(
 def test_tenants_get_memory_in_turn(make: Registries) -> None:
     registry = make(1, load="abcd")
     first = registry.acquire(refs("d"))
-    # One tenant waits for many adapters before another one asks for its own.
+    # The first tenant waits for many adapters before the second one asks for its own.
     waiting = [Waiter(registry.acquire(refs(name), b"greedy")) for name in "aba"]
     other = Waiter(registry.acquire(refs("c"), b"other"))
     last = Waiter(registry.acquire(refs("b"), b"other"))

@@ -18,8 +18,8 @@ BLOCK_SIZE = 4
 # The tokens that invoke the adapter "c".
 INVOCATION = (2, 2)
 MixKey = tuple[tuple[str, int, float], ...]
-# What determines the values in a block: the base generation, and every token up to the block's
-# end, each with the mix that acts on it.
+# The values in a block depend on the base generation and on every token up to the block's end, each
+# with the mix that acts on it.
 Content = tuple[int, tuple[tuple[int, MixKey], ...]]
 
 # Prompts are prefixes of two texts, so most share blocks with others. Some contain invocations.

@@ -64,7 +64,7 @@ def test_training_starts_as_in_peft(method: str, tmp_path: Path) -> None:
         with torch.no_grad():
             own, plain = theirs(input_ids=ids).logits, base.twin.model(input_ids=ids).logits
     if method != "prompt_tuning":
-        # It does not change the base yet.
+        # The new adapter does not change the answers of the base yet.
         torch.testing.assert_close(own, plain, rtol=1e-4, atol=1e-4)
     check(base, theirs, learner, texts_of(1), 2e-3)
 
