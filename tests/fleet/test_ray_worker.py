@@ -14,6 +14,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason=
 _PREPARED = """
 import asyncio, sys
 import grpc.aio
+import ray.util
 from ray._private import ray_constants
 from ray.serve._private import grpc_util
 from ray.serve._private.direct_ingress_http_util import ASGIDIReceiveProxy
@@ -51,11 +52,8 @@ async def start(self, *arguments):
 
 
 HAProxyApi._start_and_wait_for_haproxy = start
-ingress._listen_locally()
-ingress._keep_haproxy()
-ingress._limit_messages()
-ingress._limit_arrivals()
-ingress._limit_bodies()
+ray.util.get_node_ip_address = lambda: ingress.LOOPBACK
+ingress.prepare()
 
 
 # The number of parts of a body that are read although the handler takes none.

@@ -346,6 +346,7 @@ async def _compare(server: Harness, tinker: Tenant) -> None:
 
 async def test_the_python_clients_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sequences, "_MOST_TOKENS", 5)
+    monkeypatch.setattr(service, "_PIECE_BYTES", 100)
     data = [TrainingDatum([1, 2, 3], [2, 3, 1]), TrainingDatum([4, 5], [5, 4], weights=[0.5, 1.0])]
     async with serving(tmp_path) as (server, tables):
 
