@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from pathlib import Path
 
 from builders.bases.tiny_models import save_tiny_model
@@ -11,7 +12,7 @@ from servers.engine_harness import EngineHarness, make_request
 
 from turret.server.engine.scheduling.request import SamplingParams
 
-LONG, SHORT = 120, 4
+LONG, SHORT = 400, 4
 
 
 async def test_a_preempted_request_gets_the_same_bits(tmp_path: Path) -> None:
@@ -31,11 +32,11 @@ async def test_a_preempted_request_gets_the_same_bits(tmp_path: Path) -> None:
     ) as harness:
         alone = [await harness.run(request) for request in (*hogs, *polite)]
         before = harness.metrics.registry.get_sample_value("turret_preemptions_total") or 0.0
-        running = [asyncio.ensure_future(harness.run(request)) for request in hogs]
-        answers = []
-        for request in polite:
-            await asyncio.sleep(0.02)
-            answers.append(await harness.run(request))
+        begun = asyncio.Event()
+        run = partial(harness.run, on_token=lambda _: begun.set())
+        running = [asyncio.ensure_future(run(request)) for request in hogs]
+        await begun.wait()
+        answers = [await harness.run(request) for request in polite]
         together = [*await asyncio.gather(*running), *answers]
         after = harness.metrics.registry.get_sample_value("turret_preemptions_total") or 0.0
     assert after > before
