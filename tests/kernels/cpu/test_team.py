@@ -79,7 +79,7 @@ FAULTS = {
     ),
     "the caller does not wait": (
         "(done = atomic_load(&team.done)) != (uint32_t)pieces;) {",
-        "(done = atomic_load(&team.done)) + 1 < (uint32_t)pieces;) {",
+        "done = atomic_load(&team.done), 0;) {",
     ),
 }
 
@@ -92,11 +92,14 @@ def test_a_planted_fault_is_found(fault: str, tmp_path: Path, sanitizer: str) ->
     assert right in text
     (tmp_path / "team.c").write_text(text.replace(right, wrong))
     checks = build(tmp_path, "-O1", sanitizer, source=tmp_path / "team.c")
-    try:
-        result = run(checks, "7", "own", timeout=8)
-    except subprocess.TimeoutExpired:
-        return  # the check waits for more pieces than exist
-    assert result.returncode != 0 or "WARNING" in result.stderr
+    for _ in range(10):  # whether a race shows depends on which thread the system runs when
+        try:
+            result = run(checks, "7", "own", timeout=8)
+        except subprocess.TimeoutExpired:
+            return  # the check waits for more pieces than exist
+        if result.returncode != 0 or "WARNING" in result.stderr:
+            return
+    pytest.fail("ten runs did not find the fault")
 
 
 @pytest.mark.skipif(native.library() is None, reason="no compiled kernels")
