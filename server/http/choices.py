@@ -254,9 +254,8 @@ async def make_readers(
         constrain = functools.partial(_constrain, message, grammar, use, exchange.names)
         try:
             # The schemas of the tools can be as long as a message.
-            await converted(
-                call.tenant, sum(len(tool.parameters) for tool in chat.tools), constrain
-            )
+            size = sum(len(tool.parameters) for tool in chat.tools)
+            await converted(call.tenant, size, constrain)
         except UnenforceableError as error:
             place = f"{use.paths[error.tool]}{error.path}"
             raise InvalidRequestError.of(place, error.text) from None

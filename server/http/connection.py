@@ -20,8 +20,8 @@ from turret.server.http.body import MAX_BODY_BYTES
 HEAD_SECONDS = 10.0
 # The same as the hard limit on gRPC metadata.
 MAX_HEAD_BYTES = 16 << 10
-# Headers of one request, and requests that may arrive before the answer to an earlier one. Both take
-# time and memory far beyond their bytes.
+# Headers of one request, and requests that may arrive before the answer to an earlier one. Both
+# take time and memory far beyond their bytes.
 MAX_HEADERS = 128
 MAX_SENT_AHEAD = 8
 # A client that keeps sending after a rejection gets this much time, and may send this many bytes,
