@@ -45,9 +45,9 @@ from turret.server.metrics import Metrics
 from turret.server.words import say
 
 T = TypeVar("T")
-# Converting more tokens than this to text takes over a millisecond, so it leaves the event loop.
+# Converting more tokens than this to text takes over a millisecond, so it runs off the event loop.
 _INLINE_TOKENS = 128
-# Longer ones are replayed one at a time, because that holds the interpreter's lock.
+# Longer earlier answers are replayed one at a time, because that holds the interpreter's lock.
 _replaying = FairPool(ThreadPoolExecutor(1, "turret-replay"))
 
 

@@ -52,7 +52,7 @@ class Findings:
         self._mismatches: dict[Finding, None] = {}
 
     def add(self, field: str, why: Text) -> None:
-        """A fault of the checkpoint itself: ``field`` names a key, a file or a tensor."""
+        """Adds a fault of the checkpoint itself; ``field`` names a key, a file or a tensor."""
         self._faults.setdefault((field, why))
 
     def mismatch(self, field: str, why: Text) -> None:
