@@ -44,7 +44,7 @@ TEXTS = {
     "TRAINING_FULL": "the adapter needs {bytes!b}; of the {most!b} for training, {used!b} are in"
     " use",
     "NOT_A_TOKEN": "token {value} is not in the vocabulary of {size} tokens",
-    "ANSWER_COMPLETE": "already has {found} tokens, but {other} allows only {most}",
+    "ANSWER_COMPLETE": "already has {found!n:token}, but {other} allows only {most}",
     "ANSWER_ENDED": "token {index} already ends the answer",
     "TOKEN_FORBIDDEN": "the constraint does not allow token {index}",
     "NO_CHAT_TEMPLATE": "this model has no chat template; send a prompt instead, or start the"
