@@ -1,4 +1,4 @@
-"""Single kernels at a model's shapes: a check against float64, then the time beside the floor."""
+"""Single kernels at a model's shapes: a check against float64, the time, and its lower bound."""
 
 from __future__ import annotations
 

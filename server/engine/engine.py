@@ -362,7 +362,7 @@ class Engine:
             said = say("CONTEXT_TOO_SHORT", **lengths)
             if wanted and prompt < limit:
                 lengths |= {"max_tokens": wanted, "room": limit - prompt}
-                said = say("MAX_TOKENS_TOO_LARGE", other="stop.max_tokens", **lengths)
+                said = say("MAX_TOKENS_TOO_LARGE", **lengths)
             raise PromptTooLongError(said, violations=[("input", said)])
         return limit - prompt if wanted is None else wanted
 

@@ -154,7 +154,7 @@ def _scrambled(template: str) -> str:
     for words, name, form, conversion in Formatter().parse(template):
         parts.append(codecs.encode(words, "rot13").replace("{", "{{").replace("}", "}}"))
         if name is not None:
-            form = codecs.encode(form, "rot13") if conversion == "n" else form
+            form = codecs.encode(form or "", "rot13") if conversion == "n" else form
             spec = f":{form}" if form else ""
             parts.append(f"{{{name}{'!' + conversion if conversion else ''}{spec}}}")
     return "".join(parts)

@@ -173,7 +173,7 @@ def canonical_name(name: str) -> str:
     """Drops ``base_model.model.``, wrapper components and the ``default`` adapter name.
 
     ``base_model.model.model.layers.0.q_proj.lora_A.default.weight`` becomes
-    ``model.layers.0.q_proj.lora_A.weight``, also if the name contains ``language_model``.
+    ``model.layers.0.q_proj.lora_A.weight``, even if the name contains ``language_model``.
     """
     return _own_name(_without_noise(name))
 

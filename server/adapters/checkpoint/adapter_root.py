@@ -107,7 +107,7 @@ def refuse(path: str, why: Text) -> AdapterCheckpointError:
 
 
 def _cannot_be_read(error: OSError) -> Text:
-    """The reason; for a permission error, also which user needs read access."""
+    """The reason; for a permission error, with the user who needs read access."""
     if not isinstance(error, PermissionError):
         return say("CANNOT_READ", why=error.strerror)
     try:

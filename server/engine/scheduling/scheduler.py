@@ -15,7 +15,7 @@ takes only as many prompt tokens as double its time, but at least 16. Attention 
 expensive the longer its context is. So while other sequences decode, prompt tokens may cost at most
 twice as much as the same number of tokens without attention.
 
-Prompts of several tenants share the tokens of a step, also with the next sequence in line.
+Prompts of several tenants share the tokens of a step, and leave some to the next sequence in line.
 
 Fairness also applies to running places, not only admissions. The sequence that is next in line,
 once it has waited for ``preempt_after_seconds``, takes the place of the latest sequence of the
@@ -459,9 +459,9 @@ class Scheduler:
     def _shares(self, budget: int) -> dict[bytes, int]:
         """The most tokens of running prompts in the next step, by tenant.
 
-        Tenants share what decoding rows leave of a step, also with the tenant of the next sequence
-        in line. Otherwise, that one would wait until a long prompt has been read. Without other
-        tenants there is no limit.
+        Tenants share what decoding rows leave of a step, including the tenant of the next sequence
+        in line. Otherwise, that sequence would wait until a long prompt has been read. Without
+        other tenants there is no limit.
         """
         prompts = [s for s in self.running if len(s.tokens) - s.num_computed > 1]
         tenants = {sequence.tenant for sequence in prompts}
