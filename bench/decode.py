@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
+from common.adapters import numbered
 from common.floor import read_bandwidth, step_bytes
 from common.machine import CpuMeter
 from common.report import print_rows
@@ -250,12 +251,18 @@ def show(run: Session, cases: list[Case], floors: list[float | None], whole: dic
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     with session("decode", args) as run:
-        loras = run.write.loras(args.batch, args.rank)
-        mixed = run.write.mixed(args.batch, args.mixed_rank)
-        cases = make_cases(loras, mixed, run.write.defaults(args.batch), args.only)
+        loras, mixed, others = (numbered(each, args.batch) for each in ("lora", "mixed", "default"))
+        cases = make_cases(loras, mixed, others, args.only)
         if not cases:
             run.console.print(f"no case is named like {args.only!r}", markup=False)
             return 2
+        wanted = {name for case in cases for name in case.adapters}
+        if wanted.intersection(loras):
+            run.write.loras(args.batch, args.rank)
+        if wanted.intersection(mixed):
+            run.write.mixed(args.batch, args.mixed_rank)
+        if wanted.intersection(others):
+            run.write.defaults(args.batch)
         bandwidth = read_bandwidth()
         try:
             whole = measure(run, cases)

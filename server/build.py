@@ -134,6 +134,8 @@ def build_backend(
             skip_modules=config.model.skip_modules,
         )
         decoder = load_decoder(source, dtype=dtype, device=device, gpu=gpu, progress=progress)
+    if config.adapters.training and decoder.arch.experts is not None:
+        raise InvalidRequestError.of("training", say("NO_TRAINING_OF_EXPERTS"))
     tokenizer = Tokenizer.load(source.files, eos_token_ids(source.files), decoder.arch.vocab_size)
     if config.model.chat_template is not None:
         tokenizer = tokenizer.with_template(base_template(config.model.chat_template))
@@ -201,19 +203,13 @@ def _build_training(
     registry: AdapterRegistry,
     metrics: Metrics,
 ) -> Training:
-    """The service that trains adapters.
-
-    Raises:
-        InvalidRequestError: The GPU path and mixtures of experts are not supported.
-    """
-    if not isinstance(store, StepStore):
-        raise InvalidRequestError.of("training", say("NO_TRAINING_ON_GPU"))
-    if decoder.arch.experts is not None:
-        raise InvalidRequestError.of("training", say("NO_TRAINING_OF_EXPERTS"))
+    """The service that trains adapters."""
     # Imported here because few servers train.
     from turret.server.training.service import TrainingService
 
     layout = describe_projections(decoder.arch)
+    if not isinstance(store, StepStore):
+        store = ReferenceStore(layout, decoder.dtype, decoder.device, _device_bytes(config))
     return TrainingService(
         engine,
         decoder,
@@ -224,6 +220,11 @@ def _build_training(
         max_bytes=config.training_bytes,
         metrics=metrics,
     )
+
+
+def _device_bytes(config: AdapterConfig) -> int:
+    """The memory that adapters in training take on a GPU, which are also in host memory."""
+    return config.training_bytes // 3
 
 
 def _template_shown(model: ModelConfig, tokenizer: Tokenizer) -> str:
@@ -447,7 +448,15 @@ def _kv_bytes(config: Config, decoder: Decoder, store: AdapterStore, metrics: Me
     cache = KvCache(decoder.arch, 2, BLOCK_SIZE, decoder.dtype, device)
     executor = _build_executor(config, decoder, cache, store, metrics)
     runner = Runner(executor, frozenset())
-    taken = {"step_bytes": measure(runner.run, step, device)}
+    taken = {"step_bytes": measure(lambda: runner.run(step), device)}
+    if config.adapters.training:
+        from turret.server.training.training_pass import largest_pass
+
+        layout = describe_projections(decoder.arch)
+        reference = ReferenceStore(layout, decoder.dtype, device, 0)
+        one = largest_pass(decoder, layout, reference)
+        taken |= {"pass_bytes": measure(one, device)}
+        taken |= {"training_bytes": _device_bytes(config.adapters)}
     assert isinstance(executor, GpuExecutor)
     assert isinstance(store, GpuStore)
     # Each captured step keeps its final hidden states. All of them share the memory of the logits.

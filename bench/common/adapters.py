@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -70,8 +71,15 @@ def default_methods(circle: int) -> list[peft.PeftConfig]:
     ]
 
 
+def numbered(kind: str, count: int) -> list[str]:
+    """The names of adapters of a kind, such as ``lora-00`` and ``lora-01``."""
+    return [f"{kind}-{number:02}" for number in range(count)]
+
+
 class Writer:
-    """Writes adapters for one model, which it holds in 16 bits with the weights as served.
+    """Writes adapters for one model.
+
+    To write the first one, it loads the model in 16 bits with the weights as served.
 
     Args:
         root: The folder that gets a folder for each adapter.
@@ -80,11 +88,14 @@ class Writer:
 
     def __init__(self, root: Path, base: TrainingBase) -> None:
         self.root = root
-        self._arch = base.arch
-        self._model = load_model(base, "nf4-dense", torch.bfloat16, "cpu")
+        self._base, self._arch = base, base.arch
         modules = [size for group in base.arch.linears().values() for _, *size in group]
         sides = [side for size in modules for side in size]
         self._circle = max(n for n in range(1, 257) if all(side % n == 0 for side in sides))
+
+    @functools.cached_property
+    def _model(self) -> Any:
+        return load_model(self._base, "nf4-dense", torch.bfloat16, "cpu")
 
     def write(self, name: str, config: peft.PeftConfig, seed: int) -> str:
         """Write an adapter whose trained weights are near PEFT's initial ones; returns its name."""
@@ -104,14 +115,15 @@ class Writer:
         return name
 
     def loras(self, count: int, rank: int) -> list[str]:
-        """Write ``lora-00``, ``lora-01``, …; returns their names."""
-        return [self.write(f"lora-{number:02}", lora(rank), number) for number in range(count)]
+        """Write LoRAs; returns their names."""
+        names = numbered("lora", count)
+        return [self.write(name, lora(rank), number) for number, name in enumerate(names)]
 
     def in_turn(self, kind: str, count: int, configs: Sequence[peft.PeftConfig]) -> list[str]:
         """Write ``count`` adapters of the methods in turn; returns their names."""
         return [
-            self.write(f"{kind}-{number:02}", configs[number % len(configs)], 1000 + number)
-            for number in range(count)
+            self.write(name, configs[number % len(configs)], 1000 + number)
+            for number, name in enumerate(numbered(kind, count))
         ]
 
     def mixed(self, count: int, rank: int) -> list[str]:

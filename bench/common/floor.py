@@ -43,6 +43,11 @@ def step_bytes(
     """
     slices = [entry for group in arch.linears().values() for entry in group]
     weights = arch.num_layers * sum(out * inner for _, out, inner in slices)
+    if (experts := arch.experts) is not None:
+        # The mean number of experts that the rows choose, if each chooses at random.
+        missed = (1.0 - experts.per_token / experts.count) ** requests
+        chosen = len(experts.layers) * experts.count * (1.0 - missed)
+        weights += chosen * 3 * experts.intermediate_size * arch.hidden_size
     low_rank = arch.num_layers * rank * _BF16_BYTES
     per_token = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * _BF16_BYTES
     return {

@@ -13,6 +13,7 @@ from typing import Any
 from common.adapters import Writer
 from common.machine import describe, require_idle
 from common.report import append_rows, make_console
+from common.shapes import SHAPES, write_model
 from rich.console import Console
 
 from turret.clients.client import TurretClient
@@ -23,7 +24,11 @@ from turret.training.base_model import TrainingBase, find_base
 def make_parser(doc: str | None, repeats: int) -> argparse.ArgumentParser:
     """A parser with the flags that all benchmarks have."""
     parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
-    parser.add_argument("--model", type=Path, metavar="DIR", help="default: the bundled model")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--model", type=Path, metavar="DIR", help="default: the bundled model")
+    model.add_argument(
+        "--shape", choices=SHAPES, help="a model of this shape with random weights, in build/shapes"
+    )
     parser.add_argument(
         "--repeats", type=int, default=repeats, help=f"rounds; the median counts ({repeats})"
     )
@@ -90,6 +95,8 @@ def session(name: str, args: argparse.Namespace) -> Iterator[Session]:
     console = make_console()
     load = require_idle(console, args.force)
     common = describe() | {"bench": name, "forced": args.force, "load_before": round(load, 3)}
+    if args.shape is not None:
+        args.model = write_model(args.shape)
     base = find_base(args.model)
     with tempfile.TemporaryDirectory(prefix="turret-bench-") as folder:
         yield Session(name, args, console, base, Writer(Path(folder), base), common)

@@ -72,6 +72,8 @@ def row_linear_transposed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor
     """
     if has_kernels(x.device):
         return column_products(x.unsqueeze(0), weight.unsqueeze(0))[0]
+    if x.device.type != "cpu":
+        return transposed_in_pieces(x, weight)
     return row_linear(x.to(weight.dtype), weight.T.contiguous()).float()
 
 
@@ -122,6 +124,25 @@ def linear_in_pieces(x: torch.Tensor, weight: torch.Tensor, size: int = PIECE_RO
     padded = torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
     pieces = [torch.nn.functional.linear(piece, weight) for piece in padded.split(size)]
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[:num_rows]
+
+
+def transposed_in_pieces(
+    x: torch.Tensor, weight: torch.Tensor, size: int = PIECE_ROWS
+) -> torch.Tensor:
+    """``x weight`` like ``linear_in_pieces``, for gradients, which are too small for float16.
+
+    Args:
+        x: ``[num_rows, out_features]`` fp32; each row is divided by its largest number before it
+            is rounded to the dtype of ``weight``.
+        weight: ``[out_features, in_features]``.
+        size: Rows of a product.
+
+    Returns:
+        ``[num_rows, in_features]`` fp32.
+    """
+    largest = x.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    rows = (x / largest).to(weight.dtype)
+    return linear_in_pieces(rows, weight.T, size).float() * largest
 
 
 def _addmm_in_pieces(y: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -108,10 +108,10 @@ class Learner:
         prompt = None if operators is None else operators.soft_prompt
         return 0 if prompt is None else prompt.num_positions
 
-    def fresh_leaves(self) -> dict[str, list[torch.Tensor]]:
-        """The leaves with separate gradients, for one segment."""
+    def fresh_leaves(self, device: torch.device | None = None) -> dict[str, list[torch.Tensor]]:
+        """The leaves with separate gradients, on the CPU or another device, for one segment."""
         return {
-            path: [leaf.detach().requires_grad_() for leaf in leaves]
+            path: [leaf.detach().to(device).requires_grad_() for leaf in leaves]
             for path, leaves in self.leaves.items()
         }
 
@@ -210,7 +210,8 @@ def add_gradients(total: Leaves, more: Leaves) -> None:
     for path, leaves in total.items():
         for leaf, other in zip(leaves, more[path], strict=True):
             if other.grad is not None:
-                leaf.grad = other.grad if leaf.grad is None else leaf.grad + other.grad
+                grad = other.grad.to(leaf.device)
+                leaf.grad = grad if leaf.grad is None else leaf.grad + grad
 
 
 def _modules(operators: AdapterOperators) -> dict[str, Any]:

@@ -358,21 +358,28 @@ class TrainingService:
         self, batch: Sequence[tuple[_Work, Sequence[Datum]]], between: Callable[[], None]
     ) -> None:
         """Run one pass on the engine thread."""
+        device = self._decoder.device
         segments = [
-            Segment(work.learner.served, work.learner.fresh_leaves(), [d.tokens for d in chunk])
+            Segment(
+                work.learner.served, work.learner.fresh_leaves(device), [d.tokens for d in chunk]
+            )
             for work, chunk in batch
         ]
         results: list[list[DatumLoss]] = []
         with torch.no_grad():
             training_pass = TrainingPass(
-                self._decoder, self._layout, self._store, segments, between
+                self._decoder,
+                self._layout,
+                self._store,
+                segments,
+                _when_done(between, device),
             )
             training_pass.forward()
             self._metrics.training_activations(training_pass.num_bytes)
-            grad = torch.zeros(training_pass.hidden.shape)
+            grad = torch.zeros(training_pass.hidden.shape, device=device)
             for number, (work, chunk) in enumerate(batch):
                 inputs = {
-                    name: torch.cat([datum.inputs[name] for datum in chunk])
+                    name: torch.cat([datum.inputs[name] for datum in chunk]).to(device)
                     for name in (TARGETS, *work.loss.inputs)
                 }
                 logprobs, losses, grad[training_pass.rows[number]] = training_pass.targets(
@@ -382,7 +389,7 @@ class TrainingService:
                     has_grad=work.has_grad,
                 )
                 lengths = [len(datum.tokens) for datum in chunk]
-                pairs = zip(logprobs.split(lengths), losses.split(lengths), strict=True)
+                pairs = zip(logprobs.cpu().split(lengths), losses.cpu().split(lengths), strict=True)
                 results.append([DatumLoss(*pair) for pair in pairs])
             if batch[0][0].has_grad:
                 training_pass.backward(grad)
@@ -472,6 +479,18 @@ class TrainingService:
         """Unregister a name; see ``Training``."""
         # Requests that still use it belong to a sampler that has ended.
         await asyncio.to_thread(self._unload, name)
+
+
+def _when_done(between: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Let requests run only when the device has done its work, because its time is shared too."""
+    if device.type != "cuda":
+        return between
+
+    def run() -> None:
+        torch.cuda.synchronize(device)
+        between()
+
+    return run
 
 
 def _chunks(data: Sequence[Datum]) -> list[list[Datum]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -36,7 +36,7 @@ from turret.server.adapters.device.store import (
     StepStore,
 )
 from turret.server.adapters.device.vocabulary import VocabularyGroup
-from turret.server.adapters.operators.adapter_operators import ModuleOperators
+from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.operator import BaseRows
 from turret.server.adapters.operators.vocabulary import HEAD
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
@@ -45,6 +45,7 @@ from turret.server.models.decoding.decoder import Decoder, DecoderLayer, OwnRows
 from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.weights.base_linear import BaseLinear
 from turret.server.models.weights.nf4 import DenseLinear
+from turret.server.training.trainer import MAX_SEQUENCE_TOKENS
 
 _BLOCK_SIZE = 16
 # The number of rows whose logits are computed at once; requests run in between.
@@ -225,9 +226,9 @@ class TrainingPass:
         adapters = self._store.step(StepMembers(short=[], long=members))
         self._recorder = _Recorder(adapters, self._between)
         step = StepInput(
-            token_ids=torch.tensor(tokens),
-            positions=torch.tensor(positions),
-            kv_slots=torch.tensor(slots),
+            token_ids=torch.tensor(tokens, device=decoder.device),
+            positions=torch.tensor(positions, device=decoder.device),
+            kv_slots=torch.tensor(slots, device=decoder.device),
             attention=attention,
             adapters=self._recorder,
             soft=self._soft_rows(),
@@ -240,7 +241,10 @@ class TrainingPass:
             if (prompt := segment.prompt) is not None:
                 rows += [torch.arange(len(prompt)) + place.start + n for n in segment.starts]
                 values += [prompt] * len(segment.tokens)
-        return OwnRows(torch.cat(rows), torch.cat(values)) if rows else None
+        if not rows:
+            return None
+        device = self._decoder.device
+        return OwnRows(torch.cat(rows).to(device), torch.cat(values).to(device))
 
     def _positions(self, length: int) -> range:
         long_from = self._arch.long_from
@@ -282,15 +286,16 @@ class TrainingPass:
         segment = self._segments[number]
         hidden = self.hidden[self.rows[number]][segment.texts]
         change = self._changes[number]
-        grad = torch.zeros(hidden.shape)
-        logprobs, losses = torch.zeros(len(targets)), torch.zeros(len(targets))
+        grad = hidden.new_zeros(hidden.shape, dtype=torch.float32)
+        logprobs, losses = (grad.new_zeros(len(targets)) for _ in range(2))
         for start in range(0, len(targets), _LOGIT_ROWS):
             self._between()
             rows = slice(start, min(start + _LOGIT_ROWS, len(targets)))
             states = hidden[rows]
             groups = []
             if change is not None and change.changes_head:
-                groups = [VocabularyGroup(torch.arange(len(states)), [(change, 1.0)])]
+                numbers = torch.arange(len(states), device=states.device)
+                groups = [VocabularyGroup(numbers, [(change, 1.0)])]
             logits = self._decoder.logits(states, groups)
             all_logprobs = row_log_softmax(logits)
             leaf = all_logprobs.gather(1, targets[rows, None])[:, 0].requires_grad_()
@@ -305,18 +310,19 @@ class TrainingPass:
                 self._between()
                 # The gradient of a log probability: one-hot of its target minus the softmax.
                 logit_grad = all_logprobs[chosen].exp_().mul_(-slope[chosen, None])
-                logit_grad[torch.arange(len(chosen)), targets[rows][chosen]] += slope[chosen]
+                numbers = torch.arange(len(chosen), device=chosen.device)
+                logit_grad[numbers, targets[rows][chosen]] += slope[chosen]
                 logit_grad *= self._arch.logit_scale
                 if self._arch.logit_softcap is not None:
                     logit_grad *= 1.0 - (logits[chosen] / self._arch.logit_softcap) ** 2
                 grad[rows.start + chosen] = self._through_head(segment, states[chosen], logit_grad)
-        whole = torch.zeros(self.hidden[self.rows[number]].shape)
+        whole = grad.new_zeros(self.hidden[self.rows[number]].shape)
         whole[segment.texts] = grad
         return logprobs, losses, whole
 
     def _through_head(self, segment: Segment, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         """The gradient of the head's input, ``[rows, hidden]`` fp32."""
-        beside, head = torch.zeros(x.shape), self._decoder.head
+        beside, head = grad.new_zeros(x.shape), self._decoder.head
         operators = segment.adapter.operators
         if operators is not None and operators.head is not None:
             leaves = segment.leaves[HEAD]
@@ -413,7 +419,7 @@ class TrainingPass:
         """The gradient of a projection's input; the operators' gradients go to their leaves."""
         self._between()
         x = self._recorder.inputs.pop((linear.layer, linear.projection))
-        of_base, beside = grad.clone(), torch.zeros(x.shape)
+        of_base, beside = grad.clone(), grad.new_zeros(x.shape)
         columns = self._layout.columns(linear.projection)
         for index, shape in enumerate(self._layout.projections[linear.projection]):
             path = self._layout.module(linear.layer, shape.path)
@@ -439,7 +445,10 @@ class TrainingPass:
         """
         arch, lengths = self._arch, segment.lengths
         heads, kv_heads = arch.num_heads, arch.num_kv_heads
-        positions = torch.tensor([p for length in lengths for p in self._positions(length)])
+        device = qkv.device
+        positions = torch.tensor(
+            [p for length in lengths for p in self._positions(length)], device=device
+        )
         split = qkv.view(-1, heads + 2 * kv_heads, arch.head_dim)
         q, k, v = split.split((heads, kv_heads, kv_heads), dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -455,7 +464,7 @@ class TrainingPass:
             q = q * growth.clone()
         # Put each sequence into a separate row, padded on the right.
         q, k, v = (pad_sequence(list(x.split(lengths)), batch_first=True) for x in (q, k, v))
-        places = torch.arange(max(lengths))
+        places = torch.arange(max(lengths), device=device)
         distance = places[:, None] - places[None, :]
         window = arch.windows[number]
         is_hidden = (distance < 0) | (distance >= (len(places) if window is None else window))
@@ -471,6 +480,33 @@ class TrainingPass:
             shares = scores.softmax(-1)
         mixed = torch.einsum("bhgqk,bkhd->bqhgd", shares, v).flatten(2)
         return torch.cat([row[:length] for row, length in zip(mixed, lengths, strict=True)])
+
+
+def largest_pass(
+    decoder: Decoder, layout: ProjectionLayout, store: StepStore
+) -> Callable[[], None]:
+    """A pass of one sequence of the largest length, on the base alone, to measure its memory."""
+    length = min(MAX_SEQUENCE_TOKENS, decoder.arch.max_model_len)
+    segment = Segment(_Base(), {}, [[0] * length])
+
+    @torch.no_grad()
+    def run() -> None:
+        one = TrainingPass(decoder, layout, store, [segment])
+        one.forward()
+        targets = torch.zeros(length, dtype=torch.int64, device=decoder.device)
+        _, _, grad = one.targets(0, targets, lambda rows, logprobs: -logprobs)
+        one.backward(grad)
+
+    return run
+
+
+@dataclass(slots=True)
+class _Base:
+    """An adapter that changes nothing."""
+
+    key: str = "the base alone"
+    operators: AdapterOperators | None = field(default_factory=lambda: AdapterOperators({}))
+    bytes_device: int = 0
 
 
 def _through_operators(
@@ -496,7 +532,7 @@ def _through_operators(
     given = x.to(torch.float32, copy=True).requires_grad_()
     rows = _Rows(given, x, base)
     with torch.enable_grad():
-        y = torch.zeros(grad.shape)
+        y = torch.zeros_like(grad)
         module.add(y, given, rows, 1.0)
     wanted = [given, *([] if rows.used is None else [rows.used]), *leaves]
     found = list(torch.autograd.grad(y, wanted, grad, allow_unused=True))
@@ -505,7 +541,7 @@ def _through_operators(
     for leaf, each in zip(leaves, found, strict=True):
         if each is not None:
             leaf.grad = each if leaf.grad is None else leaf.grad.add_(each)
-    return torch.zeros(x.shape) if of_input is None else of_input, of_result
+    return grad.new_zeros(x.shape) if of_input is None else of_input, of_result
 
 
 class _Rows(BaseRows):

@@ -52,7 +52,6 @@ TEXTS = {
     " --adapter-device-bytes allows {budget_bytes!b} for it; raise --adapter-device-bytes",
     "DEVICE_NOT_VISIBLE": "{device} is not among the devices of CUDA_VISIBLE_DEVICES ({visible})",
     "NO_CUDA_DEVICE": "{device} is not available, because torch finds no CUDA device",
-    "NO_TRAINING_ON_GPU": "is not supported on a CUDA device; use --device cpu",
     "NO_TRAINING_OF_EXPERTS": "is not supported for mixtures of experts",
     "GPU_TOO_OLD": "this GPU has compute capability {found}, but {least} is required",
     "KERNELS_NEED": "GPU kernels are compiled on this machine, which requires {missing}",

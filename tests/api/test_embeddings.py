@@ -153,7 +153,7 @@ async def test_timing_covers_the_whole_call(monkeypatch: pytest.MonkeyPatch) -> 
     """The engine's times leave out an input's wait for other inputs of its call."""
 
     async def slow(request: Request) -> AsyncIterator[Output]:
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.5)
         async for output in hello(request):
             yield output
 
@@ -161,9 +161,9 @@ async def test_timing_covers_the_whole_call(monkeypatch: pytest.MonkeyPatch) -> 
     async with harness() as server:
         server.engine.script = slow
         timing = (await server.inference.Embed(texts(*"abc"))).timing
-    # The engine reports 0.25 and 1.75 for each; the last input begins 0.4 after the first.
-    assert 0.25 <= timing.queue.ToTimedelta().total_seconds() < 0.65
-    assert timing.total.ToTimedelta().total_seconds() >= 0.4 + 1.75
+    # The engine reports 0.25 and 1.75 for each; the last input begins 1.0 after the first.
+    assert 0.25 <= timing.queue.ToTimedelta().total_seconds() < 1.25
+    assert timing.total.ToTimedelta().total_seconds() >= 1.0 + 1.75
 
 
 async def test_a_call_takes_and_releases_a_part_of_the_queue() -> None:

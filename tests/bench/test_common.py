@@ -22,7 +22,7 @@ from builders.adapters import (
 )
 from builders.bases.tiny_models import save_tiny_model
 from checkout import ROOT
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OlmoeConfig
 
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
@@ -53,6 +53,29 @@ def test_rates_count_the_tokens_after_the_first(bench: Any):
         1.5,
     )
     assert timing.decode_rate == 8 / 2.0
+
+
+def test_a_shape_is_a_model_with_random_weights(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shapes, floor = bench("common.shapes"), bench("common.floor")
+    sizes = shapes._sizes(64, 96, 2, 4, 2, 49152) | {"num_experts": 4, "num_experts_per_tok": 2}
+    monkeypatch.setattr(shapes, "ROOT", tmp_path)
+    monkeypatch.setitem(shapes.SHAPES, "tiny", lambda: OlmoeConfig(**sizes))
+    folder = shapes.write_model("tiny")
+    base = find_base(folder)
+    assert base.arch.experts is not None
+    assert base.tokenizer.encode("time people way", add_special_tokens=False)
+    weights = shapes.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert 0.018 < float(weights["model.embed_tokens.weight"].float().std()) < 0.022
+
+    def read(requests: int) -> float:
+        parts = floor.step_bytes(base.arch, requests=requests, loras=0, rank=1, context=0)
+        return parts["base matmuls"] / (0.5 + 2 / 64)
+
+    # One row reads two of four experts, and many rows read all.
+    expert = 3 * 64 * 96
+    assert read(1000) - read(1) == pytest.approx(2 * 2 * expert)
 
 
 def test_the_floor_counts_the_bytes_that_a_step_must_read(bench: Any):

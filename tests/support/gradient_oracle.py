@@ -26,15 +26,22 @@ CPU = torch.device("cpu")
 
 
 class Base:
-    """A tiny model as it is served."""
+    """A tiny model as it is served, on the gpu path or on a CPU's."""
 
-    def __init__(self, architecture: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        architecture: str,
+        dtype: torch.dtype,
+        *,
+        gpu: bool = False,
+        device: torch.device = CPU,
+    ) -> None:
         self.twin = twin(architecture, dtype)
         self.source: ModelSource = resolve_model(self.twin.folder, default_cache_dir())
-        self.decoder: Decoder = load_decoder(self.source, dtype=dtype, device=CPU)
+        self.decoder: Decoder = load_decoder(self.source, dtype=dtype, device=device, gpu=gpu)
         self.layout = describe_projections(self.decoder.arch)
-        kind = CpuStore if dtype == torch.bfloat16 else ReferenceStore
-        self.store = kind(self.layout, dtype, CPU, 1 << 30)
+        kind = CpuStore if dtype == torch.bfloat16 and not gpu else ReferenceStore
+        self.store = kind(self.layout, dtype, device, 1 << 30)
 
     def learner(self, folder: Path) -> Learner:
         checkpoint = read_adapter(folder.parent, folder.name)

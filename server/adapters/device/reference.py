@@ -303,10 +303,12 @@ class Reference(Part):
 class ReferenceStore(StepStore):
     """The torch path's store: float32 and float16, and every dtype where there is no compiler.
 
+    On a GPU, it holds adapters in training.
+
     Args:
         layout: Shape of the base.
         dtype: Serving dtype.
-        device: The CPU.
+        device: The device of the model.
         max_bytes: Budget of what is in the store.
         on_moved: Called with every adapter that enters or leaves.
     """

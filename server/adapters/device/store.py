@@ -502,9 +502,9 @@ class AdapterStore:
 
 
 class StepStore(AdapterStore, ABC):
-    """A store for the paths on the CPU, which bind a step by its members alone.
+    """A store that binds a step by its members alone.
 
-    It copies nothing, and reads the tensors of adapters in place in host memory.
+    On the CPU, it copies nothing, and reads the tensors of adapters in place in host memory.
     """
 
     @abstractmethod

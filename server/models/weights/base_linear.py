@@ -30,7 +30,7 @@ class BaseLinear(Protocol):
         Args:
             x: ``[rows, in]``.
             ahead: The memory to prefetch meanwhile.
-            num_decode: The number of leading rows that belong to decoding sequences; None for all.
+            num_decode: The number of leading rows that belong to decoding sequences; None for 0.
                 The gpu path multiplies them differently from rows of prompts.
 
         Returns:

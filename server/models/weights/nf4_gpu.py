@@ -19,7 +19,7 @@ from turret.kernels.gpu.common import tuning
 from turret.kernels.gpu.low_rank import Shrink, nf4_shrink
 from turret.kernels.gpu.nf4 import Epilogue, nf4_dequantize, nf4_matmul
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
-from turret.kernels.rows.linear import linear_in_pieces
+from turret.kernels.rows.linear import linear_in_pieces, transposed_in_pieces
 from turret.server.adapters.base import WeightRows
 from turret.server.models.weights.base_linear import BaseLinear
 
@@ -206,7 +206,7 @@ class GpuLinear(BaseLinear):
     def __call__(
         self, x: torch.Tensor, ahead: Ahead | None = None, num_decode: int | None = None
     ) -> torch.Tensor:
-        return self.product(x, x.shape[0] if num_decode is None else num_decode)
+        return self.product(x, num_decode or 0)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -223,6 +223,9 @@ class GpuLinear(BaseLinear):
 
     def dequantize(self, index: int) -> torch.Tensor:
         return self.product.part(self._rows(index)).dequantize(self.dtype).float().cpu()
+
+    def transposed_product(self, grad: torch.Tensor) -> torch.Tensor:
+        return transposed_in_pieces(grad, self.product.dequantize(self.dtype), PROMPT_ROWS)
 
     def part(self, index: int) -> GpuLinear:
         product = self.product.part(self._rows(index))

@@ -147,7 +147,7 @@ def test_environment_variables_replace_connection_flags(
 def test_errors_say_what_to_do_next(run: Run, server: FakeTurret, capsys):
     started = time.monotonic()
     assert parse_and_run("generate", "a", "--address", "127.0.0.1:1") == 1
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10
     err = capsys.readouterr().err
     assert err.startswith("error: UNAVAILABLE (NOT_REACHED): ")
     assert err.endswith(f"; {HINTS['NOT_REACHED']}\n")

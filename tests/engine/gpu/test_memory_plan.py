@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, patch
 
@@ -13,7 +14,7 @@ from builders.adapters import tiny_llama
 
 from turret.server import build
 from turret.server.adapters.device.gpu.store import GpuStore
-from turret.server.config import GIB, Config, SchedulerConfig
+from turret.server.config import GIB, AdapterConfig, Config, SchedulerConfig
 from turret.server.engine.step.gpu.executor import (
     GpuExecutor,
     adapter_bytes,
@@ -25,6 +26,7 @@ from turret.server.metrics import Metrics
 from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.describe import describe_projections
 from turret.server.models.families import read_arch
+from turret.server.training import training_pass
 
 DEVICE = torch.device("cuda", 0)
 
@@ -64,13 +66,14 @@ def memory() -> Iterator[_Memory]:
 def test_the_step_and_a_reserve_are_kept_free(memory: _Memory):
     assert adapter_bytes(DEVICE) == int(64 * GIB / 7)
     memory.take(40 * GIB)  # temporary memory of loading the model
-    taken = measure(lambda step: memory.take(3 * GIB), largest_step(64, 4, 16), DEVICE)
+    taken = measure(lambda: memory.take(3 * GIB), DEVICE)
     assert taken == 3 * GIB
     assert spare_bytes(DEVICE) == 4 * GIB
 
 
+@pytest.mark.parametrize("training", [False, True])
 def test_the_cache_gets_the_memory_that_the_other_parts_leave(
-    memory: _Memory, caplog: pytest.LogCaptureFixture
+    memory: _Memory, caplog: pytest.LogCaptureFixture, tmp_path: Path, *, training: bool
 ):
     """The pack of adapters is already allocated; the plan lists only later allocations."""
     arch, budget = read_arch(tiny_llama().config), 8 << 20
@@ -80,13 +83,16 @@ def test_the_cache_gets_the_memory_that_the_other_parts_leave(
     executor.run.side_effect = lambda step: memory.take(3 * GIB) or Mock(placed=())
     decoder: Any = Mock(arch=arch, device=DEVICE, dtype=torch.float16)
     # Leave so little memory that the sequences could use all of it.
-    memory.allocated = memory.peak = 80 * GIB - spare_bytes(DEVICE) - 3 * GIB - (16 << 20)
+    free = spare_bytes(DEVICE) + (7 if training else 3) * GIB + (16 << 20)
+    memory.allocated = memory.peak = 80 * GIB - free
     caplog.set_level(logging.INFO)
     with (
         patch.object(build, "_build_executor", lambda *_: executor),
         patch.object(build, "KvCache", Mock(block_bytes=KvCache.block_bytes)),
+        patch.object(training_pass, "largest_pass", lambda *_: lambda: memory.take(2 * GIB)),
     ):
-        left = build._kv_bytes(Config(), decoder, store, Metrics())
+        adapters = AdapterConfig(training=training, training_bytes=6 * GIB, state_dir=tmp_path)
+        left = build._kv_bytes(Config(adapters=adapters), decoder, store, Metrics())
     named = next(r for r in caplog.records if r.message == "memory planned").fields  # type: ignore[attr-defined]
     assert named == {
         "step_bytes": 3 * GIB,
@@ -94,6 +100,7 @@ def test_the_cache_gets_the_memory_that_the_other_parts_leave(
         "adapter_bytes": store.later_bytes,
         "spare_bytes": spare_bytes(DEVICE),
         "kv_cache_bytes": left,
+        **({"pass_bytes": 2 * GIB, "training_bytes": 2 * GIB} if training else {}),
     }
     assert store.later_bytes > budget // 8
     assert sum(named.values()) == 80 * GIB - memory.allocated

@@ -19,6 +19,7 @@ from method_oracle import prompt_of, twin
 from safetensors.torch import load_file
 from servers.engine_harness import EngineHarness, make_request
 
+from turret.server.adapters.adapter import TENSORS_FILE
 from turret.server.adapters.operators.vocabulary import HEAD
 from turret.server.engine.scheduling.request import SamplingParams
 from turret.server.engine.step.runner import Runner, StepResult
@@ -83,6 +84,42 @@ async def test_a_trained_adapter_is_served_with_the_bits_of_its_training(
         for datum, each, text in zip(data, found, texts(1), strict=True):
             answer = await harness.run(make_request(text, "new", score=True))
             assert answer.prompt_logprobs[1:] == tuple(each.logprobs.tolist()), len(datum.tokens)
+
+
+@pytest.mark.usefixtures("coarse_tiles")
+async def test_adapters_are_trained_and_served_on_the_gpu_path(tmp_path: Path) -> None:
+    """Two adapters train at once, each with the bytes that it has alone."""
+    data = [learned(text) for text in texts(1, count=2)]
+
+    async def trained(*seeds: int) -> list[dict[str, torch.Tensor]]:
+        state = tmp_path / "-".join(map(str, seeds))
+        async with started(state, "float32", gpu=True) as (harness, training):
+            learners = [await training.create(LearnerConfig(rank=4, seed=n)) for n in seeds]
+            losses = []
+            for _ in range(3):
+                passes = [training.pass_over(n, data, "cross_entropy", {}) for n in learners]
+                found = await asyncio.gather(*passes)
+                losses.append(sum(float(each.losses.sum()) for each in found[0]))
+                for learner in learners:
+                    await training.step(learner, ADAM)
+            assert losses[-1] < 0.95 * losses[0]
+            await training.publish(learners[0], "new")
+            found = await training.pass_over(
+                learners[0], data, "cross_entropy", {}, is_forward_only=True
+            )
+            answer = await harness.run(make_request(texts(1)[0], "new", score=True))
+            expected = pytest.approx(found[0].logprobs.tolist(), abs=1e-3)
+            assert answer.prompt_logprobs[1:] == expected
+            for number, learner in enumerate(learners):
+                (state / str(number)).mkdir()
+                await training.save(learner, state / str(number), with_optimizer=False)
+            return [load_file(state / str(n) / TENSORS_FILE) for n in range(len(seeds))]
+
+    together = await trained(1, 2)
+    (alone,) = await trained(2)
+    assert alone.keys() == together[1].keys()
+    for name, tensor in alone.items():
+        assert torch.equal(tensor, together[1][name]), name
 
 
 async def test_a_sampled_token_has_the_logprob_of_training(tmp_path: Path) -> None:

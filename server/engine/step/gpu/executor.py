@@ -93,15 +93,15 @@ def largest_step(num_tokens: int, num_seqs: int, block_size: int) -> Step:
     return Step(tuple(scheduled), (), 0)
 
 
-def measure(run: Callable[[Step], object], step: Step, device: torch.device) -> int:
-    """The peak of a step's own memory, in bytes.
+def measure(work: Callable[[], object], device: torch.device) -> int:
+    """The peak of the memory of a step or a training pass, in bytes.
 
-    Everything that the step compiled or cached is freed afterwards.
+    Everything that it compiled or cached is freed afterwards.
     """
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    run(step)
+    work()
     torch.cuda.synchronize(device)
     taken = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
