@@ -44,7 +44,7 @@ run() {
     echo "$code $((SECONDS - start))" >"$OUT/$name.exit"
     echo "$name: exit status $code after $((SECONDS - start)) s"
 }
-# has COMMAND...: whether a tool is there.
+# has COMMAND...: whether a tool is installed.
 has() { "$@" >/dev/null 2>&1; }
 part() { run "$1" "$2" "$PYTHON" bench/gpu.py $dry --results "$OUT" --only "${@:3}"; }
 call_1() {
@@ -64,7 +64,7 @@ call_1() {
     )
     has "$PYTHON" -c 'import xdist' && workers=(-p xdist -n 6)
     if has "$PYTHON" -c 'import pytest'; then
-        # Without the project's configuration and fixtures, which need the server's packages.
+        # Leave out the project's configuration and fixtures, which need the server's packages.
         run kernel-tests 500 "$PYTHON" -m pytest -q -c /dev/null --rootdir . --noconftest -p no:cacheprovider \
             --import-mode=importlib -W ignore::pytest.PytestUnknownMarkWarning -k "not reference and not torch_path" \
             ${dry:+--collect-only} "${workers[@]}" --junitxml="$OUT/kernel-tests.xml" --durations=25 "${tests[@]}"

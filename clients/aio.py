@@ -699,7 +699,8 @@ class AsyncTrainingClient(TrainingBase):
             method: Such as ``lora``; see docs/tenants.md.
             seed: Determines the initial weights; None for random ones.
             alpha: The scale of the update, which is divided by the rank; None for 32.
-            targets: The trained modules, such as ``q_proj``; empty to choose by the following.
+            targets: The trained modules, such as ``q_proj``; empty if the next three arguments
+                choose them.
             train_attn: Whether the projections of attention are trained.
             train_mlp: Whether the projections of MLPs are trained.
             train_unembed: Whether the head is trained.

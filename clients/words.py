@@ -12,7 +12,7 @@ TEXTS = {
     "NOT_A_PLAIN_NAME": '{value!q} is not an adapter name; pass a weight as ("name", weight)',
     "NOT_A_MIX_MEMBER": "{value!q} is not NAME[@GENERATION][=WEIGHT]",
     "UNFIT": "invalid value {value} ({problem})",
-    "UNKNOWN_OPTIONS": "unknown options: {names}",
+    "UNKNOWN_OPTION": "unknown option {name!q}",
     "UNKNOWN_MESSAGE_KEY": "unknown key {value!q}; known are {choices}",
     "SINGLE_MESSAGE": "must be a list of messages, not a single message",
     # Calls that no turret server has answered.

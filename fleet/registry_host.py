@@ -54,7 +54,7 @@ class FleetStore(StateDir):
         self._merge = self.path / "merge.json"
 
     def read_base(self) -> p.Base:
-        """The saved base, or the model's own one if reading fails, which is logged."""
+        """The saved base, or the model's own if reading fails; logs the failure."""
         if not self._merge.exists():
             return p.Base()
         try:

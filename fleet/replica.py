@@ -499,7 +499,7 @@ class ReplicaParts:
     Args:
         name: The replica's name, which no other replica has ever had.
         channel: The channel to the fleet's registry.
-        stops_alone: Serve nothing while the registry is away; see ``Follower``.
+        stops_alone: Serve nothing while the registry cannot be reached; see ``Follower``.
     """
 
     def __init__(self, name: str, channel: Channel, *, stops_alone: bool = False) -> None:

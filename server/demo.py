@@ -38,7 +38,7 @@ class Question:
     """One request of the batch, and its answer.
 
     ``seconds`` is the time from the start of the batch to the end of the answer. ``expected`` is
-    the text that the answer must equal or, if ``is_prefix``, begin with; None if anything goes.
+    the text that the answer must equal or, if ``is_prefix``, begin with; None if any text is right.
     """
 
     prompt: str

@@ -79,9 +79,10 @@ class RemoteAdapters:
             QueueFullError: ``MAX_DOWNLOADS`` are under way.
             TurretError: An error of ``stage``.
         """
+        if not self._allowed:
+            raise refuse(path, say("REMOTE_UNSUPPORTED"))
         if not any(is_below_remote(path, prefix) for prefix in self._allowed):
-            choices = ", ".join(self._allowed) or "none"
-            raise refuse(path, say("REMOTE_NOT_ALLOWED", choices=choices))
+            raise refuse(path, say("REMOTE_NOT_ALLOWED", choices=", ".join(self._allowed)))
         if not self._places.acquire(blocking=False):
             raise QueueFullError(say("TOO_MANY_DOWNLOADS", most=MAX_DOWNLOADS))
         try:

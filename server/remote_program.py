@@ -180,7 +180,7 @@ def check_address(url: str, registry: str, *, is_secure: bool) -> str:
 
 
 def _nearness(host: str) -> list[int]:
-    """How near each address of a host is: 0 on the Internet, 1 in a private network."""
+    """How near each address of a host is; see ``_nearness_of``."""
     try:
         # A link-local address may have a zone after a percent sign.
         found = {str(entry[4][0]) for entry in socket.getaddrinfo(host.partition("%")[0], None)}
@@ -191,7 +191,7 @@ def _nearness(host: str) -> list[int]:
 
 
 def _nearness_of(text: str) -> int:
-    """0 on the internet, 1 in a private network, 2 here, 3 on the link with a cloud's metadata."""
+    """0 on the internet, 1 in a private network, 2 on this machine, 3 for link-local addresses."""
     address = ipaddress.ip_address(text.partition("%")[0])
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped

@@ -32,7 +32,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 class ServerProcessError(Exception):
     """The server did not start, or ended.
 
-    The message ends with its last lines, unless shown before.
+    The message ends with the last lines of its log, unless they were shown before.
     """
 
 

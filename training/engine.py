@@ -1,4 +1,4 @@
-"""What trains the adapter of a run: a model in this process, or a server (``server_engine.py``)."""
+"""The engine that trains the adapter of a run in this process; see ``server_engine.py``, too."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ def read_examples(path: Path) -> list[Example]:
             named).
     """
     try:
-        return [_example(row) for row in read_rows(path, is_learned=True)]
+        return [_example(row) for row in read_rows(path, is_training=True)]
     except OSError as error:
         why = error.strerror or error
         raise DataError(say("FILE_UNREADABLE", path=path, why=why)) from error

@@ -150,7 +150,7 @@ class FusionLayer(nn.Module):
     components. With two zeros, neither would ever get a gradient.
 
     Args:
-        base: A linear module, also a quantised one.
+        base: A linear module, which may be quantised.
         updates: The components' updates in order; at least one is not None.
         in_features: The number of inputs of the module.
         out_features: The number of outputs of the module.
@@ -325,7 +325,7 @@ class FusionLoss(LossFunction):
         model: The fusion.
         head: The base's ``lm_head``.
         device: The device of the model.
-        guidance: Weight of the penalty, nats per learned token and nat of a gate.
+        guidance: Weight of the penalty: nats per learned token for each nat of a gate.
     """
 
     def __init__(

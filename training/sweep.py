@@ -83,7 +83,7 @@ def sweep(
         folder: The directory to which the config's paths are relative.
         ranks: At least one rank.
         announce: Shows the progress of each run, or of all runs on a server.
-        open_engine: Creates what trains the adapter of a run.
+        open_engine: Creates the engine that trains the adapter of a run.
         served: The model of the server that trains, if one does.
 
     Raises:
@@ -218,7 +218,7 @@ def _together(
 
 
 class _Shared:
-    """Joins the events of several runs to those of one, whose steps are those of all."""
+    """Combines the events of several runs into those of one run, with the sum of their steps."""
 
     def __init__(self, listen: Listener, num_runs: int) -> None:
         self._listen = listen

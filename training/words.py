@@ -25,8 +25,8 @@ TEXTS = {
     "EXCEEDS_CONTEXT": "must be at most {most}, the context length of the model, not {value}",
     "IS_TRAINING_FILE": "{path} is data.train as well; omit it to hold out"
     " data.validation_fraction of the examples",
-    "VALIDATION_EMPTY": "holds out none of the {found} examples in {path}, but a sweep compares"
-    " validation losses; raise it or set data.validation",
+    "VALIDATION_EMPTY": "holds out none of the examples in {path} ({found}), but a sweep"
+    " compares validation losses; raise it or set data.validation",
     "SAME_COMPONENT_NAME": "two components have the same name; write NAME=DIRECTORY",
     # Modules.
     "PRESET_NOT_ALONE": "{value!q} cannot be combined with other targets",
@@ -44,7 +44,7 @@ TEXTS = {
     " quantised",
     "NO_TEXT_MODEL": "transformers has no text-only class for {model_type}",
     # Examples.
-    "LABEL_COUNT": "{path} has {found} different labels; {least} to {most} are supported",
+    "LABEL_COUNT": "{path} has {found!n:different label}; {least} to {most} are supported",
     "LABELS_NEED_CLASSIFICATION": 'requires data.task = "classification"',
     "NO_LABEL": "has no label; a classification needs prompt and completion",
     "UNKNOWN_LABEL": "the label {value!q:.60} is not in the training file",
@@ -117,7 +117,8 @@ TEXTS = {
     "BASE_IS_4BIT": "{path} is 4-bit; pass the 16-bit or 32-bit checkpoint that the adapter was"
     " trained on",
     "TENSOR_QUANTIZED": "{name} is {dtype}, which is quantised",
-    "LORA_COUNT": "the adapter consists of {expected} LoRAs, but {found} were passed",
+    "LORA_COUNT": "the adapter consists of {expected} LoRAs; pass --lora once for each, not {found}"
+    " times",
     "XLORA_NO_LORAS": "adapters must be an object that names the LoRAs",
     "XLORA_NAME": "adapters has the name {value!q:.60}, but PEFT supports only numbers from 0",
     "XLORA_NUMBERS": "xlora_depth and xlora_dropout_p must be numbers",

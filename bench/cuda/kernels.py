@@ -1,4 +1,4 @@
-"""Single kernels at a model's shapes: a check against float64, then the time beside the floor."""
+"""Single kernels at a model's shapes: a check against float64, the time, and its lower bound."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from turret.kernels.gpu.sample_rows import sample_rows
 from turret.kernels.gpu.tables import RowTable, SamplingTable
 from turret.server.models.weights.nf4_gpu import PROMPT_ROWS, keep_sums_whole
 
-# Adapters of the kernels that read one adapter per row.
+# Number of adapters for the kernels that read one adapter per row.
 _SLOTS = 8
 # Temperature, top-p and top-k of requests.
 _SAMPLING = {
@@ -64,7 +64,7 @@ def library(setting: Setting) -> None:
 
 
 def nf4(setting: Setting) -> None:
-    """The base product: turret's kernel, a dense product, and a weight that is written out."""
+    """The base product: turret's kernel, a dense product, and the dequantisation of a weight."""
     for name, (inner, outs) in setting.model.groups.items():
         weight = random_nf4(sum(outs), inner, setting.device)
         dense = weight.dequantize(setting.dtype)

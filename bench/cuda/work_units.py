@@ -47,8 +47,9 @@ def work(compilation: Compilation, compiled: Any) -> dict[str, Any]:
 def _unit(compilation: Compilation) -> tuple[str, int, str | None] | None:
     """The name of the unit, the units per iteration, and the attribute that identifies the loop.
 
-    The attribute is the one that is largest in the loop; None means the first loop. The loop over a
-    work list has the most instructions, and the loop over weights the most picks of bytes.
+    The loop is the one with the largest value of the attribute, or the first loop if the attribute
+    is None. The loop over a work list has the most instructions, and the loop over weights the most
+    byte permutations (``picks``).
     """
     constants = dict(compilation.constants)
     kernel = compilation.function.__name__

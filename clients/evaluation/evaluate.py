@@ -124,7 +124,7 @@ class MixReport:
 
     @property
     def extent(self) -> str:
-        """The number of examples, in words."""
+        """The number of examples as text, such as ``3 examples``."""
         return counted(self.examples, "example")
 
 
@@ -330,7 +330,7 @@ def _report(mix: Mix, judged: Sequence[Judged], metrics: Sequence[str]) -> MixRe
 def _measure(
     metric: str, judged: Sequence[Judged]
 ) -> tuple[Callable[[Judged], Any], Callable[[Sequence[Any]], float]]:
-    """What a metric needs of each example, and its figure over these parts."""
+    """Two functions: a metric's input from one example, and its value for all of these inputs."""
     if metric == "perplexity":
         return (lambda each: (each.logprob, each.tokens)), perplexity
     of_sets = {"micro_f1": micro_f1_of_sets, "macro_f1": macro_f1_of_sets}
@@ -342,9 +342,9 @@ def _measure(
 
 
 def gain(metric: str, before: MixReport, after: MixReport) -> Estimate:
-    """How much better a mix is than another on the same examples, in the unit of the metric.
+    """How much better one mix is than another on the same examples, in the unit of the metric.
 
-    The interval is the bootstrap's for the difference: it draws examples, with both results.
+    The bootstrap interval is that of the difference: each drawn example counts with both results.
     """
     part, statistic = _measure(metric, before.judged)
     # A lower perplexity is better.

@@ -60,7 +60,7 @@ def read_eval_set(
         RowError: A row has the wrong form, or the file has no rows.
     """
     examples: list[EvalExample] = []
-    for row in read_rows(path, is_learned=False):
+    for row in read_rows(path, is_training=False):
         if len(examples) == limit:
             break
         examples.append(_example(row, is_raw=is_raw))
@@ -131,14 +131,14 @@ class Row:
         path: The file.
         line: The line in the file, from 1.
         values: The object.
-        is_learned: Whether the row is for training. If so, it may be plain text, unknown keys and
+        is_training: Whether the row is for training. If so, it may be plain text, unknown keys and
             roles are rejected, and messages before the answer may be empty.
     """
 
     path: Path
     line: int
     values: dict[str, Any]
-    is_learned: bool
+    is_training: bool
 
     def error(self, field: str, problem: Text) -> RowError:
         """The error for a field of this line."""
@@ -146,9 +146,9 @@ class Row:
 
     def shape_error(self) -> RowError:
         """The error for a line without one of the known sets of keys; suggests the closest."""
-        texts = ("text",) if self.is_learned else ()
+        texts = ("text",) if self.is_training else ()
         known = ("messages", "prompt", "completion", "labels", *texts)
-        keys = _keys(self.is_learned)
+        keys = _keys(self.is_training)
         unknown = sorted(self.values.keys() - known)
         if not unknown:
             return self.error("line", say("NOT_AN_EXAMPLE", keys=keys))
@@ -161,7 +161,7 @@ class Row:
             raise self.error(field, say("NOT_A_STRING", value=_shown(value)))
         if half := _HALF_SURROGATE.search(value):
             raise self.error(field, say("HALF_CHARACTER", value=f"\\u{ord(half[0]):x}"))
-        if not value and not (may_be_empty and self.is_learned):
+        if not value and not (may_be_empty and self.is_training):
             raise self.error(field, say("EMPTY"))
         return value
 
@@ -195,10 +195,11 @@ class Row:
 
     def _turn(self, field: str, turn: Any) -> dict[str, str]:
         keys = set(turn) if isinstance(turn, dict) else set()
-        if keys != {"role", "content"} and (self.is_learned or not keys >= {"role", "content"}):
-            raise self.error(field, say("MESSAGE_HAS_MORE" if self.is_learned else "NOT_A_MESSAGE"))
+        if keys != {"role", "content"} and (self.is_training or not keys >= {"role", "content"}):
+            problem = say("MESSAGE_HAS_MORE" if self.is_training else "NOT_A_MESSAGE")
+            raise self.error(field, problem)
         role = turn["role"]
-        if self.is_learned and role not in ROLES:
+        if self.is_training and role not in ROLES:
             text = say("NOT_ONE_OF", choices=", ".join(ROLES), value=role)
             raise self.error(f"{field}.role", text)
         may_be_empty = role != "assistant"
@@ -210,16 +211,16 @@ def _shown(value: Any) -> str:
     return f"{json.dumps(value, ensure_ascii=False):.40}"
 
 
-def _keys(is_learned: bool) -> Text:
-    return say("TRAINING_EXAMPLE_KEYS" if is_learned else "EXAMPLE_KEYS")
+def _keys(is_training: bool) -> Text:
+    return say("TRAINING_EXAMPLE_KEYS" if is_training else "EXAMPLE_KEYS")
 
 
-def read_rows(path: Path, *, is_learned: bool) -> Iterator[Row]:
+def read_rows(path: Path, *, is_training: bool) -> Iterator[Row]:
     """The lines of a file; blank ones are skipped.
 
     Args:
         path: The file, UTF-8.
-        is_learned: As in :class:`Row`.
+        is_training: As in :class:`Row`.
 
     Raises:
         OSError: The file cannot be read.
@@ -235,13 +236,13 @@ def read_rows(path: Path, *, is_learned: bool) -> Iterator[Row]:
             raise RowError(path, line, f"byte {error.start + 1}", say("NOT_UTF8")) from error
         if text.strip():
             is_empty = False
-            yield Row(path, line, _json_object(path, line, text, is_learned), is_learned)
+            yield Row(path, line, _json_object(path, line, text, is_training), is_training)
     if is_empty:
-        problem = say("NO_EXAMPLES", keys=_keys(is_learned))
+        problem = say("NO_EXAMPLES", keys=_keys(is_training))
         raise RowError(path, None, None, problem)
 
 
-def _json_object(path: Path, line: int, text: str, is_learned: bool) -> dict[str, Any]:
+def _json_object(path: Path, line: int, text: str, is_training: bool) -> dict[str, Any]:
     def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         counts = Counter(key for key, _ in pairs)
         if twice := next((key for key, count in counts.items() if count > 1), None):
@@ -259,5 +260,5 @@ def _json_object(path: Path, line: int, text: str, is_learned: bool) -> dict[str
         # The line nests too deeply, or has a number of thousands of digits.
         raise RowError(path, line, "line", say("NOT_JSON", problem=error)) from error
     if not isinstance(row, dict):
-        raise RowError(path, line, "line", say("NOT_AN_EXAMPLE", keys=_keys(is_learned)))
+        raise RowError(path, line, "line", say("NOT_AN_EXAMPLE", keys=_keys(is_training)))
     return row

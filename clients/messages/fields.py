@@ -80,7 +80,7 @@ def fill(message: Any, values: Mapping[str, Any], *, within: str = "") -> None:
 
 
 def extend(name: str, field: Any, items: Any, wanted: str = "a list") -> None:
-    """Add items to a repeated field, also those of numpy and torch.
+    """Add items to a repeated field; they may be numbers of numpy or torch.
 
     Args:
         name: The name of the argument in errors.
@@ -160,7 +160,7 @@ def as_json(name: str, value: object) -> str:
 # Translation of the request fields in a server's errors to the arguments that set them.
 
 # Messages within a request; each of their fields is a separate argument.
-_GROUPS = ("sampling.", "stop.", "options.", "chat.", "header.")
+_GROUPS = ("sampling.", "stop.", "options.", "chat.", "header.", "config.")
 _ARGUMENTS = {
     "stop.stop_strings": "stop",
     "token_ids.ids": "prompt",

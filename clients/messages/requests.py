@@ -155,9 +155,8 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
     """The request of ``Generate`` and ``GenerateStream``; errors as in :func:`filled`."""
     known = GenerateOptions.__annotations__
     if unknown := options.keys() - known.keys():
-        near = closest(min(unknown), list(known))
-        names = ", ".join(sorted(unknown))
-        raise TypeError(say("UNKNOWN_OPTIONS", names=names, closest=near))
+        name = min(unknown)
+        raise TypeError(say("UNKNOWN_OPTION", name=name, closest=closest(name, list(known))))
     values = given(**options)
     constraints = [name for name in _CONSTRAINTS if name in values]
     if len(constraints) > 1:

@@ -539,7 +539,7 @@ class TrainingConfig(Result):
         rank: Its rank.
         seed: Determines the initial weights; None if they are random.
         alpha: The scale of the update, which is divided by the rank; None for 32.
-        targets: The trained modules; empty if the following chose them.
+        targets: The trained modules; empty if the next three fields chose them.
         train_attn: Whether the projections of attention are trained.
         train_mlp: Whether the projections of MLPs are trained.
         train_unembed: Whether the head is trained.

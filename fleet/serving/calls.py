@@ -90,7 +90,7 @@ class CallContext:
         return self._inner.peer() if address is None else as_peer(address)
 
     def time_remaining(self) -> float | None:
-        """Unknown to Serve. A client cancels the call when its deadline passes."""
+        """None, because Serve does not report deadlines. Clients cancel a call at its deadline."""
         return None
 
     def code(self) -> grpc.StatusCode | None:
@@ -118,7 +118,7 @@ class CallContext:
             try:
                 await run()
             finally:
-                # If nobody reads any more, the queue may be full, and the end is not needed.
+                # If the reader has stopped, the queue may be full, and nobody needs the end marker.
                 if not working.cancelling():
                     await self._sent.put(over)
 
@@ -132,8 +132,8 @@ class CallContext:
             await asyncio.gather(working, return_exceptions=True)
 
 
-# The interceptor that checks the calls of this process. Serve's fallback proxy, which has no
-# replica, knows no tokens, but also limits the messages that arrive.
+# The interceptor that checks the calls of this process. This default is for Serve's fallback proxy,
+# which has no replica: it checks no tokens but limits the size of messages.
 _interceptor = CallInterceptor(Services(gate=ServingGate()))
 
 

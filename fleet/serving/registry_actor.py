@@ -156,7 +156,7 @@ class Ownership:
             _log.warning("the previous command owns the fleet until the registry is back")
 
     def look(self) -> bool:
-        """Whether this command owns the fleet, or takes it over; the last answer if unreachable."""
+        """Whether this command owns the fleet or takes it over, by the registry's last answer."""
         self._ask()
         return self.is_own or self._is_taking
 

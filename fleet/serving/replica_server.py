@@ -55,7 +55,7 @@ class ReplicaServer:
         config: The resolved configuration; its addresses are the fleet's.
         name: The replica's name, which no other replica has ever had.
         channel: The channel to the fleet's registry.
-        stops_alone: Serve nothing while the registry is away.
+        stops_alone: Serve nothing while the registry cannot be reached.
 
     Raises:
         OSError, ValueError: The token file cannot be used.

@@ -392,8 +392,8 @@ _AHEAD_BYTES = 3 << 19
 _LEAST_REACH = 4
 
 
-# Places of a module's operators in its entry (``Module`` in ``adapters.h``): the numbers of some,
-# and a pointer to those of the others.
+# The fields of a module's entry (``Module`` in ``adapters.h``). The operators of ``_DIRECT`` are in
+# these fields; of those in ``_POINTERS``, which follow from ``_FIRST`` on, the entry has a pointer.
 _DIRECT = {"low_rank": (0, 1, 5), "gain": (2,), "bias": (3,), "input_gain": (4,)}
 _POINTERS = ("hadamard", "kronecker", "input_blocks", "pairs", "circulant", "sparse", "dense")
 _FIRST = 6

@@ -119,7 +119,7 @@ class Tuning:
             cut into parts.
         nf4_part_blocks: The minimum number of quantisation blocks in a part.
         nf4_pass_rows: Decoding rows per call of ``nf4_matmul``, at most 64; 0 if it is faster to
-            write the weight out and use a library's product.
+            dequantise the weight and use a library's product.
         attention_stages: Depth of the pipeline over keys. Block numbers are loaded before their
             keys, so a depth of 5 keeps two tiles of keys and values in flight, and a depth of 3
             keeps none.
@@ -268,9 +268,9 @@ def is_last(
 # Conversion of packed 4-bit codes to pairs of neighbouring weights in a kernel.
 #
 # On NVIDIA devices the values are looked up in registers: ``prmt`` picks bytes of two words by the
-# low three bits of a code, the fourth bit chooses between two such picks. Two words hold the low
-# bytes of the values, two the high bytes, so a weight costs two and a half instructions and no
-# memory; a gathered load would take a trip through shared memory for each. On other devices the
+# low three bits of a code, and the fourth bit chooses between two such picks. Two words hold the
+# low bytes of the values, and two the high bytes, so a weight costs two and a half instructions and
+# no memory; a gathered load would take a trip through shared memory for each. On other devices the
 # values are gathered from a table of the same rounded values, so the bits are the same.
 
 

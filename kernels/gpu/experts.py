@@ -277,9 +277,9 @@ def _address_of(factors_ptr, WHICH: tl.constexpr, table_ptr, row, capacity):
 def expert_shrink_kernel(
     x_ptr,  # [num_rows, in_features]
     reads_ptr,  # [num_pairs] int64: the row of x that each pair reads; None: its own
-    rows_ptr,  # [num_pairs] int64: the row whose adapter it has
+    rows_ptr,  # [num_pairs] int64: the row whose adapter the pair uses
     experts_ptr,  # [num_pairs] int64
-    factors_ptr,  # [num_slots, 2] int64: where A, [num_experts, rank, in_features], and B lie
+    factors_ptr,  # [num_slots, 2] int64: addresses of A, [num_experts, rank, in_features], and B
     v_ptr,  # [num_pairs, rank] fp32
     table_ptr,
     x_stride,
@@ -315,7 +315,7 @@ def expert_expand_kernel(
     v_ptr,  # [num_pairs, rank] fp32
     rows_ptr,  # [num_pairs] int64
     experts_ptr,  # [num_pairs] int64
-    factors_ptr,  # [num_slots, 2] int64: where A and B, [num_experts, rank, out_features], lie
+    factors_ptr,  # [num_slots, 2] int64: addresses of A and B, [num_experts, rank, out_features]
     y_ptr,  # [num_pairs, out_features]
     table_ptr,
     y_stride,

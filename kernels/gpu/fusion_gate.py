@@ -1,7 +1,7 @@
 """Triton form of ``fusion_gate``: weights of a learned fusion's components.
 
 Two launches for all gated adapters of a step. ``gate_shrink`` multiplies rows by queries, ``q = Wq
-x``, in a separate shrink; a program takes a question of the segment table (a chunk of rows, 16
+x``, in a separate shrink; a program takes a query item of the segment table (a chunk of rows, 16
 vectors of their adapter), one slice and one part of the input features. ``fusion_gate`` scores and
 weighs; one of its programs takes a gate of the table (a chunk of rows, the components of one
 adapter) and one slice.
@@ -64,18 +64,18 @@ def gate_shrink_kernel(
 ):
     num_work = tl.load(table_ptr + _GATES + 2) * NUM_SLICES * SPLITS
     rows_ptr = table_ptr + tl.load(table_ptr + 1)
-    questions_ptr = table_ptr + tl.load(table_ptr + _GATES + 3)
+    query_items_ptr = table_ptr + tl.load(table_ptr + _GATES + 3)
     split_width = tl.cdiv(tl.cdiv(in_features, BLOCK_K), SPLITS) * BLOCK_K
     m = tl.arange(0, BLOCK_M)
     r = tl.arange(0, BLOCK_R)
     for work in range(tl.program_id(0), num_work, tl.num_programs(0)):
         split = work % SPLITS
         s = (work // SPLITS) % NUM_SLICES
-        question_ptr = questions_ptr + (work // (SPLITS * NUM_SLICES)) * _RECORD
-        live = m < tl.load(question_ptr + 1)
-        first = tl.load(question_ptr + 2)
-        slot = tl.load(question_ptr + 4)
-        rows = tl.load(rows_ptr + tl.load(question_ptr) + m, mask=live, other=0).to(tl.int64)
+        query_item_ptr = query_items_ptr + (work // (SPLITS * NUM_SLICES)) * _RECORD
+        live = m < tl.load(query_item_ptr + 1)
+        first = tl.load(query_item_ptr + 2)
+        slot = tl.load(query_item_ptr + 4)
+        rows = tl.load(rows_ptr + tl.load(query_item_ptr) + m, mask=live, other=0).to(tl.int64)
         own_ptr = words_ptr + (slot * NUM_SLICES + s) * _WORDS
         # A missing slice has no vectors, so it reads nothing.
         left = tl.load(own_ptr + 2).to(tl.int32) - first
@@ -91,9 +91,9 @@ def gate_shrink_kernel(
             x = tl.load(x_rows + cols, mask=live[:, None] & (cols < end), other=0.0)
             w = tl.load(w_rows + cols, mask=held & (cols < end), other=0.0)
             acc = dot(x, tl.trans(w), acc)
-        row_stride = tl.load(question_ptr + 6)
-        asked = (tl.load(question_ptr + 5) + m * row_stride)[:, None].to(tl.int64) + r[None, :]
-        keep = live[:, None] & (r < tl.load(question_ptr + 3) - first)[None, :]
+        row_stride = tl.load(query_item_ptr + 6)
+        asked = (tl.load(query_item_ptr + 5) + m * row_stride)[:, None].to(tl.int64) + r[None, :]
+        keep = live[:, None] & (r < tl.load(query_item_ptr + 3) - first)[None, :]
         asked_split = asked_ptr + split.to(tl.int64) * asked_width
         tl.store(asked_split + asked * NUM_SLICES + s, acc, mask=keep)
 

@@ -73,7 +73,7 @@ def _inner(
 def kronecker_kernel(
     x_ptr,  # [num_rows, in_m * in_n]
     y_ptr,  # [num_rows, out_l * out_k]
-    factors_ptr,  # [num_slots, COUNT] int64: where w1 [out_l, in_m] lies, then w2 [out_k, in_n] or
+    factors_ptr,  # [num_slots, COUNT] int64: addresses of w1 [out_l, in_m], and w2 [out_k, in_n] or
     # its factors w2a [out_k, rank] and w2b [rank, in_n]
     table_ptr,
     x_stride,

@@ -47,8 +47,8 @@ _CHUNKS, _RECORD = tl.constexpr(CHUNKS), tl.constexpr(RECORD)
 
 @triton.jit
 def shrink_items(
-    first,  # work of the list that this program takes first, and
-    step,  # the step to the next
+    first,  # index of this program's first item in the work list
+    step,  # distance to its next item
     x_ptr, a_ptr, slice_ranks_ptr, v_ptr, table_ptr, x_stride, in_features, v_stride,
     NUM_SLICES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
@@ -342,9 +342,9 @@ def _expand_tile(
     y_ptr, v_ptr, b_ptr, slice_ranks_ptr, gain_delta_ptr, bias_ptr, base_bias_ptr, gates_ptr,
     table_ptr, chunk_ptr, y_stride, v_stride, gates_stride, gates_slice_stride, width,
     s,  # slice
-    first_column,  # of the slice in y
+    first_column,  # first column of the slice in y
     out,  # columns of the slice
-    start,  # of the tile in the slice
+    start,  # first column of the tile in the slice
     NUM_SLICES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -537,7 +537,7 @@ def nf4_shrink_kernel(
     slice_ranks_ptr,
     v_ptr,
     table_ptr,
-    num_rows,  # that the base multiplies
+    num_rows,  # number of rows that the base multiplies
     x_stride,
     in_features,
     out_features,

@@ -86,10 +86,10 @@ def _attend_split(
     k_ptr,  # [num_blocks, block_size, kv_heads, head_dim], at the head
     v_ptr,
     blocks_ptr,  # block numbers of the sequence
-    positions,  # [BLOCK_M], of the queries
+    positions,  # [BLOCK_M], positions of the queries
     first,  # first visible position of the sequence
     last,  # last position any row sees
-    start,  # of the split
+    start,  # start of the split
     row_elements: tl.constexpr,  # KV_HEADS * HEAD_DIM
     scale,  # multiplied by log2(e), and by 2 / SOFTCAP if there is a cap
     HEAD_DIM: tl.constexpr,

@@ -122,12 +122,12 @@ def pair_of(h, half, pairs, PARTIAL: tl.constexpr, INTERLEAVED: tl.constexpr):
 @triton.jit
 def store_heads(
     first,  # [M, C] fp32, rounded as a projection's result is: first features of pairs
-    second,  # the second ones
+    second,  # the same for the second features of pairs
     rows,  # [M] int64
-    live,  # [M], which of them there are
-    head,  # [C], of each pair: those of queries first, then of keys, then of values
+    live,  # [M], whether each of these rows exists
+    head,  # [C], each pair's head: queries first, then keys, then values
     h,  # [C], the pair's number in the head
-    i,  # [C], its features
+    i,  # [C], the pair's features
     j,
     cos_ptr, sin_ptr, kv_slots_ptr, q_ptr, k_cache_ptr, v_cache_ptr,  # as in rope_kv_write
     num_heads, kv_heads, half, pairs,

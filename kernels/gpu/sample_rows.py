@@ -114,7 +114,7 @@ def _kept(row_ptr, at, vocab, top, temperature, limit, ties, seen):
 
 @triton.jit
 def _draw(row_ptr, vocab, top, temperature, limit, ties, uniform, winner, BLOCK: tl.constexpr):
-    """The kept token, by id, at which the running mass passes ``uniform`` of all."""
+    """The kept token, by id, at which the running mass passes ``uniform`` times the total."""
     total = tl.full((), 0.0, dtype=tl.float32)
     seen = tl.full((), 0, dtype=tl.int32)
     for start in range(0, vocab, BLOCK):

@@ -339,7 +339,7 @@ class SamplingTable:
 # and ``RANK_TILE`` ranks; shrink works per item::
 #
 #     header   num_rows · rows@ · components@ · 0 | num_chunks · chunks@ · num_items · items@
-#              | num_gates · gates@ · num_questions · questions@
+#              | num_gates · gates@ · num_query_items · query_items@
 #     rows     row number …
 #     component  rank_start · rank_end · slot · offset · weight (fp32 bits) · is_gated · 0 · 0
 #     chunk      position · count · component_begin · component_end · v_base · v_stride · 0 · 0
@@ -350,12 +350,12 @@ class SamplingTable:
 # v_stride``.
 #
 # If a mix contains the components of a gated adapter, each of its chunks also has a *gate*, which
-# names them, and *questions*, each of ``RANK_TILE`` of the query's vectors. The products of a row
+# names them, and *query items*, each of ``RANK_TILE`` of the query's vectors. The products of a row
 # with these vectors are stored like its rank activations::
 #
 #     gate       position · count · component · components · column · slot · v_base · v_stride
 #                · asked_base · asked_stride
-#     question   position · count · vector · vectors · slot · asked_base · asked_stride · 0
+#     query item position · count · vector · vectors · slot · asked_base · asked_stride · 0
 
 RANK_TILE = 16
 # Rows per chunk. All steps use the same number, so that every row goes through the same MMA
@@ -364,7 +364,7 @@ TILE_ROWS = 16
 HEADER = 12
 RECORD = 8
 GATE_RECORD = 10
-# Header positions of the chunks and their items, and of the gates and their questions.
+# Header positions of the chunks and their items, and of the gates and their query items.
 CHUNKS = 4
 GATES = 8
 
@@ -375,13 +375,13 @@ class _Gates:
 
     Attributes:
         gates: The gates' records.
-        questions: The records of their questions.
+        query_items: The records of their query items.
         asked: Rows times vectors so far.
         longest: The largest number of gates of one mix.
     """
 
     gates: list[int] = field(default_factory=list)
-    questions: list[int] = field(default_factory=list)
+    query_items: list[int] = field(default_factory=list)
     asked: int = 0
     longest: int = 0
 
@@ -393,7 +393,7 @@ class _Gates:
         self.gates.extend((position, count, *components, slot, v_base, v_stride))
         self.gates.extend((asked, vectors))
         for j in range(0, vectors, RANK_TILE):
-            self.questions.extend((position, count, j, vectors, slot, asked + j, vectors, 0))
+            self.query_items.extend((position, count, j, vectors, slot, asked + j, vectors, 0))
         self.asked += count * vectors
 
 
@@ -405,7 +405,7 @@ class SegmentTable:
         max_gates: The maximum number of gated adapters of one row's mix.
         rank_capacity: The maximum of rows times ranks in a step, which determines the size of
             ``v``.
-        asked_capacity: The maximum of rows times vectors of the gates' questions.
+        asked_capacity: The maximum of rows times vectors of the gates' query items.
     """
 
     def __init__(
@@ -437,8 +437,8 @@ class SegmentTable:
         self.asked_capacity = max_rows * max_row_asked
         # Worst case: every row has its own mix, with one chunk and at most max_row_items items.
         max_row_items = max_components + max_row_rank // RANK_TILE
-        max_row_questions = max_gates + max_row_asked // RANK_TILE
-        row_records = max_components + 1 + max_row_items + max_row_questions
+        max_row_query_items = max_gates + max_row_asked // RANK_TILE
+        row_records = max_components + 1 + max_row_items + max_row_query_items
         row_words = 1 + RECORD * row_records + GATE_RECORD * max_gates
         capacity = HEADER + max_rows * row_words
         memory = StagedMemory(device, 0) if memory is None else memory
@@ -543,7 +543,7 @@ class SegmentTable:
         words.extend(rows)
         words[2] = len(words)
         words.extend(components)
-        asked = (gates.gates, gates.questions)
+        asked = (gates.gates, gates.query_items)
         for position, record, (heads, parts) in (
             (CHUNKS, RECORD, cut),
             (GATES, GATE_RECORD, asked),

@@ -58,7 +58,7 @@ class AliasTarget:
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """A name that gives each request one of its targets, which are never empty."""
+    """A name that stands for one of its targets in each request. It has at least one target."""
 
     name: str
     targets: tuple[AliasTarget, ...]
@@ -83,7 +83,7 @@ def check_alias(alias: Alias, others: Collection[str], *, is_adapter: bool) -> N
     Args:
         alias: The alias.
         others: The names of all aliases.
-        is_adapter: Whether an adapter has its name.
+        is_adapter: Whether an adapter has the same name.
 
     Raises:
         InvalidRequestError: An adapter has the name, there are too many aliases, or a target occurs
@@ -120,13 +120,13 @@ def kept_generations(
 ) -> tuple[_N, ...]:
     """The replaced generations of an adapter that requests may still name.
 
-    These are the last ones, those that an alias names, and the one with the highest number, because
-    the next new weights get the number after it.
+    These are the last ``keep`` ones, those that an alias names, and the one with the highest
+    number, because the next new weights get the number after it.
 
     Args:
         name: The adapter's name.
         current: The generation that the name stands for.
-        replaced: The replaced generations; the last one was served last.
+        replaced: The replaced generations, in the order in which they were replaced.
         keep: How many of them are kept.
         aliases: All aliases.
     """
@@ -263,8 +263,8 @@ class AdapterFacts:
         num_prefix_positions: Positions before the prompt for which it has keys and values.
         bytes_disk: Size of the checkpoint's files.
         bytes_host: Size of its operators in host memory, in the dtype served when it was read.
-        invocation: Tokens. The adapter takes effect at their last occurrence in the prompt. Empty
-            if it applies everywhere.
+        invocation: The tokens at whose last occurrence in the prompt the adapter takes effect;
+            empty if it applies everywhere.
         labels: Labels of its classification head; empty without one.
         problem_type: See ``Head``; empty without one.
         first_pass: The pass that runs before every pass of its own to compute its scalings:
@@ -494,7 +494,7 @@ class HostResult:
         mix: The mix that was waiting.
         error: The reason why the mix cannot be served. If None, every member is resident until the
             mix is released.
-        load_seconds: The duration of the read, by key of a member that was not resident.
+        load_seconds: The duration of each read, by the key of the member that was not resident.
     """
 
     mix: Mix

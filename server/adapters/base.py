@@ -30,7 +30,7 @@ NOTHING_SPECIAL = Allowed()
 
 
 class WeightRows(Protocol):
-    """A weight, ``[out_features, in_features]``, that may be in memory only in part."""
+    """A weight, ``[out_features, in_features]``, that need not be in memory as a whole."""
 
     @property
     def shape(self) -> Sequence[int]: ...

@@ -161,8 +161,8 @@ class Adapters:
         self._downloads = SlowCalls(_DOWNLOADS, _DOWNLOADS * 3 // 4)
         # Drains wait up to an hour for the requests of others, so they have separate threads.
         self._drains = SlowCalls(_DRAINS)
-        # In a fleet, lookups ask the fleet's registry, which may be away. Clients without the role
-        # admin may list adapters, too.
+        # In a fleet, lookups ask the fleet's registry, which may not answer. Clients without the
+        # role admin may list adapters, too.
         self._lookups = FairPool(ThreadPoolExecutor(_LOOKUPS, "turret-lookups"))
 
     def close(self) -> None:
@@ -387,7 +387,7 @@ class Adapters:
         )
 
     async def find(self, text: str, most: int, call: Call) -> Found:
-        """The first ``most`` adapters, by name, whose names contain the text, which may be any."""
+        """The first ``most`` adapters, by name, whose names contain ``text`` (any string)."""
         records = await self.records(call)
         matching = sorted((r for r in records if text in r.name), key=lambda r: r.name)
         return Found(

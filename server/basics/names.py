@@ -151,8 +151,8 @@ class HubId:
 def model_place(written: str, folder: Path = Path()) -> Path:
     """The path of a model given by a user; for a model on the hub, the path equals its id.
 
-    Only a text in the form of an id is an id. A missing path that would look like an id after it is
-    joined with a folder, or without its ``./``, becomes absolute, so that it cannot name a
+    A text in the form of an id stays unchanged. A missing path that would look like an id after it
+    is joined with a folder, or without its ``./``, becomes absolute, so that it cannot name a
     stranger's repository.
 
     Args:

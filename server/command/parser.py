@@ -9,16 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from turret.closest import closest
-from turret.words import SUGGESTION, TEXTS, Text
+from turret.server.words import say
 
 EXIT_USAGE = 2
 # Arguments that take a text.
 _TEXT_ARGUMENTS = ("prompt", "texts")
-
-
-def _suggestion(meant: str | None) -> str:
-    """The end of an error that suggests a word; empty without one."""
-    return Text.of(SUGGESTION, TEXTS[SUGGESTION], {"closest": meant}) if meant else ""
+# Reasons of values that are not numbers.
+_NOT_NUMBERS: Mapping[Any, str] = {int: "NOT_A_WHOLE_NUMBER", float: "NOT_A_NUMBER"}
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -70,8 +67,10 @@ class CommandParser(argparse.ArgumentParser):
                 # A flag and its value may be one quoted word.
                 self._refuse_flag(rest[0].partition("=")[0].partition(" ")[0])
             takes_text = any(one.dest in _TEXT_ARGUMENTS for one in self._get_positional_actions())
-            hint = "; quote a text of several words" if takes_text else ""
-            self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+            count, values = len(rest), " ".join(rest)
+            if takes_text:
+                self.error(say("UNQUOTED_TEXT", count=count, values=values))
+            self.error(say("UNEXPECTED_ARGUMENTS", count=count, values=values))
         return values, rest
 
     def error(self, message: str) -> NoReturn:
@@ -85,11 +84,22 @@ class CommandParser(argparse.ArgumentParser):
         if action.choices is None or value in action.choices:
             return
         choices = [str(choice) for choice in action.choices]
-        whole = self.verbs_below().get(value) if action.nargs == argparse.PARSER else None
-        suggestion = _suggestion(whole or closest(str(value), choices))
-        listed = ", ".join(map(repr, choices))
-        problem = f"invalid choice: {value!r} (choose from {listed}){suggestion}"
+        meant = closest(str(value), choices)
+        if action.nargs == argparse.PARSER:
+            meant = self.verbs_below().get(value) or meant
+            self.error(say("UNKNOWN_COMMAND", closest=meant, value=value))
+        problem = say("NOT_ONE_OF", closest=meant, choices=", ".join(choices), value=value)
         raise argparse.ArgumentError(action, problem)
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """Convert as argparse does, but describe numbers in the words of other errors."""
+        try:
+            return super()._get_value(action, arg_string)  # type: ignore[misc]
+        except argparse.ArgumentError:
+            if (reason := _NOT_NUMBERS.get(action.type)) is None:
+                raise
+            problem = say(reason, value=f'"{arg_string}"')
+            raise argparse.ArgumentError(action, problem) from None
 
     def _flags(self) -> Iterator[str]:
         """The long flags that were given to this verb."""
@@ -102,5 +112,5 @@ class CommandParser(argparse.ArgumentParser):
                 yield word.partition("=")[0]
 
     def _refuse_flag(self, flag: str) -> NoReturn:
-        suggestion = _suggestion(closest(flag, self._option_string_actions))
-        self.error(f"unrecognized arguments: {flag}{suggestion}")
+        meant = closest(flag, self._option_string_actions)
+        self.error(say("UNKNOWN_FLAG", closest=meant, flag=flag))

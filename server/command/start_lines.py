@@ -33,7 +33,7 @@ def introduce(settings: Settings[Any], config: Any) -> None:
     if config.log.log_format == "text":
         lines = settings.lines(config, with_defaults=with_defaults)
         said = "\n".join([f"turret {turret.__version__}", *lines])
-        # A server serves on after the reader of its log has left.
+        # A server continues to serve after the reader of its log has gone.
         with contextlib.suppress(BrokenPipeError):
             print(said, file=sys.stderr, flush=True)
         return

@@ -220,8 +220,8 @@ class AnswerMemory:
 # Maximum unread output of one answer, not counting the next item to be read, which may hold the
 # logprobs of a long prompt.
 MAX_UNREAD_BYTES = 8 << 20
-# The same for an answer whose tenant already holds too much memory. A client that reads as fast as
-# it can never has this much unread.
+# The same limit for an answer whose tenant already holds too much memory. A client that reads as
+# fast as it can never has this much unread.
 _LEAST_UNREAD_BYTES = 64 << 10
 
 
@@ -401,7 +401,7 @@ class Answer:
         return len(draws), None, None
 
     def output(self, cold: HostResult | None = None, *, is_last: bool) -> Output:
-        """The output of the tokens that were accepted since the last one.
+        """The output for the tokens that were accepted since the last output.
 
         Args:
             cold: The adapters that were read for the request, which the first output reports.

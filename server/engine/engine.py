@@ -45,9 +45,9 @@ from turret.server.metrics import Metrics
 from turret.server.words import say
 
 T = TypeVar("T")
-# Converting more tokens than this to text takes over a millisecond, so it leaves the event loop.
+# Converting more tokens than this to text takes over a millisecond, so it runs off the event loop.
 _INLINE_TOKENS = 128
-# Longer ones are replayed one at a time, because that holds the interpreter's lock.
+# Longer earlier answers are replayed one at a time, because that holds the interpreter's lock.
 _replaying = FairPool(ThreadPoolExecutor(1, "turret-replay"))
 
 
@@ -362,7 +362,7 @@ class Engine:
             said = say("CONTEXT_TOO_SHORT", **lengths)
             if wanted and prompt < limit:
                 lengths |= {"max_tokens": wanted, "room": limit - prompt}
-                said = say("MAX_TOKENS_TOO_LARGE", other="stop.max_tokens", **lengths)
+                said = say("MAX_TOKENS_TOO_LARGE", **lengths)
             raise PromptTooLongError(said, violations=[("input", said)])
         return limit - prompt if wanted is None else wanted
 

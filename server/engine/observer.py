@@ -99,7 +99,7 @@ class LoopObserver:
         self._list_adapters()
 
     def _list_adapters(self) -> None:
-        """Report the adapters of running and waiting requests, regularly and after the last one."""
+        """Report the adapters of running and waiting requests, at intervals and at the end."""
         scheduler, now = self._scheduler, time.monotonic()
         if scheduler.has_work and now < self._listed_at + _LISTED_SECONDS:
             return

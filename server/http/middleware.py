@@ -125,7 +125,7 @@ async def no_route(apart: Collection[str], request: Request, error: Exception) -
 
 
 def _meant(request: Request) -> str:
-    """The path that a client probably meant, also with or without ``/v1``; "" if none."""
+    """The path that a client probably meant, with or without ``/v1``; "" if there is none."""
     parts = [part for part in request.url.path.split("/") if part]
     while parts and parts[0].lower() == "v1":
         del parts[0]

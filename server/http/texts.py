@@ -19,7 +19,7 @@ from turret.v1 import inference_pb2
 
 _Embed = inference_pb2.EmbedRequest
 _POOLINGS = {"last": _Embed.LAST, "mean": _Embed.MEAN, None: _Embed.POOLING_UNSPECIFIED}
-# How many numbers, and how many labels, take as long to serialise as one token with its logprob.
+# This many numbers, or labels, take as long to serialise as one token with its logprob.
 _NUMBERS_PER_TOKEN, _SCORES_PER_TOKEN = 16, 4
 
 

@@ -76,8 +76,8 @@ class LearnerConfig:
         rank: The rank.
         seed: Determines the initial tensors; None for a random seed.
         alpha: The numerator of the scaling; None for 32.
-        targets: The last parts of the paths of the trained modules; empty to choose by the
-            following three.
+        targets: The last parts of the paths of the trained modules; empty if the next three
+            attributes choose them.
         attention: Whether the projections of attention are trained.
         mlp: Whether the projections of MLPs are trained.
         unembed: Whether the head is trained.

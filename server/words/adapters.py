@@ -61,7 +61,7 @@ TEXTS: dict[str, str] = {
     "OTHER_BASE": "adapter {path!q:.200} was trained for {trained_for!q:.200}, not for"
     " {base_model!q:.200}; if both have the same weights, start the server with --allow-other-base",
     # Rows of embedding and head.
-    "UNEQUAL_ROWS": "has {rows} rows, but {other} has {expected}",
+    "UNEQUAL_ROWS": "has {rows!n:row}, but {other} has {expected}",
     "TOO_MANY_ADDED_ROWS": "has {rows} rows, the base model {base_rows}; at most {most} more are"
     f" supported: {_MERGE_FIRST}",
     "NEEDS_ALL_TOKENS": f"needs a base model with all of its tokens; {_MERGE_FIRST}",
@@ -111,7 +111,7 @@ TEXTS: dict[str, str] = {
     "FILE_CHANGED": "changed while it was read",
     # Limits of the server.
     "RANK_OVER_LIMIT": "{name} is {rank}, but the server's --max-rank is {max_rank}",
-    "RANK_TOO_COSTLY": "LoHa rank {rank} is too large for {modules} modules; convert the adapter"
+    "RANK_TOO_COSTLY": "LoHa rank {rank} is too large for {modules!n:module}; convert the adapter"
     " with PEFT's save_as_lora",
     "OVER_HOST_MEMORY": "adapter {path!q:.200} needs {bytes!b} of host memory, but all"
     " adapters together may use {host_bytes!b}; raise --adapter-host-bytes",
@@ -143,8 +143,8 @@ TEXTS: dict[str, str] = {
     " computed from the 4-bit weights",
     "ARROW_WITHOUT_SEED": "rng_seed is null; this server always uses 0, while PEFT draws a new seed"
     " at every load",
-    "COMPONENTS_ADAPT_MORE": "its components adapt {count} modules that it does not target; in"
-    " these, the base alone is used",
+    "COMPONENTS_ADAPT_MORE": "its components adapt {count!n:module} that it does not target,"
+    " where the base alone is used",
     "LARGE_UPDATES": "its updates are as large as the weights that they change: {bytes!b} in"
     " host memory and again on the device",
     "NO_CONV1D": "fan_in_fan_out is true but has no effect on the base model's linear modules",

@@ -65,9 +65,8 @@ TEXTS: dict[str, str] = {
     " take {used!b}, and may take {most!b}; delete some",
     "NOT_A_MESSAGE_TYPE": "the body must be uncompressed protobuf with the content type {wanted}",
     "NOT_A_VECTOR": "must be a dense tensor with one dimension",
-    "NOT_AS_LONG": "must have {expected} entries, one for each token, not {found}",
-    "NOT_WHOLE_NUMBERS": "must be numbers of {size} bytes each; {found} bytes are not a multiple of"
-    " {size}",
+    "NOT_AS_LONG": "must have one entry for each token ({expected}), not {found}",
+    "NOT_WHOLE_NUMBERS": "must be a multiple of {size} bytes, the size of a number, not {found}",
     # Next steps, added to errors by their reasons.
     "STEP_CLASSIFY": "POST /classify labels texts",
     "STEP_GENERATE": "use /v1/chat/completions or /v1/completions for text",

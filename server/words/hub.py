@@ -11,7 +11,9 @@ TEXTS = {
     " that directory and load it from --adapter-root",
     "TOO_MANY_DOWNLOADS": "{most} downloads from the hub are already under way",
     # Adapters in buckets and registries.
-    "REMOTE_NOT_ALLOWED": "is not below a prefix that --adapter-remote allows ({choices})",
+    "REMOTE_UNSUPPORTED": "needs a server with --adapter-remote, which lists where it may load"
+    " adapters from",
+    "REMOTE_NOT_ALLOWED": "is below no prefix of --adapter-remote ({choices})",
     "REMOTE_LACKS_FILE": "contains no {file}",
     "REMOTE_MISSING": "there is no adapter at {path}",
     "REMOTE_FORBIDDEN": "access to {path} was denied; check the server's credentials",

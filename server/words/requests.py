@@ -37,14 +37,14 @@ TEXTS = {
     "PROMPT_TOO_LONG": "the prompt has {length} {unit}, more than the limit of {limit}",
     "CONTEXT_TOO_SHORT": "the prompt has {prompt_tokens} tokens, too many for the context of"
     " {max_model_len}",
-    "MAX_TOKENS_TOO_LARGE": "{other} is {max_tokens}, but this prompt leaves room for {room} in"
-    " the context of {max_model_len} tokens",
+    "MAX_TOKENS_TOO_LARGE": "{max_tokens} tokens were requested, but this prompt leaves room for"
+    " {room} in the context of {max_model_len}",
     "NOTHING_TO_TRAIN": "must be true if `train_mlp` and `train_unembed` are false",
     "OTHER_ADAPTER_CONFIG": "contains an adapter of another method, rank or set of modules",
     "TRAINING_FULL": "the adapter needs {bytes!b}; of the {most!b} for training, {used!b} are in"
     " use",
     "NOT_A_TOKEN": "token {value} is not in the vocabulary of {size} tokens",
-    "ANSWER_COMPLETE": "already has {found} tokens, but {other} allows only {most}",
+    "ANSWER_COMPLETE": "already has {found!n:token}, but {other} allows only {most}",
     "ANSWER_ENDED": "token {index} already ends the answer",
     "TOKEN_FORBIDDEN": "the constraint does not allow token {index}",
     "NO_CHAT_TEMPLATE": "this model has no chat template; send a prompt instead, or start the"

@@ -1,6 +1,12 @@
-"""Errors that keep a command from starting: settings, files and addresses."""
+"""Errors that keep a command from starting: arguments, settings, files and addresses."""
 
 TEXTS = {
+    # Arguments of the command.
+    "UNKNOWN_COMMAND": "unknown command {value!q}",
+    "UNKNOWN_FLAG": "unknown flag {flag}",
+    "UNEXPECTED_ARGUMENTS": "{count!n:unexpected argument}: {values}",
+    "UNQUOTED_TEXT": "{count!n:unexpected argument}: {values}; quote a text of several words",
+    # Settings, files and addresses.
     "INVALID": "{why}",
     "UNKNOWN_VARIABLE": "unknown setting",
     "NOT_A_TABLE": "must be a table, not {value}",

@@ -29,7 +29,7 @@ TEXTS = {
     "DUPLICATE": "{value!q} is listed more than once",
     "SEVERAL_CONSTRAINTS": "only one of these constraints is allowed: {names}",
     # Values.
-    "NOT_ONE_OF": "must be one of {choices}, not {value!q}",
+    "NOT_ONE_OF": "must be {choices!o}, not {value!q}",
     "NOT_IN_RANGE": "must be between {least!q:.30} and {most!q:.30}, not {value!q:.30}",
     "NOT_ABOVE": "must be greater than {bound}, not {value}",
     "TOO_SMALL": "must be at least {least}, not {value}",
@@ -59,15 +59,22 @@ def printable(text: str) -> str:
     )
 
 
+class _Count(int):
+    """A number whose format is the noun that it counts."""
+
+
 class _Sentences(Formatter):
-    """``str.format`` with two more conversions.
+    """``str.format`` with four more conversions.
 
     ``!q`` is text in double quotes, escaped to one line. ``!b`` is a number of bytes with a unit.
-    Other floats have up to seven digits, as many as single precision has. Control characters in
-    other values are escaped, except for line ends.
+    ``!n:token`` is a number of tokens, singular or plural. ``!o`` is one of several choices, or the
+    only choice. Other floats have up to seven digits, as many as single precision has. Control
+    characters in other values are escaped, except for line ends.
     """
 
     def format_field(self, value: Any, format_spec: str) -> str:
+        if isinstance(value, _Count):
+            return counted(value, format_spec)
         if isinstance(value, float) and not format_spec:
             format_spec = ".7g"
         return "\n".join(map(printable, super().format_field(value, format_spec).split("\n")))
@@ -81,6 +88,10 @@ class _Sentences(Formatter):
             return text if text.isprintable() else json.dumps(value, default=str)
         if conversion == "b":
             return about_bytes(value)
+        if conversion == "n":
+            return _Count(value)
+        if conversion == "o":
+            return f"one of {value}" if ", " in value else value
         return super().convert_field(value, conversion)
 
 
@@ -143,6 +154,7 @@ def _scrambled(template: str) -> str:
     for words, name, form, conversion in Formatter().parse(template):
         parts.append(codecs.encode(words, "rot13").replace("{", "{{").replace("}", "}}"))
         if name is not None:
+            form = codecs.encode(form or "", "rot13") if conversion == "n" else form
             spec = f":{form}" if form else ""
             parts.append(f"{{{name}{'!' + conversion if conversion else ''}{spec}}}")
     return "".join(parts)

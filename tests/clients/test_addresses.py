@@ -1,4 +1,4 @@
-"""Addresses that cannot be a server's: the first call is not needed to tell."""
+"""Addresses that cannot be a server's are rejected before the first call."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def test_every_option_reaches_its_field(client: TurretClient, server: FakeTurret
 @pytest.mark.parametrize(
     ("prompt", "options", "error", "text"),
     [
-        ("a", {"max_token": 3}, TypeError, "max_token; .*max_tokens"),
+        ("a", {"max_token": 3}, TypeError, '"max_token".*"max_tokens"'),
         ("a", {"adapters": "json=0.5"}, ValueError, "^adapters: .json=0.5. "),
         ("a", {"adapters": "json+sql"}, ValueError, "^adapters: .json[+]sql. "),
         ("a", {"top_k": -1}, ValueError, "top_k"),

@@ -67,7 +67,7 @@ def litellm_() -> dict[str, Any]:
 
 
 def guidance_() -> dict[str, Any]:
-    """It sends one grammar in two fields."""
+    """The library guidance sends one grammar in two fields."""
     import guidance  # type: ignore[import-not-found]
     from guidance.models.experimental import VLLMModel  # type: ignore[import-not-found]
 

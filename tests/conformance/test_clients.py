@@ -190,7 +190,7 @@ def test_llama_index(url: str, tools_url: str) -> None:
 
 @needs_clients
 def test_guidellm(url: str, tmp_path: Path) -> None:
-    """It asks for the usage after every chunk, and counts tokens by it."""
+    """GuideLLM asks for the usage after every chunk, from which it counts tokens."""
     report = tmp_path / "report.json"
     command = script(
         *("ask_guidellm.py", "run", "--disable-console-interactive"),
@@ -277,7 +277,7 @@ def test_python_clients(
 
 
 def test_the_lora_calls_of_vllm(url: str) -> None:
-    """The requests in its documentation, with an absolute path."""
+    """The requests are those in vLLM's documentation, with an absolute path."""
 
     def post(name: str, body: dict[str, Any]) -> int:
         head = {"content-type": "application/json"}

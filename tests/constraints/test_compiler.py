@@ -69,7 +69,7 @@ def schema(value: Any) -> ConstraintSpec:
             ['{"name":"Bo","age":3}', '{ "name": "Bo",\n "age": 130, "tags": ["a", "b"] }'],
             ['{"age":3,"name":"Bo"}', '{"name":"Bo","age":131}', '{"name":"Bo"}', "{" + 40 * " "],
         ),
-        # Such a format constrains nothing; in a constant, it is no format.
+        # This format constrains nothing. Inside a constant, "format" is not a keyword.
         (
             "json_schema", json.dumps({"prefixItems": [
                 {"type": "string", "format": "password"}, {"const": {"format": "password"}},
@@ -248,7 +248,7 @@ async def test_equal_constraints_are_compiled_once(
     assert all(other is first for other in others)
     assert await compiler.compile(ConstraintSpec("regex", ("a+",))) is first
     assert len(compilations) == 1
-    # Two texts differ from one, and a grammar from a regular expression.
+    # A list of two texts is not the same constraint as one text, nor a grammar as a regex.
     for other in (("choice", "a", "+"), ("choice", "a+"), ("grammar", 'start: "a+"')):
         assert await compiler.compile(ConstraintSpec(other[0], other[1:])) is not first  # type: ignore[arg-type]
     monkeypatch.setattr(constraint_module, "MAX_CACHED", 2)
@@ -335,7 +335,7 @@ async def test_compilation_alternates_between_bearer_tokens(
     await asyncio.sleep(0)
     may_go_on.set()
     await asyncio.gather(*asked)
-    # The threads had begun two jobs of the first token.
+    # The threads had already begun the first jobs of Alice's token.
     assert order.index("b") <= 2 + compiler_module.NUM_THREADS
     assert isinstance(await compiler.compile(ConstraintSpec("regex", ("a",)), b"alice"), Constraint)
 

@@ -144,7 +144,7 @@ def test_a_fleet_is_updated_under_load(fleet: JoinedFleet) -> None:
 
 
 def test_a_machine_that_goes_silent_costs_its_streams_ten_seconds(fleet: JoinedFleet) -> None:
-    """They continue elsewhere with the next token, and other requests are answered."""
+    """The streams continue elsewhere with the next token, and other requests are answered."""
     fleet.serve("third", *FLAGS, "--threads", "1")
     with TurretClient(fleet.address, max_retries=20, timeout=300.0) as client:
         for name in NAMES:

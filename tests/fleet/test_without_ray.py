@@ -240,7 +240,7 @@ def test_a_hub_model_is_not_resolved_to_a_path(
 
 
 def test_a_fleet_on_an_existing_cluster_needs_tokens() -> None:
-    """Its replicas listen for other machines' ingresses, even if --address is loopback."""
+    """The replicas listen for other machines' ingresses, even if --address is loopback."""
     adapters, fleet = AdapterConfig(state_dir=Path("state")), FleetConfig(ray_address="auto")
     assert ClusterConfig(adapters=adapters)
     with pytest.raises(ValidationError, match=say("FLEET_NEEDS_TOKENS")):

@@ -400,7 +400,7 @@ def test_addresses_that_a_registry_may_redirect_to(
 def test_a_host_name_keeps_the_address_that_was_checked(
     monkeypatch: pytest.MonkeyPatch, first: str | None
 ) -> None:
-    """A name server of the registry's owner returns another address at the second question."""
+    """A name server of the registry's owner returns another address at the second query."""
     look_up: Any = socket.getaddrinfo
     answers = iter([first, "169.254.169.254"])
 

@@ -187,7 +187,7 @@ def test_a_killed_process_is_distinguished_from_a_slow_template() -> None:
     process.wait()
     assert chats.render(TURNS, (), True) == "ok"
     assert chats._short.confined._process is not process
-    # A server stops by closing, also while a job runs.
+    # A stopping server closes the templates, even while a job runs.
     closing = threading.Timer(0.2, chats.close)
     closing.start()
     with pytest.raises(UnavailableError):

@@ -44,7 +44,7 @@ BACKTRACKS = {
     "behavior": "Isolated",
     "invert": False,
 }
-# The limit, also if other programs use the processors; without limits, rendering would never end.
+# The limit, even if other programs use the processors; without limits, rendering would never end.
 MAX_SECONDS = 3.0
 
 

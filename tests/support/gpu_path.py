@@ -15,8 +15,8 @@ from turret.kernels.gpu.common import Tuning
 from turret.kernels.gpu.tables import LongSegment, RowTable, SegmentTable
 from turret.server.engine.step.gpu.decode_graphs import Body, Outputs
 
-# The interpreter's time depends on the number of operations, not on their size. There are still
-# several splits and passes.
+# Large tiles, because the interpreter's time depends on the number of operations, not on their
+# size. Every kernel still needs several splits and passes.
 COARSE = Tuning(
     programs=1,
     shrink_split_k=64,
@@ -58,8 +58,8 @@ class CountedWrites(TorchDispatchMode):
 class FakeCapture:
     """Replays captured work, including Python objects, so that only device buffers may differ.
 
-    Like a CUDA graph, a step that uses a value from the host at its launch would repeat the
-    captured step's value.
+    As with a CUDA graph, a step that reads a host value at its launch would repeat the value of the
+    captured step.
 
     Attributes:
         num_captures: The number of captured bodies.

@@ -29,8 +29,8 @@ from turret.training.conversion.made_lora import MadeLora, peft_generator
 from turret.training.errors import RunError
 from turret.training.words import say
 
-# Lloyd's k-means with the same start, steps and end as in scikit-learn, so the clusters are the
-# same.
+# Lloyd's k-means with scikit-learn's initial centers, steps and stopping rule, so that the clusters
+# are the same.
 #
 # AdaMSS clusters the rows of a weight with ``KMeans(init="random", n_init=1, max_iter=10)``. It
 # saves how many rows each cluster has, but not which rows.

@@ -32,7 +32,7 @@ class TrainingMethod(Protocol):
     """A training method: it attaches an adapter to the base, and saves the adapter.
 
     Attributes:
-        name: The value of ``method.name``, also the server's name (rsLoRA is served as ``lora``).
+        name: The value of ``method.name``, and the server's name (rsLoRA is served as ``lora``).
         learning_rate: The peak rate if the config sets none.
     """
 

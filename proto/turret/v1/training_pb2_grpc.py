@@ -167,7 +167,7 @@ class TrainingServicer(object):
 
     def OptimStep(self, request, context):
         """Changes the weights by the gradients since the last step, with AdamW (arXiv 1711.05101). The
-        gradients are zero afterwards, also after an error.
+        gradients are zero afterwards, even after an error.
 
         Returns INVALID_ARGUMENT if the gradient is infinite or NaN.
         """

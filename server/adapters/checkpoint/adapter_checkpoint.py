@@ -52,7 +52,7 @@ class Findings:
         self._mismatches: dict[Finding, None] = {}
 
     def add(self, field: str, why: Text) -> None:
-        """A fault of the checkpoint itself: ``field`` names a key, a file or a tensor."""
+        """Adds a fault of the checkpoint itself; ``field`` names a key, a file or a tensor."""
         self._faults.setdefault((field, why))
 
     def mismatch(self, field: str, why: Text) -> None:
@@ -173,7 +173,7 @@ def canonical_name(name: str) -> str:
     """Drops ``base_model.model.``, wrapper components and the ``default`` adapter name.
 
     ``base_model.model.model.layers.0.q_proj.lora_A.default.weight`` becomes
-    ``model.layers.0.q_proj.lora_A.weight``, also if the name contains ``language_model``.
+    ``model.layers.0.q_proj.lora_A.weight``, even if the name contains ``language_model``.
     """
     return _own_name(_without_noise(name))
 

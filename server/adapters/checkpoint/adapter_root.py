@@ -107,7 +107,7 @@ def refuse(path: str, why: Text) -> AdapterCheckpointError:
 
 
 def _cannot_be_read(error: OSError) -> Text:
-    """The reason; for a permission error, also which user needs read access."""
+    """The reason; for a permission error, with the user who needs read access."""
     if not isinstance(error, PermissionError):
         return say("CANNOT_READ", why=error.strerror)
     try:
@@ -153,7 +153,7 @@ class AdapterDirectory:
         """Whether the directory has an entry of this name, including broken links.
 
         Raises:
-            AdapterCheckpointError: The directory may not be searched.
+            AdapterCheckpointError: The server has no permission to search the directory.
         """
         try:
             os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
@@ -185,7 +185,7 @@ class AdapterDirectory:
         """Names in the directory, in order. Links are names like any other.
 
         Raises:
-            AdapterCheckpointError: The directory may not be listed.
+            AdapterCheckpointError: The server has no permission to list the directory.
         """
         try:
             readable = os.open(".", _LISTED, dir_fd=self._descriptor)

@@ -58,7 +58,7 @@ def read_tokenizer_files(directory: AdapterDirectory, findings: Findings) -> Tok
     """Reads the tokenizer in a directory. Returns None if there is none, or if findings were added.
 
     Args:
-        directory: The adapter's.
+        directory: The adapter's directory.
         findings: Receives the faults of a file, by its name.
 
     Raises:
@@ -93,7 +93,7 @@ def read_chat_template(
     """Reads the chat template in a directory, with the special tokens that it writes.
 
     Args:
-        directory: The adapter's.
+        directory: The adapter's directory.
         findings: Receives the faults of a file, by its name.
         given: The template to use instead. Special tokens that it does not name come from the
             directory.

@@ -130,7 +130,7 @@ REPORT_SECONDS = 5.0
 
 @dataclass(eq=False, slots=True)
 class _Job:
-    """The current fusion: its request, and the members that it holds as soon as it does."""
+    """The current fusion: its request, and its members once it holds them."""
 
     name: str
     refs: Sequence[AdapterRef]
@@ -306,7 +306,7 @@ class Fuser:
         return fused
 
     def _check_free(self, name: str, paths: list[str]) -> None:
-        """Rejects a name that has other content than the result, before any work is done."""
+        """Rejects a name whose content is not the result, before any work is done."""
         try:
             record = self._registry.get(name)
         except AdapterNotFoundError:

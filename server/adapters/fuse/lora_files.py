@@ -67,7 +67,7 @@ class AdapterFiles:
         return [UploadedFile(CONFIG_FILE, len(self._config)), UploadedFile(TENSORS_FILE, size)]
 
     def write(self, staged: StagedUpload, check: Callable[[], None]) -> None:
-        """Writes and syncs both; ``check`` is called between pieces and may raise.
+        """Writes and syncs both files; ``check`` is called between pieces and may raise.
 
         Raises:
             StorageFullError: The disk is full.

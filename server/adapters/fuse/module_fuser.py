@@ -300,7 +300,7 @@ class ModuleFuser:
             ]
             matrix = combine(updates, weights, combination, generator)
             return truncated_svd(matrix, self._choose(module))
-        # PEFT multiplies A and B by the root of weight times scaling each, and gives the sign to A.
+        # PEFT multiplies both A and B by the square root of weight times scaling; A gets the sign.
         scaled = [part.weight * part.scaling for part in parts]
         roots = [math.sqrt(abs(value)) for value in scaled]
         signed = [math.copysign(root, value) for root, value in zip(roots, scaled, strict=True)]

@@ -170,7 +170,7 @@ def _map_memory(num_bytes: int) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-# The last step of lowering: it moves the operators to one block, checks them and sums them up.
+# The last step of lowering: it moves the operators to one block, checks them and summarises them.
 
 
 _NOTHING: Mapping[str, ModuleOperators] = MappingProxyType({})
@@ -183,7 +183,7 @@ def finish(
     prompt: SoftPrompt | None = None,
     scalings: Mapping[str, float] = MappingProxyType({}),
 ) -> Lowered:
-    """Puts the operators into a block of memory, checks that nothing overflowed, and sums up.
+    """Puts the operators into one block of memory, checks them for overflows, and summarises them.
 
     Args:
         reading: The adapter. Biases that replace the base's are added to the operators.

@@ -1,6 +1,6 @@
 """The adapter methods, one file each.
 
-A new file in one of these rooms that assigns ``METHOD`` is used.
+Every file in these rooms that assigns ``METHOD`` is a method; no other list names it.
 
 Nothing here loads torch, so that a starting server can check adapters before it loads the model.
 """

@@ -170,7 +170,7 @@ class AdapterOperators:
 
     @property
     def changes_vocabulary(self) -> bool:
-        """Whether the embedding or the head is another one under this adapter."""
+        """Whether the adapter changes the embedding or the head."""
         return self.head is not None or self.tokens is not None
 
 

@@ -1,4 +1,4 @@
-"""``Δ(x) = D x``, with ``D`` as large as the weight, if no other operator is exact."""
+"""``Δ(x) = D x``: a whole matrix, for updates that no other operator represents."""
 
 from __future__ import annotations
 

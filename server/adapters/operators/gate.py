@@ -67,7 +67,8 @@ class Gate(Operator):
 
     Attributes:
         a: ``[ranks, in_features]``, serving dtype, contiguous. Zero past the last component's rank.
-        b: ``[ranks, out_features]``, serving dtype, contiguous, scaling folded in; zero likewise.
+        b: ``[ranks, out_features]``, serving dtype, contiguous, scaling folded in; zero past the
+            last component's rank, too.
         score: Computes a token's weights.
         rank_indptr: The beginnings and ends of the components' ranks, ``[K + 1]``. A component that
             does not adapt the module has no ranks.

@@ -18,7 +18,7 @@ _PIECE_ELEMENTS = 1 << 20
 
 
 class BaseRows:
-    """The base's data about some rows that operators may use.
+    """The base's inputs and results for some rows, which operators may use.
 
     Args:
         x: The rows' input, ``[rows, in]``.
@@ -57,7 +57,7 @@ class BaseRows:
 
 
 class ServedWeight:
-    """The base's weight for dense forms, written out at most once.
+    """The base's weight for dense forms, dequantised at most once.
 
     Args:
         dequantize: Returns the weight, ``[out, in]`` fp32.

@@ -19,7 +19,7 @@ class PairRotation(Operator):
 
     Attributes:
         sine: ``[out_features]``, fp32, signs included.
-        group: Outputs of a group, even.
+        group: Number of outputs in a group; even.
     """
 
     name = "pairs"

@@ -1,7 +1,8 @@
 """``Δ(x) = S x``, where ``S`` is a few entries of the weight (SHiRA, WaveFT, Super-Tuning).
 
 Every sum consists of single multiplications and additions in the order of an output's entries: all
-first entries of outputs are added, then all second ones, with the outputs of most entries first.
+first entries of outputs are added, then all second ones, beginning with the outputs that have the
+most entries.
 """
 
 from __future__ import annotations

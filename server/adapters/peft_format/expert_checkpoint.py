@@ -102,7 +102,7 @@ def _patterns(
 
 
 def _both(modules: object, chosen: list[str]) -> object:
-    """A value of ``target_modules`` that selects the same as ``modules``, and the chosen paths."""
+    """A value of ``target_modules`` that selects the ``chosen`` paths as well as ``modules``."""
     if not modules:
         return chosen
     if isinstance(modules, str) and modules.lower() != ALL_LINEAR:

@@ -16,7 +16,7 @@ prompt has a high fixed cost, that number is a constant. Attention makes a row m
 longer its context is. So while other sequences decode, prompt tokens may cost at most twice as much
 as the same number of tokens without attention.
 
-Prompts of several tenants share the tokens of a step, also with the next sequence in line.
+Prompts of several tenants share the tokens of a step, and leave some to the next sequence in line.
 
 Fairness also applies to running places, not only admissions. The sequence that is next in line,
 once it has waited for ``preempt_after_seconds``, takes the place of the latest sequence of the
@@ -467,9 +467,9 @@ class Scheduler:
     def _shares(self, prompts: list[Sequence], left: int) -> dict[bytes, int]:
         """The most tokens of running prompts in the next step, by tenant.
 
-        Tenants share what decoding rows leave of a step, also with the tenant of the next sequence
-        in line. Otherwise, that one would wait until a long prompt has been read. Without other
-        tenants there is no limit.
+        Tenants share what decoding rows leave of a step, including the tenant of the next sequence
+        in line. Otherwise, that sequence would wait until a long prompt has been read. Without
+        other tenants there is no limit.
 
         Args:
             prompts: The running prompts.

@@ -217,7 +217,7 @@ class TorchExecutor(Executor):
             return None
 
         def logits() -> torch.Tensor:
-            finder.was_of_no_use()
+            finder.skip_next_calls()
             return self._decoder.logits(states)
 
         return Likeliest(tokens, logits)

@@ -35,7 +35,7 @@ class Pooler:
         """Add the states of a step. A position that is computed again is not counted twice.
 
         Args:
-            placed: Its sequences.
+            placed: The sequences of the step.
             hidden: Final-norm hidden states, ``[at least all rows, hidden]``.
 
         Returns:
@@ -87,7 +87,7 @@ class _Sum:
     """The sum of a prompt's states so far.
 
     Attributes:
-        count: Positions in it.
+        count: Number of positions in the sum.
     """
 
     def __init__(self, zero: torch.Tensor) -> None:

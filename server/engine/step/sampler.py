@@ -655,7 +655,7 @@ def _sample_filtered(scaled: torch.Tensor, params: SamplingParams, uniform: floa
 
 
 def _invert(weights: torch.Tensor, uniform: float) -> int:
-    """Index where the running sum of (unnormalised) ``weights`` passes ``uniform`` of the total."""
+    """Index where the running sum of unnormalised ``weights`` passes ``uniform · total``."""
     cumulative = weights.double().cumsum(0)
     index = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
     # uniform * total may round up to the total: take the last index that has mass.

@@ -52,8 +52,8 @@ class Body(BaseModel):
     """An object of a request. A field that is null counts as absent.
 
     Attributes:
-        names: This object's names for field paths of turret.v1, or for beginnings of paths that end
-            in a dot.
+        names: The fields of this object, by field path of turret.v1. A key that ends in a dot
+            stands for all paths with this prefix.
     """
 
     names: ClassVar[Mapping[str, str]] = {}

@@ -30,7 +30,7 @@ _SEEDS = 1 << 64
 _METHOD = "POST /api/v1/asample"
 # The approximate memory of a request without its tokens.
 _REQUEST_BYTES = 8 << 10
-# How often, and after how many seconds, a request is repeated because the queue was full.
+# While the queue is full, a request is retried this many times, after this many seconds each.
 _TRIES, _RETRY_SECONDS = 600, 1.0
 
 
@@ -76,7 +76,7 @@ async def get_sampler(state: TinkerState, exchange: Exchange) -> None:
 
 
 async def sample(state: TinkerState, exchange: Exchange, body: Sample) -> None:
-    """Begin to sample; the sequences are a result that the client retrieves."""
+    """Start sampling. The client retrieves the sequences later, as the result of a future."""
     owner = state.owner(exchange)
     sampler = state.tenants.sessions.sampler(owner, body.sampling_session_id)
     request_id = f"{sampler.sampler_id}:{body.seq_id}"
@@ -205,7 +205,7 @@ class _Samples:
         )
 
     async def _one(self, index: int, *, echo: bool = False) -> inference_pb2.GenerateResponse:
-        """One sequence. With a seed, each sequence gets a different one."""
+        """One sequence. If the request has a seed, each sequence gets a different one."""
         message = inference_pb2.GenerateRequest()
         message.CopyFrom(self.message)
         message.options.echo = echo

@@ -91,7 +91,7 @@ class Experts:
 
     Attributes:
         layers: The layers that have experts; the others have an MLP.
-        count: Experts of a layer.
+        count: Number of experts in a layer.
         per_token: The number of experts that process a token.
         intermediate_size: The intermediate size of an expert.
         normalizes: Whether the weights of a token's experts are scaled so that their sum is 1.
@@ -134,11 +134,11 @@ class Projections:
 
     Attributes:
         model_type: The name in the config. It is only informative: no code depends on it.
-        num_layers: All layers.
+        num_layers: Number of layers.
         hidden_size: Width of the residual.
         intermediate_size: The inner width of the MLP.
-        num_heads: Heads of queries.
-        num_kv_heads: Heads of keys, and of values.
+        num_heads: Number of query heads.
+        num_kv_heads: Number of key heads, which is also the number of value heads.
         head_dim: Width of one head.
         modules: The modules of a layer, by the projection that they form when they are fused. If a
             checkpoint contains ``qkv`` or ``gate_up`` already fused, the projection is one module.
@@ -213,16 +213,16 @@ class Arch(Projections):
             gates and ups.
         attention_scale: Multiplies the scores.
         embedding_scale: Multiplies the embeddings, rounded to the dtype of activations.
-        scales_soft_tokens: Whether it also multiplies the soft tokens of adapters.
+        scales_soft_tokens: Whether ``embedding_scale`` also multiplies the soft tokens of adapters.
         residual_scale: Multiplies the updates of attention and MLP.
         logit_scale: Multiplies the logits.
         norm_offset: Added to the weights of all norms (1 where a norm is ``1 + w``).
         norms: The norms of a layer.
         qk_norm: Whether queries and keys are normalised: per head, or over the whole projection.
         attention_softcap: If not None, scores become ``c · tanh(score / c)``.
-        has_sinks: Whether every head has a learned score without a position, which is part of the
-            softmax.
-        logit_softcap: The same for logits.
+        has_sinks: Whether the softmax of every head includes a learned score that belongs to no
+            position.
+        logit_softcap: If not None, logits become ``c · tanh(logit / c)``.
         windows: Each layer's sliding window in tokens, or None.
         is_interleaved: Whether a pair that rotates is two neighbouring features of a head, not
             (i, i + pairs).
@@ -262,7 +262,7 @@ class Arch(Projections):
 
     @property
     def attention_span(self) -> float:
-        """The context at which a row's attention costs as much as the rest of the row, on a CPU.
+        """The context length at which attention costs as much as the rest of a row, on a CPU.
 
         A multiplication in attention takes about 1.5 times as long as one by a weight. Layers with
         windows do not count, because windows limit the context.

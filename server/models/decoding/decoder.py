@@ -384,7 +384,7 @@ class LikeliestTokens:
         found: list[int] = tokens[likeliest_tokens(logits)].tolist()
         return found
 
-    def was_of_no_use(self) -> None:
-        """Skip the next calls, because the tokens that the last call found could not be used."""
+    def skip_next_calls(self) -> None:
+        """Do not search in the next calls: the tokens that the last one found could not be used."""
         if self._screen is not None:
             self._screen.pause()

@@ -47,7 +47,7 @@ __all__ = ["functional"]
 
 
 def _as_it_is(function: Callable[..., object] | None = None, **_: object) -> object:
-    """Replaces both of torch's functions, called directly or as decorators with arguments."""
+    """Replaces ``torch.compile`` and ``torch._disable_dynamo``; returns the function unchanged."""
     return _as_it_is if function is None else function
 
 
@@ -194,7 +194,7 @@ class Nf4Weight:
         return out_features, in_features
 
     def absmax(self) -> torch.Tensor:
-        """Block maxima, flat fp32, the nested quantisation undone."""
+        """The block maxima, flat fp32, after undoing the nested quantisation."""
         if not self.state.nested:
             return self.state.absmax.float()
         offset, nested = self.state.offset, self.state.state2

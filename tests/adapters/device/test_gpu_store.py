@@ -67,8 +67,8 @@ def tensors_on(slot_table: slot_tables.SlotTable) -> dict[int, torch.Tensor]:
     return {row.data_ptr(): row for tensor in kept for row in tensor}
 
 
-def lie_right(store: GpuStore, adapters: list[Resident], layer: int) -> None:
-    """Whether the factors of all adapters are at the addresses in the slot tables."""
+def check_addresses(store: GpuStore, adapters: list[Resident], layer: int) -> None:
+    """Check that the factors of all adapters are at the addresses in the slot tables."""
     for place, slot_table in store._slot_tables._slot_tables.items():
         path = LAYOUT.projections[place.projection][place.slice].path
         known = tensors_on(slot_table)
@@ -113,7 +113,7 @@ def test_an_adapter_that_did_not_fit_can_be_prepared_again() -> None:
     assert not store.is_refused("more 3")
     for slot_table in found.values():
         assert len(set(slot_table.slots.values())) == 6
-    lie_right(store, more, layer=1)
+    check_addresses(store, more, layer=1)
 
 
 MIXTURE = ProjectionLayout(
@@ -161,8 +161,8 @@ def test_expert_updates_take_their_exact_size_and_release_it() -> None:
                     assert torch.equal(known[b], update.b.flatten())
 
 
-def lies_right(store: GpuStore, adapters: list[Resident]) -> None:
-    """Whether every factor is at its address in the tables."""
+def check_all_addresses(store: GpuStore, adapters: list[Resident]) -> None:
+    """Check that every factor is at its address in the tables."""
     for adapter in adapters:
         place = store._pack.places[adapter.key]
         for layer in range(LAYOUT.num_layers):
@@ -196,7 +196,7 @@ def test_preparing_a_resident_adapter_copies_nothing() -> None:
         for adapter in adapters * 3:
             store.prepare([adapter])
     assert entered == []
-    lies_right(store, adapters)
+    check_all_addresses(store, adapters)
     store.prepare([adapters[1]])
     store.prepare([low_rank("new")])
     assert [a.key for a in adapters if not a.bytes_device] == ["0"], "the least recently used left"
@@ -212,7 +212,7 @@ def test_scattered_ranks_are_compacted_in_place() -> None:
             batch.append(low_rank(f"{generator.random()}", rank))
             left -= max(-(-rank // 8) * 8, 16)
         store.prepare(batch)
-        lies_right(store, batch)
+        check_all_addresses(store, batch)
 
 
 def test_gains_do_not_invalidate_steps_without_gains() -> None:
@@ -252,7 +252,7 @@ def test_new_adapters_in_its_slot_tables_do_not_invalidate_a_captured_step() -> 
         adapters.append(hadamard(f"{number}"))
         store.prepare(adapters[-1:])
         assert store.bind([(0, 1, [("first", 1.0)])], tables).signature == signature
-    lie_right(store, adapters, layer=0)
+    check_addresses(store, adapters, layer=0)
     for adapter in adapters:
         store.drop(adapter.key)
     assert store._slot_tables._slot_tables == {}

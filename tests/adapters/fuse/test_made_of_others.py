@@ -1,4 +1,4 @@
-"""Fusions of methods made of other operators' parts, compared with PEFT's merged weights."""
+"""Fusions of methods that have no operators of their own, compared with PEFT's merged weights."""
 
 from __future__ import annotations
 

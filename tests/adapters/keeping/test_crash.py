@@ -145,7 +145,7 @@ def test_the_state_is_consistent_after_a_crash_at_any_disk_operation(
 def test_no_alias_ever_loses_its_target(
     make: Registries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The process may end at every step of a move, after which a generation goes that it kept."""
+    """The process may end at every step of a move that drops the alias's previous target."""
     outcomes, was_cut = [], True
     for stop_at in range(60):
         state_path = tmp_path / f"{stop_at}"

@@ -106,7 +106,7 @@ async def test_a_soft_prompt_works_on_the_merged_base(server: EngineHarness, roo
 
 
 async def test_unmerge_restores_every_answer(server: EngineHarness) -> None:
-    """Merges in both precisions, in sequence, also with adapters that depend on the base."""
+    """Merges in both precisions, in sequence, including adapters that depend on the base."""
     mixes: Sequence[tuple[str, ...]] = ((), *((name,) for name in NAMES), ("lora", "dora", "ia3"))
 
     async def answers() -> list[Any]:

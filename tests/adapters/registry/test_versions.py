@@ -107,7 +107,7 @@ def test_a_rollback_serves_a_kept_generation_with_its_number(make: Registries) -
         registry.rollback("x", 3)
     assert registry.rollback("x", 1).generation == 1
     assert versions(registry) == (1, (2,))
-    # Forwards, and never a number that other weights had.
+    # A rollback may also go to a later generation. New weights get a number that none had before.
     assert registry.rollback("x", 2).generation == 2
     registry.rollback("x")
     assert registry.replace("x", "c").generation == 3

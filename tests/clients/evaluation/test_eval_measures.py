@@ -133,5 +133,5 @@ def test_a_gain_is_paired_and_positive_if_the_result_improved():
     assert lower.value == pytest.approx(math.exp(2.0) - math.exp(1.0))
     assert lower.low is not None
     assert lower.low > 0.0
-    # A gain without an interval is one of which every draw has the same.
+    # If every draw gives the same gain, there is no interval.
     assert gain("exact_match", before, before).low is None

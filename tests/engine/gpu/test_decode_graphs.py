@@ -91,8 +91,8 @@ def test_steps_are_recaptured_after_an_epoch_and_beyond_the_capacity(frees_works
             pool.submit(graphs.prepare, epoch, "a", multiply).result()
             for key in "aabbccabcabc":
                 graphs.run(epoch, key, multiply)
-        # In every epoch, all three are captured, of which two stay. Then each that occurs is the
-        # one that has just gone.
+        # In every epoch, all three steps are captured, and two graphs stay. After that, each
+        # captured step is the one whose graph was just dropped.
         assert cuda.num_captures == 3 * 9
         kept = graphs._graphs
         for key in list(kept):

@@ -21,7 +21,7 @@ def scheduled(prompt: int, computed: int, num_new: int) -> Scheduled:
     [(64, 0, True), (64, 63, True), (65, 0, False), (65, 64, False), (65, 65, True), (9, 30, True)],
 )
 def test_short_prompts_use_the_kernels_of_decoding_rows(prompt, computed, fused):
-    """This holds for all chunks, because the cuts depend on the rest of the step."""
+    """All chunks use the same kernel, because other requests determine where a prompt is cut."""
     for num_new in (1, 3):
         assert is_fused(scheduled(prompt, computed, num_new)) is fused
 
@@ -33,5 +33,5 @@ def test_memory_is_planned_for_a_long_prompt_beside_short_ones(tokens, seqs):
     assert sum(sizes) == tokens
     assert len(sizes) == min(tokens, seqs)
     assert max(sizes) == tokens - len(sizes) + 1
-    # With a token budget for a GPU, the weights are written out.
+    # With a token budget for a GPU, some products read dequantised weights.
     assert tokens < 128 or not all(is_fused(item) for item in step.scheduled)

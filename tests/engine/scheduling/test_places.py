@@ -108,7 +108,7 @@ def test_a_tenant_that_occupies_all_places_yields_half_of_them(num_mixes: int) -
     hogs = [clock.ask(f"mix {n % num_mixes}", LONG, b"hog") for n in range(60)]
     for _ in range(20):
         clock.step()
-    # Nobody else is there: it may have everything.
+    # No other tenant is waiting, so this one may take all places.
     assert len(clock.scheduler.running) == SLOTS
     polite = [clock.ask("mix 0", LONG, b"polite") for _ in range(12)]
     for _ in range(int(AFTER_SECONDS / STEP_SECONDS) + SLOTS):

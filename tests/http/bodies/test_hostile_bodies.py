@@ -1,4 +1,4 @@
-"""Bodies of any shape get an answer or an error, and never reveal a bug."""
+"""Bodies of any shape get an answer or a client's error, never an internal one."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ async def test_an_answer_is_calls_or_what_a_constraint_allows(
     both = compiled(spec.kind, *spec.texts)
     for text in (call, *good):
         assert is_followed(both, tokenizer.encode(text)), text
-    # guided_json_object allows any object, also one in the form of Llama 3's calls.
+    # guided_json_object allows any object, even one in the form of Llama 3's calls.
     wrong = CALLS[form].replace("CITY", "Bonn")
     no_call = [] if field == "guided_json_object" and form == "llama3" else [wrong]
     for text in (*bad, *no_call):

@@ -1,14 +1,14 @@
 """``fusion_gate``: the reference and Triton compared with float64.
 
 Planted faults, and how many of ``test_gates``, ``test_gates_in_fp32`` and
-``test_no_gates_and_no_questions`` each of them fails (tried by hand):
+``test_a_step_without_gates_writes_nothing`` each of them fails (tried by hand):
 
 - first part of v only: 2
 - first part of the queries only: 2
 - query of slice 0: 2
 - key dimensions past the first block dropped: 2
 - keys of the first component for all: 2
-- every question of an adapter is the first: 2
+- every query item of an adapter is the first: 2
 - position counted from the adapter's first component: 2
 
 Faults in the reference, and the number of all tests here that fail:

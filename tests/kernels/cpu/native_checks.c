@@ -113,8 +113,8 @@ static void check_elementwise(int64_t width) {
     free(hsum), free(expected), free(hexpected);
 }
 
-/* Row `row` of x has that change in both of two inputs, the row after it in the first input alone, as the
- * second module has none; the others have none. */
+/* Row `row` has the change in both inputs. The next row has its own change per input, and the second module has
+ * none. All other rows stay unchanged. */
 static void check_change(const Step *step, const bf16 *x, int64_t in, int64_t row, const bf16 *expected) {
     bf16 *out = halves(2 * MAX_ROWS * in);
     int64_t changes[3 * MAX_ROWS] = {0};
@@ -144,7 +144,7 @@ static void check_adapters(int64_t in, int64_t out, int64_t rank, int64_t side) 
     Kronecker k = {halves(out_l * in_m), halves(in_n * out_k), 0, 0, out_l, in_m, out_k, in_n, 0};
     int64_t size = in % 8 ? 4 : 8;
     InputBlocks d = {halves(in * size), in / size, size};
-    /* Of output o every in / 8th input from o % (in / 2) on: o % 5 of them. */
+    /* Output o has o % 5 entries: every (in / 8)th input from o % (in / 2) on. */
     int64_t most = 0;
     int32_t *row_starts = calloc(out + 1, sizeof(int32_t));
     for (int64_t o = 0; o < out; o++) row_starts[o + 1] = most += o % 5;
@@ -221,8 +221,8 @@ static void check_adapters(int64_t in, int64_t out, int64_t rank, int64_t side) 
     }
 }
 
-/* Low-rank updates alone, whose bits are compared with another build's: rows of a mix of two, then runs of
- * them in segments of their own. With a small scale the products are subnormal numbers. */
+/* Low-rank updates alone, whose bits are compared with another build's: rows of a mix of two, then runs of these
+ * rows in separate segments. With a small scale, the products are subnormal numbers. */
 static void check_low_rank(int64_t in, int64_t out, int64_t rank, float scale) {
     enum { ROWS = PRODUCT_ROWS, OTHER = 3 };
     bf16 *a = halves(rank * in), *b = halves(rank * out), *x = halves(ROWS * in), *y = halves(ROWS * out);
@@ -270,7 +270,7 @@ static void check_low_rank(int64_t in, int64_t out, int64_t rank, float scale) {
     free(a), free(b), free(x), free(y), free(a2), free(b2), free(start), free(expected), free(scratch);
 }
 
-/* The first factor that adds pieces of the input up. */
+/* A low-rank update whose first factor adds up pieces of the input. */
 static void check_pieces(int64_t in, int64_t out, int64_t rank) {
     bf16 *b = halves(rank * out), *x = halves(MAX_ROWS * in), *y = halves(MAX_ROWS * out), *start = halves(MAX_ROWS * out);
     double *expected = calloc(MAX_ROWS * out, sizeof(double));
@@ -297,8 +297,8 @@ static void check_pieces(int64_t in, int64_t out, int64_t rank) {
     free(b), free(x), free(y), free(start), free(expected), free(scratch);
 }
 
-/* Pairs of MAX_ROWS rows and two of four experts; rows of no, one and two members, the last ones beyond
- * those that have any. The second member has no update in the projection. */
+/* Pairs of MAX_ROWS rows and two of four experts. Rows have no, one or two members, and the last rows come after the
+ * last one with a member. The second member has no update in the projection. */
 static void check_experts(int64_t in, int64_t out, int64_t rank) {
     enum { EXPERTS = 4, PAIRS = 2 * MAX_ROWS, ROWS = MAX_ROWS - 2 };
     bf16 *x = halves(MAX_ROWS * in), *y = halves(PAIRS * out), *start = halves(PAIRS * out);

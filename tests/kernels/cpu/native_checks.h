@@ -9,7 +9,7 @@
 #include <stdlib.h>
 
 #define MAX_ROWS 11
-#define PRODUCT_ROWS 35 /* of the wide products: two tiles' rows, and three */
+#define PRODUCT_ROWS 35 /* rows of the wide products: two tiles of 16, and three more */
 static int failures, threads;
 
 static uint64_t state = 1;
@@ -43,7 +43,7 @@ static void near_bf16(const char *name, const bf16 *y, const double *expected, i
     near(name, wide, expected, n, 8e-3);
     free(wide);
 }
-/* Of all results of the wide products, to be compared with another build's. */
+/* A hash of all results of the wide products, for comparison with another build. */
 static uint64_t sum_of_bits;
 static void add_bits(const bf16 *y, int64_t n) {
     for (int64_t i = 0; i < n; i++) sum_of_bits = (sum_of_bits ^ y[i]) * 1099511628211u;

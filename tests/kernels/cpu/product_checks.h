@@ -114,7 +114,7 @@ static void check_4bit(const char *format, const double *values, int64_t block, 
     bf16 *again = halves(PRODUCT_ROWS * out);
     multiply_experts(x, in, ends, 3, weights, again, out, in, threads);
     same(format, again, y, PRODUCT_ROWS * out * sizeof(bf16));
-    /* Two slices of inputs of their own: the first has the rows in the other order. */
+    /* Two slices with separate inputs: that of the first slice has the rows in reverse order. */
     if (block == 64 && out > 64) {
         const int64_t shape[] = {in, 2, 0, 32, out - 32};
         bf16 *xs = halves(2 * PRODUCT_ROWS * in);

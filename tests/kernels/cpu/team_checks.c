@@ -14,8 +14,8 @@
 void turret_own_threads(int64_t are_wanted);
 
 typedef struct {
-    int64_t *sums; /* of the pieces, plain memory */
-    int64_t *running; /* of the threads: whether it computes */
+    int64_t *sums; /* of the pieces; not atomic */
+    int64_t *running; /* by thread: whether it is computing */
     int64_t value;
 } Job;
 
@@ -59,7 +59,7 @@ static void expect(int64_t wrong, const char *what) {
 
 int main(int count, char **arguments) {
     int64_t threads = count > 1 ? atoi(arguments[1]) : 2;
-    /* A second argument leaves out what a sanitizer knows nothing of: OpenMP's threads. */
+    /* A second argument leaves out OpenMP's threads, of which a sanitizer knows nothing. */
     if (count < 3) expect(run(threads, 100), "openmp");
     turret_own_threads(1);
     expect(run(threads, 5000), "alone");

@@ -121,7 +121,7 @@ def test_the_tokenizer_and_its_template_are_read(
 def test_older_files_without_a_setting_get_a_bos_by_family(
     pre: str, has_bos: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Texts of Llama 3 and Mistral Nemo do, by llama.cpp's own rule."""
+    """By llama.cpp's rule, texts of Llama 3 and Mistral Nemo begin with a BOS."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder, file = tiny("llama", tmp_path / "model"), tmp_path / "tiny.gguf"
     write_gguf(folder, file, Kind.F16, pre=pre)

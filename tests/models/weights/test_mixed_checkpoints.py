@@ -321,7 +321,7 @@ async def test_experts_in_16_bits(tmp_path: Path) -> None:
 
 
 async def test_skipped_modules_of_a_plain_checkpoint(tmp_path: Path) -> None:
-    """The result is what bitsandbytes makes with the same list, also when it is read again."""
+    """The result is what bitsandbytes makes with the same list, even when it is read again."""
     plain = save_tiny_model("llama", tmp_path / "plain")
     skip = ("layers.1.mlp.down_proj", r"model\.layers\.0\.self_attn\.[qk]_proj", "lm_head")
     packed = save_4bit(plain, tmp_path / "packed", skip)

@@ -245,7 +245,7 @@ def test_a_rank_is_limited_by_the_smallest_module(
 def test_a_rank_is_checked_before_the_base_is_quantised(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Also if the config leaves a size to transformers, so that torch is loaded."""
+    """This holds even if the config leaves a size to transformers, so that torch is loaded."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)

@@ -31,8 +31,8 @@ KERNEL void low_rank_shrink(const Module *m, const Rows *rows, const ModuleSize 
         for (int64_t q = 0; q < least(m->rank - r, RANKS); q++) v[i * rows->v_stride + q] *= w;
 }
 
-/* The numbers of rows and of vectors of columns are constants, so that the sums stay in registers: with WIDTH lanes,
- * those of some vectors at a time. Prefetches as many of the next columns. */
+/* The numbers of rows and of vectors of columns are constants, so that the sums stay in registers. If there are too few
+ * registers, only some of the vectors are computed at a time. Also prefetches the same number of the next columns. */
 INLINE void add_tile(const Rows *rows, const bf16 *b, int64_t rank, int64_t stride, int64_t low,
                      const int count, const int vectors) {
     const int every = vectors * PARTS, most = WIDTH == 16 ? every : count == 1 ? 8 : 2;

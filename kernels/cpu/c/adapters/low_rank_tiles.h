@@ -48,7 +48,7 @@ INLINE void store_pairs(float *v, f32x16 value) {
     _mm512_storeu_si512(v, _mm512_or_si512(high, _mm512_slli_epi32(low, 16)));
 }
 
-/* Shrinks at most 16 `ranks` of one row, with zeros up to 16. Prefetches as much of the next factor. */
+/* Shrinks at most 16 `ranks` of one row, with zeros up to 16. Also prefetches the same amount of the next factor. */
 INLINE void shrink_row(const bf16 *a, const bf16 *x, int64_t n, int64_t ranks, float w, float *v,
                        const bf16 *next) {
     float sums[LANES] __attribute__((aligned(64))) = {0};
@@ -82,7 +82,7 @@ INLINE void turn_ranks(const bf16 *a, int64_t n, int64_t ranks, bf16 *turned) {
     for (int i = 0; i < TILE_ROWS; i++) store_f32((float *)turned + i * LANES, v[i]);
 }
 
-/* Shrinks at most 16 rows, or `two` groups of them. */
+/* Shrinks at most 16 rows, or two groups of 16 if `two`. */
 INLINE void shrink_groups(const Rows *rows, const bf16 *a, int64_t n, int64_t ranks, float w, const int two) {
     bf16 turned[2][TILE_ROWS * TILE_INPUTS] __attribute__((aligned(64)));
     float sums[2 * TILE_ROWS * LANES] __attribute__((aligned(64)));
@@ -132,7 +132,7 @@ INLINE void widen_ranks(const bf16 *b, int64_t width, int64_t ranks, uint32_t *p
     }
 }
 
-/* Adds the update to 16 columns of at most 16 rows, or of `two` groups of them. */
+/* Adds the update to 16 columns of at most 16 rows, or of two groups of 16 if `two`. */
 INLINE void expand_groups(const Module *m, const Rows *rows, int64_t width, int64_t low, float *acc,
                           const int two) {
     uint32_t pairs[2][TILE_ROWS * LANES] __attribute__((aligned(64)));
@@ -157,7 +157,7 @@ INLINE void expand_groups(const Module *m, const Rows *rows, int64_t width, int6
 }
 
 /* The same for one row and `vectors` vectors of columns, without tiles. Sums even and odd terms separately, 16
- * ranks at a time, as a tile does, and prefetches as much of the next columns. */
+ * ranks at a time, as a tile does, and prefetches the same amount of the next columns. */
 INLINE void add_vectors(const Module *m, const Rows *rows, int64_t width, int64_t low, float *acc,
                         const int vectors) {
     const bf16 *b = m->b + low, *next = rows->next;

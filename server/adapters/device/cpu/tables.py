@@ -53,7 +53,7 @@ class CpuStepExperts:
 
     Attributes:
         adapters: The rows.
-        numbers: The number of each projection among a layer's.
+        numbers: The index of each projection in a layer.
     """
 
     adapters: ExpertAdapters
@@ -108,7 +108,7 @@ class ModuleNumbers:
 
     Attributes:
         num_modules: Modules of all layers.
-        sizes: Their sizes.
+        sizes: The sizes of these modules.
         max_slices: The maximum number of slices of a projection.
     """
 

@@ -58,7 +58,8 @@ class GpuStepGates:
     """The gates of a step.
 
     Attributes:
-        tables: Per projection in which an adapter of the step has gates, the table of all scores.
+        tables: The table of all scores, for each projection in which an adapter of the step has
+            gates.
     """
 
     tables: Mapping[str, torch.Tensor]

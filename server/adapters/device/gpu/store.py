@@ -174,7 +174,7 @@ class GpuStore(AdapterStore):
         self.budgets = (self._pack.budget, max(max_bytes - self._pack.num_bytes, 0))
         self.later_bytes = self.budgets[1] + max_bytes // _STAGED_SHARE
         self.version = 0
-        # When the device had no memory for an adapter, in seconds.
+        # The time at which the device had no memory for an adapter, in seconds.
         self._refused: dict[str, float] = {}
 
     def _operators(self, adapter: Resident) -> AdapterOperators:

@@ -323,7 +323,7 @@ class Uploads:
         self._leaving: list[tuple[torch.cuda.Event | None, torch.Tensor]] = []
 
     def is_near(self, key: str, operators: AdapterOperators) -> bool:
-        """Whether the device has an adapter, or a step should not wait for it; starts its copy.
+        """Whether a step need not wait for an adapter's copy. If the copy is missing, starts it.
 
         The caller asks repeatedly while other requests run. The answer is False for at most a
         second.

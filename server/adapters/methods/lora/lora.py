@@ -29,7 +29,7 @@ _SAMPLER_PARTS = ("expert_weights", "expert_weights_prior", "gaussian_var_prior"
 def _is_plain(config: Mapping[str, Any]) -> bool:
     """Whether the config selects plain LoRA.
 
-    Malformed values count as plain, and are reported then.
+    Malformed values count as plain LoRA, whose checks report them.
     """
     flags = any(config.get(key) is True for key in ("use_dora", "use_qalora"))
     flags = flags or isinstance(config.get(INVOCATION), list)

@@ -137,7 +137,7 @@ class BlockTables:
         self.write(places, numbers)
 
     def _assign(self, sequence: Sequence, step: SequenceOf[Sequence]) -> _Row:
-        """Give a sequence an empty row: its own, a free one, or one from outside the step."""
+        """Give a sequence an empty row: its own, a free one, or that of another step's sequence."""
         self.forget(sequence)
         if not self._free:
             needed = set(step)
