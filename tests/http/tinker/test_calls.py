@@ -495,9 +495,9 @@ async def test_limits_on_sessions_models_and_samplers(
         for sampler, status in zip(made, (404, 404, 200, 200), strict=True):
             assert (await one.send("/asample", sample_of(sampler))).status_code == status
         # A sampler with the number of another one replaces it.
-        for kind in ("snapshot", "inflight"):
-            save |= {"seq_id": save["seq_id"] + 1, "sampling_session_seq_id": 3, "kind": kind}
-            await one.result(await one.ask("/save_weights_for_sampler", save))
+        for number, kind in enumerate(("snapshot", "inflight"), start=5):
+            save = {"model_id": model_id, "seq_id": number, "sampling_session_seq_id": 3}
+            await one.result(await one.ask("/save_weights_for_sampler", {**save, "kind": kind}))
         await tenants.sessions.close()
         assert len(tables(one).published) == 2
         await one.result(await one.ask("/unload_model", {"model_id": model_id}))
