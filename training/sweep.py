@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import threading
 from collections import Counter
@@ -17,9 +18,10 @@ from turret.clients.messages.results import Model
 from turret.server.api.tenants.sessions import MAX_MODELS
 from turret.server.models.decoding.arch import Projections
 from turret.training.base_model import find_base
-from turret.training.engine import Engine, LocalEngine
+from turret.training.engine import Engine
 from turret.training.errors import RunError
 from turret.training.methods import method_named
+from turret.training.own_engine import is_shared
 from turret.training.report import write_report
 from turret.training.run.folder import RunFolder, what_next
 from turret.training.serving_cost import serving_cost
@@ -74,19 +76,19 @@ def sweep(
     variants: Sequence[Variant],
     folder: Path,
     announce: Announce,
-    open_engine: OpenEngine = LocalEngine,
+    open_engine: OpenEngine,
     served: Model | None = None,
 ) -> Iterator[VariantResult]:
     """Train every variant, and write ``sweep.json`` into the sweep's directory at the end.
 
     Variants that are already finished are not trained again, so a sweep that was stopped continues.
-    All variants are checked at once. A server trains them together; without one, each is trained
-    when its result is requested.
+    All variants are checked at once. Those that share a base are trained together. Every other one
+    is trained when its result is requested.
 
     Args:
         variants: At least one. Their configs must have validation examples.
         folder: The directory to which the configs' paths are relative.
-        announce: Shows the progress of each run, or of all runs on a server.
+        announce: Shows the progress of a run, or of those that are trained together.
         open_engine: Creates what trains the adapter of a run.
         served: The model of the server that trains, if one does.
 
@@ -95,10 +97,7 @@ def sweep(
         TrainingError: See ``Trainer.run``.
     """
     _check(variants, folder)
-    if served is None:
-        found = (_alone(variant, folder, announce, open_engine) for variant in variants)
-    else:
-        found = _together(variants, folder, announce, open_engine, served)
+    found = _trained(variants, folder, announce, open_engine, served)
     return _results(found, (folder / variants[0].config.run.output).parent)
 
 
@@ -162,23 +161,31 @@ def _described(variant: Variant, resolved: Resolved, result: FinishedRun) -> Var
     )
 
 
-def _alone(
-    variant: Variant, folder: Path, announce: Announce, open_engine: OpenEngine
-) -> VariantResult:
-    with announce(None, variant.title) as listen:
-        resolved = resolve(variant.config, folder)
-        result = _train(variant, resolved, listen, open_engine)
-    return _described(variant, resolved, result)
-
-
-def _together(
+def _trained(
     variants: Sequence[Variant],
     folder: Path,
     announce: Announce,
     open_engine: OpenEngine,
-    served: Model,
+    served: Model | None,
 ) -> Iterator[VariantResult]:
-    """Train all variants at the same time on a server; if one fails, the others stop."""
+    with announce(None, "sweep") as listen:
+        runs = [(variant, resolve(variant.config, folder, served)) for variant in variants]
+        is_together = [served is not None or is_shared(resolved) for _, resolved in runs]
+        shared = list(itertools.compress(runs, is_together))
+        together = iter(_together(shared, listen, open_engine) if shared else ())
+    for (variant, resolved), is_trained in zip(runs, is_together, strict=True):
+        if is_trained:
+            result = next(together)
+        else:
+            with announce(None, variant.title) as listen:
+                result = _train(variant, resolved, listen, open_engine)
+        yield _described(variant, resolved, result)
+
+
+def _together(
+    runs: Sequence[tuple[Variant, Resolved]], listen: Listener, open_engine: OpenEngine
+) -> list[FinishedRun]:
+    """Train variants at the same time on one base; if one fails, the others stop."""
     engines: list[Any] = []
     opening, is_over = threading.Lock(), threading.Event()
 
@@ -191,25 +198,22 @@ def _together(
             engine.cancel()
         return engine
 
-    with announce(None, "sweep") as listen:
-        shared = _Shared(listen, len(variants))
-        resolved = [resolve(variant.config, folder, served) for variant in variants]
-        with ThreadPoolExecutor(min(len(variants), MAX_MODELS)) as pool:
-            waiting = [
-                pool.submit(_train, variant, each, shared.listener(variant.title), opened)
-                for variant, each in zip(variants, resolved, strict=True)
-            ]
-            try:
-                for each in as_completed(waiting):
-                    each.result()
-            except BaseException:
-                is_over.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                for engine in engines:
-                    engine.cancel()
-                raise
-    for variant, each, done in zip(variants, resolved, waiting, strict=True):
-        yield _described(variant, each, done.result())
+    shared = _Shared(listen, len(runs))
+    with ThreadPoolExecutor(min(len(runs), MAX_MODELS)) as pool:
+        waiting = [
+            pool.submit(_train, variant, resolved, shared.listener(variant.title), opened)
+            for variant, resolved in runs
+        ]
+        try:
+            for each in as_completed(waiting):
+                each.result()
+        except BaseException:
+            is_over.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            for engine in engines:
+                engine.cancel()
+            raise
+    return [each.result() for each in waiting]
 
 
 class _Shared:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import functools
 import importlib
@@ -12,7 +13,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -291,17 +292,20 @@ def _served(args: argparse.Namespace) -> Any:
         return client.get_model()
 
 
-def _opener(args: argparse.Namespace) -> Any:
-    """Creates the engine of a run."""
+@contextlib.contextmanager
+def _engines(args: argparse.Namespace) -> Iterator[Any]:
+    """Opens engines of runs."""
     if args.address is None:
-        from turret.training.engine import LocalEngine
+        from turret.training.own_engine import own_engines
 
-        return LocalEngine
+        with own_engines() as open_engine:
+            yield open_engine
+        return
 
     from turret.training.server_engine import ServerEngine
 
     connect = functools.partial(_connect, args)
-    return functools.partial(ServerEngine, address=args.address, connect=connect)
+    yield functools.partial(ServerEngine, address=args.address, connect=connect)
 
 
 def _resolve(args: argparse.Namespace, config: Any, served: Any = None) -> Any:
@@ -379,18 +383,16 @@ def _sweep(args: argparse.Namespace) -> None:
         listen({"kind": "phase", "text": "reading the base model"})
         _load(args, "turret.training.sweep")
         from turret.training.sweep import sweep
-
-        results = sweep(variants, folder, announce, _opener(args), served)
+    with _engines(args) as open_engine:
+        results = list(sweep(variants, folder, announce, open_engine, served))
     if args.json:
         from turret.clients.verbs.command import print_json
 
         print_json([result.figures() for result in results])
         return
-    varied = [shown_key(key) for key in variants[0].settings]
-    table = Table(*varied, "validation loss", "trained weights", "adapter", "products", "seconds")
-    done = []
-    for variant, result in zip(variants, results, strict=True):
-        done.append((variant, result))
+    columns = ("validation loss", "trained weights", "adapter", "products", "seconds")
+    table = Table(*map(shown_key, variants[0].settings), *columns)
+    for result in results:
         table.add_row(
             *map(shown, result.settings.values()),
             f"{result.validation_loss:.4f}",
@@ -401,8 +403,9 @@ def _sweep(args: argparse.Namespace) -> None:
         )
     print_table(table, _console())
     # Compare the losses as the table shows them; among equals the first (smallest) rank wins.
-    best, result = min(done, key=lambda pair: round(pair[1].validation_loss, 4))
-    print(f"the lowest validation loss has {best.title}", result.what_next, sep="\n")
+    best = min(results, key=lambda result: round(result.validation_loss, 4))
+    title = variants[results.index(best)].title
+    print(f"the lowest validation loss has {title}", best.what_next, sep="\n")
 
 
 def _axes(variants: Sequence[Any]) -> str:
@@ -467,8 +470,9 @@ def _run(args: argparse.Namespace) -> None:
         from turret.training.report import write_report
         from turret.training.trainer import Trainer
 
-        trainer = Trainer(resolved, listen, _opener(args))
-        result = trainer.run(resume=args.resume, overwrite=args.overwrite)
+        with _engines(args) as open_engine:
+            trainer = Trainer(resolved, listen, open_engine)
+            result = trainer.run(resume=args.resume, overwrite=args.overwrite)
     report = write_report(result.folder)
     if sys.stdout.isatty() and not args.quiet:
         # The trainer's last note has already shown the path of the adapter.

@@ -31,6 +31,7 @@ from turret.training.batches import make_batch
 from turret.training.engine import LocalEngine, pad_token
 from turret.training.errors import ConfigError, RunError
 from turret.training.loss import LossFunction
+from turret.training.own_engine import own_engines
 from turret.training.run.folder import read_metrics
 from turret.training.run.resuming import check_settings
 from turret.training.server_engine import ServerEngine
@@ -152,6 +153,25 @@ def test_training_on_a_server_matches_local_training(
     assert provenance["adapter"]["digest"]
     assert "server" not in provenance
     assert left_on(server) == (0, 0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_engine_in_this_process_gives_the_bytes_of_a_server(
+    server: ServerUnderTest, tiny_llama: Path, tmp_path: Path, method: str
+) -> None:
+    more = (f"method.name={method}", f"optimizer.learning_rate={RATES.get(method, 0.02)}")
+    more += ("run.gradient_accumulation=2", "data.packing=true") if method == "lora" else ()
+    served = resolved_on(server, tmp_path, tiny_llama, "served", *more)
+    theirs = Trainer(served, open_engine=opener(server)).run().folder
+    here = resolve_tiny(tmp_path, tiny_llama, *EXACT, "run.output=here", *more)
+    with own_engines() as open_engine:
+        ours = Trainer(here, open_engine=open_engine).run().folder
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (ours.adapter / name).read_bytes() == (theirs.adapter / name).read_bytes(), name
+    assert ours.samples.read_text() == theirs.samples.read_text()
+    for kind in ("step", "validation"):
+        assert losses_of(ours.path, kind) == pytest.approx(losses_of(theirs.path, kind), rel=1e-6)
+    assert [path.suffix for path in ours.checkpoints.iterdir()] == [""]
 
 
 @pytest.mark.long

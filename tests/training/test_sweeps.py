@@ -15,6 +15,7 @@ from said import says
 
 from turret.server.basics.names import ADAPTER_NAME
 from turret.training.errors import ConfigError, ConfigFileError
+from turret.training.own_engine import own_engines
 from turret.training.run.folder import RunFolder
 from turret.training.settings.variants import read_variants
 from turret.training.sweep import sweep
@@ -113,7 +114,8 @@ def test_a_sweep_compares_variants(tiny_llama: Path, tmp_path: Path) -> None:
 
     def swept(*overrides: str) -> list[Any]:
         variants = tiny_variants(tmp_path, tiny_llama, "run.steps=2", *overrides)
-        return list(sweep(variants, tmp_path, announce))
+        with own_engines() as open_engine:
+            return list(sweep(variants, tmp_path, announce, open_engine))
 
     first = swept("method.rank=1,4")
     assert [result.settings for result in first] == [{"rank": 1}, {"rank": 4}]
@@ -133,18 +135,22 @@ def test_a_sweep_compares_variants(tiny_llama: Path, tmp_path: Path) -> None:
     # Finished variants are not trained again.
     again = swept("method.rank=1,4,2")
     assert again[:2] == first
-    assert trained == ["rank 1"] * 2 + ["rank 4"] * 2 + ["rank 2"] * 2
+    # Each variant has two steps. Those that are trained together have one progress bar.
+    assert trained == ["sweep"] * 6
     # No variant is trained if one of them is invalid.
     with pytest.raises(ConfigError, check=says("RANK_TOO_HIGH", most=64)):
         swept("method.rank=3,65")
     assert not (output / "rank-3").exists()
+    # VB-LoRA is trained by PEFT, alone, and the order of the results is that of the variants.
     trained.clear()
-    mixed = swept("method.name=lora,ia3", "run.seed=0,1")
-    methods = [RunFolder(Path(r.output)).read_facts()["config"]["method"]["name"] for r in mixed]
-    assert methods == ["lora", "lora", "ia3", "ia3"]
-    assert trained[::2] == [
-        f"method {method}, seed {seed}" for method in ("lora", "ia3") for seed in (0, 1)
+    mixed = swept("method.name=vblora,lora,ia3", "run.seed=0,1")
+    assert [list(r.settings.values()) for r in mixed] == [
+        [method, seed] for method in ("vblora", "lora", "ia3") for seed in (0, 1)
     ]
+    methods = [RunFolder(Path(r.output)).read_facts()["config"]["method"]["name"] for r in mixed]
+    assert methods == [result.settings["method"] for result in mixed]
+    alone = [f"method vblora, seed {seed}" for seed in (0, 1)]
+    assert trained == ["sweep"] * 8 + [alone[0]] * 2 + [alone[1]] * 2
 
 
 def test_the_output_is_one_directory(tmp_path: Path) -> None:
