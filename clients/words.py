@@ -71,7 +71,7 @@ TEXTS = {
     "PATH_MISSING": "{path} does not exist",
     "PATH_IS_A_DIRECTORY": "{path} is a directory; name a file in it",
     "EXAMPLE_KEYS": "messages, or prompt and completion (labels may replace the answer)",
-    "TRAINING_EXAMPLE_KEYS": "messages, prompt and completion, or text (labels may replace the"
+    "TRAINING_EXAMPLE_KEYS": "messages, or prompt and completion, or text (labels may replace the"
     " answer)",
     "NO_EXAMPLES": "has no examples; every line must be a JSON object with {keys}",
     # Lines of such a file.

@@ -56,9 +56,9 @@ class DataError(TrainingError):
         self.problem = problem
 
     @classmethod
-    def of(cls, path: Path, line: int, field: str, problem: Text) -> DataError:
-        """The error for one invalid field of an example."""
-        return cls(problem, f"{path}:{line}: {field}")
+    def of(cls, path: Path, line: int, field: str | None, problem: Text) -> DataError:
+        """The error for one invalid field of an example, or for the whole example."""
+        return cls(problem, f"{path}:{line}: {field}" if field else f"{path}:{line}")
 
 
 class RunError(TrainingError):

@@ -128,7 +128,7 @@ def _check_disjoint(train: Sequence[Example], validation: Sequence[Example]) -> 
     for example in validation:
         line = seen.get(_content(example))
         if line is not None:
-            raise example.error("line", say("ALSO_IN_TRAINING", line=line))
+            raise example.error(None, say("ALSO_IN_TRAINING", line=line))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +151,8 @@ class Example:
     completion: str = ""
     labels: tuple[str, ...] | None = None
 
-    def error(self, field: str, problem: Text) -> DataError:
-        """The error for a field of this example."""
+    def error(self, field: str | None, problem: Text) -> DataError:
+        """The error for a field of this example, or for the whole example."""
         return DataError.of(self.path, self.line, field, problem)
 
 
@@ -277,7 +277,7 @@ def encode_labelled(
         if len(item.tokens) > max_length:
             if config.too_long == "error":
                 text = say("TOO_MANY_TOKENS", found=len(item.tokens), most=max_length)
-                raise example.error("line", text)
+                raise example.error(None, text)
             if config.too_long == "drop":
                 dropped += 1
                 shortest = min(shortest, len(item.tokens))
@@ -439,7 +439,7 @@ def encode_all(
         if length > max_length:
             if config.too_long == "error":
                 text = say("TOO_MANY_TOKENS", found=length, most=max_length)
-                raise example.error("line", text)
+                raise example.error(None, text)
             learned = item.learned[:max_length]
             item = replace(item, tokens=item.tokens[:max_length], learned=learned)
             if config.too_long == "drop" or not any(item.learned):
@@ -448,7 +448,7 @@ def encode_all(
                 continue
             truncated += 1
         if not any(item.learned):
-            raise example.error("line", say("NOTHING_TO_LEARN"))
+            raise example.error(None, say("NOTHING_TO_LEARN"))
         encoded.append(item)
     if not encoded:
         raise none_left(path, max_length, shortest)

@@ -20,7 +20,7 @@ TEXTS = {
     "ONE_VALUE_ONLY": "must be one value, because the variants of a sweep have directories in it",
     # Settings that do not go together.
     "VALUE_UNSUPPORTED_BY": "{value} is not supported by {method}",
-    "KEY_UNSUPPORTED_BY": "is not supported by {method}; its keys are {choices}",
+    "KEY_UNSUPPORTED_BY": "is not supported by {method}, which has only {choices}",
     "ODD_RANK": "must be even for hra, not {value}",
     "RANK_TOO_HIGH": "must be at most {most}, the limit of {method} on {module}, not {value}",
     "EXCEEDS_CONTEXT": "must be at most {most}, the context length of the model, not {value}",

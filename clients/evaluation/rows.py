@@ -107,7 +107,7 @@ class RowError(ValueError):
     Attributes:
         path: The file.
         line: From 1; None if the whole file is at fault.
-        field: The part of the line; None if the whole file is at fault.
+        field: The part of the line; None if the whole line or file is at fault.
         problem: The fault.
         place: File, line and field, as in the message.
     """
@@ -140,8 +140,8 @@ class Row:
     values: dict[str, Any]
     is_training: bool
 
-    def error(self, field: str, problem: Text) -> RowError:
-        """The error for a field of this line."""
+    def error(self, field: str | None, problem: Text) -> RowError:
+        """The error for a field of this line, or for the whole line."""
         return RowError(self.path, self.line, field, problem)
 
     def shape_error(self) -> RowError:
@@ -151,7 +151,7 @@ class Row:
         keys = _keys(self.is_training)
         unknown = sorted(self.values.keys() - known)
         if not unknown:
-            return self.error("line", say("NOT_AN_EXAMPLE", keys=keys))
+            return self.error(None, say("NOT_AN_EXAMPLE", keys=keys))
         near = closest(unknown[0], known)
         return self.error(unknown[0], say("UNEXPECTED_KEY", keys=keys, closest=near))
 
@@ -258,7 +258,7 @@ def _json_object(path: Path, line: int, text: str, is_training: bool) -> dict[st
         raise
     except (RecursionError, ValueError) as error:
         # The line nests too deeply, or has a number of thousands of digits.
-        raise RowError(path, line, "line", say("NOT_JSON", problem=error)) from error
+        raise RowError(path, line, None, say("NOT_JSON", problem=error)) from error
     if not isinstance(row, dict):
-        raise RowError(path, line, "line", say("NOT_AN_EXAMPLE", keys=_keys(is_training)))
+        raise RowError(path, line, None, say("NOT_AN_EXAMPLE", keys=_keys(is_training)))
     return row

@@ -83,7 +83,7 @@ def _merge_records(
 @triton.jit
 def _attend_split(
     q,  # [BLOCK_M, BLOCK_D], not scaled yet: rounding it again would double its error
-    k_ptr,  # [num_blocks, block_size, kv_heads, head_dim], at the head
+    k_ptr,  # [num_blocks, block_size, kv_heads, head_dim], from this head on
     v_ptr,
     blocks_ptr,  # block numbers of the sequence
     positions,  # [BLOCK_M], positions of the queries

@@ -1,4 +1,4 @@
-"""Reports an output that cannot be written in one line instead of a traceback."""
+"""Reports in one line, without a traceback, that the output cannot be written."""
 
 from __future__ import annotations
 

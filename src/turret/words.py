@@ -91,7 +91,7 @@ class _Sentences(Formatter):
         if conversion == "n":
             return _Count(value)
         if conversion == "o":
-            return f"one of {value}" if ", " in value else value
+            return f"one of {value}" if ", " in value else f'"{value}"'
         return super().convert_field(value, conversion)
 
 

@@ -22,7 +22,7 @@ SAYERS: dict[str, set[str]] = {
     "ask_one": {"problem"},
     "Limit": {"most", "max_requests_per_token", "max_requests_per_peer"},
 }
-ROOMS = ("adapters", "api", "basics", "constraints", "engine", "http", "hub", "models", "rpc")
+PACKAGES = ("adapters", "api", "basics", "constraints", "engine", "http", "hub", "models", "rpc")
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("src/turret", "server", "fleet", "training", "clients", "kernels")
 CATALOGUES = tuple(catalogues().values())
@@ -93,8 +93,8 @@ def test_every_error_text_comes_from_the_catalogue() -> None:
     """The test covers the packages whose errors all come from the catalogue."""
     kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type)}
     free = []
-    for room in ROOMS:
-        for path in (ROOT / "server" / room).rglob("*.py"):
+    for package in PACKAGES:
+        for path in (ROOT / "server" / package).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 match node:
                     case ast.Call(func=ast.Name(id=name), args=[text, *_]) if name in kinds:

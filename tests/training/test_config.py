@@ -177,9 +177,9 @@ USER = {"role": "user", "content": "a"}
 @pytest.mark.parametrize(
     ("row", "field", "reason"),
     [
-        ([1], "line", "NOT_AN_EXAMPLE"),
-        ({}, "line", "NOT_AN_EXAMPLE"),
-        ({"prompt": "a"}, "line", "NOT_AN_EXAMPLE"),
+        ([1], None, "NOT_AN_EXAMPLE"),
+        ({}, None, "NOT_AN_EXAMPLE"),
+        ({"prompt": "a"}, None, "NOT_AN_EXAMPLE"),
         ({"prompt": "a", "completion": "b", "id": 1}, "id", "UNEXPECTED_KEY"),
         ({"prompt": 3, "completion": "b"}, "prompt", "NOT_A_STRING"),
         ({"prompt": "a", "completion": ""}, "completion", "EMPTY"),
@@ -199,12 +199,12 @@ USER = {"role": "user", "content": "a"}
     ],
 )
 def test_an_invalid_example_is_reported_with_file_line_and_field(
-    tmp_path: Path, row: Any, field: str, reason: str
+    tmp_path: Path, row: Any, field: str | None, reason: str
 ):
     path = write_jsonl(tmp_path / "train.jsonl", [{"text": "good"}, row])
     with pytest.raises(DataError) as caught:
         read_examples(path)
-    assert str(caught.value).startswith(f"{path}:2: {field}: ")
+    assert str(caught.value).startswith(f"{path}:2: {field}: " if field else f"{path}:2: ")
     assert caught.value.problem.reason == reason
 
 
@@ -226,15 +226,15 @@ def test_a_file_that_is_not_jsonl_is_rejected(tmp_path: Path):
 @pytest.mark.parametrize(
     ("data", "place", "reason"),
     [
-        (b'[{"text": "a"}]\n', ":1: line", "NOT_AN_EXAMPLE"),
+        (b'[{"text": "a"}]\n', ":1", "NOT_AN_EXAMPLE"),
         (b'[\n  {"text": "a"}\n]\n', ":1: column 2", "LINE_NOT_JSON"),
         ('{"text": "a"}\n'.encode("utf-16"), ":1: byte 1", "NOT_UTF8"),
         (b'"prompt"\t"completion"\n"a"\t"b"\n', ":1: column 10", "LINE_NOT_JSON"),
         (gzip.compress(b'{"text": "a"}\n', mtime=0), ":1: byte 2", "NOT_UTF8"),
         (b'{"prompt": "a", "completion": "b", "prompt": "c"}', ":1: prompt", "DUPLICATE_KEY"),
         # Python's parser raises a different error for each of them.
-        (b"{" + b'"text": {' * 100_000, ":1: line", "NOT_JSON"),
-        (b'{"text": ' + b"1" * 5000 + b"}", ":1: line", "NOT_JSON"),
+        (b"{" + b'"text": {' * 100_000, ":1", "NOT_JSON"),
+        (b'{"text": ' + b"1" * 5000 + b"}", ":1", "NOT_JSON"),
         (b'\n{"text": "caf\xff"}\n', ":2: byte 14", "NOT_UTF8"),
     ],
 )

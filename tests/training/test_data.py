@@ -86,7 +86,7 @@ def test_long_examples_are_dropped_truncated_or_refused():
     assert [len(item.tokens) for item in cut.examples] == [5, 8]
     assert (cut.num_dropped, cut.num_truncated) == (0, 1)
     too_many = says("TOO_MANY_TOKENS", found=11, most=8)
-    with pytest.raises(DataError, match=r"^train.jsonl:7: line: ", check=too_many):
+    with pytest.raises(DataError, match=r"^train.jsonl:7: ", check=too_many):
         encoded("error")
     with pytest.raises(DataError, check=says("ALL_TOO_LONG", found=5, most=4)):
         encoded("drop", 4)
@@ -160,7 +160,7 @@ def test_the_split_is_disjoint_and_repeatable():
 def test_an_example_in_both_sets_is_refused(tiny_llama: Path, tmp_path: Path):
     write_jsonl(tmp_path / "train.jsonl", [{"text": "a"}, {"text": "b"}])
     write_jsonl(tmp_path / "validation.jsonl", [{"text": "c"}, {"text": "b"}])
-    place, twice = r"validation.jsonl:2: line: ", says("ALSO_IN_TRAINING", line=2)
+    place, twice = r"validation.jsonl:2: ", says("ALSO_IN_TRAINING", line=2)
     with pytest.raises(DataError, match=place, check=twice):
         resolve_tiny(tmp_path, tiny_llama, "data.validation=validation.jsonl")
 

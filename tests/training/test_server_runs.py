@@ -40,6 +40,7 @@ from turret.training.settings.config import build_config, render_config
 from turret.training.settings.resolve import Resolved, resolve
 from turret.training.sweep import sweep
 from turret.training.trainer import Trainer, validation_loss
+from turret.training.words import say
 
 EXACT = ("base.dtype=float32", "run.adapter_dtype=float32")
 RATES = {"loha": 0.1, "ia3": 0.1}
@@ -362,7 +363,7 @@ def test_a_server_without_training_or_with_another_base_is_an_error(
     path = write_config(tmp_path / "early", '{"text": "a"}')
     with training_server(tmp_path / "serving", tiny_llama) as other:
         err = ended("run", path, "--server", other.address)
-    assert "--training" in err
+        assert say("SERVER_DOES_NOT_TRAIN", address=other.address) in err
     local = resolve_tiny(tmp_path, tiny_llama, *EXACT)
     config = replace(local.config, base=replace(local.config.base, device=None))
     with TurretClient(server.address) as client:
@@ -382,5 +383,5 @@ def test_a_call_that_the_server_rejects_ends_the_run(
     resolved = replace(resolved, config=replace(resolved.config, method=method))
     with pytest.raises(TurretRpcError) as caught:
         Trainer(resolved, open_engine=opener(server)).run()
-    assert [each.field for each in caught.value.violations] == ["config.rank"]
+    assert [each.field for each in caught.value.violations] == ["rank"]
     assert not (tmp_path / "run").exists()

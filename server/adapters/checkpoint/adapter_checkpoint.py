@@ -139,7 +139,8 @@ def _summary(found: Iterable[Finding], causes: Iterable[Text] = ()) -> Text:
     lines = list(causes)
     for (field, why), *others in kinds[:_MOST_KINDS]:
         if others:
-            fields = ", ".join(name for name, _ in others[:_MOST_ALIKE])
+            names = [name for name, _ in others]
+            fields = ", ".join(names[:_MOST_ALIKE] + ["…"] * (len(names) > _MOST_ALIKE))
             count = len(others)
             lines.append(say("FINDING_AND_MORE", field=field, why=why, count=count, fields=fields))
         else:

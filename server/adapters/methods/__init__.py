@@ -1,6 +1,6 @@
 """The adapter methods, one file each.
 
-Every file in these rooms that assigns ``METHOD`` is a method; no other list names it.
+Every file in these packages that assigns ``METHOD`` is a method; no other list names it.
 
 Nothing here loads torch, so that a starting server can check adapters before it loads the model.
 """
@@ -34,7 +34,7 @@ def _discover() -> dict[str, AnyMethod]:
 
 
 def _files(package: str, path: Iterable[str]) -> Iterator[str]:
-    """Full names of the modules in a package's rooms, and in folders that were added to it."""
+    """Full names of the modules in a package's own packages, and in folders that were added to it."""
     for info in pkgutil.iter_modules(path):
         name = f"{package}.{info.name}"
         if info.ispkg:

@@ -1,6 +1,6 @@
 """The base class of operators: the formula in plain torch, the dense form and the cost.
 
-An operator is one file in this room. With ``add`` alone it is served on every path, in layers and
+An operator is one file in this package. With ``add`` alone it is served on every path, in layers and
 in the head; a kernel that replaces ``add`` on some path is entered in ``device/store.py``.
 """
 

@@ -99,7 +99,9 @@ def is_one_of(*allowed: Any) -> Check:
     def check(value: Any) -> Text | None:
         if any(same(value, one) for one in allowed):
             return None
-        return invalid(value, " or ".join(map(json.dumps, allowed)))
+        listed = [json.dumps(one) for one in allowed]
+        wanted = " or ".join(listed) if len(listed) < 3 else f"one of {', '.join(listed)}"
+        return invalid(value, wanted)
 
     return check
 

@@ -1,4 +1,4 @@
-"""Gemma, Gemma 2 and Gemma 3: norms are 1 + w, embeddings times √hidden, the gate a gelu.
+"""Gemma, Gemma 2, Gemma 3: norms scale by 1 + w, embeddings by √hidden; the gate is a GELU.
 
 Gemma 3, from 4B up, is released with a vision tower.
 """

@@ -17,15 +17,15 @@ from turret.training.examples import read_examples
     ("row", "field", "reason"),
     [
         ("{", "column 2", "LINE_NOT_JSON"),
-        ("[" * 100_000, "line", "NOT_JSON"),
-        ("[1]", "line", "NOT_AN_EXAMPLE"),
+        ("[" * 100_000, None, "NOT_JSON"),
+        ("[1]", None, "NOT_AN_EXAMPLE"),
         ('{"text": "a"}', "text", "UNEXPECTED_KEY"),
-        ('{"prompt": "a"}', "line", "NOT_AN_EXAMPLE"),
+        ('{"prompt": "a"}', None, "NOT_AN_EXAMPLE"),
         ('{"prompt": "a", "labels": []}', "labels", "MIXED_LABELS"),
         ('{"prompt": "a", "labels": "b"}', "labels", "NOT_A_LIST"),
         ('{"prompt": "a", "labels": ["b", "b"]}', "labels[1]", "DUPLICATE"),
         ('{"prompt": "a", "labels": [""]}', "labels[0]", "EMPTY"),
-        ('{"completion": "a"}', "line", "NOT_AN_EXAMPLE"),
+        ('{"completion": "a"}', None, "NOT_AN_EXAMPLE"),
         ('{"prompt": "a", "prompt": "b"}', "prompt", "DUPLICATE_KEY"),
         ('{"prompt": 3, "completion": "a"}', "prompt", "NOT_A_STRING"),
         ('{"prompt": "", "completion": "a"}', "prompt", "EMPTY"),
@@ -51,28 +51,28 @@ from turret.training.examples import read_examples
         ),
     ],
 )
-def test_an_invalid_row_is_reported(tmp_path: Path, row: str, field: str, reason: str):
+def test_an_invalid_row_is_reported(tmp_path: Path, row: str, field: str | None, reason: str):
     path = tmp_path / "test.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n' + row + "\n")
     with pytest.raises(RowError) as raised:
         read_eval_set(path)
     error = raised.value
     assert (error.line, error.field, error.problem.reason) == (2, field, reason)
-    assert str(error).startswith(f"{path}:2: {field}: ")
+    assert str(error).startswith(f"{path}:2: {field}: " if field else f"{path}:2: ")
 
 
 @pytest.mark.parametrize(
     ("data", "field", "reason"),
     [
         (b"prompt,completion\na,b\n", "column 1", "LINE_NOT_JSON"),
-        (b'[{"prompt": "a", "completion": "b"}]', "line", "NOT_AN_EXAMPLE"),
+        (b'[{"prompt": "a", "completion": "b"}]', None, "NOT_AN_EXAMPLE"),
         (b'{\n  "prompt": "a",\n  "completion": "b"\n}\n', "column 2", "LINE_NOT_JSON"),
         (b'{"prompt": "a", "completion": "b"},\n', "column 35", "LINE_NOT_JSON"),
         (b"\x1f\x8b\x08", "byte 2", "NOT_UTF8"),
     ],
 )
 def test_a_file_of_another_format_is_rejected_at_its_first_line(
-    data: bytes, field: str, reason: str, tmp_path: Path
+    data: bytes, field: str | None, reason: str, tmp_path: Path
 ):
     path = tmp_path / "test.jsonl"
     path.write_bytes(data)

@@ -153,9 +153,9 @@ def test_a_conversation_is_rendered_unchanged() -> None:
         ({"prompt": "a", "labels": ["b", 1]}, "labels[1]", "NOT_A_STRING"),
         ({"prompt": "a", "labels": ["b", "b"]}, "labels[1]", "DUPLICATE"),
         ({"prompt": "a", "labels": ["b" * 257]}, "labels", "TOO_MANY_CHARACTERS"),
-        ({"labels": ["b"]}, "line", "NOT_AN_EXAMPLE"),
+        ({"labels": ["b"]}, None, "NOT_AN_EXAMPLE"),
         ({"prompt": "a", "labels": [], "x": 1}, "x", "UNEXPECTED_KEY"),
-        ({"text": "a", "labels": []}, "line", "NOT_AN_EXAMPLE"),
+        ({"text": "a", "labels": []}, None, "NOT_AN_EXAMPLE"),
         (
             {"messages": [{"role": "assistant", "content": "a"}], "labels": []},
             "messages[0].role",
@@ -165,12 +165,12 @@ def test_a_conversation_is_rendered_unchanged() -> None:
     ],
 )
 def test_an_invalid_line_is_reported(
-    model: Path, tmp_path: Path, row: dict, field: str, reason: str
+    model: Path, tmp_path: Path, row: dict, field: str | None, reason: str
 ) -> None:
     path = write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a", "labels": ["c"]}, row])
     with pytest.raises(DataError) as caught:
         resolve_tiny(tmp_path, model, *RUN)
-    assert str(caught.value).startswith(f"{path}:2: {field}: ")
+    assert str(caught.value).startswith(f"{path}:2: {field}: " if field else f"{path}:2: ")
     assert caught.value.problem.reason == reason
 
 

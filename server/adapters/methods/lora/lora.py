@@ -4,7 +4,7 @@
 ``lora_B`` is scaled, too. Biases that PEFT saved whole are converted to differences from the
 base's. VeLoRA and MonteCLoRA differ from LoRA only in training.
 
-The variants of LoRA in this room declare their changes to ``METHOD``.
+The variants of LoRA in this package declare their changes to ``METHOD``.
 """
 
 from __future__ import annotations
