@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -32,6 +31,8 @@ from turret.training.settings.variants import Variant
 from turret.training.trainer import FinishedRun, Listener, Trainer
 from turret.training.words import say
 
+# ``stops_early`` keeps a third of the variants after a ninth and after a third of the steps.
+_RUNGS, _KEPT = (9, 3), 3
 OpenEngine: TypeAlias = Callable[[Resolved], Engine]
 
 
@@ -48,7 +49,8 @@ class VariantResult:
     Attributes:
         settings: See ``Variant``.
         output: The directory of the run.
-        validation_loss: The final loss, in nats per learned token.
+        steps: The number of trained steps. A variant with fewer than its config was stopped early.
+        validation_loss: The loss after these steps, in nats per learned token.
         num_parameters: The number of trained weights.
         file_bytes: The size of the adapter's tensors.
         relative_multiply_adds: The multiply-adds that the adapter adds per token, over the base's.
@@ -58,6 +60,7 @@ class VariantResult:
 
     settings: Mapping[str, Any]
     output: str
+    steps: int
     validation_loss: float
     num_parameters: int
     file_bytes: int
@@ -78,12 +81,14 @@ def sweep(
     announce: Announce,
     open_engine: OpenEngine,
     served: Model | None = None,
-) -> Iterator[VariantResult]:
+    *,
+    stops_early: bool = False,
+) -> list[VariantResult]:
     """Train every variant, and write ``sweep.json`` into the sweep's directory at the end.
 
     Variants that are already finished are not trained again, so a sweep that was stopped continues.
-    All variants are checked at once. Those that share a base are trained together. Every other one
-    is trained when its result is requested.
+    All variants are checked at once. Those that share a base are trained together, and every other
+    one after them.
 
     Args:
         variants: At least one. Their configs must have validation examples.
@@ -91,23 +96,29 @@ def sweep(
         announce: Shows the progress of a run, or of those that are trained together.
         open_engine: Creates what trains the adapter of a run.
         served: The model of the server that trains, if one does.
+        stops_early: Whether only the third of the variants with the lowest validation loss is
+            trained on after a ninth of their steps, and again after a third.
 
     Raises:
         ConfigError: A variant cannot be trained.
         TrainingError: See ``Trainer.run``.
     """
     _check(variants, folder)
-    found = _trained(variants, folder, announce, open_engine, served)
-    return _results(found, (folder / variants[0].config.run.output).parent)
-
-
-def _results(found: Iterator[VariantResult], output: Path) -> Iterator[VariantResult]:
-    results = []
-    for result in found:
-        results.append(result)
-        yield result
-    text = json.dumps([result.figures() for result in results], indent=2) + "\n"
+    with announce(None, "sweep"):
+        runs = [_Run(v, resolve(v.config, folder, served), served is not None) for v in variants]
+    results: dict[str, FinishedRun] = {}
+    left = list(runs)
+    # Successive halving, the synchronous form of ASHA (arXiv 1810.05934).
+    for part in (*(_RUNGS if stops_early else ()), 1):
+        found = _train_all(left, part, announce, open_engine)
+        results |= {run.name: result for run, result in zip(left, found, strict=True)}
+        left.sort(key=lambda run: results[run.name].validation_loss or 0.0)
+        left = left[: -(-len(left) // _KEPT)]
+    done = [_described(run, results[run.name]) for run in runs]
+    text = json.dumps([result.figures() for result in done], indent=2) + "\n"
+    output = (folder / variants[0].config.run.output).parent
     (output / "sweep.json").write_text(text, encoding="utf-8")
+    return done
 
 
 def _check(variants: Sequence[Variant], folder: Path) -> None:
@@ -127,63 +138,75 @@ def _check(variants: Sequence[Variant], folder: Path) -> None:
             method_named(method.name).resolve(method, base)
 
 
-def _train(
-    variant: Variant, resolved: Resolved, listen: Listener, open_engine: OpenEngine
-) -> FinishedRun:
-    """Train a variant, unless it is already finished."""
-    folder = RunFolder(Path(resolved.config.run.output))
-    if folder.is_finished:
-        listen({"kind": "note", "text": f"{variant.title} is already trained"})
-    trainer = Trainer(resolved, listen, open_engine)
-    with folder.held():
-        result = trainer.finished()
-        if result is None:
-            result = trainer.run(resume=trainer.is_started)
-            write_report(folder)
-    if result.validation_loss is None:
-        raise RunError(say("NO_VALIDATION_LOSS", path=folder.path))
-    return result
+@dataclass(frozen=True, slots=True, eq=False)
+class _Run:
+    """The run of a variant."""
+
+    variant: Variant
+    resolved: Resolved
+    is_served: bool
+
+    @property
+    def name(self) -> str:
+        return self.resolved.config.run.output
+
+    @property
+    def is_together(self) -> bool:
+        return self.is_served or is_shared(self.resolved)
+
+    def train(self, part: int, listen: Listener, open_engine: OpenEngine) -> FinishedRun:
+        """Train the first of ``part`` parts of the steps, unless they are already finished."""
+        folder, num_steps = RunFolder(Path(self.name)), self.resolved.config.run.steps
+        assert num_steps is not None
+        if folder.is_finished:
+            listen({"kind": "note", "text": f"{self.variant.title} is already trained"})
+        trainer = Trainer(self.resolved, listen, open_engine)
+        with folder.held():
+            until = max(1, num_steps // part)
+            result = trainer.finished(until)
+            if result is None:
+                result = trainer.run(resume=trainer.is_started, until=until)
+                write_report(folder)
+        if result.validation_loss is None:
+            raise RunError(say("NO_VALIDATION_LOSS", path=folder.path))
+        return result
 
 
-def _described(variant: Variant, resolved: Resolved, result: FinishedRun) -> VariantResult:
+def _described(run: _Run, result: FinishedRun) -> VariantResult:
     """The result with the cost of serving it."""
     assert result.validation_loss is not None
-    cost = serving_cost(resolved)
+    cost = serving_cost(run.resolved)
     return VariantResult(
-        settings=variant.settings,
-        output=str(result.folder.path),
+        settings=run.variant.settings,
+        output=run.name,
+        steps=result.steps,
         validation_loss=result.validation_loss,
         num_parameters=result.folder.read_facts()["num_parameters"],
         file_bytes=cost.file_bytes,
         relative_multiply_adds=cost.relative_multiply_adds,
         seconds=result.seconds,
-        what_next=what_next(resolved, result.folder),
+        what_next=what_next(run.resolved, result.folder),
     )
 
 
-def _trained(
-    variants: Sequence[Variant],
-    folder: Path,
-    announce: Announce,
-    open_engine: OpenEngine,
-    served: Model | None,
-) -> Iterator[VariantResult]:
-    with announce(None, "sweep") as listen:
-        runs = [(variant, resolve(variant.config, folder, served)) for variant in variants]
-        is_together = [served is not None or is_shared(resolved) for _, resolved in runs]
-        shared = list(itertools.compress(runs, is_together))
-        together = iter(_together(shared, listen, open_engine) if shared else ())
-    for (variant, resolved), is_trained in zip(runs, is_together, strict=True):
-        if is_trained:
-            result = next(together)
-        else:
-            with announce(None, variant.title) as listen:
-                result = _train(variant, resolved, listen, open_engine)
-        yield _described(variant, resolved, result)
+def _train_all(
+    runs: Sequence[_Run], part: int, announce: Announce, open_engine: OpenEngine
+) -> list[FinishedRun]:
+    found: dict[str, FinishedRun] = {}
+    shared = [run for run in runs if run.is_together]
+    if shared:
+        with announce(None, "sweep") as listen:
+            results = _together(shared, part, listen, open_engine)
+        found |= {run.name: result for run, result in zip(shared, results, strict=True)}
+    for run in runs:
+        if not run.is_together:
+            with announce(None, run.variant.title) as listen:
+                found[run.name] = run.train(part, listen, open_engine)
+    return [found[run.name] for run in runs]
 
 
 def _together(
-    runs: Sequence[tuple[Variant, Resolved]], listen: Listener, open_engine: OpenEngine
+    runs: Sequence[_Run], part: int, listen: Listener, open_engine: OpenEngine
 ) -> list[FinishedRun]:
     """Train variants at the same time on one base; if one fails, the others stop."""
     engines: list[Any] = []
@@ -201,8 +224,7 @@ def _together(
     shared = _Shared(listen, len(runs))
     with ThreadPoolExecutor(min(len(runs), MAX_MODELS)) as pool:
         waiting = [
-            pool.submit(_train, variant, resolved, shared.listener(variant.title), opened)
-            for variant, resolved in runs
+            pool.submit(run.train, part, shared.listener(run.variant.title), opened) for run in runs
         ]
         try:
             for each in as_completed(waiting):

@@ -17,7 +17,14 @@ from turret.training.engine import Engine, LocalEngine, pad_token
 from turret.training.errors import RunError
 from turret.training.fusion import adapter_digest
 from turret.training.loss import learning_rate
-from turret.training.run.folder import MetricsLog, RunFolder, checkpoints_in, what_next
+from turret.training.run.folder import (
+    MetricsLog,
+    RunFolder,
+    checkpoints_in,
+    read_metrics,
+    step_of,
+    what_next,
+)
 from turret.training.run.provenance import FILE, describe_run
 from turret.training.run.resuming import check_same_run
 from turret.training.settings.checks import PROMPTS
@@ -37,16 +44,19 @@ def _nobody(row: dict[str, Any]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class FinishedRun:
-    """A finished run.
+    """A finished run, or the first steps of one.
 
     Attributes:
         folder: The directory of the run.
-        validation_loss: The final loss, in nats per learned token; None without a validation set.
+        steps: The number of steps.
+        validation_loss: The loss after the steps, in nats per learned token; None without a
+            validation set.
         seconds: Seconds of training, over all attempts.
         memory_bytes: The peak, as in ``metrics.jsonl``.
     """
 
     folder: RunFolder
+    steps: int
     validation_loss: float | None
     seconds: float
     memory_bytes: int
@@ -76,12 +86,16 @@ class Trainer:
         self._num_steps = config.run.steps
         self._folder = RunFolder(Path(config.run.output))
 
-    def run(self, *, resume: bool = False, overwrite: bool = False) -> FinishedRun:
+    def run(
+        self, *, resume: bool = False, overwrite: bool = False, until: int | None = None
+    ) -> FinishedRun:
         """Train, from the start or from the newest checkpoint, and write the adapter.
 
         Args:
             resume: Continue the run in the output directory.
             overwrite: Remove an existing run.
+            until: Stop after this step, with a checkpoint and without an adapter if it is not the
+                last one.
 
         Raises:
             RunError: The directory contains a run and neither flag is set, or that run is finished
@@ -97,9 +111,10 @@ class Trainer:
             if overwrite and self._folder.facts.exists():
                 engine.end(checkpoints_in(self._folder.checkpoints))
                 self._folder.clear()
-            return self._run(engine, started, resume=resume)
+            until = min(until or self._num_steps, self._num_steps)
+            return self._run(engine, started, until, resume=resume)
 
-    def _run(self, engine: Engine, started: float, *, resume: bool) -> FinishedRun:
+    def _run(self, engine: Engine, started: float, until: int, *, resume: bool) -> FinishedRun:
         origin = describe_run(self._resolved, engine.num_parameters)
         facts = {**origin, **engine.facts}
         self._check_room(engine.num_parameters)
@@ -121,10 +136,12 @@ class Trainer:
         before = log.seconds
         try:
             loop = _Loop(self._resolved, engine, log, self._listen)
-            loss = loop.run(step, self._folder.checkpoints)
+            loss = loop.run(step, until, self._folder.checkpoints)
         finally:
             log.close()
         memory = engine.peak_memory()
+        if until < self._num_steps:
+            return FinishedRun(self._folder, until, loss, round(log.seconds, 3), memory)
         result = {"validation_loss": loss, "seconds": log.seconds, "memory_bytes": memory}
         self._folder.write_facts(facts | {"result": result})
         # Write the adapter after everything but the samples: an existing adapter means a result.
@@ -135,22 +152,30 @@ class Trainer:
         # Wall time of this attempt plus the training time of earlier ones.
         waited = before + time.monotonic() - started
         self._folder.write_facts(facts | {"result": result, "waited_seconds": round(waited, 1)})
-        return FinishedRun(self._folder, loss, log.seconds, memory)
+        return FinishedRun(self._folder, until, loss, log.seconds, memory)
 
     @property
     def is_started(self) -> bool:
         """Whether the directory contains a run, this one or another, finished or not."""
         return self._folder.facts.exists()
 
-    def finished(self) -> FinishedRun | None:
-        """The result of this run, if it is already finished.
+    def finished(self, until: int | None = None) -> FinishedRun | None:
+        """The result of this run, if it is already finished, or of its first ``until`` steps.
 
         Raises:
             RunError: The directory contains a run with other inputs.
         """
-        if not self._folder.is_finished:
+        if self._folder.is_finished:
+            return FinishedRun(self._folder, self._num_steps, **self._check_same()["result"])
+        newest = self._folder.newest_checkpoint
+        if until is None or newest is None or step_of(newest) < until:
             return None
-        return FinishedRun(self._folder, **self._check_same()["result"])
+        self._check_same()
+        for row in read_metrics(self._folder.metrics):
+            if (row["kind"], row["step"]) == ("validation", until):
+                seconds, memory = row["seconds"], row["memory_bytes"]
+                return FinishedRun(self._folder, until, row["loss"], seconds, memory)
+        return None
 
     def _check_same(self) -> dict[str, Any]:
         """The facts of the existing run; raises RunError if it has other inputs."""
@@ -223,23 +248,24 @@ class _Loop:
         self._tokens = log.tokens
         self._started = time.monotonic() - log.seconds
 
-    def run(self, step: int, checkpoints: Path) -> float | None:
-        """Train from ``step`` finished steps to the end; returns the last validation loss."""
+    def run(self, step: int, until: int, checkpoints: Path) -> float | None:
+        """Train from ``step`` finished steps to ``until``; returns the last validation loss."""
         run = self._config.run
         loss = None
         if step == 0:
             self._validate(0)
-        while step < self._num_steps:
+        while step < until:
             self._step(step)
             step += 1
-            is_last = step == self._num_steps
-            if is_last or step % run.validate_every == 0:
+            if step == until or step % run.validate_every == 0:
                 loss = self._validate(step)
-            if run.checkpoint_every and not is_last and step % run.checkpoint_every == 0:
+            is_due = run.checkpoint_every and step % run.checkpoint_every == 0
+            if step < self._num_steps and (is_due or step == until):
                 self._engine.save(checkpoints, step)
                 for path in checkpoints_in(checkpoints)[: -run.keep_checkpoints]:
                     self._engine.discard(path)
-        return loss
+        # A checkpoint may be of a later step.
+        return self._validate(step) if loss is None else loss
 
     def _step(self, step: int) -> None:
         run = self._config.run

@@ -70,6 +70,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
         help="ranks to train; --set TABLE.KEY=A,B,… varies any other setting in the same way"
         " (default: 2,4,8,16,32 unless another setting varies)",
     )
+    sweep.add_argument(
+        "--early-stop",
+        action="store_true",
+        help="continue with the best third of the variants after a ninth and a third of the steps",
+    )
     sweep.add_argument("--json", action="store_true", help="print JSON")
     add_connection_flags(sweep, "train all variants at once on a server with --training")
     add_promote(verbs, "replace a served adapter if a test set shows that the new one is better")
@@ -384,17 +389,20 @@ def _sweep(args: argparse.Namespace) -> None:
         _load(args, "turret.training.sweep")
         from turret.training.sweep import sweep
     with _engines(args) as open_engine:
-        results = list(sweep(variants, folder, announce, open_engine, served))
+        results = sweep(
+            variants, folder, announce, open_engine, served, stops_early=args.early_stop
+        )
     if args.json:
         from turret.clients.verbs.command import print_json
 
         print_json([result.figures() for result in results])
         return
-    columns = ("validation loss", "trained weights", "adapter", "products", "seconds")
+    columns = ("steps", "validation loss", "trained weights", "adapter", "products", "seconds")
     table = Table(*map(shown_key, variants[0].settings), *columns)
     for result in results:
         table.add_row(
             *map(shown, result.settings.values()),
+            str(result.steps),
             f"{result.validation_loss:.4f}",
             f"{result.num_parameters:,}",
             f"{result.file_bytes / 1e6:.2f} MB",
@@ -403,7 +411,8 @@ def _sweep(args: argparse.Namespace) -> None:
         )
     print_table(table, _console())
     # Compare the losses as the table shows them; among equals the first (smallest) rank wins.
-    best = min(results, key=lambda result: round(result.validation_loss, 4))
+    finished = [each for each in results if (Path(each.output) / "adapter").exists()]
+    best = min(finished, key=lambda result: round(result.validation_loss, 4))
     title = variants[results.index(best)].title
     print(f"the lowest validation loss has {title}", best.what_next, sep="\n")
 

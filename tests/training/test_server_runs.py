@@ -290,7 +290,7 @@ def test_a_sweep_trains_all_variants_at_once(
         served = client.get_model()
     varied = ("method.name=lora,dora", "optimizer.learning_rate=1e-3,2e-3")
     variants = tiny_variants(tmp_path, tiny_llama, "run.steps=4", *varied)
-    results = list(sweep(variants, tmp_path, unannounced, counting, served))
+    results = sweep(variants, tmp_path, unannounced, counting, served)
     assert [result.settings["method"] for result in results] == ["lora", "lora", "dora", "dora"]
     assert max(seen) == 4
     assert left_on(server) == (0, 0)
@@ -301,7 +301,7 @@ def test_a_sweep_trains_all_variants_at_once(
     assert adapter_bytes(run) == adapter_bytes(Path(results[3].output))
     # Finished variants are not trained again.
     seen.clear()
-    again = list(sweep(variants, tmp_path, unannounced, counting, served))
+    again = sweep(variants, tmp_path, unannounced, counting, served)
     assert seen == []
     assert [each.figures() for each in again] == [each.figures() for each in results]
 
@@ -314,7 +314,7 @@ def test_a_sweep_may_have_more_variants_than_a_server_trains(
     seeds = list(range(MAX_MODELS + 2))
     more = ("run.steps=1", "run.samples=0", f"run.seed={seeds}", "data.validation_fraction=0.05")
     variants = tiny_variants(tmp_path, tiny_llama, *more)
-    results = list(sweep(variants, tmp_path, unannounced, opener(server), served))
+    results = sweep(variants, tmp_path, unannounced, opener(server), served)
     assert [result.settings["seed"] for result in results] == seeds
     assert left_on(server) == (0, 0)
 
@@ -333,7 +333,7 @@ def test_a_failed_variant_stops_the_others(
 
     variants = tiny_variants(tmp_path, tiny_llama, "method.rank=1,2", "run.steps=100000")
     with pytest.raises(RunError, check=says("LOSS_NOT_FINITE")):
-        list(sweep(variants, tmp_path, unannounced, failing, served))
+        sweep(variants, tmp_path, unannounced, failing, served)
     assert left_on(server) == (0, 0)
 
 

@@ -115,7 +115,7 @@ def test_a_sweep_compares_variants(tiny_llama: Path, tmp_path: Path) -> None:
     def swept(*overrides: str) -> list[Any]:
         variants = tiny_variants(tmp_path, tiny_llama, "run.steps=2", *overrides)
         with own_engines() as open_engine:
-            return list(sweep(variants, tmp_path, announce, open_engine))
+            return sweep(variants, tmp_path, announce, open_engine)
 
     first = swept("method.rank=1,4")
     assert [result.settings for result in first] == [{"rank": 1}, {"rank": 4}]
@@ -151,6 +151,43 @@ def test_a_sweep_compares_variants(tiny_llama: Path, tmp_path: Path) -> None:
     assert methods == [result.settings["method"] for result in mixed]
     alone = [f"method vblora, seed {seed}" for seed in (0, 1)]
     assert trained == ["sweep"] * 8 + [alone[0]] * 2 + [alone[1]] * 2
+
+
+def test_hopeless_variants_are_stopped_early(tiny_llama: Path, tmp_path: Path) -> None:
+    trained: list[int] = []
+
+    @contextmanager
+    def announce(num_steps: int | None, title: str) -> Any:
+        yield lambda row: trained.append(row["step"]) if row["kind"] == "step" else None
+
+    def swept(name: str, *overrides: str, stops_early: bool = True) -> list[Any]:
+        more = ("run.steps=18", f"run.output={name}", "method.rank=4", *overrides)
+        variants = tiny_variants(tmp_path, tiny_llama, *more)
+        trained.clear()
+        with own_engines() as open_engine:
+            return sweep(variants, tmp_path, announce, open_engine, stops_early=stops_early)
+
+    rates = "optimizer.learning_rate=1e-6,1e-2,1e-5,3e-3,1e-7"
+    results = swept("early", rates)
+    # Of five variants, two are trained on after 2 steps, and one of them after 6.
+    assert [result.steps for result in results] == [2, 18, 2, 6, 2]
+    assert results[1].validation_loss == min(result.validation_loss for result in results)
+    names = ["step-00000002", "step-00000006"]
+    for result, last in ((results[0], names[:1]), (results[3], names)):
+        run = RunFolder(Path(result.output))
+        assert not run.is_finished
+        assert sorted(path.name for path in run.checkpoints.iterdir()) == last
+    # The best one has the bytes of a run that never paused.
+    (whole,) = swept("whole", "optimizer.learning_rate=[1e-2]", stops_early=False)
+    files = [
+        Path(each.output) / "adapter/adapter_model.safetensors" for each in (results[1], whole)
+    ]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    # The same sweep trains nothing again. Without early stops, it trains the others to the end.
+    before = [result.figures() for result in results]
+    assert [result.figures() for result in swept("early", rates)] == before
+    assert trained == []
+    assert [each.steps for each in swept("early", rates, stops_early=False)] == [18] * 5
 
 
 def test_the_output_is_one_directory(tmp_path: Path) -> None:

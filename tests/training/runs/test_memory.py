@@ -54,14 +54,31 @@ def test_every_method_has_an_estimate(tiny_llama: Path, tmp_path: Path, name: st
 
 
 @pytest.mark.long
-def test_the_estimate_is_near_the_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("settings", "hidden", "inner", "layers"),
+    [
+        # The engine trains at most 512 tokens at a time.
+        ("", 1024, 4096, 8),
+        # PEFT trains with LoRA+.
+        ("[optimizer]\nlora_plus_ratio = 2\n", 512, 1024, 6),
+    ],
+    ids=["engine", "peft"],
+)
+def test_the_estimate_is_near_the_peak(
+    settings: str,
+    hidden: int,
+    inner: int,
+    layers: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
     """The model's step needs a considerable part of the memory of the process."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=512,
-        intermediate_size=1024,
-        num_hidden_layers=6,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=4,
         max_position_embeddings=512,
@@ -76,7 +93,7 @@ def test_the_estimate_is_near_the_peak(tmp_path: Path, monkeypatch: pytest.Monke
     file = tmp_path / "train.toml"
     file.write_text(
         '[base]\nmodel = "model"\ndtype = "float32"\ndevice = "cpu"\n'
-        '[data]\ntrain = "train.jsonl"\nvalidation_fraction = 0\n'
+        f'[data]\ntrain = "train.jsonl"\nvalidation_fraction = 0\n{settings}'
     )
     command = [sys.executable, "-m", "turret.server.cli", "train", "plan", str(file)]
     command += ["--measure", "--json", "--quiet"]
