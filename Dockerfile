@@ -14,8 +14,10 @@
 # TURRET_HEALTH_FLAGS="--tls-ca /secrets/ca.pem".
 #
 # For a GPU, build with --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 (or cu126 for
-# drivers older than 580), and mount a volume at /home/turret/.cache: the first start compiles kernels for
-# minutes, and keeps them there. For a fleet on Ray, build with --build-arg EXTRA=cluster.
+# drivers older than 580). The first start compiles kernels for minutes and keeps them in
+# /home/turret/.cache, so mount a volume there; or compile those of the bundled model in the build with
+# --build-arg COMPUTE_CAPABILITY="8.0 9.0". For another model, add `RUN turret compile` to an image of
+# your own. For a fleet on Ray, build with --build-arg EXTRA=cluster.
 #
 # deploy/constraints.txt pins the packages by version and hash, and TORCH_VERSION pins torch. The base image
 # is pinned by a digest for all platforms, so that every build uses the same one. docs/security.md
@@ -63,6 +65,9 @@ USER 10001
 RUN python -c "from turret.server.models.model_source import resolve_model; \
     from turret.server.models.sources.check import default_cache_dir; \
     resolve_model(None, default_cache_dir())"
+ARG COMPUTE_CAPABILITY=""
+# hadolint ignore=SC2086
+RUN if [ -n "$COMPUTE_CAPABILITY" ]; then turret compile --compute-capability $COMPUTE_CAPABILITY; fi
 # gRPC, and HTTP if --http-address is set.
 EXPOSE 50051 8000
 STOPSIGNAL SIGTERM

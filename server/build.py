@@ -8,7 +8,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -28,7 +28,11 @@ from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state_dir import NoStateDir, open_state_dir
 from turret.server.api.gate import Backend
 from turret.server.api.vocabularies import Vocabularies, Vocabulary
-from turret.server.basics.triton_needs import keep_compiled_in, missing_for_triton
+from turret.server.basics.triton_needs import (
+    LEAST_CAPABILITY,
+    keep_compiled_in,
+    missing_for_triton,
+)
 from turret.server.basics.work import compute_on_this_thread
 from turret.server.config import (
     ADAPTER_DEVICE_BYTES,
@@ -65,8 +69,6 @@ from turret.server.words import say
 
 _log = logging.getLogger(__name__)
 
-# Triton supports no older NVIDIA devices. AMD devices have higher numbers.
-_LEAST_CAPABILITY = (8, 0)
 # Maximum time for which another thread may hold the interpreter's lock while steps run on a CUDA
 # device.
 _SWITCH_SECONDS = 5e-4
@@ -128,16 +130,8 @@ def build_backend(
     started = time.monotonic()
     device = _choose_device(config.model)
     gpu = device.type == "cuda" if gpu is None else gpu
-    dtype: torch.dtype = getattr(torch, config.model.dtype)
-    with progress_bar() as progress:
-        source = resolve_model(
-            config.model.model,
-            default_cache_dir(),
-            progress,
-            quantizes_all=config.model.quantize_all,
-            skip_modules=config.model.skip_modules,
-        )
-        decoder = load_decoder(source, dtype=dtype, device=device, gpu=gpu, progress=progress)
+    source, decoder = _load(config.model, device, gpu=gpu)
+    dtype = decoder.dtype
     if config.adapters.training and decoder.arch.experts is not None:
         raise InvalidRequestError.of("training", say("NO_TRAINING_OF_EXPERTS"))
     tokenizer = Tokenizer.load(source.files, eos_token_ids(source.files), decoder.arch.vocab_size)
@@ -197,6 +191,47 @@ def build_backend(
         methods=tuple(sorted(METHODS)),
         training=training,
     )
+
+
+def compile_kernels(config: Config, capabilities: Iterable[int]) -> None:
+    """Compile the kernels of a start on NVIDIA GPUs into Triton's cache, without a GPU.
+
+    Args:
+        config: The configuration of the start.
+        capabilities: The compute capabilities, for example 90 for 9.0.
+
+    Raises:
+        InvalidRequestError: The model cannot be served.
+        OSError: A file cannot be read.
+    """
+    # Imported here because it needs Triton.
+    from turret.server.engine.step.gpu.compiling import compile_launches
+    from turret.server.engine.step.gpu.executor import GpuExecutor, compile_steps
+
+    keep_compiled_in(default_cache_dir() / "triton")
+    _, decoder = _load(config.model, torch.device("meta"), gpu=True)
+    metrics = Metrics()
+    store = _build_store("gpu", config.adapters, decoder, metrics)
+    cache = KvCache(decoder.arch, 2, BLOCK_SIZE, decoder.dtype, decoder.device)
+    executor = _build_executor(config, decoder, cache, store, metrics)
+    assert isinstance(executor, GpuExecutor)
+    executor.sampler(frozenset())
+    for capability in capabilities:
+        with progress_bar() as progress:
+            compile_launches(lambda: compile_steps(executor, progress), capability)
+
+
+def _load(config: ModelConfig, device: torch.device, *, gpu: bool) -> tuple[ModelSource, Decoder]:
+    with progress_bar() as progress:
+        source = resolve_model(
+            config.model,
+            default_cache_dir(),
+            progress,
+            quantizes_all=config.quantize_all,
+            skip_modules=config.skip_modules,
+        )
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        return source, load_decoder(source, dtype=dtype, device=device, gpu=gpu, progress=progress)
 
 
 def _build_training(
@@ -301,8 +336,8 @@ def _choose_device(model: ModelConfig) -> torch.device:
     if not torch.cuda.is_available():
         raise InvalidRequestError.of("device", say("NO_CUDA_DEVICE", device=model.device))
     capability = torch.cuda.get_device_capability(0)
-    if capability < _LEAST_CAPABILITY:
-        found, least = (".".join(map(str, one)) for one in (capability, _LEAST_CAPABILITY))
+    if capability < LEAST_CAPABILITY:
+        found, least = (".".join(map(str, one)) for one in (capability, LEAST_CAPABILITY))
         why = say("GPU_TOO_OLD", found=found, least=least)
         if wanted != "auto":
             raise InvalidRequestError.of("device", why)

@@ -14,6 +14,7 @@ import pkgutil
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +30,7 @@ _OWN_VERBS = {
     "serve": "run the server",
     "config": "show the settings of a server, and where each comes from",
     "model": "show how a base model is served, or make an adapter that corrects its rounding",
+    "compile": "compile the kernels of a start on a GPU, on a machine without one",
     "cluster": "run many replicas as one server, or show them",
     "demo": "serve the example adapters and send them one mixed batch",
     "completion": "print a script that completes this command in a shell",
@@ -95,6 +97,43 @@ def _config_show(args: argparse.Namespace) -> int:
 
     print_json(settings.as_json(config, with_defaults=True))
     return 0
+
+
+def _compile(args: argparse.Namespace) -> int:
+    from turret.server.command.flags import resolved
+    from turret.server.command.preflight import problems
+    from turret.server.command.start_lines import refuse
+
+    if not (found := resolved(args, "turret compile")):
+        return EXIT_USAGE
+    settings, config = found
+    # The settings may be those of the machine with the GPU.
+    config = replace(config, model=replace(config.model, device="auto"))
+    if found := problems(config, may_run=True):
+        refuse(settings.placed(found), is_json=False, command="turret compile")
+        return EXIT_FAILED
+    from turret.server.build import compile_kernels
+    from turret.server.errors import TurretError
+
+    try:
+        compile_kernels(config, args.compute_capability)
+    except TurretError as error:
+        refuse([("", str(error))], is_json=False, command="turret compile")
+        return EXIT_FAILED
+    return 0
+
+
+def _capability(text: str) -> int:
+    """A compute capability such as 9.0, as Triton writes it: 90."""
+    from turret.server.basics.triton_needs import LEAST_CAPABILITY
+
+    major, _, minor = text.partition(".")
+    if not (major.isdecimal() and minor.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 9.0")
+    if (int(major), int(minor)) < LEAST_CAPABILITY:
+        least = ".".join(map(str, LEAST_CAPABILITY))
+        raise argparse.ArgumentTypeError(f"{text} is below {least}, the lowest that is supported")
+    return 10 * int(major) + int(minor)
 
 
 def _leave(code: int) -> NoReturn:
@@ -187,6 +226,28 @@ def _add_config(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     show.set_defaults(func=_config_show)
 
 
+def _add_compile(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from turret.server.command.flags import add_flags
+
+    parser = subparsers.add_parser(
+        "compile",
+        help=_OWN_VERBS["compile"],
+        description="Compile the kernels that `turret serve` with the same model and sizes compiles"
+        " when it starts on an NVIDIA GPU, and put them where it looks for them. This needs no GPU,"
+        " so an image can contain them.",
+    )
+    parser.add_argument(
+        "--compute-capability",
+        type=_capability,
+        nargs="+",
+        required=True,
+        metavar="N.N",
+        help="of the GPUs, for example 8.0 (A100) 8.9 (L4) 9.0 (H100)",
+    )
+    add_flags(parser)
+    parser.set_defaults(func=_compile)
+
+
 def _add_demo(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "demo",
@@ -243,6 +304,7 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     own = {
         "serve": _add_serve,
         "config": _add_config,
+        "compile": _add_compile,
         "demo": _add_demo,
         "completion": _add_completion,
     }

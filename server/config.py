@@ -207,7 +207,7 @@ class SchedulerConfig:
 
         A given value never contradicts a default.
         """
-        seqs, tokens = (256, 2048) if device_type == "cuda" else (64, 512)
+        seqs, tokens = (64, 512) if device_type == "cpu" else (256, 2048)
         if self.max_num_seqs is not None:
             seqs, tokens = self.max_num_seqs, max(tokens, self.max_num_seqs)
         if self.max_num_batched_tokens is not None:

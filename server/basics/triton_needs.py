@@ -16,6 +16,8 @@ from pathlib import Path
 from turret.server.errors import InvalidRequestError
 from turret.server.words import say
 
+# Triton supports no older NVIDIA devices. AMD devices have higher numbers.
+LEAST_CAPABILITY = (8, 0)
 _COMPILERS = ("gcc", "clang")
 
 

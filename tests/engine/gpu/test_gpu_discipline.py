@@ -66,11 +66,11 @@ READS = {
 }
 
 
-def _executor(capture: Any = None) -> GpuExecutor:
+def _executor(capture: Any = None, budget: int = 1 << 30) -> GpuExecutor:
     return GpuExecutor(
         meta_decoder(ARCH, biased="qkv"),
         KvCache(ARCH, 64, 16, DTYPE, META),
-        GpuStore(describe_projections(ARCH), DTYPE, META, 1 << 30),
+        GpuStore(describe_projections(ARCH), DTYPE, META, budget),
         max_num_seqs=8,
         max_num_batched_tokens=48,
         capture=capture,
@@ -318,9 +318,12 @@ def _gated(key: str, components: int) -> Resident:
     return gated(key, components, 64, arch=ARCH, rank=8)
 
 
-def test_nothing_is_compiled_inside_a_step(no_launches: Launched):
+@pytest.mark.parametrize(("budget", "is_odd"), [(1 << 30, 0), ((1 << 30) + (150 << 10), 1)])
+def test_nothing_is_compiled_inside_a_step(no_launches: Launched, budget: int, is_odd: int):
     """Further kernels for an adapter are compiled when it is loaded."""
-    executor, adapters = _executor(FakeCapture()), _adapters()
+    executor, adapters = _executor(FakeCapture(), budget), _adapters()
+    # With an odd number of slots, parts of tables would begin between multiples of 16 bytes.
+    assert executor.store._pack.num_slots % 2 == is_odd
     with torch.no_grad():
         warm_up(executor, lambda *_: None)
         assert not {name for name, *_ in no_launches.forms} & {"kronecker_kernel"}

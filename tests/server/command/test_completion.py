@@ -43,7 +43,7 @@ def test_every_shell_accepts_its_completion_script(shell: str) -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("turret comp", {"completion"}),
+        ("turret comp", {"compile", "completion"}),
         ("turret adapters lo", {"load"}),
         ("turret serve --dty", {"--dtype"}),
         ("turret serve --log-format ", {"text", "json"}),

@@ -182,7 +182,10 @@ class GpuPackedProjection:
         self.a = zeros(ranks, count, self.slices[0].in_features, dtype=dtype)
         self.b = [zeros(ranks, s.out_features, dtype=dtype) for s in self.slices]
         self.layers = [(self.a[i], [b[i] for b in self.b]) for i in range(layers)]
-        self.slice_ranks = zeros(num_slots, count, dtype=torch.int32)
+        # The part of each layer is aligned. Otherwise, Triton would compile forms of kernels for
+        # both cases, and which cases occur would depend on the budget.
+        padded = num_slots + -num_slots % 4
+        self.slice_ranks = zeros(padded, count, dtype=torch.int32)[:, :num_slots]
         self.gain_delta, self.bias = (zeros(num_slots, layout.width(name)) for _ in range(2))
 
     def move(self, moves: Iterable[tuple[int, int, int]]) -> None:

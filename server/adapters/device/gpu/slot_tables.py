@@ -200,7 +200,8 @@ class GpuSlotTables(Part):
     ) -> None:
         self._layout = layout
         self._pack = pack
-        self._like = (layout.num_layers, pack.num_slots, dtype, device)
+        # With an even number of slots, the part of each layer is aligned, as kernels are compiled.
+        self._like = (layout.num_layers, pack.num_slots + pack.num_slots % 2, dtype, device)
         self._columns = {name: layout.columns(name) for name in layout.projections}
         self._slot_tables: dict[SlotTableKey, SlotTable] = {}
         self._compiled: set[SlotTableKey] = set()

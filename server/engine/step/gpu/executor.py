@@ -125,13 +125,10 @@ def warm_up(executor: GpuExecutor, progress: Progress) -> None:
         executor: An executor that has a sampler and has not computed anything yet.
         progress: Called before each form with a description and the progress.
     """
-    forms, packed = executor.forms(), executor.packed_forms()
+    forms = executor.forms()
     try:
+        compile_steps(executor, progress)
         with torch.inference_mode():
-            for number, form in enumerate(packed):
-                progress("Compiling", number, len(packed))
-                executor.compile(form)
-            progress("Compiling", len(packed), len(packed))
             for number, (bucket, low_rank) in enumerate(forms):
                 progress("Capturing decode steps", number, len(forms))
                 executor.capture(bucket, low_rank)
@@ -141,6 +138,16 @@ def warm_up(executor: GpuExecutor, progress: Progress) -> None:
             raise
         _log.warning("no memory to capture all decode steps at startup")
         executor.free_memory()
+
+
+def compile_steps(executor: GpuExecutor, progress: Progress) -> None:
+    """The first part of ``warm_up``: launch every kernel of steps."""
+    packed = executor.packed_forms()
+    with torch.inference_mode():
+        for number, form in enumerate(packed):
+            progress("Compiling", number, len(packed))
+            executor.compile(form)
+    progress("Compiling", len(packed), len(packed))
 
 
 @dataclass(frozen=True, slots=True)
