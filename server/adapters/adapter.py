@@ -533,6 +533,11 @@ class Mix:
     def is_base(self) -> bool:
         return not self.members
 
+    @property
+    def is_resident(self) -> bool:
+        """Whether the operators of every member are in host memory."""
+        return all(adapter.is_resident for adapter, _ in self.members)
+
     def part(self, members: Iterable[tuple[Adapter, float]]) -> Mix:
         """A mix of only some of the members; holds no adapters and needs no release."""
         return Mix(tuple(members))
@@ -541,7 +546,8 @@ class Mix:
         """Asks for the operators of every member in host memory.
 
         Returns:
-            True if they are in memory now and stay until release; the callback is then not called.
+            True if they are in memory now and stay until release, or until the caller hands their
+            memory over; the callback is then not called.
             False if they are being read or wait for room. The callback is then called once, and
             never after release. Any thread may call it, perhaps under the registry's lock, so it
             must only pass the result on.

@@ -222,7 +222,8 @@ class EngineLoop:
         self._report: Callable[[], None] | None = None
         self._answers: dict[Sequence, Answer] = {}
         self._with_deadline: set[Answer] = set()
-        self._ready: set[Sequence] = set()
+        # The requests whose adapters are in host memory, and since when.
+        self._ready: dict[Sequence, float] = {}
         self._cold: dict[Sequence, HostResult] = {}
         # The tenants of the requests in the inbox, in order.
         self._posted: deque[bytes] = deque()
@@ -422,7 +423,7 @@ class EngineLoop:
             self._guard(answer, lambda answer=answer: self._check_not_merged(answer.sequence))
         for sequence in list(self._ready):
             if any(adapter.key in base.stale for adapter, _ in sequence.mix.members):
-                self._ready.discard(sequence)
+                del self._ready[sequence]
                 answer = self._answers[sequence]
                 self._guard(answer, lambda answer=answer: self._await_adapters(answer))
         change.complete()
@@ -448,12 +449,27 @@ class EngineLoop:
         ):
             self._make_ready(answer)
 
+    def _yield_memory(self, now: float) -> bool:
+        """Let one request take the memory of others' adapters, if the scheduler decides so."""
+        wanting, num_running = self._adapters.wanting(), len(self._scheduler.running)
+        found = self._scheduler.yield_memory(wanting, self._ready, now) if wanting else None
+        if found is None:
+            return False
+        to, yielding = found
+        self._observer.preempted(num_running - len(self._scheduler.running))
+        for sequence in yielding:
+            del self._ready[sequence]
+        self._adapters.hand_over([sequence.mix for sequence in yielding], to.mix)
+        for sequence in yielding:
+            answer = self._answers[sequence]
+            self._guard(answer, functools.partial(self._await_adapters, answer))
+        return True
+
     def _step(self) -> None:
         start = time.monotonic()
+        has_yielded = self._yield_memory(start)
         step = self._scheduler.schedule(start)
-        self._has_work = bool(step.scheduled) or step.num_preempted > 0
-        if step.num_preempted:
-            self._ready.update(s for s in self._scheduler.waiting if s.num_preemptions > 0)
+        self._has_work = bool(step.scheduled) or step.num_preempted > 0 or has_yielded
         self._observer.preempted(step.num_preempted)
         if not step.scheduled:
             self._hand_out()
@@ -461,7 +477,6 @@ class EngineLoop:
             self._observer.state()
             return
         for item in step.scheduled:
-            self._ready.discard(item.sequence)
             self._observer.scheduled(item.sequence, start)
         try:
             result = self._runner.run(step, self._meanwhile)
@@ -524,7 +539,6 @@ class EngineLoop:
         for sequence in ended:
             self._fail(self._answers[sequence], BudgetExceededError(say("DEVICE_MEMORY_SHORT")))
         if num_preempted is not None:
-            self._ready.update(s for s in self._scheduler.waiting if s.num_preemptions > 0)
             self._observer.preempted(num_preempted)
 
     def _advance(self, answer: Answer, item: Scheduled, result: StepResult, now: float) -> None:
@@ -567,7 +581,7 @@ class EngineLoop:
         """Let a request run whose adapters are in host memory, unless they can never fit."""
         refusal = self._runner.refusal(answer.sequence)
         if refusal is None:
-            self._ready.add(answer.sequence)
+            self._ready[answer.sequence] = time.monotonic()
         else:
             self._fail(answer, refusal)
 
@@ -627,7 +641,7 @@ class EngineLoop:
         sequence = answer.sequence
         del self._answers[sequence]
         self._with_deadline.discard(answer)
-        self._ready.discard(sequence)
+        self._ready.pop(sequence, None)
         self._cold.pop(sequence, None)
         if sequence.state is not SequenceState.FINISHED and (
             sequence.state is SequenceState.RUNNING or sequence in self._scheduler.waiting

@@ -12,9 +12,12 @@ from unittest.mock import patch
 import pytest
 from builders.registries import Gate, Registries, refs, until
 from said import says
+from simulation.parts import Clock
 
 from turret.server.adapters.device.store import AdapterMemoryError
 from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.residency import leases
+from turret.server.engine import loop
 from turret.server.engine.answer import Answer, AnswerText, Stream
 from turret.server.engine.loop import EngineLoop, Outbox
 from turret.server.engine.scheduling.block_pool import BlockPool
@@ -70,6 +73,7 @@ class Driven:
         self,
         registry: AdapterRegistry,
         fits: Callable[[Sequence, list[Sequence]], bool] = lambda _s, _r: True,
+        preempt_after_seconds: float | None = None,
     ) -> None:
         self.ended: list[str] = []
         self.events: list[str] = []
@@ -82,6 +86,7 @@ class Driven:
             max_num_batched_tokens=64,
             is_ready=lambda sequence: self.loop.is_ready(sequence),
             fits=fits,
+            preempt_after_seconds=preempt_after_seconds,
         )
         schedule = self.scheduler.schedule
 
@@ -119,7 +124,7 @@ class Driven:
             deadline=deadline,
             tenant=tenant,
         )
-        sequence = Sequence(request, self.registry.acquire(refs(adapters)), time.monotonic())
+        sequence = Sequence(request, self.registry.acquire(refs(adapters)), loop.time.monotonic())
         stream = Stream(lambda: None)
         answer = Answer(
             sequence,
@@ -199,6 +204,29 @@ def test_requests_survive_a_device_without_memory(make: Registries) -> None:
     # The loop tries larger steps again only when requests end.
     assert sum(size > 12 for size in sizes) <= 8
     assert not driven.loop.is_dead
+
+
+def test_a_long_answer_does_not_keep_another_tenants_adapter_out(
+    make: Registries, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is memory for one adapter."""
+    clock = Clock()
+    for module in (loop, leases):
+        monkeypatch.setattr(module, "time", clock)
+    driven = Driven(make(1, load="ab"), preempt_after_seconds=5.0)
+    long = driven.ask("long", "b", max_tokens=150, tenant=b"hog")
+    driven.step()
+    driven.ask("short", "a", max_tokens=2, tenant=b"polite")
+    while long.num_preemptions == 0:
+        driven.step()
+        assert "long" not in driven.ended
+        clock.now += 0.1
+    until(lambda: driven.step() or "short" in driven.ended)
+    # The adapter of the long answer comes back, and the answer goes on.
+    assert "long" not in driven.ended
+    until(lambda: driven.step() or "long" in driven.ended)
+    assert driven.errors == {}
+    assert long.num_generated == 150
 
 
 def test_a_request_that_can_never_fit_is_the_only_one_to_end(make: Registries) -> None:

@@ -41,3 +41,31 @@ async def test_a_preempted_request_gets_the_same_bits(tmp_path: Path) -> None:
         after = harness.metrics.registry.get_sample_value("turret_preemptions_total") or 0.0
     assert after > before
     assert [answer.bits for answer in together] == [answer.bits for answer in alone]
+
+
+async def test_a_request_that_yields_its_adapters_memory_gets_the_same_bits(tmp_path: Path) -> None:
+    model, names = save_tiny_model("llama", tmp_path / "model"), ("hog", "polite")
+    for seed, name in enumerate(names):
+        write_adapter(tmp_path / "adapters", arch_of(model), AdapterSpec(name, rank=4), seed)
+    sampled = SamplingParams(temperature=0.9, seed=7)
+    hog = make_request([5, 6, 7], "hog", max_tokens=LONG, sampling=sampled, tenant=b"hog")
+    polite = make_request([9, 8], "polite", max_tokens=SHORT, tenant=b"polite")
+    async with EngineHarness.start(
+        model, tmp_path / "adapters", adapters=names[:1], preempt_after_seconds=0.001
+    ) as harness:
+        # There is memory for one adapter.
+        memory = harness.registry._leases._memory
+        memory._budget_bytes = memory.used_bytes
+        harness.registry.load("polite", "polite")
+        alone = [await harness.run(request) for request in (hog, polite)]
+        for _ in range(3):
+            begun = asyncio.Event()
+            run = partial(harness.run, on_token=lambda _, begun=begun: begun.set())
+            running = asyncio.ensure_future(run(hog))
+            await begun.wait()
+            answer = await harness.run(polite)
+            assert answer.finish.adapters_used[0].cold_start
+            assert [(await running).bits, answer.bits] == [each.bits for each in alone]
+        # Without a preemption, the second request would wait for the end of the first one.
+        count = harness.metrics.registry.get_sample_value("turret_preemptions_total") or 0.0
+        assert count >= 3

@@ -67,7 +67,7 @@ def test_every_history_keeps_the_guarantees(clock: Clock, num_histories: int) ->
     }
     assert counts.keys() >= {
         *("loaded", "replaced", "unloaded", "kept", "pinned", "merged", "blocked"),
-        *("full", "preempted", "accepted"),
+        *("full", "preempted", "accepted", "handed over"),
     }
 
 

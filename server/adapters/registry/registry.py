@@ -12,7 +12,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -715,6 +715,14 @@ class AdapterRegistry:
                 error lists all of them.
         """
         return self._table.acquire(refs, tenant)
+
+    def wanting(self) -> frozenset[Mix]:
+        """See ``Leases.wanting``."""
+        return self._leases.wanting()
+
+    def hand_over(self, mixes: Iterable[Mix], to: Mix) -> None:
+        """See ``Leases.hand_over``."""
+        self._leases.hand_over(mixes, to)
 
     def release(self, mix: Mix) -> None:
         """Ends a request's use of its adapters. Releasing twice, or ``BASE_MIX``, is harmless."""

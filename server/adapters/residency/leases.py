@@ -3,7 +3,8 @@
 A mix is granted all its adapters at once, or waits and holds none, so two mixes never wait for each
 other. Grants are first come, first served, and tenants take turns. A mix whose adapters are all
 resident may overtake, but only until the first in line has waited ``PATIENCE_SECONDS``. So popular
-adapters cannot keep a cold one out forever.
+adapters cannot keep a cold one out forever. Nor can long requests, because the engine hands the
+memory of granted mixes over to one that waits.
 """
 
 from __future__ import annotations
@@ -204,10 +205,6 @@ class _Lease:
     pending: set[str] = field(default_factory=set)
     load_seconds: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def is_resident(self) -> bool:
-        return all(adapter.is_resident for adapter in self.adapters)
-
 
 @dataclass(eq=False, slots=True)
 class _Load:
@@ -312,7 +309,7 @@ class Leases:
         with self._lock:
             adapters = tuple(adapter for adapter, _ in mix.members)
             lease = self._leases[mix] = _Lease(mix, adapters)
-            if lease.is_resident and not self._must_wait(lease):
+            if lease.mix.is_resident and not self._must_wait(lease):
                 self._grant(lease)
 
     def ensure_host(self, mix: Mix, callback: OnHost) -> bool:
@@ -338,6 +335,26 @@ class Leases:
                 return False
             lease.callback = None
             return True
+
+    def wanting(self) -> frozenset[Mix]:
+        """The mixes that wait for memory, or behind others that do."""
+        if not self._line:
+            return frozenset()
+        with self._lock:
+            return frozenset(lease.mix for lease in self._line)
+
+    def hand_over(self, mixes: Iterable[Mix], to: Mix) -> None:
+        """Grants a mix before all others that wait, with the memory of ``mixes`` if that fits.
+
+        ``mixes`` are no longer granted; call ``ensure_host`` for them again.
+        """
+        with self._change():
+            lease = self._leases[to]
+            if lease in self._line:
+                self._line.remove(lease)
+                self._line.appendleft(lease)
+                for mix in mixes:
+                    self._withdraw(self._leases[mix])
 
     def close_lease(self, mix: Mix) -> None:
         """Ends a mix's claim, whatever its state. Unknown mixes are ignored."""
@@ -416,7 +433,7 @@ class Leases:
         if not self._line:
             return False
         waited = time.monotonic() - self._line[0].waiting_since
-        return not lease.is_resident or waited > PATIENCE_SECONDS
+        return not lease.mix.is_resident or waited > PATIENCE_SECONDS
 
     def _grant(self, lease: _Lease) -> None:
         """Holds every adapter of the lease and starts the missing reads. There is room for them."""

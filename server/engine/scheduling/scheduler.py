@@ -22,6 +22,7 @@ Fairness also applies to running places, not only admissions. The sequence that 
 once it has waited for ``preempt_after_seconds``, takes the place of the latest sequence of the
 tenant with the most places, if that makes their places more equal. Otherwise it takes the place of
 the latest sequence of the most served mix, if that mix was served more and holds more places.
+By the same rule, a sequence that waits for memory for its adapters takes that of a mix.
 Callers pass the current time.
 """
 
@@ -29,10 +30,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as SequenceOf
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.fair_queue import FairQueue
@@ -46,6 +50,9 @@ from turret.server.engine.scheduling.sequence import (
 from turret.server.engine.speculation import Speculation, StepCost
 from turret.server.errors import InvalidRequestError
 from turret.server.words import say
+
+if TYPE_CHECKING:
+    from turret.server.adapters.adapter import Mix
 
 # The extra pass of a sequence that gives an adapter its scalings.
 #
@@ -363,6 +370,51 @@ class Scheduler:
         num_preempted += num_yielded
         return Step(tuple(scheduled), tuple(new_blocks), num_preempted, tuple(presets))
 
+    def yield_memory(
+        self, wanting: AbstractSet[Mix], since: Mapping[Sequence, float], now: float
+    ) -> tuple[Sequence, list[Sequence]] | None:
+        """Let a sequence that has waited long enough take the memory of other mixes' adapters.
+
+        All sequences of a mix yield. Those that run are preempted. A mix keeps its memory for
+        ``preempt_after_seconds``, so that mixes do not take turns in every step.
+
+        Args:
+            wanting: The mixes that wait for memory.
+            since: When the adapters of each sequence that holds memory arrived there.
+            now: When, in seconds.
+
+        Returns:
+            The sequence that gets the memory, and those that yield; None if none must yield.
+        """
+        after, draining = self._preempt_after_seconds, self.is_draining
+        to = self.waiting.peek(
+            lambda s: (
+                s.mix in wanting and (s.num_preemptions > 0 if draining else not s.mix.is_resident)
+            )
+        )
+        if to is None or after is None or not (draining or now - to.waiting_since >= after):
+            return None
+        kept = {adapter.key for adapter, _ in to.mix.members}
+        holding = [
+            s for s in since if any(not a.pinned and a.key not in kept for a, _ in s.mix.members)
+        ]
+        if draining:
+            # The base changes only once ``to`` has ended, and the others begin only after that.
+            yielding = [
+                s for s in holding if s.state is SequenceState.WAITING and s.num_preemptions == 0
+            ]
+            return (to, yielding) if yielding or to.mix.is_resident else None
+        holding = [s for s in reversed(holding) if now - since[s] >= after]
+        holding.sort(key=lambda s: self.waiting.num_running(s.group))
+        first = self._yielding(to, holding)
+        if first is None:
+            return None
+        yielding = [s for s in since if s.group == first.group]
+        for sequence in yielding:
+            if sequence.state is SequenceState.RUNNING:
+                self._preempt(sequence, now)
+        return to, yielding
+
     def complete(self, step: Step, seconds: float | None = None) -> None:
         """Record that a step was computed: its tokens' keys and values are in the cache.
 
@@ -514,30 +566,31 @@ class Scheduler:
             or now - blocked.waiting_since < after
         ):
             return 0
-        yielding = self._yielding(blocked)
+        # The latest sequence recomputes the least.
+        yielding = self._yielding(blocked, self.running[::-1])
         if yielding is None:
             return 0
         self._preempt(yielding, now)
         return 1
 
-    def _yielding(self, waiting: Sequence) -> Sequence | None:
-        """The running sequence that yields its place: the latest, which recomputes the least."""
-        latest_first, lines = self.running[::-1], self.waiting
-        own = lines.places(waiting)
-        most = max(latest_first, key=lines.places, default=None)
-        if most is not None and waiting.tenant and lines.places(most) > own + 1:
+    def _yielding(self, waiting: Sequence, holding: SequenceOf[Sequence]) -> Sequence | None:
+        """The sequence that yields what it holds; the first of several equal ones."""
+        places = Counter(sequence.tenant for sequence in holding)
+        held = Counter(sequence.group for sequence in holding)
+        own, served = places[waiting.tenant], self.waiting.served
+        most = max(holding, key=lambda s: places[s.tenant], default=None)
+        if most is not None and waiting.tenant and places[most.tenant] > own + 1:
             return most
-        # Take no place from a mix that holds as few as the waiting one, nor from another tenant
-        # that holds as few.
-        held = lines.num_running
+        # Take nothing from a mix that holds as few as the waiting one, nor from another tenant that
+        # holds as few.
         richer = [
             s
-            for s in latest_first
-            if held(s.group) > held(waiting.group)
-            and (s.tenant == waiting.tenant or lines.places(s) > own)
+            for s in holding
+            if held[s.group] > held[waiting.group]
+            and (s.tenant == waiting.tenant or places[s.tenant] > own)
         ]
-        most = max(richer, key=lambda s: lines.served(s.group), default=None)
-        if most is None or lines.served(most.group) <= lines.served(waiting.group):
+        most = max(richer, key=lambda s: served(s.group), default=None)
+        if most is None or served(most.group) <= served(waiting.group):
             return None
         return most
 

@@ -180,6 +180,27 @@ def test_tenants_get_memory_in_turn(make: Registries) -> None:
         registry.release(waiter.mix)
 
 
+def test_memory_is_handed_over_to_a_mix_that_is_not_the_first_in_line(make: Registries) -> None:
+    registry = make(2, load="abcd")
+    holding = Waiter(registry.acquire(refs("cd")))
+    first = Waiter(registry.acquire(refs("ad")))
+    second = Waiter(registry.acquire(refs("b")))
+    assert registry.wanting() == {first.mix, second.mix}
+    registry.hand_over([holding.mix], second.mix)
+    assert second.wait().error is None
+    # The mix that yielded waits again, behind the others.
+    again = Waiter(holding.mix)
+    assert registry.wanting() == {first.mix, holding.mix}
+    # Handing over to a mix that no longer waits takes nothing.
+    registry.hand_over([second.mix], second.mix)
+    assert second.mix.is_resident
+    for waiter in (second, first, again):
+        assert waiter.wait().error is None
+        assert waiter.mix.is_resident
+        registry.release(waiter.mix)
+    assert registry.wanting() == set()
+
+
 def test_a_released_mix_is_never_called_back(make: Registries) -> None:
     registry = make(1, load="ab")
     gate = Gate(registry)

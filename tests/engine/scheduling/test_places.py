@@ -13,7 +13,7 @@ from builders.sequences import BLOCK_SIZE, make_scheduler, sequence_of
 from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.request import Request, StopConditions
 from turret.server.engine.scheduling.scheduler import Scheduler
-from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.scheduling.sequence import Sequence, SequenceState
 
 STEP_SECONDS = 0.05
 AFTER_SECONDS = 5.0
@@ -48,7 +48,7 @@ class Clock:
             party=tenant,
             tenant=tenant,
         )
-        sequence = Sequence(request, mix_of(name), self.now)
+        sequence = Sequence(request, mix_of(*name.split("+")), self.now)
         self.scheduler.add(sequence)
         return sequence
 
@@ -188,6 +188,78 @@ def test_a_mix_that_fills_the_cache_yields_blocks() -> None:
     while polite not in clock.started:
         clock.step()
         assert clock.now - before < AFTER_SECONDS + 20 * STEP_SECONDS
+
+
+def taken(clock: Clock, waiting: Sequence, since: float = 0.0) -> list[Sequence]:
+    """The requests that give up memory to a waiting one; all others hold theirs since a time."""
+    scheduler = clock.scheduler
+    holding = [s for s in (*scheduler.waiting, *scheduler.running) if s is not waiting]
+    found = scheduler.yield_memory({waiting.mix}, dict.fromkeys(holding, since), clock.now)
+    if found is None:
+        return []
+    assert found[0] is waiting
+    return found[1]
+
+
+def short_of_memory(name: str, tenant: bytes) -> tuple[Clock, list[Sequence], Sequence]:
+    """Requests for three adapters, of which one does not run, and one that waits for memory."""
+    clock = Clock(
+        is_ready=lambda sequence: sequence.mix.members[0][0].name != "new", max_num_seqs=2
+    )
+    holding = [clock.ask(each, LONG, b"hog") for each in ("first", "second", "third")]
+    clock.step()
+    return clock, holding, clock.ask(name, SHORT, tenant)
+
+
+def test_the_memory_of_another_tenants_mix_is_taken_after_the_waiting_time() -> None:
+    clock, holding, waiting = short_of_memory("new", b"polite")
+    while clock.now - waiting.arrival < AFTER_SECONDS:
+        assert taken(clock, waiting) == []
+        clock.step()
+    # An adapter that just arrived is not taken.
+    assert taken(clock, waiting, since=clock.now) == []
+    # Memory that does not run costs nothing to take.
+    idle = next(s for s in holding if s.state is SequenceState.WAITING)
+    assert taken(clock, waiting) == [idle]
+    assert len(clock.scheduler.running) == 2
+    clock.scheduler.finish(idle)
+    (yielding,) = taken(clock, waiting)
+    assert yielding in holding
+    assert yielding.state is SequenceState.WAITING
+    assert clock.scheduler.running == [s for s in holding if s not in (idle, yielding)]
+
+
+def test_a_long_answer_yields_its_memory_to_a_mix_that_was_served_less() -> None:
+    for tenants in ((b"hog", b"polite"), (b"hog", b"hog"), (b"", b"")):
+        clock = Clock(is_ready=lambda sequence: sequence.mix.members[0][0].name != "new")
+        long, waiting = clock.ask("long", LONG, tenants[0]), clock.ask("new", SHORT, tenants[1])
+        for _ in range(int(AFTER_SECONDS / STEP_SECONDS) + 1):
+            clock.step()
+        assert taken(clock, waiting) == [long]
+        assert long.state is SequenceState.WAITING
+
+
+def test_memory_is_taken_only_if_that_helps() -> None:
+    clock, holding, waiting = short_of_memory("new+first", b"polite")
+    clock.now += AFTER_SECONDS
+    for each in holding:
+        each.mix.members[0][0].pinned = True
+    assert taken(clock, waiting) == []
+    # This adapter is a part of the waiting mix.
+    holding[0].mix.members[0][0].pinned = False
+    assert taken(clock, waiting) == []
+    holding[1].mix.members[0][0].pinned = False
+    assert taken(clock, waiting) == [holding[1]]
+
+
+def test_before_a_change_of_the_base_only_requests_that_have_not_begun_yield_memory() -> None:
+    clock, (first, second, third), waiting = short_of_memory("new", b"polite")
+    clock.scheduler.is_draining = True
+    # Neither has the waiting one begun.
+    assert taken(clock, waiting) == []
+    waiting.num_preemptions = 1
+    assert taken(clock, waiting) == [third]
+    assert second.state is first.state is SequenceState.RUNNING
 
 
 @pytest.mark.parametrize("after", [None, AFTER_SECONDS])
