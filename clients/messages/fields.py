@@ -50,8 +50,12 @@ def named(argument: str, value: object) -> Iterator[None]:
     except ArgumentError:
         raise
     except (TypeError, ValueError, OverflowError) as error:
-        kind = ArgumentTypeError if isinstance(error, TypeError) else ArgumentValueError
-        raise kind(argument, say("UNFIT", value=f"{value!r:.60}", problem=error)) from None
+        text = say("UNFIT", value=f"{value!r:.60}", problem=error)
+        if isinstance(error, TypeError):
+            raise ArgumentTypeError(argument, text) from None
+        if isinstance(value, int | float):
+            text = say("OUT_OF_RANGE", value=value)
+        raise ArgumentValueError(argument, text) from None
 
 
 def fill(message: Any, values: Mapping[str, Any], *, within: str = "") -> None:

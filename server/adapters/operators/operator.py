@@ -1,7 +1,7 @@
 """The base class of operators: the formula in plain torch, the dense form and the cost.
 
-An operator is one file in this package. With ``add`` alone it is served on every path, in layers and
-in the head; a kernel that replaces ``add`` on some path is entered in ``device/store.py``.
+An operator is one file in this package. With ``add`` alone it is served on every path, in layers
+and in the head; a kernel that replaces ``add`` on some path is entered in ``device/store.py``.
 """
 
 from __future__ import annotations
