@@ -1,97 +1,113 @@
-"""A sweep over ranks: one run after another in a process of its own, and all at once on a server.
+"""Variants of a run that are trained together in one process, beside one of them alone.
 
-    python bench/sweeps.py [--ranks 2,4,8,16] [--steps 20] [--rounds 1]
+    python bench/sweeps.py [--steps 6] [--batch-size 4] [--rounds 3]
 
-Both train LoRAs on all linear modules of the bundled model, with batches of four examples of
-``examples/data/headline.train.jsonl``. The table shows the elapsed time and the processor time of
-all processes, and the peak of each process's resident memory.
+All are LoRAs on all linear modules of the bundled model, trained on the same examples of
+``examples/data/headline.train.jsonl`` by the engine of a server; the first row trains one of them
+with transformers and PEFT instead. Each case runs in a process of its own, and is measured after
+its first step. The processor time is that of all threads.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import re
+import json
+import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from common.report import make_console, print_rows
 
+from turret.server.command.threads import use_threads
+from turret.training.settings.variants import read_variants
+
 DATA = Path(__file__).parents[1] / "examples" / "data" / "headline.train.jsonl"
-TURRET = [sys.executable, "-m", "turret.server.cli"]
-_SERVING = re.compile(r"turret\.server\.app serving .*?address=(\S+)")
-CONFIG = """
-[data]
-train = "{data}"
-validation_fraction = 0.02
-[run]
-steps = {steps}
-batch_size = 4
-validate_every = 1000
-checkpoint_every = 0
-samples = 0
-"""
+CASES = {
+    "one, with PEFT": "method.rank=[8]",
+    "one": "method.rank=[8]",
+    "5 ranks": "method.rank=2,4,8,16,32",
+    "5 learning rates": "optimizer.learning_rate=1e-4,3e-4,1e-3,2e-3,3e-3",
+}
 
 
-def start_server(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
-    """A server that trains, and its address."""
-    log = folder / "server.log"
-    flags = ["--training", "--state-dir", str(folder / "state"), "--address", "127.0.0.1:0"]
-    with log.open("wb") as output:
-        command = [*TURRET, "serve", *flags, "--metrics-address", "127.0.0.1:0"]
-        process = subprocess.Popen(command, stderr=output)
-    while not (found := _SERVING.search(log.read_text())):
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.2)
-    return process, found[1]
+def measure(args: argparse.Namespace) -> dict[str, float]:
+    """Train a case in this process."""
+    use_threads(None, is_background=True)
+    from turret.training.engine import LocalEngine
+    from turret.training.own_engine import own_engines
+    from turret.training.settings.resolve import resolve
+    from turret.training.trainer import make_stream
+
+    with tempfile.TemporaryDirectory() as folder, own_engines() as open_engine:
+        path = Path(folder) / "train.toml"
+        run = f"steps = {args.steps}\nbatch_size = {args.batch_size}"
+        path.write_text(f'[data]\ntrain = "{DATA}"\nvalidation_fraction = 0.02\n[run]\n{run}\n')
+        variants = read_variants(path, [CASES[args.case]])
+        resolved = [resolve(variant.config, path.parent) for variant in variants]
+        opened = LocalEngine if args.case.endswith("PEFT") else open_engine
+        engines = [opened(each) for each in resolved]
+        stream = make_stream(resolved[0])
+        batches = [stream.rows(step) for step in range(args.steps + 1)]
+
+        def train(engine: Any, batches: Sequence[Any]) -> None:
+            for rows in batches:
+                engine.backward([rows])
+                engine.step(1e-3)
+
+        with ThreadPoolExecutor(len(engines)) as pool:
+            list(pool.map(lambda engine: train(engine, batches[:1]), engines))
+            began, used = time.perf_counter(), time.process_time()
+            list(pool.map(lambda engine: train(engine, batches[1:]), engines))
+            elapsed, used = time.perf_counter() - began, time.process_time() - used
+        for engine in engines:
+            engine.close()
+    tokens = sum(len(each.tokens) for rows in batches[1:] for row in rows for each in row)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"tokens": tokens * len(engines), "elapsed": elapsed, "used": used, "peak": peak}
 
 
-def usage(process: subprocess.Popen[bytes]) -> tuple[float, float]:
-    """The processor time in seconds and the peak memory in MiB of a process, which must end."""
-    _, status, used = os.wait4(process.pid, 0)
-    assert status == 0, status
-    return used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
-
-
-def measure(args: argparse.Namespace, on_server: bool) -> dict[str, str]:
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        (folder / "train.toml").write_text(CONFIG.format(data=DATA, steps=args.steps))
-        server, flags = None, []
-        if on_server:
-            server, address = start_server(folder)
-            flags = ["--server", address]
-        config = str(folder / "train.toml")
-        began = time.perf_counter()
-        command = [*TURRET, "train", "sweep", config, "--ranks", args.ranks, "-q", *flags]
-        seconds, peak = usage(subprocess.Popen(command, stdout=subprocess.DEVNULL))
-        elapsed = time.perf_counter() - began
-        row = {
-            "sweep": "at once on a server" if server else "one after another",
-            "elapsed": f"{elapsed:.0f} s",
-            "processor": f"{seconds:.0f} s",
-            "command": f"{peak:.0f} MiB",
-        }
-        if server is not None:
-            server.terminate()
-            more, peak = usage(server)
-            row |= {"processor": f"{seconds + more:.0f} s", "server": f"{peak:.0f} MiB"}
-        return row
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Compare sweeps with and without a server.")
-    parser.add_argument("--ranks", default="2,4,8,16")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=1)
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare a sweep with one run.")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    rows = [measure(args, bool(n % 2)) for n in range(2 * args.rounds)]
-    print_rows(make_console(), "sweeps", [{**row, "server": row.get("server", "")} for row in rows])
-    return 0
+    if args.case is not None:
+        print(json.dumps(measure(args)))
+        return
+    found: dict[str, list[dict[str, float]]] = {case: [] for case in CASES}
+    for _ in range(args.rounds):
+        for case, rounds in found.items():
+            command = [sys.executable, __file__, "--case", case]
+            command += ["--steps", str(args.steps), "--batch-size", str(args.batch_size)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+            rounds.append(json.loads(done.stdout))
+    medians = {
+        case: {key: statistics.median(each[key] for each in rounds) for key in rounds[0]}
+        for case, rounds in found.items()
+    }
+    one = medians["one"]
+    rows = [
+        {
+            "variants": case,
+            "processor time": f"{each['used']:.1f} s",
+            "of one": f"{each['used'] / one['used']:.2f}",
+            "elapsed": f"{each['elapsed']:.1f} s",
+            "tokens per processor second": f"{each['tokens'] / each['used']:.0f}",
+            "peak": f"{each['peak']:.0f} MiB",
+        }
+        for case, each in medians.items()
+    ]
+    print_rows(make_console(), "sweeps", rows)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

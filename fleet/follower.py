@@ -63,8 +63,8 @@ class Channel(ABC):
     def leave(self, replica: str) -> None:
         self.call(0.0, "leave", replica)
 
-    def usage(self, name: str = "") -> Mapping[str, Mapping[str, p.AdapterUsage]]:
-        return self.call(0.0, "usage", name)
+    def usage(self) -> Mapping[str, Mapping[str, p.AdapterUsage]]:
+        return self.call(0.0, "usage")
 
     def status(self) -> p.FleetStatus:
         return self.call(0.0, "status")

@@ -228,12 +228,9 @@ class FleetRegistry:
         self._living.pop(replica, None)
         self.tick(now)
 
-    def usage(self, name: str = "") -> Mapping[str, Mapping[str, p.AdapterUsage]]:
-        """The usage that each replica last reported, of one adapter or of all."""
-        replicas = self._living.values()
-        if not name:
-            return {replica.name: replica.usage for replica in replicas}
-        return {r.name: {name: r.usage[name]} for r in replicas if name in r.usage}
+    def usage(self) -> Mapping[str, Mapping[str, p.AdapterUsage]]:
+        """The usage that each replica last reported, by the adapter's name."""
+        return {replica.name: replica.usage for replica in self._living.values()}
 
     def status(self, now: float) -> p.FleetStatus:
         """The whole fleet, for an operator."""

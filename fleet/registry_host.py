@@ -161,10 +161,10 @@ class RegistryHost:
         """See ``FleetRegistry``."""
         self._now(lambda now: self._registry.leave(replica, now))
 
-    def usage(self, name: str = "") -> Mapping[str, Mapping[str, p.AdapterUsage]]:
+    def usage(self) -> Mapping[str, Mapping[str, p.AdapterUsage]]:
         """See ``FleetRegistry``."""
         with self._changed:
-            return self._registry.usage(name)
+            return self._registry.usage()
 
     def status(self) -> p.FleetStatus:
         """See ``FleetRegistry``."""

@@ -61,8 +61,8 @@ _log = logging.getLogger(__name__)
 # Attempts at a replacement while other callers replace the same adapter first.
 _ATTEMPTS = 5
 _FORCE_AGAIN_SECONDS = 0.25
-# Interval of usage figures: collecting them for thousands of adapters takes milliseconds, and every
-# change is sent to the registry.
+# Interval of usage figures: collecting them for thousands of adapters takes milliseconds, every
+# change is sent to the registry, and the registry sends all of them to every replica that asks.
 _USAGE_SECONDS = 1.0
 _FASTER = ("disk", "host", "device")
 
@@ -84,6 +84,9 @@ class ReplicaRegistry(AdapterRegistry):
         self._leaving: set[Registration] = set()
         self._usage: Mapping[str, p.AdapterUsage] = {}
         self._usage_time = float("-inf")
+        # The usage on each other replica, as the registry knew it when this one last asked.
+        self._elsewhere: list[Mapping[str, p.AdapterUsage]] = []
+        self._asked_time = float("-inf")
         self._pinner = ThreadPoolExecutor(1, thread_name_prefix="adapter-pins")
 
     def restore(self) -> int:
@@ -201,15 +204,21 @@ class ReplicaRegistry(AdapterRegistry):
         propose(self._channel, p.DeleteAlias(name=name))
 
     def get(self, name: str, generation: int | None = None) -> AdapterInfo:
-        return _with_usage(super().get(name, generation), self._elsewhere(name))
+        return _with_usage(super().get(name, generation), self._usage_elsewhere())
 
     def list(self) -> list[AdapterInfo]:
-        elsewhere = self._elsewhere()
+        elsewhere = self._usage_elsewhere()
         return [_with_usage(record, elsewhere) for record in super().list()]
 
-    def _elsewhere(self, name: str = "") -> list[Mapping[str, p.AdapterUsage]]:
-        usage = self._channel.usage(name)
-        return [used for replica, used in usage.items() if replica != self._replica]
+    def _usage_elsewhere(self) -> Sequence[Mapping[str, p.AdapterUsage]]:
+        # All replicas share the registry, so clients must not be able to keep it busy. Other calls
+        # use the last answer meanwhile.
+        now = time.monotonic()
+        if now - self._asked_time >= _USAGE_SECONDS:
+            self._asked_time = now
+            usage = self._channel.usage()
+            self._elsewhere = [used for each, used in usage.items() if each != self._replica]
+        return self._elsewhere
 
     # Instructions of the registry
 

@@ -70,6 +70,10 @@ _LEAST_CAPABILITY = (8, 0)
 # Maximum time for which another thread may hold the interpreter's lock while steps run on a CUDA
 # device.
 _SWITCH_SECONDS = 5e-4
+# Maximum number of prompt tokens in a step on a GPU in which mostly sequences decode. Smaller steps
+# would make prompts much slower, because each dequantises all weights. By computation, not yet by
+# measurement, a step with 512 tokens of an 8B model takes a third of the time of 2,048.
+_GPU_CHUNK = 512
 # Positions per KV block; divides the attention tile.
 BLOCK_SIZE = 16
 
@@ -381,6 +385,7 @@ def _build_engine(
         preempt_after_seconds=config.scheduler.preempt_after_seconds or None,
         speculation=None if wanted == "off" else Speculation(cost, remembers=wanted == "auto"),
         cost=cost if isinstance(executor, TorchExecutor) else None,
+        most_beside=_GPU_CHUNK,
         attention_span=arch.attention_span if isinstance(executor, TorchExecutor) else math.inf,
     )
     engine = Engine(

@@ -7,6 +7,7 @@ name that they do not know.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import threading
 from collections.abc import Iterable, Sequence
@@ -40,6 +41,15 @@ _TOKEN_GAP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5
 _DURATION = tuple(0.01 * 2**n for n in range(17))
 _STEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _STEP_ADAPTERS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class _Gaps(Histogram):
+    """A histogram that counts equal values at once, because a step has one for each request."""
+
+    def observe_equal(self, amount: float, count: int) -> None:
+        """Observe an amount ``count`` times."""
+        self._sum.inc(amount * count)
+        self._buckets[bisect.bisect_left(self._upper_bounds, amount)].inc(count)
 
 
 class Metrics:
@@ -103,10 +113,11 @@ class Metrics:
             "Time from receipt to the first token.",
             buckets=_LATENCY,
         )
-        self._inter_token = histogram(
+        self._inter_token = _Gaps(
             "turret_inter_token_seconds",
             "Time between two tokens of one request.",
             buckets=_TOKEN_GAP,
+            registry=registry,
         )
         self._adapter_first_token = histogram(
             "turret_adapter_time_to_first_token_seconds",
@@ -114,11 +125,12 @@ class Metrics:
             ["adapter"],
             buckets=_LATENCY,
         )
-        self._adapter_inter_token = histogram(
+        self._adapter_inter_token = _Gaps(
             "turret_adapter_inter_token_seconds",
             "Time between two tokens, by adapter; a mix counts once for each member.",
             ["adapter"],
             buckets=_TOKEN_GAP,
+            registry=registry,
         )
         self._queue = histogram(
             "turret_queue_seconds",
@@ -247,12 +259,14 @@ class Metrics:
             for label in self._labels_of(adapter_names):
                 self._adapter_first_token.labels(label).observe(seconds)
 
-    def inter_token(self, seconds: float, adapter_names: Sequence[str] = ()) -> None:
-        """Record the gap between two tokens of one request, as ``first_token`` does."""
-        self._inter_token.observe(seconds)
+    def inter_token(
+        self, seconds: float, adapter_names: Sequence[str] = (), count: int = 1
+    ) -> None:
+        """Record equal gaps between tokens of requests with one mix, as ``first_token`` does."""
+        self._inter_token.observe_equal(seconds, count)
         with self._lock:
             for label in self._labels_of(adapter_names):
-                self._adapter_inter_token.labels(label).observe(seconds)
+                self._adapter_inter_token.labels(label).observe_equal(seconds, count)
 
     # Engine
 

@@ -1,4 +1,4 @@
-"""The engine that trains the adapter of a run in this process; see ``server_engine.py``, too."""
+"""What trains the adapter of a run: PEFT here, or the engine of a server (``own_engine.py``)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from turret.training.run.samples import Progress, draw_samples, model_answers
 from turret.training.settings.resolve import Resolved
 
 if TYPE_CHECKING:
-    # Only a run on a server needs it.
+    # Only some runs need them.
+    from turret.training.own_engine import OwnEngine
     from turret.training.server_engine import ServerEngine
 
 
@@ -189,4 +190,4 @@ class LocalEngine:
         """Free what it holds outside this process."""
 
 
-Engine: TypeAlias = "LocalEngine | ServerEngine"
+Engine: TypeAlias = "LocalEngine | OwnEngine | ServerEngine"

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import weakref
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
+from turret.server.models.memory import memory_of
+from turret.server.models.model_source import stored_weights
 from turret.server.models.sources.model_directory import weight_files
-from turret.training.base_model import DTYPES, empty_model, peak_memory_bytes, resident_bytes
-from turret.training.batches import TrainingBatch, make_batch
-from turret.training.classifier import classifier_loss, make_loss
-from turret.training.engine import attach, attach_to, pad_token, trainable
+from turret.server.training.learner import BYTES_PER_PARAMETER
+from turret.server.training.service import CHUNK_TOKENS, PASS_TOKENS
+from turret.training.base_model import DTYPES, empty_model, resident_bytes
+from turret.training.batches import Row, make_batch
+from turret.training.classifier import classifier_loss
+from turret.training.engine import attach_to, pad_token, trainable
 from turret.training.errors import RunError
-from turret.training.loss import LossFunction, make_optimizer, set_learning_rate
+from turret.training.loss import LossFunction
+from turret.training.own_engine import is_shared, own_engines
 from turret.training.settings.config import read_config, render_config
 from turret.training.settings.resolve import Resolved, resolve
 from turret.training.trainer import make_stream
@@ -132,6 +139,8 @@ class MemoryEstimate:
 
 def estimate_memory(resolved: Resolved) -> MemoryEstimate:
     """Estimate the peak of a run."""
+    if is_shared(resolved):
+        return _estimate_shared(resolved)
     config = resolved.config
     base = config.base
     assert base.weights is not None
@@ -153,28 +162,61 @@ def estimate_memory(resolved: Resolved) -> MemoryEstimate:
     )
 
 
-def largest_batches(resolved: Resolved) -> tuple[TrainingBatch, TrainingBatch | None]:
-    """The training batch and the validation batch of a run that take the most memory."""
+# The same for the engine of a server, whose passes do not run on the meta device.
+
+
+def _estimate_shared(resolved: Resolved) -> MemoryEstimate:
+    base, arch = resolved.config.base, resolved.base.arch
+    assert base.dtype is not None
+    size, num_layers = DTYPES[base.dtype].itemsize, arch.num_layers
+    model = attach_to(empty_model(resolved.base, "nf4-dense", torch.float32, "cpu"), resolved)
+    num_parameters = sum(parameter.numel() for parameter in trainable(model).values())
+    train, _ = largest_rows(resolved)
+    num_soft = resolved.config.method.num_virtual_tokens or 0
+    lengths = [num_soft + len(example.tokens) for row in train for example in row]
+    num_rows = min(sum(lengths), max(PASS_TOKENS, *lengths))
+    # A row is kept at the input and the result of each projection and norm, and in the KV cache.
+    projections = arch.linears().values()
+    widths = sum(slices[0][2] + sum(out for _, out, _ in slices) for slices in projections)
+    widths += 2 * (arch.hidden_size + arch.num_kv_heads * arch.head_dim)
+    # The backward pass of an MLP has the gate, the products and their gradients in float32.
+    in_backward = 4 * 8 * arch.intermediate_size
+    scores = 4 * 4 * arch.num_heads * max(CHUNK_TOKENS, *lengths) * max(lengths)
+    logits = 4 * 4 * CHUNK_TOKENS * arch.vocab_size
+    return MemoryEstimate(
+        process=resident_bytes(),
+        base=memory_of(arch, stored_weights(resolved.base.source).storage()).base,
+        adapter=BYTES_PER_PARAMETER * num_parameters,
+        step=num_rows * (num_layers * widths * size + in_backward) + max(scores, logits),
+        num_parameters=num_parameters,
+    )
+
+
+def largest_rows(resolved: Resolved) -> tuple[Sequence[Row], Sequence[Row]]:
+    """The rows of the training batch and the validation batch that take the most memory.
+
+    Without validation examples, the latter is empty.
+    """
     config = resolved.config
     assert config.run.steps is not None
     stream = make_stream(resolved)
     count = config.run.steps * config.run.gradient_accumulation
-    train = max((stream.batch(index) for index in range(count)), key=_room)
+    train = max((stream.rows(index) for index in range(count)), key=_room)
     rows, size = resolved.dataset.validation, config.run.batch_size
-    pad = pad_token(resolved.base.tokenizer)
-    validation = [
-        make_batch(rows[start : start + size], pad=pad, is_packed=False)
-        for start in range(0, len(rows), size)
-    ]
-    return train, max(validation, key=_room, default=None)
+    validation = [rows[start : start + size] for start in range(0, len(rows), size)]
+    return train, max(validation, key=_room, default=())
 
 
-def _room(batch: TrainingBatch) -> tuple[int, int]:
-    return batch.tokens.numel(), batch.num_targets
+def _room(rows: Sequence[Row]) -> tuple[int, int]:
+    """The tokens of a batch, with padding, and those that are learned."""
+    longest = max(sum(len(example.tokens) for example in row) for row in rows)
+    return len(rows) * longest, sum(sum(each.learned[1:]) for row in rows for each in row)
 
 
 def _step_bytes(resolved: Resolved, model: Any) -> int:
-    train, validation = largest_batches(resolved)
+    pad, is_packed = pad_token(resolved.base.tokenizer), resolved.config.data.packing
+    rows, held_out = largest_rows(resolved)
+    train = make_batch(rows, pad=pad, is_packed=is_packed)
     head = model.get_base_model().get_output_embeddings()
     loss = LossFunction(model, head, "meta")
     if resolved.dataset.labels:
@@ -188,9 +230,9 @@ def _step_bytes(resolved: Resolved, model: Any) -> int:
         model.eval()
         for parameter in trainable(model).values():
             parameter.grad = None
-        if validation is not None:
+        if held_out:
             with torch.no_grad():
-                loss(validation)
+                loss(make_batch(held_out, pad=pad, is_packed=False))
     return live.peak
 
 
@@ -239,25 +281,15 @@ def rehearse(config_file: Path) -> int:
     """Run the steps and the validation's largest batch here; returns the peak in bytes."""
     resolved = resolve(read_config(config_file), config_file.parent)
     config = resolved.config
-    assert config.base.device is not None
     assert config.optimizer.learning_rate is not None
-    model = attach(resolved)
-    parameters = trainable(model)
-    optimizer = make_optimizer(parameters.items(), config.optimizer)
-    loss = make_loss(resolved, model)
-    train, validation = largest_batches(resolved)
-    model.train()
-    for _ in range(_STEPS):
-        for _ in range(min(2, config.run.gradient_accumulation)):
-            (loss(train) / train.num_targets).backward()
-        set_learning_rate(optimizer, config.optimizer.learning_rate)
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval()
-    if validation is not None:
-        with torch.no_grad():
-            loss(validation)
-    return peak_memory_bytes(config.base.device)
+    train, validation = largest_rows(resolved)
+    with own_engines() as open_engine, closing(open_engine(resolved)) as engine:
+        for _ in range(_STEPS):
+            engine.backward([train] * min(2, config.run.gradient_accumulation))
+            engine.step(config.optimizer.learning_rate)
+        if validation:
+            engine.loss(validation)
+        return engine.peak_memory()
 
 
 if __name__ == "__main__":

@@ -1,30 +1,34 @@
-"""``turret train sweep``: trains at several ranks, and reports the loss and cost of each."""
+"""``turret train sweep``: trains with several settings, and reports the loss and cost of each."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from turret.clients.messages.results import Model
+from turret.server.api.tenants.sessions import MAX_MODELS
 from turret.server.models.decoding.arch import Projections
 from turret.training.base_model import find_base
-from turret.training.engine import Engine, LocalEngine
+from turret.training.engine import Engine
 from turret.training.errors import RunError
 from turret.training.methods import method_named
+from turret.training.own_engine import is_shared
 from turret.training.report import write_report
-from turret.training.run.folder import RunFolder, rank_folder, what_next
+from turret.training.run.folder import RunFolder, what_next
 from turret.training.serving_cost import serving_cost
-from turret.training.settings.checks import base_place, check_fit, check_method, with_ranks
-from turret.training.settings.config import TrainConfig
+from turret.training.settings.checks import base_place, check_fit, check_method
+from turret.training.settings.config import MethodConfig
 from turret.training.settings.resolve import Resolved, resolve
+from turret.training.settings.variants import Variant
 from turret.training.trainer import FinishedRun, Listener, Trainer
 from turret.training.words import say
 
@@ -38,11 +42,12 @@ class Announce(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class RankResult:
-    """The result of one rank.
+class VariantResult:
+    """The result of one variant.
 
     Attributes:
-        rank: ``method.rank``.
+        settings: See ``Variant``.
+        output: The directory of the run.
         validation_loss: The final loss, in nats per learned token.
         num_parameters: The number of trained weights.
         file_bytes: The size of the adapter's tensors.
@@ -51,7 +56,8 @@ class RankResult:
         what_next: The path of the adapter, and the commands that serve and prompt it.
     """
 
-    rank: int
+    settings: Mapping[str, Any]
+    output: str
     validation_loss: float
     num_parameters: int
     file_bytes: int
@@ -59,47 +65,43 @@ class RankResult:
     seconds: float
     what_next: str
 
-    def figures(self) -> dict[str, float]:
-        """The fields without ``what_next``, for ``sweep.json``."""
-        return {key: v for key, v in dataclasses.asdict(self).items() if key != "what_next"}
+    def figures(self) -> dict[str, Any]:
+        """The settings and the fields without ``what_next``, for ``sweep.json``."""
+        fields = dataclasses.asdict(self)
+        del fields["what_next"]
+        return {**fields.pop("settings"), **fields}
 
 
 def sweep(
-    config: TrainConfig,
+    variants: Sequence[Variant],
     folder: Path,
-    ranks: Sequence[int],
     announce: Announce,
-    open_engine: OpenEngine = LocalEngine,
+    open_engine: OpenEngine,
     served: Model | None = None,
-) -> Iterator[RankResult]:
-    """Train every rank into ``OUTPUT/rank-N`` and write ``OUTPUT/sweep.json`` at the end.
+) -> Iterator[VariantResult]:
+    """Train every variant, and write ``sweep.json`` into the sweep's directory at the end.
 
-    Ranks that are already finished are not trained again, so a sweep that was stopped continues.
-    All ranks are checked at once. A server trains all of them together; without one, each is
-    trained when its result is requested.
+    Variants that are already finished are not trained again, so a sweep that was stopped continues.
+    All variants are checked at once. Those that share a base are trained together. Every other one
+    is trained when its result is requested.
 
     Args:
-        config: The config of the runs; its rank is replaced. It must have validation examples.
-        folder: The directory to which the config's paths are relative.
-        ranks: At least one rank.
-        announce: Shows the progress of each run, or of all runs on a server.
-        open_engine: Creates the engine that trains the adapter of a run.
+        variants: At least one. Their configs must have validation examples.
+        folder: The directory to which the configs' paths are relative.
+        announce: Shows the progress of a run, or of those that are trained together.
+        open_engine: Creates what trains the adapter of a run.
         served: The model of the server that trains, if one does.
 
     Raises:
-        ConfigError: The method has no rank, or cannot have one of these.
+        ConfigError: A variant cannot be trained.
         TrainingError: See ``Trainer.run``.
     """
-    _check_ranks(config, folder, ranks)
-    runs = [_Run.of(config, rank) for rank in ranks]
-    if served is None:
-        found = (_alone(run, folder, announce, open_engine) for run in runs)
-    else:
-        found = _together(runs, folder, announce, open_engine, served)
-    return _results(found, folder / config.run.output)
+    _check(variants, folder)
+    found = _trained(variants, folder, announce, open_engine, served)
+    return _results(found, (folder / variants[0].config.run.output).parent)
 
 
-def _results(found: Iterator[RankResult], output: Path) -> Iterator[RankResult]:
+def _results(found: Iterator[VariantResult], output: Path) -> Iterator[VariantResult]:
     results = []
     for result in found:
         results.append(result)
@@ -108,83 +110,82 @@ def _results(found: Iterator[RankResult], output: Path) -> Iterator[RankResult]:
     (output / "sweep.json").write_text(text, encoding="utf-8")
 
 
-def _check_ranks(config: TrainConfig, folder: Path, ranks: Sequence[int]) -> None:
-    """Check all ranks, before any of them is trained."""
-    configs = with_ranks(config, ranks)
+def _check(variants: Sequence[Variant], folder: Path) -> None:
+    """Check all variants, before any of them is trained."""
+    configs = [variant.config for variant in variants]
+    for config in configs:
+        check_fit(config)
+    for place in dict.fromkeys(base_place(config.base, folder) for config in configs):
+        methods = [c.method for c in configs if base_place(c.base, folder) == place]
 
-    def check(projections: Projections) -> None:
-        for each in configs:
-            check_method(each.method, projections)
+        def check(projections: Projections, methods: Sequence[MethodConfig] = methods) -> None:
+            for method in methods:
+                check_method(method, projections)
 
-    for each in configs:
-        check_fit(each)
-    base = find_base(base_place(config.base, folder), check)
-    for each in configs:
-        method_named(each.method.name).resolve(each.method, base)
+        base = find_base(place, check)
+        for method in methods:
+            method_named(method.name).resolve(method, base)
 
 
-def _train(trainer: Trainer, folder: RunFolder) -> FinishedRun:
+def _train(
+    variant: Variant, resolved: Resolved, listen: Listener, open_engine: OpenEngine
+) -> FinishedRun:
+    """Train a variant, unless it is already finished."""
+    folder = RunFolder(Path(resolved.config.run.output))
+    if folder.is_finished:
+        listen({"kind": "note", "text": f"{variant.title} is already trained"})
+    trainer = Trainer(resolved, listen, open_engine)
     with folder.held():
-        if finished := trainer.finished():
-            return finished
-        result = trainer.run(resume=trainer.is_started)
-        write_report(result.folder)
-        return result
+        result = trainer.finished()
+        if result is None:
+            result = trainer.run(resume=trainer.is_started)
+            write_report(folder)
+    if result.validation_loss is None:
+        raise RunError(say("NO_VALIDATION_LOSS", path=folder.path))
+    return result
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """The run of one rank."""
-
-    rank: int
-    config: TrainConfig
-
-    @classmethod
-    def of(cls, config: TrainConfig, rank: int) -> _Run:
-        (config,) = with_ranks(config, [rank])
-        output = str(rank_folder(Path(config.run.output), rank))
-        return cls(rank, replace(config, run=replace(config.run, output=output)))
-
-    def train(self, resolved: Resolved, listen: Listener, open_engine: OpenEngine) -> FinishedRun:
-        """Train the rank, unless it is already finished."""
-        folder = RunFolder(Path(resolved.config.run.output))
-        if folder.is_finished:
-            listen({"kind": "note", "text": f"rank {self.rank} is already trained"})
-        result = _train(Trainer(resolved, listen, open_engine), folder)
-        if result.validation_loss is None:
-            raise RunError(say("NO_VALIDATION_LOSS", path=folder.path))
-        return result
-
-    def described(self, resolved: Resolved, result: FinishedRun) -> RankResult:
-        """The result with the cost of serving it."""
-        assert result.validation_loss is not None
-        cost = serving_cost(resolved)
-        return RankResult(
-            rank=self.rank,
-            validation_loss=result.validation_loss,
-            num_parameters=result.folder.read_facts()["num_parameters"],
-            file_bytes=cost.file_bytes,
-            relative_multiply_adds=cost.relative_multiply_adds,
-            seconds=result.seconds,
-            what_next=what_next(resolved, result.folder),
-        )
+def _described(variant: Variant, resolved: Resolved, result: FinishedRun) -> VariantResult:
+    """The result with the cost of serving it."""
+    assert result.validation_loss is not None
+    cost = serving_cost(resolved)
+    return VariantResult(
+        settings=variant.settings,
+        output=str(result.folder.path),
+        validation_loss=result.validation_loss,
+        num_parameters=result.folder.read_facts()["num_parameters"],
+        file_bytes=cost.file_bytes,
+        relative_multiply_adds=cost.relative_multiply_adds,
+        seconds=result.seconds,
+        what_next=what_next(resolved, result.folder),
+    )
 
 
-def _alone(run: _Run, folder: Path, announce: Announce, open_engine: OpenEngine) -> RankResult:
-    with announce(None, f"rank {run.rank}") as listen:
-        resolved = resolve(run.config, folder)
-        result = run.train(resolved, listen, open_engine)
-    return run.described(resolved, result)
-
-
-def _together(
-    runs: Sequence[_Run],
+def _trained(
+    variants: Sequence[Variant],
     folder: Path,
     announce: Announce,
     open_engine: OpenEngine,
-    served: Model,
-) -> Iterator[RankResult]:
-    """Train all ranks at the same time on a server; if one fails, the others stop."""
+    served: Model | None,
+) -> Iterator[VariantResult]:
+    with announce(None, "sweep") as listen:
+        runs = [(variant, resolve(variant.config, folder, served)) for variant in variants]
+        is_together = [served is not None or is_shared(resolved) for _, resolved in runs]
+        shared = list(itertools.compress(runs, is_together))
+        together = iter(_together(shared, listen, open_engine) if shared else ())
+    for (variant, resolved), is_trained in zip(runs, is_together, strict=True):
+        if is_trained:
+            result = next(together)
+        else:
+            with announce(None, variant.title) as listen:
+                result = _train(variant, resolved, listen, open_engine)
+        yield _described(variant, resolved, result)
+
+
+def _together(
+    runs: Sequence[tuple[Variant, Resolved]], listen: Listener, open_engine: OpenEngine
+) -> list[FinishedRun]:
+    """Train variants at the same time on one base; if one fails, the others stop."""
     engines: list[Any] = []
     opening, is_over = threading.Lock(), threading.Event()
 
@@ -197,24 +198,22 @@ def _together(
             engine.cancel()
         return engine
 
-    with announce(None, "sweep") as listen:
-        shared = _Shared(listen, len(runs))
-        resolved = [resolve(run.config, folder, served) for run in runs]
-        with ThreadPoolExecutor(len(runs)) as pool:
-            waiting = [
-                pool.submit(run.train, each, shared.listener(run.rank), opened)
-                for run, each in zip(runs, resolved, strict=True)
-            ]
-            try:
-                for each in as_completed(waiting):
-                    each.result()
-            except BaseException:
-                is_over.set()
-                for engine in engines:
-                    engine.cancel()
-                raise
-    for run, each, done in zip(runs, resolved, waiting, strict=True):
-        yield run.described(each, done.result())
+    shared = _Shared(listen, len(runs))
+    with ThreadPoolExecutor(min(len(runs), MAX_MODELS)) as pool:
+        waiting = [
+            pool.submit(_train, variant, resolved, shared.listener(variant.title), opened)
+            for variant, resolved in runs
+        ]
+        try:
+            for each in as_completed(waiting):
+                each.result()
+        except BaseException:
+            is_over.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            for engine in engines:
+                engine.cancel()
+            raise
+    return [each.result() for each in waiting]
 
 
 class _Shared:
@@ -224,17 +223,17 @@ class _Shared:
         self._listen = listen
         self._num_runs = num_runs
         self._lock = threading.Lock()
-        self._steps: Counter[int] = Counter()
+        self._steps: Counter[str] = Counter()
 
-    def listener(self, rank: int) -> Listener:
+    def listener(self, title: str) -> Listener:
         def listen(row: dict[str, Any]) -> None:
             with self._lock:
                 if row["kind"] == "begin":
                     row = row | {"steps": row["steps"] * self._num_runs}
                 elif row["kind"] == "phase":
-                    row = row | {"text": f"rank {rank}: {row['text']}"}
+                    row = row | {"text": f"{title}: {row['text']}"}
                 elif row["kind"] != "note":
-                    self._steps[rank] = row["step"]
+                    self._steps[title] = row["step"]
                     row = row | {"step": self._steps.total()}
                 self._listen(row)
 

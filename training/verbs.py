@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import functools
 import importlib
@@ -12,7 +13,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +59,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     report = verbs.add_parser("report", help=text, description=text.capitalize())
     report.add_argument("run", type=Path, metavar="DIR", help="directory of the run")
     report.set_defaults(func=with_errors(_report))
-    sweep = _add(verbs, "sweep", "train at several ranks and compare", _sweep, "--rank")
+    text = "train with several values of settings and compare"
+    sweep = _add(verbs, "sweep", text, _sweep, "--rank")
     sweep.add_argument(
         "--ranks",
         "--rank",
         action=_Once,
         type=_ranks,
-        default=_RANKS,
         metavar="N,N,…",
-        help="ranks to train (default: 2,4,8,16,32)",
+        help="ranks to train; --set TABLE.KEY=A,B,… varies any other setting in the same way"
+        " (default: 2,4,8,16,32 unless another setting varies)",
     )
     sweep.add_argument("--json", action="store_true", help="print JSON")
-    add_connection_flags(sweep, "train all ranks at once on a server with --training")
+    add_connection_flags(sweep, "train all variants at once on a server with --training")
     add_promote(verbs, "replace a served adapter if a test set shows that the new one is better")
 
 
@@ -191,29 +193,58 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def _read(args: argparse.Namespace, ranks: Sequence[int] = ()) -> tuple[Any, Any]:
+def _read(args: argparse.Namespace) -> tuple[Any, Any]:
     """Read and check the config, and the sizes of its base."""
-    from turret.server.basics.names import how_to_add
-    from turret.server.command.threads import use_threads
-    from turret.training.errors import RunError
-    from turret.training.examples import check_compared, read_files
-    from turret.training.settings.checks import check_base, check_inputs, check_served
+    _check_installed()
     from turret.training.settings.config import read_config
     from turret.training.settings.flags import given
 
+    config = read_config(args.config, args.set, given(args))
+    (base,) = _check(args, [config])
+    return config, base
+
+
+def _read_variants(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Read and check the variants of a sweep, and the sizes of their bases."""
+    _check_installed()
+    from turret.training.settings.flags import given
+    from turret.training.settings.variants import read_variants, varies
+
+    overrides = list(args.set)
+    if args.ranks is not None or not any(map(varies, overrides)):
+        args.ranks = args.ranks or _RANKS
+        overrides.append(f"method.rank={list(args.ranks)}")
+    variants = read_variants(args.config, overrides, given(args))
+    return variants, _check(args, [variant.config for variant in variants], compares=True)
+
+
+def _check_installed() -> None:
+    from turret.server.basics.names import how_to_add
+    from turret.training.errors import RunError
+
     if missing := [module for module in _EXTRA_PACKAGES if not importlib.util.find_spec(module)]:
         raise RunError(say("NOT_INSTALLED", packages=", ".join(missing), step=how_to_add("train")))
-    config = read_config(args.config, args.set, given(args))
+
+
+def _check(args: argparse.Namespace, configs: Sequence[Any], *, compares: bool = False) -> Any:
+    """Check configs, and return the sizes of their bases."""
+    from turret.server.command.threads import use_threads
+    from turret.training.examples import check_compared, read_files
+    from turret.training.settings.checks import check_bases, check_inputs, check_served
+
+    folder = args.config.parent
     use_threads(args.threads, is_background=True, niceness=args.nice)
-    check_inputs(config, args.config.parent, ranks)
-    if args.address is not None:
-        check_served(config)
+    for config in configs:
+        check_inputs(config, folder)
+        if args.address is not None:
+            check_served(config)
     # The files are read again together with the base. Reading them here as well reports a bad line
     # at once, before the base is loaded or fetched from the hub.
-    files = read_files(config.data, args.config.parent)
-    if ranks:
-        check_compared(files, config.data)
-    return config, check_base(config, args.config.parent, ranks)
+    for data in dict.fromkeys(config.data for config in configs):
+        files = read_files(data, folder)
+        if compares:
+            check_compared(files, data)
+    return check_bases(configs, folder)
 
 
 def _digest(args: argparse.Namespace, config: Any) -> str:
@@ -261,17 +292,20 @@ def _served(args: argparse.Namespace) -> Any:
         return client.get_model()
 
 
-def _opener(args: argparse.Namespace) -> Any:
-    """Creates the engine of a run."""
+@contextlib.contextmanager
+def _engines(args: argparse.Namespace) -> Iterator[Any]:
+    """Opens engines of runs."""
     if args.address is None:
-        from turret.training.engine import LocalEngine
+        from turret.training.own_engine import own_engines
 
-        return LocalEngine
+        with own_engines() as open_engine:
+            yield open_engine
+        return
 
     from turret.training.server_engine import ServerEngine
 
     connect = functools.partial(_connect, args)
-    return functools.partial(ServerEngine, address=args.address, connect=connect)
+    yield functools.partial(ServerEngine, address=args.address, connect=connect)
 
 
 def _resolve(args: argparse.Namespace, config: Any, served: Any = None) -> Any:
@@ -329,18 +363,19 @@ def _console() -> Any:
 
 
 def _sweep(args: argparse.Namespace) -> None:
-    config, base = _read(args, args.ranks)
-    output = args.config.parent / config.run.output
-    is_served = args.address is not None
-    _check_sweep(config, output, args.ranks, _digest(args, config), base, is_served=is_served)
-    args.how_to_go_on = lambda: _how_a_sweep_goes_on(output, args.ranks)
-    ranks = ", ".join(map(str, args.ranks))
+    variants, bases = _read_variants(args)
+    folder = args.config.parent
+    _check_sweep(args, variants, bases)
+    args.how_to_go_on = lambda: _how_a_sweep_goes_on(
+        [folder / each.config.run.output for each in variants]
+    )
     hint = "; use --ranks to choose others" if args.ranks is _RANKS else ""
-    print(f"a run for each of the ranks {ranks}{hint}", file=sys.stderr)
+    print(f"a run for each {_axes(variants)}{hint}", file=sys.stderr)
     from rich.table import Table
 
     from turret.clients.verbs.tables import print_table
     from turret.training.run.progress import training_progress
+    from turret.training.settings.variants import shown, shown_key
 
     served = _served(args)
     announce = functools.partial(training_progress, is_quiet=args.quiet)
@@ -348,20 +383,18 @@ def _sweep(args: argparse.Namespace) -> None:
         listen({"kind": "phase", "text": "reading the base model"})
         _load(args, "turret.training.sweep")
         from turret.training.sweep import sweep
-
-        folder, opener = args.config.parent, _opener(args)
-        results = sweep(config, folder, args.ranks, announce, opener, served)
+    with _engines(args) as open_engine:
+        results = list(sweep(variants, folder, announce, open_engine, served))
     if args.json:
         from turret.clients.verbs.command import print_json
 
         print_json([result.figures() for result in results])
         return
-    table = Table("rank", "validation loss", "trained weights", "adapter", "products", "seconds")
-    done = []
+    columns = ("validation loss", "trained weights", "adapter", "products", "seconds")
+    table = Table(*map(shown_key, variants[0].settings), *columns)
     for result in results:
-        done.append(result)
         table.add_row(
-            str(result.rank),
+            *map(shown, result.settings.values()),
             f"{result.validation_loss:.4f}",
             f"{result.num_parameters:,}",
             f"{result.file_bytes / 1e6:.2f} MB",
@@ -370,38 +403,49 @@ def _sweep(args: argparse.Namespace) -> None:
         )
     print_table(table, _console())
     # Compare the losses as the table shows them; among equals the first (smallest) rank wins.
-    best = min(done, key=lambda result: round(result.validation_loss, 4))
-    print(f"the lowest validation loss has rank {best.rank}", best.what_next, sep="\n")
+    best = min(results, key=lambda result: round(result.validation_loss, 4))
+    title = variants[results.index(best)].title
+    print(f"the lowest validation loss has {title}", best.what_next, sep="\n")
 
 
-def _check_sweep(
-    config: Any, output: Path, ranks: Sequence[int], data: str, base: Any, *, is_served: bool
-) -> None:
-    """Check the output directories of all ranks, before the first one is trained."""
+def _axes(variants: Sequence[Any]) -> str:
+    """The settings that vary, with their values: ``rank (2, 4) and seed (0, 1)``."""
+    from turret.training.settings.variants import shown, shown_key
+
+    values = {
+        key: dict.fromkeys(shown(variant.settings[key]) for variant in variants)
+        for key in variants[0].settings
+    }
+    return " and ".join(f"{shown_key(key)} ({', '.join(found)})" for key, found in values.items())
+
+
+def _check_sweep(args: argparse.Namespace, variants: Sequence[Any], bases: Sequence[Any]) -> None:
+    """Check the output directories of all variants, before the first one is trained."""
     from turret.training.errors import RunError
-    from turret.training.run.folder import RunFolder, rank_folder
+    from turret.training.run.folder import RunFolder
     from turret.training.run.resuming import check_settings
-    from turret.training.settings.checks import with_ranks
 
-    if RunFolder(output).facts.exists():
-        raise RunError(say("OUTPUT_IS_A_RUN", path=output))
-    for rank, each in zip(ranks, with_ranks(config, ranks), strict=True):
-        run = RunFolder(rank_folder(output, rank))
+    for variant, base in zip(variants, bases, strict=True):
+        config = variant.config
+        run = RunFolder(args.config.parent / config.run.output)
+        if RunFolder(run.path.parent).facts.exists():
+            raise RunError(say("OUTPUT_IS_A_RUN", path=run.path.parent))
         if run.facts.exists():
-            check_settings(each, run, data, base, is_served=is_served)
+            is_served = args.address is not None
+            check_settings(config, run, _digest(args, config), base, is_served=is_served)
         else:
             run.check(resume=False, overwrite=False)
 
 
-def _how_a_sweep_goes_on(output: Path, ranks: Sequence[int]) -> str:
-    from turret.training.run.folder import RunFolder, rank_folder
+def _how_a_sweep_goes_on(outputs: Sequence[Path]) -> str:
+    from turret.training.run.folder import RunFolder
 
-    runs = [RunFolder(rank_folder(output, rank)) for rank in ranks]
+    runs = [RunFolder(output) for output in outputs]
     has_some = any(run.is_finished or run.newest_checkpoint for run in runs)
     if has_some:
-        return "the same command continues and skips finished ranks"
+        return "the same command continues and skips finished variants"
     begun = any(run.facts.exists() for run in runs)
-    return "no rank has a checkpoint, so the same command starts again" if begun else ""
+    return "no variant has a checkpoint, so the same command starts again" if begun else ""
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -426,8 +470,9 @@ def _run(args: argparse.Namespace) -> None:
         from turret.training.report import write_report
         from turret.training.trainer import Trainer
 
-        trainer = Trainer(resolved, listen, _opener(args))
-        result = trainer.run(resume=args.resume, overwrite=args.overwrite)
+        with _engines(args) as open_engine:
+            trainer = Trainer(resolved, listen, open_engine)
+            result = trainer.run(resume=args.resume, overwrite=args.overwrite)
     report = write_report(result.folder)
     if sys.stdout.isatty() and not args.quiet:
         # The trainer's last note has already shown the path of the adapter.

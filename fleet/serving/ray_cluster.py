@@ -75,9 +75,11 @@ class RayCluster:
 
     Attributes:
         folder: The cluster's files if it was started here, else None.
+        address: The address of its GCS if it was started here.
     """
 
     folder: FleetFolder | None
+    address: str
 
     @classmethod
     def open(
@@ -111,11 +113,7 @@ class RayCluster:
                 why = say("RAY_NOT_JOINED", address=config.ray_address)
                 raise UnavailableError(why) from None
             raise UnavailableError(say("RAY_FAILED", cause=error)) from None
-        if folder is not None:
-            state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-            said = {"address": found["gcs_address"], "token": os.environ["RAY_AUTH_TOKEN"]}
-            replace_file(state_dir / CLUSTER_FILE, json.dumps(said).encode())
-        return cls(folder)
+        return cls(folder, "" if folder is None else str(found["gcs_address"]))
 
     @staticmethod
     def _open(
@@ -150,6 +148,15 @@ class RayCluster:
                 _temp_dir=str(path / "ray"),
             )
 
+    def publish(self, state_dir: Path) -> None:
+        """Lets other commands find a cluster that was started here.
+
+        Call this once the fleet has the state directory, because two fleets may start on one.
+        """
+        if self.folder is not None:
+            said = {"address": self.address, "token": os.environ["RAY_AUTH_TOKEN"]}
+            replace_file(state_dir / CLUSTER_FILE, json.dumps(said).encode())
+
     def dead_process(self) -> str:
         """The name of a central Ray process, started here, that has died, or ""."""
         from ray._private import worker
@@ -178,7 +185,10 @@ class RayCluster:
 
     def _remove(self, state_dir: Path) -> None:
         if self.folder is not None:
-            (state_dir / CLUSTER_FILE).unlink(missing_ok=True)
+            # The directory may belong to another fleet.
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                if _cluster_of(state_dir)["token"] == os.environ["RAY_AUTH_TOKEN"]:
+                    (state_dir / CLUSTER_FILE).unlink()
             self.folder.remove()
 
 
@@ -199,19 +209,20 @@ def join_as_guest(ray_address: str | None, state_dir: Path | None) -> None:
         state_dir = next(iter(started), None)
     is_local = ray_address is None and state_dir is not None
     if ray_address is None and state_dir is not None:
+        # While a fleet starts, there is no file, or that of a fleet that was killed.
+        is_starting = state_dir.absolute() in fleet_folder.state_dirs()
+        starting = say("FLEET_STARTING", state_dir=state_dir)
         try:
-            said = json.loads((state_dir / CLUSTER_FILE).read_bytes())
+            said = _cluster_of(state_dir)
         except OSError:
-            if state_dir.absolute() in fleet_folder.state_dirs():
-                why = say("FLEET_STARTING", state_dir=state_dir)
-            else:
-                why = say("FLEET_MISSING", state_dir=state_dir)
-            raise UnavailableError(why) from None
+            missing = say("FLEET_MISSING", state_dir=state_dir)
+            raise UnavailableError(starting if is_starting else missing) from None
         ray_address = str(said["address"])
         try:
             _check_listens(ray_address)
         except UnavailableError:
-            raise UnavailableError(say("FLEET_KILLED", state_dir=state_dir)) from None
+            killed = say("FLEET_KILLED", state_dir=state_dir)
+            raise UnavailableError(starting if is_starting else killed) from None
         os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": said["token"]})
     elif ray_address is not None:
         _check_listens(ray_address)
@@ -223,6 +234,11 @@ def join_as_guest(ray_address: str | None, state_dir: Path | None) -> None:
         raise UnavailableError(say("FLEET_NOT_JOINED")) from error
     except (RuntimeError, ValueError) as error:
         raise UnavailableError(say("RAY_FAILED", cause=error)) from None
+
+
+def _cluster_of(state_dir: Path) -> dict[str, str]:
+    """The address and the token that ``RayCluster.publish`` wrote."""
+    return json.loads((state_dir / CLUSTER_FILE).read_bytes())
 
 
 def _check_listens(address: str) -> None:

@@ -58,7 +58,7 @@ def run(config: ClusterConfig) -> int:
     watch = functools.partial(_end_with_ray, cluster, config.state_dir, is_over)
     threading.Thread(target=watch, name="ray-watch", daemon=True).start()
     try:
-        return 0 if stop.is_set() else _serve(config, stop)
+        return 0 if stop.is_set() else _serve(config, cluster, stop)
     except (UnavailableError, RuntimeError, ValueError) as error:
         return _refuse(config, error)
     finally:
@@ -137,7 +137,7 @@ def warn_if_crowded(replicas: int, devices: int) -> None:
         _log.warning("more replicas than processors, so they slow each other down", extra=said)
 
 
-def _serve(config: ClusterConfig, stop: threading.Event) -> int:
+def _serve(config: ClusterConfig, cluster: RayCluster, stop: threading.Event) -> int:
     from ray import serve
     from ray.serve.config import HTTPOptions, gRPCOptions
     from ray.serve.schema import LoggingConfig
@@ -162,6 +162,7 @@ def _serve(config: ClusterConfig, stop: threading.Event) -> int:
     owner = None
     try:
         registry_actor.start_registry(config.state_dir, config.fleet.lease_seconds)
+        cluster.publish(config.state_dir)
         owner = registry_actor.Ownership()
         target = serve.RunTarget(application.deployment(config), APPLICATION, "/")
         # Do not wait here, so that SIGTERM works while the models load.

@@ -46,6 +46,7 @@ _SIGNATURES = {
         ("turret_nf4_experts", "turret_mxfp4_experts"),
         (*(_pointer, _int, _pointer, _int, _pointer, _pointer), *(_int,) * 3),
     ),
+    "turret_nf4_pack": (_pointer, _pointer, _int, _int, _int),
     "turret_nf4_turned": (_pointer, _pointer, _pointer, _int, _int, _int),
     "turret_adapt_experts": (_pointer, _pointer),
     "turret_dense_product": (_pointer, _int, _int, _pointer, _pointer, *(_int,) * 4, _pointer),

@@ -50,7 +50,7 @@ from turret.server.api.uploads import (
     receive_chunks,
 )
 from turret.server.api.violations import Violations
-from turret.server.basics.names import closest
+from turret.server.basics.names import HUB_SCHEME, closest, is_remote
 from turret.server.basics.places import Limit, Places
 from turret.server.basics.turns import FairPool
 from turret.server.basics.work import Cancellation
@@ -67,25 +67,26 @@ _T = TypeVar("_T")
 
 
 class SlowCalls:
-    """Runs blocking calls off the event loop.
+    """Runs blocking calls off the event loop, for tenants in turn.
 
     Args:
         num_threads: Maximum number of running calls; further calls wait.
+        most_of_one: See ``FairPool``.
     """
 
-    def __init__(self, num_threads: int) -> None:
+    def __init__(self, num_threads: int, most_of_one: int | None = None) -> None:
         self._num_threads = num_threads
         self._num_running = 0
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="turret-adapters")
+        threads = ThreadPoolExecutor(num_threads, thread_name_prefix="turret-adapters")
+        self._pool = FairPool(threads, most_of_one)
 
     def close(self) -> None:
         """Start no further calls. Running calls continue to their end."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._pool.close()
 
-    async def run(self, call: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+    async def run(self, tenant: bytes, call: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
         """Run ``call`` on a thread, where it continues if the caller is cancelled meanwhile."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, functools.partial(call, *args, **kwargs))
+        return await self._pool.run(tenant, functools.partial(call, *args, **kwargs))
 
     async def run_now(self, call: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
         """Like ``run``, but without waiting for a turn.
@@ -100,22 +101,21 @@ class SlowCalls:
             self._num_running -= 1
 
         self._num_running += 1
-        running = asyncio.ensure_future(self.run(call, *args, **kwargs))
+        running = asyncio.ensure_future(self.run(b"", call, *args, **kwargs))
         # If the caller is cancelled, the thread continues, and is counted until it is done.
         running.add_done_callback(ended)
         return await asyncio.shield(running)
 
-    async def open(self, call: Callable[[], _T], undo: Callable[[_T], object]) -> _T:
+    async def open(self, tenant: bytes, call: Callable[[], _T], undo: Callable[[_T], object]) -> _T:
         """Like ``run``, but undoes the call if the caller is cancelled meanwhile."""
-        loop = asyncio.get_running_loop()
-        opening = loop.run_in_executor(self._threads, call)
+        opening = asyncio.wrap_future(self._pool.submit(tenant, call))
         try:
             return await asyncio.shield(opening)
         except asyncio.CancelledError:
 
             def close(future: asyncio.Future[_T]) -> None:
                 if not future.cancelled() and future.exception() is None:
-                    self._threads.submit(undo, future.result())
+                    self._pool.submit(tenant, functools.partial(undo, future.result()))
 
             opening.add_done_callback(close)
             raise
@@ -127,8 +127,11 @@ MAX_UNLOAD_SECONDS = 3600.0
 MAX_UPLOADS = 8
 # Maximum number of concurrent uploads per token, so that one token cannot take all places.
 MAX_UPLOADS_PER_TOKEN = 6
-# Threads for calls that may take long, so that they do not delay tokenising or listing.
+# Threads for calls that may take long, so that they do not delay tokenising or listing. One token
+# may take three quarters of them.
 _SLOW_CALLS = 32
+# The same for calls that download from a hub, a bucket or a registry.
+_DOWNLOADS = 8
 _DRAINS = 32
 _LOOKUPS = 2
 
@@ -154,7 +157,8 @@ class Adapters:
     def __init__(self, gate: ServingGate) -> None:
         self._gate = gate
         self._uploads = Places()
-        self._slow = SlowCalls(_SLOW_CALLS)
+        self._slow = SlowCalls(_SLOW_CALLS, _SLOW_CALLS * 3 // 4)
+        self._downloads = SlowCalls(_DOWNLOADS, _DOWNLOADS * 3 // 4)
         # Drains wait up to an hour for the requests of others, so they have separate threads.
         self._drains = SlowCalls(_DRAINS)
         # In a fleet, lookups ask the fleet's registry, which may not answer. Clients without the
@@ -164,6 +168,7 @@ class Adapters:
     def close(self) -> None:
         """Start no further calls. Running calls continue to their end."""
         self._slow.close()
+        self._downloads.close()
         self._drains.close()
         self._lookups.close()
 
@@ -174,27 +179,35 @@ class Adapters:
     ) -> adapters_pb2.Adapter:
         options = {"pinned": message.pinned, **reading_options(message)}
         load = self._gate.enter().registry.load
-        return await self._change(load, *_checked_source(message, call), **options)
+        return await self._read(load, *_checked_source(message, call), call, **options)
 
     async def replace(
         self, message: adapters_pb2.ReplaceAdapterRequest, call: Call
     ) -> adapters_pb2.Adapter:
         options = {**_generations(message), **reading_options(message)}
         replace = self._gate.enter().registry.replace
-        return await self._change(replace, *_checked_source(message, call), **options)
+        return await self._read(replace, *_checked_source(message, call), call, **options)
 
     async def rollback(
         self, message: adapters_pb2.RollbackAdapterRequest, call: Call
     ) -> adapters_pb2.Adapter:
         name = _checked_name(message.name, call)
         rollback = self._gate.enter().registry.rollback
-        return await self._change(rollback, name, **_generations(message))
+        return await self._change(call, rollback, name, **_generations(message))
+
+    async def _read(
+        self, change: Callable[..., AdapterInfo], name: str, path: str, call: Call, **options: Any
+    ) -> adapters_pb2.Adapter:
+        """Call a method of the registry that reads an adapter from a path."""
+        is_download = is_remote(path) or path.startswith(HUB_SCHEME)
+        calls = self._downloads if is_download else self._slow
+        return adapter_message(await calls.run(call.tenant, change, name, path, **options))
 
     async def _change(
-        self, change: Callable[..., AdapterInfo], *args: Any, **kwargs: Any
+        self, call: Call, change: Callable[..., AdapterInfo], *args: Any, **kwargs: Any
     ) -> adapters_pb2.Adapter:
         """Call a method of the registry that returns the changed adapter."""
-        return adapter_message(await self._slow.run(change, *args, **kwargs))
+        return adapter_message(await self._slow.run(call.tenant, change, *args, **kwargs))
 
     async def upload(self, messages: Messages, call: Call) -> adapters_pb2.Adapter:
         """Receive the files of an adapter: a header, then chunks in the order of its files.
@@ -208,7 +221,7 @@ class Adapters:
             files = [UploadedFile(file.path, file.size_bytes, file.sha256) for file in header.files]
 
             async def receive(staged: StagedUpload) -> None:
-                write = functools.partial(self._slow.run, staged.write)
+                write = functools.partial(self._slow.run, call.tenant, staged.write)
                 await receive_chunks(messages, write, most_seconds(header))
 
             return await self._received(registry, header, call, files, receive)
@@ -231,18 +244,18 @@ class Adapters:
 
             async def receive(staged: StagedUpload) -> None:
                 announced: set[str] = set()
-                num_bytes = 0
+                num_bytes, run = 0, functools.partial(self._slow.run, call.tenant)
                 async for name, size, chunks in entries:
                     num_bytes += max(size, 0)
                     to_write = size if name in UPLOAD_FILES else 0
-                    await self._slow.run(registry.check_room, num_bytes, num_bytes - to_write)
+                    await run(registry.check_room, num_bytes, num_bytes - to_write)
                     if name not in UPLOAD_FILES:
                         continue
                     check_entry(name, size, announced)
                     announced.add(name)
-                    await self._slow.run(staged.announce, UploadedFile(name, size))
+                    await run(staged.announce, UploadedFile(name, size))
                     async for data in chunks:
-                        await self._slow.run(staged.write, name, data)
+                        await run(staged.write, name, data)
                 check_complete(announced)
 
             return await self._received(registry, header, call, (), receive)
@@ -268,14 +281,14 @@ class Adapters:
     ) -> adapters_pb2.Adapter:
         call.adapters = (header.name,)
         staged = await self._slow.open(
-            lambda: registry.stage(files), lambda opened: opened.discard()
+            call.tenant, lambda: registry.stage(files), lambda opened: opened.discard()
         )
         try:
             await receive(staged)
-            await self._slow.run(staged.finish)
+            await self._slow.run(call.tenant, staged.finish)
             options = {**_generations(header), **reading_options(header)}
             options |= {"pinned": header.pinned, "replace": header.replace}
-            return await self._change(registry.upload, header.name, staged, **options)
+            return await self._change(call, registry.upload, header.name, staged, **options)
         finally:
             # Start a thread for this, because the pool rejects work while the server is stopping.
             threading.Thread(target=staged.discard, name="discard upload").start()
@@ -301,13 +314,14 @@ class Adapters:
         registry = self._gate.enter().registry
         name, targets = checked_alias(message)
         call.adapters = tuple(target.name for target in targets)
-        return alias_message(await self._slow.run(registry.set_alias, name, targets))
+        return alias_message(await self._slow.run(call.tenant, registry.set_alias, name, targets))
 
     async def delete_alias(
         self, message: adapters_pb2.DeleteAliasRequest, call: Call
     ) -> adapters_pb2.DeleteAliasResponse:
         registry = self._gate.enter().registry
-        await self._slow.run(registry.delete_alias, _checked_name(message.name, call))
+        name = _checked_name(message.name, call)
+        await self._slow.run(call.tenant, registry.delete_alias, name)
         return adapters_pb2.DeleteAliasResponse()
 
     def aliases(self) -> list[adapters_pb2.Alias]:
@@ -392,7 +406,9 @@ class Adapters:
         registry = self._gate.enter().registry
         name, generation = _checked_name(message.name, call), _generations(message)["generation"]
         export = await self._slow.open(
-            lambda: registry.export(name, generation), lambda opened: opened.close()
+            call.tenant,
+            lambda: registry.export(name, generation),
+            lambda opened: opened.close(),
         )
         with contextlib.closing(export):
             header = adapters_pb2.ExportHeader(adapter=adapter_message(export.record))
@@ -400,7 +416,7 @@ class Adapters:
                 header.files.add(path=file.name, size_bytes=file.size_bytes, sha256=file.sha256)
             yield adapters_pb2.ExportAdapterResponse(header=header)
             chunks = export.chunks()
-            while part := await self._slow.run(lambda: next(chunks, None)):
+            while part := await self._slow.run(call.tenant, lambda: next(chunks, None)):
                 path, data = part
                 chunk = adapters_pb2.FileChunk(path=path, data=data)
                 yield adapters_pb2.ExportAdapterResponse(chunk=chunk)
@@ -411,13 +427,13 @@ class Adapters:
         self, message: adapters_pb2.PinAdapterRequest, call: Call
     ) -> adapters_pb2.Adapter:
         pin = self._gate.enter().registry.pin
-        return await self._change(pin, _checked_name(message.name, call))
+        return await self._change(call, pin, _checked_name(message.name, call))
 
     async def unpin(
         self, message: adapters_pb2.UnpinAdapterRequest, call: Call
     ) -> adapters_pb2.Adapter:
         unpin = self._gate.enter().registry.unpin
-        return await self._change(unpin, _checked_name(message.name, call))
+        return await self._change(call, unpin, _checked_name(message.name, call))
 
     async def unload(
         self, message: adapters_pb2.UnloadAdapterRequest, call: Call
@@ -439,7 +455,8 @@ class Adapters:
         is_forced = message.mode == adapters_pb2.UnloadAdapterRequest.FORCE
         mode: UnloadMode = "FORCE" if is_forced else "DRAIN"
         # Start a drain at once. In a queue, it would also wait for the requests of other drains.
-        run = self._slow.run if is_forced else self._drains.run_now
+        at_turn = functools.partial(self._slow.run, call.tenant)
+        run = at_turn if is_forced else self._drains.run_now
         await run(
             registry.unload,
             message.name,
@@ -458,18 +475,18 @@ class Adapters:
         merger = self._gate.enter().merger
         refs, precision = checked_merge_request(message)
         call.adapters = tuple(ref.name for ref in refs)
-        return await self._change_base(merger.merge, refs, precision)
+        return await self._change_base(call, merger.merge, refs, precision)
 
-    async def unmerge(self) -> adapters_pb2.MergeState:
+    async def unmerge(self, call: Call) -> adapters_pb2.MergeState:
         """Restore the base's own weights. Cancelling the task withdraws the call."""
-        return await self._change_base(self._gate.enter().merger.unmerge)
+        return await self._change_base(call, self._gate.enter().merger.unmerge)
 
     async def _change_base(
-        self, change: Callable[..., MergeState], *args: Any
+        self, call: Call, change: Callable[..., MergeState], *args: Any
     ) -> adapters_pb2.MergeState:
         cancellation = Cancellation()
         with _cancelling(cancellation):
-            state = await self._slow.run(change, *args, cancellation)
+            state = await self._slow.run(call.tenant, change, *args, cancellation)
         return merge_state_message(state)
 
     def merge_state(self) -> adapters_pb2.MergeState:

@@ -192,8 +192,8 @@ class Confined:
             return ConfinedError(why, is_over_limit=False)
         if code == -signal.SIGPROF:
             why = say("PROCESS_TIME_LIMIT", seconds=self._cpu_seconds)
-        elif code == 1:
-            # Python exits with 1 after an uncaught exception.
+        elif code in (1, -signal.SIGABRT):
+            # Without memory, Python exits with 1 after an uncaught exception, and Rust aborts.
             why = say("PROCESS_MEMORY_LIMIT", most=format_byte_size(self._max_bytes))
         else:
             why = say("PROCESS_CRASHED", exit_code=code)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -21,10 +22,14 @@ class FairPool:
 
     Args:
         threads: The threads. Nothing else may use them.
+        most_of_one: The number of threads that one tenant may take, so that others do not wait for
+            its running jobs; None for all. The tenant that everybody shares may take all.
     """
 
-    def __init__(self, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, threads: ThreadPoolExecutor, most_of_one: int | None = None) -> None:
         self._threads = threads
+        self._most_of_one = most_of_one
+        self._running = Counter[bytes]()
         self._lock = threading.Lock()
         # The tenants that wait, in the order of their turns.
         self._waiting: dict[bytes, deque[_Job]] = {}
@@ -39,7 +44,7 @@ class FairPool:
         Raises:
             RuntimeError: No thread can be started.
         """
-        return await asyncio.wrap_future(self._submit(tenant, job))
+        return await asyncio.wrap_future(self.submit(tenant, job))
 
     def close(self) -> None:
         """Start no more jobs, and cancel those that wait."""
@@ -50,7 +55,8 @@ class FairPool:
         for future in waiting:
             future.cancel()
 
-    def _submit(self, tenant: bytes, job: Callable[[], _T]) -> Future[_T]:
+    def submit(self, tenant: bytes, job: Callable[[], _T]) -> Future[_T]:
+        """Like ``run``, but returns the future of the result."""
         future: Future[_T] = Future()
         with self._lock:
             self._waiting.setdefault(tenant, deque()).append((future, job))
@@ -63,29 +69,42 @@ class FairPool:
         return future
 
     def _work(self) -> None:
-        future, job = self._next()
-        try:
-            result = job()
-        except BaseException as error:
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-        # An error's traceback refers to this frame, and the frame's future to the error. Break the
-        # cycle, which would keep the job in memory until the next garbage collection.
-        del future, job
+        # Continue until no job may start. The job for which this thread was started may have been
+        # left to the thread that runs another job of the same tenant.
+        while (found := self._next()) is not None:
+            tenant, (future, job) = found
+            try:
+                result = job()
+            except BaseException as error:
+                outcome = functools.partial(future.set_exception, error)
+            else:
+                outcome = functools.partial(future.set_result, result)
+                del result
+            with self._lock:
+                self._running[tenant] -= 1
+                if not self._running[tenant]:
+                    del self._running[tenant]
+            outcome()
+            # An error's traceback refers to this frame, and the frame's future to the error. Break
+            # the cycle, which would keep the job in memory until the next garbage collection.
+            del found, future, job, outcome
 
-    def _next(self) -> _Job:
-        """The next job that was not cancelled; without one, a job that does nothing."""
+    def _next(self) -> tuple[bytes, _Job] | None:
+        """The next job that was not cancelled, and its tenant; None if no job may start."""
         with self._lock:
-            while self._waiting:
-                tenant = next(iter(self._waiting))
+            while (tenant := next(filter(self._may_run, self._waiting), None)) is not None:
                 jobs = self._waiting.pop(tenant)
                 found = jobs.popleft()
                 if jobs:
                     self._waiting[tenant] = jobs
                 if found[0].set_running_or_notify_cancel():
-                    return found
-        return Future(), lambda: None
+                    self._running[tenant] += 1
+                    return tenant, found
+        return None
+
+    def _may_run(self, tenant: bytes) -> bool:
+        most = self._most_of_one
+        return not tenant or most is None or self._running[tenant] < most
 
 
 class LoopTurns:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import json
 import threading
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from turret.server.basics.confined import Confined
 from turret.server.basics.places import Limit, Places
 from turret.server.basics.turns import FairPool
 from turret.server.basics.work import PANICS_ARE_ERRORS, work_in_background
@@ -18,7 +21,13 @@ from turret.server.constraints.constraint import (
     KeptConstraints,
 )
 from turret.server.constraints.grammar import ConstraintSpec, grammar_of, refusal, unforced
-from turret.server.constraints.matcher import Alphabet, alphabet_of, roomy_executor
+from turret.server.constraints.matcher import (
+    STACK_BYTES,
+    Alphabet,
+    alphabet_of,
+    roomy_executor,
+    special_of,
+)
 from turret.server.errors import BudgetExceededError, InvalidRequestError
 from turret.server.words import say
 
@@ -29,9 +38,16 @@ MAX_RUNNING = 64
 MAX_RUNNING_OF_TOKEN = 48
 # Much longer than the half second that the slowest constraint within the limits took.
 COMPILE_SECONDS = 20.0
-# Approximate size of a compiled constraint: up to 9 MB was measured for a schema of 90,000
-# characters.
-_FIXED_BYTES, _CHAR_BYTES = 1 << 20, 128
+# Approximate size of a short constraint, and of the fixed part of a longer one.
+_FIXED_BYTES = 1 << 20
+# A regular expression can take memory and time that grow with the square of its length, up to 40 GB
+# and minutes for the longest ones. llguidance does not limit them, and its threads cannot be
+# stopped. So a child process first compiles every constraint that is not short.
+_SHORT_CHARS = 256
+_TRIAL_SECONDS = 2.0
+# The stack of the thread that compiles, the process itself, and the compiled form.
+_TRIAL_BYTES = STACK_BYTES + (256 << 20)
+_PROGRAM = Path(__file__).with_name("trial_program.py")
 # Token slices: if every token that matches one of these expressions is allowed, llguidance allows
 # them together instead of one by one. An expression with a count, such as [a-z ]{1,500}, has a
 # state per character and never reuses a mask, which takes 0.5 ms without slices and 0.02 ms with
@@ -39,7 +55,7 @@ _FIXED_BYTES, _CHAR_BYTES = 1 << 20, 128
 _SLICES = ["[a-z ]{1,16}", "[a-zA-Z ]{1,16}", *LLTokenizer.general_slices()]
 # Maximum number of states of a lexer, which all answers under one constraint share. They take at
 # most 45 MB.
-_MAX_LEXER_STATES = 1 << 15
+_LIMITS: dict[str, Any] = {"max_lexer_states": 1 << 15, "verbose_errors": False}
 _Followable = tuple[LLTokenizer, Alphabet]
 
 
@@ -74,10 +90,19 @@ class ConstraintCompiler:
         self._owner = self.kept.new_owner()
         self._running: dict[bytes, asyncio.Future[Constraint]] = {}
         self._places = Places()
+        self._special = "{}"
+        self._trial = Confined(
+            _PROGRAM,
+            cpu_seconds=_TRIAL_SECONDS,
+            max_bytes=_TRIAL_BYTES,
+            max_answer_bytes=1 << 20,
+            packages=("llguidance",),
+        )
 
     def close(self) -> None:
         """Compile nothing more."""
         self._pool.close()
+        self._trial.close()
 
     def forget(self) -> None:
         """Drop everything that was compiled."""
@@ -108,7 +133,7 @@ class ConstraintCompiler:
                 limits.append(Limit(tenant, most, "TOO_MANY_COMPILATIONS_OF_TOKEN"))
             held = contextlib.ExitStack()
             held.enter_context(self._places.hold(*limits))
-            job = functools.partial(self._compile, spec)
+            job = functools.partial(self._compile_held, spec, tenant)
             future = asyncio.ensure_future(self._pool.run(tenant, job))
             self._running[key] = future
             future.add_done_callback(functools.partial(self._keep, key, held))
@@ -132,6 +157,12 @@ class ConstraintCompiler:
 
     # The methods below run on the compiler's threads.
 
+    def _compile_held(self, spec: ConstraintSpec, tenant: bytes) -> Constraint:
+        """A constraint whose measured memory is counted."""
+        constraint = self._compile(spec)
+        self.kept.hold(constraint, tenant, constraint.num_bytes - _FIXED_BYTES)
+        return constraint
+
     @PANICS_ARE_ERRORS
     def _compile(self, spec: ConstraintSpec) -> Constraint:
         tokenizer = self._tokenizer()
@@ -141,23 +172,51 @@ class ConstraintCompiler:
         grammar = grammar_of(spec)
 
         def make(forces: bool) -> LLMatcher:
-            limits = LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
+            limits = LLParserLimits(**_LIMITS)
             asked = grammar if forces else unforced(grammar)
             made = LLMatcher(native, asked, log_level=0, limits=limits)
             if made.is_error():
                 raise refusal(spec, made.get_error())
             return made
 
-        num_bytes = _FIXED_BYTES + _CHAR_BYTES * spec.num_chars
+        measured = self._tried(spec, grammar, native.vocab_size)
         # Counts and repeated terminals can force texts of megabytes, and llguidance holds the
         # interpreter's lock while it tokenises them. Choices are only as long as they were sent.
-        constraint = Constraint(make, alphabet, num_bytes, forces=spec.kind == "choice")
+        constraint = Constraint(
+            make, alphabet, _FIXED_BYTES + measured, forces=spec.kind == "choice"
+        )
         # A grammar that matches nothing, or that is too wide at its start, fails at its first mask.
         try:
             constraint.matcher().mask()
         except BudgetExceededError as error:
             raise InvalidRequestError.of(spec.kind, error.message) from None
         return constraint
+
+    def _tried(self, spec: ConstraintSpec, grammar: str, vocab_size: int) -> int:
+        """The approximate memory of a constraint, in addition to the fixed part.
+
+        Raises:
+            InvalidRequestError: The constraint cannot be compiled within the limits.
+            UnavailableError: The child process is not available.
+        """
+        if spec.num_chars <= _SHORT_CHARS:
+            return 0
+        job = {
+            "grammar": unforced(grammar),
+            "limits": _LIMITS,
+            "stack_bytes": STACK_BYTES,
+            "special": self._special,
+            "ends": json.dumps(sorted(self._tokens.eos_token_ids)),
+            "vocab_size": vocab_size,
+        }
+        try:
+            found = self._trial.ask_one(job, "CONSTRAINT_UNTRIED")
+        except ValueError as error:
+            said = say("CONSTRAINT_TOO_COMPLEX", problem=error)
+            raise InvalidRequestError.of(spec.kind, said) from None
+        if found["fault"]:
+            raise refusal(spec, found["fault"])
+        return found["bytes"]
 
     def _tokenizer(self) -> _Followable | InvalidRequestError:
         """The tokenizer for llguidance, or the reason why llguidance cannot use it."""
@@ -173,6 +232,7 @@ class ConstraintCompiler:
         try:
             with PANICS_ARE_ERRORS:
                 native = LLTokenizer(self._tokens.serialized(), eos_token=ends, slices=_SLICES)
+                self._special = json.dumps(special_of(native))
                 return native, alphabet_of(native, self._tokens.vocab_size)
         except Exception as error:
             return InvalidRequestError(say("TOKENIZER_UNUSABLE", problem=error))

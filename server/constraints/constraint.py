@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
+import threading
+import weakref
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from turret.server.constraints.matcher import Alphabet, Matcher
+from turret.server.errors import QueueFullError
+from turret.server.words import say
 
 if TYPE_CHECKING:
     # Types only: the GPU benchmark runs steps where llguidance is not installed.
@@ -79,10 +83,15 @@ class Constraint:
 
 MAX_CACHED = 64
 MAX_CACHED_BYTES = 64 << 20
+# Maximum memory of all constraints, with those that are only used by requests that wait or run. One
+# bearer token may have half of it.
+MAX_HELD_BYTES = 512 << 20
 
 
 class KeptConstraints:
     """Keeps the most recently used constraints within one budget. Belongs to one event loop.
+
+    Only ``hold`` may be called from any thread.
 
     Attributes:
         num_bytes: The approximate memory of the constraints.
@@ -92,6 +101,10 @@ class KeptConstraints:
         self.num_bytes = 0
         self._kept: OrderedDict[tuple[int, bytes], Constraint] = OrderedDict()
         self._owners = itertools.count()
+        self._lock = threading.Lock()
+        self._held: Counter[bytes] = Counter()
+        # Constraints that have ended since the last call of ``hold``.
+        self._ended: deque[tuple[bytes, int]] = deque()
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -113,6 +126,24 @@ class KeptConstraints:
         self.num_bytes += constraint.num_bytes
         while len(self._kept) > MAX_CACHED or self.num_bytes > MAX_CACHED_BYTES:
             self._drop(next(iter(self._kept)))
+
+    def hold(self, constraint: Constraint, tenant: bytes, num_bytes: int) -> None:
+        """Count the memory of a constraint until nothing refers to it.
+
+        Raises:
+            QueueFullError: All constraints, or those of this tenant, would take too much memory.
+        """
+        with self._lock:
+            while self._ended:
+                other, size = self._ended.popleft()
+                self._held[other] -= size
+            self._held = +self._held
+            most = MAX_HELD_BYTES // 2 if tenant else MAX_HELD_BYTES
+            held = self._held[tenant] if tenant else self._held.total()
+            if held + num_bytes > most or self._held.total() + num_bytes > MAX_HELD_BYTES:
+                raise QueueFullError(say("CONSTRAINTS_FULL", held=held, most=most))
+            self._held[tenant] += num_bytes
+        weakref.finalize(constraint, self._ended.append, (tenant, num_bytes))
 
     def forget(self, owner: int) -> None:
         """Drop all compiled forms of one vocabulary."""

@@ -159,8 +159,12 @@ _ANY_OBJECT = '{"type":"object"}'
 _META = re.compile(r"([\\.+*?()|\[\]{}^$#&~/-])")
 # A second grammar in addition to the constraint's own. Its option applies to both.
 _UNFORCED = {"name": "unforced", "lark_grammar": '%llguidance {"no_forcing": true}\nstart: "x"'}
+# Matches a grammar that llguidance reads as Lark; it reads any other as GBNF. This expression and
+# the next one look at blanks of one line only: after each line break, ``\s*`` would look at all
+# the line breaks that follow, while no other thread runs.
+_LARK = re.compile(r"(?m)^[^\S\n]*(?:%llguidance\b|start\s*:)")
 # Matches a rule of a Lark grammar, on one line, whose body is a JSON schema.
-_SCHEMA_RULE = re.compile(r"(?m)^\s*(\w+)\s*:\s*%json (\{.*\})\s*$")
+_SCHEMA_RULE = re.compile(r"(?m)^[^\S\n]*(\w+)\s*:\s*%json (\{.*\})\s*$")
 # Extracts the regex error from llguidance's message, which quotes the grammar around it.
 _REGEX_FAULT = re.compile(
     r"\nerror: (.+)|\(in regex\): (?!regex parse error)(.+?)(?: in regex|\n|$)"
@@ -179,7 +183,7 @@ def grammar_of(spec: ConstraintSpec) -> str:
     """
     # Import llguidance only where it is used: the GPU benchmark runs without it.
     from llguidance import LLMatcher
-    from llguidance.gbnf_to_lark import any_to_lark
+    from llguidance.gbnf_to_lark import gbnf_to_lark
 
     if spec.kind == "json_object":
         return LLMatcher.grammar_from_json_schema(_ANY_OBJECT, overrides=_JSON_OPTIONS)
@@ -192,12 +196,18 @@ def grammar_of(spec: ConstraintSpec) -> str:
         return LLMatcher.grammar_from_regex(f"(?:{texts})")
     if spec.kind == "regex":
         return LLMatcher.grammar_from_regex(spec.texts[0])
+    text = spec.texts[0]
     try:
-        return LLMatcher.grammar_from_lark(any_to_lark(spec.texts[0]))
+        return LLMatcher.grammar_from_lark(text if is_lark(text) else gbnf_to_lark(text))
     except Exception as error:
         # llguidance's converter is written in Python and may raise any exception.
         why = say("GRAMMAR_INVALID", problem=shortened(str(error)))
         raise InvalidRequestError.of("grammar", why) from None
+
+
+def is_lark(text: str) -> bool:
+    """Whether llguidance reads a grammar as Lark, and not as GBNF."""
+    return _LARK.search(text) is not None
 
 
 def unforced(grammar: str) -> str:

@@ -75,6 +75,16 @@ def alphabet_of(native: LLTokenizer, num_drawable: int) -> Alphabet:
     return Alphabet(texts, num_drawable)
 
 
+def special_of(native: LLTokenizer) -> dict[int, str]:
+    """The special tokens of a tokenizer that a grammar can name, with their texts."""
+    texts = {
+        token: native.decode_bytes([token]).decode(errors="replace")
+        for token in range(native.vocab_size)
+        if native.is_special_token(token)
+    }
+    return {token: text for token, text in texts.items() if text}
+
+
 def words_of(token_ids: Iterable[int], num_words: int) -> Words:
     """``[num_words]`` int32 with the bits of these tokens set; tokens past the end are ignored."""
     bits = np.zeros(32 * num_words, dtype=np.uint8)

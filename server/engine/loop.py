@@ -218,6 +218,8 @@ class EngineLoop:
         # Answers with new tokens that are not handed out yet, the number of tokens and their time.
         self._later: list[tuple[Answer, int, float]] = []
         self._broken: list[tuple[Answer, Exception]] = []
+        # Reports the last step to the metrics, if that has not been done yet.
+        self._report: Callable[[], None] | None = None
         self._answers: dict[Sequence, Answer] = {}
         self._with_deadline: set[Answer] = set()
         self._ready: set[Sequence] = set()
@@ -476,13 +478,13 @@ class EngineLoop:
             answer = self._answers.get(item.sequence)
             if answer is not None:
                 self._guard(answer, functools.partial(self._advance, answer, item, result, now))
+        self._report = functools.partial(self._observer.step, step, result, now - start)
         if not self._runner.is_asynchronous:
             self._hand_out()
         self._flush()
-        self._observer.step(step, result, now - start)
 
     def _meanwhile(self) -> None:
-        """Hand out the tokens of the last step, while the device computes the next one."""
+        """Hand out and report the last step's tokens, while the device computes the next step."""
         later, self._later = self._later, []
         for answer, count, now in later:
             try:
@@ -492,6 +494,9 @@ class EngineLoop:
                 # The sequence is part of the step, so it ends after the step.
                 self._broken.append((answer, error))
         self._flush()
+        if self._report is not None:
+            self._report()
+            self._report = None
 
     def _hand_out(self) -> None:
         """Hand out all tokens between two steps."""
@@ -633,6 +638,7 @@ class EngineLoop:
 
     def _flush(self) -> None:
         if self._outbox:
+            self._observer.handed_out()
             outbox, self._outbox = self._outbox, []
             self._send(outbox)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable
 
 from turret.server.engine.answer import Answer
@@ -30,6 +31,8 @@ class LoopObserver:
         self._runner = runner
         self._metrics = metrics
         self._listed_at = 0.0
+        # The number of gaps by duration and adapters. Most requests of a step have the same.
+        self._gaps: Counter[tuple[float, tuple[str, ...]]] = Counter()
         blocks = scheduler.blocks
         # The first block is padding.
         metrics.kv_cache(block_size=blocks.block_size, num_blocks=blocks.num_blocks - 1)
@@ -52,14 +55,19 @@ class LoopObserver:
     def tokens(self, answer: Answer, count: int, now: float) -> None:
         """Record the tokens of a request in one step, which share the time since its last token."""
         sequence = answer.sequence
-        names = [adapter.name for adapter, _ in sequence.mix.members]
+        names = tuple([adapter.name for adapter, _ in sequence.mix.members])
         if sequence.first_token_at is None:
             sequence.first_token_at = now
             self._metrics.first_token(now - sequence.arrival, names)
         elif answer.last_token_at is not None:
-            for _ in range(count):
-                self._metrics.inter_token((now - answer.last_token_at) / count, names)
+            self._gaps[(now - answer.last_token_at) / count, names] += count
         answer.last_token_at = now
+
+    def handed_out(self) -> None:
+        """Report the gaps between the tokens that ``tokens`` has recorded."""
+        for (seconds, names), count in self._gaps.items():
+            self._metrics.inter_token(seconds, names, count)
+        self._gaps.clear()
 
     def step(self, step: Step, result: StepResult, seconds: float) -> None:
         """Record the end of a step."""

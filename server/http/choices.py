@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
-from turret.server.api.inference_answers import JoinedChunks
+from turret.server.api.inference_answers import JoinedChunks, converted
+from turret.server.api.limits import MAX_CONSTRAINT_CHARS
 from turret.server.errors import InvalidRequestError, UnavailableError
 from turret.server.http.answers import FINISH_REASONS, Ended, adapters_of, usage_of
 from turret.server.http.asked import Asked, ToolUse
@@ -249,8 +251,11 @@ async def make_readers(
             marks=chat_format.marks,
             has_call_ids=chat_format.has_call_ids,
         )
+        constrain = functools.partial(_constrain, message, grammar, use, exchange.names)
         try:
-            _constrain(message, grammar, use, exchange.names)
+            # The schemas of the tools can be as long as a message.
+            size = sum(len(tool.parameters) for tool in chat.tools)
+            await converted(call.tenant, size, constrain)
         except UnenforceableError as error:
             place = f"{use.paths[error.tool]}{error.path}"
             raise InvalidRequestError.of(place, error.text) from None
@@ -309,6 +314,10 @@ def _constrain(
 
 
 def _value(message: _Request, kind: str) -> Any:
+    """The value of a constraint; None if it is not valid, or too long to be read here."""
+    parts = message.choice.texts if kind == "choice" else (getattr(message, kind),)
+    if kind != "json_object" and sum(map(len, parts)) > MAX_CONSTRAINT_CHARS:
+        return None
     if kind == "json_schema":
         try:
             schema = json.loads(message.json_schema)

@@ -20,6 +20,10 @@ from turret.server.http.body import MAX_BODY_BYTES
 HEAD_SECONDS = 10.0
 # The same as the hard limit on gRPC metadata.
 MAX_HEAD_BYTES = 16 << 10
+# Headers of one request, and requests that may arrive before the answer to an earlier one. Both
+# take time and memory far beyond their bytes.
+MAX_HEADERS = 128
+MAX_SENT_AHEAD = 8
 # A client that keeps sending after a rejection gets this much time, and may send this many bytes,
 # to read the answer. Closing the connection earlier would reset it and could lose the answer.
 LINGER_SECONDS = 5.0
@@ -41,9 +45,10 @@ EXTENSION = "turret.chunks"
 class Connection(HttpToolsProtocol):
     """A connection whose requests have limits of time and bytes.
 
-    A connection is closed if a head takes too long, or if a head or the framing of a body has too
-    many bytes. If the answer is sent before the request has been read completely, the rest of the
-    request is dropped unparsed.
+    A connection is closed if a head takes too long or has too many headers, or if a head or the
+    framing of a body has too many bytes. If the answer is sent before the request has been read
+    completely, the rest of the request is dropped unparsed. If too many requests are sent ahead,
+    the rest is dropped as well, and the connection is closed once the others are answered.
 
     Args:
         listener: The listener that accepted the connection.
@@ -61,7 +66,10 @@ class Connection(HttpToolsProtocol):
         self._num_bytes = 0
         self._is_in_head = True
         self._is_last = False
+        # Whether no more requests are parsed.
+        self._is_full = False
         self._num_dropped = 0
+        self._running: RequestResponseCycle | None = None
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         super()._start_asgi_task(cycle, functools.partial(self._answer, cycle, app))
@@ -70,6 +78,7 @@ class Connection(HttpToolsProtocol):
         self, cycle: RequestResponseCycle, app: Any, scope: Any, receive: Any, send: Any
     ) -> None:
         """Runs the application, and gives it the extension that sends chunks."""
+        self._running = cycle
         is_old = scope["http_version"] == "1.0"
         if not is_old:
             scope.setdefault("extensions", {})[EXTENSION] = Chunks(cycle)
@@ -81,7 +90,8 @@ class Connection(HttpToolsProtocol):
                 # missing length.
                 cycle.chunked_encoding = False
                 cycle.expected_content_length = len(message.get("body", b""))
-            self._is_last = (is_start and cycle.more_body) or self._is_last
+            is_end = cycle.more_body or (self._is_full and not self.pipeline)
+            self._is_last = (is_start and is_end) or self._is_last
             if not is_start or not self._is_last:
                 await send(message)
                 return
@@ -102,7 +112,7 @@ class Connection(HttpToolsProtocol):
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
-        if self._linger_timer is not None:
+        if self._is_full or self._linger_timer is not None:
             self._num_dropped += len(data)
             if self._num_dropped > LINGER_BYTES:
                 self.transport.abort()
@@ -116,7 +126,8 @@ class Connection(HttpToolsProtocol):
         self._pieces.extend(pieces)
 
     def _feed_next(self) -> None:
-        if not self._pieces or self.transport.is_closing() or self._linger_timer is not None:
+        drops = self._is_full or self._linger_timer is not None
+        if not self._pieces or self.transport.is_closing() or drops:
             self._pieces.clear()
             return
         self._feed(self._pieces.popleft())
@@ -126,7 +137,7 @@ class Connection(HttpToolsProtocol):
     def _feed(self, data: bytes) -> None:
         self._num_bytes += len(data)
         super().data_received(data)
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._is_full:
             return
         # Allow one piece more: a callback may have reset the count in the middle of a piece.
         most = (MAX_HEAD_BYTES if self._is_in_head else MAX_FRAMING_BYTES) + _PIECE_BYTES
@@ -140,6 +151,9 @@ class Connection(HttpToolsProtocol):
             self._await_head()
 
     def on_message_begin(self) -> None:
+        if len(self.pipeline) == MAX_SENT_AHEAD:
+            self._is_full = True
+            raise ValueError("too many requests sent ahead")
         super().on_message_begin()
         self._num_bytes, self._is_in_head = 0, True
 
@@ -150,6 +164,8 @@ class Connection(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         # uvicorn would treat a trailer after the body as a header.
         if self._is_in_head:
+            if len(self.headers) == MAX_HEADERS:
+                raise ValueError("too many headers")
             super().on_header(name, value)
 
     def on_body(self, body: bytes) -> None:
@@ -159,6 +175,11 @@ class Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._num_bytes, self._is_in_head = 0, True
+
+    def send_400_response(self, msg: str) -> None:
+        # The client would take this for the answer to a request that it sent earlier.
+        if not self._is_full:
+            super().send_400_response(msg)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -171,6 +192,11 @@ class Connection(HttpToolsProtocol):
         self._pieces.clear()
         if self._linger_timer is not None:
             self._linger_timer.cancel()
+        # uvicorn ends only the request that was sent last.
+        running = self._running
+        if running is not None and not running.response_complete:
+            running.disconnected = True
+            running.message_event.set()
         super().connection_lost(exc)
 
     def _is_idle(self) -> bool:

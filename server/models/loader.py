@@ -110,9 +110,10 @@ class CheckpointTensors:
     def has(self, name: str) -> bool:
         return name in self._stored
 
-    def get(self, name: str) -> torch.Tensor:
+    def get(self, name: str, *, is_kept: bool = True) -> torch.Tensor:
+        """See ``StoredTensors``."""
         self._read.add(name)
-        return self._stored.get(name)
+        return self._stored.get(name, is_kept=is_kept)
 
     def of_shape(self, name: str, *shape: int) -> torch.Tensor:
         tensor = self.get(name)
@@ -120,14 +121,17 @@ class CheckpointTensors:
         return tensor
 
     def weight(self, name: str, shape: tuple[int, int]) -> Nf4Weight | torch.Tensor:
-        """The weight of a linear module; a tensor if it is stored and served in 16 bits."""
+        """The weight of a linear module; a tensor if it is stored and served in 16 bits.
+
+        Its large tensors may be parts of the mapped file, so copy them.
+        """
         weight = self._weight(name)
         _check_shape(name, tuple(weight.shape), shape)
         return weight
 
     def _weight(self, name: str) -> Nf4Weight | torch.Tensor:
         parts = {key: self.get(key) for key in self._beside.get(name, ())}
-        tensor = self.get(name)
+        tensor = self.get(name, is_kept=False)
         if not parts:
             source = self._stored.format(name)
             if not source and not self._quantizes_all:

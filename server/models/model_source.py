@@ -162,8 +162,10 @@ class StoredTensors:
     def __len__(self) -> int:
         return len(self._owner) - len(self._stacks.names) + len(self._stacks.parts)
 
-    def get(self, name: str) -> torch.Tensor:
+    def get(self, name: str, *, is_kept: bool = True) -> torch.Tensor:
         """Read a tensor into separate memory.
+
+        With ``is_kept=False``, the result may be a part of the mapped file; drop it soon.
 
         Raises:
             InvalidRequestError: There is no tensor with that name.
@@ -171,8 +173,9 @@ class StoredTensors:
         if name in self._stacks.parts:
             return self._stacks.read(name, self._expert)
         file, stored = self._place(name)
-        # Copy the tensor, because the result must not keep the file mapped.
-        tensor = file.get_tensor(stored).clone()
+        tensor = file.get_tensor(stored)
+        if is_kept:
+            tensor = tensor.clone()
         return self._scaled(name, tensor) if self._is_float8(name) else tensor
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -18,7 +18,11 @@ from turret.server.api.services import Services
 from turret.server.api.training import Training
 from turret.server.basics.files import read_regular
 from turret.server.config import ListenConfig, SecurityConfig
-from turret.server.rpc.interceptor import MOST_CALLS, CallInterceptor
+from turret.server.rpc.interceptor import (
+    MOST_CALLS,
+    MOST_CALLS_PER_CONNECTION,
+    CallInterceptor,
+)
 from turret.server.rpc.services import HealthServicer, Servicer
 from turret.server.words import say
 from turret.v1 import (
@@ -49,9 +53,9 @@ _OPTIONS = (
     # requests get an answer.
     ("grpc.server.max_pending_requests", MOST_CALLS),
     ("grpc.server.max_pending_requests_hard_limit", MOST_CALLS),
-    # Concurrent calls of one connection. Clients that do not know the limit yet may send more, and
-    # these calls end with UNAVAILABLE, so the limit is far above any legitimate burst.
-    ("grpc.max_concurrent_streams", MOST_CALLS),
+    # Calls that a client resets at once also count until this process has ended them, and calls of
+    # other connections wait behind them.
+    ("grpc.max_concurrent_streams", MOST_CALLS_PER_CONNECTION),
     # Calls may send 64 KiB before the server reads their message (see ``Arrivals``). By default
     # gRPC raises this to megabytes on fast connections.
     ("grpc.http2.bdp_probe", 0),

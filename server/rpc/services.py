@@ -36,7 +36,7 @@ _ADAPTERS: dict[str, _Method] = {
     "ExportAdapter": Adapters.export,
     "FuseAdapters": Adapters.fuse,
     "MergeAdapters": Adapters.merge,
-    "UnmergeAdapters": lambda api, _, call: api.unmerge(),
+    "UnmergeAdapters": lambda api, _, call: api.unmerge(call),
     "GetMergeState": lambda api, _, call: api.merge_state(),
 }
 _TRAINING: dict[str, _Method] = {

@@ -230,7 +230,7 @@ def _in_file(name: str) -> str:
 
 # A parameter, its gradient and two moments in float32, the same number in an operator, its copy
 # with a gradient, and one more gradient in a pass.
-_BYTES_PER_PARAMETER = 32
+BYTES_PER_PARAMETER = 32
 _ALPHA = 32.0
 
 
@@ -244,7 +244,7 @@ def num_bytes(new: LearnerConfig, modules: Sequence[str], base: BaseModel) -> in
         # Operators may have more numbers than the tensors, such as two factors for one tensor.
         low_rank = new.rank * (module.inputs + module.outputs)
         numbers += max(count, low_rank) if has_rank else 2 * count
-    return _BYTES_PER_PARAMETER * numbers
+    return BYTES_PER_PARAMETER * numbers
 
 
 def new_adapter(

@@ -66,6 +66,9 @@ TEXTS = {
     "CONSTRAINT_DEAD_END": "the model has no token that continues the answer under the constraint",
     "CONSTRAINT_TOO_SLOW": "the constraint takes too long to evaluate",
     "CONSTRAINT_TOO_COMPLEX": "the constraint is too complex: {problem}",
+    "CONSTRAINT_UNTRIED": "the constraint could not be checked: {problem}",
+    "CONSTRAINTS_FULL": "compiled constraints already take {held!b} of memory; the limit is"
+    " {most!b}",
     "COMPILATION_TOO_SLOW": "the constraint was not compiled within {seconds:.0f} seconds",
     "NO_END_TOKEN": "this model has no end token, so no answer under a constraint could end",
     "TOKENIZER_UNUSABLE": "this model's tokenizer does not support constraints: {problem}",

@@ -284,6 +284,42 @@ async def test_vocabularies_share_one_budget(
         made.close()
 
 
+async def test_a_constraint_that_needs_too_much_memory_is_rejected(
+    compiler: ConstraintCompiler,
+) -> None:
+    """It would take 770 MB here."""
+    for kind, text in (
+        ("regex", "a?" * 20_000),
+        ("grammar", "start: A\nA: /" + "a?" * 20_000 + "/"),
+    ):
+        with pytest.raises(InvalidRequestError, check=says("CONSTRAINT_TOO_COMPLEX")):
+            await compiler.compile(ConstraintSpec(kind, (text,)))  # type: ignore[arg-type]
+    # The tokens that a grammar names are known where it is tried.
+    grammar = "start: <eos> | <[0-257]>\n" + "// a comment\n" * 100
+    assert isinstance(await compiler.compile(ConstraintSpec("grammar", (grammar,))), Constraint)
+
+
+async def test_the_memory_of_constraints_in_use_is_limited_and_shared(
+    compiler: ConstraintCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constraint_module, "MAX_HELD_BYTES", 150 << 20)
+    monkeypatch.setattr(constraint_module, "MAX_CACHED", 0)
+
+    async def made(number: int, tenant: bytes) -> Constraint:
+        # Each of them takes 48 MB.
+        spec = ConstraintSpec("regex", ("a?" * 5000 + str(number),))
+        return await compiler.compile(spec, tenant)
+
+    held = [await made(0, b"alice")]
+    assert held[0].num_bytes > 40 << 20
+    for number in (1, 2):
+        with pytest.raises(QueueFullError, check=says("CONSTRAINTS_FULL")):
+            await made(number, b"alice")
+    held.append(await made(3, b"bob"))
+    del held[0]
+    held.append(await made(1, b"alice"))
+
+
 async def test_a_cancelled_caller_does_not_affect_the_others(
     compiler: ConstraintCompiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -388,7 +424,7 @@ async def test_panics_of_the_library_are_errors(
 def test_an_answer_does_not_depend_on_earlier_use_of_the_lexer(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiler_module, "_MAX_LEXER_STATES", 400)
+    monkeypatch.setitem(compiler_module._LIMITS, "max_lexer_states", 400)
     constraint = compiled("regex", "[ab]*a[ab]{12}")
     renewals: list[Constraint] = []
     renew = Constraint._renew

@@ -34,6 +34,8 @@ HOSTILE = {
     "repeated": 'start: (("a"~1..1000)~1..1000)~1..1000',
     "repeated terminal": 'start: "b" ' + "A " * 15_000 + '| "cx"\nA: "' + "ab" * 15_000 + '"',
     "long text": "start: " + json.dumps("ab " * 20_000),
+    "line breaks": "\n" * MAX_CONSTRAINT_CHARS,
+    "line breaks after a fault": "start: missing" + "\n" * 65_000,
 }  # fmt: skip
 HOSTILE_REGEXES = {
     "nested counts": "((a{0,1000}){0,1000}){0,1000}",

@@ -91,11 +91,12 @@ class Driven:
 
         self.scheduler.schedule = counted  # type: ignore[method-assign]
         runner: Any = FakeRunner()
+        self.metrics = Metrics()
         self.loop = EngineLoop(
             scheduler=self.scheduler,
             runner=runner,
             adapters=registry,
-            metrics=Metrics(),
+            metrics=self.metrics,
             send=self._took,
         )
         self._names: dict[Stream, str] = {}
@@ -430,6 +431,25 @@ def test_tokens_are_delivered_while_the_next_step_is_computed(
     last = ["one 1", "two 1", "two 0"]
     assert events == [*first, *second, *([] if is_asynchronous else between), *third, *last]
     assert driven.ended == ["one", "two"]
+
+
+def test_every_step_and_every_gap_between_tokens_is_reported_once(make: Registries) -> None:
+    driven = Driven(make(2, load="ab"))
+    driven.ask("one", "a", max_tokens=3)
+    driven.ask("two", "b", max_tokens=5)
+    driven.finish("one", "two")
+    # The step after the last one has nothing to compute.
+    driven.step()
+    counts = {
+        name: driven.metrics.registry.get_sample_value(f"turret_{name}_count")
+        for name in ("step_tokens", "inter_token_seconds", "time_to_first_token_seconds")
+    }
+    steps = 5
+    assert counts == {
+        "step_tokens": steps,
+        "inter_token_seconds": 2 + 4,
+        "time_to_first_token_seconds": 2,
+    }
 
 
 def test_tokens_are_delivered_if_there_is_no_next_step(make: Registries) -> None:

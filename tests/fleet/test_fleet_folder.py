@@ -13,12 +13,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from turret.fleet.config import FleetConfig
 from turret.fleet.serving import fleet_folder
 from turret.fleet.serving.fleet_folder import FleetFolder
 from turret.fleet.serving.ingress import ingress_environment
+from turret.fleet.serving.ray_cluster import CLUSTER_FILE, RayCluster
 from turret.fleet.words import say
 from turret.server import cli
 
@@ -175,3 +178,24 @@ def test_status_reports_the_running_fleet(
     folder.remove()
     assert cli.main(["cluster", "status", "--state-dir", str(one)]) == 1
     assert say("FLEET_MISSING", state_dir=one) in capsys.readouterr().err
+
+
+def test_a_fleet_without_the_state_directory_leaves_the_file_of_the_one_that_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(shutdown=lambda: None))
+    found = {"gcs_address": "127.0.0.1:1"}
+    monkeypatch.setattr(RayCluster, "_open", staticmethod(lambda *_: found))
+    clusters = []
+    for token in ("first", "second"):
+        monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+        clusters.append(RayCluster.open(FleetConfig(), "127.0.0.1", tmp_path, lambda: False))
+        if token == "first":
+            clusters[0].publish(tmp_path)
+    path = tmp_path / CLUSTER_FILE
+    published = path.read_bytes()
+    clusters[1].close(tmp_path)
+    assert path.read_bytes() == published
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "first")
+    clusters[0].close(tmp_path)
+    assert not path.exists()

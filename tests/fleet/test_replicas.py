@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from builders.registries import Registries, in_thread, refs, stage_directory, tiny_base, until
 from fleets.replicas import Fleet, Started
 from servers.fake_hub import fake_hub
 
+from turret.fleet.follower import Channel
 from turret.server.adapters.adapter import REQUEST, AdapterRef, OwnTemplate
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StateDir
@@ -244,6 +246,27 @@ def test_usage_is_reported_again_to_a_restarted_registry(fleet: Fleet) -> None:
     until(lambda: _is_back(fleet))
     until(lambda: first.registry.get("a").in_flight == 1)
     second.registry.release(mix)
+
+
+def test_lists_cannot_keep_the_registry_busy(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = fleet.start(), fleet.start()
+    first.registry.load("a", "a")
+    mix, asked = second.registry.acquire(refs("a")), list[float]()
+    until(lambda: first.registry.get("a").in_flight == 1)
+    usage = Channel.usage
+
+    def noted(channel: Channel) -> Any:
+        asked.append(time.monotonic())
+        return usage(channel)
+
+    monkeypatch.setattr(Channel, "usage", noted)
+    start = time.monotonic()
+    for _ in range(500):
+        (record,) = first.registry.list()
+        assert record.in_flight == first.registry.get("a").in_flight == 1
+    assert len(asked) <= 1 + time.monotonic() - start
+    second.registry.release(mix)
+    until(lambda: first.registry.get("a").in_flight == 0)
 
 
 def test_an_unload_drains_every_replica(fleet: Fleet) -> None:

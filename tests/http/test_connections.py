@@ -22,7 +22,12 @@ from servers.http_harness import HttpHarness, Refused, http_harness
 from turret.server.api.access import MessageMemory, Shares, TokenTable
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http import connection, models
-from turret.server.http.connection import MAX_HEAD_BYTES, Connection
+from turret.server.http.connection import (
+    MAX_HEAD_BYTES,
+    MAX_HEADERS,
+    MAX_SENT_AHEAD,
+    Connection,
+)
 from turret.server.http.server import HttpServer
 
 PROMPT = {"model": "base", "prompt": "a"}
@@ -368,6 +373,46 @@ async def test_requests_sent_ahead_are_answered_in_order() -> None:
         assert answer.count(b"HTTP/1.1 200 OK") == 4
         assert answer.count(b"data: [DONE]") == 3
         assert answer.endswith(b'{"status":"ok"}')
+
+
+async def test_few_requests_may_be_sent_ahead() -> None:
+    ask = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    body = json.dumps({**PROMPT, "stream": True}).encode()
+    first = POST + b"content-length: %d\r\n\r\n" % len(body) + body
+    async with http_harness() as server:
+        answer = await answered(server, first + ask * 5000)
+        # The connection is closed after the answers to the first request and those sent ahead.
+        assert answer.count(b"HTTP/1.1 200 OK") == 1 + MAX_SENT_AHEAD
+        assert answer.count(b"connection: close") == 1
+        assert b"data: [DONE]" in answer
+        # In turn, a connection may have any number of requests.
+        reader, writer = await opened(server.server.address)
+        for _ in range(2 * MAX_SENT_AHEAD):
+            writer.write(ask)
+            await asyncio.wait_for(reader.readuntil(b"}"), 10)
+        writer.close()
+
+
+async def test_a_client_that_leaves_ends_its_request_before_one_sent_ahead() -> None:
+    body = json.dumps({**PROMPT, "stream": True}).encode()
+    ask = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    async with http_harness() as server:
+        server.engine.script = endless
+        _, writer = await opened(server.server.address)
+        writer.write(POST + b"content-length: %d\r\n\r\n" % len(body) + body + ask)
+        await asyncio.wait_for(server.engine.submitted.wait(), 10)
+        writer.transport.abort()
+        await asyncio.wait_for(server.settle(), 10)
+
+
+async def test_a_request_may_have_few_headers() -> None:
+    async with http_harness() as server:
+        for count, status in ((MAX_HEADERS - 2, b" 200 "), (MAX_HEADERS - 1, b" 400 ")):
+            reader, writer = await opened(server.server.address)
+            headers = b"host: localhost\r\nconnection: close\r\n" + b"x: y\r\n" * count
+            writer.write(b"GET /health HTTP/1.1\r\n" + headers + b"\r\n")
+            assert status in await asyncio.wait_for(reader.read(), 10)
+            writer.close()
 
 
 async def test_bodies_that_never_end_take_a_bounded_amount_of_memory() -> None:

@@ -253,6 +253,36 @@ async def test_calls_of_one_token_do_not_block_other_tokens(
             pytest.fail("calls that ended are counted still")
 
 
+async def test_calls_that_are_reset_at_once_delay_others_by_a_bounded_number_of_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Calls of other connections wait until the server has taken those that came before."""
+    most, sent, taken = interceptor.MOST_CALLS_PER_CONNECTION, 4096, list[str]()
+    authorize = interceptor.authorize
+
+    def noted(tokens: Any, service: str, authorization: Any) -> None:
+        taken.append(authorization)
+        authorize(tokens, service, authorization)
+
+    monkeypatch.setattr(interceptor, "authorize", noted)
+    tokens = TokenTable([(name, frozenset({"inference"})) for name in ("alice", "bob")])
+    async with harness(tokens=tokens, shares=Shares(separates_tokens=True)) as server:
+        # gRPC reads the frames on threads of its own while this call blocks the event loop, so the
+        # server takes no call meanwhile.
+        raw_grpc.reset_calls(
+            server.rpc.address,
+            "/turret.v1.Inference/GetModel",
+            (("authorization", "Bearer alice"),),
+            sent,
+            60.0,
+        )
+        assert not taken
+        metadata = (("authorization", "Bearer bob"),)
+        await server.inference.GetModel(inference_pb2.GetModelRequest(), metadata=metadata)
+        assert taken[-1] == "Bearer bob"
+        assert len(taken) <= most + 2
+
+
 async def test_a_call_is_refused_if_it_cannot_wait_for_its_turn() -> None:
     slow, go = SlowCalls(2), threading.Event()
     waiting = [asyncio.ensure_future(slow.run_now(go.wait)) for _ in range(2)]

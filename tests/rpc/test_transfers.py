@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import re
+import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -357,6 +358,44 @@ async def test_one_token_cannot_take_every_upload_slot(tmp_path: Path) -> None:
         finish.set()
         assert {(await call).name for call in calls} == {f"a{number}" for number in range(count)}
         assert (await upload_as("alice", "more", waits=False)).name == "more"
+    registries.close()
+
+
+@pytest.mark.parametrize("path", ["hub:acme/a", "oci://host/a", "a"])
+async def test_slow_loads_of_one_token_do_not_delay_another_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    tokens = TokenTable([(name, frozenset({"admin"})) for name in ("alice", "bob")])
+    registries = Registries(tmp_path)
+    registry, go, begun = registries(99), threading.Event(), list[str]()
+    load = registry.load
+
+    def slow(name: str, path: str, **options: Any) -> Any:
+        begun.append(name)
+        if name != "fast":
+            go.wait()
+        return load(name, "a", **options)
+
+    monkeypatch.setattr(registry, "load", slow)
+    async with harness(
+        registry=registry, tokens=tokens, shares=Shares(separates_tokens=True)
+    ) as server:
+
+        def load_as(token: str, name: str) -> Any:
+            asked = pb.LoadAdapterRequest(name=name, path=path)
+            metadata = (("authorization", f"Bearer {token}"),)
+            return server.adapters.LoadAdapter(asked, metadata=metadata)
+
+        calls = {name: load_as("alice", name) for name in (f"a{number}" for number in range(40))}
+        most = (admin._SLOW_CALLS if path == "a" else admin._DOWNLOADS) * 3 // 4
+        await until(lambda: len(begun) == most)
+        # A client that is gone does not free the thread that works for it.
+        calls.pop(begun[0]).cancel()
+        for _ in range(2):
+            assert (await asyncio.wait_for(load_as("bob", "fast"), 60)).name == "fast"
+        assert len(begun) == most + 2
+        go.set()
+        await asyncio.gather(*calls.values())
     registries.close()
 
 

@@ -198,6 +198,32 @@ def test_times_of_a_mix_count_once_in_total_and_once_for_each_member() -> None:
         assert counts == {"base": 1, "a": 2, "b": 1, "c": None, "other": 1}
 
 
+@pytest.mark.parametrize("seconds", [0.0005, 0.001, 0.004, 7.0])
+def test_equal_gaps_count_like_single_ones(seconds: float) -> None:
+    together, singly = Metrics(), Metrics()
+    for metrics in (together, singly):
+        metrics.adapter_registered("sql")
+    together.inter_token(seconds, ["sql"], 3)
+    for _ in range(3):
+        singly.inter_token(seconds, ["sql"])
+        # The same by the library's own method.
+        singly._inter_token.observe(seconds)
+    together.inter_token(seconds, [], 3)
+
+    def total(metrics: Metrics) -> dict[str, float]:
+        return {
+            f"{sample.name} {sample.labels.get('le', '')}": sample.value
+            for family in metrics.registry.collect()
+            if family.name == "turret_inter_token_seconds"
+            for sample in family.samples
+            if not sample.name.endswith("_created")
+        }
+
+    assert total(together) == pytest.approx(total(singly))
+    count = "turret_adapter_inter_token_seconds_count"
+    assert together.registry.get_sample_value(count, {"adapter": "sql"}) == 3
+
+
 def test_adapters_in_use_are_one_series_of_limited_length() -> None:
     metrics = Metrics()
 

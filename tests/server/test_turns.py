@@ -38,6 +38,33 @@ async def test_tenants_take_turns_and_a_cancelled_job_never_runs() -> None:
     assert ran == [0, 2, 4, 1, 5, 6]
 
 
+async def test_running_jobs_of_one_tenant_leave_threads_for_others() -> None:
+    pool, is_open = FairPool(ThreadPoolExecutor(4), 3), threading.Event()
+    ran = list[int]()
+
+    def take(number: int) -> None:
+        is_open.wait()
+        ran.append(number)
+
+    asked = [asyncio.ensure_future(pool.run(b"a", lambda n=n: take(n))) for n in range(6)]
+    try:
+        for _ in range(3):
+            assert await asyncio.wait_for(pool.run(b"b", lambda: 5), 30) == 5
+        # A caller that is gone gives back no thread.
+        asked[0].cancel()
+        assert await asyncio.wait_for(pool.run(b"b", lambda: 5), 30) == 5
+        assert not ran
+    finally:
+        is_open.set()
+    # The jobs that no thread was free for run as well.
+    await asyncio.gather(*asked, return_exceptions=True)
+    for _ in range(3000):
+        if len(ran) == len(asked):
+            break
+        await asyncio.sleep(0.01)
+    assert sorted(ran) == list(range(6))
+
+
 class _Body:
     pass
 

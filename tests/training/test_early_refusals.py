@@ -244,7 +244,7 @@ def test_plan_and_sweep_print_before_they_load_torch(verb: str, tmp_path: Path):
         f"sys.exit(cli.main(['train', {verb!r}, {config!r}]))"
     )
     done = run_python(stop)
-    ranks = "a run for each of the ranks 2, 4, 8, 16, 32; use --ranks to choose others\n"
+    ranks = "a run for each rank (2, 4, 8, 16, 32); use --ranks to choose others\n"
     said = f"{ranks if verb == 'sweep' else ''}{verb}: starting  0 s\n"
     assert (done.returncode, done.stderr) == (7, said)
 
@@ -334,13 +334,14 @@ def test_a_sweep_is_refused_before_the_first_rank(tmp_path: Path):
 
 
 def test_an_interrupted_sweep_suggests_the_same_command_if_it_can_resume(tmp_path: Path):
-    assert _how_a_sweep_goes_on(tmp_path, (2, 4)) == ""
-    run = RunFolder(tmp_path / "rank-4")
+    two, four, eight = (tmp_path / f"rank-{rank}" for rank in (2, 4, 8))
+    assert _how_a_sweep_goes_on([two, four]) == ""
+    run = RunFolder(four)
     run.checkpoints.mkdir(parents=True)
-    assert _how_a_sweep_goes_on(tmp_path, (2, 4)) == ""
+    assert _how_a_sweep_goes_on([two, four]) == ""
     checkpoint_path(run.checkpoints, 50).touch()
-    assert _how_a_sweep_goes_on(tmp_path, (2, 4)).startswith("the same command continues")
-    assert _how_a_sweep_goes_on(tmp_path, (2, 8)) == ""
+    assert _how_a_sweep_goes_on([two, four]).startswith("the same command continues")
+    assert _how_a_sweep_goes_on([two, eight]) == ""
 
 
 @pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders.training import ended, resolve_tiny, write_config, write_words
+from builders.training import ended, resolve_tiny, tiny_variants, write_config
 from checkout import ROOT
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -24,12 +24,14 @@ from servers.server_under_test import ServerUnderTest, start_server
 
 from turret.clients.client import TurretClient
 from turret.clients.errors import TurretRpcError
+from turret.server.api.tenants.sessions import MAX_MODELS
 from turret.server.training.methods import METHODS
 from turret.training.base_model import load_model, without_peft_warnings
 from turret.training.batches import make_batch
 from turret.training.engine import LocalEngine, pad_token
 from turret.training.errors import ConfigError, RunError
 from turret.training.loss import LossFunction
+from turret.training.own_engine import own_engines
 from turret.training.run.folder import read_metrics
 from turret.training.run.resuming import check_settings
 from turret.training.server_engine import ServerEngine
@@ -154,6 +156,25 @@ def test_training_on_a_server_matches_local_training(
     assert left_on(server) == (0, 0)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_engine_in_this_process_gives_the_bytes_of_a_server(
+    server: ServerUnderTest, tiny_llama: Path, tmp_path: Path, method: str
+) -> None:
+    more = (f"method.name={method}", f"optimizer.learning_rate={RATES.get(method, 0.02)}")
+    more += ("run.gradient_accumulation=2", "data.packing=true") if method == "lora" else ()
+    served = resolved_on(server, tmp_path, tiny_llama, "served", *more)
+    theirs = Trainer(served, open_engine=opener(server)).run().folder
+    here = resolve_tiny(tmp_path, tiny_llama, *EXACT, "run.output=here", *more)
+    with own_engines() as open_engine:
+        ours = Trainer(here, open_engine=open_engine).run().folder
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (ours.adapter / name).read_bytes() == (theirs.adapter / name).read_bytes(), name
+    assert ours.samples.read_text() == theirs.samples.read_text()
+    for kind in ("step", "validation"):
+        assert losses_of(ours.path, kind) == pytest.approx(losses_of(theirs.path, kind), rel=1e-6)
+    assert [path.suffix for path in ours.checkpoints.iterdir()] == [""]
+
+
 @pytest.mark.long
 def test_training_the_bundled_model_on_a_server_matches_local_training(tmp_path: Path) -> None:
     lines = (ROOT / "examples/data/headline.train.jsonl").read_text().splitlines(keepends=True)
@@ -254,19 +275,9 @@ def unannounced(num_steps: int | None, title: str) -> Iterator[Any]:
     yield lambda row: None
 
 
-def sweep_tables(folder: Path, model: Path, steps: int) -> dict[str, dict[str, Any]]:
-    write_words(folder / "train.jsonl")
-    return {
-        "base": {"model": str(model)},
-        "data": {"train": "train.jsonl", "max_length": 64},
-        "run": {"steps": steps, "batch_size": 4, "output": "sweep", "adapter_dtype": "float32"},
-    }
-
-
-def test_a_sweep_trains_all_ranks_at_once(
+def test_a_sweep_trains_all_variants_at_once(
     server: ServerUnderTest, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    tables = sweep_tables(tmp_path, tiny_llama, 4)
     seen: list[int] = []
 
     def counting(resolved: Resolved) -> Any:
@@ -275,29 +286,42 @@ def test_a_sweep_trains_all_ranks_at_once(
             seen.append(len(client.training.list_models()))
         return engine
 
-    config = build_config(tables)
     with TurretClient(server.address) as client:
         served = client.get_model()
-    ranks = (1, 2, 4)
-    results = list(sweep(config, tmp_path, ranks, unannounced, counting, served))
-    assert [result.rank for result in results] == list(ranks)
-    assert max(seen) == 3
+    varied = ("method.name=lora,dora", "optimizer.learning_rate=1e-3,2e-3")
+    variants = tiny_variants(tmp_path, tiny_llama, "run.steps=4", *varied)
+    results = list(sweep(variants, tmp_path, unannounced, counting, served))
+    assert [result.settings["method"] for result in results] == ["lora", "lora", "dora", "dora"]
+    assert max(seen) == 4
     assert left_on(server) == (0, 0)
     # An adapter has the bytes that it has when it is trained alone.
-    alone = resolve(build_config(tables, ["method.rank=2", "run.output=alone"]), tmp_path, served)
-    run = Trainer(alone, open_engine=opener(server)).run().folder.path
-    assert adapter_bytes(run) == adapter_bytes(tmp_path / "sweep" / "rank-2")
-    # Finished ranks are not trained again.
+    config = replace(variants[3].config, run=replace(variants[3].config.run, output="alone"))
+    resolved = resolve(config, tmp_path, served)
+    run = Trainer(resolved, open_engine=opener(server)).run().folder.path
+    assert adapter_bytes(run) == adapter_bytes(Path(results[3].output))
+    # Finished variants are not trained again.
     seen.clear()
-    again = list(sweep(config, tmp_path, ranks, unannounced, counting, served))
+    again = list(sweep(variants, tmp_path, unannounced, counting, served))
     assert seen == []
     assert [each.figures() for each in again] == [each.figures() for each in results]
 
 
-def test_a_failed_rank_stops_the_others(
+def test_a_sweep_may_have_more_variants_than_a_server_trains(
     server: ServerUnderTest, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    tables = sweep_tables(tmp_path, tiny_llama, 100_000)
+    with TurretClient(server.address) as client:
+        served = client.get_model()
+    seeds = list(range(MAX_MODELS + 2))
+    more = ("run.steps=1", "run.samples=0", f"run.seed={seeds}", "data.validation_fraction=0.05")
+    variants = tiny_variants(tmp_path, tiny_llama, *more)
+    results = list(sweep(variants, tmp_path, unannounced, opener(server), served))
+    assert [result.settings["seed"] for result in results] == seeds
+    assert left_on(server) == (0, 0)
+
+
+def test_a_failed_variant_stops_the_others(
+    server: ServerUnderTest, tiny_llama: Path, tmp_path: Path
+) -> None:
     with TurretClient(server.address) as client:
         served = client.get_model()
 
@@ -307,9 +331,9 @@ def test_a_failed_rank_stops_the_others(
             engine.backward = lambda parts: float("nan")
         return engine
 
-    config = build_config(tables)
+    variants = tiny_variants(tmp_path, tiny_llama, "method.rank=1,2", "run.steps=100000")
     with pytest.raises(RunError, check=says("LOSS_NOT_FINITE")):
-        list(sweep(config, tmp_path, (1, 2), unannounced, failing, served))
+        list(sweep(variants, tmp_path, unannounced, failing, served))
     assert left_on(server) == (0, 0)
 
 
@@ -323,8 +347,8 @@ def test_settings_that_a_server_lacks_are_all_reported_at_once(
         check_served(config)
     named = [violation[0] for violation in caught.value.violations]
     assert named == [
-        *("base.weights", "base.device", "method.name", "method.dropout", "optimizer.name"),
-        "data.max_length",
+        *("base.weights", "method.name", "method.dropout", "optimizer.name"),
+        *("data.max_length", "base.device"),
     ]
     check_served(build_config({"data": {"train": "t.jsonl"}}))
     path = write_config(tmp_path / "early", '{"text": "a"}')

@@ -228,13 +228,8 @@ class RunFolder:
         replace_file(self.facts, (json.dumps(facts, indent=2, sort_keys=True) + "\n").encode())
 
 
-def rank_folder(output: Path, rank: int) -> Path:
-    """The directory for a rank in a sweep that writes to ``output``."""
-    return output / f"rank-{rank}"
-
-
-# The suffixes of checkpoints, and of references to checkpoints on a server.
-LOCAL_SUFFIX, SERVER_SUFFIX = ".pt", ".json"
+# The suffixes of checkpoints that are files or directories, and of references to those on a server.
+LOCAL_SUFFIX, FOLDER_SUFFIX, SERVER_SUFFIX = ".pt", "", ".json"
 
 
 def checkpoint_path(folder: Path, step: int, suffix: str = LOCAL_SUFFIX) -> Path:
@@ -245,7 +240,9 @@ def checkpoint_path(folder: Path, step: int, suffix: str = LOCAL_SUFFIX) -> Path
 def checkpoints_in(folder: Path) -> list[Path]:
     """All checkpoints of a run, oldest first."""
     found = folder.glob("step-*")
-    return sorted(path for path in found if path.suffix in (LOCAL_SUFFIX, SERVER_SUFFIX))
+    return sorted(
+        path for path in found if path.suffix in (LOCAL_SUFFIX, FOLDER_SUFFIX, SERVER_SUFFIX)
+    )
 
 
 def step_of(checkpoint: Path) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from turret.server.adapters.component import MAX_COMPONENTS, MIN_COMPONENTS
@@ -213,10 +213,18 @@ def check_served(config: TrainConfig) -> None:
     Raises:
         ConfigError: A setting is not supported; the error has all of them.
     """
+    found = unserved(config)
+    if config.base.device is not None:
+        found.append(_unserved("base.device", config.base.device))
+    if found:
+        raise ConfigError(*found)
+
+
+def unserved(config: TrainConfig) -> list[Violation]:
+    """The settings that the engine of a server does not support."""
     base, method, optimizer = config.base, config.method, config.optimizer
     allowed: dict[str, tuple[object, tuple[object, ...]]] = {
         "base.weights": (base.weights, (None, "nf4")),
-        "base.device": (base.device, (None,)),
         "method.name": (method.name, METHODS),
         "method.dropout": (method.dropout, (None, 0.0)),
         "method.init_text": (method.init_text, (None,)),
@@ -227,18 +235,19 @@ def check_served(config: TrainConfig) -> None:
         "optimizer.lora_plus_ratio": (optimizer.lora_plus_ratio, (None, 1.0)),
         "run.gradient_checkpointing": (config.run.gradient_checkpointing, (False,)),
     }
-    violations = [
-        Violation(key, say("VALUE_UNSUPPORTED_BY", value=value, method="--server"))
-        for key, (value, values) in allowed.items()
-        if value not in values
+    found = [
+        _unserved(key, value) for key, (value, values) in allowed.items() if value not in values
     ]
     # The last token of an example is only a target.
     if config.data.max_length > MAX_SEQUENCE_TOKENS + 1:
         most = MAX_SEQUENCE_TOKENS + 1
         text = say("NOT_IN_RANGE", least=2, most=most, value=config.data.max_length)
-        violations.append(Violation("data.max_length", text))
-    if violations:
-        raise ConfigError(*violations)
+        found.append(Violation("data.max_length", text))
+    return found
+
+
+def _unserved(key: str, value: object) -> Violation:
+    return Violation(key, say("VALUE_UNSUPPORTED_BY", value=value, method="--server"))
 
 
 def _unsupported(key: str, value: object, method: str) -> ConfigError:
@@ -374,13 +383,12 @@ def check_method(config: MethodConfig, projections: Projections) -> None:
 _COMPONENTS = "method.components"
 
 
-def check_inputs(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -> None:
+def check_inputs(config: TrainConfig, folder: Path) -> None:
     """Reject unreadable paths, and settings that do not fit together.
 
     Args:
         config: The config as read.
         folder: The directory to which its paths are relative.
-        ranks: The ranks that replace the config's rank, one after the other.
 
     Raises:
         ConfigError: A file or directory is missing or used twice, torch has no CUDA, or a setting
@@ -401,8 +409,7 @@ def check_inputs(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -
         raise ConfigError.of("data.validation", text)
     if config.base.device == "cuda" and (why := without_cuda()):
         raise ConfigError.of("base.device", why)
-    for each in with_ranks(config, ranks):
-        check_fit(each)
+    check_fit(config)
     if config.method.name == "learned_fusion":
         check_components(config.method.components or (), folder)
 
@@ -420,29 +427,32 @@ class KnownBase:
     projections: Projections | None
 
 
-def check_base(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -> KnownBase:
-    """Reject a base that is unusable, at all or with this method; queries the hub if needed.
+def check_bases(configs: Sequence[TrainConfig], folder: Path) -> list[KnownBase]:
+    """Reject bases that are unusable, at all or with a method; queries the hub if needed.
 
     Args:
-        config: See :func:`check_inputs`.
-        folder: The directory to which its paths are relative.
-        ranks: The ranks that replace the config's rank, one after the other.
+        configs: See :func:`check_inputs`.
+        folder: The directory to which their paths are relative.
 
     Raises:
         ConfigError: The base lacks the modules, the rank is too high for them, or the context is
             shorter than ``data.max_length``.
         InvalidRequestError: The base is not a supported model.
     """
-    base = check_model(base_place(config.base, folder))
-    if base.num_positions is not None:
-        check_max_length(config.data, base.num_positions)
-    projections = base.projections()
-    if projections is None and config.method.targets is not None:
-        check_targets(base.model_type, config.method.targets)
-    if projections is not None:
-        for each in with_ranks(config, ranks):
-            check_method(each.method, projections)
-    return KnownBase(base.name, projections)
+    places = [base_place(config.base, folder) for config in configs]
+    models = {place: check_model(place) for place in dict.fromkeys(places)}
+    found = []
+    for config, place in zip(configs, places, strict=True):
+        base = models[place]
+        if base.num_positions is not None:
+            check_max_length(config.data, base.num_positions)
+        projections = base.projections()
+        if projections is None and config.method.targets is not None:
+            check_targets(base.model_type, config.method.targets)
+        if projections is not None:
+            check_method(config.method, projections)
+        found.append(KnownBase(base.name, projections))
+    return found
 
 
 def check_max_length(config: DataConfig, context: int) -> None:
@@ -458,12 +468,6 @@ def check_max_length(config: DataConfig, context: int) -> None:
     if config.max_length > context:
         text = say("EXCEEDS_CONTEXT", most=context, value=config.max_length)
         raise ConfigError.of("data.max_length", text)
-
-
-def with_ranks(config: TrainConfig, ranks: Sequence[int]) -> list[TrainConfig]:
-    """One config for each of these ranks; only the config itself if there are no ranks."""
-    methods = [replace(config.method, rank=rank) for rank in ranks] or [config.method]
-    return [replace(config, method=method) for method in methods]
 
 
 def component_directories(entries: Sequence[str], folder: Path = Path()) -> dict[str, Path]:

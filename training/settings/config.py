@@ -351,7 +351,7 @@ def build_config(
         table, dot, key = name.strip().partition(".")
         if not (equals and dot and table and key):
             raise ConfigError(Violation("--set", say("NOT_KEY_VALUE", value=override)))
-        given.setdefault(table, {})[key] = _parse_value(text)
+        given.setdefault(table, {})[key] = parse_value(text)
     empty: dict[str, Any] = {table: {} for table in tables_of(TrainConfig)}
     try:
         layers = (flags or {}, given, empty | dict(tables))
@@ -360,7 +360,8 @@ def build_config(
         raise ConfigError(*error.violations) from None
 
 
-def _parse_value(text: str) -> Any:
+def parse_value(text: str) -> Any:
+    """A value in TOML, or a bare string."""
     text = text.strip()
     try:
         return tomllib.loads(f"value = {text}")["value"]

@@ -110,7 +110,7 @@ def _place(args: argparse.Namespace, key: str, path: Path | None) -> str:
     """The origin of a key's value: the flag, or the key in the file."""
     if key.startswith("--"):
         return key
-    if hasattr(args, "ranks") and key == "method.rank":
+    if getattr(args, "ranks", None) and key == "method.rank":
         return "--ranks"
     for flag, named, _ in _given(args):
         if named == key:

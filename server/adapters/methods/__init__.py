@@ -34,7 +34,7 @@ def _discover() -> dict[str, AnyMethod]:
 
 
 def _files(package: str, path: Iterable[str]) -> Iterator[str]:
-    """Full names of the modules in the packages of a package, and in folders added to it."""
+    """Full names of the modules in a package's own packages, and in folders added to it."""
     for info in pkgutil.iter_modules(path):
         name = f"{package}.{info.name}"
         if info.ispkg:

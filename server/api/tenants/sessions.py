@@ -268,17 +268,22 @@ class Sessions:
     def add_sampler(self, session: Session, sampler: Sampler) -> None:
         """Add a sampler; if there are too many, close the least recently used one.
 
+        A sampler that had the same id ends.
+
         Raises:
             TrainingNotFoundError: The session has ended meanwhile.
             QueueFullError: All samplers are in use.
         """
         try:
             self.find(session.owner, session.session_id)
+            before = session.samplers.pop(sampler.sampler_id, None)
             self._make_room(session)
         except (TrainingNotFoundError, QueueFullError):
             self._withdraw(sampler)
             raise
         session.samplers[sampler.sampler_id] = sampler
+        if before is not None and before.adapter != sampler.adapter:
+            self._withdraw(before)
 
     def _make_room(self, session: Session) -> None:
         if len(session.samplers) < MAX_SAMPLERS:

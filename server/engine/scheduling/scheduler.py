@@ -11,9 +11,10 @@ are still loading is skipped and delays no other. A step's remaining room goes t
 
 On compute paths where a row of a prompt costs as much as a decode row, prompts must not slow down
 decoding too much. If at least four times as many sequences decode as read their prompts, a step
-takes only as many prompt tokens as double its time, but at least 16. Attention makes a row more
-expensive the longer its context is. So while other sequences decode, prompt tokens may cost at most
-twice as much as the same number of tokens without attention.
+takes only as many prompt tokens as double its time, but at least 16. On a GPU, where a step with a
+prompt has a high fixed cost, that number is a constant. Attention makes a row more expensive the
+longer its context is. So while other sequences decode, prompt tokens may cost at most twice as much
+as the same number of tokens without attention.
 
 Prompts of several tenants share the tokens of a step, and leave some to the next sequence in line.
 
@@ -234,8 +235,9 @@ class Scheduler:
         preempt_after_seconds: How long a sequence waits before it takes another's place; None means
             forever.
         speculation: Drafts for sequences that have a drafter; None for no drafts.
-        cost: The cost of a step's rows, which limits prompts while sequences decode; None for no
-            such limit.
+        cost: The cost of a step's rows, which limits prompts while sequences decode; None for the
+            limit ``most_beside``.
+        most_beside: Maximum number of prompt tokens in a step in which mostly sequences decode.
         attention_span: The context at which a row's attention costs as much as the rest of the row
             (see ``Arch.attention_span``); infinite if prompts need not be limited by it.
     """
@@ -251,6 +253,7 @@ class Scheduler:
         preempt_after_seconds: float | None = None,
         speculation: Speculation | None = None,
         cost: StepCost | None = None,
+        most_beside: int | None = None,
         attention_span: float = math.inf,
     ) -> None:
         self.blocks = blocks
@@ -262,6 +265,7 @@ class Scheduler:
         self._held = HeldBlocks(blocks)
         self._drafts = Drafts(blocks, speculation)
         self._cost = cost
+        self._most_beside = max_num_batched_tokens if most_beside is None else most_beside
         self._attention_span = attention_span
         # The rows that prompts may still take in a step, if none of them had a context.
         self._room = math.inf
@@ -315,17 +319,20 @@ class Scheduler:
             now: Seconds on the clock of the sequences' ``arrival``.
         """
         num_yielded = self._make_room(now)
-        budget = self._step_tokens()
-        has_decodes = any(len(s.tokens) - s.num_computed == 1 for s in self.running)
-        self._room = 2.0 * budget if has_decodes else math.inf
+        decodes: list[Sequence] = []
+        prompts: list[Sequence] = []
+        for sequence in self.running:
+            is_prompt = len(sequence.tokens) - sequence.num_computed > 1
+            (prompts if is_prompt else decodes).append(sequence)
+        budget = self._step_tokens(len(decodes))
+        self._room = 2.0 * budget if decodes else math.inf
         scheduled: list[Scheduled] = []
         new_blocks: list[int] = []
         presets: list[tuple[Sequence, int]] = []
         num_preempted = 0
+        shares = self._shares(prompts, budget - len(decodes))
         # Decodes before prompts, so that a long prompt never delays a token that is due.
-        order = sorted(self.running, key=lambda s: len(s.tokens) - s.num_computed > 1)
-        shares = self._shares(budget)
-        for sequence in order:
+        for sequence in decodes + prompts:
             if sequence.state is not SequenceState.RUNNING:
                 continue
             is_prompt = len(sequence.tokens) - sequence.num_computed > 1
@@ -444,26 +451,30 @@ class Scheduler:
         if all(item.num_new == 1 and item.sequence.first_pass is None for item in step.scheduled):
             cost.took(sum(item.num_rows for item in step.scheduled), seconds)
 
-    def _step_tokens(self) -> int:
+    def _step_tokens(self, num_decodes: int) -> int:
         """Maximum number of tokens in the next step: fewer if prompts are read beside decodes."""
-        num_decodes = sum(len(s.tokens) - s.num_computed == 1 for s in self.running)
         num_running = len(self.running)
         admissible = min(len(self.waiting), max(self._num_seqs - num_running, 0))
         num_prompts = num_running - num_decodes + admissible
-        if self._cost is None or num_decodes < max(_MAJORITY * num_prompts, 1):
+        if num_decodes < max(_MAJORITY * num_prompts, 1):
             return self._num_tokens
-        # Allow as many prompt rows as double the time of the decode step alone.
-        beside = max(_LEAST_CHUNK, num_decodes + int(self._cost.fixed_rows))
+        beside = self._most_beside
+        if self._cost is not None:
+            # Allow as many prompt rows as double the time of the decode step alone.
+            beside = max(_LEAST_CHUNK, num_decodes + int(self._cost.fixed_rows))
         return min(self._num_tokens, num_decodes + beside)
 
-    def _shares(self, budget: int) -> dict[bytes, int]:
+    def _shares(self, prompts: list[Sequence], left: int) -> dict[bytes, int]:
         """The most tokens of running prompts in the next step, by tenant.
 
         Tenants share what decoding rows leave of a step, including the tenant of the next sequence
         in line. Otherwise, that sequence would wait until a long prompt has been read. Without
         other tenants there is no limit.
+
+        Args:
+            prompts: The running prompts.
+            left: The tokens that decoding rows leave.
         """
-        prompts = [s for s in self.running if len(s.tokens) - s.num_computed > 1]
         tenants = {sequence.tenant for sequence in prompts}
         if not prompts:
             return {}
@@ -474,7 +485,6 @@ class Scheduler:
                 tenants.add(waiting.tenant)
         if len(tenants) == 1:
             return {}
-        left = budget - (len(self.running) - len(prompts))
         return dict.fromkeys(tenants, max(left // len(tenants), 1))
 
     def _chunk(self, sequence: Sequence, budget: int) -> int:

@@ -98,8 +98,15 @@ FORMS = {
 CALL_ID, ARGUMENTS = "[CALL_ID]", "[ARGS]"
 
 
-KINDS = frozenset({"string", "number", "boolean", "null", "array", "object"})
-_DEPTH = 8
+_KINDS_OF_TYPES = {
+    **{str: "string", int: "number", float: "number", bool: "boolean"},
+    **{type(None): "null", list: "array", dict: "object"},
+}
+KINDS = frozenset(_KINDS_OF_TYPES.values())
+# Limits on what is followed for the type of one value. Otherwise, alternatives that refer to each
+# other could take any amount of time.
+MAX_ALTERNATIVES = 32
+_MAX_REFERENCE_CHARS = 256
 # The same whitespace as between the tokens of any constrained JSON.
 _BLANKS = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,32}"}
 
@@ -125,35 +132,51 @@ def json_rule(schema: Mapping[str, Any]) -> str:
     return f"%json {json.dumps({**schema, 'x-guidance': _BLANKS})}"
 
 
-def kinds_of(schema: Any, root: Any, depth: int = 0) -> frozenset[str]:
+def kinds_of(schema: Any, root: Any) -> frozenset[str]:
     """The JSON types that a value may have, ``integer`` counted as ``number``.
 
     Args:
-        schema: The value's schema. A value whose schema is invalid counts as a string.
+        schema: The value's schema. A value whose schema is invalid counts as a string, and so does
+            a value with more than ``MAX_ALTERNATIVES`` schemas.
         root: The schema in which ``#/...`` references are looked up.
-        depth: The number of references and alternatives followed so far.
     """
-    if not isinstance(schema, dict) or depth > _DEPTH:
-        return frozenset({"string"})
-    if "$ref" in schema:
-        return kinds_of(resolved(schema["$ref"], root), root, depth + 1)
-    if "const" in schema or isinstance(schema.get("enum"), list):
-        return frozenset(map(kind_of, schema.get("enum", [schema.get("const")])))
-    named = schema.get("type")
-    if named is not None:
-        names = named if isinstance(named, list) else [named]
-        found = frozenset("number" if name == "integer" else str(name) for name in names)
-        return found & KINDS or frozenset({"string"})
-    for several in ("anyOf", "oneOf", "allOf"):
-        members = schema.get(several)
-        if isinstance(members, list) and members:
-            return frozenset().union(*(kinds_of(one, root, depth + 1) for one in members))
-    return KINDS
+    found: set[str] = set()
+    followed: list[Any] = []
+    left = [schema]
+    while left:
+        one = left.pop()
+        # References and alternatives can form circles.
+        if any(one is each for each in followed):
+            continue
+        if len(followed) == MAX_ALTERNATIVES:
+            return frozenset((*found, "string"))
+        followed.append(one)
+        if not isinstance(one, dict):
+            found.add("string")
+        elif "$ref" in one:
+            left.append(resolved(one["$ref"], root))
+        elif "const" in one or isinstance(one.get("enum"), list):
+            kinds = set(map(type, one.get("enum", [one.get("const")])))
+            found.update(_KINDS_OF_TYPES[kind] for kind in kinds)
+        elif one.get("type") is not None:
+            named = one["type"] if isinstance(one["type"], list) else [one["type"]]
+            names = {"number" if name == "integer" else str(name) for name in named}
+            found |= names & KINDS or {"string"}
+        else:
+            joined = (one.get(key) for key in ("anyOf", "oneOf", "allOf"))
+            members = next((each for each in joined if isinstance(each, list) and each), None)
+            if members is None:
+                found |= KINDS
+            else:
+                left += members[: MAX_ALTERNATIVES + 1]
+    return frozenset(found or {"string"})
 
 
 def resolved(reference: Any, root: Any) -> Any:
     """The target of a reference within a schema, or None."""
     if not isinstance(reference, str) or not reference.startswith("#"):
+        return None
+    if len(reference) > _MAX_REFERENCE_CHARS:
         return None
     found = root
     for part in reference[1:].split("/")[1:]:
@@ -165,16 +188,8 @@ def resolved(reference: Any, root: Any) -> Any:
 
 
 def kind_of(value: Any) -> str:
-    """The JSON type of a value, without ``integer``."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "boolean"
-    if isinstance(value, int | float):
-        return "number"
-    if isinstance(value, str):
-        return "string"
-    return "array" if isinstance(value, list) else "object"
+    """The JSON type of a parsed value, without ``integer``."""
+    return _KINDS_OF_TYPES[type(value)]
 
 
 _JSON_HEAD = re.compile(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from turret.server.basics.codes import CHANNEL, FUNCTIONS, MARKS, MESSAGE
+from turret.server.constraints.grammar import MAX_CONSTRAINT_CHARS, is_lark
 from turret.server.http.schemas.fields import closed
 from turret.server.http.tools.calls import (
     ARGUMENTS,
     CALL_ID,
     FORMS,
+    MAX_ALTERNATIVES,
     Form,
     UnenforceableError,
     json_rule,
@@ -21,8 +24,6 @@ from turret.server.http.tools.calls import (
 )
 from turret.server.words import Text, say
 
-# Text that llguidance reads as a Lark grammar, not as GBNF.
-_LARK = re.compile(r"(?m)^\s*(%llguidance\b|start\s*:)")
 _META = re.compile(r"([\\.+*?()|\[\]{}^$#&~/-])")
 _SLASH = re.compile(r"(?s)(\\.)|(/)|(\n)")
 
@@ -43,7 +44,7 @@ def constrained(kind: str, value: Any) -> str | None:
     if kind == "choice":
         texts = "|".join(_META.sub(r"\\\1", text).replace("\n", "\\n") for text in value)
         return f"/(?:{texts})/"
-    return f"%lark {{\n{value}\n}}" if _LARK.search(value) else None
+    return f"%lark {{\n{value}\n}}" if is_lark(value) else None
 
 
 def _escaped(found: re.Match[str]) -> str:
@@ -148,6 +149,8 @@ class _Value:
                 raise self._error(
                     f".{several}", say("UNENFORCEABLE_SCHEMA", expected="a list of schemas")
                 )
+            if len(members) > MAX_ALTERNATIVES:
+                raise self._error(f".{several}", say("UNENFORCEABLE_IN_XML"))
             for number, member in enumerate(members):
                 if "string" in kinds_of(member, self._root) and set(member) - _NOTES:
                     raise self._error(f".{several}[{number}]", say("UNENFORCEABLE_IN_XML"))
@@ -208,7 +211,7 @@ class CallsGrammar:
         Raises:
             UnenforceableError: A grammar cannot enforce a tool's parameters in this form.
         """
-        return "\n".join(["start: calls", *self._rules()])
+        return _joined("start: calls", self._rules())
 
     def beside(self, answer: str) -> str:
         """A grammar for calls, or for an answer that matches a rule.
@@ -219,7 +222,8 @@ class CallsGrammar:
         Raises:
             UnenforceableError: See ``alone``.
         """
-        return "\n".join(["start: calls | answer", *self._rules(), f"answer: {answer}"])
+        rules = itertools.chain(self._rules(), [f"answer: {answer}"])
+        return _joined("start: calls | answer", rules)
 
     def schema_beside(self, answer: Schema) -> dict[str, Any]:
         """The schema of one call, or of an answer in JSON, for forms whose calls are plain JSON."""
@@ -280,6 +284,21 @@ class CallsGrammar:
     def _mark(self, text: str) -> str:
         """A mark, as a special token if the model has one for it."""
         return f"<[{self._marks[text]}]>" if text in self._marks else json.dumps(text)
+
+
+def _joined(start: str, rules: Iterable[str]) -> str:
+    """A grammar of rules.
+
+    Stops after the limit, because the service rejects the grammar then: each parameter in XML
+    repeats all definitions of its tool, so the rules can be hundreds of times as long as the tools.
+    """
+    lines, left = [start], MAX_CONSTRAINT_CHARS
+    for rule in rules:
+        lines.append(rule)
+        left -= len(rule)
+        if left < 0:
+            break
+    return "\n".join(lines)
 
 
 def _all_calls(form: Form, mark: Callable[[str], str], is_parallel: bool) -> Iterator[str]:

@@ -304,13 +304,17 @@ class PackedLinear(BaseLinear):
     @classmethod
     def pack(cls, slices: Sequence[Nf4Weight]) -> PackedLinear:
         """Fuse weights that share their input and their format."""
-        blocks = slices[0].shape[1] // slices[0].format.block
-        absmax = [weight.absmax().view(-1, blocks).T.to(torch.bfloat16) for weight in slices]
-        # The layout consists of tiles of rows, one after another, so joining rows means joining
-        # bytes.
-        packed = torch.cat([pack(weight.packed, weight.shape) for weight in slices])
-        widths = tuple(weight.shape[0] for weight in slices)
-        return cls(packed, torch.cat(absmax, dim=1).contiguous(), widths)
+        inner, widths = slices[0].shape[1], tuple(weight.shape[0] for weight in slices)
+        blocks = inner // slices[0].format.block
+        packed = torch.empty(sum(widths), inner // 2, dtype=torch.uint8)
+        absmax = torch.empty(blocks, sum(widths), dtype=torch.bfloat16)
+        # The layout consists of tiles of rows, one after another.
+        for weight, rows, columns in zip(
+            slices, packed.split(widths), absmax.split(widths, dim=1), strict=True
+        ):
+            pack(weight.packed, rows)
+            columns.copy_(weight.absmax().view(-1, blocks).T)
+        return cls(packed, absmax, widths)
 
     def __call__(
         self, x: torch.Tensor, ahead: Ahead | None = None, num_decode: int | None = None

@@ -26,8 +26,8 @@ def has_library_product(device: torch.device) -> bool:
     return device.type == "cpu" and bool(functional.has_avx512bf16())
 
 
-def pack(codes: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    """A weight in bitsandbytes' packed CPU layout.
+def pack(codes: torch.Tensor, packed: torch.Tensor) -> None:
+    """Write a weight in bitsandbytes' packed CPU layout.
 
     In each tile, two features of all rows take 32 bytes. A row of the first half has the low four
     bits of a byte, and the row 16 rows further has the high ones.
@@ -35,16 +35,18 @@ def pack(codes: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     Args:
         codes: The codes as quantised, row by row, with the earlier feature in the high bits;
             ``out·in/2`` bytes.
-        shape: ``(out, in)``; ``out`` a multiple of ``TILE_ROWS``, ``in`` even.
-
-    Returns:
-        ``[out, in / 2]`` uint8.
+        packed: The result, ``[out, in / 2]`` uint8; ``out`` is a multiple of ``TILE_ROWS``.
     """
-    rows, pairs = shape[0], shape[1] // 2
+    rows, pairs = packed.shape
+    if has_kernels(codes.device):
+        codes = codes.contiguous()
+        addresses = codes.data_ptr(), packed.data_ptr()
+        functions().turret_nf4_pack(*addresses, rows, 2 * pairs, num_threads())
+        return
     low, high = codes.view(torch.uint8).view(-1, 2, TILE_ROWS // 2, pairs).unbind(1)
     even, odd = (high & 0xF0) | (low >> 4), (high << 4) | (low & 0x0F)
     both = torch.stack([even, odd], dim=-1).view(torch.int16).view(-1, TILE_ROWS // 2, pairs)
-    return both.transpose(1, 2).contiguous().view(torch.uint8).view(rows, pairs)
+    packed.copy_(both.transpose(1, 2).contiguous().view(torch.uint8).view(rows, pairs))
 
 
 def nf4_product(

@@ -121,6 +121,17 @@ def test_prompts_alone_take_whole_steps() -> None:
     assert prompt_tokens(run(scheduler)) == 400
 
 
+def test_a_prompt_beside_many_decoding_sequences_has_a_constant_limit_without_costs() -> None:
+    pool = BlockPool(4096, BLOCK_SIZE)
+    scheduler = Scheduler(pool, max_num_seqs=64, max_num_batched_tokens=2048, most_beside=128)
+    decoding(scheduler, 4)
+    scheduler.add(sequence_of(list(range(300)), "", 1))
+    assert [prompt_tokens(run(scheduler)) for _ in range(3)] == [128, 128, 44]
+    for number in range(2):
+        scheduler.add(sequence_of([number, *range(299)], "", 1))
+    assert prompt_tokens(run(scheduler)) == 600, "with two prompts, four sequences are too few"
+
+
 def test_prompts_are_not_split_if_their_rows_are_cheap() -> None:
     scheduler = scheduler_of(None)
     decoding(scheduler, 15)

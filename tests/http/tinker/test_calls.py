@@ -494,6 +494,12 @@ async def test_limits_on_sessions_models_and_samplers(
         assert len(tables(one).published) == 2
         for sampler, status in zip(made, (404, 404, 200, 200), strict=True):
             assert (await one.send("/asample", sample_of(sampler))).status_code == status
+        # A sampler with the number of another one replaces it.
+        for number, kind in enumerate(("snapshot", "inflight"), start=5):
+            save = {"model_id": model_id, "seq_id": number, "sampling_session_seq_id": 3}
+            await one.result(await one.ask("/save_weights_for_sampler", {**save, "kind": kind}))
+        await tenants.sessions.close()
+        assert len(tables(one).published) == 2
         await one.result(await one.ask("/unload_model", {"model_id": model_id}))
         assert (await one.send("/create_model", body | {"lora_config": LORA})).status_code == 200
         await one.ask(f"/sessions/{one.session}/finish", {"reason": {"type": "success"}})

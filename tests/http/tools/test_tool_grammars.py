@@ -15,10 +15,11 @@ from servers.http_harness import HttpHarness, http_harness
 
 from turret.server.constraints.compiler import ConstraintCompiler
 from turret.server.constraints.constraint import Constraint
-from turret.server.constraints.grammar import ConstraintSpec
+from turret.server.constraints.grammar import MAX_CONSTRAINT_CHARS, ConstraintSpec
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.errors import InvalidRequestError
-from turret.server.http.tools.calls import CallBegun, CallGrown, UnenforceableError
+from turret.server.http import choices
+from turret.server.http.tools.calls import CallBegun, CallGrown, UnenforceableError, kinds_of
 from turret.server.http.tools.grammar import CallsGrammar
 from turret.server.http.tools.reader import AnswerReader
 from turret.server.models.chat_template import ChatFormat
@@ -213,6 +214,50 @@ def test_any_schema_becomes_a_grammar_or_is_refused() -> None:
         arguments = "".join(piece.text for piece in grown if isinstance(piece, CallGrown))
         assert json.loads(arguments)["type"] in (3, "3")
     assert made > 12000
+
+
+def test_alternatives_in_xml_take_a_bounded_number_of_steps() -> None:
+    # Each alternative refers to all of them, so following each one anew would never end.
+    circle = {"anyOf": [{"$ref": "#/properties/a"}] * 2000}
+    numbers = {"anyOf": [{"type": "integer"}, {"$ref": "#/properties/b"}, {"type": "null"}]}
+    long = {"$ref": "#" + "/a" * 10_000}
+    schema = {"properties": {"a": circle, "b": numbers, "c": long}}
+    for name, kinds in (("a", {"string"}), ("b", {"number", "null"}), ("c", {"string"})):
+        assert kinds_of(schema["properties"][name], schema) == kinds
+    with pytest.raises(UnenforceableError) as refused:
+        CallsGrammar("xml", {"f": schema}, is_parallel=True).alone()
+    assert refused.value.path == ".properties.a.anyOf"
+    pieces = AnswerReader("xml", {"f": schema}).feed("<tool_call><function=f><parameter=a>3")
+    assert isinstance(pieces[0], CallBegun)
+
+
+@pytest.mark.parametrize("answer", ["", '"x"'])
+def test_a_grammar_ends_soon_after_the_limit(answer: str) -> None:
+    parameters = {f"a{number}": {"type": "number"} for number in range(1000)}
+    schema = {"properties": parameters, "$defs": {"d": {"const": "x" * 30_000}}}
+    grammar = CallsGrammar("xml", {"f": schema}, is_parallel=True)
+    text = grammar.beside(answer) if answer else grammar.alone()
+    # In full, it has 30 million characters.
+    assert MAX_CONSTRAINT_CHARS < len(text) < 2 * MAX_CONSTRAINT_CHARS
+
+
+@pytest.mark.parametrize("form", ["hermes"], indirect=True)
+@pytest.mark.parametrize(
+    "field", ["guided_grammar", "guided_regex", "guided_choice", "guided_json"]
+)
+async def test_a_constraint_that_is_too_long_is_not_read_beside_tools(
+    form: str, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: Any) -> str:
+        raise AssertionError("it was read")
+
+    monkeypatch.setattr(choices, "constrained", read)
+    long = "\n" * (MAX_CONSTRAINT_CHARS + 1)
+    body = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "tools": [TOOL]}
+    async with http_harness() as http:
+        value = [long] if field == "guided_choice" else long
+        refused = await http.refused(CHAT, {**body, field: value})
+    assert (refused.param, refused.status) == (field, 400)
 
 
 @pytest.mark.parametrize("form", ["xml", "llama3"], indirect=True)

@@ -25,6 +25,7 @@ from turret.server.models.weights import nf4_cpu
 from turret.server.models.weights.nf4 import BLOCKSIZE, Nf4Weight, PackedLinear, nf4_linear
 from turret.server.models.weights.nf4_cpu import nf4_product, nf4_transposed, pack
 
+CPU = torch.device("cpu")
 # Codes, maxima and results are rounded to bf16.
 MAX_ERROR = 6e-3
 
@@ -40,12 +41,18 @@ def random_weight(out_features: int, in_features: int, seed: int = 0) -> Nf4Weig
 
 
 @pytest.mark.parametrize("shape", [(32, 64), (96, 576), (1536, 192)])
-def test_weights_are_packed_as_bitsandbytes_packs_them(shape: tuple[int, int]) -> None:
+def test_weights_are_packed_as_bitsandbytes_packs_them(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     weight = random_weight(*shape)
     packed, state = bnb_functional._convert_weight_packed_for_cpu(
         weight.packed, copy.deepcopy(weight.state)
     )
-    assert torch.equal(pack(weight.packed, shape), packed)
+    for has_kernels in {nf4_cpu.has_kernels(CPU), False}:
+        monkeypatch.setattr(nf4_cpu, "has_kernels", lambda device, found=has_kernels: found)
+        own = torch.empty_like(packed)
+        pack(weight.packed, own)
+        assert torch.equal(own, packed)
     linear = PackedLinear.pack([weight])
     assert torch.equal(linear.packed, packed)
     assert torch.equal(linear.absmax, state.absmax)

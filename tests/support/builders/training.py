@@ -10,6 +10,7 @@ from command_modules import loaded_and_said_by
 
 from turret.training.settings.config import build_config
 from turret.training.settings.resolve import Resolved, resolve
+from turret.training.settings.variants import Variant, read_variants
 
 # Overrides that methods need for training on ``write_words``, whose prompts end like this.
 REQUIRED = {"alora": ("method.invocation=:",)}
@@ -52,6 +53,17 @@ def resolve_tiny(folder: Path, model: Path, *overrides: str) -> Resolved:
         "run": {"steps": 4, "batch_size": 4, "validate_every": 2, "checkpoint_every": 2},
     }
     return resolve(build_config(tables, overrides), folder)
+
+
+def tiny_variants(folder: Path, model: Path, *overrides: str) -> list[Variant]:
+    """The variants of a sweep into ``folder/sweep`` on ``folder/train.jsonl``, which is written."""
+    write_words(folder / "train.jsonl")
+    path = folder / "sweep.toml"
+    path.write_text(
+        f'[base]\nmodel = "{model}"\n[data]\ntrain = "train.jsonl"\nmax_length = 64\n'
+        '[run]\nbatch_size = 4\noutput = "sweep"\nadapter_dtype = "float32"\n'
+    )
+    return read_variants(path, overrides)
 
 
 def write_config(folder: Path, *lines: str) -> str:

@@ -1,4 +1,4 @@
-"""One hand-written gRPC call, with headers that no gRPC library would send."""
+"""Hand-written gRPC calls, with headers and frames that no gRPC library would send."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import struct
 from collections.abc import Generator, Sequence
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_DATA, _HEADERS, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE = 0, 1, 4, 6, 7, 8
+_DATA, _HEADERS, _RST_STREAM, _SETTINGS, _PING, _GOAWAY, _WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
+_CANCEL = 8  # an error code
 _INITIAL_WINDOW = 4  # a setting
 _ACK, _END_STREAM, _END_HEADERS = 1, 1, 4
 
@@ -120,6 +121,46 @@ def accepted_bytes(
                         initial = value
 
 
+def reset_calls(
+    address: str, path: str, headers: Sequence[tuple[str, str]], num_calls: int, seconds: float
+) -> None:
+    """Begin calls on one connection and reset each at once; wait until the server has read this.
+
+    Args:
+        address: ``HOST:PORT`` of a server without TLS.
+        path: ``/package.Service/Method``.
+        headers: Headers in addition to those that gRPC requires.
+        num_calls: The number of calls.
+        seconds: The maximum wait for a single read.
+    """
+    with (
+        _connected(address, b"", seconds) as connection,
+        contextlib.closing(_frames(connection)) as frames,
+    ):
+        for kind, flags, number, payload in frames:
+            if kind == _PING and flags & _ACK:
+                # The server has read all frames before this ping.
+                return
+            if kind == _PING:
+                connection.sendall(_frame(_PING, _ACK, number, payload))
+            if kind == _SETTINGS and not flags & _ACK:
+                connection.sendall(_frame(_SETTINGS, _ACK, 0, b""))
+                reset = _CANCEL.to_bytes(4, "big")
+                for each in range(1, 2 * num_calls, 2):
+                    connection.sendall(
+                        _headers(address, path, headers, each) + _frame(_RST_STREAM, 0, each, reset)
+                    )
+                connection.sendall(_frame(_PING, 0, 0, bytes(8)))
+
+
+def _connected(address: str, settings: bytes, seconds: float) -> socket.socket:
+    """A connection without calls."""
+    host, _, port = address.rpartition(":")
+    connection = socket.create_connection((host, int(port)), seconds)
+    connection.sendall(_PREFACE + _frame(_SETTINGS, 0, 0, settings))
+    return connection
+
+
 def _begun(
     address: str,
     path: str,
@@ -131,11 +172,8 @@ def _begun(
     is_open: bool = False,
 ) -> socket.socket:
     """A connection on which a call was sent; its message is missing if the call stays open."""
-    host, _, port = address.rpartition(":")
-    connection = socket.create_connection((host, int(port)), seconds)
-    connection.sendall(
-        _PREFACE + _frame(_SETTINGS, 0, 0, settings) + _headers(address, path, headers, 1)
-    )
+    connection = _connected(address, settings, seconds)
+    connection.sendall(_headers(address, path, headers, 1))
     if not is_open:
         data = b"\0" + struct.pack(">I", len(message)) + message
         connection.sendall(_frame(_DATA, _END_STREAM, 1, data))

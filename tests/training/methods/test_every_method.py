@@ -6,12 +6,11 @@ import asyncio
 import io
 import json
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from builders.training import REQUIRED, resolve_tiny
+from builders.training import REQUIRED, resolve_tiny, tiny_variants
 from peft import PeftModel
 from rich.console import Console
 from said import says
@@ -23,15 +22,15 @@ from turret.server.adapters.methods.lower import lower_checkpoint
 from turret.server.errors import BudgetExceededError
 from turret.training.base_model import load_model, without_peft_warnings
 from turret.training.batches import make_batch
-from turret.training.engine import attach, pad_token, trainable
+from turret.training.engine import LocalEngine, attach, pad_token, trainable
 from turret.training.errors import ConfigError
 from turret.training.loss import LossFunction, learning_rate, make_optimizer, set_learning_rate
 from turret.training.methods import METHODS
 from turret.training.plan import make_plan
-from turret.training.run.folder import RunFolder, read_metrics
+from turret.training.run.folder import read_metrics
 from turret.training.run.progress import training_progress
 from turret.training.serving_cost import served_base, serving_cost
-from turret.training.settings.config import OptimizerConfig, build_config
+from turret.training.settings.config import OptimizerConfig
 from turret.training.settings.resolve import Resolved
 from turret.training.sweep import sweep
 from turret.training.trainer import Trainer, validation_loss
@@ -255,9 +254,9 @@ def test_a_rank_is_checked_before_the_base_is_quantised(
     too_high = says("RANK_TOO_HIGH", most=128)
     with pytest.raises(ConfigError, match=r"^method\.rank: ", check=too_high):
         resolve_tiny(tmp_path, model, "method.rank=129")
-    tables = {"base": {"model": str(model)}, "data": {"train": "train.jsonl"}}
+    variants = tiny_variants(tmp_path, model, "method.rank=2,129")
     with pytest.raises(ConfigError, match=r"^method\.rank: ", check=too_high):
-        sweep(build_config(tables), tmp_path, [2, 129], training_progress)
+        sweep(variants, tmp_path, training_progress, LocalEngine)
     assert not (tmp_path / "cache").exists()
 
 
@@ -354,38 +353,6 @@ def test_the_learning_rate_rises_and_falls():
     assert max(rates) == rates[10] == 1.0
     assert rates[55] == pytest.approx(0.5)
     assert 0 < rates[99] < 0.001
-
-
-def test_a_sweep_compares_ranks(tiny_llama: Path, tmp_path: Path):
-    resolve_tiny(tmp_path, tiny_llama)  # writes the data
-    overrides = [f"base.model={tiny_llama}", "data.max_length=64", "run.steps=2"]
-    config = build_config({"data": {"train": "train.jsonl"}}, overrides)
-    trained: list[str] = []
-
-    @contextmanager
-    def announce(num_steps: int | None, title: str):
-        yield lambda row: trained.append(title) if row["kind"] == "step" else None
-
-    first = list(sweep(config, tmp_path, (1, 4), announce))
-    assert [result.rank for result in first] == [1, 4]
-    assert first[1].num_parameters == 4 * first[0].num_parameters
-    assert first[0].relative_multiply_adds < first[1].relative_multiply_adds
-    losses = json.loads((tmp_path / "run" / "sweep.json").read_text())
-    assert [row["validation_loss"] for row in losses] == [r.validation_loss for r in first]
-    assert "what_next" not in losses[0]
-    assert f"--adapter-root {tmp_path}/run/rank-4 --preload rank-4=adapter" in first[1].what_next
-    # The data is plain text, and the model has no chat template.
-    assert "\nask it:    turret generate -a rank-4 'YOUR PROMPT'\n" in first[1].what_next
-    assert "\nupdate it: turret adapters replace rank-4 adapter  (if " in first[1].what_next
-    assert RunFolder(tmp_path / "run" / "rank-1").report.exists()
-    # Finished ranks are not trained again.
-    again = list(sweep(config, tmp_path, (1, 4, 2), announce))
-    assert again[:2] == first
-    assert trained == ["rank 1"] * 2 + ["rank 4"] * 2 + ["rank 2"] * 2
-    # No rank is trained if one of them is invalid.
-    with pytest.raises(ConfigError, check=says("RANK_TOO_HIGH", most=64)):
-        next(iter(sweep(config, tmp_path, (3, 65), announce)))
-    assert not (tmp_path / "run" / "rank-3").exists()
 
 
 def test_the_adapter_names_its_base_and_no_directory(tiny_llama: Path, tmp_path: Path):

@@ -1,0 +1,225 @@
+"""Trains adapters in this process with the server's engine, any number at the same time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from turret.clients.messages.sequences import TrainingDatum
+from turret.server.adapters.adapter import AdapterRef
+from turret.server.basics.files import sync_directory
+from turret.server.basics.settings import MIB
+from turret.server.build import build_backend
+from turret.server.config import (
+    AdapterConfig,
+    CacheConfig,
+    Config,
+    ModelConfig,
+    SchedulerConfig,
+)
+from turret.server.engine.scheduling.request import (
+    FinishReason,
+    Request,
+    SamplingParams,
+    StopConditions,
+)
+from turret.server.metrics import Metrics
+from turret.server.models.decoding.kv_cache import KvCache
+from turret.server.training.losses import TARGETS
+from turret.server.training.trainer import MAX_SEQUENCE_TOKENS, AdamParams, Datum
+from turret.training.base_model import DTYPES, keep_freed_memory
+from turret.training.engine import Engine, LocalEngine
+from turret.training.run.folder import FOLDER_SUFFIX, checkpoint_path
+from turret.training.server_engine import SharedEngine
+from turret.training.settings.checks import unserved
+from turret.training.settings.config import BaseConfig
+from turret.training.settings.resolve import Resolved
+
+T = TypeVar("T")
+# The process trains for one user, so the limits of a server for its clients do not apply.
+_NO_LIMIT = 1 << 60
+_MOST_POSITIONS = MAX_SEQUENCE_TOKENS + 128
+
+
+class OwnBase:
+    """A base model in this process, and an engine that trains adapters on it.
+
+    Args:
+        resolved: A run on the base.
+    """
+
+    def __init__(self, resolved: Resolved) -> None:
+        keep_freed_memory()
+        base = resolved.config.base
+        assert base.dtype is not None
+        # The cache has room for the longest prompt of a report, and its answer.
+        cache = KvCache.block_bytes(resolved.base.arch, _MOST_POSITIONS, DTYPES[base.dtype])
+        self._scratch = tempfile.TemporaryDirectory()
+        config = Config(
+            model=ModelConfig(
+                model=resolved.base.directory, device="cpu", dtype=base.dtype, head_screen=False
+            ),
+            cache=CacheConfig(kv_cache_bytes=max(cache, MIB)),
+            scheduler=SchedulerConfig(speculation="off"),
+            adapters=AdapterConfig(
+                state_dir=Path(self._scratch.name) / "state",
+                training=True,
+                max_rank=_NO_LIMIT,
+                training_bytes=_NO_LIMIT,
+                adapter_host_bytes=_NO_LIMIT,
+                max_upload_bytes=_NO_LIMIT,
+            ),
+        )
+        self._backend = build_backend(config, Metrics())
+        assert self._backend.training is not None
+        self.training = self._backend.training
+        self._runner = asyncio.Runner()
+        self._loop = self._runner.get_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self.run(self._backend.engine.start())
+
+    def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start a coroutine on the engine's event loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the engine's event loop."""
+        return self.start(work).result()
+
+    async def answer(self, request: Request) -> tuple[list[int], FinishReason | None]:
+        """The tokens of an answer, and why it ended."""
+        tokens: list[int] = []
+        reason = None
+        async for output in await self._backend.engine.submit(request):
+            tokens += output.token_ids
+            reason = output.finish.reason if output.finish else None
+        return tokens, reason
+
+    def close(self) -> None:
+        """Stop the engine; a pass that runs ends between two of its parts."""
+        self.run(self._backend.engine.drain(0.0))
+        self._backend.close()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._runner.close()
+        self._scratch.cleanup()
+
+
+@contextlib.contextmanager
+def own_engines() -> Iterator[Callable[[Resolved], Engine]]:
+    """Opens engines in this process; all runs on a base share it.
+
+    A run that a server cannot train is trained with PEFT instead.
+    """
+    bases: dict[BaseConfig, OwnBase] = {}
+
+    def open_engine(resolved: Resolved) -> Engine:
+        if not is_shared(resolved):
+            return LocalEngine(resolved)
+        key = resolved.config.base
+        if key not in bases:
+            bases[key] = OwnBase(resolved)
+        return OwnEngine(resolved, bases[key])
+
+    try:
+        yield open_engine
+    finally:
+        for base in bases.values():
+            base.close()
+
+
+def is_shared(resolved: Resolved) -> bool:
+    """Whether the engine of a server trains a run in this process."""
+    config = resolved.config
+    has_experts = resolved.base.arch.experts is not None
+    return config.base.device == "cpu" and not has_experts and not unserved(config)
+
+
+class OwnEngine(SharedEngine):
+    """Trains an adapter on a base in this process.
+
+    Args:
+        resolved: See ``SharedEngine``.
+        base: The base.
+    """
+
+    def __init__(self, resolved: Resolved, base: OwnBase) -> None:
+        super().__init__(resolved)
+        self._base = base
+        self._training = base.training
+        self._id = base.run(self._training.create(self._learner))
+
+    def _pass(self, data: Sequence[TrainingDatum], *, has_grad: bool) -> float:
+        inputs = [
+            Datum(
+                each.token_ids,
+                {TARGETS: torch.tensor(each.target_ids), "weights": torch.tensor(each.weights)},
+            )
+            for each in data
+        ]
+        work = self._training.pass_over(
+            self._id, inputs, "cross_entropy", {}, is_forward_only=not has_grad
+        )
+        return sum(each.losses.sum(dtype=torch.float64).item() for each in self._base.run(work))
+
+    def _optimize(self, adam: AdamParams) -> float:
+        return self._base.run(self._training.step(self._id, adam))["grad_norm"]
+
+    def _publish(self) -> AdapterRef:
+        name = f"sample-{self._id}"
+        self._base.run(self._training.publish(self._id, name))
+        return AdapterRef(name=name)
+
+    def _answer(self, prompt: Sequence[int], adapter: Any, most: int) -> list[int]:
+        request = Request(
+            request_id=f"sample-{self._id}",
+            prompt_token_ids=tuple(prompt),
+            adapters=() if adapter is None else (adapter,),
+            sampling=SamplingParams(temperature=0.0),
+            stop=StopConditions(max_tokens=most),
+        )
+        tokens, reason = self._base.run(self._base.answer(request))
+        end = self._resolved.base.tokenizer.eos_token_id
+        return [*tokens, *([end] if reason is FinishReason.STOP else [])]
+
+    def save(self, checkpoints: Path, step: int) -> None:
+        """Save a checkpoint; its directory appears only when it is complete."""
+        path = checkpoint_path(checkpoints, step, FOLDER_SUFFIX)
+        partial = path.with_name(f"{path.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        self._base.run(self._training.save(self._id, partial, with_optimizer=True))
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+        sync_directory(checkpoints)
+
+    def restore(self, checkpoint: Path) -> int:
+        self._base.run(self._training.load(self._id, checkpoint, with_optimizer=True))
+        return int(checkpoint.name.removeprefix("step-"))
+
+    def discard(self, checkpoint: Path) -> None:
+        shutil.rmtree(checkpoint)
+
+    def _export(self, folder: Path) -> None:
+        folder.mkdir()
+        self._base.run(self._training.save(self._id, folder, with_optimizer=False))
+
+    def end(self, checkpoints: Sequence[Path]) -> None:
+        """Checkpoints are in the directory of the run, which keeps them."""
+
+    def cancel(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop the adapter, without waiting for the end of a pass."""
+        self._base.start(self._training.drop(self._id))
