@@ -105,7 +105,10 @@ def _rpc(
 
         @functools.wraps(method)
         async def run(*args: _P.args, **kwargs: _P.kwargs) -> Any:
-            bound = signature.bind(*args, **kwargs)
+            try:
+                bound = signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{method.__name__}() {error}") from None
             bound.apply_defaults()
             client, timeout = bound.arguments.pop("self"), bound.arguments.pop("timeout")
             request = client._request(name, **bound.arguments)

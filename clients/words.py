@@ -12,6 +12,7 @@ TEXTS = {
     "NOT_A_PLAIN_NAME": '{value!q} is not an adapter name; pass a weight as ("name", weight)',
     "NOT_A_MIX_MEMBER": "{value!q} is not NAME[@GENERATION][=WEIGHT]",
     "UNFIT": "invalid value {value} ({problem})",
+    "OUT_OF_RANGE": "{value} is out of range",
     "UNKNOWN_OPTION": "unknown option {name!q}",
     "UNKNOWN_MESSAGE_KEY": "unknown key {value!q}; known are {choices}",
     "SINGLE_MESSAGE": "must be a list of messages, not a single message",

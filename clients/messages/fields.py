@@ -50,8 +50,12 @@ def named(argument: str, value: object) -> Iterator[None]:
     except ArgumentError:
         raise
     except (TypeError, ValueError, OverflowError) as error:
-        kind = ArgumentTypeError if isinstance(error, TypeError) else ArgumentValueError
-        raise kind(argument, say("UNFIT", value=f"{value!r:.60}", problem=error)) from None
+        text = say("UNFIT", value=f"{value!r:.60}", problem=error)
+        if isinstance(error, TypeError):
+            raise ArgumentTypeError(argument, text) from None
+        if isinstance(value, int | float):
+            text = say("OUT_OF_RANGE", value=value)
+        raise ArgumentValueError(argument, text) from None
 
 
 def fill(message: Any, values: Mapping[str, Any], *, within: str = "") -> None:
@@ -79,7 +83,9 @@ def fill(message: Any, values: Mapping[str, Any], *, within: str = "") -> None:
             setattr(message, name, value)
 
 
-def extend(name: str, field: Any, items: Any, wanted: str = "a list") -> None:
+def extend(
+    name: str, field: Any, items: Any, wanted: str = "a list", *, is_text: bool = False
+) -> None:
     """Add items to a repeated field; they may be numbers of numpy or torch.
 
     Args:
@@ -87,15 +93,16 @@ def extend(name: str, field: Any, items: Any, wanted: str = "a list") -> None:
         field: The field.
         items: The items.
         wanted: The type of the argument, for the error.
+        is_text: Whether every item must be a string.
 
     Raises:
         ArgumentTypeError, ArgumentValueError: The value is not a list, or an item does not fit.
     """
     with named(name, items):
         found = list(several(name, items, wanted))
-        for each in found:
-            if isinstance(each, str | bytes):
-                check_text(name, each)
+        for index, each in enumerate(found):
+            if is_text or isinstance(each, str | bytes):
+                check_text(f"{name}[{index}]", each)
         field.extend(found)
 
 

@@ -178,7 +178,7 @@ def _set_bias(request: Any, bias: Any) -> None:
 
 def _set_choice(request: Any, choice: Any) -> None:
     request.choice.SetInParent()
-    extend("choice", request.choice.texts, choice)
+    extend("choice", request.choice.texts, choice, is_text=True)
 
 
 def _set_tools(request: Any, tools: Any) -> None:
@@ -261,13 +261,13 @@ _CONVERSIONS: dict[str, Callable[[Any, Any], None]] = {
     "path": _set_path,
     "drain_seconds": _set_drain,
     "stop": lambda request, stop: extend(
-        "stop", request.stop.stop_strings, [stop] if isinstance(stop, str) else stop
+        "stop", request.stop.stop_strings, [stop] if isinstance(stop, str) else stop, is_text=True
     ),
     "stop_token_ids": lambda request, ids: extend(
         "stop_token_ids", request.stop.stop_token_ids, ids
     ),
     "targets": lambda request, targets: extend(
-        "targets", request.config.targets, targets, "a list of modules"
+        "targets", request.config.targets, targets, "a list of modules", is_text=True
     ),
     "logit_bias": _set_bias,
     "choice": _set_choice,
