@@ -10,14 +10,13 @@ import ctypes
 import functools
 import itertools
 import json
+import resource
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-
-_PAGE_BYTES = 4096
 
 
 def answers(job: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -46,7 +45,7 @@ def _resident_bytes() -> int:
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * _PAGE_BYTES
+        return int(file.read().split()[1]) * resource.getpagesize()
 
 
 @functools.lru_cache(maxsize=1)

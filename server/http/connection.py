@@ -6,6 +6,7 @@ import asyncio
 import functools
 import socket
 import ssl
+from asyncio import sslproto
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -36,6 +37,8 @@ MAX_FRAMING_BYTES = 4 << 20
 _PIECE_BYTES = 64 << 10
 # Time limit for the TLS handshake, from the connection on; asyncio's default is a minute.
 HANDSHAKE_SECONDS = 10.0
+# Each TLS connection has a buffer of this size from its handshake on; asyncio's default is 256 KiB.
+_TLS_BUFFER_BYTES = 32 << 10
 # Held-back bytes beyond this limit are sent at once.
 _MAX_HELD_BYTES = 64 << 10
 # Name of the ASGI extension that holds a request's ``Chunks``.
@@ -344,6 +347,7 @@ def tls_context(security: SecurityConfig) -> ssl.SSLContext | None:
         files.look()
         connection.context = files.newest
 
+    sslproto.SSLProtocol.max_size = _TLS_BUFFER_BYTES
     first = files.newest
     first.sni_callback = choose
     return first

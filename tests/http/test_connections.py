@@ -10,6 +10,7 @@ import shutil
 import socket
 import ssl
 import time
+import tracemalloc
 from pathlib import Path
 
 import httpx2
@@ -138,6 +139,24 @@ async def test_tls_and_certificates_that_change(pem: Path, tmp_path: Path) -> No
             await status_of(address, pem / "first.crt")
         (tmp_path / "server.crt").write_text("no certificate")
         assert await status_of(address, pem / "second.crt") == 200
+
+
+async def test_a_handshake_takes_little_memory(pem: Path) -> None:
+    security = SecurityConfig(tls_cert=pem / "first.crt", tls_key=pem / "first.key")
+    async with http_harness(security=security) as server:
+        assert await status_of(server.server.address, pem / "first.crt") == 200
+        tracemalloc.start()
+        try:
+            before, _ = tracemalloc.get_traced_memory()
+            opening = [await opened(server.server.address) for _ in range(50)]
+            # The server has accepted all of them once it answers one that came later.
+            assert await status_of(server.server.address, pem / "first.crt") == 200
+            after, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert after - before < 50 * (100 << 10)
+        for _, writer in opening:
+            writer.close()
 
 
 async def test_a_client_certificate_is_required(pem: Path, tmp_path: Path) -> None:
