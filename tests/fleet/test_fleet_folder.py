@@ -194,6 +194,7 @@ def test_a_fleet_without_the_state_directory_leaves_the_file_of_the_one_that_has
             clusters[0].publish(tmp_path)
     path = tmp_path / CLUSTER_FILE
     published = path.read_bytes()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
     clusters[1].close(tmp_path)
     assert path.read_bytes() == published
     monkeypatch.setenv("RAY_AUTH_TOKEN", "first")

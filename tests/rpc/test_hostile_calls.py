@@ -201,6 +201,10 @@ def test_requests_that_wait_take_a_bounded_amount_of_memory(tmp_path: Path) -> N
         call(_padded(LARGE, 2), timeout=60)
         before = _rss_mib(server)
         running = call.future(_padded(LARGE, 60_000))
+        # A request that arrives first would run first.
+        while server.metric("turret_sequences", state="running") == 0:
+            assert not running.done()
+            time.sleep(0.05)
         calls: list[Any] = []
         for _ in range(40):
             # Send them one by one, because gRPC keeps messages that are in transit.

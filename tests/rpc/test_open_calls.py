@@ -23,6 +23,7 @@ from turret.server.api.admin import SlowCalls
 from turret.server.errors import QueueFullError
 from turret.server.http import connection
 from turret.server.rpc import interceptor
+from turret.server.rpc import server as rpc_server
 from turret.v1 import inference_pb2
 
 MOST = 4
@@ -281,6 +282,25 @@ async def test_calls_that_are_reset_at_once_delay_others_by_a_bounded_number_of_
         await server.inference.GetModel(inference_pb2.GetModelRequest(), metadata=metadata)
         assert taken[-1] == "Bearer bob"
         assert len(taken) <= most + 2
+
+
+async def test_a_connection_without_calls_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**dict(rpc_server._OPTIONS), "grpc.max_connection_idle_ms": 100}
+    monkeypatch.setattr(rpc_server, "_OPTIONS", tuple(options.items()))
+    async with harness() as server:
+        await asyncio.to_thread(raw_grpc.wait_until_closed, server.rpc.address, 60.0)
+
+
+async def test_metadata_has_a_size_limit() -> None:
+    async with harness() as server:
+        for size, code in ((4 << 10, None), (17 << 10, Code.RESOURCE_EXHAUSTED)):
+            call = server.inference.GetModel(
+                inference_pb2.GetModelRequest(), metadata=(("x", "y" * size),)
+            )
+            if code is None:
+                await call
+            else:
+                assert (await failure_of(call)).code is code
 
 
 async def test_a_call_is_refused_if_it_cannot_wait_for_its_turn() -> None:

@@ -153,6 +153,13 @@ def reset_calls(
                 connection.sendall(_frame(_PING, 0, 0, bytes(8)))
 
 
+def wait_until_closed(address: str, seconds: float) -> None:
+    """Open a connection, and wait until the server closes it; OSError if it is silent for long."""
+    with _connected(address, b"", seconds) as connection:
+        while connection.recv(1 << 16):
+            pass
+
+
 def _connected(address: str, settings: bytes, seconds: float) -> socket.socket:
     """A connection without calls."""
     host, _, port = address.rpartition(":")
