@@ -233,7 +233,7 @@ def test_an_invalid_number_of_retries_is_reported_by_name() -> None:
         ({"prompt": "x", "adapters": 5}, "adapters"),
         ({"prompt": "x", "adapters": [("a", "b")]}, "adapters"),
         ({"prompt": "x", "stop": 5}, "stop"),
-        ({"prompt": "x", "stop": [5]}, "stop"),
+        ({"prompt": "x", "stop": [5]}, r"stop\[0\]"),
         ({"prompt": "x", "request_id": 5}, "request_id"),
         ({"prompt": "x", "temperature": "hot"}, "temperature"),
         ({"prompt": "x", "logit_bias": {1: "a"}}, "logit_bias"),

@@ -139,7 +139,7 @@ def test_a_single_prompt_is_not_accepted_as_a_list_of_prompts(client: TurretClie
     [
         ({"regex": b"abc"}, "regex: "),
         ({"request_id": b"abc"}, "request_id: "),
-        ({"stop": [b"abc"]}, "stop: "),
+        ({"stop": [b"abc"]}, "stop[0]: "),
         ({"stop_token_ids": [1.5]}, "stop_token_ids: "),
         ({"tools": [{"function": {"name": b"x"}}]}, "tools[0].function.name: "),
         ({"tools": [{"function": {}}]}, "tools[0]: "),
