@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 
 import torch
 from builders.sequences import sequence_of
@@ -57,6 +58,15 @@ def test_rows_grow_with_the_longest_sequence():
     assert send(tables, [one, two]) == 9
     assert tables.epoch == 1
     assert tables.buffer is not before
+
+
+def test_the_table_of_the_step_before_stays_in_memory():
+    tables = BlockTables(4, 2, CPU)
+    before = weakref.ref(tables.buffer)
+    send(tables, [make(*range(1, 4))])
+    assert before() is not None
+    send(tables, [make(*range(1, 40))])
+    assert before() is None
 
 
 def test_tables_stay_correct_under_random_traffic():

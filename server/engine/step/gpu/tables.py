@@ -76,11 +76,14 @@ class BlockTables:
         self.epoch = 0
         self._max_seqs = max_seqs
         self._device = device
+        self.buffer = torch.empty(0, dtype=torch.int32, device=device)
         self._make(max_blocks)
 
     def _make(self, max_blocks: int) -> None:
         self._max_blocks = max_blocks
         size = (self._max_seqs + 1) * max_blocks
+        # The step before may still read it.
+        self._previous = self.buffer
         self.buffer = torch.zeros(size, dtype=torch.int32, device=self._device)
         self.clear()
 
