@@ -71,7 +71,7 @@ def test_the_estimate_is_near_the_peak(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """The model's step needs a considerable part of the memory of the process."""
+    """The model and its step need a considerable part of the memory of the process."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
@@ -100,7 +100,7 @@ def test_the_estimate_is_near_the_peak(
     assert done.stderr == b""
     plan = json.loads(done.stdout)
     memory, peak = plan["memory"], plan["measured_peak"]
-    assert memory["step"] > memory["process"] / 2
+    assert memory["total"] - memory["process"] > memory["process"] / 2
     assert memory["total"] == pytest.approx(peak, rel=0.2)
     # Also compare the model's own share, without the process.
     own = peak - memory["process"]
