@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from turret.clients.messages.sequences import TrainingDatum
+from turret.kernels.cpu.native import has_native
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.basics.files import sync_directory
 from turret.server.basics.settings import MIB
@@ -140,9 +141,12 @@ def own_engines() -> Iterator[Callable[[Resolved], Engine]]:
 
 def is_shared(resolved: Resolved) -> bool:
     """Whether the engine of a server trains a run in this process."""
-    config = resolved.config
-    has_experts = resolved.base.arch.experts is not None
-    return config.base.device == "cpu" and not has_experts and not unserved(config)
+    config, has_experts = resolved.config, resolved.base.arch.experts is not None
+    assert config.base.dtype is not None
+    if config.base.device != "cpu" or has_experts or unserved(config):
+        return False
+    # Without kernels that read 4-bit weights, the engine would keep the base dequantised.
+    return has_native(DTYPES[config.base.dtype], torch.device("cpu"))
 
 
 class OwnEngine(SharedEngine):

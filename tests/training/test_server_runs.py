@@ -26,6 +26,7 @@ from turret.clients.client import TurretClient
 from turret.clients.errors import TurretRpcError
 from turret.server.api.tenants.sessions import MAX_MODELS
 from turret.server.training.methods import METHODS
+from turret.training import own_engine
 from turret.training.base_model import load_model, without_peft_warnings
 from turret.training.batches import make_batch
 from turret.training.engine import LocalEngine, pad_token
@@ -158,8 +159,14 @@ def test_training_on_a_server_matches_local_training(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_engine_in_this_process_gives_the_bytes_of_a_server(
-    server: ServerUnderTest, tiny_llama: Path, tmp_path: Path, method: str
+    server: ServerUnderTest,
+    tiny_llama: Path,
+    tmp_path: Path,
+    method: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # The server computes in float32.
+    monkeypatch.setattr(own_engine, "has_native", lambda dtype, device: True)
     more = (f"method.name={method}", f"optimizer.learning_rate={RATES.get(method, 0.02)}")
     more += ("run.gradient_accumulation=2", "data.packing=true") if method == "lora" else ()
     served = resolved_on(server, tmp_path, tiny_llama, "served", *more)

@@ -21,6 +21,9 @@ from turret.training.settings.variants import read_variants
 from turret.training.sweep import sweep
 from turret.training.words import say
 
+# The engine of a server trains in this dtype, whatever the processor.
+DTYPE = "base.dtype=bfloat16"
+
 
 def names_of(folder: Path, *overrides: str) -> list[str]:
     path = Path(write_config(folder, '{"text": "a"}'))
@@ -113,7 +116,7 @@ def test_a_sweep_compares_variants(tiny_llama: Path, tmp_path: Path) -> None:
         yield lambda row: trained.append(title) if row["kind"] == "step" else None
 
     def swept(*overrides: str) -> list[Any]:
-        variants = tiny_variants(tmp_path, tiny_llama, "run.steps=2", *overrides)
+        variants = tiny_variants(tmp_path, tiny_llama, DTYPE, "run.steps=2", *overrides)
         with own_engines() as open_engine:
             return sweep(variants, tmp_path, announce, open_engine)
 
@@ -162,7 +165,7 @@ def test_hopeless_variants_are_stopped_early(tiny_llama: Path, tmp_path: Path) -
 
     def swept(name: str, *overrides: str, stops_early: bool = True) -> list[Any]:
         more = ("run.steps=18", f"run.output={name}", "method.rank=4", *overrides)
-        variants = tiny_variants(tmp_path, tiny_llama, *more)
+        variants = tiny_variants(tmp_path, tiny_llama, DTYPE, *more)
         trained.clear()
         with own_engines() as open_engine:
             return sweep(variants, tmp_path, announce, open_engine, stops_early=stops_early)
