@@ -46,7 +46,9 @@ _SIGNATURES = {
         ("turret_nf4_experts", "turret_mxfp4_experts"),
         (*(_pointer, _int, _pointer, _int, _pointer, _pointer), *(_int,) * 3),
     ),
-    "turret_nf4_turned": (_pointer, _pointer, _pointer, _int, _int, _int),
+    "turret_products": (*(_pointer,) * 3, _int, _int),
+    "turret_nf4_transposed_product": (_pointer, _int, *(_pointer,) * 3, *(_int,) * 3, _pointer),
+    "turret_transposed_product": (_pointer, _int, _pointer, _pointer, *(_int,) * 3, _pointer),
     "turret_adapt_experts": (_pointer, _pointer),
     "turret_dense_product": (_pointer, _int, _int, _pointer, _pointer, *(_int,) * 4, _pointer),
     "turret_own_threads": (_int,),
@@ -80,6 +82,9 @@ _BY_ELEMENT = {
     "turret_gelu_mul": (_pointer, _pointer, _int, _int, _int),
     "turret_clamped_swiglu": (_pointer, _pointer, _int, _int, _double, _double, _int),
     "turret_rope_kv_write": (*(_pointer,) * 7, *(_int,) * 7),
+    "turret_norm_gradient": (*(_pointer,) * 3, _double, _pointer, *(_int,) * 3),
+    "turret_gate_gradient": (*(_pointer,) * 3, *(_int,) * 4),
+    "turret_attention_gradient": (_pointer,),
 }
 # Floats per vector, as in vec.h; activations of an operator begin at multiples of this number.
 LANES = 16

@@ -12,6 +12,9 @@ from turret.kernels.cpu.native import functions, has_native, num_threads
 from turret.lazy_torch import torch
 
 
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
 class _Product(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "w", "y")),
@@ -67,6 +70,42 @@ def add_column_products_(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> N
     functions().turret_columns(ctypes.byref(_product(x, w, y.unsqueeze(0), adds=True)))
 
 
+class ProductBatch:
+    """Products of matrices that are independent of each other, computed together by ``run``."""
+
+    def __init__(self) -> None:
+        self._products: list[_Product] = []
+        self._by_columns: list[bool] = []
+
+    def dots(self, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> None:
+        """``y = x wᵀ``; see ``dot_products``. All rows are contiguous; so too below."""
+        self._add(x, w, y, by_columns=False, adds=False)
+
+    def columns(
+        self, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, *, adds: bool = False
+    ) -> None:
+        """``y = x w``, or ``y += x w``; see ``column_products``."""
+        self._add(x, w, y, by_columns=True, adds=adds)
+
+    def _add(
+        self, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, *, by_columns: bool, adds: bool
+    ) -> None:
+        (rows, inner), (_, columns) = x.shape, y.shape
+        kind = _KINDS[w.dtype]
+        strides = 0, x.stride(0), 0, w.stride(0), 0, y.stride(0)
+        sizes = 1, rows, columns, inner
+        pointers = x.data_ptr(), w.data_ptr(), y.data_ptr()
+        self._products.append(_Product(*pointers, *sizes, *strides, kind, adds, 1, 0))
+        self._by_columns.append(by_columns)
+
+    def run(self) -> None:
+        """Compute the products, whose tensors must be alive."""
+        count = len(self._products)
+        products, ends = (_Product * count)(*self._products), (ctypes.c_int64 * count)()
+        by_columns = (ctypes.c_int64 * count)(*self._by_columns)
+        functions().turret_products(products, by_columns, ends, count, num_threads())
+
+
 def _with_rows(tensor: torch.Tensor) -> torch.Tensor:
     """Make each row contiguous in memory."""
     return tensor if tensor.stride(2) == 1 or tensor.shape[2] <= 1 else tensor.contiguous()
@@ -83,7 +122,7 @@ def _product(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, *, adds: bool) -
         *(x.stride(0), x.stride(1)),
         *(w.stride(0) if w.shape[0] == x.shape[0] else 0, w.stride(1)),
         *(y.stride(0), y.stride(1)),
-        *((torch.float32, torch.bfloat16, torch.float16).index(w.dtype), int(adds), num_threads()),
+        *(_KINDS[w.dtype], int(adds), num_threads()),
     )
 
 
@@ -123,3 +162,42 @@ def dense_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         scratch.data_ptr(),
     )
     return y
+
+
+# ``dX = dY W``, the gradient of the rows; see ``transposed.h``.
+
+_PANEL = 32  # inputs
+
+
+def serves_transposed(weight: torch.Tensor) -> bool:
+    """Whether ``transposed_product`` supports a weight."""
+    return has_native(weight.dtype, weight.device) and weight.shape[1] % _PANEL == 0
+
+
+def transposed_product(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Multiply gradients by a weight; only if ``serves_transposed``.
+
+    Args:
+        grad: ``[rows, out]`` fp32, rounded to bf16 on processors with instructions for it.
+        weight: ``[out, in]`` bf16, contiguous.
+
+    Returns:
+        ``[rows, in]`` fp32; a row's bits are the same in any batch.
+    """
+    grad, rows = grad.contiguous(), len(grad)
+    out, rounded = torch.empty(rows, weight.shape[1]), rounded_gradients(*grad.shape)
+    functions().turret_transposed_product(
+        grad.data_ptr(),
+        rows,
+        weight.data_ptr(),
+        out.data_ptr(),
+        *weight.shape,
+        num_threads(),
+        rounded.data_ptr(),
+    )
+    return out
+
+
+def rounded_gradients(rows: int, columns: int) -> torch.Tensor:
+    """Memory for the gradients in bf16, padded to whole pieces."""
+    return torch.empty(rows, -(-columns // _PANEL) * _PANEL, dtype=torch.bfloat16)

@@ -14,14 +14,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 
-from turret.kernels.between import rotate_heads
+from turret.kernels.cpu.native import has_kernels
 from turret.kernels.paged_attention import SequenceSpan
 from turret.kernels.rows.elementwise import row_log_softmax
 from turret.kernels.rows.linear import row_linear_transposed
@@ -40,19 +37,21 @@ from turret.server.adapters.operators.adapter_operators import ModuleOperators
 from turret.server.adapters.operators.operator import BaseRows
 from turret.server.adapters.operators.vocabulary import HEAD
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
-from turret.server.models.decoding.arch import LONG, ClampedSwiglu
-from turret.server.models.decoding.decoder import Decoder, DecoderLayer, OwnRows, StepInput
+from turret.server.models.decoding.arch import LONG
+from turret.server.models.decoding.decoder import Decoder, OwnRows, StepInput
 from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.weights.base_linear import BaseLinear
 from turret.server.models.weights.nf4 import DenseLinear
+from turret.server.training.layer_gradients import layer_gradients
+from turret.server.training.low_rank_gradients import (
+    LowRankGradients,
+    add_low_rank_gradients,
+    is_low_rank,
+)
 
 _BLOCK_SIZE = 16
 # The number of rows whose logits are computed at once; requests run in between.
 _LOGIT_ROWS = 32
-_ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +204,10 @@ class TrainingPass:
             (rows.start, rows.stop, [(segment.adapter.key, 1.0)])
             for rows, segment in zip(self.rows, self._segments, strict=True)
         ]
+        all_positions = torch.tensor(positions)
+        self._gradients = layer_gradients(
+            decoder, [each.lengths for each in self._segments], all_positions
+        )
         attention: dict[int | None, Any] = {
             window: decoder.ops.plan_attention(
                 spans,
@@ -226,7 +229,7 @@ class TrainingPass:
         self._recorder = _Recorder(adapters, self._between)
         step = StepInput(
             token_ids=torch.tensor(tokens),
-            positions=torch.tensor(positions),
+            positions=all_positions,
             kv_slots=torch.tensor(slots),
             attention=attention,
             adapters=self._recorder,
@@ -344,15 +347,11 @@ class TrainingPass:
             assert layer.gate_up is not None
             assert layer.down is not None
             part = self._leaving(layer.down, layer.norm_after_mlp, total)
-            part = self._through(
-                lambda gate_up, _: self._gated(gate_up), part, self._taken(layer.gate_up)
-            )
+            part = self._gradients.gate(self._taken(layer.gate_up), part)
             part = self._through_linear(layer.gate_up, part)
             total += self._through_norm(layer.norm_before_mlp, part, self._streams.pop())
             part = self._leaving(layer.o, layer.norm_after_attention, total)
-            part = self._through(
-                partial(self._attention, number, layer), part, self._taken(layer.qkv)
-            )
+            part = self._gradients.attention(number, self._taken(layer.qkv), part)
             part = self._through_linear(layer.qkv, part)
             total += self._through_norm(layer.norm_before_attention, part, self._streams.pop())
         self._through_prompts(total)
@@ -371,27 +370,12 @@ class TrainingPass:
     def _taken(self, linear: AdaptedLinear) -> torch.Tensor:
         return self._recorder.results.pop((linear.layer, linear.projection))
 
-    def _through(
-        self,
-        function: Callable[[torch.Tensor, Segment], torch.Tensor],
-        grad: torch.Tensor,
-        x: torch.Tensor,
-    ) -> torch.Tensor:
-        """The gradient of a function's input, from the gradient of its result, in fp32."""
-        parts: list[torch.Tensor] = []
-        for rows, segment in zip(self.rows, self._segments, strict=True):
-            leaf = x[rows].to(torch.float32, copy=True).requires_grad_()
-            with torch.enable_grad():
-                y = function(leaf, segment)
-            parts += torch.autograd.grad(y, leaf, grad[rows])
-        return torch.cat(parts)
-
     def _through_norm(
         self, norm: torch.Tensor | None, grad: torch.Tensor, x: torch.Tensor
     ) -> torch.Tensor:
         if norm is None:
             return grad
-        return self._through(lambda streams, _: self._normed(streams, norm), grad, x)
+        return self._gradients.norm(x, norm, grad)
 
     def _leaving(
         self, linear: AdaptedLinear, norm: torch.Tensor | None, grad: torch.Tensor
@@ -400,77 +384,45 @@ class TrainingPass:
         part = self._through_norm(norm, grad * self._arch.residual_scale, self._taken(linear))
         return self._through_linear(linear, part)
 
-    def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, weight.shape, weight.float(), self._arch.rms_norm_eps)
-
-    def _gated(self, gate_up: torch.Tensor) -> torch.Tensor:
-        activation = self._arch.activation
-        assert not isinstance(activation, ClampedSwiglu), "an activation of experts"
-        gate, up = gate_up.chunk(2, dim=-1)
-        return _ACTIVATIONS[activation](gate) * up
-
     def _through_linear(self, linear: AdaptedLinear, grad: torch.Tensor) -> torch.Tensor:
         """The gradient of a projection's input; the operators' gradients go to their leaves."""
         self._between()
         x = self._recorder.inputs.pop((linear.layer, linear.projection))
-        of_base, beside = grad.clone(), torch.zeros(x.shape)
+        grad = grad.contiguous()
+        of_base, beside = grad, torch.zeros(0)
+        low_rank: list[LowRankGradients] = []
         columns = self._layout.columns(linear.projection)
-        for index, shape in enumerate(self._layout.projections[linear.projection]):
-            path = self._layout.module(linear.layer, shape.path)
-            for rows, segment in zip(self.rows, self._segments, strict=True):
-                operators = segment.adapter.operators
-                if operators is None or path not in operators.modules:
-                    continue
-                module, leaves = operators.modules[path], segment.leaves[path]
-                place = grad[rows, columns[index]]
+        paths = [
+            self._layout.module(linear.layer, shape.path)
+            for shape in self._layout.projections[linear.projection]
+        ]
+        for rows, segment in zip(self.rows, self._segments, strict=True):
+            operators = segment.adapter.operators
+            adapted = [
+                (index, operators.modules[path], segment.leaves[path])
+                for index, path in enumerate(paths)
+                if operators is not None and path in operators.modules
+            ]
+            if has_kernels(x.device) and all(is_low_rank(module) for _, module, _ in adapted):
+                parts = [(leaves, grad[rows, columns[index]]) for index, _, leaves in adapted]
+                low_rank += [LowRankGradients(x[rows], rows, parts)] if parts else []
+                continue
+            if of_base is grad:
+                of_base, beside = grad.clone(), torch.zeros(x.shape)
+            for index, module, leaves in adapted:
                 beside_part, of_base[rows, columns[index]] = _through_operators(
-                    module.with_tensors(iter(leaves)), leaves, x[rows], linear.part(index), place
+                    module.with_tensors(iter(leaves)),
+                    leaves,
+                    x[rows],
+                    linear.part(index),
+                    grad[rows, columns[index]],
                 )
                 beside[rows] += beside_part
-        return beside.add_(linear.base.transposed_product(of_base))
-
-    def _attention(
-        self, number: int, layer: DecoderLayer, qkv: torch.Tensor, segment: Segment
-    ) -> torch.Tensor:
-        """Attention with gradients, ``[rows, (heads + 2 · kv_heads) · head_dim]`` fp32.
-
-        Returns:
-            ``[rows, heads · head_dim]``.
-        """
-        arch, lengths = self._arch, segment.lengths
-        heads, kv_heads = arch.num_heads, arch.num_kv_heads
-        positions = torch.tensor([p for length in lengths for p in self._positions(length)])
-        split = qkv.view(-1, heads + 2 * kv_heads, arch.head_dim)
-        q, k, v = split.split((heads, kv_heads, kv_heads), dim=1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q = self._normed(q.reshape(-1, layer.q_norm.shape[0]), layer.q_norm).view(q.shape)
-            k = self._normed(k.reshape(-1, layer.k_norm.shape[0]), layer.k_norm).view(k.shape)
-        angles = self._decoder.rotations(positions)[arch.rope_of_layer[number]]
-        if angles is not None:
-            # Steps of requests may have made these in inference mode.
-            cos, sin = (each.clone() for each in angles)
-            q, k = (rotate_heads(x, cos, sin, is_interleaved=arch.is_interleaved) for x in (q, k))
-        growth = self._decoder.growth_at(positions)
-        if growth is not None:
-            q = q * growth.clone()
-        # Put each sequence into a separate row, padded on the right.
-        q, k, v = (pad_sequence(list(x.split(lengths)), batch_first=True) for x in (q, k, v))
-        places = torch.arange(max(lengths))
-        distance = places[:, None] - places[None, :]
-        window = arch.windows[number]
-        is_hidden = (distance < 0) | (distance >= (len(places) if window is None else window))
-        q = q.unflatten(2, (kv_heads, -1))
-        scores = torch.einsum("bqhgd,bkhd->bhgqk", q, k) * arch.attention_scale
-        if arch.attention_softcap is not None:
-            scores = arch.attention_softcap * (scores / arch.attention_softcap).tanh()
-        scores = scores.masked_fill(is_hidden, float("-inf"))
-        if layer.sinks is not None:
-            sinks = layer.sinks.view(kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
-            shares = torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1]
-        else:
-            shares = scores.softmax(-1)
-        mixed = torch.einsum("bhgqk,bkhd->bqhgd", shares, v).flatten(2)
-        return torch.cat([row[:length] for row, length in zip(mixed, lengths, strict=True)])
+        of_input = linear.base.transposed_product(of_base)
+        if of_base is not grad:
+            of_input += beside
+        add_low_rank_gradients(low_rank, of_input)
+        return of_input
 
 
 def _through_operators(

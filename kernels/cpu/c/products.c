@@ -89,24 +89,53 @@ static void compute_part(const void *job, int64_t thread, int64_t i) {
     j->kernel(p, &part);
 }
 
-static void in_parts(const Product *p, Kernel *kernel) {
-    Job job = {p, kernel, (p->rows + ROW_BLOCK - 1) / ROW_BLOCK,
-               (p->columns + COLUMN_BLOCK - 1) / COLUMN_BLOCK};
+static Kernel *const KERNELS[2][3] = {
+    {dots_of_f32, dots_of_bf16, dots_of_f16},
+    {columns_of_f32, columns_of_bf16, columns_of_f16},
+};
+
+static Job job_of(const Product *p, int64_t by_columns) {
+    return (Job){p, KERNELS[by_columns][p->kind], (p->rows + ROW_BLOCK - 1) / ROW_BLOCK,
+                 (p->columns + COLUMN_BLOCK - 1) / COLUMN_BLOCK};
+}
+
+static void in_parts(const Product *p, int64_t by_columns) {
+    Job job = job_of(p, by_columns);
     int64_t work = p->batches * p->rows * p->columns * p->inner;
     in_pieces(compute_part, &job, p->batches * job.row_blocks * job.column_blocks,
               work > SMALL ? p->threads : 1);
 }
 
 /* w: [batches, columns, inner]. */
-EXPORT void turret_dots(const Product *p) {
-    static Kernel *const kernels[] = {dots_of_f32, dots_of_bf16, dots_of_f16};
-    in_parts(p, kernels[p->kind]);
-}
+EXPORT void turret_dots(const Product *p) { in_parts(p, 0); }
 
 /* w: [batches, inner, columns]. */
-EXPORT void turret_columns(const Product *p) {
-    static Kernel *const kernels[] = {columns_of_f32, columns_of_bf16, columns_of_f16};
-    in_parts(p, kernels[p->kind]);
+EXPORT void turret_columns(const Product *p) { in_parts(p, 1); }
+
+/* Independent products. `ends` is the number of parts of each product and of those before it. */
+typedef struct {
+    const Product *products;
+    const int64_t *by_columns, *ends;
+} Batch;
+
+static void compute_part_of_batch(const void *job, int64_t thread, int64_t i) {
+    const Batch *b = job;
+    int64_t n = 0;
+    while (b->ends[n] <= i) n++;
+    Job one = job_of(b->products + n, b->by_columns[n]);
+    compute_part(&one, thread, i - (n ? b->ends[n - 1] : 0));
+}
+
+/* Computes dots or columns, by `by_columns`. `ends` is for `count` numbers. */
+EXPORT void turret_products(const Product *products, const int64_t *by_columns, int64_t *ends, int64_t count,
+                            int64_t threads) {
+    Batch batch = {products, by_columns, ends};
+    int64_t parts = 0;
+    for (int64_t n = 0; n < count; n++) {
+        Job job = job_of(products + n, by_columns[n]);
+        ends[n] = parts += products[n].batches * job.row_blocks * job.column_blocks;
+    }
+    in_pieces(compute_part_of_batch, &batch, parts, threads);
 }
 
 #if !HAS_AVX512_BF16
