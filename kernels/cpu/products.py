@@ -178,7 +178,7 @@ def transposed_product(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor
     """Multiply gradients by a weight; only if ``serves_transposed``.
 
     Args:
-        grad: ``[rows, out]`` fp32, rounded to bf16 on processors with instructions for it.
+        grad: ``[rows, out]`` fp32, which is rounded to bf16, or bf16.
         weight: ``[out, in]`` bf16, contiguous.
 
     Returns:
@@ -188,6 +188,7 @@ def transposed_product(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor
     out, rounded = torch.empty(rows, weight.shape[1]), rounded_gradients(*grad.shape)
     functions().turret_transposed_product(
         grad.data_ptr(),
+        grad.dtype == torch.bfloat16,
         rows,
         weight.data_ptr(),
         out.data_ptr(),

@@ -65,8 +65,8 @@ def row_linear_transposed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor
     """Multiply rows by a transposed weight, each row bit-identical in any batch.
 
     Args:
-        x: ``[num_rows, out_features]`` fp32; rounded to the dtype of ``weight`` without compiled
-            kernels, and to bf16 for a bf16 weight if the processor has instructions for it.
+        x: ``[num_rows, out_features]`` fp32; rounded to the dtype of ``weight`` if that is bf16 or
+            there are no compiled kernels.
         weight: ``[out_features, in_features]``, contiguous.
 
     Returns:

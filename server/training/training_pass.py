@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 
+from turret.kernels.cpu.logits import TargetLogprobs
 from turret.kernels.cpu.native import has_kernels
+from turret.kernels.cpu.products import serves_transposed
 from turret.kernels.paged_attention import SequenceSpan
 from turret.kernels.rows.elementwise import row_log_softmax
-from turret.kernels.rows.linear import row_linear_transposed
+from turret.kernels.rows.linear import row_linear, row_linear_transposed
 from turret.server.adapters.checkpoint.adapter_checkpoint import PROMPT_EMBEDDINGS
 from turret.server.adapters.device.store import (
     AdapterStep,
@@ -51,7 +53,9 @@ from turret.server.training.low_rank_gradients import (
 
 _BLOCK_SIZE = 16
 # The number of rows whose logits are computed at once; requests run in between.
-_LOGIT_ROWS = 32
+_LOGIT_ROWS = 128
+# From the numbers of some rows and the gradients of their log probabilities to those of the rows.
+_ThroughHead = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,19 +288,14 @@ class TrainingPass:
         """
         segment = self._segments[number]
         hidden = self.hidden[self.rows[number]][segment.texts]
-        change = self._changes[number]
         grad = torch.zeros(hidden.shape)
         logprobs, losses = torch.zeros(len(targets)), torch.zeros(len(targets))
+        head = self._plain_head if self._is_head_plain(number) else self._head
         for start in range(0, len(targets), _LOGIT_ROWS):
             self._between()
             rows = slice(start, min(start + _LOGIT_ROWS, len(targets)))
-            states = hidden[rows]
-            groups = []
-            if change is not None and change.changes_head:
-                groups = [VocabularyGroup(torch.arange(len(states)), [(change, 1.0)])]
-            logits = self._decoder.logits(states, groups)
-            all_logprobs = row_log_softmax(logits)
-            leaf = all_logprobs.gather(1, targets[rows, None])[:, 0].requires_grad_()
+            found, through = head(number, hidden[rows], targets[rows])
+            leaf = found.requires_grad_()
             with torch.enable_grad():
                 row_losses = loss(rows, leaf)
             logprobs[rows], losses[rows] = leaf.detach(), row_losses.detach()
@@ -306,16 +305,61 @@ class TrainingPass:
             chosen = slope.nonzero()[:, 0]
             if len(chosen):
                 self._between()
-                # The gradient of a log probability: one-hot of its target minus the softmax.
-                logit_grad = all_logprobs[chosen].exp_().mul_(-slope[chosen, None])
-                logit_grad[torch.arange(len(chosen)), targets[rows][chosen]] += slope[chosen]
-                logit_grad *= self._arch.logit_scale
-                if self._arch.logit_softcap is not None:
-                    logit_grad *= 1.0 - (logits[chosen] / self._arch.logit_softcap) ** 2
-                grad[rows.start + chosen] = self._through_head(segment, states[chosen], logit_grad)
+                grad[rows.start + chosen] = through(chosen, slope[chosen])
         whole = torch.zeros(self.hidden[self.rows[number]].shape)
         whole[segment.texts] = grad
         return logprobs, losses, whole
+
+    def _is_head_plain(self, number: int) -> bool:
+        change, arch = self._changes[number], self._arch
+        return (
+            serves_transposed(self._decoder.head)
+            and (change is None or not change.changes_head)
+            and (arch.logit_scale, arch.logit_softcap) == (1.0, None)
+        )
+
+    def _plain_head(
+        self, number: int, states: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, _ThroughHead]:
+        """``_head`` for a head that nothing changes, by compiled kernels."""
+        head = self._decoder.head
+        found = TargetLogprobs(row_linear(states, head), targets)
+
+        def through(chosen: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+            return row_linear_transposed(found.gradients(chosen, slope), head)
+
+        return found.logprobs, through
+
+    def _head(
+        self, number: int, states: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, _ThroughHead]:
+        """The log probabilities of some rows' targets.
+
+        Args:
+            number: The segment.
+            states: ``[rows, hidden]``.
+            targets: ``[rows]`` int64.
+
+        Returns:
+            ``[rows]`` fp32, and a function that computes the gradient of some rows of ``states``
+            from those of their log probabilities. Call it at most once.
+        """
+        change, groups = self._changes[number], []
+        if change is not None and change.changes_head:
+            groups = [VocabularyGroup(torch.arange(len(states)), [(change, 1.0)])]
+        logits = self._decoder.logits(states, groups)
+        all_logprobs = row_log_softmax(logits)
+
+        def through(chosen: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+            # The gradient of a log probability: one-hot of its target minus the softmax.
+            grad = all_logprobs[chosen].exp_().mul_(-slope[:, None])
+            grad[torch.arange(len(chosen)), targets[chosen]] += slope
+            grad *= self._arch.logit_scale
+            if self._arch.logit_softcap is not None:
+                grad *= 1.0 - (logits[chosen] / self._arch.logit_softcap) ** 2
+            return self._through_head(self._segments[number], states[chosen], grad)
+
+        return all_logprobs.gather(1, targets[:, None])[:, 0], through
 
     def _through_head(self, segment: Segment, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         """The gradient of the head's input, ``[rows, hidden]`` fp32."""

@@ -335,10 +335,10 @@ static void write_weights(const Transposed *t, int64_t panel, int64_t first, int
     }
 }
 
-EXPORT void turret_nf4_transposed_product(const float *grad, int64_t rows, const uint8_t *packed, const bf16 *absmax,
+EXPORT void turret_nf4_transposed_product(const void *grad, int64_t is_rounded, int64_t rows, const uint8_t *packed, const bf16 *absmax,
                                           float *dx, int64_t out_features, int64_t in_features, int64_t num_threads,
-                                          void *scratch) {
+                                          bf16 *scratch) {
     Source source = {packed, absmax};
-    multiply_transposed(&source, grad, rows, dx, out_features, in_features, num_threads, scratch);
+    multiply_transposed(&source, grad, is_rounded, rows, dx, out_features, in_features, num_threads, scratch);
 }
 #endif

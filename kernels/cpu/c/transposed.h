@@ -1,9 +1,9 @@
 /* dX = dY W: the gradient of x in y = W x, summed in fp32.
  *
  * A piece of work is a panel of 32 inputs. The weights of some outputs are written into the cache as numbers, once for
- * all rows. With instructions for bf16, both factors are rounded to bf16, outputs are added in pairs, and the sums of
- * even inputs lie before those of odd inputs until the last outputs are added. The order of a sum does not depend on
- * the number of rows. The including file defines Source and write_weights.
+ * all rows. Both factors are rounded to bf16. With instructions for bf16, outputs are added in pairs, and the sums of even
+ * inputs lie before those of odd inputs until the last outputs are added. The order of a sum does not depend on the
+ * number of rows. The including file defines Source and write_weights.
  */
 #ifndef TURRET_TRANSPOSED_H
 #define TURRET_TRANSPOSED_H
@@ -14,27 +14,24 @@
 #define PANEL 32 /* inputs */
 
 #if HAS_AVX512_BF16
-typedef bf16 Grad;
 typedef __m512i Numbers[2]; /* of two outputs: those of 16 even inputs, then those of 16 odd inputs */
 #define OUTPUTS 2           /* of Numbers */
-#define GRAD_MULTIPLE 32    /* rows of gradients are padded to multiples of this number */
 #define PANEL_ROWS 8        /* rows whose sums stay in registers */
 #else
-typedef float Grad;
 typedef float Numbers[PANEL]; /* of one output */
 #define OUTPUTS 1
-#define GRAD_MULTIPLE 1
 #define PANEL_ROWS (WIDTH == 16 ? 12 : 6)
 #endif
+#define MULTIPLE 32 /* outputs are padded to a multiple of this number */
 #define PANEL_OUTPUTS 512 /* outputs whose weights are in the cache at once */
 
 typedef struct Source Source;
 
 typedef struct {
-    const float *given;
-    Grad *grad; /* [rows, stride] */
-    float *dx;  /* [rows, in] */
-    int64_t rows, stride, out_features, in_features;
+    const void *given; /* [rows, out] fp32, or bf16 if `is_rounded` */
+    bf16 *grad;        /* [rows, stride] */
+    float *dx;         /* [rows, in] */
+    int64_t is_rounded, rows, stride, out_features, in_features;
     const Source *source;
 } Transposed;
 
@@ -49,17 +46,6 @@ INLINE void join_outputs(__m512i a, __m512i b, Numbers to) {
     _mm512_store_si512(to + 1, _mm512_or_si512(_mm512_and_si512(b, high), _mm512_srli_epi32(a, 16)));
 }
 
-static void round_row(const void *job, int64_t thread, int64_t row) {
-    const Transposed *t = job;
-    const float *from = t->given + row * t->out_features;
-    bf16 *to = t->grad + row * t->stride;
-    int64_t i = 0;
-    (void)thread;
-    for (; i + LANES <= t->out_features; i += LANES)
-        _mm256_storeu_si256((__m256i *)(to + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + i)));
-    for (; i < t->stride; i++) to[i] = i < t->out_features ? to_bf16(from[i]) : 0;
-}
-
 /* Stores sums; the last ones in the order of the inputs. */
 INLINE void store_sums(float *dx, fvec even, fvec odd, int is_last) {
     fvec_at *to = (fvec_at *)dx;
@@ -71,6 +57,21 @@ INLINE void store_sums(float *dx, fvec even, fvec odd, int is_last) {
     to[0] = first, to[1] = second;
 }
 #endif
+
+static void round_row(const void *job, int64_t thread, int64_t row) {
+    const Transposed *t = job;
+    int64_t out = t->out_features, i = 0;
+    const float *from = (const float *)t->given + row * out;
+    bf16 *to = t->grad + row * t->stride;
+    (void)thread;
+    memset(to + out, 0, (t->stride - out) * sizeof *to);
+    if (t->is_rounded) {
+        memcpy(to, (const bf16 *)t->given + row * out, out * sizeof *to);
+        return;
+    }
+    for (; i + LANES <= out; i += LANES) store_bf16(to + i, load_f32(from + i));
+    for (; i < out; i++) to[i] = to_bf16(from[i]);
+}
 
 #if HAS_TILES
 /* Numbers of the tiles. They are macros, because the number of a tile is part of the instruction. */
@@ -128,18 +129,21 @@ INLINE void sum_rows(const int rows, const Transposed *t, const bf16 *grad, cons
     for (int r = 0; r < rows; r++) store_sums(dx + r * t->in_features, (fvec)s[r][0], (fvec)s[r][1], is_last);
 }
 #else
-INLINE void sum_rows(const int rows, const Transposed *t, const float *grad, const Numbers *w, int64_t count,
-                     float *dx, int is_first, int is_last) {
+INLINE void sum_rows(const int rows, const Transposed *t, const bf16 *grad, const Numbers *w, int64_t count, float *dx,
+                     int is_first, int is_last) {
+    float wide[PANEL_ROWS][PANEL_OUTPUTS];
     (void)is_last;
+    for (int r = 0; r < rows; r++)
+        for (int64_t o = 0; o < count; o += LANES) store_f32(wide[r] + o, load_bf16(grad + r * t->stride + o));
     for (int i = 0; i < PANEL; i += 2 * WIDTH) {
         fvec s[PANEL_ROWS][2];
         for (int r = 0; r < rows; r++)
             for (int c = 0; c < 2; c++)
-                s[r][c] = is_first ? (fvec){0} : fvec_f32(dx + r * t->in_features + i + c * WIDTH);
+                s[r][c] = is_first ? (fvec){0} : (fvec)fvec_f32(dx + r * t->in_features + i + c * WIDTH);
         for (int64_t o = 0; o < count; o++) {
             fvec first = fvec_f32(w[o] + i), second = fvec_f32(w[o] + i + WIDTH);
             for (int r = 0; r < rows; r++) {
-                fvec v = grad[r * t->stride + o] - (fvec){0};
+                fvec v = wide[r][o] - (fvec){0};
                 s[r][0] = add_product(s[r][0], v, first);
                 s[r][1] = add_product(s[r][1], v, second);
             }
@@ -157,7 +161,7 @@ static void add_outputs(const Transposed *t, int64_t panel, int64_t first, int64
     int is_first = first == 0, is_last = first + count >= t->out_features;
     for (int64_t g = 0; g < groups; g++) {
         int64_t row = t->rows * g / groups;
-        const Grad *grad = t->grad + row * t->stride + first;
+        const bf16 *grad = t->grad + row * t->stride + first;
         float *dx = t->dx + row * t->in_features + panel * PANEL;
         switch (t->rows * (g + 1) / groups - row) {
 #define CASE(rows) \
@@ -181,25 +185,22 @@ static void multiply_transposed_panel(const void *job, int64_t thread, int64_t p
     (void)thread;
     for (int64_t first = 0; first < t->out_features; first += PANEL_OUTPUTS) {
         int64_t count = least(t->out_features - first, PANEL_OUTPUTS);
-        count = (count + GRAD_MULTIPLE - 1) / GRAD_MULTIPLE * GRAD_MULTIPLE;
+        count = (count + MULTIPLE - 1) / MULTIPLE * MULTIPLE;
         write_weights(t, panel, first, count, numbers);
         add_outputs(t, panel, first, count, numbers);
     }
 }
 
-/* grad: [rows, out]; dx: [rows, in], where in is a multiple of PANEL. scratch: [rows, out rounded up to a multiple of
- * 32] bf16. */
-INLINE void multiply_transposed(const Source *source, const float *grad, int64_t rows, float *dx,
-                                int64_t out_features, int64_t in_features, int64_t num_threads, void *scratch) {
-    Transposed t = {grad, (Grad *)grad, dx, rows, out_features, out_features, in_features, source};
-#if HAS_AVX512_BF16
-    t.grad = scratch;
-    t.stride = (out_features + GRAD_MULTIPLE - 1) / GRAD_MULTIPLE * GRAD_MULTIPLE;
-    in_pieces(round_row, &t, rows, rows * out_features > SMALL ? num_threads : 1);
-#else
-    (void)scratch;
-#endif
-    in_pieces(multiply_transposed_panel, &t, in_features / PANEL, rows * out_features > SMALL / PANEL ? num_threads : 1);
+/* grad: [rows, out] fp32, or bf16 if it is rounded. dx: [rows, in], where in is a multiple of PANEL. scratch: for [rows,
+ * out rounded up to a multiple of 32] bf16. */
+INLINE void multiply_transposed(const Source *source, const void *grad, int64_t is_rounded, int64_t rows, float *dx,
+                                int64_t out_features, int64_t in_features, int64_t num_threads, bf16 *scratch) {
+    int64_t stride = (out_features + MULTIPLE - 1) / MULTIPLE * MULTIPLE;
+    Transposed t = {grad, scratch, dx, is_rounded, rows, stride, out_features, in_features, source};
+    if (rows * out_features <= SMALL / PANEL) num_threads = 1;
+    if (is_rounded && stride == out_features) t.grad = (bf16 *)grad;
+    else in_pieces(round_row, &t, rows, num_threads);
+    in_pieces(multiply_transposed_panel, &t, in_features / PANEL, num_threads);
 }
 
 #endif

@@ -102,7 +102,7 @@ def nf4_transposed_product(
     """``grad · W``, the gradient of the rows in ``nf4_product``. Needs the compiled kernels.
 
     Args:
-        grad: ``[rows, out]`` fp32, rounded to bf16 on processors with instructions for it.
+        grad: ``[rows, out]`` fp32, which is rounded to bf16, or bf16.
         packed: See ``nf4_product``.
         absmax: ``[in / 64, out]`` bf16.
         shape: ``(out, in)``.
@@ -114,6 +114,7 @@ def nf4_transposed_product(
     out, rounded = torch.empty(rows, shape[1]), rounded_gradients(*grad.shape)
     functions().turret_nf4_transposed_product(
         grad.data_ptr(),
+        grad.dtype == torch.bfloat16,
         rows,
         packed.data_ptr(),
         absmax.data_ptr(),
