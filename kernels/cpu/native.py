@@ -46,7 +46,7 @@ _SIGNATURES = {
         ("turret_nf4_experts", "turret_mxfp4_experts"),
         (*(_pointer, _int, _pointer, _int, _pointer, _pointer), *(_int,) * 3),
     ),
-    "turret_products": (*(_pointer,) * 3, _int, _int),
+    "turret_low_rank_gradients": (_pointer, _int, _int),
     "turret_nf4_transposed_product": (
         *(_pointer, _int, _int, *(_pointer,) * 3),
         *(*(_int,) * 3, _pointer),

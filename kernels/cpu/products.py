@@ -7,6 +7,8 @@ are fp32; weights may be bf16 or fp16, which are exact in fp32.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from turret.kernels.cpu.native import functions, has_native, num_threads
 from turret.lazy_torch import torch
@@ -21,7 +23,7 @@ class _Product(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batches", "rows", "columns", "inner")),
         *((name, ctypes.c_int64) for name in ("x_batch", "x_row", "w_batch", "w_row")),
         *((name, ctypes.c_int64) for name in ("y_batch", "y_row", "kind", "adds", "threads")),
-        ("narrows", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("narrows", "x_inner")),
     )
 
 
@@ -70,42 +72,6 @@ def add_column_products_(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> N
     functions().turret_columns(ctypes.byref(_product(x, w, y.unsqueeze(0), adds=True)))
 
 
-class ProductBatch:
-    """Products of matrices that are independent of each other, computed together by ``run``."""
-
-    def __init__(self) -> None:
-        self._products: list[_Product] = []
-        self._by_columns: list[bool] = []
-
-    def dots(self, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> None:
-        """``y = x wᵀ``; see ``dot_products``. All rows are contiguous; so too below."""
-        self._add(x, w, y, by_columns=False, adds=False)
-
-    def columns(
-        self, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, *, adds: bool = False
-    ) -> None:
-        """``y = x w``, or ``y += x w``; see ``column_products``."""
-        self._add(x, w, y, by_columns=True, adds=adds)
-
-    def _add(
-        self, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, *, by_columns: bool, adds: bool
-    ) -> None:
-        (rows, inner), (_, columns) = x.shape, y.shape
-        kind = _KINDS[w.dtype]
-        strides = 0, x.stride(0), 0, w.stride(0), 0, y.stride(0)
-        sizes = 1, rows, columns, inner
-        pointers = x.data_ptr(), w.data_ptr(), y.data_ptr()
-        self._products.append(_Product(*pointers, *sizes, *strides, kind, adds, 1, 0))
-        self._by_columns.append(by_columns)
-
-    def run(self) -> None:
-        """Compute the products, whose tensors must be alive."""
-        count = len(self._products)
-        products, ends = (_Product * count)(*self._products), (ctypes.c_int64 * count)()
-        by_columns = (ctypes.c_int64 * count)(*self._by_columns)
-        functions().turret_products(products, by_columns, ends, count, num_threads())
-
-
 def _with_rows(tensor: torch.Tensor) -> torch.Tensor:
     """Make each row contiguous in memory."""
     return tensor if tensor.stride(2) == 1 or tensor.shape[2] <= 1 else tensor.contiguous()
@@ -122,7 +88,7 @@ def _product(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, *, adds: bool) -
         *(x.stride(0), x.stride(1)),
         *(w.stride(0) if w.shape[0] == x.shape[0] else 0, w.stride(1)),
         *(y.stride(0), y.stride(1)),
-        *(_KINDS[w.dtype], int(adds), num_threads()),
+        *(_KINDS[w.dtype], int(adds), num_threads(), 0, 1),
     )
 
 
@@ -202,3 +168,61 @@ def transposed_product(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor
 def rounded_gradients(rows: int, columns: int) -> torch.Tensor:
     """Memory for the gradients in bf16, padded to whole pieces."""
     return torch.empty(rows, -(-columns // _PANEL) * _PANEL, dtype=torch.bfloat16)
+
+
+# Gradients of low-rank updates.
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankUpdate:
+    """``y = bᵀ (a x)`` for some rows of a projection.
+
+    Attributes:
+        rows: The rows.
+        a: ``[rank, in]`` fp32, contiguous.
+        b: ``[rank, out]`` fp32, contiguous.
+        grad: The gradient of ``y``, ``[rows, out]`` fp32; rows may be strided.
+    """
+
+    rows: slice
+    a: torch.Tensor
+    b: torch.Tensor
+    grad: torch.Tensor
+
+
+def low_rank_gradients(
+    updates: Sequence[LowRankUpdate], x: torch.Tensor, of_x: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The gradients of updates; the bits of each depend on its own rows alone.
+
+    Args:
+        updates: Updates of equal rows follow each other.
+        x: The input, ``[rows, in]`` fp32, bf16 or fp16; rows may be strided.
+        of_x: The gradient of the input, ``[rows, in]`` fp32, to which those of the updates are
+            added in order; contiguous.
+
+    Returns:
+        For each update, the gradients of ``a`` and ``b``.
+    """
+    width, x_row = x.shape[1], x.stride(0)
+    x_address, of_x_address, kind = x.data_ptr(), of_x.data_ptr(), _KINDS[x.dtype]
+    ranks = [len(each.a) for each in updates]
+    counts = [each.rows.stop - each.rows.start for each in updates]
+    scratch = torch.empty(2 * sum(map(int.__mul__, ranks, counts)))
+    address, turn, last = scratch.data_ptr(), 0, None
+    found, values = [], []
+    for each, rank, count in zip(updates, ranks, counts, strict=True):
+        turn = turn + 1 if each.rows == last else 0
+        last, first, out = each.rows, each.rows.start, each.b.shape[1]
+        of_a, of_b = torch.empty(rank, width), torch.empty(rank, out)
+        found.append((of_a, of_b))
+        values += (
+            *(x_address + first * x_row * x.itemsize, each.a.data_ptr(), each.b.data_ptr()),
+            *(each.grad.data_ptr(), of_a.data_ptr(), of_b.data_ptr()),
+            *(of_x_address + first * width * 4, address, address + rank * count * 4),
+            *(count, rank, width, out, x_row, each.grad.stride(0), kind, turn),
+        )
+        address += 2 * rank * count * 4
+    table = (ctypes.c_int64 * len(values))(*values)
+    functions().turret_low_rank_gradients(table, len(updates), num_threads())
+    return found

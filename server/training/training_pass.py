@@ -12,7 +12,7 @@ alone, or row by row, so the bits of its gradients do not depend on the rest of 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 
 from turret.kernels.cpu.logits import TargetLogprobs
 from turret.kernels.cpu.native import has_kernels
-from turret.kernels.cpu.products import serves_transposed
+from turret.kernels.cpu.products import LowRankUpdate, low_rank_gradients, serves_transposed
 from turret.kernels.paged_attention import SequenceSpan
 from turret.kernels.rows.elementwise import row_log_softmax
 from turret.kernels.rows.linear import row_linear, row_linear_transposed
@@ -45,11 +45,7 @@ from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.weights.base_linear import BaseLinear
 from turret.server.models.weights.nf4 import DenseLinear
 from turret.server.training.layer_gradients import layer_gradients
-from turret.server.training.low_rank_gradients import (
-    LowRankGradients,
-    add_low_rank_gradients,
-    is_low_rank,
-)
+
 
 _BLOCK_SIZE = 16
 # The number of rows whose logits are computed at once; requests run in between.
@@ -432,24 +428,29 @@ class TrainingPass:
         """The gradient of a projection's input; the operators' gradients go to their leaves."""
         self._between()
         x = self._recorder.inputs.pop((linear.layer, linear.projection))
-        grad = grad.contiguous()
         of_base, beside = grad, torch.zeros(0)
-        low_rank: list[LowRankGradients] = []
+        updates: list[LowRankUpdate] = []
+        leaves_of_updates: list[Sequence[torch.Tensor]] = []
         columns = self._layout.columns(linear.projection)
         paths = [
             self._layout.module(linear.layer, shape.path)
             for shape in self._layout.projections[linear.projection]
         ]
+        has_updates = has_kernels(x.device)
         for rows, segment in zip(self.rows, self._segments, strict=True):
             operators = segment.adapter.operators
+            if operators is None:
+                continue
             adapted = [
                 (index, operators.modules[path], segment.leaves[path])
                 for index, path in enumerate(paths)
-                if operators is not None and path in operators.modules
+                if path in operators.modules
             ]
-            if has_kernels(x.device) and all(is_low_rank(module) for _, module, _ in adapted):
-                parts = [(leaves, grad[rows, columns[index]]) for index, _, leaves in adapted]
-                low_rank += [LowRankGradients(x[rows], rows, parts)] if parts else []
+            if has_updates and all(module.is_low_rank for _, module, _ in adapted):
+                for index, _, leaves in adapted:
+                    a, b = (leaf.detach() for leaf in leaves)
+                    updates.append(LowRankUpdate(rows, a, b, grad[rows, columns[index]]))
+                    leaves_of_updates.append(leaves)
                 continue
             if of_base is grad:
                 of_base, beside = grad.clone(), torch.zeros(x.shape)
@@ -465,8 +466,18 @@ class TrainingPass:
         of_input = linear.base.transposed_product(of_base)
         if of_base is not grad:
             of_input += beside
-        add_low_rank_gradients(low_rank, of_input)
+        if updates:
+            found = low_rank_gradients(updates, x, of_input)
+            for leaves, grads in zip(leaves_of_updates, found, strict=True):
+                _add_to(leaves, grads)
         return of_input
+
+
+def _add_to(leaves: Sequence[torch.Tensor], grads: Iterable[torch.Tensor | None]) -> None:
+    """Add gradients to those of leaves; None is no gradient."""
+    for leaf, grad in zip(leaves, grads, strict=True):
+        if grad is not None:
+            leaf.grad = grad if leaf.grad is None else leaf.grad.add_(grad)
 
 
 def _through_operators(
@@ -498,9 +509,7 @@ def _through_operators(
     found = list(torch.autograd.grad(y, wanted, grad, allow_unused=True))
     of_input = found.pop(0)
     of_result = grad if rows.used is None or (used := found.pop(0)) is None else grad + used
-    for leaf, each in zip(leaves, found, strict=True):
-        if each is not None:
-            leaf.grad = each if leaf.grad is None else leaf.grad.add_(each)
+    _add_to(leaves, found)
     return torch.zeros(x.shape) if of_input is None else of_input, of_result
 
 

@@ -29,6 +29,7 @@ typedef struct {
     int64_t adds;    /* columns only: whether to add to the values in y */
     int64_t threads;
     int64_t narrows; /* dots only: whether to round the results to bf16 */
+    int64_t x_inner; /* columns only: the distance of the terms of x in a sum; dots: 1 */
 } Product;
 
 typedef struct {
@@ -112,30 +113,84 @@ EXPORT void turret_dots(const Product *p) { in_parts(p, 0); }
 /* w: [batches, inner, columns]. */
 EXPORT void turret_columns(const Product *p) { in_parts(p, 1); }
 
-/* Independent products. `ends` is the number of parts of each product and of those before it. */
+#define TOGETHER 96 /* low-rank updates, each of two products at a time */
+
+/* Independent products. `ends` has the number of parts of each product and of those before it. */
 typedef struct {
     const Product *products;
-    const int64_t *by_columns, *ends;
+    int64_t by_columns;
+    const int64_t *ends;
 } Batch;
 
 static void compute_part_of_batch(const void *job, int64_t thread, int64_t i) {
     const Batch *b = job;
     int64_t n = 0;
     while (b->ends[n] <= i) n++;
-    Job one = job_of(b->products + n, b->by_columns[n]);
+    Job one = job_of(b->products + n, b->by_columns);
     compute_part(&one, thread, i - (n ? b->ends[n - 1] : 0));
 }
 
-/* Computes dots or columns, by `by_columns`. `ends` is for `count` numbers. */
-EXPORT void turret_products(const Product *products, const int64_t *by_columns, int64_t *ends, int64_t count,
-                            int64_t threads) {
+static void multiply_batch(const Product *products, int64_t count, int64_t by_columns, int64_t threads) {
+    int64_t ends[2 * TOGETHER], parts = 0;
     Batch batch = {products, by_columns, ends};
-    int64_t parts = 0;
     for (int64_t n = 0; n < count; n++) {
-        Job job = job_of(products + n, by_columns[n]);
-        ends[n] = parts += products[n].batches * job.row_blocks * job.column_blocks;
+        Job job = job_of(products + n, by_columns);
+        ends[n] = parts += job.row_blocks * job.column_blocks;
     }
     in_pieces(compute_part_of_batch, &batch, parts, threads);
+}
+
+/* A low-rank update y = b^T (a x) of some rows, and the gradients that follow from that of y. */
+typedef struct {
+    const void *x;     /* [rows, in] */
+    const float *a, *b; /* [rank, in], [rank, out] */
+    const float *grad; /* [rows, out] */
+    float *of_a, *of_b; /* like a and b */
+    float *of_x;       /* [rows, in]; the gradient is added */
+    float *z, *of_z;   /* for [rank, rows] each */
+    int64_t rows, rank, in, out, x_row, grad_row, kind;
+    int64_t turn; /* updates of one turn have different rows; those of turn 0 are added to of_x first */
+} Update;
+
+static void find_gradients(const Update *updates, int64_t count, int64_t threads) {
+    Product products[2 * TOGETHER];
+    for (int64_t n = 0; n < count; n++) {
+        const Update *u = updates + n;
+        products[2 * n] = (Product){.x = u->a, .w = u->x, .y = u->z, .rows = u->rank, .columns = u->rows,
+                                    .inner = u->in, .x_row = u->in, .w_row = u->x_row, .kind = u->kind};
+        products[2 * n + 1] = (Product){.x = u->b, .w = u->grad, .y = u->of_z, .rows = u->rank, .columns = u->rows,
+                                        .inner = u->out, .x_row = u->out, .w_row = u->grad_row, .kind = F32};
+        for (int i = 0; i < 2; i++) products[2 * n + i].batches = 1, products[2 * n + i].y_row = u->rows;
+    }
+    multiply_batch(products, 2 * count, 0, threads);
+    for (int64_t n = 0; n < count; n++) {
+        const Update *u = updates + n;
+        products[2 * n] = (Product){.x = u->of_z, .w = u->x, .y = u->of_a, .columns = u->in, .w_row = u->x_row,
+                                    .y_row = u->in, .kind = u->kind};
+        products[2 * n + 1] = (Product){.x = u->z, .w = u->grad, .y = u->of_b, .columns = u->out,
+                                        .w_row = u->grad_row, .y_row = u->out, .kind = F32};
+        for (int i = 0; i < 2; i++) {
+            Product *p = products + 2 * n + i;
+            p->batches = p->x_inner = 1, p->rows = u->rank, p->inner = p->x_row = u->rows;
+        }
+    }
+    multiply_batch(products, 2 * count, 1, threads);
+    for (int64_t turn = 0, left = count; left; turn++) {
+        int64_t some = 0;
+        for (int64_t n = 0; n < count; n++) {
+            const Update *u = updates + n;
+            if (u->turn != turn) continue;
+            products[some++] = (Product){.x = u->of_z, .w = u->a, .y = u->of_x, .batches = 1, .rows = u->rows,
+                                         .columns = u->in, .inner = u->rank, .x_row = 1, .x_inner = u->rows,
+                                         .w_row = u->in, .y_row = u->in, .kind = F32, .adds = 1};
+        }
+        multiply_batch(products, some, 1, threads);
+        left -= some;
+    }
+}
+
+EXPORT void turret_low_rank_gradients(const Update *updates, int64_t count, int64_t threads) {
+    for (int64_t n = 0; n < count; n += TOGETHER) find_gradients(updates + n, least(count - n, TOGETHER), threads);
 }
 
 #if !HAS_AVX512_BF16
@@ -159,7 +214,7 @@ EXPORT void turret_dense_product(const bf16 *x, int64_t x_stride, int64_t rows, 
                                  int64_t num_threads, float *scratch) {
     Rows all = {x, scratch, x_stride, in_features};
     Product p = {scratch, w, y, 1, rows, out_features, in_features, 0, in_features, 0, in_features,
-                 0, y_stride, BF16, 0, num_threads, 1};
+                 0, y_stride, BF16, 0, num_threads, 1, 1};
     in_pieces(widen_row, &all, rows, rows * in_features > SMALL ? num_threads : 1);
     turret_dots(&p);
 }

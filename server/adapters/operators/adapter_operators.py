@@ -98,6 +98,11 @@ class ModuleOperators:
         return self.get(LowRank)
 
     @property
+    def is_low_rank(self) -> bool:
+        """Whether there is a low-rank update and nothing else."""
+        return len(self.operators) == 1 and self.low_rank is not None
+
+    @property
     def gain(self) -> torch.Tensor | None:
         found = self.get(Gain)
         return None if found is None else found.values
