@@ -110,7 +110,7 @@ def attention_gradient(
         The shape of ``qkv``, fp32.
     """
     qkv, grad = qkv.contiguous(), grad.contiguous()
-    rows, total, dim = qkv.shape
+    _, total, dim = qkv.shape
     heads = total - 2 * kv_heads
     starts = torch.tensor([0, *lengths]).cumsum(0)
     positions = -(-max(lengths) // LANES) * LANES

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from turret.kernels.cpu.native import functions, has_native, num_threads
 from turret.lazy_torch import torch
 
-
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 

@@ -53,9 +53,11 @@ class LayerGradients:
         growth = decoder.growth_at(positions)
         self._growth = None if growth is None else growth.clone()
 
-    def norm(self, x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        """The gradient of an RMSNorm's input, ``[rows, width]``."""
-        return self._through(lambda part, _: self._normed(part, weight), x, grad)
+    def add_norm(
+        self, total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor
+    ) -> None:
+        """Add the gradient of an RMSNorm's input to ``total``, ``[rows, width]``."""
+        total += self._through(lambda part, _: self._normed(part, weight), x, grad)
 
     def gate(self, gate_up: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         """The gradient of the gated activation's input, ``[rows, 2 · width]``."""
@@ -137,10 +139,10 @@ class LayerGradients:
 class NativeLayerGradients(LayerGradients):
     """The same by compiled kernels, for the rows of all segments at once."""
 
-    def norm(self, x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        total = torch.zeros(x.shape)
+    def add_norm(
+        self, total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor
+    ) -> None:
         add_norm_gradient_(total, x, weight, grad, self._arch.rms_norm_eps)
-        return total
 
     def gate(self, gate_up: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         return gate_gradient(gate_up, grad, is_gelu=self._arch.activation == _GELU)
@@ -167,18 +169,22 @@ class NativeLayerGradients(LayerGradients):
             sizes = heads, kv_heads, kv_heads
             norms = layer.q_norm, layer.k_norm
             *parts, of_values = of_normed.split(sizes, dim=1)
-            parts = [
-                self.norm(_flat(x.float(), norm), norm, _flat(part, norm)).view(part.shape)
-                for x, part, norm in zip(split.split(sizes, dim=1), parts, norms)
-                if norm is not None
-            ]
+            for n, (norm, x) in enumerate(zip(norms, split.split(sizes, dim=1), strict=False)):
+                assert norm is not None
+                of_x = torch.zeros(parts[n].shape).view(-1, norm.shape[0])
+                self.add_norm(of_x, _flat(x, norm), norm, _flat(parts[n], norm))
+                parts[n] = of_x.view(parts[n].shape)
             of_normed = torch.cat((*parts, of_values), dim=1)
         return of_normed.view(qkv.shape)
 
     def _with_head_norms(self, layer: DecoderLayer, split: torch.Tensor) -> torch.Tensor:
         if layer.q_norm is None or layer.k_norm is None:
             return split
-        heads, kv_heads, eps = self._arch.num_heads, self._arch.num_kv_heads, self._arch.rms_norm_eps
+        heads, kv_heads, eps = (
+            self._arch.num_heads,
+            self._arch.num_kv_heads,
+            self._arch.rms_norm_eps,
+        )
         q, k, v = split.float().split((heads, kv_heads, kv_heads), dim=1)
         q = add_rms_norm(_flat(q, layer.q_norm), None, layer.q_norm, eps).view(q.shape)
         k = add_rms_norm(_flat(k, layer.k_norm), None, layer.k_norm, eps).view(k.shape)

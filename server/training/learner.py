@@ -96,7 +96,9 @@ class Learner:
             self._base, {name: tensor.detach() for name, tensor in self.parameters.items()}
         )
         leaves = {
-            path: [tensor.to(torch.float32, copy=True).requires_grad_() for tensor in module.tensors()]
+            path: [
+                tensor.to(torch.float32, copy=True).requires_grad_() for tensor in module.tensors()
+            ]
             for path, module in _modules(operators).items()
         }
         return _Resident(f"{self._key}/{self._count}", operators), leaves

@@ -12,7 +12,7 @@ alone, or row by row, so the bits of its gradients do not depend on the rest of 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,6 @@ from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.weights.base_linear import BaseLinear
 from turret.server.models.weights.nf4 import DenseLinear
 from turret.server.training.layer_gradients import layer_gradients
-
 
 _BLOCK_SIZE = 16
 # The number of rows whose logits are computed at once; requests run in between.
@@ -103,13 +102,21 @@ class Segment:
 class _Recorder(AdapterStep):
     """The adapters of a step; keeps the inputs and results of projections.
 
+    Args:
+        step: The adapters.
+        changed: The projections whose inputs or results later operations change in place.
+        between: See ``TrainingPass``.
+
     Attributes:
         inputs: The input of each projection, by layer and name.
         results: The result of each projection, likewise.
     """
 
-    def __init__(self, step: AdapterStep, between: Callable[[], None]) -> None:
+    def __init__(
+        self, step: AdapterStep, changed: Container[str], between: Callable[[], None]
+    ) -> None:
         self._step = step
+        self._changed = changed
         self._between = between
         self.inputs: dict[tuple[int, str], torch.Tensor] = {}
         self.results: dict[tuple[int, str], torch.Tensor] = {}
@@ -125,9 +132,9 @@ class _Recorder(AdapterStep):
     ) -> torch.Tensor:
         self._between()
         y = self._step.project(layer, projection, x, bias=bias, base=base)
-        # Later operations may change the input and the result in place.
-        self.inputs[layer, projection] = x.clone()
-        self.results[layer, projection] = y.clone()
+        is_changed = projection in self._changed
+        self.inputs[layer, projection] = x.clone() if is_changed else x
+        self.results[layer, projection] = y.clone() if is_changed else y
         return y
 
     def attend(self, layer: int, q: torch.Tensor, attended: torch.Tensor) -> None:
@@ -226,7 +233,7 @@ class TrainingPass:
             for token in (*[0] * segment.num_soft, *each)
         ]
         adapters = self._store.step(StepMembers(short=[], long=members))
-        self._recorder = _Recorder(adapters, self._between)
+        self._recorder = _Recorder(adapters, self._changed_projections(), self._between)
         step = StepInput(
             token_ids=torch.tensor(tokens),
             positions=all_positions,
@@ -236,6 +243,15 @@ class TrainingPass:
             soft=self._soft_rows(),
         )
         return step, cache
+
+    def _changed_projections(self) -> set[str]:
+        """See ``_Recorder``."""
+        changed = set() if self._arch.residual_scale == 1.0 else {"o", "down"}
+        for layer in self._decoder.layers:
+            # Without a norm, the input is the residual stream itself.
+            changed |= set() if layer.norm_before_attention is not None else {"qkv"}
+            changed |= set() if layer.norm_before_mlp is not None else {"gate_up"}
+        return changed
 
     def _soft_rows(self) -> OwnRows | None:
         rows, values = [], []
@@ -381,7 +397,8 @@ class TrainingPass:
             grad: The gradient of ``hidden``, ``[rows, hidden]`` fp32.
         """
         decoder = self._decoder
-        total = self._through_norm(decoder.norm, grad, self._streams.pop())
+        total = torch.zeros(grad.shape)
+        self._add_through_norm(total, decoder.norm, grad)
         for number in reversed(range(len(decoder.layers))):
             layer = decoder.layers[number]
             assert layer.gate_up is not None
@@ -389,11 +406,11 @@ class TrainingPass:
             part = self._leaving(layer.down, layer.norm_after_mlp, total)
             part = self._gradients.gate(self._taken(layer.gate_up), part)
             part = self._through_linear(layer.gate_up, part)
-            total += self._through_norm(layer.norm_before_mlp, part, self._streams.pop())
+            self._add_through_norm(total, layer.norm_before_mlp, part)
             part = self._leaving(layer.o, layer.norm_after_attention, total)
             part = self._gradients.attention(number, self._taken(layer.qkv), part)
             part = self._through_linear(layer.qkv, part)
-            total += self._through_norm(layer.norm_before_attention, part, self._streams.pop())
+            self._add_through_norm(total, layer.norm_before_attention, part)
         self._through_prompts(total)
 
     def _through_prompts(self, grad: torch.Tensor) -> None:
@@ -410,18 +427,25 @@ class TrainingPass:
     def _taken(self, linear: AdaptedLinear) -> torch.Tensor:
         return self._recorder.results.pop((linear.layer, linear.projection))
 
-    def _through_norm(
-        self, norm: torch.Tensor | None, grad: torch.Tensor, x: torch.Tensor
-    ) -> torch.Tensor:
+    def _add_through_norm(
+        self, total: torch.Tensor, norm: torch.Tensor | None, grad: torch.Tensor
+    ) -> None:
+        """Add the gradient of a norm's input, which is the last residual stream, to ``total``."""
+        stream = self._streams.pop()
         if norm is None:
-            return grad
-        return self._gradients.norm(x, norm, grad)
+            total += grad
+        else:
+            self._gradients.add_norm(total, stream, norm, grad)
 
     def _leaving(
         self, linear: AdaptedLinear, norm: torch.Tensor | None, grad: torch.Tensor
     ) -> torch.Tensor:
         """The gradient of the input of the last projection of attention or MLP."""
-        part = self._through_norm(norm, grad * self._arch.residual_scale, self._taken(linear))
+        result, scale = self._taken(linear), self._arch.residual_scale
+        part = grad if scale == 1.0 else grad * scale
+        if norm is not None:
+            part, of_normed = torch.zeros(part.shape), part
+            self._gradients.add_norm(part, result, norm, of_normed)
         return self._through_linear(linear, part)
 
     def _through_linear(self, linear: AdaptedLinear, grad: torch.Tensor) -> torch.Tensor:
