@@ -118,7 +118,7 @@ class LayerGradients:
             q = q * self._growth[rows]
         # Put each sequence into a separate row, padded on the right.
         q, k, v = (pad_sequence(list(x.split(lengths)), batch_first=True) for x in (q, k, v))
-        places = torch.arange(max(lengths))
+        places = torch.arange(max(lengths), device=qkv.device)
         distance = places[:, None] - places[None, :]
         window = arch.windows[number]
         is_hidden = (distance < 0) | (distance >= (len(places) if window is None else window))

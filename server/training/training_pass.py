@@ -211,7 +211,7 @@ class TrainingPass:
             (rows.start, rows.stop, [(segment.adapter.key, 1.0)])
             for rows, segment in zip(self.rows, self._segments, strict=True)
         ]
-        all_positions = torch.tensor(positions)
+        all_positions = torch.tensor(positions, device=decoder.device)
         self._gradients = layer_gradients(
             decoder, [each.lengths for each in self._segments], all_positions
         )
@@ -235,9 +235,9 @@ class TrainingPass:
         adapters = self._store.step(StepMembers(short=[], long=members))
         self._recorder = _Recorder(adapters, self._changed_projections(), self._between)
         step = StepInput(
-            token_ids=torch.tensor(tokens),
+            token_ids=torch.tensor(tokens, device=decoder.device),
             positions=all_positions,
-            kv_slots=torch.tensor(slots),
+            kv_slots=torch.tensor(slots, device=decoder.device),
             attention=attention,
             adapters=self._recorder,
             soft=self._soft_rows(),
@@ -300,8 +300,8 @@ class TrainingPass:
         """
         segment = self._segments[number]
         hidden = self.hidden[self.rows[number]][segment.texts]
-        grad = torch.zeros(hidden.shape)
-        logprobs, losses = torch.zeros(len(targets)), torch.zeros(len(targets))
+        grad = hidden.new_zeros(hidden.shape, dtype=torch.float32)
+        logprobs, losses = (grad.new_zeros(len(targets)) for _ in range(2))
         head = self._plain_head if self._is_head_plain(number) else self._head
         for start in range(0, len(targets), _LOGIT_ROWS):
             self._between()
@@ -318,7 +318,7 @@ class TrainingPass:
             if len(chosen):
                 self._between()
                 grad[rows.start + chosen] = through(chosen, slope[chosen])
-        whole = torch.zeros(self.hidden[self.rows[number]].shape)
+        whole = grad.new_zeros(self.hidden[self.rows[number]].shape)
         whole[segment.texts] = grad
         return logprobs, losses, whole
 
@@ -358,14 +358,16 @@ class TrainingPass:
         """
         change, groups = self._changes[number], []
         if change is not None and change.changes_head:
-            groups = [VocabularyGroup(torch.arange(len(states)), [(change, 1.0)])]
+            numbers = torch.arange(len(states), device=states.device)
+            groups = [VocabularyGroup(numbers, [(change, 1.0)])]
         logits = self._decoder.logits(states, groups)
         all_logprobs = row_log_softmax(logits)
 
         def through(chosen: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
             # The gradient of a log probability: one-hot of its target minus the softmax.
             grad = all_logprobs[chosen].exp_().mul_(-slope[:, None])
-            grad[torch.arange(len(chosen)), targets[chosen]] += slope
+            numbers = torch.arange(len(chosen), device=chosen.device)
+            grad[numbers, targets[chosen]] += slope
             grad *= self._arch.logit_scale
             if self._arch.logit_softcap is not None:
                 grad *= 1.0 - (logits[chosen] / self._arch.logit_softcap) ** 2
@@ -375,7 +377,7 @@ class TrainingPass:
 
     def _through_head(self, segment: Segment, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         """The gradient of the head's input, ``[rows, hidden]`` fp32."""
-        beside, head = torch.zeros(x.shape), self._decoder.head
+        beside, head = grad.new_zeros(x.shape), self._decoder.head
         operators = segment.adapter.operators
         if operators is not None and operators.head is not None:
             leaves = segment.leaves[HEAD]
@@ -397,7 +399,7 @@ class TrainingPass:
             grad: The gradient of ``hidden``, ``[rows, hidden]`` fp32.
         """
         decoder = self._decoder
-        total = torch.zeros(grad.shape)
+        total = torch.zeros_like(grad)
         self._add_through_norm(total, decoder.norm, grad)
         for number in reversed(range(len(decoder.layers))):
             layer = decoder.layers[number]
@@ -444,7 +446,7 @@ class TrainingPass:
         result, scale = self._taken(linear), self._arch.residual_scale
         part = grad if scale == 1.0 else grad * scale
         if norm is not None:
-            part, of_normed = torch.zeros(part.shape), part
+            part, of_normed = torch.zeros_like(part), part
             self._gradients.add_norm(part, result, norm, of_normed)
         return self._through_linear(linear, part)
 
@@ -452,7 +454,7 @@ class TrainingPass:
         """The gradient of a projection's input; the operators' gradients go to their leaves."""
         self._between()
         x = self._recorder.inputs.pop((linear.layer, linear.projection))
-        of_base, beside = grad, torch.zeros(0)
+        of_base, beside = grad, grad.new_zeros(0)
         updates: list[LowRankUpdate] = []
         leaves_of_updates: list[Sequence[torch.Tensor]] = []
         columns = self._layout.columns(linear.projection)
@@ -477,7 +479,7 @@ class TrainingPass:
                     leaves_of_updates.append(leaves)
                 continue
             if of_base is grad:
-                of_base, beside = grad.clone(), torch.zeros(x.shape)
+                of_base, beside = grad.clone(), grad.new_zeros(x.shape)
             for index, module, leaves in adapted:
                 beside_part, of_base[rows, columns[index]] = _through_operators(
                     module.with_tensors(iter(leaves)),
@@ -527,14 +529,14 @@ def _through_operators(
     given = x.to(torch.float32, copy=True).requires_grad_()
     rows = _Rows(given, x, base)
     with torch.enable_grad():
-        y = torch.zeros(grad.shape)
+        y = torch.zeros_like(grad)
         module.add(y, given, rows, 1.0)
     wanted = [given, *([] if rows.used is None else [rows.used]), *leaves]
     found = list(torch.autograd.grad(y, wanted, grad, allow_unused=True))
     of_input = found.pop(0)
     of_result = grad if rows.used is None or (used := found.pop(0)) is None else grad + used
     _add_to(leaves, found)
-    return torch.zeros(x.shape) if of_input is None else of_input, of_result
+    return grad.new_zeros(x.shape) if of_input is None else of_input, of_result
 
 
 class _Rows(BaseRows):
