@@ -7,6 +7,9 @@ of its steps is a batch of ``--rows`` texts of ``--length`` tokens and one step 
 runs the tenants at once in the engine of a server. The reference is transformers, PEFT and
 bitsandbytes on the same quantised weights, for one adapter; n adapters take it n times as long. It
 is measured in bfloat16 and in float32, because torch is slow in bfloat16 on many processors.
+
+On a machine that also does other work, compare tokens per second of processor time, with
+``OMP_NUM_THREADS=1`` in the environment, because threads that wait for each other use time, too.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from common.report import make_console, print_rows
@@ -43,9 +47,29 @@ async def train(training: Training, learner: int, data: Sequence[Datum], steps: 
         await training.step(learner, AdamParams(learning_rate=RATE))
 
 
-async def measure_turret(args: argparse.Namespace) -> dict[int, float]:
-    """Tokens per second of all tenants together, by their number."""
-    found: dict[int, float] = {}
+class Rate(NamedTuple):
+    """Tokens per second of time, and of processor time."""
+
+    wall: float
+    processor: float
+
+
+class Clock:
+    """Measures a rate from its creation on."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter(), time.process_time()
+
+    def rate(self, tokens: int) -> Rate:
+        wall, processor = self._began
+        return Rate(
+            tokens / (time.perf_counter() - wall), tokens / (time.process_time() - processor)
+        )
+
+
+async def measure_turret(args: argparse.Namespace) -> dict[int, Rate]:
+    """The rate of all tenants together, by their number."""
+    found: dict[int, Rate] = {}
     with tempfile.TemporaryDirectory() as folder:
         config = Config(
             model=ModelConfig(device="cpu"),
@@ -73,10 +97,9 @@ async def measure_turret(args: argparse.Namespace) -> dict[int, float]:
             ]
             pairs = list(zip(learners, data, strict=True))
             await asyncio.gather(*(train(training, *pair, 1) for pair in pairs))
-            began = time.perf_counter()
+            clock = Clock()
             await asyncio.gather(*(train(training, *pair, args.steps) for pair in pairs))
-            seconds = time.perf_counter() - began
-            found[count] = count * args.steps * args.rows * args.length / seconds
+            found[count] = clock.rate(count * args.steps * args.rows * args.length)
             for learner in learners:
                 await training.drop(learner)
         await backend.engine.drain(0.0)
@@ -84,22 +107,22 @@ async def measure_turret(args: argparse.Namespace) -> dict[int, float]:
     return found
 
 
-def measure_peft(args: argparse.Namespace, dtype: torch.dtype) -> float:
-    """Tokens per second of one adapter."""
+def measure_peft(args: argparse.Namespace, dtype: torch.dtype) -> Rate:
+    """The rate of one adapter."""
     model = _load_nf4(find_base(None), dtype).requires_grad_(False)
     config = LoraConfig(r=8, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=RATE)
     ids = torch.tensor(texts(args.rows, args.length, 0))
-    began = 0.0
+    clock = Clock()
     for step in range(args.steps + 1):
         if step == 1:
-            began = time.perf_counter()
+            clock = Clock()
         logits = adapted(input_ids=ids[:, :-1]).logits.float()
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return args.steps * args.rows * args.length / (time.perf_counter() - began)
+    return clock.rate(args.steps * args.rows * args.length)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -113,13 +136,18 @@ def main(argv: list[str] | None = None) -> int:
         f"PEFT in {name}, one adapter": measure_peft(args, getattr(torch, name))
         for name in ("bfloat16", "float32")
     }
-    reference = max(rates.values())
+    reference = max(rate.processor for rate in rates.values())
     rates |= {
         f"turret, {count} at once": rate
         for count, rate in asyncio.run(measure_turret(args)).items()
     }
     rows = [
-        {"": name, "tokens/s": f"{rate:.0f}", "of PEFT": f"{rate / reference:.2f}"}
+        {
+            "": name,
+            "tokens/s": f"{rate.wall:.0f}",
+            "per second of processor time": f"{rate.processor:.0f}",
+            "of PEFT": f"{rate.processor / reference:.2f}",
+        }
         for name, rate in rates.items()
     ]
     print_rows(make_console(), "Training", rows)

@@ -47,7 +47,18 @@ _SIGNATURES = {
         (*(_pointer, _int, _pointer, _int, _pointer, _pointer), *(_int,) * 3),
     ),
     "turret_nf4_pack": (_pointer, _pointer, _int, _int, _int),
-    "turret_nf4_turned": (_pointer, _pointer, _pointer, _int, _int, _int),
+    "turret_low_rank_gradients": (_pointer, _int, _int),
+    "turret_nf4_transposed_product": (
+        *(_pointer, _int, _int, *(_pointer,) * 3),
+        *(*(_int,) * 3, _pointer),
+    ),
+    "turret_transposed_product": (
+        *(_pointer, _int, _int, _pointer, _pointer),
+        *(*(_int,) * 3, _pointer),
+    ),
+    "turret_log_softmax": (*(_pointer,) * 3, *(_int,) * 3),
+    "turret_log_sums": (_pointer, _pointer, *(_int,) * 3),
+    "turret_logit_gradients": (*(_pointer,) * 4, *(_int,) * 3),
     "turret_adapt_experts": (_pointer, _pointer),
     "turret_dense_product": (_pointer, _int, _int, _pointer, _pointer, *(_int,) * 4, _pointer),
     "turret_own_threads": (_int,),
@@ -81,6 +92,9 @@ _BY_ELEMENT = {
     "turret_gelu_mul": (_pointer, _pointer, _int, _int, _int),
     "turret_clamped_swiglu": (_pointer, _pointer, _int, _int, _double, _double, _int),
     "turret_rope_kv_write": (*(_pointer,) * 7, *(_int,) * 7),
+    "turret_norm_gradient": (*(_pointer,) * 3, _double, _pointer, *(_int,) * 3),
+    "turret_gate_gradient": (*(_pointer,) * 3, *(_int,) * 4),
+    "turret_attention_gradient": (_pointer,),
 }
 # Floats per vector, as in vec.h; activations of an operator begin at multiples of this number.
 LANES = 16

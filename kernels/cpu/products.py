@@ -7,9 +7,13 @@ are fp32; weights may be bf16 or fp16, which are exact in fp32.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from turret.kernels.cpu.native import functions, has_native, num_threads
 from turret.lazy_torch import torch
+
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class _Product(ctypes.Structure):
@@ -18,7 +22,7 @@ class _Product(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batches", "rows", "columns", "inner")),
         *((name, ctypes.c_int64) for name in ("x_batch", "x_row", "w_batch", "w_row")),
         *((name, ctypes.c_int64) for name in ("y_batch", "y_row", "kind", "adds", "threads")),
-        ("narrows", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("narrows", "x_inner")),
     )
 
 
@@ -83,7 +87,7 @@ def _product(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, *, adds: bool) -
         *(x.stride(0), x.stride(1)),
         *(w.stride(0) if w.shape[0] == x.shape[0] else 0, w.stride(1)),
         *(y.stride(0), y.stride(1)),
-        *((torch.float32, torch.bfloat16, torch.float16).index(w.dtype), int(adds), num_threads()),
+        *(_KINDS[w.dtype], int(adds), num_threads(), 0, 1),
     )
 
 
@@ -123,3 +127,101 @@ def dense_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         scratch.data_ptr(),
     )
     return y
+
+
+# ``dX = dY W``, the gradient of the rows; see ``transposed.h``.
+
+_PANEL = 32  # inputs
+
+
+def serves_transposed(weight: torch.Tensor) -> bool:
+    """Whether ``transposed_product`` supports a weight."""
+    return has_native(weight.dtype, weight.device) and weight.shape[1] % _PANEL == 0
+
+
+def transposed_product(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Multiply gradients by a weight; only if ``serves_transposed``.
+
+    Args:
+        grad: ``[rows, out]`` fp32, which is rounded to bf16, or bf16.
+        weight: ``[out, in]`` bf16, contiguous.
+
+    Returns:
+        ``[rows, in]`` fp32; a row's bits are the same in any batch.
+    """
+    grad, rows = grad.contiguous(), len(grad)
+    out, rounded = torch.empty(rows, weight.shape[1]), rounded_gradients(*grad.shape)
+    functions().turret_transposed_product(
+        grad.data_ptr(),
+        grad.dtype == torch.bfloat16,
+        rows,
+        weight.data_ptr(),
+        out.data_ptr(),
+        *weight.shape,
+        num_threads(),
+        rounded.data_ptr(),
+    )
+    return out
+
+
+def rounded_gradients(rows: int, columns: int) -> torch.Tensor:
+    """Memory for the gradients in bf16, padded to whole pieces."""
+    return torch.empty(rows, -(-columns // _PANEL) * _PANEL, dtype=torch.bfloat16)
+
+
+# Gradients of low-rank updates.
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankUpdate:
+    """``y = bᵀ (a x)`` for some rows of a projection.
+
+    Attributes:
+        rows: The rows.
+        a: ``[rank, in]`` fp32, contiguous.
+        b: ``[rank, out]`` fp32, contiguous.
+        grad: The gradient of ``y``, ``[rows, out]`` fp32; rows may be strided.
+    """
+
+    rows: slice
+    a: torch.Tensor
+    b: torch.Tensor
+    grad: torch.Tensor
+
+
+def low_rank_gradients(
+    updates: Sequence[LowRankUpdate], x: torch.Tensor, of_x: torch.Tensor
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The gradients of updates; the bits of each depend on its own rows alone.
+
+    Args:
+        updates: Updates of equal rows follow each other.
+        x: The input, ``[rows, in]`` fp32, bf16 or fp16; rows may be strided.
+        of_x: The gradient of the input, ``[rows, in]`` fp32, to which those of the updates are
+            added in order; contiguous.
+
+    Returns:
+        For each update, the gradients of ``a`` and ``b``.
+    """
+    width, x_row = x.shape[1], x.stride(0)
+    x_address, of_x_address, kind = x.data_ptr(), of_x.data_ptr(), _KINDS[x.dtype]
+    ranks = [len(each.a) for each in updates]
+    counts = [each.rows.stop - each.rows.start for each in updates]
+    scratch = torch.empty(2 * sum(map(int.__mul__, ranks, counts)))
+    address, turn, last = scratch.data_ptr(), 0, None
+    found, values = [], []
+    for each, rank, count in zip(updates, ranks, counts, strict=True):
+        turn = turn + 1 if each.rows == last else 0
+        last, first, out = each.rows, each.rows.start, each.b.shape[1]
+        of_a, of_b = torch.empty(rank, width), torch.empty(rank, out)
+        found.append((of_a, of_b))
+        values += (
+            *(x_address + first * x_row * x.itemsize, each.a.data_ptr(), each.b.data_ptr()),
+            *(each.grad.data_ptr(), of_a.data_ptr(), of_b.data_ptr()),
+            *(of_x_address + first * width * 4, address, address + rank * count * 4),
+            *(count, rank, width, out, x_row, each.grad.stride(0), kind, turn),
+        )
+        address += 2 * rank * count * 4
+    table = (ctypes.c_int64 * len(values))(*values)
+    functions().turret_low_rank_gradients(table, len(updates), num_threads())
+    return found

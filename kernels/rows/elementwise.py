@@ -8,6 +8,7 @@ there is none, it pads rows to whole vectors and uses library calls that passed 
 
 from __future__ import annotations
 
+from turret.kernels.cpu.logits import log_softmax
 from turret.kernels.cpu.native import functions, has_kernels
 from turret.kernels.rows.trial import SAMPLE_ROWS, by_rows
 from turret.lazy_torch import torch
@@ -103,11 +104,13 @@ def row_log_softmax(x: torch.Tensor) -> torch.Tensor:
         x: ``[num_rows, width]`` fp32.
 
     Returns:
-        The same shape. On a CPU, rows go to the library one at a time, each as a separate copy, so
-        that the call is always the same.
+        The same shape. On a CPU without compiled kernels, rows go to the library one at a time,
+        each as a separate copy, so that the call is always the same.
     """
     if x.device.type != "cpu":
         return x.log_softmax(-1)
+    if has_kernels(x.device):
+        return log_softmax(x)
     out = torch.empty_like(x)
     for row, result in zip(x, out, strict=True):
         result.copy_(row.clone().log_softmax(-1))

@@ -15,6 +15,8 @@ from turret.kernels.cpu.products import (
     dense_product,
     dot_products,
     serves_dense,
+    serves_transposed,
+    transposed_product,
 )
 from turret.kernels.rows.trial import (
     LARGEST,
@@ -63,13 +65,15 @@ def row_linear_transposed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor
     """Multiply rows by a transposed weight, each row bit-identical in any batch.
 
     Args:
-        x: ``[num_rows, out_features]`` fp32; rounded to the dtype of ``weight`` without compiled
-            kernels.
+        x: ``[num_rows, out_features]`` fp32; rounded to the dtype of ``weight`` if that is bf16 or
+            there are no compiled kernels.
         weight: ``[out_features, in_features]``, contiguous.
 
     Returns:
         ``[num_rows, in_features]`` fp32.
     """
+    if serves_transposed(weight):
+        return transposed_product(x, weight)
     if has_kernels(x.device):
         return column_products(x.unsqueeze(0), weight.unsqueeze(0))[0]
     if x.device.type != "cpu":

@@ -83,7 +83,7 @@ class Learner:
             for name, tensor in tensors.items()
         }
         self._count = 0
-        self._optimizer = torch.optim.AdamW(self.parameters.values(), lr=0.0, foreach=False)
+        self._optimizer = torch.optim.AdamW(self.parameters.values(), lr=0.0, fused=True)
         self.served, self.leaves = self._refreshed()
 
     def _lower(self, base: BaseModel, tensors: Mapping[str, torch.Tensor]) -> AdapterOperators:
@@ -96,7 +96,9 @@ class Learner:
             self._base, {name: tensor.detach() for name, tensor in self.parameters.items()}
         )
         leaves = {
-            path: [tensor.float().clone().requires_grad_() for tensor in module.tensors()]
+            path: [
+                tensor.to(torch.float32, copy=True).requires_grad_() for tensor in module.tensors()
+            ]
             for path, module in _modules(operators).items()
         }
         return _Resident(f"{self._key}/{self._count}", operators), leaves
@@ -142,7 +144,7 @@ class Learner:
         self.collect()
         tensors = list(self.parameters.values())
         limit = adam.grad_clip_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(tensors, limit, foreach=False)
+        norm = torch.nn.utils.clip_grad_norm_(tensors, limit, foreach=True)
         if not norm.isfinite():
             self._optimizer.zero_grad()
             for leaf in itertools.chain(*self.leaves.values()):

@@ -12,19 +12,18 @@ alone, or row by row, so the bits of its gradients do not depend on the rest of 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 
-from turret.kernels.between import rotate_heads
+from turret.kernels.cpu.logits import TargetLogprobs
+from turret.kernels.cpu.native import has_kernels
+from turret.kernels.cpu.products import LowRankUpdate, low_rank_gradients, serves_transposed
 from turret.kernels.paged_attention import SequenceSpan
 from turret.kernels.rows.elementwise import row_log_softmax
-from turret.kernels.rows.linear import row_linear_transposed
+from turret.kernels.rows.linear import row_linear, row_linear_transposed
 from turret.server.adapters.checkpoint.adapter_checkpoint import PROMPT_EMBEDDINGS
 from turret.server.adapters.device.store import (
     AdapterStep,
@@ -40,20 +39,19 @@ from turret.server.adapters.operators.adapter_operators import AdapterOperators,
 from turret.server.adapters.operators.operator import BaseRows
 from turret.server.adapters.operators.vocabulary import HEAD
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
-from turret.server.models.decoding.arch import LONG, ClampedSwiglu
-from turret.server.models.decoding.decoder import Decoder, DecoderLayer, OwnRows, StepInput
+from turret.server.models.decoding.arch import LONG
+from turret.server.models.decoding.decoder import Decoder, OwnRows, StepInput
 from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.weights.base_linear import BaseLinear
 from turret.server.models.weights.nf4 import DenseLinear
+from turret.server.training.layer_gradients import layer_gradients
 from turret.server.training.trainer import MAX_SEQUENCE_TOKENS
 
 _BLOCK_SIZE = 16
 # The number of rows whose logits are computed at once; requests run in between.
-_LOGIT_ROWS = 32
-_ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-}
+_LOGIT_ROWS = 128
+# From the numbers of some rows and the gradients of their log probabilities to those of the rows.
+_ThroughHead = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +103,21 @@ class Segment:
 class _Recorder(AdapterStep):
     """The adapters of a step; keeps the inputs and results of projections.
 
+    Args:
+        step: The adapters.
+        changed: The projections whose inputs or results later operations change in place.
+        between: See ``TrainingPass``.
+
     Attributes:
         inputs: The input of each projection, by layer and name.
         results: The result of each projection, likewise.
     """
 
-    def __init__(self, step: AdapterStep, between: Callable[[], None]) -> None:
+    def __init__(
+        self, step: AdapterStep, changed: Container[str], between: Callable[[], None]
+    ) -> None:
         self._step = step
+        self._changed = changed
         self._between = between
         self.inputs: dict[tuple[int, str], torch.Tensor] = {}
         self.results: dict[tuple[int, str], torch.Tensor] = {}
@@ -127,9 +133,9 @@ class _Recorder(AdapterStep):
     ) -> torch.Tensor:
         self._between()
         y = self._step.project(layer, projection, x, bias=bias, base=base)
-        # Later operations may change the input and the result in place.
-        self.inputs[layer, projection] = x.clone()
-        self.results[layer, projection] = y.clone()
+        is_changed = projection in self._changed
+        self.inputs[layer, projection] = x.clone() if is_changed else x
+        self.results[layer, projection] = y.clone() if is_changed else y
         return y
 
     def attend(self, layer: int, q: torch.Tensor, attended: torch.Tensor) -> None:
@@ -206,6 +212,10 @@ class TrainingPass:
             (rows.start, rows.stop, [(segment.adapter.key, 1.0)])
             for rows, segment in zip(self.rows, self._segments, strict=True)
         ]
+        all_positions = torch.tensor(positions, device=decoder.device)
+        self._gradients = layer_gradients(
+            decoder, [each.lengths for each in self._segments], all_positions
+        )
         attention: dict[int | None, Any] = {
             window: decoder.ops.plan_attention(
                 spans,
@@ -224,16 +234,25 @@ class TrainingPass:
             for token in (*[0] * segment.num_soft, *each)
         ]
         adapters = self._store.step(StepMembers(short=[], long=members))
-        self._recorder = _Recorder(adapters, self._between)
+        self._recorder = _Recorder(adapters, self._changed_projections(), self._between)
         step = StepInput(
             token_ids=torch.tensor(tokens, device=decoder.device),
-            positions=torch.tensor(positions, device=decoder.device),
+            positions=all_positions,
             kv_slots=torch.tensor(slots, device=decoder.device),
             attention=attention,
             adapters=self._recorder,
             soft=self._soft_rows(),
         )
         return step, cache
+
+    def _changed_projections(self) -> set[str]:
+        """See ``_Recorder``."""
+        changed = set() if self._arch.residual_scale == 1.0 else {"o", "down"}
+        for layer in self._decoder.layers:
+            # Without a norm, the input is the residual stream itself.
+            changed |= set() if layer.norm_before_attention is not None else {"qkv"}
+            changed |= set() if layer.norm_before_mlp is not None else {"gate_up"}
+        return changed
 
     def _soft_rows(self) -> OwnRows | None:
         rows, values = [], []
@@ -285,20 +304,14 @@ class TrainingPass:
         """
         segment = self._segments[number]
         hidden = self.hidden[self.rows[number]][segment.texts]
-        change = self._changes[number]
         grad = hidden.new_zeros(hidden.shape, dtype=torch.float32)
         logprobs, losses = (grad.new_zeros(len(targets)) for _ in range(2))
+        head = self._plain_head if self._is_head_plain(number) else self._head
         for start in range(0, len(targets), _LOGIT_ROWS):
             self._between()
             rows = slice(start, min(start + _LOGIT_ROWS, len(targets)))
-            states = hidden[rows]
-            groups = []
-            if change is not None and change.changes_head:
-                numbers = torch.arange(len(states), device=states.device)
-                groups = [VocabularyGroup(numbers, [(change, 1.0)])]
-            logits = self._decoder.logits(states, groups)
-            all_logprobs = row_log_softmax(logits)
-            leaf = all_logprobs.gather(1, targets[rows, None])[:, 0].requires_grad_()
+            found, through = head(number, hidden[rows], targets[rows])
+            leaf = found.requires_grad_()
             with torch.enable_grad():
                 row_losses = loss(rows, leaf)
             logprobs[rows], losses[rows] = leaf.detach(), row_losses.detach()
@@ -308,17 +321,63 @@ class TrainingPass:
             chosen = slope.nonzero()[:, 0]
             if len(chosen):
                 self._between()
-                # The gradient of a log probability: one-hot of its target minus the softmax.
-                logit_grad = all_logprobs[chosen].exp_().mul_(-slope[chosen, None])
-                numbers = torch.arange(len(chosen), device=chosen.device)
-                logit_grad[numbers, targets[rows][chosen]] += slope[chosen]
-                logit_grad *= self._arch.logit_scale
-                if self._arch.logit_softcap is not None:
-                    logit_grad *= 1.0 - (logits[chosen] / self._arch.logit_softcap) ** 2
-                grad[rows.start + chosen] = self._through_head(segment, states[chosen], logit_grad)
+                grad[rows.start + chosen] = through(chosen, slope[chosen])
         whole = grad.new_zeros(self.hidden[self.rows[number]].shape)
         whole[segment.texts] = grad
         return logprobs, losses, whole
+
+    def _is_head_plain(self, number: int) -> bool:
+        change, arch = self._changes[number], self._arch
+        return (
+            serves_transposed(self._decoder.head)
+            and (change is None or not change.changes_head)
+            and (arch.logit_scale, arch.logit_softcap) == (1.0, None)
+        )
+
+    def _plain_head(
+        self, number: int, states: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, _ThroughHead]:
+        """``_head`` for a head that nothing changes, by compiled kernels."""
+        head = self._decoder.head
+        found = TargetLogprobs(row_linear(states, head), targets)
+
+        def through(chosen: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+            return row_linear_transposed(found.gradients(chosen, slope), head)
+
+        return found.logprobs, through
+
+    def _head(
+        self, number: int, states: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, _ThroughHead]:
+        """The log probabilities of some rows' targets.
+
+        Args:
+            number: The segment.
+            states: ``[rows, hidden]``.
+            targets: ``[rows]`` int64.
+
+        Returns:
+            ``[rows]`` fp32, and a function that computes the gradient of some rows of ``states``
+            from those of their log probabilities. Call it at most once.
+        """
+        change, groups = self._changes[number], []
+        if change is not None and change.changes_head:
+            numbers = torch.arange(len(states), device=states.device)
+            groups = [VocabularyGroup(numbers, [(change, 1.0)])]
+        logits = self._decoder.logits(states, groups)
+        all_logprobs = row_log_softmax(logits)
+
+        def through(chosen: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+            # The gradient of a log probability: one-hot of its target minus the softmax.
+            grad = all_logprobs[chosen].exp_().mul_(-slope[:, None])
+            numbers = torch.arange(len(chosen), device=chosen.device)
+            grad[numbers, targets[chosen]] += slope
+            grad *= self._arch.logit_scale
+            if self._arch.logit_softcap is not None:
+                grad *= 1.0 - (logits[chosen] / self._arch.logit_softcap) ** 2
+            return self._through_head(self._segments[number], states[chosen], grad)
+
+        return all_logprobs.gather(1, targets[:, None])[:, 0], through
 
     def _through_head(self, segment: Segment, x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
         """The gradient of the head's input, ``[rows, hidden]`` fp32."""
@@ -344,23 +403,20 @@ class TrainingPass:
             grad: The gradient of ``hidden``, ``[rows, hidden]`` fp32.
         """
         decoder = self._decoder
-        total = self._through_norm(decoder.norm, grad, self._streams.pop())
+        total = torch.zeros_like(grad)
+        self._add_through_norm(total, decoder.norm, grad)
         for number in reversed(range(len(decoder.layers))):
             layer = decoder.layers[number]
             assert layer.gate_up is not None
             assert layer.down is not None
             part = self._leaving(layer.down, layer.norm_after_mlp, total)
-            part = self._through(
-                lambda gate_up, _: self._gated(gate_up), part, self._taken(layer.gate_up)
-            )
+            part = self._gradients.gate(self._taken(layer.gate_up), part)
             part = self._through_linear(layer.gate_up, part)
-            total += self._through_norm(layer.norm_before_mlp, part, self._streams.pop())
+            self._add_through_norm(total, layer.norm_before_mlp, part)
             part = self._leaving(layer.o, layer.norm_after_attention, total)
-            part = self._through(
-                partial(self._attention, number, layer), part, self._taken(layer.qkv)
-            )
+            part = self._gradients.attention(number, self._taken(layer.qkv), part)
             part = self._through_linear(layer.qkv, part)
-            total += self._through_norm(layer.norm_before_attention, part, self._streams.pop())
+            self._add_through_norm(total, layer.norm_before_attention, part)
         self._through_prompts(total)
 
     def _through_prompts(self, grad: torch.Tensor) -> None:
@@ -377,109 +433,81 @@ class TrainingPass:
     def _taken(self, linear: AdaptedLinear) -> torch.Tensor:
         return self._recorder.results.pop((linear.layer, linear.projection))
 
-    def _through(
-        self,
-        function: Callable[[torch.Tensor, Segment], torch.Tensor],
-        grad: torch.Tensor,
-        x: torch.Tensor,
-    ) -> torch.Tensor:
-        """The gradient of a function's input, from the gradient of its result, in fp32."""
-        parts: list[torch.Tensor] = []
-        for rows, segment in zip(self.rows, self._segments, strict=True):
-            leaf = x[rows].to(torch.float32, copy=True).requires_grad_()
-            with torch.enable_grad():
-                y = function(leaf, segment)
-            parts += torch.autograd.grad(y, leaf, grad[rows])
-        return torch.cat(parts)
-
-    def _through_norm(
-        self, norm: torch.Tensor | None, grad: torch.Tensor, x: torch.Tensor
-    ) -> torch.Tensor:
+    def _add_through_norm(
+        self, total: torch.Tensor, norm: torch.Tensor | None, grad: torch.Tensor
+    ) -> None:
+        """Add the gradient of a norm's input, which is the last residual stream, to ``total``."""
+        stream = self._streams.pop()
         if norm is None:
-            return grad
-        return self._through(lambda streams, _: self._normed(streams, norm), grad, x)
+            total += grad
+        else:
+            self._gradients.add_norm(total, stream, norm, grad)
 
     def _leaving(
         self, linear: AdaptedLinear, norm: torch.Tensor | None, grad: torch.Tensor
     ) -> torch.Tensor:
         """The gradient of the input of the last projection of attention or MLP."""
-        part = self._through_norm(norm, grad * self._arch.residual_scale, self._taken(linear))
+        result, scale = self._taken(linear), self._arch.residual_scale
+        part = grad if scale == 1.0 else grad * scale
+        if norm is not None:
+            part, of_normed = torch.zeros_like(part), part
+            self._gradients.add_norm(part, result, norm, of_normed)
         return self._through_linear(linear, part)
-
-    def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, weight.shape, weight.float(), self._arch.rms_norm_eps)
-
-    def _gated(self, gate_up: torch.Tensor) -> torch.Tensor:
-        activation = self._arch.activation
-        assert not isinstance(activation, ClampedSwiglu), "an activation of experts"
-        gate, up = gate_up.chunk(2, dim=-1)
-        return _ACTIVATIONS[activation](gate) * up
 
     def _through_linear(self, linear: AdaptedLinear, grad: torch.Tensor) -> torch.Tensor:
         """The gradient of a projection's input; the operators' gradients go to their leaves."""
         self._between()
         x = self._recorder.inputs.pop((linear.layer, linear.projection))
-        of_base, beside = grad.clone(), grad.new_zeros(x.shape)
+        of_base, beside = grad, grad.new_zeros(0)
+        updates: list[LowRankUpdate] = []
+        leaves_of_updates: list[Sequence[torch.Tensor]] = []
         columns = self._layout.columns(linear.projection)
-        for index, shape in enumerate(self._layout.projections[linear.projection]):
-            path = self._layout.module(linear.layer, shape.path)
-            for rows, segment in zip(self.rows, self._segments, strict=True):
-                operators = segment.adapter.operators
-                if operators is None or path not in operators.modules:
-                    continue
-                module, leaves = operators.modules[path], segment.leaves[path]
-                place = grad[rows, columns[index]]
+        paths = [
+            self._layout.module(linear.layer, shape.path)
+            for shape in self._layout.projections[linear.projection]
+        ]
+        has_updates = has_kernels(x.device)
+        for rows, segment in zip(self.rows, self._segments, strict=True):
+            operators = segment.adapter.operators
+            if operators is None:
+                continue
+            adapted = [
+                (index, operators.modules[path], segment.leaves[path])
+                for index, path in enumerate(paths)
+                if path in operators.modules
+            ]
+            if has_updates and all(module.is_low_rank for _, module, _ in adapted):
+                for index, _, leaves in adapted:
+                    a, b = (leaf.detach() for leaf in leaves)
+                    updates.append(LowRankUpdate(rows, a, b, grad[rows, columns[index]]))
+                    leaves_of_updates.append(leaves)
+                continue
+            if of_base is grad:
+                of_base, beside = grad.clone(), grad.new_zeros(x.shape)
+            for index, module, leaves in adapted:
                 beside_part, of_base[rows, columns[index]] = _through_operators(
-                    module.with_tensors(iter(leaves)), leaves, x[rows], linear.part(index), place
+                    module.with_tensors(iter(leaves)),
+                    leaves,
+                    x[rows],
+                    linear.part(index),
+                    grad[rows, columns[index]],
                 )
                 beside[rows] += beside_part
-        return beside.add_(linear.base.transposed_product(of_base))
+        of_input = linear.base.transposed_product(of_base)
+        if of_base is not grad:
+            of_input += beside
+        if updates:
+            found = low_rank_gradients(updates, x, of_input)
+            for leaves, grads in zip(leaves_of_updates, found, strict=True):
+                _add_to(leaves, grads)
+        return of_input
 
-    def _attention(
-        self, number: int, layer: DecoderLayer, qkv: torch.Tensor, segment: Segment
-    ) -> torch.Tensor:
-        """Attention with gradients, ``[rows, (heads + 2 · kv_heads) · head_dim]`` fp32.
 
-        Returns:
-            ``[rows, heads · head_dim]``.
-        """
-        arch, lengths = self._arch, segment.lengths
-        heads, kv_heads = arch.num_heads, arch.num_kv_heads
-        device = qkv.device
-        positions = torch.tensor(
-            [p for length in lengths for p in self._positions(length)], device=device
-        )
-        split = qkv.view(-1, heads + 2 * kv_heads, arch.head_dim)
-        q, k, v = split.split((heads, kv_heads, kv_heads), dim=1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q = self._normed(q.reshape(-1, layer.q_norm.shape[0]), layer.q_norm).view(q.shape)
-            k = self._normed(k.reshape(-1, layer.k_norm.shape[0]), layer.k_norm).view(k.shape)
-        angles = self._decoder.rotations(positions)[arch.rope_of_layer[number]]
-        if angles is not None:
-            # Steps of requests may have made these in inference mode.
-            cos, sin = (each.clone() for each in angles)
-            q, k = (rotate_heads(x, cos, sin, is_interleaved=arch.is_interleaved) for x in (q, k))
-        growth = self._decoder.growth_at(positions)
-        if growth is not None:
-            q = q * growth.clone()
-        # Put each sequence into a separate row, padded on the right.
-        q, k, v = (pad_sequence(list(x.split(lengths)), batch_first=True) for x in (q, k, v))
-        places = torch.arange(max(lengths), device=device)
-        distance = places[:, None] - places[None, :]
-        window = arch.windows[number]
-        is_hidden = (distance < 0) | (distance >= (len(places) if window is None else window))
-        q = q.unflatten(2, (kv_heads, -1))
-        scores = torch.einsum("bqhgd,bkhd->bhgqk", q, k) * arch.attention_scale
-        if arch.attention_softcap is not None:
-            scores = arch.attention_softcap * (scores / arch.attention_softcap).tanh()
-        scores = scores.masked_fill(is_hidden, float("-inf"))
-        if layer.sinks is not None:
-            sinks = layer.sinks.view(kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
-            shares = torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1]
-        else:
-            shares = scores.softmax(-1)
-        mixed = torch.einsum("bhgqk,bkhd->bqhgd", shares, v).flatten(2)
-        return torch.cat([row[:length] for row, length in zip(mixed, lengths, strict=True)])
+def _add_to(leaves: Sequence[torch.Tensor], grads: Iterable[torch.Tensor | None]) -> None:
+    """Add gradients to those of leaves; None is no gradient."""
+    for leaf, grad in zip(leaves, grads, strict=True):
+        if grad is not None:
+            leaf.grad = grad if leaf.grad is None else leaf.grad.add_(grad)
 
 
 def largest_pass(
@@ -538,9 +566,7 @@ def _through_operators(
     found = list(torch.autograd.grad(y, wanted, grad, allow_unused=True))
     of_input = found.pop(0)
     of_result = grad if rows.used is None or (used := found.pop(0)) is None else grad + used
-    for leaf, each in zip(leaves, found, strict=True):
-        if each is not None:
-            leaf.grad = each if leaf.grad is None else leaf.grad.add_(each)
+    _add_to(leaves, found)
     return grad.new_zeros(x.shape) if of_input is None else of_input, of_result
 
 

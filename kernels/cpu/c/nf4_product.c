@@ -37,6 +37,9 @@ EXPORT int64_t turret_ahead(const Step *step, int64_t module, int64_t rows, int6
 
 #include "team.h"
 #include "tiles.h"
+#ifndef MXFP4
+#include "transposed.h"
+#endif
 
 #define TILE_OUT 32 /* outputs of a tile of codes: two vectors */
 #define PAIRS (BLOCK / 2)
@@ -269,36 +272,73 @@ EXPORT void turret_nf4_slices(const bf16 *x, int64_t rows, const uint8_t *packed
     for (int64_t t = 0; t < threads; t++) end_ahead(&walks[t]);
 }
 
-/* The weight as numbers with inputs and outputs exchanged, [in, out] bf16, for products with gradients. */
-typedef struct {
+/* dX = dY W; see transposed.h. */
+
+struct Source {
     const uint8_t *packed;
     const bf16 *absmax;
-    bf16 *w;
-    int64_t out_features, in_features;
-} Turned;
+};
 
-static void turn_tile(const void *job, int64_t thread, int64_t tile) {
-    const Turned *t = job;
-    const uint8_t *packed = t->packed + tile * TILE_OUT * t->in_features / 2;
-    const bf16 *absmax = t->absmax + tile * TILE_OUT;
-    bf16 *w = t->w + tile * TILE_OUT;
-    (void)thread;
-    for (int64_t k = 0; k < t->in_features / 2; k++, packed += TILE_OUT) {
-        Pair pair;
-        look_up_pair(packed, pair);
-        for (int odd = 0; odd < 2; odd++, w += t->out_features) {
-            float numbers[TILE_OUT] __attribute__((aligned(64)));
-            for (int i = 0; i < SIDES; i++)
-                *(fvec_at *)(numbers + i * WIDTH) = pair[odd][i] * fvec_bf16(absmax + i * WIDTH);
-            store_row(w, numbers);
+#if HAS_AVX512_BF16
+/* Joins the weights of two outputs, as join_outputs does, after multiplying by their scales. */
+INLINE void join_scaled(const fvec *w, float scale, float next_scale, Numbers to) {
+    static const uint16_t places[2 * LANES] __attribute__((aligned(64))) = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    for (int odd = 0; odd < 2; odd++) {
+        uint32_t shift = odd ? 0 : 16;
+        fvec x = (fvec)((uvec)w[0] << shift & 0xffff0000u) * scale;
+        fvec y = (fvec)((uvec)w[1] << shift & 0xffff0000u) * next_scale;
+        __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x);
+        _mm512_store_si512(to + odd, _mm512_permutexvar_epi16(_mm512_load_si512(places), both));
+    }
+}
+#endif
+
+static void write_weights(const Transposed *t, int64_t panel, int64_t first, int64_t count, Numbers *to) {
+    const uint8_t *packed = t->source->packed + first * t->in_features / 2 + panel * PANEL / 2 * TILE_OUT;
+    const bf16 *absmax = t->source->absmax + panel * PANEL / BLOCK * t->out_features + first;
+    int64_t tile_bytes = TILE_OUT * t->in_features / 2;
+    for (int64_t o = 0; o < count; o += TILE_OUT, packed += tile_bytes, absmax += TILE_OUT) {
+        for (int i = 0; i < PANEL / 2 * TILE_OUT; i += LINE) __builtin_prefetch(packed + tile_bytes + i);
+#if HAS_AVX512_BF16
+        const __m512i values = _mm512_loadu_si512(VALUES);
+        fvec w[2][LANES];
+        for (int k = 0; k < PANEL / 2; k++) {
+            __m512i both[2];
+            look_up(packed + k * TILE_OUT, values, both);
+            w[0][k] = (fvec)both[0], w[1][k] = (fvec)both[1];
         }
-        if (k % PAIRS == PAIRS - 1) absmax += t->out_features;
+        for (int half = 0; half < 2; half++) {
+            transpose(w[half]); /* to [outputs, pairs of inputs] */
+            const bf16 *scale = absmax + half * LANES;
+            for (int i = 0; i < LANES; i += 2)
+                join_scaled(w[half] + i, to_f32(scale[i]), to_f32(scale[i + 1]), *to++);
+        }
+#else
+        float numbers[PANEL][TILE_OUT] __attribute__((aligned(64)));
+        for (int k = 0; k < PANEL / 2; k++) {
+            Pair pair;
+            look_up_pair(packed + k * TILE_OUT, pair);
+            for (int odd = 0; odd < 2; odd++)
+                for (int i = 0; i < SIDES; i++)
+                    *(fvec *)(numbers[2 * k + odd] + i * WIDTH) = pair[odd][i] * fvec_bf16(absmax + i * WIDTH);
+        }
+        for (int i = 0; i < TILE_OUT; i += WIDTH)
+            for (int k = 0; k < PANEL; k += WIDTH) {
+                fvec w[WIDTH];
+                for (int j = 0; j < WIDTH; j++) w[j] = fvec_f32(numbers[k + j] + i);
+                transpose(w);
+                for (int j = 0; j < WIDTH; j++) *(fvec_at *)(to[i + j] + k) = w[j];
+            }
+        to += TILE_OUT;
+#endif
     }
 }
 
-EXPORT void turret_nf4_turned(const uint8_t *packed, const bf16 *absmax, bf16 *w, int64_t out_features,
-                              int64_t in_features, int64_t num_threads) {
-    Turned job = {packed, absmax, w, out_features, in_features};
-    in_pieces(turn_tile, &job, out_features / TILE_OUT, num_threads);
+EXPORT void turret_nf4_transposed_product(const void *grad, int64_t is_rounded, int64_t rows, const uint8_t *packed, const bf16 *absmax,
+                                          float *dx, int64_t out_features, int64_t in_features, int64_t num_threads,
+                                          bf16 *scratch) {
+    Source source = {packed, absmax};
+    multiply_transposed(&source, grad, is_rounded, rows, dx, out_features, in_features, num_threads, scratch);
 }
 #endif

@@ -29,6 +29,7 @@ typedef struct {
     int64_t adds;    /* columns only: whether to add to the values in y */
     int64_t threads;
     int64_t narrows; /* dots only: whether to round the results to bf16 */
+    int64_t x_inner; /* columns only: the distance of the terms of x in a sum; dots: 1 */
 } Product;
 
 typedef struct {
@@ -89,24 +90,107 @@ static void compute_part(const void *job, int64_t thread, int64_t i) {
     j->kernel(p, &part);
 }
 
-static void in_parts(const Product *p, Kernel *kernel) {
-    Job job = {p, kernel, (p->rows + ROW_BLOCK - 1) / ROW_BLOCK,
-               (p->columns + COLUMN_BLOCK - 1) / COLUMN_BLOCK};
+static Kernel *const KERNELS[2][3] = {
+    {dots_of_f32, dots_of_bf16, dots_of_f16},
+    {columns_of_f32, columns_of_bf16, columns_of_f16},
+};
+
+static Job job_of(const Product *p, int64_t by_columns) {
+    return (Job){p, KERNELS[by_columns][p->kind], (p->rows + ROW_BLOCK - 1) / ROW_BLOCK,
+                 (p->columns + COLUMN_BLOCK - 1) / COLUMN_BLOCK};
+}
+
+static void in_parts(const Product *p, int64_t by_columns) {
+    Job job = job_of(p, by_columns);
     int64_t work = p->batches * p->rows * p->columns * p->inner;
     in_pieces(compute_part, &job, p->batches * job.row_blocks * job.column_blocks,
               work > SMALL ? p->threads : 1);
 }
 
 /* w: [batches, columns, inner]. */
-EXPORT void turret_dots(const Product *p) {
-    static Kernel *const kernels[] = {dots_of_f32, dots_of_bf16, dots_of_f16};
-    in_parts(p, kernels[p->kind]);
-}
+EXPORT void turret_dots(const Product *p) { in_parts(p, 0); }
 
 /* w: [batches, inner, columns]. */
-EXPORT void turret_columns(const Product *p) {
-    static Kernel *const kernels[] = {columns_of_f32, columns_of_bf16, columns_of_f16};
-    in_parts(p, kernels[p->kind]);
+EXPORT void turret_columns(const Product *p) { in_parts(p, 1); }
+
+#define TOGETHER 96 /* low-rank updates, each of two products at a time */
+
+/* Independent products. `ends` has the number of parts of each product and of those before it. */
+typedef struct {
+    const Product *products;
+    int64_t by_columns;
+    const int64_t *ends;
+} Batch;
+
+static void compute_part_of_batch(const void *job, int64_t thread, int64_t i) {
+    const Batch *b = job;
+    int64_t n = 0;
+    while (b->ends[n] <= i) n++;
+    Job one = job_of(b->products + n, b->by_columns);
+    compute_part(&one, thread, i - (n ? b->ends[n - 1] : 0));
+}
+
+static void multiply_batch(const Product *products, int64_t count, int64_t by_columns, int64_t threads) {
+    int64_t ends[2 * TOGETHER], parts = 0;
+    Batch batch = {products, by_columns, ends};
+    for (int64_t n = 0; n < count; n++) {
+        Job job = job_of(products + n, by_columns);
+        ends[n] = parts += job.row_blocks * job.column_blocks;
+    }
+    in_pieces(compute_part_of_batch, &batch, parts, threads);
+}
+
+/* A low-rank update y = b^T (a x) of some rows, and the gradients that follow from that of y. */
+typedef struct {
+    const void *x;     /* [rows, in] */
+    const float *a, *b; /* [rank, in], [rank, out] */
+    const float *grad; /* [rows, out] */
+    float *of_a, *of_b; /* like a and b */
+    float *of_x;       /* [rows, in]; the gradient is added */
+    float *z, *of_z;   /* for [rank, rows] each */
+    int64_t rows, rank, in, out, x_row, grad_row, kind;
+    int64_t turn; /* updates of one turn have different rows; those of turn 0 are added to of_x first */
+} Update;
+
+static void find_gradients(const Update *updates, int64_t count, int64_t threads) {
+    Product products[2 * TOGETHER];
+    for (int64_t n = 0; n < count; n++) {
+        const Update *u = updates + n;
+        products[2 * n] = (Product){.x = u->a, .w = u->x, .y = u->z, .rows = u->rank, .columns = u->rows,
+                                    .inner = u->in, .x_row = u->in, .w_row = u->x_row, .kind = u->kind};
+        products[2 * n + 1] = (Product){.x = u->b, .w = u->grad, .y = u->of_z, .rows = u->rank, .columns = u->rows,
+                                        .inner = u->out, .x_row = u->out, .w_row = u->grad_row, .kind = F32};
+        for (int i = 0; i < 2; i++) products[2 * n + i].batches = 1, products[2 * n + i].y_row = u->rows;
+    }
+    multiply_batch(products, 2 * count, 0, threads);
+    for (int64_t n = 0; n < count; n++) {
+        const Update *u = updates + n;
+        products[2 * n] = (Product){.x = u->of_z, .w = u->x, .y = u->of_a, .columns = u->in, .w_row = u->x_row,
+                                    .y_row = u->in, .kind = u->kind};
+        products[2 * n + 1] = (Product){.x = u->z, .w = u->grad, .y = u->of_b, .columns = u->out,
+                                        .w_row = u->grad_row, .y_row = u->out, .kind = F32};
+        for (int i = 0; i < 2; i++) {
+            Product *p = products + 2 * n + i;
+            p->batches = p->x_inner = 1, p->rows = u->rank, p->inner = p->x_row = u->rows;
+        }
+    }
+    multiply_batch(products, 2 * count, 1, threads);
+    for (int64_t turn = 0, left = count; left; turn++) {
+        int64_t some = 0;
+        for (int64_t n = 0; n < count; n++) {
+            const Update *u = updates + n;
+            if (u->turn != turn) continue;
+            products[some++] = (Product){.x = u->of_z, .w = u->a, .y = u->of_x, .batches = 1, .rows = u->rows,
+                                         .columns = u->in, .inner = u->rank, .x_row = 1, .x_inner = u->rows,
+                                         .w_row = u->in, .y_row = u->in, .kind = F32, .adds = 1};
+        }
+        multiply_batch(products, some, 1, threads);
+        left -= some;
+    }
+}
+
+EXPORT void turret_low_rank_gradients(const Update *updates, int64_t count, int64_t threads) {
+    for (int64_t n = 0; n < count; n += TOGETHER) find_gradients(updates + n, least(count - n, TOGETHER), threads);
 }
 
 #if !HAS_AVX512_BF16
@@ -130,7 +214,7 @@ EXPORT void turret_dense_product(const bf16 *x, int64_t x_stride, int64_t rows, 
                                  int64_t num_threads, float *scratch) {
     Rows all = {x, scratch, x_stride, in_features};
     Product p = {scratch, w, y, 1, rows, out_features, in_features, 0, in_features, 0, in_features,
-                 0, y_stride, BF16, 0, num_threads, 1};
+                 0, y_stride, BF16, 0, num_threads, 1, 1};
     in_pieces(widen_row, &all, rows, rows * in_features > SMALL ? num_threads : 1);
     turret_dots(&p);
 }

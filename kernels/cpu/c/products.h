@@ -112,7 +112,7 @@ INLINE void NAME(add_columns)(const Product *p, const float *x, const ELEMENT *w
     for (int64_t k = 0; k < p->inner; k++, w += p->w_row)
         for (int c = 0; c < vectors; c++) {
             fvec column = whole ? LOAD(w + c * WIDTH) : NAME(load_some)(w, some, 0);
-            for (int r = 0; r < rows; r++) s[r][c] = add_product(s[r][c], x[r * p->x_row + k] - (fvec){0}, column);
+            for (int r = 0; r < rows; r++) s[r][c] = add_product(s[r][c], x[r * p->x_row + k * p->x_inner] - (fvec){0}, column);
         }
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < vectors; c++) {
@@ -144,7 +144,7 @@ KERNEL static void NAME(columns)(const Product *whole, const Part *part) {
         for (; r < part->row_end; r++)
             NAME(columns_of_rows)(p, part, p->x + r * p->x_row, w, y + r * p->y_row, 1);
         p->adds = 1;
-        p->x += INNER_BLOCK;
+        p->x += INNER_BLOCK * p->x_inner;
         w += INNER_BLOCK * p->w_row;
     } while ((k += INNER_BLOCK) < whole->inner);
 }

@@ -11,7 +11,8 @@ the module. The layers below this file do not depend on the names of methods.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TypeVar
 
 from turret.lazy_torch import torch
@@ -97,6 +98,11 @@ class ModuleOperators:
         return self.get(LowRank)
 
     @property
+    def is_low_rank(self) -> bool:
+        """Whether there is a low-rank update and nothing else."""
+        return len(self.operators) == 1 and self.low_rank is not None
+
+    @property
     def gain(self) -> torch.Tensor | None:
         found = self.get(Gain)
         return None if found is None else found.values
@@ -121,7 +127,7 @@ class ModuleOperators:
         return self.low_rank.rank if self.low_rank is not None else 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AdapterOperators:
     """All changes of one adapter.
 
@@ -137,9 +143,6 @@ class AdapterOperators:
             None if it applies everywhere.
         classifier: A classification head for its final states, or None.
         router: Computes the scalings of gates with a ``GivenScore``, or None.
-        num_bytes: Bytes of all tensors.
-        num_low_rank_bytes: Bytes of the low-rank updates among them.
-        rank: Rank of the largest low-rank update of ``modules``, or 0.
     """
 
     modules: Mapping[str, ModuleOperators]
@@ -151,22 +154,30 @@ class AdapterOperators:
     invocation: tuple[int, ...] | None = None
     classifier: Classifier | None = None
     router: TokenRouter | None = None
-    # Summed once, because the scheduler asks for all running adapters at every admission.
-    num_bytes: int = field(init=False)
-    num_low_rank_bytes: int = field(init=False)
-    rank: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        modules = self.modules.values()
+    # Summed once, because the scheduler asks for all running adapters at every admission.
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
         others = (self.soft_prompt, self.head, self.tokens, self.classifier, self.router)
         experts = () if self.experts is None else self.experts.values()
         constants = () if self.attention is None else self.attention.values()
-        parts = [*modules, *experts, *constants, *(other for other in others if other is not None)]
-        set_once = object.__setattr__
-        set_once(self, "num_bytes", sum(part.num_bytes for part in parts))
-        low_rank = [module.low_rank for module in modules if module.low_rank is not None]
-        set_once(self, "num_low_rank_bytes", sum(update.num_bytes for update in low_rank))
-        set_once(self, "rank", max((module.rank for module in modules), default=0))
+        given = (other for other in others if other is not None)
+        return sum(
+            part.num_bytes for part in [*self.modules.values(), *experts, *constants, *given]
+        )
+
+    @cached_property
+    def num_low_rank_bytes(self) -> int:
+        """Bytes of the low-rank updates of ``modules``."""
+        updates = (module.low_rank for module in self.modules.values())
+        return sum(update.num_bytes for update in updates if update is not None)
+
+    @cached_property
+    def rank(self) -> int:
+        """Rank of the largest low-rank update of ``modules``, or 0."""
+        return max((module.rank for module in self.modules.values()), default=0)
 
     @property
     def changes_vocabulary(self) -> bool:

@@ -30,7 +30,7 @@ from turret.server.models.weights.nf4_cpu import (
     has_library_product,
     nf4_formulation,
     nf4_product,
-    nf4_transposed,
+    nf4_transposed_product,
     pack,
 )
 
@@ -346,8 +346,7 @@ class PackedLinear(BaseLinear):
         if not has_kernels(grad.device) or self.format == MXFP4:
             return super().transposed_product(grad)
         shape = self.packed.shape[0], self.in_features
-        turned = nf4_transposed(self.packed, self.absmax, shape)
-        return row_linear(grad.to(torch.bfloat16), turned).float()
+        return nf4_transposed_product(grad, self.packed, self.absmax, shape)
 
     def part(self, index: int) -> PackedLinear:
         rows = self._rows(index)

@@ -11,6 +11,7 @@ import functools
 import torch
 
 from turret.kernels.cpu.native import functions, has_kernels, num_threads
+from turret.kernels.cpu.products import rounded_gradients
 from turret.kernels.cpu.row_adapters import Ahead
 from turret.kernels.nf4_matmul import MXFP4, Format
 from turret.kernels.rows.trial import SAMPLE_ROWS, Compute, Sizes, choose, in_sizes, name_of
@@ -97,23 +98,34 @@ def nf4_product(
     return out
 
 
-def nf4_transposed(
-    packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]
+def nf4_transposed_product(
+    grad: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]
 ) -> torch.Tensor:
-    """A weight as numbers, with inputs first. Needs the compiled kernels.
+    """``grad · W``, the gradient of the rows in ``nf4_product``. Needs the compiled kernels.
 
     Args:
+        grad: ``[rows, out]`` fp32, which is rounded to bf16, or bf16.
         packed: See ``nf4_product``.
-        absmax: See ``nf4_product``.
+        absmax: ``[in / 64, out]`` bf16.
         shape: ``(out, in)``.
 
     Returns:
-        ``[in, out]`` bf16.
+        ``[rows, in]`` fp32; a row has the same bits in any batch.
     """
-    turned = torch.empty(shape[1], shape[0], dtype=torch.bfloat16)
-    addresses = packed.data_ptr(), absmax.data_ptr(), turned.data_ptr()
-    functions().turret_nf4_turned(*addresses, *shape, num_threads())
-    return turned
+    grad, rows = grad.contiguous(), len(grad)
+    out, rounded = torch.empty(rows, shape[1]), rounded_gradients(*grad.shape)
+    functions().turret_nf4_transposed_product(
+        grad.data_ptr(),
+        grad.dtype == torch.bfloat16,
+        rows,
+        packed.data_ptr(),
+        absmax.data_ptr(),
+        out.data_ptr(),
+        *shape,
+        num_threads(),
+        rounded.data_ptr(),
+    )
+    return out
 
 
 def nf4_expert_products(

@@ -6,6 +6,7 @@
 #include "native_checks.h"
 
 #include "attention_checks.h"
+#include "gradient_checks.h"
 #include "product_checks.h"
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -384,6 +385,7 @@ int main(int count, char **arguments) {
     for (int draw = 0; draw < 16; draw++) check_low_rank(64, 208, 16, 1);
     check_pieces(40, 24, 3), check_pieces(64, 192, 16), check_pieces(100, 219, 37), check_pieces(96, 64, 64);
     check_experts(40, 24, 3), check_experts(64, 192, 16), check_experts(100, 219, 9);
+    check_gradients(NF4_VALUES);
     printf("%d threads, bits %016lx: %d failures\n", threads, (unsigned long)sum_of_bits, failures);
     return failures != 0;
 }

@@ -57,7 +57,7 @@ typedef struct {
     const void *w;
     void *y;
     int64_t batches, rows, columns, inner, x_batch, x_row, w_batch, w_row, y_batch, y_row, kind, adds,
-        threads, narrows;
+        threads, narrows, x_inner;
 } Product;
 void turret_dots(const Product *);
 void turret_columns(const Product *);

@@ -23,7 +23,7 @@ static void check_products(int64_t columns, int64_t inner, int64_t kind, int by_
         for (int64_t i = 0; i < 2 * columns * inner; i++) ((uint16_t *)w)[i] = rand() % 0x3c00 | rand() % 2 << 15;
     int64_t w_row = by_columns ? columns : inner;
     Product p = {x, w, y, 2, MAX_ROWS, columns, inner, MAX_ROWS * inner, inner, columns * inner, w_row,
-                 MAX_ROWS * columns, columns, kind, 0, threads, 0};
+                 MAX_ROWS * columns, columns, kind, 0, threads, 0, 1};
     void (*multiply)(const Product *) = by_columns ? turret_columns : turret_dots;
     multiply(&p);
     double *expected = calloc(2 * MAX_ROWS * columns, sizeof(double));
@@ -132,11 +132,12 @@ static void check_4bit(const char *format, const double *values, int64_t block, 
     free(x), free(scale), free(y), free(one), free(packed), free(expected);
 }
 
-static void check_nf4(int64_t out, int64_t in) {
-    static const double values[16] = {-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343,
+static const double NF4_VALUES[16] = {-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343,
                                       -0.09105004, 0.0, 0.0795803, 0.1609302, 0.2461123, 0.33791524,
                                       0.44070983, 0.562617, 0.72295684, 1.0};
-    check_4bit("nf4", values, 64, turret_nf4_product, turret_nf4_experts, out, in);
+
+static void check_nf4(int64_t out, int64_t in) {
+    check_4bit("nf4", NF4_VALUES, 64, turret_nf4_product, turret_nf4_experts, out, in);
 }
 
 static void check_mxfp4(int64_t out, int64_t in) {

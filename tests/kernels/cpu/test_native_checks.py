@@ -116,6 +116,10 @@ FAULTS = {
                                "j->scales[tile * TILE + (i ^ 1)] ="),
     "pairs the other way round": ("screen.c", "pair[i] =", "pair[1 - i] ="),
     "blocks that a step skips": ("adapters/sparse.c", "(uint16_t)(block - last)", "0"),
+    "another output's weight": ("nf4_product.c", "(to[i + j] + k)", "(to[i + (j ^ 1)] + k)"),
+    "a later position's gradient": ("gradients.c", "first, t + 1);", "first, t + 2);"),
+    "the last slice's gradient alone": ("products.c", ".adds = 1}", ".adds = 0}"),
+    "a target without its one": ("logits.c", "to_bf16(slope - share", "to_bf16(-share"),
 }  # fmt: skip
 
 TILE_FAULTS = {
@@ -137,6 +141,7 @@ TILE_FAULTS = {
                                     "p->span->num_context + number + 2 - t;"),
     "what lies behind the last key": ("attention_tiles.h",
                                       "t + i >= p->low && t + i < p->end", "1"),
+    "sums of the outputs before": ("transposed.h", "if (first) {", "if (first < 0) {"),
 }  # fmt: skip
 
 

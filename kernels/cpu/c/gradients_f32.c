@@ -1,0 +1,2 @@
+#define ELEMENT_F32
+#include "gradients.c"
