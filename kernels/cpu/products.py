@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from turret.kernels.cpu.native import functions, has_native, num_threads
 from turret.lazy_torch import torch
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
 
 class _Product(ctypes.Structure):
     _fields_ = (
@@ -24,6 +22,11 @@ class _Product(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("y_batch", "y_row", "kind", "adds", "threads")),
         *((name, ctypes.c_int64) for name in ("narrows", "x_inner")),
     )
+
+
+def _kind(tensor: torch.Tensor) -> int:
+    """The number by which the kernels know a dtype."""
+    return (torch.float32, torch.bfloat16, torch.float16).index(tensor.dtype)
 
 
 def dot_products(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -87,7 +90,7 @@ def _product(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, *, adds: bool) -
         *(x.stride(0), x.stride(1)),
         *(w.stride(0) if w.shape[0] == x.shape[0] else 0, w.stride(1)),
         *(y.stride(0), y.stride(1)),
-        *(_KINDS[w.dtype], int(adds), num_threads(), 0, 1),
+        *(_kind(w), int(adds), num_threads(), 0, 1),
     )
 
 
@@ -204,7 +207,7 @@ def low_rank_gradients(
         For each update, the gradients of ``a`` and ``b``.
     """
     width, x_row = x.shape[1], x.stride(0)
-    x_address, of_x_address, kind = x.data_ptr(), of_x.data_ptr(), _KINDS[x.dtype]
+    x_address, of_x_address, kind = x.data_ptr(), of_x.data_ptr(), _kind(x)
     ranks = [len(each.a) for each in updates]
     counts = [each.rows.stop - each.rows.start for each in updates]
     scratch = torch.empty(2 * sum(map(int.__mul__, ranks, counts)))

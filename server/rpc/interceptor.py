@@ -40,8 +40,8 @@ from turret.v1 import adapters_pb2, inference_pb2
 MOST_CALLS = 1 << 14
 # Limit for one connection, which gRPC enforces (``_OPTIONS`` in server.py). Clients know it and
 # wait, but calls that begin before the server has freed others end with UNAVAILABLE. So the limit
-# is as high as the default limit of the queue.
-MOST_CALLS_PER_CONNECTION = 1024
+# leaves room for the bursts of a program that sends all of its prompts at once.
+MOST_CALLS_PER_CONNECTION = 4096
 # Limit for one token, so that its calls do not keep others out.
 MOST_CALLS_PER_TOKEN = MOST_CALLS * 3 // 4
 # Limit for services that require no token: health (a watch never ends) and reflection.

@@ -258,7 +258,7 @@ async def test_calls_that_are_reset_at_once_delay_others_by_a_bounded_number_of_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Calls of other connections wait until the server has taken those that came before."""
-    most, sent, taken = interceptor.MOST_CALLS_PER_CONNECTION, 4096, list[str]()
+    most, sent, taken = interceptor.MOST_CALLS_PER_CONNECTION, 8192, list[str]()
     authorize = interceptor.authorize
 
     def noted(tokens: Any, service: str, authorization: Any) -> None:

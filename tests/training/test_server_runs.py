@@ -44,7 +44,8 @@ from turret.training.trainer import Trainer, validation_loss
 from turret.training.words import say
 
 EXACT = ("base.dtype=float32", "run.adapter_dtype=float32")
-RATES = {"loha": 0.1, "ia3": 0.1}
+# At 0.1, the steps of LoHa amplify differences of 1e-7 a thousandfold.
+RATES = {"loha": 0.03, "ia3": 0.1}
 
 
 @contextlib.contextmanager
@@ -141,7 +142,7 @@ def test_training_on_a_server_matches_local_training(
     theirs, ours = (run.folder for run in runs)
     for kind in ("step", "validation"):
         found, expected = losses_of(theirs.path, kind), losses_of(ours.path, kind)
-        assert found == pytest.approx(expected, rel=1e-3), kind
+        assert found == pytest.approx(expected, rel=1e-4), kind
     assert losses_of(theirs.path, "validation")[-1] < 0.95 * losses_of(theirs.path, "validation")[0]
     counts = [folder.read_facts()["num_parameters"] for folder in (theirs, ours)]
     assert counts[0] == counts[1]

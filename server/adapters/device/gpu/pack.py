@@ -111,6 +111,8 @@ class Placement:
 # An adapter takes at least this many ranks, to pay for its slot, which costs rows in the tables of
 # gains and biases.
 _RANKS_PER_SLOT = 16
+# The numbers of ranks of this many slots have 16 bytes, to which Triton aligns.
+_ALIGNED_SLOTS = 4
 
 
 def gate_in(operators: ModuleOperators) -> Gate | None:
@@ -184,7 +186,7 @@ class GpuPackedProjection:
         self.layers = [(self.a[i], [b[i] for b in self.b]) for i in range(layers)]
         # The part of each layer is aligned. Otherwise, Triton would compile forms of kernels for
         # both cases, and which cases occur would depend on the budget.
-        padded = num_slots + -num_slots % 4
+        padded = num_slots + -num_slots % _ALIGNED_SLOTS
         self.slice_ranks = zeros(padded, count, dtype=torch.int32)[:, :num_slots]
         self.gain_delta, self.bias = (zeros(num_slots, layout.width(name)) for _ in range(2))
 
@@ -295,7 +297,9 @@ class GpuPack(Part):
         ranks = count * _RANKS_PER_SLOT
         self.num_slots = count + 1
         self.budget = ranks * self._share
-        self.num_bytes = ranks * self._rank_bytes + self.num_slots * slot_bytes
+        modules = layout.num_layers * sum(map(len, layout.projections.values()))
+        padding = 4 * modules * (-self.num_slots % _ALIGNED_SLOTS)
+        self.num_bytes = ranks * self._rank_bytes + self.num_slots * slot_bytes + padding
         self._forms: dict[str, Form] = {}
         self._placement = Placement(ranks)
         self.projections = {
