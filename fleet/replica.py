@@ -211,8 +211,8 @@ class ReplicaRegistry(AdapterRegistry):
         return [_with_usage(record, elsewhere) for record in super().list()]
 
     def _usage_elsewhere(self) -> Sequence[Mapping[str, p.AdapterUsage]]:
-        # All replicas share the registry, so clients must not be able to keep it busy. Other calls
-        # use the last answer meanwhile.
+        # All replicas share the registry, so clients must not be able to keep it busy. Calls within
+        # the interval use the last answer.
         now = time.monotonic()
         if now - self._asked_time >= _USAGE_SECONDS:
             self._asked_time = now

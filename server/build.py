@@ -262,7 +262,11 @@ def _build_training(
 
 
 def _device_bytes(config: AdapterConfig) -> int:
-    """The memory that adapters in training take on a GPU, which are also in host memory."""
+    """The device memory for adapters in training.
+
+    Of 32 bytes per parameter in host memory, a pass copies about 10 to the device: an operator in
+    the serving dtype, its leaf in float32 and the gradient of that.
+    """
     return config.training_bytes // 3
 
 

@@ -117,7 +117,7 @@ def _compile(args: argparse.Namespace) -> int:
 
     try:
         compile_kernels(config, args.compute_capability)
-    except TurretError as error:
+    except (TurretError, OSError, ValueError) as error:
         refuse([("", str(error))], is_json=False, command="turret compile")
         return EXIT_FAILED
     return 0

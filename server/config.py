@@ -178,9 +178,8 @@ class SchedulerConfig:
     )
     preempt_after_seconds: Seconds = setting(
         5.0,
-        "time after which a waiting request takes the place of a running one, or the memory of its"
-        " adapters, if that one's bearer token holds more of them or its mix was served more;"
-        " 0: never",
+        "time after which a waiting request may take the place, or the adapters' memory, of another"
+        " request whose bearer token holds more of it, or whose mix was served more; 0: never",
         ge=0,
     )
     speculation: Literal["auto", "prompt", "off"] = setting(

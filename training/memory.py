@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
 
+from turret.server.models.decoding.cpu_layers import CpuLayerOps
 from turret.server.models.memory import memory_of
 from turret.server.models.model_source import stored_weights
 from turret.server.models.sources.model_directory import weight_files
@@ -162,7 +163,7 @@ def estimate_memory(resolved: Resolved) -> MemoryEstimate:
     )
 
 
-# The same for the engine of a server, whose passes do not run on the meta device.
+# A pass of the server's engine cannot run on the meta device, so its memory follows from a formula.
 
 
 def _estimate_shared(resolved: Resolved) -> MemoryEstimate:
@@ -181,7 +182,10 @@ def _estimate_shared(resolved: Resolved) -> MemoryEstimate:
     widths += 2 * (arch.hidden_size + arch.num_kv_heads * arch.head_dim)
     # The backward pass of an MLP has the gate, the products and their gradients in float32.
     in_backward = 4 * 8 * arch.intermediate_size
-    scores = 4 * 4 * arch.num_heads * max(CHUNK_TOKENS, *lengths) * max(lengths)
+    # Without compiled kernels for a layer, the backward pass of attention has all scores.
+    scores = 0
+    if not CpuLayerOps.serves(arch):
+        scores = 4 * 4 * arch.num_heads * max(CHUNK_TOKENS, *lengths) * max(lengths)
     logits = 4 * 4 * CHUNK_TOKENS * arch.vocab_size
     return MemoryEstimate(
         process=resident_bytes(),

@@ -39,7 +39,7 @@ from turret.server.training.losses import TARGETS
 from turret.server.training.trainer import MAX_SEQUENCE_TOKENS, AdamParams, Datum
 from turret.training.base_model import DTYPES, keep_freed_memory
 from turret.training.engine import Engine, LocalEngine
-from turret.training.run.folder import FOLDER_SUFFIX, checkpoint_path
+from turret.training.run.folder import FOLDER_SUFFIX, checkpoint_path, step_of
 from turret.training.server_engine import SharedEngine
 from turret.training.settings.checks import unserved
 from turret.training.settings.config import BaseConfig
@@ -48,6 +48,7 @@ from turret.training.settings.resolve import Resolved
 T = TypeVar("T")
 # The process trains for one user, so the limits of a server for its clients do not apply.
 _NO_LIMIT = 1 << 60
+# Positions for the longest prompt of a report, its answer, and the rounding to whole blocks.
 _MOST_POSITIONS = MAX_SEQUENCE_TOKENS + 128
 
 
@@ -62,8 +63,8 @@ class OwnBase:
         keep_freed_memory()
         base = resolved.config.base
         assert base.dtype is not None
-        # The cache has room for the longest prompt of a report, and its answer.
-        cache = KvCache.block_bytes(resolved.base.arch, _MOST_POSITIONS, DTYPES[base.dtype])
+        positions = _MOST_POSITIONS + (resolved.config.method.num_virtual_tokens or 0)
+        cache = KvCache.block_bytes(resolved.base.arch, positions, DTYPES[base.dtype])
         self._scratch = tempfile.TemporaryDirectory()
         config = Config(
             model=ModelConfig(
@@ -118,16 +119,16 @@ class OwnBase:
 
 @contextlib.contextmanager
 def own_engines() -> Iterator[Callable[[Resolved], Engine]]:
-    """Opens engines in this process; all runs on a base share it.
+    """Opens engines in this process; runs on a base with as many virtual tokens share it.
 
     A run that a server cannot train is trained with PEFT instead.
     """
-    bases: dict[BaseConfig, OwnBase] = {}
+    bases: dict[tuple[BaseConfig, int | None], OwnBase] = {}
 
     def open_engine(resolved: Resolved) -> Engine:
         if not is_shared(resolved):
             return LocalEngine(resolved)
-        key = resolved.config.base
+        key = resolved.config.base, resolved.config.method.num_virtual_tokens
         if key not in bases:
             bases[key] = OwnBase(resolved)
         return OwnEngine(resolved, bases[key])
@@ -162,6 +163,8 @@ class OwnEngine(SharedEngine):
         self._base = base
         self._training = base.training
         self._id = base.run(self._training.create(self._learner))
+        # The adapter's name for samples.
+        self._sampled = f"sample-{self._id}"
 
     def _pass(self, data: Sequence[TrainingDatum], *, has_grad: bool) -> float:
         inputs = [
@@ -180,13 +183,12 @@ class OwnEngine(SharedEngine):
         return self._base.run(self._training.step(self._id, adam))["grad_norm"]
 
     def _publish(self) -> AdapterRef:
-        name = f"sample-{self._id}"
-        self._base.run(self._training.publish(self._id, name))
-        return AdapterRef(name=name)
+        self._base.run(self._training.publish(self._id, self._sampled))
+        return AdapterRef(name=self._sampled)
 
     def _answer(self, prompt: Sequence[int], adapter: Any, most: int) -> list[int]:
         request = Request(
-            request_id=f"sample-{self._id}",
+            request_id=self._sampled,
             prompt_token_ids=tuple(prompt),
             adapters=() if adapter is None else (adapter,),
             sampling=SamplingParams(temperature=0.0),
@@ -209,7 +211,7 @@ class OwnEngine(SharedEngine):
 
     def restore(self, checkpoint: Path) -> int:
         self._base.run(self._training.load(self._id, checkpoint, with_optimizer=True))
-        return int(checkpoint.name.removeprefix("step-"))
+        return step_of(checkpoint)
 
     def discard(self, checkpoint: Path) -> None:
         shutil.rmtree(checkpoint)
@@ -226,4 +228,5 @@ class OwnEngine(SharedEngine):
 
     def close(self) -> None:
         """Drop the adapter, without waiting for the end of a pass."""
+        self._base.start(self._training.withdraw(self._sampled))
         self._base.start(self._training.drop(self._id))

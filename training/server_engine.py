@@ -56,7 +56,7 @@ class SharedEngine(ABC):
         method = self._config.method
         return LearnerConfig(
             method=method.name,
-            # Every method has this field: for IA3 it means nothing.
+            # A rank is required; IA3 ignores it.
             rank=method.rank or method.num_virtual_tokens or 1,
             seed=self._config.run.seed,
             alpha=method.alpha,
@@ -118,8 +118,10 @@ class SharedEngine(ABC):
 
     def samples(self, rows: Sequence[Row], on_progress: Progress) -> list[dict[str, Any]]:
         adapter = self._publish()
+        longest = self._resolved.base.arch.max_model_len
 
         def answer(prompt: Sequence[int], _: Encoded, most: int, is_adapted: bool) -> list[int]:
+            most = min(most, longest - len(prompt))
             return self._answer(prompt, adapter if is_adapted else None, most)
 
         examples = [example for row in rows for example in row]

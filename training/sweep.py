@@ -87,8 +87,8 @@ def sweep(
     """Train every variant, and write ``sweep.json`` into the sweep's directory at the end.
 
     Variants that are already finished are not trained again, so a sweep that was stopped continues.
-    All variants are checked at once. Those that share a base are trained together, and every other
-    one after them.
+    All variants are checked at once. Those that the engine of a server
+    trains share a base and are trained together; the others follow, one at a time.
 
     Args:
         variants: At least one. Their configs must have validation examples.

@@ -136,12 +136,12 @@ class Trainer:
         before = log.seconds
         try:
             loop = _Loop(self._resolved, engine, log, self._listen)
-            loss = loop.run(step, until, self._folder.checkpoints)
+            step, loss = loop.run(step, until, self._folder.checkpoints)
         finally:
             log.close()
         memory = engine.peak_memory()
         if until < self._num_steps:
-            return FinishedRun(self._folder, until, loss, round(log.seconds, 3), memory)
+            return FinishedRun(self._folder, step, loss, round(log.seconds, 3), memory)
         result = {"validation_loss": loss, "seconds": log.seconds, "memory_bytes": memory}
         self._folder.write_facts(facts | {"result": result})
         # Write the adapter after everything but the samples: an existing adapter means a result.
@@ -248,8 +248,12 @@ class _Loop:
         self._tokens = log.tokens
         self._started = time.monotonic() - log.seconds
 
-    def run(self, step: int, until: int, checkpoints: Path) -> float | None:
-        """Train from ``step`` finished steps to ``until``; returns the last validation loss."""
+    def run(self, step: int, until: int, checkpoints: Path) -> tuple[int, float | None]:
+        """Train from ``step`` finished steps to at least ``until``.
+
+        Returns:
+            The number of finished steps, and the last validation loss.
+        """
         run = self._config.run
         loss = None
         if step == 0:
@@ -264,8 +268,8 @@ class _Loop:
                 self._engine.save(checkpoints, step)
                 for path in checkpoints_in(checkpoints)[: -run.keep_checkpoints]:
                     self._engine.discard(path)
-        # A checkpoint may be of a later step.
-        return self._validate(step) if loss is None else loss
+        # Without a step, the run was resumed from a checkpoint at or after ``until``.
+        return step, self._validate(step) if loss is None else loss
 
     def _step(self, step: int) -> None:
         run = self._config.run

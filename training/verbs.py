@@ -73,10 +73,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     sweep.add_argument(
         "--early-stop",
         action="store_true",
-        help="continue with the best third of the variants after a ninth and a third of the steps",
+        help="stop all but the best third of the variants after 1/9 of the steps, and again after"
+        " 1/3",
     )
     sweep.add_argument("--json", action="store_true", help="print JSON")
-    add_connection_flags(sweep, "train all variants at once on a server with --training")
+    add_connection_flags(sweep, "train the variants on a server with --training, up to 16 at once")
     add_promote(verbs, "replace a served adapter if a test set shows that the new one is better")
 
 
@@ -387,6 +388,7 @@ def _sweep(args: argparse.Namespace) -> None:
     with announce(None, "sweep") as listen:
         listen({"kind": "phase", "text": "reading the base model"})
         _load(args, "turret.training.sweep")
+        from turret.training.run.folder import RunFolder
         from turret.training.sweep import sweep
     with _engines(args) as open_engine:
         results = sweep(
@@ -410,8 +412,8 @@ def _sweep(args: argparse.Namespace) -> None:
             f"{result.seconds:.0f}",
         )
     print_table(table, _console())
-    # Compare the losses as the table shows them; among equals the first (smallest) rank wins.
-    finished = [each for each in results if (Path(each.output) / "adapter").exists()]
+    # Compare the losses as the table shows them; among equal ones, the first variant wins.
+    finished = [each for each in results if RunFolder(Path(each.output)).is_finished]
     best = min(finished, key=lambda result: round(result.validation_loss, 4))
     title = variants[results.index(best)].title
     print(f"the lowest validation loss has {title}", best.what_next, sep="\n")

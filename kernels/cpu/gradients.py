@@ -24,6 +24,8 @@ def add_norm_gradient_(
         grad: The gradient of the result, like ``total``.
         eps: Added to the mean square.
     """
+    assert weight.dtype == total.dtype == torch.float32
+    assert total.is_contiguous()
     x, grad = x.contiguous(), grad.contiguous()
     by_element("turret_norm_gradient", x.dtype)(
         x.data_ptr(),

@@ -134,7 +134,8 @@ def dense_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 # ``dX = dY W``, the gradient of the rows; see ``transposed.h``.
 
-_PANEL = 32  # inputs
+_PANEL = 32  # inputs; PANEL in transposed.h
+_MULTIPLE = 32  # outputs, to which gradients are padded; MULTIPLE in transposed.h
 
 
 def serves_transposed(weight: torch.Tensor) -> bool:
@@ -169,7 +170,7 @@ def transposed_product(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor
 
 def rounded_gradients(rows: int, columns: int) -> torch.Tensor:
     """Memory for the gradients in bf16, padded to whole pieces."""
-    return torch.empty(rows, -(-columns // _PANEL) * _PANEL, dtype=torch.bfloat16)
+    return torch.empty(rows, -(-columns // _MULTIPLE) * _MULTIPLE, dtype=torch.bfloat16)
 
 
 # Gradients of low-rank updates.
@@ -210,7 +211,7 @@ def low_rank_gradients(
     x_address, of_x_address, kind = x.data_ptr(), of_x.data_ptr(), _kind(x)
     ranks = [len(each.a) for each in updates]
     counts = [each.rows.stop - each.rows.start for each in updates]
-    scratch = torch.empty(2 * sum(map(int.__mul__, ranks, counts)))
+    scratch = torch.empty(2 * sum(r * n for r, n in zip(ranks, counts, strict=True)))
     address, turn, last = scratch.data_ptr(), 0, None
     found, values = [], []
     for each, rank, count in zip(updates, ranks, counts, strict=True):

@@ -138,10 +138,12 @@ class KeptConstraints:
                 other, size = self._ended.popleft()
                 self._held[other] -= size
             self._held = +self._held
-            most = MAX_HELD_BYTES // 2 if tenant else MAX_HELD_BYTES
-            held = self._held[tenant] if tenant else self._held.total()
-            if held + num_bytes > most or self._held.total() + num_bytes > MAX_HELD_BYTES:
-                raise QueueFullError(say("CONSTRAINTS_FULL", held=held, most=most))
+            limits = [(self._held.total(), MAX_HELD_BYTES)]
+            if tenant:
+                limits.append((self._held[tenant], MAX_HELD_BYTES // 2))
+            for held, most in limits:
+                if held + num_bytes > most:
+                    raise QueueFullError(say("CONSTRAINTS_FULL", held=held, most=most))
             self._held[tenant] += num_bytes
         weakref.finalize(constraint, self._ended.append, (tenant, num_bytes))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -175,6 +175,12 @@ _EXCERPT = re.compile(r"(?m)^ +(?:\d+ \|.*|\^)$")
 MAX_FAULT_CHARS = 300
 
 
+def any_of(texts: Iterable[str]) -> str:
+    """A regular expression that matches exactly these texts."""
+    escaped = "|".join(_META.sub(r"\\\1", text) for text in texts)
+    return f"(?:{escaped})"
+
+
 def grammar_of(spec: ConstraintSpec) -> str:
     """The grammar of a constraint. Only its form has been checked.
 
@@ -192,8 +198,7 @@ def grammar_of(spec: ConstraintSpec) -> str:
     if spec.kind == "choice":
         # Use one alternation, because with a rule per choice the parser would follow all of them at
         # once.
-        texts = "|".join(_META.sub(r"\\\1", text) for text in spec.texts)
-        return LLMatcher.grammar_from_regex(f"(?:{texts})")
+        return LLMatcher.grammar_from_regex(any_of(spec.texts))
     if spec.kind == "regex":
         return LLMatcher.grammar_from_regex(spec.texts[0])
     text = spec.texts[0]

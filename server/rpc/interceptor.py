@@ -34,13 +34,13 @@ from turret.server.errors import (
 from turret.server.words import Text, say
 from turret.v1 import adapters_pb2, inference_pb2
 
-# Limits on concurrent gRPC calls over all clients.
+# Limits on concurrent gRPC calls.
 
-# The total.
+# Limit for all clients together.
 MOST_CALLS = 1 << 14
-# Limit for one connection, which gRPC enforces (``_OPTIONS`` in server.py). Clients know it and
-# wait, but calls that begin before the server has freed others end with UNAVAILABLE. So the limit
-# leaves room for the bursts of a program that sends all of its prompts at once.
+# Limit for one connection, which gRPC enforces (``_OPTIONS`` in server.py). Clients learn this
+# limit and wait. At the limit, a call that arrives before an earlier one has ended on the server
+# fails with UNAVAILABLE, so it leaves room for a program that sends all of its prompts at once.
 MOST_CALLS_PER_CONNECTION = 4096
 # Limit for one token, so that its calls do not keep others out.
 MOST_CALLS_PER_TOKEN = MOST_CALLS * 3 // 4

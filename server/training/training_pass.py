@@ -2,8 +2,9 @@
 
 The forward pass is that of requests, so a token's log probability is bit-identical to the one in
 sampling. A recorder keeps the input and the result of each projection. The backward pass goes
-through the layers in reverse. It differentiates each part in float32 with autograd, and multiplies
-by the transposed weights of the base for all rows at once. The base gets no gradients.
+through the layers in reverse. It differentiates each part in float32, by compiled kernels or by
+autograd, and multiplies by the transposed weights of the base for all rows at once. The base gets
+no gradients.
 
 Rows of several adapters run in one pass. Everything for an adapter is computed from its own rows
 alone, or row by row, so the bits of its gradients do not depend on the rest of the pass.

@@ -6,6 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -286,12 +287,21 @@ def unannounced(num_steps: int | None, title: str) -> Iterator[Any]:
 def test_a_sweep_trains_all_variants_at_once(
     server: ServerUnderTest, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    seen: list[int] = []
+    seen: list[str] = []
+    # The first passes of all variants wait for each other.
+    all_begun = threading.Barrier(4, timeout=60.0)
 
     def counting(resolved: Resolved) -> Any:
         engine = opener(server)(resolved)
-        with TurretClient(server.address) as client:
-            seen.append(len(client.training.list_models()))
+        seen.append(resolved.config.run.output)
+        backward = engine.backward
+
+        def begin(parts: Any) -> float:
+            engine.backward = backward
+            all_begun.wait()
+            return backward(parts)
+
+        engine.backward = begin
         return engine
 
     with TurretClient(server.address) as client:
@@ -300,7 +310,7 @@ def test_a_sweep_trains_all_variants_at_once(
     variants = tiny_variants(tmp_path, tiny_llama, "run.steps=4", *varied)
     results = sweep(variants, tmp_path, unannounced, counting, served)
     assert [result.settings["method"] for result in results] == ["lora", "lora", "dora", "dora"]
-    assert max(seen) == 4
+    assert len(seen) == 4
     assert left_on(server) == (0, 0)
     # An adapter has the bytes that it has when it is trained alone.
     config = replace(variants[3].config, run=replace(variants[3].config.run, output="alone"))

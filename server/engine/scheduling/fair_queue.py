@@ -136,15 +136,15 @@ class FairQueue(Generic[T]):
 
     def peek(self, ready: Callable[[T], bool]) -> T | None:
         """The next item to serve: the first ready one, by tenant, group and turn."""
-        firsts = (line.first(ready, self.places) for line in self._lines.values())
+        firsts = (line.first(ready, self._places_of) for line in self._lines.values())
         found = (item for item in firsts if item is not None)
-        return min(found, key=lambda i: (self.places(i), self._served[i.group]), default=None)
+        return min(found, key=lambda i: (self._places_of(i), self._served[i.group]), default=None)
 
     def served(self, group: Hashable) -> float:
         """A group's service counter: the higher it is, the more the group was served."""
         return self._served[group]
 
-    def places(self, item: T) -> int:
+    def _places_of(self, item: T) -> int:
         """Number of running items of this item's tenant; 0 if it has no tenant."""
         return self._places[item.tenant] if item.tenant else 0
 

@@ -132,6 +132,13 @@ def json_rule(schema: Mapping[str, Any]) -> str:
     return f"%json {json.dumps({**schema, 'x-guidance': _BLANKS})}"
 
 
+def allowed_values(schema: Mapping[str, Any]) -> list[Any] | None:
+    """The values that ``enum`` or ``const`` allows; None if neither restricts the value."""
+    if isinstance(schema.get("enum"), list):
+        return schema["enum"]
+    return [schema["const"]] if "const" in schema else None
+
+
 def kinds_of(schema: Any, root: Any) -> frozenset[str]:
     """The JSON types that a value may have, ``integer`` counted as ``number``.
 
@@ -155,9 +162,8 @@ def kinds_of(schema: Any, root: Any) -> frozenset[str]:
             found.add("string")
         elif "$ref" in one:
             left.append(resolved(one["$ref"], root))
-        elif "const" in one or isinstance(one.get("enum"), list):
-            kinds = set(map(type, one.get("enum", [one.get("const")])))
-            found.update(_KINDS_OF_TYPES[kind] for kind in kinds)
+        elif (values := allowed_values(one)) is not None:
+            found.update(_KINDS_OF_TYPES[kind] for kind in set(map(type, values)))
         elif one.get("type") is not None:
             named = one["type"] if isinstance(one["type"], list) else [one["type"]]
             names = {"number" if name == "integer" else str(name) for name in named}

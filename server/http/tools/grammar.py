@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from turret.server.basics.codes import CHANNEL, FUNCTIONS, MARKS, MESSAGE
-from turret.server.constraints.grammar import MAX_CONSTRAINT_CHARS, is_lark
+from turret.server.constraints.grammar import MAX_CONSTRAINT_CHARS, any_of, is_lark
 from turret.server.http.schemas.fields import closed
 from turret.server.http.tools.calls import (
     ARGUMENTS,
@@ -18,13 +18,13 @@ from turret.server.http.tools.calls import (
     MAX_ALTERNATIVES,
     Form,
     UnenforceableError,
+    allowed_values,
     json_rule,
     kinds_of,
     resolved,
 )
 from turret.server.words import Text, say
 
-_META = re.compile(r"([\\.+*?()|\[\]{}^$#&~/-])")
 _SLASH = re.compile(r"(?s)(\\.)|(/)|(\n)")
 
 
@@ -42,8 +42,7 @@ def constrained(kind: str, value: Any) -> str | None:
     if kind == "regex":
         return f"/{_SLASH.sub(_escaped, value)}/"
     if kind == "choice":
-        texts = "|".join(_META.sub(r"\\\1", text).replace("\n", "\\n") for text in value)
-        return f"/(?:{texts})/"
+        return f"/{any_of(value)}/".replace("\n", "\\n")
     return f"%lark {{\n{value}\n}}" if is_lark(value) else None
 
 
@@ -115,8 +114,8 @@ class _Value:
         """The rules of the value and its end tag."""
         at = self._followed(schema)
         kinds = kinds_of(at, self._root)
-        if "const" in at or isinstance(at.get("enum"), list):
-            texts = [_as_text(one) for one in at.get("enum", [at.get("const")])]
+        if (values := allowed_values(at)) is not None:
+            texts = [_as_text(one) for one in values]
             yield f"{rule}: " + " | ".join(json.dumps(f"{text}{_END}") for text in texts)
         elif "string" in kinds:
             yield f"{rule}[suffix={json.dumps(_END)}]: {self._text(at)}"

@@ -282,6 +282,14 @@ async def test_a_refusal_names_the_parameter(form: str) -> None:
     assert refused.param == "tools[0].function.parameters.properties.a.format"
 
 
+@pytest.mark.parametrize("ignored", [None, 5, "abc"])
+def test_an_enum_that_is_no_list_leaves_the_const(ignored: Any) -> None:
+    schema = {"properties": {"x": {"const": 1, "enum": ignored}}, "required": ["x"]}
+    grammar = CallsGrammar("xml", {"f": schema}, is_parallel=False).alone()
+    assert '"1' in grammar
+    assert kinds_of(schema["properties"]["x"], schema) == {"number"}
+
+
 def test_values_in_xml_follow_the_schema() -> None:
     schema = {
         "properties": {

@@ -145,6 +145,9 @@ def test_gradients_use_the_weight_of_the_product(isa: str, monkeypatch: pytest.M
     weight = torch.cat([linear.dequantize(0), linear.dequantize(1)])
     exact = grad.double() @ weight.double()
     assert error_ratio(linear.transposed_product(grad.float()), exact) < MAX_ERROR
+    # A unit row selects one row of the weight, which ``dequantize`` rounds to bf16.
+    rows = linear.transposed_product(torch.eye(128))
+    assert torch.equal(rows.to(torch.bfloat16).float(), weight)
 
 
 @pytest.mark.skipif(library() is None, reason="there is no C compiler")

@@ -101,6 +101,7 @@ def test_the_estimate_is_near_the_peak(
     plan = json.loads(done.stdout)
     memory, peak = plan["memory"], plan["measured_peak"]
     assert memory["total"] - memory["process"] > memory["process"] / 2
+    assert dtype != "float32" or memory["step"] > memory["process"] / 2
     assert memory["total"] == pytest.approx(peak, rel=0.2)
     # Also compare the model's own share, without the process.
     own = peak - memory["process"]

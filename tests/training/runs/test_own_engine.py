@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.training import REQUIRED, resolve_tiny
+from builders.training import REQUIRED, resolve_tiny, write_jsonl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from turret.training.base_model import find_base
 from turret.training.engine import LocalEngine
 from turret.training.own_engine import OwnEngine, own_engines
 from turret.training.run.folder import read_metrics
@@ -48,24 +50,49 @@ def test_one_seed_gives_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None
     assert first["adapter_model.safetensors"] != other["adapter_model.safetensors"]
 
 
+_KILLED_AT_27 = """
+import itertools, os, signal, sys
+from turret.server.cli import main
+from turret.training.own_engine import OwnEngine
+optimize, steps = OwnEngine._optimize, itertools.count(1)
+def counting(self, adam):
+    if next(steps) == 27:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return optimize(self, adam)
+OwnEngine._optimize = counting
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_samples_end_at_the_context(tiny_llama: Path, tmp_path: Path) -> None:
+    """A sample may be twice as long as its reference, but not longer than the model's context."""
+    model = find_base(tiny_llama)
+    length = model.arch.max_model_len
+    words = "word " * length
+    ids = model.tokenizer.encode(words, add_special_tokens=False)[: length - 3]
+    row = {"prompt": model.tokenizer.decode(ids), "completion": "x"}
+    write_jsonl(tmp_path / "train.jsonl", [row] * 8)
+    run = train(tmp_path, tiny_llama, "full", f"data.max_length={length}", "run.steps=1")
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert samples
+    assert adapter_bytes(run)
+
+
 def test_a_killed_run_resumes_with_the_same_result(tiny_llama: Path, tmp_path: Path) -> None:
     expected = train(tmp_path, tiny_llama, "whole", *LONG)
     resolved = resolve_tiny(tmp_path, tiny_llama, *EXACT, "run.output=killed", *LONG)
     config = tmp_path / "killed.toml"
     config.write_text(render_config(resolved.config), encoding="utf-8")
-    command = [sys.executable, "-m", "turret.server.cli", "train", "run", str(config)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     killed = tmp_path / "killed"
-    metrics = killed / "metrics.jsonl"
-    while not metrics.exists() or '"step": 26,' not in metrics.read_text():
-        assert process.poll() is None, "it ended before"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    arguments = ["train", "run", str(config)]
+    died = subprocess.run([sys.executable, "-c", _KILLED_AT_27, *arguments], check=False)
+    assert died.returncode == -signal.SIGKILL
+    assert '"step": 26,' in (killed / "metrics.jsonl").read_text()
     assert not (killed / "adapter").exists()
     # The process may have been killed while it wrote a checkpoint.
     (killed / "checkpoints" / "step-00000099.partial").mkdir()
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "turret.server.cli", *arguments, "--resume"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert adapter_bytes(killed) == adapter_bytes(expected)
     assert without_times(killed) == without_times(expected)
@@ -96,7 +123,7 @@ def test_an_interrupted_run_resumes_with_the_same_result(tiny_llama: Path, tmp_p
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_within_a_pass(
+def test_a_signal_ends_a_run_with_its_exit_code(
     tiny_llama: Path, tmp_path: Path, kind: signal.Signals
 ) -> None:
     more = ("run.steps=1000", "run.checkpoint_every=5", "run.batch_size=16")

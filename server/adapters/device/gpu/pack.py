@@ -111,8 +111,14 @@ class Placement:
 # An adapter takes at least this many ranks, to pay for its slot, which costs rows in the tables of
 # gains and biases.
 _RANKS_PER_SLOT = 16
-# The numbers of ranks of this many slots have 16 bytes, to which Triton aligns.
-_ALIGNED_SLOTS = 4
+
+
+def padded(num_slots: int, slot_bytes: int) -> int:
+    """The next number of slots that fills whole units of 16 bytes.
+
+    Triton compiles another form of a kernel for an address that 16 does not divide.
+    """
+    return num_slots + -num_slots % (16 // slot_bytes)
 
 
 def gate_in(operators: ModuleOperators) -> Gate | None:
@@ -184,10 +190,8 @@ class GpuPackedProjection:
         self.a = zeros(ranks, count, self.slices[0].in_features, dtype=dtype)
         self.b = [zeros(ranks, s.out_features, dtype=dtype) for s in self.slices]
         self.layers = [(self.a[i], [b[i] for b in self.b]) for i in range(layers)]
-        # The part of each layer is aligned. Otherwise, Triton would compile forms of kernels for
-        # both cases, and which cases occur would depend on the budget.
-        padded = num_slots + -num_slots % _ALIGNED_SLOTS
-        self.slice_ranks = zeros(padded, count, dtype=torch.int32)[:, :num_slots]
+        ranks_of_slots = zeros(padded(num_slots, 4), count, dtype=torch.int32)
+        self.slice_ranks = ranks_of_slots[:, :num_slots]
         self.gain_delta, self.bias = (zeros(num_slots, layout.width(name)) for _ in range(2))
 
     def move(self, moves: Iterable[tuple[int, int, int]]) -> None:
@@ -298,7 +302,7 @@ class GpuPack(Part):
         self.num_slots = count + 1
         self.budget = ranks * self._share
         modules = layout.num_layers * sum(map(len, layout.projections.values()))
-        padding = 4 * modules * (-self.num_slots % _ALIGNED_SLOTS)
+        padding = 4 * modules * (padded(self.num_slots, 4) - self.num_slots)
         self.num_bytes = ranks * self._rank_bytes + self.num_slots * slot_bytes + padding
         self._forms: dict[str, Form] = {}
         self._placement = Placement(ranks)

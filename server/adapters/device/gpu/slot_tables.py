@@ -24,7 +24,7 @@ from turret.kernels.gpu.tables import (
     SegmentTable,
     upload,
 )
-from turret.server.adapters.device.gpu.pack import Form, GpuPack
+from turret.server.adapters.device.gpu.pack import Form, GpuPack, padded
 from turret.server.adapters.device.gpu.uploads import aligned, apart
 from turret.server.adapters.device.store import (
     ExpertPairs,
@@ -200,8 +200,7 @@ class GpuSlotTables(Part):
     ) -> None:
         self._layout = layout
         self._pack = pack
-        # With an even number of slots, the part of each layer is aligned, as kernels are compiled.
-        self._like = (layout.num_layers, pack.num_slots + pack.num_slots % 2, dtype, device)
+        self._like = (layout.num_layers, padded(pack.num_slots, 8), dtype, device)
         self._columns = {name: layout.columns(name) for name in layout.projections}
         self._slot_tables: dict[SlotTableKey, SlotTable] = {}
         self._compiled: set[SlotTableKey] = set()
