@@ -67,8 +67,10 @@ class CommandParser(argparse.ArgumentParser):
                 # A flag and its value may be one quoted word.
                 self._refuse_flag(rest[0].partition("=")[0].partition(" ")[0])
             takes_text = any(one.dest in _TEXT_ARGUMENTS for one in self._get_positional_actions())
-            reason = "UNQUOTED_TEXT" if takes_text else "UNEXPECTED_ARGUMENTS"
-            self.error(say(reason, count=len(rest), values=" ".join(rest)))
+            count, values = len(rest), " ".join(rest)
+            if takes_text:
+                self.error(say("UNQUOTED_TEXT", count=count, values=values))
+            self.error(say("UNEXPECTED_ARGUMENTS", count=count, values=values))
         return values, rest
 
     def error(self, message: str) -> NoReturn:
