@@ -18,7 +18,6 @@ from turret.training.adapter_folder import write_adapter
 from turret.training.base_model import TrainingBase, without_peft_warnings
 from turret.training.loss import LossFunction
 from turret.training.mixture import as_modules
-from turret.training.nf4_linear import join_loras
 from turret.training.settings.checks import check_modules
 from turret.training.settings.config import MethodConfig
 from turret.training.settings.declared import DECLARED
@@ -167,7 +166,6 @@ class PeftMethod:
     def attach(self, model: Any, config: MethodConfig, base: TrainingBase) -> Any:
         with without_peft_warnings(), as_modules(model):
             attached = peft.get_peft_model(model, self.peft_config(config, base))
-        join_loras(attached)
         for parameter in attached.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
