@@ -95,8 +95,6 @@ TEXTS = {
     " --state-dir DIR`",
     "RUN_ELSEWHERE": "the run in {path} was begun elsewhere; `{command}` continues it",
     "NO_VALIDATION_LOSS": "{path} has no validation loss",
-    "LOHA_RANK_TOO_HIGH": "LoHa rank {rank} costs more than a dense update on a module with"
-    " {inputs} inputs and {outputs} outputs; choose a lower rank",
     # Repair adapters.
     "NOTHING_TO_REPAIR": "the 4-bit weights in {path} are served as stored, so there is nothing to"
     " repair; pass the model that they were made from",
