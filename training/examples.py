@@ -50,11 +50,6 @@ class DataFiles:
     is_multi_label: bool
 
 
-def data_paths(config: DataConfig, folder: Path) -> tuple[Path, ...]:
-    """The files that a config in ``folder`` names, the training one first."""
-    return tuple(folder / name for name in (config.train, config.validation) if name is not None)
-
-
 def read_files(config: DataConfig, folder: Path) -> DataFiles:
     """Read the example files.
 
@@ -66,7 +61,8 @@ def read_files(config: DataConfig, folder: Path) -> DataFiles:
         DataError: See :func:`read_examples` and :func:`labels_of`; or an example is in both files,
             or has labels where texts are learned.
     """
-    paths = data_paths(config, folder)
+    names = (config.train, config.validation)
+    paths = tuple(folder / name for name in names if name is not None)
     train = read_examples(paths[0])
     # Collect the labels before the split: all lines of a rare label may go to the validation part.
     labels = labels_of(train) if config.task == "classification" else ()

@@ -15,17 +15,12 @@ from typing import Any, Protocol, TypeAlias
 
 from turret.clients.messages.results import Model
 from turret.server.api.tenants.sessions import MAX_MODELS
-from turret.server.models.decoding.arch import Projections
-from turret.training.base_model import find_base
 from turret.training.engine import Engine
 from turret.training.errors import RunError
-from turret.training.methods import method_named
 from turret.training.own_engine import is_shared
 from turret.training.report import write_report
 from turret.training.run.folder import RunFolder, what_next
 from turret.training.serving_cost import serving_cost
-from turret.training.settings.checks import base_place, check_fit, check_method
-from turret.training.settings.config import MethodConfig
 from turret.training.settings.resolve import Resolved, resolve
 from turret.training.settings.variants import Variant
 from turret.training.trainer import FinishedRun, Listener, Trainer
@@ -103,9 +98,12 @@ def sweep(
         ConfigError: A variant cannot be trained.
         TrainingError: See ``Trainer.run``.
     """
-    _check(variants, folder)
     with announce(None, "sweep"):
         runs = [_Run(v, resolve(v.config, folder, served), served is not None) for v in variants]
+        for run in runs:
+            trainer = Trainer(run.resolved)
+            if trainer.is_started:
+                trainer.check_same()
     results: dict[str, FinishedRun] = {}
     left = list(runs)
     # Successive halving, the synchronous form of ASHA (arXiv 1810.05934).
@@ -119,23 +117,6 @@ def sweep(
     output = (folder / variants[0].config.run.output).parent
     (output / "sweep.json").write_text(text, encoding="utf-8")
     return done
-
-
-def _check(variants: Sequence[Variant], folder: Path) -> None:
-    """Check all variants, before any of them is trained."""
-    configs = [variant.config for variant in variants]
-    for config in configs:
-        check_fit(config)
-    for place in dict.fromkeys(base_place(config.base, folder) for config in configs):
-        methods = [c.method for c in configs if base_place(c.base, folder) == place]
-
-        def check(projections: Projections, methods: Sequence[MethodConfig] = methods) -> None:
-            for method in methods:
-                check_method(method, projections)
-
-        base = find_base(place, check)
-        for method in methods:
-            method_named(method.name).resolve(method, base)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

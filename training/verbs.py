@@ -199,19 +199,19 @@ class _Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def _read(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Read and check the config, and the sizes of its base."""
+def _read(args: argparse.Namespace) -> Any:
+    """Read and check the config and its base."""
     _check_installed()
     from turret.training.settings.config import read_config
     from turret.training.settings.flags import given
 
     config = read_config(args.config, args.set, given(args))
-    (base,) = _check(args, [config])
-    return config, base
+    _check(args, [config])
+    return config
 
 
-def _read_variants(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Read and check the variants of a sweep, and the sizes of their bases."""
+def _read_variants(args: argparse.Namespace) -> Any:
+    """Read and check the variants of a sweep and their bases."""
     _check_installed()
     from turret.training.settings.flags import given
     from turret.training.settings.variants import read_variants, varies
@@ -221,7 +221,8 @@ def _read_variants(args: argparse.Namespace) -> tuple[Any, Any]:
         args.ranks = args.ranks or _RANKS
         overrides.append(f"method.rank={list(args.ranks)}")
     variants = read_variants(args.config, overrides, given(args))
-    return variants, _check(args, [variant.config for variant in variants], compares=True)
+    _check(args, [variant.config for variant in variants], compares=True)
+    return variants
 
 
 def _check_installed() -> None:
@@ -232,8 +233,8 @@ def _check_installed() -> None:
         raise RunError(say("NOT_INSTALLED", packages=", ".join(missing), step=how_to_add("train")))
 
 
-def _check(args: argparse.Namespace, configs: Sequence[Any], *, compares: bool = False) -> Any:
-    """Check configs, and return the sizes of their bases."""
+def _check(args: argparse.Namespace, configs: Sequence[Any], *, compares: bool = False) -> None:
+    """Check configs and their bases, before torch is loaded."""
     from turret.server.command.threads import use_threads
     from turret.training.examples import check_compared, read_files
     from turret.training.settings.checks import check_bases, check_inputs, check_served
@@ -250,13 +251,7 @@ def _check(args: argparse.Namespace, configs: Sequence[Any], *, compares: bool =
         files = read_files(data, folder)
         if compares:
             check_compared(files, data)
-    return check_bases(configs, folder)
-
-
-def _digest(args: argparse.Namespace, config: Any) -> str:
-    from turret.training.examples import data_digest, data_paths
-
-    return data_digest(*data_paths(config.data, args.config.parent))
+    check_bases(configs, folder)
 
 
 def _load(args: argparse.Namespace, module: str) -> None:
@@ -325,7 +320,7 @@ def _resolve(args: argparse.Namespace, config: Any, served: Any = None) -> Any:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    config, _ = _read(args)
+    config = _read(args)
 
     from turret.training.run.progress import training_progress
 
@@ -369,9 +364,9 @@ def _console() -> Any:
 
 
 def _sweep(args: argparse.Namespace) -> None:
-    variants, bases = _read_variants(args)
+    variants = _read_variants(args)
     folder = args.config.parent
-    _check_sweep(args, variants, bases)
+    _check_sweep(args, variants)
     args.how_to_go_on = lambda: _how_a_sweep_goes_on(
         [folder / each.config.run.output for each in variants]
     )
@@ -430,20 +425,17 @@ def _axes(variants: Sequence[Any]) -> str:
     return " and ".join(f"{shown_key(key)} ({', '.join(found)})" for key, found in values.items())
 
 
-def _check_sweep(args: argparse.Namespace, variants: Sequence[Any], bases: Sequence[Any]) -> None:
+def _check_sweep(args: argparse.Namespace, variants: Sequence[Any]) -> None:
     """Check the output directories of all variants, before the first one is trained."""
     from turret.training.errors import RunError
     from turret.training.run.folder import RunFolder
-    from turret.training.run.resuming import check_settings
 
-    for variant, base in zip(variants, bases, strict=True):
-        config = variant.config
-        run = RunFolder(args.config.parent / config.run.output)
+    for variant in variants:
+        run = RunFolder(args.config.parent / variant.config.run.output)
         if RunFolder(run.path.parent).facts.exists():
             raise RunError(say("OUTPUT_IS_A_RUN", path=run.path.parent))
         if run.facts.exists():
-            is_served = args.address is not None
-            check_settings(config, run, _digest(args, config), base, is_served=is_served)
+            run.check_place(is_served=args.address is not None)
         else:
             run.check(resume=False, overwrite=False)
 
@@ -461,15 +453,13 @@ def _how_a_sweep_goes_on(outputs: Sequence[Path]) -> str:
 
 def _run(args: argparse.Namespace) -> None:
     from turret.training.run.folder import RunFolder
-    from turret.training.run.resuming import check_settings
 
-    config, base = _read(args)
+    config = _read(args)
     output = RunFolder((args.config.parent / config.run.output).resolve())
     output.check(resume=args.resume, overwrite=args.overwrite)
     args.how_to_go_on = output.how_to_go_on
     if args.resume:
-        digest, is_served = _digest(args, config), args.address is not None
-        check_settings(config, output, digest, base, is_served=is_served)
+        output.check_place(is_served=args.address is not None)
     served = _served(args)
 
     from turret.training.run.progress import training_progress

@@ -12,7 +12,7 @@ from said import says
 from turret.server.basics.settings import all_keys
 from turret.server.cli import main
 from turret.training.errors import ConfigError
-from turret.training.settings.checks import check_targets
+from turret.training.settings.checks import check_names
 from turret.training.settings.config import TrainConfig, build_config
 from turret.training.settings.flags import config_parser, flags, given
 
@@ -110,4 +110,4 @@ def test_an_invalid_value_is_reported_under_the_name_that_was_typed(
 
 def test_modules_are_suggested_by_the_closest_name():
     with pytest.raises(ConfigError, check=says("UNKNOWN_TARGET", closest="all-linear")):
-        check_targets("llama", ["linear"])
+        check_names("llama", ["q_proj"], ["linear"])

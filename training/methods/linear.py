@@ -135,8 +135,8 @@ def _other_blocks(config: Settings, base: TrainingBase) -> tuple[str, ...]:
 OFT = PeftMethod(
     name="oft",
     peft_config=_oft_config,
-    rank_served=_largest_block,
-    remarks=_other_blocks,
+    served_rank=_largest_block,
+    notes=_other_blocks,
 )
 
 
@@ -298,5 +298,5 @@ SHIRA = _ShiraMethod(
     name="shira",
     peft_config=_shira_config,
     # SHiRA's rank only sets the number of trained entries; serving needs no rank for it.
-    rank_served=lambda config, base: 0,
+    served_rank=lambda config, base: 0,
 )

@@ -80,7 +80,8 @@ class Nf4LohaLinear(loha.Linear):
 
     def create_adapter_parameters(self, adapter_name: str, r: int, shape: tuple[int, ...]) -> None:
         """Like PEFT's method, but for the shape of the weight, not that of its packed form."""
-        super().create_adapter_parameters(adapter_name, r, (self.out_features, self.in_features))
+        size: Any = self.out_features, self.in_features
+        super().create_adapter_parameters(adapter_name, r, size)
 
     def _get_delta_activations(
         self, adapter_name: str, input: torch.Tensor, *args: Any, **kwargs: Any
@@ -185,5 +186,5 @@ LOKR = PeftMethod(
     name="lokr",
     peft_config=_lokr_config,
     computed={"alpha": _own_rank},
-    rank_served=_decomposed_rank,
+    served_rank=_decomposed_rank,
 )

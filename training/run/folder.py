@@ -130,6 +130,15 @@ class RunFolder:
         if problem := unwritable(self.path):
             raise RunError(say("OUTPUT_UNUSABLE", path=self.path, problem=problem))
 
+    def check_place(self, *, is_served: bool) -> None:
+        """Check that a run continues where it began: on a server, or in a process of its own.
+
+        Raises:
+            RunError: The run continues elsewhere; the error names the command that resumes it.
+        """
+        if not self.is_finished and ("server" in self.read_facts()) != is_served:
+            raise RunError(say("RUN_ELSEWHERE", path=self.path, command=self.resume_command()))
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Lock the directory within the block, because two runs in it would damage each other.

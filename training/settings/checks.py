@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from turret.server.adapters.component import MAX_COMPONENTS, MIN_COMPONENTS
@@ -17,8 +16,7 @@ from turret.server.basics.names import closest, model_place
 from turret.server.basics.settings import Violation
 from turret.server.command.preflight import without_cuda
 from turret.server.config import AdapterConfig
-from turret.server.models.decoding.arch import MODULES, ROUTER, Experts, Projections
-from turret.server.models.families import FAMILIES
+from turret.server.models.decoding.arch import ROUTER, Experts, Projections
 from turret.server.models.sources.check import (
     check_model,
 )
@@ -117,23 +115,6 @@ def is_targeted(name: str, group: str, targets: Sequence[str]) -> bool:
     if len(targets) != 1 or targets[0] not in PRESETS:
         return name in targets
     return targets[0] == "all-linear" or (group in _ATTENTION_GROUPS) == (targets[0] == "attention")
-
-
-def check_targets(model_type: str, targets: Sequence[str]) -> None:
-    """Reject targets that no dense model of a family has, when the modules are not known yet.
-
-    Args:
-        model_type: The model type of the base, a key of ``FAMILIES``.
-        targets: See :func:`check_names`.
-
-    Raises:
-        ConfigError: See :func:`check_names`.
-    """
-    family = FAMILIES[model_type]
-    if family.experts is None:
-        modules = family.modules.get(model_type, MODULES)
-        known = [path.rpartition(".")[2] for paths in modules.values() for path in paths]
-        check_names(model_type, known, targets)
 
 
 def check_names(model_type: str, known: Sequence[str], targets: Sequence[str]) -> None:
@@ -366,12 +347,17 @@ def check_modules(
 
 
 def check_method(config: MethodConfig, projections: Projections) -> None:
-    """Apply :func:`check_modules` to a config as read, as far as its keys are set.
+    """Check a config as read, as far as its keys are set.
 
     Args:
         config: The config, with keys of its method only.
         projections: The projections of the base.
+
+    Raises:
+        ConfigError: See :func:`check_modules`; or the method does not support experts.
     """
+    if config.name == "learned_fusion" and projections.experts is not None:
+        raise ConfigError.of("method.name", say("FUSION_OF_EXPERTS"))
     has_modules = "targets" in DECLARED[config.name].defaults
     if has_modules and (config.targets or config.rank) is not None:
         check_modules(config.name, projections, config.targets or _ALL, config.rank)
@@ -414,20 +400,7 @@ def check_inputs(config: TrainConfig, folder: Path) -> None:
         check_components(config.method.components or (), folder)
 
 
-@dataclass(frozen=True, slots=True)
-class KnownBase:
-    """The facts about a base that are known before torch is loaded.
-
-    Attributes:
-        name: The name in the server and in a run's record.
-        projections: The modules; None if torch is needed to determine them.
-    """
-
-    name: str
-    projections: Projections | None
-
-
-def check_bases(configs: Sequence[TrainConfig], folder: Path) -> list[KnownBase]:
+def check_bases(configs: Sequence[TrainConfig], folder: Path) -> None:
     """Reject bases that are unusable, at all or with a method; queries the hub if needed.
 
     Args:
@@ -441,18 +414,12 @@ def check_bases(configs: Sequence[TrainConfig], folder: Path) -> list[KnownBase]
     """
     places = [base_place(config.base, folder) for config in configs]
     models = {place: check_model(place) for place in dict.fromkeys(places)}
-    found = []
     for config, place in zip(configs, places, strict=True):
         base = models[place]
         if base.num_positions is not None:
             check_max_length(config.data, base.num_positions)
-        projections = base.projections()
-        if projections is None and config.method.targets is not None:
-            check_targets(base.model_type, config.method.targets)
-        if projections is not None:
+        if (projections := base.projections()) is not None:
             check_method(config.method, projections)
-        found.append(KnownBase(base.name, projections))
-    return found
 
 
 def check_max_length(config: DataConfig, context: int) -> None:
