@@ -6,6 +6,7 @@ uninterrupted run.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ from turret.training.examples import (
     Invocation,
     data_digest,
     encode_all,
-    encode_labelled,
     num_set_aside,
     num_shared,
     read_files,
@@ -85,11 +85,9 @@ def load_dataset(
     if held_out is None:
         examples, held_out = split(examples, config.validation_fraction, seed)
 
-    def encode(some: list[Example]) -> EncodedSet:
-        if labels:
-            return encode_labelled(base.tokenizer, some, labels, config, config.max_length)
-        return encode_all(base.tokenizer, some, config, config.max_length, invocation)
-
+    encode = functools.partial(
+        encode_all, base.tokenizer, config=config, labels=labels, invocation=invocation
+    )
     train = encode(examples)
     validation = encode(held_out) if held_out else EncodedSet((), 0, 0)
     return Dataset(

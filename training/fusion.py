@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +26,10 @@ from turret.training.settings.checks import component_directories
 _MAX_ELEMENTS = 1 << 32
 
 
-@dataclass(frozen=True, slots=True)
-class LinearModule:
-    """A linear module of the decoder layers: the module and its sizes."""
-
-    module: nn.Module
-    in_features: int
-    out_features: int
-
-
-def linear_modules(model: nn.Module) -> dict[str, LinearModule]:
+def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear modules of a transformers model's decoder layers, by full path, in its order."""
     return {
-        name: LinearModule(module, module.in_features, module.out_features)
+        name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and ".layers." in name
     }
@@ -105,8 +95,8 @@ def _describe(model: Any) -> BaseModel:
                 name,
                 linear.in_features,
                 linear.out_features,
-                bias=getattr(linear.module, "bias", None),
-                dequantize=_weight_of(linear.module),
+                bias=linear.bias,
+                dequantize=_weight_of(linear),
             )
             for name, linear in linears.items()
         },
@@ -152,8 +142,6 @@ class FusionLayer(nn.Module):
     Args:
         base: A linear module, which may be quantised.
         updates: The components' updates in order; at least one is not None.
-        in_features: The number of inputs of the module.
-        out_features: The number of outputs of the module.
         d_k: Width of queries and keys.
 
     Attributes:
@@ -168,14 +156,7 @@ class FusionLayer(nn.Module):
     b: torch.Tensor
     members: torch.Tensor
 
-    def __init__(
-        self,
-        base: nn.Module,
-        updates: Sequence[Update],
-        in_features: int,
-        out_features: int,
-        d_k: int,
-    ) -> None:
+    def __init__(self, base: nn.Linear, updates: Sequence[Update], d_k: int) -> None:
         super().__init__()
         self.base = base
         self.is_enabled = True
@@ -189,8 +170,8 @@ class FusionLayer(nn.Module):
         owners = [k for k, rank in enumerate(ranks) for _ in range(rank)]
         members = torch.tensor([[float(k == owner) for owner in owners] for k in range(len(ranks))])
         self.register_buffer("members", members, persistent=False)
-        self.query = nn.Parameter(torch.randn(d_k, in_features) / in_features**0.5)
-        self.key = nn.Parameter(torch.zeros(d_k, out_features))
+        self.query = nn.Parameter(torch.randn(d_k, base.in_features) / base.in_features**0.5)
+        self.key = nn.Parameter(torch.zeros(d_k, base.out_features))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[…, in]`` → ``[…, out]`` in the dtype of the base's result."""
@@ -236,9 +217,7 @@ class FusionModel(nn.Module):
         for path, linear in linear_modules(model).items():
             updates = [update_of(component, path) for component in components]
             if any(update is not None for update in updates):
-                layer = FusionLayer(
-                    linear.module, updates, linear.in_features, linear.out_features, d_k
-                )
+                layer = FusionLayer(linear, updates, d_k)
                 model.set_submodule(path, layer)
                 self.layers[path] = layer
 

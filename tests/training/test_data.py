@@ -78,7 +78,7 @@ def test_long_examples_are_dropped_truncated_or_refused():
     rows = [example(prompt="p", completion="c" * count) for count in (3, 9)]
 
     def encoded(too_long: Any, max_length: int = 8):
-        return encode_all(tokenizer(None), rows, config(too_long=too_long), max_length)
+        return encode_all(tokenizer(None), rows, config(too_long=too_long, max_length=max_length))
 
     dropped = encoded("drop")
     assert (len(dropped.examples), dropped.num_dropped, dropped.num_truncated) == (1, 1, 0)

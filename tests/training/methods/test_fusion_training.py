@@ -37,7 +37,7 @@ def layers(seed: int = 0) -> tuple[FusionLayer, DenseFusion]:
         None,
         (torch.randn(8, INNER), torch.randn(OUT, 8) / 4),
     ]
-    layer = FusionLayer(base, updates, INNER, OUT, D_K).double()
+    layer = FusionLayer(base, updates, D_K).double()
     with torch.no_grad():
         layer.key.copy_(torch.randn(D_K, OUT) / 4)
     deltas = torch.stack(
