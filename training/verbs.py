@@ -20,7 +20,7 @@ from typing import Any
 from turret.training.words import say
 
 # Packages of the `train` extra.
-_EXTRA_PACKAGES = ("peft", "accelerate", "tensorboard")
+_PACKAGES = ("peft", "accelerate", "tensorboard")
 _WIDEST = 10_000
 _RANKS = (2, 4, 8, 16, 32)
 
@@ -64,7 +64,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     sweep.add_argument(
         "--ranks",
         "--rank",
-        action=_Once,
+        action="extend",
         type=_ranks,
         metavar="N,N,…",
         help="ranks to train; --set TABLE.KEY=A,B,… varies any other setting in the same way"
@@ -185,23 +185,12 @@ def _ranks(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(say("NOT_RANKS", value=text)) from None
     if min(ranks) < 1:
         raise argparse.ArgumentTypeError(say("TOO_SMALL", least=1, value=min(ranks)))
-    return tuple(dict.fromkeys(ranks))
-
-
-class _Once(argparse.Action):
-    """A flag that may be passed once, because a second list would silently replace the first."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        before = getattr(namespace, self.dest)
-        if before is not self.default:
-            both = ",".join(str(rank) for rank in dict.fromkeys((*before, *values)))
-            raise argparse.ArgumentError(self, say("RANKS_TWICE", value=both))
-        setattr(namespace, self.dest, values)
+    return ranks
 
 
 def _read(args: argparse.Namespace) -> Any:
     """Read and check the config and its base."""
-    _check_installed()
+    check_installed(*_PACKAGES)
     from turret.training.settings.config import read_config
     from turret.training.settings.flags import given
 
@@ -212,7 +201,7 @@ def _read(args: argparse.Namespace) -> Any:
 
 def _read_variants(args: argparse.Namespace) -> Any:
     """Read and check the variants of a sweep and their bases."""
-    _check_installed()
+    check_installed(*_PACKAGES)
     from turret.training.settings.flags import given
     from turret.training.settings.variants import read_variants, varies
 
@@ -225,11 +214,12 @@ def _read_variants(args: argparse.Namespace) -> Any:
     return variants
 
 
-def _check_installed() -> None:
+def check_installed(*packages: str) -> None:
+    """Reject a verb if some of its packages, which the extra ``train`` adds, are missing."""
     from turret.server.basics.names import how_to_add
     from turret.training.errors import RunError
 
-    if missing := [module for module in _EXTRA_PACKAGES if not importlib.util.find_spec(module)]:
+    if missing := [module for module in packages if not importlib.util.find_spec(module)]:
         raise RunError(say("NOT_INSTALLED", packages=", ".join(missing), step=how_to_add("train")))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +36,10 @@ class Kind:
 
 
 # X-LoRA is assembled from parts that PEFT saves in several folders; it needs no base.
+ADAMSS = "ADAMSS"
 (XLORA,) = xlora.METHOD.peft_types
 CONVERTED: Mapping[str, Kind] = {
-    "ADAMSS": Kind(adamss.format_of, adamss.convert),
+    ADAMSS: Kind(adamss.format_of, adamss.convert),
     "PSOFT": Kind(
         psoft.format_of,
         psoft.convert,
@@ -62,7 +64,7 @@ def check_conversion(adapter: Path, model: Path | None, output: Path) -> None:
         AdapterCheckpointError: The adapter's config is not a JSON object.
         InvalidRequestError: The base cannot be read.
         RunError: ``output`` is not empty, the directory is not an adapter of a type that can be
-            converted, or a base is missing.
+            converted, or a base or package is missing.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError(say("PATH_EXISTS", path=output))
@@ -74,6 +76,9 @@ def check_conversion(adapter: Path, model: Path | None, output: Path) -> None:
     kind = parse_config(file.read_bytes()[: MAX_CONFIG_BYTES + 1], str(adapter)).get("peft_type")
     if kind not in KINDS:
         raise not_converted(str(adapter), kind)
+    if kind == ADAMSS and not importlib.util.find_spec("sklearn"):
+        step = "`pip install scikit-learn` adds it"
+        raise RunError(say("NOT_INSTALLED", packages="scikit-learn", step=step))
     if model is None:
         if kind != XLORA:
             raise RunError(say("NEEDS_BASE", method=kind))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turret.server.basics.names import how_to_add, model_place
-from turret.training.verbs import with_errors
+from turret.server.basics.names import model_place
+from turret.training.verbs import check_installed, with_errors
 from turret.training.words import say
 
 if TYPE_CHECKING:
@@ -67,10 +66,7 @@ def _adapter(text: str) -> tuple[str, Path]:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    if not importlib.util.find_spec("peft"):
-        from turret.training.errors import RunError
-
-        raise RunError(say("NOT_INSTALLED", packages="peft", step=how_to_add("train")))
+    check_installed("peft")
     verdicts = _run(args)
     if args.json:
         from turret.clients.verbs.command import print_json
