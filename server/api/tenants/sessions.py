@@ -13,13 +13,16 @@ from collections import Counter
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from turret.server.api.gate import ServingGate
 from turret.server.api.tenants.futures import CommandLog, Futures
 from turret.server.errors import QueueFullError, TrainingNotFoundError, TurretError
-from turret.server.training.trainer import LearnerConfig, Training
+from turret.server.training.trainer import LearnerConfig
 from turret.server.words import say
+
+if TYPE_CHECKING:
+    from turret.server.training.service import TrainingService
 
 _log = logging.getLogger(__name__)
 
@@ -148,7 +151,7 @@ class Sessions:
         # Models that are being dropped, and names of adapters that are being unregistered.
         self._ending: set[asyncio.Task[None]] = set()
 
-    def training(self) -> Training:
+    def training(self) -> TrainingService:
         """The training.
 
         Raises:
