@@ -13,9 +13,10 @@ from peft.tuners.lokr import layer as lokr
 from peft.tuners.lokr.layer import factorization
 from peft.tuners.lokr.model import LoKrModel
 
+from turret.server.adapters.methods.structured.loha import highest_rank
 from turret.training.base_model import TrainingBase
 from turret.training.methods.method import PeftMethod, Settings
-from turret.training.settings.checks import expand_targets, highest_loha_rank, module_sizes
+from turret.training.settings.checks import expand_targets, module_sizes
 
 # Layers for an NF4 base (QLoRA, arXiv 2305.14314), which PEFT lacks.
 #
@@ -140,8 +141,8 @@ def _own_rank(config: Settings, base: TrainingBase) -> float:
 
 
 def _loha_rank(config: Settings, base: TrainingBase) -> int:
-    targets = expand_targets(base.arch, config.targets)
-    return max(1, min(_RANK, highest_loha_rank(tuple(module_sizes(base.arch, targets)))))
+    sizes = module_sizes(base.arch, expand_targets(base.arch, config.targets))
+    return max(1, min(_RANK, *(highest_rank(inner, out) for _, out, inner in sizes)))
 
 
 _RANK = 8
