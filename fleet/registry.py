@@ -228,8 +228,9 @@ class FleetRegistry:
         self._living.pop(replica, None)
         self.tick(now)
 
-    def usage(self) -> Mapping[str, Mapping[str, p.AdapterUsage]]:
-        """The usage that each replica last reported, by the adapter's name."""
+    def usage(self, now: float) -> Mapping[str, Mapping[str, p.AdapterUsage]]:
+        """The usage that each living replica last reported, by the adapter's name."""
+        self._expire(now)
         return {replica.name: replica.usage for replica in self._living.values()}
 
     def status(self, now: float) -> p.FleetStatus:

@@ -7,6 +7,7 @@ directory.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -216,8 +217,10 @@ class ReplicaRegistry(AdapterRegistry):
         now = time.monotonic()
         if now - self._asked_time >= _USAGE_SECONDS:
             self._asked_time = now
-            usage = self._channel.usage()
-            self._elsewhere = [used for each, used in usage.items() if each != self._replica]
+            # While the registry is away, the last answer stays.
+            with contextlib.suppress(UnavailableError):
+                usage = self._channel.usage()
+                self._elsewhere = [used for each, used in usage.items() if each != self._replica]
         return self._elsewhere
 
     # Instructions of the registry
