@@ -21,7 +21,6 @@ from turret.training.words import say
 
 # Packages of the `train` extra.
 _PACKAGES = ("peft", "accelerate", "tensorboard")
-_WIDEST = 10_000
 _RANKS = (2, 4, 8, 16, 32)
 
 
@@ -324,7 +323,9 @@ def _plan(args: argparse.Namespace) -> None:
         plan = make_plan(resolved)
     # Print outside the bar, which redirects standard output to standard error.
     if not args.json:
-        plan.print(_console())
+        from turret.clients.verbs.tables import terminal
+
+        plan.print(terminal())
     peak = None
     if args.measure:
         with training_progress(None, "plan", stays=False, is_quiet=args.quiet) as listen:
@@ -336,21 +337,6 @@ def _plan(args: argparse.Namespace) -> None:
         print_json({**plan.figures(), "measured_peak": peak})
     elif peak is not None:
         print(plan.compared(peak))
-
-
-def _console() -> Any:
-    """The console for tables; if the reader has closed the pipe, it raises BrokenPipeError.
-
-    In a file or a pipe, lines may have any length, so that paths are not wrapped.
-    """
-    from rich.console import Console
-
-    class PipeConsole(Console):
-        def on_broken_pipe(self) -> None:
-            raise BrokenPipeError
-
-    is_sized = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return PipeConsole(highlight=False, width=None if is_sized else _WIDEST)
 
 
 def _sweep(args: argparse.Namespace) -> None:
@@ -396,7 +382,7 @@ def _sweep(args: argparse.Namespace) -> None:
             f"+{result.relative_multiply_adds:.1%}",
             f"{result.seconds:.0f}",
         )
-    print_table(table, _console())
+    print_table(table)
     # Compare the losses as the table shows them; among equal ones, the first variant wins.
     finished = [each for each in results if RunFolder(Path(each.output)).is_finished]
     best = min(finished, key=lambda result: round(result.validation_loss, 4))
