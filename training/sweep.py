@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 from turret.clients.messages.results import Model
 from turret.server.api.tenants.sessions import MAX_MODELS
@@ -31,10 +31,8 @@ _RUNGS, _KEPT = (9, 3), 3
 OpenEngine: TypeAlias = Callable[[Resolved], Engine]
 
 
-class Announce(Protocol):
-    """Shows the progress of one run of the sweep."""
-
-    def __call__(self, num_steps: int | None, title: str) -> AbstractContextManager[Listener]: ...
+# Shows the progress of one run of the sweep; called with the run's title.
+Announce: TypeAlias = Callable[[str], AbstractContextManager[Listener]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +96,7 @@ def sweep(
         ConfigError: A variant cannot be trained.
         TrainingError: See ``Trainer.run``.
     """
-    with announce(None, "sweep"):
+    with announce("sweep"):
         runs = [_Run(v, resolve(v.config, folder, served), served is not None) for v in variants]
         for run in runs:
             trainer = Trainer(run.resolved)
@@ -176,12 +174,12 @@ def _train_all(
     found: dict[str, FinishedRun] = {}
     shared = [run for run in runs if run.is_together]
     if shared:
-        with announce(None, "sweep") as listen:
+        with announce("sweep") as listen:
             results = _together(shared, part, listen, open_engine)
         found |= {run.name: result for run, result in zip(shared, results, strict=True)}
     for run in runs:
         if not run.is_together:
-            with announce(None, run.variant.title) as listen:
+            with announce(run.variant.title) as listen:
                 found[run.name] = run.train(part, listen, open_engine)
     return [found[run.name] for run in runs]
 

@@ -313,7 +313,7 @@ def _plan(args: argparse.Namespace) -> None:
 
     from turret.training.run.progress import training_progress
 
-    with training_progress(None, "plan", stays=False, is_quiet=args.quiet) as listen:
+    with training_progress("plan", stays=False, is_quiet=args.quiet) as listen:
         listen({"kind": "phase", "text": "reading the base model and the data"})
         resolved = _resolve(args, config)
 
@@ -328,7 +328,7 @@ def _plan(args: argparse.Namespace) -> None:
         plan.print(terminal())
     peak = None
     if args.measure:
-        with training_progress(None, "plan", stays=False, is_quiet=args.quiet) as listen:
+        with training_progress("plan", stays=False, is_quiet=args.quiet) as listen:
             listen({"kind": "phase", "text": "measuring the memory of two steps"})
             peak = plan.peak()
     if args.json:
@@ -356,7 +356,7 @@ def _sweep(args: argparse.Namespace) -> None:
 
     served = _served(args)
     announce = functools.partial(training_progress, is_quiet=args.quiet)
-    with announce(None, "sweep") as listen:
+    with announce("sweep") as listen:
         listen({"kind": "phase", "text": "reading the base model"})
         _load(args, "turret.training.sweep")
         from turret.training.run.folder import RunFolder
@@ -440,7 +440,7 @@ def _run(args: argparse.Namespace) -> None:
 
     from turret.training.run.progress import training_progress
 
-    with output.held(), training_progress(None, is_quiet=args.quiet) as listen:
+    with output.held(), training_progress(is_quiet=args.quiet) as listen:
         listen({"kind": "phase", "text": "reading the base model and the data"})
         resolved = _resolve(args, config, served)
 

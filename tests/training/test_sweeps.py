@@ -112,7 +112,7 @@ def test_a_sweep_compares_variants(tiny_llama: Path, tmp_path: Path) -> None:
     trained: list[str] = []
 
     @contextmanager
-    def announce(num_steps: int | None, title: str) -> Any:
+    def announce(title: str) -> Any:
         yield lambda row: trained.append(title) if row["kind"] == "step" else None
 
     def swept(*overrides: str) -> list[Any]:
@@ -162,7 +162,7 @@ def test_hopeless_variants_are_stopped_early(tiny_llama: Path, tmp_path: Path) -
     trained: list[int] = []
 
     @contextmanager
-    def announce(num_steps: int | None, title: str) -> Any:
+    def announce(title: str) -> Any:
         yield lambda row: trained.append(row["step"]) if row["kind"] == "step" else None
 
     def swept(name: str, *overrides: str, stops_early: bool = True) -> list[Any]:

@@ -69,7 +69,7 @@ def _convert(args: argparse.Namespace) -> None:
 
     from turret.training.run.progress import training_progress
 
-    with training_progress(None, "convert", stays=False, is_quiet=args.quiet) as listen:
+    with training_progress("convert", stays=False, is_quiet=args.quiet) as listen:
         with ending_at_interrupts("stopped"):
             import torch
 

@@ -65,7 +65,7 @@ def _repair(args: argparse.Namespace) -> None:
 
     from turret.training.run.progress import training_progress
 
-    with training_progress(None, "repair", stays=False, is_quiet=args.quiet) as listen:
+    with training_progress("repair", stays=False, is_quiet=args.quiet) as listen:
         with ending_at_interrupts("stopped"):
             from turret.training.base_model import find_base
             from turret.training.repair.residual import repair

@@ -101,7 +101,7 @@ def _run(args: argparse.Namespace) -> list[Verdict]:
     token = args.token or os.environ.get(_TOKEN_VARIABLE)
     with (
         VerifiedServer(args.against, token) as server,
-        training_progress(None, "verify", stays=False, is_quiet=args.quiet) as listen,
+        training_progress("verify", stays=False, is_quiet=args.quiet) as listen,
     ):
         if missing := sorted(adapters.keys() - server.names):
             raise RunError(say("NOT_ON_SERVER", names=missing, choices=sorted(server.names)))

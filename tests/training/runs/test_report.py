@@ -220,7 +220,7 @@ def test_the_right_answer_is_the_first_of_several_turns(tmp_path: Path, monkeypa
 
 def test_a_run_without_a_terminal_prints_its_progress(capsys: pytest.CaptureFixture[str]):
     row = {"kind": "step", "step": 3, "loss": 1.5, "seconds": 1.0}
-    with training_progress(None, line_seconds=0.05) as listen:
+    with training_progress(line_seconds=0.05) as listen:
         listen({"kind": "begin", "steps": 9})
         listen({"kind": "phase", "text": "answering 3 samples 1/6"})
         deadline = time.monotonic() + 10
@@ -244,7 +244,8 @@ def test_a_classification_run_shows_its_metrics(
         {"kind": "step", "step": 2, "loss": 1.5},
         {"kind": "validation", "step": 2, "loss": 1.038, **figures},
     )
-    with training_progress(2) as listen:
+    with training_progress() as listen:
+        listen({"kind": "begin", "steps": 2})
         for row in rows:
             listen(row)
     said = capsys.readouterr().err
@@ -252,7 +253,8 @@ def test_a_classification_run_shows_its_metrics(
     drawn = io.StringIO()
     console = Console(file=drawn, force_terminal=True, width=80, color_system=None)
     monkeypatch.setattr(progress, "Console", lambda **_: console)
-    with training_progress(2) as listen:
+    with training_progress() as listen:
+        listen({"kind": "begin", "steps": 2})
         for row in rows:
             listen(row)
         time.sleep(0.2)
