@@ -16,9 +16,10 @@ from turret.server.adapters.checkpoint.adapter_checkpoint import PEFT_PREFIX, Ad
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.component import Component, ComponentRef
-from turret.server.adapters.lowering.components import check_fusable
+from turret.server.adapters.lowering.components import check_fusable, update_of
 from turret.server.adapters.methods.low_rank.learned_fusion import METHOD as LEARNED_FUSION
 from turret.server.adapters.methods.lower import lower_checkpoint
+from turret.server.adapters.operators.low_rank import LowRank
 from turret.training.batches import IGNORED, TrainingBatch
 from turret.training.loss import LossFunction
 from turret.training.settings.checks import component_directories
@@ -65,14 +66,6 @@ def read_components(directories: Mapping[str, Path], model: nn.Module) -> list[C
         components.append(Component(ref, method, lowered.operators, lowered.ranks))
     check_fusable(components, ", ".join(directories))
     return components
-
-
-def update_of(component: Component, path: str) -> Update:
-    """A component's update of one module, in the form for the fusion layer."""
-    operators = component.operators.modules.get(path)
-    if operators is None or operators.low_rank is None:
-        return None
-    return operators.low_rank.a, operators.low_rank.b.T
 
 
 def _read(directory: Path) -> AdapterCheckpoint:
@@ -128,10 +121,6 @@ def _weight_of(module: Any) -> Callable[[], torch.Tensor]:
 #
 #     v_k = A_k x        α = softmax_k((Wq x) · (Wk B_k) v_k)        y = W x + b + Σ_k α_k B_k v_k
 
-# (A, B) of a component: ``[rank, in]`` and ``[out, rank]`` with the scale folded in; None where the
-# component does not adapt the module.
-Update = tuple[torch.Tensor, torch.Tensor] | None
-
 
 class FusionLayer(nn.Module):
     """Called like the module it wraps; the wrapped module must be frozen.
@@ -141,7 +130,8 @@ class FusionLayer(nn.Module):
 
     Args:
         base: A linear module, which may be quantised.
-        updates: The components' updates in order; at least one is not None.
+        updates: The components' updates in order; None where a component does not adapt the module,
+            but at least one does.
         d_k: Width of queries and keys.
 
     Attributes:
@@ -156,17 +146,17 @@ class FusionLayer(nn.Module):
     b: torch.Tensor
     members: torch.Tensor
 
-    def __init__(self, base: nn.Linear, updates: Sequence[Update], d_k: int) -> None:
+    def __init__(self, base: nn.Linear, updates: Sequence[LowRank | None], d_k: int) -> None:
         super().__init__()
         self.base = base
         self.is_enabled = True
         self.alone: int | None = None
         self.log_gates: list[torch.Tensor] | None = None
         held = [update for update in updates if update is not None]
-        self.register_buffer("a", torch.cat([a for a, _ in held]).float(), persistent=False)
-        self.register_buffer("b", torch.cat([b.T for _, b in held]).float(), persistent=False)
+        self.register_buffer("a", torch.cat([each.a for each in held]).float(), persistent=False)
+        self.register_buffer("b", torch.cat([each.b for each in held]).float(), persistent=False)
         # [components, ranks]: 1 for the ranks of each component.
-        ranks = [0 if update is None else update[0].shape[0] for update in updates]
+        ranks = [0 if update is None else len(update.a) for update in updates]
         owners = [k for k, rank in enumerate(ranks) for _ in range(rank)]
         members = torch.tensor([[float(k == owner) for owner in owners] for k in range(len(ranks))])
         self.register_buffer("members", members, persistent=False)

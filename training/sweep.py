@@ -200,10 +200,10 @@ def _together(
             engine.cancel()
         return engine
 
-    shared = _Shared(listen, len(runs))
+    listener = _shared_listeners(listen, len(runs))
     with ThreadPoolExecutor(min(len(runs), MAX_MODELS)) as pool:
         waiting = [
-            pool.submit(run.train, part, shared.listener(run.variant.title), opened) for run in runs
+            pool.submit(run.train, part, listener(run.variant.title), opened) for run in runs
         ]
         try:
             for each in as_completed(waiting):
@@ -217,25 +217,23 @@ def _together(
     return [each.result() for each in waiting]
 
 
-class _Shared:
-    """Combines the events of several runs into those of one run, with the sum of their steps."""
+def _shared_listeners(listen: Listener, num_runs: int) -> Callable[[str], Listener]:
+    """Makes listeners of runs, by title, whose events become those of one run with all steps."""
+    lock = threading.Lock()
+    steps: Counter[str] = Counter()
 
-    def __init__(self, listen: Listener, num_runs: int) -> None:
-        self._listen = listen
-        self._num_runs = num_runs
-        self._lock = threading.Lock()
-        self._steps: Counter[str] = Counter()
-
-    def listener(self, title: str) -> Listener:
-        def listen(row: dict[str, Any]) -> None:
-            with self._lock:
+    def listener(title: str) -> Listener:
+        def heard(row: dict[str, Any]) -> None:
+            with lock:
                 if row["kind"] == "begin":
-                    row = row | {"steps": row["steps"] * self._num_runs}
+                    row = row | {"steps": row["steps"] * num_runs}
                 elif row["kind"] == "phase":
                     row = row | {"text": f"{title}: {row['text']}"}
                 elif row["kind"] != "note":
-                    self._steps[title] = row["step"]
-                    row = row | {"step": self._steps.total()}
-                self._listen(row)
+                    steps[title] = row["step"]
+                    row = row | {"step": steps.total()}
+                listen(row)
 
-        return listen
+        return heard
+
+    return listener

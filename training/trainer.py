@@ -14,7 +14,7 @@ from typing import Any
 from turret.server.adapters.adapter import PROVENANCE_FILE
 from turret.training.base_model import DTYPES
 from turret.training.batches import BatchStream, Row
-from turret.training.engine import Engine, LocalEngine, pad_token
+from turret.training.engine import Engine, LocalEngine
 from turret.training.errors import RunError
 from turret.training.fusion import adapter_digest
 from turret.training.loss import learning_rate
@@ -343,7 +343,5 @@ def make_stream(resolved: Resolved) -> BatchStream:
     return BatchStream(
         resolved.dataset.train,
         batch_size=config.run.batch_size,
-        pad=pad_token(resolved.base.tokenizer),
         seed=config.run.seed,
-        is_packed=config.data.packing,
     )

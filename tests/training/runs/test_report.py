@@ -285,8 +285,8 @@ def test_samples_are_optional(tmp_path: Path, monkeypatch):
 
 @pytest.mark.parametrize("values", [[0.0, 0.0], [3.0], [1e-7, 2e-7], [-2.0, 5e6]])
 def test_curves_of_any_range_can_be_drawn(values: list[float]):
-    svg = curves_svg([Curve("training", list(enumerate(values)))], "steps")
+    svg = curves_svg([Curve("training", list(enumerate(values)))])
     heights = [float(y) for y in re.findall(r",([\d.]+)", svg)]
     assert len(heights) == len(values)
     assert all(12 <= y <= 230 for y in heights)
-    assert curves_svg([Curve("training", [])], "steps") == ""
+    assert curves_svg([Curve("training", [])]) == ""
