@@ -23,7 +23,7 @@ from turret.server.adapters.methods.kit import (
     optionally,
     torch,
 )
-from turret.training.conversion.made_lora import MadeLora, peft_generator
+from turret.training.conversion import MadeLora, peft_generator
 from turret.training.errors import RunError
 from turret.training.words import say
 

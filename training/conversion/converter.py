@@ -27,6 +27,7 @@ from turret.server.models.sources.model_directory import (
     weight_files,
 )
 from turret.training.adapter_folder import new_folder, write_adapter
+from turret.training.conversion import MadeLora
 from turret.training.conversion.kinds import (
     CONVERTED,
     XLORA,
@@ -35,7 +36,6 @@ from turret.training.conversion.kinds import (
     check_plain_base,
     not_converted,
 )
-from turret.training.conversion.made_lora import MadeLora
 from turret.training.conversion.xlora import read_folder, split_xlora
 from turret.training.words import say
 from turret.words import counted

@@ -20,8 +20,7 @@ from turret.server.models.sources.model_directory import (
     is_4bit,
     weight_files,
 )
-from turret.training.conversion import adamss, psoft
-from turret.training.conversion.made_lora import MadeLora
+from turret.training.conversion import MadeLora, adamss, psoft
 from turret.training.errors import RunError
 from turret.training.words import say
 
