@@ -15,7 +15,7 @@ from peft.tuners.lokr.model import LoKrModel
 
 from turret.server.adapters.methods.structured.loha import highest_rank
 from turret.training.base_model import TrainingBase
-from turret.training.methods.method import PeftMethod, Settings
+from turret.training.methods.method import PeftMethod, Settings, linear_config
 from turret.training.settings.checks import expand_targets, module_sizes
 
 # Layers for an NF4 base (QLoRA, arXiv 2305.14314), which PEFT lacks.
@@ -148,26 +148,12 @@ def _loha_rank(config: Settings, base: TrainingBase) -> int:
 _RANK = 8
 
 
-def _loha_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
-    return peft.LoHaConfig(
-        task_type="CAUSAL_LM",
-        r=config.rank,
-        alpha=config.alpha,
-        rank_dropout=config.dropout,
-        target_modules=list(config.targets),
-    )
-
-
-def _lokr_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
-    return peft.LoKrConfig(
-        task_type="CAUSAL_LM",
-        r=config.rank,
-        alpha=config.alpha,
-        rank_dropout=config.dropout,
-        target_modules=list(config.targets),
-        decompose_both=config.decompose_both,
-        decompose_factor=config.decompose_factor,
-    )
+_LOHA_KEYS = {"r": "rank", "alpha": "alpha", "rank_dropout": "dropout"}
+_LOKR_KEYS = {
+    **_LOHA_KEYS,
+    "decompose_both": "decompose_both",
+    "decompose_factor": "decompose_factor",
+}
 
 
 def _decomposed_rank(config: Settings, base: TrainingBase) -> int:
@@ -180,12 +166,12 @@ def _decomposed_rank(config: Settings, base: TrainingBase) -> int:
 
 LOHA = PeftMethod(
     name="loha",
-    peft_config=_loha_config,
+    peft_config=linear_config(peft.LoHaConfig, _LOHA_KEYS),
     computed={"rank": _loha_rank, "alpha": _own_rank},
 )
 LOKR = PeftMethod(
     name="lokr",
-    peft_config=_lokr_config,
+    peft_config=linear_config(peft.LoKrConfig, _LOKR_KEYS),
     computed={"alpha": _own_rank},
     served_rank=_decomposed_rank,
 )

@@ -104,9 +104,15 @@ class TrainingMethod(ABC):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeftMethod(TrainingMethod):
-    """One of PEFT's methods; ``peft_config`` makes PEFT's config."""
+    """One of PEFT's methods.
+
+    Attributes:
+        peft_config: Makes PEFT's config.
+        adjust: Changes PEFT's model with the adapter, which is its first argument.
+    """
 
     peft_config: Callable[[Settings, TrainingBase], peft.PeftConfig]
+    adjust: Callable[[Any, Any], None] = lambda attached, model: None
 
     def attach(self, model: Any, config: MethodConfig, base: TrainingBase) -> Any:
         with without_peft_warnings(), as_modules(model):
@@ -114,6 +120,7 @@ class PeftMethod(TrainingMethod):
         for parameter in attached.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        self.adjust(attached, model)
         return attached
 
     def save(self, model: Any, folder: Path, dtype: torch.dtype) -> None:
@@ -125,6 +132,25 @@ class PeftMethod(TrainingMethod):
                 config[key] = name
         state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
         write_adapter(folder, config, state, dtype)
+
+
+def linear_config(
+    kind: Any, keys: Mapping[str, str], **fixed: Any
+) -> Callable[[Settings, TrainingBase], peft.PeftConfig]:
+    """A function that makes PEFT's config of a method that changes linear modules.
+
+    Args:
+        kind: The class of the config.
+        keys: Its keys → those of ``MethodConfig``.
+        fixed: The values of other keys.
+    """
+
+    def make(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+        values = {name: getattr(config, key) for name, key in keys.items()}
+        targets = list(config.targets)
+        return kind(task_type="CAUSAL_LM", target_modules=targets, **values, **fixed)
+
+    return make
 
 
 # Prefix tuning (arXiv 2101.00190), prompt tuning (2104.08691) and p-tuning (2103.10385).
