@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,28 +32,13 @@ from turret.training.conversion.kinds import (
     CONVERTED,
     XLORA,
     Kind,
-    check_conversion,
     check_plain_base,
-    not_converted,
 )
 from turret.training.conversion.xlora import read_folder, split_xlora
 from turret.training.words import say
 from turret.words import counted
 
 _PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True, slots=True)
-class Conversion:
-    """The result of a conversion.
-
-    Attributes:
-        done: A sentence about the result.
-        notes: Warnings and remarks.
-    """
-
-    done: str
-    notes: tuple[str, ...] = ()
 
 
 def convert(
@@ -65,8 +50,10 @@ def convert(
     dtype: torch.dtype | None,
     device: str,
     progress: Progress,
-) -> Conversion:
+) -> tuple[str, list[str]]:
     """Write a LoRA that is equivalent to the adapter, or the parts of an X-LoRA.
+
+    Call ``check_conversion`` before, which needs no torch.
 
     Args:
         adapter: A directory in the form that PEFT writes.
@@ -78,21 +65,22 @@ def convert(
         device: The device for decompositions, preferably the one used in training.
         progress: Called with the progress.
 
+    Returns:
+        A sentence about the result, and remarks.
+
     Raises:
-        AdapterCheckpointError: The adapter is of another type, unsupported or inconsistent.
+        AdapterCheckpointError: The adapter is unsupported or inconsistent.
         AdapterMismatchError: The adapter does not fit the base.
         InvalidRequestError: The base cannot be read.
-        RunError: ``output`` is not empty, the base is missing or was not used in training, or a
-            part of an X-LoRA is missing or wrong.
+        RunError: The base was not used in training, or a part of an X-LoRA is missing or wrong.
     """
-    check_conversion(adapter, model, output)
     checkpoint = read_folder(adapter, str(adapter))
-    kind = _kind_of(checkpoint)
+    kind = str(checkpoint.config["peft_type"])
     if kind == XLORA:
         with new_folder(output) as build:
             names = split_xlora(checkpoint, adapter, build, loras)
         *components, router = (f"{output}/{name}" for name in names)
-        return Conversion(f"load {router} after {', '.join(components)}")
+        return f"load {router} after {', '.join(components)}", []
     assert model is not None  # ``check_conversion`` rejects other adapters without a base.
     base = read_plain_base(model, dtype, device, progress)
     base = replace(base, text_prefix=checkpoint.text_prefix)
@@ -109,14 +97,7 @@ def convert(
         _write(build, made, saved, checkpoint.config, base)
     rank = max(one.rank for one in made.values())
     done = f"{output}: a LoRA of {counted(len(made), 'module')}, rank {rank} at most"
-    return Conversion(done, tuple(note for note in notes if note))
-
-
-def _kind_of(checkpoint: AdapterCheckpoint) -> str:
-    kind = checkpoint.config.get("peft_type")
-    if kind not in (*CONVERTED, XLORA):
-        raise not_converted(checkpoint.path, kind)
-    return str(kind)
+    return done, [note for note in notes if note]
 
 
 def _convert_all(

@@ -74,7 +74,7 @@ def check_conversion(adapter: Path, model: Path | None, output: Path) -> None:
         raise RunError(say("NOT_PEFT_FOLDER", path=adapter, file=CONFIG_FILE))
     kind = parse_config(file.read_bytes()[: MAX_CONFIG_BYTES + 1], str(adapter)).get("peft_type")
     if kind not in KINDS:
-        raise not_converted(str(adapter), kind)
+        raise RunError(say("NOT_CONVERTED", path=adapter, value=kind, choices=", ".join(KINDS)))
     if kind == ADAMSS and not importlib.util.find_spec("sklearn"):
         step = "`pip install scikit-learn` adds it"
         raise RunError(say("NOT_INSTALLED", packages="scikit-learn", step=step))
@@ -107,8 +107,3 @@ def check_plain_base(model: Path) -> Mapping[str, Any]:
     if is_4bit(said):
         raise InvalidRequestError.of("--base", say("BASE_IS_4BIT", path=model))
     return said
-
-
-def not_converted(path: str, kind: object) -> RunError:
-    """The error for a ``peft_type`` that cannot be converted."""
-    return RunError(say("NOT_CONVERTED", path=path, value=kind, choices=", ".join(KINDS)))

@@ -76,7 +76,7 @@ def _convert(args: argparse.Namespace) -> None:
             from turret.training.conversion.converter import convert
         if args.device == "cuda" and not torch.cuda.is_available():
             raise RunError(say("NO_CUDA_DEVICE", device="--device cuda"))
-        done = convert(
+        done, notes = convert(
             args.adapter,
             args.base,
             args.output,
@@ -87,6 +87,6 @@ def _convert(args: argparse.Namespace) -> None:
                 {"kind": "phase", "text": "{}: {} of {}".format(what, *counts)}
             ),
         )
-    for note in done.notes:
+    for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    print(done.done)
+    print(done)
