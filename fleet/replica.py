@@ -521,13 +521,8 @@ class ReplicaParts:
         metrics: AdapterMetrics,
         admit: Callable[[AdapterOperators], None],
     ) -> ReplicaRegistry:
-        """The replica's adapters.
-
-        Raises:
-            ValueError: There is no state directory.
-        """
-        if config.state_dir is None:
-            raise ValueError(say("FLEET_NEEDS_STATE"))
+        """The replica's adapters."""
+        assert config.state_dir is not None
         self._keep_generations = config.keep_generations
         self._registry = ReplicaRegistry(
             self._channel,

@@ -139,11 +139,6 @@ class TrainingBase:
     arch: Arch
     tokenizer: Any
 
-    @property
-    def max_length(self) -> int:
-        """The maximum number of positions that the model was made for."""
-        return self.arch.max_model_len
-
 
 def find_base(directory: Path | None) -> TrainingBase:
     """Find (and quantise, the first time) the base model.

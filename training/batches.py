@@ -79,7 +79,7 @@ def load_dataset(
         ConfigError: ``data.max_length`` exceeds the model's context.
         DataError: See :func:`read_files` and :func:`encode_all`.
     """
-    check_max_length(config, base.max_length)
+    check_max_length(config, base.arch.max_model_len)
     files = read_files(config, folder)
     examples, held_out, labels = files.train, files.validation, files.labels
     if held_out is None:
