@@ -7,7 +7,7 @@ import json
 import resource
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from turret.kernels.nf4_matmul import MXFP4
 from turret.server.log import progress_bar
-from turret.server.models.decoding.arch import LAYER_PREFIX, Arch
+from turret.server.models.decoding.arch import LAYER_PREFIX, Arch, Projections
 from turret.server.models.families import read_arch, text_config
 from turret.server.models.model_source import ModelSource, modules_in_16_bits, resolve_model
 from turret.server.models.sources.check import default_cache_dir, find_gguf
@@ -140,24 +140,41 @@ class TrainingBase:
     tokenizer: Any
 
 
-def find_base(directory: Path | None) -> TrainingBase:
-    """Find (and quantise, the first time) the base model.
+def check_base(directory: Path | None, check: Callable[[Projections], None]) -> None:
+    """Check a model in a directory before it is quantised, which takes minutes.
 
     Args:
-        directory: The directory as in the config, or an id of the hub; None is the bundled model.
+        directory: See :func:`find_base`. Other places are not checked.
+        check: Called with the modules; raises an error if the model cannot be used.
 
     Raises:
         InvalidRequestError: The directory is not a model, or its architecture is not supported.
     """
     if directory is not None and directory.is_dir():
-        # Quantising takes minutes, so find these errors before.
         check_model_directory(directory)
-        read_arch(_config_of(directory))
+        check(read_arch(_config_of(directory)))
+
+
+def find_base(
+    directory: Path | None, check: Callable[[Projections], None] = lambda _: None
+) -> TrainingBase:
+    """Find (and quantise, the first time) the base model.
+
+    Args:
+        directory: The directory as in the config, or an id of the hub; None is the bundled model.
+        check: See :func:`check_base`. It is called for models from other places, too.
+
+    Raises:
+        InvalidRequestError: The directory is not a model, or its architecture is not supported.
+    """
+    check_base(directory, check)
     with progress_bar() as report:
         source = resolve_model(directory, default_cache_dir(), report)
     config = _config_of(source.files)
+    arch = read_arch(config)
+    check(arch)
     tokenizer = AutoTokenizer.from_pretrained(source.files)
-    return TrainingBase(source, directory, config, read_arch(config), tokenizer)
+    return TrainingBase(source, directory, config, arch, tokenizer)
 
 
 def _config_of(files: Path) -> Any:

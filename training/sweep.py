@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import threading
 from collections import Counter
@@ -15,12 +16,14 @@ from typing import Any, TypeAlias
 
 from turret.clients.messages.results import Model
 from turret.server.api.tenants.sessions import MAX_MODELS
+from turret.training.base_model import check_base
 from turret.training.engine import Engine
 from turret.training.errors import RunError
 from turret.training.own_engine import is_shared
 from turret.training.report import write_report
 from turret.training.run.folder import RunFolder, what_next
 from turret.training.serving_cost import serving_cost
+from turret.training.settings.checks import base_place, check_method
 from turret.training.settings.resolve import Resolved, resolve
 from turret.training.settings.variants import Variant
 from turret.training.trainer import FinishedRun, Listener, Trainer
@@ -97,6 +100,9 @@ def sweep(
         TrainingError: See ``Trainer.run``.
     """
     with announce("sweep"):
+        for config in (variant.config for variant in variants):
+            place = base_place(config.base, folder)
+            check_base(place, functools.partial(check_method, config.method))
         runs = [_Run(v, resolve(v.config, folder, served), served is not None) for v in variants]
         for run in runs:
             trainer = Trainer(run.resolved)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Iterator
@@ -67,8 +68,7 @@ def resolve(config: TrainConfig, folder: Path, served: Model | None = None) -> R
     notes: list[str] = []
     method = METHODS[config.method.name]
     directory = base_place(config.base, folder)
-    base = find_base(directory)
-    check_method(config.method, base.arch)
+    base = find_base(directory, functools.partial(check_method, config.method))
     if served is None:
         settings = _resolve_base(config.base, directory)
     else:
