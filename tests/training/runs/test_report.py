@@ -26,6 +26,7 @@ from turret.training.run.progress import training_progress
 from turret.training.run.samples import draw_samples, model_answers
 from turret.training.trainer import Trainer
 from turret.training.words import say
+from turret.words import about_bytes
 
 VOID = {"meta", "line", "circle", "polyline"}
 
@@ -105,7 +106,7 @@ def test_the_page_shows_the_run(run: RunFolder):
     assert f"{losses[0]:.3f} → {losses[-1]:.3f}" in page.cells
     assert "12 of 12" in page.cells
     size = (run.adapter / "adapter_model.safetensors").stat().st_size
-    assert f"{size / 2**20:.1f} MiB" in page.cells
+    assert about_bytes(size) in page.cells
     assert any(run.read_facts()["base"]["digest"] in cell for cell in page.cells)
     assert "unfinished" not in text
     assert "steps = 12" in text
