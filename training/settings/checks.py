@@ -17,7 +17,7 @@ from turret.server.basics.names import closest, model_place
 from turret.server.basics.settings import Violation
 from turret.server.command.preflight import without_cuda
 from turret.server.config import AdapterConfig
-from turret.server.models.decoding.arch import MODULES, ROUTER, Experts, Projections
+from turret.server.models.decoding.arch import ROUTER, Experts, Projections
 from turret.server.models.families import FAMILIES
 from turret.server.models.sources.check import (
     check_model,
@@ -131,8 +131,8 @@ def check_targets(model_type: str, targets: Sequence[str]) -> None:
     """
     family = FAMILIES[model_type]
     if family.experts is None:
-        modules = family.modules.get(model_type, MODULES)
-        known = [path.rpartition(".")[2] for paths in modules.values() for path in paths]
+        paths = (path for paths in family.modules.values() for path in paths)
+        known = [path.rpartition(".")[2] for path in paths]
         check_names(model_type, known, targets)
 
 
