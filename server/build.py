@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -310,7 +310,7 @@ def _store_type(path: str) -> Callable[..., AdapterStore]:
 
 def _build_executor(
     config: Config, decoder: Decoder, cache: KvCache, store: AdapterStore, metrics: Metrics
-) -> Executor:
+) -> Executor[Any, Any]:
     if isinstance(store, StepStore):
         return TorchExecutor(decoder, cache, store, screens_head=config.model.head_screen)
     from turret.server.adapters.device.gpu.store import GpuStore
@@ -441,7 +441,7 @@ def _build_engine(
         max_queued_bytes=config.scheduler.max_queued_bytes,
         on_thread=lambda: _on_stream(stream, decoder.dtype, decoder.device),
     )
-    return engine, isinstance(executor, TorchExecutor) and executor.screens_head
+    return engine, executor.screens_head
 
 
 @contextlib.contextmanager
@@ -460,7 +460,7 @@ def _on_stream(stream: StepStream, dtype: torch.dtype, device: torch.device) -> 
         yield
 
 
-def _warm_up(executor: Executor, stream: StepStream) -> None:
+def _warm_up(executor: Executor[Any, Any], stream: StepStream) -> None:
     from turret.server.engine.step.gpu.executor import GpuExecutor, warm_up
 
     assert isinstance(executor, GpuExecutor)

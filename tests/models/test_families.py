@@ -31,9 +31,10 @@ from transformers import (
 
 from turret.server.errors import InvalidRequestError
 from turret.server.models import families
-from turret.server.models.decoding import gpu_decoder, layer_ops
 from turret.server.models.decoding.arch import ACTIVATIONS, LayerNorms, Rope, check_served
-from turret.server.models.decoding.cpu_layers import _GATED_ACTIVATIONS as CPU_ACTIVATIONS
+from turret.server.models.decoding.cpu_layers import CpuLayerOps
+from turret.server.models.decoding.gpu_decoder import GpuLayerOps
+from turret.server.models.decoding.layer_ops import LayerOps
 from turret.server.models.families import FAMILIES, Family, read_arch, read_decoder
 
 SIZES: dict[str, Any] = {
@@ -186,5 +187,5 @@ async def test_a_family_in_one_line_is_served(
 
 
 def test_every_path_has_every_activation() -> None:
-    for table in (layer_ops._ACTIVATIONS, CPU_ACTIVATIONS, gpu_decoder._GATED_ACTIVATIONS):
-        assert table.keys() == set(ACTIVATIONS)
+    for ops in (LayerOps, CpuLayerOps, GpuLayerOps):
+        assert ops.activations.keys() == set(ACTIVATIONS)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Generic, TypeVar
 
 import torch
 
@@ -21,7 +22,7 @@ from turret.server.engine.step.batch import (
     own_logits,
     scalings_of,
 )
-from turret.server.engine.step.sampler import Draw, Mask, Sampler, takes_likeliest
+from turret.server.engine.step.sampler import Sampler, takes_likeliest
 from turret.server.models.decoding.decoder import Decoder, LikeliestTokens
 from turret.server.models.decoding.kv_cache import KvCache
 
@@ -62,54 +63,41 @@ class Computed:
     likeliest: Likeliest | None = None
 
 
-class Draws(Protocol):
-    """Draws tokens. Use it on one thread only.
-
-    Attributes:
-        takes_late_masks: Whether ``draw`` itself requests the masks that it needs.
-    """
-
-    takes_late_masks: bool
-
-    def draw(
-        self,
-        logits: torch.Tensor,
-        sequences: SequenceOf[Sequence],
-        masks: Mapping[Sequence, Mask],
-        drawn: Mapping[Sequence, SequenceOf[int]],
-        added: Mapping[Sequence, torch.Tensor],
-    ) -> list[Draw]:
-        """Draw one token per row of the step that has just run.
-
-        Args:
-            logits: ``[rows, vocab]`` fp32; modified in place.
-            sequences: The sequence of each row.
-            masks: The masks of the sequences with a constraint.
-            drawn: Tokens that were drawn before, in the same step.
-            added: Logits of tokens beyond ``vocab``, ``[tokens]`` fp32, of sequences that have any.
-        """
-        ...
-
-    def forget(self, sequence: Sequence) -> None:
-        """Drop a finished sequence's state."""
-        ...
+_D = TypeVar("_D", bound=Decoder)
+_S = TypeVar("_S", bound=AdapterStore)
 
 
-class Executor(Protocol):
+class Executor(ABC, Generic[_D, _S]):
     """Computes steps. One thread only.
+
+    Args:
+        decoder: The base model.
+        cache: Keys and values of all sequences.
+        store: The adapters.
 
     Attributes:
         is_asynchronous: Whether ``run`` returns before the step is computed.
+        screens_head: Whether an int8 copy of the head determines the tokens of greedy steps.
+        store: See above.
     """
 
-    is_asynchronous: bool = False
+    is_asynchronous = False
+    screens_head = False
 
-    @property
-    def store(self) -> AdapterStore: ...
+    def __init__(self, decoder: _D, cache: KvCache, store: _S) -> None:
+        self._decoder, self._cache, self.store = decoder, cache, store
 
+    @abstractmethod
     def run(self, step: Step) -> Computed:
         """Compute a step. Keys and values of its tokens are in the cache afterwards."""
-        ...
+
+    @abstractmethod
+    def sampler(self, stop_token_ids: frozenset[int]) -> Sampler:
+        """Make the sampler for its steps; called once, before the first.
+
+        Args:
+            stop_token_ids: The model's end tokens, which are not drawn before ``min_tokens``.
+        """
 
     def logits(self, sequence: Sequence, hidden: torch.Tensor) -> torch.Tensor:
         """Project hidden states of one sequence onto its own tokens.
@@ -117,15 +105,12 @@ class Executor(Protocol):
         Returns:
             ``[rows, vocab]`` fp32, from ``[rows, hidden]``.
         """
-        ...
+        rows = [(sequence, range(hidden.shape[0]))]
+        logits = self._decoder.logits(hidden, changed_heads(rows, self.store, hidden.device))
+        added = added_logits(rows, hidden, self._decoder, self.store)
+        return own_logits(logits, sequence, added.get(sequence))
 
-    def sampler(self, stop_token_ids: frozenset[int]) -> Draws:
-        """Make the sampler for its steps; called once, before the first.
-
-        Args:
-            stop_token_ids: The model's end tokens, which are not drawn before ``min_tokens``.
-        """
-        ...
+    # Executors that have nothing to do override none of these.
 
     def look_ahead(self) -> None:
         """Do useful work while the host waits for the step's results, if it waits."""
@@ -158,7 +143,7 @@ def sampled_rows(placed: SequenceOf[Placed]) -> list[tuple[Sequence, range]]:
     return found
 
 
-class TorchExecutor(Executor):
+class TorchExecutor(Executor[Decoder, StepStore]):
     """The torch and the cpu path.
 
     Args:
@@ -172,41 +157,32 @@ class TorchExecutor(Executor):
     def __init__(
         self, decoder: Decoder, cache: KvCache, store: StepStore, *, screens_head: bool = True
     ) -> None:
-        self._store = store
-        self._decoder = decoder
-        self._likeliest = LikeliestTokens(decoder) if screens_head else None
-        self._cache = cache
+        super().__init__(decoder, cache, store)
+        self._likeliest = LikeliestTokens.of(decoder) if screens_head else None
+        # A copy cannot be made for every head.
+        self.screens_head = self._likeliest is not None
         self._builder = BatchBuilder(
             decoder.arch, decoder.ops, cache.block_size, store, decoder.device
         )
-
-    @property
-    def store(self) -> StepStore:
-        return self._store
-
-    @property
-    def screens_head(self) -> bool:
-        """Whether there is an int8 copy of the head, which cannot be made for every head."""
-        return self._likeliest is not None and self._likeliest.is_of_use
 
     def run(self, step: Step) -> Computed:
         self._cache.clear(step.new_blocks)
         for sequence, start in step.presets:
             fill_prefix(self._cache, sequence, start)
-        scalings = scalings_of(step, self._store, self._decoder.device, self._compute)
+        scalings = scalings_of(step, self.store, self._decoder.device, self._compute)
         placed, hidden = self._compute(step, scalings)
         rows = [row for place in placed if place.samples for row in place.sampled]
         if rows:
             index = torch.tensor(rows, device=hidden.device)
             samples = sampled_rows(placed)
-            changes = changed_heads(samples, self._store, hidden.device)
+            changes = changed_heads(samples, self.store, hidden.device)
             states = hidden.index_select(0, index)
             if not changes and all(takes_likeliest(sequence) for sequence, _ in samples):
                 likeliest = self._find_likeliest(states)
                 if likeliest is not None:
                     return Computed(placed, hidden, None, likeliest=likeliest)
             logits = self._decoder.logits(states, changes)
-            added = added_logits(samples, states, self._decoder, self._store)
+            added = added_logits(samples, states, self._decoder, self.store)
             return Computed(placed, hidden, logits, added)
         return Computed(placed, hidden, None)
 
@@ -228,12 +204,6 @@ class TorchExecutor(Executor):
         """Compute the hidden states of a step."""
         batch = self._builder.build(step, scalings)
         return batch.placed, self._decoder.forward(batch.input, self._cache)
-
-    def logits(self, sequence: Sequence, hidden: torch.Tensor) -> torch.Tensor:
-        rows = [(sequence, range(hidden.shape[0]))]
-        logits = self._decoder.logits(hidden, changed_heads(rows, self._store, hidden.device))
-        added = added_logits(rows, hidden, self._decoder, self._store)
-        return own_logits(logits, sequence, added.get(sequence))
 
     def sampler(self, stop_token_ids: frozenset[int]) -> Sampler:
         return Sampler(stop_token_ids)

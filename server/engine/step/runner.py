@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -14,9 +15,17 @@ from turret.server.adapters.device.store import Resident
 from turret.server.basics.work import is_out_of_memory
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
 from turret.server.engine.step.batch import NOTHING_ADDED, Placed
-from turret.server.engine.step.executor import Computed, Draws, Executor
+from turret.server.engine.step.executor import Computed, Executor
 from turret.server.engine.step.pooler import Pooler
-from turret.server.engine.step.sampler import NOTHING_DRAWN, Draw, LateMask, Mask, Masks, tops_of
+from turret.server.engine.step.sampler import (
+    NOTHING_DRAWN,
+    Draw,
+    LateMask,
+    Mask,
+    Masks,
+    Sampler,
+    tops_of,
+)
 from turret.server.errors import BudgetExceededError
 from turret.server.words import say
 
@@ -54,7 +63,7 @@ class _Run:
 
 
 def draw_tokens(
-    sampler: Draws,
+    sampler: Sampler,
     logits: torch.Tensor,
     items: SequenceOf[Scheduled],
     masks: Mapping[Sequence, Mask],
@@ -167,7 +176,7 @@ class Runner:
         is_asynchronous: Whether the device computes while the host does something else.
     """
 
-    def __init__(self, executor: Executor, stop_token_ids: frozenset[int]) -> None:
+    def __init__(self, executor: Executor[Any, Any], stop_token_ids: frozenset[int]) -> None:
         self.is_asynchronous = executor.is_asynchronous
         self._executor = executor
         self._store = executor.store

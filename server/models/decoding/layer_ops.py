@@ -7,12 +7,13 @@ operations run, and ``LayerOps`` or a subclass implements them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from turret.kernels.between import residual_rms_norm_reference, rotate_heads
+from turret.kernels.expert_routing import Routing, combine_reference, route_reference
 from turret.kernels.paged_attention import (
     SequenceSpan,
     paged_attention_reference,
@@ -106,8 +107,20 @@ class GrowingQueries:
         return self._values.index_select(0, steps).view(-1, 1, 1)
 
 
-# Name in ``Arch`` → torch function.
-_ACTIVATIONS = {"silu": row_silu, "gelu_pytorch_tanh": row_gelu}
+def no_rotation(rows: int, arch: Arch, device: torch.device) -> Angles:
+    """The angles of layers without rotary positions: all of them 0."""
+    ones = torch.ones(rows, arch.head_dim // 2, device=device)
+    return ones, torch.zeros_like(ones)
+
+
+def _gated(
+    activate: Callable[[torch.Tensor], torch.Tensor],
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    def apply(gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return activate(gate).mul_(up)
+
+    return apply
 
 
 class LayerOps:
@@ -115,7 +128,21 @@ class LayerOps:
 
     Args:
         arch: The architecture of the decoder.
+
+    Attributes:
+        activations: Name in ``Arch`` → function that also multiplies the activation by ``up``.
+        clamped_swiglu: Computes a ``ClampedSwiglu``.
+        route_rows: See ``route``.
+        combine: Sums the outputs of each row's experts, ``[pairs, hidden]`` → ``[rows, hidden]``.
     """
+
+    activations: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "silu": _gated(row_silu),
+        "gelu_pytorch_tanh": _gated(row_gelu),
+    }
+    clamped_swiglu = staticmethod(row_clamped_swiglu)
+    route_rows = staticmethod(route_reference)
+    combine = staticmethod(combine_reference)
 
     def __init__(self, arch: Arch) -> None:
         self._arch = arch
@@ -200,6 +227,11 @@ class LayerOps:
         """``activation(gate) · up``: ``[rows, 2·width]`` → ``[rows, width]``."""
         activation = self._arch.activation
         if isinstance(activation, ClampedSwiglu):
-            return row_clamped_swiglu(gate_up, activation.alpha, activation.limit)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return _ACTIVATIONS[activation](gate).mul_(up)
+            return self.clamped_swiglu(gate_up, activation.alpha, activation.limit)
+        return self.activations[activation](gate_up)
+
+    def route(self, scores: torch.Tensor) -> Routing:
+        """Choose the experts of each row from ``[rows, experts]`` scores."""
+        experts = self._arch.experts
+        assert experts is not None, "a layer that routes has experts"
+        return self.route_rows(scores, experts.per_token, normalizes=experts.normalizes)
