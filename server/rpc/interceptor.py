@@ -23,7 +23,7 @@ from turret.server.api.call import REQUEST_ID_KEY, Call
 from turret.server.api.faults import Fault, fault_of
 from turret.server.api.services import Services
 from turret.server.basics.codes import Code
-from turret.server.basics.places import Limit, Places
+from turret.server.basics.turns import Limit, Places
 from turret.server.errors import (
     VIOLATION_COUNT,
     DeadlineExceededError,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from turret.server.adapters.adapter import AdapterRef, Head
-from turret.server.constraints.constraint import MATCHER_BYTES, Constraint
+from turret.server.constraints.matcher import MATCHER_BYTES, Constraint
 from turret.server.errors import InvalidRequestError
 from turret.server.words import say
 
