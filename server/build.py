@@ -328,7 +328,7 @@ def _build_executor(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         capture=capture_for(decoder.device),
-        on_graphs_off=metrics.cuda_graphs_off,
+        on_graphs_off=lambda: metrics.cuda_graphs_off.set(1),
     )
 
 

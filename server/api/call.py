@@ -248,7 +248,8 @@ class Call:
                 self._metrics.request_finished(names, code.name)
                 for alias in self.aliases:
                     self._metrics.alias_finished(*alias, code.name)
-            self._metrics.call_finished(self.protocol, self.method, code.name, seconds)
+            self._metrics.calls.labels(self.protocol, code.name).inc()
+            self._metrics.duration.labels(self.method, code.name).observe(seconds)
             if self.prompt_tokens:
                 self._metrics.tokens(
                     names, prompt=self.prompt_tokens, generated=self.generated_tokens
