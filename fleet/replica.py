@@ -51,9 +51,8 @@ from turret.server.errors import (
     TurretError,
     UnavailableError,
 )
-from turret.server.hub import AdapterHub
 from turret.server.metrics import Metrics
-from turret.server.remote import RemoteAdapters
+from turret.server.remote import AdapterHub, RemoteAdapters
 
 _log = logging.getLogger(__name__)
 

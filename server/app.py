@@ -33,8 +33,7 @@ from turret.server.command.interrupts import Hangup
 from turret.server.config import Config
 from turret.server.errors import AdapterExistsError, TurretError
 from turret.server.log import end_bars
-from turret.server.metrics import Metrics
-from turret.server.metrics_aliases import add_aliases
+from turret.server.metrics import Metrics, add_aliases
 from turret.server.metrics_server import MetricsServer
 from turret.server.rpc.server import RpcServer
 from turret.server.words import say

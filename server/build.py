@@ -47,23 +47,21 @@ from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.speculation import Speculation, StepCost
-from turret.server.engine.step.executor import Executor, TorchExecutor
-from turret.server.engine.step.runner import Runner
+from turret.server.engine.step.runner import Executor, Runner, TorchExecutor
 from turret.server.errors import InvalidRequestError
-from turret.server.hub import AdapterHub
 from turret.server.log import progress_bar
 from turret.server.metrics import Metrics
 from turret.server.models.chat_template import base_template
 from turret.server.models.decoding.decoder import Decoder
-from turret.server.models.decoding.kv_cache import KvCache
+from turret.server.models.decoding.layer_ops import KvCache
 from turret.server.models.describe import BaseEdit, ModelInfo, describe_base, describe_projections
+from turret.server.models.fidelity import memory_of
 from turret.server.models.loader import eos_token_ids, formulations, load_decoder
-from turret.server.models.memory import memory_of
 from turret.server.models.model_source import ModelSource, resolve_model
 from turret.server.models.own_tokenizers import OwnTokenizers
 from turret.server.models.sources.check import default_cache_dir
 from turret.server.models.tokenizer import Tokenizer
-from turret.server.remote import RemoteAdapters
+from turret.server.remote import AdapterHub, RemoteAdapters
 from turret.server.training.trainer import Training
 from turret.server.words import say
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from turret.clients.messages.results import Model
-from turret.server.api.tenants.sessions import MAX_MODELS
+from turret.server.api.tenants.tenants import MAX_MODELS
 from turret.server.models.decoding.arch import Projections
 from turret.training.base_model import find_base
 from turret.training.engine import Engine

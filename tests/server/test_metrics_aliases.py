@@ -8,8 +8,7 @@ import pytest
 from prometheus_client import Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from turret.server.metrics import Metrics
-from turret.server.metrics_aliases import VLLM, add_aliases
+from turret.server.metrics import VLLM, Metrics, add_aliases
 
 
 @dataclasses.dataclass

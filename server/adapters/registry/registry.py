@@ -55,9 +55,8 @@ from turret.server.errors import (
     InvalidRequestError,
     TurretError,
 )
-from turret.server.hub import AdapterHub
 from turret.server.metrics import Metrics
-from turret.server.remote import RemoteAdapters
+from turret.server.remote import AdapterHub, RemoteAdapters
 from turret.server.words import say
 
 UnloadMode = Literal["DRAIN", "FORCE"]

@@ -37,8 +37,7 @@ from turret.server.adapters.device.cpu.store import CpuStep
 from turret.server.adapters.device.store import AdapterStep
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.arch import Arch, ClampedSwiglu
-from turret.server.models.decoding.kv_cache import KvCache
-from turret.server.models.decoding.layer_ops import Angles, LayerOps, no_rotation
+from turret.server.models.decoding.layer_ops import Angles, KvCache, LayerOps, no_rotation
 
 if TYPE_CHECKING:
     from turret.server.models.decoding.decoder import DecoderLayer

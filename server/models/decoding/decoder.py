@@ -30,8 +30,7 @@ from turret.server.adapters.device.vocabulary import (
 from turret.server.models.decoding.adapted_linear import AdaptedLinear, ExpertMixture
 from turret.server.models.decoding.arch import Arch
 from turret.server.models.decoding.cpu_layers import CpuLayerOps, CpuLayers, choose_layer_ops
-from turret.server.models.decoding.kv_cache import KvCache
-from turret.server.models.decoding.layer_ops import GrowingQueries, RotaryAngles
+from turret.server.models.decoding.layer_ops import GrowingQueries, KvCache, RotaryAngles
 from turret.server.models.fidelity import Fidelity
 
 

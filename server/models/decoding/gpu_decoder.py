@@ -24,8 +24,7 @@ from turret.kernels.rows.linear import linear_in_pieces
 from turret.server.adapters.device.gpu.store import GpuAdapterStep
 from turret.server.models.decoding.arch import Arch
 from turret.server.models.decoding.decoder import Decoder, DecoderLayer, StepInput
-from turret.server.models.decoding.kv_cache import KvCache
-from turret.server.models.decoding.layer_ops import LayerOps, no_rotation
+from turret.server.models.decoding.layer_ops import KvCache, LayerOps, no_rotation
 from turret.server.models.weights.nf4_gpu import keep_sums_whole
 
 _GATED_SILU = GatedSilu()

@@ -12,7 +12,7 @@ from servers.http_harness import HttpHarness, Refused, http_harness
 
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.api.access import TokenTable
-from turret.server.api.faults import MAX_FAILURES, MAX_MESSAGE_CHARS
+from turret.server.api.call import MAX_FAILURES, MAX_MESSAGE_CHARS
 from turret.server.basics.work import Cancellation
 from turret.server.config import ListenConfig
 from turret.server.errors import AdapterNotFoundError, ResourceError

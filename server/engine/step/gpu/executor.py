@@ -40,7 +40,6 @@ from turret.server.engine.step.batch import (
     runs_of,
     scalings_of,
 )
-from turret.server.engine.step.executor import Computed, Executor, fill_prefix, sampled_rows
 from turret.server.engine.step.gpu.decode_graphs import Body, Capture, DecodeGraphs, Key, buckets
 from turret.server.engine.step.gpu.sampler import GpuSampler
 from turret.server.engine.step.gpu.tables import (
@@ -49,8 +48,9 @@ from turret.server.engine.step.gpu.tables import (
     BlockUpdates,
     StepTables,
 )
+from turret.server.engine.step.runner import Computed, Executor, fill_prefix, sampled_rows
 from turret.server.models.decoding.gpu_decoder import GpuDecoder, GpuStep
-from turret.server.models.decoding.kv_cache import KvCache
+from turret.server.models.decoding.layer_ops import KvCache
 
 # The start of a CUDA device, before the first request.
 #
