@@ -31,7 +31,6 @@ from turret.server.adapters.base import Allowed, BaseModel, ChangedBase, Precisi
 from turret.server.adapters.merger import (
     ChangeBase,
     Edit,
-    MergeMetrics,
     Merger,
     MergeState,
     PreparedMerge,
@@ -44,7 +43,6 @@ from turret.server.adapters.registry.name_table import (
     registration_of,
 )
 from turret.server.adapters.registry.registry import AdapterRegistry, UnloadMode
-from turret.server.adapters.residency.leases import AdapterMetrics
 from turret.server.adapters.state_dir import SavedRegistration, SharedStateDir
 from turret.server.basics.work import Cancellation
 from turret.server.config import AdapterConfig
@@ -54,8 +52,8 @@ from turret.server.errors import (
     TurretError,
     UnavailableError,
 )
-from turret.server.hub import AdapterHub
-from turret.server.remote import RemoteAdapters
+from turret.server.metrics import Metrics
+from turret.server.remote import AdapterHub, RemoteAdapters
 
 _log = logging.getLogger(__name__)
 
@@ -518,7 +516,7 @@ class ReplicaParts:
         self,
         config: AdapterConfig,
         base: BaseModel,
-        metrics: AdapterMetrics,
+        metrics: Metrics,
         admit: Callable[[AdapterOperators], None],
     ) -> ReplicaRegistry:
         """The replica's adapters."""
@@ -548,7 +546,7 @@ class ReplicaParts:
         edit: Callable[[Precision], Edit],
         describe: Callable[[int], BaseModel],
         change_base: ChangeBase,
-        metrics: MergeMetrics,
+        metrics: Metrics,
     ) -> ReplicaMerger:
         """The merger of the replica's base."""
         self._merger = ReplicaMerger(

@@ -25,7 +25,7 @@ from typing import Any
 
 from turret.clients.evaluation.rows import Row, RowError, read_rows
 from turret.server.adapters.adapter import MAX_LABEL_CHARS, MAX_LABELS
-from turret.server.basics.token_search import last_occurrence
+from turret.server.engine.scheduling.sequence import last_occurrence
 from turret.training.errors import ConfigError, DataError
 from turret.training.settings.config import DataConfig
 from turret.training.words import Text, say

@@ -40,7 +40,6 @@ from turret.server.config import (
     TelemetryConfig,
 )
 from turret.server.errors import InvalidRequestError, TurretError
-from turret.server.hub import AdapterHub
 from turret.server.models.chat_template import base_template
 from turret.server.models.decoding.arch import LAYER_PREFIX
 from turret.server.models.sources.check import (
@@ -48,6 +47,7 @@ from turret.server.models.sources.check import (
     check_model,
     check_skip_modules,
 )
+from turret.server.remote import AdapterHub
 from turret.server.words import Text, say
 
 _MOST_THREADS = 1024

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from turret.server.api.faults import fault_of
+from turret.server.api.call import fault_of
 from turret.server.basics.codes import Code
 from turret.server.words import Text, say
 

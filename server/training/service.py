@@ -212,7 +212,8 @@ class TrainingService:
 
     def _count_adapters(self) -> None:
         count, total = len(self._reserved), self._used.total()
-        self._metrics.training(num_adapters=count, num_bytes=total)
+        self._metrics.training_adapters.set(count)
+        self._metrics.training_bytes.labels("adapters").set(total)
 
     def _modules(self, config: LearnerConfig) -> list[str]:
         wanted = {
@@ -314,7 +315,7 @@ class TrainingService:
         self._count_queued()
 
     def _count_queued(self) -> None:
-        self._metrics.training_queued(sum(work.num_queued for work in self._waiting))
+        self._metrics.training_queued_tokens.set(sum(each.num_queued for each in self._waiting))
 
     async def _run_batch(self, batch: Sequence[tuple[_Work, Sequence[Datum]]]) -> None:
         """Run a pass.
@@ -332,7 +333,7 @@ class TrainingService:
                 return
             self._end(batch[0][0], error)
         finally:
-            self._metrics.training_activations(0)
+            self._metrics.training_bytes.labels("activations").set(0)
         for work in works:
             if work.num_begun == len(work.chunks):
                 self._end(work)
@@ -399,7 +400,7 @@ class TrainingService:
                 _when_done(between, device),
             )
             training_pass.forward()
-            self._metrics.training_activations(training_pass.num_bytes)
+            self._metrics.training_bytes.labels("activations").set(training_pass.num_bytes)
             grad = torch.zeros(training_pass.hidden.shape, device=device)
             for number, (work, chunk) in enumerate(batch):
                 inputs = {
@@ -417,7 +418,7 @@ class TrainingService:
                 results.append([DatumLoss(*pair) for pair in pairs])
             if batch[0][0].has_grad:
                 training_pass.backward(grad)
-        self._metrics.training_pass(len(training_pass.hidden))
+        self._metrics.training_tokens.inc(len(training_pass.hidden))
         for (work, _), segment, datum_losses in zip(batch, segments, results, strict=True):
             work.results += datum_losses
             add_gradients(work.leaves, segment.leaves)
@@ -431,7 +432,7 @@ class TrainingService:
         """Apply an optimizer step, after which the gradients are zero; returns metrics."""
         learner = self._learners[adapter_id]
         result = await self._renewing(adapter_id, functools.partial(learner.step, adam))
-        self._metrics.training_step()
+        self._metrics.training_steps.inc()
         return result
 
     async def _renewing(self, adapter_id: int, change: Callable[[], T]) -> T:

@@ -42,7 +42,7 @@ from turret.server.adapters.operators.vocabulary import HEAD
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.arch import LONG
 from turret.server.models.decoding.decoder import Decoder, OwnRows, StepInput
-from turret.server.models.decoding.kv_cache import KvCache
+from turret.server.models.decoding.layer_ops import KvCache
 from turret.server.models.weights.base_linear import BaseLinear
 from turret.server.models.weights.nf4 import DenseLinear
 from turret.server.training.layer_gradients import layer_gradients

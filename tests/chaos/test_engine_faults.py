@@ -13,7 +13,7 @@ from builders.random_adapters import AdapterSpec, arch_of, write_adapter
 from servers.engine_harness import EngineHarness, make_request
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from turret.server.engine.step.executor import TorchExecutor
+from turret.server.engine.step.runner import TorchExecutor
 from turret.server.errors import TurretError, UnavailableError
 
 # The number of tested operations, of some hundred in a step; the last one is the sampler's.

@@ -18,7 +18,7 @@ from turret.clients.client import TurretClient
 from turret.clients.errors import UnavailableError
 from turret.clients.hints import COMMAND_HINTS as HINTS
 from turret.clients.verbs import health as verb
-from turret.server.api.faults import fault_of
+from turret.server.api.call import fault_of
 from turret.server.api.gate import ServingGate
 from turret.server.errors import UnavailableError as Refusal
 from turret.server.rpc.interceptor import to_rich_status

@@ -8,8 +8,7 @@ import pytest
 from prometheus_client import Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from turret.server.metrics import Metrics
-from turret.server.metrics_aliases import VLLM, add_aliases
+from turret.server.metrics import VLLM, Metrics, add_aliases
 
 
 @dataclasses.dataclass
@@ -85,7 +84,7 @@ def test_an_endpoint_picker_reads_turrets_counts() -> None:
     metrics.info("1", "smol", "bfloat16", "nf4")
     metrics.sequences(waiting=3, running=2)
     metrics.kv_blocks(free=6, used=2)
-    metrics.kv_cache(block_size=16, num_blocks=8)
+    metrics.kv_cache_info.labels("16", "8").set(1)
     metrics.adapters_in_use(most=64, running=["sql"], waiting=["json", "base"])
     for name, tier in (("sql", "device"), ("json", "host"), ("base", "device"), ("late", "device")):
         metrics.adapter_registered(name, tier)

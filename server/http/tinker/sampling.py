@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from turret.server.api.call import Call
 from turret.server.api.inference_answers import converted, together
 from turret.server.api.tenants.futures import Future, Result
-from turret.server.api.tenants.sessions import Sampler
+from turret.server.api.tenants.tenants import Sampler
 from turret.server.basics.codes import Code
 from turret.server.basics.work import turret_error
 from turret.server.errors import (

@@ -9,7 +9,7 @@ from typing import Any
 from turret.closest import closest
 from turret.server.api.tenants.checkpoints import Checkpoint
 from turret.server.api.tenants.futures import Future, Result
-from turret.server.api.tenants.sessions import Model, Sampler
+from turret.server.api.tenants.tenants import Model, Sampler
 from turret.server.basics.codes import Code
 from turret.server.errors import InvalidRequestError
 from turret.server.http.body import read_body

@@ -17,7 +17,7 @@ from turret.clients.hints import HINTS as OF_PYTHON
 from turret.clients.unreached import UNREACHED
 from turret.clients.words import say
 from turret.server import errors
-from turret.server.api.faults import fault_of
+from turret.server.api.call import fault_of
 from turret.server.errors import (
     VIOLATION_COUNT,
     AdapterBusyError,

@@ -6,7 +6,8 @@ from typing import Any
 
 from checkout import ROOT
 
-from turret.server.api.tenants import checkpoints, futures, sessions
+from turret.server.api.tenants import checkpoints, futures
+from turret.server.api.tenants import tenants as sessions
 from turret.server.http.tinker import wire
 from turret.server.http.tinker.routes import routes
 

@@ -14,8 +14,8 @@ from servers.fakes import FakeTokenizer, finish
 from servers.http_harness import HttpHarness, http_harness
 
 from turret.server.constraints.compiler import ConstraintCompiler
-from turret.server.constraints.constraint import Constraint
 from turret.server.constraints.grammar import MAX_CONSTRAINT_CHARS, ConstraintSpec
+from turret.server.constraints.matcher import Constraint
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.errors import InvalidRequestError
 from turret.server.http import choices

@@ -16,7 +16,7 @@ import uvicorn.server
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 
 from turret.server.api.access import MOST_CONNECTIONS, Shares, TokenTable
-from turret.server.api.faults import Failures
+from turret.server.api.call import Failures
 from turret.server.api.gate import ServingGate
 from turret.server.api.services import Services
 from turret.server.config import ListenConfig, SecurityConfig
