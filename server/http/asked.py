@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from turret.server.api.violations import Violations
 from turret.server.errors import InvalidRequestError
@@ -16,11 +16,13 @@ from turret.server.http.schemas.fields import Sent, closed, not_one_of
 from turret.server.http.schemas.requests import (
     Asking,
     ChatOnly,
+    ChatRequest,
     FunctionTool,
     Generating,
     InputsRequest,
     Message,
     TextFormat,
+    TokenizeRequest,
 )
 from turret.server.words import say
 from turret.v1 import inference_pb2
@@ -267,34 +269,29 @@ class ToolUse:
     paths: Mapping[str, str]
 
 
-class AnyTool(Protocol):
-    """A tool, and the path within it of the schema of its arguments."""
-
-    parameters_at: ClassVar[str]
-
-    @property
-    def function(self) -> FunctionTool: ...
-
-
 def tools_of(
-    tools: Sequence[AnyTool], choice: Any, is_parallel: bool | None, chat: inference_pb2.Chat
+    tools: Sequence[FunctionTool],
+    choice: Any,
+    is_parallel: bool | None,
+    chat: inference_pb2.Chat,
+    place: str = "parameters",
 ) -> ToolUse:
     """How a request uses its tools; adds those that the model may see to ``chat``.
 
     Args:
-        tools: The tools of the request.
+        tools: The functions in ``tools`` of the request.
         choice: See ``ToolChoice``.
         is_parallel: Whether the answer may have several calls; None if the request leaves it open.
         chat: The conversation that receives the tools.
+        place: The path, within an entry of ``tools``, of the schema of its arguments.
 
     Raises:
         InvalidRequestError: ``tool_choice`` does not select any of the tools.
     """
     functions: dict[str, FunctionTool] = {}
     paths: dict[str, str] = {}
-    for index, tool in enumerate(tools):
-        function = tool.function
-        paths[function.name] = f"tools[{index}]{tool.parameters_at}"
+    for index, function in enumerate(tools):
+        paths[function.name] = f"tools[{index}].{place}"
         functions[function.name] = function
         schema = json.dumps(function.parameters, ensure_ascii=False) if function.parameters else ""
         chat.tools.add(name=function.name, description=function.description, parameters=schema)
@@ -310,6 +307,13 @@ def tools_of(
     return ToolUse(
         {name: functions[name].parameters for name in names}, must_call, is_parallel, paths
     )
+
+
+def tools_in(body: ChatRequest | TokenizeRequest, chat: inference_pb2.Chat) -> ToolUse:
+    """How a request in the form of chat completions uses its tools; see ``tools_of``."""
+    functions = [tool.function for tool in body.tools]
+    choice, is_parallel = body.tool_choice, body.parallel_tool_calls
+    return tools_of(functions, choice, is_parallel, chat, "function.parameters")
 
 
 def _chosen(choice: Any, names: tuple[str, ...]) -> tuple[tuple[str, ...], bool]:

@@ -14,7 +14,7 @@ from turret.server.http.answers import (
     stop_reason,
     usage_of,
 )
-from turret.server.http.asked import Asked, asked_of, chat_of, read_request, tools_of
+from turret.server.http.asked import Asked, asked_of, chat_of, read_request, tools_in
 from turret.server.http.choices import Choices, Chunk, EventStream, make_readers
 from turret.server.http.endpoint import Exchange
 from turret.server.http.reply import HOLE
@@ -31,7 +31,7 @@ async def answer_chat(exchange: Exchange) -> None:
     options = asked.message.options
     options.logprobs, options.top_n = body.logprobs, body.top_logprobs or 0
     prompt = inference_pb2.GenerateRequest(chat=chat_of(body.messages, body))
-    use = tools_of(body.tools, body.tool_choice, body.parallel_tool_calls, prompt.chat)
+    use = tools_in(body, prompt.chat)
     del body
     make_reader = await make_readers(exchange, asked, use, prompt.chat)
     choices = Choices(exchange, asked, [prompt])

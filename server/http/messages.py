@@ -17,6 +17,7 @@ from turret.server.api.limits import (
 )
 from turret.server.http.answers import Ended, adapters_of, stop_reason, usage_of
 from turret.server.http.asked import (
+    ToolUse,
     asked_of,
     read_request,
     set_rendering,
@@ -105,25 +106,13 @@ def _few_blocks(value: Any) -> Any:
     return value
 
 
-class MessageTool(Body):
+class MessageTool(FunctionTool):
     """A tool that the client runs."""
 
-    parameters_at: ClassVar = ".input_schema"
-
     type: Literal["custom"] | None = None
-    name: str
-    description: str = ""
-    input_schema: Parameters = Field({}, description="A JSON schema of the arguments.")
-
-    @property
-    def function(self) -> FunctionTool:
-        """The tool in the format of OpenAI's APIs."""
-        return FunctionTool(
-            name=self.name,
-            description=self.description,
-            parameters=self.input_schema,
-            strict=None,
-        )
+    parameters: Parameters = Field(
+        {}, alias="input_schema", description="A JSON schema of the arguments."
+    )
 
 
 class MessageToolChoice(Body):
@@ -360,7 +349,7 @@ async def answer_messages(exchange: Exchange) -> None:
     asked.message.stop.stop_strings.extend(body.stop_sequences)
     set_text_format(body.output_config.format, asked.message, exchange.names, "output_config")
     prompt = inference_pb2.GenerateRequest(chat=_chat_of(body, exchange.names))
-    use = tools_of(body.tools, body.tool_choice.choice, _is_parallel(body), prompt.chat)
+    use = _tools_of(body, prompt.chat)
     del body
     await answer_in_items(exchange, asked, prompt, use, _Message(exchange, asked.model))
 
@@ -369,12 +358,13 @@ async def count_tokens(exchange: Exchange) -> None:
     """Count the tokens of a conversation (Anthropic's Messages API)."""
     _, body, mix = read_request(exchange, CountRequest)
     chat = _chat_of(body, exchange.names)
-    tools_of(body.tools, body.tool_choice.choice, _is_parallel(body), chat)
+    _tools_of(body, chat)
     question = inference_pb2.TokenizeRequest(adapters=mix, chat=chat)
     answer = await exchange.services.inference.tokenize(question, exchange.call)
     await exchange.reply.json({"input_tokens": len(answer.token_ids)})
 
 
-def _is_parallel(body: CountRequest) -> bool | None:
+def _tools_of(body: CountRequest, chat: inference_pb2.Chat) -> ToolUse:
     is_single = body.tool_choice.disable_parallel_tool_use
-    return None if is_single is None else not is_single
+    is_parallel = None if is_single is None else not is_single
+    return tools_of(body.tools, body.tool_choice.choice, is_parallel, chat, "input_schema")

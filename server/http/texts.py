@@ -7,7 +7,7 @@ import struct
 from typing import Any
 
 from turret.server.http.answers import head, uses_json
-from turret.server.http.asked import chat_of, inputs_of, read_request, tools_of
+from turret.server.http.asked import chat_of, inputs_of, read_request, tools_in
 from turret.server.http.endpoint import Exchange
 from turret.server.http.schemas.requests import (
     ClassifyRequest,
@@ -117,7 +117,7 @@ async def tokenize(exchange: Exchange) -> None:
         message.omit_special_tokens = body.add_special_tokens is False
     else:
         message.chat.CopyFrom(chat_of(body.messages, body))
-        tools_of(body.tools, body.tool_choice, body.parallel_tool_calls, message.chat)
+        tools_in(body, message.chat)
     wants_texts = body.return_token_strs
     answer = await exchange.services.inference.tokenize(message, exchange.call)
     await exchange.reply.json(

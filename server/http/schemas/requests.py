@@ -338,19 +338,11 @@ class _Typed(Body):
 
 
 class Tool(_Typed):
-    parameters_at: ClassVar = ".function.parameters"
-
     function: FunctionTool
 
 
 class FlatTool(FunctionTool, _Typed):
     """A tool in the form of the Responses API."""
-
-    parameters_at: ClassVar = ".parameters"
-
-    @property
-    def function(self) -> FunctionTool:
-        return self
 
 
 def _choice_of_tools(value: Any) -> Any:
