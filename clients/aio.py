@@ -32,9 +32,18 @@ import grpc
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
 
-from turret.clients.calls.answers import AnswerProgress, AsyncGenerationStream, call, waiting
-from turret.clients.calls.connections import AsyncConnection, BlockingConnection
-from turret.clients.calls.settings import CallSettings, Retries, RetryPolicy, stream_timeout
+from turret.clients.calls import (
+    AnswerProgress,
+    AsyncConnection,
+    AsyncGenerationStream,
+    BlockingConnection,
+    CallSettings,
+    Retries,
+    RetryPolicy,
+    call,
+    stream_timeout,
+    waiting,
+)
 from turret.clients.channel import DEFAULT_ADDRESS, Tls, check_address
 from turret.clients.errors import TurretRpcError
 from turret.clients.messages.adapter_files import (
@@ -44,7 +53,14 @@ from turret.clients.messages.adapter_files import (
 )
 from turret.clients.messages.fields import ArgumentTypeError
 from turret.clients.messages.mix import AdaptersLike, AdapterWeight, to_mix
-from turret.clients.messages.requests import GenerateOptions, Prompt, filled, generate_request
+from turret.clients.messages.requests import (
+    GenerateOptions,
+    MessageLike,
+    Prompt,
+    chat_messages,
+    filled,
+    generate_request,
+)
 from turret.clients.messages.results import (
     Adapter,
     Alias,
@@ -63,7 +79,6 @@ from turret.clients.messages.results import (
     TrainedModel,
 )
 from turret.clients.messages.sequences import TrainingDatum, pass_requests
-from turret.clients.messages.turns import MessageLike, chat_messages
 from turret.clients.words import say
 from turret.v1 import adapters_pb2, inference_pb2, training_pb2
 

@@ -27,7 +27,7 @@ _RANKS = (2, 4, 8, 16, 32)
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], text: str) -> None:
     """Add the verb; ``text`` is its line in the help."""
-    from turret.clients.verbs.flags import add_connection_flags
+    from turret.clients.verbs.command import add_connection_flags
     from turret.clients.verbs.promote import add_promote
 
     parser = subparsers.add_parser("train", help=text)
@@ -110,8 +110,7 @@ def with_errors(
     """
 
     def run(args: argparse.Namespace) -> int:
-        from turret.clients.errors import TurretRpcError
-        from turret.clients.hints import TRAIN_HINTS
+        from turret.clients.errors import TRAIN_HINTS, TurretRpcError
         from turret.clients.messages.fields import ArgumentError
         from turret.clients.verbs.command import print_error
         from turret.server.command.interrupts import exit_code, raising_terminated

@@ -9,15 +9,18 @@ from typing import Any
 
 from turret.clients.client import TurretClient
 from turret.clients.messages.results import MergeState
-from turret.clients.verbs.command import Subparsers, add_verb_parser, print_json, with_client
-from turret.clients.verbs.flags import (
+from turret.clients.verbs.command import (
     Flags,
+    Subparsers,
     adapter_parser,
     adapter_weight,
+    add_verb_parser,
     call_with_flags,
     file_text,
     flags_parser,
+    print_json,
     shared,
+    with_client,
 )
 from turret.clients.verbs.tables import (
     alias_text,

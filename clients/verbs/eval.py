@@ -28,13 +28,16 @@ from turret.clients.evaluation.evaluate import (
 from turret.clients.evaluation.plot import eval_svg
 from turret.clients.evaluation.rows import EvalExample, RowError, read_eval_set
 from turret.clients.verbs.command import (
+    Flags,
     Subparsers,
     UnfinishedAnswerError,
+    adapter_weight,
     add_verb_parser,
+    flags_parser,
     print_json,
+    shared,
     with_client,
 )
-from turret.clients.verbs.flags import Flags, adapter_weight, flags_parser, shared
 from turret.clients.verbs.tables import print_table, table_of
 from turret.clients.words import say
 

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from turret.clients.client import TurretClient
-from turret.clients.errors import AnswerCutError, TurretRpcError, UnavailableError
-from turret.clients.hints import COMMAND_HINTS
+from turret.clients.errors import COMMAND_HINTS, AnswerCutError, TurretRpcError, UnavailableError
 from turret.clients.messages.fields import check_text
 from turret.clients.messages.mix import AdapterWeight
 from turret.clients.messages.requests import GenerateOptions, Prompt
@@ -18,12 +17,15 @@ from turret.clients.verbs.command import (
     Subparsers,
     UnfinishedAnswerError,
     add_verb_parser,
+    flag_of,
+    generation_options,
+    generation_parsers,
     print_error,
     print_json,
+    shared,
     text_argument,
     with_client,
 )
-from turret.clients.verbs.flags import flag_of, generation_options, generation_parsers, shared
 from turret.clients.words import say
 from turret.words import counted
 

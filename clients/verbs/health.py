@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from turret.clients.calls.settings import CallSettings, RetryPolicy
+from turret.clients.calls import CallSettings, RetryPolicy
 from turret.clients.channel import open_channel
 from turret.clients.client import TurretClient
 from turret.clients.errors import TurretRpcError
@@ -19,10 +19,11 @@ from turret.clients.verbs.command import (
     add_verb_parser,
     given_tls,
     given_token,
+    positive_seconds,
     print_json,
+    shared,
     with_client,
 )
-from turret.clients.verbs.flags import positive_seconds, shared
 
 _TIMEOUT_SECONDS = 5.0
 _PAUSE_SECONDS = 0.5

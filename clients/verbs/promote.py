@@ -19,14 +19,16 @@ from turret.clients.evaluation.evaluate import MixReport, gain
 from turret.clients.messages.mix import AdapterWeight
 from turret.clients.messages.results import Adapter
 from turret.clients.verbs.command import (
+    Flags,
     Subparsers,
     add_verb_parser,
     connect,
+    flags_parser,
     print_json,
+    shared,
     with_client,
 )
 from turret.clients.verbs.eval import FLAGS, judge, print_reports, read_test_set
-from turret.clients.verbs.flags import Flags, flags_parser, shared
 from turret.clients.words import say
 
 NOT_PROMOTED = 3

@@ -12,13 +12,15 @@ from turret.clients.evaluation.answer_metrics import perplexity
 from turret.clients.messages.results import Classification
 from turret.clients.verbs.command import (
     Subparsers,
+    adapter_parser,
     add_verb_parser,
+    call_with_flags,
     given_texts,
     print_json,
+    shared,
     text_argument,
     with_client,
 )
-from turret.clients.verbs.flags import adapter_parser, call_with_flags, shared
 from turret.clients.verbs.tables import print_table, table_of, terminal
 from turret.words import counted
 

@@ -10,8 +10,8 @@ from turret.server.api.admin_messages import adapter_message
 from turret.server.api.violations import Violations
 from turret.server.basics.names import BASE, HUB_SCHEME, is_private
 from turret.server.errors import AdapterNotFoundError
+from turret.server.http.asked import read_model
 from turret.server.http.endpoint import Exchange
-from turret.server.http.model_names import read_model
 from turret.server.http.schemas.fields import Sent
 from turret.server.http.schemas.requests import AdapterName, LoadAdapter
 from turret.server.words import say
