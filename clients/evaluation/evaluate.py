@@ -66,24 +66,12 @@ class EvalOptions:
         labels: The labels that ``label_accuracy`` looks for in an answer.
         max_tokens: Maximum number of tokens of an answer.
         concurrency: Number of simultaneous calls, which the server batches.
-        timeout: Deadline of a call in seconds; None means the client's.
     """
 
     metrics: tuple[str, ...]
     labels: tuple[str, ...] = ()
     max_tokens: int = 128
     concurrency: int = 16
-    timeout: float | None = None
-
-    @property
-    def is_answer_needed(self) -> bool:
-        """Whether any metric looks at an answer."""
-        return any(metric in METRICS[1:] for metric in self.metrics)
-
-    @property
-    def is_label_needed(self) -> bool:
-        """Whether any metric looks at a label of ``Classify``."""
-        return any(metric in LABEL_SET_METRICS for metric in self.metrics)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +156,7 @@ def evaluate(
     for mix in mixes:
         # Report an unknown name before the first example. After a successful call, an unreachable
         # server has gone away rather than never been there.
-        _called(mix_name(mix), partial(client.tokenize, "a", adapters=mix, timeout=options.timeout))
+        _called(mix_name(mix), partial(client.tokenize, "a", adapters=mix))
     on_progress(0, len(examples) * len(mixes))
     with ThreadPoolExecutor(options.concurrency) as pool:
         try:
@@ -215,29 +203,27 @@ def _encode(
     """The tokens of all examples; None for each if perplexity is not measured."""
     if "perplexity" not in options.metrics:
         return [None] * len(examples)
-    before, after = _special_tokens(client, options.timeout)
-    calls = [partial(_encode_one, client, e, before, after, options.timeout) for e in examples]
+    before, after = _special_tokens(client)
+    calls = [partial(_encode_one, client, each, before, after) for each in examples]
     return _run(pool, calls, lambda done, total: None)
 
 
-def _special_tokens(client: TurretClient, timeout: float | None) -> tuple[int, int]:
+def _special_tokens(client: TurretClient) -> tuple[int, int]:
     """The numbers of tokens that the tokenizer adds before and after any text."""
-    first, second = (client.tokenize(text, timeout=timeout).token_ids for text in ("a", "b"))
+    first, second = (client.tokenize(text).token_ids for text in ("a", "b"))
     before = next((i for i, (x, y) in enumerate(zip(first, second, strict=False)) if x != y), 0)
     reversed_pairs = zip(reversed(first), reversed(second), strict=False)
     after = next((i for i, (x, y) in enumerate(reversed_pairs) if x != y), 0)
     return before, after
 
 
-def _encode_one(
-    client: TurretClient, example: EvalExample, before: int, after: int, timeout: float | None
-) -> _Encoded:
+def _encode_one(client: TurretClient, example: EvalExample, before: int, after: int) -> _Encoded:
     def ask() -> _Encoded:
-        prompt = client.tokenize(example.prompt, timeout=timeout).token_ids
+        prompt = client.tokenize(example.prompt).token_ids
         if isinstance(example.prompt, str):
             prompt = prompt[: len(prompt) - after]
         # Tokenise the answer alone, as trainers do: its first token never merges with the prompt.
-        reference = client.tokenize(example.reference, timeout=timeout).token_ids
+        reference = client.tokenize(example.reference).token_ids
         reference = reference[before : len(reference) - after]
         if not reference:
             raise ValueError(say("ANSWER_WITHOUT_TOKENS", line=example.line))
@@ -257,23 +243,17 @@ def _judge(
     logprob, answer = None, None
     if encoded is not None:
         tokens = (*encoded.prompt, *encoded.reference)
-        score = _called(place, partial(client.score, tokens, adapters=mix, timeout=options.timeout))
+        score = _called(place, partial(client.score, tokens, adapters=mix))
         asked = score.tokens[len(encoded.prompt) :]
         logprob = sum(token.logprob for token in asked if token.logprob is not None)
-    if options.is_answer_needed:
-        generate = partial(
-            client.generate,
-            example.prompt,
-            adapters=mix,
-            temperature=0.0,
-            max_tokens=options.max_tokens,
-            timeout=options.timeout,
-        )
-        answer = _called(place, generate).text
+    if not {*METRICS[1:]}.isdisjoint(options.metrics):
+        length = options.max_tokens
+        generate = partial(client.generate, adapters=mix, temperature=0.0, max_tokens=length)
+        answer = _called(place, partial(generate, example.prompt)).text
     scores = {} if answer is None else _compare(answer, example.reference, options)
     labels = None
-    if options.is_label_needed:
-        classify = partial(client.classify, [example.prompt], adapters=mix, timeout=options.timeout)
+    if not {*LABEL_SET_METRICS}.isdisjoint(options.metrics):
+        classify = partial(client.classify, [example.prompt], adapters=mix)
         (found,) = _called(place, classify).classifications
         if example.labels is None:
             answer = found.label

@@ -96,7 +96,6 @@ def read_test_set(args: argparse.Namespace) -> tuple[list[EvalExample], EvalOpti
         labels=args.labels,
         max_tokens=args.max_tokens,
         concurrency=args.concurrency,
-        timeout=args.timeout,
     )
     if "label_accuracy" in options.metrics:
         _check_labels(args.data, examples, options.labels)
