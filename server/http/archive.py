@@ -20,8 +20,7 @@ from turret.server.api.uploads import (
 from turret.server.api.violations import Violations
 from turret.server.basics.codes import Code
 from turret.server.errors import DeadlineExceededError, InvalidRequestError
-from turret.server.http.body import ClientGoneError
-from turret.server.http.endpoint import Exchange
+from turret.server.http.endpoint import ClientGoneError, Exchange
 from turret.server.http.models import succeed
 from turret.server.http.refusals import HttpRefusal
 from turret.server.words import say

@@ -20,8 +20,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from turret.server.api.call import REQUEST_ID_KEY, request_id_of
 from turret.server.basics.codes import Code
+from turret.server.http.endpoint import dumps
 from turret.server.http.refusals import HttpRefusal, refusal_of
-from turret.server.http.reply import dumps
 from turret.server.http.schemas.fields import slip_of
 from turret.server.words import say
 

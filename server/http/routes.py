@@ -6,8 +6,7 @@ from functools import partial
 
 from turret.server.http import pages
 from turret.server.http.archive import upload
-from turret.server.http.chat import answer_chat
-from turret.server.http.completions import complete
+from turret.server.http.completions import answer_chat, complete
 from turret.server.http.console.state import health, metrics, state, version
 from turret.server.http.endpoint import ADAPTERS, INFERENCE, Route
 from turret.server.http.messages import (

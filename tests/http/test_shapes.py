@@ -14,7 +14,7 @@ from servers.limits_of_bodies import body_of, places, with_others
 
 from turret.server import errors
 from turret.server.http import endpoint
-from turret.server.http.body import MAX_BODY_BYTES, MAX_CONTAINERS, parse
+from turret.server.http.endpoint import MAX_BODY_BYTES, MAX_CONTAINERS, parse
 from turret.server.http.schemas.fields import MAX_PROMPTS, Sent, is_longer, read
 from turret.server.http.schemas.requests import CompletionRequest
 

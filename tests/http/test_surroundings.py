@@ -19,7 +19,7 @@ from turret.server.api.access import MAX_AT_A_TIME, SERVICE_ROLES, TokenTable
 from turret.server.basics.codes import Code
 from turret.server.config import ListenConfig
 from turret.server.engine.scheduling.request import Output, Request
-from turret.server.http.body import BODY_SECONDS, MAX_BODY_BYTES
+from turret.server.http.endpoint import BODY_SECONDS, MAX_BODY_BYTES
 from turret.server.http.refusals import TABLE, refusal_of, renamed_path
 from turret.server.http.routes import ROUTES
 from turret.server.http.schemas.fields import MAX_PROMPTS

@@ -12,8 +12,7 @@ from turret.server.api.tenants.futures import Future, Result
 from turret.server.api.tenants.sessions import Model, Sampler
 from turret.server.basics.codes import Code
 from turret.server.errors import InvalidRequestError
-from turret.server.http.body import read_body
-from turret.server.http.endpoint import Exchange
+from turret.server.http.endpoint import Exchange, read_body
 from turret.server.http.refusals import HttpRefusal
 from turret.server.http.schemas.fields import Body, Sent, wrong_type
 from turret.server.http.tinker import wire

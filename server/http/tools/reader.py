@@ -573,23 +573,18 @@ def delta_of(piece: Piece) -> dict[str, Any]:
 
 def message_of(reader: AnswerReader, text: str) -> dict[str, Any]:
     """A whole answer as an assistant's message."""
-    said: list[str] = []
-    thought: list[str] = []
-    calls: list[dict[str, Any]] = []
+    message: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
     for piece in (*reader.feed(text), *reader.finish()):
-        if isinstance(piece, Said):
-            said.append(piece.text)
-        elif isinstance(piece, Thought):
-            thought.append(piece.text)
-        elif isinstance(piece, CallBegun):
-            function = {"name": piece.name, "arguments": ""}
-            calls.append({"id": piece.call_id, "type": "function", "function": function})
+        delta = delta_of(piece)
+        if isinstance(piece, CallBegun):
+            (call,) = delta["tool_calls"]
+            del call["index"]
+            message.setdefault("tool_calls", []).append(call)
+        elif isinstance(piece, CallGrown):
+            message["tool_calls"][-1]["function"]["arguments"] += piece.text
         else:
-            calls[-1]["function"]["arguments"] += piece.text
-    content = "".join(said)
-    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-    if thought:
-        message["reasoning_content"] = "".join(thought)
-    if calls:
-        message |= {"content": content or None, "tool_calls": calls}
+            ((name, grown),) = delta.items()
+            message[name] = message.get(name, "") + grown
+    if "tool_calls" in message:
+        message["content"] = message["content"] or None
     return message
