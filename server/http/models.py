@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 from turret.server.api.admin_messages import adapter_message
 from turret.server.api.violations import Violations
@@ -12,7 +12,6 @@ from turret.server.basics.names import BASE, HUB_SCHEME, is_private
 from turret.server.errors import AdapterNotFoundError
 from turret.server.http.asked import read_model
 from turret.server.http.endpoint import Exchange
-from turret.server.http.schemas.fields import Sent
 from turret.server.http.schemas.requests import AdapterName, LoadAdapter
 from turret.server.words import say
 from turret.v1 import adapters_pb2
@@ -26,8 +25,6 @@ _HF_SCHEME = "hf://"
 # The tokens with log probabilities that take as long to serialise as one adapter.
 _TOKENS_PER_CARD = 2
 _TEXT = {"content-type": "text/plain; charset=utf-8"}
-
-_B = TypeVar("_B", bound=AdapterName)
 
 
 async def list_models(exchange: Exchange) -> None:
@@ -117,7 +114,7 @@ def _card(name: str, root: str, parent: str | None) -> dict[str, Any]:
 
 async def load_adapter(exchange: Exchange) -> None:
     """Register an adapter of any method."""
-    body = _read(exchange, LoadAdapter)
+    body = exchange.take_body().checked(LoadAdapter)
     path = body.lora_path
     if path.startswith(_HF_SCHEME):
         path = HUB_SCHEME + path.removeprefix(_HF_SCHEME)
@@ -148,16 +145,9 @@ async def unpin_adapter(exchange: Exchange) -> None:
 
 
 async def _change(exchange: Exchange, method: str, kind: type[Any], done: str) -> None:
-    name = _read(exchange, AdapterName).lora_name
+    name = exchange.take_body().checked(AdapterName).lora_name
     await getattr(exchange.services.adapters, method)(kind(name=name), exchange.call)
     await succeed(exchange, name, done)
-
-
-def _read(exchange: Exchange, kind: type[_B]) -> _B:
-    sent: Sent[_B] = exchange.take_body()
-    Violations(list(sent.wrong)).raise_if_any()
-    assert isinstance(sent.body, kind)
-    return sent.body
 
 
 async def succeed(exchange: Exchange, name: str, what: str) -> None:

@@ -29,7 +29,7 @@ from turret.server.api.limits import (
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
 )
-from turret.server.api.violations import MAX_VIOLATIONS
+from turret.server.api.violations import MAX_VIOLATIONS, Violations
 from turret.server.words import Text, say
 
 UINT32 = (1 << 32) - 1
@@ -46,6 +46,7 @@ _MOST_OBJECTS = 4096
 
 Violation = tuple[str, Text]
 M = TypeVar("M", bound="Body")
+_C = TypeVar("_C", bound="Body")
 
 
 class Body(BaseModel):
@@ -77,6 +78,16 @@ class Sent(Generic[M]):
     body: M | None = None
     wrong: list[Violation] = field(default_factory=list)
     raw: dict[str, Any] = field(default_factory=dict)
+
+    def checked(self, kind: type[_C]) -> _C:
+        """The model.
+
+        Raises:
+            InvalidRequestError: Lists all errors.
+        """
+        Violations(list(self.wrong)).raise_if_any()
+        assert isinstance(self.body, kind)
+        return self.body
 
 
 def read(model: type[M], raw: dict[str, Any]) -> Sent[M]:

@@ -9,7 +9,7 @@ from typing import Any
 from turret.server.http.endpoint import TRAINING, Exchange, Route
 from turret.server.http.schemas.fields import Body
 from turret.server.http.tinker import handshake, listing, sampling, schemas, training
-from turret.server.http.tinker.state import TinkerState, checked
+from turret.server.http.tinker.state import TinkerState
 
 _Handler = Callable[..., Awaitable[None]]
 _API = "/api/v1"
@@ -29,7 +29,7 @@ def routes(state: TinkerState) -> tuple[Route, ...]:
         """A route whose handler also takes the body."""
 
         async def handle(state: TinkerState, exchange: Exchange) -> None:
-            await handler(state, exchange, checked(exchange.take_body(), body))
+            await handler(state, exchange, exchange.take_body().checked(body))
 
         return route(path, handle, body, **more)
 

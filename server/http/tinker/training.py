@@ -25,7 +25,7 @@ from turret.server.http.tinker.schemas import (
     SaveForSampler,
     SaveWeights,
 )
-from turret.server.http.tinker.state import TinkerState, checked, gone, number_of
+from turret.server.http.tinker.state import TinkerState, gone, number_of
 from turret.server.training.trainer import AdamParams, LearnerConfig
 from turret.server.words import say
 
@@ -74,7 +74,7 @@ async def _command(
     model = state.tenants.sessions.model(state.owner(exchange), model_id)
     run: _Started
     try:
-        body = checked(sent, kind)
+        body = sent.checked(kind)
     except InvalidRequestError as error:
         run = _raising(error)
     else:
@@ -295,7 +295,7 @@ async def load_weights(state: TinkerState, exchange: Exchange) -> None:
     if sent.raw.get("model_id") is not None:
         await _command(state, exchange, sent, LoadWeights, _load)
         return
-    body = checked(sent, LoadWeights)
+    body = sent.checked(LoadWeights)
     if body.session_id is None or body.model_seq_id is None:
         choices = "model_id, session_id"
         raise InvalidRequestError.of("model_id", say("ONE_REQUIRED", choices=choices))
