@@ -172,82 +172,71 @@ class _Unknown:
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
-    """The fields of a model.
+class _FieldOf:
+    """A field of a model.
 
     Attributes:
-        names: The names of all fields.
-        used: The fields that are neither rejected nor ignored.
-        within: The models that some fields contain, and whether in a list.
-        refused: The rejected fields, with their neutral values and the field to use instead.
+        inner: The model that it contains, if it contains one.
+        is_list: Whether it contains a list of them.
+        refused: For a rejected field: its neutral values, and the field to use instead.
+        is_used: Whether it is neither rejected nor ignored.
     """
 
-    names: frozenset[str]
-    used: tuple[str, ...]
-    within: dict[str, tuple[type[Body], bool]]
-    refused: dict[str, tuple[list[Any], str]]
+    inner: type[Body] | None
+    is_list: bool
+    refused: tuple[list[Any], str] | None
+    is_used: bool
 
 
 @functools.cache
-def _shape(model: type[Body]) -> _Shape:
-    fields = {info.alias or name: info for name, info in model.model_fields.items()}
-    within = {name: _model_in(info.annotation) for name, info in fields.items()}
-    extra = {
-        name: info.json_schema_extra
-        for name, info in fields.items()
-        if isinstance(info.json_schema_extra, dict)
-    }
-    refused: Any = {
-        name: (more["x-neutral"], more["x-instead"])
-        for name, more in extra.items()
-        if "x-neutral" in more
-    }
-    return _Shape(
-        frozenset(fields),
-        tuple(sorted(fields.keys() - extra.keys())),
-        {n: m for n, m in within.items() if m},
-        refused,
-    )
+def _fields_of(model: type[Body]) -> dict[str, _FieldOf]:
+    found: dict[str, _FieldOf] = {}
+    for name, info in model.model_fields.items():
+        extra: Any = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+        inner, is_list = _model_in(info.annotation)
+        refused = (extra["x-neutral"], extra["x-instead"]) if "x-neutral" in extra else None
+        found[info.alias or name] = _FieldOf(inner, is_list, refused, not extra)
+    return found
 
 
-def _model_in(annotation: Any) -> tuple[type[Body], bool] | None:
+def _model_in(annotation: Any) -> tuple[type[Body] | None, bool]:
     """The model that a field contains, directly or in a list, and whether in a list."""
     if isinstance(annotation, type) and issubclass(annotation, Body):
         return annotation, False
-    is_list = get_origin(annotation) is list
-    found = next(filter(None, map(_model_in, get_args(annotation))), None)
-    return found and (found[0], is_list or found[1])
+    for inner, is_list in map(_model_in, get_args(annotation)):
+        if inner is not None:
+            return inner, is_list or get_origin(annotation) is list
+    return None, False
 
 
 def _tidied(
     model: type[Body], value: dict[str, Any], path: str, found: list[_Unknown]
 ) -> dict[str, Any]:
     """The object without nulls and unknown fields. Records the fields that must not be ignored."""
-    shape = _shape(model)
+    fields = _fields_of(model)
     kept: dict[str, Any] = {}
     unknown: list[str] = []
     for name, each in value.items():
         if each is None:
             continue
-        if name not in shape.names:
+        if (here := fields.get(name)) is None:
             unknown.append(name)
-        elif name in shape.refused:
-            neutral, instead = shape.refused[name]
+        elif here.refused is not None:
+            neutral, instead = here.refused
             # Compare the types too: 1 equals True in Python.
             if not any(type(each) is type(one) and each == one for one in neutral):
                 found.append(_Unknown(path + name, _not_supported(instead)))
-        elif name in shape.within:
-            inner, is_list = shape.within[name]
-            if isinstance(each, dict) and not is_list:
-                each = _tidied(inner, each, f"{path}{name}.", found)
-            elif isinstance(each, list) and is_list and len(each) <= _MOST_OBJECTS:
-                each = [
-                    _tidied(inner, one, f"{path}{name}[{index}].", found)
-                    if isinstance(one, dict)
-                    else one
-                    for index, one in enumerate(each)
-                ]
+        elif here.inner is None:
             kept[name] = each
+        elif isinstance(each, dict) and not here.is_list:
+            kept[name] = _tidied(here.inner, each, f"{path}{name}.", found)
+        elif isinstance(each, list) and here.is_list and len(each) <= _MOST_OBJECTS:
+            kept[name] = [
+                _tidied(here.inner, one, f"{path}{name}[{index}].", found)
+                if isinstance(one, dict)
+                else one
+                for index, one in enumerate(each)
+            ]
         else:
             kept[name] = each
     if len(found) < MAX_VIOLATIONS:
@@ -276,7 +265,8 @@ def _misspelt(
 @functools.lru_cache(maxsize=4096)
 def _meant(model: type[Body], name: str) -> str:
     """The field that a client meant by an unknown name; "" if the name has another meaning."""
-    return slip_of(name, _shape(model).used)
+    used = sorted(each for each, here in _fields_of(model).items() if here.is_used)
+    return slip_of(name, used)
 
 
 def slip_of(name: str, choices: Iterable[str]) -> str:
