@@ -103,7 +103,7 @@ _T = TypeVar("_T")
 
 
 def _rpc(
-    name: str, kind: type[Result] | None, listed: str = ""
+    name: str, kind: type[Result] | None, listed: str = "", make: Callable[..., Any] | None = None
 ) -> Callable[[Callable[_P, Awaitable[_T]]], Callable[_P, Coroutine[Any, Any, _T]]]:
     """Implement a method as an RPC. The arguments become the fields of its request.
 
@@ -111,6 +111,7 @@ def _rpc(
         name: The name of the RPC.
         kind: The class of the result; None for a response without fields.
         listed: The field of the response with a list of results; empty for a single result.
+        make: Makes the messages of a call that sends several; None for a single request.
     """
 
     def implement(
@@ -126,8 +127,9 @@ def _rpc(
                 raise TypeError(f"{method.__name__}() {error}") from None
             bound.apply_defaults()
             client, timeout = bound.arguments.pop("self"), bound.arguments.pop("timeout")
-            request = client._request(name, **bound.arguments)
-            answer = await client._answer(name, timeout, lambda: request, client._mix(request))
+            request = None if make else client._request(name, **bound.arguments)
+            sent = functools.partial(make, **bound.arguments) if make else lambda: request
+            answer = await client._answer(name, timeout, sent, client._mix(request))
             if listed and kind is not None:
                 return tuple(map(kind.from_proto, getattr(answer, listed)))
             return kind.from_proto(answer) if kind else None
@@ -447,6 +449,7 @@ class AsyncAdaptersClient(AdaptersBase):
         """
         ...
 
+    @_rpc("UploadAdapter", Adapter, make=upload_messages)
     async def upload(
         self,
         name: str,
@@ -465,17 +468,7 @@ class AsyncAdaptersClient(AdaptersBase):
             FileNotFoundError: The directory contains no adapter.
             ValueError: One of the files is empty.
         """
-        messages = functools.partial(
-            upload_messages,
-            name,
-            directory,
-            pinned=pinned,
-            replace=replace,
-            expected_generation=expected_generation,
-            task=task,
-            chat_template=chat_template,
-        )
-        return Adapter.from_proto(await self._answer("UploadAdapter", timeout, messages))
+        ...
 
     @_rpc("ReplaceAdapter", Adapter)
     async def replace(

@@ -316,10 +316,21 @@ class AsyncConnection(Connection):
     def __init__(self, address: str, admin_address: str | None, tls: Tls | None) -> None:
         loop = _running_loop()
         super().__init__(address, admin_address, tls)
-        self._cuts = _CutCalls()
-        self.inference = _LoopStub(self.inference, loop, self._cuts)
-        self.adapters = _LoopStub(self.adapters, loop, self._cuts)
-        self.training = _LoopStub(self.training, loop, self._cuts)
+        self._last_cut = -math.inf
+        self.inference = _LoopStub(self.inference, loop, self._note_cut)
+        self.adapters = _LoopStub(self.adapters, loop, self._note_cut)
+        self.training = _LoopStub(self.training, loop, self._note_cut)
+
+    def _note_cut(self, call: grpc.aio.Call) -> None:
+        """Note when a call was cut short.
+
+        gRPC handles the last event of a cancelled call a little later, through a queue that all
+        event loops of the process share. If the loop has ended by then and any channel is still
+        alive, the next loop finds the event and prints that the first loop is closed. No call and
+        no channel reports that the event has been handled.
+        """
+        if call.cancelled():
+            self._last_cut = time.monotonic()
 
     async def close(self) -> None:
         """Cancel running calls, and make later ones raise RuntimeError.
@@ -330,7 +341,10 @@ class AsyncConnection(Connection):
         self._close_stubs()
         for channel in self._channels:
             await channel.close()
-        await self._cuts.settle()
+        # Wait in this event loop for as long as the last event of a cut call may arrive.
+        left = self._last_cut + _CUT_SECONDS - time.monotonic()
+        if left > 0:
+            await asyncio.sleep(left)
 
     async def answer(self, call: Any) -> Any:
         """The response of a call."""
@@ -352,16 +366,18 @@ class _LoopStub:
     Args:
         stub: gRPC's stub.
         loop: The event loop.
-        cuts: Records each call that has ended.
+        ended: Takes each call that has ended.
 
     Raises:
         RuntimeError: No event loop is running, or a different one is.
     """
 
-    def __init__(self, stub: object, loop: asyncio.AbstractEventLoop, cuts: _CutCalls) -> None:
+    def __init__(
+        self, stub: object, loop: asyncio.AbstractEventLoop, ended: Callable[[grpc.aio.Call], None]
+    ) -> None:
         self._stub = stub
         self._loop = loop
-        self._cuts = cuts
+        self._ended = ended
 
     def __getattr__(self, name: str) -> Any:
         if _running_loop() is not self._loop:
@@ -370,34 +386,10 @@ class _LoopStub:
 
         def start(*arguments: Any, **options: Any) -> grpc.aio.Call:
             call = method(*arguments, **options)
-            call.add_done_callback(self._cuts.note)
+            call.add_done_callback(self._ended)
             return call
 
         return start
-
-
-class _CutCalls:
-    """When an asyncio client last cut a call short, and how long gRPC takes to handle that.
-
-    gRPC handles the last event of a cancelled call a little later, through a queue that all event
-    loops of the process share. If the loop has ended by then and any channel is still alive, the
-    next loop finds the event and prints that the first loop is closed. No call and no channel
-    reports that the event has been handled.
-    """
-
-    def __init__(self) -> None:
-        self._last = -math.inf
-
-    def note(self, call: grpc.aio.Call) -> None:
-        """Record a call that has ended."""
-        if call.cancelled():
-            self._last = time.monotonic()
-
-    async def settle(self) -> None:
-        """Wait in this event loop for as long as such an event may arrive."""
-        left = self._last + _CUT_SECONDS - time.monotonic()
-        if left > 0:
-            await asyncio.sleep(left)
 
 
 def _running_loop() -> asyncio.AbstractEventLoop:
@@ -600,7 +592,9 @@ class AsyncGenerationStream(AsyncIterator[Chunk]):
                 await self.aclose()
                 if self._progress.cut is None:
                     raise failure
-                self._cut_by = self._progress.end_of_cut(failure)
+                # Do not mention that no other server was reachable.
+                is_gone = isinstance(failure, UnavailableError)
+                self._cut_by = AnswerCutError.of(None) if is_gone else failure
                 return self._progress.cut
             await self._restart(delay)
 
@@ -677,14 +671,6 @@ class AnswerProgress:
         if self._has_begun and not self._resume:
             return None
         return self.retries.delay_after(failure, is_broken=self._has_begun)
-
-    def end_of_cut(self, failure: TurretRpcError) -> TurretRpcError:
-        """The error to raise after the last part of an answer that a server ended.
-
-        The error does not mention that no other server was reachable.
-        """
-        is_gone = isinstance(failure, UnavailableError)
-        return AnswerCutError.of(None) if is_gone else failure
 
     def _note(self, proto: inference_pb2.GenerateChunk) -> None:
         request = self.request

@@ -9,12 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import from_json
 
-from turret.server.api.limits import (
-    MAX_CHAT_MESSAGES,
-    MAX_CONSTRAINT_CHARS,
-    MAX_STOP_STRINGS,
-    MAX_TOOLS,
-)
+from turret.server.api import limits
 from turret.server.http.answers import Ended, adapters_of, stop_reason, usage_of
 from turret.server.http.asked import (
     ToolUse,
@@ -57,7 +52,7 @@ from turret.v1 import inference_pb2
 
 # The request.
 
-_MAX_BLOCKS = 2 * MAX_CHAT_MESSAGES
+_MAX_BLOCKS = 2 * limits.MAX_CHAT_MESSAGES
 
 
 class Block(Body):
@@ -92,7 +87,7 @@ def _as_blocks(value: Any) -> Any:
 class Turn(Body):
     role: Literal["user", "assistant", "system"]
     content: Annotated[list[Block], BeforeValidator(_as_blocks)] = Field(
-        max_length=MAX_CHAT_MESSAGES, fail_fast=True, json_schema_extra=or_text
+        max_length=limits.MAX_CHAT_MESSAGES, fail_fast=True, json_schema_extra=or_text
     )
 
 
@@ -136,7 +131,7 @@ class Thinking(Body):
 
 class OutputConfig(Body):
     effort: Literal[Effort, "max"] | None = None
-    format: Annotated[TextFormat, short(MAX_CONSTRAINT_CHARS)] | None = None
+    format: Annotated[TextFormat, short(limits.MAX_CONSTRAINT_CHARS)] | None = None
 
 
 class CountRequest(Asking, ChatOnly):
@@ -145,10 +140,10 @@ class CountRequest(Asking, ChatOnly):
     names: ClassVar = names_with("messages")
 
     messages: Annotated[list[Turn], BeforeValidator(_few_blocks)] = Field(
-        min_length=1, max_length=MAX_CHAT_MESSAGES
+        min_length=1, max_length=limits.MAX_CHAT_MESSAGES
     )
     system: Content | None = None
-    tools: list[MessageTool] = Field([], max_length=MAX_TOOLS)
+    tools: list[MessageTool] = Field([], max_length=limits.MAX_TOOLS)
     tool_choice: MessageToolChoice = Field(default_factory=MessageToolChoice)
     thinking: Thinking | None = Field(
         None, description="Sets the template's variable `enable_thinking`."
@@ -179,7 +174,7 @@ class MessagesRequest(CountRequest, Generating):
     names: ClassVar = names_with("messages") | {"stop.stop_strings": "stop_sequences"}
 
     max_tokens: Count | None = Field(ge=1)
-    stop_sequences: StopTexts = Field([], max_length=MAX_STOP_STRINGS)
+    stop_sequences: StopTexts = Field([], max_length=limits.MAX_STOP_STRINGS)
     n: Int = Field(1, ge=1, le=1)
 
 

@@ -23,12 +23,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from turret.closest import closest
-from turret.server.api.limits import (
-    MAX_CONSTRAINT_CHARS,
-    MAX_STOP_STRING_CHARS,
-    MAX_STOP_STRINGS,
-    MAX_STOP_TOKEN_IDS,
-)
+from turret.server.api import limits
 from turret.server.api.violations import MAX_VIOLATIONS, Violations
 from turret.server.words import Text, say
 
@@ -402,7 +397,7 @@ def _schema_text(value: Any) -> Any:
         return value
     if not isinstance(value, dict):
         raise wrong_at(wrong_type("an object", value))
-    return _json_text(value, MAX_CONSTRAINT_CHARS)
+    return _json_text(value, limits.MAX_CONSTRAINT_CHARS)
 
 
 # Keywords that join schemas of one object. If one of these were closed, it would reject the
@@ -528,21 +523,21 @@ Int = Annotated[int, BeforeValidator(_integral)]
 Count = Annotated[Int, AfterValidator(lambda value: min(value, UINT32))]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 StopTexts = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_STRING_CHARS)]],
+    list[Annotated[str, Field(min_length=1, max_length=limits.MAX_STOP_STRING_CHARS)]],
     Field(fail_fast=True),
     BeforeValidator(_listed),
     WithJsonSchema(
         {
             "anyOf": [
                 {"type": "string"},
-                {"type": "array", "maxItems": MAX_STOP_STRINGS, "items": {"type": "string"}},
+                {"type": "array", "maxItems": limits.MAX_STOP_STRINGS, "items": {"type": "string"}},
             ]
         }
     ),
 ]
 TokenId = Annotated[int, Field(ge=0, le=UINT32)]
 TokenIds = Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)]
-StopTokenIds = Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)]
+StopTokenIds = Annotated[list[TokenId], Field(max_length=limits.MAX_STOP_TOKEN_IDS, fail_fast=True)]
 Prompts = Annotated[
     dict[str, str | list[int]],
     PlainValidator(_prompts),
@@ -568,7 +563,7 @@ Schema = Annotated[
 ClosedSchema = Annotated[
     Schema,
     BeforeValidator(
-        lambda value: value if is_longer(value, MAX_CONSTRAINT_CHARS) else closed(value)
+        lambda value: value if is_longer(value, limits.MAX_CONSTRAINT_CHARS) else closed(value)
     ),
 ]
 Content = Annotated[str, BeforeValidator(lambda value: text_of(value, ("text",))), _content("text")]

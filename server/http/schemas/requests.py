@@ -6,19 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
 
-from turret.server.api.limits import (
-    MAX_CACHE_SALT_CHARS,
-    MAX_CHAT_MESSAGES,
-    MAX_CHOICES,
-    MAX_CONSTRAINT_CHARS,
-    MAX_LOGIT_BIASES,
-    MAX_MIX_MEMBERS,
-    MAX_STOP_STRINGS,
-    MAX_TEMPLATE_CHARS,
-    MAX_TOOL_CALLS,
-    MAX_TOOLS,
-    MAX_TOP_LOGPROBS,
-)
+from turret.server.api import limits
 from turret.server.http.schemas.fields import (
     ITEM_PARTS,
     UINT32,
@@ -93,11 +81,11 @@ class Asking(Body):
         description="The base model's name, `base`, an adapter, or a mix such as `sql+json*-0.5`."
     )
     adapters: list[MixMember] = Field(
-        [], max_length=MAX_MIX_MEMBERS, description="The mix, if `model` names the base."
+        [], max_length=limits.MAX_MIX_MEMBERS, description="The mix, if `model` names the base."
     )
     cache_salt: str = Field(
         "",
-        max_length=MAX_CACHE_SALT_CHARS,
+        max_length=limits.MAX_CACHE_SALT_CHARS,
         description="Only requests with the same salt share cached prefixes.",
     )
     timeout: Number | None = Field(
@@ -127,7 +115,7 @@ class Asking(Body):
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 _EFFORT = "Sets the template's variables `reasoning_effort` and `enable_thinking` (false for none)."
 _RENDERING = ("chat_template", "chat_template_kwargs", "reasoning_effort", "continue_final_message")
-Variables = Annotated[dict[str, Any], short(MAX_CONSTRAINT_CHARS)]
+Variables = Annotated[dict[str, Any], short(limits.MAX_CONSTRAINT_CHARS)]
 
 
 class ChatOnly(Body):
@@ -152,7 +140,7 @@ class ChatOnly(Body):
     web_search_options: Any = unsupported()
     chat_template: str = Field(
         "",
-        max_length=MAX_TEMPLATE_CHARS,
+        max_length=limits.MAX_TEMPLATE_CHARS,
         description="A Jinja template to use instead. Requires --trust-request-chat-template.",
     )
     documents: Any = unsupported([], instead="`chat_template_kwargs`")
@@ -179,7 +167,7 @@ class StructuredOutputs(ClosedBody):
     json_object: bool = Field(False, description="Any JSON object.")
     regex: str | None = None
     grammar: str | None = Field(None, description="Lark or GBNF.")
-    choice: Texts | None = Field(None, min_length=1, max_length=MAX_CHOICES)
+    choice: Texts | None = Field(None, min_length=1, max_length=limits.MAX_CHOICES)
     disable_fallback: Any = ignored()
     structural_tag: Any = unsupported(False)
     whitespace_pattern: Any = unsupported(False)
@@ -208,8 +196,8 @@ class ResponseFormat(Body):
 def _biases(value: Any) -> dict[int, float]:
     if not isinstance(value, dict):
         raise wrong_at(wrong_type("an object", value))
-    if len(value) > MAX_LOGIT_BIASES:
-        raise wrong_at(say("TOO_MANY_ENTRIES", most=MAX_LOGIT_BIASES, found=len(value)))
+    if len(value) > limits.MAX_LOGIT_BIASES:
+        raise wrong_at(say("TOO_MANY_ENTRIES", most=limits.MAX_LOGIT_BIASES, found=len(value)))
     for key, bias in value.items():
         is_id = key.isascii() and key.isdecimal() and len(key) <= 10 and int(key) <= UINT32
         if not is_id or type(bias) not in (int, float) or not -100 <= bias <= 100:
@@ -239,7 +227,7 @@ class Generating(Asking):
         WithJsonSchema(
             {
                 "type": "object",
-                "maxProperties": MAX_LOGIT_BIASES,
+                "maxProperties": limits.MAX_LOGIT_BIASES,
                 "additionalProperties": {"type": "number"},
             }
         ),
@@ -254,7 +242,7 @@ class Generating(Asking):
     )
     min_tokens: Count = Field(0, ge=0)
     stop: StopTexts = Field(
-        [], max_length=MAX_STOP_STRINGS, description="Texts that end the answer."
+        [], max_length=limits.MAX_STOP_STRINGS, description="Texts that end the answer."
     )
     stop_token_ids: StopTokenIds = Field([])
     ignore_eos: bool = False
@@ -272,13 +260,13 @@ class Generating(Asking):
     guided_json_object: bool = False
     guided_regex: str | None = None
     guided_grammar: str | None = None
-    guided_choice: Texts | None = Field(None, min_length=1, max_length=MAX_CHOICES)
+    guided_choice: Texts | None = Field(None, min_length=1, max_length=limits.MAX_CHOICES)
     json_object: bool = False
     json_schema: Schema | None = None
     regex: str | None = None
     grammar: str | None = None
     ebnf: str | None = None
-    choice: Texts | None = Field(None, min_length=1, max_length=MAX_CHOICES)
+    choice: Texts | None = Field(None, min_length=1, max_length=limits.MAX_CHOICES)
 
     @model_validator(mode="after")
     def _sends_every_answer(self) -> Generating:
@@ -307,7 +295,7 @@ class Message(Body):
     role: str = Field(description="A role of the chat template; `developer` is `system`.")
     content: Content | None = Field(None, description="Optional for the assistant.")
     name: Any = ignored()
-    tool_calls: list[ToolCall] = Field([], max_length=MAX_TOOL_CALLS, fail_fast=True)
+    tool_calls: list[ToolCall] = Field([], max_length=limits.MAX_TOOL_CALLS, fail_fast=True)
     tool_call_id: str = ""
     function_call: Any = unsupported({}, "", instead="`tool_calls`")
 
@@ -322,8 +310,8 @@ class Message(Body):
         return self
 
 
-Messages = Annotated[list[Message], Field(max_length=MAX_CHAT_MESSAGES)]
-Parameters = Annotated[dict[str, Any], short(MAX_CONSTRAINT_CHARS)]
+Messages = Annotated[list[Message], Field(max_length=limits.MAX_CHAT_MESSAGES)]
+Parameters = Annotated[dict[str, Any], short(limits.MAX_CONSTRAINT_CHARS)]
 
 
 class FunctionTool(Body):
@@ -367,9 +355,9 @@ class ChatRequest(Generating, ChatOnly):
     messages: Messages
     logprobs: bool = False
     top_logprobs: Int | None = Field(
-        None, ge=0, le=MAX_TOP_LOGPROBS, description="Requires logprobs."
+        None, ge=0, le=limits.MAX_TOP_LOGPROBS, description="Requires logprobs."
     )
-    tools: list[Tool] = Field([], max_length=MAX_TOOLS)
+    tools: list[Tool] = Field([], max_length=limits.MAX_TOOLS)
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool | None = Field(None, description=_PARALLEL)
     echo: Any = unsupported(False)
@@ -392,7 +380,7 @@ class CompletionRequest(Generating):
 
     prompt: Prompts
     echo: bool = False
-    logprobs: Int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    logprobs: Int | None = Field(None, ge=0, le=limits.MAX_TOP_LOGPROBS)
     max_tokens: Count | None = Field(
         None, ge=0, description=f"{DEFAULT_MAX_TOKENS} by default; 0 scores the prompt."
     )
@@ -441,7 +429,7 @@ class TokenizeRequest(Asking, ChatOnly):
     model: str | None = Field(None, description="The base model's tokenizer by default.")  # type: ignore[assignment]
     prompt: str | None = Field(None, description="Either prompt or messages is required.")
     messages: Messages | None = None
-    tools: list[Tool] = Field([], max_length=MAX_TOOLS)
+    tools: list[Tool] = Field([], max_length=limits.MAX_TOOLS)
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool | None = Field(None, description=_PARALLEL)
     return_token_strs: bool = False
@@ -502,7 +490,7 @@ class TextFormat(Body):
 
 
 class TextOptions(Body):
-    format: Annotated[TextFormat, short(MAX_CONSTRAINT_CHARS)] | None = None
+    format: Annotated[TextFormat, short(limits.MAX_CONSTRAINT_CHARS)] | None = None
     verbosity: Any = ignored()
 
 
@@ -560,17 +548,17 @@ class ResponseRequest(Generating, ChatOnly):
     names: ClassVar = names_with("input", "top_logprobs") | {"stop.max_tokens": "max_output_tokens"}
 
     input: Annotated[list[Item], BeforeValidator(_as_item)] = Field(
-        min_length=1, max_length=MAX_CHAT_MESSAGES, json_schema_extra=or_text
+        min_length=1, max_length=limits.MAX_CHAT_MESSAGES, json_schema_extra=or_text
     )
     instructions: str | None = None
     max_output_tokens: Count | None = Field(None, ge=1)
     n: Int = Field(1, ge=1, le=1)
     include: Texts = Field([], max_length=MAX_METADATA)
-    top_logprobs: Int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    top_logprobs: Int | None = Field(None, ge=0, le=limits.MAX_TOP_LOGPROBS)
     metadata: Annotated[dict[str, Any], short(16 << 10)] = Field({}, max_length=MAX_METADATA)
     text: TextOptions = Field(default_factory=TextOptions)
     reasoning: Reasoning = Field(default_factory=Reasoning)
-    tools: list[FlatTool] = Field([], max_length=MAX_TOOLS)
+    tools: list[FlatTool] = Field([], max_length=limits.MAX_TOOLS)
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool | None = Field(None, description=_PARALLEL)
     user: ShortText | None = None
@@ -607,7 +595,7 @@ class LoadAdapter(AdapterName):
     task: Int | None = Field(None, ge=0, le=UINT32, description="One of several tasks.")
     chat_template: str = Field(
         "",
-        max_length=MAX_TEMPLATE_CHARS,
+        max_length=limits.MAX_TEMPLATE_CHARS,
         description="A Jinja template to use instead of the one in the adapter's files.",
     )
 

@@ -34,7 +34,6 @@ from turret.server.words import say
 METHOD_NOTE, _OWN_NOTES = "turret.method", "turret."
 _SHOWN_CHARS = 40
 
-_Started = Callable[[], Awaitable[Result]]
 Work = Callable[[TinkerState, Model, Any], Awaitable[Result]]
 
 
@@ -43,13 +42,9 @@ async def _promise(exchange: Exchange, future: Future, model_id: str) -> None:
     await exchange.reply.json({"request_id": future.request_id, "model_id": model_id})
 
 
-def _raising(error: Exception) -> _Started:
+async def _fail(error: Exception) -> Result:
     """A command that fails. It uses its number, so that later commands do not wait for it."""
-
-    async def run() -> Result:
-        raise error
-
-    return run
+    raise error
 
 
 async def command(work: Work, kind: type[Body], state: TinkerState, exchange: Exchange) -> None:
@@ -72,13 +67,10 @@ async def _command(
         raise InvalidRequestError.of("model_id", wrong_type("a string", model_id))
     number = number_of(sent.raw.get("seq_id"))
     model = state.tenants.sessions.model(state.owner(exchange), model_id)
-    run: _Started
     try:
-        body = sent.checked(kind)
+        run = partial(work, state, model, sent.checked(kind))
     except InvalidRequestError as error:
-        run = _raising(error)
-    else:
-        run = partial(work, state, model, body)
+        run = partial(_fail, error)
     await _promise(exchange, state.command(exchange, model, number, run), model.model_id)
 
 
@@ -106,18 +98,14 @@ async def create_model(state: TinkerState, exchange: Exchange, body: CreateModel
     async def begin(model: Model) -> Result:
         return Result.of(model_id=model.model_id, type="create_model")
 
-    await _create(
-        state, exchange, body.session_id, body.model_seq_id, config, body.user_metadata, begin
-    )
+    await _create(state, exchange, body, config, begin)
 
 
 async def _create(
     state: TinkerState,
     exchange: Exchange,
-    session_id: str,
-    number: int,
+    body: CreateModel | LoadWeights,
     config: LearnerConfig,
-    metadata: dict[str, str],
     begin: Callable[[Model], Awaitable[Result]],
 ) -> None:
     """Add a model to a session; its first command creates it.
@@ -125,20 +113,20 @@ async def _create(
     Args:
         state: The state of the API.
         exchange: The request.
-        session_id: The session.
-        number: The number of the model in the session.
+        body: Names the session and the number of the model in it.
         config: The config of the adapter.
-        metadata: The client's own notes.
         begin: Finishes the first command once the adapter exists.
     """
-    session = state.session(exchange, session_id)
-    model_id = f"{session_id}:train:{number}"
+    assert body.session_id is not None
+    assert body.model_seq_id is not None
+    session, number = state.session(exchange, body.session_id), body.model_seq_id
+    model_id = f"{body.session_id}:train:{number}"
     future = state.tenants.futures.find(session.owner, f"{model_id}:0")
     if future is None:
         if model_id in session.models:
             raise gone()
         training = state.tenants.sessions.training()
-        model = state.tenants.sessions.add_model(session, number, config, metadata)
+        model = state.tenants.sessions.add_model(session, number, config, body.user_metadata)
 
         async def run() -> Result:
             try:
@@ -306,8 +294,7 @@ async def load_weights(state: TinkerState, exchange: Exchange) -> None:
     async def begin(model: Model) -> Result:
         return await _load(state, model, body)
 
-    metadata = body.user_metadata
-    await _create(state, exchange, body.session_id, body.model_seq_id, config, metadata, begin)
+    await _create(state, exchange, body, config, begin)
 
 
 async def _load(state: TinkerState, model: Model, body: LoadWeights) -> Result:
