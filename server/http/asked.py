@@ -18,14 +18,13 @@ from turret.server.http.schemas.fields import Sent, closed, not_one_of
 from turret.server.http.schemas.requests import (
     Asking,
     ChatOnly,
-    ChatRequest,
     FunctionTool,
     Generating,
     InputsRequest,
     Message,
     MixMember,
     TextFormat,
-    TokenizeRequest,
+    WithTools,
 )
 from turret.server.words import say
 from turret.v1 import adapters_pb2, inference_pb2
@@ -407,7 +406,7 @@ def tools_of(
     )
 
 
-def tools_in(body: ChatRequest | TokenizeRequest, chat: inference_pb2.Chat) -> ToolUse:
+def tools_in(body: WithTools, chat: inference_pb2.Chat) -> ToolUse:
     """How a request in the form of chat completions uses its tools; see ``tools_of``."""
     functions = [tool.function for tool in body.tools]
     choice, is_parallel = body.tool_choice, body.parallel_tool_calls

@@ -347,7 +347,15 @@ ToolChoice = Annotated[
 ]
 
 
-class ChatRequest(Generating, ChatOnly):
+class WithTools(Body):
+    """The tools that an answer may call."""
+
+    tools: list[Tool] = Field([], max_length=limits.MAX_TOOLS)
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool | None = Field(None, description=_PARALLEL)
+
+
+class ChatRequest(Generating, ChatOnly, WithTools):
     """Asks for the answer to a conversation."""
 
     names: ClassVar = names_with("messages", "top_logprobs")
@@ -357,9 +365,6 @@ class ChatRequest(Generating, ChatOnly):
     top_logprobs: Int | None = Field(
         None, ge=0, le=limits.MAX_TOP_LOGPROBS, description="Requires logprobs."
     )
-    tools: list[Tool] = Field([], max_length=limits.MAX_TOOLS)
-    tool_choice: ToolChoice = "auto"
-    parallel_tool_calls: bool | None = Field(None, description=_PARALLEL)
     echo: Any = unsupported(False)
     add_special_tokens: Any = unsupported(False)
     user: Any = ignored()
@@ -421,7 +426,7 @@ class ClassifyRequest(InputsRequest):
     """Asks for labels."""
 
 
-class TokenizeRequest(Asking, ChatOnly):
+class TokenizeRequest(Asking, ChatOnly, WithTools):
     """Asks for the tokens of a text, or of a conversation as the chat template renders it."""
 
     names: ClassVar = names_with("prompt", chat="messages")
@@ -429,9 +434,6 @@ class TokenizeRequest(Asking, ChatOnly):
     model: str | None = Field(None, description="The base model's tokenizer by default.")  # type: ignore[assignment]
     prompt: str | None = Field(None, description="Either prompt or messages is required.")
     messages: Messages | None = None
-    tools: list[Tool] = Field([], max_length=limits.MAX_TOOLS)
-    tool_choice: ToolChoice = "auto"
-    parallel_tool_calls: bool | None = Field(None, description=_PARALLEL)
     return_token_strs: bool = False
     echo: Any = unsupported(False)
     add_special_tokens: bool | None = Field(
@@ -542,7 +544,7 @@ def _as_item(value: Any) -> Any:
 ShortText = Annotated[str, Field(max_length=512)]
 
 
-class ResponseRequest(Generating, ChatOnly):
+class ResponseRequest(Generating, ChatOnly, WithTools):
     """Asks for the answer to a conversation, which is not stored."""
 
     names: ClassVar = names_with("input", "top_logprobs") | {"stop.max_tokens": "max_output_tokens"}
@@ -558,9 +560,7 @@ class ResponseRequest(Generating, ChatOnly):
     metadata: Annotated[dict[str, Any], short(16 << 10)] = Field({}, max_length=MAX_METADATA)
     text: TextOptions = Field(default_factory=TextOptions)
     reasoning: Reasoning = Field(default_factory=Reasoning)
-    tools: list[FlatTool] = Field([], max_length=limits.MAX_TOOLS)
-    tool_choice: ToolChoice = "auto"
-    parallel_tool_calls: bool | None = Field(None, description=_PARALLEL)
+    tools: list[FlatTool] = Field([], max_length=limits.MAX_TOOLS)  # type: ignore[assignment]
     user: ShortText | None = None
     safety_identifier: ShortText | None = None
     prompt_cache_key: ShortText | None = None
@@ -578,6 +578,134 @@ class ResponseRequest(Generating, ChatOnly):
     @property
     def effort(self) -> str | None:
         return self.reasoning.effort or self.reasoning_effort
+
+
+# Anthropic's Messages API.
+
+_MAX_BLOCKS = 2 * limits.MAX_CHAT_MESSAGES
+
+
+class Block(Body):
+    """A part of a turn. Reasoning of earlier turns is left out of the prompt."""
+
+    type: str
+    text: str | None = None
+    id: str = ""
+    name: str = ""
+    input: Parameters = Field({}, description="The arguments of a call.")
+    tool_use_id: str = ""
+    content: Any = Field("", description="The result of a call: a string, or text blocks.")
+
+    @model_validator(mode="after")
+    def _is_text(self) -> Block:
+        if self.type == "text" and self.text is None:
+            raise wrong_at(say("REQUIRED"), "text")
+        if self.type == "tool_result":
+            self.content = text_of(self.content, ("text",), "content")
+        elif self.type in ("image", "document"):
+            raise wrong_at(say("NOT_TEXT"))
+        elif self.type not in ("text", "tool_use", "thinking", "redacted_thinking"):
+            kinds = "text, tool_use, tool_result, thinking"
+            raise wrong_at(not_one_of(self.type, kinds), "type")
+        return self
+
+
+def _as_blocks(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+class Turn(Body):
+    role: Literal["user", "assistant", "system"]
+    content: Annotated[list[Block], BeforeValidator(_as_blocks)] = Field(
+        max_length=limits.MAX_CHAT_MESSAGES, fail_fast=True, json_schema_extra=or_text
+    )
+
+
+def _few_blocks(value: Any) -> Any:
+    """Limits the blocks of all turns together, before the first of them is read."""
+    turns = value if isinstance(value, list) else []
+    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
+    found = sum(len(content) for content in contents if isinstance(content, list))
+    if found > _MAX_BLOCKS:
+        raise wrong_at(say("TOO_MANY_ENTRIES", most=_MAX_BLOCKS, found=found))
+    return value
+
+
+class MessageTool(FunctionTool):
+    """A tool that the client runs."""
+
+    type: Literal["custom"] | None = None
+    parameters: Parameters = Field(
+        {}, alias="input_schema", description="A JSON schema of the arguments."
+    )
+
+
+class MessageToolChoice(Body):
+    type: Literal["auto", "any", "tool", "none"] = "auto"
+    name: str = ""
+    disable_parallel_tool_use: bool | None = None
+
+    @property
+    def choice(self) -> Any:
+        """The choice in the format of OpenAI's APIs."""
+        if self.type == "tool":
+            return {"type": "function", "name": self.name}
+        return "required" if self.type == "any" else self.type
+
+
+class Thinking(Body):
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
+    budget_tokens: Any = ignored()
+    display: Any = ignored()
+
+
+class OutputConfig(Body):
+    effort: Literal[Effort, "max"] | None = None
+    format: Annotated[TextFormat, short(limits.MAX_CONSTRAINT_CHARS)] | None = None
+
+
+class CountRequest(Asking, ChatOnly):
+    """Asks for the number of tokens in a conversation."""
+
+    names: ClassVar = names_with("messages")
+
+    messages: Annotated[list[Turn], BeforeValidator(_few_blocks)] = Field(
+        min_length=1, max_length=limits.MAX_CHAT_MESSAGES
+    )
+    system: Content | None = None
+    tools: list[MessageTool] = Field([], max_length=limits.MAX_TOOLS)
+    tool_choice: MessageToolChoice = Field(default_factory=MessageToolChoice)
+    thinking: Thinking | None = Field(
+        None, description="Sets the template's variable `enable_thinking`."
+    )
+    output_config: OutputConfig = Field(default_factory=OutputConfig)
+    metadata: Any = ignored()
+    service_tier: Any = ignored()
+    cache_control: Any = ignored()
+    container: Any = unsupported()
+    mcp_servers: Any = unsupported([])
+    context_management: Any = unsupported({})
+
+    @model_validator(mode="after")
+    def _thinks_as_asked(self) -> CountRequest:
+        if self.thinking is not None:
+            thinks = self.thinking.type != "disabled"
+            self.chat_template_kwargs = {"enable_thinking": thinks, **self.chat_template_kwargs}
+        return self
+
+    @property
+    def effort(self) -> str | None:
+        return self.output_config.effort or self.reasoning_effort
+
+
+class MessagesRequest(CountRequest, Generating):
+    """Asks for the answer to a conversation."""
+
+    names: ClassVar = names_with("messages") | {"stop.stop_strings": "stop_sequences"}
+
+    max_tokens: Count | None = Field(ge=1)
+    stop_sequences: StopTexts = Field([], max_length=limits.MAX_STOP_STRINGS)
+    n: Int = Field(1, ge=1, le=1)
 
 
 # Adapters, with vLLM's fields.
