@@ -27,17 +27,7 @@ from turret.clients.evaluation.evaluate import (
 )
 from turret.clients.evaluation.plot import eval_svg
 from turret.clients.evaluation.rows import EvalExample, RowError, read_eval_set
-from turret.clients.verbs.command import (
-    Flags,
-    Subparsers,
-    UnfinishedAnswerError,
-    adapter_weight,
-    add_verb_parser,
-    flags_parser,
-    print_json,
-    shared,
-    with_client,
-)
+from turret.clients.verbs import command
 from turret.clients.verbs.tables import print_table, table_of
 from turret.clients.words import say
 
@@ -67,7 +57,7 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
             raise ValueError(say("PATH_NOT_WRITABLE", path=path))
     reports = judge(args, client, examples, mixes, options)
     if args.json:
-        print_json([_figures(report) for report in reports])
+        command.print_json([_figures(report) for report in reports])
     else:
         print_reports(reports)
         if reports[0].labels:
@@ -140,7 +130,7 @@ def judge(
             if done is None:
                 raise
             text = say("EVALUATION_CUT", done=extent())
-            raise UnfinishedAnswerError(text) from error
+            raise command.UnfinishedAnswerError(text) from error
     args.stopped = ""
     return reports
 
@@ -230,7 +220,7 @@ def _answers(reports: Sequence[MixReport], examples: Sequence[EvalExample]) -> s
 
 
 def _mix(text: str) -> Mix:
-    return tuple(adapter_weight(member.strip()) for member in text.split("+"))
+    return tuple(command.adapter_weight(member.strip()) for member in text.split("+"))
 
 
 def _labels(text: str) -> tuple[str, ...]:
@@ -247,7 +237,7 @@ def _positive(text: str) -> int:
 
 
 _COUNT = {"type": _positive, "metavar": "N"}
-FLAGS: Flags = {
+FLAGS: command.Flags = {
     "data": {"type": Path, "metavar": "FILE", "help": "the test set, in JSON Lines"},
     "-m --mix": {
         "dest": "mixes",
@@ -297,9 +287,9 @@ FLAGS: Flags = {
 }
 
 
-def add_eval(subparsers: Subparsers, text: str) -> None:
+def add_eval(subparsers: command.Subparsers, text: str) -> None:
     """Add the verb; ``text`` is its line in the help."""
-    parents = (shared("--json"), flags_parser(FLAGS))
-    add_verb_parser(
-        subparsers, "eval", text, with_client(_eval), *parents, description=_DESCRIPTION
+    parents = (command.shared("--json"), command.flags_parser(FLAGS))
+    command.add_verb_parser(
+        subparsers, "eval", text, command.with_client(_eval), *parents, description=_DESCRIPTION
     )

@@ -10,17 +10,7 @@ import math
 from turret.clients.client import TurretClient
 from turret.clients.evaluation.answer_metrics import perplexity
 from turret.clients.messages.results import Classification
-from turret.clients.verbs.command import (
-    Subparsers,
-    adapter_parser,
-    add_verb_parser,
-    call_with_flags,
-    given_texts,
-    print_json,
-    shared,
-    text_argument,
-    with_client,
-)
+from turret.clients.verbs import command
 from turret.clients.verbs.tables import print_table, table_of, terminal
 from turret.words import counted
 
@@ -28,24 +18,24 @@ from turret.words import counted
 _SHOWN_CHARS, _SHOWN_LABELS = 60, 3
 
 
-def add_score(subparsers: Subparsers, text: str) -> None:
+def add_score(subparsers: command.Subparsers, text: str) -> None:
     """Add ``turret score``; ``text`` is its line in the help."""
-    parser = add_verb_parser(
+    parser = command.add_verb_parser(
         subparsers,
         "score",
         text,
-        with_client(_score),
-        adapter_parser(),
-        shared("--json", "prompt", "--request-id"),
+        command.with_client(_score),
+        command.adapter_parser(),
+        command.shared("--json", "prompt", "--request-id"),
         description="Print the log probability (natural logarithm) of every token of a prompt.",
     )
     parser.add_argument("--top-n", type=int, default=0, metavar="N", help="alternatives per token")
 
 
 def _score(args: argparse.Namespace, client: TurretClient) -> None:
-    score = call_with_flags(client.score, args, prompt=text_argument(args.prompt))
+    score = command.call_with_flags(client.score, args, prompt=command.text_argument(args.prompt))
     if args.json:
-        print_json(score)
+        command.print_json(score)
         return
     columns = {"id": "number", "token": "text", "logprob": "number"}
     if args.top_n > 0:
@@ -68,16 +58,16 @@ def _score(args: argparse.Namespace, client: TurretClient) -> None:
         )
 
 
-def add_classify(subparsers: Subparsers, text: str) -> None:
+def add_classify(subparsers: command.Subparsers, text: str) -> None:
     """Add ``turret classify``; ``text`` is its line in the help."""
-    parser = add_verb_parser(
+    parser = command.add_verb_parser(
         subparsers,
         "classify",
         text,
-        with_client(_classify),
-        shared("texts", "--file"),
-        adapter_parser(required=True),
-        shared("--json", "--request-id"),
+        command.with_client(_classify),
+        command.shared("texts", "--file"),
+        command.adapter_parser(required=True),
+        command.shared("--json", "--request-id"),
         description="Label texts with an adapter that was trained to classify (SEQ_CLS).",
     )
     parser.add_argument(
@@ -91,11 +81,11 @@ def add_classify(subparsers: Subparsers, text: str) -> None:
 
 
 def _classify(args: argparse.Namespace, client: TurretClient) -> None:
-    texts = given_texts(args)
+    texts = command.given_texts(args)
     inputs = [[("user", text)] for text in texts] if args.chat else texts
-    found = call_with_flags(client.classify, args, inputs=inputs)
+    found = command.call_with_flags(client.classify, args, inputs=inputs)
     if args.json:
-        print_json(found)
+        command.print_json(found)
     elif args.labels_only:
         print(*found.labels, sep="\n")
     else:
@@ -117,16 +107,16 @@ def _ranked(found: Classification) -> tuple[str, str, str]:
     return ranked[0].label, numbers[0], "  ".join(f"{s.label} {number}" for s, number in others)
 
 
-def add_embed(subparsers: Subparsers, text: str) -> None:
+def add_embed(subparsers: command.Subparsers, text: str) -> None:
     """Add ``turret embed``; ``text`` is its line in the help."""
-    parser = add_verb_parser(
+    parser = command.add_verb_parser(
         subparsers,
         "embed",
         text,
-        with_client(_embed),
-        shared("texts", "--file"),
-        adapter_parser(),
-        shared("--json", "--request-id"),
+        command.with_client(_embed),
+        command.shared("texts", "--file"),
+        command.adapter_parser(),
+        command.shared("--json", "--request-id"),
         description="Print the vector of each text, one JSON array per line.",
     )
     parser.add_argument(
@@ -149,13 +139,13 @@ def add_embed(subparsers: Subparsers, text: str) -> None:
 
 
 def _embed(args: argparse.Namespace, client: TurretClient) -> None:
-    texts = given_texts(args)
-    found = call_with_flags(client.embed, args, inputs=texts)
+    texts = command.given_texts(args)
+    found = command.call_with_flags(client.embed, args, inputs=texts)
     if args.similarity:
         cosines = [[_cosine(one, other) for other in found.vectors] for one in found.vectors]
-        print_json(cosines) if args.json else _print_cosines(texts, cosines)
+        command.print_json(cosines) if args.json else _print_cosines(texts, cosines)
     elif args.json:
-        print_json(found)
+        command.print_json(found)
     else:
         for vector in found.vectors:
             # Nine significant digits identify every single-precision number.
