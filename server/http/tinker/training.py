@@ -15,16 +15,7 @@ from turret.server.errors import InvalidRequestError
 from turret.server.http.endpoint import Exchange, read_body
 from turret.server.http.refusals import HttpRefusal
 from turret.server.http.schemas.fields import Body, Sent, wrong_type
-from turret.server.http.tinker import wire
-from turret.server.http.tinker.schemas import (
-    CreateModel,
-    LoadWeights,
-    OfModel,
-    OptimStep,
-    SaveExternal,
-    SaveForSampler,
-    SaveWeights,
-)
+from turret.server.http.tinker import schemas, wire
 from turret.server.http.tinker.state import TinkerState, gone, number_of
 from turret.server.training.trainer import AdamParams, LearnerConfig
 from turret.server.words import say
@@ -77,7 +68,7 @@ async def _command(
 # Models.
 
 
-async def create_model(state: TinkerState, exchange: Exchange, body: CreateModel) -> None:
+async def create_model(state: TinkerState, exchange: Exchange, body: schemas.CreateModel) -> None:
     """Begin to train an adapter."""
     state.check_base(body.base_model)
     lora = body.lora_config
@@ -104,7 +95,7 @@ async def create_model(state: TinkerState, exchange: Exchange, body: CreateModel
 async def _create(
     state: TinkerState,
     exchange: Exchange,
-    body: CreateModel | LoadWeights,
+    body: schemas.CreateModel | schemas.LoadWeights,
     config: LearnerConfig,
     begin: Callable[[Model], Awaitable[Result]],
 ) -> None:
@@ -140,7 +131,7 @@ async def _create(
     await _promise(exchange, future, model_id)
 
 
-async def get_info(state: TinkerState, exchange: Exchange, body: OfModel) -> None:
+async def get_info(state: TinkerState, exchange: Exchange, body: schemas.OfModel) -> None:
     """Describe a model in training."""
     model = state.tenants.sessions.model(state.owner(exchange), body.model_id)
     info = state.tenants.info()
@@ -158,7 +149,7 @@ async def get_info(state: TinkerState, exchange: Exchange, body: OfModel) -> Non
     )
 
 
-async def unload_model(state: TinkerState, exchange: Exchange, body: OfModel) -> None:
+async def unload_model(state: TinkerState, exchange: Exchange, body: schemas.OfModel) -> None:
     """Forget a model in training."""
     owner = state.owner(exchange)
     future = state.tenants.futures.find(owner, f"{body.model_id}:unload")
@@ -206,7 +197,7 @@ async def forward_backward(state: TinkerState, exchange: Exchange) -> None:
     await _promise(exchange, future, model.model_id)
 
 
-async def optim_step(state: TinkerState, model: Model, body: OptimStep) -> Result:
+async def optim_step(state: TinkerState, model: Model, body: schemas.OptimStep) -> Result:
     """Change a model's weights by the gradients since the last step."""
     adam = AdamParams(**body.adam_params.model_dump())
     metrics = await state.tenants.sessions.training().step(model.number, adam)
@@ -220,7 +211,7 @@ async def _save(
     state: TinkerState,
     model: Model,
     kind: str,
-    body: SaveWeights | SaveForSampler | SaveExternal,
+    body: schemas.SaveWeights | schemas.SaveForSampler | schemas.SaveExternal,
     *,
     overwrite: bool = False,
 ) -> Checkpoint:
@@ -234,19 +225,21 @@ async def _save(
     )
 
 
-async def save_weights(state: TinkerState, model: Model, body: SaveWeights) -> Result:
+async def save_weights(state: TinkerState, model: Model, body: schemas.SaveWeights) -> Result:
     """Save a model with its optimizer, to continue from later."""
     saved = await _save(state, model, "weights", body, overwrite=body.overwrite)
     return Result.of(path=saved.path, type="save_weights")
 
 
-async def save_external(state: TinkerState, model: Model, body: SaveExternal) -> Result:
+async def save_external(state: TinkerState, model: Model, body: schemas.SaveExternal) -> Result:
     """Save a model's weights for download."""
     saved = await _save(state, model, "external_weights", body)
     return Result.of(path=saved.path, size_bytes=saved.size, type="save_weights_external")
 
 
-async def save_for_sampler(state: TinkerState, model: Model, body: SaveForSampler) -> Result:
+async def save_for_sampler(
+    state: TinkerState, model: Model, body: schemas.SaveForSampler
+) -> Result:
     """Save a model's weights for sampling, or make a sampler of them without saving."""
     if body.sampling_session_seq_id is None:
         path, sampler_id = (await _save(state, model, "sampler_weights", body)).path, None
@@ -256,7 +249,7 @@ async def save_for_sampler(state: TinkerState, model: Model, body: SaveForSample
     return Result.of(path=path, sampling_session_id=sampler_id, type=kind)
 
 
-async def _snapshot(state: TinkerState, model: Model, body: SaveForSampler) -> Sampler:
+async def _snapshot(state: TinkerState, model: Model, body: schemas.SaveForSampler) -> Sampler:
     """A sampler with a model's present weights, or one that always uses its newest ones."""
     session_id = model.model_id.partition(":")[0]
     session = state.tenants.sessions.find(model.owner, session_id)
@@ -281,9 +274,9 @@ async def load_weights(state: TinkerState, exchange: Exchange) -> None:
     """Continue from a checkpoint, in a model or in a new one."""
     sent = exchange.take_body()
     if sent.raw.get("model_id") is not None:
-        await _command(state, exchange, sent, LoadWeights, _load)
+        await _command(state, exchange, sent, schemas.LoadWeights, _load)
         return
-    body = sent.checked(LoadWeights)
+    body = sent.checked(schemas.LoadWeights)
     if body.session_id is None or body.model_seq_id is None:
         choices = "model_id, session_id"
         raise InvalidRequestError.of("model_id", say("ONE_REQUIRED", choices=choices))
@@ -297,6 +290,6 @@ async def load_weights(state: TinkerState, exchange: Exchange) -> None:
     await _create(state, exchange, body, config, begin)
 
 
-async def _load(state: TinkerState, model: Model, body: LoadWeights) -> Result:
+async def _load(state: TinkerState, model: Model, body: schemas.LoadWeights) -> Result:
     checkpoint = await state.tenants.load(model, body.path, with_optimizer=body.optimizer)
     return Result.of(path=checkpoint.path, model_id=model.model_id, type="load_weights")
