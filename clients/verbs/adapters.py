@@ -92,13 +92,11 @@ def add_adapters(subparsers: command.Subparsers, text: str) -> None:
     actions = parser.add_subparsers(metavar="ACTION", required=True)
 
     def add(name: str, text: str, *flags: str, directory: str = "", mix: bool = False) -> None:
-        parents = [command.adapter_parser(required=True)] if mix else []
-        parents += [
-            command.shared("--json"),
-            command.flags_parser({flag: _FLAGS[flag] for flag in flags}),
-        ]
-        run = command.with_client(_list if name == "list" else _run)
-        action = command.add_verb_parser(actions, name, text, run, *parents)
+        table = {**command.shared("--json"), **{flag: _FLAGS[flag] for flag in flags}}
+        if mix:
+            table |= command.REQUIRED_ADAPTER
+        run = _list if name == "list" else _run
+        action = command.add_verb_parser(actions, name, text, run, table)
         if directory:
             action.add_argument("directory", type=Path, metavar="DIR", help=directory)
         action.set_defaults(action=name)

@@ -41,21 +41,6 @@ _T = TypeVar("_T")
 Flags = Mapping[str, Mapping[str, Any]]
 
 
-def flags_parser(flags: Flags, *names: str, title: str = "") -> argparse.ArgumentParser:
-    """A parent parser of flags.
-
-    Args:
-        flags: The table of flags.
-        *names: The flags to add; all flags if empty.
-        title: The title of their group in the help; empty for no group.
-    """
-    parser = argparse.ArgumentParser(add_help=False)
-    group = parser.add_argument_group(title) if title else parser
-    for name in names or flags:
-        group.add_argument(*name.split(), **flags[name])
-    return parser
-
-
 def adapter_weight(text: str) -> AdapterWeight:
     """:meth:`AdapterWeight.parse` for argparse, which hides the text of a ``ValueError``."""
     try:
@@ -106,7 +91,16 @@ _NUMBER: Mapping[str, Any] = {"type": float, "metavar": "X"}
 _SWITCH: Mapping[str, Any] = {"action": "store_true", "default": None}
 _PEM: Mapping[str, Any] = {"type": file_bytes, "metavar": "FILE"}
 
+ADAPTER = "-a --adapter"
 SHARED_FLAGS: Flags = {
+    ADAPTER: {
+        "dest": "adapters",
+        "action": "append",
+        "type": adapter_weight,
+        "default": [],
+        "metavar": "NAME[@GENERATION][=WEIGHT]",
+        "help": "an adapter; repeat for a mix",
+    },
     "prompt": {"metavar": "PROMPT", "help": "text; - reads standard input"},
     "texts": {
         "nargs": "*",
@@ -121,6 +115,7 @@ SHARED_FLAGS: Flags = {
     "--request-id": {"metavar": "ID", "help": "identifies the request in the server's log"},
     "--json": {"action": "store_true", "help": "print JSON"},
 }
+REQUIRED_ADAPTER: Flags = {ADAPTER: {**SHARED_FLAGS[ADAPTER], "required": True}}
 # If a flag is not given, the server's default applies.
 GENERATION_FLAGS: Flags = {
     "--top-k": {**_COUNT, "help": "keep the k likeliest tokens"},
@@ -166,39 +161,19 @@ CONSTRAINT_FLAGS: Flags = {
 }
 
 
-def shared(*names: str) -> argparse.ArgumentParser:
-    """A parent parser of some of the shared flags."""
-    return flags_parser(SHARED_FLAGS, *names)
+GENERATION_GROUPS: Mapping[str, Flags] = {
+    "generation": GENERATION_FLAGS,
+    "constraint on the answer, at most one": CONSTRAINT_FLAGS,
+}
 
 
-def adapter_parser(*, required: bool = False) -> argparse.ArgumentParser:
-    """``--adapter``, as a parent parser."""
-    flag = {
-        "dest": "adapters",
-        "action": "append",
-        "type": adapter_weight,
-        "default": [],
-        "required": required,
-        "metavar": "NAME[@GENERATION][=WEIGHT]",
-        "help": "an adapter; repeat for a mix",
-    }
-    return flags_parser({"-a --adapter": flag})
-
-
-def generation_parsers() -> list[argparse.ArgumentParser]:
-    """The parent parsers of verbs that generate."""
-    return [
-        adapter_parser(),
-        flags_parser(GENERATION_FLAGS, title="generation"),
-        flags_parser(CONSTRAINT_FLAGS, title="constraint on the answer, at most one"),
-    ]
+def shared(*names: str) -> Flags:
+    """Some of the shared flags."""
+    return {name: SHARED_FLAGS[name] for name in names}
 
 
 def add_connection_flags(parser: argparse.ArgumentParser, server: str = "") -> None:
     """Add the flags of every verb.
-
-    They are not in a parent parser, because argparse would copy the token flags from it without
-    their exclusive group.
 
     Args:
         parser: The verb's parser.
@@ -300,8 +275,9 @@ def add_verb_parser(
     subparsers: Subparsers,
     name: str,
     text: str,
-    func: Callable[[argparse.Namespace], int],
-    *parents: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace, TurretClient], int | None],
+    flags: Flags,
+    groups: Mapping[str, Flags] | None = None,
     description: str = "",
 ) -> argparse.ArgumentParser:
     """Add a verb with its flags and those of every verb.
@@ -310,18 +286,18 @@ def add_verb_parser(
         subparsers: The command's subparsers.
         name: The name of the verb.
         text: Its line in the help.
-        func: Runs it, and returns the exit code.
-        *parents: Parsers of flags that it shares with others.
+        run: Runs it with a client; see ``with_client``.
+        flags: Its flags.
+        groups: Further flags, by the titles of their groups in the help.
         description: The description in the help of the verb; if empty, ``text``.
     """
-    parser = subparsers.add_parser(
-        name,
-        help=text,
-        description=description or text.capitalize(),
-        parents=parents,
-    )
+    parser = subparsers.add_parser(name, help=text, description=description or text.capitalize())
+    for title, table in {"": flags, **(groups or {})}.items():
+        group = parser.add_argument_group(title) if title else parser
+        for names, options in table.items():
+            group.add_argument(*names.split(), **options)
     add_connection_flags(parser)
-    parser.set_defaults(func=func, parser=parser)
+    parser.set_defaults(func=with_client(run), parser=parser)
     return parser
 
 

@@ -289,7 +289,5 @@ FLAGS: command.Flags = {
 
 def add_eval(subparsers: command.Subparsers, text: str) -> None:
     """Add the verb; ``text`` is its line in the help."""
-    parents = (command.shared("--json"), command.flags_parser(FLAGS))
-    command.add_verb_parser(
-        subparsers, "eval", text, command.with_client(_eval), *parents, description=_DESCRIPTION
-    )
+    flags = {**command.shared("--json"), **FLAGS}
+    command.add_verb_parser(subparsers, "eval", text, _eval, flags, description=_DESCRIPTION)

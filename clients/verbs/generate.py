@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from turret.clients.client import TurretClient
 from turret.clients.errors import COMMAND_HINTS, AnswerCutError, TurretRpcError, UnavailableError
@@ -31,33 +32,25 @@ Ctrl-C stops the answer, or leaves if there is none."""
 _CHAT_HINTS = {**COMMAND_HINTS, "ADAPTER_NOT_FOUND": "/adapters lists the registered adapters"}
 
 
+_SWITCH: Mapping[str, Any] = {"action": "store_true"}
+_SYSTEM: Mapping[str, Any] = {"metavar": "TEXT"}
+_FLAGS: command.Flags = {
+    **command.shared(command.ADAPTER, "--json", "prompt", "--request-id"),
+    "--chat": {**_SWITCH, "help": "send the prompt as a user's message to the chat model"},
+    "--system": {**_SYSTEM, "help": "system message; implies --chat"},
+    "--echo": {**_SWITCH, "help": "print the prompt first"},
+    "--logprobs": {**_SWITCH, "default": None, "help": "with --json: log probabilities"},
+    "--top-n": {"type": int, "metavar": "N", "help": "with --json: alternatives"},
+    "--token-ids": {**_SWITCH, "help": "with --json: token ids"},
+    "--stats": {**_SWITCH, "help": "print usage and timing to standard error"},
+}
+
+
 def add_generate(subparsers: command.Subparsers, text: str) -> None:
     """Add ``turret generate``; ``text`` is its line in the help."""
-    parser = command.add_verb_parser(
-        subparsers,
-        "generate",
-        text,
-        command.with_client(_generate),
-        *command.generation_parsers(),
-        command.shared("--json", "prompt", "--request-id"),
-        description="Complete a prompt and print the answer as it arrives.",
-    )
-    parser.add_argument(
-        "--chat", action="store_true", help="send the prompt as a user's message to the chat model"
-    )
-    parser.add_argument("--system", metavar="TEXT", help="system message; implies --chat")
-    parser.add_argument("--echo", action="store_true", help="print the prompt first")
-    parser.add_argument(
-        "--logprobs",
-        action="store_true",
-        default=None,
-        help="with --json: log probabilities",
-    )
-    parser.add_argument("--top-n", type=int, metavar="N", help="with --json: alternatives")
-    parser.add_argument("--token-ids", action="store_true", help="with --json: token ids")
-    parser.add_argument(
-        "--stats", action="store_true", help="print usage and timing to standard error"
-    )
+    about = "Complete a prompt and print the answer as it arrives."
+    groups = command.GENERATION_GROUPS
+    command.add_verb_parser(subparsers, "generate", text, _generate, _FLAGS, groups, about)
 
 
 def _generate(args: argparse.Namespace, client: TurretClient) -> None:
@@ -133,15 +126,11 @@ def summary(last: Chunk) -> str:
 
 def add_chat(subparsers: command.Subparsers, text: str) -> None:
     """Add ``turret chat``; ``text`` is its line in the help."""
-    parser = command.add_verb_parser(
-        subparsers,
-        "chat",
-        text,
-        command.with_client(_chat),
-        *command.generation_parsers(),
-        description="Talk to the model. Type /help to list the commands.",
+    flags = {**command.shared(command.ADAPTER), "--system": {**_SYSTEM, "help": "system message"}}
+    about = "Talk to the model. Type /help to list the commands."
+    command.add_verb_parser(
+        subparsers, "chat", text, _chat, flags, command.GENERATION_GROUPS, about
     )
-    parser.add_argument("--system", metavar="TEXT", help="system message")
 
 
 def _chat(args: argparse.Namespace, client: TurretClient) -> None:

@@ -24,23 +24,23 @@ _MAY_CHANGE = ("NOT_SERVING", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 
 def add_health(subparsers: command.Subparsers, text: str) -> None:
     """Add the verb; ``text`` is its line in the help."""
-    parser = command.add_verb_parser(
-        subparsers,
-        "health",
-        text,
-        command.with_client(_health),
-        command.shared("--json"),
-        description="Query a server's health service, for example as a container's health check."
-        f" The default --timeout is {_TIMEOUT_SECONDS:g} s.",
+    flags: command.Flags = {
+        **command.shared("--json"),
+        "--wait": {
+            "type": command.positive_seconds,
+            "default": 0.0,
+            "metavar": "SECONDS",
+            "help": "ask repeatedly until the server is serving, for at most SECONDS (default: ask"
+            " once)",
+        },
+    }
+    description = (
+        "Query a server's health service, for example as a container's health check."
+        f" The default --timeout is {_TIMEOUT_SECONDS:g} s."
     )
-    parser.set_defaults(timeout=_TIMEOUT_SECONDS)
-    parser.add_argument(
-        "--wait",
-        type=command.positive_seconds,
-        default=0.0,
-        metavar="SECONDS",
-        help="ask repeatedly until the server is serving, for at most SECONDS (default: ask once)",
-    )
+    command.add_verb_parser(
+        subparsers, "health", text, _health, flags, description=description
+    ).set_defaults(timeout=_TIMEOUT_SECONDS)
 
 
 def _health(args: argparse.Namespace, _: TurretClient) -> int:

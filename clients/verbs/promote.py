@@ -154,18 +154,11 @@ def _write(path: Path, value: object) -> None:
 
 def add_promote(subparsers: command.Subparsers, text: str) -> None:
     """Add the verb; ``text`` is its line in the help."""
-    flags = {**_OWN_FLAGS, **{name: FLAGS[name] for name in _EVAL_FLAGS}}
+    names = {name: FLAGS[name] for name in _EVAL_FLAGS}
+    flags: command.Flags = {**command.shared("--json"), **_OWN_FLAGS, **names}
     text_of_metric = (
         "metric in which it must be better; repeatable (default: perplexity, or all that apply"
         " with --classify)"
     )
-    flags["--metric"] = {**FLAGS["--metric"], "help": text_of_metric}
-    parents = (command.shared("--json"), command.flags_parser(flags))
-    command.add_verb_parser(
-        subparsers,
-        "promote",
-        text,
-        command.with_client(_promote),
-        *parents,
-        description=_DESCRIPTION,
-    )
+    flags = {**flags, "--metric": {**FLAGS["--metric"], "help": text_of_metric}}
+    command.add_verb_parser(subparsers, "promote", text, _promote, flags, description=_DESCRIPTION)

@@ -20,16 +20,12 @@ _SHOWN_CHARS, _SHOWN_LABELS = 60, 3
 
 def add_score(subparsers: command.Subparsers, text: str) -> None:
     """Add ``turret score``; ``text`` is its line in the help."""
-    parser = command.add_verb_parser(
-        subparsers,
-        "score",
-        text,
-        command.with_client(_score),
-        command.adapter_parser(),
-        command.shared("--json", "prompt", "--request-id"),
-        description="Print the log probability (natural logarithm) of every token of a prompt.",
-    )
-    parser.add_argument("--top-n", type=int, default=0, metavar="N", help="alternatives per token")
+    about = "Print the log probability (natural logarithm) of every token of a prompt."
+    flags: command.Flags = {
+        **command.shared(command.ADAPTER, "--json", "prompt", "--request-id"),
+        "--top-n": {"type": int, "default": 0, "metavar": "N", "help": "alternatives per token"},
+    }
+    command.add_verb_parser(subparsers, "score", text, _score, flags, description=about)
 
 
 def _score(args: argparse.Namespace, client: TurretClient) -> None:
@@ -60,24 +56,20 @@ def _score(args: argparse.Namespace, client: TurretClient) -> None:
 
 def add_classify(subparsers: command.Subparsers, text: str) -> None:
     """Add ``turret classify``; ``text`` is its line in the help."""
-    parser = command.add_verb_parser(
-        subparsers,
-        "classify",
-        text,
-        command.with_client(_classify),
-        command.shared("texts", "--file"),
-        command.adapter_parser(required=True),
-        command.shared("--json", "--request-id"),
-        description="Label texts with an adapter that was trained to classify (SEQ_CLS).",
-    )
-    parser.add_argument(
-        "--chat",
-        action="store_true",
-        help="send each text as a user's message, in the chat template",
-    )
-    parser.add_argument(
-        "--labels-only", action="store_true", help="print only the labels, one per line"
-    )
+    about = "Label texts with an adapter that was trained to classify (SEQ_CLS)."
+    flags: command.Flags = {
+        **command.shared("texts", "--file", "--json", "--request-id"),
+        **command.REQUIRED_ADAPTER,
+        "--chat": {
+            "action": "store_true",
+            "help": "send each text as a user's message, in the chat template",
+        },
+        "--labels-only": {
+            "action": "store_true",
+            "help": "print only the labels, one per line",
+        },
+    }
+    command.add_verb_parser(subparsers, "classify", text, _classify, flags, description=about)
 
 
 def _classify(args: argparse.Namespace, client: TurretClient) -> None:
@@ -109,33 +101,30 @@ def _ranked(found: Classification) -> tuple[str, str, str]:
 
 def add_embed(subparsers: command.Subparsers, text: str) -> None:
     """Add ``turret embed``; ``text`` is its line in the help."""
-    parser = command.add_verb_parser(
-        subparsers,
-        "embed",
-        text,
-        command.with_client(_embed),
-        command.shared("texts", "--file"),
-        command.adapter_parser(),
-        command.shared("--json", "--request-id"),
-        description="Print the vector of each text, one JSON array per line.",
-    )
-    parser.add_argument(
-        "--pooling", choices=("last", "mean"), help="final states to use (default: last)"
-    )
-    parser.add_argument(
-        "--dimensions", type=int, metavar="N", help="keep the first N numbers (default: all)"
-    )
-    parser.add_argument(
-        "--normalize",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="divide each vector by its length (default: yes)",
-    )
-    parser.add_argument(
-        "--similarity",
-        action="store_true",
-        help="print the cosine of each pair of texts instead; with --json, one list per text",
-    )
+    about = "Print the vector of each text, one JSON array per line."
+    flags: command.Flags = {
+        **command.shared("texts", "--file", command.ADAPTER, "--json", "--request-id"),
+        "--pooling": {
+            "choices": ("last", "mean"),
+            "help": "final states to use (default: last)",
+        },
+        "--dimensions": {
+            "type": int,
+            "metavar": "N",
+            "help": "keep the first N numbers (default: all)",
+        },
+        "--normalize": {
+            "action": argparse.BooleanOptionalAction,
+            "default": None,
+            "help": "divide each vector by its length (default: yes)",
+        },
+        "--similarity": {
+            "action": "store_true",
+            "help": "print the cosine of each pair of texts instead; with --json, one list per"
+            " text",
+        },
+    }
+    command.add_verb_parser(subparsers, "embed", text, _embed, flags, description=about)
 
 
 def _embed(args: argparse.Namespace, client: TurretClient) -> None:
