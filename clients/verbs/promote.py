@@ -14,8 +14,7 @@ from typing import Any
 
 from turret.clients.client import TurretClient
 from turret.clients.errors import TurretRpcError
-from turret.clients.evaluation.answer_metrics import Estimate
-from turret.clients.evaluation.evaluate import MixReport, gain
+from turret.clients.evaluation.evaluate import Estimate, MixReport, gain
 from turret.clients.messages.mix import AdapterWeight
 from turret.clients.messages.results import Adapter
 from turret.clients.verbs import command

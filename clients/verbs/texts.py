@@ -8,7 +8,7 @@ import json
 import math
 
 from turret.clients.client import TurretClient
-from turret.clients.evaluation.answer_metrics import perplexity
+from turret.clients.evaluation.evaluate import perplexity
 from turret.clients.messages.results import Classification
 from turret.clients.verbs import command
 from turret.clients.verbs.tables import print_table, table_of, terminal
