@@ -47,7 +47,7 @@ OPENAI_CODES = {
     **dict.fromkeys(("URL_ELSEWHERE", "METHOD_NOT_ALLOWED"), "unknown_url"),
 }
 # Next steps for HTTP clients, by the reason of an error.
-_STEPS = {
+STEPS = {
     "ADAPTER_NOT_FOUND": "GET /v1/models lists the models",
     "ADAPTER_CLASSIFIES": "POST /classify labels texts",
     "HEAD_MISSING": "use /v1/chat/completions or /v1/completions for text",
@@ -121,8 +121,8 @@ def refusal_of(error: BaseException, names: Mapping[str, str] | None = None) -> 
         reason = getattr(wrong[0][1] if wrong else message, "reason", reason)
     # Add a next step only if the message does not suggest one already.
     suggested = getattr(fault.message, "params", {}).keys() & {"closest", "step"}
-    if fault.reason in _STEPS and not suggested:
-        message = f"{message}; {_STEPS[fault.reason]}"
+    if fault.reason in STEPS and not suggested:
+        message = f"{message}; {STEPS[fault.reason]}"
     if fault.retry_after_seconds is not None:
         seconds = str(max(1, round(fault.retry_after_seconds)))
         headers = {"x-should-retry": "true", "retry-after": seconds}
