@@ -18,7 +18,6 @@ from pydantic import (
     Field,
     PlainValidator,
     ValidationError,
-    WithJsonSchema,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
@@ -496,25 +495,18 @@ def _few_parts(value: Any, *place: str) -> Any:
     return value
 
 
-def or_text(schema: dict[str, Any]) -> None:
-    """Changes the schema of a list to accept a text, which stands for a list of one."""
-    kept = ("type", "items", "minItems", "maxItems")
-    items = {name: schema.pop(name) for name in kept if name in schema}
-    schema["anyOf"] = [{"type": "string"}, items]
+class TextPart(BaseModel):
+    """A part of a text."""
+
+    type: Literal["text"]
+    text: str
 
 
-def _content(*kinds: str) -> WithJsonSchema:
-    part = {
-        "type": "object",
-        "properties": {"type": {"enum": list(kinds)}, "text": {"type": "string"}},
-        "required": ["type", "text"],
-    }
-    parts = {"type": "array", "maxItems": MAX_TEXT_PARTS, "items": part}
-    return WithJsonSchema({"anyOf": [{"type": "string"}, parts]})
+class ItemPart(TextPart):
+    type: Literal["input_text", "output_text", "text"]  # type: ignore[assignment]
 
 
-_ID = {"type": "integer", "minimum": 0, "maximum": UINT32}
-_IDS = {"type": "array", "maxItems": MAX_TOKEN_IDS, "items": _ID}
+_Parts = Field(max_length=MAX_TEXT_PARTS)
 ITEM_PARTS = ("input_text", "output_text", "text")
 
 Number = Annotated[float, Field(strict=True)]
@@ -525,48 +517,37 @@ Texts = Annotated[list[str], Field(fail_fast=True)]
 StopTexts = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=limits.MAX_STOP_STRING_CHARS)]],
     Field(fail_fast=True),
-    BeforeValidator(_listed),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string"},
-                {"type": "array", "maxItems": limits.MAX_STOP_STRINGS, "items": {"type": "string"}},
-            ]
-        }
+    BeforeValidator(
+        _listed,
+        json_schema_input_type=str
+        | Annotated[list[str], Field(max_length=limits.MAX_STOP_STRINGS)],
     ),
 ]
 TokenId = Annotated[int, Field(ge=0, le=UINT32)]
 TokenIds = Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)]
 StopTokenIds = Annotated[list[TokenId], Field(max_length=limits.MAX_STOP_TOKEN_IDS, fail_fast=True)]
+_Several = Annotated[list[str | TokenIds], Field(max_length=MAX_PROMPTS)]
 Prompts = Annotated[
     dict[str, str | list[int]],
-    PlainValidator(_prompts),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string"},
-                _IDS,
-                {
-                    "type": "array",
-                    "maxItems": MAX_PROMPTS,
-                    "items": {"anyOf": [{"type": "string"}, _IDS]},
-                },
-            ]
-        }
-    ),
+    PlainValidator(_prompts, json_schema_input_type=str | TokenIds | _Several),
 ]
-Schema = Annotated[
-    str,
-    BeforeValidator(_schema_text),
-    WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string"}]}),
-]
+Schema = Annotated[str, BeforeValidator(_schema_text, json_schema_input_type=dict[str, Any] | str)]
 ClosedSchema = Annotated[
     Schema,
     BeforeValidator(
         lambda value: value if is_longer(value, limits.MAX_CONSTRAINT_CHARS) else closed(value)
     ),
 ]
-Content = Annotated[str, BeforeValidator(lambda value: text_of(value, ("text",))), _content("text")]
+Content = Annotated[
+    str,
+    BeforeValidator(
+        lambda value: text_of(value, ("text",)),
+        json_schema_input_type=str | Annotated[list[TextPart], _Parts],
+    ),
+]
 # The item that contains the content reads it later, because only some items have text as content.
-ItemContent = Annotated[Any, BeforeValidator(_few_parts), _content(*ITEM_PARTS)]
+ItemContent = Annotated[
+    Any,
+    BeforeValidator(_few_parts, json_schema_input_type=str | Annotated[list[ItemPart], _Parts]),
+]
 Function = Literal["function"]

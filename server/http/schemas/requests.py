@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
 from turret.server.api import limits
 from turret.server.http.schemas.fields import (
@@ -27,7 +27,6 @@ from turret.server.http.schemas.fields import (
     TokenIds,
     ignored,
     not_one_of,
-    or_text,
     short,
     text_of,
     unsupported,
@@ -223,13 +222,11 @@ class Generating(Asking):
     )
     logit_bias: Annotated[
         dict[int, float],
-        PlainValidator(_biases),
-        WithJsonSchema(
-            {
-                "type": "object",
-                "maxProperties": limits.MAX_LOGIT_BIASES,
-                "additionalProperties": {"type": "number"},
-            }
+        PlainValidator(
+            _biases,
+            json_schema_input_type=Annotated[
+                dict[str, float], Field(max_length=limits.MAX_LOGIT_BIASES)
+            ],
         ),
     ] = Field(
         {}, description="Token ids, and the numbers to add to their logits, from -100 to 100."
@@ -341,9 +338,11 @@ def _choice_of_tools(value: Any) -> Any:
 
 ToolChoice = Annotated[
     str | dict[str, Any],
-    PlainValidator(_choice_of_tools),
+    PlainValidator(
+        _choice_of_tools,
+        json_schema_input_type=Literal["none", "auto", "required"] | dict[str, Any],
+    ),
     short(16 << 10),
-    WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]}),
 ]
 
 
@@ -541,6 +540,7 @@ def _as_item(value: Any) -> Any:
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
+_Items = Annotated[list[Item], Field(min_length=1, max_length=limits.MAX_CHAT_MESSAGES)]
 ShortText = Annotated[str, Field(max_length=512)]
 
 
@@ -549,9 +549,7 @@ class ResponseRequest(Generating, ChatOnly, WithTools):
 
     names: ClassVar = names_with("input", "top_logprobs") | {"stop.max_tokens": "max_output_tokens"}
 
-    input: Annotated[list[Item], BeforeValidator(_as_item)] = Field(
-        min_length=1, max_length=limits.MAX_CHAT_MESSAGES, json_schema_extra=or_text
-    )
+    input: Annotated[_Items, BeforeValidator(_as_item, json_schema_input_type=str | _Items)]
     instructions: str | None = None
     max_output_tokens: Count | None = Field(None, ge=1)
     n: Int = Field(1, ge=1, le=1)
@@ -614,11 +612,12 @@ def _as_blocks(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
+_Blocks = Annotated[list[Block], Field(max_length=limits.MAX_CHAT_MESSAGES, fail_fast=True)]
+
+
 class Turn(Body):
     role: Literal["user", "assistant", "system"]
-    content: Annotated[list[Block], BeforeValidator(_as_blocks)] = Field(
-        max_length=limits.MAX_CHAT_MESSAGES, fail_fast=True, json_schema_extra=or_text
-    )
+    content: Annotated[_Blocks, BeforeValidator(_as_blocks, json_schema_input_type=str | _Blocks)]
 
 
 def _few_blocks(value: Any) -> Any:
