@@ -335,7 +335,8 @@ def _xml_call(source: Source, index: int, tools: Tools) -> Parser[bool]:
         yield CallGrown(index, f"{comma}{json.dumps(name, ensure_ascii=False)}: ")
         comma = ", "
         value = properties.get(name) if isinstance(properties, dict) else None
-        yield from _xml_value(source, index, kinds_of(value, schema))
+        if not (yield from _xml_value(source, index, kinds_of(value, schema))):
+            break
     return True
 
 
@@ -353,7 +354,8 @@ def _parameter_name(source: Source) -> Parser[str | None]:
     return found[1] or ""
 
 
-def _xml_value(source: Source, index: int, kinds: frozenset[str]) -> Parser[None]:
+def _xml_value(source: Source, index: int, kinds: frozenset[str]) -> Parser[bool]:
+    """A parameter's value; returns False if the answer is cut in it."""
     is_text, opening = kinds == _ONLY_TEXT, '"'
     while True:
         value, found, rest = source.text.partition(_PARAMETER_END)
@@ -373,7 +375,7 @@ def _xml_value(source: Source, index: int, kinds: frozenset[str]) -> Parser[None
         if grown:
             yield CallGrown(index, grown)
         if found or not (yield from source.more()):
-            return
+            return bool(found)
 
 
 def _meant(text: str, kinds: frozenset[str]) -> Any:
