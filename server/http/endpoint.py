@@ -357,7 +357,9 @@ class Exchange:
         return roles_of(self.services.tokens, self.call.party.authorization)
 
 
-Handler = Callable[[Exchange], Awaitable[None]]
+# The object that a handler answers with; None if it writes its answer itself.
+Json = dict[str, Any]
+Handler = Callable[[Exchange], Awaitable[Json | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -467,7 +469,7 @@ class Endpoint:
                 has_admin=self._has_admin,
             )
             if route.is_raw:
-                await route.handler(exchange)
+                await _handled(route.handler, exchange)
                 return Code.OK, None
             if route.body is not None:
                 exchange._sent = await read_json(receive, headers, route.body, call)
@@ -529,7 +531,7 @@ async def _answer(handler: Handler, exchange: Exchange, receive: Receive) -> Cod
         OK, or CANCELLED if the client disconnected. In both cases the handler has ended.
     """
     # Run the handler in its own task: it cannot notice a disconnect while it waits for the engine.
-    work = asyncio.ensure_future(handler(exchange))
+    work = asyncio.ensure_future(_handled(handler, exchange))
     gone = asyncio.ensure_future(_disconnect(receive))
     try:
         while not await _either(work, gone):
@@ -545,6 +547,12 @@ async def _answer(handler: Handler, exchange: Exchange, receive: Receive) -> Cod
         # A task refers to its exception, whose traceback refers to this frame. Without this line,
         # the cycle would keep the body of the request in memory until the next garbage collection.
         del work, gone
+
+
+async def _handled(handler: Handler, exchange: Exchange) -> None:
+    answer = await handler(exchange)
+    if answer is not None:
+        await exchange.reply.json(answer)
 
 
 async def _either(work: asyncio.Future[None], gone: asyncio.Future[None]) -> bool:

@@ -17,7 +17,7 @@ from turret.server.http.asked import (
     set_text_format,
     tools_of,
 )
-from turret.server.http.endpoint import Exchange
+from turret.server.http.endpoint import Exchange, Json
 from turret.server.http.items import Dialect, Event, Item, Kind, answer_in_items
 from turret.server.http.refusals import Refusal
 from turret.server.http.schemas.requests import CountRequest, MessagesRequest
@@ -196,14 +196,14 @@ async def answer_messages(exchange: Exchange) -> None:
     await answer_in_items(exchange, asked, prompt, use, _Message(exchange, asked.model))
 
 
-async def count_tokens(exchange: Exchange) -> None:
+async def count_tokens(exchange: Exchange) -> Json:
     """Count the tokens of a conversation (Anthropic's Messages API)."""
     _, body, mix = read_request(exchange, CountRequest)
     chat = _chat_of(body, exchange.names)
     _tools_of(body, chat)
     question = inference_pb2.TokenizeRequest(adapters=mix, chat=chat)
     answer = await exchange.services.inference.tokenize(question, exchange.call)
-    await exchange.reply.json({"input_tokens": len(answer.token_ids)})
+    return {"input_tokens": len(answer.token_ids)}
 
 
 def _tools_of(body: CountRequest, chat: inference_pb2.Chat) -> ToolUse:

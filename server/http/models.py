@@ -11,7 +11,7 @@ from turret.server.api.violations import Violations
 from turret.server.basics.names import BASE, HUB_SCHEME, is_private
 from turret.server.errors import AdapterNotFoundError
 from turret.server.http.asked import read_model
-from turret.server.http.endpoint import Exchange
+from turret.server.http.endpoint import Exchange, Json
 from turret.server.http.schemas.requests import AdapterName, LoadAdapter
 from turret.server.words import say
 from turret.v1 import adapters_pb2
@@ -44,7 +44,7 @@ async def list_models(exchange: Exchange) -> None:
     await exchange.reply.made_json(lambda: {"object": "list", "data": listed()}, size)
 
 
-async def get_model(exchange: Exchange) -> None:
+async def get_model(exchange: Exchange) -> Json:
     """Get a model by any name that requests may use for it.
 
     Raises:
@@ -55,8 +55,7 @@ async def get_model(exchange: Exchange) -> None:
     members, wrong = read_model(name, base.name)
     Violations([("model", why) for why in wrong]).raise_if_any()
     if not members:
-        await exchange.reply.json(_base(base))
-        return
+        return _base(base)
     # A mix has no card, because it has no digest, method or generation.
     if len(members) > 1 or members[0].HasField("weight"):
         text = say("MODEL_IS_A_MIX", model=name[:200], step=members[0].name)
@@ -67,9 +66,8 @@ async def get_model(exchange: Exchange) -> None:
     else:
         for alias in adapters.aliases():
             if alias.name == question.name:
-                await exchange.reply.json(_alias(alias, base))
-                return
-    await exchange.reply.json(_adapter(await adapters.get(question, exchange.call), base))
+                return _alias(alias, base)
+    return _adapter(await adapters.get(question, exchange.call), base)
 
 
 def _base(info: GetModelResponse) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from prometheus_client.exposition import choose_encoder
 
 import turret
-from turret.server.http.endpoint import Exchange
+from turret.server.http.endpoint import Exchange, Json
 from turret.server.metrics import Metrics
 from turret.v1 import adapters_pb2
 
@@ -159,19 +159,19 @@ def _row(adapter: adapters_pb2.Adapter, is_admin: bool) -> dict[str, Any]:
     }
 
 
-async def health(exchange: Exchange) -> None:
+async def health(exchange: Exchange) -> Json:
     """Whether requests are served.
 
     Raises:
         UnavailableError: The server is starting, is draining or has failed.
     """
     exchange.services.inference.model()
-    await exchange.reply.json({"status": "ok"})
+    return {"status": "ok"}
 
 
-async def version(exchange: Exchange) -> None:
+async def version(exchange: Exchange) -> Json:
     """The version of turret."""
-    await exchange.reply.json({"version": turret.__version__})
+    return {"version": turret.__version__}
 
 
 async def metrics(exchange: Exchange) -> None:

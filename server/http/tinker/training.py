@@ -12,7 +12,7 @@ from turret.server.api.tenants.futures import Future, Result
 from turret.server.api.tenants.sessions import Model, Sampler
 from turret.server.basics.codes import Code
 from turret.server.errors import InvalidRequestError
-from turret.server.http.endpoint import Exchange, read_body
+from turret.server.http.endpoint import Exchange, Json, read_body
 from turret.server.http.refusals import HttpRefusal
 from turret.server.http.schemas.fields import Body, Sent, wrong_type
 from turret.server.http.tinker import schemas, wire
@@ -28,9 +28,9 @@ _SHOWN_CHARS = 40
 Work = Callable[[TinkerState, Model, Any], Awaitable[Result]]
 
 
-async def _promise(exchange: Exchange, future: Future, model_id: str) -> None:
-    """Answer with the id of a result that comes later."""
-    await exchange.reply.json({"request_id": future.request_id, "model_id": model_id})
+def _promise(future: Future, model_id: str) -> Json:
+    """The id of a result that comes later."""
+    return {"request_id": future.request_id, "model_id": model_id}
 
 
 async def _fail(error: Exception) -> Result:
@@ -38,7 +38,7 @@ async def _fail(error: Exception) -> Result:
     raise error
 
 
-async def command(work: Work, kind: type[Body], state: TinkerState, exchange: Exchange) -> None:
+async def command(work: Work, kind: type[Body], state: TinkerState, exchange: Exchange) -> Json:
     """Put a command with a JSON body into its model's log.
 
     Args:
@@ -47,12 +47,12 @@ async def command(work: Work, kind: type[Body], state: TinkerState, exchange: Ex
         state: The state.
         exchange: The request.
     """
-    await _command(state, exchange, exchange.take_body(), kind, work)
+    return await _command(state, exchange, exchange.take_body(), kind, work)
 
 
 async def _command(
     state: TinkerState, exchange: Exchange, sent: Sent[Any], kind: type[Body], work: Work
-) -> None:
+) -> Json:
     model_id = sent.raw.get("model_id")
     if not isinstance(model_id, str):
         raise InvalidRequestError.of("model_id", wrong_type("a string", model_id))
@@ -62,13 +62,13 @@ async def _command(
         run = partial(work, state, model, sent.checked(kind))
     except InvalidRequestError as error:
         run = partial(_fail, error)
-    await _promise(exchange, state.command(exchange, model, number, run), model.model_id)
+    return _promise(state.command(exchange, model, number, run), model.model_id)
 
 
 # Models.
 
 
-async def create_model(state: TinkerState, exchange: Exchange, body: schemas.CreateModel) -> None:
+async def create_model(state: TinkerState, exchange: Exchange, body: schemas.CreateModel) -> Json:
     """Begin to train an adapter."""
     state.check_base(body.base_model)
     lora = body.lora_config
@@ -89,7 +89,7 @@ async def create_model(state: TinkerState, exchange: Exchange, body: schemas.Cre
     async def begin(model: Model) -> Result:
         return Result.of(model_id=model.model_id, type="create_model")
 
-    await _create(state, exchange, body, config, begin)
+    return await _create(state, exchange, body, config, begin)
 
 
 async def _create(
@@ -98,7 +98,7 @@ async def _create(
     body: schemas.CreateModel | schemas.LoadWeights,
     config: LearnerConfig,
     begin: Callable[[Model], Awaitable[Result]],
-) -> None:
+) -> Json:
     """Add a model to a session; its first command creates it.
 
     Args:
@@ -128,28 +128,26 @@ async def _create(
                 raise
 
         future = state.command(exchange, model, 0, run)
-    await _promise(exchange, future, model_id)
+    return _promise(future, model_id)
 
 
-async def get_info(state: TinkerState, exchange: Exchange, body: schemas.OfModel) -> None:
+async def get_info(state: TinkerState, exchange: Exchange, body: schemas.OfModel) -> Json:
     """Describe a model in training."""
     model = state.tenants.sessions.model(state.owner(exchange), body.model_id)
     info = state.tenants.info()
     data = {"arch": info.model_type, "model_name": info.name, "tokenizer_id": info.name}
-    await exchange.reply.json(
-        {
-            "type": "get_info",
-            "model_data": data,
-            "model_id": model.model_id,
-            "is_lora": True,
-            "lora_rank": model.config.rank,
-            "model_name": info.name,
-            "optimizer_config": {"type": "adamw"},
-        }
-    )
+    return {
+        "type": "get_info",
+        "model_data": data,
+        "model_id": model.model_id,
+        "is_lora": True,
+        "lora_rank": model.config.rank,
+        "model_name": info.name,
+        "optimizer_config": {"type": "adamw"},
+    }
 
 
-async def unload_model(state: TinkerState, exchange: Exchange, body: schemas.OfModel) -> None:
+async def unload_model(state: TinkerState, exchange: Exchange, body: schemas.OfModel) -> Json:
     """Forget a model in training."""
     owner = state.owner(exchange)
     future = state.tenants.futures.find(owner, f"{body.model_id}:unload")
@@ -159,13 +157,13 @@ async def unload_model(state: TinkerState, exchange: Exchange, body: schemas.OfM
         state.tenants.sessions.drop_model(model)
         result = Result.of(model_id=model.model_id, type="unload_model")
         state.tenants.futures.settle(future, result)
-    await _promise(exchange, future, body.model_id)
+    return _promise(future, body.model_id)
 
 
 # Passes and steps.
 
 
-async def forward_backward(state: TinkerState, exchange: Exchange) -> None:
+async def forward_backward(state: TinkerState, exchange: Exchange) -> Json:
     """Compute losses and, unless told otherwise, their gradients."""
     kind = exchange.headers.get("content-type", "").partition(";")[0].strip().lower()
     encoding = exchange.headers.get("content-encoding", "").strip().lower()
@@ -194,7 +192,7 @@ async def forward_backward(state: TinkerState, exchange: Exchange) -> None:
         return Result(result, wire.PROTOBUF)
 
     future = state.command(exchange, model, number, run, len(body))
-    await _promise(exchange, future, model.model_id)
+    return _promise(future, model.model_id)
 
 
 async def optim_step(state: TinkerState, model: Model, body: schemas.OptimStep) -> Result:
@@ -270,12 +268,11 @@ async def _snapshot(state: TinkerState, model: Model, body: schemas.SaveForSampl
     return sampler
 
 
-async def load_weights(state: TinkerState, exchange: Exchange) -> None:
+async def load_weights(state: TinkerState, exchange: Exchange) -> Json:
     """Continue from a checkpoint, in a model or in a new one."""
     sent = exchange.take_body()
     if sent.raw.get("model_id") is not None:
-        await _command(state, exchange, sent, schemas.LoadWeights, _load)
-        return
+        return await _command(state, exchange, sent, schemas.LoadWeights, _load)
     body = sent.checked(schemas.LoadWeights)
     if body.session_id is None or body.model_seq_id is None:
         choices = "model_id, session_id"
@@ -287,7 +284,7 @@ async def load_weights(state: TinkerState, exchange: Exchange) -> None:
     async def begin(model: Model) -> Result:
         return await _load(state, model, body)
 
-    await _create(state, exchange, body, config, begin)
+    return await _create(state, exchange, body, config, begin)
 
 
 async def _load(state: TinkerState, model: Model, body: schemas.LoadWeights) -> Result:
