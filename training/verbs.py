@@ -378,7 +378,6 @@ def _sweep(args: argparse.Namespace) -> None:
     print(f"a run for each {_axes(variants)}{hint}", file=sys.stderr)
     from rich.table import Table
 
-    from turret.clients.verbs.tables import print_table
     from turret.training.run.progress import training_progress
     from turret.training.settings.variants import shown, shown_key
 
@@ -410,7 +409,7 @@ def _sweep(args: argparse.Namespace) -> None:
             f"+{result.relative_multiply_adds:.1%}",
             f"{result.seconds:.0f}",
         )
-    print_table(table, _console())
+    _console().print(table)
     # Compare the losses as the table shows them; among equal ones, the first variant wins.
     finished = [each for each in results if RunFolder(Path(each.output)).is_finished]
     best = min(finished, key=lambda result: round(result.validation_loss, 4))

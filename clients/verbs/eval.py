@@ -12,7 +12,6 @@ from xml.sax.saxutils import escape
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from turret.clients.client import TurretClient
 from turret.clients.errors import UnavailableError
@@ -29,7 +28,7 @@ from turret.clients.evaluation.evaluate import (
 )
 from turret.clients.evaluation.rows import EvalExample, RowError, read_eval_set
 from turret.clients.verbs import command
-from turret.clients.verbs.tables import print_table, table_of
+from turret.clients.verbs.tables import print_cells
 from turret.clients.words import say
 
 _DESCRIPTION = """\
@@ -62,7 +61,7 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
     else:
         print_reports(reports)
         if reports[0].labels:
-            print_table(_label_table(reports))
+            _print_labels(reports)
     # Print the results before writing files, in case a file cannot be written.
     if args.plot is not None:
         args.plot.write_text(eval_svg(reports, args.data.name), encoding="utf-8")
@@ -162,7 +161,7 @@ def print_reports(reports: Sequence[MixReport]) -> None:
         for report in reports
     ]
     headings = [metric.replace("_", " ") for metric in reports[0].metrics]
-    print_table(table_of({"mix": "text", **dict.fromkeys(headings, "number")}, rows))
+    print_cells({"mix": "text", **dict.fromkeys(headings, "number")}, rows)
     # Print no caption: a narrow table would break it.
     figures = (figure for report in reports for figure in report.metrics.values())
     unknown = "; [?] if too few or too alike" if any(f.low is None for f in figures) else ""
@@ -177,14 +176,14 @@ def _figures(report: MixReport) -> dict[str, object]:
     return figures
 
 
-def _label_table(reports: Sequence[MixReport]) -> Table:
-    """F1 of each label; a label may be missing in a mix's answers and in the test set."""
+def _print_labels(reports: Sequence[MixReport]) -> None:
+    """Print F1 of each label; a label may be missing in a mix's answers and in the test set."""
     rows = []
     for label in sorted({label for report in reports for label in report.labels}):
         figures = (report.labels.get(label) for report in reports)
         rows.append((label, *("" if each is None else f"{each.f1:.1%}" for each in figures)))
     mixes = {report.mix: "number" for report in reports}
-    return table_of({"label": "text", **mixes}, rows, caption="F1 of each label")
+    print_cells({"label": "text", **mixes}, rows, caption="F1 of each label")
 
 
 def _cell(metric: str, figure: Estimate) -> str:

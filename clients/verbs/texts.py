@@ -11,7 +11,7 @@ from turret.clients.client import TurretClient
 from turret.clients.evaluation.evaluate import perplexity
 from turret.clients.messages.results import Classification
 from turret.clients.verbs import command
-from turret.clients.verbs.tables import print_table, table_of, terminal
+from turret.clients.verbs.tables import print_cells, terminal
 from turret.words import counted
 
 # Maximum length of a text in the table of labels, and the number of labels shown after the first.
@@ -45,7 +45,7 @@ def _score(args: argparse.Namespace, client: TurretClient) -> None:
         )
         for token in score.tokens
     )
-    print_table(table_of(columns, (row[: len(columns)] for row in rows)))
+    print_cells(columns, (row[: len(columns)] for row in rows))
     scored = sum(token.logprob is not None for token in score.tokens)
     if scored:
         terminal().print(
@@ -86,7 +86,7 @@ def _classify(args: argparse.Namespace, client: TurretClient) -> None:
             (text[:_SHOWN_CHARS], *_ranked(each))
             for text, each in zip(texts, found.classifications, strict=True)
         )
-        print_table(table_of(columns, rows))
+        print_cells(columns, rows)
 
 
 def _ranked(found: Classification) -> tuple[str, str, str]:
@@ -144,7 +144,7 @@ def _embed(args: argparse.Namespace, client: TurretClient) -> None:
 def _print_cosines(texts: list[str], cosines: list[list[float]]) -> None:
     pairs = itertools.combinations(range(len(texts)), 2)
     rows = ((f"{cosines[a][b]:.3f}", texts[a], texts[b]) for a, b in pairs)
-    print_table(table_of({"cosine": "number", "text": "text", "other text": "text"}, rows))
+    print_cells({"cosine": "number", "text": "text", "other text": "text"}, rows)
 
 
 def _cosine(a: tuple[float, ...], b: tuple[float, ...]) -> float:
