@@ -43,12 +43,12 @@ _LONG_NAMES = {
 
 async def upload(exchange: Exchange) -> None:
     """Upload an adapter's files as a tar archive, and register it."""
-    if exchange.headers.get("content-type", "").partition(";")[0].strip().lower() != ARCHIVE:
+    if exchange.media_type != ARCHIVE:
         text = say("NOT_AN_ARCHIVE_TYPE", wanted=ARCHIVE)
         raise HttpRefusal(415, Code.INVALID_ARGUMENT, text)
-    header = _header(exchange.query)
+    header = _header(exchange.request.query_params)
     exchange.names.update(name="lora_name", pinned="pinned", replace="load_inplace")
-    archive = _Archive(exchange.receive)
+    archive = _Archive(exchange.request.receive)
     await exchange.services.adapters.upload_archive(header, archive.entries(), exchange.call)
     await succeed(exchange, header.name, "added successfully")
 

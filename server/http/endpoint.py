@@ -13,7 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import from_json, to_json
-from starlette.datastructures import Headers, QueryParams
+from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from turret.server import log
@@ -216,58 +217,6 @@ class ClientGoneError(Exception):
     """The client closed the connection before its request was complete."""
 
 
-async def read_json(
-    receive: Receive, headers: Mapping[str, str], model: type[Body], call: Call
-) -> Sent[Any]:
-    """The content of the request's body.
-
-    Args:
-        receive: ASGI's ``receive`` function.
-        headers: The request's headers.
-        model: The model with the body's fields.
-        call: The call that counts the body's bytes. A large body waits for its tenant's turn.
-
-    Raises:
-        HttpRefusal: The body is too large, too slow, compressed, or not declared to be JSON.
-        QueueFullError: See ``Call.receive``.
-        InvalidRequestError: The body is not a JSON object, or has too many lists and objects.
-        ClientGoneError: The body never arrived in full.
-    """
-    # Browsers let a page of another origin send other media types without a preflight request. For
-    # JSON they require a preflight, which --http-cors-origin answers.
-    media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-    encoding = headers.get("content-encoding", "").strip().lower()
-    if media_type != "application/json" or encoding not in ("", "identity"):
-        raise HttpRefusal(415, Code.INVALID_ARGUMENT, say("UNSUPPORTED_MEDIA_TYPE"))
-    data = await read_body(receive, headers, call)
-    if len(data) <= _INLINE_BYTES:
-        return read(model, parse(data))
-    return await _parsing.run(call.tenant, lambda: read(model, parse(data)))
-
-
-async def read_body(receive: Receive, headers: Mapping[str, str], call: Call) -> bytes:
-    """The bytes of the request's body; arguments and errors are those of ``read_json``."""
-    length = headers.get("content-length", "")
-    if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
-        raise _too_large()
-    parts = bytearray()
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGoneError
-                call.receive(len(message.get("body", b"")))
-                parts += message.get("body", b"")
-                if len(parts) > MAX_BODY_BYTES:
-                    raise _too_large()
-                if not message.get("more_body", False):
-                    return bytes(parts)
-    except TimeoutError:
-        text = say("REQUEST_TIMEOUT", seconds=round(BODY_SECONDS))
-        raise HttpRefusal(408, Code.DEADLINE_EXCEEDED, text) from None
-
-
 def parse(data: bytes) -> dict[str, Any]:
     """The object in the bytes; the time grows linearly with their number.
 
@@ -319,12 +268,7 @@ class Exchange:
 
     Attributes:
         call: The call, with its id and its counts.
-        scheme: ``http`` or ``https``.
-        path: Parts of the path, by name.
-        query: The parameters of the query, by name. If a name occurs several times, the last one
-            counts.
-        headers: The request's headers.
-        receive: ASGI's function, for a handler that reads the body itself.
+        request: The request. If the query has a name several times, the last one counts.
         reply: Writes the answer.
         names: The client's names for field paths of turret.v1.
         services: The services that answer.
@@ -332,16 +276,64 @@ class Exchange:
     """
 
     call: Call
-    scheme: str
-    path: Mapping[str, str]
-    query: Mapping[str, str]
-    headers: Mapping[str, str]
-    receive: Receive
+    request: Request
     reply: Reply
     names: dict[str, str]
     services: Services
     has_admin: bool
     _sent: Sent[Any] = dataclasses.field(default_factory=Sent)
+
+    @property
+    def media_type(self) -> str:
+        """The media type of the body; empty if it is compressed."""
+        headers = self.request.headers
+        if headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
+            return ""
+        return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+    async def read_json(self, model: type[Body]) -> None:
+        """Read the request's body, for ``take_body``; a large one waits for its tenant's turn.
+
+        Args:
+            model: The model with the body's fields.
+
+        Raises:
+            HttpRefusal: The body is too large, too slow, compressed, or not declared to be JSON.
+            QueueFullError: See ``Call.receive``.
+            InvalidRequestError: The body is not a JSON object, or has too many lists and objects.
+            ClientGoneError: The body never arrived in full.
+        """
+        # Browsers let a page of another origin send other media types without a preflight request.
+        # For JSON they require a preflight, which --http-cors-origin answers.
+        if self.media_type != "application/json":
+            raise HttpRefusal(415, Code.INVALID_ARGUMENT, say("UNSUPPORTED_MEDIA_TYPE"))
+        data = await self.read_body()
+        if len(data) <= _INLINE_BYTES:
+            self._sent = read(model, parse(data))
+        else:
+            self._sent = await _parsing.run(self.call.tenant, lambda: read(model, parse(data)))
+
+    async def read_body(self) -> bytes:
+        """The bytes of the request's body; errors are those of ``read_json``."""
+        length = self.request.headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
+            raise _too_large()
+        parts = bytearray()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                while True:
+                    message = await self.request.receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGoneError
+                    self.call.receive(len(message.get("body", b"")))
+                    parts += message.get("body", b"")
+                    if len(parts) > MAX_BODY_BYTES:
+                        raise _too_large()
+                    if not message.get("more_body", False):
+                        return bytes(parts)
+        except TimeoutError:
+            text = say("REQUEST_TIMEOUT", seconds=round(BODY_SECONDS))
+            raise HttpRefusal(408, Code.DEADLINE_EXCEEDED, text) from None
 
     def take_body(self) -> Sent[Any]:
         """Return the sent object and drop it here, so that nothing else keeps it in memory."""
@@ -451,18 +443,13 @@ class Endpoint:
     ) -> tuple[Code, Refusal | None]:
         """Answer, or return the refusal; also returns the code to count."""
         route = self._route
-        headers = Headers(scope=scope)
         names = dict(route.body.names) if route.body else {}
         try:
-            _check_head(scope, headers)
+            _check_head(scope, Headers(scope=scope))
             authorize(self._services.tokens, route.service, call.party.authorization)
             exchange = Exchange(
                 call=call,
-                scheme=scope["scheme"],
-                path=scope["path_params"],
-                query=QueryParams(scope["query_string"]),
-                headers=headers,
-                receive=receive,
+                request=Request(scope, receive),
                 reply=reply,
                 names=names,
                 services=self._services,
@@ -472,7 +459,7 @@ class Endpoint:
                 await _handled(route.handler, exchange)
                 return Code.OK, None
             if route.body is not None:
-                exchange._sent = await read_json(receive, headers, route.body, call)
+                await exchange.read_json(route.body)
             return await _answer(route.handler, exchange, receive), None
         except ClientGoneError:
             return Code.CANCELLED, None

@@ -51,7 +51,7 @@ async def get_model(exchange: Exchange) -> Json:
         AdapterNotFoundError: No such model exists, or the name is that of a mix.
     """
     adapters, base = exchange.services.adapters, exchange.services.inference.model()
-    name = exchange.path["model"]
+    name = exchange.request.path_params["model"]
     members, wrong = read_model(name, base.name)
     Violations([("model", why) for why in wrong]).raise_if_any()
     if not members:

@@ -111,7 +111,7 @@ async def state(exchange: Exchange) -> None:
             "server_version": info.server_version,
         }
     if is_admin or "inference" in roles:
-        text = exchange.query.get("find", "")[:MAX_SEARCH_CHARS]
+        text = exchange.request.query_params.get("find", "")[:MAX_SEARCH_CHARS]
         some = await services.adapters.find(text.strip().lower(), MAX_ADAPTERS, exchange.call)
         found["adapters"] = {
             "shown": [_row(adapter, is_admin) for adapter in some.shown],
@@ -176,6 +176,6 @@ async def version(exchange: Exchange) -> Json:
 
 async def metrics(exchange: Exchange) -> None:
     """Metrics for Prometheus."""
-    encode, content_type = choose_encoder(exchange.headers.get("accept", ""))
+    encode, content_type = choose_encoder(exchange.request.headers.get("accept", ""))
     body = await asyncio.to_thread(encode, exchange.services.metrics.registry)
     await exchange.reply.whole(body, 200, {"content-type": content_type})

@@ -74,7 +74,7 @@ async def heartbeat(state: TinkerState, exchange: Exchange, body: OfSession) -> 
 
 async def finish(state: TinkerState, exchange: Exchange, _body: Body) -> Json:
     """End a session."""
-    session = state.session(exchange, exchange.path["session"])
+    session = state.session(exchange, exchange.request.path_params["session"])
     state.tenants.sessions.end(session)
     return {}
 

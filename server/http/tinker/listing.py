@@ -109,7 +109,7 @@ def _page(
     """A page of a list, as the query asks for it, and the cursor that describes it."""
 
     def number(name: str, otherwise: int) -> int:
-        text = exchange.query.get(name, "")
+        text = exchange.request.query_params.get(name, "")
         return int(text) if text.isdecimal() and len(text) < 10 else otherwise
 
     limit, offset = min(number("limit", most), _MOST_LISTED), number("offset", 0)
@@ -126,7 +126,7 @@ async def list_runs(state: TinkerState, exchange: Exchange) -> Json:
 
 async def get_run(state: TinkerState, exchange: Exchange) -> Json:
     """Describe a training run."""
-    wanted = exchange.path["run"]
+    wanted = exchange.request.path_params["run"]
     for run in _runs(state, state.owner(exchange)):
         if run.run_id == wanted:
             return _run_json(state, run)
@@ -136,7 +136,7 @@ async def get_run(state: TinkerState, exchange: Exchange) -> Json:
 
 async def list_run_checkpoints(state: TinkerState, exchange: Exchange) -> Json:
     """List the checkpoints of a training run."""
-    wanted = exchange.path["run"]
+    wanted = exchange.request.path_params["run"]
     owned = state.tenants.checkpoints.owned(state.owner(exchange))
     found = [_json(each) for each in owned if each.run == wanted]
     return {"checkpoints": found}
@@ -150,7 +150,7 @@ async def list_checkpoints(state: TinkerState, exchange: Exchange) -> Json:
 
 def _named(state: TinkerState, exchange: Exchange) -> Checkpoint:
     """The checkpoint in a request's path."""
-    path = exchange.path
+    path = exchange.request.path_params
     wanted = f"tinker://{path['run']}/{path['kind']}/{path['name']}"
     return state.tenants.checkpoints.find(state.owner(exchange), wanted)
 
@@ -185,7 +185,8 @@ def _link(state: TinkerState, exchange: Exchange, folder: Path, name: str, expir
         del state.links[own[0]]
     secret = secrets.token_urlsafe(24)
     state.links[secret] = Link(owner, folder, name, expires)
-    return f"{exchange.scheme}://{exchange.headers.get('host', '')}/api/v1/archives/{secret}"
+    host = exchange.request.headers.get("host", "")
+    return f"{exchange.request.url.scheme}://{host}/api/v1/archives/{secret}"
 
 
 async def archive(state: TinkerState, exchange: Exchange) -> Json:
@@ -205,7 +206,7 @@ async def file_urls(state: TinkerState, exchange: Exchange) -> Json:
 
 async def download(state: TinkerState, exchange: Exchange) -> None:
     """Send a file, or an archive: an uncompressed tar file."""
-    link = state.links.get(exchange.path["secret"])
+    link = state.links.get(exchange.request.path_params["secret"])
     files = []
     if link is not None and link.expires >= time.time():
         found = await asyncio.to_thread(_files, link.folder)

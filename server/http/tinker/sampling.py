@@ -65,7 +65,9 @@ async def create_sampler(state: TinkerState, exchange: Exchange, body: CreateSam
 
 async def get_sampler(state: TinkerState, exchange: Exchange) -> Json:
     """Describe a sampler."""
-    sampler = state.tenants.sessions.sampler(state.owner(exchange), exchange.path["sampler"])
+    sampler = state.tenants.sessions.sampler(
+        state.owner(exchange), exchange.request.path_params["sampler"]
+    )
     return {
         "sampler_id": sampler.sampler_id,
         "base_model": state.tenants.info().name,

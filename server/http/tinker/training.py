@@ -12,7 +12,7 @@ from turret.server.api.tenants.futures import Future, Result
 from turret.server.api.tenants.sessions import Model, Sampler
 from turret.server.basics.codes import Code
 from turret.server.errors import InvalidRequestError
-from turret.server.http.endpoint import Exchange, Json, read_body
+from turret.server.http.endpoint import Exchange, Json
 from turret.server.http.refusals import HttpRefusal
 from turret.server.http.schemas.fields import Body, Sent, wrong_type
 from turret.server.http.tinker import schemas, wire
@@ -165,12 +165,10 @@ async def unload_model(state: TinkerState, exchange: Exchange, body: schemas.OfM
 
 async def forward_backward(state: TinkerState, exchange: Exchange) -> Json:
     """Compute losses and, unless told otherwise, their gradients."""
-    kind = exchange.headers.get("content-type", "").partition(";")[0].strip().lower()
-    encoding = exchange.headers.get("content-encoding", "").strip().lower()
-    if kind != wire.PROTOBUF or encoding not in ("", "identity"):
+    if exchange.media_type != wire.PROTOBUF:
         text = say("NOT_A_MESSAGE_TYPE", wanted=wire.PROTOBUF)
         raise HttpRefusal(415, Code.INVALID_ARGUMENT, text)
-    body = await read_body(exchange.receive, exchange.headers, exchange.call)
+    body = await exchange.read_body()
     tenants, tenant = state.tenants, exchange.call.tenant
     info, training = tenants.info(), tenants.sessions.training()
     model_id, seq_id = await tenants.read(tenant, lambda: wire.read_address(body))
