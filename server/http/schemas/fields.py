@@ -19,7 +19,7 @@ from pydantic import (
     PlainValidator,
     ValidationError,
 )
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError, to_json
 
 from turret.closest import closest
 from turret.server.api import limits
@@ -350,24 +350,8 @@ def are_token_ids(values: list[Any]) -> bool:
 
 
 def is_longer(value: Any, most: int) -> bool:
-    """Whether a parsed value has more than ``most`` characters as JSON without blanks.
-
-    The walk stops at the limit, whereas encoding would process the whole value.
-    """
-    waiting = [value]
-    while waiting:
-        each = waiting.pop()
-        if isinstance(each, dict):
-            most -= sum(map(len, each))
-            waiting.extend(each.values())
-        elif isinstance(each, list):
-            waiting.extend(each)
-        elif isinstance(each, str):
-            most -= len(each)
-        most -= 1
-        if most < len(waiting):
-            return True
-    return False
+    """Whether a parsed value has more than ``most`` characters as JSON without blanks."""
+    return len(to_json(value).decode()) > most
 
 
 def short(most: int) -> BeforeValidator:
