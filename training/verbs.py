@@ -26,7 +26,7 @@ _RANKS = (2, 4, 8, 16, 32)
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], text: str) -> None:
     """Add the verb; ``text`` is its line in the help."""
-    from turret.clients.verbs.flags import add_connection_flags
+    from turret.clients.verbs.command import add_connection_flags
     from turret.clients.verbs.promote import add_promote
 
     parser = subparsers.add_parser("train", help=text)
@@ -109,8 +109,7 @@ def with_errors(
     """
 
     def run(args: argparse.Namespace) -> int:
-        from turret.clients.errors import TurretRpcError
-        from turret.clients.hints import TRAIN_HINTS
+        from turret.clients.errors import TRAIN_HINTS, TurretRpcError
         from turret.clients.messages.fields import ArgumentError
         from turret.clients.verbs.command import print_error
         from turret.server.command.interrupts import exit_code, raising_terminated
@@ -350,7 +349,8 @@ def _sweep(args: argparse.Namespace) -> None:
     print(f"a run for each {_axes(variants)}{hint}", file=sys.stderr)
     from rich.table import Table
 
-    from turret.clients.verbs.tables import print_table
+    from turret.clients.verbs.tables import terminal
+
     from turret.training.run.progress import training_progress
     from turret.training.settings.variants import shown, shown_key
 
@@ -382,7 +382,7 @@ def _sweep(args: argparse.Namespace) -> None:
             f"+{result.relative_multiply_adds:.1%}",
             f"{result.seconds:.0f}",
         )
-    print_table(table)
+    terminal().print(table)
     # Compare the losses as the table shows them; among equal ones, the first variant wins.
     finished = [each for each in results if RunFolder(Path(each.output)).is_finished]
     best = min(finished, key=lambda result: round(result.validation_loss, 4))

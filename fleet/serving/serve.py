@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from turret.clients.verbs.tables import print_table
+from turret.clients.verbs.tables import terminal
 from turret.fleet.config import ClusterConfig
 from turret.fleet.protocol import FleetStatus
 from turret.fleet.serving import ingress
@@ -247,4 +247,4 @@ def print_status(status: FleetStatus) -> None:
         table.add_row(
             Text(replica.name), str(replica.revision), lease, *(str(figure) for figure in figures)
         )
-    print_table(table)
+    terminal().print(table)

@@ -15,8 +15,8 @@ from servers.command import parse_and_run
 from servers.fake_turret import FakeTurret
 
 from turret.clients.client import TurretClient
+from turret.clients.errors import COMMAND_HINTS as HINTS
 from turret.clients.errors import UnavailableError
-from turret.clients.hints import COMMAND_HINTS as HINTS
 from turret.clients.verbs import health as verb
 from turret.server.api.call import fault_of
 from turret.server.api.gate import ServingGate

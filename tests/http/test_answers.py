@@ -21,7 +21,7 @@ from turret.server.engine.scheduling.request import (
     TopLogprob,
 )
 from turret.server.errors import AdapterNotFoundError, QueueFullError
-from turret.server.http import reply
+from turret.server.http import endpoint
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TURNS = [{"role": "user", "content": "hi"}]
@@ -184,14 +184,14 @@ async def test_a_large_answer_is_built_in_pieces_outside_the_event_loop(
 ) -> None:
     """The encoder holds the GIL, so it must not get thousands of answers at once."""
     encoded: list[tuple[str, int]] = []
-    original = reply.dumps
+    original = endpoint.dumps
 
     def dumps(value: Any) -> bytes:
         data = original(value)
         encoded.append((threading.current_thread().name, len(data)))
         return data
 
-    monkeypatch.setattr(reply, "dumps", dumps)
+    monkeypatch.setattr(endpoint, "dumps", dumps)
     async with http_harness() as server:
         body = {"model": "base", "prompt": ["a b"] * 100, "max_tokens": 0, "echo": True}
         answer = await server.post("/v1/completions", body | {"logprobs": 1})

@@ -120,12 +120,12 @@ def _run(args: argparse.Namespace) -> list[Verdict]:
 
 
 def _print(verdicts: list[Verdict]) -> None:
-    from turret.clients.verbs.tables import print_table, table_of
+    from turret.clients.verbs.tables import print_cells
 
     columns = {"adapter": "text", "tokens as PEFT": "number", "error": "number"}
     columns |= {"bf16 PEFT": "number", "in a batch": "text", "reloaded": "text"}
     columns |= {"result": "text"}
-    print_table(table_of(columns, map(_cells, verdicts)))
+    print_cells(columns, map(_cells, verdicts))
 
 
 def _cells(verdict: Verdict) -> list[str]:

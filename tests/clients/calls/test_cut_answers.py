@@ -61,8 +61,8 @@ def _serve(stopping: Stopping, address: str) -> tuple[grpc.Server, str]:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Stopping, str]]:
-    monkeypatch.setattr("turret.clients.calls.settings._FIRST_DELAY_SECONDS", 0.02)
-    monkeypatch.setattr("turret.clients.calls.settings._RESTART_SECONDS", 0.3)
+    monkeypatch.setattr("turret.clients.calls._FIRST_DELAY_SECONDS", 0.02)
+    monkeypatch.setattr("turret.clients.calls._RESTART_SECONDS", 0.3)
     stopping = Stopping()
     serving, address = _serve(stopping, "127.0.0.1:0")
     yield stopping, address
@@ -118,7 +118,7 @@ def test_a_stream_continues_or_raises_after_its_last_chunk(
 def test_a_broken_stream_waits_for_a_server_that_starts_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("turret.clients.calls.settings._FIRST_DELAY_SECONDS", 0.02)
+    monkeypatch.setattr("turret.clients.calls._FIRST_DELAY_SECONDS", 0.02)
     stopping = Stopping()
     stopping.cuts = 1
     serving, address = _serve(stopping, "127.0.0.1:0")
@@ -143,8 +143,8 @@ def test_a_broken_stream_waits_for_a_server_that_starts_again(
 def test_waiting_for_a_lost_server_ends(
     monkeypatch: pytest.MonkeyPatch, seconds: float, options: dict[str, Any], timeout: float | None
 ) -> None:
-    monkeypatch.setattr("turret.clients.calls.settings._FIRST_DELAY_SECONDS", 0.02)
-    monkeypatch.setattr("turret.clients.calls.settings._RESTART_SECONDS", seconds)
+    monkeypatch.setattr("turret.clients.calls._FIRST_DELAY_SECONDS", 0.02)
+    monkeypatch.setattr("turret.clients.calls._RESTART_SECONDS", seconds)
     stopping = Stopping()
     stopping.cuts = 1
     serving, address = _serve(stopping, "127.0.0.1:0")
@@ -220,7 +220,7 @@ def test_closing_an_asyncio_client_ends_a_cut_stream_in_its_own_loop(
 async def test_closing_an_asyncio_client_does_not_wait_if_no_call_was_cut(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("turret.clients.calls.connections._CUT_SECONDS", 60.0)
+    monkeypatch.setattr("turret.clients.calls._CUT_SECONDS", 60.0)
     with fake_turret() as server:
         client = AsyncTurretClient(server.address)
         await client.generate("a")

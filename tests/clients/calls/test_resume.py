@@ -16,7 +16,7 @@ from servers.server_under_test import ServerUnderTest, start_server
 
 from turret.clients import channel
 from turret.clients.aio import AsyncTurretClient
-from turret.clients.calls.settings import ROUTING_KEY
+from turret.clients.calls import ROUTING_KEY
 from turret.clients.client import TurretClient
 from turret.clients.errors import (
     CallCancelledError,
@@ -50,7 +50,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerUnderTest
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("turret.clients.calls.settings._FIRST_DELAY_SECONDS", 0.05)
+    monkeypatch.setattr("turret.clients.calls._FIRST_DELAY_SECONDS", 0.05)
 
 
 def _options(number: int) -> GenerateOptions:

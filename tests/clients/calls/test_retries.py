@@ -17,7 +17,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from turret.clients import errors
 from turret.clients.aio import AsyncTurretClient
-from turret.clients.calls.settings import RetryPolicy
+from turret.clients.calls import RetryPolicy
 from turret.clients.client import TurretClient
 from turret.clients.errors import RateLimitedError, TurretRpcError, UnavailableError
 from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -100,7 +100,7 @@ def server() -> Iterator[tuple[Moody, str]]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("turret.clients.calls.settings._FIRST_DELAY_SECONDS", 0.02)
+    monkeypatch.setattr("turret.clients.calls._FIRST_DELAY_SECONDS", 0.02)
 
 
 def test_a_call_is_retried_if_the_queue_is_full(server: tuple[Moody, str]) -> None:

@@ -21,13 +21,16 @@ from servers.fake_turret import SAME, FakeTurret
 from turret.clients import channel
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.client import TurretClient, TurretRpcError
-from turret.clients.errors import FieldViolation, InvalidArgumentError, UnavailableError
-from turret.clients.hints import HINTS
+from turret.clients.errors import (
+    HINTS,
+    FieldViolation,
+    InvalidArgumentError,
+    UnavailableError,
+    cause_of,
+)
 from turret.clients.messages.fields import ArgumentValueError, argument
-from turret.clients.unreached import cause_of
 from turret.clients.verbs import add_verbs
-from turret.clients.verbs.command import print_error
-from turret.clients.verbs.flags import as_typed
+from turret.clients.verbs.command import as_typed, print_error
 from turret.clients.words import Text, say
 from turret.v1 import inference_pb2
 

@@ -12,9 +12,9 @@ import pytest
 from servers.command import parse_and_run
 from servers.fake_turret import FakeTurret
 
-from turret.clients.hints import COMMAND_HINTS as HINTS
-from turret.clients.hints import HINTS as OF_PYTHON
-from turret.clients.unreached import UNREACHED
+from turret.clients.errors import COMMAND_HINTS as HINTS
+from turret.clients.errors import HINTS as OF_PYTHON
+from turret.clients.errors import UNREACHED
 from turret.clients.words import say
 from turret.server import errors
 from turret.server.api.call import fault_of

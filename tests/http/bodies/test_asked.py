@@ -18,8 +18,8 @@ from turret.server.errors import (
     MergeActiveError,
     TurretError,
 )
+from turret.server.http.refusals import STEPS
 from turret.server.http.schemas.requests import Generating
-from turret.server.words import say
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 JSON = {"content-type": "application/json"}
@@ -245,20 +245,20 @@ def test_the_ranges_of_fields_match_the_engine() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "step"),
+    ("error", "code"),
     [
-        (HeadMissingError.of("adapters", "no head"), "head_missing", "STEP_GENERATE"),
-        (AdapterClassifiesError.of("adapters", "a"), "adapter_classifies", "STEP_CLASSIFY"),
-        (AdapterExistsError("is taken"), "adapter_exists", "STEP_REPLACE"),
-        (MergeActiveError("is merged"), "merge_active", "STEP_UNMERGE"),
+        (HeadMissingError.of("adapters", "no head"), "head_missing"),
+        (AdapterClassifiesError.of("adapters", "a"), "adapter_classifies"),
+        (AdapterExistsError("is taken"), "adapter_exists"),
+        (MergeActiveError("is merged"), "merge_active"),
     ],
 )
-async def test_a_hint_names_a_path_of_this_api(error: TurretError, code: str, step: str) -> None:
+async def test_a_hint_names_a_path_of_this_api(error: TurretError, code: str) -> None:
     async with http_harness() as server:
         server.engine.refuse = error
         refused = await server.refused("/classify", {"model": "base", "input": "a"})
         assert refused.code == code
-        assert refused.message.endswith(say(step))
+        assert refused.message.endswith(STEPS[error.reason])
 
 
 async def test_a_chat_is_rendered_from_its_turns() -> None:

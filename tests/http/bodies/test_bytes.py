@@ -8,7 +8,7 @@ import json
 import pytest
 from servers.http_harness import Refused, http_harness
 
-from turret.server.http.body import parse
+from turret.server.http.endpoint import parse
 
 PATH = "/v1/completions"
 JSON = {"content-type": "application/json"}

@@ -14,7 +14,7 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 
-from turret.clients.calls.connections import answer_of
+from turret.clients.calls import answer_of
 from turret.server.api.access import MOST_CONNECTIONS, Shares, TokenTable
 from turret.server.api.gate import Backend, ServingGate
 from turret.server.api.services import Services
