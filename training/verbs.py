@@ -350,7 +350,6 @@ def _sweep(args: argparse.Namespace) -> None:
     from rich.table import Table
 
     from turret.clients.verbs.tables import terminal
-
     from turret.training.run.progress import training_progress
     from turret.training.settings.variants import shown, shown_key
 
