@@ -2,8 +2,8 @@
 
 The registry is a state machine without clock, network or thread: its methods take the time as an
 argument. It saves a change first, and publishes it under the next *revision*. It answers the caller
-once every living replica has applied that revision. docs/fleet.md ("Safeguards") lists what can go
-wrong meanwhile, and what guards against it.
+once every living replica has applied that revision. tests/fleet/test_fleet_histories.py shows what
+can go wrong meanwhile.
 """
 
 from __future__ import annotations
