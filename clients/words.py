@@ -14,7 +14,7 @@ TEXTS = {
     "UNFIT": "invalid value {value} ({problem})",
     "OUT_OF_RANGE": "{value} is out of range",
     "UNKNOWN_OPTION": "unknown option {name!q}",
-    "UNKNOWN_MESSAGE_KEY": "unknown key {value!q}; known are {choices}",
+    "UNKNOWN_MESSAGE_KEY": "unknown key {value!q}; known keys are {choices}",
     "SINGLE_MESSAGE": "must be a list of messages, not a single message",
     # Calls that no turret server has answered.
     "REQUEST_ABOVE_LIMIT": "the request has {size} bytes, more than the {most} that the server"
@@ -47,13 +47,13 @@ TEXTS = {
     "EXPORT_FILE_DAMAGED": "the export's file {name} arrived incomplete or damaged",
     # The command line.
     "NOT_SECONDS": "must be a number of seconds, not {value!q:.40}",
-    "NOT_POSITIVE": "must be a whole number of at least 1, not {value!q:.40}",
+    "NOT_POSITIVE": "must be an integer of at least 1, not {value!q:.40}",
     "PROMPT_EMPTY": "PROMPT: must not be empty",
     "STANDARD_INPUT_EMPTY": "PROMPT: standard input is empty",
     "NO_TEXTS": "no text; pass TEXT, - for standard input, or --file",
     "PROVENANCE_INVALID": "{path} is not a JSON object; repair or delete it",
     "FLAG_NEEDS_JSON": "{flag} requires --json",
-    "UNKNOWN_CHAT_COMMAND": "unknown command {value}; /help lists the commands",
+    "UNKNOWN_CHAT_COMMAND": "unknown command {value!q}; /help lists the commands",
     "ANSWER_LOST": "the server closed the connection during the answer; see its log",
     # Evaluation.
     "NO_MIX": "{flag} requires at least one --mix",
@@ -77,12 +77,12 @@ TEXTS = {
     "NO_EXAMPLES": "has no examples; every line must be a JSON object with {keys}",
     # Lines of such a file.
     "LINE_NOT_JSON": "is not valid JSON: {problem}; every line must be one JSON object",
-    "DUPLICATE_KEY": "is in the object twice",
+    "DUPLICATE_KEY": "appears twice in the object",
     "UNEXPECTED_KEY": "is unexpected here; an example has {keys}",
     "NOT_AN_EXAMPLE": "must be a JSON object with {keys}",
     "HALF_CHARACTER": "contains half of a surrogate pair, {value}; add its other half",
     "NOT_A_MESSAGE": "must be an object with role and content",
-    "MESSAGE_HAS_MORE": "must be an object with role and content and no other keys",
+    "MESSAGE_HAS_MORE": "must be an object with only role and content",
     "LAST_IS_NO_ANSWER": 'must be "assistant", because the last message is the answer',
     "LAST_IS_ANSWER": 'must not be "assistant" in the last message, because the labels are the'
     " answer",

@@ -37,6 +37,7 @@ from turret.server.http.schemas.fields import (
     or_text,
     short,
     text_of,
+    text_or_list,
     unsupported,
     wrong_at,
 )
@@ -84,15 +85,11 @@ class Block(Body):
         return self
 
 
-def _as_blocks(value: Any) -> Any:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
 class Turn(Body):
     role: Literal["user", "assistant", "system"]
-    content: Annotated[list[Block], BeforeValidator(_as_blocks)] = Field(
-        max_length=MAX_CHAT_MESSAGES, fail_fast=True, json_schema_extra=or_text
-    )
+    content: Annotated[
+        list[Block], text_or_list("blocks", lambda text: {"type": "text", "text": text})
+    ] = Field(max_length=MAX_CHAT_MESSAGES, fail_fast=True, json_schema_extra=or_text)
 
 
 def _few_blocks(value: Any) -> Any:

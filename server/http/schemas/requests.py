@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 from turret.server.api.limits import (
     MAX_CACHE_SALT_CHARS,
@@ -42,6 +42,7 @@ from turret.server.http.schemas.fields import (
     or_text,
     short,
     text_of,
+    text_or_list,
     unsupported,
     wrong_at,
     wrong_type,
@@ -108,20 +109,20 @@ class Asking(Body):
     guided_whitespace_pattern: Any = unsupported()
     use_beam_search: Any = unsupported(False)
     length_penalty: Any = unsupported(1, 1.0)
-    prompt_logprobs: Any = unsupported(instead="`echo` with `logprobs`")
+    prompt_logprobs: Any = unsupported(instead="echo with logprobs")
     truncate_prompt_tokens: Any = unsupported()
-    allowed_token_ids: Any = unsupported(instead="`logit_bias` or a constraint")
-    bad_words: Any = unsupported([], instead="`logit_bias` or a constraint")
+    allowed_token_ids: Any = unsupported(instead="logit_bias or a constraint")
+    bad_words: Any = unsupported([], instead="logit_bias or a constraint")
     logits_processors: Any = unsupported([])
     skip_special_tokens: Any = unsupported(True)
     return_token_ids: Any = unsupported(False)
     priority: Any = unsupported(0)
-    lora: Any = unsupported([], instead="`model`")
-    lora_path: Any = unsupported(instead="`model`")
+    lora: Any = unsupported([], instead="model")
+    lora_path: Any = unsupported(instead="model")
     suffix: Any = unsupported("")
     prompt_embeds: Any = unsupported()
-    functions: Any = unsupported([], instead="`tools`")
-    function_call: Any = unsupported("none", "auto", instead="`tool_choice`")
+    functions: Any = unsupported([], instead="tools")
+    function_call: Any = unsupported("none", "auto", instead="tool_choice")
 
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
@@ -155,7 +156,7 @@ class ChatOnly(Body):
         max_length=MAX_TEMPLATE_CHARS,
         description="A Jinja template to use instead. Requires --trust-request-chat-template.",
     )
-    documents: Any = unsupported([], instead="`chat_template_kwargs`")
+    documents: Any = unsupported([], instead="chat_template_kwargs")
 
     @property
     def effort(self) -> str | None:
@@ -309,12 +310,12 @@ class Message(Body):
     name: Any = ignored()
     tool_calls: list[ToolCall] = Field([], max_length=MAX_TOOL_CALLS, fail_fast=True)
     tool_call_id: str = ""
-    function_call: Any = unsupported({}, "", instead="`tool_calls`")
+    function_call: Any = unsupported({}, "", instead="tool_calls")
 
     @model_validator(mode="after")
     def _is_complete(self) -> Message:
         if self.role == "function":
-            raise wrong_at(say("NOT_SUPPORTED_USE", instead="`tool`"), "role")
+            raise wrong_at(say("NOT_SUPPORTED_USE", instead="tool"), "role")
         # Answers that consist only of calls or reasoning have no content, and clients send them
         # back without it.
         if self.content is None and self.role != "assistant":
@@ -555,10 +556,6 @@ class Item(Body):
         return self
 
 
-def _as_item(value: Any) -> Any:
-    return [{"role": "user", "content": value}] if isinstance(value, str) else value
-
-
 ShortText = Annotated[str, Field(max_length=512)]
 
 
@@ -567,9 +564,9 @@ class ResponseRequest(Generating, ChatOnly):
 
     names: ClassVar = names_with("input", "top_logprobs") | {"stop.max_tokens": "max_output_tokens"}
 
-    input: Annotated[list[Item], BeforeValidator(_as_item)] = Field(
-        min_length=1, max_length=MAX_CHAT_MESSAGES, json_schema_extra=or_text
-    )
+    input: Annotated[
+        list[Item], text_or_list("items", lambda text: {"role": "user", "content": text})
+    ] = Field(min_length=1, max_length=MAX_CHAT_MESSAGES, json_schema_extra=or_text)
     instructions: str | None = None
     max_output_tokens: Count | None = Field(None, ge=1)
     n: Int = Field(1, ge=1, le=1)
@@ -588,7 +585,7 @@ class ResponseRequest(Generating, ChatOnly):
     previous_response_id: Any = unsupported()
     conversation: Any = unsupported()
     background: Any = unsupported(False)
-    prompt: Any = unsupported(instead="`input`")
+    prompt: Any = unsupported(instead="input")
     truncation: Any = unsupported("disabled")
     context_management: Any = unsupported([])
     moderation: Any = unsupported()
