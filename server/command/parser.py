@@ -18,6 +18,11 @@ _TEXT_ARGUMENTS = ("prompt", "texts")
 _NOT_NUMBERS: Mapping[Any, str] = {int: "NOT_A_WHOLE_NUMBER", float: "NOT_A_NUMBER"}
 
 
+def _named(names: Sequence[str]) -> str:
+    """The long flag among the names of an argument, or the name of a positional argument."""
+    return next((name for name in names if name.startswith("--")), names[0])
+
+
 class _Formatter(argparse.HelpFormatter):
     """Writes ``[flags]`` in the usage for all optional flags, which the help lists below."""
 
@@ -78,7 +83,7 @@ class CommandParser(argparse.ArgumentParser):
         try:
             values, rest = super().parse_known_args(args, namespace)
         except argparse.ArgumentError as error:
-            self.error(f"{(error.argument_name or '').rpartition('/')[2]}: {error.message}")
+            self.error(f"{_named((error.argument_name or '').split('/'))}: {error.message}")
         missing = [one for one in required if getattr(values, one.dest) in (None, [])]
         if rest and (missing or self._subparsers is None):
             if len(rest[0]) > 1 and rest[0].startswith("-"):
@@ -90,8 +95,8 @@ class CommandParser(argparse.ArgumentParser):
                 self.error(say("UNQUOTED_TEXT", count=count, values=unexpected))
             self.error(say("UNEXPECTED_ARGUMENTS", count=count, values=unexpected))
         if missing:
-            names = [[one.metavar or one.dest, *one.option_strings][-1] for one in missing]
-            self.error("; ".join(f"{name}: {say('REQUIRED')}" for name in names))
+            names = [one.option_strings or [str(one.metavar or one.dest)] for one in missing]
+            self.error("; ".join(f"{_named(each)}: {say('REQUIRED')}" for each in names))
         return values, rest
 
     def error(self, message: str) -> NoReturn:

@@ -60,7 +60,7 @@ def test_the_closest_flag_is_suggested(
 
 def test_ranks_may_be_set_only_once(capsys: pytest.CaptureFixture[str]):
     refused = refusal(capsys, "sweep", "t.toml", "--ranks", "4", "--rank", "8")
-    assert "argument --ranks/--rank:" in refused
+    assert "--ranks:" in refused
 
 
 def test_init_reports_what_it_wrote_or_could_not_write(
