@@ -65,7 +65,7 @@ _KEPT = 4096
 
 _log = logging.getLogger(__name__)
 
-Stage = Literal["applying", "draining", "preparing", "done"]
+ProposalStage = Literal["applying", "draining", "preparing", "done"]
 
 
 class Store(Protocol):
@@ -123,7 +123,7 @@ class Operation:
     """
 
     id: str
-    stage: Stage
+    stage: ProposalStage
     revision: int
     outcome: p.Outcome = field(default_factory=p.Outcome)
     error: TurretError | None = None
@@ -343,7 +343,7 @@ class FleetRegistry:
             raise UnavailableError(say("REGISTRY_RESTARTED"))
         return self._operations[operation]
 
-    def _in_stage(self, stage: Stage) -> Iterator[Operation]:
+    def _in_stage(self, stage: ProposalStage) -> Iterator[Operation]:
         return (o for o in list(self._operations.values()) if o.stage == stage)
 
     def _publish(self, entry: p.Entry) -> None:

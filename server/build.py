@@ -64,7 +64,7 @@ from turret.server.models.own_tokenizers import OwnTokenizers
 from turret.server.models.sources.check import default_cache_dir
 from turret.server.models.tokenizer import Tokenizer
 from turret.server.remote import RemoteAdapters
-from turret.server.training.trainer import Training
+from turret.server.training.trainer import AdapterTraining
 from turret.server.words import say
 
 _log = logging.getLogger(__name__)
@@ -241,7 +241,7 @@ def _build_training(
     store: AdapterStore,
     registry: AdapterRegistry,
     metrics: Metrics,
-) -> Training:
+) -> AdapterTraining:
     """The service that trains adapters."""
     # Imported here because few servers train.
     from turret.server.training.service import TrainingService

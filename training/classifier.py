@@ -19,7 +19,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from turret.server.adapters.adapter import CONFIG_FILE, MULTI_LABEL, SINGLE_LABEL, TENSORS_FILE
 from turret.server.adapters.peft_format.classifier_checkpoint import HEAD_NAMES, TASK_TYPE
 from turret.training.adapter_folder import write_adapter
-from turret.training.batches import Dataset, Row, TrainingBatch, make_batch
+from turret.training.batches import BatchRow, Dataset, TrainingBatch, make_batch
 from turret.training.examples import Encoded
 from turret.training.loss import LossFunction
 from turret.training.settings.resolve import Resolved
@@ -30,11 +30,11 @@ from turret.training.settings.resolve import Resolved
 # no F1 and is left out of the mean.
 
 # Predicted and correct label indices of one example.
-Judged = tuple[tuple[int, ...], tuple[int, ...]]
+Prediction = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def label_metrics(
-    judged: Sequence[Judged], labels: Sequence[str], *, is_multi_label: bool
+    judged: Sequence[Prediction], labels: Sequence[str], *, is_multi_label: bool
 ) -> dict[str, Any]:
     """Figures over examples, each in [0, 1].
 
@@ -99,9 +99,9 @@ class ClassifierLoss(LossFunction):
         return cross_entropy(self._score(states.float()), targets, reduction=reduction)
 
     @torch.no_grad()
-    def labels(self, batch: TrainingBatch) -> list[Judged]:
+    def labels(self, batch: TrainingBatch) -> list[Prediction]:
         """The predicted and the right label numbers of each example."""
-        found: list[Judged] = []
+        found: list[Prediction] = []
         for states, targets in self._parts(batch):
             numbers = self._score(states.float()).argmax(-1)
             pairs = zip(numbers.tolist(), targets.tolist(), strict=True)
@@ -132,7 +132,7 @@ class MultiLabelLoss(ClassifierLoss):
         return losses.sum() if reduction == "sum" else losses
 
     @torch.no_grad()
-    def labels(self, batch: TrainingBatch) -> list[Judged]:
+    def labels(self, batch: TrainingBatch) -> list[Prediction]:
         found: list[torch.Tensor] = []
         for states, _ in self._parts(batch):
             found += self._score(states.float()).sigmoid() > _THRESHOLD
@@ -156,10 +156,10 @@ def make_loss(resolved: Resolved, model: Any) -> LossFunction:
 
 
 def label_scores(
-    loss: ClassifierLoss, rows: Sequence[Row], labels: Sequence[str], batch_size: int, pad: int
+    loss: ClassifierLoss, rows: Sequence[BatchRow], labels: Sequence[str], batch_size: int, pad: int
 ) -> dict[str, Any]:
     """The figures of ``turret eval --classify`` over rows; see ``label_metrics``."""
-    judged: list[Judged] = []
+    judged: list[Prediction] = []
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         judged += loss.labels(make_batch(part, pad=pad, is_packed=False))

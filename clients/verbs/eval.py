@@ -20,8 +20,8 @@ from turret.clients.evaluation.evaluate import (
     LABEL_SET_METRICS,
     METRICS,
     EvalOptions,
-    Mix,
     MixReport,
+    NamedMix,
     evaluate,
     mix_name,
 )
@@ -49,7 +49,7 @@ right labels.
 def _eval(args: argparse.Namespace, client: TurretClient) -> None:
     # The base model has no classification head.
     has_base = not (args.no_base or args.classify)
-    mixes: list[Mix] = [*([()] if has_base else []), *args.mixes]
+    mixes: list[NamedMix] = [*([()] if has_base else []), *args.mixes]
     if not mixes:
         flag = "--classify" if args.classify else "--no-base"
         raise ValueError(say("NO_MIX", flag=flag))
@@ -104,7 +104,7 @@ def judge(
     args: argparse.Namespace,
     client: TurretClient,
     examples: Sequence[EvalExample],
-    mixes: Sequence[Mix],
+    mixes: Sequence[NamedMix],
     options: EvalOptions,
 ) -> list[MixReport]:
     """Run :func:`evaluate` with a progress bar. If it is interrupted, report how far it got.
@@ -227,7 +227,7 @@ def _answers(reports: Sequence[MixReport], examples: Sequence[EvalExample]) -> s
     return "\n".join(rows) + "\n"
 
 
-def _mix(text: str) -> Mix:
+def _mix(text: str) -> NamedMix:
     return tuple(adapter_weight(member.strip()) for member in text.split("+"))
 
 

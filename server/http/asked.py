@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from turret.server.api.violations import Violations
 from turret.server.errors import InvalidRequestError
 from turret.server.http.endpoint import Exchange
-from turret.server.http.model_names import Mix, mix_of, named_in
+from turret.server.http.model_names import NamedMix, mix_of, named_in
 from turret.server.http.schemas.fields import Sent, closed, not_one_of
 from turret.server.http.schemas.requests import (
     Asking,
@@ -35,7 +35,7 @@ _ROLES = {"developer": "system"}
 
 def read_request(
     exchange: Exchange, kind: type[_A]
-) -> tuple[inference_pb2.GetModelResponse, _A, Mix]:
+) -> tuple[inference_pb2.GetModelResponse, _A, NamedMix]:
     """The base model, the body of a request, and the adapters that it names.
 
     Raises:
@@ -80,7 +80,7 @@ class Asked:
     names_ids: bool
 
 
-def asked_of(body: Generating, mix: Mix, names: dict[str, str]) -> Asked:
+def asked_of(body: Generating, mix: NamedMix, names: dict[str, str]) -> Asked:
     """Convert a request for an answer; adds the names of its fields to ``names``.
 
     Raises:

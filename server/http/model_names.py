@@ -25,10 +25,10 @@ _MEMBER = re.compile(
 )
 _WEIGHT = re.compile(r"-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
 
-Mix = list[adapters_pb2.AdapterWeight]
+NamedMix = list[adapters_pb2.AdapterWeight]
 
 
-def named_in(raw: dict[str, Any], base_name: str) -> tuple[Mix, list[tuple[str, str]]]:
+def named_in(raw: dict[str, Any], base_name: str) -> tuple[NamedMix, list[tuple[str, str]]]:
     """The mix that a parsed request names, and the errors in it.
 
     Also works for rejected requests, because metrics count them for the adapters that they name.
@@ -47,7 +47,7 @@ def named_in(raw: dict[str, Any], base_name: str) -> tuple[Mix, list[tuple[str, 
     return mix, wrong
 
 
-def mix_of(members: list[MixMember]) -> Mix:
+def mix_of(members: list[MixMember]) -> NamedMix:
     """The mix that the field ``adapters`` lists."""
     return [
         adapters_pb2.AdapterWeight(
@@ -57,7 +57,7 @@ def mix_of(members: list[MixMember]) -> Mix:
     ]
 
 
-def read_model(model: str, base_name: str) -> tuple[Mix, list[str]]:
+def read_model(model: str, base_name: str) -> tuple[NamedMix, list[str]]:
     """The mix that a model name refers to, empty for the base model, and the errors in it.
 
     ``base`` and the base model's name mean the base. ``sql`` is an adapter, ``sql@2`` one of its
@@ -78,7 +78,7 @@ def read_model(model: str, base_name: str) -> tuple[Mix, list[str]]:
         if model.startswith(f"{prefix}:"):
             rest = model[len(prefix) + 1 :]
             break
-    mix: Mix = []
+    mix: NamedMix = []
     wrong: list[str] = []
     for part in rest.split("+"):
         match = _MEMBER.fullmatch(part.strip())

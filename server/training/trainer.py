@@ -101,7 +101,7 @@ class Published:
     size: int
 
 
-class Training(Protocol):
+class AdapterTraining(Protocol):
     """Adapters in training, by an id that is never used twice.
 
     Calls for the same adapter must not overlap. Calls for different adapters run together.

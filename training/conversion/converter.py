@@ -13,12 +13,12 @@ from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
 from turret.server.adapters.fuse.lora_files import lora_config
 from turret.server.adapters.peft_format.refusals import base_name_warning
-from turret.server.models.sources.model_directory import Progress
+from turret.server.log import OnProgress
 from turret.training.adapter_folder import new_folder, write_adapter
 from turret.training.conversion.kinds import (
     CONVERTED,
     XLORA,
-    Kind,
+    ConvertibleKind,
     check_conversion,
     not_converted,
 )
@@ -52,7 +52,7 @@ def convert(
     loras: Sequence[Path] = (),
     dtype: torch.dtype | None,
     device: str,
-    progress: Progress,
+    progress: OnProgress,
 ) -> Conversion:
     """Write a LoRA that is equivalent to the adapter, or the parts of an X-LoRA.
 
@@ -108,7 +108,7 @@ def _kind_of(checkpoint: AdapterCheckpoint) -> str:
 
 
 def _convert_all(
-    checkpoint: AdapterCheckpoint, kind: Kind, base: BaseModel, progress: Progress
+    checkpoint: AdapterCheckpoint, kind: ConvertibleKind, base: BaseModel, progress: OnProgress
 ) -> tuple[dict[str, MadeLora], dict[str, torch.Tensor]]:
     """The LoRAs of the modules, and the tensors of modules that are saved as a whole."""
     config = dict(checkpoint.config)

@@ -12,10 +12,10 @@ import torch
 from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
 from turret.server.adapters.operators.vocabulary import EMBEDDING, HEAD
 from turret.server.errors import InvalidRequestError
+from turret.server.log import OnProgress
 from turret.server.models.families import read_arch
 from turret.server.models.model_source import StoredTensors
 from turret.server.models.sources.model_directory import (
-    Progress,
     fetch_hub_model,
     hub_model_id,
     scale_block,
@@ -28,7 +28,7 @@ _WEIGHT, _BIAS = ".weight", ".bias"
 
 
 def read_plain_base(
-    model: Path, dtype: torch.dtype | None, device: str, progress: Progress
+    model: Path, dtype: torch.dtype | None, device: str, progress: OnProgress
 ) -> BaseModel:
     """The description of the base for adapters; each weight is read from its file on demand.
 

@@ -15,18 +15,18 @@ from peft.tuners.shira import layer as shira
 from turret.server.adapters.methods.transforms.oft import dividing
 from turret.training.base_model import TrainingBase
 from turret.training.examples import invocation_before_answers, invocation_of
-from turret.training.methods.method import PeftMethod, Settings
+from turret.training.methods.method import MethodSettings, PeftMethod
 from turret.training.settings.checks import module_sizes
 from turret.training.settings.config import MethodConfig
 
 # LoRA (arXiv 2106.09685), rsLoRA (2312.03732) and DoRA (2402.09353).
 
 
-def _twice_rank(config: Settings, base: TrainingBase) -> float:
+def _twice_rank(config: MethodSettings, base: TrainingBase) -> float:
     return 2.0 * config.rank
 
 
-def _lora_config(config: Settings, base: TrainingBase, **flags: Any) -> peft.PeftConfig:
+def _lora_config(config: MethodSettings, base: TrainingBase, **flags: Any) -> peft.PeftConfig:
     return peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=config.rank,
@@ -54,11 +54,11 @@ DORA = PeftMethod(
 # computes the tokens before it, so their keys and values are shared with all other requests.
 
 
-def _written_by_the_template(config: Settings, base: TrainingBase) -> str:
+def _written_by_the_template(config: MethodSettings, base: TrainingBase) -> str:
     return invocation_before_answers(base.tokenizer)
 
 
-def _alora_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+def _alora_config(config: MethodSettings, base: TrainingBase) -> peft.PeftConfig:
     made = LORA.peft_config(config, base)
     assert isinstance(made, peft.LoraConfig)
     tokens = invocation_of(base.tokenizer, config.invocation).tokens
@@ -76,7 +76,7 @@ ALORA = PeftMethod(
 # IA3 (arXiv 2205.05638): one learned factor per output, or per input of the feed-forward.
 
 
-def _ia3_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+def _ia3_config(config: MethodSettings, base: TrainingBase) -> peft.PeftConfig:
     targets: list[str] = list(config.targets)
     return peft.IA3Config(
         task_type="CAUSAL_LM",
@@ -87,7 +87,7 @@ def _ia3_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
 
 
 class _Ia3Method(PeftMethod):
-    def attach(self, model: Any, config: Settings, base: TrainingBase) -> Any:
+    def attach(self, model: Any, config: MethodSettings, base: TrainingBase) -> Any:
         dtype = model.dtype
         attached = super().attach(model, config, base)
         for module in attached.modules():
@@ -104,7 +104,7 @@ IA3 = _Ia3Method(name="ia3", peft_config=_ia3_config)
 # OFT (arXiv 2306.07280): blocks of the input are rotated before the base layer.
 
 
-def _oft_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+def _oft_config(config: MethodSettings, base: TrainingBase) -> peft.PeftConfig:
     # Blocks of b inputs cost as much as a LoRA of rank b / 2.
     return peft.OFTConfig(
         task_type="CAUSAL_LM",
@@ -114,12 +114,12 @@ def _oft_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
     )
 
 
-def _largest_block(config: Settings, base: TrainingBase) -> int:
+def _largest_block(config: MethodSettings, base: TrainingBase) -> int:
     sizes = module_sizes(base.arch, config.targets)
     return max(dividing(inner, 2 * config.rank) for _, _, inner in sizes)
 
 
-def _other_blocks(config: Settings, base: TrainingBase) -> tuple[str, ...]:
+def _other_blocks(config: MethodSettings, base: TrainingBase) -> tuple[str, ...]:
     """A note if a module's inputs cannot be divided into blocks of the requested size."""
     wanted = 2 * config.rank
     widths = sorted({inner for _, _, inner in module_sizes(base.arch, config.targets)})
@@ -181,7 +181,7 @@ def reflect(x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return (flat - shares.T @ v.T).view(x.shape).to(x.dtype)
 
 
-def _hra_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+def _hra_config(config: MethodSettings, base: TrainingBase) -> peft.PeftConfig:
     return peft.HRAConfig(task_type="CAUSAL_LM", r=config.rank, target_modules=list(config.targets))
 
 
@@ -200,7 +200,7 @@ HRA = _HraMethod(name="hra", peft_config=_hra_config)
 # MiSS (arXiv 2409.15371): one matrix per module, which all pieces of the input share.
 
 
-def _miss_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+def _miss_config(config: MethodSettings, base: TrainingBase) -> peft.PeftConfig:
     return peft.MissConfig(
         task_type="CAUSAL_LM",
         r=config.rank,
@@ -218,7 +218,7 @@ MISS = PeftMethod(name="miss", peft_config=_miss_config)
 _VECTOR_LENGTH = 256
 
 
-def _vblora_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+def _vblora_config(config: MethodSettings, base: TrainingBase) -> peft.PeftConfig:
     sizes = [size for _, *both in module_sizes(base.arch, config.targets) for size in both]
     return peft.VBLoRAConfig(
         task_type="CAUSAL_LM",
@@ -235,7 +235,7 @@ VBLORA = PeftMethod(name="vblora", peft_config=_vblora_config)
 # SHiRA (arXiv 2406.13175): a few entries of each weight, at random positions, are trained.
 
 
-def _shira_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+def _shira_config(config: MethodSettings, base: TrainingBase) -> peft.PeftConfig:
     # The run's seed is set before a method is attached.
     seed = int(torch.randint(1 << 31, ()))
     made = peft.ShiraConfig(

@@ -15,7 +15,7 @@ from peft.tuners.lokr.model import LoKrModel
 from torch.autograd.function import once_differentiable
 
 from turret.training.base_model import TrainingBase
-from turret.training.methods.method import PeftMethod, Settings
+from turret.training.methods.method import MethodSettings, PeftMethod
 from turret.training.settings.checks import expand_targets, highest_loha_rank, module_sizes
 from turret.training.words import say
 
@@ -275,11 +275,11 @@ def _refuse_merge() -> NoReturn:
 register_nf4_layers()
 
 
-def _own_rank(config: Settings, base: TrainingBase) -> float:
+def _own_rank(config: MethodSettings, base: TrainingBase) -> float:
     return float(config.rank)
 
 
-def _loha_rank(config: Settings, base: TrainingBase) -> int:
+def _loha_rank(config: MethodSettings, base: TrainingBase) -> int:
     targets = expand_targets(base.arch, config.targets)
     return max(1, min(_RANK, highest_loha_rank(tuple(module_sizes(base.arch, targets)))))
 
@@ -287,7 +287,7 @@ def _loha_rank(config: Settings, base: TrainingBase) -> int:
 _RANK = 8
 
 
-def _loha_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+def _loha_config(config: MethodSettings, base: TrainingBase) -> peft.PeftConfig:
     return peft.LoHaConfig(
         task_type="CAUSAL_LM",
         r=config.rank,
@@ -297,7 +297,7 @@ def _loha_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
     )
 
 
-def _lokr_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+def _lokr_config(config: MethodSettings, base: TrainingBase) -> peft.PeftConfig:
     return peft.LoKrConfig(
         task_type="CAUSAL_LM",
         r=config.rank,
@@ -309,7 +309,7 @@ def _lokr_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
     )
 
 
-def _decomposed_rank(config: Settings, base: TrainingBase) -> int:
+def _decomposed_rank(config: MethodSettings, base: TrainingBase) -> int:
     """The rank to serve; 0 if PEFT decomposes no factor, so that the rank only divides alpha."""
     for _, *sides in module_sizes(base.arch, config.targets):
         if config.rank < max(factorization(side, config.decompose_factor)[1] for side in sides) / 2:

@@ -25,7 +25,7 @@ from turret.training.settings.declared import DECLARED
 
 # A ``MethodConfig`` in which all keys before the current one are filled in, in the order of the
 # method's defaults. Its own types cannot express that these keys are not None.
-Settings = Any
+MethodSettings = Any
 
 
 class TrainingMethod(Protocol):
@@ -121,11 +121,11 @@ def fill_in(config: MethodConfig, base: TrainingBase, computed: Mapping[str, Any
     return config
 
 
-def _no_remarks(config: Settings, base: TrainingBase) -> tuple[str, ...]:
+def _no_remarks(config: MethodSettings, base: TrainingBase) -> tuple[str, ...]:
     return ()
 
 
-def _own_rank(config: Settings, base: TrainingBase) -> int:
+def _own_rank(config: MethodSettings, base: TrainingBase) -> int:
     return config.rank or 0
 
 
@@ -142,10 +142,12 @@ class PeftMethod:
     """
 
     name: str
-    peft_config: Callable[[Settings, TrainingBase], peft.PeftConfig]
-    computed: Mapping[str, Callable[[Settings, TrainingBase], Any]] = field(default_factory=dict)
-    rank_served: Callable[[Settings, TrainingBase], int] = _own_rank
-    remarks: Callable[[Settings, TrainingBase], Sequence[str]] = _no_remarks
+    peft_config: Callable[[MethodSettings, TrainingBase], peft.PeftConfig]
+    computed: Mapping[str, Callable[[MethodSettings, TrainingBase], Any]] = field(
+        default_factory=dict
+    )
+    rank_served: Callable[[MethodSettings, TrainingBase], int] = _own_rank
+    remarks: Callable[[MethodSettings, TrainingBase], Sequence[str]] = _no_remarks
 
     @property
     def learning_rate(self) -> float:
@@ -193,15 +195,15 @@ class PeftMethod:
 # gets only the resulting prefix or prompt.
 
 
-def _hidden_size(config: Settings, base: TrainingBase) -> int:
+def _hidden_size(config: MethodSettings, base: TrainingBase) -> int:
     return base.arch.hidden_size
 
 
-def _prefix_width(config: Settings, base: TrainingBase) -> int | None:
+def _prefix_width(config: MethodSettings, base: TrainingBase) -> int | None:
     return base.arch.num_kv_heads * base.arch.head_dim if config.prefix_projection else None
 
 
-def _prefix_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+def _prefix_config(config: MethodSettings, base: TrainingBase) -> peft.PeftConfig:
     arch = base.arch
     return peft.PrefixTuningConfig(
         task_type="CAUSAL_LM",
@@ -216,7 +218,7 @@ def _prefix_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
     )
 
 
-def _prompt_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+def _prompt_config(config: MethodSettings, base: TrainingBase) -> peft.PeftConfig:
     is_text = config.init_text is not None
     return peft.PromptTuningConfig(
         task_type="CAUSAL_LM",
@@ -227,7 +229,7 @@ def _prompt_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
     )
 
 
-def _p_tuning_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+def _p_tuning_config(config: MethodSettings, base: TrainingBase) -> peft.PeftConfig:
     return peft.PromptEncoderConfig(
         task_type="CAUSAL_LM",
         num_virtual_tokens=config.num_virtual_tokens,

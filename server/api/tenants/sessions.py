@@ -18,7 +18,7 @@ from typing import Any
 from turret.server.api.gate import ServingGate
 from turret.server.api.tenants.futures import CommandLog, Futures
 from turret.server.errors import QueueFullError, TrainingNotFoundError, TurretError
-from turret.server.training.trainer import LearnerConfig, Training
+from turret.server.training.trainer import AdapterTraining, LearnerConfig
 from turret.server.words import say
 
 _log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ _SHOWN_CHARS = 80
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Model:
+class ModelInTraining:
     """An adapter in training.
 
     Attributes:
@@ -75,7 +75,7 @@ class Model:
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Sampler:
+class SavedSampler:
     """Weights to sample from.
 
     Attributes:
@@ -121,8 +121,8 @@ class Session:
     lasts: float | None = None
     is_numbered: bool = True
     seen: float = field(default_factory=time.monotonic)
-    models: dict[str, Model] = field(default_factory=dict)
-    samplers: dict[str, Sampler] = field(default_factory=dict)
+    models: dict[str, ModelInTraining] = field(default_factory=dict)
+    samplers: dict[str, SavedSampler] = field(default_factory=dict)
 
 
 def unknown_model(model_id: str) -> TrainingNotFoundError:
@@ -148,7 +148,7 @@ class Sessions:
         # Models that are being dropped, and names of adapters that are being unregistered.
         self._ending: set[asyncio.Task[None]] = set()
 
-    def training(self) -> Training:
+    def training(self) -> AdapterTraining:
         """The training.
 
         Raises:
@@ -182,7 +182,7 @@ class Sessions:
         session.seen = time.monotonic()
         return session
 
-    def models(self, owner: str, *, is_numbered: bool | None = None) -> list[Model]:
+    def models(self, owner: str, *, is_numbered: bool | None = None) -> list[ModelInTraining]:
         """All models of an owner, or those of one kind of sessions (see ``Session``)."""
         return [
             model
@@ -191,7 +191,7 @@ class Sessions:
             if model.owner == owner and is_numbered in (None, session.is_numbered)
         ]
 
-    def of(self, model: Model) -> Session:
+    def of(self, model: ModelInTraining) -> Session:
         """The session of a model that was just found."""
         return self._all[model.model_id.partition(":")[0]]
 
@@ -214,7 +214,7 @@ class Sessions:
             if not self._arriving[owner]:
                 del self._arriving[owner]
 
-    def model(self, owner: str, model_id: str, *, is_numbered: bool = True) -> Model:
+    def model(self, owner: str, model_id: str, *, is_numbered: bool = True) -> ModelInTraining:
         """A model, whose use counts as a sign of life.
 
         Args:
@@ -235,7 +235,7 @@ class Sessions:
         model.used = time.time()
         return model
 
-    def sampler(self, owner: str, sampler_id: str) -> Sampler:
+    def sampler(self, owner: str, sampler_id: str) -> SavedSampler:
         """A sampler, whose use counts as a sign of life.
 
         Raises:
@@ -251,7 +251,7 @@ class Sessions:
 
     def add_model(
         self, session: Session, number: int, config: LearnerConfig, metadata: dict[str, str]
-    ) -> Model:
+    ) -> ModelInTraining:
         """A new model; ``number`` identifies it within the session.
 
         Raises:
@@ -261,11 +261,13 @@ class Sessions:
         self._check_limit(owner, MAX_MODELS, "models in training", self.models(owner))
         model_id = f"{session.session_id}:train:{number}"
         log = CommandLog(self._futures, self._waiting_bytes)
-        model = Model(model_id=model_id, owner=owner, config=config, metadata=metadata, log=log)
+        model = ModelInTraining(
+            model_id=model_id, owner=owner, config=config, metadata=metadata, log=log
+        )
         session.models[model_id] = model
         return model
 
-    def add_sampler(self, session: Session, sampler: Sampler) -> None:
+    def add_sampler(self, session: Session, sampler: SavedSampler) -> None:
         """Add a sampler; if there are too many, close the least recently used one.
 
         A sampler that had the same id ends.
@@ -295,7 +297,7 @@ class Sessions:
         del session.samplers[oldest.sampler_id]
         self._withdraw(oldest)
 
-    def drop_model(self, model: Model) -> None:
+    def drop_model(self, model: ModelInTraining) -> None:
         """Forget a model. A running pass ends early, and any other running command completes."""
         session = self._all.get(model.model_id.partition(":")[0])
         if session is not None:
@@ -327,12 +329,12 @@ class Sessions:
             await asyncio.wait(self._ending)
 
     def _check_limit(
-        self, owner: str, most: int, what: str, found: Sequence[Session] | Sequence[Model]
+        self, owner: str, most: int, what: str, found: Sequence[Session] | Sequence[ModelInTraining]
     ) -> None:
         if sum(each.owner == owner for each in found) >= most:
             raise QueueFullError(say("TRAINING_LIMIT_REACHED", most=most, what=what))
 
-    async def _drop(self, model: Model) -> None:
+    async def _drop(self, model: ModelInTraining) -> None:
         model.log.abandon()
         # Drop the adapter now: this ends a running pass, which could take hours.
         await self._drop_learner(model)
@@ -342,11 +344,11 @@ class Sessions:
         if model.inflight and self._gate.is_open:
             await self.training().withdraw(model.inflight)
 
-    async def _drop_learner(self, model: Model) -> None:
+    async def _drop_learner(self, model: ModelInTraining) -> None:
         if model.learner is not None and self._gate.is_open:
             await self.training().drop(model.learner)
 
-    def _withdraw(self, sampler: Sampler) -> None:
+    def _withdraw(self, sampler: SavedSampler) -> None:
         if sampler.is_own and self._gate.is_open:
             self._later(self._withdrawn(sampler.adapter))
 

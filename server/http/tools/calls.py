@@ -47,7 +47,7 @@ class CallGrown:
     text: str
 
 
-Piece = Said | Thought | CallBegun | CallGrown
+AnswerPiece = Said | Thought | CallBegun | CallGrown
 
 
 def possible_start(text: str, mark: str) -> int:
@@ -254,7 +254,7 @@ class CallReader(ABC):
         self.is_begun = self.is_done = self.is_none = False
         self.held = ""
 
-    def feed(self, text: str) -> list[Piece]:
+    def feed(self, text: str) -> list[AnswerPiece]:
         """Append text, and return the pieces that are now certain."""
         self.held += text
         pieces = [] if self.is_begun else self._begin()
@@ -269,7 +269,7 @@ class CallReader(ABC):
         return grown, end is not None
 
     @abstractmethod
-    def _begin(self) -> list[Piece]:
+    def _begin(self) -> list[AnswerPiece]:
         """The pieces of a call once its name is known."""
 
     @abstractmethod
@@ -286,7 +286,7 @@ class JsonReader(CallReader):
         self._num_looked_at = 0
         self._is_closing = False
 
-    def _begin(self) -> list[Piece]:
+    def _begin(self) -> list[AnswerPiece]:
         head = _JSON_HEAD.match(self.held)
         if head is not None:
             name = _loaded(head[1])
@@ -343,7 +343,7 @@ _MAX_HEAD_CHARS = 256
 class NamedReader(CallReader):
     """Reads a call that begins with its name."""
 
-    def _begin(self) -> list[Piece]:
+    def _begin(self) -> list[AnswerPiece]:
         head = _NAMED_HEAD.match(self.held)
         if head is None or head[1] not in self._tools:
             self.is_none = "{" in self.held or len(self.held) > _MAX_HEAD_CHARS
@@ -378,7 +378,7 @@ class XmlReader(CallReader):
         # Kinds of values that the current parameter may have; None between parameters.
         self._kinds: frozenset[str] | None = None
 
-    def _begin(self) -> list[Piece]:
+    def _begin(self) -> list[AnswerPiece]:
         head = _XML_HEAD.match(self.held)
         if head is None:
             begun = self.held.lstrip()
@@ -490,17 +490,17 @@ class Calls:
         self._state = "begin" if self._form.is_bare else "text"
         self.count = 0
 
-    def feed(self, text: str) -> list[Piece]:
+    def feed(self, text: str) -> list[AnswerPiece]:
         """Append text, and return the pieces that are now certain."""
         self._held += text
-        pieces: list[Piece] = []
+        pieces: list[AnswerPiece] = []
         while True:
             before = self._state, len(self._held), self._reader
             pieces += getattr(self, f"_in_{self._state}")()
             if before == (self._state, len(self._held), self._reader):
                 return pieces
 
-    def finish(self) -> list[Piece]:
+    def finish(self) -> list[AnswerPiece]:
         """The remaining pieces, after the answer has ended."""
         held = self._skipped
         if self._reader is not None and not self._reader.is_begun:
@@ -512,7 +512,7 @@ class Calls:
         self._held = self._skipped = ""
         return [Said(held)] if held else []
 
-    def _in_begin(self) -> list[Piece]:
+    def _in_begin(self) -> list[AnswerPiece]:
         begun = self._held.lstrip()
         opening = "[" if self._form.is_list else "{"
         if begun.startswith(self._form.begin):
@@ -523,7 +523,7 @@ class Calls:
             self._state = "text"
         return []
 
-    def _in_text(self) -> list[Piece]:
+    def _in_text(self) -> list[AnswerPiece]:
         said, found, _ = self._held.partition(self._form.begin)
         if found:
             self._held = self._held[len(said) :]
@@ -537,7 +537,7 @@ class Calls:
         self._skipped, self._held = self._skipped + self._held[:size], self._held[size:]
         self._state = "call"
 
-    def _in_call(self) -> list[Piece]:
+    def _in_call(self) -> list[AnswerPiece]:
         if self._reader is None:
             rest = self._held.lstrip()
             if self._form.is_list and not self.count and "[" not in self._after_mark():
@@ -569,13 +569,13 @@ class Calls:
     def _after_mark(self) -> str:
         return self._skipped.rpartition(self._form.begin)[2]
 
-    def _take_back(self, read: str) -> list[Piece]:
+    def _take_back(self, read: str) -> list[AnswerPiece]:
         """Treat text that looked like a call as text of the answer."""
         said, self._skipped = self._skipped + read, ""
         self._state = "text"
         return [Said(said)] if said else []
 
-    def _in_after(self) -> list[Piece]:
+    def _in_after(self) -> list[AnswerPiece]:
         form, rest = self._form, self._held.lstrip()
         if form.end:
             if rest.startswith(form.end):
@@ -595,7 +595,7 @@ class Calls:
             self._state = "text"
         return []
 
-    def _in_between(self) -> list[Piece]:
+    def _in_between(self) -> list[AnswerPiece]:
         """Drop whitespace between calls, which is not text of the answer."""
         self._held = self._held.lstrip()
         if self._held:

@@ -9,10 +9,10 @@ from typing import Any
 
 from turret.server.basics.codes import CHANNEL, ENDS, FUNCTIONS, MARKS, MESSAGE, Header
 from turret.server.http.tools.calls import (
+    AnswerPiece,
     CallBegun,
     CallGrown,
     Calls,
-    Piece,
     Said,
     Thought,
     possible_start,
@@ -33,10 +33,10 @@ class Reasoning:
         self._state = "inside" if is_open else "before"
         self._held = ""
 
-    def feed(self, text: str) -> list[Piece]:
+    def feed(self, text: str) -> list[AnswerPiece]:
         """Append text, and return the pieces that are now certain."""
         self._held += text
-        pieces: list[Piece] = []
+        pieces: list[AnswerPiece] = []
         if self._state == "before":
             begun = self._held.lstrip()
             if begun.startswith(_BEGIN):
@@ -60,14 +60,14 @@ class Reasoning:
             pieces += self._release()
         return pieces
 
-    def finish(self) -> list[Piece]:
+    def finish(self) -> list[AnswerPiece]:
         """The remaining pieces, after the answer has ended."""
         if self._state == "inside" and self._held:
             held, self._held = self._held, ""
             return [Thought(held)]
         return self._release()
 
-    def _release(self) -> list[Piece]:
+    def _release(self) -> list[AnswerPiece]:
         held, self._held = self._held, ""
         return [Said(held)] if held else []
 
@@ -95,17 +95,17 @@ class Channels:
         self._count = 0
         self._has_arguments = False
 
-    def feed(self, text: str) -> list[Piece]:
+    def feed(self, text: str) -> list[AnswerPiece]:
         """Append text, and return the pieces that are now certain."""
         self._held += text
-        pieces: list[Piece] = []
+        pieces: list[AnswerPiece] = []
         while True:
             before = self._state, len(self._held)
             pieces += self._step()
             if before == (self._state, len(self._held)):
                 return pieces
 
-    def finish(self) -> list[Piece]:
+    def finish(self) -> list[AnswerPiece]:
         """The remaining pieces, after the answer has ended."""
         held, self._held = self._held, ""
         if self._state in ("begin", "header"):
@@ -114,7 +114,7 @@ class Channels:
             return [] if is_header or not held else [Said(held)]
         return [*self._grown(held), *self._end()]
 
-    def _step(self) -> list[Piece]:
+    def _step(self) -> list[AnswerPiece]:
         if self._state == "begin":
             return self._begin()
         if self._state == "header":
@@ -133,7 +133,7 @@ class Channels:
         self._state = "header"
         return pieces
 
-    def _begin(self) -> list[Piece]:
+    def _begin(self) -> list[AnswerPiece]:
         begun = self._held.lstrip()
         if begun.startswith((*MARKS, _RECIPIENT)):
             self._state = "header"
@@ -141,7 +141,7 @@ class Channels:
             self._state = "plain"
         return []
 
-    def _read_header(self) -> list[Piece]:
+    def _read_header(self) -> list[AnswerPiece]:
         text, found, rest = self._held.partition(MESSAGE)
         if not found:
             if len(text) > _MAX_HEADER_CHARS:
@@ -161,7 +161,7 @@ class Channels:
         self._state = "said"
         return [] if header.is_said else [Said(text + MESSAGE)]
 
-    def _grown(self, text: str) -> list[Piece]:
+    def _grown(self, text: str) -> list[AnswerPiece]:
         if self._state == "call" and not self._has_arguments:
             text = text.lstrip()
             self._has_arguments = bool(text)
@@ -171,11 +171,11 @@ class Channels:
             return [CallGrown(self._count, text)]
         return [Thought(text) if self._state == "thought" else Said(text)]
 
-    def _end(self) -> list[Piece]:
+    def _end(self) -> list[AnswerPiece]:
         """The pieces at the end of a message."""
         if self._state != "call":
             return []
-        pieces: list[Piece] = [] if self._has_arguments else [CallGrown(self._count, "{}")]
+        pieces: list[AnswerPiece] = [] if self._has_arguments else [CallGrown(self._count, "{}")]
         self._count += 1
         return pieces
 
@@ -237,7 +237,7 @@ class AnswerReader:
         self._most = None if is_parallel else 1
         self.num_calls = 0
 
-    def feed(self, text: str) -> list[Piece]:
+    def feed(self, text: str) -> list[AnswerPiece]:
         """Append text, and return the pieces that are now certain; every call has an id."""
         if self._channels is not None:
             return self._numbered(self._channels.feed(text))
@@ -245,7 +245,7 @@ class AnswerReader:
             return self._split(self._reasoning.feed(text))
         return self._split([Said(text)] if text else [])
 
-    def finish(self) -> list[Piece]:
+    def finish(self) -> list[AnswerPiece]:
         """The last pieces, after the answer has ended."""
         if self._channels is not None:
             return self._numbered(self._channels.finish())
@@ -254,11 +254,11 @@ class AnswerReader:
             pieces += self._numbered(self._calls.finish())
         return pieces
 
-    def _split(self, pieces: list[Piece]) -> list[Piece]:
+    def _split(self, pieces: list[AnswerPiece]) -> list[AnswerPiece]:
         """The pieces, with calls instead of the text that contains them."""
         if self._calls is None:
             return pieces
-        found: list[Piece] = []
+        found: list[AnswerPiece] = []
         for piece in pieces:
             if isinstance(piece, Said):
                 found += self._numbered(self._calls.feed(piece.text))
@@ -266,9 +266,9 @@ class AnswerReader:
                 found.append(piece)
         return found
 
-    def _numbered(self, pieces: list[Piece]) -> list[Piece]:
+    def _numbered(self, pieces: list[AnswerPiece]) -> list[AnswerPiece]:
         """The pieces, with ids for calls and without calls beyond the allowed number."""
-        found: list[Piece] = []
+        found: list[AnswerPiece] = []
         for piece in pieces:
             if isinstance(piece, Said) and self._is_forced:
                 continue
@@ -285,7 +285,7 @@ class AnswerReader:
         return digits[:9] if self._id_chars == 9 else f"call_{digits[: self._id_chars]}"
 
 
-def delta_of(piece: Piece) -> dict[str, Any]:
+def delta_of(piece: AnswerPiece) -> dict[str, Any]:
     """The delta of a stream's event for a piece."""
     if isinstance(piece, Said):
         return {"content": piece.text}

@@ -21,7 +21,7 @@ from turret.server.api.services import Services
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.metrics import Metrics
 from turret.server.rpc.server import RpcServer
-from turret.server.training.trainer import Training
+from turret.server.training.trainer import AdapterTraining
 from turret.v1 import adapters_pb2_grpc, inference_pb2_grpc, training_pb2_grpc
 
 
@@ -67,7 +67,7 @@ async def harness(
     merger: FakeMerger | None = None,
     fuser: Any = None,
     most_connections: int = MOST_CONNECTIONS,
-    training: Training | None = None,
+    training: AdapterTraining | None = None,
     training_dir: Path | None = None,
     backend: Backend | None = None,
 ) -> AsyncIterator[Harness]:
