@@ -63,7 +63,7 @@ def cause_of(code: grpc.StatusCode, said: str) -> tuple[grpc.StatusCode, str, st
     if is_lost and failed is None:
         return status.UNAVAILABLE, "CONNECTION_LOST", say("CONNECTION_LOST", why=said)
     if code is not status.UNAVAILABLE:
-        return code, "", said
+        return code, "", say("NOT_OFFERED") if code is status.UNIMPLEMENTED else said
     if failed is not None:
         place = failed["place"].replace("%5B", "[").replace("%5D", "]")
         for pattern, reason in _ANSWERED.items():

@@ -26,6 +26,7 @@ TEXTS = {
     "NOT_RESOLVED": "no turret server answers at {place} (the host or port is unknown)",
     "NOT_ANSWERED": "no turret server answers ({why})",
     "NOT_GRPC": "the server at {place} does not speak gRPC",
+    "NOT_OFFERED": "the server does not offer this call; it is not turret, or another version",
     "TLS_FAILED": "no secure connection to {place} was made ({why})",
     "CONNECTION_CLOSED": "the server at {place} closed the connection",
     "CLOSED_DURING_CALL": "the client was closed while the call was running",

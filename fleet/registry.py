@@ -19,8 +19,8 @@ from typing import Literal, Protocol, assert_never
 from turret.fleet import protocol as p
 from turret.fleet.protocol import (
     AliasEntry,
-    Base,
     BaseEntry,
+    FleetBase,
     FleetState,
     NameEntry,
     generations_of,
@@ -73,13 +73,13 @@ class Store(Protocol):
 
     def bind(self, base_name: str, base_digest: str) -> None: ...
     def read(self, *, sweeps: bool) -> list[SavedRegistration]: ...
-    def read_base(self) -> Base: ...
+    def read_base(self) -> FleetBase: ...
     def write(self, saved: SavedRegistration) -> None: ...
     def remove(self, name: str) -> None: ...
     def read_aliases(self) -> list[Alias]: ...
     def save_alias(self, alias: Alias) -> None: ...
     def remove_alias(self, name: str) -> None: ...
-    def write_base(self, base: Base) -> None: ...
+    def write_base(self, base: FleetBase) -> None: ...
     def keep(self, source: Source, key: str) -> Source: ...
     def discard(self, source: Source) -> None: ...
 
@@ -580,7 +580,7 @@ class FleetRegistry:
         if failed is not None:
             self._abandon(operation, failed)
         elif made and len(made) == len(prepared) and self._is_applied(operation.revision, now):
-            base = Base(generation=self.state.base.generation + 1, merge=plan)
+            base = FleetBase(generation=self.state.base.generation + 1, merge=plan)
             try:
                 self._change_base(base)
             except TurretError as error:
@@ -598,11 +598,11 @@ class FleetRegistry:
             self._check_no_merge()
         if self.state.base.merge is None:
             raise NotMergedError(say("NOT_MERGED"))
-        base = Base(generation=self.state.base.generation + 1)
+        base = FleetBase(generation=self.state.base.generation + 1)
         self._change_base(base)
         return self._applying(p.Outcome(base=base))
 
-    def _change_base(self, base: Base) -> None:
+    def _change_base(self, base: FleetBase) -> None:
         self._store.write_base(base)
         self._publish(BaseEntry(base))
 
@@ -731,10 +731,10 @@ def _usable_aliases(
             yield alias
 
 
-def _usable_base(base: Base, names: Mapping[str, SavedRegistration]) -> Base:
+def _usable_base(base: FleetBase, names: Mapping[str, SavedRegistration]) -> FleetBase:
     """The saved base, without a merge whose members another server has changed since."""
     for member in () if base.merge is None else base.merge.members:
         saved = names.get(member.name)
         if saved is None or not _is_kept(saved, member):
-            return Base(generation=base.generation + 1)
+            return FleetBase(generation=base.generation + 1)
     return base

@@ -53,17 +53,17 @@ class FleetStore(StateDir):
         super().__init__(path, 0)
         self._merge = self.path / "merge.json"
 
-    def read_base(self) -> p.Base:
+    def read_base(self) -> p.FleetBase:
         """The saved base, or the model's own if reading fails; logs the failure."""
         if not self._merge.exists():
-            return p.Base()
+            return p.FleetBase()
         try:
             return _base_from(json.loads(self._merge.read_bytes()))
         except (OSError, ValueError, KeyError, TypeError) as error:
             _log.error("cannot restore", extra=log.fields(file=self._merge, reason=error))
-            return p.Base()
+            return p.FleetBase()
 
-    def write_base(self, base: p.Base) -> None:
+    def write_base(self, base: p.FleetBase) -> None:
         """Saves the base for the next start.
 
         Raises:
@@ -84,14 +84,14 @@ class FleetStore(StateDir):
         return dataclasses.replace(source, path=str(target.relative_to(self.path)))
 
 
-def _base_from(fields: dict[str, Any]) -> p.Base:
+def _base_from(fields: dict[str, Any]) -> p.FleetBase:
     if fields["version"] != 1:
         raise ValueError("unsupported version")
     merge = fields["merge"]
     if merge is not None:
         members = tuple(p.MergeMember(**member) for member in merge.pop("members"))
         merge = p.MergePlan(members=members, **merge)
-    return p.Base(generation=int(fields["generation"]), merge=merge)
+    return p.FleetBase(generation=int(fields["generation"]), merge=merge)
 
 
 class RegistryHost:

@@ -16,7 +16,6 @@ from pydantic.dataclasses import dataclass
 from turret.server.basics.names import (
     HUB_SCHEME,
     HubId,
-    closest,
     is_below_remote,
     is_remote,
     is_remote_path,
@@ -479,8 +478,7 @@ class Config:
         for name in ("address", "admin_address", "http_address"):
             address: str | None = getattr(self.listen, name)
             if address is not None and not is_local_address(address):
-                meant = closest(split_address(address)[0], ("localhost",))
-                text = say("ADDRESS_EXPOSED", value=address, closest=meant)
+                text = say("ADDRESS_EXPOSED", value=address)
                 found.append(Violation(f"listen.{name}", text))
         if found:
             raise SettingsError(*found)

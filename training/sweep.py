@@ -28,7 +28,7 @@ from turret.training.settings.checks import base_place, check_fit, check_method
 from turret.training.settings.config import MethodConfig
 from turret.training.settings.resolve import Resolved, resolve
 from turret.training.settings.variants import Variant
-from turret.training.trainer import FinishedRun, RunListener, Trainer
+from turret.training.trainer import FinishedRun, Observer, Trainer
 from turret.training.words import say
 
 # ``stops_early`` keeps a third of the variants after a ninth and after a third of the steps.
@@ -39,9 +39,7 @@ OpenEngine: TypeAlias = Callable[[Resolved], Engine]
 class Announce(Protocol):
     """Shows the progress of one run of the sweep."""
 
-    def __call__(
-        self, num_steps: int | None, title: str
-    ) -> AbstractContextManager[RunListener]: ...
+    def __call__(self, num_steps: int | None, title: str) -> AbstractContextManager[Observer]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +154,7 @@ class _Run:
     def is_together(self) -> bool:
         return self.is_served or is_shared(self.resolved)
 
-    def train(self, part: int, listen: RunListener, open_engine: OpenEngine) -> FinishedRun:
+    def train(self, part: int, listen: Observer, open_engine: OpenEngine) -> FinishedRun:
         """Train the first of ``part`` parts of the steps, unless they are already finished."""
         folder, num_steps = RunFolder(Path(self.name)), self.resolved.config.run.steps
         assert num_steps is not None
@@ -208,7 +206,7 @@ def _train_all(
 
 
 def _together(
-    runs: Sequence[_Run], part: int, listen: RunListener, open_engine: OpenEngine
+    runs: Sequence[_Run], part: int, listen: Observer, open_engine: OpenEngine
 ) -> list[FinishedRun]:
     """Train variants at the same time on one base; if one fails, the others stop."""
     engines: list[Any] = []
@@ -243,13 +241,13 @@ def _together(
 class _Shared:
     """Combines the events of several runs into those of one run, with the sum of their steps."""
 
-    def __init__(self, listen: RunListener, num_runs: int) -> None:
+    def __init__(self, listen: Observer, num_runs: int) -> None:
         self._listen = listen
         self._num_runs = num_runs
         self._lock = threading.Lock()
         self._steps: Counter[str] = Counter()
 
-    def listener(self, title: str) -> RunListener:
+    def listener(self, title: str) -> Observer:
         def listen(row: dict[str, Any]) -> None:
             with self._lock:
                 if row["kind"] == "begin":

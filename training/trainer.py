@@ -35,7 +35,7 @@ from turret.words import counted
 
 # Called with every line of metrics.jsonl and with the events between them: ``kind`` is ``begin``
 # (with ``steps``), ``phase`` (``text`` is the current work) or ``note`` (``text`` for the reader).
-RunListener = Callable[[dict[str, Any]], None]
+Observer = Callable[[dict[str, Any]], None]
 
 
 def _nobody(row: dict[str, Any]) -> None:
@@ -74,7 +74,7 @@ class Trainer:
     def __init__(
         self,
         resolved: Resolved,
-        listen: RunListener = _nobody,
+        listen: Observer = _nobody,
         open_engine: Callable[[Resolved], Engine] = LocalEngine,
     ) -> None:
         config = resolved.config
@@ -234,7 +234,7 @@ class _Loop:
     """Steps, validations and checkpoints of one attempt."""
 
     def __init__(
-        self, resolved: Resolved, engine: Engine, log: MetricsLog, listen: RunListener
+        self, resolved: Resolved, engine: Engine, log: MetricsLog, listen: Observer
     ) -> None:
         config = resolved.config
         assert config.run.steps is not None

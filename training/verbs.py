@@ -64,7 +64,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     sweep.add_argument(
         "--ranks",
         "--rank",
-        action=_Once,
         type=_ranks,
         metavar="N,N,…",
         help="ranks to train; --set TABLE.KEY=A,B,… varies any other setting in the same way"
@@ -111,7 +110,6 @@ def with_errors(
 
     def run(args: argparse.Namespace) -> int:
         from turret.clients.errors import TurretRpcError
-        from turret.clients.hints import TRAIN_HINTS
         from turret.clients.messages.fields import ArgumentError
         from turret.clients.verbs.command import print_error
         from turret.server.command.interrupts import exit_code, raising_terminated
@@ -140,7 +138,7 @@ def with_errors(
                 print(f"error: {line}", file=sys.stderr)
             return EXIT_USAGE if isinstance(error, ConfigFileError) else 1
         except (TurretRpcError, ArgumentError) as error:
-            print_error(error, args, TRAIN_HINTS)
+            print_error(error, args)
             if how := _how_to_go_on(args):
                 print(f"stopped{how}", file=sys.stderr)
             return 1
@@ -186,17 +184,6 @@ def _ranks(text: str) -> tuple[int, ...]:
     if min(ranks) < 1:
         raise argparse.ArgumentTypeError(say("TOO_SMALL", least=1, value=min(ranks)))
     return tuple(dict.fromkeys(ranks))
-
-
-class _Once(argparse.Action):
-    """A flag that may be passed once, because a second list would silently replace the first."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        before = getattr(namespace, self.dest)
-        if before is not self.default:
-            both = ",".join(str(rank) for rank in dict.fromkeys((*before, *values)))
-            raise argparse.ArgumentError(self, say("RANKS_TWICE", value=both))
-        setattr(namespace, self.dest, values)
 
 
 def _read(args: argparse.Namespace) -> tuple[Any, Any]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 from turret.clients.client import TurretClient
 from turret.clients.errors import AnswerCutError, TurretRpcError, UnavailableError
-from turret.clients.hints import COMMAND_HINTS
 from turret.clients.messages.fields import check_text
 from turret.clients.messages.mix import AdapterWeight
 from turret.clients.messages.requests import GenerateOptions, Prompt
@@ -38,7 +37,6 @@ _HELP = """\
 /stats                                    what the last answer took
 /quit                                     leave, as Ctrl-D does
 Ctrl-C stops the answer, or leaves if there is none."""
-_CHAT_HINTS = {**COMMAND_HINTS, "ADAPTER_NOT_FOUND": "/adapters lists the registered adapters"}
 
 
 def add_generate(subparsers: Subparsers, text: str) -> None:
@@ -173,7 +171,7 @@ def _chat(args: argparse.Namespace, client: TurretClient) -> None:
                 if not sys.stdin.isatty():
                     # Without a terminal, nobody can retype the line.
                     raise
-                print_error(error, args, _CHAT_HINTS)
+                print_error(error, args)
     except (EOFError, KeyboardInterrupt):
         # Ctrl-C and Ctrl-D are usual ways to leave. Let the shell's prompt begin on a new line.
         print()

@@ -68,7 +68,6 @@ TEXTS: dict[str, str] = {
     "NOT_WHOLE_NUMBERS": "must be a multiple of {size} bytes, the size of a number, not {found}",
     # Next steps, added to errors by their reasons.
     "STEP_CLASSIFY": "POST /classify labels texts",
-    "STEP_GENERATE": "use /v1/chat/completions or /v1/completions for text",
     "STEP_REPLACE": "set load_inplace to replace it, or remove it with /v1/unload_lora_adapter",
     "STEP_FORCE": "`turret adapters unload --force` ends these requests",
     "STEP_UNPIN": "`turret adapters unpin` unpins it",

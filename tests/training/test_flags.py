@@ -58,11 +58,6 @@ def test_the_closest_flag_is_suggested(
     assert meant in refusal(capsys, *words)
 
 
-def test_ranks_may_be_set_only_once(capsys: pytest.CaptureFixture[str]):
-    refused = refusal(capsys, "sweep", "t.toml", "--ranks", "4", "--rank", "8")
-    assert "--ranks:" in refused
-
-
 def test_init_reports_what_it_wrote_or_could_not_write(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

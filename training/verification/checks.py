@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from turret.training.base_model import TrainingBase, Weights, load_model
 from turret.training.errors import RunError
@@ -221,20 +222,20 @@ def _case(tokenizer: Any, prompt: str, ids: list[int], answer: Continuation) -> 
     return _Case(ids, tokens[:count], torch.tensor(answer.logprobs[:count])) if count else None
 
 
-def _rows(model: Any, directory: Path | None, cases: Sequence[_Case]) -> torch.Tensor:
+def _rows(model: Any, directory: Path | None, cases: Sequence[_Case]) -> Tensor:
     if directory is None:
         return _all_rows(model, cases)
     with adapted(model, directory) as made:
         return _all_rows(made.model, cases)
 
 
-def _all_rows(model: Any, cases: Sequence[_Case]) -> torch.Tensor:
+def _all_rows(model: Any, cases: Sequence[_Case]) -> Tensor:
     return torch.cat([logprobs_of(model, case.prompt, case.ids) for case in cases])
 
 
 def _compare(
     model: Any, directory: Path | None, cases: Sequence[_Case], verdict: Verdict
-) -> torch.Tensor:
+) -> Tensor:
     """PEFT's result in fp32; a problem with the adapter is recorded in the verdict."""
     if not cases:
         verdict.problem = "the tokens of the answers are not known"
@@ -247,9 +248,7 @@ def _compare(
         return torch.empty(0, 2)
 
 
-def _judge(
-    verdict: Verdict, cases: Sequence[_Case], exact: torch.Tensor, rough: torch.Tensor
-) -> None:
+def _judge(verdict: Verdict, cases: Sequence[_Case], exact: Tensor, rough: Tensor) -> None:
     served = torch.cat([case.logprobs for case in cases])
     rounding = (rough[:, 0] - exact[:, 0]).abs()
     verdict.tokens = len(served)

@@ -26,7 +26,7 @@ from turret.server.adapters.peft_format.config_rules import (
     is_rank,
     optional,
 )
-from turret.server.adapters.peft_format.reading import AnyBase, CheckpointFormat, Reading
+from turret.server.adapters.peft_format.reading import Base, FileFormat, Reading
 from turret.server.words import say
 
 _SIZES: Rules = {
@@ -52,7 +52,7 @@ def _plain(tensors: Mapping[str, torch.Tensor], task: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SoftTokens(CheckpointFormat):
+class SoftTokens(FileFormat):
     """A method that learns embeddings, ``[num_virtual_tokens, hidden]``.
 
     Attributes:
@@ -107,7 +107,7 @@ class SoftTokens(CheckpointFormat):
         stored = self.prompt(reading.checkpoint.tensors, reading.task).to(reading.dtype)
         return finish(reading, prompt=self._soft_prompt(stored, reading.model))
 
-    def _sizes_of(self, base: AnyBase) -> Mapping[str, int]:
+    def _sizes_of(self, base: Base) -> Mapping[str, int]:
         """The values of config keys that this base requires."""
         return {"token_dim": base.hidden_size}
 
@@ -132,7 +132,7 @@ class KeysAndValues(SoftTokens):
         counts = dict.fromkeys(("num_layers", "num_attention_heads"), Used(optional(is_rank)))
         return {**_SIZES, **counts, "modules_to_save": Used(is_modules_to_save)}
 
-    def _sizes_of(self, base: AnyBase) -> Mapping[str, int]:
+    def _sizes_of(self, base: Base) -> Mapping[str, int]:
         sizes = {"num_layers": base.num_layers, "token_dim": base.kv_width}
         if isinstance(base, BaseModel):
             sizes["num_attention_heads"] = base.num_kv_heads

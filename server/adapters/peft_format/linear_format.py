@@ -29,13 +29,7 @@ from turret.server.adapters.peft_format.config_rules import (
     is_rank,
     optional,
 )
-from turret.server.adapters.peft_format.reading import (
-    AnyBase,
-    CheckpointFormat,
-    Module,
-    NamedTensors,
-    Reading,
-)
+from turret.server.adapters.peft_format.reading import Base, FileFormat, Module, Reading, TensorMap
 from turret.server.adapters.peft_format.refusals import (
     causes_of_mismatch,
     check_rank,
@@ -257,7 +251,7 @@ def _configured(module: Module) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearFormat(CheckpointFormat):
+class LinearFormat(FileFormat):
     """The checkpoint format of a method.
 
     Attributes:
@@ -496,9 +490,7 @@ class LinearFormat(CheckpointFormat):
         """The maximum number of parts in a role's name."""
         return max(role.count(".") for role in self.roles)
 
-    def _resolve(
-        self, config: Mapping[str, Any], base: AnyBase, findings: Findings
-    ) -> Targets | None:
+    def _resolve(self, config: Mapping[str, Any], base: Base, findings: Findings) -> Targets | None:
         """The modules that the config selects, or None if a key for this is invalid."""
         patterns = PATTERNS if self.has_patterns else ()
         keys = {*self.needed, *SELECTION, *patterns}
@@ -513,11 +505,7 @@ class LinearFormat(CheckpointFormat):
         return None if findings.fields & keys else targets
 
     def _check_targets(
-        self,
-        targets: Targets,
-        adapted: Mapping[str, NamedTensors],
-        base: AnyBase,
-        findings: Findings,
+        self, targets: Targets, adapted: Mapping[str, TensorMap], base: Base, findings: Findings
     ) -> None:
         for name in sorted(targets.targeted & base.other_modules):
             findings.add("target_modules", say("NOT_ADAPTABLE", module=name, method=self.name))
@@ -531,7 +519,7 @@ class LinearFormat(CheckpointFormat):
                 first = next(iter(self.tensors))
                 findings.add(f"{name}.{first}", say("MISSING_TENSOR", by="target_modules"))
 
-    def _check_biases(self, reading: Reading, found: Mapping[str, NamedTensors]) -> None:
+    def _check_biases(self, reading: Reading, found: Mapping[str, TensorMap]) -> None:
         """Checks the ``bias`` key against the biases in the file."""
         if not self.bias:
             return

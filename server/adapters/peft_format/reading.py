@@ -59,8 +59,8 @@ def dora_gain(
 
 
 T = TypeVar("T")
-AnyBase = BaseModel | BaseSizes
-NamedTensors = Mapping[str, Any]
+Base = BaseModel | BaseSizes
+TensorMap = Mapping[str, Any]
 
 
 def _nothing() -> None:
@@ -92,7 +92,7 @@ class Reading:
         components: The components that were found.
     """
 
-    def __init__(self, checkpoint: AdapterCheckpoint, base: AnyBase, findings: Findings) -> None:
+    def __init__(self, checkpoint: AdapterCheckpoint, base: Base, findings: Findings) -> None:
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.path = checkpoint.path
@@ -173,7 +173,7 @@ class Module:
         reading: The whole adapter.
     """
 
-    def __init__(self, name: str, rank: int, tensors: NamedTensors, reading: Reading) -> None:
+    def __init__(self, name: str, rank: int, tensors: TensorMap, reading: Reading) -> None:
         size = reading.base.modules[name]
         self.name, self.rank, self.tensors = name, rank, tensors
         self.reading: Reading = weakref.proxy(reading)
@@ -222,7 +222,7 @@ class Module:
         return self.reading.targets.scaling(self.name)
 
     @property
-    def shared(self) -> NamedTensors:
+    def shared(self) -> TensorMap:
         """Tensors that all modules share, by full name."""
         return self.reading.shared
 
@@ -278,11 +278,11 @@ class Module:
 
 
 # Converts a checkpoint to the form that a method declares.
-Prepare = Callable[[AdapterCheckpoint, AnyBase, Findings], AdapterCheckpoint]
+Prepare = Callable[[AdapterCheckpoint, Base, Findings], AdapterCheckpoint]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointFormat(MethodKeys, ABC):
+class FileFormat(MethodKeys, ABC):
     """The form of a method's checkpoints.
 
     Attributes:
@@ -294,7 +294,7 @@ class CheckpointFormat(MethodKeys, ABC):
     def read(
         self,
         checkpoint: AdapterCheckpoint,
-        base: AnyBase,
+        base: Base,
         max_rank: int | None = None,
         findings: Findings | None = None,
     ) -> Reading:

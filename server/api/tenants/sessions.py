@@ -33,7 +33,7 @@ _SHOWN_CHARS = 80
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class ModelInTraining:
+class TenantModel:
     """An adapter in training.
 
     Attributes:
@@ -121,7 +121,7 @@ class Session:
     lasts: float | None = None
     is_numbered: bool = True
     seen: float = field(default_factory=time.monotonic)
-    models: dict[str, ModelInTraining] = field(default_factory=dict)
+    models: dict[str, TenantModel] = field(default_factory=dict)
     samplers: dict[str, SavedSampler] = field(default_factory=dict)
 
 
@@ -182,7 +182,7 @@ class Sessions:
         session.seen = time.monotonic()
         return session
 
-    def models(self, owner: str, *, is_numbered: bool | None = None) -> list[ModelInTraining]:
+    def models(self, owner: str, *, is_numbered: bool | None = None) -> list[TenantModel]:
         """All models of an owner, or those of one kind of sessions (see ``Session``)."""
         return [
             model
@@ -191,7 +191,7 @@ class Sessions:
             if model.owner == owner and is_numbered in (None, session.is_numbered)
         ]
 
-    def of(self, model: ModelInTraining) -> Session:
+    def of(self, model: TenantModel) -> Session:
         """The session of a model that was just found."""
         return self._all[model.model_id.partition(":")[0]]
 
@@ -214,7 +214,7 @@ class Sessions:
             if not self._arriving[owner]:
                 del self._arriving[owner]
 
-    def model(self, owner: str, model_id: str, *, is_numbered: bool = True) -> ModelInTraining:
+    def model(self, owner: str, model_id: str, *, is_numbered: bool = True) -> TenantModel:
         """A model, whose use counts as a sign of life.
 
         Args:
@@ -251,7 +251,7 @@ class Sessions:
 
     def add_model(
         self, session: Session, number: int, config: LearnerConfig, metadata: dict[str, str]
-    ) -> ModelInTraining:
+    ) -> TenantModel:
         """A new model; ``number`` identifies it within the session.
 
         Raises:
@@ -261,7 +261,7 @@ class Sessions:
         self._check_limit(owner, MAX_MODELS, "models in training", self.models(owner))
         model_id = f"{session.session_id}:train:{number}"
         log = CommandLog(self._futures, self._waiting_bytes)
-        model = ModelInTraining(
+        model = TenantModel(
             model_id=model_id, owner=owner, config=config, metadata=metadata, log=log
         )
         session.models[model_id] = model
@@ -297,7 +297,7 @@ class Sessions:
         del session.samplers[oldest.sampler_id]
         self._withdraw(oldest)
 
-    def drop_model(self, model: ModelInTraining) -> None:
+    def drop_model(self, model: TenantModel) -> None:
         """Forget a model. A running pass ends early, and any other running command completes."""
         session = self._all.get(model.model_id.partition(":")[0])
         if session is not None:
@@ -329,12 +329,12 @@ class Sessions:
             await asyncio.wait(self._ending)
 
     def _check_limit(
-        self, owner: str, most: int, what: str, found: Sequence[Session] | Sequence[ModelInTraining]
+        self, owner: str, most: int, what: str, found: Sequence[Session] | Sequence[TenantModel]
     ) -> None:
         if sum(each.owner == owner for each in found) >= most:
             raise QueueFullError(say("TRAINING_LIMIT_REACHED", most=most, what=what))
 
-    async def _drop(self, model: ModelInTraining) -> None:
+    async def _drop(self, model: TenantModel) -> None:
         model.log.abandon()
         # Drop the adapter now: this ends a running pass, which could take hours.
         await self._drop_learner(model)
@@ -344,7 +344,7 @@ class Sessions:
         if model.inflight and self._gate.is_open:
             await self.training().withdraw(model.inflight)
 
-    async def _drop_learner(self, model: ModelInTraining) -> None:
+    async def _drop_learner(self, model: TenantModel) -> None:
         if model.learner is not None and self._gate.is_open:
             await self.training().drop(model.learner)
 

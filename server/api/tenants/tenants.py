@@ -14,7 +14,7 @@ from turret.server.api.access import Party, TokenTable, bearer_token, token_dige
 from turret.server.api.gate import ServingGate
 from turret.server.api.tenants.checkpoints import Checkpoint, Checkpoints
 from turret.server.api.tenants.futures import Futures
-from turret.server.api.tenants.sessions import ModelInTraining, Sessions
+from turret.server.api.tenants.sessions import Sessions, TenantModel
 from turret.server.basics.files import reporting_disk_faults
 from turret.server.basics.turns import FairPool
 from turret.server.errors import AdapterMismatchError, InvalidRequestError, TurretError
@@ -123,7 +123,7 @@ class Tenants:
 
     async def save(
         self,
-        model: ModelInTraining,
+        model: TenantModel,
         kind: str,
         name: str,
         *,
@@ -155,7 +155,7 @@ class Tenants:
             draft = replace(draft, expires=draft.time + ttl_seconds)
         return await self.checkpoints.save(draft, write, overwrite=overwrite)
 
-    async def load(self, model: ModelInTraining, path: str, *, with_optimizer: bool) -> Checkpoint:
+    async def load(self, model: TenantModel, path: str, *, with_optimizer: bool) -> Checkpoint:
         """Continue a model from a checkpoint.
 
         Raises:
@@ -173,7 +173,7 @@ class Tenants:
         await training.load(model.number, folder, with_optimizer=with_optimizer)
         return checkpoint
 
-    async def publish(self, model: ModelInTraining) -> Published:
+    async def publish(self, model: TenantModel) -> Published:
         """Register the present weights as the next generation of ``model.inflight``."""
         self.check_disk(model.owner)
         model.inflight = model.adapter

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from turret.server.api.services import Services
 from turret.server.api.tenants.futures import Future, Result
-from turret.server.api.tenants.sessions import ModelInTraining, Session
+from turret.server.api.tenants.sessions import Session, TenantModel
 from turret.server.api.violations import Violations
 from turret.server.basics.codes import Code
 from turret.server.basics.names import BASE
@@ -85,7 +85,7 @@ class TinkerState:
     def command(
         self,
         exchange: Exchange,
-        model: ModelInTraining,
+        model: TenantModel,
         number: int,
         run: Callable[[], Awaitable[Result]],
         size: int = 0,

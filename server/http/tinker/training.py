@@ -9,7 +9,7 @@ from typing import Any
 from turret.closest import closest
 from turret.server.api.tenants.checkpoints import Checkpoint
 from turret.server.api.tenants.futures import Future, Result
-from turret.server.api.tenants.sessions import ModelInTraining, SavedSampler
+from turret.server.api.tenants.sessions import SavedSampler, TenantModel
 from turret.server.basics.codes import Code
 from turret.server.errors import InvalidRequestError
 from turret.server.http.body import read_body
@@ -36,7 +36,7 @@ METHOD_NOTE, _OWN_NOTES = "turret.method", "turret."
 _SHOWN_CHARS = 40
 
 _Started = Callable[[], Awaitable[Result]]
-Work = Callable[[TinkerState, ModelInTraining, Any], Awaitable[Result]]
+Work = Callable[[TinkerState, TenantModel, Any], Awaitable[Result]]
 
 
 async def _promise(exchange: Exchange, future: Future, model_id: str) -> None:
@@ -104,7 +104,7 @@ async def create_model(state: TinkerState, exchange: Exchange, body: CreateModel
         unembed=lora.train_unembed,
     )
 
-    async def begin(model: ModelInTraining) -> Result:
+    async def begin(model: TenantModel) -> Result:
         return Result.of(model_id=model.model_id, type="create_model")
 
     await _create(
@@ -119,7 +119,7 @@ async def _create(
     number: int,
     config: LearnerConfig,
     metadata: dict[str, str],
-    begin: Callable[[ModelInTraining], Awaitable[Result]],
+    begin: Callable[[TenantModel], Awaitable[Result]],
 ) -> None:
     """Add a model to a session; its first command creates it.
 
@@ -219,7 +219,7 @@ async def forward_backward(state: TinkerState, exchange: Exchange) -> None:
     await _promise(exchange, future, model.model_id)
 
 
-async def optim_step(state: TinkerState, model: ModelInTraining, body: OptimStep) -> Result:
+async def optim_step(state: TinkerState, model: TenantModel, body: OptimStep) -> Result:
     """Change a model's weights by the gradients since the last step."""
     adam = AdamParams(**body.adam_params.model_dump())
     metrics = await state.tenants.sessions.training().step(model.number, adam)
@@ -231,7 +231,7 @@ async def optim_step(state: TinkerState, model: ModelInTraining, body: OptimStep
 
 async def _save(
     state: TinkerState,
-    model: ModelInTraining,
+    model: TenantModel,
     kind: str,
     body: SaveWeights | SaveForSampler | SaveExternal,
     *,
@@ -247,21 +247,19 @@ async def _save(
     )
 
 
-async def save_weights(state: TinkerState, model: ModelInTraining, body: SaveWeights) -> Result:
+async def save_weights(state: TinkerState, model: TenantModel, body: SaveWeights) -> Result:
     """Save a model with its optimizer, to continue from later."""
     saved = await _save(state, model, "weights", body, overwrite=body.overwrite)
     return Result.of(path=saved.path, type="save_weights")
 
 
-async def save_external(state: TinkerState, model: ModelInTraining, body: SaveExternal) -> Result:
+async def save_external(state: TinkerState, model: TenantModel, body: SaveExternal) -> Result:
     """Save a model's weights for download."""
     saved = await _save(state, model, "external_weights", body)
     return Result.of(path=saved.path, size_bytes=saved.size, type="save_weights_external")
 
 
-async def save_for_sampler(
-    state: TinkerState, model: ModelInTraining, body: SaveForSampler
-) -> Result:
+async def save_for_sampler(state: TinkerState, model: TenantModel, body: SaveForSampler) -> Result:
     """Save a model's weights for sampling, or make a sampler of them without saving."""
     if body.sampling_session_seq_id is None:
         path, sampler_id = (await _save(state, model, "sampler_weights", body)).path, None
@@ -271,9 +269,7 @@ async def save_for_sampler(
     return Result.of(path=path, sampling_session_id=sampler_id, type=kind)
 
 
-async def _snapshot(
-    state: TinkerState, model: ModelInTraining, body: SaveForSampler
-) -> SavedSampler:
+async def _snapshot(state: TinkerState, model: TenantModel, body: SaveForSampler) -> SavedSampler:
     """A sampler with a model's present weights, or one that always uses its newest ones."""
     session_id = model.model_id.partition(":")[0]
     session = state.tenants.sessions.find(model.owner, session_id)
@@ -308,13 +304,13 @@ async def load_weights(state: TinkerState, exchange: Exchange) -> None:
         state.check_base(body.base_model)
     config = state.tenants.checkpoints.find(state.owner(exchange), body.path).config
 
-    async def begin(model: ModelInTraining) -> Result:
+    async def begin(model: TenantModel) -> Result:
         return await _load(state, model, body)
 
     metadata = body.user_metadata
     await _create(state, exchange, body.session_id, body.model_seq_id, config, metadata, begin)
 
 
-async def _load(state: TinkerState, model: ModelInTraining, body: LoadWeights) -> Result:
+async def _load(state: TinkerState, model: TenantModel, body: LoadWeights) -> Result:
     checkpoint = await state.tenants.load(model, body.path, with_optimizer=body.optimizer)
     return Result.of(path=checkpoint.path, model_id=model.model_id, type="load_weights")
