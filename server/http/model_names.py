@@ -97,7 +97,7 @@ def read_model(model: str, base_name: str) -> tuple[NamedMix, list[str]]:
 
 
 def _no_model(model: str, base_name: str) -> AdapterNotFoundError:
-    """The error for a model name of no known form."""
+    """The error for a model name that has none of the known forms."""
     shown = model[:_MOST_ECHOED]
     if model.lower() == base_name.lower():
         text = say("NO_SUCH_MODEL", model=shown, closest=base_name)

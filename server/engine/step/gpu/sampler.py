@@ -55,8 +55,8 @@ class GpuSampler:
     def __init__(self, stop_token_ids: frozenset[int], max_seqs: int, device: torch.device) -> None:
         self._stop_token_ids = stop_token_ids
         self._device = device
-        # Each sequence's random numbers (None for greedy requests) and its row's sampling
-        # parameters.
+        # The random numbers of each sequence (None for greedy requests), and the sampling
+        # parameters of its row.
         self._rows: dict[Sequence, tuple[UniformStream | None, _Row]] = {}
         self._adjustments: dict[Sequence, Adjustment] = {}
         # Samples on the host for sequences whose vocabulary differs from the base's in size.
