@@ -168,7 +168,7 @@ def adapter_parser(*, required: bool = False) -> argparse.ArgumentParser:
         "dest": "adapters",
         "action": "append",
         "type": adapter_weight,
-        "default": [],
+        "default": None if required else [],
         "required": required,
         "metavar": "NAME[@GENERATION][=WEIGHT]",
         "help": "an adapter; repeat for a mix",

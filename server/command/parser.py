@@ -84,7 +84,7 @@ class CommandParser(argparse.ArgumentParser):
             values, rest = super().parse_known_args(args, namespace)
         except argparse.ArgumentError as error:
             self.error(f"{_named((error.argument_name or '').split('/'))}: {error.message}")
-        missing = [one for one in required if getattr(values, one.dest) in (None, [])]
+        missing = [one for one in required if getattr(values, one.dest) is None]
         if rest and (missing or self._subparsers is None):
             if len(rest[0]) > 1 and rest[0].startswith("-"):
                 # A flag and its value may be one quoted word.
