@@ -12,7 +12,6 @@ HINTS: Mapping[str, str] = {
     "ADAPTER_CLASSIFIES": "call classify()",
     "ADAPTER_PINNED": "call adapters.unpin() first",
     "ADAPTER_BUSY": 'mode="force" ends these requests',
-    "ADAPTER_MERGED": "adapters.unmerge() restores the base model",
     "MERGE_ACTIVE": "call adapters.unmerge() first",
     "UNAUTHENTICATED": "pass a token of the server's --token-file as token=",
     "SERVICE_ELSEWHERE": "pass both address= and admin_address= to the client",
@@ -34,7 +33,6 @@ COMMAND_HINTS: Mapping[str, str] = {
     "ADAPTER_CLASSIFIES": "use `turret classify` or `turret eval --classify`",
     "ADAPTER_PINNED": "run `turret adapters unpin {adapter}` first",
     "ADAPTER_BUSY": "--force ends these requests",
-    "ADAPTER_MERGED": "`turret adapters unmerge` restores the base model",
     "MERGE_ACTIVE": "run `turret adapters unmerge` first",
     "UNAUTHENTICATED": "pass a token of the server's --token-file with --token, --token-from or"
     " TURRET_TOKEN",
@@ -49,7 +47,7 @@ COMMAND_HINTS: Mapping[str, str] = {
     "ANSWER_TOO_LARGE": "lower --top-n or --logprobs, or pass fewer texts in a call",
 }
 # The message of an error with one of these keys already says what to do.
-_ANSWERS = ("closest", "current_generation")
+_ANSWERS = ("closest", "current_generation", "alias")
 
 
 def hint_for(key: str, metadata: Mapping[str, str], hints: Mapping[str, str], **known: Any) -> str:

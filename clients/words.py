@@ -9,7 +9,8 @@ TEXTS = {
     "REQUIRED_WITH": "is required with a {other}",
     "NOT_ASCII": "must be printable ASCII",
     "INCLUDES_BEARER": "must not include the word Bearer",
-    "NOT_A_PLAIN_NAME": '{value!q} is not an adapter name; pass a weight as ("name", weight)',
+    "NOT_A_PLAIN_NAME": "{value!q} is not an adapter name; pass a weight or a generation with"
+    " AdapterWeight",
     "NOT_A_MIX_MEMBER": "{value!q} is not NAME[@GENERATION][=WEIGHT]",
     "UNFIT": "invalid value {value} ({problem})",
     "OUT_OF_RANGE": "{value} is out of range",
@@ -26,7 +27,7 @@ TEXTS = {
     "NOT_RESOLVED": "no turret server answers at {place} (the host or port is unknown)",
     "NOT_ANSWERED": "no turret server answers ({why})",
     "NOT_GRPC": "the server at {place} does not speak gRPC",
-    "NOT_OFFERED": "the server does not offer this call; it is not turret, or another version",
+    "NOT_OFFERED": "the server does not offer this call",
     "TLS_FAILED": "no secure connection to {place} was made ({why})",
     "CONNECTION_CLOSED": "the server at {place} closed the connection",
     "CLOSED_DURING_CALL": "the client was closed while the call was running",

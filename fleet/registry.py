@@ -464,7 +464,7 @@ class FleetRegistry:
 
     def _delete_alias(self, name: str) -> Operation:
         if name not in self.state.aliases:
-            raise AdapterNotFoundError(say("NOT_AN_ALIAS", adapters=name))
+            raise AdapterNotFoundError(say("NOT_AN_ALIAS", alias=name))
         before = self.state.aliases[name]
         self._store.remove_alias(name)
         self._publish(AliasEntry(name))

@@ -11,7 +11,7 @@ TEXTS = {
         "the fleet's registry was restarted during the call; check whether the change was made"
     ),
     "FLEET_ELSEWHERE": "this Ray cluster already has a fleet, with --state-dir {state_dir}",
-    "ADAPTER_IN_BASE": "adapter {adapter!q} is merged into the base",
+    "ADAPTER_IN_BASE": "adapter {adapter!q} is merged into the base; unmerge it first",
     "ADAPTER_LOADED_AGAIN": "adapter {adapter!q} was unloaded and loaded again in the meantime",
     "COMPONENT_MISSING": (
         "the component with digest {digest} is not registered, or is being unloaded"

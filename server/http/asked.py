@@ -126,7 +126,7 @@ def _stop(body: Generating, names: dict[str, str]) -> inference_pb2.StopConditio
     if body.max_completion_tokens is not None:
         limit, name = body.max_completion_tokens, "max_completion_tokens"
     if limit is not None:
-        names["stop.max_tokens"] = name
+        names |= dict.fromkeys(("stop.max_tokens", "max_tokens"), name)
     return inference_pb2.StopConditions(
         max_tokens=limit,
         min_tokens=body.min_tokens or None,

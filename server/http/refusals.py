@@ -53,7 +53,6 @@ _STEPS: dict[str, Text] = {
     "ADAPTER_EXISTS": say("STEP_REPLACE"),
     "ADAPTER_BUSY": say("STEP_FORCE"),
     "ADAPTER_PINNED": say("STEP_UNPIN"),
-    "ADAPTER_MERGED": say("STEP_UNMERGE"),
     "MERGE_ACTIVE": say("STEP_UNMERGE"),
     "UNAUTHENTICATED": say("STEP_TOKEN"),
     "DEADLINE_EXCEEDED": say("STEP_TIMEOUT"),
@@ -144,7 +143,7 @@ def _body(message: str, kind: str, param: str | None, reason: str) -> dict[str, 
 def _suggests(message: str) -> bool:
     """Whether a message already suggests a next step."""
     params = getattr(message, "params", {})
-    return "closest" in params or "step" in params
+    return not params.keys().isdisjoint(("closest", "step", "current_generation", "alias"))
 
 
 def _renamed(path: str, why: str, names: Mapping[str, str]) -> tuple[str, str]:

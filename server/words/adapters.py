@@ -186,9 +186,9 @@ TEXTS: dict[str, str] = {
     "ADAPTER_NOT_FOUND": "adapter not found: {adapters}",
     "OTHER_GENERATION": "adapter {adapters!q} has no generation {generation}; the current one is"
     " {current_generation}",
-    "IS_ALIAS": "{adapters!q} is an alias; name the adapter that it stands for",
-    "NOT_AN_ALIAS": "alias not found: {adapters}",
-    "ALIAS_GENERATION": "{adapters!q} is an alias and has no generations of its own; omit the"
+    "IS_ALIAS": "{alias!q} is an alias; name the adapter that it stands for",
+    "NOT_AN_ALIAS": "alias not found: {alias}",
+    "ALIAS_GENERATION": "{alias!q} is an alias and has no generations of its own; omit the"
     " generation",
     "NAME_OF_ALIAS": "{value!q:.130} is the name of an alias; choose another name",
     "NAME_OF_ADAPTER": "{value!q:.130} is the name of an adapter; choose another name",

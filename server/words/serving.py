@@ -15,7 +15,7 @@ TEXTS = {
     " send the request again",
     # Access, and limits of callers.
     "TOKEN_MISSING": "the call has no authorization header with a bearer token",
-    "TOKEN_MALFORMED": "the authorization header is not of the form `Bearer TOKEN`",
+    "TOKEN_MALFORMED": "the authorization header is malformed",
     "TOKEN_UNKNOWN": "the bearer token is unknown",
     "ROLE_MISSING": "the bearer token lacks the role {role!q}",
     "TOKEN_LIMIT_REACHED": "this bearer token has reached its limit of queued and running"

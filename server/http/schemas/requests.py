@@ -562,7 +562,9 @@ ShortText = Annotated[str, Field(max_length=512)]
 class ResponseRequest(Generating, ChatOnly):
     """Asks for the answer to a conversation, which is not stored."""
 
-    names: ClassVar = names_with("input", "top_logprobs") | {"stop.max_tokens": "max_output_tokens"}
+    names: ClassVar = names_with("input", "top_logprobs") | dict.fromkeys(
+        ("stop.max_tokens", "max_tokens"), "max_output_tokens"
+    )
 
     input: Annotated[
         list[Item], text_or_list("items", lambda text: {"role": "user", "content": text})
