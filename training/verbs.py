@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import functools
 import importlib
 import importlib.util
@@ -129,9 +128,8 @@ def with_errors(
             return 141
         except OSError as error:
             where = "" if error.filename is None else f"{error.filename}: "
-            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            step = f"; free some{_how_to_go_on(args)}" if is_full else ""
-            print(f"error: {where}{error.strerror or error}{step}", file=sys.stderr)
+            how = _how_to_go_on(args)
+            print(f"error: {where}{error.strerror or error}{how}", file=sys.stderr)
             return 1
         except (TrainingError, TurretError) as error:
             for line in described(args, error):

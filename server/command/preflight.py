@@ -92,7 +92,7 @@ def _model(model: Path | None) -> tuple[FoundModel | None, list[Violation]]:
         text = error.violations[0][1] if error.violations else error.message
         return None, [Violation("model.model", text_of(ValueError(text)))]
     except OSError as error:
-        return None, [Violation("model.model", _unreadable(error.filename, error))]
+        return None, [Violation("model.model", unreadable(Path(error.filename), error))]
 
 
 def _skip_modules(
@@ -111,10 +111,6 @@ def _template(path: Path | None) -> Iterator[Violation]:
     except TurretError as error:
         text = error.violations[0][1] if error.violations else error.args[0]
         yield Violation("model.chat_template", text)
-
-
-def _unreadable(path: object, error: OSError) -> Text:
-    return say("FILE_UNREADABLE", path=path, why=error.strerror)
 
 
 def _device(config: ModelConfig) -> Iterator[Violation]:
@@ -259,7 +255,7 @@ def _state_dir(path: Path) -> Iterator[Violation]:
         except BlockingIOError:
             yield Violation(field, say("STATE_DIR_IN_USE", path=path))
         except OSError as error:
-            yield Violation(field, _unreadable(lock, error))
+            yield Violation(field, unreadable(lock, error))
 
 
 def _files(config: SecurityConfig) -> Iterator[Violation]:
