@@ -27,13 +27,9 @@ TEXTS = {
     " belongs to another user",
     "HAPROXY_MISSING": "HAProxy is not installed; {fix}",
     "RAY_FAILED": "Ray: {cause}",
-    "RAY_DEAF": (
-        "--ray-address: no Ray cluster listens at {address} ({cause}); `ray start --head` starts"
-        " one and prints its address"
-    ),
     "RAY_NOT_JOINED": (
-        "--ray-address: no Ray cluster can be joined at {address}; `ray start --head` starts one"
-        " and prints its address"
+        "--ray-address: no Ray cluster can be joined at {address} ({cause}); `ray start --head`"
+        " starts one and prints its address"
     ),
     "SOCKET_FOLDER": (
         "TMPDIR: cannot create a directory for the fleet's sockets ({cause}); choose a short path"

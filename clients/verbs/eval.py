@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from turret.clients.evaluation.evaluate import (
 )
 from turret.clients.evaluation.plot import eval_svg
 from turret.clients.evaluation.rows import EvalExample, RowError, read_eval_set
+from turret.clients.messages.fields import ArgumentValueError
 from turret.clients.verbs.command import (
     Subparsers,
     UnfinishedAnswerError,
@@ -51,10 +53,11 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
     has_base = not (args.no_base or args.classify)
     mixes: list[NamedMix] = [*([()] if has_base else []), *args.mixes]
     if not mixes:
-        flag = "--classify" if args.classify else "--no-base"
-        raise ValueError(say("NO_MIX", flag=flag))
-    if len({mix_name(mix) for mix in mixes}) < len(mixes):
-        raise ValueError(say("SAME_MIX_TWICE"))
+        flag = "classify" if args.classify else "no_base"
+        raise ArgumentValueError(flag, say("NEEDS_FIELD", other="--mix"))
+    names = Counter(map(mix_name, mixes))
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ArgumentValueError("mixes", say("DUPLICATE", value=twice[0]))
     examples, options = read_test_set(args)
     for path in filter(None, (args.plot, args.answers)):
         if path.exists() and path.samefile(args.data):
@@ -146,12 +149,14 @@ def judge(
 def _metrics(asked: Sequence[str] | None, labels: Sequence[str], classify: bool) -> tuple[str, ...]:
     if classify:
         if asked is not None or labels:
-            raise ValueError(say("CLASSIFY_HAS_METRICS"))
+            raise ArgumentValueError(
+                "classify", say("CONFLICTS_WITH", other="--metric and --labels")
+            )
         return CLASS_METRICS
     if asked is None:
         return METRICS if labels else METRICS[:-1]
     if "label_accuracy" in asked and not labels:
-        raise ValueError(say("METRIC_NEEDS_LABELS"))
+        raise ArgumentValueError("metrics", say("NEEDS_FIELD", other="--labels"))
     return tuple(metric for metric in METRICS if metric in asked)
 
 

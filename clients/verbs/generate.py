@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from turret.clients.client import TurretClient
 from turret.clients.errors import AnswerCutError, TurretRpcError, UnavailableError
-from turret.clients.messages.fields import check_text
+from turret.clients.messages.fields import ArgumentValueError, check_text
 from turret.clients.messages.mix import AdapterWeight
 from turret.clients.messages.requests import GenerateOptions, Prompt
 from turret.clients.messages.results import Chunk
@@ -22,7 +22,7 @@ from turret.clients.verbs.command import (
     text_argument,
     with_client,
 )
-from turret.clients.verbs.flags import flag_of, generation_options, generation_parsers, shared
+from turret.clients.verbs.flags import generation_options, generation_parsers, shared
 from turret.clients.words import say
 from turret.words import counted
 
@@ -73,7 +73,7 @@ def _generate(args: argparse.Namespace, client: TurretClient) -> None:
     prompt = _prompt(args)
     unseen = [name for name in _JSON_ONLY if getattr(args, name)]
     if unseen and not args.json:
-        raise ValueError(say("FLAG_NEEDS_JSON", flag=flag_of(unseen[0], args)))
+        raise ArgumentValueError(unseen[0], say("NEEDS_FIELD", other="--json"))
     if args.json:
         try:
             print_json(client.generate(prompt, timeout=args.timeout, **options))
@@ -110,7 +110,9 @@ def _prompt(args: argparse.Namespace) -> Prompt:
     if not text and (args.chat or args.system is not None):
         # A chat template would still make a prompt from an empty text, and the answer would not
         # end.
-        raise ValueError(say("STANDARD_INPUT_EMPTY" if args.prompt == "-" else "PROMPT_EMPTY"))
+        raise ArgumentValueError(
+            "prompt", say("STANDARD_INPUT_EMPTY" if args.prompt == "-" else "EMPTY")
+        )
     for name, given in (("PROMPT", text), ("--system", args.system or "")):
         check_text(name, given)
     if args.system is not None:

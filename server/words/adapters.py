@@ -120,8 +120,6 @@ TEXTS: dict[str, str] = {
     "NO_ROOM_TO_PIN": "no room in host memory to pin adapter {adapter!q} ({bytes!b})",
     "DENSE_NOT_ALLOWED": "{method} adapter {path!q:.200} has updates as large as the weights that"
     " they change ({bytes!b}); start the server with {flag} to serve it",
-    "DENSE_OVER_BUDGET": "{method} adapter {path!q:.200} needs {bytes!b} of host memory, but"
-    " all adapters together may use {host_bytes!b}; raise --adapter-host-bytes",
     # Warnings about an adapter that is served.
     "AMBIGUOUS_PATTERNS": "{field}: {count} patterns match {module!q:.120} ({patterns}); the first"
     " one is used",
@@ -202,7 +200,7 @@ TEXTS: dict[str, str] = {
     "ADAPTER_EXISTS": "adapter {adapter!q} already exists with different content",
     "ADAPTER_GENERATION": "adapter {adapter!q} has generation {generation}, expected {expected}",
     "ADAPTER_PINNED": "adapter {adapter!q} is pinned",
-    "ADAPTER_HELD": "adapter {adapter!q} is still in use after {seconds} seconds; running"
+    "ADAPTER_HELD": "adapter {adapter!q} is still in use after {seconds} s; running"
     " requests: {requests}",
     "ADAPTER_IS_COMPONENT": "adapter {adapter!q} is a component of another adapter; unload"
     " {fusions} first",

@@ -164,7 +164,7 @@ def _abort(context: grpc.ServicerContext, error: TurretError) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argument", "said"), [("", say("PROMPT_EMPTY")), ("-", say("STANDARD_INPUT_EMPTY"))]
+    ("argument", "said"), [("", say("EMPTY")), ("-", say("STANDARD_INPUT_EMPTY"))]
 )
 @pytest.mark.parametrize("flags", [("--chat",), ("--system", "a")])
 def test_an_empty_chat_is_refused(
@@ -172,7 +172,7 @@ def test_an_empty_chat_is_refused(
 ):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     code, out, err = run("generate", *flags, argument)
-    assert (code, out, err) == (2, "", f"error: {said}\n")
+    assert (code, out, err) == (2, "", f"error: PROMPT: {said}\n")
 
 
 @pytest.mark.parametrize("flag", ["--answers", "--plot"])

@@ -183,7 +183,7 @@ def test_errors_say_what_to_do_next(run: Run, server: FakeTurret, capsys):
         ),
         (["--token", "Bearer t"], f"--token: {say('INCLUDES_BEARER')}"),
         (["--token", "ü"], f"--token: {say('NOT_ASCII')}"),
-        (["--logprobs"], say("FLAG_NEEDS_JSON", flag="--logprobs")),
+        (["--logprobs"], "--logprobs: " + say("NEEDS_FIELD", other="--json")),
     ],
 )
 def test_an_error_names_the_flag_that_cannot_work(arguments: list[str], complaint: str, capfd):
