@@ -126,13 +126,14 @@ def _compile(args: argparse.Namespace) -> int:
 def _capability(text: str) -> int:
     """A compute capability such as 9.0, as Triton writes it: 90."""
     from turret.server.basics.triton_needs import LEAST_CAPABILITY
+    from turret.server.words import say
 
     major, _, minor = text.partition(".")
     if not (major.isdecimal() and minor.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 9.0")
+        raise argparse.ArgumentTypeError(say("NOT_A_CAPABILITY", value=text))
     if (int(major), int(minor)) < LEAST_CAPABILITY:
         least = ".".join(map(str, LEAST_CAPABILITY))
-        raise argparse.ArgumentTypeError(f"{text} is below {least}, the lowest that is supported")
+        raise argparse.ArgumentTypeError(say("TOO_SMALL", least=least, value=text))
     return 10 * int(major) + int(minor)
 
 

@@ -16,7 +16,6 @@ from pydantic.dataclasses import dataclass
 from turret.server.basics.names import (
     HUB_SCHEME,
     HubId,
-    closest,
     is_below_remote,
     is_remote,
     is_remote_path,
@@ -468,6 +467,5 @@ class Config(Checked):
         for name in ("address", "admin_address", "http_address"):
             address: str | None = getattr(self.listen, name)
             if address is not None and not is_local_address(address):
-                meant = closest(split_address(address)[0], ("localhost",))
-                text = say("ADDRESS_EXPOSED", value=address, closest=meant)
+                text = say("ADDRESS_EXPOSED", value=address)
                 yield Violation(f"listen.{name}", text)

@@ -132,7 +132,8 @@ def taken_by(take: Callable[[str], None]) -> Iterator[None]:
 # Progress of long steps: a bar on the terminal, otherwise an occasional log line.
 
 
-Report = Callable[[str, int, int], None]
+# Called with a description, the number of finished parts, and the number of all parts.
+OnProgress = Callable[[str, int, int], None]
 
 _log = logging.getLogger(__name__)
 # Bars currently shown.
@@ -143,7 +144,7 @@ _EVERY_SECONDS = 10.0
 
 
 @contextmanager
-def progress_bar() -> Iterator[Report]:
+def progress_bar() -> Iterator[OnProgress]:
     """Yield ``report(description, done, total)``; draws on stderr if that is a terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -190,7 +191,7 @@ def end_bars() -> None:
         bar.stop()
 
 
-def _lines(now: Callable[[], float]) -> Report:
+def _lines(now: Callable[[], float]) -> OnProgress:
     """Log steps that take longer than ``_FIRST_SECONDS``, and again every ``_EVERY_SECONDS``."""
     due: dict[str, float] = {}
 

@@ -74,7 +74,7 @@ def missing_packages() -> bool:
 
 
 def operation_of(method: str) -> str:
-    """The conventions' name for the operation of a method."""
+    """The name of a method's operation in OpenTelemetry's conventions."""
     found = (name for pattern, name in _OPERATIONS if pattern.search(method))
     return next(found, TEXT_COMPLETION)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import functools
 import importlib
 import importlib.util
@@ -109,7 +108,7 @@ def with_errors(
     """
 
     def run(args: argparse.Namespace) -> int:
-        from turret.clients.errors import TRAIN_HINTS, TurretRpcError
+        from turret.clients.errors import TurretRpcError
         from turret.clients.messages.fields import ArgumentError
         from turret.clients.verbs.command import print_error
         from turret.server.command.interrupts import exit_code, raising_terminated
@@ -129,16 +128,15 @@ def with_errors(
             return 141
         except OSError as error:
             where = "" if error.filename is None else f"{error.filename}: "
-            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            step = f"; free some{_how_to_go_on(args)}" if is_full else ""
-            print(f"error: {where}{error.strerror or error}{step}", file=sys.stderr)
+            how = _how_to_go_on(args)
+            print(f"error: {where}{error.strerror or error}{how}", file=sys.stderr)
             return 1
         except (TrainingError, TurretError) as error:
             for line in described(args, error):
                 print(f"error: {line}", file=sys.stderr)
             return EXIT_USAGE if isinstance(error, ConfigFileError) else 1
         except (TurretRpcError, ArgumentError) as error:
-            print_error(error, args, TRAIN_HINTS)
+            print_error(error, args)
             if how := _how_to_go_on(args):
                 print(f"stopped{how}", file=sys.stderr)
             return 1

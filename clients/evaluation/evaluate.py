@@ -203,7 +203,7 @@ _MOST_RETRIES = 30
 # Failures that do not depend on a line.
 _NOT_OF_A_LINE = (AuthenticationError, NotFoundError, PermissionDeniedError, UnavailableError)
 
-Mix = tuple[AdapterWeight, ...]
+NamedMix = tuple[AdapterWeight, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,7 +273,7 @@ class _Encoded:
     reference: tuple[int, ...]
 
 
-def mix_name(mix: Mix) -> str:
+def mix_name(mix: NamedMix) -> str:
     """A mix in the command line's notation; ``base`` if it is empty."""
     return "+".join(map(str, mix)) or "base"
 
@@ -281,7 +281,7 @@ def mix_name(mix: Mix) -> str:
 def evaluate(
     client: TurretClient,
     examples: Sequence[EvalExample],
-    mixes: Sequence[Mix],
+    mixes: Sequence[NamedMix],
     options: EvalOptions,
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -385,7 +385,7 @@ def _judge(
     client: TurretClient,
     example: EvalExample,
     encoded: _Encoded | None,
-    mix: Mix,
+    mix: NamedMix,
     options: EvalOptions,
 ) -> Judged:
     place = f"line {example.line}, {mix_name(mix)}"
@@ -445,7 +445,7 @@ def _called(place: str, call: Callable[[], _T]) -> _T:
     raise AssertionError("the last attempt returns or raises")
 
 
-def _report(mix: Mix, judged: Sequence[Judged], metrics: Sequence[str]) -> MixReport:
+def _report(mix: NamedMix, judged: Sequence[Judged], metrics: Sequence[str]) -> MixReport:
     figures: dict[str, Estimate] = {}
     for metric in metrics:
         part, statistic = _measure(metric, judged)

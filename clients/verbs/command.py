@@ -356,42 +356,32 @@ def with_client(
     return run
 
 
-def print_error(
-    error: Exception,
-    args: argparse.Namespace | None = None,
-    hints: Mapping[str, str] = COMMAND_HINTS,
-) -> None:
+def print_error(error: Exception, args: argparse.Namespace | None = None) -> None:
     """Print an error as one line on standard error, with the names of flags.
 
     Args:
         error: The error that was raised.
         args: The flags that were given.
-        hints: Advice by the reason of an error.
     """
     with contextlib.suppress(OSError):
         print(end="", flush=True)
-    print(f"error: {_line_of(error, args or argparse.Namespace(), hints)}", file=sys.stderr)
+    print(f"error: {_line_of(error, args or argparse.Namespace())}", file=sys.stderr)
 
 
-def _line_of(error: Exception, args: argparse.Namespace, hints: Mapping[str, str]) -> str:
+def _line_of(error: Exception, args: argparse.Namespace) -> str:
     if isinstance(error, AnswerCutError):
         # The answer itself is visible, so report only how it ended.
         return error.message
     if isinstance(error, TurretRpcError):
-        return error.described(hint_of(error, args, hints), lambda field: as_typed(field, args))
+        key = error.reason or error.code.name
+        hint = hint_for(key, error.metadata, COMMAND_HINTS, **vars(args))
+        return error.described(hint, lambda field: as_typed(field, args))
     if isinstance(error, ArgumentError):
         return f"{as_typed(error.argument, args)}: {error.problem}"
     if isinstance(error, OSError) and error.strerror:
         named = "" if error.filename is None else f"{error.filename}: "
         return f"{named}{error.strerror}"
     return str(error)
-
-
-def hint_of(
-    error: TurretRpcError, args: argparse.Namespace, hints: Mapping[str, str] = COMMAND_HINTS
-) -> str:
-    """Advice on an error; empty if nothing is sure to help."""
-    return hint_for(error.reason or error.code.name, error.metadata, hints, **vars(args))
 
 
 def print_json(value: object) -> None:

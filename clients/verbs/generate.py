@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from turret.clients.client import TurretClient
-from turret.clients.errors import COMMAND_HINTS, AnswerCutError, TurretRpcError, UnavailableError
-from turret.clients.messages.fields import check_text
+from turret.clients.errors import AnswerCutError, TurretRpcError, UnavailableError
+from turret.clients.messages.fields import ArgumentValueError, check_text
 from turret.clients.messages.mix import AdapterWeight
 from turret.clients.messages.requests import GenerateOptions, Prompt
 from turret.clients.messages.results import Chunk
@@ -29,7 +29,6 @@ _HELP = """\
 /stats                                    what the last answer took
 /quit                                     leave, as Ctrl-D does
 Ctrl-C stops the answer, or leaves if there is none."""
-_CHAT_HINTS = {**COMMAND_HINTS, "ADAPTER_NOT_FOUND": "/adapters lists the registered adapters"}
 
 
 _SWITCH: Mapping[str, Any] = {"action": "store_true"}
@@ -58,7 +57,7 @@ def _generate(args: argparse.Namespace, client: TurretClient) -> None:
     prompt = _prompt(args)
     unseen = [name for name in _JSON_ONLY if getattr(args, name)]
     if unseen and not args.json:
-        raise ValueError(say("FLAG_NEEDS_JSON", flag=command.flag_of(unseen[0], args)))
+        raise ArgumentValueError(unseen[0], say("NEEDS_FIELD", other="--json"))
     if args.json:
         try:
             command.print_json(client.generate(prompt, timeout=args.timeout, **options))
@@ -95,7 +94,9 @@ def _prompt(args: argparse.Namespace) -> Prompt:
     if not text and (args.chat or args.system is not None):
         # A chat template would still make a prompt from an empty text, and the answer would not
         # end.
-        raise ValueError(say("STANDARD_INPUT_EMPTY" if args.prompt == "-" else "PROMPT_EMPTY"))
+        raise ArgumentValueError(
+            "prompt", say("STANDARD_INPUT_EMPTY" if args.prompt == "-" else "EMPTY")
+        )
     for name, given in (("PROMPT", text), ("--system", args.system or "")):
         check_text(name, given)
     if args.system is not None:
@@ -152,7 +153,7 @@ def _chat(args: argparse.Namespace, client: TurretClient) -> None:
                 if not sys.stdin.isatty():
                     # Without a terminal, nobody can retype the line.
                     raise
-                command.print_error(error, args, _CHAT_HINTS)
+                command.print_error(error, args)
     except (EOFError, KeyboardInterrupt):
         # Ctrl-C and Ctrl-D are usual ways to leave. Let the shell's prompt begin on a new line.
         print()

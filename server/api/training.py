@@ -25,7 +25,7 @@ from turret.server.api.tenants.reading import (
     check_loss,
     check_settings,
 )
-from turret.server.api.tenants.tenants import Model, Tenants
+from turret.server.api.tenants.tenants import TenantModel, Tenants
 from turret.server.api.violations import Violations
 from turret.server.basics.files import reporting_disk_faults
 from turret.server.errors import InvalidRequestError
@@ -209,12 +209,12 @@ class Training:
 
         return training_pb2.PublishModelResponse.FromString(await self._command(model, run))
 
-    def _model(self, model_id: str, call: Call) -> Model:
+    def _model(self, model_id: str, call: Call) -> TenantModel:
         owner = self._tenants.owner(call.party)
         return self._tenants.sessions.model(owner, model_id, is_numbered=False)
 
     async def _command(
-        self, model: Model, run: Callable[[], Awaitable[Result]], size: int = 0
+        self, model: TenantModel, run: Callable[[], Awaitable[Result]], size: int = 0
     ) -> bytes:
         """The result of a command, which runs to its end even if the caller is cancelled."""
         futures, session = self._tenants.futures, self._tenants.sessions.of(model)
@@ -305,7 +305,7 @@ def _read_datum(
 # Values to messages.
 
 
-def _model(model: Model) -> training_pb2.TrainedModel:
+def _model(model: TenantModel) -> training_pb2.TrainedModel:
     return training_pb2.TrainedModel(model_id=model.model_id, config=_config_message(model.config))
 
 

@@ -86,7 +86,7 @@ def checked_header(message: adapters_pb2.UploadAdapterRequest | None) -> adapter
         header.replace or not header.HasField("expected_generation"),
         "header.expected_generation",
         "NEEDS_FIELD",
-        other="header.replace",
+        other="replace",
     )
     check_template(header, violations, "header.chat_template")
     violations.check_count(len(header.files), MAX_UPLOAD_FILES, "header.files")

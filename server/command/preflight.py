@@ -97,11 +97,7 @@ def _noted(found: list[Violation], field: str) -> Iterator[None]:
         text = error.violations[0][1] if error.violations else error.message
         found.append(Violation(field, text_of(ValueError(text))))
     except OSError as error:
-        found.append(Violation(field, _unreadable(error.filename, error)))
-
-
-def _unreadable(path: object, error: OSError) -> Text:
-    return say("FILE_UNREADABLE", path=path, why=error.strerror)
+        found.append(Violation(field, unreadable(Path(error.filename), error)))
 
 
 def _device(config: ModelConfig) -> Iterator[Violation]:
@@ -231,7 +227,7 @@ def _state_dir(path: Path) -> Iterator[Violation]:
         except BlockingIOError:
             yield Violation(field, say("STATE_DIR_IN_USE", path=path))
         except OSError as error:
-            yield Violation(field, _unreadable(lock, error))
+            yield Violation(field, unreadable(lock, error))
 
 
 def _files(config: SecurityConfig) -> Iterator[Violation]:

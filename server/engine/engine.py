@@ -21,7 +21,7 @@ from turret.server.constraints.matcher import start_roomy
 from turret.server.engine.answer import Answer, AnswerMemory, AnswerText, Stream
 from turret.server.engine.loop import (
     BaseChange,
-    Change,
+    BaseSwap,
     EngineFailedError,
     EngineLoop,
     Outbox,
@@ -185,7 +185,7 @@ class Engine:
         self._loop.submit(answer)
         return answer.stream
 
-    def change_base(self, change: Change) -> Future[None]:
+    def change_base(self, change: BaseSwap) -> Future[None]:
         """Run ``change`` on the engine thread once no request runs; callable from any thread.
 
         Running requests finish first. Waiting requests continue afterwards, on the new weights.

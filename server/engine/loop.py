@@ -106,7 +106,7 @@ def _parts_of_the_base(mix: Mix) -> str:
 # A change of the base weights that waits until no request runs.
 
 
-Change = Callable[[], ChangedBase]
+BaseSwap = Callable[[], ChangedBase]
 
 
 class BaseChange:
@@ -120,7 +120,7 @@ class BaseChange:
             ends first. Cancelling it before the change begins withdraws the change.
     """
 
-    def __init__(self, change: Change) -> None:
+    def __init__(self, change: BaseSwap) -> None:
         self.outcome: Future[None] = Future()
         self._change = change
 

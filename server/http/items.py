@@ -13,7 +13,7 @@ from turret.server.http.asked import Asked, ToolUse
 from turret.server.http.choices import Choices, make_readers
 from turret.server.http.endpoint import Exchange
 from turret.server.http.refusals import Refusal, refusal_of
-from turret.server.http.tools.calls import CallBegun, Piece, Said, Thought
+from turret.server.http.tools.calls import AnswerPiece, CallBegun, Said, Thought
 from turret.v1 import inference_pb2
 
 Logprobs = list[dict[str, Any]]
@@ -88,7 +88,7 @@ class _Items:
         self._pending: Logprobs = []
         self._count = 0
 
-    def feed(self, pieces: Iterable[Piece], logprobs: Logprobs) -> list[Event]:
+    def feed(self, pieces: Iterable[AnswerPiece], logprobs: Logprobs) -> list[Event]:
         """The events for more pieces of the answer.
 
         Args:

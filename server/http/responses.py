@@ -35,7 +35,7 @@ async def respond(exchange: Exchange) -> None:
     message = asked.message
     if body.max_output_tokens is not None:
         message.stop.max_tokens = body.max_output_tokens
-        exchange.names["stop.max_tokens"] = "max_output_tokens"
+        exchange.names.update(ResponseRequest.names)
     message.options.logprobs = _wants_logprobs(body)
     message.options.top_n = body.top_logprobs or 0
     set_text_format(body.text.format, message, exchange.names, "text")

@@ -108,7 +108,13 @@ def convert(m: Module) -> MadeLora:
         weight = torch.cat((weight, bias.to(weight)[:, None]), dim=1)
     left = _left_vectors(weight, down, m.config.get("random_seed", 0), m.name)
     with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
-        means = KMeans(len(ups), init="random", n_init=1, max_iter=10, random_state=_CLUSTER_SEED)
+        means = KMeans(
+            len(ups),
+            init="random",
+            n_init=1,
+            max_iter=10,
+            random_state=_CLUSTER_SEED,  # pyright: ignore[reportArgumentType]
+        )
         labels = torch.from_numpy(means.fit_predict(left.numpy()))
     rows = [(labels == i).nonzero()[:, 0] for i in range(len(ups))]
     if [len(some) for some in rows] != [len(up) for up in ups]:

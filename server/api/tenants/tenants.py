@@ -51,7 +51,7 @@ _SHOWN_CHARS = 80
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Model:
+class TenantModel:
     """An adapter in training.
 
     Attributes:
@@ -93,7 +93,7 @@ class Model:
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Sampler:
+class SavedSampler:
     """Weights to sample from.
 
     Attributes:
@@ -139,8 +139,8 @@ class Session:
     lasts: float | None = None
     is_numbered: bool = True
     seen: float = field(default_factory=time.monotonic)
-    models: dict[str, Model] = field(default_factory=dict)
-    samplers: dict[str, Sampler] = field(default_factory=dict)
+    models: dict[str, TenantModel] = field(default_factory=dict)
+    samplers: dict[str, SavedSampler] = field(default_factory=dict)
 
 
 def unknown_model(model_id: str) -> TrainingNotFoundError:
@@ -200,7 +200,7 @@ class Sessions:
         session.seen = time.monotonic()
         return session
 
-    def models(self, owner: str, *, is_numbered: bool | None = None) -> list[Model]:
+    def models(self, owner: str, *, is_numbered: bool | None = None) -> list[TenantModel]:
         """All models of an owner, or those of one kind of sessions (see ``Session``)."""
         return [
             model
@@ -209,7 +209,7 @@ class Sessions:
             if model.owner == owner and is_numbered in (None, session.is_numbered)
         ]
 
-    def of(self, model: Model) -> Session:
+    def of(self, model: TenantModel) -> Session:
         """The session of a model that was just found."""
         return self._all[model.model_id.partition(":")[0]]
 
@@ -232,7 +232,7 @@ class Sessions:
             if not self._arriving[owner]:
                 del self._arriving[owner]
 
-    def model(self, owner: str, model_id: str, *, is_numbered: bool = True) -> Model:
+    def model(self, owner: str, model_id: str, *, is_numbered: bool = True) -> TenantModel:
         """A model, whose use counts as a sign of life.
 
         Args:
@@ -253,7 +253,7 @@ class Sessions:
         model.used = time.time()
         return model
 
-    def sampler(self, owner: str, sampler_id: str) -> Sampler:
+    def sampler(self, owner: str, sampler_id: str) -> SavedSampler:
         """A sampler, whose use counts as a sign of life.
 
         Raises:
@@ -269,7 +269,7 @@ class Sessions:
 
     def add_model(
         self, session: Session, number: int, config: LearnerConfig, metadata: dict[str, str]
-    ) -> Model:
+    ) -> TenantModel:
         """A new model; ``number`` identifies it within the session.
 
         Raises:
@@ -279,11 +279,13 @@ class Sessions:
         self._check_limit(owner, MAX_MODELS, "models in training", self.models(owner))
         model_id = f"{session.session_id}:train:{number}"
         log = CommandLog(self._futures, self._waiting_bytes)
-        model = Model(model_id=model_id, owner=owner, config=config, metadata=metadata, log=log)
+        model = TenantModel(
+            model_id=model_id, owner=owner, config=config, metadata=metadata, log=log
+        )
         session.models[model_id] = model
         return model
 
-    def add_sampler(self, session: Session, sampler: Sampler) -> None:
+    def add_sampler(self, session: Session, sampler: SavedSampler) -> None:
         """Add a sampler; if there are too many, close the least recently used one.
 
         A sampler that had the same id ends.
@@ -313,7 +315,7 @@ class Sessions:
         del session.samplers[oldest.sampler_id]
         self._withdraw(oldest)
 
-    def drop_model(self, model: Model) -> None:
+    def drop_model(self, model: TenantModel) -> None:
         """Forget a model. A running pass ends early, and any other running command completes."""
         session = self._all.get(model.model_id.partition(":")[0])
         if session is not None:
@@ -345,12 +347,12 @@ class Sessions:
             await asyncio.wait(self._ending)
 
     def _check_limit(
-        self, owner: str, most: int, what: str, found: Sequence[Session] | Sequence[Model]
+        self, owner: str, most: int, what: str, found: Sequence[Session] | Sequence[TenantModel]
     ) -> None:
         if sum(each.owner == owner for each in found) >= most:
             raise QueueFullError(say("TRAINING_LIMIT_REACHED", most=most, what=what))
 
-    async def _drop(self, model: Model) -> None:
+    async def _drop(self, model: TenantModel) -> None:
         model.log.abandon()
         # Drop the adapter now: this ends a running pass, which could take hours.
         await self._drop_learner(model)
@@ -360,11 +362,11 @@ class Sessions:
         if model.inflight and self._gate.is_open:
             await self.training().withdraw(model.inflight)
 
-    async def _drop_learner(self, model: Model) -> None:
+    async def _drop_learner(self, model: TenantModel) -> None:
         if model.learner is not None and self._gate.is_open:
             await self.training().drop(model.learner)
 
-    def _withdraw(self, sampler: Sampler) -> None:
+    def _withdraw(self, sampler: SavedSampler) -> None:
         if sampler.is_own and self._gate.is_open:
             self._later(self._withdrawn(sampler.adapter))
 
@@ -485,7 +487,7 @@ class Tenants:
 
     async def save(
         self,
-        model: Model,
+        model: TenantModel,
         kind: str,
         name: str,
         *,
@@ -517,7 +519,7 @@ class Tenants:
             draft = replace(draft, expires=draft.time + ttl_seconds)
         return await self.checkpoints.save(draft, write, overwrite=overwrite)
 
-    async def load(self, model: Model, path: str, *, with_optimizer: bool) -> Checkpoint:
+    async def load(self, model: TenantModel, path: str, *, with_optimizer: bool) -> Checkpoint:
         """Continue a model from a checkpoint.
 
         Raises:
@@ -535,7 +537,7 @@ class Tenants:
         await training.load(model.number, folder, with_optimizer=with_optimizer)
         return checkpoint
 
-    async def publish(self, model: Model) -> Published:
+    async def publish(self, model: TenantModel) -> Published:
         """Register the present weights as the next generation of ``model.inflight``."""
         self.check_disk(model.owner)
         model.inflight = model.adapter

@@ -581,8 +581,8 @@ class Scheduler:
         most = max(holding, key=lambda s: places[s.tenant], default=None)
         if most is not None and waiting.tenant and places[most.tenant] > own + 1:
             return most
-        # Take nothing from a mix that holds as few as the waiting one, nor from another tenant that
-        # holds as few.
+        # Take a place only from a mix, and only from another tenant, that holds more places than
+        # the waiting one.
         richer = [
             s
             for s in holding

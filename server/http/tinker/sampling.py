@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from turret.server.api.call import Call
 from turret.server.api.inference_answers import converted, together
 from turret.server.api.tenants.futures import Future, Result
-from turret.server.api.tenants.tenants import Sampler
+from turret.server.api.tenants.tenants import SavedSampler
 from turret.server.basics.codes import Code
 from turret.server.basics.work import turret_error
 from turret.server.errors import (
@@ -40,7 +40,7 @@ async def create_sampler(state: TinkerState, exchange: Exchange, body: CreateSam
     session = state.session(exchange, body.session_id)
     sampler_id = f"{session.session_id}:sample:{body.sampling_session_seq_id}"
     if sampler_id not in session.samplers:
-        sampler = Sampler(sampler_id=sampler_id, owner=owner, path=body.model_path)
+        sampler = SavedSampler(sampler_id=sampler_id, owner=owner, path=body.model_path)
         if body.model_path is not None:
             checkpoint = state.tenants.checkpoints.find(owner, body.model_path)
             name = f"training/{session.session_id}/s{body.sampling_session_seq_id}"
@@ -109,7 +109,7 @@ async def sample(state: TinkerState, exchange: Exchange, body: Sample) -> Json:
     return {"request_id": request_id, "sample_sequence_ids": future.sequence_ids}
 
 
-def _message(sampler: Sampler, body: Sample) -> inference_pb2.GenerateRequest:
+def _message(sampler: SavedSampler, body: Sample) -> inference_pb2.GenerateRequest:
     """The request for one sequence."""
     params = body.sampling_params
     message = inference_pb2.GenerateRequest()
@@ -148,7 +148,7 @@ class _Samples:
     """Samples some sequences for one request."""
 
     state: TinkerState
-    sampler: Sampler
+    sampler: SavedSampler
     body: Sample
     message: inference_pb2.GenerateRequest
     call: Call

@@ -9,7 +9,7 @@ from typing import Any
 
 from turret.server.api.services import Services
 from turret.server.api.tenants.futures import Future, Result
-from turret.server.api.tenants.tenants import Model, Session
+from turret.server.api.tenants.tenants import Session, TenantModel
 from turret.server.basics.codes import Code
 from turret.server.basics.names import BASE
 from turret.server.errors import InvalidRequestError, TrainingNotFoundError
@@ -83,7 +83,7 @@ class TinkerState:
     def command(
         self,
         exchange: Exchange,
-        model: Model,
+        model: TenantModel,
         number: int,
         run: Callable[[], Awaitable[Result]],
         size: int = 0,

@@ -9,7 +9,7 @@ from typing import Any
 from turret.closest import closest
 from turret.server.api.tenants.checkpoints import Checkpoint
 from turret.server.api.tenants.futures import Future, Result
-from turret.server.api.tenants.tenants import Model, Sampler
+from turret.server.api.tenants.tenants import SavedSampler, TenantModel
 from turret.server.basics.codes import Code
 from turret.server.errors import InvalidRequestError
 from turret.server.http.endpoint import Exchange, Json
@@ -25,7 +25,7 @@ from turret.server.words import say
 METHOD_NOTE, _OWN_NOTES = "turret.method", "turret."
 _SHOWN_CHARS = 40
 
-Work = Callable[[TinkerState, Model, Any], Awaitable[Result]]
+Work = Callable[[TinkerState, TenantModel, Any], Awaitable[Result]]
 
 
 def _promise(future: Future, model_id: str) -> Json:
@@ -86,7 +86,7 @@ async def create_model(state: TinkerState, exchange: Exchange, body: schemas.Cre
         unembed=lora.train_unembed,
     )
 
-    async def begin(model: Model) -> Result:
+    async def begin(model: TenantModel) -> Result:
         return Result.of(model_id=model.model_id, type="create_model")
 
     return await _create(state, exchange, body, config, begin)
@@ -97,7 +97,7 @@ async def _create(
     exchange: Exchange,
     body: schemas.CreateModel | schemas.LoadWeights,
     config: LearnerConfig,
-    begin: Callable[[Model], Awaitable[Result]],
+    begin: Callable[[TenantModel], Awaitable[Result]],
 ) -> Json:
     """Add a model to a session; its first command creates it.
 
@@ -193,7 +193,7 @@ async def forward_backward(state: TinkerState, exchange: Exchange) -> Json:
     return _promise(future, model.model_id)
 
 
-async def optim_step(state: TinkerState, model: Model, body: schemas.OptimStep) -> Result:
+async def optim_step(state: TinkerState, model: TenantModel, body: schemas.OptimStep) -> Result:
     """Change a model's weights by the gradients since the last step."""
     adam = AdamParams(**body.adam_params.model_dump())
     metrics = await state.tenants.sessions.training().step(model.number, adam)
@@ -205,7 +205,7 @@ async def optim_step(state: TinkerState, model: Model, body: schemas.OptimStep) 
 
 async def _save(
     state: TinkerState,
-    model: Model,
+    model: TenantModel,
     kind: str,
     body: schemas.SaveWeights | schemas.SaveForSampler | schemas.SaveExternal,
     *,
@@ -221,20 +221,22 @@ async def _save(
     )
 
 
-async def save_weights(state: TinkerState, model: Model, body: schemas.SaveWeights) -> Result:
+async def save_weights(state: TinkerState, model: TenantModel, body: schemas.SaveWeights) -> Result:
     """Save a model with its optimizer, to continue from later."""
     saved = await _save(state, model, "weights", body, overwrite=body.overwrite)
     return Result.of(path=saved.path, type="save_weights")
 
 
-async def save_external(state: TinkerState, model: Model, body: schemas.SaveExternal) -> Result:
+async def save_external(
+    state: TinkerState, model: TenantModel, body: schemas.SaveExternal
+) -> Result:
     """Save a model's weights for download."""
     saved = await _save(state, model, "external_weights", body)
     return Result.of(path=saved.path, size_bytes=saved.size, type="save_weights_external")
 
 
 async def save_for_sampler(
-    state: TinkerState, model: Model, body: schemas.SaveForSampler
+    state: TinkerState, model: TenantModel, body: schemas.SaveForSampler
 ) -> Result:
     """Save a model's weights for sampling, or make a sampler of them without saving."""
     if body.sampling_session_seq_id is None:
@@ -245,11 +247,13 @@ async def save_for_sampler(
     return Result.of(path=path, sampling_session_id=sampler_id, type=kind)
 
 
-async def _snapshot(state: TinkerState, model: Model, body: schemas.SaveForSampler) -> Sampler:
+async def _snapshot(
+    state: TinkerState, model: TenantModel, body: schemas.SaveForSampler
+) -> SavedSampler:
     """A sampler with a model's present weights, or one that always uses its newest ones."""
     session_id = model.model_id.partition(":")[0]
     session = state.tenants.sessions.find(model.owner, session_id)
-    sampler = Sampler(
+    sampler = SavedSampler(
         sampler_id=f"{session_id}:sample:{body.sampling_session_seq_id}",
         owner=model.owner,
         adapter=model.adapter,
@@ -279,12 +283,12 @@ async def load_weights(state: TinkerState, exchange: Exchange) -> Json:
         state.check_base(body.base_model)
     config = state.tenants.checkpoints.find(state.owner(exchange), body.path).config
 
-    async def begin(model: Model) -> Result:
+    async def begin(model: TenantModel) -> Result:
         return await _load(state, model, body)
 
     return await _create(state, exchange, body, config, begin)
 
 
-async def _load(state: TinkerState, model: Model, body: schemas.LoadWeights) -> Result:
+async def _load(state: TinkerState, model: TenantModel, body: schemas.LoadWeights) -> Result:
     checkpoint = await state.tenants.load(model, body.path, with_optimizer=body.optimizer)
     return Result.of(path=checkpoint.path, model_id=model.model_id, type="load_weights")

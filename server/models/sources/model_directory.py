@@ -7,7 +7,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,6 +15,7 @@ from turret.server.basics.files import why_lfs_pointer
 from turret.server.basics.names import HubId
 from turret.server.errors import HubError, HubUnavailableError, InvalidRequestError
 from turret.server.hub import Repository, cache_dir, cached_repository, download, find_repository
+from turret.server.log import OnProgress
 from turret.server.models import families
 from turret.server.words import Text, say
 
@@ -290,9 +291,6 @@ _SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
 _CONFIG = "config.json"
 _ADAPTER_CONFIG = "adapter_config.json"
 
-# Called with (description, done, total).
-Progress = Callable[[str, int, int], None]
-
 
 def hub_model_id(model: Path) -> HubId | None:
     """The hub model that ``--model`` refers to; None if it is a path on this machine."""
@@ -334,7 +332,7 @@ def cached_model(hub_id: HubId) -> Path:
     return folder
 
 
-def fetch_hub_model(hub_id: HubId, progress: Progress) -> tuple[Path, str]:
+def fetch_hub_model(hub_id: HubId, progress: OnProgress) -> tuple[Path, str]:
     """Fetch a model's files to the hub's cache.
 
     Args:
@@ -408,7 +406,7 @@ def _weights(repository: Repository, folder: Path) -> list[str]:
     return names
 
 
-def _download(repository: Repository, names: list[str], progress: Progress) -> None:
+def _download(repository: Repository, names: list[str], progress: OnProgress) -> None:
     what = f"Downloading {repository.id.repository} (MiB)"
     folder = cache_dir() / repository.id.snapshot
     missing = [name for name in names if not (folder / name).is_file()]

@@ -93,7 +93,7 @@ def _refuse_mix(_request: object, context: grpc.ServicerContext) -> None:
     [
         (MergeActiveError("a merge is active"), HINTS["MERGE_ACTIVE"]),
         (AdapterClassifiesError("trained to classify"), HINTS["ADAPTER_CLASSIFIES"]),
-        (HeadMissingError("no head"), HINTS["HEAD_MISSING"]),
+        (HeadMissingError("no head"), ""),
         (ServiceElsewhereError("it is elsewhere"), HINTS["SERVICE_ELSEWHERE"]),
         (AdapterBusyError("is held", metadata={"adapter": "sql"}), HINTS["ADAPTER_BUSY"]),
         (
@@ -119,8 +119,7 @@ def test_an_error_ends_with_the_command_to_run_next(
 def test_both_tables_have_a_hint_for_the_same_reasons():
     assert HINTS.keys() == OF_PYTHON.keys()
     reasons = {kind.reason for kind in vars(errors).values() if hasattr(kind, "reason")}
-    codes = {"UNIMPLEMENTED"}
-    assert HINTS.keys() <= reasons | codes | UNREACHED | {"REQUEST_TOO_LARGE", "ANSWER_TOO_LARGE"}
+    assert HINTS.keys() <= reasons | UNREACHED | {"REQUEST_TOO_LARGE", "ANSWER_TOO_LARGE"}
 
 
 @pytest.mark.parametrize("verb", [("generate", "a"), ("health",)])
@@ -165,7 +164,7 @@ def _abort(context: grpc.ServicerContext, error: TurretError) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argument", "said"), [("", say("PROMPT_EMPTY")), ("-", say("STANDARD_INPUT_EMPTY"))]
+    ("argument", "said"), [("", say("EMPTY")), ("-", say("STANDARD_INPUT_EMPTY"))]
 )
 @pytest.mark.parametrize("flags", [("--chat",), ("--system", "a")])
 def test_an_empty_chat_is_refused(
@@ -173,7 +172,7 @@ def test_an_empty_chat_is_refused(
 ):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     code, out, err = run("generate", *flags, argument)
-    assert (code, out, err) == (2, "", f"error: {said}\n")
+    assert (code, out, err) == (2, "", f"error: PROMPT: {said}\n")
 
 
 @pytest.mark.parametrize("flag", ["--answers", "--plot"])

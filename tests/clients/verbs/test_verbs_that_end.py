@@ -44,7 +44,7 @@ def test_chat_remembers_turns_and_switches_adapters(run: Run, server: FakeTurret
     code, out, err = run("chat", "--temperature", "0")
     assert code == 0
     missing, unknown = err.splitlines()
-    assert missing.startswith("error: NOT_FOUND (ADAPTER_NOT_FOUND): no adapter nope; /adapters ")
+    assert missing.startswith("error: NOT_FOUND (ADAPTER_NOT_FOUND): no adapter nope")
     assert "/nonsense" in unknown
     first, second, third = server.inference.requests
     said = [(m.role, m.content) for m in second.chat.messages]

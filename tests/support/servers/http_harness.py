@@ -22,7 +22,6 @@ from turret.server.api.services import Services
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http.server import HttpServer
 from turret.server.metrics import Metrics
-from turret.server.training.service import TrainingService
 
 NOTHING: Mapping[str, str] = {}
 ANSWER_SECONDS = 20.0
@@ -126,7 +125,7 @@ async def http_harness(
     serving: bool = True,
     most_connections: int = MOST_CONNECTIONS,
     registry: Any = None,
-    training: TrainingService | None = None,
+    training: Any = None,
     training_dir: Path | None = None,
 ) -> AsyncIterator[HttpHarness]:
     """A server on a free port, serving fakes; its registry may be a real one.

@@ -21,7 +21,6 @@ from turret.server.api.services import Services
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.metrics import Metrics
 from turret.server.rpc.server import RpcServer
-from turret.server.training.service import TrainingService
 from turret.v1 import adapters_pb2_grpc, inference_pb2_grpc, training_pb2_grpc
 
 
@@ -67,7 +66,7 @@ async def harness(
     merger: FakeMerger | None = None,
     fuser: Any = None,
     most_connections: int = MOST_CONNECTIONS,
-    training: TrainingService | None = None,
+    training: Any = None,
     training_dir: Path | None = None,
     backend: Backend | None = None,
 ) -> AsyncIterator[Harness]:
