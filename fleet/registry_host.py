@@ -117,10 +117,10 @@ class RegistryHost(Channel):
 
     def call(self, wait_seconds: float, method: str, *arguments: Any) -> Any:
         """Calls a method of ``FleetRegistry``, which gets the time as its last argument."""
-        end = time.monotonic() + wait_seconds
+        end, called = time.monotonic() + wait_seconds, getattr(self._registry, method)
         with self._changed:
             try:
-                result = getattr(self._registry, method)(*arguments, time.monotonic())
+                result = called(*arguments, time.monotonic())
             finally:
                 # Other callers may be waiting for what this call has changed.
                 self._changed.notify_all()
@@ -128,7 +128,7 @@ class RegistryHost(Channel):
                 return self._news(arguments[0], result, end)
             while method == "outcome" and result is None and not self._is_over(end):
                 self._changed.wait(end - time.monotonic())
-                result = self._registry.outcome(*arguments, time.monotonic())
+                result = called(*arguments, time.monotonic())
             return result
 
     def _news(self, report: p.Report, news: p.News, end: float) -> p.News:
