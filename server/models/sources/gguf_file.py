@@ -467,16 +467,13 @@ def read_gguf_tokenizer(path: Path, fields: Mapping[str, Any], layout: GgufLayou
     if is_bytes and pre not in _KNOWN:
         raise refuse(path, "GGUF_TOKENIZER_UNSUPPORTED", pre=pre)
     kind: Any = AutoTokenizer if layout.tokenizer == "auto" else PreTrainedTokenizerFast
-    tokenizer = kind.from_pretrained(path.parent, gguf_file=path.name, **_bos_rule(fields))
+    # Older files of Llama 3 and Mistral Nemo lack the rule.
+    lacks_bos = "tokenizer.ggml.add_bos_token" not in fields and fields.get(_PRE) in _WITH_BOS
+    rule = {"add_bos_token": True} if lacks_bos else {}
+    tokenizer = kind.from_pretrained(path.parent, gguf_file=path.name, **rule)
     if is_bytes and pre in _AS_LLAMA3:
         _split_as_llama3(tokenizer)
     return tokenizer
-
-
-def _bos_rule(fields: Mapping[str, object]) -> dict[str, bool]:
-    """Add the BOS rule that older files of Llama 3 and Mistral Nemo lack."""
-    is_silent = "tokenizer.ggml.add_bos_token" not in fields
-    return {"add_bos_token": True} if is_silent and fields.get(_PRE) in _WITH_BOS else {}
 
 
 def _split_as_llama3(tokenizer: Any) -> None:

@@ -364,7 +364,8 @@ def _describe(hub_id: HubId) -> tuple[Repository, Path]:
         raise _refuse(say("HUB_CACHE_INCOMPLETE", model=hub_id))
     if _CONFIG not in files:
         raise _refuse(_what_else(hub_id, files))
-    _check_weights(hub_id, files)
+    if {WEIGHTS, INDEX}.isdisjoint(files):
+        raise _refuse(say("MODEL_HAS_NO_WEIGHTS", model=hub_id, file=WEIGHTS))
     if not has_tokenizer(files):
         raise _refuse(say("NO_TOKENIZER", model=hub_id))
     wanted = [name for name in (_CONFIG, INDEX) if name in files]
@@ -380,11 +381,6 @@ def _what_else(hub_id: HubId, files: Mapping[str, int]) -> Text:
     if ggufs:
         return say("MODEL_IS_GGUF", model=hub_id, file=ggufs[0])
     return say("MODEL_HAS_NO_CONFIG", model=hub_id)
-
-
-def _check_weights(hub_id: HubId, files: Iterable[str]) -> None:
-    if {WEIGHTS, INDEX}.isdisjoint(files):
-        raise _refuse(say("MODEL_HAS_NO_WEIGHTS", model=hub_id, file=WEIGHTS))
 
 
 def _small(files: Iterable[str]) -> list[str]:

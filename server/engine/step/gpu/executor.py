@@ -31,8 +31,7 @@ from turret.server.engine.step.batch import (
     StepRows,
     StepScalings,
     added_logits,
-    changed_embeddings,
-    changed_heads,
+    changed_rows,
     collect_decode_rows,
     collect_rows,
     decode_spans,
@@ -455,10 +454,10 @@ class GpuExecutor(Executor[GpuDecoder, GpuStore]):
             adapters=adapters,
             soft=rows.soft.on(device),
             added=rows.added.on(device),
-            embeddings=changed_embeddings(its_rows, self.store, device),
+            embeddings=changed_rows(its_rows, self.store, device, "embedding"),
         )
         hidden, logits = self._body(tables, inputs)()
-        heads = changed_heads(drawn, self.store, device)
+        heads = changed_rows(drawn, self.store, device, "head")
         self._change_heads(hidden.index_select(0, inputs.sample_rows), logits, heads, tables)
         return hidden, logits
 
@@ -567,7 +566,7 @@ class GpuExecutor(Executor[GpuDecoder, GpuStore]):
         adapters = tuple(members.values())
         self.store.prepare(adapters)
         its_rows = [(sequence, range(row, row + 1)) for row, sequence in enumerate(sequences)]
-        embeddings = changed_embeddings(its_rows, self.store, self._decoder.device)
+        embeddings = changed_rows(its_rows, self.store, self._decoder.device, "embedding")
         step, runs, self._bound = None, runs_of(its_rows), None
         if adapters:
             bucket = next(size for size in self._buckets if size >= len(sequences))
@@ -581,6 +580,6 @@ class GpuExecutor(Executor[GpuDecoder, GpuStore]):
             self.store.version,
             step,
             embeddings,
-            changed_heads(its_rows, self.store, self._decoder.device),
+            changed_rows(its_rows, self.store, self._decoder.device, "head"),
         )
         return self._bound
