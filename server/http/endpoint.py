@@ -252,7 +252,7 @@ def _num_containers(data: bytes) -> int:
 
 
 def _too_large() -> HttpRefusal:
-    return HttpRefusal(413, Code.INVALID_ARGUMENT, say("REQUEST_TOO_LARGE", most=MAX_BODY_BYTES))
+    return HttpRefusal(413, say("REQUEST_TOO_LARGE", most=MAX_BODY_BYTES))
 
 
 INFERENCE, ADAPTERS = "turret.v1.Inference", "turret.v1.Adapters"
@@ -306,7 +306,7 @@ class Exchange:
         # Browsers let a page of another origin send other media types without a preflight request.
         # For JSON they require a preflight, which --http-cors-origin answers.
         if self.media_type != "application/json":
-            raise HttpRefusal(415, Code.INVALID_ARGUMENT, say("UNSUPPORTED_MEDIA_TYPE"))
+            raise HttpRefusal(415, say("UNSUPPORTED_MEDIA_TYPE"))
         data = await self.read_body()
         if len(data) <= _INLINE_BYTES:
             self._sent = read(model, parse(data))
@@ -333,7 +333,7 @@ class Exchange:
                         return bytes(parts)
         except TimeoutError:
             text = say("REQUEST_TIMEOUT", seconds=round(BODY_SECONDS))
-            raise HttpRefusal(408, Code.DEADLINE_EXCEEDED, text) from None
+            raise HttpRefusal(408, text) from None
 
     def take_body(self) -> Sent[Any]:
         """Return the sent object and drop it here, so that nothing else keeps it in memory."""
@@ -491,18 +491,18 @@ def _authorization(headers: Mapping[str, str]) -> str | None:
 def _check_head(scope: Scope, headers: Headers) -> None:
     size = len(scope["raw_path"]) + len(scope["query_string"])
     if size + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD_BYTES:
-        raise HttpRefusal(431, Code.INVALID_ARGUMENT, say("HEAD_TOO_LARGE", most=MAX_HEAD_BYTES))
+        raise HttpRefusal(431, say("HEAD_TOO_LARGE", most=MAX_HEAD_BYTES))
     # Reject duplicates: a proxy in front may have checked the other one of two headers.
     for name in ("authorization", "x-api-key", "host"):
         if len(headers.getlist(name)) > 1:
             text = say("DUPLICATE_HEADER", header=name)
-            raise HttpRefusal(400, Code.INVALID_ARGUMENT, text)
+            raise HttpRefusal(400, text)
     if (key := headers.get("x-api-key")) and bearer_token(_authorization(headers) or "") != key:
         text = say("DUPLICATE_HEADER", header="authorization or x-api-key")
-        raise HttpRefusal(400, Code.INVALID_ARGUMENT, text)
+        raise HttpRefusal(400, text)
     # RFC 9112, section 3.2.
     if "host" not in headers and scope["http_version"] == "1.1":
-        raise HttpRefusal(400, Code.INVALID_ARGUMENT, say("HOST_MISSING"))
+        raise HttpRefusal(400, say("HOST_MISSING"))
 
 
 def _peer(scope: Scope) -> str:

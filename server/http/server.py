@@ -24,7 +24,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from turret.server.api.call import REQUEST_ID_KEY, request_id_of
 from turret.server.api.services import Services
-from turret.server.basics.codes import Code
 from turret.server.basics.settings import split_address
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http.connection import Connection, Listener, tls_context
@@ -65,7 +64,7 @@ class HostCheck:
             await self._app(scope, receive, send)
             return
         text = say("UNKNOWN_HOST", host=host[:_SHOWN_CHARS])
-        refused = _response(HttpRefusal(421, Code.PERMISSION_DENIED, text))
+        refused = _response(HttpRefusal(421, text))
         await refused(scope, receive, send)
 
     def _passes(self, host: str) -> bool:
@@ -135,8 +134,7 @@ async def no_route(apart: Collection[str], request: Request, error: Exception) -
         meant = _meant(request)
         closest = {"closest": meant} if meant else {}
         text = say("UNKNOWN_URL", method=method, path=path, **closest)
-    code = Code.NOT_FOUND if error.status_code == 404 else Code.UNIMPLEMENTED
-    return _response(HttpRefusal(error.status_code, code, text), headers)
+    return _response(HttpRefusal(error.status_code, text), headers)
 
 
 def _meant(request: Request) -> str:

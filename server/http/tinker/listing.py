@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from turret.server.api.tenants.checkpoints import KINDS, Checkpoint
-from turret.server.basics.codes import Code
 from turret.server.http.endpoint import Exchange, Json
 from turret.server.http.refusals import HttpRefusal
 from turret.server.http.tinker.schemas import OfPath, Ttl
@@ -131,7 +130,7 @@ async def get_run(state: TinkerState, exchange: Exchange) -> Json:
         if run.run_id == wanted:
             return _run_json(state, run)
     text = say("TRAINED_MODEL_NOT_FOUND", model=wanted[:80])
-    raise HttpRefusal(404, Code.NOT_FOUND, text)
+    raise HttpRefusal(404, text)
 
 
 async def list_run_checkpoints(state: TinkerState, exchange: Exchange) -> Json:
@@ -212,7 +211,7 @@ async def download(state: TinkerState, exchange: Exchange) -> None:
         found = await asyncio.to_thread(_files, link.folder)
         files = [(info, path) for info, path in found if link.name in ("", info.name)]
     if link is None or not files:
-        raise HttpRefusal(404, Code.NOT_FOUND, say("RESULT_GONE"))
+        raise HttpRefusal(404, say("RESULT_GONE"))
     if link.name:
         ((info, path),) = files
         size, parts, kind = info.size, _content(path, info.size), "application/octet-stream"

@@ -10,7 +10,6 @@ from typing import Any
 from turret.server.api.services import Services
 from turret.server.api.tenants.futures import Future, Result
 from turret.server.api.tenants.sessions import Model, Session
-from turret.server.basics.codes import Code
 from turret.server.basics.names import BASE
 from turret.server.errors import InvalidRequestError, TrainingNotFoundError
 from turret.server.http.endpoint import Exchange
@@ -78,7 +77,7 @@ class TinkerState:
         """
         if name not in (BASE, self.tenants.info().name):
             text = say("NO_SUCH_MODEL", model=name[:_SHOWN_CHARS])
-            raise HttpRefusal(404, Code.NOT_FOUND, text)
+            raise HttpRefusal(404, text)
 
     def command(
         self,
@@ -105,12 +104,12 @@ class TinkerState:
 def session_gone(session_id: str) -> HttpRefusal:
     """The error for a session that has ended. Its status makes clients stop their heartbeats."""
     text = say("SESSION_NOT_FOUND", session=session_id[:_SHOWN_CHARS])
-    return HttpRefusal(410, Code.NOT_FOUND, text)
+    return HttpRefusal(410, text)
 
 
 def gone() -> HttpRefusal:
     """The error for a result that does not exist or is no longer kept."""
-    return HttpRefusal(410, Code.NOT_FOUND, say("RESULT_GONE"))
+    return HttpRefusal(410, say("RESULT_GONE"))
 
 
 def number_of(raw: Any, path: str = "seq_id") -> int:

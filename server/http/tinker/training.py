@@ -10,7 +10,6 @@ from turret.closest import closest
 from turret.server.api.tenants.checkpoints import Checkpoint
 from turret.server.api.tenants.futures import Future, Result
 from turret.server.api.tenants.sessions import Model, Sampler
-from turret.server.basics.codes import Code
 from turret.server.errors import InvalidRequestError
 from turret.server.http.endpoint import Exchange, Json
 from turret.server.http.refusals import HttpRefusal
@@ -167,7 +166,7 @@ async def forward_backward(state: TinkerState, exchange: Exchange) -> Json:
     """Compute losses and, unless told otherwise, their gradients."""
     if exchange.media_type != wire.PROTOBUF:
         text = say("NOT_A_MESSAGE_TYPE", wanted=wire.PROTOBUF)
-        raise HttpRefusal(415, Code.INVALID_ARGUMENT, text)
+        raise HttpRefusal(415, text)
     body = await exchange.read_body()
     tenants, tenant = state.tenants, exchange.call.tenant
     info, training = tenants.info(), tenants.sessions.training()
@@ -207,7 +206,7 @@ async def _save(
     state: TinkerState,
     model: Model,
     kind: str,
-    body: schemas.SaveWeights | schemas.SaveForSampler | schemas.SaveExternal,
+    body: schemas.Save,
     *,
     overwrite: bool = False,
 ) -> Checkpoint:
