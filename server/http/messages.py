@@ -17,8 +17,8 @@ from turret.server.http.asked import (
     set_text_format,
     tools_of,
 )
+from turret.server.http.choices import Dialect, Event, Item, Kind, answer_in_items
 from turret.server.http.endpoint import Exchange, Json
-from turret.server.http.items import Dialect, Event, Item, Kind, answer_in_items
 from turret.server.http.refusals import Refusal
 from turret.server.http.schemas.requests import CountRequest, MessagesRequest
 from turret.server.http.tools.calls import CallBegun, Said, Thought

@@ -248,7 +248,7 @@ def application(listen: ListenConfig, services: Services) -> Starlette:
     if services.tenants is not None:
         # Imported here because the import takes time, and few servers train.
         from turret.server.http.tinker.routes import routes
-        from turret.server.http.tinker.state import TinkerState
+        from turret.server.http.tinker.sessions import TinkerState
 
         served += routes(TinkerState(services))
     document = Route("/openapi.json", sender(served, has_tokens=has_tokens), is_hidden=True)

@@ -16,7 +16,7 @@ from turret.server.api.tenants.checkpoints import KINDS, Checkpoint
 from turret.server.http.endpoint import Exchange, Json
 from turret.server.http.refusals import HttpRefusal
 from turret.server.http.tinker.schemas import OfPath, Ttl
-from turret.server.http.tinker.state import Link, TinkerState
+from turret.server.http.tinker.sessions import Link, TinkerState
 from turret.server.words import say
 
 _MOST_LISTED = 100

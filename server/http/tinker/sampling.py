@@ -21,7 +21,7 @@ from turret.server.errors import (
 from turret.server.http.choices import blamed_on
 from turret.server.http.endpoint import Exchange, Json
 from turret.server.http.tinker.schemas import CreateSampler, Sample
-from turret.server.http.tinker.state import TinkerState, session_gone
+from turret.server.http.tinker.sessions import TinkerState, session_gone
 from turret.server.http.tinker.wire import PROTOBUF, result_of_samples
 from turret.server.words import say
 from turret.v1 import adapters_pb2, inference_pb2

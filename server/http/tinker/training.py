@@ -15,7 +15,7 @@ from turret.server.http.endpoint import Exchange, Json
 from turret.server.http.refusals import HttpRefusal
 from turret.server.http.schemas.fields import Body, Sent, wrong_type
 from turret.server.http.tinker import schemas, wire
-from turret.server.http.tinker.state import TinkerState, gone, number_of
+from turret.server.http.tinker.sessions import TinkerState, gone, number_of
 from turret.server.training.trainer import AdamParams, LearnerConfig
 from turret.server.words import say
 
