@@ -137,9 +137,6 @@ class _Message(Dialect):
         self.whole |= {"content": self._content, **ended, **more}
         return [("message_delta", {"delta": ended, **more}), ("message_stop", {})]
 
-    def fail(self, refusal: Refusal) -> list[Event]:
-        return []
-
 
 def _block(item: Item) -> dict[str, Any]:
     """The block of an item, without its content."""
