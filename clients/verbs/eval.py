@@ -129,8 +129,7 @@ def judge(
         except UnavailableError as error:
             if done is None:
                 raise
-            text = say("EVALUATION_CUT", done=extent())
-            raise command.UnfinishedAnswerError(text) from error
+            raise command.UnfinishedAnswerError(say("EVALUATION_CUT", done=extent())) from error
     args.stopped = ""
     return reports
 

@@ -43,8 +43,7 @@ _LONG_NAMES = {
 async def upload(exchange: Exchange) -> None:
     """Upload an adapter's files as a tar archive, and register it."""
     if exchange.media_type != ARCHIVE:
-        text = say("NOT_AN_ARCHIVE_TYPE", wanted=ARCHIVE)
-        raise HttpRefusal(415, text)
+        raise HttpRefusal(415, say("NOT_AN_ARCHIVE_TYPE", wanted=ARCHIVE))
     header = _header(exchange.request.query_params)
     exchange.names.update(name="lora_name", pinned="pinned", replace="load_inplace")
     archive = _Archive(exchange.request.receive)

@@ -113,8 +113,7 @@ async def complete(exchange: Exchange) -> None:
         raise InvalidRequestError.of("stream", say("NEEDS_FIELD", other="max_tokens"))
     count = len(prompts) * asked.num_choices
     if count > MAX_ANSWERS:
-        why = say("TOO_MANY_ANSWERS", most=MAX_ANSWERS, found=count)
-        raise InvalidRequestError.of("n", why)
+        raise InvalidRequestError.of("n", say("TOO_MANY_ANSWERS", most=MAX_ANSWERS, found=count))
     answer_id = f"cmpl-{exchange.call.request_id}"
     whole = head(answer_id, "text_completion", asked.model, info)
     if is_scored:

@@ -331,8 +331,7 @@ class Exchange:
                     if not message.get("more_body", False):
                         return bytes(parts)
         except TimeoutError:
-            text = say("REQUEST_TIMEOUT", seconds=round(BODY_SECONDS))
-            raise HttpRefusal(408, text) from None
+            raise HttpRefusal(408, say("REQUEST_TIMEOUT", seconds=round(BODY_SECONDS))) from None
 
     def take_body(self) -> Sent[Any]:
         """Return the sent object and drop it here, so that nothing else keeps it in memory."""
@@ -462,8 +461,7 @@ class Endpoint:
         except asyncio.CancelledError:
             # The listener is stopping. Nothing else waits for this task, so report it to the
             # client.
-            why = UnavailableError(say("REQUEST_ENDED"))
-            return Code.CANCELLED, refusal_of(why)
+            return Code.CANCELLED, refusal_of(UnavailableError(say("REQUEST_ENDED")))
         except Exception as error:
             refusal = refusal_of(error, exchange.names)
             said = refusal.body["error"]
@@ -494,8 +492,7 @@ def _check_head(request: Request) -> None:
         if len(headers.getlist(name)) > 1:
             raise HttpRefusal(400, say("DUPLICATE_HEADER", header=name))
     if (key := headers.get("x-api-key")) and bearer_token(_authorization(headers) or "") != key:
-        text = say("DUPLICATE_HEADER", header="authorization or x-api-key")
-        raise HttpRefusal(400, text)
+        raise HttpRefusal(400, say("DUPLICATE_HEADER", header="authorization or x-api-key"))
     # RFC 9112, section 3.2.
     if "host" not in headers and scope["http_version"] == "1.1":
         raise HttpRefusal(400, say("HOST_MISSING"))

@@ -129,8 +129,7 @@ async def get_run(state: TinkerState, exchange: Exchange) -> Json:
     for run in _runs(state, state.owner(exchange)):
         if run.run_id == wanted:
             return _run_json(state, run)
-    text = say("TRAINED_MODEL_NOT_FOUND", model=wanted[:80])
-    raise HttpRefusal(404, text)
+    raise HttpRefusal(404, say("TRAINED_MODEL_NOT_FOUND", model=wanted[:80]))
 
 
 async def list_run_checkpoints(state: TinkerState, exchange: Exchange) -> Json:

@@ -79,8 +79,7 @@ class TinkerState:
             HttpRefusal: It is another name.
         """
         if name not in (BASE, self.tenants.info().name):
-            text = say("NO_SUCH_MODEL", model=name[:_SHOWN_CHARS])
-            raise HttpRefusal(404, text)
+            raise HttpRefusal(404, say("NO_SUCH_MODEL", model=name[:_SHOWN_CHARS]))
 
     def command(
         self,
@@ -106,8 +105,7 @@ class TinkerState:
 
 def session_gone(session_id: str) -> HttpRefusal:
     """The error for a session that has ended. Its status makes clients stop their heartbeats."""
-    text = say("SESSION_NOT_FOUND", session=session_id[:_SHOWN_CHARS])
-    return HttpRefusal(410, text)
+    return HttpRefusal(410, say("SESSION_NOT_FOUND", session=session_id[:_SHOWN_CHARS]))
 
 
 def gone() -> HttpRefusal:

@@ -165,8 +165,7 @@ async def unload_model(state: TinkerState, exchange: Exchange, body: schemas.OfM
 async def forward_backward(state: TinkerState, exchange: Exchange) -> Json:
     """Compute losses and, unless told otherwise, their gradients."""
     if exchange.media_type != wire.PROTOBUF:
-        text = say("NOT_A_MESSAGE_TYPE", wanted=wire.PROTOBUF)
-        raise HttpRefusal(415, text)
+        raise HttpRefusal(415, say("NOT_A_MESSAGE_TYPE", wanted=wire.PROTOBUF))
     body = await exchange.read_body()
     tenants, tenant = state.tenants, exchange.call.tenant
     info, training = tenants.info(), tenants.sessions.training()
