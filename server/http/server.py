@@ -209,7 +209,7 @@ class HttpServer:
         except OSError as error:
             raise OSError(say("ADDRESS_UNUSABLE", value=self.address, why=str(error))) from None
         self.address = f"{shown}:{listener.getsockname()[1]}"
-        self._server = _Uvicorn(_configuration(self._app, self._tls, listener))
+        self._server = _Uvicorn(_configuration(self._app, self._tls))
         self._serving = asyncio.ensure_future(self._server.serve(sockets=[listener]))
         if self._tenants is not None:
             self._tenants.start()
@@ -275,12 +275,10 @@ def application(listen: ListenConfig, services: Services) -> Starlette:
     return app
 
 
-def _configuration(
-    app: Starlette, context: ssl.SSLContext | None, listener: Listener
-) -> uvicorn.Config:
+def _configuration(app: Starlette, context: ssl.SSLContext | None) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=functools.partial(Connection, listener),  # type: ignore[arg-type]
+        http=Connection,
         ws="none",
         lifespan="off",
         log_config=None,
