@@ -106,10 +106,6 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # asyncio sets TCP_NODELAY only on sockets with an explicit TCP protocol, which accepted
-        # sockets lack. Without it, each event waits 40 ms for the previous one's acknowledgement.
-        accepted = transport.get_extra_info("socket")
-        accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -294,7 +290,10 @@ class Listener(socket.socket):
             OSError: See ``socket.accept``.
         """
         plain, address = super().accept()
-        accepted = _Accepted(self.family, self.type, self.proto, fileno=plain.detach())
+        # asyncio sets TCP_NODELAY only on sockets with this explicit protocol. Without it, each event
+        # would wait 40 ms for the acknowledgement of the previous one.
+        tcp = socket.IPPROTO_TCP
+        accepted = _Accepted(self.family, self.type, tcp, fileno=plain.detach())
         accepted.on_close = self._ended
         self.num_open += 1
         if self.num_open > self._most:
