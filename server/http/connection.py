@@ -290,8 +290,8 @@ class Listener(socket.socket):
             OSError: See ``socket.accept``.
         """
         plain, address = super().accept()
-        # asyncio sets TCP_NODELAY only on sockets with this explicit protocol. Without it, each event
-        # would wait 40 ms for the acknowledgement of the previous one.
+        # asyncio sets TCP_NODELAY only on sockets with this explicit protocol. Without it, each
+        # event would wait 40 ms for the acknowledgement of the previous one.
         tcp = socket.IPPROTO_TCP
         accepted = _Accepted(self.family, self.type, tcp, fileno=plain.detach())
         accepted.on_close = self._ended
