@@ -6,6 +6,7 @@ Imports are lazy: a verb loads only its own modules, and help loads none.
 from __future__ import annotations
 
 import argparse
+import errno
 import faulthandler
 import gc
 import logging
@@ -13,7 +14,7 @@ import os
 import pkgutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +24,7 @@ from turret.server.command.interrupts import EXIT_INTERRUPTED
 from turret.server.command.parser import EXIT_USAGE, CommandParser
 
 EXIT_FAILED = 1
+EXIT_BROKEN_PIPE = 141
 # If only these TURRET variables are set, the check for misspelt ones need not be loaded.
 _CLIENT_VARIABLES = ("TURRET_ADDRESS", "TURRET_TOKEN", "TURRET_TLS_CA")
 # The order is that of the help.
@@ -347,12 +349,43 @@ def main(argv: Sequence[str] | None = None, *, catches_interrupts: bool = False)
     if argv is not None:
         # Another program called this function.
         return _run(argv, catches_interrupts)
-    from turret.server.command.streams import with_streams
-
-    code = with_streams(lambda: _run(sys.argv[1:], catches_interrupts))
+    code = _with_streams(lambda: _run(sys.argv[1:], catches_interrupts))
     if sys.argv[1:2] == ["serve"] or "torch" in sys.modules or code == EXIT_INTERRUPTED:
         _leave(code)
     return code
+
+
+def _with_streams(run: Callable[[], int]) -> int:
+    """Run a command, and write the rest of its output.
+
+    Args:
+        run: The command.
+
+    Returns:
+        The exit code of the command or of its SystemExit, or 1 if output was lost.
+    """
+    code = 0
+    try:
+        try:
+            code = run()
+        except SystemExit as end:
+            # The parser has already printed the reason.
+            if isinstance(end.code, str):
+                raise
+            code = end.code or 0
+        print(end="", flush=True)
+        return code
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        # The interpreter writes the rest again when it ends, and would print a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:
+            # The reader of the output has closed it, which is not an error.
+            return code or EXIT_BROKEN_PIPE
+        if code == 0:
+            print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        return EXIT_FAILED
 
 
 def _interrupt(*_: object) -> None:

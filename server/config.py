@@ -358,8 +358,7 @@ class ListenConfig(Checked):
                 yield Violation(f"listen.{name}", say("NEEDS_FIELD", other="--http-address"))
             for value in values:
                 if value != "*" and not form.fullmatch(value):
-                    text = say("NOT_OF_FORM", value=value, form=shown)
-                    yield Violation(f"listen.{name}", text)
+                    yield Violation(f"listen.{name}", say("NOT_OF_FORM", value=value, form=shown))
 
     @property
     def call_addresses(self) -> tuple[str, ...]:

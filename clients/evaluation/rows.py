@@ -238,8 +238,7 @@ def read_rows(path: Path, *, is_training: bool) -> Iterator[Row]:
             is_empty = False
             yield Row(path, line, _json_object(path, line, text, is_training), is_training)
     if is_empty:
-        problem = say("NO_EXAMPLES", keys=_keys(is_training))
-        raise RowError(path, None, None, problem)
+        raise RowError(path, None, None, say("NO_EXAMPLES", keys=_keys(is_training)))
 
 
 def _json_object(path: Path, line: int, text: str, is_training: bool) -> dict[str, Any]:

@@ -132,8 +132,7 @@ def judge(
         except UnavailableError as error:
             if done is None:
                 raise
-            text = say("EVALUATION_CUT", done=extent())
-            raise command.UnfinishedAnswerError(text) from error
+            raise command.UnfinishedAnswerError(say("EVALUATION_CUT", done=extent())) from error
     args.stopped = ""
     return reports
 
@@ -316,52 +315,45 @@ def _positive(text: str) -> int:
 
 _COUNT = {"type": _positive, "metavar": "N"}
 FLAGS: command.Flags = {
-    "data": {"type": Path, "metavar": "FILE", "help": "the test set, in JSON Lines"},
-    "-m --mix": {
-        "dest": "mixes",
-        "action": "append",
-        "type": _mix,
-        "default": [],
-        "metavar": "NAME[=WEIGHT][+NAME...]",
-        "help": "an adapter or a mix to evaluate; repeatable",
-    },
-    "--no-base": {"action": "store_true", "help": "leave the base model out"},
-    "--metric": {
-        "dest": "metrics",
-        "action": "append",
-        "choices": METRICS,
-        "help": "metric to compute; repeatable (default: all that apply)",
-    },
-    "--classify": {
-        "action": "store_true",
-        "help": "evaluate adapters that classify: accuracy and macro F1 if the completion is the"
+    "data": command.flag("the test set, in JSON Lines", type=Path, metavar="FILE"),
+    "-m --mix": command.flag(
+        "an adapter or a mix to evaluate; repeatable",
+        dest="mixes",
+        action="append",
+        type=_mix,
+        default=[],
+        metavar="NAME[=WEIGHT][+NAME...]",
+    ),
+    "--no-base": command.flag("leave the base model out", action="store_true"),
+    "--metric": command.flag(
+        "metric to compute; repeatable (default: all that apply)",
+        dest="metrics",
+        action="append",
+        choices=METRICS,
+    ),
+    "--classify": command.flag(
+        "evaluate adapters that classify: accuracy and macro F1 if the completion is the"
         " right label; for lines with labels, also micro F1 and the figures of each label",
-    },
-    "--labels": {
-        "type": _labels,
-        "default": (),
-        "metavar": "A,B,...",
-        "help": "compute label accuracy: the first of these labels in an answer must be the right"
-        " one",
-    },
-    "--raw": {"action": "store_true", "help": 'send "prompt" as it is, not as a user\'s message'},
-    "--limit": {**_COUNT, "help": "use only the first N lines"},
-    "--max-tokens": {
-        **_COUNT,
-        "default": 128,
-        "help": "maximum tokens of an answer (default: %(default)s)",
-    },
-    "--concurrency": {
-        **_COUNT,
-        "default": 16,
-        "help": "number of concurrent calls (default: %(default)s)",
-    },
-    "--plot": {"type": Path, "metavar": "FILE.svg", "help": "write the figures as an SVG image"},
-    "--answers": {
-        "type": Path,
-        "metavar": "FILE",
-        "help": "write every answer and its scores, in JSON Lines",
-    },
+        action="store_true",
+    ),
+    "--labels": command.flag(
+        "compute label accuracy: the first of these labels in an answer must be the right one",
+        type=_labels,
+        default=(),
+        metavar="A,B,...",
+    ),
+    "--raw": command.flag('send "prompt" as it is, not as a user\'s message', action="store_true"),
+    "--limit": command.flag("use only the first N lines", **_COUNT),
+    "--max-tokens": command.flag(
+        "maximum tokens of an answer (default: %(default)s)", **_COUNT, default=128
+    ),
+    "--concurrency": command.flag(
+        "number of concurrent calls (default: %(default)s)", **_COUNT, default=16
+    ),
+    "--plot": command.flag("write the figures as an SVG image", type=Path, metavar="FILE.svg"),
+    "--answers": command.flag(
+        "write every answer and its scores, in JSON Lines", type=Path, metavar="FILE"
+    ),
 }
 
 

@@ -35,13 +35,13 @@ _SWITCH: Mapping[str, Any] = {"action": "store_true"}
 _SYSTEM: Mapping[str, Any] = {"metavar": "TEXT"}
 _FLAGS: command.Flags = {
     **command.shared(command.ADAPTER, "--json", "prompt", "--request-id"),
-    "--chat": {**_SWITCH, "help": "send the prompt as a user's message to the chat model"},
-    "--system": {**_SYSTEM, "help": "system message; implies --chat"},
-    "--echo": {**_SWITCH, "help": "print the prompt first"},
-    "--logprobs": {**_SWITCH, "default": None, "help": "with --json: log probabilities"},
-    "--top-n": {"type": int, "metavar": "N", "help": "with --json: alternatives"},
-    "--token-ids": {**_SWITCH, "help": "with --json: token ids"},
-    "--stats": {**_SWITCH, "help": "print usage and timing to standard error"},
+    "--chat": command.flag("send the prompt as a user's message to the chat model", **_SWITCH),
+    "--system": command.flag("system message; implies --chat", **_SYSTEM),
+    "--echo": command.flag("print the prompt first", **_SWITCH),
+    "--logprobs": command.flag("with --json: log probabilities", **_SWITCH, default=None),
+    "--top-n": command.flag("with --json: alternatives", type=int, metavar="N"),
+    "--token-ids": command.flag("with --json: token ids", **_SWITCH),
+    "--stats": command.flag("print usage and timing to standard error", **_SWITCH),
 }
 
 
@@ -127,7 +127,10 @@ def summary(last: Chunk) -> str:
 
 def add_chat(subparsers: command.Subparsers, text: str) -> None:
     """Add ``turret chat``; ``text`` is its line in the help."""
-    flags = {**command.shared(command.ADAPTER), "--system": {**_SYSTEM, "help": "system message"}}
+    flags = {
+        **command.shared(command.ADAPTER),
+        "--system": command.flag("system message", **_SYSTEM),
+    }
     about = "Talk to the model. Type /help to list the commands."
     command.add_verb_parser(
         subparsers, "chat", text, _chat, flags, command.GENERATION_GROUPS, about

@@ -124,8 +124,7 @@ class CommandParser(argparse.ArgumentParser):
         except argparse.ArgumentError:
             if (reason := _NOT_NUMBERS.get(action.type)) is None:
                 raise
-            problem = say(reason, value=f'"{arg_string}"')
-            raise argparse.ArgumentError(action, problem) from None
+            raise argparse.ArgumentError(action, say(reason, value=f'"{arg_string}"')) from None
 
     def _match_argument(self, action: argparse.Action, arg_strings_pattern: str) -> int:
         try:

@@ -129,8 +129,7 @@ def _memory(config: Config) -> Iterator[Violation]:
     has_cpu_alone = config.model.device == "cpu" or _torch_version().endswith("+cpu")
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if has_cpu_alone and wanted > there:
-        text = say("ABOVE_MEMORY", value=wanted, most=there)
-        yield Violation("cache.kv_cache_bytes", text)
+        yield Violation("cache.kv_cache_bytes", say("ABOVE_MEMORY", value=wanted, most=there))
 
 
 def without_cuda() -> Text | None:

@@ -126,6 +126,7 @@ def _no_model(model: str, base_name: str) -> AdapterNotFoundError:
 
 _Message = inference_pb2.GenerateRequest
 _A = TypeVar("_A", bound=Asking)
+_WithInput = TypeVar("_WithInput", inference_pb2.Input, inference_pb2.GenerateRequest)
 
 _CHAT_INPUT_NAMES = {"inputs": "messages", "inputs[0].chat.": ""}
 # OpenAI's newer name for the role that chat templates call ``system``.
@@ -337,12 +338,17 @@ def inputs_of(body: InputsRequest, names: dict[str, str]) -> list[inference_pb2.
         names.update(
             {f"inputs[{index}]{within}": f"input{place}" for within in ("", ".token_ids.ids")}
         )
-        inputs.append(
-            inference_pb2.Input(prompt=value)
-            if isinstance(value, str)
-            else inference_pb2.Input(token_ids=inference_pb2.TokenIds(ids=value))
-        )
+        inputs.append(with_input(inference_pb2.Input(), value))
     return inputs
+
+
+def with_input(message: _WithInput, value: str | list[int]) -> _WithInput:
+    """The message with a text or token ids as its input."""
+    if isinstance(value, str):
+        message.prompt = value
+    else:
+        message.token_ids.ids.extend(value)
+    return message
 
 
 # Tools and the tool choice.

@@ -38,6 +38,13 @@ TABLE: dict[Code, HttpForm] = {
     Code.DATA_LOSS: HttpForm(500, "server_error"),
     Code.UNAUTHENTICATED: HttpForm(401, "authentication_error"),
 }
+# Codes of statuses that only HTTP has; the others are those of invalid arguments.
+_CODES = {
+    **dict.fromkeys((404, 410), Code.NOT_FOUND),
+    405: Code.UNIMPLEMENTED,
+    408: Code.DEADLINE_EXCEEDED,
+    421: Code.PERMISSION_DENIED,
+}
 # Codes of OpenAI's API for reasons that it knows; other reasons become lower-case codes.
 OPENAI_CODES = {
     "ADAPTER_NOT_FOUND": "model_not_found",
@@ -69,14 +76,16 @@ class HttpRefusal(Exception):
 
     Args:
         status: The HTTP status.
-        code: The code in the log and the metrics.
         text: The message.
+
+    Attributes:
+        code: The code in the log and the metrics.
     """
 
-    def __init__(self, status: int, code: Code, text: Text) -> None:
+    def __init__(self, status: int, text: Text) -> None:
         super().__init__(text)
         self.status = status
-        self.code = code
+        self.code = _CODES.get(status, Code.INVALID_ARGUMENT)
         self.text = text
 
 

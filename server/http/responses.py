@@ -13,8 +13,8 @@ from turret.server.http.asked import (
     set_text_format,
     tools_of,
 )
+from turret.server.http.choices import Dialect, Event, Item, Logprobs, answer_in_items
 from turret.server.http.endpoint import Exchange
-from turret.server.http.items import Dialect, Event, Item, Logprobs, answer_in_items
 from turret.server.http.refusals import Refusal
 from turret.server.http.schemas.requests import ResponseRequest, TextFormat
 from turret.server.http.tools.calls import CallBegun, Said, Thought

@@ -159,6 +159,20 @@ async def test_a_handshake_takes_little_memory(pem: Path) -> None:
             writer.close()
 
 
+async def test_a_handshake_that_never_ends_is_timed_out(
+    pem: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection is accepted, but the handshake never completes."""
+    monkeypatch.setattr(connection, "HANDSHAKE_SECONDS", 0.1)
+    # The server sets this for the whole process: restore it after the test.
+    monkeypatch.setattr(asyncio.constants, "SSL_HANDSHAKE_TIMEOUT", 60.0)
+    security = SecurityConfig(tls_cert=pem / "first.crt", tls_key=pem / "first.key")
+    async with http_harness(security=security) as server:
+        reader, writer = await opened(server.server.address)
+        assert await asyncio.wait_for(reader.read(), 20) == b""
+        writer.close()
+
+
 async def test_a_client_certificate_is_required(pem: Path, tmp_path: Path) -> None:
     use(pem, tmp_path, "first")
     roots = tmp_path / "roots.crt"

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from turret.server.api.tenants.checkpoints import KINDS, Checkpoint
-from turret.server.basics.codes import Code
 from turret.server.http.endpoint import Exchange, Json
 from turret.server.http.refusals import HttpRefusal
 from turret.server.http.tinker.schemas import OfPath, Ttl
-from turret.server.http.tinker.state import Link, TinkerState
+from turret.server.http.tinker.sessions import Link, TinkerState
 from turret.server.words import say
 
 _MOST_LISTED = 100
@@ -130,8 +129,7 @@ async def get_run(state: TinkerState, exchange: Exchange) -> Json:
     for run in _runs(state, state.owner(exchange)):
         if run.run_id == wanted:
             return _run_json(state, run)
-    text = say("TRAINED_MODEL_NOT_FOUND", model=wanted[:80])
-    raise HttpRefusal(404, Code.NOT_FOUND, text)
+    raise HttpRefusal(404, say("TRAINED_MODEL_NOT_FOUND", model=wanted[:80]))
 
 
 async def list_run_checkpoints(state: TinkerState, exchange: Exchange) -> Json:
@@ -212,7 +210,7 @@ async def download(state: TinkerState, exchange: Exchange) -> None:
         found = await asyncio.to_thread(_files, link.folder)
         files = [(info, path) for info, path in found if link.name in ("", info.name)]
     if link is None or not files:
-        raise HttpRefusal(404, Code.NOT_FOUND, say("RESULT_GONE"))
+        raise HttpRefusal(404, say("RESULT_GONE"))
     if link.name:
         ((info, path),) = files
         size, parts, kind = info.size, _content(path, info.size), "application/octet-stream"

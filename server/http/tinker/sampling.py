@@ -6,22 +6,17 @@ import asyncio
 import contextlib
 from dataclasses import dataclass
 
+from turret.server import errors
 from turret.server.api.call import Call
 from turret.server.api.inference_answers import converted, together
 from turret.server.api.tenants.futures import Future, Result
 from turret.server.api.tenants.tenants import SavedSampler
 from turret.server.basics.codes import Code
 from turret.server.basics.work import turret_error
-from turret.server.errors import (
-    InvalidRequestError,
-    QueueFullError,
-    TrainingNotFoundError,
-    UnavailableError,
-)
 from turret.server.http.choices import blamed_on
 from turret.server.http.endpoint import Exchange, Json
 from turret.server.http.tinker.schemas import CreateSampler, Sample
-from turret.server.http.tinker.state import TinkerState, session_gone
+from turret.server.http.tinker.sessions import TinkerState, session_gone
 from turret.server.http.tinker.wire import PROTOBUF, result_of_samples
 from turret.server.words import say
 from turret.v1 import adapters_pb2, inference_pb2
@@ -54,10 +49,10 @@ async def create_sampler(state: TinkerState, exchange: Exchange, body: CreateSam
             state.check_base(body.base_model)
         else:
             choices = "base_model, model_path"
-            raise InvalidRequestError.of("model_path", say("ONE_REQUIRED", choices=choices))
+            raise errors.InvalidRequestError.of("model_path", say("ONE_REQUIRED", choices=choices))
         try:
             state.tenants.sessions.add_sampler(session, sampler)
-        except TrainingNotFoundError:
+        except errors.TrainingNotFoundError:
             raise session_gone(session.session_id) from None
     answer = {"type": "create_sampling_session", "sampling_session_id": sampler_id}
     return answer
@@ -139,7 +134,9 @@ def _message(sampler: SavedSampler, body: Sample) -> inference_pb2.GenerateReque
     last = body.prompt_logprobs_last_n
     if last is not None and not (body.prompt_logprobs and last < length):
         path, most = "prompt_logprobs_last_n", max(length - 1, 1)
-        raise InvalidRequestError.of(path, say("NOT_IN_RANGE", least=1, most=most, value=last))
+        raise errors.InvalidRequestError.of(
+            path, say("NOT_IN_RANGE", least=1, most=most, value=last)
+        )
     return message
 
 
@@ -161,7 +158,7 @@ class _Samples:
             futures.settle(future, await self._result())
         except asyncio.CancelledError:
             code = Code.CANCELLED
-            futures.fail(future, UnavailableError(say("REQUEST_ENDED")))
+            futures.fail(future, errors.UnavailableError(say("REQUEST_ENDED")))
         except Exception as error:
             found = turret_error(error)
             code = found.code
@@ -211,7 +208,7 @@ class _Samples:
             message.sampling.seed = (message.sampling.seed + index) % _SEEDS
         answer = await self._answer(message)
         if answer.finish_reason == inference_pb2.GenerateResponse.CANCELLED:
-            raise UnavailableError(say("REQUEST_ENDED"))
+            raise errors.UnavailableError(say("REQUEST_ENDED"))
         return answer
 
     async def _answer(
@@ -223,7 +220,7 @@ class _Samples:
             try:
                 with blamed_on("prompt"):
                     return await inference.generate_whole(message, self.call)
-            except QueueFullError:
+            except errors.QueueFullError:
                 # The client already waits for the result, so it would not repeat the request.
                 tries -= 1
                 if not tries:

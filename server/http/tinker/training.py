@@ -10,13 +10,12 @@ from turret.closest import closest
 from turret.server.api.tenants.checkpoints import Checkpoint
 from turret.server.api.tenants.futures import Future, Result
 from turret.server.api.tenants.tenants import SavedSampler, TenantModel
-from turret.server.basics.codes import Code
 from turret.server.errors import InvalidRequestError
 from turret.server.http.endpoint import Exchange, Json
 from turret.server.http.refusals import HttpRefusal
 from turret.server.http.schemas.fields import Body, Sent, wrong_type
 from turret.server.http.tinker import schemas, wire
-from turret.server.http.tinker.state import TinkerState, gone, number_of
+from turret.server.http.tinker.sessions import TinkerState, gone, number_of
 from turret.server.training.trainer import AdamParams, LearnerConfig
 from turret.server.words import say
 
@@ -166,8 +165,7 @@ async def unload_model(state: TinkerState, exchange: Exchange, body: schemas.OfM
 async def forward_backward(state: TinkerState, exchange: Exchange) -> Json:
     """Compute losses and, unless told otherwise, their gradients."""
     if exchange.media_type != wire.PROTOBUF:
-        text = say("NOT_A_MESSAGE_TYPE", wanted=wire.PROTOBUF)
-        raise HttpRefusal(415, Code.INVALID_ARGUMENT, text)
+        raise HttpRefusal(415, say("NOT_A_MESSAGE_TYPE", wanted=wire.PROTOBUF))
     body = await exchange.read_body()
     tenants, tenant = state.tenants, exchange.call.tenant
     info, training = tenants.info(), tenants.sessions.training()
@@ -207,7 +205,7 @@ async def _save(
     state: TinkerState,
     model: TenantModel,
     kind: str,
-    body: schemas.SaveWeights | schemas.SaveForSampler | schemas.SaveExternal,
+    body: schemas.Save,
     *,
     overwrite: bool = False,
 ) -> Checkpoint:

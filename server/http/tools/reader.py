@@ -484,6 +484,9 @@ def _is_followed(source: Source, form: Form) -> Parser[bool]:
     return False
 
 
+_PART_CHARS = 8 << 10
+
+
 class AnswerReader:
     """Reads one answer.
 
@@ -533,17 +536,19 @@ class AnswerReader:
 
     def feed(self, text: str) -> list[AnswerPiece]:
         """Append text, and return the pieces that are now certain; every call has an id."""
-        self._source.text += text
         pieces: list[AnswerPiece] = []
-        for piece in self._parser:
-            if piece is None:
-                break
-            if isinstance(piece, Said):
-                is_wanted = not self._is_forced
-            else:
-                is_wanted = isinstance(piece, Thought) or self._is_parallel or not piece.index
-            if is_wanted:
-                pieces.append(self._with_id(piece) if isinstance(piece, CallBegun) else piece)
+        # Each step of a parser copies the text, so give it a whole answer in parts.
+        for start in range(0, len(text) or 1, _PART_CHARS):
+            self._source.text += text[start : start + _PART_CHARS]
+            for piece in self._parser:
+                if piece is None:
+                    break
+                if isinstance(piece, Said):
+                    is_wanted = not self._is_forced
+                else:
+                    is_wanted = isinstance(piece, Thought) or self._is_parallel or not piece.index
+                if is_wanted:
+                    pieces.append(self._with_id(piece) if isinstance(piece, CallBegun) else piece)
         return pieces
 
     def finish(self) -> list[AnswerPiece]:

@@ -26,7 +26,8 @@ from turret.server.api.tenants import checkpoints
 from turret.server.api.tenants import tenants as sessions
 from turret.server.api.tenants.checkpoints import Checkpoints
 from turret.server.errors import InvalidRequestError, QueueFullError
-from turret.server.http.tinker import handshake, listing, wire
+from turret.server.http.tinker import listing, wire
+from turret.server.http.tinker import sessions as handlers
 from turret.server.training.trainer import MAX_SEQUENCE_TOKENS, LearnerConfig
 from turret.v1 import tinker_pb2
 
@@ -254,7 +255,7 @@ async def test_an_invalid_step_fails_at_once(tmp_path: Path) -> None:
 async def test_a_slow_result_is_polled_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handshake, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(handlers, "POLL_SECONDS", 0.05)
     async with tenant(tmp_path) as one:
         model_id = await one.model()
         tables(one).may_run.clear()
