@@ -55,7 +55,7 @@ def add_verb_parser(
     parser = subparsers.add_parser(
         name,
         help=text,
-        description=description or text.capitalize(),
+        description=description or f"{text.capitalize()}.",
         parents=parents,
     )
     add_connection_flags(parser)
