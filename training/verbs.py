@@ -175,12 +175,9 @@ def _init(args: argparse.Namespace) -> None:
 
 
 def _ranks(text: str) -> tuple[int, ...]:
-    try:
-        ranks = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(say("NOT_RANKS", value=text)) from None
-    if min(ranks) < 1:
-        raise argparse.ArgumentTypeError(say("TOO_SMALL", least=1, value=min(ranks)))
+    from turret.training.settings.flags import whole
+
+    ranks = (whole(part, 1, 1 << 16) for part in text.split(","))
     return tuple(dict.fromkeys(ranks))
 
 
