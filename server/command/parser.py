@@ -50,7 +50,6 @@ class CommandParser(argparse.ArgumentParser):
 
     verbs_below: Callable[[], Mapping[str, str]] = dict
     _given: Sequence[str] = ()
-    _required: Sequence[argparse.Action] = ()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Forbid abbreviated flags, because new flags in later versions may make them ambiguous."""
@@ -77,15 +76,16 @@ class CommandParser(argparse.ArgumentParser):
             named = {f for each in group._group_actions for f in each.option_strings}
             if len(found := [flag for flag, _, _ in given if flag in named]) > 1:
                 self.error(f"{found[1]}: {say('CONFLICTS_WITH', other=found[0])}")
-        self._required = [each for each in self._actions if each.required]
-        for action in self._required:
-            # Missing arguments are reported below.
+        # Missing arguments are reported below. The help shows which flags are required.
+        asks_help = not {"-h", "--help"}.isdisjoint(self._given)
+        required = [] if asks_help else [each for each in self._actions if each.required]
+        for action in required:
             action.required = False
         try:
             values, rest = super().parse_known_args(args, namespace)
         except argparse.ArgumentError as error:
             self.error(f"{_named((error.argument_name or '').split('/'))}: {error.message}")
-        missing = [one for one in self._required if getattr(values, one.dest) is None]
+        missing = [one for one in required if getattr(values, one.dest) is None]
         if rest and (missing or self._subparsers is None):
             if len(rest[0]) > 1 and rest[0].startswith("-"):
                 # A flag and its value may be one quoted word.
@@ -99,11 +99,6 @@ class CommandParser(argparse.ArgumentParser):
             names = [one.option_strings or [str(one.metavar or one.dest)] for one in missing]
             self.error("; ".join(f"{_named(each)}: {say('REQUIRED')}" for each in names))
         return values, rest
-
-    def format_help(self) -> str:
-        for action in self._required:
-            action.required = True
-        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         self.exit(
