@@ -32,14 +32,14 @@ _OWN_VERBS = {
     "serve": "run the server",
     "config": "show the settings of a server, and where each comes from",
     "model": "show how a base model is served, or make an adapter that corrects its rounding",
-    "compile": "compile the kernels of a start on a GPU, on a machine without one",
+    "compile": "compile the kernels for a GPU ahead of time, on any machine",
     "cluster": "run many replicas as one server, or show them",
     "demo": "serve the example adapters and send them one mixed batch",
     "completion": "print a script that completes this command in a shell",
 }
 _TRAINING = {
     "train": "train an adapter",
-    "convert": "convert an adapter of an unsupported form to a supported one",
+    "convert": "convert an adapter of an unsupported method to a supported form",
     "verify": "check that a server answers with adapters as PEFT does",
 }
 # Functions that add the verbs of the fleet and the trainer. The server imports neither package, so

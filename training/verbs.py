@@ -31,7 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     parser = subparsers.add_parser("train", help=text)
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     text = "write a commented config"
-    init = verbs.add_parser("init", help=text, description=text.capitalize())
+    init = verbs.add_parser("init", help=text, description=f"{text.capitalize()}.")
     init.add_argument(
         "file",
         type=Path,
@@ -54,7 +54,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
         help="first remove an earlier run from the output directory",
     )
     text = "write a run's report.html again"
-    report = verbs.add_parser("report", help=text, description=text.capitalize())
+    report = verbs.add_parser("report", help=text, description=f"{text.capitalize()}.")
     report.add_argument("run", type=Path, metavar="DIR", help="directory of the run")
     report.set_defaults(func=with_errors(_report))
     text = "train with several values of settings and compare"
@@ -92,7 +92,7 @@ def _add(
     parents = [config_parser(*left_out)]
     usage = f"turret train {name} CONFIG [flags]"
     parser = verbs.add_parser(
-        name, help=text, description=text.capitalize(), parents=parents, usage=usage
+        name, help=text, description=f"{text.capitalize()}.", parents=parents, usage=usage
     )
     parser.set_defaults(func=with_errors(func), parser=parser, address=None)
     return parser
@@ -175,13 +175,10 @@ def _init(args: argparse.Namespace) -> None:
 
 
 def _ranks(text: str) -> tuple[int, ...]:
-    try:
-        ranks = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(say("NOT_RANKS", value=text)) from None
-    if min(ranks) < 1:
-        raise argparse.ArgumentTypeError(say("TOO_SMALL", least=1, value=min(ranks)))
-    return ranks
+    from turret.training.settings.flags import whole
+
+    ranks = (whole(part, 1, 1 << 16) for part in text.split(","))
+    return tuple(dict.fromkeys(ranks))
 
 
 def _read(args: argparse.Namespace) -> Any:

@@ -15,7 +15,6 @@ TEXTS = {
     "NOT_KEY_VALUE": "must be TABLE.KEY=VALUE, not {value!q}",
     "LABELS_ARE_LEARNED": 'must be "completion" for a classification, which learns only the labels',
     "ENTRIES_NOT_IN_RANGE": "must have {least} to {most} entries, not {found}",
-    "NOT_RANKS": "must be integers separated by commas, not {value!q:.60}",
     "ONE_VALUE_ONLY": "must have one value, because a sweep writes each variant to a directory in"
     " it",
     # Settings that do not go together.

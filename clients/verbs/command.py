@@ -280,7 +280,9 @@ def add_verb_parser(
         groups: Further flags, by the titles of their groups in the help.
         description: The description in the help of the verb; if empty, ``text``.
     """
-    parser = subparsers.add_parser(name, help=text, description=description or text.capitalize())
+    parser = subparsers.add_parser(
+        name, help=text, description=description or f"{text.capitalize()}."
+    )
     for title, table in {"": flags, **(groups or {})}.items():
         group = parser.add_argument_group(title) if title else parser
         for names, options in table.items():

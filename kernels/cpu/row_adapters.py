@@ -293,7 +293,7 @@ def _padded(size: int) -> int:
 # The entries of a sparse update in the order that ``sparse.c`` reads: by 16 outputs and 64 inputs.
 
 
-_BLOCK = 64  # of sparse.c
+_BLOCK = 64  # The same as BLOCK in sparse.c.
 _BEHIND = 64  # elements that the kernel reads past the last entry
 
 

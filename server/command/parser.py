@@ -76,9 +76,10 @@ class CommandParser(argparse.ArgumentParser):
             named = {f for each in group._group_actions for f in each.option_strings}
             if len(found := [flag for flag, _, _ in given if flag in named]) > 1:
                 self.error(f"{found[1]}: {say('CONFLICTS_WITH', other=found[0])}")
-        required = [each for each in self._actions if each.required]
+        # Missing arguments are reported below. The help shows which flags are required.
+        asks_help = not {"-h", "--help"}.isdisjoint(self._given)
+        required = [] if asks_help else [each for each in self._actions if each.required]
         for action in required:
-            # Missing arguments are reported below.
             action.required = False
         try:
             values, rest = super().parse_known_args(args, namespace)

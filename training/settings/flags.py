@@ -52,7 +52,9 @@ def config_parser(*left_out: str) -> argparse.ArgumentParser:
         metavar="TABLE.KEY=VALUE",
         help="override a key; paths are relative to the config file; repeatable",
     )
-    keys = parser.add_argument_group("keys of the config", "paths are relative to this folder")
+    keys = parser.add_argument_group(
+        "keys of the config", "paths are relative to the working directory"
+    )
     for flag, key, info in flags():
         if flag in left_out:
             continue

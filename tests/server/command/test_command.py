@@ -157,6 +157,12 @@ def test_an_interrupt_while_modules_load_leaves_no_traceback(
     assert command is serve or done.stderr.endswith("\nstopped\n")
 
 
+def test_the_usage_shows_required_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["adapters", "fuse", "--help"])
+    assert " -a NAME" in capsys.readouterr().out.partition("\n\n")[0]
+
+
 def test_the_help_is_the_same_without_heavy_imports() -> None:
     assert build_parser("").format_help() == build_parser(None).format_help()
 
