@@ -19,6 +19,7 @@ from turret.server.api.tenants.checkpoints import Checkpoint
 from turret.server.api.tenants.futures import Result
 from turret.server.api.tenants.reading import (
     MAX_SETTINGS,
+    MAX_DATUMS,
     AskedPass,
     DatumReader,
     Refused,
@@ -107,9 +108,14 @@ class Training:
         model = self._model(message.model_id, call)
         training, info = tenants.sessions.training(), tenants.info()
 
+        violations = Violations()
+        violations.check_count(len(message.data), MAX_DATUMS, "data")
+        violations.raise_if_any()
+        # Until it is its turn, a pass is kept as bytes, which take less memory than a message.
+        sent = message.SerializeToString()
+        del message
         async def run() -> Result:
-            # Until it is its turn, a pass is kept as a message, which takes less memory.
-            asked = await tenants.read(tenant, lambda: _read_pass(message, info))
+            asked = await tenants.read(tenant, lambda: _read_pass(sent, info))
             losses = await training.pass_over(
                 model.number,
                 asked.data,
@@ -119,7 +125,7 @@ class Training:
             )
             return Result(await tenants.read(tenant, lambda: _losses(losses).SerializeToString()))
 
-        body = await self._command(model, run, message.ByteSize())
+        body = await self._command(model, run, len(sent))
         return training_pb2.ForwardBackwardResponse.FromString(body)
 
     async def optim_step(
@@ -273,7 +279,8 @@ def _adam(message: training_pb2.OptimStepRequest) -> AdamParams:
     return AdamParams(**values)
 
 
-def _read_pass(message: training_pb2.ForwardBackwardRequest, info: ModelInfo) -> AskedPass:
+def _read_pass(sent: bytes, info: ModelInfo) -> AskedPass:
+    message = training_pb2.ForwardBackwardRequest.FromString(sent)
     violations, loss = Violations(), message.loss
     is_readable = check_loss(loss, len(message.data), violations, "loss")
     if violations.check_count(len(message.loss_config), MAX_SETTINGS, "loss_config"):
