@@ -50,7 +50,7 @@ from turret.server.api.uploads import (
     receive_chunks,
 )
 from turret.server.api.violations import Violations
-from turret.server.basics.names import HUB_SCHEME, closest, is_remote
+from turret.server.basics.names import HUB_SCHEME, closest, is_private, is_remote
 from turret.server.basics.places import Limit, Places
 from turret.server.basics.turns import FairPool
 from turret.server.basics.work import Cancellation
@@ -339,8 +339,13 @@ class Adapters:
         return adapter_message(await self._lookups.run(call.tenant, lookup))
 
     async def records(self, call: Call) -> list[AdapterInfo]:
-        """All adapters, by name."""
-        return await self._lookups.run(call.tenant, self._gate.enter().registry.list)
+        """All adapters, by name, except those whose names only their clients may know."""
+        registry = self._gate.enter().registry
+
+        def listed() -> list[AdapterInfo]:
+            return [record for record in registry.list() if not is_private(record.name)]
+
+        return await self._lookups.run(call.tenant, listed)
 
     async def list_page(
         self, message: adapters_pb2.ListAdaptersRequest, call: Call
