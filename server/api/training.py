@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
+from turret.server.api.access import MAX_EXPORTS
 from turret.server.api.call import Call
 from turret.server.api.tenants.checkpoints import Checkpoint
 from turret.server.api.tenants.futures import Result
 from turret.server.api.tenants.reading import (
-    MAX_SETTINGS,
     MAX_DATUMS,
+    MAX_SETTINGS,
     AskedPass,
     DatumReader,
     Refused,
@@ -107,13 +108,13 @@ class Training:
         tenants, tenant = self._tenants, call.tenant
         model = self._model(message.model_id, call)
         training, info = tenants.sessions.training(), tenants.info()
-
         violations = Violations()
         violations.check_count(len(message.data), MAX_DATUMS, "data")
         violations.raise_if_any()
         # Until it is its turn, a pass is kept as bytes, which take less memory than a message.
         sent = message.SerializeToString()
         del message
+
         async def run() -> Result:
             asked = await tenants.read(tenant, lambda: _read_pass(sent, info))
             losses = await training.pass_over(
@@ -184,6 +185,7 @@ class Training:
         found = checkpoints.find(self._tenants.owner(call.party), message.path)
         folder = checkpoints.folder(found)
         with contextlib.ExitStack() as stack, reporting_disk_faults():
+            stack.enter_context(call.party.shares.transfer("exports", MAX_EXPORTS, call.tenant))
             # Open all files first: then another call may delete or replace the checkpoint.
             files = {
                 name: stack.enter_context((folder / name).open("rb"))

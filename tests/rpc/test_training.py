@@ -217,6 +217,12 @@ async def test_exceeded_quotas_are_errors_and_leave_nothing_behind(
         failure = await failure_of(stub.CreateModel(new()))
         assert (failure.code, failure.reason) == (Code.RESOURCE_EXHAUSTED, "QUEUE_FULL")
         assert list((await stub.ListModels(pb.ListModelsRequest())).models) == [model]
+        save = pb.SaveCheckpointRequest(model_id=model.model_id, name="a")
+        export = pb.ExportCheckpointRequest(path=(await stub.SaveCheckpoint(save)).path)
+        assert [part async for part in stub.ExportCheckpoint(export)]
+        monkeypatch.setattr(service, "MAX_EXPORTS", 0)
+        failure = await failure_of(anext(aiter(stub.ExportCheckpoint(export))))
+        assert failure.code is Code.RESOURCE_EXHAUSTED
         tables.may_run.clear()
         calls = [asyncio.ensure_future(_passed(stub, model)) for _ in range(2)]
         await asyncio.sleep(0.2)
