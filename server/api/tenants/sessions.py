@@ -10,8 +10,7 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,7 +143,6 @@ class Sessions:
         self._futures = futures
         self._all: dict[str, Session] = {}
         self._waiting_bytes: Counter[str] = Counter()
-        self._arriving: Counter[str] = Counter()
         # Models that are being dropped, and names of adapters that are being unregistered.
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -197,22 +195,11 @@ class Sessions:
 
     @property
     def bytes_by_owner(self) -> Counter[str]:
-        """The size of each owner's sampler files, including those that are being written."""
-        found = self._arriving.copy()
+        """The size of each owner's sampler files."""
+        found: Counter[str] = Counter()
         for session in self._all.values():
             found[session.owner] += sum(each.size for each in session.samplers.values())
         return found
-
-    @contextmanager
-    def arriving(self, owner: str, size: int) -> Iterator[None]:
-        """Count the files of a sampler that is written while the block runs."""
-        self._arriving[owner] += size
-        try:
-            yield
-        finally:
-            self._arriving[owner] -= size
-            if not self._arriving[owner]:
-                del self._arriving[owner]
 
     def model(self, owner: str, model_id: str, *, is_numbered: bool = True) -> Model:
         """A model, whose use counts as a sign of life.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +54,7 @@ class Tenants:
         self._checkpoints: Checkpoints | None = None
         # Messages with sequences are read one at a time, because each takes memory and a lock.
         self._reading = FairPool(ThreadPoolExecutor(1, "turret-pass"))
+        self._writing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._sweeper: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -97,23 +100,27 @@ class Tenants:
         """
         return self.gate.enter().model_info
 
-    def check_disk(self, owner: str) -> None:
-        """Check that a client may write another checkpoint or sampler.
+    @contextlib.asynccontextmanager
+    async def writing(self, owner: str) -> AsyncIterator[None]:
+        """Let a client write a checkpoint or a sampler within the block.
 
-        All clients together may use half of the disk space that would be free without their files,
-        and one token half of that. Files that a client is still writing, one set per model, do not
-        count yet.
+        A client's files are written one after another. So its share counts all of them, and it
+        takes only one of the threads that write files.
 
         Raises:
-            InvalidRequestError: The client has used its share.
+            InvalidRequestError: The client has used its share of the disk.
         """
-        used = self.checkpoints.bytes_by_owner + self.sessions.bytes_by_owner
-        all_used = used.total()
-        most = (self.checkpoints.bytes_free + all_used) // 2
-        share = most // 2 if owner else most
-        if used[owner] >= share or all_used >= most:
-            text = say("TRAINING_DISK_FULL", used=used[owner], most=share)
-            raise InvalidRequestError.of("path", text)
+        async with self._writing[owner]:
+            # All clients together may use half of the disk space that would be free without their
+            # files, and one token half of that.
+            used = self.checkpoints.bytes_by_owner + self.sessions.bytes_by_owner
+            all_used = used.total()
+            most = (self.checkpoints.bytes_free + all_used) // 2
+            share = most // 2 if owner else most
+            if used[owner] >= share or all_used >= most:
+                text = say("TRAINING_DISK_FULL", used=used[owner], most=share)
+                raise InvalidRequestError.of("path", text)
+            yield
 
     async def read(self, tenant: bytes, read: Callable[[], _T]) -> _T:
         """The result of reading a message, which may take long, off the event loop."""
@@ -137,7 +144,6 @@ class Tenants:
             InvalidRequestError: The name is invalid or taken, or the client has too many.
         """
         training = self.sessions.training()
-        self.check_disk(model.owner)
 
         async def write(folder: Path) -> None:
             await training.save(model.number, folder, with_optimizer=kind == "weights")
@@ -153,7 +159,8 @@ class Tenants:
         )
         if ttl_seconds is not None:
             draft = replace(draft, expires=draft.time + ttl_seconds)
-        return await self.checkpoints.save(draft, write, overwrite=overwrite)
+        async with self.writing(model.owner):
+            return await self.checkpoints.save(draft, write, overwrite=overwrite)
 
     async def load(self, model: Model, path: str, *, with_optimizer: bool) -> Checkpoint:
         """Continue a model from a checkpoint.
@@ -175,9 +182,9 @@ class Tenants:
 
     async def publish(self, model: Model) -> Published:
         """Register the present weights as the next generation of ``model.inflight``."""
-        self.check_disk(model.owner)
-        model.inflight = model.adapter
-        return await self.sessions.training().publish(model.number, model.inflight)
+        async with self.writing(model.owner):
+            model.inflight = model.adapter
+            return await self.sessions.training().publish(model.number, model.inflight)
 
     async def _sweep(self) -> None:
         while True:

@@ -281,10 +281,11 @@ async def _snapshot(state: TinkerState, model: Model, body: SaveForSampler) -> S
     if body.kind == "inflight":
         await state.tenants.publish(model)
     else:
-        state.tenants.check_disk(model.owner)
         sampler.adapter = f"{model.adapter}/{body.sampling_session_seq_id}"
         sampler.is_own = True
-        published = await state.tenants.sessions.training().publish(model.number, sampler.adapter)
+        async with state.tenants.writing(model.owner):
+            training = state.tenants.sessions.training()
+            published = await training.publish(model.number, sampler.adapter)
         sampler.generation, sampler.size = published.generation, published.size
     state.tenants.sessions.add_sampler(session, sampler)
     return sampler

@@ -542,6 +542,29 @@ async def test_a_token_fills_no_more_than_its_share_of_the_disk(
         assert "path" in await b.result(await b.ask("/save_weights_external", save))
 
 
+async def test_samplers_of_a_token_are_written_one_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is checked against the token's share of the disk when the ones before are counted."""
+    async with tenant(tmp_path) as one:
+        save = {"model_id": await one.model(), "path": "a", "seq_id": 1}
+        path = (await one.result(await one.ask("/save_weights_external", save)))["path"]
+        serve, used = tables(one).serve, list[int]()
+        sessions_of = one.server.server._tenants.sessions  # type: ignore[union-attr]
+
+        async def slow(*args: Any) -> Any:
+            used.append(sessions_of.bytes_by_owner[""])
+            await asyncio.sleep(0)
+            return await serve(*args)
+
+        monkeypatch.setattr(tables(one), "serve", slow)
+        asked = {"session_id": one.session, "model_path": path}
+        sampler = [{**asked, "sampling_session_seq_id": number} for number in range(4)]
+        await asyncio.gather(*(one.ask("/create_sampling_session", each) for each in sampler))
+        assert used == [number * used[1] for number in range(4)]
+        assert used[1] > 0
+
+
 async def test_waiting_passes_take_no_more_memory_than_their_bodies(tmp_path: Path) -> None:
     async with tenant(tmp_path) as one:
         message = pass_of(await one.model(), 1, tokens=[1])
