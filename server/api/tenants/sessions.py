@@ -330,8 +330,10 @@ class Sessions:
             await self.training().withdraw(model.inflight)
 
     async def _drop_learner(self, model: Model) -> None:
-        if model.learner is not None and self._gate.is_open:
-            await self.training().drop(model.learner)
+        # A command that is still running finds no adapter from now on.
+        learner, model.learner = model.learner, None
+        if learner is not None and self._gate.is_open:
+            await self.training().drop(learner)
 
     def _withdraw(self, sampler: Sampler) -> None:
         if sampler.is_own and self._gate.is_open:

@@ -20,7 +20,6 @@ _CONFIG: dict[str, Any] = {
     "fwdbwd_max_chunk_bytes_count": _CHUNK_BYTES,
     "sample_max_concurrent_requests": 256,
 }
-_DYNAMIC_CONFIG: dict[str, Any] = {"sample_cancel_enabled": True}
 # Clients wait for 45 seconds.
 POLL_SECONDS = 20.0
 # How often a waiting call checks whether the server is shutting down.
@@ -34,7 +33,7 @@ async def config(state: TinkerState, exchange: Exchange, _body: Body) -> None:
 
 async def dynamic_config(state: TinkerState, exchange: Exchange, _body: Body) -> None:
     """Tell the client which features to use from now on."""
-    await exchange.reply.json(_DYNAMIC_CONFIG)
+    await exchange.reply.json({"sample_cancel_enabled": True})
 
 
 async def telemetry(state: TinkerState, exchange: Exchange, _body: Body) -> None:

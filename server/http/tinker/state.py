@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from turret.server.api.services import Services
@@ -23,23 +21,6 @@ _SHOWN_CHARS = 200
 _B = TypeVar("_B", bound=Body)
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
-    """A link to an archive, or to one file.
-
-    Attributes:
-        owner: The client that asked for it.
-        folder: The directory with the files.
-        name: The name of the file; empty for an archive.
-        expires: When the link expires, in Unix seconds.
-    """
-
-    owner: str
-    folder: Path
-    name: str
-    expires: float
-
-
 class TinkerState:
     """The state of the Tinker API. Belongs to one event loop.
 
@@ -48,14 +29,12 @@ class TinkerState:
 
     Attributes:
         tenants: The state of training that all protocols share.
-        links: Links to archives and files, by the secret in them.
     """
 
     def __init__(self, services: Services) -> None:
         assert services.tenants is not None
         self.services = services
         self.tenants = services.tenants
-        self.links: dict[str, Link] = {}
 
     def owner(self, exchange: Exchange) -> str:
         """Identifies the client by its token; empty if the server accepts every caller."""

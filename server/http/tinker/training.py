@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Any
 
 from turret.closest import closest
@@ -35,22 +34,12 @@ from turret.server.words import say
 METHOD_NOTE, _OWN_NOTES = "turret.method", "turret."
 _SHOWN_CHARS = 40
 
-_Started = Callable[[], Awaitable[Result]]
 Work = Callable[[TinkerState, Model, Any], Awaitable[Result]]
 
 
 async def _promise(exchange: Exchange, future: Future, model_id: str) -> None:
     """Answer with the id of a result that comes later."""
     await exchange.reply.json({"request_id": future.request_id, "model_id": model_id})
-
-
-def _raising(error: Exception) -> _Started:
-    """A command that fails. It uses its number, so that later commands do not wait for it."""
-
-    async def run() -> Result:
-        raise error
-
-    return run
 
 
 async def command(work: Work, kind: type[Body], state: TinkerState, exchange: Exchange) -> None:
@@ -73,13 +62,13 @@ async def _command(
         raise InvalidRequestError.of("model_id", wrong_type("a string", model_id))
     number = number_of(sent.raw.get("seq_id"))
     model = state.tenants.sessions.model(state.owner(exchange), model_id)
-    run: _Started
-    try:
-        body = checked(sent, kind)
-    except InvalidRequestError as error:
-        run = _raising(error)
-    else:
-        run = partial(work, state, model, body)
+    # While the command waits, only these are kept of what was sent.
+    kept = Sent(sent.body, sent.wrong)
+
+    async def run() -> Result:
+        # A command that fails uses its number too, so that later ones do not wait for it.
+        return await work(state, model, checked(kept, kind))
+
     await _promise(exchange, state.command(exchange, model, number, run), model.model_id)
 
 
