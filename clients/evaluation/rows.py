@@ -170,11 +170,13 @@ class Row:
         labels = self.values["labels"]
         if not isinstance(labels, list):
             raise self.error("labels", say("NOT_A_LIST", value=_shown(labels)))
+        found: dict[str, None] = {}
         for index, label in enumerate(labels):
             self.text(f"labels[{index}]", label)
-            if label in labels[:index]:
+            if label in found:
                 raise self.error(f"labels[{index}]", say("DUPLICATE", value=label[:40]))
-        return tuple(labels)
+            found[label] = None
+        return tuple(found)
 
     def turns(self, *, is_answered: bool = True) -> tuple[dict[str, str], ...]:
         """The messages, with ``role`` and ``content``.
