@@ -13,6 +13,7 @@ from typing import Any
 
 from turret.clients.words import Text, say
 from turret.closest import closest
+from turret.words import printable
 
 # A test set: a JSON Lines file of questions with the right answers.
 #
@@ -115,7 +116,7 @@ class RowError(ValueError):
     def __init__(self, path: Path, line: int | None, field: str | None, problem: Text) -> None:
         self.place = ":".join(map(str, (path, line))) if line is not None else str(path)
         if field is not None:
-            self.place = f"{self.place}: {field}"
+            self.place = f"{self.place}: {printable(field)}"
         super().__init__(f"{self.place}: {problem}")
         self.path = path
         self.line = line

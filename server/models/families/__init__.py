@@ -34,11 +34,11 @@ def served_types() -> list[str]:
 
 def text_type(config: Mapping[str, Any]) -> Any:
     """The ``model_type`` of a ``config.json``, or that of its text part, if it has one."""
-    kind, parts = config.get("model_type"), _text_parts()
-    if kind not in parts:
-        return kind
-    text = config.get("text_config")
-    return (text.get("model_type") if isinstance(text, dict) else None) or parts[kind]
+    kind, parts, text = config.get("model_type"), _text_parts(), config.get("text_config")
+    if isinstance(kind, str) and kind in parts:
+        kind = (text.get("model_type") if isinstance(text, dict) else None) or parts[kind]
+    # Any other value is not the name of a type.
+    return kind if isinstance(kind, str) else None
 
 
 def text_config(config: Any) -> Any:

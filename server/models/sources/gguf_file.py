@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from turret.server.errors import TurretError
 from turret.server.models.encoder import LLAMA3
 from turret.server.models.sources.gguf_config import ROPE_TENSORS, read_gguf_config
 from turret.server.models.sources.gguf_header import check_gguf, check_whole, refuse
 from turret.server.models.sources.gguf_layouts import GgufLayout, Pair
 
 if TYPE_CHECKING:
-    from gguf import ReaderTensor
+    from gguf import GGUFReader, ReaderTensor
 
 
 # The weights of a GGUF file by their names in Hugging Face's checkpoints.
@@ -258,10 +259,16 @@ def open_gguf(path: Path) -> GgufModel:
     check_gguf(path)
     check_whole(path)
     try:
-        reader = gguf.GGUFReader(path)
-        fields = {key: field.contents() for key, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        return _opened(path, gguf.GGUFReader(path))
+    except (TurretError, MemoryError):
+        raise
+    except Exception as error:
+        # The libraries that read a damaged file raise errors of any type.
         raise refuse(path, "GGUF_UNREADABLE", problem=error) from None
+
+
+def _opened(path: Path, reader: GGUFReader) -> GgufModel:
+    fields = {key: field.contents() for key, field in reader.fields.items()}
     if fields.get("split.count", 1) > 1:
         raise refuse(path, "GGUF_SPLIT")
     by_name = {tensor.name: tensor for tensor in reader.tensors}

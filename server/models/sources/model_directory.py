@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from turret.server.basics.files import why_lfs_pointer
 from turret.server.basics.names import HubId
 from turret.server.errors import HubError, HubUnavailableError, InvalidRequestError
@@ -201,7 +203,7 @@ def files_missing(model: object, missing: Sequence[str], names: Sequence[str]) -
 def _check_whole(file: Path) -> None:
     """Reject a file that is only a Git LFS pointer, or does not end where its tensors do.
 
-    Only the header is read. Everything else in it is checked when the tensors are read.
+    Only the header is read.
     """
     size = file.stat().st_size
     with file.open("rb") as opened:
@@ -216,10 +218,15 @@ def _check_whole(file: Path) -> None:
         table: dict[str, Any] = json.loads(text)
         ends = [entry["data_offsets"][1] for name, entry in table.items() if name[:2] != "__"]
         whole = 8 + length + max(ends, default=0)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         raise _refuse(say("FILE_DAMAGED", path=file)) from None
     if size != whole:
         raise _refuse(say("FILE_WRONG_SIZE", path=file, found=size, expected=whole))
+    try:
+        with safe_open(file, framework="np"):
+            pass
+    except SafetensorError:
+        raise _refuse(say("FILE_DAMAGED", path=file)) from None
 
 
 def indexed_files(index: Path) -> list[str]:
@@ -234,7 +241,7 @@ def indexed_files(index: Path) -> list[str]:
     try:
         names = set(json.loads(data)["weight_map"].values())
         paths = {name: PurePosixPath(name) for name in names}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         paths = {}
     if not paths:
         raise _refuse(say("FILE_DAMAGED", path=index))
