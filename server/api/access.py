@@ -349,10 +349,8 @@ class Shares:
         Raises:
             QueueFullError: As many run already.
         """
-        limits = [Limit(kind, most, "TOO_MANY_CALLS")]
-        if tenant:
-            limits.append(Limit((kind, tenant), most * 3 // 4, "TOO_MANY_CALLS_OF_TOKEN"))
-        return self.places.hold(*limits)
+        of_one = Limit((kind, tenant), most * 3 // 4, "TOO_MANY_CALLS_OF_TOKEN")
+        return self.places.hold(Limit(kind, most, "TOO_MANY_CALLS"), *([of_one] if tenant else ()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -212,7 +213,9 @@ async def optim_step(state: TinkerState, model: Model, body: OptimStep) -> Resul
     """Change a model's weights by the gradients since the last step."""
     adam = AdamParams(**body.adam_params.model_dump())
     metrics = await state.tenants.sessions.training().step(model.number, adam)
-    return Result.of(metrics=wire.finite_metrics(metrics))
+    # JSON has no other numbers.
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    return Result.of(metrics=finite)
 
 
 # Weights.

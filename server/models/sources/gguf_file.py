@@ -20,7 +20,7 @@ from turret.server.models.sources.gguf_header import check_gguf, check_whole, re
 from turret.server.models.sources.gguf_layouts import GgufLayout, Pair
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader, ReaderTensor
+    from gguf import ReaderTensor
 
 
 # The weights of a GGUF file by their names in Hugging Face's checkpoints.
@@ -259,23 +259,20 @@ def open_gguf(path: Path) -> GgufModel:
     check_gguf(path)
     check_whole(path)
     try:
-        return _opened(path, gguf.GGUFReader(path))
+        reader = gguf.GGUFReader(path)
+        fields = {key: field.contents() for key, field in reader.fields.items()}
+        if fields.get("split.count", 1) > 1:
+            raise refuse(path, "GGUF_SPLIT")
+        by_name = {tensor.name: tensor for tensor in reader.tensors}
+        if "token_embd.weight" not in by_name:
+            raise refuse(path, "TENSOR_MISSING", name="token_embd.weight")
+        config, layout = read_gguf_config(path, fields, by_name)
+        tensors = GgufTensors(path, by_name, layout, config)
+        ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+        eos = list(dict.fromkeys(int(end) for end in ends if end is not None))
+        return GgufModel(config, read_gguf_tokenizer(path, fields, layout), eos, tensors)
     except (TurretError, MemoryError):
         raise
     except Exception as error:
         # The libraries that read a damaged file raise errors of any type.
         raise refuse(path, "GGUF_UNREADABLE", problem=error) from None
-
-
-def _opened(path: Path, reader: GGUFReader) -> GgufModel:
-    fields = {key: field.contents() for key, field in reader.fields.items()}
-    if fields.get("split.count", 1) > 1:
-        raise refuse(path, "GGUF_SPLIT")
-    by_name = {tensor.name: tensor for tensor in reader.tensors}
-    if "token_embd.weight" not in by_name:
-        raise refuse(path, "TENSOR_MISSING", name="token_embd.weight")
-    config, layout = read_gguf_config(path, fields, by_name)
-    tensors = GgufTensors(path, by_name, layout, config)
-    ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    eos = list(dict.fromkeys(int(end) for end in ends if end is not None))
-    return GgufModel(config, read_gguf_tokenizer(path, fields, layout), eos, tensors)
