@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from turret.words import printable
+
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
 
 # Values of these characters need no quotes. All others are quoted, so that no value breaks the
@@ -56,8 +58,7 @@ class LineFormatter(logging.Formatter):
     """Renders a record, its fields and its traceback as exactly one line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        message = record.getMessage().replace("\r", "\\r").replace("\n", "\\n")
-        head = f"{_stamp(record)} {record.levelname} {record.name} {message}"
+        head = f"{_stamp(record)} {record.levelname} {record.name} {printable(record.getMessage())}"
         values = _fields_of(self, record)
         return " ".join([head, *(f"{key}={_quoted(value)}" for key, value in values.items())])
 

@@ -29,6 +29,8 @@ _HELP = """\
 /stats                                    what the last answer took
 /quit                                     leave, as Ctrl-D does
 Ctrl-C stops the answer, or leaves if there is none."""
+# All control characters except tabs and line ends.
+_STEERING = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - set(b"\t\n"))
 
 
 _SWITCH: Mapping[str, Any] = {"action": "store_true"}
@@ -69,7 +71,7 @@ def _generate(args: argparse.Namespace, client: TurretClient) -> None:
     try:
         with client.generate_stream(prompt, timeout=args.timeout, **options) as stream:
             for last in stream:
-                print(last.text, end="", flush=True)
+                _show(last.text)
     except AnswerCutError:
         _print_end(last, args.stats)
         raise
@@ -81,6 +83,11 @@ def _generate(args: argparse.Namespace, client: TurretClient) -> None:
             raise
         raise command.UnfinishedAnswerError(say("ANSWER_LOST")) from error
     _print_end(last, args.stats)
+
+
+def _show(text: str) -> None:
+    """Print a part of an answer; on a terminal, without the characters that steer it."""
+    print(text.translate(_STEERING) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def _print_end(last: Chunk | None, wants_stats: bool) -> None:
@@ -235,7 +242,7 @@ class Conversation:
             with stream:
                 for chunk in stream:
                     parts.append(chunk.text)
-                    print(chunk.text, end="", flush=True)
+                    _show(chunk.text)
                     if chunk.finish_reason is not None:
                         self.last_summary = summary(chunk)
         except KeyboardInterrupt:

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from turret.server.adapters.adapter import CONFIG_FILE, TENSORS_FILE
+from turret.server.api.access import MAX_EXPORTS
 from turret.server.api.call import Call
 from turret.server.api.tenants.checkpoints import Checkpoint
 from turret.server.api.tenants.futures import Result
 from turret.server.api.tenants.reading import (
+    MAX_DATUMS,
     MAX_SETTINGS,
     AskedPass,
     DatumReader,
@@ -105,10 +107,15 @@ class Training:
         tenants, tenant = self._tenants, call.tenant
         model = self._model(message.model_id, call)
         training, info = tenants.sessions.training(), tenants.info()
+        violations = Violations()
+        violations.check_count(len(message.data), MAX_DATUMS, "data")
+        violations.raise_if_any()
+        # Until it is its turn, a pass is kept as bytes, which take less memory than a message.
+        sent = message.SerializeToString()
+        del message
 
         async def run() -> Result:
-            # Until it is its turn, a pass is kept as a message, which takes less memory.
-            asked = await tenants.read(tenant, lambda: _read_pass(message, info))
+            asked = await tenants.read(tenant, lambda: _read_pass(sent, info))
             losses = await training.pass_over(
                 model.number,
                 asked.data,
@@ -118,7 +125,7 @@ class Training:
             )
             return Result(await tenants.read(tenant, lambda: _losses(losses).SerializeToString()))
 
-        body = await self._command(model, run, message.ByteSize())
+        body = await self._command(model, run, len(sent))
         return training_pb2.ForwardBackwardResponse.FromString(body)
 
     async def optim_step(
@@ -177,6 +184,7 @@ class Training:
         found = checkpoints.find(self._tenants.owner(call.party), message.path)
         folder = checkpoints.folder(found)
         with contextlib.ExitStack() as stack, reporting_disk_faults():
+            stack.enter_context(call.party.shares.transfer("exports", MAX_EXPORTS, call.tenant))
             # Open all files first: then another call may delete or replace the checkpoint.
             files = {
                 name: stack.enter_context((folder / name).open("rb"))
@@ -272,7 +280,8 @@ def _adam(message: training_pb2.OptimStepRequest) -> AdamParams:
     return AdamParams(**values)
 
 
-def _read_pass(message: training_pb2.ForwardBackwardRequest, info: ModelInfo) -> AskedPass:
+def _read_pass(sent: bytes, info: ModelInfo) -> AskedPass:
+    message = training_pb2.ForwardBackwardRequest.FromString(sent)
     violations, loss = Violations(), message.loss
     is_readable = check_loss(loss, len(message.data), violations, "loss")
     if violations.check_count(len(message.loss_config), MAX_SETTINGS, "loss_config"):

@@ -142,7 +142,8 @@ class Connection(HttpToolsProtocol):
             self.send_400_response("Too many bytes.")
             return
         # A request is running or has completed: from here on, uvicorn's own timer applies.
-        if self.cycle is not None and (not self.cycle.response_complete or self._is_idle()):
+        is_idle = self.timeout_keep_alive_task is not None
+        if self.cycle is not None and (not self.cycle.response_complete or is_idle):
             self._forget_head()
         else:
             self._await_head()
@@ -195,9 +196,6 @@ class Connection(HttpToolsProtocol):
             running.disconnected = True
             running.message_event.set()
         super().connection_lost(exc)
-
-    def _is_idle(self) -> bool:
-        return self.timeout_keep_alive_task is not None
 
     def _await_head(self) -> None:
         if self._head_timer is None:

@@ -366,11 +366,12 @@ class Tokenizer:
                 text = _cut(self._chats.render(messages, tools, is_short, how), final, end)
             else:
                 text = self._chats.render(messages, tools, is_short, how)
-        except (ValueError, RecursionError) as error:
+            parts = re.split(f"{mark}(\\d+)x", text)
+            # A template may write marks of its own, with any number.
+            parts[1::2] = [held[int(number)] for number in parts[1::2]]
+        except (ValueError, IndexError, RecursionError) as error:
             said = say("CHAT_TEMPLATE_FAILED", problem=error)
             raise InvalidRequestError.of("chat.messages", said) from error
-        parts = re.split(f"{mark}(\\d+)x", text)
-        parts[1::2] = [held[int(number)] for number in parts[1::2]]
         return RenderedChat(parts)
 
     @PANICS_ARE_ERRORS

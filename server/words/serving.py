@@ -23,7 +23,7 @@ TEXTS = {
     "PEER_LIMIT_REACHED": "this client address has reached its limit of queued and"
     " running requests ({max_requests_per_peer})",
     "TOO_MANY_CALLS": "the limit of {most} concurrent calls of this kind has been reached",
-    "TOO_MANY_UPLOADS_OF_TOKEN": "this bearer token has reached its limit of running uploads"
+    "TOO_MANY_CALLS_OF_TOKEN": "this bearer token has reached its limit of calls of this kind"
     " ({most})",
     "TOO_MANY_COMPILATIONS": "{most} constraints are already being compiled",
     "TOO_MANY_COMPILATIONS_OF_TOKEN": "this bearer token already has {most} constraints being"

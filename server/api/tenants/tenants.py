@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -162,7 +162,6 @@ class Sessions:
         self._futures = futures
         self._all: dict[str, Session] = {}
         self._waiting_bytes: Counter[str] = Counter()
-        self._arriving: Counter[str] = Counter()
         # Models that are being dropped, and names of adapters that are being unregistered.
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -215,22 +214,11 @@ class Sessions:
 
     @property
     def bytes_by_owner(self) -> Counter[str]:
-        """The size of each owner's sampler files, including those that are being written."""
-        found = self._arriving.copy()
+        """The size of each owner's sampler files."""
+        found: Counter[str] = Counter()
         for session in self._all.values():
             found[session.owner] += sum(each.size for each in session.samplers.values())
         return found
-
-    @contextmanager
-    def arriving(self, owner: str, size: int) -> Iterator[None]:
-        """Count the files of a sampler that is written while the block runs."""
-        self._arriving[owner] += size
-        try:
-            yield
-        finally:
-            self._arriving[owner] -= size
-            if not self._arriving[owner]:
-                del self._arriving[owner]
 
     def model(self, owner: str, model_id: str, *, is_numbered: bool = True) -> TenantModel:
         """A model, whose use counts as a sign of life.
@@ -363,8 +351,10 @@ class Sessions:
             await self.training().withdraw(model.inflight)
 
     async def _drop_learner(self, model: TenantModel) -> None:
-        if model.learner is not None and self._gate.is_open:
-            await self.training().drop(model.learner)
+        # A command that is still running finds no adapter from now on.
+        learner, model.learner = model.learner, None
+        if learner is not None and self._gate.is_open:
+            await self.training().drop(learner)
 
     def _withdraw(self, sampler: SavedSampler) -> None:
         if sampler.is_own and self._gate.is_open:
@@ -416,6 +406,7 @@ class Tenants:
         self._checkpoints: Checkpoints | None = None
         # Messages with sequences are read one at a time, because each takes memory and a lock.
         self._reading = FairPool(ThreadPoolExecutor(1, "turret-pass"))
+        self._writing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._sweeper: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -461,23 +452,27 @@ class Tenants:
         """
         return self.gate.enter().model_info
 
-    def check_disk(self, owner: str) -> None:
-        """Check that a client may write another checkpoint or sampler.
+    @contextlib.asynccontextmanager
+    async def writing(self, owner: str) -> AsyncIterator[None]:
+        """Let a client write a checkpoint or a sampler within the block.
 
-        All clients together may use half of the disk space that would be free without their files,
-        and one token half of that. Files that a client is still writing, one set per model, do not
-        count yet.
+        A client's files are written one after another. So its share counts all of them, and it
+        takes only one of the threads that write files.
 
         Raises:
-            InvalidRequestError: The client has used its share.
+            InvalidRequestError: The client has used its share of the disk.
         """
-        used = self.checkpoints.bytes_by_owner + self.sessions.bytes_by_owner
-        all_used = used.total()
-        most = (self.checkpoints.bytes_free + all_used) // 2
-        share = most // 2 if owner else most
-        if used[owner] >= share or all_used >= most:
-            text = say("TRAINING_DISK_FULL", used=used[owner], most=share)
-            raise InvalidRequestError.of("path", text)
+        async with self._writing[owner]:
+            # All clients together may use half of the disk space that would be free without their
+            # files, and one token half of that.
+            used = self.checkpoints.bytes_by_owner + self.sessions.bytes_by_owner
+            all_used = used.total()
+            most = (self.checkpoints.bytes_free + all_used) // 2
+            share = most // 2 if owner else most
+            if used[owner] >= share or all_used >= most:
+                text = say("TRAINING_DISK_FULL", used=used[owner], most=share)
+                raise InvalidRequestError.of("path", text)
+            yield
 
     async def read(self, tenant: bytes, read: Callable[[], _T]) -> _T:
         """The result of reading a message, which may take long, off the event loop."""
@@ -501,7 +496,6 @@ class Tenants:
             InvalidRequestError: The name is invalid or taken, or the client has too many.
         """
         training = self.sessions.training()
-        self.check_disk(model.owner)
 
         async def write(folder: Path) -> None:
             await training.save(model.number, folder, with_optimizer=kind == "weights")
@@ -517,7 +511,8 @@ class Tenants:
         )
         if ttl_seconds is not None:
             draft = replace(draft, expires=draft.time + ttl_seconds)
-        return await self.checkpoints.save(draft, write, overwrite=overwrite)
+        async with self.writing(model.owner):
+            return await self.checkpoints.save(draft, write, overwrite=overwrite)
 
     async def load(self, model: TenantModel, path: str, *, with_optimizer: bool) -> Checkpoint:
         """Continue a model from a checkpoint.
@@ -539,9 +534,9 @@ class Tenants:
 
     async def publish(self, model: TenantModel) -> Published:
         """Register the present weights as the next generation of ``model.inflight``."""
-        self.check_disk(model.owner)
-        model.inflight = model.adapter
-        return await self.sessions.training().publish(model.number, model.inflight)
+        async with self.writing(model.owner):
+            model.inflight = model.adapter
+            return await self.sessions.training().publish(model.number, model.inflight)
 
     async def _sweep(self) -> None:
         while True:

@@ -40,8 +40,7 @@ async def create_sampler(state: TinkerState, exchange: Exchange, body: CreateSam
             checkpoint = state.tenants.checkpoints.find(owner, body.model_path)
             name = f"training/{session.session_id}/s{body.sampling_session_seq_id}"
             folder = state.tenants.checkpoints.folder(checkpoint)
-            state.tenants.check_disk(owner)
-            with state.tenants.sessions.arriving(owner, checkpoint.size):
+            async with state.tenants.writing(owner):
                 published = await state.tenants.sessions.training().serve(folder, name)
             sampler.generation, sampler.size = published.generation, published.size
             sampler.adapter, sampler.is_own = name, True

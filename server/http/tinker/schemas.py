@@ -32,8 +32,6 @@ MAX_PATH_CHARS = 256
 MAX_NOTES, MAX_KEY_CHARS, MAX_NOTE_CHARS = 16, 64, 512
 _MOST_NUMBER = (1 << 31) - 1
 _MOST_SEED = (1 << 63) - 1
-# A clone of a sampling client numbers its requests from a multiple of a billion.
-_MOST_SAMPLE = _MOST_SEED
 
 Id = Annotated[str, Field(max_length=MAX_ID_CHARS)]
 Path = Annotated[str, Field(max_length=MAX_PATH_CHARS)]
@@ -235,7 +233,8 @@ class Sample(Typed):
     """POST /api/v1/asample."""
 
     sampling_session_id: Id
-    seq_id: int = Field(ge=0, le=_MOST_SAMPLE)
+    # A clone of a sampling client numbers its requests from a multiple of a billion.
+    seq_id: int = Field(ge=0, le=_MOST_SEED)
     prompt: Prompt
     sampling_params: SamplingParams
     num_samples: int = Field(1, ge=1, le=MAX_SAMPLES)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from turret.server.api.services import Services
@@ -23,23 +21,6 @@ from turret.server.words import say
 _SHOWN_CHARS = 200
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
-    """A link to an archive, or to one file.
-
-    Attributes:
-        owner: The client that asked for it.
-        folder: The directory with the files.
-        name: The name of the file; empty for an archive.
-        expires: When the link expires, in Unix seconds.
-    """
-
-    owner: str
-    folder: Path
-    name: str
-    expires: float
-
-
 class TinkerState:
     """The state of the Tinker API. Belongs to one event loop.
 
@@ -48,14 +29,12 @@ class TinkerState:
 
     Attributes:
         tenants: The state of training that all protocols share.
-        links: Links to archives and files, by the secret in them.
     """
 
     def __init__(self, services: Services) -> None:
         assert services.tenants is not None
         self.services = services
         self.tenants = services.tenants
-        self.links: dict[str, Link] = {}
 
     def owner(self, exchange: Exchange) -> str:
         """Identifies the client by its token; empty if the server accepts every caller."""
@@ -132,7 +111,6 @@ _CONFIG: dict[str, Any] = {
     "fwdbwd_max_chunk_bytes_count": _CHUNK_BYTES,
     "sample_max_concurrent_requests": 256,
 }
-_DYNAMIC_CONFIG: dict[str, Any] = {"sample_cancel_enabled": True}
 # Clients wait for 45 seconds.
 POLL_SECONDS = 20.0
 # How often a waiting call checks whether the server is shutting down.
@@ -146,7 +124,7 @@ async def config(state: TinkerState, exchange: Exchange, _body: Body) -> Json:
 
 async def dynamic_config(state: TinkerState, exchange: Exchange, _body: Body) -> Json:
     """Tell the client which features to use from now on."""
-    return _DYNAMIC_CONFIG
+    return {"sample_cancel_enabled": True}
 
 
 async def telemetry(state: TinkerState, exchange: Exchange, _body: Body) -> Json:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Any
 
 from turret.closest import closest
@@ -32,11 +32,6 @@ def _promise(future: Future, model_id: str) -> Json:
     return {"request_id": future.request_id, "model_id": model_id}
 
 
-async def _fail(error: Exception) -> Result:
-    """A command that fails. It uses its number, so that later commands do not wait for it."""
-    raise error
-
-
 async def command(work: Work, kind: type[Body], state: TinkerState, exchange: Exchange) -> Json:
     """Put a command with a JSON body into its model's log.
 
@@ -57,10 +52,13 @@ async def _command(
         raise InvalidRequestError.of("model_id", wrong_type("a string", model_id))
     number = number_of(sent.raw.get("seq_id"))
     model = state.tenants.sessions.model(state.owner(exchange), model_id)
-    try:
-        run = partial(work, state, model, sent.checked(kind))
-    except InvalidRequestError as error:
-        run = partial(_fail, error)
+    # While the command waits, only these are kept of what was sent.
+    kept = Sent(sent.body, sent.wrong)
+
+    async def run() -> Result:
+        # A command that fails uses its number too, so that later ones do not wait for it.
+        return await work(state, model, kept.checked(kind))
+
     return _promise(state.command(exchange, model, number, run), model.model_id)
 
 
@@ -195,7 +193,9 @@ async def optim_step(state: TinkerState, model: TenantModel, body: schemas.Optim
     """Change a model's weights by the gradients since the last step."""
     adam = AdamParams(**body.adam_params.model_dump())
     metrics = await state.tenants.sessions.training().step(model.number, adam)
-    return Result.of(metrics=wire.finite_metrics(metrics))
+    # JSON has no other numbers.
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    return Result.of(metrics=finite)
 
 
 # Weights.
@@ -259,10 +259,11 @@ async def _snapshot(
     if body.kind == "inflight":
         await state.tenants.publish(model)
     else:
-        state.tenants.check_disk(model.owner)
         sampler.adapter = f"{model.adapter}/{body.sampling_session_seq_id}"
         sampler.is_own = True
-        published = await state.tenants.sessions.training().publish(model.number, sampler.adapter)
+        async with state.tenants.writing(model.owner):
+            training = state.tenants.sessions.training()
+            published = await training.publish(model.number, sampler.adapter)
         sampler.generation, sampler.size = published.generation, published.size
     state.tenants.sessions.add_sampler(session, sampler)
     return sampler

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from turret.server.errors import TurretError
 from turret.server.models.encoder import LLAMA3
 from turret.server.models.sources.gguf_header import check_gguf, check_whole, refuse
 from turret.server.models.sources.gguf_layouts import WANTED, GgufLayout, Pair, layout_of
@@ -518,15 +519,18 @@ def open_gguf(path: Path) -> GgufModel:
     try:
         reader = gguf.GGUFReader(path)
         fields = {key: field.contents() for key, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        if fields.get("split.count", 1) > 1:
+            raise refuse(path, "GGUF_SPLIT")
+        by_name = {tensor.name: tensor for tensor in reader.tensors}
+        if "token_embd.weight" not in by_name:
+            raise refuse(path, "TENSOR_MISSING", name="token_embd.weight")
+        config, layout = read_gguf_config(path, fields, by_name)
+        tensors = GgufTensors(path, by_name, layout, config)
+        ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+        eos = list(dict.fromkeys(int(end) for end in ends if end is not None))
+        return GgufModel(config, read_gguf_tokenizer(path, fields, layout), eos, tensors)
+    except (TurretError, MemoryError):
+        raise
+    except Exception as error:
+        # The libraries that read a damaged file raise errors of any type.
         raise refuse(path, "GGUF_UNREADABLE", problem=error) from None
-    if fields.get("split.count", 1) > 1:
-        raise refuse(path, "GGUF_SPLIT")
-    by_name = {tensor.name: tensor for tensor in reader.tensors}
-    if "token_embd.weight" not in by_name:
-        raise refuse(path, "TENSOR_MISSING", name="token_embd.weight")
-    config, layout = read_gguf_config(path, fields, by_name)
-    tensors = GgufTensors(path, by_name, layout, config)
-    ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    eos = list(dict.fromkeys(int(end) for end in ends if end is not None))
-    return GgufModel(config, read_gguf_tokenizer(path, fields, layout), eos, tensors)

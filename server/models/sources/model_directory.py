@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from turret.server.basics.files import why_lfs_pointer
 from turret.server.basics.names import HubId
 from turret.server.errors import HubError, HubUnavailableError, InvalidRequestError
@@ -28,6 +30,8 @@ _TOKENIZERS = ("tokenizer*.json", "*.model", "vocab.json", "vocab.txt", "tekken.
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 # The limit of safetensors itself.
 _MAX_HEADER_BYTES = 100_000_000
+# Errors of files with other content than expected.
+_DAMAGES = ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError
 _HUB_CACHE = re.compile(r".*/models--(.+?)--(.+)/snapshots/[0-9a-f]{40}")
 
 
@@ -202,7 +206,7 @@ def files_missing(model: object, missing: Sequence[str], names: Sequence[str]) -
 def _check_whole(file: Path) -> None:
     """Reject a file that is only a Git LFS pointer, or does not end where its tensors do.
 
-    Only the header is read. Everything else in it is checked when the tensors are read.
+    Only the header is read.
     """
     size = file.stat().st_size
     with file.open("rb") as opened:
@@ -217,7 +221,10 @@ def _check_whole(file: Path) -> None:
         table: dict[str, Any] = json.loads(text)
         ends = [entry["data_offsets"][1] for name, entry in table.items() if name[:2] != "__"]
         whole = 8 + length + max(ends, default=0)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        if size == whole:
+            # This checks shapes, dtypes and offsets.
+            safe_open(file, framework="np")
+    except _DAMAGES:
         raise _refuse(say("FILE_DAMAGED", path=file)) from None
     if size != whole:
         raise _refuse(say("FILE_WRONG_SIZE", path=file, found=size, expected=whole))
@@ -235,7 +242,7 @@ def indexed_files(index: Path) -> list[str]:
     try:
         names = set(json.loads(data)["weight_map"].values())
         paths = {name: PurePosixPath(name) for name in names}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except _DAMAGES:
         paths = {}
     if not paths:
         raise _refuse(say("FILE_DAMAGED", path=index))

@@ -85,6 +85,13 @@ def test_prompt_from_standard_input(run: Run, monkeypatch):
     assert run("generate", "-")[1] == "fromstdin\n"
 
 
+def test_an_answer_cannot_steer_the_terminal(run: Run, monkeypatch):
+    answer = "a\x1b]0;title\x07\x9b2Jb"
+    assert run("generate", answer)[1] == f"{answer}\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert run("generate", answer)[1] == "a]0;title2Jb\n"
+
+
 def test_failed_call_prints_one_line(run: Run):
     code, out, err = run("generate", "a", "-a", "nope", "--json")
     assert (code, out) == (1, "")
