@@ -348,5 +348,5 @@ EXPORT void EXPORTED(turret_attend)(const Plan *plan, const Heads *heads) {
 #if HAS_TILES && !defined(ELEMENT_F32)
     if (tiles_attend(heads)) work = attend_packs;
 #endif
-    in_pieces(work, &job, job.pieces, plan->num_threads);
+    in_repeatable_pieces(work, &job, job.pieces, plan->num_threads);
 }
