@@ -14,11 +14,10 @@ from servers import raw_grpc
 from servers.app_parts import served
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 from servers.http_harness import http_harness
-from servers.rpc_harness import failure_of, harness
+from servers.rpc_harness import failure_of, harness, tokens_of
 
 from turret.server import cli
 from turret.server.api import access
-from turret.server.api.access import TokenTable
 from turret.server.api.call import Call
 from turret.server.api.inference_answers import keep
 from turret.server.basics.codes import Code
@@ -206,7 +205,7 @@ async def test_objects_of_grpc_calls_do_not_accumulate(frozen_heap: int) -> None
 async def test_calls_without_a_token_leave_few_objects_for_the_collector() -> None:
     """A client without a token can send thousands of calls per second."""
     count, message = 50, inference_pb2.GenerateRequest(prompt="a").SerializeToString()
-    async with harness(tokens=TokenTable([("alice", frozenset({"inference"}))])) as server:
+    async with harness(tokens=tokens_of("alice")) as server:
 
         def ask() -> None:
             for _ in range(count):
