@@ -32,9 +32,18 @@ import grpc
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
 
-from turret.clients.calls.answers import AnswerProgress, AsyncGenerationStream, call, waiting
-from turret.clients.calls.connections import AsyncConnection, BlockingConnection
-from turret.clients.calls.settings import CallSettings, Retries, RetryPolicy, stream_timeout
+from turret.clients.calls import (
+    AnswerProgress,
+    AsyncConnection,
+    AsyncGenerationStream,
+    BlockingConnection,
+    CallSettings,
+    Retries,
+    RetryPolicy,
+    call,
+    stream_timeout,
+    waiting,
+)
 from turret.clients.channel import DEFAULT_ADDRESS, Tls, check_address
 from turret.clients.errors import TurretRpcError
 from turret.clients.messages.adapter_files import (
@@ -44,7 +53,14 @@ from turret.clients.messages.adapter_files import (
 )
 from turret.clients.messages.fields import ArgumentTypeError
 from turret.clients.messages.mix import AdaptersLike, AdapterWeight, to_mix
-from turret.clients.messages.requests import GenerateOptions, Prompt, filled, generate_request
+from turret.clients.messages.requests import (
+    GenerateOptions,
+    MessageLike,
+    Prompt,
+    chat_messages,
+    filled,
+    generate_request,
+)
 from turret.clients.messages.results import (
     Adapter,
     Alias,
@@ -63,7 +79,6 @@ from turret.clients.messages.results import (
     TrainedModel,
 )
 from turret.clients.messages.sequences import TrainingDatum, pass_requests
-from turret.clients.messages.turns import MessageLike, chat_messages
 from turret.clients.words import say
 from turret.v1 import adapters_pb2, inference_pb2, training_pb2
 
@@ -88,7 +103,7 @@ _T = TypeVar("_T")
 
 
 def _rpc(
-    name: str, kind: type[Result] | None, listed: str = ""
+    name: str, kind: type[Result] | None, listed: str = "", make: Callable[..., Any] | None = None
 ) -> Callable[[Callable[_P, Awaitable[_T]]], Callable[_P, Coroutine[Any, Any, _T]]]:
     """Implement a method as an RPC. The arguments become the fields of its request.
 
@@ -96,6 +111,7 @@ def _rpc(
         name: The name of the RPC.
         kind: The class of the result; None for a response without fields.
         listed: The field of the response with a list of results; empty for a single result.
+        make: Makes the messages of a call that sends several; None for a single request.
     """
 
     def implement(
@@ -111,8 +127,9 @@ def _rpc(
                 raise TypeError(f"{method.__name__}() {error}") from None
             bound.apply_defaults()
             client, timeout = bound.arguments.pop("self"), bound.arguments.pop("timeout")
-            request = client._request(name, **bound.arguments)
-            answer = await client._answer(name, timeout, lambda: request, client._mix(request))
+            request = None if make else client._request(name, **bound.arguments)
+            sent = functools.partial(make, **bound.arguments) if make else lambda: request
+            answer = await client._answer(name, timeout, sent, client._mix(request))
             if listed and kind is not None:
                 return tuple(map(kind.from_proto, getattr(answer, listed)))
             return kind.from_proto(answer) if kind else None
@@ -432,6 +449,7 @@ class AsyncAdaptersClient(AdaptersBase):
         """
         ...
 
+    @_rpc("UploadAdapter", Adapter, make=upload_messages)
     async def upload(
         self,
         name: str,
@@ -450,17 +468,7 @@ class AsyncAdaptersClient(AdaptersBase):
             FileNotFoundError: The directory contains no adapter.
             ValueError: One of the files is empty.
         """
-        messages = functools.partial(
-            upload_messages,
-            name,
-            directory,
-            pinned=pinned,
-            replace=replace,
-            expected_generation=expected_generation,
-            task=task,
-            chat_template=chat_template,
-        )
-        return Adapter.from_proto(await self._answer("UploadAdapter", timeout, messages))
+        ...
 
     @_rpc("ReplaceAdapter", Adapter)
     async def replace(

@@ -26,8 +26,7 @@ from turret.clients.aio import (
     InferenceBase,
     TrainingBase,
 )
-from turret.clients.calls.answers import AsyncGenerationStream
-from turret.clients.calls.connections import BlockingConnection, completed
+from turret.clients.calls import AsyncGenerationStream, BlockingConnection, completed
 from turret.clients.channel import Tls
 from turret.clients.errors import TurretRpcError
 from turret.clients.messages.mix import AdapterWeight

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import copy
 import copyreg
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -28,11 +29,156 @@ import grpc
 from google.protobuf import message
 from google.rpc import error_details_pb2, status_pb2
 
-from turret.clients.hints import HINTS, hint_for
 from turret.clients.messages.fields import argument
 from turret.clients.messages.results import Completion
-from turret.clients.unreached import UNREACHED, cause_of
 from turret.clients.words import say
+
+# Reason → hint. Braces take values of the error's metadata.
+HINTS: Mapping[str, str] = {
+    "ADAPTER_NOT_FOUND": "adapters.list() returns the registered adapters",
+    "ADAPTER_EXISTS": "replace it with adapters.replace(), or remove it with adapters.unload()",
+    "ADAPTER_CLASSIFIES": "call classify()",
+    "HEAD_MISSING": "call generate() or score() for text",
+    "ADAPTER_PINNED": "call adapters.unpin() first",
+    "ADAPTER_BUSY": 'mode="force" ends these requests',
+    "ADAPTER_MERGED": "adapters.unmerge() restores the base model",
+    "MERGE_ACTIVE": "call adapters.unmerge() first",
+    "UNAUTHENTICATED": "pass a token of the server's --token-file as token=",
+    "SERVICE_ELSEWHERE": "pass both address= and admin_address= to the client",
+    "SERVER_STARTING": "pass a larger max_retries= to the client to wait for the server",
+    "DEADLINE_EXCEEDED": "raise timeout=, which was {timeout}",
+    "UNIMPLEMENTED": "check that address= is that of a turret server of this version",
+    "NOT_REACHED": "start one with `turret serve`",
+    "NOT_GRPC": "use the address of `turret serve --address` (port 50051 by default), not that of"
+    " --http-address",
+    "TLS_FAILED": "check tls=, and the ca, certificate, key and server_name in it",
+    "CONNECTION_CLOSED": "a server with TLS needs tls=Tls(...), and one with --tls-client-ca a"
+    " certificate= and key= that its roots signed; otherwise see the server's log",
+    "CONNECTION_LOST": "call again; if this repeats, see the server's log",
+    "REQUEST_TOO_LARGE": "shorten the prompt, or spread several inputs over several calls",
+    "ANSWER_TOO_LARGE": "lower top_n or logprobs, or pass fewer inputs in a call",
+}
+# The same for the command line, where braces may also name flags. Reasons that are not listed have
+# no hint.
+COMMAND_HINTS: Mapping[str, str] = {
+    "ADAPTER_NOT_FOUND": "`turret adapters list` shows the registered adapters",
+    "ADAPTER_EXISTS": "replace it with `turret adapters replace` or `upload --replace`, or remove"
+    " it with `turret adapters unload {adapter}`",
+    "ADAPTER_CLASSIFIES": "use `turret classify` or `turret eval --classify`",
+    "HEAD_MISSING": "use `turret generate` or `turret score` for text",
+    "ADAPTER_PINNED": "run `turret adapters unpin {adapter}` first",
+    "ADAPTER_BUSY": "--force ends these requests",
+    "ADAPTER_MERGED": "`turret adapters unmerge` restores the base model",
+    "MERGE_ACTIVE": "run `turret adapters unmerge` first",
+    "UNAUTHENTICATED": "pass a token of the server's --token-file with --token, --token-from or"
+    " TURRET_TOKEN",
+    "SERVICE_ELSEWHERE": "pass that address with --address or TURRET_ADDRESS",
+    "SERVER_STARTING": "`turret health --wait 600` returns when the server is ready",
+    "DEADLINE_EXCEEDED": "raise --timeout, which was {timeout}",
+    "UNIMPLEMENTED": "check that {address} is a turret server of this version, and not a proxy",
+    "NOT_REACHED": "start one with `turret serve`, or pass the address of another with --address",
+    "NOT_GRPC": "pass the address of `turret serve --address` (port 50051 by default), not that of"
+    " --http-address",
+    "TLS_FAILED": "check --tls, --tls-ca, --tls-server-name, --tls-cert and --tls-key",
+    "CONNECTION_CLOSED": "a server with TLS needs --tls or --tls-ca, and one with --tls-client-ca a"
+    " --tls-cert and --tls-key that its roots signed; otherwise see the server's log",
+    "CONNECTION_LOST": "run it again; if this repeats, see the server's log",
+    "REQUEST_TOO_LARGE": "shorten the prompt, or spread several texts over several calls",
+    "ANSWER_TOO_LARGE": "lower --top-n or --logprobs, or pass fewer texts in a call",
+}
+# The same for `turret train --server`.
+TRAIN_HINTS: Mapping[str, str] = {
+    **COMMAND_HINTS,
+    "NOT_REACHED": "start one with `turret serve --training --state-dir DIR`",
+}
+# The message of an error with one of these keys already says what to do.
+_ANSWERS = ("closest", "current_generation")
+
+
+def hint_for(key: str, metadata: Mapping[str, str], hints: Mapping[str, str], **known: Any) -> str:
+    """The next step; empty if none is certain.
+
+    Args:
+        key: The reason of an error, or the name of its status if it has none.
+        metadata: The error's metadata.
+        hints: The table for the interface: ``HINTS`` or ``COMMAND_HINTS``.
+        known: More values for the braces of a hint.
+    """
+    if any(name in metadata for name in _ANSWERS):
+        return ""
+    try:
+        given = {name: value for name, value in known.items() if value is not None}
+        return hints.get(key, "").format_map({**given, **metadata})
+    except KeyError:
+        return ""
+
+
+# gRPC reports its own failures only as text. The patterns from here to cause_of() match that text,
+# never a message of turret's.
+_FAILED = re.compile(
+    r"failed to connect to all addresses; last error: [A-Z_]+: (?:ipv[46]:)?(?P<place>.*?):"
+    r" (?:Failed to connect to remote host: )?(?P<why>.*)",
+    re.DOTALL,
+)
+_UNRESOLVED = re.compile(r"errors resolving (?P<place>\S+): \[")
+_TOO_LARGE = re.compile(
+    r"(?P<end>SERVER: |CLIENT: )?Received message larger than max \((\d+) vs\. (\d+)\)"
+)
+# Messages for calls that the caller itself ended.
+_OWN_DOING = re.compile("Locally cancelled|Channel closed|Channel is closed")
+# Messages for a server, or a proxy in front of it, that vanished without a status. The last one is
+# HAProxy's, for a server that is gone.
+_LOST = re.compile(
+    "RST_STREAM|Stream removed|GOAWAY|Connection reset|Socket closed|http2 header with status: 500"
+)
+# Failures of a connection to something that listens: pattern → reason.
+_ANSWERED = {
+    r"Failed parsing HTTP/2|http1\.x server|HTTP/1\.": "NOT_GRPC",
+    "handshake|Hostname Verification": "TLS_FAILED",
+    # A server with TLS closes the connections of clients without TLS or without a required
+    # certificate.
+    "Socket closed": "CONNECTION_CLOSED",
+}
+# Reasons for calls that no turret server accepted: something else listens at the address, nothing
+# does, or the connection or the answer was interrupted.
+UNREACHED = frozenset((*_ANSWERED.values(), "NOT_REACHED", "CONNECTION_LOST", "ANSWER_CUT"))
+
+
+def cause_of(code: grpc.StatusCode, said: str) -> tuple[grpc.StatusCode, str, str]:
+    """Status, reason and message for a failure that no turret server has described.
+
+    Args:
+        code: The code that gRPC reports.
+        said: gRPC's own message.
+    """
+    status = grpc.StatusCode
+    if found := _TOO_LARGE.search(said):
+        sizes = {"size": found[2], "most": found[3]}
+        if found["end"] == "CLIENT: ":
+            return status.INVALID_ARGUMENT, "ANSWER_TOO_LARGE", say("ANSWER_TOO_LARGE", **sizes)
+        return status.INVALID_ARGUMENT, "REQUEST_TOO_LARGE", say("REQUEST_ABOVE_LIMIT", **sizes)
+    if code is status.DEADLINE_EXCEEDED:
+        return code, "", say("NOT_IN_TIME")
+    if code is status.CANCELLED:
+        is_lost = _OWN_DOING.search(said) is None
+    else:
+        is_vague = code in (status.INTERNAL, status.UNKNOWN, status.UNAVAILABLE)
+        is_lost = is_vague and _LOST.search(said) is not None
+    failed = _FAILED.fullmatch(said) if code is status.UNAVAILABLE else None
+    if is_lost and failed is None:
+        return status.UNAVAILABLE, "CONNECTION_LOST", say("CONNECTION_LOST", why=said)
+    if code is not status.UNAVAILABLE:
+        return code, "", said
+    if failed is not None:
+        place = failed["place"].replace("%5B", "[").replace("%5D", "]")
+        for pattern, reason in _ANSWERED.items():
+            if re.search(pattern, failed["why"]):
+                return code, reason, say(reason, place=place, why=failed["why"])
+        return code, "NOT_REACHED", say("NOT_REACHED", place=place, why=failed["why"])
+    if found := _UNRESOLVED.match(said):
+        return code, "NOT_REACHED", say("NOT_RESOLVED", place=found["place"])
+    return code, "NOT_REACHED", say("NOT_ANSWERED", why=said)
+
 
 _DETAILS_KEY = "grpc-status-details-bin"
 _REQUEST_ID_KEY = "x-request-id"

@@ -12,26 +12,25 @@ examples, and updates the table in ``examples/README.md`` and ``examples/prompts
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-import math
-import random
-import time
-from collections.abc import Iterator
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from nf4_base import BASE_MODEL, answer, chat, load_model, load_tokenizer
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save_file
-from tasks import TASKS, Example, Task
+from nf4_base import BASE_MODEL, answer, load_model, load_tokenizer
+from peft import PeftModel
+from tasks import TASKS, Task
 
 HERE = Path(__file__).resolve().parent
 BATCH_SIZE = 8
 TRAIN_EXAMPLES = 640
 TEST_EXAMPLES = 48
 MAX_NEW_TOKENS = 96  # enough for a base model that prints JSON over many lines
-SIZE_LIMIT = 1_000_000  # bytes of adapter_model.safetensors
 
 MODEL_CARD = """\
 ---
@@ -43,95 +42,10 @@ tags: [{tags}]
 # {name}: {summary}
 - **Method**: {method}, rank {rank}, alpha {alpha}, on {targets}; {size:.0f} kB in fp16.
 - **Data**: {count} made-up examples (`examples/tasks/{module}.py`), loss on the answer only.
-- **Training**: {steps} AdamW steps of {batch} on NF4-rounded base weights, fp32, seed {seed}.
+- **Training**: {steps} AdamW steps of {batch} on NF4 base weights with `turret train`, seed {seed}.
 - **Held out** ({tested} examples, {held_out} not in training): {score:.0%} {metric}; base model \
 {base_score:.0%}.
 """
-
-
-def encode(tokenizer, example: Example) -> tuple[list[int], list[int]]:
-    """Returns (prompt tokens, answer tokens including the end of turn)."""
-    prompt = tokenizer(chat(tokenizer, example.prompt), add_special_tokens=False)["input_ids"]
-    text = example.completion + tokenizer.eos_token
-    return prompt, tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def batches(
-    pairs: list[tuple[list[int], list[int]]], *, steps: int, pad: int, seed: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields ``(tokens, labels)``, both ``[BATCH_SIZE, longest]`` int64, reshuffled every epoch.
-
-    ``labels`` has the token to predict at each position, or -100 at positions without one.
-    """
-    rng = random.Random(seed)
-    queue: list[tuple[list[int], list[int]]] = []
-    for _ in range(steps):
-        while len(queue) < BATCH_SIZE:
-            queue += rng.sample(pairs, k=len(pairs))
-        batch, queue = queue[:BATCH_SIZE], queue[BATCH_SIZE:]
-        longest = max(len(prompt) + len(completion) for prompt, completion in batch)
-        tokens = torch.full((BATCH_SIZE, longest), pad)
-        labels = torch.full((BATCH_SIZE, longest), -100)
-        for row, (prompt, completion) in enumerate(batch):
-            end = len(prompt) + len(completion)
-            tokens[row, :end] = torch.tensor(prompt + completion)
-            labels[row, len(prompt) - 1 : end - 1] = torch.tensor(completion)
-        yield tokens, labels
-
-
-def train(model: PeftModel, tokenizer, task: Task, *, steps: int, seed: int) -> None:
-    """Trains the active adapter in place.
-
-    Padding is on the right, where causal attention never looks, so no mask is needed. The head runs
-    only on answer positions: on all positions, it would cost as much as the decoder.
-    """
-    examples = task.examples("train", TRAIN_EXAMPLES, seed)
-    pairs = [encode(tokenizer, example) for example in examples]
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=task.learning_rate, weight_decay=0.0)
-    warmup = max(1, steps // 10)
-    base: Any = model.get_base_model()
-    model.train()
-    start = time.monotonic()
-    data = batches(pairs, steps=steps, pad=tokenizer.pad_token_id, seed=seed)
-    for step, (tokens, labels) in enumerate(data):
-        decay = 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.param_groups[0]["lr"] = task.learning_rate * min((step + 1) / warmup, 1.0) * decay
-        asked = labels != -100
-        hidden = base.model(input_ids=tokens, use_cache=False).last_hidden_state[asked]
-        loss = torch.nn.functional.cross_entropy(base.lm_head(hidden), labels[asked])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 10 == 0 or step == steps - 1:
-            seconds = time.monotonic() - start
-            print(f"{task.name}: step {step} loss {loss.item():.3f} ({seconds:.0f} s)", flush=True)
-    model.eval()
-
-
-def save(model: PeftModel, folder: Path) -> None:
-    """Writes config and fp16 tensors in PEFT's layout.
-
-    Raises:
-        ValueError: The file is larger than an example adapter should be.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    halves = {name: tensor.detach().half().contiguous() for name, tensor in state.items()}
-    weights = folder / "adapter_model.safetensors"
-    save_file(halves, weights, metadata={"format": "pt"})
-    weights.chmod(0o644)  # safetensors writes a file that only its owner can read
-    config = model.peft_config["default"].to_dict()
-    config["base_model_name_or_path"] = BASE_MODEL
-    config["inference_mode"] = True
-    # Sets have no order, so sort them to write the same file in every run.
-    plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-    text = json.dumps(plain, indent=2, sort_keys=True)
-    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
-    size = weights.stat().st_size
-    if size > SIZE_LIMIT:
-        raise ValueError(f"{weights.name} of {folder.name} has {size} bytes, over {SIZE_LIMIT}")
 
 
 def measure(model: PeftModel, tokenizer, task: Task, seed: int) -> tuple[float, float, int]:
@@ -196,13 +110,33 @@ def document(task: Task, folder: Path, facts: dict[str, Any]) -> None:
     replace_lines(HERE / "prompts.jsonl", start, [json.dumps(row) for row in rows])
 
 
-def make(task: Task, tokenizer, *, seed: int, steps: int | None) -> None:
-    """Trains one adapter and saves it."""
-    torch.manual_seed(seed)
-    config = LoraConfig(task_type="CAUSAL_LM", **task.config)
-    model = get_peft_model(load_model(torch.float32), config)
-    train(model, tokenizer, task, steps=steps or task.steps, seed=seed)
-    save(model, HERE / "adapters" / task.name)
+def make(task: Task, *, seed: int, steps: int | None) -> None:
+    """Trains one adapter with ``turret train`` and saves it."""
+    config = task.config
+    rows = [dataclasses.asdict(e) for e in task.examples("train", TRAIN_EXAMPLES, seed)]
+    method = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
+    settings = {
+        "method.name": method,
+        "method.rank": config["r"],
+        "method.alpha": config["lora_alpha"],
+        "method.targets": ",".join(config["target_modules"]),
+        "data.validation_fraction": 0,
+        "optimizer.learning_rate": task.learning_rate,
+        "run.steps": steps or task.steps,
+        "run.batch_size": BATCH_SIZE,
+        "run.seed": seed,
+        "run.checkpoint_every": 0,
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (work / "train.jsonl").write_text(text, encoding="utf-8")
+        (work / "config.toml").write_text('[data]\ntrain = "train.jsonl"\n', encoding="utf-8")
+        command = [sys.executable, "-m", "turret.server.cli", "train", "run"]
+        flags = [f"--set={key}={value}" for key, value in settings.items()]
+        subprocess.run([*command, str(work / "config.toml"), *flags], check=True)
+        folder = HERE / "adapters" / task.name
+        shutil.copytree(work / "run" / "adapter", folder, dirs_exist_ok=True)
 
 
 def report(task: Task, tokenizer, *, seed: int, steps: int | None) -> None:
@@ -236,7 +170,7 @@ def main() -> None:
     tokenizer = load_tokenizer()
     for name in arguments.names or TASKS:
         if not arguments.score_only:
-            make(TASKS[name], tokenizer, seed=arguments.seed, steps=arguments.steps)
+            make(TASKS[name], seed=arguments.seed, steps=arguments.steps)
         report(TASKS[name], tokenizer, seed=arguments.seed, steps=arguments.steps)
 
 

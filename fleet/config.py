@@ -13,8 +13,8 @@ from pydantic.dataclasses import dataclass
 from turret.fleet.words import say
 from turret.server.basics.settings import (
     TABLE,
+    Checked,
     Seconds,
-    SettingsError,
     Switch,
     Violation,
     Whole,
@@ -54,7 +54,7 @@ def as_ray_address(value: str) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
-class FleetConfig:
+class FleetConfig(Checked):
     """The number of replicas, and the machines on which they run."""
 
     replicas: Whole | None = setting(None, "replicas (default: 2)", ge=1)
@@ -74,18 +74,18 @@ class FleetConfig:
         False, "replicas answer UNAVAILABLE while the registry is away, instead of serving on"
     )
 
-    def __post_init__(self) -> None:
+    def faults(self) -> Iterator[Violation]:
         least, most = self.min_replicas, self.max_replicas
         if (least is None) != (most is None):
             given, other = ("max", "min") if least is None else ("min", "max")
             text = say("NEEDS_FIELD", other=f"--{other}-replicas")
-            raise SettingsError(Violation(f"fleet.{given}_replicas", text))
+            yield Violation(f"fleet.{given}_replicas", text)
         if least is not None and self.replicas is not None:
             text = say("CONFLICTS_WITH", other="--min-replicas")
-            raise SettingsError(Violation("fleet.replicas", text))
+            yield Violation("fleet.replicas", text)
         if least is not None and most is not None and most < least:
             text = say("BELOW_OTHER", other="--min-replicas", value=most, least=least)
-            raise SettingsError(Violation("fleet.max_replicas", text))
+            yield Violation("fleet.max_replicas", text)
 
     @property
     def fewest(self) -> int:
@@ -104,9 +104,8 @@ class ClusterConfig(Config):
 
     fleet: FleetConfig = FleetConfig()
 
-    def __post_init__(self) -> None:
-        if found := [*self._refused(), *self._exposed(), *self._addresses()]:
-            raise SettingsError(*found)
+    def faults(self) -> Iterator[Violation]:
+        yield from (*self._refused(), *self._exposed(), *self._addresses())
 
     def _refused(self) -> Iterator[Violation]:
         for table in ("listen", "security", "adapters"):

@@ -35,7 +35,7 @@ _CANCEL_SECONDS = 0.2
 
 
 class Channel(ABC):
-    """The methods of a ``RegistryHost`` that may be in another process. Each blocks.
+    """The methods of a ``FleetRegistry`` that may be in another process. Each blocks.
 
     Every method raises UnavailableError if the registry cannot be reached; whether a proposal was
     accepted is then not known.
@@ -43,19 +43,22 @@ class Channel(ABC):
 
     @abstractmethod
     def call(self, wait_seconds: float, method: str, *arguments: Any) -> Any:
-        """Call a method of the host, which may wait for ``wait_seconds`` before it answers."""
+        """Calls a method without its last argument, the time.
+
+        ``report`` waits up to ``wait_seconds`` for news, and ``outcome`` for the outcome.
+        """
 
     def join(self, join: p.Join) -> p.Joined:
         return self.call(0.0, "join", join)
 
     def report(self, report: p.Report, wait_seconds: float) -> p.News:
-        return self.call(wait_seconds, "report", report, wait_seconds)
+        return self.call(wait_seconds, "report", report)
 
     def submit(self, proposal: p.Proposal) -> str:
         return self.call(0.0, "submit", proposal)
 
     def outcome(self, operation: str, wait_seconds: float) -> p.Outcome | None:
-        return self.call(wait_seconds, "outcome", operation, wait_seconds)
+        return self.call(wait_seconds, "outcome", operation)
 
     def cancel(self, operation: str, error: TurretError) -> None:
         self.call(0.0, "cancel", operation, error)

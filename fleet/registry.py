@@ -2,8 +2,8 @@
 
 The registry is a state machine without clock, network or thread: its methods take the time as an
 argument. It saves a change first, and publishes it under the next *revision*. It answers the caller
-once every living replica has applied that revision. docs/fleet.md ("Safeguards") lists what can go
-wrong meanwhile, and what guards against it.
+once every living replica has applied that revision. tests/fleet/test_fleet_histories.py shows what
+can go wrong meanwhile.
 """
 
 from __future__ import annotations
@@ -228,8 +228,9 @@ class FleetRegistry:
         self._living.pop(replica, None)
         self.tick(now)
 
-    def usage(self) -> Mapping[str, Mapping[str, p.AdapterUsage]]:
-        """The usage that each replica last reported, by the adapter's name."""
+    def usage(self, now: float) -> Mapping[str, Mapping[str, p.AdapterUsage]]:
+        """The usage that each living replica last reported, by the adapter's name."""
+        self._expire(now)
         return {replica.name: replica.usage for replica in self._living.values()}
 
     def status(self, now: float) -> p.FleetStatus:

@@ -14,11 +14,11 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from turret.fleet import protocol as p
+from turret.fleet.follower import Channel
 from turret.fleet.registry import FleetRegistry, Store
 from turret.server import log
 from turret.server.adapters.adapter import Source
@@ -29,12 +29,10 @@ from turret.server.basics.files import (
     replace_file,
     reporting_disk_faults,
 )
-from turret.server.errors import TurretError
 
 _log = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.2
-_T = TypeVar("_T")
 
 
 class FleetStore(StateDir):
@@ -94,8 +92,8 @@ def _base_from(fields: dict[str, Any]) -> p.Base:
     return p.Base(generation=int(fields["generation"]), merge=merge)
 
 
-class RegistryHost:
-    """A ``FleetRegistry`` with a clock. Thread-safe; replicas call it through a ``Channel``.
+class RegistryHost(Channel):
+    """A ``FleetRegistry`` with a clock, and the channel to it within its process. Thread-safe.
 
     Args:
         store: The state that survives a restart.
@@ -117,65 +115,33 @@ class RegistryHost:
             self._is_closed = True
             self._changed.notify_all()
 
-    def join(self, join: p.Join) -> p.Joined:
-        """See ``FleetRegistry``."""
-        with self._changed:
-            return self._registry.join(join, time.monotonic())
-
-    def report(self, report: p.Report, wait_seconds: float) -> p.News:
-        """Like ``FleetRegistry.report``, but waits for news, up to a time limit."""
+    def call(self, wait_seconds: float, method: str, *arguments: Any) -> Any:
+        """Calls a method of ``FleetRegistry``, which gets the time as its last argument."""
         end = time.monotonic() + wait_seconds
-        with self._changed:
-            news = self._registry.report(report, time.monotonic())
-            # Other callers may be waiting for what this report contains.
-            self._changed.notify_all()
-            revision, left = self._registry.revision, end - time.monotonic()
-            if news.entries or left <= 0:
-                return news
-            self._changed.wait_for(
-                lambda: self._registry.revision > revision or self._is_closed, left
-            )
-            # The replica may have died meanwhile, so the report does not count again.
-            return self._registry.news(report)
-
-    def submit(self, proposal: p.Proposal) -> str:
-        """See ``FleetRegistry``."""
-        return self._now(lambda now: self._registry.submit(proposal, now))
-
-    def outcome(self, operation: str, wait_seconds: float) -> p.Outcome | None:
-        """Like ``FleetRegistry.outcome``, but waits up to a time limit before it returns None."""
-        end = time.monotonic() + wait_seconds
-        with self._changed:
-            while True:
-                outcome = self._registry.outcome(operation, time.monotonic())
-                left = end - time.monotonic()
-                if outcome is not None or left <= 0 or self._is_closed:
-                    return outcome
-                self._changed.wait(left)
-
-    def cancel(self, operation: str, error: TurretError) -> None:
-        """See ``FleetRegistry``."""
-        self._now(lambda now: self._registry.cancel(operation, error, now))
-
-    def leave(self, replica: str) -> None:
-        """See ``FleetRegistry``."""
-        self._now(lambda now: self._registry.leave(replica, now))
-
-    def usage(self) -> Mapping[str, Mapping[str, p.AdapterUsage]]:
-        """See ``FleetRegistry``."""
-        with self._changed:
-            return self._registry.usage()
-
-    def status(self) -> p.FleetStatus:
-        """See ``FleetRegistry``."""
-        return self._now(lambda now: self._registry.status(now))
-
-    def _now(self, call: Callable[[float], _T]) -> _T:
         with self._changed:
             try:
-                return call(time.monotonic())
+                result = getattr(self._registry, method)(*arguments, time.monotonic())
             finally:
+                # Other callers may be waiting for what this call has changed.
                 self._changed.notify_all()
+            if method == "report":
+                return self._news(arguments[0], result, end)
+            while method == "outcome" and result is None and not self._is_over(end):
+                self._changed.wait(end - time.monotonic())
+                result = self._registry.outcome(*arguments, time.monotonic())
+            return result
+
+    def _news(self, report: p.Report, news: p.News, end: float) -> p.News:
+        revision = self._registry.revision
+        while not news.entries and not self._is_over(end):
+            self._changed.wait(end - time.monotonic())
+            if self._registry.revision > revision:
+                break
+        # The replica may have died meanwhile, so the report does not count again.
+        return news if news.entries else self._registry.news(report)
+
+    def _is_over(self, end: float) -> bool:
+        return self._is_closed or time.monotonic() >= end
 
     def _tick(self) -> None:
         with self._changed:

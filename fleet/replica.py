@@ -7,6 +7,7 @@ directory.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -30,7 +31,6 @@ from turret.server.adapters.base import Allowed, BaseModel, ChangedBase, Precisi
 from turret.server.adapters.merger import (
     ChangeBase,
     Edit,
-    MergeMetrics,
     Merger,
     MergeState,
     PreparedMerge,
@@ -43,7 +43,6 @@ from turret.server.adapters.registry.name_table import (
     registration_of,
 )
 from turret.server.adapters.registry.registry import AdapterRegistry, UnloadMode
-from turret.server.adapters.residency.leases import AdapterMetrics
 from turret.server.adapters.state_dir import SavedRegistration, SharedStateDir
 from turret.server.basics.work import Cancellation
 from turret.server.config import AdapterConfig
@@ -53,8 +52,8 @@ from turret.server.errors import (
     TurretError,
     UnavailableError,
 )
-from turret.server.hub import AdapterHub
-from turret.server.remote import RemoteAdapters
+from turret.server.metrics import Metrics
+from turret.server.remote import AdapterHub, RemoteAdapters
 
 _log = logging.getLogger(__name__)
 
@@ -216,8 +215,10 @@ class ReplicaRegistry(AdapterRegistry):
         now = time.monotonic()
         if now - self._asked_time >= _USAGE_SECONDS:
             self._asked_time = now
-            usage = self._channel.usage()
-            self._elsewhere = [used for each, used in usage.items() if each != self._replica]
+            # While the registry is away, the last answer stays.
+            with contextlib.suppress(UnavailableError):
+                usage = self._channel.usage()
+                self._elsewhere = [used for each, used in usage.items() if each != self._replica]
         return self._elsewhere
 
     # Instructions of the registry
@@ -515,16 +516,11 @@ class ReplicaParts:
         self,
         config: AdapterConfig,
         base: BaseModel,
-        metrics: AdapterMetrics,
+        metrics: Metrics,
         admit: Callable[[AdapterOperators], None],
     ) -> ReplicaRegistry:
-        """The replica's adapters.
-
-        Raises:
-            ValueError: There is no state directory.
-        """
-        if config.state_dir is None:
-            raise ValueError(say("FLEET_NEEDS_STATE"))
+        """The replica's adapters."""
+        assert config.state_dir is not None
         self._keep_generations = config.keep_generations
         self._registry = ReplicaRegistry(
             self._channel,
@@ -550,7 +546,7 @@ class ReplicaParts:
         edit: Callable[[Precision], Edit],
         describe: Callable[[int], BaseModel],
         change_base: ChangeBase,
-        metrics: MergeMetrics,
+        metrics: Metrics,
     ) -> ReplicaMerger:
         """The merger of the replica's base."""
         self._merger = ReplicaMerger(

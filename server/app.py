@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, TypeVar
 import turret
 from turret.server import log, tracing
 from turret.server.adapters.state_dir import NoStateDir, open_state_dir
-from turret.server.api.access import Shares, TokenTable, most_connections
+from turret.server.api.access import (
+    NOTHING_TO_RELOAD,
+    Shares,
+    TokenReloader,
+    TokenTable,
+    most_connections,
+)
 from turret.server.api.gate import Backend, ServingGate
 from turret.server.api.services import Services
 from turret.server.basics.settings import is_local_address
@@ -27,10 +33,8 @@ from turret.server.command.interrupts import Hangup
 from turret.server.config import Config
 from turret.server.errors import AdapterExistsError, TurretError
 from turret.server.log import end_bars
-from turret.server.metrics import Metrics
-from turret.server.metrics_aliases import add_aliases
+from turret.server.metrics import Metrics, add_aliases
 from turret.server.metrics_server import MetricsServer
-from turret.server.reloading import NOTHING_TO_RELOAD, TokenReloader
 from turret.server.rpc.server import RpcServer
 from turret.server.words import say
 

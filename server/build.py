@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -47,24 +47,22 @@ from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.speculation import Speculation, StepCost
-from turret.server.engine.step.executor import Executor, TorchExecutor
-from turret.server.engine.step.runner import Runner
+from turret.server.engine.step.runner import Executor, Runner, TorchExecutor
 from turret.server.errors import InvalidRequestError
-from turret.server.hub import AdapterHub
 from turret.server.log import progress_bar
 from turret.server.metrics import Metrics
 from turret.server.models.chat_template import base_template
 from turret.server.models.decoding.decoder import Decoder
-from turret.server.models.decoding.kv_cache import KvCache
+from turret.server.models.decoding.layer_ops import KvCache
 from turret.server.models.describe import BaseEdit, ModelInfo, describe_base, describe_projections
+from turret.server.models.fidelity import memory_of
 from turret.server.models.loader import eos_token_ids, formulations, load_decoder
-from turret.server.models.memory import memory_of
 from turret.server.models.model_source import ModelSource, resolve_model
 from turret.server.models.own_tokenizers import OwnTokenizers
 from turret.server.models.sources.check import default_cache_dir
 from turret.server.models.tokenizer import Tokenizer
-from turret.server.remote import RemoteAdapters
-from turret.server.training.trainer import Training
+from turret.server.remote import AdapterHub, RemoteAdapters
+from turret.server.training.service import TrainingService
 from turret.server.words import say
 
 _log = logging.getLogger(__name__)
@@ -241,11 +239,8 @@ def _build_training(
     store: AdapterStore,
     registry: AdapterRegistry,
     metrics: Metrics,
-) -> Training:
+) -> TrainingService:
     """The service that trains adapters."""
-    # Imported here because few servers train.
-    from turret.server.training.service import TrainingService
-
     layout = describe_projections(decoder.arch)
     if not isinstance(store, StepStore):
         store = ReferenceStore(layout, decoder.dtype, decoder.device, _device_bytes(config))
@@ -310,7 +305,7 @@ def _store_type(path: str) -> Callable[..., AdapterStore]:
 
 def _build_executor(
     config: Config, decoder: Decoder, cache: KvCache, store: AdapterStore, metrics: Metrics
-) -> Executor:
+) -> Executor[Any, Any]:
     if isinstance(store, StepStore):
         return TorchExecutor(decoder, cache, store, screens_head=config.model.head_screen)
     from turret.server.adapters.device.gpu.store import GpuStore
@@ -328,7 +323,7 @@ def _build_executor(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         capture=capture_for(decoder.device),
-        on_graphs_off=metrics.cuda_graphs_off,
+        on_graphs_off=lambda: metrics.cuda_graphs_off.set(1),
     )
 
 
@@ -441,7 +436,7 @@ def _build_engine(
         max_queued_bytes=config.scheduler.max_queued_bytes,
         on_thread=lambda: _on_stream(stream, decoder.dtype, decoder.device),
     )
-    return engine, isinstance(executor, TorchExecutor) and executor.screens_head
+    return engine, executor.screens_head
 
 
 @contextlib.contextmanager
@@ -460,7 +455,7 @@ def _on_stream(stream: StepStream, dtype: torch.dtype, device: torch.device) -> 
         yield
 
 
-def _warm_up(executor: Executor, stream: StepStream) -> None:
+def _warm_up(executor: Executor[Any, Any], stream: StepStream) -> None:
     from turret.server.engine.step.gpu.executor import GpuExecutor, warm_up
 
     assert isinstance(executor, GpuExecutor)

@@ -28,10 +28,10 @@ from turret.server.basics.settings import (
     MIB,
     TABLE,
     Bytes,
+    Checked,
     Names,
     Place,
     Seconds,
-    SettingsError,
     Switch,
     Violation,
     Whole,
@@ -155,7 +155,7 @@ class CacheConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
-class SchedulerConfig:
+class SchedulerConfig(Checked):
     """Limits of waiting requests, of running ones, and of one step."""
 
     max_num_seqs: Whole | None = setting(
@@ -195,12 +195,12 @@ class SchedulerConfig:
         0, "maximum number of waiting and running requests per client address; 0: no limit", ge=0
     )
 
-    def __post_init__(self) -> None:
+    def faults(self) -> Iterator[Violation]:
         tokens, seqs = self.max_num_batched_tokens, self.max_num_seqs
         if tokens is not None and seqs is not None and tokens < seqs:
             # Every running sequence decodes one token in a step.
             text = say("BELOW_OTHER", other="--max-num-seqs", value=tokens, least=seqs)
-            raise SettingsError(Violation("scheduler.max_num_batched_tokens", text))
+            yield Violation("scheduler.max_num_batched_tokens", text)
 
     def sizes(self, device_type: str) -> tuple[int, int]:
         """``max_num_seqs`` and ``max_num_batched_tokens``, with a device's defaults.
@@ -216,7 +216,7 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
-class AdapterConfig:
+class AdapterConfig(Checked):
     """The adapters that may be loaded, and the memory that they may take."""
 
     adapter_root: Place | None = setting(
@@ -282,24 +282,17 @@ class AdapterConfig:
         shown="NAME=PATH",
     )
 
-    def __post_init__(self) -> None:
-        found = [*self._preloads_at_fault(), *self._hubs_at_fault(), *self._remotes_at_fault()]
-        if self.training and self.state_dir is None:
-            found.append(Violation("adapters.training", say("NEEDS_FIELD", other="--state-dir")))
-        if found:
-            raise SettingsError(*found)
-
-    def _hubs_at_fault(self) -> Iterator[Violation]:
+    def faults(self) -> Iterator[Violation]:
+        yield from self._preloads_at_fault()
         for org in self.adapter_hub:
             if org != "*" and HubId.find(f"{org}/name") is None:
                 yield Violation("adapters.adapter_hub", say("NOT_AN_ORGANISATION", value=org))
-
-    def _remotes_at_fault(self) -> Iterator[Violation]:
         for prefix in self.adapter_remote:
             if not is_remote_path(prefix):
                 yield Violation("adapters.adapter_remote", say("NOT_A_REMOTE", value=prefix))
-        if self.adapter_remote and self.state_dir is None:
-            yield Violation("adapters.adapter_remote", say("NEEDS_FIELD", other="--state-dir"))
+        for name in ("adapter_remote", "training"):
+            if getattr(self, name) and self.state_dir is None:
+                yield Violation(f"adapters.{name}", say("NEEDS_FIELD", other="--state-dir"))
 
     def _preloads_at_fault(self) -> Iterator[Violation]:
         names = [name for name, _ in self.preload]
@@ -326,7 +319,7 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
-class ListenConfig:
+class ListenConfig(Checked):
     """The addresses of the server. Port 0 selects a free port."""
 
     address: RpcAddress = setting(
@@ -357,21 +350,17 @@ class ListenConfig:
         shown="NAME",
     )
 
-    def __post_init__(self) -> None:
-        found: list[Violation] = []
+    def faults(self) -> Iterator[Violation]:
         for name, values, form, shown in (
             ("http_cors_origin", self.http_cors_origin, _ORIGIN, "SCHEME://HOST[:PORT]"),
             ("http_allowed_host", self.http_allowed_host, _HOST, "a name without a port"),
         ):
             if values and self.http_address is None:
-                text = say("NEEDS_FIELD", other="--http-address")
-                found.append(Violation(f"listen.{name}", text))
+                yield Violation(f"listen.{name}", say("NEEDS_FIELD", other="--http-address"))
             for value in values:
                 if value != "*" and not form.fullmatch(value):
                     text = say("NOT_OF_FORM", value=value, form=shown)
-                    found.append(Violation(f"listen.{name}", text))
-        if found:
-            raise SettingsError(*found)
+                    yield Violation(f"listen.{name}", text)
 
     @property
     def call_addresses(self) -> tuple[str, ...]:
@@ -386,7 +375,7 @@ class ListenConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
-class SecurityConfig:
+class SecurityConfig(Checked):
     """Who may call the server. Without a token file, every caller has every role."""
 
     token_file: Place | None = setting(
@@ -407,13 +396,14 @@ class SecurityConfig:
         " their timing then reveals what others asked (default: each bearer token has its own)",
     )
 
-    def __post_init__(self) -> None:
+    def faults(self) -> Iterator[Violation]:
         pair = {"tls_cert": self.tls_cert, "tls_key": self.tls_key}
         missing = [name for name, path in pair.items() if path is None]
         for name, path in {**pair, "tls_client_ca": self.tls_client_ca}.items():
             if path is not None and missing:
                 text = say("NEEDS_FIELD", other=f"--{missing[0].replace('_', '-')}")
-                raise SettingsError(Violation(f"security.{name}", text))
+                yield Violation(f"security.{name}", text)
+                return
 
     @property
     def is_complete(self) -> bool:
@@ -455,7 +445,7 @@ class TelemetryConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=TABLE)
-class Config:
+class Config(Checked):
     """The whole server, resolved.
 
     Raises:
@@ -472,15 +462,12 @@ class Config:
     log: LogConfig = LogConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
 
-    def __post_init__(self) -> None:
+    def faults(self) -> Iterator[Violation]:
         if self.security.is_complete or self.security.insecure:
             return
-        found: list[Violation] = []
         for name in ("address", "admin_address", "http_address"):
             address: str | None = getattr(self.listen, name)
             if address is not None and not is_local_address(address):
                 meant = closest(split_address(address)[0], ("localhost",))
                 text = say("ADDRESS_EXPOSED", value=address, closest=meant)
-                found.append(Violation(f"listen.{name}", text))
-        if found:
-            raise SettingsError(*found)
+                yield Violation(f"listen.{name}", text)

@@ -1,50 +1,16 @@
 """Every error that turret raises on purpose, as one tree.
 
-    TurretError
-    ├── InvalidRequestError          a field violates its documented limits
-    │   ├── PromptTooLongError       prompt and max_tokens exceed the context
-    │   ├── AdapterClassifiesError   an adapter with a classification head was asked for text
-    │   └── HeadMissingError         labels were asked for, and no adapter has a head
-    ├── AdapterError
-    │   ├── AdapterNotFoundError     the name (or generation) is not registered
-    │   ├── AdapterExistsError       the name is taken by other weights
-    │   ├── AdapterCheckpointError   the checkpoint is unreadable, inconsistent or unsupported
-    │   │   └── AdapterChangedError  the files of a registered adapter have changed
-    │   ├── AdapterMismatchError     the adapter was trained for another base model
-    │   ├── AdapterComponentError    a component of the adapter is not registered
-    │   ├── AdapterInUseError        the adapter is part of a fusion, or is being changed
-    │   │   ├── AdapterPinnedError   the adapter is pinned
-    │   │   ├── AdapterBusyError     requests still used it when the wait ended
-    │   │   └── AdapterMergedError   the adapter is merged into the base
-    │   ├── AdapterGenerationError   the name has another generation than expected
-    │   ├── AdapterUnloadedError     the adapter was force-unloaded during a request or fusion
-    │   ├── StateDirRequiredError    uploads and fused adapters need --state-dir
-    │   ├── MergeActiveError         a merge is active
-    │   ├── MergeUnderWayError       another merge or unmerge is under way
-    │   └── NotMergedError           no merge is active
-    ├── TrainingNotFoundError        no such model in training, sampler, session or checkpoint
-    ├── ResourceError
-    │   ├── QueueFullError           too many requests wait, or too many uploads or fusions run
-    │   ├── BudgetExceededError      a budget of ranks, bytes or blocks is exceeded
-    │   ├── OutOfMemoryError         the process could not get memory or a thread for the call
-    │   └── StorageFullError         no room on the disk of --state-dir
-    ├── StorageFailedError           the disk is read-only or broken, or no file can be opened
-    ├── HubError                     the hub has no such repository, or denies access to it
-    ├── HubUnavailableError          the hub does not answer, or answers too slowly
-    ├── UnauthenticatedError         no token, or an unknown one
-    ├── PermissionDeniedError        the token lacks the role
-    ├── ServiceElsewhereError        the service is at the server's other address
-    ├── UnavailableError             the server is stopping, or the engine is dead
-    │   └── ServerStartingError      the model is not loaded yet
-    └── DeadlineExceededError        the deadline passed before the request finished
+The docstring of a class says when the error occurs; docs/operations.md lists these. Classes without
+one are only bases.
 
-``reason`` is an AIP-193 identifier. Unless it is given, ``metadata`` has the parameters of the
-message, except those that are sentences themselves. ``code`` is the code with which the call ends;
-each protocol translates it.
+``reason`` is an AIP-193 identifier: the name of the class, unless the class names another. Unless
+it is given, ``metadata`` has the parameters of the message, except those that are sentences
+themselves. ``code`` is the code with which the call ends; each protocol translates it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -65,6 +31,11 @@ class TurretError(Exception):
     reason = "INTERNAL"
     code = Code.INTERNAL
     retry_after_seconds: float | None = None
+
+    def __init_subclass__(cls) -> None:
+        if "reason" not in vars(cls):
+            words = re.findall("[A-Z][a-z]+", cls.__name__.removesuffix("Error"))
+            cls.reason = "_".join(words).upper()
 
     def __init__(
         self,
@@ -92,7 +63,8 @@ def _metadata_of(message: str) -> dict[str, str]:
 
 
 class InvalidRequestError(TurretError):
-    reason = "INVALID_REQUEST"
+    """A field violates its documented limits."""
+
     code = Code.INVALID_ARGUMENT
 
     @classmethod
@@ -111,15 +83,15 @@ class InvalidRequestError(TurretError):
 
 
 class PromptTooLongError(InvalidRequestError):
-    reason = "PROMPT_TOO_LONG"
+    """Prompt and max_tokens exceed the context."""
 
 
 class AdapterClassifiesError(InvalidRequestError):
-    reason = "ADAPTER_CLASSIFIES"
+    """An adapter with a classification head was asked for text."""
 
 
 class HeadMissingError(InvalidRequestError):
-    reason = "HEAD_MISSING"
+    """Labels were asked for, and no adapter has a head."""
 
 
 class AdapterError(TurretError):
@@ -128,86 +100,85 @@ class AdapterError(TurretError):
 
 
 class AdapterNotFoundError(AdapterError):
-    reason = "ADAPTER_NOT_FOUND"
+    """The name (or generation) is not registered."""
+
     code = Code.NOT_FOUND
 
 
 class AdapterExistsError(AdapterError):
-    reason = "ADAPTER_EXISTS"
+    """The name is taken by other weights."""
+
     code = Code.ALREADY_EXISTS
 
 
 class AdapterCheckpointError(AdapterError):
-    """A checkpoint that cannot be served exactly.
+    """The checkpoint is unreadable, inconsistent or unsupported."""
 
-    Lists every offending key in ``violations``.
-    """
-
-    reason = "ADAPTER_CHECKPOINT"
     code = Code.INVALID_ARGUMENT
 
 
 class AdapterChangedError(AdapterCheckpointError):
-    reason = "ADAPTER_CHANGED"
+    """The files of a registered adapter have changed."""
+
     # The call is fine, but the server's files have changed.
     code = Code.FAILED_PRECONDITION
 
 
 class AdapterMismatchError(AdapterError):
+    """The adapter was trained for another base model."""
+
     reason = "ADAPTER_BASE_MISMATCH"
 
 
 class AdapterComponentError(AdapterError):
-    reason = "ADAPTER_COMPONENT"
+    """A component of the adapter is not registered."""
 
 
 class AdapterInUseError(AdapterError):
-    reason = "ADAPTER_IN_USE"
+    """The adapter is part of a fusion, or is being changed."""
 
 
 class AdapterPinnedError(AdapterInUseError):
-    reason = "ADAPTER_PINNED"
+    """The adapter is pinned."""
 
 
 class AdapterBusyError(AdapterInUseError):
-    reason = "ADAPTER_BUSY"
+    """Requests still used it when the wait ended."""
 
 
 class AdapterMergedError(AdapterInUseError):
-    reason = "ADAPTER_MERGED"
+    """The adapter is merged into the base."""
 
 
 class AdapterGenerationError(AdapterError):
-    """The name has a different generation from the one that the caller expected."""
-
-    reason = "ADAPTER_GENERATION"
+    """The name has another generation than expected."""
 
 
 class AdapterUnloadedError(AdapterError):
-    reason = "ADAPTER_UNLOADED"
+    """The adapter was force-unloaded during a request or fusion."""
+
     code = Code.ABORTED
 
 
 class StateDirRequiredError(AdapterError):
-    reason = "STATE_DIR_REQUIRED"
+    """Uploads and fused adapters need --state-dir."""
 
 
 class MergeActiveError(AdapterError):
-    reason = "MERGE_ACTIVE"
+    """A merge is active."""
 
 
 class MergeUnderWayError(AdapterError):
-    reason = "MERGE_UNDER_WAY"
+    """Another merge or unmerge is under way."""
 
 
 class NotMergedError(AdapterError):
-    reason = "NOT_MERGED"
+    """No merge is active."""
 
 
 class TrainingNotFoundError(TurretError):
-    """A model, sampler, session or checkpoint that is not there, or belongs to another client."""
+    """No such model in training, sampler, session or checkpoint."""
 
-    reason = "TRAINING_NOT_FOUND"
     code = Code.NOT_FOUND
 
 
@@ -218,33 +189,34 @@ class ResourceError(TurretError):
 
 
 class QueueFullError(ResourceError):
-    reason = "QUEUE_FULL"
+    """Too many requests wait, or too many uploads or fusions run."""
 
 
 class BudgetExceededError(ResourceError):
-    reason = "BUDGET_EXCEEDED"
+    """A budget of ranks, bytes or blocks is exceeded."""
+
     retry_after_seconds = None
 
 
 class OutOfMemoryError(ResourceError):
-    reason = "OUT_OF_MEMORY"
+    """The process could not get memory or a thread for the call."""
 
 
 class StorageFullError(ResourceError):
-    reason = "STORAGE_FULL"
+    """No room on the disk of --state-dir."""
+
     retry_after_seconds = None
 
 
 class StorageFailedError(TurretError):
-    """The server's disk cannot be used: it is read-only or broken, or no descriptor is left."""
+    """The disk is read-only or broken, or no file can be opened."""
 
-    reason = "STORAGE_FAILED"
     # A retry fails in the same way until an operator acts.
     code = Code.UNAVAILABLE
 
 
 class HubError(TurretError):
-    """A repository or revision that the hub does not have, or does not show to this machine."""
+    """The hub has no such repository, or denies access to it."""
 
     reason = "HUB_REPOSITORY"
     code = Code.INVALID_ARGUMENT
@@ -256,38 +228,42 @@ class HubError(TurretError):
 
 
 class HubUnavailableError(TurretError):
-    """The hub failed during a download; a retry may help."""
+    """The hub does not answer, or answers too slowly."""
 
-    reason = "HUB_UNAVAILABLE"
     code = Code.UNAVAILABLE
     retry_after_seconds = 10.0
 
 
 class UnauthenticatedError(TurretError):
-    reason = "UNAUTHENTICATED"
+    """No token, or an unknown one."""
+
     code = Code.UNAUTHENTICATED
 
 
 class PermissionDeniedError(TurretError):
-    reason = "PERMISSION_DENIED"
+    """The token lacks the role."""
+
     code = Code.PERMISSION_DENIED
 
 
 class ServiceElsewhereError(TurretError):
-    reason = "SERVICE_ELSEWHERE"
+    """The service is at the server's other address."""
+
     code = Code.UNIMPLEMENTED
 
 
 class UnavailableError(TurretError):
-    reason = "UNAVAILABLE"
+    """The server is stopping, or the engine is dead."""
+
     code = Code.UNAVAILABLE
     retry_after_seconds = 1.0
 
 
 class ServerStartingError(UnavailableError):
-    reason = "SERVER_STARTING"
+    """The model is not loaded yet."""
 
 
 class DeadlineExceededError(TurretError):
-    reason = "DEADLINE_EXCEEDED"
+    """The deadline passed before the request finished."""
+
     code = Code.DEADLINE_EXCEEDED

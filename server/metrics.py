@@ -1,8 +1,7 @@
 """Prometheus metrics in a separate registry, with a bounded number of ``adapter`` labels.
 
-The engine, the adapter registry and the protocols call the small methods of ``Metrics``; none of
-them sees a Prometheus type. All methods are safe to call from any thread and never raise for a
-name that they do not know.
+A series that several facts decide has a method of ``Metrics``; others are attributes, which their
+users change. All of this is safe to use from any thread, and never raises for an unknown name.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import bisect
 import functools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -20,6 +19,8 @@ from prometheus_client import (
     Info,
     ProcessCollector,
 )
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from turret.server.basics.codes import Code
 from turret.server.basics.names import is_private
@@ -89,13 +90,13 @@ class Metrics:
             " moves, the series of its former targets are removed.",
             ["alias", "adapter", "generation", "code"],
         )
-        self._calls = counter(
+        self.calls = counter(
             "turret_calls_total",
             "Finished calls that run the model, each counted once, by protocol (grpc or http); one"
             " call may ask for several answers.",
             ["protocol", "code"],
         )
-        self._duration = histogram(
+        self.duration = histogram(
             "turret_request_duration_seconds",
             "Duration of calls that run the model, from receipt to the end of the answer, by method"
             " and code.",
@@ -132,7 +133,7 @@ class Metrics:
             buckets=_TOKEN_GAP,
             registry=registry,
         )
-        self._queue = histogram(
+        self.queue_seconds = histogram(
             "turret_queue_seconds",
             "Time from receipt until a request is first scheduled.",
             buckets=_LATENCY,
@@ -140,13 +141,13 @@ class Metrics:
 
         # Engine
 
-        self._step = histogram(
+        self.step_seconds = histogram(
             "turret_step_seconds", "Duration of an engine step.", ["phase"], buckets=_TOKEN_GAP
         )
-        self._step_tokens = histogram(
+        self.step_tokens = histogram(
             "turret_step_tokens", "Tokens computed in a step.", buckets=_STEP_TOKENS
         )
-        self._step_adapters = histogram(
+        self.step_adapters = histogram(
             "turret_step_adapters", "Distinct adapters in a step.", buckets=_STEP_ADAPTERS
         )
         self._sequences = gauge("turret_sequences", "Sequences by state.", ["state"])
@@ -154,12 +155,12 @@ class Metrics:
         self._kv_usage = gauge(
             "turret_kv_usage_ratio", "Share of the KV cache blocks that requests hold: 0 to 1."
         )
-        self._kv_cache_info = gauge(
+        self.kv_cache_info = gauge(
             "turret_kv_cache_info",
             "Tokens of a KV cache block, and the number of blocks; the value is 1.",
             ["block_size", "num_blocks"],
         )
-        self._cuda_graphs_off = gauge(
+        self.cuda_graphs_off = gauge(
             "turret_cuda_graphs_off",
             "1 if failed captures made decode steps on a GPU run uncaptured, which is slower.",
         )
@@ -168,15 +169,15 @@ class Metrics:
             "Adapters of running and waiting requests, for routers; the value is the time.",
             ["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
         )
-        self._preemptions = counter("turret_preemptions_total", "Preempted sequences.")
-        self._draft_tokens = counter(
+        self.preemptions = counter("turret_preemptions_total", "Preempted sequences.")
+        self.draft_tokens = counter(
             "turret_spec_decode_num_draft_tokens_total", "Draft tokens that steps checked."
         )
-        self._accepted_tokens = counter(
+        self.accepted_tokens = counter(
             "turret_spec_decode_num_accepted_tokens_total",
             "Draft tokens that were right: generated without a step of their own.",
         )
-        self._prefix_tokens = counter(
+        self.prefix_tokens = counter(
             "turret_prefix_cache_tokens_total", "Prompt tokens looked up in the cache.", ["result"]
         )
 
@@ -187,37 +188,37 @@ class Metrics:
             "Registered adapters by their fastest tier.",
             ["adapter", "tier"],
         )
-        self._adapter_bytes = gauge("turret_adapter_bytes", "Adapter weights in bytes.", ["tier"])
-        self._load_seconds = histogram(
+        self.adapter_bytes = gauge("turret_adapter_bytes", "Adapter weights in bytes.", ["tier"])
+        self.load_seconds = histogram(
             "turret_adapter_load_seconds",
             "Time to load an adapter, by stage.",
             ["stage"],
             buckets=_LATENCY,
         )
-        self._loads = counter("turret_adapter_loads_total", "Adapter loads.", ["result"])
-        self._evictions = counter(
+        self.loads = counter("turret_adapter_loads_total", "Adapter loads.", ["result"])
+        self.evictions = counter(
             "turret_adapter_evictions_total", "Adapter evictions.", ["tier", "reason"]
         )
-        self._merge_active = gauge("turret_merge_active", "1 while a merge changes the base model.")
+        self.merge_active = gauge("turret_merge_active", "1 while a merge changes the base model.")
         self._info = Info("turret", "Version, model, dtype and quantisation.", registry=registry)
 
         # Training
 
-        self._training_adapters = gauge("turret_training_adapters", "Adapters in training.")
-        self._training_bytes = gauge(
+        self.training_adapters = gauge("turret_training_adapters", "Adapters in training.")
+        self.training_bytes = gauge(
             "turret_training_bytes",
             "Memory of training beside serving: adapters with their gradients and optimizers, as"
             " --training-bytes limits it, and the activations of the current pass.",
             ["kind"],
         )
-        self._training_queued = gauge(
+        self.training_queued_tokens = gauge(
             "turret_training_queued_tokens", "Tokens of sequences that wait for a pass."
         )
-        self._training_tokens = counter(
+        self.training_tokens = counter(
             "turret_training_tokens_total", "Tokens of finished passes, with or without gradients."
         )
-        self._training_steps = counter("turret_training_steps_total", "Optimizer steps.")
-        self._training_seconds = counter(
+        self.training_steps = counter("turret_training_steps_total", "Optimizer steps.")
+        self.training_seconds = counter(
             "turret_training_seconds_total", "Engine time that training used."
         )
 
@@ -229,28 +230,12 @@ class Metrics:
             for label in self._labels_of(adapter_names):
                 self._requests.labels(label, code).inc()
 
-    def call_finished(self, protocol: str, method: str, code: str, seconds: float) -> None:
-        """Count a finished call.
-
-        Args:
-            protocol: ``grpc`` or ``http``.
-            method: A method of the server, never a client's text.
-            code: The name of the call's code.
-            seconds: The time from the receipt of the call to the end of its answer.
-        """
-        self._calls.labels(protocol, code).inc()
-        self._duration.labels(method, code).observe(seconds)
-
     def tokens(self, adapter_names: Sequence[str], *, prompt: int, generated: int) -> None:
         """Count the tokens of a finished request, for each member of its mix."""
         with self._lock:
             for label in self._labels_of(adapter_names):
                 self._prompt_tokens.labels(label).inc(prompt)
                 self._generated_tokens.labels(label).inc(generated)
-
-    def queued(self, seconds: float) -> None:
-        """Record how long a request waited before it was first scheduled."""
-        self._queue.observe(seconds)
 
     def first_token(self, seconds: float, adapter_names: Sequence[str] = ()) -> None:
         """Record a request's time to first token, for itself and for each member of its mix."""
@@ -270,12 +255,6 @@ class Metrics:
 
     # Engine
 
-    def step(self, phase: str, *, seconds: float, num_tokens: int, num_adapters: int) -> None:
-        """Record an engine step; ``phase`` is ``prefill``, ``decode`` or ``mixed``."""
-        self._step.labels(phase).observe(seconds)
-        self._step_tokens.observe(num_tokens)
-        self._step_adapters.observe(num_adapters)
-
     def sequences(self, **counts: int) -> None:
         """Set the number of sequences by state: ``sequences(waiting=3, running=8)``."""
         for state, count in counts.items():
@@ -289,10 +268,6 @@ class Metrics:
         for state, count in counts.items():
             self._kv_blocks.labels(state).set(count)
         self._kv_usage.set(counts.get("used", 0) / max(sum(counts.values()), 1))
-
-    def kv_cache(self, *, block_size: int, num_blocks: int) -> None:
-        """Set the size of the KV cache, once."""
-        self._kv_cache_info.labels(str(block_size), str(num_blocks)).set(1)
 
     def adapters_in_use(self, *, most: int, running: Iterable[str], waiting: Iterable[str]) -> None:
         """Set the adapters that requests use and wait for. Only one thread calls this.
@@ -308,24 +283,6 @@ class Metrics:
         self._adapters_info.labels(*listed).set_to_current_time()
         if before is not None and before != listed:
             self._adapters_info.remove(*before)
-
-    def cuda_graphs_off(self) -> None:
-        """Record that decode steps are no longer captured, for the life of the process."""
-        self._cuda_graphs_off.set(1)
-
-    def preempted(self, count: int) -> None:
-        """Count sequences that lost their KV blocks."""
-        self._preemptions.inc(count)
-
-    def speculation(self, *, num_draft: int, num_accepted: int) -> None:
-        """Count the draft tokens that a step checked, and how many of them were right."""
-        self._draft_tokens.inc(num_draft)
-        self._accepted_tokens.inc(num_accepted)
-
-    def prefix_cache(self, *, hit: int, miss: int) -> None:
-        """Count the prompt tokens found and not found in the prefix cache."""
-        self._prefix_tokens.labels("hit").inc(hit)
-        self._prefix_tokens.labels("miss").inc(miss)
 
     # Adapters
 
@@ -387,57 +344,7 @@ class Metrics:
             if target in self._targets.get(name, ()):
                 self._alias_requests.labels(name, *target, code).inc()
 
-    def adapter_bytes(self, **counts: int) -> None:
-        """Set the bytes of adapter weights by tier: ``adapter_bytes(host=…, device=…)``."""
-        for tier, count in counts.items():
-            self._adapter_bytes.labels(tier).set(count)
-
-    def adapter_load(self, stage: str, seconds: float) -> None:
-        """Record a stage of a load: ``read`` (disk to host) or ``copy`` (host to device)."""
-        self._load_seconds.labels(stage).observe(seconds)
-
-    def adapter_loaded(self, result: str) -> None:
-        """Count a load by its result: ``ok`` or ``error``."""
-        self._loads.labels(result).inc()
-
-    def adapter_evicted(self, tier: str, reason: str) -> None:
-        """Count an eviction from a tier.
-
-        ``reason`` is ``budget``, ``unload``, ``replace``, or ``error`` for a load that failed after
-        its weights were in memory.
-        """
-        self._evictions.labels(tier, reason).inc()
-
-    def merge_active(self, active: bool) -> None:
-        """Set whether a merge changes the base model."""
-        self._merge_active.set(active)
-
     # Training
-
-    def training(self, *, num_adapters: int, num_bytes: int) -> None:
-        """Set the number of adapters in training, and their memory."""
-        self._training_adapters.set(num_adapters)
-        self._training_bytes.labels("adapters").set(num_bytes)
-
-    def training_queued(self, num_tokens: int) -> None:
-        """Set the number of tokens that wait for a pass."""
-        self._training_queued.set(num_tokens)
-
-    def training_activations(self, num_bytes: int) -> None:
-        """Set the memory of the current pass; 0 if there is none."""
-        self._training_bytes.labels("activations").set(num_bytes)
-
-    def training_pass(self, num_tokens: int) -> None:
-        """Count the tokens of a finished pass."""
-        self._training_tokens.inc(num_tokens)
-
-    def training_step(self) -> None:
-        """Count a step of an optimizer."""
-        self._training_steps.inc()
-
-    def training_seconds(self, seconds: float) -> None:
-        """Count time of the engine thread that was used for training."""
-        self._training_seconds.inc(seconds)
 
     def info(self, version: str, model: str, dtype: str, quantization: str) -> None:
         """Set the labels of ``turret_info``."""
@@ -463,3 +370,74 @@ class Metrics:
 def _joined(names: Iterable[str]) -> str:
     shown = {OTHER if is_private(name) else name for name in names}
     return ",".join(sorted(shown)[:MAX_LISTED_ADAPTERS])
+
+
+# The metrics that routers read, under the names that vLLM gives them.
+#
+# The names, types and labels are those of the endpoint picker's metric protocol (Gateway API
+# inference extension, llm-d), in its form for vLLM. Each alias is computed from turret's own series
+# when they are read, so nothing is counted twice.
+
+# The value of the setting that asks for these aliases.
+VLLM = "vllm"
+
+_INFO, _SEQUENCES, _RESIDENCY = "turret_info", "turret_sequences", "turret_adapter_residency"
+_USAGE, _CACHE = "turret_kv_usage_ratio", "turret_kv_cache_info"
+_ADAPTERS = "turret_adapters_info"
+_SOURCES = (_INFO, _SEQUENCES, _RESIDENCY, _USAGE, _CACHE, _ADAPTERS)
+_LEVELS = {"device": "gpu", "host": "cpu"}
+
+_Series = Sequence[tuple[Mapping[str, str], float]]
+
+
+class _Aliases(Collector):
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        """All aliases whose source already has a value."""
+        for name, source, series in self._gauges():
+            family = GaugeMetricFamily(f"vllm:{name}", f"Alias of {source}.")
+            for labels, value in series:
+                family.add_sample(family.name, dict(labels), value)
+            if family.samples:
+                yield family
+
+    def _gauges(self) -> Iterator[tuple[str, str, _Series]]:
+        """For each alias: its name, the series from which it is computed, and its own series."""
+        found: dict[str, list[tuple[Mapping[str, str], float]]] = {name: [] for name in _SOURCES}
+        for family in self._registry.restricted_registry(_SOURCES).collect():
+            for sample in family.samples:
+                found[sample.name].append((sample.labels, sample.value))
+        names = [labels["model"] for labels, _ in found[_INFO] if "model" in labels]
+        model = {"model_name": names[0]} if names else {}
+
+        def values(source: str, **only: str) -> _Series:
+            return [(model, v) for labels, v in found[source] if only.items() <= labels.items()]
+
+        yield "num_requests_waiting", _SEQUENCES, values(_SEQUENCES, state="waiting")
+        yield "num_requests_running", _SEQUENCES, values(_SEQUENCES, state="running")
+        yield "kv_cache_usage_perc", _USAGE, values(_USAGE)
+        sizes = (
+            {"block_size": labels["block_size"], "num_gpu_blocks": labels["num_blocks"]}
+            for labels, _ in found[_CACHE]
+        )
+        yield "cache_config_info", _CACHE, [({**model, **size}, 1.0) for size in sizes]
+        yield "lora_requests_info", _ADAPTERS, found[_ADAPTERS]
+        # Adapters that share a label have no name to report.
+        loaded = (
+            {"adapter_name": labels["adapter"].removeprefix(PLAIN_NAME), "level": level}
+            for labels, value in found[_RESIDENCY]
+            if value and labels["adapter"] != OTHER and (level := _LEVELS.get(labels["tier"]))
+        )
+        yield "lora_adapter_loaded", _RESIDENCY, [({**model, **each}, 1.0) for each in loaded]
+        on_device = sum(value for _, value in values(_RESIDENCY, tier="device"))
+        yield "num_gpu_loaded_lora_adapters", _RESIDENCY, [(model, on_device)]
+        most = [(model, float(labels["max_lora"])) for labels, _ in found[_ADAPTERS]]
+        yield "max_gpu_lora_adapters", _ADAPTERS, most
+
+
+def add_aliases(registry: CollectorRegistry, names: str | None) -> None:
+    """Adds the aliases of a setting's value, ``VLLM`` or None, to a registry of ``Metrics``."""
+    if names == VLLM:
+        registry.register(_Aliases(registry))

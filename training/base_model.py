@@ -139,10 +139,20 @@ class TrainingBase:
     arch: Arch
     tokenizer: Any
 
-    @property
-    def max_length(self) -> int:
-        """The maximum number of positions that the model was made for."""
-        return self.arch.max_model_len
+
+def check_base(directory: Path | None, check: Callable[[Projections], None]) -> None:
+    """Check a model in a directory before it is quantised, which takes minutes.
+
+    Args:
+        directory: See :func:`find_base`. Other places are not checked.
+        check: Called with the modules; raises an error if the model cannot be used.
+
+    Raises:
+        InvalidRequestError: The directory is not a model, or its architecture is not supported.
+    """
+    if directory is not None and directory.is_dir():
+        check_model_directory(directory)
+        check(read_arch(_config_of(directory)))
 
 
 def find_base(
@@ -152,19 +162,17 @@ def find_base(
 
     Args:
         directory: The directory as in the config, or an id of the hub; None is the bundled model.
-        check: Called with the modules of a model in a directory before it is quantised, which takes
-            minutes; raises an error if the model cannot be used.
+        check: See :func:`check_base`. It is called for models from other places, too.
 
     Raises:
         InvalidRequestError: The directory is not a model, or its architecture is not supported.
     """
-    if directory is not None and directory.is_dir():
-        check_model_directory(directory)
-        check(read_arch(_config_of(directory)))
+    check_base(directory, check)
     with progress_bar() as report:
         source = resolve_model(directory, default_cache_dir(), report)
     config = _config_of(source.files)
     arch = read_arch(config)
+    check(arch)
     tokenizer = AutoTokenizer.from_pretrained(source.files)
     return TrainingBase(source, directory, config, arch, tokenizer)
 

@@ -6,6 +6,7 @@ uninterrupted run.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ from turret.training.examples import (
     Invocation,
     data_digest,
     encode_all,
-    encode_labelled,
     num_set_aside,
     num_shared,
     read_files,
@@ -79,17 +79,15 @@ def load_dataset(
         ConfigError: ``data.max_length`` exceeds the model's context.
         DataError: See :func:`read_files` and :func:`encode_all`.
     """
-    check_max_length(config, base.max_length)
+    check_max_length(config, base.arch.max_model_len)
     files = read_files(config, folder)
     examples, held_out, labels = files.train, files.validation, files.labels
     if held_out is None:
         examples, held_out = split(examples, config.validation_fraction, seed)
 
-    def encode(some: list[Example]) -> EncodedSet:
-        if labels:
-            return encode_labelled(base.tokenizer, some, labels, config, config.max_length)
-        return encode_all(base.tokenizer, some, config, config.max_length, invocation)
-
+    encode = functools.partial(
+        encode_all, base.tokenizer, config=config, labels=labels, invocation=invocation
+    )
     train = encode(examples)
     validation = encode(held_out) if held_out else EncodedSet((), 0, 0)
     return Dataset(
@@ -135,7 +133,6 @@ class TrainingBatch:
         positions: ``[rows, longest]`` int64 for packed rows, else None. They start at 0 with every
             example, which shows transformers the tokens that may attend to each other.
         targets: ``[rows, longest]`` int64: the token to predict at each position, or ``IGNORED``.
-        num_tokens: The number of tokens without padding.
         num_targets: The number of positions with a target.
         starts: For each row, the first position on which an aLoRA acts; empty if it acts
             everywhere.
@@ -146,7 +143,6 @@ class TrainingBatch:
     tokens: torch.Tensor
     positions: torch.Tensor | None
     targets: torch.Tensor
-    num_tokens: int
     num_targets: int
     starts: tuple[int, ...] = ()
     labels: tuple[tuple[int, ...], ...] = ()
@@ -180,27 +176,17 @@ class BatchStream:
     Args:
         rows: The rows.
         batch_size: Rows per batch; a batch may span two epochs.
-        pad: The token id that fills shorter rows.
         seed: The seed of the orders.
-        is_packed: Whether to number positions per example.
     """
 
-    def __init__(
-        self, rows: Sequence[Row], *, batch_size: int, pad: int, seed: int, is_packed: bool
-    ) -> None:
+    def __init__(self, rows: Sequence[Row], *, batch_size: int, seed: int) -> None:
         self._rows = rows
         self._batch_size = batch_size
-        self._pad = pad
         self._seed = seed
-        self._is_packed = is_packed
         self._order: tuple[int, list[int]] = (-1, [])
 
-    def batch(self, index: int) -> TrainingBatch:
-        """The batch at a position, from 0."""
-        return make_batch(self.rows(index), pad=self._pad, is_packed=self._is_packed)
-
     def rows(self, index: int) -> list[Row]:
-        """The rows of a batch."""
+        """The rows of the batch at a position, from 0."""
         start = index * self._batch_size
         return [self._row(place) for place in range(start, start + self._batch_size)]
 
@@ -213,7 +199,13 @@ class BatchStream:
 
 
 def make_batch(rows: Sequence[Row], *, pad: int, is_packed: bool) -> TrainingBatch:
-    """Arrange rows as tensors; the arguments are those of :class:`BatchStream`."""
+    """Arrange rows as tensors.
+
+    Args:
+        rows: The rows.
+        pad: The token id that fills shorter rows.
+        is_packed: Whether to number positions per example.
+    """
     lengths = [sum(len(example.tokens) for example in row) for row in rows]
     shape = (len(rows), max(lengths))
     tokens = torch.full(shape, pad)
@@ -239,4 +231,4 @@ def make_batch(rows: Sequence[Row], *, pad: int, is_packed: bool) -> TrainingBat
     num_targets = int((targets != IGNORED).sum())
     starts = tuple(row[0].start for row in rows if row[0].start is not None)
     labels = tuple(row[0].labels for row in rows if row[0].labels is not None)
-    return TrainingBatch(tokens, positions, targets, sum(lengths), num_targets, starts, labels)
+    return TrainingBatch(tokens, positions, targets, num_targets, starts, labels)

@@ -7,7 +7,6 @@ task SEQ_CLS; the files have the form in which PEFT saves them.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,13 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+from turret.clients.evaluation.answer_metrics import (
+    LabelPair,
+    label_figures,
+    macro_f1_of_sets,
+    mean,
+    micro_f1_of_sets,
+)
 from turret.server.adapters.adapter import CONFIG_FILE, MULTI_LABEL, SINGLE_LABEL, TENSORS_FILE
 from turret.server.adapters.peft_format.classifier_checkpoint import HEAD_NAMES, TASK_TYPE
 from turret.training.adapter_folder import write_adapter
@@ -24,50 +30,11 @@ from turret.training.examples import Encoded
 from turret.training.loss import LossFunction
 from turret.training.settings.resolve import Resolved
 
-# The figures of ``turret eval --classify``, which compare the predicted labels with the right ones.
-#
-# F1 is ``2 TP / (2 TP + FP + FN)``. A label that is neither predicted nor right for any example has
-# no F1 and is left out of the mean.
-
-# Predicted and correct label indices of one example.
-Judged = tuple[tuple[int, ...], tuple[int, ...]]
-
-
-def label_metrics(
-    judged: Sequence[Judged], labels: Sequence[str], *, is_multi_label: bool
-) -> dict[str, Any]:
-    """Figures over examples, each in [0, 1].
-
-    Args:
-        judged: At least one example.
-        labels: The labels by number.
-        is_multi_label: Whether an example may have any number of labels.
-
-    Returns:
-        ``accuracy`` (the share of examples with exactly the right labels) and ``macro_f1`` (the
-        mean of the labels' F1). With multiple labels, also ``micro_f1`` (of all decisions together)
-        and ``label_f1`` (the F1 of each label by its name).
-    """
-    both = Counter(label for found, right in judged for label in {*found} & {*right})
-    either = Counter(label for pair in judged for side in pair for label in side)
-    f1 = {label: 2 * both[label] / count for label, count in sorted(either.items())}
-    figures: dict[str, Any] = {
-        "accuracy": sum({*found} == {*right} for found, right in judged) / len(judged),
-        # If no label is predicted and none is right, all predictions are correct.
-        "macro_f1": sum(f1.values()) / len(f1) if f1 else 1.0,
-    }
-    if is_multi_label:
-        total = either.total()
-        figures["micro_f1"] = 2 * both.total() / total if total else 1.0
-        figures["label_f1"] = {labels[label]: value for label, value in f1.items()}
-    return figures
-
-
-# The head and its loss.
-
 _NAME = "score"
 # A multi-label model predicts a label if its probability exceeds this.
 _THRESHOLD = 0.5
+# Predicted and correct label indices of one example.
+Judged = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def add_head(model: Any, num_labels: int) -> None:
@@ -158,12 +125,26 @@ def make_loss(resolved: Resolved, model: Any) -> LossFunction:
 def label_scores(
     loss: ClassifierLoss, rows: Sequence[Row], labels: Sequence[str], batch_size: int, pad: int
 ) -> dict[str, Any]:
-    """The figures of ``turret eval --classify`` over rows; see ``label_metrics``."""
-    judged: list[Judged] = []
+    """The figures of ``turret eval --classify`` over rows, each in [0, 1].
+
+    Returns:
+        ``accuracy`` (the share of examples with exactly the right labels) and ``macro_f1`` (the
+        mean of the labels' F1). With multiple labels, also ``micro_f1`` (of all decisions together)
+        and ``label_f1`` (the F1 of each label by its name).
+    """
+    pairs: list[LabelPair] = []
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        judged += loss.labels(make_batch(part, pad=pad, is_packed=False))
-    return label_metrics(judged, labels, is_multi_label=isinstance(loss, MultiLabelLoss))
+        for found, right in loss.labels(make_batch(part, pad=pad, is_packed=False)):
+            pairs.append((tuple(labels[n] for n in found), tuple(labels[n] for n in right)))
+    figures: dict[str, Any] = {
+        "accuracy": mean([float({*found} == {*right}) for found, right in pairs]),
+        "macro_f1": macro_f1_of_sets(pairs),
+    }
+    if isinstance(loss, MultiLabelLoss):
+        figures["micro_f1"] = micro_f1_of_sets(pairs)
+        figures["label_f1"] = {name: each.f1 for name, each in label_figures(pairs).items()}
+    return figures
 
 
 def label_samples(

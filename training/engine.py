@@ -16,7 +16,7 @@ from turret.training.base_model import (
     peak_memory_bytes,
     without_backward,
 )
-from turret.training.batches import Row, TrainingBatch, make_batch
+from turret.training.batches import Row, make_batch
 from turret.training.classifier import (
     ClassifierLoss,
     add_head,
@@ -133,10 +133,7 @@ class LocalEngine:
     def loss(self, rows: Sequence[Row]) -> float:
         """The sum of the loss over rows, without gradients (nats)."""
         with without_backward(self._model):
-            return self._loss(self._validation_batch(rows)).item()
-
-    def _validation_batch(self, rows: Sequence[Row]) -> TrainingBatch:
-        return make_batch(rows, pad=self._pad, is_packed=False)
+            return self._loss(make_batch(rows, pad=self._pad, is_packed=False)).item()
 
     def scores(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Other figures of a validation."""

@@ -25,7 +25,7 @@ from typing import Any
 
 from turret.clients.evaluation.rows import Row, RowError, read_rows
 from turret.server.adapters.adapter import MAX_LABEL_CHARS, MAX_LABELS
-from turret.server.basics.token_search import last_occurrence
+from turret.server.engine.scheduling.sequence import last_occurrence
 from turret.training.errors import ConfigError, DataError
 from turret.training.settings.config import DataConfig
 from turret.training.words import Text, say
@@ -50,11 +50,6 @@ class DataFiles:
     is_multi_label: bool
 
 
-def data_paths(config: DataConfig, folder: Path) -> tuple[Path, ...]:
-    """The files that a config in ``folder`` names, the training one first."""
-    return tuple(folder / name for name in (config.train, config.validation) if name is not None)
-
-
 def read_files(config: DataConfig, folder: Path) -> DataFiles:
     """Read the example files.
 
@@ -66,7 +61,8 @@ def read_files(config: DataConfig, folder: Path) -> DataFiles:
         DataError: See :func:`read_examples` and :func:`labels_of`; or an example is in both files,
             or has labels where texts are learned.
     """
-    paths = data_paths(config, folder)
+    names = (config.train, config.validation)
+    paths = tuple(folder / name for name in names if name is not None)
     train = read_examples(paths[0])
     # Collect the labels before the split: all lines of a rare label may go to the validation part.
     labels = labels_of(train) if config.task == "classification" else ()
@@ -251,52 +247,7 @@ def check_labelled(examples: Iterable[Example], *, is_multi_label: bool) -> None
             raise example.error(field, text)
 
 
-def encode_labelled(
-    tokenizer: Any,
-    examples: Iterable[Example],
-    labels: Sequence[str],
-    config: DataConfig,
-    max_length: int,
-) -> EncodedSet:
-    """Encode a file's examples; arguments and errors are those of ``encode_all``.
-
-    An example that is cut to ``max_length`` loses the end of its text, not its label.
-
-    Raises:
-        DataError: Also if a label is not one of ``labels``.
-    """
-    numbers = {label: number for number, label in enumerate(labels)}
-    encoded: list[Encoded] = []
-    dropped = truncated = 0
-    shortest = sys.maxsize
-    path = None
-    for example in examples:
-        path = example.path
-        right = _numbers(example, numbers)
-        item = encode_prompt(tokenizer, example, config)
-        if len(item.tokens) > max_length:
-            if config.too_long == "error":
-                text = say("TOO_MANY_TOKENS", found=len(item.tokens), most=max_length)
-                raise example.error(None, text)
-            if config.too_long == "drop":
-                dropped += 1
-                shortest = min(shortest, len(item.tokens))
-                continue
-            item = replace(item, tokens=item.tokens[:max_length])
-            truncated += 1
-        if not item.tokens:
-            raise example.error("prompt", say("NO_TOKENS"))
-        learned = (*[False] * len(item.tokens), True)
-        if example.labels is not None:
-            item = replace(item, labels=right)
-        tokens = (*item.tokens, 0 if example.labels is not None else right[0])
-        encoded.append(replace(item, tokens=tokens, learned=learned))
-    if not encoded:
-        raise none_left(path, max_length, shortest)
-    return EncodedSet(tuple(encoded), dropped, truncated)
-
-
-def _numbers(example: Example, numbers: dict[str, int]) -> tuple[int, ...]:
+def _numbers(example: Example, numbers: Mapping[str, int]) -> tuple[int, ...]:
     field = "completion" if example.labels is None else "labels"
     for label in right_labels(example):
         if label not in numbers:
@@ -414,7 +365,8 @@ def encode_all(
     tokenizer: Any,
     examples: Iterable[Example],
     config: DataConfig,
-    max_length: int,
+    *,
+    labels: Sequence[str] = (),
     invocation: Invocation | None = None,
 ) -> EncodedSet:
     """Encode a file's examples.
@@ -422,42 +374,58 @@ def encode_all(
     Args:
         tokenizer: transformers' tokenizer.
         examples: The examples of one file.
-        config: The config of the template, the loss and the treatment of long examples.
-        max_length: The maximum number of tokens of an example.
+        config: The config of the template, the loss and the treatment of long examples. An example
+            of a classification that is cut loses the end of its text, not its label.
+        labels: The classes of a classification.
         invocation: The tokens from which an aLoRA acts; tokens before them are not learned.
 
     Raises:
         DataError: An example cannot be rendered, is too long although ``config`` forbids that,
-            lacks the invocation, or has nothing to learn; or no example is left.
+            lacks the invocation, has another label or has nothing to learn; or no example is left.
     """
+    numbers = {label: number for number, label in enumerate(labels)}
     encoded, dropped, truncated, shortest = [], 0, 0, sys.maxsize
-    path = None
+    path, most = None, config.max_length
     for example in examples:
         path = example.path
-        item = encode(tokenizer, example, config, invocation)
+        if labels:
+            item = encode_prompt(tokenizer, example, config)
+        else:
+            item = encode(tokenizer, example, config, invocation)
         length = len(item.tokens)
-        if length > max_length:
+        is_long = length > most
+        if is_long:
             if config.too_long == "error":
-                text = say("TOO_MANY_TOKENS", found=length, most=max_length)
-                raise example.error(None, text)
-            learned = item.learned[:max_length]
-            item = replace(item, tokens=item.tokens[:max_length], learned=learned)
-            if config.too_long == "drop" or not any(item.learned):
-                dropped += 1
-                shortest = min(shortest, length)
-                continue
-            truncated += 1
+                raise example.error(None, say("TOO_MANY_TOKENS", found=length, most=most))
+            item = replace(item, tokens=item.tokens[:most], learned=item.learned[:most])
+        if labels:
+            item = _labelled(example, item, numbers)
+        if is_long and (config.too_long == "drop" or not any(item.learned)):
+            dropped += 1
+            shortest = min(shortest, length)
+            continue
         if not any(item.learned):
             raise example.error(None, say("NOTHING_TO_LEARN"))
+        truncated += is_long
         encoded.append(item)
     if not encoded:
-        raise none_left(path, max_length, shortest)
+        raise DataError(say("ALL_TOO_LONG", path=path, most=most, found=shortest))
     return EncodedSet(tuple(encoded), dropped, truncated)
 
 
-def none_left(path: Path | None, max_length: int, shortest: int) -> DataError:
-    """The error if all examples are too long; ``shortest`` is the length of the shortest one."""
-    return DataError(say("ALL_TOO_LONG", path=path, most=max_length, found=shortest))
+def _labelled(example: Example, item: Encoded, numbers: Mapping[str, int]) -> Encoded:
+    """The prompt of an example, with its label as the last token and the only one to learn.
+
+    Raises:
+        DataError: The prompt has no tokens, or a label is unknown.
+    """
+    right = _numbers(example, numbers)
+    if not item.tokens:
+        raise example.error("prompt", say("NO_TOKENS"))
+    learned = (*item.learned, True)
+    if example.labels is not None:
+        return replace(item, tokens=(*item.tokens, 0), learned=learned, labels=right)
+    return replace(item, tokens=(*item.tokens, right[0]), learned=learned)
 
 
 def encode(

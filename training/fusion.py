@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ from turret.server.adapters.checkpoint.adapter_checkpoint import PEFT_PREFIX, Ad
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.component import Component, ComponentRef
-from turret.server.adapters.lowering.components import check_fusable
+from turret.server.adapters.lowering.components import check_fusable, update_of
 from turret.server.adapters.methods.low_rank.learned_fusion import METHOD as LEARNED_FUSION
 from turret.server.adapters.methods.lower import lower_checkpoint
+from turret.server.adapters.operators.low_rank import LowRank
 from turret.training.batches import IGNORED, TrainingBatch
 from turret.training.loss import LossFunction
 from turret.training.settings.checks import component_directories
@@ -27,19 +27,10 @@ from turret.training.settings.checks import component_directories
 _MAX_ELEMENTS = 1 << 32
 
 
-@dataclass(frozen=True, slots=True)
-class LinearModule:
-    """A linear module of the decoder layers: the module and its sizes."""
-
-    module: nn.Module
-    in_features: int
-    out_features: int
-
-
-def linear_modules(model: nn.Module) -> dict[str, LinearModule]:
+def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
     """The linear modules of a transformers model's decoder layers, by full path, in its order."""
     return {
-        name: LinearModule(module, module.in_features, module.out_features)
+        name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and ".layers." in name
     }
@@ -77,14 +68,6 @@ def read_components(directories: Mapping[str, Path], model: nn.Module) -> list[C
     return components
 
 
-def update_of(component: Component, path: str) -> Update:
-    """A component's update of one module, in the form for the fusion layer."""
-    operators = component.operators.modules.get(path)
-    if operators is None or operators.low_rank is None:
-        return None
-    return operators.low_rank.a, operators.low_rank.b.T
-
-
 def _read(directory: Path) -> AdapterCheckpoint:
     resolved = directory.resolve()
     return read_checkpoint(AdapterRoot(resolved.parent), resolved.name, max_elements=_MAX_ELEMENTS)
@@ -105,8 +88,8 @@ def _describe(model: Any) -> BaseModel:
                 name,
                 linear.in_features,
                 linear.out_features,
-                bias=getattr(linear.module, "bias", None),
-                dequantize=_weight_of(linear.module),
+                bias=linear.bias,
+                dequantize=_weight_of(linear),
             )
             for name, linear in linears.items()
         },
@@ -138,10 +121,6 @@ def _weight_of(module: Any) -> Callable[[], torch.Tensor]:
 #
 #     v_k = A_k x        α = softmax_k((Wq x) · (Wk B_k) v_k)        y = W x + b + Σ_k α_k B_k v_k
 
-# (A, B) of a component: ``[rank, in]`` and ``[out, rank]`` with the scale folded in; None where the
-# component does not adapt the module.
-Update = tuple[torch.Tensor, torch.Tensor] | None
-
 
 class FusionLayer(nn.Module):
     """Called like the module it wraps; the wrapped module must be frozen.
@@ -151,9 +130,8 @@ class FusionLayer(nn.Module):
 
     Args:
         base: A linear module, which may be quantised.
-        updates: The components' updates in order; at least one is not None.
-        in_features: The number of inputs of the module.
-        out_features: The number of outputs of the module.
+        updates: The components' updates in order; None where a component does not adapt the module,
+            but at least one does.
         d_k: Width of queries and keys.
 
     Attributes:
@@ -168,29 +146,22 @@ class FusionLayer(nn.Module):
     b: torch.Tensor
     members: torch.Tensor
 
-    def __init__(
-        self,
-        base: nn.Module,
-        updates: Sequence[Update],
-        in_features: int,
-        out_features: int,
-        d_k: int,
-    ) -> None:
+    def __init__(self, base: nn.Linear, updates: Sequence[LowRank | None], d_k: int) -> None:
         super().__init__()
         self.base = base
         self.is_enabled = True
         self.alone: int | None = None
         self.log_gates: list[torch.Tensor] | None = None
         held = [update for update in updates if update is not None]
-        self.register_buffer("a", torch.cat([a for a, _ in held]).float(), persistent=False)
-        self.register_buffer("b", torch.cat([b.T for _, b in held]).float(), persistent=False)
+        self.register_buffer("a", torch.cat([each.a for each in held]).float(), persistent=False)
+        self.register_buffer("b", torch.cat([each.b for each in held]).float(), persistent=False)
         # [components, ranks]: 1 for the ranks of each component.
-        ranks = [0 if update is None else update[0].shape[0] for update in updates]
+        ranks = [0 if update is None else len(update.a) for update in updates]
         owners = [k for k, rank in enumerate(ranks) for _ in range(rank)]
         members = torch.tensor([[float(k == owner) for owner in owners] for k in range(len(ranks))])
         self.register_buffer("members", members, persistent=False)
-        self.query = nn.Parameter(torch.randn(d_k, in_features) / in_features**0.5)
-        self.key = nn.Parameter(torch.zeros(d_k, out_features))
+        self.query = nn.Parameter(torch.randn(d_k, base.in_features) / base.in_features**0.5)
+        self.key = nn.Parameter(torch.zeros(d_k, base.out_features))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[…, in]`` → ``[…, out]`` in the dtype of the base's result."""
@@ -236,9 +207,7 @@ class FusionModel(nn.Module):
         for path, linear in linear_modules(model).items():
             updates = [update_of(component, path) for component in components]
             if any(update is not None for update in updates):
-                layer = FusionLayer(
-                    linear.module, updates, linear.in_features, linear.out_features, d_k
-                )
+                layer = FusionLayer(linear, updates, d_k)
                 model.set_submodule(path, layer)
                 self.layers[path] = layer
 

@@ -34,7 +34,7 @@ from turret.server.engine.scheduling.request import (
     StopConditions,
 )
 from turret.server.metrics import Metrics
-from turret.server.models.decoding.kv_cache import KvCache
+from turret.server.models.decoding.layer_ops import KvCache
 from turret.server.training.losses import TARGETS
 from turret.server.training.trainer import MAX_SEQUENCE_TOKENS, AdamParams, Datum
 from turret.training.base_model import DTYPES, keep_freed_memory

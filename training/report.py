@@ -12,7 +12,7 @@ from typing import Any
 
 from turret.server.adapters.adapter import TENSORS_FILE
 from turret.training.run.folder import RunFolder, read_metrics
-from turret.words import counted
+from turret.words import about_bytes, counted
 
 _WIDTH, _HEIGHT = 720, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 12, 30
@@ -44,7 +44,7 @@ def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return out
 
 
-def curves_svg(curves: Sequence[Curve], x_label: str) -> str:
+def curves_svg(curves: Sequence[Curve]) -> str:
     """A plot from 0 (or a negative minimum) to the maximum; "" without points."""
     points = [point for curve in curves for point in curve.points]
     if not points:
@@ -73,7 +73,7 @@ def curves_svg(curves: Sequence[Curve], x_label: str) -> str:
             parts += [f'<circle class="{curve.name}" cx="{x}" cy="{y}" r="3"/>' for x, y in placed]
     parts.append(
         f'<text x="{_LEFT}" y="{_HEIGHT - 8}">0</text><text x="{_WIDTH - _RIGHT}" '
-        f'y="{_HEIGHT - 8}" text-anchor="end">{last:g} {x_label}</text></svg>'
+        f'y="{_HEIGHT - 8}" text-anchor="end">{last:g} steps</text></svg>'
     )
     return "".join(parts)
 
@@ -174,11 +174,11 @@ def _tiles(
         tiles["time"] = _duration(facts.get("waited_seconds", last["seconds"]))
         tiles["of it training"] = _duration(last["seconds"])
         tiles["tokens"] = f"{last['tokens']:,}"
-        tiles["peak memory"] = _bytes(max(row["memory_bytes"] for row in rows))
+        tiles["peak memory"] = about_bytes(max(row["memory_bytes"] for row in rows))
     tiles["trained parameters"] = f"{facts['num_parameters']:,}"
     weights = folder.adapter / TENSORS_FILE
     if weights.exists():
-        tiles["adapter"] = _bytes(weights.stat().st_size)
+        tiles["adapter"] = about_bytes(weights.stat().st_size)
     return "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in tiles.items())
 
 
@@ -195,7 +195,7 @@ def _loss(
     ]
     unit = "example" if _is_classification(facts) else "learned token"
     key = f"nats per {unit}; thin: each batch, thick: their moving average, dots: validation"
-    return f'<h2>Loss</h2>{curves_svg(curves, "steps")}<p class="key">{key}</p>'
+    return f'<h2>Loss</h2>{curves_svg(curves)}<p class="key">{key}</p>'
 
 
 def _is_classification(facts: Mapping[str, Any]) -> bool:
@@ -205,7 +205,7 @@ def _is_classification(facts: Mapping[str, Any]) -> bool:
 
 def _rate(steps: Sequence[Mapping[str, Any]]) -> str:
     curve = Curve("rate", [(row["step"], row["learning_rate"]) for row in steps])
-    return f"<h2>Learning rate</h2>{curves_svg([curve], 'steps')}"
+    return f"<h2>Learning rate</h2>{curves_svg([curve])}"
 
 
 def _samples(folder: RunFolder, facts: Mapping[str, Any]) -> str:
@@ -263,7 +263,3 @@ def _duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import threading
 from collections import Counter
@@ -11,21 +12,18 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 from turret.clients.messages.results import Model
-from turret.server.api.tenants.sessions import MAX_MODELS
-from turret.server.models.decoding.arch import Projections
-from turret.training.base_model import find_base
+from turret.server.api.tenants.tenants import MAX_MODELS
+from turret.training.base_model import check_base
 from turret.training.engine import Engine
 from turret.training.errors import RunError
-from turret.training.methods import method_named
 from turret.training.own_engine import is_shared
 from turret.training.report import write_report
 from turret.training.run.folder import RunFolder, what_next
 from turret.training.serving_cost import serving_cost
-from turret.training.settings.checks import base_place, check_fit, check_method
-from turret.training.settings.config import MethodConfig
+from turret.training.settings.checks import base_place, check_method
 from turret.training.settings.resolve import Resolved, resolve
 from turret.training.settings.variants import Variant
 from turret.training.trainer import FinishedRun, Listener, Trainer
@@ -36,10 +34,8 @@ _RUNGS, _KEPT = (9, 3), 3
 OpenEngine: TypeAlias = Callable[[Resolved], Engine]
 
 
-class Announce(Protocol):
-    """Shows the progress of one run of the sweep."""
-
-    def __call__(self, num_steps: int | None, title: str) -> AbstractContextManager[Listener]: ...
+# Shows the progress of one run of the sweep; called with the run's title.
+Announce: TypeAlias = Callable[[str], AbstractContextManager[Listener]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +99,15 @@ def sweep(
         ConfigError: A variant cannot be trained.
         TrainingError: See ``Trainer.run``.
     """
-    _check(variants, folder)
-    with announce(None, "sweep"):
+    with announce("sweep"):
+        for config in (variant.config for variant in variants):
+            place = base_place(config.base, folder)
+            check_base(place, functools.partial(check_method, config.method))
         runs = [_Run(v, resolve(v.config, folder, served), served is not None) for v in variants]
+        for run in runs:
+            trainer = Trainer(run.resolved)
+            if trainer.is_started:
+                trainer.check_same()
     results: dict[str, FinishedRun] = {}
     left = list(runs)
     # Successive halving, the synchronous form of ASHA (arXiv 1810.05934).
@@ -119,23 +121,6 @@ def sweep(
     output = (folder / variants[0].config.run.output).parent
     (output / "sweep.json").write_text(text, encoding="utf-8")
     return done
-
-
-def _check(variants: Sequence[Variant], folder: Path) -> None:
-    """Check all variants, before any of them is trained."""
-    configs = [variant.config for variant in variants]
-    for config in configs:
-        check_fit(config)
-    for place in dict.fromkeys(base_place(config.base, folder) for config in configs):
-        methods = [c.method for c in configs if base_place(c.base, folder) == place]
-
-        def check(projections: Projections, methods: Sequence[MethodConfig] = methods) -> None:
-            for method in methods:
-                check_method(method, projections)
-
-        base = find_base(place, check)
-        for method in methods:
-            method_named(method.name).resolve(method, base)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -195,12 +180,12 @@ def _train_all(
     found: dict[str, FinishedRun] = {}
     shared = [run for run in runs if run.is_together]
     if shared:
-        with announce(None, "sweep") as listen:
+        with announce("sweep") as listen:
             results = _together(shared, part, listen, open_engine)
         found |= {run.name: result for run, result in zip(shared, results, strict=True)}
     for run in runs:
         if not run.is_together:
-            with announce(None, run.variant.title) as listen:
+            with announce(run.variant.title) as listen:
                 found[run.name] = run.train(part, listen, open_engine)
     return [found[run.name] for run in runs]
 
@@ -221,10 +206,10 @@ def _together(
             engine.cancel()
         return engine
 
-    shared = _Shared(listen, len(runs))
+    listener = _shared_listeners(listen, len(runs))
     with ThreadPoolExecutor(min(len(runs), MAX_MODELS)) as pool:
         waiting = [
-            pool.submit(run.train, part, shared.listener(run.variant.title), opened) for run in runs
+            pool.submit(run.train, part, listener(run.variant.title), opened) for run in runs
         ]
         try:
             for each in as_completed(waiting):
@@ -238,25 +223,23 @@ def _together(
     return [each.result() for each in waiting]
 
 
-class _Shared:
-    """Combines the events of several runs into those of one run, with the sum of their steps."""
+def _shared_listeners(listen: Listener, num_runs: int) -> Callable[[str], Listener]:
+    """Makes listeners of runs, by title, whose events become those of one run with all steps."""
+    lock = threading.Lock()
+    steps: Counter[str] = Counter()
 
-    def __init__(self, listen: Listener, num_runs: int) -> None:
-        self._listen = listen
-        self._num_runs = num_runs
-        self._lock = threading.Lock()
-        self._steps: Counter[str] = Counter()
-
-    def listener(self, title: str) -> Listener:
-        def listen(row: dict[str, Any]) -> None:
-            with self._lock:
+    def listener(title: str) -> Listener:
+        def heard(row: dict[str, Any]) -> None:
+            with lock:
                 if row["kind"] == "begin":
-                    row = row | {"steps": row["steps"] * self._num_runs}
+                    row = row | {"steps": row["steps"] * num_runs}
                 elif row["kind"] == "phase":
                     row = row | {"text": f"{title}: {row['text']}"}
                 elif row["kind"] != "note":
-                    self._steps[title] = row["step"]
-                    row = row | {"step": self._steps.total()}
-                self._listen(row)
+                    steps[title] = row["step"]
+                    row = row | {"step": steps.total()}
+                listen(row)
 
-        return listen
+        return heard
+
+    return listener

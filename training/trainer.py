@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from turret.server.adapters.adapter import PROVENANCE_FILE
 from turret.training.base_model import DTYPES
 from turret.training.batches import BatchStream, Row
-from turret.training.engine import Engine, LocalEngine, pad_token
+from turret.training.engine import Engine, LocalEngine
 from turret.training.errors import RunError
 from turret.training.fusion import adapter_digest
 from turret.training.loss import learning_rate
@@ -25,8 +26,7 @@ from turret.training.run.folder import (
     step_of,
     what_next,
 )
-from turret.training.run.provenance import FILE, describe_run
-from turret.training.run.resuming import check_same_run
+from turret.training.run.provenance import check_same_run, describe_run
 from turret.training.settings.checks import PROMPTS
 from turret.training.settings.config import render_config
 from turret.training.settings.resolve import Resolved
@@ -105,7 +105,7 @@ class Trainer:
         self._listen({"kind": "begin", "steps": self._num_steps})
         self._folder.check(resume=resume, overwrite=overwrite)
         if resume:
-            self._check_same()
+            self.check_same()
         self._say("preparing the model")
         with closing(self._open_engine(self._resolved)) as engine:
             if overwrite and self._folder.facts.exists():
@@ -166,18 +166,18 @@ class Trainer:
             RunError: The directory contains a run with other inputs.
         """
         if self._folder.is_finished:
-            return FinishedRun(self._folder, self._num_steps, **self._check_same()["result"])
+            return FinishedRun(self._folder, self._num_steps, **self.check_same()["result"])
         newest = self._folder.newest_checkpoint
         if until is None or newest is None or step_of(newest) < until:
             return None
-        self._check_same()
+        self.check_same()
         for row in read_metrics(self._folder.metrics):
             if (row["kind"], row["step"]) == ("validation", until):
                 seconds, memory = row["seconds"], row["memory_bytes"]
                 return FinishedRun(self._folder, until, row["loss"], seconds, memory)
         return None
 
-    def _check_same(self) -> dict[str, Any]:
+    def check_same(self) -> dict[str, Any]:
         """The facts of the existing run; raises RunError if it has other inputs."""
         facts = self._folder.read_facts()
         now = describe_run(self._resolved, facts["num_parameters"])
@@ -226,7 +226,7 @@ class Trainer:
         engine.write(partial)
         provenance = {**facts, "adapter": {"digest": adapter_digest(partial)}}
         text = json.dumps(provenance, indent=2, sort_keys=True) + "\n"
-        (partial / FILE).write_text(text, encoding="utf-8")
+        (partial / PROVENANCE_FILE).write_text(text, encoding="utf-8")
         partial.rename(self._folder.adapter)
 
 
@@ -343,7 +343,5 @@ def make_stream(resolved: Resolved) -> BatchStream:
     return BatchStream(
         resolved.dataset.train,
         batch_size=config.run.batch_size,
-        pad=pad_token(resolved.base.tokenizer),
         seed=config.run.seed,
-        is_packed=config.data.packing,
     )

@@ -20,14 +20,13 @@ from typing import Any
 from turret.training.words import say
 
 # Packages of the `train` extra.
-_EXTRA_PACKAGES = ("peft", "accelerate", "tensorboard")
-_WIDEST = 10_000
+_PACKAGES = ("peft", "accelerate", "tensorboard")
 _RANKS = (2, 4, 8, 16, 32)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], text: str) -> None:
     """Add the verb; ``text`` is its line in the help."""
-    from turret.clients.verbs.flags import add_connection_flags
+    from turret.clients.verbs.command import add_connection_flags
     from turret.clients.verbs.promote import add_promote
 
     parser = subparsers.add_parser("train", help=text)
@@ -64,7 +63,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     sweep.add_argument(
         "--ranks",
         "--rank",
-        action=_Once,
+        action="extend",
         type=_ranks,
         metavar="N,N,…",
         help="ranks to train; --set TABLE.KEY=A,B,… varies any other setting in the same way"
@@ -110,8 +109,7 @@ def with_errors(
     """
 
     def run(args: argparse.Namespace) -> int:
-        from turret.clients.errors import TurretRpcError
-        from turret.clients.hints import TRAIN_HINTS
+        from turret.clients.errors import TRAIN_HINTS, TurretRpcError
         from turret.clients.messages.fields import ArgumentError
         from turret.clients.verbs.command import print_error
         from turret.server.command.interrupts import exit_code, raising_terminated
@@ -185,34 +183,23 @@ def _ranks(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(say("NOT_RANKS", value=text)) from None
     if min(ranks) < 1:
         raise argparse.ArgumentTypeError(say("TOO_SMALL", least=1, value=min(ranks)))
-    return tuple(dict.fromkeys(ranks))
+    return ranks
 
 
-class _Once(argparse.Action):
-    """A flag that may be passed once, because a second list would silently replace the first."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        before = getattr(namespace, self.dest)
-        if before is not self.default:
-            both = ",".join(str(rank) for rank in dict.fromkeys((*before, *values)))
-            raise argparse.ArgumentError(self, say("RANKS_TWICE", value=both))
-        setattr(namespace, self.dest, values)
-
-
-def _read(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Read and check the config, and the sizes of its base."""
-    _check_installed()
+def _read(args: argparse.Namespace) -> Any:
+    """Read and check the config and its base."""
+    check_installed(*_PACKAGES)
     from turret.training.settings.config import read_config
     from turret.training.settings.flags import given
 
     config = read_config(args.config, args.set, given(args))
-    (base,) = _check(args, [config])
-    return config, base
+    _check(args, [config])
+    return config
 
 
-def _read_variants(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Read and check the variants of a sweep, and the sizes of their bases."""
-    _check_installed()
+def _read_variants(args: argparse.Namespace) -> Any:
+    """Read and check the variants of a sweep and their bases."""
+    check_installed(*_PACKAGES)
     from turret.training.settings.flags import given
     from turret.training.settings.variants import read_variants, varies
 
@@ -221,19 +208,21 @@ def _read_variants(args: argparse.Namespace) -> tuple[Any, Any]:
         args.ranks = args.ranks or _RANKS
         overrides.append(f"method.rank={list(args.ranks)}")
     variants = read_variants(args.config, overrides, given(args))
-    return variants, _check(args, [variant.config for variant in variants], compares=True)
+    _check(args, [variant.config for variant in variants], compares=True)
+    return variants
 
 
-def _check_installed() -> None:
+def check_installed(*packages: str) -> None:
+    """Reject a verb if some of its packages, which the extra ``train`` adds, are missing."""
     from turret.server.basics.names import how_to_add
     from turret.training.errors import RunError
 
-    if missing := [module for module in _EXTRA_PACKAGES if not importlib.util.find_spec(module)]:
+    if missing := [module for module in packages if not importlib.util.find_spec(module)]:
         raise RunError(say("NOT_INSTALLED", packages=", ".join(missing), step=how_to_add("train")))
 
 
-def _check(args: argparse.Namespace, configs: Sequence[Any], *, compares: bool = False) -> Any:
-    """Check configs, and return the sizes of their bases."""
+def _check(args: argparse.Namespace, configs: Sequence[Any], *, compares: bool = False) -> None:
+    """Check configs and their bases, before torch is loaded."""
     from turret.server.command.threads import use_threads
     from turret.training.examples import check_compared, read_files
     from turret.training.settings.checks import check_bases, check_inputs, check_served
@@ -250,13 +239,7 @@ def _check(args: argparse.Namespace, configs: Sequence[Any], *, compares: bool =
         files = read_files(data, folder)
         if compares:
             check_compared(files, data)
-    return check_bases(configs, folder)
-
-
-def _digest(args: argparse.Namespace, config: Any) -> str:
-    from turret.training.examples import data_digest, data_paths
-
-    return data_digest(*data_paths(config.data, args.config.parent))
+    check_bases(configs, folder)
 
 
 def _load(args: argparse.Namespace, module: str) -> None:
@@ -325,11 +308,11 @@ def _resolve(args: argparse.Namespace, config: Any, served: Any = None) -> Any:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    config, _ = _read(args)
+    config = _read(args)
 
     from turret.training.run.progress import training_progress
 
-    with training_progress(None, "plan", stays=False, is_quiet=args.quiet) as listen:
+    with training_progress("plan", stays=False, is_quiet=args.quiet) as listen:
         listen({"kind": "phase", "text": "reading the base model and the data"})
         resolved = _resolve(args, config)
 
@@ -339,10 +322,12 @@ def _plan(args: argparse.Namespace) -> None:
         plan = make_plan(resolved)
     # Print outside the bar, which redirects standard output to standard error.
     if not args.json:
-        plan.print(_console())
+        from turret.clients.verbs.tables import terminal
+
+        plan.print(terminal())
     peak = None
     if args.measure:
-        with training_progress(None, "plan", stays=False, is_quiet=args.quiet) as listen:
+        with training_progress("plan", stays=False, is_quiet=args.quiet) as listen:
             listen({"kind": "phase", "text": "measuring the memory of two steps"})
             peak = plan.peak()
     if args.json:
@@ -353,25 +338,10 @@ def _plan(args: argparse.Namespace) -> None:
         print(plan.compared(peak))
 
 
-def _console() -> Any:
-    """The console for tables; if the reader has closed the pipe, it raises BrokenPipeError.
-
-    In a file or a pipe, lines may have any length, so that paths are not wrapped.
-    """
-    from rich.console import Console
-
-    class PipeConsole(Console):
-        def on_broken_pipe(self) -> None:
-            raise BrokenPipeError
-
-    is_sized = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return PipeConsole(highlight=False, width=None if is_sized else _WIDEST)
-
-
 def _sweep(args: argparse.Namespace) -> None:
-    variants, bases = _read_variants(args)
+    variants = _read_variants(args)
     folder = args.config.parent
-    _check_sweep(args, variants, bases)
+    _check_sweep(args, variants)
     args.how_to_go_on = lambda: _how_a_sweep_goes_on(
         [folder / each.config.run.output for each in variants]
     )
@@ -379,13 +349,13 @@ def _sweep(args: argparse.Namespace) -> None:
     print(f"a run for each {_axes(variants)}{hint}", file=sys.stderr)
     from rich.table import Table
 
-    from turret.clients.verbs.tables import print_table
+    from turret.clients.verbs.tables import terminal
     from turret.training.run.progress import training_progress
     from turret.training.settings.variants import shown, shown_key
 
     served = _served(args)
     announce = functools.partial(training_progress, is_quiet=args.quiet)
-    with announce(None, "sweep") as listen:
+    with announce("sweep") as listen:
         listen({"kind": "phase", "text": "reading the base model"})
         _load(args, "turret.training.sweep")
         from turret.training.run.folder import RunFolder
@@ -411,7 +381,7 @@ def _sweep(args: argparse.Namespace) -> None:
             f"+{result.relative_multiply_adds:.1%}",
             f"{result.seconds:.0f}",
         )
-    print_table(table, _console())
+    terminal().print(table)
     # Compare the losses as the table shows them; among equal ones, the first variant wins.
     finished = [each for each in results if RunFolder(Path(each.output)).is_finished]
     best = min(finished, key=lambda result: round(result.validation_loss, 4))
@@ -430,20 +400,17 @@ def _axes(variants: Sequence[Any]) -> str:
     return " and ".join(f"{shown_key(key)} ({', '.join(found)})" for key, found in values.items())
 
 
-def _check_sweep(args: argparse.Namespace, variants: Sequence[Any], bases: Sequence[Any]) -> None:
+def _check_sweep(args: argparse.Namespace, variants: Sequence[Any]) -> None:
     """Check the output directories of all variants, before the first one is trained."""
     from turret.training.errors import RunError
     from turret.training.run.folder import RunFolder
-    from turret.training.run.resuming import check_settings
 
-    for variant, base in zip(variants, bases, strict=True):
-        config = variant.config
-        run = RunFolder(args.config.parent / config.run.output)
+    for variant in variants:
+        run = RunFolder(args.config.parent / variant.config.run.output)
         if RunFolder(run.path.parent).facts.exists():
             raise RunError(say("OUTPUT_IS_A_RUN", path=run.path.parent))
         if run.facts.exists():
-            is_served = args.address is not None
-            check_settings(config, run, _digest(args, config), base, is_served=is_served)
+            run.check_place(is_served=args.address is not None)
         else:
             run.check(resume=False, overwrite=False)
 
@@ -461,20 +428,18 @@ def _how_a_sweep_goes_on(outputs: Sequence[Path]) -> str:
 
 def _run(args: argparse.Namespace) -> None:
     from turret.training.run.folder import RunFolder
-    from turret.training.run.resuming import check_settings
 
-    config, base = _read(args)
+    config = _read(args)
     output = RunFolder((args.config.parent / config.run.output).resolve())
     output.check(resume=args.resume, overwrite=args.overwrite)
     args.how_to_go_on = output.how_to_go_on
     if args.resume:
-        digest, is_served = _digest(args, config), args.address is not None
-        check_settings(config, output, digest, base, is_served=is_served)
+        output.check_place(is_served=args.address is not None)
     served = _served(args)
 
     from turret.training.run.progress import training_progress
 
-    with output.held(), training_progress(None, is_quiet=args.quiet) as listen:
+    with output.held(), training_progress(is_quiet=args.quiet) as listen:
         listen({"kind": "phase", "text": "reading the base model and the data"})
         resolved = _resolve(args, config, served)
 

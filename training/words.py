@@ -16,7 +16,6 @@ TEXTS = {
     "LABELS_ARE_LEARNED": 'must be "completion" for a classification, which learns only the labels',
     "ENTRIES_NOT_IN_RANGE": "must have {least} to {most} entries, not {found}",
     "NOT_RANKS": "must be whole numbers separated by commas, not {value!q:.60}",
-    "RANKS_TWICE": "was passed more than once; use --ranks {value}",
     "ONE_VALUE_ONLY": "must be one value, because the variants of a sweep have directories in it",
     # Settings that do not go together.
     "VALUE_UNSUPPORTED_BY": "{value} is not supported by {method}",
@@ -95,8 +94,6 @@ TEXTS = {
     " --state-dir DIR`",
     "RUN_ELSEWHERE": "the run in {path} was begun elsewhere; `{command}` continues it",
     "NO_VALIDATION_LOSS": "{path} has no validation loss",
-    "LOHA_RANK_TOO_HIGH": "LoHa rank {rank} costs more than a dense update on a module with"
-    " {inputs} inputs and {outputs} outputs; choose a lower rank",
     # Repair adapters.
     "NOTHING_TO_REPAIR": "the 4-bit weights in {path} are served as stored, so there is nothing to"
     " repair; pass the model that they were made from",

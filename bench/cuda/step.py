@@ -27,16 +27,15 @@ from turret.server.adapters.operators.kronecker import Kronecker
 from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
-from turret.server.engine.step.executor import Computed
 from turret.server.engine.step.gpu import decode_graphs
 from turret.server.engine.step.gpu.decode_graphs import Body, Capture, Outputs, capture_for
 from turret.server.engine.step.gpu.executor import GpuExecutor
-from turret.server.engine.step.runner import Runner, StepResult
+from turret.server.engine.step.runner import Computed, Runner, StepResult
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.arch import Arch, Rope
 from turret.server.models.decoding.decoder import DecoderLayer
 from turret.server.models.decoding.gpu_decoder import GpuDecoder
-from turret.server.models.decoding.kv_cache import KvCache
+from turret.server.models.decoding.layer_ops import KvCache
 from turret.server.models.weights.nf4_gpu import Nf4Product
 
 KV_BLOCK = 16

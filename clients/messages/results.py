@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from functools import cache, partial
-from typing import Any, Self, get_args, get_origin, get_type_hints
+from typing import Any, Self, dataclass_transform, get_args, get_origin, get_type_hints
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
@@ -21,10 +21,12 @@ _PLAIN: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@dataclass_transform(frozen_default=True)
 class Result:
-    """A message as a dataclass, whose fields have the names of the message's."""
+    """A message as a frozen dataclass, whose fields have the names of the message's."""
 
-    __slots__ = ()
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True)(cls)
 
     @classmethod
     def from_proto(cls, proto: Message) -> Self:
@@ -72,7 +74,6 @@ def _converter(field: FieldDescriptor, is_optional: bool) -> Callable[[Any], Any
     return lambda value: value
 
 
-@dataclass(frozen=True, slots=True)
 class TopLogprob(Result):
     """A possible token at a position.
 
@@ -87,7 +88,6 @@ class TopLogprob(Result):
     logprob: float
 
 
-@dataclass(frozen=True, slots=True)
 class TokenLogprob(Result):
     """A token with its log probability.
 
@@ -105,7 +105,6 @@ class TokenLogprob(Result):
     top: tuple[TopLogprob, ...]
 
 
-@dataclass(frozen=True, slots=True)
 class Usage(Result):
     """What a request cost, in tokens.
 
@@ -120,7 +119,6 @@ class Usage(Result):
     completion_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
 class AdapterUse(Result):
     """The weights of one adapter that answered.
 
@@ -143,7 +141,6 @@ class AdapterUse(Result):
     load_ms: float
 
 
-@dataclass(frozen=True, slots=True)
 class Timing(Result):
     """Seconds since the server received the request.
 
@@ -158,7 +155,6 @@ class Timing(Result):
     total: float
 
 
-@dataclass(frozen=True, slots=True)
 class Completion(Result):
     """A whole answer.
 
@@ -187,7 +183,6 @@ class Completion(Result):
     request_id: str
 
 
-@dataclass(frozen=True, slots=True)
 class Chunk(Result):
     """A part of an answer. Some fields are None or empty in all parts but the last.
 
@@ -214,7 +209,6 @@ class Chunk(Result):
     request_id: str
 
 
-@dataclass(frozen=True, slots=True)
 class Score(Result):
     """The log probabilities of a prompt.
 
@@ -238,7 +232,6 @@ class Score(Result):
         return sum(token.logprob for token in self.tokens if token.logprob is not None)
 
 
-@dataclass(frozen=True, slots=True)
 class Tokens(Result):
     """A text and its tokens.
 
@@ -253,7 +246,6 @@ class Tokens(Result):
     text: str
 
 
-@dataclass(frozen=True, slots=True)
 class Model(Result):
     """The base model and the server that serves it.
 
@@ -289,7 +281,6 @@ class Model(Result):
 # Results of calls that return vectors or labels instead of text.
 
 
-@dataclass(frozen=True, slots=True)
 class Embeddings(Result):
     """The vectors of all inputs.
 
@@ -308,7 +299,6 @@ class Embeddings(Result):
     request_id: str
 
 
-@dataclass(frozen=True, slots=True)
 class LabelScore(Result):
     """A head's result for one label.
 
@@ -323,7 +313,6 @@ class LabelScore(Result):
     logit: float
 
 
-@dataclass(frozen=True, slots=True)
 class Classification(Result):
     """The labels of one input.
 
@@ -341,7 +330,6 @@ class Classification(Result):
         return {score.label: score.probability for score in self.scores}
 
 
-@dataclass(frozen=True, slots=True)
 class Classifications(Result):
     """The labels of all inputs.
 
@@ -368,7 +356,6 @@ class Classifications(Result):
 # Results of the adapter calls.
 
 
-@dataclass(frozen=True, slots=True)
 class Adapter(Result):
     """A registered adapter.
 
@@ -425,7 +412,6 @@ class Adapter(Result):
     kept_generations: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
 class AliasTarget(Result):
     """One of the generations that an alias stands for.
 
@@ -440,7 +426,6 @@ class AliasTarget(Result):
     weight: float
 
 
-@dataclass(frozen=True, slots=True)
 class Alias(Result):
     """A name that stands for generations of adapters.
 
@@ -453,7 +438,6 @@ class Alias(Result):
     targets: tuple[AliasTarget, ...]
 
 
-@dataclass(frozen=True, slots=True)
 class ModuleError(Result):
     """The error of one module in a fusion or merge.
 
@@ -468,7 +452,6 @@ class ModuleError(Result):
     rank: int
 
 
-@dataclass(frozen=True, slots=True)
 class Fusion(Result):
     """A new adapter that was fused from others.
 
@@ -484,7 +467,6 @@ class Fusion(Result):
     modules: tuple[ModuleError, ...]
 
 
-@dataclass(frozen=True, slots=True)
 class MergedAdapter(Result):
     """A member of the mix that is merged into the base model.
 
@@ -501,7 +483,6 @@ class MergedAdapter(Result):
     weight: float
 
 
-@dataclass(frozen=True, slots=True)
 class MergeState(Result):
     """The mix that is merged into the base model.
 
@@ -530,7 +511,6 @@ class MergeState(Result):
             object.__setattr__(self, "precision", "")
 
 
-@dataclass(frozen=True, slots=True)
 class TrainingConfig(Result):
     """The config of an adapter in training.
 
@@ -555,7 +535,6 @@ class TrainingConfig(Result):
     train_unembed: bool
 
 
-@dataclass(frozen=True, slots=True)
 class TrainedModel(Result):
     """An adapter in training.
 
@@ -568,7 +547,6 @@ class TrainedModel(Result):
     config: TrainingConfig
 
 
-@dataclass(frozen=True, slots=True)
 class DatumLoss(Result):
     """The result of one sequence, with one number for each target.
 
@@ -581,7 +559,6 @@ class DatumLoss(Result):
     losses: tuple[float, ...]
 
 
-@dataclass(frozen=True, slots=True)
 class PassResult(Result):
     """The result of a pass over sequences.
 
@@ -594,7 +571,6 @@ class PassResult(Result):
     loss: float
 
 
-@dataclass(frozen=True, slots=True)
 class StepResult(Result):
     """The result of an optimizer step.
 
@@ -605,7 +581,6 @@ class StepResult(Result):
     grad_norm: float
 
 
-@dataclass(frozen=True, slots=True)
 class Checkpoint(Result):
     """A model that was saved.
 

@@ -9,30 +9,12 @@ from typing import Any
 
 from turret.clients.client import TurretClient
 from turret.clients.messages.results import MergeState
-from turret.clients.verbs.command import Subparsers, add_verb_parser, print_json, with_client
-from turret.clients.verbs.flags import (
-    Flags,
-    adapter_parser,
-    adapter_weight,
-    call_with_flags,
-    file_text,
-    flags_parser,
-    shared,
-)
-from turret.clients.verbs.tables import (
-    alias_text,
-    mix_text,
-    print_adapter,
-    print_adapters,
-    print_change,
-    print_fusion,
-    print_merge_state,
-)
+from turret.clients.verbs import command, tables
 
 _COUNT = {"type": int, "metavar": "N"}
 _SHARE = {"type": float, "metavar": "X"}
 # Destinations have the names of the arguments of the Python client.
-_FLAGS: Flags = {
+_FLAGS: command.Flags = {
     "name": {"metavar": "NAME", "help": "how requests name the adapter"},
     "path": {
         "metavar": "PATH",
@@ -40,7 +22,7 @@ _FLAGS: Flags = {
         " s3:// or oci://",
     },
     "targets": {
-        "type": adapter_weight,
+        "type": command.adapter_weight,
         "nargs": "+",
         "metavar": "NAME[@GENERATION][=WEIGHT]",
         "help": "generations that the alias stands for; requests are split between them in"
@@ -52,7 +34,7 @@ _FLAGS: Flags = {
     "--replace": {"action": "store_true", "help": "make it the next generation of NAME"},
     "--task": {**_COUNT, "help": "number of the task, from 0, if the files hold several"},
     "--chat-template": {
-        "type": file_text,
+        "type": command.file_text,
         "metavar": "FILE",
         "help": "use the Jinja template in FILE instead of the adapter's own",
     },
@@ -104,16 +86,17 @@ _READING = ("--task", "--chat-template")
 _FUSING = ("--combination", "--rank", "--energy", "--density", "--majority-sign-method", "--seed")
 
 
-def add_adapters(subparsers: Subparsers, text: str) -> None:
+def add_adapters(subparsers: command.Subparsers, text: str) -> None:
     """Add the verb and its actions; ``text`` is its line in the help."""
     parser = subparsers.add_parser("adapters", help=text)
     actions = parser.add_subparsers(metavar="ACTION", required=True)
 
     def add(name: str, text: str, *flags: str, directory: str = "", mix: bool = False) -> None:
-        parents = [adapter_parser(required=True)] if mix else []
-        parents += [shared("--json"), flags_parser({flag: _FLAGS[flag] for flag in flags})]
-        run = with_client(_list if name == "list" else _run)
-        action = add_verb_parser(actions, name, text, run, *parents)
+        table = {**command.shared("--json"), **{flag: _FLAGS[flag] for flag in flags}}
+        if mix:
+            table |= command.REQUIRED_ADAPTER
+        run = _list if name == "list" else _run
+        action = command.add_verb_parser(actions, name, text, run, table)
         if directory:
             action.add_argument("directory", type=Path, metavar="DIR", help=directory)
         action.set_defaults(action=name)
@@ -145,10 +128,10 @@ def add_adapters(subparsers: Subparsers, text: str) -> None:
 def _run(args: argparse.Namespace, client: TurretClient) -> None:
     """Call the client's method for the action, and print what it returns."""
     action: str = args.action
-    result = call_with_flags(getattr(client.adapters, _METHODS.get(action, action)), args)
+    result = command.call_with_flags(getattr(client.adapters, _METHODS.get(action, action)), args)
     if action in _DONE:
         result = {_DONE[action]: args.name}
-    print_json(result) if args.json else _SHOWN[action](result, args)
+    command.print_json(result) if args.json else _SHOWN[action](result, args)
 
 
 # Methods whose names differ from those of their actions, and results of methods that return
@@ -162,10 +145,10 @@ _METHODS = {
 _DONE = {"unload": "unloaded", "unalias": "deleted"}
 # The functions that print an action's result for people.
 _SHOWN: Mapping[str, Callable[[Any, argparse.Namespace], None]] = {
-    "get": lambda adapter, _: print_adapter(adapter),
-    "load": lambda adapter, _: print_change("loaded", adapter),
-    "upload": lambda adapter, _: print_change("uploaded", adapter),
-    "replace": lambda adapter, _: print_change("replaced", adapter),
+    "get": lambda adapter, _: tables.print_adapter(adapter),
+    "load": lambda adapter, _: tables.print_change("loaded", adapter),
+    "upload": lambda adapter, _: tables.print_change("uploaded", adapter),
+    "replace": lambda adapter, _: tables.print_change("replaced", adapter),
     "pin": lambda adapter, _: print(f"pinned {adapter.name}"),
     "unpin": lambda adapter, _: print(f"unpinned {adapter.name}"),
     "rollback": lambda adapter, _: print(f"{adapter.name}@{adapter.generation} is served now"),
@@ -173,32 +156,33 @@ _SHOWN: Mapping[str, Callable[[Any, argparse.Namespace], None]] = {
     "export": lambda adapter, args: print(
         f"exported {adapter.name}@{adapter.generation} to {args.directory}"
     ),
-    "fuse": lambda fusion, _: print_fusion(fusion),
+    "fuse": lambda fusion, _: tables.print_fusion(fusion),
     "merge": lambda state, _: _print_merge(state),
     "unmerge": lambda state, _: print(f"unmerged; base generation {state.base_generation}"),
-    "merge-state": lambda state, _: print_merge_state(state),
-    "alias": lambda alias, _: print(alias_text(alias)),
+    "merge-state": lambda state, _: tables.print_merge_state(state),
+    "alias": lambda alias, _: print(tables.alias_text(alias)),
     "unalias": lambda _, args: print(f"deleted alias {args.name}"),
-    "aliases": lambda aliases, _: print("\n".join(map(alias_text, aliases)) or "no aliases"),
+    "aliases": lambda aliases, _: print("\n".join(map(tables.alias_text, aliases)) or "no aliases"),
 }
 
 
 def _list(args: argparse.Namespace, client: TurretClient) -> None:
-    adapters = list(call_with_flags(client.adapters.list, args))
+    adapters = list(command.call_with_flags(client.adapters.list, args))
     if args.json:
-        print_json(adapters)
+        command.print_json(adapters)
         return
     if adapters:
-        print_adapters(adapters)
+        tables.print_adapters(adapters)
     else:
         print("no adapter matches; `turret adapters load NAME PATH` registers one")
     merged = client.adapters.get_merge_state(timeout=args.timeout)
     if merged.active:
         print(
-            f"merged into the base: {mix_text(merged)}; `turret adapters merge-state` shows details"
+            f"merged into the base: {tables.mix_text(merged)};"
+            " `turret adapters merge-state` shows details"
         )
 
 
 def _print_merge(state: MergeState) -> None:
-    print_merge_state(state)
+    tables.print_merge_state(state)
     print("every request uses it until `turret adapters unmerge`; do not name it with -a as well")

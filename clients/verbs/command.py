@@ -1,31 +1,268 @@
-"""The shared parts of the client verbs: the connection, texts, errors, JSON."""
+"""The shared parts of the client verbs: flags, the connection, texts, errors, JSON."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
+import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
-from turret.clients.calls.settings import RetryPolicy
-from turret.clients.channel import Tls
+from turret.clients.calls import RetryPolicy
+from turret.clients.channel import DEFAULT_ADDRESS, Tls
 from turret.clients.client import TurretClient
-from turret.clients.errors import AnswerCutError, TurretRpcError
-from turret.clients.hints import COMMAND_HINTS, hint_for
+from turret.clients.errors import COMMAND_HINTS, AnswerCutError, TurretRpcError, hint_for
 from turret.clients.messages.fields import ArgumentError
-from turret.clients.verbs.flags import (
-    DEFAULT_TIMEOUT_SECONDS,
-    TOKEN_VARIABLE,
-    add_connection_flags,
-    as_typed,
-)
+from turret.clients.messages.mix import AdapterWeight
+from turret.clients.messages.requests import GenerateOptions
 from turret.clients.words import say
+
+DEFAULT_TIMEOUT_SECONDS = 600.0
+TOKEN_VARIABLE = "TURRET_TOKEN"
+# Destinations of flags that an environment variable may set. Flags take precedence.
+_VARIABLES = {"address": "TURRET_ADDRESS", "token": TOKEN_VARIABLE}
+# Arguments of the Python client → the destinations of their flags, if these have other names.
+_DESTINATIONS = {
+    "adapters": "mixes",
+    "inputs": "texts",
+    "ca": "tls_ca",
+    "certificate": "tls_cert",
+    "key": "tls_key",
+}
+_T = TypeVar("_T")
+# Arguments of argparse's add_argument, by a flag's names or a positional's destination.
+Flags = Mapping[str, Mapping[str, Any]]
+
+
+def adapter_weight(text: str) -> AdapterWeight:
+    """:meth:`AdapterWeight.parse` for argparse, which hides the text of a ``ValueError``."""
+    try:
+        return AdapterWeight.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def positive_seconds(text: str) -> float:
+    """A number of seconds above 0, for argparse."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(say("NOT_SECONDS", value=text)) from None
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError(say("NOT_ABOVE", bound=0, value=text))
+    return seconds
+
+
+def file_bytes(path: str) -> bytes:
+    """The content of a file, for the ``type`` of a flag."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        text = say("FILE_UNREADABLE", path=path, why=error.strerror)
+        raise argparse.ArgumentTypeError(text) from None
+
+
+def file_text(path: str) -> str:
+    """The text of a file, for the ``type`` of a flag."""
+    try:
+        return file_bytes(path).decode()
+    except UnicodeDecodeError:
+        text = say("PATH_UNUSABLE", path=path, problem=say("NOT_UTF8"))
+        raise argparse.ArgumentTypeError(text) from None
+
+
+def _token(path: str) -> str:
+    return file_text(path).strip()
+
+
+def _text_or_file(text: str) -> str:
+    return text if text.lstrip().startswith("{") else file_text(text)
+
+
+_COUNT: Mapping[str, Any] = {"type": int, "metavar": "N"}
+_NUMBER: Mapping[str, Any] = {"type": float, "metavar": "X"}
+_SWITCH: Mapping[str, Any] = {"action": "store_true", "default": None}
+_PEM: Mapping[str, Any] = {"type": file_bytes, "metavar": "FILE"}
+
+ADAPTER = "-a --adapter"
+SHARED_FLAGS: Flags = {
+    ADAPTER: {
+        "dest": "adapters",
+        "action": "append",
+        "type": adapter_weight,
+        "default": [],
+        "metavar": "NAME[@GENERATION][=WEIGHT]",
+        "help": "an adapter; repeat for a mix",
+    },
+    "prompt": {"metavar": "PROMPT", "help": "text; - reads standard input"},
+    "texts": {
+        "nargs": "*",
+        "metavar": "TEXT",
+        "help": "text; - reads standard input, one text per line",
+    },
+    "--file": {
+        "type": file_text,
+        "metavar": "FILE",
+        "help": "file with one text per line, used after the TEXT arguments",
+    },
+    "--request-id": {"metavar": "ID", "help": "identifies the request in the server's log"},
+    "--json": {"action": "store_true", "help": "print JSON"},
+}
+REQUIRED_ADAPTER: Flags = {ADAPTER: {**SHARED_FLAGS[ADAPTER], "required": True}}
+# If a flag is not given, the server's default applies.
+GENERATION_FLAGS: Flags = {
+    "--top-k": {**_COUNT, "help": "keep the k likeliest tokens"},
+    "--seed": {**_COUNT, "help": "make the answer repeatable"},
+    "--max-tokens": {**_COUNT, "help": "maximum tokens to generate (default: up to the context)"},
+    "--min-tokens": {**_COUNT, "help": "minimum tokens before a stop condition applies"},
+    "--temperature": {**_NUMBER, "help": "0 is greedy (default: 1)"},
+    "--top-p": {**_NUMBER, "help": "keep the likeliest tokens up to this probability"},
+    "--min-p": {**_NUMBER, "help": "drop tokens below this share of the likeliest"},
+    "--repetition-penalty": {**_NUMBER, "help": "divide the logits of earlier tokens"},
+    "--presence-penalty": {**_NUMBER, "help": "subtract from the logits of generated tokens"},
+    "--frequency-penalty": {**_NUMBER, "help": "the same, per occurrence"},
+    "--stop": {
+        "action": "append",
+        "metavar": "TEXT",
+        "help": "text that ends the answer; repeatable",
+    },
+    "--stop-token-id": {
+        "dest": "stop_token_ids",
+        "action": "append",
+        "type": int,
+        "metavar": "ID",
+        "help": "token that ends the answer; repeatable",
+    },
+    "--ignore-eos": {**_SWITCH, "help": "generate past the model's end tokens"},
+    "--include-stop": {**_SWITCH, "help": "keep the stop text in the answer"},
+}
+# An exclusive group would make the usage too wide: argparse keeps it on one line.
+CONSTRAINT_FLAGS: Flags = {
+    "--json-schema": {
+        "type": _text_or_file,
+        "metavar": "FILE",
+        "help": "JSON that matches this schema",
+    },
+    "--json-object": {**_SWITCH, "help": "a JSON object"},
+    "--regex": {"metavar": "REGEX", "help": "text that the whole expression matches"},
+    "--grammar": {
+        "type": file_text,
+        "metavar": "FILE",
+        "help": "text that this Lark or GBNF grammar describes",
+    },
+    "--choice": {"action": "append", "metavar": "TEXT", "help": "one of these texts; repeatable"},
+}
+
+
+GENERATION_GROUPS: Mapping[str, Flags] = {
+    "generation": GENERATION_FLAGS,
+    "constraint on the answer, at most one": CONSTRAINT_FLAGS,
+}
+
+
+def shared(*names: str) -> Flags:
+    """Some of the shared flags."""
+    return {name: SHARED_FLAGS[name] for name in names}
+
+
+def add_connection_flags(parser: argparse.ArgumentParser, server: str = "") -> None:
+    """Add the flags of every verb.
+
+    Args:
+        parser: The verb's parser.
+        server: For a verb that also works without a server, the help of ``--server``, which takes
+            the place of ``--address``.
+    """
+    variable = os.environ.get
+    group = parser.add_argument_group("connection")
+    if server:
+        group.add_argument("--server", dest="address", metavar="HOST:PORT", help=server)
+    else:
+        group.add_argument(
+            "--address",
+            default=variable("TURRET_ADDRESS") or DEFAULT_ADDRESS,
+            metavar="HOST:PORT",
+            help=f"default: $TURRET_ADDRESS, or {DEFAULT_ADDRESS}",
+        )
+    token = group.add_mutually_exclusive_group()
+    token.add_argument(
+        "--token",
+        help=f"bearer token; process lists may show it to other users (default: ${TOKEN_VARIABLE})",
+    )
+    token.add_argument(
+        "--token-from", dest="token", type=_token, metavar="FILE", help="file that holds the token"
+    )
+    group.add_argument("--tls", action="store_true", help="use TLS, with the system's roots")
+    group.add_argument(
+        "--tls-ca",
+        **_PEM,
+        default=variable("TURRET_TLS_CA") or None,
+        help="PEM roots; implies --tls (default: $TURRET_TLS_CA)",
+    )
+    group.add_argument("--tls-cert", **_PEM, help="PEM certificate of the client")
+    group.add_argument("--tls-key", **_PEM, help="PEM key of --tls-cert")
+    group.add_argument(
+        "--tls-server-name", metavar="NAME", help="name expected in the server's certificate"
+    )
+    group.add_argument(
+        "--timeout",
+        type=positive_seconds,
+        metavar="SECONDS",
+        help=f"deadline of a call (default: none for streams, else {DEFAULT_TIMEOUT_SECONDS:g})",
+    )
+
+
+def as_typed(argument: str, args: argparse.Namespace) -> str:
+    """The flag, the positional or the environment variable that sets an argument of the client.
+
+    Returns an argument unchanged if no flag of the verb sets it. For an item of a list, the result
+    has the number of the item, counted from 1: ``--adapter 1``, or ``--adapter 1 weight``.
+    """
+    found = re.fullmatch(r"(\w+)(?:\[(\d+)\](?:\.(\w+))*)?", argument)
+    if found is None or not hasattr(args, "parser"):
+        return argument
+    destinations = (found[1], _DESTINATIONS.get(found[1]))
+    for action in args.parser._actions:
+        if action.dest in destinations:
+            name = flag_of(str(action.dest), args) if action.option_strings else action.metavar
+            number = "" if found[2] is None else f" {int(found[2]) + 1}"
+            return name + number + (" weight" if found[3] == "weight" else "")
+    return argument
+
+
+def flag_of(destination: str, args: argparse.Namespace) -> str:
+    """The flag, or the environment variable that has set it."""
+    variable, given = _VARIABLES.get(destination), getattr(args, destination)
+    if variable and (given is None or str(given) == os.environ.get(variable)):
+        return variable
+    actions = (each for each in args.parser._actions if each.dest == destination)
+    return next(actions).option_strings[-1]
+
+
+def call_with_flags(method: Callable[..., _T], args: argparse.Namespace, **values: Any) -> _T:
+    """Call a client's method with the flags that have the names of its arguments.
+
+    Args:
+        method: A method of a client.
+        args: The flags.
+        **values: Other arguments.
+    """
+    names = inspect.signature(method).parameters.keys() & vars(args).keys()
+    return method(**{name: getattr(args, name) for name in names} | values)
+
+
+def generation_options(args: argparse.Namespace) -> GenerateOptions:
+    """The options that the flags set."""
+    names = GenerateOptions.__annotations__.keys() & vars(args).keys()
+    return GenerateOptions(**{name: getattr(args, name) for name in names})
+
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -38,8 +275,9 @@ def add_verb_parser(
     subparsers: Subparsers,
     name: str,
     text: str,
-    func: Callable[[argparse.Namespace], int],
-    *parents: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace, TurretClient], int | None],
+    flags: Flags,
+    groups: Mapping[str, Flags] | None = None,
     description: str = "",
 ) -> argparse.ArgumentParser:
     """Add a verb with its flags and those of every verb.
@@ -48,18 +286,18 @@ def add_verb_parser(
         subparsers: The command's subparsers.
         name: The name of the verb.
         text: Its line in the help.
-        func: Runs it, and returns the exit code.
-        *parents: Parsers of flags that it shares with others.
+        run: Runs it with a client; see ``with_client``.
+        flags: Its flags.
+        groups: Further flags, by the titles of their groups in the help.
         description: The description in the help of the verb; if empty, ``text``.
     """
-    parser = subparsers.add_parser(
-        name,
-        help=text,
-        description=description or text.capitalize(),
-        parents=parents,
-    )
+    parser = subparsers.add_parser(name, help=text, description=description or text.capitalize())
+    for title, table in {"": flags, **(groups or {})}.items():
+        group = parser.add_argument_group(title) if title else parser
+        for names, options in table.items():
+            group.add_argument(*names.split(), **options)
     add_connection_flags(parser)
-    parser.set_defaults(func=func, parser=parser)
+    parser.set_defaults(func=with_client(run), parser=parser)
     return parser
 
 

@@ -4,38 +4,31 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from turret.clients.client import TurretClient
 from turret.clients.errors import UnavailableError
-from turret.clients.evaluation.answer_metrics import Estimate
 from turret.clients.evaluation.evaluate import (
     CLASS_METRICS,
     LABEL_SET_METRICS,
     METRICS,
+    Estimate,
     EvalOptions,
     Mix,
     MixReport,
     evaluate,
     mix_name,
 )
-from turret.clients.evaluation.plot import eval_svg
 from turret.clients.evaluation.rows import EvalExample, RowError, read_eval_set
-from turret.clients.verbs.command import (
-    Subparsers,
-    UnfinishedAnswerError,
-    add_verb_parser,
-    print_json,
-    with_client,
-)
-from turret.clients.verbs.flags import Flags, adapter_weight, flags_parser, shared
-from turret.clients.verbs.tables import print_table, table_of
+from turret.clients.verbs import command
+from turret.clients.verbs.tables import print_cells
 from turret.clients.words import say
 
 _DESCRIPTION = """\
@@ -64,11 +57,11 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
             raise ValueError(say("PATH_NOT_WRITABLE", path=path))
     reports = judge(args, client, examples, mixes, options)
     if args.json:
-        print_json([_figures(report) for report in reports])
+        command.print_json([_figures(report) for report in reports])
     else:
         print_reports(reports)
         if reports[0].labels:
-            print_table(_label_table(reports))
+            _print_labels(reports)
     # Print the results before writing files, in case a file cannot be written.
     if args.plot is not None:
         args.plot.write_text(eval_svg(reports, args.data.name), encoding="utf-8")
@@ -93,7 +86,6 @@ def read_test_set(args: argparse.Namespace) -> tuple[list[EvalExample], EvalOpti
         labels=args.labels,
         max_tokens=args.max_tokens,
         concurrency=args.concurrency,
-        timeout=args.timeout,
     )
     if "label_accuracy" in options.metrics:
         _check_labels(args.data, examples, options.labels)
@@ -138,7 +130,7 @@ def judge(
             if done is None:
                 raise
             text = say("EVALUATION_CUT", done=extent())
-            raise UnfinishedAnswerError(text) from error
+            raise command.UnfinishedAnswerError(text) from error
     args.stopped = ""
     return reports
 
@@ -169,7 +161,7 @@ def print_reports(reports: Sequence[MixReport]) -> None:
         for report in reports
     ]
     headings = [metric.replace("_", " ") for metric in reports[0].metrics]
-    print_table(table_of({"mix": "text", **dict.fromkeys(headings, "number")}, rows))
+    print_cells({"mix": "text", **dict.fromkeys(headings, "number")}, rows)
     # Print no caption: a narrow table would break it.
     figures = (figure for report in reports for figure in report.metrics.values())
     unknown = "; [?] if too few or too alike" if any(f.low is None for f in figures) else ""
@@ -184,14 +176,14 @@ def _figures(report: MixReport) -> dict[str, object]:
     return figures
 
 
-def _label_table(reports: Sequence[MixReport]) -> Table:
-    """F1 of each label; a label may be missing in a mix's answers and in the test set."""
+def _print_labels(reports: Sequence[MixReport]) -> None:
+    """Print F1 of each label; a label may be missing in a mix's answers and in the test set."""
     rows = []
     for label in sorted({label for report in reports for label in report.labels}):
         figures = (report.labels.get(label) for report in reports)
         rows.append((label, *("" if each is None else f"{each.f1:.1%}" for each in figures)))
     mixes = {report.mix: "number" for report in reports}
-    return table_of({"label": "text", **mixes}, rows, caption="F1 of each label")
+    print_cells({"label": "text", **mixes}, rows, caption="F1 of each label")
 
 
 def _cell(metric: str, figure: Estimate) -> str:
@@ -227,8 +219,81 @@ def _answers(reports: Sequence[MixReport], examples: Sequence[EvalExample]) -> s
     return "\n".join(rows) + "\n"
 
 
+# The figures as one SVG: a panel for each metric, a bar for each mix.
+
+_BAR, _GAP, _LABELS, _PANEL, _VALUES = 18, 8, 190, 420, 60
+_TITLE, _FOOT = 34, 22
+_STYLE = (
+    "text{font:13px system-ui,sans-serif;fill:#222}.m{font-weight:600}.n{fill:#666;font-size:11px}"
+    ".b{fill:#4c78a8}.o{fill:#9aa5b1}.w{stroke:#222;stroke-width:1.2}.a{stroke:#bbb}"
+)
+
+
+def eval_svg(reports: Sequence[MixReport], title: str) -> str:
+    """Return a self-contained SVG document, whose whiskers are the 95 % intervals.
+
+    Bars of perplexity have a log scale that begins at 1; those of other metrics run from 0 to 1.
+    """
+    metrics = list(reports[0].metrics)
+    panel = _TITLE + len(reports) * (_BAR + _GAP) + 12
+    width, height = _LABELS + _PANEL + _VALUES, 30 + panel * len(metrics) + _FOOT
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'width="{width}" height="{height}" role="img"><style>{_STYLE}</style>'
+        f'<rect width="{width}" height="{height}" fill="#fff"/>'
+        f'<text x="8" y="20" class="m">{escape(title)}</text>'
+    ]
+    for index, metric in enumerate(metrics):
+        parts += _panel(reports, metric, 30 + index * panel)
+    note = f"{reports[0].extent}; whiskers: 95 % intervals"
+    parts.append(f'<text x="8" y="{height - 8}" class="n">{note}</text></svg>')
+    return "\n".join(parts) + "\n"
+
+
+def _panel(reports: Sequence[MixReport], metric: str, top: int) -> list[str]:
+    is_log = metric == "perplexity"
+    figures = [report.metrics[metric] for report in reports]
+    highest = max(each.value if each.high is None else each.high for each in figures)
+    full = (math.log(highest) if math.isfinite(highest) else 700.0) if is_log else 1.0
+
+    def x(value: float) -> float:
+        share = math.log(max(value, 1.0)) / (full or 1.0) if is_log else value
+        return round(_LABELS + _PANEL * min(share, 1.0), 1)
+
+    name = metric.replace("_", " ") + (" (lower is better, log scale)" if is_log else "")
+    bottom = top + _TITLE + len(reports) * (_BAR + _GAP)
+    parts = [
+        f'<text x="8" y="{top + 22}" class="m">{name}</text>',
+        f'<line class="a" x1="{_LABELS}" x2="{_LABELS}" y1="{top + _TITLE - 4}" y2="{bottom}"/>',
+    ]
+    for row, report in enumerate(reports):
+        y = top + _TITLE + row * (_BAR + _GAP)
+        parts += _bar(report, report.metrics[metric], y, x, is_log)
+    return parts
+
+
+def _bar(report: MixReport, figure: Estimate, y: int, x, is_log: bool) -> list[str]:
+    name = report.mix if len(report.mix) <= 26 else report.mix[:25] + "…"
+    middle, end = y + _BAR / 2, x(figure.value)
+    value = f"{figure.value:.3g}" if is_log else f"{figure.value:.0%}"
+    has_bounds = figure.low is not None and figure.high is not None
+    low, high = (x(figure.low), x(figure.high)) if has_bounds else (end, end)
+    whisker = f'<line class="w" x1="{low}" x2="{high}" y1="{middle}" y2="{middle}"/>'
+    return [
+        f'<text x="{_LABELS - 8}" y="{y + 13}" text-anchor="end">{escape(name)}'
+        f"<title>{escape(report.mix)}</title></text>",
+        f'<rect class="{"o" if report.mix == "base" else "b"}" x="{_LABELS}" y="{y}" '
+        f'width="{end - _LABELS:.1f}" height="{_BAR}" rx="2"/>',
+        *([whisker] if has_bounds else []),
+        f'<text x="{max(end, high) + 6:.1f}" y="{y + 13}">{value}</text>',
+    ]
+
+
+# Flags.
+
+
 def _mix(text: str) -> Mix:
-    return tuple(adapter_weight(member.strip()) for member in text.split("+"))
+    return tuple(command.adapter_weight(member.strip()) for member in text.split("+"))
 
 
 def _labels(text: str) -> tuple[str, ...]:
@@ -245,7 +310,7 @@ def _positive(text: str) -> int:
 
 
 _COUNT = {"type": _positive, "metavar": "N"}
-FLAGS: Flags = {
+FLAGS: command.Flags = {
     "data": {"type": Path, "metavar": "FILE", "help": "the test set, in JSON Lines"},
     "-m --mix": {
         "dest": "mixes",
@@ -295,9 +360,7 @@ FLAGS: Flags = {
 }
 
 
-def add_eval(subparsers: Subparsers, text: str) -> None:
+def add_eval(subparsers: command.Subparsers, text: str) -> None:
     """Add the verb; ``text`` is its line in the help."""
-    parents = (shared("--json"), flags_parser(FLAGS))
-    add_verb_parser(
-        subparsers, "eval", text, with_client(_eval), *parents, description=_DESCRIPTION
-    )
+    flags = {**command.shared("--json"), **FLAGS}
+    command.add_verb_parser(subparsers, "eval", text, _eval, flags, description=_DESCRIPTION)

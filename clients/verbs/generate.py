@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from turret.clients.client import TurretClient
-from turret.clients.errors import AnswerCutError, TurretRpcError, UnavailableError
-from turret.clients.hints import COMMAND_HINTS
+from turret.clients.errors import COMMAND_HINTS, AnswerCutError, TurretRpcError, UnavailableError
 from turret.clients.messages.fields import check_text
 from turret.clients.messages.mix import AdapterWeight
 from turret.clients.messages.requests import GenerateOptions, Prompt
 from turret.clients.messages.results import Chunk
-from turret.clients.verbs.command import (
-    Subparsers,
-    UnfinishedAnswerError,
-    add_verb_parser,
-    print_error,
-    print_json,
-    text_argument,
-    with_client,
-)
-from turret.clients.verbs.flags import flag_of, generation_options, generation_parsers, shared
+from turret.clients.verbs import command
 from turret.clients.words import say
 from turret.words import counted
 
@@ -41,46 +32,38 @@ Ctrl-C stops the answer, or leaves if there is none."""
 _CHAT_HINTS = {**COMMAND_HINTS, "ADAPTER_NOT_FOUND": "/adapters lists the registered adapters"}
 
 
-def add_generate(subparsers: Subparsers, text: str) -> None:
+_SWITCH: Mapping[str, Any] = {"action": "store_true"}
+_SYSTEM: Mapping[str, Any] = {"metavar": "TEXT"}
+_FLAGS: command.Flags = {
+    **command.shared(command.ADAPTER, "--json", "prompt", "--request-id"),
+    "--chat": {**_SWITCH, "help": "send the prompt as a user's message to the chat model"},
+    "--system": {**_SYSTEM, "help": "system message; implies --chat"},
+    "--echo": {**_SWITCH, "help": "print the prompt first"},
+    "--logprobs": {**_SWITCH, "default": None, "help": "with --json: log probabilities"},
+    "--top-n": {"type": int, "metavar": "N", "help": "with --json: alternatives"},
+    "--token-ids": {**_SWITCH, "help": "with --json: token ids"},
+    "--stats": {**_SWITCH, "help": "print usage and timing to standard error"},
+}
+
+
+def add_generate(subparsers: command.Subparsers, text: str) -> None:
     """Add ``turret generate``; ``text`` is its line in the help."""
-    parser = add_verb_parser(
-        subparsers,
-        "generate",
-        text,
-        with_client(_generate),
-        *generation_parsers(),
-        shared("--json", "prompt", "--request-id"),
-        description="Complete a prompt and print the answer as it arrives.",
-    )
-    parser.add_argument(
-        "--chat", action="store_true", help="send the prompt as a user's message to the chat model"
-    )
-    parser.add_argument("--system", metavar="TEXT", help="system message; implies --chat")
-    parser.add_argument("--echo", action="store_true", help="print the prompt first")
-    parser.add_argument(
-        "--logprobs",
-        action="store_true",
-        default=None,
-        help="with --json: log probabilities",
-    )
-    parser.add_argument("--top-n", type=int, metavar="N", help="with --json: alternatives")
-    parser.add_argument("--token-ids", action="store_true", help="with --json: token ids")
-    parser.add_argument(
-        "--stats", action="store_true", help="print usage and timing to standard error"
-    )
+    about = "Complete a prompt and print the answer as it arrives."
+    groups = command.GENERATION_GROUPS
+    command.add_verb_parser(subparsers, "generate", text, _generate, _FLAGS, groups, about)
 
 
 def _generate(args: argparse.Namespace, client: TurretClient) -> None:
-    options = generation_options(args)
+    options = command.generation_options(args)
     prompt = _prompt(args)
     unseen = [name for name in _JSON_ONLY if getattr(args, name)]
     if unseen and not args.json:
-        raise ValueError(say("FLAG_NEEDS_JSON", flag=flag_of(unseen[0], args)))
+        raise ValueError(say("FLAG_NEEDS_JSON", flag=command.flag_of(unseen[0], args)))
     if args.json:
         try:
-            print_json(client.generate(prompt, timeout=args.timeout, **options))
+            command.print_json(client.generate(prompt, timeout=args.timeout, **options))
         except AnswerCutError as error:
-            print_json(error.completion)
+            command.print_json(error.completion)
             raise
         return
     last: Chunk | None = None
@@ -97,7 +80,7 @@ def _generate(args: argparse.Namespace, client: TurretClient) -> None:
             print()
         if last is None or not isinstance(error, UnavailableError):
             raise
-        raise UnfinishedAnswerError(say("ANSWER_LOST")) from error
+        raise command.UnfinishedAnswerError(say("ANSWER_LOST")) from error
     _print_end(last, args.stats)
 
 
@@ -108,7 +91,7 @@ def _print_end(last: Chunk | None, wants_stats: bool) -> None:
 
 
 def _prompt(args: argparse.Namespace) -> Prompt:
-    text = text_argument(args.prompt)
+    text = command.text_argument(args.prompt)
     if not text and (args.chat or args.system is not None):
         # A chat template would still make a prompt from an empty text, and the answer would not
         # end.
@@ -141,24 +124,20 @@ def summary(last: Chunk) -> str:
     return "; ".join(parts)
 
 
-def add_chat(subparsers: Subparsers, text: str) -> None:
+def add_chat(subparsers: command.Subparsers, text: str) -> None:
     """Add ``turret chat``; ``text`` is its line in the help."""
-    parser = add_verb_parser(
-        subparsers,
-        "chat",
-        text,
-        with_client(_chat),
-        *generation_parsers(),
-        description="Talk to the model. Type /help to list the commands.",
+    flags = {**command.shared(command.ADAPTER), "--system": {**_SYSTEM, "help": "system message"}}
+    about = "Talk to the model. Type /help to list the commands."
+    command.add_verb_parser(
+        subparsers, "chat", text, _chat, flags, command.GENERATION_GROUPS, about
     )
-    parser.add_argument("--system", metavar="TEXT", help="system message")
 
 
 def _chat(args: argparse.Namespace, client: TurretClient) -> None:
     check_text("--system", args.system or "")
     conversation = Conversation(
         client,
-        options=generation_options(args),
+        options=command.generation_options(args),
         system=args.system,
         timeout=args.timeout,
     )
@@ -173,7 +152,7 @@ def _chat(args: argparse.Namespace, client: TurretClient) -> None:
                 if not sys.stdin.isatty():
                     # Without a terminal, nobody can retype the line.
                     raise
-                print_error(error, args, _CHAT_HINTS)
+                command.print_error(error, args, _CHAT_HINTS)
     except (EOFError, KeyboardInterrupt):
         # Ctrl-C and Ctrl-D are usual ways to leave. Let the shell's prompt begin on a new line.
         print()
@@ -215,14 +194,14 @@ class Conversation:
             TurretRpcError: The server rejected the call, failed, or cut the answer.
             ValueError: The command is invalid.
         """
-        command, _, rest = line.partition(" ")
-        match command:
+        word, _, rest = line.partition(" ")
+        match word:
             case "":
                 return
             case "/help":
                 print(_HELP)
             case "/adapter":
-                self.select([AdapterWeight.parse(word) for word in rest.split()])
+                self.select([AdapterWeight.parse(each) for each in rest.split()])
             case "/adapters":
                 for adapter in self.client.adapters.list(timeout=self.timeout):
                     print(f"{adapter.name}@{adapter.generation}  {adapter.method}")
@@ -232,8 +211,8 @@ class Conversation:
                 self.turns.clear()
             case "/stats":
                 print(self.last_summary)
-            case _ if command.startswith("/"):
-                raise ValueError(say("UNKNOWN_CHAT_COMMAND", value=command))
+            case _ if word.startswith("/"):
+                raise ValueError(say("UNKNOWN_CHAT_COMMAND", value=word))
             case _:
                 self._answer(line)
 

@@ -10,19 +10,11 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from turret.clients.calls.settings import CallSettings, RetryPolicy
+from turret.clients.calls import CallSettings, RetryPolicy
 from turret.clients.channel import open_channel
 from turret.clients.client import TurretClient
 from turret.clients.errors import TurretRpcError
-from turret.clients.verbs.command import (
-    Subparsers,
-    add_verb_parser,
-    given_tls,
-    given_token,
-    print_json,
-    with_client,
-)
-from turret.clients.verbs.flags import positive_seconds, shared
+from turret.clients.verbs import command
 
 _TIMEOUT_SECONDS = 5.0
 _PAUSE_SECONDS = 0.5
@@ -30,29 +22,29 @@ _PAUSE_SECONDS = 0.5
 _MAY_CHANGE = ("NOT_SERVING", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 
 
-def add_health(subparsers: Subparsers, text: str) -> None:
+def add_health(subparsers: command.Subparsers, text: str) -> None:
     """Add the verb; ``text`` is its line in the help."""
-    parser = add_verb_parser(
-        subparsers,
-        "health",
-        text,
-        with_client(_health),
-        shared("--json"),
-        description="Query a server's health service, for example as a container's health check."
-        f" The default --timeout is {_TIMEOUT_SECONDS:g} s.",
+    flags: command.Flags = {
+        **command.shared("--json"),
+        "--wait": {
+            "type": command.positive_seconds,
+            "default": 0.0,
+            "metavar": "SECONDS",
+            "help": "ask repeatedly until the server is serving, for at most SECONDS (default: ask"
+            " once)",
+        },
+    }
+    description = (
+        "Query a server's health service, for example as a container's health check."
+        f" The default --timeout is {_TIMEOUT_SECONDS:g} s."
     )
-    parser.set_defaults(timeout=_TIMEOUT_SECONDS)
-    parser.add_argument(
-        "--wait",
-        type=positive_seconds,
-        default=0.0,
-        metavar="SECONDS",
-        help="ask repeatedly until the server is serving, for at most SECONDS (default: ask once)",
-    )
+    command.add_verb_parser(
+        subparsers, "health", text, _health, flags, description=description
+    ).set_defaults(timeout=_TIMEOUT_SECONDS)
 
 
 def _health(args: argparse.Namespace, _: TurretClient) -> int:
-    call = CallSettings.of(given_token(args), args.timeout, RetryPolicy(0))
+    call = CallSettings.of(command.given_token(args), args.timeout, RetryPolicy(0))
     end = time.monotonic() + args.wait
     while True:
         failure: TurretRpcError | None = None
@@ -66,7 +58,7 @@ def _health(args: argparse.Namespace, _: TurretClient) -> int:
     if failure is not None:
         raise failure
     if args.json:
-        print_json({"status": answer})
+        command.print_json({"status": answer})
     else:
         print(answer, file=sys.stdout if answer == "SERVING" else sys.stderr)
     return 0 if answer == "SERVING" else 1
@@ -80,7 +72,7 @@ def _ask(args: argparse.Namespace, call: CallSettings) -> str:
     Raises:
         TurretRpcError: The server does not answer.
     """
-    with open_channel(grpc, args.address, given_tls(args)) as channel:
+    with open_channel(grpc, args.address, command.given_tls(args)) as channel:
         try:
             # The generated stub sets its methods in a way that type checkers do not follow.
             stub: Any = health_pb2_grpc.HealthStub(channel)

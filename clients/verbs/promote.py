@@ -14,19 +14,11 @@ from typing import Any
 
 from turret.clients.client import TurretClient
 from turret.clients.errors import TurretRpcError
-from turret.clients.evaluation.answer_metrics import Estimate
-from turret.clients.evaluation.evaluate import MixReport, gain
+from turret.clients.evaluation.evaluate import Estimate, MixReport, gain
 from turret.clients.messages.mix import AdapterWeight
 from turret.clients.messages.results import Adapter
-from turret.clients.verbs.command import (
-    Subparsers,
-    add_verb_parser,
-    connect,
-    print_json,
-    with_client,
-)
+from turret.clients.verbs import command
 from turret.clients.verbs.eval import FLAGS, judge, print_reports, read_test_set
-from turret.clients.verbs.flags import Flags, flags_parser, shared
 from turret.clients.words import say
 
 NOT_PROMOTED = 3
@@ -37,7 +29,7 @@ next generation of NAME if it is better. It is better if, for each metric, the 9
 interval of the difference is entirely in its favour. Exits with 0 if it was promoted, and with 3 if
 it is not better.
 """
-_OWN_FLAGS: Flags = {
+_OWN_FLAGS: command.Flags = {
     "name": {"metavar": "NAME", "help": "the served adapter"},
     "directory": {"type": Path, "metavar": "DIR", "help": "the new adapter, in PEFT's layout"},
 }
@@ -64,7 +56,7 @@ def _promote(args: argparse.Namespace, client: TurretClient) -> int:
         reports = judge(args, client, examples, mixes, options)
     finally:
         # Ctrl-C has closed the other client.
-        with contextlib.suppress(TurretRpcError), connect(args) as another:
+        with contextlib.suppress(TurretRpcError), command.connect(args) as another:
             another.adapters.unload(name, mode="force")
     gains = {metric: gain(metric, *reports) for metric in options.metrics}
     is_better = all(_is_sure(each) for each in gains.values())
@@ -76,7 +68,7 @@ def _promote(args: argparse.Namespace, client: TurretClient) -> int:
             args.name, args.directory, replace=True, expected_generation=served.generation
         ).generation
     if args.json:
-        print_json({"promoted": is_better, "generation": generation, **promotion})
+        command.print_json({"promoted": is_better, "generation": generation, **promotion})
     else:
         print_reports(reports)
         for metric, each in gains.items():
@@ -159,15 +151,13 @@ def _write(path: Path, value: object) -> None:
     os.replace(partial, path)
 
 
-def add_promote(subparsers: Subparsers, text: str) -> None:
+def add_promote(subparsers: command.Subparsers, text: str) -> None:
     """Add the verb; ``text`` is its line in the help."""
-    flags = {**_OWN_FLAGS, **{name: FLAGS[name] for name in _EVAL_FLAGS}}
+    names = {name: FLAGS[name] for name in _EVAL_FLAGS}
+    flags: command.Flags = {**command.shared("--json"), **_OWN_FLAGS, **names}
     text_of_metric = (
         "metric in which it must be better; repeatable (default: perplexity, or all that apply"
         " with --classify)"
     )
-    flags["--metric"] = {**FLAGS["--metric"], "help": text_of_metric}
-    parents = (shared("--json"), flags_parser(flags))
-    add_verb_parser(
-        subparsers, "promote", text, with_client(_promote), *parents, description=_DESCRIPTION
-    )
+    flags = {**flags, "--metric": {**FLAGS["--metric"], "help": text_of_metric}}
+    command.add_verb_parser(subparsers, "promote", text, _promote, flags, description=_DESCRIPTION)

@@ -44,11 +44,11 @@ def print_adapters(adapters: Iterable[Adapter]) -> None:
         )
         for adapter in adapters
     )
-    print_table(table_of(columns, rows))
+    print_cells(columns, rows)
 
 
-def table_of(columns: Mapping[str, str], rows: Iterable[Sequence[str]], **options: Any) -> Table:
-    """A table whose cells are shown as they are, even if they look like rich's markup.
+def print_cells(columns: Mapping[str, str], rows: Iterable[Sequence[str]], **options: Any) -> None:
+    """Print a table whose cells are shown as they are, even if they look like rich's markup.
 
     Args:
         columns: Heading → kind.
@@ -60,12 +60,7 @@ def table_of(columns: Mapping[str, str], rows: Iterable[Sequence[str]], **option
         table.add_column(Text(heading), **_KINDS[kind])
     for row in rows:
         table.add_row(*map(Text, row))
-    return table
-
-
-def print_table(table: Table, console: Console | None = None) -> None:
-    """Print a table."""
-    (console or terminal()).print(table)
+    terminal().print(table)
 
 
 def print_change(verb: str, adapter: Adapter) -> None:
@@ -160,8 +155,7 @@ def mix_text(state: MergeState) -> str:
 
 def _print_rows(rows: dict[str, str]) -> None:
     known = [(name, value) for name, value in rows.items() if value]
-    table = table_of({"name": "bold", "value": "text"}, known, show_header=False)
-    print_table(table)
+    print_cells({"name": "bold", "value": "text"}, known, show_header=False)
 
 
 def _print_errors(relative_error: float, modules: tuple[ModuleError, ...]) -> None:
@@ -186,7 +180,7 @@ def _print_kinds(modules: Iterable[ModuleError]) -> None:
         rows.append(
             (kind, str(len(group)), rank, f"{median(errors):.3g}", f"{max(errors):.3g}"),
         )
-    print_table(table_of({"module": "text", **dict.fromkeys(headings, "number")}, rows))
+    print_cells({"module": "text", **dict.fromkeys(headings, "number")}, rows)
 
 
 def terminal() -> Console:

@@ -8,42 +8,30 @@ import json
 import math
 
 from turret.clients.client import TurretClient
-from turret.clients.evaluation.answer_metrics import perplexity
+from turret.clients.evaluation.evaluate import perplexity
 from turret.clients.messages.results import Classification
-from turret.clients.verbs.command import (
-    Subparsers,
-    add_verb_parser,
-    given_texts,
-    print_json,
-    text_argument,
-    with_client,
-)
-from turret.clients.verbs.flags import adapter_parser, call_with_flags, shared
-from turret.clients.verbs.tables import print_table, table_of, terminal
+from turret.clients.verbs import command
+from turret.clients.verbs.tables import print_cells, terminal
 from turret.words import counted
 
 # Maximum length of a text in the table of labels, and the number of labels shown after the first.
 _SHOWN_CHARS, _SHOWN_LABELS = 60, 3
 
 
-def add_score(subparsers: Subparsers, text: str) -> None:
+def add_score(subparsers: command.Subparsers, text: str) -> None:
     """Add ``turret score``; ``text`` is its line in the help."""
-    parser = add_verb_parser(
-        subparsers,
-        "score",
-        text,
-        with_client(_score),
-        adapter_parser(),
-        shared("--json", "prompt", "--request-id"),
-        description="Print the log probability (natural logarithm) of every token of a prompt.",
-    )
-    parser.add_argument("--top-n", type=int, default=0, metavar="N", help="alternatives per token")
+    about = "Print the log probability (natural logarithm) of every token of a prompt."
+    flags: command.Flags = {
+        **command.shared(command.ADAPTER, "--json", "prompt", "--request-id"),
+        "--top-n": {"type": int, "default": 0, "metavar": "N", "help": "alternatives per token"},
+    }
+    command.add_verb_parser(subparsers, "score", text, _score, flags, description=about)
 
 
 def _score(args: argparse.Namespace, client: TurretClient) -> None:
-    score = call_with_flags(client.score, args, prompt=text_argument(args.prompt))
+    score = command.call_with_flags(client.score, args, prompt=command.text_argument(args.prompt))
     if args.json:
-        print_json(score)
+        command.print_json(score)
         return
     columns = {"id": "number", "token": "text", "logprob": "number"}
     if args.top_n > 0:
@@ -57,7 +45,7 @@ def _score(args: argparse.Namespace, client: TurretClient) -> None:
         )
         for token in score.tokens
     )
-    print_table(table_of(columns, (row[: len(columns)] for row in rows)))
+    print_cells(columns, (row[: len(columns)] for row in rows))
     scored = sum(token.logprob is not None for token in score.tokens)
     if scored:
         terminal().print(
@@ -66,34 +54,30 @@ def _score(args: argparse.Namespace, client: TurretClient) -> None:
         )
 
 
-def add_classify(subparsers: Subparsers, text: str) -> None:
+def add_classify(subparsers: command.Subparsers, text: str) -> None:
     """Add ``turret classify``; ``text`` is its line in the help."""
-    parser = add_verb_parser(
-        subparsers,
-        "classify",
-        text,
-        with_client(_classify),
-        shared("texts", "--file"),
-        adapter_parser(required=True),
-        shared("--json", "--request-id"),
-        description="Label texts with an adapter that was trained to classify (SEQ_CLS).",
-    )
-    parser.add_argument(
-        "--chat",
-        action="store_true",
-        help="send each text as a user's message, in the chat template",
-    )
-    parser.add_argument(
-        "--labels-only", action="store_true", help="print only the labels, one per line"
-    )
+    about = "Label texts with an adapter that was trained to classify (SEQ_CLS)."
+    flags: command.Flags = {
+        **command.shared("texts", "--file", "--json", "--request-id"),
+        **command.REQUIRED_ADAPTER,
+        "--chat": {
+            "action": "store_true",
+            "help": "send each text as a user's message, in the chat template",
+        },
+        "--labels-only": {
+            "action": "store_true",
+            "help": "print only the labels, one per line",
+        },
+    }
+    command.add_verb_parser(subparsers, "classify", text, _classify, flags, description=about)
 
 
 def _classify(args: argparse.Namespace, client: TurretClient) -> None:
-    texts = given_texts(args)
+    texts = command.given_texts(args)
     inputs = [[("user", text)] for text in texts] if args.chat else texts
-    found = call_with_flags(client.classify, args, inputs=inputs)
+    found = command.call_with_flags(client.classify, args, inputs=inputs)
     if args.json:
-        print_json(found)
+        command.print_json(found)
     elif args.labels_only:
         print(*found.labels, sep="\n")
     else:
@@ -102,7 +86,7 @@ def _classify(args: argparse.Namespace, client: TurretClient) -> None:
             (text[:_SHOWN_CHARS], *_ranked(each))
             for text, each in zip(texts, found.classifications, strict=True)
         )
-        print_table(table_of(columns, rows))
+        print_cells(columns, rows)
 
 
 def _ranked(found: Classification) -> tuple[str, str, str]:
@@ -115,45 +99,42 @@ def _ranked(found: Classification) -> tuple[str, str, str]:
     return ranked[0].label, numbers[0], "  ".join(f"{s.label} {number}" for s, number in others)
 
 
-def add_embed(subparsers: Subparsers, text: str) -> None:
+def add_embed(subparsers: command.Subparsers, text: str) -> None:
     """Add ``turret embed``; ``text`` is its line in the help."""
-    parser = add_verb_parser(
-        subparsers,
-        "embed",
-        text,
-        with_client(_embed),
-        shared("texts", "--file"),
-        adapter_parser(),
-        shared("--json", "--request-id"),
-        description="Print the vector of each text, one JSON array per line.",
-    )
-    parser.add_argument(
-        "--pooling", choices=("last", "mean"), help="final states to use (default: last)"
-    )
-    parser.add_argument(
-        "--dimensions", type=int, metavar="N", help="keep the first N numbers (default: all)"
-    )
-    parser.add_argument(
-        "--normalize",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="divide each vector by its length (default: yes)",
-    )
-    parser.add_argument(
-        "--similarity",
-        action="store_true",
-        help="print the cosine of each pair of texts instead; with --json, one list per text",
-    )
+    about = "Print the vector of each text, one JSON array per line."
+    flags: command.Flags = {
+        **command.shared("texts", "--file", command.ADAPTER, "--json", "--request-id"),
+        "--pooling": {
+            "choices": ("last", "mean"),
+            "help": "final states to use (default: last)",
+        },
+        "--dimensions": {
+            "type": int,
+            "metavar": "N",
+            "help": "keep the first N numbers (default: all)",
+        },
+        "--normalize": {
+            "action": argparse.BooleanOptionalAction,
+            "default": None,
+            "help": "divide each vector by its length (default: yes)",
+        },
+        "--similarity": {
+            "action": "store_true",
+            "help": "print the cosine of each pair of texts instead; with --json, one list per"
+            " text",
+        },
+    }
+    command.add_verb_parser(subparsers, "embed", text, _embed, flags, description=about)
 
 
 def _embed(args: argparse.Namespace, client: TurretClient) -> None:
-    texts = given_texts(args)
-    found = call_with_flags(client.embed, args, inputs=texts)
+    texts = command.given_texts(args)
+    found = command.call_with_flags(client.embed, args, inputs=texts)
     if args.similarity:
         cosines = [[_cosine(one, other) for other in found.vectors] for one in found.vectors]
-        print_json(cosines) if args.json else _print_cosines(texts, cosines)
+        command.print_json(cosines) if args.json else _print_cosines(texts, cosines)
     elif args.json:
-        print_json(found)
+        command.print_json(found)
     else:
         for vector in found.vectors:
             # Nine significant digits identify every single-precision number.
@@ -163,7 +144,7 @@ def _embed(args: argparse.Namespace, client: TurretClient) -> None:
 def _print_cosines(texts: list[str], cosines: list[list[float]]) -> None:
     pairs = itertools.combinations(range(len(texts)), 2)
     rows = ((f"{cosines[a][b]:.3f}", texts[a], texts[b]) for a, b in pairs)
-    print_table(table_of({"cosine": "number", "text": "text", "other text": "text"}, rows))
+    print_cells({"cosine": "number", "text": "text", "other text": "text"}, rows)
 
 
 def _cosine(a: tuple[float, ...], b: tuple[float, ...]) -> float:

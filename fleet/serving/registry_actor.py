@@ -66,10 +66,10 @@ class RegistryActor:
         """Saves what Ray's next start of this registry must know."""
         replace_file(self._marker, f"{self._run} {self._owner or ''}".encode())
 
-    def call(self, method: str, *arguments: Any) -> tuple[Any, Exception | None]:
-        """Call a method of ``RegistryHost``; return its result and its error, one of them None."""
+    def call(self, *arguments: Any) -> tuple[Any, Exception | None]:
+        """Call ``RegistryHost.call``; return its result and its error, one of them None."""
         try:
-            return getattr(self._host, method)(*arguments), None
+            return self._host.call(*arguments), None
         except (TurretError, ValueError, p.NotJoinedError) as error:
             return None, error.with_traceback(None)
 
@@ -119,8 +119,7 @@ def _find_or_make(state_dir: Path, lease_seconds: float) -> tuple[Any, bool]:
         # Run on Ray's head node, so that the loss of another machine does not affect the registry.
         "resources": {"node:__internal_head__": 0.001},
     }
-    # Ray's types of actors do not know the class's methods, so this and RayChannel use Any. The
-    # host's own methods state the arguments and results.
+    # Ray's types of actors do not know the class's methods, so this and RayChannel use Any.
     make: Any = ray.remote(RegistryActor)
     try:
         return ray.get_actor(NAME, namespace=NAMESPACE), False
@@ -189,7 +188,7 @@ class RayChannel(Channel):
         try:
             if self._actor is None:
                 self._actor = ray.get_actor(NAME, namespace=NAMESPACE)
-            answer = self._actor.call.remote(method, *arguments)
+            answer = self._actor.call.remote(wait_seconds, method, *arguments)
             value, error = ray.get(answer, timeout=wait_seconds + _CALL_SECONDS)
         except (RayError, GetTimeoutError, ValueError) as lost:
             self._actor = None

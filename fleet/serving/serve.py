@@ -14,20 +14,20 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from turret.clients.verbs.tables import print_table
+from turret.clients.verbs.tables import terminal
 from turret.fleet.config import ClusterConfig
 from turret.fleet.protocol import FleetStatus
 from turret.fleet.serving import ingress
 from turret.fleet.serving.ray_cluster import STOPPING, RayCluster, cause
 from turret.fleet.words import say
 from turret.server import log
+from turret.server.api.access import NOTHING_TO_RELOAD
 from turret.server.basics.settings import split_address
 from turret.server.command.interrupts import Hangup
 from turret.server.command.start_lines import refuse
 from turret.server.command.threads import available_cpus
 from turret.server.config import Config
 from turret.server.errors import UnavailableError
-from turret.server.reloading import NOTHING_TO_RELOAD
 from turret.words import counted
 
 _log = logging.getLogger(__name__)
@@ -247,4 +247,4 @@ def print_status(status: FleetStatus) -> None:
         table.add_row(
             Text(replica.name), str(replica.revision), lease, *(str(figure) for figure in figures)
         )
-    print_table(table)
+    terminal().print(table)

@@ -37,6 +37,7 @@ from turret.server.errors import (
     MergeUnderWayError,
     NotMergedError,
 )
+from turret.server.metrics import Metrics
 from turret.server.words import say
 
 # The state of the base: the merged adapters and the error of the merge.
@@ -116,12 +117,6 @@ class Edit(Protocol):
     def swap(self) -> None: ...
 
 
-class MergeMetrics(Protocol):
-    """The part of the server's metrics that merges update."""
-
-    def merge_active(self, active: bool) -> None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class PreparedMerge:
     """Merged weights that are not in use yet, and the mix from which they were made."""
@@ -149,7 +144,7 @@ class Merger:
         edit: Callable[[Precision], Edit],
         describe: Callable[[int], BaseModel],
         change_base: ChangeBase,
-        metrics: MergeMetrics,
+        metrics: Metrics,
     ) -> None:
         self._registry = registry
         self._edit = edit
@@ -276,7 +271,7 @@ class Merger:
         def change() -> ChangedBase:
             edit.swap()
             self._state, self._active = state, None if merge is None else edit
-            self._metrics.merge_active(merge is not None)
+            self._metrics.merge_active.set(merge is not None)
             changed = self._registry.change_base(self._describe(state.base_generation))
             return replace(changed, merged=merged)
 

@@ -51,8 +51,7 @@ from turret.server.api.uploads import (
 )
 from turret.server.api.violations import Violations
 from turret.server.basics.names import HUB_SCHEME, closest, is_remote
-from turret.server.basics.places import Limit, Places
-from turret.server.basics.turns import FairPool
+from turret.server.basics.turns import FairPool, Limit, Places
 from turret.server.basics.work import Cancellation
 from turret.server.errors import InvalidRequestError, QueueFullError, UnavailableError
 from turret.server.words import say

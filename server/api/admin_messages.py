@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from turret.server.adapters.adapter import AdapterRef, origin_of
 from turret.server.adapters.fuse.combination import Combination
 from turret.server.api.limits import MAX_ALIAS_TARGETS, MAX_WORD_CHARS
-from turret.server.api.same_names import message_of, timestamp
-from turret.server.api.violations import Violations, adapter_refs
+from turret.server.api.violations import Violations, adapter_refs, message_of, timestamp
 from turret.server.errors import InvalidRequestError
 from turret.server.words import say
 from turret.v1 import adapters_pb2

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from turret.server.engine.engine import Engine
     from turret.server.models.describe import ModelInfo
     from turret.server.models.tokenizer import Tokenizer
-    from turret.server.training.trainer import Training
+    from turret.server.training.service import TrainingService
 
 
 # The parts that answer requests once the model is loaded.
@@ -50,7 +50,7 @@ class Backend:
     vocabularies: Vocabularies
     model_info: ModelInfo
     methods: tuple[str, ...]
-    training: Training | None = None
+    training: TrainingService | None = None
     turns: LoopTurns = field(default_factory=LoopTurns)
 
     def close(self) -> None:

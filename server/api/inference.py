@@ -34,8 +34,7 @@ from turret.server.api.inference_requests import (
 )
 from turret.server.api.inputs import classify, embed
 from turret.server.api.limits import MAX_STREAMED_NUMBERS, InputLimits
-from turret.server.api.same_names import message_of
-from turret.server.api.violations import Violations, adapter_refs
+from turret.server.api.violations import Violations, adapter_refs, message_of
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.models.chat_template import ChatFormat
 from turret.server.tracing import CHAT

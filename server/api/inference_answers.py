@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from turret.server.api.call import Call
 from turret.server.api.gate import Backend
-from turret.server.api.same_names import message_of
+from turret.server.api.violations import message_of
 from turret.server.basics.turns import FairPool
 from turret.server.engine.scheduling.request import (
     AdapterUse,

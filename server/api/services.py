@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from turret.server.api.access import MOST_CONNECTIONS, Shares, TokenTable
 from turret.server.api.admin import Adapters
-from turret.server.api.faults import Failures
+from turret.server.api.call import Failures
 from turret.server.api.gate import ServingGate
 from turret.server.api.inference import Inference
 from turret.server.metrics import Metrics

@@ -25,8 +25,7 @@ from turret.server.api.tenants.reading import (
     check_loss,
     check_settings,
 )
-from turret.server.api.tenants.sessions import Model
-from turret.server.api.tenants.tenants import Tenants
+from turret.server.api.tenants.tenants import Model, Tenants
 from turret.server.api.violations import Violations
 from turret.server.basics.files import reporting_disk_faults
 from turret.server.errors import InvalidRequestError

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from turret.server.adapters.adapter import IN_CHAT, Adapter, AdapterRef, OwnTemplate
 from turret.server.api.limits import MAX_MIX_MEMBERS, MAX_TEMPLATE_CHARS
 from turret.server.basics.turns import FairPool
-from turret.server.constraints.constraint import KeptConstraints
+from turret.server.constraints.matcher import KeptConstraints
 from turret.server.engine.scheduling.request import AdapterTokenizer
 from turret.server.errors import InvalidRequestError
 from turret.server.words import say

@@ -168,6 +168,20 @@ class SettingsError(ValueError):
         self.violations = violations
 
 
+class Checked:
+    """A table whose settings are also checked in combination."""
+
+    __slots__ = ()
+
+    def faults(self) -> Iterator[Violation]:
+        """The faults of valid settings that do not fit each other."""
+        yield from ()
+
+    def __post_init__(self) -> None:
+        if found := list(self.faults()):
+            raise SettingsError(*found)
+
+
 class Layer(NamedTuple):
     """The settings from one source.
 

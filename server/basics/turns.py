@@ -1,14 +1,18 @@
-"""Threads, and an event loop, that take the work of several tenants in turn."""
+"""Threads, and an event loop, that take the work of several tenants in turn; limits on them."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import threading
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+from turret.server.errors import QueueFullError
+from turret.server.words import say
 
 _T = TypeVar("_T")
 _Job = tuple[Future[Any], Callable[[], Any]]
@@ -140,3 +144,50 @@ class LoopTurns:
                 break
         if self._waiting:
             asyncio.get_running_loop().call_soon(self._next)
+
+
+# Limits on what is open at the same time.
+
+
+class Limit(NamedTuple):
+    """A limit on the places that one key may take.
+
+    Attributes:
+        key: Identifies the places.
+        most: The number of places.
+        reason: The reason of the error if all places are taken.
+        param: The parameter of that error's message that contains the number of places.
+    """
+
+    key: Hashable
+    most: int
+    reason: str
+    param: str = "most"
+
+
+class Places:
+    """Counts what is open at the moment, by key. Belongs to one event loop."""
+
+    def __init__(self) -> None:
+        self._taken: dict[Hashable, int] = {}
+
+    @contextlib.contextmanager
+    def hold(self, *limits: Limit) -> Iterator[None]:
+        """Take a place of each key while the block runs.
+
+        Raises:
+            QueueFullError: All places of a key are taken.
+        """
+        taken = self._taken
+        for key, most, reason, param in limits:
+            if taken.get(key, 0) >= most:
+                raise QueueFullError(say(reason, **{param: most}))
+        for limit in limits:
+            taken[limit.key] = taken.get(limit.key, 0) + 1
+        try:
+            yield
+        finally:
+            for limit in limits:
+                taken[limit.key] -= 1
+                if not taken[limit.key]:
+                    del taken[limit.key]

@@ -14,8 +14,7 @@ from turret.server.words import say
 from turret.words import about_bytes
 
 if TYPE_CHECKING:
-    from turret.server.models.fidelity import Fidelity
-    from turret.server.models.memory import Memory
+    from turret.server.models.fidelity import Fidelity, Memory
 
 _RANKS = (8, 16, 64)
 # The server does not import the trainer, so the function that adds its verb is found by name.
@@ -106,7 +105,7 @@ def _memory(model: Path, found: Fidelity | None) -> Memory:
 
     from turret.server.errors import InvalidRequestError, TurretError
     from turret.server.models.families import read_arch
-    from turret.server.models.memory import memory_of
+    from turret.server.models.fidelity import memory_of
     from turret.server.models.sources.model_directory import (
         check_config,
         check_hub_model,

@@ -14,7 +14,7 @@ import importlib.metadata
 import os
 import socket
 import ssl
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from turret.server import tracing
@@ -39,15 +39,11 @@ from turret.server.config import (
     SecurityConfig,
     TelemetryConfig,
 )
-from turret.server.errors import InvalidRequestError, TurretError
-from turret.server.hub import AdapterHub
+from turret.server.errors import TurretError
 from turret.server.models.chat_template import base_template
 from turret.server.models.decoding.arch import LAYER_PREFIX
-from turret.server.models.sources.check import (
-    FoundModel,
-    check_model,
-    check_skip_modules,
-)
+from turret.server.models.sources.check import FoundModel, check_model, check_skip_modules
+from turret.server.remote import AdapterHub
 from turret.server.words import Text, say
 
 _MOST_THREADS = 1024
@@ -63,18 +59,26 @@ def problems(config: Config, *, may_run: bool = False) -> list[Violation]:
         may_run: Whether the settings may belong to a running fleet, which then uses the state
             directory and the addresses itself.
     """
+    found: list[Violation] = []
     adapters = dataclasses.replace(config.adapters, state_dir=None) if may_run else config.adapters
-    found, of_model = _model(config.model.model)
-    base = None if found is None else base_sizes(found)
+    model = None
+    with _noted(found, "model.model"):
+        model = check_model(config.model.model)
+    base = None if model is None else base_sizes(model)
+    with _noted(found, "model.skip_modules"):
+        if model is not None:
+            names = config.model.skip_modules
+            check_skip_modules(config.model.model, model, names, base and base.modules)
+    with _noted(found, "model.chat_template"):
+        if config.model.chat_template is not None:
+            base_template(config.model.chat_template)
     return [
-        *of_model,
+        *found,
         *_device(config.model),
-        *_template(config.model.chat_template),
-        *([] if found is None else _skip_modules(config.model, found, base)),
         *_memory(config),
         *_adapters(
             adapters,
-            None if found is None or adapters.allow_other_base else found.name,
+            None if model is None or adapters.allow_other_base else model.name,
             base,
             item_bytes=4 if config.model.dtype == "float32" else 2,
         ),
@@ -84,33 +88,16 @@ def problems(config: Config, *, may_run: bool = False) -> list[Violation]:
     ]
 
 
-def _model(model: Path | None) -> tuple[FoundModel | None, list[Violation]]:
-    """The model, or the reason why it cannot be served."""
+@contextlib.contextmanager
+def _noted(found: list[Violation], field: str) -> Iterator[None]:
+    """Note an error in the block as the fault of a setting."""
     try:
-        return check_model(model), []
-    except InvalidRequestError as error:
-        text = error.violations[0][1] if error.violations else error.message
-        return None, [Violation("model.model", text_of(ValueError(text)))]
-    except OSError as error:
-        return None, [Violation("model.model", _unreadable(error.filename, error))]
-
-
-def _skip_modules(
-    config: ModelConfig, found: FoundModel, base: BaseSizes | None
-) -> Iterator[Violation]:
-    try:
-        check_skip_modules(config.model, found, config.skip_modules, base and base.modules)
-    except InvalidRequestError as error:
-        yield Violation("model.skip_modules", error.violations[0][1])
-
-
-def _template(path: Path | None) -> Iterator[Violation]:
-    try:
-        if path is not None:
-            base_template(path)
+        yield
     except TurretError as error:
-        text = error.violations[0][1] if error.violations else error.args[0]
-        yield Violation("model.chat_template", text)
+        text = error.violations[0][1] if error.violations else error.message
+        found.append(Violation(field, text_of(ValueError(text))))
+    except OSError as error:
+        found.append(Violation(field, _unreadable(error.filename, error)))
 
 
 def _unreadable(path: object, error: OSError) -> Text:
@@ -122,9 +109,9 @@ def _device(config: ModelConfig) -> Iterator[Violation]:
         yield Violation("model.device", why)
     elif config.device.startswith("cuda") and (missing := missing_for_triton()):
         yield Violation("model.device", say("KERNELS_NEED", missing=missing))
-    if (config.threads or 0) > _most_threads():
-        text = say("TOO_LARGE", most=_most_threads(), value=config.threads)
-        yield Violation("model.threads", text)
+    most = max(_MOST_THREADS, os.cpu_count() or 1)
+    if (config.threads or 0) > most:
+        yield Violation("model.threads", say("TOO_LARGE", most=most, value=config.threads))
 
 
 def _telemetry(config: TelemetryConfig, environ: Mapping[str, str]) -> Iterator[Violation]:
@@ -139,10 +126,6 @@ def _telemetry(config: TelemetryConfig, environ: Mapping[str, str]) -> Iterator[
             near = closest(value, tracing.PROTOCOLS)
             choices = ", ".join(tracing.PROTOCOLS)
             yield Violation(name, say("NOT_ONE_OF", choices=choices, value=value, closest=near))
-
-
-def _most_threads() -> int:
-    return max(_MOST_THREADS, os.cpu_count() or 1)
 
 
 def _memory(config: Config) -> Iterator[Violation]:
@@ -211,40 +194,29 @@ def _adapters(
             )
 
     root = config.adapter_root
-    preload = [
-        (name, path)
-        for name, path in config.preload
-        if not (path.startswith(HUB_SCHEME) or is_remote(path))
-    ]
     field = "adapters.adapter_root"
+    is_usable = False
     if root is not None and not root.is_dir():
         near = None if root.exists() else closest_path(root, Path.is_dir)
         yield Violation(field, say("FOLDER_MISSING", path=root, closest=near))
     elif root is not None and not os.access(root, os.R_OK | os.X_OK):
         yield Violation(field, say("FILE_UNREADABLE", path=root, why=os.strerror(errno.EACCES)))
-    elif root is not None:
-        for name, path in preload:
-            yield from _preload(name, lambda path=path: look(AdapterRoot(root), path, path))
+    else:
+        is_usable = root is not None
     hub = AdapterHub(config.adapter_hub, config.max_upload_bytes)
     for name, path in config.preload:
-        if path.startswith(HUB_SCHEME):
-            yield from _preload(name, lambda path=path: _look_in_hub(hub, path, look))
+        try:
+            if path.startswith(HUB_SCHEME):
+                # The hub is asked for adapters that are not cached.
+                place = hub.find(path, hub.check(path))
+                if hub.root is not None and place is not None:
+                    look(AdapterRoot(hub.root), place, path)
+            elif root is not None and is_usable and not is_remote(path):
+                look(AdapterRoot(root), path, path)
+        except TurretError as error:
+            yield Violation(f"adapters.preload.{name}", text_of(error))
     if config.state_dir is not None:
         yield from _state_dir(config.state_dir)
-
-
-def _look_in_hub(hub: AdapterHub, path: str, look: Callable[[AdapterRoot, str, str], None]) -> None:
-    """Ask the hub for adapters that are not cached, and check those that are."""
-    place = hub.find(path, hub.check(path))
-    if hub.root is not None and place is not None:
-        look(AdapterRoot(hub.root), place, path)
-
-
-def _preload(name: str, look: Callable[[], None]) -> Iterator[Violation]:
-    try:
-        look()
-    except TurretError as error:
-        yield Violation(f"adapters.preload.{name}", text_of(error))
 
 
 def _state_dir(path: Path) -> Iterator[Violation]:

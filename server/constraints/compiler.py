@@ -13,17 +13,14 @@ from typing import Any, Protocol
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from turret.server.basics.confined import Confined
-from turret.server.basics.places import Limit, Places
-from turret.server.basics.turns import FairPool
+from turret.server.basics.turns import FairPool, Limit, Places
 from turret.server.basics.work import PANICS_ARE_ERRORS, work_in_background
-from turret.server.constraints.constraint import (
-    Constraint,
-    KeptConstraints,
-)
 from turret.server.constraints.grammar import ConstraintSpec, grammar_of, refusal, unforced
 from turret.server.constraints.matcher import (
     STACK_BYTES,
     Alphabet,
+    Constraint,
+    KeptConstraints,
     alphabet_of,
     roomy_executor,
     special_of,

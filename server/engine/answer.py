@@ -7,6 +7,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as SequenceOf
+from typing import TYPE_CHECKING
 
 from turret.server.adapters.adapter import HostResult, Mix
 from turret.server.engine.scheduling.request import (
@@ -16,7 +17,6 @@ from turret.server.engine.scheduling.request import (
     Output,
     Request,
     StopConditions,
-    TextStream,
     Timing,
     TokenLogprob,
     TopLogprob,
@@ -32,6 +32,9 @@ from turret.server.errors import (
     TurretError,
 )
 from turret.server.words import say
+
+if TYPE_CHECKING:
+    from turret.server.models.tokenizer import TokenStream
 
 # The text of a growing answer, and the detection of its end.
 
@@ -55,7 +58,7 @@ class AnswerText:
 
     def __init__(
         self,
-        stream: TextStream,
+        stream: TokenStream,
         stop: StopConditions,
         eos_token_ids: frozenset[int],
         *,

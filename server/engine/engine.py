@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from turret.server.adapters.adapter import Mix
 from turret.server.adapters.registry.registry import AdapterRegistry
@@ -29,7 +29,7 @@ from turret.server.engine.loop import (
     check_heads,
     check_vocabulary,
 )
-from turret.server.engine.scheduling.request import Request, RequestTokenizer
+from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.scheduler import Scheduler, add_first_pass
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.speculation import Drafter
@@ -43,6 +43,9 @@ from turret.server.errors import (
 )
 from turret.server.metrics import Metrics
 from turret.server.words import say
+
+if TYPE_CHECKING:
+    from turret.server.models.tokenizer import Tokenizer
 
 T = TypeVar("T")
 # Converting more tokens than this to text takes over a millisecond, so it runs off the event loop.
@@ -84,7 +87,7 @@ class Engine:
         scheduler: Scheduler,
         runner: Runner,
         adapters: AdapterRegistry,
-        tokenizer: RequestTokenizer,
+        tokenizer: Tokenizer,
         metrics: Metrics,
         max_model_len: int,
         max_queued_requests: int,
@@ -291,7 +294,7 @@ class Engine:
             | (frozenset() if stop.ignore_eos else self._tokenizer_of(request).eos_token_ids),
         )
 
-    def _tokenizer_of(self, request: Request) -> RequestTokenizer:
+    def _tokenizer_of(self, request: Request) -> Tokenizer:
         """The tokenizer of the request's tokens: the adapter's own, or the base's."""
         own = request.own_tokenizer
         return self._tokenizer if own is None else own.tokenizer

@@ -212,6 +212,7 @@ class EngineLoop:
         self._runner = runner
         self._adapters = adapters
         self._observer = LoopObserver(scheduler, runner, metrics)
+        self._preemptions = metrics.preemptions
         self._send = send
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._outbox: Outbox = []
@@ -456,7 +457,7 @@ class EngineLoop:
         if found is None:
             return False
         to, yielding = found
-        self._observer.preempted(num_running - len(self._scheduler.running))
+        self._preemptions.inc(num_running - len(self._scheduler.running))
         for sequence in yielding:
             del self._ready[sequence]
         self._adapters.hand_over([sequence.mix for sequence in yielding], to.mix)
@@ -470,7 +471,7 @@ class EngineLoop:
         has_yielded = self._yield_memory(start)
         step = self._scheduler.schedule(start)
         self._has_work = bool(step.scheduled) or step.num_preempted > 0 or has_yielded
-        self._observer.preempted(step.num_preempted)
+        self._preemptions.inc(step.num_preempted)
         if not step.scheduled:
             self._hand_out()
             # Report again: a cancellation may have ended requests that the last report counted.
@@ -539,7 +540,7 @@ class EngineLoop:
         for sequence in ended:
             self._fail(self._answers[sequence], BudgetExceededError(say("DEVICE_MEMORY_SHORT")))
         if num_preempted is not None:
-            self._observer.preempted(num_preempted)
+            self._preemptions.inc(num_preempted)
 
     def _advance(self, answer: Answer, item: Scheduled, result: StepResult, now: float) -> None:
         """Deliver the results of a step for one request."""
@@ -694,7 +695,7 @@ class _Between:
 
     def _count(self) -> None:
         seconds = time.monotonic() - self._since
-        self._metrics.training_seconds(seconds)
+        self._metrics.training_seconds.inc(seconds)
         owed = seconds * (1.0 / _BACKGROUND_SHARE - 1.0)
         self._owed = min(self._owed + owed, _MOST_OWED_SECONDS)
 

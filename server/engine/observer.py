@@ -35,22 +35,19 @@ class LoopObserver:
         self._gaps: Counter[tuple[float, tuple[str, ...]]] = Counter()
         blocks = scheduler.blocks
         # The first block is padding.
-        metrics.kv_cache(block_size=blocks.block_size, num_blocks=blocks.num_blocks - 1)
+        sizes = str(blocks.block_size), str(blocks.num_blocks - 1)
+        metrics.kv_cache_info.labels(*sizes).set(1)
         # Publish an idle state before the first step.
         self.state()
-
-    def preempted(self, count: int) -> None:
-        """Count the sequences that gave up their blocks in one step."""
-        if count:
-            self._metrics.preempted(count)
 
     def scheduled(self, sequence: Sequence, now: float) -> None:
         """Record that a sequence is part of the coming step, and the time of its first step."""
         if sequence.scheduled_at is None:
             sequence.scheduled_at = now
-            self._metrics.queued(now - sequence.arrival)
-            hit = sequence.num_cached
-            self._metrics.prefix_cache(hit=hit, miss=sequence.num_prompt - hit)
+            self._metrics.queue_seconds.observe(now - sequence.arrival)
+            found = sequence.num_cached
+            self._metrics.prefix_tokens.labels("hit").inc(found)
+            self._metrics.prefix_tokens.labels("miss").inc(sequence.num_prompt - found)
 
     def tokens(self, answer: Answer, count: int, now: float) -> None:
         """Record the tokens of a request in one step, which share the time since its last token."""
@@ -76,11 +73,14 @@ class LoopObserver:
         phase = "decode" if decodes == len(new) else "prefill" if decodes == 0 else "mixed"
         adapters = {(u, g) for item in step.scheduled for u, g, _ in item.sequence.mix.key}
         num_rows = sum(item.num_rows for item in step.scheduled)
-        self._metrics.step(phase, seconds=seconds, num_tokens=num_rows, num_adapters=len(adapters))
+        self._metrics.step_seconds.labels(phase).observe(seconds)
+        self._metrics.step_tokens.observe(num_rows)
+        self._metrics.step_adapters.observe(len(adapters))
         num_draft = num_rows - sum(new)
         if num_draft:
             right = [len(result.draws[s.sequence]) - 1 for s in step.scheduled if s.draft]
-            self._metrics.speculation(num_draft=num_draft, num_accepted=sum(right))
+            self._metrics.draft_tokens.inc(num_draft)
+            self._metrics.accepted_tokens.inc(sum(right))
         self.state()
 
     def state(self) -> None:
@@ -112,7 +112,7 @@ class LoopObserver:
 
     def adapter_bytes(self) -> None:
         """Report the device memory that adapters take."""
-        self._metrics.adapter_bytes(device=self._runner.adapter_bytes)
+        self._metrics.adapter_bytes.labels("device").set(self._runner.adapter_bytes)
 
 
 def _names(sequences: Iterable[Sequence]) -> set[str]:

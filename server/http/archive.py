@@ -20,8 +20,7 @@ from turret.server.api.uploads import (
 from turret.server.api.violations import Violations
 from turret.server.basics.codes import Code
 from turret.server.errors import DeadlineExceededError, InvalidRequestError
-from turret.server.http.body import ClientGoneError
-from turret.server.http.endpoint import Exchange
+from turret.server.http.endpoint import ClientGoneError, Exchange
 from turret.server.http.models import succeed
 from turret.server.http.refusals import HttpRefusal
 from turret.server.words import say
@@ -44,12 +43,12 @@ _LONG_NAMES = {
 
 async def upload(exchange: Exchange) -> None:
     """Upload an adapter's files as a tar archive, and register it."""
-    if exchange.headers.get("content-type", "").partition(";")[0].strip().lower() != ARCHIVE:
+    if exchange.media_type != ARCHIVE:
         text = say("NOT_AN_ARCHIVE_TYPE", wanted=ARCHIVE)
         raise HttpRefusal(415, Code.INVALID_ARGUMENT, text)
-    header = _header(exchange.query)
+    header = _header(exchange.request.query_params)
     exchange.names.update(name="lora_name", pinned="pinned", replace="load_inplace")
-    archive = _Archive(exchange.receive)
+    archive = _Archive(exchange.request.receive)
     await exchange.services.adapters.upload_archive(header, archive.entries(), exchange.call)
     await succeed(exchange, header.name, "added successfully")
 

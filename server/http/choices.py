@@ -6,18 +6,15 @@ import asyncio
 import contextlib
 import functools
 import json
-from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from turret.server.api.inference_answers import JoinedChunks, converted
 from turret.server.api.limits import MAX_CONSTRAINT_CHARS
 from turret.server.errors import InvalidRequestError, UnavailableError
-from turret.server.http.answers import FINISH_REASONS, Ended, adapters_of, usage_of
 from turret.server.http.asked import Asked, ToolUse
 from turret.server.http.endpoint import Exchange
 from turret.server.http.refusals import renamed_path
-from turret.server.http.reply import Template
 from turret.server.http.tools.calls import UnenforceableError
 from turret.server.http.tools.grammar import CallsGrammar, constrained
 from turret.server.http.tools.reader import AnswerReader
@@ -171,60 +168,6 @@ class Choices:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-
-
-class EventStream(ABC):
-    """Sends answers as events of OpenAI's older APIs, with one choice per event.
-
-    Args:
-        exchange: The request that is answered.
-        asked: The request without its prompts.
-        first: The first fields of every event.
-    """
-
-    # The part of a choice that grows, with ``HOLE`` in place of its text.
-    growing: ClassVar[Any]
-
-    def __init__(self, exchange: Exchange, asked: Asked, first: dict[str, Any]) -> None:
-        self._reply = exchange.reply
-        self._asked = asked
-        self._first = first
-        self._nothing = {"usage": None} if asked.includes_usage else {}
-        self._templates: dict[int, Template] = {}
-
-    async def send(self, choices: Choices) -> None:
-        """Send all events."""
-        ended: dict[int, Ended] = {}
-        self._reply.is_stream = True
-        async with contextlib.aclosing(choices.chunks()) as chunks:
-            async for index, chunk in chunks:
-                is_last = chunk.finish_reason in FINISH_REASONS
-                if self._asked.message.options.running_usage:
-                    self._nothing = {"usage": usage_of([chunk], 1)}
-                    self._templates.clear()
-                await self._chunk(index, chunk, is_last)
-                if is_last:
-                    ended[index] = chunk
-        if self._asked.includes_usage:
-            answers = [ended[index] for index in sorted(ended)]
-            used = usage_of(answers, self._asked.num_choices)
-            end = {"usage": used, "adapters_used": adapters_of(answers)}
-            await self._reply.event({**self._first, "choices": [], **end})
-        await self._reply.end_events()
-
-    @abstractmethod
-    async def _chunk(self, index: int, chunk: Chunk, is_last: bool) -> None:
-        """Send the events for a part of an answer."""
-
-    @abstractmethod
-    def _value(self, index: int, grown: Any, **more: Any) -> dict[str, Any]:
-        """The value of an event."""
-
-    async def _text(self, index: int, text: str) -> None:
-        """Send an event that only adds text; the bytes around the text are rendered once."""
-        if index not in self._templates:
-            self._templates[index] = Template(self._value(index, self.growing))
-        await self._reply.send_event(self._templates[index].event(text))
 
 
 async def make_readers(

@@ -1,9 +1,11 @@
-"""POST /v1/completions."""
+"""POST /v1/chat/completions and /v1/completions: answers as OpenAI's older APIs write them."""
 
 from __future__ import annotations
 
+import contextlib
+from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 from turret.server.api.inference_answers import converted, together
@@ -14,17 +16,74 @@ from turret.server.http.answers import (
     CompletionLogprobs,
     Ended,
     adapters_of,
+    chat_logprobs,
     head,
     stop_reason,
     usage_of,
 )
-from turret.server.http.asked import Asked, asked_of, read_request
-from turret.server.http.choices import Choices, Chunk, EventStream, blamed_on
-from turret.server.http.endpoint import Exchange
-from turret.server.http.reply import HOLE, event_bytes
-from turret.server.http.schemas.requests import DEFAULT_MAX_TOKENS, CompletionRequest
+from turret.server.http.asked import Asked, asked_of, chat_of, read_request, tools_in
+from turret.server.http.choices import Choices, Chunk, blamed_on, make_readers
+from turret.server.http.endpoint import HOLE, Exchange, Template, event_bytes
+from turret.server.http.schemas.requests import DEFAULT_MAX_TOKENS, ChatRequest, CompletionRequest
+from turret.server.http.tools.calls import Said
+from turret.server.http.tools.reader import AnswerReader, delta_of, message_of
 from turret.server.words import say
 from turret.v1 import inference_pb2
+
+
+class EventStream(ABC):
+    """Sends answers as events of OpenAI's older APIs, with one choice per event.
+
+    Args:
+        exchange: The request that is answered.
+        asked: The request without its prompts.
+        first: The first fields of every event.
+    """
+
+    # The part of a choice that grows, with ``HOLE`` in place of its text.
+    growing: ClassVar[Any]
+
+    def __init__(self, exchange: Exchange, asked: Asked, first: dict[str, Any]) -> None:
+        self._reply = exchange.reply
+        self._asked = asked
+        self._first = first
+        self._nothing = {"usage": None} if asked.includes_usage else {}
+        self._templates: dict[int, Template] = {}
+
+    async def send(self, choices: Choices) -> None:
+        """Send all events."""
+        ended: dict[int, Ended] = {}
+        self._reply.is_stream = True
+        async with contextlib.aclosing(choices.chunks()) as chunks:
+            async for index, chunk in chunks:
+                is_last = chunk.finish_reason in FINISH_REASONS
+                if self._asked.message.options.running_usage:
+                    self._nothing = {"usage": usage_of([chunk], 1)}
+                    self._templates.clear()
+                await self._chunk(index, chunk, is_last)
+                if is_last:
+                    ended[index] = chunk
+        if self._asked.includes_usage:
+            answers = [ended[index] for index in sorted(ended)]
+            used = usage_of(answers, self._asked.num_choices)
+            end = {"usage": used, "adapters_used": adapters_of(answers)}
+            await self._reply.event({**self._first, "choices": [], **end})
+        await self._reply.end_events()
+
+    @abstractmethod
+    async def _chunk(self, index: int, chunk: Chunk, is_last: bool) -> None:
+        """Send the events for a part of an answer."""
+
+    @abstractmethod
+    def _value(self, index: int, grown: Any, **more: Any) -> dict[str, Any]:
+        """The value of an event."""
+
+    async def _text(self, index: int, text: str) -> None:
+        """Send an event that only adds text; the bytes around the text are rendered once."""
+        if index not in self._templates:
+            self._templates[index] = Template(self._value(index, self.growing))
+        await self._reply.send_event(self._templates[index].event(text))
+
 
 # Limit of a request's answers, over all its prompts. Each costs a task on the event loop.
 MAX_ANSWERS = MAX_INPUTS
@@ -63,7 +122,7 @@ async def complete(exchange: Exchange) -> None:
     else:
         choices = Choices(exchange, asked, prompts, places)
         if asked.is_stream:
-            await _Events(exchange, asked, whole).send(choices)
+            await _CompletionEvents(exchange, asked, whole).send(choices)
             return
         answers = await choices.whole()
     size = count + sum(len(answer.logprobs) for answer in answers) * (1 + options.top_n)
@@ -118,7 +177,7 @@ async def _score_one(
 def _whole(asked: Asked, answers: Sequence[inference_pb2.GenerateResponse]) -> dict[str, Any]:
     return {
         "choices": (
-            _choice(asked, index, answer, CompletionLogprobs())
+            _text_choice(asked, index, answer, CompletionLogprobs())
             for index, answer in enumerate(answers)
         ),
         "usage": usage_of(answers, asked.num_choices),
@@ -126,7 +185,9 @@ def _whole(asked: Asked, answers: Sequence[inference_pb2.GenerateResponse]) -> d
     }
 
 
-def _choice(asked: Asked, index: int, answer: Ended, offsets: CompletionLogprobs) -> dict[str, Any]:
+def _text_choice(
+    asked: Asked, index: int, answer: Ended, offsets: CompletionLogprobs
+) -> dict[str, Any]:
     logprobs = None
     if asked.message.options.logprobs:
         logprobs = offsets.render(answer.logprobs, names_ids=asked.names_ids)
@@ -139,7 +200,7 @@ def _choice(asked: Asked, index: int, answer: Ended, offsets: CompletionLogprobs
     }
 
 
-class _Events(EventStream):
+class _CompletionEvents(EventStream):
     growing: ClassVar = Chunk(text=HOLE)
 
     def __init__(self, exchange: Exchange, asked: Asked, first: dict[str, Any]) -> None:
@@ -160,5 +221,98 @@ class _Events(EventStream):
             await self._text(index, chunk.text)
 
     def _value(self, index: int, grown: Any, **more: Any) -> dict[str, Any]:
-        choice = _choice(self._asked, index, grown, self._offsets[index])
+        choice = _text_choice(self._asked, index, grown, self._offsets[index])
         return {**self._first, "choices": [choice], **self._nothing}
+
+
+async def answer_chat(exchange: Exchange) -> None:
+    """Answer a conversation."""
+    info, body, mix = read_request(exchange, ChatRequest)
+    asked = asked_of(body, mix, exchange.names)
+    options = asked.message.options
+    options.logprobs, options.top_n = body.logprobs, body.top_logprobs or 0
+    prompt = inference_pb2.GenerateRequest(chat=chat_of(body.messages, body))
+    use = tools_in(body, prompt.chat)
+    del body
+    make_reader = await make_readers(exchange, asked, use, prompt.chat)
+    choices = Choices(exchange, asked, [prompt])
+    answer_id = f"chatcmpl-{exchange.call.request_id}"
+    if asked.is_stream:
+        first = head(answer_id, "chat.completion.chunk", asked.model, info)
+        await _ChatEvents(exchange, asked, first, make_reader).send(choices)
+        return
+    answers = await choices.whole()
+    whole = head(answer_id, "chat.completion", asked.model, info)
+    whole["usage"] = usage_of(answers, asked.num_choices)
+    whole["adapters_used"] = adapters_of(answers)
+    size = sum(len(answer.logprobs) for answer in answers) * (1 + options.top_n)
+    await exchange.reply.made_json(
+        lambda: whole | {"choices": _choices(asked, answers, make_reader)}, size
+    )
+
+
+class _ChatEvents(EventStream):
+    growing: ClassVar = {"content": HOLE}
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        asked: Asked,
+        first: dict[str, Any],
+        make_reader: Callable[[], AnswerReader],
+    ) -> None:
+        super().__init__(exchange, asked, first)
+        self._make_reader = make_reader
+        self._readers: dict[int, AnswerReader] = {}
+
+    async def _chunk(self, index: int, chunk: Chunk, is_last: bool) -> None:
+        if index not in self._readers:
+            self._readers[index] = self._make_reader()
+            await self._event(index, {"role": "assistant", "content": ""})
+        reader = self._readers[index]
+        pieces = reader.feed(chunk.text) + (reader.finish() if is_last else [])
+        # Send the logprobs of tokens at once, even if their text is held back or becomes a call.
+        logprobs = _logprobs(self._asked, chunk) if chunk.logprobs else None
+        for piece in pieces or ([Said("")] if logprobs else []):
+            if logprobs is None and isinstance(piece, Said):
+                await self._text(index, piece.text)
+            else:
+                await self._event(index, delta_of(piece), logprobs=logprobs)
+                logprobs = None
+        if is_last:
+            reason = _finish_reason(chunk, reader)
+            await self._event(index, {}, finish_reason=reason, stop_reason=stop_reason(chunk))
+
+    async def _event(self, index: int, delta: dict[str, Any], **more: Any) -> None:
+        await self._reply.event(self._value(index, delta, **more))
+
+    def _value(self, index: int, grown: Any, **more: Any) -> dict[str, Any]:
+        choice = {"index": index, "delta": grown, "logprobs": None, "finish_reason": None}
+        return {**self._first, "choices": [choice | more], **self._nothing}
+
+
+def _choices(
+    asked: Asked,
+    answers: Iterable[inference_pb2.GenerateResponse],
+    make_reader: Callable[[], AnswerReader],
+) -> Iterator[dict[str, Any]]:
+    for index, answer in enumerate(answers):
+        reader = make_reader()
+        yield {
+            "index": index,
+            "message": message_of(reader, answer.text),
+            "logprobs": _logprobs(asked, answer),
+            "finish_reason": _finish_reason(answer, reader),
+            "stop_reason": stop_reason(answer),
+        }
+
+
+def _finish_reason(answer: Ended, reader: AnswerReader) -> str:
+    reason = FINISH_REASONS[answer.finish_reason]
+    return "tool_calls" if reason == "stop" and reader.num_calls else reason
+
+
+def _logprobs(asked: Asked, answer: Ended) -> dict[str, Any] | None:
+    if not asked.message.options.logprobs:
+        return None
+    return chat_logprobs(answer.logprobs, names_ids=asked.names_ids)

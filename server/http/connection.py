@@ -15,8 +15,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from turret.server.api.access import WatchedFiles
 from turret.server.config import SecurityConfig
-from turret.server.http.body import MAX_BODY_BYTES
 
+# The same limit as for a gRPC message.
+MAX_BODY_BYTES = 4 << 20
 # Time limit for a request's head, from the connection or from the first byte of a later request.
 HEAD_SECONDS = 10.0
 # The same as the hard limit on gRPC metadata.

@@ -1,30 +1,259 @@
-"""Common handling of all requests: authorisation, start and end of the call, and error answers."""
+"""One request: its body, its handler and its answer, with the errors of all of them."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
-from starlette.datastructures import Headers, QueryParams
+from pydantic_core import from_json, to_json
+from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from turret.server import log
 from turret.server.api.access import Party, authorize, bearer_token, roles_of
 from turret.server.api.call import REQUEST_ID_KEY, Call
+from turret.server.api.inference_answers import converted
 from turret.server.api.services import Services
 from turret.server.basics.codes import Code
-from turret.server.errors import UnavailableError
-from turret.server.http.body import ClientGoneError, read_json
-from turret.server.http.connection import EXTENSION, MAX_HEAD_BYTES
+from turret.server.basics.turns import FairPool
+from turret.server.errors import InvalidRequestError, UnavailableError
+from turret.server.http.connection import EXTENSION, MAX_BODY_BYTES, MAX_HEAD_BYTES, Chunks
 from turret.server.http.refusals import HttpRefusal, Refusal, refusal_of
-from turret.server.http.reply import Reply
-from turret.server.http.schemas.fields import Body, Sent
+from turret.server.http.schemas.fields import Body, Sent, read
 from turret.server.words import say
+
+_JSON = {"content-type": "application/json"}
+_PIECE_BYTES = 1 << 18
+_DONE = b"data: [DONE]\n\n"
+_COMMENT = b": still working\n\n"
+_EVENTS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    # Without this header, buffering proxies would hold the answer back until its end.
+    "x-accel-buffering": "no",
+}
+
+
+def dumps(value: Any) -> bytes:
+    """JSON as UTF-8, on one line."""
+    return to_json(value, inf_nan_mode="null")
+
+
+def _object(value: Mapping[str, Any]) -> bytes:
+    """An object as JSON. Lists are encoded item by item, because the encoder holds the GIL."""
+    parts = []
+    for key, each in value.items():
+        is_list = isinstance(each, list | Iterator)
+        part = b"[%b]" % b",".join(map(dumps, each)) if is_list else dumps(each)
+        parts.append(b"%b:%b" % (dumps(key), part))
+    return b"{%b}" % b",".join(parts)
+
+
+def event_bytes(value: Any, name: str = "") -> bytes:
+    """The bytes of an event, with a name if it has one."""
+    named = b"event: %b\n" % name.encode() if name else b""
+    return b"%bdata: %b\n\n" % (named, dumps(value))
+
+
+class Reply:
+    """The answer to one request.
+
+    Args:
+        send: ASGI's ``send`` function.
+        call: The call, which has the request's id.
+        chunks: Sends events directly, if the server supports that.
+
+    Attributes:
+        is_begun: Whether the status has been sent, so that it cannot change any more.
+        is_ended: Whether the last byte has been sent.
+        is_stream: Whether the answer will be events, so that comments may be sent before and
+            between them.
+    """
+
+    def __init__(self, send: Send, call: Call, chunks: Chunks | None = None) -> None:
+        self._send = send
+        self._call = call
+        self._chunks = chunks
+        self.is_begun = False
+        self.is_ended = False
+        self.is_stream = False
+        self._was_quiet = False
+
+    async def keep_alive(self) -> None:
+        """Send a comment if nothing was sent since the last call. The comment may begin the answer.
+
+        Otherwise, proxies and clients would close the idle connection.
+        """
+        if not self._was_quiet:
+            self._was_quiet = True
+        elif self.is_stream and not self.is_ended:
+            await self.send_event(_COMMENT)
+
+    async def json(
+        self, value: Any, status: int = 200, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Send a value as the whole answer.
+
+        Raises:
+            QueueFullError: See ``Call.send``. Errors are too small to count.
+        """
+        body = dumps(value)
+        if status < 400:
+            self._call.send(len(body))
+        await self.whole(body, status, {**_JSON, **(headers or {})})
+
+    async def made_json(self, make: Callable[[], Mapping[str, Any]], size: int) -> None:
+        """Send an object as the whole answer. A large one is built off the event loop.
+
+        Args:
+            make: Returns the object; iterators in it become lists.
+            size: See ``converted``.
+
+        Raises:
+            QueueFullError: See ``Call.send``.
+        """
+        body = await converted(self._call.tenant, size, lambda: _object(make()))
+        self._call.send(len(body))
+        await self.whole(body, 200, _JSON)
+
+    async def whole(self, body: bytes, status: int, headers: Mapping[str, str]) -> None:
+        """Send bytes as the whole answer, piece by piece as the client reads them.
+
+        The call therefore does not end before almost all of the answer has been read.
+        """
+        await self._begin(status, {**headers, "content-length": str(len(body))})
+        last = max(len(body) - 1, 0) // _PIECE_BYTES * _PIECE_BYTES
+        for start in range(0, last, _PIECE_BYTES):
+            await self._write(body[start : start + _PIECE_BYTES])
+        await self._write(body[last:], is_last=True)
+
+    async def stream(self, parts: AsyncIterator[bytes], headers: Mapping[str, str]) -> None:
+        """Send the parts of a body whose length is among the headers."""
+        await self._begin(200, headers)
+        async for part in parts:
+            await self._write(part)
+        await self._write(b"", is_last=True)
+
+    async def event(self, value: Any, name: str = "") -> None:
+        """Send an event, with a name if it has one. The first event begins the answer."""
+        await self.send_event(event_bytes(value, name))
+
+    async def send_event(self, event: bytes) -> None:
+        """Send an event that is already encoded. The first event begins the answer."""
+        self._was_quiet = False
+        if not self.is_begun:
+            await self._begin(200, _EVENTS)
+        if self._chunks is not None:
+            await self._chunks.write(event)
+        else:
+            await self._write(event)
+
+    async def end_events(self, *, has_done: bool = True) -> None:
+        """End the stream, by default with OpenAI's end mark."""
+        await self._write(_DONE if has_done else b"", is_last=True)
+
+    async def refuse(self, refusal: Refusal) -> None:
+        """Send an error: as a status, or as the last event if the answer has begun."""
+        if not self.is_begun:
+            await self.json(refusal.body, refusal.status, refusal.headers)
+        elif not self.is_ended:
+            await self._write(event_bytes(refusal.body, refusal.event), is_last=True)
+
+    async def _begin(self, status: int, headers: Mapping[str, str]) -> None:
+        self.is_begun = True
+        every = {**headers, REQUEST_ID_KEY: self._call.request_id}
+        raw = [(name.encode("latin-1"), text.encode("latin-1")) for name, text in every.items()]
+        await self._send({"type": "http.response.start", "status": status, "headers": raw})
+
+    async def _write(self, body: bytes, is_last: bool = False) -> None:
+        if self._chunks is not None:
+            self._chunks.flush()
+        self.is_ended = is_last
+        await self._send({"type": "http.response.body", "body": body, "more_body": not is_last})
+
+
+# Placeholder for the text. It is random, so no text from a client contains it.
+HOLE = uuid.uuid4().hex
+
+
+class Template:
+    """The bytes of an event around its text, encoded once.
+
+    Args:
+        value: The event, with ``HOLE`` for the text.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self._before, _, self._after = event_bytes(value).partition(dumps(HOLE))
+
+    def event(self, text: str) -> bytes:
+        """The event with this text."""
+        return self._before + dumps(text) + self._after
+
+
+# A slower client has probably gone, and would hold a place for which others wait.
+BODY_SECONDS = 60.0
+# Maximum number of lists and objects in a body; 4096 turns with tool calls have 30,000.
+MAX_CONTAINERS = 1 << 15
+# Larger bodies take more than about a millisecond to parse, so they are parsed off the event loop.
+_INLINE_BYTES = 32 << 10
+# Large bodies are parsed one at a time: a body of 4 MiB can become 60 MiB of objects, and the
+# bodies of several clients would add up.
+_parsing = FairPool(ThreadPoolExecutor(1, "turret-body"))
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_ALL_BUT_STRUCTURE = bytes(set(range(256)) - set(b'"[{'))
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection before its request was complete."""
+
+
+def parse(data: bytes) -> dict[str, Any]:
+    """The object in the bytes; the time grows linearly with their number.
+
+    Raises:
+        InvalidRequestError: The bytes are not a JSON object, or have too many lists and objects.
+    """
+    # A million lists and objects would take the parser and the garbage collector half a second,
+    # while no other thread runs.
+    if _num_containers(data) > MAX_CONTAINERS:
+        raise InvalidRequestError(say("BODY_TOO_NESTED", most=MAX_CONTAINERS))
+    try:
+        # The parser limits the nesting, and rejects halves of surrogate pairs. It is twice as fast
+        # on objects with many names when its cache of strings is off.
+        body = from_json(
+            data.removeprefix(_BYTE_ORDER_MARK), allow_inf_nan=False, cache_strings="none"
+        )
+    except ValueError as error:
+        raise InvalidRequestError(say("BODY_NOT_JSON", problem=error)) from None
+    if not isinstance(body, dict):
+        raise InvalidRequestError(say("BODY_NOT_OBJECT"))
+    return body
+
+
+def _num_containers(data: bytes) -> int:
+    """The number of lists and objects in a JSON text."""
+    most = data.count(b"[") + data.count(b"{")
+    if most <= MAX_CONTAINERS:
+        return most
+    # Brackets in strings do not count. Once escapes are removed, every second part between quotes
+    # is outside strings.
+    bare = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    return sum(map(len, bare.translate(None, _ALL_BUT_STRUCTURE).split(b'"')[::2]))
+
+
+def _too_large() -> HttpRefusal:
+    return HttpRefusal(413, Code.INVALID_ARGUMENT, say("REQUEST_TOO_LARGE", most=MAX_BODY_BYTES))
+
 
 INFERENCE, ADAPTERS = "turret.v1.Inference", "turret.v1.Adapters"
 TRAINING = "turret.v1.Training"
@@ -39,12 +268,7 @@ class Exchange:
 
     Attributes:
         call: The call, with its id and its counts.
-        scheme: ``http`` or ``https``.
-        path: Parts of the path, by name.
-        query: The parameters of the query, by name. If a name occurs several times, the last one
-            counts.
-        headers: The request's headers.
-        receive: ASGI's function, for a handler that reads the body itself.
+        request: The request. If the query has a name several times, the last one counts.
         reply: Writes the answer.
         names: The client's names for field paths of turret.v1.
         services: The services that answer.
@@ -52,16 +276,64 @@ class Exchange:
     """
 
     call: Call
-    scheme: str
-    path: Mapping[str, str]
-    query: Mapping[str, str]
-    headers: Mapping[str, str]
-    receive: Receive
+    request: Request
     reply: Reply
     names: dict[str, str]
     services: Services
     has_admin: bool
     _sent: Sent[Any] = dataclasses.field(default_factory=Sent)
+
+    @property
+    def media_type(self) -> str:
+        """The media type of the body; empty if it is compressed."""
+        headers = self.request.headers
+        if headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
+            return ""
+        return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+    async def read_json(self, model: type[Body]) -> None:
+        """Read the request's body, for ``take_body``; a large one waits for its tenant's turn.
+
+        Args:
+            model: The model with the body's fields.
+
+        Raises:
+            HttpRefusal: The body is too large, too slow, compressed, or not declared to be JSON.
+            QueueFullError: See ``Call.receive``.
+            InvalidRequestError: The body is not a JSON object, or has too many lists and objects.
+            ClientGoneError: The body never arrived in full.
+        """
+        # Browsers let a page of another origin send other media types without a preflight request.
+        # For JSON they require a preflight, which --http-cors-origin answers.
+        if self.media_type != "application/json":
+            raise HttpRefusal(415, Code.INVALID_ARGUMENT, say("UNSUPPORTED_MEDIA_TYPE"))
+        data = await self.read_body()
+        if len(data) <= _INLINE_BYTES:
+            self._sent = read(model, parse(data))
+        else:
+            self._sent = await _parsing.run(self.call.tenant, lambda: read(model, parse(data)))
+
+    async def read_body(self) -> bytes:
+        """The bytes of the request's body; errors are those of ``read_json``."""
+        length = self.request.headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
+            raise _too_large()
+        parts = bytearray()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                while True:
+                    message = await self.request.receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGoneError
+                    self.call.receive(len(message.get("body", b"")))
+                    parts += message.get("body", b"")
+                    if len(parts) > MAX_BODY_BYTES:
+                        raise _too_large()
+                    if not message.get("more_body", False):
+                        return bytes(parts)
+        except TimeoutError:
+            text = say("REQUEST_TIMEOUT", seconds=round(BODY_SECONDS))
+            raise HttpRefusal(408, Code.DEADLINE_EXCEEDED, text) from None
 
     def take_body(self) -> Sent[Any]:
         """Return the sent object and drop it here, so that nothing else keeps it in memory."""
@@ -77,7 +349,9 @@ class Exchange:
         return roles_of(self.services.tokens, self.call.party.authorization)
 
 
-Handler = Callable[[Exchange], Awaitable[None]]
+# The object that a handler answers with; None if it writes its answer itself.
+Json = dict[str, Any]
+Handler = Callable[[Exchange], Awaitable[Json | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,28 +443,23 @@ class Endpoint:
     ) -> tuple[Code, Refusal | None]:
         """Answer, or return the refusal; also returns the code to count."""
         route = self._route
-        headers = Headers(scope=scope)
         names = dict(route.body.names) if route.body else {}
         try:
-            _check_head(scope, headers)
+            _check_head(scope, Headers(scope=scope))
             authorize(self._services.tokens, route.service, call.party.authorization)
             exchange = Exchange(
                 call=call,
-                scheme=scope["scheme"],
-                path=scope["path_params"],
-                query=QueryParams(scope["query_string"]),
-                headers=headers,
-                receive=receive,
+                request=Request(scope, receive),
                 reply=reply,
                 names=names,
                 services=self._services,
                 has_admin=self._has_admin,
             )
             if route.is_raw:
-                await route.handler(exchange)
+                await _handled(route.handler, exchange)
                 return Code.OK, None
             if route.body is not None:
-                exchange._sent = await read_json(receive, headers, route.body, call)
+                await exchange.read_json(route.body)
             return await _answer(route.handler, exchange, receive), None
         except ClientGoneError:
             return Code.CANCELLED, None
@@ -249,7 +518,7 @@ async def _answer(handler: Handler, exchange: Exchange, receive: Receive) -> Cod
         OK, or CANCELLED if the client disconnected. In both cases the handler has ended.
     """
     # Run the handler in its own task: it cannot notice a disconnect while it waits for the engine.
-    work = asyncio.ensure_future(handler(exchange))
+    work = asyncio.ensure_future(_handled(handler, exchange))
     gone = asyncio.ensure_future(_disconnect(receive))
     try:
         while not await _either(work, gone):
@@ -265,6 +534,12 @@ async def _answer(handler: Handler, exchange: Exchange, receive: Receive) -> Cod
         # A task refers to its exception, whose traceback refers to this frame. Without this line,
         # the cycle would keep the body of the request in memory until the next garbage collection.
         del work, gone
+
+
+async def _handled(handler: Handler, exchange: Exchange) -> None:
+    answer = await handler(exchange)
+    if answer is not None:
+        await exchange.reply.json(answer)
 
 
 async def _either(work: asyncio.Future[None], gone: asyncio.Future[None]) -> bool:

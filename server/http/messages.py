@@ -4,194 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
-from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import from_json
 
-from turret.server.api.limits import (
-    MAX_CHAT_MESSAGES,
-    MAX_CONSTRAINT_CHARS,
-    MAX_STOP_STRINGS,
-    MAX_TOOLS,
-)
 from turret.server.http.answers import Ended, adapters_of, stop_reason, usage_of
 from turret.server.http.asked import (
+    ToolUse,
     asked_of,
     read_request,
     set_rendering,
     set_text_format,
     tools_of,
 )
-from turret.server.http.endpoint import Exchange
+from turret.server.http.endpoint import Exchange, Json
 from turret.server.http.items import Dialect, Event, Item, Kind, answer_in_items
 from turret.server.http.refusals import Refusal
-from turret.server.http.schemas.fields import (
-    Body,
-    Content,
-    Count,
-    Int,
-    StopTexts,
-    ignored,
-    not_one_of,
-    or_text,
-    short,
-    text_of,
-    unsupported,
-    wrong_at,
-)
-from turret.server.http.schemas.requests import (
-    Asking,
-    ChatOnly,
-    Effort,
-    FunctionTool,
-    Generating,
-    Parameters,
-    TextFormat,
-    names_with,
-)
+from turret.server.http.schemas.requests import CountRequest, MessagesRequest
 from turret.server.http.tools.calls import CallBegun, Said, Thought
-from turret.server.words import say
 from turret.v1 import inference_pb2
-
-# The request.
-
-_MAX_BLOCKS = 2 * MAX_CHAT_MESSAGES
-
-
-class Block(Body):
-    """A part of a turn. Reasoning of earlier turns is left out of the prompt."""
-
-    type: str
-    text: str | None = None
-    id: str = ""
-    name: str = ""
-    input: Parameters = Field({}, description="The arguments of a call.")
-    tool_use_id: str = ""
-    content: Any = Field("", description="The result of a call: a string, or text blocks.")
-
-    @model_validator(mode="after")
-    def _is_text(self) -> Block:
-        if self.type == "text" and self.text is None:
-            raise wrong_at(say("REQUIRED"), "text")
-        if self.type == "tool_result":
-            self.content = text_of(self.content, ("text",), "content")
-        elif self.type in ("image", "document"):
-            raise wrong_at(say("NOT_TEXT"))
-        elif self.type not in ("text", "tool_use", "thinking", "redacted_thinking"):
-            kinds = "text, tool_use, tool_result, thinking"
-            raise wrong_at(not_one_of(self.type, kinds), "type")
-        return self
-
-
-def _as_blocks(value: Any) -> Any:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
-class Turn(Body):
-    role: Literal["user", "assistant", "system"]
-    content: Annotated[list[Block], BeforeValidator(_as_blocks)] = Field(
-        max_length=MAX_CHAT_MESSAGES, fail_fast=True, json_schema_extra=or_text
-    )
-
-
-def _few_blocks(value: Any) -> Any:
-    """Limits the blocks of all turns together, before the first of them is read."""
-    turns = value if isinstance(value, list) else []
-    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
-    found = sum(len(content) for content in contents if isinstance(content, list))
-    if found > _MAX_BLOCKS:
-        raise wrong_at(say("TOO_MANY_ENTRIES", most=_MAX_BLOCKS, found=found))
-    return value
-
-
-class MessageTool(Body):
-    """A tool that the client runs."""
-
-    parameters_at: ClassVar = ".input_schema"
-
-    type: Literal["custom"] | None = None
-    name: str
-    description: str = ""
-    input_schema: Parameters = Field({}, description="A JSON schema of the arguments.")
-
-    @property
-    def function(self) -> FunctionTool:
-        """The tool in the format of OpenAI's APIs."""
-        return FunctionTool(
-            name=self.name,
-            description=self.description,
-            parameters=self.input_schema,
-            strict=None,
-        )
-
-
-class MessageToolChoice(Body):
-    type: Literal["auto", "any", "tool", "none"] = "auto"
-    name: str = ""
-    disable_parallel_tool_use: bool | None = None
-
-    @property
-    def choice(self) -> Any:
-        """The choice in the format of OpenAI's APIs."""
-        if self.type == "tool":
-            return {"type": "function", "name": self.name}
-        return "required" if self.type == "any" else self.type
-
-
-class Thinking(Body):
-    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
-    budget_tokens: Any = ignored()
-    display: Any = ignored()
-
-
-class OutputConfig(Body):
-    effort: Literal[Effort, "max"] | None = None
-    format: Annotated[TextFormat, short(MAX_CONSTRAINT_CHARS)] | None = None
-
-
-class CountRequest(Asking, ChatOnly):
-    """Asks for the number of tokens in a conversation."""
-
-    names: ClassVar = names_with("messages")
-
-    messages: Annotated[list[Turn], BeforeValidator(_few_blocks)] = Field(
-        min_length=1, max_length=MAX_CHAT_MESSAGES
-    )
-    system: Content | None = None
-    tools: list[MessageTool] = Field([], max_length=MAX_TOOLS)
-    tool_choice: MessageToolChoice = Field(default_factory=MessageToolChoice)
-    thinking: Thinking | None = Field(
-        None, description="Sets the template's variable `enable_thinking`."
-    )
-    output_config: OutputConfig = Field(default_factory=OutputConfig)
-    metadata: Any = ignored()
-    service_tier: Any = ignored()
-    cache_control: Any = ignored()
-    container: Any = unsupported()
-    mcp_servers: Any = unsupported([])
-    context_management: Any = unsupported({})
-
-    @model_validator(mode="after")
-    def _thinks_as_asked(self) -> CountRequest:
-        if self.thinking is not None:
-            thinks = self.thinking.type != "disabled"
-            self.chat_template_kwargs = {"enable_thinking": thinks, **self.chat_template_kwargs}
-        return self
-
-    @property
-    def effort(self) -> str | None:
-        return self.output_config.effort or self.reasoning_effort
-
-
-class MessagesRequest(CountRequest, Generating):
-    """Asks for the answer to a conversation."""
-
-    names: ClassVar = names_with("messages") | {"stop.stop_strings": "stop_sequences"}
-
-    max_tokens: Count | None = Field(ge=1)
-    stop_sequences: StopTexts = Field([], max_length=MAX_STOP_STRINGS)
-    n: Int = Field(1, ge=1, le=1)
 
 
 def _chat_of(body: CountRequest, names: dict[str, str]) -> inference_pb2.Chat:
@@ -360,21 +191,22 @@ async def answer_messages(exchange: Exchange) -> None:
     asked.message.stop.stop_strings.extend(body.stop_sequences)
     set_text_format(body.output_config.format, asked.message, exchange.names, "output_config")
     prompt = inference_pb2.GenerateRequest(chat=_chat_of(body, exchange.names))
-    use = tools_of(body.tools, body.tool_choice.choice, _is_parallel(body), prompt.chat)
+    use = _tools_of(body, prompt.chat)
     del body
     await answer_in_items(exchange, asked, prompt, use, _Message(exchange, asked.model))
 
 
-async def count_tokens(exchange: Exchange) -> None:
+async def count_tokens(exchange: Exchange) -> Json:
     """Count the tokens of a conversation (Anthropic's Messages API)."""
     _, body, mix = read_request(exchange, CountRequest)
     chat = _chat_of(body, exchange.names)
-    tools_of(body.tools, body.tool_choice.choice, _is_parallel(body), chat)
+    _tools_of(body, chat)
     question = inference_pb2.TokenizeRequest(adapters=mix, chat=chat)
     answer = await exchange.services.inference.tokenize(question, exchange.call)
-    await exchange.reply.json({"input_tokens": len(answer.token_ids)})
+    return {"input_tokens": len(answer.token_ids)}
 
 
-def _is_parallel(body: CountRequest) -> bool | None:
+def _tools_of(body: CountRequest, chat: inference_pb2.Chat) -> ToolUse:
     is_single = body.tool_choice.disable_parallel_tool_use
-    return None if is_single is None else not is_single
+    is_parallel = None if is_single is None else not is_single
+    return tools_of(body.tools, body.tool_choice.choice, is_parallel, chat, "input_schema")

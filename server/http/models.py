@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 from turret.server.api.admin_messages import adapter_message
 from turret.server.api.violations import Violations
 from turret.server.basics.names import BASE, HUB_SCHEME, is_private
 from turret.server.errors import AdapterNotFoundError
-from turret.server.http.endpoint import Exchange
-from turret.server.http.model_names import read_model
-from turret.server.http.schemas.fields import Sent
+from turret.server.http.asked import read_model
+from turret.server.http.endpoint import Exchange, Json
 from turret.server.http.schemas.requests import AdapterName, LoadAdapter
 from turret.server.words import say
 from turret.v1 import adapters_pb2
@@ -26,8 +25,6 @@ _HF_SCHEME = "hf://"
 # The tokens with log probabilities that take as long to serialise as one adapter.
 _TOKENS_PER_CARD = 2
 _TEXT = {"content-type": "text/plain; charset=utf-8"}
-
-_B = TypeVar("_B", bound=AdapterName)
 
 
 async def list_models(exchange: Exchange) -> None:
@@ -47,19 +44,18 @@ async def list_models(exchange: Exchange) -> None:
     await exchange.reply.made_json(lambda: {"object": "list", "data": listed()}, size)
 
 
-async def get_model(exchange: Exchange) -> None:
+async def get_model(exchange: Exchange) -> Json:
     """Get a model by any name that requests may use for it.
 
     Raises:
         AdapterNotFoundError: No such model exists, or the name is that of a mix.
     """
     adapters, base = exchange.services.adapters, exchange.services.inference.model()
-    name = exchange.path["model"]
+    name = exchange.request.path_params["model"]
     members, wrong = read_model(name, base.name)
     Violations([("model", why) for why in wrong]).raise_if_any()
     if not members:
-        await exchange.reply.json(_base(base))
-        return
+        return _base(base)
     # A mix has no card, because it has no digest, method or generation.
     if len(members) > 1 or members[0].HasField("weight"):
         text = say("MODEL_IS_A_MIX", model=name[:200], step=members[0].name)
@@ -70,9 +66,8 @@ async def get_model(exchange: Exchange) -> None:
     else:
         for alias in adapters.aliases():
             if alias.name == question.name:
-                await exchange.reply.json(_alias(alias, base))
-                return
-    await exchange.reply.json(_adapter(await adapters.get(question, exchange.call), base))
+                return _alias(alias, base)
+    return _adapter(await adapters.get(question, exchange.call), base)
 
 
 def _base(info: GetModelResponse) -> dict[str, Any]:
@@ -117,7 +112,7 @@ def _card(name: str, root: str, parent: str | None) -> dict[str, Any]:
 
 async def load_adapter(exchange: Exchange) -> None:
     """Register an adapter of any method."""
-    body = _read(exchange, LoadAdapter)
+    body = exchange.take_body().checked(LoadAdapter)
     path = body.lora_path
     if path.startswith(_HF_SCHEME):
         path = HUB_SCHEME + path.removeprefix(_HF_SCHEME)
@@ -148,16 +143,9 @@ async def unpin_adapter(exchange: Exchange) -> None:
 
 
 async def _change(exchange: Exchange, method: str, kind: type[Any], done: str) -> None:
-    name = _read(exchange, AdapterName).lora_name
+    name = exchange.take_body().checked(AdapterName).lora_name
     await getattr(exchange.services.adapters, method)(kind(name=name), exchange.call)
     await succeed(exchange, name, done)
-
-
-def _read(exchange: Exchange, kind: type[_B]) -> _B:
-    sent: Sent[_B] = exchange.take_body()
-    Violations(list(sent.wrong)).raise_if_any()
-    assert isinstance(sent.body, kind)
-    return sent.body
 
 
 async def succeed(exchange: Exchange, name: str, what: str) -> None:

@@ -10,8 +10,7 @@ from typing import Any
 import turret
 from turret.server.api.access import SERVICE_ROLES
 from turret.server.http.archive import ARCHIVE, ARCHIVE_FLAGS
-from turret.server.http.endpoint import Exchange, Handler, Route
-from turret.server.http.reply import dumps
+from turret.server.http.endpoint import Exchange, Handler, Route, dumps
 from turret.server.http.schemas.answers import AnthropicFailure, Failure
 
 DESCRIPTION = """\

@@ -72,13 +72,13 @@ class Page:
         Raises:
             HttpRefusal: The page has no file of that name.
         """
-        name = exchange.path.get("file", "index.html")
+        name = exchange.request.path_params.get("file", "index.html")
         if name not in self._files:
             text = say("UNKNOWN_URL", method="GET", path=f"{self._folder}/{name[:200]}")
             raise HttpRefusal(404, Code.NOT_FOUND, text)
         data, tag = self._read(name)
         headers = {**self._headers, "etag": tag}
-        if exchange.headers.get("if-none-match") == tag:
+        if exchange.request.headers.get("if-none-match") == tag:
             await exchange.reply.whole(b"", 304, headers)
         else:
             headers["content-type"] = _TYPES[Path(name).suffix]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from turret.server.api.faults import fault_of
+from turret.server.api.call import fault_of
 from turret.server.basics.codes import Code
 from turret.server.words import Text, say
 
@@ -47,17 +47,18 @@ OPENAI_CODES = {
     **dict.fromkeys(("URL_ELSEWHERE", "METHOD_NOT_ALLOWED"), "unknown_url"),
 }
 # Next steps for HTTP clients, by the reason of an error.
-_STEPS: dict[str, Text] = {
-    "ADAPTER_NOT_FOUND": say("STEP_LIST_MODELS"),
-    "ADAPTER_CLASSIFIES": say("STEP_CLASSIFY"),
-    "HEAD_MISSING": say("STEP_GENERATE"),
-    "ADAPTER_EXISTS": say("STEP_REPLACE"),
-    "ADAPTER_BUSY": say("STEP_FORCE"),
-    "ADAPTER_PINNED": say("STEP_UNPIN"),
-    "ADAPTER_MERGED": say("STEP_UNMERGE"),
-    "MERGE_ACTIVE": say("STEP_UNMERGE"),
-    "UNAUTHENTICATED": say("STEP_TOKEN"),
-    "DEADLINE_EXCEEDED": say("STEP_TIMEOUT"),
+STEPS = {
+    "ADAPTER_NOT_FOUND": "GET /v1/models lists the models",
+    "ADAPTER_CLASSIFIES": "POST /classify labels texts",
+    "HEAD_MISSING": "use /v1/chat/completions or /v1/completions for text",
+    "ADAPTER_EXISTS": "set load_inplace to replace it, or remove it with /v1/unload_lora_adapter",
+    "ADAPTER_BUSY": "`turret adapters unload --force` ends these requests",
+    "ADAPTER_PINNED": "`turret adapters unpin` unpins it",
+    "ADAPTER_MERGED": "`turret adapters unmerge` restores the base model",
+    "MERGE_ACTIVE": "`turret adapters unmerge` restores the base model",
+    "UNAUTHENTICATED": "send the header `authorization: Bearer TOKEN` (api_key in OpenAI's"
+    " clients)",
+    "DEADLINE_EXCEEDED": "set a higher `timeout`, or a lower `max_tokens`",
 }
 # Errors whose violations contain the whole message. Other messages contain more.
 _ABOUT_FIELDS = ("INVALID_REQUEST", "PROMPT_TOO_LONG", "ADAPTER_CLASSIFIES", "HEAD_MISSING")
@@ -119,8 +120,9 @@ def refusal_of(error: BaseException, names: Mapping[str, str] | None = None) -> 
     if reason == "INVALID_REQUEST":
         reason = getattr(wrong[0][1] if wrong else message, "reason", reason)
     # Add a next step only if the message does not suggest one already.
-    if fault.reason in _STEPS and not _suggests(fault.message):
-        message = f"{message}; {_STEPS[fault.reason]}"
+    suggested = getattr(fault.message, "params", {}).keys() & {"closest", "step"}
+    if fault.reason in STEPS and not suggested:
+        message = f"{message}; {STEPS[fault.reason]}"
     if fault.retry_after_seconds is not None:
         seconds = str(max(1, round(fault.retry_after_seconds)))
         headers = {"x-should-retry": "true", "retry-after": seconds}
@@ -140,12 +142,6 @@ def _body(message: str, kind: str, param: str | None, reason: str) -> dict[str, 
         message = f"{message[:MAX_MESSAGE_CHARS]}..."
     code = OPENAI_CODES.get(reason, reason.lower())
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def _suggests(message: str) -> bool:
-    """Whether a message already suggests a next step."""
-    params = getattr(message, "params", {})
-    return "closest" in params or "step" in params
 
 
 def _renamed(path: str, why: str, names: Mapping[str, str]) -> tuple[str, str]:

@@ -7,8 +7,8 @@ import struct
 from typing import Any
 
 from turret.server.http.answers import head, uses_json
-from turret.server.http.asked import chat_of, inputs_of, read_request, tools_of
-from turret.server.http.endpoint import Exchange
+from turret.server.http.asked import chat_of, inputs_of, read_request, tools_in
+from turret.server.http.endpoint import Exchange, Json
 from turret.server.http.schemas.requests import (
     ClassifyRequest,
     DetokenizeRequest,
@@ -108,7 +108,7 @@ def _labels(index: int, classification: inference_pb2.Classification) -> dict[st
     }
 
 
-async def tokenize(exchange: Exchange) -> None:
+async def tokenize(exchange: Exchange) -> Json:
     """Convert a text or a conversation to tokens, with vLLM's fields."""
     info, body, mix = read_request(exchange, TokenizeRequest)
     message = inference_pb2.TokenizeRequest(adapters=mix)
@@ -117,38 +117,33 @@ async def tokenize(exchange: Exchange) -> None:
         message.omit_special_tokens = body.add_special_tokens is False
     else:
         message.chat.CopyFrom(chat_of(body.messages, body))
-        tools_of(body.tools, body.tool_choice, body.parallel_tool_calls, message.chat)
+        tools_in(body, message.chat)
     wants_texts = body.return_token_strs
     answer = await exchange.services.inference.tokenize(message, exchange.call)
-    await exchange.reply.json(
-        {
-            "count": len(answer.token_ids),
-            "max_model_len": info.max_model_len,
-            "tokens": list(answer.token_ids),
-            "token_strs": list(answer.token_texts) if wants_texts else None,
-        }
-    )
+    return {
+        "count": len(answer.token_ids),
+        "max_model_len": info.max_model_len,
+        "tokens": list(answer.token_ids),
+        "token_strs": list(answer.token_texts) if wants_texts else None,
+    }
 
 
-async def detokenize(exchange: Exchange) -> None:
+async def detokenize(exchange: Exchange) -> Json:
     """Convert tokens to text, including special tokens."""
     _, body, mix = read_request(exchange, DetokenizeRequest)
     if not body.tokens:
-        await exchange.reply.json({"prompt": ""})
-        return
+        return {"prompt": ""}
     ids = inference_pb2.TokenIds(ids=body.tokens)
     message = inference_pb2.TokenizeRequest(token_ids=ids, adapters=mix)
     answer = await exchange.services.inference.tokenize(message, exchange.call)
-    await exchange.reply.json({"prompt": answer.text})
+    return {"prompt": answer.text}
 
 
-async def tokenizer_info(exchange: Exchange) -> None:
+async def tokenizer_info(exchange: Exchange) -> Json:
     """Get the base model's special tokens and chat template, with vLLM's fields."""
     tokenizer = exchange.services.inference.tokenizer()
-    await exchange.reply.json(
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "chat_template": tokenizer.default_template,
-            **tokenizer.template_variables,
-        }
-    )
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "chat_template": tokenizer.default_template,
+        **tokenizer.template_variables,
+    }

@@ -19,11 +19,10 @@ from google.rpc import error_details_pb2, status_pb2
 
 from turret.server import log
 from turret.server.api.access import SERVICE_ROLES, Party, authorize, peer_address
-from turret.server.api.call import REQUEST_ID_KEY, Call
-from turret.server.api.faults import Fault, fault_of
+from turret.server.api.call import REQUEST_ID_KEY, Call, Fault, fault_of
 from turret.server.api.services import Services
 from turret.server.basics.codes import Code
-from turret.server.basics.places import Limit, Places
+from turret.server.basics.turns import Limit, Places
 from turret.server.errors import (
     VIOLATION_COUNT,
     DeadlineExceededError,

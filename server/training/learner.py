@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from turret.server.adapters.operators.vocabulary import HEAD
 from turret.server.errors import InvalidRequestError
 from turret.server.training.methods import served_method
 from turret.server.training.trainer import AdamParams, LearnerConfig
+from turret.server.training.training_pass import PassAdapter
 from turret.server.words import say
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -42,17 +43,6 @@ _serial = itertools.count(1)
 
 # Tensors of operators by module path; see ``Segment``.
 Leaves = Mapping[str, Sequence[torch.Tensor]]
-
-
-@dataclass(slots=True)
-class _Resident:
-    """An adapter in training with its current tensors, for the store of adapters."""
-
-    key: str
-    operators: AdapterOperators | None
-    bytes_device: int = 0
-    # The adapter is not registered, so nothing counts its residency.
-    is_retired: bool = True
 
 
 class Learner:
@@ -90,7 +80,7 @@ class Learner:
         checkpoint = AdapterCheckpoint(self._key, self.config, tensors, digest="", bytes_disk=0)
         return lower_checkpoint(checkpoint, base)[1].operators
 
-    def _refreshed(self) -> tuple[_Resident, Leaves]:
+    def _refreshed(self) -> tuple[PassAdapter, Leaves]:
         self._count += 1
         operators = self._lower(
             self._base, {name: tensor.detach() for name, tensor in self.parameters.items()}
@@ -101,7 +91,7 @@ class Learner:
             ]
             for path, module in _modules(operators).items()
         }
-        return _Resident(f"{self._key}/{self._count}", operators), leaves
+        return PassAdapter(f"{self._key}/{self._count}", operators), leaves
 
     @property
     def num_soft_tokens(self) -> int:

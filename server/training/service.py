@@ -1,4 +1,4 @@
-"""Adapters in training on the base that is served (``Training``)."""
+"""Adapters in training on the base that is served."""
 
 from __future__ import annotations
 
@@ -86,7 +86,9 @@ class _Work:
 
 
 class TrainingService:
-    """See ``Training``. Use it on the event loop.
+    """Adapters in training, by an id that is never used twice. Use it on the event loop.
+
+    Calls for the same adapter must not overlap. Calls for different adapters run together.
 
     Args:
         engine: Runs the passes between steps of requests.
@@ -151,7 +153,17 @@ class TrainingService:
     # Adapters.
 
     async def create(self, config: LearnerConfig, owner: str = "") -> int:
-        """Create an adapter; see ``Training``."""
+        """Create an adapter, and return its id.
+
+        Args:
+            config: Its config.
+            owner: The client, which may have half of the memory; empty if all callers count as one
+                client.
+
+        Raises:
+            InvalidRequestError: The config is not supported.
+            BudgetExceededError: There is no memory for it.
+        """
         if config.method not in METHODS:
             why = say("NOT_ONE_OF", value=config.method, choices=", ".join(METHODS))
             raise InvalidRequestError.of("method", why)
@@ -200,7 +212,8 @@ class TrainingService:
 
     def _count_adapters(self) -> None:
         count, total = len(self._reserved), self._used.total()
-        self._metrics.training(num_adapters=count, num_bytes=total)
+        self._metrics.training_adapters.set(count)
+        self._metrics.training_bytes.labels("adapters").set(total)
 
     def _modules(self, config: LearnerConfig) -> list[str]:
         wanted = {
@@ -229,7 +242,7 @@ class TrainingService:
         return [*modules, HEAD] if config.unembed else modules
 
     async def drop(self, adapter_id: int) -> None:
-        """Drop an adapter; see ``Training``."""
+        """Forget an adapter, and end its pass. Unknown ones are ignored."""
         learner = self._learners.pop(adapter_id, None)
         if learner is not None:
             self._release(adapter_id)
@@ -249,7 +262,19 @@ class TrainingService:
         *,
         is_forward_only: bool = False,
     ) -> list[DatumLoss]:
-        """Compute losses and gradients; see ``Training``."""
+        """Compute the losses, and add their gradients to those since the last step.
+
+        Args:
+            adapter_id: The id of the adapter.
+            data: Sequences of at most ``MAX_SEQUENCE_TOKENS``, whose tokens are in the vocabulary
+                and whose inputs are finite. A long list is divided into passes.
+            loss: A name in ``LOSSES``.
+            config: Settings of the loss. Missing ones have their defaults.
+            is_forward_only: Whether to compute no gradients.
+
+        Raises:
+            UnavailableError: The adapter was dropped meanwhile, or the server is shutting down.
+        """
         if not data:
             return []
         learner = self._learners[adapter_id]
@@ -290,7 +315,7 @@ class TrainingService:
         self._count_queued()
 
     def _count_queued(self) -> None:
-        self._metrics.training_queued(sum(work.num_queued for work in self._waiting))
+        self._metrics.training_queued_tokens.set(sum(each.num_queued for each in self._waiting))
 
     async def _run_batch(self, batch: Sequence[tuple[_Work, Sequence[Datum]]]) -> None:
         """Run a pass.
@@ -308,7 +333,7 @@ class TrainingService:
                 return
             self._end(batch[0][0], error)
         finally:
-            self._metrics.training_activations(0)
+            self._metrics.training_bytes.labels("activations").set(0)
         for work in works:
             if work.num_begun == len(work.chunks):
                 self._end(work)
@@ -375,7 +400,7 @@ class TrainingService:
                 _when_done(between, device),
             )
             training_pass.forward()
-            self._metrics.training_activations(training_pass.num_bytes)
+            self._metrics.training_bytes.labels("activations").set(training_pass.num_bytes)
             grad = torch.zeros(training_pass.hidden.shape, device=device)
             for number, (work, chunk) in enumerate(batch):
                 inputs = {
@@ -393,7 +418,7 @@ class TrainingService:
                 results.append([DatumLoss(*pair) for pair in pairs])
             if batch[0][0].has_grad:
                 training_pass.backward(grad)
-        self._metrics.training_pass(len(training_pass.hidden))
+        self._metrics.training_tokens.inc(len(training_pass.hidden))
         for (work, _), segment, datum_losses in zip(batch, segments, results, strict=True):
             work.results += datum_losses
             add_gradients(work.leaves, segment.leaves)
@@ -404,10 +429,10 @@ class TrainingService:
     # Steps and files.
 
     async def step(self, adapter_id: int, adam: AdamParams) -> dict[str, float]:
-        """Apply an optimizer step; see ``Training``."""
+        """Apply an optimizer step, after which the gradients are zero; returns metrics."""
         learner = self._learners[adapter_id]
         result = await self._renewing(adapter_id, functools.partial(learner.step, adam))
-        self._metrics.training_step()
+        self._metrics.training_steps.inc()
         return result
 
     async def _renewing(self, adapter_id: int, change: Callable[[], T]) -> T:
@@ -418,12 +443,12 @@ class TrainingService:
         return result
 
     async def save(self, adapter_id: int, folder: Path, *, with_optimizer: bool) -> None:
-        """Write the adapter; see ``Training``."""
+        """Write ``adapter_config.json`` and ``adapter_model.safetensors``, and the optimizer."""
         learner = self._learners[adapter_id]
         await asyncio.to_thread(learner.save, folder, with_optimizer=with_optimizer)
 
     async def load(self, adapter_id: int, folder: Path, *, with_optimizer: bool) -> None:
-        """Continue from files; see ``Training``."""
+        """Continue from the files of ``save``. The config must be the same."""
         learner = self._learners[adapter_id]
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if config != learner.config:
@@ -433,7 +458,7 @@ class TrainingService:
         await self._renewing(adapter_id, load)
 
     async def publish(self, adapter_id: int, name: str) -> Published:
-        """Register the current tensors; see ``Training``."""
+        """Register the current tensors as a generation of an adapter name, for sampling."""
         files = self._learners[adapter_id].files()
         return await asyncio.to_thread(
             self._register,
@@ -443,7 +468,11 @@ class TrainingService:
         )
 
     async def serve(self, folder: Path, name: str) -> Published:
-        """Register a saved folder; see ``Training``."""
+        """Register the files of ``save`` under an adapter's name, for sampling.
+
+        Raises:
+            AdapterCheckpointError: The files are not those of an adapter.
+        """
         paths = [folder / each for each in (CONFIG_FILE, TENSORS_FILE)]
 
         def write(staged: StagedUpload) -> None:
@@ -476,7 +505,10 @@ class TrainingService:
             staged.discard()
 
     async def withdraw(self, name: str) -> None:
-        """Unregister a name; see ``Training``."""
+        """Unregister a name of ``publish`` or ``serve``, and end the requests that use it.
+
+        Unknown names are ignored.
+        """
         # Requests that still use it belong to a sampler that has ended.
         await asyncio.to_thread(self._unload, name)
 

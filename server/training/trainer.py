@@ -1,12 +1,11 @@
-"""The interface of training: adapters in training, their passes, steps and snapshots."""
+"""What a caller passes to ``TrainingService``, and what it returns. Needs no torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     # The protocols import this module before torch is loaded.
@@ -99,83 +98,3 @@ class Published:
 
     generation: int
     size: int
-
-
-class Training(Protocol):
-    """Adapters in training, by an id that is never used twice.
-
-    Calls for the same adapter must not overlap. Calls for different adapters run together.
-    """
-
-    async def create(self, config: LearnerConfig, owner: str = "") -> int:
-        """Create an adapter, and return its id.
-
-        Args:
-            config: Its config.
-            owner: The client, which may have half of the memory; empty if all callers count as one
-                client.
-
-        Raises:
-            InvalidRequestError: The config is not supported.
-            BudgetExceededError: There is no memory for it.
-        """
-        ...
-
-    async def drop(self, adapter_id: int) -> None:
-        """Forget an adapter, and end its pass. Unknown ones are ignored."""
-        ...
-
-    async def pass_over(
-        self,
-        adapter_id: int,
-        data: Sequence[Datum],
-        loss: str,
-        config: Mapping[str, float],
-        *,
-        is_forward_only: bool = False,
-    ) -> list[DatumLoss]:
-        """Compute the losses, and add their gradients to those since the last step.
-
-        Args:
-            adapter_id: The id of the adapter.
-            data: Sequences of at most ``MAX_SEQUENCE_TOKENS``, whose tokens are in the vocabulary
-                and whose inputs are finite. A long list is divided into passes.
-            loss: A name in ``LOSSES``.
-            config: Settings of the loss. Missing ones have their defaults.
-            is_forward_only: Whether to compute no gradients.
-
-        Raises:
-            UnavailableError: The adapter was dropped meanwhile, or the server is shutting down.
-        """
-        ...
-
-    async def step(self, adapter_id: int, adam: AdamParams) -> dict[str, float]:
-        """Apply an optimizer step, after which the gradients are zero; returns metrics."""
-        ...
-
-    async def save(self, adapter_id: int, folder: Path, *, with_optimizer: bool) -> None:
-        """Write ``adapter_config.json`` and ``adapter_model.safetensors``, and the optimizer."""
-        ...
-
-    async def load(self, adapter_id: int, folder: Path, *, with_optimizer: bool) -> None:
-        """Continue from the files of ``save``. The config must be the same."""
-        ...
-
-    async def publish(self, adapter_id: int, name: str) -> Published:
-        """Register the current tensors as a generation of an adapter name, for sampling."""
-        ...
-
-    async def serve(self, folder: Path, name: str) -> Published:
-        """Register the files of ``save`` under an adapter's name, for sampling.
-
-        Raises:
-            AdapterCheckpointError: The files are not those of an adapter.
-        """
-        ...
-
-    async def withdraw(self, name: str) -> None:
-        """Unregister a name of ``publish`` or ``serve``, and end the requests that use it.
-
-        Unknown names are ignored.
-        """
-        ...

@@ -42,7 +42,7 @@ from turret.server.adapters.operators.vocabulary import HEAD
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.arch import LONG
 from turret.server.models.decoding.decoder import Decoder, OwnRows, StepInput
-from turret.server.models.decoding.kv_cache import KvCache
+from turret.server.models.decoding.layer_ops import KvCache
 from turret.server.models.weights.base_linear import BaseLinear
 from turret.server.models.weights.nf4 import DenseLinear
 from turret.server.training.layer_gradients import layer_gradients
@@ -53,6 +53,17 @@ _BLOCK_SIZE = 16
 _LOGIT_ROWS = 128
 # From the numbers of some rows and the gradients of their log probabilities to those of the rows.
 _ThroughHead = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(slots=True)
+class PassAdapter:
+    """An adapter that is not registered, for the store of adapters; the default changes nothing."""
+
+    key: str = "the base alone"
+    operators: AdapterOperators | None = field(default_factory=lambda: AdapterOperators({}))
+    bytes_device: int = 0
+    # Nothing counts its residency.
+    is_retired: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -516,7 +527,7 @@ def largest_pass(
 ) -> Callable[[], None]:
     """A pass of one sequence of the largest length, on the base alone, to measure its memory."""
     length = min(MAX_SEQUENCE_TOKENS, decoder.arch.max_model_len)
-    segment = Segment(_Base(), {}, [[0] * length])
+    segment = Segment(PassAdapter(), {}, [[0] * length])
 
     @torch.no_grad()
     def run() -> None:
@@ -527,15 +538,6 @@ def largest_pass(
         one.backward(grad)
 
     return run
-
-
-@dataclass(slots=True)
-class _Base:
-    """An adapter that changes nothing."""
-
-    key: str = "the base alone"
-    operators: AdapterOperators | None = field(default_factory=lambda: AdapterOperators({}))
-    bytes_device: int = 0
 
 
 def _through_operators(

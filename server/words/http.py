@@ -67,14 +67,4 @@ TEXTS: dict[str, str] = {
     "NOT_A_VECTOR": "must be a dense tensor with one dimension",
     "NOT_AS_LONG": "must have one entry for each token ({expected}), not {found}",
     "NOT_WHOLE_NUMBERS": "must be a multiple of {size} bytes, the size of a number, not {found}",
-    # Next steps, added to errors by their reasons.
-    "STEP_CLASSIFY": "POST /classify labels texts",
-    "STEP_GENERATE": "use /v1/chat/completions or /v1/completions for text",
-    "STEP_REPLACE": "set load_inplace to replace it, or remove it with /v1/unload_lora_adapter",
-    "STEP_FORCE": "`turret adapters unload --force` ends these requests",
-    "STEP_UNPIN": "`turret adapters unpin` unpins it",
-    "STEP_UNMERGE": "`turret adapters unmerge` restores the base model",
-    "STEP_LIST_MODELS": "GET /v1/models lists the models",
-    "STEP_TOKEN": "send the header `authorization: Bearer TOKEN` (api_key in OpenAI's clients)",
-    "STEP_TIMEOUT": "set a higher `timeout`, or a lower `max_tokens`",
 }

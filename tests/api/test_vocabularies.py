@@ -14,7 +14,7 @@ from servers.fakes import FakeTokenizer
 
 from turret.server.adapters.adapter import AdapterRef, TokenizerFiles
 from turret.server.api.vocabularies import Vocabularies, Vocabulary
-from turret.server.constraints.constraint import KeptConstraints
+from turret.server.constraints.matcher import KeptConstraints
 from turret.server.models import own_tokenizers
 from turret.server.models.own_tokenizers import OwnTokenizers
 from turret.v1 import adapters_pb2

@@ -27,8 +27,7 @@ from servers.fakes import (
 from turret.server import errors, log
 from turret.server.api.access import TokenTable, authorize
 from turret.server.api.admin import Adapters
-from turret.server.api.call import Call
-from turret.server.api.faults import fault_of
+from turret.server.api.call import Call, fault_of
 from turret.server.api.gate import ServingGate
 from turret.server.api.inference import Inference
 from turret.server.basics.codes import Code

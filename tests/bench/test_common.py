@@ -145,7 +145,7 @@ def test_a_trace_has_the_requested_gaps_and_popularity(bench: Any) -> None:
         assert share == pytest.approx(1 / rank / total, rel=0.1)
 
 
-@pytest.mark.parametrize("script", ["protocols", "lifecycle", "live_fleet", "prompts", "training"])
+@pytest.mark.parametrize("script", ["lifecycle", "live_fleet", "prompts", "training"])
 def test_every_script_starts(bench: Any, script: str) -> None:
     with pytest.raises(SystemExit) as stopped:
         bench(script).main(["--help"])

@@ -29,7 +29,7 @@ from servers.engine_harness import EngineHarness, make_request
 from servers.zygote import Life, Zygote, running_zygote
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from turret.server.engine.step.executor import TorchExecutor
+from turret.server.engine.step.runner import TorchExecutor
 from turret.server.errors import TurretError, UnavailableError
 from turret.v1 import inference_pb2, inference_pb2_grpc
 

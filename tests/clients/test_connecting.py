@@ -23,8 +23,8 @@ from servers.fake_turret import FakeInference, FakeTurret, fake_turret, refuse, 
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.channel import Tls
 from turret.clients.client import TurretClient, TurretRpcError
+from turret.clients.errors import COMMAND_HINTS as HINTS
 from turret.clients.errors import UnavailableError
-from turret.clients.hints import COMMAND_HINTS as HINTS
 from turret.clients.verbs import health as verb
 from turret.server.api.gate import ServingGate
 from turret.server.errors import UnavailableError as Refusal

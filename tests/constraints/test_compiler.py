@@ -20,10 +20,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from turret.server.constraints import compiler as compiler_module
-from turret.server.constraints import constraint as constraint_module
+from turret.server.constraints import matcher as constraint_module
 from turret.server.constraints.compiler import ConstraintCompiler
-from turret.server.constraints.constraint import Constraint, KeptConstraints
 from turret.server.constraints.grammar import ConstraintSpec, Kind
+from turret.server.constraints.matcher import Constraint, KeptConstraints
 from turret.server.errors import BudgetExceededError, InvalidRequestError, QueueFullError
 from turret.server.models.tokenizer import Tokenizer
 

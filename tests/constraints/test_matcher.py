@@ -14,9 +14,8 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from turret.server.constraints.compiler import ConstraintCompiler
-from turret.server.constraints.constraint import Constraint
 from turret.server.constraints.grammar import ConstraintSpec, Kind
-from turret.server.constraints.matcher import Matcher, without
+from turret.server.constraints.matcher import Constraint, Matcher, without
 from turret.server.errors import BudgetExceededError
 from turret.server.models.tokenizer import Tokenizer
 

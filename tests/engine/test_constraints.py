@@ -20,13 +20,11 @@ from servers.engine_harness import GREEDY, EngineHarness, make_request
 
 from turret.kernels.cpu import native
 from turret.kernels.likeliest import apply_token_mask
-from turret.server.constraints.constraint import Constraint
-from turret.server.constraints.matcher import STACK_BYTES, Matcher
+from turret.server.constraints.matcher import STACK_BYTES, Constraint, Matcher
 from turret.server.engine.scheduling.request import FinishReason, SamplingParams, StopConditions
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.engine.step.executor import TorchExecutor
-from turret.server.engine.step.pooler import Pooler
+from turret.server.engine.step.runner import Pooler, TorchExecutor
 from turret.server.engine.step.sampler import LateMask, Masks, Sampler, TokenMask
 from turret.server.errors import BudgetExceededError, InvalidRequestError
 

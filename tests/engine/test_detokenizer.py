@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from turret.server.engine.answer import AnswerText
 from turret.server.engine.scheduling.request import StopConditions
+from turret.server.models.tokenizer import TokenStream
 
 
-class Pieces:
+class Pieces(TokenStream):
     """A text stream in which token ``i`` is the ``i``-th piece."""
 
     def __init__(self, pieces: Sequence[str]) -> None:

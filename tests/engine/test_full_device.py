@@ -15,7 +15,7 @@ from servers.engine_harness import EngineHarness, make_request
 
 from turret.server.engine.scheduling.request import SamplingParams
 from turret.server.engine.scheduling.sequence import Step
-from turret.server.engine.step.executor import TorchExecutor
+from turret.server.engine.step.runner import TorchExecutor
 from turret.server.engine.step.sampler import Sampler
 
 SEEDED = SamplingParams(temperature=1.0, seed=5)

@@ -28,17 +28,18 @@ from turret.server.engine.step.runner import DeviceFullError, StepResult
 from turret.server.engine.step.sampler import Draw
 from turret.server.errors import BudgetExceededError, TurretError
 from turret.server.metrics import Metrics
+from turret.server.models.tokenizer import TokenStream
 
 MAX_STEPS = 200
 
 
-class FakeText:
+class FakeText(TokenStream):
     """A text stream for tokens without text."""
 
-    def push(self, token_id: int) -> str:
-        return ""
+    def __init__(self) -> None:
+        pass
 
-    def flush(self) -> str:
+    def push(self, token_id: int) -> str:
         return ""
 
 

@@ -17,7 +17,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from turret.server.engine.scheduling.request import SamplingParams
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.sampler import Sampler
 
@@ -31,7 +30,7 @@ class SweptSampler(Sampler):
         super().__init__()
         self._count = 0
 
-    def _uniform(self, sequence: Sequence, params: SamplingParams, ahead: int) -> float:
+    def _uniform(self, sequence: Sequence, ahead: int = 0) -> float:
         self._count += 1
         return (self._count - 1) / NUM_UNIFORMS
 

@@ -118,12 +118,12 @@ def test_usage_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(question, m.Report)
     assert question.usage is None
     beat(registry, first, 1.5)
-    assert registry.usage()["r0"] == used
+    assert registry.usage(1.5)["r0"] == used
     # Another run of the registry gets the usage again.
     other = FleetRegistry(Disk(), now=2.0, is_first=False)
     for _ in range(3):
         beat(other, first, 2.0)
-    assert other.usage() == {"r0": used}
+    assert other.usage(2.0) == {"r0": used}
 
 
 def test_a_replica_that_is_far_behind_takes_a_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from turret.server.engine.scheduling.request import (
 )
 from turret.server.errors import AdapterNotFoundError, QueueFullError
 from turret.server.http import choices as choices_module
-from turret.server.http import completions, reply
+from turret.server.http import completions, endpoint
 from turret.server.http.asked import Asked
 from turret.server.http.choices import Choices
 from turret.v1 import inference_pb2
@@ -188,14 +188,14 @@ async def test_a_large_answer_is_built_in_pieces_outside_the_event_loop(
 ) -> None:
     """The encoder holds the GIL, so it must not get thousands of answers at once."""
     encoded: list[tuple[str, int]] = []
-    original = reply.dumps
+    original = endpoint.dumps
 
     def dumps(value: Any) -> bytes:
         data = original(value)
         encoded.append((threading.current_thread().name, len(data)))
         return data
 
-    monkeypatch.setattr(reply, "dumps", dumps)
+    monkeypatch.setattr(endpoint, "dumps", dumps)
     body = {"model": "base", "prompt": ["a b"] * 100, "max_tokens": 0, "echo": True}
     answer = await http.post("/v1/completions", body | {"logprobs": 1})
     assert len(answer.json()["choices"]) == 100

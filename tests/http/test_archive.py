@@ -19,7 +19,7 @@ from servers.http_harness import HttpHarness, Refused, http_harness
 
 from turret.server.adapters import state_dir
 from turret.server.adapters.state_dir import StateDir
-from turret.server.http.body import MAX_BODY_BYTES
+from turret.server.http.endpoint import MAX_BODY_BYTES
 
 PATH = "/v1/upload_lora_adapter?lora_name="
 TYPE = {"content-type": "application/x-tar"}

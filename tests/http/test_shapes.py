@@ -14,8 +14,8 @@ from servers.limits_of_bodies import body_of, places, with_others
 
 from turret.server import errors
 from turret.server.http import endpoint
-from turret.server.http.body import MAX_BODY_BYTES, MAX_CONTAINERS, parse
-from turret.server.http.schemas.fields import MAX_PROMPTS, Sent, is_longer, read
+from turret.server.http.endpoint import MAX_BODY_BYTES, MAX_CONTAINERS, parse
+from turret.server.http.schemas.fields import MAX_PROMPTS, is_longer, read
 from turret.server.http.schemas.requests import CompletionRequest
 
 JSON = {"content-type": "application/json"}
@@ -103,11 +103,11 @@ async def test_the_longest_conversation_is_within_the_limits() -> None:
     assert parse(json.dumps(body).encode())["messages"] == body["messages"]
 
 
-def test_a_value_is_measured_without_writing_it() -> None:
+def test_a_value_is_measured_as_json_without_blanks() -> None:
     for value in ("abc", ["a", "b"], {"a": [1]}, [], 1, [[[[]]]], {"ab": {"c": "d"}}):
         size = len(json.dumps(value, separators=(",", ":")))
         assert not is_longer(value, size)
-        assert is_longer(value, 0)
+        assert is_longer(value, size - 1)
     assert is_longer([0] * 101, 100)
     assert is_longer({"x" * 101: 0}, 100)
 
@@ -121,19 +121,19 @@ async def _post_and_watch(
 ) -> tuple[int, bool]:
     """The status of the answer, and whether the body was freed without the garbage collector."""
     found: list[weakref.ref[_Body]] = []
-    read_json = endpoint.read_json
+    read_json = endpoint.Exchange.read_json
 
-    async def watched(*args: Any) -> Sent[Any]:
-        sent = await read_json(*args)
+    async def watched(exchange: endpoint.Exchange, model: Any) -> None:
+        await read_json(exchange, model)
+        sent = exchange._sent
         sent.raw = _Body(sent.raw)
         found.append(weakref.ref(sent.raw))
-        return sent
 
     gc.collect()
     gc.disable()
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(endpoint, "read_json", watched)
+            patch.setattr(endpoint.Exchange, "read_json", watched)
             answer = await server.post(path, body)
             await server.settle()
         return answer.status_code, found[0]() is None

@@ -22,8 +22,8 @@ from turret.server.api.access import MAX_AT_A_TIME, SERVICE_ROLES, TokenTable
 from turret.server.basics.codes import Code
 from turret.server.config import ListenConfig
 from turret.server.engine.scheduling.request import Output, Request
-from turret.server.http.body import BODY_SECONDS, MAX_BODY_BYTES
-from turret.server.http.refusals import TABLE, refusal_of, renamed_path
+from turret.server.http.endpoint import BODY_SECONDS, MAX_BODY_BYTES
+from turret.server.http.refusals import STEPS, TABLE, refusal_of, renamed_path
 from turret.server.http.routes import ROUTES
 from turret.server.http.schemas.fields import MAX_PROMPTS
 from turret.server.http.schemas.requests import MAX_ANSWERS
@@ -135,7 +135,7 @@ async def test_a_missing_token_is_reported_with_how_to_send_one(sent: str | None
         headers = {} if sent is None else {"authorization": sent}
         refused = await server.refused(COMPLETIONS, PROMPT, headers)
         assert (refused.status, refused.code) == (401, "invalid_api_key")
-        assert refused.message.endswith(say("STEP_TOKEN"))
+        assert refused.message.endswith(STEPS["UNAUTHENTICATED"])
 
 
 async def test_no_byte_of_an_unauthorised_request_is_read() -> None:

@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from said import says
 from servers.fake_hub import TOKEN, FakeHub, Repo
 
-from turret.server import hub as hub_adapters
+from turret.server import remote as hub_adapters
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StateDir
@@ -31,7 +31,7 @@ from turret.server.errors import (
     StorageFullError,
     TurretError,
 )
-from turret.server.hub import AdapterHub
+from turret.server.remote import AdapterHub
 from turret.server.words import Text
 
 PATH = "hub:acme/a"

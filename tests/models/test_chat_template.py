@@ -15,7 +15,7 @@ from jinja2 import TemplateSyntaxError
 from said import says, texts_of
 from transformers.utils import chat_template_utils
 
-from turret.server.api.faults import fault_of
+from turret.server.api.call import fault_of
 from turret.server.basics.codes import Code
 from turret.server.errors import UnavailableError
 from turret.server.models import chat_template, template_program

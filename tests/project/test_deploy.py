@@ -378,7 +378,7 @@ def test_routers_read_existing_series() -> None:
 
 
 def test_the_gateway_uses_the_routing_header_of_the_clients() -> None:
-    from turret.clients.calls.settings import ROUTING_KEY
+    from turret.clients.calls import ROUTING_KEY
 
     policies = documents("envoy-gateway.yaml")
     hashed = [each["spec"]["loadBalancer"] for each in policies if "Backend" in each["kind"]]

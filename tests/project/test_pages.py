@@ -25,7 +25,8 @@ from turret.server.adapters.checkpoint import adapter_root
 from turret.server.adapters.methods.structured.loha import highest_rank
 from turret.server.api import limits
 from turret.server.api.admin import MAX_UPLOADS
-from turret.server.api.tenants import checkpoints, futures, sessions
+from turret.server.api.tenants import checkpoints, futures
+from turret.server.api.tenants import tenants as sessions
 from turret.server.api.uploads import (
     IDLE_SECONDS,
     MAX_CHUNK_BYTES,

@@ -18,7 +18,7 @@ from servers.rpc_harness import Harness, failure_of
 
 from turret.server import errors
 from turret.server.adapters.checkpoint.adapter_checkpoint import Findings
-from turret.server.api.faults import fault_of
+from turret.server.api.call import fault_of
 from turret.server.basics.codes import Code
 from turret.server.rpc.interceptor import to_rich_status
 from turret.server.words import say

@@ -27,7 +27,8 @@ from turret.clients.messages import sequences
 from turret.clients.messages.sequences import TrainingDatum
 from turret.server.api import training as service
 from turret.server.api.access import TokenTable
-from turret.server.api.tenants import futures, sessions
+from turret.server.api.tenants import futures
+from turret.server.api.tenants import tenants as sessions
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http.server import HttpServer
 from turret.v1 import inference_pb2, tinker_pb2

@@ -20,8 +20,7 @@ from servers.rpc_harness import harness
 from turret.server import metrics_server
 from turret.server.api.access import TokenTable
 from turret.server.basics.settings import split_address
-from turret.server.metrics import Metrics
-from turret.server.metrics_aliases import VLLM, add_aliases
+from turret.server.metrics import VLLM, Metrics, add_aliases
 from turret.server.metrics_server import MAX_CONNECTIONS, MAX_REQUEST_BYTES, MetricsServer
 from turret.v1 import adapters_pb2, inference_pb2
 
@@ -40,9 +39,11 @@ def test_the_endpoint_exposes_what_was_counted() -> None:
     metrics.inter_token(0.003, ["sql"])
     metrics.kv_blocks(free=3, used=4)
     metrics.adapters_in_use(most=8, running=["sql", "json"], waiting=[])
-    metrics.preempted(2)
-    metrics.speculation(num_draft=5, num_accepted=3)
-    metrics.prefix_cache(hit=16, miss=4)
+    metrics.preemptions.inc(2)
+    metrics.draft_tokens.inc(5)
+    metrics.accepted_tokens.inc(3)
+    for result, count in (("hit", 16), ("miss", 4)):
+        metrics.prefix_tokens.labels(result).inc(count)
     server = MetricsServer(metrics, "127.0.0.1:0")
     try:
         families = text_string_to_metric_families(scrape(server.address))
@@ -327,7 +328,7 @@ def test_an_endpoint_picker_reads_turrets_counts() -> None:
     metrics.info("1", "smol", "bfloat16", "nf4")
     metrics.sequences(waiting=3, running=2)
     metrics.kv_blocks(free=6, used=2)
-    metrics.kv_cache(block_size=16, num_blocks=8)
+    metrics.kv_cache_info.labels("16", "8").set(1)
     metrics.adapters_in_use(most=64, running=["sql"], waiting=["json", "base"])
     for name, tier in (("sql", "device"), ("json", "host"), ("base", "device"), ("late", "device")):
         metrics.adapter_registered(name, tier)

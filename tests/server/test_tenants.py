@@ -34,7 +34,7 @@ from turret.server.config import (
 )
 from turret.server.engine.speculation import Drafter
 from turret.server.errors import QueueFullError
-from turret.server.http import body
+from turret.server.http import endpoint
 from turret.server.models.tokenizer import Tokenizer
 from turret.v1 import inference_pb2
 
@@ -267,7 +267,7 @@ def test_a_token_has_one_share_in_any_spelling_of_the_header() -> None:
     [
         (Tokenizer, "render_chat", {"messages": [{"role": "user", "content": "a"}]}),
         (Tokenizer, "encode", {"prompt": "a"}),
-        (body, "parse", {"prompt": "a" * 40_000}),
+        (endpoint, "parse", {"prompt": "a" * 40_000}),
         (Tokenizer, "decode", {"prompt": "a b " * 60}),
         (AdapterRegistry, "list", {}),
     ],

@@ -36,7 +36,7 @@ from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.arch import Arch
 from turret.server.models.decoding.decoder import DecoderLayer
 from turret.server.models.decoding.gpu_decoder import GpuDecoder
-from turret.server.models.decoding.kv_cache import KvCache
+from turret.server.models.decoding.layer_ops import KvCache
 from turret.server.models.describe import describe_projections
 from turret.server.models.families import read_arch
 from turret.server.models.weights.nf4_gpu import Nf4Product

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import peft
 import pytest
 import torch
 from builders.adapters import BASE_NAME, edit_config, edit_tensors, linear_modules, tiny_llama
 from builders.methods import load_adapter, quiet, save_adapter
 from peft.tuners.psoft.layer import OrthLayer
-from sklearn.cluster import KMeans
 from torch import nn
 from transformers.utils import logging
 
 from turret.server.cli import main
 from turret.training.conversion import psoft
-from turret.training.conversion.adamss import cluster_rows
 from turret.training.conversion.converter import CONVERTED
 from turret.training.conversion.kinds import KINDS
 from turret.training.words import say
 
-SEED = 123456789  # PEFT's seed for clusters
 PSOFT = [
     {"r": 4},
     {"r": 6, "psoft_alpha": 9, "ab_svd_init": "pissa_init", "psoft_mag_b": False},
@@ -141,21 +136,6 @@ def test_whole_modules_are_copied(tmp_path: Path) -> None:
     x = torch.randn(3, 64)
     assert torch.equal(heads[0](x), heads[1](x))
     assert not torch.equal(heads[0](x), model.get_submodule("lm_head")(x))
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_clusters_match_scikit_learn(seed: int) -> None:
-    draw = np.random.default_rng(seed)
-    count = int(draw.integers(1, 12))
-    rows = draw.normal(size=(int(draw.integers(count, 700)), int(draw.integers(1, 40))))
-    rows = np.float32(rows * draw.uniform(0.01, 3))
-    with warnings.catch_warnings():
-        # Hide the warning about only ten steps.
-        warnings.simplefilter("ignore")
-        values: Any = {"init": "random", "n_init": 1, "max_iter": 10, "random_state": SEED}
-        means = KMeans(count, **values)
-        wanted = means.fit_predict(rows.copy())
-    np.testing.assert_array_equal(cluster_rows(rows, count, SEED), wanted)
 
 
 def test_a_different_base_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,7 +78,7 @@ def test_long_examples_are_dropped_truncated_or_refused():
     rows = [example(prompt="p", completion="c" * count) for count in (3, 9)]
 
     def encoded(too_long: Any, max_length: int = 8):
-        return encode_all(tokenizer(None), rows, config(too_long=too_long), max_length)
+        return encode_all(tokenizer(None), rows, config(too_long=too_long, max_length=max_length))
 
     dropped = encoded("drop")
     assert (len(dropped.examples), dropped.num_dropped, dropped.num_truncated) == (1, 1, 0)
@@ -106,7 +106,7 @@ def test_targets_are_the_learned_tokens_shifted_by_one():
     assert batch.tokens.tolist() == [[1, 2, 3, 4], [0, 0, EOS, EOS]]
     nothing = IGNORED
     assert batch.targets.tolist() == [[nothing, 3, 4, nothing], [0, nothing, nothing, nothing]]
-    assert (batch.num_tokens, batch.num_targets, batch.positions) == (6, 3, None)
+    assert (batch.num_targets, batch.positions) == (3, None)
 
 
 def test_packing_fills_rows_and_restarts_positions():
@@ -132,10 +132,11 @@ def test_every_epoch_shows_every_row_once_in_a_new_order():
     rows = single_rows(encoded_of(*[2] * 7))
 
     def stream(seed: int = 0) -> BatchStream:
-        return BatchStream(rows, batch_size=3, pad=EOS, seed=seed, is_packed=False)
+        return BatchStream(rows, batch_size=3, seed=seed)
 
     def shown(stream: BatchStream, first: int, count: int) -> list[int]:
-        return [int(row[0]) for i in range(first, first + count) for row in stream.batch(i).tokens]
+        rows = [row for i in range(first, first + count) for row in stream.rows(i)]
+        return [example.tokens[0] for (example,) in rows]
 
     three_epochs = shown(stream(), 0, 7)
     epochs = [three_epochs[start : start + 7] for start in (0, 7, 14)]

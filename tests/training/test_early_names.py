@@ -1,21 +1,13 @@
-"""Early errors of ``turret train`` about names, examples and runs."""
+"""Early errors of ``turret train`` about names and examples."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from builders.training import ended, write_config
 from command_modules import loaded_and_said_by
 
-from turret.server.models.sources.check import MODEL_NAME
-from turret.training.examples import data_digest
-from turret.training.run.folder import RunFolder
-from turret.training.run.resuming import versions
-from turret.training.settings.config import build_config
 from turret.training.words import say
 
 
@@ -59,33 +51,3 @@ def test_a_sweep_without_validation_data_is_rejected_before_torch_is_loaded(
     config = write_config(tmp_path, *(f'{{"text": "{line}"}}' for line in range(lines)))
     said = str(say("VALIDATION_EMPTY", path=tmp_path / "t.jsonl", found=lines))
     assert said in ended("sweep", config, *flags)
-
-
-@pytest.mark.parametrize(
-    ("table", "key", "value", "now"),
-    [
-        ("method", "rank", 4, "8"),
-        ("optimizer", "learning_rate", 1.0, "0.001"),
-        ("data", "digest", "0", None),
-        ("base", "name", "acme/llama", json.dumps(MODEL_NAME)),
-        (*("method", "targets", ["q_proj", "o_proj"]), '["q_proj", "k_proj", "v_proj", "o_proj"]'),
-    ],
-)
-def test_omitted_settings_and_examples_are_compared_before_torch_is_loaded(
-    table: str, key: str, value: Any, now: str | None, tmp_path: Path
-):
-    config = write_config(tmp_path, '{"prompt": "a", "completion": "b"}')
-    run = RunFolder(tmp_path / "run")
-    run.path.mkdir()
-    there = dataclasses.asdict(build_config({"data": {"train": "t.jsonl"}}))
-    data = {"digest": data_digest(tmp_path / "t.jsonl")}
-    base = {"name": MODEL_NAME, "digest": "0"}
-    there["method"]["targets"] = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    parts = {"data": data, "base": base}
-    (parts[table] if key in parts.get(table, {}) else there[table])[key] = value
-    run.write_facts({"config": there, **parts, "versions": versions()})
-    err = ended("run", config, "--resume", "--set", "method.targets=attention")
-    differs = say("DIFFERENCE", key=f"{table}.{key}", before=json.dumps(value), after=now)
-    assert str(say("EXAMPLES_CHANGED") if now is None else differs) in err
-    # The run's other settings are the same.
-    assert "config.run.seed" not in err

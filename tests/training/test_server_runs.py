@@ -25,7 +25,7 @@ from servers.server_under_test import ServerUnderTest, start_server
 
 from turret.clients.client import TurretClient
 from turret.clients.errors import TurretRpcError
-from turret.server.api.tenants.sessions import MAX_MODELS
+from turret.server.api.tenants.tenants import MAX_MODELS
 from turret.server.training.methods import METHODS
 from turret.training import own_engine
 from turret.training.base_model import load_model, without_peft_warnings
@@ -35,7 +35,6 @@ from turret.training.errors import ConfigError, RunError
 from turret.training.loss import LossFunction
 from turret.training.own_engine import own_engines
 from turret.training.run.folder import read_metrics
-from turret.training.run.resuming import check_settings
 from turret.training.server_engine import ServerEngine
 from turret.training.settings.checks import check_served
 from turret.training.settings.config import build_config, render_config
@@ -244,8 +243,8 @@ def test_a_run_resumes_only_where_it_began(
     folder = Trainer(resolved)._folder
     assert f"--resume --server {server.address}" in folder.how_to_go_on()
     with pytest.raises(RunError, check=says("RUN_ELSEWHERE")):
-        check_settings(resolved.config, folder, is_served=False)
-    check_settings(resolved.config, folder, is_served=True)
+        folder.check_place(is_served=False)
+    folder.check_place(is_served=True)
     # Overwriting a run also deletes its checkpoints on the server.
     assert left_on(server) == (0, 1)
     Trainer(resolved, open_engine=opener(server)).run(overwrite=True)

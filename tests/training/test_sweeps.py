@@ -14,7 +14,7 @@ from command_modules import loaded_and_said_by
 from said import says
 
 from turret.server.basics.names import ADAPTER_NAME
-from turret.training.errors import ConfigError, ConfigFileError
+from turret.training.errors import ConfigError, ConfigFileError, RunError
 from turret.training.own_engine import own_engines
 from turret.training.run.folder import RunFolder
 from turret.training.settings.variants import read_variants
@@ -112,7 +112,7 @@ def test_a_sweep_compares_variants(tiny_llama: Path, tmp_path: Path) -> None:
     trained: list[str] = []
 
     @contextmanager
-    def announce(num_steps: int | None, title: str) -> Any:
+    def announce(title: str) -> Any:
         yield lambda row: trained.append(title) if row["kind"] == "step" else None
 
     def swept(*overrides: str) -> list[Any]:
@@ -143,6 +143,8 @@ def test_a_sweep_compares_variants(tiny_llama: Path, tmp_path: Path) -> None:
     # No variant is trained if one of them is invalid.
     with pytest.raises(ConfigError, check=says("RANK_TOO_HIGH", most=64)):
         swept("method.rank=3,65")
+    with pytest.raises(RunError, check=says("RUN_DIFFERS")):
+        swept("method.rank=3,4", "run.seed=5")
     assert not (output / "rank-3").exists()
     # VB-LoRA is trained by PEFT, alone, and the order of the results is that of the variants.
     trained.clear()
@@ -160,7 +162,7 @@ def test_hopeless_variants_are_stopped_early(tiny_llama: Path, tmp_path: Path) -
     trained: list[int] = []
 
     @contextmanager
-    def announce(num_steps: int | None, title: str) -> Any:
+    def announce(title: str) -> Any:
         yield lambda row: trained.append(row["step"]) if row["kind"] == "step" else None
 
     def swept(name: str, *overrides: str, stops_early: bool = True) -> list[Any]:

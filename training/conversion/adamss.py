@@ -1,18 +1,16 @@
 """AdaMSS: ``y[rows_i] += B_i A_i V [x, 1]`` for clusters of rows, with ``V`` from the weight's SVD.
 
 The file holds ``A``, ``B``, ``V`` and only the sizes of the clusters. The rows of each cluster are
-computed again from the left singular vectors, with PEFT's own steps. A comparison with ``V`` shows
-whether the base is the one that the adapter was trained on.
+computed again from the left singular vectors, with PEFT's own steps, which need scikit-learn. A
+comparison with ``V`` shows whether the base is the one that the adapter was trained on.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from turret.server.adapters.methods.kit import (
     ANY,
@@ -25,75 +23,9 @@ from turret.server.adapters.methods.kit import (
     optionally,
     torch,
 )
-from turret.training.conversion.made_lora import MadeLora, peft_generator
+from turret.training.conversion import MadeLora, peft_generator
 from turret.training.errors import RunError
 from turret.training.words import say
-
-# Lloyd's k-means with scikit-learn's initial centers, steps and stopping rule, so that the clusters
-# are the same.
-#
-# AdaMSS clusters the rows of a weight with ``KMeans(init="random", n_init=1, max_iter=10)``. It
-# saves how many rows each cluster has, but not which rows.
-
-
-_Floats = npt.NDArray[np.float32]
-_Labels = npt.NDArray[np.int64]
-_MAX_STEPS = 10
-_TOLERANCE = 1e-4
-_CHUNK = 256
-
-
-def cluster_rows(rows: npt.ArrayLike, count: int, seed: int) -> _Labels:
-    """The cluster of every row, ``[n]``.
-
-    Args:
-        rows: ``[n, features]``.
-        count: Number of clusters, at most n.
-        seed: The seed for the rows that clusters start from.
-    """
-    x = np.array(rows, dtype=np.float32, order="C")
-    tolerance = np.mean(np.var(x, axis=0)) * _TOLERANCE
-    x -= x.mean(axis=0)
-    # scikit-learn draws with weights, which uses other random numbers than a draw without weights.
-    weights = np.ones(len(x), dtype=np.float32)
-    draw = np.random.RandomState(seed)
-    starts = draw.choice(len(x), size=count, replace=False, p=weights / weights.sum())
-    centers, labels = x[starts], np.full(len(x), -1, dtype=np.int64)
-    for _ in range(_MAX_STEPS):
-        nearest = _nearest(x, centers)
-        moved = _means(x, nearest, centers)
-        shift = float((np.linalg.norm(moved - centers, axis=1) ** 2).sum())
-        centers = moved
-        if np.array_equal(nearest, labels):
-            return labels
-        if shift <= tolerance:
-            break
-        labels = nearest
-    return _nearest(x, centers)
-
-
-def _nearest(x: _Floats, centers: _Floats) -> _Labels:
-    squares = (centers * centers).sum(axis=1)
-    parts = (x[start : start + _CHUNK] for start in range(0, len(x), _CHUNK))
-    return np.concatenate([(squares - 2 * part @ centers.T).argmin(axis=1) for part in parts])
-
-
-def _means(x: _Floats, labels: _Labels, before: _Floats) -> _Floats:
-    """New centers; a cluster without rows gets the row that is farthest from its own center."""
-    sums = np.zeros_like(before)
-    np.add.at(sums, labels, x)
-    sizes = np.bincount(labels, minlength=len(before)).astype(np.float32)
-    empty = np.flatnonzero(sizes == 0)
-    if len(empty):
-        distances = ((x - before[labels]) ** 2).sum(axis=1)
-        farthest = np.argpartition(distances, -len(empty))[: -len(empty) - 1 : -1]
-        for cluster, row in zip(empty, farthest, strict=True):
-            sums[labels[row]] -= x[row]
-            sizes[labels[row]] -= 1
-            sums[cluster], sizes[cluster] = x[row], 1
-    sums /= sizes[:, None]
-    return sums
-
 
 _DOWN = "adamss_newB"
 _MAX_CLUSTERS = 4096
@@ -163,7 +95,8 @@ def convert(m: Module) -> MadeLora:
     Raises:
         RunError: The base is not the file's base, or gives clusters of other sizes.
     """
-    import numpy as np
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
 
     down = m.exact(_DOWN)
     ups = [m.exact(f"adamss_B.{i}") for i in range(_clusters(m))]
@@ -174,15 +107,17 @@ def convert(m: Module) -> MadeLora:
     if bias is not None:
         weight = torch.cat((weight, bias.to(weight)[:, None]), dim=1)
     left = _left_vectors(weight, down, m.config.get("random_seed", 0), m.name)
-    labels = cluster_rows(left.numpy(), len(ups), _CLUSTER_SEED)
-    rows = [np.flatnonzero(labels == i) for i in range(len(ups))]
+    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
+        means = KMeans(len(ups), init="random", n_init=1, max_iter=10, random_state=_CLUSTER_SEED)
+        labels = torch.from_numpy(means.fit_predict(left.numpy()))
+    rows = [(labels == i).nonzero()[:, 0] for i in range(len(ups))]
     if [len(some) for some in rows] != [len(up) for up in ups]:
         counts = {"expected": list(map(len, rows)), "found": list(map(len, ups))}
         raise RunError(say("ADAMSS_CLUSTERS", name=m.name, **counts))
-    starts = np.cumsum([0, *(len(one) for one in downs)]).tolist()
+    starts = [0, *accumulate(len(one) for one in downs)]
     inner = torch.zeros(m.outputs, starts[-1], dtype=torch.float64)
     for some, up, (start, end) in zip(rows, ups, pairwise(starts), strict=True):
-        inner[torch.from_numpy(some), start:end] = up
+        inner[some, start:end] = up
     a, b = torch.cat(downs) @ down, inner
     if len(down) < starts[-1]:
         a, b = down, inner @ torch.cat(downs)

@@ -2,46 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
-from turret.server.adapters.base import BaseModel
+from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
 from turret.server.adapters.checkpoint.adapter_checkpoint import AdapterCheckpoint, Findings
 from turret.server.adapters.fuse.lora_files import lora_config
+from turret.server.adapters.operators.vocabulary import EMBEDDING, HEAD
 from turret.server.adapters.peft_format.refusals import base_name_warning
-from turret.server.models.sources.model_directory import Progress
+from turret.server.errors import InvalidRequestError
+from turret.server.models.families import read_arch
+from turret.server.models.model_source import StoredTensors
+from turret.server.models.sources.model_directory import (
+    Progress,
+    fetch_hub_model,
+    hub_model_id,
+    scale_block,
+    weight_files,
+)
 from turret.training.adapter_folder import new_folder, write_adapter
+from turret.training.conversion import MadeLora
 from turret.training.conversion.kinds import (
     CONVERTED,
     XLORA,
     Kind,
-    check_conversion,
-    not_converted,
+    check_plain_base,
 )
-from turret.training.conversion.made_lora import MadeLora
-from turret.training.conversion.plain_base import read_plain_base
 from turret.training.conversion.xlora import read_folder, split_xlora
 from turret.training.words import say
 from turret.words import counted
 
 _PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True, slots=True)
-class Conversion:
-    """The result of a conversion.
-
-    Attributes:
-        done: A sentence about the result.
-        notes: Warnings and remarks.
-    """
-
-    done: str
-    notes: tuple[str, ...] = ()
 
 
 def convert(
@@ -53,8 +50,10 @@ def convert(
     dtype: torch.dtype | None,
     device: str,
     progress: Progress,
-) -> Conversion:
+) -> tuple[str, list[str]]:
     """Write a LoRA that is equivalent to the adapter, or the parts of an X-LoRA.
+
+    Call ``check_conversion`` before, which needs no torch.
 
     Args:
         adapter: A directory in the form that PEFT writes.
@@ -66,21 +65,22 @@ def convert(
         device: The device for decompositions, preferably the one used in training.
         progress: Called with the progress.
 
+    Returns:
+        A sentence about the result, and remarks.
+
     Raises:
-        AdapterCheckpointError: The adapter is of another type, unsupported or inconsistent.
+        AdapterCheckpointError: The adapter is unsupported or inconsistent.
         AdapterMismatchError: The adapter does not fit the base.
         InvalidRequestError: The base cannot be read.
-        RunError: ``output`` is not empty, the base is missing or was not used in training, or a
-            part of an X-LoRA is missing or wrong.
+        RunError: The base was not used in training, or a part of an X-LoRA is missing or wrong.
     """
-    check_conversion(adapter, model, output)
     checkpoint = read_folder(adapter, str(adapter))
-    kind = _kind_of(checkpoint)
+    kind = str(checkpoint.config["peft_type"])
     if kind == XLORA:
         with new_folder(output) as build:
             names = split_xlora(checkpoint, adapter, build, loras)
         *components, router = (f"{output}/{name}" for name in names)
-        return Conversion(f"load {router} after {', '.join(components)}")
+        return f"load {router} after {', '.join(components)}", []
     assert model is not None  # ``check_conversion`` rejects other adapters without a base.
     base = read_plain_base(model, dtype, device, progress)
     base = replace(base, text_prefix=checkpoint.text_prefix)
@@ -97,14 +97,7 @@ def convert(
         _write(build, made, saved, checkpoint.config, base)
     rank = max(one.rank for one in made.values())
     done = f"{output}: a LoRA of {counted(len(made), 'module')}, rank {rank} at most"
-    return Conversion(done, tuple(note for note in notes if note))
-
-
-def _kind_of(checkpoint: AdapterCheckpoint) -> str:
-    kind = checkpoint.config.get("peft_type")
-    if kind not in (*CONVERTED, XLORA):
-        raise not_converted(checkpoint.path, kind)
-    return str(kind)
+    return done, [note for note in notes if note]
 
 
 def _convert_all(
@@ -161,3 +154,91 @@ def _write(
         if config.get(key) is not None:
             lora[key] = config[key]
     write_adapter(folder, lora, tensors, torch.float32)
+
+
+# The full-precision base of an adapter. Each linear module is read when it is needed.
+
+_WEIGHT, _BIAS = ".weight", ".bias"
+
+
+def read_plain_base(
+    model: Path, dtype: torch.dtype | None, device: str, progress: Progress
+) -> BaseModel:
+    """The description of the base for adapters; each weight is read from its file on demand.
+
+    Args:
+        model: A Hugging Face model directory, or ``org/name[@revision]`` of the hub.
+        dtype: The dtype of the weights in training; None means that of the files.
+        device: The device for the weights.
+        progress: Called with the progress of a download from the hub.
+
+    Raises:
+        InvalidRequestError: ``model`` is not a model, is quantised, or has an unsupported
+            architecture.
+    """
+    hub_id = hub_model_id(model)
+    name = str(model) if hub_id is None else hub_id.repository
+    if hub_id is not None:
+        model, _ = fetch_hub_model(hub_id, progress)
+    said = check_plain_base(model)
+    config = AutoConfig.from_pretrained(model)
+    arch = read_arch(config)
+    tensors = StoredTensors(weight_files(model), arch.experts, scale_block(said))
+    return _base(name, config, tensors, partial(_weight, tensors, dtype, device))
+
+
+_Read = Callable[[str], torch.Tensor]
+
+
+def _weight(
+    tensors: StoredTensors, dtype: torch.dtype | None, device: str, name: str
+) -> torch.Tensor:
+    tensor = tensors.get(name)
+    if not tensor.is_floating_point():
+        text = say("TENSOR_QUANTIZED", name=name, dtype=tensor.dtype)
+        raise InvalidRequestError.of("--base", text)
+    return tensor.to(dtype or tensor.dtype).to(device, torch.float32)
+
+
+def _base(name: str, config: Any, tensors: StoredTensors, read: _Read) -> BaseModel:
+    is_tied = f"{HEAD}{_WEIGHT}" not in tensors
+    modules, others = {}, set[str]()
+    for tensor in tensors:
+        path = tensor.removesuffix(_WEIGHT)
+        if path == tensor or path in (EMBEDDING, HEAD) or ".experts." in path:
+            continue
+        shape = tensors.shape(tensor)
+        if len(shape) == 2:
+            modules[path] = _module(path, tensor, shape, tensors, read)
+        else:
+            others.add(path)
+    head = f"{EMBEDDING if is_tied else HEAD}{_WEIGHT}"
+    modules[HEAD] = _module(HEAD, head, tensors.shape(head), tensors, read)
+    none = torch.empty(0)
+    return BaseModel(
+        name=name,
+        model_type=config.model_type,
+        digest="",
+        dtype=torch.float32,
+        modules=modules,
+        other_modules=frozenset(others | {EMBEDDING}),
+        # A conversion reads neither the embedding nor the head.
+        vocabulary=BaseVocabulary(none, none, is_tied),
+        num_layers=0,
+        hidden_size=0,
+        num_kv_heads=0,
+        head_dim=0,
+    )
+
+
+def _module(
+    path: str, weight: str, shape: tuple[int, ...], tensors: StoredTensors, read: _Read
+) -> BaseModule:
+    bias = f"{path}{_BIAS}"
+    return BaseModule(
+        name=path,
+        in_features=shape[1],
+        out_features=shape[0],
+        bias=read(bias) if bias in tensors else None,
+        dequantize=partial(read, weight),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,7 @@ from turret.server.models.sources.model_directory import (
     is_4bit,
     weight_files,
 )
-from turret.training.conversion import adamss, psoft
-from turret.training.conversion.made_lora import MadeLora
+from turret.training.conversion import MadeLora, adamss, psoft
 from turret.training.errors import RunError
 from turret.training.words import say
 
@@ -35,9 +35,10 @@ class Kind:
 
 
 # X-LoRA is assembled from parts that PEFT saves in several folders; it needs no base.
+ADAMSS = "ADAMSS"
 (XLORA,) = xlora.METHOD.peft_types
 CONVERTED: Mapping[str, Kind] = {
-    "ADAMSS": Kind(adamss.format_of, adamss.convert),
+    ADAMSS: Kind(adamss.format_of, adamss.convert),
     "PSOFT": Kind(
         psoft.format_of,
         psoft.convert,
@@ -62,7 +63,7 @@ def check_conversion(adapter: Path, model: Path | None, output: Path) -> None:
         AdapterCheckpointError: The adapter's config is not a JSON object.
         InvalidRequestError: The base cannot be read.
         RunError: ``output`` is not empty, the directory is not an adapter of a type that can be
-            converted, or a base is missing.
+            converted, or a base or package is missing.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError(say("PATH_EXISTS", path=output))
@@ -73,7 +74,10 @@ def check_conversion(adapter: Path, model: Path | None, output: Path) -> None:
         raise RunError(say("NOT_PEFT_FOLDER", path=adapter, file=CONFIG_FILE))
     kind = parse_config(file.read_bytes()[: MAX_CONFIG_BYTES + 1], str(adapter)).get("peft_type")
     if kind not in KINDS:
-        raise not_converted(str(adapter), kind)
+        raise RunError(say("NOT_CONVERTED", path=adapter, value=kind, choices=", ".join(KINDS)))
+    if kind == ADAMSS and not importlib.util.find_spec("sklearn"):
+        step = "`pip install scikit-learn` adds it"
+        raise RunError(say("NOT_INSTALLED", packages="scikit-learn", step=step))
     if model is None:
         if kind != XLORA:
             raise RunError(say("NEEDS_BASE", method=kind))
@@ -103,8 +107,3 @@ def check_plain_base(model: Path) -> Mapping[str, Any]:
     if is_4bit(said):
         raise InvalidRequestError.of("--base", say("BASE_IS_4BIT", path=model))
     return said
-
-
-def not_converted(path: str, kind: object) -> RunError:
-    """The error for a ``peft_type`` that cannot be converted."""
-    return RunError(say("NOT_CONVERTED", path=path, value=kind, choices=", ".join(KINDS)))

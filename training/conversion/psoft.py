@@ -25,7 +25,7 @@ from turret.server.adapters.methods.kit import (
     torch,
     when,
 )
-from turret.training.conversion.made_lora import MadeLora, peft_generator
+from turret.training.conversion import MadeLora, peft_generator
 
 _TURN, _OUT, _IN = "psoft_R.weight", "psoft_R.vector_b", "psoft_R.vector_a"
 # PEFT's defaults for keys that its older versions did not write.

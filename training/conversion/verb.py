@@ -69,14 +69,14 @@ def _convert(args: argparse.Namespace) -> None:
 
     from turret.training.run.progress import training_progress
 
-    with training_progress(None, "convert", stays=False, is_quiet=args.quiet) as listen:
+    with training_progress("convert", stays=False, is_quiet=args.quiet) as listen:
         with ending_at_interrupts("stopped"):
             import torch
 
             from turret.training.conversion.converter import convert
         if args.device == "cuda" and not torch.cuda.is_available():
             raise RunError(say("NO_CUDA_DEVICE", device="--device cuda"))
-        done = convert(
+        done, notes = convert(
             args.adapter,
             args.base,
             args.output,
@@ -87,6 +87,6 @@ def _convert(args: argparse.Namespace) -> None:
                 {"kind": "phase", "text": "{}: {} of {}".format(what, *counts)}
             ),
         )
-    for note in done.notes:
+    for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    print(done.done)
+    print(done)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from turret.training.errors import ConfigError
 from turret.training.methods.learned_fusion import LEARNED_FUSION
 from turret.training.methods.linear import (
     ALORA,
@@ -20,7 +19,6 @@ from turret.training.methods.linear import (
 )
 from turret.training.methods.lycoris import LOHA, LOKR
 from turret.training.methods.method import P_TUNING, PREFIX_TUNING, PROMPT_TUNING, TrainingMethod
-from turret.training.words import say
 
 METHODS: Mapping[str, TrainingMethod] = {
     method.name: method
@@ -29,15 +27,3 @@ METHODS: Mapping[str, TrainingMethod] = {
         *(LOHA, LOKR, IA3, PREFIX_TUNING, PROMPT_TUNING, P_TUNING, LEARNED_FUSION),
     )
 }
-
-
-def method_named(name: str) -> TrainingMethod:
-    """The method of ``method.name``.
-
-    Raises:
-        ConfigError: The method is unknown; lists the known ones.
-    """
-    if name not in METHODS:
-        text = say("NOT_ONE_OF", choices=", ".join(METHODS), value=name[:60])
-        raise ConfigError.of("method.name", text)
-    return METHODS[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,44 +13,21 @@ from turret.training.base_model import TrainingBase
 from turret.training.errors import ConfigError
 from turret.training.fusion import FusionLoss, FusionModel, read_components
 from turret.training.loss import LossFunction
-from turret.training.methods.method import fill_in
-from turret.training.settings.checks import check_components, component_directories
-from turret.training.settings.config import MethodConfig
-from turret.training.settings.declared import DECLARED
+from turret.training.methods.method import Settings, TrainingMethod
+from turret.training.settings.checks import component_directories
 from turret.training.words import say
 
-_KEY = "method.components"
 
-
-class LearnedFusionMethod:
-    name = "learned_fusion"
-    learning_rate = DECLARED[name].learning_rate
-
-    def resolve(self, config: MethodConfig, base: TrainingBase) -> MethodConfig:
-        config = fill_in(config, base, {})
-        if base.arch.experts is not None:
-            raise ConfigError.of("method.name", say("FUSION_OF_EXPERTS"))
-        check_components(config.components or (), Path())
-        return config
-
-    def served_rank(self, config: MethodConfig, base: TrainingBase) -> int:
-        assert config.d_k is not None
-        return config.d_k
-
-    def notes(self, config: MethodConfig, base: TrainingBase) -> Sequence[str]:
-        return ()
-
-    def attach(self, model: Any, config: MethodConfig, base: TrainingBase) -> Any:
-        assert config.components is not None
-        assert config.d_k is not None
+class LearnedFusionMethod(TrainingMethod):
+    def attach(self, model: Any, config: Settings, base: TrainingBase) -> Any:
         try:
             components = read_components(component_directories(config.components), model)
         except TurretError as error:
-            raise ConfigError.of(_KEY, say("INVALID", why=error.message)) from error
+            why = say("INVALID", why=error.message)
+            raise ConfigError.of("method.components", why) from error
         return FusionModel(model, components, config.d_k)
 
-    def loss(self, model: Any, config: MethodConfig, device: str) -> LossFunction:
-        assert config.guidance is not None
+    def loss(self, model: Any, config: Settings, device: str) -> LossFunction:
         head = model.get_base_model().get_output_embeddings()
         return FusionLoss(model, head, device, config.guidance)
 
@@ -61,4 +37,6 @@ class LearnedFusionMethod:
         write_adapter(folder, config, model.fusion_state(), dtype)
 
 
-LEARNED_FUSION = LearnedFusionMethod()
+LEARNED_FUSION = LearnedFusionMethod(
+    name="learned_fusion", served_rank=lambda config, base: config.d_k
+)

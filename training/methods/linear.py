@@ -15,9 +15,8 @@ from peft.tuners.shira import layer as shira
 from turret.server.adapters.methods.transforms.oft import dividing
 from turret.training.base_model import TrainingBase
 from turret.training.examples import invocation_before_answers, invocation_of
-from turret.training.methods.method import PeftMethod, Settings
+from turret.training.methods.method import PeftMethod, Settings, linear_config
 from turret.training.settings.checks import module_sizes
-from turret.training.settings.config import MethodConfig
 
 # LoRA (arXiv 2106.09685), rsLoRA (2312.03732) and DoRA (2402.09353).
 
@@ -26,26 +25,18 @@ def _twice_rank(config: Settings, base: TrainingBase) -> float:
     return 2.0 * config.rank
 
 
-def _lora_config(config: Settings, base: TrainingBase, **flags: Any) -> peft.PeftConfig:
-    return peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=list(config.targets),
-        **flags,
-    )
-
-
+_LORA_KEYS = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 LORA = PeftMethod(
     name="lora",
-    peft_config=_lora_config,
+    peft_config=linear_config(peft.LoraConfig, _LORA_KEYS),
     computed={"alpha": _twice_rank},
 )
-RSLORA = PeftMethod(name="rslora", peft_config=partial(_lora_config, use_rslora=True))
+RSLORA = PeftMethod(
+    name="rslora", peft_config=linear_config(peft.LoraConfig, _LORA_KEYS, use_rslora=True)
+)
 DORA = PeftMethod(
     name="dora",
-    peft_config=partial(_lora_config, use_dora=True),
+    peft_config=linear_config(peft.LoraConfig, _LORA_KEYS, use_dora=True),
     computed={"alpha": _twice_rank},
 )
 
@@ -59,11 +50,9 @@ def _written_by_the_template(config: Settings, base: TrainingBase) -> str:
 
 
 def _alora_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
-    made = LORA.peft_config(config, base)
-    assert isinstance(made, peft.LoraConfig)
-    tokens = invocation_of(base.tokenizer, config.invocation).tokens
-    made.alora_invocation_tokens = list(tokens)
-    return made
+    tokens = list(invocation_of(base.tokenizer, config.invocation).tokens)
+    make = linear_config(peft.LoraConfig, _LORA_KEYS, alora_invocation_tokens=tokens)
+    return make(config, base)
 
 
 ALORA = PeftMethod(
@@ -77,28 +66,20 @@ ALORA = PeftMethod(
 
 
 def _ia3_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
-    targets: list[str] = list(config.targets)
-    return peft.IA3Config(
-        task_type="CAUSAL_LM",
-        target_modules=targets,
-        # The paper scales the feed-forward's inner activations: the input of the last product.
-        feedforward_modules=[name for name in targets if name == "down_proj"],
-    )
+    # The paper scales the feed-forward's inner activations: the input of the last product.
+    scaled = [name for name in config.targets if name == "down_proj"]
+    return linear_config(peft.IA3Config, {}, feedforward_modules=scaled)(config, base)
 
 
-class _Ia3Method(PeftMethod):
-    def attach(self, model: Any, config: Settings, base: TrainingBase) -> Any:
-        dtype = model.dtype
-        attached = super().attach(model, config, base)
-        for module in attached.modules():
-            if isinstance(module, IA3Layer) and isinstance(module, torch.nn.Module):
-                # PEFT's 4-bit layer returns float32, which attention does not accept together with
-                # other dtypes.
-                module.register_forward_hook(lambda module, inputs, out: out.to(dtype))
-        return attached
+def _keep_dtype(attached: Any, model: Any) -> None:
+    """Undo that PEFT's 4-bit layer returns float32, which attention does not mix with others."""
+    dtype = model.dtype
+    for module in attached.modules():
+        if isinstance(module, IA3Layer) and isinstance(module, torch.nn.Module):
+            module.register_forward_hook(lambda module, inputs, out: out.to(dtype))
 
 
-IA3 = _Ia3Method(name="ia3", peft_config=_ia3_config)
+IA3 = PeftMethod(name="ia3", peft_config=_ia3_config, adjust=_keep_dtype)
 
 
 # OFT (arXiv 2306.07280): blocks of the input are rotated before the base layer.
@@ -106,12 +87,9 @@ IA3 = _Ia3Method(name="ia3", peft_config=_ia3_config)
 
 def _oft_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
     # Blocks of b inputs cost as much as a LoRA of rank b / 2.
-    return peft.OFTConfig(
-        task_type="CAUSAL_LM",
-        oft_block_size=2 * config.rank,
-        module_dropout=config.dropout,
-        target_modules=list(config.targets),
-    )
+    size = 2 * config.rank
+    keys = {"module_dropout": "dropout"}
+    return linear_config(peft.OFTConfig, keys, oft_block_size=size)(config, base)
 
 
 def _largest_block(config: Settings, base: TrainingBase) -> int:
@@ -135,8 +113,8 @@ def _other_blocks(config: Settings, base: TrainingBase) -> tuple[str, ...]:
 OFT = PeftMethod(
     name="oft",
     peft_config=_oft_config,
-    rank_served=_largest_block,
-    remarks=_other_blocks,
+    served_rank=_largest_block,
+    notes=_other_blocks,
 )
 
 
@@ -181,35 +159,24 @@ def reflect(x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     return (flat - shares.T @ v.T).view(x.shape).to(x.dtype)
 
 
-def _hra_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
-    return peft.HRAConfig(task_type="CAUSAL_LM", r=config.rank, target_modules=list(config.targets))
+def _reflect_inputs(attached: Any, model: Any) -> None:
+    for layer in attached.modules():
+        if isinstance(layer, hra.HRALinear):
+            layer.__class__ = ReflectedLinear
 
 
-class _HraMethod(PeftMethod):
-    def attach(self, model: Any, config: MethodConfig, base: TrainingBase) -> Any:
-        attached = super().attach(model, config, base)
-        for layer in attached.modules():
-            if isinstance(layer, hra.HRALinear):
-                layer.__class__ = ReflectedLinear
-        return attached
-
-
-HRA = _HraMethod(name="hra", peft_config=_hra_config)
+HRA = PeftMethod(
+    name="hra",
+    peft_config=linear_config(peft.HRAConfig, {"r": "rank"}),
+    adjust=_reflect_inputs,
+)
 
 
 # MiSS (arXiv 2409.15371): one matrix per module, which all pieces of the input share.
 
 
-def _miss_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
-    return peft.MissConfig(
-        task_type="CAUSAL_LM",
-        r=config.rank,
-        miss_dropout=config.dropout,
-        target_modules=list(config.targets),
-    )
-
-
-MISS = PeftMethod(name="miss", peft_config=_miss_config)
+_MISS_KEYS = {"r": "rank", "miss_dropout": "dropout"}
+MISS = PeftMethod(name="miss", peft_config=linear_config(peft.MissConfig, _MISS_KEYS))
 
 
 # VB-LoRA (arXiv 2405.15179): both factors are composed of vectors from a bank that modules share.
@@ -220,13 +187,9 @@ _VECTOR_LENGTH = 256
 
 def _vblora_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
     sizes = [size for _, *both in module_sizes(base.arch, config.targets) for size in both]
-    return peft.VBLoRAConfig(
-        task_type="CAUSAL_LM",
-        r=config.rank,
-        vector_length=math.gcd(_VECTOR_LENGTH, *sizes),
-        vblora_dropout=config.dropout,
-        target_modules=list(config.targets),
-    )
+    keys = {"r": "rank", "vblora_dropout": "dropout"}
+    length = math.gcd(_VECTOR_LENGTH, *sizes)
+    return linear_config(peft.VBLoRAConfig, keys, vector_length=length)(config, base)
 
 
 VBLORA = PeftMethod(name="vblora", peft_config=_vblora_config)
@@ -238,12 +201,7 @@ VBLORA = PeftMethod(name="vblora", peft_config=_vblora_config)
 def _shira_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
     # The run's seed is set before a method is attached.
     seed = int(torch.randint(1 << 31, ()))
-    made = peft.ShiraConfig(
-        task_type="CAUSAL_LM",
-        r=config.rank,
-        random_seed=seed,
-        target_modules=list(config.targets),
-    )
+    made: Any = linear_config(peft.ShiraConfig, {"r": "rank"}, random_seed=seed)(config, base)
     made.mask_fn = _MaskDrawer(seed)
     return made
 
@@ -273,17 +231,9 @@ class _MaskDrawer:
         return mask.view(out, inner)
 
 
-class _ShiraMethod(PeftMethod):
-    def attach(self, model: Any, config: MethodConfig, base: TrainingBase) -> Any:
-        attached = super().attach(model, config, base)
-        if model.device.type == "meta":
-            _use_shapes(attached)
-        return attached
-
-
-def _use_shapes(model: Any) -> None:
+def _use_shapes(attached: Any, model: Any) -> None:
     """Let SHiRA's layers work on the meta device, which has no sparse or packed weights."""
-    for layer in model.modules():
+    for layer in attached.modules() if model.device.type == "meta" else ():
         if isinstance(layer, shira.Linear):
             layer.quantization_backend = None
             layer.get_delta_weight = partial(_delta_shape, layer)
@@ -294,9 +244,10 @@ def _delta_shape(layer: shira.Linear, adapter: str) -> torch.Tensor:
     return layer.shira_weight[adapter].sum().expand(layer.out_features, layer.in_features)
 
 
-SHIRA = _ShiraMethod(
+SHIRA = PeftMethod(
     name="shira",
     peft_config=_shira_config,
+    adjust=_use_shapes,
     # SHiRA's rank only sets the number of trained entries; serving needs no rank for it.
-    rank_served=lambda config, base: 0,
+    served_rank=lambda config, base: 0,
 )

@@ -1,15 +1,13 @@
-"""The interface of a training method, and its implementation for PEFT's methods.
-
-A new method is an object with the members of :class:`TrainingMethod`, in ``METHODS``.
-"""
+"""A training method, and PEFT's methods that change no linear modules."""
 
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import peft
 import torch
@@ -18,7 +16,6 @@ from turret.training.adapter_folder import write_adapter
 from turret.training.base_model import TrainingBase, without_peft_warnings
 from turret.training.loss import LossFunction
 from turret.training.mixture import as_modules
-from turret.training.nf4_linear import join_loras
 from turret.training.settings.checks import check_modules
 from turret.training.settings.config import MethodConfig
 from turret.training.settings.declared import DECLARED
@@ -28,18 +25,34 @@ from turret.training.settings.declared import DECLARED
 Settings = Any
 
 
-class TrainingMethod(Protocol):
+def _own_rank(config: Settings, base: TrainingBase) -> int:
+    return config.rank or 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingMethod(ABC):
     """A training method: it attaches an adapter to the base, and saves the adapter.
+
+    All methods and functions but ``resolve`` get the config that ``resolve`` returns.
 
     Attributes:
         name: The value of ``method.name``, and the server's name (rsLoRA is served as ``lora``).
-        learning_rate: The peak rate if the config sets none.
+        computed: Functions of the keys whose defaults are computed. They get the config as far as
+            it is filled in, in the order of ``DECLARED``.
+        served_rank: Returns the number that a server compares with its ``--max-rank``; 0 if there
+            is none.
+        notes: Returns notes on settings with an unexpected effect on this base.
     """
 
+    name: str
+    computed: Mapping[str, Callable[[Settings, TrainingBase], Any]] = field(default_factory=dict)
+    served_rank: Callable[[Settings, TrainingBase], int] = _own_rank
+    notes: Callable[[Settings, TrainingBase], Sequence[str]] = lambda config, base: ()
+
     @property
-    def name(self) -> str: ...
-    @property
-    def learning_rate(self) -> float: ...
+    def learning_rate(self) -> float:
+        """The peak rate if the config sets none."""
+        return DECLARED[self.name].learning_rate
 
     def resolve(self, config: MethodConfig, base: TrainingBase) -> MethodConfig:
         """Fill in the keys that the config omits.
@@ -47,134 +60,68 @@ class TrainingMethod(Protocol):
         Raises:
             ConfigError: A value does not fit the base.
         """
-        ...
+        for key, default in DECLARED[self.name].defaults.items():
+            if getattr(config, key) is None:
+                compute = self.computed.get(key)
+                value = default if compute is None else compute(config, base)
+                config = dataclasses.replace(config, **{key: value})
+        if config.targets is not None:
+            targets = check_modules(self.name, base.arch, config.targets, config.rank)
+            config = dataclasses.replace(config, targets=targets)
+        return config
 
-    def served_rank(self, config: MethodConfig, base: TrainingBase) -> int:
-        """The number that a server compares with its ``--max-rank``; 0 if there is none.
-
-        Args:
-            config: The result of :meth:`resolve`.
-            base: The model's description.
-        """
-        ...
-
-    def notes(self, config: MethodConfig, base: TrainingBase) -> Sequence[str]:
-        """Notes on settings with an unexpected effect on this base.
-
-        Args:
-            config: The result of :meth:`resolve`.
-            base: The model's description.
-        """
-        ...
-
-    def attach(self, model: Any, config: MethodConfig, base: TrainingBase) -> Any:
+    @abstractmethod
+    def attach(self, model: Any, config: Settings, base: TrainingBase) -> Any:
         """Add the trainable parameters.
 
         Args:
             model: The frozen transformers model; changed in place.
-            config: The result of :meth:`resolve`.
+            config: The config.
             base: The model's description.
 
         Returns:
             A module that is called like the model, and has PEFT's ``get_base_model`` and
             ``disable_adapter``. Its parameters with ``requires_grad`` are the trained ones.
         """
-        ...
 
-    def loss(self, model: Any, config: MethodConfig, device: str) -> LossFunction:
-        """Create the loss; without gradients, it is the cross entropy.
+    def loss(self, model: Any, config: Settings, device: str) -> LossFunction:
+        """Create the loss of an attached model; without gradients, it is the cross entropy."""
+        return LossFunction(model, model.get_base_model().get_output_embeddings(), device)
 
-        Args:
-            model: The result of :meth:`attach`.
-            config: The result of :meth:`resolve`.
-            device: The device of the model.
-        """
-        ...
-
+    @abstractmethod
     def save(self, model: Any, folder: Path, dtype: torch.dtype) -> None:
         """Write the adapter in the layout that PEFT and the server read.
 
         Args:
-            model: The result of :meth:`attach`.
+            model: The attached model.
             folder: An existing directory.
             dtype: The dtype of the saved tensors.
 
         Raises:
             RunError: A weight is not finite.
         """
-        ...
-
-
-def fill_in(config: MethodConfig, base: TrainingBase, computed: Mapping[str, Any]) -> MethodConfig:
-    """Fill in the keys of the method that the config omits; see ``DECLARED``.
-
-    Args:
-        config: The config as read.
-        base: The model's description.
-        computed: Functions of the keys whose defaults are computed; they get the config as far as
-            it is filled in.
-    """
-    for key, default in DECLARED[config.name].defaults.items():
-        if getattr(config, key) is None:
-            value = computed[key](config, base) if key in computed else default
-            config = dataclasses.replace(config, **{key: value})
-    return config
-
-
-def _no_remarks(config: Settings, base: TrainingBase) -> tuple[str, ...]:
-    return ()
-
-
-def _own_rank(config: Settings, base: TrainingBase) -> int:
-    return config.rank or 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PeftMethod:
-    """One of PEFT's methods: a function that makes PEFT's config, and computed defaults.
+class PeftMethod(TrainingMethod):
+    """One of PEFT's methods.
 
     Attributes:
-        peft_config: Makes PEFT's config from the resolved config.
-        computed: See ``fill_in``.
-        rank_served: Returns ``TrainingMethod.served_rank``; by default the rank, if the method has
-            one.
-        remarks: Returns ``TrainingMethod.notes``.
+        peft_config: Makes PEFT's config.
+        adjust: Changes PEFT's model with the adapter, which is its first argument.
     """
 
-    name: str
     peft_config: Callable[[Settings, TrainingBase], peft.PeftConfig]
-    computed: Mapping[str, Callable[[Settings, TrainingBase], Any]] = field(default_factory=dict)
-    rank_served: Callable[[Settings, TrainingBase], int] = _own_rank
-    remarks: Callable[[Settings, TrainingBase], Sequence[str]] = _no_remarks
-
-    @property
-    def learning_rate(self) -> float:
-        return DECLARED[self.name].learning_rate
-
-    def resolve(self, config: MethodConfig, base: TrainingBase) -> MethodConfig:
-        config = fill_in(config, base, self.computed)
-        if config.targets is not None:
-            targets = check_modules(self.name, base.arch, config.targets, config.rank)
-            config = dataclasses.replace(config, targets=targets)
-        return config
-
-    def served_rank(self, config: MethodConfig, base: TrainingBase) -> int:
-        return self.rank_served(config, base)
-
-    def notes(self, config: MethodConfig, base: TrainingBase) -> Sequence[str]:
-        return self.remarks(config, base)
+    adjust: Callable[[Any, Any], None] = lambda attached, model: None
 
     def attach(self, model: Any, config: MethodConfig, base: TrainingBase) -> Any:
         with without_peft_warnings(), as_modules(model):
             attached = peft.get_peft_model(model, self.peft_config(config, base))
-        join_loras(attached)
         for parameter in attached.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        self.adjust(attached, model)
         return attached
-
-    def loss(self, model: Any, config: MethodConfig, device: str) -> LossFunction:
-        return LossFunction(model, model.get_base_model().get_output_embeddings(), device)
 
     def save(self, model: Any, folder: Path, dtype: torch.dtype) -> None:
         config = model.peft_config["default"].to_dict()
@@ -185,6 +132,25 @@ class PeftMethod:
                 config[key] = name
         state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
         write_adapter(folder, config, state, dtype)
+
+
+def linear_config(
+    kind: Any, keys: Mapping[str, str], **fixed: Any
+) -> Callable[[Settings, TrainingBase], peft.PeftConfig]:
+    """A function that makes PEFT's config of a method that changes linear modules.
+
+    Args:
+        kind: The class of the config.
+        keys: Its keys → those of ``MethodConfig``.
+        fixed: The values of other keys.
+    """
+
+    def make(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+        values = {name: getattr(config, key) for name, key in keys.items()}
+        targets = list(config.targets)
+        return kind(task_type="CAUSAL_LM", target_modules=targets, **values, **fixed)
+
+    return make
 
 
 # Prefix tuning (arXiv 2101.00190), prompt tuning (2104.08691) and p-tuning (2103.10385).

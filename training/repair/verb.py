@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from pathlib import Path
 
 from turret.server.basics.files import unreadable
-from turret.server.basics.names import how_to_add, model_place
+from turret.server.basics.names import model_place
 from turret.training.settings.flags import whole
-from turret.training.verbs import with_errors
+from turret.training.verbs import check_installed, with_errors
 from turret.training.words import say
 
 _MOST = 1024
@@ -53,8 +52,7 @@ def _repair(args: argparse.Namespace) -> None:
     from turret.server.command.interrupts import ending_at_interrupts
     from turret.training.errors import ConfigError, RunError
 
-    if not importlib.util.find_spec("peft"):
-        raise RunError(say("NOT_INSTALLED", packages="peft", step=how_to_add("train")))
+    check_installed("peft")
     output: Path = args.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError(say("PATH_EXISTS", path=output))
@@ -67,7 +65,7 @@ def _repair(args: argparse.Namespace) -> None:
 
     from turret.training.run.progress import training_progress
 
-    with training_progress(None, "repair", stays=False, is_quiet=args.quiet) as listen:
+    with training_progress("repair", stays=False, is_quiet=args.quiet) as listen:
         with ending_at_interrupts("stopped"):
             from turret.training.base_model import find_base
             from turret.training.repair.residual import repair

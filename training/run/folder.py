@@ -39,7 +39,6 @@ import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,43 +53,19 @@ if TYPE_CHECKING:
     from turret.training.settings.resolve import Resolved
 
 
-@dataclass(frozen=True, slots=True)
 class RunFolder:
     """Paths of a run."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.toml"
-
-    @property
-    def facts(self) -> Path:
-        return self.path / "run.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples.jsonl"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.html"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.toml"
+        self.facts = path / "run.json"
+        self.metrics = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+        self.samples = path / "samples.jsonl"
+        self.report = path / "report.html"
 
     @property
     def newest_checkpoint(self) -> Path | None:
@@ -129,6 +104,15 @@ class RunFolder:
             raise RunError(say("OUTPUT_NOT_EMPTY", path=self.path))
         if problem := unwritable(self.path):
             raise RunError(say("OUTPUT_UNUSABLE", path=self.path, problem=problem))
+
+    def check_place(self, *, is_served: bool) -> None:
+        """Check that a run continues where it began: on a server, or in a process of its own.
+
+        Raises:
+            RunError: The run continues elsewhere; the error names the command that resumes it.
+        """
+        if not self.is_finished and ("server" in self.read_facts()) != is_served:
+            raise RunError(say("RUN_ELSEWHERE", path=self.path, command=self.resume_command()))
 
     @contextmanager
     def held(self) -> Iterator[None]:

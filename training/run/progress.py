@@ -24,7 +24,6 @@ LINE_SECONDS = 10.0
 
 @contextmanager
 def training_progress(
-    num_steps: int | None,
     title: str = "training",
     *,
     stays: bool = True,
@@ -34,8 +33,6 @@ def training_progress(
     """Yield a listener that shows lines of ``metrics.jsonl`` and the trainer's events on stderr.
 
     Args:
-        num_steps: The number of steps of the run; None if it is known only from the event
-            ``begin``.
         title: The beginning of the lines.
         stays: Whether the bar stays visible afterwards.
         is_quiet: Whether to show neither the bar nor the lines.
@@ -51,8 +48,8 @@ def training_progress(
     )
     is_drawn = console.is_terminal and not is_quiet
     with _Bar(*columns, console=console, transient=not stays, disable=not is_drawn) as bar:
-        task = bar.add_task(title, total=num_steps, now="")
-        shown = _Shown(console, title, num_steps, lambda **fields: bar.update(task, **fields))
+        task = bar.add_task(title, total=None, now="")
+        shown = _Shown(console, title, lambda **fields: bar.update(task, **fields))
         done = threading.Event()
         beating = threading.Thread(target=shown.beat, args=(done, line_seconds), daemon=True)
         if not console.is_terminal:
@@ -110,12 +107,10 @@ def _clock(seconds: float) -> str:
 class _Shown:
     """The listener's state. Both the listener and a timer thread print lines from it."""
 
-    def __init__(
-        self, console: Console, title: str, num_steps: int | None, update: Callable[..., None]
-    ) -> None:
+    def __init__(self, console: Console, title: str, update: Callable[..., None]) -> None:
         self._console = console
         self._title = title
-        self._num_steps = num_steps
+        self._num_steps = 0
         self._update = update
         self._losses = {"step": "", "validation": ""}
         self._step = 0
@@ -147,7 +142,7 @@ class _Shown:
         self._step, self._phase = row["step"], ""
         losses = "  ".join(filter(None, self._losses.values()))
         self._update(completed=self._step, now=losses)
-        every = max(1, (self._num_steps or 1) // _LINES)
+        every = max(1, self._num_steps // _LINES)
         is_due = row["kind"] == "validation" or self._step % every == 0
         if not self._console.is_terminal and is_due:
             self.line(text)

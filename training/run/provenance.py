@@ -1,18 +1,36 @@
-"""The provenance of an adapter: enough to train it again, and to identify its base."""
+"""The inputs of a run: enough to train its adapter again, and to compare it with another run."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from turret.server.adapters.adapter import PROVENANCE_FILE
+import turret
 from turret.server.models.model_source import ModelSource, stored_weights
+from turret.training.errors import RunError
 from turret.training.fusion import component_digests
-from turret.training.run.resuming import WHERE, versions
+from turret.training.run.folder import RunFolder
 from turret.training.settings.resolve import Resolved
+from turret.training.words import Text, say
 
-FILE = PROVENANCE_FILE
+_PARTS = ("base", "data", "config", "versions")
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+# Keys of ``run`` that determine where results are written, but do not change them.
+_WHERE = ("output", "report_to")
+
+
+def versions() -> dict[str, str]:
+    """The versions of all software that determines a run's numbers."""
+    return {
+        "turret": turret.__version__,
+        "python": platform.python_version(),
+        **{package: version(package) for package in _PACKAGES},
+    }
 
 
 def describe_run(resolved: Resolved, num_parameters: int) -> dict[str, Any]:
@@ -21,7 +39,7 @@ def describe_run(resolved: Resolved, num_parameters: int) -> dict[str, Any]:
     On another machine or in another directory, the same run differs only in the versions.
     """
     config = dataclasses.asdict(resolved.config)
-    for key in WHERE:
+    for key in _WHERE:
         config["run"].pop(key)
     for table, key in (("data", "train"), ("data", "validation"), ("base", "model")):
         value = config[table][key]
@@ -54,3 +72,52 @@ def describe_base(source: ModelSource, is_full: bool = False) -> dict[str, Any]:
     if is_full:
         weights = {module: {"16-bit": sum(found.values())} for module, found in weights.items()}
     return {"name": source.name, "digest": source.digest, "weights": weights}
+
+
+def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    """Reject resuming a run that has other inputs.
+
+    Args:
+        before: ``run.json`` of the existing run.
+        now: The result of ``describe_run`` for this run.
+        folder: The directory of the run.
+
+    Raises:
+        RunError: Base, data, config or versions differ; the error names the keys.
+    """
+    found: dict[str, Text] = {}
+    for part in _PARTS:
+        found |= _differences(part, before.get(part), now[part])
+    # Epochs follow from the steps.
+    found.pop("config.run.epochs", None)
+    if not found:
+        return
+    run = RunFolder(folder)
+    about = {"path": folder, "found": ", ".join(found.values())}
+    if not run.is_finished and all(key.startswith("config.") for key in found):
+        raise RunError(say("RUN_SETTINGS_DIFFER", command=run.resume_command(), **about))
+    raise RunError(say("RUN_DIFFERS", **about))
+
+
+def _differences(key: str, before: Any, now: Any) -> Iterator[tuple[str, Text]]:
+    """The keys whose values differ, each with a description."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for part in sorted({*before, *now}):
+            yield from _differences(f"{key}.{part}", before.get(part), now.get(part))
+        return
+    # Tuples come back from JSON as lists.
+    now = list(now) if isinstance(now, tuple) else now
+    if before == now:
+        return
+    # Show the key of a config as the file and --set name it.
+    name = key.removeprefix("config.")
+    if name == "data.digest":
+        yield key, say("EXAMPLES_CHANGED")
+    elif name.endswith("digest"):
+        yield key, say("DIGEST_CHANGED", key=name)
+    else:
+        yield key, say("DIFFERENCE", key=name, before=_shown(before), after=_shown(now))
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else f"{json.dumps(value):.60}"

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from turret.server.adapters.component import MAX_COMPONENTS, MIN_COMPONENTS
-from turret.server.adapters.methods.kit import LinearMethod
 from turret.server.adapters.methods.low_rank import miss
 from turret.server.adapters.methods.structured.loha import highest_rank
 from turret.server.adapters.methods.transforms import hra
@@ -17,11 +15,8 @@ from turret.server.basics.names import closest, model_place
 from turret.server.basics.settings import Violation
 from turret.server.command.preflight import without_cuda
 from turret.server.config import AdapterConfig
-from turret.server.models.decoding.arch import MODULES, ROUTER, Experts, Projections
-from turret.server.models.families import FAMILIES
-from turret.server.models.sources.check import (
-    check_model,
-)
+from turret.server.models.decoding.arch import ROUTER, Projections
+from turret.server.models.sources.check import check_model
 from turret.server.training.methods import METHODS
 from turret.server.training.trainer import MAX_SEQUENCE_TOKENS
 from turret.training.errors import ConfigError
@@ -59,43 +54,13 @@ def module_sizes(projections: Projections, targets: Sequence[str]) -> Iterator[S
                 yield name, out // len(templates), inner
 
 
-def check_rank(method: str, sizes: Sequence[Size], rank: int) -> None:
-    """Reject a rank that the method cannot have on modules of these sizes.
-
-    Raises:
-        ConfigError: The rank is too high; the error has the highest possible one.
-    """
-    if method not in _HIGHEST or not sizes:
-        return
-    limits = [(_HIGHEST[method](inner, out), name) for name, out, inner in sizes]
-    highest, module = min(limits, key=lambda limit: limit[0])
-    if rank > highest:
-        text = say("RANK_TOO_HIGH", most=highest, method=method, value=rank, module=module)
-        raise ConfigError.of("method.rank", text)
-
-
-def highest_loha_rank(sizes: Sequence[Size]) -> int:
-    """The highest rank of a LoHa that the server supports on all of these modules."""
-    return min(highest_rank(inner, out) for _, out, inner in sizes)
-
-
-def _most_rank(method: LinearMethod) -> Callable[[int, int], int]:
-    assert method.most_rank is not None
-    return method.most_rank
-
-
-def _highest_shira_rank(inner: int, out: int) -> int:
-    """The highest rank for SHiRA, which trains rank · (out + in) of a weight's out · in entries."""
-    return out * inner // (out + inner)
-
-
 # The highest rank, by the inputs and outputs of a module. The rank of an update ``B A`` is at most
-# that of the weight.
-_HIGHEST: Mapping[str, Callable[[int, int], int]] = {
+# that of the weight. SHiRA trains rank · (out + in) of a weight's out · in entries.
+_HIGHEST: Mapping[str, Callable[[int, int], int] | None] = {
     **dict.fromkeys(("lora", "rslora", "dora", "alora", "vblora"), min),
-    **{method.name: _most_rank(method) for method in (hra.METHOD, miss.METHOD)},
+    **{method.name: method.most_rank for method in (hra.METHOD, miss.METHOD)},
     "loha": highest_rank,
-    "shira": _highest_shira_rank,
+    "shira": lambda inner, out: out * inner // (out + inner),
 }
 
 
@@ -104,36 +69,6 @@ _HIGHEST: Mapping[str, Callable[[int, int], int]] = {
 
 PRESETS = ("attention", "mlp", "all-linear")
 _ATTENTION_GROUPS = ("qkv", "o")
-
-
-def is_targeted(name: str, group: str, targets: Sequence[str]) -> bool:
-    """Whether a config selects a module.
-
-    Args:
-        name: The last part of the module's path.
-        group: The module's fused projection, a key of ``Arch.linears``.
-        targets: One preset, or module names.
-    """
-    if len(targets) != 1 or targets[0] not in PRESETS:
-        return name in targets
-    return targets[0] == "all-linear" or (group in _ATTENTION_GROUPS) == (targets[0] == "attention")
-
-
-def check_targets(model_type: str, targets: Sequence[str]) -> None:
-    """Reject targets that no dense model of a family has, when the modules are not known yet.
-
-    Args:
-        model_type: The model type of the base, a key of ``FAMILIES``.
-        targets: See :func:`check_names`.
-
-    Raises:
-        ConfigError: See :func:`check_names`.
-    """
-    family = FAMILIES[model_type]
-    if family.experts is None:
-        modules = family.modules.get(model_type, MODULES)
-        known = [path.rpartition(".")[2] for paths in modules.values() for path in paths]
-        check_names(model_type, known, targets)
 
 
 def check_names(model_type: str, known: Sequence[str], targets: Sequence[str]) -> None:
@@ -175,6 +110,8 @@ ON_EXPERTS = ("lora", "rslora")
 # Methods that cannot be trained to classify: the first learns a gate, and the second does not
 # change the text before its invocation.
 _WITHOUT_HEAD = ("learned_fusion", "alora")
+# The name of training on a server, in errors.
+_SERVER = "--server"
 
 
 def check_fit(config: TrainConfig) -> None:
@@ -186,22 +123,26 @@ def check_fit(config: TrainConfig) -> None:
     Raises:
         ConfigError: A setting has no meaning; the error names the first key.
     """
-    name = config.method.name
-    _check_keys(config.method)
+    name, keys = config.method.name, DECLARED[config.method.name].defaults
+    for entry in dataclasses.fields(config.method):
+        given = getattr(config.method, entry.name) is not None
+        if given and entry.name != "name" and entry.name not in keys:
+            text = say("KEY_UNSUPPORTED_BY", method=name, choices=", ".join(keys))
+            raise ConfigError.of(f"method.{entry.name}", text)
     if name == "hra" and (config.method.rank or 0) % 2:
         # HRA starts from pairs of reflections that cancel out.
         raise ConfigError.of("method.rank", say("ODD_RANK", value=config.method.rank))
     # These methods take effect at one position of a row; a packed row has several such positions.
     if config.data.packing and name in (*PROMPTS, "alora"):
-        raise _unsupported("data.packing", "true", name)
+        raise ConfigError(_unsupported("data.packing", "true", name))
     if config.data.task == "classification" and name in _WITHOUT_HEAD:
-        raise _unsupported("data.task", "classification", name)
+        raise ConfigError(_unsupported("data.task", "classification", name))
     # Checkpointing switches off the cache, through which a prefix passes its keys and values.
     if config.run.gradient_checkpointing and name == "prefix_tuning":
-        raise _unsupported("run.gradient_checkpointing", "true", name)
+        raise ConfigError(_unsupported("run.gradient_checkpointing", "true", name))
     ratio = config.optimizer.lora_plus_ratio
     if ratio is not None and name not in WITH_FACTORS:
-        raise _unsupported("optimizer.lora_plus_ratio", ratio, name)
+        raise ConfigError(_unsupported("optimizer.lora_plus_ratio", ratio, name))
 
 
 def check_served(config: TrainConfig) -> None:
@@ -215,7 +156,7 @@ def check_served(config: TrainConfig) -> None:
     """
     found = unserved(config)
     if config.base.device is not None:
-        found.append(_unserved("base.device", config.base.device))
+        found.append(_unsupported("base.device", config.base.device, _SERVER))
     if found:
         raise ConfigError(*found)
 
@@ -236,7 +177,9 @@ def unserved(config: TrainConfig) -> list[Violation]:
         "run.gradient_checkpointing": (config.run.gradient_checkpointing, (False,)),
     }
     found = [
-        _unserved(key, value) for key, (value, values) in allowed.items() if value not in values
+        _unsupported(key, value, _SERVER)
+        for key, (value, values) in allowed.items()
+        if value not in values
     ]
     # The last token of an example is only a target.
     if config.data.max_length > MAX_SEQUENCE_TOKENS + 1:
@@ -246,21 +189,8 @@ def unserved(config: TrainConfig) -> list[Violation]:
     return found
 
 
-def _unserved(key: str, value: object) -> Violation:
-    return Violation(key, say("VALUE_UNSUPPORTED_BY", value=value, method="--server"))
-
-
-def _unsupported(key: str, value: object, method: str) -> ConfigError:
-    return ConfigError.of(key, say("VALUE_UNSUPPORTED_BY", value=value, method=method))
-
-
-def _check_keys(config: MethodConfig) -> None:
-    keys = DECLARED[config.name].defaults
-    for entry in dataclasses.fields(config):
-        given = getattr(config, entry.name) is not None
-        if given and entry.name != "name" and entry.name not in keys:
-            text = say("KEY_UNSUPPORTED_BY", method=config.name, choices=", ".join(keys))
-            raise ConfigError.of(f"method.{entry.name}", text)
+def _unsupported(key: str, value: object, method: str) -> Violation:
+    return Violation(key, say("VALUE_UNSUPPORTED_BY", value=value, method=method))
 
 
 def module_names(projections: Projections, preset: str) -> tuple[str, ...]:
@@ -272,28 +202,26 @@ def module_names(projections: Projections, preset: str) -> tuple[str, ...]:
     """
     names: list[str] = []
     for group, slices in projections.linears().items():
+        is_attention = group in _ATTENTION_GROUPS
+        is_selected = preset == "all-linear" or is_attention == (preset == "attention")
         # In transformers, the router is a parameter, not a linear module.
-        if group == ROUTER:
-            continue
-        last = (path.rsplit(".", 1)[-1] for path, _, _ in slices)
-        names += [name for name in last if is_targeted(name, group, (preset,))]
+        if is_selected and group != ROUTER:
+            names += [path.rpartition(".")[2] for path, _, _ in slices]
     if preset != "attention":
         names += expert_names(projections)
     return tuple(dict.fromkeys(names))
 
 
 def expert_names(projections: Projections) -> tuple[str, ...]:
-    """The modules of experts that can be trained, by the last part of their path."""
-    return () if projections.experts is None else _target_names(projections.experts)
-
-
-def _target_names(experts: Experts) -> tuple[str, ...]:
-    """The modules of experts that adapters may target, by the last part of each path.
+    """The modules of experts that can be trained, by the last part of their path.
 
     Empty if the modules have other paths in the trained model than in the server and PEFT.
     """
+    experts = projections.experts
+    if experts is None or experts.path != experts.checkpoint_path:
+        return ()
     templates = [name for names in experts.modules.values() for name in names]
-    if experts.path != experts.checkpoint_path or not all(t.startswith("{}.") for t in templates):
+    if not all(template.startswith("{}.") for template in templates):
         return ()
     return tuple(template.removeprefix("{}.") for template in templates)
 
@@ -319,27 +247,6 @@ def expand_targets(projections: Projections, targets: Sequence[str]) -> tuple[st
     return tuple(dict.fromkeys(targets))
 
 
-def check_experts(method: str, projections: Projections, targets: Sequence[str]) -> None:
-    """Reject modules of experts for a method that the server does not support there.
-
-    Args:
-        method: The name of the method.
-        projections: The projections of the base.
-        targets: The result of :func:`expand_targets`.
-
-    Raises:
-        ConfigError: A module is not supported; the error names the first one.
-    """
-    named = [name for name in expert_names(projections) if name in targets]
-    if named and method not in ON_EXPERTS:
-        choices = ", ".join(ON_EXPERTS)
-        text = say("EXPERTS_UNSUPPORTED_BY", module=named[0], method=method, choices=choices)
-        raise ConfigError.of("method.targets", text)
-
-
-# Checks that a base has the modules that a config names, and that the rank fits them.
-
-
 # Default targets of every method that has a rank.
 _ALL = ("all-linear",)
 
@@ -359,19 +266,33 @@ def check_modules(
         ConfigError: The base lacks a module, or the method cannot adapt it at this rank.
     """
     names = expand_targets(projections, targets)
-    check_experts(method, projections, names)
-    if rank is not None:
-        check_rank(method, tuple(module_sizes(projections, names)), rank)
+    of_experts = [name for name in expert_names(projections) if name in names]
+    if of_experts and method not in ON_EXPERTS:
+        about = {"module": of_experts[0], "method": method, "choices": ", ".join(ON_EXPERTS)}
+        raise ConfigError.of("method.targets", say("EXPERTS_UNSUPPORTED_BY", **about))
+    limit = _HIGHEST.get(method)
+    if rank is not None and limit is not None:
+        sizes = module_sizes(projections, names)
+        limits = [(limit(inner, out), name) for name, out, inner in sizes]
+        most, module = min(limits, key=lambda each: each[0], default=(rank, ""))
+        if rank > most:
+            text = say("RANK_TOO_HIGH", most=most, method=method, value=rank, module=module)
+            raise ConfigError.of("method.rank", text)
     return names
 
 
 def check_method(config: MethodConfig, projections: Projections) -> None:
-    """Apply :func:`check_modules` to a config as read, as far as its keys are set.
+    """Check a config as read, as far as its keys are set.
 
     Args:
         config: The config, with keys of its method only.
         projections: The projections of the base.
+
+    Raises:
+        ConfigError: See :func:`check_modules`; or the method does not support experts.
     """
+    if config.name == "learned_fusion" and projections.experts is not None:
+        raise ConfigError.of("method.name", say("FUSION_OF_EXPERTS"))
     has_modules = "targets" in DECLARED[config.name].defaults
     if has_modules and (config.targets or config.rank) is not None:
         check_modules(config.name, projections, config.targets or _ALL, config.rank)
@@ -414,20 +335,7 @@ def check_inputs(config: TrainConfig, folder: Path) -> None:
         check_components(config.method.components or (), folder)
 
 
-@dataclass(frozen=True, slots=True)
-class KnownBase:
-    """The facts about a base that are known before torch is loaded.
-
-    Attributes:
-        name: The name in the server and in a run's record.
-        projections: The modules; None if torch is needed to determine them.
-    """
-
-    name: str
-    projections: Projections | None
-
-
-def check_bases(configs: Sequence[TrainConfig], folder: Path) -> list[KnownBase]:
+def check_bases(configs: Sequence[TrainConfig], folder: Path) -> None:
     """Reject bases that are unusable, at all or with a method; queries the hub if needed.
 
     Args:
@@ -441,18 +349,12 @@ def check_bases(configs: Sequence[TrainConfig], folder: Path) -> list[KnownBase]
     """
     places = [base_place(config.base, folder) for config in configs]
     models = {place: check_model(place) for place in dict.fromkeys(places)}
-    found = []
     for config, place in zip(configs, places, strict=True):
         base = models[place]
         if base.num_positions is not None:
             check_max_length(config.data, base.num_positions)
-        projections = base.projections()
-        if projections is None and config.method.targets is not None:
-            check_targets(base.model_type, config.method.targets)
-        if projections is not None:
+        if (projections := base.projections()) is not None:
             check_method(config.method, projections)
-        found.append(KnownBase(base.name, projections))
-    return found
 
 
 def check_max_length(config: DataConfig, context: int) -> None:

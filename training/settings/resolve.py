@@ -17,15 +17,9 @@ from turret.training.base_model import TrainingBase, find_base
 from turret.training.batches import Dataset, load_dataset
 from turret.training.errors import ConfigError
 from turret.training.examples import invocation_of
-from turret.training.methods import method_named
+from turret.training.methods import METHODS
 from turret.training.methods.method import TrainingMethod
-from turret.training.settings.checks import (
-    base_place,
-    check_components,
-    check_fit,
-    check_method,
-    component_directories,
-)
+from turret.training.settings.checks import base_place, check_method, component_directories
 from turret.training.settings.config import (
     BaseConfig,
     DataConfig,
@@ -62,7 +56,7 @@ def resolve(config: TrainConfig, folder: Path, served: Model | None = None) -> R
     """Fill in the config, and read the files that it names.
 
     Args:
-        config: The config as read.
+        config: The config, after ``check_inputs``.
         folder: The directory to which its paths are relative.
         served: The model of the server that trains; None for a run in this process.
 
@@ -72,8 +66,7 @@ def resolve(config: TrainConfig, folder: Path, served: Model | None = None) -> R
     """
     folder = folder.resolve()
     notes: list[str] = []
-    check_fit(config)
-    method = method_named(config.method.name)
+    method = METHODS[config.method.name]
     directory = base_place(config.base, folder)
     base = find_base(directory, functools.partial(check_method, config.method))
     if served is None:
@@ -124,7 +117,6 @@ def _rooted(config: MethodConfig, folder: Path) -> MethodConfig:
     """The method's config, with absolute directories of its components."""
     if config.components is None:
         return config
-    check_components(config.components, folder)
     directories = component_directories(config.components, folder)
     return replace(config, components=tuple(f"{n}={path}" for n, path in directories.items()))
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turret.server.basics.names import how_to_add, model_place
-from turret.training.verbs import with_errors
+from turret.server.basics.names import model_place
+from turret.training.verbs import check_installed, with_errors
 from turret.training.words import say
 
 if TYPE_CHECKING:
@@ -67,10 +66,7 @@ def _adapter(text: str) -> tuple[str, Path]:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    if not importlib.util.find_spec("peft"):
-        from turret.training.errors import RunError
-
-        raise RunError(say("NOT_INSTALLED", packages="peft", step=how_to_add("train")))
+    check_installed("peft")
     verdicts = _run(args)
     if args.json:
         from turret.clients.verbs.command import print_json
@@ -105,7 +101,7 @@ def _run(args: argparse.Namespace) -> list[Verdict]:
     token = args.token or os.environ.get(_TOKEN_VARIABLE)
     with (
         VerifiedServer(args.against, token) as server,
-        training_progress(None, "verify", stays=False, is_quiet=args.quiet) as listen,
+        training_progress("verify", stays=False, is_quiet=args.quiet) as listen,
     ):
         if missing := sorted(adapters.keys() - server.names):
             raise RunError(say("NOT_ON_SERVER", names=missing, choices=sorted(server.names)))
@@ -124,12 +120,12 @@ def _run(args: argparse.Namespace) -> list[Verdict]:
 
 
 def _print(verdicts: list[Verdict]) -> None:
-    from turret.clients.verbs.tables import print_table, table_of
+    from turret.clients.verbs.tables import print_cells
 
     columns = {"adapter": "text", "tokens as PEFT": "number", "error": "number"}
     columns |= {"bf16 PEFT": "number", "in a batch": "text", "reloaded": "text"}
     columns |= {"result": "text"}
-    print_table(table_of(columns, map(_cells, verdicts)))
+    print_cells(columns, map(_cells, verdicts))
 
 
 def _cells(verdict: Verdict) -> list[str]:

@@ -24,7 +24,7 @@ from turret.server.adapters.adapter import (
 )
 from turret.server.adapters.checkpoint.adapter_checkpoint import refuse_all
 from turret.server.adapters.component import COMPONENTS_KEY, ComponentRef
-from turret.server.adapters.residency.leases import AdapterMetrics, Leases
+from turret.server.adapters.residency.leases import Leases
 from turret.server.adapters.state_dir import SavedRegistration
 from turret.server.basics.names import closest, is_private
 from turret.server.errors import (
@@ -34,6 +34,7 @@ from turret.server.errors import (
     AdapterInUseError,
     AdapterNotFoundError,
 )
+from turret.server.metrics import Metrics
 from turret.server.words import Text, say
 
 
@@ -227,7 +228,7 @@ class NameTable:
         self,
         lock: threading.RLock,
         leases: Leases,
-        metrics: AdapterMetrics,
+        metrics: Metrics,
         on_gone: Callable[[Adapter], None],
         *,
         keep_generations: int = 0,

@@ -42,7 +42,7 @@ from turret.server.adapters.registry.name_table import (
     generation_of,
     registration_of,
 )
-from turret.server.adapters.residency.leases import AdapterMetrics, Leases, NoAdapterMetrics
+from turret.server.adapters.residency.leases import Leases
 from turret.server.adapters.residency.loader import AdapterLoader, lost
 from turret.server.adapters.state_dir import NoStateDir, StagedUpload, UploadedFile
 from turret.server.basics.names import BASE, is_remote, no_adapter_name
@@ -55,8 +55,8 @@ from turret.server.errors import (
     InvalidRequestError,
     TurretError,
 )
-from turret.server.hub import AdapterHub
-from turret.server.remote import RemoteAdapters
+from turret.server.metrics import Metrics
+from turret.server.remote import AdapterHub, RemoteAdapters
 from turret.server.words import say
 
 UnloadMode = Literal["DRAIN", "FORCE"]
@@ -172,7 +172,7 @@ class AdapterRegistry:
         base: The base model as served.
         host_bytes: Budget for operators in host memory, all adapters together.
         max_rank: Highest rank that an adapter may have.
-        metrics: Receives counts; see ``AdapterMetrics``.
+        metrics: The metrics of the server; None for new ones.
         state: Keeps registrations and uploads across restarts. None keeps neither.
         on_unloaded: Called with the key of a generation that is gone (unloaded, or replaced and no
             longer in use), so that copies of its operators can be freed. May be set later.
@@ -197,7 +197,7 @@ class AdapterRegistry:
         base: BaseModel,
         host_bytes: int,
         max_rank: int,
-        metrics: AdapterMetrics | None = None,
+        metrics: Metrics | None = None,
         *,
         state: NoStateDir | None = None,
         on_unloaded: Callable[[str], None] | None = None,
@@ -222,7 +222,7 @@ class AdapterRegistry:
             admit=admit,
         )
         self._lock = lock = threading.RLock()
-        self._metrics: AdapterMetrics = metrics or NoAdapterMetrics()
+        self._metrics = metrics or Metrics()
         self._leases = leases = Leases(
             host_bytes, loader.reload, lock=lock, metrics=self._metrics, load_threads=load_threads
         )
@@ -430,10 +430,10 @@ class AdapterRegistry:
                 self.check_name(name)
                 yield
         except Exception:
-            self._metrics.adapter_loaded("error")
+            self._metrics.loads.labels("error").inc()
             raise
-        self._metrics.adapter_loaded("ok")
-        self._metrics.adapter_load("read", time.monotonic() - start)
+        self._metrics.loads.labels("ok").inc()
+        self._metrics.load_seconds.labels("read").observe(time.monotonic() - start)
 
     def check_name(self, name: str) -> None:
         """Raises InvalidRequestError if a name is malformed, the base's or an alias's."""

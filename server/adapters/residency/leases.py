@@ -17,45 +17,13 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from turret.server.adapters.adapter import Adapter, HostResult, Mix, OnHost, Source
 from turret.server.adapters.residency.loader import LoadedAdapter
 from turret.server.basics.work import turret_error
 from turret.server.errors import BudgetExceededError, TurretError, UnavailableError
+from turret.server.metrics import Metrics
 from turret.server.words import say
-
-
-class AdapterMetrics(Protocol):
-    """The part of the server's metrics that the registry and the leases update."""
-
-    def adapter_registered(self, name: str, tier: str = "disk") -> None:
-        pass
-
-    def adapter_residency(self, name: str, tier: str) -> None:
-        pass
-
-    def adapter_removed(self, name: str) -> None:
-        pass
-
-    def alias_changed(self, name: str, targets: Iterable[tuple[str, int]]) -> None:
-        pass
-
-    def adapter_bytes(self, **counts: int) -> None:
-        pass
-
-    def adapter_load(self, stage: str, seconds: float) -> None:
-        pass
-
-    def adapter_loaded(self, result: str) -> None:
-        pass
-
-    def adapter_evicted(self, tier: str, reason: str) -> None:
-        pass
-
-
-class NoAdapterMetrics(AdapterMetrics):
-    """Counts nothing: it inherits the protocol's methods, which do nothing."""
 
 
 class HostMemory:
@@ -74,7 +42,7 @@ class HostMemory:
         used_bytes: Bytes that resident and arriving adapters take.
     """
 
-    def __init__(self, budget_bytes: int, metrics: AdapterMetrics) -> None:
+    def __init__(self, budget_bytes: int, metrics: Metrics) -> None:
         self.used_bytes = 0
         self._budget_bytes = budget_bytes
         self._metrics = metrics
@@ -111,7 +79,7 @@ class HostMemory:
         self.used_bytes -= adapter.host_bytes_needed
         adapter.operators = None
         if reason is not None:
-            self._metrics.adapter_evicted("host", reason)
+            self._metrics.evictions.labels("host", reason).inc()
 
     def make_room_for(self, adapters: Iterable[Adapter]) -> bool:
         """Evicts other adapters until all of ``adapters`` fit; if they cannot fit, evicts nothing.
@@ -145,7 +113,7 @@ class HostMemory:
         ]
         for adapter in stale:
             adapter.operators = None
-            self._metrics.adapter_evicted("host", "base")
+            self._metrics.evictions.labels("host", "base").inc()
         return stale
 
     def is_stale(self, base_generation: int | None) -> bool:
@@ -156,7 +124,7 @@ class HostMemory:
         """Reports the adapter's tier and the used memory to the metrics."""
         if not adapter.is_retired:
             self._metrics.adapter_residency(adapter.name, adapter.residency)
-        self._metrics.adapter_bytes(host=self.used_bytes)
+        self._metrics.adapter_bytes.labels("host").set(self.used_bytes)
 
     def _make_room(self, needed: int, keep: Container[str]) -> bool:
         over = self.used_bytes + needed - self._budget_bytes
@@ -236,7 +204,7 @@ class Leases:
         reload: Reload,
         *,
         lock: threading.RLock,
-        metrics: AdapterMetrics,
+        metrics: Metrics,
         load_threads: int = 2,
     ) -> None:
         self._memory = HostMemory(host_bytes, metrics)
@@ -297,7 +265,7 @@ class Leases:
                 load.is_abandoned = True
             elif adapter in self._memory:
                 self._memory.leave(adapter, reason)
-                self._metrics.adapter_bytes(host=self._memory.used_bytes)
+                self._metrics.adapter_bytes.labels("host").set(self._memory.used_bytes)
 
     def set_pinned(self, adapter: Adapter, pinned: bool) -> None:
         """Pins an adapter that is in memory or coming back to it, or unpins one."""
@@ -523,9 +491,9 @@ class Leases:
         callbacks: _Callbacks,
     ) -> None:
         load = self._loads.pop(adapter.key)
-        self._metrics.adapter_load("read", seconds)
+        self._metrics.load_seconds.labels("read").observe(seconds)
         is_error = isinstance(outcome, TurretError)
-        self._metrics.adapter_loaded("error" if is_error else "ok")
+        self._metrics.loads.labels("error" if is_error else "ok").inc()
         if isinstance(outcome, TurretError) or load.is_abandoned:
             self._give_up(load, outcome, callbacks)
         else:
@@ -535,7 +503,7 @@ class Leases:
                 lease.load_seconds[adapter.key] = seconds
                 self._notify_if_ready(lease, callbacks)
         if load.is_abandoned:
-            self._metrics.adapter_bytes(host=self._memory.used_bytes)
+            self._metrics.adapter_bytes.labels("host").set(self._memory.used_bytes)
         else:
             self._memory.report(adapter)
 

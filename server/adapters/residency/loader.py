@@ -50,7 +50,7 @@ from turret.server.errors import (
     AdapterMismatchError,
     InvalidRequestError,
 )
-from turret.server.hub import AdapterHub
+from turret.server.remote import AdapterHub
 from turret.server.words import Text, say
 
 _log = logging.getLogger(__name__)

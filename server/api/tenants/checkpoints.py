@@ -1,6 +1,6 @@
 """Checkpoints of adapters in training: directories with PEFT's files, under ``tinker://`` paths.
 
-    <run>/<kind>/<name>/adapter_config.json, …   as ``Training.save`` writes them
+    <run>/<kind>/<name>/adapter_config.json, …   as ``TrainingService.save`` writes them
     <run>/<kind>/<name>/checkpoint.json          what the API reports about the checkpoint
     <run>/<kind>/<name>~/                        a checkpoint that is being replaced
     incoming/<random>/                           an unfinished checkpoint; removed at startup

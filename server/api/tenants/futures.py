@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from pydantic_core import to_json
 
-from turret.server.api.faults import fault_of
+from turret.server.api.call import fault_of
 from turret.server.basics.codes import Code
 from turret.server.errors import (
     InvalidRequestError,

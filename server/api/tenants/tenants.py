@@ -4,27 +4,389 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from turret.server.api.access import Party, TokenTable, bearer_token, token_digest
 from turret.server.api.gate import ServingGate
 from turret.server.api.tenants.checkpoints import Checkpoint, Checkpoints
-from turret.server.api.tenants.futures import Futures
-from turret.server.api.tenants.sessions import Model, Sessions
+from turret.server.api.tenants.futures import CommandLog, Futures
 from turret.server.basics.files import reporting_disk_faults
 from turret.server.basics.turns import FairPool
-from turret.server.errors import AdapterMismatchError, InvalidRequestError, TurretError
-from turret.server.training.trainer import Published
+from turret.server.errors import (
+    AdapterMismatchError,
+    InvalidRequestError,
+    QueueFullError,
+    TrainingNotFoundError,
+    TurretError,
+)
+from turret.server.training.trainer import LearnerConfig, Published
 from turret.server.words import say
 
 if TYPE_CHECKING:
     from turret.server.models.describe import ModelInfo
+    from turret.server.training.service import TrainingService
+
+
+# Sessions of clients, with the models that they train and the samplers that they use.
+#
+# A session ends with everything in it when its client has been silent for a while.
 
 _log = logging.getLogger(__name__)
+
+# Clients send a heartbeat every ten seconds.
+SESSION_SECONDS = 300.0
+# Limits per owner and per session.
+MAX_SESSIONS = 32
+MAX_MODELS = 16
+MAX_SAMPLERS = 64
+_SHOWN_CHARS = 80
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Model:
+    """An adapter in training.
+
+    Attributes:
+        model_id: Identifies it to the client.
+        owner: The client.
+        config: The config of the adapter.
+        metadata: The client's own notes.
+        log: The commands.
+        learner: The number of the adapter; None until it has begun.
+        used: The Unix time of the last command.
+        inflight: The name of the adapter that follows its weights; empty if it has none.
+    """
+
+    model_id: str
+    owner: str
+    config: LearnerConfig
+    metadata: dict[str, str]
+    log: CommandLog
+    learner: int | None = None
+    used: float = field(default_factory=time.time)
+    inflight: str = ""
+
+    @property
+    def adapter(self) -> str:
+        """The name of its adapter for sampling."""
+        session_id, _, number = self.model_id.partition(":train:")
+        return f"training/{session_id}/{number}"
+
+    @property
+    def number(self) -> int:
+        """The number of the adapter.
+
+        Raises:
+            TrainingNotFoundError: The adapter could not be created.
+        """
+        if self.learner is None:
+            raise unknown_model(self.model_id)
+        return self.learner
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Sampler:
+    """Weights to sample from.
+
+    Attributes:
+        sampler_id: Identifies it to the client.
+        owner: The client.
+        adapter: The name of the adapter; empty for the base model.
+        generation: The generation of the adapter; None for the newest.
+        path: The path of the checkpoint, if the client named one.
+        is_own: Whether the adapter is for this sampler alone, and ends with it.
+        size: The size of that adapter's files in bytes.
+        running: The number of requests that run.
+        used: The time of its last use on the monotonic clock.
+    """
+
+    sampler_id: str
+    owner: str
+    adapter: str = ""
+    generation: int | None = None
+    path: str | None = None
+    is_own: bool = False
+    size: int = 0
+    running: int = 0
+    used: float = field(default_factory=time.monotonic)
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Session:
+    """A client's session.
+
+    Attributes:
+        session_id: Identifies it to the client.
+        owner: The client.
+        lasts: The session ends after this many seconds without a sign of life; None for
+            ``SESSION_SECONDS``.
+        is_numbered: Whether the client numbers the commands of its models.
+        seen: The time of its last sign of life on the monotonic clock.
+        models: Its models by id.
+        samplers: Its samplers by id.
+    """
+
+    session_id: str
+    owner: str
+    lasts: float | None = None
+    is_numbered: bool = True
+    seen: float = field(default_factory=time.monotonic)
+    models: dict[str, Model] = field(default_factory=dict)
+    samplers: dict[str, Sampler] = field(default_factory=dict)
+
+
+def unknown_model(model_id: str) -> TrainingNotFoundError:
+    """The error for a model that the client does not train."""
+    text = say("TRAINED_MODEL_NOT_FOUND", model=model_id[:_SHOWN_CHARS])
+    return TrainingNotFoundError(text)
+
+
+class Sessions:
+    """All sessions. Belongs to one event loop.
+
+    Args:
+        gate: Gives access to the training once the model is loaded.
+        futures: Takes the results of commands.
+    """
+
+    def __init__(self, gate: ServingGate, futures: Futures) -> None:
+        self._gate = gate
+        self._futures = futures
+        self._all: dict[str, Session] = {}
+        self._waiting_bytes: Counter[str] = Counter()
+        self._arriving: Counter[str] = Counter()
+        # Models that are being dropped, and names of adapters that are being unregistered.
+        self._ending: set[asyncio.Task[None]] = set()
+
+    def training(self) -> TrainingService:
+        """The training.
+
+        Raises:
+            UnavailableError: The server is starting or shutting down.
+        """
+        training = self._gate.enter().training
+        assert training is not None, "the server was started with a directory, but cannot train"
+        return training
+
+    def begin(self, owner: str, **options: Any) -> Session:
+        """A new session; options are other fields of ``Session``.
+
+        Raises:
+            QueueFullError: The owner has too many.
+        """
+        self._check_limit(owner, MAX_SESSIONS, "sessions", list(self._all.values()))
+        session = Session(session_id=uuid.uuid4().hex, owner=owner, **options)
+        self._all[session.session_id] = session
+        return session
+
+    def find(self, owner: str, session_id: str) -> Session:
+        """A session, which counts as a sign of life.
+
+        Raises:
+            TrainingNotFoundError: The session has ended, or belongs to another client.
+        """
+        session = self._all.get(session_id)
+        if session is None or session.owner != owner:
+            text = say("SESSION_NOT_FOUND", session=session_id[:_SHOWN_CHARS])
+            raise TrainingNotFoundError(text)
+        session.seen = time.monotonic()
+        return session
+
+    def models(self, owner: str, *, is_numbered: bool | None = None) -> list[Model]:
+        """All models of an owner, or those of one kind of sessions (see ``Session``)."""
+        return [
+            model
+            for session in self._all.values()
+            for model in session.models.values()
+            if model.owner == owner and is_numbered in (None, session.is_numbered)
+        ]
+
+    def of(self, model: Model) -> Session:
+        """The session of a model that was just found."""
+        return self._all[model.model_id.partition(":")[0]]
+
+    @property
+    def bytes_by_owner(self) -> Counter[str]:
+        """The size of each owner's sampler files, including those that are being written."""
+        found = self._arriving.copy()
+        for session in self._all.values():
+            found[session.owner] += sum(each.size for each in session.samplers.values())
+        return found
+
+    @contextmanager
+    def arriving(self, owner: str, size: int) -> Iterator[None]:
+        """Count the files of a sampler that is written while the block runs."""
+        self._arriving[owner] += size
+        try:
+            yield
+        finally:
+            self._arriving[owner] -= size
+            if not self._arriving[owner]:
+                del self._arriving[owner]
+
+    def model(self, owner: str, model_id: str, *, is_numbered: bool = True) -> Model:
+        """A model, whose use counts as a sign of life.
+
+        Args:
+            owner: The client.
+            model_id: The model.
+            is_numbered: See ``Session``; other models do not exist for the caller.
+
+        Raises:
+            TrainingNotFoundError: It does not exist, or belongs to another client.
+        """
+        session = self._all.get(model_id.partition(":")[0])
+        model = None if session is None else session.models.get(model_id)
+        if session is None or model is None or model.owner != owner:
+            raise unknown_model(model_id)
+        if session.is_numbered != is_numbered:
+            raise unknown_model(model_id)
+        session.seen = time.monotonic()
+        model.used = time.time()
+        return model
+
+    def sampler(self, owner: str, sampler_id: str) -> Sampler:
+        """A sampler, whose use counts as a sign of life.
+
+        Raises:
+            TrainingNotFoundError: It does not exist, or belongs to another client.
+        """
+        session = self._all.get(sampler_id.partition(":")[0])
+        sampler = None if session is None else session.samplers.get(sampler_id)
+        if session is None or sampler is None or sampler.owner != owner:
+            text = say("SAMPLER_NOT_FOUND", sampler=sampler_id[:_SHOWN_CHARS])
+            raise TrainingNotFoundError(text)
+        session.seen = sampler.used = time.monotonic()
+        return sampler
+
+    def add_model(
+        self, session: Session, number: int, config: LearnerConfig, metadata: dict[str, str]
+    ) -> Model:
+        """A new model; ``number`` identifies it within the session.
+
+        Raises:
+            QueueFullError: The owner has too many.
+        """
+        owner = session.owner
+        self._check_limit(owner, MAX_MODELS, "models in training", self.models(owner))
+        model_id = f"{session.session_id}:train:{number}"
+        log = CommandLog(self._futures, self._waiting_bytes)
+        model = Model(model_id=model_id, owner=owner, config=config, metadata=metadata, log=log)
+        session.models[model_id] = model
+        return model
+
+    def add_sampler(self, session: Session, sampler: Sampler) -> None:
+        """Add a sampler; if there are too many, close the least recently used one.
+
+        A sampler that had the same id ends.
+
+        Raises:
+            TrainingNotFoundError: The session has ended meanwhile.
+            QueueFullError: All samplers are in use.
+        """
+        try:
+            self.find(session.owner, session.session_id)
+            before = session.samplers.pop(sampler.sampler_id, None)
+            self._make_room(session)
+        except (TrainingNotFoundError, QueueFullError):
+            self._withdraw(sampler)
+            raise
+        session.samplers[sampler.sampler_id] = sampler
+        if before is not None and before.adapter != sampler.adapter:
+            self._withdraw(before)
+
+    def _make_room(self, session: Session) -> None:
+        if len(session.samplers) < MAX_SAMPLERS:
+            return
+        idle = [each for each in session.samplers.values() if not each.running]
+        if not idle:
+            raise QueueFullError(say("TRAINING_LIMIT_REACHED", most=MAX_SAMPLERS, what="samplers"))
+        oldest = min(idle, key=lambda each: each.used)
+        del session.samplers[oldest.sampler_id]
+        self._withdraw(oldest)
+
+    def drop_model(self, model: Model) -> None:
+        """Forget a model. A running pass ends early, and any other running command completes."""
+        session = self._all.get(model.model_id.partition(":")[0])
+        if session is not None:
+            session.models.pop(model.model_id, None)
+        self._later(self._drop(model))
+
+    def end(self, session: Session) -> None:
+        """End a session, with its models and samplers."""
+        if self._all.pop(session.session_id, None) is None:
+            return
+        for model in session.models.values():
+            self._later(self._drop(model))
+        for sampler in session.samplers.values():
+            self._withdraw(sampler)
+
+    def sweep(self) -> None:
+        """End silent sessions, and fail commands that wait for one that never arrived."""
+        now = time.monotonic()
+        for session in list(self._all.values()):
+            lasts = SESSION_SECONDS if session.lasts is None else session.lasts
+            if session.seen + lasts < now:
+                self.end(session)
+            for model in session.models.values():
+                model.log.give_up()
+
+    async def close(self) -> None:
+        """Wait until everything that is ending has ended."""
+        if self._ending:
+            await asyncio.wait(self._ending)
+
+    def _check_limit(
+        self, owner: str, most: int, what: str, found: Sequence[Session] | Sequence[Model]
+    ) -> None:
+        if sum(each.owner == owner for each in found) >= most:
+            raise QueueFullError(say("TRAINING_LIMIT_REACHED", most=most, what=what))
+
+    async def _drop(self, model: Model) -> None:
+        model.log.abandon()
+        # Drop the adapter now: this ends a running pass, which could take hours.
+        await self._drop_learner(model)
+        await model.log.close()
+        # A command that was running may have created an adapter; drop that one too.
+        await self._drop_learner(model)
+        if model.inflight and self._gate.is_open:
+            await self.training().withdraw(model.inflight)
+
+    async def _drop_learner(self, model: Model) -> None:
+        if model.learner is not None and self._gate.is_open:
+            await self.training().drop(model.learner)
+
+    def _withdraw(self, sampler: Sampler) -> None:
+        if sampler.is_own and self._gate.is_open:
+            self._later(self._withdrawn(sampler.adapter))
+
+    async def _withdrawn(self, name: str) -> None:
+        await self.training().withdraw(name)
+
+    def _later(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.ensure_future(_quietly(work))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+
+async def _quietly(work: Coroutine[None, None, None]) -> None:
+    """Run work for which no caller waits."""
+    try:
+        await work
+    except TurretError:
+        # A server that is shutting down rejects the work, and keeps no state anyway.
+        pass
+    except Exception:
+        _log.exception("the end of a session failed")
+
 
 SWEEP_SECONDS = 10.0
 _T = TypeVar("_T")

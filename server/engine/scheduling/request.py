@@ -6,12 +6,15 @@ import enum
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from turret.server.adapters.adapter import AdapterRef, Head
-from turret.server.constraints.constraint import MATCHER_BYTES, Constraint
+from turret.server.constraints.matcher import MATCHER_BYTES, Constraint
 from turret.server.errors import InvalidRequestError
 from turret.server.words import say
+
+if TYPE_CHECKING:
+    from turret.server.models.tokenizer import Tokenizer
 
 # Requests for a pooled vector of the prompt's final states, instead of an answer.
 
@@ -44,23 +47,6 @@ class Pooling:
     classifies: bool = False
 
 
-class TextStream(Protocol):
-    """Decodes token by token (``server/models/tokenizer.py``)."""
-
-    def push(self, token_id: int) -> str: ...
-
-
-class RequestTokenizer(Protocol):
-    """The interface of a tokenizer that the engine uses: the base's or an adapter's own."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def eos_token_ids(self) -> frozenset[int]: ...
-    def stream(self, call_marks: bool = False, said_only: bool = False) -> TextStream: ...
-    def token_text(self, token_id: int) -> str: ...
-
-
 @dataclass(frozen=True, slots=True)
 class AdapterTokenizer:
     """The tokenizer of a mix that has its own tokenizer or chat template.
@@ -72,7 +58,7 @@ class AdapterTokenizer:
     """
 
     content: tuple[str, str]
-    tokenizer: RequestTokenizer
+    tokenizer: Tokenizer
 
 
 MAX_TOP_N = 20

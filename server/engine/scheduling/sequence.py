@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import enum
+import sys
+from array import array
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from turret.server.basics.token_search import last_occurrence
 from turret.server.engine.scheduling.block_pool import BlockPool, next_key, root_key
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.speculation import Drafter
@@ -68,6 +69,21 @@ def stages_of(mix: Mix, prompt: SequenceOf[int], num_virtual: int) -> tuple[Stag
 
     begins = sorted({start for start in starts.values() if start is not None})
     return (Stage(0, acting(None)), *(Stage(start, acting(start)) for start in begins))
+
+
+_CODEC = "utf-32-le" if sys.byteorder == "little" else "utf-32-be"
+
+
+def last_occurrence(tokens: SequenceOf[int], wanted: SequenceOf[int]) -> int | None:
+    """The start of the last occurrence of ``wanted`` in ``tokens``, or None."""
+    # Search the reversed tokens as text, which takes linear time for any tokens.
+    found = _reversed_text(tokens).find(_reversed_text(wanted))
+    return None if found < 0 else len(tokens) - len(wanted) - found
+
+
+def _reversed_text(tokens: SequenceOf[int]) -> str:
+    """The tokens as text, with one character per token and the last one first."""
+    return array("I", tokens[::-1]).tobytes().decode(_CODEC, "surrogatepass")
 
 
 class SequenceState(enum.Enum):

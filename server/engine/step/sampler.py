@@ -392,28 +392,6 @@ class UniformStream:
         return self._numbers[index - self._first]
 
 
-class Uniforms:
-    """Uniform numbers in [0, 1), by sequence.
-
-    The n-th generated token of a sequence takes the n-th number of its seed. So a step that is
-    computed again, because there was no memory for it, draws the same tokens.
-    """
-
-    def __init__(self) -> None:
-        self._streams: dict[Sequence, UniformStream] = {}
-
-    def next(self, sequence: Sequence, ahead: int = 0) -> float:
-        """The number for the token that is drawn next, ``ahead`` tokens of this step before it."""
-        stream = self._streams.get(sequence)
-        if stream is None:
-            stream = self._streams[sequence] = UniformStream(sequence.request.sampling.seed)
-        return stream.at(sequence.num_generated + ahead)
-
-    def forget(self, sequence: Sequence) -> None:
-        """Drop a finished sequence's numbers."""
-        self._streams.pop(sequence, None)
-
-
 NO_MASKS: Mapping[Sequence, Mask] = {}
 NOTHING_DRAWN: Mapping[Sequence, SequenceOf[int]] = {}
 # Filters first look at this many of the likeliest tokens. A full sort is rarely needed.
@@ -434,10 +412,13 @@ class Draw:
 
 
 class Sampler:
-    """Keeps each running sequence's random generator and what changes its logits.
+    """Keeps each running sequence's random numbers and what changes its logits. One thread only.
 
     Args:
         stop_token_ids: The model's end tokens, not drawn while under ``min_tokens``.
+
+    Attributes:
+        takes_late_masks: Whether ``draw`` itself requests the masks that it needs.
     """
 
     takes_late_masks = True
@@ -445,12 +426,12 @@ class Sampler:
     def __init__(self, stop_token_ids: frozenset[int] = frozenset()) -> None:
         self._stop_token_ids = stop_token_ids
         self._adjustments: dict[Sequence, Adjustment] = {}
-        self._uniforms = Uniforms()
+        self._streams: dict[Sequence, UniformStream] = {}
 
     def forget(self, sequence: Sequence) -> None:
         """Drop a finished sequence's state."""
         self._adjustments.pop(sequence, None)
-        self._uniforms.forget(sequence)
+        self._streams.pop(sequence, None)
 
     def draw(
         self,
@@ -470,7 +451,8 @@ class Sampler:
             added: Logits of tokens beyond ``vocab``, ``[tokens]`` fp32, of sequences that have any.
         """
         rows = [own_logits(logits[i], s, added.get(s)) for i, s in enumerate(sequences)]
-        reports = self._report(rows, sequences)
+        # Logprobs are taken before any sampling parameter changes the logits.
+        reports = [_report(row, sequence) for row, sequence in zip(rows, sequences, strict=True)]
         for row, sequence in zip(rows, sequences, strict=True):
             self._adjustment(sequence, logits.device).apply(row, drawn.get(sequence, ()))
         if (masked := masked_rows(sequences, masks)) is not None:
@@ -491,7 +473,7 @@ class Sampler:
             if params.is_greedy:
                 token = greedy[i]
             else:
-                uniform = self._uniform(sequence, params, len(drawn.get(sequence, ())))
+                uniform = self._uniform(sequence, len(drawn.get(sequence, ())))
                 token = _sample(rows[i], params, uniform)
             if report is None:
                 draws.append(Draw(token))
@@ -508,22 +490,27 @@ class Sampler:
             self._adjustments[sequence] = found
         return found
 
-    def _report(
-        self, rows: SequenceOf[torch.Tensor], sequences: SequenceOf[Sequence]
-    ) -> list[tuple[torch.Tensor, tuple[tuple[int, float], ...]] | None]:
-        """Logprobs before any sampling parameter changes the logits."""
-        out: list[tuple[torch.Tensor, tuple[tuple[int, float], ...]] | None] = []
-        for row, sequence in zip(rows, sequences, strict=True):
-            options = sequence.request.options
-            if options.logprobs:
-                logprobs = row_log_softmax(row.unsqueeze(0))
-                out.append((logprobs[0], tops_of(logprobs, options.top_n)[0]))
-            else:
-                out.append(None)
-        return out
+    def _uniform(self, sequence: Sequence, ahead: int = 0) -> float:
+        """The random number for the token that is drawn next, ``ahead`` tokens before it.
 
-    def _uniform(self, sequence: Sequence, params: SamplingParams, ahead: int) -> float:
-        return self._uniforms.next(sequence, ahead)
+        The n-th generated token of a sequence takes the n-th number of its seed. So a step that is
+        computed again, because there was no memory for it, draws the same tokens.
+        """
+        stream = self._streams.get(sequence)
+        if stream is None:
+            stream = self._streams[sequence] = UniformStream(sequence.request.sampling.seed)
+        return stream.at(sequence.num_generated + ahead)
+
+
+def _report(
+    row: torch.Tensor, sequence: Sequence
+) -> tuple[torch.Tensor, tuple[tuple[int, float], ...]] | None:
+    """Logprobs of ``[vocab]`` logits and the likeliest tokens, if the request asks for them."""
+    options = sequence.request.options
+    if not options.logprobs:
+        return None
+    logprobs = row_log_softmax(row.unsqueeze(0))
+    return logprobs[0], tops_of(logprobs, options.top_n)[0]
 
 
 def takes_likeliest(sequence: Sequence) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from prometheus_client.exposition import choose_encoder
 
 import turret
-from turret.server.http.endpoint import Exchange
+from turret.server.http.endpoint import Exchange, Json
 from turret.server.metrics import Metrics
 from turret.v1 import adapters_pb2
 
@@ -111,7 +111,7 @@ async def state(exchange: Exchange) -> None:
             "server_version": info.server_version,
         }
     if is_admin or "inference" in roles:
-        text = exchange.query.get("find", "")[:MAX_SEARCH_CHARS]
+        text = exchange.request.query_params.get("find", "")[:MAX_SEARCH_CHARS]
         some = await services.adapters.find(text.strip().lower(), MAX_ADAPTERS, exchange.call)
         found["adapters"] = {
             "shown": [_row(adapter, is_admin) for adapter in some.shown],
@@ -159,23 +159,23 @@ def _row(adapter: adapters_pb2.Adapter, is_admin: bool) -> dict[str, Any]:
     }
 
 
-async def health(exchange: Exchange) -> None:
+async def health(exchange: Exchange) -> Json:
     """Whether requests are served.
 
     Raises:
         UnavailableError: The server is starting, is draining or has failed.
     """
     exchange.services.inference.model()
-    await exchange.reply.json({"status": "ok"})
+    return {"status": "ok"}
 
 
-async def version(exchange: Exchange) -> None:
+async def version(exchange: Exchange) -> Json:
     """The version of turret."""
-    await exchange.reply.json({"version": turret.__version__})
+    return {"version": turret.__version__}
 
 
 async def metrics(exchange: Exchange) -> None:
     """Metrics for Prometheus."""
-    encode, content_type = choose_encoder(exchange.headers.get("accept", ""))
+    encode, content_type = choose_encoder(exchange.request.headers.get("accept", ""))
     body = await asyncio.to_thread(encode, exchange.services.metrics.registry)
     await exchange.reply.whole(body, 200, {"content-type": content_type})

@@ -18,18 +18,12 @@ from pydantic import (
     Field,
     PlainValidator,
     ValidationError,
-    WithJsonSchema,
 )
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError, to_json
 
 from turret.closest import closest
-from turret.server.api.limits import (
-    MAX_CONSTRAINT_CHARS,
-    MAX_STOP_STRING_CHARS,
-    MAX_STOP_STRINGS,
-    MAX_STOP_TOKEN_IDS,
-)
-from turret.server.api.violations import MAX_VIOLATIONS
+from turret.server.api import limits
+from turret.server.api.violations import MAX_VIOLATIONS, Violations
 from turret.server.words import Text, say
 
 UINT32 = (1 << 32) - 1
@@ -46,6 +40,7 @@ _MOST_OBJECTS = 4096
 
 Violation = tuple[str, Text]
 M = TypeVar("M", bound="Body")
+_C = TypeVar("_C", bound="Body")
 
 
 class Body(BaseModel):
@@ -77,6 +72,16 @@ class Sent(Generic[M]):
     body: M | None = None
     wrong: list[Violation] = field(default_factory=list)
     raw: dict[str, Any] = field(default_factory=dict)
+
+    def checked(self, kind: type[_C]) -> _C:
+        """The model.
+
+        Raises:
+            InvalidRequestError: Lists all errors.
+        """
+        Violations(list(self.wrong)).raise_if_any()
+        assert isinstance(self.body, kind)
+        return self.body
 
 
 def read(model: type[M], raw: dict[str, Any]) -> Sent[M]:
@@ -161,82 +166,71 @@ class _Unknown:
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
-    """The fields of a model.
+class _FieldOf:
+    """A field of a model.
 
     Attributes:
-        names: The names of all fields.
-        used: The fields that are neither rejected nor ignored.
-        within: The models that some fields contain, and whether in a list.
-        refused: The rejected fields, with their neutral values and the field to use instead.
+        inner: The model that it contains, if it contains one.
+        is_list: Whether it contains a list of them.
+        refused: For a rejected field: its neutral values, and the field to use instead.
+        is_used: Whether it is neither rejected nor ignored.
     """
 
-    names: frozenset[str]
-    used: tuple[str, ...]
-    within: dict[str, tuple[type[Body], bool]]
-    refused: dict[str, tuple[list[Any], str]]
+    inner: type[Body] | None
+    is_list: bool
+    refused: tuple[list[Any], str] | None
+    is_used: bool
 
 
 @functools.cache
-def _shape(model: type[Body]) -> _Shape:
-    fields = {info.alias or name: info for name, info in model.model_fields.items()}
-    within = {name: _model_in(info.annotation) for name, info in fields.items()}
-    extra = {
-        name: info.json_schema_extra
-        for name, info in fields.items()
-        if isinstance(info.json_schema_extra, dict)
-    }
-    refused: Any = {
-        name: (more["x-neutral"], more["x-instead"])
-        for name, more in extra.items()
-        if "x-neutral" in more
-    }
-    return _Shape(
-        frozenset(fields),
-        tuple(sorted(fields.keys() - extra.keys())),
-        {n: m for n, m in within.items() if m},
-        refused,
-    )
+def _fields_of(model: type[Body]) -> dict[str, _FieldOf]:
+    found: dict[str, _FieldOf] = {}
+    for name, info in model.model_fields.items():
+        extra: Any = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+        inner, is_list = _model_in(info.annotation)
+        refused = (extra["x-neutral"], extra["x-instead"]) if "x-neutral" in extra else None
+        found[info.alias or name] = _FieldOf(inner, is_list, refused, not extra)
+    return found
 
 
-def _model_in(annotation: Any) -> tuple[type[Body], bool] | None:
+def _model_in(annotation: Any) -> tuple[type[Body] | None, bool]:
     """The model that a field contains, directly or in a list, and whether in a list."""
     if isinstance(annotation, type) and issubclass(annotation, Body):
         return annotation, False
-    is_list = get_origin(annotation) is list
-    found = next(filter(None, map(_model_in, get_args(annotation))), None)
-    return found and (found[0], is_list or found[1])
+    for inner, is_list in map(_model_in, get_args(annotation)):
+        if inner is not None:
+            return inner, is_list or get_origin(annotation) is list
+    return None, False
 
 
 def _tidied(
     model: type[Body], value: dict[str, Any], path: str, found: list[_Unknown]
 ) -> dict[str, Any]:
     """The object without nulls and unknown fields. Records the fields that must not be ignored."""
-    shape = _shape(model)
+    fields = _fields_of(model)
     kept: dict[str, Any] = {}
     unknown: list[str] = []
     for name, each in value.items():
         if each is None:
             continue
-        if name not in shape.names:
+        if (here := fields.get(name)) is None:
             unknown.append(name)
-        elif name in shape.refused:
-            neutral, instead = shape.refused[name]
+        elif here.refused is not None:
+            neutral, instead = here.refused
             # Compare the types too: 1 equals True in Python.
             if not any(type(each) is type(one) and each == one for one in neutral):
                 found.append(_Unknown(path + name, _not_supported(instead)))
-        elif name in shape.within:
-            inner, is_list = shape.within[name]
-            if isinstance(each, dict) and not is_list:
-                each = _tidied(inner, each, f"{path}{name}.", found)
-            elif isinstance(each, list) and is_list and len(each) <= _MOST_OBJECTS:
-                each = [
-                    _tidied(inner, one, f"{path}{name}[{index}].", found)
-                    if isinstance(one, dict)
-                    else one
-                    for index, one in enumerate(each)
-                ]
+        elif here.inner is None:
             kept[name] = each
+        elif isinstance(each, dict) and not here.is_list:
+            kept[name] = _tidied(here.inner, each, f"{path}{name}.", found)
+        elif isinstance(each, list) and here.is_list and len(each) <= _MOST_OBJECTS:
+            kept[name] = [
+                _tidied(here.inner, one, f"{path}{name}[{index}].", found)
+                if isinstance(one, dict)
+                else one
+                for index, one in enumerate(each)
+            ]
         else:
             kept[name] = each
     if len(found) < MAX_VIOLATIONS:
@@ -265,7 +259,8 @@ def _misspelt(
 @functools.lru_cache(maxsize=4096)
 def _meant(model: type[Body], name: str) -> str:
     """The field that a client meant by an unknown name; "" if the name has another meaning."""
-    return slip_of(name, _shape(model).used)
+    used = sorted(each for each, here in _fields_of(model).items() if here.is_used)
+    return slip_of(name, used)
 
 
 def slip_of(name: str, choices: Iterable[str]) -> str:
@@ -355,24 +350,8 @@ def are_token_ids(values: list[Any]) -> bool:
 
 
 def is_longer(value: Any, most: int) -> bool:
-    """Whether a parsed value has more than ``most`` characters as JSON without blanks.
-
-    The walk stops at the limit, whereas encoding would process the whole value.
-    """
-    waiting = [value]
-    while waiting:
-        each = waiting.pop()
-        if isinstance(each, dict):
-            most -= sum(map(len, each))
-            waiting.extend(each.values())
-        elif isinstance(each, list):
-            waiting.extend(each)
-        elif isinstance(each, str):
-            most -= len(each)
-        most -= 1
-        if most < len(waiting):
-            return True
-    return False
+    """Whether a parsed value has more than ``most`` characters as JSON without blanks."""
+    return len(to_json(value).decode()) > most
 
 
 def short(most: int) -> BeforeValidator:
@@ -401,7 +380,7 @@ def _schema_text(value: Any) -> Any:
         return value
     if not isinstance(value, dict):
         raise wrong_at(wrong_type("an object", value))
-    return _json_text(value, MAX_CONSTRAINT_CHARS)
+    return _json_text(value, limits.MAX_CONSTRAINT_CHARS)
 
 
 # Keywords that join schemas of one object. If one of these were closed, it would reject the
@@ -500,25 +479,18 @@ def _few_parts(value: Any, *place: str) -> Any:
     return value
 
 
-def or_text(schema: dict[str, Any]) -> None:
-    """Changes the schema of a list to accept a text, which stands for a list of one."""
-    kept = ("type", "items", "minItems", "maxItems")
-    items = {name: schema.pop(name) for name in kept if name in schema}
-    schema["anyOf"] = [{"type": "string"}, items]
+class TextPart(BaseModel):
+    """A part of a text."""
+
+    type: Literal["text"]
+    text: str
 
 
-def _content(*kinds: str) -> WithJsonSchema:
-    part = {
-        "type": "object",
-        "properties": {"type": {"enum": list(kinds)}, "text": {"type": "string"}},
-        "required": ["type", "text"],
-    }
-    parts = {"type": "array", "maxItems": MAX_TEXT_PARTS, "items": part}
-    return WithJsonSchema({"anyOf": [{"type": "string"}, parts]})
+class ItemPart(TextPart):
+    type: Literal["input_text", "output_text", "text"]  # type: ignore[assignment]
 
 
-_ID = {"type": "integer", "minimum": 0, "maximum": UINT32}
-_IDS = {"type": "array", "maxItems": MAX_TOKEN_IDS, "items": _ID}
+_Parts = Field(max_length=MAX_TEXT_PARTS)
 ITEM_PARTS = ("input_text", "output_text", "text")
 
 Number = Annotated[float, Field(strict=True)]
@@ -527,50 +499,39 @@ Int = Annotated[int, BeforeValidator(_integral)]
 Count = Annotated[Int, AfterValidator(lambda value: min(value, UINT32))]
 Texts = Annotated[list[str], Field(fail_fast=True)]
 StopTexts = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_STRING_CHARS)]],
+    list[Annotated[str, Field(min_length=1, max_length=limits.MAX_STOP_STRING_CHARS)]],
     Field(fail_fast=True),
-    BeforeValidator(_listed),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string"},
-                {"type": "array", "maxItems": MAX_STOP_STRINGS, "items": {"type": "string"}},
-            ]
-        }
+    BeforeValidator(
+        _listed,
+        json_schema_input_type=str
+        | Annotated[list[str], Field(max_length=limits.MAX_STOP_STRINGS)],
     ),
 ]
 TokenId = Annotated[int, Field(ge=0, le=UINT32)]
 TokenIds = Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)]
-StopTokenIds = Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)]
+StopTokenIds = Annotated[list[TokenId], Field(max_length=limits.MAX_STOP_TOKEN_IDS, fail_fast=True)]
+_Several = Annotated[list[str | TokenIds], Field(max_length=MAX_PROMPTS)]
 Prompts = Annotated[
     dict[str, str | list[int]],
-    PlainValidator(_prompts),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string"},
-                _IDS,
-                {
-                    "type": "array",
-                    "maxItems": MAX_PROMPTS,
-                    "items": {"anyOf": [{"type": "string"}, _IDS]},
-                },
-            ]
-        }
-    ),
+    PlainValidator(_prompts, json_schema_input_type=str | TokenIds | _Several),
 ]
-Schema = Annotated[
-    str,
-    BeforeValidator(_schema_text),
-    WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string"}]}),
-]
+Schema = Annotated[str, BeforeValidator(_schema_text, json_schema_input_type=dict[str, Any] | str)]
 ClosedSchema = Annotated[
     Schema,
     BeforeValidator(
-        lambda value: value if is_longer(value, MAX_CONSTRAINT_CHARS) else closed(value)
+        lambda value: value if is_longer(value, limits.MAX_CONSTRAINT_CHARS) else closed(value)
     ),
 ]
-Content = Annotated[str, BeforeValidator(lambda value: text_of(value, ("text",))), _content("text")]
+Content = Annotated[
+    str,
+    BeforeValidator(
+        lambda value: text_of(value, ("text",)),
+        json_schema_input_type=str | Annotated[list[TextPart], _Parts],
+    ),
+]
 # The item that contains the content reads it later, because only some items have text as content.
-ItemContent = Annotated[Any, BeforeValidator(_few_parts), _content(*ITEM_PARTS)]
+ItemContent = Annotated[
+    Any,
+    BeforeValidator(_few_parts, json_schema_input_type=str | Annotated[list[ItemPart], _Parts]),
+]
 Function = Literal["function"]

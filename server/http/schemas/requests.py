@@ -4,21 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
-from turret.server.api.limits import (
-    MAX_CACHE_SALT_CHARS,
-    MAX_CHAT_MESSAGES,
-    MAX_CHOICES,
-    MAX_CONSTRAINT_CHARS,
-    MAX_LOGIT_BIASES,
-    MAX_MIX_MEMBERS,
-    MAX_STOP_STRINGS,
-    MAX_TEMPLATE_CHARS,
-    MAX_TOOL_CALLS,
-    MAX_TOOLS,
-    MAX_TOP_LOGPROBS,
-)
+from turret.server.api import limits
 from turret.server.http.schemas.fields import (
     ITEM_PARTS,
     UINT32,
@@ -39,7 +27,6 @@ from turret.server.http.schemas.fields import (
     TokenIds,
     ignored,
     not_one_of,
-    or_text,
     short,
     text_of,
     unsupported,
@@ -93,11 +80,11 @@ class Asking(Body):
         description="The base model's name, `base`, an adapter, or a mix such as `sql+json*-0.5`."
     )
     adapters: list[MixMember] = Field(
-        [], max_length=MAX_MIX_MEMBERS, description="The mix, if `model` names the base."
+        [], max_length=limits.MAX_MIX_MEMBERS, description="The mix, if `model` names the base."
     )
     cache_salt: str = Field(
         "",
-        max_length=MAX_CACHE_SALT_CHARS,
+        max_length=limits.MAX_CACHE_SALT_CHARS,
         description="Only requests with the same salt share cached prefixes.",
     )
     timeout: Number | None = Field(
@@ -127,7 +114,7 @@ class Asking(Body):
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 _EFFORT = "Sets the template's variables `reasoning_effort` and `enable_thinking` (false for none)."
 _RENDERING = ("chat_template", "chat_template_kwargs", "reasoning_effort", "continue_final_message")
-Variables = Annotated[dict[str, Any], short(MAX_CONSTRAINT_CHARS)]
+Variables = Annotated[dict[str, Any], short(limits.MAX_CONSTRAINT_CHARS)]
 
 
 class ChatOnly(Body):
@@ -152,7 +139,7 @@ class ChatOnly(Body):
     web_search_options: Any = unsupported()
     chat_template: str = Field(
         "",
-        max_length=MAX_TEMPLATE_CHARS,
+        max_length=limits.MAX_TEMPLATE_CHARS,
         description="A Jinja template to use instead. Requires --trust-request-chat-template.",
     )
     documents: Any = unsupported([], instead="`chat_template_kwargs`")
@@ -179,7 +166,7 @@ class StructuredOutputs(ClosedBody):
     json_object: bool = Field(False, description="Any JSON object.")
     regex: str | None = None
     grammar: str | None = Field(None, description="Lark or GBNF.")
-    choice: Texts | None = Field(None, min_length=1, max_length=MAX_CHOICES)
+    choice: Texts | None = Field(None, min_length=1, max_length=limits.MAX_CHOICES)
     disable_fallback: Any = ignored()
     structural_tag: Any = unsupported(False)
     whitespace_pattern: Any = unsupported(False)
@@ -208,8 +195,8 @@ class ResponseFormat(Body):
 def _biases(value: Any) -> dict[int, float]:
     if not isinstance(value, dict):
         raise wrong_at(wrong_type("an object", value))
-    if len(value) > MAX_LOGIT_BIASES:
-        raise wrong_at(say("TOO_MANY_ENTRIES", most=MAX_LOGIT_BIASES, found=len(value)))
+    if len(value) > limits.MAX_LOGIT_BIASES:
+        raise wrong_at(say("TOO_MANY_ENTRIES", most=limits.MAX_LOGIT_BIASES, found=len(value)))
     for key, bias in value.items():
         is_id = key.isascii() and key.isdecimal() and len(key) <= 10 and int(key) <= UINT32
         if not is_id or type(bias) not in (int, float) or not -100 <= bias <= 100:
@@ -235,13 +222,11 @@ class Generating(Asking):
     )
     logit_bias: Annotated[
         dict[int, float],
-        PlainValidator(_biases),
-        WithJsonSchema(
-            {
-                "type": "object",
-                "maxProperties": MAX_LOGIT_BIASES,
-                "additionalProperties": {"type": "number"},
-            }
+        PlainValidator(
+            _biases,
+            json_schema_input_type=Annotated[
+                dict[str, float], Field(max_length=limits.MAX_LOGIT_BIASES)
+            ],
         ),
     ] = Field(
         {}, description="Token ids, and the numbers to add to their logits, from -100 to 100."
@@ -254,7 +239,7 @@ class Generating(Asking):
     )
     min_tokens: Count = Field(0, ge=0)
     stop: StopTexts = Field(
-        [], max_length=MAX_STOP_STRINGS, description="Texts that end the answer."
+        [], max_length=limits.MAX_STOP_STRINGS, description="Texts that end the answer."
     )
     stop_token_ids: StopTokenIds = Field([])
     ignore_eos: bool = False
@@ -272,13 +257,13 @@ class Generating(Asking):
     guided_json_object: bool = False
     guided_regex: str | None = None
     guided_grammar: str | None = None
-    guided_choice: Texts | None = Field(None, min_length=1, max_length=MAX_CHOICES)
+    guided_choice: Texts | None = Field(None, min_length=1, max_length=limits.MAX_CHOICES)
     json_object: bool = False
     json_schema: Schema | None = None
     regex: str | None = None
     grammar: str | None = None
     ebnf: str | None = None
-    choice: Texts | None = Field(None, min_length=1, max_length=MAX_CHOICES)
+    choice: Texts | None = Field(None, min_length=1, max_length=limits.MAX_CHOICES)
 
     @model_validator(mode="after")
     def _sends_every_answer(self) -> Generating:
@@ -307,7 +292,7 @@ class Message(Body):
     role: str = Field(description="A role of the chat template; `developer` is `system`.")
     content: Content | None = Field(None, description="Optional for the assistant.")
     name: Any = ignored()
-    tool_calls: list[ToolCall] = Field([], max_length=MAX_TOOL_CALLS, fail_fast=True)
+    tool_calls: list[ToolCall] = Field([], max_length=limits.MAX_TOOL_CALLS, fail_fast=True)
     tool_call_id: str = ""
     function_call: Any = unsupported({}, "", instead="`tool_calls`")
 
@@ -322,8 +307,8 @@ class Message(Body):
         return self
 
 
-Messages = Annotated[list[Message], Field(max_length=MAX_CHAT_MESSAGES)]
-Parameters = Annotated[dict[str, Any], short(MAX_CONSTRAINT_CHARS)]
+Messages = Annotated[list[Message], Field(max_length=limits.MAX_CHAT_MESSAGES)]
+Parameters = Annotated[dict[str, Any], short(limits.MAX_CONSTRAINT_CHARS)]
 
 
 class FunctionTool(Body):
@@ -338,19 +323,11 @@ class _Typed(Body):
 
 
 class Tool(_Typed):
-    parameters_at: ClassVar = ".function.parameters"
-
     function: FunctionTool
 
 
 class FlatTool(FunctionTool, _Typed):
     """A tool in the form of the Responses API."""
-
-    parameters_at: ClassVar = ".parameters"
-
-    @property
-    def function(self) -> FunctionTool:
-        return self
 
 
 def _choice_of_tools(value: Any) -> Any:
@@ -361,13 +338,23 @@ def _choice_of_tools(value: Any) -> Any:
 
 ToolChoice = Annotated[
     str | dict[str, Any],
-    PlainValidator(_choice_of_tools),
+    PlainValidator(
+        _choice_of_tools,
+        json_schema_input_type=Literal["none", "auto", "required"] | dict[str, Any],
+    ),
     short(16 << 10),
-    WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "required"]}, {"type": "object"}]}),
 ]
 
 
-class ChatRequest(Generating, ChatOnly):
+class WithTools(Body):
+    """The tools that an answer may call."""
+
+    tools: list[Tool] = Field([], max_length=limits.MAX_TOOLS)
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool | None = Field(None, description=_PARALLEL)
+
+
+class ChatRequest(Generating, ChatOnly, WithTools):
     """Asks for the answer to a conversation."""
 
     names: ClassVar = names_with("messages", "top_logprobs")
@@ -375,11 +362,8 @@ class ChatRequest(Generating, ChatOnly):
     messages: Messages
     logprobs: bool = False
     top_logprobs: Int | None = Field(
-        None, ge=0, le=MAX_TOP_LOGPROBS, description="Requires logprobs."
+        None, ge=0, le=limits.MAX_TOP_LOGPROBS, description="Requires logprobs."
     )
-    tools: list[Tool] = Field([], max_length=MAX_TOOLS)
-    tool_choice: ToolChoice = "auto"
-    parallel_tool_calls: bool | None = Field(None, description=_PARALLEL)
     echo: Any = unsupported(False)
     add_special_tokens: Any = unsupported(False)
     user: Any = ignored()
@@ -400,7 +384,7 @@ class CompletionRequest(Generating):
 
     prompt: Prompts
     echo: bool = False
-    logprobs: Int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    logprobs: Int | None = Field(None, ge=0, le=limits.MAX_TOP_LOGPROBS)
     max_tokens: Count | None = Field(
         None, ge=0, description=f"{DEFAULT_MAX_TOKENS} by default; 0 scores the prompt."
     )
@@ -441,7 +425,7 @@ class ClassifyRequest(InputsRequest):
     """Asks for labels."""
 
 
-class TokenizeRequest(Asking, ChatOnly):
+class TokenizeRequest(Asking, ChatOnly, WithTools):
     """Asks for the tokens of a text, or of a conversation as the chat template renders it."""
 
     names: ClassVar = names_with("prompt", chat="messages")
@@ -449,9 +433,6 @@ class TokenizeRequest(Asking, ChatOnly):
     model: str | None = Field(None, description="The base model's tokenizer by default.")  # type: ignore[assignment]
     prompt: str | None = Field(None, description="Either prompt or messages is required.")
     messages: Messages | None = None
-    tools: list[Tool] = Field([], max_length=MAX_TOOLS)
-    tool_choice: ToolChoice = "auto"
-    parallel_tool_calls: bool | None = Field(None, description=_PARALLEL)
     return_token_strs: bool = False
     echo: Any = unsupported(False)
     add_special_tokens: bool | None = Field(
@@ -510,7 +491,7 @@ class TextFormat(Body):
 
 
 class TextOptions(Body):
-    format: Annotated[TextFormat, short(MAX_CONSTRAINT_CHARS)] | None = None
+    format: Annotated[TextFormat, short(limits.MAX_CONSTRAINT_CHARS)] | None = None
     verbosity: Any = ignored()
 
 
@@ -559,28 +540,25 @@ def _as_item(value: Any) -> Any:
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
+_Items = Annotated[list[Item], Field(min_length=1, max_length=limits.MAX_CHAT_MESSAGES)]
 ShortText = Annotated[str, Field(max_length=512)]
 
 
-class ResponseRequest(Generating, ChatOnly):
+class ResponseRequest(Generating, ChatOnly, WithTools):
     """Asks for the answer to a conversation, which is not stored."""
 
     names: ClassVar = names_with("input", "top_logprobs") | {"stop.max_tokens": "max_output_tokens"}
 
-    input: Annotated[list[Item], BeforeValidator(_as_item)] = Field(
-        min_length=1, max_length=MAX_CHAT_MESSAGES, json_schema_extra=or_text
-    )
+    input: Annotated[_Items, BeforeValidator(_as_item, json_schema_input_type=str | _Items)]
     instructions: str | None = None
     max_output_tokens: Count | None = Field(None, ge=1)
     n: Int = Field(1, ge=1, le=1)
     include: Texts = Field([], max_length=MAX_METADATA)
-    top_logprobs: Int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    top_logprobs: Int | None = Field(None, ge=0, le=limits.MAX_TOP_LOGPROBS)
     metadata: Annotated[dict[str, Any], short(16 << 10)] = Field({}, max_length=MAX_METADATA)
     text: TextOptions = Field(default_factory=TextOptions)
     reasoning: Reasoning = Field(default_factory=Reasoning)
-    tools: list[FlatTool] = Field([], max_length=MAX_TOOLS)
-    tool_choice: ToolChoice = "auto"
-    parallel_tool_calls: bool | None = Field(None, description=_PARALLEL)
+    tools: list[FlatTool] = Field([], max_length=limits.MAX_TOOLS)  # type: ignore[assignment]
     user: ShortText | None = None
     safety_identifier: ShortText | None = None
     prompt_cache_key: ShortText | None = None
@@ -600,6 +578,135 @@ class ResponseRequest(Generating, ChatOnly):
         return self.reasoning.effort or self.reasoning_effort
 
 
+# Anthropic's Messages API.
+
+_MAX_BLOCKS = 2 * limits.MAX_CHAT_MESSAGES
+
+
+class Block(Body):
+    """A part of a turn. Reasoning of earlier turns is left out of the prompt."""
+
+    type: str
+    text: str | None = None
+    id: str = ""
+    name: str = ""
+    input: Parameters = Field({}, description="The arguments of a call.")
+    tool_use_id: str = ""
+    content: Any = Field("", description="The result of a call: a string, or text blocks.")
+
+    @model_validator(mode="after")
+    def _is_text(self) -> Block:
+        if self.type == "text" and self.text is None:
+            raise wrong_at(say("REQUIRED"), "text")
+        if self.type == "tool_result":
+            self.content = text_of(self.content, ("text",), "content")
+        elif self.type in ("image", "document"):
+            raise wrong_at(say("NOT_TEXT"))
+        elif self.type not in ("text", "tool_use", "thinking", "redacted_thinking"):
+            kinds = "text, tool_use, tool_result, thinking"
+            raise wrong_at(not_one_of(self.type, kinds), "type")
+        return self
+
+
+def _as_blocks(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+_Blocks = Annotated[list[Block], Field(max_length=limits.MAX_CHAT_MESSAGES, fail_fast=True)]
+
+
+class Turn(Body):
+    role: Literal["user", "assistant", "system"]
+    content: Annotated[_Blocks, BeforeValidator(_as_blocks, json_schema_input_type=str | _Blocks)]
+
+
+def _few_blocks(value: Any) -> Any:
+    """Limits the blocks of all turns together, before the first of them is read."""
+    turns = value if isinstance(value, list) else []
+    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
+    found = sum(len(content) for content in contents if isinstance(content, list))
+    if found > _MAX_BLOCKS:
+        raise wrong_at(say("TOO_MANY_ENTRIES", most=_MAX_BLOCKS, found=found))
+    return value
+
+
+class MessageTool(FunctionTool):
+    """A tool that the client runs."""
+
+    type: Literal["custom"] | None = None
+    parameters: Parameters = Field(
+        {}, alias="input_schema", description="A JSON schema of the arguments."
+    )
+
+
+class MessageToolChoice(Body):
+    type: Literal["auto", "any", "tool", "none"] = "auto"
+    name: str = ""
+    disable_parallel_tool_use: bool | None = None
+
+    @property
+    def choice(self) -> Any:
+        """The choice in the format of OpenAI's APIs."""
+        if self.type == "tool":
+            return {"type": "function", "name": self.name}
+        return "required" if self.type == "any" else self.type
+
+
+class Thinking(Body):
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
+    budget_tokens: Any = ignored()
+    display: Any = ignored()
+
+
+class OutputConfig(Body):
+    effort: Literal[Effort, "max"] | None = None
+    format: Annotated[TextFormat, short(limits.MAX_CONSTRAINT_CHARS)] | None = None
+
+
+class CountRequest(Asking, ChatOnly):
+    """Asks for the number of tokens in a conversation."""
+
+    names: ClassVar = names_with("messages")
+
+    messages: Annotated[list[Turn], BeforeValidator(_few_blocks)] = Field(
+        min_length=1, max_length=limits.MAX_CHAT_MESSAGES
+    )
+    system: Content | None = None
+    tools: list[MessageTool] = Field([], max_length=limits.MAX_TOOLS)
+    tool_choice: MessageToolChoice = Field(default_factory=MessageToolChoice)
+    thinking: Thinking | None = Field(
+        None, description="Sets the template's variable `enable_thinking`."
+    )
+    output_config: OutputConfig = Field(default_factory=OutputConfig)
+    metadata: Any = ignored()
+    service_tier: Any = ignored()
+    cache_control: Any = ignored()
+    container: Any = unsupported()
+    mcp_servers: Any = unsupported([])
+    context_management: Any = unsupported({})
+
+    @model_validator(mode="after")
+    def _thinks_as_asked(self) -> CountRequest:
+        if self.thinking is not None:
+            thinks = self.thinking.type != "disabled"
+            self.chat_template_kwargs = {"enable_thinking": thinks, **self.chat_template_kwargs}
+        return self
+
+    @property
+    def effort(self) -> str | None:
+        return self.output_config.effort or self.reasoning_effort
+
+
+class MessagesRequest(CountRequest, Generating):
+    """Asks for the answer to a conversation."""
+
+    names: ClassVar = names_with("messages") | {"stop.stop_strings": "stop_sequences"}
+
+    max_tokens: Count | None = Field(ge=1)
+    stop_sequences: StopTexts = Field([], max_length=limits.MAX_STOP_STRINGS)
+    n: Int = Field(1, ge=1, le=1)
+
+
 # Adapters, with vLLM's fields.
 
 
@@ -615,7 +722,7 @@ class LoadAdapter(AdapterName):
     task: Int | None = Field(None, ge=0, le=UINT32, description="One of several tasks.")
     chat_template: str = Field(
         "",
-        max_length=MAX_TEMPLATE_CHARS,
+        max_length=limits.MAX_TEMPLATE_CHARS,
         description="A Jinja template to use instead of the one in the adapter's files.",
     )
 

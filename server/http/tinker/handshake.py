@@ -7,7 +7,7 @@ from typing import Any
 
 from turret.server.api.tenants.futures import Result
 from turret.server.api.tenants.reading import MAX_DATUMS
-from turret.server.http.endpoint import Exchange
+from turret.server.http.endpoint import Exchange, Json
 from turret.server.http.schemas.fields import Body
 from turret.server.http.tinker.schemas import OfRequest, OfSession
 from turret.server.http.tinker.state import TinkerState, gone
@@ -27,27 +27,27 @@ POLL_SECONDS = 20.0
 _LOOK_SECONDS = 1.0
 
 
-async def config(state: TinkerState, exchange: Exchange, _body: Body) -> None:
+async def config(state: TinkerState, exchange: Exchange, _body: Body) -> Json:
     """Tell the client which features to use; all others are off."""
-    await exchange.reply.json(_CONFIG)
+    return _CONFIG
 
 
-async def dynamic_config(state: TinkerState, exchange: Exchange, _body: Body) -> None:
+async def dynamic_config(state: TinkerState, exchange: Exchange, _body: Body) -> Json:
     """Tell the client which features to use from now on."""
-    await exchange.reply.json(_DYNAMIC_CONFIG)
+    return _DYNAMIC_CONFIG
 
 
-async def telemetry(state: TinkerState, exchange: Exchange, _body: Body) -> None:
+async def telemetry(state: TinkerState, exchange: Exchange, _body: Body) -> Json:
     """Discard the client's telemetry."""
-    await exchange.reply.json({"status": "accepted"})
+    return {"status": "accepted"}
 
 
-async def healthz(state: TinkerState, exchange: Exchange) -> None:
+async def healthz(state: TinkerState, exchange: Exchange) -> Json:
     """Report that the server answers."""
-    await exchange.reply.json({"status": "ok"})
+    return {"status": "ok"}
 
 
-async def capabilities(state: TinkerState, exchange: Exchange) -> None:
+async def capabilities(state: TinkerState, exchange: Exchange) -> Json:
     """List the base model, which is the only one."""
     info = state.tenants.info()
     model = {
@@ -56,27 +56,27 @@ async def capabilities(state: TinkerState, exchange: Exchange) -> None:
         "trainable": True,
         "sampleable": True,
     }
-    await exchange.reply.json({"supported_models": [model]})
+    return {"supported_models": [model]}
 
 
-async def create_session(state: TinkerState, exchange: Exchange, _body: Body) -> None:
+async def create_session(state: TinkerState, exchange: Exchange, _body: Body) -> Json:
     """Begin a session."""
     state.tenants.sessions.training()
     session = state.tenants.sessions.begin(state.owner(exchange))
-    await exchange.reply.json({"type": "create_session", "session_id": session.session_id})
+    return {"type": "create_session", "session_id": session.session_id}
 
 
-async def heartbeat(state: TinkerState, exchange: Exchange, body: OfSession) -> None:
+async def heartbeat(state: TinkerState, exchange: Exchange, body: OfSession) -> Json:
     """Keep a session alive."""
     state.session(exchange, body.session_id)
-    await exchange.reply.json({"type": "session_heartbeat"})
+    return {"type": "session_heartbeat"}
 
 
-async def finish(state: TinkerState, exchange: Exchange, _body: Body) -> None:
+async def finish(state: TinkerState, exchange: Exchange, _body: Body) -> Json:
     """End a session."""
-    session = state.session(exchange, exchange.path["session"])
+    session = state.session(exchange, exchange.request.path_params["session"])
     state.tenants.sessions.end(session)
-    await exchange.reply.json({})
+    return {}
 
 
 # Results.
@@ -102,9 +102,9 @@ async def retrieve(state: TinkerState, exchange: Exchange, body: OfRequest) -> N
     await exchange.reply.whole(result.body, 200, {"content-type": result.kind})
 
 
-async def cancel(state: TinkerState, exchange: Exchange, body: OfRequest) -> None:
+async def cancel(state: TinkerState, exchange: Exchange, body: OfRequest) -> Json:
     """Cancel sampling; other work runs to its end."""
     future = state.tenants.futures.find(state.owner(exchange), body.request_id)
     if future is not None and future.task is not None:
         future.task.cancel()
-    await exchange.reply.json({})
+    return {}

@@ -14,7 +14,7 @@ from typing import Any
 
 from turret.server.api.tenants.checkpoints import KINDS, Checkpoint
 from turret.server.basics.codes import Code
-from turret.server.http.endpoint import Exchange
+from turret.server.http.endpoint import Exchange, Json
 from turret.server.http.refusals import HttpRefusal
 from turret.server.http.tinker.schemas import OfPath, Ttl
 from turret.server.http.tinker.state import Link, TinkerState
@@ -29,20 +29,18 @@ _MAX_LINKS = 1024
 _PIECE_BYTES = 1 << 18
 
 
-async def weights_info(state: TinkerState, exchange: Exchange, body: OfPath) -> None:
+async def weights_info(state: TinkerState, exchange: Exchange, body: OfPath) -> Json:
     """Describe the adapter in a checkpoint."""
     config = state.tenants.checkpoints.find(state.owner(exchange), body.tinker_path).config
-    await exchange.reply.json(
-        {
-            "base_model": state.tenants.info().name,
-            "optimizer_config": {"type": "adamw"},
-            "is_lora": True,
-            "lora_rank": config.rank,
-            "train_unembed": config.unembed,
-            "train_mlp": config.mlp,
-            "train_attn": config.attention,
-        }
-    )
+    return {
+        "base_model": state.tenants.info().name,
+        "optimizer_config": {"type": "adamw"},
+        "is_lora": True,
+        "lora_rank": config.rank,
+        "train_unembed": config.unembed,
+        "train_mlp": config.mlp,
+        "train_attn": config.attention,
+    }
 
 
 @dataclass(slots=True)
@@ -111,7 +109,7 @@ def _page(
     """A page of a list, as the query asks for it, and the cursor that describes it."""
 
     def number(name: str, otherwise: int) -> int:
-        text = exchange.query.get(name, "")
+        text = exchange.request.query_params.get(name, "")
         return int(text) if text.isdecimal() and len(text) < 10 else otherwise
 
     limit, offset = min(number("limit", most), _MOST_LISTED), number("offset", 0)
@@ -119,41 +117,40 @@ def _page(
     return all_of_them[offset : offset + limit], cursor
 
 
-async def list_runs(state: TinkerState, exchange: Exchange) -> None:
+async def list_runs(state: TinkerState, exchange: Exchange) -> Json:
     """List the training runs."""
     runs, cursor = _page(exchange, _runs(state, state.owner(exchange)), 20)
     found = [_run_json(state, run) for run in runs]
-    await exchange.reply.json({"training_runs": found, "cursor": cursor})
+    return {"training_runs": found, "cursor": cursor}
 
 
-async def get_run(state: TinkerState, exchange: Exchange) -> None:
+async def get_run(state: TinkerState, exchange: Exchange) -> Json:
     """Describe a training run."""
-    wanted = exchange.path["run"]
+    wanted = exchange.request.path_params["run"]
     for run in _runs(state, state.owner(exchange)):
         if run.run_id == wanted:
-            await exchange.reply.json(_run_json(state, run))
-            return
+            return _run_json(state, run)
     text = say("TRAINED_MODEL_NOT_FOUND", model=wanted[:80])
     raise HttpRefusal(404, Code.NOT_FOUND, text)
 
 
-async def list_run_checkpoints(state: TinkerState, exchange: Exchange) -> None:
+async def list_run_checkpoints(state: TinkerState, exchange: Exchange) -> Json:
     """List the checkpoints of a training run."""
-    wanted = exchange.path["run"]
+    wanted = exchange.request.path_params["run"]
     owned = state.tenants.checkpoints.owned(state.owner(exchange))
     found = [_json(each) for each in owned if each.run == wanted]
-    await exchange.reply.json({"checkpoints": found})
+    return {"checkpoints": found}
 
 
-async def list_checkpoints(state: TinkerState, exchange: Exchange) -> None:
+async def list_checkpoints(state: TinkerState, exchange: Exchange) -> Json:
     """List all checkpoints."""
     found, cursor = _page(exchange, state.tenants.checkpoints.owned(state.owner(exchange)), 100)
-    await exchange.reply.json({"checkpoints": [_json(each) for each in found], "cursor": cursor})
+    return {"checkpoints": [_json(each) for each in found], "cursor": cursor}
 
 
 def _named(state: TinkerState, exchange: Exchange) -> Checkpoint:
     """The checkpoint in a request's path."""
-    path = exchange.path
+    path = exchange.request.path_params
     wanted = f"tinker://{path['run']}/{path['kind']}/{path['name']}"
     return state.tenants.checkpoints.find(state.owner(exchange), wanted)
 
@@ -162,18 +159,18 @@ def _folder(state: TinkerState, exchange: Exchange) -> Path:
     return state.tenants.checkpoints.folder(_named(state, exchange))
 
 
-async def delete_checkpoint(state: TinkerState, exchange: Exchange) -> None:
+async def delete_checkpoint(state: TinkerState, exchange: Exchange) -> Json:
     """Remove a checkpoint."""
     await state.tenants.checkpoints.remove(_named(state, exchange))
-    await exchange.reply.json({})
+    return {}
 
 
-async def set_ttl(state: TinkerState, exchange: Exchange, body: Ttl) -> None:
+async def set_ttl(state: TinkerState, exchange: Exchange, body: Ttl) -> Json:
     """Change when a checkpoint is removed."""
     seconds = body.ttl_seconds
     expires = None if seconds is None else time.time() + seconds
     await state.tenants.checkpoints.expire_at(_named(state, exchange), expires)
-    await exchange.reply.json({})
+    return {}
 
 
 # Files. Clients download them without a token, so the links contain a secret.
@@ -188,27 +185,28 @@ def _link(state: TinkerState, exchange: Exchange, folder: Path, name: str, expir
         del state.links[own[0]]
     secret = secrets.token_urlsafe(24)
     state.links[secret] = Link(owner, folder, name, expires)
-    return f"{exchange.scheme}://{exchange.headers.get('host', '')}/api/v1/archives/{secret}"
+    host = exchange.request.headers.get("host", "")
+    return f"{exchange.request.url.scheme}://{host}/api/v1/archives/{secret}"
 
 
-async def archive(state: TinkerState, exchange: Exchange) -> None:
+async def archive(state: TinkerState, exchange: Exchange) -> Json:
     """Make a link to an archive with the adapter's files."""
     folder, expires = _folder(state, exchange), time.time() + _LINK_SECONDS
     url = _link(state, exchange, folder, "", expires)
-    await exchange.reply.json({"url": url, "expires": _time(expires)})
+    return {"url": url, "expires": _time(expires)}
 
 
-async def file_urls(state: TinkerState, exchange: Exchange) -> None:
+async def file_urls(state: TinkerState, exchange: Exchange) -> Json:
     """Make a link to each of the adapter's files."""
     folder, expires = _folder(state, exchange), time.time() + _LINK_SECONDS
     files = await asyncio.to_thread(_files, folder)
     urls = {info.name: _link(state, exchange, folder, info.name, expires) for info, _ in files}
-    await exchange.reply.json({"urls": urls, "expires": _time(expires)})
+    return {"urls": urls, "expires": _time(expires)}
 
 
 async def download(state: TinkerState, exchange: Exchange) -> None:
     """Send a file, or an archive: an uncompressed tar file."""
-    link = state.links.get(exchange.path["secret"])
+    link = state.links.get(exchange.request.path_params["secret"])
     files = []
     if link is not None and link.expires >= time.time():
         found = await asyncio.to_thread(_files, link.folder)

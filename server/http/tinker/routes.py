@@ -6,12 +6,12 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
-from turret.server.http.endpoint import TRAINING, Exchange, Route
+from turret.server.http.endpoint import TRAINING, Exchange, Json, Route
 from turret.server.http.schemas.fields import Body
 from turret.server.http.tinker import handshake, listing, sampling, schemas, training
-from turret.server.http.tinker.state import TinkerState, checked
+from turret.server.http.tinker.state import TinkerState
 
-_Handler = Callable[..., Awaitable[None]]
+_Handler = Callable[..., Awaitable[Json | None]]
 _API = "/api/v1"
 _RUN = "/training_runs/{run}"
 _CHECKPOINT = f"{_RUN}/checkpoints/{{kind}}/{{name}}"
@@ -28,8 +28,8 @@ def routes(state: TinkerState) -> tuple[Route, ...]:
     def sent(path: str, handler: _Handler, body: type[Body], **more: Any) -> Route:
         """A route whose handler also takes the body."""
 
-        async def handle(state: TinkerState, exchange: Exchange) -> None:
-            await handler(state, exchange, checked(exchange.take_body(), body))
+        async def handle(state: TinkerState, exchange: Exchange) -> Json | None:
+            return await handler(state, exchange, exchange.take_body().checked(body))
 
         return route(path, handle, body, **more)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from turret.server.api.call import Call
 from turret.server.api.inference_answers import converted, together
 from turret.server.api.tenants.futures import Future, Result
-from turret.server.api.tenants.sessions import Sampler
+from turret.server.api.tenants.tenants import Sampler
 from turret.server.basics.codes import Code
 from turret.server.basics.work import turret_error
 from turret.server.errors import (
@@ -19,7 +19,7 @@ from turret.server.errors import (
     UnavailableError,
 )
 from turret.server.http.choices import blamed_on
-from turret.server.http.endpoint import Exchange
+from turret.server.http.endpoint import Exchange, Json
 from turret.server.http.tinker.schemas import CreateSampler, Sample
 from turret.server.http.tinker.state import TinkerState, session_gone
 from turret.server.http.tinker.wire import PROTOBUF, result_of_samples
@@ -34,7 +34,7 @@ _REQUEST_BYTES = 8 << 10
 _TRIES, _RETRY_SECONDS = 600, 1.0
 
 
-async def create_sampler(state: TinkerState, exchange: Exchange, body: CreateSampler) -> None:
+async def create_sampler(state: TinkerState, exchange: Exchange, body: CreateSampler) -> Json:
     """Choose the weights to sample from: the base model's, or those of a checkpoint."""
     owner = state.owner(exchange)
     session = state.session(exchange, body.session_id)
@@ -60,22 +60,22 @@ async def create_sampler(state: TinkerState, exchange: Exchange, body: CreateSam
         except TrainingNotFoundError:
             raise session_gone(session.session_id) from None
     answer = {"type": "create_sampling_session", "sampling_session_id": sampler_id}
-    await exchange.reply.json(answer)
+    return answer
 
 
-async def get_sampler(state: TinkerState, exchange: Exchange) -> None:
+async def get_sampler(state: TinkerState, exchange: Exchange) -> Json:
     """Describe a sampler."""
-    sampler = state.tenants.sessions.sampler(state.owner(exchange), exchange.path["sampler"])
-    await exchange.reply.json(
-        {
-            "sampler_id": sampler.sampler_id,
-            "base_model": state.tenants.info().name,
-            "model_path": sampler.path,
-        }
+    sampler = state.tenants.sessions.sampler(
+        state.owner(exchange), exchange.request.path_params["sampler"]
     )
+    return {
+        "sampler_id": sampler.sampler_id,
+        "base_model": state.tenants.info().name,
+        "model_path": sampler.path,
+    }
 
 
-async def sample(state: TinkerState, exchange: Exchange, body: Sample) -> None:
+async def sample(state: TinkerState, exchange: Exchange, body: Sample) -> Json:
     """Start sampling. The client retrieves the sequences later, as the result of a future."""
     owner = state.owner(exchange)
     sampler = state.tenants.sessions.sampler(owner, body.sampling_session_id)
@@ -106,9 +106,7 @@ async def sample(state: TinkerState, exchange: Exchange, body: Sample) -> None:
                 raise
             future.sequence_ids = [f"{request_id}:{index}" for index in range(body.num_samples)]
             future.task = asyncio.ensure_future(work.run(future, held.pop_all()))
-    await exchange.reply.json(
-        {"request_id": request_id, "sample_sequence_ids": future.sequence_ids}
-    )
+    return {"request_id": request_id, "sample_sequence_ids": future.sequence_ids}
 
 
 def _message(sampler: Sampler, body: Sample) -> inference_pb2.GenerateRequest:

@@ -10,12 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator
 
-from turret.server.api.limits import (
-    MAX_STOP_STRING_CHARS,
-    MAX_STOP_STRINGS,
-    MAX_STOP_TOKEN_IDS,
-    MAX_TOP_LOGPROBS,
-)
+from turret.server.api import limits
 from turret.server.api.tenants.checkpoints import MAX_TTL_SECONDS
 from turret.server.http.schemas.fields import (
     Body,
@@ -217,7 +212,7 @@ def _stop(value: Any) -> Stop:
     if not isinstance(value, list):
         raise wrong_at(wrong_type("a string, or a list of strings or token ids", value))
     is_text = bool(value) and isinstance(value[0], str)
-    most = MAX_STOP_STRINGS if is_text else MAX_STOP_TOKEN_IDS
+    most = limits.MAX_STOP_STRINGS if is_text else limits.MAX_STOP_TOKEN_IDS
     if len(value) > most:
         raise wrong_at(say("TOO_MANY_ENTRIES", most=most, found=len(value)))
     if not is_text and are_token_ids(value):
@@ -227,7 +222,7 @@ def _stop(value: Any) -> Stop:
             raise wrong_at(wrong_type("a string or a token id", text), index)
         if not text:
             raise wrong_at(say("EMPTY"), index)
-        if len(text) > (longest := MAX_STOP_STRING_CHARS):
+        if len(text) > (longest := limits.MAX_STOP_STRING_CHARS):
             raise wrong_at(say("TOO_MANY_CHARACTERS", most=longest, found=len(text)), index)
     return Stop(texts=tuple(value))
 
@@ -252,8 +247,8 @@ class Sample(Body):
     sampling_params: SamplingParams
     num_samples: int = Field(1, ge=1, le=MAX_SAMPLES)
     prompt_logprobs: bool = False
-    topk_prompt_logprobs: int = Field(0, ge=0, le=MAX_TOP_LOGPROBS)
-    topk_sample_logprobs: int = Field(0, ge=0, le=MAX_TOP_LOGPROBS)
+    topk_prompt_logprobs: int = Field(0, ge=0, le=limits.MAX_TOP_LOGPROBS)
+    topk_sample_logprobs: int = Field(0, ge=0, le=limits.MAX_TOP_LOGPROBS)
     prompt_logprobs_last_n: int | None = Field(None, ge=1, le=_MOST_NUMBER)
     target_prompt_logprobs: Any = unsupported()
     prompt_alt_tokens_k: Any = unsupported(0)

@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from turret.server.api.services import Services
 from turret.server.api.tenants.futures import Future, Result
-from turret.server.api.tenants.sessions import Model, Session
-from turret.server.api.violations import Violations
+from turret.server.api.tenants.tenants import Model, Session
 from turret.server.basics.codes import Code
 from turret.server.basics.names import BASE
 from turret.server.errors import InvalidRequestError, TrainingNotFoundError
 from turret.server.http.endpoint import Exchange
 from turret.server.http.refusals import HttpRefusal
-from turret.server.http.schemas.fields import Body, Sent, wrong_type
+from turret.server.http.schemas.fields import wrong_type
 from turret.server.words import say
 
 _SHOWN_CHARS = 200
-_B = TypeVar("_B", bound=Body)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,17 +111,6 @@ def session_gone(session_id: str) -> HttpRefusal:
 def gone() -> HttpRefusal:
     """The error for a result that does not exist or is no longer kept."""
     return HttpRefusal(410, Code.NOT_FOUND, say("RESULT_GONE"))
-
-
-def checked(sent: Sent[Any], kind: type[_B]) -> _B:
-    """The body that was sent.
-
-    Raises:
-        InvalidRequestError: Lists every offending field.
-    """
-    Violations(list(sent.wrong)).raise_if_any()
-    assert isinstance(sent.body, kind)
-    return sent.body
 
 
 def number_of(raw: Any, path: str = "seq_id") -> int:

@@ -9,24 +9,14 @@ from typing import Any
 from turret.closest import closest
 from turret.server.api.tenants.checkpoints import Checkpoint
 from turret.server.api.tenants.futures import Future, Result
-from turret.server.api.tenants.sessions import Model, Sampler
+from turret.server.api.tenants.tenants import Model, Sampler
 from turret.server.basics.codes import Code
 from turret.server.errors import InvalidRequestError
-from turret.server.http.body import read_body
-from turret.server.http.endpoint import Exchange
+from turret.server.http.endpoint import Exchange, Json
 from turret.server.http.refusals import HttpRefusal
 from turret.server.http.schemas.fields import Body, Sent, wrong_type
-from turret.server.http.tinker import wire
-from turret.server.http.tinker.schemas import (
-    CreateModel,
-    LoadWeights,
-    OfModel,
-    OptimStep,
-    SaveExternal,
-    SaveForSampler,
-    SaveWeights,
-)
-from turret.server.http.tinker.state import TinkerState, checked, gone, number_of
+from turret.server.http.tinker import schemas, wire
+from turret.server.http.tinker.state import TinkerState, gone, number_of
 from turret.server.training.trainer import AdamParams, LearnerConfig
 from turret.server.words import say
 
@@ -35,25 +25,20 @@ from turret.server.words import say
 METHOD_NOTE, _OWN_NOTES = "turret.method", "turret."
 _SHOWN_CHARS = 40
 
-_Started = Callable[[], Awaitable[Result]]
 Work = Callable[[TinkerState, Model, Any], Awaitable[Result]]
 
 
-async def _promise(exchange: Exchange, future: Future, model_id: str) -> None:
-    """Answer with the id of a result that comes later."""
-    await exchange.reply.json({"request_id": future.request_id, "model_id": model_id})
+def _promise(future: Future, model_id: str) -> Json:
+    """The id of a result that comes later."""
+    return {"request_id": future.request_id, "model_id": model_id}
 
 
-def _raising(error: Exception) -> _Started:
+async def _fail(error: Exception) -> Result:
     """A command that fails. It uses its number, so that later commands do not wait for it."""
-
-    async def run() -> Result:
-        raise error
-
-    return run
+    raise error
 
 
-async def command(work: Work, kind: type[Body], state: TinkerState, exchange: Exchange) -> None:
+async def command(work: Work, kind: type[Body], state: TinkerState, exchange: Exchange) -> Json:
     """Put a command with a JSON body into its model's log.
 
     Args:
@@ -62,31 +47,28 @@ async def command(work: Work, kind: type[Body], state: TinkerState, exchange: Ex
         state: The state.
         exchange: The request.
     """
-    await _command(state, exchange, exchange.take_body(), kind, work)
+    return await _command(state, exchange, exchange.take_body(), kind, work)
 
 
 async def _command(
     state: TinkerState, exchange: Exchange, sent: Sent[Any], kind: type[Body], work: Work
-) -> None:
+) -> Json:
     model_id = sent.raw.get("model_id")
     if not isinstance(model_id, str):
         raise InvalidRequestError.of("model_id", wrong_type("a string", model_id))
     number = number_of(sent.raw.get("seq_id"))
     model = state.tenants.sessions.model(state.owner(exchange), model_id)
-    run: _Started
     try:
-        body = checked(sent, kind)
+        run = partial(work, state, model, sent.checked(kind))
     except InvalidRequestError as error:
-        run = _raising(error)
-    else:
-        run = partial(work, state, model, body)
-    await _promise(exchange, state.command(exchange, model, number, run), model.model_id)
+        run = partial(_fail, error)
+    return _promise(state.command(exchange, model, number, run), model.model_id)
 
 
 # Models.
 
 
-async def create_model(state: TinkerState, exchange: Exchange, body: CreateModel) -> None:
+async def create_model(state: TinkerState, exchange: Exchange, body: schemas.CreateModel) -> Json:
     """Begin to train an adapter."""
     state.check_base(body.base_model)
     lora = body.lora_config
@@ -107,39 +89,35 @@ async def create_model(state: TinkerState, exchange: Exchange, body: CreateModel
     async def begin(model: Model) -> Result:
         return Result.of(model_id=model.model_id, type="create_model")
 
-    await _create(
-        state, exchange, body.session_id, body.model_seq_id, config, body.user_metadata, begin
-    )
+    return await _create(state, exchange, body, config, begin)
 
 
 async def _create(
     state: TinkerState,
     exchange: Exchange,
-    session_id: str,
-    number: int,
+    body: schemas.CreateModel | schemas.LoadWeights,
     config: LearnerConfig,
-    metadata: dict[str, str],
     begin: Callable[[Model], Awaitable[Result]],
-) -> None:
+) -> Json:
     """Add a model to a session; its first command creates it.
 
     Args:
         state: The state of the API.
         exchange: The request.
-        session_id: The session.
-        number: The number of the model in the session.
+        body: Names the session and the number of the model in it.
         config: The config of the adapter.
-        metadata: The client's own notes.
         begin: Finishes the first command once the adapter exists.
     """
-    session = state.session(exchange, session_id)
-    model_id = f"{session_id}:train:{number}"
+    assert body.session_id is not None
+    assert body.model_seq_id is not None
+    session, number = state.session(exchange, body.session_id), body.model_seq_id
+    model_id = f"{body.session_id}:train:{number}"
     future = state.tenants.futures.find(session.owner, f"{model_id}:0")
     if future is None:
         if model_id in session.models:
             raise gone()
         training = state.tenants.sessions.training()
-        model = state.tenants.sessions.add_model(session, number, config, metadata)
+        model = state.tenants.sessions.add_model(session, number, config, body.user_metadata)
 
         async def run() -> Result:
             try:
@@ -150,28 +128,26 @@ async def _create(
                 raise
 
         future = state.command(exchange, model, 0, run)
-    await _promise(exchange, future, model_id)
+    return _promise(future, model_id)
 
 
-async def get_info(state: TinkerState, exchange: Exchange, body: OfModel) -> None:
+async def get_info(state: TinkerState, exchange: Exchange, body: schemas.OfModel) -> Json:
     """Describe a model in training."""
     model = state.tenants.sessions.model(state.owner(exchange), body.model_id)
     info = state.tenants.info()
     data = {"arch": info.model_type, "model_name": info.name, "tokenizer_id": info.name}
-    await exchange.reply.json(
-        {
-            "type": "get_info",
-            "model_data": data,
-            "model_id": model.model_id,
-            "is_lora": True,
-            "lora_rank": model.config.rank,
-            "model_name": info.name,
-            "optimizer_config": {"type": "adamw"},
-        }
-    )
+    return {
+        "type": "get_info",
+        "model_data": data,
+        "model_id": model.model_id,
+        "is_lora": True,
+        "lora_rank": model.config.rank,
+        "model_name": info.name,
+        "optimizer_config": {"type": "adamw"},
+    }
 
 
-async def unload_model(state: TinkerState, exchange: Exchange, body: OfModel) -> None:
+async def unload_model(state: TinkerState, exchange: Exchange, body: schemas.OfModel) -> Json:
     """Forget a model in training."""
     owner = state.owner(exchange)
     future = state.tenants.futures.find(owner, f"{body.model_id}:unload")
@@ -181,20 +157,18 @@ async def unload_model(state: TinkerState, exchange: Exchange, body: OfModel) ->
         state.tenants.sessions.drop_model(model)
         result = Result.of(model_id=model.model_id, type="unload_model")
         state.tenants.futures.settle(future, result)
-    await _promise(exchange, future, body.model_id)
+    return _promise(future, body.model_id)
 
 
 # Passes and steps.
 
 
-async def forward_backward(state: TinkerState, exchange: Exchange) -> None:
+async def forward_backward(state: TinkerState, exchange: Exchange) -> Json:
     """Compute losses and, unless told otherwise, their gradients."""
-    kind = exchange.headers.get("content-type", "").partition(";")[0].strip().lower()
-    encoding = exchange.headers.get("content-encoding", "").strip().lower()
-    if kind != wire.PROTOBUF or encoding not in ("", "identity"):
+    if exchange.media_type != wire.PROTOBUF:
         text = say("NOT_A_MESSAGE_TYPE", wanted=wire.PROTOBUF)
         raise HttpRefusal(415, Code.INVALID_ARGUMENT, text)
-    body = await read_body(exchange.receive, exchange.headers, exchange.call)
+    body = await exchange.read_body()
     tenants, tenant = state.tenants, exchange.call.tenant
     info, training = tenants.info(), tenants.sessions.training()
     model_id, seq_id = await tenants.read(tenant, lambda: wire.read_address(body))
@@ -216,10 +190,10 @@ async def forward_backward(state: TinkerState, exchange: Exchange) -> None:
         return Result(result, wire.PROTOBUF)
 
     future = state.command(exchange, model, number, run, len(body))
-    await _promise(exchange, future, model.model_id)
+    return _promise(future, model.model_id)
 
 
-async def optim_step(state: TinkerState, model: Model, body: OptimStep) -> Result:
+async def optim_step(state: TinkerState, model: Model, body: schemas.OptimStep) -> Result:
     """Change a model's weights by the gradients since the last step."""
     adam = AdamParams(**body.adam_params.model_dump())
     metrics = await state.tenants.sessions.training().step(model.number, adam)
@@ -233,7 +207,7 @@ async def _save(
     state: TinkerState,
     model: Model,
     kind: str,
-    body: SaveWeights | SaveForSampler | SaveExternal,
+    body: schemas.SaveWeights | schemas.SaveForSampler | schemas.SaveExternal,
     *,
     overwrite: bool = False,
 ) -> Checkpoint:
@@ -247,19 +221,21 @@ async def _save(
     )
 
 
-async def save_weights(state: TinkerState, model: Model, body: SaveWeights) -> Result:
+async def save_weights(state: TinkerState, model: Model, body: schemas.SaveWeights) -> Result:
     """Save a model with its optimizer, to continue from later."""
     saved = await _save(state, model, "weights", body, overwrite=body.overwrite)
     return Result.of(path=saved.path, type="save_weights")
 
 
-async def save_external(state: TinkerState, model: Model, body: SaveExternal) -> Result:
+async def save_external(state: TinkerState, model: Model, body: schemas.SaveExternal) -> Result:
     """Save a model's weights for download."""
     saved = await _save(state, model, "external_weights", body)
     return Result.of(path=saved.path, size_bytes=saved.size, type="save_weights_external")
 
 
-async def save_for_sampler(state: TinkerState, model: Model, body: SaveForSampler) -> Result:
+async def save_for_sampler(
+    state: TinkerState, model: Model, body: schemas.SaveForSampler
+) -> Result:
     """Save a model's weights for sampling, or make a sampler of them without saving."""
     if body.sampling_session_seq_id is None:
         path, sampler_id = (await _save(state, model, "sampler_weights", body)).path, None
@@ -269,7 +245,7 @@ async def save_for_sampler(state: TinkerState, model: Model, body: SaveForSample
     return Result.of(path=path, sampling_session_id=sampler_id, type=kind)
 
 
-async def _snapshot(state: TinkerState, model: Model, body: SaveForSampler) -> Sampler:
+async def _snapshot(state: TinkerState, model: Model, body: schemas.SaveForSampler) -> Sampler:
     """A sampler with a model's present weights, or one that always uses its newest ones."""
     session_id = model.model_id.partition(":")[0]
     session = state.tenants.sessions.find(model.owner, session_id)
@@ -290,13 +266,12 @@ async def _snapshot(state: TinkerState, model: Model, body: SaveForSampler) -> S
     return sampler
 
 
-async def load_weights(state: TinkerState, exchange: Exchange) -> None:
+async def load_weights(state: TinkerState, exchange: Exchange) -> Json:
     """Continue from a checkpoint, in a model or in a new one."""
     sent = exchange.take_body()
     if sent.raw.get("model_id") is not None:
-        await _command(state, exchange, sent, LoadWeights, _load)
-        return
-    body = checked(sent, LoadWeights)
+        return await _command(state, exchange, sent, schemas.LoadWeights, _load)
+    body = sent.checked(schemas.LoadWeights)
     if body.session_id is None or body.model_seq_id is None:
         choices = "model_id, session_id"
         raise InvalidRequestError.of("model_id", say("ONE_REQUIRED", choices=choices))
@@ -307,10 +282,9 @@ async def load_weights(state: TinkerState, exchange: Exchange) -> None:
     async def begin(model: Model) -> Result:
         return await _load(state, model, body)
 
-    metadata = body.user_metadata
-    await _create(state, exchange, body.session_id, body.model_seq_id, config, metadata, begin)
+    return await _create(state, exchange, body, config, begin)
 
 
-async def _load(state: TinkerState, model: Model, body: LoadWeights) -> Result:
+async def _load(state: TinkerState, model: Model, body: schemas.LoadWeights) -> Result:
     checkpoint = await state.tenants.load(model, body.path, with_optimizer=body.optimizer)
     return Result.of(path=checkpoint.path, model_id=model.model_id, type="load_weights")

@@ -1,203 +1,487 @@
-"""Splits an answer as its text grows: into reasoning, channels, text and tool calls."""
+"""Splits an answer as its text grows: into reasoning, text and tool calls.
+
+Each parser is a generator. It takes text from the front of a :class:`Source`, yields the pieces
+that are certain, and yields None where it needs more text.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 import uuid
-from collections.abc import Container, Mapping
-from typing import Any
+from collections.abc import Callable, Container, Generator, Mapping
+from typing import Any, TypeVar
 
 from turret.server.basics.codes import CHANNEL, ENDS, FUNCTIONS, MARKS, MESSAGE, Header
 from turret.server.http.tools.calls import (
+    ARGUMENTS,
+    CALL_ID,
+    FORMS,
     CallBegun,
     CallGrown,
-    Calls,
+    Form,
     Piece,
     Said,
     Thought,
-    possible_start,
+    kind_of,
+    kinds_of,
 )
+
+_T = TypeVar("_T")
+Parser = Generator[Piece | None, None, _T]
+Tools = Mapping[str, Mapping[str, Any]]
+
+
+def possible_start(text: str, mark: str) -> int:
+    """The number of characters at the end of ``text`` that may begin ``mark``."""
+    for size in range(min(len(mark) - 1, len(text)), 0, -1):
+        if text.endswith(mark[:size]):
+            return size
+    return 0
+
+
+class Source:
+    """The text of an answer that has arrived and is not parsed yet.
+
+    Attributes:
+        text: The text.
+        is_over: Whether no more text follows.
+    """
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.is_over = False
+
+    def take(self, size: int) -> str:
+        """Remove characters from the front, and return them."""
+        taken, self.text = self.text[:size], self.text[size:]
+        return taken
+
+    def more(self) -> Parser[bool]:
+        """Wait for more text; returns False at once if none follows."""
+        if self.is_over:
+            return False
+        yield None
+        return True
+
+    def rest(self) -> Parser[str]:
+        """The text without blanks at its front, once there is any; "" if none follows."""
+        while not (rest := self.text.lstrip()) and (yield from self.more()):
+            pass
+        return rest
+
+    def until(self, mark: str, kind: Callable[[str], Piece]) -> Parser[bool]:
+        """Yield the text before a mark, and take the mark; returns whether it was found."""
+        while True:
+            said, found, rest = self.text.partition(mark)
+            if found:
+                self.text = rest
+            else:
+                said = self.take(len(said) - (0 if self.is_over else possible_start(said, mark)))
+            if said:
+                yield kind(said)
+            if found or not (yield from self.more()):
+                return bool(found)
+
+
+def _plain(source: Source) -> Parser[None]:
+    """An answer, or the rest of one, that is only text."""
+    while True:
+        if source.text:
+            yield Said(source.take(len(source.text)))
+        if not (yield from source.more()):
+            return
+
+
+# Reasoning before the answer.
 
 _BEGIN, _END = "<think>", "</think>"
 
 
-class Reasoning:
-    """Splits a growing text into thoughts and the text after them.
+def _reasoning(source: Source, is_open: bool) -> Parser[None]:
+    """The block of reasoning at the front, if there is one, and the blanks after it.
 
     Args:
+        source: The answer.
         is_open: Whether the prompt has already begun the block.
     """
+    while not is_open:
+        begun = source.text.lstrip()
+        if begun.startswith(_BEGIN):
+            source.text = begun.removeprefix(_BEGIN)
+            break
+        if not _BEGIN.startswith(begun) or not (yield from source.more()):
+            return
+    if (yield from source.until(_END, Thought)):
+        source.text = yield from source.rest()
 
-    def __init__(self, is_open: bool) -> None:
-        # before → inside → trimmed (blanks after the block) → after; or before → after.
-        self._state = "inside" if is_open else "before"
-        self._held = ""
 
-    def feed(self, text: str) -> list[Piece]:
-        """Append text, and return the pieces that are now certain."""
-        self._held += text
-        pieces: list[Piece] = []
-        if self._state == "before":
-            begun = self._held.lstrip()
-            if begun.startswith(_BEGIN):
-                self._state, self._held = "inside", begun.removeprefix(_BEGIN)
-            elif not _BEGIN.startswith(begun):
-                self._state = "after"
-        if self._state == "inside":
-            thought, found, rest = self._held.partition(_END)
-            if found:
-                self._state, self._held = "trimmed", rest
-            else:
-                size = len(thought) - possible_start(thought, _END)
-                thought, self._held = thought[:size], thought[size:]
-            if thought:
-                pieces.append(Thought(thought))
-        if self._state == "trimmed":
-            self._held = self._held.lstrip()
-            if self._held:
-                self._state = "after"
-        if self._state == "after":
-            pieces += self._release()
-        return pieces
-
-    def finish(self) -> list[Piece]:
-        """The remaining pieces, after the answer has ended."""
-        if self._state == "inside" and self._held:
-            held, self._held = self._held, ""
-            return [Thought(held)]
-        return self._release()
-
-    def _release(self) -> list[Piece]:
-        held, self._held = self._held, ""
-        return [Said(held)] if held else []
-
+# Messages in channels; see ``server/basics/codes.py``.
 
 # Longer than any mark together with the names of a channel and a tool.
 _MAX_HEADER_CHARS = 256
 _RECIPIENT = "to="
 
 
-class Channels:
-    """Splits a growing text with its marks; see ``server/basics/codes.py``.
+def _channels(source: Source, names: Container[str]) -> Parser[None]:
+    """The messages of an answer.
 
     An answer that does not begin with a message is text, and so is a call of an unknown tool.
 
     Args:
+        source: The answer.
         names: The names of the tools that may be called.
     """
-
-    def __init__(self, names: Container[str]) -> None:
-        self._names = names
-        # begin: at the start of the answer; header: before a message's text; thought, call or said:
-        # in a text of that kind; plain: in an answer without messages.
-        self._state = "begin"
-        self._held = ""
-        self._count = 0
-        self._has_arguments = False
-
-    def feed(self, text: str) -> list[Piece]:
-        """Append text, and return the pieces that are now certain."""
-        self._held += text
-        pieces: list[Piece] = []
-        while True:
-            before = self._state, len(self._held)
-            pieces += self._step()
-            if before == (self._state, len(self._held)):
-                return pieces
-
-    def finish(self) -> list[Piece]:
-        """The remaining pieces, after the answer has ended."""
-        held, self._held = self._held, ""
-        if self._state in ("begin", "header"):
-            # Drop a header without a message.
-            is_header = held.lstrip().startswith(MARKS) or self._state == "header"
-            return [] if is_header or not held else [Said(held)]
-        return [*self._grown(held), *self._end()]
-
-    def _step(self) -> list[Piece]:
-        if self._state == "begin":
-            return self._begin()
-        if self._state == "header":
-            return self._read_header()
-        if self._state == "plain":
-            text, self._held = self._held, ""
-            return self._grown(text)
-        text, mark = _until(self._held, (*ENDS, CHANNEL))
-        if mark is None:
-            size = len(text) - max(possible_start(text, m) for m in MARKS)
-            self._held = text[size:]
-            return self._grown(text[:size])
-        # Keep the mark, which begins the next header.
-        self._held = self._held[len(text) :]
-        pieces = [*self._grown(text), *self._end()]
-        self._state = "header"
-        return pieces
-
-    def _begin(self) -> list[Piece]:
-        begun = self._held.lstrip()
-        if begun.startswith((*MARKS, _RECIPIENT)):
-            self._state = "header"
-        elif not any(start.startswith(begun) for start in (*MARKS, _RECIPIENT)):
-            self._state = "plain"
-        return []
-
-    def _read_header(self) -> list[Piece]:
-        text, found, rest = self._held.partition(MESSAGE)
-        if not found:
-            if len(text) > _MAX_HEADER_CHARS:
+    starts = (*MARKS, _RECIPIENT)
+    while not (begun := source.text.lstrip()).startswith(starts):
+        may_begin = any(start.startswith(begun) for start in starts)
+        if not may_begin or not (yield from source.more()):
+            yield from _plain(source)
+            return
+    index = 0
+    while True:
+        while MESSAGE not in source.text:
+            if len(source.text) > _MAX_HEADER_CHARS:
                 # The model no longer follows the format: treat everything as text.
-                self._state, self._held = "plain", ""
-                return [Said(text)]
-            return []
-        self._held = rest
-        header = Header.parse(_last_message(text))
-        if header.is_thought:
-            self._state = "thought"
-            return []
+                yield from _plain(source)
+                return
+            if not (yield from source.more()):
+                # Drop a header without a message.
+                return
+        text, _, source.text = source.text.partition(MESSAGE)
+        # Leave out the mark that ended the previous message.
+        header = Header.parse(re.split("|".join(map(re.escape, ENDS)), text)[-1])
         name = header.recipient.removeprefix(FUNCTIONS)
-        if header.recipient.startswith(FUNCTIONS) and name in self._names:
-            self._state, self._has_arguments = "call", False
-            return [CallBegun(self._count, name)]
-        self._state = "said"
-        return [] if header.is_said else [Said(text + MESSAGE)]
-
-    def _grown(self, text: str) -> list[Piece]:
-        if self._state == "call" and not self._has_arguments:
-            text = text.lstrip()
-            self._has_arguments = bool(text)
-        if not text:
-            return []
-        if self._state == "call":
-            return [CallGrown(self._count, text)]
-        return [Thought(text) if self._state == "thought" else Said(text)]
-
-    def _end(self) -> list[Piece]:
-        """The pieces at the end of a message."""
-        if self._state != "call":
-            return []
-        pieces: list[Piece] = [] if self._has_arguments else [CallGrown(self._count, "{}")]
-        self._count += 1
-        return pieces
+        if header.recipient.startswith(FUNCTIONS) and name in names:
+            yield CallBegun(index, name)
+            source.text = yield from source.rest()
+            size = yield from _message(source, lambda grown, at=index: CallGrown(at, grown))
+            if not size:
+                yield CallGrown(index, "{}")
+            index += 1
+            continue
+        if not (header.is_thought or header.is_said):
+            yield Said(text + MESSAGE)
+        yield from _message(source, Thought if header.is_thought else Said)
 
 
-def _until(text: str, marks: tuple[str, ...]) -> tuple[str, str | None]:
-    """The text before the first of the marks, and that mark."""
-    places = {mark: place for mark in marks if (place := text.find(mark)) >= 0}
-    if not places:
-        return text, None
-    mark = min(places, key=places.__getitem__)
-    return text[: places[mark]], mark
+_MESSAGE_END = re.compile("|".join(map(re.escape, (*ENDS, CHANNEL))))
 
 
-def _last_message(header: str) -> str:
-    """The header of a message, without the end of the message before it."""
-    for end in ENDS:
-        header = header.rpartition(end)[2]
-    return header
+def _message(source: Source, kind: Callable[[str], Piece]) -> Parser[int]:
+    """The text of a message up to the mark that begins the next header; returns its length."""
+    length = 0
+    while True:
+        found = _MESSAGE_END.search(source.text)
+        size = found.start() if found else len(source.text)
+        if not (found or source.is_over):
+            size -= max(possible_start(source.text, mark) for mark in MARKS)
+        if size:
+            yield kind(source.take(size))
+        length += size
+        if found or not (yield from source.more()):
+            return length
 
 
-# Mistral's templates accept only ids of nine characters; others accept any.
-_ID_CHARS = {"mistral": 9, "mistral11": 9}
+# Tool calls. A parser of one call returns False, and takes no text, if there is no call of a known
+# tool. If the answer is cut in a call, it returns True.
+
+_JSON_HEAD = re.compile(
+    r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
+)
+_JSON_TAIL = re.compile(r"\s*\}")
+
+
+class ObjectEnd:
+    """Finds the end of a JSON object whose text arrives in pieces."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._in_string = False
+        self._is_escaped = False
+
+    def find(self, text: str) -> int | None:
+        """The offset in the next piece after the closing bracket; None if it has yet to come."""
+        for place, character in enumerate(text):
+            if self._in_string:
+                if self._is_escaped:
+                    self._is_escaped = False
+                elif character == "\\":
+                    self._is_escaped = True
+                elif character == '"':
+                    self._in_string = False
+            elif character == '"':
+                self._in_string = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                if self._depth <= 0:
+                    return place + 1
+        return None
+
+
+def _object(source: Source, index: int) -> Parser[None]:
+    """Arguments that are already a JSON object."""
+    end = ObjectEnd()
+    while True:
+        size = end.find(source.text)
+        if grown := source.take(len(source.text) if size is None else size):
+            yield CallGrown(index, grown)
+        if size is not None or not (yield from source.more()):
+            return
+
+
+def _json_call(source: Source, index: int, tools: Tools) -> Parser[bool]:
+    """A call that begins with its opening bracket."""
+    whole, num_looked_at = ObjectEnd(), 0
+    while (head := _JSON_HEAD.match(source.text)) is None:
+        # The fields may be in another order. If so, read the call as a whole.
+        end = whole.find(source.text[num_looked_at:])
+        if end is not None:
+            return (yield from _whole_call(source, num_looked_at + end, index, tools))
+        num_looked_at = len(source.text)
+        if not (yield from source.more()):
+            return False
+    name = _loaded(head[1])
+    if name not in tools:
+        return False
+    source.take(head.end())
+    yield CallBegun(index, name)
+    yield from _object(source, index)
+    while (tail := _JSON_TAIL.match(source.text)) is None:
+        if not (yield from source.more()):
+            return True
+    source.take(tail.end())
+    return True
+
+
+def _whole_call(source: Source, size: int, index: int, tools: Tools) -> Parser[bool]:
+    """A call that has arrived completely."""
+    call = _loaded(source.text[:size])
+    name = call.get("name") if isinstance(call, dict) else None
+    if not isinstance(name, str) or name not in tools:
+        return False
+    arguments = call.get("arguments", call.get("parameters", {}))
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    source.take(size)
+    yield CallBegun(index, name)
+    yield CallGrown(index, arguments)
+    return True
+
+
+def _loaded(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+_NAMED_HEAD = re.compile(
+    r"\s*([A-Za-z0-9_.-]+)\s*"
+    rf"(?:{re.escape(CALL_ID)}\s*([A-Za-z0-9_-]+)\s*)?"
+    rf"(?:{re.escape(ARGUMENTS)})?\s*(?=\{{)"
+)
+# Longer than any name with its id and marks.
+_MAX_HEAD_CHARS = 256
+
+
+def _named_call(source: Source, index: int, tools: Tools) -> Parser[bool]:
+    """A call that begins with its name."""
+    while (head := _NAMED_HEAD.match(source.text)) is None:
+        is_none = "{" in source.text or len(source.text) > _MAX_HEAD_CHARS
+        if is_none or not (yield from source.more()):
+            return False
+    if head[1] not in tools:
+        return False
+    source.take(head.end())
+    yield CallBegun(index, head[1], head[2] or "")
+    yield from _object(source, index)
+    return True
+
+
+_XML_BEGIN, _XML_END = "<function=", "</function>"
+_PARAMETER, _PARAMETER_END = "<parameter=", "</parameter>"
+_ONLY_TEXT = frozenset({"string"})
+_XML_HEAD = re.compile(rf"\s*{_XML_BEGIN}([^<>\n]{{1,64}})>")
+_XML_NEXT = re.compile(rf"\s*(?:{_PARAMETER}([^<>\n]+)>(?:\n|(?=[^\n]))|{_XML_END})")
+
+
+def _xml_call(source: Source, index: int, tools: Tools) -> Parser[bool]:
+    """A call that begins with ``<function=``; its arguments become JSON.
+
+    A parameter's value is plain text between tags; the tool's schema determines its type. Strings
+    are returned as they arrive, other values once they are complete.
+    """
+    while (head := _XML_HEAD.match(source.text)) is None:
+        begun = source.text.lstrip()
+        is_open = begun.startswith(_XML_BEGIN) and len(begun) < 80 and "\n" not in begun
+        is_none = not (_XML_BEGIN.startswith(begun) or is_open)
+        if is_none or not (yield from source.more()):
+            return False
+    if head[1] not in tools:
+        return False
+    source.take(head.end())
+    yield CallBegun(index, head[1])
+    yield CallGrown(index, "{")
+    schema, comma = tools[head[1]], ""
+    properties = schema.get("properties")
+    while (name := (yield from _parameter_name(source))) is not None:
+        if not name:
+            yield CallGrown(index, "}")
+            break
+        yield CallGrown(index, f"{comma}{json.dumps(name, ensure_ascii=False)}: ")
+        comma = ", "
+        value = properties.get(name) if isinstance(properties, dict) else None
+        if not (yield from _xml_value(source, index, kinds_of(value, schema))):
+            break
+    return True
+
+
+def _parameter_name(source: Source) -> Parser[str | None]:
+    """The name of the next parameter; "" at the end of the call; None if the answer is cut."""
+    while (found := _XML_NEXT.match(source.text)) is None:
+        begun = source.text.lstrip()
+        marks = (_PARAMETER, _XML_END)
+        if not any(mark.startswith(begun) or begun.startswith(mark) for mark in marks):
+            # If neither a parameter nor the end follows, end the call here. The rest is text.
+            return ""
+        if not (yield from source.more()):
+            return None
+    source.take(found.end())
+    return found[1] or ""
+
+
+def _xml_value(source: Source, index: int, kinds: frozenset[str]) -> Parser[bool]:
+    """A parameter's value; returns False if the answer is cut in it."""
+    is_text, opening = kinds == _ONLY_TEXT, '"'
+    while True:
+        value, found, rest = source.text.partition(_PARAMETER_END)
+        grown = ""
+        if found:
+            # The line break before the closing tag is not part of the value.
+            value, source.text = value.removesuffix("\n"), rest
+        elif is_text:
+            ends = (f"\n{_PARAMETER_END}", _PARAMETER_END)
+            value = source.take(len(value) - max(possible_start(value, end) for end in ends))
+        if is_text:
+            closing = '"' if found else ""
+            grown = f"{opening}{json.dumps(value, ensure_ascii=False)[1:-1]}{closing}"
+            opening = ""
+        elif found:
+            grown = json.dumps(_meant(value, kinds), ensure_ascii=False)
+        if grown:
+            yield CallGrown(index, grown)
+        if found or not (yield from source.more()):
+            return bool(found)
+
+
+def _meant(text: str, kinds: frozenset[str]) -> Any:
+    """The value of a parameter's text: parsed as JSON if possible, otherwise the text itself."""
+    bare = text.strip()
+    lowered = bare.lower()
+    if lowered in ("true", "false", "null", "none"):
+        # Accept Python's spellings too.
+        bare = "null" if lowered == "none" else lowered
+    try:
+        value = json.loads(bare)
+    except (ValueError, RecursionError):
+        return text
+    if "string" in kinds and kind_of(value) not in kinds:
+        return text
+    return value
+
+
+# The text that begins a call after its mark, and the parser of the call, by syntax. A name may
+# begin with anything.
+_CALLS: Mapping[str, tuple[str, Callable[[Source, int, Tools], Parser[bool]]]] = {
+    "json": ("{", _json_call),
+    "named": ("", _named_call),
+    "xml": ("<", _xml_call),
+}
+
+
+def _calls(source: Source, form: Form, tools: Tools) -> Parser[None]:
+    """Text and tool calls.
+
+    Text that looks like a call but is not one, or calls an unknown tool, stays text.
+    """
+    index = 0
+    # What was taken as the beginning of a call, in case there is no call; None in text.
+    taken = (yield from _opening(source, form)) if form.is_bare else None
+    while True:
+        if taken is None:
+            if not (yield from source.until(form.begin, Said)):
+                return
+            taken = form.begin
+        if (yield from _call(source, form, tools, index, taken)):
+            index += 1
+            taken = "" if (yield from _is_followed(source, form)) else None
+        else:
+            taken = None
+
+
+def _opening(source: Source, form: Form) -> Parser[str | None]:
+    """What begins a call at the front of the answer, with or without the mark; None for text."""
+    while True:
+        begun = source.text.lstrip()
+        num_blanks = len(source.text) - len(begun)
+        if begun.startswith(form.begin):
+            return source.take(num_blanks + len(form.begin))
+        if not form.begin.startswith(begun):
+            is_call = begun.startswith("[" if form.is_list else "{")
+            return source.take(num_blanks) if is_call else None
+        if not (yield from source.more()):
+            return None
+
+
+def _call(source: Source, form: Form, tools: Tools, index: int, taken: str) -> Parser[bool]:
+    """One call; returns whether there is one."""
+    opening, parse = _CALLS[form.syntax]
+    begins_list = form.is_list and not index
+    for bracket in ("[", opening) if begins_list else (opening,):
+        rest = yield from source.rest()
+        if not rest or not rest.startswith(bracket):
+            break
+        is_of_list = begins_list and bracket == "["
+        taken += source.take(len(source.text) - len(rest) + is_of_list)
+    else:
+        if (yield from parse(source, index, tools)):
+            if source.is_over:
+                # The call is cut.
+                source.text = ""
+            return True
+    if taken:
+        yield Said(taken)
+    return False
+
+
+def _is_followed(source: Source, form: Form) -> Parser[bool]:
+    """Take what ends a call; returns whether another one follows at once, without a mark."""
+    while form.syntax != "named":
+        rest = source.text.lstrip()
+        if form.end and rest.startswith(form.end):
+            source.text = rest.removeprefix(form.end)
+            break
+        if rest.startswith("]") and form.is_list:
+            source.text = rest[1:]
+            break
+        if rest and rest[0] in form.separators:
+            source.text = rest[1:]
+            return True
+        if rest.startswith("{") and form.syntax == "json" and not (form.is_list or form.end):
+            return True
+        if rest and not form.end.startswith(rest):
+            return False
+        if not (yield from source.more()):
+            # A partial end mark is not part of the text.
+            source.text = ""
+            return False
+    # Blanks between calls are not text either.
+    source.text = yield from source.rest()
+    return False
 
 
 class AnswerReader:
@@ -220,7 +504,7 @@ class AnswerReader:
     def __init__(
         self,
         form: str | None,
-        tools: Mapping[str, Mapping[str, Any]],
+        tools: Tools,
         *,
         is_parallel: bool = True,
         has_reasoning: bool = False,
@@ -228,61 +512,50 @@ class AnswerReader:
         has_channels: bool = False,
         is_forced: bool = False,
     ) -> None:
-        self._is_forced = is_forced
-        self._channels = Channels(tools) if has_channels else None
-        self._reasoning = Reasoning(is_open) if has_reasoning else None
-        has_calls = form is not None and tools and not has_channels
-        self._calls = Calls(form, tools) if form is not None and has_calls else None
-        self._id_chars = _ID_CHARS.get(form or "", 24)
-        self._most = None if is_parallel else 1
+        self._source = Source()
+        self._is_forced = is_forced and (has_channels or bool(form and tools))
+        self._is_parallel = is_parallel
+        # Mistral's templates accept only ids of nine characters; others accept any.
+        self._has_short_ids = form in ("mistral", "mistral11")
         self.num_calls = 0
+
+        def parse(source: Source) -> Parser[None]:
+            if has_channels:
+                yield from _channels(source, tools)
+                return
+            if has_reasoning:
+                yield from _reasoning(source, is_open)
+            yield from (
+                _plain(source) if not (form and tools) else _calls(source, FORMS[form], tools)
+            )
+
+        self._parser = parse(self._source)
 
     def feed(self, text: str) -> list[Piece]:
         """Append text, and return the pieces that are now certain; every call has an id."""
-        if self._channels is not None:
-            return self._numbered(self._channels.feed(text))
-        if self._reasoning is not None:
-            return self._split(self._reasoning.feed(text))
-        return self._split([Said(text)] if text else [])
+        self._source.text += text
+        pieces: list[Piece] = []
+        for piece in self._parser:
+            if piece is None:
+                break
+            if isinstance(piece, Said):
+                is_wanted = not self._is_forced
+            else:
+                is_wanted = isinstance(piece, Thought) or self._is_parallel or not piece.index
+            if is_wanted:
+                pieces.append(self._with_id(piece) if isinstance(piece, CallBegun) else piece)
+        return pieces
 
     def finish(self) -> list[Piece]:
         """The last pieces, after the answer has ended."""
-        if self._channels is not None:
-            return self._numbered(self._channels.finish())
-        pieces = [] if self._reasoning is None else self._split(self._reasoning.finish())
-        if self._calls is not None:
-            pieces += self._numbered(self._calls.finish())
-        return pieces
-
-    def _split(self, pieces: list[Piece]) -> list[Piece]:
-        """The pieces, with calls instead of the text that contains them."""
-        if self._calls is None:
-            return pieces
-        found: list[Piece] = []
-        for piece in pieces:
-            if isinstance(piece, Said):
-                found += self._numbered(self._calls.feed(piece.text))
-            else:
-                found.append(piece)
-        return found
-
-    def _numbered(self, pieces: list[Piece]) -> list[Piece]:
-        """The pieces, with ids for calls and without calls beyond the allowed number."""
-        found: list[Piece] = []
-        for piece in pieces:
-            if isinstance(piece, Said) and self._is_forced:
-                continue
-            if isinstance(piece, Said | Thought) or self._most is None or piece.index < self._most:
-                found.append(self._with_id(piece) if isinstance(piece, CallBegun) else piece)
-        return found
+        self._source.is_over = True
+        return self.feed("")
 
     def _with_id(self, call: CallBegun) -> CallBegun:
         self.num_calls += 1
-        return call if call.call_id else dataclasses.replace(call, call_id=self._new_id())
-
-    def _new_id(self) -> str:
         digits = uuid.uuid4().hex
-        return digits[:9] if self._id_chars == 9 else f"call_{digits[: self._id_chars]}"
+        made = digits[:9] if self._has_short_ids else f"call_{digits[:24]}"
+        return call if call.call_id else dataclasses.replace(call, call_id=made)
 
 
 def delta_of(piece: Piece) -> dict[str, Any]:
@@ -302,23 +575,18 @@ def delta_of(piece: Piece) -> dict[str, Any]:
 
 def message_of(reader: AnswerReader, text: str) -> dict[str, Any]:
     """A whole answer as an assistant's message."""
-    said: list[str] = []
-    thought: list[str] = []
-    calls: list[dict[str, Any]] = []
+    message: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
     for piece in (*reader.feed(text), *reader.finish()):
-        if isinstance(piece, Said):
-            said.append(piece.text)
-        elif isinstance(piece, Thought):
-            thought.append(piece.text)
-        elif isinstance(piece, CallBegun):
-            function = {"name": piece.name, "arguments": ""}
-            calls.append({"id": piece.call_id, "type": "function", "function": function})
+        delta = delta_of(piece)
+        if isinstance(piece, CallBegun):
+            (call,) = delta["tool_calls"]
+            del call["index"]
+            message.setdefault("tool_calls", []).append(call)
+        elif isinstance(piece, CallGrown):
+            message["tool_calls"][-1]["function"]["arguments"] += piece.text
         else:
-            calls[-1]["function"]["arguments"] += piece.text
-    content = "".join(said)
-    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-    if thought:
-        message["reasoning_content"] = "".join(thought)
-    if calls:
-        message |= {"content": content or None, "tool_calls": calls}
+            ((name, grown),) = delta.items()
+            message[name] = message.get(name, "") + grown
+    if "tool_calls" in message:
+        message["content"] = message["content"] or None
     return message

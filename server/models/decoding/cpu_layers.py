@@ -37,8 +37,7 @@ from turret.server.adapters.device.cpu.store import CpuStep
 from turret.server.adapters.device.store import AdapterStep
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.arch import Arch, ClampedSwiglu
-from turret.server.models.decoding.kv_cache import KvCache
-from turret.server.models.decoding.layer_ops import Angles, LayerOps
+from turret.server.models.decoding.layer_ops import Angles, KvCache, LayerOps, no_rotation
 
 if TYPE_CHECKING:
     from turret.server.models.decoding.decoder import DecoderLayer
@@ -49,20 +48,21 @@ if TYPE_CHECKING:
 
 
 _HEAD_DIM_MULTIPLE = 32
-# Name in ``Arch`` → kernel that also multiplies the activation by ``up``.
-_GATED_ACTIVATIONS = {"silu": silu_mul, "gelu_pytorch_tanh": gelu_mul}
 
 
 class CpuLayerOps(LayerOps):
     """The operations of a layer by compiled kernels."""
 
-    @staticmethod
-    def serves(arch: Arch) -> bool:
+    activations = {"silu": silu_mul, "gelu_pytorch_tanh": gelu_mul}  # noqa: RUF012
+    clamped_swiglu = staticmethod(clamped_swiglu)
+
+    @classmethod
+    def serves(cls, arch: Arch) -> bool:
         """Whether the kernels support the model's head size and activation."""
         is_head_known = arch.head_dim % _HEAD_DIM_MULTIPLE == 0 and arch.head_dim <= MAX_HEAD_DIM
         activation = arch.activation
         is_clamped = isinstance(activation, ClampedSwiglu)
-        return is_head_known and (is_clamped or activation in _GATED_ACTIVATIONS)
+        return is_head_known and (is_clamped or activation in cls.activations)
 
     def plan_attention(
         self,
@@ -99,8 +99,7 @@ class CpuLayerOps(LayerOps):
     ) -> torch.Tensor:
         arch = self._arch
         if angles is None:
-            ones = torch.ones(qkv.shape[0], arch.head_dim // 2)
-            angles = ones, torch.zeros_like(ones)
+            angles = no_rotation(qkv.shape[0], arch, qkv.device)
         keys, values = cache.keys[number], cache.values[number]
         q = rope_kv_write(qkv, *angles, slots, keys, values, is_interleaved=arch.is_interleaved)
         if growth is not None:
@@ -110,12 +109,6 @@ class CpuLayerOps(LayerOps):
         if adapters is not None:
             adapters.attend(number, q, out)
         return out.view(qkv.shape[0], -1)
-
-    def gated_activation(self, gate_up: torch.Tensor) -> torch.Tensor:
-        activation = self._arch.activation
-        if isinstance(activation, ClampedSwiglu):
-            return clamped_swiglu(gate_up, activation.alpha, activation.limit)
-        return _GATED_ACTIVATIONS[activation](gate_up)
 
 
 def choose_layer_ops(arch: Arch, dtype: torch.dtype, device: torch.device) -> LayerOps:
@@ -207,7 +200,7 @@ class CpuLayers:
             Final-norm hidden states, ``[rows, hidden]``.
         """
         arch, rows = self._arch, hidden.shape[0]
-        angles = [_angles(rotations[kind], rows, arch) for kind in self._kinds]
+        angles = [rotations[kind] or no_rotation(rows, arch, hidden.device) for kind in self._kinds]
         ropes = (NativeRope * len(angles))(
             *(NativeRope(cos.data_ptr(), sin.data_ptr(), cos.shape[1]) for cos, sin in angles)
         )
@@ -297,10 +290,3 @@ def _dense(base: BaseLinear) -> torch.Tensor | None:
 
 def _width(base: BaseLinear) -> int:
     return sum(base.widths)
-
-
-def _angles(rotation: Angles | None, rows: int, arch: Arch) -> Angles:
-    if rotation is not None:
-        return rotation
-    ones = torch.ones(rows, arch.head_dim // 2)
-    return ones, torch.zeros_like(ones)

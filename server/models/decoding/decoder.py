@@ -8,6 +8,7 @@ hidden]``, without a batch axis.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from turret.kernels.expert_routing import Routing, combine_reference, route_reference
 from turret.kernels.likeliest import MOST_ROWS, Screen, likeliest_tokens
 from turret.kernels.rows.elementwise import row_softcap_
 from turret.kernels.rows.linear import row_linear
@@ -30,8 +30,7 @@ from turret.server.adapters.device.vocabulary import (
 from turret.server.models.decoding.adapted_linear import AdaptedLinear, ExpertMixture
 from turret.server.models.decoding.arch import Arch
 from turret.server.models.decoding.cpu_layers import CpuLayerOps, CpuLayers, choose_layer_ops
-from turret.server.models.decoding.kv_cache import KvCache
-from turret.server.models.decoding.layer_ops import GrowingQueries, RotaryAngles
+from turret.server.models.decoding.layer_ops import GrowingQueries, KvCache, RotaryAngles
 from turret.server.models.fidelity import Fidelity
 
 
@@ -198,23 +197,10 @@ class Decoder:
     def _mix_experts(
         self, experts: ExpertMixture, normed: torch.Tensor, step: StepInput
     ) -> torch.Tensor:
-        routing = self._route(experts.router(normed, step.adapters))
+        routing = self.ops.route(experts.router(normed, step.adapters))
         gate_up = experts.gate_up(normed, routing, step.adapters, routing.rows)
-        gated = self._gated(gate_up)
-        return self._combine(experts.down(gated, routing, step.adapters), routing)
-
-    def _route(self, scores: torch.Tensor) -> Routing:
-        """Choose the experts of each row from ``[rows, experts]`` scores."""
-        experts = self.arch.experts
-        assert experts is not None, "a layer that routes has experts"
-        return route_reference(scores, experts.per_token, normalizes=experts.normalizes)
-
-    def _combine(self, y: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """Sum the outputs of each row's experts, ``[pairs, hidden]`` → ``[rows, hidden]``."""
-        return combine_reference(y, routing)
-
-    def _gated(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return self.ops.gated_activation(gate_up)
+        gated = self.ops.gated_activation(gate_up)
+        return self.ops.combine(experts.down(gated, routing, step.adapters), routing)
 
     def embed(self, step: StepInput) -> torch.Tensor:
         """The first layer's input, ``[rows, hidden]``."""
@@ -231,18 +217,12 @@ class Decoder:
             hidden *= self._embedding_scale
         return hidden
 
-    def _add_norm(
-        self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor
-    ) -> torch.Tensor:
-        """Add ``delta`` to ``hidden`` in place and return the RMSNorm of the sum."""
-        return self.ops.add_rms_norm(hidden, delta, weight)
-
     def _enter(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, norm: torch.Tensor | None
     ) -> torch.Tensor:
         """Add the previous part's result and return the next part's input, which is read-only."""
         if norm is not None:
-            return self._add_norm(hidden, delta, norm)
+            return self.ops.add_rms_norm(hidden, delta, norm)
         if delta is not None:
             hidden += delta
         return hidden
@@ -250,7 +230,7 @@ class Decoder:
     def leave(self, delta: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
         """Compute the residual stream's update from the last projection of attention or MLP."""
         if norm is not None:
-            delta = self._add_norm(delta, None, norm)
+            delta = self.ops.add_rms_norm(delta, None, norm)
         if self.arch.residual_scale != 1.0:
             delta *= self.arch.residual_scale
         return delta
@@ -279,7 +259,8 @@ class Decoder:
             changes: Rows whose adapters change the head.
             out: The tensor for the logits, ``[at least rows, vocab]`` fp32; None for a new one.
         """
-        return self._scaled(change_logits(hidden, self._head(hidden), self._head, changes, out))
+        head = functools.partial(self._dense, weight=self.head)
+        return self._scaled(change_logits(hidden, head(hidden), head, changes, out))
 
     def some_logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Project ``[rows, hidden]`` onto some tokens of the base or of an adapter.
@@ -299,9 +280,6 @@ class Decoder:
         if self.arch.logit_softcap is not None:
             logits = row_softcap_(logits, self.arch.logit_softcap)
         return logits
-
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        return row_linear(hidden, self.head)
 
     def _dense(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return row_linear(hidden, weight)
@@ -337,25 +315,25 @@ class LikeliestTokens:
 
     Args:
         decoder: A decoder whose head does not change.
+        screen: Its head.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
-        self._screen: Screen | None = None
+    def __init__(self, decoder: Decoder, screen: Screen) -> None:
+        self._decoder, self._screen = decoder, screen
         self._slack, self._most = 0.0, float("inf")
         scale, cap = decoder.arch.logit_scale, decoder.arch.logit_softcap
-        if scale > 0.0 and Screen.serves(decoder.head):
-            # A head with a non-finite weight cannot be screened.
-            with contextlib.suppress(ValueError):
-                self._screen = Screen(decoder.head)
-        if cap is not None and scale > 0.0:
+        if cap is not None:
             self._slack = _CAP_SLACK * cap / scale
             self._most = cap * math.tanh(_CAP_REACH)
 
-    @property
-    def is_of_use(self) -> bool:
-        """Whether tokens can be found with a copy of the head."""
-        return self._screen is not None
+    @classmethod
+    def of(cls, decoder: Decoder) -> LikeliestTokens | None:
+        """The finder for a decoder; None if its head cannot be screened."""
+        if decoder.arch.logit_scale > 0.0 and Screen.serves(decoder.head):
+            # A head with a non-finite weight cannot be screened.
+            with contextlib.suppress(ValueError):
+                return cls(decoder, Screen(decoder.head))
+        return None
 
     def find(self, hidden: torch.Tensor) -> list[int] | None:
         """The token with the largest logit of each row, and the first one of equal logits.
@@ -366,7 +344,7 @@ class LikeliestTokens:
         Returns:
             None if the logits are needed to decide.
         """
-        if self._screen is None or hidden.shape[0] > MOST_ROWS:
+        if hidden.shape[0] > MOST_ROWS:
             return None
         tokens = self._screen.outputs(hidden, self._slack)
         if tokens is None:
@@ -386,5 +364,4 @@ class LikeliestTokens:
 
     def skip_next_calls(self) -> None:
         """Do not search in the next calls: the tokens that the last one found could not be used."""
-        if self._screen is not None:
-            self._screen.pause()
+        self._screen.pause()

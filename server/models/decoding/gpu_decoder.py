@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from turret.kernels.expert_routing import Routing
 from turret.kernels.gpu.activations import clamped_swiglu, gelu_mul, silu_mul
 from turret.kernels.gpu.experts import combine_experts, route_rows
 from turret.kernels.gpu.nf4 import GatedSilu, Heads
@@ -23,14 +22,26 @@ from turret.kernels.gpu.rope_kv_write import KvWrite
 from turret.kernels.gpu.tables import AttentionTable
 from turret.kernels.rows.linear import linear_in_pieces
 from turret.server.adapters.device.gpu.store import GpuAdapterStep
-from turret.server.models.decoding.arch import Arch, ClampedSwiglu
+from turret.server.models.decoding.arch import Arch
 from turret.server.models.decoding.decoder import Decoder, DecoderLayer, StepInput
-from turret.server.models.decoding.kv_cache import KvCache
+from turret.server.models.decoding.layer_ops import KvCache, LayerOps, no_rotation
 from turret.server.models.weights.nf4_gpu import keep_sums_whole
 
-# Name in ``Arch`` → kernel that also multiplies the activation by ``up``.
-_GATED_ACTIVATIONS = {"silu": silu_mul, "gelu_pytorch_tanh": gelu_mul}
 _GATED_SILU = GatedSilu()
+
+
+class GpuLayerOps(LayerOps):
+    """The operations of a layer by Triton kernels, except attention, which is the decoder's."""
+
+    activations = {"silu": silu_mul, "gelu_pytorch_tanh": gelu_mul}  # noqa: RUF012
+    clamped_swiglu = staticmethod(clamped_swiglu)
+    route_rows = staticmethod(route_rows)
+    combine = staticmethod(combine_experts)
+
+    def add_rms_norm(
+        self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor
+    ) -> torch.Tensor:
+        return residual_rms_norm(hidden, delta, weight, self._arch.rms_norm_eps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +76,7 @@ class GpuDecoder(Decoder):
 
     def __init__(self, arch: Arch, **weights: Any) -> None:
         super().__init__(arch, **weights)
+        self.ops = GpuLayerOps(arch)
         keep_sums_whole(self.device)
 
     def compute(self, step: GpuStep, cache: KvCache) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,8 +90,7 @@ class GpuDecoder(Decoder):
         rotations = self.rotations(step.positions)
         if None in arch.rope_of_layer:
             # Layers without rotary positions rotate by an angle of 0.
-            ones = torch.ones(len(step.positions), arch.head_dim // 2, device=self.device)
-            rotations[None] = ones, torch.zeros_like(ones)
+            rotations[None] = no_rotation(len(step.positions), arch, self.device)
         growth = self.growth_at(step.positions)
         hidden = self.embed(step)
         update: torch.Tensor | None = None
@@ -91,7 +102,7 @@ class GpuDecoder(Decoder):
             update = self.leave(attended, layer.norm_after_attention)
             normed = self._enter(hidden, update, layer.norm_before_mlp)
             update = self.leave(self._feed_forward(layer, normed, step), layer.norm_after_mlp)
-        hidden = self._add_norm(hidden, update, self.norm)
+        hidden = self.ops.add_rms_norm(hidden, update, self.norm)
         sampled = hidden.index_select(0, step.sample_rows)
         return hidden, self.logits(sampled, out=step.logits)
 
@@ -112,30 +123,8 @@ class GpuDecoder(Decoder):
         if self.arch.activation == "silu":
             inner = layer.gate_up.with_epilogue(normed, adapters, num_decode, _GATED_SILU)
         else:
-            inner = self._gated(layer.gate_up(normed, adapters, num_decode))
+            inner = self.ops.gated_activation(layer.gate_up(normed, adapters, num_decode))
         return layer.down(inner, adapters, num_decode)
-
-    def _route(self, scores: torch.Tensor) -> Routing:
-        experts = self.arch.experts
-        assert experts is not None, "a layer that routes has experts"
-        return route_rows(scores, experts.per_token, normalizes=experts.normalizes)
-
-    def _combine(self, y: torch.Tensor, routing: Routing) -> torch.Tensor:
-        return combine_experts(y, routing)
-
-    def _gated(self, gate_up: torch.Tensor) -> torch.Tensor:
-        activation = self.arch.activation
-        if isinstance(activation, ClampedSwiglu):
-            return clamped_swiglu(gate_up, activation.alpha, activation.limit)
-        return _GATED_ACTIVATIONS[activation](gate_up)
-
-    def _add_norm(
-        self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor
-    ) -> torch.Tensor:
-        return residual_rms_norm(hidden, delta, weight, self.arch.rms_norm_eps)
-
-    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        return linear_in_pieces(hidden, self.head)
 
     def _dense(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return linear_in_pieces(hidden, weight)
@@ -184,6 +173,5 @@ class GpuDecoder(Decoder):
         assert layer.k_norm is not None
         widths = layer.q_norm.shape[0], layer.k_norm.shape[0], layer.k_norm.shape[0]
         q, k, v = qkv.split(widths, dim=1)
-        return torch.cat(
-            (self._add_norm(q, None, layer.q_norm), self._add_norm(k, None, layer.k_norm), v), dim=1
-        )
+        norm = self.ops.add_rms_norm
+        return torch.cat((norm(q, None, layer.q_norm), norm(k, None, layer.k_norm), v), dim=1)

@@ -1,4 +1,4 @@
-"""The operations of a decoder layer between its projections, and the planning of attention.
+"""The operations of a decoder layer between its projections, and the KV cache that they use.
 
 This is the interface between the decoder and a compute path: the decoder determines which
 operations run, and ``LayerOps`` or a subclass implements them.
@@ -7,12 +7,14 @@ operations run, and ``LayerOps`` or a subclass implements them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from turret.kernels.between import residual_rms_norm_reference, rotate_heads
+from turret.kernels.expert_routing import Routing, combine_reference, route_reference
+from turret.kernels.gpu.tables import upload
 from turret.kernels.paged_attention import (
     SequenceSpan,
     paged_attention_reference,
@@ -21,7 +23,77 @@ from turret.kernels.paged_attention import (
 from turret.kernels.rows.elementwise import row_clamped_swiglu, row_gelu, row_silu
 from turret.server.adapters.device.store import AdapterStep
 from turret.server.models.decoding.arch import LONG, Arch, ClampedSwiglu, QueryGrowth, Rope
-from turret.server.models.decoding.kv_cache import KvCache
+
+# The paged KV cache's tensors. The engine assigns the blocks.
+
+
+class KvCache:
+    """Keys and values of all layers, ``[layers, num_blocks, block_size, kv_heads, head_dim]``.
+
+    Block 0 is never allocated, because it pads tiles. The memory is only reserved: a block takes
+    RAM when it is first allocated (and cleared).
+    """
+
+    def __init__(
+        self, arch: Arch, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ):
+        shape = (arch.num_layers, num_blocks, block_size, arch.num_kv_heads, arch.head_dim)
+        self.block_size = block_size
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.clear([0])
+
+    @staticmethod
+    def block_bytes(arch: Arch, block_size: int, dtype: torch.dtype) -> int:
+        """Bytes of one block over all layers, keys and values."""
+        per_token = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim
+        return per_token * block_size * dtype.itemsize
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Zero blocks that change owner.
+
+        The value at a masked position is still multiplied by 0, so a NaN of the previous owner
+        would spread.
+        """
+        if blocks:
+            index = torch.tensor(blocks, device=self.keys.device)
+            self.keys.index_fill_(1, index, 0)
+            self.values.index_fill_(1, index, 0)
+
+    def fill(
+        self, blocks: Sequence[int], keys: torch.Tensor, values: torch.Tensor, first: int
+    ) -> None:
+        """Copy stored keys and values of all layers into whole blocks.
+
+        Args:
+            blocks: Block numbers, in position order.
+            keys: ``[layers, positions, kv_heads, head_dim]``, as attention reads them.
+            values: Same shape.
+            first: The stored position that goes into the first slot. Negative if padding slots,
+                which stay zero, come first.
+        """
+        skip = max(-first, 0)
+        places = [b * self.block_size + o for b in blocks for o in range(self.block_size)][skip:]
+        slots = upload(torch.tensor(places), self.keys.device)
+        rows = slice(first + skip, first + skip + len(places))
+        for cache, stored in ((self.keys, keys), (self.values, values)):
+            part = upload(stored[:, rows].to(cache.dtype), cache.device)
+            cache.flatten(1, 2).index_copy_(1, slots, part)
+
+    def write(
+        self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Store new tokens.
+
+        Args:
+            layer: Layer number.
+            slots: ``block · block_size + offset`` per row, ``[rows]`` int64.
+            keys: Rotated, ``[rows, kv_heads, head_dim]``.
+            values: ``[rows, kv_heads, head_dim]``.
+        """
+        self.keys[layer].flatten(0, 1).index_copy_(0, slots, keys.to(self.keys.dtype))
+        self.values[layer].flatten(0, 1).index_copy_(0, slots, values.to(self.values.dtype))
+
 
 # Cosines and sines of positions, computed once.
 #
@@ -106,8 +178,20 @@ class GrowingQueries:
         return self._values.index_select(0, steps).view(-1, 1, 1)
 
 
-# Name in ``Arch`` → torch function.
-_ACTIVATIONS = {"silu": row_silu, "gelu_pytorch_tanh": row_gelu}
+def no_rotation(rows: int, arch: Arch, device: torch.device) -> Angles:
+    """The angles of layers without rotary positions: all of them 0."""
+    ones = torch.ones(rows, arch.head_dim // 2, device=device)
+    return ones, torch.zeros_like(ones)
+
+
+def _gated(
+    activate: Callable[[torch.Tensor], torch.Tensor],
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    def apply(gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return activate(gate).mul_(up)
+
+    return apply
 
 
 class LayerOps:
@@ -115,7 +199,21 @@ class LayerOps:
 
     Args:
         arch: The architecture of the decoder.
+
+    Attributes:
+        activations: Name in ``Arch`` → function that also multiplies the activation by ``up``.
+        clamped_swiglu: Computes a ``ClampedSwiglu``.
+        route_rows: See ``route``.
+        combine: Sums the outputs of each row's experts, ``[pairs, hidden]`` → ``[rows, hidden]``.
     """
+
+    activations: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "silu": _gated(row_silu),
+        "gelu_pytorch_tanh": _gated(row_gelu),
+    }
+    clamped_swiglu = staticmethod(row_clamped_swiglu)
+    route_rows = staticmethod(route_reference)
+    combine = staticmethod(combine_reference)
 
     def __init__(self, arch: Arch) -> None:
         self._arch = arch
@@ -200,6 +298,11 @@ class LayerOps:
         """``activation(gate) · up``: ``[rows, 2·width]`` → ``[rows, width]``."""
         activation = self._arch.activation
         if isinstance(activation, ClampedSwiglu):
-            return row_clamped_swiglu(gate_up, activation.alpha, activation.limit)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return _ACTIVATIONS[activation](gate).mul_(up)
+            return self.clamped_swiglu(gate_up, activation.alpha, activation.limit)
+        return self.activations[activation](gate_up)
+
+    def route(self, scores: torch.Tensor) -> Routing:
+        """Choose the experts of each row from ``[rows, experts]`` scores."""
+        experts = self._arch.experts
+        assert experts is not None, "a layer that routes has experts"
+        return self.route_rows(scores, experts.per_token, normalizes=experts.normalizes)

@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 from turret.server.basics.files import unwritable
 from turret.server.basics.names import closest
 from turret.server.errors import InvalidRequestError
-from turret.server.models.decoding.arch import MODULES, Projections
+from turret.server.models.decoding.arch import Projections
 from turret.server.models.families import FAMILIES, text_type
 from turret.server.models.sources.gguf_header import (
     SUFFIX,
@@ -127,14 +127,13 @@ class FoundModel:
             None if the config, or the header of a GGUF file, leaves a size to transformers.
         """
         family, fields, model_type = FAMILIES[self.model_type], self.fields, self.model_type
-        inner_key = family.inner_keys.get(model_type, "intermediate_size")
-        wanted = ("num_hidden_layers", "hidden_size", inner_key)
+        wanted = ("num_hidden_layers", "hidden_size", family.inner_key)
         wanted += ("num_attention_heads", "num_key_value_heads")
         numbers = [value for key in wanted if _is_size(value := fields.get(key))]
         if len(numbers) < len(wanted):
             return None
         num_layers, hidden, inner, heads, kv_heads = numbers
-        head_dim = fields.get("head_dim") or family.head_dims.get(model_type) or hidden // heads
+        head_dim = fields.get("head_dim") or family.head_dim or hidden // heads
         if not _is_size(head_dim):
             return None
         experts = None
@@ -156,7 +155,7 @@ class FoundModel:
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
-            modules=family.modules.get(model_type, MODULES),
+            modules=family.modules,
             experts=experts,
         )
 

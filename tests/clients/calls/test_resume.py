@@ -18,7 +18,7 @@ from servers.server_under_test import ServerUnderTest, start_server
 
 from turret.clients import channel
 from turret.clients.aio import AsyncTurretClient
-from turret.clients.calls.settings import ROUTING_KEY
+from turret.clients.calls import ROUTING_KEY
 from turret.clients.client import TurretClient
 from turret.clients.errors import (
     AnswerCutError,
@@ -54,7 +54,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerUnderTest
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("turret.clients.calls.settings._FIRST_DELAY_SECONDS", 0.05)
+    monkeypatch.setattr("turret.clients.calls._FIRST_DELAY_SECONDS", 0.05)
 
 
 def _options(number: int) -> GenerateOptions:
@@ -310,8 +310,8 @@ class Stopping(inference_pb2_grpc.InferenceServicer):
 
 @pytest.fixture
 def cutting(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Stopping, str]]:
-    monkeypatch.setattr("turret.clients.calls.settings._FIRST_DELAY_SECONDS", 0.02)
-    monkeypatch.setattr("turret.clients.calls.settings._RESTART_SECONDS", 0.3)
+    monkeypatch.setattr("turret.clients.calls._FIRST_DELAY_SECONDS", 0.02)
+    monkeypatch.setattr("turret.clients.calls._RESTART_SECONDS", 0.3)
     stopping = Stopping()
     with serving(stopping) as address:
         yield stopping, address
@@ -366,7 +366,7 @@ def test_a_stream_continues_or_raises_after_its_last_chunk(
 def test_a_broken_stream_waits_for_a_server_that_starts_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("turret.clients.calls.settings._FIRST_DELAY_SECONDS", 0.02)
+    monkeypatch.setattr("turret.clients.calls._FIRST_DELAY_SECONDS", 0.02)
     stopping = Stopping()
     stopping.cuts = 1
     running, address = start(stopping)
@@ -391,8 +391,8 @@ def test_a_broken_stream_waits_for_a_server_that_starts_again(
 def test_waiting_for_a_lost_server_ends(
     monkeypatch: pytest.MonkeyPatch, seconds: float, options: dict[str, Any], timeout: float | None
 ) -> None:
-    monkeypatch.setattr("turret.clients.calls.settings._FIRST_DELAY_SECONDS", 0.02)
-    monkeypatch.setattr("turret.clients.calls.settings._RESTART_SECONDS", seconds)
+    monkeypatch.setattr("turret.clients.calls._FIRST_DELAY_SECONDS", 0.02)
+    monkeypatch.setattr("turret.clients.calls._RESTART_SECONDS", seconds)
     stopping = Stopping()
     stopping.cuts = 1
     running, address = start(stopping)
@@ -468,7 +468,7 @@ def test_closing_an_asyncio_client_ends_a_cut_stream_in_its_own_loop(
 async def test_closing_an_asyncio_client_does_not_wait_if_no_call_was_cut(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("turret.clients.calls.connections._CUT_SECONDS", 60.0)
+    monkeypatch.setattr("turret.clients.calls._CUT_SECONDS", 60.0)
     with fake_turret() as cutting:
         client = AsyncTurretClient(cutting.address)
         await client.generate("a")

@@ -79,7 +79,7 @@ def server() -> Iterator[tuple[Moody, str]]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("turret.clients.calls.settings._FIRST_DELAY_SECONDS", 0.02)
+    monkeypatch.setattr("turret.clients.calls._FIRST_DELAY_SECONDS", 0.02)
 
 
 def test_a_call_is_retried_if_the_queue_is_full(server: tuple[Moody, str]) -> None:

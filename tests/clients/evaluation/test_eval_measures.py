@@ -7,11 +7,14 @@ import math
 import pytest
 from scipy.stats import binomtest
 
-from turret.clients.evaluation.answer_metrics import (
+from turret.clients.evaluation.evaluate import (
     Estimate,
+    Judged,
+    MixReport,
     estimate,
     estimate_mean,
     exact_match,
+    gain,
     label_figures,
     macro_f1_of_sets,
     mean,
@@ -20,7 +23,6 @@ from turret.clients.evaluation.answer_metrics import (
     perplexity,
     token_f1,
 )
-from turret.clients.evaluation.evaluate import Judged, MixReport, gain
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from said import says
 from servers.fake_turret import SAME, FakeTurret
 
 from turret.clients.aio import AsyncTurretClient
-from turret.clients.calls.settings import RetryPolicy
+from turret.clients.calls import RetryPolicy
 from turret.clients.channel import Tls
 from turret.clients.client import AdapterWeight, TurretClient
 from turret.v1 import inference_pb2

@@ -22,19 +22,18 @@ from turret.clients import channel, errors
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.client import TurretClient
 from turret.clients.errors import (
+    HINTS,
     AnswerCutError,
     FieldViolation,
     InvalidArgumentError,
     TurretRpcError,
     UnavailableError,
+    cause_of,
 )
-from turret.clients.hints import HINTS
 from turret.clients.messages.fields import ArgumentValueError, argument
 from turret.clients.messages.results import Completion
-from turret.clients.unreached import cause_of
 from turret.clients.verbs import add_verbs
-from turret.clients.verbs.command import print_error
-from turret.clients.verbs.flags import as_typed
+from turret.clients.verbs.command import as_typed, print_error
 from turret.clients.words import Text, say
 from turret.v1 import inference_pb2
 

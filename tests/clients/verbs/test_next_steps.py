@@ -17,12 +17,12 @@ import pytest
 from servers.command import parse_and_run
 from servers.fake_turret import CUT, FOREVER, GONE, FakeTurret, refuse
 
-from turret.clients.hints import COMMAND_HINTS as HINTS
-from turret.clients.hints import HINTS as OF_PYTHON
-from turret.clients.unreached import UNREACHED
+from turret.clients.errors import COMMAND_HINTS as HINTS
+from turret.clients.errors import HINTS as OF_PYTHON
+from turret.clients.errors import UNREACHED
 from turret.clients.words import say
 from turret.server import cli, errors
-from turret.server.api.faults import fault_of
+from turret.server.api.call import fault_of
 from turret.server.errors import (
     VIOLATION_COUNT,
     AdapterBusyError,

@@ -18,8 +18,8 @@ from servers.command import parse_and_run
 from servers.fake_turret import FOREVER, PEFT_FILES, SAME, FakeTurret
 
 from turret.clients.client import TurretClient
+from turret.clients.errors import COMMAND_HINTS as HINTS
 from turret.clients.errors import AuthenticationError
-from turret.clients.hints import COMMAND_HINTS as HINTS
 from turret.clients.words import say
 from turret.v1 import adapters_pb2
 from turret.words import counted

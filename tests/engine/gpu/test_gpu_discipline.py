@@ -40,7 +40,7 @@ from turret.server.engine.scheduling.sequence import Scheduled, Sequence, Step
 from turret.server.engine.step.gpu import decode_graphs
 from turret.server.engine.step.gpu.executor import GpuExecutor, largest_step, warm_up
 from turret.server.models.decoding.gpu_decoder import GpuStep
-from turret.server.models.decoding.kv_cache import KvCache
+from turret.server.models.decoding.layer_ops import KvCache
 from turret.server.models.describe import describe_projections
 from turret.server.models.families import read_arch
 

@@ -31,7 +31,7 @@ from turret.server.engine.step.gpu.decode_graphs import CudaCapture, DecodeGraph
 from turret.server.engine.step.gpu.executor import GpuExecutor
 from turret.server.engine.step.gpu.tables import BlockTables
 from turret.server.engine.step.runner import DeviceFullError, Runner
-from turret.server.models.decoding.kv_cache import KvCache
+from turret.server.models.decoding.layer_ops import KvCache
 from turret.server.models.describe import describe_projections
 from turret.server.models.families import read_arch
 

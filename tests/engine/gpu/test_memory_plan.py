@@ -23,7 +23,7 @@ from turret.server.engine.step.gpu.executor import (
     spare_bytes,
 )
 from turret.server.metrics import Metrics
-from turret.server.models.decoding.kv_cache import KvCache
+from turret.server.models.decoding.layer_ops import KvCache
 from turret.server.models.describe import describe_projections
 from turret.server.models.families import read_arch
 from turret.server.training import training_pass

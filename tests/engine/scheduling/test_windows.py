@@ -9,9 +9,8 @@ from builders.sequences import BLOCK_SIZE, make_scheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turret.server.basics.token_search import last_occurrence
 from turret.server.engine.scheduling.request import Request, StopConditions
-from turret.server.engine.scheduling.sequence import Sequence, stages_of
+from turret.server.engine.scheduling.sequence import Sequence, last_occurrence, stages_of
 
 tokens = st.lists(st.integers(0, 2) | st.sampled_from([0xD800, 0xFEFF, 0x10FFFF]), max_size=12)
 

@@ -21,7 +21,7 @@ from turret.server.adapters.adapter import AdapterRef
 from turret.server.engine.scheduling.request import Request, SamplingParams
 from turret.server.engine.step import runner
 from turret.server.engine.step.batch import Placed, StepRows
-from turret.server.engine.step.sampler import Adjustment, Uniforms
+from turret.server.engine.step.sampler import Adjustment, Sampler
 
 MAX_TOKENS = 24
 SAMPLING = (
@@ -172,7 +172,7 @@ async def test_repeated_requests_are_drafted_from_memory(root: Path) -> None:
     assert drafted["auto"] > drafted["prompt"]
 
 
-_next, _apply, _add = Uniforms.next, Adjustment.apply, StepRows.add
+_next, _apply, _add = Sampler._uniform, Adjustment.apply, StepRows.add
 
 
 def _accept_anything(run: Any) -> bool:
@@ -190,7 +190,7 @@ def _add_late(rows: StepRows, place: Placed, block_size: int, blocks_at: int) ->
     ("owner", "name", "broken"),
     [
         (runner._Run, "goes_on", property(_accept_anything)),
-        (Uniforms, "next", lambda self, sequence, ahead=0: _next(self, sequence)),
+        (Sampler, "_uniform", lambda self, sequence, ahead=0: _next(self, sequence)),
         (Adjustment, "apply", lambda self, row, drawn=(): _apply(self, row)),
         (StepRows, "add", _add_late),
     ],

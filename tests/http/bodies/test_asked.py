@@ -18,6 +18,7 @@ from turret.server.errors import (
     PromptTooLongError,
     TurretError,
 )
+from turret.server.http.refusals import STEPS
 from turret.server.http.schemas.requests import Generating
 from turret.server.words import say
 
@@ -125,21 +126,21 @@ def test_the_ranges_of_fields_match_the_engine() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "step"),
+    ("error", "code"),
     [
-        (HeadMissingError.of("adapters", "no head"), "head_missing", "STEP_GENERATE"),
-        (AdapterClassifiesError.of("adapters", "a"), "adapter_classifies", "STEP_CLASSIFY"),
-        (AdapterExistsError("is taken"), "adapter_exists", "STEP_REPLACE"),
-        (MergeActiveError("is merged"), "merge_active", "STEP_UNMERGE"),
+        (HeadMissingError.of("adapters", "no head"), "head_missing"),
+        (AdapterClassifiesError.of("adapters", "a"), "adapter_classifies"),
+        (AdapterExistsError("is taken"), "adapter_exists"),
+        (MergeActiveError("is merged"), "merge_active"),
     ],
 )
 async def test_a_hint_names_a_path_of_this_api(
-    error: TurretError, code: str, step: str, http: HttpHarness
+    error: TurretError, code: str, http: HttpHarness
 ) -> None:
     http.engine.refuse = error
     refused = await http.refused("/classify", {"model": "base", "input": "a"})
     assert refused.code == code
-    assert refused.message.endswith(say(step))
+    assert refused.message.endswith(STEPS[error.reason])
 
 
 async def test_a_chat_is_rendered_from_its_turns(http: HttpHarness) -> None:

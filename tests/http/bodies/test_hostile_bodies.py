@@ -11,7 +11,7 @@ import pytest
 from servers.http_harness import TURNS, VALID, HttpHarness, Refused
 from servers.limits_of_bodies import fields
 
-from turret.server.http.body import parse
+from turret.server.http.endpoint import parse
 
 RESPONSES = "/v1/responses"
 # Path → valid bodies.

@@ -13,7 +13,7 @@ from servers.rpc_harness import tokens_of
 
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.api.access import TokenTable
-from turret.server.api.faults import MAX_FAILURES, MAX_MESSAGE_CHARS
+from turret.server.api.call import MAX_FAILURES, MAX_MESSAGE_CHARS
 from turret.server.basics.work import Cancellation
 from turret.server.config import ListenConfig
 from turret.server.errors import ResourceError
@@ -71,13 +71,14 @@ async def test_without_configured_tokens_everyone_sees_everything(http: HttpHarn
     http.metrics.first_token(0.5, ["sql"])
     http.metrics.inter_token(0.25, ["sql"])
     http.metrics.inter_token(0.25)
-    http.metrics.step("decode", seconds=0.5, num_tokens=1, num_adapters=1)
-    http.metrics.step("mixed", seconds=1.5, num_tokens=9, num_adapters=1)
+    for phase, seconds, num_tokens in (("decode", 0.5, 1), ("mixed", 1.5, 9)):
+        http.metrics.step_seconds.labels(phase).observe(seconds)
+        http.metrics.step_tokens.observe(num_tokens)
     http.metrics.sequences(waiting=1, running=2)
     http.metrics.kv_blocks(free=3, used=4, cached=1)
     http.metrics.request_finished(["sql"], "OK")
     http.metrics.request_finished(["sql"], "INVALID_ARGUMENT")
-    http.metrics.adapter_bytes(device=7)
+    http.metrics.adapter_bytes.labels("device").set(7)
     state = await state_of(http)
     assert state["roles"] == sorted((*ROLES, "training"))
     assert state["model"]["name"] == "fake"

@@ -22,7 +22,8 @@ from servers.table_training import TableTraining
 from servers.tinker_tenant import API, LORA, PROTOBUF, Pass, Tenant, pass_of, sample_of, tensor
 
 from turret.server.api.access import MessageMemory, Shares, TokenTable
-from turret.server.api.tenants import checkpoints, sessions
+from turret.server.api.tenants import checkpoints
+from turret.server.api.tenants import tenants as sessions
 from turret.server.api.tenants.checkpoints import Checkpoints
 from turret.server.errors import InvalidRequestError, QueueFullError
 from turret.server.http.tinker import handshake, listing, wire

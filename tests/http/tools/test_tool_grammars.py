@@ -13,8 +13,8 @@ from servers.fakes import knows_tools, saying
 from servers.http_harness import TURNS, HttpHarness
 
 from turret.server.constraints.compiler import ConstraintCompiler
-from turret.server.constraints.constraint import Constraint
 from turret.server.constraints.grammar import MAX_CONSTRAINT_CHARS, ConstraintSpec
+from turret.server.constraints.matcher import Constraint
 from turret.server.engine.scheduling.request import FinishReason
 from turret.server.errors import InvalidRequestError
 from turret.server.http import choices

@@ -20,7 +20,7 @@ from gguf_oracle import assert_alike
 from transformers import AutoConfig
 
 from turret.server.models.families import read_arch, text_config
-from turret.server.models.sources.gguf_config import read_gguf_config
+from turret.server.models.sources.gguf_file import read_gguf_config
 
 # No key stores its window.
 WINDOWS_LOST = "mistralai/Ministral-8B-Instruct-2410"

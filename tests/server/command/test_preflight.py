@@ -25,9 +25,9 @@ from turret.server.basics.confined import Confined, ConfinedError
 from turret.server.cli import main
 from turret.server.command import preflight
 from turret.server.command.preflight import problems
-from turret.server.hub import AdapterHub
 from turret.server.models.families import served_types
 from turret.server.models.sources.check import FoundModel
+from turret.server.remote import AdapterHub
 from turret.server.words import Text, say
 from turret.training.errors import ConfigError, RunError
 from turret.training.run.folder import RunFolder

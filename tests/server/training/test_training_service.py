@@ -28,7 +28,8 @@ from turret.server.training import learner as learner_module
 from turret.server.training import service
 from turret.server.training.learner import num_bytes
 from turret.server.training.methods import METHODS
-from turret.server.training.trainer import AdamParams, Datum, LearnerConfig, Training
+from turret.server.training.service import TrainingService
+from turret.server.training.trainer import AdamParams, Datum, LearnerConfig
 from turret.server.training.training_pass import TrainingPass
 
 ADAM = AdamParams(learning_rate=3e-2)
@@ -37,7 +38,7 @@ ADAM = AdamParams(learning_rate=3e-2)
 @contextlib.asynccontextmanager
 async def started(
     tmp_path: Path, dtype: str = "bfloat16", **options: Any
-) -> AsyncIterator[tuple[EngineHarness, Training]]:
+) -> AsyncIterator[tuple[EngineHarness, TrainingService]]:
     folder = twin("llama", getattr(torch, dtype)).folder
     async with EngineHarness.start(
         folder, dtype=dtype, state_dir=tmp_path / "state", training=True, **options
@@ -138,7 +139,7 @@ async def test_a_sampled_token_has_the_logprob_of_training(tmp_path: Path) -> No
         assert found.logprobs[len(prompt) - 1 :].tolist() == list(answer.logprobs)
 
 
-async def train(training: Training, method: str, seed: int, folder: Path) -> bytes:
+async def train(training: TrainingService, method: str, seed: int, folder: Path) -> bytes:
     """Train a new adapter; returns the bytes of its file."""
     config = LearnerConfig(method=method, rank=4, seed=seed, unembed=method == "lora")
     learner = await training.create(config)
@@ -184,7 +185,7 @@ async def test_a_resumed_adapter_ends_with_the_same_bytes(tmp_path: Path) -> Non
     for folder in (half, whole, resumed):
         folder.mkdir()
 
-    async def go_on(training: Training, learner: int) -> None:
+    async def go_on(training: TrainingService, learner: int) -> None:
         await training.pass_over(learner, data, "cross_entropy", {})
         await training.step(learner, ADAM)
 

@@ -9,9 +9,8 @@ import numpy as np
 from builders.bases.tiny_models import EOS, VOCAB_SIZE, tiny_tokenizer
 
 from turret.server.constraints.compiler import ConstraintCompiler
-from turret.server.constraints.constraint import Constraint
 from turret.server.constraints.grammar import ConstraintSpec, Kind
-from turret.server.constraints.matcher import Matcher
+from turret.server.constraints.matcher import Constraint, Matcher
 from turret.server.models.tokenizer import Tokenizer
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from command_modules import loaded_and_said_by
 
+from turret.training.settings.checks import check_inputs
 from turret.training.settings.config import build_config
 from turret.training.settings.resolve import Resolved, resolve
 from turret.training.settings.variants import Variant, read_variants
@@ -52,7 +53,9 @@ def resolve_tiny(folder: Path, model: Path, *overrides: str) -> Resolved:
         "data": {"train": "train.jsonl", "max_length": 64},
         "run": {"steps": 4, "batch_size": 4, "validate_every": 2, "checkpoint_every": 2},
     }
-    return resolve(build_config(tables, overrides), folder)
+    config = build_config(tables, overrides)
+    check_inputs(config, folder)
+    return resolve(config, folder)
 
 
 def tiny_variants(folder: Path, model: Path, *overrides: str) -> list[Variant]:

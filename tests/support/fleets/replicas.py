@@ -34,7 +34,7 @@ class Wire(Channel):
         host = self._host()
         if self.is_cut or host is None:
             raise UnavailableError("the fleet's registry cannot be reached")
-        return getattr(host, method)(*arguments)
+        return host.call(wait_seconds, method, *arguments)
 
 
 class Started:

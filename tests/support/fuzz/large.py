@@ -17,7 +17,7 @@ from fuzz.protocols import METHODS
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from servers.limits_of_bodies import body_of, fields, places, with_others
 
-from turret.server.http.body import MAX_BODY_BYTES
+from turret.server.http.endpoint import MAX_BODY_BYTES
 from turret.v1 import tinker_pb2
 
 # gRPC's limit of a message, without the bytes around the field.

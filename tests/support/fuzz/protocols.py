@@ -26,7 +26,7 @@ from turret.server.api.services import Services
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http.server import HttpServer
 from turret.server.rpc.interceptor import CallInterceptor
-from turret.server.rpc.services import HealthServicer, Servicer
+from turret.server.rpc.server import HealthServicer, Servicer
 from turret.v1 import adapters_pb2, inference_pb2, tinker_pb2
 
 CALL_SECONDS = 20.0

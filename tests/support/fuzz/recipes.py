@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from turret.server.http.body import MAX_BODY_BYTES
+from turret.server.http.endpoint import MAX_BODY_BYTES
 
 # The pieces of a body. A recipe consists of pairs of bytes: the piece, and the exponent of its
 # count.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import re
+import inspect
 
 from checkout import ROOT
 from pages.parts import with_parts
@@ -26,8 +26,16 @@ def render_flags() -> str:
 
 
 def meanings() -> dict[str, str]:
-    """The meaning of each class, from the tree in ``errors.py``."""
-    return dict(re.findall(r"[├└]── (\w+) {2,}(.+)", errors.__doc__ or ""))
+    """The meaning of each class in ``errors.py``, from its docstring."""
+    texts = {
+        name: inspect.cleandoc(kind.__doc__).partition("\n")[0].removesuffix(".")
+        for name, kind in vars(errors).items()
+        if isinstance(kind, type)
+        and issubclass(kind, errors.TurretError)
+        and kind is not errors.TurretError
+        and kind.__doc__
+    }
+    return {name: text[0].lower() + text[1:] for name, text in texts.items()}
 
 
 def render_errors() -> str:

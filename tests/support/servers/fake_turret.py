@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
-from turret.server.api.faults import fault_of
+from turret.server.api.call import fault_of
 from turret.server.errors import (
     AdapterExistsError,
     AdapterNotFoundError,

@@ -27,7 +27,7 @@ from turret.server.api.gate import Backend
 from turret.server.api.vocabularies import Vocabularies, Vocabulary
 from turret.server.basics.turns import FairPool
 from turret.server.basics.work import Cancellation
-from turret.server.constraints.constraint import KeptConstraints
+from turret.server.constraints.matcher import KeptConstraints
 from turret.server.engine.answer import AnswerMemory
 from turret.server.engine.scheduling.request import (
     AdapterUse,

@@ -16,13 +16,12 @@ import uvicorn.server
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 
 from turret.server.api.access import MOST_CONNECTIONS, Shares, TokenTable
-from turret.server.api.faults import Failures
+from turret.server.api.call import Failures
 from turret.server.api.gate import ServingGate
 from turret.server.api.services import Services
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http.server import HttpServer
 from turret.server.metrics import Metrics
-from turret.server.training.trainer import Training
 
 NOTHING: Mapping[str, str] = {}
 ANSWER_SECONDS = 20.0
@@ -164,7 +163,7 @@ async def http_harness(
     serving: bool = True,
     most_connections: int = MOST_CONNECTIONS,
     registry: Any = None,
-    training: Training | None = None,
+    training: Any = None,
     training_dir: Path | None = None,
 ) -> AsyncIterator[HttpHarness]:
     """A server on a free port, serving fakes; its registry may be a real one.

@@ -14,14 +14,13 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 
-from turret.clients.calls.connections import answer_of
+from turret.clients.calls import answer_of
 from turret.server.api.access import MOST_CONNECTIONS, Shares, TokenTable
 from turret.server.api.gate import Backend, ServingGate
 from turret.server.api.services import Services
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.metrics import Metrics
 from turret.server.rpc.server import RpcServer
-from turret.server.training.trainer import Training
 from turret.v1 import adapters_pb2_grpc, inference_pb2_grpc, training_pb2_grpc
 
 
@@ -67,7 +66,7 @@ async def harness(
     merger: FakeMerger | None = None,
     fuser: Any = None,
     most_connections: int = MOST_CONNECTIONS,
-    training: Training | None = None,
+    training: Any = None,
     training_dir: Path | None = None,
     backend: Backend | None = None,
 ) -> AsyncIterator[Harness]:

@@ -21,6 +21,7 @@ from turret.server.engine.speculation import Drafter
 from turret.server.engine.step.runner import DeviceFullError, StepResult
 from turret.server.engine.step.sampler import Draw
 from turret.server.errors import AdapterCheckpointError, TurretError
+from turret.server.models.tokenizer import TokenStream
 
 
 class Clock:
@@ -236,8 +237,11 @@ class Silent:
         return lambda *args, **keywords: None
 
 
-class Letters:
+class Letters(TokenStream):
     """A text stream of letters."""
+
+    def __init__(self) -> None:
+        pass
 
     def push(self, token_id: int) -> str:
         return chr(96 + token_id)

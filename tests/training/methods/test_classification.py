@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from said import says
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.clients.evaluation.answer_metrics import macro_f1_of_sets
+from turret.clients.evaluation.evaluate import macro_f1_of_sets
 from turret.server.engine.scheduling.request import Pooling
 from turret.training.batches import make_batch
 from turret.training.classifier import ClassifierLoss, label_scores, make_loss

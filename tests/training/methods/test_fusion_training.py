@@ -18,6 +18,7 @@ from said import says
 from servers.engine_harness import EngineHarness, make_request
 from torch import nn
 
+from turret.server.adapters.operators.low_rank import LowRank
 from turret.server.errors import AdapterCheckpointError
 from turret.training.engine import attach
 from turret.training.errors import ConfigError
@@ -33,15 +34,15 @@ def layers(seed: int = 0) -> tuple[FusionLayer, DenseFusion]:
     torch.manual_seed(seed)
     base = nn.Linear(INNER, OUT).double()
     updates = [
-        (torch.randn(3, INNER), torch.randn(OUT, 3) / 4),
+        LowRank(torch.randn(3, INNER), torch.randn(3, OUT) / 4),
         None,
-        (torch.randn(8, INNER), torch.randn(OUT, 8) / 4),
+        LowRank(torch.randn(8, INNER), torch.randn(8, OUT) / 4),
     ]
-    layer = FusionLayer(base, updates, INNER, OUT, D_K).double()
+    layer = FusionLayer(base, updates, D_K).double()
     with torch.no_grad():
         layer.key.copy_(torch.randn(D_K, OUT) / 4)
     deltas = torch.stack(
-        [torch.zeros(OUT, INNER) if u is None else u[1].double() @ u[0].double() for u in updates]
+        [torch.zeros(OUT, INNER) if u is None else u.b.double().T @ u.a.double() for u in updates]
     ).double()
     query, key = (t.detach().clone().requires_grad_() for t in (layer.query, layer.key))
     return layer, DenseFusion(base, deltas, query, key)

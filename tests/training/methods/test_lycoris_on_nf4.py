@@ -12,7 +12,6 @@ from bitsandbytes.nn.modules import Linear4bit
 from builders.methods import load_adapter, make_config
 from method_oracle import check_score, oracle_logprobs, prompt_of, twin
 from peft import get_peft_model
-from said import says
 from servers.engine_harness import EngineHarness, make_request
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +22,6 @@ from turret.training.methods.lycoris import (
     Nf4LokrLinear,
     hadamard_product,
     kronecker_product,
-    register_nf4_layers,
 )
 
 F64 = torch.float64
@@ -75,21 +73,6 @@ def test_products_and_gradients_are_those_of_the_dense_formula():
         check_against_dense(loha, dense_loha, x, loha_factors(out, 12, 2))
     for rank in (None, 1, 3):
         check_against_dense(lokr, dense_lokr, x, lokr_factors(rank))
-
-
-def test_a_bf16_input_is_saved_unchanged_and_gets_a_bf16_gradient():
-    x = random(6, 12, dtype=torch.bfloat16)
-    factors = loha_factors(10, 12, 2, torch.float32)
-    kept: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = hadamard_product(x, *factors, scaling=1.5)
-    assert y.dtype == torch.float32
-    y.sum().backward()
-    assert x.grad is not None
-    assert x.grad.dtype == torch.bfloat16
-    # The kept tensors are x itself, the factors, and x Qᵀ.
-    assert [t.numel() for t in kept] == [72, *(f.numel() for f in factors), 6 * 4]
-    assert kept[0].data_ptr() == x.data_ptr()
 
 
 class LargestResult(TorchDispatchMode):
@@ -168,7 +151,6 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 async def test_peft_and_the_server_read_adapters_trained_on_nf4(variant: str, tmp_path: Path):
-    register_nf4_layers()
     base = twin("llama")
     method = variant.partition("-")[0]
     with warnings.catch_warnings():
@@ -198,8 +180,6 @@ async def test_peft_and_the_server_read_adapters_trained_on_nf4(variant: str, tm
 
 
 def test_the_layers_are_used_on_4_bit_modules_only():
-    register_nf4_layers()
-    register_nf4_layers()
     model = nn.ModuleDict({"q_proj": Linear4bit(64, 128, bias=False), "k_proj": nn.Linear(64, 32)})
     adapted = get_peft_model(model, make_config("loha", r=2, task_type=None))
     kinds = {name.split(".")[-1]: type(m) for name, m in adapted.named_modules()}
@@ -209,14 +189,13 @@ def test_the_layers_are_used_on_4_bit_modules_only():
 
 @pytest.mark.parametrize("method", ["loha", "lokr"])
 def test_dropout_drops_outputs_only_in_training(method: str):
-    register_nf4_layers()
     base = nn.ModuleDict({"q_proj": Linear4bit(64, 128, bias=False, compute_dtype=torch.float32)})
     base.to("cpu")
     config = make_config(method, r=2, task_type=None, init_weights=False, rank_dropout=0.5)
     layer: Any = get_peft_model(base, config).get_submodule("base_model.model.q_proj")
     x = random(5, 64, dtype=torch.float32)
-    update = layer.get_delta_weight("default")
-    assert update.shape == (128, 64)
+    update = layer.eval()._get_delta_activations("default", torch.eye(64)).T
+    layer.train()
     whole = layer._get_delta_activations("default", x)
     layer.eval()
     torch.testing.assert_close(layer._get_delta_activations("default", x), x @ update.T)
@@ -224,19 +203,3 @@ def test_dropout_drops_outputs_only_in_training(method: str):
     assert 30 < int(dropped.sum()) < 98
     kept = (~dropped).float().mean() if method == "loha" else 1.0
     torch.testing.assert_close(whole[:, ~dropped], (x @ update.T)[:, ~dropped] / kept)
-
-
-def test_a_rank_that_costs_more_than_a_dense_update_is_refused():
-    register_nf4_layers()
-    base = nn.ModuleDict({"q_proj": Linear4bit(64, 64, bias=False)})
-    with pytest.raises(ValueError, check=says("LOHA_RANK_TOO_HIGH", rank=6, inputs=64)):
-        get_peft_model(base, make_config("loha", r=6, task_type=None))
-
-
-def test_merging_into_4_bit_weights_is_refused():
-    register_nf4_layers()
-    for method in ("loha", "lokr"):
-        base = nn.ModuleDict({"q_proj": Linear4bit(64, 128, bias=False)})
-        model = get_peft_model(base, make_config(method, r=2, task_type=None))
-        with pytest.raises(NotImplementedError, match="merge there"):
-            model.merge_adapter()

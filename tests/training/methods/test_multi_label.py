@@ -14,7 +14,7 @@ from servers.engine_harness import EngineHarness, make_request
 from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import AutoModelForSequenceClassification
 
-from turret.clients.evaluation.answer_metrics import (
+from turret.clients.evaluation.evaluate import (
     label_figures,
     macro_f1_of_sets,
     micro_f1_of_sets,

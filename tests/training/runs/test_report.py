@@ -26,6 +26,7 @@ from turret.training.run.progress import training_progress
 from turret.training.run.samples import draw_samples, model_answers
 from turret.training.trainer import Trainer
 from turret.training.words import say
+from turret.words import about_bytes
 
 VOID = {"meta", "line", "circle", "polyline"}
 
@@ -105,7 +106,7 @@ def test_the_page_shows_the_run(run: RunFolder):
     assert f"{losses[0]:.3f} → {losses[-1]:.3f}" in page.cells
     assert "12 of 12" in page.cells
     size = (run.adapter / "adapter_model.safetensors").stat().st_size
-    assert f"{size / 2**20:.1f} MiB" in page.cells
+    assert about_bytes(size) in page.cells
     assert any(run.read_facts()["base"]["digest"] in cell for cell in page.cells)
     assert "unfinished" not in text
     assert "steps = 12" in text
@@ -220,7 +221,7 @@ def test_the_right_answer_is_the_first_of_several_turns(tmp_path: Path, monkeypa
 
 def test_a_run_without_a_terminal_prints_its_progress(capsys: pytest.CaptureFixture[str]):
     row = {"kind": "step", "step": 3, "loss": 1.5, "seconds": 1.0}
-    with training_progress(None, line_seconds=0.05) as listen:
+    with training_progress(line_seconds=0.05) as listen:
         listen({"kind": "begin", "steps": 9})
         listen({"kind": "phase", "text": "answering 3 samples 1/6"})
         deadline = time.monotonic() + 10
@@ -244,7 +245,8 @@ def test_a_classification_run_shows_its_metrics(
         {"kind": "step", "step": 2, "loss": 1.5},
         {"kind": "validation", "step": 2, "loss": 1.038, **figures},
     )
-    with training_progress(2) as listen:
+    with training_progress() as listen:
+        listen({"kind": "begin", "steps": 2})
         for row in rows:
             listen(row)
     said = capsys.readouterr().err
@@ -252,7 +254,8 @@ def test_a_classification_run_shows_its_metrics(
     drawn = io.StringIO()
     console = Console(file=drawn, force_terminal=True, width=80, color_system=None)
     monkeypatch.setattr(progress, "Console", lambda **_: console)
-    with training_progress(2) as listen:
+    with training_progress() as listen:
+        listen({"kind": "begin", "steps": 2})
         for row in rows:
             listen(row)
         time.sleep(0.2)
@@ -283,8 +286,8 @@ def test_samples_are_optional(tmp_path: Path, monkeypatch):
 
 @pytest.mark.parametrize("values", [[0.0, 0.0], [3.0], [1e-7, 2e-7], [-2.0, 5e6]])
 def test_curves_of_any_range_can_be_drawn(values: list[float]):
-    svg = curves_svg([Curve("training", list(enumerate(values)))], "steps")
+    svg = curves_svg([Curve("training", list(enumerate(values)))])
     heights = [float(y) for y in re.findall(r",([\d.]+)", svg)]
     assert len(heights) == len(values)
     assert all(12 <= y <= 230 for y in heights)
-    assert curves_svg([Curve("training", [])], "steps") == ""
+    assert curves_svg([Curve("training", [])]) == ""

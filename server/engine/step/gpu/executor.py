@@ -37,11 +37,9 @@ from turret.server.engine.step.batch import (
     collect_rows,
     decode_spans,
     given_rows,
-    own_logits,
     runs_of,
     scalings_of,
 )
-from turret.server.engine.step.executor import Computed, fill_prefix, sampled_rows
 from turret.server.engine.step.gpu.decode_graphs import Body, Capture, DecodeGraphs, Key, buckets
 from turret.server.engine.step.gpu.sampler import GpuSampler
 from turret.server.engine.step.gpu.tables import (
@@ -50,8 +48,9 @@ from turret.server.engine.step.gpu.tables import (
     BlockUpdates,
     StepTables,
 )
+from turret.server.engine.step.runner import Computed, Executor, fill_prefix, sampled_rows
 from turret.server.models.decoding.gpu_decoder import GpuDecoder, GpuStep
-from turret.server.models.decoding.kv_cache import KvCache
+from turret.server.models.decoding.layer_ops import KvCache
 
 # The start of a CUDA device, before the first request.
 #
@@ -227,7 +226,7 @@ def is_fused(item: Scheduled) -> bool:
     return sequence.num_computed >= sequence.prompt_end or sequence.prompt_end <= _SHORT_PROMPT
 
 
-class GpuExecutor:
+class GpuExecutor(Executor[GpuDecoder, GpuStore]):
     """Computes steps on the gpu path.
 
     Args:
@@ -254,9 +253,7 @@ class GpuExecutor:
         capture: Capture | None,
         on_graphs_off: Callable[[], None] = lambda: None,
     ) -> None:
-        self.store: GpuStore = store
-        self._decoder = decoder
-        self._cache = cache
+        super().__init__(decoder, cache, store)
         self._max_num_seqs = max_num_seqs
         self._buckets = buckets(max_num_seqs)
         self._graphs = DecodeGraphs(capture, on_off=on_graphs_off)
@@ -361,7 +358,6 @@ class GpuExecutor:
         )
 
     def run(self, step: Step) -> Computed:
-        """Compute a step. Keys and values of its tokens are in the cache afterwards."""
         try:
             return self._run(step)
         except BaseException:
@@ -369,13 +365,6 @@ class GpuExecutor:
             self._blocks.clear()
             self._bound = self._last = self._prepared = None
             raise
-
-    def logits(self, sequence: Sequence, hidden: torch.Tensor) -> torch.Tensor:
-        """Project hidden states of one sequence, ``[rows, hidden]`` → ``[rows, vocab]`` fp32."""
-        rows = [(sequence, range(hidden.shape[0]))]
-        logits = self._decoder.logits(hidden, changed_heads(rows, self.store, hidden.device))
-        added = added_logits(rows, hidden, self._decoder, self.store)
-        return own_logits(logits, sequence, added.get(sequence))
 
     def look_ahead(self) -> None:
         """Prepare the next step while the device computes this one.

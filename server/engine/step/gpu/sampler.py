@@ -17,7 +17,7 @@ import torch
 from turret.kernels.gpu.sample_rows import sample_rows
 from turret.kernels.gpu.tables import SamplingTable, has_streams, upload
 from turret.kernels.likeliest import apply_token_mask
-from turret.server.engine.scheduling.request import SamplingParams, StopConditions
+from turret.server.engine.scheduling.request import SamplingParams
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.batch import NOTHING_ADDED
 from turret.server.engine.step.sampler import (
@@ -28,7 +28,6 @@ from turret.server.engine.step.sampler import (
     Mask,
     Sampler,
     TokenMask,
-    UniformStream,
     masked_rows,
 )
 
@@ -39,8 +38,8 @@ _MAX_TOP_K = 1 << 24
 _Row = tuple[float, float, float, float]
 
 
-class GpuSampler:
-    """Keeps the random numbers of each running sequence, and the changes to its logits.
+class GpuSampler(Sampler):
+    """Draws on the device. Sequences with a vocabulary of their own are drawn on the host.
 
     Args:
         stop_token_ids: The model's end tokens, not drawn while under ``min_tokens``.
@@ -53,14 +52,8 @@ class GpuSampler:
     takes_late_masks = False
 
     def __init__(self, stop_token_ids: frozenset[int], max_seqs: int, device: torch.device) -> None:
-        self._stop_token_ids = stop_token_ids
-        self._device = device
-        # Each sequence's random numbers (None for greedy requests) and its row's sampling
-        # parameters.
-        self._rows: dict[Sequence, tuple[UniformStream | None, _Row]] = {}
-        self._adjustments: dict[Sequence, Adjustment] = {}
-        # Samples on the host for sequences whose vocabulary differs from the base's in size.
-        self._own = Sampler(stop_token_ids)
+        super().__init__(stop_token_ids)
+        self._rows: dict[Sequence, _Row] = {}
         self._table: SamplingTable | None = None
         self._tokens = torch.zeros(max_seqs, dtype=torch.int64, device=device)
         self._pin = device.type == "cuda"
@@ -68,10 +61,8 @@ class GpuSampler:
         self._read = torch.cuda.Event() if has_streams(device) else None
 
     def forget(self, sequence: Sequence) -> None:
-        """Drop a finished sequence's state."""
+        super().forget(sequence)
         self._rows.pop(sequence, None)
-        self._adjustments.pop(sequence, None)
-        self._own.forget(sequence)
 
     def load(self, numbers: SequenceOf[float], table: SamplingTable) -> None:
         """Copy the sampling parameters of a step's rows into its table.
@@ -95,10 +86,9 @@ class GpuSampler:
             row = self._rows.get(sequence)
             if row is None:
                 row = self._rows[sequence] = _row(sequence.request.sampling)
-            stream, params = row
-            # The n-th token uses the n-th random number, as in ``Uniforms``.
-            numbers.append(stream.at(sequence.num_generated + ahead) if stream else 0.0)
-            numbers += params
+            is_greedy = sequence.request.sampling.is_greedy
+            numbers.append(0.0 if is_greedy else self._uniform(sequence, ahead))
+            numbers += row
         return numbers
 
     def launch(self, logits: torch.Tensor, table: SamplingTable) -> None:
@@ -149,10 +139,10 @@ class GpuSampler:
             mask = masks.get(sequence)
             if isinstance(mask, TokenMask) and mask.error is not None:
                 draws[i] = Draw(-1, error=mask.error)
-            elif _has_own_tokens(sequence):
+            elif sequence.vocab_size:
                 beyond = {s: rows.cpu() for s, rows in added.items() if s is sequence}
                 row = logits[i : i + 1].cpu()
-                draws[i] = self._own.draw(row, [sequence], masks, added=beyond)[0]
+                draws[i] = super().draw(row, [sequence], masks, added=beyond)[0]
         return draws
 
     def _to_host(self, tokens: torch.Tensor, *reports: torch.Tensor) -> list[torch.Tensor]:
@@ -178,18 +168,11 @@ class GpuSampler:
             return False
         changes = _Changes(logits.shape[1])
         for i, sequence in rows:
-            changes.add(i, self._adjustment(sequence))
-        changes.apply(logits)
-        return True
-
-    def _adjustment(self, sequence: Sequence) -> Adjustment:
-        found = self._adjustments.get(sequence)
-        if found is None:
             # Its tensors stay on the host, where new tokens are read. All changes are copied
             # together.
-            found = Adjustment(sequence, self._stop_token_ids, _HOST)
-            self._adjustments[sequence] = found
-        return found
+            changes.add(i, self._adjustment(sequence, _HOST))
+        changes.apply(logits)
+        return True
 
 
 class _Changes:
@@ -245,25 +228,17 @@ class _Changes:
             flat.index_fill_(0, where[3], float("-inf"))
 
 
-def _row(params: SamplingParams) -> tuple[UniformStream | None, _Row]:
-    """The random numbers of a request and the sampling parameters of its rows."""
+def _row(params: SamplingParams) -> _Row:
+    """The sampling parameters of a request's rows."""
     # Avoid -0, whose bits are not a valid distance.
     distance = 0.0 - math.log(params.min_p) if params.min_p > 0.0 else math.inf
     top_k = float(min(params.top_k, _MAX_TOP_K))
-    row = (params.temperature, params.top_p, distance, top_k)
-    return None if params.is_greedy else UniformStream(params.seed), row
-
-
-def _has_own_tokens(sequence: Sequence) -> bool:
-    return sequence.vocab_size > 0
+    return params.temperature, params.top_p, distance, top_k
 
 
 def _is_adjusted(sequence: Sequence) -> bool:
-    if _has_own_tokens(sequence):
-        return False
-    params: SamplingParams = sequence.request.sampling
-    stop: StopConditions = sequence.request.stop
-    return bool(
+    params, stop = sequence.request.sampling, sequence.request.stop
+    return not sequence.vocab_size and bool(
         params.repetition_penalty != 1.0
         or params.presence_penalty
         or params.frequency_penalty

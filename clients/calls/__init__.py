@@ -1,1 +1,0 @@
-"""One call: what it sends, its retries, and its answer, complete or as a stream."""
