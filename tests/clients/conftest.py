@@ -30,8 +30,8 @@ def run(server: FakeTurret, capsys: pytest.CaptureFixture[str], monkeypatch) -> 
     """Run a verb against the server; returns exit code, stdout and stderr."""
     monkeypatch.setenv("COLUMNS", "120")
 
-    def run(*arguments: str) -> tuple[int, str, str]:
-        code = parse_and_run(*arguments, "--address", server.address)
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = parse_and_run(*map(str, arguments), "--address", server.address)
         out, err = capsys.readouterr()
         return code, out, err
 

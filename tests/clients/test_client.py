@@ -7,7 +7,6 @@ import json
 import math
 import re
 from datetime import UTC, datetime
-from typing import Any
 
 import grpc
 import pytest
@@ -15,7 +14,6 @@ from said import says
 from servers.fake_turret import FOREVER, PEFT_FILES, FakeAdapters, FakeTurret, fake_turret
 
 from turret.clients.aio import AsyncTurretClient
-from turret.clients.channel import Tls
 from turret.clients.client import AdapterWeight, TurretClient, TurretRpcError
 from turret.clients.errors import FieldViolation
 from turret.v1 import adapters_pb2
@@ -66,12 +64,6 @@ def test_tools_and_calls_reach_their_fields(client: TurretClient, server: FakeTu
     (made,) = chat.messages[1].tool_calls
     assert (made.id, made.name, made.arguments) == ("1", "f", "{}")
     assert (chat.messages[2].role, chat.messages[2].tool_call_id) == ("tool", "1")
-    wrong_tools: tuple[Any, ...] = (["f"], [{"function": {}}])
-    for wrong in wrong_tools:
-        with pytest.raises(TypeError, match="tools"):
-            client.chat("hi", tools=wrong)
-    with pytest.raises(TypeError, match=r"^tools: "):
-        client.generate("hi", tools=[{"function": {"name": "f"}}])
 
 
 def test_rendering_options_reach_their_fields(client: TurretClient, server: FakeTurret) -> None:
@@ -85,13 +77,6 @@ def test_rendering_options_reach_their_fields(client: TurretClient, server: Fake
     chat = server.inference.requests[-1].chat
     assert chat.continue_final_message
     assert (chat.chat_template, chat.HasField("add_generation_prompt")) == ("{{ messages }}", False)
-    wrong: Any = 5
-    with pytest.raises(TypeError, match=r"^continue_final_message: "):
-        client.generate("a", continue_final_message=True)
-    with pytest.raises(TypeError, match=r"^chat_template_kwargs: "):
-        client.chat("a", chat_template_kwargs=wrong)
-    with pytest.raises(TypeError, match="tool_calls"):
-        client.chat([{"role": "assistant", "tool_calls": [{}]}])
 
 
 def test_every_option_reaches_its_field(client: TurretClient, server: FakeTurret):
@@ -134,34 +119,6 @@ def test_every_option_reaches_its_field(client: TurretClient, server: FakeTurret
         True,
     )
     assert [(a.name, a.generation) for a in request.adapters] == [("sql", 1), ("json", 0)]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "options", "error", "text"),
-    [
-        ("a", {"max_token": 3}, TypeError, '"max_token".*"max_tokens"'),
-        ("a", {"adapters": "json=0.5"}, ValueError, "^adapters: .json=0.5. "),
-        ("a", {"adapters": "json+sql"}, ValueError, "^adapters: .json[+]sql. "),
-        ("a", {"top_k": -1}, ValueError, "top_k"),
-        ("a", {"temperature": "hot"}, TypeError, "temperature"),
-        ("a", {"logit_bias": {-1: 0.0}}, ValueError, "logit_bias"),
-        ("a", {"adapters": [3]}, TypeError, "AdapterWeight"),
-        ([1, -1], {}, ValueError, "^prompt: .* -1"),
-        ([1, "a"], {}, TypeError, "^prompt: "),
-        (
-            [{"role": "user", "content": "a", "nmae": "b"}],
-            {},
-            TypeError,
-            "nmae",
-        ),
-    ],
-)
-def test_invalid_arguments_are_refused_before_the_call(
-    client, server, prompt, options, error, text
-):
-    with pytest.raises(error, match=text):
-        client.generate(prompt, **options)
-    assert not server.inference.requests
 
 
 def test_chat_takes_text_pairs_and_mappings(client: TurretClient):
@@ -252,11 +209,6 @@ def test_token_is_sent_with_every_call(server: FakeTurret):
         assert "authorization" not in server.inference.metadata
 
 
-def test_tls_needs_certificate_and_key_together():
-    with pytest.raises(ValueError, match=r"^key: "):
-        Tls(certificate=b"-----BEGIN CERTIFICATE-----")
-
-
 def test_score_tokenize_and_model(client: TurretClient, server: FakeTurret):
     score = client.score("abc", adapters="sql", top_n=2)
     assert [token.logprob for token in score.tokens] == [None, -0.25, 0.0]
@@ -279,8 +231,6 @@ def test_list_fetches_pages_as_needed(client: TurretClient, server: FakeTurret):
     for request in server.adapters.requests:
         assert request.method == "lora"
         assert request.residency == adapters_pb2.Adapter.HOST
-    with pytest.raises(ValueError, match=r"^residency: .*disk, host, device"):
-        client.adapters.list(residency="moon")
 
 
 def test_adapter_lifecycle(client: TurretClient, server: FakeTurret):
@@ -302,8 +252,6 @@ def test_adapter_lifecycle(client: TurretClient, server: FakeTurret):
     assert request.timeout.ToMilliseconds() == 1500
     with pytest.raises(TurretRpcError, match="NOT_FOUND"):
         client.adapters.get("new")
-    with pytest.raises(ValueError, match=r"^mode: .*drain, force"):
-        client.adapters.unload("sql", mode="gently")
 
 
 def test_fuse_and_merge(client: TurretClient, server: FakeTurret):
@@ -313,8 +261,6 @@ def test_fuse_and_merge(client: TurretClient, server: FakeTurret):
     request = server.adapters.requests[-1]
     assert (request.combination, request.rank) == ("svd", 8)
     assert not request.HasField("energy")
-    with pytest.raises(ValueError, match="rank"):
-        client.adapters.fuse("both", "sql", rank=-1)
     state = client.adapters.merge([("sql", 0.5)], precision="bf16")
     assert (state.active, state.precision, state.adapters[0].weight) == (True, "BF16", 0.5)
     assert state.merge_time == datetime(1970, 1, 2, tzinfo=UTC)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import itertools
 import json
@@ -11,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from servers.command import parse_and_run
 from servers.fake_turret import FakeTurret, fake_turret
 
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.client import TurretClient
-from turret.clients.verbs import add_verbs
 from turret.clients.words import say
 from turret.v1 import inference_pb2
 
@@ -29,10 +28,7 @@ def server() -> Iterator[FakeTurret]:
 
 
 def run(server: FakeTurret, *arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    add_verbs(parser.add_subparsers())
-    args = parser.parse_args([*arguments, "--address", server.address])
-    return args.func(args)
+    return parse_and_run(*arguments, "--address", server.address)
 
 
 def test_every_kind_of_input_becomes_a_vector(server: FakeTurret) -> None:
@@ -61,23 +57,6 @@ async def test_the_asyncio_client_embeds_too(server: FakeTurret) -> None:
     assert (sent.pooling, sent.request_id) == (Embed.LAST, "r")
     assert not sent.HasField("normalize")
     assert not sent.HasField("dimensions")
-
-
-@pytest.mark.parametrize(
-    ("inputs", "options", "error"),
-    [
-        ([1, 2], {}, TypeError),
-        ([{"role": "user", "content": "hi"}], {}, TypeError),
-        (3, {}, TypeError),
-        ("a", {"pooling": "max"}, ValueError),
-        ("a", {"dimensions": -1}, ValueError),
-    ],
-)
-def test_inputs_that_are_not_prompts_are_rejected(
-    server: FakeTurret, inputs: object, options: dict[str, object], error: type[Exception]
-) -> None:
-    with TurretClient(server.address) as client, pytest.raises(error):
-        client.embed(inputs, **options)  # type: ignore[arg-type]
 
 
 def test_the_command_prints_one_array_per_line(

@@ -1,4 +1,4 @@
-"""The fleets that run on a machine, and the cleanup after dead ones."""
+"""The fleets of a machine, the state directory of each, and the cleanup after dead ones."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -18,12 +19,15 @@ from types import SimpleNamespace
 import pytest
 
 from turret.fleet.config import FleetConfig
+from turret.fleet.protocol import FleetBase, Join, Report
+from turret.fleet.registry_host import FleetStore, RegistryHost
 from turret.fleet.serving import fleet_folder
 from turret.fleet.serving.fleet_folder import FleetFolder
 from turret.fleet.serving.ingress import ingress_environment
 from turret.fleet.serving.ray_cluster import CLUSTER_FILE, RayCluster
 from turret.fleet.words import say
 from turret.server import cli
+from turret.server.adapters.state_dir import StateDir
 
 _COMMAND = """
 import os, sys, time
@@ -200,3 +204,32 @@ def test_a_fleet_without_the_state_directory_leaves_the_file_of_the_one_that_has
     monkeypatch.setenv("RAY_AUTH_TOKEN", "first")
     clusters[0].close(tmp_path)
     assert not path.exists()
+
+
+def test_a_second_registry_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
+    first = FleetStore(tmp_path)
+    first.write_base(FleetBase())
+    saved = sorted(tmp_path.rglob("*"))
+    for second in (lambda: FleetStore(tmp_path), lambda: StateDir(tmp_path, 0)):
+        with pytest.raises(ValueError, match=str(tmp_path)):
+            second()
+    assert sorted(tmp_path.rglob("*")) == saved
+    first.close()
+    again = FleetStore(tmp_path)
+    assert again.read_base() == FleetBase()
+    again.close()
+
+
+def test_a_lease_counts_from_the_report_and_not_from_its_late_answer(tmp_path: Path) -> None:
+    store = FleetStore(tmp_path)
+    host = RegistryHost(store, lease_seconds=0.8)
+    began = time.monotonic()
+    joined = host.join(Join(replica="r", base_name="m", base_digest="d" * 64))
+    report = Report(replica="r", session=joined.session, received=0, applied=0)
+    # Nothing changes, so the answer comes after the whole wait; the replica has died meanwhile.
+    assert host.report(report, 0.8).entries == ()
+    assert len(host.status().replicas) == 1
+    time.sleep(began + 1.4 - time.monotonic())
+    assert host.status().replicas == ()
+    host.close()
+    store.close()

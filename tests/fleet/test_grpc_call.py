@@ -16,11 +16,11 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
 from servers import raw_grpc
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
-from servers.rpc_harness import failure_of
+from servers.rpc_harness import bearer, failure_of, silent, tokens_of
 
 from turret.fleet.serving.calls import CallContext, from_client
 from turret.fleet.serving.replica_server import ReplicaServer
-from turret.server.api.access import Shares, TokenTable
+from turret.server.api.access import Shares
 from turret.server.api.gate import ServingGate
 from turret.server.api.services import Services
 from turret.server.config import Config, ListenConfig
@@ -193,7 +193,7 @@ async def test_both_protocols_are_closed_while_the_replica_must_not_answer(
     server.services.adapters.close()
 
 
-ALICE = (("authorization", "Bearer alice"),)
+ALICE = bearer("alice")
 ASKED, ANSWER = inference_pb2.GenerateRequest, inference_pb2.GenerateResponse
 
 
@@ -214,8 +214,9 @@ async def serve(begun: list[str]) -> AsyncIterator[str]:
         for _ in range(3):
             yield await generate(request, context)
 
-    tokens = TokenTable([("alice", frozenset({"inference"}))])
-    services = Services(gate=ServingGate(), tokens=tokens, shares=Shares(separates_tokens=True))
+    services = Services(
+        gate=ServingGate(), tokens=tokens_of("alice"), shares=Shares(separates_tokens=True)
+    )
     receiving = CallInterceptor(services).receiving
     parse: dict[str, Any] = {"request_deserializer": ASKED.FromString}
     given = {
@@ -256,14 +257,10 @@ async def test_ray_serves_own_handlers_still_answer() -> None:
 
 
 async def test_tokens_are_checked_before_the_message_has_arrived() -> None:
-    async def silent() -> AsyncIterator[bytes]:
-        await asyncio.Event().wait()
-        yield b""
-
     begun: list[str] = []
     async with serve(begun) as address, grpc.aio.insecure_channel(address) as channel:
         method: Any = channel.stream_unary("/turret.v1.Inference/Generate")
-        for metadata in ((), (("authorization", "Bearer nobody"),)):
+        for metadata in ((), bearer("nobody")):
             failure = await failure_of(method(silent(), metadata=metadata, timeout=10))
             assert failure.code is grpc.StatusCode.UNAUTHENTICATED
     assert begun == []

@@ -1,28 +1,38 @@
-"""Two replicas with real adapters and one registry in one process: a consistent state."""
+"""Replicas with real adapters and one registry in one process: adapters, versions and merges."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.mixes.merges import ARCHITECTURE, PROMPT, merge, save_adapters, unmerge
 from builders.registries import Registries, in_thread, refs, stage_directory, tiny_base, until
-from fleets.replicas import Fleet, Started
+from fleets.replicas import Fleet, Started, Wire
+from method_oracle import twin
+from servers.engine_harness import EngineHarness, make_request
 from servers.fake_hub import fake_hub
 
 from turret.fleet.follower import Channel
+from turret.fleet.replica import ReplicaParts
 from turret.server.adapters.adapter import REQUEST, AdapterRef, OwnTemplate
+from turret.server.adapters.merger import Merger
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StateDir
+from turret.server.basics.work import Cancellation
 from turret.server.errors import (
     AdapterChangedError,
     AdapterExistsError,
     AdapterGenerationError,
     AdapterInUseError,
+    AdapterMergedError,
     AdapterNotFoundError,
     InvalidRequestError,
+    MergeActiveError,
     UnavailableError,
 )
 
@@ -366,3 +376,84 @@ def test_a_single_server_continues_with_the_state_of_a_fleet(fleet: Fleet, tmp_p
     (saved,) = state.read()
     assert (saved.name, saved.uuid, saved.generation) == ("a", uuid, 1)
     state.close()
+
+
+async def answer(server: EngineHarness) -> tuple[tuple[int, ...], int]:
+    """The current answer of the base alone, and its generation."""
+    found = await server.run(make_request(PROMPT, max_tokens=6))
+    return found.token_ids, server.merger.state.base_generation
+
+
+@pytest.mark.slow
+async def test_a_merge_is_everywhere_or_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = save_adapters(tmp_path / "root")
+    fleet = Fleet(tmp_path / "state", root)
+
+    async with AsyncExitStack() as stack:
+
+        async def start(name: str) -> EngineHarness:
+            replica = ReplicaParts(name, Wire(lambda: fleet.host))
+            harness = EngineHarness.start(
+                twin(ARCHITECTURE).folder,
+                root,
+                replica=replica,
+                state_dir=fleet.state_dir,
+                keep_generations=1,
+            )
+            return await stack.enter_async_context(harness)
+
+        first, second = await start("r0"), await start("r1")
+        for name in ("lora", "dora", "prompt_tuning"):
+            await asyncio.to_thread(first.registry.load, name, name)
+        plain = await answer(first)
+        assert plain == await answer(second)
+        with pytest.raises(InvalidRequestError):
+            await merge(first, "prompt_tuning")
+
+        def fail(*args: object) -> None:
+            raise InvalidRequestError("the merged weights are not finite in q_proj")
+
+        # If one replica fails, no replica merges.
+        with monkeypatch.context() as patched:
+            patched.setattr(second.merger, "_build", fail)
+            with pytest.raises(InvalidRequestError, match="not finite"):
+                await merge(first, "lora", "dora")
+        assert await answer(first) == await answer(second) == plain
+
+        state = await merge(second, "lora", "dora")
+        assert state.base_generation == 2
+        merged = await answer(first)
+        assert merged == await answer(second)
+        assert merged != plain
+        with pytest.raises(MergeActiveError):
+            await merge(first, "lora")
+        with pytest.raises(AdapterMergedError):
+            await asyncio.to_thread(first.registry.unload, "lora")
+        # A later replica serves the same base, and so does a single server.
+        third = await start("r2")
+        assert await answer(third) == merged
+        alone = await stack.enter_async_context(
+            EngineHarness.start(twin(ARCHITECTURE).folder, root, adapters=("lora", "dora"))
+        )
+        assert type(alone.merger) is Merger
+        await merge(alone, "lora", "dora")
+        assert await answer(alone) == merged
+
+        await unmerge(third)
+        for server in (first, second, third):
+            assert await answer(server) == (plain[0], 3)
+        mix = first.registry.acquire(refs(["lora"]))
+        first.registry.release(mix)
+
+        # A kept generation can be merged, too, and a later replica merges the same one.
+        await asyncio.to_thread(first.registry.replace, "lora", "dora")
+        kept = [AdapterRef(name="lora", generation=1)]
+        await asyncio.to_thread(second.merger.merge, kept, "BF16", Cancellation())
+        fourth = await start("r3")
+        await unmerge(alone)
+        await merge(alone, "lora")
+        for server in (first, second, fourth):
+            assert (await answer(server))[0] == (await answer(alone))[0] != plain[0]
+    fleet.close()

@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -122,17 +123,8 @@ def test_changes_apply_to_every_later_request_on_any_replica(fleet: ServingFleet
 def test_versions_and_aliases_apply_on_any_replica(fleet: ServingFleet) -> None:
     def used(model: str) -> set[int]:
         """The generations that requests for a model get over HTTP, where replicas take turns."""
-        found = set()
-        for _ in range(8):
-            body = json.dumps({"model": model, "prompt": "Once", "max_tokens": 1}).encode()
-            request = urllib.request.Request(
-                f"http://{fleet.http_address}/v1/completions",
-                body,
-                {"content-type": "application/json"},
-            )
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                found |= {each["generation"] for each in json.load(answer)["adapters_used"]}
-        return found
+        answers = [completed(fleet, model, "Once", 1) for _ in range(8)]
+        return {use["generation"] for answer in answers for use in answer["adapters_used"]}
 
     def dates(generation: int) -> AdapterWeight:
         return AdapterWeight("dates", generation=generation)
@@ -226,15 +218,8 @@ def test_a_request_whose_headers_never_end_is_timed_out(fleet: ServingFleet) -> 
 def test_http_requests_are_answered_too(fleet: ServingFleet) -> None:
     with TurretClient(fleet.address) as client:
         client.adapters.load("label", "label")
-    body = json.dumps({"model": "label", "prompt": "Once", "max_tokens": 3}).encode()
     for _ in range(4):
-        request = urllib.request.Request(
-            f"http://{fleet.http_address}/v1/completions",
-            body,
-            {"content-type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            assert json.load(answer)["model"] == "label"
+        assert completed(fleet, "label", "Once", 3)["model"] == "label"
     with urllib.request.urlopen(f"http://{fleet.http_address}/health", timeout=10) as answer:
         assert answer.status == 200
 
@@ -271,22 +256,22 @@ def generated(metrics_address: str) -> float:
     return sum(map(float, found))
 
 
-def complete(fleet: ServingFleet, model: str) -> str:
+def completed(fleet: ServingFleet, model: str, prompt: str, max_tokens: int) -> Any:
     """A completion over HTTP without a mix, so replicas take turns."""
-    asked = {"model": model, "prompt": "Once upon a time", "max_tokens": 12, "temperature": 0}
+    asked = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
     request = urllib.request.Request(
         f"http://{fleet.http_address}/v1/completions",
         json.dumps(asked).encode(),
         {"content-type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=120) as answer:
-        text: str = json.load(answer)["choices"][0]["text"]
-    return text
+        return json.load(answer)
 
 
 def everywhere(fleet: ServingFleet, model: str) -> str:
     """The answer of every replica, which must be the same."""
-    (text,) = {complete(fleet, model) for _ in range(6)}
+    answers = [completed(fleet, model, "Once upon a time", 12) for _ in range(6)]
+    (text,) = {answer["choices"][0]["text"] for answer in answers}
     return text
 
 

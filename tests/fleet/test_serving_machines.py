@@ -11,7 +11,7 @@ import pytest
 from checkout import ROOT
 from fleets.joined import JoinedFleet, joined_fleet
 from fleets.machines import network
-from fleets.serving import status_rows
+from fleets.serving import Asking, status_rows
 
 from turret.clients.client import TurretClient
 
@@ -66,44 +66,11 @@ class Stream(threading.Thread):
         return max(b - a for a, b in zip(self.times, self.times[1:], strict=False))
 
 
-class Asking:
-    """Sends short requests for several mixes, one after the other, while the block runs."""
-
-    def __init__(self, address: str, num_threads: int = 2) -> None:
-        self._address = address
-        self._is_over = threading.Event()
-        self.failures: list[Exception] = []
-        self.num_answers = 0
-        self.longest = 0.0
-        self._threads = [
-            threading.Thread(target=self._ask, args=(number,)) for number in range(num_threads)
-        ]
-
-    def __enter__(self) -> Asking:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._is_over.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _ask(self, number: int) -> None:
-        with TurretClient(self._address, max_retries=20, timeout=120.0) as client:
-            while not self._is_over.is_set():
-                number += 1
-                name = (*NAMES, "")[number % 4]
-                start = time.monotonic()
-                try:
-                    client.generate(
-                        PROMPT, adapters=[name] if name else [], max_tokens=4, temperature=0
-                    )
-                except Exception as error:
-                    self.failures.append(error)
-                self.longest = max(self.longest, time.monotonic() - start)
-                self.num_answers += 1
-                time.sleep(0.1)
+def ask(client: TurretClient, number: int) -> None:
+    """One of several mixes."""
+    name = (*NAMES, "")[number % 4]
+    client.generate(PROMPT, adapters=[name] if name else [], max_tokens=4, temperature=0)
+    time.sleep(0.1)
 
 
 def until(holds: Callable[[], bool], seconds: float) -> None:
@@ -131,7 +98,7 @@ def test_a_fleet_is_updated_under_load(fleet: JoinedFleet) -> None:
         assert num_replicas(fleet) == 2
         text = client.generate(PROMPT, adapters=["sql"], max_tokens=40, temperature=0).text
         before = {process.pid for process in fleet.replicas()}
-        with Asking(fleet.address) as asking:
+        with Asking(fleet.address, ask, 2, max_retries=20) as asking:
             fleet.serve("second", *FLAGS, "--threads", "1", "--max-num-seqs", "8")
             assert first.wait(60.0) == 0
             until(lambda: len({p.pid for p in fleet.replicas()} - before) == 2, 120.0)
@@ -165,7 +132,7 @@ def lose_a_machine(fleet: JoinedFleet, client: TurretClient) -> None:
     streams = [Stream(client, name, 300) for name in names]
     with (
         TurretClient(fleet.address, resume=False, max_retries=0) as plain,
-        Asking(fleet.address) as asking,
+        Asking(fleet.address, ask, 2, max_retries=20) as asking,
     ):
         # With this number of streams, it is unlikely that none is on the lost machine.
         streams += [Stream(plain, name, 300) for name in ("", "", *NAMES)]

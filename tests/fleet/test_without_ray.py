@@ -13,22 +13,23 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fleets.serving import status_rows
 from grpc_health.v1 import health_pb2
-from pydantic import ValidationError
 
 from turret.fleet.config import REFUSED, ClusterConfig, FleetConfig
 from turret.fleet.protocol import FleetBase, FleetStatus, MergeMember, MergePlan, ReplicaStatus
 from turret.fleet.serving import fleet_folder, ingress, ray_cluster, serve
+from turret.fleet.serving.scaling import policy, wanted
 from turret.fleet.serving.serve import print_status
 from turret.fleet.words import say
 from turret.server import cli
 from turret.server.basics.names import how_to_add
 from turret.server.basics.settings import SettingsError
 from turret.server.command.flags import add_flags, read_settings
-from turret.server.config import AdapterConfig, ModelConfig, SecurityConfig
+from turret.server.config import AdapterConfig, ModelConfig
 from turret.server.errors import UnavailableError
 from turret.v1 import adapters_pb2, inference_pb2
 
@@ -128,7 +129,11 @@ def test_cluster_reports_the_missing_extra(
         ),
         ("--ray-address nope", {"fleet.ray_address": "NOT_A_RAY_ADDRESS"}),
         ("--ray-address local", {"fleet.ray_address": "NOT_A_RAY_ADDRESS"}),
+        # The replicas listen for other machines' ingresses, even if --address is loopback.
         ("--state-dir s --ray-address auto", {"security.token_file": "FLEET_NEEDS_TOKENS"}),
+        ("--state-dir s", {}),
+        ("--state-dir s --ray-address auto --token-file tokens", {}),
+        ("--state-dir s --ray-address auto --insecure", {}),
     ],
 )
 def test_settings_that_a_fleet_does_not_support_are_rejected(
@@ -137,18 +142,12 @@ def test_settings_that_a_fleet_does_not_support_are_rejected(
     parser = argparse.ArgumentParser()
     add_flags(parser, ClusterConfig)
     settings = read_settings(parser.parse_args(flags.split()), {}, ClusterConfig)
-    with pytest.raises(SettingsError) as refused:
+    refused: dict[str, str] = {}
+    try:
         settings.config()
-    assert {field: text.reason for field, text in refused.value.violations} == found
-
-
-def test_an_unsupported_setting_of_a_fleet_ends_the_command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert cli.main(["cluster", "serve", "--log-format", "json"]) == 2
-    said = json.loads(capsys.readouterr().err)
-    assert (said["reason"], said["field"]) == ("FLEET_NEEDS_STATE", "--state-dir")
+    except SettingsError as error:
+        refused = {field: text.reason for field, text in error.violations}
+    assert refused == found
 
 
 @pytest.mark.parametrize("joins", [False, True])
@@ -237,16 +236,6 @@ def test_a_hub_model_is_not_resolved_to_a_path(
     assert model_of("acme/tiny@v1") == "acme/tiny@v1"
     assert model_of("here") == str(tmp_path / "here")
     assert model_of("not/here/either") == str(tmp_path / "not" / "here" / "either")
-
-
-def test_a_fleet_on_an_existing_cluster_needs_tokens() -> None:
-    """The replicas listen for other machines' ingresses, even if --address is loopback."""
-    adapters, fleet = AdapterConfig(state_dir=Path("state")), FleetConfig(ray_address="auto")
-    assert ClusterConfig(adapters=adapters)
-    with pytest.raises(ValidationError, match=say("FLEET_NEEDS_TOKENS")):
-        ClusterConfig(adapters=adapters, fleet=fleet)
-    for security in (SecurityConfig(token_file=Path("tokens")), SecurityConfig(insecure=True)):
-        assert ClusterConfig(adapters=adapters, fleet=fleet, security=security)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "10.0.0.5", "0.0.0.0", "::1", "fleet.example"])
@@ -415,3 +404,40 @@ def test_status_truncates_nothing(
     assert max(map(len, lines)) <= (columns or 100)
     print_status(FleetStatus(revision=1, num_adapters=0, base=FleetBase(), replicas=()))
     assert "no replica has joined yet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("num_replicas", "waiting", "running", "number"),
+    [
+        (1, 0, 64, 1),  # a full replica without a queue suffices
+        (1, 4, 64, 1),
+        (1, 5, 64, 2),
+        (3, 12, 0, 3),
+        (3, 13, 0, 4),
+        (3, 0, 8, 3),
+        (3, 0, 7, 2),
+        # A sequence that waits for the current step is not a queue.
+        (3, 0.4, 6, 2),
+        (3, 1, 7, 3),
+        (3, 8, 0, 3),
+        (1, 0, 0, 1),
+    ],
+)
+def test_a_replica_is_added_while_queues_are_long(
+    num_replicas: int, waiting: float, running: float, number: int
+) -> None:
+    assert wanted(num_replicas, waiting, running) == number
+
+
+def test_the_bounds_of_ray_serve_are_respected() -> None:
+    context = SimpleNamespace(
+        aggregated_metrics={"waiting": {"r0": 30.0, "r1": 4.0}, "running": {"r0": 9.0}},
+        current_num_replicas=2,
+        capacity_adjusted_min_replicas=1,
+        capacity_adjusted_max_replicas=2,
+    )
+    assert policy(context) == (2, {"waiting": 34.0, "running": 9.0})
+    context.capacity_adjusted_max_replicas = 8
+    assert policy(context)[0] == 3
+    context.aggregated_metrics = None
+    assert policy(context)[0] == 1

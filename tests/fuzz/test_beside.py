@@ -20,7 +20,8 @@ from builders.bases.tiny_models import save_tiny_model
 from builders.random_adapters import AdapterSpec, arch_of, write_adapter
 from fuzz.corpus import seeds
 from fuzz.mutation import mutated
-from fuzz.protocols import METHODS, PATHS
+from fuzz.protocols import METHODS, PATHS, called
+from fuzz.targets import parts_of
 from servers.server_under_test import ServerUnderTest, start_server
 
 from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -73,21 +74,8 @@ class Sender:
 
     def _call(self, channel: grpc.Channel, data: bytes) -> str:
         method = METHODS[data[0] % len(METHODS)]
-        path = f"/{method.containing_service.full_name}/{method.name}"
-        parts, rest = [], data[1:]
-        while rest:
-            end = 2 + int.from_bytes(rest[:2], "little")
-            parts.append(rest[2:end])
-            rest = rest[end:]
-        call = channel.stream_stream(path, request_serializer=None, response_deserializer=None)(
-            iter(parts[:50]), timeout=2.0
-        )
-        try:
-            for _ in call:
-                pass
-        except grpc.RpcError:
-            return call.code().name
-        return "OK"
+        parts = list(parts_of(data[1:]))
+        return called(channel, method, parts[:50], 2.0)
 
     def _post(self, _: grpc.Channel, data: bytes) -> str:
         connection = http.client.HTTPConnection(self._http_address, timeout=2)

@@ -9,7 +9,6 @@ import contextlib
 import http.client
 import itertools
 import json
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -19,7 +18,8 @@ import psutil
 import pytest
 from builders.bases.tiny_models import save_tiny_model
 from fuzz.large import PASS, TYPES, Large, archives, bodies, messages
-from fuzz.protocols import METHODS
+from fuzz.protocols import METHODS, called
+from servers.neighbour import Neighbour
 from servers.server_under_test import ServerUnderTest, start_server
 
 from turret.v1 import tinker_pb2
@@ -36,51 +36,24 @@ BUGS = ("INTERNAL", "UNKNOWN", "DATA_LOSS", "500")
 STREAM = {"model": "base", "prompt": "a b", "max_tokens": 24, "ignore_eos": True, "stream": True}
 
 
-class Neighbour:
-    """Repeats health checks and streams until it is stopped.
+def neighbour(server: ServerUnderTest) -> Neighbour:
+    """A client that repeats health checks and streams."""
 
-    Attributes:
-        worst: The longest wait so far for a check, or for the next piece of a stream.
-    """
-
-    def __init__(self, server: ServerUnderTest) -> None:
-        self._address = server.http_address
-        self._over = threading.Event()
-        self.worst = 0.0
-        self._threads = [threading.Thread(target=run) for run in (self._check, self._read)]
-
-    def __enter__(self) -> Neighbour:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _check(self) -> None:
-        while not self._over.wait(0.05):
-            connection = http.client.HTTPConnection(self._address, timeout=60)
-            start = time.monotonic()
-            connection.request("GET", "/health")
-            assert connection.getresponse().read() == b'{"status":"ok"}'
-            self._took(start)
-            connection.close()
-
-    def _read(self) -> None:
-        connection = http.client.HTTPConnection(self._address, timeout=60)
-        while not self._over.wait(0.05):
-            start = time.monotonic()
-            connection.request("POST", "/v1/completions", json.dumps(STREAM), JSON)
-            answer = connection.getresponse()
-            while answer.readline():
-                self._took(start)
-                start = time.monotonic()
+    def check() -> Iterator[bytes]:
+        connection = http.client.HTTPConnection(server.http_address, timeout=60)
+        connection.request("GET", "/health")
+        answer = connection.getresponse().read()
+        assert answer == b'{"status":"ok"}'
+        yield answer
         connection.close()
 
-    def _took(self, start: float) -> None:
-        self.worst = max(self.worst, time.monotonic() - start)
+    def read() -> Iterator[bytes]:
+        connection = http.client.HTTPConnection(server.http_address, timeout=60)
+        connection.request("POST", "/v1/completions", json.dumps(STREAM), JSON)
+        yield from connection.getresponse()
+        connection.close()
+
+    return Neighbour(check, read)
 
 
 @pytest.fixture(scope="module")
@@ -123,21 +96,21 @@ def test_much_work_for_one_client_does_not_delay_others(
 ) -> None:
     body = json.dumps({"model": "base", "prompt": PROMPTS, **asked}).encode()
     large = Large("/v1/completions", ", ".join(asked), body)
-    with grpc.insecure_channel(server.address) as channel, Neighbour(server) as neighbour:
+    with grpc.insecure_channel(server.address) as channel, neighbour(server) as beside:
         assert _send(server, channel, large) == "200"
-    assert neighbour.worst <= STRICT_SECONDS * max(_slowness(), 1.0)
+    assert beside.worst <= STRICT_SECONDS * max(_slowness(), 1.0)
 
 
 @pytest.mark.long
 def test_clients_that_leave_at_once_do_not_delay_others(server: ServerUnderTest) -> None:
     body = json.dumps({"model": "base", "prompt": PROMPTS, "max_tokens": 8}).encode()
-    with Neighbour(server) as neighbour:
+    with neighbour(server) as beside:
         for _ in range(20):
             connection = http.client.HTTPConnection(server.http_address)
             connection.request("POST", "/v1/completions", body, JSON)
             connection.close()
         time.sleep(5.0)
-    assert neighbour.worst <= STRICT_SECONDS * max(_slowness(), 1.0)
+    assert beside.worst <= STRICT_SECONDS * max(_slowness(), 1.0)
 
 
 def _try(
@@ -147,18 +120,18 @@ def _try(
     options = (("grpc.max_send_message_length", -1),)
     slow: list[str] = []
     grown = before = 0
-    with grpc.insecure_channel(server.address, options) as channel, Neighbour(server) as neighbour:
+    with grpc.insecure_channel(server.address, options) as channel, neighbour(server) as beside:
         # Arenas of threads may grow beyond the limit once. Only a leak would grow again.
         for _ in range(2):
             for number, large in enumerate(itertools.chain.from_iterable(make())):
                 worst = 0.0
                 for _ in range(NUM_TRIES):
-                    neighbour.worst = 0.0
+                    beside.worst = 0.0
                     code = _send(server, channel, large)
                     assert code not in BUGS, (code, str(large))
                     # Wait a little, to include delays at the end of the message.
                     time.sleep(0.02)
-                    worst = neighbour.worst
+                    worst = beside.worst
                     if worst <= most_seconds or worst <= most_seconds * _slowness():
                         break
                 else:
@@ -197,16 +170,7 @@ def _send(server: ServerUnderTest, channel: grpc.Channel, large: Large) -> str:
         connection.close()
         return status
     method = next(each for each in METHODS if each.full_name == large.target)
-    path = f"/{method.containing_service.full_name}/{method.name}"
-    call = channel.stream_stream(path, request_serializer=None, response_deserializer=None)(
-        iter([large.data]), timeout=60
-    )
-    try:
-        for _ in call:
-            pass
-    except grpc.RpcError:
-        return call.code().name
-    return "OK"
+    return called(channel, method, [large.data], 60.0)
 
 
 def _send_pass(server: ServerUnderTest, data: bytes) -> str:

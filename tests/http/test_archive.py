@@ -175,3 +175,21 @@ async def test_broken_archives_are_refused_or_loaded(server: HttpHarness, tmp_pa
         statuses.add(answer.status_code)
         assert answer.status_code < 500, answer.text
     assert {400, 404} & statuses
+
+
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+ADAPTER = {"lora_name": "a", "lora_path": "b"}
+
+
+async def test_a_task_is_registered(http: HttpHarness) -> None:
+    assert (await http.post(LOAD, ADAPTER | {"task": 2})).status_code == 200
+    assert http.registry.get("a").facts.digest == "digest of task 2 of b"
+    again = ADAPTER | {"task": 3, "load_inplace": True}
+    assert (await http.post(LOAD, again)).status_code == 200
+    assert http.registry.get("a").facts.digest == "digest of task 3 of b"
+    assert http.registry.get("a").generation == 2
+
+
+async def test_a_repository_may_be_given_as_an_hf_uri(http: HttpHarness) -> None:
+    assert (await http.post(LOAD, ADAPTER | {"lora_path": "hf://org/a"})).status_code == 200
+    assert http.registry.get("a").facts.digest.endswith("hub:org/a")

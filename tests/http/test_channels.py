@@ -14,7 +14,7 @@ from builders.bases import tiny_tokenizers
 from builders.constraints import compiled, is_followed, make_tokenizer
 from servers.answer_pieces import put_together
 from servers.fakes import FakeFuser, FakeMerger, FakeVocabularies, fake_backend, finish
-from servers.http_harness import HttpHarness, http_harness
+from servers.http_harness import TURNS, HttpHarness, http_harness
 from servers.rpc_harness import harness
 
 from turret.server.api.vocabularies import Vocabulary
@@ -28,7 +28,6 @@ from turret.server.models.tokenizer import RenderedChat, Tokenizer
 from turret.v1 import inference_pb2
 
 VOCAB_SIZE = 400
-TURNS = [{"role": "user", "content": "hi"}]
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": SCHEMA}}
 THOUGHT = "<|channel|>analysis<|message|>Hm. <b>\n<|end|>"

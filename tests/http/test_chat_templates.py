@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import shutil
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,8 @@ import pytest
 from builders.bases.tiny_models import EOS, tiny_tokenizer
 from builders.methods import make_config, save_adapter
 from method_oracle import oracle_greedy, twin
-from servers.engine_harness import EngineHarness
-from servers.http_harness import HttpHarness, http_harness
-from servers.rpc_harness import Harness, failure_of, harness
+from servers.both_protocols import Protocols, serving
+from servers.rpc_harness import failure_of
 from transformers import AutoTokenizer
 
 from turret.clients.aio import AsyncTurretClient
@@ -58,23 +55,9 @@ def rendered(folder: Path, tools: Any = None) -> list[int]:
     return [*theirs(before)["input_ids"], *spelled, *theirs(after)["input_ids"]]
 
 
-@dataclass
-class Protocols:
-    """A real backend with both protocols."""
-
-    http: HttpHarness
-    rpc: Harness
-    engine: EngineHarness
-    root: Path
-
-    async def tokens(self, model: str, **fields: Any) -> list[int]:
-        answer = await self.http.post("/tokenize", {"model": model, "messages": ASK, **fields})
-        assert answer.status_code == 200, answer.text
-        return answer.json()["tokens"]
-
-    async def template_of(self, name: str) -> str:
-        question = adapters_pb2.GetAdapterRequest(name=name)
-        return (await self.rpc.adapters.GetAdapter(question)).chat_template
+async def template_of(protocols: Protocols, name: str) -> str:
+    question = adapters_pb2.GetAdapterRequest(name=name)
+    return (await protocols.rpc.adapters.GetAdapter(question)).chat_template
 
 
 @pytest.fixture(scope="module")
@@ -105,32 +88,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@contextlib.asynccontextmanager
-async def serving(
-    model: Path,
-    root: Path,
-    *names: str,
-    state: Path,
-    template: Path | None = None,
-    trusts: bool = False,
-) -> AsyncIterator[Protocols]:
-    async with contextlib.AsyncExitStack() as stack:
-        start = EngineHarness.start(
-            model,
-            root,
-            adapters=names,
-            state_dir=state,
-            chat_template=template,
-            trusts_templates=trusts,
-        )
-        engine = await stack.enter_async_context(start)
-        http = await stack.enter_async_context(http_harness(serving=False))
-        rpc = await stack.enter_async_context(harness(serving=False))
-        for gate in (http.gate, rpc.gate):
-            gate.open(engine.backend)
-        yield Protocols(http, rpc, engine, root)
-
-
 NAMES = ("plain", "own", "config", "named", "same", "ends")
 
 
@@ -148,12 +105,12 @@ async def test_the_adapters_template_renders_like_transformers(
     }
     expected["same"] = expected["plain"] = rendered(base)
     for name, tokens in expected.items():
-        assert await protocols.tokens(name) == tokens, name
+        assert await protocols.tokens(name, ASK) == tokens, name
     assert len({tuple(tokens) for tokens in expected.values()}) == 4
     tool = {"type": "function", "function": {"name": "look", "description": "", "parameters": {}}}
-    shown = await protocols.tokens("named", tools=[tool])
+    shown = await protocols.tokens("named", ASK, tools=[tool])
     assert shown == rendered(protocols.root / "named", [tool])
-    origins = {name: await protocols.template_of(name) for name in NAMES}
+    origins = {name: await template_of(protocols, name) for name in NAMES}
     assert origins == {
         "plain": "",
         "own": "chat_template.jinja",
@@ -165,14 +122,14 @@ async def test_the_adapters_template_renders_like_transformers(
 
 
 async def test_a_mix_has_the_template_of_its_first_member_with_one(protocols: Protocols) -> None:
-    own, other = await protocols.tokens("own"), await protocols.tokens("config")
-    assert await protocols.tokens("plain+own+config") == own
-    assert await protocols.tokens("config*0.5+own") == other
-    assert await protocols.tokens("same+own") == await protocols.tokens("base")
+    own, other = await protocols.tokens("own", ASK), await protocols.tokens("config", ASK)
+    assert await protocols.tokens("plain+own+config", ASK) == own
+    assert await protocols.tokens("config*0.5+own", ASK) == other
+    assert await protocols.tokens("same+own", ASK) == await protocols.tokens("base", ASK)
 
 
 async def test_every_protocol_answers_a_chat_in_it(protocols: Protocols) -> None:
-    prompt = await protocols.tokens("own")
+    prompt = await protocols.tokens("own", ASK)
     oracle = save(protocols.root.parent / "again", "own", seed=1)
     expected, _ = oracle_greedy(oracle, prompt, 6)
     text = tiny_tokenizer().decode(expected[: expected.index(EOS)] if EOS in expected else expected)
@@ -213,28 +170,28 @@ async def test_a_template_changes_with_the_weights_and_survives_a_restart(
     shutil.copytree(root / "own", files / "a")
     state = tmp_path / "state"
     async with serving(base, files, "a", state=state) as protocols:
-        own = await protocols.tokens("a")
+        own = await protocols.tokens("a", ASK)
         with_template(files / "a", OTHER)
         # A changed file has no effect before it is loaded again, and then makes a new generation.
-        assert await protocols.tokens("a") == own
+        assert await protocols.tokens("a", ASK) == own
         again = adapters_pb2.LoadAdapterRequest(name="a", path="a")
         assert (
             await failure_of(protocols.rpc.adapters.LoadAdapter(again))
         ).reason == "ADAPTER_EXISTS"
         change = adapters_pb2.ReplaceAdapterRequest(name="a", path="a")
         assert (await protocols.rpc.adapters.ReplaceAdapter(change)).generation == 2
-        other = await protocols.tokens("a")
+        other = await protocols.tokens("a", ASK)
         assert other == rendered(files / "a") != own
         assert (await protocols.rpc.adapters.ReplaceAdapter(change)).generation == 2
         change.chat_template = BASE
         replaced = await protocols.rpc.adapters.ReplaceAdapter(change)
         assert (replaced.generation, replaced.chat_template) == (3, "request")
-        assert await protocols.tokens("a") == await protocols.tokens("base")
+        assert await protocols.tokens("a", ASK) == await protocols.tokens("base", ASK)
         # A request that was rendered before a replacement is not answered after it.
         vocabulary = await protocols.engine.vocabulary_of("a")
         again = adapters_pb2.LoadAdapterRequest(name="b", path="a", chat_template=OWN)
         assert (await protocols.rpc.adapters.LoadAdapter(again)).chat_template == "request"
-        assert await protocols.tokens("b") == own
+        assert await protocols.tokens("b", ASK) == own
         assert vocabulary.own is not None
         with pytest.MonkeyPatch.context() as patch:
 
@@ -246,29 +203,29 @@ async def test_a_template_changes_with_the_weights_and_survives_a_restart(
             assert (await protocols.http.refused("/v1/chat/completions", body)).status == 503
     (files / "a" / "chat_template.jinja").unlink()
     async with serving(base, files, state=state) as protocols:
-        assert await protocols.tokens("b") == own
-        assert await protocols.template_of("b") == "request"
-        assert await protocols.tokens("a") == await protocols.tokens("base")
+        assert await protocols.tokens("b", ASK) == own
+        assert await template_of(protocols, "b") == "request"
+        assert await protocols.tokens("a", ASK) == await protocols.tokens("base", ASK)
 
 
 async def test_a_template_is_uploaded_and_exported_with_its_adapter(
     protocols: Protocols, tmp_path: Path
 ) -> None:
-    own = await protocols.tokens("own")
+    own = await protocols.tokens("own", ASK)
     async with AsyncTurretClient(protocols.rpc.rpc.address) as client:
         await client.adapters.upload("up", protocols.root / "own")
-        assert await protocols.tokens("up") == own
+        assert await protocols.tokens("up", ASK) == own
         await client.adapters.export("up", tmp_path / "out")
         assert not (tmp_path / "out" / "tokenizer.json").exists()
         await client.adapters.upload("again", tmp_path / "out")
-        assert await protocols.tokens("again") == own
+        assert await protocols.tokens("again", ASK) == own
         given = await client.adapters.upload("given", protocols.root / "own", chat_template=OTHER)
         assert given.chat_template == "request"
-        assert await protocols.tokens("given") == await protocols.tokens("config")
+        assert await protocols.tokens("given", ASK) == await protocols.tokens("config", ASK)
         await client.adapters.export("given", tmp_path / "given")
         fused = await client.adapters.fuse("fused", ["plain", "own"])
         assert fused.adapter.chat_template == "members"
-        assert await protocols.tokens("fused") == own
+        assert await protocols.tokens("fused", ASK) == own
         await client.adapters.export("fused", tmp_path / "fused")
 
 
@@ -297,7 +254,7 @@ async def test_a_broken_template_is_refused_at_load(protocols: Protocols) -> Non
             # A template in the call replaces the broken one.
             load.name, load.chat_template = f"given-{file}", OWN
             await protocols.rpc.adapters.LoadAdapter(load)
-            assert await protocols.tokens(load.name) == await protocols.tokens("own")
+            assert await protocols.tokens(load.name, ASK) == await protocols.tokens("own", ASK)
     load = adapters_pb2.LoadAdapterRequest(name="broken", path="plain", chat_template="{{ a")
     failure = await failure_of(protocols.rpc.adapters.LoadAdapter(load))
     assert failure.reasons == {"chat_template": "CHAT_TEMPLATE_INVALID"}
@@ -310,7 +267,7 @@ async def test_adapters_can_bring_a_template_to_a_base_without_one(
 ) -> None:
     model = twin("llama").folder
     async with serving(model, root, "own", "plain", state=tmp_path / "state") as protocols:
-        assert await protocols.tokens("own") == rendered(root / "own")
+        assert await protocols.tokens("own", ASK) == rendered(root / "own")
         for name in ("base", "plain"):
             refused = await protocols.http.refused("/tokenize", {"model": name, "messages": ASK})
             assert refused.code == "no_chat_template"
@@ -324,12 +281,14 @@ async def test_a_template_can_be_set_for_the_base(root: Path, base: Path, tmp_pa
     file = tmp_path / "t.jinja"
     file.write_text(OTHER)
     names = ("own", "plain")
-    async with serving(base, root, *names, state=tmp_path / "a", template=file) as protocols:
+    async with serving(base, root, *names, state=tmp_path / "a", chat_template=file) as protocols:
         other = rendered(root / "config")
-        assert await protocols.tokens("base") == await protocols.tokens("plain") == other
-        assert await protocols.tokens("own") == rendered(root / "own")
+        assert await protocols.tokens("base", ASK) == await protocols.tokens("plain", ASK) == other
+        assert await protocols.tokens("own", ASK) == rendered(root / "own")
     built_in = Path("chatml")
-    async with serving(base, root, *names, state=tmp_path / "b", template=built_in) as protocols:
+    async with serving(
+        base, root, *names, state=tmp_path / "b", chat_template=built_in
+    ) as protocols:
         answer = await protocols.http.post("/tokenize", {"model": "base", "messages": ASK})
         back = await protocols.http.post("/detokenize", {"model": "base", **answer.json()})
         text = "<|im_start|>user\nhi <eos><|im_end|>\n<|im_start|>assistant\n"
@@ -361,9 +320,8 @@ def as_text(folder: Path, messages: Any, **variables: Any) -> str:
 async def test_variables_of_the_template_are_set_as_in_transformers(
     protocols: Protocols, thinking: Path
 ) -> None:
-    await protocols.rpc.adapters.LoadAdapter(
-        adapters_pb2.LoadAdapterRequest(name="thinking", path="thinking")
-    )
+    load = adapters_pb2.LoadAdapterRequest(name="thinking", path="thinking")
+    await protocols.rpc.adapters.LoadAdapter(load)
     asked = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": " so far "}]
 
     async def text_of(**fields: Any) -> str:
@@ -413,9 +371,8 @@ async def test_variables_of_the_template_are_set_as_in_transformers(
 async def test_reasoning_is_recognised_if_the_prompt_begins_it(
     protocols: Protocols, thinking: Path
 ) -> None:
-    await protocols.rpc.adapters.LoadAdapter(
-        adapters_pb2.LoadAdapterRequest(name="thinking", path="thinking")
-    )
+    load = adapters_pb2.LoadAdapterRequest(name="thinking", path="thinking")
+    await protocols.rpc.adapters.LoadAdapter(load)
     (letter,) = tiny_tokenizer()("b")["input_ids"]
     body = {"model": "thinking", "max_tokens": 2, "logit_bias": {str(letter): 100}}
     half = [*ASK, {"role": "assistant", "content": "<think>so"}]
@@ -480,12 +437,14 @@ async def test_a_request_may_bring_a_template_only_if_that_is_allowed(
     failure = await failure_of(protocols.rpc.inference.Tokenize(message))
     assert failure.reasons == {"chat.chat_template": "TEMPLATE_NOT_TRUSTED"}
     names = ("own", "ends", "config")
-    async with serving(base, root, *names, state=tmp_path / "b", trusts=True) as trusting:
-        other = await trusting.tokens("config")
+    async with serving(base, root, *names, state=tmp_path / "b", trusts_templates=True) as trusting:
+        other = await trusting.tokens("config", ASK)
         for name in ("base", "own", "config"):
-            assert await trusting.tokens(name, chat_template=OTHER) == other
+            assert await trusting.tokens(name, ASK, chat_template=OTHER) == other
         # The end token is still the adapter's, as in transformers.
-        assert await trusting.tokens("ends", chat_template=OWN) != await trusting.tokens("own")
+        assert await trusting.tokens("ends", ASK, chat_template=OWN) != await trusting.tokens(
+            "own", ASK
+        )
         body = {"max_tokens": 2, "temperature": 0, **asked}
         for name in ("base", "own"):
             answer = await trusting.http.post("/v1/chat/completions", {"model": name, **body})
@@ -502,7 +461,7 @@ async def test_a_request_may_bring_a_template_only_if_that_is_allowed(
         before = len(psutil.Process().children())
         await asyncio.gather(
             *(
-                trusting.tokens(name, chat_template=f"{OTHER}{number}")
+                trusting.tokens(name, ASK, chat_template=f"{OTHER}{number}")
                 for name in ("base", "own")
                 for number in range(6)
             )

@@ -7,8 +7,8 @@ import json
 from collections.abc import AsyncIterator
 
 import pytest
-from servers.fakes import endless, finish
-from servers.http_harness import HttpHarness, http_harness
+from servers.fakes import endless, finish, saying
+from servers.http_harness import HttpHarness, posted
 
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.http import endpoint
@@ -16,29 +16,12 @@ from turret.server.http import endpoint
 WORDS = ("one ", 'two "', "dréi\n", "four")
 
 
-async def words(request: Request) -> AsyncIterator[Output]:
-    """Four tokens that arrive at once."""
-    for word in WORDS[:-1]:
-        yield Output(text=word, token_ids=(1,))
-    yield Output(text=WORDS[-1], token_ids=(1,), finish=finish(request))
-
-
 async def sent(http: HttpHarness, path: str, version: str = "1.1") -> bytes:
     """All bytes of a stream's response, including head and framing."""
-    host, _, port = http.server.address.rpartition(":")
-    asked = {"model": "base", "stream": True}
-    asked |= {"prompt": "hi"} if path == "completions" else {"messages": [TURN]}
-    body = json.dumps(asked).encode()
-    reader, writer = await asyncio.open_connection(host, int(port))
-    head = f"POST /v1/{path} HTTP/{version}\r\nhost: 127.0.0.1\r\nconnection: close\r\n"
-    head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    writer.write(head.encode() + body)
-    answer = await asyncio.wait_for(reader.read(), 20)
-    writer.close()
-    return answer
-
-
-TURN = {"role": "user", "content": "hi"}
+    turns = [{"role": "user", "content": "hi"}]
+    asked = {"prompt": "hi"} if path == "completions" else {"messages": turns}
+    asked |= {"model": "base", "stream": True}
+    return await http.answered(posted(f"/v1/{path}", asked, version, "connection: close\r\n"))
 
 
 def chunks_of(answer: bytes) -> list[bytes]:
@@ -63,36 +46,35 @@ def said(events: bytes) -> str:
     return "".join(c["text"] if "text" in c else c["delta"].get("content", "") for c in choices)
 
 
-async def test_output_that_is_available_together_is_sent_together() -> None:
-    async with http_harness() as http:
-        http.engine.script = words
-        for path in ("completions", "chat/completions"):
-            chunks = chunks_of(await sent(http, path))
-            assert said(b"".join(chunks)) == "".join(WORDS)
-            # The last chunk ends the stream.
-            assert len(chunks) == 2
-            assert chunks[0].count(b"data: ") >= len(WORDS)
+async def test_output_that_is_available_together_is_sent_together(http: HttpHarness) -> None:
+    http.engine.script = saying(*WORDS)
+    for path in ("completions", "chat/completions"):
+        chunks = chunks_of(await sent(http, path))
+        assert said(b"".join(chunks)) == "".join(WORDS)
+        # The last chunk ends the stream.
+        assert len(chunks) == 2
+        assert chunks[0].count(b"data: ") >= len(WORDS)
 
 
-async def test_available_output_is_sent_without_waiting_for_more() -> None:
-    async with http_harness() as http:
-        http.engine.script = endless
-        asked = {"model": "base", "prompt": "hi", "stream": True}
-        async with http.client.stream("POST", "/v1/completions", json=asked) as answer:
-            first = await anext(answer.aiter_bytes())
-        assert json.loads(first.removeprefix(b"data: "))["choices"][0]["text"] == "H"
+async def test_available_output_is_sent_without_waiting_for_more(http: HttpHarness) -> None:
+    http.engine.script = endless
+    asked = {"model": "base", "prompt": "hi", "stream": True}
+    async with http.client.stream("POST", "/v1/completions", json=asked) as answer:
+        first = await anext(answer.aiter_bytes())
+    assert json.loads(first.removeprefix(b"data: "))["choices"][0]["text"] == "H"
 
 
-async def test_an_old_client_gets_no_chunks() -> None:
-    async with http_harness() as http:
-        http.engine.script = words
-        answer = await sent(http, "completions", "1.0")
-        head, _, body = answer.partition(b"\r\n\r\n")
-        assert b"chunked" not in head.lower()
-        assert said(body) == "".join(WORDS)
+async def test_an_old_client_gets_no_chunks(http: HttpHarness) -> None:
+    http.engine.script = saying(*WORDS)
+    answer = await sent(http, "completions", "1.0")
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"chunked" not in head.lower()
+    assert said(body) == "".join(WORDS)
 
 
-async def test_a_stream_waits_for_a_client_that_does_not_read() -> None:
+async def test_a_stream_waits_for_a_client_that_does_not_read_but_a_shutdown_does_not(
+    http: HttpHarness,
+) -> None:
     num_made = 0
 
     async def flood(request: Request) -> AsyncIterator[Output]:
@@ -102,29 +84,27 @@ async def test_a_stream_waits_for_a_client_that_does_not_read() -> None:
             yield Output(text="x" * (64 << 10), token_ids=(1,))
             await asyncio.sleep(0)
 
-    async with http_harness() as http:
-        http.engine.script = flood
-        host, _, port = http.server.address.rpartition(":")
-        reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
-        body = json.dumps({"model": "base", "prompt": "hi", "stream": True}).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\n"
-        head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-        writer.write(head.encode() + body)
-        before = -1
-        while num_made != before or not num_made:
-            before = num_made
-            await asyncio.sleep(0.2)
-        # No more than the sockets of both sides hold.
-        assert num_made < 400
-        await reader.readexactly(4 << 20)
-        await asyncio.sleep(0.1)
-        assert num_made > before
-        writer.close()
-        await http.engine.streams[0].cancelled.wait()
+    http.engine.script = flood
+    reader, writer = await http.opened()
+    writer.write(posted("/v1/completions", {"model": "base", "prompt": "hi", "stream": True}))
+    before = -1
+    while num_made != before or not num_made:
+        before = num_made
+        await asyncio.sleep(0.2)
+    # No more than the sockets of both sides hold.
+    assert num_made < 400
+    await reader.readexactly(4 << 20)
+    await asyncio.sleep(0.1)
+    assert num_made > before
+    await asyncio.wait_for(http.server.stop(0.1), 10)
+    assert http.engine.streams[0].cancelled.is_set()
+    writer.transport.abort()
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/messages"])
-async def test_a_quiet_stream_sends_comments(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+async def test_a_quiet_stream_sends_comments(
+    monkeypatch: pytest.MonkeyPatch, path: str, http: HttpHarness
+) -> None:
     monkeypatch.setattr(endpoint, "HEARTBEAT_SECONDS", 0.05)
 
     async def slow(request: Request) -> AsyncIterator[Output]:
@@ -133,10 +113,9 @@ async def test_a_quiet_stream_sends_comments(monkeypatch: pytest.MonkeyPatch, pa
 
     asked = {"model": "base", "prompt": "a", "max_tokens": 4, "stream": True}
     asked["messages"] = [{"role": "user", "content": "a"}]
-    async with http_harness() as server:
-        server.engine.script = slow
-        answer = await server.post(path, asked)
-        whole = await server.post(path, asked | {"stream": False})
+    http.engine.script = slow
+    answer = await http.post(path, asked)
+    whole = await http.post(path, asked | {"stream": False})
     parts = answer.text.split("\n\n")
     assert parts[0] == ": still working"
     assert sum(part.startswith(":") for part in parts) >= 2

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx2
 import pytest
 from pydantic import ValidationError
-from servers.fakes import FakeTokenizer, finish
-from servers.http_harness import http_harness
+from servers.fakes import failing, knows_tools, saying
+from servers.http_harness import TURNS, HttpHarness, http_harness
+from servers.rpc_harness import tokens_of
 
-from turret.server.api.access import TokenTable
-from turret.server.engine.scheduling.request import FinishReason, Output, Request
+from turret.server.engine.scheduling.request import FinishReason
 from turret.server.errors import UnavailableError
 from turret.server.http.messages import CountRequest, _chat_of
 from turret.server.http.schemas.requests import ChatRequest
-from turret.server.models.chat_template import ChatFormat
-from turret.server.models.tokenizer import RenderedChat
 from turret.server.words import say
 
 PATH, COUNT = "/v1/messages", "/v1/messages/count_tokens"
-TURNS = [{"role": "user", "content": "hi"}]
 TOOLS = [
     {
         "name": "weather",
@@ -42,31 +38,10 @@ RESULT = {"type": "tool_result", "tool_use_id": "1", "content": "r"}
 LONG = "a" * 100_000
 
 
-def saying(
-    text: str, reason: FinishReason = FinishReason.STOP, stop: str | None = None
-) -> Callable[[Request], AsyncIterator[Output]]:
-    """A script that answers character by character."""
-
-    async def script(request: Request) -> AsyncIterator[Output]:
-        for part in text:
-            yield Output(text=part, token_ids=(1,))
-        yield Output(text="", token_ids=(2,), finish=finish(request, reason, stop))
-
-    return script
-
-
 @pytest.fixture
 def rendered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any, dict[str, Any]]]:
     """The inputs of the simulated tokenizer, whose template supports tools."""
-    given: list[tuple[Any, Any, dict[str, Any]]] = []
-
-    def render(self: Any, messages: Any, tools: Any = (), **how: Any) -> RenderedChat:
-        given.append((messages, tools, how))
-        return RenderedChat(["\1"])
-
-    monkeypatch.setattr(FakeTokenizer, "chat_format", ChatFormat("hermes", True))
-    monkeypatch.setattr(FakeTokenizer, "render_chat", render)
-    return given
+    return knows_tools(monkeypatch, has_reasoning=True)
 
 
 def events_of(answer: httpx2.Response) -> list[dict[str, Any]]:
@@ -79,12 +54,11 @@ def events_of(answer: httpx2.Response) -> list[dict[str, Any]]:
     return found
 
 
-async def test_an_answer_has_a_block_for_each_part(rendered: Any) -> None:
-    async with http_harness() as http:
-        http.engine.script = saying(ANSWER)
-        asked = ASKED | {"tools": TOOLS, "system": [{"type": "text", "text": "be short"}]}
-        whole = (await http.post(PATH, asked)).json()
-        events = events_of(await http.post(PATH, asked | {"stream": True}))
+async def test_an_answer_has_a_block_for_each_part(rendered: Any, http: HttpHarness) -> None:
+    http.engine.script = saying(*ANSWER, "")
+    asked = ASKED | {"tools": TOOLS, "system": [{"type": "text", "text": "be short"}]}
+    whole = (await http.post(PATH, asked)).json()
+    events = events_of(await http.post(PATH, asked | {"stream": True}))
     thought, said, call = whole["content"]
     assert thought == {"type": "thinking", "thinking": "hm", "signature": ""}
     assert said == {"type": "text", "text": "Well. "}
@@ -122,7 +96,7 @@ async def test_an_answer_has_a_block_for_each_part(rendered: Any) -> None:
     assert events[-2]["usage"] == whole["usage"]
 
 
-async def test_turns_become_messages_of_the_template(rendered: Any) -> None:
+async def test_turns_become_messages_of_the_template(rendered: Any, http: HttpHarness) -> None:
     use = {"type": "tool_use", "id": "a", "name": "weather", "input": {"city": "Oslo"}}
     result = {"type": "tool_result", "tool_use_id": "a", "content": [{"type": "text", "text": "5"}]}
     turns = [
@@ -137,13 +111,12 @@ async def test_turns_become_messages_of_the_template(rendered: Any) -> None:
         },
         {"role": "user", "content": [result, {"type": "text", "text": "And?"}]},
     ]
-    async with http_harness() as http:
-        asked = ASKED | {"messages": turns, "tools": TOOLS}
-        asked |= {"thinking": {"type": "enabled", "budget_tokens": 1024}}
-        await http.post(PATH, asked)
-        begun = [*TURNS, {"role": "assistant", "content": "It is"}]
-        await http.post(PATH, ASKED | {"messages": begun})
-        count = await http.post(COUNT, {"model": "base", "messages": turns, "tools": TOOLS})
+    asked = ASKED | {"messages": turns, "tools": TOOLS}
+    asked |= {"thinking": {"type": "enabled", "budget_tokens": 1024}}
+    await http.post(PATH, asked)
+    begun = [*TURNS, {"role": "assistant", "content": "It is"}]
+    await http.post(PATH, ASKED | {"messages": begun})
+    count = await http.post(COUNT, {"model": "base", "messages": turns, "tools": TOOLS})
     messages, _, how = rendered[0]
     assert [(each["role"], each["content"]) for each in messages] == [
         *(("user", "hi"), ("assistant", "Well."), ("tool", "5"), ("user", "And?"))
@@ -160,16 +133,17 @@ async def test_turns_become_messages_of_the_template(rendered: Any) -> None:
     ("script", "reason", "sequence"),
     [
         (saying("a"), "end_turn", None),
-        (saying("a", FinishReason.LENGTH), "max_tokens", None),
+        (saying("a", reason=FinishReason.LENGTH), "max_tokens", None),
         (saying("a", stop="END"), "stop_sequence", "END"),
     ],
 )
-async def test_stop_reasons_are_reported(script: Any, reason: str, sequence: str | None) -> None:
-    async with http_harness() as http:
-        http.engine.script = script
-        whole = (await http.post(PATH, ASKED | {"stop_sequences": ["END"]})).json()
-        assert (whole["stop_reason"], whole["stop_sequence"]) == (reason, sequence)
-        assert http.engine.requests[0].stop.stop_strings == ("END",)
+async def test_stop_reasons_are_reported(
+    script: Any, reason: str, sequence: str | None, http: HttpHarness
+) -> None:
+    http.engine.script = script
+    whole = (await http.post(PATH, ASKED | {"stop_sequences": ["END"]})).json()
+    assert (whole["stop_reason"], whole["stop_sequence"]) == (reason, sequence)
+    assert http.engine.requests[0].stop.stop_strings == ("END",)
 
 
 @pytest.mark.parametrize(
@@ -182,15 +156,14 @@ async def test_stop_reasons_are_reported(script: Any, reason: str, sequence: str
     ],
 )
 async def test_tool_choice_is_applied(
-    rendered: Any, choice: Any, is_forced: bool, names: list[str]
+    rendered: Any, choice: Any, is_forced: bool, names: list[str], http: HttpHarness
 ) -> None:
-    async with http_harness() as http:
-        http.engine.script = saying(CALL + CALL)
-        asked = ASKED | {"tools": TOOLS, "tool_choice": choice}
-        whole = (await http.post(PATH, asked)).json()
-        assert (http.engine.requests[0].constraint is not None) is is_forced
-        choice |= {"disable_parallel_tool_use": True}
-        one = (await http.post(PATH, asked | {"tool_choice": choice})).json()
+    http.engine.script = saying(*CALL, *CALL, "")
+    asked = ASKED | {"tools": TOOLS, "tool_choice": choice}
+    whole = (await http.post(PATH, asked)).json()
+    assert (http.engine.requests[0].constraint is not None) is is_forced
+    choice |= {"disable_parallel_tool_use": True}
+    one = (await http.post(PATH, asked | {"tool_choice": choice})).json()
     assert [tool["function"]["name"] for tool in rendered[0][1] or ()] == names
     if choice["type"] == "auto":
         assert len(whole["content"]) == 2
@@ -224,9 +197,10 @@ async def test_tool_choice_is_applied(
         ),
     ],
 )
-async def test_errors_have_the_format_of_anthropic(changed: Any, param: str, code: str) -> None:
-    async with http_harness() as http:
-        answer = await http.post(PATH, ASKED | changed)
+async def test_errors_have_the_format_of_anthropic(
+    changed: Any, param: str, code: str, http: HttpHarness
+) -> None:
+    answer = await http.post(PATH, ASKED | changed)
     body = answer.json()
     assert (answer.status_code, body["type"]) == (400, "error")
     assert body["request_id"] == answer.headers["x-request-id"]
@@ -236,8 +210,7 @@ async def test_errors_have_the_format_of_anthropic(changed: Any, param: str, cod
 
 
 async def test_errors_of_other_kinds() -> None:
-    tokens = TokenTable([("a", frozenset({"inference"}))])
-    async with http_harness(tokens=tokens) as http:
+    async with http_harness(tokens=tokens_of("a")) as http:
         key = {"x-api-key": "a", "anthropic-version": "2023-06-01"}
         assert (await http.post(PATH, ASKED, key)).status_code == 200
         for body, headers, status, kind in (
@@ -248,11 +221,7 @@ async def test_errors_of_other_kinds() -> None:
             answer = await http.post(PATH, body, headers)
             assert (answer.status_code, answer.json()["error"]["type"]) == (status, kind)
 
-        async def breaks(request: Request) -> AsyncIterator[Output]:
-            yield Output(text="a", token_ids=(1,))
-            raise UnavailableError(say("REQUEST_ENDED"))
-
-        http.engine.script = breaks
+        http.engine.script = failing(UnavailableError(say("REQUEST_ENDED")))
         events = events_of(await http.post(PATH, ASKED | {"stream": True}, key))
     assert events[0]["type"] == "message_start"
     assert (events[-1]["type"], events[-1]["error"]["type"]) == ("error", "overloaded_error")

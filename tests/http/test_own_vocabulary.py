@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,48 +11,36 @@ import pytest
 from builders.added_tokens import ADDED, END, FIRST, ROWS, TEMPLATE, grown_tokenizer, save_grown
 from builders.methods import make_config
 from method_oracle import oracle_greedy, oracle_logprobs, twin
-from servers.engine_harness import EngineHarness
-from servers.http_harness import HttpHarness, http_harness
-from servers.rpc_harness import Harness, failure_of, harness
+from servers.both_protocols import Protocols, serving
+from servers.rpc_harness import failure_of
 
 from turret.clients.aio import AsyncTurretClient
 from turret.v1 import adapters_pb2, inference_pb2
 
-Q = {"target_modules": ["q_proj"]}
 ASK = [{"role": "user", "content": "hi turret <|end|>"}]
 WITH = [adapters_pb2.AdapterWeight(name="grown")]
 
 
-@dataclass
-class Protocols:
-    """A real backend with both protocols, a PEFT model, and the files."""
-
-    http: HttpHarness
-    rpc: Harness
-    engine: EngineHarness
-    oracle: Any
-    root: Path
-
-
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+def grown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The adapters' directory, and the adapter in PEFT."""
     folder = tmp_path_factory.mktemp("adapters")
-    config = make_config("lora", **Q, modules_to_save=["embed_tokens", "lm_head"])
+    config = make_config(
+        "lora", target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]
+    )
     return folder, save_grown(twin("llama").model, config, folder / "grown")
 
 
 @pytest.fixture
-async def protocols(root: tuple[Path, Any], tmp_path: Path) -> AsyncIterator[Protocols]:
-    async with contextlib.AsyncExitStack() as stack:
-        start = EngineHarness.start(
-            twin("llama").folder, root[0], adapters=["grown"], state_dir=tmp_path / "state"
-        )
-        engine = await stack.enter_async_context(start)
-        http = await stack.enter_async_context(http_harness(serving=False))
-        rpc = await stack.enter_async_context(harness(serving=False))
-        for gate in (http.gate, rpc.gate):
-            gate.open(engine.backend)
-        yield Protocols(http, rpc, engine, root[1], root[0])
+def oracle(grown: tuple[Path, Any]) -> Any:
+    return grown[1]
+
+
+@pytest.fixture
+async def protocols(grown: tuple[Path, Any], tmp_path: Path) -> AsyncIterator[Protocols]:
+    model, state = twin("llama").folder, tmp_path / "state"
+    async with serving(model, grown[0], "grown", state=state) as protocols:
+        yield protocols
 
 
 async def test_text_uses_the_adapters_vocabulary(protocols: Protocols) -> None:
@@ -87,17 +73,16 @@ async def test_text_uses_the_adapters_vocabulary(protocols: Protocols) -> None:
     assert (await protocols.rpc.adapters.GetAdapter(question)).vocab_size == ROWS
 
 
-async def test_a_chat_has_the_adapters_template(protocols: Protocols) -> None:
+async def test_a_chat_has_the_adapters_template(protocols: Protocols, oracle: Any) -> None:
     """Special tokens in messages are text; those of the template are tokens."""
     body = {"messages": ASK, "max_tokens": 6, "temperature": 0, "logprobs": True}
     refused = await protocols.http.refused("/v1/chat/completions", {"model": "base", **body})
     assert refused.code == "no_chat_template"
     answer = (await protocols.http.post("/v1/chat/completions", {"model": "grown", **body})).json()
-    tokens = (await protocols.http.post("/tokenize", {"model": "grown", "messages": ASK})).json()
-    prompt = tokens["tokens"]
+    prompt = await protocols.tokens("grown", ASK)
     assert answer["usage"]["prompt_tokens"] == len(prompt)
     assert (prompt[0], prompt.count(END), prompt.count(FIRST)) == (FIRST + 1, 1, 1)
-    expected, logprobs = oracle_greedy(protocols.oracle, prompt, 6)
+    expected, logprobs = oracle_greedy(oracle, prompt, 6)
     if END in expected:
         expected = expected[: expected.index(END) + 1]
     told = answer["choices"][0]["logprobs"]["content"]
@@ -108,13 +93,13 @@ async def test_a_chat_has_the_adapters_template(protocols: Protocols) -> None:
         assert abs(item["logprob"] - logprob) <= 1e-4 * max(1.0, abs(logprob))
 
 
-async def test_scores_match_peft(protocols: Protocols) -> None:
+async def test_scores_match_peft(protocols: Protocols, oracle: Any) -> None:
     text = "<|user|>turret abc turret<|end|>"
     request = inference_pb2.ScoreRequest(prompt=text, adapters=WITH, top_n=2)
     scored = await protocols.rpc.inference.Score(request)
     ids = grown_tokenizer()(text)["input_ids"]
     assert [token.token_id for token in scored.tokens] == ids
-    rows = oracle_logprobs(protocols.oracle, ids)
+    rows = oracle_logprobs(oracle, ids)
     for index, token in enumerate(scored.tokens[1:]):
         expected = float(rows[index, ids[index + 1]])
         assert abs(token.logprob - expected) <= 1e-4 * max(1.0, abs(expected))

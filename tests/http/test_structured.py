@@ -24,6 +24,12 @@ from turret.clients.errors import InvalidArgumentError
 from turret.server.constraints.grammar import MAX_CONSTRAINT_CHARS
 
 ASK: Any = [{"role": "user", "content": "hi"}]
+PARAMETERS = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Oslo", "Rome"]}, "days": {"enum": [1, 2]}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
 TEMPLATE = (
     "{% for t in tools or [] %}{{ t | tojson }} <tool_call>\n{% endfor %}"
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -196,13 +202,7 @@ async def test_hostile_grammars_beside_a_polite_client(server: ServerUnderTest) 
 
 
 def test_forced_calls_are_streamed_and_answered(client: openai.OpenAI) -> None:
-    parameters = {
-        "type": "object",
-        "properties": {"city": {"enum": ["Oslo", "Rome"]}, "days": {"enum": [1, 2]}},
-        "required": ["city", "days"],
-        "additionalProperties": False,
-    }
-    tool: Any = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+    tool: Any = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}
     asked: Any = {"model": "base", "tools": [tool], "seed": 4, "max_tokens": 150}
     asked["parallel_tool_calls"] = False
     choice: Any = {"type": "function", "function": {"name": "weather"}}
@@ -228,7 +228,7 @@ def test_forced_calls_are_streamed_and_answered(client: openai.OpenAI) -> None:
     ]
     end = client.chat.completions.create(messages=turns, tool_choice="none", **asked).choices[0]
     assert end.message.tool_calls is None
-    broken = {"name": "weather", "parameters": {**parameters, "not": {}}}
+    broken = {"name": "weather", "parameters": {**PARAMETERS, "not": {}}}
     asked["tools"] = [{"type": "function", "function": broken}]
     with pytest.raises(openai.BadRequestError) as bad:
         client.chat.completions.create(messages=ASK, tool_choice="required", **asked)
@@ -236,13 +236,7 @@ def test_forced_calls_are_streamed_and_answered(client: openai.OpenAI) -> None:
 
 
 def test_responses_with_forced_calls(client: openai.OpenAI) -> None:
-    parameters = {
-        "type": "object",
-        "properties": {"city": {"enum": ["Oslo", "Rome"]}},
-        "required": ["city"],
-        "additionalProperties": False,
-    }
-    tool = {"type": "function", "name": "weather", "parameters": parameters, "strict": True}
+    tool = {"type": "function", "name": "weather", "parameters": PARAMETERS, "strict": True}
     asked: Any = {"model": "base", "tools": [tool], "temperature": 0, "max_output_tokens": 200}
     asked |= {"parallel_tool_calls": False}
     chosen: Any = {"type": "function", "name": "weather"}

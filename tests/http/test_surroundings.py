@@ -9,10 +9,13 @@ import re
 from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx2
 import pytest
 from checkout import ROOT
-from servers.fakes import endless
-from servers.http_harness import Refused, http_harness
+from servers.app_parts import Parts, make_app
+from servers.fakes import endless, hello
+from servers.http_harness import HttpHarness, Refused, http_harness
+from servers.rpc_harness import soon
 
 from turret.server import errors
 from turret.server.api.access import MAX_AT_A_TIME, SERVICE_ROLES, TokenTable
@@ -24,6 +27,7 @@ from turret.server.http.refusals import STEPS, TABLE, refusal_of, renamed_path
 from turret.server.http.routes import ROUTES
 from turret.server.http.schemas.fields import MAX_PROMPTS
 from turret.server.http.schemas.requests import MAX_ANSWERS
+from turret.server.words import say
 
 TOKENS = TokenTable(
     [
@@ -60,38 +64,37 @@ def test_every_code_has_a_status() -> None:
     ],
 )
 async def test_an_error_of_the_engine_becomes_a_status(
-    error: errors.TurretError, status: int, code: str, retry: str | None
+    error: errors.TurretError, status: int, code: str, retry: str | None, http: HttpHarness
 ) -> None:
-    async with http_harness() as server:
-        server.engine.refuse = error
-        refused = await server.refused(COMPLETIONS, PROMPT)
-        assert (refused.status, refused.code) == (status, code)
-        assert refused.headers.get("retry-after") == retry
-        assert refused.headers["x-should-retry"] == ("false" if retry is None else "true")
-        counted = refusal_of(error).code.name
-        assert await server.sample("turret_requests_total", adapter="base", code=counted) == 1
-        assert await server.sample("turret_calls_total", protocol="http", code=counted) == 1
+    http.engine.refuse = error
+    refused = await http.refused(COMPLETIONS, PROMPT)
+    assert (refused.status, refused.code) == (status, code)
+    assert refused.headers.get("retry-after") == retry
+    assert refused.headers["x-should-retry"] == ("false" if retry is None else "true")
+    counted = refusal_of(error).code.name
+    assert await http.sample("turret_requests_total", adapter="base", code=counted) == 1
+    assert await http.sample("turret_calls_total", protocol="http", code=counted) == 1
 
 
-async def test_a_bug_is_reported_only_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    async with http_harness() as server:
-        server.engine.refuse = RuntimeError("secret")
-        refused = await server.refused(COMPLETIONS, PROMPT)
-        assert (refused.status, refused.code) == (500, "internal")
-        assert "secret" not in refused.message
+async def test_a_bug_is_reported_only_in_the_log(
+    caplog: pytest.LogCaptureFixture, http: HttpHarness
+) -> None:
+    http.engine.refuse = RuntimeError("secret")
+    refused = await http.refused(COMPLETIONS, PROMPT)
+    assert (refused.status, refused.code) == (500, "internal")
+    assert "secret" not in refused.message
     assert any(r.exc_info and "secret" in str(r.exc_info[1]) for r in caplog.records)
 
 
-async def test_errors_use_the_field_names_of_the_client() -> None:
-    async with http_harness() as server:
-        body = {"temperature": -3, "stop": [""], "logprobs": 21, "model": "base", "prompt": "a"}
-        refused = await server.refused(COMPLETIONS, body)
-        assert (refused.status, refused.kind) == (400, "invalid_request_error")
-        assert refused.violations == {
-            "temperature": "too_small",
-            "stop[0]": "empty",
-            "logprobs": "too_large",
-        }
+async def test_errors_use_the_field_names_of_the_client(http: HttpHarness) -> None:
+    body = {"temperature": -3, "stop": [""], "logprobs": 21, "model": "base", "prompt": "a"}
+    refused = await http.refused(COMPLETIONS, body)
+    assert (refused.status, refused.kind) == (400, "invalid_request_error")
+    assert refused.violations == {
+        "temperature": "too_small",
+        "stop[0]": "empty",
+        "logprobs": "too_large",
+    }
     assert renamed_path("stop.stop_strings[2]", {"stop.": "", "stop.stop_strings": "stop"}) == (
         "stop[2]"
     )
@@ -141,18 +144,19 @@ async def test_no_byte_of_an_unauthorised_request_is_read() -> None:
         assert answer.status_code == 401
 
 
-async def test_a_request_has_the_id_that_was_sent(caplog: pytest.LogCaptureFixture) -> None:
-    async with http_harness() as server:
-        with caplog.at_level(logging.INFO, "turret"):
-            answer = await server.post(COMPLETIONS, PROMPT, {"x-request-id": "r-1"})
-            await server.settle()
-        assert answer.headers["x-request-id"] == "r-1"
-        assert answer.json()["id"] == "cmpl-r-1"
-        assert server.engine.requests[0].request_id == "r-1"
-        made = (await server.post(COMPLETIONS, PROMPT)).headers["x-request-id"]
-        assert len(made) == 32
-        refused = await server.refused(COMPLETIONS, {}, {"x-request-id": "r-2"})
-        assert refused.headers["x-request-id"] == "r-2"
+async def test_a_request_has_the_id_that_was_sent(
+    caplog: pytest.LogCaptureFixture, http: HttpHarness
+) -> None:
+    with caplog.at_level(logging.INFO, "turret"):
+        answer = await http.post(COMPLETIONS, PROMPT, {"x-request-id": "r-1"})
+        await http.settle()
+    assert answer.headers["x-request-id"] == "r-1"
+    assert answer.json()["id"] == "cmpl-r-1"
+    assert http.engine.requests[0].request_id == "r-1"
+    made = (await http.post(COMPLETIONS, PROMPT)).headers["x-request-id"]
+    assert len(made) == 32
+    refused = await http.refused(COMPLETIONS, {}, {"x-request-id": "r-2"})
+    assert refused.headers["x-request-id"] == "r-2"
     (line,) = [r for r in caplog.records if r.message == "call finished"]
     said = line.__dict__["fields"]
     assert (said["method"], said["code"]) == ("POST /v1/completions", "OK")
@@ -179,41 +183,28 @@ async def test_every_answer_has_an_id_and_keeps_a_valid_one_of_the_client() -> N
                 assert re.fullmatch("[0-9a-f]{32}", answer.headers["x-request-id"]), unusable
 
 
-async def test_a_body_has_limits() -> None:
-    async with http_harness() as server:
-        send = server.client.post
-        json_type = {"content-type": "application/json"}
+async def test_a_body_has_limits(http: HttpHarness) -> None:
+    send = http.client.post
+    json_type = {"content-type": "application/json"}
 
-        async def parts() -> AsyncIterator[bytes]:
-            for _ in range(MAX_BODY_BYTES // 65536 + 1):
-                yield b" " * 65536
+    async def parts() -> AsyncIterator[bytes]:
+        for _ in range(MAX_BODY_BYTES // 65536 + 1):
+            yield b" " * 65536
 
-        contents: list[Any] = [b" " * (MAX_BODY_BYTES + 1), parts()]
-        for content in contents:
-            refused = Refused.of(await send(COMPLETIONS, content=content, headers=json_type))
-            assert (refused.status, refused.code) == (413, "request_too_large")
-        for content in (b"", b"{", b"[]", b"\xff", b'{"a": NaN}', b'{"a": ' + b"9" * 5000 + b"}"):
-            refused = Refused.of(await send(COMPLETIONS, content=content, headers=json_type))
-            assert (refused.status, refused.kind) == (400, "invalid_request_error"), content
-        text = {"content-type": "text/plain"}
-        refused = Refused.of(await send(COMPLETIONS, content=json.dumps(PROMPT), headers=text))
-        assert (refused.status, refused.code) == (415, "unsupported_media_type")
-        assert server.engine.requests == []
+    contents: list[Any] = [b" " * (MAX_BODY_BYTES + 1), parts()]
+    for content in contents:
+        refused = Refused.of(await send(COMPLETIONS, content=content, headers=json_type))
+        assert (refused.status, refused.code) == (413, "request_too_large")
+    text = {"content-type": "text/plain"}
+    refused = Refused.of(await send(COMPLETIONS, content=json.dumps(PROMPT), headers=text))
+    assert (refused.status, refused.code) == (415, "unsupported_media_type")
+    assert http.engine.requests == []
 
 
 async def test_unknown_paths_and_methods_get_the_same_form_of_error() -> None:
     async with http_harness() as server:
         refused = await server.refused("/v1/nothing", {})
         assert (refused.status, refused.code) == (404, "unknown_url")
-        for path, meant in (
-            ("/chat/completions", "/v1/chat/completions"),
-            ("/v1/v1/completions", COMPLETIONS),
-            ("/v1/model", "/v1/models"),
-            ("/v1/classify", "/classify"),
-        ):
-            refused = await server.refused(path, {})
-            assert (refused.status, refused.code) == (404, "unknown_url")
-            assert f'{meant}"' in refused.message
         answer = await server.client.get(COMPLETIONS)
         assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
         assert answer.json()["error"]["code"] == "unknown_url"
@@ -258,16 +249,15 @@ async def test_a_page_of_another_origin_needs_permission() -> None:
         assert answer.headers["access-control-allow-origin"] == "https://a.example"
 
 
-async def test_a_timeout_is_the_deadline_of_the_request() -> None:
-    async with http_harness() as server:
-        before = asyncio.get_running_loop().time()
-        await server.post(COMPLETIONS, PROMPT | {"timeout": 2.5})
-        (request,) = server.engine.requests
-        assert request.deadline is not None
-        assert 2.4 < request.deadline - before < 2.5 + 5
-        for bad in (0, -1, 1e300, "1"):
-            refused = await server.refused(COMPLETIONS, PROMPT | {"timeout": bad})
-            assert (refused.status, refused.param) == (400, "timeout")
+async def test_a_timeout_is_the_deadline_of_the_request(http: HttpHarness) -> None:
+    before = asyncio.get_running_loop().time()
+    await http.post(COMPLETIONS, PROMPT | {"timeout": 2.5})
+    (request,) = http.engine.requests
+    assert request.deadline is not None
+    assert 2.4 < request.deadline - before < 2.5 + 5
+    for bad in (0, -1, 1e300, "1"):
+        refused = await http.refused(COMPLETIONS, PROMPT | {"timeout": bad})
+        assert (refused.status, refused.param) == (400, "timeout")
 
 
 def test_the_page_names_every_path_field_and_status() -> None:
@@ -290,36 +280,105 @@ def test_the_page_names_every_path_field_and_status() -> None:
     assert (MAX_BODY_BYTES, BODY_SECONDS) == (4 << 20, 60)
 
 
-async def test_a_shutdown_waits_briefly_and_then_ends_running_requests() -> None:
-    async with http_harness() as server:
-        server.engine.script = endless
-        asking = asyncio.ensure_future(server.post(COMPLETIONS, PROMPT))
-        await asyncio.wait_for(server.engine.submitted.wait(), 10)
-        await asyncio.wait_for(server.server.stop(0.1), 10)
-        assert server.engine.streams[0].cancelled.is_set()
-        assert await server.sample("turret_calls_total", protocol="http", code="CANCELLED") == 1
-        refused = Refused.of(await asking)
-        assert (refused.status, refused.code) == (503, "unavailable")
+async def test_a_shutdown_waits_briefly_and_then_ends_running_requests(http: HttpHarness) -> None:
+    http.engine.script = endless
+    asking = asyncio.ensure_future(http.post(COMPLETIONS, PROMPT))
+    await asyncio.wait_for(http.engine.submitted.wait(), 10)
+    await asyncio.wait_for(http.server.stop(0.1), 10)
+    assert http.engine.streams[0].cancelled.is_set()
+    assert await http.sample("turret_calls_total", protocol="http", code="CANCELLED") == 1
+    refused = Refused.of(await asking)
+    assert (refused.status, refused.code) == (503, "unavailable")
 
 
-async def test_a_shutdown_does_not_wait_for_a_client_that_does_not_read() -> None:
-    """A client that requests a long stream and reads nothing does not delay the stop."""
+async def test_a_trailing_slash_is_ignored(http: HttpHarness) -> None:
+    assert (
+        await http.post("/v1/load_lora_adapter/", {"lora_name": "a", "lora_path": "b"})
+    ).status_code == 200
+    for path in ("/v1/models/", "/health/"):
+        plain = await http.client.get(path.rstrip("/"))
+        answer = await http.client.get(path)
+        assert (answer.status_code, answer.json()) == (200, plain.json())
+    assert (await http.post("/v1/completions/", {})).status_code == 400
+    answer = await http.post("/v1/nix/", {})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_url")
 
-    async def flood(request: Request) -> AsyncIterator[Output]:
-        while True:
-            yield Output(text="x" * 65536, token_ids=(1,))
-            await asyncio.sleep(0)
 
-    async with http_harness() as server:
-        server.engine.script = flood
-        host, _, port = server.server.address.rpartition(":")
-        reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
-        body = json.dumps(PROMPT | {"stream": True}).encode()
-        head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: [::1]\r\ncontent-type: application/json\r\n"
-        writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-        await reader.readexactly(100)
-        reader._transport.pause_reading()  # type: ignore[attr-defined]
-        await asyncio.sleep(0.2)
-        await asyncio.wait_for(server.server.stop(0.1), 10)
-        assert server.engine.streams[0].cancelled.is_set()
-        writer.transport.abort()
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/v1/chat/compeltions", "/v1/chat/completions"),
+        ("/chat/completons", "/v1/chat/completions"),
+        ("/V1/chat/completions", "/v1/chat/completions"),
+        ("/v1/responces", "/v1/responses"),
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/completions", COMPLETIONS),
+        ("/v1/model", "/v1/models"),
+        ("/v1/classify", "/classify"),
+        ("/v1/load_lora_adaptor", "/v1/load_lora_adapter"),
+        # Paths of other servers.
+        *((path, "") for path in ("/v1/threads", "/v1/moderations", "/v1/rerank", "/api/chat")),
+        ("/v1/" + "x" * 50, ""),
+    ],
+)
+async def test_the_closest_path_is_suggested(path: str, meant: str, http: HttpHarness) -> None:
+    refused = await http.refused(path, {})
+    assert (refused.status, refused.code) == (404, "unknown_url")
+    text = say("UNKNOWN_URL", method="POST", path=path)
+    if meant:
+        text = say("UNKNOWN_URL", method="POST", path=path, closest=meant)
+    assert refused.message == text
+
+
+LISTEN = ListenConfig(address="127.0.0.1:0", metrics_address=None, http_address="127.0.0.1:0")
+BODY = {"model": "base", "prompt": "a"}
+
+
+async def test_the_server_listens_while_loading_and_finishes_requests_while_stopping() -> None:
+    parts = Parts()
+    finishing = asyncio.Event()
+
+    async def slow(request: Request) -> AsyncIterator[Output]:
+        yield Output(text="H", token_ids=(72,))
+        await finishing.wait()
+        async for output in hello(request):
+            yield output
+
+    parts.engine.script = slow
+    parts.may_finish.clear()
+    app = make_app(parts, listen=LISTEN)
+    running = asyncio.ensure_future(app.startup())
+    await soon(parts.building)
+    assert app.http is not None
+    seen: dict[str, Any] = {}
+    async with httpx2.AsyncClient(base_url=f"http://{app.http.address}") as client:
+        answer = await client.get("/health")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "server_starting")
+        assert (await client.post("/v1/completions", json=BODY)).status_code == 503
+        parts.may_finish.set()
+        await running
+        assert (await client.get("/health")).status_code == 200
+
+        async def drain(grace_seconds: float) -> None:
+            """Like the engine, let the running request finish; check the server in the meantime."""
+            parts.engine.drained.append(grace_seconds)
+            seen["health"] = (await client.get("/health")).status_code
+            seen["refused"] = await client.post("/v1/completions", json=BODY)
+            finishing.set()
+
+        parts.engine.drain = drain  # type: ignore[method-assign]
+        async with client.stream("POST", "/v1/completions", json=BODY | {"stream": True}) as stream:
+            lines = stream.aiter_lines()
+            assert '"text":"H"' in await anext(lines)
+            app.stop()
+            assert await app.main_loop() == 0
+            stopping = asyncio.ensure_future(app.shutdown())
+            rest = [line async for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert '"finish_reason":"stop"' in rest[-2]
+        await asyncio.wait_for(stopping, 20)
+    assert parts.engine.drained == [7]
+    assert seen["health"] == 503
+    assert seen["refused"].status_code == 503
+    assert seen["refused"].json()["error"]["code"] == "unavailable"
+    assert seen["refused"].headers["retry-after"] == "1"

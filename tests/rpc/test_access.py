@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import shutil
 import socket
 import ssl
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 from said import says
 from servers.certificates import LOCAL, certify
+from servers.http_harness import http_harness
 from servers.probe import is_serving
-from servers.rpc_harness import failure_of, harness
+from servers.rpc_harness import bearer, failure_of, harness
 
 from turret.clients.channel import Tls
 from turret.server.api.access import TokenTable
@@ -33,10 +36,6 @@ beta-secret admin
 
 gamma-secret inference,admin
 """
-
-
-def _bearer(token: str) -> tuple[tuple[str, str], ...]:
-    return (("authorization", f"Bearer {token}"),)
 
 
 @pytest.fixture
@@ -66,14 +65,14 @@ async def test_a_role_gives_access_only_to_its_service(token_file: Path) -> None
 
     async with harness(tokens=TokenTable.read(token_file)) as server:
         for token, codes in expected.items():
-            metadata = _bearer(token)
+            metadata = bearer(token)
             model = server.inference.GetModel(inference_pb2.GetModelRequest(), metadata=metadata)
             listing = server.adapters.ListAdapters(
                 adapters_pb2.ListAdaptersRequest(), metadata=metadata
             )
             assert (await code_of(model), await code_of(listing)) == codes
         # With two tokens, a proxy in front may have checked the other one.
-        both = _bearer("alpha-secret") + _bearer("gamma-secret")
+        both = bearer("alpha-secret") + bearer("gamma-secret")
         model = server.inference.GetModel(inference_pb2.GetModelRequest(), metadata=both)
         assert await code_of(model) == "UNAUTHENTICATED"
 
@@ -89,12 +88,12 @@ async def test_errors_have_details_for_unary_calls_and_streams(
                 server.inference.Generate(message, metadata=(("authorization", "alpha-secret"),))
             )
             role = await failure_of(
-                server.inference.GenerateStream(message, metadata=_bearer("beta-secret"))
+                server.inference.GenerateStream(message, metadata=bearer("beta-secret"))
             )
             upload = await failure_of(
-                server.adapters.UploadAdapter(iter(()), metadata=_bearer("alpha-secret"))
+                server.adapters.UploadAdapter(iter(()), metadata=bearer("alpha-secret"))
             )
-            await server.inference.Generate(message, metadata=_bearer("alpha-secret"))
+            await server.inference.Generate(message, metadata=bearer("alpha-secret"))
             assert len(server.engine.requests) == 1
     assert (missing.code, missing.reason) == (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED")
     assert scheme.code is grpc.StatusCode.UNAUTHENTICATED
@@ -231,14 +230,34 @@ async def test_only_authorised_callers_learn_that_a_service_is_elsewhere(token_f
     async with harness(listen=listen, tokens=TokenTable.read(token_file)) as server:
         for token, code in {**codes, "delta": "UNAUTHENTICATED"}.items():
             request = adapters_pb2.ListAdaptersRequest()
-            listing = server.adapters.ListAdapters(request, metadata=_bearer(token))
+            listing = server.adapters.ListAdapters(request, metadata=bearer(token))
             assert (await failure_of(listing)).code is grpc.StatusCode[code]
 
 
-async def test_an_address_in_use_is_an_error() -> None:
-    async with harness() as server:
+@contextlib.asynccontextmanager
+async def served(
+    door: str, address: str = "127.0.0.1:0", security: SecurityConfig | None = None
+) -> AsyncIterator[list[str]]:
+    """The addresses of a server of one protocol."""
+    if door == "http":
+        async with http_harness(
+            listen=ListenConfig(http_address=address), security=security
+        ) as http:
+            yield [http.server.address]
+    else:
+        listen = ListenConfig(address=address, admin_address="127.0.0.1:0")
+        async with harness(listen=listen, security=security) as rpc:
+            yield [rpc.rpc.address, rpc.rpc.admin_address]
+
+
+both_doors = pytest.mark.parametrize("door", ["rpc", "http"])
+
+
+@both_doors
+async def test_an_address_in_use_is_an_error(door: str) -> None:
+    async with served(door) as (address, *_):
         with pytest.raises(OSError, check=says("ADDRESS_UNUSABLE")):
-            async with harness(listen=ListenConfig(address=server.rpc.address)):
+            async with served(door, address):
                 raise AssertionError("two servers share a port")
 
 
@@ -259,24 +278,13 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-async def _model_over_tls(address: str, folder: Path, client: str | None) -> str:
-    credentials = grpc.ssl_channel_credentials(
-        (folder / "ca.crt").read_bytes(),
-        (folder / f"{client}.key").read_bytes() if client else None,
-        (folder / f"{client}.crt").read_bytes() if client else None,
-    )
-    async with grpc.aio.secure_channel(address, credentials) as channel:
-        stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[arg-type]
-        answer = await stub.GetModel(inference_pb2.GetModelRequest(), timeout=10)
-    return answer.name
+def security_of(folder: Path, **more: Any) -> SecurityConfig:
+    files = {"tls_cert": folder / "server.crt", "tls_key": folder / "server.key"}
+    return SecurityConfig(**{**files, **more})
 
 
 async def test_tls(certificates: Path) -> None:
-    security = SecurityConfig(
-        tls_cert=certificates / "server.crt", tls_key=certificates / "server.key"
-    )
-    async with harness(security=security) as server:
-        assert await _model_over_tls(server.rpc.address, certificates, None) == "fake"
+    async with harness(security=security_of(certificates)) as server:
         tls = Tls.from_files(ca=certificates / "ca.crt")
         probed = await asyncio.to_thread(is_serving, server.rpc.address, tls=tls, token="t")
         assert probed == (True, "SERVING")
@@ -285,73 +293,87 @@ async def test_tls(certificates: Path) -> None:
         assert (await failure_of(plain)).code is grpc.StatusCode.UNAVAILABLE
 
 
-def _shown_certificate(address: str) -> str:
-    """The server's certificate on a new connection, as PEM."""
+def shown(address: str, own: Path | None = None) -> str:
+    """The server's certificate on a new connection that it answers, as PEM.
+
+    Raises:
+        OSError: The server refuses the client's certificate, or that it has none.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    context.set_alpn_protocols(["h2"])
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    if own is not None:
+        context.load_cert_chain(own, own.with_suffix(".key"))
     host, _, port = address.rpartition(":")
     with (
         socket.create_connection((host, int(port)), timeout=10) as plain,
         context.wrap_socket(plain) as secured,
     ):
-        shown = secured.getpeercert(binary_form=True)
-    assert shown is not None
-    return ssl.DER_cert_to_PEM_cert(shown)
+        found = secured.getpeercert(binary_form=True)
+        secured.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        if not secured.recv(1):
+            raise ConnectionError("no answer")
+    assert found is not None
+    return ssl.DER_cert_to_PEM_cert(found)
 
 
-async def test_certificates_change_without_a_restart(certificates: Path, tmp_path: Path) -> None:
+def put(source: Path, target: Path) -> None:
+    """Replace a file at once, like a renewal."""
+    shutil.copy(source, f"{target}.new")
+    os.replace(f"{target}.new", target)
+
+
+@both_doors
+async def test_certificates_change_without_a_restart(
+    door: str, certificates: Path, tmp_path: Path
+) -> None:
     def install(name: str) -> None:
         for end in ("crt", "key"):
-            shutil.copy(certificates / f"{name}.{end}", tmp_path / f"server.{end}")
+            put(certificates / f"{name}.{end}", tmp_path / f"server.{end}")
 
     install("server")
-    security = SecurityConfig(tls_cert=tmp_path / "server.crt", tls_key=tmp_path / "server.key")
-    listen = ListenConfig(address="127.0.0.1:0", admin_address="127.0.0.1:0")
-    async with harness(listen=listen, security=security) as server:
+    async with served(door, security=security_of(tmp_path)) as addresses:
+        now = ""
         for name in ("server", "client"):
             install(name)
-            for address in (server.rpc.address, server.rpc.admin_address):
-                shown = await asyncio.to_thread(_shown_certificate, address)
-                assert shown.split() == (certificates / f"{name}.crt").read_text().split()
-        # An incomplete change has no effect.
-        (tmp_path / "server.key").unlink()
-        assert await asyncio.to_thread(_shown_certificate, server.rpc.address) == shown
-
-
-async def test_a_fifo_in_place_of_a_certificate_changes_nothing(
-    certificates: Path, tmp_path: Path
-) -> None:
-    for end in ("crt", "key"):
-        shutil.copy(certificates / f"server.{end}", tmp_path / f"server.{end}")
-    security = SecurityConfig(tls_cert=tmp_path / "server.crt", tls_key=tmp_path / "server.key")
-    async with harness(security=security) as server:
-        shown = await asyncio.to_thread(_shown_certificate, server.rpc.address)
-        for name in ("client", None):
-            if name is None:
-                (tmp_path / "server.crt").unlink()
-                os.mkfifo(tmp_path / "server.crt")
-            else:
-                (tmp_path / "server.key").unlink()
-                os.mkfifo(tmp_path / "server.key")
-            assert await asyncio.to_thread(_shown_certificate, server.rpc.address) == shown
-        for end in ("crt", "key"):
+            for address in addresses:
+                now = await asyncio.to_thread(shown, address)
+                assert now.split() == (certificates / f"{name}.crt").read_text().split()
+        # An incomplete change has no effect, and neither has a file that keeps its reader waiting.
+        install("server")
+        (tmp_path / "server.crt").write_text("no certificate")
+        assert await asyncio.to_thread(shown, addresses[0]) == now
+        for end in ("key", "crt"):
             (tmp_path / f"server.{end}").unlink()
-            shutil.copy(certificates / f"client.{end}", tmp_path / f"server.{end}")
-        assert await asyncio.to_thread(_shown_certificate, server.rpc.address) != shown
+            assert await asyncio.to_thread(shown, addresses[0]) == now
+            os.mkfifo(tmp_path / f"server.{end}")
+            assert await asyncio.to_thread(shown, addresses[0]) == now
+        install("server")
+        assert await asyncio.to_thread(shown, addresses[0]) != now
 
 
-async def test_mtls(certificates: Path) -> None:
-    security = SecurityConfig(
-        tls_cert=certificates / "server.crt",
-        tls_key=certificates / "server.key",
-        tls_client_ca=certificates / "ca.crt",
-    )
-    async with harness(security=security) as server:
-        address = server.rpc.address
-        assert await _model_over_tls(address, certificates, "client") == "fake"
-        for refused in (None, "stranger"):
-            with pytest.raises(grpc.aio.AioRpcError) as raised:
-                await _model_over_tls(address, certificates, refused)
-            assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+@both_doors
+async def test_mtls(door: str, certificates: Path, tmp_path: Path) -> None:
+    roots = tmp_path / "roots.crt"
+    put(certificates / "ca.crt", roots)
+    own, stranger = certificates / "client.crt", certificates / "stranger.crt"
+    secure = security_of(certificates, tls_client_ca=roots)
+    async with served(door, security=secure) as (address, *_):
+        for refused in (None, stranger):
+            with pytest.raises((ConnectionError, ssl.SSLError)):
+                await asyncio.to_thread(shown, address, refused)
+        assert await asyncio.to_thread(shown, address, own)
+        # With another authority, only clients that it signed are accepted.
+        put(stranger, roots)
+        with pytest.raises((ConnectionError, ssl.SSLError)):
+            await asyncio.to_thread(shown, address, own)
+        assert await asyncio.to_thread(shown, address, stranger)
+
+
+@both_doors
+async def test_mismatched_tls_files_prevent_startup(door: str, certificates: Path) -> None:
+    crossed = security_of(certificates, tls_key=certificates / "client.key")
+    with pytest.raises(OSError, match=r"(?i)mismatch|cannot listen"):
+        async with served(door, security=crossed):
+            raise AssertionError("it started")

@@ -1,11 +1,14 @@
-"""Hostile calls on a real server: they do not affect others and leave nothing behind."""
+"""Hostile calls on a real server: they do not delay others and leave nothing behind."""
 
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,16 @@ import psutil
 import pytest
 from builders.bases.tiny_models import save_tiny_model
 from builders.random_adapters import AdapterSpec, arch_of, write_adapter
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from servers import raw_grpc
+from servers.neighbour import Neighbour
 from servers.server_under_test import ServerUnderTest, start_server
 
 from turret.clients.errors import TurretRpcError
+from turret.server.api.inference_requests import check_chat
+from turret.server.api.limits import InputLimits
+from turret.server.api.violations import Violations
+from turret.server.words import Text
 from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 GENERATE = "/turret.v1.Inference/Generate"
@@ -66,21 +75,14 @@ def test_timeouts_of_thousands_of_years_are_accepted(model: Path, tmp_path: Path
             assert server.process.poll() is None
 
 
+@dataclass(frozen=True, slots=True)
 class Attack:
-    """One kind of large message that a server rejects.
+    """A large message that a server rejects: the RPC, the bytes, the token, and the answer."""
 
-    Args:
-        method: The full name of the RPC.
-        message: The sent bytes.
-        token: The caller's token, or None.
-        code: The expected answer.
-    """
-
-    def __init__(self, method: str, message: bytes, token: str | None, code: str) -> None:
-        self.method = method
-        self.message = message
-        self.token = token
-        self.code = grpc.StatusCode[code]
+    method: str
+    message: bytes
+    token: str | None
+    code: str
 
     def send(self, channel: grpc.Channel) -> None:
         call: Callable[..., bytes] = channel.unary_unary(
@@ -89,10 +91,10 @@ class Attack:
         with pytest.raises(grpc.RpcError) as caught:
             call(self.message, timeout=60, metadata=_bearer(self.token))
         assert isinstance(caught.value, grpc.Call)
-        assert caught.value.code() is self.code, caught.value
+        assert caught.value.code() is grpc.StatusCode[self.code], caught.value
 
 
-def _attacks() -> dict[str, Attack]:
+def _attacks() -> list[Attack]:
     bias = _request()
     bias.sampling.logit_bias.update(dict.fromkeys(range(1000, 280_000), 1.0))
     spread = _request()
@@ -105,40 +107,24 @@ def _attacks() -> dict[str, Attack]:
     tokens.token_ids.ids.extend([1 << 25] * (LARGE // 4))
     path = adapters_pb2.LoadAdapterRequest(name="z", path="p" * LARGE)
     nameless = adapters_pb2.UnloadAdapterRequest(name="n" * LARGE)
-    adapters = "/turret.v1.Adapters"
-    return {
-        name: Attack(method, message, token, code)
-        for name, method, message, token, code in (
-            ("no token", GENERATE, bias.SerializeToString(), None, "UNAUTHENTICATED"),
-            ("other token", GENERATE, bias.SerializeToString(), "guess", "UNAUTHENTICATED"),
-            ("other role", GENERATE, bias.SerializeToString(), ADMIN, "PERMISSION_DENIED"),
-            ("bias", GENERATE, bias.SerializeToString(), INFERENCE, "INVALID_ARGUMENT"),
-            ("stop ids", GENERATE, spread.SerializeToString(), INFERENCE, "INVALID_ARGUMENT"),
-            ("chat", GENERATE, chat.SerializeToString(), INFERENCE, "INVALID_ARGUMENT"),
-            ("stop string", GENERATE, unknown.SerializeToString(), INFERENCE, "INVALID_ARGUMENT"),
-            ("no protobuf", GENERATE, b"\xff" * LARGE, INFERENCE, "INVALID_ARGUMENT"),
-            (
-                *("ids", "/turret.v1.Inference/Tokenize", tokens.SerializeToString()),
-                *(INFERENCE, "INVALID_ARGUMENT"),
-            ),
-            (
-                *("path", f"{adapters}/LoadAdapter", path.SerializeToString()),
-                *(ADMIN, "INVALID_ARGUMENT"),
-            ),
-            (
-                *("name", f"{adapters}/UnloadAdapter", nameless.SerializeToString()),
-                *(ADMIN, "INVALID_ARGUMENT"),
-            ),
-            (
-                *(
-                    "service",
-                    "/grpc.health.v1.Health/Check",
-                    b"\x0a\xc0\x8d\xb7\x01" + b"s" * LARGE,
-                ),
-                *(None, "NOT_FOUND"),
-            ),
-        )
-    }
+    invalid = (
+        *(
+            (GENERATE, each.SerializeToString(), INFERENCE)
+            for each in (bias, spread, chat, unknown)
+        ),
+        (GENERATE, b"\xff" * LARGE, INFERENCE),
+        ("/turret.v1.Inference/Tokenize", tokens.SerializeToString(), INFERENCE),
+        ("/turret.v1.Adapters/LoadAdapter", path.SerializeToString(), ADMIN),
+        ("/turret.v1.Adapters/UnloadAdapter", nameless.SerializeToString(), ADMIN),
+    )
+    data, service = bias.SerializeToString(), b"\x0a\xc0\x8d\xb7\x01" + b"s" * LARGE
+    return [
+        Attack(GENERATE, data, None, "UNAUTHENTICATED"),
+        Attack(GENERATE, data, "guess", "UNAUTHENTICATED"),
+        Attack(GENERATE, data, ADMIN, "PERMISSION_DENIED"),
+        Attack("/grpc.health.v1.Health/Check", service, None, "NOT_FOUND"),
+        *(Attack(*each, "INVALID_ARGUMENT") for each in invalid),
+    ]
 
 
 ATTACKS = _attacks()
@@ -163,11 +149,11 @@ def test_refused_messages_free_their_memory(guarded: ServerUnderTest) -> None:
     options = (("grpc.max_send_message_length", -1),)
     with grpc.insecure_channel(guarded.address, options) as channel:
         # Lasting allocations of the first messages (arenas, caches) do not count.
-        for attack in [*ATTACKS.values()] * 3:
+        for attack in ATTACKS * 3:
             attack.send(channel)
         before = _rss_mib(guarded)
         for _ in range(500 // len(ATTACKS) + 1):
-            for attack in ATTACKS.values():
+            for attack in ATTACKS:
                 attack.send(channel)
         assert _rss_mib(guarded) - before < LASTING_MIB
         polite = inference_pb2_grpc.InferenceStub(channel).Generate(
@@ -299,3 +285,116 @@ def test_tokens_change_without_a_restart(model: Path, tmp_path: Path) -> None:
         tokens.write_text("third inference\n")
         assert becomes("third", True)
         assert not is_accepted("new")
+
+
+# Each of the messages below once took between 300 ms and 8 s.
+IDLE_SECONDS = 0.25
+# The limit if other programs use the processors, too.
+BUSY_SECONDS = 1.0
+HEALTH = health_pb2.HealthCheckRequest()
+
+
+def _generate(**fields: object) -> inference_pb2.GenerateRequest:
+    request = inference_pb2.GenerateRequest(**fields)  # type: ignore[arg-type]
+    request.stop.max_tokens = 1
+    return request
+
+
+def _chat(count: int, role: str, content: str) -> inference_pb2.GenerateRequest:
+    turn = inference_pb2.ChatMessage(role=role, content=content)
+    return _generate(chat=inference_pb2.Chat(messages=[turn] * count))
+
+
+def _called(turns: int, calls: int) -> inference_pb2.Chat:
+    call = inference_pb2.ToolCall(name="f", arguments="{}")
+    turn = inference_pb2.ChatMessage(role="assistant", tool_calls=[call] * calls)
+    return inference_pb2.Chat(messages=[turn] * turns)
+
+
+def _ids(count: int, token: int) -> inference_pb2.TokenIds:
+    return inference_pb2.TokenIds(ids=[token] * count)
+
+
+def _messages() -> dict[str, object]:
+    biased = _generate(prompt="a")
+    biased.sampling.logit_bias.update(dict.fromkeys(range(60_000, 360_000), 1.0))
+    scored = inference_pb2.ScoreRequest(token_ids=_ids(500, 5), top_n=20)
+    echoed = _generate(token_ids=_ids(500, 5))
+    echoed.options.MergeFrom(inference_pb2.ResponseOptions(logprobs=True, top_n=20, echo=True))
+    tokenize = inference_pb2.TokenizeRequest
+    return {
+        "text": tokenize(prompt="a b " * 1_000_000),
+        "as much text as fits": tokenize(prompt="a b " * 1_000),
+        "control characters": tokenize(prompt="\x01\x02" * 2_000_000),
+        "as many ids as fit": tokenize(token_ids=_ids(131_072, 5)),
+        "as many turns as fit": _chat(4096, "user", ""),
+        "as many tool calls as fit": _generate(chat=_called(64, 128)),
+        "a long role": _chat(1, "a b " * 1_000_000, ""),
+        "biases": biased,
+        "a long name": _generate(
+            prompt="a", adapters=[adapters_pb2.AdapterWeight(name="x" * 4_000_000)]
+        ),
+        "a scored prompt": scored,
+        "an echoed prompt": echoed,
+        "a long path": adapters_pb2.LoadAdapterRequest(name="x", path="p" * 4_000_000),
+        "a long page token": adapters_pb2.ListAdaptersRequest(page_token="p" * 4_000_000),
+    }
+
+
+def _send(channel: grpc.Channel, message: object) -> None:
+    inference = inference_pb2_grpc.InferenceStub(channel)
+    adapters = adapters_pb2_grpc.AdaptersStub(channel)
+    calls = {
+        inference_pb2.GenerateRequest: inference.Generate,
+        inference_pb2.ScoreRequest: inference.Score,
+        inference_pb2.TokenizeRequest: inference.Tokenize,
+        adapters_pb2.LoadAdapterRequest: adapters.LoadAdapter,
+        adapters_pb2.ListAdaptersRequest: adapters.ListAdapters,
+    }
+    try:
+        calls[type(message)](message, timeout=60)
+    except grpc.RpcError as error:
+        code = getattr(error, "code")()  # noqa: B009 (not in the type)
+        if code is not grpc.StatusCode.INVALID_ARGUMENT:
+            raise
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerUnderTest]:
+    folder = tmp_path_factory.mktemp("loop")
+    model = save_tiny_model("llama", folder / "model")
+    with start_server(folder, "--model", str(model)) as server:
+        yield server
+
+
+def test_tool_calls_are_counted_before_they_are_read() -> None:
+    violations = Violations()
+    limits = InputLimits(vocab_size=1, max_tokens=1 << 20, max_chars=1 << 30)
+    check_chat(_called(4096, 128), limits, violations)
+    ((path, description),) = violations.found
+    assert path == "chat.messages.tool_calls"
+    assert isinstance(description, Text)
+    assert description.reason == "TOO_MANY_ENTRIES"
+    assert description.params == {"most": 8192, "found": 4096 * 128}
+    check_chat(_called(64, 128), limits, allowed := Violations())
+    assert not allowed.found
+
+
+def test_no_message_stops_the_event_loop(server: ServerUnderTest) -> None:
+    worst: dict[str, float] = {}
+    options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+    with (
+        grpc.insecure_channel(server.address, options) as channel,
+        grpc.insecure_channel(server.address) as other,
+    ):
+        stub: Any = health_pb2_grpc.HealthStub(other)
+        for name, message in _messages().items():
+            for _ in range(2):
+                with Neighbour(lambda: [stub.Check(HEALTH, timeout=60)]) as checks:
+                    time.sleep(0.1)
+                    _send(channel, message)
+                # Take the better of two runs, which excludes other load on the machine.
+                worst[name] = min(worst.get(name, math.inf), checks.worst)
+    is_busy = os.getloadavg()[0] > (os.cpu_count() or 1)
+    limit = BUSY_SECONDS if is_busy else IDLE_SECONDS
+    assert {name: value for name, value in worst.items() if value > limit} == {}

@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 import pytest
-from servers.fakes import VOCAB_SIZE, endless, finish
-from servers.rpc_harness import failure_of, harness, soon
+from servers.fakes import VOCAB_SIZE, endless, saying
+from servers.rpc_harness import Harness, failure_of, soon
 
-from turret.server.engine.scheduling.request import FinishReason, Output, Request
+from turret.server.engine.scheduling.request import FinishReason
 from turret.v1 import adapters_pb2, inference_pb2
 
 Generate = inference_pb2.GenerateRequest
@@ -24,16 +23,15 @@ MIX = [
 ]
 
 
-async def test_generate_returns_the_joined_chunks_of_generate_stream() -> None:
+async def test_generate_returns_the_joined_chunks_of_generate_stream(server: Harness) -> None:
     message = Generate(
         prompt="ab",
         adapters=MIX,
         options=inference_pb2.ResponseOptions(logprobs=True, token_ids=True, echo=True),
         request_id="mine",
     )
-    async with harness() as server:
-        chunks = [chunk async for chunk in server.inference.GenerateStream(message)]
-        whole = await server.inference.Generate(message)
+    chunks = [chunk async for chunk in server.inference.GenerateStream(message)]
+    whole = await server.inference.Generate(message)
     assert [chunk.text for chunk in chunks] == ["ab", "H", "i"]
     assert [chunk.finish_reason for chunk in chunks] == [0, 0, inference_pb2.GenerateResponse.STOP]
     assert {chunk.request_id for chunk in chunks} == {"mine"}
@@ -62,21 +60,20 @@ def test_a_chunk_is_wire_compatible_with_a_response() -> None:
     ]
 
 
-async def test_unset_scalars_are_defaults_and_set_zeros_are_zeros() -> None:
-    async with harness() as server:
-        await server.inference.Generate(Generate(prompt="a"))
-        await server.inference.Generate(
-            Generate(
-                prompt="a",
-                sampling=inference_pb2.SamplingParams(
-                    temperature=0, top_k=0, seed=0, logit_bias={5: -2.0}
-                ),
-                stop=inference_pb2.StopConditions(
-                    max_tokens=3, stop_strings=["x"], stop_token_ids=[7], ignore_eos=True
-                ),
-            )
+async def test_unset_scalars_are_defaults_and_set_zeros_are_zeros(server: Harness) -> None:
+    await server.inference.Generate(Generate(prompt="a"))
+    await server.inference.Generate(
+        Generate(
+            prompt="a",
+            sampling=inference_pb2.SamplingParams(
+                temperature=0, top_k=0, seed=0, logit_bias={5: -2.0}
+            ),
+            stop=inference_pb2.StopConditions(
+                max_tokens=3, stop_strings=["x"], stop_token_ids=[7], ignore_eos=True
+            ),
         )
-        plain, explicit = server.engine.requests
+    )
+    plain, explicit = server.engine.requests
     assert (plain.sampling.temperature, plain.sampling.seed) == (1.0, None)
     assert (plain.stop.max_tokens, plain.deadline, plain.adapters) == (None, None, ())
     assert (explicit.sampling.temperature, explicit.sampling.seed) == (0.0, 0)
@@ -85,35 +82,29 @@ async def test_unset_scalars_are_defaults_and_set_zeros_are_zeros() -> None:
     assert (explicit.stop.stop_token_ids, explicit.stop.ignore_eos) == ({7}, True)
 
 
-async def test_text_chats_and_token_ids_become_tokens() -> None:
+async def test_text_chats_and_token_ids_become_tokens(server: Harness) -> None:
     chat = inference_pb2.Chat(messages=[inference_pb2.ChatMessage(role="user", content="hi")])
     long_text = "word " * 5000
-    async with harness() as server:
-        await server.inference.Generate(Generate(chat=chat))
-        await server.inference.Generate(Generate(token_ids=inference_pb2.TokenIds(ids=[1, 2])))
-        await server.inference.Generate(Generate(prompt=long_text))
-        prompts = [request.prompt_token_ids for request in server.engine.requests]
+    await server.inference.Generate(Generate(chat=chat))
+    await server.inference.Generate(Generate(token_ids=inference_pb2.TokenIds(ids=[1, 2])))
+    await server.inference.Generate(Generate(prompt=long_text))
+    prompts = [request.prompt_token_ids for request in server.engine.requests]
     assert prompts == [tuple(b"user:hi;"), (1, 2), tuple(long_text.encode())]
 
 
 @pytest.mark.parametrize("listed", [True, False])
-async def test_a_stop_token_is_reported_only_if_the_request_named_it(listed: bool) -> None:
-    async def script(request: Request) -> AsyncIterator[Output]:
-        yield Output(text="H", token_ids=(7,), finish=finish(request, stop=7))
-
-    async def stop_string(request: Request) -> AsyncIterator[Output]:
-        yield Output(text="H", token_ids=(7,), finish=finish(request, stop="END"))
-
+async def test_a_stop_token_is_reported_only_if_the_request_named_it(
+    listed: bool, server: Harness
+) -> None:
     stop = inference_pb2.StopConditions(stop_token_ids=[7] if listed else [8])
-    async with harness() as server:
-        server.engine.script = script
-        answer = await server.inference.Generate(Generate(prompt="a", stop=stop))
-        assert answer.WhichOneof("stop") == ("stop_token_id" if listed else None)
-        server.engine.script = stop_string
-        assert (await server.inference.Generate(Generate(prompt="a"))).stop_string == "END"
+    server.engine.script = saying("H", stop=7)
+    answer = await server.inference.Generate(Generate(prompt="a", stop=stop))
+    assert answer.WhichOneof("stop") == ("stop_token_id" if listed else None)
+    server.engine.script = saying("H", stop="END")
+    assert (await server.inference.Generate(Generate(prompt="a"))).stop_string == "END"
 
 
-async def test_every_offending_field_is_listed_at_once() -> None:
+async def test_every_offending_field_is_listed_at_once(server: Harness) -> None:
     message = Generate(
         adapters=[
             adapters_pb2.AdapterWeight(name="Bad Name"),
@@ -129,13 +120,12 @@ async def test_every_offending_field_is_listed_at_once() -> None:
         options=inference_pb2.ResponseOptions(top_n=21),
         request_id="line\nbreak",
     )
-    async with harness() as server:
-        failure = await failure_of(server.inference.Generate(message))
-        assert not server.engine.requests
-        # A call is counted after its client has the answer, but before the next call is answered.
-        await server.inference.GetModel(inference_pb2.GetModelRequest())
-        # The rejected call named only unregistered adapters.
-        assert server.sample("turret_requests_total", adapter="other", code="INVALID_ARGUMENT") == 1
+    failure = await failure_of(server.inference.Generate(message))
+    assert not server.engine.requests
+    # A call is counted after its client has the answer, but before the next call is answered.
+    await server.inference.GetModel(inference_pb2.GetModelRequest())
+    # The rejected call named only unregistered adapters.
+    assert server.sample("turret_requests_total", adapter="other", code="INVALID_ARGUMENT") == 1
     assert failure.code is grpc.StatusCode.INVALID_ARGUMENT
     assert failure.reason == "INVALID_REQUEST"
     assert set(failure.violations) == {
@@ -168,28 +158,26 @@ async def test_every_offending_field_is_listed_at_once() -> None:
         ({"prompt": "a", "adapters": [{"name": f"a{n}"} for n in range(65)]}, "adapters"),
     ],
 )
-async def test_an_invalid_field_is_reported(fields: dict[str, Any], path: str) -> None:
-    async with harness() as server:
-        failure = await failure_of(server.inference.GenerateStream(Generate(**fields)))
-        await server.inference.Generate(Generate(prompt="still serving"))
+async def test_an_invalid_field_is_reported(
+    fields: dict[str, Any], path: str, server: Harness
+) -> None:
+    failure = await failure_of(server.inference.GenerateStream(Generate(**fields)))
+    await server.inference.Generate(Generate(prompt="still serving"))
     assert failure.code is grpc.StatusCode.INVALID_ARGUMENT
     assert list(failure.violations) == [path]
 
 
-async def test_score_and_tokenize_and_get_model() -> None:
-    async with harness() as server:
-        score = await server.inference.Score(
-            inference_pb2.ScoreRequest(prompt="abc", adapters=MIX[:1], top_n=2)
-        )
-        bad = await failure_of(
-            server.inference.Score(inference_pb2.ScoreRequest(prompt="a", top_n=21))
-        )
-        (request,) = server.engine.requests
-        tokens = await server.inference.Tokenize(inference_pb2.TokenizeRequest(prompt="hé"))
-        text = await server.inference.Tokenize(
-            inference_pb2.TokenizeRequest(token_ids=inference_pb2.TokenIds(ids=[104, 105]))
-        )
-        model = await server.inference.GetModel(inference_pb2.GetModelRequest())
+async def test_score_and_tokenize_and_get_model(server: Harness) -> None:
+    score = await server.inference.Score(
+        inference_pb2.ScoreRequest(prompt="abc", adapters=MIX[:1], top_n=2)
+    )
+    bad = await failure_of(server.inference.Score(inference_pb2.ScoreRequest(prompt="a", top_n=21)))
+    (request,) = server.engine.requests
+    tokens = await server.inference.Tokenize(inference_pb2.TokenizeRequest(prompt="hé"))
+    text = await server.inference.Tokenize(
+        inference_pb2.TokenizeRequest(token_ids=inference_pb2.TokenIds(ids=[104, 105]))
+    )
+    model = await server.inference.GetModel(inference_pb2.GetModelRequest())
     assert [t.token_id for t in score.tokens] == [97, 98, 99]
     assert [t.HasField("logprob") for t in score.tokens] == [False, True, True]
     assert score.adapters_used[0].name == "sql"
@@ -208,115 +196,104 @@ async def test_score_and_tokenize_and_get_model() -> None:
     assert model.server_version
 
 
-async def test_request_ids_are_returned_in_the_trailers() -> None:
-    async with harness() as server:
+async def test_request_ids_are_returned_in_the_trailers(server: Harness) -> None:
 
-        async def echoed(message: Any, *metadata: tuple[str, str]) -> str:
-            call = server.inference.Generate(message, metadata=metadata)
-            await call
-            return dict(await call.trailing_metadata())["x-request-id"]
+    async def echoed(message: Any, *metadata: tuple[str, str]) -> str:
+        call = server.inference.Generate(message, metadata=metadata)
+        await call
+        return dict(await call.trailing_metadata())["x-request-id"]
 
-        assert await echoed(Generate(prompt="a"), ("x-request-id", "r-1")) == "r-1"
-        field_wins = Generate(prompt="a", request_id="field")
-        assert await echoed(field_wins, ("x-request-id", "r-1")) == "field"
-        made = await echoed(Generate(prompt="a"))
-        assert len(made) == 32
-        assert await echoed(Generate(prompt="a"), ("x-request-id", "x" * 129)) != "x" * 129
-        assert server.engine.requests[2].request_id == made
+    assert await echoed(Generate(prompt="a"), ("x-request-id", "r-1")) == "r-1"
+    field_wins = Generate(prompt="a", request_id="field")
+    assert await echoed(field_wins, ("x-request-id", "r-1")) == "field"
+    made = await echoed(Generate(prompt="a"))
+    assert len(made) == 32
+    assert await echoed(Generate(prompt="a"), ("x-request-id", "x" * 129)) != "x" * 129
+    assert server.engine.requests[2].request_id == made
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-async def test_a_cancelled_call_cancels_the_request(streaming: bool) -> None:
-    async with harness() as server:
-        server.engine.script = endless
-        message = Generate(prompt="a", adapters=MIX[:1])
-        if streaming:
-            call = server.inference.GenerateStream(message)
-            assert (await call.read()).text == "H"
-        else:
-            call = asyncio.ensure_future(server.inference.Generate(message))
-            await soon(server.engine.submitted)
-        call.cancel()
-        assert await soon(server.engine.streams[0].cancelled) < 1.0
-        server.metrics.adapter_registered("sql")
-        await server.inference.GetModel(inference_pb2.GetModelRequest())
-        assert server.sample("turret_requests_total", adapter="other", code="CANCELLED") == 1
+async def test_a_cancelled_call_cancels_the_request(streaming: bool, server: Harness) -> None:
+    server.engine.script = endless
+    message = Generate(prompt="a", adapters=MIX[:1])
+    if streaming:
+        call = server.inference.GenerateStream(message)
+        assert (await call.read()).text == "H"
+    else:
+        call = asyncio.ensure_future(server.inference.Generate(message))
+        await soon(server.engine.submitted)
+    call.cancel()
+    assert await soon(server.engine.streams[0].cancelled) < 1.0
+    server.metrics.adapter_registered("sql")
+    await server.inference.GetModel(inference_pb2.GetModelRequest())
+    assert server.sample("turret_requests_total", adapter="other", code="CANCELLED") == 1
 
 
-async def test_a_vanished_client_cancels_the_request() -> None:
-    async with harness() as server:
-        server.engine.script = endless
-        other = grpc.aio.insecure_channel(server.rpc.address)
-        call = other.unary_stream(
-            "/turret.v1.Inference/GenerateStream",
-            request_serializer=Generate.SerializeToString,
-            response_deserializer=inference_pb2.GenerateChunk.FromString,
-        )(Generate(prompt="a"))
-        await call.read()
-        await other.close()
-        await soon(server.engine.streams[0].cancelled)
+async def test_a_vanished_client_cancels_the_request(server: Harness) -> None:
+    server.engine.script = endless
+    other = grpc.aio.insecure_channel(server.rpc.address)
+    call = other.unary_stream(
+        "/turret.v1.Inference/GenerateStream",
+        request_serializer=Generate.SerializeToString,
+        response_deserializer=inference_pb2.GenerateChunk.FromString,
+    )(Generate(prompt="a"))
+    await call.read()
+    await other.close()
+    await soon(server.engine.streams[0].cancelled)
 
 
-async def test_a_deadline_reaches_the_engine_and_ends_the_call() -> None:
-    async with harness() as server:
-        server.engine.script = endless
-        started = time.monotonic()
-        failure = await failure_of(
-            server.inference.GenerateStream(Generate(prompt="a"), timeout=0.3)
-        )
+async def test_a_deadline_reaches_the_engine_and_ends_the_call(server: Harness) -> None:
+    server.engine.script = endless
+    started = time.monotonic()
+    failure = await failure_of(server.inference.GenerateStream(Generate(prompt="a"), timeout=0.3))
+    assert failure.code is grpc.StatusCode.DEADLINE_EXCEEDED
+    (request,) = server.engine.requests
+    assert request.deadline == pytest.approx(started + 0.3, abs=0.2)
+    await soon(server.engine.streams[0].cancelled)
+    await server.inference.GetModel(inference_pb2.GetModelRequest())
+    assert server.sample("turret_requests_total", adapter="base", code="DEADLINE_EXCEEDED") == 1
+
+
+async def test_a_request_that_the_engine_ends_at_its_deadline_is_deadline_exceeded(
+    server: Harness,
+) -> None:
+    server.engine.script = saying("H", reason=FinishReason.DEADLINE)
+    call = aiter(server.inference.GenerateStream(Generate(prompt="a")))
+    # The text so far still arrives.
+    assert (await anext(call)).finish_reason == inference_pb2.GenerateResponse.DEADLINE
+    for failing_call in (call, server.inference.Generate(Generate(prompt="a"))):
+        failure = await failure_of(failing_call)
         assert failure.code is grpc.StatusCode.DEADLINE_EXCEEDED
-        (request,) = server.engine.requests
-        assert request.deadline == pytest.approx(started + 0.3, abs=0.2)
-        await soon(server.engine.streams[0].cancelled)
-        await server.inference.GetModel(inference_pb2.GetModelRequest())
-        assert server.sample("turret_requests_total", adapter="base", code="DEADLINE_EXCEEDED") == 1
-
-
-async def test_a_request_that_the_engine_ends_at_its_deadline_is_deadline_exceeded() -> None:
-    async def late(request: Request) -> AsyncIterator[Output]:
-        yield Output(text="H", finish=finish(request, FinishReason.DEADLINE))
-
-    async with harness() as server:
-        server.engine.script = late
-        call = aiter(server.inference.GenerateStream(Generate(prompt="a")))
-        # The text so far still arrives.
-        assert (await anext(call)).finish_reason == inference_pb2.GenerateResponse.DEADLINE
-        for failing_call in (call, server.inference.Generate(Generate(prompt="a"))):
-            failure = await failure_of(failing_call)
-            assert failure.code is grpc.StatusCode.DEADLINE_EXCEEDED
-            assert failure.reason == "DEADLINE_EXCEEDED"
+        assert failure.reason == "DEADLINE_EXCEEDED"
 
 
 @pytest.mark.parametrize(
     "data", [b"\x0a\x02\xff\xfe", b"\xff\xff\xff", b"\x0a\x7f"], ids=["utf-8", "tag", "short"]
 )
-async def test_malformed_bytes_are_the_clients_fault(data: bytes) -> None:
-    async with harness() as server:
-        for path in ("Inference/Generate", "Adapters/LoadAdapter"):
-            call = server.channel.unary_unary(f"/turret.v1.{path}")(data)
-            assert (await failure_of(call)).code is grpc.StatusCode.INVALID_ARGUMENT
-        stream = server.channel.unary_stream("/turret.v1.Inference/GenerateStream")(data)
-        assert (await failure_of(stream)).code is grpc.StatusCode.INVALID_ARGUMENT
-        check = server.channel.unary_unary("/grpc.health.v1.Health/Check")(data)
-        assert (await failure_of(check)).code is grpc.StatusCode.INVALID_ARGUMENT
-        await server.inference.Generate(Generate(prompt="still serving"))
+async def test_malformed_bytes_are_the_clients_fault(data: bytes, server: Harness) -> None:
+    for path in ("Inference/Generate", "Adapters/LoadAdapter"):
+        call = server.channel.unary_unary(f"/turret.v1.{path}")(data)
+        assert (await failure_of(call)).code is grpc.StatusCode.INVALID_ARGUMENT
+    stream = server.channel.unary_stream("/turret.v1.Inference/GenerateStream")(data)
+    assert (await failure_of(stream)).code is grpc.StatusCode.INVALID_ARGUMENT
+    check = server.channel.unary_unary("/grpc.health.v1.Health/Check")(data)
+    assert (await failure_of(check)).code is grpc.StatusCode.INVALID_ARGUMENT
+    await server.inference.Generate(Generate(prompt="still serving"))
 
 
-async def test_an_oversize_message_and_an_unknown_method_are_refused() -> None:
-    async with harness() as server:
-        failure = await failure_of(server.inference.Generate(Generate(prompt="x" * (5 << 20))))
-        assert failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-        unknown = server.channel.unary_unary("/turret.v1.Inference/Nothing")(b"")
-        assert (await failure_of(unknown)).code is grpc.StatusCode.UNIMPLEMENTED
-        await server.inference.Generate(Generate(prompt="still serving"))
+async def test_an_oversize_message_and_an_unknown_method_are_refused(server: Harness) -> None:
+    failure = await failure_of(server.inference.Generate(Generate(prompt="x" * (5 << 20))))
+    assert failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    unknown = server.channel.unary_unary("/turret.v1.Inference/Nothing")(b"")
+    assert (await failure_of(unknown)).code is grpc.StatusCode.UNIMPLEMENTED
+    await server.inference.Generate(Generate(prompt="still serving"))
 
 
-async def test_a_burst_of_calls_is_answered_in_full() -> None:
+async def test_a_burst_of_calls_is_answered_in_full(server: Harness) -> None:
     """With more calls than its own limit, gRPC would cancel some."""
-    async with harness() as server:
-        texts = [inference_pb2.TokenizeRequest(prompt="a b")] * 3500
-        replies = await asyncio.gather(
-            *(server.inference.Tokenize(text) for text in texts), return_exceptions=True
-        )
-        failed = [reply for reply in replies if isinstance(reply, BaseException)]
-        assert not failed, (len(failed), failed[0])
+    texts = [inference_pb2.TokenizeRequest(prompt="a b")] * 3500
+    replies = await asyncio.gather(
+        *(server.inference.Tokenize(text) for text in texts), return_exceptions=True
+    )
+    failed = [reply for reply in replies if isinstance(reply, BaseException)]
+    assert not failed, (len(failed), failed[0])

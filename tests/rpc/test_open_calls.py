@@ -7,6 +7,7 @@ import contextlib
 import resource
 import threading
 from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import grpc
@@ -15,10 +16,10 @@ from grpc import StatusCode as Code
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from servers import raw_grpc
 from servers.http_harness import http_harness
-from servers.rpc_harness import failure_of, harness
+from servers.rpc_harness import Harness, bearer, failure_of, harness, silent, tokens_of
 
 from turret.server.api import access
-from turret.server.api.access import MOST_CONNECTIONS, Shares, TokenTable, most_connections
+from turret.server.api.access import MOST_CONNECTIONS, Shares, most_connections
 from turret.server.api.admin import SlowCalls
 from turret.server.errors import QueueFullError
 from turret.server.http import connection
@@ -27,6 +28,14 @@ from turret.server.rpc import server as rpc_server
 from turret.v1 import inference_pb2
 
 MOST = 4
+
+
+def guarded() -> AbstractAsyncContextManager[Harness]:
+    return harness(tokens=tokens_of("alice", "bob"), shares=Shares(separates_tokens=True))
+
+
+async def get_model(server: Harness, token: str) -> None:
+    await server.inference.GetModel(inference_pb2.GetModelRequest(), metadata=bearer(token))
 
 
 @contextlib.asynccontextmanager
@@ -114,25 +123,20 @@ async def test_a_listener_counts_its_open_connections() -> None:
     "method", ["/grpc.health.v1.Health/Check", "/turret.v1.Inference/Generate"]
 )
 async def test_a_call_without_its_message_is_timed_out(
-    monkeypatch: pytest.MonkeyPatch, method: str
+    monkeypatch: pytest.MonkeyPatch, method: str, server: Harness
 ) -> None:
     monkeypatch.setattr(interceptor, "MESSAGE_SECONDS", 0.2)
 
-    async def silent() -> AsyncIterator[bytes]:
-        await asyncio.Event().wait()
+    failure = await failure_of(server.channel.stream_unary(method)(silent()))
+    assert failure.code is Code.DEADLINE_EXCEEDED
+    assert failure.metadata == {"seconds": "0.2"}
+
+    async def nothing() -> AsyncIterator[bytes]:
+        return
         yield b""
 
-    async with harness() as server:
-        failure = await failure_of(server.channel.stream_unary(method)(silent()))
-        assert failure.code is Code.DEADLINE_EXCEEDED
-        assert failure.metadata == {"seconds": "0.2"}
-
-        async def nothing() -> AsyncIterator[bytes]:
-            return
-            yield b""
-
-        failure = await failure_of(server.channel.stream_unary(method)(nothing()))
-        assert failure.code is Code.INVALID_ARGUMENT
+    failure = await failure_of(server.channel.stream_unary(method)(nothing()))
+    assert failure.code is Code.INVALID_ARGUMENT
 
 
 @pytest.mark.parametrize(
@@ -149,9 +153,8 @@ async def test_messages_that_never_end_take_a_bounded_amount_of_memory(
     """The parts of 100 messages of 1 MiB, of which at most four arrive at the same time."""
     monkeypatch.setattr(interceptor, "MOST_ARRIVING", 5)
     monkeypatch.setattr(interceptor, "MOST_ARRIVING_OPEN", 5)
-    tokens = TokenTable([("alice", frozenset({"inference"}))])
-    headers = () if token is None else (("authorization", f"Bearer {token}"),)
-    async with harness(tokens=tokens, shares=Shares(separates_tokens=True)) as server:
+    headers = () if token is None else bearer(token)
+    async with guarded() as server:
         address = server.rpc.address
         accepted = await asyncio.to_thread(
             raw_grpc.accepted_bytes, address, method, headers, 100, 1 << 20, 0.5
@@ -164,27 +167,16 @@ async def test_messages_wait_only_for_those_of_the_same_token(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(interceptor, "MOST_ARRIVING", 4)
-    tokens = TokenTable([(name, frozenset({"inference"})) for name in ("alice", "bob")])
 
-    async def silent() -> AsyncIterator[bytes]:
-        await asyncio.Event().wait()
-        yield b""
-
-    async with harness(tokens=tokens, shares=Shares(separates_tokens=True)) as server:
-
-        async def get_model(name: str) -> None:
-            metadata = (("authorization", f"Bearer {name}"),)
-            await server.inference.GetModel(inference_pb2.GetModelRequest(), metadata=metadata)
-
+    async with guarded() as server:
         method = server.channel.stream_unary("/turret.v1.Inference/Tokenize")
-        metadata = (("authorization", "Bearer alice"),)
-        open_calls = [method(silent(), metadata=metadata) for _ in range(8)]
+        open_calls = [method(silent(), metadata=bearer("alice")) for _ in range(8)]
         # The server begins these calls in order, so another one comes after them.
-        await get_model("bob")
-        waiting = asyncio.ensure_future(get_model("alice"))
+        await get_model(server, "bob")
+        waiting = asyncio.ensure_future(get_model(server, "alice"))
         health: Any = health_pb2_grpc.HealthStub(server.channel)  # type: ignore[arg-type]
         for _ in range(5):
-            await get_model("bob")
+            await get_model(server, "bob")
             await health.Check(health_pb2.HealthCheckRequest())
         assert not waiting.done()
         for call in open_calls:
@@ -192,28 +184,29 @@ async def test_messages_wait_only_for_those_of_the_same_token(
         await asyncio.wait_for(waiting, 10)
 
 
-async def test_calls_that_need_no_token_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_calls_that_need_no_token_are_limited(
+    monkeypatch: pytest.MonkeyPatch, server: Harness
+) -> None:
     monkeypatch.setattr(interceptor, "MOST_OPEN_CALLS", 2)
-    async with harness() as server:
-        stub: Any = health_pb2_grpc.HealthStub(server.channel)  # type: ignore[arg-type]
-        watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(2)]
-        for watch in watches:
-            assert isinstance(await watch.read(), health_pb2.HealthCheckResponse)
-        failure = await failure_of(stub.Check(health_pb2.HealthCheckRequest()))
-        assert failure.code is Code.RESOURCE_EXHAUSTED
-        assert failure.retry_seconds is not None
-        # Other services have separate limits.
-        await server.inference.GetModel(inference_pb2.GetModelRequest())
-        watches[0].cancel()
-        for _ in range(100):
-            try:
-                await stub.Check(health_pb2.HealthCheckRequest())
-                break
-            except grpc.aio.AioRpcError:
-                await asyncio.sleep(0.05)
-        else:
-            pytest.fail("a call that ended is counted still")
-        watches[1].cancel()
+    stub: Any = health_pb2_grpc.HealthStub(server.channel)  # type: ignore[arg-type]
+    watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(2)]
+    for watch in watches:
+        assert isinstance(await watch.read(), health_pb2.HealthCheckResponse)
+    failure = await failure_of(stub.Check(health_pb2.HealthCheckRequest()))
+    assert failure.code is Code.RESOURCE_EXHAUSTED
+    assert failure.retry_seconds is not None
+    # Other services have separate limits.
+    await server.inference.GetModel(inference_pb2.GetModelRequest())
+    watches[0].cancel()
+    for _ in range(100):
+        try:
+            await stub.Check(health_pb2.HealthCheckRequest())
+            break
+        except grpc.aio.AioRpcError:
+            await asyncio.sleep(0.05)
+    else:
+        pytest.fail("a call that ended is counted still")
+    watches[1].cancel()
 
 
 async def test_calls_of_one_token_do_not_block_other_tokens(
@@ -221,37 +214,26 @@ async def test_calls_of_one_token_do_not_block_other_tokens(
 ) -> None:
     monkeypatch.setattr(interceptor, "MOST_CALLS_PER_TOKEN", 2)
     monkeypatch.setattr(interceptor, "MOST_OPEN_CALLS", 2)
-    tokens = TokenTable([(name, frozenset({"inference"})) for name in ("alice", "bob")])
 
-    async def silent() -> AsyncIterator[bytes]:
-        await asyncio.Event().wait()
-        yield b""
-
-    async with harness(tokens=tokens, shares=Shares(separates_tokens=True)) as server:
-
-        async def get_model(name: str) -> None:
-            metadata = (("authorization", f"Bearer {name}"),)
-            await server.inference.GetModel(inference_pb2.GetModelRequest(), metadata=metadata)
-
+    async with guarded() as server:
         method = server.channel.stream_unary("/turret.v1.Inference/Tokenize")
-        metadata = (("authorization", "Bearer alice"),)
-        open_calls = [method(silent(), metadata=metadata) for _ in range(2)]
+        open_calls = [method(silent(), metadata=bearer("alice")) for _ in range(2)]
         for _ in range(100):
             await asyncio.sleep(0.02)
             with contextlib.suppress(grpc.aio.AioRpcError):
-                await get_model("alice")
+                await get_model(server, "alice")
                 continue
             break
-        failure = await failure_of(get_model("alice"))
+        failure = await failure_of(get_model(server, "alice"))
         assert failure.code is Code.RESOURCE_EXHAUSTED
-        await get_model("bob")
+        await get_model(server, "bob")
         health: Any = health_pb2_grpc.HealthStub(server.channel)  # type: ignore[arg-type]
         await health.Check(health_pb2.HealthCheckRequest())
         for call in open_calls:
             call.cancel()
         for _ in range(100):
             with contextlib.suppress(grpc.aio.AioRpcError):
-                await get_model("alice")
+                await get_model(server, "alice")
                 break
             await asyncio.sleep(0.02)
         else:
@@ -270,41 +252,39 @@ async def test_calls_that_are_reset_at_once_delay_others_by_a_bounded_number_of_
         authorize(tokens, service, authorization)
 
     monkeypatch.setattr(interceptor, "authorize", noted)
-    tokens = TokenTable([(name, frozenset({"inference"})) for name in ("alice", "bob")])
-    async with harness(tokens=tokens, shares=Shares(separates_tokens=True)) as server:
+    async with guarded() as server:
         # gRPC reads the frames on threads of its own while this call blocks the event loop, so the
         # server takes no call meanwhile.
         raw_grpc.reset_calls(
             server.rpc.address,
             "/turret.v1.Inference/GetModel",
-            (("authorization", "Bearer alice"),),
+            bearer("alice"),
             sent,
             60.0,
         )
         assert not taken
-        metadata = (("authorization", "Bearer bob"),)
-        await server.inference.GetModel(inference_pb2.GetModelRequest(), metadata=metadata)
+        await get_model(server, "bob")
         assert taken[-1] == "Bearer bob"
         assert len(taken) <= most + 2
 
 
-async def test_a_connection_without_calls_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_connection_without_calls_is_closed(
+    monkeypatch: pytest.MonkeyPatch, server: Harness
+) -> None:
     options = {**dict(rpc_server._OPTIONS), "grpc.max_connection_idle_ms": 100}
     monkeypatch.setattr(rpc_server, "_OPTIONS", tuple(options.items()))
-    async with harness() as server:
-        await asyncio.to_thread(raw_grpc.wait_until_closed, server.rpc.address, 60.0)
+    await asyncio.to_thread(raw_grpc.wait_until_closed, server.rpc.address, 60.0)
 
 
-async def test_metadata_has_a_size_limit() -> None:
-    async with harness() as server:
-        for size, code in ((4 << 10, None), (17 << 10, Code.RESOURCE_EXHAUSTED)):
-            call = server.inference.GetModel(
-                inference_pb2.GetModelRequest(), metadata=(("x", "y" * size),)
-            )
-            if code is None:
-                await call
-            else:
-                assert (await failure_of(call)).code is code
+async def test_metadata_has_a_size_limit(server: Harness) -> None:
+    for size, code in ((4 << 10, None), (17 << 10, Code.RESOURCE_EXHAUSTED)):
+        call = server.inference.GetModel(
+            inference_pb2.GetModelRequest(), metadata=(("x", "y" * size),)
+        )
+        if code is None:
+            await call
+        else:
+            assert (await failure_of(call)).code is code
 
 
 async def test_a_call_is_refused_if_it_cannot_wait_for_its_turn() -> None:

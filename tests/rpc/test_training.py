@@ -18,7 +18,7 @@ from psutil import Process
 from servers.engine_harness import EngineHarness
 from servers.fakes import MODEL_INFO
 from servers.http_harness import NO_AUTHORITIES
-from servers.rpc_harness import Harness, failure_of, harness
+from servers.rpc_harness import Harness, bearer, failure_of, harness
 from servers.table_training import TableTraining
 from servers.tinker_tenant import Tenant, pass_of
 
@@ -38,13 +38,8 @@ from turret.v1 import training_pb2 as pb
 
 Code = grpc.StatusCode
 TOKENS = [1, 2, 3]
-TABLE = TokenTable(
-    [
-        ("ann", frozenset(["training"])),
-        ("bob", frozenset(["training"])),
-        ("eve", frozenset(["inference", "admin"])),
-    ]
-)
+ROLES = {"ann": ["training"], "bob": ["training"], "eve": ["inference", "admin"]}
+TABLE = TokenTable([(name, frozenset(roles)) for name, roles in ROLES.items()])
 
 
 def new(**config: Any) -> pb.CreateModelRequest:
@@ -63,7 +58,7 @@ def step(model: pb.TrainedModel, **more: Any) -> pb.OptimStepRequest:
 
 
 def called(token: str) -> dict[str, Any]:
-    return {"metadata": (("authorization", f"Bearer {token}"),)}
+    return {"metadata": bearer(token)}
 
 
 @contextlib.asynccontextmanager
@@ -73,9 +68,8 @@ async def serving(folder: Path, **options: Any) -> AsyncIterator[tuple[Harness, 
         yield server, tables
 
 
-async def test_without_training_the_service_is_unimplemented() -> None:
-    async with harness() as server:
-        assert (await failure_of(server.training.CreateModel(new()))).code is Code.UNIMPLEMENTED
+async def test_without_training_the_service_is_unimplemented(server: Harness) -> None:
+    assert (await failure_of(server.training.CreateModel(new()))).code is Code.UNIMPLEMENTED
 
 
 async def test_a_model_is_trained_saved_published_and_deleted(tmp_path: Path) -> None:
@@ -225,7 +219,7 @@ async def test_exceeded_quotas_are_errors_and_leave_nothing_behind(
         failure = await failure_of(anext(aiter(stub.ExportCheckpoint(export))))
         assert failure.code is Code.RESOURCE_EXHAUSTED
         tables.may_run.clear()
-        calls = [asyncio.ensure_future(_passed(stub, model)) for _ in range(2)]
+        calls = [asyncio.ensure_future(stub.ForwardBackward(asked(model))) for _ in range(2)]
         await asyncio.sleep(0.2)
         failure = await failure_of(stub.ForwardBackward(asked(model)))
         assert failure.code is Code.RESOURCE_EXHAUSTED
@@ -255,10 +249,6 @@ async def test_waiting_passes_take_no_more_memory_than_their_bytes(tmp_path: Pat
         assert grown[2] - grown[1] < 3 * 300 * message.ByteSize() + (8 << 20)
 
 
-async def _passed(stub: Any, model: pb.TrainedModel) -> pb.ForwardBackwardResponse:
-    return await stub.ForwardBackward(asked(model))
-
-
 async def test_a_call_whose_client_disconnected_runs_to_its_end(tmp_path: Path) -> None:
     async with serving(tmp_path) as (server, tables):
         stub = server.training
@@ -267,16 +257,12 @@ async def test_a_call_whose_client_disconnected_runs_to_its_end(tmp_path: Path) 
         call = stub.ForwardBackward(asked(model))
         await asyncio.sleep(0.2)
         call.cancel()
-        stepping = asyncio.ensure_future(_stepped(stub, model))
+        stepping = asyncio.ensure_future(stub.OptimStep(step(model)))
         await asyncio.sleep(0.1)
         tables.may_run.set()
         assert (await stepping).grad_norm > 0
         (only,) = tables.learners.values()
         assert only.calls == ["pass 1", "step"]
-
-
-async def _stepped(stub: Any, model: pb.TrainedModel) -> pb.OptimStepResponse:
-    return await stub.OptimStep(step(model))
 
 
 async def test_an_idle_model_is_dropped_but_not_one_with_an_open_call(
@@ -290,7 +276,7 @@ async def test_an_idle_model_is_dropped_but_not_one_with_an_open_call(
         stub = server.training
         model = await stub.CreateModel(new())
         tables.may_run.clear()
-        passing = asyncio.ensure_future(_passed(stub, model))
+        passing = asyncio.ensure_future(stub.ForwardBackward(asked(model)))
         await asyncio.sleep(0.6)
         tenants.sessions.sweep()
         tables.may_run.set()

@@ -17,15 +17,16 @@ import pytest
 from builders import registries
 from builders.adapters import edit_config
 from builders.registries import Registries
-from servers.rpc_harness import Harness, failure_of, harness
+from servers.rpc_harness import Harness, bearer, failure_of, harness, tokens_of
 
 from turret.clients.messages.adapter_files import ExportWriter, upload_messages
 from turret.server.adapters.state_dir import StateDir
 from turret.server.api import admin, uploads
-from turret.server.api.access import Shares, TokenTable
+from turret.server.api.access import Shares
 from turret.v1 import adapters_pb2 as pb
 
 Code = grpc.StatusCode
+TOKENS = tokens_of("alice", "bob", role="admin")
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -56,11 +57,7 @@ def announced(directory: Path, **changes: Any) -> list[pb.FileInfo]:
     files = []
     for name in (CONFIG, TENSORS):
         data = (directory / name).read_bytes()
-        fields = {
-            "path": name,
-            "size_bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
-        }
+        fields = {"path": name, "size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         files.append(pb.FileInfo(**fields | (changes if name == TENSORS else {})))
     return files
 
@@ -269,32 +266,22 @@ async def test_a_client_that_disconnects_leaves_no_file(server: Harness, tmp_pat
     assert (await upload(server, tmp_path / "root" / "a")).generation == 1
 
 
-async def test_a_silent_client_is_disconnected(
-    server: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("sends", [False, True])
+async def test_an_upload_that_makes_no_progress_is_ended(
+    server: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sends: bool
 ) -> None:
-    monkeypatch.setattr(uploads, "IDLE_SECONDS", 0.05)
-
-    async def messages() -> AsyncIterator[pb.UploadAdapterRequest]:
-        yield header(announced(tmp_path / "root" / "a"))
-        await asyncio.Event().wait()
-
-    failure = await failure_of(server.adapters.UploadAdapter(messages()))
-    assert failure.code is Code.DEADLINE_EXCEEDED
-    await until(lambda: leftovers(tmp_path) == [])
-
-
-async def test_a_trickle_of_chunks_is_disconnected(
-    server: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A client that occasionally sends an empty chunk never triggers the timeout for silence."""
-    monkeypatch.setattr(uploads, "BASE_SECONDS", 0.3)
-    monkeypatch.setattr(uploads, "LEAST_BYTES_PER_SECOND", 1 << 40)
+    """Empty chunks do not count: with them, the timeout for silence would never be reached."""
+    if sends:
+        monkeypatch.setattr(uploads, "BASE_SECONDS", 0.3)
+        monkeypatch.setattr(uploads, "LEAST_BYTES_PER_SECOND", 1 << 40)
+    else:
+        monkeypatch.setattr(uploads, "IDLE_SECONDS", 0.05)
 
     async def messages() -> AsyncIterator[pb.UploadAdapterRequest]:
         yield header(announced(tmp_path / "root" / "a"))
         while True:
-            await asyncio.sleep(0.01)
-            yield pb.UploadAdapterRequest(chunk=pb.FileChunk(path=CONFIG))
+            await asyncio.sleep(0.01 if sends else 1000)
+            yield chunk(CONFIG, b"")
 
     failure = await failure_of(server.adapters.UploadAdapter(messages()))
     assert failure.code is Code.DEADLINE_EXCEEDED
@@ -327,9 +314,6 @@ async def test_concurrent_uploads_are_limited(
 
 
 async def test_one_token_cannot_take_every_upload_slot(tmp_path: Path) -> None:
-    (tmp_path / "tokens").write_text("alice admin\nbob admin\n")
-    (tmp_path / "tokens").chmod(0o600)
-    tokens = TokenTable.read(tmp_path / "tokens")
     registries = Registries(tmp_path)
     registry = registries(99, state=StateDir(tmp_path / "state", 1 << 20))
     finish = asyncio.Event()
@@ -342,11 +326,10 @@ async def test_one_token_cannot_take_every_upload_slot(tmp_path: Path) -> None:
                 if waits:
                     await finish.wait()
 
-        metadata = (("authorization", f"Bearer {token}"),)
-        return server.adapters.UploadAdapter(messages(), metadata=metadata)
+        return server.adapters.UploadAdapter(messages(), metadata=bearer(token))
 
     async with harness(
-        registry=registry, tokens=tokens, shares=Shares(separates_tokens=True)
+        registry=registry, tokens=TOKENS, shares=Shares(separates_tokens=True)
     ) as server:
         count = admin.MAX_UPLOADS * 3 // 4
         calls = [upload_as("alice", f"a{number}", waits=True) for number in range(count)]
@@ -365,7 +348,6 @@ async def test_one_token_cannot_take_every_upload_slot(tmp_path: Path) -> None:
 async def test_slow_loads_of_one_token_do_not_delay_another_token(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    tokens = TokenTable([(name, frozenset({"admin"})) for name in ("alice", "bob")])
     registries = Registries(tmp_path)
     registry, go, begun = registries(99), threading.Event(), list[str]()
     load = registry.load
@@ -378,13 +360,12 @@ async def test_slow_loads_of_one_token_do_not_delay_another_token(
 
     monkeypatch.setattr(registry, "load", slow)
     async with harness(
-        registry=registry, tokens=tokens, shares=Shares(separates_tokens=True)
+        registry=registry, tokens=TOKENS, shares=Shares(separates_tokens=True)
     ) as server:
 
         def load_as(token: str, name: str) -> Any:
             asked = pb.LoadAdapterRequest(name=name, path=path)
-            metadata = (("authorization", f"Bearer {token}"),)
-            return server.adapters.LoadAdapter(asked, metadata=metadata)
+            return server.adapters.LoadAdapter(asked, metadata=bearer(token))
 
         calls = {name: load_as("alice", name) for name in (f"a{number}" for number in range(40))}
         most = (admin._SLOW_CALLS if path == "a" else admin._DOWNLOADS) * 3 // 4
@@ -420,8 +401,6 @@ async def test_exports_are_limited_because_they_hold_open_files(
 
     monkeypatch.setattr(AdapterExport, "chunks", slow)
     monkeypatch.setattr(admin, "MAX_EXPORTS", 4)
-    admins = frozenset(("admin",))
-    tokens = TokenTable([("alice", admins), ("bob", admins)])
     registries = Registries(tmp_path)
 
     def export_as(token: str) -> Any:
@@ -429,7 +408,7 @@ async def test_exports_are_limited_because_they_hold_open_files(
         return server.adapters.ExportAdapter(pb.ExportAdapterRequest(name="a"), metadata=metadata)
 
     async with harness(
-        registry=registries(2.5), tokens=tokens, shares=Shares(separates_tokens=True)
+        registry=registries(2.5), tokens=TOKENS, shares=Shares(separates_tokens=True)
     ) as server:
         server.registry.load("a", "a")
         calls = [export_as(token) for token in ("alice", "alice", "alice", "bob")]

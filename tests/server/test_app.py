@@ -1,33 +1,43 @@
-"""The server process: start, drain, signals, engine death, and the command around it."""
+"""The server process: start, drain, signals, engine death, users, and the command around it."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import logging
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import grpc
+import psutil
 import pytest
+from builders.random_adapters import AdapterSpec, arch_of, write_adapter
 from checkout import ROOT
+from method_oracle import twin
 from servers.app_parts import LISTEN, Parts, make_app
 from servers.probe import is_serving
 from servers.rpc_harness import failure_of, soon
+from servers.server_under_test import start_server as start_real_server
 from start_problems import read
 
 import turret
+from turret.clients.client import TurretClient
+from turret.clients.errors import TurretRpcError
 from turret.server import log
 from turret.server.adapters.adapter import AdapterInfo
 from turret.server.adapters.state_dir import StateDir
@@ -44,22 +54,6 @@ from turret.v1 import inference_pb2, inference_pb2_grpc
 def model_call(channel: grpc.aio.Channel) -> Any:
     stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[arg-type]
     return stub.GetModel(inference_pb2.GetModelRequest())
-
-
-class ConnectedApp:
-    """Starts an app and connects to it. The test must stop the app."""
-
-    def __init__(self, app: App) -> None:
-        self._app = app
-
-    async def __aenter__(self) -> grpc.aio.Channel:
-        await self._app.startup()
-        assert self._app.rpc is not None
-        self._channel = grpc.aio.insecure_channel(self._app.rpc.address)
-        return self._channel
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._channel.close()
 
 
 async def test_a_token_file_that_others_can_read_causes_one_warning(
@@ -130,7 +124,9 @@ async def test_shutdown_refuses_new_calls_and_finishes_running_ones() -> None:
     parts.engine.script = slow
     app = make_app(parts)
     seen: dict[str, Any] = {}
-    async with ConnectedApp(app) as channel:
+    await app.startup()
+    assert app.rpc is not None
+    async with grpc.aio.insecure_channel(app.rpc.address) as channel:
         stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[arg-type]
         call = stub.GenerateStream(inference_pb2.GenerateRequest(prompt="a"))
         assert (await call.read()).text == "H"
@@ -155,16 +151,6 @@ async def test_shutdown_refuses_new_calls_and_finishes_running_ones() -> None:
     assert seen["refused"].reason == "UNAVAILABLE"
 
 
-async def test_a_dead_engine_ends_the_process_with_an_error() -> None:
-    parts = Parts()
-    app = make_app(parts)
-    running = asyncio.ensure_future(app.run())
-    await soon(parts.engine.started)
-    parts.engine.dead.set()
-    assert await asyncio.wait_for(running, 10) == 1
-    assert parts.engine.drained == [0]
-
-
 async def test_health_reports_a_dead_engine_before_the_process_ends() -> None:
     parts = Parts()
     app = make_app(parts)
@@ -181,6 +167,7 @@ async def test_health_reports_a_dead_engine_before_the_process_ends() -> None:
     assert heard[-1] == (False, "NOT_SERVING")
     assert not running.done()
     assert await asyncio.wait_for(running, 10) == 1
+    assert parts.engine.drained == [0]
 
 
 @pytest.mark.parametrize("error", [OSError("no such model"), ZeroDivisionError("a bug")])
@@ -210,18 +197,6 @@ async def test_a_failed_preload_ends_the_process_with_an_error(
     problem = "adapter 'a' cannot be served: rank_pattern is wrong"
     said = say("PRELOAD_FAILED", name="sql", path="a", problem=problem)
     assert capsys.readouterr().err == f"turret serve: error: {said}\n"
-
-
-async def test_an_invalid_token_file_is_reported_like_other_settings(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "tokens"
-    file.touch(0o600)
-    file.write_text("a secret inference\n")
-    security = SecurityConfig(token_file=file)
-    assert await asyncio.wait_for(make_app(Parts(), security=security).run(), 10) == 1
-    said = f"turret serve: error: {say('TOKEN_LINE_MALFORMED', path=file, line=1)}\n"
-    assert capsys.readouterr().err == said
 
 
 async def test_a_shutdown_while_loading_does_not_wait_for_the_load(
@@ -327,25 +302,17 @@ def test_turret_health_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert raised.value.code == 2
 
 
-def test_turret_version_and_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
+def test_turret_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:
         main(["--version"])
     assert raised.value.code == 0
     assert capsys.readouterr().out.strip() == f"turret {turret.__version__}"
-    assert main(["serve", "--address", "0.0.0.0:1"]) == 2
-    assert "--address" in capsys.readouterr().err
 
 
 def test_the_server_listens_before_torch_is_loaded() -> None:
-    script = (
-        "import sys\nimport turret.server.app\n"
-        "print('loaded', [m for m in ('torch', 'transformers') if m in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
-    )  # fmt: skip
-    assert done.stdout == "loaded []\n"
+    script = "import sys, turret.server.app; sys.exit('torch' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
 
 
 async def test_the_state_directory_is_locked_before_the_model_is_loaded(
@@ -404,3 +371,96 @@ def test_a_json_log_contains_the_version_and_the_settings(
     assert settings["adapters.max_rank"] == {"value": 64, "origin": "TURRET_MAX_RANK"}
     device = {"value": "auto", "origin": "default"} if verbose else None
     assert settings.get("model.device") == device
+
+
+_PARENT = """
+import sys, time
+from turret.server.server_process import ServerProcess
+server = ServerProcess(environment={"PYTHONPATH": sys.argv[1]})
+print(server.process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def _is_there(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux's kernel ends it")
+@pytest.mark.parametrize("is_early", [True, False])
+def test_a_server_ends_if_its_parent_is_killed(is_early: bool, tmp_path: Path):
+    # This replaces the real server, which takes seconds and may end because of its output.
+    silent = tmp_path / "turret" / "server" / "cli.py"
+    silent.parent.mkdir(parents=True)
+    silent.write_text(f"import pathlib, time\npathlib.Path({str(tmp_path / 'up')!r}).touch()\n")
+    with silent.open("a") as file:
+        file.write("time.sleep(600)\n")
+    for package in (silent.parent, silent.parent.parent):
+        (package / "__init__.py").touch()
+    command = [sys.executable, "-c", _PARENT, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        server = psutil.Process(int(parent.stdout.readline()))
+        while not (is_early or (tmp_path / "up").exists()):
+            time.sleep(0.01)
+        parent.kill()
+    end = time.monotonic() + 20.0
+    try:
+        while _is_there(server):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+    finally:
+        if _is_there(server):
+            server.kill()
+
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A directory that every user can read, unlike pytest's directories."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can start a server as another user")
+    try:
+        subprocess.run([sys.executable, "-c", ""], user=NOBODY, extra_groups=(), check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("another user cannot run this interpreter")
+    folder = Path(tempfile.mkdtemp(prefix="turret-test-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_a_server_needs_to_write_only_its_state_and_its_cache(folder: Path) -> None:
+    model = shutil.copytree(twin("llama").folder, folder / "model")
+    (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    for seed, name in enumerate(("a", "private")):
+        write_adapter(folder / "adapters", arch_of(model), AdapterSpec(name, rank=4), seed)
+    for path in folder.rglob("*"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    (folder / "adapters" / "private" / "adapter_config.json").chmod(0o400)
+    for name in ("state", "cache"):
+        (folder / name).mkdir()
+        os.chown(folder / name, NOBODY, NOBODY)
+    before = set(folder.rglob("*"))
+    environment = {"XDG_CACHE_HOME": str(folder / "cache"), "HOME": "/nonexistent"}
+    flags = ("--model", str(model), "--state-dir", str(folder / "state"))
+    start = start_real_server(folder, *flags, environment=environment, user=NOBODY)
+    with start as server, TurretClient(server.address) as client:
+        client.adapters.load("a", "a")
+        client.adapters.upload("b", folder / "adapters" / "a")
+        for name in ("a", "b"):
+            assert client.generate("a", max_tokens=2, adapters=name)
+        assert client.chat("hi", max_tokens=2)
+        with pytest.raises(TurretRpcError) as refused:
+            client.adapters.load("private", "private")
+        assert refused.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    # No other file was written; start_server checked that the server stopped correctly.
+    written = set(folder.rglob("*")) - before
+    own = (folder / "state", folder / "cache", folder / "server.log")
+    assert not [path for path in written if not any(map(path.is_relative_to, own))]
+    assert "internal error" not in (folder / "server.log").read_text()

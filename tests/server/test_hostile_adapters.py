@@ -6,7 +6,6 @@ import contextlib
 import json
 import shutil
 import signal
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,7 @@ from builders.added_tokens import grown_tokenizer, save_grown
 from builders.methods import make_config
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from method_oracle import twin
+from servers.neighbour import Neighbour
 from servers.server_under_test import ServerUnderTest, start_server
 
 from turret.clients.client import TurretClient
@@ -46,38 +46,6 @@ BACKTRACKS = {
 }
 # The limit, even if other programs use the processors; without limits, rendering would never end.
 MAX_SECONDS = 3.0
-
-
-class Neighbour:
-    """Repeats health checks and streams until it is stopped."""
-
-    def __init__(self, server: ServerUnderTest) -> None:
-        self.health: list[float] = []
-        self.streams = 0
-        self._is_done = threading.Event()
-        self._address = server.address
-        self._threads = ThreadPoolExecutor(2)
-        self._running = [self._threads.submit(self._look), self._threads.submit(self._stream)]
-
-    def stop(self) -> None:
-        self._is_done.set()
-        for running in self._running:
-            running.result(120)
-
-    def _look(self) -> None:
-        with grpc.insecure_channel(self._address) as channel:
-            stub: Any = health_pb2_grpc.HealthStub(channel)
-            while not self._is_done.wait(0.02):
-                start = time.monotonic()
-                stub.Check(health_pb2.HealthCheckRequest(), timeout=60)
-                self.health.append(time.monotonic() - start)
-
-    def _stream(self) -> None:
-        with TurretClient(self._address) as client:
-            while not self._is_done.is_set():
-                answer = client.generate_stream("a", max_tokens=40, ignore_eos=True, timeout=60)
-                assert sum(1 for _ in answer) > 1
-                self.streams += 1
 
 
 @pytest.fixture
@@ -121,12 +89,24 @@ def test_hostile_templates_and_tokenizers_do_not_stop_other_requests(
 ) -> None:
     environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     start = start_server(tmp_path, "--model", str(model), environment=environment)
-    with start as server, TurretClient(server.address) as client:
+    with (
+        start as server,
+        TurretClient(server.address) as client,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+
+        def stream() -> list[object]:
+            return list(client.generate_stream("a", max_tokens=40, ignore_eos=True, timeout=60))
+
         client.adapters.load("constant", "constant")
         client.chat("hi", max_tokens=1)
         before = most = family_bytes(server)
-        neighbour = Neighbour(server)
-        with ThreadPoolExecutor(8) as pool:
+        checks, streams = (
+            Neighbour(lambda: [stub.Check(health_pb2.HealthCheckRequest(), timeout=60)]),
+            Neighbour(stream),
+        )
+        with ThreadPoolExecutor(8) as pool, checks, streams:
             slow = [pool.submit(refusal, client, said) for said in SLOW]
             slow.append(pool.submit(refusal, client, "hi", adapters="constant"))
             large, long = (pool.submit(refusal, client, said) for said in ("format", "long"))
@@ -135,15 +115,14 @@ def test_hostile_templates_and_tokenizers_do_not_stop_other_requests(
             while not all(each.done() for each in (*slow, large, long)):
                 most = max(most, family_bytes(server))
                 time.sleep(0.02)
-        neighbour.stop()
         for each in slow:
             assert say("PROCESS_TIME_LIMIT", seconds=2) in each.result()
         assert say("PROCESS_MEMORY_LIMIT", most="256MiB") in large.result()
         # The text exceeds the model's context, so it was not tokenised.
         assert "PROMPT_TOO_LONG" in long.result()
         client.chat("hi", max_tokens=1)
-        assert max(neighbour.health) < MAX_SECONDS, sorted(neighbour.health)[-5:]
-        assert neighbour.streams > 2
+        assert checks.worst < MAX_SECONDS
+        assert streams.counts[0] > 2
         # Two processes rendered at the same time, each within its limit.
         assert most - before < 700 << 20
         assert family_bytes(server) - before < 100 << 20

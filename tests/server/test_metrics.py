@@ -1,100 +1,28 @@
-"""The series, the bounded adapter label, and the HTTP endpoint."""
+"""The series, their aliases, the bounded adapter label, and the endpoint."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import os
+import socket
 import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 
 import pytest
-from prometheus_client import generate_latest
+from prometheus_client import Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from servers.rpc_harness import harness
 
-from turret.server.metrics import Metrics
-from turret.server.metrics_server import MetricsServer
+from turret.server import metrics_server
+from turret.server.api.access import TokenTable
+from turret.server.basics.settings import split_address
+from turret.server.metrics import VLLM, Metrics, add_aliases
+from turret.server.metrics_server import MAX_CONNECTIONS, MAX_REQUEST_BYTES, MetricsServer
 from turret.v1 import adapters_pb2, inference_pb2
-
-# The names and labels of the design.
-SERIES = {
-    "turret_requests_total": {"adapter", "code"},
-    "turret_calls_total": {"protocol", "code"},
-    "turret_request_duration_seconds_count": {"method", "code"},
-    "turret_prompt_tokens_total": {"adapter"},
-    "turret_generated_tokens_total": {"adapter"},
-    "turret_time_to_first_token_seconds_count": set(),
-    "turret_inter_token_seconds_count": set(),
-    "turret_adapter_time_to_first_token_seconds_count": {"adapter"},
-    "turret_adapter_inter_token_seconds_count": {"adapter"},
-    "turret_queue_seconds_count": set(),
-    "turret_step_seconds_count": {"phase"},
-    "turret_step_tokens_count": set(),
-    "turret_step_adapters_count": set(),
-    "turret_sequences": {"state"},
-    "turret_kv_blocks": {"state"},
-    "turret_kv_usage_ratio": set(),
-    "turret_kv_cache_info": {"block_size", "num_blocks"},
-    "turret_cuda_graphs_off": set(),
-    "turret_adapters_info": {"max_lora", "running_lora_adapters", "waiting_lora_adapters"},
-    "turret_preemptions_total": set(),
-    "turret_spec_decode_num_draft_tokens_total": set(),
-    "turret_spec_decode_num_accepted_tokens_total": set(),
-    "turret_prefix_cache_tokens_total": {"result"},
-    "turret_adapter_residency": {"adapter", "tier"},
-    "turret_adapter_bytes": {"tier"},
-    "turret_adapter_load_seconds_count": {"stage"},
-    "turret_adapter_loads_total": {"result"},
-    "turret_adapter_evictions_total": {"tier", "reason"},
-    "turret_merge_active": set(),
-    "turret_training_adapters": set(),
-    "turret_training_bytes": {"kind"},
-    "turret_training_queued_tokens": set(),
-    "turret_training_tokens_total": set(),
-    "turret_training_steps_total": set(),
-    "turret_training_seconds_total": set(),
-    "turret_info": {"version", "model", "dtype", "quantization"},
-}
-
-
-def exercise(metrics: Metrics) -> None:
-    """Call every method once."""
-    metrics.adapter_registered("sql")
-    metrics.adapter_residency("sql", "host")
-    metrics.request_finished(["sql"], "OK")
-    metrics.calls.labels("grpc", "OK").inc()
-    metrics.duration.labels("/turret.v1.Inference/Generate", "OK").observe(0.3)
-    metrics.tokens(["sql"], prompt=5, generated=7)
-    metrics.queue_seconds.observe(0.01)
-    metrics.first_token(0.02, ["sql"])
-    metrics.inter_token(0.003, ["sql"])
-    metrics.cuda_graphs_off.set(1)
-    metrics.step_seconds.labels("decode").observe(0.004)
-    metrics.step_tokens.observe(8)
-    metrics.step_adapters.observe(2)
-    metrics.sequences(waiting=1, running=2)
-    metrics.kv_blocks(free=3, used=4)
-    metrics.kv_cache_info.labels("16", "7").set(1)
-    metrics.adapters_in_use(most=8, running=["sql", "json"], waiting=[])
-    metrics.preemptions.inc(2)
-    metrics.draft_tokens.inc(5)
-    metrics.accepted_tokens.inc(3)
-    for result, count in (("hit", 16), ("miss", 4)):
-        metrics.prefix_tokens.labels(result).inc(count)
-    for tier, size in (("host", 100), ("device", 50)):
-        metrics.adapter_bytes.labels(tier).set(size)
-    metrics.load_seconds.labels("read").observe(0.1)
-    metrics.loads.labels("ok").inc()
-    metrics.evictions.labels("host", "budget").inc()
-    metrics.merge_active.set(True)
-    metrics.training_adapters.set(1)
-    for kind, size in (("adapters", 100), ("activations", 1000)):
-        metrics.training_bytes.labels(kind).set(size)
-    metrics.training_queued_tokens.set(5)
-    metrics.training_tokens.inc(7)
-    metrics.training_steps.inc()
-    metrics.training_seconds.inc(0.5)
-    metrics.info("1", "smol", "bfloat16", "nf4")
 
 
 def scrape(address: str) -> str:
@@ -102,20 +30,28 @@ def scrape(address: str) -> str:
         return response.read().decode()
 
 
-def test_every_series_is_exposed_with_its_labels() -> None:
+def test_the_endpoint_exposes_what_was_counted() -> None:
+    """The table in docs/operations.md lists all series and labels."""
     metrics = Metrics()
-    exercise(metrics)
+    metrics.adapter_registered("sql")
+    metrics.adapter_residency("sql", "host")
+    metrics.tokens(["sql"], prompt=5, generated=7)
+    metrics.inter_token(0.003, ["sql"])
+    metrics.kv_blocks(free=3, used=4)
+    metrics.adapters_in_use(most=8, running=["sql", "json"], waiting=[])
+    metrics.preemptions.inc(2)
+    metrics.draft_tokens.inc(5)
+    metrics.accepted_tokens.inc(3)
+    for result, count in (("hit", 16), ("miss", 4)):
+        metrics.prefix_tokens.labels(result).inc(count)
     server = MetricsServer(metrics, "127.0.0.1:0")
     try:
-        samples = [
-            s for f in text_string_to_metric_families(scrape(server.address)) for s in f.samples
-        ]
+        families = text_string_to_metric_families(scrape(server.address))
+        values = {
+            (s.name, *sorted(s.labels.values())): s.value for f in families for s in f.samples
+        }
     finally:
         server.close()
-    labels = {sample.name: set(sample.labels) for sample in samples}
-    for name, expected in SERIES.items():
-        assert labels[name] == expected
-    values = {(s.name, *sorted(s.labels.values())): s.value for s in samples}
     assert values["turret_generated_tokens_total", "sql"] == 7
     assert values["turret_kv_blocks", "used"] == 4
     assert values["turret_kv_usage_ratio",] == 4 / 7
@@ -178,12 +114,27 @@ def test_private_names_are_in_no_label() -> None:
     metrics.adapter_removed(name)
 
 
-def test_a_mix_counts_once_per_label() -> None:
+@pytest.mark.parametrize(
+    ("registered", "requests", "counts"),
+    [
+        (["a", "b"], [["a", "b", "unknown", "unknown2"]], {"a": 1, "b": 1, "other": 1}),
+        # Adapters may have the names of the shared labels.
+        (
+            ["base", "other"],
+            [["base"], ["other"], []],
+            {"adapter:base": 1, "adapter:other": 1, "base": 1},
+        ),
+    ],
+)
+def test_a_request_counts_once_per_label(
+    registered: list[str], requests: list[list[str]], counts: dict[str, float]
+) -> None:
     metrics = Metrics()
-    for name in ("a", "b"):
+    for name in registered:
         metrics.adapter_registered(name)
-    metrics.request_finished(["a", "b", "unknown", "unknown2"], "OK")
-    assert _requests(metrics) == {"a": 1, "b": 1, "other": 1}
+    for names in requests:
+        metrics.request_finished(names, "OK")
+    assert _requests(metrics) == counts
 
 
 def test_times_of_a_mix_count_once_in_total_and_once_for_each_member() -> None:
@@ -277,15 +228,6 @@ def test_unloading_an_adapter_removes_its_series_and_frees_its_label() -> None:
     assert _requests(metrics).keys() == {"other", "third"}
 
 
-def test_adapters_named_like_the_shared_labels_do_not_mix_with_them() -> None:
-    metrics = Metrics()
-    for name in ("base", "other"):
-        metrics.adapter_registered(name)
-        metrics.request_finished([name], "OK")
-    metrics.request_finished([], "OK")
-    assert _requests(metrics) == {"adapter:base": 1, "adapter:other": 1, "base": 1}
-
-
 async def test_only_calls_that_name_adapters_are_counted() -> None:
     generate = inference_pb2.GenerateRequest(
         prompt="a", adapters=[adapters_pb2.AdapterWeight(name="sql")]
@@ -311,3 +253,278 @@ async def test_only_calls_that_name_adapters_are_counted() -> None:
         # Two requests with one prompt token each, and answers of two tokens each.
         assert server.sample("turret_prompt_tokens_total", adapter="sql") == 2
         assert server.sample("turret_generated_tokens_total", adapter="sql") == 4
+
+
+@dataclasses.dataclass
+class Endpoint:
+    """The state that the picker keeps of a server, with its names and defaults."""
+
+    waiting: int
+    running: int
+    kv_usage: float
+    max_loras: int = 0
+    active: frozenset[str] = frozenset()
+    queued: frozenset[str] = frozenset()
+    block_size: int = 0
+    num_blocks: int = 0
+    loaded: dict[str, str] = dataclasses.field(default_factory=dict)
+    num_on_gpu: int | None = None
+    base: str = ""
+
+
+def extract(text: str) -> Endpoint:
+    """Read a scrape by the rules of the metric protocol for vLLM.
+
+    A gauge without a match is an error, except those of adapters. Of several series of
+    ``lora_requests_info`` the one with the largest value counts. Numbers in labels are integers,
+    and lists have commas, perhaps with spaces.
+    """
+    families: dict[str, Metric] = {each.name: each for each in text_string_to_metric_families(text)}
+
+    def gauge(name: str) -> float:
+        family = families[f"vllm:{name}"]
+        assert family.type == "gauge"
+        return family.samples[0].value
+
+    def names(text: str) -> frozenset[str]:
+        return frozenset(filter(None, (part.strip() for part in text.split(","))))
+
+    found = Endpoint(
+        int(gauge("num_requests_waiting")),
+        int(gauge("num_requests_running")),
+        gauge("kv_cache_usage_perc"),
+    )
+    cache = families["vllm:cache_config_info"].samples[0].labels
+    found.block_size, found.num_blocks = int(cache["block_size"]), int(cache["num_gpu_blocks"])
+    if requests := families.get("vllm:lora_requests_info"):
+        latest = max(requests.samples, key=lambda sample: sample.value)
+        found.max_loras = int(latest.labels["max_lora"])
+        found.active = names(latest.labels["running_lora_adapters"])
+        found.queued = names(latest.labels["waiting_lora_adapters"])
+    for sample in getattr(families.get("vllm:lora_adapter_loaded"), "samples", ()):
+        if sample.value:
+            found.loaded[sample.labels["adapter_name"]] = sample.labels["level"]
+    if count := families.get("vllm:num_gpu_loaded_lora_adapters"):
+        found.num_on_gpu, found.base = (
+            int(count.samples[0].value),
+            count.samples[0].labels["model_name"],
+        )
+        assert gauge("max_gpu_lora_adapters") == found.max_loras
+    return found
+
+
+def aliased() -> Metrics:
+    metrics = Metrics(max_adapter_labels=3)
+    add_aliases(metrics.registry, VLLM)
+    return metrics
+
+
+def scraped(metrics: Metrics) -> str:
+    return generate_latest(metrics.registry).decode()
+
+
+def test_an_endpoint_picker_reads_turrets_counts() -> None:
+    metrics = aliased()
+    metrics.info("1", "smol", "bfloat16", "nf4")
+    metrics.sequences(waiting=3, running=2)
+    metrics.kv_blocks(free=6, used=2)
+    metrics.kv_cache_info.labels("16", "8").set(1)
+    metrics.adapters_in_use(most=64, running=["sql"], waiting=["json", "base"])
+    for name, tier in (("sql", "device"), ("json", "host"), ("base", "device"), ("late", "device")):
+        metrics.adapter_registered(name, tier)
+    metrics.adapter_registered("cold")
+    # Leaves a series of value 0.
+    metrics.adapter_residency("json", "device")
+    metrics.adapter_residency("json", "host")
+    assert extract(scraped(metrics)) == Endpoint(
+        waiting=3,
+        running=2,
+        kv_usage=0.25,
+        max_loras=64,
+        active=frozenset({"sql"}),
+        queued=frozenset({"json", "base"}),
+        block_size=16,
+        num_blocks=8,
+        # "late" has no label value of its own.
+        loaded={"sql": "gpu", "json": "cpu", "base": "gpu"},
+        num_on_gpu=3,
+        base="smol",
+    )
+    waiting = metrics.registry.get_sample_value("vllm:num_requests_waiting", {"model_name": "smol"})
+    assert waiting == 3
+
+
+def test_before_the_model_is_loaded_a_server_does_not_seem_idle() -> None:
+    with pytest.raises(KeyError):
+        extract(scraped(aliased()))
+
+
+def test_metric_aliases_are_exposed_only_on_request() -> None:
+    metrics = Metrics()
+    add_aliases(metrics.registry, None)
+    metrics.sequences(waiting=3, running=2)
+    assert "vllm:" not in scraped(metrics)
+
+
+TIMEOUT_SECONDS = 1.0
+GET = b"GET /metrics HTTP/1.1\r\n"
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[MetricsServer]:
+    monkeypatch.setattr(metrics_server, "TIMEOUT_SECONDS", TIMEOUT_SECONDS)
+    endpoint = MetricsServer(Metrics(), "127.0.0.1:0")
+    yield endpoint
+    endpoint.close()
+
+
+def connect(endpoint: MetricsServer) -> socket.socket:
+    connected = socket.create_connection(split_address(endpoint.address), timeout=10)
+    return connected
+
+
+def status_of(endpoint: MetricsServer, request: bytes) -> bytes:
+    """The first line of the answer; empty if the server closed the connection without one."""
+    with connect(endpoint) as client:
+        client.sendall(request)
+        return read_all(client).partition(b"\r\n")[0]
+
+
+def read_all(client: socket.socket) -> bytes:
+    received = b""
+    try:
+        while data := client.recv(1 << 16):
+            received += data
+    except ConnectionResetError:
+        pass
+    return received
+
+
+def scraped_with(endpoint: MetricsServer, token: str | None = None) -> str:
+    request = urllib.request.Request(f"http://{endpoint.address}/metrics")
+    if token is not None:
+        request.add_header("Authorization", f"Bearer {token}")
+    with urllib.request.urlopen(request, timeout=10) as response:
+        return response.read().decode()
+
+
+def num_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_unfinished_requests_are_limited_and_time_out(endpoint: MetricsServer) -> None:
+    scraped_with(endpoint)
+    threads, descriptors = threading.active_count(), num_descriptors()
+    clients = [connect(endpoint) for _ in range(3 * MAX_CONNECTIONS)]
+    for client in clients:
+        client.sendall(GET)
+    assert threading.active_count() == threads
+    start = time.monotonic()
+    for client in clients:
+        assert read_all(client) == b""
+    assert time.monotonic() - start < 5 * TIMEOUT_SECONDS
+    for client in clients:
+        client.close()
+    assert num_descriptors() <= descriptors
+    assert "turret_step_tokens" in scraped_with(endpoint)
+
+
+def test_the_number_of_open_connections_is_limited(endpoint: MetricsServer) -> None:
+    waiting = [connect(endpoint) for _ in range(MAX_CONNECTIONS)]
+    time.sleep(0.2)
+    with connect(endpoint) as refused:
+        start = time.monotonic()
+        assert read_all(refused) == b""
+        assert time.monotonic() - start < TIMEOUT_SECONDS / 2
+    for client in waiting:
+        client.close()
+    time.sleep(0.2)
+    assert "turret_step_tokens" in scraped_with(endpoint)
+
+
+def test_slow_writers_and_silent_readers_are_timed_out(
+    endpoint: MetricsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with connect(endpoint) as client:
+        start = time.monotonic()
+        with contextlib.suppress(OSError):
+            while time.monotonic() - start < 10:
+                client.sendall(b"x")
+                time.sleep(0.05)
+        assert time.monotonic() - start < 5
+    # More than the system's buffers hold.
+    body = b"#" * (64 << 20)
+    monkeypatch.setattr(metrics_server, "choose_encoder", lambda _: (lambda _: body, "text/plain"))
+    with connect(endpoint) as client:
+        client.sendall(GET + b"\r\n")
+        time.sleep(3 * TIMEOUT_SECONDS)
+        assert len(read_all(client)) < len(body)
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (GET + b"\r\n", b"200 OK"),
+        (b"HEAD /metrics?x=1 HTTP/1.0\r\n\r\n", b"200 OK"),
+        (b"POST /metrics HTTP/1.1\r\n\r\n", b"405 Method Not Allowed"),
+        (b"GET /etc/passwd HTTP/1.1\r\n\r\n", b"404 Not Found"),
+        (b"GET\r\n\r\n", b"400 Bad Request"),
+        (b"\xff\xfe\r\n\r\n", b"400 Bad Request"),
+    ],
+)
+def test_requests_get_the_expected_status(
+    endpoint: MetricsServer, request_: bytes, status: bytes
+) -> None:
+    assert status_of(endpoint, request_) == b"HTTP/1.1 " + status
+
+
+def test_a_request_that_is_too_long_gets_no_answer(endpoint: MetricsServer) -> None:
+    assert status_of(endpoint, GET + b"a: " + b"b" * (2 * MAX_REQUEST_BYTES)) == b""
+    assert "turret_step_tokens" in scraped_with(endpoint)
+
+
+def test_a_configured_metrics_role_makes_the_endpoint_private() -> None:
+    inference = ("a", frozenset({"inference"}))
+    open_to_all = MetricsServer(Metrics(), "127.0.0.1:0", TokenTable([inference]))
+    tokens = TokenTable([inference, ("m", frozenset({"metrics"}))])
+    guarded = MetricsServer(Metrics(), "127.0.0.1:0", tokens)
+    try:
+        assert "turret_step_tokens" in scraped_with(open_to_all)
+        assert "turret_step_tokens" in scraped_with(guarded, "m")
+        for token, code in ((None, 401), ("guess", 401), ("a", 403)):
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                scraped_with(guarded, token)
+            assert caught.value.code == code
+            caught.value.close()
+    finally:
+        open_to_all.close()
+        guarded.close()
+
+
+def test_servers_that_share_an_address_take_ports_that_follow_each_other() -> None:
+    first = MetricsServer(Metrics(), "127.0.0.1:0")
+    host, port = split_address(first.address)
+    try:
+        with pytest.raises(OSError, match="in use"):
+            MetricsServer(Metrics(), first.address)
+        beside = MetricsServer(Metrics(), first.address, num_ports=8)
+        try:
+            assert split_address(beside.address)[0] == host
+            assert port < split_address(beside.address)[1] < port + 8
+            assert "turret_step_tokens" in scraped_with(beside)
+        finally:
+            beside.close()
+    finally:
+        first.close()
+
+
+def test_metrics_that_others_can_read_cause_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    tokens = TokenTable([("m", frozenset({"metrics"}))])
+    for address, guard, is_said in (
+        ("127.0.0.1:0", None, False),
+        ("0.0.0.0:0", None, True),
+        ("0.0.0.0:0", tokens, False),
+    ):
+        caplog.clear()
+        MetricsServer(Metrics(), address, guard).close()
+        assert ("metrics are readable without a token" in caplog.messages) is is_said

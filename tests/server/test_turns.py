@@ -1,14 +1,18 @@
+"""Work on threads: fair pools and cancellation."""
+
 from __future__ import annotations
 
 import asyncio
 import gc
 import threading
 import weakref
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
 from turret.server.basics.turns import FairPool, LoopTurns
+from turret.server.basics.work import Cancellation
+from turret.server.errors import InvalidRequestError, UnavailableError
 
 
 async def test_tenants_take_turns_and_a_cancelled_job_never_runs() -> None:
@@ -107,3 +111,29 @@ async def test_one_coroutine_continues_per_turn_of_the_event_loop() -> None:
     assert len(set(ticks)) == 5
     assert tenants == (b"a", b"b", b"a", b"b", b"a")
     await asyncio.wait_for(turns.wait(b"a"), 10)
+
+
+def test_the_first_error_counts() -> None:
+    cancellation = Cancellation()
+    cancellation.check()
+    assert not cancellation.is_set
+    cancellation.set(UnavailableError("enough"))
+    cancellation.set(InvalidRequestError("too late"))
+    assert cancellation.is_set
+    for _ in range(2):
+        with pytest.raises(UnavailableError, match="enough"):
+            cancellation.check()
+
+
+@pytest.mark.parametrize("is_answered", [True, False])
+def test_a_waiting_thread_is_woken_by_the_answer_or_the_cancellation(is_answered: bool) -> None:
+    cancellation, future = Cancellation(), Future[int]()
+    outcomes: list[bool] = []
+    waiting = threading.Thread(target=lambda: outcomes.append(cancellation.wait(future)))
+    waiting.start()
+    if is_answered:
+        future.set_result(1)
+    else:
+        cancellation.set(UnavailableError("enough"))
+    waiting.join(10)
+    assert outcomes == [is_answered]

@@ -7,19 +7,24 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent import futures
-from contextlib import contextmanager
 from typing import Any
 
 import grpc
 import pytest
-from google.protobuf import any_pb2, duration_pb2
-from google.rpc import error_details_pb2, status_pb2
+from servers.fake_turret import lose, refuse, serving
 
 from turret.clients import errors
 from turret.clients.aio import AsyncTurretClient
-from turret.clients.calls import RetryPolicy
 from turret.clients.client import TurretClient
 from turret.clients.errors import RateLimitedError, TurretRpcError, UnavailableError
+from turret.server.errors import (
+    AdapterUnloadedError,
+    BudgetExceededError,
+    InvalidRequestError,
+    QueueFullError,
+    TurretError,
+)
+from turret.server.errors import UnavailableError as Unavailable
 from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 
@@ -28,36 +33,23 @@ class Moody(inference_pb2_grpc.InferenceServicer, adapters_pb2_grpc.AdaptersServ
 
     Attributes:
         failures: The number of further calls that fail.
+        error: Their error; None for a connection that breaks.
         calls: The number of calls so far, including failed ones.
     """
 
     def __init__(self) -> None:
         self.failures = 0
         self.calls = 0
-        self.code = grpc.StatusCode.RESOURCE_EXHAUSTED
-        self.reason = "QUEUE_FULL"
-        self.delay: float | None = 0.01
+        self.error: TurretError | None = QueueFullError("no", retry_after_seconds=0.01)
         self.chunks_first = 0
 
     def _fail(self, context: grpc.ServicerContext) -> None:
         self.calls += 1
-        if not self.failures:
-            return
-        self.failures -= 1
-        details: list[Any] = []
-        if self.reason:
-            details.append(error_details_pb2.ErrorInfo(reason=self.reason, domain="turret"))
-        if self.delay is not None:
-            wait = duration_pb2.Duration()
-            wait.FromNanoseconds(round(self.delay * 1e9))
-            details.append(error_details_pb2.RetryInfo(retry_delay=wait))
-        status = status_pb2.Status(code=self.code.value[0], message="no")
-        for detail in details:
-            packed = any_pb2.Any()
-            packed.Pack(detail)
-            status.details.append(packed)
-        context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
-        context.abort(self.code, "no")
+        if self.failures:
+            self.failures -= 1
+            if self.error is None:
+                lose(context)
+            refuse(context, self.error)
 
     def Generate(self, request: Any, context: Any) -> inference_pb2.GenerateResponse:
         self._fail(context)
@@ -78,24 +70,11 @@ class Moody(inference_pb2_grpc.InferenceServicer, adapters_pb2_grpc.AdaptersServ
         return adapters_pb2.Adapter(name="a")
 
 
-@contextmanager
-def moody() -> Iterator[tuple[Moody, str]]:
-    server = grpc.server(futures.ThreadPoolExecutor(4))
-    servicer = Moody()
-    inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
-    adapters_pb2_grpc.add_AdaptersServicer_to_server(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        yield servicer, f"127.0.0.1:{port}"
-    finally:
-        server.stop(None).wait()
-
-
 @pytest.fixture
 def server() -> Iterator[tuple[Moody, str]]:
-    with moody() as running:
-        yield running
+    servicer = Moody()
+    with serving(servicer) as address:
+        yield servicer, address
 
 
 @pytest.fixture(autouse=True)
@@ -138,13 +117,13 @@ async def test_the_asyncio_client_retries_too(server: tuple[Moody, str]) -> None
 
 def test_the_server_determines_the_delay(server: tuple[Moody, str]) -> None:
     servicer, address = server
-    servicer.failures, servicer.delay = 1, 0.4
+    servicer.failures, servicer.error = 1, QueueFullError("no", retry_after_seconds=0.4)
     with TurretClient(address) as client:
         before = time.monotonic()
         client.generate("x")
         assert time.monotonic() - before >= 0.4
         # The delay exceeds the deadline, so the error is raised at once.
-        servicer.failures, servicer.delay = 1, 60.0
+        servicer.failures, servicer.error = 1, QueueFullError("no", retry_after_seconds=60.0)
         before = time.monotonic()
         with pytest.raises(RateLimitedError):
             client.generate("x", timeout=30.0)
@@ -153,17 +132,17 @@ def test_the_server_determines_the_delay(server: tuple[Moody, str]) -> None:
 
 def test_errors_that_waiting_cannot_fix_are_not_retried(server: tuple[Moody, str]) -> None:
     servicer, address = server
-    for code, reason, delay in (
-        (grpc.StatusCode.RESOURCE_EXHAUSTED, "BUDGET_EXCEEDED", None),
-        (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST", 0.01),
-        (grpc.StatusCode.INTERNAL, "INTERNAL", 0.01),
-        (grpc.StatusCode.ABORTED, "ADAPTER_UNLOADED", 0.01),
+    for kind, delay in (
+        (BudgetExceededError, None),
+        (InvalidRequestError, 0.01),
+        (TurretError, 0.01),
+        (AdapterUnloadedError, 0.01),
     ):
-        servicer.code, servicer.reason, servicer.delay = code, reason, delay
+        servicer.error = kind("no", retry_after_seconds=delay)
         servicer.failures, servicer.calls = 1, 0
         with TurretClient(address) as client, pytest.raises(TurretRpcError):
             client.generate("x")
-        assert servicer.calls == 1, code
+        assert servicer.calls == 1, kind
 
 
 def test_a_stream_is_retried_only_before_its_first_text(server: tuple[Moody, str]) -> None:
@@ -180,7 +159,7 @@ def test_a_stream_is_retried_only_before_its_first_text(server: tuple[Moody, str
 
 def test_a_closed_stream_is_not_retried(server: tuple[Moody, str]) -> None:
     servicer, address = server
-    servicer.failures, servicer.delay = 5, 30.0
+    servicer.failures, servicer.error = 5, QueueFullError("no", retry_after_seconds=30.0)
     with TurretClient(address) as client, futures.ThreadPoolExecutor(1) as pool:
         stream = client.generate_stream("x")
         answer = pool.submit(list, stream)
@@ -195,7 +174,7 @@ def test_a_closed_stream_is_not_retried(server: tuple[Moody, str]) -> None:
 def test_a_change_is_retried_only_if_the_server_did_nothing(server: tuple[Moody, str]) -> None:
     """A merge that reached no server is not repeated, because gRPC cannot tell whether it ran."""
     servicer, address = server
-    servicer.code, servicer.reason, servicer.delay = grpc.StatusCode.UNAVAILABLE, "", None
+    servicer.error = None
     with TurretClient(address) as client:
         servicer.failures = 1
         with pytest.raises(UnavailableError):
@@ -205,7 +184,8 @@ def test_a_change_is_retried_only_if_the_server_did_nothing(server: tuple[Moody,
         assert client.adapters.get("a").name == "a"
         assert servicer.calls == 2
         # The server itself reported that it did nothing.
-        servicer.reason, servicer.failures, servicer.calls = "UNAVAILABLE", 1, 0
+        servicer.error = Unavailable("no", retry_after_seconds=0.01)
+        servicer.failures, servicer.calls = 1, 0
         client.adapters.merge("a")
         assert servicer.calls == 2
 
@@ -217,35 +197,6 @@ def test_every_status_has_its_exception() -> None:
     moved = kinds[grpc.StatusCode.NOT_FOUND](grpc.StatusCode.NOT_FOUND, "no", reason="R").at("x")
     assert (type(moved), moved.place, moved.reason) == (errors.NotFoundError, "x", "R")
     assert str(moved) == "NOT_FOUND (R): x: no"
-
-
-def test_an_invalid_number_of_retries_is_reported_by_name() -> None:
-    with pytest.raises(ValueError, match="max_retries"):
-        RetryPolicy(-1)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "named"),
-    [
-        ({"prompt": 5}, "prompt"),
-        ({"prompt": None}, "prompt"),
-        ({"prompt": b"x"}, "prompt"),
-        ({"prompt": "x", "adapters": 5}, "adapters"),
-        ({"prompt": "x", "adapters": [("a", "b")]}, "adapters"),
-        ({"prompt": "x", "stop": 5}, "stop"),
-        ({"prompt": "x", "stop": [5]}, r"stop\[0\]"),
-        ({"prompt": "x", "request_id": 5}, "request_id"),
-        ({"prompt": "x", "temperature": "hot"}, "temperature"),
-        ({"prompt": "x", "logit_bias": {1: "a"}}, "logit_bias"),
-        ({"prompt": "x", "timeout": "1"}, "timeout"),
-        ({"prompt": [{"role": "user"}]}, r"messages\[0\]"),
-    ],
-)
-def test_an_argument_of_the_wrong_type_is_reported_by_name(
-    wrong: dict[str, Any], named: str
-) -> None:
-    with TurretClient("127.0.0.1:1") as client, pytest.raises(TypeError, match=f"^{named}: "):
-        client.generate(**wrong)
 
 
 def test_the_client_is_imported_without_torch() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
@@ -11,19 +10,17 @@ import threading
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
-import grpc
 import pytest
-from google.protobuf import duration_pb2
-from google.rpc import error_details_pb2
 from rich.progress import Progress, TaskID
-from servers.fake_turret import FakeInference, FakeTurret, abort, fake_turret
+from servers.fake_turret import FakeInference, FakeTurret, fake_turret, lose, refuse
 
-from turret.clients.verbs import add_verbs
 from turret.clients.verbs.eval import _plain
 from turret.clients.words import say
+from turret.server.errors import QueueFullError
 from turret.v1 import inference_pb2
 
 BOS = 1
@@ -59,9 +56,7 @@ class Geographer(FakeInference):
         with self._lock:
             self._running -= 1
         if is_full:
-            retry = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(nanos=1000))
-            info = error_details_pb2.ErrorInfo(reason="QUEUE_FULL", domain="turret")
-            abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "queue full", info, retry)
+            refuse(context, QueueFullError("queue full", retry_after_seconds=1e-6))
         self._accept(request, context)
         assert request.sampling.temperature == 0
         question = request.prompt or request.chat.messages[-1].content
@@ -85,7 +80,7 @@ class Geographer(FakeInference):
 
     def Tokenize(self, request, context):
         if self.is_closed:
-            abort(context, grpc.StatusCode.UNAVAILABLE, "Socket closed")
+            lose(context)
         text = "".join(f"<{m.role}>{m.content}" for m in request.chat.messages)
         ids = [ord(c) for c in text] or [BOS, *(ord(c) for c in request.prompt)]
         return inference_pb2.TokenizeResponse(token_ids=ids)
@@ -111,19 +106,10 @@ def server() -> Iterator[FakeTurret]:
 
 
 @pytest.fixture
-def run(server: FakeTurret, capsys: pytest.CaptureFixture[str], monkeypatch) -> Run:
+def run(run: Run, monkeypatch) -> Run:
     """Run ``turret eval``; returns exit code, stdout and stderr."""
     monkeypatch.setenv("COLUMNS", "140")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        parser = argparse.ArgumentParser(prog="turret")
-        add_verbs(parser.add_subparsers(required=True))
-        args = parser.parse_args(["eval", *map(str, arguments), "--address", server.address])
-        code = args.func(args)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
+    return partial(run, "eval")
 
 
 @pytest.fixture
@@ -243,7 +229,7 @@ def test_an_interrupt_reports_progress_and_ends_at_once(
 
 def test_a_lost_connection_is_reported(run: Run, server: FakeTurret, capitals: Path, monkeypatch):
     def close(request, context):
-        abort(context, grpc.StatusCode.UNAVAILABLE, "Socket closed")
+        lose(context)
 
     monkeypatch.setattr(server.inference, "_accept", close)
     code, _, err = run(capitals)

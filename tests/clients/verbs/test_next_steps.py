@@ -1,22 +1,27 @@
-"""Errors of the verbs about heads, other addresses and uploads, each with the next step."""
+"""Errors of the verbs with their next step, and conversations that are ended."""
 
 from __future__ import annotations
 
+import argparse
 import io
+import json
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import grpc
 import pytest
 from servers.command import parse_and_run
-from servers.fake_turret import FakeTurret
+from servers.fake_turret import CUT, FOREVER, GONE, FakeTurret, refuse
 
 from turret.clients.errors import COMMAND_HINTS as HINTS
 from turret.clients.errors import HINTS as OF_PYTHON
 from turret.clients.errors import UNREACHED
 from turret.clients.words import say
-from turret.server import errors
+from turret.server import cli, errors
 from turret.server.api.call import fault_of
 from turret.server.errors import (
     VIOLATION_COUNT,
@@ -31,7 +36,6 @@ from turret.server.errors import (
     ServiceElsewhereError,
     TurretError,
 )
-from turret.server.rpc.interceptor import to_rich_status
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -39,10 +43,10 @@ Run = Callable[..., tuple[int, str, str]]
 def test_eval_renames_its_own_flag_but_not_the_servers(
     run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    def refuse(_request: object, context: grpc.ServicerContext) -> None:
-        _abort(context, InvalidRequestError.of("adapters[0].name", "see --adapter-root"))
+    def refused(_request: object, context: grpc.ServicerContext) -> None:
+        refuse(context, InvalidRequestError.of("adapters[0].name", "see --adapter-root"))
 
-    monkeypatch.setattr(server.inference, "_accept", refuse)
+    monkeypatch.setattr(server.inference, "_accept", refused)
     data = tmp_path / "d.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n')
     assert "--mix 1: see --adapter-root" in run("eval", str(data), "-m", "sql")[2]
@@ -51,13 +55,13 @@ def test_eval_renames_its_own_flag_but_not_the_servers(
 def test_many_invalid_fields_are_reported_on_one_line(
     run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch
 ):
-    def refuse(_request: object, context: grpc.ServicerContext) -> None:
+    def refused(_request: object, context: grpc.ServicerContext) -> None:
         fields = [(f"layers.{layer}", "has no place") for layer in range(60)]
         rows = [*fields[:20], ("*", "and 40 more")]
         error = InvalidRequestError("no", violations=rows, metadata={VIOLATION_COUNT: "60"})
-        _abort(context, error)
+        refuse(context, error)
 
-    monkeypatch.setattr(server.inference, "_accept", refuse)
+    monkeypatch.setattr(server.inference, "_accept", refused)
     err = run("generate", "a")[2]
     assert "layers.7: has no place; and more" in err
     assert err.count("\n") == 1
@@ -85,7 +89,7 @@ def test_an_upload_without_adapter_files_is_rejected(
 
 
 def _refuse_mix(_request: object, context: grpc.ServicerContext) -> None:
-    _abort(context, HeadMissingError.of("adapters", "no head"))
+    refuse(context, HeadMissingError.of("adapters", "no head"))
 
 
 @pytest.mark.parametrize(
@@ -107,10 +111,10 @@ def _refuse_mix(_request: object, context: grpc.ServicerContext) -> None:
 def test_an_error_ends_with_the_command_to_run_next(
     run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch, error: TurretError, hint: str
 ):
-    def refuse(_request: object, context: grpc.ServicerContext) -> None:
-        _abort(context, error)
+    def refused(_request: object, context: grpc.ServicerContext) -> None:
+        refuse(context, error)
 
-    monkeypatch.setattr(server.adapters, "_get", refuse)
+    monkeypatch.setattr(server.adapters, "_get", refused)
     err = run("adapters", "get", "sql")[2]
     head = f"error: {fault_of(error).code.name} ({error.reason}): {error.message}"
     assert err == (f"{head}; {hint}\n" if hint else f"{head}\n")
@@ -153,14 +157,6 @@ def test_the_labels_of_a_head_are_shown(run: Run, server: FakeTurret):
     server.adapters.adapters["sql"].labels.extend(f"l{n}" for n in range(30))
     shown = run("adapters", "get", "sql")[1]
     assert "l17 and 12 more" in re.sub(r"[\s│]+", " ", shown)
-
-
-def _abort(context: grpc.ServicerContext, error: TurretError) -> None:
-    """Abort like the server: the field is also in the details, and must not be printed twice."""
-    fault = fault_of(error)
-    details = to_rich_status(fault).SerializeToString()
-    context.set_trailing_metadata((("grpc-status-details-bin", details),))
-    context.abort(grpc.StatusCode[fault.code.name], fault.message)
 
 
 @pytest.mark.parametrize(
@@ -207,3 +203,131 @@ def test_no_line_is_blamed_for_an_adapter_without_a_head(
     err = run("eval", str(data), "-m", "sql", "--classify")[2]
     assert "(HEAD_MISSING)" in err
     assert "line" not in err
+
+
+# Conversations and answers that are ended by their reader, a fault or the server.
+
+
+def command(*arguments: str) -> subprocess.Popen[bytes]:
+    """The command in a separate process, with pipes."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "turret.server.command.entry", *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+    )
+
+
+class Terminal(io.StringIO):
+    """The lines of an interactive user."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_chat_remembers_turns_and_switches_adapters(run: Run, server: FakeTurret, monkeypatch):
+    lines = ["one", "/adapter nope", "/adapter sql json=0.5", "/system be brief", "two"]
+    lines += ["/nonsense", "/adapters", "/stats", "/reset", "/adapter", "/system", "three"]
+    monkeypatch.setattr("sys.stdin", Terminal("\n".join(lines) + "\n"))
+    code, out, err = run("chat", "--temperature", "0")
+    assert code == 0
+    missing, unknown = err.splitlines()
+    assert missing.startswith("error: NOT_FOUND (ADAPTER_NOT_FOUND): no adapter nope")
+    assert "/nonsense" in unknown
+    first, second, third = server.inference.requests
+    said = [(m.role, m.content) for m in second.chat.messages]
+    answer = ("assistant", "user:one ")
+    assert said == [("system", "be brief"), ("user", "one"), answer, ("user", "two")]
+    assert [(a.name, a.weight) for a in second.adapters] == [("sql", 1.0), ("json", 0.5)]
+    assert [m.content for m in third.chat.messages] == ["three"]
+    assert not third.adapters
+    assert all(r.sampling.HasField("temperature") for r in (first, second, third))
+    assert "sql@1  lora" in out
+    assert "sql@1=1; json@1=0.5" in out
+
+
+def test_chat_without_a_terminal_ends_at_the_first_failure(
+    run: Run, server: FakeTurret, monkeypatch
+):
+    for line, code in (("/adapter nope", 1), ("/nonsense", 2), (CUT, 1)):
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"one\n{line}\nlost\n"))
+        server.inference.requests.clear()
+        assert run("chat")[0] == code
+        last = server.inference.requests[-1].chat.messages[-1].content
+        assert last == (CUT if line == CUT else "one")
+    code, out, err = run("chat", "-a", "jsn")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: NOT_FOUND (ADAPTER_NOT_FOUND): no adapter jsn")
+
+
+def test_a_cut_answer_ends_the_command_with_an_error(run: Run):
+    cut = f"error: {say('ANSWER_CUT')}\n"
+    assert run("generate", f"a {CUT}") == (1, f"a{CUT}\n", cut)
+    code, out, err = run("generate", f"a {CUT}", "--json")
+    assert (code, json.loads(out)["finish_reason"], err) == (1, "CANCELLED", cut)
+    code, out, err = run("generate", f"a {GONE}")
+    assert (code, out) == (1, f"a{GONE}\n")
+    assert err == f"error: {say('ANSWER_LOST')}\n"
+
+
+def test_text_that_is_not_utf8_is_reported_with_its_argument(run: Run):
+    code, _, err = run("generate", "caf\udcff")
+    assert (code, err) == (2, f"error: PROMPT: {say('NOT_UTF8')}\n")
+    code, _, err = run("generate", "caf\udcff", "--chat")
+    assert (code, err) == (2, f"error: PROMPT: {say('NOT_UTF8')}\n")
+    for verb in (("generate", "a"), ("chat",)):
+        code, _, err = run(*verb, "--system", "caf\udcff")
+        assert (code, err) == (2, f"error: --system: {say('NOT_UTF8')}\n")
+
+
+def test_a_closed_output_pipe_prints_no_error(server: FakeTurret):
+    with command("generate", FOREVER, "--address", server.address) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(1)
+        process.stdout.close()
+        assert process.wait(20) == 141
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize(
+    ("verb", "code"), [(["generate", FOREVER], 130), (["chat"], 0)], ids=["generate", "chat"]
+)
+def test_interrupt_ends_cleanly(server: FakeTurret, verb: list[str], code: int):
+    """Ctrl-C stops the request on the server; no traceback reaches the user."""
+    with command(*verb, "--address", server.address) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        # The first bytes show that the stream, or the conversation, has begun.
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == code
+        assert b"Traceback" not in process.stderr.read()
+    if verb[0] == "generate":
+        assert server.inference.stream_ended.wait(5)
+
+
+@pytest.mark.parametrize("verb", ["generate", "eval", "chat", "train"])
+def test_a_second_interrupt_ends_a_call_at_once(verb: str, monkeypatch: pytest.MonkeyPatch):
+    """A second exception during the cleanup after the first one can leave gRPC waiting forever."""
+    after: list[object] = []
+
+    def interrupted(args: argparse.Namespace) -> int:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            after.append(signal.getsignal(signal.SIGINT))
+        return 0
+
+    parsed = argparse.Namespace(func=interrupted)
+    parser = argparse.Namespace(parse_args=lambda arguments: parsed)
+    monkeypatch.setattr(cli, "build_parser", lambda name: parser)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert cli.main([verb], catches_interrupts=True) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    # A conversation continues after the first interrupt, and a training prints how to continue.
+    goes_on = verb in ("chat", "train")
+    assert after == [signal.default_int_handler if goes_on else signal.SIG_DFL]

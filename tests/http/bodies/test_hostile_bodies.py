@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import random
 from typing import Any
 
 import pytest
-from servers.http_harness import http_harness
+from servers.http_harness import TURNS, VALID, HttpHarness, Refused
 from servers.limits_of_bodies import fields
 
-CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
-TURNS = [{"role": "user", "content": "a"}]
-ADAPTER = {"lora_name": "a", "lora_path": "a"}
+from turret.server.http.endpoint import parse
+
+RESPONSES = "/v1/responses"
 # Path → valid bodies.
 PATHS: dict[str, tuple[dict[str, Any], ...]] = {
-    CHAT: ({"model": "base", "messages": TURNS},),
-    COMPLETIONS: ({"model": "base", "prompt": "a"},),
+    **{path: (body,) for path, body in VALID.items() if "pin_" not in path},
     RESPONSES: (
-        {"model": "base", "input": "a"},
+        VALID[RESPONSES],
         {"model": "base", "input": TURNS, "text": {"format": {"type": "json_object"}}},
     ),
-    "/v1/messages": ({"model": "base", "max_tokens": 4, "messages": TURNS, "tools": []},),
+    "/v1/messages": (VALID["/v1/messages"] | {"tools": []},),
     "/tokenize": ({"prompt": "a"}, {"messages": TURNS}),
-    "/detokenize": ({"tokens": [1]},),
-    "/v1/load_lora_adapter": (ADAPTER,),
-    "/v1/unload_lora_adapter": (ADAPTER,),
-    "/classify": ({"model": "sql", "input": "a"},),
     "/v1/embeddings": (
         {"model": "base", "input": "a"},
         {"model": "base", "input": [[1], [2]], "encoding_format": "base64"},
@@ -39,17 +36,8 @@ SCALARS: tuple[Any, ...] = (
     *("", "a", "base", "sql", "sql+json*-0.5", "\x00", "é" * 300, "x" * 5000, "../a"),
 )
 _KEYS = (
-    *("role", "content", "type", "text", "name", "weight", "generation"),
-    *(
-        "json",
-        "choice",
-        "schema",
-        "json_schema",
-        "function",
-        "parameters",
-        "tool_calls",
-        "arguments",
-    ),
+    *("role", "content", "type", "text", "name", "weight", "generation", "json", "choice"),
+    *("schema", "json_schema", "function", "parameters", "tool_calls", "arguments"),
     *("1", "-1", "a"),
 )
 
@@ -78,47 +66,72 @@ def any_value(source: random.Random, depth: int = 0) -> Any:
     return {source.choice(_KEYS): any_value(source, depth + 1) for _ in range(source.randint(0, 3))}
 
 
-async def test_any_body_is_answered_or_refused() -> None:
+async def test_any_body_is_answered_or_refused(http: HttpHarness) -> None:
     source = random.Random(11)
     statuses: dict[str, set[int]] = {path: set() for path in PATHS}
-    async with http_harness() as server:
-        for _ in range(1500):
-            path = source.choice(list(PATHS))
-            body = dict(source.choice(PATHS[path]))
-            for _ in range(source.choice((1, 1, 1, 2, 4))):
-                body[any_name(source)] = any_value(source)
-            answer = await server.post(path, body)
-            statuses[path].add(answer.status_code)
-            assert answer.status_code in (200, 400, 404, 409), (path, body, answer.text)
-            if answer.status_code >= 400:
-                assert answer.json()["error"]["message"]
+    for _ in range(1500):
+        path = source.choice(list(PATHS))
+        body = dict(source.choice(PATHS[path]))
+        for _ in range(source.choice((1, 1, 1, 2, 4))):
+            body[any_name(source)] = any_value(source)
+        answer = await http.post(path, body)
+        statuses[path].add(answer.status_code)
+        assert answer.status_code in (200, 400, 404, 409), (path, body, answer.text)
+        if answer.status_code >= 400:
+            assert answer.json()["error"]["message"]
     for path, seen in statuses.items():
         assert {200, 400} <= seen, path
 
 
+PATH = "/v1/completions"
+JSON = {"content-type": "application/json"}
+TEXT = json.dumps({"model": "base", "prompt": "\u00e9"}, ensure_ascii=False)
+# Compress with a fixed time, because the bytes are part of a test's name.
+ZIPPED = gzip.compress(TEXT.encode(), mtime=0)
+
+
 @pytest.mark.parametrize(
-    ("path", "body", "param", "code"),
+    ("body", "code"),
     [
-        (RESPONSES, {"temperature": "hot"}, "temperature", "wrong_type"),
-        (RESPONSES, {"input": [{"role": 3, "content": "a"}]}, "input[0].role", "wrong_type"),
-        (
-            COMPLETIONS,
-            {"prompt": "a", "response_format": {"type": 3}},
-            "response_format.type",
-            "not_one_of",
-        ),
-        (
-            COMPLETIONS,
-            {"prompt": "a", "response_format": {"type": "json_schema", "json_schema": 3}},
-            "response_format.json_schema",
-            "wrong_type",
-        ),
-        ("/detokenize", {"tokens": "a"}, "tokens", "wrong_type"),
+        (b"", "body_not_json"),
+        (TEXT[:-1].encode(), "body_not_json"),
+        (TEXT.encode("utf-16"), "body_not_json"),
+        (TEXT.encode("utf-32"), "body_not_json"),
+        (TEXT.encode("latin-1"), "body_not_json"),
+        (ZIPPED, "body_not_json"),
+        (b'{"seed": ' + b"1" * 5000 + b"}", "body_not_json"),
+        (b'{"seed": NaN}', "body_not_json"),
+        (b'{"a": [1,]}', "body_not_json"),
+        (b'{"a": "\x00"}', "body_not_json"),
+        (b'{"a": 1} x', "body_not_json"),
+        # JSON can contain half of a surrogate pair, which is not a character.
+        (rb'{"a": "\ud800"}', "body_not_json"),
+        (rb'{"a": [{"\ude00\ud83d": 1}]}', "body_not_json"),
+        (b'{"a":' * 300 + b"1" + b"}" * 300, "body_not_json"),
+        (b"[1]", "body_not_object"),
     ],
 )
-async def test_each_error_is_reported_once(
-    path: str, body: dict[str, Any], param: str, code: str
+async def test_a_body_that_is_not_json_is_rejected(
+    body: bytes, code: str, http: HttpHarness
 ) -> None:
-    async with http_harness() as server:
-        refused = await server.refused(path, {"model": "base", "input": "a", **body})
-        assert refused.violations == {param: code}
+    refused = Refused.of(await http.client.post(PATH, content=body, headers=JSON))
+    assert (refused.status, refused.code, refused.param) == (400, code, None)
+
+
+def test_the_last_of_duplicate_keys_counts() -> None:
+    assert parse(b'{"a": 1, "a": 2, "b": "\\ud83d\\ude00"}') == {"a": 2, "b": "😀"}
+
+
+async def test_a_body_that_is_declared_to_be_compressed_is_not_read(http: HttpHarness) -> None:
+    headers = JSON | {"content-encoding": "gzip"}
+    answer = await http.client.post(PATH, content=TEXT.encode(), headers=headers)
+    refused = Refused.of(answer)
+    assert (refused.status, refused.code) == (415, "unsupported_media_type")
+    same = JSON | {"content-encoding": "identity"}
+    answer = await http.client.post(PATH, content=TEXT.encode(), headers=same)
+    assert answer.status_code == 200
+
+
+async def test_a_byte_order_mark_is_skipped(http: HttpHarness) -> None:
+    answer = await http.client.post(PATH, content=TEXT.encode("utf-8-sig"), headers=JSON)
+    assert answer.status_code == 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
@@ -11,8 +12,10 @@ from typing import Any, TypeVar
 
 import pytest
 from builders.registries import Registries
-from servers.fakes import finish
+from checkout import ROOT
+from servers.fakes import finish, saying
 from servers.http_harness import HttpHarness, http_harness
+from servers.server_under_test import start_server
 
 from turret.server.adapters.adapter import AdapterRef
 from turret.server.adapters.state_dir import StateDir
@@ -91,116 +94,109 @@ def ask(tab: Browser, prompt: str) -> list[str]:
     return [element.text for element in tab.all(".pane .text")]
 
 
-async def test_three_answers_are_shown_side_by_side(visit: Callable[..., Awaitable[Any]]) -> None:
-    async with http_harness() as http:
-        for name in ("json", "pirate", "sql"):
-            http.registry.load(name, name)
-        http.engine.script = scripted("A", " b")
+async def test_three_answers_are_shown_side_by_side(
+    visit: Callable[..., Awaitable[Any]], http: HttpHarness
+) -> None:
+    for name in ("json", "pirate", "sql"):
+        http.registry.load(name, name)
+    http.engine.script = scripted("A", " b")
 
-        def do(tab: Browser) -> None:
-            open_page(tab, http)
-            status(tab, "Serving")
-            tab.until(lambda: names(tab) == ["json", "pirate", "sql"], "adapters")
-            # Clicking the name in the table selects the adapter in the second pane.
-            tab.all("#adapters-rows .name")[2].click()
-            assert tab.run("return document.activeElement.id") == "prompt"
-            assert tab.all(".member") == []
-            for name in ("json", "pirate"):
-                tab.find(f"select[aria-label^='Add an'] option[value={name}]").click()
-            slider = tab.find("input[aria-label='Weight of pirate']")
-            slider.send_keys(*[Keys.ARROW_LEFT] * 10)
-            assert tab.text(".member:nth-child(2) output") == "0.50"
-            answers = ask(tab, "hello")
-            assert answers == ["A bbase", "A bsql*1", "A bjson*1+pirate*0.5"]
-            spans = tab.all(".pane:first-child .text span")
-            kinds = [span.get_attribute("class") for span in spans]
-            assert kinds == ["q1", "q4", "q5"]
-            assert tab.text(".pane:first-child .facts").startswith("2 tokens")
-            # Show the alternatives by keyboard.
-            text = tab.find(".pane:first-child .text")
-            text.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
-            assert tab.text(".pane:first-child .detail").startswith("␣b 22 % — else <img␣src")
-            tab.find("#colour").click()
-            assert tab.run("return document.querySelector('.coloured')") is None
-            assert tab.complaints() == []
+    def do(tab: Browser) -> None:
+        open_page(tab, http)
+        status(tab, "Serving")
+        tab.until(lambda: names(tab) == ["json", "pirate", "sql"], "adapters")
+        # Clicking the name in the table selects the adapter in the second pane.
+        tab.all("#adapters-rows .name")[2].click()
+        assert tab.run("return document.activeElement.id") == "prompt"
+        assert tab.all(".member") == []
+        for name in ("json", "pirate"):
+            tab.find(f"select[aria-label^='Add an'] option[value={name}]").click()
+        slider = tab.find("input[aria-label='Weight of pirate']")
+        slider.send_keys(*[Keys.ARROW_LEFT] * 10)
+        assert tab.text(".member:nth-child(2) output") == "0.50"
+        answers = ask(tab, "hello")
+        assert answers == ["A bbase", "A bsql*1", "A bjson*1+pirate*0.5"]
+        spans = tab.all(".pane:first-child .text span")
+        kinds = [span.get_attribute("class") for span in spans]
+        assert kinds == ["q1", "q4", "q5"]
+        assert tab.text(".pane:first-child .facts").startswith("2 tokens")
+        # Show the alternatives by keyboard.
+        text = tab.find(".pane:first-child .text")
+        text.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+        assert tab.text(".pane:first-child .detail").startswith("␣b 22 % — else <img␣src")
+        tab.find("#colour").click()
+        assert tab.run("return document.querySelector('.coloured')") is None
+        assert tab.complaints() == []
 
-        await visit(do)
-        bodies = [request.prompt_token_ids for request in http.engine.requests]
-        assert len(bodies) == 3
-        assert len(set(bodies)) == 1
+    await visit(do)
+    bodies = [request.prompt_token_ids for request in http.engine.requests]
+    assert len(bodies) == 3
+    assert len(set(bodies)) == 1
 
 
 async def test_tokens_that_arrive_together_have_distinct_colours(
     visit: Callable[..., Awaitable[Any]],
+    http: HttpHarness,
 ) -> None:
     """Accepted draft tokens arrive together, and so does the end, a token without text."""
+    tokens = tuple(
+        TokenLogprob(token_id=place, text=text, logprob=-1.5 * place, top=())
+        for place, text in enumerate(("A", " b", "<end>"))
+    )
+    http.engine.script = saying(Output(text="A b", token_ids=(0, 1, 2), logprobs=tokens))
 
-    async def script(request: Request) -> AsyncIterator[Output]:
-        tokens = tuple(
-            TokenLogprob(token_id=place, text=text, logprob=-1.5 * place, top=())
-            for place, text in enumerate(("A", " b", "<end>"))
-        )
-        text, ids = "A b", tuple(range(len(tokens)))
-        yield Output(text=text, token_ids=ids, logprobs=tokens, finish=finish(request))
+    def do(tab: Browser) -> None:
+        open_page(tab, http)
+        status(tab, "Serving")
+        assert ask(tab, "hello")[0] == "A b"
+        spans = tab.all(".pane:first-child .text span")
+        found = [(span.get_property("textContent"), span.get_attribute("class")) for span in spans]
+        assert found == [("A", "q1"), (" b", "q4")]
+        assert tab.complaints() == []
 
-    async with http_harness() as http:
-        http.engine.script = script
-
-        def do(tab: Browser) -> None:
-            open_page(tab, http)
-            status(tab, "Serving")
-            assert ask(tab, "hello")[0] == "A b"
-            spans = tab.all(".pane:first-child .text span")
-            found = [
-                (span.get_property("textContent"), span.get_attribute("class")) for span in spans
-            ]
-            assert found == [("A", "q1"), (" b", "q4")]
-            assert tab.complaints() == []
-
-        await visit(do)
+    await visit(do)
 
 
-async def test_an_empty_answer_is_shown_as_empty(visit: Callable[..., Awaitable[Any]]) -> None:
-    async def script(request: Request) -> AsyncIterator[Output]:
-        yield Output(text="", token_ids=(2,), finish=finish(request))
+async def test_an_empty_answer_is_shown_as_empty(
+    visit: Callable[..., Awaitable[Any]], http: HttpHarness
+) -> None:
+    http.engine.script = saying("")
 
-    async with http_harness() as http:
-        http.engine.script = script
+    def do(tab: Browser) -> None:
+        open_page(tab, http)
+        status(tab, "Serving")
+        assert ask(tab, "hello")[0] == ""
+        notes = tab.all(".pane:first-child .empty")
+        assert [note.is_displayed() for note in notes] == [False, True]
 
-        def do(tab: Browser) -> None:
-            open_page(tab, http)
-            status(tab, "Serving")
-            assert ask(tab, "hello")[0] == ""
-            notes = tab.all(".pane:first-child .empty")
-            assert [note.is_displayed() for note in notes] == [False, True]
-
-        await visit(do)
+    await visit(do)
 
 
-async def test_hostile_text_is_shown_as_text(visit: Callable[..., Awaitable[Any]]) -> None:
+async def test_hostile_text_is_shown_as_text(
+    visit: Callable[..., Awaitable[Any]], http: HttpHarness
+) -> None:
     """Names, methods, warnings, answers and errors are untrusted input."""
-    async with http_harness() as http:
-        record = http.registry.load("a", "a")
-        facts = replace(record.facts, method=EVIL, warnings=(EVIL,))
-        http.registry.records = {EVIL: replace(record, name=EVIL, facts=facts)}
-        http.engine.script = scripted(EVIL, "\u202e</div>")
-        await http.post("/v1/completions", {"model": EVIL, "prompt": "a"})
-        await http.settle()
+    record = http.registry.load("a", "a")
+    facts = replace(record.facts, method=EVIL, warnings=(EVIL,))
+    http.registry.records = {EVIL: replace(record, name=EVIL, facts=facts)}
+    http.engine.script = scripted(EVIL, "\u202e</div>")
+    await http.post("/v1/completions", {"model": EVIL, "prompt": "a"})
+    await http.settle()
 
-        def do(tab: Browser) -> None:
-            open_page(tab, http)
-            tab.until(lambda: names(tab) == [EVIL], "the name")
-            tab.until(lambda: "<img src=x" in tab.text("#failures-list .message"), "the failure")
-            answers = ask(tab, EVIL)
-            assert answers[0].startswith(EVIL)
-            tab.find(".pane:first-child .text").send_keys(Keys.ARROW_RIGHT)
-            tab.find("#adapters-rows .acts button:last-child").click()
-            assert tab.text("#unload-name") == EVIL
-            assert tab.all("main img, main script, dialog img") == []
-            assert tab.driver.title == "turret"
-            assert tab.complaints() == []
+    def do(tab: Browser) -> None:
+        open_page(tab, http)
+        tab.until(lambda: names(tab) == [EVIL], "the name")
+        tab.until(lambda: "<img src=x" in tab.text("#failures-list .message"), "the failure")
+        answers = ask(tab, EVIL)
+        assert answers[0].startswith(EVIL)
+        tab.find(".pane:first-child .text").send_keys(Keys.ARROW_RIGHT)
+        tab.find("#adapters-rows .acts button:last-child").click()
+        assert tab.text("#unload-name") == EVIL
+        assert tab.all("main img, main script, dialog img") == []
+        assert tab.driver.title == "turret"
+        assert tab.complaints() == []
 
-        await visit(do)
+    await visit(do)
 
 
 _ASK = """
@@ -211,32 +207,33 @@ _LOAD = {"method": "POST", "body": '{"lora_name": "b", "lora_path": "sql"}'}
 _JSON = {"headers": {"content-type": "application/json"}}
 
 
-async def test_pages_of_other_origins_are_rejected(visit: Callable[..., Awaitable[Any]]) -> None:
+async def test_pages_of_other_origins_are_rejected(
+    visit: Callable[..., Awaitable[Any]], http: HttpHarness
+) -> None:
     """A page under a rebound name, and a page from another origin, are rejected."""
-    async with http_harness() as http:
-        http.registry.load("a", "a")
-        own = f"http://{http.server.address}"
-        rebound = own.replace("127.0.0.1", "rebound.example")
+    http.registry.load("a", "a")
+    own = f"http://{http.server.address}"
+    rebound = own.replace("127.0.0.1", "rebound.example")
 
-        def do(tab: Browser) -> None:
-            def ask(url: str, asked: dict[str, Any]) -> Any:
-                return tab.driver.execute_async_script(_ASK, url, asked)
+    def do(tab: Browser) -> None:
+        def ask(url: str, asked: dict[str, Any]) -> Any:
+            return tab.driver.execute_async_script(_ASK, url, asked)
 
-            tab.driver.get(rebound)
-            assert "unknown_host" in tab.text("body")
-            for path in ("/console/state?find=", "/v1/models", "/health"):
-                assert ask(rebound + path, {}) == 421
-            assert ask(f"{rebound}/v1/load_lora_adapter", _LOAD | _JSON) == 421
-            for path in ("/console/state?find=", "/v1/models"):
-                assert ask(own + path, {}) == "TypeError"
-            assert ask(f"{own}/v1/load_lora_adapter", _LOAD | _JSON) == "TypeError"
-            # Without a header that needs a preflight, the request is sent, and rejected.
-            assert ask(f"{own}/v1/load_lora_adapter", _LOAD | {"mode": "no-cors"}) == 0
+        tab.driver.get(rebound)
+        assert "unknown_host" in tab.text("body")
+        for path in ("/console/state?find=", "/v1/models", "/health"):
+            assert ask(rebound + path, {}) == 421
+        assert ask(f"{rebound}/v1/load_lora_adapter", _LOAD | _JSON) == 421
+        for path in ("/console/state?find=", "/v1/models"):
+            assert ask(own + path, {}) == "TypeError"
+        assert ask(f"{own}/v1/load_lora_adapter", _LOAD | _JSON) == "TypeError"
+        # Without a header that needs a preflight, the request is sent, and rejected.
+        assert ask(f"{own}/v1/load_lora_adapter", _LOAD | {"mode": "no-cors"}) == 0
 
-        await visit(do)
-        assert set(http.registry.records) == {"a"}
-        loaded = await http.post("/v1/load_lora_adapter", {"lora_name": "b", "lora_path": "sql"})
-        assert loaded.status_code == 200
+    await visit(do)
+    assert set(http.registry.records) == {"a"}
+    loaded = await http.post("/v1/load_lora_adapter", {"lora_name": "b", "lora_path": "sql"})
+    assert loaded.status_code == 200
 
 
 async def test_an_administrator_loads_pins_and_unloads(
@@ -350,19 +347,20 @@ async def test_an_administrator_uploads_files(
     made.close()
 
 
-async def test_an_active_merge_is_shown(visit: Callable[..., Awaitable[Any]]) -> None:
-    async with http_harness() as http:
-        http.merger.merge((AdapterRef(name=EVIL, weight=0.5),), "NF4", Cancellation())
+async def test_an_active_merge_is_shown(
+    visit: Callable[..., Awaitable[Any]], http: HttpHarness
+) -> None:
+    http.merger.merge((AdapterRef(name=EVIL, weight=0.5),), "NF4", Cancellation())
 
-        def do(tab: Browser) -> None:
-            open_page(tab, http)
-            tab.until(lambda: f"{EVIL}@3=0.5 (nf4, " in tab.text("#merged"), "the merge")
-            assert tab.all("main img, main script") == []
-            http.merger.unmerge(Cancellation())
-            tab.until(lambda: not tab.find("#merged").is_displayed(), "nothing")
-            assert tab.complaints() == []
+    def do(tab: Browser) -> None:
+        open_page(tab, http)
+        tab.until(lambda: f"{EVIL}@3=0.5 (nf4, " in tab.text("#merged"), "the merge")
+        assert tab.all("main img, main script") == []
+        http.merger.unmerge(Cancellation())
+        tab.until(lambda: not tab.find("#merged").is_displayed(), "nothing")
+        assert tab.complaints() == []
 
-        await visit(do)
+    await visit(do)
 
 
 async def test_the_page_shows_that_the_server_starts_stops_or_rejects(
@@ -391,74 +389,74 @@ async def test_the_page_shows_that_the_server_starts_stops_or_rejects(
 
 async def test_the_enter_key_sends_only_what_the_button_would(
     visit: Callable[..., Awaitable[Any]],
+    http: HttpHarness,
 ) -> None:
-    async with http_harness() as http:
 
-        def do(tab: Browser) -> None:
-            open_page(tab, http)
-            status(tab, "Serving")
-            refused = "return document.querySelector(arguments[0]).matches(':invalid')"
-            tab.find("#prompt").send_keys(Keys.ENTER)
-            assert tab.run(refused, "#prompt")
-            tab.find("#max-tokens").clear()
-            tab.find("#max-tokens").send_keys("100000")
-            tab.find("#prompt").send_keys("a", Keys.ENTER)
-            assert tab.run(refused, "#max-tokens")
-            assert tab.run("return document.activeElement.id") == "max-tokens"
-            assert [pane.text for pane in tab.all(".pane .text")] == [""] * 3
+    def do(tab: Browser) -> None:
+        open_page(tab, http)
+        status(tab, "Serving")
+        refused = "return document.querySelector(arguments[0]).matches(':invalid')"
+        tab.find("#prompt").send_keys(Keys.ENTER)
+        assert tab.run(refused, "#prompt")
+        tab.find("#max-tokens").clear()
+        tab.find("#max-tokens").send_keys("100000")
+        tab.find("#prompt").send_keys("a", Keys.ENTER)
+        assert tab.run(refused, "#max-tokens")
+        assert tab.run("return document.activeElement.id") == "max-tokens"
+        assert [pane.text for pane in tab.all(".pane .text")] == [""] * 3
 
-        await visit(do)
-        assert http.engine.requests == []
+    await visit(do)
+    assert http.engine.requests == []
 
 
-async def test_an_answer_can_be_stopped(visit: Callable[..., Awaitable[Any]]) -> None:
+async def test_an_answer_can_be_stopped(
+    visit: Callable[..., Awaitable[Any]], http: HttpHarness
+) -> None:
     async def slow(request: Request) -> AsyncIterator[Output]:
         while True:
             yield Output(text="H", token_ids=(72,))
             await asyncio.sleep(0.01)
 
-    async with http_harness() as http:
-        http.engine.script = slow
+    http.engine.script = slow
 
-        def do(tab: Browser) -> None:
-            open_page(tab, http)
-            status(tab, "Serving")
-            tab.find("#prompt").send_keys("a", Keys.ENTER)
-            tab.until(lambda: len(tab.text(".pane .text")) > 5, "a beginning")
-            tab.find("#stop").click()
-            tab.until(lambda: "stopped" in tab.text(".pane .facts"), "its end")
+    def do(tab: Browser) -> None:
+        open_page(tab, http)
+        status(tab, "Serving")
+        tab.find("#prompt").send_keys("a", Keys.ENTER)
+        tab.until(lambda: len(tab.text(".pane .text")) > 5, "a beginning")
+        tab.find("#stop").click()
+        tab.until(lambda: "stopped" in tab.text(".pane .facts"), "its end")
 
-        await visit(do)
-        await asyncio.wait_for(http.engine.streams[0].cancelled.wait(), 20)
+    await visit(do)
+    await asyncio.wait_for(http.engine.streams[0].cancelled.wait(), 20)
 
 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [1280, 360])
 async def test_the_page_fits_and_is_readable(
-    visit: Callable[..., Awaitable[Any]], width: int, dark: bool
+    visit: Callable[..., Awaitable[Any]], width: int, dark: bool, http: HttpHarness
 ) -> None:
     """No horizontal scrolling, names for all controls, and contrast according to WCAG AA."""
-    async with http_harness() as http:
-        for name in ("json", "x" * 128):
-            http.registry.load(name, name, pinned=True)
-        http.merger.merge((AdapterRef(name="x" * 128),), "BF16", Cancellation())
-        http.engine.script = scripted("A", " b", " c")
-        await http.post("/v1/completions", {"model": "base", "prompt": "a", "temperature": -1})
+    for name in ("json", "x" * 128):
+        http.registry.load(name, name, pinned=True)
+    http.merger.merge((AdapterRef(name="x" * 128),), "BF16", Cancellation())
+    http.engine.script = scripted("A", " b", " c")
+    await http.post("/v1/completions", {"model": "base", "prompt": "a", "temperature": -1})
 
-        def do(tab: Browser) -> None:
-            tab.size(width, 900, dark=dark)
-            try:
-                open_page(tab, http)
-                tab.until(lambda: len(names(tab)) == 2, "adapters")
-                ask(tab, "hello")
-                assert tab.run("return document.documentElement.scrollWidth") <= width
-                unnamed = tab.run(_UNNAMED)
-                assert unnamed == []
-                assert tab.run(_TOO_FAINT) == []
-            finally:
-                tab.size(1280, 1000)
+    def do(tab: Browser) -> None:
+        tab.size(width, 900, dark=dark)
+        try:
+            open_page(tab, http)
+            tab.until(lambda: len(names(tab)) == 2, "adapters")
+            ask(tab, "hello")
+            assert tab.run("return document.documentElement.scrollWidth") <= width
+            unnamed = tab.run(_UNNAMED)
+            assert unnamed == []
+            assert tab.run(_TOO_FAINT) == []
+        finally:
+            tab.size(1280, 1000)
 
-        await visit(do)
+    await visit(do)
 
 
 # Controls without a name for screen readers.
@@ -498,3 +496,31 @@ for (const element of document.querySelectorAll("body *")) {
 }
 return found;
 """
+
+
+PICTURE = ROOT / "docs" / "images" / "console.png"
+ADAPTERS = ("json", "label", "pirate", "sql")
+
+
+@pytest.mark.long
+def test_the_screenshot_of_the_console_is_taken(tmp_path: Path) -> None:
+    """Times and rates differ from run to run."""
+    preloads = [f"--preload={name}={name}" for name in ADAPTERS]
+    examples = ROOT / "examples" / "adapters"
+    flags = ("--http-address", "127.0.0.1:0", "--adapter-root", str(examples), *preloads)
+    with start_server(tmp_path, *flags) as server, start_browser(tmp_path / "profile") as tab:
+        tab.size(1200, 900)
+        tab.open(f"http://{server.http_address}/")
+        tab.until(lambda: len(tab.all("#adapters-rows tr")) == len(ADAPTERS), "the adapters")
+        tab.all("#adapters-rows .name")[ADAPTERS.index("pirate")].click()
+        for name in ("json", "pirate"):
+            tab.find(f"select[aria-label^='Add an'] option[value={name}]").click()
+        tab.find("#prompt").send_keys("What is the capital of France?", Keys.ENTER)
+        said = tab.find("#said")
+        tab.until(lambda: "Mix has answered" in str(said.get_property("textContent")), "ends")
+        tab.find(".pane:last-child .text").send_keys(Keys.ARROW_RIGHT)
+        tab.run("window.scrollTo(0, 0)")
+        taken = tmp_path / "console.png"
+        tab.picture(taken)
+        assert tab.complaints() == []
+    shutil.copyfile(taken, PICTURE)

@@ -65,9 +65,8 @@ def tables(one: Served) -> TableTraining:
     return training
 
 
-async def test_the_routes_exist_only_with_training() -> None:
-    async with http_harness() as server:
-        assert (await server.client.get(f"{API}/healthz")).status_code == 404
+async def test_the_routes_exist_only_with_training(http: HttpHarness) -> None:
+    assert (await http.client.get(f"{API}/healthz")).status_code == 404
 
 
 async def test_invalid_sequences_fail_at_once(tmp_path: Path) -> None:

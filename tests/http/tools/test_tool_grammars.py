@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from builders.bases.tiny_models import EOS, tiny_tokenizer
 from builders.constraints import compiled, is_followed, make_tokenizer
-from servers.fakes import FakeTokenizer, finish
-from servers.http_harness import HttpHarness, http_harness
+from servers.fakes import knows_tools, saying
+from servers.http_harness import TURNS, HttpHarness
 
 from turret.server.constraints.compiler import ConstraintCompiler
 from turret.server.constraints.grammar import MAX_CONSTRAINT_CHARS, ConstraintSpec
 from turret.server.constraints.matcher import Constraint
-from turret.server.engine.scheduling.request import Output, Request
+from turret.server.engine.scheduling.request import FinishReason
 from turret.server.errors import InvalidRequestError
 from turret.server.http import choices
+from turret.server.http.schemas.fields import closed
 from turret.server.http.tools.calls import CallBegun, CallGrown, UnenforceableError, kinds_of
 from turret.server.http.tools.grammar import CallsGrammar
 from turret.server.http.tools.reader import AnswerReader
-from turret.server.models.chat_template import ChatFormat
-from turret.server.models.tokenizer import RenderedChat, Tokenizer
+from turret.server.models.tokenizer import Tokenizer
 
 CHAT = "/v1/chat/completions"
 PARAMETERS: dict[str, Any] = {
@@ -33,6 +32,7 @@ PARAMETERS: dict[str, Any] = {
     "additionalProperties": False,
 }
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}
+ASKED: dict[str, Any] = {"model": "base", "messages": TURNS, "tools": [TOOL]}
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "kids": {"type": "array", "items": {"$ref": "#"}}},
@@ -67,28 +67,13 @@ CONSTRAINTS: list[tuple[str, Any, list[str], list[str]]] = [
 @pytest.fixture
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The template of the simulated tokenizer calls tools in this form."""
-
-    def render(self: Any, messages: Any, tools: Any = (), **how: bool) -> RenderedChat:
-        return RenderedChat(["\1"])
-
-    known = ChatFormat(request.param, has_channels=request.param == "harmony")
-    monkeypatch.setattr(FakeTokenizer, "chat_format", known)
-    monkeypatch.setattr(FakeTokenizer, "render_chat", render)
+    knows_tools(monkeypatch, request.param, has_channels=request.param == "harmony")
     return request.param
-
-
-def says(http: HttpHarness, text: str) -> None:
-    async def script(request: Request) -> AsyncIterator[Output]:
-        yield Output(text=text, token_ids=(72,), finish=finish(request))
-
-    http.engine.script = script
 
 
 async def asked(http: HttpHarness, **body: Any) -> tuple[dict[str, Any], Any]:
     """The returned choice, and the engine's constraint."""
-    turns = [{"role": "user", "content": "hi"}]
-    body = {"model": "base", "messages": turns, "tools": [TOOL], **body}
-    answer = await http.post(CHAT, body)
+    answer = await http.post(CHAT, ASKED | body)
     assert answer.status_code == 200, answer.text
     return answer.json()["choices"][0], http.engine.requests[-1].constraint
 
@@ -96,19 +81,18 @@ async def asked(http: HttpHarness, **body: Any) -> tuple[dict[str, Any], Any]:
 @pytest.mark.parametrize("form", CALLS, indirect=True)
 @pytest.mark.parametrize(("field", "value", "good", "bad"), CONSTRAINTS)
 async def test_an_answer_is_calls_or_what_a_constraint_allows(
-    form: str, field: str, value: Any, good: list[str], bad: list[str]
+    form: str, field: str, value: Any, good: list[str], bad: list[str], http: HttpHarness
 ) -> None:
     tokenizer = make_tokenizer()
     call = CALLS[form].replace("CITY", "Oslo")
-    async with http_harness() as http:
-        says(http, call)
-        choice, spec = await asked(http, **{field: value})
-        (made,) = choice["message"]["tool_calls"]
-        assert json.loads(made["function"]["arguments"])["city"] == "Oslo"
-        says(http, good[0])
-        choice, _ = await asked(http, **{field: value})
-        assert choice["message"]["content"] == good[0]
-        _, forced = await asked(http, tool_choice="required", **{field: value})
+    http.engine.script = saying(call)
+    choice, spec = await asked(http, **{field: value})
+    (made,) = choice["message"]["tool_calls"]
+    assert json.loads(made["function"]["arguments"])["city"] == "Oslo"
+    http.engine.script = saying(good[0])
+    choice, _ = await asked(http, **{field: value})
+    assert choice["message"]["content"] == good[0]
+    _, forced = await asked(http, tool_choice="required", **{field: value})
     both = compiled(spec.kind, *spec.texts)
     for text in (call, *good):
         assert is_followed(both, tokenizer.encode(text)), text
@@ -125,23 +109,23 @@ async def test_an_answer_is_calls_or_what_a_constraint_allows(
 
 
 @pytest.mark.parametrize("form", ["hermes", "llama3"], indirect=True)
-async def test_an_unenforceable_schema_is_rejected_with_its_path(form: str) -> None:
+async def test_an_unenforceable_schema_is_rejected_with_its_path(
+    form: str, http: HttpHarness
+) -> None:
     parameters = {**PARAMETERS, "properties": {"city": {"type": "string", "not": {}}}}
     broken = {"type": "function", "function": {"name": "f", "parameters": parameters}}
-    async with http_harness() as http:
-        for tools, schema, path in (
-            ([TOOL, broken], SCHEMA, "tools[1].function.parameters.properties.city.not"),
-            ([TOOL], {"type": "object", "if": {}}, "guided_json.if"),
-        ):
-            _, spec = await asked(http, tools=tools, guided_json=schema)
-            with pytest.raises(InvalidRequestError) as refused:
-                compiled(spec.kind, *spec.texts)
-            assert refused.value.violations
-            http.engine.refuse = refused.value
-            turns = [{"role": "user", "content": "hi"}]
-            body = {"model": "base", "messages": turns, "tools": tools, "guided_json": schema}
-            assert (await http.refused(CHAT, body)).param == path
-            http.engine.refuse = None
+    for tools, schema, path in (
+        ([TOOL, broken], SCHEMA, "tools[1].function.parameters.properties.city.not"),
+        ([TOOL], {"type": "object", "if": {}}, "guided_json.if"),
+    ):
+        _, spec = await asked(http, tools=tools, guided_json=schema)
+        with pytest.raises(InvalidRequestError) as refused:
+            compiled(spec.kind, *spec.texts)
+        assert refused.value.violations
+        http.engine.refuse = refused.value
+        body = {"tools": tools, "guided_json": schema}
+        assert (await http.refused(CHAT, ASKED | body)).param == path
+        http.engine.refuse = None
 
 
 @pytest.mark.parametrize(
@@ -174,18 +158,9 @@ def test_schemas_that_xml_cannot_express_are_rejected(schema: dict[str, Any], pa
 
 def test_any_schema_becomes_a_grammar_or_is_refused() -> None:
     rng = random.Random(0)
-    words = [
-        "type",
-        "enum",
-        "const",
-        "anyOf",
-        "oneOf",
-        "$ref",
-        "properties",
-        "required",
-        "minLength",
-    ]
-    words += ["maxLength", "$defs", "items", "string", "integer", "#", "#/$defs/type", "a"]
+    words = ["type", "enum", "const", "anyOf", "oneOf", "$ref", "properties", "required"]
+    words += ["minLength", "maxLength", "$defs", "items", "string", "integer", "#"]
+    words += ["#/$defs/type", "a"]
 
     def anything(depth: int) -> Any:
         kind = rng.randrange(7 if depth else 4)
@@ -246,39 +221,31 @@ def test_a_grammar_ends_soon_after_the_limit(answer: str) -> None:
     "field", ["guided_grammar", "guided_regex", "guided_choice", "guided_json"]
 )
 async def test_a_constraint_that_is_too_long_is_not_read_beside_tools(
-    form: str, field: str, monkeypatch: pytest.MonkeyPatch
+    form: str, field: str, monkeypatch: pytest.MonkeyPatch, http: HttpHarness
 ) -> None:
     def read(*_: Any) -> str:
         raise AssertionError("it was read")
 
     monkeypatch.setattr(choices, "constrained", read)
     long = "\n" * (MAX_CONSTRAINT_CHARS + 1)
-    body = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "tools": [TOOL]}
-    async with http_harness() as http:
-        value = [long] if field == "guided_choice" else long
-        refused = await http.refused(CHAT, {**body, field: value})
+    value = [long] if field == "guided_choice" else long
+    refused = await http.refused(CHAT, ASKED | {field: value})
     assert (refused.param, refused.status) == (field, 400)
 
 
 @pytest.mark.parametrize("form", ["xml", "llama3"], indirect=True)
-async def test_deep_schemas_are_refused(form: str) -> None:
-    async with http_harness() as http:
-        for depth in (100, 900, 990, 3000):
-            deep = '{"not":' * depth + "{}" + "}" * depth
-            turns = [{"role": "user", "content": "hi"}]
-            body = {"model": "base", "messages": turns, "tools": [TOOL], "guided_json": deep}
-            answer = await http.post(CHAT, body)
-            assert answer.status_code in (200, 400), answer.text
+async def test_deep_schemas_are_refused(form: str, http: HttpHarness) -> None:
+    for depth in (100, 900, 990, 3000):
+        deep = '{"not":' * depth + "{}" + "}" * depth
+        answer = await http.post(CHAT, ASKED | {"guided_json": deep})
+        assert answer.status_code in (200, 400), answer.text
 
 
 @pytest.mark.parametrize("form", ["xml"], indirect=True)
-async def test_a_refusal_names_the_parameter(form: str) -> None:
+async def test_a_refusal_names_the_parameter(form: str, http: HttpHarness) -> None:
     parameters = {"properties": {"a": {"type": "string", "format": "date"}}}
     tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
-    turns = [{"role": "user", "content": "hi"}]
-    body = {"model": "base", "messages": turns, "tools": [tool], "tool_choice": "required"}
-    async with http_harness() as http:
-        refused = await http.refused(CHAT, body)
+    refused = await http.refused(CHAT, ASKED | {"tools": [tool], "tool_choice": "required"})
     assert refused.param == "tools[0].function.parameters.properties.a.format"
 
 
@@ -351,3 +318,77 @@ def test_marks_are_tokens_if_the_model_has_them() -> None:
         stream = tokenizer.stream(shows)
         # The text never includes the end token.
         assert "".join(stream.push(token) for token in [*call, EOS]) == text
+
+
+OBJECT: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}}
+CLOSED = {**OBJECT, "additionalProperties": False}
+PLAIN_TOOL = {"type": "function", "function": {"name": "f", "parameters": OBJECT}}
+FORCED: dict[str, Any] = {
+    "model": "base",
+    "messages": [{"role": "user", "content": "hi"}],
+    "tools": [PLAIN_TOOL],
+    "tool_choice": "required",
+}
+
+
+@pytest.fixture(autouse=True)
+def _knows_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    knows_tools(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("schema", "expected"),
+    [
+        (OBJECT, CLOSED),
+        ({"type": "object"}, {"type": "object"}),
+        ({**OBJECT, "additionalProperties": True}, {**OBJECT, "additionalProperties": True}),
+        ({"anyOf": [OBJECT, {"type": "null"}]}, {"anyOf": [CLOSED, {"type": "null"}]}),
+        ({"type": "array", "items": OBJECT}, {"type": "array", "items": CLOSED}),
+        (
+            {"$defs": {"A": OBJECT}, "properties": {"properties": {"$ref": "#/$defs/A"}}},
+            {
+                "$defs": {"A": CLOSED},
+                "properties": {"properties": {"$ref": "#/$defs/A"}},
+                "additionalProperties": False,
+            },
+        ),
+        ({"enum": [OBJECT]}, {"enum": [OBJECT]}),
+        ({"allOf": [OBJECT, OBJECT]}, {"allOf": [OBJECT, OBJECT]}),
+        ({**OBJECT, "anyOf": [OBJECT]}, {**OBJECT, "anyOf": [OBJECT]}),
+    ],
+)
+def test_schemas_of_objects_are_closed_unless_they_are_shared(schema: Any, expected: Any) -> None:
+    assert closed(schema) == expected
+
+
+async def test_only_openais_fields_close_objects(http: HttpHarness) -> None:
+    schema = {"name": "a", "schema": OBJECT}
+    asked = {"model": "base", "messages": FORCED["messages"]}
+    for more in (
+        {"response_format": {"type": "json_schema", "json_schema": schema}},
+        {"guided_json": OBJECT},
+    ):
+        assert (await http.post("/v1/chat/completions", asked | more)).status_code == 200
+    given = [json.loads(each.constraint.texts[0]) for each in http.engine.requests]  # type: ignore[union-attr]
+    assert given == [CLOSED, OBJECT]
+
+
+async def test_a_truncated_forced_call_is_not_returned_as_text(http: HttpHarness) -> None:
+    http.engine.script = saying('<tool_call>\n{"name": "', "", reason=FinishReason.LENGTH)
+    whole = (await http.post("/v1/chat/completions", FORCED)).json()["choices"][0]
+    events = await http.events("/v1/chat/completions", FORCED | {"stream": True})
+    free = FORCED | {"tool_choice": "auto"}
+    text = (await http.post("/v1/chat/completions", free)).json()["choices"][0]
+    assert (whole["finish_reason"], whole["message"]["content"]) == ("length", "")
+    assert not any(event["choices"][0]["delta"].get("content") for event in events[:-1])
+    assert text["message"]["content"].startswith("<tool_call>")
+
+
+@pytest.mark.parametrize(("is_parallel", "is_one"), [(None, True), (True, False), (False, True)])
+async def test_only_one_call_is_forced_by_default(
+    is_parallel: bool | None, is_one: bool, http: HttpHarness
+) -> None:
+    asked = FORCED | {"parallel_tool_calls": is_parallel}
+    assert (await http.post("/v1/chat/completions", asked)).status_code == 200
+    rules = http.engine.requests[0].constraint.texts[0].splitlines()  # type: ignore[union-attr]
+    assert ("calls: wrapped" in rules) is is_one

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 from builders.bases.tiny_models import EOS, VOCAB_SIZE, tiny_tokenizer
 from builders.constraints import compiled, make_tokenizer
 from servers.answer_pieces import cut, put_together
-from servers.fakes import FakeTokenizer, finish
-from servers.http_harness import HttpHarness, http_harness
+from servers.fakes import knows_tools, saying
+from servers.http_harness import TURNS, HttpHarness
 
-from turret.server.engine.scheduling.request import Output, Request
 from turret.server.errors import InvalidRequestError
 from turret.server.http.tools.grammar import CallsGrammar
 from turret.server.http.tools.reader import AnswerReader, message_of
-from turret.server.models.chat_template import ChatFormat
-from turret.server.models.tokenizer import RenderedChat, Tokenizer
+from turret.server.models.tokenizer import Tokenizer
 
 CHAT = "/v1/chat/completions"
-TURNS: list[dict[str, Any]] = [{"role": "user", "content": "hi"}]
 PARAMETERS = {
     "type": "object",
     "properties": {"city": {"enum": ["Oslo", "Rome"]}},
@@ -72,12 +68,7 @@ ANSWERS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("hermes", "a <tool b", "a <tool b", []),
     ("hermes", '<tool_call>\n{"name": "clock", "arguments": {"a": "x', "", [("clock", '{"a": "x')]),
     ("hermes", '<tool_call>\n{"name": "clo', '<tool_call>\n{"name": "clo', []),
-    (
-        "hermes",
-        '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_c',
-        "",
-        [("clock", "{}")],
-    ),
+    ("hermes", '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_c', "", [("clock", "{}")]),
     ("llama3", "hi { there", "hi { there", []),
     ("llama3", '{"name": "clock", "parameters": {"a": 1}}', "", [("clock", '{"a": 1}')]),
     (
@@ -121,10 +112,7 @@ ANSWERS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
         'say "hi"\n</parameter>\n<parameter=count>\n3\n</parameter>\n<parameter=flag>\nTrue\n'
         "</parameter>\n</function>\n</tool_call>\n<tool_call><function=clock></function></tool_call>",
         "Sure.\n",
-        [
-            ("mix", '{"text": "<b>\\nsay \\"hi\\"", "count": 3, "flag": true}'),
-            ("clock", "{}"),
-        ],
+        [("mix", '{"text": "<b>\\nsay \\"hi\\"", "count": 3, "flag": true}'), ("clock", "{}")],
     ),
     (
         "xml",
@@ -137,12 +125,7 @@ ANSWERS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("xml", "<tool_call>\n<function=rm>\n", "<tool_call>\n<function=rm>\n", []),
     ("xml", "<tool_call>\n<func", "<tool_call>\n<func", []),
     ("xml", '<tool_call>{"name": "clock"}', '<tool_call>{"name": "clock"}', []),
-    (
-        "xml",
-        "<tool_call><function=mix><parameter=text>a</param",
-        "",
-        [("mix", '{"text": "a')],
-    ),
+    ("xml", "<tool_call><function=mix><parameter=text>a</param", "", [("mix", '{"text": "a')]),
     ("xml", "<tool_call><function=clock>oops", "oops", [("clock", "{}")]),
 ]
 
@@ -243,36 +226,16 @@ def test_the_template_gets_tools_and_calls_and_no_special_tokens() -> None:
         assert (found, getattr(why, "reason", None)) == (path, "TOOLS_UNSUPPORTED")
 
 
-def saying(*parts: str) -> Callable[[Request], AsyncIterator[Output]]:
-    async def script(request: Request) -> AsyncIterator[Output]:
-        for part in parts[:-1]:
-            yield Output(text=part, token_ids=(72,))
-        yield Output(text=parts[-1], token_ids=(72,), finish=finish(request))
-
-    return script
-
-
-def knows(monkeypatch: pytest.MonkeyPatch, *what: Any) -> list[tuple[Any, Any]]:
-    """Give the simulated tokenizer a template; returns the list of its later inputs."""
-    rendered: list[tuple[Any, Any]] = []
-
-    def render(self: Any, messages: Any, tools: Any = (), **how: bool) -> RenderedChat:
-        rendered.append((messages, tools))
-        return RenderedChat(["\1"])
-
-    monkeypatch.setattr(FakeTokenizer, "chat_format", ChatFormat(*what))
-    monkeypatch.setattr(FakeTokenizer, "render_chat", render)
-    return rendered
-
-
 async def answered(server: HttpHarness, **body: Any) -> dict[str, Any]:
     answer = await server.post(CHAT, {"model": "base", "messages": TURNS, **body})
     assert answer.status_code == 200, answer.text
     return answer.json()["choices"][0]
 
 
-async def test_a_conversation_with_tools(monkeypatch: pytest.MonkeyPatch) -> None:
-    rendered = knows(monkeypatch, "hermes", True)
+async def test_a_conversation_with_tools(
+    monkeypatch: pytest.MonkeyPatch, http: HttpHarness
+) -> None:
+    rendered = knows_tools(monkeypatch, has_reasoning=True)
     call = {
         "id": "a1",
         "type": "function",
@@ -284,76 +247,31 @@ async def test_a_conversation_with_tools(monkeypatch: pytest.MonkeyPatch) -> Non
         {"role": "tool", "tool_call_id": "a1", "content": "sunny"},
     ]
     text = '<think>hm</think>Well. <tool_call>{"name": "clock", "arguments": {}}</tool_call>'
-    async with http_harness() as server:
-        server.engine.script = saying(*text)
-        choice = await answered(server, messages=turns, tools=[WEATHER, CLOCK])
-        assert choice["finish_reason"] == "tool_calls"
-        message = choice["message"]
-        assert (message["reasoning_content"], message["content"]) == ("hm", "Well. ")
-        (made,) = message["tool_calls"]
-        assert made["function"] == {"name": "clock", "arguments": "{}"}
-        assert (made["type"], len(made["id"]) > 5) == ("function", True)
-        (messages, tools), *_ = rendered
-        function = {"name": "weather", "arguments": {"city": "Oslo"}}
-        assert messages[1]["tool_calls"] == [{**call, "function": function}]
-        assert messages[2] == {"role": "tool", "content": "sunny", "tool_call_id": "a1"}
-        assert [tool["function"]["name"] for tool in tools] == ["weather", "clock"]
-        assert tools[0]["function"]["parameters"] == PARAMETERS
-        # Calls are not forced, and with "none" the model does not see the tools.
-        assert server.engine.requests[-1].constraint is None
-        choice = await answered(server, tools=[CLOCK], tool_choice="none")
-        assert "tool_calls" not in choice["message"]
-        assert choice["finish_reason"] == "stop"
-        assert rendered[-1][1] == []
-        for choice_sent, names in (
-            ("required", {"weather", "clock"}),
-            ({"type": "function", "function": {"name": "clock"}}, {"clock"}),
-        ):
-            await answered(server, tools=[WEATHER, CLOCK], tool_choice=choice_sent)
-            spec: Any = server.engine.requests[-1].constraint
-            assert spec.kind == "grammar"
-            assert {name for name in NAMES if json.dumps(name)[1:-1] in spec.texts[0]} == names
-
-
-@pytest.mark.parametrize(
-    ("body", "param"),
-    [
-        ({"tools": 3}, "tools"),
-        ({"tools": [{"type": "retrieval"}]}, "tools[0].type"),
-        ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
-        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].name"),
-        ({"tools": [CLOCK, CLOCK]}, "tools"),
-        ({"tools": [CLOCK] * 129}, "tools"),
-        ({"tools": [CLOCK], "tool_choice": "always"}, "tool_choice"),
-        ({"tool_choice": "required"}, "tool_choice"),
-        (
-            {"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "x"}}},
-            "tool_choice",
-        ),
-        ({"tools": [CLOCK], "guided_grammar": 'root ::= "a"'}, "guided_grammar"),
-        ({"functions": [{"name": "f"}]}, "functions"),
-        ({"messages": [{"role": "assistant", "tool_calls": ["x"]}]}, "messages[0].tool_calls[0]"),
-        (
-            {
-                "messages": [
-                    {
-                        "role": "assistant",
-                        "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "[1]"}}],
-                    }
-                ]
-            },
-            "messages[0].tool_calls[0].arguments",
-        ),
-        (
-            {"messages": [{"role": "tool", "content": "x", "tool_call_id": "1" * 65}]},
-            "messages[0].tool_call_id",
-        ),
-    ],
-)
-async def test_invalid_tools_are_rejected(
-    monkeypatch: pytest.MonkeyPatch, body: dict[str, Any], param: str
-) -> None:
-    knows(monkeypatch, "hermes")
-    async with http_harness() as server:
-        refused = await server.refused(CHAT, {"model": "base", "messages": TURNS, **body})
-        assert (refused.status, refused.param) == (400, param)
+    http.engine.script = saying(*text)
+    choice = await answered(http, messages=turns, tools=[WEATHER, CLOCK])
+    assert choice["finish_reason"] == "tool_calls"
+    message = choice["message"]
+    assert (message["reasoning_content"], message["content"]) == ("hm", "Well. ")
+    (made,) = message["tool_calls"]
+    assert made["function"] == {"name": "clock", "arguments": "{}"}
+    assert (made["type"], len(made["id"]) > 5) == ("function", True)
+    messages, tools, _ = rendered[0]
+    function = {"name": "weather", "arguments": {"city": "Oslo"}}
+    assert messages[1]["tool_calls"] == [{**call, "function": function}]
+    assert messages[2] == {"role": "tool", "content": "sunny", "tool_call_id": "a1"}
+    assert [tool["function"]["name"] for tool in tools] == ["weather", "clock"]
+    assert tools[0]["function"]["parameters"] == PARAMETERS
+    # Calls are not forced, and with "none" the model does not see the tools.
+    assert http.engine.requests[-1].constraint is None
+    choice = await answered(http, tools=[CLOCK], tool_choice="none")
+    assert "tool_calls" not in choice["message"]
+    assert choice["finish_reason"] == "stop"
+    assert rendered[-1][1] == []
+    for choice_sent, names in (
+        ("required", {"weather", "clock"}),
+        ({"type": "function", "function": {"name": "clock"}}, {"clock"}),
+    ):
+        await answered(http, tools=[WEATHER, CLOCK], tool_choice=choice_sent)
+        spec: Any = http.engine.requests[-1].constraint
+        assert spec.kind == "grammar"
+        assert {name for name in NAMES if json.dumps(name)[1:-1] in spec.texts[0]} == names

@@ -6,11 +6,13 @@ import errno
 import fcntl
 import json
 import os
+import pwd
 import socket
 import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -175,6 +177,11 @@ def test_missing_adapters(tmp_path: Path) -> None:
     assert is_near(found(*root, "--preload", "a=run")[0].text)
     assert says("PICKLE")(found(*root, "--preload", "a=run/checkpoint-30")[0].text)
     assert says("PATH_OUTSIDE_ROOT")(found(*root, "--preload", "a=../x")[0].text)
+    for number in (500, 1000, 90):
+        (tmp_path / "runs" / f"checkpoint-{number}").mkdir(parents=True)
+        (tmp_path / "runs" / f"checkpoint-{number}" / "adapter_config.json").touch()
+    is_newest = says("NOT_AN_ADAPTER", closest="runs/checkpoint-1000")
+    assert is_newest(found(*root, "--preload", "a=runs")[0].text)
     root = ("--adapter-root", str(ADAPTERS / "json"))
     assert says("NO_SUCH_PATH")(found(*root, "--preload", "json=json")[0].text)
     assert found(*root, "--preload", "json=.") == []
@@ -348,14 +355,6 @@ def test_a_cache_directory_for_quantised_weights_that_cannot_be_created(
     assert f"{tmp_path}/file" in problem.text
 
 
-def test_the_newest_checkpoint_is_suggested(tmp_path: Path) -> None:
-    for number in (500, 1000, 90):
-        (tmp_path / "run" / f"checkpoint-{number}").mkdir(parents=True)
-        (tmp_path / "run" / f"checkpoint-{number}" / "adapter_config.json").touch()
-    (problem,) = found("--adapter-root", str(tmp_path), "--preload", "a=run")
-    assert says("NOT_AN_ADAPTER", closest="run/checkpoint-1000")(problem.text)
-
-
 def test_a_missing_local_path_is_not_looked_up_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -428,3 +427,30 @@ def test_adapters_of_the_hub_need_their_organisation(monkeypatch: pytest.MonkeyP
     assert refused(*both) == {(place, "NEEDS_FIELD")}
     expected = {("adapters.adapter_hub", "NOT_AN_ORGANISATION")}
     assert refused("--adapter-hub", "a/b") == expected
+
+
+@pytest.mark.parametrize("flag", ["--token-file", "--tls-cert", "--tls-key", "--tls-client-ca"])
+def test_a_file_that_would_keep_its_reader_waiting_is_refused(flag: str, tmp_path: Path) -> None:
+    for name in ("cert", "key"):
+        (tmp_path / name).write_text("")
+    os.mkfifo(tmp_path / "fifo")
+    tls = ("--tls-cert", str(tmp_path / "cert"), "--tls-key", str(tmp_path / "key"))
+    ((field, text),) = found(*tls, flag, str(tmp_path / "fifo"))
+    assert field == f"security.{flag[2:].replace('-', '_')}"
+    assert (text.reason, text.params["path"]) == ("FILE_UNREADABLE", tmp_path / "fifo")
+
+
+def test_a_user_without_a_home_directory_gets_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A container that runs as a numeric user is like this."""
+
+    def unknown(uid: int) -> NoReturn:
+        raise KeyError(uid)
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    (problem,) = found()
+    assert problem.field == "model.model"
+    assert problem.text.reason == "NO_HOME_DIRECTORY"

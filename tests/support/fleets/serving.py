@@ -8,13 +8,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 from checkout import ROOT
+
+from turret.clients.client import TurretClient
 
 _START_SECONDS = 240.0
 _STOP_SECONDS = 90.0
@@ -157,3 +161,55 @@ def start_fleet(folder: Path, *flags: str, host: str = "127.0.0.1") -> Iterator[
             process.send_signal(signal.SIGTERM)
             code = process.wait(_STOP_SECONDS)
             assert code == 0, log.read_text()[-4000:]
+
+
+class Asking:
+    """Clients that send short requests one after the other while the block runs.
+
+    Args:
+        address: The address of the fleet.
+        ask: Sends one request with a client; the number differs from request to request.
+        count: The number of clients.
+        options: Options of the clients.
+
+    Attributes:
+        failures: What went wrong, and what ``ask`` returned if it is true.
+        num_answers: The number of requests.
+        longest: The longest time of a request.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        ask: Callable[[TurretClient, int], object],
+        count: int,
+        **options: Any,
+    ) -> None:
+        self._address, self._ask, self._options = address, ask, options
+        self._is_over = threading.Event()
+        self.failures: list[object] = []
+        self.num_answers, self.longest = 0, 0.0
+        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(count)]
+
+    def __enter__(self) -> Asking:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, number: int) -> None:
+        with TurretClient(self._address, timeout=120.0, **self._options) as client:
+            while not self._is_over.is_set():
+                number += 1
+                start = time.monotonic()
+                try:
+                    if wrong := self._ask(client, number):
+                        self.failures.append(wrong)
+                except Exception as error:
+                    self.failures.append(error)
+                self.longest = max(self.longest, time.monotonic() - start)
+                self.num_answers += 1

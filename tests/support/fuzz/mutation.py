@@ -10,18 +10,9 @@ from fuzz.targets import MAX_BYTES
 # Critical tokens for parsers of JSON, protobuf, safetensors and token files.
 _TOKENS = (
     *(b"\x00", b"\xff", b"\x80", b"\\ud800", b"\\u0000", b"1e400", b"-1", b"NaN", b"null", b"{}"),
-    *(
-        b"[]",
-        b'""',
-        b"true",
-        b"9" * 30,
-        b'{"":' * 5,
-        b"[" * 200,
-        b"\xff" * 9 + b"\x01",
-        b"\r",
-        b",",
-    ),
-    *(b'"shape": [0, 2147483647, 2147483647, 2147483647]', b'"r": 1e9', b'"peft_type": "LOHA"'),
+    *(b"[]", b'""', b"true", b"9" * 30, b'{"":' * 5, b"[" * 200, b"\xff" * 9 + b"\x01", b"\r"),
+    *(b",", b'"r": 1e9', b'"peft_type": "LOHA"'),
+    b'"shape": [0, 2147483647, 2147483647, 2147483647]',
 )
 
 

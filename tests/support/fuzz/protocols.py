@@ -278,3 +278,18 @@ def _handler(method: MethodDescriptor, behaviour: Any, parse: Any) -> Any:
     name = {**one, **many}[is_many, answers_many]
     make = getattr(grpc, f"{name}_rpc_method_handler")
     return make(behaviour, request_deserializer=parse, response_serializer=None)
+
+
+def called(
+    channel: grpc.Channel, method: MethodDescriptor, messages: Iterable[bytes], seconds: float
+) -> str:
+    """The name of the final status of a call of a real server with these bytes."""
+    path = f"/{method.containing_service.full_name}/{method.name}"
+    start = channel.stream_stream(path, request_serializer=None, response_deserializer=None)
+    call = start(iter(messages), timeout=seconds)
+    try:
+        for _ in call:
+            pass
+    except grpc.RpcError:
+        return call.code().name
+    return "OK"

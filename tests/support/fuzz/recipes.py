@@ -11,12 +11,8 @@ PIECES = (
     *(b'"logit_bias":', b'"metadata":', b'"adapters":', b'"tool_calls":', b'"content":', b'"x":'),
     *(b"[", b"]", b"{", b"}", b",", b":", b'"', b'\\"', b"\\", b" ", b"a", b"+m", b"*0", b"9"),
     *(b"{},", b"[],", b"[[]],", b'"",', b'"a":1,', b"1,", b"1e-400,", b'{"role":"user"},', b"null"),
-    *(
-        b'{"type":"function","function":{"name":"f"}},',
-        b'{"role":"user","content":"a"}',
-        b"\\ud800",
-    ),
-    *(b"\\ud800", b"\\u00e9", b"\xc3\xa9", b"\xff"),
+    *(b'{"type":"function","function":{"name":"f"}},', b'{"role":"user","content":"a"}'),
+    *(b"\\ud800", b"\\ud800", b"\\u00e9", b"\xc3\xa9", b"\xff"),
 )
 _POWERS = MAX_BODY_BYTES.bit_length()
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from builders.registries import tiny_base
+from fuzz.guided import ORDER
 from fuzz.protocols import METHODS, PATHS, TRAINING_PATHS, Protocols
 from fuzz.recipes import body
 
@@ -64,19 +65,8 @@ class Targets:
         (folder / "fuzzed").mkdir()
         self._loader = AdapterLoader(folder, tiny_base(), 1 << 26, 64)
         self._protocols = Protocols(folder)
-        targets: dict[str, Callable[[bytes], int | None]] = {
-            "header": self.header,
-            "config": self.config,
-            "folder": self.folder,
-            "tokens": self.tokens,
-            "message": self.message,
-            "http": self.http,
-            "bodies": self.bodies,
-            "training": self.training,
-            "registration": self.registration,
-        }
         self.by_name: dict[str, Callable[[bytes], None]] = {
-            name: functools.partial(_within_budget, target) for name, target in targets.items()
+            name: functools.partial(_within_budget, getattr(self, name)) for name in ORDER
         }
 
     def close(self) -> None:
@@ -138,7 +128,7 @@ class Targets:
     def message(self, data: bytes) -> None:
         """Input: a byte for the method, then its messages, each after two bytes of length."""
         method = METHODS[data[0] % len(METHODS)] if data else METHODS[0]
-        code = self._protocols.call(method, _parts(data[1:]))
+        code = self._protocols.call(method, parts_of(data[1:]))
         if code not in _GRPC:
             raise Broken(f"{method.full_name}: {code}")
         if method.containing_service.name == "Adapters" and not self._protocols.is_listed():
@@ -194,7 +184,8 @@ def calls_of(data: bytes) -> list[tuple[str, bytes]]:
     return calls
 
 
-def _parts(data: bytes) -> Iterator[bytes]:
+def parts_of(data: bytes) -> Iterator[bytes]:
+    """The messages of an input of the target ``message``."""
     while data:
         end = 2 + int.from_bytes(data[:2], "little")
         yield data[2:end]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Callable, Mapping
 
 from checkout import ROOT
 from pages.adapter_costs import render_costs
+from pages.parts import with_parts
 
 from turret.server.adapters.methods import METHODS, AnyMethod
 from turret.server.adapters.methods.unserved import UNSERVED
@@ -123,13 +123,7 @@ COSTS = {"costs": render_costs}
 
 def rendered(page: str, parts: Mapping[str, Callable[[], str]] = PARTS) -> str:
     """The page with new generated parts."""
-    for name, render in parts.items():
-        text = render()
-        begin, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
-        assert page.count(begin) == page.count(end) == 1, name
-        pattern = re.escape(begin) + ".*?" + re.escape(end)
-        page = re.sub(pattern, lambda _, t=text: f"{begin}\n{t}\n{end}", page, flags=re.DOTALL)  # noqa: B023
-    return page
+    return with_parts(page, parts)
 
 
 if __name__ == "__main__":

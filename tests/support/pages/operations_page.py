@@ -6,6 +6,7 @@ import argparse
 import inspect
 
 from checkout import ROOT
+from pages.parts import with_parts
 
 from turret.server import errors
 from turret.server.command.flags import add_flags
@@ -63,16 +64,8 @@ def render_metrics() -> str:
 
 def rendered(page: str) -> str:
     """The page with new generated parts."""
-    for name, text in (
-        ("flags", render_flags()),
-        ("errors", render_errors()),
-        ("metrics", render_metrics()),
-    ):
-        begin, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
-        assert page.count(begin) == page.count(end) == 1, name
-        head, _, rest = page.partition(begin)
-        page = f"{head}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
-    return page
+    parts = {"flags": render_flags, "errors": render_errors, "metrics": render_metrics}
+    return with_parts(page, parts)
 
 
 if __name__ == "__main__":

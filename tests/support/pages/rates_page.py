@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from checkout import ROOT
 from pages.memory_page import render_memory
+from pages.parts import with_parts
 
 RESULTS = ROOT / "bench" / "results" / "amd-epyc.jsonl"
 # Scenario of bench/decode.py → its name in the README.
@@ -20,10 +20,10 @@ SHOWN = {
 }
 
 
-def newest_rates(results: Path = RESULTS) -> dict[str, float]:
-    """Decode tokens/s by scenario, of the last whole run in a file of results."""
+def newest_rates() -> dict[str, float]:
+    """Decode tokens/s by scenario, of the last whole run."""
     rates: dict[str, float] = {}
-    for line in results.read_text().splitlines():
+    for line in RESULTS.read_text().splitlines():
         row = json.loads(line)
         name = row["scenario"]["name"]
         if row["bench"] == "decode" and name in SHOWN:
@@ -57,21 +57,12 @@ def render_costs() -> str:
 
 
 PAGES = {
-    ROOT / "README.md": ("rates", render_rates),
-    ROOT / "docs" / "choosing.md": ("costs", render_costs),
-    ROOT / "docs" / "models.md": ("memory", render_memory),
+    ROOT / "README.md": {"rates": render_rates},
+    ROOT / "docs" / "choosing.md": {"costs": render_costs},
+    ROOT / "docs" / "models.md": {"memory": render_memory},
 }
-
-
-def rendered(path: Path, page: str) -> str:
-    """A page with a new generated part."""
-    name, render = PAGES[path]
-    begin, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
-    assert page.count(begin) == page.count(end) == 1, name
-    head, _, rest = page.partition(begin)
-    return f"{head}{begin}\n{render()}\n{end}{rest.partition(end)[2]}"
 
 
 if __name__ == "__main__":
     for path in PAGES:
-        path.write_text(rendered(path, path.read_text()))
+        path.write_text(with_parts(path.read_text(), PAGES[path]))

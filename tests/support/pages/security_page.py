@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from checkout import ROOT
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from pages.parts import with_parts
 
 from turret.v1 import adapters_pb2, inference_pb2
 
@@ -84,10 +85,7 @@ def render_limits() -> str:
 
 def rendered(page: str) -> str:
     """The page with a new generated part."""
-    begin, end = "<!-- generated: limits -->", "<!-- end: limits -->"
-    assert page.count(begin) == page.count(end) == 1
-    head, _, rest = page.partition(begin)
-    return f"{head}{begin}\n{render_limits()}\n{end}{rest.partition(end)[2]}"
+    return with_parts(page, {"limits": render_limits})
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from checkout import ROOT
+from pages.parts import with_parts
 
 from turret.server.basics.settings import fields_of, tables_of, toml_value
 from turret.training.methods import METHODS
@@ -49,18 +49,9 @@ def render_methods() -> str:
     return "\n".join(lines)
 
 
-PARTS = {"config": render_config_reference, "methods": render_methods}
-
-
 def rendered(page: str) -> str:
     """The page with new generated parts."""
-    for name, render in PARTS.items():
-        begin, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
-        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        text = f"{begin}\n{render()}\n{end}"
-        page, count = pattern.subn(lambda _, text=text: text, page)
-        assert count == 1, name
-    return page
+    return with_parts(page, {"config": render_config_reference, "methods": render_methods})
 
 
 if __name__ == "__main__":

@@ -1,16 +1,23 @@
-"""An app with a fake model, engine and registry."""
+"""Apps in this process: with fakes, or serving a real model."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import grpc
+import httpx2
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 
 from turret.server.api.gate import Backend
 from turret.server.app import App
-from turret.server.config import Config, LifecycleConfig, ListenConfig
+from turret.server.config import Config, LifecycleConfig, ListenConfig, ModelConfig
+from turret.v1 import inference_pb2_grpc
 
 LISTEN = ListenConfig(address="127.0.0.1:0", metrics_address="127.0.0.1:0")
 
@@ -41,3 +48,32 @@ class Parts:
 def make_app(parts: Parts, **sections: Any) -> App:
     config = Config(**({"listen": LISTEN, "lifecycle": GRACE} | sections))
     return App(config, build=parts.build)
+
+
+@dataclass
+class Served:
+    """A server with a real model, and a client of each protocol."""
+
+    app: App
+    stub: Any
+    client: httpx2.AsyncClient
+
+
+@contextlib.asynccontextmanager
+async def served(model: Path, **sections: Any) -> AsyncIterator[Served]:
+    """Serve a model on both protocols; ``sections`` are parts of the settings."""
+    listen = ListenConfig(address="127.0.0.1:0", http_address="127.0.0.1:0", metrics_address=None)
+    loaded = ModelConfig(model=model, device="cpu", dtype="float32")
+    app = App(Config(model=loaded, listen=listen, **sections))
+    try:
+        await app.startup()
+        assert app.rpc is not None
+        assert app.http is not None
+        async with (
+            grpc.aio.insecure_channel(app.rpc.address) as channel,
+            httpx2.AsyncClient(base_url=f"http://{app.http.address}", timeout=60) as client,
+        ):
+            yield Served(app, inference_pb2_grpc.InferenceStub(channel), client)  # type: ignore[arg-type]
+    finally:
+        app.stop()
+        await app.shutdown()

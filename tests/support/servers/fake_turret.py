@@ -7,12 +7,21 @@ import threading
 from collections.abc import Iterator
 from concurrent import futures
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import grpc
-from google.protobuf import any_pb2, duration_pb2
-from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2_grpc
 
+from turret.server.api.call import fault_of
+from turret.server.errors import (
+    AdapterExistsError,
+    AdapterNotFoundError,
+    InvalidRequestError,
+    QueueFullError,
+    TurretError,
+    UnauthenticatedError,
+)
+from turret.server.rpc.interceptor import to_rich_status
 from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 FOREVER = "forever"
@@ -23,18 +32,55 @@ SAME = "same"
 PEFT_FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 2000}
 
 
-def abort(context: grpc.ServicerContext, code: grpc.StatusCode, text: str, *details) -> NoReturn:
-    """End the call with a rich status."""
-    packed = []
-    for detail in details:
-        packed.append(any_pb2.Any())
-        packed[-1].Pack(detail)
-    status = status_pb2.Status(code=code.value[0], message=text, details=packed)
-    context.set_trailing_metadata(
-        (("grpc-status-details-bin", status.SerializeToString()), ("x-request-id", "r-7"))
-    )
-    context.abort(code, text)
+def refuse(context: grpc.ServicerContext, error: TurretError) -> NoReturn:
+    """End the call with an error, like a server."""
+    fault = fault_of(error)
+    details = to_rich_status(fault).SerializeToString()
+    context.set_trailing_metadata((("grpc-status-details-bin", details), ("x-request-id", "r-7")))
+    context.abort(grpc.StatusCode[fault.code.name], fault.message)
     raise AssertionError("abort never returns")
+
+
+def lose(context: grpc.ServicerContext) -> NoReturn:
+    """End the call like a connection that broke."""
+    context.abort(grpc.StatusCode.UNAVAILABLE, "Socket closed")
+    raise AssertionError("abort never returns")
+
+
+def start(
+    *services: object,
+    address: str = "127.0.0.1:0",
+    credentials: grpc.ServerCredentials | None = None,
+) -> tuple[grpc.Server, str]:
+    """A started gRPC server, and its address."""
+    server: Any = grpc.server(futures.ThreadPoolExecutor(4))
+    for service in services:
+        for kind, add in _ADDERS.items():
+            if isinstance(service, kind):
+                add(service, server)
+    if credentials is None:
+        port = server.add_insecure_port(address)
+    else:
+        port = server.add_secure_port(address, credentials)
+    server.start()
+    return server, f"127.0.0.1:{port}"
+
+
+@contextmanager
+def serving(*services: object, credentials: grpc.ServerCredentials | None = None) -> Iterator[str]:
+    """Run a gRPC server until the block ends; yields its address."""
+    server, address = start(*services, credentials=credentials)
+    try:
+        yield address
+    finally:
+        server.stop(0).wait()
+
+
+_ADDERS: dict[type, Any] = {
+    inference_pb2_grpc.InferenceServicer: inference_pb2_grpc.add_InferenceServicer_to_server,
+    adapters_pb2_grpc.AdaptersServicer: adapters_pb2_grpc.add_AdaptersServicer_to_server,
+    health_pb2_grpc.HealthServicer: health_pb2_grpc.add_HealthServicer_to_server,
+}
 
 
 class FakeInference(inference_pb2_grpc.InferenceServicer):
@@ -53,32 +99,20 @@ class FakeInference(inference_pb2_grpc.InferenceServicer):
         self.requests.append(request)
         self.metadata = dict(context.invocation_metadata())
         if self.wants_token:
-            info = error_details_pb2.ErrorInfo(reason="UNAUTHENTICATED", domain="turret")
-            abort(context, grpc.StatusCode.UNAUTHENTICATED, "the token is unknown", info)
+            refuse(context, UnauthenticatedError("the token is unknown"))
         # Without a deadline, grpc reports the largest number of nanoseconds.
         remaining = context.time_remaining()
         self.time_remaining = None if remaining is None or remaining > 1e9 else remaining
         self._find(request, context)
         if getattr(request, "prompt", "") == "busy":
-            retry = error_details_pb2.RetryInfo(
-                retry_delay=duration_pb2.Duration(nanos=500_000_000)
-            )
-            info = error_details_pb2.ErrorInfo(reason="QUEUE_FULL", domain="turret")
-            abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "queue full", info, retry)
+            refuse(context, QueueFullError("queue full", retry_after_seconds=0.5))
 
     def _find(self, request, context: grpc.ServicerContext) -> None:
         missing = [a.name for a in request.adapters if a.name not in self.adapters]
         if missing:
-            abort(
-                context,
-                grpc.StatusCode.NOT_FOUND,
-                f"no adapter {', '.join(missing)}",
-                error_details_pb2.ErrorInfo(
-                    reason="ADAPTER_NOT_FOUND",
-                    domain="turret",
-                    metadata={"adapters": ",".join(missing)},
-                ),
-            )
+            told = {"adapters": ",".join(missing)}
+            said = f"no adapter {', '.join(missing)}"
+            refuse(context, AdapterNotFoundError(said, metadata=told))
 
     def _words(self, request) -> list[str]:
         if request.HasField("chat"):
@@ -106,17 +140,8 @@ class FakeInference(inference_pb2_grpc.InferenceServicer):
 
     def Generate(self, request, context):
         self._accept(request, context)
-        bad = [
-            error_details_pb2.BadRequest.FieldViolation(field="sampling.top_p", description="<= 1")
-        ]
         if request.sampling.top_p > 1:
-            abort(
-                context,
-                grpc.StatusCode.INVALID_ARGUMENT,
-                "sampling.top_p: <= 1",
-                error_details_pb2.ErrorInfo(reason="INVALID_REQUEST", domain="turret"),
-                error_details_pb2.BadRequest(field_violations=bad),
-            )
+            refuse(context, InvalidRequestError.of("sampling.top_p", "<= 1"))
         response = inference_pb2.GenerateResponse(text="".join(self._words(request)))
         if request.options.logprobs:
             token = response.logprobs.add(token_id=5, text="a", logprob=-0.5)
@@ -133,7 +158,7 @@ class FakeInference(inference_pb2_grpc.InferenceServicer):
             yield inference_pb2.GenerateChunk(text=".")
             ended.wait(0.005)
         if request.prompt.endswith(GONE):
-            abort(context, grpc.StatusCode.UNAVAILABLE, "Socket closed")
+            lose(context)
         last = inference_pb2.GenerateChunk()
         self._finish(last, request)
         yield last
@@ -208,8 +233,7 @@ class FakeAdapters(adapters_pb2_grpc.AdaptersServicer):
     def _get(self, request, context: grpc.ServicerContext) -> adapters_pb2.Adapter:
         self.requests.append(request)
         if request.name not in self.adapters:
-            info = error_details_pb2.ErrorInfo(reason="ADAPTER_NOT_FOUND", domain="turret")
-            abort(context, grpc.StatusCode.NOT_FOUND, f"no adapter {request.name}", info)
+            refuse(context, AdapterNotFoundError(f"no adapter {request.name}", metadata={}))
         return self.adapters[request.name]
 
     def LoadAdapter(self, request, context):
@@ -231,10 +255,8 @@ class FakeAdapters(adapters_pb2_grpc.AdaptersServicer):
         if received["adapter_config.json"] == SAME.encode():
             return self._again(header.name, header.pinned)
         if header.name in self.adapters and not header.replace:
-            info = error_details_pb2.ErrorInfo(
-                reason="ADAPTER_EXISTS", domain="turret", metadata={"adapter": header.name}
-            )
-            abort(context, grpc.StatusCode.ALREADY_EXISTS, f"{header.name} is taken", info)
+            taken = {"adapter": header.name}
+            refuse(context, AdapterExistsError(f"{header.name} is taken", metadata=taken))
         self.files = received
         self.requests.append(header)
         return self._add(header.name, pinned=header.pinned)
@@ -358,13 +380,5 @@ def fake_turret(kind: type[FakeInference] = FakeInference) -> Iterator[FakeTurre
     inference, adapters = kind(registry), FakeAdapters(registry)
     for name in ("sql", "json"):
         adapters._add(name)
-    with futures.ThreadPoolExecutor(max_workers=4) as pool:
-        server = grpc.server(pool)
-        inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)
-        adapters_pb2_grpc.add_AdaptersServicer_to_server(adapters, server)
-        port = server.add_insecure_port("127.0.0.1:0")
-        server.start()
-        try:
-            yield FakeTurret(f"127.0.0.1:{port}", inference, adapters)
-        finally:
-            server.stop(0).wait()
+    with serving(inference, adapters) as address:
+        yield FakeTurret(address, inference, adapters)

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import pytest
 from builders.facts import facts_of
 
 from turret.server.adapters.adapter import (
@@ -44,7 +45,7 @@ from turret.server.errors import (
     AdapterNotFoundError,
     NotMergedError,
 )
-from turret.server.models.chat_template import ChatFormat
+from turret.server.models.chat_template import ChatFormat, ToolForm
 from turret.server.models.describe import ModelInfo
 from turret.server.models.tokenizer import RenderedChat
 
@@ -175,6 +176,37 @@ async def hello(request: Request) -> AsyncIterator[Output]:
     )
     logprob = replace(logprob, token_id=105, text="i", logprob=-0.25)
     yield Output(text="i", token_ids=(105,), logprobs=(logprob,), finish=finish(request))
+
+
+def saying(
+    *parts: str | Output, reason: FinishReason = FinishReason.STOP, stop: str | int | None = None
+) -> Script:
+    """A script that answers with these texts or outputs, and ends with the last one."""
+
+    async def script(request: Request) -> AsyncIterator[Output]:
+        for place, part in enumerate(parts, 1):
+            if isinstance(part, str):
+                logprob = TokenLogprob(token_id=72, text=part, logprob=-0.5)
+                part = Output(text=part, token_ids=(72,), logprobs=(logprob,) if part else ())
+            is_last = place == len(parts)
+            yield replace(part, finish=finish(request, reason, stop)) if is_last else part
+
+    return script
+
+
+def knows_tools(
+    monkeypatch: pytest.MonkeyPatch, form: ToolForm = "hermes", **how: Any
+) -> list[tuple[Any, Any, dict[str, Any]]]:
+    """Give the fake tokenizer a template with tools; returns the list of its later inputs."""
+    given: list[tuple[Any, Any, dict[str, Any]]] = []
+
+    def render(self: Any, messages: Any, tools: Any = (), **asked: Any) -> RenderedChat:
+        given.append((messages, tools, asked))
+        return RenderedChat(["\1"])
+
+    monkeypatch.setattr(FakeTokenizer, "chat_format", ChatFormat(form, **how))
+    monkeypatch.setattr(FakeTokenizer, "render_chat", render)
+    return given
 
 
 async def endless(request: Request) -> AsyncIterator[Output]:

@@ -25,6 +25,23 @@ from turret.server.metrics import Metrics
 
 NOTHING: Mapping[str, str] = {}
 ANSWER_SECONDS = 20.0
+TURNS = [{"role": "user", "content": "hi"}]
+# Path → a valid body.
+VALID: Mapping[str, dict[str, Any]] = {
+    "/v1/chat/completions": {"model": "base", "messages": TURNS},
+    "/v1/completions": {"model": "base", "prompt": "a"},
+    "/v1/responses": {"model": "base", "input": "a"},
+    "/v1/messages": {"model": "base", "max_tokens": 4, "messages": TURNS},
+    "/v1/messages/count_tokens": {"model": "base", "messages": TURNS},
+    "/v1/embeddings": {"model": "sql", "input": "a"},
+    "/classify": {"model": "sql", "input": "a"},
+    "/tokenize": {"prompt": "a"},
+    "/detokenize": {"tokens": [1]},
+    "/v1/load_lora_adapter": {"lora_name": "a", "lora_path": "a"},
+    "/v1/pin_lora_adapter": {"lora_name": "a"},
+    "/v1/unpin_lora_adapter": {"lora_name": "a"},
+    "/v1/unload_lora_adapter": {"lora_name": "a"},
+}
 # By default a client reads the certificates of all authorities, which takes longer than most tests.
 NO_AUTHORITIES = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
@@ -40,6 +57,13 @@ class _QuickAsyncio:
 
 
 uvicorn.server.asyncio = _QuickAsyncio()  # type: ignore[assignment]
+
+
+def posted(path: str, body: Any, version: str = "1.1", more: str = "") -> bytes:
+    """A request with this body and these further headers."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    head = f"POST {path} HTTP/{version}\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    return f"{head}{more}content-length: {len(content)}\r\n\r\n".encode() + content
 
 
 @dataclass
@@ -69,6 +93,20 @@ class HttpHarness:
         self, path: str, body: Any, headers: Mapping[str, str] = NOTHING
     ) -> httpx2.Response:
         return await self.client.post(path, json=body, headers=dict(headers))
+
+    async def opened(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection, of which little is read ahead."""
+        host, _, port = self.server.address.rpartition(":")
+        return await asyncio.open_connection(host, int(port), limit=1024)
+
+    async def answered(self, sent: bytes) -> bytes:
+        """All bytes that arrive until the server closes the connection."""
+        reader, writer = await self.opened()
+        writer.write(sent)
+        try:
+            return await asyncio.wait_for(reader.read(), 20)
+        finally:
+            writer.close()
 
     async def refused(self, path: str, body: Any, headers: Mapping[str, str] = NOTHING) -> Refused:
         """Post a request that must be rejected, and return the error."""

@@ -159,3 +159,19 @@ async def soon(event: asyncio.Event, seconds: float = 5.0) -> float:
     started = time.monotonic()
     await asyncio.wait_for(event.wait(), seconds)
     return time.monotonic() - started
+
+
+async def silent() -> AsyncIterator[bytes]:
+    """The messages of a call whose first message never comes."""
+    await asyncio.Event().wait()
+    yield b""
+
+
+def bearer(token: str) -> tuple[tuple[str, str], ...]:
+    """The metadata with a token."""
+    return (("authorization", f"Bearer {token}"),)
+
+
+def tokens_of(*names: str, role: str = "inference") -> TokenTable:
+    """Tokens that have one role."""
+    return TokenTable([(name, frozenset({role})) for name in names])

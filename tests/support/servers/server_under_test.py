@@ -40,10 +40,12 @@ class ServerUnderTest:
     process: subprocess.Popen[bytes] | Life
     log: Path
 
-    def metrics(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    def metrics(self, token: str = "") -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
         """One scrape: (series name, its labels) → value."""
+        headers = {"authorization": f"Bearer {token}"} if token else {}
         url = f"http://{self.metrics_address}/metrics"
-        with urllib.request.urlopen(url, timeout=30) as answer:
+        asked = urllib.request.Request(url, headers=headers)
+        with urllib.request.urlopen(asked, timeout=30) as answer:
             text = answer.read().decode()
         return {
             (sample.name, frozenset(sample.labels.items())): sample.value

@@ -1,39 +1,34 @@
-"""Memory of answers that are collected before they are sent counts towards a limit."""
+"""Memory that answers hold counts towards a limit, and cycles that requests leave are collected."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import gc
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
-import httpx2
 import pytest
-from builders.bases.tiny_models import save_tiny_model
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 from servers import raw_grpc
+from servers.app_parts import served
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
-from servers.rpc_harness import failure_of, harness
+from servers.http_harness import http_harness
+from servers.rpc_harness import failure_of, harness, tokens_of
 
+from turret.server import cli
 from turret.server.api import access
 from turret.server.api.call import Call
 from turret.server.api.inference_answers import keep
-from turret.server.app import App
 from turret.server.basics.codes import Code
 from turret.server.config import (
     MIB,
-    AdapterConfig,
-    Config,
-    ListenConfig,
-    ModelConfig,
     SchedulerConfig,
 )
 from turret.server.engine.answer import AnswerMemory
 from turret.server.errors import BudgetExceededError
 from turret.server.metrics import Metrics
-from turret.v1 import inference_pb2, inference_pb2_grpc
+from turret.v1 import inference_pb2
 
 PROMPT = [60 + place % 20 for place in range(100)]
 # Together they take about 2.5 MiB, each a third of a MiB.
@@ -41,39 +36,12 @@ LARGE = {"prompt": [PROMPT] * 8, "max_tokens": 0, "echo": True, "logprobs": 20}
 SAMPLED = {"prompt": PROMPT[:2], "n": 16, "max_tokens": 40, "logprobs": 20, "ignore_eos": True}
 
 
-@pytest.fixture
-async def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[App]:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    app = App(
-        Config(
-            model=ModelConfig(
-                model=save_tiny_model("llama", tmp_path / "model"), device="cpu", dtype="float32"
-            ),
-            scheduler=SchedulerConfig(max_queued_bytes=MIB),
-            adapters=AdapterConfig(adapter_root=tmp_path),
-            listen=ListenConfig(
-                address="127.0.0.1:0", http_address="127.0.0.1:0", metrics_address=None
-            ),
-        )
-    )
-    try:
-        await app.startup()
-        yield app
-    finally:
-        app.stop()
-        await app.shutdown()
-
-
 async def test_the_results_that_a_call_collects_are_bounded(
-    app: App, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert app.rpc is not None
-    assert app.http is not None
-    backend = app.gate.enter()
-    async with (
-        grpc.aio.insecure_channel(app.rpc.address) as channel,
-        httpx2.AsyncClient(base_url=f"http://{app.http.address}", timeout=60) as client,
-    ):
+    scheduler = SchedulerConfig(max_queued_bytes=MIB)
+    async with served(tiny_llama, scheduler=scheduler) as server:
+        memory, client, stub = server.app.gate.enter().engine.memory, server.client, server.stub
 
         async def post(**body: Any) -> int:
             answer = await client.post("/v1/completions", json={"model": "base", **body})
@@ -81,11 +49,10 @@ async def test_the_results_that_a_call_collects_are_bounded(
                 assert answer.headers.get("retry-after") or "error" in answer.json()
             return answer.status_code
 
-        stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[arg-type]
         echoed = LARGE | {"max_tokens": 1}
         for each in (LARGE, echoed, SAMPLED):
             assert await post(**each) == 429
-            assert backend.engine.memory.held == 0
+            assert memory.held == 0
         # Some of them fit, and a streamed answer is not collected.
         assert await post(**LARGE | {"prompt": PROMPT}) == 200
         assert await post(**LARGE | {"logprobs": 0}) == 200
@@ -105,10 +72,8 @@ async def test_the_results_that_a_call_collects_are_bounded(
                 message.options.echo = message.options.logprobs = True
                 message.options.top_n = 20
                 message.stop.max_tokens = 1
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await call(message)
-            assert reason_of(caught.value) == "BUDGET_EXCEEDED"
-        assert backend.engine.memory.held == 0
+            assert (await failure_of(call(message))).reason == "BUDGET_EXCEEDED"
+        assert memory.held == 0
 
 
 async def test_every_call_that_collects_its_answer_counts_its_bytes() -> None:
@@ -174,10 +139,84 @@ def test_answers_for_one_token_leave_a_quarter_of_the_memory_for_others() -> Non
     assert (memory.held, memory.held_of(b"alice"), memory.held_of(b"bob")) == (25, 25, 0)
 
 
-def reason_of(error: grpc.aio.AioRpcError) -> str:
-    status = rpc_status.from_call(error)  # type: ignore[arg-type]
-    for detail in status.details:
-        info = error_details_pb2.ErrorInfo()
-        if detail.Unpack(info):
-            return info.reason
-    return ""
+GENERATE = "/turret.v1.Inference/Generate"
+ROUNDS = 40
+# The collector's first threshold is divided by this, so that few requests reach it.
+DIVISOR = 200
+
+
+@pytest.fixture
+def frozen_heap() -> Iterator[int]:
+    """The collector with a server's settings at a small scale; returns its first threshold."""
+    thresholds = gc.get_threshold()
+    cli._freeze_heap()
+    first, *others = gc.get_threshold()
+    gc.set_threshold(first // DIVISOR, *others)
+    yield first // DIVISOR
+    gc.set_threshold(*thresholds)
+    gc.unfreeze()
+
+
+async def most_gathered(ask: Callable[[], Awaitable[None]]) -> int:
+    """The maximum growth of the number of objects during ``ROUNDS`` of requests."""
+    for _ in range(4):
+        await ask()
+    gc.collect()
+    before, most = len(gc.get_objects()), 0
+    for _ in range(ROUNDS):
+        await ask()
+        most = max(most, len(gc.get_objects()) - before)
+    return most
+
+
+BODIES: tuple[tuple[str, dict[str, Any], int], ...] = (
+    ("/v1/completions", {"model": "base", "prompt": "a"}, 200),
+    ("/v1/completions", {"model": "base", "prompt": "a", "temperature": "x"}, 400),
+    ("/v1/chat/completions", {"model": "base", "messages": [{}]}, 400),
+    ("/v1/completions", {"model": "Nothing!", "prompt": "a"}, 404),
+    ("/v1/nothing", {}, 404),
+)
+
+
+async def test_objects_of_http_requests_do_not_accumulate(frozen_heap: int) -> None:
+    async with http_harness() as server:
+
+        async def ask() -> None:
+            for path, body, status in BODIES:
+                assert (await server.post(path, body)).status_code == status
+            await server.settle()
+
+        assert await most_gathered(ask) < 4 * frozen_heap
+
+
+async def test_objects_of_grpc_calls_do_not_accumulate(frozen_heap: int) -> None:
+    async with harness() as server:
+
+        async def ask() -> None:
+            for _ in range(2):
+                await server.inference.Generate(inference_pb2.GenerateRequest(prompt="a"))
+                bad = inference_pb2.GenerateRequest(prompt="a", request_id="x" * 200)
+                failure = await failure_of(server.inference.Generate(bad))
+                assert failure.code is grpc.StatusCode.INVALID_ARGUMENT
+
+        assert await most_gathered(ask) < 4 * frozen_heap
+
+
+async def test_calls_without_a_token_leave_few_objects_for_the_collector() -> None:
+    """A client without a token can send thousands of calls per second."""
+    count, message = 50, inference_pb2.GenerateRequest(prompt="a").SerializeToString()
+    async with harness(tokens=tokens_of("alice")) as server:
+
+        def ask() -> None:
+            for _ in range(count):
+                assert raw_grpc.unary(server.rpc.address, GENERATE, message, [], 10.0) is None
+
+        await asyncio.to_thread(ask)
+        gc.collect()
+        gc.disable()
+        try:
+            before = len(gc.get_objects())
+            await asyncio.to_thread(ask)
+            assert len(gc.get_objects()) - before < 15 * count
+        finally:
+            gc.enable()

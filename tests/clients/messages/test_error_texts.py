@@ -1,11 +1,11 @@
-"""Invalid arguments of the Python clients, and errors without repetitions."""
+"""Errors in the words of the caller: arguments, flags and causes, without repetitions."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import math
-import re
+import copy
+import pickle
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,177 +16,28 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 from said import says
-from servers.fake_turret import SAME, FakeTurret
+from servers.fake_turret import FakeTurret
 
-from turret.clients import channel
+from turret.clients import channel, errors
 from turret.clients.aio import AsyncTurretClient
-from turret.clients.client import TurretClient, TurretRpcError
+from turret.clients.client import TurretClient
 from turret.clients.errors import (
     HINTS,
+    AnswerCutError,
     FieldViolation,
     InvalidArgumentError,
+    TurretRpcError,
     UnavailableError,
     cause_of,
 )
 from turret.clients.messages.fields import ArgumentValueError, argument
+from turret.clients.messages.results import Completion
 from turret.clients.verbs import add_verbs
 from turret.clients.verbs.command import as_typed, print_error
 from turret.clients.words import Text, say
 from turret.v1 import inference_pb2
 
 LONG = "a" * 5_000_000
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "text"),
-    [
-        ({"address": 3}, TypeError, "address: "),
-        ({"address": "localhost"}, ValueError, "address: "),
-        ({"admin_address": "http://a:1"}, ValueError, "admin_address: .http://a:1"),
-        ({"tls": True}, TypeError, "tls: "),
-        ({"token": 3}, TypeError, "token: "),
-        ({"token": "ü"}, ValueError, "token: "),
-        ({"timeout": -1}, ValueError, "timeout: "),
-        ({"timeout": True}, TypeError, "timeout: "),
-        ({"resume": "no"}, TypeError, "resume: "),
-    ],
-)
-def test_a_client_reports_the_invalid_argument(arguments, error, text):
-    with pytest.raises(error, match=text):
-        TurretClient(**arguments)
-    if "address" in arguments:
-        # The error is raised before a channel is opened.
-        with pytest.raises(error, match=text):
-            AsyncTurretClient(**arguments)
-
-
-def test_administrative_calls_report_the_invalid_argument(client: TurretClient):
-    for call in (
-        lambda: client.adapters.load("a", 3),  # type: ignore[arg-type]
-        lambda: client.adapters.replace("a", 3),  # type: ignore[arg-type]
-    ):
-        with pytest.raises(TypeError, match=r"^path: .* 3 "):
-            call()
-    with pytest.raises(TypeError, match=r"^name: .* 3$"):
-        client.adapters.unload(3)  # type: ignore[arg-type]
-    for client_call, complaint in (
-        (lambda: client.adapters.unload("a", drain_seconds="x"), "drain_seconds: "),  # type: ignore[arg-type]
-        (lambda: client.adapters.unload("a", mode=3), "mode: "),  # type: ignore[arg-type]
-        (lambda: client.adapters.upload("a", 5), "directory: "),  # type: ignore[arg-type]
-        (lambda: client.adapters.export("a", 5), "directory: "),  # type: ignore[arg-type]
-        (lambda: client.adapters.list(method=5), "method: "),  # type: ignore[arg-type]
-        (lambda: client.adapters.list(page_size="5"), "page_size: "),  # type: ignore[arg-type]
-    ):
-        with pytest.raises(TypeError, match=f"^{complaint}"):
-            client_call()
-    for seconds in (math.nan, math.inf, 1e30, 10**400):
-        said = f"^drain_seconds: .*{re.escape(str(seconds)[:60])}"
-        with pytest.raises(ValueError, match=said):
-            client.adapters.unload("a", drain_seconds=seconds)
-    with pytest.raises(ValueError, match=r'^mode: .* drain, force, .*"x"$'):
-        client.adapters.unload("a", mode="x")
-    # Protobuf accepts bytes that are valid UTF-8 as text.
-    for name in (b"\xff", b"sql", None):
-        with pytest.raises(TypeError, match=f"^name: .* {re.escape(repr(name))}$"):
-            client.adapters.unload(name)  # type: ignore[arg-type]
-    assert client.adapters.get("sql").name == "sql"
-
-
-@pytest.mark.parametrize(
-    ("prompt", "options", "complaint"),
-    [
-        ("a", {"json_schema": {"type": object}}, "json_schema: "),
-        ("a", {"tools": 5}, "tools: "),
-        ("a", {"stop": 3}, "stop: "),
-        ("a", {"stop_token_ids": 3}, "stop_token_ids: "),
-        ("a", {"choice": 3}, "choice: "),
-        ("a", {"logit_bias": [1]}, "logit_bias: "),
-        ("a", {"max_tokens": "2"}, "max_tokens: "),
-        ("a", {"temperature": "hot"}, "temperature: "),
-        ("a", {"json_schema": 5}, "json_schema: "),
-        ("a", {"echo": 1}, "echo: "),
-        ("a", {"ignore_eos": "no"}, "ignore_eos: "),
-        ("a", {"stop": ["a", 3]}, r"stop\[1\]: "),
-        ("a", {"choice": ["a", None]}, r"choice\[1\]: "),
-        ("a", {"stop_token_ids": [1, "b"]}, "stop_token_ids: "),
-        ("a", {"logit_bias": {5: "b"}}, "logit_bias: "),
-        (["hi"], {}, r"prompt: "),
-        (
-            [("user", "a")],
-            {"tools": [{"function": {"name": "x", "parameters": {"a": object}}}]},
-            r"tools\[0\].function.parameters: ",
-        ),
-        (
-            [("user", "a")],
-            {"tools": [{"function": {"name": "x", "description": 5}}]},
-            r"tools\[0\].function.description: ",
-        ),
-    ],
-)
-def test_generate_reports_the_invalid_argument(client: TurretClient, prompt, options, complaint):
-    for ask in (client.generate, client.generate_stream):
-        with pytest.raises(TypeError, match=f"^{complaint}"):
-            ask(prompt, **options)
-
-    async def ask_async() -> None:
-        async with AsyncTurretClient("127.0.0.1:1") as other:
-            with pytest.raises(TypeError, match=f"^{complaint}"):
-                await other.generate(prompt, **options)
-
-    asyncio.run(ask_async())
-
-
-def test_other_calls_report_the_invalid_argument(client: TurretClient):
-    asked: Any = client
-    for call, complaint in (
-        (lambda: asked.score("a", top_n="b"), "top_n: "),
-        (lambda: asked.embed("a", dimensions="b"), "dimensions: "),
-        (lambda: asked.embed("a", normalize="b"), "normalize: "),
-        (lambda: asked.embed("a", pooling=["b"]), r"pooling: "),
-        (lambda: asked.classify("a", adapters="b", request_id=3), "request_id: "),
-        (lambda: asked.adapters.load("a", "b", pinned="c"), "pinned: "),
-    ):
-        with pytest.raises(TypeError, match=f"^{complaint}"):
-            call()
-    for call, complaint in (
-        (lambda: asked.generate("a", timeout=-1), "timeout: "),
-        (lambda: asked.generate_stream("a", timeout=math.nan), "timeout: "),
-        (lambda: asked.adapters.get("a", timeout=0), "timeout: "),
-        (lambda: asked.embed("a", pooling="b"), "pooling: "),
-        (lambda: asked.chat("a", regex="b", choice=["b"]), ".* regex, choice"),
-        (lambda: asked.chat([]), "messages: "),
-    ):
-        with pytest.raises(ValueError, match=f"^{complaint}"):
-            call()
-
-
-def test_paths_may_be_pathlib_paths(client: TurretClient, server: FakeTurret):
-    client.adapters.load("new", Path("a") / "b")
-    assert server.adapters.requests[-1].path == str(Path("a") / "b")
-    assert client.adapters.replace("new", Path(SAME)).generation == 1
-
-
-def test_an_asyncio_client_requires_its_own_event_loop(server: FakeTurret):
-    with pytest.raises(RuntimeError, check=says("NO_EVENT_LOOP")):
-        AsyncTurretClient(server.address)
-
-    async def make() -> AsyncTurretClient:
-        return AsyncTurretClient(server.address)
-
-    client = asyncio.run(make())
-    with pytest.raises(RuntimeError, check=says("NO_EVENT_LOOP")):
-        client.generate_stream("a")
-    for ask in (
-        client.get_model,
-        lambda: client.adapters.get("sql"),
-        lambda: anext(client.adapters.list()),
-    ):
-
-        async def elsewhere(ask: Callable[[], Any] = ask) -> None:
-            await ask()
-
-        with pytest.raises(RuntimeError, check=says("OTHER_EVENT_LOOP")):
-            asyncio.run(elsewhere())
 
 
 def refusal(found: dict[str, str]) -> TurretRpcError:
@@ -383,3 +234,38 @@ def test_errors_do_not_repeat_the_status():
         nowhere.generate("a")
     text = say("NOT_REACHED", place="127.0.0.1:1", why="Connection refused")
     assert str(raised.value) == f"UNAVAILABLE (NOT_REACHED): {text}; {HINTS['NOT_REACHED']}"
+
+
+KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+KINDS = [kind for kind in KINDS if issubclass(kind, TurretRpcError)]
+
+
+def pickled(protocol: int) -> Callable[[TurretRpcError], TurretRpcError]:
+    return lambda error: pickle.loads(pickle.dumps(error, protocol))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, *map(pickled, (0, 2, 5))])
+def test_an_error_survives_pickling(kind: type[TurretRpcError], again):
+    error = kind(
+        grpc.StatusCode.NOT_FOUND,
+        "no adapter a",
+        reason="ADAPTER_NOT_FOUND",
+        metadata={"adapters": "a"},
+        violations=[FieldViolation("adapters[0]", "is none")],
+        retry_delay=0.5,
+        request_id="r-7",
+    )
+    error.add_note("of line 3")
+    made = again(error)
+    assert type(made) is kind
+    assert (str(made), made.args, vars(made)) == (str(error), error.args, vars(error))
+
+
+def test_a_cut_answer_keeps_its_partial_text():
+    answer = inference_pb2.GenerateResponse(text="Once", token_ids=[1, 2])
+    error = AnswerCutError.of(Completion.from_proto(answer))
+    made = pickle.loads(pickle.dumps(error))
+    assert made.completion == error.completion
+    assert made.completion.text == "Once"
+    assert made.is_lost
