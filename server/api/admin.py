@@ -42,7 +42,7 @@ from turret.server.api.uploads import (
     Entries,
     Messages,
     check_complete,
-    check_entry,
+    check_file,
     check_template,
     checked_header,
     most_seconds,
@@ -240,7 +240,7 @@ class Adapters:
         with self._upload_of(call) as registry:
 
             async def receive(staged: StagedUpload) -> None:
-                announced: set[str] = set()
+                announced, violations = set[str](), Violations()
                 num_bytes, run = 0, functools.partial(self._slow.run, call.tenant)
                 async for name, size, chunks in entries:
                     num_bytes += max(size, 0)
@@ -248,12 +248,14 @@ class Adapters:
                     await run(registry.check_room, num_bytes, num_bytes - to_write)
                     if name not in UPLOAD_FILES:
                         continue
-                    check_entry(name, size, announced)
+                    check_file(name, size, announced, violations, name)
+                    violations.raise_if_any()
                     announced.add(name)
                     await run(staged.announce, UploadedFile(name, size))
                     async for data in chunks:
                         await run(staged.write, name, data)
-                check_complete(announced)
+                check_complete(announced, violations, "files")
+                violations.raise_if_any()
 
             return await self._received(registry, header, call, (), receive)
 
