@@ -123,17 +123,14 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
     def set_serving(self, serving: bool) -> None:
         """Set the status for later checks, and notify all watchers."""
         self._status = SERVING if serving else NOT_SERVING
-        self._wake()
+        # Every change has its own event, so even a slow watcher always sees the latest status.
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
 
     def close(self) -> None:
         """Set NOT_SERVING permanently. Watchers are notified, and their calls end."""
         self._is_closed = True
         self.set_serving(False)
-
-    def _wake(self) -> None:
-        # Every change has its own event, so even a slow watcher always sees the latest status.
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
 
     async def Check(
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]

@@ -51,12 +51,6 @@ class Anything(Body):
     """An object whose fields do not matter."""
 
 
-class CreateSession(Body):
-    """POST /api/v1/create_session."""
-
-    type: Any = ignored()
-
-
 class OfSession(Body):
     """A body that names a session."""
 
