@@ -19,7 +19,7 @@ from http import HTTPStatus
 from prometheus_client.exposition import choose_encoder
 
 from turret.server import log
-from turret.server.api.access import TokenTable
+from turret.server.api.access import TokenTable, bearer_token
 from turret.server.basics.settings import is_local_address, split_address
 from turret.server.metrics import Metrics
 
@@ -138,8 +138,7 @@ class MetricsServer:
     def _refusal(self, authorization: str) -> bytes | None:
         if self._tokens is None or not self._tokens.has_role(ROLE):
             return None
-        scheme, _, token = authorization.partition(" ")
-        roles = self._tokens.roles_of(token.strip()) if scheme.lower() == "bearer" else None
+        roles = self._tokens.roles_of(bearer_token(authorization) or "")
         if roles is None:
             return _response(HTTPStatus.UNAUTHORIZED, {"WWW-Authenticate": "Bearer"})
         if ROLE not in roles:

@@ -309,7 +309,7 @@ def test_the_body_of_a_collectors_answer_is_not_read(monkeypatch: pytest.MonkeyP
                 while sent[0] < size:
                     sent[0] += self.wfile.write(bytes(1 << 16))
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:
             pass
 
     with HTTPServer(("127.0.0.1", 0), Endless) as server:

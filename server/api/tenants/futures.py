@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import Counter
@@ -93,12 +94,9 @@ class Future:
 
     async def wait(self, seconds: float) -> Result | None:
         """The result; None if it does not arrive in time."""
-        if self.result is None:
-            try:
-                async with asyncio.timeout(seconds):
-                    await self._done.wait()
-            except TimeoutError:
-                return None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._done.wait()
         return self.result
 
     def fetched(self) -> None:

@@ -358,10 +358,7 @@ class Sessions:
 
     def _withdraw(self, sampler: SavedSampler) -> None:
         if sampler.is_own and self._gate.is_open:
-            self._later(self._withdrawn(sampler.adapter))
-
-    async def _withdrawn(self, name: str) -> None:
-        await self.training().withdraw(name)
+            self._later(self.training().withdraw(sampler.adapter))
 
     def _later(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.ensure_future(_quietly(work))
