@@ -92,7 +92,8 @@ def _model(model: Path | None) -> tuple[FoundModel | None, list[Violation]]:
         text = error.violations[0][1] if error.violations else error.message
         return None, [Violation("model.model", text_of(ValueError(text)))]
     except OSError as error:
-        return None, [Violation("model.model", unreadable(Path(error.filename), error))]
+        text = say("FILE_UNREADABLE", path=error.filename, why=error.strerror)
+        return None, [Violation("model.model", text)]
 
 
 def _skip_modules(
