@@ -97,7 +97,8 @@ def _noted(found: list[Violation], field: str) -> Iterator[None]:
         text = error.violations[0][1] if error.violations else error.message
         found.append(Violation(field, text_of(ValueError(text))))
     except OSError as error:
-        found.append(Violation(field, unreadable(Path(error.filename), error)))
+        text = say("FILE_UNREADABLE", path=error.filename, why=error.strerror)
+        found.append(Violation(field, text))
 
 
 def _device(config: ModelConfig) -> Iterator[Violation]:

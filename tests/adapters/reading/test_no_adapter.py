@@ -211,11 +211,3 @@ def pretending_not_to_be_root() -> Iterator[str]:
         finally:
             os.seteuid(user)
             tempfile.tempdir = before
-
-
-def test_for_a_repository_of_the_hub_its_path_is_suggested(root: Path) -> None:
-    hub = "hub:acme/qwen-sql"
-    error = refused(root, "acme/qwen-sql")
-    assert says("NO_SUCH_PATH", closest=hub)(error)
-    assert says("NO_ADAPTER_ROOT", closest=hub)(refused(None, "acme/qwen-sql"))
-    assert error.message in said_by_a_start(root, "acme/qwen-sql")

@@ -262,6 +262,5 @@ def test_a_disk_that_fills_up_is_reported_with_how_to_resume(capsys: pytest.Capt
 
     assert with_errors(fill)(argparse.Namespace()) == 1
     assert capsys.readouterr().err == (
-        "error: adapter_model.safetensors: No space left on device; free some; --resume goes on"
-        " from step 5\n"
+        "error: adapter_model.safetensors: No space left on device; --resume goes on from step 5\n"
     )
